@@ -87,13 +87,13 @@ def memory_of(config: RunConfig, num_ranks: int) -> Account:
 def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float,
             heldout: Mapping[str, HeldoutLoss], objective: str) -> str:
     """Return what came of a complete run, and what to type next; `objective`: by which it was trained."""
-    chat = " --chat" if objective in CHATTING else ""
+    ask = f"chat {run}" if objective in CHATTING else f"generate {run} --prompt TEXT"
     minutes, seconds = divmod(round(wall_s), 60)
     losses = "".join(f", {name} {result.loss:.4f}" for name, result in heldout.items())
     return (f"complete: step {done.step}, {short(done.tokens)} tokens in {minutes}:{seconds:02d} min"
             + (f"; held-out loss{losses[1:]}" if losses else "")
             + f"\n  checkpoint  {checkpoint}\n"
-            f"  next        megatron-sov report {run} | megatron-sov generate {run}{chat} --prompt TEXT | "
+            f"  next        megatron-sov report {run} | megatron-sov {ask} | "
             f"megatron-sov convert to-hf {run} HF_DIR")
 
 
