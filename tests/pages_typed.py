@@ -23,6 +23,7 @@ ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov
 
 TYPED = {
     "README.md": "tests/test_readme.py",
+    "docs/chat.md": "tests/serve/test_chat.py",
     "docs/card.md": "tests/publish/card/test_command.py",
     "docs/codecs.md": "tests/commands/models/test_codec.py",
     "docs/convert.md": "tests/engine/convert/test_convert_page.py",

@@ -15,7 +15,7 @@ from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.stages.evaluate import HeldoutLoss
 from megatron_sov.work.clusters.units import GIB
 
-CHATTING = ("sft", "preference", "policy")
+CHATTING = ("sft", "preference", "policy", "distill")
 """Objectives that train on chats, mostly: what they make is asked in that form."""
 SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
