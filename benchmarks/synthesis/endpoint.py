@@ -47,9 +47,10 @@ def stream_of(answer: Mapping[str, Any]) -> bytes:
         deltas.append({"tool_calls": [{"index": i, **call} for i, call in enumerate(message["tool_calls"])]})
     chunks = [*({"delta": delta, "finish_reason": None} for delta in deltas),
               {"delta": {}, "finish_reason": choice["finish_reason"]}]
-    events = [*({"choices": [{"index": 0, **chunk}]} for chunk in chunks),
-              {"choices": [], "usage": answer["usage"]}]
-    return b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events) + b"data: [DONE]\n\n"
+    events: list[dict[str, Any]] = [*({"choices": [{"index": 0, **chunk}]} for chunk in chunks),
+                                    {"choices": [], "usage": answer["usage"]}]
+    return b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events) + (
+        b"data: [DONE]\n\n")
 
 
 def tokens_in(said: Any) -> int:
@@ -111,6 +112,8 @@ class ScriptedEndpoint(ThreadingHTTPServer):
         """Bodies, in order."""
         self.next: list[str] = []
         """Faults of the next attempts, before any others; "" is none."""
+        self.has_template = True
+        """Whether its card says that it has a chat template."""
         self.says = "a model's own words"
         """What the model is recognised by."""
         self.key_header = ""
@@ -146,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
-            card = {"id": MODEL, "max_model_len": 4096, "has_chat_template": True}
+            card = {"id": MODEL, "max_model_len": 4096, "has_chat_template": self.server.has_template}
             self._send(200, json.dumps({"data": [card]}).encode())
             return
         self._send(200 if self.path == "/health" else 404, b"")

@@ -72,7 +72,8 @@ class ServeOptions(PluginOptions, RankOptions):
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
     """Return a short name for each path: its last part, with as many parts before it as tell all apart."""
-    parts = [path.resolve().parts for path in paths]
+    # as they are typed: a link has a name of its own
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
     for length in range(1, max(map(len, parts))):
         names = ["/".join(found[-length:]) for found in parts]
         if len(set(names)) == len(set(parts)):

@@ -1,4 +1,4 @@
-"""A Chromium that is driven over its debugging protocol: keys are pressed, and what the page shows is read."""
+"""A Chromium that is driven over its debugging protocol: keys are pressed, and what it shows is read."""
 
 from __future__ import annotations
 
