@@ -198,18 +198,22 @@ class ChatSession:
             self.undo()
 
     def row(self) -> dict[str, Any] | None:
-        """Return the conversation as a row of chats; None where no answer ended by itself.
+        """Return the conversation as a row of chats; None where nothing of it can be learned.
 
-        Answers that were cut or stopped are marked, since an end that is none should not be learned.
+        Answers that were cut or stopped are marked, since an end that is none should not be learned; so are
+        earlier ones with thoughts, which most templates drop.
         """
-        if not any(turn.is_whole for turn in self.turns):
-            return None
         messages = self._system()
         for turn in self.turns:
             found = [dict(message) for message in turn.as_messages()]
             if not turn.is_whole:
                 found[-1]["train"] = False
+            for message in found if turn is not self.turns[-1] else ():
+                if message.pop("reasoning_content", None):
+                    message["train"] = False
             messages += found
+        if not any(m["role"] == "assistant" and m.get("train", True) for m in messages):
+            return None
         return {"messages": messages, **({"tools": list(self._tools.tools)} if self._tools else {}),
                 "model": self.model.name}
 

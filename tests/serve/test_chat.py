@@ -9,7 +9,6 @@ import os
 import pty
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from megatron_sov.commands.models.serve import distinct_names
 from megatron_sov.serve.chat_session import ChatSession, models_at
 from megatron_sov.work.endpoints.answers import NeverAnswered
 from tests.pages_typed import ROOT, commands_of
+from tokenizer.cli import main as sov_tokenizer
 
 PAGE = (ROOT / "docs/chat.md").read_text()
 TYPED = commands_of(PAGE)
@@ -117,15 +117,14 @@ def test_saved_rows_pack_and_cut_answers_are_not_learned(endpoint: ScriptedEndpo
                                                          monkeypatch: pytest.MonkeyPatch,
                                                          imported: dict[str, Path]) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(imported["solar_open"] / "tokenizer", "my-checkpoint/tokenizer")
-    found = talk("long\n/save talks.jsonl\none\n/save talks.jsonl\n", endpoint.url)
+    assert sov_tokenizer(["import", str(imported["solar_open"] / "tokenizer"), "--output", "tokenizer"]) == 0
+    found = talk("long\n/save talks.jsonl\ntwo\none\n/save talks.jsonl\n", endpoint.url)
     assert "the answer is cut" in found.err and "no answer has ended by itself" in found.err
     (row,) = [json.loads(line) for line in Path("talks.jsonl").read_text().splitlines()]
-    assert row["messages"][1]["train"] is False and "train" not in row["messages"][3]
-    assert row["messages"][3]["reasoning_content"] == "I count them."
-    # templates that show no thoughts refuse them by name
-    for message in row["messages"]:
-        message.pop("reasoning_content", None)
+    cut, earlier, last = row["messages"][1::2]
+    assert cut["train"] is False and earlier["train"] is False and "train" not in last
+    assert "reasoning_content" not in earlier and last.pop("reasoning_content") == "I count them."
+    # this template shows no thoughts at all, and such rows are refused by name
     Path("talks.jsonl").write_text(json.dumps(row) + "\n")
     (line,) = [line for line in TYPED if line.startswith("sov-data pack")]
     assert sov_data(shlex.split(line)[1:]) == 0
@@ -222,9 +221,9 @@ def test_the_pages_commands_talk_to_a_checkpoint_and_to_two_models(talk: Any, tm
     assert typed[0] == ["my-checkpoint"] and len(typed) == 3
     with_address = [endpoint.url if word.startswith("http:") else word for word in typed[2]]
     both = talk("1 + 2?\n", *with_address, "--temperature", "0", *short).out
-    assert both.startswith("my-checkpoint: ") and both.endswith("\nscripted: 1 asked, last 1 + 2?\n")
-    written = both.partition("\nscripted")[0].removeprefix("my-checkpoint: ")
-    assert alone.startswith(written + "\n")
+    written = alone.partition("\n")[0]
+    assert both == (f"user: 1 + 2?\nassistant: {written}\nmy-checkpoint: {written}\n"
+                    "scripted: 1 asked, last 1 + 2?\n"), "what `generate` writes, and says who speaks"
 
 
 def test_names_tell_targets_apart(tmp_path: Path) -> None:

@@ -207,10 +207,12 @@ def test_two_models_behind_one_address_and_the_page_without_the_key(serving: Any
         (tmp_path / name).symlink_to(imported["solar_open"])
     with serving(tmp_path / words[0], str(tmp_path / words[1]), *words[2:], "--api-key-env", "SERVE_KEY",
                  "--max-batch", "2", "--set", "train.num_threads=1") as served, \
-            httpx.Client(base_url=served.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=600) as http:
+            httpx.Client(base_url=served.url, timeout=600,
+                         headers={"Authorization": f"Bearer {KEY}"}) as http:
         assert served.models == ["sft", "dpo"]
         home = httpx.get(served.url.removesuffix("v1"))
-        assert home.text == render_chat() and "frame-ancestors 'none'" in home.headers["content-security-policy"]
+        assert home.text == render_chat()
+        assert "frame-ancestors 'none'" in home.headers["content-security-policy"]
         assert httpx.get(f"{served.url}/models").status_code == 401
         cards = http.get("/models").json()["data"]
         assert [(card["id"], card["has_chat_template"]) for card in cards] == [("sft", True), ("dpo", True)]

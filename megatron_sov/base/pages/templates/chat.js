@@ -242,22 +242,23 @@
     message.style.height = `${message.scrollHeight}px`;
   }
 
-  // Rows as `sov-data pack --format chat` reads them, one for each model; answers that have no end are not learned.
+  // Rows as `sov-data pack --format chat` reads them, one for each model. Answers that have no end are not learned, nor are
+  // earlier ones with thoughts, which most templates drop.
   function rows() {
     return state.models.map((model) => {
       const messages = [];
-      let numWhole = 0;
-      for (const turn of state.turns) {
-        const answer = turn.answers.find((one) => one.model === model);
-        if (!answer || !answer.said) continue;
-        numWhole += answer.isWhole;
+      let numLearned = 0;
+      const given = state.turns.map((turn) => [turn, turn.answers.find((one) => one.model === model)]).filter(([, answer]) => answer && answer.said);
+      for (const [i, [turn, answer]] of given.entries()) {
+        const isLast = i === given.length - 1, isLearned = answer.isWhole && (isLast || !answer.thoughts);
+        numLearned += isLearned;
         messages.push({ role: "user", content: turn.user }, {
-          role: "assistant", content: answer.said, ...(answer.thoughts ? { reasoning_content: answer.thoughts } : {}),
-          ...(answer.isWhole ? {} : { train: false }),
+          role: "assistant", content: answer.said, ...(answer.thoughts && isLast ? { reasoning_content: answer.thoughts } : {}),
+          ...(isLearned ? {} : { train: false }),
         });
       }
       const system = get("system").value.trim();
-      return numWhole ? { messages: [...(system ? [{ role: "system", content: system }] : []), ...messages], model: model.id } : null;
+      return numLearned ? { messages: [...(system ? [{ role: "system", content: system }] : []), ...messages], model: model.id } : null;
     }).filter(Boolean);
   }
 
