@@ -70,7 +70,8 @@ SHELL = {
     "apptainer": "tests/test_containers.py", "sh": "tests/operate/bundle",
     "srun": "tests/operate/slurm", "salloc": "tests/operate/slurm", "sbatch": "tests/operate/slurm",
     ".": "the shell's own", "cd": "the shell's own", "export": "the shell's own", "mkdir": "the shell's own",
-    "cp": "the shell's own", "cat": "the shell's own", "git": "not run", "curl": "not run", "printf": "tests/serve/test_chat.py",
+    "cp": "the shell's own", "cat": "the shell's own", "git": "not run", "curl": "not run",
+    "printf": "tests/serve/test_chat.py",
     "kubectl": "not run",
 }
 """First word of a line that begins none of our programs -> what holds it."""
