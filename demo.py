@@ -318,7 +318,9 @@ def summary(root: Path, times: list[tuple[Stage, float]]) -> None:
     peak_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"largest process: {peak_mib:.0f} MiB of memory")
     print(f"\nthe model, for transformers: {root / 'hf'}\n"
-          f"the report, for a browser:   {(root / 'report.html').resolve()}")
+          f"the report, for a browser:   {(root / 'report.html').resolve()}\n"
+          f"talk to it, here:            megatron-sov chat {root / 'hf'}\n"
+          f"talk to it, in a browser:    megatron-sov serve {root / 'hf'}")
 
 
 def main() -> int:

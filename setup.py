@@ -52,8 +52,8 @@ EXTRAS = {
     "synth": ["openai>=2", "httpx>=0.27", "networkx>=3", "sacrebleu>=2.5", "py3langid>=0.4"],
     # `eval lm`: the harness; it is pinned, for its tasks and prompts are part of what a score means.
     "eval": ["lm-eval==0.4.13"],
-    # `serve`
-    "serve": ["aiohttp>=3.11"],
+    # `serve`, and `chat`, which asks it
+    "serve": ["aiohttp>=3.11", "openai>=2", "httpx>=0.27"],
     "telemetry": ["opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40",
                   "prometheus-client>=0.26", "nvidia-ml-py>=13"],
     # `megatron-sov map --ray`

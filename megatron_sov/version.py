@@ -20,7 +20,8 @@ PARTS = {
                 "megatron_sov.commands.models.card"),
     "omni": ("megatron_sov.omni", "megatron_sov.commands.models.codec",
              "megatron_sov.commands.evaluate.eval_media", "data_prep.media"),
-    "serve": ("megatron_sov.serve", "megatron_sov.commands.models.serve"),
+    "serve": ("megatron_sov.serve", "megatron_sov.commands.models.serve",
+              "megatron_sov.commands.models.chat"),
 }
 """Part that an installation can do without -> its packages and modules; all others are the core."""
 

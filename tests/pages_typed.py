@@ -23,6 +23,7 @@ ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov
 
 TYPED = {
     "README.md": "tests/test_readme.py",
+    "docs/chat.md": "tests/serve/test_chat.py",
     "docs/card.md": "tests/publish/card/test_command.py",
     "docs/codecs.md": "tests/commands/models/test_codec.py",
     "docs/convert.md": "tests/engine/convert/test_convert_page.py",
@@ -70,6 +71,7 @@ SHELL = {
     "srun": "tests/operate/slurm", "salloc": "tests/operate/slurm", "sbatch": "tests/operate/slurm",
     ".": "the shell's own", "cd": "the shell's own", "export": "the shell's own", "mkdir": "the shell's own",
     "cp": "the shell's own", "cat": "the shell's own", "git": "not run", "curl": "not run",
+    "printf": "tests/serve/test_chat.py",
     "kubectl": "not run",
 }
 """First word of a line that begins none of our programs -> what holds it."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -34,6 +35,22 @@ def completion(said: str | Mapping[str, Any], read_tokens: int = 10) -> dict[str
     reason = message.pop("finish_reason", "tool_calls" if message.get("tool_calls") else "stop")
     return {"choices": [{"index": 0, "message": message, "finish_reason": reason}],
             "usage": {"prompt_tokens": read_tokens, "completion_tokens": tokens_in(message)}}
+
+
+def stream_of(answer: Mapping[str, Any]) -> bytes:
+    """Return a completion as the events of a stream: what is thought and said word by word, calls whole."""
+    choice = answer["choices"][0]
+    message = choice["message"]
+    deltas = [{name: piece} for name in ("reasoning_content", "content")
+              for piece in re.findall(r"\S*\s*", message.get(name) or "") if piece]
+    if message.get("tool_calls"):
+        deltas.append({"tool_calls": [{"index": i, **call} for i, call in enumerate(message["tool_calls"])]})
+    chunks = [*({"delta": delta, "finish_reason": None} for delta in deltas),
+              {"delta": {}, "finish_reason": choice["finish_reason"]}]
+    events: list[dict[str, Any]] = [*({"choices": [{"index": 0, **chunk}]} for chunk in chunks),
+                                    {"choices": [], "usage": answer["usage"]}]
+    return b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events) + (
+        b"data: [DONE]\n\n")
 
 
 def tokens_in(said: Any) -> int:
@@ -95,6 +112,8 @@ class ScriptedEndpoint(ThreadingHTTPServer):
         """Bodies, in order."""
         self.next: list[str] = []
         """Faults of the next attempts, before any others; "" is none."""
+        self.has_template = True
+        """Whether its card says that it has a chat template."""
         self.says = "a model's own words"
         """What the model is recognised by."""
         self.key_header = ""
@@ -129,6 +148,10 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            card = {"id": MODEL, "max_model_len": 4096, "has_chat_template": self.server.has_template}
+            self._send(200, json.dumps({"data": [card]}).encode())
+            return
         self._send(200 if self.path == "/health" else 404, b"")
 
     def do_POST(self) -> None:
@@ -158,7 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "too long":
             self._send(400, b'{"error": {"code": "context_length_exceeded"}}')
         else:
-            answer = json.dumps(completion(self.server.reply(body), tokens_in(body["messages"]))).encode()
+            made = completion(self.server.reply(body), tokens_in(body["messages"]))
+            answer = stream_of(made) if body.get("stream") else json.dumps(made).encode()
             if fault == "cut":
                 self._send(200, answer[:len(answer) // 2], {"content-length": str(len(answer))})
                 self.close_connection = True

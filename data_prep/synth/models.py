@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-import secrets
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,19 +20,15 @@ from megatron_sov.work.endpoints.answers import (
     CHAT_PROBES, BadAnswer, EndpointUnavailable, NeverAnswered, Recognition)
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
+from megatron_sov.work.endpoints.local_server import serving
 from megatron_sov.work.endpoints.transport import address_problems, is_address
-from megatron_sov.work.processes.children import end_commands, start_command
 from megatron_sov.work.processes.pool import StopSignal
 
 BACKOFF_S = 1.0
 LOCAL_PATIENCE_S = 60.0
 OTHER_MODEL = ("name another --output, or pass --same-model if only the engine changed; then the kept "
                "answers are used")
-KEY_ENV = "SOV_SERVE_KEY"
-"""Of the server's environment alone: no other process of the run needs the key."""
-STOP_S = 30.0
-"""For the answers that it still gives; then it is killed."""
-_LOOK_S, _BUDGET_LOOK_S = 0.05, 0.5
+_BUDGET_LOOK_S = 0.5
 _WHOLE_BYTES = 1 << 24
 _ENDS_BYTES = 1 << 20
 """Of larger files, begin and end stand for what lies between."""
@@ -230,8 +221,10 @@ def opened(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCa
         for model in dict.fromkeys((writer, judge)):
             url, name, key = model.engine.rstrip("/"), model.name, ""
             if model.is_local:
-                served = stack.enter_context(serving(Path(model.engine), stop))
-                url, name, key = served.url, served.model, served.key
+                served = stack.enter_context(serving(
+                    [Path(model.engine)], f"--engine {model.engine}: `megatron-sov serve` did not start: ",
+                    sleep=stop.sleep))
+                url, key, (name,) = served.url, served.key, served.models
             # a server of this machine that answers nobody has ended, and nobody starts it again
             patience_s = min(options.patience_s, LOCAL_PATIENCE_S) if model.is_local else options.patience_s
             endpoint = Endpoint(f"{url}/chat/completions", model.key_env,
@@ -243,67 +236,6 @@ def opened(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCa
                                     name, CHAT_PROBES, OTHER_MODEL, options.same_model))
             doors[model] = EndpointDoor(endpoint, name, slots, stop, patience_s)
         yield {"writer": doors[writer], "judge": doors[judge]}
-
-
-# A model of this machine.
-
-
-@dataclass(frozen=True)
-class Served:
-    """A model that is being served."""
-
-    url: str
-    """Up to `/v1`."""
-    model: str
-    """As it is called there."""
-    key: str = field(repr=False)
-    """That it wants."""
-
-
-@contextlib.contextmanager
-def serving(folder: Path, stop: StopSignal, program: Sequence[str] = ()) -> Iterator[Served]:
-    """Serve a checkpoint or Hugging Face folder while the context is open, by a child that lives no longer
-    than the run: `megatron-sov serve`, or another program.
-
-    Raises:
-        UserError: it does not start; its own sentence says why.
-        StopRequested: the run was asked to stop before it answered.
-    """
-    # No other user of this machine may use the server. The key goes by the environment: a command line can be
-    # read by all.
-    key = secrets.token_urlsafe(32)
-    with tempfile.TemporaryDirectory(prefix="sov-synth-") as work:
-        address, log = Path(work) / "address.json", Path(work) / "serve.log"
-        command = [*(program or [sys.executable, "-m", "megatron_sov", "serve"]), str(folder), "--port", "0",
-                   "--name", folder.resolve().name, "--address-file", str(address),
-                   "--api-key-env", KEY_ENV, "--parent-pid", str(os.getpid())]
-        with open(log, "wb") as out:
-            # a group of its own: Ctrl-C is for the run, which lets it answer what is under way
-            child = start_command(command, environment=os.environ | {KEY_ENV: key}, stdout=out, stderr=out,
-                                  own_group=True)
-        try:
-            yield Served(*_answering(child, address, log, folder, stop), key)
-        finally:
-            end_commands([child], STOP_S)
-
-
-def _answering(child: subprocess.Popen[bytes], address: Path, log: Path, folder: Path, stop: StopSignal
-               ) -> tuple[str, str]:
-    """Return where it answers, when it does, and what the model is called there."""
-    began_s = time.monotonic()
-    told = False
-    while not address.exists():
-        if child.poll() is not None:
-            # the last line of its log is its own sentence on what is wrong
-            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            words = said[-1].removeprefix("error: ") if said else f"it ended with {child.returncode}"
-            raise UserError(f"--engine {folder}: `megatron-sov serve` did not start: {words}")
-        if not told and time.monotonic() - began_s > 10:
-            print(f"{folder}: being loaded", flush=True)
-            told = True
-        stop.sleep(_LOOK_S)
-    said = json.loads(address.read_text(encoding="utf-8"))
-    return said["url"], said["model"]
 
 
 def identity_of(folder: Path, option: str = "--engine") -> str:

@@ -33,8 +33,10 @@ COMMANDS = {
                        "to-peft, from-peft: checkpoints, Hugging Face folders, adapters"),
     "generate": Command("megatron_sov.commands.models.generate",
                         "continue prompts with a checkpoint or a Hugging Face folder"),
+    "chat": Command("megatron_sov.commands.models.chat",
+                    "talk to a checkpoint, a Hugging Face folder or an endpoint in the terminal"),
     "serve": Command("megatron_sov.commands.models.serve",
-                     "answer requests over HTTP as OpenAI's interface spells them, at any layout"),
+                     "a chat page, and answers over HTTP as OpenAI's interface spells them"),
     "eval": Command("megatron_sov.commands.evaluate.eval",
                     "ppl, needle, pairs, passk, lm, media, play, suites, bigram, logits: judge a checkpoint "
                     "or a Hugging Face folder"),

@@ -48,7 +48,8 @@ def words_of(options: Any) -> list[str]:
 
 PARITY_LENGTHS = (1, 7, 64, 200)
 """Tokens of the documents on which two forms of a model are compared."""
-ModelPath = Annotated[Path, Flag("TARGET", help="Checkpoint, run (its newest one) or Hugging Face folder.")]
+TARGET_HELP = "Checkpoint, run (its newest one) or Hugging Face folder."
+ModelPath = Annotated[Path, Flag("TARGET", help=TARGET_HELP)]
 AnyTarget = Annotated[str, Flag("TARGET", help="Checkpoint, run (its newest one), Hugging Face folder, or "
                                                "the address of an OpenAI-compatible endpoint, up to /v1.")]
 CheckpointPath = Annotated[Path, Flag("CHECKPOINT", help="Checkpoint, or run (its newest one).")]

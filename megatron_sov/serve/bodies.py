@@ -330,6 +330,11 @@ class BodyReader:
         self._special = {token.content: id_ for id_, token
                          in self._tokenizer.get_added_tokens_decoder().items() if token.special}
 
+    @property
+    def has_chat(self) -> bool:
+        """Whether the model has a chat template."""
+        return self._chat is not None
+
     def read(self, question: ServedQuestion) -> ReadBody:
         """Return a question in ids.
 

@@ -17,15 +17,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
-from aiohttp import web
+from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.pages.page import render_chat
 from megatron_sov.infer.engines.live import continue_live
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
@@ -36,6 +37,7 @@ from megatron_sov.serve.replies import DONE, ServedReply, event
 from megatron_sov.serve.scheduler import RETRY_S, Begun, Clerk, RequestQueue, Ticket, Wrote
 from megatron_sov.serve.settings import DEFAULT_LENGTH_TOKENS, ServeSettings
 from megatron_sov.train.stopping import StopFlag
+from megatron_sov.work.endpoints.local_server import LocalServer
 from megatron_sov.work.progress.locks import has_ended, identity
 
 MAX_BODY_BYTES = 8 << 20
@@ -47,6 +49,9 @@ LINGERS_S, CLOSING_S = 2.0, 10.0
 """For which a body that nobody wants is still taken, so that its sender reads the answer; and for which the
 end waits for clients to take their last answers."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
+PAGE_HEADERS = {"Content-Security-Policy": "frame-ancestors 'none'",  # the page has the rest itself
+                "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+                "Cache-Control": "no-store"}
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -60,16 +65,21 @@ class HttpServer:
         reader: gives texts.
         created_s: Unix time since which the model is there.
         max_length_tokens: longest prompt with its answer.
+        others: servers that requests for other models are passed on to, by the model's name.
     """
 
     def __init__(self, settings: ServeSettings, desk: RequestQueue, reader: BodyReader, created_s: float,
-                 max_length_tokens: int) -> None:
+                 max_length_tokens: int, others: Mapping[str, LocalServer]) -> None:
         self._settings, self._desk, self._reader = settings, desk, reader
         self._card = {"id": settings.name, "object": "model", "created": int(created_s),
-                      "owned_by": "megatron-sov", "max_model_len": max_length_tokens}
+                      "owned_by": "megatron-sov", "max_model_len": max_length_tokens,
+                      "has_chat_template": reader.has_chat}
+        self._others = others
+        self._page = render_chat()
         self._socket = _listen(settings)
         self._loop = asyncio.new_event_loop()
         self._silent = set[Any]()
+        self._session: ClientSession | None = None
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
 
@@ -97,6 +107,7 @@ class HttpServer:
 
     async def _serve(self) -> None:
         app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY_BYTES)
+        app.router.add_get("/", self._chat_page)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._handler_of(chat_question))
@@ -125,6 +136,8 @@ class HttpServer:
         # First nobody new, then the end of those that are being answered.
         listening.close()
         await runner.cleanup()
+        if self._session is not None:
+            await self._session.close()
 
     def _drop_if_silent(self, protocol: Any) -> None:
         if protocol in self._silent:
@@ -147,8 +160,8 @@ class HttpServer:
         except web.HTTPException as e:
             return _refusal(RefusedRequest(e.status,
                                            f"{request.method} {request.path[:200]}: {e.reason}; there are "
-                                                     "GET /health, GET /v1/models, POST /v1/chat/completions "
-                                                     "and POST /v1/completions"))
+                                                     "GET /, GET /health, GET /v1/models, "
+                                                     "POST /v1/chat/completions and POST /v1/completions"))
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception:
@@ -165,7 +178,7 @@ class HttpServer:
                 raise RefusedRequest(403,
                                      f"the request is for host {request.host[:100]!r}, and without a key "
                                           "only this machine's own names are answered")
-        elif request.path != "/health":
+        elif request.path not in ("/", "/health"):  # the page holds no secret, and asks for the key
             sent = request.headers.get("Authorization", "")
             # In constant time: how long a comparison takes would tell how much of a key is right.
             if not hmac.compare_digest(sent.encode(errors="replace"), f"Bearer {key}".encode()):
@@ -178,8 +191,63 @@ class HttpServer:
             return web.json_response({"status": "closing"}, status=503)
         return web.json_response({"status": "ok", "waiting": self._desk.num_waiting})
 
+    async def _chat_page(self, request: web.Request) -> web.Response:
+        return web.Response(text=self._page, content_type="text/html", charset="utf-8", headers=PAGE_HEADERS)
+
     async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [self._card]})
+        cards = [self._card]
+        for name, other in self._others.items():
+            async with self._pass_on(name, other, "GET", "/models", None) as answer:
+                cards += (await answer.json())["data"]
+        return web.json_response({"object": "list", "data": cards})
+
+    @contextlib.asynccontextmanager
+    async def _pass_on(self, name: str, other: LocalServer, method: str, path: str, body: bytes | None
+                       ) -> AsyncIterator[ClientResponse]:
+        """Ask another model's server; its answer is open as long as the context is."""
+        if self._session is None:
+            # as long as an answer takes: who asks has limits of its own
+            self._session = ClientSession(timeout=ClientTimeout(total=None), trust_env=False)
+        headers = {"Authorization": f"Bearer {other.key}", "Content-Type": "application/json"}
+        try:
+            async with self._session.request(method, other.url + path, data=body, headers=headers) as answer:
+                yield answer
+        except ClientError:
+            raise RefusedRequest(503, f"the server of model {name!r} does not answer; start this command "
+                                      "again") from None
+
+    def _other_of(self, raw: bytes) -> str | None:
+        """Return the name of another model that a body is for, if it is for one."""
+        if not self._others:
+            return None
+        try:
+            name = json.loads(raw).get("model")
+        except (ValueError, AttributeError, RecursionError):  # which the reader of bodies says
+            return None
+        if name is None or name == self._settings.name:
+            return None
+        if not isinstance(name, str) or name not in self._others:
+            known = ", ".join(map(repr, (self._settings.name, *self._others)))
+            raise RefusedRequest(404, f"model {str(name)[:200]!r} does not exist; this server has {known}",
+                                 "model", "model_not_found")
+        return name
+
+    async def _relay(self, request: web.Request, raw: bytes, name: str) -> web.StreamResponse:
+        """Pass a request on to another model's server, and its answer back as it comes."""
+        async with self._pass_on(name, self._others[name], "POST", request.path.removeprefix("/v1"),
+                                 raw) as answer:
+            kept = {key: answer.headers[key] for key in ("Content-Type", "Cache-Control", "Retry-After")
+                    if key in answer.headers}
+            response = web.StreamResponse(status=answer.status, headers=kept)
+            await response.prepare(request)
+            try:
+                async for piece in answer.content.iter_any():
+                    await _send(response, piece)
+                await response.write_eof()
+            except (ConnectionError, TimeoutError, ClientError):  # one of both has left
+                if request.transport is not None:
+                    request.transport.abort()
+            return response
 
     def _handler_of(self, read: Callable[[bytes, str], ServedQuestion]) -> Handler:
         async def answer(request: web.Request) -> web.StreamResponse:
@@ -196,6 +264,8 @@ class HttpServer:
                     raw = await request.read()
             except TimeoutError:
                 raise RefusedRequest(408, f"the body did not come within {BODY_S:g} s") from None
+            if (other := self._other_of(raw)) is not None:
+                return await self._relay(request, raw, other)
             ticket = self._desk.submit(read(raw, self._settings.name))
             try:
                 return await self._answer(request, ticket)
@@ -292,7 +362,8 @@ LOOKS_S = 1.0
 """How often it is looked whether the parent lives."""
 
 
-def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc: int | None) -> None:
+def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc: int | None,
+          others: Mapping[str, LocalServer]) -> None:
     """Serve a model until a signal asks for the end, or its parent has ended.
 
     Args:
@@ -300,6 +371,7 @@ def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc:
         settings: where and for whom.
         layout: `key=value` changes of layout and precision.
         nproc: local processes.
+        others: servers that requests for other models are passed on to, by the model's name.
 
     Raises:
         UserError: the model, its tokenizer or the address cannot be used.
@@ -319,23 +391,23 @@ def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc:
         # One process takes requests; the others follow its orders.
         desk = RequestQueue(settings.max_waiting)
         clerk = Clerk(desk, reader, lambda: flag.reason, parent.has_ended)
-        with _door(HttpServer(settings, desk, reader, time.time(), longest), settings):
+        with _door(HttpServer(settings, desk, reader, time.time(), longest, others), settings, others):
             continue_live(loaded.policy, settings.batching, longest, clerk)
 
     run_forward_model(target, layout, nproc, on_ranks)
 
 
 @contextlib.contextmanager
-def _door(server: HttpServer, settings: ServeSettings) -> Iterator[None]:
+def _door(server: HttpServer, settings: ServeSettings, others: Mapping[str, LocalServer]) -> Iterator[None]:
     """Keep the server open, with its address in the file that is wanted."""
     server.start()
     try:
-        file = settings.address_file
+        file, names = settings.address_file, [settings.name, *others]
         if file is not None:
-            write_output(file, json.dumps({"url": server.url, "model": settings.name, "pid": os.getpid()})
-                         + "\n")
-        print(f"{settings.name} answers at {server.url}; Ctrl-C or SIGTERM ends it", file=sys.stderr,
-              flush=True)
+            write_output(file, json.dumps({"url": server.url, "model": settings.name, "models": names,
+                                           "pid": os.getpid()}) + "\n")
+        print(f"{', '.join(names)} {'answer' if others else 'answers'} at {server.url}; Ctrl-C or SIGTERM "
+              f"ends it\n  chat page  {server.url.removesuffix('v1')}", file=sys.stderr, flush=True)
         try:
             yield
         finally:

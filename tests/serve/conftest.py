@@ -26,7 +26,9 @@ class Served:
     url: str
     """Its address, up to `/v1`."""
     model: str
-    """The name of its model."""
+    """The name of its first model."""
+    models: list[str]
+    """The names of all."""
     pid: int
     """Its first rank."""
     thread: threading.Thread

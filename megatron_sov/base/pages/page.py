@@ -247,11 +247,24 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
     return _templates().get_template("page.html.j2").render(
         kicker=kicker, title=title, subtitle=subtitle, nothing=nothing,
         chapters=[_anchored(chapter, f"{anchor}-{i}") for i, chapter in enumerate(chapters, 1)],
-        opening=opening, overview=overview, overview_anchor=f"{anchor}s", css=_resource("page.css"),
+        opening=opening, overview=overview, overview_anchor=f"{anchor}s",
+        css=_resource("colours.css") + _resource("page.css"),
         plotly_js=plotly_js, draw_js=draw_js, live_js=live_js, live=live,
         script_hashes=" ".join(map(_csp_hash, scripts)),
         version=__version__, written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s)),
     )
+
+
+def render_chat() -> str:
+    """Return the HTML of the page that talks to the models of the server that it comes from.
+
+    Its policy lets its own script and style work and its own server be asked; what a model writes is inserted
+    as text.
+    """
+    css, js = _resource("colours.css") + _resource("chat.css"), _resource("chat.js")
+    return _templates().get_template("chat.html.j2").render(
+        css=css, js=js, style_hash=_csp_hash(css), script_hash=_csp_hash(js),
+        version=__version__)
 
 
 def render_panel(panel: Panel) -> str:

@@ -278,7 +278,8 @@ def _show(options: GenerateOptions, prompts: list[ModelPrompt], texts: list[str]
         print(json.dumps(rows, ensure_ascii=False, indent=1))
         return
     for prompt, text in zip(prompts, texts, strict=True):
-        shown = f"{prompt.text}{text}"
+        # an answer does not go on from its question, so each has a line that says who speaks
+        shown = f"user: {prompt.text}\nassistant: {text}" if options.chat else f"{prompt.text}{text}"
         # a terminal obeys control characters; a file or pipe gets the text as it is
         if sys.stdout.isatty():
             shown = visible(shown)

@@ -15,7 +15,7 @@ from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.stages.evaluate import HeldoutLoss
 from megatron_sov.work.clusters.units import GIB
 
-CHATTING = ("sft", "preference", "policy")
+CHATTING = ("sft", "preference", "policy", "distill")
 """Objectives that train on chats, mostly: what they make is asked in that form."""
 SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -87,13 +87,13 @@ def memory_of(config: RunConfig, num_ranks: int) -> Account:
 def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float,
             heldout: Mapping[str, HeldoutLoss], objective: str) -> str:
     """Return what came of a complete run, and what to type next; `objective`: by which it was trained."""
-    chat = " --chat" if objective in CHATTING else ""
+    ask = f"chat {run}" if objective in CHATTING else f"generate {run} --prompt TEXT"
     minutes, seconds = divmod(round(wall_s), 60)
     losses = "".join(f", {name} {result.loss:.4f}" for name, result in heldout.items())
     return (f"complete: step {done.step}, {short(done.tokens)} tokens in {minutes}:{seconds:02d} min"
             + (f"; held-out loss{losses[1:]}" if losses else "")
             + f"\n  checkpoint  {checkpoint}\n"
-            f"  next        megatron-sov report {run} | megatron-sov generate {run}{chat} --prompt TEXT | "
+            f"  next        megatron-sov report {run} | megatron-sov {ask} | "
             f"megatron-sov convert to-hf {run} HF_DIR")
 
 

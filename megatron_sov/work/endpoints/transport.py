@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from megatron_sov.base.errors import how_to_install
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
-from megatron_sov.work.endpoints.answers import BadAnswer
+from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered, reason_of, why_never
 
 
 def is_address(text: str) -> bool:
@@ -170,27 +170,83 @@ class Transport:
             TimeoutError: it takes too long.
             BadAnswer: there is no connection, or too much comes.
         """
+        return self._send("post", payload)
+
+    def get(self) -> Answered:
+        """Return what the address itself says; raises as `post` does."""
+        return self._send("get", None)
+
+    def stream(self, payload: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        """Yield the objects of an answer that is sent as it is written; the iteration's end hangs up.
+
+        Raises:
+            TimeoutError: it takes too long.
+            NeverAnswered: the endpoint says that it never answers this request, such as one that is too long.
+            BadAnswer: there is no connection, or the endpoint refuses, or its answer breaks off.
+        """
         import httpx
         import openai
 
-        secret = self._key or (os.environ.get(self._key_env, "") if self._key_env else "")
-        # no compression: a limit of bytes would count packed ones, and little unpacks to much
-        headers: dict[str, Any] = {"Accept-Encoding": "identity",
-                                   "Authorization": f"Bearer {secret}" if secret else openai.Omit()}
         try:
-            response = self._opened().post(f"/{self._path}", body=dict(payload), cast_to=httpx.Response,
-                                           options={"headers": headers})
+            opened: openai.Stream[Any] = self._opened().post(
+                f"/{self._path}", body=dict(payload) | {"stream": True}, cast_to=object, stream=True,
+                stream_cls=openai.Stream[Any], options={"headers": self._headers()})
+            with opened:
+                for part in opened:
+                    if isinstance(part, Mapping):
+                        yield part
+        except openai.APIStatusError as e:
+            body = e.response.content
+            said = reason_of(body, self._secret) or f"HTTP {e.status_code}"
+            if why := why_never(body):
+                raise NeverAnswered(f"the request is {why} ({said})") from None
+            raise BadAnswer(f"the endpoint refuses ({said})") from None
+        except openai.APIError as e:
+            if isinstance(e, openai.APIConnectionError):
+                raise self._failure(e) from None
+            # an error that comes in place of the next part
+            raise BadAnswer(f"the endpoint broke off ({' '.join(str(e.message).split())[:200]})") from None
+        except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as e:
+            raise self._failure(e) from None
+
+    @property
+    def _secret(self) -> str:
+        return self._key or (os.environ.get(self._key_env, "") if self._key_env else "")
+
+    def _headers(self) -> dict[str, Any]:
+        import openai
+
+        # no compression: a limit of bytes would count packed ones, and little unpacks to much
+        return {"Accept-Encoding": "identity",
+                "Authorization": f"Bearer {self._secret}" if self._secret else openai.Omit()}
+
+    def _send(self, method: str, payload: Mapping[str, Any] | None) -> Answered:
+        import httpx
+        import openai
+
+        asked: dict[str, Any] = {"cast_to": httpx.Response, "options": {"headers": self._headers()}}
+        if payload is not None:
+            asked["body"] = dict(payload)
+        try:
+            response = getattr(self._opened(), method)(f"/{self._path}", **asked)
         except openai.APIStatusError as e:
             response = e.response
-        except openai.APITimeoutError:
-            raise TimeoutError(f"the endpoint took longer than {self._timeout_s:g} s") from None
         except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as e:
-            cause = e.__cause__ or e
-            if isinstance(cause, _unbounded()):
-                raise BadAnswer(str(cause)) from None
-            raise BadAnswer(f"the connection failed ({type(cause).__name__})", is_away=True) from None
+            raise self._failure(e) from None
         return Answered(response.status_code,
                         {name.lower(): value for name, value in response.headers.items()}, response.content)
+
+    def _failure(self, error: Exception) -> Exception:
+        """Return what is raised for a request that was not answered."""
+        import httpx
+        import openai
+
+        if isinstance(error, (openai.APITimeoutError, httpx.TimeoutException)):
+            return TimeoutError(f"the endpoint took longer than {self._timeout_s:g} s")
+        cause = error.__cause__ or error
+        if isinstance(cause, _unbounded()):
+            return BadAnswer(str(cause))
+        return BadAnswer(f"the connection failed ({type(cause).__name__})", is_away=True)
 
     def _opened(self) -> Any:
         """Return the client, made once: openai's, over an HTTP client of ours that keeps the limits."""

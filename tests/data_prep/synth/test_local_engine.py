@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep.synth.models import KEY_ENV, identity_of, serving
+from data_prep.synth.models import identity_of
 from megatron_sov.base.errors import StopRequested, UserError
+from megatron_sov.work.endpoints.local_server import KEY_ENV, serving
 from megatron_sov.work.processes.pool import StopSignal
 
 SERVER = """import json, os, sys
@@ -27,7 +28,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 server = HTTPServer(("127.0.0.1", int(words["--port"])), Handler)
 with open(words["--address-file"] + ".tmp", "w") as f:
-    json.dump({"url": f"http://127.0.0.1:{server.server_port}/v1", "model": words["--name"]}, f)
+    json.dump({"url": f"http://127.0.0.1:{server.server_port}/v1", "models": [words["--name"]]}, f)
 os.replace(words["--address-file"] + ".tmp", words["--address-file"])
 server.serve_forever()
 """
@@ -52,8 +53,8 @@ def servers(folder: Path) -> list[psutil.Process]:
 
 
 def test_a_folder_is_served_with_a_key_and_ends_with_the_context(model: Path, tmp_path: Path) -> None:
-    with serving(model, StopSignal(), program(tmp_path, SERVER)) as served:
-        assert served.model == "my-model" and served.url.startswith("http://127.0.0.1:")
+    with serving([model], "x: ", program=program(tmp_path, SERVER)) as served:
+        assert served.models == ("my-model",) and served.url.startswith("http://127.0.0.1:")
         (child,) = servers(tmp_path)
         assert served.key not in " ".join(child.cmdline()) + repr(served), "which all users see"
         assert KEY_ENV not in os.environ, "which every program gets that the run starts"
@@ -66,8 +67,8 @@ def test_a_folder_is_served_with_a_key_and_ends_with_the_context(model: Path, tm
 
 def test_a_server_that_does_not_start_says_why(model: Path, tmp_path: Path) -> None:
     words = program(tmp_path, "import sys; print('loading'); sys.exit('error: config.json: is no model')")
-    with pytest.raises(UserError, match=r"did not start: config\.json: is no model"), \
-            serving(model, StopSignal(), words):
+    with pytest.raises(UserError, match=r"^x: config\.json: is no model"), \
+            serving([model], "x: ", program=words):
         pass
 
 
@@ -75,7 +76,8 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_model_to_load(model: Pa
     stop = StopSignal()
     threading.Timer(0.3, stop.ask, ["enough"]).start()
     with pytest.raises(StopRequested, match="enough"), \
-            serving(model, stop, program(tmp_path, "import time; time.sleep(3600)")):
+            serving([model], "x: ", sleep=stop.sleep,
+                    program=program(tmp_path, "import time; time.sleep(3600)")):
         pass
     assert not servers(tmp_path)
 

@@ -70,7 +70,7 @@ def test_a_run_says_what_came_of_it() -> None:
                    {"web": HeldoutLoss(2.0, 1.0, 10), "code": HeldoutLoss(1.25, 1.0, 10)}, "sft").splitlines()
     assert told[0] == "complete: step 6, 1.5 M tokens in 2:05 min; held-out loss web 2.0000, code 1.2500"
     assert told[1] == "  checkpoint  runs/a/checkpoints/step-6" and "megatron-sov report runs/a" in told[2]
-    assert "generate runs/a --chat --prompt TEXT" in told[2]  # in the form that it was trained in
+    assert "megatron-sov chat runs/a |" in told[2]  # in the form that it was trained in
 
 
 def test_numbers_are_short() -> None:

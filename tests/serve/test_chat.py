@@ -1,0 +1,247 @@
+"""`megatron-sov chat`, as docs/chat.md types it: what is asked and shown, what is kept of a conversation,
+and that saved rows pack."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from synthesis.endpoint import ScriptedEndpoint, serving
+
+from data_prep.cli import main as sov_data
+from megatron_sov.base.chat.tool_calls import ToolCall
+from megatron_sov.cli import main
+from megatron_sov.commands.models.serve import distinct_names
+from megatron_sov.serve.chat_session import ChatSession, models_at
+from megatron_sov.work.endpoints.answers import NeverAnswered
+from tests.pages_typed import ROOT, commands_of
+from tokenizer.cli import main as sov_tokenizer
+
+PAGE = (ROOT / "docs/chat.md").read_text()
+TYPED = commands_of(PAGE)
+
+
+def reply(request: Any) -> dict[str, Any]:
+    """Return an answer that says how many questions there are, with thoughts; or a cut one."""
+    questions = [m["content"] for m in request["messages"] if m["role"] == "user"]
+    return {"content": f"{len(questions)} asked, last {questions[-1]}", "reasoning_content": "I count them.",
+            "finish_reason": "length" if questions[-1] == "long" else "stop"}
+
+
+@pytest.fixture
+def endpoint() -> Iterator[ScriptedEndpoint]:
+    with serving(ScriptedEndpoint(reply)) as server:
+        yield server
+
+
+@pytest.fixture
+def talk(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., Any]:
+    """Return `talk(lines, *words)`: what the command prints to a pipe of lines."""
+
+    def talked(lines: str, *words: str) -> Any:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        assert main(["chat", *words]) == 0
+        return capsys.readouterr()
+
+    return talked
+
+
+class Shown:
+    """A screen that remembers."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def think(self, piece: str) -> None:
+        self.lines.append(f"thought {piece}")
+
+    def say(self, piece: str) -> None:
+        self.lines.append(piece)
+
+    def call(self, name: str, arguments: str) -> None:
+        self.lines.append(f"call {name} {arguments}")
+
+    def result(self, text: str) -> None:
+        self.lines.append(f"result {text}")
+
+    def note(self, text: str) -> None:
+        self.lines.append(f"note {text}")
+
+
+class Adder:
+    """Tools that add, and remember how often."""
+
+    tools = ({"type": "function", "function": {"name": "add", "parameters": {}}},)
+
+    def __init__(self) -> None:
+        self.state = "0"
+
+    def call(self, call: ToolCall) -> str:
+        self.state = str(int(self.state) + 1)
+        return str(sum(call.arguments.values()))
+
+    def restore(self, state: str) -> None:
+        self.state = state
+
+
+def test_each_piped_line_gets_one_answer_and_nothing_else_is_printed(endpoint: ScriptedEndpoint, talk: Any
+                                                                     ) -> None:
+    found = talk("one\n\ntwo\n/think\n/undo\n/temp 0\n/retry\n/system Be kind.\n/clear\nthree\n/tmp\n/quit\n"
+                 "four\n", endpoint.url, "--system", "Be brief.", "--top-p", "0.9", "--seed", "5")
+    assert found.out == "1 asked, last one\n2 asked, last two\n1 asked, last one\n1 asked, last three\n"
+    assert "I count them." in found.err and "/tmp: does not exist; did you mean 'temp'?" in found.err
+    first, second, again, third = endpoint.requests
+    assert [m["content"] for m in second["messages"]] == ["Be brief.", "one", "1 asked, last one", "two"]
+    assert (first["temperature"], again["temperature"], first["top_p"]) == (0.7, 0, 0.9)
+    assert (first["seed"], again["seed"]) == (5, 7), "a second try would be the same again"
+    assert first["max_tokens"] == 2048, "half of the context"
+    assert third["messages"][0] == {"role": "system", "content": "Be kind."} and len(third["messages"]) == 2
+
+
+def test_saved_rows_pack_and_cut_answers_are_not_learned(endpoint: ScriptedEndpoint, talk: Any,
+                                                         tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch,
+                                                         imported: dict[str, Path]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sov_tokenizer(["import", str(imported["solar_open"] / "tokenizer"), "--output", "tokenizer"]) == 0
+    found = talk("long\n/save talks.jsonl\ntwo\none\n/save talks.jsonl\n", endpoint.url)
+    assert "the answer is cut" in found.err and "no answer has ended by itself" in found.err
+    (row,) = [json.loads(line) for line in Path("talks.jsonl").read_text().splitlines()]
+    cut, earlier, last = row["messages"][1::2]
+    assert cut["train"] is False and earlier["train"] is False and "train" not in last
+    assert "reasoning_content" not in earlier and last.pop("reasoning_content") == "I count them."
+    # this template shows no thoughts at all, and such rows are refused by name
+    Path("talks.jsonl").write_text(json.dumps(row) + "\n")
+    (line,) = [line for line in TYPED if line.startswith("sov-data pack")]
+    assert sov_data(shlex.split(line)[1:]) == 0
+    assert Path("talks/manifest.json").is_file()
+
+
+def test_oldest_turns_are_left_out_where_the_context_ends(endpoint: ScriptedEndpoint) -> None:
+    session, screen = ChatSession(models_at(endpoint.url, "")[0], {}), Shown()
+    for text in ("a", "b", "c"):
+        session.ask(text, screen)
+    endpoint.next = ["too long", "too long"]
+    session.ask("d", screen)
+    assert [m["content"] for m in endpoint.requests[-1]["messages"] if m["role"] == "user"] == ["c", "d"]
+    assert "note the conversation is longer than the model's context: the 2 oldest turns are left out" in (
+        screen.lines)
+    endpoint.next = ["too long"] * 9
+    with pytest.raises(NeverAnswered, match="longer than the model's context"):
+        session.ask("e", screen)
+    assert [turn.user for turn in session.turns] == ["a", "b", "c", "d"], "the row has all turns"
+
+
+def test_tools_answer_calls_and_are_taken_back() -> None:
+    def calls(request: Any) -> Any:
+        if request["messages"][-1]["role"] == "tool":
+            return f"It is {request['messages'][-1]['content']}."
+        return {"content": None, "tool_calls": [{"id": "c1", "type": "function", "function": {
+            "name": "add", "arguments": '{"a": 1, "b": 2}'}}]}
+
+    with serving(ScriptedEndpoint(calls)) as server:
+        tools, screen = Adder(), Shown()
+        session = ChatSession(models_at(server.url, "")[0], {}, tools)
+        session.ask("1 + 2?", screen)
+    assert screen.lines[:2] == ['call add {"a": 1, "b": 2}', "result 3"]
+    assert "".join(screen.lines[2:]) == "It is 3." and tools.state == "1"
+    row = session.row()
+    assert row is not None
+    assert [m["role"] for m in row["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert row["tools"] == list(tools.tools)
+    session.undo()
+    assert (tools.state, session.turns) == ("0", [])
+
+
+def test_a_terminal_gets_no_control_characters_and_an_interrupt_stops_the_answer_alone() -> None:
+    with serving(ScriptedEndpoint(lambda request: "red \x1b[31m" if request["messages"][-1]["content"] == "x"
+                                  else "ok")) as server:
+        master, slave = pty.openpty()
+        process = subprocess.Popen([sys.executable, "-m", "megatron_sov", "chat", server.url], stdin=slave,
+                                   stdout=slave, stderr=slave, start_new_session=True)
+        os.close(slave)
+        seen = ""
+
+        def until(text: str) -> None:
+            nonlocal seen
+            deadline_s = time.monotonic() + 300
+            while text not in seen:
+                assert time.monotonic() < deadline_s, seen
+                seen += os.read(master, 4096).decode(errors="replace")
+            seen = seen.partition(text)[2]
+
+        until("you> ")
+        os.write(master, b"x\n")
+        until("\\x1b[31m")
+        until("you> ")
+        server.slow_s = 600.0
+        os.write(master, b"wait\n")
+        while len(server.requests) < 2:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        until("stopped")
+        until("you> ")
+        server.slow_s = 0.0
+        os.write(master, b"again\n")
+        until("ok")
+        until("you> ")
+        os.write(master, b"\x04")
+        assert process.wait(60) == 0
+        os.close(master)
+
+
+def test_the_pages_commands_talk_to_a_checkpoint_and_to_two_models(talk: Any, tmp_path: Path, one_rank: None,
+                                                                   endpoint: ScriptedEndpoint,
+                                                                   imported: dict[str, Path],
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("my-checkpoint", "runs/sft", "runs/dpo"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).symlink_to(imported["solar_open"])
+    (piped,) = re.findall(r"^printf '(.*)' \| megatron-sov chat (.*) > answers.txt$", PAGE, re.MULTILINE)
+    short = ("--max-tokens", "6", "--set", "train.num_threads=1")
+    lines = piped[0].replace("\\n", "\n")
+    alone = talk(lines, *shlex.split(piped[1]), *short).out
+    assert main(["generate", "my-checkpoint", "--chat", "--prompt", "1 + 2?", "--max-new-tokens", "6"]) == 0
+    typed = [shlex.split(line)[2:] for line in TYPED if line.startswith("megatron-sov chat ")]
+    assert typed[0] == ["my-checkpoint"] and len(typed) == 3
+    with_address = [endpoint.url if word.startswith("http:") else word for word in typed[2]]
+    both = talk("1 + 2?\n", *with_address, "--temperature", "0", *short).out
+    written = alone.partition("\n")[0]
+    assert both == (f"user: 1 + 2?\nassistant: {written}\nmy-checkpoint: {written}\n"
+                    "scripted: 1 asked, last 1 + 2?\n"), "what `generate` writes, and says who speaks"
+
+
+def test_names_tell_targets_apart(tmp_path: Path) -> None:
+    assert distinct_names([tmp_path / "a/hf", tmp_path / "b/hf"]) == ["a/hf", "b/hf"]
+    assert distinct_names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["nowhere"], "nowhere: does not exist"), (["http://h:0/v1"], "must be an address"),
+    (["http://127.0.0.1:9/v1"], "the models cannot be listed (the connection failed"),
+    ([*"abcde"], "at most 4 models"), (["a", "--tools", "no"], "a: does not exist")])
+def test_a_mistake_is_one_sentence(words: list[str], said: str, capsys: Any) -> None:
+    assert main(["chat", *words]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and said in told and "Traceback" not in told
+
+
+def test_a_model_without_a_template_is_refused(endpoint: ScriptedEndpoint, capsys: Any) -> None:
+    endpoint.has_template = False
+    assert main(["chat", endpoint.url]) == 2
+    assert "scripted: has no chat template, so it cannot hold a conversation" in capsys.readouterr().err
