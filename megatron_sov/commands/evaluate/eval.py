@@ -259,7 +259,7 @@ class PplOptions(CutOptions, OutOptions, RankOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class NeedleOptions(OutOptions, RankOptions):
-    """Find what a context says again, at any depth of any length, among other needles."""
+    """Needle-in-a-haystack accuracy by length and depth, among other needles."""
 
     data: Annotated[tuple[str, ...], Flag(value="DIR")] = ()
     """Token shards with held-out documents."""
@@ -288,7 +288,7 @@ class NeedleOptions(OutOptions, RankOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PairsOptions(HeldoutOptions, OutOptions, RankOptions):
-    """Share of held-out pairs whose better answer the model would rather write."""
+    """Share of held-out pairs whose chosen answer is more probable to the model."""
 
     target: ModelPath
 

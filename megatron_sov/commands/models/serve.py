@@ -22,7 +22,7 @@ from megatron_sov.serve.settings import ServeSettings
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(PluginOptions, RankOptions):
-    """Which model is served, how it lies on this machine's processes, and to whom."""
+    """Serve a model over HTTP: which one, its layout on this machine, and the address."""
 
     target: ModelPath
     serving: ServeSettings = field(default_factory=ServeSettings)
