@@ -288,7 +288,7 @@ class NeedleOptions(OutOptions, RankOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PairsOptions(HeldoutOptions, OutOptions, RankOptions):
-    """Share of held-out pairs whose chosen answer is more probable to the model."""
+    """Share of held-out pairs whose better answer the model would rather write."""
 
     target: ModelPath
 
