@@ -27,12 +27,18 @@ HEAD = """# Settings
 
 <!-- Written by docs/generate_config.py from megatron_sov/model/config; change it there. -->
 
-A recipe (`megatron-sov recipes`) sets all of these; `--set key=value` changes one, e.g.
-`--set train.steps=100`, `--set data.phases.0.seq_len=512`, `--set 'data.phases.0.blend={"en": 2, "ko": 1}'`,
-`--set model.yarn=null`. Values are read as JSON where they parse, else as text; of a key that is given
-twice the last one counts. A key that does not exist is
-refused, with the nearest one that does; all broken rules of a configuration are listed at once. The resolved
-settings of a run stand in its `config.json`.
+A recipe (`megatron-sov recipes`) sets all of these, and you change one with `--set key=value`. Your run's
+resolved settings are in `RUN/config.json`.
+
+| you want to set | example |
+|---|---|
+| a number | `--set train.steps=100` |
+| a field of a phase | `--set data.phases.0.seq_len=512` |
+| an object | `--set 'data.phases.0.blend={"en": 2, "ko": 1}'` |
+| nothing | `--set model.yarn=null` |
+
+Values are JSON if they parse, else text. If you give a key twice, the last one counts. An unknown key is
+refused with the nearest known one. You see all broken rules at once.
 """
 
 

@@ -30,20 +30,22 @@ HEAD = f"""# Memory at {SEQ_LEN:,} tokens
 
 <!-- Written by docs/generate_memory.py; change it there. -->
 
-GiB of the fullest process, in bf16 with ZeRO-1, micro-batches of one sample and every layer recomputed, by
-the account that `megatron-sov plan` prices a run with (`megatron_sov/plan/footprint/memory.py`).
+GiB of the process that needs most, as `megatron-sov plan` computes it. The run has bf16, ZeRO-1, one sample
+in a micro-batch, and every layer recomputed.
 
-- **Weights, gradients, optimizer** are those of the modules, buffers and optimizers that training makes, to
-  the byte: `benchmarks/results/plan_bytes.txt` compares them with what megatron-core builds on meta tensors,
-  over random layouts of all recipes.
-- **Activations** are counted by what modules save: the input of every layer and micro-batch under way, the
-  inside of one layer with its gradients, the logits of one chunk and the gradients that the head's loss
-  leaves; of one layer and head the larger counts, for the head's part is gone when a layer's backward pass
-  begins. `benchmarks/results/plan_activations.txt` compares them with what autograd saves in whole steps.
-- **Imbalance, NCCL, gaps** are estimates (`megatron_sov/plan/footprint/memory.py`): a fullest expert-parallel
-  rank with a fifth more tokens than the mean, a ring's buffers for each communicator, and the allocator's
-gaps.
-The CUDA context and the workspaces of libraries come on top: a run may plan with 95 % of a GPU's memory.
+| columns | how they are counted |
+|---|---|
+| weights, gradients, optimizer | exactly: compared with megatron-core on random layouts of all recipes \
+(`benchmarks/results/plan_bytes.txt`) |
+| layer inputs | the input of every layer and micro-batch in flight |
+| one layer, head | the inside of one layer with its gradients; the logits of a chunk with theirs. The \
+larger of the two counts |
+| imbalance | estimate: the fullest expert-parallel rank has a fifth more tokens than the mean |
+| NCCL, gaps | estimates: buffers of each communicator, gaps of the allocator \
+(`megatron_sov/plan/footprint/memory.py`) |
+
+Activations are compared with what autograd saves in whole steps (`benchmarks/results/plan_activations.txt`).
+Keep 5 % of your GPU's memory for the CUDA context and for workspaces of libraries.
 
 | recipe | processes | layout | stage | {" | ".join(COLUMNS.values())} | sum |
 |---|---|---|---|{"---|" * len(COLUMNS)}---|
@@ -56,8 +58,8 @@ CACHED_RECIPES = ("solar-open-102b", "k-exaone-236b", "qwen3-moe-30b", "qwen3-8b
 CACHES = f"""
 ## Keys and values of a response
 
-Generating keeps keys and values of every token in global layers, and of a window in sliding ones
-(`megatron_sov/plan/speed/workload.py`).  GiB of one sequence in bf16 over all processes that share it:
+When you generate, global layers keep keys and values of every token, sliding layers of a window. GiB of one
+sequence in bf16, over all processes that share it:
 
 | recipe | {" | ".join(f"{tokens:,} tokens" for tokens in CACHED)} |
 |---|{"---|" * len(CACHED)}

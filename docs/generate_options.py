@@ -15,12 +15,17 @@ HEAD = """# Commands and their options
 
 <!-- Written by docs/generate_options.py from what the commands declare; change it there. -->
 
-Every command with all of its arguments; `COMMAND --help` prints the same. An option that takes several
-values, or may be repeated, says so. Every command that writes or trains has `--dry-run`: it checks options
-and paths, prints what would be read and written, and does nothing.
-Settings behind `--set` stand on [Settings](config.md). Exit codes: 0 complete,
-2 your input needs a change, 3 a gate did not pass, 75 stopped with everything saved, 76 a step hung, 77 a
-process gave wrong bits.
+Every command with its arguments, as `COMMAND --help` prints them. [Settings](config.md) has what you can
+change with `--set`. Commands that write or train have `--dry-run`: you see what would be read and written.
+
+| exit code | meaning |
+|---|---|
+| 0 | complete |
+| 2 | your input needs a change |
+| 3 | a gate did not pass |
+| 75 | stopped with everything saved |
+| 76 | a step hung |
+| 77 | a process gave wrong bits |
 """
 
 

@@ -18,8 +18,8 @@ HEAD = """# Recipes
 
 <!-- Written by docs/generate_recipes.py from megatron_sov/model/recipes; change it there. -->
 
-A recipe is a short Python function that returns a configuration, and a table that says where each value
-comes from.
+A recipe is a configuration with the source of each value. You start a run from one, and change it with
+`--set`.
 
 ```bash
 megatron-sov recipes
@@ -27,23 +27,22 @@ megatron-sov recipes k-exaone-236b
 megatron-sov recipes tiny-k-exaone --set train.steps=100 --json
 ```
 
-The first command lists them, the second one prints every setting of one with its source, the third one
-prints the settings as JSON, as `--set` leaves them, which is what `RUN/config.json` will hold.
+The first command lists them. The second prints every setting of one with its source. The third prints the
+settings as JSON, as your `RUN/config.json` will hold them.
 
 | source | the value |
 |---|---|
-| `published` | stands in a paper or report, or in its authors' code |
-| `config.json` | stands in the config.json of the released model, or follows from its model class |
-| `ours` | was published by nobody: our choice, with a word why |
+| `published` | is in a paper or report, or in its authors' code |
+| `config.json` | is in the config.json of the released model, or follows from its model class |
+| `ours` | was not published: our choice, with the reason |
 | `default` | the recipe leaves the setting as it is ([config.md](config.md)) |
 | `yours` | was set by `--set`, or by a recipe without a table |
 
-`tiny-` before a recipe's name is the same structure at a size for two CPU cores, under the name in the
-table below or the whole one (`tiny-solar-open` is `tiny-solar-open-102b`). What shrinking changes is
-`ours`, the rest comes from where the big recipe has it.
+A `tiny-` recipe has the same structure at a size for two CPU cores. You can use its short or full name
+(`tiny-solar-open` is `tiny-solar-open-102b`). Values that shrinking changes are `ours`.
 
-K-EXAONE speaks six languages: Korean, English, Spanish, German, Japanese and Vietnamese. Its first two
-phases have a source for each of them but English, which is the rest of the web.
+K-EXAONE has Korean, English, Spanish, German, Japanese and Vietnamese. Its first two phases have a source for
+each except English, which is the rest of the web.
 
 ## What there is
 
@@ -53,40 +52,45 @@ phases have a source for each of them but English, which is the rest of the web.
 LAYOUTS = """
 ## Layouts for GPUs
 
-What a process needs of its GPU's memory depends on the layout. These are recommended, best first; of a
-recipe's the first one serves that so many processes can have (a batch has to divide) and that fits, with 5 %
-of the memory kept for what the account of [memory.md](memory.md) leaves out. `recipes NAME` shows them too,
-`plan --cluster` and `submit --cluster` take the one for the cluster's GPUs where nobody has set `parallel.*`,
-the micro-batch or what is recomputed, and `pretrain`, `extend`, `sft` and `submit` refuse a layout that does
-not fit and name the nearest that does. They are what `plan --sweep` finds: of the layouts within 2 % of the
-fastest the one that needs least memory. Figures are those of the account; none of these layouts has run on a
-GPU yet.
+These layouts are recommended, best first. You get the first one that fits your number of processes and the
+memory, with 5 % kept free ([memory.md](memory.md)). They come from `plan --sweep`: of the layouts within 2 %
+of the fastest, the one with the least memory. Figures are computed, and none has run on a GPU yet.
+
+| command | what it does with them |
+|---|---|
+| `recipes NAME` | shows them |
+| `plan --cluster`, `submit --cluster` | use the one for the cluster's GPUs, unless you set `parallel.*`, \
+the micro-batch or recomputation |
+| `pretrain`, `extend`, `sft`, `submit` | refuse a layout that does not fit, and name the nearest that does |
 
 | recipe | GPU | settings | GiB of a process |
 |---|---|---|---|
 """
 STAGES = """
-`-extend` recipes are for `megatron-sov extend`, from the pretrained model: the published stages one after
-the other, with long documents and rehearsal, each behind the needle gate ([extend.md](extend.md)). `plan`
-shows the steps and tokens of both:
+## Recipes of later stages
+
+You use `-extend` recipes with `megatron-sov extend`, from the pretrained model: the published stages in
+order, each ending with the needle gate ([extend.md](extend.md)). `plan` shows steps and tokens:
 
 ```bash
 megatron-sov plan solar-open-102b-extend
 megatron-sov extend tiny-k-exaone-extend --from runs/pretrain --data shards --run runs/long
 ```
 
-No source at hand says at which stage Solar Open's rotations were stretched: it is pretrained and brought to
-32K with plain ones, and gets the released ones, YaRN 2 over 65,536, with the last stage.
-`vibethinker-1.5b` is two commands: `extend` makes the base ready for 40,960 tokens, over 16K and 32K with one
-slower base of the rotations, `sft` goes on from there; its checkpoints are probed and merged as in
-[ssp.md](ssp.md). `typhoon-s-8b-opd` is for `distill`, from what `typhoon-s-8b` has fine-tuned;
-`solar-open-102b-dpo` is for a round of `prefer`.
-
-Runs of reinforcement learning are for `rl run`, or for `rl generate`, `rl reward` and `rl train`
-([rl.md](rl.md)), from the model that was fine-tuned: `typhoon-s-4b-legal` and `-agent` (InK-GRPO),
-`vibethinker-1.5b-math-16k`, `-math-32k` and `-code` (MGPO), `solar-open-102b-rl` (GSPO), `k-exaone-236b-rl`
-(AGAPO, with a router that stays as it is). MGPO's lambda and VibeThinker's clip were not published, nor the
-bound of K-EXAONE's ratios: these runs are refused until `--set` says them.
+| recipe | command | remark |
+|---|---|---|
+| solar-open-102b-extend | `extend` | no source says when the rotations were stretched: the last stage gets \
+the released YaRN 2 over 65,536 |
+| vibethinker-1.5b | `extend`, then `sft` | 40,960 tokens over 16K and 32K with one slower RoPE base; then \
+probe and merge the checkpoints ([ssp.md](ssp.md)) |
+| typhoon-s-8b-opd | `distill` | from the model that `typhoon-s-8b` fine-tuned |
+| solar-open-102b-dpo | `prefer` | a round |
+| typhoon-s-4b-legal, -agent | `rl run`, or the three jobs ([rl.md](rl.md)) | InK-GRPO |
+| vibethinker-1.5b-math-16k, -math-32k, -code | the same | MGPO; set its lambda and clip, which were not \
+published |
+| solar-open-102b-rl | the same | GSPO |
+| k-exaone-236b-rl | the same | AGAPO with a frozen router; set the bound of its ratios, which was not \
+published |
 
 ```sh
 megatron-sov rl run typhoon-s-4b-legal --from work/qwen3-4b-2507 --data work/laws --prompts questions.jsonl \\
@@ -95,16 +99,15 @@ megatron-sov rl run typhoon-s-4b-legal --from work/qwen3-4b-2507 --data work/law
 
 ## Where values come from
 
-What no table names is the default. `*` stands for any text.
+All other settings have the default. `*` matches any text.
 """
 TAIL = """
 ## Add a recipe
 
-A function in `megatron_sov/model/recipes/` that returns a `RunConfig`, a table of sources beside it, and an
-entry in `megatron_sov/model/recipes/__init__.py`, which names both. Keys of the table are dotted settings;
-the last one that matches holds, so that a recipe derived from another one (`derive`) says only what it
-changes. A test fails for every value that a recipe sets and no entry names, for entries that name nothing,
-and for a value that is said to stand in a config.json and differs from it.
+You need a function in `megatron_sov/model/recipes/` that returns a `RunConfig`, a table of sources, and an
+entry for both in `megatron_sov/model/recipes/__init__.py`. Keys of the table are dotted settings, and the
+last match counts. So a recipe derived from another one (`derive`) lists only its changes. A test fails if a
+value has no source, if an entry matches nothing, or if a value differs from its config.json.
 """
 
 

@@ -16,9 +16,9 @@ HEAD = """# Results
 
 <!-- Written by docs/generate_results.py from benchmarks/results/verdicts.yaml; change it there. -->
 
-What the project's benchmarks showed, the bad with the good: one row for each file of `benchmarks/results/`.
-**All of it was printed on CPUs; nothing has run on a GPU.** Models are tiny where a row says nothing else, so
-figures of learning say that a method works, and not what it brings a large model.
+What the benchmarks showed, good and bad, with a row for each file in `benchmarks/results/`. **All of it ran
+on CPUs, nothing on a GPU.** Models are tiny unless a row says otherwise. Figures of learning show you that a
+method works, not what a large model gains.
 
 | verdict | meaning | rows |
 |---|---|---|

@@ -32,8 +32,8 @@ class TokenizerTrainOptions:
     """Learn a byte-level BPE tokenizer from text; with a preset that has superwords, SuperBPE.
 
     The vocabulary has exactly the size that you ask for. The same text gives the same file, byte for
-    byte, whatever the number of workers and the order of files. A command that was ended goes on where it
-    was when it is given again."""
+    byte, with any number of workers and any order of files. A killed command continues when it is run
+    again."""
 
     preset: Annotated[str, Flag(value="NAME")]
     """The tokenizer's rules: solar-open, k-exaone, custom."""

@@ -141,8 +141,8 @@ class MediaSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeMediaOptions(ClusterOptions):
-    """Turn records that name pictures, sounds and videos into text in which discrete tokens stand in their
-    place, and into banks of what continuous encoders will see; `sov-data pack` reads both.
+    """Turn records that name pictures, sounds and videos into text with discrete tokens in their place, and
+    into banks of what continuous encoders will see.  `sov-data pack` reads both.
 
     A killed command continues where it was when it is run again."""
 

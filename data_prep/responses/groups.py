@@ -28,11 +28,11 @@ from megatron_sov.base.documents.records import (
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
 
-INPUT = ('A line of the input is {"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}; a '
-         'prompt is a string or a list of messages, a response has "content" or "messages", and "reward" or '
-         '"rewards", an object of numbers that are added.  Or it is a line of `megatron-sov score`, a '
+INPUT = ('A line of the input is {"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}.  A '
+         'prompt is a string or a list of messages.  A response has "content" or "messages", and "reward" or '
+         '"rewards", an object of numbers that are added.  A line may also be one of `megatron-sov score`, a '
          '"response" with its "reward", or one of TRL for KTO, a "completion" with a "label" that is true or '
-         'false: those of one prompt, one after the other, are a group.  One whose "finish_reason" is '
+         'false.  Successive lines of one prompt are then a group.  A response whose "finish_reason" is '
          '"length" did not end, and is not learned as a good one.')
 KIND = "corpus"
 FILE = "groups.jsonl"

@@ -36,7 +36,7 @@ _REMEDY = "restore it from a copy"
 _MODE_BYTES = 1
 """Of each sequence, at the end of an index of text and images."""
 DESCRIPTION = """Take over .bin and .idx pairs that Megatron-LM's preprocess_data wrote, as an artifact of
-token shards: every number of the index is checked, ids against the tokenizer's vocabulary, the ends of
+token shards. Checked are every number of the index, ids against the tokenizer's vocabulary, the ends of
 documents, and whether the text that they spell gives the same ids again."""
 BLOCK_TOKENS = 1 << 22
 

@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = ("Join token shards of several folders into one. A weight is the folder's share of "
                           "a run relative to the others; without weights the tokens decide. "
                           "Within a folder its own weights, or tokens, decide. --blend shares each phase of "
-                          "a curriculum out by the tags of the sources; --search finds shares by training "
+                          "a curriculum out by the tags of the sources. --search finds shares by training "
                           "small models on many mixtures.")
     add_options(parser, MixOptions)
 

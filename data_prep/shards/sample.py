@@ -40,8 +40,8 @@ class SampleOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = ("Print documents as the model will see them; in data with a loss mask, "
-                          f"what is learned stands in {' '.join(LEARNED)}.")
+    parser.description = ("Print documents as the model will see them. In data with a loss mask, "
+                          f"{' '.join(LEARNED)} enclose what is learned.")
     add_options(parser, SampleOptions)
 
 

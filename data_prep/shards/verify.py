@@ -42,8 +42,8 @@ class DataVerifyOptions:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = ("Check token shards before a run: file hashes, indices, range of ids, "
-                          "ends of documents, no document in both splits; count duplicates; "
-                          "with --tokens, how often a run of that size repeats each source.")
+                          "ends of documents, no document in both splits. Count duplicates, "
+                          "and with --tokens how often a run of that size repeats each source.")
     add_options(parser, DataVerifyOptions)
 
 

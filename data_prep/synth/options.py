@@ -127,8 +127,8 @@ class SynthClusterOptions(ClusterOptions):
 class SynthOptions(SynthModelOptions, SynthLimitOptions, SynthClusterOptions, CheckOptions):
     """Make data with a model: a generator asks, checks what comes back, and keeps what passes.
 
-    A killed command goes on when it is run again, and pays for no answer twice; one that has used up a limit
-    ends with 75 and goes on when the limit is raised."""
+    A killed command goes on when it is run again, and pays for each answer once.  One that has used up a
+    limit ends with 75 and goes on when the limit is raised."""
 
     generator: Annotated[str, Flag("GENERATOR")] = ""
     """What is made."""

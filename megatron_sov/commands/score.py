@@ -40,7 +40,7 @@ TOLD_STRINGS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(JudgeOptions, RedoOptions):
-    """Which rows are judged, and by what."""
+    """Give each row of a JSONL file a reward."""
 
     reward: RewardName
     input: Annotated[Path, Flag(value="ROWS.jsonl")]

@@ -22,11 +22,10 @@ PRESET = "imported"
 @dataclass(frozen=True, kw_only=True)
 class TokenizerImportOptions:
     """Take over a tokenizer of Hugging Face (a folder with tokenizer.json, or the file), tiktoken (a file of
-    ranks, its pattern and special tokens in FILE.json beside it) or sentencepiece (a .model file, BPE
-    or unigram).
+    ranks; pattern and special tokens in FILE.json) or sentencepiece (a .model file, BPE or unigram).
 
     What is written gives the same ids as the library that the tokenizer was made for, on built-in texts
-    of all scripts and on yours; if it does not, nothing is written."""
+    of all scripts and on yours. If it does not, nothing is written."""
 
     path: Annotated[Path, Flag("PATH")]
     """The folder or file."""
@@ -187,8 +186,8 @@ IMPORT = command_of(TokenizerImportOptions, run_import)
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerExportOptions:
-    """Write a tokenizer for tiktoken (a file of ranks; pattern and special tokens in FILE.json
-    beside it) or for sentencepiece (a .model file; byte-level BPE has no such form).
+    """Write a tokenizer for tiktoken (a file of ranks; pattern and special tokens in FILE.json) or for
+    sentencepiece (a .model file; byte-level BPE has no such form).
 
     Ids are compared before anything is written, on built-in texts of all scripts and on yours."""
 

@@ -37,7 +37,7 @@ COMPANIONS = ("generation_config.json", "special_tokens_map.json", "chat_templat
 class GraftOptions:
     """Add tokens to a Hugging Face model's folder, or replace some, before training it on.
 
-    Tokens come from a .txt file, one per line (found in text as they stand), or from another tokenizer of
+    Tokens come from a .txt file, one per line (found in text as written), or from another tokenizer of
     the same kind (BPE: they become merges). Each new row of embedding and head is the mean of the rows of
     which its text was made before. Old ids, and the ids of text without new tokens, stay."""
 
@@ -406,11 +406,11 @@ def laid_out(asked: MediaTokens, known: Collection[str], num_ids: int) -> tuple[
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerMediaOptions:
-    """Add a token for each entry of the codebooks of sounds and pictures, and the marks that stand
-    around them in a text, behind all other tokens: marks, sounds, pictures. Ids of text stay as they are.
+    """Add a token for each entry of the codebooks of sounds and pictures, and the marks around them in a
+    text. They follow all other tokens: marks, sounds, pictures. Ids of text stay as they are.
 
-    TOKENIZER is a folder that `sov-tokenizer train` or `import` wrote, or a Hugging Face model's folder: its
-    embedding and head then get rows too, the mean of all old rows with a little noise."""
+    TOKENIZER is a folder that `sov-tokenizer train` or `import` wrote, or a Hugging Face model's folder.
+    A model's embedding and head then get rows too, the mean of all old rows with a little noise."""
 
     tokenizer: Annotated[Path, Flag("TOKENIZER")]
     """Folder of a tokenizer, or of a Hugging Face model."""

@@ -256,8 +256,8 @@ class ProbingProblem:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = ("Write one file of problems for each domain, without those that stand in the "
-                          "training input, as an artifact whose hashes say that they stay the same.")
+    parser.description = ("Write one file of problems for each domain, without those in the training "
+                          "input, as an artifact whose hashes prove that they stay the same.")
     add_options(parser, ProbingSetsOptions)
 
 

@@ -69,7 +69,7 @@ class PplOptions(CutOptions, OutOptions, RankOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class NeedleOptions(OutOptions, RankOptions):
-    """Find what a context says again, at any depth of any length, among other needles."""
+    """Needle-in-a-haystack accuracy by length and depth, among other needles."""
 
     data: Annotated[tuple[str, ...], Flag(value="DIR")] = ()
     """Token shards with held-out documents."""

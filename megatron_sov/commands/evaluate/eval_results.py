@@ -25,7 +25,7 @@ EVENT = "eval_contamination"
 
 @dataclass(frozen=True, kw_only=True)
 class EvalContaminationOptions(RecordOptions):
-    """Find items of a score that stand in the training data, and the score without them."""
+    """Find items of a score that are in the training data, and the score without them."""
 
     results: Annotated[Path, Flag("OUT.json")]
     """Results of `megatron-sov eval lm`."""

@@ -24,9 +24,9 @@ MAX_README_BYTES = 16 * 2**20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CardOptions:
-    """Write a model card for the Hugging Face hub, the same as data with the origin of each figure, the
-    provenance graph with a picture, the technical documentation that the EU AI Act asks for, and the card of
-    the data.  What nobody has recorded is called so."""
+    """Write a model card for the Hugging Face hub, the same as data with the origin of each figure, and the
+    provenance graph with a picture.  Also write the technical documentation that the EU AI Act asks for, and
+    the card of the data.  What was not recorded is marked."""
 
     runs: Annotated[tuple[Path, ...], Flag("RUN")]
     """Folder of the run that made the model; before it the runs that it continues, where its events do not

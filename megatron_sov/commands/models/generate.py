@@ -125,7 +125,7 @@ class EvalMediaOptions(CodecsOptions, RecordOptions, RankOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(CodecsOptions, PluginOptions, RankOptions):
-    """What is continued, by which model, and where the texts go."""
+    """Continue prompts with a model, and print or write the texts."""
 
     target: ModelPath
     prompt: tuple[str, ...] = ()

@@ -196,7 +196,7 @@ def _pip(*arguments: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class BundleOptions(OverwriteOptions):
-    """Options of `bundle`."""
+    """Collect what an installation without a network needs."""
 
     output: Annotated[Path, Flag(value="DIR")]
     """Folder to write."""

@@ -17,7 +17,7 @@ PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "so
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionOptions:
-    """Print what a shell has to know to complete commands and options."""
+    """Print the script with which a shell completes commands and options."""
 
     shell: Annotated[Literal["bash", "zsh", "fish"], Flag("SHELL")]
     """Which shell: bash, zsh or fish."""

@@ -136,7 +136,7 @@ ENDED_AFTER_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class LogsOptions:
-    """Options of `logs`."""
+    """Print the logs of runs, and follow them."""
 
     run: Annotated[Path, Flag("RUN")]
     """Run folder."""

@@ -27,7 +27,7 @@ SIGNS = dict(zip(CATEGORIES, "#x%s>.", strict=True))
 
 @dataclass(frozen=True, kw_only=True)
 class StatusOptions:
-    """Show how runs stand."""
+    """Show the state of runs."""
 
     runs: Annotated[tuple[Path, ...], Flag("RUN")]
     """Run folders, or folders that hold runs."""

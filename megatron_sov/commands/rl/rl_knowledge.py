@@ -32,7 +32,7 @@ def _no_split(text: str) -> Breach | None:
 
 @dataclass(frozen=True, kw_only=True)
 class KnowledgeOptions(OverwriteOptions):
-    """Which sections are taken, and what they are held against."""
+    """Write sections of documents as text for InK-GRPO, without those in the tests."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE.jsonl", many=True)]
     """Records of the training split, a JSON object per line, each with a section's text, or with

@@ -66,7 +66,7 @@ class JudgedOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardOptions(JudgedOptions, JudgeOptions):
-    """Which responses are judged, and how long they are waited for."""
+    """Judge the responses of a store with a reward."""
 
     rounds: Annotated[str | None, Flag(value="A-B")] = None
     """Rounds to judge (default: all that are in the store)."""
@@ -183,7 +183,7 @@ class AskingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RlGenerateOptions(RecipeOptions, AskingOptions, EngineOptions):
-    """Which rounds are written, and from where their policies come."""
+    """Write the responses of rounds, by the policies of a run."""
 
     prompts: Annotated[Path, Flag(value="FILE.jsonl")]
     """A JSON object per line: `prompt` or `messages`, or a task, and what the reward needs."""
@@ -428,7 +428,7 @@ class RoundsOptions(TunedOptions, JudgedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RlTrainOptions(RoundsOptions):
-    """Rounds that other jobs write and judge."""
+    """Train on rounds that other jobs write and judge."""
 
     wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0
     """How long a round is waited for that is not written and judged yet, before the run ends with 75
@@ -524,7 +524,7 @@ TRAIN = command_of(RlTrainOptions, run_train)
 
 @dataclass(frozen=True, kw_only=True)
 class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions):
-    """Rounds that the model which learns writes itself."""
+    """Train in rounds in which the model writes its responses itself."""
 
     def problems(self) -> list[SettingsProblem]:
         return [] if self.reward != ENVIRONMENT or self.environment is not None else [

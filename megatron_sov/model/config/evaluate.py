@@ -63,7 +63,7 @@ PARTS = {"extension": ("long", "rehearsal"), "midtraining": ("trajectories", "lo
 
 @dataclass(frozen=True)
 class PartConfig:
-    """A part of a stage's samples with a share of its own."""
+    """A part of a stage's samples with its share."""
 
     name: Literal["long", "rehearsal", "trajectories", "replay"]
     """long: documents longer than what was trained on; rehearsal (extension) and replay (midtraining):
@@ -80,7 +80,7 @@ class PartConfig:
 
 @dataclass(frozen=True)
 class ExtendStageConfig:
-    """One stage of `extend`, a run of its own."""
+    """One stage of `extend`, which is a run."""
 
     name: str
     """Name of the stage: its phase in the report and, but for the last stage, its folder
@@ -214,8 +214,8 @@ class LmEvalConfig:
 
 @dataclass(frozen=True)
 class BackgroundEvalConfig:
-    """Jobs that measure a run's exports (`train.export_every_checkpoints`) beside training;
-    they never hold it up."""
+    """Jobs that measure a run's exports (`train.export_every_checkpoints`) during training, without
+    delaying it."""
 
     tasks: tuple[EvalTask, ...] = ()
     """What is measured on every export: ppl (loss and bits per byte of each source on held-out documents),

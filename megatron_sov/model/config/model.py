@@ -39,8 +39,8 @@ Width = Annotated[int, Ge(1), Le(1_000_000)]
 
 @dataclass(frozen=True)
 class LatentAttentionConfig:
-    """Sizes of latent attention: keys and values of all heads are made of one narrow vector, beside which
-    a key that all heads share carries the position."""
+    """Sizes of latent attention: keys and values of all heads are made of one narrow vector, and a key that
+    all heads share carries the position."""
 
     kv_lora_rank: Width
     """Width of the vector that keys and values are made of."""

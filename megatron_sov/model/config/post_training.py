@@ -84,8 +84,8 @@ class PreferenceConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """What `rl` generates and trains in rounds; the settings of responses stand here as well, since a
-    trainer computes at the temperature that they were drawn at."""
+    """What `rl` generates and trains in rounds.  It has the settings of responses as well, since a trainer
+    computes at the temperature that they were drawn at."""
 
     rounds: NotNegativeInt = 0
     """Rounds of generation, reward and training; 0: no reinforcement learning."""

@@ -184,7 +184,7 @@ def _not_read(file: str) -> Breach | None:
 
 @dataclass(frozen=True)
 class ObsConfig:
-    """Where a run is watched, besides events.jsonl and the progress bar."""
+    """Where a run is watched, in addition to events.jsonl and the progress bar."""
 
     tensorboard: bool = False
     """Write TensorBoard files into RUN/tensorboard (extra `dev`)."""

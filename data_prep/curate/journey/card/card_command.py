@@ -33,7 +33,7 @@ class DataCardOptions:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (f"Write a Hugging Face dataset card ({README}), the same as {CARD}, and the "
                           f"public summary that the EU AI Act asks for ({TRAINING_CONTENT}). Every figure "
-                          "comes from manifests; what nobody has recorded is called so. Without --output "
+                          "comes from manifests, and what was not recorded is marked. Without --output "
                           "the dataset card is printed.")
     add_options(parser, DataCardOptions)
 
