@@ -417,7 +417,7 @@ def _commands(args: DistillRoundsOptions, config: RunConfig) -> Iterator[tuple[P
         seed = f"train.seed={config.train.seed + number - 1}"
         of_answers = answers.with_name(f"{answers.name}.states")
         yield trained / COMPLETION, ["distill", *words_of(DistillOptions(
-            recipe=args.recipe, config=args.config, plugins=args.plugins, settings=(*args.settings, seed),
+            recipe=args.recipe, configs=args.configs, plugins=args.plugins, settings=(*args.settings, seed),
             start_from=student, teacher=args.teacher, teacher_settings=args.teacher_settings,
             data=(*data, f"{answers}:{args.share:.9g}"),
             states=(of_data, of_answers) if data else (of_answers,), states_dtype=args.states_dtype,

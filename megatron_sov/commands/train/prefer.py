@@ -160,7 +160,7 @@ def jobs_of(args: PreferOptions, config: RunConfig, number: int) -> Iterator[Rou
     # or every round would learn from the same part of --data
     seed = f"train.seed={config.train.seed + number - 1}"
     training = PreferOptions(
-        recipe=args.recipe, config=args.config, plugins=args.plugins, settings=(*args.settings, seed),
+        recipe=args.recipe, configs=args.configs, plugins=args.plugins, settings=(*args.settings, seed),
         data=(*args.data, str(packed)), inject=args.inject, reference=args.reference, start_from=start,
         run=run, resume=True, nproc=args.nproc, deterministic=args.deterministic)
     yield RoundJob(run / COMPLETION, ["megatron_sov", "prefer", *words_of(training)])
