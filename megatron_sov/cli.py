@@ -18,7 +18,7 @@ from megatron_sov.base.command_line import (
 from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.plugins.registry import Declared, declared, takes
 from megatron_sov.commands import COMMANDS, WORDS
-from megatron_sov.runs.launch_environment import process_started_s
+from megatron_sov.runs.launch_environment import note_command, process_started_s
 
 PROGRAM, GROUP = "megatron-sov", "megatron_sov.commands"
 
@@ -57,7 +57,11 @@ def build_parser() -> Parser:
     for first in dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name):
         group = top.choices[first] if first in top.choices else top.add_parser(first, help=f"{first} COMMAND")
         fill_commands(group)
-        below = _sub_commands(group) or group.add_subparsers(metavar="COMMAND", parser_class=type(group))
+        below = _sub_commands(group)
+        if below is None:
+            below = group.add_subparsers(metavar="COMMAND", parser_class=type(group))
+            # shells look for the second word first, not for RECIPE
+            group._actions.insert(0, group._actions.pop())
         for second, text in children_of(first).items():
             below.add_parser(second, help=text)._module = COMMANDS[f"{first} {second}"].module
     return parser
@@ -94,7 +98,9 @@ def run_command(argv: list[str], began_s: float) -> int:
         listed = list_commands(children, dict.fromkeys(children, heading))
         sub.epilog = "\n\n".join(filter(None, (listed, sub.epilog)))
     sub.set_defaults(began_s=began_s)
-    return int(module.run(sub.parse_args(rest)))
+    args = sub.parse_args(rest)
+    note_command(argv)
+    return int(module.run(args))
 
 
 def named(argv: list[str]) -> tuple[str, list[str]]:

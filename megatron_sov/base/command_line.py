@@ -81,8 +81,9 @@ class Parser(argparse.ArgumentParser):
             options = list(self._option_string_actions)
             words = [word.partition("=")[0] for word in self._typed if word.startswith("--")]
             wrong = [w for w in words if not any(option.startswith(w) for option in options)]
-            message += "".join(f"; {word}: nothing takes this{self._meant(word, options)}"
-                               for word in wrong[:1])
+            for word in wrong[:1]:
+                at = next(i for i, typed in enumerate(self._typed) if typed.partition("=")[0] == word)
+                message += f"; {word}: nothing takes this{self._meant(word, options, *self._typed[at:])}"
             if "--resume" in self._typed:
                 message += "; `megatron-sov resume RUN` goes on without them"
         raise UserError(f"{self.prog}: {message} (--help lists what it takes)")

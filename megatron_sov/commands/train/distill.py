@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Gt, Le
 
@@ -161,6 +161,8 @@ class TeacherOptions:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillOptions(GateOptions, TeacherOptions):
     """Learn a teacher's distributions."""
+
+    groups: ClassVar[tuple[str, ...]] = ("distillation",)
 
     states: Annotated[tuple[Path, ...], Flag(value="DIR")] = ()
     """What the teacher says of the data, as `megatron-sov distill states` leaves it; one that is not there
