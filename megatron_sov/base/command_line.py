@@ -35,7 +35,7 @@ class HelpText(argparse.HelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if "\n" in text:
-            return "\n".join(indent + line for line in text.splitlines())
+            return "\n".join(indent + line for line in text.split("\n"))
         return super()._fill_text(text, width, indent)
 
 

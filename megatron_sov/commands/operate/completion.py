@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     parser = parser_with_all(options.program)
     for each in fill_commands(parser):
         if issubclass(each.get_default("options_class") or object, RecipeOptions):
-            each._option_string_actions["--set"].complete = settings_completion()
+            action: Any = each._option_string_actions["--set"]
+            action.complete = settings_completion()
     print(shtab.complete(parser, shell=options.shell))
     if options.shell == "bash":
         print(BASH_END.format(program=options.program, function=options.program.replace("-", "_")))

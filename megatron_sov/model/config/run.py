@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.plugins.loading import PluginCode
@@ -323,8 +323,8 @@ def _instead(key: str) -> str:
     if last in NOT_OFFERED:
         return NOT_OFFERED[last]
     # a name of the same group that is spelled nearly so is likelier than the same name of another group
-    group = hint_below(RunConfig, key.partition(".")[0]) if "." in key else None
-    if dataclasses.is_dataclass(group) and nearest(last, fields_of(group)):
+    group: Any = hint_below(RunConfig, key.partition(".")[0]) if "." in key else None
+    if dataclasses.is_dataclass(group) and nearest(last, fields_of(cast(Any, group))):
         return ""
     found = find_settings(last)
     return f"did you mean {' or '.join(map(repr, found[:4]))}?" if found else ""

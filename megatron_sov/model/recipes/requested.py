@@ -12,7 +12,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import is_reference, load
@@ -266,7 +266,7 @@ def _leaves(cls: Any, value: Any, place: tuple[str, ...]) -> Iterator[tuple[tupl
         yield place, value
         return
     for key, inner in value.items():
-        hint = hint_below(cls, key) if key in fields_of(cls) else None
+        hint = hint_below(cls, key) if key in fields_of(cast(Any, cls)) else None
         yield from _leaves(hint, inner, (*place, key))
 
 
