@@ -13,8 +13,8 @@ PAGE = DOCS / "llms.txt"
 HEAD = """# megatron-sov
 
 > Train your own language model, from raw text to a Hugging Face folder, on NVIDIA Megatron-Core. Three
-> programs: sov-tokenizer, sov-data, megatron-sov; `--help` of each lists its commands, and the help of a command
-> ends with examples.
+> programs: sov-tokenizer, sov-data, megatron-sov; `--help` of each lists its commands, and the help of a
+> command ends with examples.
 
 Nothing has run on a GPU yet: figures on these pages come from CPUs. Paths below are relative to docs/.
 """

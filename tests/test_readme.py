@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import textwrap
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +24,9 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.artifacts import new_artifact
-from tests.pages_typed import parse
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 def block_under(heading: str) -> list[str]:
     """Return the lines of the first commands under a heading."""
     found = re.search(rf"^## {heading}\n.*?^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -65,5 +69,26 @@ def test_the_way_of_a_model_works_as_it_is_typed(
         assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
     assert trained == 2
     assert Path("work/report.html").is_file() and Path("work/hf/model.safetensors").is_file()
-    # tests/serve asks a server; here the typed line itself has to start one
-    assert parse(serve).port == 8000 and Path(shlex.split(serve)[2]).is_dir()
+    ask_server(serve)
+
+
+def ask_server(line: str) -> None:
+    """Start the server that a line starts, at a free port in place of its own, and ask it for its models."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program, *words = shlex.split(line)
+    assert (program, words[-2:]) == ("megatron-sov", ["--port", "8000"])
+    with subprocess.Popen([sys.executable, "-m", "megatron_sov", *words[:-1], str(port)],
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}) as server:
+        try:
+            while True:
+                assert server.poll() is None, f"{line}: ended with {server.returncode}"
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60) as answer:
+                        assert json.load(answer)["data"]
+                        return
+                except OSError:
+                    time.sleep(0.2)
+        finally:
+            server.terminate()

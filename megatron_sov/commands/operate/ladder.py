@@ -218,8 +218,8 @@ def _train(args: LadderOptions, members: Sequence[Member]) -> int:
             continue
         print(f"ladder: {member.name}, run {i} of {len(members)}", file=sys.stderr, flush=True)
         stage = StageOptions(configs=(args.run / SETTINGS / f"{member.name}.json",),
-                             run=args.run / member.name, data=args.data, plugins=args.plugins, nproc=args.nproc,
-                             resume=args.submit is None)
+                             run=args.run / member.name, data=args.data, plugins=args.plugins,
+                             nproc=args.nproc, resume=args.submit is None)
         if args.submit is not None:
             where = SubmitOptions(cluster=args.submit, nodes=args.nodes, account=args.account)
             command = ["submit", "pretrain", *words_of(where), *words_of(stage)]
