@@ -54,8 +54,10 @@ style: setup
 types: setup
 	"$(PY)" -m mypy
 
-check: style  ## a quick look: lint, the rules of the house, and one tiny way from text to a model and its report
-	OMP_NUM_THREADS=1 "$(PY)" -m pytest -q tests/test_architecture.py tests/test_readme.py
+check: style  ## two minutes: lint, types of what changed, the rules of the house, the pages, every command's help and examples
+	changed=$$(git diff --name-only --diff-filter=d HEAD -- 'megatron_sov/*.py' 'tokenizer/*.py' 'data_prep/*.py' 2>/dev/null); \
+	[ -z "$$changed" ] || "$(PY)" -m mypy $$changed
+	OMP_NUM_THREADS=1 "$(PY)" -m pytest -q -n 2 tests/test_architecture.py tests/test_docs.py tests/test_help.py
 
 slurm:  ## install Slurm's daemons for tests/operate/slurm, where root can do it on Debian or Ubuntu
 	@tests/operate/slurm/install.sh
@@ -104,6 +106,7 @@ docs: setup  ## renew the pages that are made from the code, and build the site:
 	"$(PY)" docs/generate_recipes.py
 	"$(PY)" docs/generate_results.py
 	"$(PY)" docs/generate_house.py
+	"$(PY)" docs/generate_index.py
 	NO_MKDOCS_2_WARNING=1 "$(PY)" -m mkdocs build --strict --quiet
 	@echo "site/index.html: $$(find site -name '*.html' | wc -l) pages"
 

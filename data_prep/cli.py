@@ -6,48 +6,107 @@ import sys
 
 from megatron_sov.base.command_line import Command, Parser, parser_of, run_program
 
+DOCUMENTS, RESPONSES, SHARDS, LOOK = (
+    "from raw documents", "prompts and responses", "token shards", "look and check")
+"""Headings of the help."""
 COMMANDS = {
-    "run": Command("data_prep.curate.run",
-                   "run a pipeline from raw documents to the sources of a curriculum"),
-    "synth": Command("data_prep.synth.command",
-                     "make data with models: checked, with provenance, restartable"),
-    "encode-media": Command("data_prep.media.running",
-                            "turn records that name pictures, sounds and videos into text and banks to pack"),
-    "pack": Command("data_prep.shards.pack", "turn text, chats, preferences or prompts into token shards"),
-    "adopt": Command("data_prep.shards.adopt",
-                     "take over token shards that Megatron-LM's preprocess_data wrote"),
-    "mix": Command("data_prep.shards.mix", "join token shards of several folders into one, with weights"),
-    "inspect": Command("data_prep.curate.journey.inspect_command",
-                       "show what token shards hold; a document's way through a "
-                       "pipeline, and why it was dropped"),
-    "report": Command("data_prep.curate.journey.report_command",
-                      "write the HTML report of what `sov-data run` or `sov-data synth` did"),
-    "card": Command("data_prep.curate.journey.card.card_command",
-                    "write the public summary of data: sources, licences, "
-                    "languages, filters, hashes, counts"),
-    "stats": Command("data_prep.shards.stats",
-                     "show lengths of documents, token types and special tokens, per source"),
-    "sample": Command("data_prep.shards.sample", "print documents, decoded, with their loss mask"),
-    "verify": Command("data_prep.shards.verify",
-                      "check token shards: hashes, indices, ids, splits, duplicates, epochs"),
-    "trajectories": Command("data_prep.responses.trajectories",
-                            "join each query with its diverse solutions to one document"),
-    "groups": Command("data_prep.responses.groups", "give each of a prompt's judged responses its advantage"),
-    "pairs": Command("data_prep.responses.pairs",
-                     "pair the best and the worst of each prompt's judged responses"),
-    "unpaired": Command("data_prep.responses.unpaired",
-                        "put each judged response beside one to another prompt, for KTO"),
-    "scorer": Command("data_prep.curate.scorer",
-                      "train a quality classifier or an educational regressor on your labels, or judge one"),
-    "difficulty": Command("data_prep.synth.difficulty.command",
-                          "put measured pass rates together, fit an estimator of "
-                          "difficulty, write difficulty into rows"),
-    "probing-sets": Command("data_prep.synth.generators.probes",
-                            "freeze problems of `synth probes` into sets that are not in the training input"),
-    "decontaminate": Command("data_prep.curate.decontaminate",
-                             "leave out records that hold text of benchmarks"),
-    "demo-corpus": Command("data_prep.demo_corpus",
-                           "gather a small corpus from what this machine has, or from your own files"),
+    "demo-corpus": Command(
+        "data_prep.demo_corpus", "gather a small corpus from what this machine has, or from your own files",
+        DOCUMENTS, "data.md", ("demo-corpus --output corpus", "demo-corpus --user my-texts --output corpus")),
+    "run": Command(
+        "data_prep.curate.run", "run a pipeline from raw documents to the sources of a curriculum",
+        DOCUMENTS, "data_pipeline.md",
+        ("run notes.yaml --output corpus --dry-run", "run notes.yaml --output corpus --workers 8")),
+    "scorer": Command(
+        "data_prep.curate.scorer",
+        "train a quality classifier or an educational regressor on your labels, or judge one",
+        DOCUMENTS, "data_scoring.md",
+        ("scorer train --labels quality.jsonl --kind classifier --output quality-model",
+         "scorer check quality-model --labels others.jsonl")),
+    "decontaminate": Command(
+        "data_prep.curate.decontaminate", "leave out records that hold text of benchmarks",
+        DOCUMENTS, "decontamination.md",
+        ("decontaminate --input traces.jsonl --benchmarks aime25.jsonl --output clean",
+         "decontaminate --input chats.jsonl --format chat --benchmarks bench.jsonl --output clean")),
+    "encode-media": Command(
+        "data_prep.media.running",
+        "turn records that name pictures, sounds and videos into text and banks to pack",
+        DOCUMENTS, "media_data.md",
+        ("encode-media --input records.jsonl --media-root media --image-tokenizer images --output made",
+         "encode-media --input records.jsonl --media-root media --audio-tokenizer sounds --output made")),
+    "synth": Command(
+        "data_prep.synth.command", "make data with models: checked, with provenance, restartable",
+        RESPONSES, "synth.md",
+        ("synth --list",
+         "synth rewrite --input documents.jsonl --engine my-model --output rewritten")),
+    "difficulty": Command(
+        "data_prep.synth.difficulty.command",
+        "put measured pass rates together, fit an estimator of difficulty, write difficulty into rows",
+        RESPONSES, "difficulty.md",
+        ("difficulty fit --labels labels --output estimator",
+         "difficulty grade --input problems.jsonl --model estimator --output graded")),
+    "probing-sets": Command(
+        "data_prep.synth.generators.probes",
+        "freeze problems of `synth probes` into sets that are not in the training input",
+        RESPONSES, "synth_solutions.md",
+        ("probing-sets --input probes --against train.jsonl --output sets",
+         "probing-sets --input probes --against train.jsonl more.jsonl --output sets")),
+    "trajectories": Command(
+        "data_prep.responses.trajectories", "join each query with its diverse solutions to one document",
+        RESPONSES, "data.md",
+        ("trajectories --input solutions.jsonl --output trajectories",
+         "trajectories --input solutions.jsonl --output trajectories --overwrite")),
+    "groups": Command(
+        "data_prep.responses.groups", "give each of a prompt's judged responses its advantage",
+        RESPONSES, "prefer.md",
+        ("groups --input judged.jsonl --output groups",
+         "groups --input judged.jsonl --output groups --overwrite")),
+    "pairs": Command(
+        "data_prep.responses.pairs", "pair the best and the worst of each prompt's judged responses",
+        RESPONSES, "prefer.md",
+        ("pairs --input scored.jsonl --output pairs",
+         "pairs --input scored.jsonl --output pairs --overwrite")),
+    "unpaired": Command(
+        "data_prep.responses.unpaired", "put each judged response next to one to another prompt, for KTO",
+        RESPONSES, "prefer.md",
+        ("unpaired --input labelled.jsonl --output unpaired",
+         "unpaired --input labelled.jsonl --output unpaired --overwrite")),
+    "pack": Command(
+        "data_prep.shards.pack", "turn text, chats, preferences or prompts into token shards",
+        SHARDS, "data.md",
+        ("pack --tokenizer tokenizer --input corpus/english.jsonl --output tokens",
+         "pack --tokenizer tokenizer --input chats.jsonl --format chat --output chats")),
+    "adopt": Command(
+        "data_prep.shards.adopt", "take over token shards that Megatron-LM's preprocess_data wrote",
+        SHARDS, "from_megatron.md",
+        ("adopt /their/code_text_document --tokenizer tokenizer --output tokens",
+         "adopt web=/their/web_text_document --tokenizer tokenizer --output tokens")),
+    "mix": Command(
+        "data_prep.shards.mix", "join token shards of several folders into one, with weights",
+        SHARDS, "mixtures.md",
+        ("mix tokens:0.8 chats:0.2 --output mixed",
+         "mix tokens --search search.yaml --output found --dry-run")),
+    "inspect": Command(
+        "data_prep.curate.journey.inspect_command",
+        "show what token shards hold; a document's way through a pipeline, and why it was dropped",
+        LOOK, "data_journey.md", ("inspect tokens", "inspect corpus --dropped duplicate")),
+    "stats": Command(
+        "data_prep.shards.stats", "show lengths of documents, token types and special tokens, per source",
+        LOOK, "data.md", ("stats tokens", "stats chats")),
+    "sample": Command(
+        "data_prep.shards.sample", "print documents, decoded, with their loss mask",
+        LOOK, "chats.md", ("sample chats --count 2", "sample tokens --count 1")),
+    "verify": Command(
+        "data_prep.shards.verify", "check token shards: hashes, indices, ids, splits, duplicates, epochs",
+        LOOK, "data.md", ("verify tokens", "verify mixed --tokens 1e6 --blend english=0.5,ko=0.5")),
+    "report": Command(
+        "data_prep.curate.journey.report_command",
+        "write the HTML report of what `sov-data run` or `sov-data synth` did",
+        LOOK, "data_journey.md", ("report corpus", "report corpus --out report.html")),
+    "card": Command(
+        "data_prep.curate.journey.card.card_command",
+        "write the public summary of data: sources, licences, languages, filters, hashes, counts",
+        LOOK, "data_journey.md", ("card corpus", "card tokens --from corpus --output card")),
 }
 
 

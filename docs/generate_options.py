@@ -4,6 +4,7 @@ docs/generate_options.py`."""
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,17 @@ change with `--set`. Commands that write or train have `--dry-run`: you see what
 | 76 | a step hung |
 | 77 | a process gave wrong bits |
 """
+
+
+def listed(program: str) -> Iterator[str]:
+    """Yield the table of a program's commands, under the headings of its help."""
+    table = importlib.import_module(PROGRAMS[program]).COMMANDS
+    for heading in dict.fromkeys(command.group for command in table.values()):
+        yield f"**{program}**: {heading.partition(' (')[0]}\n\n| command | does | page |\n|---|---|---|"
+        for name, command in table.items():
+            if command.group == heading:
+                yield f"| `{program} {name}` | {command.help} | [{command.page}]({command.page}) |"
+        yield ""
 
 
 def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
@@ -72,9 +84,10 @@ def _in_cell(text: str) -> str:
 
 def page() -> str:
     """Return the whole page."""
+    tables = [line for program in PROGRAMS for line in listed(program)]
     made = [line for program in PROGRAMS for command in commands(parser_with_all(program))
             for line in section(command)]
-    return "\n".join([HEAD, *made]).rstrip() + "\n"
+    return "\n".join([HEAD, *tables, *made]).rstrip() + "\n"
 
 
 if __name__ == "__main__":

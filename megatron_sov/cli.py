@@ -14,11 +14,11 @@ import time
 from typing import Any
 
 from megatron_sov.base.command_line import (
-    Parser, exit_code, fill_commands, missing_part, parser_of, version_of)
+    HelpText, Parser, end_help, exit_code, fill_commands, list_commands, missing_part, parser_of, version_of)
 from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.plugins.registry import Declared, declared, takes
-from megatron_sov.commands import COMMANDS
-from megatron_sov.runs.launch_environment import process_started_s
+from megatron_sov.commands import COMMANDS, WORDS
+from megatron_sov.runs.launch_environment import note_command, process_started_s
 
 PROGRAM, GROUP = "megatron-sov", "megatron_sov.commands"
 
@@ -27,12 +27,12 @@ def help_parser(installed: list[Declared]) -> argparse.ArgumentParser:
     """Return the top-level parser, for its help; sub-commands parse their own arguments."""
     texts = {name: c.help + _missing(c.module) for name, c in COMMANDS.items()}
     texts |= {d.name: f"from package {d.package}" for d in installed}
-    width = max(map(len, texts))
-    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in texts.items())
+    groups = {name: c.group for name, c in COMMANDS.items()} | {d.name: "from packages" for d in installed}
     parser = argparse.ArgumentParser(
         prog=PROGRAM, usage=f"{PROGRAM} COMMAND ...", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train your own language model, from raw text to a Hugging Face folder.",
-        epilog=f"commands:\n{lines}\n\n{PROGRAM} COMMAND --help explains one of them.\n"
+        epilog=f"{list_commands(texts, groups)}\n\n{PROGRAM} COMMAND --help explains one of them and shows "
+               "examples.\n"
                "exit codes: 0 complete, 2 your input needs a change, 3 a gate did not pass, 75 stopped with "
                "everything saved,\n"
                "76 a step hung, 77 a process gave wrong bits",
@@ -57,7 +57,11 @@ def build_parser() -> Parser:
     for first in dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name):
         group = top.choices[first] if first in top.choices else top.add_parser(first, help=f"{first} COMMAND")
         fill_commands(group)
-        below = _sub_commands(group) or group.add_subparsers(metavar="COMMAND", parser_class=type(group))
+        below = _sub_commands(group)
+        if below is None:
+            below = group.add_subparsers(metavar="COMMAND", parser_class=type(group))
+            # shells look for the second word first, not for RECIPE
+            group._actions.insert(0, group._actions.pop())
         for second, text in children_of(first).items():
             below.add_parser(second, help=text)._module = COMMANDS[f"{first} {second}"].module
     return parser
@@ -85,11 +89,18 @@ def run_command(argv: list[str], began_s: float) -> int:
     if children and name not in COMMANDS:
         return _run_group(name, children, rest)
     module, text = _command(name)
-    sub = Parser(prog=f"{PROGRAM} {name}", description=text, epilog=_listed(f"{name} COMMAND", children),
-                 formatter_class=argparse.RawDescriptionHelpFormatter if children else argparse.HelpFormatter)
+    sub = Parser(prog=f"{PROGRAM} {name}", description=text, formatter_class=HelpText)
     module.add_arguments(sub)
+    if name in COMMANDS:
+        end_help(sub, COMMANDS[name], PROGRAM)
+    if children:
+        heading = f"{name} COMMAND, each with a --help of its own"
+        listed = list_commands(children, dict.fromkeys(children, heading))
+        sub.epilog = "\n\n".join(filter(None, (listed, sub.epilog)))
     sub.set_defaults(began_s=began_s)
-    return int(module.run(sub.parse_args(rest)))
+    args = sub.parse_args(rest)
+    note_command(argv)
+    return int(module.run(args))
 
 
 def named(argv: list[str]) -> tuple[str, list[str]]:
@@ -111,15 +122,9 @@ def _run_group(name: str, children: dict[str, str], rest: list[str]) -> int:
                         f"{', '.join(f'{name} {child}' for child in children)})")
     argparse.ArgumentParser(prog=f"{PROGRAM} {name}", usage=f"{PROGRAM} {name} COMMAND ...",
                             formatter_class=argparse.RawDescriptionHelpFormatter,
-                            epilog=_listed("COMMAND", children)).print_help()
+                            epilog=list_commands(children, dict.fromkeys(
+                                children, "COMMAND, each with a --help of its own"))).print_help()
     return ExitCode.OK if rest else ExitCode.USER_ERROR
-
-
-def _listed(what: str, children: dict[str, str]) -> str | None:
-    """Return the lines of a help that name further commands."""
-    width = max(map(len, children), default=0)
-    lines = [f"  {child:<{width}}  {text}" for child, text in children.items()]
-    return "\n".join([f"{what}, each with a --help of its own:", *lines]) if lines else None
 
 
 def _command(name: str) -> tuple[Any, str]:
@@ -130,8 +135,10 @@ def _command(name: str) -> tuple[Any, str]:
     entry = next((d for d in installed if d.name == name), None)
     if entry is None:
         known = [*COMMANDS, *(d.name for d in installed if d.name not in COMMANDS)]
-        raise UserError(f"command {name!r}: does not exist{nearest(name, known)} (commands: "
-                        f"{', '.join(known)})")
+        if name.lower() in WORDS:
+            raise UserError(f"command {name!r}: does not exist; {WORDS[name.lower()]}")
+        raise UserError(f"command {name!r}: does not exist{nearest(name, known)} (`{PROGRAM} --help` lists "
+                        "all)")
     where = f"command {name!r} of package {entry.package}"
     try:
         module = importlib.import_module(entry.reference)

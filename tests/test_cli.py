@@ -114,7 +114,7 @@ def test_a_second_word_that_does_not_exist_names_the_nearest(capsys: pytest.Capt
 
 def test_no_command_prints_the_help_and_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
-    assert "commands:" in capsys.readouterr().out
+    assert "  pretrain " in capsys.readouterr().out
 
 
 def test_a_command_began_with_its_process_and_one_that_python_calls_begins_now(

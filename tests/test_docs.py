@@ -44,7 +44,7 @@ def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None
     args = parse(line)
     # tests/test_own_code.py runs those with a recipe of one's own
     if args.recipe is None or is_reference(args.recipe):
-        assert args.config is not None or line in commands_of((ROOT / "docs/own_code.md").read_text())
+        assert args.configs or line in commands_of((ROOT / "docs/own_code.md").read_text())
         return
     command = cli.named(line.split()[1:])[0]
     asked = training_request(args, TRAINS[command], needs_data=False, lengthens=command == "extend")
@@ -164,25 +164,43 @@ def test_the_index_lists_every_page_once() -> None:
     assert sorted(listed) == sorted(pages - {"index.md"})
 
 
-def test_the_readme_lists_every_command() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert [name for name in cli.COMMANDS if f"`megatron-sov {name}`" not in readme] == []
-    for program in ("sov-data", "sov-tokenizer"):
-        told = " ".join(re.findall(rf"^\| (`{program} .*?) \|", readme, re.MULTILINE))
-        commands = importlib.import_module(ENTRIES[program]).COMMANDS
-        assert [name for name in commands if not re.search(rf"[` ]{name}`", told)] == []
+def test_the_page_of_options_lists_every_command() -> None:
+    """With the page of its own, which is there."""
+    page = (ROOT / "docs/options.md").read_text()
+    for program, module in ENTRIES.items():
+        for name, command in importlib.import_module(module).COMMANDS.items():
+            assert f"| `{program} {name}` | {command.help} | [{command.page}]({command.page}) |" in page
+            assert (ROOT / "docs" / command.page).is_file()
 
 
-def test_the_readme_shows_every_hall() -> None:
-    tree = (ROOT / "README.md").read_text().partition("## The halls")[2]
+def test_the_readme_is_a_page() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 100
+
+
+def test_the_readme_says_what_make_test_installs() -> None:
+    for page in ("README.md", "CONTRIBUTING.md"):
+        assert "by apt" in (ROOT / page).read_text(), page
+
+
+def test_the_page_of_the_house_shows_every_hall() -> None:
+    tree = (ROOT / "docs/house.md").read_text()
     halls = [f"{p.name}/" if p.is_dir() else p.name for p in (ROOT / "megatron_sov").iterdir()
              if not p.name.startswith("_") and (p.suffix == ".py" or (p / "__init__.py").is_file())]
     assert [hall for hall in halls if f" {hall}" not in tree] == []
 
 
+def test_llms_txt_has_a_line_for_every_page() -> None:
+    """For programs that read: the pages of the index, with what each is for."""
+    text = (ROOT / "docs/llms.txt").read_text()
+    lines = dict(re.findall(r"^- \[([\w/]+\.md)\]\(\1\): (.+)$", text, re.MULTILINE))
+    rows = dict(re.findall(r"^\| \[([\w/]+\.md)\]\(\1\) \| (.+) \|$", (ROOT / "docs/index.md").read_text(),
+                           re.MULTILINE))
+    assert lines == rows
+
+
 @pytest.mark.parametrize(("name", "made"), [("config", "config.md"), ("options", "options.md"),
                                             ("recipes", "recipes.md"),
-                                            ("results", "results.md"),
+                                            ("results", "results.md"), ("index", "llms.txt"),
                                             ("house", "pictures/house.svg")])
 def test_pages_that_are_written_from_the_code_are_fresh(name: str, made: str) -> None:
     spec = importlib.util.spec_from_file_location(f"generate_{name}", ROOT / f"docs/generate_{name}.py")

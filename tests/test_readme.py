@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import textwrap
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +25,8 @@ import pytest
 
 from megatron_sov.base.artifacts import new_artifact
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-STEPS = "train.steps=200"
-
-
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 def block_under(heading: str) -> list[str]:
     """Return the lines of the first commands under a heading."""
     found = re.search(rf"^## {heading}\n.*?^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -40,12 +42,16 @@ def gather(folder: Path) -> None:
             documents = [part for module in sources for part in inspect.getsource(module).split("\n\n")]
             (corpus.path / f"{name}.jsonl").write_text(
                 "".join(json.dumps({"text": text}) + "\n" for text in documents))
+        said = [[{"role": "user", "content": f"What is list {i}?"},
+                 {"role": "assistant", "content": f"A sequence of {i} things."}] for i in range(40)]
+        (corpus.path / "chat.jsonl").write_text(
+            "".join(json.dumps({"messages": messages}) + "\n" for messages in said))
 
 
 @pytest.mark.distributed
 def test_the_way_of_a_model_works_as_it_is_typed(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any]) -> None:
-    activate, demo_corpus, *lines = block_under("The way of a model")
+    activate, demo_corpus, *lines, serve = block_under("The way of a model")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     monkeypatch.chdir(tmp_path)
     programs = {shlex.split(line)[0] for line in (demo_corpus, *lines)}
@@ -54,9 +60,35 @@ def test_the_way_of_a_model_works_as_it_is_typed(
     assert len(found.stdout.split()) == len(programs) == 3, found.stderr
     assert demo_corpus == "sov-data demo-corpus --output work/corpus"
     gather(Path("work/corpus"))
-    assert sum(STEPS in line for line in lines) == 1
+    trained = 0
     for line in lines:
-        program, *argv = shlex.split(line.replace(STEPS, "train.steps=2"))
+        short, count = re.subn(r"train\.steps=\d+", "train.steps=2", line)
+        trained += count
+        program, *argv = shlex.split(short)
         done = run_command(*argv, program=program)
         assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
-    assert Path("work/pretrain/report.html").is_file() and Path("work/hf/model.safetensors").is_file()
+    assert trained == 2
+    assert Path("work/report.html").is_file() and Path("work/hf/model.safetensors").is_file()
+    ask_server(serve)
+
+
+def ask_server(line: str) -> None:
+    """Start the server that a line starts, at a free port in place of its own, and ask it for its models."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program, *words = shlex.split(line)
+    assert (program, words[-2:]) == ("megatron-sov", ["--port", "8000"])
+    with subprocess.Popen([sys.executable, "-m", "megatron_sov", *words[:-1], str(port)],
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}) as server:
+        try:
+            while True:
+                assert server.poll() is None, f"{line}: ended with {server.returncode}"
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60) as answer:
+                        assert json.load(answer)["data"]
+                        return
+                except OSError:
+                    time.sleep(0.2)
+        finally:
+            server.terminate()

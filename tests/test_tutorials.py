@@ -7,7 +7,6 @@ there.  `benchmarks/tutorials.py` types everything.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Callable
@@ -35,12 +34,6 @@ def under(heading: str, text: str) -> list[str]:
     return list(lines_of(shell_blocks(text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0])))
 
 
-def chat(number: int) -> str:
-    """Return a line of the corpus' conversations."""
-    said = [("user", f"What is list {number}?"), ("assistant", f"A sequence of {number} things.")]
-    return json.dumps({"messages": [{"role": role, "content": text} for role, text in said]}) + "\n"
-
-
 @pytest.mark.distributed
 def test_what_the_tutorials_do_on_a_laptop_works_as_it_is_typed(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any]) -> None:
@@ -54,7 +47,6 @@ def test_what_the_tutorials_do_on_a_laptop_works_as_it_is_typed(
             if line == "sov-data demo-corpus --output work/corpus":
                 if not Path("work/corpus").exists():
                     gather(Path("work/corpus"))
-                    Path("work/corpus/chat.jsonl").write_text("".join(map(chat, range(40))))
             elif line not in typed and not line.startswith(TRAINS):
                 program, *argv = shlex.split(line)
                 done = run_command(*argv, program=program)

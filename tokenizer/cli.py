@@ -6,17 +6,40 @@ import sys
 
 from megatron_sov.base.command_line import Command, Parser, parser_of, run_program
 
+TRAIN, MOVE, LOOK = "train and change", "import and export", "check"
+"""Headings of the help."""
 COMMANDS = {
-    "train": Command("tokenizer.train", "learn a byte-level BPE or SuperBPE tokenizer from text"),
-    "import": Command("tokenizer.formats.commands:IMPORT",
-                      "take over a tokenizer of Hugging Face, tiktoken or sentencepiece"),
-    "export": Command("tokenizer.formats.commands:EXPORT",
-                      "write a tokenizer for tiktoken or sentencepiece"),
-    "graft": Command("tokenizer.graft.command", "add or replace tokens of a Hugging Face model"),
-    "media": Command("tokenizer.graft.command:MEDIA_COMMAND",
-                     "add tokens of pictures and sounds to a tokenizer or a model"),
-    "report": Command("tokenizer.report.command", "check a tokenizer and write what was found as a page"),
-    "compare": Command("tokenizer.compare.command", "compare tokenizers on the same text"),
+    "train": Command(
+        "tokenizer.train", "learn a byte-level BPE or SuperBPE tokenizer from text", TRAIN, "tokenizer.md",
+        ("train --preset solar-open --vocab-size 2048 --input corpus --output tokenizer",
+         "train --preset solar-open --vocab-size 65536 --input own=texts --output own-tokenizer")),
+    "graft": Command(
+        "tokenizer.graft.command", "add or replace tokens of a Hugging Face model", TRAIN, "tokenizer.md",
+        ("graft my-model --add own-tokenizer --output grafted",
+         "graft my-model --add words.txt --vocab-size 180224 --output grafted")),
+    "media": Command(
+        "tokenizer.graft.command:MEDIA_COMMAND",
+        "add tokens of pictures and sounds to a tokenizer or a model", TRAIN, "media_data.md",
+        ("media tokenizer --image-tokens 65536 --output omni-tokenizer",
+         "media tokenizer --audio-tokens 6561 --image-tokens 65536 --output omni-tokenizer")),
+    "import": Command(
+        "tokenizer.formats.commands:IMPORT",
+        "take over a tokenizer of Hugging Face, tiktoken or sentencepiece", MOVE, "tokenizer.md",
+        ("import qwen3-8b-base --output tokenizer", "import my.tiktoken --output tokenizer")),
+    "export": Command(
+        "tokenizer.formats.commands:EXPORT", "write a tokenizer for tiktoken or sentencepiece", MOVE,
+        "tokenizer.md",
+        ("export tokenizer --format tiktoken --output my.tiktoken",
+         "export tokenizer --format sentencepiece --output my.model")),
+    "report": Command(
+        "tokenizer.report.command", "check a tokenizer and write what was found as a page", LOOK,
+        "tokenizer.md",
+        ("report tokenizer --text en=english.jsonl --output report.html",
+         "report tokenizer --text en=english.jsonl ko=korean.jsonl --output report.html --json report.json")),
+    "compare": Command(
+        "tokenizer.compare.command", "compare tokenizers on the same text", LOOK, "tokenizer.md",
+        ("compare tokenizer other/tokenizer.json --text en=english.jsonl --output compare.html",
+         "compare tokenizer other --text en=english.jsonl ko=korean.jsonl --output compare.html")),
 }
 
 

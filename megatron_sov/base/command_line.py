@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +30,37 @@ def version_of(program: str) -> str:
     return f"{program} {__version__}"
 
 
+class HelpText(argparse.HelpFormatter):
+    """Fills a text of one line, and keeps the lines of one that has several."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return "\n".join(indent + line for line in text.split("\n"))
+        return super()._fill_text(text, width, indent)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one sentence, raised as a `UserError`, without the usage."""
 
     _typed: Sequence[str] = ()
+    listing = ""
+    """Its commands under their headings; "": argparse lists them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # argparse would make `Path("")` this folder
         self.register("type", Path, _path)
+
+    def format_help(self) -> str:
+        if not self.listing:
+            return super().format_help()
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        formatter.start_section("options")
+        formatter.add_arguments([a for a in self._actions if a.option_strings])
+        formatter.end_section()
+        return f"{formatter.format_help()}\n{self.listing}\n\n{self.prog} COMMAND --help shows examples.\n"
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self._typed = sys.argv[1:] if args is None else args
@@ -45,6 +68,9 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Check a word against those that are taken, except where `read_options` does."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            raise UserError(f"{self.prog} {value}: does not exist{nearest(value, action.choices)} "
+                            f"(`{self.prog} --help` lists what there is)")
         if not getattr(action, "is_setting", False):
             super()._check_value(action, value)
 
@@ -55,7 +81,11 @@ class Parser(argparse.ArgumentParser):
             options = list(self._option_string_actions)
             words = [word.partition("=")[0] for word in self._typed if word.startswith("--")]
             wrong = [w for w in words if not any(option.startswith(w) for option in options)]
-            message += "".join(f"; {word}: nothing takes this{nearest(word, options)}" for word in wrong[:1])
+            for word in wrong[:1]:
+                at = next(i for i, typed in enumerate(self._typed) if typed.partition("=")[0] == word)
+                message += f"; {word}: nothing takes this{self._meant(word, options, *self._typed[at:])}"
+            if "--resume" in self._typed:
+                message += "; `megatron-sov resume RUN` goes on without them"
         raise UserError(f"{self.prog}: {message} (--help lists what it takes)")
 
     def parse_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
@@ -71,8 +101,24 @@ class Parser(argparse.ArgumentParser):
             written = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
             raise UserError(f"{settings[0]}: every setting needs a --set of its own; write {written}")
         option = rest[0].partition("=")[0]
-        near = "; another command does" if option in options else nearest(option, options)
+        near = "; another command does" if option in options else self._meant(option, options, *rest)
         self.error(f"{shlex.join(rest)}: nothing takes this{near if rest[0].startswith('-') else ''}")
+
+    def _meant(self, option: str, options: Sequence[str], *typed: str) -> str:
+        """Return what an option that nothing takes may mean: a setting, else the nearest option.
+
+        Args:
+            option: without a value.
+            options: those that there are.
+            typed: it and the words behind it, as they were typed.
+        """
+        find = getattr(self.get_default("options_class"), "find_setting", None)
+        if find is None or not (setting := find(option.lstrip("-").replace("-", "_"))):
+            return nearest(option, options)
+        _, equals, value = typed[0].partition("=") if typed else ("", "", "")
+        if not equals:
+            value = typed[1] if len(typed) > 1 and not typed[1].startswith("--") else "VALUE"
+        return f"; write --set {shlex.quote(f'{setting}={value}')}"
 
 
 def _path(text: str) -> Path:
@@ -106,6 +152,24 @@ class Command:
     commands share a file, `module:NAME` of an object with these."""
     help: str
     """One line for `--help`."""
+    group: str = ""
+    """Heading under which the program's help lists it."""
+    page: str = ""
+    """Its page below docs/."""
+    examples: tuple[str, ...] = ()
+    """What its help shows, without the program's name."""
+
+    def ending(self, program: str, words: str = "") -> str:
+        """Return the end of its help: examples and page.
+
+        Args:
+            program: its name.
+            words: what the examples begin with that are shown; "": all.
+        """
+        begin = f"{words} ".lstrip()
+        shown = [f"  {program} {line}" for line in self.examples if f"{line} ".startswith(begin)]
+        page = [f"page: docs/{self.page}"] if self.page else []
+        return "\n".join([*(["examples:"] if shown else []), *shown, *page])
 
     def load(self) -> Any:
         """Import it."""
@@ -124,6 +188,7 @@ class _CommandParser(Parser):
     of the program cost nothing."""
 
     _module = ""
+    _command: Command | None = None
 
     def fill(self) -> None:
         """Import the command's module and add its arguments, once."""
@@ -131,10 +196,40 @@ class _CommandParser(Parser):
         module, self._module = self._module, ""
         if module:
             _load(module).add_arguments(self)
+            if self._command is not None:
+                end_help(self, self._command, self.prog.split()[0])
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.fill()
         return super().parse_known_args(args, namespace)
+
+
+def end_help(parser: argparse.ArgumentParser, command: Command, program: str) -> None:
+    """Let the help of a command, and of each action below it, end with its examples and its page."""
+    words = parser.prog.removeprefix(program).strip()
+    own = textwrap.fill(" ".join((parser.epilog or "").split()), 100)
+    parser.epilog = "\n\n".join(filter(None, (own, command.ending(program, words)))) or None
+    parser.formatter_class = HelpText
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                end_help(child, command, program)
+
+
+def list_commands(commands: Mapping[str, str], groups: Mapping[str, str]) -> str:
+    """Return a line for each command of a program, under the headings of their groups.
+
+    Args:
+        commands: name -> line of help.
+        groups: name -> heading, in the order of the headings; what it lacks comes last.
+    """
+    width = max(map(len, commands), default=0)
+    lines = []
+    for heading in dict.fromkeys([*groups.values(), ""]):
+        rows = [f"  {name:<{width}}  {text}" for name, text in commands.items()
+                if groups.get(name, "") == heading]
+        lines += [f"{heading or 'commands'}:", *rows, ""] if rows else []
+    return "\n".join(lines).rstrip()
 
 
 def is_installed(module: str) -> bool:
@@ -173,12 +268,15 @@ def _part_is_missing(part: str) -> str:
 def parser_of(program: str, description: str, commands: Mapping[str, Command]) -> Parser:
     """Return the parser of a program; a command is imported when it is parsed."""
     parser = Parser(prog=program, description=description)
+    parser.listing = list_commands({name: c.help for name, c in commands.items()},
+                                   {name: c.group for name, c in commands.items()})
     parser.add_argument("--version", action="version", version=version_of(program))
     actions = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
                                     parser_class=_CommandParser)
     for name, command in commands.items():
         # the module is a name until its command is parsed: `--help` imports none
-        actions.add_parser(name, help=command.help)._module = command.module
+        child = actions.add_parser(name, help=command.help)
+        child._module, child._command = command.module, command
     return parser
 
 

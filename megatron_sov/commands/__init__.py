@@ -1,94 +1,314 @@
-"""The commands of `megatron-sov`: a file for each, found by this table."""
+"""The commands of `megatron-sov`, each a row of this table, and the words of the trade that lead to one."""
 
 from __future__ import annotations
 
 from megatron_sov.base.command_line import Command
 
+DATA, TRAIN, POST_TRAIN, EVALUATE, PUBLISH, OPERATE = (
+    "data (more: sov-data --help, sov-tokenizer --help)", "train", "post-train", "evaluate",
+    "serve and publish", "operate")
+"""Headings of the help, in the order in which a model meets them."""
+
 COMMANDS = {
-    "pretrain": Command("megatron_sov.commands.train.lm:PRETRAIN",
-                        "train a model from token shards, from scratch or --from a checkpoint"),
-    "extend": Command("megatron_sov.commands.train.lm:EXTEND",
-                      "train on at longer contexts, stage by stage, each behind a needle gate"),
-    "sft": Command("megatron_sov.commands.train.lm:SFT", "fine-tune on chats, with an auxiliary text term"),
-    "prefer": Command("megatron_sov.commands.train.prefer",
-                      "learn from judged responses: DPO, IPO, SimPO, ORPO, KTO, SimPER, GrouPER"),
-    "distill": Command("megatron_sov.commands.train.distill",
-                       "learn a teacher's distributions, over the whole vocabulary or its top tokens"),
-    "distill states": Command("megatron_sov.commands.train.distill:STATES",
-                              "have a teacher read token shards, at a layout of its own, and keep its final "
-                              "hidden states"),
-    "distill write": Command("megatron_sov.commands.train.distill:WRITE",
-                             "have a student answer prompts, as conversations that a teacher can read"),
-    "distill rounds": Command("megatron_sov.commands.train.distill:ROUNDS",
-                              "on-policy rounds: the student writes, the teacher reads, the student learns"),
-    "rl generate": Command("megatron_sov.commands.rl.rounds:GENERATE",
-                           "write responses to the prompts of rounds into a store, by the newest policy"),
-    "rl reward": Command("megatron_sov.commands.rl.rounds:REWARD",
-                         "judge the responses of a store that a reward has not judged yet"),
-    "rl store": Command("megatron_sov.commands.inspect:RL_STORE",
-                        "ls, show, stats, page, verify, gc: the rollout store between generation, reward and "
-                        "training"),
-    "convert": Command("megatron_sov.commands.models.convert",
-                       "from-hf, to-hf, from-megatron, settings, verify, inspect, average, upcycle, deepen, "
-                       "to-peft, from-peft: checkpoints, Hugging Face folders, adapters"),
-    "generate": Command("megatron_sov.commands.models.generate",
-                        "continue prompts with a checkpoint or a Hugging Face folder"),
-    "chat": Command("megatron_sov.commands.models.chat",
-                    "talk to a checkpoint, a Hugging Face folder or an endpoint in the terminal"),
-    "serve": Command("megatron_sov.commands.models.serve",
-                     "a chat page, and answers over HTTP as OpenAI's interface spells them"),
-    "eval": Command("megatron_sov.commands.evaluate.eval",
-                    "ppl, needle, pairs, passk, lm, media, play, suites, bigram, logits: judge a checkpoint "
-                    "or a Hugging Face folder"),
-    "eval difference": Command("megatron_sov.commands.evaluate.eval_results:DIFFERENCE",
-                               "what the scores of two models on the same items tell, with intervals"),
-    "eval contamination": Command("megatron_sov.commands.evaluate.eval_results:CONTAMINATION",
-                                  "which items of a score stand in the training data, and the score without "
-                                  "them"),
-    "ssp probe": Command("megatron_sov.commands.rl.ssp:PROBE",
-                         "pass@k of a run's checkpoints in each domain, and the best one of each"),
-    "ssp fuse": Command("megatron_sov.commands.rl.ssp:FUSE",
-                        "merge the best checkpoint of each domain, or any checkpoints, into one"),
-    "rl knowledge": Command("megatron_sov.commands.rl.rl_knowledge",
-                            "in-domain text for InK-GRPO: each section once, none of the test's answers"),
-    "rl run": Command("megatron_sov.commands.rl.rounds:RUN",
-                      "reinforcement learning by one command: the model that learns writes its own rounds"),
-    "rl train": Command("megatron_sov.commands.rl.rounds:TRAIN",
-                        "reinforcement learning: train the rounds of responses that are written and judged"),
-    "inspect": Command("megatron_sov.commands.inspect",
-                       "what a folder or file is, made from what, how far, with some of its rows"),
-    "map": Command("megatron_sov.commands.map",
-                   "have a class of your own make rows of rows, here or on Slurm"),
-    "score": Command("megatron_sov.commands.score",
-                     "give answers rewards: verifiers, rules and judges over a file of rows"),
-    "tools": Command("megatron_sov.commands.rl.tools",
-                     "list, play, run: tool environments, by hand or by a model"),
-    "submit": Command("megatron_sov.commands.operate.submit",
-                      "submit a stage or a chain of stages to a Slurm cluster, a stage to Kubernetes"),
-    "status": Command("megatron_sov.commands.operate.status",
-                      "how runs stand: step, speed, time left, restarts, use of time"),
-    "watch": Command("megatron_sov.commands.operate.watch",
-                     "runs and work on rows while they go on: in the terminal, or as a page that renews "
-                     "itself"),
-    "logs": Command("megatron_sov.commands.operate.logs",
-                    "what a run's processes wrote, across ranks and restarts"),
-    "plan": Command("megatron_sov.commands.operate.plan",
-                    "what a run will do at each step, and what it takes on a cluster: layout, memory, "
-                    "speed, days, cost"),
-    "report": Command("megatron_sov.commands.operate.report",
-                      "write the self-contained HTML report of one or more runs"),
-    "card": Command("megatron_sov.commands.models.card",
-                    "write the card of a model from manifests and events: data, cost, scores, provenance"),
-    "ladder": Command("megatron_sov.commands.operate.ladder",
-                      "train small models of a recipe's structure, fit a scaling law, predict the next size"),
-    "codec": Command("megatron_sov.commands.models.codec",
-                     "train, import, reconstruct, inspect: tokenizers and decoders of pictures and sounds"),
-    "bundle": Command("megatron_sov.commands.operate.bundle",
-                      "gather wheels, code and folders for a cluster without a network"),
-    "doctor": Command("megatron_sov.commands.operate.doctor",
-                      "what this machine has, what is missing, and how to add it"),
-    "recipes": Command("megatron_sov.commands.models.recipes",
-                       "list the recipes, or print one with every setting and its source"),
-    "completion": Command("megatron_sov.commands.operate.completion",
-                          "print what bash, zsh or fish needs to complete commands and options"),
+    "inspect": Command(
+        "megatron_sov.commands.inspect",
+        "say what a folder or file is, what it was made from, and show some of its rows",
+        DATA, "inspect.md",
+        ("inspect shards",
+         "inspect runs/pretrain --verify")),
+    "map": Command(
+        "megatron_sov.commands.map",
+        "apply a class of yours to every row of a file, here or on a cluster",
+        DATA, "own_code.md",
+        ("map corpus.jsonl ./my_map.py:Shorten --output shortened --workers 2",
+         "map corpus.jsonl ./my_map.py:Shorten --output shortened --set words=3")),
+    "score": Command(
+        "megatron_sov.commands.score",
+        "score a file of responses with a reward: a verifier, a rule or a judge",
+        DATA, "rewards.md",
+        ("score --reward math --input answers.jsonl --output math.jsonl",
+         "score --reward ./my_reward.py:Starts --input answers.jsonl --output own.jsonl")),
+    "codec": Command(
+        "megatron_sov.commands.models.codec",
+        "train, import, reconstruct, inspect: tokenizers and decoders of pictures and sounds",
+        DATA, "codecs.md",
+        ("codec import ta-tok ta_tok.pth ta-tok",
+         "codec inspect ta-tok")),
+    "recipes": Command(
+        "megatron_sov.commands.models.recipes",
+        "list the recipes, or print one with every setting and its source",
+        TRAIN, "recipes.md",
+        ("recipes",
+         "recipes tiny-qwen3 --yaml")),
+    "plan": Command(
+        "megatron_sov.commands.operate.plan",
+        "what a run will do at each step, and what it takes on a cluster: layout, memory, speed, "
+        "days, cost",
+        TRAIN, "plan.md",
+        ("plan tiny-solar-open",
+         "plan solar-open-102b --cluster b200 --nodes 60")),
+    "pretrain": Command(
+        "megatron_sov.commands.train.lm:PRETRAIN",
+        "train a model from token shards, from scratch or --from a checkpoint",
+        TRAIN, "pretrain.md",
+        ("pretrain tiny-solar-open --data tokens --run runs/pretrain",
+         "pretrain tiny-solar-open --data tokens --run runs/two --nproc 2 --set train.steps=200 "
+         "--set optim.lr=1e-3")),
+    "extend": Command(
+        "megatron_sov.commands.train.lm:EXTEND",
+        "train on at longer contexts, stage by stage, each behind a needle gate",
+        TRAIN, "extend.md",
+        ("extend tiny-k-exaone-extend --from runs/pretrain --data tokens --run runs/long",
+         "extend tiny-k-exaone-extend --from runs/pretrain --data tokens --run runs/long --dry-run")),
+    "resume": Command(
+        "megatron_sov.commands.train.resume",
+        "continue a stopped run: its folder knows the command and its options",
+        TRAIN, "pretrain.md",
+        ("resume runs/pretrain",
+         "resume runs/pretrain --nproc 4 --set train.steps=400")),
+    "ladder": Command(
+        "megatron_sov.commands.operate.ladder",
+        "train small models of a recipe's structure, fit a scaling law, predict the next size",
+        TRAIN, "ladder.md",
+        ("ladder tiny-solar-open --sizes 16K,32K,64K --data tokens --run runs/ladder --predict 256K",
+         "ladder solar-open-102b --sizes 50M,100M,200M --run runs/ladder --dry-run")),
+    "sft": Command(
+        "megatron_sov.commands.train.lm:SFT",
+        "fine-tune on chats, with an auxiliary text term",
+        POST_TRAIN, "sft.md",
+        ("sft tiny-solar-open --from runs/pretrain --data chats --run runs/sft",
+         "sft tiny-solar-open --from runs/pretrain --data chats --run runs/lora --set lora.rank=16")),
+    "prefer": Command(
+        "megatron_sov.commands.train.prefer",
+        "learn from judged responses: DPO, IPO, SimPO, ORPO, KTO, SimPER, GrouPER",
+        POST_TRAIN, "prefer.md",
+        ("prefer tiny-solar-open --from runs/sft --data pairs --run runs/dpo --set optim.lr=5e-5",
+         "prefer tiny-solar-open --from runs/sft --data unpaired --run runs/kto --method kto")),
+    "distill": Command(
+        "megatron_sov.commands.train.distill",
+        "learn a teacher's distributions, over the whole vocabulary or its top tokens",
+        POST_TRAIN, "distill.md",
+        ("distill tiny-solar-open --from runs/sft --teacher teacher --data chats --run runs/small",
+         "distill tiny-solar-open --from runs/sft --teacher teacher --top-k 128 --data chats --run "
+         "runs/top")),
+    "distill states": Command(
+        "megatron_sov.commands.train.distill:STATES",
+        "have a teacher read token shards, at a layout of its own, and keep its final hidden states",
+        POST_TRAIN, "distill.md",
+        ("distill states teacher --data chats --output states",
+         "distill states teacher --data chats --top-k 128 --output top")),
+    "distill write": Command(
+        "megatron_sov.commands.train.distill:WRITE",
+        "have a student answer prompts, as conversations that a teacher can read",
+        POST_TRAIN, "distill.md",
+        ("distill write runs/sft --prompts prompts --output answers",
+         "distill write runs/sft --prompts prompts --output answers --max-new-tokens 512 --nproc 2")),
+    "distill rounds": Command(
+        "megatron_sov.commands.train.distill:ROUNDS",
+        "on-policy rounds: the student writes, the teacher reads, the student learns",
+        POST_TRAIN, "distill.md",
+        ("distill rounds tiny-solar-open --from runs/sft --teacher teacher --prompts prompts --data "
+         "chats --output rounds",
+         "distill rounds tiny-solar-open --from runs/sft --teacher teacher --prompts prompts --data "
+         "chats --output rounds --rounds 3")),
+    "rl run": Command(
+        "megatron_sov.commands.rl.rounds:RUN",
+        "reinforcement learning by one command: the model that learns writes its own rounds",
+        POST_TRAIN, "rl.md",
+        ("rl run tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
+         "--run runs/rl",
+         "rl run tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward "
+         "./my_reward.py:Starts --store store --run runs/rl --set policy.method=dapo")),
+    "rl generate": Command(
+        "megatron_sov.commands.rl.rounds:GENERATE",
+        "write responses to the prompts of rounds into a store, by the newest policy",
+        POST_TRAIN, "rl_generate.md",
+        ("rl generate tiny-solar-open --from runs/sft --prompts prompts.jsonl --store store --run "
+         "runs/rl",
+         "rl generate tiny-solar-open --from runs/sft --prompts prompts.jsonl --store store --run "
+         "runs/rl --wait 3600")),
+    "rl reward": Command(
+        "megatron_sov.commands.rl.rounds:REWARD",
+        "judge the responses of a store that a reward has not judged yet",
+        POST_TRAIN, "rl_generate.md",
+        ("rl reward --store store --reward math",
+         "rl reward --store store --reward math --wait 3600")),
+    "rl train": Command(
+        "megatron_sov.commands.rl.rounds:TRAIN",
+        "reinforcement learning: train the rounds of responses that are written and judged",
+        POST_TRAIN, "rl.md",
+        ("rl train tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store "
+         "store --run runs/rl",
+         "rl train tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store "
+         "store --run runs/rl --wait 600")),
+    "rl store": Command(
+        "megatron_sov.commands.inspect:RL_STORE",
+        "ls, show, stats, page, verify, gc: the rollout store between generation, reward and training",
+        POST_TRAIN, "rollout_store.md",
+        ("rl store stats store",
+         "rl store ls store")),
+    "rl knowledge": Command(
+        "megatron_sov.commands.rl.rl_knowledge",
+        "in-domain text for InK-GRPO: each section once, none of the test's answers",
+        POST_TRAIN, "ssp.md",
+        ("rl knowledge --input laws.jsonl --text-field text --document-field law "
+         "--section-field section --tests test.jsonl --output knowledge",
+         "rl knowledge --input laws.jsonl --text-field text --document-field law "
+         "--section-field section --tests test.jsonl --split split=train --output knowledge")),
+    "tools": Command(
+        "megatron_sov.commands.rl.tools",
+        "list, play, run: tool environments, by hand or by a model",
+        POST_TRAIN, "tools.md",
+        ("tools list",
+         "tools play booking --calls calls.jsonl --page booking.html")),
+    "ssp probe": Command(
+        "megatron_sov.commands.rl.ssp:PROBE",
+        "pass@k of a run's checkpoints in each domain, and the best one of each",
+        POST_TRAIN, "ssp.md",
+        ("ssp probe runs/sft --problems algebra=algebra.jsonl --reward math --k 8 --output probe",
+         "ssp probe runs/sft --problems algebra=algebra.jsonl geometry=geometry.jsonl --reward math "
+         "--samples 16 --k 8 --output probe")),
+    "ssp fuse": Command(
+        "megatron_sov.commands.rl.ssp:FUSE",
+        "merge the best checkpoint of each domain, or any checkpoints, into one",
+        POST_TRAIN, "ssp.md",
+        ("ssp fuse probe --output merged",
+         "ssp fuse runs/sft/checkpoints/step-50 runs/sft/checkpoints/step-100:2 --output merged")),
+    "generate": Command(
+        "megatron_sov.commands.models.generate",
+        "continue prompts with a checkpoint or a Hugging Face folder",
+        EVALUATE, "generate.md",
+        ('generate hf --prompt "The model"',
+         'generate runs/sft --chat --prompt "What is a list?"')),
+    "eval": Command(
+        "megatron_sov.commands.evaluate.eval",
+        "ppl, needle, pairs, passk, lm, media, play, suites, bigram, logits: judge a checkpoint or a "
+        "Hugging Face folder",
+        EVALUATE, "eval.md",
+        ("eval ppl runs/pretrain --data tokens",
+         "eval lm hf --tasks quiz --task-dir tasks --output scores.json")),
+    "eval difference": Command(
+        "megatron_sov.commands.evaluate.eval_results:DIFFERENCE",
+        "compare two models item by item, with confidence intervals",
+        EVALUATE, "compare.md",
+        ("eval difference base.json tuned.json",
+         "eval difference base.json tuned.json --tasks quiz --json")),
+    "eval contamination": Command(
+        "megatron_sov.commands.evaluate.eval_results:CONTAMINATION",
+        "find test items that are in the training data, and the score without them",
+        EVALUATE, "compare.md",
+        ("eval contamination base.json --data tokens",
+         "eval contamination base.json --data tokens corpus.jsonl --workers 8")),
+    "convert": Command(
+        "megatron_sov.commands.models.convert",
+        "from-hf, to-hf, from-megatron, settings, verify, inspect, average, upcycle, deepen, "
+        "to-peft, from-peft: checkpoints, Hugging Face folders, adapters",
+        PUBLISH, "convert.md",
+        ("convert to-hf runs/sft hf",
+         "convert from-hf hf checkpoint")),
+    "chat": Command(
+        "megatron_sov.commands.models.chat",
+        "talk to a checkpoint, a Hugging Face folder or an endpoint in the terminal",
+        PUBLISH, "chat.md",
+        ("chat runs/sft",
+         "chat runs/sft hf --temperature 0.7")),
+    "serve": Command(
+        "megatron_sov.commands.models.serve",
+        "serve a model over HTTP with OpenAI's interface, at any layout",
+        PUBLISH, "serve.md",
+        ("serve runs/sft --name mine --port 8000",
+         "serve hf --api-key-env SERVE_KEY")),
+    "card": Command(
+        "megatron_sov.commands.models.card",
+        "write the card of a model from manifests and events: data, cost, scores, provenance",
+        PUBLISH, "card.md",
+        ("card runs/sft --output card",
+         "card runs/pretrain runs/sft --output card --hf-folder hf")),
+    "report": Command(
+        "megatron_sov.commands.operate.report",
+        "write the self-contained HTML report of one or more runs",
+        PUBLISH, "report.md",
+        ("report runs/pretrain",
+         "report runs/sft runs/dpo")),
+    "submit": Command(
+        "megatron_sov.commands.operate.submit",
+        "submit a stage or a chain of stages to a Slurm cluster, a stage to Kubernetes",
+        OPERATE, "slurm.md",
+        ("submit pretrain --cluster h100 --account mine --nodes 4 solar-open-102b --data tokens "
+         "--run runs/big",
+         "submit chain solar-open-102b --account mine --dry-run")),
+    "status": Command(
+        "megatron_sov.commands.operate.status",
+        "show step, speed, time left, restarts and use of time of runs",
+        OPERATE, "watching.md",
+        ("status runs",
+         "status runs/pretrain --json")),
+    "watch": Command(
+        "megatron_sov.commands.operate.watch",
+        "follow runs and work on rows, in the terminal or on a page that renews itself",
+        OPERATE, "watching.md",
+        ("watch runs/pretrain",
+         "watch runs/pretrain runs/other --http 8000")),
+    "logs": Command(
+        "megatron_sov.commands.operate.logs",
+        "show what a run's processes wrote, across ranks and restarts",
+        OPERATE, "watching.md",
+        ("logs runs/pretrain",
+         "logs runs/pretrain --rank 3 --tail 20")),
+    "bundle": Command(
+        "megatron_sov.commands.operate.bundle",
+        "gather wheels, code and folders for a cluster without a network",
+        OPERATE, "install.md",
+        ("bundle --output sov-bundle",
+         "bundle --output sov-bundle --with tokenizer")),
+    "doctor": Command(
+        "megatron_sov.commands.operate.doctor",
+        "say what this machine has, what is missing, and how to add it",
+        OPERATE, "install.md",
+        ("doctor",
+         "doctor --json")),
+    "completion": Command(
+        "megatron_sov.commands.operate.completion",
+        "print what bash, zsh or fish needs to complete commands and options",
+        OPERATE, "options.md",
+        ("completion bash",
+         "completion zsh sov-data")),
 }
+
+_PREFER = "`megatron-sov prefer RECIPE --from MODEL --data PAIRS --run DIR --method {}` learns from {}"
+_RL = ("`megatron-sov rl run RECIPE --from MODEL --prompts FILE --reward NAME --store DIR --run DIR{}` "
+       "learns from rewards")
+_SFT = "`megatron-sov sft RECIPE --from MODEL --data CHATS --run DIR{}` {}"
+_PACK = "`sov-data pack --tokenizer DIR --input FILE --output DIR` turns text into token shards"
+_SCORE = "`megatron-sov eval lm MODEL --tasks TASK --output FILE` scores a model on benchmarks"
+_TEXT = "`megatron-sov generate MODEL --prompt TEXT` continues prompts"
+WORDS = {
+    "train": "`megatron-sov pretrain RECIPE --data TOKENS --run DIR` trains on text; see also "
+             "`megatron-sov sft`, `megatron-sov prefer` and `megatron-sov rl run`",
+    "continue": "`megatron-sov resume RUN` continues a stopped run",
+    **dict.fromkeys(("finetune", "fine-tune", "tune", "instruct"),
+                    _SFT.format("", "fine-tunes a model on chats")),
+    **dict.fromkeys(("lora", "qlora", "peft", "adapter"),
+                    _SFT.format(" --set lora.rank=16", "trains an adapter")),
+    **{method: _PREFER.format(method, "pairs of responses") for method in ("dpo", "ipo", "simpo", "orpo")},
+    "kto": _PREFER.format("kto", "responses that are judged one by one"),
+    "grpo": _RL.format(" --set policy.method=grpo"),
+    "gspo": _RL.format(" --set policy.method=gspo"),
+    "dapo": _RL.format(" --set policy.method=dapo"),
+    "ppo": "no critic is trained here; " + _RL.format(" --set policy.method=grpo") + " without one",
+    **dict.fromkeys(("rlhf", "rlvr", "reinforce"), _RL.format("")),
+    **dict.fromkeys(("export", "save"), "`megatron-sov convert to-hf RUN OUT` writes a Hugging Face folder"),
+    "import": "`megatron-sov convert from-hf FOLDER OUT` reads a Hugging Face folder",
+    **dict.fromkeys(("merge", "average", "soup"),
+                    "`megatron-sov convert average RUN OUT` averages checkpoints"),
+    **dict.fromkeys(("tokenize", "tokenise", "preprocess", "prepare", "pack", "data"), _PACK),
+    "tokenizer": "`sov-tokenizer train --preset solar-open --vocab-size 32000 --input FILE --output DIR` "
+                 "trains a tokenizer",
+    **dict.fromkeys(("benchmark", "bench", "evaluate", "lm-eval", "lm_eval"), _SCORE),
+    **dict.fromkeys(("infer", "inference", "predict", "run", "sample", "complete"), _TEXT),
+    **dict.fromkeys(("vllm", "api", "server", "deploy"),
+                    "`megatron-sov serve MODEL --port 8000` serves a model with OpenAI's interface"),
+    **dict.fromkeys(("config", "settings", "list", "models"),
+                    "`megatron-sov recipes` lists the recipes, and with a name prints its settings"),
+}
+"""A word that people bring from other programs -> the command that does it, in a sentence."""

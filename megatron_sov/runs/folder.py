@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN
-from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.launch_environment import is_first, num_ranks, typed_command
 from megatron_sov.runs.lock import LOCK, living_holder
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 from megatron_sov.runs.obs.telemetry import alert
 
 CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "gate_failed.json",
                                              "stages", "slurm")
+COMMAND = "command.json"
+"""The command line that began or continued the run, for `megatron-sov resume`."""
 HELD = "awaiting_gate.json"
 """The completion manifest of a stage whose last checkpoint is still to be judged."""
 GATE = "gate"
@@ -136,7 +139,7 @@ class RunFolder:
         if earlier is None:
             # What may be there before a run's config.json: other commands, or a first start that was
             # killed, put it there.
-            expected = (LOCK, STAGES, ROUNDS, JOBS, FAULTS, REFERENCE, GATE)
+            expected = (LOCK, STAGES, ROUNDS, JOBS, FAULTS, REFERENCE, GATE, COMMAND)
             if self.path.is_dir() and any(not p.name.startswith(".") and p.name not in expected
                                           for p in self.path.iterdir()):
                 raise UserError(f"{self.path}: is not empty and holds no run; choose another --run")
@@ -171,6 +174,7 @@ class RunFolder:
         """Write the resolved config: from now on the folder holds a run."""
         # config.json comes before checkpoints/: a kill in between leaves a run that a resume can enter.
         atomic_write(self.path / CONFIG, to_json(config.to_dict()))
+        record_command(self.path)
         with disk_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
 
@@ -183,7 +187,7 @@ class RunFolder:
                 events.is_file() and any(event.get("step", 0) for event in read_events(events))):
             return
         with contextlib.suppress(OSError):
-            for file in (events, self.path / CONFIG, self.path / PLAN):
+            for file in (events, self.path / CONFIG, self.path / PLAN, self.path / COMMAND):
                 file.unlink(missing_ok=True)
             # rmdir, not rmtree: it fails on a folder that holds anything, and then all stays.
             self.checkpoints.rmdir()
@@ -193,6 +197,45 @@ class RunFolder:
         """Take back `create` where nothing came of it."""
         with contextlib.suppress(OSError):
             self.path.rmdir()
+
+
+def record_command(run: Path) -> None:
+    """Write into a run's folder how it was begun, where a command line began it."""
+    if (words := typed_command()) is not None:
+        # ASCII: a word may hold bytes that are no UTF-8
+        atomic_write(run / COMMAND, json.dumps(
+            {"words": words, "folder": os.getcwd(), "processes": num_ranks(None)}, indent=1) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class TypedCommand:
+    """What `record_command` wrote."""
+
+    words: tuple[str, ...]
+    """Behind `megatron-sov`."""
+    folder: Path
+    """Where it was typed."""
+    processes: int
+    """How many the run had."""
+
+
+def read_command(run: Path) -> TypedCommand:
+    """Return how a run was begun, or went on last; a run of stages keeps it in the folders of these.
+
+    Raises:
+        UserError: it is no run, was begun by Python code or an earlier version, or the file is damaged.
+    """
+    files = [file for file in (run / COMMAND, *sorted(run.glob(f"{STAGES}/*/{COMMAND}"))) if file.is_file()]
+    if not files:
+        what = "holds no run" if not (run / CONFIG).is_file() else \
+            f"has no {COMMAND}: no command line of this version began it"
+        raise UserError(f"{run}: {what}; type the whole command again with --resume")
+    try:
+        raw = json.loads(files[-1].read_text(encoding="utf-8"))
+        return TypedCommand(tuple(map(str, raw["words"])), Path(raw["folder"]), int(raw["processes"]))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+        raise UserError(f"{files[-1]}: is damaged ({str(e)[:200]}); type the whole command again with "
+                        "--resume") from None
 
 
 def refuse_changed_code(run: Path, before: RunConfig, now: RunConfig) -> None:

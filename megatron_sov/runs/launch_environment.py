@@ -3,9 +3,11 @@ checked early."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 from megatron_sov.base.errors import UserError
 
@@ -28,6 +30,22 @@ def process_started_s() -> float:
     import psutil
 
     return psutil.Process().create_time()
+
+
+COMMAND_VARIABLE = "MEGATRON_SOV_COMMAND"
+"""Of the environment: the words behind `megatron-sov`, as JSON; processes that a command starts have it."""
+
+
+def note_command(words: Sequence[str]) -> None:
+    """Let this process and those that it starts know what was typed."""
+    # a word may hold bytes that are no UTF-8, or a zero byte where no shell made it
+    os.environ[COMMAND_VARIABLE] = json.dumps(list(words))
+
+
+def typed_command() -> list[str] | None:
+    """Return the words behind `megatron-sov` that began this work; None where no command line did."""
+    noted = os.environ.get(COMMAND_VARIABLE)
+    return None if noted is None else list(json.loads(noted))
 
 
 MOST_LOCAL_RANKS = 4096

@@ -71,7 +71,8 @@ def test_stopped_killed_and_continued_equals_uninterrupted(
     run.wait(timeout=600)
     assert (broken / "lock.json").exists() and rank_zero != run.pid
 
-    done = run_command(*pretrain(broken, *EP2, "--resume", settings=SETTINGS))
+    # nothing is typed again: settings, data and the number of processes are in the folder
+    done = run_command("resume", str(broken))
     assert done.returncode == 0, done.stderr
     reasons = [e["event"] for e in read_events(broken / "events.jsonl")
                if e["event"] in ("stop", "resume", "run_end")]

@@ -1,4 +1,4 @@
-"""`megatron-sov recipes [RECIPE] [--set key=value ...] [--json]`."""
+"""`megatron-sov recipes [RECIPE] [--set key=value ...] [--json | --yaml]`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 import json
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.plugins.registry import declared
-from megatron_sov.base.settings import add_options, read_options
+from megatron_sov.base.settings import add_options, not_with, read_options
 from megatron_sov.model import families as models, objectives, recipes
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.count import num_params
@@ -27,8 +28,10 @@ SET = ValueSource("yours", "--set")
 class RecipesOptions(RecipeOptions):
     """List the recipes, or print one with every setting and its source."""
 
-    json: bool = False
+    json: Annotated[bool, not_with("yaml")] = False
     """Print RECIPE's settings as JSON, without sources."""
+    yaml: bool = False
+    """Print RECIPE's settings as YAML that --config takes: change what you like, and leave out the rest."""
 
 
 add_arguments = partial(add_options, cls=RecipesOptions)
@@ -42,8 +45,9 @@ def run(typed: argparse.Namespace) -> int:
         UserError: the recipe or a --set key does not exist, or --set or --json stands without a recipe.
     """
     args = read_options(RecipesOptions, typed)
-    if args.recipe is None and args.config is None:
-        for given, used in (("--json", args.json), (f"--set {''.join(args.settings[:1])}", args.settings)):
+    if args.recipe is None and not args.configs:
+        for given, used in (("--json", args.json), ("--yaml", args.yaml),
+                            (f"--set {''.join(args.settings[:1])}", args.settings)):
             if used:
                 raise UserError(f"{given}: needs a recipe; name one of {', '.join(recipes.names())}")
         load_plugins(args.plugins)
@@ -53,6 +57,10 @@ def run(typed: argparse.Namespace) -> int:
     config = asked.config()
     if args.json:
         print(to_json(config), end="")
+    elif args.yaml:
+        import yaml
+
+        print(yaml.safe_dump(json.loads(to_json(config)), sort_keys=False, allow_unicode=True), end="")
     else:
         sources = recipes.sources(args.recipe) if args.recipe and not is_reference(args.recipe) else {}
         print(as_text(config, derive(sources, relabelled(asked.base, config, SET))))

@@ -217,9 +217,9 @@ def _train(args: LadderOptions, members: Sequence[Member]) -> int:
         if is_complete(args.run / member.name):
             continue
         print(f"ladder: {member.name}, run {i} of {len(members)}", file=sys.stderr, flush=True)
-        stage = StageOptions(config=args.run / SETTINGS / f"{member.name}.json", run=args.run / member.name,
-                             data=args.data, plugins=args.plugins, nproc=args.nproc,
-                             resume=args.submit is None)
+        stage = StageOptions(configs=(args.run / SETTINGS / f"{member.name}.json",),
+                             run=args.run / member.name, data=args.data, plugins=args.plugins,
+                             nproc=args.nproc, resume=args.submit is None)
         if args.submit is not None:
             where = SubmitOptions(cluster=args.submit, nodes=args.nodes, account=args.account)
             command = ["submit", "pretrain", *words_of(where), *words_of(stage)]

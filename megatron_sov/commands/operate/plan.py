@@ -77,7 +77,7 @@ def run(typed: argparse.Namespace) -> int:
     if args.html is not None:
         from megatron_sov.base.outputs import check_output, refuse_input
 
-        given = [Path(file) for file in (args.config, args.cluster, args.parameters) if file]
+        given = [Path(file) for file in (*args.configs, args.cluster, args.parameters) if file]
         refuse_input("--html", args.html, *given)
         check_output("--html", args.html)
     request = requested(args)
@@ -129,7 +129,8 @@ def _on_cluster(args: PlanOptions, request: RecipeRequest) -> int:
 
 def _recipe_words(args: PlanOptions) -> list[str]:
     """Return what names the recipe on the command line."""
-    words = [args.recipe] if args.recipe else ["--config", str(args.config)]
+    words = [*([args.recipe] if args.recipe else []),
+             *(word for path in args.configs for word in ("--config", str(path)))]
     return words + [word for plugin in args.plugins for word in ("--plugin", plugin)]
 
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json, write_output
-from megatron_sov.base.command_line import Parser
+from megatron_sov.base.command_line import HelpText, Parser
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import (
@@ -385,6 +385,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     """Submit; returns 0 when Slurm has the job."""
+    if {"-h", "--help"} & set(typed.arguments):
+        _help(typed.stage)
+        return 0
     parser = Parser(prog="megatron-sov submit", add_help=False, allow_abbrev=False)
     add_options(parser, SubmitOptions)
     # options of `submit` may stand among the stage's own: taken out here, the rest is the stage's
@@ -397,6 +400,25 @@ def run(typed: argparse.Namespace) -> int:
         raise UserError(f"{_option(given[0])}: belongs to Kubernetes; leave it out, or pass --cluster with a "
                         f"profile of kind k8s ({', '.join(kubernetes.names())}, or a file of your own)")
     return _chain(argv, options) if typed.stage == "chain" else _stage(typed.stage, argv, options)
+
+
+def _help(stage: str) -> None:
+    """Print what a stage takes: the options of `submit`, then those of its own command."""
+    ours = Parser(prog=f"megatron-sov submit {stage}", formatter_class=HelpText, usage=argparse.SUPPRESS,
+                  description="Options of submit, which may stand before the stage or behind it:",
+                  add_help=False)
+    add_options(ours, SubmitOptions)
+    print(ours.format_help())
+    if stage in COMMANDS:
+        parser = Parser(prog=f"megatron-sov submit {stage}", formatter_class=HelpText)
+        COMMANDS[stage](parser)
+        parser.print_help()
+    elif stage in STAGES:
+        print(f"`{'sov-tokenizer' if stage == 'tokenizer' else 'sov-data'} --help` lists what comes behind "
+              f"submit {stage}")
+    else:
+        print(f"submit chain takes one file: {', '.join(chain_names())}, or a YAML file of yours "
+              "(docs/slurm.md)")
 
 
 def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge, Lt
 
@@ -424,6 +424,7 @@ class RoundsOptions(TunedOptions, JudgedOptions):
 
     prompts: Annotated[Path, Flag(value="FILE.jsonl")]
     """The prompts that responses are written to."""
+    groups: ClassVar[tuple[str, ...]] = ("policy", "rollout")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Gt, Le
 
@@ -161,6 +161,8 @@ class TeacherOptions:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillOptions(GateOptions, TeacherOptions):
     """Learn a teacher's distributions."""
+
+    groups: ClassVar[tuple[str, ...]] = ("distillation",)
 
     states: Annotated[tuple[Path, ...], Flag(value="DIR")] = ()
     """What the teacher says of the data, as `megatron-sov distill states` leaves it; one that is not there
@@ -417,7 +419,7 @@ def _commands(args: DistillRoundsOptions, config: RunConfig) -> Iterator[tuple[P
         seed = f"train.seed={config.train.seed + number - 1}"
         of_answers = answers.with_name(f"{answers.name}.states")
         yield trained / COMPLETION, ["distill", *words_of(DistillOptions(
-            recipe=args.recipe, config=args.config, plugins=args.plugins, settings=(*args.settings, seed),
+            recipe=args.recipe, configs=args.configs, plugins=args.plugins, settings=(*args.settings, seed),
             start_from=student, teacher=args.teacher, teacher_settings=args.teacher_settings,
             data=(*data, f"{answers}:{args.share:.9g}"),
             states=(of_data, of_answers) if data else (of_answers,), states_dtype=args.states_dtype,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge
 
@@ -33,7 +33,7 @@ from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.model.config import RunConfig, layout_settings
 from megatron_sov.model.config.post_training import WITH_REFERENCE, PreferenceMethod
 from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing
-from megatron_sov.runs.folder import COMPLETION, ROUNDS
+from megatron_sov.runs.folder import COMMAND, COMPLETION, ROUNDS, record_command
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
 from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done, keep_result
 from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage, stage_request
@@ -57,6 +57,8 @@ FRAMED = ("tools", "chat_template_kwargs")
 @dataclass(frozen=True, kw_only=True)
 class PreferOptions(TunedOptions):
     """Learn from preferences, of pairs that there are, or in rounds of answers that are judged on the way."""
+
+    groups: ClassVar[tuple[str, ...]] = ("preference",)
 
     method: PreferenceMethod | None = None
     """The loss (--set preference.method=...; default dpo)."""
@@ -160,7 +162,7 @@ def jobs_of(args: PreferOptions, config: RunConfig, number: int) -> Iterator[Rou
     # or every round would learn from the same part of --data
     seed = f"train.seed={config.train.seed + number - 1}"
     training = PreferOptions(
-        recipe=args.recipe, config=args.config, plugins=args.plugins, settings=(*args.settings, seed),
+        recipe=args.recipe, configs=args.configs, plugins=args.plugins, settings=(*args.settings, seed),
         data=(*args.data, str(packed)), inject=args.inject, reference=args.reference, start_from=start,
         run=run, resume=True, nproc=args.nproc, deterministic=args.deterministic)
     yield RoundJob(run / COMPLETION, ["megatron_sov", "prefer", *words_of(training)])
@@ -211,7 +213,8 @@ def _enter(args: PreferOptions, reward_version: str) -> None:
     if file.is_file() and not args.resume:
         raise UserError(f"{args.run}: already holds rounds; pass --resume to continue them, or choose "
                         "another --run")
-    enter_rounds(args.run, file, asked, "--run")
+    enter_rounds(args.run, file, asked, "--run", made_anew=(args.run / COMMAND,))
+    record_command(args.run)
     with disk_errors(args.run):
         for number in range(1, args.num_rounds + 1):
             folder_of(args.run, number).mkdir(parents=True, exist_ok=True)

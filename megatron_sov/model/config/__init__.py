@@ -17,7 +17,8 @@ from megatron_sov.model.config.model import IdBlock, LatentAttentionConfig, Mode
 from megatron_sov.model.config.post_training import (
     DistillationConfig, PolicyConfig, PreferenceConfig, RolloutConfig)
 from megatron_sov.model.config.run import (
-    ObjectiveConfig, RunConfig, apply_settings, data_paths, from_dict, layout_settings, weighted_path)
+    ObjectiveConfig, RunConfig, apply_settings, data_paths, find_settings, from_dict, layout_settings,
+    setting_names, weighted_path)
 from megatron_sov.model.config.train import GroupConfig, GuardConfig, ObsConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -27,5 +28,5 @@ __all__ = [
     "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
     "ParallelConfig", "PartConfig", "PhaseConfig", "PolicyConfig", "PreferenceConfig", "RolloutConfig",
     "RunConfig", "TrainConfig", "VisionEncoderConfig", "YarnConfig", "apply_settings", "data_paths",
-    "from_dict", "layout_settings", "weighted_path",
+    "find_settings", "from_dict", "layout_settings", "setting_names", "weighted_path",
 ]

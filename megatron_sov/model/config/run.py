@@ -6,16 +6,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
-    NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_all, check, find_broken,
-    parse_changes, read)
+    NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_all, check, fields_of,
+    find_broken, hint_below, hints_of, parse_changes, read)
 from megatron_sov.model.config.bounds import MAX_STEPS
 from megatron_sov.model.config.data import DataConfig, PhaseConfig, batch_size_at, phase_steps, ramp_changes
 from megatron_sov.model.config.encoders import MediaConfig
@@ -269,6 +270,32 @@ NOT_OFFERED = {
 RENAMED = {"evaluate.beside": "evaluate.background",
            "evaluate.background.judges": "evaluate.background.tasks", "guards.on_corruption": "guards.on_sdc"}
 """Setting of an earlier version -> what it is called now."""
+COMMON = {
+    **dict.fromkeys(("learning_rate", "max_lr", "peak_lr"), "optim.lr"),
+    **dict.fromkeys(("warmup", "warmup_iters", "lr_warmup_iters"), "optim.warmup_steps"),
+    **dict.fromkeys(("max_grad_norm", "grad_clip", "gradient_clipping", "grad_norm"), "optim.clip_grad"),
+    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler"), "optim.schedule"),
+    **dict.fromkeys(("batch_size", "bsz", "train_batch_size"), "train.global_batch_size"),
+    **dict.fromkeys(("micro_batch", "per_device_train_batch_size"), "train.micro_batch_size"),
+    **dict.fromkeys(("max_steps", "num_steps", "iters", "train_iters", "iterations"), "train.steps"),
+    **dict.fromkeys(("save_steps", "save_interval", "save_every"), "train.checkpoint_every_steps"),
+    **dict.fromkeys(("eval_steps", "eval_interval", "eval_every"), "train.eval_every_steps"),
+    **dict.fromkeys(("logging_steps", "log_interval", "log_every"), "train.log_every_steps"),
+    **dict.fromkeys(("dtype", "bf16", "mixed_precision"), "train.precision"),
+    **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), "train.recompute"),
+    **dict.fromkeys(("seq_length", "max_length", "max_seq_length", "context_length", "block_size"),
+                    "data.phases.0.seq_len"),
+    **dict.fromkeys(("tensor_parallel", "tp_size", "tensor_model_parallel_size"), "parallel.tp"),
+    **dict.fromkeys(("pipeline_parallel", "pp_size", "pipeline_model_parallel_size"), "parallel.pp"),
+    **dict.fromkeys(("expert_parallel", "ep_size", "expert_model_parallel_size"), "parallel.ep"),
+    **dict.fromkeys(("context_parallel", "cp_size", "context_parallel_size"), "parallel.cp"),
+    **dict.fromkeys(("lora_rank", "lora_r", "r"), "lora.rank"),
+    "lora_alpha": "lora.alpha", "target_modules": "lora.targets", "seed": "train.seed",
+    "num_generations": "rollout.samples_per_prompt", "max_completion_length": "rollout.max_new_tokens",
+    "max_prompt_length": "rollout.max_prompt_tokens", "kl_coef": "policy.kl_coeff",
+    "loss_type": "preference.method",
+}
+"""Last part of a name that other programs have for a setting -> ours."""
 SWITCHES = (("policy.method", "", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
             ("preference.method", "", ("preference.beta", "preference.simpo_gamma")),
             ("optim.schedule", "constant", ("optim.min_lr",)))
@@ -292,7 +319,48 @@ def from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
 def _instead(key: str) -> str:
     if key in RENAMED:
         return f"it is called {RENAMED[key]} now"
-    return NOT_OFFERED.get(key.rpartition(".")[2], "")
+    last = key.rpartition(".")[2]
+    if last in NOT_OFFERED:
+        return NOT_OFFERED[last]
+    # a name of the same group that is spelled nearly so is likelier than the same name of another group
+    group: Any = hint_below(RunConfig, key.partition(".")[0]) if "." in key else None
+    if dataclasses.is_dataclass(group) and nearest(last, fields_of(cast(Any, group))):
+        return ""
+    found = find_settings(last)
+    return f"did you mean {' or '.join(map(repr, found[:4]))}?" if found else ""
+
+
+@cache
+def setting_names() -> tuple[str, ...]:
+    """Return the name of every setting that has a value of its own, in the order of the fields; those of
+    items of lists are left out, since their number is open."""
+    return tuple(_names_below(RunConfig, ""))
+
+
+def _names_below(cls: Any, prefix: str) -> Iterator[str]:
+    hints = hints_of(cls)
+    for name in fields_of(cls):
+        inner = hint_below(cls, name)
+        if dataclasses.is_dataclass(inner):
+            if type(None) in get_args(hints[name]):  # a block that may be off is a value as well
+                yield f"{prefix}{name}"
+            yield from _names_below(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def find_settings(word: str, groups: Sequence[str] = ()) -> list[str]:
+    """Return the settings that a word without a group may mean: those of that name, the nearest to the top
+    first, else the one that other programs call so.
+
+    Args:
+        word: e.g. "lr".
+        groups: of these the settings go first, e.g. "preference".
+    """
+    if word in COMMON:
+        return [COMMON[word]]
+    found = [name for name in setting_names() if name.rpartition(".")[2] == word]
+    return sorted(found, key=lambda name: (name.partition(".")[0] not in groups, name.count(".")))
 
 
 def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--set") -> RunConfig:

@@ -10,16 +10,17 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import is_reference, load
 from megatron_sov.base.plugins.registry import Registry
-from megatron_sov.base.settings import Flag
+from megatron_sov.base.settings import (
+    Flag, Place, ProblemCode, SettingsError, SettingsProblem, fields_of, hint_below, read_located, read_text)
 from megatron_sov.model import families as models, objectives, recipes
-from megatron_sov.model.config import RunConfig, apply_settings, from_dict
+from megatron_sov.model.config import ModelConfig, RunConfig, apply_settings, find_settings, from_dict
 from megatron_sov.model.families.family import Family
 
 BuiltIn = Literal["lm", "sft", "preference", "distill", "policy"]
@@ -42,10 +43,18 @@ class RecipeOptions(PluginOptions):
 
     recipe: Annotated[str | None, Flag("RECIPE")] = None
     """Name of a recipe (`megatron-sov recipes` lists them), or FILE.py:FUNCTION of your own."""
-    config: Annotated[Path | None, Flag(value="FILE")] = None
-    """In place of RECIPE: settings as a run's config.json has them."""
+    configs: Annotated[tuple[Path, ...], Flag("--config", "FILE")] = ()
+    """Settings from a YAML or JSON file: a part of them over RECIPE, or over the recipe that the file names,
+    or all of them, as a run's config.json has them; may be repeated, later files win."""
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
     """Change a setting, e.g. --set train.steps=100 --set parallel.ep=2."""
+    groups: ClassVar[tuple[str, ...]] = ()
+    """Groups of settings that the command is about: of several of one name theirs is meant."""
+
+    @classmethod
+    def find_setting(cls, word: str) -> str:
+        """Return the setting that an option may mean which does not exist; "" where none is known."""
+        return next(iter(find_settings(word, cls.groups)), "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,17 +118,33 @@ def requested(args: RecipeOptions) -> RecipeRequest:
     """Return what the options ask for; runs the code that they name.
 
     Raises:
-        UserError: neither or both of RECIPE and --config, or one of them, --plugin or --set cannot be used.
+        UserError: there is no recipe, or it, --config, --plugin or --set cannot be used.
     """
     # First: the recipe and the settings may name what these files declare.
     load_plugins(args.plugins)
-    if (args.recipe is None) == (args.config is None):
-        given = (f"{args.recipe} and --config {args.config}: both are given" if args.recipe
-                 else "RECIPE: is missing")
-        raise UserError(f"{given}; name a recipe (`megatron-sov recipes` lists them), "
-                        "or pass --config FILE in its place")
-    base = _of_file(args.config) if args.config else _of_recipe(args.recipe or "")
-    return RecipeRequest(base, tuple(_named(setting) for setting in args.settings), args.recipe is None)
+    files = [_read_layer(path) for path in args.configs]
+    named = [(file, str(file.value["recipe"])) for file in files if "recipe" in file.value]
+    is_whole = bool(files) and _is_whole(files[0].value)
+    if args.recipe is None and not named:
+        if files:
+            raise UserError(f"{files[0].where}: names no recipe; add a line `recipe: NAME` "
+                            "(`megatron-sov recipes` lists them), or pass RECIPE too")
+        raise UserError("RECIPE: is missing; name a recipe (`megatron-sov recipes` lists them), or pass "
+                        "--config FILE with one in it")
+    for file, name in named:
+        first = args.recipe or named[0][1]
+        if name != first:
+            raise UserError(f"{file.where}: is for recipe {name}, not {first}; name one recipe")
+    if args.recipe is None and is_whole:
+        base, files = _of_whole(files[0]), files[1:]
+    else:
+        if args.recipe is None and is_reference(named[0][1]):  # a file is data: it runs nothing
+            raise UserError(f"{named[0][0].where}: recipe = {named[0][1]!r} is code; pass it as RECIPE")
+        base = _of_recipe(args.recipe or named[0][1])
+    for file in files:
+        base = file.over(base)
+    return RecipeRequest(base, tuple(_named(setting) for setting in args.settings),
+                         args.recipe is None and is_whole)
 
 
 def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: bool = True,
@@ -176,17 +201,73 @@ def _of_recipe(recipe: str) -> RunConfig:
     return dataclasses.replace(config, code=(code,))
 
 
-def _of_file(path: Path) -> RunConfig:
-    """Return the settings of a config.json, which are data from wherever it comes."""
+@dataclasses.dataclass(frozen=True)
+class ConfigLayer:
+    """What a --config file says, which is data from wherever it comes."""
+
+    where: str
+    value: dict[str, Any]
+    lines: Mapping[Place, int]
+
+    def over(self, base: RunConfig) -> RunConfig:
+        """Return settings with those of the file in their places.
+
+        Raises:
+            SettingsError: all that is wrong with them, with its line.
+        """
+        changes = {".".join(place): value for place, value in _leaves(RunConfig, self.value, ())}
+        changes.pop("recipe", None)
+        try:
+            return apply_settings(base, [f"{key}={json.dumps(value)}" for key, value in changes.items()],
+                                  self.where)
+        except SettingsError as e:
+            raise SettingsError(self.where, [dataclasses.replace(problem, line=self.line_of(problem.key))
+                                             for problem in e.problems]) from None
+
+    def line_of(self, key: str) -> int:
+        place: Place = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+        while place and place not in self.lines:
+            place = place[:-1]
+        return self.lines.get(place, 0)
+
+
+def _read_layer(path: Path) -> ConfigLayer:
+    where = f"--config {path}"
+    if path.is_dir():
+        raise UserError(f"{where}: is a folder; pass a file, such as the config.json in it")
+    located = read_located(read_text(path, where))
+    problems = located.problems
+    if not problems and not isinstance(located.value, dict):
+        problems = [SettingsProblem(ProblemCode.TYPE, "", "must be an object of settings", located.value)]
+    if problems:
+        raise SettingsError(where, problems)
+    return ConfigLayer(where, located.value, located.lines)
+
+
+def _is_whole(value: Mapping[str, Any]) -> bool:
+    """Return whether a file says all that a run needs, as its config.json does: an architecture above all."""
+    model = value.get("model")
+    needed = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING
+              and f.default_factory is dataclasses.MISSING]
+    return isinstance(model, dict) and all(name in model for name in needed)
+
+
+def _of_whole(file: ConfigLayer) -> RunConfig:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        why = "is a folder; pass the config.json in it" if path.is_dir() else f"cannot be read as JSON ({e})"
-        raise UserError(f"--config {path}: {why}") from None
-    try:
-        return from_dict(raw)
+        return from_dict(file.value)
     except UserError as e:
-        raise UserError(f"--config {path}: {e}") from None
+        raise UserError(f"{file.where}: {e}") from None
+
+
+def _leaves(cls: Any, value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the place and the value of each setting of a file: what a class of settings holds is walked
+    through, and a list or a table of names is one value."""
+    if not dataclasses.is_dataclass(cls) or not isinstance(value, dict):
+        yield place, value
+        return
+    for key, inner in value.items():
+        hint = hint_below(cls, key) if key in fields_of(cast(Any, cls)) else None
+        yield from _leaves(hint, inner, (*place, key))
 
 
 def _named(setting: str) -> str:

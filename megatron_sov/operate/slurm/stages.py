@@ -219,7 +219,7 @@ def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
     argv = arguments if args.resume else [*arguments, "--resume"]
     # checked before submission: a job should not wait for days to say that a folder is missing
     inputs = [_path_of(text) for text in args.data or config.data.paths]
-    others = (args.start_from, args.config,
+    others = (args.start_from, *args.configs,
               *(getattr(args, name, None) for name in ("teacher", "reference", "prompts")))
     inputs += [path for path in others if path is not None]
     return StageWork(stage, tuple(argv), run, run / JOBS, run / COMPLETION,

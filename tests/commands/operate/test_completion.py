@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from megatron_sov import cli
 from megatron_sov.commands.operate.completion import PROGRAMS
+from megatron_sov.model.config import setting_names
 
 ASK = """source {file}
 COMP_WORDS=({words}); COMP_CWORD=$(({count} - 1)); _shtab_megatron_sov; echo "${{COMPREPLY[@]}}"
@@ -29,11 +31,36 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("megatron-sov eval contam", "contamination"),
     ("megatron-sov eval nee", "needle"), ("megatron-sov rl store ver", "verify"),
     ("megatron-sov rl train --sto", "--store"), ("megatron-sov completion fi", "fish"),
+    ("megatron-sov pretrain tiny-qwen3 --set train.ste", "train.steps="),
+    ("megatron-sov rl run tiny-qwen3 --set rollout.rou", "rollout.rounds="),
 ])
 def test_bash_completes(file: Path, words: str, completed: str) -> None:
     ask = ASK.format(file=file, words=words, count=len(words.split()))
     done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True)
     assert completed in done.stdout.split(), done
+
+
+def test_bash_completes_every_command_and_every_setting(file: Path) -> None:
+    firsts = sorted({name.split()[0] for name in cli.COMMANDS})
+    pairs = [name for name in cli.COMMANDS if " " in name]
+    lines = [*(f"megatron-sov {first}" for first in firsts), *(f"megatron-sov {pair}" for pair in pairs),
+             *(f"megatron-sov pretrain x --set {name}" for name in setting_names())]
+    ask = "\n".join([f"source {file}", *(f"COMP_WORDS=({line}); COMP_CWORD={len(line.split()) - 1}; "
+                                         '_sov_megatron_sov; echo "${COMPREPLY[@]}"' for line in lines)])
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True)
+    assert done.stderr == ""
+    for line, found in zip(lines, done.stdout.splitlines(), strict=True):
+        word = line.split()[-1]
+        assert (f"{word}=" if "--set" in line else word) in found.split(), line
+
+
+@pytest.mark.parametrize("shell", [name for name in ("bash", "zsh", "fish") if shutil.which(name)])
+def test_the_shells_that_are_here_read_their_script(shell: str, tmp_path: Path,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["completion", shell]) == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    done = subprocess.run([shell, "-n", tmp_path / "script"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -43,3 +70,4 @@ def test_other_shells_are_told_as_much(shell: str, program: str, capsys: pytest.
     printed = capsys.readouterr().out
     word = {"megatron-sov": "pretrain", "sov-data": "decontaminate", "sov-tokenizer": "graft"}[program]
     assert program in printed and word in printed
+    assert ("train.checkpoint_every_steps=" in printed) == (program == "megatron-sov")

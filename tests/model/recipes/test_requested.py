@@ -246,25 +246,56 @@ def test_a_checkpoint_runs_nothing_that_it_names(site: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("{", "cannot be read as JSON"), ("[" * 100_000, "cannot be read as JSON"),
+    ("{", "is no YAML"), ("[" * 100_000, "is nested more than"),
     ("[]", "must be an object of settings"),
-    ('{"model_type": "llama"}', "model_type: no such setting"),
+    ('{"model_type": "llama"}', "names no recipe"),
+    ("recipe: tiny-qwen3\nmodel_type: llama", "model_type: no such setting"),
 ])
 def test_files_that_are_no_settings(site: Path, text: str, message: str) -> None:
     (site / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"--config config.json: ") as e:
+    with pytest.raises(UserError, match=r"--config config.json(, line \d+)?: ") as e:
         config_of("--config", "config.json")
     assert message in str(e.value)
 
 
-def test_one_of_recipe_and_config(site: Path) -> None:
+def test_a_recipe_is_named_once(site: Path) -> None:
     with pytest.raises(UserError,
-                       match=r"^RECIPE: is missing; name a recipe .*, or pass --config FILE in its place$"):
+                       match=r"^RECIPE: is missing; name a recipe .*, or pass --config FILE with one in it$"):
         config_of()
-    with pytest.raises(UserError, match=r"^tiny-qwen3 and --config x: both are given; "):
-        config_of("tiny-qwen3", "--config", "x")
-    with pytest.raises(UserError, match=r"--config \.: is a folder; pass the config.json in it"):
+    (site / "part.yaml").write_text("recipe: tiny-qwen3\n")
+    with pytest.raises(UserError, match=r"--config part.yaml: is for recipe tiny-qwen3, not tiny-llama"):
+        config_of("tiny-llama", "--config", "part.yaml")
+    with pytest.raises(UserError, match=r"--config \.: is a folder; pass a file"):
         config_of("--config", ".")
+
+
+def test_files_lie_over_the_recipe_one_over_the_other(site: Path) -> None:
+    (site / "a.yaml").write_text("recipe: tiny-qwen3\ntrain:\n  steps: 7\n  seed: 3\noptim.lr: 2e-3\n"
+                                 "data:\n  phases:\n  - {name: one, seq_len: 64}\n")
+    (site / "b.json").write_text('{"train": {"steps": 9}, "lora": {"rank": 4}}')
+    config = config_of("--config", "a.yaml", "--config", "b.json", "--set", "train.seed=5")
+    assert config == config_of("tiny-qwen3", "--set", "train.steps=9", "--set", "train.seed=5", "--set",
+                               "optim.lr=2e-3", "--set", "lora.rank=4", "--set",
+                               'data.phases=[{"name": "one", "seq_len": 64}]')
+    assert config_of("tiny-qwen3", "--config", "b.json").train.steps == 9
+    (site / "b.json").write_text('{"train": {"steps": "ten"}}')
+    with pytest.raises(UserError, match=r"--config b.json, line 1: train.steps = .ten. must be a whole"):
+        config_of("tiny-qwen3", "--config", "b.json")
+
+
+def test_a_file_that_names_code_as_its_recipe_runs_nothing(site: Path) -> None:
+    (site / "a.yaml").write_text("recipe: recipe.py:plain\n")
+    with pytest.raises(UserError, match=r"recipe = 'recipe.py:plain' is code; pass it as RECIPE"):
+        config_of("--config", "a.yaml")
+    assert not (site / "ran").exists()
+
+
+def test_what_recipes_prints_as_yaml_is_taken_as_it_stands(
+        site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes", "tiny-k-exaone", "--yaml"]) == 0
+    (site / "all.yaml").write_text(capsys.readouterr().out)
+    assert config_of("--config", "all.yaml") == config_of("tiny-k-exaone")
+    assert config_of("tiny-k-exaone", "--config", "all.yaml") == config_of("tiny-k-exaone")
 
 
 def test_plugins_are_families_and_objectives(site: Path) -> None:

@@ -1,0 +1,36 @@
+"""Writes docs/llms.txt, the list of the pages for programs that read, from docs/index.md: `python
+docs/generate_index.py`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from megatron_sov.base.artifacts import atomic_write
+
+DOCS = Path(__file__).parent
+PAGE = DOCS / "llms.txt"
+HEAD = """# megatron-sov
+
+> Train your own language model, from raw text to a Hugging Face folder, on NVIDIA Megatron-Core. Three
+> programs: sov-tokenizer, sov-data, megatron-sov; `--help` of each lists its commands, and the help of a
+> command ends with examples.
+
+Nothing has run on a GPU yet: figures on these pages come from CPUs. Paths below are relative to docs/.
+"""
+
+
+def page() -> str:
+    """Return the list: the headings of the index, and a line for each page."""
+    lines = [HEAD]
+    for line in (DOCS / "index.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            lines.append(f"\n{line}\n")
+        elif row := re.match(r"\| \[([\w/]+\.md)\]\(\1\) \| (.+) \|$", line):
+            lines.append(f"- [{row[1]}]({row[1]}): {row[2]}")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    atomic_write(PAGE, page())
+    print(PAGE)

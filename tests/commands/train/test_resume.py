@@ -1,0 +1,147 @@
+"""`megatron-sov resume`: which command it gives, and what it refuses.  tests/e2e/test_resume.py trains."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_sov import cli, recipes
+from megatron_sov.commands.train import lm
+from megatron_sov.model.config import apply_settings
+from megatron_sov.runs import launch_environment
+from megatron_sov.runs.folder import COMMAND, RunFolder, read_command
+
+BEGAN = ("pretrain", "tiny-qwen3", "--data", "tokens:2", "--run", "runs/a", "--nproc", "2", "--set",
+         "train.steps=9")
+Begin = Callable[..., Path]
+
+
+@pytest.fixture
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
+    """Return what makes a run's folder as a command line leaves it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+
+    def begin(*words: str, settings: Sequence[str] = (), has_config: bool = True) -> Path:
+        run = tmp_path / "runs/a"
+        monkeypatch.setenv(launch_environment.COMMAND_VARIABLE, json.dumps(words))
+        config = apply_settings(recipes.get("tiny-qwen3"), ["train.steps=9", *settings])
+        run.mkdir(parents=True)
+        RunFolder(run).declare(config)
+        if not has_config:
+            (run / "config.json").unlink()
+        return run
+
+    return begin
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
+    """Return what `pretrain` is given."""
+    found: list[argparse.Namespace] = []
+    monkeypatch.setattr(lm.PRETRAIN, "run", lambda args: found.append(args) or 0)
+    return found
+
+
+def test_everything_comes_from_the_folder(
+        begun: Begin, given: list[argparse.Namespace], capsys: pytest.CaptureFixture[str]) -> None:
+    run = begun(*BEGAN)
+    assert cli.main(["resume", "runs/a"]) == 0
+    args = vars(given[0])
+    assert (args["run"], args["resume"], args["nproc"], args["configs"]) == (
+        str(run), True, "2", [f"{run}/config.json"])
+    assert "recipe" not in args and "settings" not in args and "data" not in args
+    assert capsys.readouterr().out == (
+        f"resume: megatron-sov pretrain --run {run} --nproc 2 --resume --config {run}/config.json\n")
+
+
+def test_what_is_typed_behind_the_folder_goes_before_it_and_is_said(
+        begun: Begin, given: list[argparse.Namespace], capsys: pytest.CaptureFixture[str]) -> None:
+    begun(*BEGAN)
+    assert cli.main(["resume", "runs/a", "--nproc", "4", "--set", "train.steps=12"]) == 0
+    assert given[0].nproc == "4" and given[0].settings == ["train.steps=12"]
+    told = capsys.readouterr().out.splitlines()[1:]
+    assert sorted(told) == ["resume: --nproc was 2, is 4", "resume: --set train.steps=12"]
+
+
+def test_a_run_of_a_launcher_goes_on_with_as_many_processes(
+        begun: Begin, given: list[argparse.Namespace], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "1")
+    begun(*BEGAN[:6])
+    monkeypatch.delenv("RANK")
+    assert cli.main(["resume", "runs/a"]) == 0
+    assert given[0].nproc == "8"
+
+
+def test_from_another_folder_paths_are_read_where_the_run_was_begun(
+        begun: Begin, given: list[argparse.Namespace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    run = begun(*BEGAN)
+    monkeypatch.chdir("/")
+    assert cli.main(["resume", str(run)]) == 0
+    assert Path.cwd() == tmp_path
+    assert capsys.readouterr().out.startswith(f"resume: paths are read from {tmp_path}, where")
+
+
+def test_a_command_that_went_on_can_go_on_again(begun: Begin, given: list[argparse.Namespace]) -> None:
+    run = begun(*BEGAN)
+    assert cli.main(["resume", "runs/a"]) == 0
+    RunFolder(run).declare(recipes.get("tiny-qwen3"))
+    assert read_command(run).words[0] == "pretrain" and "--config" in read_command(run).words
+    assert cli.main(["resume", "runs/a", "--dry-run"]) == 0
+    assert given[1].dry_run and given[1].configs == given[0].configs
+
+
+def test_a_run_of_stages_is_planned_again_from_what_was_typed(
+        begun: Begin, given: list[argparse.Namespace], capsys: pytest.CaptureFixture[str]) -> None:
+    begun(*BEGAN, has_config=False)
+    assert cli.main(["resume", "runs/a"]) == 0
+    assert (given[0].recipe, given[0].data, given[0].settings) == ("tiny-qwen3", ["tokens:2"],
+                                                                   ["train.steps=9"])
+
+
+def test_code_that_only_the_folder_names_is_not_run(
+        begun: Begin, given: list[argparse.Namespace], tmp_path: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    run = begun(*BEGAN, "--plugin", "evil.py:X")
+    (tmp_path / "evil.py").write_text("open('ran', 'w')\n")
+    assert cli.main(["resume", "runs/a"]) == 2
+    said = capsys.readouterr().err
+    assert f"type `megatron-sov resume {run} --plugin {tmp_path}/evil.py:X`" in said
+    assert not given and not (tmp_path / "ran").exists()
+    assert cli.main(["resume", "runs/a", "--plugin", "evil.py:X"]) == 0
+    assert given[0].plugins == ["evil.py:X"]
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "no command line of this version began it; type the whole command again with --resume"),
+    ("{", "is damaged"), ('{"words": 3}', "is damaged"),
+    ('{"words": ["doctor"], "folder": "/", "processes": 1}', "began the run and trains nothing"),
+    ('{"words": ["rm", "-r"], "folder": "/", "processes": 1}', "began the run and is none of ours"),
+])
+def test_a_folder_that_does_not_say_how_it_was_begun(
+        begun: Begin, content: str | None, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = begun(*BEGAN)
+    (run / COMMAND).unlink()
+    if content is not None:
+        (run / COMMAND).write_text(content)
+    assert cli.main(["resume", "runs/a"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_python_began_has_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(launch_environment.COMMAND_VARIABLE, raising=False)
+    (tmp_path / "run").mkdir()
+    RunFolder(tmp_path / "run").declare(recipes.get("tiny-qwen3"))
+    assert not (tmp_path / "run" / COMMAND).exists()
+
+
+def test_resume_without_the_rest_names_the_command_that_needs_none(
+        capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sft", "--run", "runs/a", "--resume"]) == 2
+    assert "`megatron-sov resume RUN` goes on without them" in capsys.readouterr().err
