@@ -27,6 +27,8 @@ from megatron_sov.base.artifacts import new_artifact
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+
+
 def block_under(heading: str) -> list[str]:
     """Return the lines of the first commands under a heading."""
     found = re.search(rf"^## {heading}\n.*?^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
