@@ -22,12 +22,12 @@ from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, 
 from megatron_sov.commands.train.forgetting_gate import GateOptions, gate_of
 from megatron_sov.infer.request import RankOptions, Temperature, WholeSampling
 from megatron_sov.model.config import DistillationConfig, RunConfig, data_paths, layout_settings
-from megatron_sov.model.recipes.requested import PluginOptions, RecipeOptions, load_plugins, requested
+from megatron_sov.model.recipes.requested import PluginOptions, RecipeOptions, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import COMPLETION
 from megatron_sov.runs.launch_environment import is_first, under_launcher
 from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done
-from megatron_sov.train.stages.stage_config import parse_stage, tokenizer_of
+from megatron_sov.train.stages.stage_config import request_with_model, parse_stage, tokenizer_of
 from megatron_sov.work.processes.children import run_command
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def run(typed: argparse.Namespace) -> int:
 
     run_stage(Stage(config, folder, lambda context: Distillation(context, read[0]), parsed.start,
                     args.resume, tuple(sources), before=before, after=after, end_gate=gate,
-                    faults=parsed.faults, dry_run=args.dry_run),
+                    faults=parsed.faults, dry_run=args.dry_run, notes=parsed.notes),
               args.nproc, typed.began_s)
     return 0
 
@@ -349,7 +349,7 @@ def do_rounds(args: DistillRoundsOptions, command: Callable[[list[str]], int]) -
         UserError: the arguments cannot be used.
     """
     _check(args)
-    config = requested(args).config()
+    config = request_with_model(args, args.start_from, "distill").config()
     # another teacher or sampling in the same folder would mix two experiments
     enter_rounds(args.output, args.output / ASKED, _asked(args), "--output")
     for done, argv in _commands(args, config):

@@ -33,7 +33,7 @@ def run_pretrain(typed: argparse.Namespace) -> int:
 
     objective = factory(parsed.config, LanguageModelling)
     stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume,
-                  faults=parsed.faults, dry_run=args.dry_run)
+                  faults=parsed.faults, dry_run=args.dry_run, notes=parsed.notes)
     run_stage(stage, args.nproc, typed.began_s)
     return 0
 
@@ -106,7 +106,8 @@ def run_sft(typed: argparse.Namespace) -> int:
     sources = open_sources(parsed.config.data.paths, parsed.config.model.vocab_size)
     check_sources(parsed.config, sources)
     stage = Stage(parsed.config, RunFolder(args.run), SupervisedFineTuning, parsed.start, args.resume,
-                  tuple(sources), end_gate=gate, faults=parsed.faults, dry_run=args.dry_run)
+                  tuple(sources), end_gate=gate, faults=parsed.faults, dry_run=args.dry_run,
+                  notes=parsed.notes)
     run_stage(stage, args.nproc, typed.began_s)
     return 0
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,7 +41,8 @@ class RecipeOptions(PluginOptions):
     """What is trained, and how."""
 
     recipe: Annotated[str | None, Flag("RECIPE")] = None
-    """Name of a recipe (`megatron-sov recipes` lists them), or FILE.py:FUNCTION of your own."""
+    """Name of a recipe (`megatron-sov recipes` lists them), or FILE.py:FUNCTION of your own; sft, prefer,
+    distill and rl need none: the model is that of --from."""
     config: Annotated[Path | None, Flag(value="FILE")] = None
     """In place of RECIPE: settings as a run's config.json has them."""
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
@@ -80,6 +81,8 @@ class RecipeRequest:
     """--set, with names in place of files."""
     from_file: bool
     """Whether it is --config."""
+    of_model: bool = False
+    """Whether it is neither: the model of --from, and what the stage takes by default."""
     trains_by: BuiltIn | None = None
     """Objective of a training command; None: any."""
 
@@ -99,31 +102,39 @@ class RecipeRequest:
         models.get(config.model.family, config.code)
         objectives.check(config)
         if self.trains_by is not None:
-            _check_command(config.objective.name, self.trains_by)
+            objectives.check_command(config, self.trains_by)
         used = [models.OWN.code(config.model.family), objectives.OWN.code(config.objective.name)]
         code = (*(c for c in config.code if c.kind == "recipe"), *(c for c in used if c is not None))
         return dataclasses.replace(config, code=code)
 
 
-def requested(args: RecipeOptions) -> RecipeRequest:
+def requested(args: RecipeOptions, of_model: Callable[[], RunConfig] | None = None) -> RecipeRequest:
     """Return what the options ask for; runs the code that they name.
+
+    Args:
+        args: what was typed.
+        of_model: gives the settings where neither RECIPE nor --config is named; None: one has to be.
 
     Raises:
         UserError: neither or both of RECIPE and --config, or one of them, --plugin or --set cannot be used.
     """
     # First: the recipe and the settings may name what these files declare.
     load_plugins(args.plugins)
+    settings = tuple(_named(setting) for setting in args.settings)
+    if args.recipe is None and args.config is None and of_model is not None:
+        return RecipeRequest(of_model(), settings, from_file=False, of_model=True)
     if (args.recipe is None) == (args.config is None):
         given = (f"{args.recipe} and --config {args.config}: both are given" if args.recipe
                  else "RECIPE: is missing")
         raise UserError(f"{given}; name a recipe (`megatron-sov recipes` lists them), "
                         "or pass --config FILE in its place")
     base = _of_file(args.config) if args.config else _of_recipe(args.recipe or "")
-    return RecipeRequest(base, tuple(_named(setting) for setting in args.settings), args.recipe is None)
+    return RecipeRequest(base, settings, args.recipe is None)
 
 
 def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: bool = True,
-                     lengthens: bool = False) -> RecipeRequest:
+                     lengthens: bool = False, of_model: Callable[[], RunConfig] | None = None
+                     ) -> RecipeRequest:
     """Return what a training command was asked for; neither its data nor its checkpoint need be there.
 
     Args:
@@ -132,11 +143,12 @@ def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
         needs_data: whether data must be named.
         lengthens: whether the command lengthens contexts: a recipe with stages for that says in its objective
             what is trained behind them.
+        of_model: as of `requested`.
 
     Raises:
         UserError: as `requested`, or no data is named.
     """
-    asked = requested(args)
+    asked = requested(args, of_model)
     if needs_data and not args.data and not asked.base.data.paths:
         raise UserError("--data: is missing; pass a folder made by `sov-data pack`")
     learned = asked.base.objective
@@ -146,12 +158,6 @@ def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
     flags = ("train.deterministic=true",) if args.deterministic else ()
     return dataclasses.replace(asked, base=dataclasses.replace(asked.base, objective=learned),
                                settings=(*asked.settings, *flags), trains_by=objective)
-
-
-def _check_command(name: str, trains_by: BuiltIn) -> None:
-    if name != trains_by and (name in objectives.BUILT_IN or trains_by != "lm"):
-        raise UserError(f"objective.name = {name}: this command trains by {trains_by!r}; leave the setting "
-                        f"out, or use `megatron-sov {objectives.BUILT_IN.get(name, 'pretrain')}`")
 
 
 def _of_recipe(recipe: str) -> RunConfig:
