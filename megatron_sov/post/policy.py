@@ -39,6 +39,7 @@ from megatron_sov.engine.mcore.parallel.device import to_device
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import Aggregation, PolicyConfig, PolicyParts, Ratio
 from megatron_sov.post.sft import Responses, learned, responses_of
+from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch
@@ -77,6 +78,8 @@ def _by_score(apart: torch.Tensor) -> torch.Tensor:
     return value + value * (apart - value)
 
 
+REWARD, RESPONSE_TOKENS, GROUPS_LEARNING = "reward", "response_tokens", "groups_learning"
+"""Meters of a round, which its steps show."""
 POLICY, KL = "policy", "kl"
 """Terms."""
 ADVANTAGE, BEHAVIOUR, OLD, REFERENCE = (
@@ -288,6 +291,8 @@ class PolicyLearning(DataObjective):
     that is learned)."""
 
     comparable_loss = False
+    headline = (Meter(REWARD, better="higher"), Meter(RESPONSE_TOKENS, "response length", "tokens"),
+                Meter(GROUPS_LEARNING, "groups that learn", "share", "higher"))
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)

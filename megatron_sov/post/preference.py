@@ -34,6 +34,7 @@ from megatron_sov.model.config.post_training import WITH_REFERENCE
 from megatron_sov.post import reference
 from megatron_sov.post.reference import document_logprobs
 from megatron_sov.post.sft import Responses, learned, responses_of
+from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch
@@ -216,6 +217,9 @@ class PairLearning(DataObjective):
     columns: Mapping[str, NeededColumn] = {}
     meters: tuple[str, ...] = ("pairs_right", "margin", "chosen_logprob", "rejected_logprob")
     comparable_loss = False
+    headline: tuple[Meter, ...] = (
+        Meter("pairs_right", "pairs right", "share", "higher", heldout="heldout_pairs.right"),
+        Meter("margin", better="higher"))
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
@@ -312,6 +316,8 @@ class GroupLearning(DataObjective):
         "`sov-data groups`, and then `sov-data pack --format chat --column advantage --column group_share`,"))
     meters = ("better_logprob", "worse_logprob")
     comparable_loss = False
+    headline = (Meter("better_logprob", "log p of better responses", better="higher"),
+                Meter("worse_logprob", "of worse ones", better="lower"))
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
@@ -366,6 +372,8 @@ class UnpairedLearning(PairLearning):
     columns = {reference.COLUMN: NeededColumn("`megatron-sov prefer`"), DESIRABLE: NeededColumn(MADE_BY)}
     meters = ("desirable_reward", "undesirable_reward", "distance")
     comparable_loss = True
+    headline = (Meter("desirable_reward", "reward of good responses", better="higher"),
+                Meter("undesirable_reward", "of bad ones", better="lower"))
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)

@@ -22,6 +22,7 @@ from megatron_sov.runs.lock import living_holder
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.figures import number
 from megatron_sov.runs.obs.history import COMPLETE, UNFINISHED, Attempt, Attempts, is_incident
+from megatron_sov.runs.obs.meters import headline_of_start, told_step
 from megatron_sov.runs.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.work.clusters import client
 
@@ -106,6 +107,10 @@ class RunState:
     num_steps: int = 0
     tokens: int = 0
     loss: float = math.nan
+    told: str = ""
+    """What the last step gave, by the objective's headline meters."""
+    headline: dict[str, float] = field(default_factory=dict)
+    """Headline meter -> its value in the last step that has it."""
     tokens_per_s: float = math.nan
     """Median over the present attempt's last steps."""
     eta_s: float = math.nan
@@ -180,6 +185,7 @@ def read_state(path: Path, now_s: float | None = None) -> RunState:
     attempts, keeper = Attempts(), Timekeeper()
     recent: deque[tuple[int, float, float, float]] = deque(maxlen=RECENT_STEPS)
     last_s = math.nan
+    meters, comparable = headline_of_start({})
     for event in read_events(path / EVENTS):
         attempts.add(event)
         keeper.add(event)
@@ -190,11 +196,14 @@ def read_state(path: Path, now_s: float | None = None) -> RunState:
             state.recipe, state.num_steps = (event.get("recipe") or state.recipe,
                                              event.get("num_steps") or state.num_steps)
             state.step = int(event.get("resumed_from") or 0)
+            meters, comparable = headline_of_start(event)
         elif event["event"] == "step":
             # of the last steps alone: the speed of now, whatever the curriculum did before
             recent.append((int(event["step"]), last_s, number(event.get("tokens_per_s")),
                            number(event.get("step_time_s"))))
             state.step, state.loss = int(event["step"]), number(event.get("loss"))
+            state.told = told_step(event, meters, comparable=comparable)
+            state.headline |= {m.name: m.value(event) for m in meters if math.isfinite(m.value(event))}
             state.tokens, state.phase = int(event.get("tokens") or 0), str(event.get("phase") or "")
         elif event["event"] == "needle" and event.get("when") == "before":  # only an extension asks then
             state.stage = "extend"

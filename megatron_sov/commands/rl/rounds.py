@@ -43,7 +43,7 @@ from megatron_sov.post.rl.reward import (
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, ROUNDS, RunFolder
 from megatron_sov.runs.rounds import Policy, policy_of_round
-from megatron_sov.train.stages.stage_config import ParsedStage, request_with_model, parse_stage, tokenizer_of
+from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage, request_with_model, tokenizer_of
 from megatron_sov.work.progress.locks import Claims
 from megatron_sov.work.progress.progress_bar import work_bar
 

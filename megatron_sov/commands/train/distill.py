@@ -27,7 +27,7 @@ from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import COMPLETION
 from megatron_sov.runs.launch_environment import is_first, under_launcher
 from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done
-from megatron_sov.train.stages.stage_config import request_with_model, parse_stage, tokenizer_of
+from megatron_sov.train.stages.stage_config import parse_stage, request_with_model, tokenizer_of
 from megatron_sov.work.processes.children import run_command
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from megatron_sov.engine.mcore.parallel.device import to_device
 from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config.post_training import DistillationConfig
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpacked
+from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
@@ -180,6 +181,7 @@ class Distillation(DataObjective):
     learns the data's tokens by cross-entropy)."""
 
     meters = ("kl", "entropy")
+    headline = (Meter("kl", "KL to the teacher", "nats", "lower", heldout="heldout_divergence.kl"),)
 
     def __init__(self, context: ObjectiveContext, teacher: KeptTeacher) -> None:
         """Begin.
