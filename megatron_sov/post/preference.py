@@ -301,10 +301,18 @@ class PairLearningWithReference(PairLearning):
         # DPO compares whole responses, IPO and dpo-norm the means over their labels.
         if asked.method != "dpo":
             ratios = ratios / responses.lengths.clamp(min=1)
-        margins = ratios[0::2] - ratios[1::2]
-        losses = (ipo(margins, asked.strength) if asked.method == "ipo"
-                  else dpo(margins, asked.strength, asked.label_smoothing))
-        return losses, asked.strength * ratios
+        return self.pair_loss(ratios[0::2] - ratios[1::2]), asked.strength * ratios
+
+    def pair_loss(self, margins: torch.Tensor) -> torch.Tensor:
+        """Return [P] float64 the loss of each pair; a class of your own says it otherwise.
+
+        Args:
+            margins: [P] logarithm of policy over reference of the chosen response, less that of the rejected
+                one: of whole responses with method dpo, else means over their tokens.
+        """
+        asked = self._asked
+        return (ipo(margins, asked.strength) if asked.method == "ipo"
+                else dpo(margins, asked.strength, asked.label_smoothing))
 
 
 class GroupLearning(DataObjective):

@@ -37,6 +37,7 @@ from megatron_sov.judge.tools.registry import BUILT_IN, make, order
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.config.run import with_rounds
+from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import RecipeOptions
 from megatron_sov.post.rl.reward import (
     ENVIRONMENT, JudgingJob, RewardSummary, judging, reward_version, second_opinions)
@@ -497,6 +498,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
     from megatron_sov.post.rl.publish import Publisher
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.objectives.objective import columns_of
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     config, start = parsed.stage.config, parsed.stage.start
@@ -507,8 +509,8 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
                           tokenizer)
     # rounds that were published from another store would be trained as if they were of this one
     publisher.refuse_other_store()
-    objective = objective_of(config)
-    columns = columns_of_run(config, objective.columns, start)
+    objective = factory(config, objective_of(config))
+    columns = columns_of_run(config, columns_of(objective), start)
     # a source whose rounds open one by one, as they are published
     source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
                            columns.routes)

@@ -22,6 +22,7 @@ from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, 
 from megatron_sov.commands.train.forgetting_gate import GateOptions, gate_of
 from megatron_sov.infer.request import RankOptions, Temperature, WholeSampling
 from megatron_sov.model.config import DistillationConfig, RunConfig, data_paths, layout_settings
+from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import PluginOptions, RecipeOptions, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import COMPLETION
@@ -192,13 +193,16 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.post.distillation.distill import Distillation, KeptTeacher, measure_heldout
+    from megatron_sov.post.distillation.distill import (
+        Distillation, KeptTeacher, TaughtFactory, measure_heldout)
     from megatron_sov.post.distillation.state_files import StateFiles
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.objectives.objective import formats_of
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     config, folder = parsed.config, RunFolder(args.run)
-    sources = open_sources(config.data.paths, config.model.vocab_size)
+    made = factory(config, Distillation)
+    sources = open_sources(config.data.paths, config.model.vocab_size, formats_of(made))
     _refuse_views(config, sources)
     if parsed.start is not None:
         refuse_other_tokens(tokenizer_folder(sources), tokenizer_of(parsed.start))
@@ -220,7 +224,8 @@ def run(typed: argparse.Namespace) -> int:
         return {"teacher": read[0].teacher,
                 "heldout_divergence": measure_heldout(view, sources, read[0])}
 
-    run_stage(Stage(config, folder, lambda context: Distillation(context, read[0]), parsed.start,
+    objective = TaughtFactory(made, read)
+    run_stage(Stage(config, folder, objective, parsed.start,
                     args.resume, tuple(sources), before=before, after=after, end_gate=gate,
                     faults=parsed.faults, dry_run=args.dry_run, notes=parsed.notes),
               args.nproc, typed.began_s)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.model.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from megatron_sov.model.config import LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 
 Stage = Literal["sft", "preference", "distill", "policy"]
 COMMANDS: dict[str, str] = {"sft": "sft", "preference": "prefer", "distill": "distill", "policy": "rl"}
@@ -91,8 +91,8 @@ def defaults_of(config: RunConfig, stage: Stage) -> StageDefaults:
     return DEFAULTS.get(f"{stage}.{config.preference.method}", DEFAULTS[stage])
 
 
-def base_of_model(name: str, model: ModelConfig, precision: Literal["fp32", "bf16", "fp64"], stage: Stage
-                  ) -> RunConfig:
+def base_of_model(name: str, model: ModelConfig, precision: Literal["fp32", "bf16", "fp64"], stage: Stage,
+                  lora: LoraConfig | None = None) -> RunConfig:
     """Return the settings that a stage begins with where no recipe is named.
 
     Args:
@@ -100,10 +100,12 @@ def base_of_model(name: str, model: ModelConfig, precision: Literal["fp32", "bf1
         model: the architecture of --from.
         precision: of weights and activations.
         stage: which.
+        lora: of an adapter that is trained on; None: there is none.
     """
     # AdamW as libraries of fine-tuning have it; the rate itself depends on settings that are still to come
     return RunConfig(
-        name, model, optim=OptimConfig(min_lr=0.0, warmup_steps=0, weight_decay=0.0, beta2=0.999),
+        name, model, lora=lora or LoraConfig(),
+        optim=OptimConfig(min_lr=0.0, warmup_steps=0, weight_decay=0.0, beta2=0.999),
         train=TrainConfig(epochs=DEFAULTS[stage].epochs, precision=precision, global_batch_size=1))
 
 

@@ -112,4 +112,6 @@ def told_progress(events: Iterable[Mapping[str, Any]], headline: Sequence[Meter]
 
 def _change(meter: Meter, title: str, values: Sequence[float]) -> str:
     first, last = meter.text(values[0]), meter.text(values[-1])
+    if meter.unit and meter.unit != "share":
+        first = first.removesuffix(f" {meter.unit}")  # once is enough
     return f"{title} {last}" if len(values) == 1 else f"{title} {first} -> {last}"

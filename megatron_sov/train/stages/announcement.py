@@ -18,8 +18,6 @@ from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.stages.evaluate import HeldoutLoss
 from megatron_sov.work.clusters.units import GIB
 
-CHATTING = ("sft", "preference", "policy")
-"""Objectives that train on chats, mostly: what they make is asked in that form."""
 SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -98,7 +96,8 @@ def memory_of(config: RunConfig, num_ranks: int) -> Account:
 
 
 def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float,
-            heldout: Mapping[str, HeldoutLoss], config: RunConfig, headline: Sequence[Meter]) -> str:
+            heldout: Mapping[str, HeldoutLoss], config: RunConfig, headline: Sequence[Meter],
+            sources: Sequence[Source]) -> str:
     """Return what came of a complete run, and what to type next.
 
     Args:
@@ -109,14 +108,17 @@ def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float,
         heldout: what the last evaluation gave.
         config: its settings.
         headline: by which meters it is judged.
+        sources: what it has read.
     """
-    chat = " --chat" if config.objective.name in CHATTING else ""
+    # what has learned from chats is asked in that form
+    chat = " --chat" if any(source.is_chat for source in sources) else ""
     progress = told_progress(read_events(run / EVENTS), headline)
     adapter = f" | megatron-sov convert to-peft {run} PEFT_DIR" if config.lora.on else ""
     minutes, seconds = divmod(round(wall_s), 60)
-    # of responses that were compared the loss says nothing
+    # of responses that are compared the loss says nothing
+    compared = {source.name for source in sources if source.group > 1 or source.made is not None}
     losses = "".join(f", {name} {result.loss:.4f}" for name, result in heldout.items()
-                     if config.objective.name not in ("preference", "policy"))
+                     if name not in compared)
     return (f"complete: step {done.step}, {short(done.tokens)} tokens in {minutes}:{seconds:02d} min"
             + (f"; {progress}" if progress else "") + (f"; held-out loss{losses[1:]}" if losses else "")
             + f"\n  checkpoint  {checkpoint}\n"

@@ -429,5 +429,5 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
         "checkpoint_sha256": manifest_sha256(last), **extra}))
     if trainer.world.is_main:
         told = summary(stage.folder.path, last, trainer.state, trainer.wall_s(), trainer.heldout,
-                       trainer.config, trainer.recorder.headline)
+                       trainer.config, trainer.recorder.headline, trainer.sources)
         print(f"{told}\n", end="", file=sys.stderr, flush=True)

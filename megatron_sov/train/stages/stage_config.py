@@ -146,7 +146,7 @@ def _settings_of_model(start_from: Path | None, objective: BuiltIn | None) -> Ca
                                  "bf16" if on_gpu else "fp32", stage)
         settings = settings_of(start)
         name = hub_name(start_from) if settings.recipe == IMPORTED else settings.recipe
-        return base_of_model(name, settings.model, settings.train.precision, stage)
+        return base_of_model(name, settings.model, settings.train.precision, stage, settings.lora)
 
     return read
 
