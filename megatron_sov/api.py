@@ -6,6 +6,7 @@ from here but a command, which says on stderr what it always says.
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import subprocess
@@ -210,7 +211,7 @@ def read_meters(run: AnyPath, *, frame: bool = False) -> Any:
 
 
 def read_rounds(run: AnyPath, *, frame: bool = False) -> Any:
-    """Return the rounds of a run of `rl_run` as a table, see `read_meters`: reward, its components, lengths."""
+    """Return the rounds of a run of `rl_run` as a table, see `read_meters`: reward, components, lengths."""
     rounds = [event for event in _events(run) if event["event"] == "round"]
     means = [event.get("means") or {} for event in rounds]
     rows = [{"round": event.get("round"), "step": event.get("step"), "documents": event.get("documents"),
@@ -236,7 +237,7 @@ def _table(rows: list[dict[str, Any]], *, frame: bool) -> Any:
     if not frame:
         return rows
     try:
-        import pandas
+        pandas = importlib.import_module("pandas")
     except ImportError:
         raise UserError("frame = True: needs pandas, which is not installed; install it, or take the list of "
                         "dicts") from None
@@ -278,7 +279,7 @@ def _settings(settings: Settings, option: str) -> list[str]:
 
 
 def _options(options: Mapping[str, Any]) -> list[str]:
-    """Return the words of options by name: True is a flag, a list repeats one, None and False leave it out."""
+    """Return the words of options by name: True is a flag, a list repeats, None and False leave out."""
     words: list[str] = []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"

@@ -88,7 +88,7 @@ def check_command(config: RunConfig, trains_by: str) -> None:
             raise UserError(f"objective.name = {name}: this command trains by {trains_by!r}; leave the "
                             f"setting out, or use `megatron-sov {BUILT_IN[name]}`")
         return
-    formats, brought = factory(config, object).formats, LEARNS_FROM[trains_by]  # type: ignore[attr-defined]
+    formats, brought = OwnFactory(name, OWN.get(name), config).formats, LEARNS_FROM[trains_by]
     if not set(formats) & set(brought):
         commands = [BUILT_IN[other] for other, found in LEARNS_FROM.items() if set(formats) & set(found)]
         raise UserError(f"objective.name = {name}: learns from {', '.join(formats)}, and this command brings "
