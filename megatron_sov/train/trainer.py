@@ -96,7 +96,6 @@ class Trainer:
         self.recorder = Recorder(config, world, self.num_steps, began_s)
         self.objective = objective(ObjectiveContext(
             config, self.batches, world, folder.path, self._write_event, self._waiting))
-        self.recorder.judge_by(headline_of(self.objective), comparable=is_comparable(self.objective))
         self.guards = Guards(config.guards, world, folder.path, faults, self.recorder.hang,
                              losses_compare=is_comparable(self.objective))
         parts: dict[str, Any] = {"guard": self.guards.step_guard, **parts_of(self.objective)}
@@ -189,6 +188,7 @@ class Trainer:
             told = banner(self.config, self.world.size, self.folder.path, steps, entries, self.sources,
                           memory_of(self.config, self.world.size))
             print(f"{told}\n", end="", file=sys.stderr, flush=True)
+        self.recorder.judge_by(headline_of(self.objective), comparable=is_comparable(self.objective))
         self.recorder.begin(self.step, self._continued_from, self.sources, entries, plan,
                             self._started_from if self.world.is_main else None)
 
