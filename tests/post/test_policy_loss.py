@@ -175,6 +175,8 @@ def test_rounding_of_an_engine_clips_nothing_and_both_signs_teach(method: Any) -
 
 def test_a_loss_of_ones_own_stands_in_the_surrogates_place() -> None:
     """At ratios of 1 that of the settings is REINFORCE's, whose derivative it shares."""
+    import torch
+
     from megatron_sov.post.policy import PolicyLoss
 
     columns, logprobs, responses = row()
