@@ -3,6 +3,7 @@ the page's example runs."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -61,6 +62,65 @@ def test_the_example_of_the_page_runs(packed_data: Any, tmp_path: Path, warm_pyt
     assert [step for step, _ in steps] == ["1", "2", "3"]
     assert float(steps[2][1]) < float(steps[0][1])
     assert re.fullmatch(r"\d+ tokens", done.stdout.splitlines()[-1])
+
+
+def test_the_stages_of_the_page_run(packed_data: Any, tmp_path: Path, warm_python: str) -> None:
+    """After what the first example leaves: a model that has seen text."""
+    shutil.copytree(packed_data.text, tmp_path / "tokens")
+    shutil.copytree(packed_data.tokenizer, tmp_path / "tokenizer")
+    shutil.copy(packed_data.tokenizer.parent / "chat.jsonl", tmp_path / "chats.jsonl")
+    (tmp_path / "pairs.jsonl").write_text("".join(
+        json.dumps({"prompt": f"{i}?", "chosen": f"{i}.", "rejected": "No."}) + "\n" for i in range(40)))
+    first, stages = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    first = first.partition("convert.to_hf")[0]
+    started_by = f"import sys\nsys.executable = {warm_python!r}\n"
+    program = started_by + first + stages + "print(api_rows())\n".replace(
+        "api_rows()", "[row['step'] for row in read_meters('runs/dpo')]")
+    done = python(program, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[1, 2]"
+    assert re.match(r"\{'pairs': \{'pairs': \d+, 'right': [\d.]+\}\} -?[\d.e-]+$",
+                    done.stdout.splitlines()[-2])
+    assert "defaults: learning rate 2e-05 (default of sft), 1 epoch = " in done.stderr
+    assert json.loads((tmp_path / "runs/dpo/complete.json").read_text())["step"] == 2
+
+
+@pytest.mark.parametrize(("function", "words"), [
+    (lambda: api.sft("m", {"d": 2}, "r", settings={"train.epochs": 2, "a": [1]}, recipe="x", nproc=2,
+                     resume=True),
+     ["sft", "x", "--from", "m", "--data", "d:2.0", "--set", "train.epochs=2", "--set", "a=[1]", "--run", "r",
+      "--nproc", "2", "--resume"]),
+    (lambda: api.distill("s", "t", ["a", "b"], "r", top_k=64),
+     ["distill", "--from", "s", "--data", "a", "--data", "b", "--teacher", "t", "--run", "r", "--top-k",
+      "64"]),
+    (lambda: api.rl_run("m", "p.jsonl", "math", "st", "r", reward_settings=["a=1"],
+                        plugin=["x.py:A", "y.py:B"]),
+     ["rl", "run", "--from", "m", "--prompts", "p.jsonl", "--reward", "math", "--store", "st", "--reward-set",
+      "a=1", "--run", "r", "--plugin", "x.py:A", "--plugin", "y.py:B"]),
+])
+def test_arguments_become_words(function: Any, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def run(given: list[str], module: str = "megatron_sov") -> str:
+        seen.append(given)
+        raise UserError("enough")
+
+    monkeypatch.setattr(api, "_run", run)
+    with pytest.raises(UserError, match="enough"):
+        function()
+    assert seen == [words]
+
+
+def test_rounds_and_meters_are_tables(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in [
+        {"event": "step", "step": 1, "loss": 2.0, "losses": {"policy": 2.0}, "meters": {"reward": 0.5}},
+        {"event": "round", "step": 0, "round": 1, "documents": 4,
+         "means": {"reward": 0.5, "components": {"right": 0.25}, "domains": {}}}]))
+    assert api.read_meters(tmp_path) == [{"step": 1, "loss": 2.0, "policy": 2.0, "reward": 0.5}]
+    assert api.read_rounds(tmp_path) == [
+        {"round": 1, "step": 0, "documents": 4, "reward": 0.5, "right": 0.25}]
+    with pytest.raises(UserError, match=r"holds no run \(events.jsonl\); pass the folder of a run"):
+        api.read_meters(tmp_path / "none")
 
 
 def test_mistakes_are_raised_with_the_commands_own_words(tmp_path: Path) -> None:

@@ -95,7 +95,6 @@ ALONE = {
     "data_prep/curate/dedup/minhash_loops.py": "compiled loops, loaded where they are called",
     "data_prep/shards/sample.py": "a command",
     "data_prep/synth/generators/triples.py": "a generator, loaded by its name",
-    "megatron_sov/api.py": "names of the interface, found on first use",
     "megatron_sov/commands/operate/status.py": "a command",
     "megatron_sov/commands/models/serve.py": "a command",
     "megatron_sov/engine/mcore/checkpoint/gather.py": "megatron's side of exporting a live model",

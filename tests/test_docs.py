@@ -17,7 +17,9 @@ from megatron_sov import cli, recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.model.config import ParallelConfig, apply_settings
+from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import BuiltIn, training_request
+from megatron_sov.model.recipes.stage_defaults import base_of_model, refuse_pretraining_rate
 from tests.pages_typed import (
     ENTRIES, PAGES, ROOT, TYPED, commands_of, lines_of, name_of, parse, shell_blocks, unheld)
 
@@ -42,15 +44,24 @@ def test_every_command_on_a_page_parses(line: str) -> None:
 def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None:
     """At the number of processes that the command says, or where the environment decides at one that fits."""
     args = parse(line)
-    # tests/test_own_code.py runs those with a recipe of one's own
-    if args.recipe is None or is_reference(args.recipe):
-        assert args.configs or line in commands_of((ROOT / "docs/own_code.md").read_text())
-        return
     command = cli.named(line.split()[1:])[0]
-    asked = training_request(args, TRAINS[command], needs_data=False, lengthens=command == "extend")
+    trains_by = TRAINS[command]
+    # tests/test_own_code.py runs those with code of one's own
+    if line in commands_of((ROOT / "docs/own_code.md").read_text()) or is_reference(args.recipe or ""):
+        return
+    stage = None if trains_by == "lm" else trains_by
+    if args.recipe is None and args.configs:
+        return
+    model = recipes.get("tiny-solar-open").model  # in the place of --from
+    asked = training_request(
+        args, trains_by, needs_data=False, lengthens=command == "extend",
+        of_model=None if stage is None else lambda: base_of_model("model", model, "fp32", stage))
     options = {"preference.method": getattr(args, "method", None),
                "distillation.top_k": getattr(args, "top_k", None)}
     config = asked.config(own=[f"{key}={value}" for key, value in options.items() if value is not None])
+    if stage is not None and args.recipe is not None and recipes.get(args.recipe).objective.name == "lm" \
+            and not any(setting.startswith("optim.lr=") for setting in args.settings):
+        refuse_pretraining_rate(config, stage, num_params(config.model).total)
     layout = config.parallel
     assert config.problems(args.nproc or math.lcm(layout.tp * layout.pp * layout.cp,
                                                   layout.etp * layout.ep * layout.pp)) == []

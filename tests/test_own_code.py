@@ -42,10 +42,15 @@ def site(installed: Path, packed_data: Any, tmp_path_factory: pytest.TempPathFac
     (folder / "weighted.jsonl").write_text("".join(
         json.dumps({"text": f"{i} and {i * i} are numbers, says the book.", "weight": i % 2}) + "\n"
         for i in range(60)))
+    (folder / "prompts.jsonl").write_text("".join(
+        json.dumps({"prompt": f"The number {i} is"}) + "\n" for i in range(8)))
+    (folder / "pairs.jsonl").write_text("".join(
+        json.dumps({"prompt": f"{i}?", "chosen": f"{i}.", "rejected": "No."}) + "\n" for i in range(40)))
     return folder
 
 
-SECTIONS = ("A recipe", "An objective", "A model family", "A data step", "A step over rows")
+SECTIONS = ("A recipe", "An objective", "A policy or a pair", "A model family", "A data step",
+            "A step over rows")
 """Those whose commands a test here types."""
 
 
@@ -134,6 +139,27 @@ def test_an_objective(site: Path, typed: Run) -> None:
     plain = [next(iter(event["losses_by_source"].values())) for event in steps]
     assert losses == [event["loss"] for event in steps] and losses[-1] < losses[0]
     assert 0 < losses[-1] < plain[-1]  # what the model knows already counts less
+
+
+def test_a_policy_or_a_pair(site: Path, typed: Run) -> None:
+    if not (site / "runs/tiny/complete.json").is_file():
+        done(site, typed, "A recipe")
+    config = done(site, typed, "A policy or a pair")
+    assert (config["objective"]["name"], config["train"]["epochs"]) == ("Hinge", 1)
+    steps = [event for event in map(json.loads, (site / "runs/hinge/events.jsonl").open())
+             if event["event"] == "step"]
+    assert steps[0]["loss"] == pytest.approx(1, abs=1e-4)  # of margins of 0
+    assert all("pairs_right" in event["meters"] for event in steps)
+    policy = [event for event in map(json.loads, (site / "runs/reinforce/events.jsonl").open())
+              if event["event"] in ("run_start", "step")]
+    assert [meter["name"] for meter in policy[0]["headline"]] == [
+        "reward", "response_tokens", "groups_learning"]
+    assert "reward" in policy[1]["meters"] and "policy" in policy[1]["losses"]
+    refused = typed("megatron-sov sft --from runs/tiny --data tokens --run runs/no "
+                    "--set objective.name=my_losses.py:Reinforce")
+    assert refused.returncode == 2 and (
+        "objective.name = Reinforce: learns from rollouts, and this command brings chat, text; use "
+        "`megatron-sov rl train`") in refused.stderr
 
 
 def test_a_model_family(site: Path, from_wheel: Run, typed: Run) -> None:

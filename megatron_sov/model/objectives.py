@@ -24,6 +24,9 @@ METHODS = {"collect": ("policy", "step"), "prepare": ("batch",), "loss": ("hidde
 """What an objective has to have: method -> what it is given (`train/objectives/objective.py`)."""
 FORMATS = (*KINDS, ROLLOUTS)
 """Formats of the sources that one may name in `formats`."""
+LEARNS_FROM = {"lm": ("text", "chat"), "sft": ("chat", "text"), "preference": ("preference", "chat"),
+               "distill": ("text", "chat"), "policy": (ROLLOUTS,)}
+"""Built-in objective -> the formats of the data that its command brings."""
 MEMORY = {"state": (), "restore": ("state",)}
 """What one with a memory has besides."""
 
@@ -69,6 +72,29 @@ def check(config: RunConfig) -> None:
     read_arguments(made, options, f"objective {name}", prefix="objective.options", num_ours=1)
 
 
+def check_command(config: RunConfig, trains_by: str) -> None:
+    """Check that a command brings data of a format that the run's objective learns from.
+
+    Args:
+        config: the settings.
+        trains_by: the built-in objective of the command.
+
+    Raises:
+        UserError: it does not.
+    """
+    name = config.objective.name
+    if name in BUILT_IN:
+        if name != trains_by:
+            raise UserError(f"objective.name = {name}: this command trains by {trains_by!r}; leave the "
+                            f"setting out, or use `megatron-sov {BUILT_IN[name]}`")
+        return
+    formats, brought = OwnFactory(name, OWN.get(name), config).formats, LEARNS_FROM[trains_by]
+    if not set(formats) & set(brought):
+        commands = [BUILT_IN[other] for other, found in LEARNS_FROM.items() if set(formats) & set(found)]
+        raise UserError(f"objective.name = {name}: learns from {', '.join(formats)}, and this command brings "
+                        f"{', '.join(brought)}; use `megatron-sov {'` or `megatron-sov '.join(commands)}`")
+
+
 def factory(config: RunConfig, built_in: Factory) -> Factory:
     """Return what makes the run's objective.
 
@@ -77,7 +103,7 @@ def factory(config: RunConfig, built_in: Factory) -> Factory:
         built_in: the command's own objective, for runs that name no other.
     """
     name = config.objective.name
-    return built_in if name in BUILT_IN else OwnFactory(name, OWN.get(name), config.objective.options)
+    return built_in if name in BUILT_IN else OwnFactory(name, OWN.get(name), config)
 
 
 @dataclass(frozen=True)
@@ -88,8 +114,8 @@ class OwnFactory:
     """As the settings have it."""
     made: Callable[..., Any]
     """The class."""
-    options: dict[str, Any]
-    """Its own settings."""
+    config: RunConfig
+    """The run's settings, with those of its own in `objective.options`."""
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -98,8 +124,10 @@ class OwnFactory:
 
     @property
     def columns(self) -> Mapping[str, Any]:
-        """See `train.objectives.objective.columns_of`."""
-        found: Mapping[str, Any] = getattr(self.made, "columns", {})
+        """See `train.objectives.objective.columns_of`; a class that derives from a built-in one may need
+        columns by the settings, and has `columns_by(config)`."""
+        by = getattr(self.made, "columns_by", None)
+        found: Mapping[str, Any] = by(self.config) if by is not None else getattr(self.made, "columns", {})
         return found
 
     def __call__(self, context: Any) -> Any:
@@ -108,7 +136,7 @@ class OwnFactory:
         Raises:
             UserError: it has no coefficients.
         """
-        objective = self.made(context, **self.options)
+        objective = self.made(context, **self.config.objective.options)
         if not isinstance(getattr(objective, "coefficients", None), Mapping):
             raise UserError(f"objective {self.name}: has no `coefficients`, a dict of term -> its weight in "
                             "the loss; set it in __init__")

@@ -17,8 +17,9 @@ Shapes: T labels of a row, R responses.  Columns are numbers [T] of each label.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -39,6 +40,7 @@ from megatron_sov.engine.mcore.parallel.device import to_device
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import Aggregation, PolicyConfig, PolicyParts, Ratio
 from megatron_sov.post.sft import Responses, learned, responses_of
+from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch
@@ -77,6 +79,8 @@ def _by_score(apart: torch.Tensor) -> torch.Tensor:
     return value + value * (apart - value)
 
 
+REWARD, RESPONSE_TOKENS, GROUPS_LEARNING = "reward", "response_tokens", "groups_learning"
+"""Meters of a round, which its steps show."""
 POLICY, KL = "policy", "kl"
 """Terms."""
 ADVANTAGE, BEHAVIOUR, OLD, REFERENCE = (
@@ -84,19 +88,23 @@ ADVANTAGE, BEHAVIOUR, OLD, REFERENCE = (
 """Columns: the response's advantage; log p by the engine that wrote it; by the trainer before the round's
 first step, NaN of a label that the first step learns; by the model that the run starts from."""
 Columns = Mapping[str, torch.Tensor]
+LabelLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(ratios, log-probabilities, advantages), each [T] of the labels, -> [T] losses."""
 Measured = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 class PolicyLoss:
     """``-sum over labels of weight * importance * surrogate``, and the divergence from a reference."""
 
-    def __init__(self, policy: PolicyConfig, max_new_tokens: int) -> None:
+    def __init__(self, policy: PolicyConfig, max_new_tokens: int, loss: LabelLoss | None = None) -> None:
         """Begin.
 
         Args:
             policy: the settings.
             max_new_tokens: of the longest response.
+            loss: of each label; None: that of the settings.
         """
+        self._loss = loss or partial(surrogate_loss, parts=policy.parts)
         self._policy, self._parts, self._longest = policy, policy.parts, max_new_tokens
         self.coefficients = {POLICY: 1.0}
         if self._parts.kl != "none" and self._parts.kl_coeff > 0:
@@ -138,10 +146,9 @@ class PolicyLoss:
         logprobs = torch.where(learned, logprobs.double(), 0.0)
         numbers = {name: torch.where(learned, columns[name].double(), 0.0) for name in self.columns}
         ratio = ratios(logprobs, numbers[OLD], responses, self._parts.ratio)
-        # Maximised, so the term below has the other sign.
-        gained = surrogate(ratio, logprobs, numbers[ADVANTAGE], self._parts) * factors
+        losses = self._loss(ratio, logprobs, numbers[ADVANTAGE]) * factors
         weights = label_weights(responses, self._parts.aggregation)
-        terms = {POLICY: -(gained * weights).sum()}
+        terms = {POLICY: (losses * weights).sum()}
         if KL in self.coefficients:
             reference = numbers[REFERENCE]
             if self._parts.kl == "sequence":
@@ -239,6 +246,12 @@ def surrogate(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Te
                      ratios.clamp(1 - parts.clip_low, 1 + parts.clip_high) * advantages)
 
 
+def surrogate_loss(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Tensor,
+                   parts: PolicyParts) -> torch.Tensor:
+    """Return [T] float64 each label's loss: `surrogate`, which is to be maximised, with the other sign."""
+    return -surrogate(ratios, logprobs, advantages, parts)
+
+
 def is_clipped(ratios: torch.Tensor, advantages: torch.Tensor, parts: PolicyParts) -> torch.Tensor:
     """Return [T] bool: labels of which the bound has a say, so that they teach nothing (two_sided), or less
     (cispo)."""
@@ -285,21 +298,46 @@ MOST_CLIPPED, MOST_ENGINE_KL = 0.05, 0.05
 
 class PolicyLearning(DataObjective):
     """``policy + kl_coeff * kl + knowledge_coeff * CE(text) / its tokens`` (+ multi-token prediction on all
-    that is learned)."""
+    that is learned).
 
+    A class of your own derives from it and says in `policy_loss` what each token's loss is
+    (docs/own_code.md).
+    """
+
+    formats = (ROLLOUTS,)
     comparable_loss = False
+    headline = (Meter(REWARD, better="higher"), Meter(RESPONSE_TOKENS, "response length", "tokens"),
+                Meter(GROUPS_LEARNING, "groups that learn", "share", "higher"))
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
         asked, rollout = context.config.policy, context.config.rollout
-        self._rollout = rollout
-        self._temperature, self._loss = rollout.temperature, PolicyLoss(asked, rollout.max_new_tokens)
+        self._rollout, self._parts = rollout, asked.parts
+        self._temperature, self._loss = rollout.temperature, PolicyLoss(
+            asked, rollout.max_new_tokens, self.policy_loss)
         self.meters = self._loss.meters
         self.coefficients = dict(self._loss.coefficients)
         if asked.has_text:
             self.coefficients[KNOWLEDGE] = asked.parts.knowledge_coeff
         self.coefficients |= self._mtp_coefficient
         self._shares_prompts = can_share(context.config)
+
+    @classmethod
+    def columns_by(cls, config: RunConfig) -> Mapping[str, NeededColumn]:
+        """Return the columns that the settings need."""
+        columns = PolicyLoss(config.policy, config.rollout.max_new_tokens).columns
+        return dict.fromkeys(columns, NeededColumn("`megatron-sov rl train`", (ROLLOUTS,)))
+
+    def policy_loss(self, ratio: torch.Tensor, logprobs: torch.Tensor, advantage: torch.Tensor
+                    ) -> torch.Tensor:
+        """Return [T] float64 the loss of each token that a response consists of.
+
+        Args:
+            ratio: [T] of the policy to the one that began the round, differentiable.
+            logprobs: [T] of the policy, differentiable.
+            advantage: [T] of the response that the token belongs to.
+        """
+        return surrogate_loss(ratio, logprobs, advantage, self._parts)
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count tokens or responses of the global batch.  A prompt that several responses have is computed
@@ -466,10 +504,8 @@ class PolicyObjective:
 
 
 def objective_of(config: RunConfig) -> PolicyObjective:
-    needed = NeededColumn("`megatron-sov rl train`", (ROLLOUTS,))
-    columns = PolicyLoss(config.policy, config.rollout.max_new_tokens).columns
     return PolicyObjective((ROLLOUTS, *([TEXT] if config.policy.has_text else [])),
-                           dict.fromkeys(columns, needed))
+                           PolicyLearning.columns_by(config))
 
 
 def texts_of(config: RunConfig) -> tuple[Source, ...]:

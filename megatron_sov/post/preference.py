@@ -34,6 +34,7 @@ from megatron_sov.model.config.post_training import WITH_REFERENCE
 from megatron_sov.post import reference
 from megatron_sov.post.reference import document_logprobs
 from megatron_sov.post.sft import Responses, learned, responses_of
+from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch
@@ -216,6 +217,9 @@ class PairLearning(DataObjective):
     columns: Mapping[str, NeededColumn] = {}
     meters: tuple[str, ...] = ("pairs_right", "margin", "chosen_logprob", "rejected_logprob")
     comparable_loss = False
+    headline: tuple[Meter, ...] = (
+        Meter("pairs_right", "pairs right", "share", "higher", heldout="heldout_pairs.right"),
+        Meter("margin", better="higher"))
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
@@ -297,10 +301,18 @@ class PairLearningWithReference(PairLearning):
         # DPO compares whole responses, IPO and dpo-norm the means over their labels.
         if asked.method != "dpo":
             ratios = ratios / responses.lengths.clamp(min=1)
-        margins = ratios[0::2] - ratios[1::2]
-        losses = (ipo(margins, asked.strength) if asked.method == "ipo"
-                  else dpo(margins, asked.strength, asked.label_smoothing))
-        return losses, asked.strength * ratios
+        return self.pair_loss(ratios[0::2] - ratios[1::2]), asked.strength * ratios
+
+    def pair_loss(self, margins: torch.Tensor) -> torch.Tensor:
+        """Return [P] float64 the loss of each pair; a class of your own says it otherwise.
+
+        Args:
+            margins: [P] logarithm of policy over reference of the chosen response, less that of the rejected
+                one: of whole responses with method dpo, else means over their tokens.
+        """
+        asked = self._asked
+        return (ipo(margins, asked.strength) if asked.method == "ipo"
+                else dpo(margins, asked.strength, asked.label_smoothing))
 
 
 class GroupLearning(DataObjective):
@@ -312,6 +324,8 @@ class GroupLearning(DataObjective):
         "`sov-data groups`, and then `sov-data pack --format chat --column advantage --column group_share`,"))
     meters = ("better_logprob", "worse_logprob")
     comparable_loss = False
+    headline = (Meter("better_logprob", "log p of better responses", better="higher"),
+                Meter("worse_logprob", "of worse ones", better="lower"))
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
@@ -366,6 +380,8 @@ class UnpairedLearning(PairLearning):
     columns = {reference.COLUMN: NeededColumn("`megatron-sov prefer`"), DESIRABLE: NeededColumn(MADE_BY)}
     meters = ("desirable_reward", "undesirable_reward", "distance")
     comparable_loss = True
+    headline = (Meter("desirable_reward", "reward of good responses", better="higher"),
+                Meter("undesirable_reward", "of bad ones", better="lower"))
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)

@@ -21,6 +21,7 @@ from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel.device import to_device
 from megatron_sov.model.config import RunConfig
+from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch, segments
@@ -103,6 +104,8 @@ class SupervisedFineTuning(DataObjective):
     Each term is divided by its own count over the global batch, so the share of text in the data changes how
     often the auxiliary term is estimated, and never its weight.
     """
+
+    headline = (Meter(RESPONSE, "response loss", "nats per token", "lower"),)
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)

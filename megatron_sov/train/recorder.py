@@ -38,6 +38,7 @@ from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 from megatron_sov.runs.obs.exporters import Trackers
 from megatron_sov.runs.obs.history import BY_SETTING
+from megatron_sov.runs.obs.meters import LOSS, Meter, headline_fields, told_step
 from megatron_sov.runs.obs.routing import max_violation
 from megatron_sov.runs.obs.telemetry import Telemetry
 from megatron_sov.train.checkpointer import TrainState
@@ -189,6 +190,9 @@ class Recorder:
             num_steps: the run's last step.
             began_s: Unix time at which the work on the run began; None: now.
         """
+        self.headline: tuple[Meter, ...] = (LOSS,)
+        """By which the run is judged."""
+        self._comparable = True
         self._config, self._world, self._num_steps = config, world, num_steps
         self._began_s = time.time() if began_s is None else began_s
         self._efficiency = Efficiency(config, world.size)
@@ -199,6 +203,10 @@ class Recorder:
         self._progress: ProgressBar | None = None
         self._over_epochs: set[str] = set()
         self._has_doubted = False
+
+    def judge_by(self, headline: tuple[Meter, ...], *, comparable: bool) -> None:
+        """Show an objective's meters from now on; `comparable`: and its loss, where it says something."""
+        self.headline, self._comparable = headline, comparable
 
     def open(self, run: Path) -> None:
         """Open events, telemetry and trackers; called on rank 0 only."""
@@ -228,6 +236,7 @@ class Recorder:
               num_active_params=count.active, num_steps=self._num_steps, resumed_from=step,
               began_s=self._began_s, on_gpu=on_gpu(),
               gpu=gpu_settings.resolve_auto(config, te),
+              **headline_fields(self.headline, comparable=self._comparable),
               inputs=[*provenance(sources), *([] if start is None else [_input(start)])],
               **({} if plan is None else {"plan": plan}),
               machine={"host": platform.node(), "device": device_name(), "python": platform.python_version(),
@@ -270,7 +279,9 @@ class Recorder:
                 **{f"loss/{t}": v for t, v in result.losses.items()},
                 **{f"meter/{name}": v for name, v in result.meters.items()}})
         if self._progress is not None:
-            self._progress.update(done.step, result.loss, tokens_per_s)
+            event = {"loss": result.loss, "losses": result.losses, **meters}
+            self._progress.update(done.step, told_step(event, self.headline, comparable=self._comparable),
+                                  tokens_per_s)
 
     def passed_over(self, step: int) -> None:
         """Tell that a step's batch was passed over, since the settings say so."""

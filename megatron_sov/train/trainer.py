@@ -43,7 +43,8 @@ from megatron_sov.train.guards.guards import Guards
 from megatron_sov.train.guards.step_guard import Refusal
 from megatron_sov.train.objectives.data_batches import DataBatches, ObjectiveContext
 from megatron_sov.train.objectives.objective import (
-    GlobalBatch, Objective, columns_of, doubt_of, is_comparable, parts_of, refuse_nothing_learned)
+    GlobalBatch, Objective, columns_of, doubt_of, headline_of, is_comparable, parts_of,
+    refuse_nothing_learned)
 from megatron_sov.train.recorder import Recorder, StepResult, keep_plan, peak_memory
 from megatron_sov.train.side_jobs.side_jobs import Garbage, Profiling, SideJobs
 from megatron_sov.train.stages.announcement import banner, memory_of
@@ -186,6 +187,7 @@ class Trainer:
             told = banner(self.config, self.world.size, self.folder.path, steps, entries, self.sources,
                           memory_of(self.config, self.world.size))
             print(f"{told}\n", end="", file=sys.stderr, flush=True)
+        self.recorder.judge_by(headline_of(self.objective), comparable=is_comparable(self.objective))
         self.recorder.begin(self.step, self._continued_from, self.sources, entries, plan,
                             self._started_from if self.world.is_main else None)
 
@@ -246,7 +248,8 @@ class Trainer:
             losses_by_source={s.name: total / n for s, (total, n) in by_source if n > 0}, grad_norm=grad_norm,
             lr=lr, num_tokens=batch.num_tokens, phase=batch.phase,
             padding_share=1 - batch.num_tokens / (batch.num_sequences * batch.seq_len),
-            seq_len=batch.seq_len, seconds=time.monotonic() - start, meters=sums.meters)
+            seq_len=batch.seq_len, seconds=time.monotonic() - start,
+            meters={**sums.meters, **(self._feed.meters if self._feed is not None else {})})
 
     def loss_of(self, sums: StepSums, batch: GlobalBatch) -> tuple[float, dict[str, float]]:
         losses = {t: total / batch.targets[t] for t, total in sums.terms.items() if batch.targets[t] > 0}

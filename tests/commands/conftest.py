@@ -10,7 +10,7 @@ import pytest
 TINY = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
         'data.phases=[{"name": "main", "seq_len": 128}]', "train.global_batch_size=4",
         "train.micro_batch_size=2", "train.steps=2", "train.checkpoint_every_steps=1",
-        "train.async_save=false")
+        "train.async_save=false", "optim.lr=0.004")
 
 
 @pytest.fixture(scope="session")

@@ -173,6 +173,25 @@ def test_rounding_of_an_engine_clips_nothing_and_both_signs_teach(method: Any) -
     assert float(meters["engine_kl"][0] / meters["engine_kl"][1]) == pytest.approx(kl, rel=0.02)
 
 
+def test_a_loss_of_ones_own_stands_in_the_surrogates_place() -> None:
+    """At ratios of 1 that of the settings is REINFORCE's, whose derivative it shares."""
+    import torch
+
+    from megatron_sov.post.policy import PolicyLoss
+
+    columns, logprobs, responses = row()
+    policy = PolicyConfig("grpo", clip_low=0.2, clip_high=0.2, kl="none", correction="none")
+    columns["old_logprobs"] = logprobs.detach().clone()
+    slopes = []
+    for loss in (None, lambda ratio, logprobs, advantage: -advantage * logprobs,
+                 lambda ratio, logprobs, advantage: -2 * advantage * logprobs):
+        at = logprobs.detach().clone().requires_grad_()
+        terms, _ = PolicyLoss(policy, LONGEST, loss).terms(at, columns, responses)
+        slopes.append(torch.autograd.grad(terms["policy"], at)[0].double())
+    assert torch.allclose(slopes[0], slopes[1]) and torch.allclose(2 * slopes[0], slopes[2])
+    assert slopes[0].abs().sum() > 0
+
+
 def test_mgpo_and_ink_grpo_without_their_terms_are_grpo() -> None:
     same: Any = {"clip_low": 0.2, "clip_high": 0.2, "aggregation": "sequence", "kl": "none"}
     grpo = ours(PolicyConfig("grpo", **same), *row())

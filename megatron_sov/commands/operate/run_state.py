@@ -23,6 +23,7 @@ from megatron_sov.runs.lock import living_holder
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.figures import number
 from megatron_sov.runs.obs.history import COMPLETE, UNFINISHED, Attempt, Attempts, is_incident
+from megatron_sov.runs.obs.meters import headline_of_start, told_step
 from megatron_sov.runs.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.work.clusters import client
 
@@ -107,6 +108,10 @@ class RunState:
     num_steps: int = 0
     tokens: int = 0
     loss: float = math.nan
+    told: str = ""
+    """What the last step gave, by the objective's headline meters."""
+    headline: dict[str, float] = field(default_factory=dict)
+    """Headline meter -> its value in the last step that has it."""
     tokens_per_s: float = math.nan
     """Median over the present attempt's last steps."""
     eta_s: float = math.nan
@@ -173,6 +178,7 @@ class RunStateReader:
         self._attempts, self._keeper = Attempts(), Timekeeper()
         self._recent: deque[tuple[int, float, float, float]] = deque(maxlen=RECENT_STEPS)
         self._last_s = math.nan
+        self._meters, self._is_comparable = headline_of_start({})
 
     def add(self, event: dict[str, Any]) -> None:
         """Take one event in."""
@@ -186,11 +192,14 @@ class RunStateReader:
             state.recipe, state.num_steps = (event.get("recipe") or state.recipe,
                                              event.get("num_steps") or state.num_steps)
             state.step = int(event.get("resumed_from") or 0)
+            self._meters, self._is_comparable = headline_of_start(event)
         elif event["event"] == "step" and event.get("step") is not None:
             # of the last steps alone: the speed of now, whatever the curriculum did before
             self._recent.append((int(event["step"]), self._last_s, number(event.get("tokens_per_s")),
                                  number(event.get("step_time_s"))))
             state.step, state.loss = int(event["step"]), number(event.get("loss"))
+            state.told = told_step(event, self._meters, comparable=self._is_comparable)
+            state.headline |= {m.name: m.value(event) for m in self._meters if math.isfinite(m.value(event))}
             state.tokens, state.phase = int(event.get("tokens") or 0), str(event.get("phase") or "")
         elif event["event"] == "needle" and event.get("when") == "before":  # only an extension asks then
             state.stage = "extend"

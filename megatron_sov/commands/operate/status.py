@@ -91,7 +91,7 @@ def _progress(state: RunState) -> str:
 
 def _measured(state: RunState) -> str:
     tokens = f", {large(state.tokens)} tokens" if state.tokens else ""
-    return tokens + (f", loss {state.loss:.4f}" if math.isfinite(state.loss) else "")
+    return tokens + (f", {state.told}" if state.told else "")
 
 
 def _ago(before: str, age_s: float) -> str:
@@ -131,7 +131,7 @@ def bar(time: WallTime, width: int = BAR_CHARACTERS) -> str:
 
 
 def as_table(states: list[RunState]) -> str:
-    head = ["run", "stage", "state", "step", "loss", "tokens/s", "left", "checkpoint", "restarts",
+    head = ["run", "stage", "state", "step", "last step", "tokens/s", "left", "checkpoint", "restarts",
             "effective"]
     rows = [head, *map(_row, states)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -144,4 +144,4 @@ def _row(state: RunState) -> list[str]:
     effective = f"{state.wall_time.goodput:.0%}" if state.wall_time and state.wall_time.total_s else "–"
     checkpoint = f"{state.checkpoint_step:,}" if state.checkpoint else "–"
     return [str(state.path), state.stage or "–", state.state, f"{state.step:,}/{state.num_steps:,}",
-            figure(state.loss), figure(state.tokens_per_s), left, checkpoint, str(state.restarts), effective]
+            state.told or "–", figure(state.tokens_per_s), left, checkpoint, str(state.restarts), effective]

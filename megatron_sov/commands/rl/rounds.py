@@ -37,13 +37,14 @@ from megatron_sov.judge.tools.registry import BUILT_IN, make, order
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.config.run import with_rounds
-from megatron_sov.model.recipes.requested import RecipeOptions, requested
+from megatron_sov.model.objectives import factory
+from megatron_sov.model.recipes.requested import RecipeOptions
 from megatron_sov.post.rl.reward import (
     ENVIRONMENT, JudgingJob, RewardSummary, judging, reward_version, second_opinions)
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, ROUNDS, RunFolder
 from megatron_sov.runs.rounds import Policy, policy_of_round
-from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage, tokenizer_of
+from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage, request_with_model, tokenizer_of
 from megatron_sov.work.progress.locks import Claims
 from megatron_sov.work.progress.progress_bar import work_bar
 
@@ -219,16 +220,16 @@ def run_generate(args: argparse.Namespace) -> int:
         UserError: the settings, prompts or start cannot be used, or the store is another one's.
     """
     options = read_options(RlGenerateOptions, args)
-    config = _config(options)
+    refuse_missing(options.start_from, "--from ")
+    prompts = _prompts(options)
+    config = _config(options, len(prompts))
     rollout = config.rollout
     rounds = chosen_rounds(options.rounds, rollout.rounds)
     if 0 < rollout.rounds < rounds[-1]:
         raise UserError(f"--rounds {options.rounds}: rollout.rounds = {rollout.rounds}, and nobody trains "
                         "the policy of a later one; name rounds up to it, or raise it here and in `rl train`")
-    prompts = _prompts(options)
     round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
     environment = environment_of(options, config)
-    refuse_missing(options.start_from, "--from ")
     from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
@@ -245,8 +246,12 @@ def run_generate(args: argparse.Namespace) -> int:
     return ExitCode.OK if summary is None else _tell_written(options, rounds, summary)
 
 
-def _config(args: RlGenerateOptions) -> RunConfig:
-    config = requested(args).config()
+def _config(args: RlGenerateOptions, num_prompts: int) -> RunConfig:
+    from megatron_sov.train.stages.stage_defaults import complete_stage  # numpy
+
+    asked = request_with_model(args, args.start_from, "policy")
+    # as `rl train` completes them, or the two would count rounds otherwise
+    config = complete_stage(asked, asked.config(), "policy", None, num_prompts).config
     problems = [*map(str, config.rollout.problems()), *_other_settings(args.run, config.rollout)]
     if problems:
         raise UserError(list_problems("rl generate", problems))
@@ -467,7 +472,7 @@ def parse_rounds(args: RoundsOptions) -> ParsedRounds:
     """
     prompts = read_prompts(args.prompts)
     version = reward_version(args.reward, args.reward_set)
-    parsed = parse_stage(args, "policy", needs_data=False, completed=with_rounds)
+    parsed = parse_stage(args, "policy", needs_data=False, num_prompts=len(prompts), completed=with_rounds)
     refuse_unknown_benchmarks(parsed.config)
     round_prompts(prompts, parsed.config.rollout, 1)
     if not args.dry_run:
@@ -494,6 +499,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
     from megatron_sov.post.rl.publish import Publisher
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.objectives.objective import columns_of
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     config, start = parsed.stage.config, parsed.stage.start
@@ -504,8 +510,8 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
                           tokenizer)
     # rounds that were published from another store would be trained as if they were of this one
     publisher.refuse_other_store()
-    objective = objective_of(config)
-    columns = columns_of_run(config, objective.columns, start)
+    objective = factory(config, objective_of(config))
+    columns = columns_of_run(config, columns_of(objective), start)
     # a source whose rounds open one by one, as they are published
     source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
                            columns.routes)
@@ -517,7 +523,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
                      args.store)
     run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
                     feed=feed, end_gate=parsed.gate, faults=parsed.stage.faults,
-                    dry_run=args.dry_run), args.nproc, began_s)
+                    dry_run=args.dry_run, notes=parsed.stage.notes), args.nproc, began_s)
 
 
 TRAIN = command_of(RlTrainOptions, run_train)

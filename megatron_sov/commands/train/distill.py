@@ -22,12 +22,13 @@ from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, 
 from megatron_sov.commands.train.forgetting_gate import GateOptions, gate_of
 from megatron_sov.infer.request import RankOptions, Temperature, WholeSampling
 from megatron_sov.model.config import DistillationConfig, RunConfig, data_paths, layout_settings
-from megatron_sov.model.recipes.requested import PluginOptions, RecipeOptions, load_plugins, requested
+from megatron_sov.model.objectives import factory
+from megatron_sov.model.recipes.requested import PluginOptions, RecipeOptions, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import COMPLETION
 from megatron_sov.runs.launch_environment import is_first, under_launcher
 from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done
-from megatron_sov.train.stages.stage_config import parse_stage, tokenizer_of
+from megatron_sov.train.stages.stage_config import parse_stage, request_with_model, tokenizer_of
 from megatron_sov.work.processes.children import run_command
 
 if TYPE_CHECKING:
@@ -194,13 +195,16 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.post.distillation.distill import Distillation, KeptTeacher, measure_heldout
+    from megatron_sov.post.distillation.distill import (
+        Distillation, KeptTeacher, TaughtFactory, measure_heldout)
     from megatron_sov.post.distillation.state_files import StateFiles
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.objectives.objective import formats_of
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     config, folder = parsed.config, RunFolder(args.run)
-    sources = open_sources(config.data.paths, config.model.vocab_size)
+    made = factory(config, Distillation)
+    sources = open_sources(config.data.paths, config.model.vocab_size, formats_of(made))
     _refuse_views(config, sources)
     if parsed.start is not None:
         refuse_other_tokens(tokenizer_folder(sources), tokenizer_of(parsed.start))
@@ -222,9 +226,10 @@ def run(typed: argparse.Namespace) -> int:
         return {"teacher": read[0].teacher,
                 "heldout_divergence": measure_heldout(view, sources, read[0])}
 
-    run_stage(Stage(config, folder, lambda context: Distillation(context, read[0]), parsed.start,
+    objective = TaughtFactory(made, read)
+    run_stage(Stage(config, folder, objective, parsed.start,
                     args.resume, tuple(sources), before=before, after=after, end_gate=gate,
-                    faults=parsed.faults, dry_run=args.dry_run),
+                    faults=parsed.faults, dry_run=args.dry_run, notes=parsed.notes),
               args.nproc, typed.began_s)
     return 0
 
@@ -351,7 +356,7 @@ def do_rounds(args: DistillRoundsOptions, command: Callable[[list[str]], int]) -
         UserError: the arguments cannot be used.
     """
     _check(args)
-    config = requested(args).config()
+    config = request_with_model(args, args.start_from, "distill").config()
     # another teacher or sampling in the same folder would mix two experiments
     enter_rounds(args.output, args.output / ASKED, _asked(args), "--output")
     for done, argv in _commands(args, config):

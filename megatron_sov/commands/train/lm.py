@@ -33,7 +33,7 @@ def run_pretrain(typed: argparse.Namespace) -> int:
 
     objective = factory(parsed.config, LanguageModelling)
     stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume,
-                  faults=parsed.faults, dry_run=args.dry_run)
+                  faults=parsed.faults, dry_run=args.dry_run, notes=parsed.notes)
     run_stage(stage, args.nproc, typed.began_s)
     return 0
 
@@ -101,12 +101,16 @@ def run_sft(typed: argparse.Namespace) -> int:
     prepare_megatron()
     from megatron_sov.post.sft import SupervisedFineTuning, check_sources
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.objectives.objective import formats_of
     from megatron_sov.train.stages.stage import Stage, run_stage
 
-    sources = open_sources(parsed.config.data.paths, parsed.config.model.vocab_size)
-    check_sources(parsed.config, sources)
-    stage = Stage(parsed.config, RunFolder(args.run), SupervisedFineTuning, parsed.start, args.resume,
-                  tuple(sources), end_gate=gate, faults=parsed.faults, dry_run=args.dry_run)
+    objective = factory(parsed.config, SupervisedFineTuning)
+    sources = open_sources(parsed.config.data.paths, parsed.config.model.vocab_size, formats_of(objective))
+    if objective is SupervisedFineTuning:
+        check_sources(parsed.config, sources)
+    stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume,
+                  tuple(sources), end_gate=gate, faults=parsed.faults, dry_run=args.dry_run,
+                  notes=parsed.notes)
     run_stage(stage, args.nproc, typed.began_s)
     return 0
 

@@ -17,6 +17,7 @@ from annotated_types import Ge
 from megatron_sov.base.artifacts import MANIFEST, disk_errors, read_manifest
 from megatron_sov.base.command_line import check_part
 from megatron_sov.base.digests import file_digest
+from megatron_sov.base.documents.records import DESIRABLE
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Flag, ProblemCode, SettingsProblem, add_options, only_with, parse_nested,
@@ -32,6 +33,7 @@ from megatron_sov.infer.request import Sampling
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.model.config import RunConfig, layout_settings
 from megatron_sov.model.config.post_training import WITH_REFERENCE, PreferenceMethod
+from megatron_sov.model.objectives import factory
 from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing
 from megatron_sov.runs.folder import COMMAND, COMPLETION, ROUNDS, record_command
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
@@ -249,17 +251,20 @@ def run(typed: argparse.Namespace) -> int:
 
     prepare_megatron()
     from megatron_sov.post.preference import objective_of, rank_heldout_pairs
+    from megatron_sov.post.reference import COLUMN
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.objectives.objective import columns_of, formats_of
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     config = parsed.config
-    objective = objective_of(config)
-    sources = tuple(open_sources(config.data.paths, config.model.vocab_size, objective.formats))
-    _refuse_other_judgements(config, sources)
+    objective = factory(config, objective_of(config))
+    sources = tuple(open_sources(config.data.paths, config.model.vocab_size, formats_of(objective)))
+    needed = columns_of(objective)
+    if DESIRABLE not in needed:
+        _refuse_other_judgements(config, sources)
     # single judged responses (kto) have no pairs that could be ranked
-    pairs = [s for s in sources if s.format == "preference" and config.preference.method != "kto"]
-    reference = (_reference(args, parsed, sources, fixed) if config.preference.method in WITH_REFERENCE
-                 else None)
+    pairs = [s for s in sources if s.format == "preference" and DESIRABLE not in needed]
+    reference = _reference(args, parsed, sources, fixed) if COLUMN in needed else None
 
     def before(view: GateView) -> None:
         if reference is not None:
@@ -271,17 +276,16 @@ def run(typed: argparse.Namespace) -> int:
 
     run_stage(Stage(config, RunFolder(args.run), objective, parsed.start, args.resume,
                     sources if reference is None else reference.sources, before=before, after=after,
-                    end_gate=gate, faults=parsed.faults, dry_run=args.dry_run), args.nproc, typed.began_s)
+                    end_gate=gate, faults=parsed.faults, dry_run=args.dry_run, notes=parsed.notes),
+              args.nproc, typed.began_s)
     return 0
 
 
 def _refuse_other_judgements(config: RunConfig, sources: Sequence[Source]) -> None:
     """Raise `UserError` where pairs of a response and a mismatched one would be learned as preferences."""
-    from megatron_sov.base.documents.records import DESIRABLE
-
     method = config.preference.method
     for source in sources:
-        if method != "kto" and DESIRABLE in source.columns:
+        if DESIRABLE in source.columns:
             raise UserError(f"{source.artifact}: source {source.name!r} has single responses with the column "
                             f"{DESIRABLE!r}, no pairs, and preference.method = {method} compares pairs; pass "
                             "--method kto, or make pairs (`sov-data pairs`)")

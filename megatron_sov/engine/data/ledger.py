@@ -166,7 +166,7 @@ def over_long(sources: Sequence[Source], entries: Sequence[LedgerEntry]) -> list
         stays_whole = source.is_chat and not isinstance(source.made, RoundDocuments)
         lengths = [e.seq_len for e in entries if stays_whole and e.weights.get(source.name)]
         if lengths:
-            tokens = _unit_tokens(source.shard("train").lengths, source.group)
+            tokens = unit_tokens(source.shard("train").lengths, source.group)
             too_long = int((tokens > min(lengths)).sum())
             if too_long:
                 found.append(OverLong(source.name, min(lengths), too_long, len(tokens), int(tokens.max())))
@@ -204,7 +204,7 @@ def refuse_over_long_pairs(found: Sequence[OverLong]) -> None:
                             f"(seq_len={f.longest_tokens} fits all)")
 
 
-def _unit_tokens(lengths: Lengths, group: int) -> np.ndarray:
+def unit_tokens(lengths: Lengths, group: int) -> np.ndarray:
     """Return [units] int64: the tokens of each; a unit never lies in two shards."""
     parts = lengths.parts if isinstance(lengths, ChainedLengths) else [np.asarray(lengths)]
     return np.concatenate([np.zeros(0, np.int64), *(

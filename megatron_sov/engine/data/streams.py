@@ -236,7 +236,8 @@ class DocumentStream:
         self.name, self.documents, self.cursor, self._group = name, documents, cursor, group
         self._key = (seed, name)
         self._packing = packing
-        self._num_windows = -(-(len(documents.lengths) // group) // cursor.window_documents)
+        self.num_windows = -(-(len(documents.lengths) // group) // cursor.window_documents)
+        """Windows of documents, each packed on its own, that one pass goes through."""
         self._rows: list[Row] = []
         self._replay()
 
@@ -249,7 +250,7 @@ class DocumentStream:
         windows_without = 0
         while (row := self._take(seq_len)) is None:
             windows_without += 1
-            if windows_without > self._num_windows + 1:  # the current one may be used up
+            if windows_without > self.num_windows + 1:  # the current one may be used up
                 if self.cursor.over_long:
                     raise UserError(f"source {self.name!r}: all of its {len(self.documents.lengths)} "
                                     f"training documents are longer than a sample of {seq_len} tokens, and "
@@ -263,11 +264,20 @@ class DocumentStream:
         self.cursor.samples += 1
         return row
 
+    def count_samples(self, seq_len: int, windows: int) -> int:
+        """Return how many samples of `seq_len` tokens the next windows make; moves the cursor."""
+        found = 0
+        for _ in range(windows):
+            self._rows, self.cursor.taken = [], []
+            found += len(self._pack(self._window(), seq_len))
+            self._next_window()
+        return found
+
     def epochs(self) -> float:
         """Return how often the source was gone through, its current window counted by rows."""
         taken = sum(rows for _, rows in self.cursor.taken)
         windows = self.cursor.window + (taken / (taken + len(self._rows)) if taken else 0.0)
-        return self.cursor.epoch + windows / self._num_windows
+        return self.cursor.epoch + windows / self.num_windows
 
     def _replay(self) -> None:
         """Bring a window to where its cursor says."""
@@ -282,7 +292,7 @@ class DocumentStream:
     def _next_window(self) -> None:
         c = self.cursor
         c.window, c.taken, self._rows = c.window + 1, [], []
-        if c.window >= self._num_windows:
+        if c.window >= self.num_windows:
             c.window, c.epoch = 0, c.epoch + 1
 
     def _take(self, seq_len: int) -> Row | None:
@@ -310,7 +320,7 @@ class DocumentStream:
         # never given
         count, group = len(self.documents.lengths) // self._group, self._group
         shuffle = Permutation(count, *self._key, self.cursor.epoch)
-        first, last = (count * w // self._num_windows for w in (self.cursor.window, self.cursor.window + 1))
+        first, last = (count * w // self.num_windows for w in (self.cursor.window, self.cursor.window + 1))
         documents = (shuffle.span(first, last)[:, None] * group + np.arange(group)).reshape(-1)
         lengths = np.asarray(self.documents.lengths[documents])
         # a document without tokens takes its whole unit with it: half a pair teaches nothing

@@ -493,13 +493,14 @@ class Source:
 
 
 def open_sources(paths: dict[str, float], vocab_size: int,
-                 formats: tuple[str, ...] = TEXTS) -> list[Source]:
+                 formats: tuple[str, ...] = TEXTS, *, warns: bool = True) -> list[Source]:
     """Open the sources of all token artifacts, checking that they fit together and fit the model.
 
     Args:
         paths: folder -> weight.
         vocab_size: the model's.
         formats: what the caller can learn from, see `Source.format`.
+        warns: False: another call warns of what is unusual.
 
     Raises:
         UserError: no data, artifacts of different tokenizers, two sources of one name,
@@ -521,7 +522,8 @@ def open_sources(paths: dict[str, float], vocab_size: int,
         if value != hashes[first]:
             raise UserError(f"{path}: was packed with tokenizer {value[:12]}, {first} with "
                             f"{hashes[first][:12]}; pack all data with the same tokenizer")
-    warn_of_other_splits({path: m.content for path, m in manifests.items()})
+    if warns:
+        warn_of_other_splits({path: m.content for path, m in manifests.items()})
     total_weight = sum(paths.values())
     if total_weight <= 0:
         raise UserError(f"--data weights {list(paths.values())}: at least one must be positive")

@@ -187,8 +187,10 @@ class RunConfig:
                                      self.parallel.tp, self.parallel.cp)
         why = f"2 x parallel.cp {cp} x parallel.tp {tp} = {multiple}" if cp > 1 else f"parallel.tp = {tp}"
         p = find_broken(self, "", (
-            bool(self.train.steps or self.train.tokens or all(phase.tokens for phase in self.data.phases)),
-            "train.steps", "needs a token budget", "set train.steps, train.tokens or every phase's tokens"))
+            bool(self.train.steps or self.train.tokens or self.train.epochs
+                 or all(phase.tokens for phase in self.data.phases)),
+            "train.steps", "needs a token budget",
+            "set train.steps, train.epochs, train.tokens or every phase's tokens"))
         for i, phase in enumerate(self.data.phases):
             # a row, which is a micro-batch of whole samples, is cut over the processes that share it
             row = phase.seq_len * samples

@@ -233,6 +233,12 @@ class TrainConfig:
     """Optimizer steps; 0: as many as the token budgets need."""
     tokens: Tokens = 0
     """Token budget of the run, for phases without one of their own; used when `steps` is 0."""
+    epochs: Annotated[float, Ge(0), Le(10_000)] = 0.0
+    """Passes over all data, from which `steps` follows (`rl`: passes over the prompts, from which
+    `rollout.rounds` follows); 0: not used."""
+    max_hours: NotNegative = 48.0
+    """sft, prefer, distill: hours that the run may be expected to take on this machine at least; one that
+    takes longer is refused before it starts.  0: any."""
     global_batch_size: Annotated[AtLeastOne, Le(MAX_BATCH_SIZE)] = 512
     """Samples of one optimizer step, over all processes."""
     ramp_from_batch_size: Samples = 0

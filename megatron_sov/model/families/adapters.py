@@ -8,6 +8,7 @@ for its gate and up projections together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,11 @@ def adapted_modules(model: ModelConfig, lora: LoraConfig) -> list[Adapted]:
     adapter.
     """
     return list(_found(model, lora))
+
+
+def adapter_params(model: ModelConfig, lora: LoraConfig) -> int:
+    """Return the parameters of a model's adapter, all of which learn."""
+    return sum(math.prod(shape) for of in adapted_modules(model, lora) for shape in of.shapes(lora).values())
 
 
 def _found(model: ModelConfig, lora: LoraConfig) -> Iterator[Adapted]:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -42,7 +42,8 @@ class RecipeOptions(PluginOptions):
     """What is trained, and how."""
 
     recipe: Annotated[str | None, Flag("RECIPE")] = None
-    """Name of a recipe (`megatron-sov recipes` lists them), or FILE.py:FUNCTION of your own."""
+    """Name of a recipe (`megatron-sov recipes` lists them), or FILE.py:FUNCTION of your own; sft, prefer,
+    distill and rl need none: the model is that of --from."""
     configs: Annotated[tuple[Path, ...], Flag("--config", "FILE")] = ()
     """Settings from a YAML or JSON file: a part of them over RECIPE, or over the recipe that the file names,
     or all of them, as a run's config.json has them; may be repeated, later files win."""
@@ -89,6 +90,8 @@ class RecipeRequest:
     """--set, with names in place of files."""
     from_file: bool
     """Whether it is --config."""
+    of_model: bool = False
+    """Whether it is neither: the model of --from, and what the stage takes by default."""
     trains_by: BuiltIn | None = None
     """Objective of a training command; None: any."""
 
@@ -108,14 +111,18 @@ class RecipeRequest:
         models.get(config.model.family, config.code)
         objectives.check(config)
         if self.trains_by is not None:
-            _check_command(config.objective.name, self.trains_by)
+            objectives.check_command(config, self.trains_by)
         used = [models.OWN.code(config.model.family), objectives.OWN.code(config.objective.name)]
         code = (*(c for c in config.code if c.kind == "recipe"), *(c for c in used if c is not None))
         return dataclasses.replace(config, code=code)
 
 
-def requested(args: RecipeOptions) -> RecipeRequest:
+def requested(args: RecipeOptions, of_model: Callable[[], RunConfig] | None = None) -> RecipeRequest:
     """Return what the options ask for; runs the code that they name.
+
+    Args:
+        args: what was typed.
+        of_model: gives the settings where neither RECIPE nor --config is named; None: one has to be.
 
     Raises:
         UserError: there is no recipe, or it, --config, --plugin or --set cannot be used.
@@ -123,19 +130,23 @@ def requested(args: RecipeOptions) -> RecipeRequest:
     # First: the recipe and the settings may name what these files declare.
     load_plugins(args.plugins)
     files = [_read_layer(path) for path in args.configs]
+    settings = tuple(_named(setting) for setting in args.settings)
     named = [(file, str(file.value["recipe"])) for file in files if "recipe" in file.value]
     is_whole = bool(files) and _is_whole(files[0].value)
-    if args.recipe is None and not named:
+    is_of_model = args.recipe is None and not named and of_model is not None
+    for file, name in named:
+        first = args.recipe or named[0][1]
+        if name != first:
+            raise UserError(f"{file.where}: is for recipe {name}, not {first}; name one recipe")
+    if of_model is not None and is_of_model:
+        base = of_model()
+    elif args.recipe is None and not named:
         if files:
             raise UserError(f"{files[0].where}: names no recipe; add a line `recipe: NAME` "
                             "(`megatron-sov recipes` lists them), or pass RECIPE too")
         raise UserError("RECIPE: is missing; name a recipe (`megatron-sov recipes` lists them), or pass "
                         "--config FILE with one in it")
-    for file, name in named:
-        first = args.recipe or named[0][1]
-        if name != first:
-            raise UserError(f"{file.where}: is for recipe {name}, not {first}; name one recipe")
-    if args.recipe is None and is_whole:
+    elif args.recipe is None and is_whole:
         base, files = _of_whole(files[0]), files[1:]
     else:
         if args.recipe is None and is_reference(named[0][1]):  # a file is data: it runs nothing
@@ -143,12 +154,12 @@ def requested(args: RecipeOptions) -> RecipeRequest:
         base = _of_recipe(args.recipe or named[0][1])
     for file in files:
         base = file.over(base)
-    return RecipeRequest(base, tuple(_named(setting) for setting in args.settings),
-                         args.recipe is None and is_whole)
+    return RecipeRequest(base, settings, args.recipe is None and is_whole, of_model=is_of_model)
 
 
 def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: bool = True,
-                     lengthens: bool = False) -> RecipeRequest:
+                     lengthens: bool = False, of_model: Callable[[], RunConfig] | None = None
+                     ) -> RecipeRequest:
     """Return what a training command was asked for; neither its data nor its checkpoint need be there.
 
     Args:
@@ -157,11 +168,12 @@ def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
         needs_data: whether data must be named.
         lengthens: whether the command lengthens contexts: a recipe with stages for that says in its objective
             what is trained behind them.
+        of_model: as of `requested`.
 
     Raises:
         UserError: as `requested`, or no data is named.
     """
-    asked = requested(args)
+    asked = requested(args, of_model)
     if needs_data and not args.data and not asked.base.data.paths:
         raise UserError("--data: is missing; pass a folder made by `sov-data pack`")
     learned = asked.base.objective
@@ -171,12 +183,6 @@ def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
     flags = ("train.deterministic=true",) if args.deterministic else ()
     return dataclasses.replace(asked, base=dataclasses.replace(asked.base, objective=learned),
                                settings=(*asked.settings, *flags), trains_by=objective)
-
-
-def _check_command(name: str, trains_by: BuiltIn) -> None:
-    if name != trains_by and (name in objectives.BUILT_IN or trains_by != "lm"):
-        raise UserError(f"objective.name = {name}: this command trains by {trains_by!r}; leave the setting "
-                        f"out, or use `megatron-sov {objectives.BUILT_IN.get(name, 'pretrain')}`")
 
 
 def _of_recipe(recipe: str) -> RunConfig:

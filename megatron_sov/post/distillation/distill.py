@@ -7,7 +7,9 @@ head, on the last pipeline stage.  They are read at the tokens of a micro-batch 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,6 +17,7 @@ from safetensors import safe_open
 from megatron_sov.base.artifacts import file_damage, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.order import OrderedSample
+from megatron_sov.engine.data.requirements import NeededColumn
 from megatron_sov.engine.data.rows import RowOrigin, heldout_samples, join_rows, sample_row
 from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.engine.mcore.model.divergence import Divergence, Teacher, TeacherStates, TeacherTopK
@@ -24,10 +27,12 @@ from megatron_sov.engine.mcore.parallel.device import to_device
 from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config.post_training import DistillationConfig
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpacked
+from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
-from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
+from megatron_sov.train.objectives.objective import (
+    GlobalBatch, LossSums, columns_of, formats_of, per_source, with_denominators)
 from megatron_sov.train.stages.gate import GateView
 
 
@@ -180,18 +185,19 @@ class Distillation(DataObjective):
     learns the data's tokens by cross-entropy)."""
 
     meters = ("kl", "entropy")
+    headline = (Meter("kl", "KL to the teacher", "nats", "lower", heldout="heldout_divergence.kl"),)
 
-    def __init__(self, context: ObjectiveContext, teacher: KeptTeacher) -> None:
+    def __init__(self, context: ObjectiveContext) -> None:
         """Begin.
 
         Args:
-            context: the run's.
-            teacher: has read the run's sources, in their order.
+            context: the run's; its teacher has read the run's sources, in their order.
 
         Raises:
             UserError: a file of what is kept of the teacher is damaged.
         """
         super().__init__(context)
+        teacher: KeptTeacher = context.teacher
         teacher.verify(context.world)
         self._teacher = teacher
         self.coefficients = {DIVERGENCE: 1.0}
@@ -235,6 +241,27 @@ class Distillation(DataObjective):
             raise UserError(f"--teacher: is {self._teacher.teacher}, and the run has learned from "
                             f"{state['teacher']} so far; resume with that one, or start a new --run --from "
                             "its checkpoint")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaughtFactory:
+    """Makes an objective that finds a teacher in its context."""
+
+    made: Callable[[ObjectiveContext], Any]
+    """Makes it."""
+    teachers: Sequence[KeptTeacher]
+    """The teacher; empty: the run is complete, and nothing is made."""
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return formats_of(self.made)
+
+    @property
+    def columns(self) -> Mapping[str, NeededColumn]:
+        return columns_of(self.made)
+
+    def __call__(self, context: ObjectiveContext) -> Any:
+        return self.made(dataclasses.replace(context, teacher=self.teachers[0]))
 
 
 def measure_heldout(view: GateView, sources: Sequence[Source],

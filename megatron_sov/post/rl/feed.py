@@ -42,13 +42,13 @@ from megatron_sov.judge.rollouts.rows import Rollout
 from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.model.families.adapters import PREFIX
-from megatron_sov.post.policy import OLD, REFERENCE
+from megatron_sov.post.policy import GROUPS_LEARNING, OLD, REFERENCE, RESPONSE_TOKENS, REWARD
 from megatron_sov.post.reference import document_logprobs, files_sha256
 from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rounds
 from megatron_sov.post.rl.responses import key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.runs.rounds import Policy, policy_of_round
+from megatron_sov.runs.rounds import LEARNS, Policy, policy_of_round
 from megatron_sov.train.stages.feed import FeedView
 from megatron_sov.work.progress.locks import Claims
 
@@ -219,6 +219,8 @@ class RoundFeed:
     """None: other jobs write and judge."""
     store: Path | None = None
     """Where its responses are; who looks on finds them there.  None: it is not told."""
+    meters: Mapping[str, float] = field(default_factory=dict)
+    """See `train.stages.feed.Feed`: of the round that is open."""
     _figures: Mapping[str, float] = field(default_factory=dict)
     _has_told: bool = False
 
@@ -289,7 +291,7 @@ class RoundFeed:
             view.events.write("round", step=view.step, round=number, waited_s=waited_s,
                               documents=opened.steps[-1].stop, **self._figures,
                               **{name: content.get(name) for name in TOLD})
-            self._figures = {}
+            self._figures, self.meters = {}, meters_of_round(content)
 
     def _pass_over_empty(self, view: FeedView, number: int, opened: Round) -> None:
         """Have the steps passed over of which no group learns: there is nothing to compute."""
@@ -303,6 +305,16 @@ class RoundFeed:
                 groups = read_manifest(opened.path).content.get("groups")
                 warn(f"round {number}: no group of step {step + 1} learns (groups of the round: {groups}), "
                      "it is passed over", view.events.write, step=step + 1)
+
+
+def meters_of_round(content: Mapping[str, Any]) -> dict[str, float]:
+    """Return the headline meters of a round, by its manifest."""
+    means, groups = content.get("means") or {}, content.get("groups") or {}
+    found = {REWARD: means.get("reward"), RESPONSE_TOKENS: means.get("response_tokens")}
+    count = sum(groups.values())
+    if count:
+        found[GROUPS_LEARNING] = groups.get(LEARNS, 0) / count
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 @dataclass

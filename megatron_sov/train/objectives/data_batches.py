@@ -122,3 +122,5 @@ class ObjectiveContext:
     waiting: Callable[[], AbstractContextManager[None]]
     """`with waiting(): ...` around what may take longer than `guards.hang_timeout_s`, such as rollouts: the
     watch over the step begins anew behind it."""
+    teacher: Any = None
+    """distill: what is kept of the teacher (`post.distillation.distill.KeptTeacher`)."""

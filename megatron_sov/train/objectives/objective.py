@@ -16,6 +16,7 @@ from megatron_sov.engine.data.token_shards import TEXTS
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives
 from megatron_sov.engine.mcore.parallel.values import sum_dict
+from megatron_sov.runs.obs.meters import LOSS, Meter
 from megatron_sov.train.objectives.microbatch import MicroBatch
 
 TOKENS = "all tokens"
@@ -57,7 +58,7 @@ class Objective(Protocol):
 
     An objective is made with an `ObjectiveContext`.  What else it may have is optional, and stands at the
     functions `formats_of` and `columns_of` (of its class, since data are checked before it is made),
-    `meters_of`, `is_comparable`, `doubt_of` and `parts_of`.
+    `meters_of`, `headline_of`, `is_comparable`, `doubt_of` and `parts_of`.
     """
 
     @property
@@ -104,6 +105,11 @@ def meters_of(objective: Any) -> tuple[str, ...]:
     A meter is a mean that is watched and not learned, such as a share of clipped tokens.
     """
     return tuple(getattr(objective, "meters", ()))
+
+
+def headline_of(objective: Any) -> tuple[Meter, ...]:
+    """Return the meters by which a run is judged, as the attribute `headline` says; without one, the loss."""
+    return tuple(getattr(objective, "headline", (LOSS,)))
 
 
 def is_comparable(objective: Any) -> bool:

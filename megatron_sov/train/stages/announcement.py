@@ -9,14 +9,15 @@ from pathlib import Path
 from megatron_sov.engine.data.ledger import LedgerEntry, over_long
 from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.model.config import RunConfig
+from megatron_sov.model.families.adapters import adapter_params
 from megatron_sov.model.families.count import num_params
 from megatron_sov.plan.footprint.memory import Account, account
+from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.runs.obs.meters import Meter, told_progress
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.stages.evaluate import HeldoutLoss
 from megatron_sov.work.clusters.units import GIB
 
-CHATTING = ("sft", "preference", "policy", "distill")
-"""Objectives that train on chats, mostly: what they make is asked in that form."""
 SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -58,9 +59,19 @@ def banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: 
             f"{steps.start + 1} to {steps.stop}{length}\n"
             f"  processes  {num_ranks}{f': {layout}' if layout else ''}; {config.train.precision}, "
             f"{states} of weights, gradients and optimizer each{activations}\n"
+            f"{_adapter(config, count.total)}"
             f"  data       {read}{too_long}\n"
             f"  run        {run}, a checkpoint every {config.train.checkpoint_every_steps} steps"
             + (" and behind each round" if rollout.rounds else ""))
+
+
+def _adapter(config: RunConfig, total: int) -> str:
+    if not config.lora.on:
+        return ""
+    learn = adapter_params(config.model, config.lora)
+    share = learn / (total + learn)
+    return (f"  adapter    of rank {config.lora.rank}: {short(learn)} of {short(total + learn)} parameters "
+            f"learn ({100 * share:.2g} %); `megatron-sov convert to-peft` writes it for PEFT\n")
 
 
 def _gib(num_bytes: int) -> str:
@@ -85,16 +96,34 @@ def memory_of(config: RunConfig, num_ranks: int) -> Account:
 
 
 def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float,
-            heldout: Mapping[str, HeldoutLoss], objective: str) -> str:
-    """Return what came of a complete run, and what to type next; `objective`: by which it was trained."""
-    ask = f"chat {run}" if objective in CHATTING else f"generate {run} --prompt TEXT"
+            heldout: Mapping[str, HeldoutLoss], config: RunConfig, headline: Sequence[Meter],
+            sources: Sequence[Source]) -> str:
+    """Return what came of a complete run, and what to type next.
+
+    Args:
+        run: its folder.
+        checkpoint: the last one.
+        done: how far it went.
+        wall_s: seconds that it took.
+        heldout: what the last evaluation gave.
+        config: its settings.
+        headline: by which meters it is judged.
+        sources: what it has read.
+    """
+    # what has learned from chats is asked in that form
+    ask = f"chat {run}" if any(source.is_chat for source in sources) else f"generate {run} --prompt TEXT"
+    progress = told_progress(read_events(run / EVENTS), headline)
+    adapter = f" | megatron-sov convert to-peft {run} PEFT_DIR" if config.lora.on else ""
     minutes, seconds = divmod(round(wall_s), 60)
-    losses = "".join(f", {name} {result.loss:.4f}" for name, result in heldout.items())
+    # of responses that are compared the loss says nothing
+    compared = {source.name for source in sources if source.group > 1 or source.made is not None}
+    losses = "".join(f", {name} {result.loss:.4f}" for name, result in heldout.items()
+                     if name not in compared)
     return (f"complete: step {done.step}, {short(done.tokens)} tokens in {minutes}:{seconds:02d} min"
-            + (f"; held-out loss{losses[1:]}" if losses else "")
+            + (f"; {progress}" if progress else "") + (f"; held-out loss{losses[1:]}" if losses else "")
             + f"\n  checkpoint  {checkpoint}\n"
             f"  next        megatron-sov report {run} | megatron-sov {ask} | "
-            f"megatron-sov convert to-hf {run} HF_DIR")
+            f"megatron-sov convert to-hf {run} HF_DIR{adapter}")
 
 
 def short(number: float) -> str:

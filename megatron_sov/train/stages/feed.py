@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from megatron_sov.train.checkpointer import Checkpointer
@@ -26,6 +26,11 @@ class FeedView(GateView, Protocol):
 
 class Feed(Protocol):
     """Makes the data of a step available."""
+
+    @property
+    def meters(self) -> Mapping[str, float]:
+        """Meter -> what the feed knows of the next step's data; on process 0 alone."""
+        ...
 
     def bring(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
         """See to it that the next step's data are there; called by all processes together, with no step

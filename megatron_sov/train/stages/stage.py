@@ -86,6 +86,8 @@ class Stage:
     """Faults that are to come on purpose."""
     dry_run: bool = False
     """Whether it is checked and told of, and not run."""
+    notes: tuple[str, ...] = ()
+    """Defaults that were taken, and why, in words."""
 
 
 def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> bool:
@@ -123,6 +125,8 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     if stage.dry_run:
         _tell(stage, data, num_ranks(nproc))
         return True
+    if stage.notes and is_first():
+        print(_defaults(stage), file=sys.stderr, flush=True)
     return _run_ranks(stage, data, begin, nproc)
 
 
@@ -173,12 +177,18 @@ def _tell(stage: Stage, data: _Data, count: int) -> None:
     newest = checkpoints.latest(stage.folder.checkpoints)
     steps = range(checkpoints.step_of(newest) if newest else 0, stage.config.num_steps())
     start = newest or stage.start_from
+    if stage.notes:
+        print(_defaults(stage))
     print(banner(stage.config, count, stage.folder.path, steps, data.planned, data.sources,
                  memory_of(stage.config, count)))
     print(f"  start      {start or f'initial weights, train.seed = {stage.config.train.seed}'}")
     if stage.start_from is not None and will_convert(stage.start_from, stage.folder.path):
         print(f"  converts   {stage.start_from} into {converted(stage.folder.path)} first")
     print("dry run: nothing was written, and nothing ran")
+
+
+def _defaults(stage: Stage) -> str:
+    return f"defaults: {', '.join(stage.notes)}"
 
 
 def _check_start(stage: Stage, data: _Data) -> None:
@@ -419,5 +429,5 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
         "checkpoint_sha256": manifest_sha256(last), **extra}))
     if trainer.world.is_main:
         told = summary(stage.folder.path, last, trainer.state, trainer.wall_s(), trainer.heldout,
-                       trainer.config.objective.name)
+                       trainer.config, trainer.recorder.headline, trainer.sources)
         print(f"{told}\n", end="", file=sys.stderr, flush=True)

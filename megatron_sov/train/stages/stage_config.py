@@ -14,8 +14,12 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, RunConfig, data_paths
-from megatron_sov.model.recipes.requested import BuiltIn, RecipeRequest, TrainingOptions, training_request
-from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing, settings_of
+from megatron_sov.model.pretrained import hub_name
+from megatron_sov.model.recipes.requested import (
+    BuiltIn, RecipeOptions, RecipeRequest, TrainingOptions, requested, training_request)
+from megatron_sov.model.recipes.stage_defaults import Stage, base_of_model
+from megatron_sov.runs.checkpoints import IMPORTED, find_checkpoint, refuse_missing, settings_of
+from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
 
@@ -32,6 +36,8 @@ class ParsedStage:
     """Checkpoint, or Hugging Face folder, to start from; None: initial weights."""
     faults: tuple[Fault, ...]
     """What is to come on purpose."""
+    notes: tuple[str, ...] = ()
+    """Defaults that were taken, and why."""
 
     def with_checkpoint(self, run: Path) -> ParsedStage:
         """Return it with a checkpoint to start from: a Hugging Face folder is converted into RUN.from-hf."""
@@ -64,7 +70,7 @@ class TunedStageOptions(StageOptions):
     """Start from these weights (and their architecture)."""
 
 
-def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = True,
+def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = True, num_prompts: int = 0,
                 completed: Callable[[RunConfig], RunConfig] = lambda config: config) -> ParsedStage:
     """Return what a training command is to do; nothing is written.
 
@@ -72,22 +78,30 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
         args: what was typed.
         objective: what the command trains by.
         needs_data: whether --data must be given.
+        num_prompts: prompts of reinforcement learning.
         completed: settings as they are asked for -> with those that follow from them.
 
     Raises:
         UserError: a mistake in the arguments, settings or layout, missing data, another family or objective
             than the command's, or nothing to start from.
     """
-    from megatron_sov.engine.data.views import with_mixed_phases  # numpy, which --help does without
+    # numpy, which --help does without
+    from megatron_sov.engine.data.views import with_mixed_phases
+    from megatron_sov.train.stages.stage_defaults import complete_stage, refuse_unmeant
 
     asked = stage_request(args, objective, needs_data=needs_data)
-    config = completed(with_mixed_phases(asked.config(), asked.base))
+    stage: Stage | None = None if objective == "lm" else objective
+    mixed = with_mixed_phases(asked.config(), asked.base)
+    found = complete_stage(asked, mixed, stage, args.nproc, num_prompts)
+    config = completed(found.config)
     config.check(num_ranks(args.nproc))
+    if stage is not None:
+        refuse_unmeant(asked, config, stage, args.nproc, dry_run=args.dry_run)
     faults = parse(args.inject, num_ranks(args.nproc))
     start = args.start_from and find_start(args.start_from)
     if start is not None:
         refuse_many_converters(start, args.run)
-    return ParsedStage(config, start, faults)
+    return ParsedStage(config, start, faults, found.notes)
 
 
 def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = True,
@@ -99,15 +113,42 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
         UserError: it cannot be used, data is missing, or --from names nothing to start from,
             or another family.
     """
-    asked = training_request(args, objective, needs_data=needs_data, lengthens=lengthens)
+    asked = training_request(args, objective, needs_data=needs_data, lengthens=lengthens,
+                             of_model=_settings_of_model(args.start_from, None if lengthens else objective))
     base = asked.base
     paths = data_paths(args.data) or {path: base.data.paths[path]
                                       for path in data_paths(list(base.data.paths))}
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=paths))
-    if args.start_from is not None:
+    if args.start_from is not None and not asked.of_model:
         asked.config()  # mistakes in the settings are told before torch is imported for the checkpoint
         base = dataclasses.replace(base, model=_model_of(args.start_from, asked))
     return dataclasses.replace(asked, base=base)
+
+
+def request_with_model(args: RecipeOptions, start_from: Path, stage: Stage) -> RecipeRequest:
+    """Return what a command beside the training one was asked for, see `requested`."""
+    return requested(args, _settings_of_model(start_from, stage))
+
+
+def _settings_of_model(start_from: Path | None, objective: BuiltIn | None) -> Callable[[], RunConfig] | None:
+    """Return what gives the settings where no recipe is named; None: one has to be."""
+    if start_from is None or objective is None or objective == "lm":
+        return None
+    stage: Stage = objective
+
+    def read() -> RunConfig:
+        from megatron_sov.engine import convert
+
+        start = find_start(start_from)
+        if convert.is_hf_folder(start):
+            on_gpu = bool(visible_gpus())
+            return base_of_model(hub_name(start), convert.open_weights(start).model,
+                                 "bf16" if on_gpu else "fp32", stage)
+        settings = settings_of(start)
+        name = hub_name(start_from) if settings.recipe == IMPORTED else settings.recipe
+        return base_of_model(name, settings.model, settings.train.precision, stage, settings.lora)
+
+    return read
 
 
 def _model_of(start_from: Path, asked: RecipeRequest) -> ModelConfig:

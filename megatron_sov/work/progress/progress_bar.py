@@ -33,7 +33,7 @@ LINE_EVERY_S = 10.0
 
 
 class ProgressBar:
-    """Shows step, loss, tokens per second and the time that is left.
+    """Shows step, what it gave, tokens per second and the time that is left.
 
     Args:
         total_steps: the run's last step.
@@ -52,17 +52,17 @@ class ProgressBar:
             self._bar = tqdm(total=total_steps, initial=first_step, desc=label, unit="step",
                              dynamic_ncols=True, file=self._stream)
 
-    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """Show that `step` is done; `loss` is the step's mean loss, `tokens_per_s` counts all processes."""
+    def update(self, step: int, told: str, tokens_per_s: float) -> None:
+        """Show that `step` is done; `told` says what it gave, `tokens_per_s` counts all processes."""
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+            self._bar.set_postfix_str(f"{told}, {tokens_per_s:,.0f} tokens/s", refresh=False)
             self._bar.update(step - self._bar.n)
             return
         now_s = time.monotonic()
         # A step's time is the mean over this process's own steps: those before a resume ran at another time.
         done = step - self._first_step
         left_s = (now_s - self._start_s) / done * (self._total_steps - step) if done > 0 else 0.0
-        self._line = (f"{self._label}: step {step}/{self._total_steps}, loss {loss:.4f}, {tokens_per_s:,.0f} "
+        self._line = (f"{self._label}: step {step}/{self._total_steps}, {told}, {tokens_per_s:,.0f} "
                       f"tokens/s, {tqdm.format_interval(left_s)} left")
         if now_s - self._last_line_s >= LINE_EVERY_S:
             self._write_line(now_s)

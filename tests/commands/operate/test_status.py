@@ -226,7 +226,8 @@ SPENT_S = {"productive": 6000.0, "lost": 600.0, "evaluation": 0.0, "saving": 300
            "waiting": 240.0}
 RUNNING = RunState(
     Path("runs/a"), stage="sft", recipe="tiny-solar-open", phase="main", state="running", why="in job 17",
-    step=1200, num_steps=4000, tokens=19_660_800, loss=2.34567, tokens_per_s=51234.5, eta_s=8000.0,
+    step=1200, num_steps=4000, tokens=19_660_800, loss=2.34567, told="loss 2.3457",
+    tokens_per_s=51234.5, eta_s=8000.0,
     checkpoint="checkpoints/step-1000", checkpoint_step=1000, checkpoint_age_s=65.0, last_event_age_s=-0.3,
     warnings=2, incidents={"skip": 3, "hang": 0, "alarm": 1},
     starts=[Start(1_700_000_000.0, 0, 900, 8, "killed"), Start(math.nan, 900, None, 1, "running")],
@@ -264,10 +265,12 @@ runs/new
 def test_several_runs_are_columns_with_dashes_for_what_is_not_known() -> None:
     lines = as_table([RUNNING, RunState(Path("b"))]).splitlines()
     assert lines == [
-        "run     stage  state        step         loss   tokens/s   left        checkpoint  "
+        "run     stage  state        step         last step    tokens/s   left        checkpoint  "
         "restarts  effective",
-        "runs/a  sft    running      1,200/4,000  2.346  5.123e+04  2 h 13 min  1,000       1         83%",
-        "b       –      not started  0/0          –      –          –           –           0         –"]
+        "runs/a  sft    running      1,200/4,000  loss 2.3457  5.123e+04  2 h 13 min  1,000       "
+        "1         83%",
+        "b       –      not started  0/0          –            –          –           –           "
+        "0         –"]
 
 
 @given(st.lists(st.floats(0, 1e7), min_size=len(CATEGORIES),

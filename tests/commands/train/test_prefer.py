@@ -14,7 +14,7 @@ from megatron_sov.runs.obs.events import read_events
 
 MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
          'data.phases=[{"name": "main", "seq_len": 128}]', "train.global_batch_size=4",
-         "train.micro_batch_size=2", "train.steps=2")
+         "train.micro_batch_size=2", "train.steps=2", "optim.lr=0.004")
 
 
 def command(name: str, data: Path, run: Path, *more: str) -> list[str]:

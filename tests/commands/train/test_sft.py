@@ -14,7 +14,7 @@ from megatron_sov.cli import main
 from megatron_sov.runs.obs.events import read_events
 
 SMALL = ("train.steps=2", 'data.phases=[{"name": "main", "seq_len": 64}]', "train.global_batch_size=4",
-         "train.micro_batch_size=2", "data.heldout_tokens=128", "train.num_threads=1")
+         "train.micro_batch_size=2", "data.heldout_tokens=128", "train.num_threads=1", "optim.lr=0.004")
 MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.expert_ffn_dim=16",
          "model.num_experts=4")
 

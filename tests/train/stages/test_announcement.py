@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ from megatron_sov.engine.data.ledger import LedgerEntry
 from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import apply_settings
+from megatron_sov.model.families.adapters import adapted_modules
 from megatron_sov.model.families.count import num_params
 from megatron_sov.plan.footprint import kept
 from megatron_sov.plan.footprint.memory import Account
 from megatron_sov.runs.folder import PLAN
+from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train import recorder
 from megatron_sov.train.recorder import device_name, keep_plan
 
@@ -65,12 +69,44 @@ def test_tokens_are_those_of_the_ledger(steps: range, web: float, code: float) -
     assert (found["web"], found["code"]) == (web, code)
 
 
-def test_a_run_says_what_came_of_it() -> None:
-    told = summary(Path("runs/a"), Path("runs/a/checkpoints/step-6"), TrainState(6, 1_500_000), 125.4,
-                   {"web": HeldoutLoss(2.0, 1.0, 10), "code": HeldoutLoss(1.25, 1.0, 10)}, "sft").splitlines()
-    assert told[0] == "complete: step 6, 1.5 M tokens in 2:05 min; held-out loss web 2.0000, code 1.2500"
-    assert told[1] == "  checkpoint  runs/a/checkpoints/step-6" and "megatron-sov report runs/a" in told[2]
-    assert "megatron-sov chat runs/a |" in told[2]  # in the form that it was trained in
+def test_a_run_says_what_came_of_it(tmp_path: Path) -> None:
+    run = tmp_path / "a"
+    sources = [source("web", "chat"), source("code", "text"), source("pairs", "preference", 2)]
+    run.mkdir()
+    steps = [{"event": "step", "step": step, "loss": 9.0, "meters": {"pairs_right": right}}
+             for step, right in ((1, 0.25), (6, 1.0))]
+    ranked = [{"event": "heldout_pairs", "step": step, "source": "pairs", "right": right}
+              for step, right in ((0, 0.0), (6, 0.9))]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in [*steps, *ranked]))
+    heldout = {"web": HeldoutLoss(2.0, 1.0, 10), "code": HeldoutLoss(1.25, 1.0, 10),
+               "pairs": HeldoutLoss(7.0, 1.0, 10)}
+    headline = [Meter("pairs_right", "pairs right", "share", "higher", heldout="heldout_pairs.right")]
+    told = summary(run, run / "checkpoints/step-6", TrainState(6, 1_500_000), 125.4, heldout,
+                   CONFIG, headline, sources).splitlines()
+    # the loss of pairs says nothing, and is left out
+    assert told[0] == ("complete: step 6, 1.5 M tokens in 2:05 min; pairs right 25 % -> 100 %, held-out "
+                       "pairs right 0 % -> 90 %; held-out loss web 2.0000, code 1.2500")
+    assert told[1] == f"  checkpoint  {run}/checkpoints/step-6" and f"megatron-sov report {run}" in told[2]
+    assert f"megatron-sov chat {run} |" in told[2]  # in the form that it was trained in
+    assert "to-peft" not in told[2]
+    adapter = apply_settings(CONFIG, ["lora.rank=4"])
+    told = summary(run, run / "c", TrainState(6, 1), 1.0, {}, adapter, headline, sources[1:2]).splitlines()
+    assert told[2].endswith(f"convert to-hf {run} HF_DIR | megatron-sov convert to-peft {run} PEFT_DIR")
+    assert f"generate {run} --prompt TEXT" in told[2]
+
+
+def source(name: str, format: str, group: int = 1) -> Source:
+    return Source(name, None, format, {}, {"train": 100}, 1.0, group=group)
+
+
+def test_an_adapter_says_how_much_learns() -> None:
+    config = apply_settings(CONFIG, ["lora.rank=4"])
+    learn = sum(math.prod(shape) for of in adapted_modules(config.model, config.lora)
+                for shape in of.shapes(config.lora).values())
+    total = num_params(config.model).total + learn
+    told = banner(config, 1, Path("r"), range(4), ENTRIES, [], memory_of(config, 1)).splitlines()
+    assert told[2] == (f"  adapter    of rank 4: {short(learn)} of {short(total)} parameters learn "
+                       f"({100 * learn / total:.2g} %); `megatron-sov convert to-peft` writes it for PEFT")
 
 
 def test_numbers_are_short() -> None:

@@ -35,7 +35,7 @@ def test_a_log_gets_a_line_every_ten_seconds_and_the_last_state(clock: list[floa
     bar = ProgressBar(100, 0, "pretrain", stream=log)
     for step in range(1, 101):
         clock[0] += 0.3  # 30 s for all
-        bar.update(step, loss=5.0 - step / 100, tokens_per_s=12345.6)
+        bar.update(step, told=f"loss {5.0 - step / 100:.4f}", tokens_per_s=12345.6)
     bar.close()
     lines = log.getvalue().splitlines()
     # 66 steps x 0.3 s = 19.8 s
@@ -48,15 +48,15 @@ def test_time_left_after_a_resume_counts_own_steps_only(clock: list[float]) -> N
     log = io.StringIO()
     bar = ProgressBar(1000, 900, "pretrain", stream=log)
     clock[0] += 20
-    bar.update(910, loss=float("nan"), tokens_per_s=1.0)
+    bar.update(910, told="loss nan", tokens_per_s=1.0)
     assert log.getvalue() == "pretrain: step 910/1000, loss nan, 1 tokens/s, 03:00 left\n"  # 90 steps x 2 s
 
 
 def test_a_terminal_gets_a_bar_that_starts_where_the_run_resumes() -> None:
     screen = Terminal()
     bar = ProgressBar(40, 10, "pretrain", stream=screen)
-    bar.update(20, loss=2.5, tokens_per_s=4096)
-    bar.update(40, loss=2.25, tokens_per_s=4096)
+    bar.update(20, told="loss 2.5000", tokens_per_s=4096)
+    bar.update(40, told="loss 2.2500", tokens_per_s=4096)
     bar.close()
     assert "10/40" in screen.getvalue()
     last = screen.getvalue().rsplit("\r", 1)[-1]

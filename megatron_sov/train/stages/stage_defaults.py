@@ -1,0 +1,294 @@
+"""Completes the settings of a stage of post-training from its data, its model and the table of defaults, and
+refuses plans that nobody can have meant.  Numpy, and no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.ledger import unit_tokens
+from megatron_sov.engine.data.streams import Cursor, DocumentStream
+from megatron_sov.engine.data.token_shards import Source, open_sources
+from megatron_sov.model import recipes
+from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.model.families.count import num_params, train_flops_per_token
+from megatron_sov.model.objectives import FORMATS
+from megatron_sov.model.recipes.requested import RecipeRequest
+from megatron_sov.model.recipes.stage_defaults import (
+    COMMANDS, MOST_EPOCHS, Stage, defaults_of, rate_settings, refuse_pretraining_rate)
+from megatron_sov.runs.gpu_driver import visible_gpus
+from megatron_sov.runs.launch_environment import num_ranks, under_launcher
+from megatron_sov.work.clusters.chips import of_device
+from megatron_sov.work.clusters.units import SECONDS_OF_AN_HOUR
+
+LEAST_SEQ_LEN, MOST_SEQ_LEN, TEXT_SEQ_LEN = 256, 8192, 2048
+"""Tokens of a sample that are chosen: at least, at most, and of text, which may be cut anywhere."""
+STEPS_OF_AN_EPOCH = 16
+"""Steps that a pass over small data has at least: its batches are made smaller for that."""
+MOST_WINDOWS = 8
+"""Windows of documents that are packed to count samples; the rest of a large source is taken to be alike."""
+LENGTHS = ("train.steps", "train.tokens", "train.epochs")
+"""Settings that say how long a run is."""
+CPU_FLOPS_PER_S, GPU_SHARE = 2e10, 0.5
+"""What a core, and which share of a GPU's peak a run reaches at best: a bound, not a prediction."""
+PROMPTS_PER_ROUND = 64
+
+
+@dataclass(frozen=True)
+class CompletedSettings:
+    """Settings of a stage with those that follow from its data."""
+
+    config: RunConfig
+    notes: tuple[str, ...] = ()
+    """What was chosen and why, in words."""
+
+
+def complete_stage(asked: RecipeRequest, config: RunConfig, stage: Stage | None, nproc: int | None,
+                   num_prompts: int = 0) -> CompletedSettings:
+    """Return the settings with all that follows from data, model and the table of defaults.
+
+    Args:
+        asked: what the command was asked for.
+        config: the settings so far.
+        stage: of post-training; None: another one, of which only `train.epochs` is completed.
+        nproc: local processes.
+        num_prompts: prompts of reinforcement learning.
+
+    Raises:
+        UserError: the data cannot be read, or the length of the run is said twice.
+    """
+    said = _said(asked)
+    if "train.epochs" in said and (other := said & {"train.steps", "train.tokens"}):
+        raise UserError(f"train.epochs and {min(other)}: both say how long the run is; set one of them")
+    if "train.epochs" not in said and said & {"train.steps", "train.tokens"}:
+        config = _with_train(config, epochs=0.0)
+    if stage == "policy":
+        return _complete_rounds(asked, config, nproc, num_prompts, said)
+    if not asked.of_model or stage is None:
+        return _with_steps(config, said) if config.train.epochs else CompletedSettings(config)
+    return _complete_model(config, stage, nproc, said)
+
+
+def _said(asked: RecipeRequest) -> set[str]:
+    """Return the keys that the command line sets."""
+    keys = {setting.partition("=")[0] for setting in asked.settings}
+    return keys | ({"data.phases"} if any(key.startswith("data.phases.") for key in keys) else set())
+
+
+def _with_train(config: RunConfig, **changes: object) -> RunConfig:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))  # type: ignore[arg-type]
+
+
+def _complete_model(config: RunConfig, stage: Stage, nproc: int | None, said: Collection[str]
+                    ) -> CompletedSettings:
+    """Complete a stage that has the architecture of --from, and no recipe."""
+    total, name = num_params(config.model).total, COMMANDS[stage]
+    config = apply_settings(config, list(rate_settings(config, stage, total, said)))
+    sources = _sources(config)
+    notes = [f"learning rate {config.optim.lr:g}" + _why(said, "optim.lr", f"default of {name}")]
+    if "data.phases" not in said:
+        seq_len, why = _seq_len(config, sources)
+        [phase] = config.data.phases
+        config = dataclasses.replace(config, data=dataclasses.replace(
+            config.data, phases=(dataclasses.replace(phase, seq_len=seq_len),)))
+        notes.append(f"samples of {seq_len:,} tokens ({why})")
+    samples = epoch_samples(config, sources)
+    if "train.global_batch_size" not in said:
+        size = _batch_size(config, nproc, defaults_of(config, stage).batch_size, samples)
+        config = _with_train(config, global_batch_size=size)
+        notes.append(f"batches of {size:,} (from {samples:,} samples an epoch)")
+    completed = _with_steps(config, said, samples)
+    config, schedule = completed.config, {}
+    steps, of_table = config.num_steps(), defaults_of(config, stage)
+    if not {"optim.warmup_steps", "optim.warmup_tokens", "optim.schedule_by"} & set(said):
+        schedule["optim.warmup_steps"] = round(of_table.warmup_share * steps)
+    if "train.eval_every_steps" not in said:
+        schedule["train.eval_every_steps"] = max(1, round(samples / config.train.global_batch_size))
+    config = apply_settings(config, [f"{key}={value}" for key, value in schedule.items()])
+    notes[1:1] = [*completed.notes, f"{config.optim.schedule} schedule"]
+    return CompletedSettings(config, tuple(notes))
+
+
+def _why(said: Collection[str], key: str, why: str) -> str:
+    return "" if key in said else f" ({why})"
+
+
+def _with_steps(config: RunConfig, said: Collection[str], samples: int | None = None) -> CompletedSettings:
+    """Return the settings with the steps that `train.epochs` makes, which may be 0."""
+    epochs = config.train.epochs
+    if not epochs:
+        return CompletedSettings(config)
+    samples = epoch_samples(config, _sources(config)) if samples is None else samples
+    steps = max(1, math.ceil(samples * epochs / config.train.global_batch_size - 1e-9))
+    words = f"{epochs:g} epoch{'' if epochs == 1 else 's'} = {steps:,} step{'' if steps == 1 else 's'}"
+    return CompletedSettings(_with_train(config, steps=steps), (words,))
+
+
+def _sources(config: RunConfig) -> list[Source]:
+    # of any format: a command refuses those that it does not learn from in its own words
+    return open_sources(config.data.paths, config.model.vocab_size, FORMATS, warns=False)
+
+
+def _seq_len(config: RunConfig, sources: Sequence[Source]) -> tuple[int, str]:
+    """Return the tokens of a sample that the data ask for, and why."""
+    most = min(MOST_SEQ_LEN, config.model.max_position_tokens)
+    most -= most % config.parallel.row_multiple
+    whole = [s for s in sources if s.is_chat and s.num_tokens["train"]]
+    if not whole:
+        return min(TEXT_SEQ_LEN, most), "text"
+    longest = max(int(unit_tokens(s.shard("train").lengths, s.group).max()) for s in whole)
+    what = "pair" if any(s.group > 1 for s in whole) else "conversation"
+    length = max(LEAST_SEQ_LEN, 1 << (longest - 1).bit_length())
+    if length <= most:
+        return length, f"the longest {what} has {longest:,}"
+    return most, (f"the longest {what} has {longest:,}, and the model holds {most:,}"
+                  if most < MOST_SEQ_LEN else f"at most; the longest {what} has {longest:,}")
+
+
+def _batch_size(config: RunConfig, nproc: int | None, most: int, samples: int) -> int:
+    """Return the samples of a step: a power of two times what the processes take at once."""
+    size = config.train.micro_batch_size * max(1, num_ranks(nproc) // config.parallel.ranks_per_replica)
+    size *= config.parallel.pp if config.parallel.vpp > 1 else 1
+    while 2 * size <= min(most, samples // STEPS_OF_AN_EPOCH):
+        size *= 2
+    return size
+
+
+def epoch_samples(config: RunConfig, sources: Sequence[Source]) -> int:
+    """Return how many samples of the first phase's length one pass over all data makes."""
+    return sum(_samples_of(config, s) for s in sources if s.num_tokens["train"] and s.share > 0) or 1
+
+
+def _samples_of(config: RunConfig, source: Source) -> int:
+    packing = config.data.packing if not source.is_chat else (
+        "drop" if config.data.over_long == "drop" else "truncate")
+    # the order's own streams: what they give until a source has been gone through is an epoch
+    stream = DocumentStream(source.name, source.shard("train"), config.train.seed, packing, Cursor(),
+                            source.group)
+    windows = max(1, min(MOST_WINDOWS, stream.num_windows))
+    counted = stream.count_samples(config.data.phases[0].seq_len, windows)
+    return math.ceil(counted * stream.num_windows / windows)
+
+
+def _complete_rounds(asked: RecipeRequest, config: RunConfig, nproc: int | None, num_prompts: int,
+                     said: Collection[str]) -> CompletedSettings:
+    """Complete rounds of reinforcement learning."""
+    notes: list[str] = []
+    if asked.of_model:
+        total = num_params(config.model).total
+        config = apply_settings(config, list(rate_settings(config, "policy", total, said)))
+        notes.append(f"learning rate {config.optim.lr:g}" + _why(said, "optim.lr", "default of rl"))
+        config, lengths = _with_lengths(config, said)
+        notes += lengths
+        if "train.global_batch_size" not in said:
+            config = _with_train(config, global_batch_size=_batch_size(config, nproc, 0, 0))
+        if "rollout.prompts_per_round" not in said and num_prompts:
+            count = max(1, min(PROMPTS_PER_ROUND, num_prompts) // config.rollout.steps_per_round)
+            config = apply_settings(
+                config, [f"rollout.prompts_per_round={count * config.rollout.steps_per_round}"])
+    if config.train.epochs and "rollout.rounds" not in said and num_prompts:
+        rounds = math.ceil(config.train.epochs * num_prompts / config.rollout.prompts_per_round)
+        config = apply_settings(config, [f"rollout.rounds={rounds}"])
+        notes.append(f"{config.train.epochs:g} passes over {num_prompts:,} prompts = {rounds:,} rounds of "
+                     f"{config.rollout.prompts_per_round:,}")
+    return CompletedSettings(config, tuple(notes))
+
+
+def _with_lengths(config: RunConfig, said: Collection[str]) -> tuple[RunConfig, list[str]]:
+    """Return the settings with rows that hold a prompt and its response, and what was chosen."""
+    most = config.model.max_position_tokens
+    if "data.phases" in said:
+        most = min(most, config.data.phases[0].seq_len)
+    chosen = {f"rollout.{name}": min(getattr(config.rollout, name), most // 2)
+              for name in ("max_prompt_tokens", "max_new_tokens")}
+    config = apply_settings(config, [f"{key}={value}" for key, value in chosen.items() if key not in said])
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    if "data.phases" not in said:
+        seq_len = min(max(LEAST_SEQ_LEN, 1 << (longest - 1).bit_length()), config.model.max_position_tokens)
+        config = apply_settings(config, [f"data.phases.0.seq_len={seq_len}"])
+    return config, [f"responses of up to {config.rollout.max_new_tokens:,} tokens"
+                    + _why(said, "rollout.max_new_tokens", "rollout.max_new_tokens")]
+
+
+# Plans that nobody can have meant.
+
+
+def refuse_unmeant(asked: RecipeRequest, config: RunConfig, stage: Stage, nproc: int | None, *,
+                   dry_run: bool) -> None:
+    """Refuse a stage at a pretraining recipe's rate, of very many epochs, or of days, that nobody asked for.
+
+    Args:
+        asked: what the command was asked for.
+        config: the settings, completed.
+        stage: of post-training.
+        nproc: local processes.
+        dry_run: whether another machine may be meant.
+
+    Raises:
+        UserError: it is one of these; the message names the setting that allows it.
+    """
+    said = _said(asked)
+    # a file of settings says everything, and so does a recipe of one's own
+    is_named = not asked.from_file and not asked.of_model and not asked.base.code
+    if is_named and "optim.lr" not in said and _is_pretraining(config):
+        refuse_pretraining_rate(config, stage, num_params(config.model).total)
+    if stage == "policy":
+        return
+    if (is_named and not said & {*LENGTHS, "data.phases"}) or (asked.of_model and "train.epochs" not in said):
+        _refuse_many_epochs(config)
+    if not under_launcher() and not dry_run:
+        _refuse_days(config, num_ranks(nproc))
+
+
+def _is_pretraining(config: RunConfig) -> bool:
+    """Return whether a recipe is one of pretraining: it leaves open what is learned."""
+    return recipes.get(config.recipe).objective.name == "lm"
+
+
+def _refuse_many_epochs(config: RunConfig) -> None:
+    limit = max(MOST_EPOCHS, config.data.max_epochs)
+    epochs = config.num_steps() * config.train.global_batch_size / epoch_samples(config, _sources(config))
+    if config.data.max_epochs and epochs > limit:
+        raise UserError(f"train.steps = {config.num_steps():,}: are {epochs:,.0f} epochs of the data, and "
+                        f"the limit is {limit:g}; set train.epochs to what you want, or allow them by "
+                        f"--set data.max_epochs={math.ceil(epochs)}")
+
+
+def _refuse_days(config: RunConfig, count: int) -> None:
+    hours = least_hours(config, count)
+    if config.train.max_hours and hours > config.train.max_hours:
+        raise UserError(f"train.steps = {config.num_steps():,}: take at least {hours / 24:,.1f} days on this "
+                        f"machine, and train.max_hours = {config.train.max_hours:g}; make the run shorter, "
+                        f"or allow it by --set train.max_hours={math.ceil(hours)}")
+
+
+def least_hours(config: RunConfig, count: int) -> float:
+    """Return the hours that a run's arithmetic takes at least on `count` processes of this machine."""
+    gpus = visible_gpus()
+    chip = of_device(gpus[0].name) if gpus else None
+    if gpus and chip is None:
+        return 0.0
+    speed = (count * GPU_SHARE * chip.bf16_flops_per_s if chip
+             else len(os.sched_getaffinity(0)) * CPU_FLOPS_PER_S)
+    flops = sum(train_flops_per_token(config.model, seq_len) * tokens
+                for seq_len, tokens in _tokens_by_length(config).items())
+    return flops / speed / SECONDS_OF_AN_HOUR
+
+
+def _tokens_by_length(config: RunConfig) -> Mapping[int, float]:
+    """Return length of samples -> tokens of the run."""
+    found: dict[int, float] = {}
+    for seq_len, tokens in _tokens(config):
+        found[seq_len] = found.get(seq_len, 0.0) + tokens
+    return found
+
+
+def _tokens(config: RunConfig) -> Iterator[tuple[int, int]]:
+    ends = [*config.phase_starts()[1:], config.num_steps()]
+    for phase, start, end in zip(config.data.phases, config.phase_starts(), ends, strict=True):
+        size = phase.global_batch_size or config.train.global_batch_size
+        yield phase.seq_len, (end - start) * size * phase.seq_len

@@ -1,0 +1,150 @@
+"""What a stage of post-training takes by default, and the plans that are refused until they are said."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.order import SampleOrder
+from megatron_sov.engine.data.token_shards import open_sources
+from megatron_sov.model.config import PhaseConfig, RunConfig, apply_settings
+from megatron_sov.model.recipes.requested import RecipeRequest
+from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, base_of_model, defaults_of
+from megatron_sov.train.stages import stage_defaults
+from megatron_sov.train.stages.stage_defaults import (
+    complete_stage, epoch_samples, least_hours, refuse_unmeant)
+
+MODEL = dataclasses.replace(recipes.get("tiny-qwen3").model, vocab_size=368, max_position_tokens=512)
+
+
+def request(paths: list[Path], *settings: str, stage: Stage = "sft", recipe: str = "") -> RecipeRequest:
+    base = recipes.get(recipe) if recipe else base_of_model("mine", MODEL, "fp32", stage)
+    base = apply_settings(base, ["model.vocab_size=368", f"objective.name={stage}"])
+    data = dataclasses.replace(base.data, paths=dict.fromkeys(map(str, paths), 1.0))
+    base = dataclasses.replace(base, data=data)
+    return RecipeRequest(base, settings, from_file=False, of_model=not recipe)
+
+
+def completed(asked: RecipeRequest, stage: Stage = "sft", **more: Any) -> tuple[RunConfig, str]:
+    found = complete_stage(asked, asked.config(), stage, None, **more)
+    return found.config, ", ".join(found.notes)
+
+
+def test_a_stage_without_a_recipe_follows_from_data_and_table(packed_data: Any) -> None:
+    config, notes = completed(request([packed_data.chats]))
+    samples = epoch_samples(config, open_sources(config.data.paths, 368))
+    assert (config.optim.lr, config.optim.schedule, config.optim.min_lr) == (2e-5, "cosine", 0.0)
+    assert config.data.phases[0].seq_len == 256 and config.train.global_batch_size == max(
+        1, 2 ** int(math.log2(max(1, samples // 16))))
+    assert config.num_steps() == math.ceil(3 * samples / config.train.global_batch_size)
+    assert notes.startswith(f"learning rate 2e-05 (default of sft), 3 epochs = {config.num_steps()} steps, ")
+    assert config.problems() == []
+
+
+def test_what_is_said_goes_before_the_table(packed_data: Any) -> None:
+    config, notes = completed(request(
+        [packed_data.chats], "optim.lr=1e-3", "train.steps=7", "train.global_batch_size=4",
+        'data.phases=[{"name": "main", "seq_len": 128}]', "optim.schedule=constant", "optim.warmup_steps=2"))
+    assert (config.optim.lr, config.num_steps(), config.train.global_batch_size) == (1e-3, 7, 4)
+    assert (config.data.phases, config.optim.schedule, config.optim.warmup_steps) == (
+        (PhaseConfig("main", seq_len=128),), "constant", 2)
+    assert config.train.epochs == 0 and notes == "learning rate 0.001, constant schedule"
+
+
+def test_an_epoch_is_what_the_order_gives_until_a_source_is_gone_through(packed_data: Any) -> None:
+    config, _ = completed(request([packed_data.chats], "train.epochs=1", "train.global_batch_size=1"))
+    sources = open_sources(config.data.paths, 368)
+    order = SampleOrder(config, sources)
+    for _ in range(config.num_steps()):
+        order.next_batch()
+    assert order.epochs()[sources[0].name] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("stage", "settings", "params", "lr"), [
+    ("sft", [], 1e9, 2e-5), ("sft", [], 7e10, 2e-6), ("sft", ["lora.rank=8"], 1e9, 2e-4),
+    ("preference", [], 1e9, 1e-6), ("preference", [], 8e9, 5e-7),
+    ("preference", ["preference.method=orpo"], 1e9, 8e-6), ("policy", [], 1e9, 1e-6)])
+def test_rates_depend_on_stage_size_and_method(stage: Stage, settings: list[str], params: float, lr: float
+                                               ) -> None:
+    config = apply_settings(base_of_model("mine", MODEL, "fp32", stage), settings)
+    assert defaults_of(config, stage).rate(params, lora=config.lora.on).lr == lr
+
+
+def test_every_default_has_a_source_and_rates_fall_with_size() -> None:
+    for found in DEFAULTS.values():
+        assert found.source
+        for rates in (found.rates, found.lora):
+            assert all(rate.source for rate in rates) and rates[0].from_params == 0
+            assert [r.from_params for r in rates] == sorted(r.from_params for r in rates)
+            assert [r.lr for r in rates] == sorted((r.lr for r in rates), reverse=True)
+
+
+def test_epochs_are_a_setting_of_any_recipe(packed_data: Any) -> None:
+    asked = request([packed_data.chats], "train.epochs=2", "train.global_batch_size=2", recipe="tiny-qwen3")
+    config, notes = completed(asked)
+    samples = epoch_samples(config, open_sources(config.data.paths, 368))
+    assert config.num_steps() == math.ceil(2 * samples / 2) and config.optim.lr == 4e-3
+    assert notes == f"2 epochs = {config.num_steps()} step{'' if config.num_steps() == 1 else 's'}"
+    with pytest.raises(UserError, match=r"train.epochs and train.steps: both say how long"):
+        completed(request([packed_data.chats], "train.epochs=2", "train.steps=3"))
+
+
+def test_rounds_follow_from_prompts() -> None:
+    asked = request([], stage="policy")
+    config, notes = completed(asked, "policy", num_prompts=40)
+    assert (config.rollout.prompts_per_round, config.rollout.rounds) == (40, 3)
+    assert (config.rollout.max_prompt_tokens, config.rollout.max_new_tokens) == (256, 256)
+    assert config.data.phases[0].seq_len == 512 and config.optim.lr == 1e-6
+    assert "3 passes over 40 prompts = 3 rounds of 40" in notes
+    config, _ = completed(request([], "rollout.rounds=9", stage="policy"), "policy", num_prompts=200)
+    assert (config.rollout.prompts_per_round, config.rollout.rounds) == (64, 9)
+
+
+def refused(asked: RecipeRequest, stage: Stage = "sft", *, dry_run: bool = False) -> str:
+    config, _ = completed(asked, stage)
+    with pytest.raises(UserError) as e:
+        refuse_unmeant(asked, config, stage, None, dry_run=dry_run)
+    return str(e.value)
+
+
+def meant(asked: RecipeRequest, stage: Stage = "sft") -> None:
+    refuse_unmeant(asked, completed(asked, stage)[0], stage, None, dry_run=False)
+
+
+def test_a_pretraining_rate_is_refused_until_it_is_said(packed_data: Any) -> None:
+    data = [packed_data.chats]
+    assert refused(request(data, "train.steps=2", recipe="tiny-qwen3")) == (
+        "optim.lr = 0.004: is the pretraining rate of recipe tiny-qwen3, and sft takes 2e-05; leave RECIPE "
+        "out to train by the defaults of sft, or set the rate that you want, e.g. --set optim.lr=2e-05")
+    meant(request(data, "train.steps=2", "optim.lr=4e-3", recipe="tiny-qwen3"))
+    meant(request(data, "train.steps=2", recipe="tiny-typhoon-s"))  # a recipe of fine-tuning
+
+
+def test_many_epochs_are_refused_until_they_are_said(packed_data: Any) -> None:
+    data = [packed_data.chats]
+    of_recipe = request(data, "optim.lr=1e-3", recipe="tiny-qwen3")
+    assert "epochs of the data, and the limit is 20; set train.epochs to what you want, or allow them by " \
+        "--set data.max_epochs=" in refused(of_recipe)
+    assert "train.steps = 90,000: are " in refused(request(data, "train.steps=90000"))
+    meant(request(data, "train.epochs=30"))
+    meant(request(data, "train.steps=900", "data.max_epochs=0"))
+
+
+def test_days_are_refused_until_they_are_said(packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_defaults, "CPU_FLOPS_PER_S", 1.0)
+    monkeypatch.setattr(stage_defaults, "visible_gpus", list)
+    asked = request([packed_data.chats])
+    config, _ = completed(asked)
+    hours = least_hours(config, 1)
+    assert refused(asked) == (
+        f"train.steps = {config.num_steps():,}: take at least {hours / 24:,.1f} days on this machine, and "
+        "train.max_hours = 48; make the run shorter, or allow it by "
+        f"--set train.max_hours={math.ceil(hours)}")
+    meant(request([packed_data.chats], f"train.max_hours={math.ceil(hours)}"))
+    refuse_unmeant(asked, config, "sft", None, dry_run=True)  # which may mean another machine
