@@ -71,8 +71,8 @@ def _cards_of(one: WatchedRun) -> Panel:
         for meter, curve in headlines(run):
             values = curve.finite().values
             cards.append((caption_of(meter).partition(",")[0].partition(";")[0].rstrip("."),
-                          meter.shown(float(values[-1])).removesuffix(f" {meter.unit}"),
-                          f"from {meter.shown(float(values[0]))}"))
+                          meter.text(float(values[-1])).removesuffix(f" {meter.unit}"),
+                          f"from {meter.text(float(values[0]))}"))
     if math.isfinite(state.tokens_per_s):
         memory = last_value(run.curve("peak_memory_bytes")) / GIB if run is not None else math.nan
         cards.append(("Tokens a second", f"{state.tokens_per_s:,.0f}", f"{large(state.tokens)} so far"
@@ -99,7 +99,7 @@ def _table_of(watched: Sequence[WatchedRun]) -> Panel:
         if state is None:
             return [one.path.name, one.problem or "nothing is there yet", *["–"] * 5]
         meters = headlines(one.run) if one.run is not None else []
-        judged = "; ".join(f"{meter.label} {meter.shown(float(curve.finite().values[-1]))}"
+        judged = "; ".join(f"{meter.title} {meter.text(float(curve.finite().values[-1]))}"
                            for meter, curve in meters) or "–"
         return [one.path.name, state.state, f"{state.step:,} of {state.num_steps:,}", judged,
                 figure(state.tokens_per_s, 5),

@@ -190,7 +190,7 @@ def _figures(run: Run) -> Mapping[str, ComparedFigure]:
         "tokens": _measured(last_value(tokens), large),
         "wall time": _measured(run.wall_s() or math.nan, duration, LOWER),
         "processes": ComparedFigure(str(run.start("num_ranks") or "")),
-        **{meter.label: _measured(last_value(curve.finite()), meter.shown, meter.better, meter.unit)
+        **{meter.title: _measured(last_value(curve.finite()), meter.text, meter.better, meter.unit)
            for meter, curve in headlines(run) if meter.name != "loss"},
         "last training loss": _measured(last_value(loss), figure, LOWER if unit == PER_TOKEN else "", unit),
         "last held-out bits per byte": _measured(last_value(bits), figure, LOWER),

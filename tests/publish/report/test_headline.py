@@ -13,6 +13,7 @@ from megatron_sov.publish.report.page import render
 from megatron_sov.publish.report.run_data import read_run
 from megatron_sov.publish.report.sections import sections
 from megatron_sov.runs.obs.events import EVENTS, EventLog
+from megatron_sov.runs.obs.meters import LOSS, Meter, headline_fields
 
 
 def write(folder: Path, objective: str, **start: Any) -> Path:
@@ -30,26 +31,35 @@ def write(folder: Path, objective: str, **start: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("objective", "labels"), [
-    ("policy", ["mean reward", "length of a response", "groups that learn"]),
-    ("preference", ["pairs ranked right", "margin"]), ("distill", ["distance from the teacher (KL)"]),
-    ("lm", ["training loss"]), ("obj.py:Mine", ["loss of obj.py:Mine"])])
-def test_an_objective_is_judged_by_what_it_is_after(objective: str, labels: list[str], tmp_path: Path
-                                                     ) -> None:
-    run = read_run(write(tmp_path / "run", objective))
-    assert [meter.label for meter, _ in headlines(run)] == labels
-    assert len(headline_charts([run])) == len(labels)
+RL = (Meter("reward", "mean reward", better="higher"), Meter("response_tokens", "response length", "tokens"))
+PAIRS = (Meter("pairs_right", "pairs right", "share", "higher"), Meter("margin", better="higher"))
+
+
+@pytest.mark.parametrize(("objective", "declared", "titles"), [
+    ("policy", RL, ["mean reward", "response length"]), ("preference", PAIRS, ["pairs right", "margin"]),
+    ("lm", (LOSS,), ["loss"]), ("lm", (), ["loss"]),
+    ("policy", (), ["policy loss"]), ("obj.py:Mine", (), ["loss of obj.py:Mine"])])
+def test_an_objective_is_judged_by_what_it_is_after(
+        objective: str, declared: tuple[Meter, ...], titles: list[str], tmp_path: Path) -> None:
+    start = headline_fields(declared, comparable=objective == "lm") if declared else {}
+    run = read_run(write(tmp_path / "run", objective, **start))
+    assert [meter.title for meter, _ in headlines(run)] == titles
+    assert len(headline_charts([run])) == len(titles)
     page = render([run])
     assert ("nats per token" in page) == (objective == "lm")
-    assert all(label in page.replace("Mean reward", "mean reward") for label in labels[:1])
+    assert all(title.lower() in page.lower() for title in titles[:1])
 
 
 def test_a_run_may_declare_its_own_meters(tmp_path: Path) -> None:
-    declared = [{"name": "mine", "unit": "share", "better": "higher", "label": "My share"},
-                {"name": "absent"}, "odd"]
+    declared = [{"name": "mine", "unit": "share", "better": "higher", "label": "My share"}, {"name": "absent"}]
     ((meter, curve),) = headlines(read_run(write(tmp_path / "run", "obj.py:Mine", headline=declared)))
-    assert (meter.name, meter.label, meter.shown(0.5)) == ("mine", "My share", "50.0%")
+    assert (meter.name, meter.title, meter.text(0.5)) == ("mine", "My share", "50 %")
     assert curve.values.tolist() == [1, 2, 3, 4]
+
+
+def test_meters_that_are_none_leave_the_loss(tmp_path: Path) -> None:
+    run = read_run(write(tmp_path / "run", "lm", headline=[{"name": "absent"}, "odd"]))
+    assert [meter.title for meter, _ in headlines(run)] == ["loss"]
 
 
 def test_rounds_are_points_over_steps_and_many_phases_are_folded(tmp_path: Path) -> None:
