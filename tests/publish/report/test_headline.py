@@ -51,7 +51,8 @@ def test_an_objective_is_judged_by_what_it_is_after(
 
 
 def test_a_run_may_declare_its_own_meters(tmp_path: Path) -> None:
-    declared = [{"name": "mine", "unit": "share", "better": "higher", "label": "My share"}, {"name": "absent"}]
+    declared = [{"name": "mine", "unit": "share", "better": "higher", "label": "My share"},
+                {"name": "absent"}]
     ((meter, curve),) = headlines(read_run(write(tmp_path / "run", "obj.py:Mine", headline=declared)))
     assert (meter.name, meter.title, meter.text(0.5)) == ("mine", "My share", "50 %")
     assert curve.values.tolist() == [1, 2, 3, 4]
