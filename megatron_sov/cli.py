@@ -13,8 +13,7 @@ import sys
 import time
 from typing import Any
 
-from megatron_sov.base.command_line import (
-    Parser, exit_code, fill_commands, missing_part, parser_of, version_of)
+from megatron_sov.base.command_line import Parser, exit_code, fill_commands, parser_of, version_of
 from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.plugins.registry import Declared, declared, takes
 from megatron_sov.commands import COMMANDS
@@ -25,7 +24,7 @@ PROGRAM, GROUP = "megatron-sov", "megatron_sov.commands"
 
 def help_parser(installed: list[Declared]) -> argparse.ArgumentParser:
     """Return the top-level parser, for its help; sub-commands parse their own arguments."""
-    texts = {name: c.help + _missing(c.module) for name, c in COMMANDS.items()}
+    texts = {name: c.marked_help for name, c in COMMANDS.items()}
     texts |= {d.name: f"from package {d.package}" for d in installed}
     width = max(map(len, texts))
     lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in texts.items())
@@ -43,12 +42,6 @@ def help_parser(installed: list[Declared]) -> argparse.ArgumentParser:
     return parser
 
 
-def _missing(module: str) -> str:
-    """Return what the help says of a command whose part is not installed."""
-    part = missing_part(module)
-    return f" (part '{part}', not installed)" if part else ""
-
-
 def build_parser() -> Parser:
     """Return the parser of all commands, those of two words below their first."""
     parser = parser_of(PROGRAM, "Train your own language model.",
@@ -58,8 +51,8 @@ def build_parser() -> Parser:
         group = top.choices[first] if first in top.choices else top.add_parser(first, help=f"{first} COMMAND")
         fill_commands(group)
         below = _sub_commands(group) or group.add_subparsers(metavar="COMMAND", parser_class=type(group))
-        for second, text in children_of(first).items():
-            below.add_parser(second, help=text)._module = COMMANDS[f"{first} {second}"].module
+        for second in children_of(first):
+            COMMANDS[f"{first} {second}"].declare(second, below)
     return parser
 
 
@@ -100,7 +93,7 @@ def named(argv: list[str]) -> tuple[str, list[str]]:
 
 def children_of(name: str) -> dict[str, str]:
     """Return second word -> help of the commands of two words that begin with a word."""
-    return {command.removeprefix(f"{name} "): c.help for command, c in COMMANDS.items()
+    return {command.removeprefix(f"{name} "): c.marked_help for command, c in COMMANDS.items()
             if command.startswith(f"{name} ")}
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.version import OUR_PACKAGES, part_of
+from megatron_sov.version import OUR_PACKAGES, PARTS_NEEDED, part_of
 
 ROOT = Path(__file__).parents[1]
 DATA_ONLY = {"slurm"}
@@ -78,7 +78,7 @@ SAID = re.compile(r"__doc__|str\((e|error)\)|\{e\}|std(out|err)|\b(said|shown|wh
 _PROGRAM, _SYSTEM, _PUBLISHED = "a program's output", "a file of the kernel", "as the published rule cuts it"
 CUT_ANYWHERE = {
     "megatron_sov/model/counterparts/settings.py": "the words of a script",
-    "megatron_sov/operate/slurm/attempts.py": _PROGRAM, "megatron_sov/operate/slurm/submission.py": _PROGRAM,
+    "megatron_sov/operate/slurm/attempts.py": _PROGRAM,
     "megatron_sov/work/clusters/client.py": _PROGRAM, "megatron_sov/work/processes/background.py": _PROGRAM,
     "data_prep/mixture/search.py": _PROGRAM, "data_prep/synth/models.py": _PROGRAM,
     "data_prep/synth/generators/code.py": _PROGRAM, "data_prep/synth/generators/tools/worlds.py": _PROGRAM,
@@ -353,7 +353,7 @@ def lonely(found: list[Source]) -> list[str]:
 def part_problems(source: Source) -> Iterator[str]:
     """A part that may not be installed is imported where it is needed, and only there."""
     here = part_of(source.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
-    may = {here, "", "data"} if here == "synth" else {here, ""}
+    may = {here, "", *PARTS_NEEDED.get(here, ())}
     for line, name in source.imports(top_level_only=True):
         if part_of(name) not in may and source.name != "demo.py":
             yield (f"{source.name}:{line}: imports {name} of the part '{part_of(name)}' at module level; "

@@ -25,7 +25,7 @@ COMMANDS = {
                            "write responses to the prompts of rounds into a store, by the newest policy"),
     "rl reward": Command("megatron_sov.commands.rl.rounds:REWARD",
                          "judge the responses of a store that a reward has not judged yet"),
-    "rl store": Command("megatron_sov.commands.inspect:RL_STORE",
+    "rl store": Command("megatron_sov.commands.rl.rl_store",
                         "ls, show, stats, page, verify, gc: the rollout store between generation, reward and "
                         "training"),
     "convert": Command("megatron_sov.commands.models.convert",
