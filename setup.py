@@ -37,7 +37,11 @@ INSTALL_REQUIRES = [
     "pydantic>=2",
 ]
 
+TEST_TOOLS = ["pytest>=8", "pytest-xdist", "hypothesis", "allpairspy", "setuptools>=77"]
+
 EXTRAS = {
+    # the tests of the core alone: `make core`
+    "test": TEST_TOOLS,
     # Needs a CUDA toolchain and --no-build-isolation: docs/install.md.
     "gpu": ["transformer-engine[pytorch,core-cu13]==2.20.2"],
     "rollout": ["vllm"],
@@ -67,7 +71,7 @@ EXTRAS = {
     "omni": ["pillow", "soundfile", "vector-quantize-pytorch>=1.32", "diffusers>=0.42", "jiwer>=4"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
     "dev": [
-        "pytest>=8", "pytest-xdist", "hypothesis", "allpairspy", "ruff", "isort>=9", "mypy", "setuptools>=77",
+        *TEST_TOOLS, "ruff", "isort>=9", "mypy",
         "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
         "peft>=0.21.2",
         "math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "openai>=2",
@@ -89,7 +93,8 @@ EXTRAS = {
 VERSION, PARTS = DISTRIBUTED["__version__"], DISTRIBUTED["PARTS"]
 PART = os.environ.get("SOV_PART", "")
 """What is built: the whole (""), "core", or one of its parts (`make parts`)."""
-OF_PART = {"tokenizer": ["sentencepiece"], "data": ["data"], "synth": ["synth", "data"], "serve": ["serve"]}
+OF_PART = {"tokenizer": ["sentencepiece"], "curate": ["data"], "synth": ["synth", "data"],
+           "post": ["rl", "judge"], "bench": ["eval"], "serve": ["serve"]}
 """Part -> extras whose libraries it needs."""
 SCRIPTS = {"core": "megatron-sov=megatron_sov.cli:main", "tokenizer": "sov-tokenizer=tokenizer.cli:main",
            "data": "sov-data=data_prep.cli:main"}
@@ -119,11 +124,11 @@ class BuildPart(build_py):
 
 # the libraries alone: pip would ask an index for our parts by name, which has none of ours
 EXTRAS["all"] = sorted({line for name, lines in EXTRAS.items()
-                        if name not in ("dev", "gpu", "rollout", "docs") for line in lines})
+                        if name not in ("test", "dev", "gpu", "rollout", "docs") for line in lines})
 NEEDS = (INSTALL_REQUIRES if PART in ("", "core") else
-         [f"megatron-sov=={VERSION}", *(line for name in OF_PART.get(PART, []) for line in EXTRAS[name])])
-if PART == "synth":
-    NEEDS.append(f"megatron-sov-data=={VERSION}")
+         [f"megatron-sov=={VERSION}", *(f"megatron-sov-{part}=={VERSION}"
+                                        for part in DISTRIBUTED["PARTS_NEEDED"].get(PART, ())),
+          *(line for name in OF_PART.get(PART, []) for line in EXTRAS[name])])
 
 setup(
     name="megatron-sov" if PART in ("", "core") else f"megatron-sov-{PART}",

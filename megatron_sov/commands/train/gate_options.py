@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, NotNegative
+from megatron_sov.commands.shared_options import named_tasks
 from megatron_sov.model.config import RunConfig, layout_settings
 from megatron_sov.train.stages.stage_config import StageOptions, TunedStageOptions
 
@@ -116,8 +117,3 @@ def refuse_unknown_benchmarks(config: RunConfig) -> None:
                                              allow_download=lm.allow_download))
     except UserError as e:
         raise UserError(f"evaluate.lm.tasks = {list(lm.tasks)}: {e}") from None
-
-
-def named_tasks(names: str | None) -> list[str]:
-    """Return the tasks of an option, separated by commas."""
-    return [name for name in (part.strip() for part in (names or "").split(",")) if name]

@@ -33,7 +33,6 @@ from megatron_sov.runs.lock import forget, recorded_holder
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 
-
 @dataclass(frozen=True)
 class JobAttempt:
     """One start of a job's script."""

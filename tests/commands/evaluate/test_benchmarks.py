@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.commands.evaluate.benchmarks import refuse_unknown_benchmarks
+from megatron_sov.commands.train.gate_options import refuse_unknown_benchmarks
 from megatron_sov.model.config import apply_settings
 
 
