@@ -1,5 +1,5 @@
-"""Token shards that most tests of training read, made once by the project's own commands; a machine where only
-the core is installed gets them from one that has its parts (`make core`)."""
+"""Token shards that most tests of training read, made once by the project's own commands; a machine with the core
+alone gets them from one that has its parts (`make core`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-VOCAB_SIZE = 512
+VOCAB_SIZE = 1024
 DOCUMENTS = tuple(
     f"Chapter {i}.\n\n" + " ".join(f"{word} {i * k} of {k + i} parts" for k, word in enumerate(
         ["water", "stone", "light", "river", "한국어", "mountain", "winter", "letter"][:3 + i % 6]))

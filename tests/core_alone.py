@@ -1,0 +1,275 @@
+"""The tests of the core alone: which need no part and no library besides the core's, by what they import.
+
+    python tests/core_alone.py FOLDER                    make FOLDER/data, and a copy of the tests in FOLDER/room
+    cd FOLDER/room && python -P -m pytest -p tests.core_alone      run them, where the core alone is installed
+
+`make core` does both.  Nothing is listed by hand: a file is left out where it, or a module of the tests that it
+imports, imports a part or a library that is not here; so is a test where its function, a fixture of it, or what
+of the tests' own these use, does, or types a command of a part.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.version import OUR_PACKAGES, part_of
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("tests", "docs", "benchmarks", "containers", "pyproject.toml", "setup.py", "README.md", "CHANGELOG.md",
+          "CONTRIBUTING.md", "LICENSE", "Makefile", "constraints.txt", "mkdocs.yml")
+"""What tests read besides our packages."""
+DOTTED = re.compile(r"(megatron_sov|data_prep)(\.\w+)+(:\w+)?")
+OTHER_PROGRAMS = ("sov-data", "sov-tokenizer")
+
+
+def is_absent(name: str) -> bool:
+    """Return whether a module is of a part, or of a library that is not here."""
+    top = name.partition(".")[0]
+    if top in OUR_PACKAGES:
+        return part_of(name) != ""
+    return top != "tests" and not _is_here(top)
+
+
+@cache
+def _is_here(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
+@cache
+class TestModule:
+    """One file of the tests, parsed."""
+
+    __test__ = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tree = ast.parse(path.read_text(encoding="utf-8"))
+        self.names: dict[str, ast.AST] = {}
+        """Top-level name -> what defines it."""
+        self.helpers: dict[str, tuple[TestModule, str]] = {}
+        """Name -> module of the tests that it is imported from, and its name there ("": the module itself)."""
+        for node in self.tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
+                self.names[node.name] = node
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                self.names |= {name.id: node for target in targets for name in ast.walk(target)
+                               if isinstance(name, ast.Name)}
+        for node in ast.walk(self.tree):
+            for bound, module, name in _helpers_of(node, path):
+                self.helpers[bound] = (TestModule(module), name)
+
+    def top_level_imports(self) -> Iterator[ast.AST]:
+        """Yield the imports that run when it is imported."""
+        waiting: list[ast.AST] = [self.tree]
+        while waiting:
+            for node in ast.iter_child_nodes(waiting.pop()):
+                if isinstance(node, (ast.Import, ast.ImportFrom)):
+                    yield node
+                elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and not (
+                        isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+                    waiting.append(node)
+
+    def absent(self) -> str:
+        """Return what it imports, itself or by a module of the tests, that is not here; "": nothing."""
+        for node in self.top_level_imports():
+            if found := next(filter(is_absent, _imported(node)), ""):
+                return found
+            for _, module, _ in _helpers_of(node, self.path):
+                if module != self.path and (found := TestModule(module).absent()):
+                    return found
+        return ""
+
+
+def _imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and not node.level:
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
+
+
+def _helpers_of(node: ast.AST, path: Path) -> Iterator[tuple[str, Path, str]]:
+    """Yield (name that is bound, file of the tests, name in it) of an import of the tests' own modules: from
+    `tests`, or from beside a file or from benchmarks, which some add to the path."""
+    names = [(alias.asname or alias.name, alias.name) for alias in getattr(node, "names", [])
+             if isinstance(node, (ast.Import, ast.ImportFrom))]
+    for bound, name in names:
+        dotted = name if isinstance(node, ast.Import) else f"{getattr(node, 'module', '')}.{name}"
+        for folder in (ROOT, ROOT / "benchmarks", path.parent, ROOT / "tests/layouts"):
+            whole = folder.joinpath(*dotted.split(".")).with_suffix(".py")
+            inside = whole.parent.with_suffix(".py")
+            if isinstance(node, ast.ImportFrom) and inside.is_file() and inside.is_relative_to(ROOT):
+                yield bound, inside, name
+                break
+            if whole.is_file():
+                yield bound, whole, ""
+                break
+
+
+def needed_by(module: TestModule, start: ast.AST, seen: set[tuple[Path, int]]) -> str:
+    """Return what a function, or what it uses of the tests' own, needs that is not here; "": nothing."""
+    key = (module.path, start.lineno if hasattr(start, "lineno") else 0)
+    if key in seen:
+        return ""
+    seen.add(key)
+    for node in ast.walk(start):
+        if found := next(filter(is_absent, _imported(node)), "") or typed_part(node):
+            return found
+        name = (node.id if isinstance(node, ast.Name) else
+                node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "")
+        # a function's name in a string is what ranks are asked to run
+        if name in module.names and (found := needed_by(module, module.names[name], seen)):
+            return found
+        if isinstance(node, ast.Name) and name in module.helpers:
+            other, there = module.helpers[name]
+            if there in other.names and (found := needed_by(other, other.names[there], seen)):
+                return found
+        if (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+                and module.helpers.get(node.value.id, (None, "-"))[1] == ""):
+            other, _ = module.helpers[node.value.id]
+            if node.attr in other.names and (found := needed_by(other, other.names[node.attr], seen)):
+                return found
+    return ""
+
+
+def typed_part(node: ast.AST) -> str:
+    """Return the part's module that a text names, or whose command it types: `"rl run --store"`,
+    `["rl", "run", ...]` and `call("rl", "run", ...)`; "": none."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        text = node.value
+        if DOTTED.fullmatch(text) and part_of(text):
+            return text
+        return text.split()[0] if text.split()[:1] and text.split()[0] in OTHER_PROGRAMS else (
+            _part_command(text) if " -" in text or "{" in text else "")
+    items = (node.elts if isinstance(node, (ast.List, ast.Tuple)) else
+             node.args if isinstance(node, ast.Call) else node.values if isinstance(node, ast.JoinedStr) else [])
+    words = []
+    for item in items:
+        if not isinstance(item, ast.Constant) or not isinstance(item.value, str):
+            break
+        words.append(item.value)
+    return _part_command(" ".join(words)) if words and len(items) > 1 else ""
+
+
+def _part_command(line: str) -> str:
+    """Return the module of the command that a line begins with, where that is a part's; "": none."""
+    from megatron_sov.base.command_line import Command
+    from megatron_sov.commands import COMMANDS
+    from megatron_sov.commands.evaluate.eval import ACTIONS
+
+    known = COMMANDS | {f"eval {name}": action for name, action in ACTIONS.items() if isinstance(action, Command)}
+    try:
+        words = shlex.split(line)
+    except ValueError:
+        words = line.split()
+    words = words[1:] if words[:1] == ["megatron-sov"] else words
+    command = known.get(" ".join(words[:2])) or known.get(words[0] if words else "")
+    return command.module if command is not None and part_of(command.module) else ""
+
+
+def needed_by_item(item: pytest.Function, made: set[str]) -> str:
+    """Return what a test needs that is not here; "": nothing.
+
+    Args:
+        item: the test.
+        made: fixtures whose folders have been made where everything is installed.
+    """
+    fixtures = [definitions[-1].func for name, definitions in item._fixtureinfo.name2fixturedefs.items()
+                if name not in made]
+    for function in (item.function, *fixtures):
+        function = inspect.unwrap(function)
+        path = Path(inspect.getsourcefile(function) or "")
+        if not path.is_relative_to(ROOT):  # pytest's own
+            continue
+        module, line = TestModule(path), function.__code__.co_firstlineno
+        start = next(node for node in ast.walk(module.tree)
+                     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+                     and (min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) == line))
+        if found := needed_by(module, start, set()):
+            return found
+    return next((found for mark in item.iter_markers("parametrize") for value in ast.walk(
+        ast.parse(repr([str(argument) for argument in mark.args]))) if (found := typed_part(value))), "")
+
+
+LEFT_OUT = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to run where more than the core is installed: the tests would prove nothing."""
+    config.stash[LEFT_OUT] = {"files": 0, "tests": 0}
+    for module in ("data_prep", "tokenizer", "megatron_sov.judge", "megatron_sov.bench", "megatron_sov.post.rl"):
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.has_location:
+            raise pytest.UsageError(f"{module} is installed at {spec.origin}; run `make core`")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files that need more."""
+    if collection_path.suffix != ".py" or not collection_path.name.startswith("test_"):
+        return None
+    if not TestModule(collection_path).absent():
+        return None
+    config.stash[LEFT_OUT]["files"] += 1
+    return True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
+    """Leave out tests that need more."""
+    import os
+
+    made = set(os.listdir(os.environ["SOV_TESTS_DATA"]))
+    out = [item for item in items if needed_by_item(item, made)]
+    config.stash[LEFT_OUT]["tests"] += len(out)
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in set(out)]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Tell how many were left out."""
+    left = config.stash[LEFT_OUT]
+    terminalreporter.write_line(f"the core alone: {left['files']} files and {left['tests']} tests of other files "
+                                "need more and were left out")
+
+
+def make_room(folder: Path) -> None:
+    """Copy what tests read, and make what fixtures read, where everything is installed."""
+    from tests.packing import MAKERS
+
+    room, data = folder / "room", folder / "data"
+    for path in (room, data):
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, room / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, room / name)
+
+    modules = {"sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
+
+    def run(*argv: str, program: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", modules[program], *argv], cwd=ROOT, text=True, check=False)
+
+    for name, make in MAKERS.items():
+        (data / name).mkdir()
+        make(data / name, run)
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # not this folder: what mirrors a package in it has the package's name
+    make_room(Path(sys.argv[1]).absolute())
