@@ -14,7 +14,6 @@ import ast
 import importlib.util
 import inspect
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -68,7 +67,12 @@ class TestModule:
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 self.names |= {name.id: node for target in targets for name in ast.walk(target)
                                if isinstance(name, ast.Name)}
+        self.functions: dict[int, ast.AST] = {}
+        """First line, decorators included -> function that begins there."""
         for node in ast.walk(self.tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                decorators = getattr(node, "decorator_list", [])
+                self.functions.setdefault(min([node.lineno, *(d.lineno for d in decorators)]), node)
             for bound, module, name in _helpers_of(node, path):
                 self.helpers[bound] = (TestModule(module), name)
 
@@ -105,9 +109,12 @@ def _imported(node: ast.AST) -> list[str]:
 def _helpers_of(node: ast.AST, path: Path) -> Iterator[tuple[str, Path, str]]:
     """Yield (name that is bound, file of the tests, name in it) of an import of the tests' own modules: from
     `tests`, or from beside a file or from benchmarks, which some add to the path."""
-    names = [(alias.asname or alias.name, alias.name) for alias in getattr(node, "names", [])
-             if isinstance(node, (ast.Import, ast.ImportFrom))]
-    for bound, name in names:
+    if not isinstance(node, (ast.Import, ast.ImportFrom)):
+        return
+    for alias in node.names:
+        bound, name = alias.asname or alias.name, alias.name
+        if (name if isinstance(node, ast.Import) else node.module or "").partition(".")[0] in OUR_PACKAGES:
+            continue
         dotted = name if isinstance(node, ast.Import) else f"{getattr(node, 'module', '')}.{name}"
         for folder in (ROOT, ROOT / "benchmarks", path.parent, ROOT / "tests/layouts"):
             whole = folder.joinpath(*dotted.split(".")).with_suffix(".py")
@@ -146,6 +153,15 @@ def needed_by(module: TestModule, start: ast.AST, seen: set[tuple[Path, int]]) -
     return ""
 
 
+@cache
+def needed_by_function(path: Path, first_line: int) -> str:
+    """Return what the function of the tests that begins at a line needs that is not here; "": nothing."""
+    if not path.is_relative_to(ROOT / "tests"):  # pytest's own
+        return ""
+    module = TestModule(path)
+    return needed_by(module, module.functions[first_line], set())
+
+
 def typed_part(node: ast.AST) -> str:
     """Return the part's module that a text names, or whose command it types: `"rl run --store"`,
     `["rl", "run", ...]` and `call("rl", "run", ...)`; "": none."""
@@ -165,20 +181,22 @@ def typed_part(node: ast.AST) -> str:
     return _part_command(" ".join(words)) if words and len(items) > 1 else ""
 
 
-def _part_command(line: str) -> str:
-    """Return the module of the command that a line begins with, where that is a part's; "": none."""
+@cache
+def part_commands() -> dict[str, str]:
+    """Return the commands that parts have -> their modules."""
     from megatron_sov.base.command_line import Command
     from megatron_sov.commands import COMMANDS
     from megatron_sov.commands.evaluate.eval import ACTIONS
 
-    known = COMMANDS | {f"eval {name}": action for name, action in ACTIONS.items() if isinstance(action, Command)}
-    try:
-        words = shlex.split(line)
-    except ValueError:
-        words = line.split()
-    words = words[1:] if words[:1] == ["megatron-sov"] else words
-    command = known.get(" ".join(words[:2])) or known.get(words[0] if words else "")
-    return command.module if command is not None and part_of(command.module) else ""
+    known = COMMANDS | {f"eval {name}": action for name, action in ACTIONS.items()
+                        if isinstance(action, Command)}
+    return {name: command.module for name, command in known.items() if part_of(command.module)}
+
+
+def _part_command(line: str) -> str:
+    """Return the module of the command that a line begins with, where that is a part's; "": none."""
+    words = line.removeprefix("megatron-sov ").split(maxsplit=2)[:2]
+    return part_commands().get(" ".join(words)) or part_commands().get(words[0] if words else "", "")
 
 
 def needed_by_item(item: pytest.Function, made: set[str]) -> str:
@@ -191,15 +209,8 @@ def needed_by_item(item: pytest.Function, made: set[str]) -> str:
     fixtures = [definitions[-1].func for name, definitions in item._fixtureinfo.name2fixturedefs.items()
                 if name not in made]
     for function in (item.function, *fixtures):
-        function = inspect.unwrap(function)
-        path = Path(inspect.getsourcefile(function) or "")
-        if not path.is_relative_to(ROOT):  # pytest's own
-            continue
-        module, line = TestModule(path), function.__code__.co_firstlineno
-        start = next(node for node in ast.walk(module.tree)
-                     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-                     and (min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) == line))
-        if found := needed_by(module, start, set()):
+        code = inspect.unwrap(function).__code__
+        if found := needed_by_function(Path(code.co_filename), code.co_firstlineno):
             return found
     return next((found for mark in item.iter_markers("parametrize") for value in ast.walk(
         ast.parse(repr([str(argument) for argument in mark.args]))) if (found := typed_part(value))), "")
@@ -219,6 +230,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave out files that need more."""
+    conftest = collection_path / "conftest.py"
+    if conftest.is_file() and TestModule(conftest).absent():
+        config.stash[LEFT_OUT]["files"] += len(list(collection_path.rglob("test_*.py")))
+        return True
     if collection_path.suffix != ".py" or not collection_path.name.startswith("test_"):
         return None
     if not TestModule(collection_path).absent():
