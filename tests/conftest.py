@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -535,6 +536,7 @@ def build_wheel(packaged_files: set[str],
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / "source" / name)
 
+    @cache
     def build(part: str = "") -> Path:
         shutil.rmtree(folder / "source/build", ignore_errors=True)  # it would come along
         wheels = folder / (part or "whole")

@@ -1,11 +1,12 @@
 """The tests of the core alone: which need no part and no library besides the core's, by what they import.
 
-    python tests/core_alone.py FOLDER                    make FOLDER/data, and a copy of the tests in FOLDER/room
-    cd FOLDER/room && python -P -m pytest -p tests.core_alone      run them, where the core alone is installed
+    python tests/core_alone.py FOLDER          make FOLDER/data, and FOLDER/room with a copy of the tests
+    cd FOLDER/room && python -P -m pytest -p tests.core_alone tests      with the core alone installed
 
-`make core` does both.  Nothing is listed by hand: a file is left out where it, or a module of the tests that it
-imports, imports a part or a library that is not here; so is a test where its function, a fixture of it, or what
-of the tests' own these use, does, or types a command of a part.
+`make core` does both.  Nothing is listed by hand.  A file is left out where it, or a module of the tests
+that it imports, imports a part or a library that is not here.  So is a test where its function, a fixture of
+it, or what these use of the tests' own, imports such a thing, names a part's module or types a part's
+command; and a file with the mark `checkout`, which reads sources and pages of the whole.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -24,11 +26,11 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.version import OUR_PACKAGES, part_of
+from megatron_sov.base.command_line import is_installed
+from megatron_sov.version import OUR_PACKAGES, PARTS, part_of
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("tests", "docs", "benchmarks", "containers", "pyproject.toml", "setup.py", "README.md", "CHANGELOG.md",
-          "CONTRIBUTING.md", "LICENSE", "Makefile", "constraints.txt", "mkdocs.yml")
+COPIED = ("tests", "benchmarks", "docs", "pyproject.toml", "README.md", "constraints.txt")
 """What tests read besides our packages."""
 DOTTED = re.compile(r"(megatron_sov|data_prep)(\.\w+)+(:\w+)?")
 OTHER_PROGRAMS = ("sov-data", "sov-tokenizer")
@@ -59,7 +61,7 @@ class TestModule:
         self.names: dict[str, ast.AST] = {}
         """Top-level name -> what defines it."""
         self.helpers: dict[str, tuple[TestModule, str]] = {}
-        """Name -> module of the tests that it is imported from, and its name there ("": the module itself)."""
+        """Name -> module of the tests that it is imported from, and its name there; "": the module itself."""
         for node in self.tree.body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
                 self.names[node.name] = node
@@ -172,7 +174,8 @@ def typed_part(node: ast.AST) -> str:
         return text.split()[0] if text.split()[:1] and text.split()[0] in OTHER_PROGRAMS else (
             _part_command(text) if " -" in text or "{" in text else "")
     items = (node.elts if isinstance(node, (ast.List, ast.Tuple)) else
-             node.args if isinstance(node, ast.Call) else node.values if isinstance(node, ast.JoinedStr) else [])
+             node.args if isinstance(node, ast.Call) else
+             node.values if isinstance(node, ast.JoinedStr) else [])
     words = []
     for item in items:
         if not isinstance(item, ast.Constant) or not isinstance(item.value, str):
@@ -222,10 +225,9 @@ LEFT_OUT = pytest.StashKey[dict[str, int]]()
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse to run where more than the core is installed: the tests would prove nothing."""
     config.stash[LEFT_OUT] = {"files": 0, "tests": 0}
-    for module in ("data_prep", "tokenizer", "megatron_sov.judge", "megatron_sov.bench", "megatron_sov.post.rl"):
-        spec = importlib.util.find_spec(module)
-        if spec is not None and spec.has_location:
-            raise pytest.UsageError(f"{module} is installed at {spec.origin}; run `make core`")
+    for module in (names[0] for names in PARTS.values()):
+        if is_installed(module):
+            raise pytest.UsageError(f"{module} is installed, which is no part of the core; run `make core`")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -244,10 +246,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
     """Leave out tests that need more."""
-    import os
-
     made = set(os.listdir(os.environ["SOV_TESTS_DATA"]))
-    out = [item for item in items if needed_by_item(item, made)]
+    out = [item for item in items if item.get_closest_marker("checkout") or needed_by_item(item, made)]
     config.stash[LEFT_OUT]["tests"] += len(out)
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in set(out)]
@@ -256,12 +256,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> No
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Tell how many were left out."""
     left = config.stash[LEFT_OUT]
-    terminalreporter.write_line(f"the core alone: {left['files']} files and {left['tests']} tests of other files "
-                                "need more and were left out")
+    terminalreporter.write_line(f"the core alone: {left['files']} files, and {left['tests']} tests of "
+                                "others, need more and were left out")
 
 
 def make_room(folder: Path) -> None:
-    """Copy what tests read, and make what fixtures read, where everything is installed."""
+    """Copy what tests read, and make what fixtures read, where everything is installed.  Our packages in the
+    room are those that FOLDER/env has."""
     from tests.packing import MAKERS
 
     room, data = folder / "room", folder / "data"
@@ -275,10 +276,14 @@ def make_room(folder: Path) -> None:
         else:
             shutil.copy(source, room / name)
 
+    (site,) = (folder / "env/lib").glob("python*/site-packages")
+    for name in ("megatron_sov", "slurm"):
+        (room / name).symlink_to(site / name)
     modules = {"sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
 
     def run(*argv: str, program: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", modules[program], *argv], cwd=ROOT, text=True, check=False)
+        return subprocess.run([sys.executable, "-m", modules[program], *argv], cwd=ROOT, text=True,
+                              capture_output=True, check=False)
 
     for name, make in MAKERS.items():
         (data / name).mkdir()

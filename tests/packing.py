@@ -1,5 +1,5 @@
-"""Token shards that most tests of training read, made once by the project's own commands; a machine with the core
-alone gets them from one that has its parts (`make core`)."""
+"""Token shards that most tests of training read, made by the project's own commands.  Where the core alone is
+installed they are made before, by an installation that has the parts (`make core`)."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ riddles = tiny_lab:Riddles
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Return `install(entries)`: a tiny distribution by hand, on the path of this process and those it starts."""
+    """Return `install(entries)`: a tiny distribution by hand, on the path of all processes."""
 
     def install(entries: str = ENTRIES) -> None:
         folder = tmp_path / "site"
