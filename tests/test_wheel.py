@@ -19,7 +19,7 @@ from megatron_sov.version import PARTS, PARTS_NEEDED, __version__, part_of
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("megatron-sov", "sov-tokenizer", "sov-data")
 NO_CHECKOUT = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in f'{f}']; "
-"""Begins a program that finds nothing in the checkout: an editable installation would give what a part lacks."""
+"""Begins a program that finds nothing in the checkout: an editable installation gives what a part lacks."""
 
 
 def run_installed(installed: Path, *command: str) -> subprocess.CompletedProcess[str]:
