@@ -26,12 +26,14 @@ from typing import Any
 
 import pytest
 
+import megatron_sov
 from megatron_sov.base.command_line import is_installed
 from megatron_sov.version import OUR_PACKAGES, PARTS, part_of
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("tests", "benchmarks", "docs", "pyproject.toml", "README.md", "constraints.txt")
 """What tests read besides our packages."""
+SOURCES = Path(megatron_sov.__file__).parents[1]
 DOTTED = re.compile(r"(megatron_sov|data_prep)(\.\w+)+(:\w+)?")
 OTHER_PROGRAMS = ("sov-data", "sov-tokenizer")
 
@@ -40,13 +42,31 @@ def is_absent(name: str) -> bool:
     """Return whether a module is of a part, or of a library that is not here."""
     top = name.partition(".")[0]
     if top in OUR_PACKAGES:
-        return part_of(name) != ""
+        return part_of(name) != "" or _lacks_library(name)
     return top != "tests" and not _is_here(top)
 
 
 @cache
 def _is_here(library: str) -> bool:
     return importlib.util.find_spec(library) is not None
+
+
+def _lacks_library(name: str) -> bool:
+    """Return whether a module of ours, or what it imports when it is loaded, imports a library that is not
+    here: its extra is not installed."""
+    path = SOURCES.joinpath(*name.split("."))
+    file = next((file for file in (path.with_suffix(".py"), path / "__init__.py",
+                                   path.parent.with_suffix(".py")) if file.is_file()), None)
+    if file is None:
+        return False
+    if file not in _lacking:
+        _lacking[file] = False  # while it is looked at
+        _lacking[file] = any(is_absent(imported) for node in TestModule(file).top_level_imports()
+                             for imported in _imported(node) if imported.partition(".")[0] != "megatron")
+    return _lacking[file]
+
+
+_lacking: dict[Path, bool] = {}
 
 
 @cache
@@ -215,8 +235,10 @@ def needed_by_item(item: pytest.Function, made: set[str]) -> str:
         code = inspect.unwrap(function).__code__
         if found := needed_by_function(Path(code.co_filename), code.co_firstlineno):
             return found
-    return next((found for mark in item.iter_markers("parametrize") for value in ast.walk(
-        ast.parse(repr([str(argument) for argument in mark.args]))) if (found := typed_part(value))), "")
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return next((value for value in values if isinstance(value, str) and (
+        value in part_commands() or value in OTHER_PROGRAMS or (value in OUR_PACKAGES and part_of(value))
+        or typed_part(ast.Constant(value)))), "")
 
 
 LEFT_OUT = pytest.StashKey[dict[str, int]]()

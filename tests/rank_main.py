@@ -48,7 +48,11 @@ def import_everything() -> None:
     for package in OUR_PACKAGES:
         for found in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
             if not found.name.endswith("__main__"):
-                importlib.import_module(found.name)
+                try:
+                    importlib.import_module(found.name)
+                except ImportError as e:  # a library that some module needs may not be installed
+                    if (e.name or "").partition(".")[0] in OUR_PACKAGES:
+                        raise
     from transformers import (  # noqa: F401  (which imports a name's module when it is asked for)
         AutoModelForCausalLM, AutoTokenizer, ExaoneMoeForCausalLM, PreTrainedTokenizerFast,
         SolarOpenForCausalLM)

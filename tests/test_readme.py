@@ -21,6 +21,8 @@ import pytest
 
 from megatron_sov.base.artifacts import new_artifact
 
+pytestmark = pytest.mark.checkout
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 STEPS = "train.steps=200"
 

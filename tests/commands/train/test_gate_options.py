@@ -14,6 +14,7 @@ from megatron_sov.model.config import apply_settings
 
 
 def refuse(*changes: str) -> None:
+    pytest.importorskip("megatron_sov.bench.lm.tasks")
     asked = ('evaluate.background.tasks=["lm"]', 'evaluate.lm.tasks=["capitals"]')
     refuse_unknown_benchmarks(apply_settings(recipes.get("tiny-solar-open"), [*asked, *changes]))
 
