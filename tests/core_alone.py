@@ -80,8 +80,8 @@ class TestModule:
         self.tree = ast.parse(path.read_text(encoding="utf-8"))
         self.names: dict[str, ast.AST] = {}
         """Top-level name -> what defines it."""
-        self.helpers: dict[str, tuple[TestModule, str]] = {}
-        """Name -> module of the tests that it is imported from, and its name there; "": the module itself."""
+        self.helpers: dict[str, tuple[Path, str]] = {}
+        """Name -> file of the tests that it is imported from, and its name there; "": the module itself."""
         for node in self.tree.body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
                 self.names[node.name] = node
@@ -96,7 +96,7 @@ class TestModule:
                 decorators = getattr(node, "decorator_list", [])
                 self.functions.setdefault(min([node.lineno, *(d.lineno for d in decorators)]), node)
             for bound, module, name in _helpers_of(node, path):
-                self.helpers[bound] = (TestModule(module), name)
+                self.helpers[bound] = (module, name)
 
     def top_level_imports(self) -> Iterator[ast.AST]:
         """Yield the imports that run when it is imported."""
@@ -131,7 +131,8 @@ def _imported(node: ast.AST) -> list[str]:
 def _helpers_of(node: ast.AST, path: Path) -> Iterator[tuple[str, Path, str]]:
     """Yield (name that is bound, file of the tests, name in it) of an import of the tests' own modules: from
     `tests`, or from beside a file or from benchmarks, which some add to the path."""
-    if not isinstance(node, (ast.Import, ast.ImportFrom)):
+    if not isinstance(node, (ast.Import, ast.ImportFrom)) or any(
+            path.is_relative_to(SOURCES / name) for name in OUR_PACKAGES):
         return
     for alias in node.names:
         bound, name = alias.asname or alias.name, alias.name
@@ -164,12 +165,13 @@ def needed_by(module: TestModule, start: ast.AST, seen: set[tuple[Path, int]]) -
         if name in module.names and (found := needed_by(module, module.names[name], seen)):
             return found
         if isinstance(node, ast.Name) and name in module.helpers:
-            other, there = module.helpers[name]
+            file, there = module.helpers[name]
+            other = TestModule(file)
             if there in other.names and (found := needed_by(other, other.names[there], seen)):
                 return found
         if (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
                 and module.helpers.get(node.value.id, (None, "-"))[1] == ""):
-            other, _ = module.helpers[node.value.id]
+            other = TestModule(module.helpers[node.value.id][0])
             if node.attr in other.names and (found := needed_by(other, other.names[node.attr], seen)):
                 return found
     return ""
