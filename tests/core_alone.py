@@ -31,10 +31,12 @@ from megatron_sov.base.command_line import is_installed
 from megatron_sov.version import OUR_PACKAGES, PARTS, part_of
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("tests", "benchmarks", "docs", "pyproject.toml", "README.md", "constraints.txt")
+COPIED = ("tests", "benchmarks", "docs", "pyproject.toml", "setup.py", "README.md", "constraints.txt")
 """What tests read besides our packages."""
 SOURCES = Path(megatron_sov.__file__).parents[1]
 DOTTED = re.compile(r"(megatron_sov|data_prep)(\.\w+)+(:\w+)?")
+PROGRAM_IMPORTS = re.compile(r"\bimport ([\w., ]+)")
+"""What a text imports that is a program."""
 OTHER_PROGRAMS = ("sov-data", "sov-tokenizer")
 
 
@@ -193,6 +195,9 @@ def typed_part(node: ast.AST) -> str:
         text = node.value
         if DOTTED.fullmatch(text) and part_of(text):
             return text
+        for name in (word for names in PROGRAM_IMPORTS.findall(text) for word in re.split(r"[, ]+", names)):
+            if name.partition(".")[0] in OUR_PACKAGES and part_of(name):
+                return str(name)
         return text.split()[0] if text.split()[:1] and text.split()[0] in OTHER_PROGRAMS else (
             _part_command(text) if " -" in text or "{" in text else "")
     items = (node.elts if isinstance(node, (ast.List, ast.Tuple)) else
