@@ -89,7 +89,7 @@ def page() -> str:
 
 
 def counts() -> str:
-    """Return the table of imports, who imports and how often whom, and the lines of the core and its parts."""
+    """Return the table of imports, who imports whom how often, and the lines of the core and each part."""
     table, halls = rules(), list(SAYS)
     found, of_parts = arrows(table), table.lines_of_parts(table.sources(ROOT))
     lines = [" " * 10 + "".join(f"{hall[:8]:>9}" for hall in halls[:-2])]
