@@ -38,6 +38,8 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS = {
+    # the tests of the core alone: `make core`
+    "test": ["pytest>=8", "pytest-xdist", "hypothesis", "allpairspy", "setuptools>=77"],
     # Needs a CUDA toolchain and --no-build-isolation: docs/install.md.
     "gpu": ["transformer-engine[pytorch,core-cu13]==2.20.2"],
     "rollout": ["vllm"],
@@ -89,8 +91,8 @@ EXTRAS = {
 VERSION, PARTS = DISTRIBUTED["__version__"], DISTRIBUTED["PARTS"]
 PART = os.environ.get("SOV_PART", "")
 """What is built: the whole (""), "core", or one of its parts (`make parts`)."""
-OF_PART = {"tokenizer": ["sentencepiece"], "data": ["data"], "synth": ["synth", "data"], "omni": ["omni"],
-           "serve": ["serve"]}
+OF_PART = {"tokenizer": ["sentencepiece"], "curate": ["data"], "synth": ["synth", "data"], "omni": ["omni"],
+           "post": ["rl", "judge"], "bench": ["eval"], "serve": ["serve"]}
 """Part -> extras whose libraries it needs."""
 SCRIPTS = {"core": "megatron-sov=megatron_sov.cli:main", "tokenizer": "sov-tokenizer=tokenizer.cli:main",
            "data": "sov-data=data_prep.cli:main"}
@@ -120,11 +122,11 @@ class BuildPart(build_py):
 
 # the libraries alone: pip would ask an index for our parts by name, which has none of ours
 EXTRAS["all"] = sorted({line for name, lines in EXTRAS.items()
-                        if name not in ("dev", "gpu", "rollout", "docs") for line in lines})
+                        if name not in ("test", "dev", "gpu", "rollout", "docs") for line in lines})
 NEEDS = (INSTALL_REQUIRES if PART in ("", "core") else
-         [f"megatron-sov=={VERSION}", *(line for name in OF_PART.get(PART, []) for line in EXTRAS[name])])
-if PART == "synth":
-    NEEDS.append(f"megatron-sov-data=={VERSION}")
+         [f"megatron-sov=={VERSION}", *(f"megatron-sov-{part}=={VERSION}"
+                                        for part in DISTRIBUTED["PARTS_NEEDED"].get(PART, ())),
+          *(line for name in OF_PART.get(PART, []) for line in EXTRAS[name])])
 
 setup(
     name="megatron-sov" if PART in ("", "core") else f"megatron-sov-{PART}",

@@ -2,7 +2,7 @@
 list that the tests hold imports to (tests/test_architecture.py).
 
     python docs/generate_house.py              the picture
-    python docs/generate_house.py --counts     how many imports there are, as a table
+    python docs/generate_house.py --counts     how many imports and lines there are, as tables
 """
 
 from __future__ import annotations
@@ -89,13 +89,16 @@ def page() -> str:
 
 
 def counts() -> str:
-    """Return the table of imports: who imports, and how often whom."""
-    found, halls = arrows(rules()), list(SAYS)
+    """Return the table of imports, who imports whom how often, and the lines of the core and each part."""
+    table, halls = rules(), list(SAYS)
+    found, of_parts = arrows(table), table.lines_of_parts(table.sources(ROOT))
     lines = [" " * 10 + "".join(f"{hall[:8]:>9}" for hall in halls[:-2])]
     lines += [f"{hall:<10}" + "".join(f"{found[hall, other] or '.':>9}" for other in halls[:-2])
               for hall in halls]
     upwards = sum(number for (hall, other), number in found.items() if halls.index(other) > halls.index(hall))
-    return "\n".join([*lines, f"{len(found)} arrows, {upwards} of them upwards"])
+    lines += [f"{len(found)} arrows, {upwards} of them upwards", ""]
+    lines += [f"{part or 'core':<10}{number:>9,} lines" for part, number in of_parts.most_common()]
+    return "\n".join([*lines, f"{'all':<10}{of_parts.total():>9,} lines"])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from megatron_sov.base.command_line import (
-    HelpText, Parser, end_help, exit_code, fill_commands, list_commands, missing_part, parser_of, version_of)
+    HelpText, Parser, end_help, exit_code, fill_commands, list_commands, parser_of, version_of)
 from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.plugins.registry import Declared, declared, takes
 from megatron_sov.commands import COMMANDS, WORDS
@@ -25,7 +25,7 @@ PROGRAM, GROUP = "megatron-sov", "megatron_sov.commands"
 
 def help_parser(installed: list[Declared]) -> argparse.ArgumentParser:
     """Return the top-level parser, for its help; sub-commands parse their own arguments."""
-    texts = {name: c.help + _missing(c.module) for name, c in COMMANDS.items()}
+    texts = {name: c.marked_help for name, c in COMMANDS.items()}
     texts |= {d.name: f"from package {d.package}" for d in installed}
     groups = {name: c.group for name, c in COMMANDS.items()} | {d.name: "from packages" for d in installed}
     parser = argparse.ArgumentParser(
@@ -43,12 +43,6 @@ def help_parser(installed: list[Declared]) -> argparse.ArgumentParser:
     return parser
 
 
-def _missing(module: str) -> str:
-    """Return what the help says of a command whose part is not installed."""
-    part = missing_part(module)
-    return f" (part '{part}', not installed)" if part else ""
-
-
 def build_parser() -> Parser:
     """Return the parser of all commands, those of two words below their first."""
     parser = parser_of(PROGRAM, "Train your own language model.",
@@ -62,8 +56,8 @@ def build_parser() -> Parser:
             below = group.add_subparsers(metavar="COMMAND", parser_class=type(group))
             # shells look for the second word first, not for RECIPE
             group._actions.insert(0, group._actions.pop())
-        for second, text in children_of(first).items():
-            below.add_parser(second, help=text)._module = COMMANDS[f"{first} {second}"].module
+        for second in children_of(first):
+            COMMANDS[f"{first} {second}"].declare(second, below)
     return parser
 
 
@@ -111,7 +105,7 @@ def named(argv: list[str]) -> tuple[str, list[str]]:
 
 def children_of(name: str) -> dict[str, str]:
     """Return second word -> help of the commands of two words that begin with a word."""
-    return {command.removeprefix(f"{name} "): c.help for command, c in COMMANDS.items()
+    return {command.removeprefix(f"{name} "): c.marked_help for command, c in COMMANDS.items()
             if command.startswith(f"{name} ")}
 
 

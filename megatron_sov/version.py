@@ -14,7 +14,23 @@ OUR_PACKAGES = ("megatron_sov", "tokenizer", "data_prep", "slurm")
 PARTS = {
     "tokenizer": ("tokenizer",),
     "data": ("data_prep",),
+    "curate": ("data_prep.curate", "data_prep.mixture.search", "data_prep.mixture.fitting"),
     "synth": ("data_prep.synth",),
+    "post": ("megatron_sov.judge", "megatron_sov.post.distillation", "megatron_sov.post.policy",
+             "megatron_sov.post.preference", "megatron_sov.post.reference", "megatron_sov.post.rl",
+             "megatron_sov.post.ssp", "megatron_sov.infer.turns", "megatron_sov.eval.pass_at_k",
+             "megatron_sov.commands.evaluate.eval_judged", "megatron_sov.commands.rl",
+             "megatron_sov.commands.score", "megatron_sov.commands.train.distill",
+             "megatron_sov.commands.train.prefer"),
+    "bench": ("megatron_sov.bench", "megatron_sov.commands.evaluate.benchmarks",
+              "megatron_sov.commands.evaluate.eval_play", "megatron_sov.commands.evaluate.eval_results",
+              "megatron_sov.commands.train.forgetting_gate"),
+    "plan": ("megatron_sov.plan.calibration.calibrate", "megatron_sov.plan.on_cluster",
+             "megatron_sov.plan.pages", "megatron_sov.plan.post_training", "megatron_sov.plan.pricing",
+             "megatron_sov.plan.search.space", "megatron_sov.plan.search.sweep", "megatron_sov.plan.tables",
+             "megatron_sov.commands.operate.plan"),
+    "operate": ("megatron_sov.operate", "megatron_sov.commands.operate.submit",
+                "megatron_sov.commands.operate.bundle", "megatron_sov.commands.operate.doctor"),
     "publish": ("megatron_sov.publish", "megatron_sov.commands.operate.report",
                 "megatron_sov.commands.operate.ladder", "megatron_sov.commands.operate.watch",
                 "megatron_sov.commands.models.card"),
@@ -24,6 +40,10 @@ PARTS = {
               "megatron_sov.commands.models.chat"),
 }
 """Part that an installation can do without -> its packages and modules; all others are the core."""
+
+PARTS_NEEDED = {"curate": ("data",), "synth": ("data", "curate", "post"), "bench": ("post",),
+                "omni": ("data",), "publish": ("plan",)}
+"""Part -> the other parts that it imports."""
 
 
 def part_of(module: str) -> str:

@@ -3,16 +3,12 @@ ranks are real processes, models are tiny."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import ctypes
-import difflib
 import gc
 import hashlib
 import html
-import inspect
 import json
-import optparse
 import os
 import re
 import resource
@@ -24,12 +20,16 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.packing import Packed
 
 ROOT = Path(__file__).parents[1]
 settings.register_profile("house", deadline=None, derandomize=True)
@@ -409,11 +409,23 @@ def measure_page(open_page: OpenPage, tmp_path: Path) -> MeasurePage:
     return measured
 
 
-VOCAB_SIZE = 1024
-SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+SIZES = {"vocab_size": 1024, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 16, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
          "max_position_embeddings": 512, "initializer_range": 0.25}
 """A large spread of initial weights: logits of several units, so that a wrong detail of the model shows."""
+
+
+def _made_folder(name: str, factory: pytest.TempPathFactory,
+                 run_command: Callable[..., subprocess.CompletedProcess[str]]) -> Path:
+    """Return the folder of a fixture: made now, or a copy of what SOV_TESTS_DATA has of that name."""
+    folder = factory.mktemp(name)
+    if kept := os.environ.get("SOV_TESTS_DATA"):
+        shutil.copytree(Path(kept) / name, folder, dirs_exist_ok=True)
+        return folder
+    from tests.packing import MAKERS
+
+    MAKERS[name](folder, run_command)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -421,18 +433,7 @@ def token_shards(tmp_path_factory: pytest.TempPathFactory,
                  run_command: Callable[..., subprocess.CompletedProcess[str]]) -> Path:
     """A token artifact with two sources, "first" and "second", a fifth of each held out;
     the tokenizer lies inside."""
-    folder = tmp_path_factory.mktemp("tokens")
-    for name, modules in {"first": (argparse, inspect), "second": (difflib, optparse)}.items():
-        paragraphs = [p for module in modules for p in inspect.getsource(module).split("\n\n") if p.strip()]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in paragraphs))
-    inputs = ["--input", str(folder / "first.jsonl"), "--input", str(folder / "second.jsonl")]
-    for program, *argv in (
-            ("sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size", str(VOCAB_SIZE), *inputs,
-             "--output", str(folder / "tokenizer")),
-            ("sov-data", "pack", "--tokenizer", str(folder / "tokenizer"), *inputs, "--output",
-             str(folder / "shards"), "--heldout", "0.2", "--workers", "1")):
-        run_command(*argv, program=program).check_returncode()
-    return folder / "shards"
+    return _made_folder("token_shards", tmp_path_factory, run_command) / "shards"
 
 
 def _random_solar() -> Any:
@@ -498,48 +499,14 @@ def one_rank(as_one_rank: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv(name, value)
 
 
-DOCUMENTS = tuple(
-    f"Chapter {i}.\n\n" + " ".join(f"{word} {i * k} of {k + i} parts" for k, word in enumerate(
-        ["water", "stone", "light", "river", "한국어", "mountain", "winter", "letter"][:3 + i % 6]))
-    + f".\nEnd of chapter {i}." for i in range(160))
-"""Small real documents, 60 to 250 bytes each."""
-CHATS = tuple(
-    {"messages": [{"role": "user", "content": f"What is {i} plus {i % 7}?"}, {
-        "role": "assistant", "content": f"{i} plus {i % 7} is {i + i % 7}." + " I am sure." * (i % 3)}]}
-    for i in range(80))
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Token artifacts of one tokenizer with 368 ids."""
-
-    tokenizer: Path
-    text: Path
-    """Two sources, "even" and "odd"."""
-    chats: Path
-    """One source, "chat"."""
-
-
 @pytest.fixture(scope="session")
 def packed_data(tmp_path_factory: pytest.TempPathFactory,
                 run_command: Callable[..., subprocess.CompletedProcess[str]]) -> Packed:
     """Documents and chats, packed by the project's own commands, in another process: what they import is
     large, and most tests that need the files do not need it."""
-    folder = tmp_path_factory.mktemp("data")
-    for name, documents in (("even", DOCUMENTS[::2]), ("odd", DOCUMENTS[1::2])):
-        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in documents))
-    (folder / "chat.jsonl").write_text("\n".join(json.dumps(c) for c in CHATS))
-    packed = Packed(folder / "tokenizer", folder / "text", folder / "chats")
-    inputs = ["--input", str(folder / "even.jsonl"), "--input", str(folder / "odd.jsonl")]
-    common = ["--tokenizer", str(packed.tokenizer), "--heldout", "0.1", "--workers", "1"]
-    for program, *argv in (
-            ("sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size", "368", *inputs,
-             "--output", str(packed.tokenizer)),
-            ("sov-data", "pack", *common, *inputs, "--output", str(packed.text)),
-            ("sov-data", "pack", *common, "--format", "chat", "--input", str(folder / "chat.jsonl"),
-             "--output", str(packed.chats))):
-        run_command(*argv, program=program).check_returncode()
-    return packed
+    from tests.packing import Packed
+
+    return Packed.of(_made_folder("packed_data", tmp_path_factory, run_command))
 
 
 def _pip(*arguments: str, cwd: Path, **environment: str) -> None:
@@ -569,6 +536,7 @@ def build_wheel(packaged_files: set[str],
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / "source" / name)
 
+    @cache
     def build(part: str = "") -> Path:
         shutil.rmtree(folder / "source/build", ignore_errors=True)  # it would come along
         wheels = folder / (part or "whole")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.version import OUR_PACKAGES, part_of
+from megatron_sov.version import OUR_PACKAGES, PARTS, PARTS_NEEDED, part_of
+
+pytestmark = pytest.mark.checkout
 
 ROOT = Path(__file__).parents[1]
 DATA_ONLY = {"slurm"}
@@ -80,7 +83,7 @@ SAID = re.compile(r"__doc__|str\((e|error)\)|\{e\}|std(out|err)|\b(said|shown|wh
 _PROGRAM, _SYSTEM, _PUBLISHED = "a program's output", "a file of the kernel", "as the published rule cuts it"
 CUT_ANYWHERE = {
     "megatron_sov/model/counterparts/settings.py": "the words of a script",
-    "megatron_sov/operate/slurm/attempts.py": _PROGRAM, "megatron_sov/operate/slurm/submission.py": _PROGRAM,
+    "megatron_sov/operate/slurm/attempts.py": _PROGRAM,
     "megatron_sov/work/clusters/client.py": _PROGRAM, "megatron_sov/work/processes/background.py": _PROGRAM,
     "data_prep/mixture/search.py": _PROGRAM, "megatron_sov/work/endpoints/local_server.py": _PROGRAM,
     "data_prep/synth/generators/code.py": _PROGRAM, "data_prep/synth/generators/tools/worlds.py": _PROGRAM,
@@ -90,6 +93,8 @@ CUT_ANYWHERE = {
     "data_prep/curate/quality/rules/step.py": _PUBLISHED}
 """File whose lines may be cut at any sign that ends one -> what they are."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
+MAX_CORE_LINES = 72_000
+"""Of what an installation cannot do without; all else is a part of `megatron_sov.version.PARTS`."""
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
     "data_prep/curate/dedup/minhash_loops.py": "compiled loops, loaded where they are called",
@@ -97,6 +102,7 @@ ALONE = {
     "data_prep/synth/generators/triples.py": "a generator, loaded by its name",
     "megatron_sov/commands/operate/status.py": "a command",
     "megatron_sov/commands/models/serve.py": "a command",
+    "megatron_sov/commands/train/forgetting_gate.py": "is of the part bench, and its user of the core",
     "megatron_sov/engine/mcore/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,
     "megatron_sov/train/guards/watchdog.py": "runs without megatron",
@@ -121,6 +127,11 @@ class Source:
         """The hall of megatron_sov (`api.py` is the hall `api`), or the top-level package."""
         parts = self.path.relative_to(self.root).with_suffix("").parts
         return parts[1] if parts[0] == "megatron_sov" and len(parts) > 1 else parts[0]
+
+    @property
+    def part(self) -> str:
+        """The part of an installation that it is in; "" for the core."""
+        return part_of(self.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
 
     @property
     def tree(self) -> ast.Module:
@@ -357,13 +368,21 @@ def lonely(found: list[Source]) -> list[str]:
 
 def part_problems(source: Source) -> Iterator[str]:
     """A part that may not be installed is imported where it is needed, and only there."""
-    here = part_of(source.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
-    # `data_prep/media` is run by a command of the part data
-    may = {here, "", "data"} if here in ("synth", "omni") else {here, ""}
+    here = source.part
+    may = {here, "", *PARTS_NEEDED.get(here, ())}
     for line, name in source.imports(top_level_only=True):
         if part_of(name) not in may and source.name != "demo.py":
             yield (f"{source.name}:{line}: imports {name} of the part '{part_of(name)}' at module level; "
                    "import it inside the function that needs it")
+
+
+def lines_of_parts(found: list[Source]) -> Counter[str]:
+    """Return part ("" for the core) -> lines of its sources; scripts at the top are in no wheel."""
+    lines: Counter[str] = Counter()
+    for source in found:
+        if source.path.parent != source.root:
+            lines[source.part] += len(source.path.read_text(encoding="utf-8").split("\n")) - 1
+    return lines
 
 
 RULES = (import_problems, wing_problems, hall_problems, part_problems, loading_problems, model_problems,
@@ -411,12 +430,29 @@ def test_a_short_file_with_one_user_stands_in_its_user(tmp_path: Path, house: li
     assert lonely(sources(tmp_path)) == ["tokenizer/b.py"]
 
 
+def test_the_core_is_small(tmp_path: Path, house: list[Source]) -> None:
+    lines = lines_of_parts(house)
+    assert set(lines) == {"", *PARTS} and 60_000 < lines[""] <= MAX_CORE_LINES
+    (tmp_path / "megatron_sov/bench").mkdir(parents=True)
+    (tmp_path / "megatron_sov/cli.py").write_text("x = 1\n" * 3)
+    (tmp_path / "megatron_sov/bench/lm.py").write_text("x = 1\n" * 2)
+    (tmp_path / "demo.py").write_text("x = 1\n")
+    assert lines_of_parts(sources(tmp_path)) == {"": 3, "bench": 2}
+
+
+def test_each_part_needs_parts_that_there_are() -> None:
+    assert set(PARTS_NEEDED) | {need for needs in PARTS_NEEDED.values() for need in needs} <= set(PARTS)
+    # what a part needs names all that this needs in turn: a person installs them all at once
+    for needs in PARTS_NEEDED.values():
+        assert {more for need in needs for more in PARTS_NEEDED.get(need, ())} <= set(needs)
+
+
 BAD = [
     ("megatron_sov/base/artifacts.py", "from megatron_sov.model.config import RunConfig",
      "hall 'base' may not import 'model'"),
     ("megatron_sov/engine/data/order.py", "from megatron_sov.engine.convert import proof",
      "wing 'data' of megatron_sov/engine may not import 'convert'"),
-    ("megatron_sov/train/loop.py", "from megatron_sov.bench.lm import run",
+    ("megatron_sov/train/loop.py", "def f():\n    from megatron_sov.bench.lm import run",
      "hall 'train' may not import 'bench'"),
     ("megatron_sov/engine/data/order.py", "def f():\n    import megatron_sov.train.loop",
      "hall 'engine' may not import 'train'"),
@@ -425,7 +461,7 @@ BAD = [
     ("megatron_sov/engine/mcore/model/specs.py", "from megatron_sov.engine import data",
      "wing 'mcore' of megatron_sov/engine may not import 'data'"),
     ("megatron_sov/train/loop.py", "from megatron_sov import post", "hall 'train' may not import 'post'"),
-    ("tokenizer/train.py", "from megatron_sov.plan import pricing",
+    ("tokenizer/train.py", "def f():\n    from megatron_sov.plan import pricing",
      "hall 'tokenizer' may not import 'plan'"),
     ("data_prep/shards/pack.py", "def f():\n    import tokenizer.train",
      "halls meet 'tokenizer' in artifacts only"),
@@ -442,6 +478,8 @@ BAD = [
      "hall 'publish' may not import 'engine'"),
     ("megatron_sov/commands/inspect.py", "from megatron_sov.publish.report import page",
      "of the part 'publish' at module level"),
+    ("megatron_sov/commands/evaluate/eval_judged.py", "from megatron_sov.bench.lm import settings",
+     "of the part 'bench' at module level"),
     ("megatron_sov/engine/data/order.py", "import pickle", "not unpickled"),
     ("megatron_sov/model/recipes/sources.py", "try:\n    import torch\nexcept ImportError:\n    torch = None",
      "at module level"),

@@ -23,6 +23,8 @@ from megatron_sov.model.recipes.stage_defaults import base_of_model, refuse_pret
 from tests.pages_typed import (
     ENTRIES, PAGES, ROOT, TYPED, commands_of, lines_of, name_of, parse, shell_blocks, unheld)
 
+pytestmark = pytest.mark.checkout
+
 KEYS_OF_TWO_CELLS = ("docs/media_encoders.md", "docs/memory.md", "docs/recipes.md", "docs/synth_worlds.md")
 """Pages with tables whose first cell does not say alone what a row is of."""
 TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "prefer": "preference",

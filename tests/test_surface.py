@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent))
+import pytest
 from freeze_surface import FILE, surface
+
+pytestmark = pytest.mark.checkout
 
 
 def test_no_option_or_setting_comes_goes_or_changes_unargued() -> None:

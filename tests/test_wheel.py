@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.version import PARTS, __version__, part_of
+from megatron_sov.version import PARTS, PARTS_NEEDED, __version__, part_of
+
+pytestmark = pytest.mark.checkout
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("megatron-sov", "sov-tokenizer", "sov-data")
+NO_CHECKOUT = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in f'{f}']; "
+"""Begins a program that finds nothing in the checkout: an editable installation gives what a part lacks."""
 
 
 def run_installed(installed: Path, *command: str) -> subprocess.CompletedProcess[str]:
@@ -87,7 +93,7 @@ def test_the_core_works_without_its_parts_and_names_what_is_missing(
         own = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: megatron-sov")]
         assert own == ([f"Requires-Dist: megatron-sov=={__version__}"] if part else [])
     alone, both = install_wheels(core), install_wheels(core, serve)
-    program = "from megatron_sov.cli import main; raise SystemExit(main())"
+    program = f"{NO_CHECKOUT}from megatron_sov.cli import main; raise SystemExit(main())"
     done = run_installed(alone, sys.executable, "-P", "-c", program, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "(part 'serve', not installed)" in done.stdout and "pretrain" in done.stdout
@@ -97,3 +103,39 @@ def test_the_core_works_without_its_parts_and_names_what_is_missing(
                                   "wheel megatron_sov_serve-")
     done = run_installed(both, sys.executable, "-P", "-c", program, "serve", "--help")
     assert (done.returncode, done.stderr) == (0, "")
+    # an action of a command may be another part's, which may need a third
+    done = run_installed(alone, sys.executable, "-P", "-c", program, "eval", "--help")
+    assert done.returncode == 0 and "(part 'bench', not installed)" in " ".join(done.stdout.split())
+    assert "Loss and bits per byte on held-out documents, per source\n" in done.stdout
+    done = run_installed(alone, sys.executable, "-P", "-c", program, "eval", "lm", "somewhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    wheels = [f"megatron_sov_{name}-{__version__}-py3-none-any.whl" for name in ("bench", "post")]
+    assert done.stderr == ("error: this needs the part 'bench', which is not installed: install the wheels "
+                           f"{wheels[0]} and {wheels[1]} from where the core came (make parts)\n")
+
+
+def test_sov_data_marks_the_commands_of_missing_parts(build_wheel: Callable[..., Path],
+                                                      install_wheels: Callable[..., Path]) -> None:
+    data = install_wheels(build_wheel("core"), build_wheel("data"))
+    program = f"{NO_CHECKOUT}from data_prep.cli import main; raise SystemExit(main())"
+    done = run_installed(data, sys.executable, "-P", "-c", program, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = " ".join(done.stdout.split())
+    assert "(part 'curate', not installed)" in shown and "(part 'synth', not installed)" in shown
+    assert "turn text, chats, preferences or prompts into token shards adopt" in shown
+    done = run_installed(data, sys.executable, "-P", "-c", program, "run", "pipeline.yaml")
+    assert (done.returncode, done.stdout) == (2, "") and "needs the part 'curate'" in done.stderr
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_asks_for_the_core_and_the_parts_that_it_needs(part: str,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", lambda **keywords: asked.update(keywords))
+    monkeypatch.setenv("SOV_PART", part)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    own = [line for line in asked["install_requires"] if line.startswith("megatron-sov")]
+    assert asked["name"] == f"megatron-sov-{part}" and own == [
+        f"megatron-sov=={__version__}", *(f"megatron-sov-{name}=={__version__}"
+                                          for name in PARTS_NEEDED.get(part, ()))]

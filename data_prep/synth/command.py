@@ -9,7 +9,7 @@ import inspect
 import textwrap
 from typing import Any
 
-from data_prep.synth.known import GENERATORS, generator_class
+from data_prep.synth.known import generator_class, generator_names
 from data_prep.synth.options import SynthOptions
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import add_options, read_options
@@ -39,7 +39,7 @@ def run(typed: argparse.Namespace) -> int:
 
 def _generators() -> str:
     lines = []
-    for name in sorted(GENERATORS):
+    for name in generator_names():
         try:
             said = generator_class(name).help
         except UserError as e:  # a library is missing, which the others do not need

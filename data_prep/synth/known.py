@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from megatron_sov.base.errors import UserError, how_to_install, nearest
+from megatron_sov.base.plugins.loading import LoadedPlugin
+from megatron_sov.base.plugins.registry import Registry
 
 if TYPE_CHECKING:
     from data_prep.synth.generator import Generator
@@ -32,15 +34,34 @@ GENERATORS: dict[str, str] = {
 """Name on the command line -> module:class."""
 
 
+def _check(loaded: LoadedPlugin) -> None:
+    from data_prep.synth.generator import Generator
+
+    if not (isinstance(loaded.value, type) and issubclass(loaded.value, Generator)):
+        raise UserError(f"{loaded.reference}: is {str(loaded.value)[:80]}; a generator is a subclass of "
+                        f"{Generator.__module__}.Generator")
+
+
+OWN: Registry[type[Generator]] = Registry("generator", "megatron_sov.generators", GENERATORS, _check,
+                                          lambda generator: str(generator.name))
+"""Those of installed packages."""
+
+
+def generator_names() -> list[str]:
+    """Return the names that the command line may use, in order."""
+    return sorted([*GENERATORS, *(name for name, _ in OWN.listing())])
+
+
 def generator_class(name: str) -> type[Generator]:
     """Return the class of a generator.
 
     Raises:
         UserError: there is none of that name, or a library that it needs is not installed.
     """
+    if name not in (known := generator_names()):
+        raise UserError(f"{name}: is no generator{nearest(name, known)}; known are {', '.join(known)}")
     if name not in GENERATORS:
-        raise UserError(f"{name}: is no generator{nearest(name, GENERATORS)}; known are "
-                        f"{', '.join(sorted(GENERATORS))}")
+        return OWN.get(name)
     # by name, so that a generator whose library is missing takes no other one along
     module, _, attribute = GENERATORS[name].partition(":")
     try:

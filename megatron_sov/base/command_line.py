@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from megatron_sov.base.errors import (
     DryRun, ExitCode, GateFailed, StopRequested, UserError, nearest, to_exit_code, visible)
-from megatron_sov.version import PARTS, __version__, part_of
+from megatron_sov.version import PARTS, PARTS_NEEDED, __version__, part_of
 
 MAX_PATH_CHARS = 300
 """Of a path that is shown; the longest that a disk takes are longer than a screen."""
@@ -134,7 +134,7 @@ def _options_of(parser: argparse.ArgumentParser) -> list[str]:
 
 def fill_commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     """Import every command below a parser whose part is installed; returns the parser and all below it."""
-    if isinstance(parser, _CommandParser) and not missing_part(parser._module):
+    if isinstance(parser, CommandParser) and not missing_part(parser._module):
         parser.fill()
     found = [parser]
     for action in parser._actions:
@@ -171,6 +171,18 @@ class Command:
         page = [f"page: docs/{self.page}"] if self.page else []
         return "\n".join([*(["examples:"] if shown else []), *shown, *page])
 
+    @property
+    def marked_help(self) -> str:
+        """Return its line, which says where its part is not installed."""
+        part = missing_part(self.module)
+        return f"{self.help} (part '{part}', not installed)" if part else self.help
+
+    def declare(self, name: str, below: Any) -> None:
+        """Add it to what `add_subparsers` returned, whose parsers are `CommandParser`s."""
+        # the module is a name until its command is parsed: `--help` imports none
+        child = below.add_parser(name, help=self.marked_help.replace("%", "%%"))
+        child._module, child._command = self.module, self
+
     def load(self) -> Any:
         """Import it."""
         return _load(self.module)
@@ -183,7 +195,7 @@ def _load(reference: str) -> Any:
     return getattr(found, name) if name else found
 
 
-class _CommandParser(Parser):
+class CommandParser(Parser):
     """The parser of one command, whose module is imported when something is parsed by it: the other commands
     of the program cost nothing."""
 
@@ -245,6 +257,7 @@ def is_installed(module: str) -> bool:
 def missing_part(module: str) -> str:
     """Return the part of `module` where it is not installed; "" for the core, and where the part is here and
     has no such module."""
+    module = module.partition(":")[0]
     part = part_of(module)
     roots = [name for name in PARTS.get(part, ()) if f"{module}.".startswith(f"{name}.")]
     return "" if any(map(is_installed, roots)) else part
@@ -261,8 +274,10 @@ def check_part(module: str) -> None:
 
 
 def _part_is_missing(part: str) -> str:
-    return (f"this needs the part '{part}', which is not installed: install the wheel "
-            f"megatron_sov_{part}-{__version__}-py3-none-any.whl from where the core came (make parts)")
+    missing = [name for name in PARTS_NEEDED.get(part, ()) if not any(map(is_installed, PARTS[name]))]
+    wheels = [f"megatron_sov_{name}-{__version__}-py3-none-any.whl" for name in (part, *missing)]
+    return (f"this needs the part '{part}', which is not installed: install the wheel{'s' * bool(missing)} "
+            f"{' and '.join(wheels)} from where the core came (make parts)")
 
 
 def parser_of(program: str, description: str, commands: Mapping[str, Command]) -> Parser:
@@ -272,11 +287,9 @@ def parser_of(program: str, description: str, commands: Mapping[str, Command]) -
                                    {name: c.group for name, c in commands.items()})
     parser.add_argument("--version", action="version", version=version_of(program))
     actions = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
-                                    parser_class=_CommandParser)
+                                    parser_class=CommandParser)
     for name, command in commands.items():
-        # the module is a name until its command is parsed: `--help` imports none
-        child = actions.add_parser(name, help=command.help)
-        child._module, child._command = command.module, command
+        command.declare(name, actions)
     return parser
 
 

@@ -142,7 +142,7 @@ COMMANDS = {
          "rl train tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store "
          "store --run runs/rl --wait 600")),
     "rl store": Command(
-        "megatron_sov.commands.inspect:RL_STORE",
+        "megatron_sov.commands.rl.rl_store",
         "ls, show, stats, page, verify, gc: the rollout store between generation, reward and training",
         POST_TRAIN, "rollout_store.md",
         ("rl store stats store",

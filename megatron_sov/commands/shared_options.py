@@ -82,6 +82,11 @@ class RecordOptions:
     """Also add the figures to this run's events, for its report."""
 
 
+def named_tasks(names: str | None) -> list[str]:
+    """Return the tasks of an option, separated by commas."""
+    return [name for name in (part.strip() for part in (names or "").split(",")) if name]
+
+
 def step_of(target: Target, events: RunEvents) -> int | None:
     """Return the step of a checkpoint; an export is taken to be of the run's last one."""
     return events.last_step() if target.step is None else target.step

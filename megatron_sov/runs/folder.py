@@ -25,6 +25,8 @@ CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "ga
                                              "stages", "slurm")
 COMMAND = "command.json"
 """The command line that began or continued the run, for `megatron-sov resume`."""
+ATTEMPTS, SUBMISSIONS = "attempts.jsonl", "jobs.jsonl"
+"""Of a folder of Slurm jobs: how often each job's script began and how that ended, and what was submitted."""
 HELD = "awaiting_gate.json"
 """The completion manifest of a stage whose last checkpoint is still to be judged."""
 GATE = "gate"
@@ -331,3 +333,17 @@ class RunEvents:
             return
         if isinstance(config, dict):
             alert(config, self._path.parent, record)
+
+
+def submitted_jobs(records: Path) -> list[str]:
+    """Return the numbers of the Slurm jobs that a folder of jobs has, in the order of their submission."""
+    return [str(r["job"]) for r in read_events(records / SUBMISSIONS) if r["event"] == "submitted"]
+
+
+def last_words(records: Path, number: str) -> str:
+    """Return the last line of a job's own log, which has some even where the job could not record an
+    attempt; empty: none."""
+    logs = [file for pattern in (f"{number}.log", f"{number}_*.log")
+            for file in sorted(records.glob(pattern))]
+    said = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs).strip()
+    return said.splitlines()[-1].strip().removeprefix("job: ") if said else ""

@@ -13,9 +13,10 @@ import pytest
 
 from data_prep import steps
 from data_prep.cli import main
+from data_prep.curate.code_step import CodeStep, StepCodeSettings
 from data_prep.curate.pipeline.plan import file_hashes
 from data_prep.curate.pipeline.step import StepOutcome
-from data_prep.steps import CodeStep, StepCodeSettings, Steps, named_steps
+from data_prep.steps import Steps, named_steps
 from megatron_sov.base.documents import Document, LeftOut
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import recording_reads

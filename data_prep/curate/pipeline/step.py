@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.base.plugins.loading import LoadedPlugin
+from megatron_sov.base.plugins.registry import Registry
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -161,7 +163,7 @@ def schema(columns: dict[str, ColumnType], *first: tuple[str, pa.DataType]) -> p
 
 
 STEPS: dict[str, str] = {
-    "code": "data_prep.steps:CodeStep",
+    "code": "data_prep.curate.code_step:CodeStep",
     "language": "data_prep.curate.quality.identify:Language",
     "rules": "data_prep.curate.quality.rules.step:Rules",
     "pii": "data_prep.curate.quality.pii.step:Pii",
@@ -179,12 +181,30 @@ STEPS: dict[str, str] = {
 """Name in pipeline files -> module:class."""
 
 
+def _check(loaded: LoadedPlugin) -> None:
+    if not (isinstance(loaded.value, type) and issubclass(loaded.value, Step)):
+        raise UserError(f"{loaded.reference}: is {str(loaded.value)[:80]}; a step of a pipeline is a "
+                        f"subclass of {Step.__module__}.Step")
+
+
+OWN: Registry[type[Step]] = Registry("step of a pipeline", "megatron_sov.pipeline_steps", STEPS, _check,
+                                     lambda step: str(step.kind))
+"""Those of installed packages."""
+
+
+def step_names() -> list[str]:
+    """Return the names that pipeline files may use."""
+    return [*STEPS, *(name for name, _ in OWN.listing())]
+
+
 def step_class(kind: str) -> type[Step]:
-    """Return the class of a step that `STEPS` has.
+    """Return the class of a step that `step_names` has.
 
     Raises:
-        UserError: a library that it needs is not installed.
+        UserError: a library that it needs is not installed, or an installed package's is no step.
     """
+    if kind not in STEPS:
+        return OWN.get(kind)
     module, _, name = STEPS[kind].partition(":")
     try:
         # A step's module is imported when a pipeline names it: its libraries may not be installed.

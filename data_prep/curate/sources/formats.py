@@ -15,6 +15,8 @@ from data_prep.curate.sources.source import PASSED_OVER, Broken, Raw, Reader, So
 from data_prep.libraries import require
 from megatron_sov.base.documents.files import is_about, is_records
 from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.plugins.loading import LoadedPlugin
+from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, as_problem, find_problems, problems_of)
 
@@ -44,7 +46,25 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 """Format -> modules that the process which reads imports; without one every file would be told as broken."""
 
 
+def _check(loaded: LoadedPlugin) -> None:
+    if not (isinstance(loaded.value, type) and issubclass(loaded.value, FileReader)):
+        raise UserError(f"{loaded.reference}: is {str(loaded.value)[:80]}; the reader of a format is a "
+                        f"subclass of {FileReader.__module__}.FileReader")
+
+
+OWN: Registry[type[FileReader]] = Registry("format", "megatron_sov.source_formats", FORMATS, _check,
+                                           lambda reader: str(reader.format))
+"""Readers of installed packages."""
+
+
 def reader_class(format_: str) -> type[FileReader]:
+    """Return the reader of a format.
+
+    Raises:
+        UserError: an installed package's is no reader.
+    """
+    if format_ not in FORMATS:
+        return OWN.get(format_)
     module, _, name = FORMATS[format_].partition(":")
     found: type[FileReader] = getattr(import_module(module), name)
     return found
@@ -62,9 +82,10 @@ def reader(source: SourceSettings) -> Reader:
 
 
 def format_problems(format_: str, options: Mapping[str, Any]) -> list[SettingsProblem]:
-    if format_ not in FORMATS:
-        return [SettingsProblem(ProblemCode.CHOICE, "format", f"must be one of {', '.join(FORMATS)}", format_,
-                                nearest(format_, FORMATS).removeprefix("; "))]
+    known = [*FORMATS, *(name for name, _ in OWN.listing())]
+    if format_ not in known:
+        return [SettingsProblem(ProblemCode.CHOICE, "format", f"must be one of {', '.join(known)}", format_,
+                                nearest(format_, known).removeprefix("; "))]
     problems = find_problems(reader_class(format_).Options, options)[1]
     return [*map(as_problem, require(f"format {format_}", *LIBRARIES.get(format_, ()))),
             *(problem.below("options") for problem in problems)]

@@ -143,7 +143,7 @@ def _take(path: str, reads: Reads, creates: bool, empties: bool, reads_none: boo
 
 
 Kind = Literal["recipe", "model family", "objective", "data step", "reward",
-               "tool environment", "step"]
+               "tool environment", "step", "step of a pipeline", "format", "generator"]
 
 
 @dataclass(frozen=True)

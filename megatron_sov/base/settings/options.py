@@ -28,6 +28,7 @@ from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
+from megatron_sov.base.command_line import Command, CommandParser
 from megatron_sov.base.errors import DryRun
 from megatron_sov.base.settings.problem import UNSET, ProblemCode, SettingsError, SettingsProblem
 from megatron_sov.base.settings.reading import find_problems, hints_of, rules_of
@@ -301,20 +302,28 @@ def _is_in(raw: Any, path: tuple[str, ...]) -> bool:
     return True
 
 
-Actions = Mapping[str, tuple[type, Callable[[Any], int]]]
-"""Name of an action of a command -> its class of settings, and what takes that and returns an exit code."""
+Actions = Mapping[str, tuple[type, Callable[[Any], int]] | Command]
+"""Name of an action of a command -> its class of settings, and what takes that and returns an exit code; or
+a command of another part, which may not be installed."""
 
 
 def add_actions(parser: argparse.ArgumentParser, actions: Actions) -> None:
     """Declare the actions of a command; the first sentence that a class says is an action's line in help."""
-    below = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for name, (cls, _) in actions.items():
+    below = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=CommandParser)
+    for name, action in actions.items():
+        if isinstance(action, Command):
+            action.declare(name, below)
+            continue
+        cls, _ = action
         says = " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
         add_options(below.add_parser(name, help=says.removesuffix(".").replace("%", "%%")), cls)
 
 
 def run_action(actions: Actions, args: argparse.Namespace) -> int:
-    cls, do = actions[args.action]
+    action = actions[args.action]
+    if isinstance(action, Command):
+        return int(action.load().run(args))
+    cls, do = action
     return do(read_options(cls, args))
 
 

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import ExitCode, UserError, visible
-from megatron_sov.base.settings import Flag
+from megatron_sov.base.settings import Flag, command_of, read_options
 from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.commands.shared_options import AnyTarget
-from megatron_sov.model.config import RunConfig
 
 if TYPE_CHECKING:
     from megatron_sov.bench.suites.catalogue import DataCheck, TaskFile
@@ -188,31 +187,5 @@ def _bring(tasks: list[TaskFile], args: EvalSuitesOptions, folder: Path) -> int:
     return ExitCode.OK
 
 
-def refuse_unknown_benchmarks(config: RunConfig) -> None:
-    """Look for the benchmarks that exports are to be measured on.
-
-    Raises:
-        UserError: lm-eval is not installed, a folder is not there, or no folder has a task.
-    """
-    # the bench package and lm-eval are optional; who measures nothing needs neither
-    if "lm" not in config.evaluate.background.tasks:
-        return
-    from megatron_sov.bench.lm.tasks import TaskSources, refuse_unknown, require_harness
-
-    require_harness()
-    lm = config.evaluate.lm
-    for name, folders in (("task_dirs", lm.task_dirs), ("data_dir", (lm.data_dir,) if lm.data_dir else ())):
-        if missing := [folder for folder in folders if not Path(folder).is_dir()]:
-            raise UserError(f"evaluate.lm.{name} = {missing[0]}: is no folder; name one that is there before "
-                            "the run begins")
-    try:
-        refuse_unknown(lm.tasks, TaskSources(folders=tuple(map(Path, lm.task_dirs)),
-                                             allow_code=lm.allow_task_code,
-                                             allow_download=lm.allow_download))
-    except UserError as e:
-        raise UserError(f"evaluate.lm.tasks = {list(lm.tasks)}: {e}") from None
-
-
-def named_tasks(names: str | None) -> list[str]:
-    """Return the tasks of an option, separated by commas."""
-    return [name for name in (part.strip() for part in (names or "").split(",")) if name]
+LM = command_of(EvalLmOptions, lambda typed: run_lm(read_options(EvalLmOptions, typed)))
+SUITES = command_of(EvalSuitesOptions, lambda typed: run_suites(read_options(EvalSuitesOptions, typed)))

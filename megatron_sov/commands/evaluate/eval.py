@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from megatron_sov.base.artifacts import to_json, write_output
+from megatron_sov.base.command_line import Command
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, run_action
-from megatron_sov.commands.evaluate.benchmarks import EvalLmOptions, EvalSuitesOptions, run_lm, run_suites
-from megatron_sov.commands.evaluate.eval_judged import EvalPasskOptions, EvalPlayOptions, run_passk, run_play
 from megatron_sov.commands.models.generate import EvalMediaOptions
 from megatron_sov.commands.shared_options import (
     PARITY_LENGTHS, CheckpointPath, ModelPath, RecordOptions, step_of)
@@ -97,13 +96,6 @@ class NeedleOptions(OutOptions, RankOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsOptions(HeldoutOptions, OutOptions, RankOptions):
-    """Share of held-out pairs whose better answer the model would rather write."""
-
-    target: ModelPath
-
-
-@dataclass(frozen=True, kw_only=True)
 class LogitsOptions(RecordOptions, RankOptions):
     """Compare a checkpoint's logits with those of its Hugging Face folder in transformers; exit code 3 where
     they differ."""
@@ -123,7 +115,7 @@ class BigramOptions(CutOptions):
     """Training tokens of each source that are counted at most."""
 
 
-def _begin(args: RecordOptions, *models: Path, out: Path | None = None) -> RunEvents:
+def begin_task(args: RecordOptions, *models: Path, out: Path | None = None) -> RunEvents:
     """Refuse what cannot be read or written, before Megatron is imported; returns the run's events."""
     events = RunEvents(args.run)
     check_output("--out", out)
@@ -136,7 +128,7 @@ def _begin(args: RecordOptions, *models: Path, out: Path | None = None) -> RunEv
 
 
 def _ppl(args: PplOptions) -> int:
-    events = _begin(args, args.target, out=args.out)
+    events = begin_task(args, args.target, out=args.out)
     from megatron_sov.eval.heldout import evaluate_forward_model, evaluate_hf, open_heldout
     from megatron_sov.infer.engines.target import find_target
 
@@ -153,16 +145,16 @@ def _ppl(args: PplOptions) -> int:
     def hf_losses(model: Any) -> dict[str, Any]:
         return {name: asdict(r) for name, r in evaluate_hf(model, data).items()}
 
-    found = _measure(args, target, policy_losses, hf_losses)
+    found = measure_target(args, target, policy_losses, hf_losses)
     if found is not None:
-        _write(args.out, found)
+        write_figures(args.out, found)
         events.add("eval", step=step_of(target, events), heldout=found)
-        _show(args.json, found, _loss_table(found))
+        show_figures(args.json, found, _loss_table(found))
     return ExitCode.OK
 
 
-def _measure(args: RankOptions, target: Target, on_policy: Callable[[Any], Any],
-             on_hf: Callable[[Any], Any]) -> Any:
+def measure_target(args: RankOptions, target: Target, on_policy: Callable[[Any], Any],
+                   on_hf: Callable[[Any], Any]) -> Any:
     """Return what the task found, a checkpoint on ranks, a Hugging Face folder in transformers; None:
     not ours to print."""
     if not target.is_hf:
@@ -180,7 +172,7 @@ def _measure(args: RankOptions, target: Target, on_policy: Callable[[Any], Any],
 
 
 def _needle(args: NeedleOptions) -> int:
-    events = _begin(args, args.target, out=args.out)
+    events = begin_task(args, args.target, out=args.out)
     from megatron_sov.eval.needle.suite import result_of, run_suite, table
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.engines.libraries import HfEngine
@@ -193,54 +185,17 @@ def _needle(args: NeedleOptions) -> int:
         with work_bar("judging", suite.num_examples, "example", is_first()) as bar:
             return run_suite(suite, engine, bar.update).to_dict()
 
-    found = _measure(args, target, lambda loaded: judged(MegatronEngine(loaded.policy)),
-                     lambda model: judged(HfEngine(model)))
+    found = measure_target(args, target, lambda loaded: judged(MegatronEngine(loaded.policy)),
+                           lambda model: judged(HfEngine(model)))
     if found is not None:
-        _write(args.out, found)
+        write_figures(args.out, found)
         events.add("needle", when="eval", step=step_of(target, events), **found)
-        _show(args.json, found, table(result_of(found)))
-    return ExitCode.OK
-
-
-def _pairs(args: PairsOptions) -> int:
-    events = _begin(args, args.target, out=args.out)
-    from megatron_sov.engine.data.token_shards import open_sources, tokenizer_folder
-    from megatron_sov.engine.data.vocabulary import refuse_other_tokens
-    from megatron_sov.eval.heldout import rows_per_batch
-    from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.post.preference import ranked
-    from megatron_sov.post.reference import document_logprobs, document_logprobs_hf
-
-    target = find_target(args.target)
-    seq_len = args.seq_len or target.trained_tokens
-    sources = open_sources(data_paths(args.data), target.vocab_size, ("preference",))
-    refuse_other_tokens(tokenizer_folder(sources), target.tokenizer_folder)
-    if not any(s.num_tokens.get("heldout") for s in sources):
-        raise UserError(f"--data {', '.join(args.data)}: holds no pairs out, so there is nothing to judge "
-                        "by; pack with --heldout 0.02")
-
-    def of_policy(loaded: Any) -> dict[str, Any]:
-        size = rows_per_batch(loaded, seq_len)
-        return ranked(sources, lambda documents, chosen: document_logprobs(
-            loaded, documents, chosen, seq_len, size), seq_len)
-
-    def of_hf(model: Any) -> dict[str, Any]:
-        return ranked(sources, lambda documents, chosen: document_logprobs_hf(
-            model, documents, chosen, seq_len), seq_len)
-
-    found = _measure(args, target, of_policy, of_hf)
-    if found is not None:
-        _write(args.out, found)
-        for source, figures in found.items():
-            events.add("heldout_pairs", step=step_of(target, events), source=source, **figures)
-        _show(args.json, found, "\n".join(
-            f"{source}: {100 * r['right']:.1f} % of {r['pairs']:,} pairs are ranked right"
-            for source, r in found.items()))
+        show_figures(args.json, found, table(result_of(found)))
     return ExitCode.OK
 
 
 def _logits(args: LogitsOptions) -> int:
-    events = _begin(args, args.checkpoint, args.hf_dir)
+    events = begin_task(args, args.checkpoint, args.hf_dir)
     from megatron_sov.engine.convert import is_hf_folder
     from megatron_sov.eval.parity import compare_logits, random_prompts
     from megatron_sov.infer.engines.target import Target
@@ -257,12 +212,12 @@ def _logits(args: LogitsOptions) -> int:
     events.add("conversion", target="the logits", checks=[asdict(c) for c in checks])
     lines = [f"{'ok  ' if c.passed else 'FAIL'}  {c.name}: {c.value:g} (limit "
              f"{c.limit:g}) {c.detail}".rstrip() for c in checks]
-    _show(args.json, [asdict(c) for c in checks], "\n".join(lines))
+    show_figures(args.json, [asdict(c) for c in checks], "\n".join(lines))
     return ExitCode.OK if all(c.passed for c in checks) else ExitCode.GATE_FAILED
 
 
 def _bigram(args: BigramOptions) -> int:
-    events = _begin(args)
+    events = begin_task(args)
     from megatron_sov.eval.heldout import evaluate_bigram, open_heldout
     from megatron_sov.runs.folder import RunFolder
 
@@ -272,7 +227,7 @@ def _bigram(args: BigramOptions) -> int:
     data = open_heldout(data_paths(args.data), seq_len, max_tokens)
     found = {name: asdict(r) for name, r in evaluate_bigram(data, args.max_train_tokens).items()}
     events.add("baseline", bigram=found)
-    _show(args.json, found, _loss_table(found))
+    show_figures(args.json, found, _loss_table(found))
     return ExitCode.OK
 
 
@@ -288,12 +243,12 @@ def _loss_table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join([f"{'source':<{width}}  {'tokens':>9}  {'loss':>8}  {'bits per byte':>13}", *rows])
 
 
-def _write(out: Path | None, values: Any) -> None:
+def write_figures(out: Path | None, values: Any) -> None:
     if out is not None:
         write_output(out, to_json(values))
 
 
-def _show(as_json: bool, values: Any, text: str) -> None:
+def show_figures(as_json: bool, values: Any, text: str) -> None:
     print(json.dumps(values, indent=1, ensure_ascii=False) if as_json else text)
 
 
@@ -344,9 +299,18 @@ def _media(args: EvalMediaOptions) -> int:
 
 
 ACTIONS: Actions = {
-    "ppl": (PplOptions, _ppl), "needle": (NeedleOptions, _needle), "pairs": (PairsOptions, _pairs),
-    "passk": (EvalPasskOptions, run_passk), "media": (EvalMediaOptions, _media),
-    "lm": (EvalLmOptions, run_lm), "logits": (LogitsOptions, _logits), "bigram": (BigramOptions, _bigram),
-    "play": (EvalPlayOptions, run_play), "suites": (EvalSuitesOptions, run_suites)}
+    "ppl": (PplOptions, _ppl), "needle": (NeedleOptions, _needle),
+    "pairs": Command("megatron_sov.commands.evaluate.eval_judged:PAIRS",
+                     "Share of held-out pairs whose better answer the model would rather write"),
+    "passk": Command("megatron_sov.commands.evaluate.eval_judged:PASSK",
+                     "Sample responses to prompts, have a reward judge them, estimate pass@k and maj@k"),
+    "media": (EvalMediaOptions, _media),
+    "lm": Command("megatron_sov.commands.evaluate.benchmarks:LM",
+                  "Score a model on tasks of lm-eval's form, by its own prompts and metrics, offline"),
+    "logits": (LogitsOptions, _logits), "bigram": (BigramOptions, _bigram),
+    "play": Command("megatron_sov.commands.evaluate.eval_play:PLAY",
+                    "Have a model play a benchmark's tasks with tools, and score its episodes"),
+    "suites": Command("megatron_sov.commands.evaluate.benchmarks:SUITES",
+                      "The benchmarks that come along: list them, check their data")}
 add_arguments = partial(add_actions, actions=ACTIONS)
 run = partial(run_action, ACTIONS)

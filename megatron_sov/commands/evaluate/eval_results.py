@@ -13,8 +13,7 @@ from megatron_sov.base.artifacts import to_json, write_output
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import check_output, refuse_input
 from megatron_sov.base.settings import AtLeastOne, Flag, command_of, num_cores, read_options
-from megatron_sov.commands.evaluate.benchmarks import named_tasks
-from megatron_sov.commands.shared_options import RecordOptions
+from megatron_sov.commands.shared_options import RecordOptions, named_tasks
 from megatron_sov.runs.folder import RunEvents
 
 if TYPE_CHECKING:

@@ -15,10 +15,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model import objectives
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.recipes.extension import PHASE
-from megatron_sov.operate.slurm.attempts import ATTEMPTS
-from megatron_sov.operate.slurm.submission import JOBS as SUBMISSIONS, last_words, submitted_jobs
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, RUN, latest, refuse_other_kind, step_of
-from megatron_sov.runs.folder import COMPLETION, CONFIG, JOBS, ROUNDS, STAGES, RunFolder
+from megatron_sov.runs.folder import (
+    ATTEMPTS, COMPLETION, CONFIG, JOBS, ROUNDS, STAGES, SUBMISSIONS, RunFolder, last_words, submitted_jobs)
 from megatron_sov.runs.lock import living_holder
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.figures import number

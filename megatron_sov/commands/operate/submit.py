@@ -28,9 +28,9 @@ from megatron_sov.base.settings import (
     AtLeastOne, NotNegativeInt, add_options, read_options, read_text, read_yaml)
 from megatron_sov.commands import COMMANDS as PROGRAMS
 from megatron_sov.operate.slurm import submission
-from megatron_sov.operate.slurm.attempts import ATTEMPTS
 from megatron_sov.operate.slurm.stages import STAGES, Commands, SubmitOptions, check_inputs
 from megatron_sov.operate.slurm.submission import READY_ROOT, ReadySubmission
+from megatron_sov.runs.folder import ATTEMPTS, last_words
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.work.clusters import client, cluster, kubernetes
 
@@ -257,7 +257,7 @@ def _state(link: ChainLink, before: Submitted, living: dict[str, str]) -> str:
             if r["event"] == "end" and r["time_s"] >= before.time_s and r["outcome"] != "complete"]
     if ends:
         return f"not complete, its job ended by: {ends[-1]['outcome']}, {ends[-1]['reason']}"
-    if said := [argv for number in numbers if (argv := submission.last_words(records, number))]:
+    if said := [argv for number in numbers if (argv := last_words(records, number))]:
         return f"not complete, its job ended before it began its work: {said[-1]}"
     return (f"not complete, its job {' and '.join(numbers) or '(none)'} never began: "
             "an earlier stage failed, or it was cancelled")

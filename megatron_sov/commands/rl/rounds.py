@@ -23,9 +23,8 @@ from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import (
     Flag, NotNegative, ProblemCode, SettingsProblem, change, command_of, not_with, only_with, parse_nested,
     read_options)
-from megatron_sov.commands.evaluate.benchmarks import refuse_unknown_benchmarks
 from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
-from megatron_sov.commands.train.forgetting_gate import ForgettingGate, TunedOptions, gate_of
+from megatron_sov.commands.train.gate_options import TunedOptions, gate_of, refuse_unknown_benchmarks
 from megatron_sov.engine.data.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.infer.asking import EngineOptions, check_engine, check_length
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, Engine, engine_for
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
     from megatron_sov.judge.rollouts.store import RolloutStore
     from megatron_sov.post.rl.feed import Produce
     from megatron_sov.post.rl.generate import Writer
+    from megatron_sov.train.stages.gate import EndGate
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedOptions:
@@ -460,7 +460,7 @@ class ParsedRounds:
     prompts: list[RolloutPrompt]
     """All of them."""
     reward_version: str
-    gate: ForgettingGate | None
+    gate: EndGate | None
     """What judges the last policy."""
 
 

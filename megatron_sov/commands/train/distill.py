@@ -17,9 +17,8 @@ from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, read_manifest
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Flag, NotNegativeInt, add_options, command_of, read_options)
-from megatron_sov.commands.evaluate.benchmarks import refuse_unknown_benchmarks
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, words_of
-from megatron_sov.commands.train.forgetting_gate import GateOptions, gate_of
+from megatron_sov.commands.train.gate_options import GateOptions, gate_of, refuse_unknown_benchmarks
 from megatron_sov.infer.request import RankOptions, Temperature, WholeSampling
 from megatron_sov.model.config import DistillationConfig, RunConfig, data_paths, layout_settings
 from megatron_sov.model.objectives import factory

@@ -6,8 +6,7 @@ import argparse
 import contextlib
 
 from megatron_sov.base.settings import command_of, read_options
-from megatron_sov.commands.evaluate.benchmarks import refuse_unknown_benchmarks
-from megatron_sov.commands.train.forgetting_gate import TunedOptions, gate_of
+from megatron_sov.commands.train.gate_options import TunedOptions, gate_of, refuse_unknown_benchmarks
 from megatron_sov.model.objectives import factory
 from megatron_sov.runs.folder import STAGES
 from megatron_sov.runs.launch_environment import num_ranks

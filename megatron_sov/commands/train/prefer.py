@@ -22,11 +22,11 @@ from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Flag, ProblemCode, SettingsProblem, add_options, only_with, parse_nested,
     read_options)
-from megatron_sov.commands.evaluate.benchmarks import refuse_unknown_benchmarks
 from megatron_sov.commands.models.generate import GenerateOptions
 from megatron_sov.commands.score import ScoreOptions
 from megatron_sov.commands.shared_options import words_of
-from megatron_sov.commands.train.forgetting_gate import TunedOptions, gate_of, refuse_gate
+from megatron_sov.commands.train.gate_options import (
+    TunedOptions, gate_of, refuse_gate, refuse_unknown_benchmarks)
 from megatron_sov.infer.asking import read_prompts
 from megatron_sov.infer.engine import MEGATRON
 from megatron_sov.infer.request import Sampling

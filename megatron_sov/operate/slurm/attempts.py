@@ -28,11 +28,9 @@ from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN
-from megatron_sov.runs.folder import FAILURE
+from megatron_sov.runs.folder import ATTEMPTS, FAILURE
 from megatron_sov.runs.lock import forget, recorded_holder
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
-
-ATTEMPTS = "attempts.jsonl"
 
 
 @dataclass(frozen=True)

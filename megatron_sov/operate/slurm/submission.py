@@ -24,7 +24,8 @@ from megatron_sov.base.command_line import Parser, check_part
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm.stages import Commands, StageWork, fitting_nodes, work_of
-from megatron_sov.runs.obs.events import EventLog, read_events
+from megatron_sov.runs.folder import SUBMISSIONS, submitted_jobs
+from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.version import OUR_PACKAGES
 from megatron_sov.work.clusters import client, cluster
 from megatron_sov.work.clusters.cluster import ClusterProfile, time_limit_s
@@ -194,7 +195,6 @@ def _lines(argv: list[str] | tuple[str, ...], quoted: Callable[[str], str]) -> s
     return "\n  ".join(" ".join(line) for line in lines if line)
 
 
-JOBS = "jobs.jsonl"
 SIGNAL_TOLERANCE_S = 60
 """How much earlier than asked for sbatch's --signal may come."""
 ROOT = Path(megatron_sov.__file__).parents[1]
@@ -367,19 +367,6 @@ def check(prepared: Prepared) -> None:
                         f"wait for it, or `scancel {number}`")
 
 
-def submitted_jobs(records: Path) -> list[str]:
-    return [str(r["job"]) for r in read_events(records / JOBS) if r["event"] == "submitted"]
-
-
-def last_words(records: Path, number: str) -> str:
-    """Return the last line of a job's own log, which has some even where the job could not record an
-    attempt; empty: none."""
-    logs = [file for pattern in (f"{number}.log", f"{number}_*.log")
-            for file in sorted(records.glob(pattern))]
-    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs).strip()
-    return text.splitlines()[-1].strip().removeprefix("job: ") if text else ""
-
-
 def submit(prepared: Prepared, after: list[str]) -> list[str]:
     """Write everything and submit it; returns the jobs' numbers, of which the last is the one to wait for.
 
@@ -400,7 +387,7 @@ def submit(prepared: Prepared, after: list[str]) -> list[str]:
                             "choose another folder") from None
         _copy_code(_code_of(prepared.jobs[0]))
     numbers: list[str] = []
-    log = EventLog(records / JOBS)
+    log = EventLog(records / SUBMISSIONS)
     try:
         for job, text in zip(prepared.jobs, prepared.texts, strict=True):
             atomic_write(job.script, text)

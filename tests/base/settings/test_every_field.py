@@ -7,6 +7,8 @@ import pytest
 
 from tests.base.settings.every_field import classes_below, find_wrongs
 
+pytestmark = pytest.mark.checkout
+
 
 @pytest.mark.parametrize("folder", ["megatron_sov", "data_prep", "tokenizer"])
 def test_each_field_is_told_by_its_code_from_every_source(folder: str) -> None:

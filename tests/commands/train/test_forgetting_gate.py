@@ -12,7 +12,8 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.commands.train import forgetting_gate
-from megatron_sov.commands.train.forgetting_gate import ForgettingGate, GateOptions, gate_of
+from megatron_sov.commands.train.forgetting_gate import ForgettingGate
+from megatron_sov.commands.train.gate_options import GateOptions, gate_of
 from megatron_sov.runs.obs.events import EventLog, read_events
 from tests.typed_words import typed
 

@@ -162,6 +162,7 @@ def test_a_record_has_the_same_features_whatever_is_beside_it(config: Any) -> No
 
 
 def test_pictures_are_cut_as_transformers_processor_cuts_them() -> None:
+    pytest.importorskip("PIL")  # transformers' processor needs it
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor = Qwen2VLImageProcessorPil(

@@ -16,6 +16,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate.submit import COMMANDS
 from megatron_sov.operate.slurm import submission
 from megatron_sov.operate.slurm.stages import check_inputs, work_of
+from megatron_sov.runs.folder import submitted_jobs
 from megatron_sov.work.clusters import client
 from megatron_sov.work.clusters.client import environment_outside_jobs
 from megatron_sov.work.clusters.cluster import load
@@ -102,7 +103,7 @@ def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.Monke
     assert done.stdout.split() == [f"{code}/{file}" for file in files]
     assert ((code / "slurm/templates/header.sbatch.j2").is_file()
             and (code / "slurm/clusters/local.yaml").is_file())
-    assert submission.submitted_jobs(tmp_path / "hf.slurm") == ["17", "17"]
+    assert submitted_jobs(tmp_path / "hf.slurm") == ["17", "17"]
 
 
 def test_code_that_changes_while_it_is_copied_is_not_submitted(tmp_path: Path,

@@ -145,6 +145,7 @@ def test_opentelemetrys_own_reader_sees_the_same() -> None:
 
 def test_a_collector_that_refuses_is_told_of_once(receiver: Any, tmp_path: Path,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("opentelemetry")
     receiver.answers = [400, 400, 400]
     watched = Telemetry(ObsConfig(otlp_endpoint=receiver.url), tmp_path, "tiny")
     watched.observe(EVENTS[0])
@@ -159,6 +160,7 @@ def test_a_collector_that_refuses_is_told_of_once(receiver: Any, tmp_path: Path,
 
 def test_a_collector_that_hangs_is_waited_for_a_little(receiver: Any, tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("opentelemetry")
     monkeypatch.setattr(telemetry, "CLOSE_S", 0.1)
     monkeypatch.setattr(exporters, "TIMEOUT_S", 600.0)
     receiver.hangs.set()
@@ -168,6 +170,7 @@ def test_a_collector_that_hangs_is_waited_for_a_little(receiver: Any, tmp_path: 
 
 def test_a_taken_port_and_a_missing_folder_end_nothing(tmp_path: Path,
                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("prometheus_client")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -217,6 +220,7 @@ def test_a_hang_is_sent_before_the_process_ends_itself(receiver: Any, tmp_path: 
 
 def test_an_event_of_an_odd_form_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                               capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("prometheus_client")
     watched = Telemetry(ObsConfig(prometheus_textfile=str(tmp_path / "a.prom")), tmp_path, "tiny")
     watched.observe({"event": "eval", "heldout": {"web": 3}})
     watched.observe({"event": "step", "loss": "much"})

@@ -100,6 +100,7 @@ def test_wandb_offline_keeps_its_run_and_accepts_steps_done_again(tmp_path: Path
 
 def test_a_failing_tracker_is_named_once_and_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
     trackers = Trackers(ObsConfig(tensorboard=True), tmp_path, {})
     calls = []
 
@@ -118,6 +119,7 @@ def test_a_failing_tracker_is_named_once_and_dropped(tmp_path: Path, monkeypatch
 
 def test_wandb_that_cannot_start_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("wandb")
     def unreachable(**kwargs: object) -> None:
         raise ConnectionError("no route to host")
 
@@ -167,6 +169,7 @@ def test_mlflow_keeps_its_run_and_has_all_values(tmp_path: Path, monkeypatch: py
 
 def test_a_server_that_is_away_does_not_end_the_run_and_its_password_is_not_told(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:hunt@hunter2@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     Trackers(ObsConfig(mlflow=True), tmp_path, {}).log_step(1, {"loss": 1.0})

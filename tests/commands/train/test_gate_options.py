@@ -9,11 +9,12 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.commands.evaluate.benchmarks import refuse_unknown_benchmarks
+from megatron_sov.commands.train.gate_options import refuse_unknown_benchmarks
 from megatron_sov.model.config import apply_settings
 
 
 def refuse(*changes: str) -> None:
+    pytest.importorskip("megatron_sov.bench.lm.tasks")
     asked = ('evaluate.background.tasks=["lm"]', 'evaluate.lm.tasks=["capitals"]')
     refuse_unknown_benchmarks(apply_settings(recipes.get("tiny-solar-open"), [*asked, *changes]))
 

@@ -1,0 +1,342 @@
+"""`megatron-sov rl store ls | show | page | stats | verify | gc STORE`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from megatron_sov.base.artifacts import write_output
+from megatron_sov.base.errors import ExitCode, GateFailed, UserError, visible
+from megatron_sov.base.outputs import check_output
+from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, run_action
+from megatron_sov.judge.rollouts.prompts import rounds_between
+from megatron_sov.runs.inspecting import MAX_PROBLEMS, ArtifactKind
+from megatron_sov.runs.obs.figures import size
+from megatron_sov.work.progress.progress_bar import work_bar
+
+if TYPE_CHECKING:
+    from megatron_sov.judge.rollouts.inspection import StoreCheck
+    from megatron_sov.judge.rollouts.rows import Rollout
+    from megatron_sov.judge.rollouts.store import RolloutStore
+    from megatron_sov.work.progress.locks import Holder
+
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions:
+    """Which store is looked at."""
+
+    store: Annotated[Path, Flag("STORE")]
+    """Folder of the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreVerifyOptions(StoreOptions):
+    """Check bytes, rows, keys and rewards; exit code 3 where one is wrong."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreLsOptions(StoreVerifyOptions):
+    """List the parts, who judged them, and who works on what."""
+
+    round: Annotated[int | None, Flag(value="R")] = None
+    """Of this round alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreStatsOptions(StoreLsOptions):
+    """Print figures by round and by domain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreShowOptions(StoreVerifyOptions):
+    """Print one row with its rewards."""
+
+    part: Annotated[str, Flag("PART")]
+    """Name of the part, e.g. round-0001-piece-0000."""
+    row: Annotated[int, Flag("ROW")]
+    """Its row, from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorePageOptions(StoreOptions):
+    """Write some responses of a round as an HTML page to read."""
+
+    output: Annotated[Path, Flag(value="FILE.html")]
+    """File to write."""
+    round: Annotated[tuple[int, ...], Flag(value="R")] = ()
+    """A round to show; may be repeated (default: the newest one)."""
+    version: Annotated[str | None, Flag(value="V")] = None
+    """Version of the reward, where there are several."""
+    count: AtLeastOne = 5
+    """Responses of a round with the highest rewards, with the lowest, that were cut off, and without a
+    reward, N each."""
+    tokenizer: Annotated[Path | None, Flag(value="DIR")] = None
+    """Tokenizer of the store: shows apart what the model wrote and what tools said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreGcOptions(StoreOptions):
+    """Delete what killed jobs left, claims on what is done, and what you name."""
+
+    version: Annotated[tuple[str, ...], Flag(value="V")] = ()
+    """Also what this version of a reward said; may be repeated."""
+    rounds: Annotated[str | None, Flag(value="A-B")] = None
+    """Also these rounds, with all that was said of them."""
+    yes: bool = False
+    """--rounds deletes nothing without it."""
+
+
+def open_store(path: Path) -> RolloutStore:
+    from megatron_sov.judge.rollouts.store import RolloutStore
+
+    return RolloutStore.open(path)
+
+
+def _ls(args: StoreLsOptions) -> int:
+    store = open_store(args.store)
+    if args.json:
+        judged = _judged(store, args.round)
+        print(json.dumps({"tokenizer": store.tokenizer_digest, "vocab_size": store.vocab_size, "parts": [
+            {"name": part.name, "round": part.round, "piece": part.piece, "attempt": part.attempt,
+             "rows": part.num_rows, "kept_out": part.num_kept_out, "bytes": part.file.stat().st_size,
+             "created_s": part.created_s, "manifest_sha256": part.manifest_sha256,
+             "reward_versions": judged.get(part.name, []), "provenance": part.provenance} for part in
+            store.parts(args.round)], "claims": [vars(holder) for holder in _held(store)]}))
+        return ExitCode.OK
+    for line in listed(store, args.round):
+        print(visible(line))
+    return ExitCode.OK
+
+
+def listed(store: RolloutStore, round_: int | None = None) -> Iterator[str]:
+    """Yield a line for each part of a store, their sum, and a line for each claim."""
+    judged = _judged(store, round_)
+    parts = store.parts(round_)
+    for part in parts:
+        yield (f"{part.name:<33} {part.num_rows:>9,} rows {size(part.file.stat().st_size):>9}  "
+               f"{_when(part.created_s)}  judged by {', '.join(judged.get(part.name, [])) or 'none'}"
+               + (f", {part.num_kept_out:,} rows kept out" if part.num_kept_out else ""))
+    yield f"{store.path}: {len(parts):,} parts, {sum(part.num_rows for part in parts):,} rows"
+    # who works on what is not there yet
+    for holder in _held(store):
+        where = f"process {holder.pid} on {holder.host or 'a machine that it does not name'}"
+        job = f", Slurm job {holder.slurm_job}" if holder.slurm_job else ""
+        yield f"claimed: {holder.name} by {where}{job}, last sign of life {_when(holder.changed_s)}"
+
+
+def _judged(store: RolloutStore, round_: int | None = None) -> dict[str, list[str]]:
+    """Return part -> versions of the rewards that have judged it."""
+    found: dict[str, list[str]] = {}
+    for version in store.versions():
+        for part in store.parts(round_, version):
+            found.setdefault(part.name, []).append(part.version)
+    return found
+
+
+def _held(store: RolloutStore) -> list[Holder]:
+    from megatron_sov.work.progress.locks import holders
+
+    return [holder for holder in holders(store.claims) if not holder.is_released]
+
+
+def _when(time_s: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
+    except (ValueError, OverflowError, OSError):  # a stranger's number
+        return str(time_s)
+
+
+def _show(args: StoreShowOptions) -> int:
+    store = open_store(args.store)
+    if store.key_of(args.part) is None or not store.has(args.part):
+        raise UserError(f"PART {args.part!r}: {args.store} has no such part (`megatron-sov rl store ls` "
+                        "lists them)")
+    rows, problems = store.read_all(args.part)
+    if not 0 <= args.row < len(rows):
+        raise UserError(f"ROW {args.row}: {args.part} has {len(rows):,} rows, which are numbered from 0")
+    row = rows[args.row]
+    said = [judged for version in _judged(store, row.round).get(args.part, ())
+            for judged in store.read_rewards(version, args.part)
+            if (judged.key, judged.attempt) == (row.key, row.attempt)]
+    turns = [_turn(row, *span) for span in row.spans]
+    found = {**row.key._asdict(), "round": row.round, "attempt": row.attempt, "problem": problems[args.row],
+             "finish_reason": row.finish_reason, "prompt_tokens": len(row.prompt_tokens),
+             "tokens": len(row.tokens), "temperature": row.temperature, "engine": row.engine,
+             "began_s": row.began_s, "ended_s": row.ended_s, "turns": turns,
+             "routes": None if row.routes is None else list(row.routes.shape), "outcome": row.outcome,
+             "rewards": [{"reward_version": judged.reward_version, "reward": judged.reward,
+                          "status": judged.status, "components": judged.components, "reason": judged.reason}
+                         for judged in said], "record": row.record, "response": row.response}
+    print(json.dumps(found) if args.json else "\n".join(_lines(found)))
+    return ExitCode.OK
+
+
+def _turn(row: Rollout, start: int, end: int) -> dict[str, Any]:
+    mean = float(row.logprobs[start:end].sum()) / (end - start)
+    return {"tokens": [start, end], "versions": sorted(set(row.versions[start:end].tolist())),
+            "mean_logprob": mean}
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    """Yield a row for people; the response, which is the longest, comes last."""
+    times = {"began_s": "began", "ended_s": "ended"}
+    for name, value in found.items():
+        if name in times:
+            yield f"{times[name]}: {_when(value)}"
+        elif name in ("turns", "rewards"):
+            yield f"{name}: {len(value)}"
+            yield from (visible(f"  {json.dumps(item, ensure_ascii=False)}") for item in value)
+        elif name == "response":
+            yield "response:"
+            yield visible(value)
+        elif value not in (None, ""):
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            # a line each: a value with a line break would look like the next field
+            yield visible(f"{name}: {shown}").replace("\n", "\\n")
+
+
+def _page(args: StorePageOptions) -> int:
+    from megatron_sov.judge.rollouts.inspection import page_of
+
+    store = open_store(args.store)
+    check_output("--output", args.output)
+    there = sorted({part.round for part in store.parts()})
+    rounds = sorted(set(args.round or there[-1:]))
+    if missing := [number for number in rounds if number not in there]:
+        raise UserError(f"--round {missing[0]}: {args.store} has no parts of it (`megatron-sov rl store ls` "
+                        "lists them)")
+    if not rounds:
+        raise UserError(f"{args.store}: has no parts to show; write some with `megatron-sov rl generate`")
+    decode = None if args.tokenizer is None else _decode_of(args.tokenizer, store)
+    version = _version(args.version, store)
+    write_output(args.output, page_of(store, rounds, version, args.count, decode))
+    print(f"{args.output}: responses of round {', '.join(map(str, rounds))}"
+          + (f", reward {version}" if version else ""))
+    return ExitCode.OK
+
+
+def _version(given: str | None, store: RolloutStore) -> str | None:
+    """Return the whole version of the reward that is asked for, or of the only one; None: there is none."""
+    there = {version for versions in _judged(store).values() for version in versions}
+    found = sorted(version for version in there if given is None or version.startswith(given))
+    if len(found) > 1 or (given is not None and not found):
+        raise UserError(f"--version {given or 'is missing'}: {store.path} has rewards of "
+                        f"{', '.join(sorted(there)) or 'no version'}; name one of them")
+    return found[0] if found else None
+
+
+def _decode_of(folder: Path, store: RolloutStore) -> Callable[[list[int]], str]:
+    from megatron_sov.base.chat.folder import open_tokenizer
+    from megatron_sov.engine.data.vocabulary import TOKENIZER_JSON, tokenizer_digest
+
+    file = folder / TOKENIZER_JSON
+    if not file.is_file():
+        raise UserError(f"--tokenizer {folder}: has no {TOKENIZER_JSON}; name a tokenizer's folder")
+    if (digest := tokenizer_digest(folder)) != store.tokenizer_digest:
+        raise UserError(f"--tokenizer {folder}: its digest is {digest}, and {store.path} was written with "
+                        f"{store.tokenizer_digest}; name the tokenizer of the model that wrote it")
+    tokenizer = open_tokenizer(folder)
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def _stats(args: StoreStatsOptions) -> int:
+    from megatron_sov.judge.rollouts.inspection import figures_of
+
+    store = open_store(args.store)
+    with work_bar("read", len(store.parts(args.round)), "part") as bar:
+        found = figures_of(store, args.round, bar.update)
+    if args.json:
+        print(json.dumps(found))
+        return ExitCode.OK
+    for number, figures in found.items():
+        print(f"round {number}: {figures['parts']:,} parts, {figures['kept_out']:,} rows kept out, "
+              f"{figures['replaced']:,} replaced by a later attempt")
+        _tell("all", figures)
+        for name, of_domain in figures["domains"].items():
+            if len(figures["domains"]) > 1 or name:
+                _tell(name or "(no domain)", of_domain)
+    if not found:
+        print(f"{args.store}: no parts" + (f" of round {args.round}" if args.round is not None else ""))
+    return ExitCode.OK
+
+
+def _tell(name: str, figures: dict[str, Any]) -> None:
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in figures["finish_reasons"].items())
+    print(visible(f"  {name}: {figures['rows']:,} rows of {figures['prompts']:,} prompts ({reasons})"))
+    if not figures["rows"]:
+        return
+    print(f"    tokens: {figures['prompt_tokens']:,} of prompts, {figures['tokens']:,} behind them, "
+          f"{figures['written_tokens']:,} of those written by a policy; mean {figures['mean_length']:.1f}, "
+          f"longest {figures['longest']:,}")
+    if figures["newest_version"] is not None:
+        print(f"    written by steps {figures['oldest_version']:,} to {figures['newest_version']:,}, on "
+              f"average {figures['mean_steps_behind_newest']:.2f} behind the newest")
+    for version, said in figures["rewards"].items():
+        mean = "none" if said["mean"] is None else f"{said['mean']:.4f} of {said['rewards']:,}"
+        statuses = ", ".join(f"{count:,} {status}" for status, count in said["statuses"].items())
+        print(visible(f"    reward {version}: mean {mean} ({statuses})"))
+
+
+def checked(store: RolloutStore) -> StoreCheck:
+    """Return what is wrong with a store, behind a bar."""
+    from megatron_sov.judge.rollouts.inspection import check
+
+    with work_bar("read", len(list((store.path / store.ROWS).iterdir())), "part") as bar:
+        return check(store, bar.update)
+
+
+KIND = ArtifactKind(lambda path: listed(open_store(path)), lambda path: checked(open_store(path)).problems)
+"""How `inspect` looks into a store."""
+
+
+def _verify(args: StoreVerifyOptions) -> int:
+    found = checked(open_store(args.store))
+    if args.json:
+        print(json.dumps(vars(found)))
+    for problem in found.problems[:0 if args.json else MAX_PROBLEMS]:
+        print(visible(problem))
+    if found.problems:
+        raise GateFailed(f"{args.store}: {len(found.problems):,} problems in {found.parts:,} parts")
+    if not args.json:
+        print(f"{args.store}: {found.parts:,} parts, {found.rows:,} rows, {found.rewards:,} rewards: all as "
+              "they should be")
+    return ExitCode.OK
+
+
+def _gc(args: StoreGcOptions) -> int:
+    from megatron_sov.work.tables.table import clear
+
+    store = open_store(args.store)
+    folders = store.versions()
+    for version in args.version:
+        if not any(version.startswith(folder) for folder in folders):
+            raise UserError(f"--version {version}: {args.store} has no rewards of it (there are: "
+                            f"{', '.join(folders) or 'none'})")
+    found = store.clearable(args.version, () if args.rounds is None else rounds_between(args.rounds))
+    # responses cannot be written again by another command: they need a second word
+    waits = args.rounds is not None and not args.yes
+    if not waits:
+        clear(found)
+    for item in found:
+        print(visible(f"{'would delete' if waits else 'deleted'} {item.path} ({size(item.size_bytes)}): "
+                      f"{item.why}"))
+    total = f"{len(found):,} folders, {size(sum(item.size_bytes for item in found))}"
+    if waits:
+        raise UserError(f"--rounds {args.rounds}: nothing is deleted of {total}; add --yes if these "
+                        "responses may go, which no other command can write again")
+    print(f"{args.store}: deleted {total}")
+    return ExitCode.OK
+
+
+ACTIONS: Actions = {"ls": (StoreLsOptions, _ls), "show": (StoreShowOptions, _show),
+                    "page": (StorePageOptions, _page), "stats": (StoreStatsOptions, _stats),
+                    "verify": (StoreVerifyOptions, _verify), "gc": (StoreGcOptions, _gc)}
+add_arguments = partial(add_actions, actions=ACTIONS)
+run = partial(run_action, ACTIONS)
