@@ -20,9 +20,6 @@ from megatron_sov.base.settings import (
 from megatron_sov.commands.models.serve import ServeOptions, distinct_names
 from megatron_sov.commands.shared_options import AnyTarget
 from megatron_sov.infer.request import RankOptions, SampleSeed, Temperature, TopP
-from megatron_sov.judge.tools.environment import LIMITS, Task
-from megatron_sov.judge.tools.host import EnvironmentHost
-from megatron_sov.judge.tools.registry import make, order, tasks_of
 from megatron_sov.model.recipes.requested import PluginOptions
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.serve.chat_session import ChatModel, ChatSession, ChatTurn, models_at
@@ -96,7 +93,11 @@ def run(args: argparse.Namespace) -> int:
     if missing := missing_libraries():
         raise UserError(missing[0])
     with contextlib.ExitStack() as stack:
-        asked = None if options.tools is None else order(options.tools, parse_nested(options.tool_settings))
+        asked = None
+        if options.tools is not None:
+            from megatron_sov.judge.tools.registry import order
+
+            asked = order(options.tools, parse_nested(options.tool_settings))
         tools = [None if asked is None else stack.enter_context(EnvironmentTools(asked))
                  for _ in options.targets]
         models = stack.enter_context(_models(options))
@@ -146,6 +147,10 @@ class EnvironmentTools:
         Raises:
             UserError: there is none, or the environment cannot be made.
         """
+        from megatron_sov.judge.tools.environment import LIMITS, Task
+        from megatron_sov.judge.tools.host import EnvironmentHost
+        from megatron_sov.judge.tools.registry import make, tasks_of
+
         self._host = EnvironmentHost(asked, LIMITS["test"])
         self._task: Task = tasks_of(make(asked)[0], asked.name, None)[0]
         self._opening = self._host.reset(self._task)

@@ -19,7 +19,7 @@ from megatron_sov.model.recipes.requested import RecipeOptions, RecipeRequest, r
 from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.work.clusters import cluster
 
-OF_A_RUN = ("recipe", "config", "plugins", "settings", "nproc", "cluster", "nodes", "sweep", "json", "html")
+OF_A_RUN = ("recipe", "configs", "plugins", "settings", "nproc", "cluster", "nodes", "sweep", "json", "html")
 """Arguments that a table of runs has no use for."""
 
 
