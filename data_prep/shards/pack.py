@@ -37,7 +37,9 @@ from megatron_sov.base.artifacts import (
     ArtifactWriter, new_artifact, read_manifest, refuse_existing, sha256_file)
 from megatron_sov.base.documents import Document, FileSpan, RecordReading, list_files, plan_units, read_span
 from megatron_sov.base.documents.files import JSON_SUFFIX, RECORD_SUFFIXES
-from megatron_sov.base.documents.records import column_problems, completion_of
+from megatron_sov.base.documents.layouts import completion_of, parse_renames
+from megatron_sov.base.documents.reading import first_unread
+from megatron_sov.base.documents.records import column_problems
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
@@ -98,6 +100,10 @@ class PackSettings:
                                      "a prompt has no response to which its number "
                                      "could belong; its fields travel in .extra.jsonl as they are",
                                      self.reading.columns[0]))
+        if self.reading.renames and self.reading.kind in (None, "text"):
+            p.append(SettingsProblem(ProblemCode.RULE, "renames",
+                                     "is for chats, preferences and prompts; name the field of a text by "
+                                     "--text-field", ",".join(target for target, _ in self.reading.renames)))
         return p
 
 
@@ -120,6 +126,9 @@ class PackOptions:
     to."""
     text_field: Annotated[str, Flag(value="NAME")] = RecordReading.text_field
     """Field or column that holds the text."""
+    renames: Annotated[tuple[str, ...], Flag("--columns", "TARGET=FIELD,...")] = ()
+    """Read fields of other names, as prompt=instruction,response=output; FIELD+FIELD joins two by a line
+    feed."""
     columns: Annotated[tuple[str, ...], Flag("--column", "NAME")] = ()
     """A field with a number (of a preference, also a list of two: chosen, rejected) that goes with each
     token into the objective; it may be repeated."""
@@ -155,7 +164,7 @@ def run(typed: argparse.Namespace) -> int:
     args = read_options(PackOptions, typed)
     tag_fields, tags = parse_tags(args.tags)
     reading = RecordReading(args.format, args.text_field, args.max_document_bytes, args.columns,
-                            args.bucket_by, tag_fields)
+                            args.bucket_by, tag_fields, parse_renames(args.renames))
     settings = PackSettings(args.heldout, reading, args.bos, args.eod, args.on_bad, args.shard_tokens,
                             named_steps(args.steps), tags)
     pack(args.tokenizer, parse_sources(args.input), args.output, settings, workers=args.workers,
@@ -210,7 +219,8 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
     origins = {source.name: found for source in sources if (found := artifact_of(source.path)) is not None}
     settings = replace(settings, tags=with_written(settings.tags, settings.reading.tags, origins))
     if problems := problems_of(settings):
-        raise SettingsError("", name_options(problems, heldout_share="--heldout", columns="--column"))
+        raise SettingsError("", name_options(problems, heldout_share="--heldout", columns="--column",
+                                              renames="--columns"))
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     # From here on what is cheap to find out comes before what takes time.
@@ -235,6 +245,8 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
                                  settings.reading, replace(encoding, fast=fast), settings.steps)
     with open_parts(output, "sov-data pack") as work:
         encoded = _encode(sources, units, unit_settings, work, workers, settings.on_bad)
+        if settings.reading.kind in ("chat", "preference"):
+            _tell_unread(units, settings.reading)
         for source in encoded:
             source.banks = banks_of(corpora, encoder.meant).get(source.name)
         with new_artifact(output, KIND, overwrite=overwrite) as artifact:
@@ -280,6 +292,14 @@ def sample_texts(units: list[Unit], reading: RecordReading) -> list[str]:
             if left <= 0 or not isinstance(item, Document):
                 break
     return texts
+
+
+def _tell_unread(units: list[tuple[PackSource, Unit]], reading: RecordReading) -> None:
+    """Say which fields of each source are not read, by its first record."""
+    for name, unit in {source.name: unit for source, unit in reversed(units)}.items():
+        if names := first_unread(unit[0], reading):
+            print(f"{name}: does not read {', '.join(names[:8])}{', ...' if len(names) > 8 else ''} "
+                  "(fields of its first record)")
 
 
 def _unlearned(units: list[Unit], settings: PackSettings) -> str:
