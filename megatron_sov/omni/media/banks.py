@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
+from megatron_sov.base.documents.shard_files import named_shards
 from megatron_sov.base.errors import UserError
 
 MEDIA = "media"
@@ -139,7 +140,7 @@ def codecs_of(data: Iterable[str | Path]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for folder in data:
         try:
-            corpora = [record["path"] for record in read_manifest(Path(folder)).inputs
+            corpora = [record["path"] for record in read_manifest(named_shards(str(folder))[1]).inputs
                        if record.get("kind") == CORPUS]
             for corpus in corpora:
                 for kind, codec in read_manifest(Path(corpus), CORPUS).content["codecs"].items():
@@ -158,7 +159,7 @@ def banks_of(data: Iterable[str | Path]) -> set[str] | None:
     found, folders = set[str](), list(data)
     try:
         for folder in folders:
-            for source in read_manifest(Path(folder)).content["sources"]:
+            for source in read_manifest(named_shards(str(folder))[1]).content["sources"]:
                 found |= set(source.get(MEDIA) or {})
     except (UserError, KeyError, TypeError, AttributeError):
         # what was read so far is known, whatever the others held
