@@ -93,7 +93,8 @@ class Registry(Generic[T]):
     """
 
     def __init__(self, kind: Kind, group: str, built_in: Collection[str],
-                 check: Callable[[LoadedPlugin], None], own_name: Callable[[Any], str] | None = None) -> None:
+                 check: Callable[[LoadedPlugin], None], own_name: Callable[[Any], str] | None = None,
+                 adapt: Callable[[LoadedPlugin], LoadedPlugin] | None = None) -> None:
         """Nothing is looked for yet.
 
         Args:
@@ -102,8 +103,10 @@ class Registry(Generic[T]):
             built_in: names that are taken.
             check: raises `UserError` for what is none of this kind.
             own_name: what it calls itself; without, its name in the file or the entry point's counts.
+            adapt: makes one of what other libraries take for one; comes before `check`.
         """
         self.kind, self.group = kind, group
+        self._adapt = adapt
         self._built_in, self._check, self._own_name = built_in, check, own_name
         self._known: dict[str, _Known[T]] = {}
 
@@ -121,6 +124,7 @@ class Registry(Generic[T]):
         Raises:
             UserError: it is none of this kind, or its name is taken.
         """
+        loaded = self._adapt(loaded) if self._adapt else loaded
         self._check(loaded)
         name = self._own_name(loaded.value) if self._own_name else loaded.attribute
         known = self._known.get(name)
