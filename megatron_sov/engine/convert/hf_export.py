@@ -16,18 +16,20 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, FileRecord, atomic_write, damaged_files, manifest_sha256, refuse_existing, to_json)
+    MANIFEST, FileRecord, atomic_write, damaged_files, manifest_sha256, read_manifest, refuse_existing,
+    to_json)
 from megatron_sov.base.chat import media_tokens as marks
 from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE
 from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.pages.markdown import CARD_MARK, md, slug
 from megatron_sov.engine.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.engine.convert.changed_values import (
     KEEP, check_dtype_name, check_space, convert_tensor, exported_dtype)
 from megatron_sov.engine.convert.growing import open_weights
 from megatron_sov.engine.convert.hf_import import (
-    carry, checked_source, copies_of, differing_copies, digest_of, ids_beside, plan_shards, split_conflict,
-    with_turn_ends, write_files)
+    carry, checked_source, copies_of, differing_copies, digest_of, ids_beside, move_chat_template,
+    plan_shards, split_conflict, with_turn_ends, write_files)
 from megatron_sov.engine.convert.peft import add_inputs, checkpoint_weights
 from megatron_sov.engine.convert.sources import (
     HfWeights, Weights, check_dtypes, newest_of_run, tensors_left_out)
@@ -213,6 +215,7 @@ PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 BICUBIC = 3
 """Pillow's number of this resampling."""
 KIND = HF_MODEL
+README = "README.md"
 
 
 # What stands beside the weights of a Hugging Face folder of a model that reads or writes media: how
@@ -361,13 +364,42 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
             write_files(artifact.path, missing, read, workers, finish)
         _write_beside(artifact.path, files, beside)
         carry(checkpoint / "tokenizer", artifact.path, with_turn_ends(checkpoint / "tokenizer", tokens))
+        move_chat_template(artifact.path)
         add_inputs(artifact.writer, source, leaves=True)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],
             "num_parameters": _num_parameters(spec for spec in specs if of[spec.name] == spec.name)}
         artifact.writer.settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
+    # outside of the manifest: it is the file that people change
+    atomic_write(out / README, _readme(out).encode())
     if conflict := split_conflict(out, family.reader_split):
         warn(conflict)
+
+
+def _readme(export: Path) -> str:
+    """Return a short model card of an export, which `megatron-sov card` replaces by a whole one."""
+    # without the folder's name: the same model gives the same bytes
+    content = read_manifest(export).content
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- {slug(CARD_MARK)}
+---
+
+# {md(content["family"])} model
+
+{content["num_parameters"]:,} parameters in {content["dtype"]}, trained with megatron-sov.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+```
+
+`megatron-sov card` writes a card with data, training and scores.
+"""
 
 
 def _check_order(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:
