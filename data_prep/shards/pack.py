@@ -100,6 +100,9 @@ class PackSettings:
                                      "a prompt has no response to which its number "
                                      "could belong; its fields travel in .extra.jsonl as they are",
                                      self.reading.columns[0]))
+        if self.reading.by_line and self.reading.kind not in (None, "text"):
+            p.append(SettingsProblem(ProblemCode.RULE, "by_line", "is for text, and the format is "
+                                     f"{self.reading.kind}; leave it out"))
         if self.reading.renames and self.reading.kind in (None, "text"):
             p.append(SettingsProblem(ProblemCode.RULE, "renames",
                                      "is for chats, preferences and prompts; name the field of a text by "
@@ -126,6 +129,8 @@ class PackOptions:
     to."""
     text_field: Annotated[str, Flag(value="NAME")] = RecordReading.text_field
     """Field or column that holds the text."""
+    lines: bool = False
+    """Make each line of a text file a document."""
     renames: Annotated[tuple[str, ...], Flag("--columns", "TARGET=FIELD,...")] = ()
     """Read fields of other names, as prompt=instruction,response=output; FIELD+FIELD joins two by a line
     feed."""
@@ -164,7 +169,7 @@ def run(typed: argparse.Namespace) -> int:
     args = read_options(PackOptions, typed)
     tag_fields, tags = parse_tags(args.tags)
     reading = RecordReading(args.format, args.text_field, args.max_document_bytes, args.columns,
-                            args.bucket_by, tag_fields, parse_renames(args.renames))
+                            args.bucket_by, tag_fields, parse_renames(args.renames), args.lines)
     settings = PackSettings(args.heldout, reading, args.bos, args.eod, args.on_bad, args.shard_tokens,
                             named_steps(args.steps), tags)
     pack(args.tokenizer, parse_sources(args.input), args.output, settings, workers=args.workers,
@@ -220,7 +225,7 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
     settings = replace(settings, tags=with_written(settings.tags, settings.reading.tags, origins))
     if problems := problems_of(settings):
         raise SettingsError("", name_options(problems, heldout_share="--heldout", columns="--column",
-                                              renames="--columns"))
+                                              renames="--columns", by_line="--lines"))
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     # From here on what is cheap to find out comes before what takes time.
@@ -234,7 +239,7 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
     if settings.reading.kind not in (None, "text") and (sentence := encoder.odd_opening()):
         warn(sentence)
     units = [(source, unit) for source in sources
-             for unit in _units_of(source.path, cut=settings.heldout_share > 0)]
+             for unit in _units_of(source.path, settings.heldout_share > 0 and not settings.reading.by_line)]
     if settings.reading.kind == "prompt" and (sentence := _unlearned([unit for _, unit in units], settings)):
         warn(sentence)
     # Proven on this very input, before any of it is encoded.
@@ -420,7 +425,7 @@ def _tell(records: list[dict[str, Any]], output: Path, heldout_share: float) -> 
         splits = record["splits"]
         if heldout_share and not splits[HELDOUT]["num_tokens"]:
             warn(f"{record['name']}: is one document, nothing is held out; its loss will not be measured. "
-                 "Pass several files, or a .jsonl file with a document on each line")
+                 "Pass --lines to make each line a document, or several files")
         print(f"{record['name']}: {splits[TRAIN]['num_tokens']:,} tokens to train on, "
               f"{splits[HELDOUT]['num_tokens']:,} held out")
         if record.get("num_left_out"):

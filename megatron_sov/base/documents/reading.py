@@ -315,10 +315,20 @@ class CountedSpan:
                 text = decode(raw, position + len(piece) - len(raw))
                 if not text.strip():
                     raise BadRecord("empty", f"holds no text at offset {position}")
-                yield Document(str(span.file), text)
+                yield from self._documents_of(text)
             except BadRecord as e:
                 yield _at_line(e, 0, raw)
             position += len(piece)
+
+    def _documents_of(self, text: str) -> Iterator[Document]:
+        if not self.reading.by_line:
+            yield Document(str(self.span.file), text)
+            return
+        # line feeds alone end a line: other signs that Python splits at may be part of a text
+        for line in text.removesuffix("\n").split("\n"):
+            self.num_lines += 1
+            if line.strip():
+                yield Document(str(self.span.file), line.removesuffix("\r"), line=self.num_lines)
 
     def _refuse_table(self) -> None:
         """Refuse a table of records in plain text, which says nothing of types: lists in it are no JSON."""

@@ -145,6 +145,8 @@ class RecordReading:
     """Fields whose values become tags of the source, by which blends choose."""
     renames: Renames = ()
     """Fields of other names that make those which are read (`--columns`)."""
+    by_line: bool = False
+    """Whether each line of a text file is a document."""
     media: bool = False
     """Whether they are those of a media corpus, whose texts hold tokens of media and which name rows of
     banks."""
