@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Lt
-from tqdm import tqdm
 
 from data_prep.media.packing import banks_of, check_tokenizer, described, encoding_of, media_of, records_of
 from data_prep.shards.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
@@ -45,6 +44,7 @@ from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, name_options,
     num_cores, problems_of, read_options)
+from megatron_sov.work.progress.progress_bar import work_bar
 from megatron_sov.work.progress.resumable import open_parts
 
 DESCRIPTION = """Turn text, chats, preferences or prompts into token shards (.bin and .idx in Megatron-Core's
@@ -323,7 +323,7 @@ def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], set
                for source in sources}
     kept = 0
     total_bytes = sum(span.size_bytes for _, unit in units for span in unit)
-    with tqdm(total=total_bytes, desc="encoding", unit="B", unit_scale=True) as bar:
+    with work_bar("encoding", total_bytes, "B") as bar:
         records = encode_units([unit for _, unit in units], settings, work, workers)
         for (source, unit), record in zip(units, records, strict=True):
             encoded[source.name].units.append((unit, record))

@@ -76,6 +76,9 @@ T = TypeVar("T")
 ABSENT = {"model family": ("is not supported", "families")}
 """What is said of an unknown one, and how several are called, where that is not "does not exist" and an s."""
 
+LISTED_BY: dict[str, str] = {"recipe": "`megatron-sov recipes` lists them"}
+"""What lists all that there are, where a message has no place for so many."""
+
 
 @dataclass(frozen=True)
 class _Known(Generic[T]):
@@ -217,8 +220,9 @@ class Registry(Generic[T]):
                         f"add --plugin {shlex.quote(code.reference)}")
         known = [*self._built_in, *(n for n, _ in self.listing())]
         absent, plural = ABSENT.get(self.kind, ("does not exist", f"{self.kind}s"))
-        return (f"{self.kind} {name!r}: {absent}{nearest(name, known)} ({plural}: {', '.join(known)}; "
-                "your own are named FILE.py:NAME)")
+        listed = LISTED_BY.get(self.kind, f"{plural}: {', '.join(known)}")
+        return (f"{self.kind} {name!r}: {absent}{nearest(name, known)} ({listed}; your own are named "
+                "FILE.py:NAME)")
 
 
 BuiltIn = Mapping[str, Sequence[str]]
