@@ -240,8 +240,7 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
         warn(sentence)
     units = [(source, unit) for source in sources
              for unit in _units_of(source.path, settings.heldout_share > 0 and not settings.reading.by_line)]
-    if settings.reading.kind == "prompt" and (sentence := _unlearned([unit for _, unit in units], settings)):
-        warn(sentence)
+    _warn_of_unlearned([unit for _, unit in units], settings.reading)
     # Proven on this very input, before any of it is encoded.
     fast, sentence = encoder.prove_fast(sample_texts([unit for _, unit in units], settings.reading))
     print(sentence)
@@ -250,8 +249,6 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
                                  settings.reading, replace(encoding, fast=fast), settings.steps)
     with open_parts(output, "sov-data pack") as work:
         encoded = _encode(sources, units, unit_settings, work, workers, settings.on_bad)
-        if settings.reading.kind in ("chat", "preference"):
-            _tell_unread(units, settings.reading)
         for source in encoded:
             source.banks = banks_of(corpora, encoder.meant).get(source.name)
         with new_artifact(output, KIND, overwrite=overwrite) as artifact:
@@ -300,20 +297,23 @@ def sample_texts(units: list[Unit], reading: RecordReading) -> list[str]:
 
 
 def _tell_unread(units: list[tuple[PackSource, Unit]], reading: RecordReading) -> None:
-    """Say which fields of each source are not read, by its first record."""
+    """Say which fields of each source of chats or preferences are not read, by its first record."""
+    if reading.kind not in ("chat", "preference"):
+        return
     for name, unit in {source.name: unit for source, unit in reversed(units)}.items():
         if names := first_unread(unit[0], reading):
             print(f"{name}: does not read {', '.join(names[:8])}{', ...' if len(names) > 8 else ''} "
                   "(fields of its first record)")
 
 
-def _unlearned(units: list[Unit], settings: PackSettings) -> str:
-    for span in (unit[0] for unit in units):
-        first = next(iter(read_span(span, settings.reading)), None)
+def _warn_of_unlearned(units: list[Unit], reading: RecordReading) -> None:
+    """Warn of a completion that is packed beside a prompt, where nothing is learned."""
+    for span in (unit[0] for unit in units if reading.kind == "prompt"):
+        first = next(iter(read_span(span, reading)), None)
         if isinstance(first, Document) and (name := completion_of(json.loads(first.extra))):
-            return (f"{first.where}: has a {name!r}, of which --format prompt learns nothing: it goes along "
-                    "as a field beside the prompt; pack it with --format chat to learn it")
-    return ""
+            warn(f"{first.where}: has a {name!r}, of which --format prompt learns nothing: it goes along "
+                 "as a field beside the prompt; pack it with --format chat to learn it")
+            return
 
 
 def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], settings: UnitSettings,
@@ -333,6 +333,7 @@ def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], set
             if on_bad == "refuse" and set(record.num_bad) - {"empty"}:
                 records.close()
                 raise _refusal(encoded[source.name], work, settings.dtype)
+    _tell_unread(units, settings.reading)
     if kept:
         print(f"{kept} of {len(units)} units were complete from before")
     return list(encoded.values())

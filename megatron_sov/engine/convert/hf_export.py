@@ -362,25 +362,23 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
-        _write_beside(artifact.path, files, beside)
-        carry(checkpoint / "tokenizer", artifact.path, with_turn_ends(checkpoint / "tokenizer", tokens))
-        move_chat_template(artifact.path)
+        _write_beside(artifact.path, files, beside, checkpoint / "tokenizer", tokens)
         add_inputs(artifact.writer, source, leaves=True)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],
             "num_parameters": _num_parameters(spec for spec in specs if of[spec.name] == spec.name)}
         artifact.writer.settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
-    # outside of the manifest: it is the file that people change
-    atomic_write(out / README, _readme(out).encode())
+    _write_readme(out)
     if conflict := split_conflict(out, family.reader_split):
         warn(conflict)
 
 
-def _readme(export: Path) -> str:
-    """Return a short model card of an export, which `megatron-sov card` replaces by a whole one."""
+def _write_readme(export: Path) -> None:
+    """Write a short model card, which `megatron-sov card` replaces by a whole one; outside of the manifest,
+    since people change it."""
     # without the folder's name: the same model gives the same bytes
     content = read_manifest(export).content
-    return f"""---
+    atomic_write(export / README, f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
@@ -399,7 +397,7 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")
 ```
 
 `megatron-sov card` writes a card with data, training and scores.
-"""
+""".encode())
 
 
 def _check_order(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:
@@ -430,9 +428,11 @@ def _processors(source: Weights, checkpoint: Path) -> dict[str, dict[str, Any]]:
     return processor_files(source.model, checkpoint / "tokenizer", codecs)
 
 
-def _write_beside(folder: Path, files: dict[str, list[TensorSpec]],
-                  beside: dict[str, dict[str, Any]]) -> None:
-    """Write JSON files, and which file holds which tensor, where there are several."""
+def _write_beside(folder: Path, files: dict[str, list[TensorSpec]], beside: dict[str, dict[str, Any]],
+                  tokenizer: Path, tokens: TokenIds) -> None:
+    """Write tokenizer, template and JSON files, and which file holds which tensor, where there are several."""
+    carry(tokenizer, folder, with_turn_ends(tokenizer, tokens))
+    move_chat_template(folder)
     for name, content in beside.items():
         atomic_write(folder / name, to_json(content))
     if SINGLE_FILE in files:
