@@ -430,7 +430,7 @@ def _processors(source: Weights, checkpoint: Path) -> dict[str, dict[str, Any]]:
 
 def _write_beside(folder: Path, files: dict[str, list[TensorSpec]], beside: dict[str, dict[str, Any]],
                   tokenizer: Path, tokens: TokenIds) -> None:
-    """Write tokenizer, template and JSON files, and which file holds which tensor, where there are several."""
+    """Write tokenizer, template and JSON files, and which file holds which tensor where there are several."""
     carry(tokenizer, folder, with_turn_ends(tokenizer, tokens))
     move_chat_template(folder)
     for name, content in beside.items():
