@@ -50,6 +50,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[s
     (tmp_path / "corpus/chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
     (tmp_path / "pairs.jsonl").write_text("\n".join(
         json.dumps({"prompt": f"{i} + 1?", "chosen": f"{i + 1}", "rejected": "No idea."}) for i in range(30)))
+    (tmp_path / "forum.jsonl").write_text("\n".join(
+        json.dumps({"title": f"{i} + 1?", "body": "Please.", "reply": str(i + 1)}) for i in range(60)))
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i} + 1?", "answer": i + 1})
                                                       for i in range(30)))
     (tmp_path / "solutions.jsonl").write_text("\n".join(
@@ -69,7 +71,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[s
 
 def test_what_the_pages_show_runs(workplace: Path) -> None:
     shown = [command for page in ("tokenizer.md", "data.md") for command in commands(page)]
-    assert len(shown) == 21
+    assert len(shown) == 22
     for name, *arguments in shown:
         # megabytes of one letter, all of Unicode and every Hangul syllable take their time
         if arguments[0] == "report":

@@ -22,9 +22,9 @@ from typing import Annotated, Any
 from data_prep.json_lines import read_objects
 from megatron_sov.base.artifacts import new_artifact, refuse_existing
 from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.documents.layouts import LABEL, completion_of, own_fields, refuse_media, split_response
 from megatron_sov.base.documents.messages import read_messages
-from megatron_sov.base.documents.records import (
-    LABEL, NUM_PROMPT, completion_of, is_float32, own_fields, refuse_media, split_response)
+from megatron_sov.base.documents.records import NUM_PROMPT, is_float32
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
 

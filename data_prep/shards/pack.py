@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Lt
-from tqdm import tqdm
 
 from data_prep.shards.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
 from data_prep.shards.encode import CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings
@@ -36,13 +35,16 @@ from megatron_sov.base.artifacts import (
     ArtifactWriter, new_artifact, read_manifest, refuse_existing, sha256_file)
 from megatron_sov.base.documents import Document, FileSpan, RecordReading, list_files, plan_units, read_span
 from megatron_sov.base.documents.files import CORPUS_RECORDS, JSON_SUFFIX, RECORD_SUFFIXES, media_corpus_of
-from megatron_sov.base.documents.records import column_problems, completion_of
+from megatron_sov.base.documents.layouts import completion_of, parse_renames
+from megatron_sov.base.documents.reading import first_unread
+from megatron_sov.base.documents.records import column_problems
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, name_options,
     num_cores, problems_of, read_options)
+from megatron_sov.work.progress.progress_bar import work_bar
 from megatron_sov.work.progress.resumable import open_parts
 
 if TYPE_CHECKING:
@@ -101,6 +103,13 @@ class PackSettings:
                                      "a prompt has no response to which its number "
                                      "could belong; its fields travel in .extra.jsonl as they are",
                                      self.reading.columns[0]))
+        if self.reading.by_line and self.reading.kind not in (None, "text"):
+            p.append(SettingsProblem(ProblemCode.RULE, "by_line", "is for text, and the format is "
+                                     f"{self.reading.kind}; leave it out"))
+        if self.reading.renames and self.reading.kind in (None, "text"):
+            p.append(SettingsProblem(ProblemCode.RULE, "renames",
+                                     "is for chats, preferences and prompts; name the field of a text by "
+                                     "--text-field", ",".join(target for target, _ in self.reading.renames)))
         return p
 
 
@@ -123,6 +132,11 @@ class PackOptions:
     to."""
     text_field: Annotated[str, Flag(value="NAME")] = RecordReading.text_field
     """Field or column that holds the text."""
+    lines: bool = False
+    """Make each line of a text file a document."""
+    renames: Annotated[tuple[str, ...], Flag("--columns", "TARGET=FIELD,...")] = ()
+    """Read fields of other names, as prompt=instruction,response=output; FIELD+FIELD joins two by a line
+    feed."""
     columns: Annotated[tuple[str, ...], Flag("--column", "NAME")] = ()
     """A field with a number (of a preference, also a list of two: chosen, rejected) that goes with each
     token into the objective; it may be repeated."""
@@ -158,7 +172,7 @@ def run(typed: argparse.Namespace) -> int:
     args = read_options(PackOptions, typed)
     tag_fields, tags = parse_tags(args.tags)
     reading = RecordReading(args.format, args.text_field, args.max_document_bytes, args.columns,
-                            args.bucket_by, tag_fields)
+                            args.bucket_by, tag_fields, parse_renames(args.renames), args.lines)
     settings = PackSettings(args.heldout, reading, args.bos, args.eod, args.on_bad, args.shard_tokens,
                             named_steps(args.steps), tags)
     pack(args.tokenizer, parse_sources(args.input), args.output, settings, workers=args.workers,
@@ -213,7 +227,8 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
     origins = {source.name: found for source in sources if (found := artifact_of(source.path)) is not None}
     settings = replace(settings, tags=with_written(settings.tags, settings.reading.tags, origins))
     if problems := problems_of(settings):
-        raise SettingsError("", name_options(problems, heldout_share="--heldout", columns="--column"))
+        raise SettingsError("", name_options(problems, heldout_share="--heldout", columns="--column",
+                                              renames="--columns", by_line="--lines"))
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     # From here on what is cheap to find out comes before what takes time.
@@ -223,9 +238,8 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
     settings = replace(settings, reading=replace(settings.reading, media=corpora is not None))
     encoder = _open_encoder(tokenizer, settings, corpora)
     units = [(source, unit) for source in sources
-             for unit in _units_of(source.path, cut=settings.heldout_share > 0)]
-    if settings.reading.kind == "prompt" and (sentence := _unlearned([unit for _, unit in units], settings)):
-        warn(sentence)
+             for unit in _units_of(source.path, settings.heldout_share > 0 and not settings.reading.by_line)]
+    _warn_of_unlearned([unit for _, unit in units], settings.reading)
     # Proven on this very input, before any of it is encoded.
     fast, sentence = encoder.prove_fast(sample_texts([unit for _, unit in units], settings.reading))
     print(sentence)
@@ -307,13 +321,24 @@ def sample_texts(units: list[Unit], reading: RecordReading) -> list[str]:
     return texts
 
 
-def _unlearned(units: list[Unit], settings: PackSettings) -> str:
-    for span in (unit[0] for unit in units):
-        first = next(iter(read_span(span, settings.reading)), None)
+def _tell_unread(units: list[tuple[PackSource, Unit]], reading: RecordReading) -> None:
+    """Say which fields of each source of chats or preferences are not read, by its first record."""
+    if reading.kind not in ("chat", "preference"):
+        return
+    for name, unit in {source.name: unit for source, unit in reversed(units)}.items():
+        if names := first_unread(unit[0], reading):
+            print(f"{name}: does not read {', '.join(names[:8])}{', ...' if len(names) > 8 else ''} "
+                  "(fields of its first record)")
+
+
+def _warn_of_unlearned(units: list[Unit], reading: RecordReading) -> None:
+    """Warn of a completion that is packed beside a prompt, where nothing is learned."""
+    for span in (unit[0] for unit in units if reading.kind == "prompt"):
+        first = next(iter(read_span(span, reading)), None)
         if isinstance(first, Document) and (name := completion_of(json.loads(first.extra))):
-            return (f"{first.where}: has a {name!r}, of which --format prompt learns nothing: it goes along "
-                    "as a field beside the prompt; pack it with --format chat to learn it")
-    return ""
+            warn(f"{first.where}: has a {name!r}, of which --format prompt learns nothing: it goes along "
+                 "as a field beside the prompt; pack it with --format chat to learn it")
+            return
 
 
 def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], settings: UnitSettings,
@@ -323,7 +348,7 @@ def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], set
                for source in sources}
     kept = 0
     total_bytes = sum(span.size_bytes for _, unit in units for span in unit)
-    with tqdm(total=total_bytes, desc="encoding", unit="B", unit_scale=True) as bar:
+    with work_bar("encoding", total_bytes, "B") as bar:
         records = encode_units([unit for _, unit in units], settings, work, workers)
         for (source, unit), record in zip(units, records, strict=True):
             encoded[source.name].units.append((unit, record))
@@ -333,6 +358,7 @@ def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], set
             if on_bad == "refuse" and set(record.num_bad) - {"empty"}:
                 records.close()
                 raise _refusal(encoded[source.name], work, settings.dtype)
+    _tell_unread(units, settings.reading)
     if kept:
         print(f"{kept} of {len(units)} units were complete from before")
     return list(encoded.values())
@@ -425,7 +451,7 @@ def _tell(records: list[dict[str, Any]], output: Path, heldout_share: float) -> 
         splits = record["splits"]
         if heldout_share and not splits[HELDOUT]["num_tokens"]:
             warn(f"{record['name']}: is one document, nothing is held out; its loss will not be measured. "
-                 "Pass several files, or a .jsonl file with a document on each line")
+                 "Pass --lines to make each line a document, or several files")
         print(f"{record['name']}: {splits[TRAIN]['num_tokens']:,} tokens to train on, "
               f"{splits[HELDOUT]['num_tokens']:,} held out")
         if record.get("num_left_out"):

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.documents.shard_files import named_shards
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.order import OrderedSample
 from megatron_sov.engine.data.rows import PackedRow, heldout_samples
@@ -101,7 +102,8 @@ def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
         UserError: the artifacts do not fit together or the model, or hold nothing out.
     """
     sources = open_sources(paths, model_vocab_size, formats)
-    vocab_size = max(int(read_manifest(path, "tokens").content["vocab_size"]) for path in paths)
+    vocab_size = max(int(read_manifest(named_shards(path)[1], "tokens").content["vocab_size"])
+                     for path in paths)
     data = HeldoutData(sources, vocab_size, seq_len, max_tokens)
     if not data.judged():
         raise UserError(f"--data {', '.join(paths)}: holds no documents out, so there is nothing to judge "

@@ -16,18 +16,22 @@ from megatron_sov.plan.calibration.fitting import fullest, nearest, refuse_on_no
 from megatron_sov.plan.footprint.memory import Account
 from megatron_sov.plan.pages import quote as quote_tables
 from megatron_sov.plan.pages.quote import Quote, as_json, gib, totals
-from megatron_sov.plan.pages.telling import PlanText, name, set_line, sizes, submit_line
+from megatron_sov.plan.pages.telling import PlanText, name, set_line, size_line, sizes, submit_line
 from megatron_sov.plan.pricing import Machines, Pricing, pricing, quote, refuse_precision, run_stages
 from megatron_sov.plan.search.recommended import leaves_layout_open, settings_for
 from megatron_sov.plan.search.space import own_choice
 from megatron_sov.plan.search.sweep import (
     SweepSearch, fewest_nodes, fits_somehow, num_layouts, search, told_nodes)
 from megatron_sov.plan.speed.parameters import Parameters
+from megatron_sov.work.clusters.chips import Chip
 from megatron_sov.work.clusters.units import GIB
 from megatron_sov.work.progress.progress_bar import work_bar
 
-LEAST_SHOWN_BYTES = GIB // 20
+LEAST_SHOWN_SHARE = 0.0005
 """Items of memory that one line has no place for are smaller."""
+UNSEEN_ERROR = 0.25
+"""Nine tenths of the speeds of sources that the fit never saw lie within it
+(benchmarks/results/plan_calibration.txt)."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,9 @@ class PlacedPlan:
         return found | ({"sweep": self.told.as_json()} if self.told else {})
 
     def as_text(self) -> str:
-        """Return layout, memory, and the tables of what it takes."""
-        parts = [self._layout()]
+        """Return size, days, layout, memory, and the tables of what it takes."""
+        parts = ["\n".join([size_line(self.config), *self._days(),
+                            memory_lines(self.config, self.machines.num_ranks, self.machines.chip)])]
         if self.told:
             parts += [quote_tables.text(self.told.table()), "\n".join(self.told.lines())]
         if self.quotes:
@@ -70,14 +75,30 @@ class PlacedPlan:
                          f"submit:   {self.told.submit}")
         return "\n\n".join(parts)
 
-    def _layout(self) -> str:
-        (stage, needs), chip = self._fullest, self.machines.chip
-        shown = needs.components() | ({"on_host": needs.on_host} if needs.on_host else {})
-        items = ", ".join(f"{item.replace('_', ' ')} {n / GIB:.1f}" for item, n in shown.items()
-                          if n >= LEAST_SHOWN_BYTES or item in ("weights", "gradients", "optimizer"))
-        return (f"{self.machines.num_ranks:,} processes{' of ' + chip.name if chip else ''}: "
-                f"{sizes(self.config.parallel)}\n"
-                f"{needs.total / GIB:.1f} GiB on each of stage {stage + 1}: {items}")
+    def _days(self) -> list[str]:
+        """Return a line on how long it takes, with the interval of what is not known."""
+        if not self.quotes:
+            return []
+        days = totals(self.quotes).days
+        low, high = days / (1 + UNSEEN_ERROR), days * (1 + UNSEEN_ERROR)
+        return [f"{days:,.1f} days, {low:,.1f} to {high:,.1f} in nine "
+                "of ten cases (docs/plan_speed.md)"]
+
+
+def memory_lines(config: RunConfig, num_ranks: int, chip: Chip | None = None) -> str:
+    """Return the layout of a run, and what its fullest process needs of memory."""
+    stage, needs = fullest(config, num_ranks)
+    shown = needs.components() | ({"on_host": needs.on_host} if needs.on_host else {})
+    items = ", ".join(f"{item.replace('_', ' ')} {_gib(n)}" for item, n in shown.items()
+                      if n >= max(LEAST_SHOWN_SHARE * needs.total, 1)
+                      or item in ("weights", "gradients", "optimizer"))
+    return (f"{num_ranks:,} process{'es' if num_ranks > 1 else ''}{' of ' + chip.name if chip else ''}: "
+            f"{sizes(config.parallel)}\n"
+            f"{_gib(needs.total)} GiB on each of stage {stage + 1}: {items}")
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f}" if num_bytes >= GIB / 10 else f"{num_bytes / GIB:.2g}"
 
 
 def placed(request: RecipeRequest, machines: Machines, parameters: Parameters | None = None) -> PlacedPlan:

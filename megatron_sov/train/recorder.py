@@ -274,7 +274,7 @@ class Recorder:
             padding_share=result.padding_share, **meters, **used, **figures)
         if self._trackers is not None:
             self._trackers.log_step(done.step, {
-                "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr,
+                "loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": result.lr,
                 "tokens_per_s": tokens_per_s, **used, **figures,
                 **{f"loss/{t}": v for t, v in result.losses.items()},
                 **{f"meter/{name}": v for name, v in result.meters.items()}})

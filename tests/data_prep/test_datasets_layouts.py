@@ -4,6 +4,7 @@ chat template shows them, or refused by a sentence that says what takes them."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from transformers import AutoTokenizer
 
 from data_prep.responses.unpaired import write_unpaired
 from data_prep.shards.encode import Encoder
+from data_prep.shards.pack import PackSettings, PackSource, pack
 from megatron_sov.base.documents import RecordReading, list_files, read_documents
+from megatron_sov.base.documents.layouts import LAYOUTS, parse_renames
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rollouts.prompts import read_prompts, refuse_unaskable
 
@@ -77,6 +80,10 @@ CHATS: dict[str, tuple[Rows, list[Shown]]] = {
                       turn("gpt", "Yes.")], "system": "", "tools": json.dumps([FIND])}],
                  [(qa("a", "b", SYSTEM), None),
                   ([{k: v for k, v in m.items() if k != "name"} for m in using("find", "thing")], [FIND])]),
+    "dolly": ([{"instruction": "Add.", "context": "1 2", "response": "3", "category": "closed_qa"},
+               {"instruction": "Sky?", "context": "", "response": "blue", "category": "open_qa"}],
+              [(qa("Add.\n1 2", "3"), None), (qa("Sky?", "blue"), None)]),
+    "question and answer": ([{"question": "Sky?", "answer": "blue"}], [(qa("Sky?", "blue"), None)]),
     "openai with a system column": ([{"messages": qa("a", "b"), "system": "Be short."}],
                                     [(qa("a", "b", SYSTEM), None)]),
 }
@@ -92,6 +99,7 @@ PREFERENCES: dict[str, Rows] = {
     "messages that both sides repeat": [{"prompt": [say("user", q)], "chosen": qa(q, c), "rejected": qa(q, r)}
                                         for q, c, r in TWO],
     "alpaca": [{"instruction": q, "input": "", "chosen": c, "rejected": r} for q, c, r in TWO],
+    "question": [{"question": q, "chosen": c, "rejected": r} for q, c, r in TWO],
     "sharegpt": [{"conversations": [turn("human", q)], "chosen": turn("gpt", c), "rejected": turn("gpt", r)}
                  for q, c, r in TWO],
 }
@@ -205,6 +213,75 @@ def test_pairs_are_two_chats_with_one_prompt(tmp_path: Path, folder: Path, encod
     expected = shown(folder, [(chat, None) for chat in PAIRS])
     assert {stored: ids_of(encoder, tmp_path / stored, "preference") for stored in STORED} == dict.fromkeys(
         STORED, expected)
+
+
+@pytest.mark.parametrize(("kind", "row", "proposed"), [
+    ("chat", {"ask_user": "Sky?", "note": "x", "model_output": "blue"},
+     "prompt=ask_user,response=model_output"),
+    ("chat", {"a": "Sky?", "b": "blue"}, "prompt=a,response=b"),
+    ("chat", {"dialog": qa("Sky?", "blue"), "topic": "sky"}, "messages=dialog"),
+    ("preference", {"query": "Sky?", "chosen_response": "blue", "rejected_response": "green"},
+     "prompt=query,chosen=chosen_response,rejected=rejected_response"),
+    ("prompt", {"userRequest": "Sky?", "gold": "blue"}, "prompt=userRequest")])
+def test_the_proposed_columns_let_an_unknown_layout_be_read(tmp_path: Path, folder: Path, encoder: Encoder,
+                                                            kind: str, row: dict[str, Any],
+                                                            proposed: str) -> None:
+    store([row], tmp_path)
+    given_names = {"chat": ("prompt", "response"), "prompt": ("prompt",),
+                   "preference": ("prompt", "chosen", "rejected")}[kind]
+    texts = dict(zip(given_names, ("Sky?", "blue", "green"), strict=False))
+    (tmp_path / "known.jsonl").write_text(json.dumps(texts) + "\n")
+    expected = [(d.messages, d.chosen, d.rejected) for d in read_documents(
+        [tmp_path / "known.jsonl"], RecordReading(kind))]
+    for way in STORED:
+        with pytest.raises(UserError, match=f"name yours with `sov-data pack --columns {proposed}`"):
+            list(read_documents(list_files(tmp_path / way), RecordReading(kind)))
+        found = list(read_documents(list_files(tmp_path / way),
+                                    RecordReading(kind, renames=parse_renames([proposed]))))
+        assert [[[(m.role, m.content) for m in side] for side in (d.messages, d.chosen, d.rejected)]
+                for d in found] == [[[(m.role, m.content) for m in side] for side in row] for row in expected]
+
+
+def test_columns_join_fields_and_refuse_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"ask": "Add.", "more": "1 2", "say": "3", "n": 4}))
+
+    def read(*columns: str) -> Any:
+        reading = RecordReading("chat", renames=parse_renames(columns))
+        return [[m.content for m in d.messages] for d in read_documents([tmp_path / "a.jsonl"], reading)]
+
+    assert read("prompt=ask+more,response=say") == read("prompt=ask+more", "response=say") == [
+        ["Add.\n1 2", "3"]]
+    for columns, sentence in (("prompt=ask,response=says", "has no field 'says', which --columns names"),
+                              ("prompt=ask+n,response=say", "has '4' in field 'n', must be a string"),
+                              ("prompt", "'prompt' must be TARGET=FIELD"),
+                              ("prompt=", "'prompt=' must be TARGET=FIELD"),
+                              ("question=ask", "'question' is no field of records; choose from prompt"),
+                              ("text=ask", "is named by --text-field ask"),
+                              ("prompt=ask,prompt=more", "named twice; join fields with")):
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            read(columns)
+
+
+def test_fields_that_are_not_read_are_said(tmp_path: Path, folder: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question": f"Is {i} even?", "answer": "no" * i, "context": "sums", "topic": "", "id": i}
+            for i in range(1, 9)]
+    store(rows, tmp_path)
+    for way in STORED:
+        pack(folder, [PackSource("qa", tmp_path / way)], tmp_path / "out",
+             PackSettings(reading=RecordReading("chat")), overwrite=True)
+        assert "qa: does not read context (fields of its first record)" in capsys.readouterr().out
+    pack(folder, [PackSource("qa", tmp_path / "disk")], tmp_path / "out", PackSettings(
+        reading=RecordReading("chat", renames=parse_renames(["prompt=context+question,response=answer"]))),
+        overwrite=True)
+    assert "does not read" not in capsys.readouterr().out
+
+
+def test_the_page_has_a_row_for_each_known_layout() -> None:
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    for layout in LAYOUTS:
+        fields = ", ".join(f"`{name}`" for name in layout.fields)
+        assert f"| {layout.name} | {fields} | `{layout.taken_by}`" in page, layout.name
 
 
 @pytest.mark.parametrize("prompt", ["Sky?", [say("user", "Sky?")]], ids=["text", "messages"])

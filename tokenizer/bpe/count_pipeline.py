@@ -396,7 +396,7 @@ def _bar(title: str, total: int, unit: str) -> Any:
         def __enter__(self) -> Callable[[int], object]:  # type: ignore[override]
             return self.update
 
-    return Bar(total=total, desc=title, unit=unit, unit_scale=True, mininterval=0.5)
+    return Bar(total=total, desc=title, unit=unit, unit_scale=True, mininterval=0.5, disable=None)
 
 
 def _refuse_many_repeats(groups: list[SourceGroup], sizes: list[Sizes], factors: list[float]) -> None:

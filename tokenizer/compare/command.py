@@ -4,7 +4,6 @@ computation, what they share, how fast they are."""
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -297,8 +296,7 @@ def compare(paths: Sequence[Path], texts: list[NamedText], hidden_size: int,
 
     opened = [open_tokenizer(path) for path in paths]
     names, size = names_of(opened), ModelSize(hidden_size, body_params)
-    with tqdm(total=len(opened) * len(texts) + 1 + len(texts), desc="encoding",
-              mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
+    with tqdm(total=len(opened) * len(texts) + 1 + len(texts), desc="encoding", disable=None) as bar:
         measured: list[list[TokenizerMeasures]] = [[] for _ in opened]
         for tokenizer, texts_of_it in zip(opened, measured, strict=True):
             for text in texts:

@@ -8,7 +8,6 @@ import math
 import random
 import re
 import string
-import sys
 import time
 import unicodedata
 from collections import defaultdict
@@ -483,7 +482,7 @@ def check_all(tokenizer: Opened, texts: list[NamedText], skip: Collection[str] =
     needs_unicode = bool({"scalars", "reach"} & set(wanted))
     total = needs_unicode * num_blocks() + BLOCKS_PER_STEP * steps
     with tqdm(total=total, bar_format="{desc:<12}{percentage:3.0f}% |{bar}| {elapsed}",
-              mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
+              disable=None) as bar:
         def step(num_steps: int = 1) -> None:
             bar.update(BLOCKS_PER_STEP * num_steps)
 

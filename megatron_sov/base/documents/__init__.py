@@ -9,9 +9,10 @@ preference or a prompt.  Any of the text forms may be compressed (`.gz`, `.zst`)
 from megatron_sov.base.documents.files import (
     DOCUMENT_BYTES, TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, cut_at_blank_lines, cut_text, list_files,
     plan_units)
+from megatron_sov.base.documents.layouts import KINDS
 from megatron_sov.base.documents.messages import ROLES, BadRecord, Conversation, Message
 from megatron_sov.base.documents.reading import read_documents, read_span
-from megatron_sov.base.documents.records import KINDS, ROLLOUTS, Document, LeftOut, RecordReading
+from megatron_sov.base.documents.records import ROLLOUTS, Document, LeftOut, RecordReading
 
 __all__ = [
     "DOCUMENT_BYTES", "KINDS", "ROLES", "ROLLOUTS", "TEXT_SUFFIXES", "WHOLE_FILE_BYTES", "BadRecord",

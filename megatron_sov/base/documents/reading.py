@@ -15,10 +15,11 @@ from megatron_sov.base.documents.files import (
     ARROW_SUFFIXES, BYTE_ORDER_MARK, DOCUMENT_BYTES, JSON_SUFFIX, JSONL_SUFFIXES, PARQUET_SUFFIX,
     TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, arrow_batches, cut_at_blank_lines, is_records, list_files,
     open_bytes, open_parquet, spans_of)
+from megatron_sov.base.documents.layouts import FOREIGN, unread_fields
 from megatron_sov.base.documents.messages import without_nulls
 from megatron_sov.base.documents.records import (
-    DIALOGUE, FOREIGN, NUM_PROMPT, BadRecord, Document, Parse, RecordReading, columns_problem, decode,
-    parse_line, parse_object, parse_record, too_long)
+    DIALOGUE, BadRecord, Document, Parse, RecordReading, columns_problem, decode, fields_read, parse_line,
+    parse_object, parse_record, too_long)
 from megatron_sov.base.errors import UserError, first_line
 
 _ESCAPE_CHARS = 16
@@ -180,6 +181,17 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             before += counted.num_lines
 
 
+def first_unread(span: FileSpan, reading: RecordReading) -> list[str]:
+    """Return the fields of a span's first record, a chat or a preference, that hold something and are not
+    read; none where there is no such record."""
+    def parse(record: dict[str, Any], where: str, number: int, _: RecordReading) -> list[str]:
+        return unread_fields(record, reading.kind or "chat", reading.renames, fields_read(reading))
+
+    # as prompts, of which all columns of a table are read
+    found = next(iter(CountedSpan(span, RecordReading("prompt"), parse)), None)
+    return found if isinstance(found, list) else []
+
+
 def _fields(record: dict[str, Any], where: str, number: int, reading: RecordReading) -> tuple[int,
                                                                                               dict[str, Any]]:
     return number, {name: without_nulls(value) if name in DIALOGUE else value
@@ -303,10 +315,20 @@ class CountedSpan:
                 text = decode(raw, position + len(piece) - len(raw))
                 if not text.strip():
                     raise BadRecord("empty", f"holds no text at offset {position}")
-                yield Document(str(span.file), text)
+                yield from self._documents_of(text)
             except BadRecord as e:
                 yield _at_line(e, 0, raw)
             position += len(piece)
+
+    def _documents_of(self, text: str) -> Iterator[Document]:
+        if not self.reading.by_line:
+            yield Document(str(self.span.file), text)
+            return
+        # line feeds alone end a line: other signs that Python splits at may be part of a text
+        for line in text.removesuffix("\n").split("\n"):
+            self.num_lines += 1
+            if line.strip():
+                yield Document(str(self.span.file), line.removesuffix("\r"), line=self.num_lines)
 
     def _refuse_table(self) -> None:
         """Refuse a table of records in plain text, which says nothing of types: lists in it are no JSON."""
@@ -394,7 +416,7 @@ def _columns(names: list[str], reading: RecordReading) -> list[str]:
     if reading.kind in (None, "text"):
         wanted.add(reading.text_field)
     if reading.kind != "text":
-        wanted |= {*DIALOGUE, *FOREIGN, NUM_PROMPT, "chat_template_kwargs"}
+        wanted |= fields_read(reading)
     return [name for name in names if name in wanted]
 
 

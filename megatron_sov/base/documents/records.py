@@ -1,6 +1,5 @@
 """One record of a user's file as a document: text, a chat, a preference (two answers to one prompt), or a
-prompt; the layouts of other tools (LLaMA-Factory's Alpaca and ShareGPT); and what a record says of itself
-beside its text: numbers that become columns, its bucket, its tags.
+prompt; and what a record says of itself beside its text: numbers that become columns, its bucket, its tags.
 """
 
 from __future__ import annotations
@@ -11,9 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_sov.base.documents.layouts import (
+    COMPLETIONS, FOREIGN, KTO_TAG, LABEL, Renames, completion_of, own_fields, propose_columns, refuse_media,
+    rename_fields)
 from megatron_sov.base.documents.messages import (
     BadRecord, Conversation, Message, Messages, read_messages, read_sharegpt, read_tools, refuse_deep,
-    refuse_other_types, sharegpt_messages, without_nulls)
+    refuse_other_types, without_nulls)
 
 COLUMN_NAME = re.compile(r"[a-z_]+")
 BUCKET_NAME = re.compile(r"\w[\w.-]{0,59}")
@@ -111,111 +113,11 @@ def is_float32(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
-LABEL = "label"
-"""Field of a judged response, true or false: whether it is a good one."""
-KTO_TAG = "kto_tag"
-"""LLaMA-Factory's name for it."""
-ALPACA = ("instruction", "input", "output", "system", "history")
-"""Fields of an Alpaca record: a question in two parts, its answer, and what comes before."""
-CHATS = ("messages", "conversations")
-SIDES = ("chosen", "rejected")
-MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-"""Fields in which other tools keep pictures, sounds and videos beside a text that names them."""
-FOREIGN = (*ALPACA, *MEDIA, KTO_TAG, LABEL)
-"""Fields that decide how a record is read, beside those of messages."""
-
-
-def own_fields(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
-    """Return a record with the fields that are read here.
-
-    Args:
-        record: of any layout; one that is known already is returned as it is.
-        kind: what it is read as, one of `KINDS`; None: by its fields.
-
-    Raises:
-        BadRecord: a field of the layout has another type than it should.
-    """
-    # first, for what follows knows messages alone
-    if is_alpaca(record):
-        record = _of_alpaca(record, kind)
-    # a prompt keeps it as it is: its other fields are the reward's
-    if isinstance(record.get(KTO_TAG), bool) and kind != "prompt":
-        record = {LABEL: record[KTO_TAG], **_without(record, (KTO_TAG,))}
-    chat = _chat_name(record)
-    # LLaMA-Factory's ShareGPT preference: a shared chat, and one message on each side
-    if kind is not None and chat is not None and all(isinstance(record.get(side), dict) for side in SIDES):
-        sides = {side: sharegpt_messages([record[side]], side) for side in SIDES}
-        record = {"prompt": sharegpt_messages(record[chat], chat), **sides,
-                  **_without(record, (chat, "prompt", *SIDES))}
-    return record
-
-
-def split_response(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a judged chat as a prompt with its completion, the last message; others are returned as they
-    are."""
-    chat = _chat_name(record)
-    if chat is None or "prompt" in record or LABEL not in record:
-        return record
-    messages = sharegpt_messages(record[chat], chat)
-    return {"prompt": messages[:-1], "completion": messages[-1:], **_without(record, (chat,))}
-
-
-def is_alpaca(record: Mapping[str, Any]) -> bool:
-    return "instruction" in record and not {"prompt", *CHATS} & record.keys() and (
-        "output" in record or {*SIDES} <= record.keys() or "input" in record)
-
-
-def refuse_media(record: Mapping[str, Any], is_prompt: bool) -> None:
-    """Refuse pictures, sounds and videos beside a text: they would be left out without a word.
-
-    Raises:
-        BadRecord: there are such.
-    """
-    for name in MEDIA:
-        value = record.get(name)
-        # a prompt's other fields are the reward's: a name alone may well be that of a container
-        if value and isinstance(value, (list, dict, bytes) if is_prompt else (list, dict, bytes, str)):
-            raise BadRecord("media", f"has {name!r}, and what is packed here is text; turn such records into "
-                                     "tokens with `sov-data encode-media` first, or remove the field")
-
-
-def _of_alpaca(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
-    for name in ALPACA[:3]:
-        if record.get(name) is not None and not isinstance(record[name], str):
-            raise BadRecord("fields", f"{name!r} is {str(record[name])[:40]!r}, must be a string")
-    # instruction and input as LLaMA-Factory joins them
-    asked = "\n".join(part for part in (record["instruction"], record.get("input")) if part)
-    before: list[dict[str, Any]] = []
-    for i, pair in enumerate(record.get("history") or []):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise BadRecord("fields", f"history[{i}] is {str(pair)[:40]!r}, must be a question and its "
-                                      "answer")
-        before += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    prompt = [*before, {"role": "user", "content": asked}]
-    if record.get("output") is None or kind == "prompt":  # whose other fields are the reward's
-        return {"prompt": prompt, **_without(record, ("instruction", "input", "history"))}
-    others = _without(record, ("instruction", "input", "output", "history"))
-    if before and kind == "chat" and not isinstance(record.get(KTO_TAG), bool):  # its answers are learned
-        return {"messages": [*prompt, {"role": "assistant", "content": record["output"]}], **others}
-    return {"prompt": prompt, "completion": record["output"], **others}
-
-
-def _chat_name(record: Mapping[str, Any]) -> str | None:
-    return next((name for name in CHATS if isinstance(record.get(name), list) and record[name]), None)
-
-
-def _without(record: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in names}
-
-
-KINDS = ("text", "chat", "preference", "prompt")
 ROLLOUTS = "rollouts"
 """What token shards hold that no record is packed to: responses of a model to prompts, as `rl` publishes
 them."""
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "marks_generation"}
 """What chat templates are given beside a record's own variables."""
-COMPLETIONS = ("completion", "response")
-"""Names of what is answered to a `prompt`; the first is TRL's."""
 DIALOGUE = ("messages", "conversations", "prompt", "chosen", "rejected", "tools", *COMPLETIONS)
 """Fields of messages and of descriptions of tools."""
 DESIRABLE = "desirable"
@@ -241,6 +143,10 @@ class RecordReading:
     """Field whose values sort the records into buckets; "": none."""
     tags: tuple[str, ...] = ()
     """Fields whose values become tags of the source, by which blends choose."""
+    renames: Renames = ()
+    """Fields of other names that make those which are read (`--columns`)."""
+    by_line: bool = False
+    """Whether each line of a text file is a document."""
     media: bool = False
     """Whether they are those of a media corpus, whose texts hold tokens of media and which name rows of
     banks."""
@@ -360,6 +266,8 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
     Raises:
         BadRecord: fields are missing or malformed, a value is too long, or nothing is in it.
     """
+    if reading.renames:
+        record = rename_fields(record, reading.renames)
     # a record with plain text is text, also where it has fields that other layouts use
     if not isinstance(record.get(reading.text_field), str) or reading.kind not in (None, "text"):
         record = own_fields(record, reading.kind)
@@ -438,8 +346,11 @@ def _kind(record: dict[str, Any], reading: RecordReading) -> str:
                "chat": "'messages', 'conversations', or 'prompt' and 'completion'",
                "preference": "'chosen' and 'rejected'", "prompt": "'prompt'"}[reading.kind or "text"]
               + (" and no 'messages'" if reading.kind is None else ""))
-    raise BadRecord("fields", f"has no {wanted} (fields: {', '.join(record) or 'none'}); add one"
-                    + (", or name the field with --text-field" if reading.kind == "text" else ""))
+    remedy = "add one"
+    if reading.kind is not None and record:
+        command = "" if reading.kind == "text" else "sov-data pack "
+        remedy = f"name yours with `{command}{propose_columns(record, reading.kind)}`"
+    raise BadRecord("fields", f"has no {wanted} (fields: {', '.join(record) or 'none'}); {remedy}")
 
 
 _VALUES: dict[str, Any] = {LABEL: True, KTO_TAG: True, "completions": [], "history": []}
@@ -449,15 +360,17 @@ _VALUES: dict[str, Any] = {LABEL: True, KTO_TAG: True, "completions": [], "histo
 def columns_problem(names: Iterable[str], reading: RecordReading) -> BadRecord | None:
     """Return what is wrong with a table that has these columns; None: its rows may be read."""
     try:
-        _kind(own_fields({name: _VALUES.get(name, "") for name in names}, None), reading)
+        record = rename_fields({name: _VALUES.get(name, "") for name in names}, reading.renames)
+        _kind(own_fields(record, None), reading)
     except BadRecord as e:
         return e
     return None
 
 
-def completion_of(record: Mapping[str, Any]) -> str | None:
-    """Return the name of the field with what is answered to a record's `prompt`; None: it has none."""
-    return next((name for name in COMPLETIONS if record.get(name) is not None), None)
+def fields_read(reading: RecordReading) -> set[str]:
+    """Return the fields that a reading knows, in any layout; a record has some of them."""
+    return {*DIALOGUE, *FOREIGN, "id", "chat_template_kwargs", NUM_PROMPT, reading.bucket_by,
+            *reading.columns, *reading.tags, *(name for _, sources in reading.renames for name in sources)}
 
 
 def _chat(record: dict[str, Any]) -> tuple[Messages, int]:

@@ -58,6 +58,10 @@ def hub_languages(names: Iterable[str]) -> list[str]:
     return [name for name in names if _LANGUAGE.fullmatch(name) and name != "und"]
 
 
+CARD_MARK = "megatron-sov card"
+"""Stands in the metadata of every README of ours, so that `card` takes no other for one."""
+
+
 def slug(text: str) -> str:
     """Return a name as the hub takes it."""
     return re.sub(r"[^a-z0-9.+-]+", "-", text.lower()).strip("-")[:96] or "other"

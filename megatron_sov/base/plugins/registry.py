@@ -76,6 +76,9 @@ T = TypeVar("T")
 ABSENT = {"model family": ("is not supported", "families")}
 """What is said of an unknown one, and how several are called, where that is not "does not exist" and an s."""
 
+LISTED_BY: dict[str, str] = {"recipe": "`megatron-sov recipes` lists them"}
+"""What lists all that there are, where a message has no place for so many."""
+
 
 @dataclass(frozen=True)
 class _Known(Generic[T]):
@@ -93,7 +96,8 @@ class Registry(Generic[T]):
     """
 
     def __init__(self, kind: Kind, group: str, built_in: Collection[str],
-                 check: Callable[[LoadedPlugin], None], own_name: Callable[[Any], str] | None = None) -> None:
+                 check: Callable[[LoadedPlugin], None], own_name: Callable[[Any], str] | None = None,
+                 adapt: Callable[[LoadedPlugin], LoadedPlugin] | None = None) -> None:
         """Nothing is looked for yet.
 
         Args:
@@ -102,8 +106,10 @@ class Registry(Generic[T]):
             built_in: names that are taken.
             check: raises `UserError` for what is none of this kind.
             own_name: what it calls itself; without, its name in the file or the entry point's counts.
+            adapt: makes one of what other libraries take for one; comes before `check`.
         """
         self.kind, self.group = kind, group
+        self._adapt = adapt
         self._built_in, self._check, self._own_name = built_in, check, own_name
         self._known: dict[str, _Known[T]] = {}
 
@@ -121,6 +127,7 @@ class Registry(Generic[T]):
         Raises:
             UserError: it is none of this kind, or its name is taken.
         """
+        loaded = self._adapt(loaded) if self._adapt else loaded
         self._check(loaded)
         name = self._own_name(loaded.value) if self._own_name else loaded.attribute
         known = self._known.get(name)
@@ -213,8 +220,9 @@ class Registry(Generic[T]):
                         f"add --plugin {shlex.quote(code.reference)}")
         known = [*self._built_in, *(n for n, _ in self.listing())]
         absent, plural = ABSENT.get(self.kind, ("does not exist", f"{self.kind}s"))
-        return (f"{self.kind} {name!r}: {absent}{nearest(name, known)} ({plural}: {', '.join(known)}; "
-                "your own are named FILE.py:NAME)")
+        listed = LISTED_BY.get(self.kind, f"{plural}: {', '.join(known)}")
+        return (f"{self.kind} {name!r}: {absent}{nearest(name, known)} ({listed}; your own are named "
+                "FILE.py:NAME)")
 
 
 BuiltIn = Mapping[str, Sequence[str]]

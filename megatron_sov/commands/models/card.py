@@ -116,8 +116,7 @@ def _check_places(args: CardOptions, names: tuple[str, ...]) -> None:
 
 def _refuse_other(readme: Path, option: str, overwrite: bool) -> None:
     """Refuse to replace a README that no card command wrote."""
-    from megatron_sov.base.pages.markdown import slug
-    from megatron_sov.publish.card.model_card import MARK
+    from megatron_sov.base.pages.markdown import CARD_MARK, slug
 
     if overwrite or not readme.exists():
         return
@@ -125,7 +124,7 @@ def _refuse_other(readme: Path, option: str, overwrite: bool) -> None:
         # the metadata stand at the top: of a stranger's file no more is read
         text = f.read(MAX_README_BYTES)
     front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-    if front is None or f"\n- {slug(MARK)}\n" not in f"{front[1]}\n":
+    if front is None or f"\n- {slug(CARD_MARK)}\n" not in f"{front[1]}\n":
         raise UserError(f"{option} {readme.parent}: has a {README} of something else; pass --overwrite to "
                         "replace it, or take it away")
 

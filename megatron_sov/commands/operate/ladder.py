@@ -51,7 +51,7 @@ class LadderOptions(RecipeOptions):
     """A size to predict (default: the next one, by the step between the last two)."""
     verify: bool = False
     """Train that size too, once its prediction is written."""
-    data: Annotated[tuple[str, ...], Flag(value="DIR[:weight]")] = ()
+    data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR[:weight]")] = ()
     """Token shards made by `sov-data pack` with --heldout; needed unless --dry-run."""
     run: Annotated[Path, Flag(value="DIR")]
     """Folder of the ladder; each size is a run in it, and a ladder that was stopped goes on."""

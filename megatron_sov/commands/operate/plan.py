@@ -15,11 +15,13 @@ from typing import Annotated
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
+from megatron_sov.model.config import RunConfig, data_paths
 from megatron_sov.model.recipes.requested import RecipeOptions, RecipeRequest, requested
 from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.work.clusters import cluster
 
-OF_A_RUN = ("recipe", "configs", "plugins", "settings", "nproc", "cluster", "nodes", "sweep", "json", "html")
+OF_A_RUN = ("recipe", "configs", "plugins", "settings", "data", "nproc", "cluster", "nodes", "sweep", "json",
+            "html")
 """Arguments that a table of runs has no use for."""
 
 
@@ -32,6 +34,9 @@ CLUSTER = ("Price the run on the GPUs of this cluster: take the layout that is r
 class PlanOptions(RecipeOptions):
     """Show what a run will do at each step, and what it takes on a cluster."""
 
+    data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR[:weight]")] = ()
+    """Token shards made by `sov-data pack`: say how often the run reads them, and whether their vocabulary
+    fits."""
     nproc: AtLeastOne | None = None
     """Check the settings for so many processes (default: as few as the layout needs)."""
     cluster: Annotated[str | None, Flag(value="PROFILE", help=CLUSTER)] = None
@@ -86,13 +91,20 @@ def run(typed: argparse.Namespace) -> int:
 
 def _schedule(args: PlanOptions, request: RecipeRequest) -> int:
     from megatron_sov.base.artifacts import to_json
+    from megatron_sov.plan.on_cluster import memory_lines
     from megatron_sov.plan.pages import telling
 
     config = request.config()
     # the fewest processes that are whole replicas of the trunk and of the experts
-    config.check(math.lcm(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica)
-                 if args.nproc is None else args.nproc)
-    print(to_json(telling.timetable_json(config)) if args.json else telling.timetable_text(config))
+    num_ranks = args.nproc or math.lcm(config.parallel.ranks_per_replica,
+                                       config.parallel.ranks_per_expert_replica)
+    config.check(num_ranks)
+    data = _data_lines(args, config)
+    if args.json:
+        print(to_json(telling.timetable_json(config)))
+    else:
+        print("\n".join([telling.size_line(config), *data, memory_lines(config, num_ranks)]))
+        print(f"\n{telling.timetable_text(config)}")
     if args.html is not None:
         from megatron_sov.plan.pages.page import plan_page
 
@@ -114,10 +126,11 @@ def _on_cluster(args: PlanOptions, request: RecipeRequest) -> int:
     parameters = _parameters(args.parameters)
     found = (searched(request, where, _recipe_words(args), parameters) if args.sweep
              else placed(request, where, parameters))
+    data = _data_lines(args, found.config)
     if args.json:
         print(to_json(telling.timetable_json(found.config) | found.as_json()))
     else:
-        print(found.as_text())
+        print("\n".join([*data, found.as_text()]))
         if not args.sweep:
             print(f"\n{telling.timetable_text(found.config)}")
     if args.html is not None:
@@ -125,6 +138,37 @@ def _on_cluster(args: PlanOptions, request: RecipeRequest) -> int:
 
         _write(args.html, plan_page(found.config, found.quotes, found.told))
     return 0
+
+
+def _data_lines(args: PlanOptions, config: RunConfig) -> list[str]:
+    """Return how often a run reads its data, and what is to be set for their vocabulary.
+
+    Raises:
+        UserError: a folder holds no token shards, or the vocabulary is larger than the model's.
+    """
+    from megatron_sov.base.artifacts import read_manifest
+    from megatron_sov.base.documents.shard_files import named_shards
+    from megatron_sov.model.config.schedules import Schedule
+    from megatron_sov.runs.obs.figures import large
+
+    found = [read_manifest(named_shards(path)[1], "tokens").content for path in data_paths(args.data)]
+    if not found:
+        return []
+    vocab_size = max(content["vocab_size"] for content in found)
+    if vocab_size > config.model.vocab_size:
+        raise UserError(f"--data: its tokenizer has {vocab_size:,} ids, the model only model.vocab_size = "
+                        f"{config.model.vocab_size:,}; pass --set model.vocab_size={vocab_size}")
+    tokens = sum(source["splits"]["train"]["num_tokens"]
+                 for content in found for source in content["sources"])
+    schedule = Schedule(config)
+    read = schedule.tokens(schedule.num_steps - 1)
+    lines = [f"data: {large(tokens)} tokens, of which the run reads {large(read)} "
+             f"({read / max(tokens, 1):.3g} passes)"]
+    if vocab_size < config.model.vocab_size:
+        lines.append(f"data: its tokenizer has {vocab_size:,} ids, model.vocab_size is "
+                     f"{config.model.vocab_size:,}; pass --set model.vocab_size={vocab_size} for a model "
+                     "without unused ones")
+    return lines
 
 
 def _recipe_words(args: PlanOptions) -> list[str]:

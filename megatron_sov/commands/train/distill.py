@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Gt, Le
 
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, read_manifest
+from megatron_sov.base.documents.shard_files import named_shards
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Flag, NotNegativeInt, add_options, command_of, read_options)
@@ -305,7 +306,8 @@ def _not_read(paths: dict[str, float], made: list[Path]) -> dict[str, float]:
 
     # by hash: data that were packed again under the same name are other data
     read = {i["manifest_sha256"] for path in made for i in read_manifest(path, KIND).inputs}
-    return {path: weight for path, weight in paths.items() if manifest_sha256(Path(path)) not in read}
+    return {path: weight for path, weight in paths.items()
+            if manifest_sha256(Path(named_shards(path)[1])) not in read}
 
 
 def _refuse_views(config: RunConfig, sources: list[Source]) -> None:
@@ -325,7 +327,7 @@ class DistillRoundsOptions(RecipeOptions, TeacherOptions):
     """The student."""
     prompts: Annotated[tuple[str, ...], Flag(value="DIR")]
     """Token shards of prompts, which the student answers in every round."""
-    data: Annotated[tuple[str, ...], Flag(value="DIR[:weight]")] = ()
+    data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR[:weight]")] = ()
     """Token shards that are learned from beside the student's answers."""
     share: Annotated[float, Gt(0), Le(1), Flag(value="LAMBDA")] = 1.0
     """Part of each round's tokens that the student wrote itself; the rest are of --data."""
@@ -390,7 +392,8 @@ def _asked(args: DistillRoundsOptions) -> dict[str, Any]:
     will be, and how they are trained, may change."""
     def of(paths: dict[str, float]) -> dict[str, float]:
         # by hash, so that rounds cannot go on with data that were packed again
-        return {read_manifest(path, "tokens").sha256 or path: weight for path, weight in paths.items()}
+        return {read_manifest(named_shards(path)[1], "tokens").sha256 or path: weight
+                for path, weight in paths.items()}
 
     return {"from": str(args.start_from), "teacher": str(args.teacher),
             "prompts": of(data_paths(args.prompts)), "data": of(data_paths(args.data)), "share": args.share,

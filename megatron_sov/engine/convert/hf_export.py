@@ -15,16 +15,18 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, FileRecord, atomic_write, damaged_files, manifest_sha256, refuse_existing, to_json)
+    MANIFEST, FileRecord, atomic_write, damaged_files, manifest_sha256, read_manifest, refuse_existing,
+    to_json)
 from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.pages.markdown import CARD_MARK, md, slug
 from megatron_sov.engine.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.engine.convert.changed_values import (
     KEEP, check_dtype_name, check_space, convert_tensor, exported_dtype)
 from megatron_sov.engine.convert.growing import open_weights
 from megatron_sov.engine.convert.hf_import import (
-    carry, checked_source, copies_of, differing_copies, digest_of, ids_beside, plan_shards, split_conflict,
-    with_turn_ends, write_files)
+    carry, checked_source, copies_of, differing_copies, digest_of, ids_beside, move_chat_template,
+    plan_shards, split_conflict, with_turn_ends, write_files)
 from megatron_sov.engine.convert.peft import add_inputs, checkpoint_weights
 from megatron_sov.engine.convert.sources import (
     HfWeights, Weights, check_dtypes, newest_of_run, tensors_left_out)
@@ -204,6 +206,7 @@ def _check_memory(path: Path) -> None:
 
 
 KIND = HF_MODEL
+README = "README.md"
 
 
 def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
@@ -257,15 +260,42 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
-        _write_beside(artifact.path, files, beside)
-        carry(checkpoint / "tokenizer", artifact.path, with_turn_ends(checkpoint / "tokenizer", tokens))
+        _write_beside(artifact.path, files, beside, checkpoint / "tokenizer", tokens)
         add_inputs(artifact.writer, source, leaves=True)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],
             "num_parameters": _num_parameters(spec for spec in specs if of[spec.name] == spec.name)}
         artifact.writer.settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
+    _write_readme(out)
     if conflict := split_conflict(out, family.reader_split):
         warn(conflict)
+
+
+def _write_readme(export: Path) -> None:
+    """Write a short model card, which `megatron-sov card` replaces by a whole one; outside of the manifest,
+    since people change it."""
+    # without the folder's name: the same model gives the same bytes
+    content = read_manifest(export).content
+    atomic_write(export / README, f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- {slug(CARD_MARK)}
+---
+
+# {md(content["family"])} model
+
+{content["num_parameters"]:,} parameters in {content["dtype"]}, trained with megatron-sov.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+```
+
+`megatron-sov card` writes a card with data, training and scores.
+""".encode())
 
 
 def _check_order(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:
@@ -298,9 +328,11 @@ def _processors(source: Weights, checkpoint: Path) -> dict[str, dict[str, Any]]:
                                       settings_of(checkpoint).data.paths)
 
 
-def _write_beside(folder: Path, files: dict[str, list[TensorSpec]],
-                  beside: dict[str, dict[str, Any]]) -> None:
-    """Write JSON files, and which file holds which tensor, where there are several."""
+def _write_beside(folder: Path, files: dict[str, list[TensorSpec]], beside: dict[str, dict[str, Any]],
+                  tokenizer: Path, tokens: TokenIds) -> None:
+    """Write tokenizer, template and JSON files, and which file holds which tensor where there are several."""
+    carry(tokenizer, folder, with_turn_ends(tokenizer, tokens))
+    move_chat_template(folder)
     for name, content in beside.items():
         atomic_write(folder / name, to_json(content))
     if SINGLE_FILE in files:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from megatron_sov.base.artifacts import (
     MANIFEST, FileRecord, atomic_write, file_damage, read_manifest, refuse_existing, to_json)
-from megatron_sov.base.chat.folder import read_chat_encoder
+from megatron_sov.base.chat.folder import CONFIG_JSON, TEMPLATE, read_chat_encoder
 from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import refuse_link_outside
@@ -236,6 +236,20 @@ def carry(source: Path, target: Path, tokens: TokenIds) -> None:
         ids = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
         atomic_write(target / GENERATION_CONFIG,
                      to_json({name: value for name, value in ids.items() if value is not None}))
+
+
+def move_chat_template(folder: Path) -> None:
+    """Give the chat template of tokenizer_config.json a file of its own, as transformers 5 writes it; a file
+    that is there already stays."""
+    file, own = folder / CONFIG_JSON, folder / TEMPLATE
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    template = config.pop("chat_template", None)
+    # a list holds several templates by name, which transformers reads where they are
+    if not isinstance(template, str):
+        return
+    if not own.exists():
+        atomic_write(own, template.encode())
+    atomic_write(file, to_json(config))
 
 
 def with_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:

@@ -18,7 +18,8 @@ import numpy as np
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.base.chat.marks import KIND
-from megatron_sov.base.documents.shard_files import DAMAGED, FEATURE_DTYPE, FEATURES, ROUTES, RouteShape
+from megatron_sov.base.documents.shard_files import (
+    DAMAGED, FEATURE_DTYPE, FEATURES, ROUTES, RouteShape, named_shards)
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.model.modality import NO_BANKS, Banks, EncoderInputs, modality, read_banks
 from megatron_sov.runs.launch_environment import is_first
@@ -497,7 +498,7 @@ def open_sources(paths: dict[str, float], vocab_size: int,
     """Open the sources of all token artifacts, checking that they fit together and fit the model.
 
     Args:
-        paths: folder -> weight.
+        paths: [NAME=]folder -> weight; with a name a single source is called NAME, several NAME-SOURCE.
         vocab_size: the model's.
         formats: what the caller can learn from, see `Source.format`.
         warns: False: another call warns of what is unusual.
@@ -509,7 +510,7 @@ def open_sources(paths: dict[str, float], vocab_size: int,
     if not paths:
         raise UserError("data.paths is empty: pass at least one folder made by `sov-data pack` "
                         "with --data DIR")
-    manifests = {path: read_manifest(path, "tokens") for path in paths}
+    manifests = {path: read_manifest(named_shards(path)[1], "tokens") for path in paths}
     for path, manifest in manifests.items():
         if manifest.content.get("content_version") != CONTENT_VERSION:
             raise UserError(f"{path}: was packed in layout {manifest.content.get('content_version', 1)}, "
@@ -533,19 +534,25 @@ def open_sources(paths: dict[str, float], vocab_size: int,
             raise UserError(f"{path}: its tokenizer has {manifest.content['vocab_size']} ids, the model only "
                             f"model.vocab_size = {vocab_size}; set model.vocab_size or pack with "
                             "another tokenizer")
-        sources += _of_artifact(Path(path), manifest.content, paths[path] / total_weight, formats)
-    folder_of: dict[str, str] = {}
-    for path, manifest in manifests.items():
-        for name in (source["name"] for source in manifest.content["sources"]):
-            if name in folder_of:
-                raise UserError(f"source {name!r}: is in --data {folder_of[name]} and in {path}; pack one of "
-                                "them under another name (sov-data pack --input NAME=PATH)")
-            folder_of[name] = path
+        sources += _of_artifact(path, manifest.content, paths[path] / total_weight, formats)
+    folder_of: dict[str, Path | None] = {}
+    for source in sources:
+        if source.name in folder_of:
+            raise UserError(f"source {source.name!r}: is in --data {folder_of[source.name]} and in "
+                            f"{source.artifact}; name one of the folders, as --data NAME={source.artifact}")
+        folder_of[source.name] = source.artifact
     return sources
 
 
-def _of_artifact(path: Path, content: dict[str, Any], share: float, formats: tuple[str, ...]) -> list[Source]:
-    described = content["sources"]
+def names_of_sources(path: str, content: dict[str, Any]) -> dict[str, str]:
+    """Return how each source of an artifact is called in this run."""
+    name, names = named_shards(path)[0], [source["name"] for source in content.get("sources", [])]
+    return {own: own if not name else name if len(names) == 1 else f"{name}-{own}" for own in names}
+
+
+def _of_artifact(typed: str, content: dict[str, Any], share: float, formats: tuple[str, ...]) -> list[Source]:
+    described, path = content["sources"], Path(named_shards(typed)[1])
+    names = names_of_sources(typed, content)
     for s in described:
         if s["format"] not in formats:
             raise UserError(f"{path}: source {s['name']!r} holds data of format {s['format']!r}, "
@@ -559,7 +566,7 @@ def _of_artifact(path: Path, content: dict[str, Any], share: float, formats: tup
         for split, d in s["splits"].items():
             prefixes[split] = tuple(shard["prefix"] for shard in d["shards"])
         found.append(Source(
-            name=s["name"], artifact=path, format=s["format"], prefixes=prefixes,
+            name=names[s["name"]], artifact=path, format=s["format"], prefixes=prefixes,
             num_tokens={split: d["num_tokens"] for split, d in s["splits"].items()},
             share=share * s.get("weight", s["splits"]["train"]["num_tokens"] / train_tokens),
             vocab_size=content["vocab_size"],

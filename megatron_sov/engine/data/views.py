@@ -12,8 +12,9 @@ import numpy as np
 
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.chat.encode import TYPE_TEXT
+from megatron_sov.base.documents.shard_files import named_shards
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.token_shards import ChainedLengths, Documents, Source
+from megatron_sov.engine.data.token_shards import ChainedLengths, Documents, Source, names_of_sources
 from megatron_sov.model.config import PhaseConfig, RunConfig
 from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
 
@@ -245,11 +246,13 @@ def with_mixed_phases(config: RunConfig, recipe: RunConfig) -> RunConfig:
         return config
     [path] = config.data.paths
     try:
-        content = read_manifest(path, "tokens").content
+        content = read_manifest(named_shards(path)[1], "tokens").content
     except UserError:
         return config  # told where the data is opened, with everything else that is wrong with it
-    mixed = _mixed_phases_of(path, content)
-    known = {source.get("name") for source in content.get("sources", [])}
+    names = names_of_sources(path, content)
+    mixed = {phase: {names.get(name, name): share for name, share in blend.items()}
+             for phase, blend in _mixed_phases_of(path, content).items()}
+    known = {*names.values()}
     of_recipe = {phase.name: phase.blend for phase in recipe.data.phases}
 
     def is_open(phase: PhaseConfig) -> bool:

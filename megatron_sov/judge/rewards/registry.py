@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins import registry
 from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.base.plugins.registry import PluginOrder, Registry, check_methods
+from megatron_sov.judge.rewards.reward import Refused, Row, text_of
 from megatron_sov.judge.rewards.version import settings_of, version_of
 
 BUILT_IN: dict[str, tuple[str, str]] = {
@@ -30,18 +31,55 @@ BUILT_IN: dict[str, tuple[str, str]] = {
 """Name -> module and class of what is built in."""
 
 
+def _adapted(loaded: LoadedPlugin) -> LoadedPlugin:
+    """Return a reward function of TRL's as a class with `score`."""
+    if not inspect.isfunction(loaded.value):
+        return loaded
+    parameters = inspect.signature(loaded.value).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    has_form = takes_any or "completions" in parameters
+    if not has_form or inspect.iscoroutinefunction(loaded.value):
+        raise UserError(f"{loaded.reference}: is a function, and a reward is a class with score(self, row) "
+                        "or a function f(completions, **kwargs), as TRL has them")
+    function, names = loaded.value, None if takes_any else frozenset(parameters)
+
+    class AdaptedFunction:
+        """A function that takes lists, given lists of one row."""
+
+        def score(self, row: Row) -> float:
+            return _called(function, names, row)
+
+    AdaptedFunction.__qualname__ = AdaptedFunction.__name__ = loaded.attribute
+    return replace(loaded, value=AdaptedFunction)
+
+
+def _called(function: Callable[..., Any], names: frozenset[str] | None, row: Row) -> float:
+    """Return what a reward function of TRL's gives a row.
+
+    Args:
+        function: takes a list for each field of a row, and one of completions.
+        names: its parameters; None: it takes any.
+        row: a row; where its prompt is a list of messages the completion is one, too, as in TRL.
+    """
+    response = text_of(row, "response")
+    prompt = row.get("prompt")
+    completion = [{"role": "assistant", "content": response}] if isinstance(prompt, list) else response
+    given = {**{name: [value] for name, value in row.items()}, "prompts": [prompt],
+             "completions": [completion]}
+    rewards = function(**{name: value for name, value in given.items() if names is None or name in names})
+    if not isinstance(rewards, list | tuple) or len(rewards) != 1:
+        raise TypeError(f"returned {repr(rewards)[:80]}, must be a list with a number for each "
+                        "completion")
+    if rewards[0] is None:
+        raise Refused("the function returned None, which says that it does not judge this row")
+    return float(rewards[0])
+
+
 def _check(loaded: LoadedPlugin) -> None:
-    if inspect.isfunction(loaded.value):
-        raise UserError(f"{loaded.reference}: is a function; a reward is a class with score(self, row). "
-                        "A reward function of TRL's becomes one by these lines in its file:\n"
-                        f"class Reward{loaded.attribute.title().replace('_', '')}:\n"
-                        "    def score(self, row):\n"
-                        f"        return {loaded.attribute}(completions=[row[\"response\"]], "
-                        "**{name: [value] for name, value in row.items()})[0]")
     check_methods(loaded.value, loaded.reference, "a reward", {"score": ("row",)})
 
 
-OWN: Registry[type[Any]] = Registry("reward", "megatron_sov.rewards", BUILT_IN, _check)
+OWN: Registry[type[Any]] = Registry("reward", "megatron_sov.rewards", BUILT_IN, _check, adapt=_adapted)
 """Rewards that are not built in."""
 
 

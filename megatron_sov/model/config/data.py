@@ -49,8 +49,8 @@ class DataConfig:
     """What is read, and how documents become samples."""
 
     paths: dict[str, NotNegative] = field(default_factory=dict)
-    """Token shard artifacts (`sov-data pack`) -> share of the data (normalised);
-    given by --data DIR[:weight]."""
+    """Token shard artifacts (`sov-data pack`) -> share of the data (normalised); given by
+    --data [NAME=]DIR[:weight], where NAME names their sources."""
     packing: Literal["best_fit", "concat"] = "best_fit"
     """best_fit: documents stay whole unless they are longer than a sample, what does not fit is padding;
     concat: documents follow one another and are cut at the sample's end.  Conversations are always whole,

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from megatron_sov.base.documents.shard_files import named_shards
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
@@ -425,7 +426,7 @@ def weighted_path(argument: str, said: str) -> tuple[str, float]:
 
 
 def data_paths(data: Sequence[str]) -> dict[str, float]:
-    """Return folder -> weight of --data arguments; the weight after the last colon defaults to 1.
+    """Return [NAME=]FOLDER -> weight of --data arguments; the weight after the last colon defaults to 1.
 
     Raises:
         UserError: a folder that does not exist or is given twice, or a weight that is not a number.
@@ -437,14 +438,12 @@ def data_paths(data: Sequence[str]) -> dict[str, float]:
             raise UserError(f"--data {argument}: the weight must be a number that is not negative")
         if not path:
             raise UserError(f"--data {argument!r}: names no folder; pass one made by `sov-data pack`")
-        if not Path(path).is_dir():
-            named = ""
-            if "=" in path:
-                named = " as DIR or DIR:WEIGHT; its sources have the names that pack gave them"
+        folder = named_shards(path)[1]
+        if not Path(folder).is_dir():
             raise UserError(f"--data {path}: "
-                            f"{'is not a folder' if Path(path).exists() else 'does not exist'}; "
-                            f"pass a folder made by `sov-data pack`{named}")
-        if path in paths:
+                            f"{'is not a folder' if Path(folder).exists() else 'does not exist'}; "
+                            "pass a folder made by `sov-data pack`")
+        if folder in (named_shards(other)[1] for other in paths):
             raise UserError(f"--data {path}: is given twice; name it once, with a weight if you like")
         paths[path] = weight
     return paths

@@ -62,9 +62,9 @@ class RecipeOptions(PluginOptions):
 class TrainingOptions(RecipeOptions):
     """What is trained, on which data."""
 
-    data: Annotated[tuple[str, ...], Flag(value="DIR[:weight]")] = ()
-    """Token shards made by `sov-data pack`; several are mixed by weight (needed, except where --config names
-    them)."""
+    data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR[:weight]")] = ()
+    """Token shards made by `sov-data pack`; several are mixed by weight, and NAME renames their sources
+    (needed, except where --config names them)."""
     deterministic: bool = False
     """The same bits in every run (--set train.deterministic=true)."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.model.config.schedules import Schedule
+from megatron_sov.model.families.count import num_params
 from megatron_sov.model.objectives import BUILT_IN
 from megatron_sov.plan.pages.quote import QuoteTable, component, gib, percent, seconds
 from megatron_sov.plan.pricing import Machines
@@ -63,6 +64,26 @@ def timetable_rows(config: RunConfig, evenly: int = EVENLY) -> list[TimetableRow
     return found
 
 
+def size_line(config: RunConfig) -> str:
+    """Return how large a run's model is."""
+    count = parameters_json(config)
+    parts = [f"{_billions(count['total'])} parameters ({_billions(count['active'])} active)"]
+    parts += [f"{_billions(count[name])} of {what}" for name, what in (
+        ("encoders", "encoders"), ("mtp", "multi-token prediction")) if count[name]]
+    return f"{config.recipe}: {', '.join(parts)}"
+
+
+def parameters_json(config: RunConfig) -> dict[str, int]:
+    return asdict(num_params(config.model))
+
+
+def _billions(number: int) -> str:
+    for scale, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= scale:
+            return f"{number / scale:.2f} {letter}"
+    return f"{number:,}"
+
+
 def timetable_text(config: RunConfig) -> str:
     """Return the plan for a terminal; the bars are the learning rate, from 0 to its peak."""
     found = timetable_rows(config)
@@ -85,7 +106,7 @@ def _blend(blend: dict[str, float]) -> str:
 
 def timetable_json(config: RunConfig) -> dict[str, Any]:
     schedule = Schedule(config)
-    return {"recipe": config.recipe, "steps": schedule.num_steps,
+    return {"recipe": config.recipe, "parameters": parameters_json(config), "steps": schedule.num_steps,
             "tokens": schedule.tokens(schedule.num_steps - 1),
             "phases": [{"name": p.name, "first_step": s + 1, "blend": p.blend}
                        for p, s in zip(config.data.phases, config.phase_starts(), strict=True)],

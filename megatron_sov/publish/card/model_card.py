@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from megatron_sov.base.errors import visible
-from megatron_sov.base.pages.markdown import hub_languages, hub_licence, md, slug, table
+from megatron_sov.base.pages.markdown import CARD_MARK, hub_languages, hub_licence, md, slug, table
 from megatron_sov.publish.card.content import MODALITY, NOT_KNOWN, params, quantity, score, with_basis
 from megatron_sov.publish.card.data_summary import DATA
 from megatron_sov.publish.card.run_record import Figure
@@ -110,8 +110,6 @@ def _annex_scores(card: dict[str, Any]) -> str:
     return "; ".join(f"{row['task']} {row['metric']} {score(row)}" for row in card["scores"])
 
 
-MARK = "megatron-sov card"
-"""Stands in the metadata of every card of ours, so that no other README is taken for one."""
 TASK = "text-generation"
 PROVENANCE, PICTURE, ANNEX = "provenance.json", "provenance.svg", "annex_xi.md"
 STATED = (("Intended use", "intended_use"), ("Out of scope", "out_of_scope"),
@@ -142,7 +140,7 @@ def hub_metadata(card: dict[str, Any]) -> dict[str, Any]:
     languages = list(dict.fromkeys(hub_languages(map(str, languages))))
     datasets = [visible(name) for name in stated.get("datasets", [])]
     base = [visible(name) for name in stated.get("base_model", [])]
-    tags = [slug(str(tag)) for tag in [MARK, card["model"]["family"].value, *stated.get("tags", [])]]
+    tags = [slug(str(tag)) for tag in [CARD_MARK, card["model"]["family"].value, *stated.get("tags", [])]]
     return {
         **({"language": languages} if languages else {}),
         **hub_licence([card["licence"].value] if card["licence"].known else []),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_sov.base.documents.shard_files import named_shards
 from megatron_sov.base.pages.page import (
     Chapter, Chart, Comparison, PageSection, PageTable, Panel, chart, render as render_page)
 from megatron_sov.publish.report.charts import (
@@ -173,7 +174,8 @@ def _num_steps(run: Run) -> str:
 def _origin(runs: list[Run]) -> list[tuple[str, str]]:
     """Return the folders of token shards by their names, and the size of the vocabulary."""
     paths = [run.setting("data", "paths") for run in runs]
-    names = dict.fromkeys(Path(path).name for of_run in paths if isinstance(of_run, dict) for path in of_run)
+    names = dict.fromkeys(Path(named_shards(path)[1]).name
+                          for of_run in paths if isinstance(of_run, dict) for path in of_run)
     vocab_size = number(runs[-1].setting("model", "vocab_size"))
     facts = [("Token shards", ", ".join(names)),
              ("Vocabulary", f"{vocab_size:,.0f}" if vocab_size > 0 else "")]

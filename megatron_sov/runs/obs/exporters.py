@@ -523,7 +523,7 @@ class Trackers:
             self._start(_MLflow.name, lambda: _MLflow(run_dir, config.mlflow_experiment, run_config_dict))
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
-        """Send the values of one optimizer step, e.g. ``{"loss": 2.1, "lr": 1e-4}``."""
+        """Send the values of one optimizer step, e.g. ``{"loss": 2.1, "learning_rate": 1e-4}``."""
         self._each(lambda tracker: tracker.log_step(step, values))
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,32 @@ from megatron_sov.plan.search import space
 def test_a_plan_for_a_cluster_has_its_layout_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "solar-open-102b", "--cluster", "h100", "--nodes", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "512 processes of H100-80GB: tp 2, pp 4, ep 8, ZeRO-1"
-    assert " GiB on each of stage 1: weights 7.4, gradients 14.8, optimizer 2.3, " in lines[1]
-    assert lines[3] == "What it takes:" and lines[4].split()[:2] == ["stage", "context"]
-    assert lines[9].split()[:2] == ["total", "20"]
+    assert lines[0] == "solar-open-102b: 102.65 B parameters (12.05 B active)"
+    assert re.fullmatch(r"[\d.]+ days, [\d.]+ to [\d.]+ in nine of ten cases \(docs/.*\)", lines[1])
+    assert lines[2] == "512 processes of H100-80GB: tp 2, pp 4, ep 8, ZeRO-1"
+    assert " GiB on each of stage 1: weights 7.4, gradients 14.8, optimizer 2.3, " in lines[3]
+    assert lines[5] == "What it takes:" and lines[6].split()[:2] == ["stage", "context"]
+    assert lines[11].split()[:2] == ["total", "20"]
     assert any(line.split()[:2] == ["step", "tokens"] for line in lines)  # the schedule
     assert main(["plan", "tiny-solar-open", "--cluster", "local", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["processes"], plan["gpu"], plan["steps"], plan["layout"]["ep"]) == (2, None, 200, 1)
     assert plan["memory_bytes"]["total"] == sum(v for k, v in plan["memory_bytes"].items() if k != "total")
+
+
+def test_a_plan_without_a_cluster_has_size_memory_and_passes_over_the_data(
+        token_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "tiny-solar-open", "--data", f"web={token_shards}", "--set"]
+    assert main([*command, "model.vocab_size=2048"]) == 0
+    size, data, unused, layout, memory, *_ = capsys.readouterr().out.splitlines()
+    assert size == "tiny-solar-open: 2.50 M parameters (1.32 M active)"
+    assert re.fullmatch(r"data: [\d.]+ K tokens, of which the run reads 819.2 K \([\d.]+ passes\)", data)
+    [vocab_size] = re.findall("pass --set model.vocab_size=([0-9]+)", unused)
+    assert layout == "1 process: data parallel alone" and " GiB on each of stage 1: weights " in memory
+    assert main([*command, f"model.vocab_size={vocab_size}"]) == 0
+    assert "unused" not in capsys.readouterr().out
+    assert main([*command, "model.vocab_size=99"]) == 2
+    assert f"pass --set model.vocab_size={vocab_size}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [

@@ -496,3 +496,22 @@ def test_one_document_and_unlearned_responses_are_told(tokenizers: dict[str, Pat
     err = capsys.readouterr().err
     assert "has a 'completion', of which --format prompt learns nothing" in err
     assert "is one document" not in err
+
+
+def test_each_line_is_a_document_and_one_document_is_warned_of(
+        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"Line {i}\u2028 goes on." for i in range(60)]
+    (tmp_path / "a.txt").write_text("\r\n".join([*lines[:30], "", "  \n"]) + "\n".join([*lines[30:], ""]))
+    (tmp_path / "one.txt").write_text("A short text.\n")
+    command = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--workers", "1", "--heldout", "0.1"]
+    assert main([*command, "--input", str(tmp_path / "a.txt"), "--lines", "--output",
+                 str(tmp_path / "out")]) == 0
+    splits = read_manifest(tmp_path / "out").content["sources"][0]["splits"]
+    assert sum(split["num_documents"] for split in splits.values()) == 60
+    assert splits["heldout"]["num_documents"] >= 1
+    capsys.readouterr()
+    assert main([*command, "--input", str(tmp_path / "one.txt"), "--output", str(tmp_path / "few")]) == 0
+    assert re.search(r"one: is one document, nothing is held out; .* Pass --lines", capsys.readouterr().err)
+    assert main([*command, "--input", str(tmp_path / "a.txt"), "--lines", "--format", "chat", "--output",
+                 str(tmp_path / "x")]) == 2
+    assert "--lines: is for text, and the format is chat" in capsys.readouterr().err

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from megatron_sov import convert
 from megatron_sov.cli import main
@@ -49,6 +53,33 @@ def test_all_three_folders_are_the_same_model(pair, exaone_dir: Path) -> None:
         assert proof.tensors.pop(name) == TensorRecord((tuple(tensor.shape),) * 2, (dtype,) * 2,
                                                        (sha256,) * 2, True)
     assert proof.tensors == {}
+
+
+def test_an_export_is_complete_as_the_hub_expects_it(imported: dict[str, Path], tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "hf"
+    convert.to_hf(imported["solar_open"], out)
+    assert {"README.md", "config.json", "generation_config.json", "chat_template.jinja", "manifest.json",
+            "tokenizer.json", "tokenizer_config.json"} <= {file.name for file in out.iterdir()}
+    inside = json.loads((imported["solar_open"] / "tokenizer/tokenizer_config.json").read_text())
+    assert (out / "chat_template.jinja").read_text() == inside["chat_template"]
+    assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
+    chat = [{"role": "user", "content": "Hi"}]
+    shown, expected = (AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, tokenize=False)
+                       for folder in (out, imported["solar_open"] / "tokenizer"))
+    assert shown == expected
+    card = ModelCard.load(out / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1].replace("FOLDER", str(out))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert (names["model"].config.model_type, names["tokenizer"].decode(
+        names["tokenizer"]("Hi").input_ids)) == ("solar_open", "Hi")
+    # a person's own words in it are no damage, and no path of this machine goes along
+    (out / "README.md").write_text("mine\n")
+    assert failed(convert.verify(imported["solar_open"], out, load=False)) == {}
+    assert str(imported["solar_open"].parent) not in "".join(
+        file.read_text() for file in out.iterdir() if file.suffix in (".json", ".md"))
 
 
 def test_one_changed_weight_is_found_and_measured(pair) -> None:

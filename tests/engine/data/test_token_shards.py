@@ -18,6 +18,7 @@ from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.token_shards import (
     ShardChain, TokenShard, open_sources, provenance, tokenizer_folder)
+from megatron_sov.model.config import data_paths
 
 LENGTHS = [3, 1, 0, 700, 12]
 
@@ -168,13 +169,27 @@ def test_sources_share_by_folder_weight_then_by_tokens(tmp_path: Path) -> None:
     assert [p["path"] for p in provenance(sources)] == [str(tmp_path / "a"), str(tmp_path / "b")]
 
 
+def test_a_name_before_the_folder_renames_its_sources(tmp_path: Path) -> None:
+    one, other = (artifact(tmp_path / name, {"train": 3}) for name in ("a", "b"))
+    two = artifact(tmp_path / "c=d", {"train": 1, "test": 1})
+    found = open_sources({f"web={one}": 1, f"code={other}": 1, f"rest={two}": 1}, 64)
+    assert [s.name for s in found] == ["web", "code", "rest-train", "rest-test"]
+    assert found[1].shard("train").tokens(2, 0, 2).tolist() == [1, 2] and found[1].artifact == tmp_path / "b"
+    assert [s.name for s in open_sources({two: 1, f"x={one}": 1}, 64)] == ["train", "test", "x"]
+    assert data_paths([f"web={one}:2", f"code={other}"]) == {f"web={one}": 2.0, f"code={other}": 1.0}
+    for data, message in (([f"w b={one}"], "must be NAME=DIR, with a name of letters"),
+                          ([f"={one}"], "must be NAME=DIR"), ([f"a={one}", f"b={one}"], "is given twice")):
+        with pytest.raises(UserError, match=message):
+            data_paths(data)
+
+
 def test_data_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     a = artifact(tmp_path / "a", {"web": 3})
     with pytest.raises(UserError, match=r"data\.paths is empty"):
         open_sources({}, 64)
     with pytest.raises(UserError, match="pack all data with the same tokenizer"):
         open_sources({a: 1, artifact(tmp_path / "other", {"x": 1}, tokenizer="u" * 64): 1}, 64)
-    with pytest.raises(UserError, match=r"source 'web': is in --data .*/a and in .*/same; pack one of"):
+    with pytest.raises(UserError, match=r"source 'web': is in --data .*/a and in .*/same; name one of"):
         open_sources({a: 1, artifact(tmp_path / "same", {"web": 1}): 1}, 64)
     with pytest.raises(UserError, match=r"has 50 ids, the model only model\.vocab_size = 32"):
         open_sources({a: 1}, 32)

@@ -11,7 +11,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards import version
 from megatron_sov.judge.rewards.registry import make, order
-from megatron_sov.judge.rewards.reward import OPERATION
+from megatron_sov.judge.rewards.reward import OPERATION, judged
 from megatron_sov.judge.rewards.version import settings_of, version_of
 
 OWN = '''
@@ -85,17 +85,36 @@ def test_unknown_names() -> None:
         order("maht", {})
 
 
-def test_a_reward_function_is_told_the_class_that_wraps_it(tmp_path: Path) -> None:
+def test_a_reward_function_of_trl_is_a_reward(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
-    function = ("def starts_well(completions, prompt, **kwargs):\n"
-                "    return [float(c.startswith('yes')) for c in completions]\n")
-    file.write_text(function)
-    with pytest.raises(UserError, match="is a function; a reward is a class") as e:
-        order(f"{file}:starts_well", {})
-    lines = str(e.value).partition("\n")[2]
-    file.write_text(f"{function}\n{lines}\n")
-    made = make(order(f"{file}:RewardStartsWell", {}))
-    assert made.reward.score({"response": "yes", "prompt": "p"}) == 1.0
+    file.write_text("""
+def starts_well(completions, answer, **kwargs):
+    assert sorted(kwargs) == ["prompt", "prompts", "response"]
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [float(t.startswith(a)) for t, a in zip(texts, answer, strict=True)]
+def short(completions):
+    return [None if not c else -len(c) for c in completions]
+def one(completions):
+    return 1.0
+def other(rows):
+    return [1.0]
+async def later(completions):
+    return [1.0]
+""")
+    made = make(order(f"{file}:starts_well", {}))
+    row = {"response": "yes, it is", "answer": "yes", "prompt": "p"}
+    assert judged(made.reward, row).reward == 1.0
+    assert judged(made.reward, {**row, "answer": "no"}).reward == 0.0
+    # messages where the prompt is messages, as in TRL
+    assert judged(made.reward, {**row, "prompt": [{"role": "user", "content": "p"}]}).reward == 1.0
+    short = make(order(f"{file}:short", {}))
+    assert judged(short.reward, row).reward == -10.0 and short.version != made.version
+    assert judged(short.reward, {**row, "response": ""}).status == "refused"
+    failed = judged(make(order(f"{file}:one", {})).reward, row)
+    assert failed.status == "failed" and "must be a list with a number for each" in failed.reason
+    for name in ("other", "later"):
+        with pytest.raises(UserError, match=r"is a class with score\(self, row\) or a function f\(comp"):
+            order(f"{file}:{name}", {})
 
 
 CODE = '''"""What it is."""

@@ -114,7 +114,7 @@ def test_weights_stand_after_the_last_colon(data: Path) -> None:
 @pytest.mark.parametrize(("arguments", "message"), [
     (["none"], r"--data none: does not exist; pass a folder made by `sov-data pack`$"),
     ([""], r"--data '': names no folder"), ([":2"], r"--data ':2': names no folder"),
-    (["web=none:0.5"], r"made by `sov-data pack` as DIR or DIR:WEIGHT; its sources have the names that pack"),
+    (["web=none:0.5"], r"--data web=none: does not exist; pass a folder made by `sov-data pack`$"),
     (["a:x"], r"--data a:x: does not exist, and 'x' after the colon is not a weight"),
     (["a:-1"], "must be a number that is not negative"),
     (["a:nan"], "must be a number that is not negative"),

@@ -156,11 +156,11 @@ def test_typhoon_s_is_fine_tuned_as_the_authors_script_does() -> None:
         defaults[f"adam_{name}"] for name in ("beta1", "beta2", "epsilon"))
 
 
-def test_unknown_recipe_names_the_nearest_and_lists_all() -> None:
+def test_unknown_recipe_names_the_nearest_and_the_list() -> None:
     with pytest.raises(UserError,
                        match=r"'solar-open-102': does not exist; did you mean 'solar-open-102b'\?") as e:
         get("solar-open-102")
-    assert all(name in str(e.value) for name in names())
+    assert "`megatron-sov recipes` lists them" in str(e.value) and len(str(e.value)) < 160
 
 
 # Every value that a recipe sets says where it comes from, truly as far as it can be looked up.

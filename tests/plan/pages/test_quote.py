@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -356,7 +357,12 @@ def test_a_script_reads_what_people_read() -> None:
     plan = found.as_json()
     total = sum(n for item, n in plan["memory_bytes"].items() if item != "total")
     assert plan["memory_bytes"]["total"] == total == plan["totals"]["peak_memory_bytes"]
-    first, second = found.as_text().splitlines()[:2]
+    size, days, first, second = found.as_text().splitlines()[:4]
+    assert size == (
+        "k-exaone-236b: 236.57 B parameters (23.67 B active), 528.51 M of multi-token prediction")
+    middle, low, high = map(float, re.findall(r"[\d.]+", days)[:3])
+    assert middle == pytest.approx(plan["totals"]["days"], abs=0.06)
+    assert low == pytest.approx(middle / 1.25, abs=0.1) and high == pytest.approx(middle * 1.25, abs=0.1)
     assert first == "512 processes of H100-80GB: pp 8, cp 4, ep 8, ZeRO-1"
     assert second.startswith(f"{total / (1 << 30):.1f} GiB on each of stage {plan['fullest_stage']}: ")
     assert plan["totals"]["days"] == pytest.approx(sum(stage["days"] for stage in plan["stages"]))

@@ -22,19 +22,19 @@ from megatron_sov.runs.obs.exporters import Trackers
 def test_tensorboard_reads_back_the_values(tmp_path: Path) -> None:
     trackers = Trackers(ObsConfig(tensorboard=True), tmp_path, {})
     for step in range(1, 4):
-        trackers.log_step(step, {"loss": 1.0 / step, "lr": 1e-3 * step})
+        trackers.log_step(step, {"loss": 1.0 / step, "learning_rate": 1e-3 * step})
     trackers.log_step(4, {"loss": float("nan")})
     trackers.close()
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, TensorEvent
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert sorted(events.Tags()["tensors"]) == ["loss", "lr"]
+    assert sorted(events.Tags()["tensors"]) == ["learning_rate", "loss"]
 
     def value(event: TensorEvent) -> float:
         return float(event.tensor_proto.float_val[0])
 
-    assert [(e.step, value(e)) for e in events.Tensors("lr")] == [(s, pytest.approx(1e-3 * s))
+    assert [(e.step, value(e)) for e in events.Tensors("learning_rate")] == [(s, pytest.approx(1e-3 * s))
                                                                   for s in (1, 2, 3)]
     loss = events.Tensors("loss")
     assert [value(e) for e in loss[:3]] == pytest.approx([1, 0.5, 1 / 3])

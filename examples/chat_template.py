@@ -1,0 +1,28 @@
+# What: a chat template of your own in a tokenizer: what is learned stands between the generation marks.
+# Run:  python examples/chat_template.py tokenizer my-tokenizer
+# See:  my-tokenizer, which `sov-data pack --format chat` takes; `sov-data sample` shows what is learned.
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TEMPLATE = """\
+{%- for message in messages -%}
+{{ message.role | upper }}: {% if message.role == "assistant" -%}
+{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}
+{%- else -%}
+{{ message.content }}
+{%- endif -%}
+{{ "\\n" }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}ASSISTANT: {% endif -%}
+"""
+source, target = sys.argv[1:]
+with tempfile.TemporaryDirectory() as name:
+    folder = Path(name, "tokenizer")
+    shutil.copytree(source, folder)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    subprocess.run(["sov-tokenizer", "import", str(folder), "--output", target], check=True)

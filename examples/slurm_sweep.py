@@ -1,0 +1,19 @@
+# What: a sweep over learning rates as Slurm jobs; each run is a folder, and a job that dies goes on by itself.
+# Run:  python examples/slurm_sweep.py --dry-run
+# See:  three job scripts; without --dry-run three jobs, and `megatron-sov report runs/lr-*` compares them.
+
+import subprocess
+import sys
+
+RATES = (1e-3, 2e-3, 4e-3)
+
+
+def command(rate):
+    return [sys.executable, "-m", "megatron_sov", "submit", "pretrain", "--cluster", "one-node",
+            "--account", "mine", *sys.argv[1:], "tiny-qwen3", "--data", "tokens", "--run", f"runs/lr-{rate:g}",
+            "--set", f"optim.lr={rate:g}", "--set", "optim.min_lr=1e-4", "--set", "train.micro_batch_size=2"]
+
+
+for rate in RATES:
+    print(f"== learning rate {rate:g}", flush=True)
+    subprocess.run(command(rate), check=True)

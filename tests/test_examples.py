@@ -1,0 +1,141 @@
+"""examples/: each script as its header says to run it, on tiny data; the notebook cell by cell."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+HEADER = re.compile(r"# What: (.+)\n# Run:  (.+)\n# See:  (.+)\n\n")
+CELL = re.compile(r"^# %% .*$", re.MULTILINE)
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+
+
+def command_of(name: str) -> list[str]:
+    """Return the words of the command in an example's header."""
+    header = HEADER.match((EXAMPLES / name).read_text())
+    assert header, name
+    return shlex.split(header[2])
+
+
+@pytest.fixture(scope="module")
+def site(packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the headers name."""
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "examples").symlink_to(EXAMPLES)
+    shutil.copytree(packed_data.text, folder / "tokens")
+    shutil.copytree(packed_data.tokenizer, folder / "tokenizer")
+    texts = [f"Menu | Home | {i}\nThis is the text of page {i}." for i in range(30)] + ["Menu | Home\nShort."]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    rows = [{"prompt": "1 + 1?", "response": "It is 2.", "answer": 2},
+            {"prompt": "1 + 1?", "response": "3", "answer": 2},
+            {"prompt": "1 + 1?", "response": "2 " * 12, "answer": 2}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calls: list[dict[str, Any]] = [{"name": "buy", "arguments": {"fruit": fruit, "count": count}}
+                                   for fruit, count in (("pear", 9), ("apple", 2), ("pear", 1))]
+    (folder / "calls.jsonl").write_text("".join(json.dumps(c) + "\n" for c in [*calls, {"answer": "Done."}]))
+    return folder
+
+
+Typed = Callable[[str], str]
+
+
+@pytest.fixture
+def typed(site: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch) -> Typed:
+    """Return what types the command of an example's header, and returns what it prints."""
+    monkeypatch.chdir(site)
+
+    def run(name: str) -> str:
+        program, *words = command_of(name)
+        if program == "python":
+            path = os.pathsep.join([str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+            done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, env={
+                **os.environ, "PYTHONPATH": path,
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})
+        else:
+            done = run_command(*words, program=program)
+        assert done.returncode == 0, (name, done.stderr)
+        return f"{done.stdout}{done.stderr}"
+
+    return run
+
+
+def losses_of(run: Path) -> list[dict[str, Any]]:
+    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    return [event for event in events if event["event"] == "step"]
+
+
+def test_each_example_has_a_header_and_a_test() -> None:
+    here = Path(__file__).read_text()
+    for file in SCRIPTS:
+        assert file.name in command_of(file.name)[-1] or f"examples/{file.name}" in " ".join(
+            command_of(file.name)), file.name
+        assert f'"{file.name}"' in here, f"{file.name}: no test runs it"
+    assert len(SCRIPTS) == 8
+
+
+def test_own_recipe_and_own_objective(typed: Typed, site: Path) -> None:
+    assert "complete: step 3" in typed("own_recipe.py")
+    assert json.loads((site / "runs/own_recipe/config.json").read_text())["model"]["num_layers"] == 2
+    typed("own_objective.py")
+    plain, trimmed = (losses_of(site / "runs" / name) for name in ("own_recipe", "own_objective"))
+    # the same weights and data: what is left out of the loss is what the share says
+    assert 0 < trimmed[0]["losses"]["trimmed"] < plain[0]["loss"]
+    assert 0 < trimmed[0]["meters"]["counted"] < 1
+
+
+def test_own_reward(typed: Typed, site: Path) -> None:
+    typed("own_reward.py")
+    scores = map(json.loads, (site / "scores.jsonl").read_text().splitlines())
+    assert [round(score["reward"], 3) for score in scores] == [1.0, 0.0, 0.8]
+
+
+def test_own_tool_world(typed: Typed) -> None:
+    said = typed("own_tool_world.py")
+    assert "there are 1 of pear" in said and "2 apple in the basket" in said
+    assert re.search(r"reward 1\b", said)
+
+
+def test_own_data_step(typed: Typed, site: Path) -> None:
+    assert "1 documents left out by data steps (1 too short)" in typed("own_data_step.py")
+    assert "Menu" not in "".join(file.read_bytes().decode(errors="ignore")
+                                 for file in (site / "cleaned").rglob("quarantine.jsonl"))
+
+
+def test_slurm_sweep(typed: Typed) -> None:
+    said = typed("slurm_sweep.py")
+    assert [float(rate) for rate in re.findall(r"== learning rate (\S+)", said)] == [1e-3, 2e-3, 4e-3]
+    assert said.count("#!/bin/bash") == 3 and len(set(re.findall(r"optim\.lr=[\d.]+", said))) == 3
+
+
+def test_notebook_cell_by_cell(site: Path, monkeypatch: pytest.MonkeyPatch,
+                               capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(site)
+    _, *cells = CELL.split((EXAMPLES / "notebook.py").read_text())
+    assert len(cells) == 5
+    names: dict[str, Any] = {}
+    for number, cell in enumerate(cells):
+        exec(compile(cell, f"cell {number}", "exec"), names)
+    assert names["completion"]["step"] == 3 and len(names["losses"]) == 3
+    assert "model.safetensors" in capsys.readouterr().out
+
+
+def test_chat_template(typed: Typed, site: Path, run_command: Any) -> None:
+    typed("chat_template.py")
+    chats = [{"messages": [{"role": "user", "content": f"Say {i}"},
+                           {"role": "assistant", "content": f"{i}!"}]} for i in range(20)]
+    (site / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    run_command("pack", "--tokenizer", "my-tokenizer", "--format", "chat", "--input", "chats.jsonl",
+                "--output", "chats", "--workers", "1", program="sov-data").check_returncode()
+    shown = run_command("sample", "chats", "--count", "1", program="sov-data").stdout
+    assert re.search(r"USER: Say \d+\nASSISTANT: ⟦\d+!<\|endoftext\|>⟧", shown), shown
