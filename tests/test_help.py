@@ -86,7 +86,7 @@ def test_help_behind_a_stage_of_submit_is_help(stage: str, capsys: pytest.Captur
         assert e.code == 0
     said = capsys.readouterr().out
     assert "--cluster PROFILE" in said
-    assert {"pretrain": "--data DIR", "eval-lm": "--tasks A,B", "tokenizer": "`sov-tokenizer --help`",
+    assert {"pretrain": "--data [NAME=]DIR", "eval-lm": "--tasks A,B", "tokenizer": "`sov-tokenizer --help`",
             "chain": "solar-open-102b"}[stage] in said
 
 

@@ -32,7 +32,8 @@ SMALL = ("--set", "train.steps=2", "--set", "train.global_batch_size=2", "--set"
          "--set", 'data.phases=[{"name": "main", "seq_len": 32}]', "--set", "model.hidden_size=32",
          "--set", "model.num_layers=2", "--set", "model.head_dim=8", "--set", "model.expert_ffn_dim=16",
          "--set", "model.vocab_size=368", "--set", "data.heldout_tokens=64", "--set", "train.max_restarts=0",
-         "--set", "train.checkpoint_every_steps=1", "--set", "train.num_threads=1")
+         "--set", "train.checkpoint_every_steps=1", "--set", "train.num_threads=1",
+         "--set", "optim.lr=4e-3")
 ROUNDS = ("--set", "rollout.rounds=2", "--set", "rollout.prompts_per_round=2", "--set",
           "rollout.samples_per_prompt=2", "--set", "rollout.steps_per_round=1", "--set",
           "rollout.piece_prompts=1", "--set", "rollout.max_new_tokens=12", "--set",

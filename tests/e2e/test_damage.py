@@ -165,8 +165,8 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path, pretrain: Any, run_comma
     assert "Traceback" not in done.stderr and done.stderr.count("\nerror: ") + done.stderr.startswith(
         "error: ") == 1, done.stderr
     assert "free some space" in done.stderr
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.json", "events.jsonl",
-                                                   "plan.json"]
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "command.json", "config.json",
+                                                   "events.jsonl", "plan.json"]
     assert list((run / "checkpoints").iterdir()) == []
     again = run_command(*pretrain(run, "--nproc", "2", "--resume", settings=FULL_DISK))
     assert again.returncode == 0, again.stderr

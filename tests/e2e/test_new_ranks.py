@@ -64,7 +64,8 @@ def test_ranks_that_are_new_processes_do_what_forked_ones_do(
     own = (*SETTINGS, f"objective.name={tmp_path}/own.py:Own", "parallel.ep=2")
 
     def commands(folder: Path) -> list[list[str]]:
-        start, longer = ("--from", str(folder / "base")), (*SETTINGS, "data.phases.0.seq_len=128")
+        start = ("--from", str(folder / "base"))
+        longer = (*SETTINGS, "data.phases.0.seq_len=128", "optim.lr=4e-3")
         distill = pretrain(folder / "distill", *start, "--teacher", str(folder / "base"), settings=longer)
         prefer = pretrain(folder / "prefer", *start, settings=longer)
         distill[0], prefer[0] = "distill", "prefer"

@@ -125,7 +125,7 @@ def opened(folder: Path) -> Callable[..., AbstractContextManager[Open]]:
         stop: list[str] = []
         model = Model(reader, Clerk(desk, reader, lambda: stop[0] if stop else None, lambda: False),
                       wants_stop=stop)
-        server = HttpServer(settings, desk, reader, 0.0, LONGEST)
+        server = HttpServer(settings, desk, reader, 0.0, LONGEST, {})
         server.start()
         runs = threading.Thread(target=model.run)
         runs.start()
@@ -344,7 +344,8 @@ def test_an_address_that_is_taken_is_a_mistake(opened: Any) -> None:
     with opened() as server:
         port = int(server.url.removesuffix("/v1").rpartition(":")[2])
         with pytest.raises(UserError, match=f"--port {port}: cannot be listened on"):
-            HttpServer(ServeSettings("m", port=port), RequestQueue(1), server.model.reader, 0.0, LONGEST)
+            HttpServer(ServeSettings("m", port=port), RequestQueue(1), server.model.reader, 0.0, LONGEST,
+                       {})
 
 
 @pytest.mark.parametrize("sent", [

@@ -34,14 +34,12 @@ STEPS = 2
 
 def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tuple[Any, Any, list[Any]]:
     """Return a trainer, its teacher, and its sources."""
-    from functools import partial
-
     sys.path.insert(0, str(Path(__file__).parents[2] / "layouts"))
     from layout_run import small_config
 
     from megatron_sov.engine.data.token_shards import open_sources
     from megatron_sov.engine.mcore.parallel import world
-    from megatron_sov.post.distillation.distill import Distillation, KeptTeacher
+    from megatron_sov.post.distillation.distill import Distillation, KeptTeacher, TaughtFactory
     from megatron_sov.post.distillation.state_files import StateFiles
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.trainer import Trainer
@@ -52,7 +50,7 @@ def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tupl
     sources = open_sources(config.data.paths, config.model.vocab_size)
     files = StateFiles(Path(states) / FOLDERS.get(kind, "top"), sources)
     teacher = KeptTeacher([files], config.distillation, sources, config.model.vocab_size)
-    objective = partial(Distillation, teacher=teacher)
+    objective = TaughtFactory(Distillation, [teacher])
     return Trainer(config, place, RunFolder(Path("not-written")), sources, objective), teacher, sources
 
 

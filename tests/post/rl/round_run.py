@@ -48,6 +48,8 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
         assert result is not None
         taken.append({"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.num_tokens,
                       "load": trainer.expert_load.gather().tolist(),
-                      **{f"meter {name}": value for name, value in result.meters.items()}})
+                      # those of the round are the event's, which the first process writes
+                      **{f"meter {name}": value for name, value in result.meters.items()
+                         if name not in feed.meters}})
     world.leave()
     return taken
