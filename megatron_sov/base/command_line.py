@@ -283,7 +283,7 @@ def _part_is_missing(part: str) -> str:
 def parser_of(program: str, description: str, commands: Mapping[str, Command]) -> Parser:
     """Return the parser of a program; a command is imported when it is parsed."""
     parser = Parser(prog=program, description=description)
-    parser.listing = list_commands({name: c.help for name, c in commands.items()},
+    parser.listing = list_commands({name: c.marked_help for name, c in commands.items()},
                                    {name: c.group for name, c in commands.items()})
     parser.add_argument("--version", action="version", version=version_of(program))
     actions = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",

@@ -99,7 +99,7 @@ def test_a_defect_keeps_its_traceback() -> None:
     ("eval ppl", "megatron-sov eval ppl: the following arguments are required: "),
     ("card sft --ouput c", "required: --output; --ouput: nothing takes this; did you mean '--output'?"),
     ("card '' --output c", "RUN: is empty, where a file or folder is to be named"),
-    ("eval pll", "invalid choice: 'pll' (choose from"),
+    ("eval pll", "megatron-sov eval pll: does not exist; did you mean 'ppl'?"),
 ])
 def test_what_a_command_does_not_take_is_one_sentence(line: str, said: str,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
