@@ -13,7 +13,6 @@ reads, has the mark.
 
 from __future__ import annotations
 
-import re
 import struct
 from array import array
 from collections.abc import Mapping
@@ -31,25 +30,6 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPE_CODES = {"int32": 4, "uint16": 8}
-
-
-_SOURCE = re.compile(r"\w[\w.-]*")
-
-
-def named_shards(path: str) -> tuple[str, str]:
-    """Return the name that a path of token shards, [NAME=]FOLDER, gives to their sources, and the folder; the
-    name is "" where it gives none.
-
-    Raises:
-        UserError: no source can have the name.
-    """
-    name, equals, folder = path.partition("=")
-    # a folder may have the sign in its own name
-    if not equals or Path(path).exists():
-        return "", path
-    if not _SOURCE.fullmatch(name) or not folder:
-        raise UserError(f"{path}: must be NAME=DIR, with a name of letters, digits, '.', '_' and '-'")
-    return name, folder
 
 
 class IndexedWriter:

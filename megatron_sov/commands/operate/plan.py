@@ -147,7 +147,7 @@ def _data_lines(args: PlanOptions, config: RunConfig) -> list[str]:
         UserError: a folder holds no token shards, or the vocabulary is larger than the model's.
     """
     from megatron_sov.base.artifacts import read_manifest
-    from megatron_sov.base.documents.shard_files import named_shards
+    from megatron_sov.model.config.data import named_shards
     from megatron_sov.model.config.schedules import Schedule
     from megatron_sov.runs.obs.figures import large
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Gt, Le
 
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, read_manifest
-from megatron_sov.base.documents.shard_files import named_shards
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Flag, NotNegativeInt, add_options, command_of, read_options)
@@ -22,6 +21,7 @@ from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, 
 from megatron_sov.commands.train.gate_options import GateOptions, gate_of, refuse_unknown_benchmarks
 from megatron_sov.infer.request import RankOptions, Temperature, WholeSampling
 from megatron_sov.model.config import DistillationConfig, RunConfig, data_paths, layout_settings
+from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import PluginOptions, RecipeOptions, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing

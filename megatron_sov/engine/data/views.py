@@ -12,10 +12,10 @@ import numpy as np
 
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.chat.encode import TYPE_TEXT
-from megatron_sov.base.documents.shard_files import named_shards
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.token_shards import ChainedLengths, Documents, Source, names_of_sources
 from megatron_sov.model.config import PhaseConfig, RunConfig
+from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
 
 

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Le, MinLen
 
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, find_broken)
 from megatron_sov.model.config.bounds import Samples, SeqLen, Steps, Tokens
 from megatron_sov.model.config.train import Schedule, TrainConfig
+
+_SOURCE = re.compile(r"\w[\w.-]*")
+
+
+def named_shards(path: str) -> tuple[str, str]:
+    """Return the name that a path of token shards, [NAME=]FOLDER, gives to their sources, and the folder; the
+    name is "" where it gives none.
+
+    Raises:
+        UserError: no source can have the name.
+    """
+    name, equals, folder = path.partition("=")
+    # a folder may have the sign in its own name
+    if not equals or Path(path).exists():
+        return "", path
+    if not _SOURCE.fullmatch(name) or not folder:
+        raise UserError(f"{path}: must be NAME=DIR, with a name of letters, digits, '.', '_' and '-'")
+    return name, folder
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from megatron_sov.base.documents.shard_files import named_shards
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
     NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_all, check, fields_of,
     find_broken, hint_below, hints_of, parse_changes, read)
 from megatron_sov.model.config.bounds import MAX_STEPS
-from megatron_sov.model.config.data import DataConfig, PhaseConfig, batch_size_at, phase_steps, ramp_changes
+from megatron_sov.model.config.data import (
+    DataConfig, PhaseConfig, batch_size_at, named_shards, phase_steps, ramp_changes)
 from megatron_sov.model.config.encoders import MediaConfig
 from megatron_sov.model.config.evaluate import EvaluateConfig, ExtendConfig, NeedleConfig
 from megatron_sov.model.config.gpu import GpuConfig, quantization_problems

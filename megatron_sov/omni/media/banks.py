@@ -17,8 +17,9 @@ import numpy as np
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.base.documents.files import MEDIA_CORPUS
-from megatron_sov.base.documents.shard_files import FEATURES, named_shards
+from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
+from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.modality import ENCODERS, PICTURES, SOUNDS
 
 KINDS = tuple(ENCODERS)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_sov.base.documents.shard_files import named_shards
 from megatron_sov.base.pages.page import (
     Chapter, Chart, Comparison, PageSection, PageTable, Panel, chart, render as render_page)
+from megatron_sov.model.config.data import named_shards
 from megatron_sov.publish.report.charts import (
     OVERVIEW_HEIGHT_PX, PER_TOKEN, DrawnLine, Place, by_tokens, draw_lines, loss_unit, needle_map)
 from megatron_sov.publish.report.headline import facts_of, headline_charts
