@@ -79,6 +79,13 @@ class UserError(Exception):
 
     The message is one clear sentence (or a short list) that names the file or field, its value, the rule it
     breaks and what to do.  Commands print it without a traceback and end with `ExitCode.USER_ERROR`.
+
+    >>> import megatron_sov
+    >>> try:
+    ...     megatron_sov.recipes.get("tiny-qwen")
+    ... except megatron_sov.UserError as e:
+    ...     print(str(e)[:18])
+    recipe 'tiny-qwen'
     """
 
 

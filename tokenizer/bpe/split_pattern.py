@@ -523,7 +523,13 @@ def _matches_empty(pattern: str) -> str:
 
 
 class Splitter:
-    """Splits normalised text by one pattern; one per process."""
+    """Splits normalised text by one pattern; one per process.
+
+    >>> from tokenizer.presets import PRESETS
+    >>> preset = PRESETS["solar-open"]
+    >>> Splitter(preset, preset.split_pattern).split("It's 2026.")
+    ['It', "'s", ' ', '2', '0', '2', '6', '.']
+    """
 
     def __init__(self, preset: Preset, pattern: str) -> None:
         """Raises: UserError: the pattern does not compile, or can match empty text."""

@@ -45,7 +45,12 @@ def spelled(token: bytes) -> str:
 
 
 class Vocabulary:
-    """Tokens and merges as they are learned."""
+    """Tokens and merges as they are learned.
+
+    >>> vocabulary = Vocabulary(max_token_bytes=64)
+    >>> len(vocabulary.tokens), vocabulary.merges
+    (256, [])
+    """
 
     def __init__(self, max_token_bytes: int) -> None:
         """`max_token_bytes`: no token is longer."""

@@ -158,7 +158,11 @@ Parse = Callable[[dict[str, Any], str, int, RecordReading], Any]
 
 @dataclass(frozen=True)
 class Document:
-    """One document."""
+    """One document.
+
+    >>> Document("corpus.jsonl:1", text="A sentence.").kind
+    'text'
+    """
 
     where: str
     """Its place for messages: the file, and the line of a JSONL file or the row of a Parquet file."""
@@ -216,7 +220,10 @@ class Document:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What a data step returns for a document that is not to be packed."""
+    """What a data step returns for a document that is not to be packed.
+
+    >>> long_enough = lambda document: document if len(document.text) >= 60 else LeftOut("short")
+    """
 
     reason: str
     """A few words to count by: documents of the same reason are one figure in the manifest."""

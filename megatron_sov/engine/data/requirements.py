@@ -15,7 +15,12 @@ from megatron_sov.model.modality import check_encoders
 
 @dataclass(frozen=True)
 class NeededColumn:
-    """A column that an objective reads."""
+    """A column that an objective reads.
+
+    An objective of your own that reads the column `weight` says so by a class attribute:
+
+    >>> columns = {"weight": NeededColumn("sov-data pack --column weight", formats=("chat",))}
+    """
 
     made_by: str
     """What to type to get data with it, for the refusal of data without."""

@@ -31,7 +31,11 @@ class TooLong(TimeoutError):
 
 @dataclass(frozen=True)
 class Score:
-    """What a reward gives for one response."""
+    """What a reward gives for one response.
+
+    >>> Score(0.5, {"right": 1, "short": 0}).components["right"]
+    1
+    """
 
     reward: float
     """The number."""
@@ -60,7 +64,17 @@ class Result:
 
 
 class Reward(Protocol):
-    """What every reward has; its settings are what it is made with, by name and with defaults."""
+    """What every reward has; its settings are what it is made with, by name and with defaults.
+
+    >>> class Contains:
+    ...     def __init__(self, *, factor: float = 1.0):
+    ...         self.factor = factor
+    ...
+    ...     def score(self, row):
+    ...         return Score(self.factor * (row["answer"] in row["response"]))
+    >>> Contains(factor=2.0).score({"response": "It is 12.", "answer": "12"}).reward
+    2.0
+    """
 
     def score(self, row: Row) -> Score | float:
         """Return the reward of a row's response.

@@ -277,7 +277,13 @@ Judgements = dict[tuple[Key, int], RewardRow]
 
 
 class RolloutStore(Table[RolloutPart]):
-    """A store that exists; `RolloutStore.create` takes the tokenizer's digest and its vocabulary's size."""
+    """A store that exists; `RolloutStore.create` takes the tokenizer's digest and its vocabulary's size.
+
+    >>> store = RolloutStore.create("rollouts", "sha256:0123", 2048)
+    >>> store.add_rollouts(part_name(1, 0), [], {"policy": "initial"})
+    >>> RolloutStore.open("rollouts").vocab_size
+    2048
+    """
 
     WHAT, HEAD, ROWS, ADDED, VERSION = "rollout store", "store.json", "rollouts", "rewards", "reward_version"
     CLAIM, FIRST, EXAMPLE, PART = "reward", "round", part_name(1, 0), RolloutPart

@@ -55,7 +55,15 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All settings of one stage of training; saved resolved as RUN/config.json."""
+    """All settings of one stage of training; saved resolved as RUN/config.json.
+
+    >>> import megatron_sov
+    >>> config = megatron_sov.apply_settings(megatron_sov.recipes.get("tiny-qwen3"), ["train.steps=3"])
+    >>> config.train.steps, config.model.num_layers
+    (3, 4)
+    >>> megatron_sov.from_dict(config.to_dict()) == config
+    True
+    """
 
     recipe: str
     """Name of the recipe that it came from."""

@@ -110,7 +110,15 @@ LM = "lm"
 
 
 class LanguageModelling(DataObjective):
-    """Cross-entropy on every token, plus multi-token prediction."""
+    """Cross-entropy on every token, plus multi-token prediction.
+
+    Derive from it to change one thing, and name it by `--set objective.name=my_objective.py:Halved`:
+
+    >>> class Halved(LanguageModelling):
+    ...     def __init__(self, context):
+    ...         super().__init__(context)
+    ...         self.coefficients = {**self.coefficients, LM: 0.5}
+    """
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)

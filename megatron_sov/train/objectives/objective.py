@@ -24,7 +24,12 @@ TOKENS = "all tokens"
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """This data-parallel rank's part of one optimizer step's batch."""
+    """This data-parallel rank's part of one optimizer step's batch.
+
+    >>> batch = GlobalBatch(micro_batches=(), seq_len=64, num_sequences=8, phase="main")
+    >>> dataclasses.replace(batch, num_tokens=512, targets={"lm": 504.0}).targets["lm"]
+    504.0
+    """
 
     micro_batches: tuple[MicroBatch, ...]
     """In order; every rank has the same number."""
@@ -42,7 +47,14 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class LossSums:
-    """One micro-batch's contribution: sums, never means."""
+    """One micro-batch's contribution: sums, never means.
+
+    >>> losses = torch.tensor([2.0, 1.0, 3.0])
+    >>> sums = LossSums({"lm": losses.sum()}, by_source=torch.tensor([[6.0, 3.0]], dtype=torch.float64),
+    ...                 meters={"above_two": ((losses > 2).sum(), losses.numel())})
+    >>> sums.terms["lm"].item()
+    6.0
+    """
 
     terms: dict[str, torch.Tensor]
     """Term -> differentiable scalar: weighted sum over the micro-batch."""

@@ -42,6 +42,10 @@ class EndpointCache:
     Args:
         path: the file; made where it is missing.
         others: files that are read as well, and written by nobody meanwhile.
+
+    >>> cache = EndpointCache(Path("cache.sqlite"))
+    >>> cache.get(cache.key("http://here/v1", {"prompt": "A"})) is None
+    True
     """
 
     def __init__(self, path: Path, others: Sequence[Path] = ()) -> None:

@@ -19,7 +19,15 @@ Executor = Callable[[Numbered[Work]], Iterator[tuple[int, bytes]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Generic[Work]):
-    """What is made of what."""
+    """What is made of what.
+
+    >>> output = Path("doubled.txt")
+    >>> run_job(Job(made_by="a script", output=output, identity={"factor": 2}, items=[1, 2, 3],
+    ...             do=lambda items: ((n, f"{2 * item}\\n".encode()) for n, item in items),
+    ...             sink=lambda journal: journal.write_to(output)))
+    >>> output.read_text().split()
+    ['2', '4', '6']
+    """
 
     made_by: str
     """The command, as it is typed."""

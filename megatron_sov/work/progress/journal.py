@@ -62,7 +62,14 @@ Item = int | str
 
 
 class Journal:
-    """Records of a folder."""
+    """Records of a folder.
+
+    >>> journal = Journal(Path("."))
+    >>> journal.add([(0, b"first"), (1, b"second")])
+    >>> journal.done, [payload for _, payload in journal.records()]
+    ({0, 1}, [b'first', b'second'])
+    >>> journal.close()
+    """
 
     def __init__(self, folder: Path, writer: str = "") -> None:
         """Open it to add more.
