@@ -100,7 +100,7 @@ def sections(cls: type, path: str, title: str) -> Iterator[str]:
             default = "the table below" if inner and field.default is not None else default_of(field)
             in_cell = annotation.replace("|", "\\|")
             rows.append(f"| `{key}` | `{in_cell}` | {default} | {docs[field.name]} |")
-    about = " ".join(inspect.cleandoc(cls.__doc__ or "").split())
+    about = " ".join(inspect.cleandoc((cls.__doc__ or "").partition("\n\n")[0]).split())
     yield (f"\n## {title}\n\n{about}\n\n| setting | type | default | meaning |\n|---|---|---|---|\n"
            + "\n".join(rows) + "\n")
     yield from tables
