@@ -34,7 +34,7 @@ HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Con
 """The address is a secret: it goes into no other site's log, and no other site shows the page in a frame."""
 
 
-class Board:
+class LiveBoard:
     """The panels as they are now; each has a digest, so that only those that changed are sent.
 
     Args:
@@ -110,7 +110,7 @@ class LivePage:
         UserError: the address cannot be listened on.
     """
 
-    def __init__(self, board: Board, host: str, port: int) -> None:
+    def __init__(self, board: LiveBoard, host: str, port: int) -> None:
         self._board, self._host = board, host
         self._token = secrets.token_urlsafe(24)
         self._viewers = 0

@@ -21,7 +21,7 @@ from megatron_sov.commands.operate.run_state import RunStateReader
 from megatron_sov.commands.operate.watch import address_of
 from megatron_sov.judge.rollouts.rows import STOP, Key, RewardRow, Rollout
 from megatron_sov.judge.rollouts.store import RolloutStore
-from megatron_sov.publish.live.server import Board
+from megatron_sov.publish.live.server import LiveBoard
 from megatron_sov.publish.live.watched import WatchedRun, WatchedWork
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 from megatron_sov.work.progress.journal import Journal, begin_journal, work_folder
@@ -48,14 +48,14 @@ def steps(log: EventLog, first: int, last: int) -> None:
                   tokens_per_s=500.0, step_time_s=0.1, phase=f"main {HOSTILE}")
 
 
-def shown(*paths: Path) -> tuple[Board, str]:
+def shown(*paths: Path) -> tuple[LiveBoard, str]:
     """Return a board after its first look, and all that it shows."""
-    board = Board(paths, RunStateReader)
+    board = LiveBoard(paths, RunStateReader)
     board.look()
     return board, text_of(board)
 
 
-def text_of(board: Board) -> str:
+def text_of(board: LiveBoard) -> str:
     return " ".join(html for _, html in board.panels.values())
 
 
