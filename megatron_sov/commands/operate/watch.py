@@ -58,13 +58,15 @@ def run(typed: argparse.Namespace) -> int:
         return _in_terminal(paths, args.every)
     host, port = address_of(args.http)
     try:
-        from megatron_sov.publish.live.server import Board, LivePage
-    except ImportError:
+        from megatron_sov.publish.live.server import LiveBoard, LivePage
+    except ModuleNotFoundError as e:
+        if e.name != "aiohttp":
+            raise
         raise UserError("aiohttp, which speaks HTTP, is not installed for this Python; "
                         f"{how_to_install('serve')}") from None
     from megatron_sov.commands.operate.run_state import RunStateReader
 
-    page = LivePage(Board(paths, RunStateReader), host, port)
+    page = LivePage(LiveBoard(paths, RunStateReader), host, port)
     page.serve(lambda: print(_where(page.url, host, page.port), flush=True))
     return 0
 
