@@ -3,7 +3,7 @@
 # See:  the loss of each step, a continuation of a prompt, and a Hugging Face folder in runs/notebook-hf.
 
 # %% A recipe, changed
-from megatron_sov import apply_settings, convert, generate_text, pretrain, recipes
+from megatron_sov import apply_settings, convert, generate, pretrain, recipes
 
 config = apply_settings(recipes.get("tiny-qwen3"), [
     "model.hidden_size=64", "model.num_layers=2", "model.dense_ffn_dim=128", "train.steps=3",
@@ -23,7 +23,7 @@ losses = [event["loss"] for event in events if event["event"] == "step"]
 print(losses)
 
 # %% Generate
-answers = generate_text("runs/notebook", ["The"], max_new_tokens=8)
+answers = generate("runs/notebook", ["The"], max_new_tokens=8)
 print(answers[0])
 
 # %% Export

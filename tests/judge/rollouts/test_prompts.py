@@ -50,7 +50,7 @@ def test_equal_and_broken_lines_are_named(tmp_path: Path) -> None:
 
 
 def test_what_nobody_can_be_asked_is_named(tmp_path: Path) -> None:
-    path = file_with(tmp_path / "p.jsonl", '{"prompt": "a"}', '{"question": "a"}', '{"prompt": 3}',
+    path = file_with(tmp_path / "p.jsonl", '{"prompt": "a"}', '{"task": "a"}', '{"prompt": 3}',
                      '{"prompt": "a", "messages": []}')
     with pytest.raises(UserError, match=r"(?s)3 problems.*line 2: has no 'prompt'.*line 3: .*"
                                         r"line 4: has 'prompt' and 'messages'"):
