@@ -116,7 +116,7 @@ def core_quotas(groups: str, root: Path) -> Iterator[float]:
         groups: lines of /proc/PID/cgroup.
         root: where the kernel shows control groups.
     """
-    for line in groups.splitlines():
+    for line in filter(None, groups.split("\n")):
         _, controllers, group = line.split(":", 2)
         # one tree of all controllers, or one for each
         if controllers and "cpu" not in controllers.split(","):
