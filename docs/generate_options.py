@@ -16,8 +16,8 @@ HEAD = """# Commands and their options
 
 <!-- Written by docs/generate_options.py from what the commands declare; change it there. -->
 
-Every command with its arguments. `COMMAND --help` prints them too, with examples. [Settings](config.md) has what you can
-change with `--set`. With `--dry-run` you see what would be read and written.
+Every command with its arguments. `COMMAND --help` prints them too, with examples. [Settings](config.md) has
+what you can change with `--set`. With `--dry-run` you see what would be read and written.
 
 | exit code | meaning |
 |---|---|
