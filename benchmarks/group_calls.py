@@ -61,9 +61,8 @@ def main() -> None:
              "processes  layout        bound  library  shared   s library  s join   communicators  GiB"]
     for num_ranks, recipe, layout in LAYOUTS:
         config = apply_settings(recipes.get(recipe), [f"parallel.{k}={v}" for k, v in layout.items()])
-        parallel = ParallelConfig(**layout)
-        calls, own, before_s = calls_of_a_start(parallel, num_ranks, shared=False)
-        _, shared, after_s = calls_of_a_start(parallel, num_ranks, shared=True)
+        calls, own, before_s = calls_of_a_start(config.parallel, num_ranks, shared=False)
+        _, shared, after_s = calls_of_a_start(config.parallel, num_ranks, shared=True)
         text = " ".join(f"{name}{size}" for name, size in layout.items())
         lines.append(f"{num_ranks:>9}  {text:<12} {calls:>6} {own:>8} {shared:>7} {before_s:>11.2f} "
                      f"{after_s:>7.2f} {communicators(config, num_ranks):>15}  "

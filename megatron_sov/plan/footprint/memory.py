@@ -55,7 +55,7 @@ def communicators(config: RunConfig, num_ranks: int) -> int:
     used = {("reductions", _members((1, num_ranks))), ("reductions", _members(cp, dp)),
             ("reductions", _members(dp)), ("layers", _members(tp)), ("layers", _members(cp)),
             ("stages", _members(pp))}
-    norms = [(tp, pp)]
+    norms: list[tuple[tuple[int, int], ...]] = [(tp, pp)]
     if m.num_moe_layers():
         etp, ep = (1, p.etp), (p.etp, p.ep)
         used |= {("layers", _members(tp, cp)), ("experts", _members(ep)), ("experts", _members(etp)),

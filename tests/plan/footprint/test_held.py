@@ -122,14 +122,15 @@ def test_gaps_are_zero1s(sharded: bool, numel: int) -> None:
 # Estimates of what libraries take, by their formulas.
 
 
-LAYOUTS = (("tiny-qwen3", [], 1), ("tiny-qwen3", [], 8), ("tiny-qwen3", ["parallel.zero1=false"], 8),
-           ("tiny-qwen3", ["parallel.tp=2", "parallel.pp=2"], 16),
-           ("tiny-qwen3", ["parallel.tp=2", "parallel.pp=2", "parallel.zero1=false"], 16),
-           ("tiny-solar-open", ["parallel.ep=4"], 8), ("tiny-solar-open", ["parallel.ep=8"], 8),
-           ("tiny-solar-open", ["parallel.tp=2", "parallel.cp=2", "parallel.ep=4", "parallel.etp=2"], 32),
-           ("tiny-k-exaone", ["parallel.pp=2", "parallel.ep=4"], 8),
-           ("tiny-k-exaone", ["parallel.pp=2", "parallel.cp=2", "parallel.zero1=false"], 16),
-           ("solar-open-102b", ["parallel.pp=2", "parallel.ep=8"], 480))
+LAYOUTS: tuple[tuple[str, list[str], int], ...] = (
+    ("tiny-qwen3", [], 1), ("tiny-qwen3", [], 8), ("tiny-qwen3", ["parallel.zero1=false"], 8),
+    ("tiny-qwen3", ["parallel.tp=2", "parallel.pp=2"], 16),
+    ("tiny-qwen3", ["parallel.tp=2", "parallel.pp=2", "parallel.zero1=false"], 16),
+    ("tiny-solar-open", ["parallel.ep=4"], 8), ("tiny-solar-open", ["parallel.ep=8"], 8),
+    ("tiny-solar-open", ["parallel.tp=2", "parallel.cp=2", "parallel.ep=4", "parallel.etp=2"], 32),
+    ("tiny-k-exaone", ["parallel.pp=2", "parallel.ep=4"], 8),
+    ("tiny-k-exaone", ["parallel.pp=2", "parallel.cp=2", "parallel.zero1=false"], 16),
+    ("solar-open-102b", ["parallel.pp=2", "parallel.ep=8"], 480))
 
 
 def groups_of_a_step() -> list[int]:
