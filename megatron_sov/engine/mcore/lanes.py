@@ -47,7 +47,7 @@ def numbered_behind_trunk(spec: Any) -> Any:
     if not IS_NEW:
         return spec
 
-    class NumberedBehind(spec.module):  # type: ignore[misc]
+    class NumberedBehind(spec.module):
         def __init__(self, config: Any, *args: Any, layer_number: int, **kwargs: Any) -> None:
             super().__init__(config, *args, layer_number=config.num_layers + layer_number, **kwargs)
 

@@ -52,7 +52,7 @@ def test_every_layer_has_the_number_of_its_entry_in_our_lists(ranks: Any, job: A
     assert built["kinds"][0] != built["kinds"][-1]  # a prediction layer numbered 1 would be seen
     # the names of weights in checkpoints, between those of the norms, as they were with 0.16
     inside = ["transformer_layer" in name for name in built["parameters"]]
-    assert inside == sorted(inside[:-1]) + [False] and any(inside)
+    assert inside == [*sorted(inside[:-1]), False] and any(inside)
     last = len(built["kinds"])
     assert built["refusals"] == [f"layer {last}: BalancedRouter has number 1",
                                  "layer 2: its router is the library's TopKRouter"]
