@@ -20,6 +20,12 @@ export CORPUS
 
 PIP_INSTALL = -m pip install --retries 10 $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") $(PIP_ARGS)
 PACKAGES := $(sort $(wildcard */__init__.py))
+# pip's lines as one that is renewed on a terminal, and as few in a log: what it does takes minutes.
+SHOW_PIP = n=0; while read -r what name rest; do case "$$what" in \
+    Collecting) n=$$((n + 1)); line="package $$n: $${name%%;*}";; Downloading) line="downloading $${name\#\#*/} $$rest";; \
+    Installing) line="unpacking $$n packages";; *) continue;; esac; \
+    if [ -t 1 ]; then printf '\r\033[K%s' "$$line"; elif [[ "$$what$$((n % 25))$$rest" =~ ^Inst|^Coll.*ing1'('|[0-9]{3}.*MB|GB ]]; then echo "$$line"; fi; \
+  done; if [ -t 1 ]; then printf '\r\033[K'; fi
 # The stamp's name holds what the installation depends on, so an unchanged tree needs no look at pip.
 STAMP = $(VENV)/.installed-$(shell { echo "$(CURDIR) $(PACKAGES)"; cat setup.py pyproject.toml constraints.txt; } | cksum | cut -d' ' -f1)
 
@@ -39,8 +45,10 @@ $(STAMP):
 	    "or name it with PYTHON=/path/to/python3.12" >&2; exit 2; \
 	fi; \
 	"$(PY)" -c 'import pip' >/dev/null 2>&1 || { echo "$(VENV): $$("$$python" --version)"; "$$python" -m venv --clear "$(VENV)"; }
+	@echo "$(VENV): installing $$(grep -c == constraints.txt) packages at most, torch among them: 2 to 5 minutes"
 	@for attempt in 1 2 3; do \
-	  if "$(PY)" $(PIP_INSTALL) --quiet -e '.[dev]' -c constraints.txt; then break; fi; \
+	  if PYTHONUNBUFFERED=1 "$(PY)" $(PIP_INSTALL) --progress-bar off -e '.[dev]' -c constraints.txt | { $(SHOW_PIP); }; \
+	  then break; fi; \
 	  if [ $$attempt = 3 ]; then echo "error: pip could not install the dependencies; see its message above" >&2; exit 1; fi; \
 	  echo "pip failed (attempt $$attempt of 3); trying again in 10 s" >&2; sleep 10; \
 	done
