@@ -9,6 +9,7 @@ import importlib.util
 import math
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,7 @@ def links(page: Path) -> list[tuple[Path, str]]:
     return [((page.parent / target).resolve() if target else page, anchor) for target, anchor in found]
 
 
+@cache
 def under_headings(page: Path) -> dict[str, str]:
     """Return a heading as links name it -> what is below it, to the next of its level or above; "": before
     the first section."""
