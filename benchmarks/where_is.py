@@ -55,10 +55,10 @@ ROUTES = [
 ]
 """Question; then, before and now, the folders below `megatron_sov` in the order listed, and the file."""
 AT_FIRST = {
-    "what decides the order of samples": f"{M} train engine train/data: order.py",
-    "where does code of a model run": f"{M} judge judge/rewards work sandbox: sandbox.py",
-    "how does LoRA become a PEFT folder": f"{M} post publish engine convert: peft.py",
-    "where are rollouts stored": f"{M} post post/rl judge rollouts: store.py",
+    "what decides the order of samples": f"{M} train engine engine/data: order.py",
+    "where does code of a model run": f"{M} judge judge/rewards work work/sandbox: sandbox.py",
+    "how does LoRA become a PEFT folder": f"{M} post publish engine engine/convert: peft.py",
+    "where are rollouts stored": f"{M} post post/rl judge judge/rollouts: store.py",
 }
 """Questions whose answers were moved after the count, and their routes in the revision HALLS."""
 HALLS = "b6fbff32"
