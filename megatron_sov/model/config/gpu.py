@@ -233,6 +233,14 @@ class GpuConfig:
                  "and nothing travels at 1", "use alltoall"),
                 (train.precision == "bf16", "expert_dispatcher",
                  f"carries bf16 alone, and train.precision = {train.precision}", "use alltoall"))
+        if parallel.expert_overlap == "micro_batches":
+            p += find_broken(
+                parallel, "parallel",
+                (train.recompute is not True and "moe" not in recomputed, "expert_overlap",
+                 "cuts layers in pieces, and cannot be where train.recompute computes a whole one again",
+                 "use selective recomputation without moe, or leave it out"),
+                (self.shared_expert_overlap == "off" and not offloaded, "expert_overlap",
+                 "does not go with gpu.shared_expert_overlap and gpu.offload_modules", "leave one out"))
         return p + self._optimizer_problems(parallel, train, optim) + find_broken(
             self, "gpu",
             (self.grad_dtype == "fp32" or train.precision == "bf16", "grad_dtype",

@@ -14,7 +14,7 @@ from torch.nn.functional import dropout, gelu, rms_norm, silu
 
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.engine.mcore.model.gpu_settings import (
-    Here, expert_settings, keep_ends_in_bf16, library_settings, own_attention_serves, transformer_settings)
+    OVERLAP, Here, expert_settings, keep_ends_in_bf16, library_settings, own_attention_serves, transformer_settings)
 from megatron_sov.engine.mcore.model.rotary import local_turns, softmax_scale
 from megatron_sov.engine.mcore.model.router import BalancedRouter, RoutingStep
 from megatron_sov.engine.mcore.parallel.device import on_gpu
@@ -111,11 +111,11 @@ class OwnLayer(TransformerLayer):
             self._kept = angles.new_tensor(self._turns)
         return self._kept
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward_attention(self, *args: Any, **kwargs: Any) -> Any:
         if self._turns is not None:
             angles = kwargs["rotary_pos_emb"]
             kwargs["rotary_pos_emb"] = angles * self._turns_beside(angles)
-        return super().forward(*args, **kwargs)
+        return super()._forward_attention(*args, **kwargs)
 
 
 def transformer_engine_serves(dtype: torch.dtype) -> bool:
@@ -208,7 +208,11 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         settings["moe_router_dtype"] = "fp64" if dtype == torch.float64 else "fp32"
     if te:  # elsewhere models are only looked at, as `plan` does: training has been refused
         settings |= library_settings(train)
+    # its validation refuses float32, and prediction layers, which `OverlappedPasses` computes otherwise
+    overlap = {name: settings.pop(name) for name in OVERLAP if name in settings}
     config = _library_config(model, settings)
+    for name, value in overlap.items():
+        setattr(config, name, value)
     if te and train.fp8 != "none":
         keep_ends_in_bf16(config, train)
     _per_layer_lists(config, model)
