@@ -22,11 +22,13 @@ def te() -> Iterator[Any]:
     """Give the double to this file alone: others ask whether Transformer Engine is installed."""
     sys.path.insert(0, str(Path(__file__).parent))
     import transformer_engine
+    import transformer_engine.pytorch.cpp_extensions
     import transformer_engine.pytorch.router
     from transformer_engine.pytorch.gemm import COUNTS
 
     yield SimpleNamespace(te=transformer_engine, pytorch=transformer_engine.pytorch, counts=COUNTS,
-                          recipe=transformer_engine.common.recipe)
+                          recipe=transformer_engine.common.recipe,
+                          cpp=transformer_engine.pytorch.cpp_extensions)
     sys.path.remove(str(Path(__file__).parent))
     for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
         del sys.modules[name]
@@ -137,6 +139,57 @@ def test_tokens_go_to_their_experts_and_back(te: Any) -> None:
                                x * chosen.sum(1, keepdim=True))
     torch.testing.assert_close(te.pytorch.moe_unpermute(rows, back, weights, x.shape),
                                x * weights.sum(1, keepdim=True))
+
+
+def test_no_rows_are_refused_by_the_permutation_and_given_back_by_its_inverse(te: Any) -> None:
+    """Transformer Engine asserts that experts have a token, and of no rows makes no rows."""
+    nobody, x = torch.zeros(3, 2, dtype=torch.int32), random(3, 4)
+    for permute in (lambda n: te.pytorch.moe_permute(x, nobody, n),
+                    lambda n: te.pytorch.moe_permute_with_probs(x, random(3, 2), nobody, n)):
+        with pytest.raises(AssertionError, match="requires num_out_tokens > 0, got 0"):
+            permute(nobody.sum())
+    back = te.pytorch.moe_unpermute(x[:0], torch.full((3, 5), -1, dtype=torch.int32), restore_shape=x.shape)
+    assert back.shape == (0, 4)
+    rows, where = te.pytorch.moe_permute(x[:0], nobody[:0], 0)
+    assert rows.shape == (0, 4) and where.shape == (0, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_general_product_has_the_librarys_layouts(te: Any, dtype: torch.dtype) -> None:
+    """What `RouterGatingLinearFunction` of megatron-core asks for: y = x W^T + b, dx = dy W, dW = dy^T x."""
+    weight, x = random(6, 4, dtype=dtype), random(5, 4, dtype=dtype).flip(0)
+    bias, d_out = random(6, dtype=torch.float32), random(5, 6, dtype=torch.float32)
+    product = te.cpp.general_gemm
+    te.counts.clear()
+    torch.testing.assert_close(product(weight, x, torch.float32, layout="TN", bias=bias)[0],
+                               x.float() @ weight.float().T + bias)
+    d_x, d_bias, *_ = product(weight.float(), d_out, torch.float32, layout="NN", grad=True, bias=bias)
+    torch.testing.assert_close(d_x, d_out @ weight.float())
+    torch.testing.assert_close(d_bias, d_out.sum(0))
+    total = torch.ones(6, 4)
+    product(x.float(), d_out, torch.float32, layout="NT", grad=True, out=total, accumulate=True)
+    torch.testing.assert_close(total, 1 + d_out.T @ x.float())
+    assert te.counts == {("general", layout): 1 for layout in ("TN", "NN", "NT")}
+
+
+def test_the_general_product_refuses_what_cublas_has_not(te: Any) -> None:
+    weight, x = random(6, 4, dtype=torch.bfloat16), random(5, 4, dtype=torch.bfloat16)
+    for operands, wanted, error, words in (
+            ((weight.double(), x.double()), torch.float64, KeyError, "float64"),
+            ((weight, x.float()), torch.float32, RuntimeError, "torch.bfloat16 x torch.float32"),
+            ((weight.float(), x.float()), torch.bfloat16, RuntimeError, "not supported"),
+            ((weight, x[:, :3]), torch.float32, RuntimeError, "incompatible dimensions")):
+        with pytest.raises(error, match=words):
+            te.cpp.general_gemm(*operands, wanted)
+    with pytest.raises(RuntimeError, match="reads its bytes as the product's type"):
+        te.cpp.general_gemm(weight, x, torch.float32, bias=random(6, dtype=torch.bfloat16))
+
+
+def test_the_library_finds_no_workspace_and_a_product(te: Any) -> None:
+    """Transformer Engine 2.20.2 has lost `get_workspace`, which megatron-core 0.16.1 imports with
+    `general_gemm`, and without both its router multiplies with torch."""
+    assert not hasattr(te.pytorch.module.base, "get_workspace")
+    assert te.pytorch.cpp_extensions.general_gemm is te.cpp.general_gemm
 
 
 @pytest.mark.parametrize(("score", "before"), [("sigmoid", False), ("softmax", True), ("softmax", False)])

@@ -14,8 +14,8 @@ from ..common.recipe import Recipe
 
 Kind = Literal["fprop", "dgrad", "wgrad"]
 
-COUNTS: Counter[tuple[Kind, str]] = Counter()
-"""(kind, name of the recipe's class or "") -> products so far."""
+COUNTS: Counter[tuple[Kind | Literal["general"], str]] = Counter()
+"""(kind, name of the recipe's class or "") -> products so far; those of `general_gemm` by layout."""
 
 
 def gemm(a: torch.Tensor, b: torch.Tensor, kind: Kind, recipe: Recipe | None = None,
