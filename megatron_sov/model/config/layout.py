@@ -152,8 +152,8 @@ class ParallelConfig:
             (not overlaps or self.expert_dispatcher != "allgather", "expert_overlap",
              "does not go with parallel.expert_dispatcher = allgather", "use another one"),
             (self.expert_overlap != "micro_batches" or self.pp == 1 or self.vpp > 1, "expert_overlap",
-             f"needs parallel.vpp > 1 where parallel.pp = {self.pp} > 1: only an interleaved pipeline has two "
-             "micro-batches to compute at a time", "raise vpp, or leave it out"),
+             f"needs parallel.vpp > 1 where parallel.pp = {self.pp} > 1: only an interleaved pipeline has "
+             "two micro-batches to compute at a time", "raise vpp, or leave it out"),
             # the library frees what came in (`should_free_input`), which a single expert takes as it is
             (self.expert_overlap != "micro_batches" or model.num_experts > self.ep, "expert_overlap",
              f"needs two experts on each process, and model.num_experts = parallel.ep = {self.ep}",

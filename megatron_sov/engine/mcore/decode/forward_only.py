@@ -54,9 +54,19 @@ class OverlappedPasses(TransformerModelChunkSchedulePlan):
             return states if states.requires_grad else states.requires_grad_()
 
         self.pre_process = ScheduleNode(begin, stream, self.event, name="pre_process")
-        if self.post_process is not None:
-            self.post_process = ScheduleNode(lambda hidden: chunk.end(hidden, inputs, state.row), stream,
-                                             self.event, name="post_process")
+        if self.post_process is None:
+            return
+
+        def back(outputs: Any, gradients: Any) -> Any:
+            node.default_backward_func(outputs, gradients)
+            for module in chunk.mtp.modules() if chunk.mtp_process else ():
+                # weight gradients of the trunk that are left for later are the plan's, these are nobody's
+                if hasattr(module, "need_backward_dw") and module.need_backward_dw():
+                    module.backward_dw()
+            return gradients
+
+        node = self.post_process = ScheduleNode(lambda hidden: chunk.end(hidden, inputs, state.row), stream,
+                                                self.event, back, name="post_process")
 
     def _build_layer_schedule_plan(self, module: Any, *streams: Any) -> None:
         if isinstance(module, TransformerBlock):

@@ -6,7 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -325,7 +325,7 @@ def refuse(config: RunConfig, te: bool) -> None:
 def _has_field(name: str) -> bool:
     from megatron.core.transformer import TransformerConfig
 
-    return name in TransformerConfig.__dataclass_fields__
+    return name in {field.name for field in fields(TransformerConfig)}
 
 
 def _has_backend(dispatcher: str) -> bool:

@@ -242,8 +242,8 @@ class BalancedRouter(TopKRouter):
 
         Args:
             logits: [tokens, 1, experts] float32 (float64 under fp64), this process's part of the micro-batch.
-            padding_mask: [tokens, 1] bool, True = padding; None = the step's, where it has one.  With a table of routes, more columns
-                may hold each token's place in it (`RouteTable`).
+            padding_mask: [tokens, 1] bool, True = padding; None = the step's, where it has one.  With a table
+                of routes, more columns may hold each token's place in it (`RouteTable`).
 
         Returns:
             weights [tokens, experts] (zero where not chosen) and the choice [tokens, experts] bool.

@@ -14,7 +14,8 @@ from torch.nn.functional import dropout, gelu, rms_norm, silu
 
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.engine.mcore.model.gpu_settings import (
-    OVERLAP, Here, expert_settings, keep_ends_in_bf16, library_settings, own_attention_serves, transformer_settings)
+    OVERLAP, Here, expert_settings, keep_ends_in_bf16, library_settings, own_attention_serves,
+    transformer_settings)
 from megatron_sov.engine.mcore.model.rotary import local_turns, softmax_scale
 from megatron_sov.engine.mcore.model.router import BalancedRouter, RoutingStep
 from megatron_sov.engine.mcore.parallel.device import on_gpu
