@@ -40,6 +40,9 @@ class OverlappedPasses(TransformerModelChunkSchedulePlan):
     packed rows: such layers, one of many, run behind the trunk in one piece.
     """
 
+    pre_process: Any
+    post_process: Any
+
     def __init__(self, chunk: Chunk, inputs: ModelInputs, first_route: int | None) -> None:
         super().__init__(chunk, None, None, None)
         state, stream = self.state, self.pre_process.stream
@@ -65,8 +68,9 @@ class OverlappedPasses(TransformerModelChunkSchedulePlan):
                     module.backward_dw()
             return gradients
 
-        node = self.post_process = ScheduleNode(lambda hidden: chunk.end(hidden, inputs, state.row), stream,
-                                                self.event, back, name="post_process")
+        node: Any = ScheduleNode(lambda hidden: chunk.end(hidden, inputs, state.row), stream, self.event, back,
+                                 name="post_process")
+        self.post_process = node
 
     def _build_layer_schedule_plan(self, module: Any, *streams: Any) -> None:
         if isinstance(module, TransformerBlock):
