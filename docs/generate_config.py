@@ -38,7 +38,7 @@ resolved settings are in `RUN/config.json`.
 | nothing | `--set model.yarn=null` |
 
 Values are JSON if they parse, else text. If you give a key twice, the last one counts. An unknown key is
-refused with the nearest known one. You see all broken rules at once.
+refused with the nearest known one.
 """
 
 

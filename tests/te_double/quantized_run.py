@@ -18,7 +18,7 @@ from megatron_sov.train.trainer import Trainer
 from tests.layouts import layout_run
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
-from quantizers.products import product
+from quantizers.products import ROLES, quantized
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=2",
          "model.head_dim=16", "model.expert_ffn_dim=32", "train.global_batch_size=2",
@@ -38,7 +38,8 @@ def config_of(recipe: str, settings: list[str], path: str) -> RunConfig:
 
 
 def quantise_products() -> None:
-    """Have the double quantise the operands of its products wherever a recipe is on."""
+    """Have the double quantise the operands of its products wherever a recipe is on, and accumulate as
+    Hopper does."""
     from transformer_engine.pytorch import gemm as products  # the double's own
 
     plain = products.gemm
@@ -49,8 +50,11 @@ def quantise_products() -> None:
         if name not in RECIPES:
             return plain(a, b, kind, recipe, out_dtype)
         products.COUNTS[kind, name] += 1
-        form = recipe.fp8_format.name.lower()
-        return product(a, b, kind, RECIPES[name], form).to(out_dtype or a.dtype)
+        products.check_aligned(a, b, recipe)
+        left, right = (quantized(x, role, kind, RECIPES[name], recipe.fp8_format.name.lower())
+                       for x, role in zip((a, b.t()), ROLES[kind], strict=True))
+        multiply = products.fast_product if products.accumulates_fast(kind, recipe) else torch.matmul
+        return multiply(left, right.t()).to(out_dtype or a.dtype)
 
     for module in list(sys.modules.values()):
         if module.__name__.startswith("transformer_engine.") and getattr(module, "gemm", None) is plain:

@@ -17,18 +17,21 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, set_tensor_model_parallel_attributes)
 from megatron.core.transformer import mlp
+from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.multi_token_prediction import (
-    MultiTokenPredictionBlockSubmodules, MultiTokenPredictionLayer, get_mtp_layer_spec)
+    MultiTokenPredictionBlockSubmodules, get_mtp_layer_spec)
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import make_viewless_tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_sov.engine.mcore.lanes import LibraryPredictionLayer
 from megatron_sov.engine.mcore.model.added_parts import Adapters, MediaEncoders
 from megatron_sov.engine.mcore.model.attention import PackedDocuments, SharedPrompts, pack
 from megatron_sov.engine.mcore.model.gpu_settings import mend_extra_state
 from megatron_sov.engine.mcore.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.engine.mcore.model.rotary import rotate_by, rotate_by_token
+from megatron_sov.engine.mcore.model.router import BalancedRouter
 from megatron_sov.engine.mcore.model.specs import (
     block_norm, layer_specs, mtp_layer_spec, own_attention, transformer_config, uses_transformer_engine)
 from megatron_sov.engine.mcore.parallel import context
@@ -109,9 +112,8 @@ ENCODER_TRAINING = MediaConfig()
 # The multi-token prediction layer of rows of packed documents.
 
 
-class PredictionLayer(MultiTokenPredictionLayer):
-    """Multi-token prediction layer for rows of packed documents, wherever they are cut,
-    that can be recomputed.
+class PredictionLayer(LibraryPredictionLayer):
+    """Multi-token prediction layer for rows of packed documents, wherever they are cut.
 
     The library moves tokens ahead in a loop over documents, and under context parallelism cuts each
     document for itself, and tells experts nothing of padding.
@@ -123,13 +125,14 @@ class PredictionLayer(MultiTokenPredictionLayer):
 
     def _get_embeddings(self, input_ids: torch.Tensor, position_ids: torch.Tensor,
                         embedding: Callable[..., torch.Tensor], hidden_states: torch.Tensor,
-                        packed_seq_params: PackedDocuments | None = None) -> tuple[torch.Tensor, ...]:
+                        packed_seq_params: PackedDocuments | None = None,
+                        padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
         """Return the whole row's tokens [tokens] moved one place further, and the local ones' embedding."""
         assert packed_seq_params is not None
         ahead = next_tokens(input_ids, packed_seq_params.bounds)
         embedded = embedding(input_ids=context.local(ahead)[None], position_ids=position_ids)
-        return (ahead, position_ids, embedded,
-                make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True))
+        states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
+        return self.embeddings(ahead, position_ids, padding_mask, embedded, states)
 
     def transform(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor,
                   packed: PackedSpans) -> torch.Tensor:
@@ -138,18 +141,6 @@ class PredictionLayer(MultiTokenPredictionLayer):
         states: torch.Tensor = self._proj_and_transformer_layer(
             hidden_states=hidden, decoder_input=embedded, rotary_pos_emb=rotary, packed_seq_params=packed)
         return states
-
-    def _checkpointed_forward(self, forward_func: Callable[..., torch.Tensor], *, hidden_states: torch.Tensor,
-                              decoder_input: torch.Tensor, rotary_pos_emb: torch.Tensor,
-                              **constants: Any) -> torch.Tensor:
-        # defect of 0.16.1: it hands all its arguments to the autograd function, which takes tensors only
-        def forward(states: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-            return forward_func(hidden_states=states, decoder_input=embedded, rotary_pos_emb=rotary,
-                                **constants)
-
-        outputs: torch.Tensor = super()._checkpointed_forward(forward, hidden_states, decoder_input,
-                                                              rotary_pos_emb)
-        return outputs
 
 
 def _with_padding(layer: Any, args: tuple[Any, ...],
@@ -507,6 +498,7 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
             mtp_block_spec=mtp, share_embeddings_and_output_weights=model.tied_embeddings, vp_stage=vp_stage)
         encodes = chunk.pre_process and (model.vision is not None or model.audio is not None)
         chunk.encoders = MediaEncoders(model, config) if encodes else None
+    check_layers(chunk, first)
     place(chunk, device)
     for parameter in chunk.parameters():
         # not the buffers: a router's bias moves in steps that vanish in bf16, and its counts stop at 256
@@ -519,6 +511,28 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
     _zero_padding_rows(chunk, model.vocab_size)
     mark_parameters(chunk)
     return chunk
+
+
+def check_layers(chunk: Chunk, first: int) -> None:
+    """Raise `RuntimeError` where a layer has not the number under which our lists have it, or a router is
+    not ours: another version of the library would then train another model, and nothing would say so.
+
+    Args:
+        chunk: the run of layers.
+        first: layers of the trunk before it.
+    """
+    layers = [*enumerate(chunk.decoder.layers, first + 1)]
+    if chunk.mtp_process:
+        layers += enumerate((outer.transformer_layer for outer in chunk.mtp.layers),
+                            chunk.config.num_layers + 1)
+    for number, layer in layers:
+        routers = [part for part in layer.modules() if isinstance(part, Router)]
+        for part in (layer, layer.self_attention, *routers):
+            if part.layer_number != number:
+                raise RuntimeError(f"layer {number}: {type(part).__name__} has number {part.layer_number}")
+        for router in routers:
+            if not isinstance(router, BalancedRouter):
+                raise RuntimeError(f"layer {number}: its router is the library's {type(router).__name__}")
 
 
 def valid_rows(weight: torch.Tensor, vocab_size: int) -> int:

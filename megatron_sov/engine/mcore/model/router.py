@@ -229,8 +229,8 @@ class BalancedRouter(TopKRouter):
     mean normalised score, averaged over the sequences of the global batch.
     """
 
-    def __init__(self, config: Any, pg_collection: Any = None) -> None:
-        super().__init__(config, pg_collection)
+    def __init__(self, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+        super().__init__(config, pg_collection, **kwargs)
         if self.local_tokens_per_expert is None:  # the library counts for its selection bias only
             del self.local_tokens_per_expert
             zeros = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=local_device())
