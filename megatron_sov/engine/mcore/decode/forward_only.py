@@ -68,8 +68,8 @@ class OverlappedPasses(TransformerModelChunkSchedulePlan):
                     module.backward_dw()
             return gradients
 
-        node: Any = ScheduleNode(lambda hidden: chunk.end(hidden, inputs, state.row), stream, self.event, back,
-                                 name="post_process")
+        node: Any = ScheduleNode(lambda hidden: chunk.end(hidden, inputs, state.row), stream, self.event,
+                                 back, name="post_process")
         self.post_process = node
 
     def _build_layer_schedule_plan(self, module: Any, *streams: Any) -> None:
