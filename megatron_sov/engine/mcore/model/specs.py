@@ -210,11 +210,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         settings["moe_router_dtype"] = "fp64" if dtype == torch.float64 else "fp32"
     if te:  # elsewhere models are only looked at, as `plan` does: training has been refused
         settings |= library_settings(train)
-    # its validation refuses float32, and prediction layers, which `OverlappedPasses` computes otherwise
-    overlap = {name: settings.pop(name) for name in OVERLAP if name in settings}
     config = _library_config(model, settings)
-    for name, value in overlap.items():
-        setattr(config, name, value)
     if te and train.fp8 != "none":
         keep_ends_in_bf16(config, train)
     _per_layer_lists(config, model)
@@ -245,7 +241,12 @@ def _library_config(model: ModelConfig, settings: dict[str, Any]) -> Any:
     from megatron_sov.engine.mcore.model.kv_cache import latent_settings
 
     latent = latent_settings(model)
-    return MLATransformerConfig(**settings | latent) if latent else TransformerConfig(**settings)
+    # its validation refuses float32, and prediction layers, which `OverlappedPasses` computes otherwise
+    overlap = {name: settings.pop(name) for name in OVERLAP if name in settings}
+    config = MLATransformerConfig(**settings | latent) if latent else TransformerConfig(**settings)
+    for name, value in overlap.items():
+        setattr(config, name, value)
+    return config
 
 
 def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
