@@ -65,6 +65,25 @@ def test_models_are_made_of_its_modules(te_ranks: Any, job: Any, packed_data: An
 
 
 @pytest.mark.distributed
+def test_a_process_whose_experts_get_no_token_gives_zeros(te_ranks: Any, job: Any) -> None:
+    (found,) = te_ranks(job(TE_RUN, "experts_without_tokens", 2, {}))
+    # one sums in float32 and rounds, the other in bf16
+    assert all(output < 0.01 and gradient < 0.01 for output, gradient in found), found
+
+
+@pytest.mark.distributed
+def test_a_router_multiplies_in_transformer_engine(te_ranks: Any, job: Any, packed_data: Any) -> None:
+    """bf16 operands into float32 logits, and gradients of float32; megatron-core 0.16.1 alone would find no
+    product, and cast the tokens for torch's."""
+    (found,), = te_ranks(job(TE_RUN, "one_step", 1, {
+        "recipe": "tiny-gpt-oss", "paths": [str(packed_data.text)],  # whose routers have biases in bf16
+        "settings": ["train.precision=bf16", "model.num_layers=2", "model.num_experts=4"]}))
+    rows = 2 * 4  # routers, micro-batches
+    assert {kind: n for kind, n in found["products"].items() if kind.startswith("general")} == {
+        "general TN": rows, "general NN": rows, "general NT": rows}
+
+
+@pytest.mark.distributed
 def test_every_layout_and_either_checkpoint(ranks: Any, te_ranks: Any, job: Any, packed_data: Any,
                                             tmp_path: Path) -> None:
     """Two steps from the same start, and one from the other one's checkpoint: losses, gradient norms,

@@ -154,9 +154,9 @@ class GpuConfig:
     without Transformer Engine, and where products are capped (`model.attention_softcap`)."""
     rope_fusion: Switch = "auto"
     """Rotate queries and keys in one kernel."""
-    router_fusion: Literal["on", "off"] = "off"
-    """Choose experts in Transformer Engine's kernels, which compute in float32 and take a chosen score from
-    its biased one, so that weights differ in their last bits."""
+    router_fusion: Switch = "auto"
+    """Choose experts in Transformer Engine's kernels where their formula is the model's; they compute in
+    float32 and take a chosen score from its biased one, so that weights differ in their last bits."""
     permute_fusion: Switch = "auto"
     """Sort tokens by expert, and back, in one kernel."""
     swiglu_fusion: Switch = "auto"

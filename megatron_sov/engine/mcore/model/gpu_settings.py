@@ -139,10 +139,14 @@ class Fusion:
     """Field of the library's TransformerConfig."""
     needs: Callable[[Here], bool]
     """Whether the kernel can be on."""
+    serves: Callable[[ModelConfig], bool] = lambda model: True
+    """Whether it computes what the model asks for, so that `auto` puts it on; asked where `needs` holds."""
 
     def value(self, gpu: GpuConfig, here: Here) -> bool:
         """Return what the library gets."""
-        return getattr(gpu, self.setting) != "off" and here.te and self.needs(here)
+        chosen = getattr(gpu, self.setting)
+        return (chosen != "off" and here.te and self.needs(here)
+                and (chosen == "on" or self.serves(here.model)))
 
 
 FUSIONS = (
@@ -150,7 +154,8 @@ FUSIONS = (
     Fusion("rope_fusion", "apply_rope_fusion", lambda here: here.parallel.cp == 1
            # the kernel of latent attention wants a table of cosines and sines
            and here.model.latent_attention is None),
-    Fusion("router_fusion", "moe_router_fusion", lambda here: here.model.num_moe_layers() > 0),
+    Fusion("router_fusion", "moe_router_fusion", lambda here: here.model.num_moe_layers() > 0,
+           lambda model: not router.problem(model)),
     Fusion("permute_fusion", "moe_permute_fusion", lambda here: here.model.num_moe_layers() > 0),
     Fusion("swiglu_fusion", "bias_activation_fusion", lambda here: here.model.activation != "gelu_tanh"),
     Fusion("grad_accumulation_fusion", "gradient_accumulation_fusion", lambda here: True),

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
@@ -235,6 +236,15 @@ class BalancedRouter(TopKRouter):
             del self.local_tokens_per_expert
             zeros = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=local_device())
             self.register_buffer("local_tokens_per_expert", zeros, persistent=False)
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Return logits: of a bf16 model by Transformer Engine, which adds up in float32, and multiplies
+        gradients of float32 in TF32, as the library does where it finds the product; so a model in float32 is
+        multiplied by torch."""
+        if input.dtype == torch.float32 and moe_utils.te_general_gemm is not None:
+            return torch.nn.functional.linear(input, self.weight, self.bias)
+        logits: torch.Tensor = super().gating(input)
+        return logits
 
     def routing(self, logits: torch.Tensor,
                 padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
