@@ -4,12 +4,20 @@ content."""
 from __future__ import annotations
 
 import importlib
-import inspect
+import importlib.util
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-from setting import DOUBLE, Failed, Setting
+from setting import DOUBLE, ROOT, Cost, Failed, Figures, Setting
+
+sys.path.append(str(ROOT))
+from tests.te_double.contract import Sources, described, is_same
+
+LIBRARY = "transformer_engine"
+NOT_THERE = "is not there"
 
 
 def versions(setting: Setting) -> dict[str, str]:
@@ -41,61 +49,52 @@ def imported(name: str) -> Any:
     return None
 
 
-def parameters(function: Any) -> list[str] | None:
-    """Return the names of a function's parameters; None where it tells none (compiled code)."""
-    try:
-        return list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return None
-
-
-def names_of(signature: str) -> list[str]:
-    """Return the parameters' names in a signature of the contract, such as "(self, inp, *, x=None)"."""
-    depth, names, current = 0, [], ""
-    for character in signature.strip()[1:-1] + ",":
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and not depth:
-            names.append(current.partition("=")[0].strip().lstrip("*"))
-            current = ""
-        else:
-            current += character
-    return [name for name in names if name and name != "/"]
-
-
-def differences(contract: dict[str, Any]) -> list[str]:
-    """Return where the imported library has another shape than the contract says."""
-    found = []
+def differences(contract: dict[str, Any], folder: Path) -> list[str]:
+    """Return where a library has another shape than the contract says, by the sources below a folder, as the
+    contract was read; what of it does not import is another question (`absent`)."""
+    sources, found = Sources(folder), []
     for name, shape in contract.items():
-        here = imported(name)
-        if shape is None or shape == "extension":
-            continue
-        if here is None:
-            found.append(f"{name}: is not there")
-        elif isinstance(shape, str):
-            if (has := parameters(here)) is not None and has != names_of(shape):
-                found.append(f"{name}: has {has}, the contract {names_of(shape)}")
-        else:
-            for method, signature in shape.items():
-                has = parameters(inspect.getattr_static(here, method, None)) if isinstance(
-                    signature, str) else None
-                if has is not None and has != names_of(signature):
-                    found.append(f"{name}.{method}: has {has}, the contract {names_of(signature)}")
+        here = described(sources, name)
+        if shape is None or here is None:
+            if here is not shape:
+                found.append(f"{name}: {'is there, and not in the contract' if shape is None else NOT_THERE}")
+        elif isinstance(shape, dict) and isinstance(here, dict):
+            found += [f"{name}.{method}: {NOT_THERE}" for method in shape if method not in here]
+            found += [f"{name}.{method}: has {here[method]}, the contract {text}"
+                      for method, text in shape.items()
+                      if method in here and not is_same(here[method], text)]
+        elif shape != "extension" and not (isinstance(shape, str) and isinstance(here, str)
+                                           and is_same(here, shape)):
+            found.append(f"{name}: is {here}, the contract says {shape}")
     return found
 
 
-def measure(setting: Setting) -> dict[str, Any]:
-    """Return versions, and how many signatures agree.
+def absent(contract: dict[str, Any]) -> list[str]:
+    """Return the names of the contract that do not import here."""
+    return [name for name, shape in contract.items() if shape is not None and imported(name) is None]
+
+
+def cost(setting: Setting) -> Cost:
+    """Return what the part does: `doctor` starts a process of its own, too."""
+    return Cost(starts=2, steps=1)
+
+
+def measure(setting: Setting) -> Figures:
+    """Yield versions, where signatures differ, and what `doctor` says.
 
     Raises:
         Failed: a signature differs, or `doctor` finds that training cannot work.
     """
-    contract = json.loads((DOUBLE / "contract.json").read_text(encoding="utf-8"))
-    symbols = contract["transformer_engine"]["symbols"]
-    figures: dict[str, Any] = {"versions": versions(setting), "symbols": len(symbols)}
-    if not setting.dry:  # the double has no more than it needs, which the tests hold to the contract
-        figures["differences"] = differences(symbols)
-        if figures["differences"]:
-            raise Failed(f"{len(figures['differences'])} signatures are not the contract's, the first: "
-                         f"{figures['differences'][0]}", **figures)
-    figures["doctor"] = setting.command("megatron-sov", "doctor", on_gpu=not setting.dry).splitlines()
-    return figures
+    yield "versions", versions(setting)
+    contract = json.loads((DOUBLE / "contract.json").read_text(encoding="utf-8"))[LIBRARY]["symbols"]
+    yield "symbols", len(contract)
+    spec = importlib.util.find_spec(LIBRARY)
+    assert spec is not None and spec.submodule_search_locations
+    found = differences(contract, Path(spec.submodule_search_locations[0]).parent)
+    yield "differences", found
+    yield "do not import", (lacking := absent(contract))
+    if setting.dry:  # the double has no more than it needs
+        found, lacking = [d for d in found if not d.endswith(NOT_THERE)], []
+    if wrong := [*found, *(f"{name}: does not import" for name in lacking)]:
+        raise Failed(f"{len(wrong)} names are not the contract's, the first: {wrong[0]}")
+    yield "doctor", setting.command("megatron-sov", "doctor", on_gpu=not setting.dry).splitlines()

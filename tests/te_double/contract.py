@@ -182,6 +182,14 @@ def signature(function: ast.FunctionDef, *, bound: bool) -> str:
     return f"({', '.join(parts)})"
 
 
+def is_same(ours: str, theirs: str) -> bool:
+    """Return whether two signatures agree; a computed default agrees with any."""
+    split = [text.strip("()").split(", ") for text in (ours, theirs)]
+    return len(split[0]) == len(split[1]) and all(
+        a == b or (a.split("=")[0] == b.split("=")[0] and "..." in (a.partition("=")[2], b.partition("=")[2]))
+        for a, b in zip(*split, strict=True))
+
+
 def parsed(text: str) -> inspect.Signature:
     """Return a signature to bind calls to, its defaults as text."""
     arguments = ast.parse(f"def f{text.replace('...', 'None')}: pass").body[0].args  # type: ignore[attr-defined]

@@ -45,14 +45,6 @@ REASONS = {
 """Why fields of the library's configurations are left alone, as reviewed_fields.json says of each."""
 
 
-def same(ours: str, theirs: str) -> bool:
-    """Return whether two signatures agree; a computed default agrees with any."""
-    split = [text.strip("()").split(", ") for text in (ours, theirs)]
-    return len(split[0]) == len(split[1]) and all(
-        a == b or (a.split("=")[0] == b.split("=")[0] and "..." in (a.partition("=")[2], b.partition("=")[2]))
-        for a, b in zip(*split, strict=True))
-
-
 @pytest.mark.parametrize("name", sorted(TE))
 def test_the_double_has_the_real_signatures(name: str) -> None:
     ours, theirs = contract.described(OURS, name), TE[name]
@@ -60,11 +52,11 @@ def test_the_double_has_the_real_signatures(name: str) -> None:
         assert theirs is None or name.removeprefix(f"{contract.TE}.pytorch.") in NOT_DOUBLED
     elif isinstance(theirs, dict):
         wrong = {method: (text, theirs.get(method)) for method, text in ours.items()
-                 if method not in theirs or not same(text, theirs[method])}
+                 if method not in theirs or not contract.is_same(text, theirs[method])}
         assert not wrong, "(the double's, the real one's)"
     elif theirs != "extension":  # a compiled function: its C++ signature is in no Python source
         assert theirs is not None, "the real library has no such name, and megatron-core goes another way"
-        assert same(ours, theirs)
+        assert contract.is_same(ours, theirs)
 
 
 @pytest.mark.distributed

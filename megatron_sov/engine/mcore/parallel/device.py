@@ -44,7 +44,8 @@ def switch_on() -> None:
         if value not in allowed:
             raise UserError(f"train.deterministic = True: the environment has {name}={value}, "
                             f"with which results do not repeat; unset it or use {' or '.join(allowed)}")
-    if torch.cuda.is_initialized():
+    # a process that has done so already may do one run after another
+    if torch.cuda.is_initialized() and not torch.are_deterministic_algorithms_enabled():
         raise RuntimeError("CUDA has started before determinism.switch_on()")
     torch.use_deterministic_algorithms(True)
     # it would fill all empty memory, of every activation; what is read before it is written is a defect
