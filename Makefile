@@ -89,10 +89,10 @@ MODELS := $(addprefix tests/,test_mutations.py tokenizer/graft tokenizer/formats
   judge/rewards/test_classifier.py operate/slurm/test_preflight.py base/settings/test_programs.py model/recipes/test_requested.py \
   model/test_pretrained.py test_docs.py test_architecture.py test_api.py model/test_objectives.py)
 JOBS := tests/e2e tests/benchmarks $(filter-out $(DATA),$(wildcard tests/commands/test_*.py tests/commands/*/test_*.py)) \
-  $(addprefix tests/,engine/convert infer publish/ladder post train)
-LAYERS := $(addprefix tests/,engine/mcore layouts te_double omni/codecs engine/data operate/doctor model/families runs base/chat \
+  $(addprefix tests/,convert infer publish/ladder post train)
+LAYERS := $(addprefix tests/,engine/mcore layouts te_double omni/codecs train/data operate/doctor model/families runs base/chat \
   model/config plan data_prep/shards/test_adopt.py data_prep/shards/test_pack.py)
-TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/tokenizer/*/ tests/tokenizer/test_*.py tests/work/sandbox/ \
+TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/tokenizer/*/ tests/tokenizer/test_*.py tests/sandbox/ \
   tests/judge/rewards/test_*.py)))
 # What is freed goes back to the system at once: a tenth of a worker's memory.
 TESTS_AT_ONCE := MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=131072 MALLOC_MMAP_THRESHOLD_=131072 OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 3 --dist worksteal --durations 25

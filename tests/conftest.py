@@ -601,8 +601,8 @@ def write_round() -> Callable[..., None]:
     """
     import numpy as np
 
-    from megatron_sov.judge.rollouts.prompts import pieces, round_prompts
-    from megatron_sov.judge.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, RewardRow, Rollout, part_name
+    from megatron_sov.rollouts.prompts import pieces, round_prompts
+    from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, RewardRow, Rollout, part_name
 
     def row(store: Any, rollout: Any, prompt: Any, number: int, sample: int, attempt: int, cut: bool) -> Any:
         random = np.random.default_rng([int(prompt.id, 16), number, sample])

@@ -26,7 +26,7 @@ TYPED = {
     "docs/chat.md": "tests/serve/test_chat.py",
     "docs/card.md": "tests/publish/card/test_command.py",
     "docs/codecs.md": "tests/commands/models/test_codec.py",
-    "docs/convert.md": "tests/engine/convert/test_convert_page.py",
+    "docs/convert.md": "tests/convert/test_convert_page.py",
     "docs/data.md": "tests/test_docs_data_pages.py",
     "docs/data_journey.md": "tests/data_prep/curate/journey/test_journey_page.py",
     "docs/data_pipeline.md": "tests/test_docs_data_pipeline.py",

@@ -28,9 +28,9 @@ import psutil
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import ExitCode, UserError, how_to_install
 from megatron_sov.base.settings import add_options, read_options
+from megatron_sov.sandbox import machine_enclosure
 from megatron_sov.version import OUR_PACKAGES, PARTS, part_of
 from megatron_sov.work.clusters.units import GIB
-from megatron_sov.work.sandbox import machine_enclosure
 
 Status = Literal["ok", "missing", "warning", "broken"]
 

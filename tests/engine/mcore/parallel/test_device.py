@@ -70,12 +70,12 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
     import torch.distributed as dist
 
     from megatron_sov import recipes
-    from megatron_sov.engine.data.token_shards import open_sources
     from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.model.local_shards import local_shards
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import open_sources
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
