@@ -18,43 +18,56 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build/newest"
-MARKER = "python_version >= '3.12'"
+OLDER, NEWER = "python_version < '3.12'", "python_version >= '3.12'"
+PYTHONS = {OLDER: "3.11", NEWER: "3.12"}
+"""Marker of megatron-core's line in constraints.txt -> a Python that it is for."""
 
 
 @cache
-def lane(marker: str = MARKER) -> str:
+def lane(marker: str = NEWER) -> str:
     """Return the version of megatron-core that constraints.txt has behind a marker."""
     return next(line.partition("==")[2].partition(";")[0] for line in
                 (ROOT / "constraints.txt").read_text().splitlines()
                 if line.startswith("megatron-core==") and line.endswith(marker))
 
 
-def unpacked() -> Path:
-    """Return the folder with the newer version's sources, fetched once.
+def fetched(name: str, version: str, python: str = "3.12") -> Path:
+    """Return a folder with the Python sources of a wheel, fetched once.
 
     Raises:
         OSError: pip cannot fetch it.
     """
-    folder = FOLDER / f"megatron-core-{lane()}"
+    folder = FOLDER / f"{name}-{version}"
     if folder.exists():
         return folder
     FOLDER.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=FOLDER) as work:
         done = subprocess.run(
             [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-             "--python-version", "3.12", "--only-binary=:all:", "--dest", work, f"megatron-core=={lane()}"],
-            capture_output=True, text=True, timeout=300, check=False)
+             "--python-version", python, "--only-binary=:all:", "--dest", work, f"{name}=={version}"],
+            capture_output=True, text=True, timeout=600, check=False)
         wheels = list(Path(work).glob("*.whl"))
         if not wheels:
-            raise OSError(f"pip cannot fetch megatron-core {lane()}: {done.stderr.strip()[-300:]}")
+            raise OSError(f"pip cannot fetch {name} {version}: {done.stderr.strip()[-300:]}")
         with zipfile.ZipFile(wheels[0]) as wheel:
-            wheel.extractall(Path(work) / "sources")
+            wheel.extractall(Path(work) / "sources", [
+                member for member in wheel.namelist() if member.endswith((".py", "METADATA"))])
         try:
             (Path(work) / "sources").rename(folder)
         except OSError:  # another process was faster
             if not folder.exists():
                 raise
     return folder
+
+
+def unpacked(marker: str = NEWER) -> Path:
+    """Return the folder of a version of megatron-core, see `fetched`."""
+    return fetched("megatron-core", lane(marker), PYTHONS[marker])
+
+
+def is_here() -> bool:
+    """Return whether the newer version was fetched."""
+    return (FOLDER / f"megatron-core-{lane()}").exists()
 
 
 def environment() -> dict[str, str]:

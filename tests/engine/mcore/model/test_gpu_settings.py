@@ -270,6 +270,7 @@ def test_sinks_over_packed_rows_need_new_libraries(monkeypatch: pytest.MonkeyPat
 
     for name in ("FLASH", "FUSED", "UNFUSED"):  # the library sets them where it has built a model
         monkeypatch.delenv(f"NVTE_{name}_ATTN", raising=False)
+    monkeypatch.setattr(utils, "get_te_version", lambda: Version("2.20.2"))
     asked, sinks = "model.attention_sinks=true", r"attends packed rows with sinks .*; install a newer one"
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91702)
     with pytest.raises(UserError, match=f"cannot be: no fused kernel of cuDNN 91702 {sinks}"):
