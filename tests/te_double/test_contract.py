@@ -123,7 +123,7 @@ def test_every_field_is_set_or_was_looked_at(config: str) -> None:
     by_us = contract.fields_set()
     assert not fields - by_us - set(reviewed), "set it, or write into reviewed_fields.json why not"
     stale = set(reviewed) & by_us | set(reviewed) - fields
-    assert not stale, "python tests/te_double/contract.py --installed takes them off the list"
+    assert not stale, "python tests/te_double/contract.py --megatron takes them off the list"
     assert set(reviewed.values()) <= set(REASONS)
 
 

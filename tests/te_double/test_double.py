@@ -15,6 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sov.engine.mcore.model.gpu_settings import own_attention_serves
+from megatron_sov.model import recipes
+from megatron_sov.model.config import apply_settings
+from megatron_sov.plan.search.recommended import RECOMMENDED
+
 LENGTHS = [5, 1, 9, 1]
 """Lengths of a row's documents."""
 
@@ -437,3 +442,31 @@ def test_attention_chooses_anew_where_a_call_differs(te: Any) -> None:
     for longest in (9, 9, 16, 16, 9):
         attention(q, q, q, cu_seqlens_q=bound, cu_seqlens_kv=bound, max_seqlen_q=longest)
     assert te.backends.CHOSEN == {te.backends.FUSED: 3}
+
+
+def recommended_attention() -> dict[str, tuple[Any, str]]:
+    """Return what each recommended layout that leaves attention to the library asks of it, and of which
+    chip."""
+    found = {}
+    for name, by_gpu in RECOMMENDED.items():
+        for gpu, layout in {(gpu, layout) for gpu, layouts in by_gpu.items() for layout in layouts}:
+            run = apply_settings(recipes.get(name), list(layout))
+            model, parallel = run.model, run.parallel
+            if not own_attention_serves(True, parallel.cp, run.gpu.attention,
+                                        capped=model.attention_softcap is not None):
+                longest = max(phase.seq_len for phase in run.data.phases)
+                call = {"dtype": torch.bfloat16, "heads": model.num_heads // parallel.tp,
+                        "head_dims": (model.head_dim, model.head_dim), "longest_tokens": longest,
+                        "documents": run.train.micro_batch_size,
+                        "softmax_type": "learnable" if model.attention_sinks else "vanilla",
+                        "deterministic": run.train.deterministic}
+                found[f"{name} {gpu} {' '.join(layout)}"] = (
+                    call, "BLACKWELL" if gpu == "b200" else "HOPPER")
+    return found
+
+
+def test_the_fast_attention_serves_every_recommended_layout(te: Any) -> None:
+    asked = recommended_attention()
+    refused = {name: te.backends.refusals(te.backends.AttentionCall(**call), getattr(te.machine, chip))
+               for name, (call, chip) in asked.items()}
+    assert len(asked) > 50 and not {name: why for name, why in refused.items() if why}
