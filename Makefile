@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup check test core suite lint style types slurm browser demo docs scripts contract lock wheel parts clean
+.PHONY: help setup check test core suite lint style types slurm browser newest demo docs scripts contract lock wheel parts clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -20,6 +20,12 @@ export CORPUS
 
 PIP_INSTALL = -m pip install --retries 10 $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") $(PIP_ARGS)
 PACKAGES := $(sort $(wildcard */__init__.py))
+# pip's lines as one that is renewed on a terminal, and as few in a log: what it does takes minutes.
+SHOW_PIP = n=0; while read -r what name rest; do case "$$what" in \
+    Collecting) n=$$((n + 1)); line="package $$n: $${name%%;*}";; Downloading) line="downloading $${name\#\#*/} $$rest";; \
+    Installing) line="unpacking $$n packages";; *) continue;; esac; \
+    if [ -t 1 ]; then printf '\r\033[K%s' "$$line"; elif [[ "$$what$$((n % 25))$$rest" =~ ^Inst|^Coll.*ing1'('|[0-9]{3}.*MB|GB ]]; then echo "$$line"; fi; \
+  done; if [ -t 1 ]; then printf '\r\033[K'; fi
 # The stamp's name holds what the installation depends on, so an unchanged tree needs no look at pip.
 STAMP = $(VENV)/.installed-$(shell { echo "$(CURDIR) $(PACKAGES)"; cat setup.py pyproject.toml constraints.txt; } | cksum | cut -d' ' -f1)
 
@@ -39,8 +45,10 @@ $(STAMP):
 	    "or name it with PYTHON=/path/to/python3.12" >&2; exit 2; \
 	fi; \
 	"$(PY)" -c 'import pip' >/dev/null 2>&1 || { echo "$(VENV): $$("$$python" --version)"; "$$python" -m venv --clear "$(VENV)"; }
+	@echo "$(VENV): installing $$(grep -c == constraints.txt) packages at most, torch among them: 2 to 5 minutes"
 	@for attempt in 1 2 3; do \
-	  if "$(PY)" $(PIP_INSTALL) --quiet -e '.[dev]' -c constraints.txt; then break; fi; \
+	  if PYTHONUNBUFFERED=1 "$(PY)" $(PIP_INSTALL) --progress-bar off -e '.[dev]' -c constraints.txt | { $(SHOW_PIP); }; \
+	  then break; fi; \
 	  if [ $$attempt = 3 ]; then echo "error: pip could not install the dependencies; see its message above" >&2; exit 1; fi; \
 	  echo "pip failed (attempt $$attempt of 3); trying again in 10 s" >&2; sleep 10; \
 	done
@@ -81,10 +89,10 @@ MODELS := $(addprefix tests/,test_mutations.py tokenizer/graft tokenizer/formats
   judge/rewards/test_classifier.py operate/slurm/test_preflight.py base/settings/test_programs.py model/recipes/test_requested.py \
   model/test_pretrained.py test_docs.py test_architecture.py test_api.py model/test_objectives.py)
 JOBS := tests/e2e tests/benchmarks $(filter-out $(DATA),$(wildcard tests/commands/test_*.py tests/commands/*/test_*.py)) \
-  $(addprefix tests/,engine/convert infer publish/ladder post train)
-LAYERS := $(addprefix tests/,engine/mcore layouts te_double omni/codecs engine/data operate/doctor model/families runs base/chat \
+  $(addprefix tests/,convert infer publish/ladder post train)
+LAYERS := $(addprefix tests/,engine/mcore layouts te_double omni/codecs train/data operate/doctor model/families runs base/chat \
   model/config plan data_prep/shards/test_adopt.py data_prep/shards/test_pack.py)
-TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/tokenizer/*/ tests/tokenizer/test_*.py tests/work/sandbox/ \
+TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/tokenizer/*/ tests/tokenizer/test_*.py tests/sandbox/ \
   tests/judge/rewards/test_*.py)))
 # What is freed goes back to the system at once: a tenth of a worker's memory.
 TESTS_AT_ONCE := MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=131072 MALLOC_MMAP_THRESHOLD_=131072 OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 3 --dist worksteal --durations 25
@@ -97,6 +105,10 @@ suite: setup
 	$(foreach run,$(RUNS),$(TESTS_AT_ONCE) $($(run)) || status=1;) \
 	$(TESTS_AT_ONCE) tests/operate/slurm tests $(foreach run,$(RUNS),$(addprefix --ignore ,$($(run)))) || status=1; \
 	exit $$status
+
+NEWEST := $(addprefix tests/,te_double engine/mcore layouts engine/convert train e2e)
+newest: setup  ## the tests of layers that touch megatron-core, on the version that Python 3.12 and newer have: build/newest
+	OMP_NUM_THREADS=1 "$(PY)" tests/newest.py -q -n 2 --dist worksteal $(NEWEST)
 
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores
 	"$(PY)" demo.py $${CORPUS:+--corpus "$$CORPUS"}
@@ -121,12 +133,13 @@ contract: setup  ## renew tests/te_double/contract.json from the wheels of Trans
 	"$(PY)" tests/te_double/contract.py
 
 # torch moves by hand (edit its line first): its builds differ per index, and it pins the CUDA libraries that come with it.
+# megatron-core's two lines do, too.
 lock: setup  ## renew constraints.txt: newest versions that fit setup.py, in a fresh environment; torch stays
 	rm -rf build/lock
 	"$(PY)" -m venv build/lock
 	build/lock/bin/python $(PIP_INSTALL) --quiet '.[dev]' "$$(grep '^torch==' constraints.txt)"
-	{ grep '^#' constraints.txt; build/lock/bin/python -m pip freeze --all --exclude pip --exclude megatron-sov \
-	  | sed 's/+[a-z0-9.]*$$//' | grep -v -E '^(nvidia|cuda|triton)'; } > build/constraints.txt
+	{ grep '^#' constraints.txt; { grep '^megatron-core' constraints.txt; build/lock/bin/python -m pip freeze --all --exclude pip \
+	  --exclude megatron-sov | sed 's/+[a-z0-9.]*$$//' | grep -v -E '^(nvidia|cuda|triton|megatron-core)'; } | sort -f; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 	rm -rf build/lock
 

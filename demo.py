@@ -170,6 +170,8 @@ def training_stages(root: Path, sources: list[str]) -> list[Stage]:
         Stage("bigram baseline", 10, ("megatron-sov", "eval", "bigram", "--data", text, "--run", pretrain)),
         Stage("extend", 42, ("megatron-sov", "extend", RECIPE, "--from", pretrain, "--data", text, "--run",
                              extend, *layout, *longer), root / "extend/complete.json"),
+        # what the model says to chats before it has learned from any
+        Stage("chats before", 10, ("megatron-sov", "eval", "ppl", extend, "--data", chat, "--run", extend)),
         Stage("sft", 34, ("megatron-sov", "sft", RECIPE, "--from", extend, "--data", f"{chat}:0.8", "--data",
                           f"{text}:0.2", "--run", sft, *layout, *batch, *chats), root / "sft/complete.json"),
         Stage("dpo", 20, ("megatron-sov", "prefer", RECIPE, "--from", sft, "--data", pairs, "--run", dpo,
@@ -241,7 +243,7 @@ def judging_stages(root: Path) -> list[Stage]:
                 "--prompts", str(root / "conversations/questions.jsonl"), "--output", rows, "--run", run)),
             Stage(f"rule on {name}", 5, (
                 "megatron-sov", "score", "--reward", "format", "--set", f"regex={STRAIGHT}", "--workers", "1",
-                "--input", rows, "--output", rewards)),
+                "--input", rows, "--output", rewards, "--run", run)),
         ]
 
     return [

@@ -14,7 +14,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from megatron_sov.engine.data.rows import PackedRow
 from megatron_sov.engine.mcore.checkpoint import load
 from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
 from megatron_sov.engine.mcore.model.language_model import build
@@ -22,6 +21,7 @@ from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.engine.mcore.parallel import world
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.computation import Computation
+from megatron_sov.train.data.rows import PackedRow
 from megatron_sov.train.guards.fault_injection import Faults
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.objectives.microbatch import from_row

@@ -128,8 +128,13 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def _options_of(parser: argparse.ArgumentParser) -> list[str]:
-    return [option for each in fill_commands(parser) for option in each._option_string_actions]
+def _options_of(parser: Parser) -> list[str]:
+    """Return the options of a parser and of all commands below it; of a program those of the typed command
+    alone, since each other one would be imported."""
+    typed = [child for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+             for child in action.choices.values() if not getattr(child, "_module", "")]
+    return [option for top in (typed if parser.listing else [parser]) for each in fill_commands(top)
+            for option in each._option_string_actions]
 
 
 def fill_commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:

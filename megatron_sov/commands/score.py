@@ -49,6 +49,8 @@ class ScoreOptions(JudgeOptions, RedoOptions):
     """The same rows with reward, status, components, reason, reward_version."""
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
     """A setting of the reward, e.g. max_length=4096; may be repeated."""
+    run: Annotated[Path | None, Flag(value="DIR")] = None
+    """Also add the mean reward to the events of the run that wrote the responses, for its report."""
     disagreements: Annotated[Path | None, Flag(value="PAGE.html", writes=True)] = None
     """With a second opinion (reward composed): also write a page on where the two disagree."""
 
@@ -64,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
         GateFailed: all is written, and not one row has a reward.
     """
     options = read_options(ScoreOptions, args)
+    from megatron_sov.runs.folder import RunEvents
+
+    events = RunEvents(options.run)
     asked = order(options.reward, parse_nested(options.settings))
     made = make(asked)
     # both before the first row: judging takes hours, and a missing folder is known now
@@ -81,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
         summary = score_file(asked, made, options.input, options.output, options.workers, bar.update,
                              redo=options.redo)
     tell(summary, options.reward, made.version, options.output)
+    events.add("score", step=events.last_step(), reward=asked.name, settings=dict(asked.settings),
+               reward_version=made.version, input=options.input.name, rows=num_rows,
+               scored=summary.tally.num_rewards, mean_reward=summary.tally.mean)
     if has_second:
         _tell_disagreements(options.output, made.version, options.disagreements)
     # all rows are written first, with the reason of each in its row

@@ -17,11 +17,11 @@ import torch
 
 from megatron_sov.base.chat.encode import TYPE_RESPONSE, TYPE_TEXT
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel.device import to_device
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.obs.meters import Meter
+from megatron_sov.train.data.token_shards import Source
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch, segments

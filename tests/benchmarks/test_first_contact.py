@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.model.config import apply_settings
-from tests.te_double.contract import CONTRACT, TE, TE_VERSION
+from megatron_sov.operate.contract import CONTRACT, Sources, differences
+from tests import newest
+from tests.te_double.contract import TE, TE_VERSION
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 import first_contact
@@ -109,42 +110,29 @@ def test_each_step_of_the_big_rank_is_one_that_training_takes(name: str, words: 
 
 def test_the_double_has_the_contracts_shape(tmp_path: Path) -> None:
     """As the real library is compared on the first GPU; the double has no more than it needs."""
-    double = CONTRACT.parent
-    found = part_installation.differences(SYMBOLS, double)
-    assert [d for d in found if not d.endswith(part_installation.NOT_THERE)] == []
-    reached = {d.partition(":")[0] for d in found} & SYMBOLS.keys()
+    double = ROOT / "tests/te_double"
+    found = list(differences(SYMBOLS, Sources(double)))
+    assert [d for d in found if not d.endswith(part_installation.OF_A_DOUBLE)] == []
+    reached = {d.partition(" ")[0] for d in found} & SYMBOLS.keys()
     assert len(reached) < len(SYMBOLS) / 2
     other = shutil.copytree(double / "transformer_engine", tmp_path / "transformer_engine")
     file = other / "pytorch/permutation.py"
     file.write_text(file.read_text().replace("max_token_num: int = -1", "max_token_num: int = 0"))
-    assert set(part_installation.differences(SYMBOLS, tmp_path)) - set(found) == {
-        f"{TE}.pytorch.permutation.moe_permute: is (inp, routing_map, num_out_tokens, max_token_num=0, "
-        "map_type='mask'), the contract says (inp, routing_map, num_out_tokens, max_token_num=-1, "
+    assert set(differences(SYMBOLS, Sources(tmp_path))) - set(found) == {
+        f"{TE}.pytorch.permutation.moe_permute is (inp, routing_map, num_out_tokens, max_token_num=0, "
+        "map_type='mask'), and the contract says (inp, routing_map, num_out_tokens, max_token_num=-1, "
         "map_type='mask')"}
 
 
-@pytest.fixture(scope="session")
-def te_wheel() -> Path:
-    """The folder with the Python sources of the real Transformer Engine, from its wheel."""
-    folder = ROOT / "build/wheels" / f"transformer_engine-{TE_VERSION}"
-    if not folder.is_dir():
-        wheels = ROOT / "build/wheels"
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels,
-                        "--only-binary=:all:", f"transformer-engine=={TE_VERSION}"], check=False)
-        file = next(wheels.glob(f"transformer_engine-{TE_VERSION}-*.whl"), None)
-        if file is None:
-            pytest.skip(f"pip cannot download the wheel of transformer-engine {TE_VERSION} into {wheels}")
-        with zipfile.ZipFile(file) as wheel:
-            wheel.extractall(folder, [n for n in wheel.namelist() if n.endswith(".py")])
-    return folder
-
-
 @pytest.mark.checkout
-def test_the_real_library_has_the_contracts_shape(te_wheel: Path) -> None:
-    assert part_installation.differences(SYMBOLS, te_wheel) == []
-    assert part_installation.differences({f"{TE}.pytorch.Linear": {"__init__": "(size)", "none": "()"},
-                                          f"{TE}.pytorch.gone": "()", f"{TE}.pytorch.RMSNorm": None},
-                                         te_wheel) != []
+def test_the_real_library_has_the_contracts_shape() -> None:
+    try:
+        sources = Sources(newest.fetched("transformer-engine", TE_VERSION))
+    except OSError as e:
+        pytest.skip(str(e))
+    assert list(differences(SYMBOLS, sources)) == []
+    assert len(list(differences({f"{TE}.pytorch.Linear": {"__init__": "(size)", "none": "()"},
+                                 f"{TE}.pytorch.gone": "()"}, sources))) == 3
 
 
 def test_what_is_no_number_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

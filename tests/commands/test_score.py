@@ -56,6 +56,18 @@ def test_rows_come_out_in_order_with_what_they_had(capsys: pytest.CaptureFixture
     assert not work_folder(Path("out.jsonl")).exists()
 
 
+def test_the_mean_stands_in_the_events_of_the_run_that_wrote_the_responses(
+        capsys: pytest.CaptureFixture[str]) -> None:
+    assert score("--set", "language=ko", "--run", "none") == 2
+    assert "--run none: holds no events.jsonl" in capsys.readouterr().err and not Path("out.jsonl").exists()
+    Path("run").mkdir()
+    Path("run/events.jsonl").write_text('{"event": "step", "step": 7}\n')
+    assert score("--set", "language=ko", "--run", "run") == 0
+    event = json.loads(Path("run/events.jsonl").read_text().splitlines()[-1])
+    assert (event["event"], event["step"], event["reward"], event["settings"], event["rows"], event["scored"],
+            event["mean_reward"]) == ("score", 7, "language", {"language": "ko"}, 5, 5, pytest.approx(0.53))
+
+
 def test_a_row_without_what_its_reward_needs_is_refused_by_line(capsys: pytest.CaptureFixture[str]) -> None:
     write([{"response": "a"}, {"response": "a", "language": "en"}])
     assert score() == 0

@@ -14,21 +14,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tqdm
 
 from megatron_sov.base.artifacts import atomic_write, to_json
 from megatron_sov.cli import main
 from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
-from megatron_sov.work.progress import progress_bar
 
 prepare_megatron()
 
 from megatron_sov.base.errors import UserError  # noqa: E402
-from megatron_sov.engine.data.token_shards import Source, open_sources  # noqa: E402
 from megatron_sov.eval import heldout  # noqa: E402
 from megatron_sov.eval.heldout import (  # noqa: E402
     HeldoutData, KneserNeyBigram, evaluate_bigram, evaluate_rows, open_heldout, rows_of, token_blocks,
     train_bigram)
+from megatron_sov.train.data.token_shards import Source, open_sources  # noqa: E402
 
 
 def test_a_known_loss_per_byte_comes_out(token_shards: Path) -> None:
@@ -141,14 +141,14 @@ def test_who_waits_is_told_of_every_row(token_shards: Path, monkeypatch: pytest.
     data = open_heldout({str(token_shards): 1.0}, 100, 1500)
     shown: list[int] = []
 
-    class Bar(progress_bar.tqdm):  # type: ignore[name-defined, misc]
+    class Bar(tqdm.tqdm):  # type: ignore[name-defined, misc]
         def __init__(self, **settings: Any) -> None:
             super().__init__(**settings | {"disable": False, "file": io.StringIO()})
 
         def close(self) -> None:
             shown[:] = [self.n, self.total]
 
-    monkeypatch.setattr(progress_bar, "tqdm", Bar)
+    monkeypatch.setattr("tqdm.tqdm", Bar)
     evaluate_rows(data, lambda row: np.ones(len(row.tokens)))
     num_rows = sum(len(list(data.rows(index))) for index, _ in data.judged())
     assert shown == [num_rows, num_rows] and num_rows > 10

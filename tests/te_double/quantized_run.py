@@ -18,7 +18,7 @@ from megatron_sov.train.trainer import Trainer
 from tests.layouts import layout_run
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
-from quantizers.products import product
+from quantizers.products import ROLES, quantized
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=2",
          "model.head_dim=16", "model.expert_ffn_dim=32", "train.global_batch_size=2",
@@ -28,7 +28,9 @@ SMALL = ("model.vocab_size=368", "model.hidden_size=64", "model.num_heads=4", "m
 RECIPES = {"Float8CurrentScaling": "tensorwise", "Float8BlockScaling": "blockwise",
            "MXFP8BlockScaling": "mxfp8", "NVFP4BlockScaling": "nvfp4"}
 """Name of a recipe's class -> that of the reference quantisers."""
-FAMILIES = {"tiny-solar-open": ("model.num_layers=3",), "tiny-k-exaone": ("model.dense_ffn_dim=96",)}
+DENSE = ("model.dense_ffn_dim=96",)
+FAMILIES = {"tiny-solar-open": ("model.num_layers=3",), "tiny-k-exaone": DENSE, "tiny-qwen2": DENSE,
+            "tiny-qwen3": DENSE, "tiny-qwen3-moe": (), "tiny-gpt-oss": ("model.num_experts=4",)}
 
 
 def config_of(recipe: str, settings: list[str], path: str) -> RunConfig:
@@ -38,7 +40,8 @@ def config_of(recipe: str, settings: list[str], path: str) -> RunConfig:
 
 
 def quantise_products() -> None:
-    """Have the double quantise the operands of its products wherever a recipe is on."""
+    """Have the double quantise the operands of its products wherever a recipe is on, and accumulate as
+    Hopper does."""
     from transformer_engine.pytorch import gemm as products  # the double's own
 
     plain = products.gemm
@@ -49,12 +52,39 @@ def quantise_products() -> None:
         if name not in RECIPES:
             return plain(a, b, kind, recipe, out_dtype)
         products.COUNTS[kind, name] += 1
-        form = recipe.fp8_format.name.lower()
-        return product(a, b, kind, RECIPES[name], form).to(out_dtype or a.dtype)
+        products.check_aligned(a, b, recipe)
+        left, right = (quantized(x, role, kind, RECIPES[name], recipe.fp8_format.name.lower())
+                       for x, role in zip((a, b.t()), ROLES[kind], strict=True))
+        multiply = products.fast_product if products.accumulates_fast(kind, recipe) else torch.matmul
+        return multiply(left, right.t()).to(out_dtype or a.dtype)
 
     for module in list(sys.modules.values()):
         if module.__name__.startswith("transformer_engine.") and getattr(module, "gemm", None) is plain:
             module.gemm = gemm
+
+
+def each(cases: list[tuple[str, list[str]]], path: str) -> list[dict[str, Any]]:
+    """Train a step for each (recipe, settings) in this process; return its loss, the hash of the weights
+    behind it, its products, and how many parts were computed again without a product."""
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    quantise_products()
+    again, compute_again = [0], CheckpointWithoutOutput._recompute
+
+    def counted(self: Any, gradient: Any) -> None:
+        again[0] += self.ctx is not None
+        compute_again(self, gradient)
+
+    CheckpointWithoutOutput._recompute = counted
+    found = []
+    for recipe, settings in cases:
+        trainer = layout_run._trainer(config_of(recipe, settings, path))
+        _products()
+        again[0] = 0
+        loss = trainer.update().loss
+        found.append({"loss": loss, "weights": _digest(trainer), "products": _products(), "again": again[0]})
+        world.leave()
+    return found
 
 
 def _trainer(recipe: str, settings: list[str], path: str, run: str = "not-written") -> Trainer:
@@ -159,5 +189,5 @@ def quantises_weights(recipe: str, settings: list[str], path: str) -> list[bool]
 
 def _digest(trainer: Trainer) -> str:
     """Hash this process's weights as they lie in memory."""
-    return hashlib.sha256(b"".join(p.detach().view(torch.int16).numpy().tobytes()
+    return hashlib.sha256(b"".join(p.detach().view(torch.uint8).numpy().tobytes()
                                    for p in trainer.model.parameters())).hexdigest()

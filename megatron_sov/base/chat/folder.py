@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.base.chat.encode import ChatEncoder, InlineTokens
-from megatron_sov.base.chat.template import ChatTemplate
 from megatron_sov.base.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,6 +45,8 @@ def read_chat_encoder(folder: Path, inline: InlineTokens | None = None) -> ChatE
         UserError: a file cannot be read, or the template is no Jinja.
     """
     from tokenizers import Tokenizer
+
+    from megatron_sov.base.chat.template import ChatTemplate
 
     tokenizer_file = folder / TOKENIZER_JSON
     if not tokenizer_file.is_file():

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_sov import convert
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
-from megatron_sov.engine import convert
 from megatron_sov.engine.mcore.parallel import launcher
 from megatron_sov.engine.mcore.parallel.device import on_gpu
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, apply_settings

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import hashlib
-import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -130,9 +129,11 @@ def settings_of(reward: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _installed(distribution: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version  # takes as long as all else of a help
+
     try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
+        return version(distribution)
+    except PackageNotFoundError:
         return "not installed"
 
 

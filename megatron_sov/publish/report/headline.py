@@ -1,14 +1,17 @@
-"""The few figures by which a run is judged while it learns: a loss, or what its objective is really after."""
+"""The few figures by which a run is judged: a loss, or what its objective is really after; and what each
+stage of a model gained by them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_sov.base.pages.page import Chart
+from megatron_sov.base.pages.page import Chart, PageTable
 from megatron_sov.publish.report.charts import PER_TOKEN, DrawnLine, draw_lines, loss_unit, named
-from megatron_sov.publish.report.run_data import Run
-from megatron_sov.publish.report.steps import Curve
+from megatron_sov.publish.report.run_data import Heldout, Run
+from megatron_sov.publish.report.steps import Curve, last_value
 from megatron_sov.runs.obs.figures import number
 from megatron_sov.runs.obs.meters import LOSS, Meter, headline_of_start
 
@@ -69,3 +72,122 @@ def change(meter: Meter, curve: Curve) -> str:
 def facts_of(run: Run) -> list[tuple[str, Any]]:
     """Return label and change of each headline meter but a per-token loss, which has places enough."""
     return [(meter.title, change(meter, curve)) for meter, curve in headlines(run) if meter != LOSS]
+
+
+# What each stage gained: a row for each figure that was measured before and after it.
+
+Figures = dict[Any, float]
+"""What was measured of the model so far -> its newest value."""
+Row = tuple[str, float, float, Callable[[float], str], str]
+"""Figure, before, after, as text, the rule by which it counts."""
+RULE = "{} is better"
+
+
+def gains(runs: Sequence[Run], others: Sequence[Run] = ()) -> list[PageTable]:
+    """Return the table of what each stage changed; nothing where nothing was measured.
+
+    Before is what an earlier stage of the same model left, else the stage's own first measurement.
+
+    Args:
+        runs: the stages of one model, in order.
+        others: runs of other models, of which gates alone are told.
+    """
+    known: Figures = {}
+    rows = []
+    has_figures = False
+    for run in [*runs, *others]:
+        measured = [*_gate_gains(run)] if run in others else [
+            *_text_gains(run, known), *_meter_gains(run), *_gate_gains(run), *_score_gains(run, known)]
+        has_figures |= bool(measured)
+        name = f"{run.name} (another model)" if run in others else run.name
+        rows += [[name, what, "–" if math.isnan(before) else text(before), text(after), rule]
+                 for what, before, after, text, rule in measured]
+        for proof in [] if run in others else run.of("conversion")[-1:]:
+            checks = [bool(check.get("passed")) for check in proof.get("checks") or []]
+            if checks:
+                rows.append([name, "checks of the export", "–", f"{sum(checks)} of {len(checks)} passed",
+                             "all pass"])
+    return [PageTable(["stage", "figure", "before", "after", "rule"], rows)] if has_figures else []
+
+
+def _text_gains(run: Run, known: Figures) -> Iterator[Row]:
+    """Return bits per byte of held-out text, and the loss of each source of conversations."""
+    chats = [name for name, source in run.heldout.items() if source.turns]
+    texts = [name for name in run.heldout if name not in chats]
+    of_texts = [_by_bytes(run, texts, lambda source: float(source.bits_per_byte.values[0])),
+                _by_bytes(run, texts, lambda source: last_value(source.bits_per_byte))]
+    # an objective without a loss of tokens measures them as a check, and is not after them
+    if loss_unit(run) == PER_TOKEN:
+        if texts:
+            bigram = _by_bytes(run, texts, lambda source: source.baseline_bits_per_byte)
+            yield ("held-out text, bits per byte", known.get(tuple(sorted(texts)), _first(of_texts)),
+                   of_texts[1], "{:.3f}".format, RULE.format(LOWER)
+                   + ("" if math.isnan(bigram) else f"; a bigram model has {bigram:.3f}"))
+        for name in chats:
+            values = run.heldout[name].loss.finite().values.tolist()
+            before = known.get(name, _first(values) if len(values) else math.nan)
+            if len(values) and not math.isnan(before):  # one number alone is what a later stage begins from
+                yield (f"held-out responses of {name}, nats per token", before, values[-1],
+                       "{:.3f}".format, RULE.format(LOWER))
+    known |= {name: last_value(run.heldout[name].loss) for name in chats}
+    if texts:
+        known[tuple(sorted(texts))] = of_texts[1]
+
+
+def _first(values: Sequence[float]) -> float:
+    return values[0] if len(values) > 1 and values[0] != values[-1] else math.nan
+
+
+def _by_bytes(run: Run, names: Sequence[str], of: Callable[[Heldout], float | None]) -> float:
+    """Return the mean of a figure of some held-out sources, each weighted by its bytes; NaN: one has none."""
+    total = num_bytes = 0.0
+    for source in (run.heldout[name] for name in names):
+        per_byte, value = last_value(source.bits_per_byte), of(source)
+        if not per_byte > 0 or value is None:
+            return math.nan
+        of_source = last_value(source.loss) * source.num_tokens / math.log(2) / per_byte
+        total, num_bytes = total + value * of_source, num_bytes + of_source
+    return total / num_bytes if num_bytes else math.nan
+
+
+def _meter_gains(run: Run) -> Iterator[Row]:
+    """Return what an objective is after, on held-out data where it measures it there."""
+    for meter, curve in headlines(run):
+        kind, _, field = meter.heldout.partition(".")
+        of_source: dict[str, list[float]] = {}
+        for event in run.of(kind) if kind else ():
+            of_source.setdefault(str(event.get("source")), []).append(number(event.get(field)))
+        rule = RULE.format(meter.better) if meter.better else "–"
+        for name, values in of_source.items():
+            yield f"held-out {meter.title} of {name}", values[0], values[-1], meter.text, rule
+        if not of_source and loss_unit(run) != PER_TOKEN:
+            values = curve.finite().values.tolist()
+            yield meter.title, _first(values), values[-1], meter.text, rule
+
+
+def _gate_gains(run: Run) -> Iterator[Row]:
+    """Return the share of needles that is found, in the worst row of a gate, or in all of a test."""
+    gates = [(min(found), number(check.get("threshold"))) for check in run.gate_checks
+             if (found := [number(row.get("accuracy")) for row in check.get("rows") or []])]
+    if gates:
+        yield ("needles found, worst length", gates[0][0] if len(gates) > 1 else math.nan, gates[-1][0],
+               "{:.0%}".format, f"the gate needs {gates[-1][1]:.0%}")
+        return
+    scores = [number(needle.get("score")) for needle in run.needles if needle.get("cells")]
+    if scores:
+        yield "needles found", _first(scores), scores[-1], "{:.1%}".format, RULE.format(HIGHER)
+
+
+def _score_gains(run: Run, known: Figures) -> Iterator[Row]:
+    """Return the mean of each reward that judged the run's responses."""
+    newest: dict[tuple[str, str], Mapping[str, Any]] = {
+        (str(event.get("reward")), json.dumps(event.get("settings"), sort_keys=True)): event
+        for event in run.of("score")}
+    for key, event in newest.items():
+        settings, after = event.get("settings"), number(event.get("mean_reward"))
+        rule = ", ".join(f"{name} {value}" for name, value in settings.items()) \
+            if isinstance(settings, dict) else ""
+        yield (f"mean reward of {number(event.get('scored')):,.0f} responses", known.get(key, math.nan),
+               after, "{:.0%}".format if 0 <= after <= 1 else "{:.3g}".format,
+               f"reward {key[0]}{': ' if rule else ''}{rule}")
+        known[key] = after

@@ -15,7 +15,7 @@ from megatron_sov.base.pages.page import (
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.publish.report.charts import (
     OVERVIEW_HEIGHT_PX, PER_TOKEN, DrawnLine, Place, by_tokens, draw_lines, loss_unit, needle_map)
-from megatron_sov.publish.report.headline import facts_of, headline_charts
+from megatron_sov.publish.report.headline import facts_of, gains, headline_charts
 from megatron_sov.publish.report.judgements import gate, verdict_table
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.sections import key_figures, measured, sections
@@ -126,13 +126,16 @@ def opening(runs: list[Run], others: list[Run]) -> list[Panel]:
         others: runs of other models in the same report; only their gates are named here.
     """
     proof = [table for run in runs for table in _proof_tables(run)]
+    samples, gained = _samples(runs), gains(runs, others)
     panels = [
+        Panel("What it writes", 5 if gained else 12, comparisons=samples),
+        Panel("What each stage gained" if len(runs) > 1 else "What it gained", 7 if samples else 12,
+              tables=gained),
         Panel("What was trained", 4, facts=_trained(runs)),
         Panel("On what data", 3, facts=_origin(runs), tables=_sources(runs)),
         Panel("Verdicts", 5, tables=verdict_table(runs, others)),
         Panel("How it went", 12, charts=pictures(runs)),
-        Panel("What it writes", 7 if proof else 12, comparisons=_samples(runs)),
-        Panel("The export's proof", 5, tables=proof[-1:]),
+        Panel("The export's proof", 12, tables=proof[-1:]),
     ]
     return [p for p in panels if not p.is_empty]
 

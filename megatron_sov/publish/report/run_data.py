@@ -36,7 +36,7 @@ LEARNING_GROUPS = "learning_groups"
 KEPT = ("phase", "eval", "baseline", "needle", "passk", "media", "media_retrieval", "ssp_probe", "gate",
         "decontamination", "conversion", "checkpoint", "memory", "energy", "warning", "routing",
         "heldout_pairs", "heldout_divergence", "round", "eval_lm", "eval_contamination",
-        "forgetting_gate", *KINDS)
+        "forgetting_gate", "score", *KINDS)
 """Events that are kept whole; there are few of them and they are small."""
 
 
@@ -248,7 +248,7 @@ class RunReader:
         # of a living run the time since its last event is not lost yet
         lives = living_holder(path) is not None
         now_s = max((a.last_time_s for a in attempts), default=0.0) if lives else None
-        evals = final_steps(kept["eval"], "eval")
+        evals = _evals(kept["eval"])
         run = Run(path.resolve().name, _read_config(path / CONFIG), attempts, self._keeper.account(now_s))
         run.curves = self._steps.curves() | {"rounds": round_curves(kept["round"])}
         run.phases = _phases(self._steps.phases(), kept["phase"])
@@ -312,6 +312,15 @@ def _phases(spans: list[tuple[str, int, int]], events: list[dict[str, Any]]) -> 
         found.append(Phase(name, first, last, int(event.get("seq_len") or 0),
                            event.get("blend") or {}, sizes))
     return found
+
+
+def _evals(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the evaluations by step: `eval ppl --run` adds sources to what training measured there."""
+    sources: dict[int, dict[str, Any]] = {}
+    for event in events:
+        if event.get("step") is not None:
+            sources.setdefault(event["step"], {}).update(event.get("heldout") or {})
+    return [{"step": step, "heldout": sources[step]} for step in sorted(sources)]
 
 
 def _heldout(evals: list[dict[str, Any]], baselines: list[dict[str, Any]]) -> dict[str, Heldout]:

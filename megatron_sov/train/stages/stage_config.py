@@ -86,7 +86,7 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
             than the command's, or nothing to start from.
     """
     # numpy, which --help does without
-    from megatron_sov.engine.data.views import with_mixed_phases
+    from megatron_sov.train.data.views import with_mixed_phases
     from megatron_sov.train.stages.stage_defaults import complete_stage, refuse_unmeant
 
     asked = stage_request(args, objective, needs_data=needs_data)
@@ -137,7 +137,7 @@ def _settings_of_model(start_from: Path | None, objective: BuiltIn | None) -> Ca
     stage: Stage = objective
 
     def read() -> RunConfig:
-        from megatron_sov.engine import convert
+        from megatron_sov import convert
 
         start = find_start(start_from)
         if convert.is_hf_folder(start):
@@ -158,7 +158,7 @@ def _model_of(start_from: Path, asked: RecipeRequest) -> ModelConfig:
         UserError: it is no checkpoint, run or Hugging Face folder, or of another family than the recipe.
     """
     start = find_start(start_from)
-    from megatron_sov.engine import convert
+    from megatron_sov import convert
 
     model = convert.open_weights(start).model if convert.is_hf_folder(start) else settings_of(start).model
     family = asked.base.model.family
@@ -180,14 +180,14 @@ def find_start(start_from: Path) -> Path:
         UserError: it is neither, and no run with a checkpoint.
     """
     refuse_missing(start_from, "--from ")
-    from megatron_sov.engine import convert
+    from megatron_sov import convert
 
     return start_from if convert.is_hf_folder(start_from) else find_checkpoint(start_from)
 
 
 def convert_start(start: Path, run: Path) -> Path:
     """Return a checkpoint to start from: a Hugging Face folder becomes one in RUN.from-hf."""
-    from megatron_sov.engine import convert
+    from megatron_sov import convert
     from megatron_sov.engine.mcore.parallel import launcher
 
     if not convert.is_hf_folder(start):
@@ -208,7 +208,7 @@ def converted(run: Path) -> Path:
 def will_convert(start: Path, run: Path) -> bool:
     """Return whether a start is a Hugging Face folder that is to be converted; not so where the run has a
     checkpoint and needs no weights: what lies there may come from another folder."""
-    from megatron_sov.engine import convert
+    from megatron_sov import convert
     from megatron_sov.runs import checkpoints
 
     is_there = (converted(run) / MANIFEST).is_file()
@@ -225,6 +225,6 @@ def refuse_many_converters(start: Path, run: Path) -> None:
 
 def tokenizer_of(start: Path) -> Path:
     """Return the folder where the tokenizer of a checkpoint, or of a Hugging Face folder, lies."""
-    from megatron_sov.engine import convert
+    from megatron_sov import convert
 
     return start if convert.is_hf_folder(start) else start / "tokenizer"

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Never, TextIO
+from typing import TYPE_CHECKING, Never, TextIO
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 BEGINS_AFTER_S = 2.0
 """What takes a moment only shows none."""
@@ -23,6 +24,8 @@ def work_bar(title: str, total: int, unit: str, shows: bool = True) -> tqdm[Neve
         unit: what a part is; large numbers are shortened.
         shows: False on processes that leave it to another one.
     """
+    from tqdm import tqdm
+
     # disable=None: tqdm shows itself on a terminal and nowhere else
     return tqdm(total=total, desc=title, unit=unit, unit_scale=True, delay=BEGINS_AFTER_S,
                 disable=None if shows else True)
@@ -49,6 +52,8 @@ class ProgressBar:
         self._line = ""
         self._bar: tqdm[Never] | None = None
         if self._stream.isatty():
+            from tqdm import tqdm
+
             self._bar = tqdm(total=total_steps, initial=first_step, desc=label, unit="step",
                              dynamic_ncols=True, file=self._stream)
 
@@ -58,6 +63,8 @@ class ProgressBar:
             self._bar.set_postfix_str(f"{told}, {tokens_per_s:,.0f} tokens/s", refresh=False)
             self._bar.update(step - self._bar.n)
             return
+        from tqdm import tqdm
+
         now_s = time.monotonic()
         # A step's time is the mean over this process's own steps: those before a resume ran at another time.
         done = step - self._first_step

@@ -155,7 +155,7 @@ def test_the_code_counts() -> None:
 
 def test_a_library_that_judges_along_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     before = of(Long())
-    monkeypatch.setattr(version.importlib.metadata, "version", lambda name: "99.0")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")
     assert of(Long()) != before
 
 

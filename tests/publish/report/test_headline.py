@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_sov.publish.report.headline import headline_charts, headlines
+from megatron_sov.publish.report.headline import gains, headline_charts, headlines
 from megatron_sov.publish.report.page import render
 from megatron_sov.publish.report.run_data import read_run
 from megatron_sov.publish.report.sections import sections
@@ -73,3 +74,61 @@ def test_rounds_are_points_over_steps_and_many_phases_are_folded(tmp_path: Path)
     log.close()
     (table,) = sections(read_run(tmp_path / "run"))[0].tables
     assert table.is_folded and "<summary>16 phases</summary>" in render([read_run(tmp_path / "run")])
+
+
+def log_stage(folder: Path, objective: str, *events: dict[str, Any], **start: Any) -> Path:
+    """Write a run of some events."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"objective": {"name": objective}}), encoding="utf-8")
+    log = EventLog(folder / EVENTS)
+    log.write("run_start", resumed_from=0, num_ranks=1, **start)
+    for event in events:
+        log.write(event.pop("event"), **event)
+    log.close()
+    return folder
+
+
+def measured(step: int, **bits: float) -> dict[str, Any]:
+    """Return an evaluation whose sources have as many bytes as their tokens; one named "chat" has turns."""
+    return {"event": "eval", "step": step, "heldout": {
+        name: {"loss": value * math.log(2), "bits_per_byte": value, "tokens": 100,
+               **({"turns": {"first": {"loss": value, "tokens": 9}}} if name == "chat" else {})}
+        for name, value in bits.items()}}
+
+
+def scored(mean: float, **settings: str) -> dict[str, Any]:
+    return {"event": "score", "step": 9, "reward": "format", "settings": settings, "scored": 34,
+            "mean_reward": mean}
+
+
+def test_each_stage_gains_on_what_the_stage_before_it_left(tmp_path: Path) -> None:
+    """The demo's figures: text, responses, pairs, a rule, needles of another model, and the export."""
+    bigram = {"en": {"bits_per_byte": 3.0}, "ko": {"bits_per_byte": 4.0}}
+    pretrain = log_stage(tmp_path / "pretrain", "lm", measured(5, en=4.0, ko=6.0),
+                         measured(9, en=2.0, ko=3.0), {"event": "baseline", "bigram": bigram},
+                         measured(9, chat=3.0))
+    sft = log_stage(tmp_path / "sft", "lm", measured(9, en=2.0, ko=3.2, chat=2.0), scored(0.25, regex="x.+"))
+    pairs = {"event": "heldout_pairs", "source": "pairs", "pairs": 80}
+    checks = [{"name": "logits", "passed": True}, {"name": "tokens", "passed": False}]
+    dpo = log_stage(tmp_path / "dpo", "preference", {**pairs, "step": 0, "right": 0.5},
+                    {"event": "step", "step": 1, "loss": 0.7, "meters": {"pairs_right": 0.5}},
+                    measured(1, pairs=7.0), {**pairs, "step": 1, "right": 1.0}, scored(1.0, regex="x.+"),
+                    {"event": "conversion", "target": "hf", "checks": checks}, headline=[
+                        {**vars(PAIRS[0]), "heldout": "heldout_pairs.right"}], comparable_loss=False)
+    checked = {"event": "gate", "threshold": 0.8, "loss": 1.0}
+    gate = log_stage(tmp_path / "far", "lm", *({**checked, "step": step, "rows": [{"accuracy": share}]}
+                                               for step, share in ((0, 0.1), (80, 0.85))))
+    (table,) = gains([read_run(run) for run in (pretrain, sft, dpo)], [read_run(gate)])
+    lower, rule = "lower is better", "reward format: regex x.+"
+    assert table.rows == [
+        ["pretrain", "held-out text, bits per byte", "5.000", "2.500", f"{lower}; a bigram model has 3.500"],
+        ["sft", "held-out text, bits per byte", "2.500", "2.600", lower],
+        ["sft", "held-out responses of chat, nats per token", "2.079", "1.386", lower],
+        ["sft", "mean reward of 34 responses", "–", "25%", rule],
+        ["dpo", "held-out pairs right of pairs", "50 %", "100 %", "higher is better"],
+        ["dpo", "mean reward of 34 responses", "25%", "100%", rule],
+        ["dpo", "checks of the export", "–", "1 of 2 passed", "all pass"],
+        ["far (another model)", "needles found, worst length", "10%", "85%", "the gate needs 80%"]]
+    page = render([read_run(run) for run in (pretrain, sft, dpo)])
+    assert page.index("What each stage gained") < page.index("What was trained")
+    assert gains([read_run(log_stage(tmp_path / "none", "lm"))]) == []

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from .placement import require_cuda
 
-def _rows(routing_map: torch.Tensor, num_out_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+
+def _rows(inp: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int,
+          probs: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return expert and token of every row: experts in order, each one's tokens in order."""
+    if not inp.numel():
+        return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+    require_cuda(inp=inp, routing_map=routing_map, probs=probs)
+    if len(inp) != len(routing_map):
+        raise ValueError(f"Permute not possible: inp.size(0) ({len(inp)}) must match routing_map.size(0) "
+                         f"({len(routing_map)}).")
+    assert num_out_tokens > 0, (f"moe_permute (mask map) requires num_out_tokens > 0, got {num_out_tokens}. "
+                                "Use int(routing_map.sum()) or num_tokens * top_k.")
     expert, token = routing_map.bool().t().nonzero(as_tuple=True)
     if num_out_tokens != len(token):
         raise NotImplementedError(f"the double permutes all tokens, and {num_out_tokens} rows are not "
@@ -27,14 +38,14 @@ def moe_permute(inp: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: in
     """Return the permuted rows of [tokens, hidden] and the map that `moe_unpermute` takes."""
     if map_type != "mask":
         raise NotImplementedError("the double takes masks only")
-    expert, token = _rows(routing_map, num_out_tokens)
+    expert, token = _rows(inp, routing_map, num_out_tokens)
     return inp[token], _row_id_map(routing_map, expert, token)
 
 
 def moe_permute_with_probs(inp: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor,
                            num_out_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the permuted rows, their weights of [tokens, experts], and the map."""
-    expert, token = _rows(routing_map, num_out_tokens)
+    expert, token = _rows(inp, routing_map, num_out_tokens, probs)
     return inp[token], probs[token, expert], _row_id_map(routing_map, expert, token)
 
 
@@ -42,9 +53,12 @@ def moe_unpermute(inp: torch.Tensor, row_id_map: torch.Tensor, merging_probs: to
                   restore_shape: torch.Size | None = None, map_type: str = "mask",
                   probs: torch.Tensor | None = None, pad_offsets: torch.Tensor | None = None) -> torch.Tensor:
     """Return [tokens, hidden]: the sum of each token's rows, weighted where weights are given; summed at
-    least in float32, as the kernel does."""
+    least in float32, as the kernel does.  Of no rows: no rows, whatever `restore_shape` says."""
     if map_type != "mask" or pad_offsets is not None or probs is not None:
         raise NotImplementedError("the double takes masks without padding only")
+    if not inp.numel():
+        return inp.clone()
+    require_cuda(inp=inp, row_id_map=row_id_map, merging_probs=merging_probs)
     rows = row_id_map[:, :row_id_map.shape[1] // 2]
     token, expert = (rows >= 0).nonzero(as_tuple=True)
     wide = torch.promote_types(inp.dtype, torch.float32)

@@ -1,0 +1,62 @@
+"""Matrix products of plain tensors as the compiled extension makes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .gemm import COUNTS
+from .placement import require_cuda
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Of operands; products in double precision have no kernel."""
+
+
+def general_gemm(
+        A: torch.Tensor, B: torch.Tensor, out_dtype: torch.dtype | None = None,
+        quantization_params: Any = None, gelu: bool = False, gelu_in: torch.Tensor | None = None,
+        alpha: float = 1.0, beta: float | None = None, accumulate: bool = False, layout: str = "TN",
+        out: torch.Tensor | None = None, bias: torch.Tensor | None = None,
+        use_split_accumulator: bool = False, grad: bool = False, ub: Any = None, ub_type: Any = None,
+        extra_output: torch.Tensor | None = None, bulk_overlap: bool = False,
+        ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Return (product, gradient of the bias, None, None): B @ A of matrices, where the layout's first letter
+    says T with A transposed, where its second does with B transposed.
+
+    Sums are kept at least in float32.  Operands of one type, or RuntimeError; float32 ones only into
+    float32; a bias is read as the output's type.  The real kernel multiplies float32 in TF32.
+    """
+    assert layout in ("TN", "NN", "NT"), f"GEMM layout {layout} not supported."
+    if quantization_params is not None or gelu or ub is not None or extra_output is not None or bulk_overlap:
+        raise NotImplementedError("the double's general_gemm has plain operands and no overlapped traffic")
+    if not accumulate and beta not in (0.0, None):
+        raise ValueError("scale must be zero")
+    require_cuda(A=A, B=B, out=out, bias=bias)
+    wanted = out_dtype or (A.dtype if out is None else out.dtype)
+    for dtype in (A.dtype, B.dtype, wanted):
+        if dtype not in DTYPES:
+            raise KeyError(dtype)
+    if A.dtype != B.dtype or (A.dtype != wanted and (A.dtype == torch.float32 or wanted != torch.float32)):
+        raise RuntimeError(f"cuBLAS Error: the requested functionality is not supported: {A.dtype} x "
+                           f"{B.dtype} -> {wanted}")
+    if bias is not None and not grad and bias.dtype != wanted:
+        raise RuntimeError(f"the double refuses a bias of {bias.dtype} for a product in {wanted}: the real "
+                           "kernel reads its bytes as the product's type")
+    first, second = (A.t() if layout[0] == "T" else A), (B.t() if layout[1] == "T" else B)
+    if second.shape[1] != first.shape[0]:
+        raise RuntimeError(f"GEMM inputs have incompatible dimensions (A is {tuple(A.shape)}, B is "
+                           f"{tuple(B.shape)})")
+    COUNTS["general", layout] += 1
+    product = alpha * (second.float() @ first.float())
+    if bias is not None and not grad:
+        product = product + bias.float()
+    if accumulate:
+        assert out is not None
+        product = product + (1.0 if beta is None else beta) * out.float()
+    found = product.to(wanted)
+    if out is not None:
+        if not out.is_contiguous():
+            raise ValueError("Output tensor is not contiguous.")
+        found = out.copy_(found)
+    return found, B.float().sum(0).to(wanted) if bias is not None and grad else None, None, None
