@@ -202,6 +202,7 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     ("parallel.delay_weight_grads=true", 1, "parallel.delay_weight_grads"),
     ("gpu.pad_buckets=on", 1, "gpu.pad_buckets"),
     ("gpu.profile_first_step=3 gpu.profile_last_step=2", 1, "gpu.profile_first_step"),
+    ("gpu.profiler=nsys", 1, "gpu.profiler"),
     # what watches and measures
     ("guards.probe_every_steps=5 guards.attribute=true", 1, "guards.probe_every_steps guards.attribute"),
     ("guards.attribute=true guards.skip=false train.deterministic=true", 1, "guards.attribute"),
