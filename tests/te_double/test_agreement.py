@@ -20,6 +20,10 @@ TP2 = ["parallel.tp=2", "parallel.sp=true"]
 LAYOUTS = {
     "TP2+SP x EP2": (2, [*TP2, "parallel.ep=2"]),
     "EP2 x ZeRO-1": (2, ["parallel.ep=2", "parallel.zero1=true"]),
+    "EP2, passes overlapped": (2, [
+        "parallel.ep=2", "parallel.expert_overlap=micro_batches", "parallel.delay_weight_grads=true",
+        "train.micro_batch_size=2", "train.recompute=selective",
+        'gpu.recompute_modules=["layernorm", "moe_act"]']),
     "ETP2": (2, ["parallel.etp=2"]),
     "PP2 VPP2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
     "CP2, recomputed": (2, ["parallel.cp=2", "train.recompute=true"]),

@@ -28,6 +28,7 @@ import psutil
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import ExitCode, UserError, how_to_install
 from megatron_sov.base.settings import add_options, read_options
+from megatron_sov.operate.contract import first_difference
 from megatron_sov.sandbox import machine_enclosure
 from megatron_sov.version import OUR_PACKAGES, PARTS, part_of
 from megatron_sov.work.clusters.units import GIB
@@ -206,6 +207,12 @@ def transformer_engine_checks() -> Iterator[MachineCheck]:
         first_line = (str(e).splitlines() or ["no message"])[0]
         yield MachineCheck("Transformer Engine", "broken" if gpu else "warning",
                            f"is installed but does not import ({type(e).__name__}: {first_line})", TE_COMMAND)
+        return
+    wanted, difference = first_difference("transformer_engine")
+    if difference:
+        yield MachineCheck("Transformer Engine", "warning",
+                           f"{installed_version('transformer-engine') or 'it'} has not the shape of "
+                           f"{wanted}, with which this project was read: {difference}", TE_COMMAND)
         return
     yield MachineCheck("Transformer Engine", "ok", installed_version("transformer-engine") or "imports")
 

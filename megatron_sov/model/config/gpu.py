@@ -234,7 +234,8 @@ class GpuConfig:
                  "and nothing travels at 1", "use alltoall"),
                 (train.precision == "bf16", "expert_dispatcher",
                  f"carries bf16 alone, and train.precision = {train.precision}", "use alltoall"))
-        return p + self._optimizer_problems(parallel, train, optim) + find_broken(
+        return p + self._overlap_problems(parallel, train) + self._optimizer_problems(
+            parallel, train, optim) + find_broken(
             self, "gpu",
             (self.grad_dtype == "fp32" or train.precision == "bf16", "grad_dtype",
              f"needs train.precision = bf16, which is {train.precision}", "leave it out"),
@@ -253,6 +254,18 @@ class GpuConfig:
              "set one of them otherwise"),
             (self.pad_buckets == "off" or parallel.zero1, "pad_buckets",
              "needs parallel.zero1 = true, whose buckets it pads", "set it, or leave gpu.pad_buckets out"))
+
+    def _overlap_problems(self, parallel: ParallelConfig, train: TrainConfig) -> list[SettingsProblem]:
+        """Tell what does not go with layers that are cut where tokens travel."""
+        if parallel.expert_overlap != "micro_batches":
+            return []
+        return find_broken(
+            parallel, "parallel",
+            (train.recompute is not True and "moe" not in self.recompute_modules, "expert_overlap",
+             "cuts layers in pieces, and cannot be where train.recompute computes a whole one again",
+             "use selective recomputation without moe, or leave it out"),
+            (self.shared_expert_overlap == "off" and not self.offload_modules, "expert_overlap",
+             "does not go with gpu.shared_expert_overlap and gpu.offload_modules", "leave one out"))
 
     def _optimizer_problems(self, parallel: ParallelConfig, train: TrainConfig,
                             optim: OptimConfig) -> list[SettingsProblem]:

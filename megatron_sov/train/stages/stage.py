@@ -304,6 +304,8 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     stop = StopFlag()
     if stage.config.train.deterministic:
         device.switch_on()
+    if on_gpu():
+        device.set_variables(stage.config)
     latest = checkpoints.latest(stage.folder.checkpoints)
     faults = Faults(stage.faults, stage.folder.path, int(os.environ["RANK"]))
     faults.trigger("start", checkpoints.step_of(latest) if latest else 0)

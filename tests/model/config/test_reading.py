@@ -138,7 +138,7 @@ def test_what_is_not_offered_says_why_and_is_the_librarys(small: Small) -> None:
         from_dict({**small().to_dict(), "train": {"fp8_param": True}})
     contract = json.loads((Path(__file__).parents[2] / "te_double" / "contract.json").read_text())
     theirs = set().union(*contract["megatron.core"]["fields"].values())
-    assert set(NOT_OFFERED) - theirs == {"cuda_graphs", "expert_parallel_overlap", "fp8_weights"}
+    assert set(NOT_OFFERED) - theirs == {"cuda_graphs", "fp8_weights"}
     page = (Path(__file__).parents[3] / "docs" / "gpu.md").read_text(encoding="utf-8")
     assert [name for name in NOT_OFFERED if f"`{name}`" not in page] == []
 

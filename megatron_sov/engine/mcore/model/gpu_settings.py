@@ -6,7 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -171,6 +171,9 @@ LIBRARY_FIELDS = {
     "gpu.shared_expert_overlap": ("TransformerConfig.moe_shared_expert_overlap",),
     "parallel.expert_dispatcher": ("TransformerConfig.moe_token_dispatcher_type",
                                    "TransformerConfig.moe_flex_dispatcher_backend"),
+    "parallel.expert_overlap": ("TransformerConfig.overlap_moe_expert_parallel_comm",),
+    "parallel.delay_weight_grads": ("TransformerConfig.delay_wgrad_compute",
+                                    "DistributedDataParallelConfig.delay_wgrad_compute"),
     "gpu.grad_dtype": ("DistributedDataParallelConfig.grad_reduce_in_fp32",),
     "gpu.pad_buckets": ("DistributedDataParallelConfig.pad_buckets_for_high_nccl_busbw",),
     "gpu.moment_dtype": tuple(f"OptimizerConfig.{field}" for field in (
@@ -179,6 +182,10 @@ LIBRARY_FIELDS = {
     "gpu.nccl_user_buffers": ("DistributedDataParallelConfig.nccl_ub",),
 }
 """Setting -> fields of the library's configurations that it decides; other `gpu.*` are ours alone."""
+OVERLAP = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
+"""Fields that are set behind the library's validation."""
+OF_DISPATCH = "overlap_dispatch_backward_with_experts_wgrad"
+"""Its field for `parallel.expert_overlap` = weight_gradients, from megatron-core 0.18 on."""
 RECOMPUTED_WITH_TE = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
 """Modules that the library recomputes by means of Transformer Engine -> what can be recomputed without."""
 BLACKWELL = 10
@@ -217,7 +224,11 @@ def transformer_settings(gpu: GpuConfig, train: TrainConfig, here: Here) -> dict
 def expert_settings(gpu: GpuConfig, here: Here) -> dict[str, Any]:
     """Return fields of the library's TransformerConfig that models with experts have."""
     dispatcher = here.parallel.expert_dispatcher
-    overlap = {"moe_shared_expert_overlap": gpu.shared_expert_overlap == "on" and here.te}
+    parallel = here.parallel
+    overlap = {"moe_shared_expert_overlap": gpu.shared_expert_overlap == "on" and here.te,
+               "overlap_moe_expert_parallel_comm": parallel.expert_overlap == "micro_batches",
+               "delay_wgrad_compute": parallel.delay_weight_grads and here.te,
+               **({OF_DISPATCH: True} if parallel.expert_overlap == "weight_gradients" and here.te else {})}
     if dispatcher in FLEX_BACKENDS:
         if not here.te:
             return overlap | {"moe_token_dispatcher_type": "alltoall"}
@@ -225,10 +236,13 @@ def expert_settings(gpu: GpuConfig, here: Here) -> dict[str, Any]:
     return overlap | {"moe_token_dispatcher_type": dispatcher}
 
 
-def gradient_settings(gpu: GpuConfig, bf16: bool) -> dict[str, Any]:
+def gradient_settings(gpu: GpuConfig, parallel: ParallelConfig, *, bf16: bool) -> dict[str, Any]:
     """Return fields of the library's DistributedDataParallelConfig for a model whose parameters are bf16
     or wider."""
-    return {"grad_reduce_in_fp32": bf16 and gpu.grad_dtype == "fp32",
+    # without this sums would begin before such gradients are there
+    delayed = parallel.delay_weight_grads or parallel.expert_overlap == "weight_gradients"
+    return {"delay_wgrad_compute": delayed,
+            "grad_reduce_in_fp32": bf16 and gpu.grad_dtype == "fp32",
             "pad_buckets_for_high_nccl_busbw": gpu.pad_buckets == "on",
             "nccl_ub": gpu.nccl_user_buffers == "on" and on_gpu()}
 
@@ -336,6 +350,13 @@ def refuse(config: RunConfig, te: bool) -> None:
            "nccl_user_buffers", f"cannot be with {name} = {os.environ.get(name)}, whose segments NCCL does "
            "not register", "take it out, or leave the setting out")
           for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")))
+    problems += find_broken(
+        config.parallel, "parallel",
+        (te or not here.parallel.delay_weight_grads, "delay_weight_grads", NEEDS_TE, "leave it out"),
+        (te or here.parallel.expert_overlap != "weight_gradients", "expert_overlap",
+         f"= weight_gradients {NEEDS_TE}", "use micro_batches"),
+        (here.parallel.expert_overlap != "weight_gradients" or _has_field(OF_DISPATCH), "expert_overlap",
+         "= weight_gradients needs megatron-core 0.18, for Python 3.12 and newer", "use micro_batches"))
     if dispatcher in FLEX_BACKENDS:
         problems += find_broken(
             config.parallel, "parallel",
@@ -345,6 +366,12 @@ def refuse(config: RunConfig, te: bool) -> None:
              "DeepEP, branch hybrid-ep for hybridep), or use alltoall"))
     if problems:
         raise SettingsError(f"recipe {config.recipe}", problems)
+
+
+def _has_field(name: str) -> bool:
+    from megatron.core.transformer import TransformerConfig
+
+    return name in {field.name for field in fields(TransformerConfig)}
 
 
 def _has_backend(dispatcher: str) -> bool:

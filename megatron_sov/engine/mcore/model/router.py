@@ -211,6 +211,8 @@ class RoutingStep:
     """Whether tokens are counted in evaluation mode too."""
     rows: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     """(local tokens, tokens of a sequence) -> sequence of each local token: the same in every layer."""
+    padding: torch.Tensor | None = None
+    """Mask of the row whose layers are computed, for routers that are handed none."""
     shared: SharedPrompts | None = None
     """What documents of the row share that is computed now; with it nothing is cut over stages."""
     table: RouteTable | None = None
@@ -250,13 +252,16 @@ class BalancedRouter(TopKRouter):
 
         Args:
             logits: [tokens, 1, experts] float32 (float64 under fp64), this process's part of the micro-batch.
-            padding_mask: [tokens, 1] bool, True = padding; None = none.  With a table of routes, more columns
-                may hold each token's place in it (`RouteTable`).
+            padding_mask: [tokens, 1] bool, True = padding; None = the step's, where it has one.  With a table
+                of routes, more columns may hold each token's place in it (`RouteTable`).
 
         Returns:
             weights [tokens, experts] (zero where not chosen) and the choice [tokens, experts] bool.
         """
         logits = logits.view(-1, self.config.num_moe_experts)
+        if padding_mask is None and self.config.routing_step.padding is not None:
+            # the library transposes what layers are handed, see `_local_padding`
+            padding_mask = self.config.routing_step.padding.T
         mask = None if padding_mask is None else padding_mask.reshape(len(logits), -1)
         valid = None if mask is None else ~mask[:, 0]
         recorded = self._recorded(mask)

@@ -15,7 +15,8 @@ from torch.nn.functional import dropout, gelu, rms_norm, silu
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.engine.mcore import lanes
 from megatron_sov.engine.mcore.model.gpu_settings import (
-    Here, expert_settings, keep_ends_in_bf16, library_settings, own_attention_serves, transformer_settings)
+    OVERLAP, Here, expert_settings, keep_ends_in_bf16, library_settings, own_attention_serves,
+    transformer_settings)
 from megatron_sov.engine.mcore.model.rotary import local_turns, softmax_scale
 from megatron_sov.engine.mcore.model.router import BalancedRouter, RoutingStep
 from megatron_sov.engine.mcore.parallel.device import on_gpu
@@ -112,11 +113,11 @@ class OwnLayer(TransformerLayer):
             self._kept = angles.new_tensor(self._turns)
         return self._kept
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward_attention(self, *args: Any, **kwargs: Any) -> Any:
         if self._turns is not None:
             angles = kwargs["rotary_pos_emb"]
             kwargs["rotary_pos_emb"] = angles * self._turns_beside(angles)
-        return super().forward(*args, **kwargs)
+        return super()._forward_attention(*args, **kwargs)
 
 
 def transformer_engine_serves(dtype: torch.dtype) -> bool:
@@ -234,7 +235,12 @@ def _library_config(model: ModelConfig, settings: dict[str, Any]) -> Any:
     from megatron_sov.engine.mcore.model.kv_cache import latent_settings
 
     latent = latent_settings(model)
-    return MLATransformerConfig(**settings | latent) if latent else TransformerConfig(**settings)
+    # its validation refuses float32, and prediction layers, which `OverlappedPasses` computes otherwise
+    overlap = {name: settings.pop(name) for name in OVERLAP if name in settings}
+    config = MLATransformerConfig(**settings | latent) if latent else TransformerConfig(**settings)
+    for name, value in overlap.items():
+        setattr(config, name, value)
+    return config
 
 
 def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:

@@ -181,7 +181,7 @@ class _Stream:
 
 def _current_device_is_cpu() -> None:
     """megatron asks torch.cuda where it runs (`device=torch.cuda.current_device()`),
-    and for streams and memory figures."""
+    for streams and memory figures, and names parts of its passes for a profiler."""
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
     cuda.set_device = lambda *args: None
@@ -191,6 +191,7 @@ def _current_device_is_cpu() -> None:
     cuda.Stream = cuda.Event = _Stream
     cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _Stream()
     cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args: 0
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(cuda, name, lambda *args, **kwargs: 0)
 

@@ -140,6 +140,9 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
         "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
     "parallel.expert_dispatcher": (["parallel.expert_dispatcher=hybridep"], {
         "moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}),
+    "parallel.expert_overlap": (["parallel.expert_overlap=micro_batches"], {
+        "overlap_moe_expert_parallel_comm": True}),
+    "parallel.delay_weight_grads": (["parallel.delay_weight_grads=true"], {"delay_wgrad_compute": True}),
     "gpu.grad_dtype": (["gpu.grad_dtype=bf16"], {"grad_reduce_in_fp32": False}),
     "gpu.moment_dtype": (["gpu.moment_dtype=bf16"], {
         "use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16,
@@ -160,7 +163,7 @@ def fields(config: RunConfig, te: bool) -> dict[str, Any]:
     """Return the library's fields of a config, with Transformer Engine or without."""
     here = Here(te, config.model, config.parallel)
     found = (transformer_settings(config.gpu, config.train, here) | expert_settings(config.gpu, here)
-             | gradient_settings(config.gpu, bf16=True) | moment_settings(config.gpu))
+             | gradient_settings(config.gpu, config.parallel, bf16=True) | moment_settings(config.gpu))
     return found | {"attention_backend": found["attention_backend"].name}
 
 
@@ -270,6 +273,7 @@ def test_sinks_over_packed_rows_need_new_libraries(monkeypatch: pytest.MonkeyPat
 
     for name in ("FLASH", "FUSED", "UNFUSED"):  # the library sets them where it has built a model
         monkeypatch.delenv(f"NVTE_{name}_ATTN", raising=False)
+    monkeypatch.setattr(utils, "get_te_version", lambda: Version("2.20.2"))
     asked, sinks = "model.attention_sinks=true", r"attends packed rows with sinks .*; install a newer one"
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91702)
     with pytest.raises(UserError, match=f"cannot be: no fused kernel of cuDNN 91702 {sinks}"):
