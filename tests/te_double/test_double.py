@@ -16,7 +16,7 @@ import numpy
 import pytest
 import torch
 
-from megatron_sov.engine.mcore.model.gpu_settings import own_attention_serves
+from megatron_sov.engine.mcore.model.gpu_settings import Here, own_attention_serves
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
 from megatron_sov.plan.search.recommended import RECOMMENDED
@@ -453,8 +453,8 @@ def recommended_attention() -> dict[str, tuple[Any, str]]:
         for gpu, layout in {(gpu, layout) for gpu, layouts in by_gpu.items() for layout in layouts}:
             run = apply_settings(recipes.get(name), list(layout))
             model, parallel = run.model, run.parallel
-            if not own_attention_serves(True, parallel.cp, run.gpu.attention,
-                                        capped=model.attention_softcap is not None):
+            if not own_attention_serves(Here(True, model, parallel), run.gpu.attention,
+                                        run.train.deterministic):
                 longest = max(phase.seq_len for phase in run.data.phases)
                 call = {"dtype": torch.bfloat16, "heads": model.num_heads // parallel.tp,
                         "head_dims": (model.head_dim, model.head_dim), "longest_tokens": longest,
