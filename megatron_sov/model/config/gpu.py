@@ -151,7 +151,8 @@ class GpuConfig:
     attention: Literal["auto", "fused", "flash", "unfused", "local"] = "auto"
     """Attention kernel: Transformer Engine's choice (auto), its cuDNN (fused), FlashAttention or plain torch
     (unfused) one, or this framework's own (local), which serves anyway under context parallelism,
-    without Transformer Engine, and where products are capped (`model.attention_softcap`)."""
+    without Transformer Engine, and where products are capped (`model.attention_softcap`); under auto also
+    with `train.deterministic`, and where cuDNN trains no heads of that size."""
     rope_fusion: Switch = "auto"
     """Rotate queries and keys in one kernel."""
     router_fusion: Switch = "auto"
