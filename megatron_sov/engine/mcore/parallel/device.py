@@ -135,6 +135,16 @@ def release_unused() -> None:
         torch.cuda.empty_cache()  # which starts no CUDA where there is none yet
 
 
+def record_for_nsys(*, on: bool) -> None:
+    """Have NVIDIA's profiler begin or end to record, where this process was started with it, and the library
+    name the parts of its passes for it (NVTX)."""
+    from megatron.core.utils import configure_nvtx_profiling
+
+    configure_nvtx_profiling(on)
+    torch.cuda.synchronize()
+    (torch.cuda.profiler.start if on else torch.cuda.profiler.stop)()
+
+
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return values of the host on a device; to a GPU they go from pinned memory, so that nobody waits."""
     if device.type != "cuda":
