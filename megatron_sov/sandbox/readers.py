@@ -28,7 +28,7 @@ END_LIMIT_S = 120.0
 """For the kernel to say how a process has ended."""
 FILES_EACH = 2000
 """Files that one process reads: what parsers leak stays small."""
-_ROOT = str(Path(__file__).parents[3])
+_ROOT = str(Path(__file__).parents[2])
 _CODE = ("import sys, json; sys.path[:] = json.loads(sys.argv[2]); "
          "from {module} import main; main(int(sys.argv[1]))")
 _VARIABLES = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}

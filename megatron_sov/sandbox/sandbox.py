@@ -35,7 +35,7 @@ LANGUAGES: Mapping[str, tuple[str, ...]] = {"bash": ("bash", "{file}")}
 """Beside python; those whose command is installed."""
 DEFAULT_LIMITS = Limits()
 _WAITING_PER_WORKER = 4
-_ROOT = str(Path(__file__).parents[3])
+_ROOT = str(Path(__file__).parents[2])
 # last, for where it is installed other packages lie beside it
 _CODE = ("import sys; sys.path = sys.path[1:] + [sys.argv[2]]; "
          "from megatron_sov.sandbox.server import main; main(int(sys.argv[1]), sys.argv[2])")

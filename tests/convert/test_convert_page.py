@@ -12,7 +12,7 @@ from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 
-PAGE = (Path(__file__).parents[3] / "docs/convert.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/convert.md").read_text(encoding="utf-8")
 
 
 def test_what_the_page_shows_runs(exaone_dir: Path, one_rank: None, tmp_path: Path, monkeypatch) -> None:

@@ -117,7 +117,7 @@ def test_a_tokenizer_that_transformers_would_read_otherwise_is_told(
 # what our model computes.
 
 
-PAGE = (Path(__file__).parents[3] / "docs/omni.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/omni.md").read_text(encoding="utf-8")
 
 
 def ours(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> torch.Tensor:

@@ -37,7 +37,7 @@ def test_an_error_is_told_as_an_interpreter_tells_it(sandbox: Sandbox) -> None:
     outcome = sandbox.run(Program("def f():\n    1 / 0\nf()"))
     assert outcome.exit_code == 1 and outcome.reason == "exit code 1: ZeroDivisionError: division by zero"
     assert outcome.stderr.startswith('Traceback (most recent call last):\n  File "')
-    assert "line 2, in f\n    1 / 0" in outcome.stderr and "sandbox" not in outcome.stderr
+    assert "line 2, in f\n    1 / 0" in outcome.stderr and "megatron_sov/sandbox" not in outcome.stderr
     absent = sandbox.run(Program("def f():\n    open('absent')\nf()"))
     assert absent.stderr.splitlines()[-2:] == [
         "    open('absent')", "FileNotFoundError: [Errno 2] No such file or directory: 'absent'"]
@@ -176,7 +176,7 @@ def test_a_command_of_ones_own_encloses(tmp_path: Path) -> None:
 
 
 def test_what_the_page_shows_runs(capfd: pytest.CaptureFixture[str]) -> None:
-    page = Path(__file__).parents[3] / "docs/sandbox.md"
+    page = Path(__file__).parents[2] / "docs/sandbox.md"
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     for block in blocks:
         if shutil.which("cc") or "cc -x" not in block:

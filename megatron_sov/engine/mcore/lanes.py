@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core import __version__ as VERSION
+from megatron.core import package_info
 from megatron.core.models.gpt import gpt_model
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
-IS_NEW = tuple(int(part) for part in VERSION.split(".")[:2]) >= (0, 19)
+VERSION: str = package_info.__shortversion__
+IS_NEW: bool = package_info.VERSION[:2] >= (0, 19)
 PAIRED = "mla_rotary_interleaved" if IS_NEW else "multi_latent_attention"
 """Keyword of the unfused rotations: channels that rotate together lie side by side."""
 GRAPHS_OF = "cuda_graph_modules" if IS_NEW else "cuda_graph_scope"

@@ -3,9 +3,12 @@ layer has the number of its entry in our lists, and our router."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import newest
 
 
 def layers_built() -> dict[str, Any]:
@@ -56,3 +59,49 @@ def test_every_layer_has_the_number_of_its_entry_in_our_lists(ranks: Any, job: A
     last = len(built["kinds"])
     assert built["refusals"] == [f"layer {last}: BalancedRouter has number 1",
                                  "layer 2: its router is the library's TopKRouter"]
+
+
+LAYOUT_RUN = str(Path(__file__).parents[2] / "layouts" / "layout_run.py")
+CASES = {"tiny-k-exaone": (["train.precision=fp64", "model.num_layers=4"],
+                           ["parallel.tp=2", "parallel.sp=true"]),
+         "tiny-solar-open": (["train.precision=fp32", "model.num_layers=2"], ["parallel.ep=2"])}
+"""Recipe -> its settings, and those of two processes."""
+
+
+@pytest.mark.distributed
+def test_both_versions_learn_the_same_and_continue_each_others_checkpoints(
+        ranks: Any, newest_ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
+    """Two steps, and the second once more from the other's checkpoint: to the bit in the same layout."""
+
+    def compared(recipe: str, reference: str, *, layout: bool = False, is_reference: bool = False) -> Any:
+        settings, further = CASES[recipe]
+        return job(LAYOUT_RUN, "compared", 1 + layout, {
+            "recipe": recipe, "settings": [*settings, *(further if layout else [])],
+            "paths": [str(packed_data.text)], "is_reference": is_reference,
+            "reference": str(tmp_path / f"{reference} {recipe}")})
+
+    (older,), (older_solar,) = ranks(*(compared(recipe, "older", is_reference=True) for recipe in CASES))
+    (newer,), (on_older,), split, split_solar = newest_ranks(
+        compared("tiny-k-exaone", "newer", is_reference=True), compared("tiny-k-exaone", "older"),
+        *(compared(recipe, "older", layout=True) for recipe in CASES))
+    (on_newer,), = ranks(compared("tiny-k-exaone", "newer"))
+    assert older["scratch"][0]["loss"] > older["scratch"][1]["loss"]
+    for found in (newer, on_older, on_newer):
+        assert (found["scratch"], found["continued"]) == (older["scratch"], older["continued"])
+        assert set((found["scratch apart"] | found["continued apart"]).values()) == {0.0}
+    for halves, whole, bound in ((split, older, 1e-12), (split_solar, older_solar, 1e-6)):
+        for part in ("scratch", "continued"):
+            for step, wanted in zip(halves[0][part], whole[part], strict=True):
+                assert step["loss"] == pytest.approx(wanted["loss"], rel=bound)
+                assert step["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=10 * bound)
+
+
+@pytest.mark.distributed
+def test_the_newer_version_is_what_runs(newest_ranks: Any, job: Any) -> None:
+    assert newest_ranks(job(__file__, "version", 1)) == [[newest.lane()]]
+
+
+def version() -> str:
+    from megatron_sov.engine.mcore import lanes
+
+    return lanes.VERSION

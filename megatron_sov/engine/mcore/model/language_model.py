@@ -8,7 +8,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from megatron_sov.engine.mcore.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.engine.mcore.model.rotary import rotate_by, rotate_by_token
 from megatron_sov.engine.mcore.model.router import BalancedRouter
 from megatron_sov.engine.mcore.model.specs import (
-    block_norm, layer_specs, mtp_layer_spec, own_attention, transformer_config, uses_transformer_engine)
+    block_norm, layer_specs, mtp_layer_spec, transformer_config, uses_transformer_engine)
 from megatron_sov.engine.mcore.parallel import context
 from megatron_sov.engine.mcore.parallel.device import local_device, on_gpu
 from megatron_sov.model.config import (
@@ -268,6 +268,21 @@ class ModelInputs:
     """Pictures and sounds whose features stand over placeholders, on the host; None: there are none."""
 
 
+class BegunRow(NamedTuple):
+    """A row in front of a chunk's first layer, as far as this process has it."""
+
+    embedded: torch.Tensor | None
+    """[tokens, 1, hidden] embeddings; None: layers take what the stage before has sent."""
+    positions: torch.Tensor
+    """[1, tokens] places in documents."""
+    rotary: torch.Tensor
+    """Angles."""
+    packed: Any
+    """Its documents, as attention takes them."""
+    padding: torch.Tensor
+    """[1 or more, tokens] mask, see `Chunk._local_padding`."""
+
+
 class Chunk(GPTModel):
     """A run of layers: GPTModel that takes `ModelInputs` and ends in hidden states [depths * local
     tokens, 1, hidden].
@@ -280,6 +295,8 @@ class Chunk(GPTModel):
     """Low-rank adapters of its linear layers, where they are trained in the place of the weights."""
     encoders: MediaEncoders | None
     """Encoders of pictures and sounds, on the first run of a model that has some."""
+    before_head: Callable[[], None] | None = None
+    """Waits for the head's weight where updated ones are on their way; None: nothing is."""
 
     def forward(self, inputs: ModelInputs, first_route: int | None = None) -> torch.Tensor:
         """Run the model on this process's part of the row.
@@ -289,9 +306,17 @@ class Chunk(GPTModel):
             first_route: place of its first token in the table of routes (`router.replay_routes`); None:
                 routers choose.
         """
+        row = self.begin(inputs, first_route)
+        hidden = self.decoder(
+            hidden_states=row.embedded, attention_mask=None, rotary_pos_emb=row.rotary,
+            packed_seq_params=row.packed, padding_mask=row.padding)
+        return self.end(hidden, inputs, row)
+
+    def begin(self, inputs: ModelInputs, first_route: int | None) -> BegunRow:
+        """Return what layers take of a row, see `forward`."""
         if self.config.fine_grained_activation_offloading:
             self.preprocess_for_fine_grained_offloading()
-        own = own_attention(self.config)
+        own = self.config.own_attention
         packed = pack(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens), own=own,
                       host_bounds=inputs.host_bounds, shared=inputs.shared)
         self.config.routing_step.shared = inputs.shared
@@ -302,15 +327,18 @@ class Chunk(GPTModel):
         # the fused kernel finds each token's angles itself
         if not self.config.apply_rope_fusion:
             rotary = rotary[positions[0]]
-        hidden = self.decoder(
-            hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed,
-            padding_mask=self._local_padding(inputs.padding, first_route))
+        return BegunRow(embedded, positions, rotary, packed, self._local_padding(inputs.padding, first_route))
+
+    def end(self, hidden: torch.Tensor, inputs: ModelInputs, row: BegunRow) -> torch.Tensor:
+        """Return the trunk's hidden states and behind them those of prediction layers, where they are."""
         if self.mtp_process:
             # no place in a table of routes: what generates records the trunk's alone
-            packed.padding = self._local_padding(inputs.padding, None)
-            hidden = self.mtp(input_ids=inputs.tokens, position_ids=positions, hidden_states=hidden,
-                              attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed,
+            row.packed.padding = self._local_padding(inputs.padding, None)
+            hidden = self.mtp(input_ids=inputs.tokens, position_ids=row.positions, hidden_states=hidden,
+                              attention_mask=None, rotary_pos_emb=row.rotary, packed_seq_params=row.packed,
                               embedding=self.embedding)
+        if self.before_head is not None:
+            self.before_head()
         return hidden
 
     def read(self, row: ReadRow) -> torch.Tensor:
@@ -346,8 +374,8 @@ class Chunk(GPTModel):
         return self.mtp.layers[0].transform(hidden, embedded,
                                             rotary[row.positions], row.packed)
 
-    def _with_features(self, embedded: torch.Tensor, row_tokens: int, inputs: EncoderInputs | None, *,
-                       cut_for_context: bool = True) -> torch.Tensor:
+    def _with_features(self, embedded: Any, row_tokens: int, inputs: EncoderInputs | None, *,
+                       cut_for_context: bool = True) -> Any:
         """Return embeddings with features over those of placeholders, on the run that embeds tokens."""
         if self.encoders is not None:
             with_features: torch.Tensor = self.encoders(embedded, row_tokens, inputs,

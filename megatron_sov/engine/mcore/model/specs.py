@@ -15,7 +15,8 @@ from torch.nn.functional import dropout, gelu, rms_norm, silu
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.engine.mcore import lanes
 from megatron_sov.engine.mcore.model.gpu_settings import (
-    Here, expert_settings, keep_ends_in_bf16, library_settings, own_attention_serves, transformer_settings)
+    OVERLAP, Here, expert_settings, keep_ends_in_bf16, library_settings, own_attention_serves,
+    transformer_settings)
 from megatron_sov.engine.mcore.model.rotary import local_turns, softmax_scale
 from megatron_sov.engine.mcore.model.router import BalancedRouter, RoutingStep
 from megatron_sov.engine.mcore.parallel.device import on_gpu
@@ -112,11 +113,11 @@ class OwnLayer(TransformerLayer):
             self._kept = angles.new_tensor(self._turns)
         return self._kept
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward_attention(self, *args: Any, **kwargs: Any) -> Any:
         if self._turns is not None:
             angles = kwargs["rotary_pos_emb"]
             kwargs["rotary_pos_emb"] = angles * self._turns_beside(angles)
-        return super().forward(*args, **kwargs)
+        return super()._forward_attention(*args, **kwargs)
 
 
 def transformer_engine_serves(dtype: torch.dtype) -> bool:
@@ -152,12 +153,6 @@ def uses_transformer_engine(dtype: torch.dtype) -> bool:
                         "install it (`megatron-sov doctor` says how), or set train.precision=fp32, which is "
                         "many times slower")
     return True
-
-
-def own_attention(config: Any) -> bool:
-    """Return whether `DocumentAttention` serves, for a model of the library's `config`."""
-    return own_attention_serves(uses_transformer_engine(config.params_dtype), config.context_parallel_size,
-                                config.attention_backend.name, capped=config.attention_capped)
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
@@ -216,7 +211,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     _yarn(config, model, parallel)
     if model.yarn is not None or model.attention_multiplier is not None:
         config.softmax_scale = softmax_scale(model, "sliding_attention")
-    config.attention_capped = model.attention_softcap is not None
+    config.own_attention = own_attention_serves(here, gpu.attention, train.deterministic)
     config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
     config.logits_multiplier, config.zero_centered_norms = model.logits_multiplier, model.zero_centered_norms
     return config
@@ -240,7 +235,12 @@ def _library_config(model: ModelConfig, settings: dict[str, Any]) -> Any:
     from megatron_sov.engine.mcore.model.kv_cache import latent_settings
 
     latent = latent_settings(model)
-    return MLATransformerConfig(**settings | latent) if latent else TransformerConfig(**settings)
+    # its validation refuses float32, and prediction layers, which `OverlappedPasses` computes otherwise
+    overlap = {name: settings.pop(name) for name in OVERLAP if name in settings}
+    config = MLATransformerConfig(**settings | latent) if latent else TransformerConfig(**settings)
+    for name, value in overlap.items():
+        setattr(config, name, value)
+    return config
 
 
 def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
@@ -346,7 +346,7 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
     from megatron_sov.engine.mcore.model.kv_cache import LatentDocumentAttention, latent_specs
 
     attention, latent = spec.submodules.self_attention.submodules, model.latent_attention is not None
-    if own_attention(config):
+    if config.own_attention:
         module: Any = DocumentAttention
         if latent:
             module = LatentDocumentAttention

@@ -136,7 +136,7 @@ def test_a_rank_helps_to_make_few_groups_and_has_those_of_the_library(
     given = {"num_ranks": num_ranks, "layout": layout, "places": places}
     ((shared,),), ((alone,),) = (ranks(job(__file__, name, 1, given)) for name in ("joined", "unshared"))
     assert [members for _, members in shared] == alone
-    assert all(taken <= 10 for taken, _ in shared), [taken for taken, _ in shared]
+    assert all(taken <= 11 for taken, _ in shared), [taken for taken, _ in shared]
 
 
 def on_main(fail: bool) -> list[Any]:

@@ -119,6 +119,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
         """Return whether weight gradients are left to `backward_dw`."""
         return self._delays_products
 
+    @torch.no_grad()
     def backward_dw(self) -> None:
         """Compute the oldest weight gradients that were left."""
         if not self._delays_products:
