@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup check test core suite lint style types slurm browser demo docs scripts contract lock wheel parts clean
+.PHONY: help setup check test core suite lint style types slurm browser newest demo docs scripts contract lock wheel parts clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -89,10 +89,10 @@ MODELS := $(addprefix tests/,test_mutations.py tokenizer/graft tokenizer/formats
   judge/rewards/test_classifier.py operate/slurm/test_preflight.py base/settings/test_programs.py model/recipes/test_requested.py \
   model/test_pretrained.py test_docs.py test_architecture.py test_api.py model/test_objectives.py)
 JOBS := tests/e2e tests/benchmarks $(filter-out $(DATA),$(wildcard tests/commands/test_*.py tests/commands/*/test_*.py)) \
-  $(addprefix tests/,engine/convert infer publish/ladder post train)
-LAYERS := $(addprefix tests/,engine/mcore layouts te_double omni/codecs engine/data operate/doctor model/families runs base/chat \
+  $(addprefix tests/,convert infer publish/ladder post train)
+LAYERS := $(addprefix tests/,engine/mcore layouts te_double omni/codecs train/data operate/doctor model/families runs base/chat \
   model/config plan data_prep/shards/test_adopt.py data_prep/shards/test_pack.py)
-TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/tokenizer/*/ tests/tokenizer/test_*.py tests/work/sandbox/ \
+TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/tokenizer/*/ tests/tokenizer/test_*.py tests/sandbox/ \
   tests/judge/rewards/test_*.py)))
 # What is freed goes back to the system at once: a tenth of a worker's memory.
 TESTS_AT_ONCE := MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=131072 MALLOC_MMAP_THRESHOLD_=131072 OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 3 --dist worksteal --durations 25
@@ -105,6 +105,10 @@ suite: setup
 	$(foreach run,$(RUNS),$(TESTS_AT_ONCE) $($(run)) || status=1;) \
 	$(TESTS_AT_ONCE) tests/operate/slurm tests $(foreach run,$(RUNS),$(addprefix --ignore ,$($(run)))) || status=1; \
 	exit $$status
+
+NEWEST := $(addprefix tests/,te_double engine/mcore layouts engine/convert train e2e)
+newest: setup  ## the tests of layers that touch megatron-core, on the version that Python 3.12 and newer have: build/newest
+	OMP_NUM_THREADS=1 "$(PY)" tests/newest.py -q -n 2 --dist worksteal $(NEWEST)
 
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores
 	"$(PY)" demo.py $${CORPUS:+--corpus "$$CORPUS"}
@@ -129,12 +133,13 @@ contract: setup  ## renew tests/te_double/contract.json from the wheels of Trans
 	"$(PY)" tests/te_double/contract.py
 
 # torch moves by hand (edit its line first): its builds differ per index, and it pins the CUDA libraries that come with it.
+# megatron-core's two lines do, too.
 lock: setup  ## renew constraints.txt: newest versions that fit setup.py, in a fresh environment; torch stays
 	rm -rf build/lock
 	"$(PY)" -m venv build/lock
 	build/lock/bin/python $(PIP_INSTALL) --quiet '.[dev]' "$$(grep '^torch==' constraints.txt)"
-	{ grep '^#' constraints.txt; build/lock/bin/python -m pip freeze --all --exclude pip --exclude megatron-sov \
-	  | sed 's/+[a-z0-9.]*$$//' | grep -v -E '^(nvidia|cuda|triton)'; } > build/constraints.txt
+	{ grep '^#' constraints.txt; { grep '^megatron-core' constraints.txt; build/lock/bin/python -m pip freeze --all --exclude pip \
+	  --exclude megatron-sov | sed 's/+[a-z0-9.]*$$//' | grep -v -E '^(nvidia|cuda|triton|megatron-core)'; } | sort -f; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 	rm -rf build/lock
 

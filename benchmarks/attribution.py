@@ -32,9 +32,9 @@ import torch
 from loop_overhead import DOCUMENT_TOKENS, NUM_DOCUMENTS, VOCAB_SIZE, write_shard
 
 from megatron_sov import recipes
-from megatron_sov.engine.data.token_shards import ShardChain, Source
 from megatron_sov.engine.mcore.parallel import cpu_shims, launcher, world
 from megatron_sov.model.config import apply_settings
+from megatron_sov.train.data.token_shards import ShardChain, Source
 
 NUM_RANKS, USUAL_STEPS, NUM_WORDS = 3, 60, 64
 SETTINGS = (f"model.vocab_size={VOCAB_SIZE}", "model.hidden_size=32", "model.num_layers=2",

@@ -237,7 +237,7 @@ train RECIPE
 OTHERS = """
 chat
 chat none
-chat damaged
+chat Qwen/Qwen3-8B
 chat shards --temperature 0
 chat damaged --temperature -1
 chat damaged --system

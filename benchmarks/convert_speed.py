@@ -35,7 +35,7 @@ from megatron_sov.base.digests import file_digest
 for file in Path(sys.argv[1]).rglob("*"):
     file.is_file() and file_digest(file)
 """
-IDLE = "import megatron_sov.engine.convert.hf_export, megatron_sov.engine.convert.hf_import"
+IDLE = "import megatron_sov.convert.hf_export, megatron_sov.convert.hf_import"
 CONVERT = """
 import sys
 from megatron_sov import convert
@@ -47,7 +47,7 @@ import dataclasses, json, sys
 from pathlib import Path
 import torch
 from megatron_sov import convert, recipes
-from megatron_sov.engine.convert.hf_import import plan_shards, write_files
+from megatron_sov.convert.hf_import import plan_shards, write_files
 from megatron_sov.engine.mcore.checkpoint.writer import TensorSpec
 from megatron_sov.model import families as models
 from megatron_sov.model.families.family import TokenIds

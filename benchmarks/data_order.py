@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.engine.data.order import OrderState, SampleOrder
-from megatron_sov.engine.data.rows import BatchStream
-from megatron_sov.engine.data.streams import WINDOW_DOCUMENTS, PackedSegment, Row, best_fit, concatenate, cut
-from megatron_sov.engine.data.token_shards import Source
-from megatron_sov.engine.data.views import LongDocuments
 from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
+from megatron_sov.train.data.order import OrderState, SampleOrder
+from megatron_sov.train.data.rows import BatchStream
+from megatron_sov.train.data.streams import WINDOW_DOCUMENTS, PackedSegment, Row, best_fit, concatenate, cut
+from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.views import LongDocuments
 
 NUM_SHARDS, DOCUMENTS_OF_A_SHARD = 4000, 250_000
 LENGTHS = {"web": (6.4, 1.1), "code": (6.5, 1.4), "books": (9.5, 1.0), "chats": (6.0, 0.8)}

@@ -51,10 +51,10 @@ def measure(folder: Path, recipe: str, settings: list[str], steps: int) -> dict[
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.engine.data.token_shards import Source, TokenShard
     from megatron_sov.engine.mcore.parallel import device as determinism, world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import Source, TokenShard
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 

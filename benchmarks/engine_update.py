@@ -64,7 +64,7 @@ def measure() -> None:
     """Print the table; runs inside a rank."""
     import torch
 
-    from megatron_sov.engine.convert import export_weights
+    from megatron_sov.convert import export_weights
     from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
@@ -119,7 +119,7 @@ def measure_changed(masters: dict[str, Any], loaded: Any) -> None:
     """
     import torch
 
-    from megatron_sov.engine.convert import SentWeights
+    from megatron_sov.convert import SentWeights
     from megatron_sov.infer.engines.libraries import HfEngine, live_views
 
     engine, drawn = HfEngine(loaded), torch.Generator().manual_seed(0)

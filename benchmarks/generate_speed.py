@@ -58,12 +58,12 @@ def main() -> None:
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.engine.data.token_shards import Source, TokenShard
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Sampling
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import Source, TokenShard
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 

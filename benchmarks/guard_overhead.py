@@ -20,10 +20,10 @@ from pathlib import Path
 from loop_overhead import DOCUMENT_TOKENS, NUM_DOCUMENTS, SETTINGS, WARMUP_TURNS, on_one_and_more
 
 from megatron_sov import recipes
-from megatron_sov.engine.data.token_shards import ShardChain, Source
 from megatron_sov.engine.mcore.parallel import world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.obs.events import EventLog
+from megatron_sov.train.data.token_shards import ShardChain, Source
 
 SMALLER = ("train.global_batch_size=4", "train.micro_batch_size=2",
            'data.phases=[{"name": "main", "seq_len": 256}]')

@@ -151,7 +151,7 @@ def measure(turns: int) -> None:
     import transformers
 
     from megatron_sov import convert
-    from megatron_sov.engine.convert.peft import to_peft
+    from megatron_sov.convert.peft import to_peft
     from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.model.language_model import build
 

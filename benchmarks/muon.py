@@ -57,10 +57,10 @@ def train(tokens: Path, recipe: str, settings: list[str]) -> dict[str, float]:
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.engine.data.token_shards import open_sources
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import open_sources
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.engine.data.streams import PackedSegment, best_fit
 from megatron_sov.engine.mcore.parallel import cpu_shims, launcher, world
 from megatron_sov.model.config import apply_settings
+from megatron_sov.train.data.streams import PackedSegment, best_fit
 
 RECIPE, SEQ_LEN, BATCH, MEDIAN_TOKENS, SPREAD = "tiny-qwen3", 512, 4, 70, 1.0
 Documents = Sequence[list[int]]

@@ -133,7 +133,7 @@ def main() -> None:
             sys.exit(code)
         import torch
 
-        from megatron_sov.engine.convert import to_hf
+        from megatron_sov.convert import to_hf
 
         torch.set_num_threads(1)
         to_hf(work / "checkpoint", work / "hf")

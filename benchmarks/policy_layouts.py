@@ -25,11 +25,11 @@ from kills import make_data
 
 from megatron_sov import recipes
 from megatron_sov.base.digests import file_digest
-from megatron_sov.judge.rollouts.prompts import RolloutPrompt, pieces, read_prompts, round_prompts
-from megatron_sov.judge.rollouts.rows import STOP, Key, RewardRow, Rollout
-from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import RolloutConfig, RunConfig, apply_settings
 from megatron_sov.model.config.run import with_rounds
+from megatron_sov.rollouts.prompts import RolloutPrompt, pieces, read_prompts, round_prompts
+from megatron_sov.rollouts.rows import STOP, Key, RewardRow, Rollout
+from megatron_sov.rollouts.store import RolloutStore
 
 VERSION, VOCAB = "a" * 64, 368
 ROLLOUT = RolloutConfig(rounds=1, prompts_per_round=8, samples_per_prompt=4, piece_prompts=8,
@@ -96,12 +96,12 @@ def on_rank(work: Path, out: Path, settings: list[str]) -> int:
     """Leave loss, norm and gradients of each objective's first step."""
     import torch
 
-    from megatron_sov.engine.data.rounds import rounds_of, rounds_source
     from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.post.policy import objective_of
     from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.rounds import rounds_of, rounds_source
     from megatron_sov.train.stopping import StopFlag
     from megatron_sov.train.trainer import Trainer
 

@@ -65,11 +65,11 @@ def imports(times: Times) -> None:
 def restarts(times: Times, work: Path) -> int:
     """Build, initialise and load in turns; returns the parameters."""
     from megatron_sov import recipes
-    from megatron_sov.engine.data.token_shards import ShardChain, Source
     from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import ShardChain, Source
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 

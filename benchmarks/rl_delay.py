@@ -38,19 +38,19 @@ import numpy as np
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.digests import SHA256, file_digest
-from megatron_sov.engine.data.rounds import RoundDocuments
 from megatron_sov.infer.request import Bounds, Generated, Sampling, StopRule, Tokens
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.rollouts.prompts import read_prompts, round_prompts, stream_of
-from megatron_sov.judge.rollouts.rows import Rollout
-from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.rl.generate import Missing, PieceQueue, SampleAttempt, never, write_rounds
 from megatron_sov.post.rl.publish import Publisher
 from megatron_sov.post.rl.responses import NO_TOKENS, ResponseSource, key_digest
 from megatron_sov.post.rl.reward import JudgingJob
+from megatron_sov.rollouts.prompts import read_prompts, round_prompts, stream_of
+from megatron_sov.rollouts.rows import Rollout
+from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
+from megatron_sov.train.data.rounds import RoundDocuments
 from megatron_sov.work.progress.locks import Claims, Patience
 
 END, VOCAB, VERSION = 0, 1000, "v" * 64

@@ -41,11 +41,11 @@ from kills import final
 
 from megatron_sov import cli
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.judge.rollouts.inspection import check
-from megatron_sov.judge.rollouts.prompts import RolloutPrompt, pieces, read_prompts, round_prompts
-from megatron_sov.judge.rollouts.rows import Rollout, later, part_name
-from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config.post_training import RolloutConfig
+from megatron_sov.rollouts.inspection import check
+from megatron_sov.rollouts.prompts import RolloutPrompt, pieces, read_prompts, round_prompts
+from megatron_sov.rollouts.rows import Rollout, later, part_name
+from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.work.progress.locks import holders
 
 JOBS = ("generate", "reward", "train")

@@ -41,8 +41,8 @@ from seed_runs import write
 from slurm_events import PROFILE, virtual_cluster
 
 from megatron_sov import cli
-from megatron_sov.judge.rollouts.prompts import read_prompts
 from megatron_sov.model.config.post_training import RolloutConfig
+from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.runs.obs.events import read_events
 
 ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=8, samples_per_prompt=4, piece_prompts=2,

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sov.judge.rollouts.rows import Key, Rollout, part_name
-from megatron_sov.judge.rollouts.store import RolloutStore
+from megatron_sov.rollouts.rows import Key, Rollout, part_name
+from megatron_sov.rollouts.store import RolloutStore
 
 PIECES, SAMPLES, VOCAB_SIZE = 4, 8, 150_000
 

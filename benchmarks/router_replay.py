@@ -36,10 +36,10 @@ PROMPT_TOKENS, ROW_TOKENS, SAMPLES = 16, 128, 8
 def trained(tokens: Path, recipe: str, steps: int) -> tuple[Any, Any, list[list[int]]]:
     """Return a model in fp32, its settings, and beginnings of held-out documents."""
     from megatron_sov import recipes
-    from megatron_sov.engine.data.token_shards import open_sources
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import open_sources
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
@@ -81,8 +81,8 @@ def read(policy: Any, document: list[int], routes: np.ndarray | None) -> tuple[A
     last visits, in ascending order."""
     import torch
 
-    from megatron_sov.engine.data.requirements import shape_of
     from megatron_sov.engine.mcore.decode.forward_only import Inputs
+    from megatron_sov.train.data.requirements import shape_of
 
     batch = Inputs([document], torch.device("cpu"))
     if routes is not None:

@@ -37,8 +37,8 @@ import sys
 from pathlib import Path
 import numpy as np
 try:
-    from megatron_sov.judge.rollouts.rows import Key, Rollout
-    from megatron_sov.judge.rollouts.store import RolloutStore
+    from megatron_sov.rollouts.rows import Key, Rollout
+    from megatron_sov.rollouts.store import RolloutStore
 except ImportError:  # a version from before the halls
     from megatron_sov.rollouts.rows import Key, Rollout
     from megatron_sov.rollouts.store import Store as RolloutStore

@@ -32,13 +32,13 @@ resolved settings are in `RUN/config.json`.
 
 | you want to set | example |
 |---|---|
-| a number | `--set train.steps=100` |
+| a number | `--set optim.lr=2e-4` |
 | a field of a phase | `--set data.phases.0.seq_len=512` |
 | an object | `--set 'data.phases.0.blend={"en": 2, "ko": 1}'` |
 | nothing | `--set model.yarn=null` |
 
 Values are JSON if they parse, else text. If you give a key twice, the last one counts. An unknown key is
-refused with the nearest known one. You see all broken rules at once.
+refused with the nearest known one.
 """
 
 

@@ -21,13 +21,18 @@ Nothing has run on a GPU yet: figures on these pages come from CPUs. Paths below
 
 
 def page() -> str:
-    """Return the list: the headings of the index, and a line for each page."""
+    """Return the list: the headings of the index with a line for each page, then the skills of agents."""
     lines = [HEAD]
     for line in (DOCS / "index.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
             lines.append(f"\n{line}\n")
         elif row := re.match(r"\| \[([\w/]+\.md)\]\(\1\) \| (.+) \|$", line):
             lines.append(f"- [{row[1]}]({row[1]}): {row[2]}")
+    lines.append("\n## Skills\n")
+    for skill in sorted((DOCS.parent / "skills").glob("*/SKILL.md")):
+        name, description = re.findall(r"^(?:name|description): (.+)$", skill.read_text(encoding="utf-8"),
+                                       re.MULTILINE)[:2]
+        lines.append(f"- [{name}](../skills/{name}/SKILL.md): {description}")
     return "\n".join(lines).rstrip() + "\n"
 
 

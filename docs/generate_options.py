@@ -16,8 +16,8 @@ HEAD = """# Commands and their options
 
 <!-- Written by docs/generate_options.py from what the commands declare; change it there. -->
 
-Every command with its arguments, as `COMMAND --help` prints them. [Settings](config.md) has what you can
-change with `--set`. Commands that write or train have `--dry-run`: you see what would be read and written.
+Every command with its arguments. `COMMAND --help` prints them too, with examples. [Settings](config.md) has
+what you can change with `--set`. With `--dry-run` you see what would be read and written.
 
 | exit code | meaning |
 |---|---|
@@ -56,10 +56,11 @@ def _is_of_all(action: argparse.Action) -> bool:
 
 
 def section(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Yield the lines of one command."""
+    """Yield the lines of one command; what those of the tables above are for is said there."""
     name = parser.prog.replace(" [RECIPE]", "")
     yield f"## {name}\n"
-    if parser.description:
+    program, _, rest = name.partition(" ")
+    if parser.description and rest not in importlib.import_module(PROGRAMS[program]).COMMANDS:
         yield f"{_in_text(parser.description)}\n"
     yield "| argument | what it is |\n|---|---|"
     for action in parser._actions:

@@ -9,13 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_sov import convert
     from megatron_sov.api import (
         distill, evaluate, generate, pack, prefer, pretrain, read_meters, read_rounds, rl_run, sft,
         train_tokenizer)
     from megatron_sov.base.documents import Document, LeftOut
     from megatron_sov.base.errors import UserError
-    from megatron_sov.engine import convert
-    from megatron_sov.engine.data.requirements import NeededColumn
     from megatron_sov.model import recipes
     from megatron_sov.model.config import RunConfig, apply_settings, from_dict
     from megatron_sov.model.families.family import Family
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from megatron_sov.post.sft import SupervisedFineTuning
     from megatron_sov.runs.obs.events import read_events
     from megatron_sov.runs.obs.meters import Meter
+    from megatron_sov.train.data.requirements import NeededColumn
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.objectives.objective import (
         GlobalBatch, LossSums, Objective, per_source, with_denominators)
@@ -40,7 +40,7 @@ __all__ = [
 _PLACES = {
     "__version__": "version", "UserError": "base.errors", "RunConfig": "model.config",
     "apply_settings": "model.config", "from_dict": "model.config", "Family": "model.families.family",
-    "Document": "base.documents", "LeftOut": "base.documents", "NeededColumn": "engine.data.requirements",
+    "Document": "base.documents", "LeftOut": "base.documents", "NeededColumn": "train.data.requirements",
     "read_events": "runs.obs.events", "Meter": "runs.obs.meters",
     **dict.fromkeys(("distill", "evaluate", "generate", "pack", "prefer", "pretrain", "read_meters",
                      "read_rounds", "rl_run", "sft", "train_tokenizer"), "api"),
@@ -53,7 +53,7 @@ _ON_MEGATRON = {
                     "train.objectives.objective"),
 }
 """Names whose modules import megatron, which has to find the process prepared for it."""
-_FOLDERS = {"convert": "engine.convert", "recipes": "model.recipes"}
+_FOLDERS = {"convert": "convert", "recipes": "model.recipes"}
 
 
 def __getattr__(name: str) -> Any:

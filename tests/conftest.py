@@ -259,6 +259,19 @@ def te_worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     yield from _worker(request, tmp_path_factory.mktemp("te_worker"), "te_worker", TE_DOUBLE)
 
 
+@pytest.fixture(scope="session")
+def newest_worker(request: pytest.FixtureRequest,
+                  tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """One worker with the newer version of megatron-core, fetched on first use."""
+    from tests import newest
+
+    try:
+        folder = newest.unpacked()
+    except OSError as e:
+        pytest.skip(str(e))
+    yield from _worker(request, tmp_path_factory.mktemp("newest_worker"), "newest_worker", folder)
+
+
 @pytest.fixture
 def ranks(tmp_path: Path, worker: Worker) -> Ranks:
     """Return `run(Job, ...)`, which gives each job's results, one per rank."""
@@ -269,6 +282,12 @@ def ranks(tmp_path: Path, worker: Worker) -> Ranks:
 def te_ranks(tmp_path: Path, te_worker: Worker) -> Ranks:
     """Return what `ranks` is, with Transformer Engine's double."""
     return _ranks_of(te_worker, tmp_path / "te_jobs")
+
+
+@pytest.fixture
+def newest_ranks(tmp_path: Path, newest_worker: Worker) -> Ranks:
+    """Return what `ranks` is, with the newer version of megatron-core."""
+    return _ranks_of(newest_worker, tmp_path / "newest_jobs")
 
 
 def _ranks_of(worker: Worker, folder: Path) -> Ranks:
@@ -582,8 +601,8 @@ def write_round() -> Callable[..., None]:
     """
     import numpy as np
 
-    from megatron_sov.judge.rollouts.prompts import pieces, round_prompts
-    from megatron_sov.judge.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, RewardRow, Rollout, part_name
+    from megatron_sov.rollouts.prompts import pieces, round_prompts
+    from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, RewardRow, Rollout, part_name
 
     def row(store: Any, rollout: Any, prompt: Any, number: int, sample: int, attempt: int, cut: bool) -> Any:
         random = np.random.default_rng([int(prompt.id, 16), number, sample])

@@ -19,6 +19,8 @@ from megatron_sov.base.settings import options_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SKILLS = sorted((ROOT / "skills").glob("*/SKILL.md"))
+"""What agents read, held as pages are."""
 ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
 
 TYPED = {
@@ -26,7 +28,7 @@ TYPED = {
     "docs/chat.md": "tests/serve/test_chat.py",
     "docs/card.md": "tests/publish/card/test_command.py",
     "docs/codecs.md": "tests/commands/models/test_codec.py",
-    "docs/convert.md": "tests/engine/convert/test_convert_page.py",
+    "docs/convert.md": "tests/convert/test_convert_page.py",
     "docs/data.md": "tests/test_docs_data_pages.py",
     "docs/data_journey.md": "tests/data_prep/curate/journey/test_journey_page.py",
     "docs/data_pipeline.md": "tests/test_docs_data_pipeline.py",

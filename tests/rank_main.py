@@ -6,8 +6,9 @@ It serves all processes of pytest, each of which calls at a socket.  Each line o
 done in a fork, as fresh as this process, and a line back tells the exit code.  The worker ends with its
 standard input, and all forks end with it; those of a caller end with the caller.
 
-The first argument is the number of the listening socket, the second a folder with a double of Transformer
-Engine: models are then configured as on a GPU and made of its modules, in any dtype.
+The first argument is the number of the listening socket, the second a folder that stands first on the path:
+a double of Transformer Engine, with which models are configured as on a GPU and made of its modules, in any
+dtype; or another version of megatron-core.
 """
 
 from __future__ import annotations
@@ -168,10 +169,10 @@ def warm(doubles: list[str]) -> None:
     from megatron_sov.train.objectives import data_objective  # noqa: F401  (ranks need it)
     from megatron_sov.train.stages import stage  # noqa: F401  (ranks need it)
 
-    if doubles:
+    if any(Path(folder, "transformer_engine").exists() for folder in doubles):
         specs.on_gpu = lambda: True
         specs.transformer_engine_serves = lambda dtype: True
-    else:
+    elif not doubles:
         import_everything()
     make_what_is_kept()
     gc.collect()

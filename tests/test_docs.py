@@ -9,9 +9,11 @@ import importlib.util
 import math
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_sov import cli, recipes
 from megatron_sov.base.errors import UserError
@@ -21,17 +23,18 @@ from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import BuiltIn, training_request
 from megatron_sov.model.recipes.stage_defaults import base_of_model, refuse_pretraining_rate
 from tests.pages_typed import (
-    ENTRIES, PAGES, ROOT, TYPED, commands_of, lines_of, name_of, parse, shell_blocks, unheld)
+    ENTRIES, PAGES, ROOT, SKILLS, TYPED, commands_of, lines_of, name_of, parse, shell_blocks, unheld)
 
 pytestmark = pytest.mark.checkout
 
+READ = [*PAGES, *SKILLS]
 KEYS_OF_TWO_CELLS = ("docs/media_encoders.md", "docs/memory.md", "docs/recipes.md", "docs/synth_worlds.md")
 """Pages with tables whose first cell does not say alone what a row is of."""
 TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "prefer": "preference",
                               "distill": "distill", "rl run": "policy", "rl train": "policy"}
 """Command -> what it trains by."""
 
-COMMANDS = [pytest.param(line, id=f"{name_of(page)}: {line[:60]}") for page in PAGES
+COMMANDS = [pytest.param(line, id=f"{name_of(page)}: {line[:60]}") for page in READ
             for line in commands_of(page.read_text())]
 
 
@@ -89,7 +92,7 @@ def test_commands_are_found_and_wrong_ones_fail() -> None:
         parse(bad)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", READ, ids=name_of)
 def test_something_holds_every_line_of_a_shell_block(page: Path) -> None:
     lines = list(lines_of(shell_blocks(page.read_text())))
     assert [problem for problem in map(unheld, lines) if problem] == []
@@ -105,7 +108,7 @@ def test_a_line_that_nothing_holds_is_found() -> None:
 
 def test_bash_reads_every_shell_block() -> None:
     """All in one file, each in a function of its own: placeholders such as <name> are quoted."""
-    script = "".join(f"f() {{\n{block}\n}}\n" for page in PAGES for block in shell_blocks(page.read_text()))
+    script = "".join(f"f() {{\n{block}\n}}\n" for page in READ for block in shell_blocks(page.read_text()))
     done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -118,13 +121,59 @@ def test_a_page_that_is_said_to_be_typed_is_typed(page: str) -> None:
     assert commands_of((ROOT / page).read_text())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_lead_to_files(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
-    assert [t for t in targets if not (page.parent / t).exists()] == []
+def links(page: Path) -> list[tuple[Path, str]]:
+    """Return where a page's links into the repository lead: file or folder, and heading or ""."""
+    found = re.findall(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)", page.read_text())
+    return [((page.parent / target).resolve() if target else page, anchor) for target, anchor in found]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@cache
+def under_headings(page: Path) -> dict[str, str]:
+    """Return a heading as links name it -> what is below it, to the next of its level or above; "": before
+    the first section."""
+    text = page.read_text()
+    without = re.sub(r"^```.*?^```", lambda code: re.sub(r"^#", " ", code[0], flags=re.MULTILINE), text,
+                     flags=re.MULTILINE | re.DOTALL)
+    found = {"": re.split(r"^## ", without, flags=re.MULTILINE)[0]}
+    for match in re.finditer(r"^(#+) (.+)$", without, re.MULTILINE):
+        words = re.sub(r"[^\w\s-]", "", match[2].lower()).split()
+        below = re.split(rf"^#{{1,{len(match[1])}}} ", without[match.end():], flags=re.MULTILINE)[0]
+        found["-".join(words)] = below
+    return found
+
+
+@pytest.mark.parametrize("page", READ, ids=name_of)
+def test_links_lead_to_files_and_their_headings(page: Path) -> None:
+    assert [(target, anchor) for target, anchor in links(page) if not target.exists()
+            or (target in READ and anchor not in under_headings(target))] == []
+
+
+QUESTIONS = re.findall(r"^\| (.+\?)[^|]* \| `([^`]+)` \| \[[^]]+\]\(([\w/]+\.md)(?:#([\w-]+))?\) \|$",
+                       (ROOT / "docs/index.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("question", "typed", "page", "heading"), QUESTIONS)
+def test_a_new_user_finds_the_answer_in_two_clicks(
+        question: str, typed: str, page: str, heading: str) -> None:
+    """From the README: a page, then the heading below which the command is."""
+    assert len(QUESTIONS) == 12
+    answer = ((ROOT / "docs" / page).resolve(), heading)
+    clicked = [ROOT / "README.md", *(target for target, _ in links(ROOT / "README.md") if target in READ)]
+    assert answer in {link for near in clicked for link in links(near)}, question
+    assert typed in " ".join(under_headings(answer[0])[heading].split()), f"{page} does not say {typed}"
+
+
+@pytest.mark.parametrize("skill", SKILLS, ids=name_of)
+def test_a_skill_says_what_it_is_and_when_it_is_read(skill: Path) -> None:
+    front, text = re.split(r"^---$", skill.read_text(), flags=re.MULTILINE)[1:3]
+    named = yaml.safe_load(front)
+    assert named.keys() == {"name", "description"} and named["name"] == skill.parent.name
+    assert " Use when " in named["description"] and len(named["description"]) <= 1024
+    assert len(text.splitlines()) <= 120 and len(commands_of(text)) >= 8
+    assert len(SKILLS) == 5 and f"skills/{named['name']}/SKILL.md)" in (ROOT / "docs/llms.txt").read_text()
+
+
+@pytest.mark.parametrize("page", READ, ids=name_of)
 def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
@@ -140,7 +189,7 @@ def tables(text: str) -> list[list[list[str]]]:
             for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", READ, ids=name_of)
 def test_no_row_of_a_table_is_there_twice(page: Path) -> None:
     if name_of(page) not in KEYS_OF_TWO_CELLS:
         for rows in tables(page.read_text()):

@@ -27,7 +27,7 @@ def test_examples_print_what_they_show(module: str, tmp_path: Path, monkeypatch:
 
 def test_what_a_user_calls_has_an_example() -> None:
     import megatron_sov
-    from megatron_sov.engine.data.requirements import NeededColumn
+    from megatron_sov.train.data.requirements import NeededColumn
 
     shown = [megatron_sov.RunConfig, megatron_sov.GlobalBatch, megatron_sov.LossSums, NeededColumn,
              megatron_sov.LanguageModelling, megatron_sov.Document,

@@ -206,9 +206,9 @@ def write_store(folder: Path, tokenizer: Path, write_round: Callable[..., None])
     """Write two judged rounds of scripted responses, and the prompts that they answer."""
     from megatron_sov.base.digests import file_digest
     from megatron_sov.judge.rewards.registry import make, order
-    from megatron_sov.judge.rollouts.prompts import read_prompts
-    from megatron_sov.judge.rollouts.store import RolloutStore
     from megatron_sov.model.config import RolloutConfig
+    from megatron_sov.rollouts.prompts import read_prompts
+    from megatron_sov.rollouts.store import RolloutStore
 
     write_lines(folder / "asked.jsonl", [{"prompt": f"{i}?"} for i in range(4)])
     rollout = RolloutConfig(rounds=2, prompts_per_round=2, samples_per_prompt=2, steps_per_round=1,

@@ -36,9 +36,9 @@ def tiny_trainer(data: str, *settings: str, run: str | Path = "not-written", rec
                  faults: str = "", place: Any = None) -> Any:
     """Runs inside a rank: join the world, unless its place is given; return the trainer of a small run on
     packed text."""
-    from megatron_sov.engine.data.token_shards import open_sources
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import open_sources
     from megatron_sov.train.guards.fault_injection import parse
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer

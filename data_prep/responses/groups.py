@@ -28,12 +28,9 @@ from megatron_sov.base.documents.records import NUM_PROMPT, is_float32
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
 
-INPUT = ('A line of the input is {"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}.  A '
-         'prompt is a string or a list of messages.  A response has "content" or "messages", and "reward" or '
-         '"rewards", an object of numbers that are added.  A line may also be one of `megatron-sov score`, a '
-         '"response" with its "reward", or one of TRL for KTO, a "completion" with a "label" that is true or '
-         'false.  Successive lines of one prompt are then a group.  A response whose "finish_reason" is '
-         '"length" did not end, and is not learned as a good one.')
+INPUT = ('A line of the input is {"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}; '
+         "prompts and responses may be lists of messages.  Or it is one response: a row of `megatron-sov "
+         "score`, or TRL's completion with a label; successive rows of one prompt are a group.")
 KIND = "corpus"
 FILE = "groups.jsonl"
 FINISH, LENGTH = "finish_reason", "length"

@@ -145,7 +145,7 @@ def units_of(data: Sequence[Path]) -> list[Any]:
         if not (path / MANIFEST).is_file() or read_manifest(path).kind != "tokens":
             found += plan_units(list_files(path))
             continue
-        from megatron_sov.engine.data.token_shards import open_sources
+        from megatron_sov.train.data.token_shards import open_sources
 
         for source in open_sources({str(path): 1.0}, _ANY_VOCABULARY, _FORMATS):
             count = len(source.shard("train").lengths) if source.num_tokens.get("train") else 0
@@ -190,7 +190,7 @@ def _read(spans: tuple[FileSpan, ...], reading: RecordReading) -> Iterator[tuple
 
 
 def _read_packed(part: _TextPart) -> Iterator[tuple[str, str, bool]]:
-    from megatron_sov.engine.data.token_shards import open_sources, tokenizer_folder
+    from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 
     sources = open_sources({part.folder: 1.0}, _ANY_VOCABULARY, _FORMATS)
     folder = tokenizer_folder(sources)

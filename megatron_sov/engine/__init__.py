@@ -1,1 +1,1 @@
-"""What computes: the order of data, Megatron-Core behind one door, conversion of checkpoints."""
+"""What computes: Megatron-Core behind one door."""

@@ -28,15 +28,15 @@ import numpy as np
 import torch
 
 from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.documents.vocabulary import refuse_other_tokens
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.order import OrderedSample
-from megatron_sov.engine.data.rows import PackedRow, heldout_samples
-from megatron_sov.engine.data.token_bytes import token_bytes
-from megatron_sov.engine.data.token_shards import TEXTS, Documents, Source, open_sources, tokenizer_folder
-from megatron_sov.engine.data.vocabulary import refuse_other_tokens
 from megatron_sov.infer.engines.load import Loaded
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.modality import check_encoders
+from megatron_sov.train.data.order import OrderedSample
+from megatron_sov.train.data.rows import PackedRow, heldout_samples
+from megatron_sov.train.data.token_bytes import token_bytes
+from megatron_sov.train.data.token_shards import TEXTS, Documents, Source, open_sources, tokenizer_folder
 from megatron_sov.train.stages.evaluate import (
     PARTS, SUMS, HeldoutEvaluator, HeldoutLoss, heldout_row, result_of)
 from megatron_sov.work.progress.progress_bar import work_bar

@@ -16,12 +16,12 @@ import numpy as np
 import psutil
 import torch
 
+from megatron_sov import convert
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.engine import convert
-from megatron_sov.engine.convert import ParityCheck
-from megatron_sov.engine.convert.hf_export import Proof
-from megatron_sov.engine.convert.sources import Weights
+from megatron_sov.convert import ParityCheck
+from megatron_sov.convert.hf_export import Proof
+from megatron_sov.convert.sources import Weights
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
 from megatron_sov.engine.mcore.parallel import launcher
 from megatron_sov.engine.mcore.parallel.device import local_device

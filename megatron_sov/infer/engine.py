@@ -10,7 +10,7 @@ from megatron_sov.base.settings import Flag
 from megatron_sov.infer.request import Batching, Generated, NamedTensors, Sampling, StopRule, Tokens
 
 if TYPE_CHECKING:
-    from megatron_sov.engine.convert.changed_values import Changed
+    from megatron_sov.convert.changed_values import Changed
     from megatron_sov.infer.engines.target import Target
 
 EngineName = Literal["megatron", "transformers", "vllm"]

@@ -1,1 +1,1 @@
-"""What says how good an answer is: rewards, tool worlds, and the store of answers and rewards."""
+"""What says how good a response is: rewards and tool worlds."""

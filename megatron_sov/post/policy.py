@@ -28,12 +28,8 @@ import torch
 from megatron_sov.base.chat.encode import TYPE_TEXT
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.requirements import NeededColumn
-from megatron_sov.engine.data.rounds import SOURCE
-from megatron_sov.engine.data.token_shards import TEXTS, Source, open_sources
-from megatron_sov.engine.data.views import TEXT, as_text
 from megatron_sov.engine.mcore.model.attention import SharedPrompts, Span
-from megatron_sov.engine.mcore.model.gpu_settings import own_attention_serves
+from megatron_sov.engine.mcore.model.gpu_settings import Here, own_attention_serves
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.model.specs import PRECISION, uses_transformer_engine
 from megatron_sov.engine.mcore.parallel.device import to_device
@@ -41,6 +37,10 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import Aggregation, PolicyConfig, PolicyParts, Ratio
 from megatron_sov.post.sft import Responses, learned, responses_of
 from megatron_sov.runs.obs.meters import Meter
+from megatron_sov.train.data.requirements import NeededColumn
+from megatron_sov.train.data.rounds import SOURCE
+from megatron_sov.train.data.token_shards import TEXTS, Source, open_sources
+from megatron_sov.train.data.views import TEXT, as_text
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch
@@ -412,8 +412,8 @@ def can_share(config: RunConfig) -> bool:
             and (layout.ep * layout.etp == 1 or layout.expert_dispatcher == "alltoall")
             and not config.model.num_mtp_layers and not train.hidden_dropout and train.fp8 == "none"
             and not config.policy.router_replay
-            and own_attention_serves(te, layout.cp, config.gpu.attention,
-                                     capped=config.model.attention_softcap is not None))
+            and own_attention_serves(Here(te, config.model, layout), config.gpu.attention,
+                                     train.deterministic))
 
 
 def sharing_prompts(batch: MicroBatch) -> MicroBatch:

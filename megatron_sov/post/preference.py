@@ -24,8 +24,6 @@ from torch.nn.functional import logsigmoid
 
 from megatron_sov.base.chat.encode import TYPE_RESPONSE
 from megatron_sov.base.documents.records import DESIRABLE
-from megatron_sov.engine.data.requirements import NeededColumn
-from megatron_sov.engine.data.token_shards import Documents, Source
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives
 from megatron_sov.engine.mcore.parallel.values import sum_dict
@@ -35,6 +33,8 @@ from megatron_sov.post import reference
 from megatron_sov.post.reference import document_logprobs
 from megatron_sov.post.sft import Responses, learned, responses_of
 from megatron_sov.runs.obs.meters import Meter
+from megatron_sov.train.data.requirements import NeededColumn
+from megatron_sov.train.data.token_shards import Documents, Source
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch

@@ -20,15 +20,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from megatron_sov import convert
 from megatron_sov.base.artifacts import atomic_write, disk_errors, manifest_sha256, read_manifest, to_json
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import seal_damage, write_sealed
-from megatron_sov.engine import convert
-from megatron_sov.engine.data.order import OrderedSample
-from megatron_sov.engine.data.rows import join_rows, rows_per_micro_batch, sample_row
-from megatron_sov.engine.data.streams import PackedSegment, Row, best_fit
-from megatron_sov.engine.data.token_shards import Documents, Source
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives
@@ -40,12 +36,16 @@ from megatron_sov.model.config import RunConfig, layout_settings
 from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
 from megatron_sov.runs.checkpoints import BASE
 from megatron_sov.runs.folder import REFERENCE
+from megatron_sov.train.data.order import OrderedSample
+from megatron_sov.train.data.rows import join_rows, rows_per_micro_batch, sample_row
+from megatron_sov.train.data.streams import PackedSegment, Row, best_fit
+from megatron_sov.train.data.token_shards import Documents, Source
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
 from megatron_sov.train.stages.gate import GateView
 from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
-    from megatron_sov.engine.data.token_shards import Documents
+    from megatron_sov.train.data.token_shards import Documents
 
 
 MICRO_BATCHES = 8

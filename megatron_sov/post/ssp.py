@@ -22,7 +22,7 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.documents.rows import read_rows
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.convert.sources import is_hf_folder
+from megatron_sov.convert.sources import is_hf_folder
 from megatron_sov.eval.pass_at_k import JudgedItem, pass_at_k, read_judged_parts
 from megatron_sov.eval.statistics import difference_interval
 from megatron_sov.runs.checkpoints import (

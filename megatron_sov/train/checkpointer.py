@@ -13,8 +13,7 @@ import torch
 
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.engine.convert.sources import open_shards
-from megatron_sov.engine.data.token_shards import Source, tokenizer_folder
+from megatron_sov.convert.sources import open_shards
 from megatron_sov.engine.mcore.checkpoint import load
 from megatron_sov.engine.mcore.checkpoint.load import agreement
 from megatron_sov.engine.mcore.checkpoint.save import Companions, Saved, Saver
@@ -32,6 +31,7 @@ from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, EventLog
+from megatron_sov.train.data.token_shards import Source, tokenizer_folder
 from megatron_sov.train.stopping import StopFlag
 
 

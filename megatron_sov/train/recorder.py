@@ -21,8 +21,6 @@ import torch
 
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.engine.data.ledger import LedgerEntry
-from megatron_sov.engine.data.token_shards import Source, provenance
 from megatron_sov.engine.mcore.checkpoint.save import Saved
 from megatron_sov.engine.mcore.model import gpu_settings, specs
 from megatron_sov.engine.mcore.parallel.device import on_gpu
@@ -42,6 +40,8 @@ from megatron_sov.runs.obs.meters import LOSS, Meter, headline_fields, told_step
 from megatron_sov.runs.obs.routing import max_violation
 from megatron_sov.runs.obs.telemetry import Telemetry
 from megatron_sov.train.checkpointer import TrainState
+from megatron_sov.train.data.ledger import LedgerEntry
+from megatron_sov.train.data.token_shards import Source, provenance
 from megatron_sov.train.guards.step_guard import Refusal
 from megatron_sov.train.stages.evaluate import HeldoutLoss
 from megatron_sov.work.clusters.chips import of_device

@@ -16,8 +16,6 @@ import torch
 import torch._dynamo  # torch would import it with the first optimizer: here, forked ranks share it
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.ledger import LedgerEntry
-from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.engine.mcore.checkpoint import load
 from megatron_sov.engine.mcore.checkpoint.save import Saved
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
@@ -38,6 +36,8 @@ from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.train.checkpointer import Checkpointer, TrainState, start_encoders
 from megatron_sov.train.computation import Computation, StepSums
+from megatron_sov.train.data.ledger import LedgerEntry
+from megatron_sov.train.data.token_shards import Source
 from megatron_sov.train.guards.fault_injection import Fault, corrupt
 from megatron_sov.train.guards.guards import Guards
 from megatron_sov.train.guards.step_guard import Refusal

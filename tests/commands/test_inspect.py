@@ -13,8 +13,8 @@ import pytest
 from data_prep.cli import main as data_main
 from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.cli import main
-from megatron_sov.judge.rollouts.rows import part_name
-from megatron_sov.judge.rollouts.store import RolloutStore
+from megatron_sov.rollouts.rows import part_name
+from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.work.progress.journal import open_journal, work_folder
 from megatron_sov.work.progress.resumable import part_folder
 

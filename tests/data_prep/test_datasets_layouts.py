@@ -17,7 +17,7 @@ from data_prep.shards.pack import PackSettings, PackSource, pack
 from megatron_sov.base.documents import RecordReading, list_files, read_documents
 from megatron_sov.base.documents.layouts import LAYOUTS, parse_renames
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.rollouts.prompts import read_prompts, refuse_unaskable
+from megatron_sov.rollouts.prompts import read_prompts, refuse_unaskable
 
 datasets = pytest.importorskip("datasets", reason="the extra `eval` is not installed")
 Rows = list[dict[str, Any]]

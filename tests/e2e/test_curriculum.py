@@ -13,10 +13,10 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.cli import main
-from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.model.config import RunConfig, from_dict
 from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.runs.obs.events import read_events
+from megatron_sov.train.data.token_shards import open_sources
 
 STEPS, SEQ_LEN, LONG_SEQ_LEN = 16, 32, 64
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4",

@@ -24,11 +24,11 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 prepare_megatron()
 
 from megatron_sov.base.errors import UserError  # noqa: E402
-from megatron_sov.engine.data.token_shards import Source, open_sources  # noqa: E402
 from megatron_sov.eval import heldout  # noqa: E402
 from megatron_sov.eval.heldout import (  # noqa: E402
     HeldoutData, KneserNeyBigram, evaluate_bigram, evaluate_rows, open_heldout, rows_of, token_blocks,
     train_bigram)
+from megatron_sov.train.data.token_shards import Source, open_sources  # noqa: E402
 
 
 def test_a_known_loss_per_byte_comes_out(token_shards: Path) -> None:

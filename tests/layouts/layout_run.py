@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov import recipes
-from megatron_sov.engine.data.token_shards import open_sources, tokenizer_folder
 from megatron_sov.engine.mcore.checkpoint import load
 from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.engine.mcore.model.local_shards import local_shards
@@ -20,6 +19,7 @@ from megatron_sov.engine.mcore.parallel import world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.runs.folder import RunFolder
+from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
 

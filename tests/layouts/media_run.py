@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sov import recipes
-from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.engine.mcore.checkpoint import load
 from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.engine.mcore.model.local_shards import local_shards
@@ -22,6 +21,7 @@ from megatron_sov.model.config import apply_settings
 from megatron_sov.model.modality import PICTURES, SOUNDS, EncoderInput, EncoderInputs, take_records
 from megatron_sov.omni.media.banks import BankShape
 from megatron_sov.runs.folder import RunFolder
+from megatron_sov.train.data.token_shards import Source
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
 

@@ -176,7 +176,7 @@ def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective
 
 def test_loss_and_all_gradients_equal_transformers(ranks: Any, job: Any, packed_data: Any,
                                                    tmp_path: Path) -> None:
-    from megatron_sov.engine.convert import to_hf
+    from megatron_sov.convert import to_hf
 
     jobs = []
     for name, (recipe, objective, settings) in CASES.items():

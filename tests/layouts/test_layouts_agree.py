@@ -22,11 +22,16 @@ OVERLAP = [*ZERO1, "parallel.overlap_grad_reduce=true", "parallel.overlap_param_
            "parallel.bucket_params=9000"]
 """Buckets of 9,000 parameters: several of them even in these models, so that an unfinished one can
 be read too early."""
+PASSES = ["parallel.ep=2", "parallel.expert_overlap=micro_batches"]
+"""A micro-batch is computed while tokens of another one travel."""
 LAYOUTS = {
     "TP2": (2, ["parallel.tp=2"]),
     "TP2+SP x PP2 x EP2": (4, [*TP2, "parallel.pp=2", "parallel.ep=2"]),
     "CP2 x DP2 x EP2 ZeRO-1 overlapped": (4, ["parallel.cp=2", "parallel.ep=2", *OVERLAP]),
     "PP2 VPP2 x DP2 ZeRO-1 overlapped": (4, ["parallel.pp=2", "parallel.vpp=2", *OVERLAP]),
+    "EP2 ZeRO-1 overlapped, passes overlapped": (2, [*PASSES, *OVERLAP, "train.micro_batch_size=1"]),
+    "PP2 VPP2 x EP2, passes overlapped": (4, [*PASSES, "parallel.pp=2", "parallel.vpp=2",
+                                              "train.micro_batch_size=1"]),
     "micro batch 1": (1, ["train.micro_batch_size=1"]),
     "micro batch 8": (1, ["train.micro_batch_size=8"]),
 }
@@ -44,6 +49,8 @@ FP32 = (["train.precision=fp32",
 CASES = {
     "micro batches": ("tiny-k-exaone", "lm", [], FP64, ("micro batch 1", "micro batch 8")),
     "sft": ("tiny-k-exaone", "sft", SFT, FP64, ("PP2 VPP2 x DP2 ZeRO-1 overlapped",)),
+    "passes": ("tiny-k-exaone", "sft", SFT, FP64, (
+        "EP2 ZeRO-1 overlapped, passes overlapped", "PP2 VPP2 x EP2, passes overlapped")),
     # experts in the prediction layer, chosen within groups
     "glm4_moe sft": ("tiny-glm4-moe", "sft", [
         *SFT, "model.num_expert_groups=2", "model.num_groups_per_token=1", "model.seq_aux_loss_coeff=0.01"],

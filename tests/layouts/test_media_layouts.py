@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, gelu, layer_norm, linear, rms_norm, silu, softplus
 
 from megatron_sov import recipes
-from megatron_sov.engine.convert.hf_export import to_hf
-from megatron_sov.engine.convert.hf_import import from_hf
+from megatron_sov.convert.hf_export import to_hf
+from megatron_sov.convert.hf_import import from_hf
 from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.config.encoders import CLIP_MEAN, CLIP_STD

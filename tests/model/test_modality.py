@@ -16,9 +16,9 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base import command_line
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.model import modality as seam
 from megatron_sov.model.config import VisionEncoderConfig
+from megatron_sov.train.data.token_shards import open_sources
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +61,7 @@ import sys
 import {modules}
 print([name for name in sys.modules if name.startswith(("megatron_sov.omni", "data_prep.media"))])
 """
-CORE = ("megatron_sov.engine.convert", "megatron_sov.train.trainer", "megatron_sov.infer.decoder.generator",
+CORE = ("megatron_sov.convert", "megatron_sov.train.trainer", "megatron_sov.infer.decoder.generator",
         "megatron_sov.post.reference", "megatron_sov.eval.heldout", "megatron_sov.commands.models.generate",
         "megatron_sov.commands.evaluate.eval", "data_prep.shards.pack", "data_prep.shards.verify")
 

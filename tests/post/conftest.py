@@ -35,8 +35,8 @@ def kept_by_a_teacher() -> Callable[..., None]:
     from safetensors.torch import save_file
 
     from megatron_sov.base.artifacts import new_artifact
-    from megatron_sov.engine.data.token_shards import open_sources, provenance
     from megatron_sov.post.distillation import state_files
+    from megatron_sov.train.data.token_shards import open_sources, provenance
 
     def write(out: Path, data: list[Path], kept: Any, part_tokens: int = 400) -> None:
         random = torch.Generator().manual_seed(0)

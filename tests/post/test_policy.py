@@ -16,10 +16,10 @@ import pytest
 from megatron_sov.base.chat.encode import TYPE_TEXT
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.model.config import PolicyConfig
 from megatron_sov.model.recipes import get
 from megatron_sov.post.policy import check_sources, texts_of
+from megatron_sov.train.data.token_shards import open_sources
 
 LAYOUTS = {
     "TP2+SP x PP2 VPP2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.vpp=2"]),
@@ -88,10 +88,10 @@ def _trainer(settings: list[str], run: str) -> Any:
     sys.path.insert(0, str(Path(__file__).parents[1] / "layouts"))
     from layout_run import small_config
 
-    from megatron_sov.engine.data.token_shards import Source
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.post.policy import check_sources, objective_of
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import Source
     from megatron_sov.train.trainer import Trainer
 
     config = small_config("tiny-k-exaone", [*SETTINGS, *settings], [], "policy")
@@ -176,9 +176,9 @@ def test_every_layout_and_every_split_learn_what_is_written_out(ranks: Any, job:
 
 def test_it_reads_what_its_settings_need() -> None:
     from megatron_sov import recipes
-    from megatron_sov.engine.data.token_shards import Source
     from megatron_sov.model.config import apply_settings
     from megatron_sov.post.policy import check_sources, objective_of
+    from megatron_sov.train.data.token_shards import Source
     from megatron_sov.train.objectives.objective import columns_of, formats_of
 
     def made(*settings: str) -> Any:

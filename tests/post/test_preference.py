@@ -31,11 +31,11 @@ def _trainer(settings: list[str], data: str, run: Path) -> Any:
     sys.path.insert(0, str(Path(__file__).parents[1] / "layouts"))
     from layout_run import small_config
 
-    from megatron_sov.engine.data.token_shards import open_sources
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.post.preference import objective_of
     from megatron_sov.post.reference import Reference
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import open_sources
     from megatron_sov.train.trainer import Trainer
 
     config = small_config("tiny-k-exaone", [*SETTINGS, *settings], [data], "preference")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.model.config import DataConfig, PhaseConfig, TrainConfig
+from megatron_sov.train.data.token_shards import Source
 
 SEQ_LEN = 4
 

@@ -16,8 +16,8 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import new_artifact, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import write_sealed
-from megatron_sov.engine.data.requirements import NeededColumn, refuse_without_columns
-from megatron_sov.engine.data.token_shards import Source, open_sources
+from megatron_sov.train.data.requirements import NeededColumn, refuse_without_columns
+from megatron_sov.train.data.token_shards import Source, open_sources
 
 
 def opened(pairs: Path) -> list[Source]:

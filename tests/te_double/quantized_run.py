@@ -11,14 +11,16 @@ from typing import Any
 import torch
 
 from megatron_sov import recipes
+from megatron_sov.engine.mcore.model import language_model
 from megatron_sov.engine.mcore.optimizer.adamw import HostAdamW
-from megatron_sov.engine.mcore.parallel import device, world
+from megatron_sov.engine.mcore.parallel import cpu_shims, device, world
 from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.train.objectives import microbatch
 from megatron_sov.train.trainer import Trainer
 from tests.layouts import layout_run
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
-from quantizers.products import product
+from quantizers.products import ROLES, quantized
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=2",
          "model.head_dim=16", "model.expert_ffn_dim=32", "train.global_batch_size=2",
@@ -28,7 +30,9 @@ SMALL = ("model.vocab_size=368", "model.hidden_size=64", "model.num_heads=4", "m
 RECIPES = {"Float8CurrentScaling": "tensorwise", "Float8BlockScaling": "blockwise",
            "MXFP8BlockScaling": "mxfp8", "NVFP4BlockScaling": "nvfp4"}
 """Name of a recipe's class -> that of the reference quantisers."""
-FAMILIES = {"tiny-solar-open": ("model.num_layers=3",), "tiny-k-exaone": ("model.dense_ffn_dim=96",)}
+DENSE = ("model.dense_ffn_dim=96",)
+FAMILIES = {"tiny-solar-open": ("model.num_layers=3",), "tiny-k-exaone": DENSE, "tiny-qwen2": DENSE,
+            "tiny-qwen3": DENSE, "tiny-qwen3-moe": (), "tiny-gpt-oss": ("model.num_experts=4",)}
 
 
 def config_of(recipe: str, settings: list[str], path: str) -> RunConfig:
@@ -38,7 +42,8 @@ def config_of(recipe: str, settings: list[str], path: str) -> RunConfig:
 
 
 def quantise_products() -> None:
-    """Have the double quantise the operands of its products wherever a recipe is on."""
+    """Have the double quantise the operands of its products wherever a recipe is on, and accumulate as
+    Hopper does."""
     from transformer_engine.pytorch import gemm as products  # the double's own
 
     plain = products.gemm
@@ -49,12 +54,39 @@ def quantise_products() -> None:
         if name not in RECIPES:
             return plain(a, b, kind, recipe, out_dtype)
         products.COUNTS[kind, name] += 1
-        form = recipe.fp8_format.name.lower()
-        return product(a, b, kind, RECIPES[name], form).to(out_dtype or a.dtype)
+        products.check_aligned(a, b, recipe)
+        left, right = (quantized(x, role, kind, RECIPES[name], recipe.fp8_format.name.lower())
+                       for x, role in zip((a, b.t()), ROLES[kind], strict=True))
+        multiply = products.fast_product if products.accumulates_fast(kind, recipe) else torch.matmul
+        return multiply(left, right.t()).to(out_dtype or a.dtype)
 
     for module in list(sys.modules.values()):
         if module.__name__.startswith("transformer_engine.") and getattr(module, "gemm", None) is plain:
             module.gemm = gemm
+
+
+def each(cases: list[tuple[str, list[str]]], path: str) -> list[dict[str, Any]]:
+    """Train a step for each (recipe, settings) in this process; return its loss, the hash of the weights
+    behind it, its products, and how many parts were computed again without a product."""
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    quantise_products()
+    again, compute_again = [0], CheckpointWithoutOutput._recompute
+
+    def counted(self: Any, gradient: Any) -> None:
+        again[0] += self.ctx is not None
+        compute_again(self, gradient)
+
+    CheckpointWithoutOutput._recompute = counted
+    found = []
+    for recipe, settings in cases:
+        trainer = layout_run._trainer(config_of(recipe, settings, path))
+        _products()
+        again[0] = 0
+        loss = trainer.update().loss
+        found.append({"loss": loss, "weights": _digest(trainer), "products": _products(), "again": again[0]})
+        world.leave()
+    return found
 
 
 def _trainer(recipe: str, settings: list[str], path: str, run: str = "not-written") -> Trainer:
@@ -103,6 +135,41 @@ def continued(recipe: str, settings: list[str], path: str, run: str) -> dict[str
     found["resumed ends"] = _digest(trainer)
     trainer.close()
     world.leave()
+    return found
+
+
+def placed(cases: list[tuple[str, list[str]]], path: str, run: str, *, sends: bool = True) -> list[Any]:
+    """Train with a checkpoint, an evaluation and a resumption for each (recipe, settings), where tensors that
+    would be in host memory are refused beside a GPU's; return how many there were, or what was refused.
+
+    Without SENDS, rows stay where they were read.
+    """
+    from transformer_engine.pytorch import placement  # the double's own
+
+    quantise_products()
+    device.CPU = cpu_shims.CPU = placement.GPU
+    language_model.on_gpu = lambda: True
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self.to(placement.GPU)  # type: ignore[method-assign]
+    if not sends:
+        microbatch.to_device = lambda values, device: values
+    found: list[Any] = []
+    for number, (recipe, settings) in enumerate(cases):
+        with placement.HostTensors() as mode:
+            trainer = layout_run._trainer(config_of(recipe, settings, path), f"{run}-{number}")
+            trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+            try:
+                trainer.update()
+            except (RuntimeError, ValueError) as e:
+                found.append(str(e))
+                continue
+            trainer.save()
+            trainer.checkpointer.finish()
+            trainer.evaluate()
+            trainer.resume(trainer.folder.checkpoint(1))
+            trainer.update()
+            trainer.close()
+            world.leave()
+        found.append(mode.marked)
     return found
 
 
@@ -159,5 +226,5 @@ def quantises_weights(recipe: str, settings: list[str], path: str) -> list[bool]
 
 def _digest(trainer: Trainer) -> str:
     """Hash this process's weights as they lie in memory."""
-    return hashlib.sha256(b"".join(p.detach().view(torch.int16).numpy().tobytes()
+    return hashlib.sha256(b"".join(p.detach().view(torch.uint8).numpy().tobytes()
                                    for p in trainer.model.parameters())).hexdigest()

@@ -49,6 +49,35 @@ def recorded_calls(recipe: str, settings: list[str], paths: list[str]) -> list[l
     return sorted(map(list, calls), key=str)
 
 
+def experts_without_tokens() -> list[Any]:
+    """Have all tokens go to the first process's experts; return whether fused permutations and the library's
+    own give the same: the largest difference of outputs and of gradients, beside the largest of them."""
+    import torch
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    from megatron_sov.engine.mcore.model.language_model import build_configured
+    from megatron_sov.model import recipes
+    from megatron_sov.model.config import apply_settings
+
+    config = apply_settings(recipes.get("tiny-solar-open"), [
+        "train.precision=bf16", "model.num_layers=2", "model.num_experts=4", "model.num_experts_per_token=2",
+        "parallel.ep=2", "parallel.expert_dispatcher=allgather", "gpu.grad_accumulation_fusion=off"])
+    world.join(config.parallel)
+    model = build_configured(config)
+    layer: Any = next(m for m in model.modules() if isinstance(m, MoELayer)).eval()
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    layer.router.expert_bias[:2] = 100
+    found = []
+    for layer.config.moe_permute_fusion in (True, False):
+        x = torch.linspace(-1, 1, 3 * config.model.hidden_size).bfloat16().view(3, 1, -1).requires_grad_()
+        y = layer(x)[0]
+        y.float().square().sum().backward()
+        found.append((y, x.grad))
+    world.leave()
+    return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True)]
+
+
 def _recorder(function: Any, name: tuple[str, str | None], calls: set[Any], *, bound: bool) -> Any:
     @functools.wraps(function)
     def recorded(*args: Any, **kwargs: Any) -> Any:

@@ -20,6 +20,10 @@ TP2 = ["parallel.tp=2", "parallel.sp=true"]
 LAYOUTS = {
     "TP2+SP x EP2": (2, [*TP2, "parallel.ep=2"]),
     "EP2 x ZeRO-1": (2, ["parallel.ep=2", "parallel.zero1=true"]),
+    "EP2, passes overlapped": (2, [
+        "parallel.ep=2", "parallel.expert_overlap=micro_batches", "parallel.delay_weight_grads=true",
+        "train.micro_batch_size=2", "train.recompute=selective",
+        'gpu.recompute_modules=["layernorm", "moe_act"]']),
     "ETP2": (2, ["parallel.etp=2"]),
     "PP2 VPP2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
     "CP2, recomputed": (2, ["parallel.cp=2", "train.recompute=true"]),
@@ -58,6 +62,25 @@ def test_models_are_made_of_its_modules(te_ranks: Any, job: Any, packed_data: An
     # and embeddings; 4 micro-batches
     products = 4 * (2 * 4 + 2 * (2 + 4 * 2) + 2 * 2 + 1)
     assert found["products"] == {"fprop": products, "dgrad": products, "wgrad": products}
+
+
+@pytest.mark.distributed
+def test_a_process_whose_experts_get_no_token_gives_zeros(te_ranks: Any, job: Any) -> None:
+    (found,) = te_ranks(job(TE_RUN, "experts_without_tokens", 2, {}))
+    # one sums in float32 and rounds, the other in bf16
+    assert all(output < 0.01 and gradient < 0.01 for output, gradient in found), found
+
+
+@pytest.mark.distributed
+def test_a_router_multiplies_in_transformer_engine(te_ranks: Any, job: Any, packed_data: Any) -> None:
+    """bf16 operands into float32 logits, and gradients of float32; megatron-core 0.16.1 alone would find no
+    product, and cast the tokens for torch's."""
+    (found,), = te_ranks(job(TE_RUN, "one_step", 1, {
+        "recipe": "tiny-gpt-oss", "paths": [str(packed_data.text)],  # whose routers have biases in bf16
+        "settings": ["train.precision=bf16", "model.num_layers=2", "model.num_experts=4"]}))
+    rows = 2 * 4  # routers, micro-batches
+    assert {kind: n for kind, n in found["products"].items() if kind.startswith("general")} == {
+        "general TN": rows, "general NN": rows, "general NT": rows}
 
 
 @pytest.mark.distributed

@@ -1,13 +1,17 @@
-"""What is called has the shape that the real libraries have: contract.json holds theirs."""
+"""What is called has the shape that the real libraries have: contract.json holds theirs, of both versions of
+megatron-core."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_sov.operate.contract import Sources, differences
+from tests import newest
 from tests.te_double import contract
 
 TE_RUN = str(Path(__file__).with_name("te_run.py"))
@@ -29,6 +33,17 @@ NOT_DOUBLED = {
 }
 """Names that megatron-core does without here: of inference, CUDA graphs, offload, fp8 weights, delayed
 scaling and its own loss."""
+NOT_DOUBLED_OF_0_19 = {
+    "constants.MXFP8_BLOCK_SCALING_SIZE", "constants.NVFP4_BLOCK_SCALING_SIZE",
+    "distributed._NVFP4AllGatherAsyncHandle", "ep", "ep.EpBuffer", "ep._BOOTSTRAPPED", "ep.ep_bootstrap",
+    "ep.ep_combine", "ep.ep_dispatch", "ep.ep_finalize", "ep.is_symm_backed", "ep.symm_mem_alloc",
+    "optimizers.multi_tensor_scale_tensor", "permutation.moe_permute_and_pad_with_probs",
+    "quantized_tensor.QuantizedTensor", "tensor.MXFP8TensorStorage", "tensor.NVFP4TensorStorage",
+    "tensor.grouped_tensor.GroupedTensor", "tensor.mxfp8_tensor.MXFP8Quantizer",
+    "tensor.utils.quantize_master_weights", "utils.nvtx_range_pop", "utils.nvtx_range_push",
+    "utils.round_up_to_nearest_multiple",
+}
+"""Those that 0.19 alone uses: of NCCL's expert dispatcher, grouped weights and other storages of them."""
 
 REASONS = {
     "architecture": "no family of models here has it",
@@ -45,26 +60,19 @@ REASONS = {
 """Why fields of the library's configurations are left alone, as reviewed_fields.json says of each."""
 
 
-def same(ours: str, theirs: str) -> bool:
-    """Return whether two signatures agree; a computed default agrees with any."""
-    split = [text.strip("()").split(", ") for text in (ours, theirs)]
-    return len(split[0]) == len(split[1]) and all(
-        a == b or (a.split("=")[0] == b.split("=")[0] and "..." in (a.partition("=")[2], b.partition("=")[2]))
-        for a, b in zip(*split, strict=True))
-
-
 @pytest.mark.parametrize("name", sorted(TE))
 def test_the_double_has_the_real_signatures(name: str) -> None:
     ours, theirs = contract.described(OURS, name), TE[name]
     if ours is None:
-        assert theirs is None or name.removeprefix(f"{contract.TE}.pytorch.") in NOT_DOUBLED
+        assert theirs is None or name.removeprefix(f"{contract.TE}.pytorch.") in (
+            NOT_DOUBLED | NOT_DOUBLED_OF_0_19)
     elif isinstance(theirs, dict):
         wrong = {method: (text, theirs.get(method)) for method, text in ours.items()
-                 if method not in theirs or not same(text, theirs[method])}
+                 if method not in theirs or not contract.is_same(text, theirs[method])}
         assert not wrong, "(the double's, the real one's)"
     elif theirs != "extension":  # a compiled function: its C++ signature is in no Python source
         assert theirs is not None, "the real library has no such name, and megatron-core goes another way"
-        assert same(ours, theirs)
+        assert contract.is_same(ours, theirs)
 
 
 @pytest.mark.distributed
@@ -75,7 +83,8 @@ def test_calls_of_a_training_step_bind_to_the_real_signatures(te_ranks: Any, job
         "paths": [str(packed_data.text)]}))
     for name, method, positional, names in calls:
         text = TE[name] if method is None else TE[name][method]
-        contract.parsed(text).bind(*[None] * positional, **dict.fromkeys(names))
+        if text != "extension":  # compiled: its C++ signature is in no Python source
+            contract.parsed(text).bind(*[None] * positional, **dict.fromkeys(names))
     reached = {name.rpartition(".")[2] for name, *_ in calls}
     assert reached >= {"Linear", "LayerNormLinear", "GroupedLinear", "RMSNorm", "DotProductAttention",
                        "apply_rotary_pos_emb", "moe_permute_with_probs", "moe_unpermute",
@@ -83,15 +92,21 @@ def test_calls_of_a_training_step_bind_to_the_real_signatures(te_ranks: Any, job
 
 
 def test_the_contract_is_about_what_is_used() -> None:
-    assert set(TE) == contract.te_names(), RENEW
+    installed = contract.te_names(contract.megatron_folder())
+    # what the other version alone uses is in there, too
+    assert installed <= set(TE), RENEW
+    if newest.is_here():
+        assert set(TE) == installed | contract.te_names(newest.unpacked()), RENEW
     assert OURS.module(contract.TE) is not None
     version = (Path(__file__).parent / "transformer_engine/__init__.py").read_text()
     assert f'__version__ = "{THEIRS[contract.TE]["version"]}"' in version
 
 
 def test_the_installed_megatron_core_has_the_contracts_shape() -> None:
-    installed, theirs = contract.megatron_part(), THEIRS[contract.MEGATRON]
-    assert installed["version"] == theirs["version"], RENEW
+    installed = contract.megatron_part(contract.megatron_folder(),
+                                       importlib.metadata.version("megatron-core"))
+    assert installed["version"] in [newest.lane(marker) for marker in newest.PYTHONS]
+    theirs = contract.megatron_contract(THEIRS, installed["version"])
     for part in ("symbols", "fields"):
         changed = {name: (found, theirs[part].get(name)) for name, found in installed[part].items()
                    if found != theirs[part].get(name)}
@@ -103,10 +118,53 @@ def test_the_installed_megatron_core_has_the_contracts_shape() -> None:
 @pytest.mark.parametrize("config", contract.CONFIGS)
 def test_every_field_is_set_or_was_looked_at(config: str) -> None:
     """A field of a new version may change what is trained, and one that is set is no longer left alone."""
-    fields, reviewed = set(THEIRS[contract.MEGATRON]["fields"][config]), json.loads(
-        contract.REVIEWED.read_text())[config]
+    fields = contract.fields_of(THEIRS, config)
+    reviewed = json.loads(contract.REVIEWED.read_text())[config]
     by_us = contract.fields_set()
     assert not fields - by_us - set(reviewed), "set it, or write into reviewed_fields.json why not"
     stale = set(reviewed) & by_us | set(reviewed) - fields
-    assert not stale, "python tests/te_double/contract.py --installed takes them off the list"
+    assert not stale, "python tests/te_double/contract.py --megatron takes them off the list"
     assert set(reviewed.values()) <= set(REASONS)
+
+
+@pytest.mark.parametrize("part", [part for part in THEIRS if part not in (contract.TE, contract.DEEP_EP)])
+def test_our_calls_bind_to_the_real_signatures(part: str) -> None:
+    package, _, version = part.partition(" ")
+    symbols = (contract.megatron_contract(THEIRS, version) if version else THEIRS[package])["symbols"]
+    bound = 0
+    for name, by_place, keywords in contract.calls_of(package):
+        home, _, method = name.rpartition(".")
+        shape = symbols.get(name) or (symbols.get(home) or {}).get(method)
+        text = shape.get("__init__") if isinstance(shape, dict) else shape
+        if text and text.startswith("("):
+            contract.parsed(text).bind(*[None] * by_place, **dict.fromkeys(keywords))
+            bound += 1
+    assert bound > 5
+
+
+def test_the_first_difference_is_named(tmp_path: Path) -> None:
+    """Names, kinds and defaults of methods count, and what is gone; what is new does not."""
+    (tmp_path / "library.py").write_text(
+        "class Layer:\n    def __init__(self, size, /, *, bias=True, new=None): ...\n"
+        "    def forward(self, x, scale=1.0): ...\n    def more(self): ...\n")
+    symbols = {"library.absent": None, "library.Layer": {"__init__": "(size, /, *, bias=True, new=None)",
+                                                         "forward": "(x, scale=1.0)"}}
+    assert list(differences(symbols, Sources(tmp_path))) == []
+    layer = symbols["library.Layer"]
+    assert layer is not None
+    for method, text, told in (
+            ("forward", "(x, scale=2.0)", "takes (x, scale=1.0), and the contract says (x, scale=2.0)"),
+            ("forward", "(x, *, scale=1.0)", "takes (x, scale=1.0), and the contract says (x, *, scale=1.0)"),
+            ("backward", "(x)", "is gone")):
+        found = differences({"library.Layer": {**layer, method: text}}, Sources(tmp_path))
+        assert list(found) == [f"library.Layer.{method} {told}"]
+
+
+def test_an_older_deep_ep_is_told_from_today_s(tmp_path: Path) -> None:
+    """Version 2 keeps the events in another file, which megatron-core does not look into."""
+    (tmp_path / "deep_ep/utils").mkdir(parents=True)
+    (tmp_path / "deep_ep/__init__.py").write_text("")
+    (tmp_path / "deep_ep/utils/__init__.py").write_text("from .event import EventHandle\n")
+    (tmp_path / "deep_ep/utils/event.py").write_text("class EventHandle: ...\n")
+    symbols = {name: shape for name, shape in THEIRS[contract.DEEP_EP]["symbols"].items() if "utils" in name}
+    assert "deep_ep.utils.EventOverlap is gone" in list(differences(symbols, Sources(tmp_path)))

@@ -18,8 +18,8 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import new_artifact, read_manifest
 from megatron_sov.base.documents.shard_files import IndexedWriter
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.model.config import apply_settings
+from megatron_sov.train.data.token_shards import open_sources
 from tests.tiny import tiny_trainer
 
 SETTINGS = ("model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
@@ -109,7 +109,7 @@ def test_meters_are_means_over_the_whole_batch_however_it_is_cut(make: Make) -> 
 
 def with_routes(data: Path, folder: Path, known: float) -> Path:
     """Write token shards once more, with drawn routes of so many of their tokens."""
-    from megatron_sov.engine.data.requirements import shape_of
+    from megatron_sov.train.data.requirements import shape_of
 
     shape = shape_of(apply_settings(recipes.get("tiny-solar-open"), SETTINGS).model)
     random, manifest = np.random.default_rng(0), read_manifest(data, "tokens")

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.engine.data.rows import PackedRow
 from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import IdBlock, apply_settings
+from megatron_sov.train.data.rows import PackedRow
 
 prepare_megatron()
 from megatron_sov.base.errors import UserError  # noqa: E402

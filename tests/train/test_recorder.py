@@ -13,7 +13,6 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import manifest_sha256, new_artifact
-from megatron_sov.engine.data.ledger import LedgerEntry
 from megatron_sov.engine.mcore.checkpoint.save import Saved
 from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.engine.mcore.parallel.world import ParallelWorld
@@ -21,6 +20,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.families.count import train_flops_per_token
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.checkpointer import TrainState
+from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.guards.step_guard import Refusal
 from megatron_sov.train.recorder import Efficiency, Recorder, StepResult, peak_tflops
 from megatron_sov.train.stages.evaluate import HeldoutLoss

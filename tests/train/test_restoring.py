@@ -10,11 +10,11 @@ import pytest
 
 from megatron_sov.base.artifacts import MANIFEST, new_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.ledger import Ledger, LedgerEntry
 from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.train.data.ledger import Ledger, LedgerEntry
 from tests.tiny import tiny_model
 
 prepare_megatron()

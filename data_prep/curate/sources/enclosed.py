@@ -15,8 +15,8 @@ from data_prep.curate.sources.reader import ReadingJob, SourceItem, job_of
 from data_prep.curate.sources.source import Broken, Raw
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError, told_in_a_line
+from megatron_sov.sandbox.restrictions import enclose_reader
 from megatron_sov.work.processes.channel import receive, send
-from megatron_sov.work.sandbox.restrictions import enclose_reader
 
 MAX_ERROR_CHARS = 300
 MAX_DEPTH = 2000

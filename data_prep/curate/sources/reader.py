@@ -15,8 +15,8 @@ from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import is_hidden, passed_over, walk_files, why_left_out
 from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.settings import read
+from megatron_sov.sandbox.readers import KeptReader, Wording
 from megatron_sov.work.processes.channel import receive, send
-from megatron_sov.work.sandbox.readers import KeptReader, Wording
 
 
 def source_files(source: SourceSettings, wanted: Callable[[str], bool],

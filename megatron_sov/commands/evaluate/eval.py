@@ -196,7 +196,7 @@ def _needle(args: NeedleOptions) -> int:
 
 def _logits(args: LogitsOptions) -> int:
     events = begin_task(args, args.checkpoint, args.hf_dir)
-    from megatron_sov.engine.convert import is_hf_folder
+    from megatron_sov.convert import is_hf_folder
     from megatron_sov.eval.parity import compare_logits, random_prompts
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.runs.checkpoints import find_checkpoint
@@ -258,10 +258,10 @@ def suite_of(args: NeedleOptions, target: Target) -> NeedleSuite:
     Raises:
         UserError: there is no text, it does not fit the model, or the numbers make no test.
     """
-    from megatron_sov.engine.data.token_shards import open_sources, tokenizer_folder
-    from megatron_sov.engine.data.vocabulary import refuse_other_tokens
+    from megatron_sov.base.documents.vocabulary import refuse_other_tokens
     from megatron_sov.eval.needle.suite import make_suite
     from megatron_sov.eval.needle.text import open_haystacks
+    from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 
     if not args.data and not args.text:
         raise UserError("there is no text to hide needles in: pass --data DIR or --text LANGUAGE=FILE")

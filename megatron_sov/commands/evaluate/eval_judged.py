@@ -362,12 +362,12 @@ class PairsOptions(HeldoutOptions, OutOptions, RankOptions):
 
 def run_pairs(args: PairsOptions) -> int:
     events = begin_task(args, args.target, out=args.out)
-    from megatron_sov.engine.data.token_shards import open_sources, tokenizer_folder
-    from megatron_sov.engine.data.vocabulary import refuse_other_tokens
+    from megatron_sov.base.documents.vocabulary import refuse_other_tokens
     from megatron_sov.eval.heldout import rows_per_batch
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.post.preference import ranked
     from megatron_sov.post.reference import document_logprobs, document_logprobs_hf
+    from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 
     target = find_target(args.target)
     seq_len = args.seq_len or target.trained_tokens

@@ -25,7 +25,7 @@ from megatron_sov.base.settings import (
     Actions, AtLeastOne, Flag, NotNegative, add_actions, parse_nested, run_action)
 from megatron_sov.commands.shared_options import (
     PARITY_LENGTHS, CheckpointOut, CheckpointPath, OverwriteOptions, RecordOptions, RedoOptions)
-from megatron_sov.engine.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
+from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, from_dict
@@ -294,7 +294,7 @@ def run_from_megatron(args: FromMegatronOptions) -> int:
         overrides = {name: value for name, value in model.items() if name != "family"} | overrides
     if args.tokenizer is not None and not (args.tokenizer / "tokenizer.json").is_file():
         raise UserError(f"--tokenizer {args.tokenizer}: has no tokenizer.json; name a tokenizer's folder")
-    from megatron_sov.engine.convert.megatron_import import from_megatron
+    from megatron_sov.convert.megatron_import import from_megatron
 
     told = from_megatron(args.megatron_dir, args.out, args.dtype, family=family, overrides=overrides,
                          tokenizer=args.tokenizer, workers=args.workers, overwrite=args.overwrite,
@@ -336,7 +336,7 @@ def _from_hf(args: FromHfOptions) -> int:
     _begin(args, args.hf_dir)
     # before torch, which takes seconds to load
     refuse_other_kind(args.hf_dir, (HF_MODEL,), "a Hugging Face folder")
-    from megatron_sov.engine import convert
+    from megatron_sov import convert
 
     convert.from_hf(args.hf_dir, args.out, args.dtype, workers=args.workers,
                     overwrite=args.overwrite, redo=args.redo)
@@ -347,7 +347,7 @@ def _from_hf(args: FromHfOptions) -> int:
 def _to_hf(args: ToHfOptions) -> int:
     _begin(args, args.checkpoint)
     refuse_other_kind(args.checkpoint, (KIND, RUN), "a checkpoint or a run")
-    from megatron_sov.engine import convert
+    from megatron_sov import convert
 
     convert.to_hf(args.checkpoint, args.out, args.dtype, max_shard_bytes=args.max_shard_bytes,
                   workers=args.workers, overwrite=args.overwrite, redo=args.redo)
@@ -357,7 +357,7 @@ def _to_hf(args: ToHfOptions) -> int:
 
 def _to_peft(args: ToPeftOptions) -> int:
     _begin(args, args.checkpoint)
-    from megatron_sov.engine.convert.peft import to_peft
+    from megatron_sov.convert.peft import to_peft
 
     to_peft(args.checkpoint, args.out, base_name=args.base_name, overwrite=args.overwrite)
     print(f"wrote PEFT adapter {args.out}")
@@ -366,7 +366,7 @@ def _to_peft(args: ToPeftOptions) -> int:
 
 def _from_peft(args: FromPeftOptions) -> int:
     _begin(args, args.peft_dir, args.base)
-    from megatron_sov.engine.convert.peft import from_peft
+    from megatron_sov.convert.peft import from_peft
 
     from_peft(args.peft_dir, args.out, args.base, overwrite=args.overwrite)
     print(f"wrote checkpoint {args.out}")
@@ -375,8 +375,8 @@ def _from_peft(args: FromPeftOptions) -> int:
 
 def _average(args: AverageOptions) -> int:
     _begin(args)
-    from megatron_sov.engine import convert
-    from megatron_sov.engine.convert.averaging import choose_checkpoints
+    from megatron_sov import convert
+    from megatron_sov.convert.averaging import choose_checkpoints
 
     found = choose_checkpoints(args.run, args.last, (args.from_step, args.to_step), args.weights,
                    args.decay)
@@ -387,7 +387,7 @@ def _average(args: AverageOptions) -> int:
 
 def _upcycle(args: UpcycleOptions) -> int:
     _begin(args, args.checkpoint)
-    from megatron_sov.engine.convert.growing import Upcycling, upcycle
+    from megatron_sov.convert.growing import Upcycling, upcycle
 
     upcycle(args.checkpoint, args.out,
             Upcycling(args.experts, args.top_k, args.granularity, args.noise, args.seed,
@@ -399,7 +399,7 @@ def _upcycle(args: UpcycleOptions) -> int:
 
 def _deepen(args: DeepenOptions) -> int:
     _begin(args, args.checkpoint)
-    from megatron_sov.engine.convert.growing import Deepening, deepen
+    from megatron_sov.convert.growing import Deepening, deepen
 
     deepen(args.checkpoint, args.out, Deepening(args.layers, args.how, args.identity),
            workers=args.workers, overwrite=args.overwrite, redo=args.redo)
@@ -420,7 +420,7 @@ def _settings(args: TranslateOptions) -> int:
 def _verify(args: VerifyOptions) -> int:
     check_output("--card", args.card)
     _begin(args, args.a, args.b)
-    from megatron_sov.engine import convert
+    from megatron_sov import convert
     from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()  # before anything imports megatron
@@ -469,8 +469,8 @@ def _inspect(args: ConvertInspectOptions) -> int:
 
 def _facts(path: Path) -> dict[str, Any]:
     """Return what `inspect` shows, from headers alone."""
-    from megatron_sov.engine import convert
-    from megatron_sov.engine.convert.peft import adapter_facts
+    from megatron_sov import convert
+    from megatron_sov.convert.peft import adapter_facts
 
     weights = convert.open_weights(path)
     dtypes: dict[str, int] = {}

@@ -159,7 +159,7 @@ def _check_data(args: LadderOptions, members: Sequence[Member]) -> None:
     Raises:
         UserError: they cannot be read, are not for these models, or hold nothing out.
     """
-    from megatron_sov.engine.data.token_shards import open_sources
+    from megatron_sov.train.data.token_shards import open_sources
 
     sources = open_sources(data_paths(args.data), members[0].config.model.vocab_size)
     # now: without it the last run would end before anybody learned that nothing can be compared

@@ -14,15 +14,15 @@ from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.errors import ExitCode, GateFailed, UserError, visible
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, run_action
-from megatron_sov.judge.rollouts.prompts import rounds_between
+from megatron_sov.rollouts.prompts import rounds_between
 from megatron_sov.runs.inspecting import MAX_PROBLEMS, ArtifactKind
 from megatron_sov.runs.obs.figures import size
 from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
-    from megatron_sov.judge.rollouts.inspection import StoreCheck
-    from megatron_sov.judge.rollouts.rows import Rollout
-    from megatron_sov.judge.rollouts.store import RolloutStore
+    from megatron_sov.rollouts.inspection import StoreCheck
+    from megatron_sov.rollouts.rows import Rollout
+    from megatron_sov.rollouts.store import RolloutStore
     from megatron_sov.work.progress.locks import Holder
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class StoreGcOptions(StoreOptions):
 
 
 def open_store(path: Path) -> RolloutStore:
-    from megatron_sov.judge.rollouts.store import RolloutStore
+    from megatron_sov.rollouts.store import RolloutStore
 
     return RolloutStore.open(path)
 
@@ -203,7 +203,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _page(args: StorePageOptions) -> int:
-    from megatron_sov.judge.rollouts.inspection import page_of
+    from megatron_sov.rollouts.inspection import page_of
 
     store = open_store(args.store)
     check_output("--output", args.output)
@@ -234,7 +234,7 @@ def _version(given: str | None, store: RolloutStore) -> str | None:
 
 def _decode_of(folder: Path, store: RolloutStore) -> Callable[[list[int]], str]:
     from megatron_sov.base.chat.folder import open_tokenizer
-    from megatron_sov.engine.data.vocabulary import TOKENIZER_JSON, tokenizer_digest
+    from megatron_sov.base.documents.vocabulary import TOKENIZER_JSON, tokenizer_digest
 
     file = folder / TOKENIZER_JSON
     if not file.is_file():
@@ -247,7 +247,7 @@ def _decode_of(folder: Path, store: RolloutStore) -> Callable[[list[int]], str]:
 
 
 def _stats(args: StoreStatsOptions) -> int:
-    from megatron_sov.judge.rollouts.inspection import figures_of
+    from megatron_sov.rollouts.inspection import figures_of
 
     store = open_store(args.store)
     with work_bar("read", len(store.parts(args.round)), "part") as bar:
@@ -286,7 +286,7 @@ def _tell(name: str, figures: dict[str, Any]) -> None:
 
 def checked(store: RolloutStore) -> StoreCheck:
     """Return what is wrong with a store, behind a bar."""
-    from megatron_sov.judge.rollouts.inspection import check
+    from megatron_sov.rollouts.inspection import check
 
     with work_bar("read", len(list((store.path / store.ROWS).iterdir())), "part") as bar:
         return check(store, bar.update)

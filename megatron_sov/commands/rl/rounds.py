@@ -17,6 +17,7 @@ from annotated_types import Ge, Lt
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.base.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.base.digests import file_digest
+from megatron_sov.base.documents.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.base.errors import (
     ExitCode, GateFailed, StopRequested, UserError, list_problems, visible, warn)
 from megatron_sov.base.plugins.registry import PluginOrder
@@ -25,12 +26,9 @@ from megatron_sov.base.settings import (
     read_options)
 from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
 from megatron_sov.commands.train.gate_options import TunedOptions, gate_of, refuse_unknown_benchmarks
-from megatron_sov.engine.data.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.infer.asking import EngineOptions, check_engine, check_length
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, Engine, engine_for
 from megatron_sov.infer.request import Batching, BatchSize
-from megatron_sov.judge.rollouts.prompts import (
-    RolloutPrompt, read_prompts, refuse_unaskable, round_prompts, rounds_between)
 from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import BUILT_IN, make, order
 from megatron_sov.model.config import RunConfig
@@ -40,6 +38,8 @@ from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import RecipeOptions
 from megatron_sov.post.rl.reward import (
     ENVIRONMENT, JudgingJob, RewardSummary, judging, reward_version, second_opinions)
+from megatron_sov.rollouts.prompts import (
+    RolloutPrompt, read_prompts, refuse_unaskable, round_prompts, rounds_between)
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, ROUNDS, RunFolder
 from megatron_sov.runs.rounds import Policy, policy_of_round
@@ -49,9 +49,9 @@ from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
-    from megatron_sov.judge.rollouts.store import RolloutStore
     from megatron_sov.post.rl.feed import Produce
     from megatron_sov.post.rl.generate import Writer
+    from megatron_sov.rollouts.store import RolloutStore
     from megatron_sov.train.stages.gate import EndGate
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def opened_store(path: Path, wait_s: float) -> RolloutStore:
         UserError: there is none, or something else has its place.
         StopRequested: none has come.
     """
-    from megatron_sov.judge.rollouts.store import RolloutStore
+    from megatron_sov.rollouts.store import RolloutStore
 
     # jobs of a round begin together: whoever judges may come before whoever writes
     ends_s = time.monotonic() + wait_s
@@ -349,9 +349,9 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
            start: Target, engine_name: str, environment: AskedEnvironment | None) -> dict[str, Any] | None:
     """Load the policy and write; None on other processes than the first."""
     from megatron_sov.engine.mcore.parallel.world import on_first
-    from megatron_sov.judge.rollouts.store import RolloutStore
     from megatron_sov.post.rl.generate import Missing, PieceQueue, Take, run_policies, write_rounds
     from megatron_sov.post.rl.responses import key_digest
+    from megatron_sov.rollouts.store import RolloutStore
 
     folder, rollout = start.tokenizer_folder, config.rollout
     writer = writer_of(args, config, prompts, start, engine_name, environment)
@@ -491,8 +491,8 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
         wait_s: how long a round is waited for.
         produce: writes and judges rounds; None: other jobs do.
     """
-    from megatron_sov.engine.data.rounds import rounds_of, rounds_source
     from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.train.data.rounds import rounds_of, rounds_source
 
     prepare_megatron()
     from megatron_sov.post.policy import check_sources, objective_of, texts_of
@@ -559,8 +559,8 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
 
     prepare_megatron()
     from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.judge.rollouts.store import RolloutStore
     from megatron_sov.post.rl.feed import Producer
+    from megatron_sov.rollouts.store import RolloutStore
 
     assert parsed.stage.start is not None, "--from is required"
     config, start = parsed.stage.config, find_target(parsed.stage.start)

@@ -190,7 +190,7 @@ def run_fuse(typed: argparse.Namespace) -> int:
                             "every domain, so there is nothing to merge; use it as it is")
     else:
         found = [(Path(path), weight) for path, weight in (weighted_path(c, c) for c in args.checkpoints)]
-    from megatron_sov.engine import convert
+    from megatron_sov import convert
 
     convert.average(found, args.output, workers=args.workers, overwrite=args.overwrite, redo=args.redo)
     total = sum(weight for _, weight in found)

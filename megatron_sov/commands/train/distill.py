@@ -32,10 +32,10 @@ from megatron_sov.train.stages.stage_config import parse_stage, request_with_mod
 from megatron_sov.work.processes.children import run_command
 
 if TYPE_CHECKING:
-    from megatron_sov.engine.data.token_shards import Source
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.post.distillation.state_files import StateFiles
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import Source
     from megatron_sov.train.stages.gate import GateView
 
 StatesDtype = Literal["bfloat16", "float32"]
@@ -190,9 +190,9 @@ def run(typed: argparse.Namespace) -> int:
         parsed = parsed.with_checkpoint(args.run)
     gate = gate_of(args, parsed.config, parsed.start)
 
-    from megatron_sov.engine.data.token_shards import open_sources, tokenizer_folder
-    from megatron_sov.engine.data.vocabulary import refuse_other_tokens
+    from megatron_sov.base.documents.vocabulary import refuse_other_tokens
     from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 
     prepare_megatron()
     from megatron_sov.post.distillation.distill import (

@@ -94,8 +94,8 @@ def run_sft(typed: argparse.Namespace) -> int:
         parsed = parsed.with_checkpoint(args.run)
     gate = gate_of(args, parsed.config, parsed.start)
 
-    from megatron_sov.engine.data.token_shards import open_sources
     from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.train.data.token_shards import open_sources
 
     prepare_megatron()
     from megatron_sov.post.sft import SupervisedFineTuning

@@ -42,8 +42,8 @@ from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage, sta
 from megatron_sov.work.processes.children import run_command
 
 if TYPE_CHECKING:
-    from megatron_sov.engine.data.token_shards import Source
     from megatron_sov.post.reference import Reference
+    from megatron_sov.train.data.token_shards import Source
     from megatron_sov.train.stages.gate import GateView
 
 
@@ -246,8 +246,8 @@ def run(typed: argparse.Namespace) -> int:
     # looked up before Megatron is imported
     fixed = _fixed_reference(args.reference, parsed.config)
 
-    from megatron_sov.engine.data.token_shards import open_sources
     from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.train.data.token_shards import open_sources
 
     prepare_megatron()
     from megatron_sov.post.preference import objective_of, rank_heldout_pairs
@@ -313,11 +313,11 @@ def _reference(args: PreferOptions, parsed: ParsedStage, sources: tuple[Source, 
     Raises:
         UserError: the folder may not be entered, holds another reference, or one that lacks what is needed.
     """
-    from megatron_sov.engine.data.token_shards import tokenizer_folder
-    from megatron_sov.engine.data.vocabulary import refuse_other_tokens
+    from megatron_sov.base.documents.vocabulary import refuse_other_tokens
     from megatron_sov.post.reference import Reference
     from megatron_sov.runs import checkpoints
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import tokenizer_folder
 
     assert parsed.start is not None, f"--from is required, it is {args.start_from}"
     config, folder = parsed.config, RunFolder(args.run)

@@ -16,11 +16,11 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.eval.needle.suite import (
     PAIR_TOKENS, PHRASES_OF, make_plan, needles_asked, place_told, weave)
 from megatron_sov.eval.needle.text import Haystack, NeedleForm, Sentences, Slots, fill, pick
 from megatron_sov.model.config import NeedleConfig, NeedleKind
+from megatron_sov.train.data.token_shards import Source
 
 SOURCE_NAME = "needle"
 NUM_DOCUMENTS = 1 << 24

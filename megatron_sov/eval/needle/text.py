@@ -24,8 +24,8 @@ from tokenizers import Tokenizer
 
 from megatron_sov.base.chat.folder import open_tokenizer
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.token_shards import Documents, Source
 from megatron_sov.model.config import Language
+from megatron_sov.train.data.token_shards import Documents, Source
 
 NUM_WORDS, MIN_WORDS, MAX_WORDS = 64, 16, 512
 TOKENS_PER_WORD = 64

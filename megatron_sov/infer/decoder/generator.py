@@ -26,9 +26,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.base.documents.shard_files import RouteShape
-from megatron_sov.engine.convert.changed_values import Changed
-from megatron_sov.engine.convert.live_import import LiveImport
-from megatron_sov.engine.data.requirements import shape_of
+from megatron_sov.convert.changed_values import Changed
+from megatron_sov.convert.live_import import LiveImport
 from megatron_sov.engine.mcore.decode.cached_decoder import (
     CachedDecoder, DecodeOutput, over_shares, share_place)
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
@@ -43,6 +42,7 @@ from megatron_sov.infer.decoder.sampling import (
 from megatron_sov.infer.request import (
     Batching, Bounds, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, Written)
 from megatron_sov.model.modality import EncoderInputs
+from megatron_sov.train.data.requirements import shape_of
 
 
 class Decoding:

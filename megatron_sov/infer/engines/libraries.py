@@ -23,16 +23,15 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, how_to_install
-from megatron_sov.engine.convert.changed_values import Changed
-from megatron_sov.engine.convert.growing import open_weights
-from megatron_sov.engine.convert.sources import (
-    HfWeights, check_whole_model, refuse_damaged_export, tensors_left_out)
-from megatron_sov.engine.data.requirements import shape_of
+from megatron_sov.convert.changed_values import Changed
+from megatron_sov.convert.growing import open_weights
+from megatron_sov.convert.sources import HfWeights, check_whole_model, refuse_damaged_export, tensors_left_out
 from megatron_sov.infer.decoder.sampling import best_words, rows_of, seed_of
 from megatron_sov.infer.request import (
     LENGTH, STOP, Batching, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, Written,
     refuse_drafts, refuse_routes, refuse_rules)
 from megatron_sov.model.pretrained import load_pretrained
+from megatron_sov.train.data.requirements import shape_of
 
 PAGE_TOKENS = 16
 """Tokens of a page of transformers' cache."""

@@ -18,7 +18,7 @@ from megatron_sov.base.settings import AboveZero, AtLeastOne, NotNegative, Setti
 from megatron_sov.judge.rewards import solution_tests
 from megatron_sov.judge.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
 from megatron_sov.judge.rewards.version import code_of
-from megatron_sov.work.sandbox import Limits, Outcome, Program, Sandbox, shared_sandbox
+from megatron_sov.sandbox import Limits, Outcome, Program, Sandbox, shared_sandbox
 
 MAX_TESTS = 10_000
 # possessive quantifiers: a response of many backticks must not take quadratic time
@@ -56,7 +56,7 @@ class CodeReward:
 
     def inputs(self) -> dict[str, Any]:
         """Return what judges beside this process: the code of the sandbox's server, and its Python."""
-        return {"server": code_of("megatron_sov.work.sandbox.server"),
+        return {"server": code_of("megatron_sov.sandbox.server"),
                 "python": list(sys.version_info[:2])}
 
     def prepare(self) -> None:

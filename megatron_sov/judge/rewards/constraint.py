@@ -27,7 +27,7 @@ from megatron_sov.base.settings import Bound, ProblemCode, Share
 from megatron_sov.judge.rewards import check_program
 from megatron_sov.judge.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
 from megatron_sov.judge.rewards.version import code_of
-from megatron_sov.work.sandbox import Limits, Outcome, Program, Sandbox, shared_sandbox
+from megatron_sov.sandbox import Limits, Outcome, Program, Sandbox, shared_sandbox
 
 INSTALLED = Bound(lambda segmenter: None if segmenter != "pythainlp" or find_spec("pythainlp") else (
     ProblemCode.RULE, "needs pythainlp, which is not installed",
@@ -214,7 +214,7 @@ class Constraint:
 
     def inputs(self) -> dict[str, Any]:
         """Return what judges beside this process: the code of the sandbox's server, and its Python."""
-        return {"server": code_of("megatron_sov.work.sandbox.server"),
+        return {"server": code_of("megatron_sov.sandbox.server"),
                 "python": list(sys.version_info[:2])}
 
     def prepare(self) -> None:

@@ -151,12 +151,13 @@ class GpuConfig:
     attention: Literal["auto", "fused", "flash", "unfused", "local"] = "auto"
     """Attention kernel: Transformer Engine's choice (auto), its cuDNN (fused), FlashAttention or plain torch
     (unfused) one, or this framework's own (local), which serves anyway under context parallelism,
-    without Transformer Engine, and where products are capped (`model.attention_softcap`)."""
+    without Transformer Engine, and where products are capped (`model.attention_softcap`); under auto also
+    with `train.deterministic`, and where cuDNN trains no heads of that size."""
     rope_fusion: Switch = "auto"
     """Rotate queries and keys in one kernel."""
-    router_fusion: Literal["on", "off"] = "off"
-    """Choose experts in Transformer Engine's kernels, which compute in float32 and take a chosen score from
-    its biased one, so that weights differ in their last bits."""
+    router_fusion: Switch = "auto"
+    """Choose experts in Transformer Engine's kernels where their formula is the model's; they compute in
+    float32 and take a chosen score from its biased one, so that weights differ in their last bits."""
     permute_fusion: Switch = "auto"
     """Sort tokens by expert, and back, in one kernel."""
     swiglu_fusion: Switch = "auto"
@@ -193,6 +194,9 @@ class GpuConfig:
     """First step of which process 0 writes a trace into RUN/profile; 0: none."""
     profile_last_step: Steps = 0
     """Last step of the trace."""
+    profiler: Literal["torch", "nsys"] = "torch"
+    """What watches these steps: torch's profiler, or NVIDIA's, with which you start the command
+    (`nsys profile --capture-range=cudaProfilerApi`); parts of each pass have names in its trace."""
     peak_tflops: NotNegative = 0.0
     """Peak of one GPU in dense TFLOP/s that MFU is counted against; 0: the known one of the GPU in bf16,
     also where products are in 8 or 4 bits."""
@@ -225,7 +229,8 @@ class GpuConfig:
              "names attn_proj without core_attn, whose output is attn_proj's input and stays for its own "
              "backward pass", "name both"),
             (first == last == 0 or 0 < first <= last, "profile_first_step",
-             f"and gpu.profile_last_step = {last} must be steps in order, both from 1 on, or both 0"))
+             f"and gpu.profile_last_step = {last} must be steps in order, both from 1 on, or both 0"),
+            (self.profiler == "torch" or first > 0, "profiler", "needs gpu.profile_first_step", "set it"))
         if dispatcher in ("deepep", "hybridep"):
             p += find_broken(
                 parallel, "parallel",
@@ -233,7 +238,8 @@ class GpuConfig:
                  "and nothing travels at 1", "use alltoall"),
                 (train.precision == "bf16", "expert_dispatcher",
                  f"carries bf16 alone, and train.precision = {train.precision}", "use alltoall"))
-        return p + self._optimizer_problems(parallel, train, optim) + find_broken(
+        return p + self._overlap_problems(parallel, train) + self._optimizer_problems(
+            parallel, train, optim) + find_broken(
             self, "gpu",
             (self.grad_dtype == "fp32" or train.precision == "bf16", "grad_dtype",
              f"needs train.precision = bf16, which is {train.precision}", "leave it out"),
@@ -252,6 +258,18 @@ class GpuConfig:
              "set one of them otherwise"),
             (self.pad_buckets == "off" or parallel.zero1, "pad_buckets",
              "needs parallel.zero1 = true, whose buckets it pads", "set it, or leave gpu.pad_buckets out"))
+
+    def _overlap_problems(self, parallel: ParallelConfig, train: TrainConfig) -> list[SettingsProblem]:
+        """Tell what does not go with layers that are cut where tokens travel."""
+        if parallel.expert_overlap != "micro_batches":
+            return []
+        return find_broken(
+            parallel, "parallel",
+            (train.recompute is not True and "moe" not in self.recompute_modules, "expert_overlap",
+             "cuts layers in pieces, and cannot be where train.recompute computes a whole one again",
+             "use selective recomputation without moe, or leave it out"),
+            (self.shared_expert_overlap == "off" and not self.offload_modules, "expert_overlap",
+             "does not go with gpu.shared_expert_overlap and gpu.offload_modules", "leave one out"))
 
     def _optimizer_problems(self, parallel: ParallelConfig, train: TrainConfig,
                             optim: OptimConfig) -> list[SettingsProblem]:

@@ -32,6 +32,13 @@ class ParallelConfig:
     expert_dispatcher: Literal["alltoall", "allgather", "deepep", "hybridep"] = "alltoall"
     """How tokens reach their experts: each to its own (alltoall), or all to all processes (allgather; small
     `ep`, many experts for each token), or each to its own by the kernels of DeepEP or HybridEP on GPUs."""
+    expert_overlap: Literal["none", "micro_batches", "weight_gradients"] = "none"
+    """Send tokens to experts and back while something else is computed: a part of another micro-batch, by the
+    library's 1F1B plan (micro_batches), or, in the backward pass alone, the experts' weight gradients
+    (weight_gradients; megatron-core 0.18, Transformer Engine on a GPU)."""
+    delay_weight_grads: bool = False
+    """Compute weight gradients apart from the rest of a backward pass, while tokens travel; goes with
+    `expert_overlap` = micro_batches and Transformer Engine."""
     zero1: bool = False
     """ZeRO-1: every data-parallel process keeps and updates its share of the optimizer's
     state, not all of it."""
@@ -134,16 +141,32 @@ class ParallelConfig:
         if not model.num_moe_layers():
             return find_broken(self, "parallel", *(
                 (getattr(self, name) == 1, name, f"must be 1: model.num_experts = {model.num_experts}, so "
-                 "there are no experts to divide") for name in ("ep", "etp")))
-        shared = model.num_shared_experts * model.expert_ffn_dim
+                 "there are no experts to divide") for name in ("ep", "etp")),
+                (self.expert_overlap == "none" and not self.delay_weight_grads, "expert_overlap",
+                 "and delay_weight_grads need experts, and the model has none", "leave them out"))
+        shared, overlaps = model.num_shared_experts * model.expert_ffn_dim, self.expert_overlap != "none"
         return find_broken(
             self, "parallel",
+            (not overlaps or self.ep > 1, "expert_overlap", "needs parallel.ep > 1, and nothing travels at 1",
+             "leave it out or raise ep"),
+            (not overlaps or self.expert_dispatcher != "allgather", "expert_overlap",
+             "does not go with parallel.expert_dispatcher = allgather", "use another one"),
+            (self.expert_overlap != "micro_batches" or self.pp == 1 or self.vpp > 1, "expert_overlap",
+             f"needs parallel.vpp > 1 where parallel.pp = {self.pp} > 1: only an interleaved pipeline has "
+             "two micro-batches to compute at a time", "raise vpp, or leave it out"),
+            # the library frees what came in (`should_free_input`), which a single expert takes as it is
+            (self.expert_overlap != "micro_batches" or model.num_experts > self.ep, "expert_overlap",
+             f"needs two experts on each process, and model.num_experts = parallel.ep = {self.ep}",
+             "lower ep, or leave it out"),
             (model.num_experts % self.ep == 0, "ep", f"must divide model.num_experts = {model.num_experts}",
              _divisors(model.num_experts)),
             (model.expert_ffn_dim % self.etp == 0, "etp",
              f"must divide model.expert_ffn_dim = {model.expert_ffn_dim}"),
             (not model.linear_bias or self.etp == 1, "etp", "must be 1: megatron-core cuts no experts that "
              "have biases (model.linear_bias)", "raise parallel.ep"),
+            (not self.delay_weight_grads or self.expert_overlap == "micro_batches", "delay_weight_grads",
+             f"needs parallel.expert_overlap = micro_batches, which is {self.expert_overlap}",
+             "set it, or leave it out"),
             (shared % self.tp == 0, "tp", "must divide the width of the shared experts, "
              f"model.num_shared_experts {model.num_shared_experts} x model.expert_ffn_dim "
              f"{model.expert_ffn_dim} = {shared}", _divisors(shared)))

@@ -258,20 +258,17 @@ class RunConfig:
 
 # The library's ways to be faster or smaller that no setting offers, and why: what is told to who asks.
 
-_OVERLAP = ("the library's schedule for it calls routers without the mask of padding, which they would send "
-            "to experts and count as load, and computes losses of its own; leave it out: "
-            "gpu.shared_expert_overlap = on hides a part of the same messages")
-_GRAPHS = ("the library's CUDA graphs refuse packed rows, which all rows are here, and experts take as many "
-           "tokens as come; leave it out, and give the GPU more work for each launch by a larger "
-           "train.micro_batch_size")
-_WEIGHTS = ("checkpoints, exports and the replica checks read weights in bf16; leave it out: with train.fp8 "
-            "products take 8 bits all the same")
+_GRAPHS = ("the library's CUDA graphs refuse packed rows where they hold attention; where they hold routers "
+           "alone (moe_router, moe_preprocess) they drop the row's mask of padding, and what routers count "
+           "between replays would have to lie in fixed buffers, which is not built; leave it out, and give "
+           "the GPU more work for each launch by a larger train.micro_batch_size")
+_WEIGHTS = ("checkpoints, exports and the replica checks read and write weights in place, in bf16, and would "
+            "have to dequantise these, which is not built; leave it out: with train.fp8 products take 8 bits "
+            "all the same")
 
 NOT_OFFERED = {
     "cuda_graphs": _GRAPHS, "cuda_graph_impl": _GRAPHS, "cuda_graph_scope": _GRAPHS,
     "enable_cuda_graph": _GRAPHS, "external_cuda_graph": _GRAPHS,
-    "expert_parallel_overlap": _OVERLAP, "overlap_moe_expert_parallel_comm": _OVERLAP,
-    "delay_wgrad_compute": _OVERLAP,
     "fp8_weights": _WEIGHTS, "fp8_param": _WEIGHTS, "fp8_param_gather": _WEIGHTS,
     "reuse_grad_buf_for_mxfp8_param_ag": _WEIGHTS,
 }
@@ -301,6 +298,9 @@ COMMON = {
     **dict.fromkeys(("expert_parallel", "ep_size", "expert_model_parallel_size"), "parallel.ep"),
     **dict.fromkeys(("context_parallel", "cp_size", "context_parallel_size"), "parallel.cp"),
     **dict.fromkeys(("lora_rank", "lora_r", "r"), "lora.rank"),
+    **dict.fromkeys(("overlap_moe_expert_parallel_comm", "expert_parallel_overlap", "moe_a2a_overlap",
+                     "overlap_dispatch_backward_with_experts_wgrad"), "parallel.expert_overlap"),
+    "delay_wgrad_compute": "parallel.delay_weight_grads",
     "lora_alpha": "lora.alpha", "target_modules": "lora.targets", "seed": "train.seed",
     "num_generations": "rollout.samples_per_prompt", "max_completion_length": "rollout.max_new_tokens",
     "max_prompt_length": "rollout.max_prompt_tokens", "kl_coef": "policy.kl_coeff",

@@ -244,7 +244,8 @@ def _offloaded(config: RunConfig, whole: SavedActivations) -> int:
 # keeps.
 
 
-def under_way(pp: int, vpp: int, stage: int, num_micro_batches: int) -> list[int]:
+def under_way(pp: int, vpp: int, stage: int, num_micro_batches: int, *, overlapped: bool = False
+              ) -> list[int]:
     """Return how many micro-batches wait at most for the backward pass of each of a stage's chunks.
 
     1F1B (arXiv 2104.04473, section 2.2), interleaved (section 2.3): forward passes run ahead by the library's
@@ -255,11 +256,12 @@ def under_way(pp: int, vpp: int, stage: int, num_micro_batches: int) -> list[int
         vpp: chunks of each.
         stage: 0-based.
         num_micro_batches: of a step, on each replica.
+        overlapped: whether the backward pass of one runs beside the forward pass of the next one.
     """
     if vpp == 1:
-        return [min(pp - stage, num_micro_batches)]
+        return [min(pp - stage + overlapped, num_micro_batches)]
     # Forward passes before the first backward pass of this stage, over all of its chunks.
-    ahead = min(2 * (pp - stage - 1) + (vpp - 1) * pp + 1, num_micro_batches * vpp)
+    ahead = min(2 * (pp - stage - 1) + (vpp - 1) * pp + 1 + overlapped, num_micro_batches * vpp)
     # A round gives each chunk `pp` micro-batches in turn; the rest fills chunks from the first one on.
     rounds, rest = divmod(ahead, pp * vpp)
     return [rounds * pp + min(pp, max(0, rest - chunk * pp)) for chunk in range(vpp)]
@@ -293,7 +295,8 @@ def stored(config: RunConfig, stage: int, seq_len: int, num_micro_batches: int) 
     m, p = config.model, config.parallel
     row = seq_len * config.train.micro_batch_size
     of_layers = kinds(m)
-    counts = under_way(p.pp, p.vpp, stage, num_micro_batches)
+    counts = under_way(p.pp, p.vpp, stage, num_micro_batches,
+                       overlapped=p.expert_overlap == "micro_batches")
     last = stage == p.pp - 1
     here: dict[LayerKind, int] = {}
     for layers, count in zip(chunk_layers(p, stage, m.num_layers), counts, strict=True):

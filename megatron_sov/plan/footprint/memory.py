@@ -45,19 +45,39 @@ PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; without it gaps of a tenth and
 def communicators(config: RunConfig, num_ranks: int) -> int:
     """Return how many NCCL communicators of more than one process a process is in.
 
-    Those that a step uses (`megatron.core.parallel_state`, 0.16.1): of all processes, tensor, context,
-    pipeline
-    and expert parallelism, tensor parallelism inside experts, both data-parallel groups, the one of gradient
-    norms, and that of embeddings that two stages hold.
+    Those that a step with AdamW uses (`megatron.core.parallel_state`, 0.16.1), one for groups of the same
+    members that serve the same (`engine.mcore.parallel.world.make_groups`).
     """
-    p, m = config.parallel, config.model
-    experts = m.num_moe_layers() > 0
-    sizes = [num_ranks, p.tp, p.cp, p.pp, p.tp * p.pp, num_ranks // (p.tp * p.pp)]
-    if experts:
-        sizes += [p.ep, p.etp, p.ep * p.etp * p.pp, num_ranks // (p.etp * p.ep * p.pp)]
+    p, m, stage = config.parallel, config.model, num_ranks // config.parallel.pp
+    # of each axis the distance of neighbours and their number
+    tp, cp, pp = (1, p.tp), (p.tp, p.cp), (stage, p.pp)
+    dp = (p.tp * p.cp, stage // (p.tp * p.cp))
+    used = {("reductions", _members((1, num_ranks))), ("reductions", _members(cp, dp)),
+            ("reductions", _members(dp)), ("layers", _members(tp)), ("layers", _members(cp)),
+            ("stages", _members(pp))}
+    norms: list[tuple[tuple[int, int], ...]] = [(tp, pp)]
+    if m.num_moe_layers():
+        etp, ep = (1, p.etp), (p.etp, p.ep)
+        used |= {("layers", _members(tp, cp)), ("experts", _members(ep)), ("experts", _members(etp)),
+                 ("experts", _members(etp, ep)),
+                 ("experts' gradients", _members((p.etp * p.ep, stage // (p.etp * p.ep))))}
+        norms.append((etp, ep, pp))
+    if not p.zero1:  # whose norms are summed over all processes
+        used |= {("reductions", _members(*axes)) for axes in norms}
     if p.pp > 1 and (m.tied_embeddings or m.num_mtp_layers):
-        sizes.append(2)
-    return sum(size > 1 for size in sizes)
+        used.add(("reductions", _members((num_ranks - stage, 2))))
+    return sum(members != () for _, members in used)
+
+
+def _members(*axes: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """Return the axes, from the nearest neighbours to the farthest, as few as describe the same processes."""
+    found: list[tuple[int, int]] = []
+    for distance, size in axes:
+        if found and distance == found[-1][0] * found[-1][1]:
+            found[-1] = (found[-1][0], found[-1][1] * size)
+        elif size > 1:
+            found.append((distance, size))
+    return tuple(found)
 
 
 def nccl_bytes(config: RunConfig, num_ranks: int) -> int:

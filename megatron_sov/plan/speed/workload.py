@@ -382,7 +382,8 @@ def of_run(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, lin
         precision=PRECISIONS[t.fp8], recompute=recompute,
         recompute_modules=g.recompute_modules if recompute == "selective" else (),
         dispatcher=p.expert_dispatcher, overlap_grad_reduce=p.overlap_grad_reduce,
-        overlap_param_gather=p.overlap_param_gather, imbalance=imbalance,
+        overlap_param_gather=p.overlap_param_gather, overlap_ep=p.expert_overlap == "micro_batches",
+        imbalance=imbalance,
         grad_bytes=2 if g.grad_dtype == "bf16" else 4, optimizer="muon" if muon else "adam",
         offload=g.optimizer_offload, objective="lora" if config.lora.on else "train")
 

@@ -16,10 +16,6 @@ from safetensors import safe_open
 
 from megatron_sov.base.artifacts import file_damage, read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.order import OrderedSample
-from megatron_sov.engine.data.requirements import NeededColumn
-from megatron_sov.engine.data.rows import RowOrigin, heldout_samples, join_rows, sample_row
-from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.engine.mcore.model.divergence import Divergence, Teacher, TeacherStates, TeacherTopK
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives, context
@@ -28,6 +24,10 @@ from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config.post_training import DistillationConfig
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpacked
 from megatron_sov.runs.obs.meters import Meter
+from megatron_sov.train.data.order import OrderedSample
+from megatron_sov.train.data.requirements import NeededColumn
+from megatron_sov.train.data.rows import RowOrigin, heldout_samples, join_rows, sample_row
+from megatron_sov.train.data.token_shards import Source
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row

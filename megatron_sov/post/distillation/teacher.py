@@ -25,18 +25,15 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from megatron_sov import convert
 from megatron_sov.base.artifacts import (
     FileRecord, fsync_path, new_file, read_manifest, refuse_existing, to_json)
 from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.base.chat.folder import read_chat_encoder
 from megatron_sov.base.digests import BLAKE3, Digest, file_digest
 from megatron_sov.base.documents.shard_files import IndexedWriter
+from megatron_sov.base.documents.vocabulary import refuse_other_tokens
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine import convert
-from megatron_sov.engine.data.token_bytes import token_bytes
-from megatron_sov.engine.data.token_shards import (
-    Source, TokenShard, open_sources, provenance, source_record, tokenizer_folder)
-from megatron_sov.engine.data.vocabulary import refuse_other_tokens
 from megatron_sov.engine.mcore.decode.forward_only import Inputs
 from megatron_sov.engine.mcore.model.language_model import states_for_head
 from megatron_sov.engine.mcore.model.logprobs import Head
@@ -53,6 +50,9 @@ from megatron_sov.post.distillation.state_files import (
 from megatron_sov.post.distillation.translation import TokenTranslation, TranslatedStates
 from megatron_sov.runs.checkpoints import ADAPTER, KIND as CHECKPOINT, MODEL, adapter_base
 from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.train.data.token_bytes import token_bytes
+from megatron_sov.train.data.token_shards import (
+    Source, TokenShard, open_sources, provenance, source_record, tokenizer_folder)
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
 

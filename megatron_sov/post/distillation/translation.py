@@ -35,9 +35,9 @@ import torch
 from tokenizers import Tokenizer
 
 from megatron_sov.base.chat.folder import open_tokenizer
+from megatron_sov.base.documents.vocabulary import TOKENIZER_JSON, read_tokenizer
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.token_bytes import spellings
-from megatron_sov.engine.data.vocabulary import TOKENIZER_JSON, read_tokenizer
+from megatron_sov.train.data.token_bytes import spellings
 
 UNHEARD = 1.0
 """In the place of the first log-probability, none of which is positive: the teacher says nothing there."""

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.engine.data.token_shards import TEXTS, Source, open_sources, tokenizer_folder
-from megatron_sov.engine.data.views import SHORT
 from megatron_sov.engine.mcore.parallel import collectives
 from megatron_sov.eval.heldout import HeldoutData, evaluate_forward_model, open_heldout
 from megatron_sov.eval.needle.documents import SOURCE_NAME, NeedleDocuments, needle_source
@@ -28,6 +26,8 @@ from megatron_sov.model.config import GateConfig, RunConfig
 from megatron_sov.post.extend.stages import Decontamination, PlannedStage, refuse_contaminated, search
 from megatron_sov.runs.checkpoints import find_checkpoint, latest
 from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.train.data.token_shards import TEXTS, Source, open_sources, tokenizer_folder
+from megatron_sov.train.data.views import SHORT
 from megatron_sov.train.guards.fault_injection import Fault
 from megatron_sov.train.objectives.objective import formats_of
 from megatron_sov.train.stages.evaluate import HeldoutLoss

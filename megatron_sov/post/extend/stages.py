@@ -15,8 +15,6 @@ import numpy as np
 
 from megatron_sov.base.documents.overlap import window_hashes
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.token_shards import TEXTS, Documents, Source, open_sources
-from megatron_sov.engine.data.views import LONG, SHORT, LongDocuments
 from megatron_sov.eval.needle.documents import SOURCE_NAME
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.model.config import ExtendStageConfig, ModelConfig, PartConfig, RunConfig
@@ -25,6 +23,8 @@ from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import STAGES, RunFolder
 from megatron_sov.runs.launch_environment import num_ranks
+from megatron_sov.train.data.token_shards import TEXTS, Documents, Source, open_sources
+from megatron_sov.train.data.views import LONG, SHORT, LongDocuments
 
 # The proof that what the gate asks, and where it hides it, does not occur in what the stage trains on.
 #

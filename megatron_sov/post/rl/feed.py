@@ -26,8 +26,6 @@ from megatron_sov.base.artifacts import atomic_write, read_manifest, to_json
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import seal_damage, write_sealed
-from megatron_sov.engine.data.requirements import replayed_routes
-from megatron_sov.engine.data.rounds import Round, RoundDocuments
 from megatron_sov.engine.mcore.checkpoint import load
 from megatron_sov.engine.mcore.model.local_shards import local_shards
 from megatron_sov.engine.mcore.parallel import collectives
@@ -37,9 +35,6 @@ from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.request import Batching
 from megatron_sov.judge.rewards.opinions import Opinions
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.rollouts.prompts import RolloutPrompt
-from megatron_sov.judge.rollouts.rows import Rollout
-from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.post.policy import GROUPS_LEARNING, OLD, REFERENCE, RESPONSE_TOKENS, REWARD
@@ -47,8 +42,13 @@ from megatron_sov.post.reference import document_logprobs, files_sha256
 from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rounds
 from megatron_sov.post.rl.responses import key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
+from megatron_sov.rollouts.prompts import RolloutPrompt
+from megatron_sov.rollouts.rows import Rollout
+from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.rounds import LEARNS, Policy, policy_of_round
+from megatron_sov.train.data.requirements import replayed_routes
+from megatron_sov.train.data.rounds import Round, RoundDocuments
 from megatron_sov.train.stages.feed import FeedView
 from megatron_sov.work.progress.locks import Claims
 

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_sov import convert
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.engine import convert
 from megatron_sov.engine.mcore.checkpoint import load
 from megatron_sov.engine.mcore.parallel.world import on_first
 from megatron_sov.infer.decoder.generator import MegatronEngine
@@ -29,10 +29,10 @@ from megatron_sov.infer.engine import MEGATRON, VLLM, Engine, run_engine
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import Batching, NamedTensors
-from megatron_sov.judge.rollouts.prompts import PromptPiece, RolloutPrompt, pieces, round_prompts
-from megatron_sov.judge.rollouts.rows import UNFINISHED, AskedPrompt, Rollout
-from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config.post_training import RolloutConfig
+from megatron_sov.rollouts.prompts import PromptPiece, RolloutPrompt, pieces, round_prompts
+from megatron_sov.rollouts.rows import UNFINISHED, AskedPrompt, Rollout
+from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.checkpoints import adapter_base
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.rounds import Policy

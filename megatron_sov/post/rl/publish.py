@@ -22,20 +22,20 @@ from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, new_artifact,
 from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.documents.shard_files import ROUTES, IndexedWriter, RouteShape
+from megatron_sov.base.documents.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.engine.data.requirements import replayed_routes
-from megatron_sov.engine.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE, folder_of_round
-from megatron_sov.engine.data.token_bytes import token_bytes
-from megatron_sov.engine.data.token_shards import CONTENT_VERSION, COUNTS, source_record
-from megatron_sov.engine.data.vocabulary import TOKENIZER_JSON, tokenizer_digest
-from megatron_sov.judge.rollouts.prompts import RolloutPrompt, budget_of, round_prompts
-from megatron_sov.judge.rollouts.rows import (
-    LENGTH, UNFINISHED, Key, RewardRow, Rollout, RolloutPart, domain_of, later)
-from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.post.rl.advantages import Group, advantages
+from megatron_sov.rollouts.prompts import RolloutPrompt, budget_of, round_prompts
+from megatron_sov.rollouts.rows import (
+    LENGTH, UNFINISHED, Key, RewardRow, Rollout, RolloutPart, domain_of, later)
+from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.rounds import LEARNS
+from megatron_sov.train.data.requirements import replayed_routes
+from megatron_sov.train.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE, folder_of_round
+from megatron_sov.train.data.token_bytes import token_bytes
+from megatron_sov.train.data.token_shards import CONTENT_VERSION, COUNTS, source_record
 
 LIGHT = ("versions", "finish_reason")
 """Columns that say what is there and how long it is."""

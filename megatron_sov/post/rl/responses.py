@@ -22,13 +22,13 @@ from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engine import Engine
 from megatron_sov.infer.request import Bounds, Generated, Sampling, StopRule, Tokens
 from megatron_sov.infer.turns import EnginePolicy, with_policy
-from megatron_sov.judge.rollouts.prompts import OPTION, RolloutPrompt, budget_of, sampling_digest, stream_of
-from megatron_sov.judge.rollouts.rows import LENGTH, NOT_WRITTEN, STOP, UNFINISHED, Key, Rollout
 from megatron_sov.judge.tools.environment import Task
 from megatron_sov.judge.tools.episode import Episode, EpisodeLines, GeneratedTurn, lines_of
 from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, ToolPolicy, play
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import SampleAttempt, never
+from megatron_sov.rollouts.prompts import OPTION, RolloutPrompt, budget_of, sampling_digest, stream_of
+from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, STOP, UNFINISHED, Key, Rollout
 
 CHUNK_PROMPTS = 1024
 """Whose token ids are in memory at a time when all prompts are looked at."""

@@ -18,12 +18,12 @@ from megatron_sov.judge.rewards.opinions import Opinions, opinion_of
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ScoringTally, runner
-from megatron_sov.judge.rollouts.rows import UNFINISHED, RewardRow, Rollout, RolloutPart, not_written
+from megatron_sov.rollouts.rows import UNFINISHED, RewardRow, Rollout, RolloutPart, not_written
 from megatron_sov.work.progress.locks import Claims, Patience
 from megatron_sov.work.tables.table import AlreadyPublished
 
 if TYPE_CHECKING:
-    from megatron_sov.judge.rollouts.store import RolloutStore
+    from megatron_sov.rollouts.store import RolloutStore
 
 ENVIRONMENT = "environment"
 """The reward that takes what an environment has said of an episode, which stands in its row; also its

@@ -19,7 +19,7 @@ from megatron_sov.runs.obs.history import tell
 from megatron_sov.work.progress.journal import later_records, read_job, work_folder
 
 if TYPE_CHECKING:
-    from megatron_sov.judge.rollouts.rows import Key, RewardRow, Rollout
+    from megatron_sov.rollouts.rows import Key, RewardRow, Rollout
 
 DAMAGE = (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError)
 """What events and records of a stranger may raise; the page goes on with what it has."""
@@ -133,7 +133,7 @@ def newest_groups(store_path: Path, before: list[ShownGroup], parts_before: str
                   ) -> tuple[list[ShownGroup], str]:
     """Return some groups of the newest round of a store, those with the widest rewards first, and what they
     were read from; `before` and its source where nothing is new."""
-    from megatron_sov.judge.rollouts.store import RolloutStore
+    from megatron_sov.rollouts.store import RolloutStore
 
     store = RolloutStore.open(store_path)
     parts = list(store.parts())

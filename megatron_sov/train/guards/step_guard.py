@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.engine.data.ledger import Ledger
 from megatron_sov.engine.mcore.parallel import collectives
 from megatron_sov.engine.mcore.parallel.values import sum_dict
 from megatron_sov.model.config import GuardConfig
+from megatron_sov.train.data.ledger import Ledger
 
 MIN_STEPS = 20
 """Steps that say what is usual, at least."""

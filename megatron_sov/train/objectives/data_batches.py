@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.engine.data.ledger import LedgerEntry
-from megatron_sov.engine.data.order import OrderState, SampleOrder
-from megatron_sov.engine.data.rows import BatchStream, RankBatch
-from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
+from megatron_sov.train.data.ledger import LedgerEntry
+from megatron_sov.train.data.order import OrderState, SampleOrder
+from megatron_sov.train.data.rows import BatchStream, RankBatch
+from megatron_sov.train.data.token_shards import Source
 from megatron_sov.train.objectives.microbatch import from_row
 from megatron_sov.train.objectives.objective import GlobalBatch
 

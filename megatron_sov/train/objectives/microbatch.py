@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from megatron_sov.engine.data.rows import PackedRow, RowOrigin
 from megatron_sov.engine.mcore.model.language_model import ModelInputs
 from megatron_sov.engine.mcore.parallel.device import CPU, local_device, to_device
+from megatron_sov.train.data.rows import PackedRow, RowOrigin
 
 WIDE, NARROW = ("tokens", "labels", "positions", "sources", "weights", "bounds"), ("types", "padding")
 """What is sent of a row: wide numbers first (columns among them), so that each begins at a multiple of

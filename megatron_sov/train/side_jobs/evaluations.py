@@ -20,11 +20,11 @@ from typing import Any
 
 from megatron_sov.base.artifacts import MANIFEST, atomic_write
 from megatron_sov.base.errors import ExitCode, UserError, warn
-from megatron_sov.engine.data.token_shards import TEXTS, Source
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.evaluate import EvalTask, LmEvalConfig
 from megatron_sov.runs.folder import EVALUATIONS, EXPORTS
 from megatron_sov.runs.obs.events import EVENT, score_events
+from megatron_sov.train.data.token_shards import TEXTS, Source
 from megatron_sov.work.processes.background import BackgroundProcess
 
 LOOK_EVERY_S = 1.0

@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_sov.engine.data.ledger import LedgerEntry, over_long
-from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.adapters import adapter_params
 from megatron_sov.model.families.count import num_params
@@ -15,6 +13,8 @@ from megatron_sov.plan.footprint.memory import Account, account
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.meters import Meter, told_progress
 from megatron_sov.train.checkpointer import TrainState
+from megatron_sov.train.data.ledger import LedgerEntry, over_long
+from megatron_sov.train.data.token_shards import Source
 from megatron_sov.train.stages.evaluate import HeldoutLoss
 from megatron_sov.work.clusters.units import GIB
 

@@ -19,10 +19,6 @@ import torch
 
 from megatron_sov.base.chat.encode import TYPE_RESPONSE
 from megatron_sov.base.chat.marks import KIND, KINDS
-from megatron_sov.engine.data.order import OrderedSample
-from megatron_sov.engine.data.rows import PackedRow, heldout_samples, join_rows, sample_row
-from megatron_sov.engine.data.token_bytes import token_bytes
-from megatron_sov.engine.data.token_shards import Documents, Source, tokenizer_folder
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives
@@ -30,6 +26,10 @@ from megatron_sov.engine.mcore.parallel.device import local_device
 from megatron_sov.engine.mcore.parallel.values import Shapes, pack, unpack
 from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
+from megatron_sov.train.data.order import OrderedSample
+from megatron_sov.train.data.rows import PackedRow, heldout_samples, join_rows, sample_row
+from megatron_sov.train.data.token_bytes import token_bytes
+from megatron_sov.train.data.token_shards import Documents, Source, tokenizer_folder
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row, shifted
 
 TURN = "turn"

@@ -16,13 +16,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_sov.base.artifacts import manifest_sha256
+from megatron_sov.base.documents.vocabulary import read_vocabulary, refuse_other_tokens
 from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError, warn
-from megatron_sov.engine.data import ledger
-from megatron_sov.engine.data.ledger import LedgerEntry, plan
-from megatron_sov.engine.data.requirements import refuse_unreadable, refuse_without_columns
-from megatron_sov.engine.data.token_shards import Source, open_sources, tokenizer_folder
-from megatron_sov.engine.data.views import with_views
-from megatron_sov.engine.data.vocabulary import read_vocabulary, refuse_other_tokens
 from megatron_sov.engine.mcore.model import gpu_settings, specs
 from megatron_sov.engine.mcore.model.gpu_settings import refuse_without_chip
 from megatron_sov.engine.mcore.parallel import device, launcher, world
@@ -39,6 +34,11 @@ from megatron_sov.runs.launch_environment import is_first, num_ranks, under_laun
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.obs.events import EVENTS
 from megatron_sov.train.checkpointer import newest_sound, refuse_other_base
+from megatron_sov.train.data.ledger import (
+    LedgerEntry, over_long, plan, refuse_over_long, refuse_over_long_pairs)
+from megatron_sov.train.data.requirements import refuse_unreadable, refuse_without_columns
+from megatron_sov.train.data.token_shards import Source, open_sources, tokenizer_folder
+from megatron_sov.train.data.views import with_views
 from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
 from megatron_sov.train.loop import train
 from megatron_sov.train.objectives.objective import columns_of, formats_of
@@ -231,9 +231,9 @@ def _open_data(stage: Stage) -> _Data:
     refuse_unreadable(sources, stage.config.model)
     planned = plan(stage.config, sources)
     if stage.config.data.over_long == "refuse":
-        ledger.refuse_over_long(ledger.over_long(sources, planned))
+        refuse_over_long(over_long(sources, planned))
     elif stage.config.data.over_long == "cut":
-        ledger.refuse_over_long_pairs(ledger.over_long([s for s in sources if s.group > 1], planned))
+        refuse_over_long_pairs(over_long([s for s in sources if s.group > 1], planned))
     return _Data(sources, planned)
 
 
@@ -304,6 +304,8 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     stop = StopFlag()
     if stage.config.train.deterministic:
         device.switch_on()
+    if on_gpu():
+        device.set_variables(stage.config)
     latest = checkpoints.latest(stage.folder.checkpoints)
     faults = Faults(stage.faults, stage.folder.path, int(os.environ["RANK"]))
     faults.trigger("start", checkpoints.step_of(latest) if latest else 0)

@@ -24,7 +24,7 @@ from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
 
 if TYPE_CHECKING:
-    from megatron_sov.engine.data.token_shards import Source
+    from megatron_sov.train.data.token_shards import Source
 
 INJECT = f"Do this to the run, once, to see what it does ({', '.join(STATES)})."
 
@@ -89,7 +89,7 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
             than the command's, or nothing to start from.
     """
     # numpy, which --help does without
-    from megatron_sov.engine.data.views import with_mixed_phases
+    from megatron_sov.train.data.views import with_mixed_phases
     from megatron_sov.train.stages.stage_defaults import complete_stage, refuse_unmeant
 
     asked = stage_request(args, objective, needs_data=needs_data)
@@ -114,7 +114,7 @@ def _refuse_data(args: StageOptions, config: RunConfig) -> None:
     Raises:
         UserError: they do not fit together or the model, or supervised fine-tuning has no conversations.
     """
-    from megatron_sov.engine.data.token_shards import open_sources
+    from megatron_sov.train.data.token_shards import open_sources
 
     if not config.data.paths:
         return
@@ -179,7 +179,7 @@ def _settings_of_model(start_from: Path | None, objective: BuiltIn | None) -> Ca
     def read() -> RunConfig:
         start = find_start(start_from)
         if is_hf_folder(start):
-            from megatron_sov.engine import convert
+            from megatron_sov import convert
 
             on_gpu = bool(visible_gpus())
             return base_of_model(hub_name(start), convert.open_weights(start).model,
@@ -199,7 +199,7 @@ def _model_of(start_from: Path, asked: RecipeRequest) -> ModelConfig:
     """
     start = find_start(start_from)
     if is_hf_folder(start):
-        from megatron_sov.engine import convert
+        from megatron_sov import convert
 
         model = convert.open_weights(start).model
     else:
@@ -228,7 +228,7 @@ def find_start(start_from: Path) -> Path:
 
 def convert_start(start: Path, run: Path) -> Path:
     """Return a checkpoint to start from: a Hugging Face folder becomes one in RUN.from-hf."""
-    from megatron_sov.engine import convert
+    from megatron_sov import convert
     from megatron_sov.engine.mcore.parallel import launcher
 
     if not is_hf_folder(start):

@@ -10,9 +10,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.ledger import unit_tokens
-from megatron_sov.engine.data.streams import Cursor, DocumentStream
-from megatron_sov.engine.data.token_shards import Source, open_sources
 from megatron_sov.model import recipes
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.families.count import num_params, train_flops_per_token
@@ -22,6 +19,9 @@ from megatron_sov.model.recipes.stage_defaults import (
     COMMANDS, MOST_EPOCHS, Stage, defaults_of, rate_settings, refuse_pretraining_rate)
 from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
+from megatron_sov.train.data.ledger import unit_tokens
+from megatron_sov.train.data.streams import Cursor, DocumentStream
+from megatron_sov.train.data.token_shards import Source, open_sources
 from megatron_sov.work.clusters.chips import of_device
 from megatron_sov.work.clusters.units import SECONDS_OF_AN_HOUR
 

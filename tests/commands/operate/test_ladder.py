@@ -11,8 +11,8 @@ import pytest
 
 from megatron_sov import cli
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data import token_shards
 from megatron_sov.runs.obs.events import EventLog
+from megatron_sov.train.data import token_shards
 from megatron_sov.work.processes import children as run_commands
 
 SIZES = "12K,24K,48K,96K"

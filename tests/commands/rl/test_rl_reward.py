@@ -12,9 +12,9 @@ import pytest
 from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.cli import main
 from megatron_sov.commands.rl.rounds import opened_store
-from megatron_sov.judge.rollouts.rows import STOP, AskedPrompt, Key, Rollout
-from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.post.rl.reward import ENVIRONMENT
+from megatron_sov.rollouts.rows import STOP, AskedPrompt, Key, Rollout
+from megatron_sov.rollouts.store import RolloutStore
 
 
 def test_a_store_that_is_not_made_yet_is_waited_for(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ import pytest
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.cli import main
-from megatron_sov.judge.rollouts.rows import Rollout
-from megatron_sov.judge.rollouts.store import RolloutStore
+from megatron_sov.rollouts.rows import Rollout
+from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import read_events
 
 REWARD = Path(__file__).parents[3] / "benchmarks/rl_reward.py"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.judge.rollouts.store import RolloutStore
+from megatron_sov.rollouts.store import RolloutStore
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from rl_tools import TEMPLATE

@@ -19,10 +19,10 @@ import pytest
 from pyarrow import parquet
 
 from megatron_sov.cli import main
-from megatron_sov.judge.rollouts.rows import UNFINISHED, Key, RewardRow, Rollout, part_name
-from megatron_sov.judge.rollouts.store import REWARDS, ROLLOUTS, RolloutStore
+from megatron_sov.rollouts.rows import UNFINISHED, Key, RewardRow, Rollout, part_name
+from megatron_sov.rollouts.store import REWARDS, ROLLOUTS, RolloutStore
 from megatron_sov.work.progress.locks import Claims
-from tests.judge.rollouts.test_store import rollout as sound_row
+from tests.rollouts.test_store import rollout as sound_row
 
 PAGE = Path(__file__).parents[3] / "docs/rollout_store.md"
 VERSION = "8c1d22ab90e4f00d"

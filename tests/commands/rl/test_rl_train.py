@@ -15,9 +15,9 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.digests import file_digest
 from megatron_sov.cli import main
 from megatron_sov.judge.rewards.registry import make, order
-from megatron_sov.judge.rollouts.prompts import read_prompts
-from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import RolloutConfig
+from megatron_sov.rollouts.prompts import read_prompts
+from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.runs.rounds import policy_of_round
 
@@ -185,7 +185,7 @@ def test_a_run_of_the_time_before_corrections_goes_on_without_one(rounds: Rounds
 
 def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_command: Any,
                                                            tiny: list[str]) -> None:
-    from megatron_sov.judge.rollouts.rows import RewardRow
+    from megatron_sov.rollouts.rows import RewardRow
 
     store = rounds.new_store("equal")
     prompts = read_prompts(rounds.folder / "prompts.jsonl")

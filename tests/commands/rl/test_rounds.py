@@ -14,8 +14,8 @@ from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.commands.rl.rounds import chosen_rounds
-from megatron_sov.judge.rollouts.prompts import read_prompts
-from megatron_sov.judge.rollouts.store import RolloutStore
+from megatron_sov.rollouts.prompts import read_prompts
+from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.folder import RunFolder
 
 # a temperature at which a sample is the most probable token

@@ -17,9 +17,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.commands.train import distill
 from megatron_sov.commands.train.distill import DistillOptions
-from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.obs.events import read_events
+from megatron_sov.train.data.token_shards import open_sources
 from tests.typed_words import typed
 
 

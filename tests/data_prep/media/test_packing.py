@@ -23,14 +23,14 @@ from megatron_sov.base.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.shard_files import FEATURES, NO_FEATURE
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.order import OrderedSample
-from megatron_sov.engine.data.rows import sample_row
-from megatron_sov.engine.data.streams import PackedSegment
-from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.model.config import VisionEncoderConfig
 from megatron_sov.model.modality import MediaEncoding, check_encoders
 from megatron_sov.omni.media.banks import open_bank, read_shapes
 from megatron_sov.omni.media.items import MediaVocabulary
+from megatron_sov.train.data.order import OrderedSample
+from megatron_sov.train.data.rows import sample_row
+from megatron_sov.train.data.streams import PackedSegment
+from megatron_sov.train.data.token_shards import open_sources
 from tests.data_prep.media.chats import Encode, shown
 
 CHATS = [shown(("image", "light.png")),

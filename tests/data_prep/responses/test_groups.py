@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from data_prep.cli import main
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import RecordReading, read_documents
-from megatron_sov.engine.data.token_shards import open_sources
+from megatron_sov.train.data.token_shards import open_sources
 
 
 def write(path: Path, *records: Any) -> Path:

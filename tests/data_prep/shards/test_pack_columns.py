@@ -17,7 +17,7 @@ from data_prep.cli import main
 from data_prep.shards.pack import PackSettings, PackSource, pack
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import RecordReading
-from megatron_sov.engine.data.token_shards import open_sources
+from megatron_sov.train.data.token_shards import open_sources
 
 
 def test_numbers_of_records_are_columns_of_their_tokens(tokenizers: dict[str, Path], tmp_path: Path,

@@ -23,9 +23,9 @@ from data_prep.synth.page import render
 from megatron_sov.base.artifacts import damaged_files, manifest_sha256, read_manifest
 from megatron_sov.base.documents import RecordReading, list_files, read_documents
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.judge.rollouts.prompts import read_prompts, refuse_unaskable
 from megatron_sov.judge.tools.registry import tasks_of
 from megatron_sov.judge.tools.worlds.databases import Booking
+from megatron_sov.rollouts.prompts import read_prompts, refuse_unaskable
 from megatron_sov.work.progress.journal import begun, records_by_item, work_folder
 
 LEAKED = "Which keeper of the seven lighthouses painted the northern door green before the storm of 1911?"

@@ -14,11 +14,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.eval.needle.documents import NeedleDocuments, needle_source
 from megatron_sov.eval.needle.suite import PHRASES_OF, make_example
 from megatron_sov.eval.needle.text import Haystack, NeedleForm, Sentences, open_haystacks, phrases
 from megatron_sov.model.config import NeedleConfig, NeedleKind
+from megatron_sov.train.data.token_shards import open_sources
 
 KINDS: tuple[NeedleKind, ...] = ("multi-value", "multi-query", "variable-tracking")
 """Those whose questions ask for several needles."""

@@ -368,11 +368,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 def sharded_answers(checkpoint: str, shards: str, layout: dict[str, Any]) -> dict[str, list[list[list[int]]]]:
     """What a checkpoint says at a layout, on this process, by both ways."""
-    from megatron_sov.engine.data.token_shards import open_sources
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.eval.needle.text import open_haystacks
     from megatron_sov.infer.engines.load import load_forward_model
     from megatron_sov.infer.engines.target import inference_config
+    from megatron_sov.train.data.token_shards import open_sources
 
     path = Path(checkpoint)
     size = layout.get("tp", 1) * layout.get("ep", 1) * layout.get("pp", 1) * layout.get("cp", 1)

@@ -11,11 +11,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.token_shards import Source, open_sources
 from megatron_sov.eval.needle.text import (
     LANGUAGES, Haystack, NeedleForm, detect_language, fill, is_for_tests, needle_form, open_haystacks,
     phrases)
 from megatron_sov.model.config import Language
+from megatron_sov.train.data.token_shards import Source, open_sources
 
 
 def test_words_are_rare_and_whole_and_read_as_a_sentence(form: NeedleForm, token_shards: Path) -> None:

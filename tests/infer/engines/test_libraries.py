@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import DeepseekV3Config
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.convert.changed_values import SentWeights
+from megatron_sov.convert.changed_values import SentWeights
 from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.infer.engines import libraries
 from megatron_sov.infer.engines.libraries import (
@@ -258,7 +258,7 @@ def test_changed_values_make_what_all_would_and_only_of_the_version_they_differ_
 def test_on_exported_weights_log_probabilities_are_those_of_the_trainer(
         family: str, hf_models: dict[str, Path], imported: dict[str, Path], one_rank: None) -> None:
     prepare_megatron()
-    from megatron_sov.engine.convert import export_weights
+    from megatron_sov.convert import export_weights
     from megatron_sov.engine.mcore.decode.forward_only import Inputs
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.infer.engines.load import load_forward_model

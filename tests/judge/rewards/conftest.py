@@ -8,8 +8,8 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.registry import OWN
-from megatron_sov.work.sandbox import Sandbox
-from megatron_sov.work.sandbox.sandbox import SANDBOXES
+from megatron_sov.sandbox import Sandbox
+from megatron_sov.sandbox.sandbox import SANDBOXES
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from megatron_sov.judge.rewards import code
 from megatron_sov.judge.rewards.code import CodeReward, program_in
 from megatron_sov.judge.rewards.reward import Result, judged
 from megatron_sov.judge.rewards.version import code_of
-from megatron_sov.work.sandbox import Outcome, Program
-from megatron_sov.work.sandbox.sandbox import SANDBOXES
+from megatron_sov.sandbox import Outcome, Program
+from megatron_sov.sandbox.sandbox import SANDBOXES
 from tests.typed_words import keys_of
 
 
@@ -309,4 +309,4 @@ def test_the_version_tells_the_code_that_runs_programs() -> None:
 
 def test_the_version_tells_the_code_that_runs_programs_in_processes_of_its_own() -> None:
     told = CodeReward().inputs()["server"]
-    assert {f"megatron_sov.work.sandbox.{name}" for name in ("server", "child", "enclosures")} <= set(told)
+    assert {f"megatron_sov.sandbox.{name}" for name in ("server", "child", "enclosures")} <= set(told)

@@ -19,10 +19,10 @@ from data_prep.cli import main as sov_data
 from megatron_sov import cli
 from megatron_sov.base.chat.media_tokens import AUDIO_PAD, IMAGE_PAD
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.order import OrderedSample
-from megatron_sov.engine.data.rows import PackedRow, sample_row
-from megatron_sov.engine.data.streams import PackedSegment
-from megatron_sov.engine.data.token_shards import open_sources
+from megatron_sov.train.data.order import OrderedSample
+from megatron_sov.train.data.rows import PackedRow, sample_row
+from megatron_sov.train.data.streams import PackedSegment
+from megatron_sov.train.data.token_shards import open_sources
 from tests.omni_model import save_codecs, save_omni_model
 
 RECORD = [{"type": "image", "path": "one.png"}, {"type": "audio", "path": "word.wav"},

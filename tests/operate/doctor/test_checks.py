@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import shutil
 import sys
 from collections import namedtuple
@@ -13,6 +14,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate import doctor
 from megatron_sov.commands.operate.doctor import MachineCheck
+from megatron_sov.operate import contract
 from megatron_sov.version import OUR_PACKAGES
 
 
@@ -114,10 +116,11 @@ def test_gpus_are_listed_with_memory_and_nccl(monkeypatch: pytest.MonkeyPatch) -
     assert found["NCCL"].status == "broken"
 
 
-@pytest.mark.parametrize(("major", "cudnn", "warned"), [
-    (10, 91800, True), (10, 91801, False), (9, 90100, False)])
-def test_determinism_needs_a_cudnn_of_its_own_on_blackwell(major: int, cudnn: int, warned: bool,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("major", "cudnn", "fused"), [
+    (10, 91800, "from cuDNN 9.18.1 on, and here is 9.18.0"), (10, 91801, "could repeat its bits, too"),
+    (9, 92500, "only while heads x the longest document's tokens squared are below 2^30")])
+def test_what_attends_deterministically_is_told(major: int, cudnn: int, fused: str,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     gpu = namedtuple("gpu", "name total_memory major minor")("Test GPU", 178 * 2**30, major, 0)
@@ -127,10 +130,7 @@ def test_determinism_needs_a_cudnn_of_its_own_on_blackwell(major: int, cudnn: in
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     found = {c.name: c for c in doctor.torch_checks()}
-    assert ("deterministic" in found) == warned
-    if warned:
-        assert "cuDNN 9.18.0 has no attention for packed rows" in found["deterministic"].detail
-        assert found["deterministic"].remedy.startswith("install cuDNN 9.18.1 or newer")
+    assert found["deterministic"].status == "ok" and found["deterministic"].detail.endswith(fused)
 
 
 def test_a_torch_that_does_not_load_is_broken(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,9 +148,25 @@ def test_a_torch_that_does_not_load_is_broken(site: Path, monkeypatch: pytest.Mo
      "package installed.)"),
     ("raise OSError", "warning", "is installed but does not import (OSError: no message)"),
 ])
-def test_transformer_engine_is_what_imports(site: Path, text: str, status: str, detail: str) -> None:
+def test_transformer_engine_is_what_imports(site: Path, monkeypatch: pytest.MonkeyPatch, text: str,
+                                            status: str, detail: str) -> None:
+    monkeypatch.setattr(doctor, "first_difference", lambda package: ("2.20.2", ""))
     module(site, "transformer_engine", pytorch=text)
     assert [(c.status, c.detail) for c in doctor.transformer_engine_checks()] == [(status, detail)]
+
+
+def test_the_first_difference_from_the_transformer_engine_that_was_read_is_named(site: Path) -> None:
+    """One class is there, with other arguments, and the rest is gone."""
+    symbols = json.loads(contract.CONTRACT.read_text())["transformer_engine"]["symbols"]
+    padding = "transformer_engine.pytorch.Fp8Padding"
+    module(site, "transformer_engine",
+           pytorch="class Fp8Padding:\n    def __init__(self, num, alignment=16): ...")
+    assert contract.described(contract.Sources(site), padding) == {"__init__": "(num, alignment=16)"}
+    found = list(contract.differences({padding: symbols[padding]}, contract.Sources(site)))
+    assert found[0].startswith(f"{padding}.__init__ takes (num, alignment=16), and the contract says (num_g")
+    check = only(doctor.transformer_engine_checks())
+    assert (check.status, check.remedy) == ("warning", doctor.TE_COMMAND)
+    assert " has not the shape of 2.20.2, with which this project was read: transf" in check.detail
 
 
 def test_a_machine_with_gpus_cannot_train_without_transformer_engine(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -92,19 +93,23 @@ def test_micro_batches_wait_for_their_backward_pass(pp: int, vpp: int, stage: in
     assert under_way(pp, vpp, stage, micro_batches) == counts
 
 
+@pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize(("pp", "vpp"), [(2, 2), (4, 2), (4, 3), (8, 4)])
-def test_it_is_what_the_librarys_schedule_leaves_under_way(pp: int, vpp: int) -> None:
-    """Its order of chunks, its number of passes ahead."""
+def test_it_is_what_the_librarys_schedule_leaves_under_way(pp: int, vpp: int, *, overlapped: bool) -> None:
+    """Its order of chunks, its number of passes ahead, and the one that runs beside a backward pass."""
     from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron.core.pipeline_parallel.schedules import get_schedule_table
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
     for stage in range(pp):
-        table = get_schedule_table(4 * pp, vpp, pp)
-        ahead = 2 * (pp - stage - 1) + (vpp - 1) * pp + 1
-        first = [chunk for _, chunk in table[:ahead]]
-        assert under_way(pp, vpp, stage, 4 * pp) == [first.count(chunk) for chunk in range(vpp)]
+        table, group = get_schedule_table(4 * pp, vpp, pp), Mock(size=lambda: pp, rank=lambda s=stage: s)
+        _, _, ahead, _ = get_pp_rank_microbatches(
+            4 * pp, vpp, pp, overlap_moe_expert_parallel_comm=overlapped, p2p_communicator=Mock(
+                pp_group=group, virtual_pipeline_model_parallel_size=vpp))
+        first = [chunk for _, chunk in table[:ahead + 1]]
+        assert under_way(pp, vpp, stage, 4 * pp, overlapped=overlapped) == [
+            first.count(chunk) for chunk in range(vpp)]
 
 
 def trained(name: str) -> list[int]:

@@ -122,22 +122,55 @@ def test_gaps_are_zero1s(sharded: bool, numel: int) -> None:
 # Estimates of what libraries take, by their formulas.
 
 
-@pytest.mark.parametrize(("recipe", "settings", "num_ranks", "count"), [
-    ("tiny-qwen3", [], 1, 0),
-    # all processes, and they are one data-parallel group
-    ("tiny-qwen3", [], 8, 2),
-    # and tensor, pipeline, both together for gradient norms
-    ("tiny-qwen3", ["parallel.tp=2", "parallel.pp=2"], 16, 5),
-    # experts: their own group, and its share of data parallelism and of norms
-    ("tiny-solar-open", ["parallel.ep=4"], 8, 5),
-    # the prediction layer's embedding is that of the first stage
-    ("tiny-k-exaone", ["parallel.pp=2", "parallel.ep=4"], 8, 7)])
-def test_communicators_are_those_of_a_step(recipe: str, settings: list[str], num_ranks: int,
-                                           count: int) -> None:
-    config = apply_settings(recipes.get(recipe), settings)
-    assert communicators(config, num_ranks) == count
+LAYOUTS: tuple[tuple[str, list[str], int], ...] = (
+    ("tiny-qwen3", [], 1), ("tiny-qwen3", [], 8), ("tiny-qwen3", ["parallel.zero1=false"], 8),
+    ("tiny-qwen3", ["parallel.tp=2", "parallel.pp=2"], 16),
+    ("tiny-qwen3", ["parallel.tp=2", "parallel.pp=2", "parallel.zero1=false"], 16),
+    ("tiny-solar-open", ["parallel.ep=4"], 8), ("tiny-solar-open", ["parallel.ep=8"], 8),
+    ("tiny-solar-open", ["parallel.tp=2", "parallel.cp=2", "parallel.ep=4", "parallel.etp=2"], 32),
+    ("tiny-k-exaone", ["parallel.pp=2", "parallel.ep=4"], 8),
+    ("tiny-k-exaone", ["parallel.pp=2", "parallel.cp=2", "parallel.zero1=false"], 16),
+    ("solar-open-102b", ["parallel.pp=2", "parallel.ep=8"], 480))
+
+
+def groups_of_a_step() -> list[int]:
+    """Return how many groups of more than one process the first process of each layout uses."""
+    from megatron.core import parallel_state as groups
+    from torch import distributed as dist
+
+    from megatron_sov.engine.mcore.optimizer.meta import fake_world
+
+    found = []
+    for recipe, settings, num_ranks in LAYOUTS:
+        config = apply_settings(recipes.get(recipe), settings)
+        with fake_world(config.parallel, num_ranks, 0):
+            used = {dist.group.WORLD, groups.get_data_parallel_group(with_context_parallel=True),
+                    groups.get_data_parallel_group(), groups.get_context_parallel_group(),
+                    groups.get_tensor_model_parallel_group(), groups.get_pipeline_model_parallel_group(),
+                    groups.get_intra_distributed_optimizer_instance_group() if config.parallel.zero1
+                    else groups.get_model_parallel_group()}
+            if config.model.num_moe_layers():
+                used |= {groups.get_tensor_and_context_parallel_group(),
+                         groups.get_expert_model_parallel_group(), groups.get_expert_tensor_parallel_group(),
+                         groups.get_expert_tensor_and_model_parallel_group(),
+                         groups.get_expert_data_parallel_group()}
+                if not config.parallel.zero1:
+                    used.add(groups.get_expert_tensor_model_pipeline_parallel_group())
+            if config.model.tied_embeddings or config.model.num_mtp_layers:
+                used.add(groups.get_embedding_group())
+            found.append(sum(group.size() > 1 for group in used))
+    return found
+
+
+def test_communicators_are_those_of_a_step(ranks: Any, job: Any) -> None:
+    ((found,),) = ranks(job(__file__, "groups_of_a_step", 1, {}))
+    configs = [(apply_settings(recipes.get(recipe), settings), n) for recipe, settings, n in LAYOUTS]
+    assert [communicators(config, n) for config, n in configs] == found
+    # none; all are the data-parallel group, without ZeRO-1 too; and data, tensor, pipeline, embeddings
+    assert found[:4] == [0, 1, 1, 5]
+    config, num_ranks = configs[1]
     # 4 MiB, 512 KiB and 4,800 KiB for each of 16 channels
-    assert nccl_bytes(config, num_ranks) == count * 16 * ((4 << 20) + (512 << 10) + (4800 << 10))
+    assert nccl_bytes(config, num_ranks) == 16 * ((4 << 20) + (512 << 10) + (4800 << 10))
 
 
 # What Transformer Engine keeps of quantised weights, against sizes counted by hand, and which weights

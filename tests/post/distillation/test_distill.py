@@ -37,11 +37,11 @@ def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tupl
     sys.path.insert(0, str(Path(__file__).parents[2] / "layouts"))
     from layout_run import small_config
 
-    from megatron_sov.engine.data.token_shards import open_sources
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.post.distillation.distill import Distillation, KeptTeacher, TaughtFactory
     from megatron_sov.post.distillation.state_files import StateFiles
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import open_sources
     from megatron_sov.train.trainer import Trainer
 
     config = small_config("tiny-k-exaone", [*SETTINGS, *KINDS[kind], *settings], data, "distill")

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import DistillationConfig
 from megatron_sov.post.distillation import state_files
 from megatron_sov.post.distillation.state_files import Kept, StateFiles
+from megatron_sov.train.data.token_shards import open_sources
 
 
 def test_most_probable_tokens_keep_every_bit() -> None:

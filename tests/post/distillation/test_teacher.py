@@ -22,13 +22,13 @@ from safetensors.torch import load_file  # noqa: E402
 from megatron_sov.base.artifacts import damaged_files, new_artifact  # noqa: E402
 from megatron_sov.base.errors import UserError  # noqa: E402
 from megatron_sov.cli import main  # noqa: E402
-from megatron_sov.engine.data.token_shards import open_sources  # noqa: E402
 from megatron_sov.engine.mcore.model.divergence import Divergence  # noqa: E402
 from megatron_sov.infer.engines.target import Target  # noqa: E402
 from megatron_sov.post.distillation import teacher as teaching  # noqa: E402
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, Kept, StateFiles, unpacked  # noqa: E402
 from megatron_sov.post.distillation.teacher import (  # noqa: E402
     FORMATS, TeacherReading, read_documents, weights_digest)
+from megatron_sov.train.data.token_shards import open_sources  # noqa: E402
 
 FAMILY, TOP_K = "exaone_moe", 5
 

@@ -18,7 +18,6 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.eval.needle.suite import Cell, make_suite
 from megatron_sov.eval.statistics import wilson_interval
@@ -30,6 +29,7 @@ from megatron_sov.post.extend.running import (
     StageGate, asks_too_little, decide, make_needles, mean_loss, run_stages, with_needles_in_blends)
 from megatron_sov.post.extend.stages import search
 from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.train.data.token_shards import Source
 from megatron_sov.train.stages.evaluate import HeldoutLoss
 
 # A stage's gate: when it looks, what it takes for a pass, and what it leaves in events,

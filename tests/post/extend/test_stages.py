@@ -16,12 +16,12 @@ from hypothesis import given, strategies as st
 from megatron_sov.base.documents.overlap import window_hashes
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.model.config import ExtendStageConfig, PartConfig, YarnConfig
 from megatron_sov.post.extend.stages import (
     WINDOW_TOKENS, planned_stages, refuse_contaminated, search, stage_blend)
 from megatron_sov.runs.checkpoints import find_checkpoint
 from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.train.data.token_shards import Source
 from megatron_sov.train.stages.stage_config import TunedStageOptions, stage_request
 from tests.typed_words import typed
 

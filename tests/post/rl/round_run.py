@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov import recipes
-from megatron_sov.engine.data.rounds import rounds_of, rounds_source
 from megatron_sov.engine.mcore.parallel import world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.policy import objective_of
 from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
 from megatron_sov.runs.folder import RunFolder
+from megatron_sov.train.data.rounds import rounds_of, rounds_source
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import Trainer
 

@@ -11,9 +11,9 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import write_sealed
-from megatron_sov.engine.data.ledger import Ledger, LedgerEntry
-from megatron_sov.engine.data.rounds import Round, RoundDocuments
 from megatron_sov.model.config import RolloutConfig
+from megatron_sov.train.data.ledger import Ledger, LedgerEntry
+from megatron_sov.train.data.rounds import Round, RoundDocuments
 
 ENTRY = LedgerEntry(0, "round-0001", 16, 4, {"rollouts": 1.0})
 STEPS = {1: (range(2), range(2, 2)), 2: (range(0), range(3)), 3: (range(1), range(1, 3))}

@@ -18,12 +18,12 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.request import Batching, Bounds, Generated, Sampling, StopRule, Tokens
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.rollouts.prompts import PromptPiece, RolloutPrompt, read_prompts, round_prompts
-from megatron_sov.judge.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
-from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import Missing, PieceQueue, SampleAttempt, write_rounds
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
+from megatron_sov.rollouts.prompts import PromptPiece, RolloutPrompt, read_prompts, round_prompts
+from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
+from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
 from megatron_sov.work.progress.locks import Claims, Patience
 

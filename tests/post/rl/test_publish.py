@@ -15,14 +15,14 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import new_artifact, read_manifest
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.rounds import RoundDocuments
-from megatron_sov.engine.data.token_shards import open_sources
-from megatron_sov.judge.rollouts.prompts import read_prompts, round_prompts
-from megatron_sov.judge.rollouts.rows import RewardRow, part_name
-from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.rl.publish import Publisher
+from megatron_sov.rollouts.prompts import read_prompts, round_prompts
+from megatron_sov.rollouts.rows import RewardRow, part_name
+from megatron_sov.rollouts.store import RolloutStore
+from megatron_sov.train.data.rounds import RoundDocuments
+from megatron_sov.train.data.token_shards import open_sources
 
 VERSION = "a" * 64
 ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=6, samples_per_prompt=4, steps_per_round=2,

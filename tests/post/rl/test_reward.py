@@ -11,10 +11,10 @@ import pytest
 
 from megatron_sov.judge.rewards.composed import SECOND
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.rollouts.rows import STOP, UNFINISHED, AskedPrompt, Key, RewardRow, Rollout
-from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.post.rl.reward import (
     ENVIRONMENT, JudgingJob, judging, reward_version, row_of, second_opinions)
+from megatron_sov.rollouts.rows import STOP, UNFINISHED, AskedPrompt, Key, RewardRow, Rollout
+from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.work.progress.locks import Claims, Patience
 
 SETTINGS = ["language=ko"]

@@ -13,11 +13,11 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.digests import file_digest
-from megatron_sov.judge.rollouts.prompts import read_prompts
-from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.rl.publish import Publisher
+from megatron_sov.rollouts.prompts import read_prompts
+from megatron_sov.rollouts.store import RolloutStore
 
 RUN = str(Path(__file__).with_name("round_run.py"))
 VERSION = "a" * 64

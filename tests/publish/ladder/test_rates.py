@@ -66,12 +66,12 @@ def learned(data: str, root: str) -> dict[str, list[float]]:
     square), with rates by width and with one rate for all."""
     import torch
 
-    from megatron_sov.engine.data.token_shards import open_sources
     from megatron_sov.engine.mcore.decode.forward_only import Inputs
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.publish.ladder.family import scaled
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import open_sources
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 

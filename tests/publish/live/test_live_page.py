@@ -19,10 +19,10 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.commands.operate.run_state import RunStateReader
 from megatron_sov.commands.operate.watch import address_of
-from megatron_sov.judge.rollouts.rows import STOP, Key, RewardRow, Rollout
-from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.publish.live.server import LiveBoard
 from megatron_sov.publish.live.watched import WatchedRun, WatchedWork
+from megatron_sov.rollouts.rows import STOP, Key, RewardRow, Rollout
+from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 from megatron_sov.work.progress.journal import Journal, begin_journal, work_folder
 from tests.publish.live.conftest import Browser

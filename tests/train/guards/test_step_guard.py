@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.data.ledger import Ledger, LedgerEntry
 from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import GuardConfig
+from megatron_sov.train.data.ledger import Ledger, LedgerEntry
 
 prepare_megatron()
 from megatron_sov.train.guards import step_guard  # noqa: E402

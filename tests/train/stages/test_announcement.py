@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.engine.data.ledger import LedgerEntry
-from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.families.adapters import adapted_modules
@@ -20,6 +18,8 @@ from megatron_sov.plan.footprint.memory import Account
 from megatron_sov.runs.folder import PLAN
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train import recorder
+from megatron_sov.train.data.ledger import LedgerEntry
+from megatron_sov.train.data.token_shards import Source
 from megatron_sov.train.recorder import device_name, keep_plan
 
 prepare_megatron()

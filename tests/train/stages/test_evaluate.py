@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.data.token_shards import open_sources, tokenizer_folder
+from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 from tests.tiny import tiny_trainer
 
 
@@ -40,7 +40,7 @@ def test_loss_and_bits_per_byte_by_brute_force(ranks: Any, job: Any, packed_data
                                                tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megatron_sov.engine.convert import to_hf
+    from megatron_sov.convert import to_hf
 
     out = tmp_path / "checkpoint"
     (alone,), shared, cut = ranks(

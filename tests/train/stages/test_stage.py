@@ -16,9 +16,6 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import GateFailed, StopRequested, UserError
-from megatron_sov.engine.data.ledger import plan
-from megatron_sov.engine.data.token_shards import open_sources
-from megatron_sov.engine.data.views import with_views
 from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.calibration import fitting
@@ -26,6 +23,9 @@ from megatron_sov.plan.calibration.fitting import USABLE_SHARE, fullest
 from megatron_sov.runs.folder import PLAN, RunFolder
 from megatron_sov.runs.gpu_driver import SeenGpu
 from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.train.data.ledger import plan
+from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.data.views import with_views
 from megatron_sov.work.clusters.chips import Gpu
 
 prepare_megatron()

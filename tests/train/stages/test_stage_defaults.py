@@ -11,11 +11,11 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.order import SampleOrder
-from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.model.config import PhaseConfig, RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, base_of_model, defaults_of
+from megatron_sov.train.data.order import SampleOrder
+from megatron_sov.train.data.token_shards import open_sources
 from megatron_sov.train.stages import stage_defaults
 from megatron_sov.train.stages.stage_defaults import (
     complete_stage, epoch_samples, least_hours, refuse_unmeant)

@@ -31,7 +31,7 @@ from megatron_sov.base.documents.scripts import LANGUAGES, script_of
 from megatron_sov.base.errors import UserError, first_line
 from megatron_sov.base.settings import AtLeastOne, SettingsProblem, Share, at_most, find_broken, one_of
 from megatron_sov.judge.rewards.constraint import INSTALLED, MAX_TEXT_CHARS, Segmenter, verdicts, views_of
-from megatron_sov.work.sandbox import shared_sandbox
+from megatron_sov.sandbox import shared_sandbox
 
 SCRIPTS = frozenset(script for scripts in LANGUAGES.values() for script in scripts)
 

@@ -33,7 +33,7 @@ from megatron_sov.judge.rewards.constraint import MAX_TEXT_CHARS, ConstraintVerd
 from megatron_sov.judge.rewards.patterns import json_of
 from megatron_sov.judge.rewards.reward import Refused
 from megatron_sov.model.pretrained import load_pretrained
-from megatron_sov.work.sandbox import shared_sandbox
+from megatron_sov.sandbox import shared_sandbox
 
 # Cross-validation: functions and cases of several answers judge each other. AutoIF keeps a case that one
 # function agrees with, and then functions by their share of kept cases. Where all functions make one mistake,

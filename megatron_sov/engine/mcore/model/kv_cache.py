@@ -384,6 +384,19 @@ class LatentAttention(MLASelfAttention):
             hidden_states, attention_mask, packed_seq_params=packed_seq_params, **kwargs)
         return output
 
+    def _run_core_attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                            attention_mask: None, packed_seq_params: Any = None, attn_mask_type: Any = None,
+                            **kwargs: Any) -> torch.Tensor:
+        # 0.19 fills values up and cuts what comes back, which ours does by itself, and from values that are
+        # wider than queries it would cut channels
+        attend = super()._run_core_attention
+        if isinstance(self.core_attention, DocumentAttention) or value.shape[-1] > query.shape[-1]:
+            attend = self.core_attention
+        attended: torch.Tensor = attend(
+            query, key, value, attention_mask, packed_seq_params=packed_seq_params,
+            attn_mask_type=attn_mask_type or self.attn_mask_type, **kwargs)
+        return attended
+
     def _read(self, hidden: torch.Tensor, angles: torch.Tensor,
               spans: PackedSpans) -> tuple[torch.Tensor, None]:
         """Attend to narrow vectors that the cache keeps: the projections to keys and from values meet the

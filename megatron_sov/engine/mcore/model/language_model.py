@@ -8,7 +8,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,20 +17,23 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, set_tensor_model_parallel_attributes)
 from megatron.core.transformer import mlp
+from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.multi_token_prediction import (
-    MultiTokenPredictionBlockSubmodules, MultiTokenPredictionLayer, get_mtp_layer_spec)
+    MultiTokenPredictionBlockSubmodules, get_mtp_layer_spec)
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import make_viewless_tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_sov.engine.mcore.lanes import LibraryPredictionLayer
 from megatron_sov.engine.mcore.model.added_parts import Adapters, MediaEncoders
 from megatron_sov.engine.mcore.model.attention import PackedDocuments, SharedPrompts, pack
 from megatron_sov.engine.mcore.model.gpu_settings import mend_extra_state
 from megatron_sov.engine.mcore.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.engine.mcore.model.rotary import rotate_by, rotate_by_token
+from megatron_sov.engine.mcore.model.router import BalancedRouter
 from megatron_sov.engine.mcore.model.specs import (
-    block_norm, layer_specs, mtp_layer_spec, own_attention, transformer_config, uses_transformer_engine)
+    block_norm, layer_specs, mtp_layer_spec, transformer_config, uses_transformer_engine)
 from megatron_sov.engine.mcore.parallel import context
 from megatron_sov.engine.mcore.parallel.device import local_device, on_gpu
 from megatron_sov.model.config import (
@@ -109,9 +112,8 @@ ENCODER_TRAINING = MediaConfig()
 # The multi-token prediction layer of rows of packed documents.
 
 
-class PredictionLayer(MultiTokenPredictionLayer):
-    """Multi-token prediction layer for rows of packed documents, wherever they are cut,
-    that can be recomputed.
+class PredictionLayer(LibraryPredictionLayer):
+    """Multi-token prediction layer for rows of packed documents, wherever they are cut.
 
     The library moves tokens ahead in a loop over documents, and under context parallelism cuts each
     document for itself, and tells experts nothing of padding.
@@ -123,13 +125,14 @@ class PredictionLayer(MultiTokenPredictionLayer):
 
     def _get_embeddings(self, input_ids: torch.Tensor, position_ids: torch.Tensor,
                         embedding: Callable[..., torch.Tensor], hidden_states: torch.Tensor,
-                        packed_seq_params: PackedDocuments | None = None) -> tuple[torch.Tensor, ...]:
+                        packed_seq_params: PackedDocuments | None = None,
+                        padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
         """Return the whole row's tokens [tokens] moved one place further, and the local ones' embedding."""
         assert packed_seq_params is not None
         ahead = next_tokens(input_ids, packed_seq_params.bounds)
         embedded = embedding(input_ids=context.local(ahead)[None], position_ids=position_ids)
-        return (ahead, position_ids, embedded,
-                make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True))
+        states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
+        return self.embeddings(ahead, position_ids, padding_mask, embedded, states)
 
     def transform(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor,
                   packed: PackedSpans) -> torch.Tensor:
@@ -138,18 +141,6 @@ class PredictionLayer(MultiTokenPredictionLayer):
         states: torch.Tensor = self._proj_and_transformer_layer(
             hidden_states=hidden, decoder_input=embedded, rotary_pos_emb=rotary, packed_seq_params=packed)
         return states
-
-    def _checkpointed_forward(self, forward_func: Callable[..., torch.Tensor], *, hidden_states: torch.Tensor,
-                              decoder_input: torch.Tensor, rotary_pos_emb: torch.Tensor,
-                              **constants: Any) -> torch.Tensor:
-        # defect of 0.16.1: it hands all its arguments to the autograd function, which takes tensors only
-        def forward(states: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-            return forward_func(hidden_states=states, decoder_input=embedded, rotary_pos_emb=rotary,
-                                **constants)
-
-        outputs: torch.Tensor = super()._checkpointed_forward(forward, hidden_states, decoder_input,
-                                                              rotary_pos_emb)
-        return outputs
 
 
 def _with_padding(layer: Any, args: tuple[Any, ...],
@@ -277,6 +268,21 @@ class ModelInputs:
     """Pictures and sounds whose features stand over placeholders, on the host; None: there are none."""
 
 
+class BegunRow(NamedTuple):
+    """A row in front of a chunk's first layer, as far as this process has it."""
+
+    embedded: torch.Tensor | None
+    """[tokens, 1, hidden] embeddings; None: layers take what the stage before has sent."""
+    positions: torch.Tensor
+    """[1, tokens] places in documents."""
+    rotary: torch.Tensor
+    """Angles."""
+    packed: Any
+    """Its documents, as attention takes them."""
+    padding: torch.Tensor
+    """[1 or more, tokens] mask, see `Chunk._local_padding`."""
+
+
 class Chunk(GPTModel):
     """A run of layers: GPTModel that takes `ModelInputs` and ends in hidden states [depths * local
     tokens, 1, hidden].
@@ -289,6 +295,8 @@ class Chunk(GPTModel):
     """Low-rank adapters of its linear layers, where they are trained in the place of the weights."""
     encoders: MediaEncoders | None
     """Encoders of pictures and sounds, on the first run of a model that has some."""
+    before_head: Callable[[], None] | None = None
+    """Waits for the head's weight where updated ones are on their way; None: nothing is."""
 
     def forward(self, inputs: ModelInputs, first_route: int | None = None) -> torch.Tensor:
         """Run the model on this process's part of the row.
@@ -298,9 +306,17 @@ class Chunk(GPTModel):
             first_route: place of its first token in the table of routes (`router.replay_routes`); None:
                 routers choose.
         """
+        row = self.begin(inputs, first_route)
+        hidden = self.decoder(
+            hidden_states=row.embedded, attention_mask=None, rotary_pos_emb=row.rotary,
+            packed_seq_params=row.packed, padding_mask=row.padding)
+        return self.end(hidden, inputs, row)
+
+    def begin(self, inputs: ModelInputs, first_route: int | None) -> BegunRow:
+        """Return what layers take of a row, see `forward`."""
         if self.config.fine_grained_activation_offloading:
             self.preprocess_for_fine_grained_offloading()
-        own = own_attention(self.config)
+        own = self.config.own_attention
         packed = pack(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens), own=own,
                       host_bounds=inputs.host_bounds, shared=inputs.shared)
         self.config.routing_step.shared = inputs.shared
@@ -311,15 +327,18 @@ class Chunk(GPTModel):
         # the fused kernel finds each token's angles itself
         if not self.config.apply_rope_fusion:
             rotary = rotary[positions[0]]
-        hidden = self.decoder(
-            hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed,
-            padding_mask=self._local_padding(inputs.padding, first_route))
+        return BegunRow(embedded, positions, rotary, packed, self._local_padding(inputs.padding, first_route))
+
+    def end(self, hidden: torch.Tensor, inputs: ModelInputs, row: BegunRow) -> torch.Tensor:
+        """Return the trunk's hidden states and behind them those of prediction layers, where they are."""
         if self.mtp_process:
             # no place in a table of routes: what generates records the trunk's alone
-            packed.padding = self._local_padding(inputs.padding, None)
-            hidden = self.mtp(input_ids=inputs.tokens, position_ids=positions, hidden_states=hidden,
-                              attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed,
+            row.packed.padding = self._local_padding(inputs.padding, None)
+            hidden = self.mtp(input_ids=inputs.tokens, position_ids=row.positions, hidden_states=hidden,
+                              attention_mask=None, rotary_pos_emb=row.rotary, packed_seq_params=row.packed,
                               embedding=self.embedding)
+        if self.before_head is not None:
+            self.before_head()
         return hidden
 
     def read(self, row: ReadRow) -> torch.Tensor:
@@ -355,8 +374,8 @@ class Chunk(GPTModel):
         return self.mtp.layers[0].transform(hidden, embedded,
                                             rotary[row.positions], row.packed)
 
-    def _with_features(self, embedded: torch.Tensor, row_tokens: int, inputs: EncoderInputs | None, *,
-                       cut_for_context: bool = True) -> torch.Tensor:
+    def _with_features(self, embedded: Any, row_tokens: int, inputs: EncoderInputs | None, *,
+                       cut_for_context: bool = True) -> Any:
         """Return embeddings with features over those of placeholders, on the run that embeds tokens."""
         if self.encoders is not None:
             with_features: torch.Tensor = self.encoders(embedded, row_tokens, inputs,
@@ -479,6 +498,7 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
             mtp_block_spec=mtp, share_embeddings_and_output_weights=model.tied_embeddings, vp_stage=vp_stage)
         encodes = chunk.pre_process and (model.vision is not None or model.audio is not None)
         chunk.encoders = MediaEncoders(model, config) if encodes else None
+    check_layers(chunk, first)
     place(chunk, device)
     for parameter in chunk.parameters():
         # not the buffers: a router's bias moves in steps that vanish in bf16, and its counts stop at 256
@@ -491,6 +511,28 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
     _zero_padding_rows(chunk, model.vocab_size)
     mark_parameters(chunk)
     return chunk
+
+
+def check_layers(chunk: Chunk, first: int) -> None:
+    """Raise `RuntimeError` where a layer has not the number under which our lists have it, or a router is
+    not ours: another version of the library would then train another model, and nothing would say so.
+
+    Args:
+        chunk: the run of layers.
+        first: layers of the trunk before it.
+    """
+    layers = [*enumerate(chunk.decoder.layers, first + 1)]
+    if chunk.mtp_process:
+        layers += enumerate((outer.transformer_layer for outer in chunk.mtp.layers),
+                            chunk.config.num_layers + 1)
+    for number, layer in layers:
+        routers = [part for part in layer.modules() if isinstance(part, Router)]
+        for part in (layer, layer.self_attention, *routers):
+            if part.layer_number != number:
+                raise RuntimeError(f"layer {number}: {type(part).__name__} has number {part.layer_number}")
+        for router in routers:
+            if not isinstance(router, BalancedRouter):
+                raise RuntimeError(f"layer {number}: its router is the library's {type(router).__name__}")
 
 
 def valid_rows(weight: torch.Tensor, vocab_size: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 
+from megatron_sov.engine.mcore import lanes
 from megatron_sov.engine.mcore.parallel.device import CPU
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.config.model import Llama3RopeConfig
@@ -112,15 +113,14 @@ def rotate_by_token() -> None:
 
 
 def _rotate(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, rotary_interleaved: bool = False,
-            multi_latent_attention: bool = False, mscale: float = 1.0, cp_group: Any = None) -> torch.Tensor:
+            mscale: float = 1.0, cp_group: Any = None, **paired: bool) -> torch.Tensor:
     """[tokens, heads, head_dim] by angles [tokens, 1, 1, channels] -> [tokens, heads, head_dim]."""
-    if not rotary_interleaved and not multi_latent_attention:
+    if not rotary_interleaved and not paired.get(lanes.PAIRED):
         rotated: torch.Tensor = _Rotation.apply(t, *_cosine_sine(freqs, t.dtype, mscale))
         return rotated
-    paired: torch.Tensor = rope_utils._apply_rotary_pos_emb_bshd(
-        t[:, None], freqs, rotary_interleaved=rotary_interleaved,
-        multi_latent_attention=multi_latent_attention, mscale=mscale)
-    return paired[:, 0]
+    rows: torch.Tensor = rope_utils._apply_rotary_pos_emb_bshd(
+        t[:, None], freqs, rotary_interleaved=rotary_interleaved, mscale=mscale, **paired)
+    return rows[:, 0]
 
 
 def _cosine_sine(angles: Any, dtype: torch.dtype, factor: float) -> tuple[torch.Tensor, torch.Tensor]:

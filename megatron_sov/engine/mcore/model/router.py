@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
@@ -210,6 +211,8 @@ class RoutingStep:
     """Whether tokens are counted in evaluation mode too."""
     rows: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     """(local tokens, tokens of a sequence) -> sequence of each local token: the same in every layer."""
+    padding: torch.Tensor | None = None
+    """Mask of the row whose layers are computed, for routers that are handed none."""
     shared: SharedPrompts | None = None
     """What documents of the row share that is computed now; with it nothing is cut over stages."""
     table: RouteTable | None = None
@@ -227,12 +230,21 @@ class BalancedRouter(TopKRouter):
     mean normalised score, averaged over the sequences of the global batch.
     """
 
-    def __init__(self, config: Any, pg_collection: Any = None) -> None:
-        super().__init__(config, pg_collection)
+    def __init__(self, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+        super().__init__(config, pg_collection, **kwargs)
         if self.local_tokens_per_expert is None:  # the library counts for its selection bias only
             del self.local_tokens_per_expert
             zeros = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=local_device())
             self.register_buffer("local_tokens_per_expert", zeros, persistent=False)
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Return logits: of a bf16 model by Transformer Engine, which adds up in float32, and multiplies
+        gradients of float32 in TF32, as the library does where it finds the product; so a model in float32 is
+        multiplied by torch."""
+        if input.dtype == torch.float32 and moe_utils.te_general_gemm is not None:
+            return torch.nn.functional.linear(input, self.weight, self.bias)
+        logits: torch.Tensor = super().gating(input)
+        return logits
 
     def routing(self, logits: torch.Tensor,
                 padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,13 +252,16 @@ class BalancedRouter(TopKRouter):
 
         Args:
             logits: [tokens, 1, experts] float32 (float64 under fp64), this process's part of the micro-batch.
-            padding_mask: [tokens, 1] bool, True = padding; None = none.  With a table of routes, more columns
-                may hold each token's place in it (`RouteTable`).
+            padding_mask: [tokens, 1] bool, True = padding; None = the step's, where it has one.  With a table
+                of routes, more columns may hold each token's place in it (`RouteTable`).
 
         Returns:
             weights [tokens, experts] (zero where not chosen) and the choice [tokens, experts] bool.
         """
         logits = logits.view(-1, self.config.num_moe_experts)
+        if padding_mask is None and self.config.routing_step.padding is not None:
+            # the library transposes what layers are handed, see `_local_padding`
+            padding_mask = self.config.routing_step.padding.T
         mask = None if padding_mask is None else padding_mask.reshape(len(logits), -1)
         valid = None if mask is None else ~mask[:, 0]
         recorded = self._recorded(mask)

@@ -13,8 +13,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.nn.functional import dropout, gelu, rms_norm, silu
 
 from megatron_sov.base.errors import UserError, told_in_a_line
+from megatron_sov.engine.mcore import lanes
 from megatron_sov.engine.mcore.model.gpu_settings import (
-    Here, expert_settings, keep_ends_in_bf16, library_settings, own_attention_serves, transformer_settings)
+    OVERLAP, Here, expert_settings, keep_ends_in_bf16, library_settings, own_attention_serves,
+    transformer_settings)
 from megatron_sov.engine.mcore.model.rotary import local_turns, softmax_scale
 from megatron_sov.engine.mcore.model.router import BalancedRouter, RoutingStep
 from megatron_sov.engine.mcore.parallel.device import on_gpu
@@ -111,11 +113,11 @@ class OwnLayer(TransformerLayer):
             self._kept = angles.new_tensor(self._turns)
         return self._kept
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward_attention(self, *args: Any, **kwargs: Any) -> Any:
         if self._turns is not None:
             angles = kwargs["rotary_pos_emb"]
             kwargs["rotary_pos_emb"] = angles * self._turns_beside(angles)
-        return super().forward(*args, **kwargs)
+        return super()._forward_attention(*args, **kwargs)
 
 
 def transformer_engine_serves(dtype: torch.dtype) -> bool:
@@ -153,12 +155,6 @@ def uses_transformer_engine(dtype: torch.dtype) -> bool:
     return True
 
 
-def own_attention(config: Any) -> bool:
-    """Return whether `DocumentAttention` serves, for a model of the library's `config`."""
-    return own_attention_serves(uses_transformer_engine(config.params_dtype), config.context_parallel_size,
-                                config.attention_backend.name, capped=config.attention_capped)
-
-
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
                        gpu: GpuConfig = AUTO) -> Any:
     """Return the library's `TransformerConfig` for a model, a layout, a precision and a use of GPUs."""
@@ -191,7 +187,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "calculate_per_token_loss": True,
         "deterministic_mode": train.deterministic,
         "masked_softmax_fusion": False, "bias_dropout_fusion": te and not model.linear_bias,
-        "hetereogenous_dist_checkpoint": True, "cuda_graph_scope": [],
+        "hetereogenous_dist_checkpoint": True, lanes.GRAPHS_OF: [],
         **transformer_settings(gpu, train, here),
     }
     if not te and not on_gpu():
@@ -215,7 +211,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     _yarn(config, model, parallel)
     if model.yarn is not None or model.attention_multiplier is not None:
         config.softmax_scale = softmax_scale(model, "sliding_attention")
-    config.attention_capped = model.attention_softcap is not None
+    config.own_attention = own_attention_serves(here, gpu.attention, train.deterministic)
     config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
     config.logits_multiplier, config.zero_centered_norms = model.logits_multiplier, model.zero_centered_norms
     return config
@@ -239,7 +235,12 @@ def _library_config(model: ModelConfig, settings: dict[str, Any]) -> Any:
     from megatron_sov.engine.mcore.model.kv_cache import latent_settings
 
     latent = latent_settings(model)
-    return MLATransformerConfig(**settings | latent) if latent else TransformerConfig(**settings)
+    # its validation refuses float32, and prediction layers, which `OverlappedPasses` computes otherwise
+    overlap = {name: settings.pop(name) for name in OVERLAP if name in settings}
+    config = MLATransformerConfig(**settings | latent) if latent else TransformerConfig(**settings)
+    for name, value in overlap.items():
+        setattr(config, name, value)
+    return config
 
 
 def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
@@ -326,7 +327,7 @@ def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
         spec = get_gpt_layer_local_spec(
             qk_layernorm=config.qk_layernorm, multi_latent_attention=config.multi_latent_attention,
             normalization="RMSNorm")
-    return _finish_spec(config, spec, model.mtp_layer_type(), model)
+    return lanes.numbered_behind_trunk(_finish_spec(config, spec, model.mtp_layer_type(), model))
 
 
 def _own_copies(specs: list[Any]) -> list[Any]:
@@ -345,7 +346,7 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
     from megatron_sov.engine.mcore.model.kv_cache import LatentDocumentAttention, latent_specs
 
     attention, latent = spec.submodules.self_attention.submodules, model.latent_attention is not None
-    if own_attention(config):
+    if config.own_attention:
         module: Any = DocumentAttention
         if latent:
             module = LatentDocumentAttention
@@ -359,8 +360,9 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
     if latent or config.softmax_scale not in (None, softmax_scale(model, kind)):
         attention.core_attention = _with_scale(attention.core_attention, softmax_scale(model, kind))
     _place_norms(config, spec, kind, model)
-    if isinstance(spec.submodules.mlp.submodules, MoESubmodules):
-        spec.submodules.mlp.submodules.router = BalancedRouter
+    block = lanes.parts(spec.submodules.mlp)
+    if isinstance(block, MoESubmodules):
+        block.router = BalancedRouter
         # with Transformer Engine this norm keeps its own name in checkpoints; one name for both
         spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return spec
@@ -409,8 +411,9 @@ def _without_norm_inside(layer: Any) -> None:
     from megatron.core.transformer.mlp import MLPSubmodules
 
     layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
-    if isinstance(layer.mlp.submodules, MLPSubmodules):  # before experts the norm stands by itself
-        layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+    block = lanes.parts(layer.mlp)
+    if isinstance(block, MLPSubmodules):  # before experts the norm stands by itself
+        block.linear_fc1 = TEColumnParallelLinear
 
 
 def block_norm(config: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from megatron_sov.engine.mcore.parallel import cpu_shims
+from megatron_sov.engine.mcore.parallel.world import make_groups
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.plan.footprint.held import StageParams
 from megatron_sov.plan.footprint.states import StatePlace, States
@@ -38,10 +39,7 @@ def fake_world(parallel: ParallelConfig, num_ranks: int, rank: int) -> Iterator[
 
     dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
     try:
-        parallel_state.initialize_model_parallel(
-            parallel.tp, parallel.pp, parallel.vpp if parallel.vpp > 1 else None,
-            context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep,
-            expert_tensor_parallel_size=parallel.etp, create_gloo_process_groups=False)
+        make_groups(parallel)
         yield
     finally:
         parallel_state.destroy_model_parallel()

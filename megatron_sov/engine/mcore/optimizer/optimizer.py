@@ -11,6 +11,7 @@ import megatron.core.optimizer as library_optimizer
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+from megatron_sov.engine.mcore import lanes
 from megatron_sov.engine.mcore.model.gpu_settings import moment_settings
 from megatron_sov.engine.mcore.model.language_model import LanguageModel
 from megatron_sov.engine.mcore.model.local_shards import LocalShard
@@ -107,7 +108,7 @@ class Optimizer:
         total = torch.zeros((), dtype=torch.float64, device=local_device())
         for optimizer in self.library.chained_optimizers:
             norms = [torch.linalg.vector_norm(part, dtype=torch.float64)
-                     for gradient in optimizer.get_main_grads_for_grad_norm()
+                     for gradient in lanes.gradients_for_norm(optimizer)
                      for part in (gradient.view(-1).split(NORM_ELEMENTS) if gradient.is_cpu else [gradient])]
             norms = [norm.to(total.device) for norm in norms]  # some were taken in host memory
             squares = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)

@@ -35,7 +35,7 @@ def wrap(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = AUTO) 
     one buffer per dtype.
     """
     settings = DistributedDataParallelConfig(
-        **gradient_settings(gpu, bf16=model.config.bf16),
+        **gradient_settings(gpu, parallel, bf16=model.config.bf16),
         use_distributed_optimizer=parallel.zero1, overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         # stages of an interleaved pipeline send at the same time, since one that sends computes more slowly
@@ -51,7 +51,7 @@ def wrap(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = AUTO) 
         if settings.align_param_gather:
             model.config.param_sync_func = [w.start_param_sync for w in wrapped]
         if model.chunks[-1].post_process:
-            model.chunks[-1].register_forward_hook(partial(_wait_for_head, wrapped[-1], model.head_weight))
+            model.chunks[-1].before_head = partial(_wait_for_head, wrapped[-1], model.head_weight)
     return wrapped
 
 
@@ -60,7 +60,7 @@ def _per_chunk(functions: list[Any]) -> Any:
     return functions if len(functions) > 1 else functions[0]
 
 
-def _wait_for_head(wrapped: Any, weight: torch.Tensor, *_: Any) -> None:
+def _wait_for_head(wrapped: Any, weight: torch.Tensor) -> None:
     """Wait for the head's updated weight once the last hidden states are there.
 
     The library waits whenever a module is called, but losses take the head's weight and

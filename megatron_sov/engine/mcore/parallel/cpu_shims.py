@@ -29,19 +29,34 @@ from megatron_sov.engine.mcore.parallel.device import CPU, compute_on_cpu, compu
 @functools.cache
 def mend() -> None:
     """Mend the library in this process; called before a model is built."""
-    _router_gemm_name()
+    _products_of_routers()
     _norms_under_sequence_parallelism()
     _biases_of_experts()
     _latent_attention_alone()
+    _experts_without_tokens()
 
 
-def _router_gemm_name() -> None:
-    """`te_general_gemm` is bound only when Transformer Engine imports,
-    and read unconditionally."""
+def _products_of_routers() -> None:
+    """Transformer Engine 2.20.2 has lost what the library imports together with `general_gemm`, so that its
+    routers multiply in float32; without Transformer Engine the name that they read is not bound."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
 
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    product: Any = getattr(moe_utils, "te_general_gemm", None)
+    if product is None:
+        try:
+            from transformer_engine.pytorch import cpp_extensions
+        except ImportError:
+            moe_utils.te_general_gemm = None
+            return
+        product = cpp_extensions.general_gemm
+
+    @functools.wraps(product)
+    def multiply(A: Any, B: Any, out_dtype: torch.dtype, bias: Any = None, **asked: Any) -> Any:
+        # the kernel reads a bias's bytes as the product's type
+        bias = None if bias is None else bias.to(out_dtype)
+        return product(A, B, out_dtype=out_dtype, bias=bias, **asked)
+
+    moe_utils.te_general_gemm = multiply
 
 
 def _latent_attention_alone() -> None:
@@ -51,6 +66,28 @@ def _latent_attention_alone() -> None:
 
     if not isinstance(latent.TELinear, type):
         latent.HAVE_TE = False
+
+
+def _experts_without_tokens() -> None:
+    """Transformer Engine's permutation asserts that a process's experts get a token, and its inverse makes no
+    rows of none, where the library wants zeros; a few tokens over many processes leave some without."""
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    permute, unpermute = dispatcher.permute, dispatcher.unpermute
+
+    @functools.wraps(permute)
+    def permute_any(tokens: Any, routing_map: Any, probs: Any = None, num_out_tokens: Any = None,
+                    fused: bool = False, **asked: Any) -> Any:
+        # a number on a GPU is not waited for: it counts a router's choices, which every token has
+        known = num_out_tokens is not None and not getattr(num_out_tokens, "is_cuda", False)
+        fused = fused and not (known and int(num_out_tokens) == 0)
+        return permute(tokens, routing_map, probs, num_out_tokens, fused=fused, **asked)
+
+    @functools.wraps(unpermute)
+    def unpermute_any(permuted_tokens: Any, *args: Any, fused: bool = False, **asked: Any) -> Any:
+        return unpermute(permuted_tokens, *args, fused=fused and len(permuted_tokens) > 0, **asked)
+
+    dispatcher.permute, dispatcher.unpermute = permute_any, unpermute_any
 
 
 def _norms_under_sequence_parallelism() -> None:
@@ -144,7 +181,7 @@ class _Stream:
 
 def _current_device_is_cpu() -> None:
     """megatron asks torch.cuda where it runs (`device=torch.cuda.current_device()`),
-    and for streams and memory figures."""
+    for streams and memory figures, and names parts of its passes for a profiler."""
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
     cuda.set_device = lambda *args: None
@@ -154,6 +191,7 @@ def _current_device_is_cpu() -> None:
     cuda.Stream = cuda.Event = _Stream
     cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _Stream()
     cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args: 0
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(cuda, name, lambda *args, **kwargs: 0)
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_sov.base.errors import UserError, first_line
+from megatron_sov.model.config import RunConfig
+from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import own_gpu_index
 from megatron_sov.work.clusters.chips import Gpu
 from megatron_sov.work.clusters.units import GIB
@@ -44,7 +48,8 @@ def switch_on() -> None:
         if value not in allowed:
             raise UserError(f"train.deterministic = True: the environment has {name}={value}, "
                             f"with which results do not repeat; unset it or use {' or '.join(allowed)}")
-    if torch.cuda.is_initialized():
+    # a process that has done so already may do one run after another
+    if torch.cuda.is_initialized() and not torch.are_deterministic_algorithms_enabled():
         raise RuntimeError("CUDA has started before determinism.switch_on()")
     torch.use_deterministic_algorithms(True)
     # it would fill all empty memory, of every activation; what is read before it is written is a defect
@@ -52,6 +57,48 @@ def switch_on() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+
+
+# What CUDA, NCCL and Transformer Engine are told of a run before they start, unless the environment says
+# something else: what NVIDIA's own recipes for mixtures of experts set (Megatron-Bridge 26.08,
+# `perf_recipes`).
+
+
+def run_variables(config: RunConfig, gpu_name: str) -> dict[str, str]:
+    """Return environment variables that suit a run on GPUs of a name, as the driver has it."""
+    parallel, flex = config.parallel, config.parallel.expert_dispatcher in ("deepep", "hybridep")
+    # one queue keeps kernels of tensor and context parallelism in the order in which they overlap; Blackwell
+    # needs none for that, and messages of experts beside another micro-batch need several
+    ordered = ((parallel.tp > 1 or parallel.cp > 1) and parallel.expert_overlap == "none"
+               and not any(name in gpu_name for name in BLACKWELL))
+    found = {"TORCH_NCCL_HIGH_PRIORITY": "1",  # messages are not queued behind products
+             CONNECTIONS: "1" if ordered else "32",
+             # sums in NVLink switches take memory for every group, and gain where buffers are registered
+             "NCCL_NVLS_ENABLE": str(int(config.gpu.nccl_user_buffers == "on"))}
+    if parallel.overlap_grad_reduce or parallel.expert_overlap != "none":
+        # norms take all multiprocessors, and leave NCCL or DeepEP none
+        found |= dict.fromkeys(("NVTE_FWD_LAYERNORM_SM_MARGIN", "NVTE_BWD_LAYERNORM_SM_MARGIN"),
+                               "20" if flex else "16")
+    return found
+
+
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+BLACKWELL = ("B200", "B300")
+"""In the names of its GPUs."""
+
+
+def set_variables(config: RunConfig) -> None:
+    """Set what `run_variables` says and the environment does not; before CUDA starts.
+
+    Raises:
+        UserError: the environment's own value stands against a setting.
+    """
+    gpus = visible_gpus()
+    for name, value in run_variables(config, gpus[0].name if gpus else "").items():
+        os.environ.setdefault(name, value)
+    if config.parallel.expert_overlap == "micro_batches" and os.environ[CONNECTIONS] == "1":
+        raise UserError(f"parallel.expert_overlap = micro_batches: the environment has {CONNECTIONS}=1, with "
+                        "which messages wait for products; unset it or use 32")
 
 
 CPU = torch.device("cpu")
@@ -86,6 +133,16 @@ def release_unused() -> None:
     if on_gpu():
         gc.collect()
         torch.cuda.empty_cache()  # which starts no CUDA where there is none yet
+
+
+def record_for_nsys(*, on: bool) -> None:
+    """Have NVIDIA's profiler begin or end to record, where this process was started with it, and the library
+    name the parts of its passes for it (NVTX)."""
+    from megatron.core.utils import configure_nvtx_profiling
+
+    configure_nvtx_profiling(on)
+    torch.cuda.synchronize()
+    (torch.cuda.profiler.start if on else torch.cuda.profiler.stop)()
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -151,7 +208,9 @@ def take_gpu(store: dist.Store, rank: int, size: int, needs_bytes: int,
     device, uuid, problem = torch.device("cuda", own_gpu_index(torch.cuda.device_count())), "", ""
     try:
         torch.cuda.set_device(device)
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        properties = torch.cuda.get_device_properties(device)
+        uuid = str(properties.uuid)
+        stay_beside(properties)
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     except RuntimeError as e:  # CUDA's own: held by another process alone, fallen off the bus
         problem = f"cannot be used ({first_line(e)}); `nvidia-smi` shows who has it and how it is"
@@ -162,6 +221,30 @@ def take_gpu(store: dist.Store, rank: int, size: int, needs_bytes: int,
                        "or choose other GPUs by CUDA_VISIBLE_DEVICES")
     agree(store, rank, size, uuid, problem, timeout)
     return device
+
+
+PCI = Path("/sys/bus/pci/devices")
+
+
+def stay_beside(properties: Any, devices: Path = PCI) -> None:
+    """Keep this process, the threads that it will start and, since pages come from where a thread runs, its
+    memory on the processors that are next to its GPU; where the kernel does not tell, or a launcher has left
+    none of them, it stays where it is.
+
+    Args:
+        properties: what torch says of the GPU.
+        devices: the kernel's list of devices.
+    """
+    place = (f"{getattr(properties, 'pci_domain_id', 0):04x}:{getattr(properties, 'pci_bus_id', 0):02x}:"
+             f"{getattr(properties, 'pci_device_id', 0):02x}.0")
+    try:
+        text = (devices / place / "local_cpulist").read_text(encoding="ascii")
+        spans = [[int(end) for end in span.split("-")] for span in text.strip().split(",") if span]
+        near = {cpu for span in spans for cpu in range(span[0], span[-1] + 1)} & os.sched_getaffinity(0)
+        if near:
+            os.sched_setaffinity(0, near)
+    except (OSError, ValueError, AttributeError):  # no such file, another form, no such call on macOS
+        return
 
 
 def agree(store: dist.Store, rank: int, size: int, uuid: str, problem: str,

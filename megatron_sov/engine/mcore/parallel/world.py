@@ -7,9 +7,10 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -23,6 +24,22 @@ _joins = itertools.count()
 LOCALHOST = "127.0.0.1"
 STORE_PORT = "SOV_STORE_PORT"
 """Environment variable: port of the rendezvous that the launcher of local ranks holds."""
+_REDUCTIONS = "reductions"
+_PURPOSE = {
+    **dict.fromkeys((
+        "DATA_PARALLEL_GROUP_WITH_CP", "DATA_PARALLEL_GROUP", "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP",
+        "TENSOR_AND_DATA_PARALLEL_GROUP", "MODEL_PARALLEL_GROUP", "EMBEDDING_GROUP",
+        "POSITION_EMBEDDING_GROUP", "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP",
+        "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP"), _REDUCTIONS),
+    **dict.fromkeys((
+        "TENSOR_MODEL_PARALLEL_GROUP", "CONTEXT_PARALLEL_GROUP", "TENSOR_AND_CONTEXT_PARALLEL_GROUP"),
+        "layers"),
+    **dict.fromkeys((
+        "EXPERT_MODEL_PARALLEL_GROUP", "EXPERT_TENSOR_PARALLEL_GROUP",
+        "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP"), "experts")}
+"""What the library's groups serve, by its descriptions; the others serve themselves alone.  Two groups with
+the same members are one where they serve the same: a communicator does one thing after the other, so that
+experts' messages must not wait behind gradients, nor stages' behind either."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +85,13 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = datetime.timedelta(seconds=parallel.timeout_s)
     if not dist.is_initialized():
-        store, device = _rendezvous(rank, size, timeout), None
+        store = _rendezvous(rank, size, timeout)
         if on_gpu():
-            device = take_gpu(store, rank, size, needs_bytes, timeout)
-        dist.init_process_group("nccl" if device else "gloo", rank=rank, world_size=size, timeout=timeout,
-                                store=store, device_id=device)
-    parallel_state.initialize_model_parallel(
-        parallel.tp, parallel.pp, parallel.vpp if parallel.vpp > 1 else None,
-        context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep,
-        expert_tensor_parallel_size=parallel.etp,
-        # they would only serve the library's own checkpoints; making thousands takes minutes
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, math.ceil(parallel.timeout_s / 60)))
+            take_gpu(store, rank, size, needs_bytes, timeout)
+        # not bound to the device: each group would be split off all processes by all of them, one by one
+        dist.init_process_group("nccl" if on_gpu() else "gloo", rank=rank, world_size=size, timeout=timeout,
+                                store=store)
+    make_groups(parallel)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     cpu_shims.mend()
     return ParallelWorld(
@@ -88,6 +100,40 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
         first_stage=parallel_state.is_pipeline_first_stage(),
         last_stage=parallel_state.is_pipeline_last_stage(),
     )
+
+
+def make_groups(parallel: ParallelConfig) -> None:
+    """Make the layout's groups among the processes that have met.
+
+    A process takes part in making the groups that it is in, each once, and connects to their members when it
+    first sends something; of the others it counts the names.
+    """
+    from megatron.core import parallel_state
+
+    # the default group has a communicator already
+    made: dict[tuple[str, tuple[int, ...]], Any] = {
+        (_REDUCTIONS, tuple(range(dist.get_world_size()))): dist.group.WORLD}
+    create = parallel_state.create_group
+
+    def share(ranks: Sequence[int], *, group_desc: str = "", backend: Any = None, pg_options: Any = None,
+              **asked: Any) -> Any:
+        if backend is not None or pg_options is not None:
+            return create(ranks, group_desc=group_desc, backend=backend, pg_options=pg_options, **asked)
+        # nothing is sent within a group of one
+        purpose = _PURPOSE.get(group_desc, group_desc) if len(ranks) > 1 else ""
+        key = purpose, tuple(sorted(ranks))
+        if key not in made:
+            made[key] = create(ranks, group_desc=group_desc, **asked)
+        return made[key]
+
+    with mock.patch.object(parallel_state, "create_group", share):
+        parallel_state.initialize_model_parallel(
+            parallel.tp, parallel.pp, parallel.vpp if parallel.vpp > 1 else None,
+            context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep,
+            expert_tensor_parallel_size=parallel.etp,
+            # they would only serve the library's own checkpoints
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=max(1, math.ceil(parallel.timeout_s / 60)))
 
 
 def _rendezvous(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:

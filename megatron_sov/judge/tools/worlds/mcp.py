@@ -24,9 +24,9 @@ from megatron_sov.judge.rewards.reward import short
 from megatron_sov.judge.tools.environment import (
     InfrastructureFault, Observation, Task, ToolFault, ToolRefused)
 from megatron_sov.judge.tools.worlds.goals import AnsweredWorld
+from megatron_sov.sandbox.process_tree import ProcessTree
 from megatron_sov.version import __version__
 from megatron_sov.work.processes.children import variables_for_foreign
-from megatron_sov.work.processes.process_tree import ProcessTree
 
 PROTOCOL = "2025-06-18"
 MAX_LINE_BYTES = 256 << 20

@@ -14,8 +14,8 @@ from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import told_in_a_line
 from megatron_sov.omni.media.reading.kinds import (
     MediaLimits, PictureRequest, VideoFrames, read_picture, read_sound, read_video)
+from megatron_sov.sandbox.restrictions import enclose_reader
 from megatron_sov.work.processes.channel import receive, send
-from megatron_sov.work.sandbox.restrictions import enclose_reader
 
 MAX_ERROR_CHARS = 300
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.omni.media.reading.kinds import MediaLimits, VideoFrames
+from megatron_sov.sandbox.readers import KeptReader, ReaderEnded, Wording
 from megatron_sov.work.processes.channel import receive, send
-from megatron_sov.work.sandbox.readers import KeptReader, ReaderEnded, Wording
 
 
 def place_of(root: Path, path: str) -> Path:

@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.curate.sources import formats, reader
 from data_prep.curate.sources.source import Broken, Raw, SourceSettings
-from megatron_sov.work.sandbox import readers
+from megatron_sov.sandbox import readers
 
 HOSTILE = '''
 import ctypes, os, socket, sys, time

@@ -119,7 +119,7 @@ def test_experts_whose_recipe_keeps_no_state_are_saved() -> None:
 
 
 ROOT = Path(__file__).parents[4]
-OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "peak_tflops",
+OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "profiler", "peak_tflops",
               "optimizer_offload"}
 """Settings that no field of the library stands behind; each has a test of its own."""
 CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -140,6 +140,9 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
         "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
     "parallel.expert_dispatcher": (["parallel.expert_dispatcher=hybridep"], {
         "moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}),
+    "parallel.expert_overlap": (["parallel.expert_overlap=micro_batches"], {
+        "overlap_moe_expert_parallel_comm": True}),
+    "parallel.delay_weight_grads": (["parallel.delay_weight_grads=true"], {"delay_wgrad_compute": True}),
     "gpu.grad_dtype": (["gpu.grad_dtype=bf16"], {"grad_reduce_in_fp32": False}),
     "gpu.moment_dtype": (["gpu.moment_dtype=bf16"], {
         "use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16,
@@ -160,7 +163,7 @@ def fields(config: RunConfig, te: bool) -> dict[str, Any]:
     """Return the library's fields of a config, with Transformer Engine or without."""
     here = Here(te, config.model, config.parallel)
     found = (transformer_settings(config.gpu, config.train, here) | expert_settings(config.gpu, here)
-             | gradient_settings(config.gpu, bf16=True) | moment_settings(config.gpu))
+             | gradient_settings(config.gpu, config.parallel, bf16=True) | moment_settings(config.gpu))
     return found | {"attention_backend": found["attention_backend"].name}
 
 
@@ -213,7 +216,7 @@ def test_without_transformer_engine_auto_is_off_and_the_library_builds_its_confi
 
 def test_with_transformer_engine_auto_is_on_where_model_and_layout_can() -> None:
     found = fields(config_with([]), te=True)
-    assert [f.setting for f in FUSIONS if not found[f.field]] == ["router_fusion"], "on only where asked for"
+    assert [f.setting for f in FUSIONS if not found[f.field]] == ["router_fusion"], "its kernels are not here"
     yarn = 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}'
     assert fields(config_with([yarn]), te=True)["apply_rope_fusion"], "its factor is in the softmax"
     assert not fields(config_with(["parallel.cp=2"]), te=True)["apply_rope_fusion"]
@@ -270,6 +273,7 @@ def test_sinks_over_packed_rows_need_new_libraries(monkeypatch: pytest.MonkeyPat
 
     for name in ("FLASH", "FUSED", "UNFUSED"):  # the library sets them where it has built a model
         monkeypatch.delenv(f"NVTE_{name}_ATTN", raising=False)
+    monkeypatch.setattr(utils, "get_te_version", lambda: Version("2.20.2"))
     asked, sinks = "model.attention_sinks=true", r"attends packed rows with sinks .*; install a newer one"
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91702)
     with pytest.raises(UserError, match=f"cannot be: no fused kernel of cuDNN 91702 {sinks}"):
@@ -283,14 +287,48 @@ def test_sinks_over_packed_rows_need_new_libraries(monkeypatch: pytest.MonkeyPat
         gpu_settings.refuse(config_with([asked]), te=True)
 
 
+@pytest.mark.parametrize(("capability", "cudnn", "changes", "own", "why"), [
+    ((9, 0), 92500, "", False, ""), ((10, 0), 92500, "", False, ""),
+    # on Hopper the fused one repeats its bits in short documents alone, with sinks nowhere
+    ((9, 0), 92500, "train.deterministic=true", True, ""),
+    ((9, 0), 92500, "train.deterministic=true model.num_heads=32", True, "in documents of 256 tokens on"),
+    ((10, 0), 91800, "train.deterministic=true", True, "on this GPU before cuDNN 91801"),
+    ((10, 0), 91801, "train.deterministic=true", True, ""),
+    ((10, 0), 92500, "train.deterministic=true model.attention_sinks=true", True, "with sinks"),
+    # Gemma's heads
+    ((9, 0), 91900, "model.head_dim=256", False, ""), ((10, 0), 92500, "model.head_dim=256", False, ""),
+    ((10, 0), 92401, "model.head_dim=256", True, "no fused kernel of cuDNN 92401 trains heads of 256"),
+])
+def test_attention_that_cannot_be_fused_is_our_own(capability: tuple[int, int], cudnn: int, changes: str,
+                                                   own: bool, why: str,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(gpu_settings, "HOPPER_REPEATS", 32 * 256 ** 2)
+    for name in gpu_settings.TE_ATTENTION_VARIABLES.values():
+        monkeypatch.delenv(name, raising=False)
+    config = config_with(changes.split())
+    assert gpu_settings.resolve_auto(config, te=True)["attention"] == ("local" if own else "auto")
+    gpu_settings.refuse(config, te=True)
+    fused = config_with([*changes.split(), "gpu.attention=fused"])
+    if not why:
+        return gpu_settings.refuse(fused, te=True)
+    with pytest.raises(UserError, match=f'gpu.attention = "fused" cannot be.*{why}'):
+        gpu_settings.refuse(fused, te=True)
+
+
 def test_routing_that_the_kernels_do_not_compute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.extensions import transformer_engine
 
     monkeypatch.setattr(transformer_engine, "fused_topk_with_score_function", lambda: None)
     gpu_settings.refuse(config_with(["gpu.router_fusion=on"]), te=True)
+    one = "model.num_experts_per_token=1"
+    assert [fields(config_with(asked), te=True)["moe_router_fusion"]
+            for asked in ([], [one], ["gpu.router_fusion=off"])] == [True, False, False]
     with pytest.raises(UserError, match=r"gpu\.router_fusion = .* does not go with model\.norm_topk_prob = "
                                         r"True and model\.num_experts_per_token = 1: the kernels divide"):
-        gpu_settings.refuse(config_with(["gpu.router_fusion=on", "model.num_experts_per_token=1"]), te=True)
+        gpu_settings.refuse(config_with(["gpu.router_fusion=on", one]), te=True)
 
 
 def test_nothing_is_refused_where_nothing_is_asked() -> None:

@@ -139,7 +139,10 @@ def rotations() -> dict[str, Any]:
 def test_a_row_is_rotated_without_a_look_at_its_documents(ranks: Any, job: Any) -> None:
     (found,) = ranks(job(__file__, "rotations", 1))[0]
     assert found["same"] and found["moved"]
-    assert found["signatures"][0] == found["signatures"][1]
+    theirs, ours = map(set, found["signatures"])
+    # by one or both of these names, as the version has it
+    assert theirs - ours <= {"multi_latent_attention", "mla_rotary_interleaved"}
+    assert ours - theirs == {"paired"}
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(16, torch.float32), (24, torch.float32),

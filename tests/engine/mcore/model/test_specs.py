@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from megatron_sov.base.errors import UserError
 def settings(recipe: str, changes: list[str]) -> dict[str, Any]:
     """Return what the library's configuration and module specs say about each layer."""
     from megatron_sov import recipes
+    from megatron_sov.engine.mcore import lanes
     from megatron_sov.engine.mcore.model import specs
     from megatron_sov.engine.mcore.model.router import BalancedRouter
     from megatron_sov.model.config import ParallelConfig, apply_settings
@@ -23,7 +23,7 @@ def settings(recipe: str, changes: list[str]) -> dict[str, Any]:
     layers = specs.layer_specs(library, config.model)
     if config.model.num_mtp_layers:
         layers.append(specs.mtp_layer_spec(library, config.model))
-    routers = [getattr(s.submodules.mlp.submodules, "router", None) for s in layers]
+    routers = [getattr(lanes.parts(s.submodules.mlp), "router", None) for s in layers]
     names = ("window_attn_skip_freq", "no_rope_freq", "window_size", "moe_layer_freq", "qk_layernorm",
              "moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size",
              "calculate_per_token_loss", "batch_p2p_comm", "recompute_granularity",
@@ -59,11 +59,6 @@ def test_a_recipes_structure_reaches_the_library(ranks, job) -> None:
     assert solar["bf16"] and solar["dtype"] == "torch.bfloat16"
 
 
-def library_config(dtype: Any) -> Any:
-    return SimpleNamespace(params_dtype=dtype, context_parallel_size=1, attention_capped=False,
-                           attention_backend=SimpleNamespace(name="auto"))
-
-
 def test_on_gpus_16_bit_alone_takes_transformer_engine(monkeypatch: pytest.MonkeyPatch,
                                                        tmp_path: Path) -> None:
     """A broken one is told in its own words; float32 and float64 do without."""
@@ -85,10 +80,8 @@ def test_on_gpus_16_bit_alone_takes_transformer_engine(monkeypatch: pytest.Monke
             specs.uses_transformer_engine(torch.bfloat16)
         for dtype in (torch.float32, torch.float64):
             assert not specs.uses_transformer_engine(dtype)
-            assert specs.own_attention(library_config(dtype))
         monkeypatch.setattr(specs, "transformer_engine_error", lambda: "")
         assert specs.uses_transformer_engine(torch.bfloat16)
-        assert not specs.own_attention(library_config(torch.bfloat16))
     finally:
         monkeypatch.undo()
         specs.transformer_engine_error.cache_clear()

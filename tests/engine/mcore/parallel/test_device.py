@@ -14,9 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.mcore.parallel import device as own_gpu
 from megatron_sov.engine.mcore.parallel.device import VARIABLES, switch_on
+from megatron_sov.model.config import apply_settings
 from megatron_sov.work.clusters.units import GIB
 
 
@@ -70,12 +72,12 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
     import torch.distributed as dist
 
     from megatron_sov import recipes
-    from megatron_sov.engine.data.token_shards import open_sources
     from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.model.local_shards import local_shards
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import open_sources
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
@@ -222,3 +224,47 @@ def test_its_kind_is_what_cuda_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda index: SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=79 * GIB))
     assert (own_gpu.kind().name, own_gpu.kind().memory_bytes) == ("NVIDIA H100 80GB HBM3", 79 * GIB)
+
+
+# What libraries are told of a run before they start, and where its processes stay.
+
+
+def test_variables_suit_layout_and_chip_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(gpu: str, *settings: str) -> dict[str, str]:
+        return own_gpu.run_variables(apply_settings(recipes.get("tiny-solar-open"), list(settings)), gpu)
+
+    halves, passes = ("parallel.tp=2", "parallel.sp=true"), ("parallel.ep=2",
+                                                            "parallel.expert_overlap=micro_batches")
+    hopper, blackwell = "NVIDIA H100 80GB HBM3", "NVIDIA B200"
+    assert of(hopper) == {"TORCH_NCCL_HIGH_PRIORITY": "1", own_gpu.CONNECTIONS: "32", "NCCL_NVLS_ENABLE": "0"}
+    assert of(hopper, *halves)[own_gpu.CONNECTIONS] == "1" == of(hopper, "parallel.cp=2")[own_gpu.CONNECTIONS]
+    assert of(blackwell, *halves)[own_gpu.CONNECTIONS] == "32" == of(hopper, *halves, *passes)[
+        own_gpu.CONNECTIONS]
+    assert of(hopper, *passes)["NVTE_BWD_LAYERNORM_SM_MARGIN"] == "16"
+    assert of(hopper, *passes, "parallel.expert_dispatcher=deepep")["NVTE_FWD_LAYERNORM_SM_MARGIN"] == "20"
+    assert of(hopper, "gpu.nccl_user_buffers=on")["NCCL_NVLS_ENABLE"] == "1"
+
+    monkeypatch.setattr(own_gpu, "visible_gpus", lambda: [SimpleNamespace(name=hopper)])
+    for name in of(hopper, *passes):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    config = apply_settings(recipes.get("tiny-solar-open"), [*passes])
+    own_gpu.set_variables(config)
+    assert (os.environ["NCCL_NVLS_ENABLE"], os.environ["TORCH_NCCL_HIGH_PRIORITY"]) == ("1", "1")
+    monkeypatch.setenv(own_gpu.CONNECTIONS, "1")
+    with pytest.raises(UserError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1, with which messages wait .*; unset"):
+        own_gpu.set_variables(config)
+
+
+def test_a_process_stays_beside_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: taken.append(sorted(cpus)), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    gpu = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x1b, pci_device_id=0)
+    own_gpu.stay_beside(gpu, tmp_path)
+    folder = tmp_path / "0000:1b:00.0"
+    folder.mkdir()
+    for text in ("2-5,8\n", "6-7\n", "nothing\n"):
+        (folder / "local_cpulist").write_text(text)
+        own_gpu.stay_beside(gpu, tmp_path)
+    assert taken == [[2, 3]], "of a GPU that the kernel does not know, or with none of ours, nothing changes"

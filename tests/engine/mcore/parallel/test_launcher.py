@@ -17,9 +17,9 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import load
-from megatron_sov.engine.data.token_shards import ShardChain, numbers, open_sources
 from megatron_sov.engine.mcore.parallel import launcher
 from megatron_sov.engine.mcore.parallel.launcher import plan_file, read_plan
+from megatron_sov.train.data.token_shards import ShardChain, numbers, open_sources
 from megatron_sov.train.stopping import stoppable
 
 # What is written for ranks that are new processes, and read there.

@@ -114,7 +114,7 @@ def test_a_tool_that_is_none_is_named(tool: Any) -> None:
 def test_a_command_that_ends_before_it_is_watched_is_buried() -> None:
     program = """if True:
         import os
-        from megatron_sov.work.processes.process_tree import _keep
+        from megatron_sov.sandbox.process_tree import _keep
         until, wanted = os.pipe()
         pid = os.fork()
         if not pid:

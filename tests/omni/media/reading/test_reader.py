@@ -16,7 +16,7 @@ from PIL import Image
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.omni.media.reading.kinds import MediaLimits
 from megatron_sov.omni.media.reading.reader import MediaReader
-from megatron_sov.work.sandbox import readers
+from megatron_sov.sandbox import readers
 
 HOSTILE = '''
 import os, time

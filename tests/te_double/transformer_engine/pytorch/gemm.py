@@ -6,16 +6,21 @@ Not a part of the real library's interface.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from ..common.recipe import Recipe
+from ..common.recipe import (
+    Float8BlockScaling, Float8CurrentScaling, MXFP8BlockScaling, NVFP4BlockScaling, Recipe)
 
 Kind = Literal["fprop", "dgrad", "wgrad"]
 
 COUNTS: Counter[tuple[Kind | Literal["general"], str]] = Counter()
 """(kind, name of the recipe's class or "") -> products so far; those of `general_gemm` by layout."""
+SUMMED_AT_ONCE = 32
+"""Products that Hopper's tensor cores add up before the sum is rounded into the accumulator."""
+FAST_BITS = 13
+"""Fraction bits that stay of it in fast accumulation (DeepSeek-V3, arXiv 2412.19437, section 3.5.2)."""
 
 
 def gemm(a: torch.Tensor, b: torch.Tensor, kind: Kind, recipe: Recipe | None = None,
@@ -34,8 +39,50 @@ def gemm(a: torch.Tensor, b: torch.Tensor, kind: Kind, recipe: Recipe | None = N
         kind: which product of the layer it is.
         recipe: the quantisation that was on in the forward pass; None: none.
         out_dtype: of the result, into which sums are not rounded on the way; None: that of `a`.
+
+    Raises:
+        RuntimeError: the recipe's kernels have no such shape.
     """
     COUNTS[kind, type(recipe).__name__ if recipe is not None else ""] += 1
+    check_aligned(a, b, recipe)
     if out_dtype is not None:
         a, b = a.to(out_dtype), b.to(out_dtype)
     return a @ b
+
+
+def check_aligned(a: torch.Tensor, b: torch.Tensor, recipe: Recipe | None) -> None:
+    """Refuse operands of a @ b that a recipe's kernels do not take; nothing is multiplied of empty ones."""
+    if recipe is None or not a.numel() or not b.numel():
+        return
+    (rows, summed), columns = a.shape, b.shape[1]
+    for kind, block, name in ((MXFP8BlockScaling, 32, "MXFP8"), (NVFP4BlockScaling, 16, "NVFP4")):
+        if isinstance(recipe, kind) and (rows % block or summed % block or columns % block):
+            raise RuntimeError(f"{name} requires tensor dims that are divisible by {block} (got shape="
+                               f"{[rows, summed]} and {[summed, columns]})")
+    if isinstance(recipe, (MXFP8BlockScaling, NVFP4BlockScaling)):
+        return
+    # Hopper's products have both operands with the summed axis last
+    if summed % 16:
+        raise RuntimeError(f"Leading dimension requirement on A for FP8 GEMM. Caller must pad. ({summed})")
+    if columns % 8 or (isinstance(recipe, Float8BlockScaling) and rows % 8):
+        raise RuntimeError(f"Outer dimension requirement for FP8 GEMM. Caller must pad. ({rows}, {columns})")
+
+
+def accumulates_fast(kind: Kind, recipe: Recipe | None) -> bool:
+    """Return whether Hopper's product of a kind keeps its sum in the tensor cores' own precision."""
+    if isinstance(recipe, Float8CurrentScaling):
+        settings: Any = getattr(recipe, f"fp8_gemm_{kind}")
+        return not settings.use_split_accumulator
+    return recipe is not None and recipe.delayed() and kind == "fprop"
+
+
+def fast_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a @ b [rows, columns] in float32 as Hopper accumulates it fast: the sum is cut after every
+    `SUMMED_AT_ONCE` products to `FAST_BITS` behind the larger of it and what is added."""
+    total = a.new_zeros(len(a), b.shape[1], dtype=torch.float32)
+    for x, y in zip(a.float().split(SUMMED_AT_ONCE, 1), b.float().split(SUMMED_AT_ONCE, 0), strict=True):
+        part = x @ y
+        exponent = torch.maximum(total.abs(), part.abs()).frexp().exponent
+        unit = torch.ldexp(torch.ones_like(total), exponent - 1 - FAST_BITS)
+        total = ((total / unit).trunc() + (part / unit).trunc()) * unit
+    return total

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from .constants import RoutingMapFormat
+from .placement import require_cuda
 
 EPSILON = 1e-20
 """The kernels' summand of the sum that weights are divided by."""
@@ -16,6 +18,27 @@ def _scores(logits: torch.Tensor, score_function: str) -> torch.Tensor:
     if score_function not in ("softmax", "sigmoid"):
         raise NotImplementedError(f"the double has no score function {score_function!r}")
     return logits.softmax(-1) if score_function == "softmax" else logits.sigmoid()
+
+
+def _check(logits: torch.Tensor, topk: int) -> None:
+    """Refuse what the extension's checks do."""
+    if logits.dtype == torch.float64:
+        raise ValueError("Current TE does not support float64 router type.")
+    if not logits.is_contiguous():
+        raise RuntimeError("logits must be contiguous")
+    if not logits.numel():
+        raise RuntimeError("num_tokens and num_experts must be greater than 0")
+    if not 0 < topk <= logits.shape[-1]:
+        raise RuntimeError(f"topk must be in [1, num_experts], got topk={topk}")
+
+
+def _within_groups(scores: torch.Tensor, topk: int, num_groups: int, group_topk: int) -> torch.Tensor:
+    """Return scores [tokens, experts], -inf outside of the groups with the largest sums of their best
+    `topk // group_topk`."""
+    grouped = scores.unflatten(-1, (num_groups, -1))
+    sums = grouped.topk(topk // group_topk, dim=-1).values.sum(-1)
+    kept = _map(sums, sums.topk(group_topk, dim=-1).indices)
+    return grouped.masked_fill(~kept[..., None], -math.inf).flatten(-2)
 
 
 def _map(like: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -30,16 +53,29 @@ def fused_topk_with_score_function(
         qb_histogram_mode: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weights [tokens, experts] (zero where not chosen) and the choice, bool.
 
-    Sigmoid scores are chosen with the bias and weigh without it, divided by their sum where more than one
-    is chosen; softmax is taken before the choice, or (not `use_pre_softmax`) over the chosen ones.
+    Sigmoid scores are chosen with the bias, which is taken off again, and divided by their sum where more
+    than one is chosen; softmax is taken before the choice, or (not `use_pre_softmax`) over the chosen ones.
+    All is computed in float32.
     """
-    if group_topk or topk_indices is not None or qb_histogram is not None:
-        raise NotImplementedError("the double chooses among all experts, into a map of bytes")
+    if topk_indices is not None or qb_histogram is not None:
+        raise NotImplementedError("the double chooses into a map of bytes")
+    _check(logits, topk)
+    require_cuda(logits=logits, expert_bias=expert_bias)
+    if expert_bias is not None and score_function != "sigmoid":
+        raise RuntimeError("score_function must be sigmoid or sqrtsoftplus when expert_bias is not None")
+    if expert_bias is not None and expert_bias.dtype != torch.float32:
+        raise RuntimeError("expert_bias must be a float32 tensor")
     before = score_function == "sigmoid" or use_pre_softmax
-    scores = _scores(logits, score_function) if before else logits
-    biased = scores + expert_bias if expert_bias is not None and score_function == "sigmoid" else scores
-    chosen = biased.topk(topk, dim=-1).indices
-    weights = scores.gather(-1, chosen)
+    scores = _scores(logits.float(), score_function) if before else logits.float()
+    order = scores if expert_bias is None else scores + expert_bias
+    if group_topk:
+        assert num_groups is not None
+        chosen = _within_groups(order, topk, num_groups, group_topk).topk(topk, dim=-1).indices
+    else:
+        chosen = order.topk(topk, dim=-1).indices
+    weights = order.gather(-1, chosen)
+    if expert_bias is not None:
+        weights = weights - expert_bias[chosen]
     if not before:
         weights = weights.softmax(-1)
     if score_function == "sigmoid" and topk > 1:
@@ -52,7 +88,9 @@ def fused_compute_score_for_moe_aux_loss(logits: torch.Tensor, topk: int, score_
                                          routing_map_format: Any = RoutingMapFormat.BYTEMAP
                                          ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the choice without bias, bool, and normalised scores, both [tokens, experts]."""
-    scores = _scores(logits.to(torch.promote_types(logits.dtype, torch.float32)), score_function)
+    _check(logits, topk)
+    require_cuda(logits=logits)
+    scores = _scores(logits.float(), score_function)
     if score_function == "sigmoid" and topk > 1:
         scores = scores / (scores.sum(-1, keepdim=True) + EPSILON)
     return _map(scores, scores.topk(topk, dim=-1).indices), scores
@@ -61,5 +99,6 @@ def fused_compute_score_for_moe_aux_loss(logits: torch.Tensor, topk: int, score_
 def fused_moe_aux_loss(probs: torch.Tensor, tokens_per_expert: torch.Tensor, total_num_tokens: Any,
                        num_experts: int, topk: int, coeff: float) -> torch.Tensor:
     """Return the balancing loss of Switch Transformer (arXiv 2101.03961, eq. 4-6) for the top k."""
+    require_cuda(probs=probs, tokens_per_expert=tokens_per_expert)
     share = probs.sum(0) * tokens_per_expert
     return share.sum() * (num_experts * coeff / (topk * total_num_tokens * total_num_tokens))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 
+from .. import placement as machine
 from ..constants import CPLoadBalancingStrategy
 from ..module.base import TransformerEngineBaseModule
+from ..placement import require_cuda
+from .backends import AttentionCall, choose
 
 MASKS = ("causal", "padding_causal", "no_mask", "padding")
 
@@ -70,7 +74,7 @@ class DotProductAttention(TransformerEngineBaseModule):
                  softmax_scale: float | None = None, softmax_type: str = "vanilla",
                  return_max_logit: bool | None = False, name: str | None = None) -> None:
         super().__init__(name)
-        if (attention_dropout or softcap or softmax_type not in ("vanilla", "learnable") or return_max_logit
+        if (attention_dropout or softmax_type not in ("vanilla", "learnable") or return_max_logit
                 or cp_group):
             raise NotImplementedError("the double has plain softmax attention, without context parallelism")
         self._take_group(tp_group, tp_size)
@@ -84,6 +88,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         channels = kv_channels if isinstance(kv_channels, int) else kv_channels[0]
         self.softmax_scale = channels ** -0.5 if softmax_scale is None else softmax_scale
         self.groups = (num_attention_heads if num_gqa_groups is None else num_gqa_groups) // self.tp_size
+        self.softmax_type, self.softcap = softmax_type, softcap
         self.layer_number, self.cp_group, self.cp_comm_type = layer_number, cp_group, cp_comm_type
 
     def set_context_parallel_group(self, cp_group: Any, cp_global_ranks: Any, cp_stream: Any,
@@ -113,14 +118,23 @@ class DotProductAttention(TransformerEngineBaseModule):
         Returns:
             [tokens, heads * channels] (thd) or [tokens, batch, heads * channels] (sbhd).
         """
-        refused = (cu_seqlens_q_padded, cu_seqlens_kv_padded, softcap, core_attention_bias, alibi_slopes,
-                   inference_params, pad_between_seqs, score_mod, qkv_layer, kv_layer, thd_attention_policies)
+        refused = (cu_seqlens_q_padded, cu_seqlens_kv_padded, softcap or self.softcap or None,
+                   core_attention_bias, alibi_slopes, inference_params, pad_between_seqs, score_mod,
+                   qkv_layer, kv_layer, thd_attention_policies)
         if any(given is not None for given in refused) or attention_mask is not None:
             raise NotImplementedError("the double has plain softmax attention, without masks of the caller")
         kind, mask = qkv_format or self.qkv_format, attn_mask_type or self.attn_mask_type
         size = window(mask, window_size or self.window_size)
         self.init_fp8_metadata()
+        require_cuda(query_layer=query_layer, key_layer=key_layer, value_layer=value_layer,
+                     cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv)
         self._check(kind, mask, key_layer, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q)
+        documents = query_layer.shape[1] if kind == "sbhd" else len(cu_seqlens_q) - 1
+        choose(AttentionCall(
+            query_layer.dtype, query_layer.shape[-2], (query_layer.shape[-1], value_layer.shape[-1]),
+            documents, max_seqlen_q or len(query_layer), kind, size, self.softmax_type, self.softcap,
+            os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0"
+            or torch.are_deterministic_algorithms_enabled(), self.training), machine.CHIP)
         if kind == "thd":
             # rows behind the last document are nobody's: the kernels leave what they find
             parts = [attended(*(x[a:b] for x in (query_layer, key_layer, value_layer)), self.softmax_scale,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from ...common.recipe import Float8CurrentScaling, NVFP4BlockScaling, Recipe
+from .. import placement as machine
 from ..gemm import gemm
+from ..placement import mark_host, on_host
 from .base import TransformerEngineBaseModule
 from .weight_gradient import weight_gradient
 
@@ -39,6 +43,22 @@ class _Products(torch.autograd.Function):
         return d_inp, None, None, None, *d_weights
 
 
+def takes_grouped_tensor(recipe: Recipe | None, dtype: torch.dtype) -> bool:
+    """Return whether one product serves all groups, as `is_module_grouped_tensor_path_supported` says of the
+    `CHIP` with a new cuBLAS."""
+    blackwell = machine.CHIP.capability >= (10, 0)
+    if dtype not in (torch.bfloat16, torch.float16) or not (9, 0) <= machine.CHIP.capability <= (11, 0):
+        return False
+    if recipe is None or recipe.float8_current_scaling():
+        return True
+    if recipe.float8_block_scaling() and blackwell:
+        raise RuntimeError("use_grouped_tensor=True does not support the FP8 block-scaling recipe on "
+                           "Blackwell GPUs: the native grouped FP8 block-scaling path is Hopper-only.")
+    if isinstance(recipe, NVFP4BlockScaling):
+        return blackwell and not recipe.disable_rht and not recipe.row_scaled_activation
+    return recipe.float8_block_scaling() or (recipe.mxfp8() and blackwell)
+
+
 class GroupedLinear(TransformerEngineBaseModule):
     """Linear layers with the parameters `weight0`, `weight1`, ...; traffic is the caller's."""
 
@@ -53,12 +73,20 @@ class GroupedLinear(TransformerEngineBaseModule):
                  single_grouped_weight: bool = False, single_grouped_bias: bool = False,
                  name: str | None = None, use_grouped_tensor: bool | None = None) -> None:
         super().__init__(name)
-        if single_grouped_weight or single_grouped_bias or use_grouped_tensor or (bias and not return_bias
-                                                                                  and parallel_mode == "row"):
+        if single_grouped_weight or single_grouped_bias or (bias and not return_bias
+                                                            and parallel_mode == "row"):
             raise NotImplementedError("the double's grouped layers have one weight per group")
+        if use_grouped_tensor is None:
+            use_grouped_tensor = os.environ.get("NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM", "0") != "0"
+        if not isinstance(use_grouped_tensor, bool):
+            raise TypeError(f"use_grouped_tensor must be a bool or None, got {type(use_grouped_tensor)}.")
+        self.use_grouped_tensor = use_grouped_tensor
         if ub_overlap_rs or ub_overlap_ag:
             raise ValueError("GroupedLinear doesn't support Userbuffer overlap.")
         self._take_group(tp_group, tp_size)
+        if self.tp_size > 1 and bias:
+            raise ValueError("GroupedLinear doesn't support bias when TP > 1. Because the TP communication "
+                             "is handled outside of this module.")
         self.num_gemms, self.use_bias, self.return_bias = num_gemms, bias, return_bias
         self.parallel_mode, self.fuse_wgrad_accumulation = parallel_mode, fuse_wgrad_accumulation
         self.sequence_parallel = self.tp_size > 1 and sequence_parallel
@@ -99,11 +127,23 @@ class GroupedLinear(TransformerEngineBaseModule):
         where they are asked for."""
         if out is not None or dgrad_out is not None:
             raise NotImplementedError("the double writes into no buffers of the caller")
-        splits = m_splits.tolist() if torch.is_tensor(m_splits) else list(m_splits)
-        if len(splits) != self.num_gemms:
-            raise ValueError(f"Shape of splits tensor ({(len(splits),)}) does not match number of GEMMs "
-                             f"({self.num_gemms}).")
+        if not torch.is_tensor(m_splits):
+            m_splits = mark_host(torch.tensor(m_splits, dtype=torch.int64))
+        if m_splits.shape != (self.num_gemms,):
+            raise ValueError(f"Shape of splits tensor ({tuple(m_splits.shape)}) does not match number of "
+                             f"GEMMs ({self.num_gemms}).")
         inp = self.prepare_forward(inp, self.num_gemms)
+        recipe = self._recipe()
+        if isinstance(recipe, Float8CurrentScaling) and self.tp_size > 1:
+            raise ValueError("GroupedLinear doesn't support TP > 1 with Float8 current scaling. Because the "
+                             "TP communication is handled outside of this module.")
+        if inp.shape[-1] != self.in_features:
+            raise ValueError(f"Input tensor (shape={tuple(inp.shape)}) is not compatible with weight tensor "
+                             f"(shape={(self.out_features, self.in_features)})")
+        if self.use_grouped_tensor and takes_grouped_tensor(recipe, inp.dtype) and on_host(m_splits):
+            raise ValueError("The native grouped_tensor path requires CUDA m_splits. Pass a CUDA int64 "
+                             "tensor, or set use_grouped_tensor=False.")
+        splits = m_splits.tolist()
         weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
         product: torch.Tensor = _Products.apply(inp, splits, self, is_first_microbatch, *weights)
         biases = [getattr(self, f"bias{i}") for i in range(self.num_gemms)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,15 @@ from .traffic import gathered, reduce_scattered, reduced
 from .weight_gradient import weight_gradient
 
 
+def check_executable(*tensors: torch.Tensor) -> None:
+    """Refuse operands that no quantised product takes, as `assert_dim_for_fp8_exec` does."""
+    for tensor in tensors:
+        if math.prod(tensor.shape[:-1]) % 8 or tensor.shape[-1] % 16:
+            raise ValueError("FP8 execution requires the product of all dimensions except the last to be "
+                             "divisible by 8 and the last dimension to be divisible by 16, but got tensor "
+                             f"with dims={list(tensor.size())}")
+
+
 class _Product(torch.autograd.Function):
     """y = x W^T + b with the traffic of tensor and sequence parallelism."""
 
@@ -20,6 +30,8 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, inp: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
                 module: Linear, is_first_microbatch: bool | None) -> torch.Tensor:
         ctx.module, ctx.recipe, ctx.overwrites = module, module._recipe(), bool(is_first_microbatch)
+        if ctx.recipe is not None:
+            check_executable(inp, weight)
         ctx.weight, ctx.has_bias = weight, bias is not None
         ctx.save_for_backward(inp)
         mode, sp, group = module.parallel_mode, module.sequence_parallel, module.tp_group

@@ -97,10 +97,9 @@ class FusedAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None,  # type: ignore[override]
              grad_scaler: Any = None) -> None:
-        """Update all parameters by their gradients; every group counts, also one without gradients."""
+        """Update all parameters by their gradients; every group counts, also one without
+        parameters or gradients."""
         for group in self.param_groups:
-            if len(group["params"]) == 0:
-                continue
             group["step"] = group["step"] + 1 if "step" in group else 1
             for param in group["params"]:
                 if len(self.state[param]) == 0:

@@ -1,0 +1,342 @@
+"""A checkpoint becomes a Hugging Face folder; memory holds two tensors of each file that is
+being written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from megatron_sov.base.artifacts import (
+    MANIFEST, FileRecord, atomic_write, damaged_files, manifest_sha256, read_manifest, refuse_existing,
+    to_json)
+from megatron_sov.base.digests import fingerprint
+from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.pages.markdown import CARD_MARK, md, slug
+from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
+from megatron_sov.convert.changed_values import (
+    KEEP, check_dtype_name, check_space, convert_tensor, exported_dtype)
+from megatron_sov.convert.growing import open_weights
+from megatron_sov.convert.hf_import import (
+    carry, checked_source, copies_of, differing_copies, digest_of, ids_beside, move_chat_template,
+    plan_shards, split_conflict, with_turn_ends, write_files)
+from megatron_sov.convert.peft import add_inputs, checkpoint_weights
+from megatron_sov.convert.sources import HfWeights, Weights, check_dtypes, newest_of_run, tensors_left_out
+from megatron_sov.engine.mcore.checkpoint.writer import TensorSpec
+from megatron_sov.model import families as models
+from megatron_sov.model.families.family import TokenIds
+from megatron_sov.model.modality import modality
+from megatron_sov.model.pretrained import CONFIG, INDEX, SINGLE_FILE, listed, load_and_compare
+from megatron_sov.runs.checkpoints import HF_MODEL, KIND as CHECKPOINT, RUN, refuse_other_kind, settings_of
+from megatron_sov.runs.obs.figures import size
+from megatron_sov.work.progress.resumable import resumable_artifact
+
+# The proof of a conversion: two folders hold the same model, and transformers loads what we wrote.
+#
+# Every check is a number with its limit. Tensors are compared one at a time under their Hugging Face
+# names, and every one leaves its checksums; where dtypes differ, both are rounded to the narrower one
+# first.
+
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+@dataclass(frozen=True)
+class ParityCheck:
+    """One measured statement about a conversion."""
+
+    name: str
+    """What was measured."""
+    value: float
+    """The figure."""
+    limit: float
+    """Largest figure that passes."""
+    passed: bool
+    """Whether value <= limit."""
+    detail: str = ""
+    """What does not fit, if anything."""
+
+
+def _count(name: str, found: list[str]) -> ParityCheck:
+    return ParityCheck(name, len(found), 0, not found, listed(found))
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor on both sides."""
+
+    shape: tuple[tuple[int, ...], ...]
+    """Shape in A and in B."""
+    dtype: tuple[str, ...]
+    """Dtype in A and in B."""
+    sha256: tuple[str, ...]
+    """Hash of the bytes in A and in B, each in its own dtype."""
+    equal: bool
+    """Whether all values are the same, after rounding to the narrower dtype."""
+    difference: float = 0.0
+    """Largest difference of a value."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a comparison found."""
+
+    checks: list[ParityCheck]
+    """Every statement, passed or not."""
+    tensors: dict[str, TensorRecord]
+    """Hugging Face name -> record, of all tensors that both sides have."""
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+
+def verify(a: str | Path, b: str | Path, *, load: bool = True, workers: int = DEFAULT_WORKERS) -> Proof:
+    """Compare the weights of two models, each a checkpoint or a Hugging Face folder.
+
+    Args:
+        a: the one folder.
+        b: the other.
+        load: also load Hugging Face folders with transformers, which needs memory for the whole model.
+        workers: tensors, and files, that are read at a time.
+
+    Raises:
+        UserError: a folder cannot be opened, or is too large to be loaded here.
+    """
+    sides = [open_weights(a), open_weights(b)]
+    checks = [
+        _count(f"{side.path}: files that differ from the manifest", damaged_files(side.path, workers=workers))
+        for side in sides if (side.path / MANIFEST).is_file()]
+    checks.append(_count("config fields that differ", _differing_fields(*sides)))
+    records = _compare(sides[0], sides[1], workers)
+    checks += _tensor_checks(sides[0], sides[1], records)
+    checks += [_count(f"{side.path}: copies that differ", differing_copies(side))
+               for side in sides if isinstance(side, HfWeights) and side.copies]
+    if load:
+        for side in sides:
+            if isinstance(side, HfWeights):
+                checks += _loading_checks(side)
+    return Proof(checks, records)
+
+
+def _differing_fields(a: Weights, b: Weights) -> list[str]:
+    """Compare what both would write into config.json, so that settings which only steer
+    training do not count."""
+    one, other = (models.get(side.model.family).to_hf_config(side.model, "any", TokenIds())
+                  for side in (a, b))
+    return [f"{name} ({one.get(name)} and {other.get(name)})"
+            for name in {**one, **other} if one.get(name) != other.get(name)]
+
+
+def _tensor_checks(a: Weights, b: Weights, records: dict[str, TensorRecord]) -> list[ParityCheck]:
+    largest = max((record.difference for record in records.values()), default=0.0)
+    return [
+        _count("tensors that only one side has", sorted(set(a.names()).symmetric_difference(b.names()))),
+        _count("tensors whose values differ", [name for name, record in records.items() if not record.equal]),
+        ParityCheck("largest difference of a weight", largest, 0.0, largest == 0.0),
+    ]
+
+
+def _compare(a: Weights, b: Weights, workers: int) -> dict[str, TensorRecord]:
+    """Return the record of every tensor that both sides have; `workers` tensors are in memory at a time."""
+    others = set(b.names())
+    common = [name for name in a.names() if name in others]
+    with ThreadPoolExecutor(workers) as pool:
+        found = tqdm(pool.map(lambda name: _record(a.read(name), b.read(name)), common), total=len(common),
+                     desc="verify", unit="tensor", disable=None)
+        return dict(zip(common, found, strict=True))
+
+
+def _record(one: torch.Tensor, other: torch.Tensor) -> TensorRecord:
+    shapes, dtypes = (tuple(one.shape), tuple(other.shape)), tuple(str(t.dtype).removeprefix("torch.")
+                                                                   for t in (one, other))
+    hashes = [_sha256(one)]
+    if _same_bits(one, other):
+        return TensorRecord(shapes, dtypes, (hashes[0], hashes[0]), True)
+    hashes.append(_sha256(other))
+    one, other = _in_one_dtype(one, other)
+    equal = _same_bits(one, other)
+    difference = (0.0 if equal or one.shape != other.shape
+                  else float((one.double() - other.double()).abs().max()))
+    return TensorRecord(shapes, dtypes, tuple(hashes), equal, difference)
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def _in_one_dtype(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    narrower = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return one.to(narrower), other.to(narrower)
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare bit patterns: NaN equals itself, and 0.0 is not -0.0."""
+    bits = _BITS[one.dtype.itemsize]
+    return one.dtype == other.dtype and torch.equal(one.contiguous().view(bits),
+                                                    other.contiguous().view(bits))
+
+
+def _loading_checks(side: HfWeights) -> list[ParityCheck]:
+    """Load with transformers as a user would, and count the keys that it reports."""
+    _check_memory(side.path)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        _, found = load_and_compare(AutoModelForCausalLM, side.path, left_out=tensors_left_out(side.path),
+                                    dtype="auto")
+    except UserError as e:
+        return [ParityCheck(f"{side.path}: transformers loads it", 1, 0, False, str(e))]
+    return [_count(f"{side.path}: transformers reports keys {kind}", names) for kind, names in found.items()]
+
+
+def _check_memory(path: Path) -> None:
+    needed_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    free_bytes = psutil.virtual_memory().available
+    if needed_bytes > free_bytes:
+        raise UserError(f"{path}: loading takes {size(needed_bytes)} of memory, but {size(free_bytes)} "
+                        "are free; pass --no-load to compare the files alone")
+
+
+KIND = HF_MODEL
+README = "README.md"
+
+
+def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
+          max_shard_bytes: int = MAX_SHARD_BYTES, workers: int = DEFAULT_WORKERS,
+          overwrite: bool = False, redo: bool = False) -> None:
+    """Write a checkpoint as a Hugging Face folder (an artifact of kind "hf_model").
+
+    Args:
+        checkpoint: a checkpoint folder, written at any layout; of an adapter, whose base gets it inside.
+        out: the folder to write; it appears only when complete, and a killed command goes on where it was.
+        dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the checkpoint's own (float32 for
+            one of float64, which few readers expect); router biases are float32 always.
+        max_shard_bytes: largest size of one safetensors file.
+        workers: files that are written at a time.
+        overwrite: replace an "hf_model" artifact that is already there.
+        redo: begin anew where work on it was asked for otherwise and is unfinished.
+
+    Raises:
+        UserError: the checkpoint is damaged, its family cannot express its model, a value is not finite or
+            overflows `dtype`, the disk is full, or other work on the output is unfinished.
+    """
+    _check_order(Path(checkpoint), dtype, max_shard_bytes)
+    checkpoint, out = newest_of_run(Path(checkpoint)), Path(out)
+    refuse_existing(out, KIND, overwrite)
+    source = checkpoint_weights(checkpoint)
+    check_dtypes(source)
+    files = planned_files(source, dtype, max_shard_bytes)
+    specs = [spec for tensors in files.values() for spec in tensors]
+    of = {spec.name: spec.name for spec in specs} | copies_of(source)
+    tokens = ids_beside(checkpoint / "tokenizer")
+    family = models.get(source.model.family)
+    config = family.to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
+    beside = {CONFIG: config, **_processors(source, checkpoint)}
+    plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint), "dtype": dtype,
+            "max_shard_bytes": max_shard_bytes, "files": digest_of(files)}
+    with resumable_artifact(out, KIND, "megatron-sov convert to-hf", plan, overwrite=overwrite,
+                            redo=redo) as artifact, \
+            tqdm(total=len(specs), desc="to-hf", unit="tensor", disable=None) as bar:
+        missing = {name: tensors for name, tensors in files.items() if name not in artifact.finished}
+        check_space(out, sum(spec.size_bytes for tensors in missing.values() for spec in tensors))
+        bar.update(len(specs) - sum(map(len, missing.values())))
+
+        def read(spec: TensorSpec) -> torch.Tensor:
+            tensor = convert_tensor(source.read(of[spec.name]), spec.dtype, checkpoint, spec.name)
+            bar.update()
+            return tensor
+
+        with checked_source(source, workers) as check:
+            def finish(name: str, record: FileRecord) -> None:
+                check.require(of[spec.name] for spec in files[name])
+                artifact.finish(name, record)
+
+            write_files(artifact.path, missing, read, workers, finish)
+        _write_beside(artifact.path, files, beside, checkpoint / "tokenizer", tokens)
+        add_inputs(artifact.writer, source, leaves=True)
+        artifact.writer.content = {
+            "family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],
+            "num_parameters": _num_parameters(spec for spec in specs if of[spec.name] == spec.name)}
+        artifact.writer.settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
+    _write_readme(out)
+    if conflict := split_conflict(out, family.reader_split):
+        warn(conflict)
+
+
+def _write_readme(export: Path) -> None:
+    """Write a short model card, which `megatron-sov card` replaces by a whole one; outside of the manifest,
+    since people change it."""
+    # without the folder's name: the same model gives the same bytes
+    content = read_manifest(export).content
+    atomic_write(export / README, f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- {slug(CARD_MARK)}
+---
+
+# {md(content["family"])} model
+
+{content["num_parameters"]:,} parameters in {content["dtype"]}, trained with megatron-sov.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+```
+
+`megatron-sov card` writes a card with data, training and scores.
+""".encode())
+
+
+def _check_order(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:
+    refuse_other_kind(checkpoint, (CHECKPOINT, RUN), "a checkpoint or a run")
+    check_dtype_name(dtype)
+    if max_shard_bytes <= 0:
+        raise UserError(f"--max-shard-bytes {max_shard_bytes}: must be positive")
+
+
+def _num_parameters(specs: Iterable[TensorSpec]) -> int:
+    return sum(spec.size_bytes // spec.dtype.itemsize for spec in specs)
+
+
+def planned_files(source: Weights, dtype: str, max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
+    """Return every Hugging Face tensor that a checkpoint becomes, copies last, by the name of its file."""
+    specs = {name: TensorSpec(name, shape, exported_dtype(dtype, link.fp32, source.dtype(name)))
+             for link in source.links for name, shape in link.hf_shapes().items()}
+    specs |= {name: replace(specs[other], name=name) for name, other in copies_of(source).items()}
+    shards = plan_shards(list(specs.values()), max_shard_bytes)
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _processors(source: Weights, checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Return file -> content of what reads pictures and sounds for a model; {} for a model of text."""
+    if not source.model.is_multimodal:
+        return {}
+    return modality().processor_files(source.model, checkpoint / "tokenizer",
+                                      settings_of(checkpoint).data.paths)
+
+
+def _write_beside(folder: Path, files: dict[str, list[TensorSpec]], beside: dict[str, dict[str, Any]],
+                  tokenizer: Path, tokens: TokenIds) -> None:
+    """Write tokenizer, template and JSON files, and which file holds which tensor where there are several."""
+    carry(tokenizer, folder, with_turn_ends(tokenizer, tokens))
+    move_chat_template(folder)
+    for name, content in beside.items():
+        atomic_write(folder / name, to_json(content))
+    if SINGLE_FILE in files:
+        return
+    weight_map = {spec.name: name for name, tensors in files.items() for spec in tensors}
+    size_bytes = sum(spec.size_bytes for tensors in files.values() for spec in tensors)
+    atomic_write(folder / INDEX, to_json({"metadata": {"total_size": size_bytes},
+                                          "weight_map": dict(sorted(weight_map.items()))}))

@@ -1,0 +1,374 @@
+"""What a store holds: whether all of it is as it should be (bytes, rows, keys, and rewards of rows that are
+there), figures by round and by domain, and responses to read as a page; one piece in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_sov.base.errors import UserError, visible
+from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
+from megatron_sov.judge.rewards.scoring import ScoringTally
+from megatron_sov.rollouts.rows import LENGTH, UNFINISHED, Key, RewardRow, Rollout, RolloutPart, domain_of
+from megatron_sov.rollouts.store import RolloutStore
+
+_ROW = np.dtype([("key", "<u8", 2), ("attempt", np.int32), ("is_unfinished", bool),
+                 ("part", np.int32), ("row", np.int32)])
+"""What is kept of a row while others are read: 29 bytes."""
+_CHECKED_COLUMNS = ("record", "prompt_tokens", "tokens", "versions", "finish_reason")
+
+
+@dataclass
+class StoreCheck:
+    """What was looked at, and what is wrong with it."""
+
+    parts: int = 0
+    rows: int = 0
+    rewards: int = 0
+    problems: list[str] = field(default_factory=list)
+    """One sentence each, which names the part and the row."""
+
+
+def check(store: RolloutStore, done: Callable[[int], object] = lambda parts: None) -> StoreCheck:
+    found = StoreCheck()
+    parts = store.parts(refused=found.problems.append)
+    # heads of all rows, a few bytes each, are all that is in memory of the parts before
+    kept: list[np.ndarray] = []
+    for number, part in enumerate(parts):
+        try:
+            rows, problems = store.read_all(part.name)
+        except UserError as e:
+            found.problems.append(str(e))
+            continue
+        # runs before `continue` too: a part that cannot be read is still a step of the bar
+        finally:
+            done(1)
+        found.parts, found.rows = found.parts + 1, found.rows + len(rows)
+        found.problems += [f"{part.file}: row {i} {problem}" for i, problem in enumerate(problems) if problem]
+        kept.append(_heads(rows, number))
+    found.problems += _key_problems(np.concatenate([np.zeros(0, _ROW), *kept]), parts)
+    for version in store.versions():
+        for part in store.parts(version=version, refused=found.problems.append):
+            found.problems += _reward_problems(store, part, found)
+            done(1)
+    return found
+
+
+def _heads(rows: list[Rollout], number: int) -> np.ndarray:
+    heads = np.zeros(len(rows), _ROW)
+    # keys as 128-bit digests: they only have to be equal or not
+    heads["key"] = np.frombuffer(b"".join(_digest(row.key) for row in rows), "<u8").reshape(-1, 2)
+    heads["attempt"] = [row.attempt for row in rows]
+    heads["is_unfinished"] = [row.finish_reason == UNFINISHED for row in rows]
+    heads["part"], heads["row"] = number, np.arange(len(rows))
+    return heads
+
+
+def _digest(key: Key) -> bytes:
+    return hashlib.blake2b(repr(tuple(key)).encode(), digest_size=16).digest()
+
+
+def _key_problems(heads: np.ndarray, parts: list[RolloutPart]) -> list[str]:
+    """Return a sentence for each key whose attempts are not 0, 1, ... behind unfinished ones."""
+    # lexsort takes its last key first: equal keys lie together, each group by attempt
+    heads = heads[np.lexsort((heads["attempt"], *heads["key"].T))]
+    follows = np.append([False], (heads["key"][1:] == heads["key"][:-1]).all(1))[:len(heads)]
+    before = np.concatenate([heads[:1], heads[:-1]])
+    # compared with its neighbour alone, a row breaks at most one of the three rules
+    twice = follows & (heads["attempt"] == before["attempt"])
+    behind = follows & (heads["attempt"] == before["attempt"] + 1)
+    begins = ~follows & (heads["attempt"] == 0)
+    wrong = {"has the key and the attempt of": twice,
+             "goes on behind an attempt that is not there": ~(twice | behind | begins),
+             "goes on behind a finished one:": behind & ~before["is_unfinished"]}
+    return [f"{_place(heads[i], parts)} {what}"
+            + (f" {_place(before[i], parts)}" if follows[i] and "not there" not in what else "")
+            for what, where in wrong.items() for i in np.flatnonzero(where)]
+
+
+def _place(head: np.void, parts: list[RolloutPart]) -> str:
+    return f"{parts[int(head['part'])].file}: row {int(head['row'])}"
+
+
+def _reward_problems(store: RolloutStore, part: RolloutPart, found: StoreCheck) -> list[str]:
+    """Return a sentence for each reward that is none of a row of the part that it judges."""
+    try:
+        said = store.read_rewards(part.version, part.name)
+        rows, _ = store.read_all(part.name, ())
+    except UserError as e:
+        return [f"{part.path}: judges rows that cannot be read: {e}"
+                # rows that are gone altogether need a sentence of their own; other errors name the file
+                # themselves
+                if not store.part_path(part.name).exists() else str(e)]
+    found.parts, found.rewards = found.parts + 1, found.rewards + len(said)
+    there, seen, problems = {(row.key, row.attempt) for row in rows}, set(), []
+    for i, judged in enumerate(said):
+        head = (judged.key, judged.attempt)
+        if head not in there:
+            problems.append(f"{part.file}: row {i} judges sample {judged.key.sample} of prompt "
+                            f"{judged.key.prompt}, attempt {judged.attempt}, which {part.name} does not hold")
+        if head in seen:
+            problems.append(f"{part.file}: row {i} judges a row a second time")
+        seen.add(head)
+    return problems
+
+
+@dataclass
+class Figures:
+    """Of the rows of a round, or of a domain of it."""
+
+    rows: int = 0
+    prompts: set[str] = field(default_factory=set)
+    prompt_tokens: int = 0
+    tokens: int = 0
+    """Behind the prompts, of all rows."""
+    written_tokens: int = 0
+    """Of them, those that a policy wrote."""
+    longest: int = 0
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+    oldest_version: int | None = None
+    newest_version: int | None = None
+    version_total: int = 0
+    """Sum over the tokens that a policy wrote."""
+    rewards: dict[str, ScoringTally] = field(default_factory=dict)
+    """By version."""
+
+    def add(self, row: Rollout) -> None:
+        self.rows += 1
+        self.prompts.add(row.key.prompt)
+        self.prompt_tokens += len(row.prompt_tokens)
+        self.tokens += len(row.tokens)
+        self.longest = max(self.longest, len(row.tokens))
+        self.finish_reasons[row.finish_reason] += 1
+        written = row.written_versions
+        if len(written):
+            oldest, newest = int(written.min()), int(written.max())
+            self.oldest_version = oldest if self.oldest_version is None else min(oldest, self.oldest_version)
+            self.newest_version = newest if self.newest_version is None else max(newest, self.newest_version)
+            self.written_tokens += len(written)
+            self.version_total += int(written.sum(dtype=np.int64))
+
+    def plain(self) -> dict[str, Any]:
+        mean_version = self.version_total / self.written_tokens if self.written_tokens else None
+        return {
+            "rows": self.rows, "prompts": len(self.prompts), "prompt_tokens": self.prompt_tokens,
+            "tokens": self.tokens, "written_tokens": self.written_tokens,
+            "mean_length": self.tokens / self.rows if self.rows else None, "longest": self.longest,
+            "finish_reasons": dict(sorted(self.finish_reasons.items())),
+            "oldest_version": self.oldest_version, "newest_version": self.newest_version,
+            "mean_steps_behind_newest": (None if mean_version is None or self.newest_version is None
+                                         else self.newest_version - mean_version),
+            "rewards": {version: {"mean": found.mean, "rewards": found.num_rewards,
+                                  "statuses": dict(sorted(found.statuses.items()))}
+                        for version, found in sorted(self.rewards.items())}}
+
+
+def figures_of(store: RolloutStore, round: int | None = None,
+               done: Callable[[int], object] = lambda parts: None) -> dict[str, Any]:
+    """Return figures of each round, of all its rows and by domain, as JSON has them.
+
+    A row that another attempt goes on behind is counted as replaced alone, and so is what was said of it.
+
+    Args:
+        store: to look at.
+        round: the one to look at; None: all.
+        done: told the number of parts, as they are read.
+    """
+    rounds: dict[int, list[RolloutPart]] = {}
+    for part in store.parts(round):
+        rounds.setdefault(part.round, []).append(part)
+    judged: dict[str, set[str]] = {}
+    for part in (part for folder in store.versions() for part in store.parts(round, folder)):
+        judged.setdefault(part.version, set()).add(part.name)
+    return {str(number): _figures_of_round(store, parts, judged, done) for number, parts in rounds.items()}
+
+
+def _figures_of_round(store: RolloutStore, parts: list[RolloutPart], judged: Mapping[str, set[str]],
+           done: Callable[[int], object]
+           ) -> dict[str, Any]:
+    whole, domains, replaced = Figures(), dict[str, Figures](), 0
+    for here, rows, num_replaced in store.pieces(parts, _CHECKED_COLUMNS):
+        replaced += num_replaced
+        # only last attempts are keys here, so rewards of replaced ones find nothing
+        counted = {(row.key, row.attempt): (whole, domains.setdefault(domain_of(row.record), Figures()))
+                   for row in rows}
+        for row in rows:
+            for figures in counted[row.key, row.attempt]:
+                figures.add(row)
+        for version, names in judged.items():
+            by = store.judgements(version, [part for part in here if part.name in names])
+            for head, said in by.items():
+                for figures in counted.get(head, ()):
+                    tally = figures.rewards.setdefault(version, ScoringTally())
+                    tally.add(said.reward, said.status)
+        done(len(here))
+    return {"parts": len(parts), "kept_out": sum(part.num_kept_out for part in parts), "replaced": replaced,
+            **whole.plain(), "domains": {name: figures.plain() for name, figures in sorted(domains.items())}}
+
+
+CUT_OFF = (LENGTH, "turns", "tokens", "unended")
+"""Finish reasons of what a limit ended; the last three are those of episodes, see `tools.episode.ENDS`."""
+MAX_CHARS = 20_000
+"""Of one thing said."""
+_SHOWN_COLUMNS = ("record", "tokens", "versions", "finish_reason", "response")
+Decode = Callable[[list[int]], str]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A response and what was said of it."""
+
+    row: Rollout
+    judged: RewardRow | None
+
+    @property
+    def reward(self) -> float | None:
+        return None if self.judged is None else self.judged.reward
+
+    @property
+    def is_cut(self) -> bool:
+        return self.row.finish_reason in CUT_OFF
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Order among equals: first of each prompt the first sample, so that few show many prompts."""
+        return self.row.key.sample, self.row.key.prompt
+
+
+@dataclass
+class _TranscriptRound:
+    """What is shown of a round; no more of its responses is in memory at a time than of one piece."""
+
+    number: int
+    most: int
+    rows: int = 0
+    rewards: int = 0
+    total: float = 0.0
+    cut_off: int = 0
+    highest: list[_Read] = field(default_factory=list)
+    lowest: list[_Read] = field(default_factory=list)
+    cut: list[_Read] = field(default_factory=list)
+    without: list[_Read] = field(default_factory=list)
+
+    def add(self, found: Sequence[_Read]) -> None:
+        """Count responses, and keep those that are to be shown."""
+        scored = [(read, read.reward) for read in found if read.reward is not None]
+        self.rows += len(found)
+        self.rewards += len(scored)
+        self.total += sum(reward for _, reward in scored)
+        cut = [read for read in found if read.is_cut]
+        self.cut_off += len(cut)
+        judged = [read for read, _ in scored]
+        # cut back after each piece: memory holds the shown ones and one piece
+        self.highest = self._kept([*self.highest, *judged], -1)
+        # twice as many, since those that are among the highest are left out in the end
+        self.lowest = self._kept([*self.lowest, *judged], 1, 2 * self.most)
+        self.cut = sorted([*self.cut, *cut], key=lambda read: read.place)[:self.most]
+        without = [read for read in found if read.reward is None]
+        self.without = sorted([*self.without, *without], key=lambda read: read.place)[:self.most]
+
+    def _kept(self, reads: list[_Read], sign: int, most: int | None = None) -> list[_Read]:
+        return sorted(reads, key=lambda read: (sign * (read.reward or 0.0), read.place))[:most or self.most]
+
+    def pick_reads(self) -> Iterator[tuple[str, _Read]]:
+        above = {read.row.key for read in self.highest}
+        lowest = [read for read in self.lowest if read.row.key not in above][:self.most]
+        for why, reads in (("highest reward", self.highest), ("lowest reward", lowest),
+                           ("cut off", self.cut), ("no reward", self.without)):
+            for read in reads:
+                yield why, read
+
+    def figures(self) -> list[str]:
+        mean = f"{self.total / self.rewards:.4f}" if self.rewards else ""
+        return [f"{self.number}", f"{self.rows:,}", mean, f"{self.cut_off:,}",
+                f"{self.rows - self.rewards:,}"]
+
+
+def page_of(store: RolloutStore, rounds: Sequence[int], version: str | None, most: int,
+            decode: Decode | None = None) -> str:
+    """Return the page of responses.
+
+    A response that another attempt goes on behind is shown as the last attempt left it.
+
+    Args:
+        store: to look at.
+        rounds: which, in the order of the page.
+        version: of the reward by which responses are chosen; None: none has one.
+        most: responses of each kind and round.
+        decode: from token ids to text, with special tokens; tells what a model wrote from what tools said.
+    """
+    found = [_shown_round(store, number, version, most) for number in rounds]
+    chapters = [_chapter(f"Round {part.number}, {why}", read, decode)
+                for part in found for why, read in part.pick_reads()]
+    table = PageTable(["round", "responses", "mean reward", "cut off", "no reward"],
+                      [part.figures() for part in found])
+    told = "no reward" if version is None else f"reward {version}"
+    return render("Rollouts", str(store.path), f"{told}; up to {most:,} responses of each kind", chapters,
+                  overview=("Rounds", table), anchor="response", nothing="Nothing was said.")
+
+
+def _shown_round(store: RolloutStore, number: int, version: str | None, most: int) -> _TranscriptRound:
+    found = _TranscriptRound(number, most)
+    for parts, rows, _ in store.pieces(store.parts(number), _SHOWN_COLUMNS):
+        said = {} if version is None else store.judgements(version, parts)
+        found.add([_Read(row, said.get((row.key, row.attempt))) for row in rows])
+    return found
+
+
+def _chapter(name: str, read: _Read, decode: Decode | None) -> Chapter:
+    row, judged = read.row, read.judged
+    written = row.written_versions
+    if judged is None:
+        reward = "none"
+    else:
+        reward = judged.status if judged.reward is None else f"{judged.reward:g}"
+    steps = ""
+    if len(written):
+        first, last = written.min(), written.max()
+        steps = f"{first}" if first == last else f"{first} to {last}"
+    figures = [("reward", reward, "" if judged is None else _plain(judged.reason)),
+               *((_plain(part), _plain(str(value)), "") for part, value in
+                 ({} if judged is None else judged.components).items()),
+               ("end", row.finish_reason, ""), ("tokens", f"{len(row.tokens):,}", ""),
+               ("weights of step", steps, "")]
+    turns = [*_asked(row.record), *_said(row, decode)]
+    record = json.dumps(dict(row.record), indent=1, ensure_ascii=False)
+    return Chapter(name, f"prompt {row.key.prompt}, sample {row.key.sample}", figures, [
+        PageSection("Transcript", turns=[(_plain(who), _plain(text)) for who, text in turns]),
+        PageSection("Record", json=_plain(record))])
+
+
+def _asked(record: Any) -> list[tuple[str, str]]:
+    # a conversation, a prompt, or the task of an environment
+    given = record.get("messages", record.get("prompt", record.get("question", "")))
+    if isinstance(given, list):
+        return [(str(message.get("role", "")), str(message.get("content", ""))) for message in given
+                if isinstance(message, dict)]
+    return [("user", str(given))]
+
+
+def _said(row: Rollout, decode: Decode | None) -> list[tuple[str, str]]:
+    """Return what stands behind the prompt, in turns where their texts can be told."""
+    if decode is None:
+        return [("model" if row.is_written.all() else "model and tools", row.response)]
+    found, place = [], 0
+    # an empty span at the end, so that what tools said last is a turn too
+    for start, end in [*row.spans, (len(row.tokens), len(row.tokens))]:
+        found += [(who, decode(row.tokens[first:last].tolist()))
+                  for who, first, last in (("tools and template", place, start), ("model", start, end))
+                  if last > first]
+        place = end
+    return found
+
+
+def _plain(text: str) -> str:
+    """Return a stranger's text as a page can hold it: without control characters and halves of pairs."""
+    more = len(text) - MAX_CHARS
+    text = visible(text[:MAX_CHARS]) + (f"\n[{more:,} more characters]" if more > 0 else "")
+    return text.encode("utf-8", "replace").decode()

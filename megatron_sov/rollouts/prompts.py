@@ -1,0 +1,256 @@
+"""The prompts of a run: read from a file, in an order that is a function of seed and round, cut into pieces
+of work; and by which settings and random numbers responses to them are written.
+
+All of it is a function of what was asked, so that a piece that is written again is the same piece.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_sov.base.digests import SHA256, Digest
+from megatron_sov.base.documents import BadRecord, Conversation
+from megatron_sov.base.documents.records import RecordReading, parse_record
+from megatron_sov.base.documents.rows import check_rows, read_rows
+from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.model.config.post_training import RolloutConfig
+from megatron_sov.rollouts.rows import part_name
+
+if TYPE_CHECKING:
+    import numpy as np
+
+OPTION = "--prompts"
+TARGET = "target_tokens"
+"""Field of a prompt's record."""
+HASH_DIGITS, STREAM_DIGITS = 16, 15
+"""Of the hash that a prompt, or settings, are known by, and of a stream's: 60 bits, by which streams of all
+responses of a run differ, and an engine may take them as int64."""
+MAX_TOLD = 10
+"""Bad prompts that are named."""
+
+
+@dataclass(frozen=True)
+class RolloutPrompt:
+    """What a policy is asked, or the task of an environment."""
+
+    id: str
+    """First hexadecimal digits of the record's SHA-256."""
+    record: Mapping[str, Any]
+    """The line of the file: `prompt` or `messages`, or a task; and what the reward needs."""
+    line: int = field(default=0, compare=False)
+    """Its line in the file."""
+
+    def conversation(self) -> Conversation:
+        """Return the prompt as a chat template takes it.
+
+        Raises:
+            BadRecord: it is none.
+        """
+        record = dict(self.record)
+        # both names are in use; `parse_record` knows one
+        if "messages" in record:
+            if "prompt" in record:
+                raise BadRecord("fields", "has 'prompt' and 'messages'; leave one of them out")
+            record["prompt"] = record.pop("messages")
+        return parse_record(record, "", self.line, RecordReading("prompt")).conversation()
+
+
+@dataclass(frozen=True)
+class PromptPiece:
+    """Some prompts of a round: what one job takes up, and publishes as one part of the store."""
+
+    round: int
+    """From 1."""
+    number: int
+    """Among the pieces of its round, from 0."""
+    prompts: tuple[RolloutPrompt, ...]
+
+    def part(self, attempt: int = 0) -> str:
+        return part_name(self.round, self.number, attempt)
+
+
+def read_prompts(path: Path) -> list[RolloutPrompt]:
+    """Return the prompts of a file in JSON lines, in its order.
+
+    Raises:
+        UserError: it cannot be read, has no lines, or bad ones: the first are named.
+    """
+    check_rows(path, OPTION, "")
+    found: dict[str, RolloutPrompt] = {}
+    problems: list[str] = []
+    for line, record in read_rows(path, OPTION, ""):
+        try:
+            # the id is that of the content: a file with lines added keeps the ids of the others
+            prompt = RolloutPrompt(_hash(record, HASH_DIGITS, ensure_ascii=False, separators=(",", ":")),
+                                   record, line)
+        except UnicodeEncodeError:
+            problems.append(f"line {line}: holds half of a surrogate pair, which is no text")
+            continue
+        # the same line twice would be two groups under one key
+        first = found.setdefault(prompt.id, prompt)
+        if first is not prompt:
+            problems.append(f"line {line}: is the same as line {first.line}")
+    _refuse(path, problems)
+    return list(found.values())
+
+
+def refuse_unaskable(path: Path, prompts: Sequence[RolloutPrompt]) -> None:
+    """Refuse prompts that no policy can be asked; tasks of environments are checked by these.
+
+    Raises:
+        UserError: there are such; the first are named by line.
+    """
+    problems = []
+    for prompt in prompts:
+        try:
+            prompt.conversation()
+        except BadRecord as e:
+            problems.append(f"line {prompt.line}: {e}")
+    _refuse(path, problems)
+
+
+def round_prompts(prompts: Sequence[RolloutPrompt], rollout: RolloutConfig,
+                  number: int) -> list[RolloutPrompt]:
+    """Return the prompts of a round, in order: a function of the seed and the round's number alone.
+
+    Each epoch is a permutation; a round that begins in one goes on in the next, where the prompts that it
+    has already come later, so that no round has a prompt twice.
+
+    Args:
+        prompts: all of the file.
+        rollout: seed and number of prompts.
+        number: of the round, from 1.
+
+    Raises:
+        UserError: there are fewer prompts than a round has.
+    """
+    count, wanted = len(prompts), rollout.prompts_per_round
+    if wanted > count:
+        raise UserError(f"rollout.prompts_per_round = {wanted}: there are {count} prompts, and a round asks "
+                        "each of its own once; lower it, or add prompts")
+    # where the round begins, had all epochs been written one behind the other
+    epoch, place = divmod((number - 1) * wanted, count)
+    order = _epoch_order(rollout.seed, epoch, count, wanted)[place:place + wanted].tolist()
+    # the round ends in the next epoch, whose order avoids what this one has used
+    if len(order) < wanted:
+        order += _epoch_order(rollout.seed, epoch + 1, count, wanted)[:wanted - len(order)].tolist()
+    return [prompts[i] for i in order]
+
+
+def pieces(prompts: Sequence[RolloutPrompt], number: int, piece_prompts: int) -> list[PromptPiece]:
+    """Return a round's prompts, as `round_prompts` gives them, in pieces."""
+    return [PromptPiece(number, i, tuple(prompts[first:first + piece_prompts]))
+            for i, first in enumerate(range(0, len(prompts), piece_prompts))]
+
+
+def _epoch_order(seed: int, epoch: int, count: int, per_round: int) -> np.ndarray:
+    """Return the order of an epoch's prompts.
+
+    The prompts of a round that began in the epoch before move behind that round.  The end of that epoch has
+    been touched by the one before it only where an epoch has fewer than two rounds.
+    """
+    import numpy as np
+
+    # back to an epoch that begins with a round, or whose end no earlier epoch has touched
+    first = epoch
+    while first * count % per_round and (count < 2 * per_round or first == epoch):
+        first -= 1
+    order = _permutation(seed, first, count)
+    for number in range(first + 1, epoch + 1):
+        # prompts of the epoch before that belong to the round which goes on in this one
+        carried, before = number * count % per_round, order
+        order = _permutation(seed, number, count)
+        if carried:
+            ahead = ~np.isin(order, before[-carried:])
+            # as many others go ahead as the round still needs; the rest keeps its order
+            ahead &= np.cumsum(ahead) <= per_round - carried
+            order = np.concatenate([order[ahead], order[~ahead]])
+    return order
+
+
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    import numpy as np
+
+    # seed and epoch as a sequence of entropy: seeds that are near give unrelated orders
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def _refuse(path: Path, problems: list[str]) -> None:
+    if problems:
+        more = [f"and {len(problems) - MAX_TOLD} more"] if len(problems) > MAX_TOLD else []
+        raise UserError(list_problems(f"{OPTION} {path}", [*problems[:MAX_TOLD], *more],
+                                      "mend or remove these lines"))
+
+
+def rounds_between(given: str) -> range:
+    """Return the rounds that --rounds names.
+
+    Raises:
+        UserError: it has another form.
+    """
+    found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", given)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(f"--rounds {given}: must be a round, or the first and the last one, from 1, e.g. "
+                        "--rounds 2 or --rounds 3-7")
+    return range(first, last + 1)
+
+
+def budget_of(rollout: RolloutConfig, prompt: str, record: Mapping[str, Any], sample: int) -> int | None:
+    """Return the tokens that a response is asked to have; None: it may have any number.
+
+    Args:
+        rollout: whose `budgets_tokens` divide a group into equal parts, in order of samples.
+        prompt: its id, for sentences.
+        record: the prompt's, whose field `target_tokens` counts where there are no budgets.
+        sample: number of the response in its group.
+
+    Raises:
+        UserError: the record's is no number of tokens.
+    """
+    budgets = rollout.budgets_tokens
+    if budgets:
+        # equal parts of a group, also where the samples cannot be divided evenly
+        return budgets[sample * len(budgets) // rollout.samples_per_prompt]
+    target = record.get(TARGET)
+    if target is None:
+        return None
+    if not isinstance(target, int) or isinstance(target, bool) or target < 1:
+        raise UserError(f"--prompts: prompt {prompt} has {TARGET} = {target!r}; write a whole number from 1, "
+                        "or leave it out")
+    return target
+
+
+def sampling_digest(settings: Mapping[str, Any]) -> str:
+    """Return what stands in a response's key for the settings that its tokens were chosen by.
+
+    Args:
+        settings: JSON values: temperature, limits, seed, chat template, environment; and the round, since one
+            policy may be asked the same prompt in two rounds.
+    """
+    return _hash(settings, HASH_DIGITS)
+
+
+def stream_of(round: int, prompt: str, sample: int, attempt: int = 0, turn: int = 0) -> int:
+    """Return the number of a response's stream of random numbers, which with the seed decides its samples.
+
+    Args:
+        round: that it is written for.
+        prompt: its id.
+        sample: number in its group.
+        attempt: how often it was gone on with.
+        turn: of an episode.
+    """
+    # of what the response is, and not of when it is written: a piece written again is the same piece
+    return int(_hash([round, prompt, sample, attempt, turn], STREAM_DIGITS), 16)
+
+
+def _hash(value: Any, digits: int, **form: Any) -> str:
+    digest = Digest(SHA256)
+    digest.update(json.dumps(value, sort_keys=True, **form).encode())
+    return digest.text().partition(":")[2][:digits]

@@ -1,0 +1,239 @@
+"""Published rounds of reinforcement learning, as the documents of one source that is opened round by round.
+
+A round is a token artifact RUN/rounds/0001 whose manifest says which documents are each step's.  Whoever
+trains opens a round before its first step; what is not open does not exist yet.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sov.base.artifacts import damaged_files, read_manifest
+from megatron_sov.base.documents import ROLLOUTS
+from megatron_sov.base.documents.shard_files import RouteShape
+from megatron_sov.base.errors import UserError
+from megatron_sov.train.data.streams import PackedSegment
+from megatron_sov.train.data.token_shards import Documents, Source, open_sources
+
+SOURCE = "rollouts"
+"""Name of the source."""
+BEHAVIOUR, ADVANTAGE = "behaviour_logprobs", "advantage"
+"""Columns of every published round."""
+_ROUND_BITS = 32
+"""A document's number: that of its round, and in the lower bits its place in it."""
+
+
+def folder_of_round(rounds: Path, number: int) -> Path:
+    """Return where a round is published.
+
+    Args:
+        rounds: RUN/rounds.
+        number: of the round, from 1.
+    """
+    return rounds / f"{number:04d}"
+
+
+def first_document(number: int) -> int:
+    return number << _ROUND_BITS
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round that is open."""
+
+    path: Path
+    """Its artifact."""
+    documents: Documents | None
+    """None: nothing of it is learned, so that it has none."""
+    steps: tuple[range, ...]
+    """Documents of each of its optimizer steps, by their place in it."""
+    beside: dict[str, np.ndarray]
+    """Column -> a number for each token, made after it was published."""
+    starts: np.ndarray
+    """[documents + 1] int64: where each begins in these columns."""
+
+
+class RoundDocuments:
+    """The documents of all rounds that are open.
+
+    Batches are prepared in another thread: a round is there whole or not at all.
+    """
+
+    is_plain = False
+
+    def __init__(self, rounds: Path, vocab_size: int = sys.maxsize, columns: Sequence[str] = ()) -> None:
+        """Open none yet.
+
+        Args:
+            rounds: RUN/rounds.
+            vocab_size: what token ids must lie below.
+            columns: those made by the trainer, beside the published ones (`open` is given them).
+        """
+        self.folder, self._vocab_size = rounds, vocab_size
+        self.made_columns = tuple(columns)
+        self.columns = (BEHAVIOUR, ADVANTAGE, *columns)
+        self._rounds: dict[int, Round] = {}
+        self.lengths = _Lengths(self)
+
+    def is_open(self, number: int) -> bool:
+        return number in self._rounds
+
+    def verify(self, number: int) -> None:
+        """Look at every file of a published round, as often as a run opens it.
+
+        Raises:
+            UserError: one is missing or is not what was published.
+        """
+        path = folder_of_round(self.folder, number)
+        if damage := damaged_files(path):
+            raise UserError(f"{damage[0]}; delete {path}, and the round is published anew from the store")
+
+    def read(self, number: int, seq_len: int, num_steps: int) -> Round:
+        """Return a published round, which is not open by that.
+
+        Args:
+            number: of the round.
+            seq_len: tokens of a row, into which each of its documents must fit.
+            num_steps: optimizer steps that it must have.
+
+        Raises:
+            UserError: it cannot be read, has another number of steps, or a longer document.
+        """
+        path = folder_of_round(self.folder, number)
+        content = read_manifest(path, "tokens").content
+        steps = _steps(path, content)
+        if content.get("round") != number or len(steps) != num_steps:
+            raise UserError(f"{path}: is round {content.get('round')} with {len(steps)} steps, must be round "
+                            f"{number} with rollout.steps_per_round = {num_steps}; delete the folder, and "
+                            "the round is published anew")
+        if not steps[-1].stop:
+            return Round(path, None, steps, {}, np.zeros(1, np.int64))
+        [source] = open_sources({str(path): 1.0}, self._vocab_size, (ROLLOUTS,))
+        documents = source.shard("train")
+        lengths = np.asarray(documents.lengths[np.arange(len(documents.lengths))], np.int64)
+        if steps[-1].stop != len(lengths):
+            raise UserError(f"{path}: has {len(lengths)} documents, and its steps {steps[-1].stop}; delete "
+                            "the folder, and the round is published anew")
+        # when the round is read: later a thread would meet it, in the middle of a step
+        if lengths.max() > seq_len:
+            raise UserError(f"{path}: document {int(lengths.argmax())} has {lengths.max()} tokens, and a row "
+                            f"data.phases.0.seq_len = {seq_len}; a response is never cut: make rows longer, "
+                            "or responses shorter (rollout.max_new_tokens)")
+        return Round(path, documents, steps, {}, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def open(self, number: int, opened: Round) -> None:
+        """Make a round's documents available; those before the one before it are closed, since their batches
+        have been given.
+
+        Args:
+            number: of the round.
+            opened: as `read` gives it, with all of `made_columns` in `beside`.
+        """
+        missing = [name for name in self.made_columns if name not in opened.beside]
+        if missing and opened.documents is not None:
+            raise ValueError(f"round {number} lacks the columns {missing}")
+        # one assignment: the thread that prepares batches sees the old table or the new one; the round before
+        # stays, since its last batches may be under way
+        self._rounds = {n: r for n, r in self._rounds.items() if n >= number - 1} | {number: opened}
+
+    def of_step(self, number: int, step: int) -> list[PackedSegment]:
+        """Return a step's documents, whole, in order.
+
+        Args:
+            number: of the round.
+            step: of the round, from 0.
+        """
+        first = first_document(number)
+        return [PackedSegment(first + i, 0, self.lengths[first + i])
+                for i in self._rounds[number].steps[step]]
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        documents, index = self._find(document)
+        return documents.tokens(index, start, count)
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        documents, index = self._find(document)
+        return documents.loss_weights(index, start, count)
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        documents, index = self._find(document)
+        return documents.types(index, start, count)
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        """As `Documents.column`."""
+        documents, index = self._find(document)
+        if name not in self.made_columns:
+            return documents.column(name, index, start, count)
+        opened = self._rounds[document >> _ROUND_BITS]
+        first = opened.starts[index] + start
+        found: np.ndarray = opened.beside[name][first:first + count]
+        return found
+
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        documents, index = self._find(document)
+        return documents.routes(index, start, count)
+
+    def _find(self, document: int) -> tuple[Documents, int]:
+        documents = self._rounds[document >> _ROUND_BITS].documents
+        assert documents is not None, f"document {document} of a round without any"
+        return documents, document & ((1 << _ROUND_BITS) - 1)
+
+
+class _Lengths:
+    """Tokens of each document that is open."""
+
+    def __init__(self, rounds: RoundDocuments) -> None:
+        self._rounds = rounds
+
+    def __len__(self) -> int:
+        return sum(len(opened.starts) - 1 for opened in self._rounds._rounds.values())
+
+    def __getitem__(self, documents: Any) -> Any:
+        if isinstance(documents, int):
+            found, index = self._rounds._find(documents)
+            return int(found.lengths[index])
+        return np.array([self[int(document)] for document in documents], np.int64)
+
+    def __iter__(self) -> Iterator[int]:
+        for _, opened in sorted(self._rounds._rounds.items()):
+            yield from np.diff(opened.starts).tolist()
+
+
+def rounds_source(run_rounds: Path, vocab_size: int, tokenizer: Path | None,
+                  columns: Sequence[str] = (), routes: RouteShape | None = None) -> Source:
+    """Return the source of a run's rounds.
+
+    Args:
+        run_rounds: RUN/rounds.
+        vocab_size: the model's.
+        tokenizer: folder of the tokenizer that the responses are written in; None: nobody knows.
+        columns: see `RoundDocuments`.
+        routes: shape of the routes that are published and replayed; None: there are none.
+    """
+    return Source(SOURCE, None, ROLLOUTS, {}, {"train": 0}, 0.0,
+                  made=RoundDocuments(run_rounds, vocab_size, columns), vocab_size=vocab_size,
+                  tokenizer=tokenizer, routes=routes)
+
+
+def rounds_of(sources: Sequence[Source]) -> RoundDocuments | None:
+    """Return the rounds among sources; None: there are none."""
+    return next((s.made for s in sources if isinstance(s.made, RoundDocuments)), None)
+
+
+def _steps(path: Path, content: dict[str, Any]) -> tuple[range, ...]:
+    """Return the documents of each step, as the manifest says it."""
+    try:
+        steps = tuple(range(int(first), int(first) + int(count)) for first, count in content["steps"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path}: is no published round (steps: {type(e).__name__}: {e}); delete the folder, "
+                        "and the round is published anew") from None
+    if not steps or [s.start for s in steps] != [0, *(s.stop for s in steps[:-1])]:
+        raise UserError(f"{path}: its steps {content['steps']} do not follow one another; delete the folder, "
+                        "and the round is published anew")
+    return steps

@@ -1,0 +1,180 @@
+"""The mean of checkpoints is, bit for bit, that of their tensors as torch computes it in float64."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+
+from megatron_sov import convert
+from megatron_sov.base.artifacts import damaged_files, manifest_sha256, new_artifact, read_manifest
+from megatron_sov.base.errors import UserError
+from megatron_sov.convert import averaging
+from megatron_sov.convert.averaging import choose_checkpoints, weights_of
+from megatron_sov.convert.peft import from_peft
+
+
+def written(folder: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors under their Hugging Face names."""
+    out = folder.with_name(f"{folder.name}-hf")
+    convert.to_hf(folder, out)
+    return load_file(out / "model.safetensors")
+
+
+def read_parts(experts: list[Path]) -> list[dict[str, torch.Tensor]]:
+    """The tensors that they were made from."""
+    return [load_file(path.with_name(f"hf-{path.name}") / "model.safetensors") for path in experts]
+
+
+@pytest.fixture(scope="module")
+def experts(exaone_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three checkpoints of a mixture of experts with router biases and multi-token prediction."""
+    folder = tmp_path_factory.mktemp("experts")
+    tensors = load_file(exaone_dir / "model.safetensors")
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        shutil.copytree(exaone_dir, folder / f"hf-{seed}")
+        save_file({name: t + torch.randn(t.shape, generator=generator).to(t.dtype) * 0.1
+                   for name, t in tensors.items()}, folder / f"hf-{seed}/model.safetensors",
+                  metadata={"format": "pt"})
+        convert.from_hf(folder / f"hf-{seed}", folder / f"{seed}")
+    return [folder / str(seed) for seed in range(3)]
+
+
+def test_equal_weights_are_the_plain_mean_bit_for_bit(experts: list[Path], tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(averaging, "SLAB_ELEMENTS", 700)  # less than a matrix has, and no multiple of a row
+    convert.average([(path, 1.0) for path in experts], tmp_path / "merged")
+    found, parts = written(tmp_path / "merged"), read_parts(experts)
+    assert any("e_score_correction_bias" in name for name in found) and "mtp.fc.weight" in found
+    for name, tensor in found.items():
+        mean = torch.stack([part[name] for part in parts]).double().mean(dim=0)
+        assert tensor.equal(mean.to(parts[0][name].dtype)), name
+    assert damaged_files(tmp_path / "merged") == []
+    manifest = read_manifest(tmp_path / "merged", "checkpoint")
+    assert [m["manifest_sha256"] for m in manifest.content["merged"]] == list(map(manifest_sha256, experts))
+    assert [i["path"] for i in manifest.inputs] == list(map(str, experts))
+    assert (tmp_path / "merged/tokenizer/tokenizer.json").is_file()
+
+
+def test_weights_are_shares_of_their_sum_and_a_killed_merge_goes_on(
+        experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [3.0, 0.5]
+    monkeypatch.setattr("megatron_sov.convert.hf_import.MAX_FILE_BYTES", 100_000)
+    read, blocks = averaging.mean_block, 0
+
+    def killed(*arguments: object) -> torch.Tensor:
+        nonlocal blocks
+        if (blocks := blocks + 1) == 40:
+            raise KeyboardInterrupt
+        return read(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(averaging, "mean_block", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert.average(list(zip(experts, weights, strict=False)), tmp_path / "merged")
+    assert (tmp_path / ".merged.work/records").read_bytes()
+    convert.average(list(zip(experts, weights, strict=False)), tmp_path / "merged")
+    found, parts = written(tmp_path / "merged"), read_parts(experts[:2])
+    for name, tensor in found.items():
+        one, two = (part[name].double() for part in parts)
+        assert tensor.equal(((3 * one + 0.5 * two) / 3.5).to(tensor.dtype)), name
+
+
+def adapter(folder: Path, base: Path, seed: int) -> Path:
+    """An adapter of the queries, through PEFT's format."""
+    generator, peft = torch.Generator().manual_seed(seed), folder / f"peft-{seed}"
+    peft.mkdir()
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    shapes = {"A": (2, 32), "B": (64, 2)}
+    save_file({name.format(layer, of): torch.randn(shape, generator=generator).bfloat16()
+               for layer in range(2) for of, shape in shapes.items()}, peft / "adapter_model.safetensors")
+    (peft / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}))
+    from_peft(peft, folder / f"adapter-{seed}", base)
+    return folder / f"adapter-{seed}"
+
+
+def refused(said: str, *paths: Path) -> None:
+    out = paths[0].with_name("never")
+    with pytest.raises(UserError, match=said):
+        convert.average([(path, 1.0) for path in paths], out)
+    assert not out.exists() and not out.with_name(".never.work").exists()
+
+
+def test_what_has_no_mean_is_refused(experts: list[Path], solar_dir: Path, tmp_path: Path) -> None:
+    convert.from_hf(solar_dir, tmp_path / "solar")
+    refused("a mean needs at least two checkpoints", experts[0])
+    refused("model.family = solar_open, and .* has exaone_moe", experts[0], tmp_path / "solar")
+    shutil.copytree(experts[1], tmp_path / "renamed")
+    other = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "b": 2}, unk_token="b"))
+    other.save(str(tmp_path / "renamed/tokenizer/tokenizer.json"))
+    refused("1 ids mean other tokens than in .*2: 'b' here, 'a' there", experts[0], tmp_path / "renamed")
+    shutil.copytree(experts[1], tmp_path / "template")
+    (tmp_path / "template/tokenizer/chat_template.jinja").write_text("{{ messages }}")
+    refused(r"template/tokenizer: chat_template.jinja .* differs from that of .*; only checkpoints of one "
+            "tokenizer have a mean", experts[0], tmp_path / "template")
+    settings = read_manifest(experts[1]).settings
+    with new_artifact(tmp_path / "adapter", "checkpoint") as artifact:
+        artifact.content = {"step": 0, "base": {"path": str(experts[0]), "sha256": "0" * 64}}
+        artifact.settings = settings
+    refused("holds an adapter of .*, and .* all weights", experts[0], tmp_path / "adapter")
+    with pytest.raises(UserError, match="its weight -1 must be a positive number"):
+        convert.average([(experts[0], 1.0), (experts[1], -1.0)], tmp_path / "never")
+
+
+def test_a_damaged_source_leaves_nothing(experts: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(experts[1], tmp_path / "damaged")
+    (file,) = (tmp_path / "damaged/model").rglob("*.safetensors")
+    with open(file, "r+b") as f:
+        f.seek(-1, 2)
+        f.write(b"\xee")
+    refused("differs from the hash", experts[0], tmp_path / "damaged")
+
+
+def test_adapters_of_one_base_give_the_mean_of_the_models_that_they_make(solar_dir: Path,
+                                                                        tmp_path: Path) -> None:
+    convert.from_hf(solar_dir, tmp_path / "base")
+    paths = [adapter(tmp_path, tmp_path / "base", seed) for seed in range(2)]
+    convert.average([(path, 1.0) for path in paths], tmp_path / "merged")
+    found, parts, base = written(tmp_path / "merged"), [written(p) for p in paths], written(tmp_path / "base")
+    for name, tensor in found.items():
+        if "q_proj" in name:
+            mean = torch.stack([part[name] for part in parts]).double().mean(dim=0).to(torch.bfloat16)
+            assert tensor.equal(mean) and not mean.equal(base[name])
+        else:
+            assert tensor.equal(base[name]), name
+    assert read_manifest(tmp_path / "merged").settings["lora"]["rank"] == 0
+
+
+# Which of a run's checkpoints are averaged, and how much each counts.
+
+
+def test_a_moving_average_over_many_checkpoints_has_these_weights() -> None:
+    values, decay, moving = [float(i % 7) for i in range(60)], 0.8, 0.0
+    for value in values:
+        moving = decay * moving + (1 - decay) * value
+    weights = weights_of(len(values), "ema", decay)
+    mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+    assert mean == pytest.approx(moving, rel=1e-5)
+    assert weights_of(3, "uniform", decay) == [1, 1, 1] and weights_of(3, "linear", decay) == [1, 2, 3]
+
+
+def test_a_window_of_steps_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [tmp_path / f"step-{n}" for n in (10, 20, 30, 40)]
+    monkeypatch.setattr(averaging, "complete", lambda folder: steps)
+    assert choose_checkpoints(tmp_path, None, (20, None)) == [(p, 1.0) for p in steps[1:]]
+    assert choose_checkpoints(tmp_path, 2, (None, 30), "linear") == [(steps[1], 1.0), (steps[2], 2.0)]
+    assert choose_checkpoints(tmp_path, 3, kind="ema", decay=0.5) == [
+        (steps[1], 0.25), (steps[2], 0.5), (steps[3], 1.0)]
+    for arguments, sentence in (
+            ((5,), r"--last 5: must be at least 2, and at most the 4 complete checkpoints of \S+$"),
+            ((None, (35, None)), "has 1 complete checkpoints between steps 35 and the last, and a mean"),
+            ((None, (None, None), "ema", 0.0), "--decay 0.0: must lie above 0")):
+        with pytest.raises(UserError, match=sentence):
+            choose_checkpoints(tmp_path, *arguments)  # type: ignore[arg-type]

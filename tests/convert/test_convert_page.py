@@ -1,0 +1,31 @@
+"""Every command and snippet of docs/convert.md runs, in order."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+from megatron_sov.cli import main
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+prepare_megatron()
+
+PAGE = (Path(__file__).parents[2] / "docs/convert.md").read_text(encoding="utf-8")
+
+
+def test_what_the_page_shows_runs(exaone_dir: Path, one_rank: None, tmp_path: Path, monkeypatch) -> None:
+    shutil.copytree(exaone_dir, tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```(bash|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    assert [language for language, _ in blocks] == ["bash", "bash", "python", "bash", "bash",
+                                                    "bash", "python", "python"]
+    for language, block in blocks:
+        if language == "python":
+            exec(compile(block, "convert.md", "exec"), {})
+            continue
+        for line in block.splitlines():
+            program, *arguments = shlex.split(line)
+            assert (program, main(arguments)) == ("megatron-sov", 0), line
+    assert (tmp_path / "my-export.verification.json").is_file()

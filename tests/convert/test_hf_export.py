@@ -1,0 +1,150 @@
+"""`verify` passes for the same model and says what differs otherwise."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from megatron_sov import convert
+from megatron_sov.cli import main
+from megatron_sov.convert.hf_export import Proof, TensorRecord
+
+
+@pytest.fixture
+def pair(exaone_dir: Path, tmp_path: Path) -> tuple[Path, Path]:
+    convert.from_hf(exaone_dir, tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
+    return tmp_path / "ckpt", tmp_path / "hf"
+
+
+def failed(proof: Proof) -> dict[str, float]:
+    checks = proof.checks
+    assert all(check.passed == (check.value <= check.limit) for check in checks)
+    return {check.name: check.value for check in checks if not check.passed}
+
+
+def edit(folder: Path, name: str, value: torch.Tensor | None) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(name)
+    if value is not None:
+        tensors[name] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_all_three_folders_are_the_same_model(pair, exaone_dir: Path) -> None:
+    checkpoint, hf = pair
+    for a, b in ((checkpoint, hf), (exaone_dir, checkpoint), (hf, exaone_dir)):
+        proof = convert.verify(a, b)
+        assert failed(proof) == {} and proof.passed
+    assert sum("transformers" in check.name for check in proof.checks) == 6
+    for name, tensor in load_file(exaone_dir / "model.safetensors").items():
+        sha256 = hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        assert proof.tensors.pop(name) == TensorRecord((tuple(tensor.shape),) * 2, (dtype,) * 2,
+                                                       (sha256,) * 2, True)
+    assert proof.tensors == {}
+
+
+def test_an_export_is_complete_as_the_hub_expects_it(imported: dict[str, Path], tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "hf"
+    convert.to_hf(imported["solar_open"], out)
+    assert {"README.md", "config.json", "generation_config.json", "chat_template.jinja", "manifest.json",
+            "tokenizer.json", "tokenizer_config.json"} <= {file.name for file in out.iterdir()}
+    inside = json.loads((imported["solar_open"] / "tokenizer/tokenizer_config.json").read_text())
+    assert (out / "chat_template.jinja").read_text() == inside["chat_template"]
+    assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
+    chat = [{"role": "user", "content": "Hi"}]
+    shown, expected = (AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, tokenize=False)
+                       for folder in (out, imported["solar_open"] / "tokenizer"))
+    assert shown == expected
+    card = ModelCard.load(out / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1].replace("FOLDER", str(out))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert (names["model"].config.model_type, names["tokenizer"].decode(
+        names["tokenizer"]("Hi").input_ids)) == ("solar_open", "Hi")
+    # a person's own words in it are no damage, and no path of this machine goes along
+    (out / "README.md").write_text("mine\n")
+    assert failed(convert.verify(imported["solar_open"], out, load=False)) == {}
+    assert str(imported["solar_open"].parent) not in "".join(
+        file.read_text() for file in out.iterdir() if file.suffix in (".json", ".md"))
+
+
+def test_one_changed_weight_is_found_and_measured(pair) -> None:
+    checkpoint, hf = pair
+    name = "model.layers.2.mlp.experts.6.up_proj.weight"
+    weight = load_file(hf / "model.safetensors")[name]
+    weight[3, 4] += 0.5
+    edit(hf, name, weight)
+    proof = convert.verify(checkpoint, hf, load=False)
+    assert [c.detail for c in proof.checks if c.name == "tensors whose values differ"] == [name]
+    assert [n for n, record in proof.tensors.items() if len(set(record.sha256)) == 2] == [name]
+    assert failed(proof) == {f"{hf}: files that differ from the manifest": 1,
+                             "tensors whose values differ": 1,
+                             "largest difference of a weight": pytest.approx(0.5, abs=2e-3)}
+
+
+def test_a_cast_copy_is_equal_after_rounding(pair, tmp_path: Path) -> None:
+    convert.to_hf(pair[0], tmp_path / "wide", "float32")
+    assert failed(convert.verify(pair[0], tmp_path / "wide", load=False)) == {}
+
+
+def test_another_setting_in_config_json_is_found(pair) -> None:
+    checkpoint, hf = pair
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | {"routed_scaling_factor": 1.0}))
+    found = failed(convert.verify(checkpoint, hf, load=False))
+    assert found == {f"{hf}: files that differ from the manifest": 1, "config fields that differ": 1}
+
+
+def test_negative_zero_is_not_zero(solar_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(solar_dir, tmp_path / "b")
+    edit(tmp_path / "b", "model.norm.weight",
+         load_file(solar_dir / "model.safetensors")["model.norm.weight"] * 0)
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    edit(tmp_path / "c", "model.norm.weight",
+         -load_file(tmp_path / "b/model.safetensors")["model.norm.weight"])
+    assert failed(convert.verify(tmp_path / "b", tmp_path / "c", load=False)) == {
+        "tensors whose values differ": 1}
+
+
+def test_inspect_counts_from_headers(pair, capsys) -> None:
+    facts = []
+    for folder in pair:
+        assert main(["convert", "inspect", str(folder), "--json"]) == 0
+        facts.append(json.loads(capsys.readouterr().out))
+    tensors = load_file(pair[1] / "model.safetensors")
+    assert facts[0]["parameters"] == facts[1]["parameters"]
+    for weights in (facts[0]["weights"], facts[1]["weights"]):
+        assert weights["num_tensors"] == len(tensors)
+        assert weights["size_bytes"] == sum(t.nbytes for t in tensors.values())
+        assert weights["dtypes"] == f"bfloat16 x {len(tensors) - 4}, float32 x 4"
+    parameters = facts[0]["parameters"]
+    assert parameters["total"] + parameters["mtp"] == sum(t.numel() for name, t in tensors.items()
+                                                          if "correction" not in name)
+
+
+def test_what_transformers_cannot_load_fails_a_check(solar_dir: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it raises, as for 8 bits where a package is not installed."""
+    from transformers import AutoModelForCausalLM
+
+    def lacks(*args: object, **kwargs: object) -> None:
+        raise ImportError("Loading an FP8 quantized model requires accelerate")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lacks)
+    proof = convert.verify(solar_dir, solar_dir)
+    assert failed(proof) == {f"{solar_dir}: transformers loads it": 1} and not proof.passed
+    assert "(ImportError: Loading an FP8 quantized model requires accelerate)" in proof.checks[-1].detail

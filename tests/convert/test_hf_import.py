@@ -1,0 +1,298 @@
+"""Tokenizer, chat template and token ids travel with the weights; code does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from megatron_sov import convert
+from megatron_sov.base.errors import UserError
+from megatron_sov.convert.hf_export import to_hf
+from megatron_sov.engine.mcore.decode.forward_only import Inputs
+from megatron_sov.engine.mcore.parallel import world
+from megatron_sov.infer.engines.load import load_forward_model
+from megatron_sov.infer.engines.target import Target
+from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
+from megatron_sov.model.modality import PICTURES, SOUNDS, take_records
+from megatron_sov.model.recipes import get
+from megatron_sov.omni.modality import processor_files
+from megatron_sov.runs.checkpoints import settings_of
+from tests.omni_model import NUM_PICTURE_TOKENS, save_omni_model
+
+
+def test_companions_travel(solar_dir: Path, tmp_path: Path) -> None:
+    (source := tmp_path / "source").mkdir()
+    for file in solar_dir.iterdir():
+        shutil.copy(file, source)
+    (source / "modeling.py").write_text("raise SystemExit('code of strangers')")
+    convert.from_hf(source, tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
+    for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (solar_dir / name).read_bytes()
+    assert not (tmp_path / "hf/modeling.py").exists()
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
+
+
+def test_a_link_is_not_followed_out_of_a_foreign_folder(solar_dir: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(solar_dir, tmp_path / "source")
+    (tmp_path / "secret").write_text("secret")
+    (source / "added_tokens.json").symlink_to("../secret")
+    with pytest.raises(UserError, match=r"added_tokens\.json: is a link to .*secret, outside of its folder"):
+        convert.from_hf(source, tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_token_ids_come_from_the_tokenizer_where_nothing_else_says_them(solar_dir: Path,
+                                                                        tmp_path: Path) -> None:
+    source = shutil.copytree(solar_dir, tmp_path / "source",
+                             ignore=shutil.ignore_patterns("generation_config.json"))
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    (source / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | ids))
+    convert.from_hf(source, tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf/generation_config.json").read_text()) == {
+        "bos_token_id": 0, "eos_token_id": 1}
+
+
+def test_what_ends_a_turn_ends_generation(solar_dir: Path, tmp_path: Path) -> None:
+    """Engines take their stop tokens from generation_config.json."""
+    source = shutil.copytree(solar_dir, tmp_path / "source",
+                             ignore=shutil.ignore_patterns("generation_config.json"))
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [
+        {"id": 3, "content": "<end>", "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}]
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (source / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}<end>{% endfor %}{{ eos_token }}")
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    (source / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | ids))
+    convert.from_hf(source, tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
+    written = json.loads((tmp_path / "hf/generation_config.json").read_text())
+    assert written == {"bos_token_id": 0, "eos_token_id": [1, 3]}
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 1
+
+
+def test_a_tokenizer_that_transformers_would_read_otherwise_is_told(
+        solar_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers splits the text of every qwen2 folder its own way."""
+    from transformers import (
+        AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer)
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 1}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=1024, **sizes))
+    alphabet = {chr(i): n for n, i in enumerate([*range(33, 127), *range(161, 173), *range(174, 256),
+                                                 *range(256, 324)])}
+    for name in ("another", "its own"):
+        model.save_pretrained(source := tmp_path / name)
+        if name == "another":
+            shutil.copy(solar_dir / "tokenizer.json", source)
+        else:
+            Qwen2Tokenizer(vocab={**alphabet, "<|endoftext|>": 256}, merges=[]).save_pretrained(source)
+        convert.from_hf(source, tmp_path / f"{name} ckpt")
+        capsys.readouterr()
+        convert.to_hf(tmp_path / f"{name} ckpt", tmp_path / f"{name} hf")
+        assert ("may give other token ids" in capsys.readouterr().err) == (name == "another")
+    written, text = tmp_path / "another hf", "in 1234 words 가나다"
+    said = PreTrainedTokenizerFast.from_pretrained(str(solar_dir))(text)["input_ids"]
+    assert PreTrainedTokenizerFast.from_pretrained(str(written))(text)["input_ids"] == said
+    assert AutoTokenizer.from_pretrained(str(written))(text)["input_ids"] != said
+
+
+# What docs/omni.md says of a Hugging Face folder with encoders: transformers' classes load it, and compute
+# what our model computes.
+
+
+PAGE = (Path(__file__).parents[2] / "docs/omni.md").read_text(encoding="utf-8")
+
+
+def ours(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> torch.Tensor:
+    """Return the logits of a row in which all placeholders of a kind stand for records in order."""
+    config = settings_of(checkpoint)
+    assert config.model.vision is not None and config.model.audio is not None
+    pads = {PICTURES: config.model.vision, SOUNDS: config.model.audio}
+    inputs = {}
+    for kind, encoder in pads.items():
+        places = np.flatnonzero(np.isin(ids, encoder.placeholder_ids))
+        inputs[kind] = take_records(places, np.arange(len(places)), records[kind], encoder.slots)
+    world.join(config.parallel)
+    try:
+        row = Inputs([ids], torch.device("cpu"))
+        row.inputs = dataclasses.replace(row.inputs, encoder_inputs=inputs)
+        return load_forward_model(checkpoint, config).logits(row, torch.arange(len(ids)))
+    finally:
+        world.leave()
+
+
+def test_the_page_computes_what_the_model_computes(tmp_path: Path, packed_data: Any, one_rank: None,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_omni_model(tmp_path / "model", packed_data.tokenizer, ("model.init_std=0.1",))
+    to_hf("model", "omni-hf")
+    names: dict[str, Any] = {}
+    code = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[-1]
+    exec(compile(code, "the page", "exec"), names)
+    media, random = names["media"], np.random.default_rng(0)
+    assert media["pictures"]["placeholders"] == ["<|IMAGE_PAD|>", "<|VIDEO_PAD|>"]
+    assert (media["pictures"]["slots"], media["sounds"]["slots"]) == (4, 50)
+    assert media["image_tokens"]["size"] == NUM_PICTURE_TOKENS and media["image_tokens"]["codecs"] == []
+    pixels = random.integers(256, size=(2, 16, 16, 3), dtype=np.uint8)
+    sound = random.uniform(-0.5, 0.5, 30_000).astype(np.float32)
+    pad, said = media["pictures"]["placeholder_ids"][0], media["sounds"]["placeholder_ids"][0]
+    ids = [9, *[pad] * 4, 7, *[pad] * 4, 30, *[said] * 50, 5, 4]
+    heard = names["AutoFeatureExtractor"].from_pretrained("omni-hf")(
+        sound, sampling_rate=16_000, return_tensors="np")["input_features"]
+    assert heard.shape[1:] == tuple(media["sounds"]["record_shape"])
+    with torch.no_grad():
+        theirs = names["logits"](torch.tensor(ids), [Image.fromarray(p) for p in pixels], [sound])
+        blind = names["logits"](torch.tensor(ids), [Image.new("RGB", (16, 16))] * 2, [sound])
+    found = ours(tmp_path / "model", ids, {PICTURES: pixels.transpose(0, 3, 1, 2), SOUNDS: heard})
+    assert torch.allclose(found, theirs, rtol=1e-5, atol=1e-5)
+    assert (theirs[-1] - blind[-1]).abs().max() > 1e-3
+    prefixes = (*media["pictures"]["prefixes"], *media["sounds"]["prefixes"])
+    tensors = load_file("omni-hf/model.safetensors")
+    assert all(any(name.startswith(prefix) for name in tensors) for prefix in prefixes)
+
+
+def test_other_kinds_have_their_own_classes(tmp_path: Path) -> None:
+    from transformers import AutoFeatureExtractor, AutoImageProcessor
+
+    model = dataclasses.replace(get("tiny-qwen3").model, vision=VisionEncoderConfig(
+        "siglip", (5,), image_size=24, patch_size=8), audio=AudioEncoderConfig("whisper", (6,), num_mels=8,
+                                                                               num_frames=200))
+    files = processor_files(model, tmp_path, {})
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    for kept in ([*files], ["preprocessor_config.json"]):  # either file alone will do
+        for name in set(files) - set(kept):
+            (tmp_path / name).unlink()
+        picture = Image.new("RGB", (60, 30), (255, 0, 0))
+        seen = AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="np")["pixel_values"]
+        red = (1 - model.vision.mean[0]) / model.vision.std[0] if model.vision else 0
+        assert seen.shape == (1, 3, 24, 24) and seen[0, 0] == pytest.approx(np.full((24, 24), red), rel=1e-5)
+        heard = AutoFeatureExtractor.from_pretrained(tmp_path)(np.zeros(5), sampling_rate=16_000)
+        assert np.shape(heard["input_features"]) == (1, 8, 200)
+    plain = get("tiny-qwen3").model
+    assert processor_files(plain, tmp_path, {}) == {}
+    part = dataclasses.replace(plain, audio=AudioEncoderConfig("whisper", (6,), num_frames=60))
+    assert "feature_extractor" not in processor_files(part, tmp_path, {})["processor_config.json"]
+
+
+# The text model inside a folder of a model that sees, as transformers writes it: it is read alone, computes
+# the same, and what is left out is told.
+
+
+NAMES = {"as released": ("language_model.model.", "vision_tower.", "multi_modal_projector."),
+         "as in memory": ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector.")}
+"""Beginnings of the names of the text model, the encoder and what stands between."""
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny Gemma 3 with a vision tower."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("seeing") / "hf"
+    text = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8,
+            "sliding_window_pattern": 2, "query_pre_attn_scalar": 5, "initializer_range": 0.3,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 8, "patch_size": 4}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=90,
+        boi_token_index=91, eoi_token_index=92, eos_token_id=[1, 6]))
+    model.save_pretrained(folder)
+    return folder
+
+
+def respelled(folder: Path, names: str, out: Path, change: Callable[[dict[str, Any]], Any] = bool) -> Path:
+    """Write the folder with its tensors named so, and its config.json changed."""
+    out.mkdir()
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        place = next(i for i, starts in enumerate(zip(*NAMES.values(), strict=True))
+                     if name.startswith(starts))
+        old = next(starts[place] for starts in NAMES.values() if name.startswith(starts[place]))
+        tensors[NAMES[names][place] + name.removeprefix(old)] = tensor
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_the_text_model_computes_what_it_computes_inside(seeing: Path, names: str, tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
+
+    source = respelled(seeing, names, tmp_path / "hf")
+    convert.from_hf(source, tmp_path / "ckpt")
+    told = capsys.readouterr().err
+    assert (Target(source, True).vocab_size, Target(source, True).max_tokens) == (96, 131072)
+    assert "tensors of what sees pictures (" in told and told.count("are left out") == 1
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
+    written = json.loads((tmp_path / "back/config.json").read_text())
+    assert written["architectures"] == ["Gemma3ForCausalLM"] and written["model_type"] == "gemma3_text"
+    assert written["rope_parameters"]["full_attention"] == {
+        "rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    stored = load_file(source / "model.safetensors")
+    text = NAMES[names][0]
+    for name, tensor in load_file(tmp_path / "back/model.safetensors").items():
+        assert torch.equal(tensor, stored.pop(text + name.removeprefix("model.")))
+    assert not [name for name in stored if name.startswith(text)], "every tensor of the text model is there"
+    tokens = torch.arange(20)[None] * 7 % 90
+    with torch.no_grad():
+        inside = Gemma3ForConditionalGeneration.from_pretrained(seeing)(input_ids=tokens).logits
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "back")(input_ids=tokens).logits
+    torch.testing.assert_close(alone, inside, rtol=1e-5, atol=1e-5)
+
+
+def part(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda config: config["text_config"].update({name: value})
+
+
+@pytest.mark.parametrize(("change", "expected"), [
+    (lambda config: config.pop("text_config"), "text_config = None, but a folder of Gemma3ForConditional"),
+    (lambda config: config.update(architectures=["Gemma3ForSequenceClassification"]),
+     r"architectures = \['Gemma3ForSequenceClassification'\], but model_type 'gemma3' is Gemma3ForCond"),
+    (part("model_type", "llama"), "text_config.model_type = 'llama', but only 'gemma3_text' is read"),
+    (part("tie_word_embeddings", False), "tie_word_embeddings = True, and False in text_config"),
+    (part("tie_word_embeddings", [True]), r"tie_word_embeddings = True, and \[True\] in text_config"),
+    (part("attn_logit_softcapping", 50.0), r"attn_logit_softcapping = 50\.0, but only None is supported"),
+    (part("intermediate_size", 25), r"its tensors are not those of the model: .* of another shape"),
+    (part("hidden_sice", 3), "unknown fields for family 'gemma3_text': 'hidden_sice'"),
+])
+def test_other_folders_are_refused_in_one_sentence(seeing: Path, change: Callable[[dict[str, Any]], Any],
+                                                   expected: str, tmp_path: Path) -> None:
+    source = respelled(seeing, "as released", tmp_path / "hf", change)
+    with pytest.raises(UserError, match=expected):
+        convert.from_hf(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_that_is_there_twice_or_unknown_is_refused(seeing: Path, tmp_path: Path) -> None:
+    source = respelled(seeing, "as released", tmp_path / "hf")
+    tensors = load_file(source / "model.safetensors")
+    norm = tensors["language_model.model.norm.weight"]
+    for name, expected in (("model.language_model.norm.weight", "are both model.norm.weight of the text"),
+                           ("audio_tower.norm.weight", r"1 unexpected \(audio_tower\.norm\.weight\)")):
+        save_file(tensors | {name: norm.clone()}, source / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=expected):
+            convert.from_hf(source, tmp_path / "out")

@@ -1,0 +1,318 @@
+"""Checkpoints that somebody has made to do harm are refused by one sentence; nothing of them runs, and
+nothing is written."""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import io
+import os
+import pickle
+import struct
+import subprocess
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov import convert
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.errors import UserError
+from megatron_sov.cli import main
+from megatron_sov.convert.inert_pickle import read_apart, read_index, read_settings
+from megatron_sov.convert.megatron_import import find_tensor
+from tests.convert import made_by_hand
+
+CANARY = Path("/tmp/megatron-sov-canary")
+KEY = "decoder.final_layernorm.weight"
+
+
+class Calls:
+    """Pickles as a call."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self._call
+
+
+def touch() -> str:
+    return f"touch {CANARY}"
+
+
+def laughs(levels: int) -> Any:
+    """Return tuples that hold the one before twice: 2 ** levels values."""
+    found: Any = (1,)
+    for _ in range(levels):
+        found = (found, found)
+    return found
+
+
+def nested(levels: int) -> bytes:
+    """Return a pickle of tuples inside one another."""
+    return b"\x80\x04)" + b"\x85" * levels + b"."
+
+
+IN_PLACE_OF_THE_INDEX: dict[str, tuple[Any, str]] = {
+    "os.system": (Calls(os.system, touch()), "it names 'posix.system'"),
+    "builtins.eval": (Calls(builtins.eval, f"open({str(CANARY)!r}, 'w')"), "it names 'builtins.eval'"),
+    "builtins.exec in a list": ([1, [Calls(builtins.exec, "import os")]], "it names 'builtins.exec'"),
+    "subprocess.Popen": (Calls(subprocess.Popen, ["touch", str(CANARY)]), "it names 'subprocess.Popen'"),
+    "a function of torch": (Calls(torch.load, "x"), "it names 'torch.serialization.load'"),
+    "another class": (collections.Counter("ab"), "it names 'collections.Counter'"),
+    "an object of ours": (Path, "a Metadata is needed where a Name stands"),
+    "no metadata": ([1, 2], "a Metadata is needed where a list stands"),
+    "a text": ("x", "a Metadata is needed where a str stands"),
+}
+RAW: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "exhausted before seeing STOP"),
+    "no pickle": (b"\x00" * 64, "unknown"),
+    "bytes without end": (b"\x80\x04\x8e" + struct.pack("<Q", 1 << 60), "expected"),
+    "a number without end": (b"\x80\x04\x8b" + struct.pack("<i", (1 << 31) - 1), "not enough data"),
+    "a number of negative length": (b"\x80\x04\x8b" + struct.pack("<i", -1), "byte count < 0"),
+    "an old opcode that calls": (b"(S'touch x'\nios\nsystem\n.", "which no pickle of plain values has"),
+    "an extension": (b"\x80\x04\x82\x01.", "which no pickle of plain values has"),
+    "a memo that is not there": (b"\x80\x04h\x07.", "does not fit"),
+    "a stack that is empty": (b"\x80\x04R.", "does not fit"),
+    "a call of a number": (b"\x80\x04K\x01)R.", "does not fit"),
+    "tuples without end": (nested(200_000), "a Metadata is needed where a tuple stands"),
+    "marks alone": (b"\x80\x04((((.", "in the place of one"),
+    "a list that holds itself": (b"\x80\x04]\x94h\x00a.", "a Metadata is needed where a list stands"),
+}
+
+
+def in_index(change: Callable[[Any], None]) -> Callable[[Path], bytes]:
+    def made(folder: Path) -> bytes:
+        index = made_by_hand.checkpoint(folder)
+        change(index)
+        return pickle.dumps(index)
+
+    return made
+
+
+def _stored(**fields: Any) -> Callable[[Any], None]:
+    def change(index: Any) -> None:
+        for place, info in index.storage_data.items():
+            if place.fqn == KEY:
+                vars(info).update(fields)
+
+    return change
+
+
+def _chunk(offsets: Any, sizes: Any) -> Callable[[Any], None]:
+    def change(index: Any) -> None:
+        chunk = index.state_dict_metadata[KEY].chunks[0]
+        chunk.offsets, chunk.sizes = offsets, sizes
+
+    return change
+
+
+def _share_parts(index: Any) -> None:
+    index.state_dict_metadata[KEY].chunks *= 12
+
+
+def _itself(index: Any) -> None:
+    index.state_dict_metadata[KEY] = index.state_dict_metadata
+
+
+def _size(size: Any) -> Callable[[Any], None]:
+    return lambda index: setattr(index.state_dict_metadata[KEY], "size", size)
+
+
+CHANGED: dict[str, tuple[Callable[[Any], None], str]] = {
+    "a path upwards": (_stored(relative_path="../../etc/passwd"), "not a file below"),
+    "a path from the root": (_stored(relative_path="/etc/passwd"), "not a file below"),
+    "a path that is no text": (_stored(relative_path=7), "not a file below"),
+    "a place before the file": (_stored(offset=-1), "no number, negative, or beyond any file"),
+    "a place beyond all files": (_stored(offset=1 << 70), "no number, negative, or beyond any file"),
+    "a place that is no number": (_stored(length="all"), "no number, negative, or beyond any file"),
+    "compressed": (_stored(transform_descriptors=["zstd"]), "is stored compressed"),
+    "a part without end": (_chunk(torch.Size([0]), torch.Size([1 << 40])), "does not lie in a tensor of [8]"),
+    "a tensor without end": (_size(torch.Size([1 << 60])), "beyond any file"),
+    "a tensor of many axes": (_size(torch.Size([1] * 40)), "40 axes"),
+    "a size that laughs": (_size(laughs(60)), "a torch.Size is needed"),
+    "a part that comes again and again": (_share_parts, "is stored nowhere"),
+    "an index that holds itself": (_itself, "a TensorStorageMetadata is needed where a Items stands"),
+    "no dtype": (lambda index: setattr(index.state_dict_metadata[KEY], "properties", None), "no properties"),
+    "no storage": (lambda index: setattr(index, "storage_data", None), "does not say where"),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE_OF_THE_INDEX)
+def test_what_is_no_index_is_refused(name: str) -> None:
+    value, sentence = IN_PLACE_OF_THE_INDEX[name]
+    for protocol in (2, 4):
+        with pytest.raises(ValueError, match=r".") as refused:
+            read_index(pickle.dumps(value, protocol, fix_imports=False))
+        assert sentence in str(refused.value)
+    assert not CANARY.exists()
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_bytes_that_are_no_pickle_of_an_index_are_refused(name: str) -> None:
+    raw, sentence = RAW[name]
+    with pytest.raises(ValueError, match=r".") as refused:
+        read_index(raw)
+    assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_an_index_with_a_wrong_part_is_refused(name: str, tmp_path: Path) -> None:
+    change, sentence = CHANGED[name]
+    with pytest.raises(ValueError, match=r".") as refused:
+        read_index(in_index(change)(tmp_path / "from"))
+    assert sentence in str(refused.value)
+
+
+def test_an_index_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    made_by_hand.checkpoint(tmp_path / "from")
+    raw = (tmp_path / "from/.metadata").read_bytes()
+    assert len(read_index(raw)["tensors"]) == 15
+    for size in range(0, len(raw), 97):
+        with pytest.raises(ValueError, match=r"."):
+            read_index(raw[:size])
+
+
+def _archive(header: bytes, method: int = zipfile.ZIP_STORED, name: str = "archive") -> bytes:
+    with zipfile.ZipFile(raw := io.BytesIO(), "w", method) as file:
+        file.writestr(f"{name}/data.pkl", header)
+        file.writestr(f"{name}/data/0", b"\0" * 64)
+    return raw.getvalue()
+
+
+def _saved(value: Any) -> bytes:
+    torch.save(value, raw := io.BytesIO())
+    return raw.getvalue()
+
+
+@pytest.mark.parametrize(("raw", "sentence"), [
+    (_archive(pickle.dumps(Calls(os.system, touch()), 2)), "system"),
+    (_saved(torch.zeros(4).numpy().tolist()), "describes no tensor"),
+    (_saved(torch.zeros(4, 6).T), "does not stand row by row"),
+    (_saved({"a": torch.zeros(2)}), "describes no tensor"),
+    (_archive(b"\x80\x02]q\x00." + b"\0" * 70_000), "a larger one than a tensor has"),
+    (_archive(pickle.dumps([0] * 9000, 2), zipfile.ZIP_DEFLATED), "is compressed"),
+    (b"\0" * 3_000_000 + b"PK\5\6" + struct.pack("<4H2IH", 0, 0, 9, 9, 2_999_999, 0, 0), "a list of more"),
+    (b"PK\5\6" + b"\xff" * 40, "no archive of torch.save"), (b"", "no archive of torch.save"),
+])
+def test_a_stored_tensor_that_is_none_is_refused(raw: bytes, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"before" + raw + b"behind")
+    with pytest.raises(ValueError, match=r".") as refused:
+        find_tensor(tmp_path / "x", 6, len(raw))
+    assert sentence in str(refused.value) and not CANARY.exists()
+
+
+def test_settings_name_nothing_that_could_be_called() -> None:
+    with pytest.raises(ValueError, match="system"):
+        read_settings(_saved({"args": Calls(os.system, touch())}))
+    with pytest.raises(ValueError, match="more values than settings have"):
+        read_settings(_saved({"args": made_by_hand.argparse.Namespace(x=laughs(30))}))
+    assert not CANARY.exists()
+
+
+def test_what_takes_too_much_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(tmp_path / "x", "wb") as file:
+        file.truncate(512 << 20)
+    for name in ("BASE_MEMORY_BYTES", "MEMORY_PER_BYTE"):
+        monkeypatch.setattr(f"megatron_sov.convert.inert_pickle.{name}", 0)
+    with pytest.raises(UserError, match="takes more memory than a file of its size can need"):
+        read_apart("index", tmp_path / "x")
+
+
+def test_what_is_said_fits_the_memory_of_the_process_that_reads(tmp_path: Path) -> None:
+    """A text of a megabyte, named a thousand times: a gigabyte of JSON out of one megabyte."""
+    long = "x" * (1 << 20)
+    file = tmp_path / "common.pt"
+    file.write_bytes(_saved({"args": made_by_hand.argparse.Namespace(a=[long] * 1000)}))
+    assert file.stat().st_size < 2 << 20
+    with pytest.raises(UserError, match="takes more memory than a file of its size can need"):
+        read_apart("settings", file)
+
+
+def _link_outside(folder: Path) -> None:
+    made_by_hand.checkpoint(folder)
+    (folder / made_by_hand.FILE).rename(folder.with_name("outside"))
+    (folder / made_by_hand.FILE).symlink_to("../outside")
+
+
+def _index(change: Callable[[Any], None]) -> Callable[[Path], None]:
+    return lambda folder: (folder / ".metadata").write_bytes(in_index(change)(folder)) and None
+
+
+def _of_backend(said: str) -> Callable[[Path], None]:
+    def made(folder: Path) -> None:
+        made_by_hand.checkpoint(folder)
+        (folder / "metadata.json").write_text(said)
+
+    return made
+
+
+@pytest.mark.parametrize(("made", "sentence"), [
+    (_index(lambda index: setattr(index, "planner_data", Calls(os.system, touch()))), "it names "
+                                                                                      "'posix.system'"),
+    (_index(_stored(offset=1 << 40)), "the file ends before it does"),
+    (_index(_stored(offset=3)), "cannot be read (it is no archive of torch.save"),
+    (_index(_stored(relative_path="other.distcp")), "is missing"),
+    (_index(lambda index: index.state_dict_metadata.pop(KEY)), "1 missing (decoder.final_layernorm.weight)"),
+    (_link_outside, "is a link to"),
+    (_of_backend('{"sharded_backend": "zarr", "sharded_backend_version": 1}'), "'zarr' version 1 is not read"
+                                                                               ""),
+    (_of_backend('{"sharded_backend": "torch_dist", "sharded_backend_version": 9}'), "version 9 is not read"),
+    (lambda folder: (folder / "mp_rank_00").mkdir(parents=True), "files of single ranks"),
+    (lambda folder: folder.mkdir(), "it is no torch_dist checkpoint"),
+])
+def test_the_command_writes_nothing(made: Callable[[Path], None], sentence: str, tmp_path: Path,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
+    made(tmp_path / "from")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert main(["convert", "from-megatron", str(tmp_path / "from"), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and len(error.splitlines()) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == before and not CANARY.exists()
+
+
+# What the library's own writer wrote is read, and computes the same in transformers.
+
+
+WRITTEN = str(Path(__file__).with_name("library_written.py"))
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, bool]]] = {
+    "layers stacked, TP2": ("llama", {"tp": 2}, {"non_homogeneous_layers": False}),
+    "a name per layer, PP2": ("qwen3", {"pp": 2}, {"non_homogeneous_layers": True}),
+    "experts, layers stacked, EP2": ("mixtral", {"ep": 2}, {"non_homogeneous_layers": False}),
+    "halves and experts by name, EP2": ("solar_open", {"ep": 2}, {"singleton_local_shards": True}),
+}
+
+
+def logits(folder: Path) -> torch.Tensor:
+    """Return transformers' logits of the text that the library's were taken on."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                                 experts_implementation="eager").eval()
+    ids = torch.randint(120, (2, 24), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        found: torch.Tensor = model(ids).logits
+    return found
+
+
+@pytest.mark.distributed
+def test_what_the_library_wrote_computes_the_same_in_transformers(ranks: Any, job: Any,
+                                                                 tmp_path: Path) -> None:
+    asked = [job(WRITTEN, "written", 2, {"out": str(tmp_path / case), "name": name, "layout": layout,
+                                         "metadata": metadata})
+             for case, (name, layout, metadata) in CASES.items()]
+    for (case, (name, _, _)), result in zip(CASES.items(), ranks(*asked), strict=True):
+        out = tmp_path / f"{case}-ours"
+        assert main(["convert", "from-megatron", str(tmp_path / case), str(out)]) == 0, case
+        manifest = read_manifest(out, "checkpoint")
+        assert manifest.settings["model"]["family"] == name, case
+        assert manifest.content["from_megatron"]["iteration"] == 12
+        convert.to_hf(out, tmp_path / f"{case}-hf")
+        expected = torch.tensor(result[0]).view(2, 24, -1)[..., :120]
+        found = logits(tmp_path / f"{case}-hf")
+        assert expected.abs().max() > 1, case
+        assert (found - expected).abs().max() < 2e-5 * expected.abs().max(), case

@@ -1,0 +1,98 @@
+"""A killed conversion leaves nothing under its name, goes on where it was, and gives the bytes of an
+uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from megatron_sov import convert
+from megatron_sov.base.artifacts import MANIFEST
+from megatron_sov.base.errors import UserError
+from megatron_sov.convert import hf_import
+from megatron_sov.work.progress.journal import items_on_record, work_folder
+from megatron_sov.work.progress.resumable import CONTENT
+
+FILE_BYTES = 6_000
+KILLED = f"""
+    import json, os, signal, sys, threading
+    from megatron_sov import convert
+    from megatron_sov.convert import hf_import
+
+    def convert_and_die(action, source, out, kill_after):
+        def counted(*args, real=hf_import.write_file, count=[0], lock=threading.Lock()):
+            with lock:
+                count[0] += 1
+                if count[0] > kill_after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+        hf_import.write_file, hf_import.MAX_FILE_BYTES = counted, {FILE_BYTES}
+        limits = {{}} if action == "from_hf" else {{"max_shard_bytes": {FILE_BYTES}}}
+        getattr(convert, action)(source, out, workers=2, **limits)
+
+    for job in json.loads(sys.argv[1]):
+        if (child := os.fork()) == 0:
+            convert_and_die(*job)
+            os._exit(0)
+        print(-os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        sys.stdin.readline()
+"""
+"""Runs each conversion in a child of its own that dies when `kill_after` files have begun,
+and waits to be told to go on."""
+
+
+def content(folder: Path) -> dict[str, object]:
+    """Return the bytes of every file; of the manifest all but its time."""
+    found: dict[str, object] = {p.relative_to(folder).as_posix(): p.read_bytes()
+                                for p in folder.rglob("*") if p.is_file()}
+    found[MANIFEST] = {k: v for k, v in json.loads((folder / MANIFEST).read_text()).items()
+                       if k not in ("created_s", "sha256")}
+    return found
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_sov.convert.hf_import.MAX_FILE_BYTES", FILE_BYTES)
+
+
+def test_a_killed_conversion_goes_on_to_the_same_bytes(solar_dir: Path, tmp_path: Path, small_files: None,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    convert.from_hf(solar_dir, tmp_path / "ckpt")
+    sources = {"from_hf": solar_dir, "to_hf": tmp_path / "ckpt"}
+    jobs = [(action, str(source), str(tmp_path / action), kill_after) for action, source in sources.items()
+            for kill_after in (3, 5)]
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), json.dumps(jobs)]
+    finished: dict[str, list[set[str]]] = {action: [] for action in sources}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as killer:
+        assert killer.stdin is not None and killer.stdout is not None
+        for action, _, out, _ in jobs:
+            assert killer.stdout.readline() == f"{int(signal.SIGKILL)}\n"
+            assert not Path(out).exists()
+            finished[action].append(set(map(str, items_on_record(work_folder(Path(out))))))
+            killer.stdin.write("go on\n")
+            killer.stdin.flush()
+    real = hf_import.write_file
+    for action, source in sources.items():
+        first, second = finished[action]
+        assert first and first < second, "the second attempt went on from the first"
+        out, written = tmp_path / action, []
+        work = work_folder(out) / CONTENT
+        (work / "half-written").write_text("stray")
+        monkeypatch.setattr(hf_import, "write_file",
+                            lambda path, *rest, written=written: (written.append(path), real(path, *rest))[1])
+        arguments = {} if action == "from_hf" else {"max_shard_bytes": FILE_BYTES}
+        with pytest.raises(UserError, match=r"of another command(.|\n)*dtype was .keep., and is .float64."):
+            getattr(convert, action)(source, out, "float64", **arguments)
+        getattr(convert, action)(source, out, **arguments)
+        assert written and not second & {p.relative_to(work).as_posix() for p in written}
+        getattr(convert, action)(source, tmp_path / "whole", **arguments)
+        assert content(out) == content(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))

@@ -1,0 +1,195 @@
+"""Weights of a live model: exported as to-hf would write them, and taken in by another, at every layout."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_model
+
+LAYOUTS = {
+    "one": (1, {}),
+    "TP2+SP": (2, {"tp": 2, "sp": True}),
+    "EP2": (2, {"ep": 2}),
+    "PP2": (2, {"pp": 2}),
+    "EP2 x PP2 of two chunks": (4, {"ep": 2, "pp": 2, "vpp": 2}),
+    "TP2+SP x EP2 x PP2": (4, {"tp": 2, "sp": True, "pp": 2, "ep": 2}),
+}
+RECIPES = {"tiny-k-exaone": ("bf16", tuple(LAYOUTS)), "tiny-solar-open": ("fp32", ("TP2+SP",)),
+           "tiny-qwen2": ("bf16", ("TP2+SP", "PP2"))}
+"""Recipe -> precision and layouts; tiny-qwen2's head is its embedding, of which each end of a
+pipeline has a copy."""
+
+
+def bits(tensor: Any) -> str:
+    """Return dtype, shape and hash of a tensor."""
+    import torch
+
+    raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
+
+
+def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> dict[str, Any]:
+    """Write a checkpoint and return what live export gives: to rank 0, everywhere, in another dtype,
+    and stopped early."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_sov import recipes
+    from megatron_sov.convert import export_weights
+    from megatron_sov.engine.mcore.checkpoint import load
+    from megatron_sov.engine.mcore.model.local_shards import local_shards
+    from megatron_sov.engine.mcore.parallel import world
+
+    experts = ["model.num_experts=4"] if recipes.get(recipe).model.num_experts else []
+    config, model = tiny_model(recipe, "model.vocab_size=95", *experts, f"train.precision={precision}",
+                               layout=layout)
+    for block in local_shards(model):
+        if block.key.endswith("expert_bias"):
+            block.data.copy_(torch.arange(block.data.numel()) / 7)
+    load.save(Path(path), model, None, {"step": 1, "tokens": 1}, config.to_dict(), None)
+    result = {"main": {name: bits(t) for name, t in export_weights(model)},
+              "bf16": {name: str(t.dtype) for name, t in export_weights(model, "bfloat16")}}
+    early = export_weights(model)
+    result["early"] = [name for _, (name, _) in zip(range(3), early, strict=False)]
+    early.close()
+    kept = dict(export_weights(model, everywhere=True))
+    result["everywhere"] = {name: bits(t) for name, t in kept.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    result["own memory"] = {name: bits(t) for name, t in kept.items()} == result["everywhere"]
+    dist.barrier()
+    world.leave()
+    return result
+
+
+@pytest.mark.distributed
+def test_live_export_is_file_export(ranks, job, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from megatron_sov import convert
+
+    cases = [(recipe, precision, name) for recipe, (precision, names) in RECIPES.items() for name in names]
+    results = ranks(*(job(__file__, "exported", LAYOUTS[name][0], {
+        "recipe": recipe, "precision": precision, "layout": LAYOUTS[name][1],
+        "path": str(tmp_path / f"{recipe}-{name}")})
+        for recipe, precision, name in cases))
+    for (recipe, _, name), per_rank in zip(cases, results, strict=True):
+        convert.to_hf(tmp_path / f"{recipe}-{name}", tmp_path / f"{recipe}-{name}-hf")
+        written = {key: bits(t)
+                   for key, t in load_file(tmp_path / f"{recipe}-{name}-hf/model.safetensors").items()}
+        assert per_rank[0]["main"] == written, name
+        assert all(result["main"] == {} for result in per_rank[1:]), name
+        assert all(result["everywhere"] == written and result["own memory"] for result in per_rank), name
+        assert ({dtype for key, dtype in per_rank[0]["bf16"].items() if "correction" not in key}
+                == {"torch.bfloat16"})
+        assert all(dtype == "torch.float32" for key, dtype in per_rank[0]["bf16"].items()
+                   if "correction" in key)
+        assert [len(result["early"]) for result in per_rank] == [3] + [0] * (len(per_rank) - 1), name
+    first = results[0][0]["main"]
+    assert all(per_rank[0]["main"] == first for (recipe, *_), per_rank in zip(cases, results, strict=True)
+               if recipe == "tiny-k-exaone"), ("initial weights are the same at every layout, "
+                                               "and so are exports")
+    assert len(first) > 100
+
+
+# Live import is the inverse of live export, at every layout.
+
+
+TAKEN_IN = [("tiny-k-exaone", 2, {"tp": 2, "sp": True}, "fp32"), ("tiny-solar-open", 2, {"ep": 2}, "bf16"),
+           ("tiny-gpt-oss", 2, {"ep": 2}, "bf16"),
+           ("tiny-qwen2", 2, {"pp": 2}, "fp32"), ("tiny-k-exaone", 2, {"pp": 2, "vpp": 2}, "bf16")]
+"""tiny-qwen2's head is its embedding, of which each end of a pipeline has a copy."""
+
+
+def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, Any]:
+    """Return what one model holds that has taken in another's tensors, and what it refuses."""
+    import torch
+
+    from megatron_sov import recipes
+    from megatron_sov.base.errors import UserError
+    from megatron_sov.convert import SentWeights, export_weights, import_weights
+    from megatron_sov.convert.live_import import LiveImport
+    from megatron_sov.engine.mcore.checkpoint import load
+    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.model.local_shards import local_shards
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.model.config import ParallelConfig, apply_settings
+
+    sizes = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8"]
+    if recipes.get(recipe).model.num_experts:
+        sizes += ["model.expert_ffn_dim=16", "model.num_experts=4"]
+    config = apply_settings(recipes.get(recipe), [*sizes, f"train.precision={precision}"])
+    world.join(ParallelConfig(**layout))
+    models = []
+    for seed in (1, 2):
+        models.append(build(config.model, ParallelConfig(**layout), config.train))
+        load.initialise(models[-1], config.model, seed)
+    source, target = models
+    for block in local_shards(source):
+        if block.key.endswith("expert_bias"):
+            block.data.copy_(torch.arange(block.data.numel()) / 7)
+
+    def same() -> list[bool]:
+        return [torch.equal(a.data, b.data)
+                for a, b in zip(local_shards(source), local_shards(target), strict=True)]
+
+    @torch.no_grad()
+    def drift() -> None:
+        for block in local_shards(source):  # copies of one block drift alike
+            torch.manual_seed(zlib.crc32(repr((block.key, block.offset)).encode()))
+            block.data.add_(torch.randn(block.data.shape).to(block.data), alpha=1e-4)
+
+    result: dict[str, Any] = {"before": all(same())}
+    weights, sent, way = dict(export_weights(source, everywhere=True)), SentWeights(), LiveImport(target)
+    way.whole(sent.whole(weights.items()))
+    result["after"] = all(same())
+    drift()
+    result["drifted"] = all(same())
+    way.changed(sent.changed(export_weights(source, everywhere=True)))
+    result["changed"] = all(same())
+    result["refused"] = []
+    some = next(name for name in weights if "k_proj" in name)
+    for spoilt in ([(n, t) for n, t in weights.items() if n != some],
+                   [(n, t[:3] if n == some else t) for n, t in weights.items()],
+                   [*weights.items(), (some, weights[some])], [("model.odd", weights[some])]):
+        try:
+            import_weights(target, iter(spoilt))
+        except UserError as e:
+            result["refused"].append(str(e))
+    world.leave()
+    return result
+
+
+@pytest.mark.distributed
+def test_a_model_takes_in_what_another_exports(ranks, job) -> None:
+    found = ranks(*(job(__file__, "taken_in", n, {"recipe": recipe, "layout": x, "precision": precision})
+                    for recipe, n, x, precision in TAKEN_IN))
+    for where, per_rank in zip(TAKEN_IN, found, strict=True):
+        for result in per_rank:
+            assert (result["before"], result["after"]) == (False, True), where
+            assert (result["drifted"], result["changed"]) == (False, True), where
+            missing, shape, twice, unknown = result["refused"]
+            assert "1 missing (model.layers.0.self_attn.k_proj" in missing and "of another shape" in shape
+            assert "comes twice" in twice and "1 unexpected (model.odd)" in unknown
+
+
+def test_a_model_with_an_adapter_takes_nothing_in() -> None:
+    """What an export gives has its adapter inside: it would be added twice."""
+    from types import SimpleNamespace
+
+    from megatron_sov.base.errors import UserError
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.model.config import LoraConfig
+
+    prepare_megatron()
+    from megatron_sov.convert import import_weights
+
+    adapted: Any = SimpleNamespace(lora=LoraConfig(4))
+    with pytest.raises(UserError, match=r"^lora\.rank = 4: .* would add its own to them"):
+        import_weights(adapted, [])

@@ -1,0 +1,209 @@
+"""An adapter in PEFT's format: PEFT loads ours, gives our logits, and comes back bit-equal; merged into the
+base it is the model that the adapted layers are."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov import convert
+from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.errors import UserError
+from megatron_sov.convert.growing import open_weights
+from megatron_sov.convert.peft import (
+    CONFIG, WEIGHTS, base_name_of, from_peft, frozen_copies, lora_of, merge_adapter, to_peft)
+from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.model.config import LoraConfig, apply_settings
+from megatron_sov.model.families.adapters import MAGNITUDE, A, B, places
+from megatron_sov.model.pretrained import hub_name
+from megatron_sov.model.recipes import get
+from megatron_sov.runs.checkpoints import AdapterBase
+
+SIZES = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8", "model.num_layers=2",
+         "model.init_std=0.2", "train.precision=fp32", "lora.rank=3", "lora.alpha=7"]
+TOKENS = [(7 * i + 3) % 95 for i in range(41)]
+
+
+def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
+    """Write a base and an adapter of random numbers; return logits, and hashes of the live export."""
+    from megatron_sov import recipes
+    from megatron_sov.convert import export_weights
+    from megatron_sov.engine.mcore.checkpoint import load
+    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
+    from megatron_sov.engine.mcore.model.language_model import ModelInputs, build
+    from megatron_sov.engine.mcore.model.local_shards import local_shards
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.model.config import apply_settings
+    from megatron_sov.train.objectives.microbatch import MicroBatch
+
+    config = apply_settings(recipes.get(recipe), [*SIZES, *settings])
+    frozen = apply_settings(config, ["lora.rank=0"])
+    base, adapter, n = Path(folder) / "base", Path(folder) / "adapter", len(TOKENS)
+    world.join(config.parallel)
+    model = build(config.model, config.parallel, config.train)
+    load.initialise(model, config.model, 1)
+    load.save(base, model, None, {"step": 0, "tokens": 0}, frozen.to_dict(), None)
+    model = build(config.model, config.parallel, config.train, lora=config.lora)
+    load.load_model(base, model)
+    generator = torch.Generator().manual_seed(3)
+    for block in local_shards(model):
+        if block.key.startswith("adapter."):
+            noise = torch.randn(block.data.shape, generator=generator) * 0.2
+            block.data.copy_(block.data * (1 + noise) if block.key.endswith("magnitude") else noise)
+    load.save(adapter, model, None, {"step": 3, "tokens": 9}, config.to_dict(), None)
+    zeros = torch.zeros(n, dtype=torch.int64)
+    inputs = ModelInputs(tokens=torch.tensor(TOKENS), positions=torch.arange(n), max_document_tokens=n,
+                         cu_seqlens=torch.tensor([0, n], dtype=torch.int32),
+                         padding=torch.zeros(n, dtype=torch.bool))
+    logits = ForwardModel(model, 64).logits(MicroBatch(inputs, zeros, torch.ones(n), zeros.byte(), zeros),
+                                            torch.arange(n))
+    torch.save({"logits": logits, "live": dict(export_weights(model))}, Path(folder) / "live.pt")
+    world.leave()
+    return {}
+
+
+CASES: dict[str, tuple[str, list[str]]] = {
+    "dense": ("tiny-qwen3", ['lora.targets=["all-linear", "lm_head", "embed_tokens"]']),
+    "dense, DoRA": ("tiny-qwen2", ["lora.dora=true", 'lora.targets=["q_proj", "o_proj", "up_proj"]']),
+    "Solar": ("tiny-solar-open", ["model.num_experts=4", "model.expert_ffn_dim=16"]),
+    "K-EXAONE": ("tiny-k-exaone", ["model.num_experts=4", "model.expert_ffn_dim=16"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_loads_ours_and_ours_peft(case: str, ranks: Any, job: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    recipe, settings = CASES[case]
+    ranks(job(__file__, "saved", 1, {"recipe": recipe, "settings": settings, "folder": str(tmp_path)}))
+    live = torch.load(tmp_path / "live.pt")
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    to_peft(adapter, tmp_path / "peft")
+    assert json.loads((tmp_path / "peft" / CONFIG).read_text())["base_model_name_or_path"] == "base"
+    convert.to_hf(base, tmp_path / "hf")
+    convert.to_hf(adapter, tmp_path / "merged")
+    for file in (p for name in ("peft", "hf", "merged") for p in (tmp_path / name).iterdir()):
+        assert str(tmp_path).encode() not in file.read_bytes(), file
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", experts_implementation="eager")
+    wrapped = peft.PeftModel.from_pretrained(plain, tmp_path / "peft")
+    theirs = wrapped(torch.tensor([TOKENS])).logits[0]
+    assert float((theirs - live["logits"]).abs().max()) < 2e-5
+    with wrapped.disable_adapter():
+        assert float((wrapped(torch.tensor([TOKENS])).logits[0] - live["logits"]).abs().max()) > 0.1
+
+    weights = open_weights(tmp_path / "merged")
+    assert set(weights.names()) == set(live["live"])
+    for name in weights.names():
+        assert weights.read(name).equal(live["live"][name]), name
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", experts_implementation="eager")
+    assert float((whole(torch.tensor([TOKENS])).logits[0] - live["logits"]).abs().max()) < 2e-5
+
+    wrapped.save_pretrained(tmp_path / "again")
+    saved = load_file(tmp_path / "again" / WEIGHTS)
+    frozen = frozen_copies(saved)
+    assert len(frozen) == (2 if case == "dense" else 0), "PEFT saves the weights of embedding and head, too"
+    assert saved.keys() - frozen.keys() == load_file(tmp_path / "peft" / WEIGHTS).keys()
+    from_peft(tmp_path / "again", tmp_path / "back", base)
+    ours, back = TensorReader(adapter, "adapter"), TensorReader(tmp_path / "back", "adapter")
+    assert sorted(ours.keys()) == sorted(back.keys())
+    for key in ours.keys():  # noqa: SIM118
+        assert ours.read(key).equal(back.read(key)), key
+    for name in frozen:
+        save_file({**saved, name: saved[name] + 1}, tmp_path / "again" / WEIGHTS)
+        with pytest.raises(UserError, match="so it was trained beside the adapter or is of another model"):
+            from_peft(tmp_path / "again", tmp_path / "no", base)
+
+
+NAMES = [f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{x}.weight"
+         for i in range(4) for x in "AB"]
+GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
+
+
+@pytest.mark.parametrize(("config", "names", "said"), [
+    ({"peft_type": "IA3"}, NAMES, "peft_type = 'IA3'"),
+    ({"lora_bias": True}, NAMES, "lora_bias = True in adapter_config.json cannot be kept"),
+    ({"rank_pattern": {"q_proj": 8}}, NAMES, "rank_pattern = {'q_proj': 8}"),
+    ({"r": "four"}, NAMES, "r = 'four' and lora_alpha = 8"),
+    ({"lora_alpha": math.nan}, NAMES, "r = 4 and lora_alpha = nan"),
+    ({"r": 10**30}, NAMES, "must be positive numbers, up to 1,048,576 and 1e+30"),
+    ({"lora_alpha": 10**400}, NAMES, "must be positive numbers, up to 1,048,576 and 1e+30"),
+    ({"init_lora_weights": "pissa_niter_16"}, NAMES, "init_lora_weights = 'pissa_niter_16' in "
+                                                     "adapter_config.json has changed the base"),
+    ({}, NAMES[2:], "adapts q_proj in some layers and not in others"),
+    ({}, [*NAMES, "base_model.model.score.lora_A.weight"],
+     "score.lora_A.weight (1 such tensors) adapts nothing"),
+    ({}, [], "holds no tensor of an adapter"),
+])
+def test_what_we_have_no_like_of_is_refused(config: dict[str, Any], names: list[str], said: str) -> None:
+    model = get("tiny-qwen3").model
+    names = [name for name in names if ".layers." not in name or int(name.split(".")[4]) < model.num_layers]
+    with pytest.raises(UserError) as refused:
+        lora_of({**GOOD, **config}, names, model, "here")
+    assert said in str(refused.value) and str(refused.value).startswith("here: ")
+
+
+def test_an_adapter_of_one_side_of_a_tied_weight_is_refused_by_its_reason() -> None:
+    names = ["base_model.model.model.embed_tokens.lora_embedding_A"]
+    with pytest.raises(UserError, match=r"here: .*embed_tokens.* adapts one side of a weight that is"):
+        lora_of(GOOD, names, get("tiny-qwen2").model, "here")
+
+
+def test_dora_beside_a_head_of_its_own_is_read_and_dora_of_the_head_is_refused() -> None:
+    model = get("tiny-qwen3").model
+    folder = "base_model.model.model.layers.{}.self_attn.q_proj"
+    ends = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+    names = [folder.format(i) + end for i in range(model.num_layers) for end in ends]
+    assert not model.tied_embeddings
+    assert lora_of({**GOOD, "use_dora": True}, names, model, "") == LoraConfig(4, 8.0, ("q_proj",), True)
+    head = [f"base_model.model.lm_head{end}" for end in ends]
+    with pytest.raises(UserError, match=r"lm_head.lora_A.weight under use_dora = True: DoRA is not built"):
+        lora_of({**GOOD, "use_dora": True}, names + head, model, "here")
+
+
+def test_rank_stabilised_scaling_becomes_alpha() -> None:
+    model = get("tiny-qwen3").model
+    names = [name for name in NAMES if int(name.split(".")[4]) < model.num_layers]
+    assert lora_of({**GOOD, "use_rslora": True}, names, model, "") == LoraConfig(4, 16.0, ("q_proj",))
+
+
+def test_the_base_is_named_as_it_was_converted(tmp_path: Path) -> None:
+    """By its name on the hub where it lies in the hub's cache, of a run by the run's; never by a path."""
+    assert hub_name(Path("/root/.cache/hub/models--Qwen--Qwen3-8B/snapshots/12ab")) == "Qwen/Qwen3-8B"
+    assert hub_name(tmp_path / "mymodel") == "mymodel"
+    step, lost = tmp_path / "RUN/checkpoints/step-3", AdapterBase(tmp_path / "gone/checkpoints/step-3", "0")
+    for content, name in (({"imported_from": "Qwen/Qwen3-8B"}, "Qwen/Qwen3-8B"), ({}, "RUN")):
+        with new_artifact(step, "checkpoint", overwrite=True) as artifact:
+            artifact.content = content
+        assert base_name_of(tmp_path, AdapterBase.of(step)) == name
+    assert base_name_of(tmp_path, lost) == "gone"
+
+
+def test_a_folder_without_settings_is_refused(tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_text(json.dumps(GOOD))
+    with pytest.raises(UserError, match=f"has no {WEIGHTS}"):
+        from_peft(tmp_path, tmp_path / "out", tmp_path)
+
+
+# An adapter inside its base's weights.
+
+
+def test_lengths_that_were_not_trained_leave_a_weight_as_it_is() -> None:
+    """In bf16 too, where a trained length is rounded and that of the row is not."""
+    config = apply_settings(get("tiny-qwen2"), ["lora.rank=2", "lora.dora=true"])
+    place = places(config.model, config.lora)["model.layers.0.self_attn.q_proj.weight"]
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(place.of.out_features, place.of.in_features, generator=generator).bfloat16()
+    tensors = {place.of.key(A): torch.randn(2, place.of.in_features, generator=generator).bfloat16(),
+               place.of.key(B): torch.zeros(place.of.out_features, 2).bfloat16(),
+               place.of.key(MAGNITUDE): torch.linalg.vector_norm(weight.float(), dim=1).bfloat16()}
+    assert merge_adapter(weight, place, tensors, config.lora).equal(weight)
+    tensors[place.of.key(MAGNITUDE)] *= 2
+    assert merge_adapter(weight, place, tensors, config.lora).equal(2 * weight)

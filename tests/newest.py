@@ -1,0 +1,93 @@
+"""The newer of the two versions of megatron-core, under a Python that has the older one.
+
+Its wheel is for Python 3.12, and its sources run under 3.11: unpacked into a folder that stands first on the
+path, they take the place of what is installed, in children too.
+
+Usage: python tests/newest.py FOLDER ...    (as `make newest`): runs these tests on it
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build/newest"
+OLDER, NEWER = "python_version < '3.12'", "python_version >= '3.12'"
+PYTHONS = {OLDER: "3.11", NEWER: "3.12"}
+"""Marker of megatron-core's line in constraints.txt -> a Python that it is for."""
+
+
+@cache
+def lane(marker: str = NEWER) -> str:
+    """Return the version of megatron-core that constraints.txt has behind a marker."""
+    return next(line.partition("==")[2].partition(";")[0] for line in
+                (ROOT / "constraints.txt").read_text().splitlines()
+                if line.startswith("megatron-core==") and line.endswith(marker))
+
+
+def fetched(name: str, version: str, python: str = "3.12") -> Path:
+    """Return a folder with the Python sources of a wheel, fetched once.
+
+    Raises:
+        OSError: pip cannot fetch it.
+    """
+    folder = FOLDER / f"{name}-{version}"
+    if folder.exists():
+        return folder
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=FOLDER) as work:
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+             "--python-version", python, "--only-binary=:all:", "--dest", work, f"{name}=={version}"],
+            capture_output=True, text=True, timeout=600, check=False)
+        wheels = list(Path(work).glob("*.whl"))
+        if not wheels:
+            raise OSError(f"pip cannot fetch {name} {version}: {done.stderr.strip()[-300:]}")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            wheel.extractall(Path(work) / "sources", [
+                member for member in wheel.namelist() if member.endswith((".py", "METADATA"))])
+        try:
+            (Path(work) / "sources").rename(folder)
+        except OSError:  # another process was faster
+            if not folder.exists():
+                raise
+    return folder
+
+
+def unpacked(marker: str = NEWER) -> Path:
+    """Return the folder of a version of megatron-core, see `fetched`."""
+    return fetched("megatron-core", lane(marker), PYTHONS[marker])
+
+
+def is_here() -> bool:
+    """Return whether the newer version was fetched."""
+    return (FOLDER / f"megatron-core-{lane()}").exists()
+
+
+def environment() -> dict[str, str]:
+    """Return variables under which this process's children import the newer version."""
+    paths = [str(unpacked()), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def main() -> int:
+    """Run tests on the newer version, once it was seen that it is what is imported."""
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c",
+         "import megatron_sov.engine.mcore.lanes as lanes; print(lanes.VERSION)"],
+        env=environment(), capture_output=True, text=True, check=True).stdout.strip()
+    if told != lane():
+        raise SystemExit(f"megatron-core {told} is imported where {lane()} was wanted")
+    print(f"megatron-core {told}, from {unpacked()}", flush=True)
+    return subprocess.run([sys.executable, "-m", "pytest", *sys.argv[1:]], env=environment(),
+                          check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,423 @@
+"""The store keeps what it is given: parts are whole or not there, whatever happens to the writer, and what a
+stranger wrote is read within bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings, strategies as st
+from pyarrow import parquet
+
+from megatron_sov.base.artifacts import Manifest, new_artifact, to_json
+from megatron_sov.base.errors import UserError
+from megatron_sov.rollouts.rows import (
+    NOT_WRITTEN, AskedPrompt, Key, RewardRow, Rollout, RolloutPart, not_written, numbers_in, part_name)
+from megatron_sov.rollouts.store import (
+    NAMES, REPEATED, ROLLOUTS, SPLIT, RolloutStore, problems_of, rollouts_of, rollouts_table)
+from megatron_sov.work.tables import parquet as bounds
+from megatron_sov.work.tables.parquet import read_table, write_table
+from megatron_sov.work.tables.table import AlreadyPublished
+
+VOCAB_SIZE = 100
+NAME = part_name(1, 0)
+
+
+def rollout(sample: int = 0, **changes: Any) -> Rollout:
+    """A sound row of round 1: two tokens of a policy around one of a tool."""
+    row = Rollout(Key("p0", sample, "f" * 64, "s" * 64), 1, 0, {"prompt": "2 + 2?", "answer": "4"},
+                  np.array([1, 2], np.int32), np.array([5, 6, 7], np.int32),
+                  np.array([-0.5, 0, -1.25], np.float32), np.array([3, NOT_WRITTEN, 4], np.int32), "stop",
+                  "네 4", 1.0, "transformers", 10.5, 11.5)
+    return dataclasses.replace(row, **changes)
+
+
+def long_rollout(count: int, logprobs: np.ndarray) -> Rollout:
+    return rollout(tokens=np.full(count, 5, np.int32), logprobs=logprobs, versions=np.zeros(count, np.int32))
+
+
+def judged(row: Rollout, reward: float | None = 1.0, **changes: Any) -> RewardRow:
+    """What reward v1 said of a row."""
+    found = RewardRow(row.key, row.attempt, "v1" * 8, reward, "failed" if reward is None else "scored",
+                      {"format": 0.5})
+    return dataclasses.replace(found, **changes)
+
+
+def bits(row: Rollout | RewardRow) -> dict[str, Any]:
+    """Return a row as values that can be compared, arrays with their type, shape and bits."""
+    return {field.name: (value.dtype.str, value.shape, value.tobytes()) if isinstance(value, np.ndarray)
+            else repr(value) if isinstance(value, float) else value
+            for field in dataclasses.fields(row) for value in [getattr(row, field.name)]}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RolloutStore:
+    """An empty one."""
+    return RolloutStore.create(tmp_path / "store", "sha256:ab", VOCAB_SIZE)
+
+
+def test_a_part_is_written_and_read(store: RolloutStore) -> None:
+    rows, name = [rollout(0), rollout(1, outcome={"reward": 1.0})], part_name(1, 3)
+    assert not store.has(name)
+    store.add_rollouts(name, rows, {"job": 7})
+    assert store.has(name) and (store.path / "rollouts/round-0001-piece-0003").is_dir()
+    assert [bits(row) for row in store.read_rollouts(name)] == [bits(row) for row in rows]
+    (part,) = store.parts()
+    assert (part.round, part.piece, part.attempt, part.num_rows, part.num_kept_out) == (1, 3, 0, 2, 0)
+    assert part.provenance == {"job": 7}
+    store.add_rewards("v1" * 8, name, [judged(row) for row in rows])
+    assert store.read_rewards("v1" * 8, name) == [judged(row) for row in rows]
+    assert store.versions() == ["v1v1v1v1v1v1"] and store.has(name, "v1" * 8)
+    assert not store.has(name, "v2" * 8)
+    assert store.judgements("v1" * 8, [part]) == {(row.key, 0): judged(row) for row in rows}
+
+
+def arrays(dtype: Any, values: st.SearchStrategy[Any], length: st.SearchStrategy[int]) -> Any:
+    """Draw arrays."""
+    return length.flatmap(lambda n: st.lists(values, min_size=n, max_size=n)).map(
+        lambda drawn: np.array(drawn, dtype))
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+JSON = st.dictionaries(TEXT, st.recursive(
+    st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8) | st.just("크" * 70_000),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6),
+    max_size=4)
+IDS = arrays(np.int32, st.integers(-2**31, 2**31 - 1) | st.integers(0, VOCAB_SIZE - 1), st.integers(0, 5))
+ROUTES = st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(1, 3), st.sampled_from(["u1", "u2"])
+                   ).map(lambda drawn: np.arange(math.prod(drawn[:3])).astype(drawn[3]).reshape(drawn[:3]))
+ROWS = st.lists(st.builds(
+    Rollout, st.builds(Key, TEXT, st.integers(0, 2**31 - 1), TEXT, TEXT), st.just(2), st.integers(0, 9), JSON,
+    IDS, IDS, arrays(np.float32, st.floats(width=32) | st.just(-1.0), st.integers(0, 5)), IDS, TEXT, TEXT,
+    st.floats(), TEXT, st.floats(), st.floats(), st.none() | JSON, st.none() | ROUTES), max_size=4)
+
+
+@settings(max_examples=12)
+@given(rows=ROWS)
+def test_whatever_a_row_holds_comes_back_to_the_bit(rows: list[Rollout],
+                                                    tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.parquet"
+    write_table(file, rollouts_table(rows, VOCAB_SIZE), REPEATED, SPLIT)
+    table = read_table(file, ROLLOUTS)
+    assert [bits(row) for row in rollouts_of(table, NAMES)] == [bits(row) for row in rows]
+    assert problems_of(table) == ["; ".join(row.problems(VOCAB_SIZE)) for row in rows]
+
+
+def test_a_store_is_what_a_dictionary_would_be(store: RolloutStore) -> None:
+    draw, parts, said = random.Random(7), {}, {}
+    for _ in range(30):
+        name = part_name(draw.randint(1, 2), draw.randint(0, 2), draw.randint(0, 1))
+        number = numbers_in(name)
+        rows = [rollout(i, round=number[0], attempt=number[2], response=f"r{draw.randint(0, 1)}",
+                        key=Key(name[:21], i, "f", "s"), temperature=draw.choice([1.0, 1.0, 1.0, 0.0]))
+                for i in range(draw.randint(0, 2))]
+        if name in parts and list(map(bits, parts[name])) != list(map(bits, rows)):
+            with pytest.raises(AlreadyPublished):
+                store.add_rollouts(name, rows, {})
+        else:
+            store.add_rollouts(name, rows, {})
+        rows = parts.setdefault(name, rows)
+        if draw.random() < 0.3 and name not in said:
+            said[name] = [judged(row, draw.choice([None, 0.1])) for row in rows]
+            store.add_rewards("v1" * 8, name, said[name])
+    parts = {name: [row for row in rows if row.temperature] for name, rows in parts.items()}
+    for number in (None, 1, 2):
+        found = [name for name in sorted(parts, key=numbers_in) if number in (None, numbers_in(name)[0])]
+        assert [part.name for part in store.parts(number)] == found
+    for name, rows in parts.items():
+        assert list(map(bits, store.read_rollouts(name))) == list(map(bits, rows))
+        assert store.has(name, "v1" * 8) == (name in said)
+        assert name not in said or store.read_rewards("v1" * 8, name) == said[name]
+
+
+def test_the_first_part_of_a_name_stays(store: RolloutStore) -> None:
+    name = NAME
+    store.add_rollouts(name, [rollout()], {})
+    store.add_rollouts(name, [rollout(ended_s=99.0)], {})
+    with pytest.raises(AlreadyPublished, match="another job has published 1 rows under this name"):
+        store.add_rollouts(name, [rollout(response="other")], {})
+    store.add_rewards("v1" * 8, name, [judged(rollout())])
+    with pytest.raises(AlreadyPublished, match="these 1 differ"):
+        store.add_rewards("v1" * 8, name, [judged(rollout(), 0.0)])
+    assert store.read_rollouts(name)[0].response == "네 4"
+    assert [p.name for p in (store.path / "rollouts").iterdir()] == [name]
+
+
+def test_columns_that_are_not_asked_for_are_not_read(store: RolloutStore) -> None:
+    routes = np.arange(4 * 2 * 2, dtype=np.uint16).reshape(4, 2, 2)
+    store.add_rollouts(NAME, [rollout(routes=routes)], {})
+    (row,) = store.read_rollouts(NAME, ["response", "record"])
+    assert (row.key, row.response, row.record["answer"]) == (rollout().key, "네 4", "4")
+    assert row.routes is None and len(row.tokens) == 0
+    assert np.array_equal(store.read_rollouts(NAME, ["routes"])[0].routes, routes)
+    with pytest.raises(ValueError, match="'text' is no field of a rollout"):
+        store.read_rollouts(NAME, ["text"])
+
+
+BROKEN = [
+    {"logprobs": np.zeros(2, np.float32)}, {"prompt_tokens": np.zeros(0, np.int32)},
+    {"tokens": np.array([5, VOCAB_SIZE, 7], np.int32)}, {"tokens": np.array([5, -1, 7], np.int32)},
+    {"tokens": np.array([5, 2**32, 7])}, {"logprobs": np.array([0.5, 0, 0], np.float32)},
+    {"logprobs": np.array([math.nan, 0, 0], np.float32)},
+    {"logprobs": np.array([-math.inf, 0, 0], np.float32)},
+    {"logprobs": np.array([-1, -1, -1], np.float32)}, {"temperature": 0.0}, {"temperature": math.nan},
+    {"routes": np.zeros((3, 2, 2), np.uint8)}]
+
+
+@pytest.mark.parametrize("changes", BROKEN, ids=lambda changes: "-".join(changes))
+def test_a_row_with_a_problem_is_kept_out_and_counted(changes: dict[str, Any], store: RolloutStore,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    (sentence,) = rollout(**changes).problems(VOCAB_SIZE)
+    store.add_rollouts(NAME, [rollout(0), rollout(1, **changes)], {})
+    for _ in range(2):
+        assert [row.key.sample for row in store.read_rollouts(NAME)] == [0]
+    assert store.parts()[0].num_kept_out == 1
+    assert capsys.readouterr().err.count(f"1 of 2 rows are kept out; the first is row 1: {sentence}") == 1
+
+
+def test_a_store_has_one_tokenizer(store: RolloutStore, tmp_path: Path) -> None:
+    assert RolloutStore.create(store.path, "sha256:ab", VOCAB_SIZE).vocab_size == VOCAB_SIZE
+    for tokenizer, vocab_size in (("sha256:cd", VOCAB_SIZE), ("sha256:ab", 101)):
+        with pytest.raises(UserError, match="choose another store"):
+            RolloutStore.create(store.path, tokenizer, vocab_size)
+    (tmp_path / "taken").mkdir()
+    RolloutStore.create(tmp_path / "taken", "sha256:ab", 1)  # empty
+    (tmp_path / "taken/claims").rmdir()  # as by a copy that has files alone
+    assert RolloutStore.open(tmp_path / "taken").claims.is_dir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/a").write_text("")
+    with pytest.raises(UserError, match="no rollout store; choose another folder"):
+        RolloutStore.create(tmp_path / "full", "sha256:ab", 1)
+    with pytest.raises(UserError, match="is no rollout store"):
+        RolloutStore.open(tmp_path / "full")
+    (store.path / "store.json").write_text(json.dumps({"format_version": 2}))
+    with pytest.raises(UserError, match="format_version 2 is newer than 1"):
+        RolloutStore.open(store.path)
+
+
+def test_names_say_round_piece_and_attempt() -> None:
+    for numbers in ((1, 0, 0), (9999, 10000, 0), (12345, 3, 12)):
+        assert numbers_in(part_name(*numbers)) == numbers
+    for name in ("round-0000-piece-0000", "round-1-piece-0000", "round-00001-piece-0000", "x", ".hidden",
+                 "round-0001-piece-0000-attempt-0", "round-0001-piece-0000-attempt-01",
+                 "round-0001-piece-0000\n"):
+        assert numbers_in(name) is None, name
+
+
+def in_processes(count: int, work: Callable[..., None], *arguments: Any) -> list[int | None]:
+    """Run a function in forks, number by number; returns how they ended."""
+    fork = multiprocessing.get_context("fork")
+    started = fork.Barrier(count)
+    processes = [fork.Process(target=_at_once, args=(work, started, number, *arguments))
+                 for number in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _at_once(work: Callable[..., None], started: Any, *arguments: Any) -> None:
+    started.wait()
+    work(*arguments)
+    os._exit(0)
+
+
+def publish(number: int, path: Path) -> None:
+    """Make the store, and publish each of some parts as a row of one's own."""
+    store = RolloutStore.create(path, "sha256:ab", 100)
+    for piece in range(6):
+        try:
+            store.add_rollouts(part_name(1, piece), [rollout(response=f"of {number}")] * (number + 1), {})
+        except AlreadyPublished:
+            assert len(store.read_rollouts(part_name(1, piece))) != number + 1
+
+
+@pytest.mark.distributed
+def test_of_many_writers_of_one_name_one_stays_whole(tmp_path: Path) -> None:
+    assert in_processes(4, publish, tmp_path / "store") == [0] * 4
+    store = RolloutStore.open(tmp_path / "store")
+    for part in store.parts():
+        rows = store.read_rollouts(part.name)
+        (number,) = {int(row.response.removeprefix("of ")) for row in rows}
+        assert len(rows) == part.num_rows == number + 1
+    assert [part.piece for part in store.parts()] == list(range(6))
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    assert len(list((tmp_path / "store/rollouts").iterdir())) == 6
+
+
+def fill_the_disk(number: int, path: Path) -> None:
+    """Publish what is larger than a file may be."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+    row = long_rollout(20_000, -np.random.default_rng(0).random(20_000, np.float32))
+    with pytest.raises(UserError, match=rf"{NAME}: larger than the limit on file sizes.*the same command"):
+        RolloutStore.open(path).add_rollouts(NAME, [row], {})
+
+
+def die(number: int, path: Path) -> None:
+    """Be killed behind the last byte and before the rename."""
+    os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    RolloutStore.open(path).add_rollouts(NAME, [rollout()], {})
+
+
+@pytest.mark.parametrize("work, code", [(fill_the_disk, 0), (die, -signal.SIGKILL)])
+def test_a_writer_that_fails_leaves_no_part(work: Callable[..., None], code: int,
+                                            store: RolloutStore) -> None:
+    assert in_processes(1, work, store.path) == [code]
+    assert not store.has(NAME) and store.parts() == []
+    if not code:
+        assert list((store.path / "rollouts").iterdir()) == []
+    store.add_rollouts(NAME, [rollout()], {})
+    assert len(store.read_rollouts(NAME)) == 1
+
+
+def foreign(store: RolloutStore, table: pa.Table, dictionary: bool = False) -> None:
+    """Leave a part as a stranger would, whose manifest is in order."""
+    with new_artifact(store.path / "rollouts" / NAME, "rollouts") as artifact:
+        texts = [field.name for field in table.schema if field.type == pa.string()]
+        parquet.write_table(table, artifact.path / "rollouts.parquet", use_dictionary=dictionary or texts)
+        artifact.content = {"num_rows": table.num_rows, "store": store.identity}
+
+
+def with_column(name: str, values: Any, kind: pa.DataType | None = None) -> pa.Table:
+    """Return two sound rows of which a column is another one."""
+    table = rollouts_table([rollout(0), rollout(1)], 100)
+    return table.set_column(table.schema.get_field_index(name), name, pa.array(values, kind))
+
+
+FOREIGN = [
+    (with_column("sample", [0, 1], pa.int64()), "column 'sample' is int64, must be int32"),
+    (with_column("sample", [0, None], pa.int32()), "column 'sample' has places without a value"),
+    (with_column("response", ["a", None]), "column 'response' has places without a value"),
+    (with_column("record", ["{}", "[" * 100_000]), "JSON that is nested too deep"),
+    (with_column("record", ["{}", "[]"]), r"'\[\]' is no JSON object"),
+    (with_column("record", ["{}", "{"]), "a row holds what the store does not take"),
+    (with_column("record", ["{}", '{"a": ' + "9" * 5000 + "}"]), "a row holds what the store does not take"),
+    (with_column("response", pa.array([b"a", b"\xff"]).view(pa.string())), "is damaged"),
+    (with_column("routes", [None, b"123"], pa.large_binary()), "routes of 3 bytes are not"),
+    (with_column("round", [1, 2], pa.int32()), "has a row of round 2"),
+    (rollouts_table([rollout()], 100).drop_columns(["tokens"]), "has no column 'tokens'"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(FOREIGN)))
+def test_what_a_stranger_wrote_is_named_and_refused(number: int, store: RolloutStore) -> None:
+    table, sentence = FOREIGN[number]
+    foreign(store, table)
+    with pytest.raises(UserError, match=rf"{NAME}/rollouts\.parquet: .*{sentence}"):
+        store.read_rollouts(NAME)
+
+
+def test_rows_of_a_stranger_are_looked_at(store: RolloutStore, capsys: pytest.CaptureFixture[str]) -> None:
+    foreign(store, with_column("temperature", [1.0, 0.0]))
+    assert [row.key.sample for row in store.read_rollouts(NAME)] == [0]
+    assert "1 of 2 rows are kept out; the first is row 1: has temperature 0.0" in capsys.readouterr().err
+
+
+def test_a_small_file_that_stands_for_much_is_not_read(store: RolloutStore,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_ROWS", 50)
+    monkeypatch.setattr(bounds, "MAX_BYTES", 1 << 20)
+    zeros, text = np.zeros(300_000, np.int32), "x" * 400_000
+    big = rollouts_table([rollout()], 100)
+    at = big.schema.get_field_index("tokens")
+    lists = pa.ListArray.from_arrays(pa.array([0, len(zeros)], pa.int32()), pa.array(zeros),
+                                     big.schema.field(at).type)
+    routes = with_column("routes", [b"12" * 1000] * 2, pa.large_binary())
+    bombs = {
+        "has 51 rows, at most 50": (rollouts_table([rollout()] * 51, 100), False),
+        "takes 0.0 GiB in memory": (big.set_column(at, big.schema.field(at), lists), True),
+        "repeats its values by a dictionary": (routes, True)}
+    for sentence, (table, dictionary) in bombs.items():
+        foreign(store, table, dictionary)
+        assert (store.path / "rollouts" / NAME / "rollouts.parquet").stat().st_size < 20_000
+        with pytest.raises(UserError, match=sentence):
+            store.read_rollouts(NAME)
+        for file in (store.path / "rollouts" / NAME).iterdir():
+            file.unlink()
+    # equal texts are one text, however many rows have it
+    foreign(store, with_column("response", [text] * 2).take([0, 1] * 20))
+    rows = store.read_rollouts(NAME)
+    assert len(rows) == 40 and len({id(row.response) for row in rows}) == 1
+    with pytest.raises(UserError, match=r"piece-0001: has 51 rows, at most 50; make parts smaller"):
+        store.add_rollouts(part_name(1, 1), [rollout(i) for i in range(51)], {})
+    with pytest.raises(UserError, match=r"piece-0001: .*GiB in memory"):
+        store.add_rollouts(part_name(1, 1), [long_rollout(300_000, np.zeros(300_000, np.float32))], {})
+    assert len(list((store.path / "rollouts").iterdir())) == 1
+
+
+MANIFESTS = [
+    ({"num_rows": 1}, {}, "belongs to another store .of none;"),
+    ({"num_rows": -1, "store": True}, {"rollouts.parquet": b"1"}, "has num_rows = -1"),
+    ({"num_rows": 1, "num_kept_out": "1", "store": True}, {"rollouts.parquet": b"1"}, "num_kept_out = '1'"),
+    ({"num_rows": 1, "store": True}, {}, "has the files none, must have rollouts.parquet alone"),
+    ({"num_rows": 1, "store": True}, {"rollouts.parquet": b"1", "x": b""}, "must have rollouts.parquet a"),
+]
+
+
+@pytest.mark.parametrize("content, files, sentence", MANIFESTS, ids=[m[2] for m in MANIFESTS])
+def test_a_manifest_that_is_none_of_a_part_keeps_it_out(
+        content: dict[str, Any], files: dict[str, bytes], sentence: str, store: RolloutStore,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    with new_artifact(store.path / "rollouts" / NAME, "rollouts") as artifact:
+        artifact.content = {**content, **({"store": store.identity} if "store" in content else {})}
+        for name, data in files.items():
+            (artifact.path / name).write_bytes(data)
+    for _ in range(2):
+        assert store.parts() == []
+    assert capsys.readouterr().err.count(f"kept out: {store.path}/rollouts/{NAME}: ") == 1
+    with pytest.raises(UserError, match=sentence):
+        store.has(NAME)
+
+
+def test_a_part_without_a_manifest_or_of_another_kind_is_kept_out(store: RolloutStore) -> None:
+    folder = store.path / "rollouts" / NAME
+    folder.mkdir()
+    (folder / "manifest.json").write_text(to_json(Manifest("tokens", {})))
+    with pytest.raises(UserError, match="is a 'tokens' artifact where a 'rollouts' artifact is needed"):
+        store.has(NAME)
+    (folder / "manifest.json").unlink()
+    (folder / "other").write_text("")
+    assert store.parts() == []
+    with pytest.raises(UserError, match=r"has no manifest\.json"):
+        store.add_rollouts(NAME, [rollout()], {})
+
+
+# What parts tell of what they were written for: foreign ones may tell anything.
+
+
+def part(round_: int, piece: int, provenance: dict[str, Any], attempt: int = 0,
+         created_s: float = 0.0) -> RolloutPart:
+    return RolloutPart("", Path(), "rollouts", (round_, piece, attempt), 1, 0, "", created_s, provenance)
+
+
+def test_the_newest_part_says_how_much_there_will_be() -> None:
+    before, after = AskedPrompt(1, 1).to_provenance(0), AskedPrompt(2, 1).to_provenance(0)
+    parts = [part(1, 0, before, created_s=1.0)]
+    assert not_written(parts, None) == ""
+    assert not_written([*parts, part(2, 0, after, created_s=2.0)], None) == ""
+    assert not_written([part(1, 0, after, created_s=2.0)], None) == "1 of 1 pieces of round 2"
+    assert not_written([*parts, part(1, 0, AskedPrompt(1, 1).to_provenance(3), attempt=1)],
+                       None) == "the ends of responses in 1 of 1 pieces of round 1"
+
+
+@pytest.mark.parametrize("provenance", [
+    {}, {"asked_rounds": 2}, {"asked_rounds": "2", "pieces_per_round": 1},
+    {"asked_rounds": True, "pieces_per_round": True}, {"asked_rounds": -1, "pieces_per_round": 1}])
+def test_who_does_not_say_it_has_no_end(provenance: dict[str, Any]) -> None:
+    assert not_written([part(1, 0, provenance)], None) is None
+    assert not_written([], range(1, 3)) is None

@@ -1,0 +1,306 @@
+"""Programs that try to get out, or to take more than they are given, in each enclosure of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_sov.sandbox import Limits, Program, Sandbox
+
+TRY = '''
+import ctypes, errno, os, resource, signal, socket, sys, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+def attempt(what, *arguments):
+    try:
+        given = what(*arguments)
+    except (OSError, ValueError) as e:
+        print("HELD", type(e).__name__, e, flush=True)
+    else:
+        print("BROKE", what, arguments, given, flush=True)
+def call(number, *arguments):
+    if libc.syscall(number, *arguments) == -1:
+        raise OSError(ctypes.get_errno(), "call %d" % number)
+'''
+"""Stands in front of each program; the numbers of calls are those of x86-64."""
+QUICK = Limits(wall_s=0.4)
+SMALL = Limits(wall_s=20, memory_bytes=128 << 20)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A program and how it has to end."""
+
+    source: str
+    ends: tuple[str, ...] = ("ok",)
+    """Statuses; which one may depend on which of two limits is passed first."""
+    reason: str = ""
+    """A part of the outcome's."""
+    held: int = 0
+    """At least so many attempts were refused."""
+    limits: Limits = field(default_factory=lambda: Limits(wall_s=20))
+
+
+ATTACKS = {
+    "fork bomb": Attack("""
+while True:
+    try:
+        os.fork()
+    except OSError:
+        time.sleep(0.05)
+""", ("timeout", "killed"), limits=QUICK),
+    "memory bomb": Attack("x = bytearray(10 ** 10)", ("memory",), "refused memory", limits=SMALL),
+    "memory bomb of several processes": Attack("""
+for _ in range(6):
+    if os.fork() == 0:
+        x = bytearray(b"x" * (30 << 20))
+        time.sleep(5)
+time.sleep(5)
+""", ("memory",), "processes and threads", limits=SMALL),
+    "thread bomb": Attack("""
+for _ in range(1000):
+    threading.Thread(target=time.sleep, args=(5,), daemon=True).start()
+""", ("error", "memory"), "start new thread", limits=SMALL),
+    "endless loop": Attack("while True: pass", ("timeout",), "processors",
+                           limits=Limits(wall_s=20, cpu_s=0.2)),
+    "endless sleep": Attack("time.sleep(100)", ("timeout",), "longer than 0.4 s", limits=QUICK),
+    "stopping itself": Attack("os.kill(0, signal.SIGSTOP); time.sleep(9)", ("timeout",), limits=QUICK),
+    "1 GB of output": Attack("""
+for _ in range(1000):
+    os.write(1, b"x" * 1000000)
+""", ("output",), "standard output"),
+    "1 GB of errors": Attack("""
+for _ in range(1000):
+    os.write(2, b"x" * 1000000)
+""", ("output",), "standard error"),
+    "a large file": Attack("""
+with open("large", "wb", buffering=0) as f:
+    attempt(lambda: [f.write(b"x" * (1 << 20)) for _ in range(40)])
+    print(f.tell())
+""", held=1, limits=Limits(wall_s=5, file_bytes=1 << 20)),
+    "many files": Attack("""
+def fill():
+    for i in range(100):
+        with open(str(i), "wb", buffering=0) as f:
+            f.write(b"x" * (1 << 20))
+try:
+    fill()
+except OSError:
+    print("HELD")
+else:
+    time.sleep(5)
+""", ("ok", "output"), limits=Limits(wall_s=5, file_bytes=1 << 20)),
+    "TCP": Attack("attempt(socket.create_connection, ('127.0.0.1', PORT), 1)\n"
+                  "attempt(socket.socket, socket.AF_INET6)", held=2),
+    "UDP": Attack("attempt(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', "
+                  "('127.0.0.1', PORT)))", held=1),
+    "DNS": Attack("attempt(socket.getaddrinfo, 'example.com', 80)", held=1),
+    "Unix sockets": Attack("""
+attempt(lambda: socket.socket(socket.AF_UNIX).connect(UNIX))
+attempt(lambda: socket.socket(socket.AF_UNIX).connect("\\0sandbox-test-%d" % PARENT))
+attempt(lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b"x", UNIX_DATAGRAMS))
+attempt(lambda: socket.socketpair()[0].connect(UNIX))
+attempt(lambda: socket.socketpair()[0].sendto(b"x", UNIX))
+""", held=5),
+    "raw sockets and netlink": Attack("attempt(socket.socket, socket.AF_PACKET, socket.SOCK_RAW)\n"
+                                      "attempt(socket.socket, socket.AF_NETLINK, socket.SOCK_RAW)", held=2),
+    "writes outside": Attack("""
+for path in ("/etc/evil", "/usr/lib/evil", "/evil", "/dev/evil", os.__file__, SECRET, FOLDER + "/evil"):
+    attempt(open, path, "a")
+attempt(os.truncate, SECRET, 0)
+attempt(os.unlink, SECRET)
+attempt(os.rename, SECRET, "x")
+attempt(os.mkdir, FOLDER + "/evil")
+""", held=11),
+    "reads outside": Attack("""
+for path in (SECRET, "/etc/passwd", "/etc/hostname", "/var/log/dpkg.log", "/sys/kernel", "/dev/sda", "/x"):
+    attempt(open, path)
+attempt(os.listdir, FOLDER)
+attempt(os.listdir, "/home")
+attempt(os.link, SECRET, "x")
+""", held=10),
+    "/proc": Attack("""
+for path in ("/proc/self/environ", "/proc/1/environ", "/proc/self/mem", "/proc/%d/mem" % PARENT,
+             "/proc/%d/environ" % PARENT, "/proc/%d/fd/0" % SERVER, "/proc/cpuinfo"):
+    attempt(open, path)
+attempt(os.listdir, "/proc")
+""", held=8),
+    "changing modes and owners outside": Attack("""
+os.chmod(SECRET, 0o777) if os.path.exists(SECRET) else None
+attempt(os.chown, SECRET, 0, 0)
+attempt(os.setxattr, SECRET, "user.x", b"x")
+import fcntl
+attempt(fcntl.ioctl, open(os.__file__), 0x40086602, bytes(8))  # FS_IOC_SETFLAGS
+""", held=3),
+    "ptrace and memory of others": Attack("""
+attempt(call, 101, 16, os.getppid() or PARENT, 0, 0)  # PTRACE_ATTACH
+attempt(call, 310, PARENT, 0, 0, 0, 0, 0)  # process_vm_readv
+attempt(call, 434, PARENT, 0)  # pidfd_open
+attempt(resource.prlimit, PARENT, resource.RLIMIT_NOFILE, (0, 0))
+""", held=4),
+    "signals": Attack("""
+for pid in {os.getppid() or PARENT, PARENT, SERVER}:
+    attempt(os.kill, pid, signal.SIGKILL)
+try:
+    os.kill(-1, signal.SIGKILL)  # all that may be reached, but for itself
+except OSError:
+    pass
+""", held=2),
+    "symbolic links": Attack("""
+os.symlink(SECRET, "link")
+attempt(open, "link")
+attempt(open, "link", "w")
+os.symlink("/", "root")
+attempt(os.listdir, "root/home")
+""", held=3),
+    "gaining privileges": Attack("""
+for change in (os.setuid, os.setgid):
+    attempt(change, 0)
+attempt(os.setgroups, [0])
+attempt(resource.setrlimit, resource.RLIMIT_AS, (-1, -1))
+attempt(os.chroot, ".")
+print("BROKE" if os.geteuid() == 0 else "HELD")
+""", held=6),
+    "setuid programs": Attack("""
+import subprocess
+program = next((p for p in ("/usr/bin/su", "/usr/bin/mount", "/bin/su") if os.path.exists(p)), None)
+if program:
+    done = subprocess.run([program, "-c", "id"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    print("BROKE" if "uid=0" in done.stdout else "HELD")
+"""),
+    "device files": Attack("""
+import stat
+attempt(os.mknod, "memory", stat.S_IFCHR | 0o666, os.makedev(1, 1))
+attempt(os.mknod, "disk", stat.S_IFBLK | 0o666, os.makedev(8, 0))
+for path in ("/dev/mem", "/dev/kmsg", "/dev/tty", "/dev/fuse", "/dev/net/tun"):
+    attempt(open, path, "rb")
+""", held=7),
+    "namespaces and mounts": Attack("""
+attempt(call, 272, 0x10000000)  # unshare
+attempt(call, 272, 0x00020000)
+attempt(call, 56, 0x10000000 | 17, 0, 0, 0, 0)  # clone
+attempt(call, 435, 0, 0)  # clone3
+attempt(call, 165, b"none", b"/", b"tmpfs", 0, 0)  # mount
+attempt(call, 155, b".", b".")  # pivot_root
+attempt(call, 308, 0, 0)  # setns
+""", held=7),
+    "calls with a history": Attack("""
+for number in (425, 321, 298, 323, 250, 248, 319, 29, 68, 246, 175, 169, 135, 304, 300, 451, 462, 0x40000029):
+    attempt(call, number, 0, 0, 0, 0, 0)  # io_uring, bpf, perf, userfaultfd, keys, ..., newer ones, x32
+""", held=18),
+    "calls of another architecture": Attack("""
+import mmap
+attempt(call, 0x40000000 + 41, 2, 1, 0)  # x32
+code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+code.write(bytes.fromhex("b814000000 cd80 c3"))  # i386: mov eax, getpid; int 0x80; ret
+given = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()
+print("HELD" if given < 0 else "BROKE", given)
+""", ("ok", "killed"), held=1),
+    "files that were left open": Attack("""
+for fd in range(3, 64):
+    attempt(os.fstat, fd)
+""", held=61),
+    "a deep pickle": Attack("""
+import pickle
+hash(pickle.loads(b"(" * 300000 + b"t" * 300000 + b"."))  # the interpreter's stack ends before
+""", ("killed",), "SIGSEGV", limits=Limits(wall_s=30)),
+    "a deep folder": Attack("""
+for _ in range(1000):  # of names that are too long together for any path
+    os.mkdir("folder")
+    os.chdir("folder")
+"""),
+    "an exit in the middle": Attack("print('HELD', flush=True)\nos._exit(0)\nprint('BROKE')", held=1),
+    "a process left behind": Attack("""
+if os.fork() == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        os.setsid()
+    except OSError:
+        pass
+    if os.fork() == 0:
+        time.sleep(100)
+    time.sleep(100)
+print("HELD")
+""", held=1),
+}
+
+class World:
+    """What lies outside, and must be as it was."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.secret = folder, folder / "secret"
+        self.secret.write_text("the secret")
+        self.secret.chmod(0o644)
+        self.tcp, self.udp = socket.create_server(("127.0.0.1", 0)), socket.socket(type=socket.SOCK_DGRAM)
+        self.udp.bind(self.tcp.getsockname())
+        self.unix, self.abstract, self.unix_datagrams = (
+            socket.socket(socket.AF_UNIX, kind) for kind in (socket.SOCK_STREAM, socket.SOCK_STREAM,
+                                                             socket.SOCK_DGRAM))
+        self.unix.bind(str(folder / "socket"))
+        self.unix_datagrams.bind(str(folder / "datagrams"))
+        self.abstract.bind(f"\0sandbox-test-{os.getpid()}")
+        for listening in (self.unix, self.abstract):
+            listening.listen()
+        self.before = self.state()
+
+    def names(self) -> str:
+        """Return the program's lines that tell it of this world."""
+        (server, *_) = psutil.Process().children()
+        return (f"PORT, PARENT, SERVER = {self.tcp.getsockname()[1]}, {os.getpid()}, {server.pid}\n"
+                f"FOLDER = {str(self.folder)!r}\n"
+                "SECRET, UNIX, UNIX_DATAGRAMS = (FOLDER + x for x in ('/secret', '/socket', '/datagrams'))\n")
+
+    def state(self) -> tuple[object, ...]:
+        about = self.secret.stat()
+        return (self.secret.read_text(), about.st_mode, about.st_uid, sorted(os.listdir(self.folder)),
+                sorted(child.pid for child in psutil.Process().children(recursive=True)))
+
+    def heard(self) -> list[str]:
+        """Return which sockets something came to."""
+        found = []
+        for name in ("tcp", "udp", "unix", "abstract", "unix_datagrams"):
+            listening = getattr(self, name)
+            listening.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                listening.recv(1) if listening.type == socket.SOCK_DGRAM else listening.accept()
+                found.append(name)
+        return found
+
+
+@pytest.fixture(scope="module")
+def world(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    made = World(tmp_path_factory.mktemp("outside"))
+    yield made
+    for opened in (made.tcp, made.udp, made.unix, made.abstract, made.unix_datagrams):
+        opened.close()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_is_contained(sandbox: Sandbox, world: World, name: str) -> None:
+    attack = ATTACKS[name]
+    if "attempt(call" in attack.source and platform.machine() != "x86_64":
+        pytest.skip("its calls are numbered for x86-64")
+    outcome = sandbox.run(Program(TRY + world.names() + attack.source), attack.limits)
+    assert outcome.status in attack.ends, outcome
+    assert attack.reason in outcome.reason and (outcome.status == "ok") == (not outcome.reason)
+    assert "BROKE" not in outcome.stdout, outcome.stdout
+    assert outcome.stdout.count("HELD") >= attack.held, outcome
+    assert len(outcome.stdout) <= attack.limits.output_bytes
+    assert world.state() == world.before
+    assert world.heard() == []
+    assert sandbox.run(Program("print(1)")).stdout == "1\n", "the next program is not harmed"
+
+
+def test_secrets_of_the_environment_stay_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "the secret")
+    with Sandbox() as sandbox:
+        outcome = sandbox.run(Program("import os; print(dict(os.environ), os.popen('env').read())"))
+    assert outcome.status == "ok" and "HOME=" in outcome.stdout
+    assert "secret" not in outcome.stdout

@@ -1,0 +1,115 @@
+"""Which attention serves a call, by the rules of the real library: it says no to many, and what is left may
+be its slow one.  Not a part of its interface.
+
+Sources: `attention/dot_product_attention/utils.py` of Transformer Engine 2.20.2, and
+`nvte_get_fused_attn_backend` of its `common/fused_attn/fused_attn.cpp`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..placement import Chip
+
+FUSED, UNFUSED = "FusedAttention", "UnfusedDotProductAttention"
+CHOSEN: Counter[str] = Counter()
+"""Backend -> how often it was chosen: anew, with questions to cuDNN, where a call is not as the last."""
+_last: list[AttentionCall] = []
+MAX_DETERMINISTIC_HOPPER = 1 << 30
+"""Documents x heads x longest ** 2 that cuDNN's deterministic backward pass has memory for."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a choice depends on."""
+
+    dtype: torch.dtype
+    """Of queries, keys and values."""
+    heads: int
+    """Of this process."""
+    head_dims: tuple[int, int]
+    """Of queries and keys, and of values."""
+    documents: int
+    """Packed ones, or the batch."""
+    longest_tokens: int
+    """Upper bound of a document's length."""
+    qkv_format: str = "thd"
+    """How tensors lie."""
+    window: tuple[int, int] = (-1, 0)
+    """Keys left and right of a query's own; -1: all."""
+    softmax_type: str = "vanilla"
+    """learnable: with sinks."""
+    softcap: float = 0.0
+    """Of the logits."""
+    deterministic: bool = False
+    """Whether results must repeat."""
+    training: bool = True
+    """Whether there is a backward pass."""
+
+
+def _head_dims_served(call: AttentionCall, chip: Chip) -> bool:
+    """Return whether cuDNN has the sizes of heads."""
+    qk, v = call.head_dims
+    if qk % 8 or v % 8:
+        return False
+    if max(qk, v) <= 128 or not call.training:
+        return True
+    if chip.capability == (9, 0):
+        return max(qk, v) <= 256 and (qk == v or (qk, v) == (192, 128))
+    if (qk, v) == (192, 128):
+        return chip.cudnn >= (9, 11, 0)
+    return ((qk, v) == (256, 256) and (10, 0) <= chip.capability < (11, 0)
+            and chip.cudnn >= ((9, 25, 0) if call.qkv_format == "thd" else (9, 23, 0))
+            and call.softmax_type == "vanilla")
+
+
+REFUSALS: tuple[tuple[str, str, Callable[[AttentionCall, Chip], bool]], ...] = (
+    (FUSED, "NVTE_FUSED_ATTN=0", lambda call, chip: os.environ.get("NVTE_FUSED_ATTN") == "0"),
+    (UNFUSED, "NVTE_UNFUSED_ATTN=0", lambda call, chip: os.environ.get("NVTE_UNFUSED_ATTN") == "0"),
+    (FUSED, "unsupported qkv_dtype", lambda call, chip: call.dtype not in (torch.bfloat16, torch.float16)),
+    (FUSED, "it does not support softcap", lambda call, chip: call.softcap != 0),
+    (FUSED, "head dimensions", lambda call, chip: not _head_dims_served(call, chip)),
+    (FUSED, "softmax_type, qkv_format = thd and cuDNN version < 9.18",
+     lambda call, chip: (call.softmax_type != "vanilla" and call.qkv_format == "thd"
+                         and chip.cudnn < (9, 18, 0))),
+    (FUSED, "softmax_type and cuDNN version < 9.13.1",
+     lambda call, chip: call.softmax_type != "vanilla" and chip.cudnn < (9, 13, 1)),
+    (FUSED, "determinism reasons with softmax_type",
+     lambda call, chip: call.deterministic and call.softmax_type != "vanilla"),
+    (FUSED, "determinism on Blackwell and cuDNN version < 9.18.1",
+     lambda call, chip: (call.deterministic and call.training and chip.capability >= (10, 0)
+                         and chip.cudnn < (9, 18, 1))),
+    (FUSED, "a known cuDNN deterministic F16/BF16 THD backward workspace limitation on sm90",
+     lambda call, chip: (call.deterministic and call.training and call.qkv_format == "thd"
+                         and chip.capability == (9, 0)
+                         and call.documents * call.heads * call.longest_tokens ** 2
+                         >= MAX_DETERMINISTIC_HOPPER)),
+)
+"""Backend, the library's words, whether they hold of a call.  FlashAttention is a package of others, and
+taken to be missing."""
+
+
+def refusals(call: AttentionCall, chip: Chip) -> dict[str, str]:
+    """Return backend -> why it does not serve."""
+    return {backend: why for backend, why, holds in reversed(REFUSALS) if holds(call, chip)}
+
+
+def choose(call: AttentionCall, chip: Chip) -> str:
+    """Return the backend that serves, the fast one if it can.
+
+    Raises:
+        ValueError: none does.
+    """
+    refused = refusals(call, chip)
+    found = next((backend for backend in (FUSED, UNFUSED) if backend not in refused), None)
+    if found is None:
+        raise ValueError("No dot product attention backend is available for the provided inputs. Please run "
+                         f"with NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 to find out the reasons. {refused}")
+    CHOSEN[found] += _last != [call]
+    _last[:] = [call]
+    return found

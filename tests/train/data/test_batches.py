@@ -1,0 +1,114 @@
+"""Batches of ranks: together they are the order's samples, whatever is prepared ahead."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
+from megatron_sov.train.data import streams
+from megatron_sov.train.data.order import OrderState, SampleOrder
+from megatron_sov.train.data.rows import BatchStream, RankBatch, sample_row
+from megatron_sov.train.data.token_shards import Source
+
+STEPS = 12
+MakeSource = Callable[..., Source]
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "WINDOW_DOCUMENTS", 9)
+
+
+@pytest.fixture
+def sources(make_source: MakeSource) -> list[Source]:
+    return [make_source("web", [3, 17, 5, 9, 40, 2, 8, 11, 6, 21] * 2, 0.7),
+            make_source("chat", [6, 12, 30, 4] * 4, 0.3, is_chat=True)]
+
+
+def config(prefetch_steps: int = 2, skip_steps: tuple[tuple[int, int], ...] = (),
+           micro_batch_size: int = 2) -> RunConfig:
+    phases = (PhaseConfig("short", seq_len=16), PhaseConfig("long", seq_len=24, global_batch_size=8))
+    return dataclasses.replace(
+        recipes.get("tiny-solar-open"),
+        data=DataConfig(phases=phases, prefetch_steps=prefetch_steps, skip_steps=skip_steps),
+        train=TrainConfig(steps=STEPS, global_batch_size=16, micro_batch_size=micro_batch_size,
+                          ramp_from_batch_size=8, ramp_increment=8, ramp_steps=3))
+
+
+def batches(config_: RunConfig, sources: list[Source], rank: int = 0, size: int = 1,
+            state: dict[str, Any] | None = None, count: int = STEPS) -> list[RankBatch]:
+    order = SampleOrder(config_, sources,
+                        OrderState.from_dict(json.loads(json.dumps(state))) if state else None)
+    stream = BatchStream(config_, order, rank, size, STEPS, ("score",))
+    found = [stream.next() for _ in range(count)]
+    stream.close()
+    return found
+
+
+def plain(batch: RankBatch) -> Any:
+    """Everything in a batch as comparable values."""
+    rows = [[(name, value.tolist() if isinstance(value, np.ndarray) else value) for name, value in
+             (vars(row) | dict(row.columns) | {"columns": list(row.columns)}).items()] for row in batch.rows]
+    return batch.entry, rows, batch.order_state, batch.epochs
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_ranks_together_hold_each_sample_once_in_order(sources: list[Source], size: int,
+                                                       micro_batch_size: int) -> None:
+    settings = config(micro_batch_size=micro_batch_size)
+    per_rank = [batches(settings, sources, rank, size) for rank in range(size)]
+    order = SampleOrder(settings, sources)
+    for step in range(STEPS):
+        entry, samples = order.next_batch()
+        expected = [sample_row(s, sources[s.source].shard("train"), entry.seq_len).tokens for s in samples]
+        micro_batches = [row for round_ in zip(*(ranks[step].rows for ranks in per_rank), strict=True)
+                         for row in round_]
+        assert {len(row.tokens) for row in micro_batches} == {micro_batch_size * entry.seq_len}
+        assert np.array_equal(np.concatenate([row.tokens for row in micro_batches]), np.concatenate(expected))
+        assert all(ranks[step].order_state == order.state.to_dict() for ranks in per_rank)
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5, 50])
+def test_preparing_ahead_changes_nothing(sources: list[Source], ahead: int) -> None:
+    assert [plain(b) for b in batches(config(ahead), sources)] == [
+        plain(b) for b in batches(config(0), sources)]
+
+
+@pytest.mark.parametrize("killed", range(1, STEPS))
+def test_a_checkpoint_after_any_step_goes_on_alike_at_any_size(sources: list[Source], killed: int) -> None:
+    """The state is that behind the batch that was given, not behind those that were ready."""
+    whole = batches(config(), sources, rank=1, size=2)
+    state = batches(config(3), sources, count=killed)[-1].order_state
+    assert [plain(b) for b in batches(config(), sources, 1, 2, state, STEPS - killed)] == [
+        plain(b) for b in whole[killed:]]
+
+
+def test_skipped_steps_are_drawn_and_not_read(sources: list[Source]) -> None:
+    """The other steps have the samples that they would have had."""
+    skipping, whole = batches(config(skip_steps=((2, 3), (9, 9))), sources), batches(config(), sources)
+    skipped = [step for step, batch in enumerate(skipping, 1) if batch.entry.skip]
+    assert skipped == [2, 3, 9]
+    for step, (ours, theirs) in enumerate(zip(skipping, whole, strict=True), 1):
+        assert plain(ours)[1] == ([] if step in skipped else plain(theirs)[1])
+        assert ours.order_state["cursors"] == theirs.order_state["cursors"]
+
+
+def test_a_mistake_while_preparing_reaches_the_loop_and_the_thread_ends(make_source: MakeSource) -> None:
+    broken = make_source("web", [3, 17])
+    broken.shard("train").lengths[:] = 40  # type: ignore[index]  # longer than what the documents hold
+    object.__setattr__(broken.made, "tokens", lambda *_: 1 / 0)
+    threads = threading.active_count()
+    stream = BatchStream(config(), SampleOrder(config(), [broken]), 0, 1, STEPS)
+    with pytest.raises(ZeroDivisionError):
+        stream.next()
+    stream.close()
+    assert threading.active_count() == threads

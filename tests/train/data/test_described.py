@@ -1,0 +1,50 @@
+"""A manifest of tokens that lacks a part is refused by the part's name."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.train.data.token_shards import check_described, source_record
+
+WHOLE: dict[str, Any] = {"tokenizer_sha256": "t", "vocab_size": 9, "sources": [
+    {"name": "web", "format": "text", "splits": {"train": {"num_tokens": 1, "shards": []}}}]}
+
+
+@pytest.mark.parametrize(("place", "said"), [
+    (("vocab_size",), "lacks vocab_size"), (("sources",), "lacks sources"),
+    (("sources", 0, "format"), r"lacks sources\[0\]\.format"),
+    (("sources", 0, "splits"), r"lacks sources\[0\]\.splits"),
+    (("sources", 0, "splits", "train", "num_tokens"), r"lacks sources\[0\]\.splits\.train\.num_tokens")])
+def test_every_part_that_is_not_there_is_named(place: tuple[Any, ...], said: str) -> None:
+    check_described("shards", WHOLE)
+    content = copy.deepcopy(WHOLE)
+    inside = content
+    for key in place[:-1]:
+        inside = inside[key]
+    del inside[place[-1]]
+    with pytest.raises(UserError, match=f"shards: its manifest {said}"):
+        check_described("shards", content)
+
+
+@pytest.mark.parametrize("sources", [5, [5], ["web"], [None],
+                                     [{"name": "a", "format": "text", "splits": [1]}]])
+def test_sources_of_another_kind_are_refused(sources: Any) -> None:
+    with pytest.raises(UserError, match="shards: its manifest lacks"):
+        check_described("shards", {**WHOLE, "sources": sources})
+
+
+# The record of a source that models have written.
+
+
+def test_the_counts_of_a_split_are_those_of_its_shards() -> None:
+    shards = [{"prefix": f"a/train-{i:05d}", "num_documents": i, "num_tokens": 10 * i, "num_bytes": 30 * i}
+              for i in (1, 2)]
+    record = source_record("a", "chat", {"loss": "float32"}, shards)
+    splits = record["splits"]
+    assert splits["train"] == {"shards": shards, "num_documents": 3, "num_tokens": 30, "num_bytes": 90}
+    assert splits["heldout"] == {"shards": [], "num_documents": 0, "num_tokens": 0, "num_bytes": 0}
+    assert (record["sidecars"], record["group_documents"], record["num_bad"]) == (["loss"], 1, {})

@@ -1,0 +1,133 @@
+"""Pictures and sounds of token shards: a row has what its placeholders stand for, wherever documents are
+cut."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
+from megatron_sov.model.modality import (
+    PICTURES, SOUNDS, EncoderInputs, check_encoders, join_inputs, slice_inputs)
+from megatron_sov.omni.media.banks import BankShape
+from megatron_sov.train.data.order import OrderedSample
+from megatron_sov.train.data.rows import join_rows, sample_row
+from megatron_sov.train.data.streams import PackedSegment
+from megatron_sov.train.data.token_shards import IDX_MAGIC, ShardChain, Source
+from megatron_sov.train.data.views import LongDocuments, Pieces
+
+IMAGE_PAD, AUDIO_PAD = 5, 6
+BANKS = {PICTURES: BankShape(PICTURES, (3, 4, 4), 4, (IMAGE_PAD,)),
+         SOUNDS: BankShape(SOUNDS, (2, 8), 2, (AUDIO_PAD,), 16000, 160)}
+DOCUMENTS = [  # (token, feature)
+    [(10, -1), *[(IMAGE_PAD, 8 + i) for i in range(4)], (11, -1), (AUDIO_PAD, 2), (AUDIO_PAD, 3), (12, -1)],
+    [(13, -1), (14, -1), (15, -1)],
+    [(16, -1), (AUDIO_PAD, 0), *[(IMAGE_PAD, i) for i in range(4)], *[(IMAGE_PAD, 8 + i) for i in range(4)],
+     (17, -1)],
+]
+
+
+def write(prefix: Path, documents: list[list[tuple[int, int]]]) -> None:
+    """Write a shard with banks of three pictures and two sounds, whose numbers tell which they are."""
+    lengths = np.array([len(d) for d in documents], np.int32)
+    flat = np.array([pair for document in documents for pair in document])
+    flat[:, 0].astype(np.uint16).tofile(prefix.with_suffix(".bin"))
+    flat[:, 1].astype(np.int64).tofile(prefix.with_suffix(".media"))
+    (np.arange(3, dtype=np.uint8).repeat(48)).tofile(prefix.with_suffix(".pictures"))
+    (np.arange(2, dtype=np.float16).repeat(16)).tofile(prefix.with_suffix(".sounds"))
+    pointers = (np.concatenate([[0], np.cumsum(lengths)[:-1]]) * 2).astype(np.int64)
+    head = (IDX_MAGIC + np.uint64(1).tobytes() + bytes([8]) + np.uint64(len(lengths)).tobytes()
+            + np.uint64(len(lengths) + 1).tobytes())
+    prefix.with_suffix(".idx").write_bytes(
+        head + lengths.tobytes() + pointers.tobytes() + np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> ShardChain:
+    """Return the three documents, in two shards."""
+    write(tmp_path / "a", DOCUMENTS[:2])
+    write(tmp_path / "b", DOCUMENTS[2:])
+    return ShardChain([tmp_path / "a", tmp_path / "b"], 32, banks=BANKS)
+
+
+def said(media: EncoderInputs | None) -> list[tuple[int, int]]:
+    """Return (place, feature of the bank), by the numbers that records hold."""
+    found = []
+    for part in (media or {}).values():
+        for place, feature in zip(part.places, part.features, strict=True):
+            record = int(part.records[feature // part.slots].flat[0])
+            found.append((int(place), record * part.slots + int(feature) % part.slots))
+    return sorted(found)
+
+
+def expected(*pieces: tuple[int, int, int]) -> list[tuple[int, int]]:
+    """Return the same for (document, start, count) one after the other."""
+    flat = [pair for document, start, count in pieces for pair in DOCUMENTS[document][start:start + count]]
+    return [(place, feature) for place, (_, feature) in enumerate(flat) if feature >= 0]
+
+
+@pytest.mark.parametrize("pieces", [
+    [(0, 0, 9)], [(1, 0, 3)], [(0, 3, 4), (2, 0, 4)], [(2, 4, 7), (1, 0, 2), (0, 0, 3)]])
+def test_a_row_has_what_its_placeholders_stand_for(chain: ShardChain, pieces: list[Any]) -> None:
+    row = sample_row(OrderedSample(0, tuple(PackedSegment(*piece) for piece in pieces)), chain, 16)
+    assert said(row.encoder_inputs) == expected(*pieces)
+    assert (row.encoder_inputs is None) == (not expected(*pieces))
+
+
+def test_rows_are_joined_and_cut_with_their_media(chain: ShardChain) -> None:
+    rows = [sample_row(OrderedSample(0, (PackedSegment(d, 0, n),)), chain, 12) for d,
+            n in ((1, 3), (0, 9), (2, 11))]
+    whole = join_rows(rows)
+    found = [(place + 12, feature) for place, feature in expected((0, 0, 9))] + [
+        (place + 24, feature) for place, feature in expected((2, 0, 11))]
+    assert said(whole.encoder_inputs) == found
+    parts = [slice_inputs(whole.encoder_inputs, start, 7) for start in range(0, 36, 7)]
+    assert [p for start, part in enumerate(parts) for p in said(join_inputs([(7 * start, part)]))] == found
+    assert all(len(part.records) <= 3 for media in parts for part in media.values())
+
+
+def test_views_of_a_source_keep_media(chain: ShardChain) -> None:
+    assert said(Pieces(chain, 4).encoder_inputs(1, 0, 4)) == expected((0, 4, 4))
+    assert said(LongDocuments(chain, 9).encoder_inputs(1, 2, 6)) == expected((2, 2, 6))
+
+
+@pytest.mark.parametrize(("pair", "message"), [
+    ((IMAGE_PAD, -1), "placeholder of pictures for feature -1"),
+    ((IMAGE_PAD, 12), "feature 12, and there are 12"),
+    ((9, 2), "feature 2 at token id 9, which is no placeholder")])
+def test_a_number_that_means_nothing_is_refused(tmp_path: Path, pair: tuple[int, int], message: str) -> None:
+    write(tmp_path / "a", [[(10, -1), pair]])
+    with pytest.raises(UserError, match=message):
+        ShardChain([tmp_path / "a"], 32, banks=BANKS).encoder_inputs(0, 0, 2)
+
+
+@pytest.mark.parametrize(("suffix", "size_bytes"), [(".media", 8), (".pictures", 47), (".sounds", None)])
+def test_damaged_files_are_named(tmp_path: Path, suffix: str, size_bytes: int | None) -> None:
+    write(tmp_path / "a", DOCUMENTS)
+    file = (tmp_path / "a").with_suffix(suffix)
+    file.unlink()
+    if size_bytes is not None:
+        file.write_bytes(bytes(size_bytes))
+    with pytest.raises(UserError, match=f"a{suffix}"):
+        ShardChain([tmp_path / "a"], 32, banks=BANKS)
+
+
+def test_a_model_reads_the_banks_of_its_own_encoders_alone() -> None:
+    vision = VisionEncoderConfig(kind="siglip", placeholder_ids=(IMAGE_PAD,), image_size=4, patch_size=2)
+    audio = AudioEncoderConfig(kind="whisper", placeholder_ids=(AUDIO_PAD,), num_mels=2, num_frames=4)
+    plain = recipes.get("tiny-qwen3").model
+    source = Source("media", None, "text", {}, {}, 1.0, banks=BANKS)
+    check_encoders(dataclasses.replace(plain, vision=vision, audio=dataclasses.replace(audio, num_frames=8)),
+                   [dataclasses.replace(source, banks={PICTURES: BANKS[PICTURES]})])
+    with pytest.raises(UserError) as e:
+        check_encoders(dataclasses.replace(plain, audio=audio), [source])
+    assert "no model.vision" in str(e.value) and "[2, 8] with 2 features" in str(e.value)
+    with pytest.raises(UserError, match=r"placeholders \[5\]"):
+        check_encoders(dataclasses.replace(plain, vision=dataclasses.replace(vision, placeholder_ids=(7,)),
+                                           audio=dataclasses.replace(audio, num_frames=8)), [source])

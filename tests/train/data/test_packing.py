@@ -1,0 +1,117 @@
+"""Packing against the fewest rows there can be, and token by token."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from megatron_sov.train.data.streams import (
+    PackedSegment, Row, best_fit, best_fit_units, concatenate, cut, fitting)
+
+SEQ_LEN = 24
+Fewest = Callable[[list[int], int], int]
+documents = st.lists(st.integers(1, 60), min_size=1, max_size=30).map(
+    lambda counts: [PackedSegment(i, 0, n) for i, n in enumerate(counts)])
+
+
+def tokens(rows: list[Row]) -> list[tuple[int, int]]:
+    """Return (document, place) of every token, row by row."""
+    return [(s.document, t) for row in rows for s in row for t in range(s.start, s.start + s.count)]
+
+
+@pytest.fixture(scope="module")
+def fewest_rows() -> Fewest:
+    """The optimum by branch and bound, as in the benchmark."""
+    spec = importlib.util.spec_from_file_location("data_order",
+                                                  Path(__file__).parents[3] / "benchmarks/data_order.py")
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    return benchmark.fewest_rows
+
+
+def test_the_optimum_by_hand(fewest_rows: Fewest) -> None:
+    """6 3 3 | 4 4 4 fills two rows of 12; best fit puts 6 4 | 4 4 3 and needs a third for the last 3."""
+    assert fewest_rows([6, 4, 4, 4, 3, 3], 12) == 2
+    assert len(best_fit([PackedSegment(i, 0, n) for i, n in enumerate([6, 4, 4, 4, 3, 3])], 12)) == 3
+    assert fewest_rows([7, 7, 7], 12) == 3
+    assert fewest_rows([3] * 8, 12) == 2
+
+
+@given(st.lists(st.integers(1, SEQ_LEN), min_size=1, max_size=5))
+@settings(max_examples=60)
+def test_the_optimum_is_that_of_all_ways_to_assign(fewest_rows: Fewest, counts: list[int]) -> None:
+    ways = itertools.product(range(len(counts)), repeat=len(counts))
+    full = (w for w in ways if all(sum(c for c, row in zip(counts, w, strict=True) if row == r) <= SEQ_LEN
+                                   for r in set(w)))
+    assert fewest_rows(counts, SEQ_LEN) == min(len(set(w)) for w in full)
+
+
+@given(st.lists(st.integers(1, SEQ_LEN), min_size=1, max_size=11))
+@settings(max_examples=150)
+def test_best_fit_is_within_its_bound_of_the_fewest_rows(fewest_rows: Fewest, counts: list[int]) -> None:
+    """On sets this small it is never more than one row above, where the theorem would allow 11/9 and four."""
+    rows = best_fit([PackedSegment(i, 0, n) for i, n in enumerate(counts)], SEQ_LEN)
+    assert fewest_rows(counts, SEQ_LEN) <= len(rows) <= fewest_rows(counts, SEQ_LEN) + 1
+    assert sorted(s.count for row in rows for s in row) == sorted(counts)
+    assert all(sum(s.count for s in row) <= SEQ_LEN for row in rows)
+
+
+@given(documents)
+def test_only_documents_longer_than_a_row_are_cut(parts: list[PackedSegment]) -> None:
+    rows = best_fit(cut(parts, SEQ_LEN), SEQ_LEN)
+    assert sorted(tokens(rows)) == sorted((p.document, t) for p in parts for t in range(p.count))
+    pieces = [s.document for row in rows for s in row]
+    assert all(pieces.count(p.document) == math.ceil(p.count / SEQ_LEN) for p in parts)
+
+
+@given(documents)
+def test_conversations_lose_what_is_beyond_a_row_and_nothing_else(parts: list[PackedSegment]) -> None:
+    units, over_long = fitting(parts, 1, SEQ_LEN, drop=False)
+    rows = best_fit_units(units, SEQ_LEN)
+    assert sorted(s for row in rows for s in row) == [PackedSegment(p.document, 0, min(p.count, SEQ_LEN))
+                                                      for p in parts]
+    assert over_long == sum(p.count > SEQ_LEN for p in parts)
+    assert fitting(parts, 1, SEQ_LEN, drop=True) == ([(p,) for p in parts if p.count <= SEQ_LEN], over_long)
+
+
+@given(st.lists(st.tuples(*[st.integers(1, 40)] * 3), min_size=1, max_size=12), st.booleans())
+def test_units_stay_whole_and_in_order(counts: list[tuple[int, ...]], drop: bool) -> None:
+    parts = [PackedSegment(3 * i + j, 0, n) for i, unit in enumerate(counts) for j, n in enumerate(unit)]
+    units, over_long = fitting(parts, 3, SEQ_LEN, drop=drop)
+    rows = best_fit_units(units, SEQ_LEN)
+    assert over_long == sum(sum(unit) > SEQ_LEN for unit in counts)
+    assert all(sum(s.count for s in row) <= SEQ_LEN for row in rows)
+    of_rows = [s for row in rows for s in row]
+    found = sorted(of_rows[i:i + 3] for i in range(0, len(of_rows), 3))
+    assert [[s.document for s in unit] for unit in found] == [
+        [3 * i, 3 * i + 1, 3 * i + 2] for i, unit in enumerate(counts) if not drop or sum(unit) <= SEQ_LEN]
+    assert all(len(row) % 3 == 0 for row in rows)
+    for unit in found:
+        whole, kept = counts[unit[0].document // 3], [s.count for s in unit]
+        if sum(whole) <= SEQ_LEN:
+            assert tuple(kept) == whole
+        else:  # the longest lose their tails, down to one length; no token more than it takes
+            most = max(kept)
+            assert kept == [min(n, most) for n in whole] and sum(min(n, most + 1) for n in whole) > SEQ_LEN
+
+
+@given(documents)
+def test_one_after_another_leaves_no_room_but_at_the_end(parts: list[PackedSegment]) -> None:
+    rows = concatenate(parts, SEQ_LEN)
+    assert tokens(rows) == [(p.document, t) for p in parts for t in range(p.count)]
+    assert all(sum(s.count for s in row) == SEQ_LEN for row in rows[:-1])
+
+
+def test_rows_by_hand() -> None:
+    a, b, c, d = (PackedSegment(i, 0, n) for i, n in enumerate((3, 7, 5, 12)))
+    assert best_fit(cut([a, b, c, d], 10), 10) == [(PackedSegment(3, 0, 10),), (b, a),
+                                                   (c, PackedSegment(3, 10, 2))]
+    assert concatenate([a, b, c], 10) == [(a, b), (c,)]
+    assert best_fit([], 10) == concatenate([], 10) == []

@@ -1,0 +1,61 @@
+"""Shuffling by a keyed permutation."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from megatron_sov.train.data.streams import Permutation
+
+
+@given(st.integers(1, 700), st.integers(0, 2**31), st.text(max_size=5), st.integers(0, 9))
+def test_every_index_occurs_once(size: int, seed: int, name: str, epoch: int) -> None:
+    assert sorted(Permutation(size, seed, name, epoch).span(0, size)) == list(range(size))
+
+
+@given(st.integers(1, 10**12), st.data())
+def test_any_stretch_is_the_network_walked_index_by_index(size: int, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, size - 1))
+    last = min(size, first + 5)
+    assert Permutation(size, "key").span(first, last).tolist() == [
+        walked(i, size, "key") for i in range(first, last)]
+
+
+def walked(index: int, size: int, *key: object) -> int:
+    """The definition in Python's own integers, one index at a time."""
+    bits = max(1, ((max(size, 2) - 1).bit_length() + 1) // 2)
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=48).digest()
+    value = index
+    while True:
+        left, right = value >> bits, value % 2**bits
+        for i in range(6):
+            x = ((right ^ int.from_bytes(digest[8 * i:8 * i + 8], "little")) + 0x9E3779B97F4A7C15) % 2**64
+            x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+            x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+            left, right = right, left ^ ((x ^ x >> 31) % 2**bits)
+        value = left << bits | right
+        if value < size:
+            return value
+
+
+def test_the_key_decides_the_order() -> None:
+    def order(*key: object) -> np.ndarray:
+        return Permutation(1000, *key).span(0, 1000)
+
+    assert (order(1, "web", 0) == order(1, "web", 0)).all()
+    for other in (order(2, "web", 0), order(1, "code", 0), order(1, "web", 1)):
+        assert (order(1, "web", 0) == other).sum() < 10  # one place in common is what chance gives
+
+
+def test_neighbours_are_scattered() -> None:
+    steps = np.abs(np.diff(Permutation(10_000, 7).span(0, 10_000)))
+    assert 3_200 < steps.mean() < 3_470  # two uniform places are a third of the size apart: 3,333 +- 4 sigma
+
+
+@pytest.mark.parametrize("span", [(0, 6), (-1, 2), (3, 2)])
+def test_indices_outside_are_refused(span: tuple[int, int]) -> None:
+    with pytest.raises(IndexError, match="are not all inside a permutation of 5"):
+        Permutation(5).span(*span)

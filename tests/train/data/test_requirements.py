@@ -1,0 +1,25 @@
+"""What an objective asks of its data beside weights and types."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.train.data.requirements import NeededColumn, refuse_without_columns
+
+
+def test_data_without_a_column_are_refused_with_what_makes_it(make_source: Any) -> None:
+    scored = make_source("scored", [5])
+    text, chat = (replace(make_source(n, [5], is_chat=n == "chat"), columns=(), made=None)
+                  for n in ("text", "chat"))
+    refuse_without_columns([scored], {"score": NeededColumn("sov-data pack --column score")})
+    refuse_without_columns([scored, text], {"score": NeededColumn("", formats=("chat",))})
+    with pytest.raises(UserError, match=r"source 'chat' has no column 'score' \(it has none\), and the "
+                                        "objective reads it; sov-data pack --column score makes it"):
+        refuse_without_columns([scored, chat],
+                               {"score": NeededColumn("sov-data pack --column score", formats=("chat",))})
+    with pytest.raises(UserError, match=r"'scored' has no column 'advantage' \(score\)"):
+        refuse_without_columns([scored], {"advantage": NeededColumn("")})

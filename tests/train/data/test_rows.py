@@ -1,0 +1,70 @@
+"""Rows: which token is predicted from which, with what weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings, strategies as st
+
+from megatron_sov.train.data.order import OrderedSample
+from megatron_sov.train.data.rows import RowOrigin, heldout_samples, join_rows, sample_row
+from megatron_sov.train.data.streams import PackedSegment
+
+
+def test_a_row_by_hand(numbered: Any) -> None:
+    """A document's end, a whole one, and one that goes on in the next sample; then padding."""
+    sample = OrderedSample(2, (PackedSegment(0, 3, 2), PackedSegment(1, 0, 3), PackedSegment(2, 0, 2)))
+    row = sample_row(sample, numbered([5, 3, 9]), 10, pad_id=7, columns=("score", "unknown"))
+    assert row.tokens.tolist() == [103, 104, 200, 201, 202, 300, 301, 7, 7, 7]
+    assert row.labels.tolist() == [104, 0, 201, 202, 0, 301, 302, 0, 0, 0]
+    assert row.weights.tolist() == np.float32([0.104, 0, 0.201, 0.202, 0, 0.301, 0.302, 0, 0, 0]).tolist()
+    assert row.types.tolist() == [104 % 3, 0, 201 % 3, 202 % 3, 0, 301 % 3, 302 % 3, 0, 0, 0]
+    assert row.positions.tolist() == [0, 1, 0, 1, 2, 0, 1, 0, 1, 2]
+    assert row.padding.tolist() == [False] * 7 + [True] * 3
+    assert row.bounds.tolist() == [0, 2, 5, 7, 10]
+    assert row.sources.tolist() == [2] * 10
+    # a column's numbers are its labels', as weights are
+    score = np.float32([-10.4, 0, -20.1, -20.2, 0, -30.1, -30.2, 0, 0, 0])
+    assert {name: column.tolist() for name, column in row.columns.items()} == {
+        "score": score.tolist(), "unknown": [0] * 10}
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(2, 16), st.booleans())
+def test_every_token_but_a_documents_first_is_a_label_once(numbered: Any, lengths: list[int], seq_len: int,
+                                                           whole: bool) -> None:
+    documents = numbered(lengths)
+    labels: list[int] = []
+    for sample in heldout_samples(documents, 0, seq_len, 10**9, whole=whole):
+        assert not whole or all(s.count in (lengths[s.document], seq_len) or (s.start % seq_len == 0
+                                and lengths[s.document] > seq_len) for s in sample.segments)
+        row = sample_row(sample, documents, seq_len)
+        counted = row.weights > 0
+        labels += row.labels[counted].tolist()
+        assert (row.labels[counted] == row.tokens[counted] + 1).all()  # the next token of the same document
+        assert (row.labels[~counted] == 0).all()
+        assert not (counted & row.padding).any()
+    assert sorted(labels) == [100 * (d + 1) + t for d, n in enumerate(lengths) for t in range(1, n)]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 40))
+@settings(max_examples=50)
+def test_held_out_samples_stop_at_their_budget(numbered: Any, lengths: list[int], max_tokens: int) -> None:
+    samples = heldout_samples(numbered(lengths), 3, 6, max_tokens)
+    assert sum(s.count for sample in samples for s in sample.segments) == min(sum(lengths), max_tokens)
+    assert {s.source for s in samples} == {3}
+
+
+def test_joined_rows_keep_their_documents_apart(numbered: Any) -> None:
+    documents = numbered([4, 6])
+    rows = [sample_row(OrderedSample(i, (PackedSegment(i, 0, 4),)), documents, 5,
+                       columns=("score",)) for i in range(2)]
+    joined = join_rows(rows)
+    assert joined.bounds.tolist() == [0, 4, 5, 9, 10]
+    assert joined.tokens.tolist() == rows[0].tokens.tolist() + rows[1].tokens.tolist()
+    assert joined.sources.tolist() == [0] * 5 + [1] * 5
+    assert joined.bounds.dtype == np.int32
+    assert (joined.columns["score"].tolist()
+            == rows[0].columns["score"].tolist() + rows[1].columns["score"].tolist())
+    assert joined.origins == (RowOrigin(0, 0, PackedSegment(0, 0, 4)),
+                              RowOrigin(5, 1, PackedSegment(1, 0, 4)))

@@ -1,0 +1,172 @@
+"""One source's stream: every token once an epoch, at changing sample lengths, over kills."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.train.data import streams
+from megatron_sov.train.data.streams import Cursor, DocumentStream, Packing
+
+corpora = st.lists(st.integers(0, 40), min_size=1, max_size=40).filter(any).map(
+    lambda lengths: [*lengths, 3])  # one that fits every sample
+packings = st.sampled_from(["best_fit", "truncate", "concat", "drop"])
+lengths_over_time = st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=60).map(sorted)
+SETTINGS = settings(max_examples=120)
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "WINDOW_DOCUMENTS", 7)
+
+
+class Lengths:
+    """Documents of which only the lengths matter."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = np.array(lengths, np.int32)
+
+
+def stream(corpus: list[int], packing: Packing, cursor: Cursor | None = None,
+           seed: int = 1) -> DocumentStream:
+    return DocumentStream("web", Lengths(corpus), seed, packing, cursor or Cursor())  # type: ignore[arg-type]
+
+
+@given(corpora, packings, st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=60))
+@SETTINGS
+def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packing, wanted: list[int]) -> None:
+    """Samples of any lengths in any order; what an epoch gave is judged when it is over,
+    and never more than once before."""
+    source = stream(corpus, packing)
+    seen: dict[int, Counter[tuple[int, int]]] = {}
+    for seq_len in wanted:
+        row = source.next_sample(seq_len)
+        assert 0 < sum(s.count for s in row) <= seq_len
+        counted = seen.setdefault(source.cursor.epoch, Counter())
+        counted.update((s.document, t) for s in row for t in range(s.start, s.start + s.count))
+    everything = {(d, t) for d, n in enumerate(corpus) for t in range(n)}
+    # a truncated document keeps at least these
+    beginnings = {(d, t) for d, n in enumerate(corpus) for t in range(min(n, 5))}
+    short = {(d, t) for d, n in enumerate(corpus) for t in range(n) if n <= 5}
+    for epoch, counted in seen.items():
+        assert max(counted.values()) == 1
+        assert set(counted) <= everything
+        if epoch < source.cursor.epoch:
+            assert set(counted) >= {"truncate": beginnings, "drop": short}.get(packing, everything)
+
+
+@given(corpora, packings, st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=40), st.integers(0, 40))
+@SETTINGS
+def test_a_cursor_from_json_goes_on_alike(corpus: list[int], packing: Packing, wanted: list[int],
+                                          killed: int) -> None:
+    whole, first = stream(corpus, packing), stream(corpus, packing)
+    expected = [whole.next_sample(n) for n in wanted]
+    before = [first.next_sample(n) for n in wanted[:killed]]
+    again = stream(corpus, packing, Cursor(**json.loads(json.dumps(dataclasses.asdict(first.cursor)))))
+    assert before + [again.next_sample(n) for n in wanted[killed:]] == expected
+    assert again.cursor == whole.cursor
+    assert again.epochs() == pytest.approx(whole.epochs())
+
+
+def test_conversations_are_given_whole_from_their_start() -> None:
+    corpus = [3, 9, 16, 30, 2]
+    source = stream(corpus, "truncate")
+    given_ = [s for _ in range(30) for s in source.next_sample(16)]
+    assert {(s.start, s.count) for s in given_} == {(0, min(n, 16)) for n in corpus}
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=30),
+       st.sampled_from(["truncate", "drop"]), st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=40),
+       st.integers(0, 40))
+@SETTINGS
+def test_pairs_stay_whole_in_one_row_at_changing_lengths_and_over_kills(
+        pairs: list[tuple[int, int]], packing: Packing, wanted: list[int], killed: int) -> None:
+    corpus = [n for pair in [*pairs, (2, 3)] for n in pair]
+
+    def of_pairs(cursor: Cursor) -> DocumentStream:
+        return DocumentStream("pairs", Lengths(corpus), 1, packing, cursor, group=2)  # type: ignore[arg-type]
+
+    source = of_pairs(Cursor())
+    seen: dict[int, Counter[int]] = {}
+    for number, seq_len in enumerate(wanted):
+        if number == killed:
+            source = of_pairs(Cursor(**json.loads(json.dumps(dataclasses.asdict(source.cursor)))))
+        row = source.next_sample(seq_len)
+        assert sum(s.count for s in row) <= seq_len
+        for chosen, rejected in zip(row[::2], row[1::2], strict=True):
+            assert chosen.document % 2 == 0 and rejected.document == chosen.document + 1
+            seen.setdefault(source.cursor.epoch, Counter())[chosen.document // 2] += 1
+            if packing == "drop":
+                assert (chosen.count, rejected.count) == tuple(corpus[chosen.document:rejected.document + 1])
+    for epoch, counted in seen.items():
+        assert set(counted.values()) == {1}
+        if epoch < source.cursor.epoch and packing == "truncate":
+            assert len(counted) == len(corpus) // 2
+
+
+def test_what_is_longer_than_a_sample_is_counted_once_for_each_time_that_it_is_met() -> None:
+    source = stream([3, 9, 16, 30, 20], "drop")
+    given_ = {(s.document, s.count) for _ in range(6) for s in source.next_sample(16)}
+    assert given_ == {(0, 3), (1, 9), (2, 16)}
+    assert (source.cursor.epoch, source.cursor.over_long) == (2, 6)
+    again = stream([3, 9, 16, 30, 20], "drop", Cursor(**dataclasses.asdict(source.cursor)))
+    assert again.cursor.over_long == 6, "what a resumed stream packs again it has counted"
+    with pytest.raises(UserError, match=r"all of its 2 training documents are longer than a sample of 8 "
+                                        r"tokens, and data\.over_long = drop leaves them out"):
+        stream([30, 9], "drop").next_sample(8)
+
+
+def test_the_order_depends_on_seed_name_and_epoch() -> None:
+    corpus = [4] * 20
+
+    def documents(source: DocumentStream, count: int) -> list[int]:
+        return [source.next_sample(4)[0].document for _ in range(count)]
+
+    first = stream(corpus, "best_fit")
+    epochs = [documents(first, 20), documents(first, 20)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20)) and epochs[0] != epochs[1]
+    assert documents(stream(corpus, "best_fit", seed=2), 20) != epochs[0]
+    assert (documents(DocumentStream("code", Lengths(corpus), 1, "best_fit", Cursor()),
+                      20)  # type: ignore[arg-type]
+            != epochs[0])
+
+
+def test_windows_are_of_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """15 documents in windows of at most 7 are three of 5, not two of 7 and a lone one that
+    fills a row by itself."""
+    source = stream([1] * 15, "best_fit")
+    rows = [source.next_sample(5) for _ in range(3)]
+    assert [len(row) for row in rows] == [5, 5, 5]
+    assert source.epochs() == 1.0
+
+
+def test_the_share_of_an_epoch_is_counted_by_rows() -> None:
+    source = stream([2] * 14, "best_fit")  # two windows of seven documents, four rows each
+    found = []
+    for _ in range(9):
+        source.next_sample(4)
+        found.append(source.epochs())
+    assert found == [pytest.approx(k / 8) for k in range(1, 10)]
+
+
+def test_a_source_without_a_token_is_refused_and_not_searched_for_ever() -> None:
+    with pytest.raises(UserError, match="none of its 20 training documents holds a token"):
+        stream([0] * 20, "best_fit").next_sample(8)
+
+
+def test_a_stream_keeps_the_windows_that_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = [7] * 50
+    monkeypatch.setattr(streams, "WINDOW_DOCUMENTS", 10)
+    begun = stream(corpus, "best_fit")
+    expected = [begun.next_sample(16) for _ in range(40)]
+    resumed = stream(corpus, "best_fit")
+    first = [resumed.next_sample(16) for _ in range(9)]
+    monkeypatch.setattr(streams, "WINDOW_DOCUMENTS", 25)
+    again = stream(corpus, "best_fit", Cursor(**dataclasses.asdict(resumed.cursor)))
+    assert first + [again.next_sample(16) for _ in range(31)] == expected

@@ -1,0 +1,287 @@
+"""Token shards, read against Megatron-Core's own writer and reader."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep.shards.pack import PackSettings, PackSource, pack
+from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.documents import RecordReading
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import data_paths
+from megatron_sov.train.data.token_shards import (
+    ShardChain, TokenShard, open_sources, provenance, tokenizer_folder)
+
+LENGTHS = [3, 1, 0, 700, 12]
+
+
+def written_by_the_library(folder: str, lengths: list[int]) -> None:
+    """Runs inside a rank: Megatron's own builder writes documents of random tokens,
+    and its reader reads them."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+    for dtype in ("uint16", "int32"):
+        builder = IndexedDatasetBuilder(f"{folder}/{dtype}.bin", dtype=np.dtype(dtype).type)
+        rng = np.random.default_rng(0)
+        for n in lengths:
+            builder.add_item(torch.from_numpy(rng.integers(0, 60000, n)))
+            builder.end_document()
+        builder.finalize(f"{folder}/{dtype}.idx")
+        read = IndexedDataset(f"{folder}/{dtype}")
+        Path(f"{folder}/{dtype}.json").write_text(json.dumps([read[i].tolist() for i in range(len(read))]))
+
+
+def test_shards_of_the_library_read_the_same(ranks: Any, job: Any, tmp_path: Path) -> None:
+    ranks(job(__file__, "written_by_the_library", 1, {"folder": str(tmp_path), "lengths": LENGTHS}))
+    for dtype in ("uint16", "int32"):
+        shard = TokenShard(tmp_path / dtype)
+        expected = json.loads((tmp_path / f"{dtype}.json").read_text())
+        assert shard.dtype == dtype
+        assert shard.lengths.tolist() == LENGTHS
+        assert [shard.tokens(d, 0, n).tolist() for d, n in enumerate(LENGTHS)] == expected
+        assert shard.tokens(3, 600, 50).tolist() == expected[3][600:650]
+        assert shard.tokens(3, 0, 2).dtype == np.int64
+        assert shard.loss_weights(3, 5, 2).tolist() == [1.0, 1.0]
+        assert shard.types(3, 5, 2).tolist() == [0, 0]
+
+
+def write_shard(prefix: Path, documents: list[list[int]]) -> None:
+    lengths = np.array([len(d) for d in documents], np.int32)
+    starts = np.concatenate([[0], np.cumsum(lengths)])[:-1].astype(np.int64) * 2
+    prefix.with_suffix(".bin").write_bytes(np.array([t for d in documents for t in d], np.uint16).tobytes())
+    prefix.with_suffix(".idx").write_bytes(
+        b"MMIDIDX\x00\x00" + np.array([1], np.uint64).tobytes() + bytes([8])
+        + np.array([len(lengths), len(lengths) + 1], np.uint64).tobytes() + lengths.tobytes()
+        + starts.tobytes() + np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+
+
+def test_an_id_outside_of_the_vocabulary_is_refused_where_it_is_read(tmp_path: Path) -> None:
+    """With tensor parallelism the library takes it for a row of zeros, without a word."""
+    write_shard(tmp_path / "a", [[1, 2, 3], [4, 5, 9, 6]])
+    shard = TokenShard(tmp_path / "a", 9)
+    assert shard.tokens(0, 0, 3).tolist() == [1, 2, 3] and shard.tokens(1, 3, 1).tolist() == [6]
+    assert shard.tokens(1, 2, 0).tolist() == []
+    with pytest.raises(UserError, match=r"a\.bin: document 1 has token id 9, and its tokenizer has 9 ids; "
+                                        "`sov-data verify` names what is damaged, pack the data again"):
+        shard.tokens(1, 1, 3)
+    assert TokenShard(tmp_path / "a", 10).tokens(1, 2, 1).tolist() == [9]
+
+
+def test_a_source_knows_the_vocabulary_that_it_was_packed_with(packed_data: Any, tmp_path: Path) -> None:
+    text = shutil.copytree(packed_data.text, tmp_path / "text")
+    (damaged,) = (text / "even").glob("train-*.bin")
+    ids = np.fromfile(damaged, np.uint16)
+    ids[0] = 368  # the model has more ids than the tokenizer
+    ids.tofile(damaged)
+    even, odd = (s.shard("train") for s in open_sources({str(text): 1.0}, 400))
+    assert odd.tokens(0, 0, 1)[0] < 368
+    with pytest.raises(UserError, match="document 0 has token id 368, and its tokenizer has 368 ids"):
+        even.tokens(0, 0, 1)
+
+
+def test_a_negative_id_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a", [[1, 2]])  # two ids of 16 bits are one of 32
+    idx = bytearray((tmp_path / "a.idx").read_bytes())
+    idx[17], idx[34] = 4, 1
+    (tmp_path / "a.idx").write_bytes(bytes(idx))
+    (tmp_path / "a.bin").write_bytes(np.array([-5], np.int32).tobytes())
+    with pytest.raises(UserError, match="document 0 has token id -5"):
+        TokenShard(tmp_path / "a", 9).tokens(0, 0, 1)
+
+
+def test_sidecars_have_the_geometry_of_the_tokens(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a", [[1, 2], [3, 4, 5]])
+    (tmp_path / "a.loss").write_bytes(np.float32([0, 1, 0, 0.5, 1]).tobytes())
+    (tmp_path / "a.type").write_bytes(bytes([1, 2, 1, 2, 2]))
+    shard = TokenShard(tmp_path / "a")
+    assert shard.loss_weights(1, 1, 2).tolist() == [0.5, 1.0]
+    assert shard.types(1, 0, 3).tolist() == [1, 2, 2]
+
+
+def test_an_empty_split_has_no_documents(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a", [])
+    assert len(TokenShard(tmp_path / "a").lengths) == 0
+
+
+@pytest.mark.parametrize(("suffix", "damage", "said"), [
+    (".bin", lambda b: b[:-2], "a.bin: has 8 bytes, the index asks for 10"),
+    (".loss", lambda b: b + b"1234", "a.loss: has 24 bytes, the index asks for 20"),
+    (".idx", lambda b: b"PK" + b[2:], "a.idx: is not a Megatron index"),
+    (".idx", lambda b: b[:40], "a: cannot be read as a token shard"),
+    (".idx", lambda b: b[:17] + bytes([99]) + b[18:], "a: cannot be read as a token shard"),
+    (".bin", None, "a: cannot be read as a token shard"),
+])
+def test_a_damaged_shard_is_refused(tmp_path: Path, suffix: str, damage, said: str) -> None:
+    write_shard(tmp_path / "a", [[1, 2], [3, 4, 5]])
+    (tmp_path / "a.loss").write_bytes(np.ones(5, np.float32).tobytes())
+    file = tmp_path / f"a{suffix}"
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=said):
+        TokenShard(tmp_path / "a")
+
+
+def test_a_document_beyond_the_end_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a", [[1, 2], [3, 4, 5]])
+    content = bytearray((tmp_path / "a.idx").read_bytes())
+    content[34:38] = np.int32(9).tobytes()  # the length of the first document, which ends within the second
+    (tmp_path / "a.idx").write_bytes(content)
+    shard = TokenShard(tmp_path / "a")
+    with pytest.raises(UserError, match=r"a\.idx: document 0 has 9 tokens from byte 0, and"):
+        shard.tokens(0, 0, 9)
+
+
+def artifact(path: Path, names: dict[str, int], *, tokenizer: str = "t" * 64, vocab_size: int = 50,
+             format_: str = "text") -> str:
+    """An artifact with a training split of so many documents of two tokens for each source."""
+    with new_artifact(path, "tokens") as a:
+        described = []
+        for name, count in names.items():
+            write_shard(a.path / name, [[1, 2]] * count)
+            train = {"prefix": name, "shards": [{"prefix": name}], "num_tokens": 2 * count}
+            described.append({"name": name, "format": format_, "splits": {"train": train}})
+        (a.path / "tokenizer").mkdir()
+        (a.path / "tokenizer" / "tokenizer.json").write_text("{}")
+        a.content = {"content_version": 2, "tokenizer_sha256": tokenizer, "vocab_size": vocab_size,
+                     "format": format_, "sources": described}
+    return str(path)
+
+
+def test_sources_share_by_folder_weight_then_by_tokens(tmp_path: Path) -> None:
+    paths = {artifact(tmp_path / "a", {"web": 3, "code": 1}): 3.0,
+             artifact(tmp_path / "b", {"chat": 9}, format_="chat"): 1.0}
+    sources = open_sources(paths, 64)
+    assert {s.name: s.share for s in sources} == {"web": 0.5625, "code": 0.1875, "chat": 0.25}
+    assert [s.name for s in sources if s.is_chat] == ["chat"]
+    assert sources[0].shard("train").tokens(2, 0, 2).tolist() == [1, 2]
+    assert tokenizer_folder(sources) == tmp_path / "a" / "tokenizer"
+    assert [p["path"] for p in provenance(sources)] == [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_a_name_before_the_folder_renames_its_sources(tmp_path: Path) -> None:
+    one, other = (artifact(tmp_path / name, {"train": 3}) for name in ("a", "b"))
+    two = artifact(tmp_path / "c=d", {"train": 1, "test": 1})
+    found = open_sources({f"web={one}": 1, f"code={other}": 1, f"rest={two}": 1}, 64)
+    assert [s.name for s in found] == ["web", "code", "rest-train", "rest-test"]
+    assert found[1].shard("train").tokens(2, 0, 2).tolist() == [1, 2] and found[1].artifact == tmp_path / "b"
+    assert [s.name for s in open_sources({two: 1, f"x={one}": 1}, 64)] == ["train", "test", "x"]
+    assert data_paths([f"web={one}:2", f"code={other}"]) == {f"web={one}": 2.0, f"code={other}": 1.0}
+    for data, message in (([f"w b={one}"], "must be NAME=DIR, with a name of letters"),
+                          ([f"={one}"], "must be NAME=DIR"), ([f"a={one}", f"b={one}"], "is given twice")):
+        with pytest.raises(UserError, match=message):
+            data_paths(data)
+
+
+def test_data_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:
+    a = artifact(tmp_path / "a", {"web": 3})
+    with pytest.raises(UserError, match=r"data\.paths is empty"):
+        open_sources({}, 64)
+    with pytest.raises(UserError, match="pack all data with the same tokenizer"):
+        open_sources({a: 1, artifact(tmp_path / "other", {"x": 1}, tokenizer="u" * 64): 1}, 64)
+    with pytest.raises(UserError, match=r"source 'web': is in --data .*/a and in .*/same; name one of"):
+        open_sources({a: 1, artifact(tmp_path / "same", {"web": 1}): 1}, 64)
+    with pytest.raises(UserError, match=r"has 50 ids, the model only model\.vocab_size = 32"):
+        open_sources({a: 1}, 32)
+    with pytest.raises(UserError, match="at least one must be positive"):
+        open_sources({a: 0}, 64)
+    with pytest.raises(UserError, match="holds no training tokens"):
+        open_sources({artifact(tmp_path / "none", {"x": 0}): 1}, 64)
+
+
+def test_columns_are_sidecars_that_the_manifest_names(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a", [[1, 2], [3, 4, 5]])
+    (tmp_path / "a.score").write_bytes(np.float32([-1, 2, np.nan, 4, 5.5]).tobytes())
+    shard = ShardChain([tmp_path / "a"], columns=("score",))
+    assert shard.columns == ("score",) and shard.is_plain
+    assert shard.column("score", 1, 1, 2).tolist() == [4, 5.5]
+    with pytest.raises(UserError, match=r"a\.score: document 1 has nan in column 'score', must be a finite"):
+        shard.column("score", 1, 0, 2)
+    with pytest.raises(UserError, match=r"cannot be read as a token shard .*a\.advantage"):
+        TokenShard(tmp_path / "a", columns=("advantage",))
+    (tmp_path / "a.score").write_bytes(b"1234")
+    with pytest.raises(UserError, match=r"a\.score: has 4 bytes, the index asks for 20"):
+        TokenShard(tmp_path / "a", columns=("score",))
+
+
+# Several shards as one split: the same documents as in one shard, found without reading lengths.
+
+
+@pytest.fixture(scope="module")
+def packed(token_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same chats in one shard and in many."""
+    folder = tmp_path_factory.mktemp("chain")
+    lines = [{"messages": [{"role": "user", "content": f"{i}?"},
+                           {"role": "assistant", "content": f"{i} " * (i % 9 + 1)}]}
+             for i in range(100)]
+    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tokenizer = token_shards.parent / "tokenizer"
+    for name, shard_tokens in (("one", 10**9), ("many", 300)):
+        pack(tokenizer, [PackSource("chat", folder / "chat.jsonl")], folder / name,
+             PackSettings(0.1, RecordReading("chat"), shard_tokens=shard_tokens))
+    return folder / "one", folder / "many"
+
+
+def test_a_chain_is_the_one_shard(packed: tuple[Path, Path]) -> None:
+    [one], [many] = (open_sources({str(p): 1.0}, 2000) for p in packed)
+    assert len(one.prefixes["train"]) == 1 and len(many.prefixes["train"]) > 5
+    assert one.num_tokens == many.num_tokens and one.share == many.share
+    for split in ("train", "heldout"):
+        a, b = one.shard(split), many.shard(split)
+        assert list(a.lengths) == list(b.lengths) == [b.lengths[i] for i in range(len(b.lengths))]
+        for document, length in enumerate(b.lengths):
+            for column in ("tokens", "loss_weights", "types"):
+                ours, theirs = (getattr(d, column)(document, 1, length - 1) for d in (b, a))
+                assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
+        for beyond in (-1, len(b.lengths)):
+            with pytest.raises(IndexError, match=f"document {beyond} of {len(b.lengths)}"):
+                b.tokens(beyond, 0, 1)
+
+
+def test_other_layouts_and_formats_are_refused(packed: tuple[Path, Path], tmp_path: Path) -> None:
+    raw = json.loads((packed[0] / "manifest.json").read_text())
+    del raw["content"]["content_version"]
+    (tmp_path / "manifest.json").write_text(json.dumps(raw | {"sha256": ""}))
+    with pytest.raises(UserError,
+                       match="was packed in layout 1, this version reads layout 2; pack the data again"):
+        open_sources({str(tmp_path): 1.0}, 2000)
+    with pytest.raises(UserError, match="holds data of format 'chat', this stage learns from preference"):
+        open_sources({str(packed[0]): 1.0}, 2000, formats=("preference",))
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from megatron_sov.train.data.token_shards import ShardChain
+from megatron_sov.base.errors import UserError
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
+try:
+    shards = sorted({p.with_suffix('') for p in Path(sys.argv[1]).glob('train-*.idx')})
+    print(f"{len(ShardChain(shards).lengths)} documents")
+except UserError as e:
+    print(e)
+"""
+
+
+@pytest.mark.parametrize(("limits", "said"), [
+    ((16, 4096), "93 documents"),
+    ((16, 16),
+     "16 files are open, and this process may not open more; raise `ulimit -n`, or pack into larger shards"),
+])
+def test_more_shards_than_open_files_are_allowed(packed: tuple[Path, Path], limits: tuple[int, int],
+                                                 said: str) -> None:
+    """A mapped file keeps its descriptor; the limit that a shell sets is raised as far as
+    the system allows."""
+    argv = [sys.executable, "-c", LIMITED, str(packed[1] / "chat"), *map(str, limits)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert said in done.stdout

@@ -1,0 +1,170 @@
+"""NAME@N: the long documents of a source as a source."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig
+from megatron_sov.train.data.ledger import (
+    LedgerEntry, OverLong, over_long, plan, refuse_over_long, refuse_over_long_pairs)
+from megatron_sov.train.data.order import SampleOrder
+from megatron_sov.train.data.token_shards import ChainedLengths, Source, open_sources
+from megatron_sov.train.data.views import LongDocuments, Pieces, with_views
+
+LENGTHS = [3, 12, 30, 0, 11, 40, 12]
+
+
+def config(*blends: dict[str, float]) -> RunConfig:
+    phases = tuple(PhaseConfig(str(i), seq_len=16, blend=blend) for i, blend in enumerate(blends))
+    return dataclasses.replace(recipes.get("tiny-solar-open"), data=DataConfig(phases=phases))
+
+
+@pytest.fixture
+def web(make_source: Callable[..., Source]) -> Source:
+    return make_source("web", LENGTHS)
+
+
+def test_only_long_documents_are_read_and_under_their_own_cursor(web: Source) -> None:
+    sources = with_views(config({"web@12": 1.0}, {"web": 0.5, "web@12": 0.5}), [web])
+    assert [(s.name, s.num_tokens["train"], s.share) for s in sources] == [
+        ("web", sum(LENGTHS), 1.0), ("web@12", 94, 0.0)]
+    order = SampleOrder(config({"web@12": 1.0}), sources)
+    _, samples = order.next_batch()
+    long = sources[1].shard("train")
+    given_ = {int(t) for sample in samples for s in sample.segments for t in long.tokens(*s) // 100 - 1}
+    assert given_ == {1, 2, 5, 6}, "the documents of at least 12 tokens, by their number in the source"
+    assert list(order.state.cursors) == ["web@12"]
+
+
+def test_tokens_weights_and_types_are_those_of_the_source(web: Source) -> None:
+    documents = web.shard("train")
+    long = LongDocuments(documents, 12)
+    assert (long.index.tolist(), long.lengths.tolist()) == ([1, 2, 5, 6], [12, 30, 40, 12])
+    for name in ("tokens", "loss_weights", "types"):
+        assert np.array_equal(getattr(long, name)(2, 5, 9), getattr(documents, name)(5, 5, 9))
+
+
+def test_a_whole_source_by_default_never_counts_its_long_documents_twice(web: Source) -> None:
+    (entry,) = plan(config({}), with_views(config({"web@12": 1.0}), [web]))
+    assert entry.weights == {"web": 1.0}
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6).filter(any), st.data())
+def test_chained_lengths_are_one_sequence(parts: list[list[int]], data: st.DataObject) -> None:
+    chained = ChainedLengths([np.array(p, np.int32) for p in parts])
+    flat = [n for part in parts for n in part]
+    chosen = data.draw(st.lists(st.integers(0, len(flat) - 1), max_size=8))
+    assert chained[np.array(chosen, np.int64)].tolist() == [flat[i] for i in chosen] == [
+        chained[i] for i in chosen]
+    assert (list(chained), len(chained)) == (flat, len(flat))
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6).filter(any),
+       st.integers(1, 9))
+def test_long_documents_are_found_in_every_shard(numbered: Any, parts: list[list[int]], minimum: int) -> None:
+    flat = [n for part in parts for n in part]
+    documents = numbered(flat)
+    documents.lengths = ChainedLengths([np.array(p, np.int32) for p in parts])
+    long = LongDocuments(documents, minimum)
+    assert long.index.tolist() == [i for i, n in enumerate(flat) if n >= minimum]
+    assert long.lengths.tolist() == [n for n in flat if n >= minimum]
+
+
+def test_long_documents_of_real_shards(packed_data: Any) -> None:
+    sources = open_sources({str(packed_data.text): 1.0}, 368)
+    lengths = list(sources[0].shard("train").lengths)
+    limit = sorted(lengths)[len(lengths) // 2]
+    long = LongDocuments(sources[0].shard("train"), limit)
+    assert long.lengths.tolist() == [n for n in lengths if n >= limit]
+
+
+@pytest.mark.parametrize(("blend", "said"), [
+    ({"web@many": 1.0}, "'web@many': after the @ stands a number of tokens, e.g. web@8192"),
+    ({"web@²": 1.0}, "after the @ stands a number of tokens"),
+    ({"web@41": 1.0}, "source web has no document of 41 tokens or more"),
+    ({"wbe@12": 1.0}, "names source 'wbe@12', which the data does not have"),
+])
+def test_what_is_not_there_is_named(blend: dict[str, float], said: str, web: Source) -> None:
+    with pytest.raises(UserError, match=said):
+        plan(config(blend), with_views(config(blend), [web]))
+
+
+def test_a_name_with_an_at_sign_is_a_name_if_the_data_has_it(make_source: Callable[..., Source]) -> None:
+    sources = [make_source("web@12", [5])]
+    assert with_views(config({"web@12": 1.0}), sources) == sources
+
+
+# Conversations longer than a sample: counted before a run begins, and refused where that is asked.
+
+
+ENTRIES = (LedgerEntry(0, "short", 8, 2, {"web": 1.0, "chat": 0.0}),
+           LedgerEntry(4, "long", 16, 2, {"web": 0.5, "chat": 0.25, "pairs": 0.25}))
+
+
+def test_units_are_measured_by_the_shortest_sample_that_they_are_read_at(make_source: Any) -> None:
+    sources = [make_source("web", [100]), make_source("chat", [5, 17, 16, 90], is_chat=True),
+               replace(make_source("pairs", [9, 8, 8, 8, 1, 30], is_chat=True), format="preference", group=2),
+               make_source("unused", [99], is_chat=True)]
+    found = over_long(sources, ENTRIES)
+    assert found == [OverLong("chat", 16, 2, 4, 90), OverLong("pairs", 16, 2, 3, 31)]
+    with pytest.raises(UserError, match=(
+            r"data.over_long = refuse, and source 'chat': 2 of 4 are longer than a sample of 16 tokens, the "
+            r"longest has 90; source 'pairs': 2 of 3 .*make samples longer \(seq_len=90\), or set ")):
+        refuse_over_long(found)
+    refuse_over_long(over_long(sources[:1], ENTRIES))
+    refuse_over_long_pairs(found)
+
+
+def test_pairs_of_which_each_would_be_cut_are_refused(make_source: Any) -> None:
+    pairs = replace(make_source("pairs", [9, 8, 10, 9], is_chat=True), format="preference", group=2)
+    with pytest.raises(UserError, match=(
+            r"source 'pairs': each of its 2 pairs is longer than a sample of 16 tokens, and cut they may not "
+            r"differ any more; make samples longer \(seq_len=19 fits all\)")):
+        refuse_over_long_pairs(over_long([pairs], ENTRIES))
+
+
+# NAME/N: a source's documents in short pieces.
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(1, 5))
+def test_pieces_are_the_documents_cut(numbered: Any, lengths: list[int], max_tokens: int) -> None:
+    documents = numbered(lengths)
+    pieces = Pieces(documents, max_tokens)
+    expected = [(d, first, min(max_tokens, n - first)) for d, n in enumerate(lengths)
+                for first in range(0, n, max_tokens)]
+    assert list(pieces.lengths) == [count for _, _, count in expected]
+    assert np.array_equal(pieces.lengths[np.arange(len(expected))], [count for _, _, count in expected])
+    for i, (document, first, count) in enumerate(expected):
+        for name in ("tokens", "loss_weights", "types"):
+            assert np.array_equal(getattr(pieces, name)(i, 0, count),
+                                  getattr(documents, name)(document, first, count))
+
+
+def test_rows_are_packed_of_whole_pieces(make_source: Callable[..., Source]) -> None:
+    data = DataConfig(phases=(PhaseConfig("a", seq_len=16, blend={"web/4": 1.0}),))
+    import dataclasses
+
+    config = dataclasses.replace(recipes.get("tiny-solar-open"), data=data)
+    sources = with_views(config, [make_source("web", [3, 12, 9])])
+    assert [(s.name, s.num_tokens["train"]) for s in sources] == [("web", 24), ("web/4", 24)]
+    _, samples = SampleOrder(config, sources).next_batch()
+    assert {s.count for sample in samples for s in sample.segments} == {1, 3, 4}
+
+
+@pytest.mark.parametrize(("name", "said"), [("web/0", "after the / stands a number of tokens, e.g. web/8192"),
+                                            ("web/many", "after the / stands a number of tokens")])
+def test_what_is_no_number_is_named(name: str, said: str, make_source: Callable[..., Source]) -> None:
+    import dataclasses
+
+    data = DataConfig(phases=(PhaseConfig("a", seq_len=16, blend={name: 1.0}),))
+    with pytest.raises(UserError, match=said):
+        with_views(dataclasses.replace(recipes.get("tiny-solar-open"), data=data), [make_source("web", [5])])
