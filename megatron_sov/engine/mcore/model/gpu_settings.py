@@ -347,6 +347,7 @@ def refuse(config: RunConfig, te: bool) -> None:
         (te or gpu.moment_dtype == "fp32", "moment_dtype", NEEDS_TE, "leave it out"),
         (te or not gpu.optimizer_offload, "optimizer_offload", NEEDS_TE, "leave it out"),
         (gpu.nccl_user_buffers == "off" or on_gpu(), "nccl_user_buffers", "needs GPUs", "leave it out"),
+        (gpu.profiler == "torch" or on_gpu(), "profiler", "= nsys needs GPUs", "leave it out"),
         *((gpu.nccl_user_buffers == "off" or "expandable_segments:True" not in os.environ.get(name, ""),
            "nccl_user_buffers", f"cannot be with {name} = {os.environ.get(name)}, whose segments NCCL does "
            "not register", "take it out, or leave the setting out")
