@@ -243,16 +243,14 @@ class GpuConfig:
                  "and nothing travels at 1", "use alltoall"),
                 (train.precision == "bf16", "expert_dispatcher",
                  f"carries bf16 alone, and train.precision = {train.precision}", "use alltoall"))
-        p += find_broken(
-            self, "gpu",
-            (self.exchange_sms == 0 or dispatcher in ("deepep", "hybridep"), "exchange_sms",
-             f"is of deepep and hybridep, and parallel.expert_dispatcher = {dispatcher}", "leave it out"),
-            (self.exchange_sms % 2 == 0, "exchange_sms", "must be even", "add one"))
         return p + self._overlap_problems(parallel, train) + self._optimizer_problems(
             parallel, train, optim) + find_broken(
             self, "gpu",
             (self.grad_dtype == "fp32" or train.precision == "bf16", "grad_dtype",
              f"needs train.precision = bf16, which is {train.precision}", "leave it out"),
+            (self.exchange_sms == 0 or dispatcher in ("deepep", "hybridep"), "exchange_sms",
+             f"is of deepep and hybridep, and parallel.expert_dispatcher = {dispatcher}", "leave it out"),
+            (self.exchange_sms % 2 == 0, "exchange_sms", "must be even", "add one"),
             (self.permute_fusion != "on" or experts, "permute_fusion",
              f"sorts tokens by expert, and model.num_experts = {model.num_experts}", "leave it out"),
             (self.rope_fusion != "on" or parallel.cp == 1, "rope_fusion",
