@@ -29,7 +29,7 @@ from megatron_sov.base.chat.encode import TYPE_TEXT
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.mcore.model.attention import SharedPrompts, Span
-from megatron_sov.engine.mcore.model.gpu_settings import own_attention_serves
+from megatron_sov.engine.mcore.model.gpu_settings import Here, own_attention_serves
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.model.specs import PRECISION, uses_transformer_engine
 from megatron_sov.engine.mcore.parallel.device import to_device
@@ -412,8 +412,8 @@ def can_share(config: RunConfig) -> bool:
             and (layout.ep * layout.etp == 1 or layout.expert_dispatcher == "alltoall")
             and not config.model.num_mtp_layers and not train.hidden_dropout and train.fp8 == "none"
             and not config.policy.router_replay
-            and own_attention_serves(te, layout.cp, config.gpu.attention,
-                                     capped=config.model.attention_softcap is not None))
+            and own_attention_serves(Here(te, config.model, layout), config.gpu.attention,
+                                     train.deterministic))
 
 
 def sharing_prompts(batch: MicroBatch) -> MicroBatch:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from megatron_sov import recipes
+from megatron_sov.engine.mcore.model import language_model
 from megatron_sov.engine.mcore.optimizer.adamw import HostAdamW
-from megatron_sov.engine.mcore.parallel import device, world
+from megatron_sov.engine.mcore.parallel import cpu_shims, device, world
 from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.train.objectives import microbatch
 from megatron_sov.train.trainer import Trainer
 from tests.layouts import layout_run
 
@@ -134,6 +136,41 @@ def continued(recipe: str, settings: list[str], path: str, run: str) -> dict[str
     found["resumed ends"] = _digest(trainer)
     trainer.close()
     world.leave()
+    return found
+
+
+def placed(cases: list[tuple[str, list[str]]], path: str, run: str, *, sends: bool = True) -> list[Any]:
+    """Train with a checkpoint, an evaluation and a resumption for each (recipe, settings), where tensors that
+    would be in host memory are refused beside a GPU's; return how many there were, or what was refused.
+
+    Without SENDS, rows stay where they were read.
+    """
+    from transformer_engine.pytorch import placement  # the double's own
+
+    quantise_products()
+    device.CPU = cpu_shims.CPU = placement.GPU
+    language_model.on_gpu = lambda: True
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self.to(placement.GPU)  # type: ignore[method-assign]
+    if not sends:
+        microbatch.to_device = lambda values, device: values
+    found: list[Any] = []
+    for number, (recipe, settings) in enumerate(cases):
+        with placement.HostTensors() as mode:
+            trainer = layout_run._trainer(config_of(recipe, settings, path), f"{run}-{number}")
+            trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+            try:
+                trainer.update()
+            except (RuntimeError, ValueError) as e:
+                found.append(str(e))
+                continue
+            trainer.save()
+            trainer.checkpointer.finish()
+            trainer.evaluate()
+            trainer.resume(trainer.folder.checkpoint(1))
+            trainer.update()
+            trainer.close()
+            world.leave()
+        found.append(mode.marked)
     return found
 
 

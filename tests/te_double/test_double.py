@@ -12,10 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
-from megatron_sov.engine.mcore.model.gpu_settings import own_attention_serves
+from megatron_sov.engine.mcore.model.gpu_settings import Here, own_attention_serves
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
 from megatron_sov.plan.search.recommended import RECOMMENDED
@@ -452,8 +453,8 @@ def recommended_attention() -> dict[str, tuple[Any, str]]:
         for gpu, layout in {(gpu, layout) for gpu, layouts in by_gpu.items() for layout in layouts}:
             run = apply_settings(recipes.get(name), list(layout))
             model, parallel = run.model, run.parallel
-            if not own_attention_serves(True, parallel.cp, run.gpu.attention,
-                                        capped=model.attention_softcap is not None):
+            if not own_attention_serves(Here(True, model, parallel), run.gpu.attention,
+                                        run.train.deterministic):
                 longest = max(phase.seq_len for phase in run.data.phases)
                 call = {"dtype": torch.bfloat16, "heads": model.num_heads // parallel.tp,
                         "head_dims": (model.head_dim, model.head_dim), "longest_tokens": longest,
@@ -470,3 +471,45 @@ def test_the_fast_attention_serves_every_recommended_layout(te: Any) -> None:
     refused = {name: te.backends.refusals(te.backends.AttentionCall(**call), getattr(te.machine, chip))
                for name, (call, chip) in asked.items()}
     assert len(asked) > 50 and not {name: why for name, why in refused.items() if why}
+
+
+def test_tensors_of_the_host_are_refused_by_kernels(te: Any) -> None:
+    """`cu_seqlens` that was never moved, a row on the CPU, scales, splits: a kernel would read the CPU's
+    memory."""
+    x, host = random(16, 4, 8, dtype=torch.bfloat16), te.machine.mark_host
+    attention = te.pytorch.DotProductAttention(4, 8, attn_mask_type="padding_causal", qkv_format="thd")
+    with pytest.raises(ValueError, match="cu_seqlens_q must be a CUDA tensor"):
+        attention(x, x, x, cu_seqlens_q=host(bounds()), cu_seqlens_kv=bounds(), max_seqlen_q=9)
+    layer = te.pytorch.Linear(4, 6, bias=False, device="cpu", init_method=torch.nn.init.normal_)
+    with pytest.raises(RuntimeError, match="TransformerEngine needs CUDA"):
+        layer(host(random(2, 4, dtype=torch.float32)))
+    logits = random(6, 5, dtype=torch.float32)
+    with pytest.raises(ValueError, match="expert_bias must be a CUDA tensor"):
+        te.pytorch.router.fused_topk_with_score_function(logits, 2, False, None, None, 1.0, "sigmoid",
+                                                         host(torch.zeros(5)))
+    with pytest.raises(ValueError, match="sorted_index must be a CUDA tensor"):
+        te.pytorch.moe_sort_chunks_by_index(logits, torch.tensor([2, 4]), host(torch.tensor([1, 0])))
+    for name in ("routing_map", "probs"):
+        given = {"inp": logits, "probs": logits, "routing_map": (logits > 0).int()}
+        given[name] = host(given[name].clone())
+        with pytest.raises(ValueError, match=f"{name} must be a CUDA tensor"):
+            te.pytorch.moe_permute_with_probs(**given, num_out_tokens=3)
+
+
+def test_marks_of_the_host_follow_what_is_computed(te: Any) -> None:
+    gpu, on_host = te.machine.GPU, te.machine.on_host
+    with te.machine.HostTensors():
+        made = {"by default": torch.zeros(3), "of numbers": torch.tensor([1.0]),
+                "computed": torch.zeros(3) + 1, "read": torch.from_numpy(numpy.zeros(3)),
+                "back": torch.zeros(3, device=gpu).cpu()}
+        sent = {"there": torch.zeros(3, device=gpu), "sent": torch.zeros(3).to(gpu),
+                "alike": torch.zeros_like(torch.zeros(3, device=gpu)),
+                "with a number": torch.zeros(3, device=gpu) + torch.tensor(2.0),
+                "chosen": torch.zeros(3, device=gpu)[torch.tensor([0, 2])]}
+        sent["where another is"] = torch.zeros(3, device=sent["sent"].device)
+        for mixed in (lambda: sent["there"] + made["read"], lambda: torch.cat([made["read"], sent["sent"]]),
+                      lambda: torch.nn.functional.linear(sent["there"], made["computed"][None])):
+            with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+                mixed()
+    assert {name: on_host(t) for name, t in (made | sent).items()} == {
+        name: name in made for name in (made | sent)}

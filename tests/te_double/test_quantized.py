@@ -92,6 +92,22 @@ def test_weights_are_quantised_anew_in_each_step(te_ranks: Any, job: Any, packed
 
 
 @pytest.mark.distributed
+def test_what_a_gpu_computes_with_was_sent_to_it(te_ranks: Any, job: Any, packed_data: Any,
+                                                 tmp_path: Path) -> None:
+    """Tensors without a device, or read from numpy, are refused beside a GPU's, in kernels and by torch."""
+    cases = [("tiny-solar-open", ["train.fp8=mxfp8"]),
+             ("tiny-k-exaone", ["parallel.zero1=true", "gpu.optimizer_offload=0.5", "gpu.router_fusion=on"]),
+             ("tiny-gpt-oss", ["parallel.expert_dispatcher=allgather"])]
+    quick = ["model.num_layers=2", "train.global_batch_size=1", "data.heldout_tokens=128"]
+    arguments = {"cases": [(recipe, [*quick, *more]) for recipe, more in cases],
+                 "path": str(packed_data.text), "run": str(tmp_path / "run")}
+    (sent,), (kept,) = te_ranks(job(RUN, "placed", 1, arguments), job(RUN, "placed", 1, arguments | {
+        "cases": arguments["cases"][:1], "sends": False}))
+    assert all(isinstance(found, int) and found > 1000 for found in sent), sent
+    assert "Expected all tensors to be on the same device" in kept[0]
+
+
+@pytest.mark.distributed
 def test_cut_over_processes_and_with_padded_routing(te_ranks: Any, job: Any, packed_data: Any) -> None:
     layout = ["parallel.tp=2", "parallel.sp=true", "parallel.ep=2", "train.fp8_pad_routed_tokens=true"]
     settings = ["train.fp8=mxfp8", "model.num_layers=2", "model.expert_ffn_dim=64"]

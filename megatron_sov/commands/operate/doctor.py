@@ -44,9 +44,9 @@ REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "sa
 OPTIONAL_PACKAGES = {"tensorboard": "trackers", "wandb": "trackers", "vllm": "rollout", "math-verify": "rl",
                      "httpx": "judge", "aiohttp": "serve", "mlflow-skinny": "mlflow", "ray": "ray"}
 TE_COMMAND = how_to_install("gpu", "--no-build-isolation") + " (needs a CUDA toolchain, see docs/install.md)"
-BLACKWELL, MIN_DETERMINISTIC_CUDNN = 10, 91801
-"""First compute capability whose deterministic attention needs a newer cuDNN, and that cuDNN as torch
-counts."""
+HOPPER, BLACKWELL, MIN_DETERMINISTIC_CUDNN = 9, 10, 91801
+"""Compute capabilities, and the first cuDNN, as torch counts, whose attention repeats its bits on the
+second."""
 ENCLOSED_BY = {"namespaces": "programs have processes, files and a network of their own",
                "landlock": "programs are kept to their folder and away from the network by Landlock and a "
                            "filter of system calls; namespaces, which hold better, are not allowed"}
@@ -170,18 +170,21 @@ def torch_checks() -> Iterator[MachineCheck]:
 
 
 def _determinism_checks() -> Iterator[MachineCheck]:
-    """Whether attention can repeat its bits on the GPUs here (Transformer Engine's pull requests 2130, 2584).
-    """
+    """What attends under `train.deterministic`, and whether Transformer Engine's fused attention could
+    (its pull requests 2130, 2584, and `SM90_DET_FUSED_THD_BWD_MAX_BHSS` of 2.20.2)."""
     import torch
 
     majors = [torch.cuda.get_device_properties(i).major for i in range(torch.cuda.device_count())]
     version = torch.backends.cudnn.version() or 0
-    if max(majors, default=0) >= BLACKWELL and version < MIN_DETERMINISTIC_CUDNN:
-        yield MachineCheck("deterministic", "warning",
-                           f"cuDNN {_cudnn(version)} has no attention for packed rows that repeats its bits "
-                           "on these GPUs, so train.deterministic=true ends with an error",
-                           f"install cuDNN {_cudnn(MIN_DETERMINISTIC_CUDNN)} or newer, or leave "
-                           "train.deterministic off")
+    fused = "could repeat its bits, too"
+    if HOPPER in majors:
+        fused = ("does so on these GPUs only while heads x the longest document's tokens squared are below "
+                 "2^30")
+    elif max(majors, default=0) >= BLACKWELL and version < MIN_DETERMINISTIC_CUDNN:
+        fused = (f"does so on these GPUs from cuDNN {_cudnn(MIN_DETERMINISTIC_CUDNN)} on, and here is "
+                 f"{_cudnn(version)}")
+    yield MachineCheck("deterministic", "ok", "train.deterministic=true repeats its bits by this framework's "
+                       f"own attention; that of Transformer Engine (gpu.attention=fused) {fused}")
 
 
 def _cudnn(version: int) -> str:

@@ -151,7 +151,8 @@ class GpuConfig:
     attention: Literal["auto", "fused", "flash", "unfused", "local"] = "auto"
     """Attention kernel: Transformer Engine's choice (auto), its cuDNN (fused), FlashAttention or plain torch
     (unfused) one, or this framework's own (local), which serves anyway under context parallelism,
-    without Transformer Engine, and where products are capped (`model.attention_softcap`)."""
+    without Transformer Engine, and where products are capped (`model.attention_softcap`); under auto also
+    with `train.deterministic`, and where cuDNN trains no heads of that size."""
     rope_fusion: Switch = "auto"
     """Rotate queries and keys in one kernel."""
     router_fusion: Switch = "auto"
@@ -193,6 +194,9 @@ class GpuConfig:
     """First step of which process 0 writes a trace into RUN/profile; 0: none."""
     profile_last_step: Steps = 0
     """Last step of the trace."""
+    profiler: Literal["torch", "nsys"] = "torch"
+    """What watches these steps: torch's profiler, or NVIDIA's, with which you start the command
+    (`nsys profile --capture-range=cudaProfilerApi`); parts of each pass have names in its trace."""
     peak_tflops: NotNegative = 0.0
     """Peak of one GPU in dense TFLOP/s that MFU is counted against; 0: the known one of the GPU in bf16,
     also where products are in 8 or 4 bits."""
@@ -225,7 +229,8 @@ class GpuConfig:
              "names attn_proj without core_attn, whose output is attn_proj's input and stays for its own "
              "backward pass", "name both"),
             (first == last == 0 or 0 < first <= last, "profile_first_step",
-             f"and gpu.profile_last_step = {last} must be steps in order, both from 1 on, or both 0"))
+             f"and gpu.profile_last_step = {last} must be steps in order, both from 1 on, or both 0"),
+            (self.profiler == "torch" or first > 0, "profiler", "needs gpu.profile_first_step", "set it"))
         if dispatcher in ("deepep", "hybridep"):
             p += find_broken(
                 parallel, "parallel",

@@ -132,7 +132,7 @@ def test_bad_data_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, argume
 
 def test_what_is_not_offered_says_why_and_is_the_librarys(small: Small) -> None:
     with pytest.raises(UserError, match=r"gpu\.cuda_graphs: no such setting; the library's CUDA graphs "
-                                        r"refuse packed rows, .*; leave it out"):
+                                        r"refuse packed rows where .*; leave it out"):
         apply_settings(small(), ["gpu.cuda_graphs=attn"])
     with pytest.raises(UserError, match=r"train\.fp8_param: no such setting; checkpoints, exports"):
         from_dict({**small().to_dict(), "train": {"fp8_param": True}})

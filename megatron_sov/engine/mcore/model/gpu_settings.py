@@ -188,6 +188,13 @@ OF_DISPATCH = "overlap_dispatch_backward_with_experts_wgrad"
 """Its field for `parallel.expert_overlap` = weight_gradients, from megatron-core 0.18 on."""
 RECOMPUTED_WITH_TE = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
 """Modules that the library recomputes by means of Transformer Engine -> what can be recomputed without."""
+BLACKWELL = 10
+"""Its compute capability begins so."""
+HEADS_256_CUDNN, REPEATS_CUDNN = 92500, 91801
+"""The first cuDNN that trains packed rows with heads of 256 on Blackwell, and that repeats its bits there."""
+HOPPER_REPEATS = 1 << 30
+"""Heads x longest document squared from which Transformer Engine leaves cuDNN's attention out on Hopper where
+bits are to repeat: its backward pass would take 128 bytes for each."""
 SINKS_TE, SINKS_CUDNN = (2, 13), 91800
 """The first versions that attend packed rows with sinks; cuDNN's as torch counts them."""
 NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
@@ -254,22 +261,56 @@ def moment_settings(gpu: GpuConfig) -> dict[str, Any]:
 def resolve_auto(config: RunConfig, te: bool) -> dict[str, Any]:
     """Return what `auto` comes to: setting -> whether it is on, and which attention serves."""
     here = Here(te, config.model, config.parallel)
-    own = own_attention_serves(te, config.parallel.cp, config.gpu.attention,
-                               capped=config.model.attention_softcap is not None)
+    own = own_attention_serves(here, config.gpu.attention, config.train.deterministic)
     return {**{fusion.setting: fusion.value(config.gpu, here) for fusion in FUSIONS},
             "attention": "local" if own else config.gpu.attention}
 
 
-def own_attention_serves(te: bool, cp: int, attention: str, *, capped: bool = False) -> bool:
+def own_attention_serves(here: Here, attention: str, deterministic: bool) -> bool:
     """Return whether this framework's own attention serves.
 
+    Under `auto` it does where Transformer Engine's fused one cannot: it repeats its bits in short rows alone
+    on Hopper, with sinks nowhere.
+
     Args:
-        te: whether Transformer Engine's modules make the model.
-        cp: context parallel size.
+        here: what the model is, and where it is to run.
         attention: `gpu.attention`.
-        capped: whether the model caps products of queries and keys, which no other attention does.
+        deterministic: `train.deterministic`.
     """
-    return not te or cp > 1 or attention == "local" or capped
+    model = here.model
+    # the library passes no cap on to those kernels of Transformer Engine that have one
+    if not here.te or here.parallel.cp > 1 or attention == "local" or model.attention_softcap is not None:
+        return True
+    return attention == "auto" and (deterministic or bool(_without_heads(model)))
+
+
+def _without_heads(model: ModelConfig) -> str:
+    """Return why no fused kernel of cuDNN trains heads of this size here; empty: one does
+    (`nvte_get_fused_attn_backend` of Transformer Engine 2.20.2)."""
+    latent = model.latent_attention
+    size = ((model.head_dim, model.head_dim) if latent is None
+            else (latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim))
+    if max(size) <= 128 or not on_gpu() or torch.cuda.get_device_capability()[0] < BLACKWELL:
+        return ""
+    needed = {(192, 128): 91100, (256, 256): HEADS_256_CUDNN}.get(size)
+    found = torch.backends.cudnn.version() or 0
+    if needed is None or model.attention_sinks:
+        return f"no fused kernel of cuDNN trains heads of {size[0]} on this GPU"
+    return "" if found >= needed else (f"no fused kernel of cuDNN {found} trains heads of {size[0]} on this "
+                                       f"GPU before {needed}")
+
+
+def _without_repeats(config: RunConfig) -> str:
+    """Return why the fused attention of cuDNN does not repeat its bits here; empty: it does."""
+    model, capability = config.model, torch.cuda.get_device_capability() if on_gpu() else (0, 0)
+    longest = config.data.max_seq_len()
+    if model.attention_sinks:
+        return "with sinks (model.attention_sinks)"
+    if capability == (9, 0) and model.num_heads // config.parallel.tp * longest ** 2 >= HOPPER_REPEATS:
+        return f"in documents of {longest} tokens on this GPU"
+    if capability[0] >= BLACKWELL and (torch.backends.cudnn.version() or 0) < REPEATS_CUDNN:
+        return f"on this GPU before cuDNN {REPEATS_CUDNN}"
+    return ""
 
 
 def refuse(config: RunConfig, te: bool) -> None:
@@ -293,7 +334,7 @@ def refuse(config: RunConfig, te: bool) -> None:
           for fusion in FUSIONS),
         (not why_not, "router_fusion", why_not),
         (gpu.shared_expert_overlap == "off" or te, "shared_expert_overlap", NEEDS_TE, "leave it out"),
-        *_attention_rules(gpu.attention, here),
+        *_attention_rules(config, here),
         *((te or module not in gpu.recompute_modules, "recompute_modules",
            f"names {module}, which {NEEDS_TE}", f"name {instead}")
           for module, instead in RECOMPUTED_WITH_TE.items()),
@@ -305,6 +346,7 @@ def refuse(config: RunConfig, te: bool) -> None:
         (te or gpu.moment_dtype == "fp32", "moment_dtype", NEEDS_TE, "leave it out"),
         (te or not gpu.optimizer_offload, "optimizer_offload", NEEDS_TE, "leave it out"),
         (gpu.nccl_user_buffers == "off" or on_gpu(), "nccl_user_buffers", "needs GPUs", "leave it out"),
+        (gpu.profiler == "torch" or on_gpu(), "profiler", "= nsys needs GPUs", "leave it out"),
         *((gpu.nccl_user_buffers == "off" or "expandable_segments:True" not in os.environ.get(name, ""),
            "nccl_user_buffers", f"cannot be with {name} = {os.environ.get(name)}, whose segments NCCL does "
            "not register", "take it out, or leave the setting out")
@@ -339,22 +381,27 @@ def _has_backend(dispatcher: str) -> bool:
     return bool(getattr(fused_a2a, FLEX_BACKENDS[dispatcher], False))
 
 
-def _attention_rules(attention: str, here: Here) -> list[tuple[bool, str, str, str]]:
+def _attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str, str]]:
     """Return what asks for another attention than the chosen one: rules that do not hold."""
     rules: list[tuple[str, str]] = []
-    sinks = here.model.attention_sinks
+    attention, sinks = config.gpu.attention, here.model.attention_sinks
     if attention not in ("auto", "local") and not here.te:
         rules.append((NEEDS_TE, "set it to auto or local"))
     elif attention not in ("auto", "local") and here.model.attention_softcap is not None:
-        rules.append(("cannot be: only this framework's own attention caps products of queries and keys "
-                      "(model.attention_softcap)", "set it to auto or local"))
+        rules.append(("cannot be: this framework's own attention alone gets the cap on products of queries "
+                      "and keys (model.attention_softcap)", "set it to auto or local"))
+    elif attention == "fused" and (why := _without_heads(here.model)):
+        rules.append((f"cannot be: {why}", "install a newer one, or set it to auto or local"))
+    elif attention == "fused" and config.train.deterministic and (why := _without_repeats(config)):
+        rules.append((f"cannot be with train.deterministic = true: Transformer Engine's fused attention does "
+                      f"not repeat its bits {why}", "set it to auto or local"))
     elif attention == "flash" and sinks:
         rules.append(("cannot be: Transformer Engine's FlashAttention has no sinks (model.attention_sinks)",
                       "set it to auto or fused"))
     elif attention == "flash" and not any(map(importlib.util.find_spec,
                                               ("flash_attn", "flash_attn_3", "flash_attn_interface"))):
         rules.append(("cannot be: FlashAttention is not installed", "install flash-attn, or set auto"))
-    elif sinks and not own_attention_serves(here.te, here.parallel.cp, attention):
+    elif sinks and not own_attention_serves(here, attention, config.train.deterministic):
         rules += [(f"cannot be: {lacking} attends packed rows with sinks (model.attention_sinks)",
                    "install a newer one, or set it to local") for lacking in _without_sinks(attention)]
     for kernel, name in TE_ATTENTION_VARIABLES.items() if here.te else ():

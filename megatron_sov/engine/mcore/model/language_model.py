@@ -33,7 +33,7 @@ from megatron_sov.engine.mcore.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.engine.mcore.model.rotary import rotate_by, rotate_by_token
 from megatron_sov.engine.mcore.model.router import BalancedRouter
 from megatron_sov.engine.mcore.model.specs import (
-    block_norm, layer_specs, mtp_layer_spec, own_attention, transformer_config, uses_transformer_engine)
+    block_norm, layer_specs, mtp_layer_spec, transformer_config, uses_transformer_engine)
 from megatron_sov.engine.mcore.parallel import context
 from megatron_sov.engine.mcore.parallel.device import local_device, on_gpu
 from megatron_sov.model.config import (
@@ -316,7 +316,7 @@ class Chunk(GPTModel):
         """Return what layers take of a row, see `forward`."""
         if self.config.fine_grained_activation_offloading:
             self.preprocess_for_fine_grained_offloading()
-        own = own_attention(self.config)
+        own = self.config.own_attention
         packed = pack(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens), own=own,
                       host_bounds=inputs.host_bounds, shared=inputs.shared)
         self.config.routing_step.shared = inputs.shared

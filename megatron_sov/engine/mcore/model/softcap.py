@@ -1,9 +1,9 @@
 """Soft caps: numbers kept within a cap by ``cap * tanh(x / cap)``, as Gemma 2 has them on the products of
 queries and keys, before the mask, and on the head's logits (arXiv 2408.00118, section 2).
 
-No fused kernel of torch or of Transformer Engine caps the products of queries and keys, so attention is plain
-torch here: blocks of queries whose products are computed again in the backward pass, never a whole row's
-length squared.
+No fused kernel of torch caps the products of queries and keys; Transformer Engine's cap (2.20) is that of
+FlashAttention, and the library passes it none.  So attention is plain torch here: blocks of queries whose
+products are computed again in the backward pass, never a whole row's length squared.
 """
 
 from __future__ import annotations

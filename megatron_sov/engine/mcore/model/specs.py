@@ -155,12 +155,6 @@ def uses_transformer_engine(dtype: torch.dtype) -> bool:
     return True
 
 
-def own_attention(config: Any) -> bool:
-    """Return whether `DocumentAttention` serves, for a model of the library's `config`."""
-    return own_attention_serves(uses_transformer_engine(config.params_dtype), config.context_parallel_size,
-                                config.attention_backend.name, capped=config.attention_capped)
-
-
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
                        gpu: GpuConfig = AUTO) -> Any:
     """Return the library's `TransformerConfig` for a model, a layout, a precision and a use of GPUs."""
@@ -217,7 +211,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     _yarn(config, model, parallel)
     if model.yarn is not None or model.attention_multiplier is not None:
         config.softmax_scale = softmax_scale(model, "sliding_attention")
-    config.attention_capped = model.attention_softcap is not None
+    config.own_attention = own_attention_serves(here, gpu.attention, train.deterministic)
     config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
     config.logits_multiplier, config.zero_centered_norms = model.logits_multiplier, model.zero_centered_norms
     return config
@@ -352,7 +346,7 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
     from megatron_sov.engine.mcore.model.kv_cache import LatentDocumentAttention, latent_specs
 
     attention, latent = spec.submodules.self_attention.submodules, model.latent_attention is not None
-    if own_attention(config):
+    if config.own_attention:
         module: Any = DocumentAttention
         if latent:
             module = LatentDocumentAttention

@@ -41,13 +41,14 @@ def _products_of_routers() -> None:
     routers multiply in float32; without Transformer Engine the name that they read is not bound."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
 
-    product = getattr(moe_utils, "te_general_gemm", None)
+    product: Any = getattr(moe_utils, "te_general_gemm", None)
     if product is None:
         try:
-            from transformer_engine.pytorch.cpp_extensions import general_gemm as product
+            from transformer_engine.pytorch import cpp_extensions
         except ImportError:
             moe_utils.te_general_gemm = None
             return
+        product = cpp_extensions.general_gemm
 
     @functools.wraps(product)
     def multiply(A: Any, B: Any, out_dtype: torch.dtype, bias: Any = None, **asked: Any) -> Any:

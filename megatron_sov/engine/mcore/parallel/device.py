@@ -48,7 +48,8 @@ def switch_on() -> None:
         if value not in allowed:
             raise UserError(f"train.deterministic = True: the environment has {name}={value}, "
                             f"with which results do not repeat; unset it or use {' or '.join(allowed)}")
-    if torch.cuda.is_initialized():
+    # a process that has done so already may do one run after another
+    if torch.cuda.is_initialized() and not torch.are_deterministic_algorithms_enabled():
         raise RuntimeError("CUDA has started before determinism.switch_on()")
     torch.use_deterministic_algorithms(True)
     # it would fill all empty memory, of every activation; what is read before it is written is a defect
@@ -132,6 +133,16 @@ def release_unused() -> None:
     if on_gpu():
         gc.collect()
         torch.cuda.empty_cache()  # which starts no CUDA where there is none yet
+
+
+def record_for_nsys(*, on: bool) -> None:
+    """Have NVIDIA's profiler begin or end to record, where this process was started with it, and the library
+    name the parts of its passes for it (NVTX)."""
+    from megatron.core.utils import configure_nvtx_profiling
+
+    configure_nvtx_profiling(on)
+    torch.cuda.synchronize()
+    (torch.cuda.profiler.start if on else torch.cuda.profiler.stop)()
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:

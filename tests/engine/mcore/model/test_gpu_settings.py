@@ -119,7 +119,7 @@ def test_experts_whose_recipe_keeps_no_state_are_saved() -> None:
 
 
 ROOT = Path(__file__).parents[4]
-OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "peak_tflops",
+OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "profiler", "peak_tflops",
               "optimizer_offload"}
 """Settings that no field of the library stands behind; each has a test of its own."""
 CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -285,6 +285,37 @@ def test_sinks_over_packed_rows_need_new_libraries(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(utils, "get_te_version", lambda: Version("2.12.0+5671fd36"))
     with pytest.raises(UserError, match=f"cannot be: Transformer Engine 2.12.0.5671fd36 never {sinks}"):
         gpu_settings.refuse(config_with([asked]), te=True)
+
+
+@pytest.mark.parametrize(("capability", "cudnn", "changes", "own", "why"), [
+    ((9, 0), 92500, "", False, ""), ((10, 0), 92500, "", False, ""),
+    # on Hopper the fused one repeats its bits in short documents alone, with sinks nowhere
+    ((9, 0), 92500, "train.deterministic=true", True, ""),
+    ((9, 0), 92500, "train.deterministic=true model.num_heads=32", True, "in documents of 256 tokens on"),
+    ((10, 0), 91800, "train.deterministic=true", True, "on this GPU before cuDNN 91801"),
+    ((10, 0), 91801, "train.deterministic=true", True, ""),
+    ((10, 0), 92500, "train.deterministic=true model.attention_sinks=true", True, "with sinks"),
+    # Gemma's heads
+    ((9, 0), 91900, "model.head_dim=256", False, ""), ((10, 0), 92500, "model.head_dim=256", False, ""),
+    ((10, 0), 92401, "model.head_dim=256", True, "no fused kernel of cuDNN 92401 trains heads of 256"),
+])
+def test_attention_that_cannot_be_fused_is_our_own(capability: tuple[int, int], cudnn: int, changes: str,
+                                                   own: bool, why: str,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(gpu_settings, "HOPPER_REPEATS", 32 * 256 ** 2)
+    for name in gpu_settings.TE_ATTENTION_VARIABLES.values():
+        monkeypatch.delenv(name, raising=False)
+    config = config_with(changes.split())
+    assert gpu_settings.resolve_auto(config, te=True)["attention"] == ("local" if own else "auto")
+    gpu_settings.refuse(config, te=True)
+    fused = config_with([*changes.split(), "gpu.attention=fused"])
+    if not why:
+        return gpu_settings.refuse(fused, te=True)
+    with pytest.raises(UserError, match=f'gpu.attention = "fused" cannot be.*{why}'):
+        gpu_settings.refuse(fused, te=True)
 
 
 def test_routing_that_the_kernels_do_not_compute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

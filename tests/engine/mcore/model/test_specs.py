@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,11 +59,6 @@ def test_a_recipes_structure_reaches_the_library(ranks, job) -> None:
     assert solar["bf16"] and solar["dtype"] == "torch.bfloat16"
 
 
-def library_config(dtype: Any) -> Any:
-    return SimpleNamespace(params_dtype=dtype, context_parallel_size=1, attention_capped=False,
-                           attention_backend=SimpleNamespace(name="auto"))
-
-
 def test_on_gpus_16_bit_alone_takes_transformer_engine(monkeypatch: pytest.MonkeyPatch,
                                                        tmp_path: Path) -> None:
     """A broken one is told in its own words; float32 and float64 do without."""
@@ -86,10 +80,8 @@ def test_on_gpus_16_bit_alone_takes_transformer_engine(monkeypatch: pytest.Monke
             specs.uses_transformer_engine(torch.bfloat16)
         for dtype in (torch.float32, torch.float64):
             assert not specs.uses_transformer_engine(dtype)
-            assert specs.own_attention(library_config(dtype))
         monkeypatch.setattr(specs, "transformer_engine_error", lambda: "")
         assert specs.uses_transformer_engine(torch.bfloat16)
-        assert not specs.own_attention(library_config(torch.bfloat16))
     finally:
         monkeypatch.undo()
         specs.transformer_engine_error.cache_clear()

@@ -72,6 +72,9 @@ def moe_unpermute(inp: torch.Tensor, row_id_map: torch.Tensor, merging_probs: to
 def moe_sort_chunks_by_index(inp: torch.Tensor, split_sizes: torch.Tensor,
                              sorted_index: torch.Tensor) -> torch.Tensor:
     """Return the chunks of rows in another order."""
+    if not inp.numel():
+        return inp.clone()
+    require_cuda(inp=inp, split_sizes=split_sizes, sorted_index=sorted_index)
     chunks = inp.split(split_sizes.tolist())
     return torch.cat([chunks[i] for i in sorted_index.tolist()])
 

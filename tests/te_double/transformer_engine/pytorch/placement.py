@@ -8,10 +8,15 @@ is computed of marked tensors alone.
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves
 
 MARK = "_te_double_on_host"
 
@@ -47,3 +52,87 @@ def require_cuda(**tensors: torch.Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and on_host(tensor):
             raise ValueError(f"{name} must be a CUDA tensor, but got tensor on cpu.")
+
+
+GPU = torch.device("cpu", 0)
+"""Stands for the chip: a CPU's tensor forgets the number, a device that is given keeps it."""
+_BESIDE_GPU = {"__getitem__", "__setitem__", "copy_", "index_put_", "index_put"}
+"""Take tensors of the host beside those of a GPU; so do functions of lists, one tensor after another."""
+_MAKERS = {"tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint",
+           "eye", "linspace", "randperm", "load"}
+
+
+def _in_kernel() -> bool:
+    """Return whether the double itself calls torch: a kernel's insides are nowhere else."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and (f"{os.sep}torch{os.sep}" in frame.f_code.co_filename
+                                        or frame.f_code.co_filename.endswith("cpu_shims.py")):
+        frame = frame.f_back
+    return frame.f_code.co_filename.startswith(str(Path(__file__).parent))
+
+
+class HostTensors(TorchFunctionMode):
+    """Context in which tensors of the host are marked, and refused beside those that would be on the GPU.
+
+    A device that is `GPU` is the chip, and each tensor without a mark says that it is there.  Nothing is
+    moved, but what a GPU would copy is a copy.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marked = 0
+
+    def __enter__(self) -> HostTensors:
+        def read(make: Any) -> Any:  # torch asks no mode about these
+            return lambda *args, **kwargs: mark_host(make(*args, **kwargs))
+
+        self._made = torch.from_numpy, torch.frombuffer
+        torch.from_numpy, torch.frombuffer = map(read, self._made)  # type: ignore[assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc_details: Any) -> None:
+        super().__exit__(*exc_details)
+        torch.from_numpy, torch.frombuffer = self._made  # type: ignore[assignment]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if _in_kernel():
+            return func(*args, **kwargs)
+        if name == "__get__" and func == torch.Tensor.device.__get__:
+            return torch.device("cpu") if on_host(args[0]) else GPU
+        tensors = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        device = self._device(name, args, kwargs)
+        found = func(*args, **kwargs)
+        if isinstance(found, str):  # the name of a type, which the CPU's shim changes here and again
+            return found.replace("torch.cuda.", "torch.", 1)
+        if name == "__set__" and func == torch.Tensor.data.__set__:
+            setattr(args[0], MARK, on_host(args[1]))
+            return found
+        if device is not None:
+            there = device != GPU
+            if tensors and found is tensors[0]:
+                found = found if on_host(found) == there else found.clone()
+        elif tensors:
+            there = all(map(on_host, tensors))
+            mixes = name in _BESIDE_GPU or name.startswith("_foreach_")
+            if not there and not mixes and any(on_host(t) and t.dim() for t in tensors):
+                raise RuntimeError("Expected all tensors to be on the same device, but found at least two "
+                                   f"devices, cuda:0 and cpu! (in {resolve_name(func) or name})")
+        else:
+            there = name in _MAKERS
+        for made in tree_leaves(found):
+            if torch.is_tensor(made) and not any(made is t for t in tensors):
+                setattr(made, MARK, there)
+                self.marked += there
+        return found
+
+    @staticmethod
+    def _device(name: str, args: Any, kwargs: Any) -> torch.device | None:
+        """Return where a call puts its result, if it says so."""
+        if name == "cpu":
+            return torch.device("cpu")
+        said = kwargs.get("device")
+        if name == "to" and said is None and len(args) > 1 and isinstance(args[1], (str, torch.device)):
+            said = args[1]
+        return None if said is None else torch.device(said)
