@@ -427,7 +427,7 @@ def print_worst(before: list[BadLine], now: list[BadLine]) -> None:
     for old, new in ranked[:WORST]:
         print(f"  {old.command}")
         for name, one in (("before", old), ("now", new)):
-            said = " ".join(one.said.split())
+            said = " ".join(one.said.split()).replace(f"{Path(__file__).parents[1]}/", "")
             print(f"    {name}, exit {one.exit_code}{', traceback' if one.is_traceback else ''}, {len(said)} "
                   f"characters: {said if len(said) <= MOST_CHARS else f'{said[:MOST_CHARS]} ...'}")
 
