@@ -190,8 +190,8 @@ def test_no_rows_are_refused_by_the_permutation_and_given_back_by_its_inverse(te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_general_product_has_the_librarys_layouts(te: Any, dtype: torch.dtype) -> None:
     """What `RouterGatingLinearFunction` of megatron-core asks for: y = x W^T + b, dx = dy W, dW = dy^T x."""
-    weight, x = random(6, 4, dtype=dtype), random(5, 4, dtype=dtype).flip(0)
-    bias, d_out = random(6, dtype=torch.float32), random(5, 6, dtype=torch.float32)
+    weight, x = (values.bfloat16().to(dtype) for values in (random(6, 4), random(5, 4).flip(0)))
+    bias, d_out = random(6, dtype=torch.float32), random(5, 6).bfloat16().float()
     product = te.cpp.general_gemm
     te.counts.clear()
     torch.testing.assert_close(product(weight, x, torch.float32, layout="TN", bias=bias)[0],
@@ -203,6 +203,8 @@ def test_the_general_product_has_the_librarys_layouts(te: Any, dtype: torch.dtyp
     product(x.float(), d_out, torch.float32, layout="NT", grad=True, out=total, accumulate=True)
     torch.testing.assert_close(total, 1 + d_out.T @ x.float())
     assert te.counts == {("general", layout): 1 for layout in ("TN", "NN", "NT")}
+    one, little = torch.ones(1, 1), torch.tensor([[1 + 2.0 ** -10 + 2.0 ** -12]])
+    assert product(little, one, torch.float32)[0] == 1 + 2.0 ** -10, "TF32, the products of float32"
 
 
 def test_the_general_product_refuses_what_cublas_has_not(te: Any) -> None:
