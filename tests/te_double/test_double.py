@@ -508,6 +508,7 @@ def test_marks_of_the_host_follow_what_is_computed(te: Any) -> None:
                 "alike": torch.zeros_like(torch.zeros(3, device=gpu)),
                 "with a number": torch.zeros(3, device=gpu) + torch.tensor(2.0),
                 "chosen": torch.zeros(3, device=gpu)[torch.tensor([0, 2])]}
+        assert sent["sent"].to(gpu) is sent["sent"] is sent["sent"].to(sent["there"]), "what is there stays"
         sent["where another is"] = torch.zeros(3, device=sent["sent"].device)
         for mixed in (lambda: sent["there"] + made["read"], lambda: torch.cat([made["read"], sent["sent"]]),
                       lambda: torch.nn.functional.linear(sent["there"], made["computed"][None])):
