@@ -1,6 +1,6 @@
 """What each offered speed-up is worth by account, on the machines of two reports, and what is published.
 
-Usage: python benchmarks/plan_speedups.py > benchmarks/results/plan_speedups.txt
+Usage: python benchmarks/plan_speedups.py [RECIPE ...] > benchmarks/results/plan_speedups.txt
 
 Settings are added one after the other, and the fastest layout that fits is looked for each time.  Nothing ran
 on a GPU: figures are those of `megatron-sov plan`, whose parameters were fitted to published runs and not to
@@ -10,7 +10,7 @@ these models.  What overlap is worth in the account stands beside a published pa
 from __future__ import annotations
 
 import csv
-import os
+import sys
 from pathlib import Path
 
 from megatron_sov import recipes
@@ -29,7 +29,8 @@ SPEEDUPS = (
     ("8 bits", ["train.fp8={fp8}"]),
     ("bf16 gradients", ["gpu.grad_dtype=bf16"]),
     ("experts' messages hidden", [OVERLAP]),
-    ("HybridEP", ["parallel.expert_dispatcher=hybridep"]),
+    ("HybridEP in a node", ["parallel.expert_dispatcher=hybridep", "parallel.ep=8"]),
+    ("HybridEP at any size", []),
 )
 """What is added, in this order, to the fastest layout in bf16 with alltoall and float32 gradients."""
 RUNS = (("solar-open-102b", "b200", 60, "mxfp8"), ("k-exaone-236b", "h100", 64, "blockwise"))
@@ -63,13 +64,15 @@ def run(recipe: str, cluster: str, nodes: int, fp8: str) -> None:
     settings: list[str] = []
     for what, added in (("bf16, fastest layout", []), *SPEEDUPS):
         settings += [setting.format(fp8=fp8) for setting in added]
-        found = search(apply_settings(base, settings), of)
+        fixed = ["parallel.ep"] if what.endswith("in a node") else []
+        found = search(apply_settings(base, settings), of, fixed)
         if not found.best:
             rows.append([f"+ {what}", "fits nowhere", *[""] * 7])
             continue
         best = found.best[0]
         stage = found.sweeps[0].stage.with_config(best.choice.of(found.sweeps[0].stage.config))
-        rows.append(row(f"+ {what}" if added else what, name(best.choice), best.needs_bytes, of.step(stage)))
+        rows.append(row(f"+ {what}" if settings else what, name(best.choice), best.needs_bytes,
+                        of.step(stage)))
     print(text(QuoteTable(
         f"{recipe} on {nodes} x {where.profile.gpus_per_node} {of.chip.name}, phase 1, routers as they are",
         ["setting", "layout", "GiB", "step", "tokens/s/GPU", "TFLOP/s", "MFU", "exchange", "bubble"], rows)),
@@ -89,9 +92,9 @@ def pair() -> None:
 
 def main() -> None:
     """Print everything."""
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.0f} at the start\n")
     for one in RUNS:
-        run(*one)
+        if not sys.argv[1:] or one[0] in sys.argv[1:]:
+            run(*one)
     print(PUBLISHED, "\n")
     pair()
 

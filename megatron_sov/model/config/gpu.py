@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
 
 from megatron_sov.base.settings import NotNegative, SettingsProblem, Share, find_broken
 from megatron_sov.model.config.bounds import Steps
@@ -172,6 +174,9 @@ class GpuConfig:
     """Modules whose inputs wait in host memory between forward and backward pass."""
     shared_expert_overlap: Literal["on", "off"] = "off"
     """Compute shared experts while tokens travel to the routed ones."""
+    exchange_sms: Annotated[int, Ge(0), Le(256)] = 0
+    """Multiprocessors that the kernels of `parallel.expert_dispatcher` = deepep or hybridep take, an even
+    number; 0: the library's own (20 and 16 in 0.16.1)."""
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which a bf16 model's gradients are accumulated and summed over processes; bf16 halves memory
     and messages, and rounds at each addition."""
@@ -194,6 +199,9 @@ class GpuConfig:
     """First step of which process 0 writes a trace into RUN/profile; 0: none."""
     profile_last_step: Steps = 0
     """Last step of the trace."""
+    profiler: Literal["torch", "nsys"] = "torch"
+    """What watches these steps: torch's profiler, or NVIDIA's, with which you start the command
+    (`nsys profile --capture-range=cudaProfilerApi`); parts of each pass have names in its trace."""
     peak_tflops: NotNegative = 0.0
     """Peak of one GPU in dense TFLOP/s that MFU is counted against; 0: the known one of the GPU in bf16,
     also where products are in 8 or 4 bits."""
@@ -226,7 +234,8 @@ class GpuConfig:
              "names attn_proj without core_attn, whose output is attn_proj's input and stays for its own "
              "backward pass", "name both"),
             (first == last == 0 or 0 < first <= last, "profile_first_step",
-             f"and gpu.profile_last_step = {last} must be steps in order, both from 1 on, or both 0"))
+             f"and gpu.profile_last_step = {last} must be steps in order, both from 1 on, or both 0"),
+            (self.profiler == "torch" or first > 0, "profiler", "needs gpu.profile_first_step", "set it"))
         if dispatcher in ("deepep", "hybridep"):
             p += find_broken(
                 parallel, "parallel",
@@ -239,6 +248,9 @@ class GpuConfig:
             self, "gpu",
             (self.grad_dtype == "fp32" or train.precision == "bf16", "grad_dtype",
              f"needs train.precision = bf16, which is {train.precision}", "leave it out"),
+            (self.exchange_sms == 0 or dispatcher in ("deepep", "hybridep"), "exchange_sms",
+             f"is of deepep and hybridep, and parallel.expert_dispatcher = {dispatcher}", "leave it out"),
+            (self.exchange_sms % 2 == 0, "exchange_sms", "must be even", "add one"),
             (self.permute_fusion != "on" or experts, "permute_fusion",
              f"sorts tokens by expert, and model.num_experts = {model.num_experts}", "leave it out"),
             (self.rope_fusion != "on" or parallel.cp == 1, "rope_fusion",

@@ -93,6 +93,9 @@ class LoraConfig:
              "parallel.overlap_param_gather", "set it to false"),
             (gpu.shared_expert_overlap == "off", "rank", "cannot be with gpu.shared_expert_overlap = on, "
              "which computes shared experts in pieces", "set it to off"),
+            (parallel.expert_overlap == "none" and not parallel.delay_weight_grads, "rank",
+             "cannot be with parallel.expert_overlap, whose pieces of layers nobody has checked with frozen "
+             "weights", "leave it out"),
             (EMBEDDING not in adapted or parallel.pp == 1 or not model.num_mtp_layers, "targets",
              "names embed_tokens, with which the first pipeline stage embeds and, for the prediction layer, "
              f"the last (parallel.pp = {parallel.pp})", "set parallel.pp=1 or leave it out"),

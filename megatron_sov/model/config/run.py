@@ -258,17 +258,20 @@ class RunConfig:
 
 # The library's ways to be faster or smaller that no setting offers, and why: what is told to who asks.
 
-_GRAPHS = ("the library's CUDA graphs refuse packed rows, which all rows are here, and experts take as many "
-           "tokens as come; leave it out, and give the GPU more work for each launch by a larger "
-           "train.micro_batch_size")
-_WEIGHTS = ("checkpoints, exports and the replica checks read weights in bf16; leave it out: with train.fp8 "
-            "products take 8 bits all the same")
+_GRAPHS = ("the library's CUDA graphs refuse packed rows where they hold attention; where they hold routers "
+           "alone (moe_router, moe_preprocess) they drop the row's mask of padding, and what routers count "
+           "between replays would have to lie in fixed buffers, which is not built; leave it out, and give "
+           "the GPU more work for each launch by a larger train.micro_batch_size")
+_WEIGHTS = ("checkpoints, exports and the replica checks read and write weights in place, in bf16, and would "
+            "have to dequantise these, which is not built; leave it out: with train.fp8 products take 8 bits "
+            "all the same")
 
 NOT_OFFERED = {
     "cuda_graphs": _GRAPHS, "cuda_graph_impl": _GRAPHS, "cuda_graph_scope": _GRAPHS,
     "enable_cuda_graph": _GRAPHS, "external_cuda_graph": _GRAPHS,
     "fp8_weights": _WEIGHTS, "fp8_param": _WEIGHTS, "fp8_param_gather": _WEIGHTS,
     "reuse_grad_buf_for_mxfp8_param_ag": _WEIGHTS,
+    "cuda_graph_modules": _GRAPHS,  # as 0.19 calls the scope
 }
 """Last part of a setting's name -> why it does not exist, and what to do."""
 

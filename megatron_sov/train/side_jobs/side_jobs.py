@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_sov.base.artifacts import MANIFEST, disk_errors, read_manifest
 from megatron_sov.base.errors import warn
-from megatron_sov.engine.mcore.parallel.device import on_gpu
+from megatron_sov.engine.mcore.parallel.device import on_gpu, record_for_nsys
 from megatron_sov.model import families as models
 from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig
 from megatron_sov.runs.checkpoints import ADAPTER, CHECKPOINTS_OF_A_RUN, MODEL, latest, step_of
@@ -61,23 +61,35 @@ class Profiling:
     """Watches the steps that the settings name; of a run that goes on behind the first, what is left."""
 
     def __init__(self, config: GpuConfig, run: Path, is_main: bool) -> None:
-        self._steps = range(config.profile_first_step, config.profile_last_step + 1 if is_main else 0)
+        self._for_nsys = config.profiler == "nsys"
+        watches = is_main or self._for_nsys  # nsys itself knows which processes it was started with
+        self._steps = range(config.profile_first_step, config.profile_last_step + 1 if watches else 0)
         self._folder = run / FOLDER
         self._profile: profile | None = None
+        self._records = False
         self._began_at = 0
 
     def before_step(self, step: int) -> None:
-        if step in self._steps and step > 0 and self._profile is None:
+        if step not in self._steps or step == 0 or self._profile is not None or self._records:
+            return
+        if self._for_nsys:
+            self._records = True
+            record_for_nsys(on=True)
+        else:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu() else [])]
             self._profile, self._began_at = profile(activities=activities, record_shapes=True), step
             self._profile.start()
 
     def after_step(self, step: int) -> None:
         """Write the trace, if `step` was the last one to be watched."""
-        if self._profile is not None and step >= self._steps[-1]:
+        if (self._profile is not None or self._records) and step >= self._steps[-1]:
             self._write(step)
 
     def _write(self, step: int) -> None:
+        if self._records:
+            self._records = False
+            record_for_nsys(on=False)
+            return
         assert self._profile is not None
         self._profile.stop()
         trace = self._folder / f"steps-{self._began_at}-{step}.json.gz"
@@ -90,7 +102,7 @@ class Profiling:
 
     def close(self, step: int) -> None:
         """Write what there is of a run that ends earlier."""
-        if self._profile is not None:
+        if self._profile is not None or self._records:
             self._write(step)
 
 

@@ -15,6 +15,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 Small = Callable[..., RunConfig]
 SELECTIVE = "train.recompute=selective gpu.recompute_modules="
 OFFLOAD = "train.precision=bf16 parallel.zero1=true gpu.optimizer_offload=0.5"
+PASSES = "parallel.ep=2 parallel.expert_overlap=micro_batches"
 DENSE = "model.num_experts=0 model.dense_ffn_dim=64"
 LATENT = ('model.num_kv_heads=4 model.latent_attention={"kv_lora_rank":32,"qk_nope_head_dim":8,'
           '"qk_rope_head_dim":8,"v_head_dim":8}')
@@ -187,8 +188,21 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     ("parallel.expert_dispatcher=deepep", 1, "parallel.expert_dispatcher"),
     ("parallel.expert_dispatcher=hybridep parallel.ep=2 train.precision=fp32", 2,
      "parallel.expert_dispatcher"),
+    (PASSES, 2, ""),
+    (PASSES.replace("micro_batches", "weight_gradients"), 2, ""),
+    (PASSES.replace("ep=2", "ep=1"), 1, "parallel.expert_overlap"),
+    (f"{PASSES} parallel.expert_dispatcher=allgather", 2, "parallel.expert_overlap"),
+    (f"{PASSES} parallel.pp=2", 4, "parallel.expert_overlap"),
+    (f"{PASSES} model.num_experts=2 model.num_experts_per_token=1", 2, "parallel.expert_overlap"),
+    (f"{PASSES} train.recompute=true", 2, "parallel.expert_overlap"),
+    (f'{PASSES} {SELECTIVE}["moe"]', 2, "parallel.expert_overlap"),
+    (f"{PASSES} gpu.shared_expert_overlap=on", 2, "parallel.expert_overlap"),
+    (f'{PASSES} gpu.offload_modules=["moe_act"]', 2, "parallel.expert_overlap"),
+    (f"{DENSE} parallel.expert_overlap=weight_gradients", 1, "parallel.expert_overlap"),
+    ("parallel.delay_weight_grads=true", 1, "parallel.delay_weight_grads"),
     ("gpu.pad_buckets=on", 1, "gpu.pad_buckets"),
     ("gpu.profile_first_step=3 gpu.profile_last_step=2", 1, "gpu.profile_first_step"),
+    ("gpu.profiler=nsys", 1, "gpu.profiler"),
     # what watches and measures
     ("guards.probe_every_steps=5 guards.attribute=true", 1, "guards.probe_every_steps guards.attribute"),
     ("guards.attribute=true guards.skip=false train.deterministic=true", 1, "guards.attribute"),
@@ -225,6 +239,7 @@ def test_a_rule_between_settings_is_told_by_its_key(settings: str, num_ranks: in
     ("tiny-qwen3", "parallel.zero1=true parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true",
      "lora.rank"),
     ("tiny-solar-open", "gpu.shared_expert_overlap=on", "lora.rank"),
+    ("tiny-solar-open", PASSES, "lora.rank"),
     ("tiny-solar-open", 'train.recompute=false gpu.offload_modules=["expert_fc1"]', "lora.targets"),
 ])
 def test_what_adapters_cannot_be_with_is_told_by_its_key(recipe: str, settings: str, key: str) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_sov.model.config import GpuConfig
+from megatron_sov.train.side_jobs import side_jobs
 from megatron_sov.train.side_jobs.side_jobs import FOLDER, Profiling
 
 STEPS_2_AND_3 = GpuConfig(profile_first_step=2, profile_last_step=3)
@@ -43,3 +45,19 @@ def test_a_trace_has_the_steps_that_are_set(steps: range, expected: dict[str, li
 
 def test_other_processes_write_none(tmp_path: Path) -> None:
     assert traced(tmp_path, range(1, 6), is_main=False) == {}
+
+
+@pytest.mark.parametrize(("steps", "expected"), [
+    (range(1, 6), ["2 on", "3 off"]), (range(1, 3), ["2 on", "2 off"]), (range(4, 6), [])])
+def test_nvidias_profiler_is_told_on_every_process(steps: range, expected: list[str], tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    told, step = list[str](), 0
+    monkeypatch.setattr(side_jobs, "record_for_nsys",
+                        lambda *, on: told.append(f"{step} {'on' if on else 'off'}"))
+    profiling = Profiling(replace(STEPS_2_AND_3, profiler="nsys"), tmp_path, is_main=False)
+    for step in steps:
+        profiling.before_step(step)
+        profiling.after_step(step)
+    profiling.close(step)
+    assert told == expected
+    assert not (tmp_path / FOLDER).exists()
