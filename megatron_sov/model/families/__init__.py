@@ -19,7 +19,8 @@ FAMILIES = {family.name: family for family in (
     GEMMA2, GEMMA3, GPT_OSS, DEEPSEEK_V3)}
 WITHOUT_LAYER = {
     "qwen3_next": "its gated delta net is a layer of Megatron-Core that refuses inference, and takes packed "
-                  "rows and context parallelism from 0.19 on, on GPUs alone; a Qwen3-MoE model (family 'qwen3_moe') can be converted"}
+                  "rows and context parallelism from 0.19 on, on GPUs alone; a Qwen3-MoE model (family "
+                  "'qwen3_moe') can be converted"}
 """Names that people ask for -> why no family has them: what the library's own layers cannot do yet."""
 
 
