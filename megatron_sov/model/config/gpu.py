@@ -137,6 +137,13 @@ def _attention_widths(model: ModelConfig, tp: int, cut: str) -> list[tuple[str, 
               for name, size in by_head.items())]
 
 
+def _heads_divide(model: ModelConfig, parallel: ParallelConfig) -> bool:
+    """Return whether processes that share a row can each take some heads of it, with their keys."""
+    heads, of_keys = model.num_heads // parallel.tp, model.num_kv_heads // parallel.tp
+    return (heads % parallel.cp == 0 and (of_keys % parallel.cp == 0 or parallel.cp % of_keys == 0)
+            and not model.attention_sinks and model.latent_attention is None)
+
+
 Switch = Literal["auto", "on", "off"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
 OffloadModule = Literal["qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
@@ -152,9 +159,10 @@ class GpuConfig:
 
     attention: Literal["auto", "fused", "flash", "unfused", "local"] = "auto"
     """Attention kernel: Transformer Engine's choice (auto), its cuDNN (fused), FlashAttention or plain torch
-    (unfused) one, or this framework's own (local), which serves anyway under context parallelism,
-    without Transformer Engine, and where products are capped (`model.attention_softcap`); under auto also
-    with `train.deterministic`, and where cuDNN trains no heads of that size."""
+    (unfused) one, or this framework's own (local). Under context parallelism auto is local, and a named one
+    gets whole rows of its share of the heads. Ours serves anyway without Transformer Engine, and where
+    products are capped (`model.attention_softcap`); under auto also with `train.deterministic`, and where
+    cuDNN trains no heads of that size."""
     rope_fusion: Switch = "auto"
     """Rotate queries and keys in one kernel."""
     router_fusion: Switch = "auto"
@@ -256,8 +264,9 @@ class GpuConfig:
             (self.rope_fusion != "on" or parallel.cp == 1, "rope_fusion",
              f"knows no rows that are cut as by parallel.cp = {parallel.cp}",
              "set gpu.rope_fusion to auto, or parallel.cp to 1"),
-            (parallel.cp == 1 or self.attention in ("auto", "local"), "attention",
-             f"cannot serve under parallel.cp = {parallel.cp}, where this framework's own attention does",
+            (parallel.cp == 1 or self.attention in ("auto", "local") or _heads_divide(model, parallel),
+             "attention", f"gives each process of parallel.cp = {parallel.cp} its share of the heads, which "
+             f"must divide those of parallel.tp = {parallel.tp}, without sinks or latent attention",
              "set gpu.attention to auto or local, or parallel.cp to 1"),
             (self.shared_expert_overlap == "off" or (experts and model.num_shared_experts > 0),
              "shared_expert_overlap", "needs a shared expert, and the model has none", "leave it out"),
