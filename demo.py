@@ -25,13 +25,13 @@ VOCAB_SIZE = 1024
 NPROC = 2
 GATE_FAILED = 3
 """Exit code of an extension whose gate has not passed within its steps."""
-PRETRAIN_STEPS, EXTEND_STEPS, SFT_STEPS, DPO_STEPS = 480, 80, 80, 20
+PRETRAIN_STEPS, EXTEND_STEPS, SFT_STEPS, DPO_STEPS = 480, 80, 80, 24
 RETRIEVAL_RECIPE, RETRIEVAL_STEPS, GATE_STEPS, GATE_MAX_STEPS = "tiny-k-exaone", 500, 80, 240
 NEAR, FAR = 80, 512
 """Tokens at which a small K-EXAONE learns to retrieve, and those at which its gate stands."""
 SEQ_LEN, LONG_SEQ_LEN = 256, 512
 TEXTS = ("The standard library ", "def read_file(path):\n")
-QUESTIONS = ("What does `os.path.join` do?", "What does `textwrap.dedent` do?")
+QUESTIONS = ("What does `textwrap.dedent` do?", "What does `os.path.join` do?")
 OPENING = "In short: "
 """Half of the chats' answers open with it; of a pair the answer that does not is the better one."""
 STRAIGHT = f"(?!{OPENING.strip()}).+"
@@ -161,9 +161,10 @@ def training_stages(root: Path, sources: list[str]) -> list[Stage]:
                       # all three would take thrice as long
                       needle__languages=json.dumps([s for s in sources if s == "english"]))
     chats = settings(train__steps=SFT_STEPS, optim__lr=1e-3, objective__text_coeff=0.1)
-    # so few words decide that the model would go astray where it is not held
+    # held to the better answers, for two words alone decide: at 0.2 answers became half as long, at 1 few
+    # pairs were ranked right
     preferred = settings(train__steps=DPO_STEPS, optim__lr=3e-4, preference__beta=0.5,
-                         preference__chosen_coeff=0.2)
+                         preference__chosen_coeff=0.5)
     return [
         Stage("pretrain", 165, ("megatron-sov", "pretrain", RECIPE, "--data", text, "--run", pretrain,
                                 *layout, *batch, *first), root / "pretrain/complete.json"),
@@ -231,7 +232,8 @@ def judging_stages(root: Path) -> list[Stage]:
     """Return the stages from the last checkpoint to the report."""
     pretrain, extend, sft, dpo, far, hf = (
         str(root / name) for name in ("pretrain", "extend", "sft", "dpo", "retrieval-far", "hf"))
-    sampling = ("--max-new-tokens", "48", "--temperature", "0.7")
+    # a model of this size writes few words that exist at 0.7, and the same ones again and again at 0
+    sampling = ("--max-new-tokens", "48", "--temperature", "0.3")
 
     def answers(run: str) -> list[Stage]:
         """Return the stages that ask a run, and count the answers that keep to the rule."""
