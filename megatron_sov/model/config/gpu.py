@@ -244,21 +244,11 @@ class GpuConfig:
             (first == last == 0 or 0 < first <= last, "profile_first_step",
              f"and gpu.profile_last_step = {last} must be steps in order, both from 1 on, or both 0"),
             (self.profiler == "torch" or first > 0, "profiler", "needs gpu.profile_first_step", "set it"))
-        if dispatcher in ("deepep", "hybridep"):
-            p += find_broken(
-                parallel, "parallel",
-                (parallel.ep * parallel.etp > 1, "expert_dispatcher", "needs parallel.ep x parallel.etp > 1, "
-                 "and nothing travels at 1", "use alltoall"),
-                (train.precision == "bf16", "expert_dispatcher",
-                 f"carries bf16 alone, and train.precision = {train.precision}", "use alltoall"))
-        return p + self._overlap_problems(parallel, train) + self._optimizer_problems(
+        return p + self._exchange_problems(parallel, train) + self._optimizer_problems(
             parallel, train, optim) + find_broken(
             self, "gpu",
             (self.grad_dtype == "fp32" or train.precision == "bf16", "grad_dtype",
              f"needs train.precision = bf16, which is {train.precision}", "leave it out"),
-            (self.exchange_sms == 0 or dispatcher in ("deepep", "hybridep"), "exchange_sms",
-             f"is of deepep and hybridep, and parallel.expert_dispatcher = {dispatcher}", "leave it out"),
-            (self.exchange_sms % 2 == 0, "exchange_sms", "must be even", "add one"),
             (self.permute_fusion != "on" or experts, "permute_fusion",
              f"sorts tokens by expert, and model.num_experts = {model.num_experts}", "leave it out"),
             (self.rope_fusion != "on" or parallel.cp == 1, "rope_fusion",
@@ -276,11 +266,26 @@ class GpuConfig:
             (self.pad_buckets == "off" or parallel.zero1, "pad_buckets",
              "needs parallel.zero1 = true, whose buckets it pads", "set it, or leave gpu.pad_buckets out"))
 
-    def _overlap_problems(self, parallel: ParallelConfig, train: TrainConfig) -> list[SettingsProblem]:
-        """Tell what does not go with layers that are cut where tokens travel."""
+    def _exchange_problems(self, parallel: ParallelConfig, train: TrainConfig) -> list[SettingsProblem]:
+        """Tell what does not go with kernels that carry tokens, and with layers that are cut where tokens
+        travel."""
+        dispatcher = parallel.expert_dispatcher
+        is_kernel = dispatcher in ("deepep", "hybridep")
+        p = find_broken(
+            self, "gpu",
+            (self.exchange_sms == 0 or is_kernel, "exchange_sms",
+             f"is of deepep and hybridep, and parallel.expert_dispatcher = {dispatcher}", "leave it out"),
+            (self.exchange_sms % 2 == 0, "exchange_sms", "must be even", "add one"))
+        if is_kernel:
+            p += find_broken(
+                parallel, "parallel",
+                (parallel.ep * parallel.etp > 1, "expert_dispatcher", "needs parallel.ep x parallel.etp > 1, "
+                 "and nothing travels at 1", "use alltoall"),
+                (train.precision == "bf16", "expert_dispatcher",
+                 f"carries bf16 alone, and train.precision = {train.precision}", "use alltoall"))
         if parallel.expert_overlap != "micro_batches":
-            return []
-        return find_broken(
+            return p
+        return p + find_broken(
             parallel, "parallel",
             (train.recompute is not True and "moe" not in self.recompute_modules, "expert_overlap",
              "cuts layers in pieces, and cannot be where train.recompute computes a whole one again",

@@ -185,8 +185,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         # one without an error
         "batch_p2p_comm": on_gpu() and parallel.vpp == 1, "overlap_p2p_comm": parallel.vpp > 1,
         # losses are sums divided once by global counts; must stand here before the model is wrapped
-        "calculate_per_token_loss": True,
-        "deterministic_mode": train.deterministic,
+        "calculate_per_token_loss": True, "deterministic_mode": train.deterministic,
         "masked_softmax_fusion": False, "bias_dropout_fusion": te and not model.linear_bias,
         "hetereogenous_dist_checkpoint": True, lanes.GRAPHS_OF: [],
         **transformer_settings(gpu, train, here),
