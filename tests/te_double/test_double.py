@@ -191,8 +191,8 @@ def test_no_rows_are_refused_by_the_permutation_and_given_back_by_its_inverse(te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_general_product_has_the_librarys_layouts(te: Any, dtype: torch.dtype) -> None:
     """What `RouterGatingLinearFunction` of megatron-core asks for: y = x W^T + b, dx = dy W, dW = dy^T x."""
-    weight, x = random(6, 4, dtype=dtype), random(5, 4, dtype=dtype).flip(0)
-    bias, d_out = random(6, dtype=torch.float32), random(5, 6, dtype=torch.float32)
+    weight, x = (values.bfloat16().to(dtype) for values in (random(6, 4), random(5, 4).flip(0)))
+    bias, d_out = random(6, dtype=torch.float32), random(5, 6).bfloat16().float()
     product = te.cpp.general_gemm
     te.counts.clear()
     torch.testing.assert_close(product(weight, x, torch.float32, layout="TN", bias=bias)[0],
@@ -204,6 +204,8 @@ def test_the_general_product_has_the_librarys_layouts(te: Any, dtype: torch.dtyp
     product(x.float(), d_out, torch.float32, layout="NT", grad=True, out=total, accumulate=True)
     torch.testing.assert_close(total, 1 + d_out.T @ x.float())
     assert te.counts == {("general", layout): 1 for layout in ("TN", "NN", "NT")}
+    one, little = torch.ones(1, 1), torch.tensor([[1 + 2.0 ** -10 + 2.0 ** -12]])
+    assert product(little, one, torch.float32)[0] == 1 + 2.0 ** -10, "TF32, the products of float32"
 
 
 def test_the_general_product_refuses_what_cublas_has_not(te: Any) -> None:
@@ -525,6 +527,7 @@ def test_marks_of_the_host_follow_what_is_computed(te: Any) -> None:
                 "alike": torch.zeros_like(torch.zeros(3, device=gpu)),
                 "with a number": torch.zeros(3, device=gpu) + torch.tensor(2.0),
                 "chosen": torch.zeros(3, device=gpu)[torch.tensor([0, 2])]}
+        assert sent["sent"].to(gpu) is sent["sent"] is sent["sent"].to(sent["there"]), "what is there stays"
         sent["where another is"] = torch.zeros(3, device=sent["sent"].device)
         for mixed in (lambda: sent["there"] + made["read"], lambda: torch.cat([made["read"], sent["sent"]]),
                       lambda: torch.nn.functional.linear(sent["there"], made["computed"][None])):
