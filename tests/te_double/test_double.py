@@ -7,7 +7,7 @@ import pickle
 import sys
 from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ import numpy
 import pytest
 import torch
 
+from megatron_sov.engine.mcore.model.attention import pack
 from megatron_sov.engine.mcore.model.gpu_settings import Here, own_attention_serves
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
@@ -445,6 +446,24 @@ def test_attention_chooses_anew_where_a_call_differs(te: Any) -> None:
     for longest in (9, 9, 16, 16, 9):
         attention(q, q, q, cu_seqlens_q=bound, cu_seqlens_kv=bound, max_seqlen_q=longest)
     assert te.backends.CHOSEN == {te.backends.FUSED: 3}
+
+
+def test_one_decision_about_attention_serves_rows_of_many_documents(te: Any) -> None:
+    """Documents without tokens at the end of a row change nothing but what the decision is made by."""
+    q = random(16, 4, 8, dtype=torch.bfloat16)
+    attention = te.pytorch.DotProductAttention(4, 8, attn_mask_type="padding_causal", qkv_format="thd")
+    te.backends.CHOSEN.clear()
+    for lengths in ((4, 4, 4, 3, 1), (4, 4, 4, 2, 1, 1), (4, 3, 3, 2, 2, 1, 1), (3, 3, 2, 2, 2, 2, 1, 1)):
+        bound = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        packed = pack(bound, max(lengths), 16, own=False)
+        out = attention(q, q, q, cu_seqlens_q=packed.cu_seqlens_q, cu_seqlens_kv=packed.cu_seqlens_kv,
+                        max_seqlen_q=packed.max_seqlen_q)
+        whole = [torch.nn.functional.scaled_dot_product_attention(*[x.transpose(0, 1).float()] * 3,
+                                                                  is_causal=True).transpose(0, 1)
+                 for x in q.split(lengths)]
+        torch.testing.assert_close(out.view(16, 4, 8).float(), torch.cat(whole), atol=0.02, rtol=0.02)
+        assert packed.bounds.equal(bound), "multi-token prediction asks where documents end"
+    assert te.backends.CHOSEN == {te.backends.FUSED: 1}
 
 
 def recommended_attention() -> dict[str, tuple[Any, str]]:
