@@ -108,7 +108,8 @@ def test_messages_beside_products_are_no_slower() -> None:
 
 
 def test_messages_of_experts_hide_behind_computation_and_no_longer_than_it_lasts() -> None:
-    inside, across = ((step_time(experts(ep=ep)), step_time(experts(ep=ep, overlap_ep=True))) for ep in (8, 64))
+    inside, across = ((step_time(experts(ep=ep)), step_time(experts(ep=ep, overlap_ep=True)))
+                      for ep in (8, 64))
     assert inside[1].ep_s == pytest.approx(default().ep_exposed_overlapped * inside[0].ep_s)
     plain, beside = across
     computed_s = plain.dense_s + plain.experts_s + plain.attention_s + plain.head_s + plain.memory_s
