@@ -64,7 +64,7 @@ def run(recipe: str, cluster: str, nodes: int, fp8: str) -> None:
     settings: list[str] = []
     for what, added in (("bf16, fastest layout", []), *SPEEDUPS):
         settings += [setting.format(fp8=fp8) for setting in added]
-        fixed = ["parallel.ep"] if what.endswith("in a node") else []
+        fixed = ["parallel.expert_overlap", *(["parallel.ep"] if what.endswith("in a node") else [])]
         found = search(apply_settings(base, settings), of, fixed)
         if not found.best:
             rows.append([f"+ {what}", "fits nowhere", *[""] * 7])
