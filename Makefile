@@ -75,6 +75,7 @@ browser:  ## install Chromium for the tests that open pages in a browser, where 
 	@tests/base/pages/install.sh
 
 test: style slurm browser  ## lint, and beside mypy all tests; three at a time on two cores, for many wait
+	-"$(PY)" tests/newest.py --releases
 	$(MAKE) -j 2 types suite
 
 # Tests in seven runs, so that no worker of pytest holds all libraries at once: whole commands and jobs of training, the layers under

@@ -1,7 +1,10 @@
 """What three programs say to 200 command lines that cannot work: exit code 2, no traceback, and at most two
 sentences on each problem.
 
-    python benchmarks/bad_inputs.py > benchmarks/results/bad_inputs.txt
+    python benchmarks/bad_inputs.py [--before CHECKOUT] > benchmarks/results/bad_inputs.txt
+
+CHECKOUT is an older tree of this repository, whose programs get the same lines: the 20 worst of its answers
+are printed beside those of now.
 
 A minute on one core; nothing is trained. Commands run in this process, one after the other, in a folder of
 small files: a tokenizer, token shards, and files that are damaged.
@@ -9,6 +12,7 @@ small files: a tokenizer, token shards, and files that are damaged.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -17,6 +21,7 @@ import os
 import platform
 import re
 import shlex
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -24,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
-MOST_SENTENCES, MOST_CHARS, SHOWN = 2, 240, 12
+MOST_SENTENCES, MOST_CHARS, SHOWN, WORST = 2, 240, 12, 20
 RECIPE = "tiny-solar-open"
 
 TOKENIZER = """
@@ -85,6 +90,9 @@ pack --tokenizer tok --input odd.jsonl --format chat --columns prompt --output x
 pack --tokenizer tok --input odd.jsonl --format chat --columns prompt=none,response=say --output x
 pack --tokenizer tok --input odd.jsonl --format chat --columns question=ask --output x
 pack --tokenizer tok --input kto.jsonl --format chat --output x
+pack --tokenizer tok --input odd.jsonl --format chat --columns prompt=ask,prompt=say --output x
+pack --tokenizer tok --input odd.jsonl --format chat --columns prompt=ask,response= --output x
+pack --tokenizer tok --input a.jsonl --columns text=body --output x
 pack --tokenizer tok --input a.jsonl --text-field body --output x
 pack --tokenizer tok --input a.jsonl --input a.jsonl --output x
 pack --tokenizer tok --input tokenizer=a.jsonl --output x
@@ -196,6 +204,21 @@ pretrain RECIPE --data shards --run x --config none.json
 pretrain --config broken.jsonl --data shards --run x
 pretrain --config object.json --data shards --run x
 pretrain RECIPE --data shards --run x train.steps=3
+pretrain --config broken.yaml --data shards --run x
+pretrain --config list.yaml --data shards --run x
+pretrain --config unknown.yaml --data shards --run x
+pretrain RECIPE --config unknown.yaml --data shards --run x
+pretrain --config steps.yaml --config object.json --data shards --run x
+pretrain RECIPE --config other.yaml --data shards --run x
+pretrain RECIPE --data =shards --run x
+pretrain RECIPE --data web= --run x
+pretrain RECIPE --data web=shards --data web=shards2 --run x
+pretrain RECIPE --data web=shards:0.3:0.7 --run x
+sft --from damaged --data shards --run x
+resume
+resume none
+resume shards
+resume damaged --set train.steps=4
 sft RECIPE --from none --data shards --run x
 sft RECIPE --data shards --run x
 sft RECIPE --from damaged --data shards --run x
@@ -212,6 +235,21 @@ dpo RECIPE
 train RECIPE
 """
 OTHERS = """
+chat
+chat none
+chat Qwen/Qwen3-8B
+chat shards --temperature 0
+chat damaged --temperature -1
+chat damaged --system
+chat http://127.0.0.1:9/v1
+watch
+watch a.jsonl
+watch none --http 99999999
+watch none --http somewhere
+watch none --every 0
+serve damaged damaged
+serve shards
+score --reward math --input a.jsonl --output x --run none
 convert
 convert to-hf
 convert to-hf none x
@@ -320,6 +358,8 @@ def write_files() -> None:
     Path("broken.yaml").write_text("name: [x\n")
     Path("list.yaml").write_text("- a\n- b\n")
     Path("unknown.yaml").write_text("name: x\nnothing: 1\nsources: []\n")
+    Path("steps.yaml").write_text("train:\n  steps: 3\n  stpes: 4\n")
+    Path("other.yaml").write_text("recipe: tiny-qwen3\n")
     Path("step.py").write_text("def f(row):\n    return row\n\n\nbroken = 1\n")
     Path("cut.gz").write_bytes(b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\x01")
     for name in ("empty.jsonl", "bad.parquet", "bad.arrow"):
@@ -351,7 +391,8 @@ def type_line(program: str, line: str) -> BadLine:
     return BadLine(f"{program} {line}", int(code or 0), said, is_traceback or "Traceback (most" in said)
 
 
-def main() -> int:
+def type_all() -> list[BadLine]:
+    """Run all command lines in a folder of their own."""
     lines = [(program, line.replace("RECIPE", RECIPE))
              for program, text in (("sov-tokenizer", TOKENIZER), ("sov-data", DATA),
                                    ("megatron-sov", TRAINING + OTHERS)) for line in text.split("\n") if line]
@@ -360,6 +401,39 @@ def main() -> int:
         write_files()
         found = [type_line(program, line) for program, line in lines]
         os.chdir("/")
+    return found
+
+
+def of_tree(tree: Path) -> list[BadLine]:
+    """Return what the programs of another tree make of the lines."""
+    done = subprocess.run([sys.executable, str(Path(__file__).resolve()), "--rows"], check=True, cwd=tree,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(tree.resolve())})
+    return [BadLine(**row) for row in json.loads(done.stdout.decode().rpartition("\n")[2])]
+
+
+def print_worst(before: list[BadLine], now: list[BadLine]) -> None:
+    """Print the worst answers of an older tree beside those of now."""
+    ranked = sorted(zip(before, now, strict=True), reverse=True, key=lambda pair: (
+        pair[0].is_traceback, pair[0].exit_code != 2, pair[0].num_sentences > MOST_SENTENCES,
+        len(pair[0].said)))
+    print(f"\nthe {WORST} worst of the older tree, and what is said now:")
+    for old, new in ranked[:WORST]:
+        print(f"  {old.command}")
+        for name, one in (("before", old), ("now", new)):
+            said = " ".join(one.said.split())
+            print(f"    {name}, exit {one.exit_code}{', traceback' if one.is_traceback else ''}, {len(said)} "
+                  f"characters: {said if len(said) <= MOST_CHARS else f'{said[:MOST_CHARS]} ...'}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--before", type=Path)
+    parser.add_argument("--rows", action="store_true", help="print the answers alone, as JSON")
+    args = parser.parse_args()
+    found = type_all()
+    if args.rows:
+        print(json.dumps([vars(one) for one in found]))
+        return 0
     faulty = [one for one in found if one.faults]
     lengths = sorted(len(one.said.strip()) for one in found)
     print(f"{platform.machine()}, Python {platform.python_version()}, one process\n")
@@ -377,6 +451,8 @@ def main() -> int:
     for one in sorted(found, key=lambda one: -len(one.said))[:SHOWN]:
         print(f"  {len(one.said.strip()):>4} characters, {one.num_sentences} sentences: {one.command}\n"
               f"       {one.said.strip()[:MOST_CHARS]}")
+    if args.before:
+        print_worst(of_tree(args.before), found)
     return 1 if faulty else 0
 
 

@@ -60,7 +60,7 @@ def test_each_chat_is_learned_from_once_and_a_rule_tells_the_better_answer(
 def test_every_command_is_one_that_its_program_knows(tmp_path: Path, sources: list[str]) -> None:
     stages = [demo.corpus_stage(tmp_path, None), *demo.data_stages(tmp_path, sources),
               *demo.training_stages(tmp_path, sources), *demo.retrieval_stages(tmp_path, sources),
-              *demo.judging_stages(tmp_path)]
+              *demo.judging_stages(tmp_path), *demo.report_stages(tmp_path, "What is it?")]
     assert len({stage.name for stage in stages}) == len(stages)
     for stage in stages:
         program, name, *rest = stage.command
@@ -72,3 +72,13 @@ def test_every_command_is_one_that_its_program_knows(tmp_path: Path, sources: li
                 apply_settings(recipes.get(args.recipe), args.settings)
         elif program != sys.executable:
             {"sov-data": sov_data, "sov-tokenizer": sov_tokenizer}[program]().parse_args([name, *rest])
+
+
+def test_the_answer_of_most_frequent_words_is_shown_first(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/chat.jsonl").write_text("return the value of an item " * demo.FREQUENT + "roup\n")
+    answers = {"a": "Return the roup of an item.", "b": "Return the value.",
+               "c": "Return the value of an item.", "d": "An item", "e": ""}
+    (tmp_path / "answers-dpo.jsonl").write_text("".join(
+        json.dumps({"prompt": prompt, "response": text}) + "\n" for prompt, text in answers.items()))
+    assert demo.readable_question(tmp_path) == "c"

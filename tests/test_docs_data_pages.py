@@ -78,6 +78,8 @@ def test_what_the_pages_show_runs(workplace: Path) -> None:
             arguments += [word for check in ("worst", "scalars", "reach", "scripts")
                           for word in ("--skip", check)]
         # the text here is too small for the page's vocabulary
+        if arguments == ["demo-corpus", "--output", "corpus"]:
+            shutil.rmtree("corpus")  # who reads this page first has none
         smaller = ["600" if a == "2048" else a for a in arguments]
         assert MAINS[name](smaller) == 0, (name, arguments)
     for snippet in blocks("tokenizer.md", "python"):

@@ -2,9 +2,12 @@
 
 Usage: python benchmarks/gpu/first_contact.py --out DIR [--parts installation,losses] [--dry] [--again]
 
-Each part is a process of its own with ten minutes of time; it leaves DIR/PART.json with its figures and PASS
-or FAIL.  A part that has passed is not run again (`--again` does).  `--dry` runs every part to its end on
-the CPU, at the smallest sizes, with the tests' double in the place of Transformer Engine.
+Before the first part DIR/machine.json gets how quick the machine is; from it and from what a part does
+follows the part's budget of seconds.  Each part is a process of its own, which is ended with all that it
+started when the budget is spent.  It writes each figure into DIR/PART.json when it is measured, and at its
+end PASS or FAIL.  A part that has passed is not run again (`--again` does).  `--dry` runs every part to its
+end on the CPU, at the smallest sizes, with the tests' double in the place of Transformer Engine, and says
+under "not in a dry run" what is left for the GPU.
 
   installation  Transformer Engine imports and has the signatures that are counted on; `doctor` is content
   losses        tiny recipes on the GPU against the CPU; routers move; checkpoints go to the CPU and back
@@ -18,71 +21,178 @@ the CPU, at the smallest sizes, with the tests' double in the place of Transform
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
 import platform
+import signal
 import subprocess
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from setting import DOUBLE, ROOT, Failed, Setting
+from setting import DOUBLE, ROOT, Failed, Machine, Setting
 
 PARTS = ("installation", "losses", "attention", "fp8", "fp8_training", "big_rank", "transfers")
-TIME_LIMIT_S = 600
+MACHINE = "machine"
+"""The process that measures how quick the machine is, and its result."""
+MACHINE_BUDGET_S = 900
+"""In which it must be done: a first import of everything from a cold disk takes minutes."""
+RUNNING, ENDED_WITHIN_S = "RUNNING", 30
 
 
 def run_here(part: str, setting: Setting) -> None:
-    """Run a part in this process and write its result."""
-    start, problem, figures = time.monotonic(), "", {}
+    """Run a part in this process, and write its result after each figure."""
+    start, problem, figures = time.monotonic(), "", dict[str, Any]()
     if setting.dry:
         sys.path.insert(0, str(DOUBLE))
     try:
-        figures = importlib.import_module(f"part_{part}").measure(setting)
+        for name, value in importlib.import_module(f"part_{part}").measure(setting):
+            figures[name] = value
+            write(part, setting, RUNNING, figures, time.monotonic() - start)
     except Failed as e:
-        problem, figures = str(e), e.figures
+        problem = str(e)
     except Exception:  # whatever it is, the other parts are to run, and the result has to say it
         problem = traceback.format_exc()
-    write(part, setting, problem, figures, time.monotonic() - start)
+    write(part, setting, "FAIL" if problem else "PASS", figures, time.monotonic() - start, problem)
 
 
-def write(part: str, setting: Setting, problem: str, figures: dict[str, object], seconds: float) -> None:
-    """Write a part's result."""
-    result = {"part": part, "status": "FAIL" if problem else "PASS", "dry": setting.dry,
-              "seconds": round(seconds, 1), "device": device_name(setting), "problem": problem,
-              "figures": figures}
-    text = json.dumps(result, indent=1, default=str)
-    (setting.out / f"{part}.json").write_text(text + "\n", encoding="utf-8")
+def write(part: str, setting: Setting, status: str, figures: dict[str, Any], seconds: float,
+          problem: str = "") -> None:
+    """Write a part's result, whole or not at all."""
+    result = {"part": part, "status": status, "dry": setting.dry, "seconds": round(seconds, 1),
+              "device": device_name(setting), "problem": problem, "figures": figures}
+    file = setting.out / f"{part}.json"
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    new.rename(file)
 
 
 def device_name(setting: Setting) -> str:
     """Return what the figures were measured on."""
-    import torch
-
     if setting.dry:
         return f"CPU ({platform.machine()}), dry run"
+    import torch
+
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 
 
-def run_apart(part: str, setting: Setting, again: bool) -> dict[str, object]:
-    """Run a part in a process of its own, unless it has passed before; returns its result."""
+def measure_machine(setting: Setting, started_s: float) -> None:
+    """Write how quick this machine is, by a process that has just imported what training imports.
+
+    Args:
+        setting: whether it is a dry run.
+        started_s: Unix time at which this process was started.
+    """
+    if setting.dry:
+        sys.path.insert(0, str(DOUBLE))
+    sys.path.append(str(ROOT))
+    import torch
+    import transformer_engine.pytorch  # noqa: F401
+
+    from megatron_sov.engine.mcore.parallel import cpu_shims
+
+    cpu_shims.prepare_megatron()
+    from megatron_sov.train.stages import stage  # noqa: F401
+
+    def rate(device: str, dtype: torch.dtype, size: int) -> float:
+        a = torch.ones(size, size, device=device, dtype=dtype)
+        times_s = []
+        for _ in range(3):
+            begin_s = time.monotonic()
+            float((a @ a)[0, 0])  # waits for the device
+            times_s.append(time.monotonic() - begin_s)
+        return 2 * size ** 3 / min(times_s)
+
+    on_host = rate("cpu", torch.float32, 1024)
+    on_device = on_host if setting.dry else rate("cuda", torch.bfloat16, 8192)
+    machine = Machine(time.time() - started_s, on_device, on_host)
+    (setting.out / f"{MACHINE}.json").write_text(json.dumps(asdict(machine)) + "\n", encoding="utf-8")
+
+
+def machine_of(setting: Setting) -> Machine:
+    """Return how quick this machine is, as measured now."""
+    file = setting.out / f"{MACHINE}.json"
+    file.unlink(missing_ok=True)
+    code, _ = run_process(MACHINE, setting, MACHINE_BUDGET_S)
+    if not file.is_file():
+        sys.exit(f"the machine could not be measured within {MACHINE_BUDGET_S} s (exit code {code}): "
+                 "importing torch, Transformer Engine and megatron_sov and multiplying matrices; see above")
+    return Machine(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def run_process(part: str, setting: Setting, budget_s: float) -> tuple[int | None, float]:
+    """Run a part in a process of its own to its end; returns its exit code, None where its budget was spent,
+    and its seconds.  All that it started has then ended, too, and left the GPU."""
+    words = [sys.executable, "-W", "ignore", __file__, "--out", str(setting.out), "--in-process", part,
+             "--started", str(time.time()), *["--dry"] * setting.dry]
+    start_s = time.monotonic()
+    with subprocess.Popen(words, cwd=ROOT, start_new_session=True) as process:
+        try:
+            code: int | None = process.wait(budget_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:  # also for Ctrl-C, which a terminal sends to this process alone
+            end_group(process.pid)
+    return code, time.monotonic() - start_s
+
+
+def end_group(group: int) -> None:
+    """Kill the processes of a group and wait for their end: memory of a GPU is free after that only."""
+    deadline_s = time.monotonic() + ENDED_WITHIN_S
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says so of zombies
+        while time.monotonic() < deadline_s:
+            os.killpg(group, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(group, os.WNOHANG)
+            time.sleep(0.02)
+
+
+def run_apart(part: str, setting: Setting, budget_s: float) -> dict[str, Any]:
+    """Run a part in a process of its own and return its result."""
     file = setting.out / f"{part}.json"
-    if file.is_file() and not again:
+    file.unlink(missing_ok=True)
+    code, seconds = run_process(part, setting, budget_s)
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if code or found.get("status", RUNNING) == RUNNING:  # what it has measured stays
+        problem = (f"not done within {budget_s:.0f} s" if code is None
+                   else f"its process ended with exit code {code}")
+        write(part, setting, "FAIL", found.get("figures", {}), seconds, problem)
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def passed_before(part: str, setting: Setting) -> dict[str, Any] | None:
+    """Return the result of a part that has passed before; None: it has not."""
+    file = setting.out / f"{part}.json"
+    if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         if before["status"] == "PASS" and before["dry"] == setting.dry:
-            return {**before, "kept": True}
-    file.unlink(missing_ok=True)
-    words = [sys.executable, __file__, "--out", str(setting.out), "--in-process", part]
-    try:
-        code = subprocess.run(words + ["--dry"] * setting.dry, check=False, timeout=TIME_LIMIT_S,
-                              cwd=ROOT).returncode
-        problem = f"its process ended with exit code {code}"
-    except subprocess.TimeoutExpired:
-        problem = f"not done within {TIME_LIMIT_S} s"
-    if not file.is_file():
-        write(part, setting, problem, {}, TIME_LIMIT_S if "within" in problem else 0)
-    return dict(json.loads(file.read_text(encoding="utf-8")))
+            return dict(before)
+    return None
+
+
+def run_parts(parts: list[str], setting: Setting, again: bool) -> int:
+    """Run parts and print how they ended; returns how many have failed."""
+    failed, machine = 0, None
+    for part in parts:
+        result = None if again else passed_before(part, setting)
+        note = "kept"
+        if result is None:
+            machine = machine or machine_of(setting)
+            budget_s = importlib.import_module(f"part_{part}").cost(setting).budget_s(machine)
+            result = run_apart(part, setting, budget_s)
+            note = f"{result['seconds']} s of {budget_s:.0f}"
+        failed += result["status"] != "PASS"
+        print(f"{result['status']}  {part:<13} {note}", flush=True)
+        if result["problem"]:
+            print("      " + str(result["problem"]).strip().splitlines()[-1], flush=True)
+        for left_out in result["figures"].get("not in a dry run", []):
+            print(f"      not in a dry run: {left_out}", flush=True)
+    return failed
 
 
 def main() -> None:
@@ -92,25 +202,23 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--dry", action="store_true", help="on the CPU, with the double")
     parser.add_argument("--again", action="store_true", help="also parts that have passed")
-    parser.add_argument("--in-process", metavar="PART", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--in-process", metavar="PART", choices=(*PARTS, MACHINE),
+                        help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     setting = Setting(args.out.resolve(), args.dry)
+    if args.in_process == MACHINE:
+        measure_machine(setting, args.started)
+        return
     if args.in_process:
         run_here(args.in_process, setting)
         return
     parts = args.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: {', '.join(sorted(unknown))}: unknown; there are {', '.join(PARTS)}")
-    failed = 0
-    for part in parts:
-        result = run_apart(part, setting, args.again)
-        failed += result["status"] != "PASS"
-        note = "kept" if result.get("kept") else f"{result['seconds']} s"
-        print(f"{result['status']}  {part:<13} {note}", flush=True)
-        if result["problem"]:
-            print("      " + str(result["problem"]).strip().splitlines()[-1], flush=True)
-    sys.exit(bool(failed))
+    sys.path.append(str(ROOT))  # what parts cost is reckoned from recipes
+    sys.exit(bool(run_parts(parts, setting, args.again)))
 
 
 if __name__ == "__main__":

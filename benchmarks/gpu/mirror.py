@@ -5,15 +5,17 @@ of tokens brings as many as it took, a sum of gradients is the own part times th
 gathered weight keeps the values it had.  So a rank of a model that no single machine holds can be built,
 run and timed at its own sizes; time on the wires is what is missing.
 
-Groups are torch's `fake` ones, whose collectives return at once and leave their outputs as they were; the
-functions below are put in the place of torch's own and fill the outputs.  Call `install` before
-megatron-core is imported: it binds some of them while it is imported.
+Groups are torch's `fake` ones, which talk to nobody; the functions below are put in the place of torch's own
+and fill the outputs.  Nothing else happens: torch's fake gather would copy a part of a buffer over all other
+parts.  Call `install` before megatron-core is imported: it binds some of them while it is imported.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,18 +33,35 @@ def install(rank: int, num_ranks: int) -> None:
             (("reduce_scatter_tensor", "_reduce_scatter_base"), _reduce_scatter),
             (("all_to_all_single",), _all_to_all)):
         for name in names:
-            setattr(dist, name, _filling(getattr(dist, name), fill))
+            setattr(dist, name, _filling(fill))
+    dist.__dict__["_coalescing_manager"] = _together
 
 
-def _filling(collective: Callable[..., Any], fill: Callable[..., None]) -> Callable[..., Any]:
-    """Return the collective, which fills its output as well."""
+class _Filled:
+    """Stands for a message that has come."""
 
-    @functools.wraps(collective)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        work = collective(*args, **kwargs)
+    def wait(self, timeout: Any = None) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _together(*args: Any, **kwargs: Any) -> Iterator[_Filled]:
+    """Stand for torch's context of messages that go at once."""
+    yield _Filled()
+
+
+def _filling(fill: Callable[..., None]) -> Callable[..., _Filled | None]:
+    """Return a collective that does no more than to fill its output."""
+    signature = inspect.signature(fill)
+
+    @functools.wraps(fill)
+    def call(*args: Any, **kwargs: Any) -> _Filled | None:
         with torch.no_grad():
             fill(*args, **kwargs)
-        return work
+        return _Filled() if signature.bind(*args, **kwargs).arguments.get("async_op") else None
 
     return call
 
@@ -72,10 +91,13 @@ def _reduce_scatter(output: torch.Tensor, input: torch.Tensor, op: Any = dist.Re
 def _all_to_all(output: torch.Tensor, input: torch.Tensor, output_split_sizes: list[int] | None = None,
                 input_split_sizes: list[int] | None = None, group: Any = None,
                 async_op: bool = False) -> None:
-    """Fill with what is sent to this very rank, over and over: each mirror image sends it that."""
+    """Fill with what is sent to this very rank, over and over: each mirror image sends it that.  Where that
+    is nothing, zeros come."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     parts = (input.chunk(size) if input_split_sizes is None
              else input.split([int(n) for n in input_split_sizes]))
     mine = parts[rank]
     repeats = -(-len(output) // max(len(mine), 1))
-    output.copy_(mine.repeat(repeats, *[1] * (input.dim() - 1))[:len(output)] if len(mine) else output)
+    output.zero_()
+    if len(mine):
+        output.copy_(mine.repeat(repeats, *[1] * (input.dim() - 1))[:len(output)])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from quantizers.products import product
-from setting import Failed, Setting, largest, relative
+from setting import Cost, Figures, Setting, fail_on, relative
 
 RECIPES = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling",
            "mxfp8": "MXFP8BlockScaling", "nvfp4": "NVFP4BlockScaling"}
@@ -14,6 +12,10 @@ RECIPES = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScalin
 LIMIT = 5e-3
 """Largest relative difference of a product from its emulation: both round to bf16 in the end.  nvfp4 draws
 other random numbers than its emulation, and is only shown."""
+FAST_LIMIT = 2e-2
+"""The same, where sums are not promoted: Hopper adds up products in 8 bits with some 14 bits, and
+`Float8CurrentScaling` asks for no more in the forward product (`use_split_accumulator=False`).  DeepSeek-V3
+(arXiv 2412.19437, section 3.3.2) saw errors of up to 2 % at 4,096 summands; here are 1,024."""
 DRY_LIMIT = 0.1
 """Of a dry run, whose double multiplies in bf16: what is apart is all of the quantisation."""
 
@@ -47,19 +49,39 @@ def products(setting: Setting, fp8: str) -> dict[str, float]:
     return {name: relative(found, expected) for name, (found, expected) in emulated.items()}
 
 
-def measure(setting: Setting) -> dict[str, Any]:
-    """Return what there is of each recipe.
+def limit(setting: Setting, fp8: str, product: str) -> float:
+    """Return how far a product may be from its emulation on this chip."""
+    if setting.dry:
+        return DRY_LIMIT
+    fast = fp8 == "tensorwise" and product == "fprop" and torch.cuda.get_device_capability()[0] == 9
+    return FAST_LIMIT if fast else LIMIT
+
+
+def cost(setting: Setting) -> Cost:
+    """Return what the part does: three products of each recipe, and their emulation."""
+    return Cost(steps=6 * len(RECIPES))
+
+
+def measure(setting: Setting) -> Figures:
+    """Yield what there is of each recipe.
 
     Raises:
         Failed: a product is not its emulation's.
     """
-    figures: dict[str, Any] = {}
+    problems = []
     for fp8, reason in available(setting).items():
         if reason:
-            figures[fp8] = f"not on this chip: {reason}"
+            yield fp8, f"not on this chip: {reason}"
             continue
-        errors = products(setting, fp8)
-        figures[fp8] = {"products": errors}
-        if fp8 != "nvfp4" and not largest(errors.values()) <= (DRY_LIMIT if setting.dry else LIMIT):
-            raise Failed(f"{fp8}: products differ from their emulation: {errors}", **figures)
-    return figures
+        try:
+            errors = products(setting, fp8)
+        except Exception as e:  # the other recipes are to be tried as well
+            problems.append(f"{fp8}: {type(e).__name__}: {str(e)[:500]}")
+            continue
+        yield fp8, {"products": errors}
+        far = {name: error for name, error in errors.items() if not error <= limit(setting, fp8, name)}
+        if far and fp8 != "nvfp4":
+            problems.append(f"{fp8}: products differ from their emulation: {far}")
+    if setting.dry:
+        yield "not in a dry run", ["products in 8 bits: the double's are bf16's"]
+    fail_on(problems)

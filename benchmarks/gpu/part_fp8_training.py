@@ -1,15 +1,14 @@
-"""The recipes of `train.fp8`: training against bf16, and resuming."""
+"""The recipes of `train.fp8`: training against bf16, and resuming, in two processes."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from part_fp8 import available
-from part_losses import as_after, train
-from setting import Failed, Setting
+from part_fp8 import RECIPES, available
+from part_losses import COMMON, as_after, data, training
+from setting import Cost, Figures, Setting, fail_on, losses, training_flops
 
-DRY_RECIPE = "blockwise"
-"""The one that a dry run trains with; its products are the double's, in bf16."""
 LOSS_LIMIT = 1e-2
 MODEL = ("model.hidden_size=1024", "model.num_layers=8", "model.num_heads=16", "model.num_kv_heads=4",
          "model.head_dim=64", "model.num_experts=16", "model.num_experts_per_token=2",
@@ -18,42 +17,67 @@ MODEL = ("model.hidden_size=1024", "model.num_layers=8", "model.num_heads=16", "
 TINY = ('data.phases=[{"name": "main", "seq_len": 256}]', "model.num_layers=2")
 
 
-def training(setting: Setting, fp8: str) -> dict[str, Any]:
-    """Return the last losses of a recipe and of bf16, and whether a resumed run has the same ones.
+BF16 = "bf16"
 
-    Raises:
-        Failed: they are further apart than the limit, or a resumed run differs.
-    """
-    sizes, steps = (TINY, 4) if setting.dry else (MODEL, 50)
-    common = (*sizes, "train.precision=bf16", f"train.checkpoint_every_steps={steps // 2}")
-    bf16 = train(setting, "tiny-solar-open", setting.work / "fp8-none", steps, *common, resume=True)
-    run = setting.work / f"fp8-{fp8}"
-    whole = train(setting, "tiny-solar-open", run, steps, *common, f"train.fp8={fp8}",
-                  "train.deterministic=true")
-    again = as_after(run, steps // 2, setting.work / f"fp8-{fp8}-resumed")
-    resumed = train(setting, "tiny-solar-open", again, steps, *common, f"train.fp8={fp8}",
-                    "train.deterministic=true", resume=True)
-    last = max(1, steps // 10)
+
+def num_steps(setting: Setting) -> int:
+    """Return the steps of a run."""
+    return 4 if setting.dry else 50
+
+
+def cost(setting: Setting) -> Cost:
+    """Return what the part does with four recipes: training, and its second half again."""
+    steps = num_steps(setting)
+    runs = 1 + 1.5 * len(RECIPES)
+    flops = training_flops("tiny-solar-open", (*COMMON, *(TINY if setting.dry else MODEL)), steps)
+    return Cost(starts=2, steps=int(steps * runs), flops=runs * flops,
+                cpu_flops=runs * flops if setting.dry else 0)
+
+
+def compare(fp8: str, whole: list[float], bf16: list[float],
+            resumed: list[float]) -> tuple[dict[str, Any], list[str]]:
+    """Return the last losses of a recipe and of bf16, and whether a resumed run has the same ones; and what
+    is wrong with them."""
+    last = max(1, len(whole) // 10)
     apart = sum(whole[-last:]) / sum(bf16[-last:]) - 1
-    figures = {"last loss": whole[-1], "of bf16": bf16[-1], "apart": apart,
-               "resumed the same": resumed == whole}
+    problems = []
     if not abs(apart) <= LOSS_LIMIT and fp8 != "nvfp4":
-        raise Failed(f"{fp8}: the loss is {apart:+.1%} from bf16's", **figures)
+        problems.append(f"{fp8}: the loss is {apart:+.1%} from bf16's")
     if resumed != whole:
-        raise Failed(f"{fp8}: a resumed run has other losses", **figures)
-    return figures
+        problems.append(f"{fp8}: a resumed run has other losses")
+    return {"last loss": whole[-1], "of bf16": bf16[-1], "apart": apart,
+            "resumed the same": resumed == whole}, problems
 
 
-def measure(setting: Setting) -> dict[str, Any]:
-    """Return what there is of each recipe that the chip has.
+def measure(setting: Setting) -> Figures:
+    """Yield what there is of each recipe that the chip has.
 
     Raises:
         Failed: training differs.
     """
-    figures: dict[str, Any] = {}
-    for fp8, reason in available(setting).items():
-        if reason:
-            figures[fp8] = f"not on this chip: {reason}"
-        elif not setting.dry or fp8 == DRY_RECIPE:
-            figures[fp8] = training(setting, fp8)
-    return figures
+    steps, reasons = num_steps(setting), available(setting)
+    yield from ((fp8, f"not on this chip: {reason}") for fp8, reason in reasons.items() if reason)
+    runs = {kind: setting.work / f"fp8-{kind}" for kind in (BF16, *(f for f in reasons if not reasons[f]))}
+    # the first run settles for its process that results repeat
+    common = (*(TINY if setting.dry else MODEL), "train.precision=bf16", "train.deterministic=true",
+              f"train.checkpoint_every_steps={steps // 2}")
+
+    def command(kind: str, run: Path, resume: bool) -> list[str | Path]:
+        return training(setting, "tiny-solar-open", run, steps, *common,
+                        *[f"train.fp8={kind}"] * (kind != BF16), resume=resume)
+
+    problems = [p for p in setting.commands(data(setting)[1], on_gpu=False) if p]  # none behind `losses`
+    ended = dict(zip(runs, setting.commands([command(k, run, False) for k, run in runs.items()]),
+                     strict=True))
+    for kind, problem in ended.items():
+        yield f"{kind}, losses", problem or losses(runs[kind])
+    problems += filter(None, ended.values())
+    whole = [k for k, problem in ended.items() if not problem and k != BF16 and not ended[BF16]]
+    again = [as_after(runs[k], steps // 2, setting.work / f"fp8-{k}-resumed") for k in whole]
+    resumed = setting.commands([command(k, run, True) for k, run in zip(whole, again, strict=True)])
+    for kind, run, problem in zip(whole, again, resumed, strict=True):
+        found, wrong = ({}, [problem]) if problem else compare(kind, losses(runs[kind]), losses(runs[BF16]),
+                                                               losses(run))
+        yield kind, found
+        problems += wrong
+    fail_on(problems)

@@ -4,12 +4,19 @@ content."""
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
+import sys
 from typing import Any
 
 import torch
-from setting import DOUBLE, Failed, Setting
+from setting import ROOT, Cost, Failed, Figures, Setting
+
+sys.path.append(str(ROOT))
+from megatron_sov.operate import contract
+
+LIBRARY = "transformer_engine"
+OF_A_DOUBLE = (" is gone", " says extension")
+"""How differences end that a double may have: a name that nothing here needs, or Python in place of C++."""
 
 
 def versions(setting: Setting) -> dict[str, str]:
@@ -41,61 +48,31 @@ def imported(name: str) -> Any:
     return None
 
 
-def parameters(function: Any) -> list[str] | None:
-    """Return the names of a function's parameters; None where it tells none (compiled code)."""
-    try:
-        return list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return None
+def absent(symbols: dict[str, Any]) -> list[str]:
+    """Return the names of the contract that do not import here."""
+    return [name for name, shape in symbols.items() if shape is not None and imported(name) is None]
 
 
-def names_of(signature: str) -> list[str]:
-    """Return the parameters' names in a signature of the contract, such as "(self, inp, *, x=None)"."""
-    depth, names, current = 0, [], ""
-    for character in signature.strip()[1:-1] + ",":
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and not depth:
-            names.append(current.partition("=")[0].strip().lstrip("*"))
-            current = ""
-        else:
-            current += character
-    return [name for name in names if name and name != "/"]
+def cost(setting: Setting) -> Cost:
+    """Return what the part does: `doctor` starts a process of its own, too."""
+    return Cost(starts=2, steps=1)
 
 
-def differences(contract: dict[str, Any]) -> list[str]:
-    """Return where the imported library has another shape than the contract says."""
-    found = []
-    for name, shape in contract.items():
-        here = imported(name)
-        if shape is None or shape == "extension":
-            continue
-        if here is None:
-            found.append(f"{name}: is not there")
-        elif isinstance(shape, str):
-            if (has := parameters(here)) is not None and has != names_of(shape):
-                found.append(f"{name}: has {has}, the contract {names_of(shape)}")
-        else:
-            for method, signature in shape.items():
-                has = parameters(inspect.getattr_static(here, method, None)) if isinstance(
-                    signature, str) else None
-                if has is not None and has != names_of(signature):
-                    found.append(f"{name}.{method}: has {has}, the contract {names_of(signature)}")
-    return found
-
-
-def measure(setting: Setting) -> dict[str, Any]:
-    """Return versions, and how many signatures agree.
+def measure(setting: Setting) -> Figures:
+    """Yield versions, where signatures differ, and what `doctor` says.
 
     Raises:
         Failed: a signature differs, or `doctor` finds that training cannot work.
     """
-    contract = json.loads((DOUBLE / "contract.json").read_text(encoding="utf-8"))
-    symbols = contract["transformer_engine"]["symbols"]
-    figures: dict[str, Any] = {"versions": versions(setting), "symbols": len(symbols)}
-    if not setting.dry:  # the double has no more than it needs, which the tests hold to the contract
-        figures["differences"] = differences(symbols)
-        if figures["differences"]:
-            raise Failed(f"{len(figures['differences'])} signatures are not the contract's, the first: "
-                         f"{figures['differences'][0]}", **figures)
-    figures["doctor"] = setting.command("megatron-sov", "doctor", on_gpu=not setting.dry).splitlines()
-    return figures
+    yield "versions", versions(setting)
+    symbols = json.loads(contract.CONTRACT.read_text(encoding="utf-8"))[LIBRARY]["symbols"]
+    yield "symbols", len(symbols)
+    sources = contract.installed(LIBRARY)
+    assert sources is not None
+    yield "differences", (found := list(contract.differences(symbols, sources)))
+    yield "do not import", (lacking := absent(symbols))
+    if setting.dry:  # the double has no more than it needs
+        found, lacking = [d for d in found if not d.endswith(OF_A_DOUBLE)], []
+    if wrong := [*found, *(f"{name}: does not import" for name in lacking)]:
+        raise Failed(f"{len(wrong)} names are not the contract's, the first: {wrong[0]}")
+    yield "doctor", setting.command("megatron-sov", "doctor", on_gpu=not setting.dry).splitlines()

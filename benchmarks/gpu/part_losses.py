@@ -1,16 +1,20 @@
-"""Tiny recipes on the GPU against the same runs on the CPU."""
+"""Tiny recipes on the GPU against the same runs on the CPU, in three processes: what the CPU trains, what the
+GPU trains, and the CPU again, on which a run ends that has begun there and gone on on the GPU."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import shutil
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from setting import Failed, Setting, largest, losses
+from setting import Cost, Figures, Setting, fail_on, largest, losses, training_flops
 
 RECIPES = ("tiny-solar-open", "tiny-k-exaone")
 WAYS = {"bf16": ("train.precision=bf16",),
@@ -30,32 +34,30 @@ SMALL = ("model.num_layers=2", "model.hidden_size=64", "model.num_experts=4", "t
 """Of a dry run, which has only to come to its end."""
 
 
-def data(setting: Setting) -> Path:
-    """Return token shards of a part of Python's own library."""
+def data(setting: Setting) -> tuple[Path, list[list[str | Path]]]:
+    """Return where token shards of a part of Python's own library are, and the commands that make them."""
     folder = setting.work / "data"
     if (folder / "manifest.json").is_file():
-        return folder
+        return folder, []
     texts, tokenizer = setting.work / "texts.jsonl", setting.work / "tokenizer"
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40 if setting.dry else 160]
     lines = (json.dumps({"text": f.read_text(encoding="utf-8", errors="replace")}) + "\n" for f in files)
     texts.write_text("".join(lines), encoding="utf-8")
-    setting.command("sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size", "512", "--input",
-                    texts, "--output", tokenizer, "--overwrite", on_gpu=False)
-    setting.command("sov-data", "pack", "--tokenizer", tokenizer, "--input", f"code={texts}", "--heldout",
-                    "0.1", "--output", folder, on_gpu=False)
-    return folder
+    return folder, [
+        ["sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size", "512", "--input", texts,
+         "--output", tokenizer, "--overwrite"],
+        ["sov-data", "pack", "--tokenizer", tokenizer, "--input", f"code={texts}", "--heldout", "0.1",
+         "--output", folder]]
 
 
-def train(setting: Setting, recipe: str, run: Path, steps: int, *settings: str, on_gpu: bool = True,
-          resume: bool = False) -> list[float]:
-    """Run a recipe, anew or where it stopped, and return its losses."""
+def training(setting: Setting, recipe: str, run: Path, steps: int, *settings: str,
+             resume: bool = False) -> list[str | Path]:
+    """Return the command that runs a recipe, anew or where it stopped."""
     if not resume:
         shutil.rmtree(run, ignore_errors=True)  # of a part that failed before
     words = [word for given in (*COMMON, f"train.steps={steps}", *settings) for word in ("--set", given)]
-    more = ["--resume"] if resume else []
-    setting.command("megatron-sov", "pretrain", recipe, "--data", data(setting), "--run", run, "--nproc", "1",
-                    *words, *more, on_gpu=on_gpu)
-    return losses(run)
+    return ["megatron-sov", "pretrain", recipe, "--data", data(setting)[0], "--run", run, "--nproc", "1",
+            *words, *["--resume"] * resume]
 
 
 def as_after(run: Path, step: int, copy: Path) -> Path:
@@ -77,51 +79,99 @@ def routers(run: Path, step: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def compare(setting: Setting, recipe: str, way: str, steps: int) -> dict[str, Any]:
-    """Return how far the GPU's losses are from the CPU's, and whether routers have learned.
+@dataclass(frozen=True)
+class Comparison:
+    """A recipe trained one way on the GPU and on the CPU, where `gpu.*` means nothing."""
+
+    recipe: str
+    way: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}, {self.way}"
+
+    def settings(self, setting: Setting, steps: int, *, on_gpu: bool) -> tuple[str, ...]:
+        """Return the settings of a run."""
+        given = (*SMALL * setting.dry, *WAYS[self.way], f"train.checkpoint_every_steps={steps // 2}")
+        return given if on_gpu else tuple(word for word in given if not word.startswith("gpu."))
+
+    def run(self, setting: Setting, steps: int, *, on_gpu: bool) -> Path:
+        """Return the folder of a run; ways that are one on the CPU share it."""
+        words = " ".join((self.recipe, *self.settings(setting, steps, on_gpu=on_gpu)))
+        digest = hashlib.sha256(words.encode()).hexdigest()[:12]
+        return setting.work / f"{self.recipe}-{'gpu' if on_gpu else 'cpu'}-{digest}"
+
+    def command(self, setting: Setting, steps: int, *, on_gpu: bool) -> list[str | Path]:
+        """Return the command of a run."""
+        return training(setting, self.recipe, self.run(setting, steps, on_gpu=on_gpu), steps,
+                        *self.settings(setting, steps, on_gpu=on_gpu))
+
+    def figures(self, setting: Setting, steps: int) -> tuple[dict[str, Any], list[str]]:
+        """Return how far the GPU's losses are from the CPU's, and what is wrong: they are further apart than
+        rounding explains, or a router stands still."""
+        gpu_run = self.run(setting, steps, on_gpu=True)
+        gpu, cpu = losses(gpu_run), losses(self.run(setting, steps, on_gpu=False))
+        worst = largest(abs(a - b) / abs(b) for a, b in zip(gpu, cpu, strict=True))
+        first, last = (routers(gpu_run, step) for step in (steps // 2, steps))
+        still = [n for n in first if torch.equal(first[n], last[n])]
+        problems = []
+        if not first or still:
+            problems.append(f"{self.name}: routers that do not learn: {still or 'none found'}")
+        if not worst <= LIMITS[self.way]:
+            problems.append(f"{self.name}: losses differ by {worst:.2e}, more than {LIMITS[self.way]:g}")
+        return {"worst relative difference": worst, "gpu": gpu, "cpu": cpu, "routers": len(first)}, problems
+
+
+def comparisons() -> list[Comparison]:
+    """Return all of them."""
+    return [Comparison(recipe, way) for recipe in RECIPES for way in WAYS]
+
+
+def num_steps(setting: Setting) -> int:
+    """Return the steps of a run."""
+    return 4 if setting.dry else 20
+
+
+def cost(setting: Setting) -> Cost:
+    """Return what the part does: each run on either device, and one that is half on each."""
+    steps, small = num_steps(setting), (*COMMON, *SMALL * setting.dry)
+    flops = sum(training_flops(c.recipe, small, steps) for c in comparisons())
+    return Cost(starts=3, steps=2 * steps * len(comparisons()) + 3 * steps, flops=flops,
+                cpu_flops=2 * flops)
+
+
+def measure(setting: Setting) -> Figures:
+    """Yield the figures of all comparisons.
 
     Raises:
-        Failed: further than rounding explains, or a router stands still.
+        Failed: losses differ by more than rounding explains, or a command fails.
     """
-    name = f"{recipe}-{way.replace(' ', '-')}"
-    settings = (*SMALL * setting.dry, *WAYS[way], f"train.checkpoint_every_steps={steps // 2}")
-    gpu = train(setting, recipe, setting.work / f"{name}-gpu", steps, *settings)
-    plain = [word for word in settings if not word.startswith("gpu.")]
-    cpu = train(setting, recipe, setting.work / f"{name}-cpu", steps, *plain, on_gpu=False)
-    worst = largest(abs(a - b) / abs(b) for a, b in zip(gpu, cpu, strict=True))
-    first, last = (routers(setting.work / f"{name}-gpu", step) for step in (steps // 2, steps))
-    still = [n for n in first if torch.equal(first[n], last[n])]
-    figures = {"worst relative difference": worst, "gpu": gpu, "cpu": cpu, "routers": len(first)}
-    if not first or still:
-        raise Failed(f"{recipe}, {way}: routers that do not learn: {still or 'none found'}", **figures)
-    if not worst <= LIMITS[way]:
-        raise Failed(f"{recipe}, {way}: losses differ by {worst:.2e}, more than {LIMITS[way]:g}", **figures)
-    return figures
-
-
-def to_the_cpu_and_back(setting: Setting, steps: int) -> dict[str, Any]:
-    """Return how far a run that goes on on the CPU, then on the GPU again, is from one that stays.
-
-    Raises:
-        Failed: they differ by more than rounding explains.
-    """
-    way = (*SMALL * setting.dry, *WAYS["fp32"], f"train.checkpoint_every_steps={steps}")
-    run = setting.work / "staying"
-    staying = train(setting, RECIPES[0], run, 3 * steps, *way)
-    moved = as_after(run, steps, setting.work / "on-the-cpu")
-    train(setting, RECIPES[0], moved, 3 * steps, *way, on_gpu=False, resume=True)
-    back = as_after(moved, 2 * steps, setting.work / "and-back")
-    found = train(setting, RECIPES[0], back, 3 * steps, *way, resume=True)
-    worst = largest(abs(a - b) / abs(b) for a, b in zip(found, staying, strict=True))
-    if not worst <= LIMITS["fp32"]:
-        raise Failed(f"a run that moves differs from one that stays by {worst:.2e}")
-    return {"worst relative difference": worst}
-
-
-def measure(setting: Setting) -> dict[str, Any]:
-    """Return the figures of all comparisons."""
-    steps = 4 if setting.dry else 20
-    recipes, ways = (RECIPES[:1], ["fp32"]) if setting.dry else (RECIPES, list(WAYS))
-    figures: dict[str, Any] = {f"{recipe}, {way}": compare(setting, recipe, way, steps)
-                               for recipe in recipes for way in ways}
-    return figures | {"GPU, CPU, GPU": to_the_cpu_and_back(setting, steps // 2)}
+    steps, problems = num_steps(setting), []
+    part = steps // 2
+    way = (*SMALL * setting.dry, *WAYS["fp32"], f"train.checkpoint_every_steps={part}")
+    staying = setting.work / "staying"
+    alone = {c.run(setting, steps, on_gpu=False): c.command(setting, steps, on_gpu=False)
+             for c in comparisons()}
+    on_cpu = [*data(setting)[1], training(setting, RECIPES[0], staying, 3 * part, *way), *alone.values()]
+    problems += [problem for problem in setting.commands(on_cpu, on_gpu=False) if problem]
+    yield "runs on the CPU", len(on_cpu) - len(problems)
+    fail_on(problems)  # there is nothing to compare with
+    moved = as_after(staying, part, setting.work / "on-the-gpu")
+    on_gpu = [c.command(setting, steps, on_gpu=True) for c in comparisons()]
+    on_gpu.append(training(setting, RECIPES[0], moved, 3 * part, *way, resume=True))
+    for comparison, problem in zip([*comparisons(), None], setting.commands(on_gpu), strict=True):
+        problems += [problem] if problem else []
+        if comparison and not problem:
+            found, wrong = comparison.figures(setting, steps)
+            yield comparison.name, found
+            problems += wrong
+    if not problem:
+        back = as_after(moved, 2 * part, setting.work / "and-back")
+        [problem] = setting.commands([training(setting, RECIPES[0], back, 3 * part, *way, resume=True)],
+                                     on_gpu=False)
+        worst = math.inf if problem else largest(
+            abs(a - b) / abs(b) for a, b in zip(losses(back), losses(staying), strict=True))
+        yield "CPU, GPU, CPU", {"worst relative difference": worst}
+        if not worst <= LIMITS["fp32"]:
+            problems.append(problem or f"a run that moves differs from one that stays by {worst:.2e}")
+    fail_on(problems)

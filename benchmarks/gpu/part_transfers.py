@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from setting import Failed, Setting
+from setting import Cost, Failed, Figures, Setting
 
 from megatron_sov.engine.mcore.checkpoint.host_snapshot import Snapshot
 from megatron_sov.engine.mcore.model.local_shards import LocalShard
@@ -63,19 +63,30 @@ def collectives(setting: Setting) -> dict[str, Any]:
 
 def starts(setting: Setting) -> dict[str, Any]:
     """Return seconds that a tiny run of two steps takes, and one that goes on after the first."""
-    from part_losses import SMALL, as_after, train
+    from part_losses import SMALL, as_after, data, training
 
     run, found = setting.work / "start", {}
+    for problem in setting.commands(data(setting)[1], on_gpu=False):  # none behind `losses`
+        if problem:
+            raise Failed(problem)
     settings = (*SMALL * setting.dry, "train.checkpoint_every_steps=1")
     for name in ("a start and two steps, s", "a restart and one step, s"):
         start = time.monotonic()
-        train(setting, "tiny-solar-open", run, 2, *settings, resume="restart" in name)
+        setting.command(*training(setting, "tiny-solar-open", run, 2, *settings, resume="restart" in name))
         found[name] = time.monotonic() - start
         run = as_after(run, 1, setting.work / "restart") if "two" in name else run
     return found
 
 
-def measure(setting: Setting) -> dict[str, Any]:
-    """Return all figures."""
-    return {"python": sys.version.split()[0], **snapshot_rate(setting), **collectives(setting),
-            **starts(setting)}
+def cost(setting: Setting) -> Cost:
+    """Return what the part does: the host reads and writes each byte some times, as if it were a product."""
+    return Cost(starts=3, steps=4 + TIMES)
+
+
+def measure(setting: Setting) -> Figures:
+    """Yield all figures."""
+    yield "python", sys.version.split()[0]
+    for measured in (snapshot_rate, collectives, starts):
+        yield from measured(setting).items()
+    if setting.dry:
+        yield "not in a dry run", ["NCCL: gloo sums in its place", "commands run without the double"]

@@ -1,4 +1,5 @@
-"""What every part of the first contact has: where results go, whether it is a dry run, and commands."""
+"""What every part of the first contact has: where results go, whether it is a dry run, what it costs, and
+commands."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,70 @@ DOUBLE = ROOT / "tests/te_double"
 """Stands for Transformer Engine in a dry run."""
 
 
+Figures = Iterator[tuple[str, Any]]
+"""What a part's `measure` yields: name and value of each figure, as soon as it is measured."""
+
+
 class Failed(Exception):
     """A part has found that something is not as it must be."""
 
-    def __init__(self, problem: str, **figures: Any) -> None:
-        super().__init__(problem)
-        self.figures = figures
+
+def fail_on(problems: list[str]) -> None:
+    """Raise `Failed` where there are problems: a part goes on behind one, and ends with all of them."""
+    if problems:
+        raise Failed("; ".join(problems))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How quick a machine is, as `first_contact.py` measures it before the first part."""
+
+    start_s: float
+    """Seconds in which a process starts, imports what training imports, and has multiplied its first
+    matrices."""
+    flops_per_s: float
+    """Of a large product in bf16 on the device."""
+    cpu_flops_per_s: float
+    """Of a large product in fp32 on the host."""
+
+
+STEP_S = 1.0
+"""Of a training step beside its FLOPs: launches, what is compiled or searched at first, evaluations and
+checkpoints, whatever its size."""
+EFFICIENCY = 0.02
+"""Share of a large product's speed that small models reach."""
+MARGIN = 3.0
+"""A budget is so many times what is reckoned; one that is too short costs the whole part."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a part does, from which its budget follows."""
+
+    starts: int = 0
+    """Processes that it starts, beside its own."""
+    steps: int = 0
+    """Training steps and the like."""
+    flops: float = 0.0
+    """On the device."""
+    cpu_flops: float = 0.0
+    """On the host."""
+
+    def budget_s(self, machine: Machine) -> float:
+        """Return the seconds after which a part is ended."""
+        computing_s = self.flops / machine.flops_per_s + self.cpu_flops / machine.cpu_flops_per_s
+        return MARGIN * ((1 + self.starts) * machine.start_s + self.steps * STEP_S + computing_s / EFFICIENCY)
+
+
+def training_flops(recipe: str, settings: Iterable[str], steps: int) -> float:
+    """Return what so many steps of a recipe compute."""
+    from megatron_sov import recipes
+    from megatron_sov.model.config import apply_settings
+    from megatron_sov.model.families.count import train_flops_per_token
+
+    config = apply_settings(recipes.get(recipe), list(settings))
+    seq_len = config.data.phases[0].seq_len
+    return train_flops_per_token(config.model, seq_len) * seq_len * config.train.global_batch_size * steps
 
 
 @dataclass(frozen=True)
@@ -46,27 +105,47 @@ class Setting:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def command(self, *words: str | Path, on_gpu: bool = True, **environment: str) -> str:
-        """Run one of our commands, a program's name first, and return what it printed.
+    def command(self, *words: str | Path, on_gpu: bool = True) -> str:
+        """Run one of our commands as a user does, a program's name first, and return what it printed.
 
         Raises:
             Failed: its exit code is not 0.
         """
         module = {"megatron-sov": "megatron_sov", "sov-data": "data_prep.cli",
                   "sov-tokenizer": "tokenizer.cli"}[str(words[0])]
-        start = [sys.executable, "-W", "ignore", "-m", module]
-        if self.dry and on_gpu:
-            start = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("with_double.py"))]
-        paths = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-        env = {**os.environ, "PYTHONPATH": paths.rstrip(os.pathsep), **environment}
-        if not on_gpu:
-            env["CUDA_VISIBLE_DEVICES"] = ""
-        done = subprocess.run([*start, *map(str, words[1:])], env=env, capture_output=True, text=True,
-                              check=False)
+        done = subprocess.run([sys.executable, "-W", "ignore", "-m", module, *map(str, words[1:])],
+                              env=environment(on_gpu), capture_output=True, text=True, check=False)
         if done.returncode:
             raise Failed(f"{' '.join(map(str, words))}: exit code {done.returncode}: "
                          f"{done.stderr.strip()[-2000:]}")
         return done.stdout
+
+    def commands(self, commands: Sequence[Sequence[str | Path]], *, on_gpu: bool = True) -> Iterator[str]:
+        """Run our commands one after another in one process, a program's name first in each, and yield for
+        each "", or what was wrong, as soon as it has ended.  Behind one that fails a new process goes on."""
+        rest = [[str(word) for word in words] for words in commands]
+        double = ["--double"] if self.dry and on_gpu else []
+        while rest:
+            log = self.work / "commands.log"
+            call = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("commands.py")), *double,
+                    json.dumps(rest)]
+            with (log.open("w", encoding="utf-8") as errors,
+                  subprocess.Popen(call, env=environment(on_gpu), stdout=subprocess.PIPE, stderr=errors,
+                                   text=True) as process):
+                assert process.stdout is not None
+                code = 0
+                while rest and not code:
+                    line = process.stdout.readline().strip()
+                    code = int(line) if line else process.wait() or 1
+                    words, said = rest.pop(0), log.read_text(encoding="utf-8", errors="replace")
+                    yield f"{' '.join(words)}: exit code {code}: {said.strip()[-1000:]}" if code else ""
+
+
+def environment(on_gpu: bool) -> dict[str, str]:
+    """Return the environment of a command that finds this checkout, and a GPU or none."""
+    paths = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    hidden = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, "PYTHONPATH": paths.rstrip(os.pathsep), **hidden}
 
 
 def relative(found: Any, expected: Any) -> float:

@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 from data_prep.cli import main as sov_data
 from data_prep.synth.known import GENERATORS, generator_class
-from data_prep.synth.models import Served, serving
+from megatron_sov.work.endpoints.local_server import LocalServer, serving
 from megatron_sov.work.processes.pool import StopSignal
 
 ACTORS = Path(__file__).parent / "actors"
@@ -35,7 +35,7 @@ MEASURES = {"answers", "comparisons"}
 """Generators that keep what a model can do, be it nothing."""
 
 
-def row_of(name: str, served: Served, folder: Path) -> tuple[str, bool]:
+def row_of(name: str, served: LocalServer, folder: Path) -> tuple[str, bool]:
     """Return the line of one generator, and whether it came to its end and kept nothing."""
     folder.mkdir()
     words = importlib.import_module(f"synthesis.actors.{name.replace('-', '_')}").arguments(folder)
@@ -43,7 +43,7 @@ def row_of(name: str, served: Served, folder: Path) -> tuple[str, bool]:
               if field.name == "max_tokens" for part in ("--set", f"max_tokens={MAX_TOKENS}")]
     began_s = time.monotonic()
     with contextlib.redirect_stdout(io.StringIO()):
-        code = sov_data(["synth", name, *words, *limits, "--engine", served.url, "--model", served.model,
+        code = sov_data(["synth", name, *words, *limits, "--engine", served.url, "--model", served.models[0],
                          "--api-key-env", KEY_ENV, "--limit", str(NUM_ITEMS), "--output", str(folder / "out"),
                          "--workers", "1", "--threads", "8"])
     file = folder / "out/summary.json"
@@ -65,7 +65,8 @@ def main() -> None:
     print(f"{'generator':<18} {'code':>4} {'items':>5} {'unusable':>8} {'answers':>7} {'rejected':>8} "
           f"{'kept':>5} {'seconds':>7}")
     is_sound = True
-    with serving(args.model, StopSignal()) as served, tempfile.TemporaryDirectory() as work:
+    with (serving([args.model], f"{args.model}: ", sleep=StopSignal().sleep) as served,
+          tempfile.TemporaryDirectory() as work):
         os.environ[KEY_ENV] = served.key
         for name in args.generators or sorted(GENERATORS):
             if (ACTORS / f"{name.replace('-', '_')}.py").is_file():

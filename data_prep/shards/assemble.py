@@ -62,7 +62,8 @@ class EncodedSource:
 
 
 def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> int:
-    """Find documents whose id came before, and tell the held-out rule the source's smallest and largest hash.
+    """Find documents whose id came before, and tell the held-out rule the smallest and largest hash
+    of the source, or of each of its buckets.
 
     Returns:
         How many documents are left.
@@ -86,10 +87,12 @@ def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> 
               else np.zeros(0, np.uint64))
     if len(hashes):
         # Repeated documents are out before the rule sees the source.
-        rule.learn_source(int(hashes.min()), int(hashes.max()))
         buckets = np.concatenate([unit.buckets()[::source.group] for unit in units])[~repeated]
         source.buckets = np.unique(buckets).tolist()
-        source.largest = {bucket: int(hashes[buckets == bucket].max()) for bucket in source.buckets}
+        for bucket in source.buckets:
+            inside = hashes[buckets == bucket]
+            rule.learn_source(int(inside.min()), int(inside.max()))
+            source.largest[bucket] = int(inside.max())
     return len(hashes)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from megatron_sov.base.errors import UserError, how_to_install, nearest
+from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.base.plugins.registry import Registry
 
@@ -60,13 +59,4 @@ def generator_class(name: str) -> type[Generator]:
     """
     if name not in (known := generator_names()):
         raise UserError(f"{name}: is no generator{nearest(name, known)}; known are {', '.join(known)}")
-    if name not in GENERATORS:
-        return OWN.get(name)
-    # by name, so that a generator whose library is missing takes no other one along
-    module, _, attribute = GENERATORS[name].partition(":")
-    try:
-        found: type[Generator] = getattr(import_module(module), attribute)
-    except ModuleNotFoundError as e:
-        raise UserError(f"generator {name}: needs {e.name}, which is not installed; "
-                        f"{how_to_install('synth')}") from None
-    return found
+    return OWN.loaded(name, GENERATORS, "synth")

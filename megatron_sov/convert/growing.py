@@ -31,7 +31,7 @@ from megatron_sov.model.families.hf_layers import shortest_pattern
 from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import CONFIG
 from megatron_sov.runs.checkpoints import (
-    HF_MODEL, IMPORTED, KIND, RUN, find_checkpoint, refuse_missing, refuse_other_kind, settings_of)
+    IMPORTED, KIND, find_checkpoint, refuse_missing, refuse_no_model, settings_of)
 from megatron_sov.work.progress.resumable import resumable_artifact
 
 # A checkpoint whose blocks are computed from other checkpoints; a killed command goes on where it was.
@@ -453,7 +453,7 @@ def open_weights(path: str | Path) -> Weights:
     """
     refuse_missing(Path(path))
     path = newest_of_run(Path(path))
-    refuse_other_kind(path, (RUN, KIND, HF_MODEL), "a checkpoint, a run or a Hugging Face folder")
+    refuse_no_model(path)
     if (path / CONFIG).is_file():
         return HfWeights(path)
     return checkpoint_weights(path)

@@ -300,12 +300,15 @@ def in_settings(name: Name) -> bool:
 
 MAX_AXES = 8
 MAX_SIZE = 1 << 48
+COMMON_STATE = "common_state/shard_0_1"
+"""Key of the settings, which megatron-core from 0.19 on stores among tensors."""
 """Of an axis, an offset or a file."""
 OF_TRAINING = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
 """Beginnings of the keys of what only goes on with a run."""
 Index = dict[str, Any]
 """As JSON: `tensors`: key -> [dtype, shape, pieces], a piece being [file, first byte, bytes, offset, shape];
-`num_skipped`: tensors of the optimizer; `num_objects`: entries that are no tensors."""
+`num_skipped`: tensors of the optimizer; `num_objects`: entries that are no tensors; `settings`: [file, first
+byte, bytes] of the settings, None where they have a file of their own."""
 
 
 def read_index(raw: bytes) -> Index:
@@ -329,7 +332,8 @@ def read_index(raw: bytes) -> Index:
                 tensors[key] = _tensor(key, value, stored)
     except KeyError as e:
         raise ValueError(f"it lacks {str(e)[:200]}") from None
-    return {"tensors": tensors, "num_objects": num_objects, "num_skipped": num_skipped}
+    return {"tensors": tensors, "num_objects": num_objects, "num_skipped": num_skipped,
+            "settings": stored.get((COMMON_STATE, ()))}
 
 
 def _read_stored(value: Any) -> dict[tuple[str, tuple[int, ...]], list[Any]]:
@@ -341,9 +345,10 @@ def _read_stored(value: Any) -> dict[tuple[str, tuple[int, ...]], list[Any]]:
         where = fields(place, PLACE)
         if not isinstance(where["fqn"], str):
             raise ValueError("a stored part belongs to no name")
-        if where.get("offset") is None:  # an object, or a tensor that is no part
+        is_settings = where["fqn"] == COMMON_STATE
+        if where.get("offset") is None and not is_settings:  # an object, or a tensor that is no part
             continue
-        at = (where["fqn"], _sizes(where["offset"]))
+        at = (where["fqn"], () if is_settings else _sizes(where["offset"]))
         stored = fields(info, STORED)
         if stored.get("transform_descriptors"):
             raise ValueError(f"{where['fqn'][:200]}: is stored compressed, or transformed in another way, "
@@ -418,7 +423,8 @@ def _file(value: Any) -> str:
     return str(value)
 
 
-# The settings that a checkpoint of Megatron-LM carries: the `args` in its `common.pt`.
+# The settings that a checkpoint of Megatron-LM carries: the `args` in its `common.pt`, or in a part of a file
+# of tensors, which is the same in a list.
 
 MAX_PICKLE_BYTES = 256 << 20
 MAX_VALUES = 200_000
@@ -440,7 +446,8 @@ def read_settings(raw: bytes) -> dict[str, Any]:
             info = file.getinfo(names[0])
             if info.compress_type != zipfile.ZIP_STORED or info.file_size > MAX_PICKLE_BYTES:
                 raise ValueError(f"its data.pkl is compressed, or larger than {MAX_PICKLE_BYTES} bytes")
-            top = text_keys(read(file.read(info), in_settings))
+            found = read(file.read(info), in_settings)
+            top = text_keys(found[0] if type(found) is list and len(found) == 1 else found)
     except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError) as e:
         raise ValueError(f"it is no file of torch.save ({e})") from None
     plain = _Plain()
@@ -487,25 +494,28 @@ _CODE = ("import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
 _REMEDY = "restore the checkpoint from its source"
 
 
-def read_apart(what: str, path: Path) -> dict[str, Any]:
+def read_apart(what: str, path: Path, start: int = 0, length_bytes: int | None = None) -> dict[str, Any]:
     """Return what a file of a checkpoint says.
 
     Args:
         what: name in `READERS`.
         path: the file.
+        start: the first byte that is read.
+        length_bytes: how many are; None: all.
 
     Raises:
         UserError: it holds what it should not, is too large, or the process was ended for what it took.
     """
     try:
-        size_bytes = path.stat().st_size
+        size_bytes = path.stat().st_size if length_bytes is None else length_bytes
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); {_REMEDY}") from None
     if not path.is_file() or size_bytes > MAX_FILE_BYTES:
         raise UserError(f"{path}: has {size(size_bytes)}, and at most {size(MAX_FILE_BYTES)} are read; "
                         f"{_REMEDY}")
     time_s = BASE_TIME_S + size_bytes // BYTES_PER_S
-    order = json.dumps({"what": what, "path": str(path.absolute()), "size_bytes": size_bytes,
+    order = json.dumps({"what": what, "path": str(path.absolute()), "start": start,
+                        "size_bytes": size_bytes,
                         "memory_bytes": BASE_MEMORY_BYTES + MEMORY_PER_BYTE * size_bytes, "time_s": time_s})
     paths = json.dumps([os.path.abspath(entry) for entry in sys.path if entry])
     try:
@@ -529,6 +539,7 @@ def main(order: str) -> None:
     limit(resource.RLIMIT_CORE, 0)
     try:
         with open(asked["path"], "rb") as f:
+            f.seek(asked["start"])
             raw = f.read(asked["size_bytes"])
         # as a whole, in this memory: one text that is named again and again would fill that of the reader
         answer = json.dumps({"found": READERS[asked["what"]](raw)})

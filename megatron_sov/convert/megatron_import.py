@@ -525,8 +525,12 @@ def _read_statement(folder: Path) -> tuple[dict[str, Any], int | None]:
             raise UserError(f"{folder / RUN_CONFIG}: has no `model`, so it says nothing of the architecture; "
                             "restore it from its source")
         return model, iteration
-    if not (folder / COMMON).is_file():
+    if (folder / COMMON).is_file():
+        said = read_apart("settings", folder / COMMON)
+    elif place := read_apart("index", folder / METADATA)["settings"]:
+        file, start, length_bytes = place
+        said = read_apart("settings", folder / file, start, length_bytes)
+    else:
         return {}, iteration
-    said = read_apart("settings", folder / COMMON)
     known = said["iteration"] if isinstance(said["iteration"], int) else None
     return of_arguments(said["args"]), iteration if known is None else known

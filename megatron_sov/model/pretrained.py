@@ -7,8 +7,11 @@ runs such a model loads it here, where both are refused.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +177,9 @@ def load_and_compare(model_class: Any, folder: str | Path, *, left_out: Sequence
         # Mismatched sizes are reported below, together with all else, not one at a time by an exception.
         options |= {"trust_remote_code": False, "ignore_mismatched_sizes": True}
     try:
-        model, info = model_class.from_pretrained(
-            str(folder), output_loading_info=True, local_files_only=True, use_safetensors=True, **options)
+        with _quiet(model_class.__module__.partition(".")[0]):
+            model, info = model_class.from_pretrained(
+                str(folder), output_loading_info=True, local_files_only=True, use_safetensors=True, **options)
     # a missing package, a field that is not read, a file that is cut off: it fails in many ways
     except Exception as e:
         library = "transformers" if is_transformers else "diffusers"
@@ -186,6 +190,21 @@ def load_and_compare(model_class: Any, folder: str | Path, *, left_out: Sequence
     unexpected = [name for name in map(str, info["unexpected_keys"]) if not name.startswith(tuple(left_out))]
     return model, {"missing": sorted(map(str, info["missing_keys"])), "unexpected": sorted(unexpected),
                    "mismatched": sorted(mismatched)}
+
+
+@contextlib.contextmanager
+def _quiet(library: str) -> Iterator[None]:
+    """Keep back what a library says of a folder, which is said here, and its bars where they would fill a
+    log."""
+    logging = importlib.import_module(f"{library}.utils.logging")
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _names_in(file: Path, remedy: str) -> list[str]:

@@ -16,12 +16,9 @@ from typing import Literal
 import torch
 
 from megatron_sov.base.chat.encode import TYPE_RESPONSE, TYPE_TEXT
-from megatron_sov.base.errors import UserError
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel.device import to_device
-from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.obs.meters import Meter
-from megatron_sov.train.data.token_shards import Source
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch, segments
@@ -152,26 +149,6 @@ def _weights(batch: MicroBatch, term: str) -> torch.Tensor:
 
 def _responses(batch: MicroBatch) -> MicroBatch:
     return dataclasses.replace(batch, weights=_weights(batch, RESPONSE))
-
-
-def check_sources(config: RunConfig, sources: list[Source]) -> None:
-    """Refuse data that leaves a term without targets, or text that nothing learns.
-
-    Raises:
-        UserError: no conversations; text without a weight; a weight without text.
-    """
-    chats = [s.name for s in sources if s.is_chat]
-    texts = [s.name for s in sources if not s.is_chat]
-    if not chats:
-        raise UserError(f"--data: none of the sources ({', '.join(texts)}) holds conversations; "
-                        "pack some with `sov-data pack --format chat`")
-    if texts and config.objective.text_coeff <= 0:
-        raise UserError(f"objective.text_coeff = {config.objective.text_coeff}, but --data holds text "
-                        f"({', '.join(texts)}) that only the text term learns; "
-                        "set objective.text_coeff (e.g. 0.1) or leave that data out")
-    if not texts and config.objective.text_coeff > 0:
-        raise UserError(f"objective.text_coeff = {config.objective.text_coeff} needs text beside the "
-                        "conversations; add --data with packed text")
 
 
 def counted_per(batch: MicroBatch, unit: Literal["turn", "sample"], dtype: torch.dtype) -> MicroBatch:

@@ -170,6 +170,11 @@ def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         raise UserError(f"{path}: {what}, so it is not {wanted}; {taken_by}pass {found}")
 
 
+def refuse_no_model(path: Path) -> None:
+    """Raise `UserError` where a folder is something else than a model."""
+    refuse_other_kind(path, (RUN, KIND, HF_MODEL), "a checkpoint, a run or a Hugging Face folder")
+
+
 def _nothing_known(path: Path) -> tuple[str, str] | None:
     """Return what a folder is that is no artifact and no model, and what takes it ("": nothing); None: it
     holds other folders, in which there may be one."""

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.mcore.decode import forward_only
-from megatron_sov.engine.mcore.decode.forward_only import split_depths
+from megatron_sov.engine.mcore.decode.forward_only import run_pipeline, split_depths
 from megatron_sov.engine.mcore.model import replica_checks
 from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
 from megatron_sov.engine.mcore.model.language_model import LanguageModel
@@ -172,8 +171,8 @@ class Computation:
 
         self._optimizer.zero_grad()
         row_tokens = len(batch.micro_batches[0].inputs.tokens)
-        return forward_only.run_pipeline(self._optimizer.wrapped, micro_batches, loss, row_tokens,
-                                         forward_only=False)
+        return run_pipeline(self._optimizer.wrapped, micro_batches, loss, row_tokens,
+                            forward_only=False)
 
     def _own_part_done(self) -> None:
         """Note that this process has its gradients, and now waits for those of others."""

@@ -185,7 +185,7 @@ class Trainer:
             plan = keep_plan(self.config, self.world.size, self.folder.path, self._memory_before_bytes)
             steps = range(self.step, self.num_steps)
             told = banner(self.config, self.world.size, self.folder.path, steps, entries, self.sources,
-                          memory_of(self.config, self.world.size))
+                          memory_of(self.config, self.world.size), torch.get_num_threads())
             print(f"{told}\n", end="", file=sys.stderr, flush=True)
         self.recorder.judge_by(headline_of(self.objective), comparable=is_comparable(self.objective))
         self.recorder.begin(self.step, self._continued_from, self.sources, entries, plan,

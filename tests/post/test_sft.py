@@ -18,10 +18,11 @@ prepare_megatron()
 from megatron_sov import recipes  # noqa: E402
 from megatron_sov.engine.mcore.parallel import collectives  # noqa: E402
 from megatron_sov.model.config import RunConfig, apply_settings  # noqa: E402
-from megatron_sov.post.sft import SupervisedFineTuning, check_sources  # noqa: E402
+from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
 from megatron_sov.train.data.rows import PackedRow, join_rows  # noqa: E402
 from megatron_sov.train.objectives.microbatch import from_row  # noqa: E402
 from megatron_sov.train.objectives.objective import GlobalBatch, total_loss  # noqa: E402
+from megatron_sov.train.stages.stage_config import check_chats  # noqa: E402
 from tests.head_config import head_config  # noqa: E402
 
 TEXT, PROMPT, RESPONSE, LENGTH = 0, 1, 2, 12
@@ -116,7 +117,7 @@ def test_data_that_leaves_a_term_without_targets(chats: list[str], texts: list[s
                                                  message: str) -> None:
     sources: Any = [SimpleNamespace(name=n, is_chat=n in chats) for n in [*chats, *texts]]
     with pytest.raises(UserError, match=message):
-        check_sources(config_of(f"objective.text_coeff={coeff}"), sources)
+        check_chats(config_of(f"objective.text_coeff={coeff}"), sources)
 
 
 class Logits:

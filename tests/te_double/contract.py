@@ -34,8 +34,9 @@ __all__ = ["COMPUTED", "CONTRACT", "Sources", "described", "is_same", "signature
 REVIEWED = HERE / "reviewed_fields.json"
 TE, MEGATRON, VLLM, DEEP_EP = "transformer_engine", "megatron.core", "vllm", "deep_ep"
 TE_VERSION, VLLM_VERSION = "2.20.2", "0.32.0"
-DEEP_EP_COMMIT = "9af0e0d0e74f3577af1979c9b9e1ac2cad0104ee"
-"""Tag v1.2.1, the last that has what megatron-core imports."""
+DEEP_EP_COMMIT = "94a9f8f6b146c07d97ec58f67cd6d303296d6098"
+"""Of its branch hybrid-ep, which has the classes of both dispatchers, in July 2026; its main branch lost
+`deep_ep.utils.EventOverlap` in April.  containers/install.sh builds it."""
 CONFIGS = {"TransformerConfig": "megatron.core.transformer.TransformerConfig",
            "DistributedDataParallelConfig": "megatron.core.distributed.DistributedDataParallelConfig",
            "OptimizerConfig": "megatron.core.optimizer.OptimizerConfig"}

@@ -99,7 +99,8 @@ def _products() -> dict[str, int]:
     """Return how many products there were since the last call: "fprop Float8BlockScaling" -> number."""
     from transformer_engine.pytorch.gemm import COUNTS  # the double's own
 
-    found = {f"{kind} {name}".strip(): count for (kind, name), count in COUNTS.items()}
+    found = {f"{kind} {name}".strip(): count for (kind, name), count in COUNTS.items()
+             if kind != "general"}  # the router's, which no recipe touches
     COUNTS.clear()
     return found
 

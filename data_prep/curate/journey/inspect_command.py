@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     args = read_options(DataInspectOptions, typed)
-    from data_prep.curate.journey import telling
     from data_prep.curate.journey.facts import Corpus, is_corpus
+    from data_prep.curate.journey.telling import DocumentQuery, show
 
     _check(args)
     asked = [f"--{name}" for name in PIPELINE_ONLY if getattr(args, name) is not None]
@@ -69,7 +69,7 @@ def run(typed: argparse.Namespace) -> int:
     if not asked and (args.json or args.verify or args.clear or args.page):
         look(args.data, args, {})
         return 0
-    telling.show(Corpus.open(args.data), telling.DocumentQuery(
+    show(Corpus.open(args.data), DocumentQuery(
         args.id, args.where, args.text, args.dropped, args.source, args.count, args.scan_bytes, args.chars,
         args.json))
     return 0

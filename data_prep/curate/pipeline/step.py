@@ -11,11 +11,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.base.plugins.registry import Registry
 
@@ -203,13 +202,4 @@ def step_class(kind: str) -> type[Step]:
     Raises:
         UserError: a library that it needs is not installed, or an installed package's is no step.
     """
-    if kind not in STEPS:
-        return OWN.get(kind)
-    module, _, name = STEPS[kind].partition(":")
-    try:
-        # A step's module is imported when a pipeline names it: its libraries may not be installed.
-        found: type[Step] = getattr(import_module(module), name)
-    except ModuleNotFoundError as e:
-        raise UserError(f"step {kind}: needs {e.name}, which is not installed; "
-                        f"{how_to_install('data')}") from None
-    return found
+    return OWN.loaded(kind, STEPS, "data")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -63,11 +62,7 @@ def reader_class(format_: str) -> type[FileReader]:
     Raises:
         UserError: an installed package's is no reader.
     """
-    if format_ not in FORMATS:
-        return OWN.get(format_)
-    module, _, name = FORMATS[format_].partition(":")
-    found: type[FileReader] = getattr(import_module(module), name)
-    return found
+    return OWN.loaded(format_, FORMATS, "data")
 
 
 def reader(source: SourceSettings) -> Reader:

@@ -115,8 +115,7 @@ def _label(args: DifficultyLabelOptions) -> int:
 
 
 def _fit(args: DifficultyFitOptions) -> int:
-    from data_prep.synth.difficulty.estimator import figure_lines
-    from data_prep.synth.difficulty.fitting import FitSettings, fit
+    from data_prep.synth.difficulty.estimator import FitSettings, figure_lines, fit
 
     settings = FitSettings(NgramSettings(num_buckets=args.buckets), args.pair_weight)
     content = fit(args.labels, args.output, settings, overwrite=args.overwrite)
@@ -125,8 +124,7 @@ def _fit(args: DifficultyFitOptions) -> int:
 
 
 def _check(args: DifficultyCheckOptions) -> int:
-    from data_prep.synth.difficulty.estimator import figure_lines
-    from data_prep.synth.difficulty.fitting import check
+    from data_prep.synth.difficulty.estimator import check, figure_lines
 
     content = check(args.model, args.labels)
     print(json.dumps(content) if args.json else "\n".join([f"{args.model}:", *figure_lines(content)]))
@@ -134,7 +132,7 @@ def _check(args: DifficultyCheckOptions) -> int:
 
 
 def _grade(args: DifficultyGradeOptions) -> int:
-    from data_prep.synth.difficulty.fitting import DifficultyGradeSettings, grade
+    from data_prep.synth.difficulty.estimator import DifficultyGradeSettings, grade
 
     settings = DifficultyGradeSettings(_band("--cuts", args.cuts), _band("--keep", args.keep))
     content = grade(args.input, args.output, settings, args.model, args.labels, overwrite=args.overwrite)

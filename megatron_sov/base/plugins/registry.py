@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, how_to_install, nearest
 from megatron_sov.base.plugins.loading import Kind, LoadedPlugin, PluginCode, is_reference, load, telling
 from megatron_sov.base.settings import SettingsError, read_arguments, rules_of
 
@@ -163,6 +163,22 @@ class Registry(Generic[T]):
         # an entry point is code that somebody installed, which a config may use by its name
         self._import(found[0])
         return self._known[name].value
+
+    def loaded(self, name: str, places: Mapping[str, str], extra: str) -> T:
+        """Return what is built in, by its module:class and loaded now, or what `get` has.
+
+        Raises:
+            UserError: there is none, or a library that it needs is not installed; the extra has it.
+        """
+        if name not in places:
+            return self.get(name)
+        module, _, attribute = places[name].partition(":")
+        try:
+            # by name: one whose library is missing takes no other one along
+            return cast(T, getattr(importlib.import_module(module), attribute))
+        except ModuleNotFoundError as e:
+            raise UserError(f"{self.kind} {name}: needs {e.name}, which is not installed; "
+                            f"{how_to_install(extra)}") from None
 
     def refuse_namesakes(self, built_in: str) -> None:
         """Refuse a name of what is built in where an installed package declares it too: nobody could tell

@@ -100,7 +100,37 @@ class Flag:
 
 
 def num_cores() -> int:
-    return len(os.sched_getaffinity(0))
+    """Return the cores that this process may use: those of its affinity, and no more than a quota of its
+    control groups gives."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError):
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace")
+        cores = min([cores, *(max(1, int(quota)) for quota in core_quotas(groups, Path("/sys/fs/cgroup")))])
+    return cores
+
+
+def core_quotas(groups: str, root: Path) -> Iterator[float]:
+    """Return the quotas of cores that some control groups and those above them have.
+
+    Args:
+        groups: lines of /proc/PID/cgroup.
+        root: where the kernel shows control groups.
+    """
+    for line in filter(None, groups.split("\n")):
+        _, controllers, group = line.split(":", 2)
+        # one tree of all controllers, or one for each
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top, files = (root / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")) if controllers else (
+            root, ("cpu.max",))
+        folder = top / group.lstrip("/")
+        for each in (folder, *folder.parents):
+            # not there: a container sees its own group as the root
+            with contextlib.suppress(OSError, ValueError):
+                if each.is_relative_to(top):
+                    quota, period = map(float, " ".join((each / name).read_text() for name in files).split())
+                    if quota > 0:  # -1, and "max", which is no number: without a quota
+                        yield quota / period
 
 
 NO_FLAG = Flag("-")

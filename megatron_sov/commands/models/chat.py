@@ -21,7 +21,7 @@ from megatron_sov.commands.models.serve import ServeOptions, distinct_names
 from megatron_sov.commands.shared_options import AnyTarget
 from megatron_sov.infer.request import RankOptions, SampleSeed, Temperature, TopP
 from megatron_sov.model.recipes.requested import PluginOptions
-from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.checkpoints import refuse_missing, refuse_no_model
 from megatron_sov.serve.chat_session import ChatModel, ChatSession, ChatTurn, models_at
 from megatron_sov.serve.settings import ServeSettings
 from megatron_sov.work.endpoints.answers import BadAnswer
@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     for target in options.targets:
         if not is_address(target):
             refuse_missing(Path(target))
+            refuse_no_model(Path(target))
     if missing := missing_libraries():
         raise UserError(missing[0])
     with contextlib.ExitStack() as stack:

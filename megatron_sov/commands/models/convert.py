@@ -35,7 +35,7 @@ from megatron_sov.model.counterparts.settings import (
     MAX_CHARS, TranslatedSettings, nested, of_sections, read_arguments, read_sections, translate)
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
-from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.checkpoints import HF_MODEL, KIND, RUN, refuse_missing, refuse_other_kind
 from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import is_first
 
@@ -334,6 +334,8 @@ def _begin(args: PluginOptions, *models: Path) -> None:
 
 def _from_hf(args: FromHfOptions) -> int:
     _begin(args, args.hf_dir)
+    # before torch, which takes seconds to load
+    refuse_other_kind(args.hf_dir, (HF_MODEL,), "a Hugging Face folder")
     from megatron_sov import convert
 
     convert.from_hf(args.hf_dir, args.out, args.dtype, workers=args.workers,
@@ -344,6 +346,7 @@ def _from_hf(args: FromHfOptions) -> int:
 
 def _to_hf(args: ToHfOptions) -> int:
     _begin(args, args.checkpoint)
+    refuse_other_kind(args.checkpoint, (KIND, RUN), "a checkpoint or a run")
     from megatron_sov import convert
 
     convert.to_hf(args.checkpoint, args.out, args.dtype, max_shard_bytes=args.max_shard_bytes,

@@ -18,7 +18,7 @@ from megatron_sov.base.settings import Flag, ProblemCode, SettingsProblem, add_o
 from megatron_sov.commands.shared_options import TARGET_HELP, words_of
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
-from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.checkpoints import refuse_missing, refuse_no_model
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
 from megatron_sov.serve.settings import ServeSettings
 from megatron_sov.work.endpoints.local_server import serving
@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
                         f"{more[0]} needs a command of its own")
     for target in options.targets:
         refuse_missing(target)
+        refuse_no_model(target)
     check_output("--address-file", settings.address_file)
 
     from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron

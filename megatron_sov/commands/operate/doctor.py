@@ -44,6 +44,8 @@ REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "sa
 OPTIONAL_PACKAGES = {"tensorboard": "trackers", "wandb": "trackers", "vllm": "rollout", "math-verify": "rl",
                      "httpx": "judge", "aiohttp": "serve", "mlflow-skinny": "mlflow", "ray": "ray"}
 TE_COMMAND = how_to_install("gpu", "--no-build-isolation") + " (needs a CUDA toolchain, see docs/install.md)"
+DEEP_EP_REMEDY = ("build the commit that containers/install.sh names: DEEPEP_ARCH=10.0 sh "
+                  "containers/install.sh")
 HOPPER, BLACKWELL, MIN_DETERMINISTIC_CUDNN = 9, 10, 91801
 """Compute capabilities, and the first cuDNN, as torch counts, whose attention repeats its bits on the
 second."""
@@ -74,7 +76,7 @@ def all_checks() -> list[MachineCheck]:
     """Look at everything, in the order in which it is read: what is needed first,
     then accelerators, cluster, machine."""
     groups = (python_checks, package_checks, shadow_checks, torch_checks, transformer_engine_checks,
-              quantization_checks, apex_checks, optional_checks, sandbox_checks, slurm_checks,
+              quantization_checks, deep_ep_checks, apex_checks, optional_checks, sandbox_checks, slurm_checks,
               compiler_checks, machine_checks)
     return [check for group in groups for check in group()]
 
@@ -232,6 +234,20 @@ def quantization_checks() -> Iterator[MachineCheck]:
     there = ", ".join(fp8 for fp8, why in reasons.items() if not why)
     lacks = "; ".join(f"not {fp8} ({why})" for fp8, why in reasons.items() if why)
     yield MachineCheck("train.fp8", "ok" if there else "missing", "; ".join(filter(None, [there, lacks])))
+
+
+def deep_ep_checks() -> Iterator[MachineCheck]:
+    """DeepEP, which `parallel.expert_dispatcher` may name, by importing what the library does."""
+    if not _has_gpu() or importlib.util.find_spec("deep_ep") is None:
+        yield MachineCheck("DeepEP", "missing", "is not installed; optional", DEEP_EP_REMEDY)
+        return
+    from megatron_sov.engine.mcore.parallel.device import DEEP_EP_NAMES, lacking_deep_ep
+
+    reasons = {dispatcher: lacking_deep_ep(dispatcher) for dispatcher in DEEP_EP_NAMES}
+    there = ", ".join(dispatcher for dispatcher, why in reasons.items() if not why)
+    lacks = "; ".join(f"not {dispatcher} ({why})" for dispatcher, why in reasons.items() if why)
+    yield MachineCheck("DeepEP", "ok" if there else "warning", "; ".join(filter(None, [there, lacks])),
+                       DEEP_EP_REMEDY if lacks else "")
 
 
 def _has_gpu() -> bool:

@@ -98,15 +98,13 @@ def run_sft(typed: argparse.Namespace) -> int:
     from megatron_sov.train.data.token_shards import open_sources
 
     prepare_megatron()
-    from megatron_sov.post.sft import SupervisedFineTuning, check_sources
+    from megatron_sov.post.sft import SupervisedFineTuning
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.objectives.objective import formats_of
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     objective = factory(parsed.config, SupervisedFineTuning)
     sources = open_sources(parsed.config.data.paths, parsed.config.model.vocab_size, formats_of(objective))
-    if objective is SupervisedFineTuning:
-        check_sources(parsed.config, sources)
     stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume,
                   tuple(sources), end_gate=gate, faults=parsed.faults, dry_run=args.dry_run,
                   notes=parsed.notes)

@@ -21,6 +21,9 @@ PAIRED = "mla_rotary_interleaved" if IS_NEW else "multi_latent_attention"
 """Keyword of the unfused rotations: channels that rotate together lie side by side."""
 GRAPHS_OF = "cuda_graph_modules" if IS_NEW else "cuda_graph_scope"
 """Field of the library's configuration: which parts of a layer CUDA graphs hold."""
+EXCHANGE_SMS = (dict.fromkeys(("deepep", "hybridep"), "moe_flex_dispatcher_num_sms") if IS_NEW else
+                {"deepep": "moe_deepep_num_sms", "hybridep": "moe_hybridep_num_sms"})
+"""Dispatcher -> field of the library's configuration: how many multiprocessors its kernels take."""
 
 # Each model says so by a warning, and nobody who trains can move it: `HybridModel` takes its place upstream.
 logging.getLogger(gpt_model.__name__).addFilter(lambda record: "IS DEPRECATED" not in record.getMessage())

@@ -22,8 +22,7 @@ from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, ap
 from megatron_sov.model.families.family import text_config
 from megatron_sov.model.pretrained import CONFIG, weight_files
 from megatron_sov.runs.checkpoints import (
-    CHECKPOINTS_OF_A_RUN, HF_MODEL, IMPORTED, KIND, RUN, find_checkpoint, refuse_missing, refuse_other_kind,
-    settings_of)
+    CHECKPOINTS_OF_A_RUN, IMPORTED, KIND, find_checkpoint, refuse_missing, refuse_no_model, settings_of)
 from megatron_sov.runs.launch_environment import num_ranks
 
 HF_SEQ_LEN = 4096
@@ -106,7 +105,7 @@ def find_target(path: Path) -> Target:
     refuse_missing(path)
     if convert.is_hf_folder(path):
         return Target(path, True)
-    refuse_other_kind(path, (RUN, KIND, HF_MODEL), "a checkpoint, a run or a Hugging Face folder")
+    refuse_no_model(path)
     if (path / CONFIG).is_file() and not (path / CHECKPOINTS_OF_A_RUN).is_dir():
         weight_files(path)  # which says what it lacks
     return Target(find_checkpoint(path), False)

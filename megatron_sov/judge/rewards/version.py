@@ -23,7 +23,8 @@ from typing import Any
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.reward import OPERATION
 
-ROOMS = {__name__.rpartition(".")[0], "megatron_sov.work"}
+SANDBOX = "megatron_sov.sandbox"
+ROOMS = {__name__.rpartition(".")[0], SANDBOX, "megatron_sov.work"}
 """Their code counts wherever it is imported."""
 DIGITS = 16
 """Of the hash; 64 bits tell versions apart."""
@@ -95,7 +96,8 @@ def _imported(tree: ast.AST, rooms: set[str]) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             # `from a import b` may name a module or something inside of one: both are tried
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    ours = [name for name in names if name.startswith(tuple(f"{room}." for room in rooms))]
+    # a name of the sandbox's package is taken from its __init__.py
+    ours = [name for name in names if name == SANDBOX or name.startswith(tuple(f"{room}." for room in rooms))]
     return [name for name in ours if importlib.util.find_spec(name.rpartition(".")[0]) is not None
             and _is_module(name)]
 

@@ -119,7 +119,7 @@ class AudioEncoderConfig:
     """What brings features to the model's width: one matrix, or two with GELU between them."""
     compression: Size = 1
     """Features that become one, by a Mamba-2 layer that reads a learned query behind them
-    (`codecs/encoders/compressor.py`): 25 makes one a second of 25; 1: none."""
+    (`omni/codecs/encoders.py`): 25 makes one a second of 25; 1: none."""
     compressor_size: Size = 3072
     """Width of that layer."""
     compressor_head_dim: Size = 64

@@ -281,6 +281,7 @@ NOT_OFFERED = {
     "enable_cuda_graph": _GRAPHS, "external_cuda_graph": _GRAPHS,
     "fp8_weights": _WEIGHTS, "fp8_param": _WEIGHTS, "fp8_param_gather": _WEIGHTS,
     "reuse_grad_buf_for_mxfp8_param_ag": _WEIGHTS,
+    "cuda_graph_modules": _GRAPHS,  # as 0.19 calls the scope
 }
 """Last part of a setting's name -> why it does not exist, and what to do."""
 

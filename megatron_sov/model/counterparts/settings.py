@@ -347,12 +347,33 @@ def _length(said: Stated, made: TranslatedSettings) -> None:
     elif said.get("train_samples") and batch:
         made.ours["train.steps"] = -(-said["train_samples"] // batch)
     length = said.get("seq_length") or said.get("sequence_length")
+    weights, adopted = _blend(said)
+    if length or weights:
+        made.ours["data.phases"] = [{"name": "main", **({"seq_len": length} if length else {}),
+                                     **({"blend": weights} if weights else {})}]
+    if weights:
+        made.lost["data_path"] = (f"run `sov-data adopt {adopted} --tokenizer DIR --output DIR`, and pass "
+                                  "--data DIR; data.phases has the weights")
     if length:
-        made.ours["data.phases"] = [{"name": "main", "seq_len": length}]
         made.ours["data.packing"] = "concat"  # theirs cut documents at the sample's end
     dropout = said.get("attention_dropout", 0.1 if made.is_whole else 0.0)
     if dropout:
         made.lost["attention_dropout"] = f"{dropout}: attention has no dropout here; large runs set it to 0"
+
+
+def _blend(said: Stated) -> tuple[dict[str, float], str]:
+    """Return source -> weight of `--data-path 0.3 A 0.7 B`, and its NAME=PREFIX words; nothing without
+    weights."""
+    words = said.get("data_path")
+    if not isinstance(words, list) or len(words) < 2 or len(words) % 2 or not all(
+            isinstance(weight, int | float) for weight in words[::2]):
+        return {}, ""
+    prefixes = [str(prefix) for prefix in words[1::2]]
+    last = [Path(prefix).name.removesuffix("_document").removesuffix("_text") for prefix in prefixes]
+    names = [name if name and last.count(name) == 1 else f"{name or 'source'}-{i}"
+             for i, name in enumerate(last, 1)]
+    return dict(zip(names, words[::2], strict=True)), " ".join(
+        shlex.quote(f"{name}={prefix}") for name, prefix in zip(names, prefixes, strict=True))
 
 
 def _schedule(said: Stated, made: TranslatedSettings) -> None:

@@ -21,7 +21,7 @@ from megatron_sov.plan.footprint.held import (
     BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, Held, chunk_layers, held, is_adapter, rounded_up)
 
 HOST = 4 * FLOAT32_BYTES
-"""Bytes of the host for a parameter whose AdamW is there (`mcore/optimizer/host_adamw.py`): master weight,
+"""Bytes of the host for a parameter whose AdamW is there (`engine/mcore/optimizer/adamw.py`): master weight,
 two moments and gradient."""
 DEFAULT_BUCKET, DEFAULT_BUCKET_OF_RANK = 40_000_000, 1_000_000
 """Elements of a bucket under `parallel.overlap_grad_reduce`: the larger one of the first and as many times

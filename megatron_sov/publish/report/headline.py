@@ -151,15 +151,18 @@ def _by_bytes(run: Run, names: Sequence[str], of: Callable[[Heldout], float | No
 
 
 def _meter_gains(run: Run) -> Iterator[Row]:
-    """Return what an objective is after, on held-out data where it measures it there."""
-    for meter, curve in headlines(run):
+    """Return what an objective is after; on held-out data alone where it measures something there."""
+    found = headlines(run)
+    held = [(meter, curve) for meter, curve in found if run.of(meter.heldout.partition(".")[0])]
+    for meter, curve in held or found:
         kind, _, field = meter.heldout.partition(".")
         of_source: dict[str, list[float]] = {}
         for event in run.of(kind) if kind else ():
             of_source.setdefault(str(event.get("source")), []).append(number(event.get(field)))
         rule = RULE.format(meter.better) if meter.better else "–"
         for name, values in of_source.items():
-            yield f"held-out {meter.title} of {name}", values[0], values[-1], meter.text, rule
+            of = f" of {name}" if len(of_source) > 1 else ""
+            yield f"held-out {meter.title}{of}", values[0], values[-1], meter.text, rule
         if not of_source and loss_unit(run) != PER_TOKEN:
             values = curve.finite().values.tolist()
             yield meter.title, _first(values), values[-1], meter.text, rule

@@ -126,11 +126,10 @@ def opening(runs: list[Run], others: list[Run]) -> list[Panel]:
         others: runs of other models in the same report; only their gates are named here.
     """
     proof = [table for run in runs for table in _proof_tables(run)]
-    samples, gained = _samples(runs), gains(runs, others)
     panels = [
-        Panel("What it writes", 5 if gained else 12, comparisons=samples),
-        Panel("What each stage gained" if len(runs) > 1 else "What it gained", 7 if samples else 12,
-              tables=gained),
+        Panel("What it writes", 12, comparisons=_samples(runs)),
+        Panel("What each stage gained" if len(runs) > 1 else "What it gained", 12,
+              tables=gains(runs, others)),
         Panel("What was trained", 4, facts=_trained(runs)),
         Panel("On what data", 3, facts=_origin(runs), tables=_sources(runs)),
         Panel("Verdicts", 5, tables=verdict_table(runs, others)),
@@ -215,10 +214,11 @@ def _samples(runs: list[Run]) -> list[Comparison]:
     before = {str(s.get("prompt")): s for s in first.samples}
     common = next((s for s in last.samples if str(s.get("prompt")) in before), None)
     if common is not None:
-        earlier = before[str(common.get("prompt"))]
+        earlier, num = before[str(common.get("prompt"))], len(last.samples)
         return [Comparison(_cut(common.get("prompt")), [
             (f"Before: {_when(first)}", _cut(earlier.get("text"))),
-            (f"After: {_when(last)}", _cut(common.get("text")))])]
+            (f"After: {_when(last)}", _cut(common.get("text")))],
+            f"Prompt, one of {num:,} that {last.name} was asked" if num > 1 else "Prompt")]
     return [Comparison(_cut(run.samples[0].get("prompt")),
                        [(f"{moment}: {_when(run)}", _cut(run.samples[0].get("text")))])
             for moment, run in (("Before", first), ("After", last))]

@@ -494,14 +494,16 @@ class Source:
 
 
 def open_sources(paths: dict[str, float], vocab_size: int,
-                 formats: tuple[str, ...] = TEXTS, *, warns: bool = True) -> list[Source]:
+                 formats: tuple[str, ...] | None = TEXTS, *, warns: bool = True, is_fixed: bool = False
+                 ) -> list[Source]:
     """Open the sources of all token artifacts, checking that they fit together and fit the model.
 
     Args:
         paths: [NAME=]folder -> weight; with a name a single source is called NAME, several NAME-SOURCE.
         vocab_size: the model's.
-        formats: what the caller can learn from, see `Source.format`.
+        formats: what the caller can learn from, see `Source.format`; None: another call refuses others.
         warns: False: another call warns of what is unusual.
+        is_fixed: the model is there already, and its vocabulary cannot be set.
 
     Raises:
         UserError: no data, artifacts of different tokenizers, two sources of one name,
@@ -531,9 +533,10 @@ def open_sources(paths: dict[str, float], vocab_size: int,
     sources: list[Source] = []
     for path, manifest in manifests.items():
         if manifest.content["vocab_size"] > vocab_size:
+            way_out = "pack with the model's own tokenizer" if is_fixed else (
+                "set model.vocab_size or pack with another tokenizer")
             raise UserError(f"{path}: its tokenizer has {manifest.content['vocab_size']} ids, the model only "
-                            f"model.vocab_size = {vocab_size}; set model.vocab_size or pack with "
-                            "another tokenizer")
+                            f"model.vocab_size = {vocab_size}; {way_out}")
         sources += _of_artifact(path, manifest.content, paths[path] / total_weight, formats)
     folder_of: dict[str, Path | None] = {}
     for source in sources:
@@ -550,11 +553,12 @@ def names_of_sources(path: str, content: dict[str, Any]) -> dict[str, str]:
     return {own: own if not name else name if len(names) == 1 else f"{name}-{own}" for own in names}
 
 
-def _of_artifact(typed: str, content: dict[str, Any], share: float, formats: tuple[str, ...]) -> list[Source]:
+def _of_artifact(typed: str, content: dict[str, Any], share: float, formats: tuple[str, ...] | None
+                 ) -> list[Source]:
     described, path = content["sources"], Path(named_shards(typed)[1])
     names = names_of_sources(typed, content)
     for s in described:
-        if s["format"] not in formats:
+        if formats is not None and s["format"] not in formats:
             raise UserError(f"{path}: source {s['name']!r} holds data of format {s['format']!r}, "
                             f"this stage learns from {' or '.join(formats)}; pass other data")
     train_tokens = sum(s["splits"]["train"]["num_tokens"] for s in described)

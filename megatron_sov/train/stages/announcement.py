@@ -22,7 +22,7 @@ SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: Sequence[LedgerEntry],
-           sources: Sequence[Source], memory: Account) -> str:
+           sources: Sequence[Source], memory: Account, num_threads: int = 0) -> str:
     """Return what a run is about to do, a few lines.
 
     Args:
@@ -33,6 +33,7 @@ def banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: 
         entries: the ledger over the whole run.
         sources: what is read.
         memory: of this process.
+        num_threads: CPU threads of a process; 0: it is not known yet.
     """
     count, p, rollout = num_params(config.model), config.parallel, config.rollout
     dp_size = num_ranks // (p.tp * p.pp * p.cp)
@@ -57,7 +58,8 @@ def banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: 
     return (f"{config.recipe}: {short(count.total)} parameters ({short(count.active)} active)"
             f"{f', {short(count.encoders)} of encoders' if count.encoders else ''}, steps "
             f"{steps.start + 1} to {steps.stop}{length}\n"
-            f"  processes  {num_ranks}{f': {layout}' if layout else ''}; {config.train.precision}, "
+            f"  processes  {num_ranks}{f': {layout}' if layout else ''}; "
+            f"{f'threads {num_threads}; ' if num_threads else ''}{config.train.precision}, "
             f"{states} of weights, gradients and optimizer each{activations}\n"
             f"{_adapter(config, count.total)}"
             f"  data       {read}{too_long}\n"

@@ -34,8 +34,8 @@ from megatron_sov.runs.launch_environment import is_first, num_ranks, under_laun
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.obs.events import EVENTS
 from megatron_sov.train.checkpointer import newest_sound, refuse_other_base
-from megatron_sov.train.data import ledger
-from megatron_sov.train.data.ledger import LedgerEntry, plan
+from megatron_sov.train.data.ledger import (
+    LedgerEntry, over_long, plan, refuse_over_long, refuse_over_long_pairs)
 from megatron_sov.train.data.requirements import refuse_unreadable, refuse_without_columns
 from megatron_sov.train.data.token_shards import Source, open_sources, tokenizer_folder
 from megatron_sov.train.data.views import with_views
@@ -231,9 +231,9 @@ def _open_data(stage: Stage) -> _Data:
     refuse_unreadable(sources, stage.config.model)
     planned = plan(stage.config, sources)
     if stage.config.data.over_long == "refuse":
-        ledger.refuse_over_long(ledger.over_long(sources, planned))
+        refuse_over_long(over_long(sources, planned))
     elif stage.config.data.over_long == "cut":
-        ledger.refuse_over_long_pairs(ledger.over_long([s for s in sources if s.group > 1], planned))
+        refuse_over_long_pairs(over_long([s for s in sources if s.group > 1], planned))
     return _Data(sources, planned)
 
 

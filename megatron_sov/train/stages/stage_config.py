@@ -7,14 +7,14 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, RunConfig, data_paths
-from megatron_sov.model.pretrained import hub_name
+from megatron_sov.model.pretrained import hub_name, is_hf_folder
 from megatron_sov.model.recipes.requested import (
     BuiltIn, RecipeOptions, RecipeRequest, TrainingOptions, requested, training_request)
 from megatron_sov.model.recipes.stage_defaults import Stage, base_of_model
@@ -22,6 +22,9 @@ from megatron_sov.runs.checkpoints import IMPORTED, find_checkpoint, refuse_miss
 from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
+
+if TYPE_CHECKING:
+    from megatron_sov.train.data.token_shards import Source
 
 INJECT = f"Do this to the run, once, to see what it does ({', '.join(STATES)})."
 
@@ -92,6 +95,7 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
     asked = stage_request(args, objective, needs_data=needs_data)
     stage: Stage | None = None if objective == "lm" else objective
     mixed = with_mixed_phases(asked.config(), asked.base)
+    _refuse_data(args, mixed)
     found = complete_stage(asked, mixed, stage, args.nproc, num_prompts)
     config = completed(found.config)
     config.check(num_ranks(args.nproc))
@@ -102,6 +106,42 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
     if start is not None:
         refuse_many_converters(start, args.run)
     return ParsedStage(config, start, faults, found.notes)
+
+
+def _refuse_data(args: StageOptions, config: RunConfig) -> None:
+    """Refuse data that the manifests of token shards show to be unfit, before torch, which takes seconds.
+
+    Raises:
+        UserError: they do not fit together or the model, or supervised fine-tuning has no conversations.
+    """
+    from megatron_sov.train.data.token_shards import open_sources
+
+    if not config.data.paths:
+        return
+    sources = open_sources(config.data.paths, config.model.vocab_size, None, warns=False,
+                           is_fixed=args.start_from is not None)
+    if config.objective.name == "sft":
+        check_chats(config, sources)
+
+
+def check_chats(config: RunConfig, sources: list[Source]) -> None:
+    """Refuse data of supervised fine-tuning that leave a term without targets, or text that nothing learns.
+
+    Raises:
+        UserError: no conversations; text without a weight; a weight without text.
+    """
+    chats = [s.name for s in sources if s.is_chat]
+    texts = [s.name for s in sources if not s.is_chat]
+    if not chats:
+        raise UserError(f"--data: none of the sources ({', '.join(texts)}) holds conversations; "
+                        "pack some with `sov-data pack --format chat`")
+    if texts and config.objective.text_coeff <= 0:
+        raise UserError(f"objective.text_coeff = {config.objective.text_coeff}, but --data holds text "
+                        f"({', '.join(texts)}) that only the text term learns; "
+                        "set objective.text_coeff (e.g. 0.1) or leave that data out")
+    if not texts and config.objective.text_coeff > 0:
+        raise UserError(f"objective.text_coeff = {config.objective.text_coeff} needs text beside the "
+                        "conversations; add --data with packed text")
 
 
 def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = True,
@@ -137,10 +177,10 @@ def _settings_of_model(start_from: Path | None, objective: BuiltIn | None) -> Ca
     stage: Stage = objective
 
     def read() -> RunConfig:
-        from megatron_sov import convert
-
         start = find_start(start_from)
-        if convert.is_hf_folder(start):
+        if is_hf_folder(start):
+            from megatron_sov import convert
+
             on_gpu = bool(visible_gpus())
             return base_of_model(hub_name(start), convert.open_weights(start).model,
                                  "bf16" if on_gpu else "fp32", stage)
@@ -158,9 +198,12 @@ def _model_of(start_from: Path, asked: RecipeRequest) -> ModelConfig:
         UserError: it is no checkpoint, run or Hugging Face folder, or of another family than the recipe.
     """
     start = find_start(start_from)
-    from megatron_sov import convert
+    if is_hf_folder(start):
+        from megatron_sov import convert
 
-    model = convert.open_weights(start).model if convert.is_hf_folder(start) else settings_of(start).model
+        model = convert.open_weights(start).model
+    else:
+        model = settings_of(start).model
     family = asked.base.model.family
     for setting in asked.settings:  # the last one counts
         key, _, value = setting.partition("=")
@@ -180,9 +223,7 @@ def find_start(start_from: Path) -> Path:
         UserError: it is neither, and no run with a checkpoint.
     """
     refuse_missing(start_from, "--from ")
-    from megatron_sov import convert
-
-    return start_from if convert.is_hf_folder(start_from) else find_checkpoint(start_from)
+    return start_from if is_hf_folder(start_from) else find_checkpoint(start_from)
 
 
 def convert_start(start: Path, run: Path) -> Path:
@@ -190,7 +231,7 @@ def convert_start(start: Path, run: Path) -> Path:
     from megatron_sov import convert
     from megatron_sov.engine.mcore.parallel import launcher
 
-    if not convert.is_hf_folder(start):
+    if not is_hf_folder(start):
         return start
     out = converted(run)
     if will_convert(start, run):
@@ -208,11 +249,10 @@ def converted(run: Path) -> Path:
 def will_convert(start: Path, run: Path) -> bool:
     """Return whether a start is a Hugging Face folder that is to be converted; not so where the run has a
     checkpoint and needs no weights: what lies there may come from another folder."""
-    from megatron_sov import convert
     from megatron_sov.runs import checkpoints
 
     is_there = (converted(run) / MANIFEST).is_file()
-    return convert.is_hf_folder(start) and not (
+    return is_hf_folder(start) and not (
         is_there and checkpoints.latest(run / checkpoints.CHECKPOINTS_OF_A_RUN) is not None)
 
 
@@ -225,6 +265,4 @@ def refuse_many_converters(start: Path, run: Path) -> None:
 
 def tokenizer_of(start: Path) -> Path:
     """Return the folder where the tokenizer of a checkpoint, or of a Hugging Face folder, lies."""
-    from megatron_sov import convert
-
-    return start if convert.is_hf_folder(start) else start / "tokenizer"
+    return start if is_hf_folder(start) else start / "tokenizer"

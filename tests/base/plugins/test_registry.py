@@ -3,6 +3,7 @@ and that a record runs nothing."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,3 +198,13 @@ def test_methods_of_a_class() -> None:
         check_methods(Good(), "mine.py:good", "a store", METHODS)
     with pytest.raises(UserError, match=r"a store needs .*; it has none"):
         check_methods(int, "mine.py:int", "a store", METHODS)
+
+
+def test_what_is_built_in_is_loaded_by_its_place_and_says_what_it_lacks() -> None:
+    own: Registry[Any] = Registry("data step", "megatron_sov.data_steps", (), lambda loaded: None)
+    places = {"decoder": "json:JSONDecoder", "lacking": "no_such_library.part:Class"}
+    assert own.loaded("decoder", places, "data") is json.JSONDecoder
+    with pytest.raises(UserError, match="lacking: needs no_such_library, which is not installed"):
+        own.loaded("lacking", places, "data")
+    with pytest.raises(UserError, match="data step 'other'"):
+        own.loaded("other", places, "data")

@@ -14,6 +14,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     NO_FLAG, AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options,
     read_options)
+from megatron_sov.base.settings.options import core_quotas, num_cores
 
 
 @dataclass(frozen=True)
@@ -131,3 +132,18 @@ def test_all_that_is_wrong_is_told_at_once_and_in_order() -> None:
 def test_what_must_be_there_is_asked_for() -> None:
     with pytest.raises(UserError, match="required: FILE, --output"):
         parse("")
+
+
+def test_cores_are_bounded_by_the_quotas_of_control_groups(tmp_path: Path) -> None:
+    """One tree of all controllers, one for each, and a container, whose own group is the root."""
+    one, each, inside = (tmp_path / name for name in ("one", "each", "inside"))
+    for file, text in (("one/cpu.max", "max 100000"), ("one/jobs/cpu.max", "250000 100000"),
+                       ("one/jobs/7/cpu.max", "max 100000"), ("inside/cpu.max", "50000 100000"),
+                       ("each/cpu/box/cpu.cfs_quota_us", "-1"), ("each/cpu/box/cpu.cfs_period_us", "100000"),
+                       ("each/cpu/cpu.cfs_quota_us", "300000"), ("each/cpu/cpu.cfs_period_us", "100000")):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(f"{text}\n")
+    assert list(core_quotas("0::/jobs/7\n", one)) == [2.5]
+    assert list(core_quotas("5:pids:/x\n4:cpu,cpuacct:/box\n", each)) == [3.0]
+    assert list(core_quotas("0::/not/seen/here\n", inside)) == [0.5]
+    assert list(core_quotas("0::/\n", tmp_path)) == [] and num_cores() >= 1

@@ -85,7 +85,7 @@ def test_a_field_sorts_records_into_sources_of_their_own(tokenizers: dict[str, P
     without = {"messages": rows[0]["messages"]}
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, [*rows, without])))
     words = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", "chat", "--bucket-by", "level",
-             "--column", "score", "--input", str(tmp_path / "chat.jsonl"), "--heldout", "0.2",
+             "--column", "score", "--input", str(tmp_path / "chat.jsonl"), "--heldout", "0.001",
              "--workers", "1", "--output", str(tmp_path / "out")]
     assert main(words) == 2
     assert "chat.jsonl:61: has 'None' in field 'level', by which --bucket-by sorts" in capsys.readouterr().err
@@ -101,7 +101,9 @@ def test_a_field_sorts_records_into_sources_of_their_own(tokenizers: dict[str, P
     assert {name: sorted(scores) for name, scores in found.items()} == {
         name: list(range(first, 60, 3))
         for first, name in enumerate(("chat-easy", "chat-hard", "chat-3"))}
-    record = read_manifest(tmp_path / "out").content["sources"][1]
+    records = read_manifest(tmp_path / "out").content["sources"]
+    assert [source["splits"]["heldout"]["num_documents"] for source in records] == [1, 1, 1]
+    record = records[1]
     assert record["bucket"] == {"source": "chat", "field": "level", "value": "easy"}
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert main(["mix", str(tmp_path / "out"), "--output", str(tmp_path / "mixed")]) == 0

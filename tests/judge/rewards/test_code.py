@@ -302,11 +302,10 @@ def test_the_last_block_of_python_behind_the_thoughts_counts() -> None:
 
 def test_the_version_tells_the_code_that_runs_programs() -> None:
     told = code_of(CodeReward.__module__)
-    assert {f"megatron_sov.work.{name}" for name in ("sandbox.sandbox", "sandbox.supervise",
-                                                     "processes.watch")
-            } <= set(told)
+    assert {f"megatron_sov.{name}" for name in ("sandbox.sandbox", "sandbox.supervise",
+                                                "work.processes.watch")} <= set(told)
 
 
 def test_the_version_tells_the_code_that_runs_programs_in_processes_of_its_own() -> None:
     told = CodeReward().inputs()["server"]
-    assert {f"megatron_sov.sandbox.{name}" for name in ("server", "child", "enclosures")} <= set(told)
+    assert {f"megatron_sov.sandbox.{name}" for name in ("server", "restrictions", "enclosures")} <= set(told)

@@ -63,9 +63,10 @@ def test_a_script_becomes_a_run_that_starts(tmp_path: Path, capsys: pytest.Captu
     assert (train.steps, train.global_batch_size, train.recompute) == (10_000, 256, "selective")
     assert (optim.schedule, optim.warmup_steps, optim.decay_share) == ("wsd", 100, 0.1)
     assert (optim.decay_form, optim.beta2, optim.eps) == ("one_minus_sqrt", 0.95, 1e-8)
-    assert config.data.phases[0].seq_len == 4096
+    assert config.data.phases[0].seq_len == 4096 and config.data.phases[0].blend == {"web": 0.7, "code": 0.3}
     assert config.problems(num_ranks=16) == []
-    assert "data_path: run `sov-data adopt NAME=PREFIX" in out and "save: $OUT/ckpt is not set there" in out
+    assert "adopt web=/data/web_text_document code=/data/code_text_document --tokenizer" in out
+    assert "save: $OUT/ckpt is not set there" in out
     assert "use_mcore_models: it always is" in out and "no_such_option" in out.split("not known here")[1]
     assert not Path("/tmp/megatron-sov-canary").exists()
 

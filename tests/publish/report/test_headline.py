@@ -125,7 +125,7 @@ def test_each_stage_gains_on_what_the_stage_before_it_left(tmp_path: Path) -> No
         ["sft", "held-out text, bits per byte", "2.500", "2.600", lower],
         ["sft", "held-out responses of chat, nats per token", "2.079", "1.386", lower],
         ["sft", "mean reward of 34 responses", "–", "25%", rule],
-        ["dpo", "held-out pairs right of pairs", "50 %", "100 %", "higher is better"],
+        ["dpo", "held-out pairs right", "50 %", "100 %", "higher is better"],
         ["dpo", "mean reward of 34 responses", "25%", "100%", rule],
         ["dpo", "checks of the export", "–", "1 of 2 passed", "all pass"],
         ["far (another model)", "needles found, worst length", "10%", "85%", "the gate needs 80%"]]

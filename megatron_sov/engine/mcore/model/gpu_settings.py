@@ -14,8 +14,9 @@ import torch
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, find_broken
+from megatron_sov.engine.mcore import lanes
 from megatron_sov.engine.mcore.model import router
-from megatron_sov.engine.mcore.parallel.device import lacking_fp8, on_gpu
+from megatron_sov.engine.mcore.parallel.device import DEEP_EP_NAMES, lacking_deep_ep, lacking_fp8, on_gpu
 from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sov.model.config.gpu import fp8_format
 
@@ -110,8 +111,6 @@ def mend_extra_state(grouped_linear: Any) -> None:
     grouped_linear._split_extra_state = split_any
 
 
-FLEX_BACKENDS = {"deepep": "HAVE_DEEP_EP", "hybridep": "HAVE_HYBRIDEP"}
-"""Dispatcher -> what `megatron.core.transformer.moe.fused_a2a` says of its package."""
 TE_ATTENTION_VARIABLES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN",
                           "unfused": "NVTE_UNFUSED_ATTN"}
 """Kernel of Transformer Engine -> the variable that allows it, which the library sets by `gpu.attention`."""
@@ -174,6 +173,7 @@ LIBRARY_FIELDS = {
     "parallel.expert_overlap": ("TransformerConfig.overlap_moe_expert_parallel_comm",),
     "parallel.delay_weight_grads": ("TransformerConfig.delay_wgrad_compute",
                                     "DistributedDataParallelConfig.delay_wgrad_compute"),
+    "gpu.exchange_sms": tuple(f"TransformerConfig.{field}" for field in set(lanes.EXCHANGE_SMS.values())),
     "gpu.grad_dtype": ("DistributedDataParallelConfig.grad_reduce_in_fp32",),
     "gpu.pad_buckets": ("DistributedDataParallelConfig.pad_buckets_for_high_nccl_busbw",),
     "gpu.moment_dtype": tuple(f"OptimizerConfig.{field}" for field in (
@@ -228,8 +228,9 @@ def expert_settings(gpu: GpuConfig, here: Here) -> dict[str, Any]:
     overlap = {"moe_shared_expert_overlap": gpu.shared_expert_overlap == "on" and here.te,
                "overlap_moe_expert_parallel_comm": parallel.expert_overlap == "micro_batches",
                "delay_wgrad_compute": parallel.delay_weight_grads and here.te,
-               **({OF_DISPATCH: True} if parallel.expert_overlap == "weight_gradients" and here.te else {})}
-    if dispatcher in FLEX_BACKENDS:
+               **({OF_DISPATCH: True} if parallel.expert_overlap == "weight_gradients" and here.te else {}),
+               **(dict.fromkeys(lanes.EXCHANGE_SMS.values(), gpu.exchange_sms) if gpu.exchange_sms else {})}
+    if dispatcher in DEEP_EP_NAMES:
         if not here.te:
             return overlap | {"moe_token_dispatcher_type": "alltoall"}
         return overlap | {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": dispatcher}
@@ -263,7 +264,8 @@ def resolve_auto(config: RunConfig, te: bool) -> dict[str, Any]:
     here = Here(te, config.model, config.parallel)
     own = own_attention_serves(here, config.gpu.attention, config.train.deterministic)
     return {**{fusion.setting: fusion.value(config.gpu, here) for fusion in FUSIONS},
-            "attention": "local" if own else config.gpu.attention}
+            "attention": config.gpu.attention if exchanges_heads(here, config.gpu.attention) or not own
+            else "local"}
 
 
 def own_attention_serves(here: Here, attention: str, deterministic: bool) -> bool:
@@ -282,6 +284,12 @@ def own_attention_serves(here: Here, attention: str, deterministic: bool) -> boo
     if not here.te or here.parallel.cp > 1 or attention == "local" or model.attention_softcap is not None:
         return True
     return attention == "auto" and (deterministic or bool(_without_heads(model)))
+
+
+def exchanges_heads(here: Here, attention: str) -> bool:
+    """Return whether processes that share a row get the whole row of some heads, for an attention that was
+    asked for by its name; else each keeps its queries and gathers keys."""
+    return here.te and here.parallel.cp > 1 and attention not in ("auto", "local")
 
 
 def _without_heads(model: ModelConfig) -> str:
@@ -358,13 +366,13 @@ def refuse(config: RunConfig, te: bool) -> None:
          f"= weight_gradients {NEEDS_TE}", "use micro_batches"),
         (here.parallel.expert_overlap != "weight_gradients" or _has_field(OF_DISPATCH), "expert_overlap",
          "= weight_gradients needs megatron-core 0.18, for Python 3.12 and newer", "use micro_batches"))
-    if dispatcher in FLEX_BACKENDS:
+    if dispatcher in DEEP_EP_NAMES:
         problems += find_broken(
             config.parallel, "parallel",
             (on_gpu(), "expert_dispatcher", "needs GPUs", "use alltoall"),
-            (not on_gpu() or _has_backend(dispatcher), "expert_dispatcher",
-             "cannot be: its package deep_ep does not import", "install DeepEP (github.com/deepseek-ai/"
-             "DeepEP, branch hybrid-ep for hybridep), or use alltoall"))
+            (not on_gpu() or not lacking_deep_ep(dispatcher), "expert_dispatcher",
+             f"cannot be: DeepEP does not import ({lacking_deep_ep(dispatcher)})", "install the commit that "
+             "containers/install.sh names, or use alltoall"))
     if problems:
         raise SettingsError(f"recipe {config.recipe}", problems)
 
@@ -373,12 +381,6 @@ def _has_field(name: str) -> bool:
     from megatron.core.transformer import TransformerConfig
 
     return name in {field.name for field in fields(TransformerConfig)}
-
-
-def _has_backend(dispatcher: str) -> bool:
-    from megatron.core.transformer.moe import fused_a2a
-
-    return bool(getattr(fused_a2a, FLEX_BACKENDS[dispatcher], False))
 
 
 def _attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str, str]]:

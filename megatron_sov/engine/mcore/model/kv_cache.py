@@ -23,6 +23,7 @@ from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch.nn.functional import linear, pad, rms_norm
 
@@ -383,6 +384,18 @@ class LatentAttention(MLASelfAttention):
         output: tuple[torch.Tensor, None] = super().forward(
             hidden_states, attention_mask, packed_seq_params=packed_seq_params, **kwargs)
         return output
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        # where queries are made without a narrow vector 0.19 would normalise what they are made of, or refuse
+        if self.config.q_lora_rank is not None:
+            return dict(super()._resolve_qk_norm_config(submodules))
+        self.config.q_lora_rank = self.config.kv_lora_rank
+        try:
+            found = super()._resolve_qk_norm_config(submodules)
+        finally:
+            self.config.q_lora_rank = None
+        return {**found, "linear_q_proj": submodules.linear_q_proj, "linear_q_up_proj": IdentityOp,
+                "q_layernorm": IdentityOp}
 
     def _run_core_attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                             attention_mask: None, packed_seq_params: Any = None, attn_mask_type: Any = None,

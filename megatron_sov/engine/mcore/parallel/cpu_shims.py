@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from megatron_sov.engine.mcore.parallel.device import CPU, compute_on_cpu, computes_on_cpu, on_gpu
+from megatron_sov.engine.mcore.parallel.device import (
+    CPU, compute_on_cpu, computes_on_cpu, hide_broken_deep_ep, on_gpu)
 
 # Defects of megatron-core 0.16.1 that a model without Transformer Engine meets on any device, mended in
 # place.
@@ -44,11 +45,11 @@ def _products_of_routers() -> None:
     product: Any = getattr(moe_utils, "te_general_gemm", None)
     if product is None:
         try:
-            from transformer_engine.pytorch import cpp_extensions
+            from transformer_engine.pytorch.cpp_extensions import general_gemm
         except ImportError:
             moe_utils.te_general_gemm = None
             return
-        product = cpp_extensions.general_gemm
+        product = general_gemm
 
     @functools.wraps(product)
     def multiply(A: Any, B: Any, out_dtype: torch.dtype, bias: Any = None, **asked: Any) -> Any:
@@ -131,7 +132,9 @@ def _biases_of_experts() -> None:
 
 def prepare_megatron() -> None:
     """Prepare this process for megatron-core; a no-op with CUDA, and when called again."""
-    if not on_gpu():
+    if on_gpu():
+        hide_broken_deep_ep()
+    else:
         prepare_without_gpu()
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
+import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,8 @@ def switch_on() -> None:
         if value not in allowed:
             raise UserError(f"train.deterministic = True: the environment has {name}={value}, "
                             f"with which results do not repeat; unset it or use {' or '.join(allowed)}")
-    if torch.cuda.is_initialized():
+    # a process that has done so already may do one run after another
+    if torch.cuda.is_initialized() and not torch.are_deterministic_algorithms_enabled():
         raise RuntimeError("CUDA has started before determinism.switch_on()")
     torch.use_deterministic_algorithms(True)
     # it would fill all empty memory, of every activation; what is read before it is written is a defect
@@ -286,3 +290,31 @@ def lacking_fp8() -> dict[str, str]:
 
     answers = {fp8: getattr(te, name)(return_reason=True) for fp8, name in FP8_FUNCTIONS.items()}
     return {fp8: "" if available else str(reason) for fp8, (available, reason) in answers.items()}
+
+
+# DeepEP, whose kernels carry tokens to their experts.
+
+DEEP_EP_NAMES = {"deepep": ("deep_ep.Buffer", "deep_ep.utils.EventHandle", "deep_ep.utils.EventOverlap"),
+                 "hybridep": ("deep_ep.HybridEPBuffer",)}
+"""`parallel.expert_dispatcher` -> what the library imports for it (`fused_a2a`), both versions."""
+
+
+@functools.cache
+def lacking_deep_ep(dispatcher: str) -> str:
+    """Return why DeepEP does not serve a dispatcher here, in its own words; empty: it does."""
+    for name in DEEP_EP_NAMES[dispatcher]:
+        module, _, last = name.rpartition(".")
+        try:
+            getattr(importlib.import_module(module), last)
+        except Exception as e:  # newer ones assert that NCCL's library is the one that they were built with
+            return f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}"
+    return ""
+
+
+def hide_broken_deep_ep() -> None:
+    """Have the library import without a DeepEP that does not: it catches ImportError alone."""
+    if importlib.util.find_spec("deep_ep") is None:
+        return
+    if lacking_deep_ep("deepep").partition(":")[0] not in (
+            "", "ImportError", "ModuleNotFoundError", "AttributeError"):
+        sys.modules["deep_ep"] = None  # type: ignore[assignment]

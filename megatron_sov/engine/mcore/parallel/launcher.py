@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from megatron_sov.base.errors import ExitCode, SilentCorruption, UserError, first_line, to_exit_code
 from megatron_sov.base.plugins.loading import files_that_ran, run_files
+from megatron_sov.base.settings import num_cores
 from megatron_sov.engine.mcore.parallel import cpu_shims
 from megatron_sov.engine.mcore.parallel.device import on_gpu
 from megatron_sov.engine.mcore.parallel.world import LOCALHOST, STORE_PORT
@@ -171,7 +172,7 @@ def _threads(count: int) -> int:
     said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # of nested levels, the first
     if said.isdecimal() and len(said) <= 4 and int(said):  # anything else the library passes over too
         return int(said)
-    return max(1, (os.cpu_count() or 1) // count)
+    return max(1, num_cores() // count)
 
 
 @dataclass

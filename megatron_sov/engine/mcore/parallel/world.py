@@ -80,6 +80,8 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
 
     # the library calls torch by names that newer versions replace; nobody who trains can mend that
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    # experts have a tensor parallel size of their own, which is 1 where the model's is not
+    warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but tensor model")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = datetime.timedelta(seconds=parallel.timeout_s)
     if not dist.is_initialized():

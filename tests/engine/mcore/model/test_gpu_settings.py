@@ -19,10 +19,12 @@ from megatron.core.transformer import TransformerConfig
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
+from megatron_sov.engine.mcore import lanes
 from megatron_sov.engine.mcore.model import gpu_settings
 from megatron_sov.engine.mcore.model.gpu_settings import (
     FUSIONS, LIBRARY_FIELDS, Here, expert_settings, gradient_settings, in_bf16, keep_ends_in_bf16,
     library_settings, mend_extra_state, moment_settings, refuse_without_chip, transformer_settings)
+from megatron_sov.engine.mcore.parallel import device
 from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig, apply_settings
 
 # 8-bit products: the library's settings, what is refused before anything starts, checkpoints of experts.
@@ -143,6 +145,7 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "parallel.expert_overlap": (["parallel.expert_overlap=micro_batches"], {
         "overlap_moe_expert_parallel_comm": True}),
     "parallel.delay_weight_grads": (["parallel.delay_weight_grads=true"], {"delay_wgrad_compute": True}),
+    "gpu.exchange_sms": (["gpu.exchange_sms=32"], dict.fromkeys(lanes.EXCHANGE_SMS.values(), 32)),
     "gpu.grad_dtype": (["gpu.grad_dtype=bf16"], {"grad_reduce_in_fp32": False}),
     "gpu.moment_dtype": (["gpu.moment_dtype=bf16"], {
         "use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16,
@@ -227,6 +230,8 @@ def test_a_run_tells_what_auto_came_to() -> None:
     assert gpu_settings.resolve_auto(config_with([]), te=True) == fused | {"attention": "auto"}
     assert gpu_settings.resolve_auto(config_with(["parallel.cp=2"]), te=True) == fused | {
         "rope_fusion": False, "attention": "local"}
+    exchanged = gpu_settings.resolve_auto(config_with(["parallel.cp=2", "gpu.attention=fused"]), te=True)
+    assert exchanged["attention"] == "fused", "over whole rows of half the heads"
     assert gpu_settings.resolve_auto(config_with(["model.attention_softcap=50"]), te=True) == fused | {
         "attention": "local"}
     assert set(gpu_settings.resolve_auto(config_with([]), te=False).values()) == {False, "local"}
@@ -265,6 +270,33 @@ def test_what_cannot_be_here_is_refused(changes: str, te: bool, environment: dic
     with pytest.raises(SettingsError) as refused:
         gpu_settings.refuse(config_with(changes.split()), te)
     assert [key for _, key in refused.value.codes] == keys.split()
+
+
+@pytest.mark.parametrize(("says", "told"), [
+    # what its main branch is since April 2026, and what it asserts about NCCL while it is imported
+    ("", r"AttributeError: module 'deep_ep\.utils' has no attribute 'EventOverlap'"),
+    ("raise AssertionError('Invalid NCCL versions: a v.s. b')", "AssertionError: Invalid NCCL versions: a v"),
+])
+def test_a_deep_ep_that_does_not_serve_is_told_in_its_own_words(
+        says: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "deep_ep"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"{says}\nclass Buffer: pass\n")
+    (package / "utils.py").write_text("class EventHandle: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
+    device.lacking_deep_ep.cache_clear()
+    try:
+        with pytest.raises(UserError, match=rf"expert_dispatcher .* DeepEP does not import \({told}.*; "
+                                            r"install the commit that containers/install\.sh names"):
+            gpu_settings.refuse(config_with(["parallel.expert_dispatcher=deepep"]), te=True)
+        device.hide_broken_deep_ep()  # the library would end with it
+        with pytest.raises(ImportError):
+            from deep_ep.utils import EventOverlap  # noqa: F401
+    finally:
+        device.lacking_deep_ep.cache_clear()
+        for name in ("deep_ep", "deep_ep.utils"):
+            sys.modules.pop(name, None)
 
 
 def test_sinks_over_packed_rows_need_new_libraries(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,7 @@ def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path,
     ("3", 2, 3), (" 5 ,2", 2, 5)])
 def test_ranks_share_the_cores_unless_the_environment_names_their_threads(
         monkeypatch: pytest.MonkeyPatch, said: str | None, count: int, threads: int) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if said is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", said)

@@ -1,0 +1,79 @@
+"""Our commands, one after another in one process: what a part starts for many runs at once.
+
+Usage: python benchmarks/gpu/commands.py [--double] LIST     LIST: JSON, [[program, word, ...], ...]
+
+After each command one line with its exit code goes to standard output; what commands print goes to standard
+error.  A command that fails ends the process, for it may have spoiled the device for those behind it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from typing import TextIO
+
+from setting import DOUBLE, ROOT
+
+PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
+ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29573"}
+"""What a launcher sets: a command that trains is then a rank itself, and starts no process."""
+
+
+def install_double() -> None:
+    """Put the double in the place of Transformer Engine, and have models made of it in any dtype and under
+    any `train.fp8`, whose products it quantises; call it before megatron-core is imported."""
+    sys.path[:0] = [str(DOUBLE), str(ROOT)]
+    from megatron_sov.engine.mcore.parallel import cpu_shims
+
+    cpu_shims.prepare_megatron()
+    from megatron_sov.engine.mcore.model import specs
+
+    specs.on_gpu = lambda: True  # what configurations are made for
+    specs.transformer_engine_serves = lambda dtype: True
+    import transformer_engine.pytorch as te
+
+    from megatron_sov.engine.mcore.parallel.device import FP8_FUNCTIONS
+    from tests.te_double.quantized_run import quantise_products
+
+    quantise_products()
+    for name in FP8_FUNCTIONS.values():  # as on a GPU that has every recipe
+        setattr(te, name, lambda return_reason=False: (True, "") if return_reason else True)
+
+
+def run(program: str, words: list[str]) -> int:
+    """Run a command as its own process would; returns its exit code."""
+    for name, value in ONE_RANK.items():
+        if program == "megatron-sov":
+            os.environ[name] = value
+        else:
+            os.environ.pop(name, None)
+    sys.argv = [program, *words]
+    try:
+        return int(importlib.import_module(PROGRAMS[program]).main() or 0)
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:  # whatever it is, it is told as the command's
+        traceback.print_exc()
+        return 1
+
+
+def run_all(commands: list[list[str]], answers: TextIO) -> None:
+    """Run commands up to the first that fails, and write each one's exit code."""
+    for program, *words in commands:
+        code = run(program, words)
+        print(code, file=answers, flush=True)
+        if code:
+            return
+
+
+if __name__ == "__main__":
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    if "--double" in sys.argv:
+        install_double()
+    sys.path.append(str(ROOT))
+    run_all(json.loads(sys.argv[-1]), answers)
