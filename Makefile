@@ -75,6 +75,7 @@ browser:  ## install Chromium for the tests that open pages in a browser, where 
 	@tests/base/pages/install.sh
 
 test: style slurm browser  ## lint, and beside mypy all tests; three at a time on two cores, for many wait
+	-"$(PY)" tests/newest.py --releases
 	$(MAKE) -j 2 types suite
 
 # Tests in seven runs, so that no worker of pytest holds all libraries at once: whole commands and jobs of training, the layers under
@@ -106,7 +107,7 @@ suite: setup
 	$(TESTS_AT_ONCE) tests/operate/slurm tests $(foreach run,$(RUNS),$(addprefix --ignore ,$($(run)))) || status=1; \
 	exit $$status
 
-NEWEST := $(addprefix tests/,te_double engine/mcore layouts engine/convert train e2e)
+NEWEST := $(addprefix tests/,te_double engine/mcore layouts convert train e2e)
 newest: setup  ## the tests of layers that touch megatron-core, on the version that Python 3.12 and newer have: build/newest
 	OMP_NUM_THREADS=1 "$(PY)" tests/newest.py -q -n 2 --dist worksteal $(NEWEST)
 

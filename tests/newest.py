@@ -4,11 +4,13 @@ Its wheel is for Python 3.12, and its sources run under 3.11: unpacked into a fo
 path, they take the place of what is installed, in children too.
 
 Usage: python tests/newest.py FOLDER ...    (as `make newest`): runs these tests on it
+       python tests/newest.py --releases    (as `make test`): says which pins an index has newer versions of
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -44,8 +46,9 @@ def fetched(name: str, version: str, python: str = "3.12") -> Path:
     with tempfile.TemporaryDirectory(dir=FOLDER) as work:
         done = subprocess.run(
             [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-             "--python-version", python, "--only-binary=:all:", "--dest", work, f"{name}=={version}"],
-            capture_output=True, text=True, timeout=600, check=False)
+             "--python-version", python, "--only-binary=:all:", "--retries", "2", "--dest", work,
+             f"{name}=={version}"],
+            capture_output=True, text=True, check=False)
         wheels = list(Path(work).glob("*.whl"))
         if not wheels:
             raise OSError(f"pip cannot fetch {name} {version}: {done.stderr.strip()[-300:]}")
@@ -76,8 +79,43 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
+def newer_release(name: str, pinned: str, python: str) -> str:
+    """Return a sentence where an index has a newer version for a Python than is pinned; "": it has not, or
+    there is no index."""
+    try:
+        told = subprocess.run(
+            [sys.executable, "-m", "pip", "index", "versions", name, "--python-version", python, "--retries",
+             "0", "--timeout", "5", "--only-binary=:all:", "--disable-pip-version-check"],
+            capture_output=True, text=True, timeout=60, check=False).stdout
+    except subprocess.TimeoutExpired:
+        return ""
+    found = re.match(rf"{re.escape(name)} \(([^)]+)\)", told)
+    if found is None or not _is_newer(found[1], pinned):
+        return ""
+    return (f"note: {name} {found[1]} is out for Python {python}, and this project is read against {pinned}: "
+            "raise the pin, then `make contract` and `make newest` say what differs")
+
+
+def _is_newer(version: str, pinned: str) -> bool:
+    numbers = [[int(part) for part in re.findall(r"\d+", text)] for text in (version, pinned)]
+    return numbers[0] > numbers[1]
+
+
+def releases() -> None:
+    """Print a line for each pin that an index has a newer version of; never fail."""
+    extra = re.search(r"transformer-engine\[[^]]*\]==([\d.]+)", (ROOT / "setup.py").read_text())
+    assert extra is not None
+    pins = [("megatron-core", lane(marker), python) for marker, python in PYTHONS.items()]
+    for sentence in (newer_release(*pin) for pin in [*pins, ("transformer-engine", extra[1], "3.12")]):
+        if sentence:
+            print(sentence, flush=True)
+
+
 def main() -> int:
     """Run tests on the newer version, once it was seen that it is what is imported."""
+    if sys.argv[1:] == ["--releases"]:
+        releases()
+        return 0
     told = subprocess.run(
         [sys.executable, "-W", "ignore", "-c",
          "import megatron_sov.engine.mcore.lanes as lanes; print(lanes.VERSION)"],

@@ -47,7 +47,7 @@ def test_both_definitions_name_one_pinned_image_and_do_the_same() -> None:
     assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3", docker_base)
     files = APPTAINER.partition("%files\n")[2].partition("\n\n")[0].splitlines()
     assert docker_copies() == copied(files)
-    assert f"RUN {INSTALL}\n" in DOCKER and f"%post\n    {INSTALL}\n" in APPTAINER
+    assert f"RUN DEEPEP_ARCH=$DEEPEP_ARCH {INSTALL}\n" in DOCKER and f"%post\n    {INSTALL}\n" in APPTAINER
 
 
 def test_all_that_setup_needs_is_copied() -> None:

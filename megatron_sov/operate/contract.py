@@ -83,9 +83,10 @@ class Sources:
     def fields(self, path: str) -> dict[str, str]:
         """Return a data class's fields with their defaults, those of its bases first."""
         found = self.find(path)
-        assert found and isinstance(found[1], ast.ClassDef), path
+        assert found, path
         home, cls = found
-        fields = {}
+        assert isinstance(cls, ast.ClassDef), path
+        fields: dict[str, str] = {}
         for base in cls.bases:
             outer = self.find(f"{home}.{ast.unparse(base)}")
             if outer and isinstance(outer[1], ast.ClassDef):

@@ -194,7 +194,7 @@ def test_qwen3_next_is_refused_by_what_the_library_lacks(tmp_path: Path) -> None
     (hf / "config.json").write_text(json.dumps(Qwen3NextConfig().to_dict()))
     save_file({"lm_head.weight": torch.ones(8)}, hf / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"hf: model family 'qwen3_next': is not supported: its gated delta "
-                                        r"net is a layer of Megatron-Core that refuses packed rows"):
+                                        r"net is a layer of Megatron-Core that refuses inference"):
         convert.from_hf(hf, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -27,6 +27,9 @@ LAYOUTS = {
     "ETP2": (2, ["parallel.etp=2"]),
     "PP2 VPP2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
     "CP2, recomputed": (2, ["parallel.cp=2", "train.recompute=true"]),
+    # Transformer Engine's attention over whole rows of half the heads, of which keys have two
+    "CP2, exchanged": (2, ["parallel.cp=2", "gpu.attention=unfused"]),
+    "CP4, exchanged": (4, ["parallel.cp=4", "gpu.attention=unfused"]),
 }
 # sliding layers, one that does not rotate, and multi-token prediction
 EXAONE = ["model.num_layers=4", "model.num_experts=4", "train.micro_batch_size=4"]

@@ -7,7 +7,7 @@ import pickle
 import sys
 from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ import numpy
 import pytest
 import torch
 
+from megatron_sov.engine.mcore.model.attention import pack
 from megatron_sov.engine.mcore.model.gpu_settings import Here, own_attention_serves
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
@@ -190,8 +191,8 @@ def test_no_rows_are_refused_by_the_permutation_and_given_back_by_its_inverse(te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_general_product_has_the_librarys_layouts(te: Any, dtype: torch.dtype) -> None:
     """What `RouterGatingLinearFunction` of megatron-core asks for: y = x W^T + b, dx = dy W, dW = dy^T x."""
-    weight, x = random(6, 4, dtype=dtype), random(5, 4, dtype=dtype).flip(0)
-    bias, d_out = random(6, dtype=torch.float32), random(5, 6, dtype=torch.float32)
+    weight, x = (values.bfloat16().to(dtype) for values in (random(6, 4), random(5, 4).flip(0)))
+    bias, d_out = random(6, dtype=torch.float32), random(5, 6).bfloat16().float()
     product = te.cpp.general_gemm
     te.counts.clear()
     torch.testing.assert_close(product(weight, x, torch.float32, layout="TN", bias=bias)[0],
@@ -203,6 +204,8 @@ def test_the_general_product_has_the_librarys_layouts(te: Any, dtype: torch.dtyp
     product(x.float(), d_out, torch.float32, layout="NT", grad=True, out=total, accumulate=True)
     torch.testing.assert_close(total, 1 + d_out.T @ x.float())
     assert te.counts == {("general", layout): 1 for layout in ("TN", "NN", "NT")}
+    one, little = torch.ones(1, 1), torch.tensor([[1 + 2.0 ** -10 + 2.0 ** -12]])
+    assert product(little, one, torch.float32)[0] == 1 + 2.0 ** -10, "TF32, the products of float32"
 
 
 def test_the_general_product_refuses_what_cublas_has_not(te: Any) -> None:
@@ -445,6 +448,24 @@ def test_attention_chooses_anew_where_a_call_differs(te: Any) -> None:
     assert te.backends.CHOSEN == {te.backends.FUSED: 3}
 
 
+def test_one_decision_about_attention_serves_rows_of_many_documents(te: Any) -> None:
+    """Documents without tokens at the end of a row change nothing but what the decision is made by."""
+    q = random(16, 4, 8, dtype=torch.bfloat16)
+    attention = te.pytorch.DotProductAttention(4, 8, attn_mask_type="padding_causal", qkv_format="thd")
+    te.backends.CHOSEN.clear()
+    for lengths in ((4, 4, 4, 3, 1), (4, 4, 4, 2, 1, 1), (4, 3, 3, 2, 2, 1, 1), (3, 3, 2, 2, 2, 2, 1, 1)):
+        bound = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        packed = pack(bound, max(lengths), 16, own=False)
+        out = attention(q, q, q, cu_seqlens_q=packed.cu_seqlens_q, cu_seqlens_kv=packed.cu_seqlens_kv,
+                        max_seqlen_q=packed.max_seqlen_q)
+        whole = [torch.nn.functional.scaled_dot_product_attention(*[x.transpose(0, 1).float()] * 3,
+                                                                  is_causal=True).transpose(0, 1)
+                 for x in q.split(lengths)]
+        torch.testing.assert_close(out.view(16, 4, 8).float(), torch.cat(whole), atol=0.02, rtol=0.02)
+        assert packed.bounds.equal(bound), "multi-token prediction asks where documents end"
+    assert te.backends.CHOSEN == {te.backends.FUSED: 1}
+
+
 def recommended_attention() -> dict[str, tuple[Any, str]]:
     """Return what each recommended layout that leaves attention to the library asks of it, and of which
     chip."""
@@ -506,6 +527,7 @@ def test_marks_of_the_host_follow_what_is_computed(te: Any) -> None:
                 "alike": torch.zeros_like(torch.zeros(3, device=gpu)),
                 "with a number": torch.zeros(3, device=gpu) + torch.tensor(2.0),
                 "chosen": torch.zeros(3, device=gpu)[torch.tensor([0, 2])]}
+        assert sent["sent"].to(gpu) is sent["sent"] is sent["sent"].to(sent["there"]), "what is there stays"
         sent["where another is"] = torch.zeros(3, device=sent["sent"].device)
         for mixed in (lambda: sent["there"] + made["read"], lambda: torch.cat([made["read"], sent["sent"]]),
                       lambda: torch.nn.functional.linear(sent["there"], made["computed"][None])):

@@ -137,6 +137,13 @@ def _attention_widths(model: ModelConfig, tp: int, cut: str) -> list[tuple[str, 
               for name, size in by_head.items())]
 
 
+def _heads_divide(model: ModelConfig, parallel: ParallelConfig) -> bool:
+    """Return whether processes that share a row can each take some heads of it, with their keys."""
+    heads, of_keys = model.num_heads // parallel.tp, model.num_kv_heads // parallel.tp
+    return (heads % parallel.cp == 0 and (of_keys % parallel.cp == 0 or parallel.cp % of_keys == 0)
+            and not model.attention_sinks and model.latent_attention is None)
+
+
 Switch = Literal["auto", "on", "off"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
 OffloadModule = Literal["qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
@@ -152,9 +159,10 @@ class GpuConfig:
 
     attention: Literal["auto", "fused", "flash", "unfused", "local"] = "auto"
     """Attention kernel: Transformer Engine's choice (auto), its cuDNN (fused), FlashAttention or plain torch
-    (unfused) one, or this framework's own (local), which serves anyway under context parallelism,
-    without Transformer Engine, and where products are capped (`model.attention_softcap`); under auto also
-    with `train.deterministic`, and where cuDNN trains no heads of that size."""
+    (unfused) one, or this framework's own (local). Under context parallelism auto is local, and a named one
+    gets whole rows of its share of the heads. Ours serves anyway without Transformer Engine, and where
+    products are capped (`model.attention_softcap`); under auto also with `train.deterministic`, and where
+    cuDNN trains no heads of that size."""
     rope_fusion: Switch = "auto"
     """Rotate queries and keys in one kernel."""
     router_fusion: Switch = "auto"
@@ -236,28 +244,19 @@ class GpuConfig:
             (first == last == 0 or 0 < first <= last, "profile_first_step",
              f"and gpu.profile_last_step = {last} must be steps in order, both from 1 on, or both 0"),
             (self.profiler == "torch" or first > 0, "profiler", "needs gpu.profile_first_step", "set it"))
-        if dispatcher in ("deepep", "hybridep"):
-            p += find_broken(
-                parallel, "parallel",
-                (parallel.ep * parallel.etp > 1, "expert_dispatcher", "needs parallel.ep x parallel.etp > 1, "
-                 "and nothing travels at 1", "use alltoall"),
-                (train.precision == "bf16", "expert_dispatcher",
-                 f"carries bf16 alone, and train.precision = {train.precision}", "use alltoall"))
-        return p + self._overlap_problems(parallel, train) + self._optimizer_problems(
+        return p + self._exchange_problems(parallel, train) + self._optimizer_problems(
             parallel, train, optim) + find_broken(
             self, "gpu",
             (self.grad_dtype == "fp32" or train.precision == "bf16", "grad_dtype",
              f"needs train.precision = bf16, which is {train.precision}", "leave it out"),
-            (self.exchange_sms == 0 or dispatcher in ("deepep", "hybridep"), "exchange_sms",
-             f"is of deepep and hybridep, and parallel.expert_dispatcher = {dispatcher}", "leave it out"),
-            (self.exchange_sms % 2 == 0, "exchange_sms", "must be even", "add one"),
             (self.permute_fusion != "on" or experts, "permute_fusion",
              f"sorts tokens by expert, and model.num_experts = {model.num_experts}", "leave it out"),
             (self.rope_fusion != "on" or parallel.cp == 1, "rope_fusion",
              f"knows no rows that are cut as by parallel.cp = {parallel.cp}",
              "set gpu.rope_fusion to auto, or parallel.cp to 1"),
-            (parallel.cp == 1 or self.attention in ("auto", "local"), "attention",
-             f"cannot serve under parallel.cp = {parallel.cp}, where this framework's own attention does",
+            (parallel.cp == 1 or self.attention in ("auto", "local") or _heads_divide(model, parallel),
+             "attention", f"gives each process of parallel.cp = {parallel.cp} its share of the heads, which "
+             f"must divide those of parallel.tp = {parallel.tp}, without sinks or latent attention",
              "set gpu.attention to auto or local, or parallel.cp to 1"),
             (self.shared_expert_overlap == "off" or (experts and model.num_shared_experts > 0),
              "shared_expert_overlap", "needs a shared expert, and the model has none", "leave it out"),
@@ -267,11 +266,26 @@ class GpuConfig:
             (self.pad_buckets == "off" or parallel.zero1, "pad_buckets",
              "needs parallel.zero1 = true, whose buckets it pads", "set it, or leave gpu.pad_buckets out"))
 
-    def _overlap_problems(self, parallel: ParallelConfig, train: TrainConfig) -> list[SettingsProblem]:
-        """Tell what does not go with layers that are cut where tokens travel."""
+    def _exchange_problems(self, parallel: ParallelConfig, train: TrainConfig) -> list[SettingsProblem]:
+        """Tell what does not go with kernels that carry tokens, and with layers that are cut where tokens
+        travel."""
+        dispatcher = parallel.expert_dispatcher
+        is_kernel = dispatcher in ("deepep", "hybridep")
+        p = find_broken(
+            self, "gpu",
+            (self.exchange_sms == 0 or is_kernel, "exchange_sms",
+             f"is of deepep and hybridep, and parallel.expert_dispatcher = {dispatcher}", "leave it out"),
+            (self.exchange_sms % 2 == 0, "exchange_sms", "must be even", "add one"))
+        if is_kernel:
+            p += find_broken(
+                parallel, "parallel",
+                (parallel.ep * parallel.etp > 1, "expert_dispatcher", "needs parallel.ep x parallel.etp > 1, "
+                 "and nothing travels at 1", "use alltoall"),
+                (train.precision == "bf16", "expert_dispatcher",
+                 f"carries bf16 alone, and train.precision = {train.precision}", "use alltoall"))
         if parallel.expert_overlap != "micro_batches":
-            return []
-        return find_broken(
+            return p
+        return p + find_broken(
             parallel, "parallel",
             (train.recompute is not True and "moe" not in self.recompute_modules, "expert_overlap",
              "cuts layers in pieces, and cannot be where train.recompute computes a whole one again",

@@ -18,8 +18,9 @@ FAMILIES = {family.name: family for family in (
     SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, LLAMA, MIXTRAL, EXAONE4, HYPERCLOVAX, GLM4_MOE,
     GEMMA2, GEMMA3, GPT_OSS, DEEPSEEK_V3)}
 WITHOUT_LAYER = {
-    "qwen3_next": "its gated delta net is a layer of Megatron-Core that refuses packed rows and inference, "
-                  "and has no context parallelism; a Qwen3-MoE model (family 'qwen3_moe') can be converted"}
+    "qwen3_next": "its gated delta net is a layer of Megatron-Core that refuses inference, and takes packed "
+                  "rows and context parallelism from 0.19 on, on GPUs alone; a Qwen3-MoE model (family "
+                  "'qwen3_moe') can be converted"}
 """Names that people ask for -> why no family has them: what the library's own layers cannot do yet."""
 
 

@@ -4,6 +4,7 @@ layer has the number of its entry in our lists, and our router."""
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,6 +95,16 @@ def test_both_versions_learn_the_same_and_continue_each_others_checkpoints(
             for step, wanted in zip(halves[0][part], whole[part], strict=True):
                 assert step["loss"] == pytest.approx(wanted["loss"], rel=bound)
                 assert step["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=10 * bound)
+
+
+@pytest.mark.parametrize(("told", "is_said"), [
+    ("megatron-core (0.20.0)\nAvailable versions: 0.20.0, 0.19.2", True),
+    ("megatron-core (0.19.10)\n", True), ("megatron-core (0.19.2)\n", False), ("", False)])
+def test_a_newer_release_is_said_and_no_index_is_no_failure(monkeypatch: pytest.MonkeyPatch, told: str,
+                                                           is_said: bool) -> None:
+    monkeypatch.setattr(newest.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(stdout=told))
+    sentence = newest.newer_release("megatron-core", "0.19.2", "3.12")
+    assert sentence.startswith("note: megatron-core 0.") if is_said else sentence == ""
 
 
 @pytest.mark.distributed

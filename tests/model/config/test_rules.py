@@ -181,7 +181,7 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     (f'{OFFLOAD} optim.groups=[{{"pattern":"decoder.*","optimizer":"muon"}}]', 2, "gpu.optimizer_offload"),
     (f"{DENSE} gpu.permute_fusion=on", 1, "gpu.permute_fusion"),
     ("gpu.rope_fusion=on parallel.cp=2", 2, "gpu.rope_fusion"),
-    ("gpu.attention=flash parallel.cp=2", 2, "gpu.attention"),
+    ("gpu.attention=flash parallel.cp=8", 8, "gpu.attention"),
     ("gpu.shared_expert_overlap=on model.num_shared_experts=0", 1, "gpu.shared_expert_overlap"),
     ("gpu.shared_expert_overlap=on parallel.ep=2 parallel.expert_dispatcher=deepep", 2,
      "gpu.shared_expert_overlap"),

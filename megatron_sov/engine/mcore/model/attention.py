@@ -4,7 +4,8 @@ cut over processes.
 The library's own local attention refuses packed sequences and context parallelism, and replaces a document
 mask by the window mask on sliding layers, so documents would see each other.  Transformer Engine's context
 parallelism wants every document padded to a multiple of twice the group's size and does not slide over cut
-documents, so with `parallel.cp` > 1 this attention serves there, too.
+documents, so with `parallel.cp` > 1 this attention serves there, too, unless `gpu.attention` names another
+(`specs.exchanged`).
 
 Each document is attended on its own: on GPUs in 16 bits by one kernel for all of a piece
 (`attend_documents`), else those of one length after those of another.  Queries stay where they are; keys and
@@ -19,7 +20,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -186,6 +187,10 @@ class PackedDocuments(PackedSeqParams):
 
     bounds: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
     """[documents + 1] int32: cumulative lengths of the documents."""
+    longest_tokens: int = 0
+    """Length of the longest document."""
+    row_tokens: int = 0
+    """Length of the whole row."""
     spans: list[list[Span]] = field(default_factory=list)
     """For each local piece of the row its documents (parts of documents), in order."""
     piece_bounds: dict[int, list[PieceBounds]] = field(default_factory=dict)
@@ -197,6 +202,11 @@ class PackedDocuments(PackedSeqParams):
     padding: torch.Tensor | None = None
     """[1, local tokens] bool, True where a token is padding, for experts of a prediction layer; None: nobody
     asks."""
+
+    @cached_property
+    def whole(self) -> PackedDocuments:
+        """The documents as the library's attention takes them where it has a whole row of some heads."""
+        return pack(self.bounds, self.longest_tokens, self.row_tokens, own=False)
 
     def bounds_within(self, window_tokens: int) -> list[PieceBounds]:
         if window_tokens not in self.piece_bounds:
@@ -255,16 +265,25 @@ def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own
                                max_seqlen_q=row_tokens, max_seqlen_kv=row_tokens, bounds=bounds,
                                spans=[shared.spans], shared=shared)
     if not own:
-        # the library keeps a table of angles for each length that it is told: powers of two make few
-        longest = min(1 << (max_document_tokens - 1).bit_length(), row_tokens)
-        return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
+        # the library keeps a table of angles for each length that it is told, and Transformer Engine one
+        # decision about kernels, made anew where length or number of documents change: powers of two make
+        # few; documents without tokens at the end fill the number up
+        longest = min(_power_of_two(max_document_tokens), row_tokens)
+        filled = pad(bounds, (0, _power_of_two(len(bounds) - 1) + 1 - len(bounds)), value=row_tokens)
+        return PackedDocuments(qkv_format="thd", cu_seqlens_q=filled, cu_seqlens_kv=filled,
                                max_seqlen_q=longest, max_seqlen_kv=longest, bounds=bounds)
     documents = [(a, b) for a, b in pairwise(bounds.tolist() if host_bounds is None else host_bounds)
                  if b > a]
     spans = [[(a, max(a, first), min(b, end)) for a, b in documents if a < end and first < b]
              for first, end in context.pieces(row_tokens)]
     return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
-                           max_seqlen_q=row_tokens, max_seqlen_kv=row_tokens, bounds=bounds, spans=spans)
+                           max_seqlen_q=row_tokens, max_seqlen_kv=row_tokens, bounds=bounds, spans=spans,
+                           longest_tokens=max_document_tokens, row_tokens=row_tokens)
+
+
+def _power_of_two(number: int) -> int:
+    """Return the least that is not below the number."""
+    return 1 << max(0, number - 1).bit_length()
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,

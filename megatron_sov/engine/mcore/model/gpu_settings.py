@@ -264,7 +264,8 @@ def resolve_auto(config: RunConfig, te: bool) -> dict[str, Any]:
     here = Here(te, config.model, config.parallel)
     own = own_attention_serves(here, config.gpu.attention, config.train.deterministic)
     return {**{fusion.setting: fusion.value(config.gpu, here) for fusion in FUSIONS},
-            "attention": "local" if own else config.gpu.attention}
+            "attention": config.gpu.attention if exchanges_heads(here, config.gpu.attention) or not own
+            else "local"}
 
 
 def own_attention_serves(here: Here, attention: str, deterministic: bool) -> bool:
@@ -283,6 +284,12 @@ def own_attention_serves(here: Here, attention: str, deterministic: bool) -> boo
     if not here.te or here.parallel.cp > 1 or attention == "local" or model.attention_softcap is not None:
         return True
     return attention == "auto" and (deterministic or bool(_without_heads(model)))
+
+
+def exchanges_heads(here: Here, attention: str) -> bool:
+    """Return whether processes that share a row get the whole row of some heads, for an attention that was
+    asked for by its name; else each keeps its queries and gathers keys."""
+    return here.te and here.parallel.cp > 1 and attention not in ("auto", "local")
 
 
 def _without_heads(model: ModelConfig) -> str:

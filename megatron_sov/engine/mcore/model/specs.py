@@ -15,10 +15,11 @@ from torch.nn.functional import dropout, gelu, rms_norm, silu
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.engine.mcore import lanes
 from megatron_sov.engine.mcore.model.gpu_settings import (
-    OVERLAP, Here, expert_settings, keep_ends_in_bf16, library_settings, own_attention_serves,
-    transformer_settings)
+    OVERLAP, Here, exchanges_heads, expert_settings, keep_ends_in_bf16, library_settings,
+    own_attention_serves, transformer_settings)
 from megatron_sov.engine.mcore.model.rotary import local_turns, softmax_scale
 from megatron_sov.engine.mcore.model.router import BalancedRouter, RoutingStep
+from megatron_sov.engine.mcore.parallel import context
 from megatron_sov.engine.mcore.parallel.device import on_gpu
 from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig, YarnConfig
 from megatron_sov.model.config.gpu import AUTO
@@ -184,8 +185,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         # one without an error
         "batch_p2p_comm": on_gpu() and parallel.vpp == 1, "overlap_p2p_comm": parallel.vpp > 1,
         # losses are sums divided once by global counts; must stand here before the model is wrapped
-        "calculate_per_token_loss": True,
-        "deterministic_mode": train.deterministic,
+        "calculate_per_token_loss": True, "deterministic_mode": train.deterministic,
         "masked_softmax_fusion": False, "bias_dropout_fusion": te and not model.linear_bias,
         "hetereogenous_dist_checkpoint": True, lanes.GRAPHS_OF: [],
         **transformer_settings(gpu, train, here),
@@ -212,6 +212,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     if model.yarn is not None or model.attention_multiplier is not None:
         config.softmax_scale = softmax_scale(model, "sliding_attention")
     config.own_attention = own_attention_serves(here, gpu.attention, train.deterministic)
+    config.exchanges_heads = exchanges_heads(here, gpu.attention)
     config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
     config.logits_multiplier, config.zero_centered_norms = model.logits_multiplier, model.zero_centered_norms
     return config
@@ -346,7 +347,9 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
     from megatron_sov.engine.mcore.model.kv_cache import LatentDocumentAttention, latent_specs
 
     attention, latent = spec.submodules.self_attention.submodules, model.latent_attention is not None
-    if config.own_attention:
+    if config.exchanges_heads:
+        attention.core_attention = exchanged(attention.core_attention)
+    elif config.own_attention:
         module: Any = DocumentAttention
         if latent:
             module = LatentDocumentAttention
@@ -366,6 +369,36 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
         # with Transformer Engine this norm keeps its own name in checkpoints; one name for both
         spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return spec
+
+
+def exchanged(core_attention: Any) -> Any:
+    """Return the spec of Transformer Engine's attention for rows that are cut over processes: each gets the
+    whole row of its share of the heads, and attends as if nothing were cut.  Where there are fewer heads of
+    keys than processes, some get the same ones.  Never run on a GPU here."""
+    import copy
+
+    from megatron.core.transformer.spec_utils import ModuleSpec, get_module
+
+    class ExchangedAttention(get_module(core_attention)):  # type: ignore[misc]
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            c, tp, part = context.size(), config.tensor_model_parallel_size, copy.copy(config)
+            part.context_parallel_size = 1
+            part.num_attention_heads = config.num_attention_heads // c
+            part.num_query_groups = max(tp, config.num_query_groups // c)
+            super().__init__(part, *args, **kwargs)
+
+        def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
+                    attn_mask_type: Any = None, attention_bias: None = None,
+                    packed_seq_params: Any = None) -> torch.Tensor:
+            """Attend; shapes as of `DocumentAttention`."""
+            copies = max(1, context.size() // key.shape[1])
+            if copies > 1:
+                key, value = (t.repeat_interleave(copies, dim=1) for t in (key, value))
+            row = super().forward(*(context.exchange_tokens(t) for t in (query, key, value)), attention_mask,
+                                  attn_mask_type, attention_bias, packed_seq_params.whole)
+            return context.exchange_heads(row.unflatten(-1, (-1, value.shape[-1]))).flatten(1)
+
+    return ModuleSpec(module=ExchangedAttention, params=getattr(core_attention, "params", {}))
 
 
 def _with_scale(core_attention: Any, scale: float) -> Any:

@@ -74,6 +74,20 @@ def gather_keys(values: torch.Tensor) -> torch.Tensor:
     return values if size() == 1 else _GatherKeys.apply(values)
 
 
+def exchange_tokens(values: torch.Tensor) -> torch.Tensor:
+    """Return the whole row of this process's share of the heads: [n / c, heads, dim] -> [n, heads / c, dim]
+    (DeepSpeed Ulysses, arXiv 2309.14509)."""
+    found: torch.Tensor = _Exchange.apply(values, True)
+    return found
+
+
+def exchange_heads(row: torch.Tensor) -> torch.Tensor:
+    """Return all heads of this process's tokens, the other way round: [n, heads / c, dim] -> [n / c, heads,
+    dim]."""
+    found: torch.Tensor = _Exchange.apply(row, False)
+    return found
+
+
 def pick(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Return values at some row indices on every process: [n / c, ...], [positions] -> [positions,
     ...] (no gradient)."""
@@ -100,25 +114,51 @@ def _own_pieces() -> tuple[int, int]:
     return rank, 2 * size() - 1 - rank
 
 
+def _in_row_order(by_rank: torch.Tensor) -> torch.Tensor:
+    """[c, n / c, ...] of processes -> [n, ...] in row order."""
+    c = len(by_rank)
+    pieces_ = by_rank.unflatten(1, (2, -1))
+    # early pieces come in the order of ranks, late ones against it: rank r holds piece 2c - 1 - r
+    return torch.cat([pieces_[:, 0], pieces_[:, 1].flip(0)]).reshape(c * by_rank.shape[1], *by_rank.shape[2:])
+
+
+def _by_rank(row: torch.Tensor) -> torch.Tensor:
+    """[n, ...] in row order -> [c, n / c, ...] of processes."""
+    c = size()
+    by_piece = row.reshape(2 * c, -1, *row.shape[1:])
+    # the inverse of `_in_row_order`: piece i of the first half and piece 2c - 1 - i go to process i
+    return torch.stack([by_piece[:c], by_piece[c:].flip(0)], dim=1).flatten(1, 2)
+
+
 def _all_gather(values: torch.Tensor) -> torch.Tensor:
     """[n / c, ...] -> [n, ...] in row order."""
-    c, half = size(), len(values) // 2
-    by_rank = values.new_empty(c, 2, half, *values.shape[1:])
-    dist.all_gather_into_tensor(by_rank.view(2 * c * half, *values.shape[1:]), values.contiguous(),
-                                group=_group())
-    # early pieces come in the order of ranks, late ones against it: rank r holds piece 2c - 1 - r
-    return torch.cat([by_rank[:, 0], by_rank[:, 1].flip(0)]).flatten(0, 1)
+    by_rank = values.new_empty(size(), *values.shape)
+    dist.all_gather_into_tensor(by_rank.flatten(0, 1), values.contiguous(), group=_group())
+    return _in_row_order(by_rank)
 
 
 def _reduce_scatter(row: torch.Tensor) -> torch.Tensor:
     """[n, ...] -> [n / c, ...]: sums over the group, each process gets its own tokens."""
-    c = size()
-    by_piece = row.reshape(2 * c, -1, *row.shape[1:])
-    # the inverse of `_all_gather`: piece i of the first half and piece 2c - 1 - i go to process i
-    by_rank = torch.stack([by_piece[:c], by_piece[c:].flip(0)], dim=1).flatten(0, 2)
-    summed = row.new_empty(len(row) // c, *row.shape[1:])
-    dist.reduce_scatter_tensor(summed, by_rank, group=_group())
+    summed = row.new_empty(len(row) // size(), *row.shape[1:])
+    dist.reduce_scatter_tensor(summed, _by_rank(row).flatten(0, 1), group=_group())
     return summed
+
+
+class _Exchange(torch.autograd.Function):
+    """Tokens for heads, or heads for tokens; the gradient goes the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, of_tokens: bool) -> torch.Tensor:
+        ctx.of_tokens = of_tokens
+        sent = values.unflatten(1, (size(), -1)).transpose(0, 1) if of_tokens else _by_rank(values)
+        sent = sent.contiguous()
+        got = torch.empty_like(sent)
+        dist.all_to_all_single(got, sent, group=_group())
+        return _in_row_order(got) if of_tokens else got.transpose(0, 1).flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _Exchange.apply(grads[0], not ctx.of_tokens), None
 
 
 class _GatherAlike(torch.autograd.Function):

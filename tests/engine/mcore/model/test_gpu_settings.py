@@ -230,6 +230,8 @@ def test_a_run_tells_what_auto_came_to() -> None:
     assert gpu_settings.resolve_auto(config_with([]), te=True) == fused | {"attention": "auto"}
     assert gpu_settings.resolve_auto(config_with(["parallel.cp=2"]), te=True) == fused | {
         "rope_fusion": False, "attention": "local"}
+    exchanged = gpu_settings.resolve_auto(config_with(["parallel.cp=2", "gpu.attention=fused"]), te=True)
+    assert exchanged["attention"] == "fused", "over whole rows of half the heads"
     assert gpu_settings.resolve_auto(config_with(["model.attention_softcap=50"]), te=True) == fused | {
         "attention": "local"}
     assert set(gpu_settings.resolve_auto(config_with([]), te=False).values()) == {False, "local"}

@@ -13,6 +13,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Of operands; products in double precision have no kernel."""
 
 
+def _in_tf32(values: torch.Tensor) -> torch.Tensor:
+    """Return float32 numbers with the 10 bits of fraction that TF32 keeps."""
+    return ((values.view(torch.int32) + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
+
+
 def general_gemm(
         A: torch.Tensor, B: torch.Tensor, out_dtype: torch.dtype | None = None,
         quantization_params: Any = None, gelu: bool = False, gelu_in: torch.Tensor | None = None,
@@ -24,8 +29,8 @@ def general_gemm(
     """Return (product, gradient of the bias, None, None): B @ A of matrices, where the layout's first letter
     says T with A transposed, where its second does with B transposed.
 
-    Sums are kept at least in float32.  Operands of one type, or RuntimeError; float32 ones only into
-    float32; a bias is read as the output's type.  The real kernel multiplies float32 in TF32.
+    Sums are kept in float32.  Operands of one type, or RuntimeError; float32 ones only into float32, and in
+    TF32; a bias is read as the output's type.
     """
     assert layout in ("TN", "NN", "NT"), f"GEMM layout {layout} not supported."
     if quantization_params is not None or gelu or ub is not None or extra_output is not None or bulk_overlap:
@@ -48,7 +53,8 @@ def general_gemm(
         raise RuntimeError(f"GEMM inputs have incompatible dimensions (A is {tuple(A.shape)}, B is "
                            f"{tuple(B.shape)})")
     COUNTS["general", layout] += 1
-    product = alpha * (second.float() @ first.float())
+    round_off = _in_tf32 if A.dtype == torch.float32 else torch.Tensor.float
+    product = alpha * (round_off(second.contiguous()) @ round_off(first.contiguous()))
     if bias is not None and not grad:
         product = product + bias.float()
     if accumulate:

@@ -111,8 +111,8 @@ class HostTensors(TorchFunctionMode):
             return found
         if device is not None:
             there = device != GPU
-            if tensors and found is tensors[0]:
-                found = found if on_host(found) == there else found.clone()
+            if name in ("to", "cpu", "type_as") and found.dtype == tensors[0].dtype:
+                found = tensors[0] if on_host(tensors[0]) == there else tensors[0].clone()
         elif tensors:
             there = all(map(on_host, tensors))
             mixes = name in _BESIDE_GPU or name.startswith("_foreach_")
@@ -133,6 +133,8 @@ class HostTensors(TorchFunctionMode):
         if name == "cpu":
             return torch.device("cpu")
         said = kwargs.get("device")
-        if name == "to" and said is None and len(args) > 1 and isinstance(args[1], (str, torch.device)):
-            said = args[1]
+        if name in ("to", "type_as") and said is None and len(args) > 1:
+            if torch.is_tensor(args[1]):
+                return torch.device("cpu") if on_host(args[1]) else GPU
+            said = args[1] if isinstance(args[1], (str, torch.device)) else None
         return None if said is None else torch.device(said)
