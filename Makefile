@@ -107,7 +107,7 @@ suite: setup
 	$(TESTS_AT_ONCE) tests/operate/slurm tests $(foreach run,$(RUNS),$(addprefix --ignore ,$($(run)))) || status=1; \
 	exit $$status
 
-NEWEST := $(addprefix tests/,te_double engine/mcore layouts engine/convert train e2e)
+NEWEST := $(addprefix tests/,te_double engine/mcore layouts convert train e2e)
 newest: setup  ## the tests of layers that touch megatron-core, on the version that Python 3.12 and newer have: build/newest
 	OMP_NUM_THREADS=1 "$(PY)" tests/newest.py -q -n 2 --dist worksteal $(NEWEST)
 

@@ -98,6 +98,8 @@ def test_the_contract_is_about_what_is_used() -> None:
     if newest.is_here():
         assert set(TE) == installed | contract.te_names(newest.unpacked()), RENEW
     assert OURS.module(contract.TE) is not None
+    assert [THEIRS[part]["version"] for part in (contract.TE, contract.VLLM, contract.DEEP_EP)] == [
+        contract.TE_VERSION, contract.VLLM_VERSION, contract.DEEP_EP_COMMIT], RENEW
     version = (Path(__file__).parent / "transformer_engine/__init__.py").read_text()
     assert f'__version__ = "{THEIRS[contract.TE]["version"]}"' in version
 
