@@ -26,7 +26,7 @@ from megatron_sov.plan.tables.predicted import workload_of
 from megatron_sov.work.clusters.units import GIB
 
 OVERLAP = "parallel.expert_overlap=micro_batches"
-SPEEDUPS = (
+SPEEDUPS: tuple[tuple[str, list[str]], ...] = (
     ("8 bits", ["train.fp8={fp8}"]),
     ("bf16 gradients", ["gpu.grad_dtype=bf16"]),
     ("experts' messages hidden", [OVERLAP]),
