@@ -32,7 +32,7 @@ import torch
 from loop_overhead import DOCUMENT_TOKENS, NUM_DOCUMENTS, VOCAB_SIZE, write_shard
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.parallel import cpu_shims, launcher, world
+from megatron_sov.engine.parallel import cpu_shims, launcher, world
 from megatron_sov.model.config import apply_settings
 from megatron_sov.train.data.token_shards import ShardChain, Source
 
@@ -98,14 +98,14 @@ def plant_data(trainer: Any, case: int) -> Callable[[dict[str, Any]], bool]:
 
 def world_value(mine: int, place: world.ParallelWorld, of_rank: int) -> int:
     """Return what one rank has, on all of them."""
-    from megatron_sov.engine.mcore.parallel.values import gather_objects
+    from megatron_sov.engine.parallel.values import gather_objects
 
     return int(gather_objects(mine)[of_rank])
 
 
 def plant_bit(trainer: Any, case: int, kind: str) -> Callable[[dict[str, Any]], bool]:
     """Flip a high bit on one process; returns whether an attribution names that process alone."""
-    from megatron_sov.engine.mcore.model import replica_checks
+    from megatron_sov.engine.model import replica_checks
 
     rank, bit = case % NUM_RANKS, 30 - case // NUM_RANKS % 2
     here = trainer.world.rank == rank

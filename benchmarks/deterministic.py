@@ -44,14 +44,14 @@ def write_shard(prefix: Path, vocab_size: int) -> None:
 def measure(folder: Path, recipe: str, settings: list[str], steps: int) -> dict[str, object]:
     """Train `steps` steps in this process; returns median wall and CPU seconds of a step,
     and a hash of the weights."""
-    from megatron_sov.engine.mcore.parallel import cpu_shims
-    from megatron_sov.engine.mcore.parallel.device import on_gpu
+    from megatron_sov.engine.parallel import cpu_shims
+    from megatron_sov.engine.parallel.device import on_gpu
 
     cpu_shims.prepare_megatron()
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.engine.mcore.parallel import device as determinism, world
+    from megatron_sov.engine.parallel import device as determinism, world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.token_shards import Source, TokenShard

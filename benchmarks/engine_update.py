@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.engine.mcore.parallel import cpu_shims, launcher
+from megatron_sov.engine.parallel import cpu_shims, launcher
 
 TURNS = 7
 RECIPE = "tiny-solar-open"
@@ -44,9 +44,9 @@ RATES = (1e-6, 3e-6, 1e-5)
 def models(folder: Path) -> tuple[Any, Any]:
     """Return a model of ours, and transformers' model of another draw."""
     from megatron_sov import convert, recipes
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.model.language_model import build
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.parallel import world
     from megatron_sov.infer.engines.libraries import load_hf
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
@@ -65,8 +65,8 @@ def measure() -> None:
     import torch
 
     from megatron_sov.convert import export_weights
-    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.decode.forward_only import ForwardModel
+    from megatron_sov.engine.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.engines.libraries import HfEngine, load_hf
 

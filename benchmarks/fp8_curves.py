@@ -48,12 +48,12 @@ LAST = 20
 def train(model: str, recipe: str, data: Path, steps: int, seed: int) -> None:
     """Print the losses as JSON; runs in a process of its own, as the only rank."""
     sys.path.insert(0, str(DOUBLE))  # megatron looks for the library while it is imported
-    from megatron_sov.engine.mcore.parallel import cpu_shims
+    from megatron_sov.engine.parallel import cpu_shims
 
     cpu_shims.prepare_megatron()
     import quantized_run
 
-    from megatron_sov.engine.mcore.model import specs
+    from megatron_sov.engine.model import specs
 
     specs.transformer_engine_serves = lambda dtype: True
     dense = ["model.dense_ffn_dim=384"] if model == "tiny-k-exaone" else []

@@ -26,7 +26,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_sov.engine.mcore.parallel import cpu_shims, launcher, world
+from megatron_sov.engine.parallel import cpu_shims, launcher, world
 
 HIDDEN, TEACHER_HIDDEN, VOCAB_SIZE, TOKENS, CHUNK_TOKENS, TOP_K = 256, 256, 196_608, 1024, 64, 128
 WAYS = ("ours", "TRL", "TRL, tiles", "ours, top-k")
@@ -41,8 +41,8 @@ def measure(way: str, beta: float, trl: str) -> None:
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-    from megatron_sov.engine.mcore.model.divergence import Divergence, TeacherStates, TeacherTopK
-    from megatron_sov.engine.mcore.model.logprobs import Head
+    from megatron_sov.engine.model.divergence import Divergence, TeacherStates, TeacherTopK
+    from megatron_sov.engine.model.logprobs import Head
     from megatron_sov.model.config import ParallelConfig
 
     world.join(ParallelConfig())

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from megatron_sov.engine.mcore.parallel import cpu_shims, world
+from megatron_sov.engine.parallel import cpu_shims, world
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ParallelConfig, apply_settings
 from megatron_sov.plan.footprint.memory import communicators, nccl_bytes

@@ -20,7 +20,7 @@ from pathlib import Path
 from loop_overhead import DOCUMENT_TOKENS, NUM_DOCUMENTS, SETTINGS, WARMUP_TURNS, on_one_and_more
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.parallel import world
+from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.train.data.token_shards import ShardChain, Source
@@ -65,9 +65,9 @@ def make_step(config: RunConfig, place: world.ParallelWorld, source: Source, fol
 
 def time_comparison(config: RunConfig, place: world.ParallelWorld) -> float:
     """Return the seconds in which all processes compare their replicas once."""
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.model.language_model import build
-    from megatron_sov.engine.mcore.model.replica_checks import differing_replicas
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.replica_checks import differing_replicas
 
     model = build(config.model, config.parallel, config.train)
     load.initialise(model, config.model, 1)

@@ -29,7 +29,7 @@ STEPS, SEQ_LEN = 6, 64
 SETTINGS = ("model.vocab_size=368", "train.global_batch_size=8", "train.micro_batch_size=4",
             f"train.steps={STEPS}", "optim.warmup_steps=2", "data.heldout_tokens=128", "train.num_threads=1",
             f'data.phases=[{{"name": "main", "seq_len": {SEQ_LEN}}}]')
-FOLDERS = ("te_double", "engine/mcore", "layouts", "convert", "train", "e2e")
+FOLDERS = ("te_double", "engine", "layouts", "convert", "train", "e2e")
 Curves = dict[str, dict[str, list[list[float]]]]
 """Recipe -> precision -> [loss, gradient norm] of each step."""
 
@@ -62,7 +62,7 @@ def curves(shards: str) -> Curves:
             steps = [trainer.update() for _ in range(STEPS)]
             found.setdefault(name, {})[precision] = [[step.loss, step.grad_norm] for step in steps]
             trainer.close()
-            from megatron_sov.engine.mcore.parallel import world
+            from megatron_sov.engine.parallel import world
 
             world.leave()
     return found
@@ -70,13 +70,13 @@ def curves(shards: str) -> Curves:
 
 def child(shards: str, out: str) -> int:
     """Train as one rank, and write versions and losses."""
-    from megatron_sov.engine.mcore.parallel import launcher
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel import launcher
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
 
     def rank() -> int:
-        from megatron_sov.engine.mcore import lanes
+        from megatron_sov.engine import lanes
 
         Path(out).write_text(json.dumps({"version": lanes.VERSION, "curves": curves(shards)}))
         return 0

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.parallel import cpu_shims, launcher, world
+from megatron_sov.engine.parallel import cpu_shims, launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.memory import Account, account
 from megatron_sov.train.data.token_shards import Source

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.parallel import collectives, cpu_shims, launcher, world
+from megatron_sov.engine.parallel import collectives, cpu_shims, launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.train.data.token_shards import ShardChain, Source
@@ -95,12 +95,12 @@ def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Sourc
     """Return a bare step of our model: what is left of ours without the loop."""
     import torch
 
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.decode import forward_only
-    from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
-    from megatron_sov.engine.mcore.model.language_model import build
-    from megatron_sov.engine.mcore.model.logprobs import head_of
-    from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.decode import forward_only
+    from megatron_sov.engine.model.expert_load import ExpertLoad
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.logprobs import head_of
+    from megatron_sov.engine.optimizer.optimizer import Optimizer
 
     model = build(config.model, config.parallel, config.train)
     load.initialise(model, config.model, config.train.seed)
@@ -139,8 +139,8 @@ def stock_step(config: RunConfig, place: world.ParallelWorld) -> Callable[[], No
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_sov.engine.mcore.model.specs import transformer_config
-    from megatron_sov.engine.mcore.parallel.collectives import all_reduce_dp
+    from megatron_sov.engine.model.specs import transformer_config
+    from megatron_sov.engine.parallel.collectives import all_reduce_dp
 
     library = transformer_config(config.model, config.parallel, config.train)
     spec = get_gpt_decoder_block_spec(library, use_transformer_engine=False, normalization="RMSNorm")

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.parallel import cpu_shims, launcher, world
+from megatron_sov.engine.parallel import cpu_shims, launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 
 SIZES = ["model.vocab_size=4096", "model.hidden_size=256", "model.head_dim=64", "model.dense_ffn_dim=768",
@@ -77,14 +77,14 @@ class Way:
 
 def ours(base: Path, config: RunConfig, tokens: Any) -> tuple[Way, Any, Any]:
     """Return our way, its model and its optimizer."""
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.decode import forward_only
-    from megatron_sov.engine.mcore.decode.forward_only import Inputs
-    from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
-    from megatron_sov.engine.mcore.model.language_model import build
-    from megatron_sov.engine.mcore.model.logprobs import head_of
-    from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
-    from megatron_sov.engine.mcore.parallel.device import local_device
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.decode import forward_only
+    from megatron_sov.engine.decode.forward_only import Inputs
+    from megatron_sov.engine.model.expert_load import ExpertLoad
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.logprobs import head_of
+    from megatron_sov.engine.optimizer.optimizer import Optimizer
+    from megatron_sov.engine.parallel.device import local_device
 
     model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
     load.initialise(model, config.model, 1)
@@ -152,8 +152,8 @@ def measure(turns: int) -> None:
 
     from megatron_sov import convert
     from megatron_sov.convert.peft import to_peft
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.model.language_model import build
 
     full = apply_settings(recipes.get("tiny-qwen3"), SIZES)
     adapted = apply_settings(full, [f"lora.rank={RANK}", f"lora.alpha={ALPHA}"])

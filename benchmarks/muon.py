@@ -57,7 +57,7 @@ def train(tokens: Path, recipe: str, settings: list[str]) -> dict[str, float]:
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.token_shards import open_sources
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=40, help="files of Python's library")
     args = parser.parse_args()
     if args.one:
-        from megatron_sov.engine.mcore.parallel import launcher
+        from megatron_sov.engine.parallel import launcher
 
         tokens, recipe, *settings = args.one
         sys.exit(launcher.launch(lambda: print(json.dumps(train(Path(tokens), recipe, settings))), 1,

@@ -21,7 +21,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_sov.engine.mcore.parallel import cpu_shims, launcher, world
+from megatron_sov.engine.parallel import cpu_shims, launcher, world
 
 HIDDEN, VOCAB_SIZE, TURNS = 256, 8192, 7
 CASES = ((2048, 2048, "float32"), (4096, 512, "float32"), (2048, 512, "bfloat16"))
@@ -33,7 +33,7 @@ def measure(way: str, tokens: int, chunk_tokens: int, dtype: str) -> None:
     """Print one line; runs inside a rank."""
     import torch
 
-    from megatron_sov.engine.mcore.model.logprobs import Head
+    from megatron_sov.engine.model.logprobs import Head
     from megatron_sov.model.config import ParallelConfig
 
     world.join(ParallelConfig())

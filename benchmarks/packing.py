@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.parallel import cpu_shims, launcher, world
+from megatron_sov.engine.parallel import cpu_shims, launcher, world
 from megatron_sov.model.config import apply_settings
 from megatron_sov.train.data.streams import PackedSegment, best_fit
 
@@ -47,8 +47,8 @@ def micro_batch(row: Documents, padded_to: int = 0, min_tokens: int = 0) -> Any:
     """Return samples one behind the other, each padded to `padded_to` tokens; padding is not learned."""
     import torch
 
-    from megatron_sov.engine.mcore.decode.forward_only import Inputs
-    from megatron_sov.engine.mcore.parallel.device import local_device
+    from megatron_sov.engine.decode.forward_only import Inputs
+    from megatron_sov.engine.parallel.device import local_device
     from megatron_sov.train.objectives.microbatch import MicroBatch
 
     inputs = Inputs([d + [0] * max(0, padded_to - len(d)) for d in row], local_device(), min_tokens).inputs
@@ -67,8 +67,8 @@ def rows_of(held: Documents) -> list[list[int]]:
 
 def built(precision: str, cp: int = 1) -> Any:
     """Return a model with numbers in it."""
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.model.language_model import build
 
     config = apply_settings(recipes.get(RECIPE), [f"train.precision={precision}", f"parallel.cp={cp}"])
     model = build(config.model, config.parallel, config.train)
@@ -116,10 +116,10 @@ def tell_speed(read: dict[str, int], seconds: dict[str, list[float]], tokens: in
 
 def measure_speed(held: Documents, turns: int) -> None:
     """Print a line for each way."""
-    from megatron_sov.engine.mcore.decode import forward_only
-    from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
-    from megatron_sov.engine.mcore.model.logprobs import head_of
-    from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
+    from megatron_sov.engine.decode import forward_only
+    from megatron_sov.engine.model.expert_load import ExpertLoad
+    from megatron_sov.engine.model.logprobs import head_of
+    from megatron_sov.engine.optimizer.optimizer import Optimizer
 
     model = built("fp32")
     optimizer = Optimizer(model, recipes.get(RECIPE).optim)
@@ -150,7 +150,7 @@ def measure_difference(held: Documents, precision: str, cp: int) -> None:
     """Print the largest difference of a packed sample's logits from its own alone."""
     import torch
 
-    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
+    from megatron_sov.engine.decode.forward_only import ForwardModel
     from megatron_sov.runs.launch_environment import is_first
 
     model = ForwardModel(built(precision, cp), SEQ_LEN)

@@ -27,7 +27,7 @@ import packing
 from packing import BATCH, RECIPE, SEQ_LEN, Documents
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.parallel import launcher, world
+from megatron_sov.engine.parallel import launcher, world
 
 WAYS: dict[str, dict[str, Any]] = {
     "bfd": {"packing": True, "packing_strategy": "bfd", "per_device_train_batch_size": 1},
@@ -39,7 +39,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def measure_ours(held: Documents, turns: int, out: Path) -> None:
     """Print our table and leave the model as a checkpoint; runs inside a rank."""
-    from megatron_sov.engine.mcore.checkpoint import load
+    from megatron_sov.engine.checkpoint import load
     from megatron_sov.model.config import ParallelConfig
 
     world.join(ParallelConfig())

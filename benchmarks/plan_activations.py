@@ -27,7 +27,7 @@ import torch
 from long_sequence import OneDocument
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.parallel import cpu_shims, launcher, world
+from megatron_sov.engine.parallel import cpu_shims, launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.activations import stored
 from megatron_sov.train.data.token_shards import Source

@@ -4,7 +4,7 @@ valid layouts of all recipes, as one rank of the whole world, on meta tensors.
 Usage: python benchmarks/plan_bytes.py [--number 240] [--seed 1] > benchmarks/results/plan_bytes.txt
 
 For each layout the library's own modules, data-parallel buffers and optimizer are made by one process that
-plays a random rank in a fake group of all ranks (`engine/mcore/optimizer/meta.py`), and every byte is
+plays a random rank in a fake group of all ranks (`engine/optimizer/meta.py`), and every byte is
 compared: the gaps of ZeRO-1's buckets, filled-up vocabularies, copies of tied embeddings, the pieces of
 parameters that this rank updates, by AdamW or Muon, here or in host memory, and what is frozen.  Models in
 bf16 are made of Transformer Engine's modules, by its double of the tests, which has their parameters; others
@@ -158,7 +158,7 @@ def said(layout: Drawn, stage: int, place: StatePlace) -> States:
 def compared(numbers: list[int], seed: int) -> list[dict[str, object]]:
     """Return what is built and what is said, for each layout; needs a process that has not imported
     megatron's groups yet."""
-    from megatron_sov.engine.mcore.optimizer.meta import build_on_meta
+    from megatron_sov.engine.optimizer.meta import build_on_meta
 
     rows = []
     for number in numbers:
@@ -171,12 +171,12 @@ def compared(numbers: list[int], seed: int) -> list[dict[str, object]]:
 
 def worker(numbers: list[int], seed: int, double: bool) -> None:
     """Compare, and print JSON."""
-    from megatron_sov.engine.mcore.parallel import cpu_shims
+    from megatron_sov.engine.parallel import cpu_shims
 
     if double:
         sys.path.insert(0, str(DOUBLE))
     cpu_shims.prepare_without_gpu()
-    from megatron_sov.engine.mcore.model import specs
+    from megatron_sov.engine.model import specs
 
     if double:
         specs.on_gpu = lambda: True

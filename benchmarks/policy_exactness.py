@@ -19,7 +19,7 @@ from unittest.mock import MagicMock
 
 import numpy as np
 
-from megatron_sov.engine.mcore.parallel import cpu_shims
+from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.model.config import PolicyConfig
 
 RESPONSES, TOKENS, LONGEST, LARGEST = 8, 12, 16, 1e-12

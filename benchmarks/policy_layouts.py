@@ -96,8 +96,8 @@ def on_rank(work: Path, out: Path, settings: list[str]) -> int:
     """Leave loss, norm and gradients of each objective's first step."""
     import torch
 
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.parallel import world
     from megatron_sov.post.policy import objective_of
     from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
     from megatron_sov.runs.folder import RunFolder
@@ -138,7 +138,7 @@ def on_rank(work: Path, out: Path, settings: list[str]) -> int:
 
 def gradients(folder: Path) -> dict[str, Any]:
     """Return a step's gradients, whole."""
-    from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader
+    from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader
 
     reader = TensorReader(folder, "model")
     return {key: reader.read(key).double() for key in reader.keys()}  # noqa: SIM118  (a reader is no dict)
@@ -159,10 +159,10 @@ def apart(out: Path, reference: Path) -> list[float]:
 
 def main() -> int:
     """Compare all layouts in both precisions."""
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.engine.mcore.parallel.launcher import launch
+    from megatron_sov.engine.parallel.launcher import launch
 
     print(f"{platform.machine()}, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}; "
           f"{', '.join(POLICIES)}: largest relative difference from one process\n\n"

@@ -22,7 +22,7 @@ from typing import Any
 
 from loop_overhead import DOCUMENT_TOKENS, NUM_DOCUMENTS, SEQ_LEN, VOCAB_SIZE, write_shard
 
-from megatron_sov.engine.mcore.parallel import cpu_shims
+from megatron_sov.engine.parallel import cpu_shims
 
 TURNS = 3
 SETTINGS = (f"model.vocab_size={VOCAB_SIZE}", "model.hidden_size=512", "model.num_layers=8",
@@ -65,8 +65,8 @@ def imports(times: Times) -> None:
 def restarts(times: Times, work: Path) -> int:
     """Build, initialise and load in turns; returns the parameters."""
     from megatron_sov import recipes
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.token_shards import ShardChain, Source

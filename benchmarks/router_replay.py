@@ -36,7 +36,7 @@ PROMPT_TOKENS, ROW_TOKENS, SAMPLES = 16, 128, 8
 def trained(tokens: Path, recipe: str, steps: int) -> tuple[Any, Any, list[list[int]]]:
     """Return a model in fp32, its settings, and beginnings of held-out documents."""
     from megatron_sov import recipes
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.token_shards import open_sources
@@ -64,7 +64,7 @@ def in_precision(model: Any, config: Any, precision: str) -> Any:
     """Return the same model with weights of another precision."""
     import torch
 
-    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.model.language_model import build
     from megatron_sov.model.config import apply_settings
 
     changed = apply_settings(config, [f"train.precision={precision}"])
@@ -81,7 +81,7 @@ def read(policy: Any, document: list[int], routes: np.ndarray | None) -> tuple[A
     last visits, in ascending order."""
     import torch
 
-    from megatron_sov.engine.mcore.decode.forward_only import Inputs
+    from megatron_sov.engine.decode.forward_only import Inputs
     from megatron_sov.train.data.requirements import shape_of
 
     batch = Inputs([document], torch.device("cpu"))
@@ -98,8 +98,8 @@ def read(policy: Any, document: list[int], routes: np.ndarray | None) -> tuple[A
 
 def compare(tokens: Path, recipe: str, steps: int, num_prompts: int, new_tokens: int) -> None:
     """Print the lines of a recipe."""
-    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.decode.forward_only import ForwardModel
+    from megatron_sov.engine.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Sampling
 
@@ -137,7 +137,7 @@ def main() -> int:
     args = parser.parse_args()
     import torch
 
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     torch.set_num_threads(1)
     with socket.socket() as free:

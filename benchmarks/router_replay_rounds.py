@@ -91,7 +91,7 @@ def run_with_noise(noise: float, seed: int, told: Path, arguments: list[str]) ->
         arguments: of the command.
     """
     from megatron_sov import cli
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     from megatron_sov.infer.decoder.generator import MegatronEngine

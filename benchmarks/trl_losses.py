@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, patch
 
-from megatron_sov.engine.mcore.parallel import cpu_shims, launcher, world
+from megatron_sov.engine.parallel import cpu_shims, launcher, world
 
 TOKENS, HIDDEN, VOCAB_SIZE, TOP_K, PAIRS, LARGEST = 24, 16, 500, 20, 5, 1e-12
 
@@ -61,8 +61,8 @@ def divergences(kind: str, beta: float, temperature: float) -> tuple[Any, Any, t
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
     from trl.experimental.server_distillation import server_distillation_trainer as sparse
 
-    from megatron_sov.engine.mcore.model.divergence import Divergence, TeacherStates, TeacherTopK
-    from megatron_sov.engine.mcore.model.logprobs import Head
+    from megatron_sov.engine.model.divergence import Divergence, TeacherStates, TeacherTopK
+    from megatron_sov.engine.model.logprobs import Head
 
     states, weight = torch.randn(TOKENS, HIDDEN), torch.randn(VOCAB_SIZE, HIDDEN)
     teacher_states, of_teacher = torch.randn(TOKENS, HIDDEN), torch.randn(VOCAB_SIZE, HIDDEN)

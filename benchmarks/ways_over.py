@@ -45,7 +45,7 @@ def run(*words: str) -> str:
 
 def write_checkpoint(out: Path) -> None:
     """Write the checkpoint, as one of two ranks."""
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     import torch
@@ -56,7 +56,7 @@ def write_checkpoint(out: Path) -> None:
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_sov.engine.mcore.parallel.world import join, leave
+    from megatron_sov.engine.parallel.world import join, leave
     from megatron_sov.model.config import ParallelConfig
 
     join(ParallelConfig(tp=2))

@@ -60,7 +60,7 @@ def __getattr__(name: str) -> Any:
     if name in _FOLDERS:
         return importlib.import_module(f"{__name__}.{_FOLDERS[name]}")
     if name in _ON_MEGATRON:
-        importlib.import_module(f"{__name__}.engine.mcore.parallel.cpu_shims").prepare_megatron()
+        importlib.import_module(f"{__name__}.engine.parallel.cpu_shims").prepare_megatron()
     place = _PLACES.get(name) or _ON_MEGATRON.get(name)
     if place is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -118,7 +118,7 @@ def main() -> int:
         return 0
     told = subprocess.run(
         [sys.executable, "-W", "ignore", "-c",
-         "import megatron_sov.engine.mcore.lanes as lanes; print(lanes.VERSION)"],
+         "import megatron_sov.engine.lanes as lanes; print(lanes.VERSION)"],
         env=environment(), capture_output=True, text=True, check=True).stdout.strip()
     if told != lane():
         raise SystemExit(f"megatron-core {told} is imported where {lane()} was wanted")

@@ -37,12 +37,12 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
     """
     from tokenizers import Tokenizer
 
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.model.language_model import build_configured
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.model.language_model import build_configured
+    from megatron_sov.engine.parallel import world
 
     tokenizer = path.with_name(f"{path.name}-tokenizer")
     add_media(plain_tokenizer, tokenizer, MediaTokens(NUM_SOUND_TOKENS, NUM_PICTURE_TOKENS))

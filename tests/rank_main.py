@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.parallel import launcher
+from megatron_sov.engine.parallel import launcher
 from megatron_sov.model.config import apply_settings, layout_settings
 from megatron_sov.version import OUR_PACKAGES
 from megatron_sov.work.processes.children import die_with_parent
@@ -161,11 +161,11 @@ def wait_for(child: int, timeout_s: float) -> int:
 
 def warm(doubles: list[str]) -> None:
     """Import what forks will need."""
-    from megatron_sov.engine.mcore.parallel import cpu_shims
+    from megatron_sov.engine.parallel import cpu_shims
 
     sys.path[:0] = doubles  # megatron looks for the library while it is imported
     cpu_shims.prepare_megatron()
-    from megatron_sov.engine.mcore.model import specs
+    from megatron_sov.engine.model import specs
     from megatron_sov.train.objectives import data_objective  # noqa: F401  (ranks need it)
     from megatron_sov.train.stages import stage  # noqa: F401  (ranks need it)
 

@@ -45,7 +45,7 @@ WINGS: dict[str, tuple[set[str], ...]] = {
     "megatron_sov/judge": ({"rewards"}, {"tools"}),
     "megatron_sov/model": ({"config"}, {"families"}, {"recipes", "counterparts"}),
     "megatron_sov/omni": ({"media"}, {"codecs"}, {"generation"}, {""}),
-    "megatron_sov/engine/mcore": ({"parallel"}, {"model"}, {"optimizer", "decode"}, {"checkpoint"}),
+    "megatron_sov/engine": ({"parallel"}, {"model"}, {"optimizer", "decode"}, {"checkpoint"}),
     "megatron_sov/train": ({"data"}, {"guards", "side_jobs"}, {""}),
     "megatron_sov/plan": ({"speed"}, {"tables"}),
     # steps know the contract of a pipeline, and a pipeline knows steps by name alone
@@ -62,17 +62,17 @@ NETWORKS = "megatron_sov/omni/codecs/"
 """Of a hall without torch, what is imported where networks are wanted alone."""
 HEAVY = {"torch", "transformers", "megatron", "vllm", "transformer_engine"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
-MAY_UNPICKLE = {"megatron_sov/engine/mcore/parallel/launcher.py", "megatron_sov/work/submit/array_job.py",
+MAY_UNPICKLE = {"megatron_sov/engine/parallel/launcher.py", "megatron_sov/work/submit/array_job.py",
                 "megatron_sov/work/submit/arrays.py"}
 """They pass work of ours on to processes of ours."""
 STARTS = {"Popen", "Process", "Pool", "ProcessPoolExecutor", "fork", "flock", "get_context", "prctl"}
 _INSIDE = "runs inside of the sandbox"
-MAY_START = {"megatron_sov/engine/mcore/parallel/launcher.py": "ranks",
+MAY_START = {"megatron_sov/engine/parallel/launcher.py": "ranks",
              "megatron_sov/base/artifacts.py": "holds temporary folders",
              "megatron_sov/judge/rewards/check_program.py": _INSIDE,
              "megatron_sov/judge/rewards/solution_tests.py": _INSIDE}
 """File outside of work that starts processes or holds locks -> why."""
-MAY_RENAME = {"megatron_sov/engine/mcore/checkpoint/host_snapshot.py": "of a folder that has no name yet",
+MAY_RENAME = {"megatron_sov/engine/checkpoint/host_snapshot.py": "of a folder that has no name yet",
               "megatron_sov/runs/checkpoints.py": "sets checkpoints aside",
               "megatron_sov/sandbox/enclosures.py": "flattens what it deletes",
               "megatron_sov/commands/evaluate/eval_judged.py": "into an artifact that is made"}
@@ -103,7 +103,7 @@ ALONE = {
     "megatron_sov/commands/operate/status.py": "a command",
     "megatron_sov/commands/models/serve.py": "a command",
     "megatron_sov/commands/train/forgetting_gate.py": "is of the part bench, and its user of the core",
-    "megatron_sov/engine/mcore/checkpoint/gather.py": "megatron's side of exporting a live model",
+    "megatron_sov/engine/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,
     "megatron_sov/train/guards/watchdog.py": "runs without megatron",
     "megatron_sov/sandbox/process_tree.py": "starts processes",
@@ -209,8 +209,8 @@ def import_problems(source: Source) -> Iterator[str]:
             yield f"{where}: hall '{here}' may not import '{parts[1]}'"
         if known and parts[0] in set(PROGRAMS) - {here}:
             yield f"{where}: halls meet '{parts[0]}' in artifacts only"
-        if parts[0] == "megatron" and not source.name.startswith("megatron_sov/engine/mcore/"):
-            yield f"{where}: only megatron_sov/engine/mcore imports megatron"
+        if parts[0] == "megatron" and not source.name.startswith("megatron_sov/engine/"):
+            yield f"{where}: only megatron_sov/engine imports megatron"
         if parts[:2] in (["megatron", "training"], ["megatron", "legacy"]):
             yield f"{where}: only megatron.core is used"
         if parts[0] == "apex":
@@ -450,14 +450,14 @@ def test_each_part_needs_parts_that_there_are() -> None:
 BAD = [
     ("megatron_sov/base/artifacts.py", "from megatron_sov.model.config import RunConfig",
      "hall 'base' may not import 'model'"),
-    ("megatron_sov/engine/mcore/model/specs.py", "from megatron_sov.convert import proof",
+    ("megatron_sov/engine/model/specs.py", "from megatron_sov.convert import proof",
      "hall 'engine' may not import 'convert'"),
     ("megatron_sov/train/loop.py", "def f():\n    from megatron_sov.bench.lm import run",
      "hall 'train' may not import 'bench'"),
     ("megatron_sov/train/data/order.py", "def f():\n    from megatron_sov.train.guards import watchdog",
      "wing 'data' of megatron_sov/train may not import 'guards'"),
     ("megatron_sov/convert/peft.py", "from ..train import loop", "hall 'convert' may not import 'train'"),
-    ("megatron_sov/engine/mcore/model/specs.py", "from megatron_sov.train import data",
+    ("megatron_sov/engine/model/specs.py", "from megatron_sov.train import data",
      "hall 'engine' may not import 'train'"),
     ("megatron_sov/train/loop.py", "from megatron_sov import post", "hall 'train' may not import 'post'"),
     ("tokenizer/train.py", "def f():\n    from megatron_sov.plan import pricing",
@@ -465,15 +465,15 @@ BAD = [
     ("data_prep/shards/pack.py", "def f():\n    import tokenizer.train",
      "halls meet 'tokenizer' in artifacts only"),
     ("data_prep/shards/pack.py", "def f():\n    import megatron.core",
-     "only megatron_sov/engine/mcore imports megatron"),
+     "only megatron_sov/engine imports megatron"),
     ("demo.py", "from megatron.core import parallel_state",
-     "only megatron_sov/engine/mcore imports megatron"),
-    ("megatron_sov/engine/mcore/model/specs.py", "from megatron.training import get_args",
+     "only megatron_sov/engine imports megatron"),
+    ("megatron_sov/engine/model/specs.py", "from megatron.training import get_args",
      "only megatron.core is used"),
-    ("megatron_sov/engine/mcore/model/specs.py", "import apex", "apex is not used"),
+    ("megatron_sov/engine/model/specs.py", "import apex", "apex is not used"),
     ("megatron_sov/publish/ladder/state.py", "from megatron_sov.train import stage",
      "hall 'publish' may not import 'train'"),
-    ("megatron_sov/publish/report/page.py", "def f():\n    from megatron_sov.engine import mcore",
+    ("megatron_sov/publish/report/page.py", "def f():\n    from megatron_sov.engine import lanes",
      "hall 'publish' may not import 'engine'"),
     ("megatron_sov/commands/inspect.py", "from megatron_sov.publish.report import page",
      "of the part 'publish' at module level"),
@@ -516,18 +516,18 @@ def test_each_rule_sees_its_breach(tmp_path: Path, name: str, text: str, expecte
 
 def test_a_wing_sees_only_what_lies_below_it(tmp_path: Path) -> None:
     for wing in ("parallel", "model", "optimizer", "decode"):
-        (tmp_path / "megatron_sov/engine/mcore" / wing).mkdir(parents=True)
-    mcore = tmp_path / "megatron_sov/engine/mcore"
-    (mcore / "parallel/world.py").write_text("from megatron_sov.engine.mcore.model import specs")
-    (mcore / "model/specs.py").write_text("from megatron_sov.engine.mcore.parallel import world")
-    (mcore / "decode/cached.py").write_text(
-        "def f():\n    from megatron_sov.engine.mcore.optimizer.muon import Muon")
+        (tmp_path / "megatron_sov/engine" / wing).mkdir(parents=True)
+    engine = tmp_path / "megatron_sov/engine"
+    (engine / "parallel/world.py").write_text("from megatron_sov.engine.model import specs")
+    (engine / "model/specs.py").write_text("from megatron_sov.engine.parallel import world")
+    (engine / "decode/cached.py").write_text(
+        "def f():\n    from megatron_sov.engine.optimizer.muon import Muon")
     assert [problem for source in sources(tmp_path) for problem in wing_problems(source)] == [
-        "megatron_sov/engine/mcore/decode/cached.py:2: imports "
-        "megatron_sov.engine.mcore.optimizer.muon.Muon: wing 'decode' of megatron_sov/engine/mcore "
+        "megatron_sov/engine/decode/cached.py:2: imports "
+        "megatron_sov.engine.optimizer.muon.Muon: wing 'decode' of megatron_sov/engine "
         "may not import 'optimizer'",
-        "megatron_sov/engine/mcore/parallel/world.py:1: imports megatron_sov.engine.mcore.model.specs: "
-        "wing 'parallel' of megatron_sov/engine/mcore may not import 'model'"]
+        "megatron_sov/engine/parallel/world.py:1: imports megatron_sov.engine.model.specs: "
+        "wing 'parallel' of megatron_sov/engine may not import 'model'"]
 
 
 def test_lazy_and_type_checking_imports_are_allowed_where_torch_is_not(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ def tiny_model(recipe: str, *settings: str, layout: dict[str, Any] | None = None
                seed: int = 1) -> tuple[RunConfig, Any]:
     """Runs inside a rank: join the world at a layout, else at that of the settings; return the config and its
     model with the initial weights of a seed."""
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.model.language_model import build
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.parallel import world
 
     config = apply_settings(recipes.get(recipe), [*SIZES, *settings])
     if layout is not None:
@@ -36,7 +36,7 @@ def tiny_trainer(data: str, *settings: str, run: str | Path = "not-written", rec
                  faults: str = "", place: Any = None) -> Any:
     """Runs inside a rank: join the world, unless its place is given; return the trainer of a small run on
     packed text."""
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.token_shards import open_sources
     from megatron_sov.train.guards.fault_injection import parse

@@ -27,16 +27,16 @@ def install_double() -> None:
     """Put the double in the place of Transformer Engine, and have models made of it in any dtype and under
     any `train.fp8`, whose products it quantises; call it before megatron-core is imported."""
     sys.path[:0] = [str(DOUBLE), str(ROOT)]
-    from megatron_sov.engine.mcore.parallel import cpu_shims
+    from megatron_sov.engine.parallel import cpu_shims
 
     cpu_shims.prepare_megatron()
-    from megatron_sov.engine.mcore.model import specs
+    from megatron_sov.engine.model import specs
 
     specs.on_gpu = lambda: True  # what configurations are made for
     specs.transformer_engine_serves = lambda dtype: True
     import transformer_engine.pytorch as te
 
-    from megatron_sov.engine.mcore.parallel.device import FP8_FUNCTIONS
+    from megatron_sov.engine.parallel.device import FP8_FUNCTIONS
     from tests.te_double.quantized_run import quantise_products
 
     quantise_products()

@@ -94,7 +94,7 @@ def measure_machine(setting: Setting, started_s: float) -> None:
     import torch
     import transformer_engine.pytorch  # noqa: F401
 
-    from megatron_sov.engine.mcore.parallel import cpu_shims
+    from megatron_sov.engine.parallel import cpu_shims
 
     cpu_shims.prepare_megatron()
     from megatron_sov.train.stages import stage  # noqa: F401

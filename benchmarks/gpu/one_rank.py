@@ -14,11 +14,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from megatron_sov.engine.mcore.checkpoint import load
-from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
-from megatron_sov.engine.mcore.model.language_model import build
-from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
-from megatron_sov.engine.mcore.parallel import world
+from megatron_sov.engine.checkpoint import load
+from megatron_sov.engine.model.expert_load import ExpertLoad
+from megatron_sov.engine.model.language_model import build
+from megatron_sov.engine.optimizer.optimizer import Optimizer
+from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.computation import Computation
 from megatron_sov.train.data.rows import PackedRow

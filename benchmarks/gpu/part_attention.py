@@ -59,7 +59,7 @@ def by_transformer_engine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bou
 def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int],
              window: int) -> torch.Tensor:
     """Return what our own attention gives, by torch's kernel for rows of several documents."""
-    from megatron_sov.engine.mcore.model import attention
+    from megatron_sov.engine.model import attention
 
     spans = [(a, a, b) for a, b in itertools.pairwise(bounds)]
     [piece] = attention.piece_bounds([spans], window, q.device)

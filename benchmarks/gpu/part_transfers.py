@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from setting import Cost, Failed, Figures, Setting
 
-from megatron_sov.engine.mcore.checkpoint.host_snapshot import Snapshot
-from megatron_sov.engine.mcore.model.local_shards import LocalShard
+from megatron_sov.engine.checkpoint.host_snapshot import Snapshot
+from megatron_sov.engine.model.local_shards import LocalShard
 
 TIMES = 3
 

@@ -23,7 +23,7 @@ from megatron_sov.convert.growing import Derived, Opened, write_derived
 from megatron_sov.convert.hf_import import planned_files
 from megatron_sov.convert.peft import AdaptedWeights, checkpoint_weights
 from megatron_sov.convert.sources import CheckpointWeights
-from megatron_sov.engine.mcore.checkpoint.sharded_tensors import block_name
+from megatron_sov.engine.checkpoint.sharded_tensors import block_name
 from megatron_sov.model.config import LoraConfig, ModelConfig
 from megatron_sov.model.config.train import AVERAGES
 from megatron_sov.model.families.family import OF_TRAINING

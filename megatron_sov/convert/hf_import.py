@@ -29,10 +29,10 @@ from megatron_sov.convert.changed_values import (
     KEEP, check_dtype_name, check_space, convert_tensor, planned_dtype)
 from megatron_sov.convert.peft import AdaptedWeights
 from megatron_sov.convert.sources import PART, HfWeights, Weights, check_dtypes
-from megatron_sov.engine.mcore.checkpoint.assembling import StoredBlock
-from megatron_sov.engine.mcore.checkpoint.sharded_tensors import (
+from megatron_sov.engine.checkpoint.assembling import StoredBlock
+from megatron_sov.engine.checkpoint.sharded_tensors import (
     MAX_FILE_BYTES, Index, add_block, block_name, file_name, write_index)
-from megatron_sov.engine.mcore.checkpoint.writer import Reader, TensorSpec, write_file
+from megatron_sov.engine.checkpoint.writer import Reader, TensorSpec, write_file
 from megatron_sov.model import families as models
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.family import TokenIds

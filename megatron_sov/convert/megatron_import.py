@@ -25,9 +25,9 @@ from megatron_sov.convert.changed_values import KEEP, check_dtype_name
 from megatron_sov.convert.hf_import import Imported, write_imported
 from megatron_sov.convert.inert_pickle import InertCall, InertObject, Name, read, read_apart
 from megatron_sov.convert.sources import check_dtypes, check_exact
-from megatron_sov.engine.mcore.checkpoint.assembling import Assembled, StoredBlock
-from megatron_sov.engine.mcore.checkpoint.writer import fill_from
-from megatron_sov.engine.mcore.model.language_model import VOCABULARY_WEIGHTS
+from megatron_sov.engine.checkpoint.assembling import Assembled, StoredBlock
+from megatron_sov.engine.checkpoint.writer import fill_from
+from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model import families as models
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.counterparts.architecture import architecture, of_arguments

@@ -22,9 +22,9 @@ from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.convert import ParityCheck
 from megatron_sov.convert.hf_export import Proof
 from megatron_sov.convert.sources import Weights
-from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
-from megatron_sov.engine.mcore.parallel import launcher
-from megatron_sov.engine.mcore.parallel.device import local_device
+from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+from megatron_sov.engine.parallel import launcher
+from megatron_sov.engine.parallel.device import local_device
 from megatron_sov.eval.heldout import rows_of
 from megatron_sov.infer.engines.libraries import load_hf
 from megatron_sov.infer.engines.load import Loaded, run_forward_model

@@ -14,7 +14,7 @@ from megatron_sov.base.chat.encode import TurnEncoder
 from megatron_sov.base.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.mcore.parallel.values import broadcast_object
+from megatron_sov.engine.parallel.values import broadcast_object
 from megatron_sov.infer.asking import check_engine, check_length
 from megatron_sov.infer.engine import Engine, EngineName, engine_for, run_engine
 from megatron_sov.infer.engines.load import load_tokenizer

@@ -28,11 +28,11 @@ import torch
 from megatron_sov.base.chat.encode import TYPE_TEXT
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.mcore.model.attention import SharedPrompts, Span
-from megatron_sov.engine.mcore.model.gpu_settings import Here, own_attention_serves
-from megatron_sov.engine.mcore.model.logprobs import Head
-from megatron_sov.engine.mcore.model.specs import PRECISION, uses_transformer_engine
-from megatron_sov.engine.mcore.parallel.device import to_device
+from megatron_sov.engine.model.attention import SharedPrompts, Span
+from megatron_sov.engine.model.gpu_settings import Here, own_attention_serves
+from megatron_sov.engine.model.logprobs import Head
+from megatron_sov.engine.model.specs import PRECISION, uses_transformer_engine
+from megatron_sov.engine.parallel.device import to_device
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import Aggregation, PolicyConfig, PolicyParts, Ratio
 from megatron_sov.post.sft import Responses, learned, responses_of

@@ -24,9 +24,9 @@ from torch.nn.functional import logsigmoid
 
 from megatron_sov.base.chat.encode import TYPE_RESPONSE
 from megatron_sov.base.documents.records import DESIRABLE
-from megatron_sov.engine.mcore.model.logprobs import Head
-from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.values import sum_dict
+from megatron_sov.engine.model.logprobs import Head
+from megatron_sov.engine.parallel import collectives
+from megatron_sov.engine.parallel.values import sum_dict
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import WITH_REFERENCE
 from megatron_sov.post import reference

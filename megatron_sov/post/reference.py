@@ -25,10 +25,10 @@ from megatron_sov.base.artifacts import atomic_write, disk_errors, manifest_sha2
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import seal_damage, write_sealed
-from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
-from megatron_sov.engine.mcore.model.logprobs import Head
-from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.world import ParallelWorld, on_main
+from megatron_sov.engine.decode.forward_only import ForwardModel
+from megatron_sov.engine.model.logprobs import Head
+from megatron_sov.engine.parallel import collectives
+from megatron_sov.engine.parallel.world import ParallelWorld, on_main
 from megatron_sov.eval.heldout import row_losses
 from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.target import Target

@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 
 from megatron_sov.base.chat.encode import TYPE_RESPONSE, TYPE_TEXT
-from megatron_sov.engine.mcore.model.logprobs import Head
-from megatron_sov.engine.mcore.parallel.device import to_device
+from megatron_sov.engine.model.logprobs import Head
+from megatron_sov.engine.parallel.device import to_device
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective

@@ -14,16 +14,16 @@ import torch
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.convert.sources import open_shards
-from megatron_sov.engine.mcore.checkpoint import load
-from megatron_sov.engine.mcore.checkpoint.load import agreement
-from megatron_sov.engine.mcore.checkpoint.save import Companions, Saved, Saver
-from megatron_sov.engine.mcore.checkpoint.writer import TensorFile
-from megatron_sov.engine.mcore.model.language_model import LanguageModel
-from megatron_sov.engine.mcore.model.local_shards import local_shards
-from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
-from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.values import sum_dict
-from megatron_sov.engine.mcore.parallel.world import ParallelWorld, on_main
+from megatron_sov.engine.checkpoint import load
+from megatron_sov.engine.checkpoint.load import agreement
+from megatron_sov.engine.checkpoint.save import Companions, Saved, Saver
+from megatron_sov.engine.checkpoint.writer import TensorFile
+from megatron_sov.engine.model.language_model import LanguageModel
+from megatron_sov.engine.model.local_shards import local_shards
+from megatron_sov.engine.optimizer.optimizer import Optimizer
+from megatron_sov.engine.parallel import collectives
+from megatron_sov.engine.parallel.values import sum_dict
+from megatron_sov.engine.parallel.world import ParallelWorld, on_main
 from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, RunConfig, VisionEncoderConfig
 from megatron_sov.model.families.encoders import AUDIO, ENCODER, VISION, encoder_tensors
 from megatron_sov.model.pretrained import CONFIG, listed, read_json

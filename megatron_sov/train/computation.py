@@ -11,15 +11,15 @@ import numpy as np
 import torch
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.mcore.decode.forward_only import run_pipeline, split_depths
-from megatron_sov.engine.mcore.model import replica_checks
-from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
-from megatron_sov.engine.mcore.model.language_model import LanguageModel
-from megatron_sov.engine.mcore.model.logprobs import head_of
-from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
-from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.rng import reseed
-from megatron_sov.engine.mcore.parallel.values import Shapes, pack, unpack
+from megatron_sov.engine.decode.forward_only import run_pipeline, split_depths
+from megatron_sov.engine.model import replica_checks
+from megatron_sov.engine.model.expert_load import ExpertLoad
+from megatron_sov.engine.model.language_model import LanguageModel
+from megatron_sov.engine.model.logprobs import head_of
+from megatron_sov.engine.optimizer.optimizer import Optimizer
+from megatron_sov.engine.parallel import collectives
+from megatron_sov.engine.parallel.rng import reseed
+from megatron_sov.engine.parallel.values import Shapes, pack, unpack
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.guards.fault_injection import Faults
 from megatron_sov.train.guards.guards import ComputeClock

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.engine.mcore.model import replica_checks
-from megatron_sov.engine.mcore.parallel.values import gather_objects
-from megatron_sov.engine.mcore.parallel.world import on_main
+from megatron_sov.engine.model import replica_checks
+from megatron_sov.engine.parallel.values import gather_objects
+from megatron_sov.engine.parallel.world import on_main
 from megatron_sov.runs import checkpoints
 from megatron_sov.train.checkpointer import newest_sound
 from megatron_sov.train.computation import OwnPart

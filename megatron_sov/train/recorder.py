@@ -21,10 +21,10 @@ import torch
 
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.engine.mcore.checkpoint.save import Saved
-from megatron_sov.engine.mcore.model import gpu_settings, specs
-from megatron_sov.engine.mcore.parallel.device import on_gpu
-from megatron_sov.engine.mcore.parallel.world import ParallelWorld
+from megatron_sov.engine.checkpoint.save import Saved
+from megatron_sov.engine.model import gpu_settings, specs
+from megatron_sov.engine.parallel.device import on_gpu
+from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.count import num_params, train_flops_per_token
 from megatron_sov.plan.calibration.expected import Machine, expected

@@ -16,17 +16,17 @@ import torch
 import torch._dynamo  # torch would import it with the first optimizer: here, forked ranks share it
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.mcore.checkpoint import load
-from megatron_sov.engine.mcore.checkpoint.save import Saved
-from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
-from megatron_sov.engine.mcore.model import replica_checks
-from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
-from megatron_sov.engine.mcore.model.language_model import LanguageModel, build_configured
-from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
-from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.device import on_gpu
-from megatron_sov.engine.mcore.parallel.rng import reseed
-from megatron_sov.engine.mcore.parallel.world import ParallelWorld
+from megatron_sov.engine.checkpoint import load
+from megatron_sov.engine.checkpoint.save import Saved
+from megatron_sov.engine.decode.forward_only import ForwardModel
+from megatron_sov.engine.model import replica_checks
+from megatron_sov.engine.model.expert_load import ExpertLoad
+from megatron_sov.engine.model.language_model import LanguageModel, build_configured
+from megatron_sov.engine.optimizer.optimizer import Optimizer
+from megatron_sov.engine.parallel import collectives
+from megatron_sov.engine.parallel.device import on_gpu
+from megatron_sov.engine.parallel.rng import reseed
+from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.model.families.adapters import PREFIX

@@ -41,7 +41,7 @@ def arguments(settings: dict[str, Any]) -> argparse.Namespace:
 
 def written(out: str, name: str, layout: dict[str, int], metadata: dict[str, bool]) -> list[float]:
     """Write a model drawn at random as Megatron-LM does; returns its logits (of rank 0), flat."""
-    from megatron_sov.engine.mcore.parallel.world import join, leave
+    from megatron_sov.engine.parallel.world import join, leave
     from megatron_sov.model.config import ParallelConfig
 
     join(ParallelConfig(**layout))

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from megatron_sov.cli import main
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 

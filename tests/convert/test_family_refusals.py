@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert, recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.mcore import lanes
+from megatron_sov.engine import lanes
 from megatron_sov.model import families as models
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.families.family import TokenIds

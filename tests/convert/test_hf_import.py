@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.hf_export import to_hf
-from megatron_sov.engine.mcore.decode.forward_only import Inputs
-from megatron_sov.engine.mcore.parallel import world
+from megatron_sov.engine.decode.forward_only import Inputs
+from megatron_sov.engine.parallel import world
 from megatron_sov.infer.engines.load import load_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig

@@ -41,9 +41,9 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
 
     from megatron_sov import recipes
     from megatron_sov.convert import export_weights
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.model.local_shards import local_shards
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.parallel import world
 
     experts = ["model.num_experts=4"] if recipes.get(recipe).model.num_experts else []
     config, model = tiny_model(recipe, "model.vocab_size=95", *experts, f"train.precision={precision}",
@@ -115,10 +115,10 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
     from megatron_sov.base.errors import UserError
     from megatron_sov.convert import SentWeights, export_weights, import_weights
     from megatron_sov.convert.live_import import LiveImport
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.model.language_model import build
-    from megatron_sov.engine.mcore.model.local_shards import local_shards
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     sizes = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8"]
@@ -184,7 +184,7 @@ def test_a_model_with_an_adapter_takes_nothing_in() -> None:
     from types import SimpleNamespace
 
     from megatron_sov.base.errors import UserError
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
     from megatron_sov.model.config import LoraConfig
 
     prepare_megatron()

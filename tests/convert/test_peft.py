@@ -17,7 +17,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.convert.growing import open_weights
 from megatron_sov.convert.peft import (
     CONFIG, WEIGHTS, base_name_of, from_peft, frozen_copies, lora_of, merge_adapter, to_peft)
-from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.model.config import LoraConfig, apply_settings
 from megatron_sov.model.families.adapters import MAGNITUDE, A, B, places
 from megatron_sov.model.pretrained import hub_name
@@ -33,11 +33,11 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     """Write a base and an adapter of random numbers; return logits, and hashes of the live export."""
     from megatron_sov import recipes
     from megatron_sov.convert import export_weights
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
-    from megatron_sov.engine.mcore.model.language_model import ModelInputs, build
-    from megatron_sov.engine.mcore.model.local_shards import local_shards
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.decode.forward_only import ForwardModel
+    from megatron_sov.engine.model.language_model import ModelInputs, build
+    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.train.objectives.microbatch import MicroBatch
 

@@ -37,7 +37,7 @@ ROLLED_PASSED_OVER = "data.skip_steps=[[7, 10]]"
 def runs(data: str, folder: str) -> dict[str, int]:
     """Runs in a process that has imported everything: forks launchers of two ranks; returns exit codes."""
     from megatron_sov import recipes
-    from megatron_sov.engine.mcore.parallel.world import STORE_PORT
+    from megatron_sov.engine.parallel.world import STORE_PORT
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.guards.fault_injection import parse

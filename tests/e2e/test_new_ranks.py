@@ -25,8 +25,8 @@ class Own(LanguageModelling):
 def run_commands(commands: list[list[str]], as_on_gpu: bool) -> list[int]:
     """Run commands one after another; returns their exit codes.  Runs in a process that has imported all."""
     from megatron_sov.cli import main
-    from megatron_sov.engine.mcore.parallel import launcher
-    from megatron_sov.engine.mcore.parallel.world import STORE_PORT
+    from megatron_sov.engine.parallel import launcher
+    from megatron_sov.engine.parallel.world import STORE_PORT
 
     def run(argv: list[str]) -> int:
         child = os.fork()

@@ -18,7 +18,7 @@ import tqdm
 
 from megatron_sov.base.artifacts import atomic_write, to_json
 from megatron_sov.cli import main
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 prepare_megatron()

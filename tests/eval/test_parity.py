@@ -15,7 +15,7 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 prepare_megatron()

@@ -33,10 +33,10 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.engine.mcore.model.language_model import build
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Batching, Sampling
     from megatron_sov.model.config import ParallelConfig, apply_settings

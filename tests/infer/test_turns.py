@@ -25,7 +25,7 @@ class Echo:
 
 def play() -> dict[str, Any]:
     """Play two rounds; runs on each rank."""
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
     from megatron_sov.infer.turns import EnginePolicy, with_policy
     from megatron_sov.model.config import ParallelConfig
 
@@ -44,7 +44,7 @@ def play() -> dict[str, Any]:
 def fail() -> list[str]:
     """Play what fails on the first process, between turns, and in the engine of all; runs on each rank."""
     from megatron_sov.base.errors import UserError
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
     from megatron_sov.infer.turns import EnginePolicy, with_policy
     from megatron_sov.model.config import ParallelConfig
 

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.checkpoint import load
-from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.engine.mcore.model.local_shards import local_shards
-from megatron_sov.engine.mcore.parallel import world
+from megatron_sov.engine.checkpoint import load
+from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.engine.model.local_shards import local_shards
+from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.runs.folder import RunFolder

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.checkpoint import load
-from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.engine.mcore.model.local_shards import local_shards
-from megatron_sov.engine.mcore.parallel import world
+from megatron_sov.engine.checkpoint import load
+from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.engine.model.local_shards import local_shards
+from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.modality import PICTURES, SOUNDS, EncoderInput, EncoderInputs, take_records
 from megatron_sov.omni.media.banks import BankShape

@@ -10,9 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_sov.engine.mcore.model import logprobs
-from megatron_sov.engine.mcore.model.router import BalancedRouter
-from megatron_sov.engine.mcore.parallel import device, world
+from megatron_sov.engine.model import logprobs
+from megatron_sov.engine.model.router import BalancedRouter
+from megatron_sov.engine.parallel import device, world
 from megatron_sov.train.trainer import Trainer
 from tests.layouts.layout_run import _trainer, maker, small_config
 

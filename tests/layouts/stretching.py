@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from megatron_sov.engine.mcore.model.language_model import ModelInputs
-from megatron_sov.engine.mcore.model.logprobs import Head
-from megatron_sov.engine.mcore.parallel import collectives, world
+from megatron_sov.engine.model.language_model import ModelInputs
+from megatron_sov.engine.model.logprobs import Head
+from megatron_sov.engine.parallel import collectives, world
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import open_sources
 from megatron_sov.train.objectives.data_batches import ObjectiveContext

@@ -174,10 +174,10 @@ def run(names: list[str], layout: dict[str, Any], folder: str, label: str) -> No
     from safetensors.torch import save_file
 
     from megatron_sov.base.artifacts import read_manifest
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.engine.mcore.model.language_model import build
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings, from_dict
 
     place = world.join(ParallelConfig(**layout))

@@ -46,7 +46,7 @@ def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
     from tests.layouts.layout_run import _trainer, maker, small_config
 
     fetches: Counter[str] = Counter()
@@ -98,10 +98,10 @@ def without_numbers() -> list[int]:
     a router with its balancing loss, what prediction layers need of documents."""
     import torch
 
-    from megatron_sov.engine.mcore.model.language_model import ModelInputs, build, next_tokens
-    from megatron_sov.engine.mcore.model.logprobs import head_of
-    from megatron_sov.engine.mcore.model.router import BalancedRouter
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.model.language_model import ModelInputs, build, next_tokens
+    from megatron_sov.engine.model.logprobs import head_of
+    from megatron_sov.engine.model.router import BalancedRouter
+    from megatron_sov.engine.parallel import world
     from megatron_sov.train.objectives.microbatch import MicroBatch, shifted
     from tests.layouts.layout_run import small_config
 

@@ -55,7 +55,7 @@ def test_what_reads_pictures_names_the_part_that_is_missing(no_part: None) -> No
 
 
 PROGRAM = """
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 prepare_megatron()
 import sys
 import {modules}

@@ -239,10 +239,10 @@ def kept_by_a_decoder(recipe: str, tokens: int) -> int:
     """Return the bytes that a model's attention keeps once it has read a sequence."""
     import torch
 
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.model import kv_cache
-    from megatron_sov.engine.mcore.model.language_model import build
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.model import kv_cache
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import TrainConfig
 
     world.join(ParallelConfig())

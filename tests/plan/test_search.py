@@ -432,7 +432,7 @@ def test_what_is_set_stays() -> None:
 
 def built(config: dict[str, Any], num_ranks: int) -> list[int]:
     """Build the stages of a run on meta tensors, as one rank after the other; returns their layers."""
-    from megatron_sov.engine.mcore.optimizer.meta import built_stage
+    from megatron_sov.engine.optimizer.meta import built_stage
     from megatron_sov.model.config import from_dict
 
     run: RunConfig = from_dict(config)

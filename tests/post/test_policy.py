@@ -88,7 +88,7 @@ def _trainer(settings: list[str], run: str) -> Any:
     sys.path.insert(0, str(Path(__file__).parents[1] / "layouts"))
     from layout_run import small_config
 
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
     from megatron_sov.post.policy import check_sources, objective_of
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.token_shards import Source
@@ -108,7 +108,7 @@ def _trainer(settings: list[str], run: str) -> Any:
 def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, Any]]:
     """Train; return each step's losses, meters and gradient norm, and before the first what the first is by
     `_written_out`."""
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
 
     trainer, results = _trainer(settings, run), []
     if write_out:
@@ -128,7 +128,7 @@ def _written_out(model: Any, batch: Any) -> dict[str, float]:
     """Return the terms of a batch, each document passed through the model alone."""
     import torch
 
-    from megatron_sov.engine.mcore.decode.forward_only import Inputs
+    from megatron_sov.engine.decode.forward_only import Inputs
 
     gained, divergences, texts = [], [], []
     for m in batch.micro_batches:

@@ -31,7 +31,7 @@ def _trainer(settings: list[str], data: str, run: Path) -> Any:
     sys.path.insert(0, str(Path(__file__).parents[1] / "layouts"))
     from layout_run import small_config
 
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
     from megatron_sov.post.preference import objective_of
     from megatron_sov.post.reference import Reference
     from megatron_sov.runs.folder import RunFolder
@@ -50,7 +50,7 @@ def _trainer(settings: list[str], data: str, run: Path) -> Any:
 
 def curve(settings: list[str], data: str, run: str) -> list[dict[str, Any]]:
     """Train; return each step's losses, meters and gradient norm."""
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
 
     trainer = _trainer(settings, data, Path(run))
     results = [trainer.update() for _ in range(STEPS)]
@@ -83,8 +83,8 @@ def written_out(data: str, run: str) -> list[dict[str, Any]]:
     through the model alone, in numpy."""
     import torch
 
-    from megatron_sov.engine.mcore.decode.forward_only import Inputs
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.decode.forward_only import Inputs
+    from megatron_sov.engine.parallel import world
 
     def sums(policy: Any, batch: Any) -> list[tuple[float, int]]:
         """Return each response's log-probability and tokens."""
@@ -155,7 +155,7 @@ def kto_written_out(policy: Any, batch: Any) -> tuple[float, float]:
     """Return loss and z_0 of a batch on one process, each response passed through the model alone."""
     import torch
 
-    from megatron_sov.engine.mcore.decode.forward_only import Inputs
+    from megatron_sov.engine.decode.forward_only import Inputs
     from megatron_sov.post import reference
 
     ratios, good = [], []
@@ -178,7 +178,7 @@ def kto_written_out(policy: Any, batch: Any) -> tuple[float, float]:
 
 def kto_curve(settings: list[str], data: str, run: str, by_hand: bool = False) -> list[dict[str, Any]]:
     """Train; return each step's losses, meters and gradient norm, and what they are by hand."""
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
 
     trainer = _trainer([*KTO, *settings], data, Path(run))
     expected: list[tuple[float, float]] = []

@@ -115,7 +115,7 @@ SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2"
 def run_and_kill(text: str, pairs: str, folder: str, part_documents: int) -> dict[str, Any]:
     """Runs in a process that has imported everything: forks runs, and kills all but the last."""
     from megatron_sov.cli import main
-    from megatron_sov.engine.mcore.parallel.world import STORE_PORT
+    from megatron_sov.engine.parallel.world import STORE_PORT
     from megatron_sov.post import reference
 
     reference.PART_DOCUMENTS = part_documents

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 from megatron_sov import recipes  # noqa: E402
-from megatron_sov.engine.mcore.parallel import collectives  # noqa: E402
+from megatron_sov.engine.parallel import collectives  # noqa: E402
 from megatron_sov.model.config import RunConfig, apply_settings  # noqa: E402
 from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
 from megatron_sov.train.data.rows import PackedRow, join_rows  # noqa: E402
@@ -53,8 +53,8 @@ def config_of(*settings: str) -> RunConfig:
 def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     """Runs inside a rank: losses and gradient for one response and some copies of a text,
     through a head of 32 tokens."""
-    from megatron_sov.engine.mcore.model.logprobs import Head
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.model.logprobs import Head
+    from megatron_sov.engine.parallel import world
 
     config = config_of()
     world.join(config.parallel)

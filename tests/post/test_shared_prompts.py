@@ -62,7 +62,7 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
     sys.path.insert(0, str(Path(__file__).parents[1] / "layouts"))
     from layout_run import small_config
 
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
     from megatron_sov.post.policy import objective_of
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.token_shards import Source
@@ -102,8 +102,8 @@ def attention() -> list[float]:
     import torch
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_sov.engine.mcore.model import attention as module
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.model import attention as module
+    from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
     world.join(ParallelConfig())
@@ -153,7 +153,7 @@ def test_only_what_comes_before_what_is_learned_is_left_out() -> None:
     """Two responses to a prompt of four tokens, one to another prompt that begins alike, text, padding."""
     import torch
 
-    from megatron_sov.engine.mcore.model.language_model import ModelInputs
+    from megatron_sov.engine.model.language_model import ModelInputs
     from megatron_sov.post.policy import sharing_prompts
     from megatron_sov.train.objectives.microbatch import MicroBatch
 

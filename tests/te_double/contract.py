@@ -225,7 +225,7 @@ def fields_set() -> frozenset[str]:
     a configuration, or assign to one: among them the fields of the library's configurations that it sets."""
     found: set[str] = set()
     ours = ROOT / "megatron_sov"
-    for file in [*(ours / "engine/mcore").rglob("*.py"), *(ours / "model/config").glob("gpu*.py")]:
+    for file in [*(ours / "engine").rglob("*.py"), *(ours / "model/config").glob("gpu*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.add(node.value)

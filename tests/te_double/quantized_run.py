@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.model import language_model
-from megatron_sov.engine.mcore.optimizer.adamw import HostAdamW
-from megatron_sov.engine.mcore.parallel import cpu_shims, device, world
+from megatron_sov.engine.model import language_model
+from megatron_sov.engine.optimizer.adamw import HostAdamW
+from megatron_sov.engine.parallel import cpu_shims, device, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.train.objectives import microbatch
 from megatron_sov.train.trainer import Trainer

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.engine.mcore.parallel import world
+from megatron_sov.engine.parallel import world
 from tests.layouts import layout_run
 
 
@@ -55,7 +55,7 @@ def experts_without_tokens() -> list[Any]:
     import torch
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    from megatron_sov.engine.mcore.model.language_model import build_configured
+    from megatron_sov.engine.model.language_model import build_configured
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
 

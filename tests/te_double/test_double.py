@@ -16,8 +16,8 @@ import numpy
 import pytest
 import torch
 
-from megatron_sov.engine.mcore.model.attention import pack
-from megatron_sov.engine.mcore.model.gpu_settings import Here, own_attention_serves
+from megatron_sov.engine.model.attention import pack
+from megatron_sov.engine.model.gpu_settings import Here, own_attention_serves
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
 from megatron_sov.plan.search.recommended import RECOMMENDED

@@ -11,10 +11,10 @@ import pytest
 @pytest.fixture
 def alone(one_rank: None) -> Iterator[Any]:
     """This process's place in a world of its own."""
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
     yield world.join(ParallelConfig())

@@ -62,7 +62,7 @@ def test_a_process_whose_losses_are_others_the_second_time_is_named(make: Any) -
 
 def test_a_process_whose_gradients_alone_are_others_is_named(make: Any,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.engine.mcore.model import replica_checks
+    from megatron_sov.engine.model import replica_checks
 
     trainer, told = make()
     assert update(trainer) is not None

@@ -53,7 +53,7 @@ def flat(sums: Any) -> torch.Tensor:
 
 def gradients(model: Any) -> torch.Tensor:
     """Return copies of all gradients, as one vector."""
-    from megatron_sov.engine.mcore.model.replica_checks import gradients as of
+    from megatron_sov.engine.model.replica_checks import gradients as of
 
     return torch.cat([g.detach().flatten().clone() for g in of(model)])
 
@@ -176,7 +176,7 @@ def test_a_loss_that_is_no_number_is_known_to_the_process_that_computed_it(make:
 
 
 def test_what_is_computed_twice_is_equal_though_dropout_draws_and_leaves_no_trace(make: Make) -> None:
-    from megatron_sov.engine.mcore.parallel import rng
+    from megatron_sov.engine.parallel import rng
 
     settings = ("train.micro_batch_size=2", "train.hidden_dropout=0.2")
     probed, plain = make(*settings), make(*settings)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 from megatron_sov.train.loop import train  # noqa: E402

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import IdBlock, apply_settings
 from megatron_sov.train.data.rows import PackedRow
 

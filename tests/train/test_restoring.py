@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sov.base.artifacts import MANIFEST, new_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
@@ -97,8 +97,8 @@ def synced(run: str) -> dict[str, Any]:
 
     import torch
 
-    from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.optimizer.optimizer import Optimizer
+    from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.checkpointer import Checkpointer, TrainState

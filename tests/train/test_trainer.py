@@ -14,7 +14,7 @@ def refusals(data: str, run: str) -> dict[str, Any]:
     and when its data was packed anew."""
     from megatron_sov import recipes
     from megatron_sov.base.errors import UserError
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.runs.obs.events import EVENTS, read_events

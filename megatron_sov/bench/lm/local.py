@@ -22,11 +22,11 @@ import torch
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.answers import Answer, Answers, AnswerScore, Request, Write, readings
-from megatron_sov.engine.mcore.decode.forward_only import Inputs
-from megatron_sov.engine.mcore.model.language_model import ModelInputs, states_for_head
-from megatron_sov.engine.mcore.model.logprobs import Head
-from megatron_sov.engine.mcore.parallel import collectives, context
-from megatron_sov.engine.mcore.parallel.device import local_device
+from megatron_sov.engine.decode.forward_only import Inputs
+from megatron_sov.engine.model.language_model import ModelInputs, states_for_head
+from megatron_sov.engine.model.logprobs import Head
+from megatron_sov.engine.parallel import collectives, context
+from megatron_sov.engine.parallel.device import local_device
 from megatron_sov.eval.heldout import ROW_TOKENS, rows_of
 from megatron_sov.infer.engine import MEGATRON, VLLM, run_engine
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
@@ -81,7 +81,7 @@ def answer_locally(running: LocalEvaluation, requests: Sequence[Request], kept: 
     answers are kept.
     """
     if running.engine == MEGATRON:
-        from megatron_sov.engine.mcore.parallel.values import broadcast_object
+        from megatron_sov.engine.parallel.values import broadcast_object
         from megatron_sov.infer.decoder.generator import MegatronEngine
 
         def on_ranks(loaded: Loaded) -> bool:
@@ -118,7 +118,7 @@ def _answer(model: _Model, running: LocalEvaluation, requests: Sequence[Request]
     Returns:
         Whether it was asked to stop before all were answered.
     """
-    from megatron_sov.engine.mcore.parallel.world import on_first
+    from megatron_sov.engine.parallel.world import on_first
 
     # All processes cut the same chunks from the same requests; the first one says which is next.
     chunks = list(chunks_of(requests, model.num_shares, running.batching))

@@ -121,7 +121,7 @@ def begin_task(args: RecordOptions, *models: Path, out: Path | None = None) -> R
     check_output("--out", out)
     for model in models:
         refuse_missing(model)
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     return events

@@ -222,7 +222,7 @@ def _checked(args: EvalPasskOptions) -> _Plan:
         check_rows(args.source, field=PROMPT)
     else:
         group_by = _grouped_by(args.sampled, args.group_by)
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     if args.sampled is not None:

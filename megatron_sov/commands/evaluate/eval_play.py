@@ -111,7 +111,7 @@ def _checked_game(args: EvalPlayOptions, flag: StopFlag) -> _Game:
     from megatron_sov.bench.suites.catalogue import chosen, read_task, require_data
     from megatron_sov.bench.suites.episodes import order_of, tasks_of
     from megatron_sov.bench.suites.protocol import changed_as_asked
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
     from megatron_sov.judge.tools.registry import make
 
     found = [read_task(Path(args.tasks))] if args.tasks.endswith((".yaml", ".yml")) else chosen([args.tasks])

@@ -421,7 +421,7 @@ def _verify(args: VerifyOptions) -> int:
     check_output("--card", args.card)
     _begin(args, args.a, args.b)
     from megatron_sov import convert
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()  # before anything imports megatron
     from megatron_sov.eval.parity import LogitsProof, card, prove_logits

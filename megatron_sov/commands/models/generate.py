@@ -215,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
     check_output("--output", options.output)
     events = RunEvents(options.run)
 
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     from megatron_sov.infer.engines.target import find_target
@@ -302,7 +302,7 @@ def _run_with_media(args: GenerateOptions) -> int:
     parts: list[dict[str, Any]] = [{"type": kind, "path": str(Path(os.path.abspath(file)).relative_to(root))}
                                    for kind, file in files]
     refuse_missing(args.target)
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     from megatron_sov.infer.engines.target import find_target

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         refuse_no_model(target)
     check_output("--address-file", settings.address_file)
 
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     # aiohttp is optional; its absence is told before weights are loaded

@@ -224,7 +224,7 @@ def quantization_checks() -> Iterator[MachineCheck]:
     if not _has_gpu():
         yield MachineCheck("train.fp8", "missing", "none of its recipes: there is no GPU here")
         return
-    from megatron_sov.engine.mcore.parallel.device import lacking_fp8
+    from megatron_sov.engine.parallel.device import lacking_fp8
 
     try:
         reasons = lacking_fp8()
@@ -241,7 +241,7 @@ def deep_ep_checks() -> Iterator[MachineCheck]:
     if not _has_gpu() or importlib.util.find_spec("deep_ep") is None:
         yield MachineCheck("DeepEP", "missing", "is not installed; optional", DEEP_EP_REMEDY)
         return
-    from megatron_sov.engine.mcore.parallel.device import DEEP_EP_NAMES, lacking_deep_ep
+    from megatron_sov.engine.parallel.device import DEEP_EP_NAMES, lacking_deep_ep
 
     reasons = {dispatcher: lacking_deep_ep(dispatcher) for dispatcher in DEEP_EP_NAMES}
     there = ", ".join(dispatcher for dispatcher, why in reasons.items() if not why)

@@ -230,7 +230,7 @@ def run_generate(args: argparse.Namespace) -> int:
                         "the policy of a later one; name rounds up to it, or raise it here and in `rl train`")
     round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
     environment = environment_of(options, config)
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     from megatron_sov.infer.engines.target import find_target
@@ -348,7 +348,7 @@ def _longest(rollout: RolloutConfig, environment: AskedEnvironment | None) -> in
 def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: list[RolloutPrompt],
            start: Target, engine_name: str, environment: AskedEnvironment | None) -> dict[str, Any] | None:
     """Load the policy and write; None on other processes than the first."""
-    from megatron_sov.engine.mcore.parallel.world import on_first
+    from megatron_sov.engine.parallel.world import on_first
     from megatron_sov.post.rl.generate import Missing, PieceQueue, Take, run_policies, write_rounds
     from megatron_sov.post.rl.responses import key_digest
     from megatron_sov.rollouts.store import RolloutStore
@@ -491,7 +491,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
         wait_s: how long a round is waited for.
         produce: writes and judges rounds; None: other jobs do.
     """
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
     from megatron_sov.train.data.rounds import rounds_of, rounds_source
 
     prepare_megatron()
@@ -555,7 +555,7 @@ def run_all(args: argparse.Namespace) -> int:
 
 
 def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     from megatron_sov.infer.engines.target import find_target

@@ -146,7 +146,7 @@ def _run(args: ToolsRunOptions) -> int:
     refuse_missing(args.target)
     refuse_existing(args.output, KIND, args.overwrite)
 
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     from megatron_sov.infer.turns import Player, Runs

@@ -70,7 +70,7 @@ def run_states(typed: argparse.Namespace) -> int:
     args = read_options(DistillStatesOptions, typed)
     load_plugins(args.plugins)
     refuse_missing(args.teacher)
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     from megatron_sov.base.artifacts import read_manifest
@@ -125,7 +125,7 @@ def run_write(typed: argparse.Namespace) -> int:
     args = read_options(DistillWriteOptions, typed)
     load_plugins(args.plugins)
     refuse_missing(args.student)
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     from megatron_sov.base.artifacts import read_manifest
@@ -191,7 +191,7 @@ def run(typed: argparse.Namespace) -> int:
     gate = gate_of(args, parsed.config, parsed.start)
 
     from megatron_sov.base.documents.vocabulary import refuse_other_tokens
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
     from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 
     prepare_megatron()

@@ -23,7 +23,7 @@ def run_pretrain(typed: argparse.Namespace) -> int:
     if not args.dry_run:
         parsed = parsed.with_checkpoint(args.run)
 
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     from megatron_sov.runs.folder import RunFolder
@@ -50,7 +50,7 @@ def run_extend(typed: argparse.Namespace) -> int:
     request = stage_request(args, "lm", lengthens=True)
     faults = parse(args.inject, num_ranks(args.nproc))
 
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     from megatron_sov.post.extend.stages import planned_stages
@@ -94,7 +94,7 @@ def run_sft(typed: argparse.Namespace) -> int:
         parsed = parsed.with_checkpoint(args.run)
     gate = gate_of(args, parsed.config, parsed.start)
 
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
     from megatron_sov.train.data.token_shards import open_sources
 
     prepare_megatron()

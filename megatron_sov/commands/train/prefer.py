@@ -246,7 +246,7 @@ def run(typed: argparse.Namespace) -> int:
     # looked up before Megatron is imported
     fixed = _fixed_reference(args.reference, parsed.config)
 
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
     from megatron_sov.train.data.token_shards import open_sources
 
     prepare_megatron()

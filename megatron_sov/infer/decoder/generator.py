@@ -28,13 +28,12 @@ import torch.distributed as dist
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.convert.changed_values import Changed
 from megatron_sov.convert.live_import import LiveImport
-from megatron_sov.engine.mcore.decode.cached_decoder import (
-    CachedDecoder, DecodeOutput, over_shares, share_place)
-from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
-from megatron_sov.engine.mcore.model.kv_cache import CacheSize, CacheSpan
-from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.device import local_device
-from megatron_sov.engine.mcore.parallel.values import pack, unpack
+from megatron_sov.engine.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
+from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+from megatron_sov.engine.model.kv_cache import CacheSize, CacheSpan
+from megatron_sov.engine.parallel import collectives
+from megatron_sov.engine.parallel.device import local_device
+from megatron_sov.engine.parallel.values import pack, unpack
 from megatron_sov.infer.decoder.continuation import Continuation, RowItem, keep_routes
 from megatron_sov.infer.decoder.logprobs import places_of, ranked
 from megatron_sov.infer.decoder.sampling import (

@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from megatron_sov.engine.mcore.decode.cached_decoder import CachedDecoder, over_shares, share_place
-from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
-from megatron_sov.engine.mcore.model.kv_cache import CacheSize
-from megatron_sov.engine.mcore.parallel.values import broadcast_object
+from megatron_sov.engine.decode.cached_decoder import CachedDecoder, over_shares, share_place
+from megatron_sov.engine.decode.forward_only import ForwardModel
+from megatron_sov.engine.model.kv_cache import CacheSize
+from megatron_sov.engine.parallel.values import broadcast_object
 from megatron_sov.infer.decoder.continuation import Continuation
 from megatron_sov.infer.decoder.generator import Decoding, pieces_of, table_of
 from megatron_sov.infer.request import LENGTH, STOP, Batching, Sampling, StopRule, Tells, Written

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.mcore.checkpoint import load
-from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
-from megatron_sov.engine.mcore.model.language_model import build_configured
-from megatron_sov.engine.mcore.parallel import launcher, world
+from megatron_sov.engine.checkpoint import load
+from megatron_sov.engine.decode.forward_only import ForwardModel
+from megatron_sov.engine.model.language_model import build_configured
+from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.infer.engines.target import Target, as_checkpoint, inference_config
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.launch_environment import is_first

@@ -16,8 +16,8 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
-from megatron_sov.engine.mcore.parallel import launcher
-from megatron_sov.engine.mcore.parallel.device import on_gpu
+from megatron_sov.engine.parallel import launcher
+from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.family import text_config
 from megatron_sov.model.pretrained import CONFIG, weight_files

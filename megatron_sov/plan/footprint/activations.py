@@ -20,7 +20,7 @@ from megatron_sov.plan.footprint.held import FLOAT32_BYTES, ITEM_BYTES, chunk_la
 INDEX_BYTES = 8
 QUERY_BLOCK = 1024
 """Queries of a sliding layer whose mask torch's attention keeps at a time, without a fused kernel
-(`mcore.model.attention`)."""
+(`engine.model.attention`)."""
 SCORES = 5
 """Float32 numbers of every router's score that stay: logits, scores, their shares, weights and the balancing
 loss's.  Measured."""
@@ -346,7 +346,7 @@ def _behind_layers(config: RunConfig, row_tokens: int) -> int:
 
 def head_keeps(config: RunConfig, row_tokens: int) -> int:
     """Return what the head's losses leave in the forward pass: the gradient of every hidden state, of whole
-    rows under tensor parallelism, and that of the head's weight (`mcore.model.chunked_head`)."""
+    rows under tensor parallelism, and that of the head's weight (`engine.model.chunked_head`)."""
     m, item = config.model, ITEM_BYTES[config.train.precision]
     tokens, wide = tokens_of(config, row_tokens), max(ITEM_BYTES[config.train.precision], FLOAT32_BYTES)
     rows = -(-m.vocab_size // config.parallel.tp)

@@ -61,7 +61,7 @@ Run = tuple[int | None, tuple[Held, ...]]
 def held(config: RunConfig, stage: int) -> list[list[Run]]:
     """Return what a process of a stage holds, by chunks of an interleaved pipeline."""
     m, p = config.model, config.parallel
-    # Transformer Engine's modules make models in bf16 (`mcore.model.specs.transformer_engine_serves`)
+    # Transformer Engine's modules make models in bf16 (`engine.model.specs.transformer_engine_serves`)
     fused = config.train.precision == "bf16"
     sizes = m, p.tp, p.ep, p.etp, fused
     first_moe = m.num_layers - m.num_moe_layers()
@@ -183,7 +183,7 @@ def _cut(key: str, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
 
 def _adapters(config: RunConfig, layers: list[int], first: bool, last: bool) -> Iterator[Run]:
     """Yield the adapters of a chunk, layer by layer, then those of embedding and head
-    (`mcore.model.added_parts`)."""
+    (`engine.model.added_parts`)."""
     m, p, lora = config.model, config.parallel, config.lora
     by_linear = _adapted(m, lora)
     for layer in layers:
@@ -209,7 +209,7 @@ def _adapted(m: ModelConfig, lora: LoraConfig) -> dict[str, list[Adapted]]:
 
 def _factors(of: Adapted, lora: LoraConfig, p: ParallelConfig, rows: int = 0) -> tuple[Held, ...]:
     """Return A, B and, under DoRA, the rows' lengths of one adapted module or expert
-    (`mcore.model.lora.Factors`)."""
+    (`engine.model.lora.Factors`)."""
     # Of A and B only one is cut: B where the layer is cut by rows, A where it is cut by columns.
     size = p.etp if of.num_experts else p.tp
     by_rows = of.linear.endswith(SPLIT_BY_ROWS)

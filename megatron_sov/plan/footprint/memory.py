@@ -46,7 +46,7 @@ def communicators(config: RunConfig, num_ranks: int) -> int:
     """Return how many NCCL communicators of more than one process a process is in.
 
     Those that a step with AdamW uses (`megatron.core.parallel_state`, 0.16.1), one for groups of the same
-    members that serve the same (`engine.mcore.parallel.world.make_groups`).
+    members that serve the same (`engine.parallel.world.make_groups`).
     """
     p, m, stage = config.parallel, config.model, num_ranks // config.parallel.pp
     # of each axis the distance of neighbours and their number
@@ -92,7 +92,7 @@ DISTILL = "distill"
 """The objective that compares two distributions over the vocabulary."""
 MATRIX_ROUND = 1 << 24
 """Elements of whole matrices that a process has in a round of Muon's exchange
-(`mcore.optimizer.muon`)."""
+(`engine.optimizer.muon`)."""
 ROUND_COPIES = 4
 """Sent, received, whole and updated ones."""
 PASSING_COPIES = 3
@@ -216,7 +216,7 @@ def _head_bytes(config: RunConfig, local_tokens: int, row_tokens: int) -> int:
 
 
 def _divergence_buffers(distillation: DistillationConfig) -> int:
-    """Return how many times a chunk of logits is there at most while `mcore.model.divergence` compares."""
+    """Return how many times a chunk of logits is there at most while `engine.model.divergence` compares."""
     if distillation.top_k:
         return 3  # the student's log-probabilities, its probabilities, and their product
     # the log-probabilities and probabilities of both; beside a mixture also that, and a difference

@@ -1,5 +1,5 @@
 """Bytes of weights, gradients and optimizer that one process holds while it trains: those of the modules,
-buffers and optimizers that training makes (`mcore.optimizer`), element by element.
+buffers and optimizers that training makes (`engine.optimizer`), element by element.
 
 `tests/plan/footprint/test_states.py` and `benchmarks/plan_bytes.py` hold them against the library's own, on
 meta tensors in a fake group of all processes.
@@ -21,7 +21,7 @@ from megatron_sov.plan.footprint.held import (
     BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, Held, chunk_layers, held, is_adapter, rounded_up)
 
 HOST = 4 * FLOAT32_BYTES
-"""Bytes of the host for a parameter whose AdamW is there (`engine/mcore/optimizer/adamw.py`): master weight,
+"""Bytes of the host for a parameter whose AdamW is there (`engine/optimizer/adamw.py`): master weight,
 two moments and gradient."""
 DEFAULT_BUCKET, DEFAULT_BUCKET_OF_RANK = 40_000_000, 1_000_000
 """Elements of a bucket under `parallel.overlap_grad_reduce`: the larger one of the first and as many times
@@ -208,7 +208,7 @@ class StatePlace:
 
 @dataclass(frozen=True)
 class _Rule:
-    """How a parameter is updated (`engine.mcore.optimizer.parameter_groups.GroupRule`)."""
+    """How a parameter is updated (`engine.optimizer.parameter_groups.GroupRule`)."""
 
     frozen: bool
     by_muon: bool
@@ -416,7 +416,7 @@ def rule_of(config: RunConfig, layer: int | None, part: Held) -> _Rule:
 
 def _moved(pieces: list[StatePiece], rules: list[_Rule], share: float) -> int:
     """Return how many elements lie in host memory: the first pieces that are `share` of all together, or
-    more; matrices come before vectors, which have no weight decay (`mcore.optimizer.host_adamw.split`)."""
+    more; matrices come before vectors, which have no weight decay (`engine.optimizer.host_adamw.split`)."""
     if not share:
         return 0
     wanted, moved = share * sum(piece.numel * piece.number for piece in pieces), 0

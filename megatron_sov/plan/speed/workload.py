@@ -393,7 +393,7 @@ def of_run(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, lin
 
 def kv_bytes(shape: ModelShape, tokens: float, item_bytes: float = BF16_BYTES) -> float:
     """Return what a sequence keeps over all layers: global ones every token, sliding ones their window
-    (`mcore.model.kv_cache`), latent attention one vector for all heads.
+    (`engine.model.kv_cache`), latent attention one vector for all heads.
 
     Args:
         shape: of the model.

@@ -16,11 +16,11 @@ from safetensors import safe_open
 
 from megatron_sov.base.artifacts import file_damage, read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.mcore.model.divergence import Divergence, Teacher, TeacherStates, TeacherTopK
-from megatron_sov.engine.mcore.model.logprobs import Head
-from megatron_sov.engine.mcore.parallel import collectives, context
-from megatron_sov.engine.mcore.parallel.device import to_device
-from megatron_sov.engine.mcore.parallel.world import ParallelWorld
+from megatron_sov.engine.model.divergence import Divergence, Teacher, TeacherStates, TeacherTopK
+from megatron_sov.engine.model.logprobs import Head
+from megatron_sov.engine.parallel import collectives, context
+from megatron_sov.engine.parallel.device import to_device
+from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config.post_training import DistillationConfig
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpacked
 from megatron_sov.runs.obs.meters import Meter

@@ -34,12 +34,12 @@ from megatron_sov.base.digests import BLAKE3, Digest, file_digest
 from megatron_sov.base.documents.shard_files import IndexedWriter
 from megatron_sov.base.documents.vocabulary import refuse_other_tokens
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.mcore.decode.forward_only import Inputs
-from megatron_sov.engine.mcore.model.language_model import states_for_head
-from megatron_sov.engine.mcore.model.logprobs import Head
-from megatron_sov.engine.mcore.parallel import collectives, context
-from megatron_sov.engine.mcore.parallel.device import local_device, release_unused
-from megatron_sov.engine.mcore.parallel.world import ParallelWorld, on_main
+from megatron_sov.engine.decode.forward_only import Inputs
+from megatron_sov.engine.model.language_model import states_for_head
+from megatron_sov.engine.model.logprobs import Head
+from megatron_sov.engine.parallel import collectives, context
+from megatron_sov.engine.parallel.device import local_device, release_unused
+from megatron_sov.engine.parallel.world import ParallelWorld, on_main
 from megatron_sov.eval.heldout import ROW_TOKENS, rows_of
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.engines.load import Loaded, run_forward_model

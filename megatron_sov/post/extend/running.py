@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.engine.mcore.parallel import collectives
+from megatron_sov.engine.parallel import collectives
 from megatron_sov.eval.heldout import HeldoutData, evaluate_forward_model, open_heldout
 from megatron_sov.eval.needle.documents import SOURCE_NAME, NeedleDocuments, needle_source
 from megatron_sov.eval.needle.suite import Cell, NeedleResult, NeedleSuite, make_suite, run_suite, table

@@ -26,11 +26,11 @@ from megatron_sov.base.artifacts import atomic_write, read_manifest, to_json
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import seal_damage, write_sealed
-from megatron_sov.engine.mcore.checkpoint import load
-from megatron_sov.engine.mcore.model.local_shards import local_shards
-from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.values import sum_dict
-from megatron_sov.engine.mcore.parallel.world import on_main
+from megatron_sov.engine.checkpoint import load
+from megatron_sov.engine.model.local_shards import local_shards
+from megatron_sov.engine.parallel import collectives
+from megatron_sov.engine.parallel.values import sum_dict
+from megatron_sov.engine.parallel.world import on_main
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.request import Batching
 from megatron_sov.judge.rewards.opinions import Opinions

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.base.errors import SilentCorruption, warn
-from megatron_sov.engine.mcore.model import replica_checks
-from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
-from megatron_sov.engine.mcore.model.language_model import LanguageModel
-from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.device import on_gpu
-from megatron_sov.engine.mcore.parallel.values import gather_objects
-from megatron_sov.engine.mcore.parallel.world import ParallelWorld
+from megatron_sov.engine.model import replica_checks
+from megatron_sov.engine.model.expert_load import ExpertLoad
+from megatron_sov.engine.model.language_model import LanguageModel
+from megatron_sov.engine.parallel import collectives
+from megatron_sov.engine.parallel.device import on_gpu
+from megatron_sov.engine.parallel.values import gather_objects
+from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.runs.obs import routing
 from megatron_sov.runs.obs.events import EventLog

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.values import sum_dict
+from megatron_sov.engine.parallel import collectives
+from megatron_sov.engine.parallel.values import sum_dict
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.train.data.ledger import Ledger
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.engine.mcore.parallel.world import ParallelWorld
+from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.order import OrderState, SampleOrder

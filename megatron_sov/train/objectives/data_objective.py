@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_sov.engine.mcore.model.logprobs import Head
+from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.microbatch import MicroBatch, shifted

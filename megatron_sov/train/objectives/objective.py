@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.mcore.model.logprobs import Head
-from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.values import sum_dict
+from megatron_sov.engine.model.logprobs import Head
+from megatron_sov.engine.parallel import collectives
+from megatron_sov.engine.parallel.values import sum_dict
 from megatron_sov.runs.obs.meters import LOSS, Meter
 from megatron_sov.train.data.requirements import NeededColumn
 from megatron_sov.train.data.token_shards import TEXTS

@@ -19,12 +19,12 @@ import torch
 
 from megatron_sov.base.chat.encode import TYPE_RESPONSE
 from megatron_sov.base.chat.marks import KIND, KINDS
-from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
-from megatron_sov.engine.mcore.model.logprobs import Head
-from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.device import local_device
-from megatron_sov.engine.mcore.parallel.values import Shapes, pack, unpack
-from megatron_sov.engine.mcore.parallel.world import ParallelWorld
+from megatron_sov.engine.decode.forward_only import ForwardModel
+from megatron_sov.engine.model.logprobs import Head
+from megatron_sov.engine.parallel import collectives
+from megatron_sov.engine.parallel.device import local_device
+from megatron_sov.engine.parallel.values import Shapes, pack, unpack
+from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import PackedRow, heldout_samples, join_rows, sample_row

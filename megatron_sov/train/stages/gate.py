@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
-from megatron_sov.engine.mcore.parallel.world import ParallelWorld
+from megatron_sov.engine.decode.forward_only import ForwardModel
+from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.folder import RunEvents, RunFolder
 from megatron_sov.runs.launch_environment import is_first

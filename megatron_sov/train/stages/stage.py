@@ -18,11 +18,11 @@ import torch.distributed as dist
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.documents.vocabulary import read_vocabulary, refuse_other_tokens
 from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError, warn
-from megatron_sov.engine.mcore.model import gpu_settings, specs
-from megatron_sov.engine.mcore.model.gpu_settings import refuse_without_chip
-from megatron_sov.engine.mcore.parallel import device, launcher, world
-from megatron_sov.engine.mcore.parallel.device import on_gpu
-from megatron_sov.engine.mcore.parallel.world import on_main
+from megatron_sov.engine.model import gpu_settings, specs
+from megatron_sov.engine.model.gpu_settings import refuse_without_chip
+from megatron_sov.engine.parallel import device, launcher, world
+from megatron_sov.engine.parallel.device import on_gpu
+from megatron_sov.engine.parallel.world import on_main
 from megatron_sov.model import families as models
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.schedules import changed_schedule

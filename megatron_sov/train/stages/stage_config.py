@@ -229,7 +229,7 @@ def find_start(start_from: Path) -> Path:
 def convert_start(start: Path, run: Path) -> Path:
     """Return a checkpoint to start from: a Hugging Face folder becomes one in RUN.from-hf."""
     from megatron_sov import convert
-    from megatron_sov.engine.mcore.parallel import launcher
+    from megatron_sov.engine.parallel import launcher
 
     if not is_hf_folder(start):
         return start

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 prepare_megatron()

@@ -42,7 +42,7 @@ def killed_rounds(argv: list[str], done: str, kills: list[int]) -> list[int]:
     the first ones of `megatron-sov` is killed when so many of its own commands are done."""
     import data_prep.cli
     from megatron_sov.commands.train import prefer
-    from megatron_sov.engine.mcore.parallel.world import STORE_PORT
+    from megatron_sov.engine.parallel.world import STORE_PORT
 
     mains = {"megatron_sov": main, "data_prep.cli": data_prep.cli.main}
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import NeedleConfig, NeedleKind
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
@@ -368,7 +368,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 def sharded_answers(checkpoint: str, shards: str, layout: dict[str, Any]) -> dict[str, list[list[list[int]]]]:
     """What a checkpoint says at a layout, on this process, by both ways."""
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
     from megatron_sov.eval.needle.text import open_haystacks
     from megatron_sov.infer.engines.load import load_forward_model
     from megatron_sov.infer.engines.target import inference_config

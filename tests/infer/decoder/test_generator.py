@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
 WINDOW, NEW = 8, 8
 PROMPTS = [[5, 9, 2, 70], [30], list(range(20, 60)), [7] * 9, [80, 81, 82, 83, 84],
@@ -33,8 +33,8 @@ EIGHT = [*PROMPTS[:5], [3, 1, 4, 1, 5], [2] * 17, [11, 12]]
 def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = False,
                   family: str = "k-exaone", settings: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return what a drawn model writes, in several ways, on this process."""
-    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+    from megatron_sov.engine.parallel import world
     from megatron_sov.infer import request
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Batching, Bounds, Sampling, StopRule
@@ -91,7 +91,7 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
 def _repeated(policy: Any, warm: Any, routed: Any) -> dict[str, Any]:
     """Return what is written behind prompts that several sequences have, in rows of several sizes and one by
     one, with routes; and the tokens of prompts that were read."""
-    from megatron_sov.engine.mcore.decode.cached_decoder import CachedDecoder
+    from megatron_sov.engine.decode.cached_decoder import CachedDecoder
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Batching
 
@@ -169,10 +169,10 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
     (fp32), and what an engine of another model writes before and after an update."""
     from megatron_sov import recipes
     from megatron_sov.convert import export_weights
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.engine.mcore.model.language_model import build
-    from megatron_sov.engine.mcore.parallel import collectives, world
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.parallel import collectives, world
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Batching, Sampling, StopRule
     from megatron_sov.model.config import ParallelConfig, apply_settings
@@ -289,7 +289,7 @@ def test_greedy_text_is_that_of_transformers(folders: tuple[Path, Path], one_ran
     """Token by token on an exported folder, prompts of mixed lengths, far past the sliding
     window of 8 tokens."""
     prepare_megatron()
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.engines.libraries import load_hf
     from megatron_sov.infer.engines.load import load_forward_model
@@ -321,8 +321,8 @@ def test_greedy_text_is_that_of_transformers(folders: tuple[Path, Path], one_ran
 @pytest.mark.usefixtures("one_rank")
 def test_a_batch_of_one_three_or_eight_writes_the_same_bits() -> None:
     prepare_megatron()
-    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.decode.forward_only import ForwardModel
+    from megatron_sov.engine.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Batching, Generated, Sampling
     from tests.tiny import tiny_model

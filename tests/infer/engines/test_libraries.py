@@ -19,7 +19,7 @@ from transformers import DeepseekV3Config
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.changed_values import SentWeights
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.infer.engines import libraries
 from megatron_sov.infer.engines.libraries import (
     PAGE_TOKENS, HfEngine, cache_sizes, copy_weights, live_views, load_hf)
@@ -259,8 +259,8 @@ def test_on_exported_weights_log_probabilities_are_those_of_the_trainer(
         family: str, hf_models: dict[str, Path], imported: dict[str, Path], one_rank: None) -> None:
     prepare_megatron()
     from megatron_sov.convert import export_weights
-    from megatron_sov.engine.mcore.decode.forward_only import Inputs
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.decode.forward_only import Inputs
+    from megatron_sov.engine.parallel import world
     from megatron_sov.infer.engines.load import load_forward_model
     from megatron_sov.infer.engines.target import inference_config
     from megatron_sov.model.config import ParallelConfig

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import LoraConfig
 from megatron_sov.model.recipes import get
 

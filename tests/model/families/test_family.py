@@ -302,7 +302,7 @@ def test_llamas_scaling_means_the_same_frequencies_in_transformers() -> None:
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from megatron_sov.engine.mcore.model.rotary import frequencies
+    from megatron_sov.engine.model.rotary import frequencies
 
     model = replace(recipes.get("llama-3.1-8b").model, llama3_rope=Llama3RopeConfig(32.0, 2.0, 8.0, 4096))
     config = hf_config(model)

@@ -143,7 +143,7 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
         DeepseekV3Attention, DeepseekV3RotaryEmbedding)
 
-    from megatron_sov.engine.mcore.model.rotary import frequencies, softmax_scale
+    from megatron_sov.engine.model.rotary import frequencies, softmax_scale
 
     config = latent_config_of(rope_parameters=YARN)
     model, theirs = read_latent(config), AutoConfig.for_model(**config)

@@ -129,7 +129,7 @@ def kind_of(run: RunConfig, stage: int) -> tuple[int, bool, bool]:
 def built(big: bool) -> list[list[Any]]:
     """Build stages of these runs, or of small ones, on meta tensors, as one rank after the other, and return
     what they hold."""
-    from megatron_sov.engine.mcore.optimizer.meta import built_stage
+    from megatron_sov.engine.optimizer.meta import built_stage
 
     return [[dataclasses.asdict(built_stage(run, num_ranks, stage)) for num_ranks, stage in places]
             for run, places in (runs_of_big_recipes() if big else SMALL_RUNS)]

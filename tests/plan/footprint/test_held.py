@@ -35,7 +35,7 @@ def config_of(recipe: str, settings: list[str], precision: str) -> RunConfig:
 
 def shapes_of_modules(precision: str) -> list[Any]:
     """Return [pipeline stage, shapes of every chunk's parameters] of each run."""
-    from megatron_sov.engine.mcore.optimizer.meta import build_on_meta
+    from megatron_sov.engine.optimizer.meta import build_on_meta
 
     found = []
     for recipe, settings, num_ranks, rank in RUNS:
@@ -138,7 +138,7 @@ def groups_of_a_step() -> list[int]:
     from megatron.core import parallel_state as groups
     from torch import distributed as dist
 
-    from megatron_sov.engine.mcore.optimizer.meta import fake_world
+    from megatron_sov.engine.optimizer.meta import fake_world
 
     found = []
     for recipe, settings, num_ranks in LAYOUTS:

@@ -44,8 +44,8 @@ def bytes_of_an_adapted_head() -> list[int]:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from megatron_sov.engine.mcore.model.language_model import build
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.parallel import world
 
     class Allocated(TorchDispatchMode):
         """Keeps the size of every operation's result in memory of its own."""
@@ -86,9 +86,9 @@ def peak_bytes_of_a_divergence(beta: float, top_k: int) -> list[int]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from megatron_sov.engine.mcore.model.divergence import Divergence, TeacherStates, TeacherTopK
-    from megatron_sov.engine.mcore.model.logprobs import Head
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.model.divergence import Divergence, TeacherStates, TeacherTopK
+    from megatron_sov.engine.model.logprobs import Head
+    from megatron_sov.engine.parallel import world
 
     def peak(compute: Any) -> int:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

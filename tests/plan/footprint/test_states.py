@@ -47,7 +47,7 @@ ENCODERS = (
 
 def both(layouts: list[dict[str, Any]]) -> list[list[Any]]:
     """Return [what training makes of a process, what the plan says of it], of each layout."""
-    from megatron_sov.engine.mcore.optimizer.meta import build_on_meta
+    from megatron_sov.engine.optimizer.meta import build_on_meta
 
     found = []
     for values in layouts:

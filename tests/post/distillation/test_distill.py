@@ -37,7 +37,7 @@ def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tupl
     sys.path.insert(0, str(Path(__file__).parents[2] / "layouts"))
     from layout_run import small_config
 
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
     from megatron_sov.post.distillation.distill import Distillation, KeptTeacher, TaughtFactory
     from megatron_sov.post.distillation.state_files import StateFiles
     from megatron_sov.runs.folder import RunFolder
@@ -57,7 +57,7 @@ def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tupl
 def curve(settings: list[str], data: list[str], states: str) -> dict[str, list[dict[str, Any]]]:
     """Train on two kinds; return each step's losses, meters and gradient norm, and what held-out documents
     say behind them."""
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
     from megatron_sov.post.distillation.distill import measure_heldout
 
     found = {}
@@ -104,8 +104,8 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
     import torch
     from safetensors.torch import load_file
 
-    from megatron_sov.engine.mcore.decode.forward_only import Inputs
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.decode.forward_only import Inputs
+    from megatron_sov.engine.parallel import world
     from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpacked
 
     head = load_file(Path(states) / "whole/head.safetensors")[HEAD_WEIGHT].double()
@@ -180,7 +180,7 @@ def test_losses_are_the_papers(ranks: Any, job: Any, kept: dict[str, Any]) -> No
 
 
 def test_a_run_goes_on_with_its_own_teacher_alone() -> None:
-    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     from megatron_sov.base.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 from megatron_sov.base.errors import UserError  # noqa: E402

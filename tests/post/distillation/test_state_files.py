@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.mcore.parallel.world import ParallelWorld
+from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import DistillationConfig
 from megatron_sov.post.distillation import state_files
 from megatron_sov.post.distillation.state_files import Kept, StateFiles

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 from safetensors.torch import load_file  # noqa: E402
@@ -22,7 +22,7 @@ from safetensors.torch import load_file  # noqa: E402
 from megatron_sov.base.artifacts import damaged_files, new_artifact  # noqa: E402
 from megatron_sov.base.errors import UserError  # noqa: E402
 from megatron_sov.cli import main  # noqa: E402
-from megatron_sov.engine.mcore.model.divergence import Divergence  # noqa: E402
+from megatron_sov.engine.model.divergence import Divergence  # noqa: E402
 from megatron_sov.infer.engines.target import Target  # noqa: E402
 from megatron_sov.post.distillation import teacher as teaching  # noqa: E402
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, Kept, StateFiles, unpacked  # noqa: E402
@@ -92,8 +92,8 @@ def test_a_teacher_whose_logits_are_capped_is_heard_so(one_rank: None, hf_models
     """A student of any family learns from Gemma 2's own distribution."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    from megatron_sov.engine.mcore.model.logprobs import Head
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.model.logprobs import Head
+    from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import DistillationConfig, ParallelConfig
     from megatron_sov.post.distillation.distill import KeptTeacher
 

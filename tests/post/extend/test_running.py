@@ -18,7 +18,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.eval.needle.suite import Cell, make_suite
 from megatron_sov.eval.statistics import wilson_interval
 from megatron_sov.model.config import (

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.parallel import world
+from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.policy import objective_of

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.optimizer.muon import update_scale
+from megatron_sov.engine.optimizer.muon import update_scale
 from megatron_sov.publish.ladder.family import mup_model, mup_optim, step_law_batch, step_law_optim, warmup
 
 WIDTHS = (32, 128)
@@ -66,8 +66,8 @@ def learned(data: str, root: str) -> dict[str, list[float]]:
     square), with rates by width and with one rate for all."""
     import torch
 
-    from megatron_sov.engine.mcore.decode.forward_only import Inputs
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.decode.forward_only import Inputs
+    from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.publish.ladder.family import scaled
     from megatron_sov.runs.folder import RunFolder

@@ -254,7 +254,7 @@ def bits(data: str, root: str, endpoint: str) -> list[list[str]]:
     """Runs inside a rank: losses and weights after three steps with everything off, and everything on."""
     import os
 
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
 
     os.environ["SOV_ALERT_URL"] = endpoint
     everything = [f"obs.otlp_endpoint={endpoint}", f"obs.prometheus_textfile={root}/sov.prom",

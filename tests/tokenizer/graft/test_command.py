@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from megatron_sov import convert
 from megatron_sov.base.artifacts import damaged_files, read_manifest
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from tokenizer.cli import main
 
 prepare_megatron()

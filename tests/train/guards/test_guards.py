@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from megatron_sov.base.errors import ExitCode, SilentCorruption
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
-from megatron_sov.engine.mcore.parallel.world import ParallelWorld
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.train.guards import guards, guards as stragglers
 from megatron_sov.train.guards.guards import Guards, SdcChecks

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.runs.obs.events import EventLog, read_events
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry
 
@@ -122,7 +122,7 @@ def test_switched_off_a_spike_is_learned_and_a_nan_still_refused() -> None:
 def disagree() -> list[Any]:
     """Runs inside ranks: only rank 1 sees a bad number; returns what each rank decides,
     and what it remembers."""
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
     place = world.join(ParallelConfig())

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.train.data import order
 from megatron_sov.train.data.ledger import plan
@@ -21,8 +21,8 @@ from megatron_sov.train.data.order import SampleOrder
 from megatron_sov.train.data.token_shards import open_sources
 
 prepare_megatron()
-from megatron_sov.engine.mcore.parallel import collectives  # noqa: E402
-from megatron_sov.engine.mcore.parallel.world import ParallelWorld  # noqa: E402
+from megatron_sov.engine.parallel import collectives  # noqa: E402
+from megatron_sov.engine.parallel.world import ParallelWorld  # noqa: E402
 from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
 from megatron_sov.train.data.rows import PackedRow  # noqa: E402
 from megatron_sov.train.objectives import microbatch  # noqa: E402

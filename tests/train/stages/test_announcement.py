@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.families.adapters import adapted_modules
 from megatron_sov.model.families.count import num_params

@@ -20,8 +20,8 @@ def evaluation(data: str, out: str | None, cp: int = 1, recipe: str = "tiny-sola
     """Runs inside ranks: evaluate initial weights on everything held out; OUT is written as a checkpoint."""
     from dataclasses import asdict
 
-    from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.parallel import world
 
     trainer = tiny_trainer(
         data, "model.num_layers=1", 'data.phases=[{"name": "main", "seq_len": 48}]',
@@ -121,7 +121,7 @@ def losses_of_turns(data: str) -> dict[str, Any]:
     from dataclasses import asdict
     from types import SimpleNamespace
 
-    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
     from megatron_sov.train.stages.evaluate import HeldoutEvaluator
 

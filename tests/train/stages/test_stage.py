@@ -16,7 +16,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import GateFailed, StopRequested, UserError
-from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.calibration import fitting
 from megatron_sov.plan.calibration.fitting import USABLE_SHARE, fullest
@@ -29,7 +29,7 @@ from megatron_sov.train.data.views import with_views
 from megatron_sov.work.clusters.chips import Gpu
 
 prepare_megatron()
-from megatron_sov.engine.mcore.parallel.launcher import Restarts  # noqa: E402
+from megatron_sov.engine.parallel.launcher import Restarts  # noqa: E402
 from megatron_sov.train.guards.fault_injection import parse  # noqa: E402
 from megatron_sov.train.objectives.data_objective import LanguageModelling  # noqa: E402
 from megatron_sov.train.stages import stage as stage_module  # noqa: E402
@@ -401,7 +401,7 @@ def test_a_stage_is_complete_when_its_last_checkpoint_has_passed(
 
 def values_made(run: str, data: str, settings: list[str], start_from: str | None) -> dict[str, Any]:
     """Run a stage in this rank, and return how many initial values were made and the steps of the run."""
-    from megatron_sov.engine.mcore.checkpoint import load
+    from megatron_sov.engine.checkpoint import load
 
     made, normals = [], load.normals
 

@@ -9,7 +9,7 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.mcore.parallel import launcher
+from megatron_sov.engine.parallel import launcher
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import training_request
 from megatron_sov.train.stages.stage_config import (

@@ -1,0 +1,201 @@
+"""Forward and backward passes at whatever layout a model lives in: the pipeline of a step, and a model that
+is only run forward, for evaluation, scoring and sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.utils import ScheduleNode
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.utils import get_model_config
+
+from megatron_sov.engine.model.gpu_settings import in_bf16
+from megatron_sov.engine.model.language_model import Chunk, LanguageModel, ModelInputs, states_for_head
+from megatron_sov.engine.model.logprobs import Head, head_of
+from megatron_sov.engine.model.router import replay_routes
+from megatron_sov.engine.parallel import collectives, context
+
+
+class HasInputs(Protocol):
+    """A micro-batch: whatever the objective needs, plus what the model reads."""
+
+    @property
+    def inputs(self) -> ModelInputs:
+        """The model's inputs."""
+        ...
+
+
+class OverlappedPasses(TransformerModelChunkSchedulePlan):
+    """A micro-batch's passes through a chunk, cut where tokens travel to experts and back, so that the
+    library computes a part of another micro-batch meanwhile (`parallel.expert_overlap`).
+
+    Its own first and last part know neither padding nor our losses, and it takes no prediction layer of
+    packed rows: such layers, one of many, run behind the trunk in one piece.
+    """
+
+    pre_process: Any
+    post_process: Any
+
+    def __init__(self, chunk: Chunk, inputs: ModelInputs, first_route: int | None) -> None:
+        super().__init__(chunk, None, None, None)
+        state, stream = self.state, self.pre_process.stream
+
+        def begin() -> torch.Tensor:
+            row = state.row = chunk.begin(inputs, first_route)
+            state.rotary_pos_emb, state.packed_seq_params = row.rotary, row.packed
+            state.rotary_pos_cos = state.rotary_pos_sin = state.sequence_len_offset = None
+            chunk.config.routing_step.padding = row.padding
+            states = chunk.decoder.input_tensor if row.embedded is None else row.embedded
+            # of frozen embeddings: a pass back must have something to end at
+            return states if states.requires_grad else states.requires_grad_()
+
+        self.pre_process = ScheduleNode(begin, stream, self.event, name="pre_process")
+        if self.post_process is None:
+            return
+
+        def back(outputs: Any, gradients: Any) -> Any:
+            node.default_backward_func(outputs, gradients)
+            for module in chunk.mtp.modules() if chunk.mtp_process else ():
+                # weight gradients of the trunk that are left for later are the plan's, these are nobody's
+                if hasattr(module, "need_backward_dw") and module.need_backward_dw():
+                    module.backward_dw()
+            return gradients
+
+        node: Any = ScheduleNode(lambda hidden: chunk.end(hidden, inputs, state.row), stream, self.event,
+                                 back, name="post_process")
+        self.post_process = node
+
+    def _build_layer_schedule_plan(self, module: Any, *streams: Any) -> None:
+        if isinstance(module, TransformerBlock):
+            super()._build_layer_schedule_plan(module, *streams)
+
+
+Loss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
+"""(hidden states of the last stage, micro-batch) -> (scalar whose gradient is taken as it is,
+anything to return)."""
+
+
+def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss: Loss, row_tokens: int, *,
+        forward_only: bool) -> list[Any]:
+    """Run all micro-batches through all pipeline stages.
+
+    Args:
+        chunks: the model's chunks, or their data-parallel wrappers when gradients are wanted.
+        micro_batches: this data-parallel rank's micro-batches, the same on every pipeline stage.
+        loss: called on the last stage only; scalars are summed over micro-batches and processes that read
+            different data, never averaged.
+        row_tokens: tokens of each micro-batch.
+        forward_only: without gradients.
+
+    Returns:
+        What `loss` returned beside the scalar for each micro-batch (empty on other stages than the last).
+    """
+
+    def forward(iterator: Iterator[tuple[HasInputs, int | None]], model: Any,
+                return_schedule_plan: bool = False) -> tuple[Any, Callable[[torch.Tensor], Any]]:
+        batch, first_route = next(iterator)
+        run = partial(OverlappedPasses, model) if return_schedule_plan else model
+        return run(batch.inputs, first_route), partial(_finish, loss, batch)
+
+    interleaved = len(chunks) > 1
+    # an interleaved pipeline takes micro-batches in groups of its size; an evaluation's last group is
+    # filled up and cut again
+    count = len(micro_batches)
+    surplus: int = (-count % parallel_state.get_pipeline_model_parallel_world_size()
+                    if interleaved and forward_only else 0)
+    fed = [*micro_batches, *[micro_batches[-1]] * surplus]
+    with replay_routes(get_model_config(chunks[0]), [batch.inputs.routes for batch in fed]) as firsts:
+        routed = list(zip(fed, firsts, strict=True))
+        results: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=[iter(routed) for _ in chunks] if interleaved else iter(routed),
+            model=list(chunks) if interleaved else chunks[0], num_microbatches=len(fed),
+            seq_length=row_tokens, micro_batch_size=1, decoder_seq_length=row_tokens,
+            forward_only=forward_only)
+    return results[:count]
+
+
+def _finish(loss: Loss, batch: HasInputs, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    scalar, extra = loss(hidden, batch)
+    return scalar, torch.ones((), dtype=torch.int, device=scalar.device), extra
+
+
+Outputs = Callable[[list[torch.Tensor], Head, Any], Any]
+"""(hidden states per depth, head, micro-batch) -> anything; called on the last pipeline stage."""
+
+
+def split_depths(hidden: torch.Tensor, num_mtp_layers: int) -> list[torch.Tensor]:
+    """Return the trunk's hidden states and those of each multi-token prediction depth."""
+    return list(hidden.chunk(1 + num_mtp_layers, dim=0))
+
+
+class ForwardModel:
+    """A model in evaluation mode, with nothing quantised; every call is made by all processes together."""
+
+    def __init__(self, model: LanguageModel, head_chunk_tokens: int) -> None:
+        self.model = model
+        self.config = model.config
+        self._depths = model.config.mtp_num_layers or 0
+        self.head_chunk_tokens = head_chunk_tokens
+
+    @torch.no_grad()
+    def map(self, micro_batches: Sequence[HasInputs], outputs: Outputs) -> list[Any]:
+        """Run forward and return what `outputs` gave for each micro-batch (on the last
+        stage; empty elsewhere, and where there is none on any process)."""
+        if not micro_batches:
+            return []
+
+        def last_stage(hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, Any]:
+            depths = split_depths(hidden, self._depths)
+            return (torch.zeros((), device=hidden.device),
+                    outputs(depths, head_of(self.model, self.head_chunk_tokens), batch))
+
+        self.model.finish_param_gather()
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            # all rows are of one length: stages agree on the shape of what they send before the first arrives
+            row_tokens = len(micro_batches[0].inputs.tokens)
+            with in_bf16(self.config):
+                return run_pipeline(self.model.chunks, micro_batches, last_stage, row_tokens,
+                                    forward_only=True)
+        finally:
+            self.model.train(was_training)
+
+    def logits(self, micro_batch: HasInputs, positions: torch.Tensor) -> torch.Tensor:
+        """Return full logits at a few positions of a micro-batch, on every process.
+
+        [positions, vocabulary] float32 (float64 under fp64).
+        """
+        def outputs(hidden: list[torch.Tensor], head: Head, batch: HasInputs) -> torch.Tensor:
+            return head.logits(context.pick(states_for_head(hidden[0], self.config), positions))
+
+        found = self.map([micro_batch], outputs)
+        shape = (len(positions), self.model.vocab_size)
+        dtype = torch.promote_types(self.config.params_dtype, torch.float32)
+        return collectives.broadcast_from_last_stage(found[0] if found else torch.zeros(shape, dtype=dtype))
+
+
+class Inputs:
+    """The barest micro-batch: documents in one row, padded to a length that the layout can split."""
+
+    def __init__(self, documents: Sequence[Sequence[int]], device: torch.device, min_tokens: int = 0) -> None:
+        multiple = context.row_multiple()
+        lengths = [len(d) for d in documents]
+        gap = -(-max(sum(lengths), min_tokens, multiple) // multiple) * multiple - sum(lengths)
+        spans = lengths + ([gap] if gap else [])
+        flat = torch.tensor([t for d in documents for t in d] + [0] * gap, dtype=torch.int64)
+        self.ends = torch.tensor(lengths).cumsum(0) - 1
+        """[documents] int64: position of each document's last token."""
+        self.inputs = ModelInputs(
+            tokens=flat.to(device), positions=torch.cat([torch.arange(n) for n in spans]).to(device),
+            cu_seqlens=torch.tensor([0, *spans]).cumsum(0).to(torch.int32).to(device),
+            max_document_tokens=max(spans), padding=(torch.arange(len(flat)) >= sum(lengths)).to(device),
+            host_bounds=[0, *accumulate(spans)])

@@ -1,0 +1,427 @@
+"""From `gpu.*` to the library's fields: what is set, what `auto` comes to, why a setting cannot be here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import SettingsError, find_broken
+from megatron_sov.engine import lanes
+from megatron_sov.engine.model import router
+from megatron_sov.engine.parallel.device import DEEP_EP_NAMES, lacking_deep_ep, lacking_fp8, on_gpu
+from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sov.model.config.gpu import fp8_format
+
+# Matrix products of the transformer layers in 8 or 4 bits, by Transformer Engine: the library's settings for
+# `train.fp8`, what the machine must have, and a defect of the library in checkpoints.
+
+FIELDS = ("fp8", "fp4", "moe_router_padding_for_quantization")
+"""Fields of the library's configuration that forward passes ask whether to quantise."""
+
+
+def library_settings(train: TrainConfig) -> dict[str, Any]:
+    """Return the fields of the library's `TransformerConfig` for `train.fp8`."""
+    if train.fp8 == "none":
+        return {}
+    scaling = ({"fp4": "e2m1", "fp4_recipe": "nvfp4"} if train.fp8 == "nvfp4"
+               else {"fp8": fp8_format(train), "fp8_recipe": train.fp8})
+    return {**scaling, "moe_router_padding_for_quantization": train.fp8_pad_routed_tokens}
+
+
+def keep_ends_in_bf16(config: Any, train: TrainConfig) -> None:
+    """Name the trunk's layers that stay in bf16 in the library's `TransformerConfig`.
+
+    Behind its validation, which allows num_layers // pp of them at either end, also where stages are not
+    equal; layers are asked by their number in the whole model (`is_first_last_bf16_layer`), so nothing needs
+    that rule.
+    """
+    start, end = train.fp8_bf16_layers_at_start, train.fp8_bf16_layers_at_end
+    config.first_last_layers_bf16 = start + end > 0
+    config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16 = start, end
+
+
+def refuse_without_chip(train: TrainConfig, serves: bool) -> None:
+    """Refuse `train.fp8` where this process cannot compute it.
+
+    Args:
+        train: the settings.
+        serves: whether models are made of Transformer Engine's modules here.
+
+    Raises:
+        UserError: there is no GPU with Transformer Engine, or it lacks what the recipe needs.
+    """
+    if train.fp8 == "none":
+        return
+    if not serves:
+        raise UserError(f"train.fp8 = {train.fp8} needs an NVIDIA GPU with Transformer Engine, and this "
+                        "process has none; set train.fp8=none, or run it where `megatron-sov doctor` "
+                        "finds both")
+    reasons = lacking_fp8()
+    if reason := reasons[train.fp8]:
+        others = [fp8 for fp8, why in reasons.items() if not why]
+        raise UserError(f"train.fp8 = {train.fp8} cannot run on this GPU (Transformer Engine: {reason}); set "
+                        f"train.fp8 to {' or '.join([*others, 'none'])}")
+
+
+@contextmanager
+def in_bf16(config: Any) -> Iterator[None]:
+    """Have forward passes quantise nothing: rows that are only read may have any length, and what they give
+    is what the exported bf16 weights give."""
+    before = {name: getattr(config, name) for name in FIELDS}
+    config.fp8 = config.fp4 = None
+    config.moe_router_padding_for_quantization = False
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def mend_extra_state(grouped_linear: Any) -> None:
+    """Have a layer of experts be saved whose recipe keeps no state.
+
+    Defect of 0.16.1: Transformer Engine's extra state is an empty tensor then, `_split_extra_state` takes it
+    for one that can be decoded, and subscripts None.  A mended library is left alone.
+
+    Args:
+        grouped_linear: the library's class `TEGroupedLinear`.
+    """
+    split: Callable[[Any, torch.Tensor], list[torch.Tensor]] = grouped_linear._split_extra_state
+    empty = torch.empty(0, dtype=torch.uint8)
+    stateless = SimpleNamespace(num_gemms=2, fp8=True, fp8_calibration=False,
+                                fp8_meta={"fp8_checkpoint": True}, _decode_extra_state=lambda state: None)
+    try:
+        split(stateless, empty)
+    except TypeError:
+        pass
+    else:
+        return
+
+    def split_any(self: Any, state: torch.Tensor) -> list[torch.Tensor]:
+        return [state] * self.num_gemms if state.numel() == 0 else split(self, state)
+
+    grouped_linear._split_extra_state = split_any
+
+
+TE_ATTENTION_VARIABLES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN",
+                          "unfused": "NVTE_UNFUSED_ATTN"}
+"""Kernel of Transformer Engine -> the variable that allows it, which the library sets by `gpu.attention`."""
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where a model is to run, as far as settings depend on it."""
+
+    te: bool
+    """Whether Transformer Engine's modules make the model."""
+    model: ModelConfig
+    """What it is."""
+    parallel: ParallelConfig
+    """How it is laid out."""
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A kernel that is on wherever it can be, unless it is switched off."""
+
+    setting: str
+    """Name in `GpuConfig`."""
+    field: str
+    """Field of the library's TransformerConfig."""
+    needs: Callable[[Here], bool]
+    """Whether the kernel can be on."""
+    serves: Callable[[ModelConfig], bool] = lambda model: True
+    """Whether it computes what the model asks for, so that `auto` puts it on; asked where `needs` holds."""
+
+    def value(self, gpu: GpuConfig, here: Here) -> bool:
+        """Return what the library gets."""
+        chosen = getattr(gpu, self.setting)
+        return (chosen != "off" and here.te and self.needs(here)
+                and (chosen == "on" or self.serves(here.model)))
+
+
+FUSIONS = (
+    # YaRN's factor is in the scale of the softmax, so that the kernel rotates and does no more
+    Fusion("rope_fusion", "apply_rope_fusion", lambda here: here.parallel.cp == 1
+           # the kernel of latent attention wants a table of cosines and sines
+           and here.model.latent_attention is None),
+    Fusion("router_fusion", "moe_router_fusion", lambda here: here.model.num_moe_layers() > 0,
+           lambda model: not router.problem(model)),
+    Fusion("permute_fusion", "moe_permute_fusion", lambda here: here.model.num_moe_layers() > 0),
+    Fusion("swiglu_fusion", "bias_activation_fusion", lambda here: here.model.activation != "gelu_tanh"),
+    Fusion("grad_accumulation_fusion", "gradient_accumulation_fusion", lambda here: True),
+)
+LIBRARY_FIELDS = {
+    **{f"gpu.{fusion.setting}": (f"TransformerConfig.{fusion.field}",) for fusion in FUSIONS},
+    "gpu.attention": ("TransformerConfig.attention_backend",),
+    "train.recompute": ("TransformerConfig.recompute_granularity", "TransformerConfig.recompute_method",
+                        "TransformerConfig.recompute_num_layers"),
+    "gpu.recompute_modules": ("TransformerConfig.recompute_modules",),
+    "gpu.offload_modules": ("TransformerConfig.fine_grained_activation_offloading",
+                            "TransformerConfig.offload_modules"),
+    "gpu.shared_expert_overlap": ("TransformerConfig.moe_shared_expert_overlap",),
+    "parallel.expert_dispatcher": ("TransformerConfig.moe_token_dispatcher_type",
+                                   "TransformerConfig.moe_flex_dispatcher_backend"),
+    "parallel.expert_overlap": ("TransformerConfig.overlap_moe_expert_parallel_comm",),
+    "parallel.delay_weight_grads": ("TransformerConfig.delay_wgrad_compute",
+                                    "DistributedDataParallelConfig.delay_wgrad_compute"),
+    "gpu.exchange_sms": tuple(f"TransformerConfig.{field}" for field in set(lanes.EXCHANGE_SMS.values())),
+    "gpu.grad_dtype": ("DistributedDataParallelConfig.grad_reduce_in_fp32",),
+    "gpu.pad_buckets": ("DistributedDataParallelConfig.pad_buckets_for_high_nccl_busbw",),
+    "gpu.moment_dtype": tuple(f"OptimizerConfig.{field}" for field in (
+        "use_precision_aware_optimizer", "exp_avg_dtype", "exp_avg_sq_dtype", "store_param_remainders",
+        "fp8_recipe")),
+    "gpu.nccl_user_buffers": ("DistributedDataParallelConfig.nccl_ub",),
+}
+"""Setting -> fields of the library's configurations that it decides; other `gpu.*` are ours alone."""
+OVERLAP = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
+"""Fields that are set behind the library's validation."""
+OF_DISPATCH = "overlap_dispatch_backward_with_experts_wgrad"
+"""Its field for `parallel.expert_overlap` = weight_gradients, from megatron-core 0.18 on."""
+RECOMPUTED_WITH_TE = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
+"""Modules that the library recomputes by means of Transformer Engine -> what can be recomputed without."""
+BLACKWELL = 10
+"""Its compute capability begins so."""
+HEADS_256_CUDNN, REPEATS_CUDNN = 92500, 91801
+"""The first cuDNN that trains packed rows with heads of 256 on Blackwell, and that repeats its bits there."""
+HOPPER_REPEATS = 1 << 30
+"""Heads x longest document squared from which Transformer Engine leaves cuDNN's attention out on Hopper where
+bits are to repeat: its backward pass would take 128 bytes for each."""
+SINKS_TE, SINKS_CUDNN = (2, 13), 91800
+"""The first versions that attend packed rows with sinks; cuDNN's as torch counts them."""
+NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
+
+
+def transformer_settings(gpu: GpuConfig, train: TrainConfig, here: Here) -> dict[str, Any]:
+    """Return fields of the library's TransformerConfig.
+
+    Where something is on that cannot be here, it is off: training has been refused (`refuse`), and what is
+    left only looks at a model, as `plan` does.
+    """
+    from megatron.core.transformer.enums import AttnBackend
+
+    settings: dict[str, Any] = {fusion.field: fusion.value(gpu, here) for fusion in FUSIONS}
+    settings["attention_backend"] = AttnBackend[gpu.attention if here.te else "auto"]
+    if train.recompute is True:
+        settings |= {"recompute_granularity": "full", "recompute_method": "uniform",
+                     "recompute_num_layers": 1}
+    elif train.recompute == "selective":
+        settings |= {"recompute_granularity": "selective", "recompute_modules": [
+            m for m in gpu.recompute_modules if here.te or m not in RECOMPUTED_WITH_TE]}
+    if gpu.offload_modules and here.te:
+        settings |= {"fine_grained_activation_offloading": True, "offload_modules": list(gpu.offload_modules)}
+    return settings
+
+
+def expert_settings(gpu: GpuConfig, here: Here) -> dict[str, Any]:
+    """Return fields of the library's TransformerConfig that models with experts have."""
+    dispatcher = here.parallel.expert_dispatcher
+    parallel = here.parallel
+    overlap = {"moe_shared_expert_overlap": gpu.shared_expert_overlap == "on" and here.te,
+               "overlap_moe_expert_parallel_comm": parallel.expert_overlap == "micro_batches",
+               "delay_wgrad_compute": parallel.delay_weight_grads and here.te,
+               **({OF_DISPATCH: True} if parallel.expert_overlap == "weight_gradients" and here.te else {}),
+               **(dict.fromkeys(lanes.EXCHANGE_SMS.values(), gpu.exchange_sms) if gpu.exchange_sms else {})}
+    if dispatcher in DEEP_EP_NAMES:
+        if not here.te:
+            return overlap | {"moe_token_dispatcher_type": "alltoall"}
+        return overlap | {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": dispatcher}
+    return overlap | {"moe_token_dispatcher_type": dispatcher}
+
+
+def gradient_settings(gpu: GpuConfig, parallel: ParallelConfig, *, bf16: bool) -> dict[str, Any]:
+    """Return fields of the library's DistributedDataParallelConfig for a model whose parameters are bf16
+    or wider."""
+    # without this sums would begin before such gradients are there
+    delayed = parallel.delay_weight_grads or parallel.expert_overlap == "weight_gradients"
+    return {"delay_wgrad_compute": delayed,
+            "grad_reduce_in_fp32": bf16 and gpu.grad_dtype == "fp32",
+            "pad_buckets_for_high_nccl_busbw": gpu.pad_buckets == "on",
+            "nccl_ub": gpu.nccl_user_buffers == "on" and on_gpu()}
+
+
+def moment_settings(gpu: GpuConfig) -> dict[str, Any]:
+    """Return fields of the library's OptimizerConfig that differ from its own choice."""
+    if gpu.moment_dtype == "fp32":
+        return {}
+    return {"use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16,
+            "exp_avg_sq_dtype": torch.bfloat16, "store_param_remainders": False,
+            # any but None and delayed leaves float32 master weights and gradients where they are without
+            # (`use_precision_aware_optimizer_no_fp8_or_ds_fp8`); nothing else reads it for bf16 weights
+            "fp8_recipe": "tensorwise"}
+
+
+def resolve_auto(config: RunConfig, te: bool) -> dict[str, Any]:
+    """Return what `auto` comes to: setting -> whether it is on, and which attention serves."""
+    here = Here(te, config.model, config.parallel)
+    own = own_attention_serves(here, config.gpu.attention, config.train.deterministic)
+    return {**{fusion.setting: fusion.value(config.gpu, here) for fusion in FUSIONS},
+            "attention": config.gpu.attention if exchanges_heads(here, config.gpu.attention) or not own
+            else "local"}
+
+
+def own_attention_serves(here: Here, attention: str, deterministic: bool) -> bool:
+    """Return whether this framework's own attention serves.
+
+    Under `auto` it does where Transformer Engine's fused one cannot: it repeats its bits in short rows alone
+    on Hopper, with sinks nowhere.
+
+    Args:
+        here: what the model is, and where it is to run.
+        attention: `gpu.attention`.
+        deterministic: `train.deterministic`.
+    """
+    model = here.model
+    # the library passes no cap on to those kernels of Transformer Engine that have one
+    if not here.te or here.parallel.cp > 1 or attention == "local" or model.attention_softcap is not None:
+        return True
+    return attention == "auto" and (deterministic or bool(_without_heads(model)))
+
+
+def exchanges_heads(here: Here, attention: str) -> bool:
+    """Return whether processes that share a row get the whole row of some heads, for an attention that was
+    asked for by its name; else each keeps its queries and gathers keys."""
+    return here.te and here.parallel.cp > 1 and attention not in ("auto", "local")
+
+
+def _without_heads(model: ModelConfig) -> str:
+    """Return why no fused kernel of cuDNN trains heads of this size here; empty: one does
+    (`nvte_get_fused_attn_backend` of Transformer Engine 2.20.2)."""
+    latent = model.latent_attention
+    size = ((model.head_dim, model.head_dim) if latent is None
+            else (latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim))
+    if max(size) <= 128 or not on_gpu() or torch.cuda.get_device_capability()[0] < BLACKWELL:
+        return ""
+    needed = {(192, 128): 91100, (256, 256): HEADS_256_CUDNN}.get(size)
+    found = torch.backends.cudnn.version() or 0
+    if needed is None or model.attention_sinks:
+        return f"no fused kernel of cuDNN trains heads of {size[0]} on this GPU"
+    return "" if found >= needed else (f"no fused kernel of cuDNN {found} trains heads of {size[0]} on this "
+                                       f"GPU before {needed}")
+
+
+def _without_repeats(config: RunConfig) -> str:
+    """Return why the fused attention of cuDNN does not repeat its bits here; empty: it does."""
+    model, capability = config.model, torch.cuda.get_device_capability() if on_gpu() else (0, 0)
+    longest = config.data.max_seq_len()
+    if model.attention_sinks:
+        return "with sinks (model.attention_sinks)"
+    if capability == (9, 0) and model.num_heads // config.parallel.tp * longest ** 2 >= HOPPER_REPEATS:
+        return f"in documents of {longest} tokens on this GPU"
+    if capability[0] >= BLACKWELL and (torch.backends.cudnn.version() or 0) < REPEATS_CUDNN:
+        return f"on this GPU before cuDNN {REPEATS_CUDNN}"
+    return ""
+
+
+def refuse(config: RunConfig, te: bool) -> None:
+    """Refuse to train with what cannot be here.
+
+    Args:
+        config: the run's settings, which break no rule of their own.
+        te: whether Transformer Engine's modules make the model.
+
+    Raises:
+        SettingsError: with a sentence for each.
+    """
+    gpu, here = config.gpu, Here(te, config.model, config.parallel)
+    dispatcher = config.parallel.expert_dispatcher
+    routes = gpu.router_fusion == "on" and te and config.model.num_moe_layers() > 0
+    why_not = router.problem(config.model) if routes else ""
+    problems = find_broken(
+        gpu, "gpu",
+        *((getattr(gpu, fusion.setting) != "on" or fusion.value(gpu, here), fusion.setting,
+           "has nothing to do in this model and layout" if te else NEEDS_TE, "leave it out")
+          for fusion in FUSIONS),
+        (not why_not, "router_fusion", why_not),
+        (gpu.shared_expert_overlap == "off" or te, "shared_expert_overlap", NEEDS_TE, "leave it out"),
+        *_attention_rules(config, here),
+        *((te or module not in gpu.recompute_modules, "recompute_modules",
+           f"names {module}, which {NEEDS_TE}", f"name {instead}")
+          for module, instead in RECOMPUTED_WITH_TE.items()),
+        (te or not gpu.offload_modules, "offload_modules", NEEDS_TE, "leave it out"),
+        # its newer path takes weights along; the library's offloading is made for the older one
+        (not te or not gpu.offload_modules or os.environ.get("NVTE_CPU_OFFLOAD_V1") == "1", "offload_modules",
+         "needs the variable NVTE_CPU_OFFLOAD_V1 = 1 before Transformer Engine is imported",
+         "set it for all processes"),
+        (te or gpu.moment_dtype == "fp32", "moment_dtype", NEEDS_TE, "leave it out"),
+        (te or not gpu.optimizer_offload, "optimizer_offload", NEEDS_TE, "leave it out"),
+        (gpu.nccl_user_buffers == "off" or on_gpu(), "nccl_user_buffers", "needs GPUs", "leave it out"),
+        (gpu.profiler == "torch" or on_gpu(), "profiler", "= nsys needs GPUs", "leave it out"),
+        *((gpu.nccl_user_buffers == "off" or "expandable_segments:True" not in os.environ.get(name, ""),
+           "nccl_user_buffers", f"cannot be with {name} = {os.environ.get(name)}, whose segments NCCL does "
+           "not register", "take it out, or leave the setting out")
+          for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")))
+    problems += find_broken(
+        config.parallel, "parallel",
+        (te or not here.parallel.delay_weight_grads, "delay_weight_grads", NEEDS_TE, "leave it out"),
+        (te or here.parallel.expert_overlap != "weight_gradients", "expert_overlap",
+         f"= weight_gradients {NEEDS_TE}", "use micro_batches"),
+        (here.parallel.expert_overlap != "weight_gradients" or _has_field(OF_DISPATCH), "expert_overlap",
+         "= weight_gradients needs megatron-core 0.18, for Python 3.12 and newer", "use micro_batches"))
+    if dispatcher in DEEP_EP_NAMES:
+        problems += find_broken(
+            config.parallel, "parallel",
+            (on_gpu(), "expert_dispatcher", "needs GPUs", "use alltoall"),
+            (not on_gpu() or not lacking_deep_ep(dispatcher), "expert_dispatcher",
+             f"cannot be: DeepEP does not import ({lacking_deep_ep(dispatcher)})", "install the commit that "
+             "containers/install.sh names, or use alltoall"))
+    if problems:
+        raise SettingsError(f"recipe {config.recipe}", problems)
+
+
+def _has_field(name: str) -> bool:
+    from megatron.core.transformer import TransformerConfig
+
+    return name in {field.name for field in fields(TransformerConfig)}
+
+
+def _attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str, str]]:
+    """Return what asks for another attention than the chosen one: rules that do not hold."""
+    rules: list[tuple[str, str]] = []
+    attention, sinks = config.gpu.attention, here.model.attention_sinks
+    if attention not in ("auto", "local") and not here.te:
+        rules.append((NEEDS_TE, "set it to auto or local"))
+    elif attention not in ("auto", "local") and here.model.attention_softcap is not None:
+        rules.append(("cannot be: this framework's own attention alone gets the cap on products of queries "
+                      "and keys (model.attention_softcap)", "set it to auto or local"))
+    elif attention == "fused" and (why := _without_heads(here.model)):
+        rules.append((f"cannot be: {why}", "install a newer one, or set it to auto or local"))
+    elif attention == "fused" and config.train.deterministic and (why := _without_repeats(config)):
+        rules.append((f"cannot be with train.deterministic = true: Transformer Engine's fused attention does "
+                      f"not repeat its bits {why}", "set it to auto or local"))
+    elif attention == "flash" and sinks:
+        rules.append(("cannot be: Transformer Engine's FlashAttention has no sinks (model.attention_sinks)",
+                      "set it to auto or fused"))
+    elif attention == "flash" and not any(map(importlib.util.find_spec,
+                                              ("flash_attn", "flash_attn_3", "flash_attn_interface"))):
+        rules.append(("cannot be: FlashAttention is not installed", "install flash-attn, or set auto"))
+    elif sinks and not own_attention_serves(here, attention, config.train.deterministic):
+        rules += [(f"cannot be: {lacking} attends packed rows with sinks (model.attention_sinks)",
+                   "install a newer one, or set it to local") for lacking in _without_sinks(attention)]
+    for kernel, name in TE_ATTENTION_VARIABLES.items() if here.te else ():
+        # the library stops at variables that contradict the setting
+        value, wanted = os.environ.get(name), str(int(attention in ("auto", kernel)))
+        if value not in (None, wanted):
+            rules.append((f"needs the variable {name} = {wanted} or none, and the environment has {value}",
+                          "unset it"))
+    return [(False, "attention", *rule) for rule in rules]
+
+
+def _without_sinks(attention: str) -> list[str]:
+    """Return what is too old for attention with sinks over packed rows (Transformer Engine's pull request
+    2568); of cuDNN only where its kernel is not left out."""
+    from megatron.core.utils import get_te_version
+
+    version, cudnn = get_te_version(), torch.backends.cudnn.version()
+    return [*([f"Transformer Engine {version} never"]
+              if version is not None and version.release < SINKS_TE else []),
+            *([f"no fused kernel of cuDNN {cudnn}"] if cudnn is not None and cudnn < SINKS_CUDNN
+              and attention != "unfused" else [])]

@@ -1,0 +1,176 @@
+"""What one process holds while it trains, without memory for it: model, gradient buffers and optimizer built
+on meta tensors, in one process that plays any rank of any size."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from megatron_sov.engine.parallel import cpu_shims
+from megatron_sov.engine.parallel.world import make_groups
+from megatron_sov.model.config import ParallelConfig, RunConfig
+from megatron_sov.plan.footprint.held import StageParams
+from megatron_sov.plan.footprint.states import StatePlace, States
+
+if TYPE_CHECKING:
+    from megatron_sov.engine.model.language_model import LanguageModel
+
+@dataclass(frozen=True)
+class BuiltStage:
+    """What one process of a pipeline stage, and all of them together, hold."""
+
+    params: StageParams
+    """Of the first process."""
+    whole: int
+    """Parameters of the stage, each counted once whatever it is split over."""
+
+
+@contextlib.contextmanager
+def fake_world(parallel: ParallelConfig, num_ranks: int, rank: int) -> Iterator[None]:
+    """Have this process be one rank of a world in which nothing is sent anywhere; the library's groups are
+    those of all ranks."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
+    try:
+        make_groups(parallel)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def built_stage(config: RunConfig, num_ranks: int, stage: int) -> BuiltStage:
+    """Return what a pipeline stage holds, from the very modules that training builds.
+
+    Must run in a process that is in no process group and that computes on no GPU, before or afterwards;
+    nothing is sent anywhere, and CUDA is not started where there is a GPU.
+    """
+    cpu_shims.prepare_without_gpu()
+    import torch
+
+    from megatron_sov.engine.model.language_model import build
+
+    p = config.parallel
+    with fake_world(p, num_ranks, stage * (num_ranks // p.pp)), torch.device("meta"):
+        return _count_parameters(build(config.model, p, config.train), p)
+
+
+def _count_parameters(model: LanguageModel, parallel: ParallelConfig) -> BuiltStage:
+    dense = experts = whole = 0
+    for weight in model.parameters():
+        if getattr(weight, "allreduce", True):
+            dense += weight.numel()
+            whole += weight.numel() * (parallel.tp if getattr(weight, "tensor_model_parallel", False) else 1)
+        else:
+            experts += weight.numel()
+            whole += weight.numel() * parallel.ep * parallel.etp
+    layers = sum(len(c.decoder.layers) + (len(c.mtp.layers) if c.mtp_process else 0) for c in model.chunks)
+    return BuiltStage(StageParams(dense, experts, layers), whole)
+
+
+@dataclass(frozen=True)
+class MetaOptimizer:
+    """What a process holds, counted on what training builds."""
+
+    states: States
+    """Bytes."""
+    stage: int
+    """Its pipeline stage."""
+    place: StatePlace
+    """Which of the data-parallel processes it is."""
+    shapes: list[list[tuple[int, ...]]]
+    """Of the parameters of each chunk, in the order in which the library registers them."""
+
+
+def build_on_meta(config: RunConfig, num_ranks: int, rank: int) -> MetaOptimizer:
+    """Return what a process holds, from the very modules and optimizers that training builds.
+
+    Must run in a process that is in no process group and that computes on no GPU, as `built_stage`.
+    """
+    cpu_shims.prepare_without_gpu()
+    import torch
+    from megatron.core import parallel_state
+
+    from megatron_sov.engine.model.language_model import build_configured
+    from megatron_sov.engine.optimizer.optimizer import Optimizer
+
+    with fake_world(config.parallel, num_ranks, rank), _nothing_has_memory():
+        with torch.device("meta"):
+            model = build_configured(config)
+        shapes = [[tuple(weight.shape) for weight in chunk.parameters()] for chunk in model.chunks]
+        optimizer = Optimizer(model, config.optim, config.parallel, config.gpu)
+        place = StatePlace(parallel_state.get_data_parallel_rank(with_context_parallel=True),
+                           parallel_state.get_expert_data_parallel_rank())
+        return MetaOptimizer(_states(model, optimizer), parallel_state.get_pipeline_model_parallel_rank(),
+                             place, shapes)
+
+
+class _Every:
+    """Contains everything: what other ranks' names would be."""
+
+    def __contains__(self, item: object) -> bool:
+        return True
+
+
+class _HostDouble:
+    """Stands for `HostAdamW`, which makes what it holds in real memory."""
+
+    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
+        self.param_groups = param_groups
+        self.state: Any = defaultdict(dict)
+
+    def step(self) -> None:
+        """Nothing: nobody trains here."""
+
+
+@contextlib.contextmanager
+def _nothing_has_memory() -> Iterator[None]:
+    """Have the library's buffers, and AdamW in host memory, be made on meta tensors, and nobody ask the other
+    ranks, which are not there, for their parameters."""
+    import torch
+
+    from megatron_sov.engine.optimizer import muon, parameter_groups
+
+    named = torch.Tensor.type
+
+    def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = named(tensor, *args, **kwargs)
+        return found.replace(".meta.", ".") if isinstance(found, str) else found
+
+    with (mock.patch.object(torch.Tensor, "type", type_),
+          mock.patch.object(parameter_groups, "gather_objects", lambda value: [value, (_Every(), True)]),
+          mock.patch.object(torch.cuda, "current_device", lambda: torch.device("meta")),
+          mock.patch.object(parameter_groups, "HostAdamW", _HostDouble),
+          mock.patch.object(parameter_groups, "deferred_gather", lambda wrapped: None),
+          mock.patch.object(muon, "gather_objects", lambda value, group: [value])):
+        yield
+
+
+def _states(model: Any, optimizer: Any) -> States:
+    """Count."""
+    storages, counters = {}, 0
+    for chunk in model.chunks:
+        for weight in chunk.parameters():
+            storage = weight.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+        counters += sum(buffer.nbytes for buffer in chunk.buffers())
+    buffers = [buffer for wrapped in optimizer.wrapped
+               for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers)]
+    device = host = updated = 0
+    for shard in optimizer.shards:
+        size = sum(tensor.nbytes for tensor in shard.state().values())
+        if isinstance(shard.inner, _HostDouble):
+            host += size + 4 * shard.main.numel()  # and its gradient, in float32
+        else:
+            device += size
+            updated += shard.main.numel()
+    return States(weights=sum(storages.values()), gradients=sum(b.grad_data.nbytes for b in buffers),
+                  optimizer=device, on_host=host, counters=counters, updated=updated,
+                  elements=sum(weight.numel() for weight in model.parameters()))

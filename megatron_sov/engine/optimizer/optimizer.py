@@ -1,0 +1,144 @@
+"""Gradients and optimizer: the library's data-parallel wrapper, AdamW and Muon,
+and their state as named global tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import megatron.core.optimizer as library_optimizer
+import torch
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+from megatron_sov.engine import lanes
+from megatron_sov.engine.model.gpu_settings import moment_settings
+from megatron_sov.engine.model.language_model import LanguageModel
+from megatron_sov.engine.model.local_shards import LocalShard
+from megatron_sov.engine.optimizer import parameter_groups, state_shards
+from megatron_sov.engine.optimizer.adamw import CpuAdamW
+from megatron_sov.engine.parallel.device import local_device, on_gpu
+from megatron_sov.model.config import GpuConfig, OptimConfig, ParallelConfig
+from megatron_sov.model.config.gpu import AUTO
+
+NOT_SHARDED = ParallelConfig()
+"""Every process updates all of its parameters."""
+NORM_ELEMENTS = 1 << 16
+"""Elements of a gradient on a CPU whose squares are summed at a time: they are copied to float64 for it, and
+copies that fit a cache cost a third."""
+
+
+@contextlib.contextmanager
+def _adamw(dtype: torch.dtype) -> Iterator[None]:
+    """Have the library make our AdamW on CPUs and torch's on GPUs, unless Transformer Engine's is there,
+    which refuses float64 alone."""
+    found = library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER
+    if not library_optimizer.USING_PYTORCH_OPTIMIZER and dtype != torch.float64:
+        yield
+        return
+    made = torch.optim.AdamW if on_gpu() else CpuAdamW
+    # with its own word for torch's optimizers the library would not look here
+    library_optimizer.Adam = lambda adam_w_mode, **settings: made(**settings)
+    library_optimizer.USING_PYTORCH_OPTIMIZER = False
+    try:
+        yield
+    finally:
+        library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER = found
+
+
+class Optimizer:
+    """Data-parallel gradients plus AdamW or Muon over one model; gradients are plain sums of
+    what the losses give."""
+
+    def __init__(self, model: LanguageModel, config: OptimConfig,
+                 parallel: ParallelConfig = NOT_SHARDED, gpu: GpuConfig = AUTO) -> None:
+        self.model = model
+        rules = parameter_groups.rules(model, config)
+        parameter_groups.freeze(model, rules)
+        # frozen parameters are marked before: the wrapper makes gradient buffers of what is left
+        self.wrapped = parameter_groups.wrap(model, parallel, gpu)
+        self._gather = model.pending_gather = parameter_groups.deferred_gather(self.wrapped)
+        settings = OptimizerConfig(
+            optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, adam_beta1=config.beta1,
+            adam_beta2=config.beta2, adam_eps=config.eps, bf16=model.config.bf16,
+            params_dtype=model.config.params_dtype, use_distributed_optimizer=parallel.zero1,
+            overlap_param_gather=parallel.overlap_param_gather, **moment_settings(gpu))
+        with state_shards.any_float(), _adamw(model.config.params_dtype):
+            # gloo groups would only serve the library's own checkpoints
+            self.library = get_megatron_optimizer(settings, self.wrapped, use_gloo_process_groups=False)
+        self.shards = parameter_groups.arrange(self.library, model, rules, config, zero1=parallel.zero1,
+                                               on_host=gpu.optimizer_offload)
+        """What this process updates."""
+        self._clip_grad = config.clip_grad
+        self.num_updates = 0
+        """Updates so far; AdamW's bias correction counts them."""
+
+    def zero_grad(self) -> None:
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.library.zero_grad()
+
+    def step(self, lr: float, accept: Callable[[float], bool] = lambda grad_norm: True) -> float:
+        """Clip, update with learning rate `lr`, and return the global gradient norm before clipping.
+
+        Args:
+            accept: is given that norm, and must say the same on every process; where it says no,
+                nothing is updated.
+        """
+        for group in self.library.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        state_shards.take_gradients(self.shards)
+        grad_norm = self._grad_norm()
+        if not accept(grad_norm):
+            return grad_norm
+        # after `accept`: a refused step leaves gradients and weights as they are, for those who ask why
+        self._clip(grad_norm)
+        self.library.step_with_ready_grads()
+        # where the gather is deferred, other processes' parts are fetched when someone next reads the model
+        self.model.pending_gather = self._gather
+        self.num_updates += 1
+        return grad_norm
+
+    @torch.no_grad()
+    def _grad_norm(self) -> float:
+        """Return the norm of all gradients of all processes, each parameter counted once, summed in float64.
+
+        The library sums squares in float32, where the norm of many parameters depends on how they are split.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=local_device())
+        for optimizer in self.library.chained_optimizers:
+            norms = [torch.linalg.vector_norm(part, dtype=torch.float64)
+                     for gradient in lanes.gradients_for_norm(optimizer)
+                     for part in (gradient.view(-1).split(NORM_ELEMENTS) if gradient.is_cpu else [gradient])]
+            norms = [norm.to(total.device) for norm in norms]  # some were taken in host memory
+            squares = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)
+            torch.distributed.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
+            total += squares
+        return math.sqrt(total.item())
+
+    @torch.no_grad()
+    def _clip(self, grad_norm: float) -> None:
+        """Scale all gradients so that their norm is at most `clip_grad` (the divisor's 1e-6 as
+        torch's clip_grad_norm_)."""
+        if 0 < self._clip_grad < grad_norm + 1e-6:
+            for optimizer in self.library.chained_optimizers:
+                gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
+                if gradients:  # a stage may be frozen
+                    torch._foreach_mul_(gradients, self._clip_grad / (grad_norm + 1e-6))
+
+    def sync_master_weights(self) -> None:
+        """Renew the fp32 master weights after weights were loaded into the model."""
+        self.library.reload_model_params()
+
+    def state_shards(self) -> Iterator[LocalShard]:
+        """Yield the moments or momentum (and, under bf16, master weights) of this process, named
+        `exp_avg/KEY` and so on.
+
+        They are the same global tensors at every layout, with and without ZeRO-1.
+        """
+        return state_shards.state_shards(self.model, self.shards)
+
+    def restore_updates(self, num_updates: int) -> None:
+        """Set the number of updates that the restored moments have seen."""
+        self.num_updates = num_updates
+        state_shards.set_updates(self.shards, num_updates)

@@ -1,0 +1,109 @@
+"""A whole optimizer step at every layout: the same losses, gradients, expert counts and biases
+as on one process."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_model
+
+LAYOUTS = {"dp2": (2, {}), "tp2 sp": (2, {"tp": 2, "sp": True}), "pp2": (2, {"pp": 2}), "ep2": (2, {"ep": 2}),
+           "pp2 uneven": (2, {"pp": 2, "pipeline_layout": [3, 1]}),
+           "tp2 sp etp2": (2, {"tp": 2, "sp": True, "etp": 2}),
+           "tp2 sp ep2 pp2": (4, {"tp": 2, "sp": True, "ep": 2, "pp": 2})}
+SELECTIVE = ["train.recompute=selective",
+             'gpu.recompute_modules=["core_attn", "mlp", "moe"]']
+
+
+def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Do one step on four micro-batches of two sequences each and return what it gave."""
+    import torch
+
+    from megatron_sov.engine.decode import forward_only
+    from megatron_sov.engine.model.expert_load import ExpertLoad
+    from megatron_sov.engine.model.language_model import ModelInputs
+    from megatron_sov.engine.model.logprobs import head_of
+    from megatron_sov.engine.optimizer.optimizer import Optimizer
+    from megatron_sov.engine.parallel import collectives
+
+    @dataclasses.dataclass
+    class Row:
+        inputs: ModelInputs
+        labels: torch.Tensor
+        weights: torch.Tensor
+
+    config, model = tiny_model(recipe, "model.num_experts=4", "model.seq_aux_loss_coeff=0.01",
+                               "optim.eps=1e-3", *settings, layout=layout)
+    optimizer = Optimizer(model, config.optim, gpu=config.gpu)
+    load = ExpertLoad(model)
+    model.config.finalize_model_grads_func = load.finalize
+    model.config.routing_step.seq_len, model.config.routing_step.num_sequences = 16, 8
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for number in range(4):
+        bounds = torch.tensor([0, 5 + number, 16, 25, 32], dtype=torch.int32)
+        positions = torch.cat([torch.arange(b - a) for a, b in pairwise(bounds.tolist())])
+        padding = torch.arange(32) >= (25 if number == 3 else 32)
+        rows.append(Row(ModelInputs(torch.randint(96, (32,), generator=generator), positions,
+                                    bounds, 16, padding),
+                        torch.randint(96, (32,), generator=generator), (~padding).float()))
+
+    def loss(hidden: torch.Tensor, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+        head = head_of(model, 7)
+        total = -sum((head.logprobs(h, row.labels) * row.weights).sum()
+                     for h in hidden.chunk(1 + config.model.num_mtp_layers))
+        return total / 121, total.detach().double()
+
+    optimizer.zero_grad()
+    dp_rank, dp_size = collectives.data_place()
+    parts = forward_only.run_pipeline(optimizer.wrapped, rows[dp_rank::dp_size], loss, 32, forward_only=False)
+    local = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
+    total = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local))
+    norm = optimizer.step(1e-3)
+    biases = torch.zeros(config.model.num_layers + 1, config.model.num_experts, dtype=torch.float64)
+    for module in model.modules():
+        if getattr(module, "expert_bias", None) is not None:
+            biases[module.layer_number] = module.expert_bias.double()
+    num_processes = torch.distributed.get_world_size()
+    biases = collectives.all_reduce_world(biases) / (num_processes // layout.get("pp", 1))
+    return {"loss": float(total), "norm": norm, "load": load.gather().tolist(),
+            "gradients": str(optimizer.wrapped[0].buffers[0].grad_dtype),
+            "rate": config.model.router_bias_update_rate, "bias": biases.tolist()}
+
+
+@pytest.mark.distributed
+def test_every_layout_gives_one_processs_step(ranks, job) -> None:
+    """And so does recomputing, all or a part; the biases follow the counts, in which padding is not."""
+    cases = [("tiny-k-exaone", *case) for case in [(1, {}), *LAYOUTS.values()]]
+    cases += [("tiny-solar-open", *case) for case in [(1, {}), LAYOUTS["tp2 sp"]]]
+    recomputed, partly, *results = ranks(
+        *(job(__file__, "step", 1, {"recipe": "tiny-k-exaone", "layout": {}, "settings": settings})
+          for settings in (["train.recompute=true"], SELECTIVE)),
+        *(job(__file__, "step", n, {"recipe": recipe, "layout": layout}) for recipe, n, layout in cases))
+    assert recomputed == partly == results[0]
+    for (recipe, _, layout), per_rank in zip(cases, results, strict=True):
+        if layout == {}:
+            alone = per_rank[0]
+            assert sum(alone["load"][-1]) == 121 * 2  # 128 tokens less 7 of padding, two experts each
+            for counts, biases in zip(alone["load"], alone["bias"][1:], strict=True):
+                mean = sum(counts) / len(counts)
+                assert biases == pytest.approx([alone["rate"] * ((c < mean) - (c > mean)) for c in counts])
+        for result in per_rank:
+            assert result["loss"] == pytest.approx(alone["loss"], rel=1e-6), (recipe, layout)
+            assert result["norm"] == pytest.approx(alone["norm"], rel=1e-5), (recipe, layout)
+            assert (result["load"], result["bias"]) == (alone["load"], alone["bias"]), (recipe, layout)
+
+
+@pytest.mark.distributed
+def test_gradients_summed_in_bf16_are_those_of_fp32_rounded(ranks, job) -> None:
+    (wide,), (narrow,) = ranks(*(
+        job(__file__, "step", 1, {"recipe": "tiny-solar-open", "layout": {},
+                                  "settings": ["train.precision=bf16", *settings]})
+        for settings in ([], ["gpu.grad_dtype=bf16"])))
+    assert (wide["gradients"], narrow["gradients"]) == ("torch.float32", "torch.bfloat16")
+    assert narrow["loss"] == wide["loss"]
+    assert narrow["norm"] != wide["norm"] and narrow["norm"] == pytest.approx(wide["norm"], rel=1e-2)

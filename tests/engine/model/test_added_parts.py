@@ -1,0 +1,281 @@
+"""Low-rank adapters: their first gradient from that of the whole weight, and the same adapter at every
+layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+SMALL = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8", "model.num_layers=2",
+         "model.init_std=0.2", "train.precision=fp64", "optim.clip_grad=0.05", "optim.weight_decay=0.1",
+         "lora.rank=3", "lora.alpha=7"]
+EXPERTS = ["model.expert_ffn_dim=16", "model.num_experts=4"]
+TP2, EP2, PP2 = {"tp": 2, "sp": True}, {"ep": 2}, {"pp": 2}
+ETP2 = {"tp": 2, "sp": True, "etp": 2}
+ROW_TOKENS, ROWS = 24, 4
+
+
+def config_of(recipe: str, layout: dict[str, Any], settings: list[str]) -> Any:
+    """Return a tiny configuration."""
+    from megatron_sov import recipes
+    from megatron_sov.model.config import apply_settings
+
+    base = recipes.get(recipe)
+    sizes = [*SMALL, *(EXPERTS if base.model.num_experts else ())]
+    places = [f"parallel.{name}={str(value).lower()}" for name, value in layout.items()]
+    return apply_settings(base, [*sizes, *settings, *places])
+
+
+def micro_batches(vocab_size: int) -> list[Any]:
+    """Return this data-parallel process's share of four rows of two documents each."""
+    import torch
+    from megatron.core import parallel_state
+
+    from megatron_sov.engine.model.language_model import ModelInputs
+    from megatron_sov.train.objectives.microbatch import MicroBatch
+
+    found = []
+    for row in range(ROWS):
+        generator = torch.Generator().manual_seed(row)
+        tokens = torch.randint(vocab_size, (ROW_TOKENS,), generator=generator)
+        cut = 5 + row
+        inputs = ModelInputs(
+            tokens=tokens, positions=torch.cat([torch.arange(cut), torch.arange(ROW_TOKENS - cut)]),
+            cu_seqlens=torch.tensor([0, cut, ROW_TOKENS], dtype=torch.int32),
+            max_document_tokens=ROW_TOKENS - cut, padding=torch.zeros(ROW_TOKENS, dtype=torch.bool))
+        labels = torch.randint(vocab_size, (ROW_TOKENS,), generator=generator)
+        zeros = torch.zeros(ROW_TOKENS, dtype=torch.int64)
+        found.append(MicroBatch(inputs, labels, torch.ones(ROW_TOKENS), zeros.to(torch.uint8), zeros))
+    return found[parallel_state.get_data_parallel_rank()::parallel_state.get_data_parallel_world_size()]
+
+
+class Learning:
+    """A model, its optimizer and what it learns, without a run around it."""
+
+    def __init__(self, config: Any, seed: int = 1) -> None:
+        from megatron_sov.engine.checkpoint import load
+        from megatron_sov.engine.model.expert_load import ExpertLoad
+        from megatron_sov.engine.model.language_model import build
+        from megatron_sov.engine.optimizer.optimizer import Optimizer
+
+        self.config = config
+        self.model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
+        load.initialise(self.model, config.model, seed)
+        if config.lora.dora:
+            for chunk in self.model.chunks:
+                chunk.adapters.set_magnitudes(chunk)
+        self.optimizer = Optimizer(self.model, config.optim, config.parallel)
+        self.model.config.finalize_model_grads_func = ExpertLoad(self.model).finalize
+
+    def gradients(self) -> float:
+        """Leave the gradients of all rows in the model; returns the loss where the last stage is."""
+        import torch
+
+        from megatron_sov.engine.decode import forward_only
+        from megatron_sov.engine.model.logprobs import head_of
+
+        routing = self.model.config.routing_step
+        routing.seq_len, routing.num_sequences, routing.aux_loss = ROW_TOKENS, ROWS, {}
+
+        def loss(hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            trunk = hidden.chunk(1 + self.config.model.num_mtp_layers)[0]
+            sums, _ = head_of(self.model, 16).cross_entropy(trunk, batch.labels, {"lm": batch.weights})
+            total = sums["lm"] / (ROWS * ROW_TOKENS)
+            return total, total.detach()
+
+        self.optimizer.zero_grad()
+        found = forward_only.run_pipeline(self.optimizer.wrapped,
+                                          micro_batches(self.config.model.vocab_size), loss, ROW_TOKENS,
+                                          forward_only=False)
+        return float(sum(found))
+
+    def tensors(self, prefix: str = "adapter.") -> dict[str, Any]:
+        """Return whole tensors, as nested lists, on the first process."""
+        from megatron_sov.engine.checkpoint.gather import Gatherer
+        from megatron_sov.engine.model.local_shards import local_shards
+
+        gatherer = Gatherer([b for b in local_shards(self.model) if b.key.startswith(prefix)])
+        whole = {key: gatherer.gather(key) for key in gatherer.shapes()}
+        return {key: t.tolist() for key, t in whole.items() if t is not None}
+
+
+def trained(recipe: str, layout: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """Train three steps; return the adapter, the norms on the way, and what of the frozen has changed."""
+    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.parallel import world
+
+    config = config_of(recipe, layout, settings)
+    world.join(config.parallel)
+    learning = Learning(config)
+    frozen = {(b.key, b.offset): b.data.clone() for b in local_shards(learning.model)
+              if not b.key.startswith("adapter.")}
+    norms = []
+    for _ in range(3):
+        learning.gradients()
+        norms.append(learning.optimizer.step(0.02))
+    changed = [b.key for b in local_shards(learning.model)
+               if (b.key, b.offset) in frozen and not b.data.equal(frozen[b.key, b.offset])]
+    state = sum(b.data.numel() for b in learning.optimizer.state_shards())
+    found = {"adapter": learning.tensors(), "norms": norms, "changed": changed, "state": state}
+    world.leave()
+    return found
+
+
+def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
+    """Return the first gradients of B, and those of the adapted weights when all of them are trained."""
+    import torch
+
+    from megatron_sov.engine.model.local_shards import ParameterLookup, local_shards
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.model.families.adapters import A, B, adapted_modules
+
+    config = config_of(recipe, {}, settings)
+    full = config_of(recipe, {}, [*settings, "lora.rank=0"])
+    world.join(config.parallel)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    values: dict[str, torch.Tensor] = {}
+    losses = []
+    for name, own in (("adapter", config), ("full", full)):
+        learning = Learning(own)
+        losses.append(learning.gradients())
+        lookup = ParameterLookup(list(learning.model.parameters()))
+        gradients: dict[str, Any] = {}
+        for block in local_shards(learning.model):
+            parameter = lookup.find(block)
+            if parameter is None or not parameter.requires_grad:
+                continue
+            first = block.data.storage_offset() - parameter.storage_offset()
+            part = parameter.main_grad.reshape(-1)[first:first + block.data.numel()].reshape(block.shape)
+            whole = gradients.setdefault(block.key, torch.zeros(block.global_shape, dtype=part.dtype))
+            place = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
+            whole[place] = part
+            if block.key.endswith(A):
+                values.setdefault(block.key, torch.zeros_like(whole))[place] = block.data
+        found[name] = gradients
+    worst, compared, grew = 0.0, [], 0.0
+    for of in adapted_modules(config.model, config.lora):
+        whole, scale = found["full"][of.link.key], 7 / 3
+        if of.num_experts:
+            weight = whole
+        else:
+            weight = of.link.split(whole)[f"{of.name}.weight"]
+        expected = scale * weight @ values[of.key(A)].mT
+        got = found["adapter"][of.key(B)].reshape(expected.shape)
+        worst = max(worst, float((got - expected).abs().max() / expected.abs().max()))
+        grew = max(grew, float(found["adapter"][of.key(A)].abs().max()))
+        compared.append(of.name)
+    world.leave()
+    return {"worst": worst, "losses": losses, "compared": compared, "of A": grew}
+
+
+@pytest.mark.parametrize(("recipe", "settings", "names"), [
+    ("tiny-qwen3", ['lora.targets=["all-linear", "embed_tokens"]'],
+     ["model.embed_tokens", "model.layers.1.mlp.gate_proj", "model.layers.0.self_attn.k_proj"]),
+    ("tiny-k-exaone", ['lora.targets=["all-linear", "lm_head"]'],
+     ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.experts.gate_up_proj",
+      "model.layers.1.mlp.shared_experts.up_proj", "model.layers.1.mlp.experts.down_proj"]),
+])
+def test_the_first_gradient_of_b_is_the_whole_one_times_a_transposed(
+        recipe: str, settings: list[str], names: list[str], ranks: Any, job: Any) -> None:
+    ((found,),) = ranks(job(__file__, "full_gradients", 1, {"recipe": recipe, "settings": settings}))
+    assert found["losses"][0] == found["losses"][1], "B is 0: nothing is added"
+    assert found["worst"] < 1e-12 and found["of A"] == 0
+    assert set(names) <= set(found["compared"])
+
+
+def wrong_lengths() -> dict[str, int]:
+    """Return how many trained lengths of a bf16 model are not those of its rows, rounded once; and of how
+    many."""
+    import torch
+
+    from megatron_sov.engine.model.added_parts import LinearAdapter
+    from megatron_sov.engine.parallel import world
+
+    config = config_of("tiny-qwen2", {}, ["lora.dora=true", "train.precision=bf16"])
+    world.join(config.parallel)
+    learning = Learning(config)
+    found = {"wrong": 0, "all": 0}
+    for module in learning.model.modules():
+        for hook in module._forward_hooks.values():
+            if isinstance(adapter := getattr(hook, "adapter", None), LinearAdapter):
+                right = torch.linalg.vector_norm(module.weight.double(), dim=1).bfloat16()
+                found["wrong"] += int((adapter.row_lengths(module.weight) != right).sum())
+                found["all"] += len(right)
+    world.leave()
+    return found
+
+
+def test_lengths_of_rows_are_rounded_once(ranks: Any, job: Any) -> None:
+    ((found,),) = ranks(job(__file__, "wrong_lengths", 1, {}))
+    assert found["all"] > 100 and found["wrong"] == 0
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Return the largest difference of two adapters' numbers."""
+    assert one.keys() == other.keys()
+    return max(float(np.abs(np.array(one[key]) - np.array(other[key])).max()) for key in one)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("recipe", "layouts", "settings"), [
+    ("tiny-qwen3", [TP2, PP2, {"cp": 2}], ['lora.targets=["all-linear", "embed_tokens"]']),
+    ("tiny-qwen3", [TP2, {"tp": 2}], ["lora.dora=true"]),
+    ("tiny-solar-open", [EP2, ETP2], ['lora.targets=["all-linear", "lm_head"]']),
+    ("tiny-gpt-oss", [TP2, EP2], ['lora.targets=["q_proj", "o_proj"]', "lora.dora=true"]),
+    ("tiny-k-exaone", [EP2, PP2], ['lora.targets=["q_proj", "v_proj", "up_proj", "experts"]']),
+])
+def test_the_same_adapter_at_every_layout(recipe: str, layouts: list[dict[str, Any]], settings: list[str],
+                                          ranks: Any, job: Any) -> None:
+    asked = {"recipe": recipe, "settings": settings}
+    results = ranks(job(__file__, "trained", 1, {"layout": {}, **asked}),
+                    *(job(__file__, "trained", 2, {"layout": layout, **asked}) for layout in layouts))
+    (one,), *others = results
+    assert not one["changed"]
+    moved = max(float(np.abs(np.array(v)).max()) for k, v in one["adapter"].items() if k.endswith("lora_B"))
+    assert moved > 0.01, "three steps of AdamW"
+    for layout, (first, *_) in zip(layouts, others, strict=True):
+        assert not first["changed"], layout
+        assert first["norms"] == pytest.approx(one["norms"], rel=1e-11), layout
+        assert difference(first["adapter"], one["adapter"]) < 1e-12, layout
+
+
+@pytest.mark.distributed
+def test_the_same_adapter_under_zero1_an_interleaved_pipeline_and_recomputation(ranks: Any, job: Any) -> None:
+    def asked(layout: dict[str, Any], *settings: str) -> dict[str, Any]:
+        return {"recipe": "tiny-solar-open", "layout": layout, "settings": [
+            "model.num_layers=4", 'lora.targets=["all-linear", "lm_head"]', *settings]}
+
+    zero1 = {"zero1": True, "overlap_grad_reduce": True}
+    recompute, bf16 = "train.recompute=true", "train.precision=bf16"
+    (one,), (sharded, _), (interleaved, _), (rounded, _) = ranks(
+        job(__file__, "trained", 1, asked({}, "train.recompute=false")),
+        job(__file__, "trained", 2, asked({**zero1, **EP2}, recompute)),
+        job(__file__, "trained", 2, asked({**PP2, "vpp": 2, "zero1": True}, recompute)),
+        job(__file__, "trained", 2, asked({**zero1, **EP2}, recompute, bf16)))
+    for name, found in (("zero1", sharded), ("interleaved", interleaved)):
+        assert not found["changed"], name
+        assert found["norms"] == pytest.approx(one["norms"], rel=1e-11), name
+        assert difference(found["adapter"], one["adapter"]) < 1e-12, name
+    assert sharded["state"] < 0.7 * one["state"], "dense adapters' state is cut in two, experts' was"
+    assert not rounded["changed"] and rounded["norms"] == pytest.approx(one["norms"], rel=0.1)
+    ours, exact = (np.array(found["adapter"]["adapter.model.layers.3.self_attn.o_proj.lora_B"]).ravel()
+                   for found in (rounded, one))
+    assert ours @ exact > 0.99 * np.linalg.norm(ours) * np.linalg.norm(exact)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("recipe", "layout", "nproc", "settings"), [
+    ("tiny-k-exaone", {**TP2, **EP2}, 2, ['lora.targets=["all-linear"]']),
+    ("tiny-qwen2", {}, 1, ["lora.dora=true"]),
+])
+def test_the_same_adapter_behind_transformer_engines_layers(
+        recipe: str, layout: dict[str, Any], nproc: int, settings: list[str], ranks: Any, te_ranks: Any,
+        job: Any) -> None:
+    """By its double, whose linears have the norm before them inside, and all experts of a process in one."""
+    asked = {"recipe": recipe, "settings": settings}
+    ((local,),) = ranks(job(__file__, "trained", 1, {"layout": {}, **asked}))
+    ((te, *_),) = te_ranks(job(__file__, "trained", nproc, {"layout": layout, **asked}))
+    assert not te["changed"] and te["norms"] == pytest.approx(local["norms"], rel=1e-11)
+    assert difference(te["adapter"], local["adapter"]) < 1e-12

@@ -1,0 +1,210 @@
+"""Attention over packed documents, whole or cut over processes,
+against a dense softmax in double precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+LENGTHS = {"few": [1, 7, 40, 16], "one": [64], "many": [3, 1, 1, 8, 2, 17, 5, 11, 16], "half": [32, 32]}
+"""Documents of rows of 64 tokens: with four processes a piece has 8 tokens."""
+HEADS, KV_HEADS, DIM = 4, 2, 8
+WATCHED = slice(1, None, 2)
+"""Every second document."""
+
+
+def _dense(inputs: list[Any], document: Any, window: int) -> Any:
+    """Return [tokens, heads * dim]: softmax over the whole row with one mask for documents,
+    causality and window."""
+    import torch
+
+    q, k, v = inputs
+    place = torch.arange(len(q))
+    visible = (document[:, None] == document) & (place[:, None] >= place)
+    if window:
+        visible &= place[:, None] - place < window
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(HEADS // KV_HEADS, dim=1)) * DIM ** -0.5
+    out = torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1),
+                       v.repeat_interleave(HEADS // KV_HEADS, dim=1))
+    return out.reshape(len(q), -1)
+
+
+def attend(cp: int, rows: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
+    """For each (documents, window, query block) return the largest errors of this process's output and
+    gradients, and leaks.
+
+    A leak is a nonzero gradient of the watched documents' output with respect to another document's inputs.
+    """
+    import torch
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_sov.engine.model import attention
+    from megatron_sov.engine.parallel import context, world
+    from megatron_sov.model.config import ParallelConfig
+
+    world.join(ParallelConfig(cp=cp))
+    config = TransformerConfig(num_layers=1, hidden_size=HEADS * DIM, num_attention_heads=HEADS)
+    results = []
+    for lengths, window, attention.QUERY_BLOCK in rows:
+        layer = attention.DocumentAttention(config, 1, None, "self", window_tokens=window)
+        documents = torch.tensor(LENGTHS[lengths])
+        total = int(documents.sum())
+        generator = torch.Generator().manual_seed(0)
+        row = [torch.randn(total, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        upstream = torch.randn(total, HEADS * DIM, generator=generator)
+        packed = attention.pack(torch.cat([torch.zeros(1), documents.cumsum(0)]).to(torch.int32),
+                                int(documents.max()), total)
+
+        document = torch.repeat_interleave(torch.arange(len(documents)), documents)
+        exact = [t.double().requires_grad_() for t in row]
+        expected = _dense(exact, document, window)
+        expected.backward(upstream.double())
+
+        inputs = [context.local(t).clone().requires_grad_() for t in row]
+        out = layer(*inputs, None, packed_seq_params=packed)
+        watched = context.local(torch.isin(document, torch.arange(len(documents))[WATCHED]))
+        leaks = torch.autograd.grad(out, inputs, context.local(upstream) * watched[:, None],
+                                    retain_graph=True)
+        out.backward(context.local(upstream))
+        results.append({
+            "output": float((out - context.local(expected)).abs().max()),
+            "gradients": max(float((a.grad - context.local(b.grad)).abs().max())
+                             for a, b in zip(inputs, exact, strict=True)),
+            "leak": max(float((g.abs() * ~watched[:, None, None]).max()) for g in leaks),
+            "watched": max(float(g.abs().max()) for g in leaks)})
+    world.leave()
+    return results
+
+
+CASES = [(documents, window, block) for documents in LENGTHS
+         for window, block in ((0, 1024), (0, 5), (5, 1024), (5, 8), (1, 16), (17, 7), (64, 16))]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("cp", [1, 2, 4])
+def test_each_document_attends_to_itself_alone(ranks, job, cp: int) -> None:
+    (per_rank,) = ranks(job(__file__, "attend", cp, {"cp": cp, "rows": CASES}))
+    for rank, results in enumerate(per_rank):
+        for case, result in zip(CASES, results, strict=True):
+            assert result["output"] < 2e-6, (rank, case)
+            assert result["gradients"] < 1e-5, (rank, case)
+            assert result["leak"] == 0.0, (rank, case)
+    for number, case in enumerate(CASES):
+        # there was something to leak
+        assert case[0] == "one" or max(r[number]["watched"] for r in per_rank) > 0.1, case
+
+
+def kept_bytes() -> list[int]:
+    """Return what autograd keeps of attention from the second half of a document, for two lengths."""
+    import torch
+
+    from megatron_sov.engine.model.attention import attend as attend_one
+
+    found = []
+    for length in (2048, 8192):
+        q, k, v = (torch.randn(n, 1, DIM, requires_grad=True) for n in (length // 2, length, length))
+        storages: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = attend_one(q, k, v, 0.3, 0)
+        found.append(sum(storages.values()))
+        out.sum().backward()
+    return found
+
+
+def test_memory_grows_with_the_length_and_not_with_its_square(ranks, job) -> None:
+    """A cut row, which on the CPU is attended in blocks with masks: none of them is kept."""
+    (((short, long),),) = ranks(job(__file__, "kept_bytes", 1, {}))
+    assert 0 < long <= 4.5 * short
+
+
+@pytest.mark.parametrize(("longest", "tabled"), [(1, 1), (5, 8), (64, 64), (65, 100)])
+def test_the_librarys_attention_is_told_few_different_lengths(longest: int, tabled: int) -> None:
+    import torch
+
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.engine.model import attention
+
+    packed = attention.pack(torch.tensor([0, longest, 100]), longest, 100, own=False)
+    assert packed.max_seqlen_q == packed.max_seqlen_kv == tabled
+
+
+# Attention with sinks over packed documents, whole or cut over processes, against a dense softmax with one
+# column more, in double precision.
+
+
+ROWS = [(lengths, window, block) for lengths in ([1, 7, 40, 16], [64], [32, 32])
+        for window, block in ((0, 1024), (0, 5), (5, 8), (1, 16), (17, 1024))]
+"""Documents of a row of 64 tokens, window, queries attended at a time."""
+SCALE = 0.3
+
+
+def attend_with_sinks(cp: int) -> list[list[float]]:
+    """Return for each row the largest errors of output, of gradients of queries, keys and values, and of the
+    sinks' gradient."""
+    import torch
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_sov.engine.model import attention
+    from megatron_sov.engine.model.attention import SinkAttention
+    from megatron_sov.engine.parallel import context, world
+    from megatron_sov.model.config import ParallelConfig
+
+    world.join(ParallelConfig(cp=cp))
+    config = TransformerConfig(num_layers=1, hidden_size=HEADS * DIM, num_attention_heads=HEADS,
+                               params_dtype=torch.float64)
+    groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+    found = []
+    for lengths, window, attention.QUERY_BLOCK in ROWS:
+        layer = SinkAttention(config, 1, None, "self", softmax_scale=SCALE, window_tokens=window,
+                              pg_collection=groups)
+        generator = torch.Generator().manual_seed(0)
+
+        def drawn(*shape: int, generator: torch.Generator = generator) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        row = [drawn(64, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        sinks, upstream = 2 * drawn(HEADS), drawn(64, HEADS * DIM)
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        layer.softmax_offset.data = sinks.clone()
+
+        q, k, v, offset = exact = [t.clone().requires_grad_() for t in (*row, sinks)]
+        place, document = torch.arange(64), torch.repeat_interleave(bounds.diff())
+        distance = place[:, None] - place
+        visible = (document[:, None] == document) & (distance >= 0) & (distance < (window or 64))
+        k, v = (t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * SCALE
+        scores = scores.masked_fill(~visible, -torch.inf)
+        shares = torch.cat([scores, offset[:, None, None].expand(-1, 64, 1)], -1).softmax(-1)[..., :-1]
+        expected = torch.einsum("hqk,khd->qhd", shares, v).flatten(1)
+        expected.backward(upstream)
+
+        inputs = [context.local(t).clone().requires_grad_() for t in row]
+        packed = attention.pack(bounds.to(torch.int32), max(lengths), 64)
+        out = layer(*inputs, None, packed_seq_params=packed)
+        out.backward(context.local(upstream))
+        gradient = layer.softmax_offset.grad
+        torch.distributed.all_reduce(gradient)  # as that of any weight, over all parts of a row
+        found.append([float((out - context.local(expected)).abs().max()),
+                      max(float((a.grad - context.local(b.grad)).abs().max())
+                          for a, b in zip(inputs, exact[:3], strict=True)),
+                      float((gradient - offset.grad).abs().max())])
+    world.leave()
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("cp", [1, 2])
+def test_sinks_take_their_share_of_every_document(ranks: Any, job: Any, cp: int) -> None:
+    (per_rank,) = ranks(job(__file__, "attend_with_sinks", cp, {"cp": cp}))
+    for errors in per_rank:
+        for row, found in zip(ROWS, errors, strict=True):
+            assert max(found) < 1e-13, (row, found)

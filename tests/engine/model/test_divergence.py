@@ -1,0 +1,253 @@
+"""Divergence from a teacher, against the paper's formula over whole vocabularies in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+
+prepare_megatron()
+from megatron_sov.engine.model.divergence import Divergence, TeacherStates, TeacherTopK  # noqa: E402
+from megatron_sov.engine.model.logprobs import Head  # noqa: E402
+from megatron_sov.engine.parallel import context, world  # noqa: E402
+from megatron_sov.model.config import ParallelConfig  # noqa: E402
+from tests.head_config import head_config  # noqa: E402
+
+TOKENS, HIDDEN, TEACHER_HIDDEN, VOCABULARY, K = 12, 8, 6, 40, 5
+BETAS = (0.0, 0.1, 0.5, 1.0)
+KINDS = ("states", "top-k with the rest", "top-k alone")
+ALL = list(product(KINDS, BETAS))
+
+
+def whole(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    """Return hidden states and head weight of both, and the weights of two terms."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
+
+    return {"states": normal(TOKENS, HIDDEN), "weight": normal(VOCABULARY, HIDDEN),
+            "teacher states": normal(TOKENS, TEACHER_HIDDEN),
+            "teacher weight": normal(VOCABULARY, TEACHER_HIDDEN),
+            "first": torch.rand(TOKENS, generator=random, dtype=torch.float64),
+            "second": (torch.rand(TOKENS, generator=random) > 0.5).double()}
+
+
+def teacher_logprobs(tensors: dict[str, torch.Tensor], temperature: float) -> torch.Tensor:
+    """Return [T, V] float64."""
+    logits = tensors["teacher states"].double() @ tensors["teacher weight"].double().T
+    return (logits / temperature).log_softmax(-1)
+
+
+def reference(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
+    """Return [T]: equation 1 of arXiv 2306.13649, with the limits' names for 0 and 1."""
+    def kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a.exp() * (a - b)).sum(-1)
+
+    if beta in (0, 1):
+        return kl(log_p, log_q) if beta else kl(log_q, log_p)
+    mixture = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta))
+    return beta * kl(log_q, mixture) + (1 - beta) * kl(log_p, mixture)
+
+
+def over_events(kind: str, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both models' log-probabilities [T, events]: all tokens, or the teacher's most probable."""
+    if kind == "states":
+        return log_p, log_q
+    ids = log_q.topk(K).indices
+    found = [log.gather(1, ids) for log in (log_p, log_q)]
+    if kind == "top-k alone":
+        return found[0].log_softmax(-1), found[1].log_softmax(-1)
+    return tuple(torch.cat([f, (1 - f.exp().sum(-1, keepdim=True)).log()], 1) for f in found)  # type: ignore
+
+
+def expected(kind: str, beta: float, temperature: float = 1.0,
+             tensors: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Return the figures of each position, and the gradients of ``first / 7 + 3 * second``."""
+    tensors = tensors or whole()
+    states, weight = (tensors[name].double().clone().requires_grad_() for name in ("states", "weight"))
+    log_p = (states @ weight.T / temperature).log_softmax(-1)
+    events = over_events(kind, log_p, teacher_logprobs(tensors, temperature))
+    values = reference(*events, beta)
+    ((values * tensors["first"]).sum() / 7 + 3 * (values * tensors["second"]).sum()).backward()
+    return {"divergence": values.detach(), "kl": reference(*events, 0.0).detach(),
+            "entropy": -(log_p.exp() * log_p).sum(-1).detach(), "states": states.grad,
+            "weight": weight.grad}
+
+
+def score(kind: str, beta: float, temperature: float = 1.0, dtype: str = "float64", chunk_tokens: int = 5,
+          tensors: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
+    """Return this process's figures and its parts of the gradients, with their places; rows that pad the
+    vocabulary would beat every token."""
+    from megatron.core import parallel_state
+
+    tensors = tensors or whole(getattr(torch, dtype))
+    tp, sp = parallel_state.get_tensor_model_parallel_world_size(), score.sequence_parallel
+    rows = -(-VOCABULARY // tp)
+    first = parallel_state.get_tensor_model_parallel_rank() * rows
+
+    def own_rows(weight: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        return torch.cat([weight, 9 * states[:rows * tp - VOCABULARY]])[first:first + rows].clone()
+
+    device = torch.device("cpu")
+    local = context.row_index(TOKENS, False, device)
+    places = context.row_index(TOKENS, sp, device)
+    states = tensors["states"][places, None].clone().requires_grad_()
+    weight = own_rows(tensors["weight"], tensors["states"]).requires_grad_()
+    if kind == "states":
+        teacher: Any = TeacherStates(tensors["teacher states"][local],
+                                     own_rows(tensors["teacher weight"], tensors["teacher states"]))
+    else:
+        top = teacher_logprobs(tensors, temperature)[local].topk(K)
+        teacher = TeacherTopK(top.indices, top.values, keep_remainder=kind == "top-k with the rest")
+    head = Head(weight, head_config(sp), chunk_tokens, VOCABULARY)
+    terms = {name: tensors[name].to(weight.dtype) for name in ("first", "second")}
+    sums, found = head.divergence(states, teacher, terms, Divergence(beta, temperature))
+    (sums["first"] / 7 + 3 * sums["second"]).backward()
+    return {"divergence": found.divergence.tolist(), "kl": found.kl.tolist(),
+            "entropy": found.entropy.tolist(), "states": states.grad[:, 0].tolist(),
+            "weight": weight.grad.tolist(), "places": places.tolist(), "first row": first,
+            "sums": [sums[name].item() for name in terms],
+            "top": [values.tolist() for values in head.most_probable(states.detach(), K, temperature)]}
+
+
+score.sequence_parallel = False  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def alone(one_rank: None) -> Iterator[None]:
+    world.join(ParallelConfig())
+    yield
+    world.leave()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize(("kind", "beta"), ALL)
+def test_values_and_gradients_are_the_papers(alone: None, kind: str, beta: float, temperature: float) -> None:
+    found, wanted = score(kind, beta, temperature), expected(kind, beta, temperature)
+    for name, value in wanted.items():
+        torch.testing.assert_close(torch.tensor(found[name], dtype=torch.float64), value, rtol=1e-12,
+                                   atol=1e-13, msg=lambda m, name=name: f"{name}: {m}")
+    first = float((wanted["divergence"] * whole()["first"]).sum())
+    assert found["sums"][0] == pytest.approx(first, rel=1e-12)
+
+
+def of_layout(layout: dict[str, Any], dtype: str) -> list[dict[str, Any]]:
+    """Return this process's results for all kinds and betas."""
+    world.join(ParallelConfig(**layout))
+    score.sequence_parallel = layout.get("sp", False)  # type: ignore[attr-defined]
+    return [score(kind, beta, dtype=dtype) for kind, beta in ALL]
+
+
+@pytest.mark.distributed
+def test_every_layout_gives_what_one_process_gives(ranks, job) -> None:
+    layouts = [(2, {"tp": 2}), (2, {"tp": 2, "sp": True}), (3, {"tp": 3}), (2, {"cp": 2}),
+               (4, {"tp": 2, "sp": True, "cp": 2})]
+    # log-probabilities of 10 nats have errors of 1e-6 in float32, which gradients show
+    cases = [(n, layout, "float64", 1e-12) for n, layout in layouts] + [(2, {"tp": 2}, "float32", 5e-6)]
+    results = ranks(*(job(__file__, "of_layout", n, {"layout": layout, "dtype": dtype})
+                      for n, layout, dtype, _ in cases))
+    log_p = (whole()["states"] @ whole()["weight"].T).log_softmax(-1)
+    best = log_p.topk(K).values
+    for (_, layout, dtype, tolerance), per_rank in zip(cases, results, strict=True):
+        for found in (results_of_rank[0] for results_of_rank in per_rank):
+            token, logprobs = found["top"]
+            near(logprobs, best, tolerance, f"{layout} most probable")
+            near(log_p.gather(1, torch.tensor(token)), best, tolerance, f"{layout} most probable")
+        for number, (kind, beta) in enumerate(ALL):
+            wanted = expected(kind, beta, tensors=whole(getattr(torch, dtype)))
+            gradients = {"states": torch.zeros(TOKENS, HIDDEN).double(),
+                         "weight": torch.zeros(VOCABULARY + 2, HIDDEN).double()}
+            total = float((wanted["divergence"] * whole()["first"]).sum())
+            for found in (result[number] for result in per_rank):
+                assert found["sums"][0] == pytest.approx(total, rel=min(tolerance, 5e-7)), f"{layout} {kind}"
+                for name in ("divergence", "kl", "entropy"):
+                    near(found[name], wanted[name], tolerance, f"{layout} {kind} {beta} {name}")
+                gradients["states"][found["places"]] = torch.tensor(found["states"], dtype=torch.float64)
+                part = torch.tensor(found["weight"], dtype=torch.float64)
+                gradients["weight"][found["first row"]:found["first row"] + len(part)] += part
+            assert not gradients["weight"][VOCABULARY:].any(), "no gradient reaches padding"
+            near(gradients["states"], wanted["states"], tolerance, f"{layout} {kind} {beta}")
+            near(gradients["weight"][:VOCABULARY], wanted["weight"], tolerance, f"{layout} {kind} {beta}")
+
+
+def near(found: Any, wanted: torch.Tensor, tolerance: float, what: str) -> None:
+    """Hold the difference against the largest number."""
+    difference = (torch.as_tensor(found, dtype=torch.float64) - wanted).abs().max() / wanted.abs().max()
+    assert difference <= tolerance, f"{what}: {difference:.1e}"
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if torch.is_tensor(out):
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tensor_is_larger_than_a_chunks_logits(alone: None, kind: str) -> None:
+    random = torch.Generator().manual_seed(0)
+    tensors = whole() | {name: torch.randn(200, size, generator=random).double()
+                         for name, size in (("states", HIDDEN), ("teacher states", TEACHER_HIDDEN))}
+    top = teacher_logprobs(tensors, 1.0).topk(K)
+    teacher = (TeacherStates(tensors["teacher states"], tensors["teacher weight"]) if kind == "states"
+               else TeacherTopK(top.indices, top.values, kind == "top-k with the rest"))
+    head = Head(tensors["weight"].requires_grad_(), head_config(), 50, VOCABULARY)
+    with Largest() as seen:
+        sums, _ = head.divergence(tensors["states"][:, None].requires_grad_(), teacher,
+                                  {"sum": torch.ones(200)}, Divergence(0.5))
+        sums["sum"].backward()
+    assert seen.numbers == 50 * VOCABULARY
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_tokens_that_one_of_them_excludes_are_numbers(alone: None, beta: float) -> None:
+    """Logits hundreds apart: probabilities underflow to 0, and neither values nor gradients are lost."""
+    tensors = whole(torch.float32)
+    tensors |= {"states": 60 * tensors["states"], "teacher states": 60 * tensors["teacher states"]}
+    found = score("states", beta, dtype="float32", tensors=tensors)
+    wanted = expected("states", beta, tensors={name: t.double() for name, t in tensors.items()})
+    near(found["divergence"], wanted["divergence"], 1e-6, "divergence")
+    # where distributions part entirely, mixtures have no gradient left, and float32 has rounding errors of 0
+    torch.testing.assert_close(torch.tensor(found["weight"]).double(), wanted["weight"], rtol=5e-3, atol=5e-3)
+
+
+def test_a_teacher_in_bf16_stays_where_it_lies(alone: None) -> None:
+    """Its states are sent a chunk at a time, in the dtype of its head; the student's log-probabilities are
+    compared in the student's."""
+    tensors = whole(torch.float32)
+    as_kept = tensors | {"teacher states": tensors["teacher states"].bfloat16()}
+    rounded = tensors | {"teacher states": as_kept["teacher states"].float()}
+    assert score("states", 0.0, tensors=as_kept) == score("states", 0.0, tensors=rounded)
+
+
+def test_the_heads_gradient_is_summed_in_float32_under_bf16(alone: None) -> None:
+    """Of 256 chunks that all pull the same way, a sum in bf16 would lose the later ones."""
+    random = torch.Generator().manual_seed(0)
+    n = 2048
+    states = (torch.randn(n, HIDDEN, generator=random) * 0.1 + 1).bfloat16()
+    weight, teacher = (torch.randn(VOCABULARY, HIDDEN, generator=random).bfloat16() for _ in range(2))
+    head = Head(weight.clone().requires_grad_(), head_config(), 8, VOCABULARY)
+    sums, _ = head.divergence(states[:, None], TeacherStates(states, teacher), {"sum": torch.ones(n)},
+                              Divergence())
+    sums["sum"].backward()
+    exact = weight.double().requires_grad_()
+    log_p, log_q = ((states.double() @ w.T).log_softmax(-1) for w in (exact, teacher.double()))
+    reference(log_p, log_q, 0.0).sum().backward()
+    assert head.weight.grad is not None and exact.grad is not None
+    error = (head.weight.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert error < 4e-3, f"{error:.1e}"

@@ -1,0 +1,367 @@
+"""Each setting arrives in its field of the library, and what cannot be on a machine is refused there."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import SettingsError
+from megatron_sov.engine import lanes
+from megatron_sov.engine.model import gpu_settings
+from megatron_sov.engine.model.gpu_settings import (
+    FUSIONS, LIBRARY_FIELDS, Here, expert_settings, gradient_settings, in_bf16, keep_ends_in_bf16,
+    library_settings, mend_extra_state, moment_settings, refuse_without_chip, transformer_settings)
+from megatron_sov.engine.parallel import device
+from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig, apply_settings
+
+# 8-bit products: the library's settings, what is refused before anything starts, checkpoints of experts.
+
+def test_each_recipe_has_the_librarys_names() -> None:
+    assert library_settings(TrainConfig()) == {}
+    assert library_settings(TrainConfig(fp8="blockwise", fp8_bf16_layers_at_end=2)) == {
+        "fp8": "e4m3", "fp8_recipe": "blockwise", "moe_router_padding_for_quantization": False}
+    fp4 = library_settings(TrainConfig(fp8="nvfp4", fp8_pad_routed_tokens=True))
+    assert (fp4["fp4"], fp4["fp4_recipe"]) == ("e2m1", "nvfp4")
+    assert fp4["moe_router_padding_for_quantization"] and "fp8" not in fp4
+
+
+def test_layers_in_bf16_are_asked_by_their_number_in_the_model() -> None:
+    """Three of four at the start, whatever the stages: the library's configuration would refuse them at
+    `parallel.pp` = 2, and is told behind its validation."""
+    from megatron.core.fp8_utils import is_first_last_bf16_layer
+
+    config = SimpleNamespace(num_layers=4)
+    keep_ends_in_bf16(config, TrainConfig(fp8="blockwise", fp8_bf16_layers_at_start=3))
+    assert [is_first_last_bf16_layer(config, layer) for layer in range(4)] == [True, True, True, False]
+    keep_ends_in_bf16(config, TrainConfig(fp8="blockwise"))
+    assert not any(is_first_last_bf16_layer(config, layer) for layer in range(4))
+
+
+def chip(monkeypatch: pytest.MonkeyPatch, has: set[str]) -> None:
+    """Let Transformer Engine be there, with a GPU that has these recipes."""
+    def answer(found: bool) -> Callable[..., Any]:
+        reason = "" if found else "compute capability 10.0 or higher required"
+        return lambda return_reason=False: (found, reason) if return_reason else found
+
+    te = ModuleType("transformer_engine.pytorch")
+    te.is_fp8_available, te.is_fp8_block_scaling_available = (  # type: ignore[attr-defined]
+        answer("tensorwise" in has), answer("blockwise" in has))
+    te.is_mxfp8_available, te.is_nvfp4_available = (  # type: ignore[attr-defined]
+        answer("mxfp8" in has), answer("nvfp4" in has))
+    package = ModuleType("transformer_engine")
+    package.pytorch = te  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformer_engine", package)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", te)
+
+
+def test_a_chip_that_cannot_is_told_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    chip(monkeypatch, {"tensorwise", "blockwise"})  # a Hopper
+    refuse_without_chip(TrainConfig(fp8="blockwise"), serves=True)
+    for fp8 in ("mxfp8", "nvfp4"):
+        with pytest.raises(UserError, match=f"{fp8} cannot run on this GPU .*10.0 or higher required.*"
+                                            "tensorwise or blockwise or none"):
+            refuse_without_chip(TrainConfig(fp8=fp8), serves=True)
+
+
+def test_a_cpu_is_refused_before_anything_starts(run_command, packed_data, tmp_path: Path) -> None:
+    done = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
+                       str(tmp_path / "run"), "--set", "train.precision=bf16",
+                       "--set", "train.fp8=tensorwise")
+    assert done.returncode == 2, done.stderr
+    assert "train.fp8 = tensorwise needs an NVIDIA GPU with Transformer Engine" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_what_is_only_read_is_not_quantised() -> None:
+    config = SimpleNamespace(fp8="e4m3", fp4=None, moe_router_padding_for_quantization=True)
+    with pytest.raises(KeyError), in_bf16(config):
+        assert (config.fp8, config.fp4, config.moe_router_padding_for_quantization) == (None, None, False)
+        raise KeyError
+    assert (config.fp8, config.fp4, config.moe_router_padding_for_quantization) == ("e4m3", None, True)
+
+
+class Grouped:
+    """A layer of three experts as the library's `TEGroupedLinear`, as far as saving its extra state goes."""
+
+    def __init__(self) -> None:
+        self.num_gemms, self.fp8, self.fp8_calibration = 3, True, False
+        self.fp8_meta = {"fp8_checkpoint": True}
+
+    def _decode_extra_state(self, state: torch.Tensor) -> dict[str, Any] | None:
+        return {"extra_fp8_variables": {}} if state.numel() else None
+
+    def _split_extra_state(self, state: torch.Tensor) -> list[torch.Tensor]:
+        decoded: Any = self._decode_extra_state(state)
+        return [state + len(decoded["extra_fp8_variables"]) for _ in range(self.num_gemms)]
+
+
+def test_experts_whose_recipe_keeps_no_state_are_saved() -> None:
+    empty, full = torch.empty(0, dtype=torch.uint8), torch.ones(4, dtype=torch.uint8)
+    with pytest.raises(TypeError, match="not subscriptable"):
+        Grouped()._split_extra_state(empty)
+    mend_extra_state(Grouped)
+    mended = Grouped._split_extra_state
+    assert [part.numel() for part in Grouped()._split_extra_state(empty)] == [0, 0, 0]
+    assert [part.tolist() for part in Grouped()._split_extra_state(full)] == [[1, 1, 1, 1]] * 3
+    mend_extra_state(Grouped)  # and a mended library is left alone
+    assert Grouped._split_extra_state is mended
+
+
+ROOT = Path(__file__).parents[4]
+OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "profiler", "peak_tflops",
+              "optimizer_offload"}
+"""Settings that no field of the library stands behind; each has a test of its own."""
+CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "gpu.attention": (["gpu.attention=flash"], {"attention_backend": "flash"}),
+    "gpu.rope_fusion": (["gpu.rope_fusion=off"], {"apply_rope_fusion": False}),
+    "gpu.router_fusion": (["gpu.router_fusion=on"], {"moe_router_fusion": True}),
+    "gpu.permute_fusion": (["gpu.permute_fusion=off"], {"moe_permute_fusion": False}),
+    "gpu.swiglu_fusion": (["gpu.swiglu_fusion=off"], {"bias_activation_fusion": False}),
+    "gpu.grad_accumulation_fusion": (["gpu.grad_accumulation_fusion=off"],
+                                     {"gradient_accumulation_fusion": False}),
+    "gpu.shared_expert_overlap": (["gpu.shared_expert_overlap=on"], {"moe_shared_expert_overlap": True}),
+    "gpu.offload_modules": (['gpu.offload_modules=["moe_act"]'], {
+        "fine_grained_activation_offloading": True, "offload_modules": ["moe_act"]}),
+    "gpu.recompute_modules": (["train.recompute=selective",
+                               'gpu.recompute_modules=["moe_act", "layernorm"]'], {
+        "recompute_granularity": "selective", "recompute_modules": ["moe_act", "layernorm"]}),
+    "train.recompute": (["train.recompute=true"], {
+        "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
+    "parallel.expert_dispatcher": (["parallel.expert_dispatcher=hybridep"], {
+        "moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}),
+    "parallel.expert_overlap": (["parallel.expert_overlap=micro_batches"], {
+        "overlap_moe_expert_parallel_comm": True}),
+    "parallel.delay_weight_grads": (["parallel.delay_weight_grads=true"], {"delay_wgrad_compute": True}),
+    "gpu.exchange_sms": (["gpu.exchange_sms=32"], dict.fromkeys(lanes.EXCHANGE_SMS.values(), 32)),
+    "gpu.grad_dtype": (["gpu.grad_dtype=bf16"], {"grad_reduce_in_fp32": False}),
+    "gpu.moment_dtype": (["gpu.moment_dtype=bf16"], {
+        "use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16,
+        "exp_avg_sq_dtype": torch.bfloat16, "store_param_remainders": False, "fp8_recipe": "tensorwise"}),
+    "gpu.pad_buckets": (["gpu.pad_buckets=on"], {"pad_buckets_for_high_nccl_busbw": True}),
+    "gpu.nccl_user_buffers": (["gpu.nccl_user_buffers=on"], {"nccl_ub": True}),
+}
+"""Setting -> a change of it, and what the library's fields are then."""
+
+
+def config_with(changes: list[str]) -> RunConfig:
+    """Return a recipe that has every module: experts with a shared one, in bf16, with plain rotations."""
+    return apply_settings(recipes.get("tiny-solar-open"),
+                          ["train.precision=bf16", "model.yarn=null", *changes])
+
+
+def fields(config: RunConfig, te: bool) -> dict[str, Any]:
+    """Return the library's fields of a config, with Transformer Engine or without."""
+    here = Here(te, config.model, config.parallel)
+    found = (transformer_settings(config.gpu, config.train, here) | expert_settings(config.gpu, here)
+             | gradient_settings(config.gpu, config.parallel, bf16=True) | moment_settings(config.gpu))
+    return found | {"attention_backend": found["attention_backend"].name}
+
+
+@pytest.mark.parametrize("setting", CHANGES)
+def test_each_setting_arrives_in_its_fields(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
+    changes, expected = CHANGES[setting]
+    before, after = fields(config_with([]), te=True), fields(config_with(changes), te=True)
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    assert {name: after[name] for name in changed} == expected
+    named = {name.rpartition(".")[2] for name in LIBRARY_FIELDS[setting]}
+    assert changed - named <= {"recompute_granularity"} and named >= changed & named != set()
+
+
+def test_the_table_is_whole_and_its_fields_exist() -> None:
+    classes = {c.__name__: {f.name for f in dataclasses.fields(c)}
+               for c in (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)}
+    for names in LIBRARY_FIELDS.values():
+        for cls, _, field in (name.rpartition(".") for name in names):
+            assert field in classes[cls]
+    ours = {f"gpu.{f.name}" for f in dataclasses.fields(GpuConfig)} - {f"gpu.{name}" for name in OURS_ALONE}
+    assert ours == {name for name in LIBRARY_FIELDS if name.startswith("gpu.")}
+    assert CHANGES.keys() == LIBRARY_FIELDS.keys()
+
+
+def test_the_page_says_of_each_setting_where_it_goes_and_how_it_is_proven() -> None:
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()
+            if line.startswith(("| `gpu.", "| `train.", "| `parallel."))]
+    assert all(len(row) == 3 for row in rows)
+    named = [(re.findall(r"`([a-z_.0-9]+)`", row[0]), row[1], row[2]) for row in rows]
+    settings = sorted(name for names, _, _ in named for name in names)
+    everything = {f"gpu.{f.name}" for f in dataclasses.fields(GpuConfig)} | LIBRARY_FIELDS.keys()
+    assert settings == sorted({"parallel.pipeline_layout"} | everything)
+    for names, where, proof in named:
+        fields = {name.rpartition(".")[2] for setting in names for name in LIBRARY_FIELDS.get(setting, ())}
+        assert [field for field in fields if f"`{field}`" not in where] == [], names
+        assert re.search(r"not yet|tests/|\.md\)|CPUs", proof), f"{names}: says not how it is proven"
+        assert [f for f in re.findall(r"`(tests/[^`]+)`", proof) if not (ROOT / f).is_file()] == []
+
+
+def test_without_transformer_engine_auto_is_off_and_the_library_builds_its_config() -> None:
+    found = fields(config_with([]), te=False)
+    assert not any(found[fusion.field] for fusion in FUSIONS) and found["attention_backend"] == "auto"
+    assert found["grad_reduce_in_fp32"] and found["moe_token_dispatcher_type"] == "alltoall"
+    # as `plan` reads the settings of a GPU's run
+    everything = [change for changes, _ in CHANGES.values() for change in changes]
+    assert not any(fields(config_with(everything), te=False)[fusion.field] for fusion in FUSIONS)
+
+
+def test_with_transformer_engine_auto_is_on_where_model_and_layout_can() -> None:
+    found = fields(config_with([]), te=True)
+    assert [f.setting for f in FUSIONS if not found[f.field]] == ["router_fusion"], "its kernels are not here"
+    yarn = 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}'
+    assert fields(config_with([yarn]), te=True)["apply_rope_fusion"], "its factor is in the softmax"
+    assert not fields(config_with(["parallel.cp=2"]), te=True)["apply_rope_fusion"]
+
+
+def test_a_run_tells_what_auto_came_to() -> None:
+    fused = {fusion.setting: fusion.setting != "router_fusion" for fusion in FUSIONS}
+    assert gpu_settings.resolve_auto(config_with([]), te=True) == fused | {"attention": "auto"}
+    assert gpu_settings.resolve_auto(config_with(["parallel.cp=2"]), te=True) == fused | {
+        "rope_fusion": False, "attention": "local"}
+    exchanged = gpu_settings.resolve_auto(config_with(["parallel.cp=2", "gpu.attention=fused"]), te=True)
+    assert exchanged["attention"] == "fused", "over whole rows of half the heads"
+    assert gpu_settings.resolve_auto(config_with(["model.attention_softcap=50"]), te=True) == fused | {
+        "attention": "local"}
+    assert set(gpu_settings.resolve_auto(config_with([]), te=False).values()) == {False, "local"}
+
+
+@pytest.mark.parametrize(("changes", "te", "environment", "keys"), [
+    ("gpu.swiglu_fusion=on", False, {}, "gpu.swiglu_fusion"),
+    ("gpu.attention=fused", False, {}, "gpu.attention"),
+    ("gpu.shared_expert_overlap=on", False, {}, "gpu.shared_expert_overlap"),
+    ('train.recompute=selective gpu.recompute_modules=["layernorm"]', False, {}, "gpu.recompute_modules"),
+    ('gpu.offload_modules=["core_attn"]', False, {}, "gpu.offload_modules"),
+    ("gpu.moment_dtype=bf16", False, {}, "gpu.moment_dtype"),
+    ("gpu.optimizer_offload=0.5", False, {}, "gpu.optimizer_offload"),
+    ("gpu.nccl_user_buffers=on", False, {}, "gpu.nccl_user_buffers"),
+    ("parallel.expert_dispatcher=deepep", False, {}, "parallel.expert_dispatcher"),
+    ("gpu.attention=flash model.attention_sinks=true", True, {}, "gpu.attention"),
+    ("gpu.attention=flash", True, {}, "gpu.attention"),
+    ("gpu.attention=fused model.attention_softcap=50", True, {}, "gpu.attention"),
+    ("", True, {"NVTE_FUSED_ATTN": "0"}, "gpu.attention"),
+    ("gpu.attention=fused", True, {"NVTE_FLASH_ATTN": "1"}, "gpu.attention"),
+    ('gpu.offload_modules=["core_attn"]', True, {}, "gpu.offload_modules"),
+    ("gpu.nccl_user_buffers=on", True, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+     "gpu.nccl_user_buffers"),
+    # the library has none of its functions where Transformer Engine is not installed, or is an old one
+    ("gpu.router_fusion=on", True, {}, "gpu.router_fusion"),
+    ("gpu.router_fusion=on", False, {}, "gpu.router_fusion"),
+    ("parallel.expert_dispatcher=deepep", True, {}, "parallel.expert_dispatcher"),
+])
+def test_what_cannot_be_here_is_refused(changes: str, te: bool, environment: dict[str, str], keys: str,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_settings, "on_gpu", lambda: te)
+    for name in gpu_settings.TE_ATTENTION_VARIABLES.values():  # the library sets them with a model
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as refused:
+        gpu_settings.refuse(config_with(changes.split()), te)
+    assert [key for _, key in refused.value.codes] == keys.split()
+
+
+@pytest.mark.parametrize(("says", "told"), [
+    # what its main branch is since April 2026, and what it asserts about NCCL while it is imported
+    ("", r"AttributeError: module 'deep_ep\.utils' has no attribute 'EventOverlap'"),
+    ("raise AssertionError('Invalid NCCL versions: a v.s. b')", "AssertionError: Invalid NCCL versions: a v"),
+])
+def test_a_deep_ep_that_does_not_serve_is_told_in_its_own_words(
+        says: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "deep_ep"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"{says}\nclass Buffer: pass\n")
+    (package / "utils.py").write_text("class EventHandle: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
+    device.lacking_deep_ep.cache_clear()
+    try:
+        with pytest.raises(UserError, match=rf"expert_dispatcher .* DeepEP does not import \({told}.*; "
+                                            r"install the commit that containers/install\.sh names"):
+            gpu_settings.refuse(config_with(["parallel.expert_dispatcher=deepep"]), te=True)
+        device.hide_broken_deep_ep()  # the library would end with it
+        with pytest.raises(ImportError):
+            from deep_ep.utils import EventOverlap  # noqa: F401
+    finally:
+        device.lacking_deep_ep.cache_clear()
+        for name in ("deep_ep", "deep_ep.utils"):
+            sys.modules.pop(name, None)
+
+
+def test_sinks_over_packed_rows_need_new_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import utils
+    from packaging.version import Version
+
+    for name in ("FLASH", "FUSED", "UNFUSED"):  # the library sets them where it has built a model
+        monkeypatch.delenv(f"NVTE_{name}_ATTN", raising=False)
+    monkeypatch.setattr(utils, "get_te_version", lambda: Version("2.20.2"))
+    asked, sinks = "model.attention_sinks=true", r"attends packed rows with sinks .*; install a newer one"
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91702)
+    with pytest.raises(UserError, match=f"cannot be: no fused kernel of cuDNN 91702 {sinks}"):
+        gpu_settings.refuse(config_with([asked]), te=True)
+    for other in ("gpu.attention=local", "gpu.attention=unfused", "parallel.cp=2"):
+        gpu_settings.refuse(config_with([asked, other]), te=True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91800)
+    gpu_settings.refuse(config_with([asked]), te=True)
+    monkeypatch.setattr(utils, "get_te_version", lambda: Version("2.12.0+5671fd36"))
+    with pytest.raises(UserError, match=f"cannot be: Transformer Engine 2.12.0.5671fd36 never {sinks}"):
+        gpu_settings.refuse(config_with([asked]), te=True)
+
+
+@pytest.mark.parametrize(("capability", "cudnn", "changes", "own", "why"), [
+    ((9, 0), 92500, "", False, ""), ((10, 0), 92500, "", False, ""),
+    # on Hopper the fused one repeats its bits in short documents alone, with sinks nowhere
+    ((9, 0), 92500, "train.deterministic=true", True, ""),
+    ((9, 0), 92500, "train.deterministic=true model.num_heads=32", True, "in documents of 256 tokens on"),
+    ((10, 0), 91800, "train.deterministic=true", True, "on this GPU before cuDNN 91801"),
+    ((10, 0), 91801, "train.deterministic=true", True, ""),
+    ((10, 0), 92500, "train.deterministic=true model.attention_sinks=true", True, "with sinks"),
+    # Gemma's heads
+    ((9, 0), 91900, "model.head_dim=256", False, ""), ((10, 0), 92500, "model.head_dim=256", False, ""),
+    ((10, 0), 92401, "model.head_dim=256", True, "no fused kernel of cuDNN 92401 trains heads of 256"),
+])
+def test_attention_that_cannot_be_fused_is_our_own(capability: tuple[int, int], cudnn: int, changes: str,
+                                                   own: bool, why: str,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(gpu_settings, "HOPPER_REPEATS", 32 * 256 ** 2)
+    for name in gpu_settings.TE_ATTENTION_VARIABLES.values():
+        monkeypatch.delenv(name, raising=False)
+    config = config_with(changes.split())
+    assert gpu_settings.resolve_auto(config, te=True)["attention"] == ("local" if own else "auto")
+    gpu_settings.refuse(config, te=True)
+    fused = config_with([*changes.split(), "gpu.attention=fused"])
+    if not why:
+        return gpu_settings.refuse(fused, te=True)
+    with pytest.raises(UserError, match=f'gpu.attention = "fused" cannot be.*{why}'):
+        gpu_settings.refuse(fused, te=True)
+
+
+def test_routing_that_the_kernels_do_not_compute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.extensions import transformer_engine
+
+    monkeypatch.setattr(transformer_engine, "fused_topk_with_score_function", lambda: None)
+    gpu_settings.refuse(config_with(["gpu.router_fusion=on"]), te=True)
+    one = "model.num_experts_per_token=1"
+    assert [fields(config_with(asked), te=True)["moe_router_fusion"]
+            for asked in ([], [one], ["gpu.router_fusion=off"])] == [True, False, False]
+    with pytest.raises(UserError, match=r"gpu\.router_fusion = .* does not go with model\.norm_topk_prob = "
+                                        r"True and model\.num_experts_per_token = 1: the kernels divide"):
+        gpu_settings.refuse(config_with(["gpu.router_fusion=on", one]), te=True)
+
+
+def test_nothing_is_refused_where_nothing_is_asked() -> None:
+    gpu_settings.refuse(config_with([]), te=False)

@@ -1,0 +1,42 @@
+"""Attention whose values have another width than queries and keys, against a dense softmax."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+
+prepare_megatron()
+
+from megatron_sov.engine.model.attention import pack  # noqa: E402
+from megatron_sov.engine.model.kv_cache import LatentDocumentAttention  # noqa: E402
+
+HEADS, BOUNDS = 3, [0, 5, 5, 6, 20]
+
+
+@pytest.mark.parametrize(("nope", "rope", "value_width"), [(6, 4, 7), (6, 4, 10), (2, 4, 9)])
+def test_values_of_any_width_are_attended_to_inside_documents(
+        nope: int, rope: int, value_width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_sov.engine.parallel import context
+
+    monkeypatch.setattr(context, "size", lambda: 1)
+    draw = torch.Generator().manual_seed(nope)
+    query, key = (torch.randn(20, HEADS, nope + rope, generator=draw, dtype=torch.float64) for _ in range(2))
+    value = torch.randn(20, HEADS, value_width, generator=draw, dtype=torch.float64, requires_grad=True)
+    config = SimpleNamespace(qk_head_dim=nope, qk_pos_emb_head_dim=rope, v_head_dim=value_width,
+                             kv_channels=rope)
+    attention = LatentDocumentAttention(config, 1, None, "self", softmax_scale=0.3)
+    found = attention(query, key, value, None,
+                      packed_seq_params=pack(torch.tensor(BOUNDS, dtype=torch.int32), 14, 20))
+    document = torch.bucketize(torch.arange(20), torch.tensor(BOUNDS[1:]), right=True)
+    seen = (document[:, None] == document) & torch.ones(20, 20).tril().bool()
+    scores = torch.einsum("qhd,khd->hqk", query, key).mul(0.3).masked_fill(~seen, -torch.inf)
+    expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).flatten(1)
+    assert found.shape == (20, HEADS * value_width)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(found.shape, generator=draw, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad((out * weights).sum(), value)[0] for out in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,97 @@
+"""Blocks: every number of the model is in exactly one, and writing into a block changes the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_model
+
+
+def covered(layout: dict[str, Any]) -> dict[str, Any]:
+    """Return which parameters blocks do not reach, and which elements are not owned by
+    exactly one process."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_sov.engine.model.local_shards import ParameterLookup, local_shards
+
+    _, model = tiny_model("tiny-k-exaone", layout=layout)
+    parameters = list(model.parameters())
+    local = local_shards(model)
+    lookup = ParameterLookup(parameters)
+    found = {b.key: lookup.find(b) for b in local}
+    with torch.no_grad():
+        for p in parameters:
+            p.zero_()
+        for b in local:
+            b.data.add_(1)
+        once = all(p.eq(1).all() for p in parameters)
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, [(b.key, b.global_shape, b.offset, b.shape) for b in local if b.owned])
+    owners: dict[str, torch.Tensor] = {}
+    for key, whole, offset, shape in (owned for one in everyones for owned in one):
+        place = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+        owners.setdefault(key, torch.zeros(whole, dtype=torch.int))[place] += 1
+    return {"once": once, "wrong": [k for k, t in owners.items() if not t.eq(1).all()],
+            "shapes": {k: list(t.shape) for k, t in owners.items()},
+            "buffers": sorted(k for k, p in found.items() if p is None),
+            "sorted": [b.key for b in local] == sorted(b.key for b in local)}
+
+
+@pytest.mark.distributed
+def test_blocks_are_the_model_at_every_layout(ranks, job) -> None:
+    layouts = [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"ep": 2}),
+               (4, {"tp": 2, "sp": True, "pp": 2, "ep": 2}), (2, {"pp": 2, "vpp": 2})]
+    results = ranks(*(job(__file__, "covered", n, {"layout": layout}) for n, layout in layouts))
+    for (_, layout), per_rank in zip(layouts, results, strict=True):
+        for result in per_rank:
+            assert result["once"] and result["sorted"], layout
+            assert result["wrong"] == [], layout
+            assert result["shapes"] == results[0][0]["shapes"], layout
+            assert all(key.endswith("expert_bias") for key in result["buffers"])
+    assert len(results[0][0]["buffers"]) == 3  # four layers, the first dense
+
+
+LAYERS = 8
+"""As many of a big model's layers as have every kind."""
+
+
+def full_size(recipe: str) -> dict[str, Any]:
+    """Build the first layers of a big recipe's model on meta tensors, which take no memory;
+    return how it differs from its family's map."""
+    import torch
+
+    from megatron_sov import recipes
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.model import families as models
+    from megatron_sov.model.config import ParallelConfig, apply_settings
+
+    config = apply_settings(recipes.get(recipe), [f"model.num_layers={LAYERS}"])
+    world.join(ParallelConfig())
+    with torch.device("meta"):
+        model = build(config.model, ParallelConfig(), config.train)
+    found: dict[str, list[Any]] = {}
+    for block in local_shards(model):
+        tensor = found.setdefault(block.key, [0, list(block.global_shape), str(block.data.dtype)])
+        tensor[0] += block.data.numel()
+    expected: dict[str, list[Any]] = {}
+    for link in models.get(config.model.family).links(config.model):
+        tensor = expected.setdefault(link.key, [0, list(link.shape),
+                                                "torch.float32" if link.fp32 else "torch.bfloat16"])
+        tensor[0] += torch.Size(link.block_shape).numel()
+    return {"num_tensors": len(found), "all_on_meta": all(p.is_meta for p in model.parameters()),
+            "differing": [k for k in {**found, **expected} if found.get(k) != expected.get(k)]}
+
+
+@pytest.mark.distributed
+def test_full_size_models_have_the_tensors_that_their_families_map(ranks, job) -> None:
+    sizes = {"solar-open-102b": LAYERS * 10 + 3, "k-exaone-236b": 8 + (LAYERS - 1) * 12 + 12 + 3,
+             "qwen2-1.5b": LAYERS * 7 + 2, "qwen3-8b": LAYERS * 8 + 3, "qwen3-moe-30b": LAYERS * 9 + 3}
+    for name, (result,) in zip(
+            sizes, ranks(*(job(__file__, "full_size", 1, {"recipe": name}) for name in sizes)), strict=True):
+        assert result["differing"] == [] and result["all_on_meta"], name
+        assert result["num_tensors"] == sizes[name], name

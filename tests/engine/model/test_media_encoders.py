@@ -1,0 +1,78 @@
+"""Features over placeholders: documents stay apart, and a sequence that is read in pieces is the same."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_model
+
+VISION = {"kind": "siglip", "placeholder_ids": [5], "image_size": 8, "patch_size": 4, "hidden_size": 16,
+          "num_layers": 1, "num_heads": 2, "ffn_dim": 24}
+SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",
+            "model.head_dim=8", "model.dense_ffn_dim=48", "model.init_std=0.3", "train.precision=fp64",
+            f"model.vision={json.dumps(VISION)}"]
+DOCUMENT = [11, 5, 5, 5, 5, 12, 13, 5, 5, 14, 15, 16]
+"""A picture, and the first half of another."""
+
+
+def states(layout: dict[str, Any]) -> dict[str, Any]:
+    """Return how far the states of a document are from those of the document alone: behind others, behind the
+    same with another picture, with another picture of its own, and read in pieces."""
+    import dataclasses
+
+    import numpy as np
+    import torch
+
+    from megatron_sov.engine.decode.cached_decoder import CachedDecoder
+    from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+    from megatron_sov.engine.model.kv_cache import CacheSize, CacheSpan
+    from megatron_sov.engine.model.language_model import gather_sequence
+    from megatron_sov.engine.parallel import collectives, context
+    from megatron_sov.model.modality import join_inputs, slice_inputs, take_records
+
+    _, model = tiny_model("tiny-qwen3", *SETTINGS, layout=layout)
+    bank = np.random.default_rng(0).integers(0, 256, (3, 3, 8, 8), dtype=np.uint8)
+    policy = ForwardModel(model, 64)
+
+    def shown(first: int, second: int) -> Any:
+        places = np.flatnonzero(np.array(DOCUMENT) == 5)
+        numbers = np.array([4 * first + i for i in range(4)] + [4 * second, 4 * second + 1])
+        return {"pictures": take_records(places, numbers, bank, 4)}
+
+    def last(pictures: list[tuple[int, int]]) -> torch.Tensor:
+        row = Inputs([DOCUMENT] * len(pictures), torch.device("cpu"), 4 * len(DOCUMENT))
+        row.inputs = dataclasses.replace(row.inputs, encoder_inputs=join_inputs(
+            (i * len(DOCUMENT), shown(*of)) for i, of in enumerate(pictures)))
+        end = len(pictures) * len(DOCUMENT)
+        found = policy.map([row], lambda depths, *_: context.gather(
+            gather_sequence(depths[0], model.config))[end - len(DOCUMENT):end])
+        return collectives.broadcast_from_last_stage(
+            found[0] if found else torch.zeros(len(DOCUMENT), 32, dtype=torch.float64))
+
+    alone = last([(0, 1)])
+    found = {"behind": last([(2, 2), (0, 1)]), "behind another": last([(1, 0), (0, 1)]),
+             "other": last([(0, 2)])}
+    pieces = []
+    with CachedDecoder(policy, CacheSize(1, 16)) as decoder:
+        for start in range(0, 12, 3):
+            read = decoder.read([CacheSpan(0, start, DOCUMENT[start:start + 3],
+                                          slice_inputs(shown(0, 1), start, 3))],
+                                decoder.common_row_tokens(3))
+            pieces.append(collectives.broadcast_from_last_stage(
+                gather_sequence(read.hidden, model.config)[:3] if read.hidden is not None
+                else torch.zeros(3, 32, dtype=torch.float64)))
+    found["pieces"] = torch.cat(pieces)
+    return {name: float((other - alone).abs().max()) for name, other in found.items()}
+
+
+@pytest.mark.distributed
+def test_documents_stay_apart_and_pieces_are_the_whole(ranks: Any, job: Any) -> None:
+    layouts = ((1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2}), (2, {"cp": 2}))
+    results = ranks(*(job(__file__, "states", n, {"layout": layout}) for n, layout in layouts))
+    for (_, layout), per_rank in zip(layouts, results, strict=True):
+        for apart in per_rank:
+            assert max(apart["behind"], apart["behind another"], apart["pieces"]) < 1e-12, layout
+            assert apart["other"] > 1e-3, "the second picture is seen"

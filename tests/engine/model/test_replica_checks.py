@@ -1,0 +1,116 @@
+"""Bits that should be equal: one flipped bit is seen, and the process that holds it is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from tests.tiny import tiny_trainer
+
+prepare_megatron()
+from megatron_sov.engine.model.replica_checks import checksum, flip_bit  # noqa: E402
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_flipped_bit_changes_the_checksum_and_little_else(dtype: torch.dtype) -> None:
+    tensors = [torch.randn(50, 7, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
+    before, copy = checksum(tensors), tensors[1].clone()
+    assert checksum([t.clone() for t in tensors]) == before
+    flip_bit(tensors[1])
+    assert checksum(tensors) != before
+    changed = (tensors[1] != copy).nonzero()
+    assert len(changed) == 1 and torch.allclose(tensors[1], copy, rtol=0.6)
+    flip_bit(tensors[1])
+    assert checksum(tensors) == before
+
+
+def test_a_checksum_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: fetched.append(self) or cpu(self))
+    assert int(checksum(torch.ones(2, 3, dtype=d) for d in (torch.float32, torch.bfloat16))) != 0
+    assert len(fetched) == 1 and fetched[0].numel() == 1
+    assert int(checksum([])) == 0
+
+
+def replicas(layout: dict[str, int], flipped_on: list[int], expert: bool) -> list[Any]:
+    """Runs inside ranks: who differs before and after a bit of some ranks is flipped,
+    in a shared weight or a routed expert."""
+    from megatron_sov import recipes
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.model import replica_checks
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.model.config import ParallelConfig, apply_settings
+
+    config = apply_settings(recipes.get("tiny-solar-open"), ["model.vocab_size=368", "model.num_layers=1"])
+    place = world.join(ParallelConfig(**layout))
+    model = build(config.model, ParallelConfig(**layout), config.train)
+    load.initialise(model, config.model, 1)
+    found = [replica_checks.differing_replicas(model)]
+    if place.rank in flipped_on:
+        replica_checks.flip_bit(next(p for p in model.parameters()
+                                     if p.dim() == 2 and getattr(p, "allreduce", True) != expert))
+    found.append(replica_checks.differing_replicas(model))
+    world.leave()
+    return found
+
+
+@pytest.mark.distributed
+def test_the_process_whose_weight_changed_is_named_where_a_majority_knows_better(
+        ranks: Any, job: Any) -> None:
+    cases = [({}, 3, [1], False, [1]), ({"ep": 2}, 2, [1], False, [0, 1]), ({"ep": 2}, 4, [3], True, [1, 3]),
+             ({"tp": 2, "sp": True}, 2, [1], False, []), ({}, 3, [], False, [])]
+    found = ranks(
+        *[job(__file__, "replicas", nproc, {"layout": layout, "flipped_on": flipped, "expert": expert})
+          for layout, nproc, flipped, expert, _ in cases])
+    for per_rank, (layout, nproc, flipped, _, named) in zip(found, cases, strict=True):
+        assert per_rank == [[[], named]] * nproc, (layout, flipped)
+
+
+def repeated(settings: list[str], data: str, run: str) -> list[Any]:
+    """Runs inside ranks: two steps without and with a probe, and with one process computing wrongly
+    in the second one.
+
+    Returns the losses of each, and what is said at the end.
+    """
+
+    from megatron_sov.base.errors import SilentCorruption
+    from megatron_sov.engine.parallel import world
+
+    found = []
+    for every, lie in ((0, ""), (1, ""), (1, "miscompute@step=2,rank=1")):
+        trainer = tiny_trainer(
+            data, "model.num_layers=2", "model.num_experts=4", "model.expert_ffn_dim=16",
+            "train.global_batch_size=4", "train.micro_batch_size=2", "train.steps=9",
+            "train.deterministic=true", "train.hidden_dropout=0.1", "guards.hang_timeout_s=0",
+            f"guards.probe_every_steps={every}", *settings, run=run, faults=lie)
+        losses, said = [], ""
+        try:
+            losses += [trainer.update().loss for _ in range(2)]
+        except SilentCorruption as e:
+            said = str(e)
+        found.append([losses, said])
+        trainer.close()
+        world.leave()
+    return found
+
+
+@pytest.mark.distributed
+def test_a_process_that_computes_otherwise_the_second_time_is_named_and_probing_changes_nothing(
+        ranks: Any, job: Any, packed_data: Any, tmp_path: Any) -> None:
+    layouts = {"tp": ["parallel.tp=2", "parallel.sp=true"], "pp": ["parallel.pp=2"],
+               "zero1": ["parallel.zero1=true", "parallel.overlap_grad_reduce=true",
+                         "parallel.overlap_param_gather=true"]}
+    data = str(packed_data.text)
+    found = ranks(
+        *[job(__file__, "repeated", 2, {"settings": settings, "data": data, "run": str(tmp_path / name)})
+          for name, settings in layouts.items()])
+    for name, per_rank in zip(layouts, found, strict=True):
+        for plain, probed, (losses, said) in per_rank:
+            assert plain == probed and len(plain[0]) == 2, name
+            assert losses == [] and ("the same micro-batch gave other gradients when it was "
+                                     "computed again") in said, name
+            assert said.startswith("silent corruption after step 2: ") and "(rank 1 on " in said, name

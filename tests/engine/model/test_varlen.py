@@ -1,0 +1,125 @@
+"""The bounds that are given to torch's flash attention, through a double of it in plain torch: what comes out
+is a dense softmax in double precision, at each way to cut a row, for this torch's signature and for
+that of torch 2.11."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from tests.engine.model import test_attention
+
+prepare_megatron()
+
+from torch.nn.attention import varlen as kernel  # noqa: E402
+
+from megatron_sov.engine.model import attention  # noqa: E402
+
+REAL = kernel.varlen_attn
+
+
+def torch_2_11(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor,
+               cu_seq_k: torch.Tensor, max_q: int, max_k: int, *, return_aux: Any = None,
+               scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> torch.Tensor:
+    """The signature of torch 2.11.0's varlen_attn, which wants as many key as query heads."""
+    assert query.shape[1] == key.shape[1]
+    return _double(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+
+def torch_here(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """The signature of the installed torch's varlen_attn."""
+    call = inspect.signature(REAL).bind(*args, **kwargs)
+    call.apply_defaults()
+    a = call.arguments
+    assert a["enable_gqa"] == (a["query"].shape[1] != a["key"].shape[1])
+    key, value = (a[n].repeat_interleave(a["query"].shape[1] // a[n].shape[1], 1) for n in ("key", "value"))
+    return _double(a["query"], key, value, a["cu_seq_q"], a["cu_seq_k"], a["max_q"], a["max_k"], a["scale"],
+                   a["window_size"])
+
+
+torch_here.__signature__ = inspect.signature(REAL)  # type: ignore[attr-defined]
+
+
+def _double(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor,
+            cu_seq_k: torch.Tensor, max_q: int, max_k: int, scale: float | None,
+            window_size: tuple[int, int]) -> torch.Tensor:
+    """Flash attention's meaning: sequences side by side, each one's last query at its last key, `window_size`
+    (left, right) counted without the token itself, -1 unbounded."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and len(cu_seq_q) == len(cu_seq_k)
+    assert int(cu_seq_q[0]) == int(cu_seq_k[0]) == 0
+    assert (int(cu_seq_q[-1]), int(cu_seq_k[-1])) == (len(query), len(key)), "tokens of no document"
+    assert (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max())) == (max_q, max_k)
+    left, right = window_size
+    assert right == 0
+    parts = []
+    for q, k, v in zip(*(t.split(b.diff().tolist()) for t, b in
+                         ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k))), strict=True):
+        distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
+        seen = (distance >= 0) & ((distance <= left) if left >= 0 else True)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v))
+    return torch.cat(parts)
+
+
+CASES = [(documents, window, 1024) for documents in ("few", "one", "many", "half")
+         for window in (0, 1, 5, 17)]
+
+
+def attend(cp: int, signature: str) -> list[dict[str, Any]]:
+    """Do what `test_attention.attend` does, through the double; counts its calls."""
+    from megatron_sov.engine.model import attention
+
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return globals()[signature](*args, **kwargs)
+
+    counted.__signature__ = inspect.signature(globals()[signature])  # type: ignore[attr-defined]
+    attention.serves = lambda query: True
+    kernel.varlen_attn = counted
+    return [*test_attention.attend(cp, CASES), {"calls": calls}]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("cp", "signature"), [(1, "torch_here"), (2, "torch_here"), (4, "torch_2_11")])
+def test_one_call_for_each_piece_is_a_dense_softmax(ranks: Any, job: Any, cp: int, signature: str) -> None:
+    (per_rank,) = ranks(job(__file__, "attend", cp, {"cp": cp, "signature": signature}))
+    for *results, calls in per_rank:
+        # a piece without context parallelism, else an early and a late one: not one for each document
+        assert calls == {"calls": len(CASES) * (1 if cp == 1 else 2)}
+        for case, result in zip(CASES, results, strict=True):
+            assert result["output"] < 2e-6 and result["gradients"] < 1e-5, case
+            assert result["leak"] == 0.0, case
+
+
+def test_bounds_are_sent_once_for_a_row_and_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_sov.engine.model import attention
+
+    sent = []
+    monkeypatch.setattr(attention, "to_device", lambda values, device: sent.append(values) or values)
+    # as the third of four processes has it: tokens 16 to 24 and 40 to 48 of 64, documents of 20 and 44
+    packed = attention.PackedDocuments(bounds=torch.tensor([0, 20, 64]),
+                                       spans=[[(0, 16, 20), (20, 20, 24)], [(20, 40, 48)]])
+    whole, sliding = packed.bounds_within(0), packed.bounds_within(5)
+    assert packed.bounds_within(0) is whole and packed.bounds_within(5) is sliding and len(sent) == 2
+    assert [(b.queries.tolist(), b.keys.tolist(), b.max_queries, b.max_keys) for b in whole] == [
+        ([0, 4, 8], [0, 20, 24], 4, 20), ([0, 8], [0, 28], 8, 28)]
+    assert [(b.queries.tolist(), b.keys.tolist(), b.max_queries, b.max_keys) for b in sliding] == [
+        ([0, 4, 8], [0, 8, 12], 4, 8), ([0, 8], [0, 12], 8, 12)]
+
+
+def test_it_serves_16_bits_on_a_gpu_alone() -> None:
+    def heads(device: str, dtype: torch.dtype, size: int) -> Any:
+        from types import SimpleNamespace
+        return SimpleNamespace(is_cuda=device == "cuda", dtype=dtype, shape=(7, 2, size))
+
+    assert attention.serves(heads("cuda", torch.bfloat16, 128))
+    for other in (("cpu", torch.bfloat16, 128), ("cuda", torch.float32, 128), ("cuda", torch.bfloat16, 12),
+                  ("cuda", torch.bfloat16, 264)):
+        assert not attention.serves(heads(*other)), other

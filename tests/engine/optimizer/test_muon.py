@@ -1,0 +1,341 @@
+"""Muon at any layout: each gathered matrix moves as torch.optim.Muon moves it, step by step."""
+
+from __future__ import annotations
+
+import math
+import re
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.optim._muon import _zeropower_via_newtonschulz
+
+from megatron_sov.engine.optimizer.muon import Matrix, orthogonalise, parts, update_scale
+from tests.tiny import tiny_model
+
+STEPS, LR = 3, 0.02
+FP64 = "train.precision=fp64"
+SETTINGS = ("model.num_heads=8", "model.num_kv_heads=2", "model.num_experts=4", "model.dense_ffn_dim=40",
+            "model.expert_ffn_dim=24", "optim.name=muon", "optim.weight_decay=0.2", "optim.clip_grad=0.0")
+TP2 = ("parallel.tp=2", "parallel.sp=true")
+OVERLAP = ("parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
+           "parallel.bucket_params=9000")
+
+
+def gradient(key: str, shape: tuple[int, ...], seed: int) -> Any:
+    """Return the gradient of a global tensor, a function of its name and the seed."""
+    import hashlib
+
+    import torch
+
+    generator = torch.Generator().manual_seed(int(hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()[:12],
+                                                  16))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def put_gradients(optimizer: Any, model: Any, seed: int) -> None:
+    """Write this process's parts of all gradients, as if they had been summed over the data."""
+    import torch
+
+    from megatron_sov.engine.model.local_shards import ParameterLookup, local_shards
+
+    lookup = ParameterLookup(list(model.parameters()))
+    for block in local_shards(model):
+        parameter = lookup.find(block)
+        if parameter is None:
+            continue
+        whole = gradient(block.key, block.global_shape, seed)
+        part = whole[tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))].reshape(
+            block.data.shape)
+        start = block.data.storage_offset() - parameter.storage_offset()
+        with torch.no_grad():
+            parameter.main_grad.view(-1)[start:start + part.numel()].view(part.shape).copy_(part)
+
+
+def gathered(model: Any, optimizer: Any) -> dict[str, Any]:
+    """Return the weights that the optimizer updates (under bf16 the masters), whole, on every process."""
+    import dataclasses
+
+    import torch
+
+    from megatron_sov.engine.checkpoint.gather import Gatherer
+    from megatron_sov.engine.model.local_shards import local_shards
+
+    blocks = local_shards(model)
+    if model.config.params_dtype == torch.bfloat16:
+        blocks = [dataclasses.replace(b, key=b.key.removeprefix("master/")) for b in optimizer.state_shards()
+                  if b.key.startswith("master/")]
+    gatherer = Gatherer(blocks, everywhere=True)
+    return {key: gatherer.gather(key) for key in sorted(gatherer.shapes())}
+
+
+def matrices_of(key: str, tensor: Any) -> list[Any]:
+    """Return, as copies of their own, the matrices that a global tensor is made of, by the layout that
+    Megatron documents."""
+    if "experts.experts" in key:
+        return [part for expert in tensor
+                for part in matrices_of(key.replace("experts.experts", "expert"), expert)]
+    # for each of 2 key heads: its 4 queries, the key, the value, 8 rows each
+    if key.endswith("linear_qkv.weight"):
+        groups = tensor.view(2, 6, 8, -1)
+        return [groups[:, a:b].reshape(-1, tensor.shape[1]) for a, b in ((0, 4), (4, 5), (5, 6))]
+    return ([part.clone() for part in tensor.chunk(2)] if key.endswith("linear_fc1.weight")
+            else [tensor.clone()])
+
+
+def is_matrix(key: str, tensor: Any, optim: Any) -> bool:
+    """Whether Muon is to update the tensor."""
+    return optim.name == "muon" and tensor.dim() > 1 and not re.search("word_embeddings|output_layer", key)
+
+
+class Reference:
+    """torch.optim.Muon and torch.optim.AdamW over the whole matrices of a model."""
+
+    def __init__(self, weights: dict[str, Any], optim: Any, full: Any) -> None:
+        import torch
+
+        self.full, self.shapes = full, {key: tuple(w.shape) for key, w in weights.items()}
+        self.matrices = {key: [torch.nn.Parameter(m.to(full)) for m in matrices_of(key, w)]
+                         for key, w in weights.items() if is_matrix(key, w, optim)}
+        self.rest = {key: torch.nn.Parameter(w.to(full, copy=True)) for key, w in weights.items()
+                     if key not in self.matrices and not key.endswith("expert_bias")}
+        scale = None if optim.muon_scale == "original" else optim.muon_scale
+        matrices = [m for ms in self.matrices.values() for m in ms] or [torch.nn.Parameter(torch.ones(1, 1))]
+        self.muon = torch.optim.Muon(matrices, lr=LR, weight_decay=optim.weight_decay,
+                                     momentum=optim.muon_momentum, nesterov=optim.muon_nesterov,
+                                     adjust_lr_fn=scale)
+        decays = [p for p in self.rest.values() if p.dim() > 1]
+        self.adamw = torch.optim.AdamW([{"params": decays, "weight_decay": optim.weight_decay}, {
+            "params": [p for p in self.rest.values() if p.dim() == 1], "weight_decay": 0.0}],
+                                       lr=LR, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+
+    def step(self, seed: int, *, low_precision: bool) -> None:
+        """Do one step; unless `low_precision` its Newton-Schulz runs in the weights'
+        dtype, not in bfloat16."""
+        import torch
+
+        for key, parameters in self.matrices.items():
+            shape = parameters[0].shape
+            whole = gradient(key, self.shapes[key], seed).to(self.full)
+            for parameter, grad in zip(parameters, matrices_of(key, whole), strict=True):
+                assert grad.shape[1] == shape[1]
+                parameter.grad = grad
+        for key, parameter in self.rest.items():
+            parameter.grad = gradient(key, tuple(parameter.shape), seed).to(self.full)
+        if low_precision:
+            self.muon.step()
+        else:
+            with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
+                self.muon.step()
+        self.adamw.step()
+
+
+def on_shards_alone(exchange: Any, read: Any, compute: Any, write: Any, dtype: Any) -> None:
+    """What a Muon does that takes every process's piece for a matrix."""
+    from megatron_sov.engine.optimizer.muon import orthogonalise
+
+    for number in range(len(exchange._places)):
+        write(number, orthogonalise(read(number), 5, (3.4445, -4.7750, 2.0315)))
+
+
+def updates(settings: list[str], seed: int, shards_alone: bool = False) -> dict[str, Any]:
+    """Do some steps on given gradients beside torch's optimizers; return how far each tensor is from
+    torch's after each."""
+    import torch
+
+    from megatron_sov.engine.optimizer import muon
+    from megatron_sov.engine.optimizer.optimizer import Optimizer
+    from megatron_sov.engine.parallel import world
+
+    config, model = tiny_model("tiny-k-exaone", *SETTINGS, *settings, seed=seed)
+    optimizer = Optimizer(model, config.optim, config.parallel)
+    optimizer.sync_master_weights()
+    if shards_alone:
+        mock.patch.object(muon.MatrixExchange, "run", on_shards_alone).start()
+    start = gathered(model, optimizer)
+    full = torch.float64 if config.train.precision == "fp64" else torch.float32
+    reference = Reference(start, config.optim, full)
+    apart: dict[str, float] = {}
+    moved: dict[str, float] = {}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        put_gradients(optimizer, model, 100 * seed + step)
+        optimizer.step(LR)
+        reference.step(100 * seed + step, low_precision=config.train.precision == "bf16")
+        now = gathered(model, optimizer)
+        for key, parameters in reference.matrices.items():
+            for i, (ours, theirs) in enumerate(zip(matrices_of(key, now[key]), parameters, strict=True)):
+                name = f"{key} {i}"
+                apart[name] = max(apart.get(name, 0.0), float((ours.to(full) - theirs.detach()).abs().max()))
+                moved[name] = float((ours.to(full) - matrices_of(key, start[key])[i].to(full)).abs().max())
+        for key, theirs in reference.rest.items():
+            apart[key] = max(apart.get(key, 0.0), float((now[key].to(full) - theirs.detach()).abs().max()))
+            moved[key] = float((now[key].to(full) - start[key].to(full)).abs().max())
+    kinds = sorted({block.key.split("/")[0] for block in optimizer.state_shards()})
+    world.leave()
+    return {"apart": apart, "moved": moved, "kinds": kinds}
+
+
+LAYOUTS = {
+    "one rank": (1, ()),
+    "TP2+SP": (2, TP2),
+    "EP2, original scale, no Nesterov": (2, ("parallel.ep=2", "optim.muon_scale=original",
+                                             "optim.muon_nesterov=false")),
+    "PP2": (2, ("parallel.pp=2",)),
+    "ZeRO-1": (2, ("parallel.zero1=true",)),
+    "TP2+SP ETP2 x ZeRO-1": (4, (*TP2, "parallel.etp=2", "parallel.zero1=true")),
+    "TP2+SP x EP2 x ZeRO-1 overlapped": (4, (*TP2, "parallel.ep=2", *OVERLAP)),
+    "PP2 VPP2 x CP2 ZeRO-1 overlapped": (4, ("parallel.pp=2", "parallel.vpp=2", "parallel.cp=2", *OVERLAP)),
+}
+
+
+def worst(result: dict[str, Any]) -> tuple[float, str]:
+    """Return the largest difference from torch's weights, and where it is."""
+    return max((apart, name) for name, apart in result["apart"].items())
+
+
+@pytest.mark.distributed
+def test_every_matrix_moves_as_torchs_muon_moves_it_and_all_else_as_its_adamw(ranks: Any, job: Any) -> None:
+    cases = [(name, n, settings, seed) for seed, (name, (n, settings)) in enumerate(LAYOUTS.items(), 1)]
+    results = ranks(*(job(__file__, "updates", n, {"settings": [FP64, *settings], "seed": seed})
+                      for _, n, settings, seed in cases), timeout_s=600)
+    for case, per_rank in zip(cases, results, strict=True):
+        for result in per_rank:
+            assert len(result["apart"]) > 90, "each expert's gate, up and down are matrices of their own"
+            assert min(result["moved"].values()) > 0.01, case
+            assert worst(result)[0] < 1e-13, (case, worst(result))
+            assert result["kinds"] == ["exp_avg", "exp_avg_sq", "momentum"]
+
+
+@pytest.mark.distributed
+def test_adamw_and_bf16_agree_as_well_and_pieces_made_orthogonal_alone_do_not(ranks: Any, job: Any) -> None:
+    adamw = job(__file__, "updates", 2,
+                {"settings": [FP64, "parallel.ep=2", *OVERLAP, "optim.name=adamw"], "seed": 1})
+    bf16 = job(__file__, "updates", 2,
+               {"settings": ["train.precision=bf16", "parallel.zero1=true"], "seed": 1})
+    alone = [
+        job(__file__, "updates", 2, {"settings": [FP64, *LAYOUTS[name][1]], "seed": 1, "shards_alone": True})
+        for name in ("TP2+SP", "ZeRO-1")]
+    of_adamw, of_bf16, *of_pieces = ranks(adamw, bf16, *alone, timeout_s=600)
+    for result in of_adamw:
+        assert worst(result)[0] < 1e-13 and result["kinds"] == ["exp_avg", "exp_avg_sq"]
+    for result in of_bf16:
+        # fp32 masters move by the same bf16 update; that times a factor, it is rounded in another order
+        assert worst(result)[0] < 1e-6 and "master" in result["kinds"], worst(result)
+    for result in of_pieces[0] + of_pieces[1]:
+        apart, name = worst(result)
+        assert apart > 0.1 * result["moved"][name], ("a matrix's pieces made orthogonal are not the matrix "
+                                                     "made orthogonal")
+
+
+# Which rows are a matrix, and the orthogonal update, beside torch's own Newton-Schulz and a singular value
+# decomposition.
+
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+CONFIG = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=3, gated_linear_unit=True)
+
+
+def test_a_fused_qkv_is_three_matrices_with_interleaved_rows() -> None:
+    found = parts(Matrix("decoder.layers.0.self_attention.linear_qkv.weight", (), 24, 5), CONFIG)
+    # two groups of: two query heads, a key head, a value head, three rows each
+    assert [rows.tolist() for rows in found] == [[0, 1, 2, 3, 4, 5, 12, 13, 14, 15, 16, 17],
+                                                 [6, 7, 8, 18, 19, 20], [9, 10, 11, 21, 22, 23]]
+
+
+def test_gate_and_up_are_two_matrices_and_others_one() -> None:
+    expert = Matrix("decoder.layers.2.mlp.experts.experts.linear_fc1.weight", (3,), 6, 5)
+    assert [rows.tolist() for rows in parts(expert, CONFIG)] == [[0, 1, 2], [3, 4, 5]]
+    plain = SimpleNamespace(**{**vars(CONFIG), "gated_linear_unit": False})
+    assert [rows.tolist() for rows in parts(expert, plain)] == [list(range(6))]
+    assert ([rows.tolist() for rows in parts(Matrix("decoder.layers.2.mlp.router.weight", (), 4, 9), CONFIG)]
+            == [[0, 1, 2, 3]])
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
+def test_the_update_is_torchs_bit_for_bit(shape: tuple[int, int]) -> None:
+    update = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    low = update.bfloat16()
+    assert orthogonalise(low, 5, COEFFICIENTS).equal(
+        _zeropower_via_newtonschulz(update, COEFFICIENTS, 5, 1e-7))
+    # torch's algorithm without its rounding
+    with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
+        assert orthogonalise(update, 5, COEFFICIENTS).equal(
+            _zeropower_via_newtonschulz(update, COEFFICIENTS, 5, 1e-7))
+
+
+def test_singular_values_go_to_about_one_and_singular_vectors_stay() -> None:
+    update = torch.randn(10, 30, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    u, _, v = torch.linalg.svd(update, full_matrices=False)
+    turned = u.T @ orthogonalise(update, 5, COEFFICIENTS) @ v.T
+    assert (turned - turned.diag().diag()).abs().max() < 1e-12
+    assert turned.diag().min() > 0.6 and turned.diag().max() < 1.3
+    # the cubic 1.5 x - 0.5 x^3 converges to U V^T itself
+    assert (orthogonalise(update, 40, (1.5, -0.5, 0.0)) - u @ v).abs().max() < 1e-12
+
+
+def test_scales_are_those_of_the_papers() -> None:
+    orthogonal = torch.linalg.qr(torch.randn(200, 50, dtype=torch.float64)).Q
+    assert ((update_scale("match_rms_adamw", 200, 50) * orthogonal).square().mean().sqrt()
+            == pytest.approx(0.2))
+    assert update_scale("original", 200, 50) == update_scale("spectral", 200, 50) == 2.0
+    assert update_scale("original", 50, 200) == 1.0 and update_scale("spectral", 50, 200) == math.sqrt(0.25)
+
+
+# Pieces of matrices come together, are computed once, and every holder gets its piece of the result.
+
+
+SHAPES = {"large": (12, 10), "tall": (9, 4), "small": (2, 5), "one": (3, 3)}
+
+
+def exchanged(round_elements: int) -> dict[str, Any]:
+    """Cut matrices over three processes, one of them without any piece of its own; return what came of it."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_sov.engine.optimizer import muon
+    from megatron_sov.engine.optimizer.muon import Matrix
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.model.config import ParallelConfig
+
+    rank = world.join(ParallelConfig()).rank
+    wholes = {Matrix(name, (), *shape): torch.arange(shape[0] * shape[1], dtype=torch.float64).view(shape)
+              + i / 8 for i, (name, shape) in enumerate(SHAPES.items())}
+    places, values = [], []
+    for matrix in wholes:
+        cut = matrix.rows // 2
+        half = {0: (0, cut), 1: (cut, matrix.rows - cut)}.get(rank)
+        if half is not None and matrix.key != "one":
+            places.append(muon.MatrixPlace(matrix, half[0], 0, (half[1], matrix.columns),
+                                                      owned=True))
+        elif half is not None:  # the same piece twice: only one is sent, both get the result
+            places.append(muon.MatrixPlace(matrix, 0, 0, (3, 3), owned=rank == 0))
+    values = [place.of(wholes[place.matrix]) for place in places]
+    computed: list[str] = []
+    written: dict[int, Any] = {}
+
+    def compute(matrix: Matrix, whole: Any) -> Any:
+        computed.append(matrix.key)
+        assert whole.equal(wholes[matrix])
+        return whole.flip(0) * 2
+
+    with mock.patch.object(muon, "ROUND_ELEMENTS", round_elements):
+        exchange = muon.MatrixExchange(places, dist.group.WORLD)
+    exchange.run(values.__getitem__, compute, written.__setitem__, torch.float64)
+    right = [written[n].equal(place.of(wholes[place.matrix].flip(0) * 2)) for n, place in enumerate(places)]
+    world.leave()
+    return {"rounds": len(exchange._rounds), "computed": computed, "right": right}
+
+
+@pytest.mark.distributed
+def test_every_matrix_is_computed_once_and_every_piece_gets_its_part(ranks: Any, job: Any) -> None:
+    together, one_each = ranks(job(__file__, "exchanged", 3, {"round_elements": 120 * 4}),
+                               job(__file__, "exchanged", 3, {"round_elements": 1}))
+    for found, rounds in ((together, 1), (one_each, 2)):
+        assert [r["rounds"] for r in found] == [rounds] * 3
+        assert sorted(name for r in found for name in r["computed"]) == sorted(SHAPES)
+        assert [r["right"] for r in found] == [[True] * 4, [True] * 4, []]
+        assert found[2]["computed"] == ["small"] or found[2]["computed"] == ["one"], (
+            "who holds nothing computes as well")

@@ -1,0 +1,172 @@
+"""Exceptions by name: rates, weight decay, the other optimizer, and parameters that stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_model
+
+# What is sent beside the computation: it is sent then, and nobody reads a weight before it has arrived.
+
+RUN = str(Path(__file__).parents[3] / "layouts/layout_run.py")
+FP64, ZERO1 = "train.precision=fp64", "parallel.zero1=true"
+REDUCE, GATHER, BUCKETS = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
+                           "parallel.bucket_params=9000")
+PP2 = ["parallel.pp=2", "parallel.vpp=2"]
+
+
+@pytest.mark.distributed
+def test_overlap_is_overlap_and_evaluation_waits_for_the_weights(ranks: Any, job: Any,
+                                                                 packed_data: Any) -> None:
+    layouts = {"plain": (2, []), "reduce": (2, [REDUCE, BUCKETS]),
+               "both": (2, [ZERO1, REDUCE, GATHER, BUCKETS]), "one bucket": (2, [ZERO1, REDUCE, GATHER]),
+               "interleaved": (4, [ZERO1, REDUCE, GATHER, BUCKETS, *PP2])}
+    results = dict(zip(layouts, ranks(*(
+        job(RUN, "deferred", n, {"settings": [FP64, *settings], "paths": [str(packed_data.text)]})
+        for n, settings in layouts.values())), strict=True))
+    plain = results["plain"][0]
+    assert plain["heldout"] and plain["losses"][-1] < plain["losses"][0]
+    for name, per_rank in results.items():
+        for result in per_rank:
+            assert result["losses"] == pytest.approx(plain["losses"], rel=1e-12), name
+            assert result["heldout"] == pytest.approx(plain["heldout"], rel=1e-11), name
+        same_part = [r for r in per_rank if r["place"] == 0], [r for r in per_rank if r["place"] == 1]
+        gathers_later = name in ("both", "one bucket", "interleaved")
+        for one, other in zip(*same_part, strict=True):
+            assert (one["updated"] != other["updated"]) == gathers_later, (
+                f"{name}: each process has its own updates only")
+            assert one["evaluated"] == other["evaluated"] and one["ended"] == other["ended"], name
+    assert results["both"][0]["groups"] > results["one bucket"][0]["groups"] == 2, (
+        "dense and expert parameters")
+    assert set(results["plain"][0]["on their way"]) == {0}
+    for name in ("reduce", "both", "one bucket", "interleaved"):
+        for result in results[name]:  # the first step only learns how often each gradient is added to
+            assert result["on their way"][1:] == [result["groups"]] * 3, name
+
+
+SMALL = ("model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
+         "model.dense_ffn_dim=40", "train.precision=fp64", "optim.clip_grad=0.0", "optim.weight_decay=0.2")
+GROUPS = ('optim.groups=[{"pattern": "*linear_proj.weight", "lr_scale": 0.5}, '
+          '{"pattern": "decoder.layers.1.*", "weight_decay": 0.0}, {"pattern": "*final_layernorm.weight", '
+          '"weight_decay": 0.3}, {"pattern": "output_layer.weight", "lr_scale": 0.0}]')
+
+
+def expected_setting(key: str) -> tuple[float, float]:
+    """Return the factor on the rate and the weight decay of a tensor, by GROUPS read by hand."""
+    if key == "output_layer.weight":
+        return 0.0, 0.2
+    if key.endswith("final_layernorm.weight"):
+        return 1.0, 0.3
+    norm = "norm" in key
+    if key.startswith("decoder.layers.1."):
+        return 1.0, 0.0
+    return (0.5 if key.endswith("linear_proj.weight") else 1.0), 0.0 if norm else 0.2
+
+
+def grouped(settings: list[str]) -> dict[str, float]:
+    """Do three updates beside torch.optim.AdamW with a group for each tensor;
+    return how far each is from torch's."""
+    import torch
+
+    from megatron_sov.engine.model.local_shards import ParameterLookup, local_shards
+    from megatron_sov.engine.optimizer.optimizer import Optimizer
+
+    config, model = tiny_model("tiny-k-exaone", *SMALL, *settings)
+    optimizer = Optimizer(model, config.optim, config.parallel)
+    lookup = ParameterLookup(list(model.parameters()))
+    key_of = {id(lookup.find(block)): block.key for block in local_shards(model)}
+    parameters = list(model.parameters())
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    groups = []
+    for parameter, copy in zip(parameters, copies, strict=True):
+        scale, decay = expected_setting(key_of[id(parameter)])
+        groups.append({"params": [copy], "lr": 0.01 * scale, "weight_decay": decay})
+    reference = torch.optim.AdamW(groups, betas=(config.optim.beta1, config.optim.beta2),
+                                  eps=config.optim.eps)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for parameter, copy in zip(parameters, copies, strict=True):
+            copy.grad = torch.randn(copy.shape, generator=generator, dtype=torch.float64)
+            parameter.main_grad.copy_(copy.grad)
+        optimizer.step(0.01)
+        reference.step()
+    return {f"{key_of[id(p)]} {i}": float((p.detach() - c.detach()).abs().max())
+            for i, (p, c) in enumerate(zip(parameters, copies, strict=True))}
+
+
+def rules_of(settings: list[str]) -> list[Any]:
+    """Return algorithm, factor, weight decay and frozen of some tensors."""
+    from megatron_sov import recipes
+    from megatron_sov.engine.optimizer.parameter_groups import rule_for
+    from megatron_sov.model.config import apply_settings
+
+    config = apply_settings(recipes.get("tiny-k-exaone"), [*SMALL, *settings]).optim
+    tensors = {"decoder.layers.1.mlp.router.weight": 2,
+               "decoder.layers.1.self_attention.linear_qkv.weight": 2,
+               "decoder.layers.1.pre_mlp_layernorm.weight": 1, "embedding.word_embeddings.weight": 2,
+               "output_layer.weight": 2}
+    rules = [rule_for(config, key, dim) for key, dim in tensors.items()]
+    return [[r.algorithm, r.lr_scale, r.weight_decay, r.frozen] for r in rules]
+
+
+def refusals(settings: list[list[str]]) -> list[str]:
+    """Return what an optimizer says to settings that it cannot follow."""
+    from megatron_sov import recipes
+    from megatron_sov.base.errors import UserError
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.optimizer.optimizer import Optimizer
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.model.config import apply_settings
+
+    found = []
+    base = apply_settings(recipes.get("tiny-k-exaone"), [*SMALL, "parallel.pp=2"])
+    world.join(base.parallel)
+    for wrong in settings:
+        model = build(base.model, base.parallel, base.train)
+        try:
+            Optimizer(model, apply_settings(base, wrong).optim, base.parallel)
+        except UserError as e:
+            found.append(str(e))
+    return found
+
+
+@pytest.mark.distributed
+def test_groups_change_what_their_names_match_and_nothing_else(ranks: Any, job: Any) -> None:
+    exceptions = ('optim.groups=[{"pattern": "*router.weight", "optimizer": "adamw"}, {"pattern": '
+                  '"decoder.*", "lr_scale": 0.5},'
+                  ' {"pattern": "decoder.layers.1.pre*", "frozen": true}, {"pattern": '
+                  '"embedding.*", "optimizer": "muon"}]')
+    unknown = ['optim.groups=[{"pattern": "decoder.layers.0.*"}, {"pattern": "decoder.layer.1.*"}]']
+    everything = ['optim.groups=[{"pattern": "*", "frozen": true}]']
+    (apart,), (plain,), (muon,), *refused = ranks(
+        job(__file__, "grouped", 1, {"settings": [GROUPS]}), job(__file__, "rules_of", 1, {"settings": []}),
+        job(__file__, "rules_of", 1, {"settings": ["optim.name=muon", exceptions]}),
+        job(__file__, "refusals", 2, {"settings": [unknown, everything]}))
+    assert len(apart) > 60 and max(apart.values()) < 1e-14, max(apart, key=apart.get)
+    assert (plain == [["adamw", 1.0, 0.2, False]] * 2 + [["adamw", 1.0, 0.0, False]]
+            + [["adamw", 1.0, 0.2, False]] * 2)
+    # the last pattern that matches holds: the router is Muon's again, at half the rate
+    assert muon == [["muon", 0.5, 0.2, False], ["muon", 0.5, 0.2, False], ["adamw", 1.0, 0.0, True],
+                    ["adamw", 1.0, 0.2, False], ["adamw", 1.0, 0.2, False]]
+    for told in refused[0]:
+        assert "optim.groups.1.pattern = 'decoder.layer.1.*': matches no parameter" in told[0]
+        assert "freeze every parameter" in told[1]
+
+
+def test_a_process_with_nothing_to_update_has_nothing_to_offload() -> None:
+    """Of few parameters that are trained the stretches of some ZeRO-1 processes are padding alone."""
+    import torch
+
+    from megatron_sov.engine.optimizer.parameter_groups import arrange
+    from megatron_sov.model.config import OptimConfig
+
+    adam = torch.optim.AdamW([{"params": [], "is_expert_parallel": False}])
+    library: Any = SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=adam)])
+    model: Any = None
+    assert arrange(library, model, {}, OptimConfig(), zero1=True, on_host=0.5) == []
+    assert library.chained_optimizers[0].optimizer is adam and adam.param_groups == []

@@ -1,0 +1,121 @@
+"""What one process updates: ranges of parameters, and the count of updates."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from megatron_sov.engine.optimizer.state_shards import flat_ranges
+from tests.tiny import tiny_model
+
+
+def counted(fused: bool) -> dict[str, Any]:
+    """Return how torch's Adam, or one that counts in its groups as fused ones do,
+    knows the number of updates when restored."""
+    import torch
+    from torch.optim import AdamW, Optimizer
+
+    from megatron_sov.engine.optimizer.state_shards import set_updates, shards
+
+    class Fused(Optimizer):
+        """Counts like transformer_engine.pytorch.optimizers.FusedAdam: in the group,
+        from its first update on."""
+
+    class Library:
+        def __init__(self, inner: Optimizer) -> None:
+            self.optimizer = inner
+
+    parameters = [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))]
+    library = Library(Fused(parameters, {"lr": 0.1}) if fused else AdamW(parameters, lr=0.1))
+    made = [sorted(s.state()) for s in shards(library)]
+    set_updates(shards(library), 5)
+    states = [library.optimizer.state[p] for p in parameters]
+    own = [s["step"] for s in states if "step" in s]
+    if not fused:
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        library.optimizer.step()
+    return {"made": made, "groups": [g.get("step") for g in library.optimizer.param_groups],
+            "own": [float(t) for t in own],
+            "shapes": [[list(s[name].shape) for name in ("exp_avg", "exp_avg_sq")] for s in states]}
+
+
+@pytest.mark.distributed
+def test_every_parameter_counts_its_own_updates_and_fused_optimizers_count_in_groups(ranks, job) -> None:
+    (plain,), (fused,) = ranks(job(__file__, "counted", 1, {"fused": False}),
+                               job(__file__, "counted", 1, {"fused": True}))
+    shapes = [[[2, 3], [2, 3]], [[4], [4]]]
+    assert plain == {"made": [["exp_avg", "exp_avg_sq"]] * 2, "groups": [None], "own": [6.0, 6.0],
+                     "shapes": shapes}
+    assert fused == {"made": [["exp_avg", "exp_avg_sq"]] * 2, "groups": [5], "own": [], "shapes": shapes}
+
+
+def zero1_shards(precision: str) -> dict[str, Any]:
+    """Return what both data-parallel processes update under ZeRO-1 before the first step."""
+    import torch.distributed as dist
+
+    from megatron_sov.engine.optimizer.optimizer import Optimizer
+
+    config, model = tiny_model("tiny-k-exaone", f"train.precision={precision}", layout={"zero1": True})
+    optimizer = Optimizer(model, config.optim, config.parallel)
+    names = {id(p): name for name, p in model.named_parameters()}
+    mine = {names[id(s.parameter)]: [s.start, s.stop] for s in optimizer.shards}
+    blocks = [(b.key, b.offset, b.shape, str(b.data.dtype)) for b in optimizer.state_shards() if b.owned]
+    everyones: list[Any] = [None] * dist.get_world_size()
+    names_of_state = {key.split("/")[0] for key, *_ in blocks}
+    dist.all_gather_object(everyones, (mine, len(blocks), sorted({dtype for *_, dtype in blocks}),
+                                       sorted(names_of_state)))
+    return {"sizes": {names[id(p)]: p.numel() for p in model.parameters()}, "everyones": everyones}
+
+
+@pytest.mark.distributed
+def test_zero1_gives_every_process_its_part_of_the_parameters_and_no_other(ranks, job) -> None:
+    cases = (("fp32", ["exp_avg", "exp_avg_sq"], "float32"),
+             ("bf16", ["exp_avg", "exp_avg_sq", "master"], "float32"),
+             ("fp64", ["exp_avg", "exp_avg_sq"], "float64"))
+    results = ranks(*(job(__file__, "zero1_shards", 2, {"precision": precision}) for precision, *_ in cases))
+    for (precision, kinds, dtype), (result, _) in zip(cases, results, strict=True):
+        updated = []
+        for ranges, num_blocks, dtypes, names in result["everyones"]:
+            assert names == kinds and dtypes == [f"torch.{dtype}"]
+            assert num_blocks >= len(kinds) * len(ranges)
+            updated.append(sum(stop - start for start, stop in ranges.values()))
+        whole = sum(result["sizes"].values())
+        assert sum(updated) == whole, precision
+        assert max(updated) < 0.55 * whole, "the halves are even but for padding"
+        for name, size in result["sizes"].items():
+            spans = sorted(ranges[name] for ranges, *_ in result["everyones"] if name in ranges)
+            assert spans[0][0] == 0 and spans[-1][1] == size and all(a[1] == b[0] for a, b in pairwise(spans))
+
+
+# Flat ranges are rectangles, against numpy's own order of elements.
+
+
+SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+
+
+@given(shape=SHAPES, data=st.data())
+def test_a_range_of_elements_is_a_few_rectangles_in_the_order_of_the_elements(shape: list[int],
+                                                                              data: st.DataObject) -> None:
+    size = int(np.prod(shape))
+    start = data.draw(st.integers(0, size))
+    stop = data.draw(st.integers(start, size))
+    numbers = np.arange(size).reshape(shape)
+    found = list(flat_ranges(shape, start, stop))
+    taken = [numbers[tuple(slice(o, o + n) for o, n in zip(place, extent, strict=True))].ravel()
+             for place, extent in found]
+    assert np.concatenate([*taken, np.empty(0, int)]).tolist() == list(range(start, stop))
+    assert len(found) <= 2 * len(shape) - 1
+    assert all(part.size for part in taken)
+
+
+def test_a_range_is_cut_at_rows_and_no_finer() -> None:
+    assert list(flat_ranges([4, 3], 0, 12)) == [((0, 0), (4, 3))]
+    assert list(flat_ranges([4, 3], 2, 10)) == [((0, 2), (1, 1)), ((1, 0), (2, 3)), ((3, 0), (1, 1))]
+    assert list(flat_ranges([4, 3], 4, 5)) == [((1, 1), (1, 1))]
+    assert list(flat_ranges([7], 2, 5)) == [((2,), (3,))]
+    assert list(flat_ranges([4, 3], 5, 5)) == []

@@ -1,0 +1,73 @@
+"""Computing time is a process's own: what it waits for others is not in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def measured(folder: str) -> list[Any]:
+    """Runs inside ranks: rank 1 goes on working for 0.4 s when rank 0 begins to wait for it.
+
+    Returns the clock's times, those of whole steps and of the collective in them, and what is made of them.
+    """
+    import time
+    from pathlib import Path
+
+    import torch
+    import torch.distributed as dist
+
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.model.config import GuardConfig, ParallelConfig
+    from megatron_sov.train.guards.guards import Stragglers
+
+    class Events:
+        def write(self, event: str, **fields: Any) -> None:
+            found.append([event, fields])
+
+    found: list[Any] = []
+    place = world.join(ParallelConfig())
+    stragglers = Stragglers(GuardConfig(straggler_every_steps=2, straggler_ratio=1.05))
+    clock = stragglers.clock
+    assert clock is not None
+    seconds, steps_s, collectives_s = [], [], []
+    for step in (1, 2):
+        dist.barrier()
+        begun_s = time.perf_counter()
+        clock.start()
+        waits = Path(folder) / f"rank-0-waits-in-{step}"
+        if place.is_main:
+            time.sleep(0.05)
+        else:
+            while not waits.exists():
+                time.sleep(0.001)
+            time.sleep(0.4)
+        meets_s = time.perf_counter()
+        waits.touch()  # behind this it waits, however late it came
+        dist.all_reduce(torch.ones(4))
+        collectives_s.append(time.perf_counter() - meets_s)
+        clock.stop()
+        steps_s.append(time.perf_counter() - begun_s)
+        seconds.append(clock.seconds())
+        stragglers.report(step, Events())  # type: ignore[arg-type]
+    world.leave()
+    return [seconds, steps_s, collectives_s, found]
+
+
+@pytest.mark.distributed
+def test_the_slow_process_is_named_and_those_that_wait_for_it_are_not(ranks: Any, job: Any,
+                                                                      tmp_path: Path) -> None:
+    ((fast, fast_steps, waits, found), (slow, slow_steps, _, other)) = ranks(
+        job(__file__, "measured", 2, {"folder": str(tmp_path)}))[0]
+    for computed_s, step_s, waited_s in zip(fast, fast_steps, waits, strict=True):
+        assert 0.05 <= computed_s <= step_s - 0.5 * waited_s and waited_s > 0.2, (fast, fast_steps, waits)
+    assert all(0.4 <= computed_s <= step_s for computed_s, step_s in zip(slow, slow_steps, strict=True))
+    assert found == other, "all processes know, rank 0 writes"
+    (measured_event, fields), (alarm_event, alarm) = found
+    assert (measured_event, alarm_event) == ("compute_time", "alarm")
+    assert (fields["step"] == 2 and fields["slow"] == [1]
+            and fields["median_s"] == pytest.approx(sum(fast) / 2))
+    assert (fields["seconds"]["1"] == pytest.approx(sum(slow) / 2) and alarm["rank"] == 1
+            and alarm["kind"] == "slow process")

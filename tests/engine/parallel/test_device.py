@@ -1,0 +1,270 @@
+"""What is settled before CUDA starts; tests/layouts/test_precision.py shows that runs repeat."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.parallel import device as own_gpu
+from megatron_sov.engine.parallel.device import VARIABLES, switch_on
+from megatron_sov.model.config import apply_settings
+from megatron_sov.work.clusters.units import GIB
+
+
+@pytest.fixture(autouse=True)
+def _left_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+    for name in VARIABLES:
+        os.environ.pop(name, None)
+
+
+def test_every_library_is_told() -> None:
+    switch_on()
+    assert (torch.are_deterministic_algorithms_enabled()
+            and not torch.is_deterministic_algorithms_warn_only_enabled())
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    assert not torch.utils.deterministic.fill_uninitialized_memory, "empty memory is filled, each time"
+    assert [os.environ[name] for name in VARIABLES] == [":4096:8", "Ring", "0"]
+
+
+def test_a_fitting_environment_stays_and_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    switch_on()
+    assert os.environ["NCCL_ALGO"] == "Tree"
+    monkeypatch.setenv("NCCL_ALGO", "NVLS")
+    with pytest.raises(UserError, match=r"the environment has NCCL_ALGO=NVLS, "
+                                        r"with which .* unset it or use Ring or Tree"):
+        switch_on()
+
+
+def test_started_cuda_is_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="CUDA has started before"):
+        switch_on()
+
+
+# Randomness is a function of seed and step: a run in two pieces is the run in one piece,
+# and nothing was stored for it.
+
+STEPS, FIRST = 4, 2
+
+
+def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
+           recompute: bool = False) -> dict[str, Any]:
+    """Train in one go, then in two pieces with a checkpoint between them;
+    returns the losses and whether all bits agree."""
+    import torch.distributed as dist
+
+    from megatron_sov import recipes
+    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.model.config import ParallelConfig, apply_settings
+    from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import open_sources
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
+    from megatron_sov.train.trainer import Trainer
+
+    config = apply_settings(recipes.get("tiny-solar-open"), [
+        "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
+        "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
+        "train.global_batch_size=4", "train.micro_batch_size=2", f"train.steps={STEPS}",
+        f"train.hidden_dropout={dropout}", f"train.recompute={str(recompute).lower()}",
+        *(f"parallel.{k}={str(v).lower()}" for k, v in layout.items())])
+    place = world.join(ParallelConfig(**layout))
+    folder = RunFolder(Path(run))
+    if place.is_main:
+        folder.create()
+        folder.declare(config)
+    dist.barrier()
+
+    def trainer() -> Any:
+        return Trainer(config, place, folder, open_sources({data: 1.0}, 368), LanguageModelling)
+
+    def steps(trainer: Any, count: int) -> list[tuple[float, float]]:
+        results = [trainer.update() for _ in range(count)]
+        return [(r.loss, r.grad_norm) for r in results]
+
+    whole = trainer()
+    expected = steps(whole, STEPS)
+    first = trainer()
+    found = steps(first, FIRST)
+    first.save()
+    first.checkpointer.finish()
+    second = trainer()
+    assert load.damage(folder.checkpoint(FIRST)) is None
+    second.resume(folder.checkpoint(FIRST))
+    found += steps(second, STEPS - FIRST)
+    tensors = [{b.key: b.data for b in [*local_shards(t.model), *t.optimizer.state_shards()]}
+               for t in (whole, second)]
+    differing = [key for key, value in tensors[0].items() if not value.equal(tensors[1][key])]
+    world.leave()
+    return {"losses": expected, "same": expected == found, "differing": differing}
+
+
+@pytest.mark.distributed
+def test_dropout_resumes_to_the_bit(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
+    runs = {"alone": (1, {}, 0.1), "recomputed": (1, {}, 0.1, True), "without": (1, {}, 0.0),
+            "experts": (2, {"ep": 2}, 0.1), "sequence": (2, {"tp": 2, "sp": True}, 0.1),
+            "stages": (2, {"pp": 2}, 0.1)}
+    found = dict(zip(runs, ranks(*(
+        job(__file__, "pieces", nproc, {"data": str(packed_data.text), "run": str(tmp_path / name),
+                                        "layout": layout, "dropout": dropout, "recompute": bool(more)})
+        for name, (nproc, layout, dropout, *more) in runs.items())), strict=True))
+    for name, results in found.items():
+        assert all(r["same"] and r["differing"] == [] for r in results), name
+        assert all(r["losses"] == results[0]["losses"] for r in results), name
+    losses = {name: [loss for loss, _ in results[0]["losses"]] for name, results in found.items()}
+    assert losses["recomputed"] == losses["alone"]
+    assert all(abs(a - b) > 1e-6 for a, b in zip(losses["alone"], losses["without"], strict=True))
+
+
+def draws() -> list[Any]:
+    """What the default generator and the library's tensor-parallel one give at some steps, at tp = 2."""
+    import torch
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from megatron_sov.engine.parallel import rng, world
+    from megatron_sov.model.config import ParallelConfig
+
+    world.join(ParallelConfig(tp=2))
+    found = []
+    for seed, step in ((1, 0), (1, 1), (2, 0), (1, 0)):
+        rng.reseed(seed, step)
+        with get_cuda_rng_tracker().fork():
+            split = torch.rand(2).tolist()
+        found.append([torch.rand(2).tolist(), split])
+    world.leave()
+    return found
+
+
+@pytest.mark.distributed
+def test_generators_differ_where_work_is_split(ranks: Any, job: Any) -> None:
+    (found,) = ranks(job(__file__, "draws", 4))
+    assert all(rank[0] == rank[3] for rank in found), "the same step again"
+    for at in range(3):
+        shared, split = ([rank[at][kind] for rank in found] for kind in (0, 1))
+        assert shared[0] == shared[1] != shared[2] == shared[3], (
+            "tensor-parallel neighbours drop alike what they both hold")
+        assert len({tuple(s) for s in split}) == 4
+    assert len({tuple(rank[at][0]) for rank in found for at in range(3)}) == 6
+
+
+# The GPU of each rank, on a double of `torch.cuda`: which one it takes, and what all ranks are told.
+
+SOON = datetime.timedelta(seconds=20)
+
+
+def told(uuids: list[str], problems: dict[int, str]) -> list[str]:
+    """Return what each of some ranks, which meet in one store, is told."""
+    store = dist.HashStore()
+
+    def rank(number: int) -> str:
+        try:
+            own_gpu.agree(store, number, len(uuids), uuids[number], problems.get(number, ""), SOON)
+        except UserError as e:
+            return str(e)
+        return ""
+
+    with ThreadPoolExecutor(len(uuids)) as ranks:
+        return list(ranks.map(rank, range(len(uuids))))
+
+
+def test_all_ranks_hear_of_one_that_has_no_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told(["a", "b", "c"], {}) == ["", "", ""]
+    assert told(["a", "b"], {1: "is on fire"}) == ["rank 1: its GPU is on fire"] * 2
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    (said,) = set(told(["a", "b", "a"], {}))
+    assert "(a) is another rank's as well: LOCAL_RANK = 2 of 2 visible GPUs" in said
+
+
+@pytest.mark.parametrize(("local_rank", "count", "index"), [("3", 8, 3), ("3", 1, 0), ("5", 4, 1)])
+def test_a_rank_takes_its_gpu_among_the_visible_ones(local_rank: str, count: int, index: int,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each task sees its own alone, that is GPU 0."""
+    taken = []
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GIB, 79 * GIB))
+    device = own_gpu.take_gpu(dist.HashStore(), 0, 1, 60 * GIB, SOON)
+    assert taken == [device] == [torch.device("cuda", index)]
+    with pytest.raises(UserError, match=r"^rank 0: its GPU has 70\.0 of 79\.0 GiB free, and the run takes"):
+        own_gpu.take_gpu(dist.HashStore(), 0, 1, 75 * GIB, SOON)
+
+    def busy(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore")
+
+    monkeypatch.setattr(torch.cuda, "set_device", busy)
+    with pytest.raises(UserError, match=r"^rank 0: its GPU cannot be used \(CUDA error: CUDA-capable "
+                                        r"device\(s\) is/are busy or unavailable\); `nvidia-smi`"):
+        own_gpu.take_gpu(dist.HashStore(), 0, 1, 0, SOON)
+
+
+def test_its_kind_is_what_cuda_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda index: SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=79 * GIB))
+    assert (own_gpu.kind().name, own_gpu.kind().memory_bytes) == ("NVIDIA H100 80GB HBM3", 79 * GIB)
+
+
+# What libraries are told of a run before they start, and where its processes stay.
+
+
+def test_variables_suit_layout_and_chip_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(gpu: str, *settings: str) -> dict[str, str]:
+        return own_gpu.run_variables(apply_settings(recipes.get("tiny-solar-open"), list(settings)), gpu)
+
+    halves, passes = ("parallel.tp=2", "parallel.sp=true"), ("parallel.ep=2",
+                                                            "parallel.expert_overlap=micro_batches")
+    hopper, blackwell = "NVIDIA H100 80GB HBM3", "NVIDIA B200"
+    assert of(hopper) == {"TORCH_NCCL_HIGH_PRIORITY": "1", own_gpu.CONNECTIONS: "32", "NCCL_NVLS_ENABLE": "0"}
+    assert of(hopper, *halves)[own_gpu.CONNECTIONS] == "1" == of(hopper, "parallel.cp=2")[own_gpu.CONNECTIONS]
+    assert of(blackwell, *halves)[own_gpu.CONNECTIONS] == "32" == of(hopper, *halves, *passes)[
+        own_gpu.CONNECTIONS]
+    assert of(hopper, *passes)["NVTE_BWD_LAYERNORM_SM_MARGIN"] == "16"
+    assert of(hopper, *passes, "parallel.expert_dispatcher=deepep")["NVTE_FWD_LAYERNORM_SM_MARGIN"] == "20"
+    assert of(hopper, "gpu.nccl_user_buffers=on")["NCCL_NVLS_ENABLE"] == "1"
+
+    monkeypatch.setattr(own_gpu, "visible_gpus", lambda: [SimpleNamespace(name=hopper)])
+    for name in of(hopper, *passes):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    config = apply_settings(recipes.get("tiny-solar-open"), [*passes])
+    own_gpu.set_variables(config)
+    assert (os.environ["NCCL_NVLS_ENABLE"], os.environ["TORCH_NCCL_HIGH_PRIORITY"]) == ("1", "1")
+    monkeypatch.setenv(own_gpu.CONNECTIONS, "1")
+    with pytest.raises(UserError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1, with which messages wait .*; unset"):
+        own_gpu.set_variables(config)
+
+
+def test_a_process_stays_beside_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: taken.append(sorted(cpus)), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    gpu = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x1b, pci_device_id=0)
+    own_gpu.stay_beside(gpu, tmp_path)
+    folder = tmp_path / "0000:1b:00.0"
+    folder.mkdir()
+    for text in ("2-5,8\n", "6-7\n", "nothing\n"):
+        (folder / "local_cpulist").write_text(text)
+        own_gpu.stay_beside(gpu, tmp_path)
+    assert taken == [[2, 3]], "of a GPU that the kernel does not know, or with none of ours, nothing changes"

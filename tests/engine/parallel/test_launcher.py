@@ -1,0 +1,245 @@
+"""Local ranks live and die together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.plugins.loading import load
+from megatron_sov.engine.parallel import launcher
+from megatron_sov.engine.parallel.launcher import plan_file, read_plan
+from megatron_sov.train.data.token_shards import ShardChain, numbers, open_sources
+from megatron_sov.train.stopping import stoppable
+
+# What is written for ranks that are new processes, and read there.
+
+def passed_on(value: Any) -> Any:
+    """Return what a new process would find in the place of a value."""
+    with plan_file(lambda: value, 1) as plan:
+        return read_plan(os.dup(plan))()
+
+
+def test_shards_are_opened_again_and_a_bare_map_of_a_file_is_not_copied(packed_data: Any) -> None:
+    shard = open_sources({str(packed_data.text): 1.0}, 368)[0].shard("train")
+    again = passed_on(shard)
+    assert isinstance(again, ShardChain) and again is not shard
+    assert again.tokens(3, 0, 9).tolist() == shard.tokens(3, 0, 9).tolist()
+    assert passed_on(np.arange(3)).tolist() == [0, 1, 2]
+    (index,) = {file for file in Path(packed_data.text).rglob("*.bin") if "even" in str(file)
+                and "train" in str(file)}
+    with pytest.raises(TypeError, match="map of a file"):
+        passed_on(numbers(index, np.dtype(np.uint8), index.stat().st_size)[3:9])
+
+
+def test_code_that_a_person_named_is_run_again_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("class Own:\n    number = 7\n")
+    value = load(f"{file}:Own").value()
+    assert passed_on(value).number == 7
+    with plan_file(lambda: value, 1) as plan:
+        file.write_text("class Own:\n    number = 8\n")
+        with pytest.raises(UserError, match=r"own\.py: has changed"):
+            read_plan(os.dup(plan))
+
+
+def test_a_rank_is_asked_itself_to_stop() -> None:
+    with stoppable() as flag:
+        again = passed_on(flag)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert (again.reason, flag.reason) == ("SIGUSR1", None)
+
+
+PROGRAM = """
+import json, os, signal, sys, time
+from pathlib import Path
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.parallel import launcher
+
+folder, case = Path(sys.argv[1]), sys.argv[2]
+
+def rank():
+    number = os.environ["RANK"]
+    if case in ("forward", "orphan"):
+        got = []
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(s, lambda n, frame: got.append(signal.Signals(n).name))
+    (folder / f"pid-{number}.part").write_text(str(os.getpid()))
+    (folder / f"pid-{number}.part").rename(folder / f"pid-{number}")
+    if case == "forward":
+        while len(got) < 3:
+            time.sleep(0.01)
+        (folder / f"got-{number}").write_text(" ".join(sorted(got)))
+        return 0
+    if number == "1" and case == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == "1" and case == "code":
+        return 75
+    if case == "mistake":
+        raise UserError("seq_len = 0: must be positive")
+    while case in ("dies", "orphan"):
+        time.sleep(0.05)
+    return 0
+
+def fails():
+    if os.environ["RANK"] == "1":
+        done = len(list(folder.glob(f"{case}-*")))
+        (folder / f"{case}-{done}").touch()
+        return 0 if done >= int(case) else 7
+    return 0
+
+if case != "ends":
+    sys.exit(launcher.launch(rank, 2))
+codes = {}
+threads = []  # of the launcher, at each fork
+os.register_at_fork(before=lambda: threads.append(len(os.listdir("/proc/self/task"))))
+for case in ("mistake", "code", "dies"):
+    codes[case] = launcher.launch(rank, 2)
+for case in ("3", "9"):
+    noted = []
+    restarts = launcher.Restarts(2, (folder / f"{case}-1").exists,
+                              lambda code, cause: noted.append([code, cause]),
+                              lambda code, cause: noted.append([code, f"{cause}, for good"]))
+    codes[case] = [launcher.launch(fails, 2, restarts=restarts), noted]
+(folder / "codes.json").write_text(json.dumps(codes))
+(folder / "threads.json").write_text(json.dumps(threads))
+"""
+
+
+def start(folder: Path, case: str) -> subprocess.Popen:
+    folder.mkdir()
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # of the libraries: threads are counted
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder), case],
+                            stderr=subprocess.PIPE, text=True, env=one_thread)
+
+
+def pids(folder: Path) -> list[int]:
+    """Wait until both ranks run."""
+    deadline = time.monotonic() + 600
+    while not all((folder / f"pid-{r}").exists() for r in range(2)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return [int((folder / f"pid-{r}").read_text()) for r in range(2)]
+
+
+@pytest.mark.distributed
+def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path,
+                                                              ends: Callable[[int], bool]) -> None:
+    started = {case: start(tmp_path / case, case) for case in ("ends", "forward", "orphan")}
+    pids(tmp_path / "forward")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        started["forward"].send_signal(number)
+    ranks_of_killed = pids(tmp_path / "orphan")
+    started["orphan"].kill()
+    assert all(ends(pid) for pid in ranks_of_killed)
+    said = started["ends"].communicate(timeout=600)[1]
+    assert started["forward"].wait(timeout=600) == 0
+    assert {(tmp_path / "forward" / f"got-{r}").read_text() for r in range(2)} == {"SIGINT SIGTERM SIGUSR1"}
+    # progress is made once, in the second round, and two restarts are allowed without:
+    # the fourth round is the last
+    again, for_good = [[7, "rank 1 ended with exit code 7"]] * 3, [7,
+                                                                   "rank 1 ended with exit code 7, for good"]
+    assert json.loads((tmp_path / "ends" / "codes.json").read_text()) == {
+        "mistake": 2, "code": 75, "dies": 128 + signal.SIGKILL, "3": [0, again], "9": [7, [*again, for_good]]}
+    assert len(list((tmp_path / "ends").glob("9-*"))) == 4
+    # a thread that holds a lock while another rank is forked leaves that rank waiting for it
+    assert json.loads((tmp_path / "ends" / "threads.json").read_text()) == [1] * 2 * (3 + 4 + 4)
+    assert all(ends(pid) for pid in pids(tmp_path / "ends"))  # the other rank did not go on alone
+    assert said.count("error: seq_len = 0: must be positive") == 1
+    assert "Traceback" not in said
+    assert "error: rank 1 was ended by SIGKILL" in said
+
+
+@pytest.mark.parametrize(("said", "count", "threads"), [
+    (None, 2, 4), (None, 16, 1), ("", 2, 4), ("0", 2, 4), ("many", 2, 4), ("9" * 5000, 2, 4),
+    ("3", 2, 3), (" 5 ,2", 2, 5)])
+def test_ranks_share_the_cores_unless_the_environment_names_their_threads(
+        monkeypatch: pytest.MonkeyPatch, said: str | None, count: int, threads: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert launcher._threads(count) == threads
+
+
+ON_GPU = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from megatron_sov.engine.parallel import launcher
+
+folder, case = Path(sys.argv[1]), sys.argv[2]
+asked = poisoned = False
+
+def available():
+    global asked
+    asked = True
+    return True
+
+def after():
+    global poisoned
+    poisoned = asked
+
+torch.cuda.is_available = available
+os.register_at_fork(after_in_child=after)
+
+def rank():
+    number, done = os.environ["RANK"], len(list(folder.glob("round-*")))
+    if poisoned:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+    (folder / f"round-{done}").write_text(f"{number} {os.environ['WORLD_SIZE']}")
+    if case == "again":
+        if done == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 75
+    got = []
+    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(s, lambda n, frame: got.append(signal.Signals(n).name))
+    (folder / f"pid-{number}.part").write_text(str(os.getpid()))
+    (folder / f"pid-{number}.part").rename(folder / f"pid-{number}")
+    while True:
+        time.sleep(0.01)
+        if len(got) == 3:
+            (folder / f"got-{number}").write_text(" ".join(sorted(got)))
+
+noted = []
+restarts = launcher.Restarts(2, lambda: 0, lambda code, cause: noted.append(cause), None)
+code = launcher.launch(rank, 1 if case == "again" else 2, restarts=restarts)
+(folder / "end").write_text(f"{code} {noted}")
+"""
+
+
+@pytest.mark.distributed
+def test_on_gpus_ranks_are_new_processes_that_end_as_forked_ones_do(tmp_path: Path,
+                                                                   ends: Callable[[int], bool]) -> None:
+    """A double of CUDA that works in no fork of a process which has asked for it."""
+    started = {}
+    for case in ("again", "signals"):
+        (tmp_path / case).mkdir()
+        started[case] = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", ON_GPU, str(tmp_path / case), case],
+            stderr=subprocess.PIPE, text=True)
+    ranks_of_killed = pids(tmp_path / "signals")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        started["signals"].send_signal(number)
+    for rank in range(2):
+        deadline = time.monotonic() + 600
+        while not (tmp_path / "signals" / f"got-{rank}").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    started["signals"].kill()
+    started["signals"].communicate()
+    assert all(ends(pid) for pid in ranks_of_killed)
+    said = started["again"].communicate(timeout=600)[1]
+    assert (tmp_path / "again/end").read_text() == "75 ['rank 0 was ended by SIGKILL']", said
+    assert [(tmp_path / f"again/round-{i}").read_text() for i in range(2)] == ["0 1", "0 1"]

@@ -1,0 +1,86 @@
+"""Numbers by name: nothing is lost or mixed up on the way through a flat tensor,
+and sums are those of the tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.engine.parallel.values import pack, sum_dict, unpack
+
+
+def test_what_is_packed_comes_back_by_name() -> None:
+    values = {"loss": torch.tensor(2.5, dtype=torch.float64),
+              "by source": torch.arange(6, dtype=torch.float64).view(3, 2),
+              "none": torch.zeros(0, 2, dtype=torch.float64)}
+    flat = pack(values)
+    assert flat.tolist() == [2.5, 0, 1, 2, 3, 4, 5]
+    found = unpack(flat, {name: tuple(value.shape) for name, value in values.items()})
+    assert list(found) == list(values) and all(torch.equal(found[name], values[name]) for name in values)
+
+
+def test_whole_numbers_stay_whole() -> None:
+    large = torch.tensor([2**62 + 1])
+    assert int(unpack(pack({"a": torch.tensor(3), "b": large}), {"a": (), "b": (1,)})["b"]) == 2**62 + 1
+
+
+def test_another_number_of_elements_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"3 numbers are not \{'a': \(\), 'b': \(1,\)\}"):
+        unpack(torch.zeros(3), {"a": (), "b": (1,)})
+
+
+def test_sums_are_found_under_their_names_and_travel_together() -> None:
+    messages: list[torch.Tensor] = []
+
+    def two_processes(values: torch.Tensor) -> torch.Tensor:
+        messages.append(values)
+        return 2 * values
+
+    found = sum_dict({"stopped": 1.0, "written": 0.5}, two_processes)
+    assert (found == {"stopped": 2.0, "written": 1.0} and len(messages) == 1
+            and messages[0].dtype == torch.float64)
+
+
+def sums() -> list[Any]:
+    """Runs inside ranks: what each says, by name."""
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.engine.parallel.collectives import all_reduce_world
+    from megatron_sov.model.config import ParallelConfig
+
+    place = world.join(ParallelConfig())
+    found = sum_dict({"rank": float(place.rank), "one": 1.0, "third": 1 / 3}, all_reduce_world)
+    world.leave()
+    return [found[name] for name in ("one", "rank", "third")]
+
+
+@pytest.mark.distributed
+def test_every_process_gets_the_same(ranks: Any, job: Any) -> None:
+    (found,) = ranks(job(__file__, "sums", 2))
+    assert found == [[2.0, 1.0, 2 / 3]] * 2
+
+
+# Plain values between processes: everybody's by rank, and rank 0's for all.
+
+
+def exchanged() -> list[Any]:
+    """Runs inside ranks: what this process gets of all, of its own group, and of rank 0."""
+    import torch.distributed as dist
+
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.engine.parallel.values import broadcast_object, gather_objects
+    from megatron_sov.model.config import ParallelConfig
+
+    place = world.join(ParallelConfig())
+    alone = [dist.new_group([rank]) for rank in range(place.size)][place.rank]
+    found = [gather_objects({"rank": place.rank}), gather_objects(place.rank, alone),
+             broadcast_object(f"of {place.rank}")]
+    world.leave()
+    return found
+
+
+@pytest.mark.distributed
+def test_values_come_by_rank_from_the_processes_that_are_meant(ranks: Any, job: Any) -> None:
+    (found,) = ranks(job(__file__, "exchanged", 2))
+    assert found == [[[{"rank": 0}, {"rank": 1}], [rank], "of 0"] for rank in range(2)]
