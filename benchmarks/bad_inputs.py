@@ -21,6 +21,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -399,7 +400,13 @@ def type_all() -> list[BadLine]:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         write_files()
-        found = [type_line(program, line) for program, line in lines]
+        found = []
+        for program, line in lines:
+            found.append(type_line(program, line))
+            # unfinished work of one line would be what the next one is told of
+            for left in (Path("x"), Path(".x.work")):
+                shutil.rmtree(left, ignore_errors=True)
+                left.unlink(missing_ok=True)
         os.chdir("/")
     return found
 
@@ -408,7 +415,7 @@ def of_tree(tree: Path) -> list[BadLine]:
     """Return what the programs of another tree make of the lines."""
     done = subprocess.run([sys.executable, str(Path(__file__).resolve()), "--rows"], check=True, cwd=tree,
                           capture_output=True, env={**os.environ, "PYTHONPATH": str(tree.resolve())})
-    return [BadLine(**row) for row in json.loads(done.stdout.decode().rpartition("\n")[2])]
+    return [BadLine(**row) for row in json.loads(done.stdout.decode().strip().rpartition("\n")[2])]
 
 
 def print_worst(before: list[BadLine], now: list[BadLine]) -> None:
@@ -420,7 +427,7 @@ def print_worst(before: list[BadLine], now: list[BadLine]) -> None:
     for old, new in ranked[:WORST]:
         print(f"  {old.command}")
         for name, one in (("before", old), ("now", new)):
-            said = " ".join(one.said.split())
+            said = " ".join(one.said.split()).replace(f"{Path(__file__).parents[1]}/", "")
             print(f"    {name}, exit {one.exit_code}{', traceback' if one.is_traceback else ''}, {len(said)} "
                   f"characters: {said if len(said) <= MOST_CHARS else f'{said[:MOST_CHARS]} ...'}")
 

@@ -19,13 +19,14 @@ from megatron_sov.plan.pages.quote import QuoteTable, text
 from megatron_sov.plan.pages.telling import name
 from megatron_sov.plan.pricing import machines, pricing, run_stages
 from megatron_sov.plan.search.recommended import settings_for
+from megatron_sov.plan.search.space import own_choice
 from megatron_sov.plan.search.sweep import search
 from megatron_sov.plan.speed.step import StepTime, step_time
 from megatron_sov.plan.tables.predicted import workload_of
 from megatron_sov.work.clusters.units import GIB
 
 OVERLAP = "parallel.expert_overlap=micro_batches"
-SPEEDUPS = (
+SPEEDUPS: tuple[tuple[str, list[str]], ...] = (
     ("8 bits", ["train.fp8={fp8}"]),
     ("bf16 gradients", ["gpu.grad_dtype=bf16"]),
     ("experts' messages hidden", [OVERLAP]),
@@ -58,21 +59,29 @@ def run(recipe: str, cluster: str, nodes: int, fp8: str) -> None:
     of = pricing(where)
     assert of is not None
     base = recipes.get(recipe)
-    recommended = apply_settings(base, list(settings_for(base, where.num_ranks, where.profile.gpu)))
-    stage = run_stages(recommended, of.num_ranks, micro_batch_set=True)[0]
-    rows = [row("as recommended", "as --sweep without it", of.needs(stage), of.step(stage))]
+    layout = list(settings_for(base, where.num_ranks, where.profile.gpu))
+
+    def as_recommended(what: str, settings: list[str]) -> list[str]:
+        config = apply_settings(base, [*layout, *settings])
+        if config.problems(of.num_ranks):
+            return [what, f"{name(own_choice(config))}: breaks a rule", *[""] * 7]
+        stage = run_stages(config, of.num_ranks, micro_batch_set=True)[0]
+        return row(what, name(own_choice(stage.config)), of.needs(stage), of.step(stage))
+
+    rows = [as_recommended("recommended, bf16", [])]
     settings: list[str] = []
     for what, added in (("bf16, fastest layout", []), *SPEEDUPS):
         settings += [setting.format(fp8=fp8) for setting in added]
-        fixed = ["parallel.ep"] if what.endswith("in a node") else []
+        fixed = ["parallel.expert_overlap", *(["parallel.ep"] if what.endswith("in a node") else [])]
         found = search(apply_settings(base, settings), of, fixed)
+        said = f"+ {what}" if settings else what
         if not found.best:
-            rows.append([f"+ {what}", "fits nowhere", *[""] * 7])
+            rows.append([said, "fits nowhere", *[""] * 7])
             continue
         best = found.best[0]
         stage = found.sweeps[0].stage.with_config(best.choice.of(found.sweeps[0].stage.config))
-        rows.append(row(f"+ {what}" if settings else what, name(best.choice), best.needs_bytes,
-                        of.step(stage)))
+        rows.append(row(said, name(best.choice), best.needs_bytes, of.step(stage)))
+    rows.append(as_recommended("recommended, with all of these", settings))
     print(text(QuoteTable(
         f"{recipe} on {nodes} x {where.profile.gpus_per_node} {of.chip.name}, phase 1, routers as they are",
         ["setting", "layout", "GiB", "step", "tokens/s/GPU", "TFLOP/s", "MFU", "exchange", "bubble"], rows)),

@@ -15,7 +15,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
-from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN
+from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, refuse_missing, refuse_no_run
 from megatron_sov.runs.launch_environment import is_first, num_ranks, typed_command
 from megatron_sov.runs.lock import LOCK, living_holder
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
@@ -229,9 +229,11 @@ def read_command(run: Path) -> TypedCommand:
     """
     files = [file for file in (run / COMMAND, *sorted(run.glob(f"{STAGES}/*/{COMMAND}"))) if file.is_file()]
     if not files:
-        what = "holds no run" if not (run / CONFIG).is_file() else \
-            f"has no {COMMAND}: no command line of this version began it"
-        raise UserError(f"{run}: {what}; type the whole command again with --resume")
+        if not (run / CONFIG).is_file():
+            refuse_missing(run)
+            refuse_no_run(run)
+        raise UserError(f"{run}: has no {COMMAND}: no command line of this version began it; type the whole "
+                        "command again with --resume")
     try:
         raw = json.loads(files[-1].read_text(encoding="utf-8"))
         return TypedCommand(tuple(map(str, raw["words"])), Path(raw["folder"]), int(raw["processes"]))

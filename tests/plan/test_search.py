@@ -334,7 +334,8 @@ def test_where_there_is_nothing_to_gain_stages_stay_equal() -> None:
 
 SMALL = LayoutSpace(tp=(1, 2), pp=(1, 2, 3), vpp=(1, 2), cp=(1, 2), ep=(8, 16), etp=(1, 2),
                     zero1=(False, True),
-                    micro_batch_size=(1, 3), recompute=((False, ()), (True, ()), ("selective", ("moe",))))
+                    micro_batch_size=(1, 3), recompute=((False, ()), (True, ()), ("selective", ("moe",))),
+                    expert_overlap=("none", "micro_batches"))
 
 
 def prices_of_sweep(cluster: str, nodes: int) -> Pricing:
@@ -347,13 +348,13 @@ def tried(stage: RunStage, of: Pricing) -> dict[Any, tuple[float, float]]:
     """Return layout -> seconds of a step and bytes, for every combination of `SMALL` that training takes and
     that fits; written apart from the search."""
     found = {}
-    for tp, pp, vpp, cp, ep, etp, zero1, size, (recompute, modules) in itertools.product(
+    for tp, pp, vpp, cp, ep, etp, zero1, size, (recompute, modules), overlap in itertools.product(
             *(getattr(SMALL, field.name) for field in dataclasses.fields(SMALL) if field.name != "uneven")):
         if (pp == 1 and vpp > 1) or etp not in (1, tp):
             continue
         own = stage.config.parallel
         parallel = dataclasses.replace(own, tp=tp, sp=tp > 1, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp,
-                                       zero1=zero1, overlap_param_gather=zero1)
+                                       zero1=zero1, overlap_param_gather=zero1, expert_overlap=overlap)
         gpu = dataclasses.replace(stage.config.gpu, recompute_modules=modules)
         config = dataclasses.replace(
             stage.config, parallel=parallel, gpu=gpu,

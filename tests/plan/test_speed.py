@@ -107,6 +107,18 @@ def test_messages_beside_products_are_no_slower() -> None:
             < step_time(workload(tp=8, sp=True), few).total_s)
 
 
+def test_messages_of_experts_hide_behind_computation_and_no_longer_than_it_lasts() -> None:
+    inside, across = ((step_time(experts(ep=ep)), step_time(experts(ep=ep, overlap_ep=True)))
+                      for ep in (8, 64))
+    assert inside[1].ep_s == pytest.approx(default().ep_exposed_overlapped * inside[0].ep_s)
+    plain, beside = across
+    computed_s = plain.dense_s + plain.experts_s + plain.attention_s + plain.head_s + plain.memory_s
+    assert plain.ep_s > 1.5 * computed_s
+    assert beside.ep_s == pytest.approx(plain.ep_s - computed_s)
+    config = apply_settings(recipes.get("solar-open-102b"), ["parallel.expert_overlap=micro_batches"])
+    assert of_run(config, PhaseConfig("one"), 480, H100, default_links(H100)).overlap_ep
+
+
 def test_a_bubble_is_that_of_the_formula() -> None:
     """(pp - 1) / (micro-batches x vpp) of the time without it, arXiv 2104.04473, section 2.2."""
     time = step_time(workload(pp=4, vpp=2, global_batch_size=64))

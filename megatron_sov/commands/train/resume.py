@@ -29,9 +29,10 @@ from megatron_sov.train.stages.stage_config import StageOptions
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("run", metavar="RUN", type=Path, help="Folder of the run")
-    parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER,
-                        help="Options of the command that began it, where something is to change: "
-                             "--nproc 4, --set train.steps=400, --dry-run")
+    more = parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER,
+                               help="Options of the command that began it, where something is to change: "
+                                    "--nproc 4, --set train.steps=400, --dry-run")
+    more.required = False  # where RUN is missing, argparse would name both
 
 
 def run(typed: argparse.Namespace) -> int:

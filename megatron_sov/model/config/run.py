@@ -267,6 +267,16 @@ _WEIGHTS = ("checkpoints, exports and the replica checks read and write weights 
             "all the same")
 
 NOT_OFFERED = {
+    "num_distributed_optimizer_instances": (
+        "checkpoints take each range that ZeRO-1 divides to be updated by one process, and copies of it "
+        "would be written several times; leave it out"),
+    "overlap_param_gather_with_optimizer_step": (
+        "it makes an optimizer for each run of layers, which settings of groups here do not expect; leave it "
+        "out: parallel.overlap_param_gather hides the same messages"),
+    "fp8_dot_product_attention": (
+        "Transformer Engine 2.20 trains no packed rows by it in mxfp8, blockwise or nvfp4; leave it out"),
+    **dict.fromkeys(("cross_entropy_loss_fusion", "cross_entropy_fusion_impl"),
+                    "losses come from this framework's own head, in chunks of rows; leave it out"),
     "cuda_graphs": _GRAPHS, "cuda_graph_impl": _GRAPHS, "cuda_graph_scope": _GRAPHS,
     "enable_cuda_graph": _GRAPHS, "external_cuda_graph": _GRAPHS,
     "fp8_weights": _WEIGHTS, "fp8_param": _WEIGHTS, "fp8_param_gather": _WEIGHTS,

@@ -243,6 +243,8 @@ def name(choice: LayoutChoice) -> str:
         parts.append(f"{sum(p.pipeline_layout[p.pp - 1::p.pp])} layers on the last stage")
     if not p.zero1:
         parts.append("no ZeRO-1")
+    if p.expert_overlap == "micro_batches":
+        parts.append("experts' messages hidden")
     parts.append(f"micro-batch {choice.micro_batch_size}")
     return ", ".join([*(parts if len(parts) > 1 else ["data parallel alone", *parts]), recomputes(choice)])
 

@@ -17,6 +17,7 @@ from megatron_sov.work.clusters.units import GIB
 # are some that recompute every layer, which fit where those do not.  None has been timed.  Which one serves
 # depends on the number of processes: a global batch has to divide among the data-parallel ones (13,440
 # samples do over 480 processes and, where 4 compute a row together, over 512; over 1,024 they need 8).
+# Those that hide messages of experts were looked for on B200 alone (`benchmarks/plan_speedups.py`).
 
 Layout = tuple[str, ...]
 """Settings as --set takes them: of `parallel`, and of the micro-batch and what is recomputed."""
@@ -32,7 +33,10 @@ _EIGHT_STAGES: Layout = ("parallel.pp=8", "parallel.pipeline_layout=[6, 6, 6, 6,
 _EIGHT_PREDICTING: Layout = ("parallel.pp=8", "parallel.pipeline_layout=[6, 6, 6, 6, 6, 7, 7, 4]")
 _SIXTEEN_RUNS = "parallel.pipeline_layout=[3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4, 4, 1]"
 """Of models whose last stage has prediction layers."""
+_TWELVE_RUNS = "parallel.pipeline_layout=[4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 5, 3]"
 _TWO_ROWS: Layout = ("train.micro_batch_size=2",)
+_PASSES: Layout = ("parallel.expert_overlap=micro_batches",)
+"""Tokens travel to experts behind another micro-batch; the next layout is without."""
 
 _ZERO1: Layout = ("parallel.zero1=true",)
 _SMALL: dict[str, tuple[Layout, ...]] = dict.fromkeys(("h100", "h200", "b200"),
@@ -46,7 +50,8 @@ RECOMMENDED: dict[str, dict[str, tuple[Layout, ...]]] = {
     "solar-open-102b": {
         "h100": ((*_HALVES, *_FOUR_STAGES, *_TWO_ROWS, *_SELECTIVE), *_SOLAR),
         "h200": ((*_FOUR_STAGES, *_SELECTIVE), *_SOLAR),
-        "b200": (("parallel.pp=2", "parallel.pipeline_layout=[25, 23]", *_TWO_ROWS, *_SELECTIVE),
+        "b200": (("parallel.pp=3", "parallel.vpp=4", _TWELVE_RUNS, *_TWO_ROWS, *_SELECTIVE, *_PASSES),
+                 ("parallel.pp=2", "parallel.pipeline_layout=[25, 23]", *_TWO_ROWS, *_SELECTIVE),
                  (*_EIGHT_STAGES, *_TWO_ROWS, *_SELECTIVE), *_SOLAR)},
     "solar-open-102b-mid": {
         "h100": ((*_HALVES, *_FOUR_STAGES, "parallel.cp=4", *_SELECTIVE), *_SOLAR_MID[2:]),
@@ -64,7 +69,8 @@ RECOMMENDED: dict[str, dict[str, tuple[Layout, ...]]] = {
         "h200": ((*_HALVES, "parallel.pp=4", "parallel.pipeline_layout=[13, 13, 13, 9]", *_NODE, *_SELECTIVE),
                  ("parallel.pp=4", *_NODE)),
         "b200": (("parallel.pp=4", "parallel.vpp=4", "parallel.cp=2", *_NODE,
-                  _SIXTEEN_RUNS, *_SELECTIVE),
+                  _SIXTEEN_RUNS, *_SELECTIVE, *_PASSES),
+                 ("parallel.pp=4", "parallel.vpp=4", "parallel.cp=2", *_NODE, _SIXTEEN_RUNS, *_SELECTIVE),
                  ("parallel.pp=2", *_NODE), ("parallel.pp=4", *_NODE))},
     "k-exaone-236b-extend": {
         "h100": (("parallel.tp=2", "parallel.pp=8", "parallel.vpp=2", _SIXTEEN_RUNS, *_NODE), ()),

@@ -102,6 +102,7 @@ class LayoutSpace:
     recompute: tuple[Recompute, ...]
     uneven: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
     """Pipelines of other than equal stages: pp, vpp, `parallel.pipeline_layout`."""
+    expert_overlap: tuple[Literal["none", "micro_batches", "weight_gradients"], ...] = ("none",)
 
     @property
     def variants(self) -> int:
@@ -142,7 +143,8 @@ def space_of(config: RunConfig, num_ranks: int, domain: int, fixed: Collection[s
     ZeRO-1 is on: it needs less memory and sends the same bytes; a run without it is looked at both ways.
 
     Args:
-        config: the run; dispatcher, overlaps, precision and the optimizer stay its own.
+        config: the run; dispatcher, precision and the optimizer stay its own, and so do overlaps but that of
+            experts' messages.
         num_ranks: processes.
         domain: GPUs that NVLink joins, which tensor parallelism stays inside.
         fixed: settings that stay as the run has them, e.g. parallel.tp.
@@ -162,9 +164,10 @@ def space_of(config: RunConfig, num_ranks: int, domain: int, fixed: Collection[s
         ep=_with([d for d in _divisors(model.num_experts) if d <= num_ranks], own.ep) if experts else (1,),
         etp=_with(tp, own.etp) if experts else (1,), zero1=(True,) if own.zero1 else (False, True),
         micro_batch_size=_with(MICRO_BATCH_SIZES, config.train.micro_batch_size),
-        recompute=_recompute(config))
+        recompute=_recompute(config),
+        expert_overlap=("none", "micro_batches") if own.expert_overlap == "none" else (own.expert_overlap,))
     choice = own_choice(config)
-    stays: dict[str, Any] = {name: (getattr(own, name),) for name in (*AXES[:6], "zero1")
+    stays: dict[str, Any] = {name: (getattr(own, name),) for name in (*AXES[:6], "zero1", "expert_overlap")
                              if f"parallel.{name}" in fixed}
     if "train.micro_batch_size" in fixed:
         stays["micro_batch_size"] = (choice.micro_batch_size,)
@@ -210,12 +213,16 @@ def layouts(config: RunConfig, space: LayoutSpace) -> Iterator[ParallelConfig]:
     Sequence parallelism goes with tensor parallelism: it sends the same bytes and needs less memory.
     """
     own = config.parallel
-    for (pp, vpp, stages), tp, cp, ep, etp, zero1 in itertools.product(
-            (*_equal(config, space), *space.uneven), space.tp, space.cp, space.ep, space.etp, space.zero1):
+    for (pp, vpp, stages), tp, cp, ep, etp, zero1, overlap in itertools.product(
+            (*_equal(config, space), *space.uneven), space.tp, space.cp, space.ep, space.etp, space.zero1,
+            space.expert_overlap):
         # Experts are whole, or cut as all else is; other sizes would multiply the space.
-        if etp in (1, tp, own.etp):
+        # Most layouts cannot hide messages, and are not looked at twice.
+        hides = overlap != "micro_batches" or (1 < ep < config.model.num_experts and (pp == 1 or vpp > 1))
+        if etp in (1, tp, own.etp) and (hides or overlap == own.expert_overlap):
             yield replace(own, tp=tp, sp=tp > 1, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, zero1=zero1,
-                          overlap_param_gather=own.overlap_param_gather and zero1, pipeline_layout=stages)
+                          overlap_param_gather=own.overlap_param_gather and zero1, pipeline_layout=stages,
+                          expert_overlap=overlap)
 
 
 def _equal(config: RunConfig, space: LayoutSpace) -> list[tuple[int, int, tuple[int, ...]]]:
@@ -237,7 +244,8 @@ def own_choice(config: RunConfig) -> LayoutChoice:
 def as_dict(choice: LayoutChoice) -> dict[str, Any]:
     """Return the settings that matter of a layout, as a `Quote` has them."""
     p = dataclasses.asdict(choice.parallel)
-    named = ("tp", "sp", "pp", "vpp", "cp", "ep", "etp", "zero1", "expert_dispatcher", "pipeline_layout")
+    named = ("tp", "sp", "pp", "vpp", "cp", "ep", "etp", "zero1", "expert_dispatcher", "expert_overlap",
+             "pipeline_layout")
     return ({name: list(p[name]) if name == "pipeline_layout" else p[name] for name in named}
             | {"micro_batch_size": choice.micro_batch_size, "recompute": choice.recompute[0],
                "recompute_modules": list(choice.recompute[1])})

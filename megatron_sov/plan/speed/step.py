@@ -232,6 +232,10 @@ def step_time(w: Workload, parameters: Parameters | None = None, known: Known | 
     # The slowest stage sets the pace of the pipeline, and so its own messages count, not the mean's.
     stage, mean, crowded = _stage(w, _parts(clock, known), sum(average[group] for group in OF_LAYERS))
     exposed = {group: spent * (crowded if group in OF_LAYERS else 1) for group, spent in average.items()}
+    if w.overlap_ep:
+        # behind the computation of one micro-batch is no room for longer messages of another one
+        whole_s = _exposed(replace(w, overlap_ep=False), p, sent.get("ep")) / m * crowded
+        exposed["ep"] = max(exposed["ep"], whole_s - stage.total)
     device = stage.total + sum(exposed.values())
     host, stall = _launch(clock)
     # The host runs ahead: it costs only what the device does not cover, or stalls that nothing covers.

@@ -1,0 +1,209 @@
+"""Kernels in Triton that models of ours reach on a GPU, compiled without one for Hopper and Blackwell, at the
+sizes of the recommended layouts: registers, spills and shared memory.
+
+Usage: python benchmarks/gpu/compile_kernels.py > benchmarks/results/ptx.txt
+
+The libraries' own wrappers are called with tensors that have sizes and no memory; a launch compiles and goes
+no further.  Of an autotuned kernel all configurations are compiled and the one with most spills, then
+registers, is shown.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import triton_interpreter as kernels
+
+TARGETS = {90: "Hopper", 100: "Blackwell"}
+TOKENS, EXPERTS, TOP, LOCAL, HIDDEN, VOCAB = 8192, 128, 8, 16, 4096, 196608
+"""Of a micro-batch of solar-open-102b, with 16 of its experts on each rank."""
+LATENT = (128, 128, 64, 128)
+"""Heads, and widths of a latent key without and with rotation, and of a value: DeepSeek-V3's."""
+
+
+@dataclass
+class Compiled:
+    """Launches of one kernel."""
+
+    configs: int = 0
+    worst: tuple[int, int] = (-1, -1)
+    """Bytes of spills, registers."""
+    shared_bytes: int = 0
+    warps: int = 0
+    problems: set[str] = field(default_factory=set)
+
+
+class Driver:
+    """Stands for the driver of a GPU, as far as Triton asks it before a launch."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def assembled(ptx: str, capability: int) -> tuple[int, int]:
+    """Return the bytes of spills and the registers of a kernel."""
+    folder = kernels.triton_folder()
+    home = folder / "triton" if folder else Path(import_module("triton").__file__ or "").parent
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        done = subprocess.run([home / "backends/nvidia/bin/ptxas-blackwell", "-v", f"-arch=sm_{capability}a",
+                               file.name, "-o", "/dev/null"], capture_output=True, text=True, check=True)
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
+    return spills, int(re.findall(r"Used (\d+) registers", done.stderr)[0])
+
+
+def compile_in_place_of_launches(capability: int) -> dict[str, Compiled]:
+    """Have every launch from now on compile its kernel; returns where it notes what came of it."""
+    from triton.runtime import driver
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import JITFunction
+
+    found: dict[str, Compiled] = {}
+    driver.set_active(Driver(capability))
+    run = JITFunction.__dict__["run"]
+
+    def compiled(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        entry = found.setdefault(self.__name__, Compiled())
+        entry.configs += 1
+        try:
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+            numbers = assembled(kernel.asm["ptx"], capability)
+        except Exception as e:  # which kernels compile is what is to be found out
+            entry.problems.add(f"{type(e).__name__}: {str(e).strip().splitlines()[-1][:150]}")
+            return
+        if numbers >= entry.worst:
+            entry.worst, entry.warps = numbers, kernel.metadata.num_warps
+            entry.shared_bytes = kernel.metadata.shared
+
+    def each_config(self: Any, *args: Any, **kwargs: Any) -> None:
+        for config in self.configs:
+            self.fn.run(*args, **kwargs, **config.all_kwargs())
+
+    JITFunction.run, Autotuner.run = compiled, each_config
+    return found
+
+
+def launch_transformer_engine() -> None:
+    """Call the wrappers of Transformer Engine."""
+    import torch
+
+    kernels.stub_transformer_engine()
+    home = "transformer_engine.pytorch.triton"
+    permutation, entropy, pad, grouped = (import_module(f"{home}.{name}") for name in (
+        "permutation", "cross_entropy", "pad", "grouped_dbias_dscales"))
+    x = torch.empty(TOKENS, HIDDEN, dtype=torch.bfloat16)
+    routing = torch.empty(TOKENS, EXPERTS, dtype=torch.int32)
+    probs = torch.empty(TOKENS, EXPERTS)
+    rows = permutation.make_row_id_map(routing, TOKENS, EXPERTS)
+    out = TOKENS * TOP
+    permuted, _, weights = permutation.permute_with_mask_map(
+        x, rows, probs, None, None, TOKENS, EXPERTS, out, HIDDEN, 0)
+    permutation.unpermute_with_mask_map(permuted, rows, None, weights, None, TOKENS, EXPERTS, HIDDEN)
+    permutation.unpermute_with_mask_map_bwd_with_merging_probs(
+        x, rows, permuted, probs, None, TOKENS, EXPERTS, out, HIDDEN)
+    chunks = torch.empty(EXPERTS, dtype=torch.int64)
+    order = permutation.make_chunk_sort_map(chunks, chunks, out, EXPERTS)
+    permutation.sort_chunks_by_map(permuted, order, weights, out, HIDDEN, True)
+    logits = torch.empty(1, 2048, VOCAB, dtype=torch.bfloat16)
+    target = torch.empty(1, 2048, dtype=torch.int64)
+    loss, saved, stats, kept, count, rank, size = entropy.cross_entropy_forward(
+        logits, target, 0.0, False, None, -100, False)
+    entropy.cross_entropy_backward(saved, stats, kept, count, loss, 0.0, False, rank, size, -100)
+    pad.pad_columnwise_scale_inv(torch.empty(HIDDEN // 32 + 1, HIDDEN + 1, dtype=torch.uint8))
+    grouped.compute_grouped_dbias_dscales(permuted, weights, torch.empty(LOCAL, HIDDEN, dtype=torch.bfloat16),
+                                          torch.empty(LOCAL + 1, dtype=torch.int64))
+
+
+def launch_megatron() -> None:
+    """Call the fusions of megatron-core, forward and backward."""
+    import torch
+
+    converter, padding, rope = map(import_module, kernels.MEGATRON)
+    probs = torch.empty(TOKENS, TOP, requires_grad=True)
+    chosen = torch.empty(TOKENS, TOP, dtype=torch.int64)
+    _, weights = converter.fused_indices_to_multihot(chosen, probs, LOCAL)
+    weights.sum().backward()
+    padding.fused_pad_routing_map(torch.empty(TOKENS, EXPERTS, dtype=torch.bool), 32)
+    heads, plain, turned, value = LATENT
+    cos = torch.empty(TOKENS, 1, 1, turned)
+    bounds = torch.empty(9, dtype=torch.int32)
+    query = torch.empty(TOKENS, heads, plain + turned, dtype=torch.bfloat16, requires_grad=True)
+    found = rope.fused_apply_mla_rope_for_q(query * 1, cos, cos, plain, turned, bounds)
+    found.backward(torch.empty_like(found))
+    both = torch.empty(TOKENS, heads, plain + value, dtype=torch.bfloat16, requires_grad=True)
+    shared = torch.empty(TOKENS, 1, turned, dtype=torch.bfloat16, requires_grad=True)
+    keys, values = rope.fused_apply_mla_rope_for_kv(both, shared, cos, cos, turned, plain, value, bounds)
+    torch.autograd.backward([keys, values], [torch.empty_like(keys), torch.empty_like(values)])
+
+
+def rows_of(capability: int) -> Iterator[str]:
+    """Yield a line for each kernel."""
+    import torch
+
+    libraries = [(f"Transformer Engine {kernels.TE_VERSION}", launch_transformer_engine, None)]
+    libraries += [(f"megatron-core {version}", launch_megatron, home)
+                  for version, home in kernels.megatrons().items()]
+    found = compile_in_place_of_launches(capability)
+    for library, launch, home in libraries:
+        found.clear()
+        if home is not None:
+            kernels.stub_megatron(home)
+        with torch.device("meta"):
+            launch()
+        yield f"{library}, sm_{capability} ({TARGETS[capability]})"
+        for name, entry in sorted(found.items()):
+            spills, registers = entry.worst
+            yield (f"  {name.lstrip('_'):<45} " + (
+                f"configs {entry.configs:>2}  warps {entry.warps:>2}  registers {registers:>3}  "
+                f"spill bytes {spills:>4}  shared bytes {entry.shared_bytes:>6}" if registers >= 0
+                else "does not compile") + "".join(f"  {problem}" for problem in sorted(entry.problems)))
+
+
+def main() -> None:
+    """Print the table of one chip, which a process of its own compiles for."""
+    if len(sys.argv) == 1:
+        print("python benchmarks/gpu/compile_kernels.py, on a CPU: PTX by Triton, SASS by its wheel's ptxas; "
+              f"triton {kernels.TRITON}\n{TOKENS} tokens, {EXPERTS} experts of which {TOP} are chosen, "
+              f"hidden size {HIDDEN}, vocabulary {VOCAB}; nothing was launched\n", flush=True)
+        for capability in TARGETS:
+            subprocess.run([sys.executable, "-W", "ignore", __file__, str(capability)], check=True)
+        return
+    if folder := kernels.triton_folder():
+        sys.path.insert(0, str(folder))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(kernels.ROOT / "build/triton-cache"))
+    import torch
+
+    for name in ("empty", "zeros"):
+        setattr(torch, name, on_meta(getattr(torch, name)))
+    for line in rows_of(int(sys.argv[1])):
+        print(line, flush=True)
+
+
+def on_meta(make: Any) -> Any:
+    """Return a function that makes tensors without memory, for whatever device it is asked."""
+    return lambda *args, device=None, **kwargs: make(*args, device="meta", **kwargs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""Kernels in Triton of Transformer Engine and of both versions of megatron-core, run by Triton's interpreter
+on the CPU against the tests' double and formulas in torch.
+
+Usage: python benchmarks/gpu/triton_interpreter.py [--quick]      --quick: smaller, and one dtype
+
+Prints a line of JSON for each case: what it is, the largest error beside the largest value, and the limit.
+Wheels that are not installed are fetched into build/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import types
+import zipfile
+from collections.abc import Callable, Iterator
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from setting import ROOT
+
+sys.path.append(str(ROOT))
+from tests import newest
+from tests.te_double.contract import TE_VERSION
+
+TRITON = "3.9.0"
+MEGATRON = ("megatron.core.fusions.fused_indices_converter", "megatron.core.fusions.fused_pad_routing_map",
+            "megatron.core.fusions.fused_mla_yarn_rope_apply")
+"""Modules with kernels that models of ours may reach."""
+LIMITS = {"float32": 1e-6, "bfloat16": 8e-3}
+"""One rounding to bf16 is 4e-3 of a number, and a number may be half of the largest."""
+Case = tuple[str, float, float]
+
+
+def triton_folder() -> Path | None:
+    """Return a folder with Triton, without the parts for other chips; None: it is installed.
+
+    Raises:
+        OSError: pip cannot fetch it.
+    """
+    if find_spec("triton"):
+        return None
+    folder, name = ROOT / f"build/triton-{TRITON}", f"triton=={TRITON}"
+    if not folder.is_dir():
+        work = folder.with_suffix(".part")
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work,
+             "--disable-pip-version-check", "--only-binary=:all:", name],
+            capture_output=True, text=True, check=False)
+        wheel = next(work.glob("triton-*.whl"), None)
+        if wheel is None:
+            raise OSError(f"pip cannot fetch {name}: {done.stderr.strip()[-300:]}")
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.infolist():
+                if member.filename.endswith((".py", ".so", ".bc", "METADATA", ".h", ".c")) or "/ptxas" in (
+                        member.filename):
+                    Path(archive.extract(member, work)).chmod(0o755)
+        wheel.unlink()
+        work.rename(folder)
+    return folder
+
+
+def stub(name: str, folder: Path, **values: Any) -> None:
+    """Let a package be found without running its __init__, which asks for a GPU or for all of the library."""
+    module = types.ModuleType(name)
+    module.__path__ = [str(folder)]
+    vars(module).update(values)
+    sys.modules[name] = module
+
+
+def prepare() -> None:
+    """Have kernels run by the interpreter, on tensors of the CPU."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    if folder := triton_folder():
+        sys.path.insert(0, str(folder))
+    import torch
+    from triton.runtime import autotuner
+
+    for name in ("empty", "zeros"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    autotuner.Autotuner._bench = lambda self, *args, **kwargs: [0.0]  # whatever comes first is the quickest
+
+
+def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
+    def made(*args: Any, device: Any = None, **kwargs: Any) -> Any:
+        return make(*args, **kwargs)
+
+    return made
+
+
+def stub_transformer_engine() -> None:
+    """Let modules of Transformer Engine that hold Triton alone be imported from its wheel."""
+    home = newest.fetched("transformer-engine", TE_VERSION) / "transformer_engine"
+    for name in ("", ".common", ".common.triton", ".pytorch", ".pytorch.triton"):
+        stub(f"transformer_engine{name}", home / name.replace(".", "/").lstrip("/"))
+
+
+def stub_megatron(home: Path) -> None:
+    """Let modules of fusions be imported from a megatron-core, which folder holds."""
+    for name in [n for n in sys.modules if n.partition(".")[0] == "megatron"]:
+        del sys.modules[name]
+    for name in ("megatron", "megatron.core", "megatron.core.fusions"):
+        stub(name, home / name.replace(".", "/"))
+    stub("megatron.core.utils", home, null_decorator=lambda f=None, **_: f or (lambda g: g))
+    stub("megatron.core.jit", home, jit_fuser=lambda f: f)
+
+
+def megatrons() -> dict[str, Path]:
+    """Return the two versions of megatron-core: the installed one, and the newer one from its wheel."""
+    spec = find_spec("megatron")
+    assert spec and spec.submodule_search_locations
+    return {metadata.version("megatron-core"): Path(next(iter(spec.submodule_search_locations))).parent,
+            newest.lane(): newest.fetched("megatron-core", newest.lane())}
+
+
+def error(found: Any, expected: Any) -> float:
+    """Return the largest difference beside the largest value."""
+    found, expected = found.detach().double(), expected.detach().double()
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def permutations(quick: bool) -> Iterator[Case]:
+    """Yield permutation, its way back and chunks in another order, against the double."""
+    import torch
+
+    stub_transformer_engine()
+    kernels = import_module("transformer_engine.pytorch.triton.permutation")
+    double_home = ROOT / "tests/te_double/transformer_engine/pytorch"
+    for name in ("te_double", "te_double.pytorch"):
+        stub(name, double_home)
+    double = import_module("te_double.pytorch.permutation")
+    tokens, experts, top, hidden = (24, 4, 2, 64) if quick else (48, 8, 3, 96)
+    for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        name, limit = str(dtype).removeprefix("torch."), LIMITS[str(dtype).removeprefix("torch.")]
+        x = torch.randn(tokens, hidden, dtype=dtype)
+        chosen = torch.rand(tokens, experts).topk(top).indices
+        routing = torch.zeros(tokens, experts, dtype=torch.int32).scatter(1, chosen, 1)
+        probs = torch.rand(tokens, experts) * routing
+        rows = kernels.make_row_id_map(routing, tokens, experts)
+        permuted, _, weights = kernels.permute_with_mask_map(
+            x, rows, probs, None, None, tokens, experts, tokens * top, hidden, 0)
+        theirs, their_weights, their_rows = double.moe_permute_with_probs(x, probs, routing, tokens * top)
+        yield f"permute, {name}", error(permuted, theirs), 0.0
+        yield f"permute, weights, {name}", error(weights, their_weights), 0.0
+        for merging in (None, probs):
+            back, _ = kernels.unpermute_with_mask_map(permuted, rows, merging, None, None, tokens, experts,
+                                                      hidden)
+            expected = double.moe_unpermute(theirs, their_rows, merging, x.shape)
+            weighted = ", weighted" if merging is not None else ""
+            yield f"unpermute{weighted}, {name}", error(back, expected), limit
+        leaf, merging = theirs.float().requires_grad_(), probs.clone().requires_grad_()
+        gradient = torch.randn(tokens, hidden).to(dtype)
+        double.moe_unpermute(leaf, their_rows, merging, x.shape).backward(gradient.float())
+        found = kernels.unpermute_with_mask_map_bwd_with_merging_probs(
+            gradient, rows, permuted, probs, None, tokens, experts, tokens * top, hidden)
+        yield f"unpermute, weighted, gradient of rows, {name}", error(found[0], leaf.grad), limit
+        # the kernel leaves what no token chose unwritten or zero
+        yield (f"unpermute, weighted, gradient of weights, {name}",
+               error(found[1] * routing, merging.grad * routing), limit)
+        sizes = torch.tensor([5, 0, 9, tokens - 14])
+        order = torch.tensor([2, 0, 3, 1])
+        chunk_map = kernels.make_chunk_sort_map(sizes, order, tokens, 4)
+        found, weights = kernels.sort_chunks_by_map(x, chunk_map, probs[:, 0].contiguous(), tokens, hidden,
+                                                    True)
+        expected = double.moe_sort_chunks_by_index_with_probs(x, probs[:, 0], sizes, order)
+        yield f"sort chunks, {name}", error(found, expected[0]), 0.0
+        yield f"sort chunks, weights, {name}", error(weights, expected[1]), 0.0
+        found, _ = kernels.sort_chunks_by_map(found, chunk_map, None, tokens, hidden, False)
+        yield f"sort chunks and back, {name}", error(found, x), 0.0
+
+
+def losses(quick: bool) -> Iterator[Case]:
+    """Yield cross entropy and its gradient, and padded scales and grouped sums of biases, against torch."""
+    import torch
+    from torch.nn import functional
+
+    stub_transformer_engine()
+    entropy = import_module("transformer_engine.pytorch.triton.cross_entropy")
+    rows, vocab = (6, 300) if quick else (6, 40000)
+    for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        torch.manual_seed(0)
+        logits, target = torch.randn(2, rows, vocab).to(dtype) * 3, torch.randint(vocab, (2, rows))
+        target[0, 1] = -100
+        leaf = logits.float().requires_grad_()
+        expected = functional.cross_entropy(leaf.flatten(0, 1), target.flatten(), reduction="none")
+        seed = torch.rand(2, rows)
+        expected.backward(seed.flatten())
+        loss, saved, stats, kept, count, rank, size = entropy.cross_entropy_forward(
+            logits.clone(), target, 0.0, False, None, -100, False)
+        yield f"cross entropy, {name}", error(loss.flatten(), expected), 1e-6
+        found = entropy.cross_entropy_backward(saved, stats, kept, count, seed, 0.0, False, rank, size, -100)
+        yield f"cross entropy, gradient, {name}", error(found, leaf.grad), LIMITS[name]
+    pad = import_module("transformer_engine.pytorch.triton.pad")
+    scales = torch.randint(255, (200, 7), dtype=torch.uint8)
+    yield ("padded scales", error(pad.pad_columnwise_scale_inv(scales),
+                                  functional.pad(scales, (0, 1, 0, 56))), 0.0)
+    grouped = import_module("transformer_engine.pytorch.triton.grouped_dbias_dscales")
+    tokens, hidden, groups = (50, 130, 3) if quick else (300, 300, 8)
+    dy, given = torch.randn(tokens, hidden), torch.rand(tokens)
+    bias = torch.randn(groups, hidden)
+    ends = torch.randint(tokens, (groups - 1,)).sort().values
+    offsets = torch.cat([torch.tensor([0]), ends, torch.tensor([tokens])])
+    group = torch.bucketize(torch.arange(tokens), offsets[1:-1], right=True)
+    sums = torch.zeros(groups, hidden)
+    yield ("grouped sums of biases", error(grouped.compute_grouped_dbias(dy, offsets, groups),
+                                           sums.index_add(0, group, dy)), 1e-5)
+    found, weights = grouped.compute_grouped_dbias_dscales(dy, given, bias, offsets)
+    yield "grouped sums, scaled", error(found, sums.index_add(0, group, dy * given[:, None])), 1e-5
+    yield "grouped sums, gradient of scales", error(weights, (dy * bias[group]).sum(1)), 1e-5
+
+
+def routing_maps(quick: bool) -> Iterator[Case]:
+    """Yield megatron-core's choices as a map and back, and padded maps, against torch."""
+    import torch
+
+    converter, padding, _ = map(import_module, MEGATRON)
+    tokens, experts, top = (12, 6, 3) if quick else (40, 24, 8)
+    indices = torch.rand(tokens, experts + 4).topk(top).indices  # of experts elsewhere, too
+    indices = torch.where(indices < experts, indices, -1)
+    probs = torch.rand(tokens, top).requires_grad_()
+    here = indices >= 0
+    token = torch.arange(tokens)[:, None].expand_as(indices)
+    expected = torch.zeros(tokens, experts).index_put((token[here], indices[here]), probs[here])
+    seed = torch.rand(tokens, experts)
+    theirs, = torch.autograd.grad((expected * seed).sum(), probs)
+    chosen, weights = converter.fused_indices_to_multihot(indices, probs, experts)
+    found, = torch.autograd.grad((weights * seed).sum(), probs)
+    yield "choices to a map", error(chosen, expected.detach() > 0), 0.0
+    yield "choices to a map, weights", error(weights, expected), 0.0
+    yield "choices to a map, gradient", error(found, theirs), 0.0
+    routing = torch.rand(tokens, experts) < 0.3
+    zeros = (~routing).cumsum(0)  # the first tokens that an expert has not are added
+    expected = routing | (zeros <= (-routing.sum(0)) % 8) & ~routing
+    yield "padded map", error(padding.fused_pad_routing_map(routing, 8), expected), 0.0
+
+
+def rotated(x: Any, cos: Any, sin: Any) -> Any:
+    """Return the last axis rotated: before it pairs lie side by side, after it one half behind the other."""
+    import torch
+
+    half = x.shape[-1] // 2
+    first, second = x[..., 0::2], x[..., 1::2]
+    return torch.cat([first * cos[..., :half] - second * sin[..., :half],
+                      second * cos[..., half:] + first * sin[..., half:]], -1)
+
+
+def rotations(quick: bool) -> Iterator[Case]:
+    """Yield megatron-core's rotations of latent attention over packed rows, with gradients, against a formula
+    in torch."""
+    import torch
+
+    rope = import_module(MEGATRON[-1])
+    heads, plain, turned, value = 2, 16, 8, 16
+    bounds = [0, 5, 6, 16] if quick else [0, 15, 16, 40]
+    total = bounds[-1]
+    places = torch.cat([torch.arange(b - a) for a, b in pairwise(bounds)])
+    angles = torch.arange(total)[:, None] * torch.rand(turned // 2) * 0.3
+    cos, sin = (turn(torch.cat([angles, angles], -1))[:, None, None].contiguous()
+                for turn in (torch.cos, torch.sin))
+    packed = torch.tensor(bounds, dtype=torch.int32)
+    query = torch.randn(total, heads, plain + turned)
+    seed = torch.randn_like(query)
+
+    def formula(q: Any) -> Any:
+        return torch.cat([q[..., :plain], rotated(q[..., plain:], cos[places, 0], sin[places, 0])], -1)
+
+    leaf = query.clone().requires_grad_()
+    formula(leaf).backward(seed)
+    given = query.clone().requires_grad_()
+    found = rope.fused_apply_mla_rope_for_q(given * 1.0, cos, sin, plain, turned, packed)
+    found.backward(seed.clone())
+    yield "rotated queries", error(found, formula(query)), 1e-6
+    yield "rotated queries, gradient", error(given.grad, leaf.grad), 1e-6
+    both, shared = torch.randn(total, heads, plain + value), torch.randn(total, 1, turned)
+    leaves = [t.clone().requires_grad_() for t in (both, shared)]
+    keys = torch.cat([leaves[0][..., :plain], rotated(
+        leaves[1], cos[places, 0], sin[places, 0]).expand(-1, heads, -1)], -1)
+    seeds = torch.randn_like(keys), torch.randn(total, heads, value)
+    torch.autograd.backward([keys, leaves[0][..., plain:]], seeds)
+    ours = [t.clone().requires_grad_() for t in (both, shared)]
+    found = rope.fused_apply_mla_rope_for_kv(*ours, cos, sin, turned, plain, value, packed)
+    torch.autograd.backward(list(found), [s.clone() for s in seeds])
+    yield "rotated keys", error(found[0], keys), 1e-6
+    yield "values", error(found[1], both[..., plain:]), 0.0
+    yield "rotated keys, gradient", error(ours[0].grad, leaves[0].grad), 1e-6
+    yield "rotated keys, gradient of the shared part", error(ours[1].grad, leaves[1].grad), 1e-5
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """Yield every case, megatron-core's with the version."""
+    for measured in (permutations, losses):
+        for name, apart, limit in measured(quick):
+            yield f"Transformer Engine {TE_VERSION}: {name}", apart, limit
+    for version, home in megatrons().items():
+        stub_megatron(home)
+        for measured in (routing_maps, rotations):
+            for name, apart, limit in measured(quick):
+                yield f"megatron-core {version}: {name}", apart, limit
+
+
+def main() -> int:
+    """Print every case; returns 1 if one is above its limit."""
+    start_s, failed = time.monotonic(), 0
+    prepare()
+    for name, apart, limit in cases("--quick" in sys.argv):
+        failed += not apart <= limit
+        print(json.dumps({"case": name, "error": apart, "limit": limit}), flush=True)
+    print(f"{time.monotonic() - start_s:.0f} s, {platform.machine()}, triton {TRITON}", file=sys.stderr)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
