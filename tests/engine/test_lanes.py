@@ -62,7 +62,7 @@ def test_every_layer_has_the_number_of_its_entry_in_our_lists(ranks: Any, job: A
                                  "layer 2: its router is the library's TopKRouter"]
 
 
-LAYOUT_RUN = str(Path(__file__).parents[2] / "layouts" / "layout_run.py")
+LAYOUT_RUN = str(Path(__file__).parents[1] / "layouts" / "layout_run.py")
 CASES = {"tiny-k-exaone": (["train.precision=fp64", "model.num_layers=4"],
                            ["parallel.tp=2", "parallel.sp=true"]),
          "tiny-solar-open": (["train.precision=fp32", "model.num_layers=2"], ["parallel.ep=2"])}

@@ -88,7 +88,7 @@ def rule_for(key: str) -> str:
         return next(rule for pattern, rule in ENCODER_RULES if fnmatch.fnmatchcase(key, pattern))
     matches = [rule for pattern, rule in RULES if fnmatch.fnmatchcase(key, pattern)]
     if len(matches) != 1:
-        raise ValueError(f"{key}: {len(matches)} rules of engine/checkpoint/load.py match this tensor's name, "
+        raise ValueError(f"{key}: {len(matches)} rules of engine/checkpoint/load.py match this name, "
                          "needs exactly one")
     return matches[0]
 

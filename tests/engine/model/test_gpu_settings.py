@@ -120,7 +120,7 @@ def test_experts_whose_recipe_keeps_no_state_are_saved() -> None:
     assert Grouped._split_extra_state is mended
 
 
-ROOT = Path(__file__).parents[4]
+ROOT = Path(__file__).parents[3]
 OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "profiler", "peak_tflops",
               "optimizer_offload"}
 """Settings that no field of the library stands behind; each has a test of its own."""

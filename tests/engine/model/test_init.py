@@ -144,4 +144,4 @@ def test_weights_are_functions_of_seed_name_and_index(ranks, job, tmp_path: Path
             assert result["differing"] == [] and result["unset"] == [], layout
 
     assert said == ("decoder.layers.0.mystery.weight: 0 rules of engine/checkpoint/load.py match this "
-                    "tensor's name, needs exactly one")
+                    "name, needs exactly one")

@@ -12,7 +12,7 @@ from tests.tiny import tiny_model
 
 # What is sent beside the computation: it is sent then, and nobody reads a weight before it has arrived.
 
-RUN = str(Path(__file__).parents[3] / "layouts/layout_run.py")
+RUN = str(Path(__file__).parents[2] / "layouts/layout_run.py")
 FP64, ZERO1 = "train.precision=fp64", "parallel.zero1=true"
 REDUCE, GATHER, BUCKETS = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
                            "parallel.bucket_params=9000")
