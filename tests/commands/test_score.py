@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.cli import main
+from megatron_sov.commands.score import hash_questions
 from megatron_sov.judge.rewards.registry import OWN
 from megatron_sov.work.progress.journal import RECORDS, work_folder
 
@@ -66,6 +67,18 @@ def test_the_mean_stands_in_the_events_of_the_run_that_wrote_the_responses(
     event = json.loads(Path("run/events.jsonl").read_text().splitlines()[-1])
     assert (event["event"], event["step"], event["reward"], event["settings"], event["rows"], event["scored"],
             event["mean_reward"]) == ("score", 7, "language", {"language": "ko"}, 5, 5, pytest.approx(0.53))
+
+
+def test_questions_are_those_of_one_test_whatever_is_answered() -> None:
+    def questions(*rows: dict[str, object]) -> str:
+        write(list(rows))
+        return hash_questions(Path("rows.jsonl"))
+
+    first = questions({"prompt": "1 + 1", "response": "2"}, {"prompt": "2 + 2", "response": "4"})
+    assert first == questions({"prompt": "1 + 1", "response": "3", "num_tokens": 1},
+                              {"prompt": "2 + 2", "response": "4"})
+    assert first != questions({"prompt": "1 + 1", "response": "2"}, {"prompt": "2 + 3", "response": "4"})
+    assert questions({"response": "a", "answer": "1"}) != questions({"response": "a", "answer": "2"})
 
 
 def test_a_row_without_what_its_reward_needs_is_refused_by_line(capsys: pytest.CaptureFixture[str]) -> None:
