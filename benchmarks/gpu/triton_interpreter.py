@@ -59,8 +59,9 @@ def triton_folder() -> Path | None:
             raise OSError(f"pip cannot fetch {name}: {done.stderr.strip()[-300:]}")
         with zipfile.ZipFile(wheel) as archive:
             for member in archive.infolist():
-                if member.filename.endswith((".py", ".so", ".bc", "METADATA", ".h", ".c")) or "/ptxas" in (
-                        member.filename):
+                # entry points: by them Triton finds its backend
+                if "/ptxas" in member.filename or member.filename.endswith(
+                        (".py", ".so", ".bc", "METADATA", "entry_points.txt", ".h", ".c")):
                     Path(archive.extract(member, work)).chmod(0o755)
         wheel.unlink()
         work.rename(folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.base.artifacts import write_output
-from megatron_sov.base.documents.rows import check_rows
+from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.errors import ExitCode, GateFailed, UserError, visible
 from megatron_sov.base.outputs import check_output, refuse_input
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, num_cores, parse_nested, read_options
@@ -90,9 +92,11 @@ def run(args: argparse.Namespace) -> int:
         summary = score_file(asked, made, options.input, options.output, options.workers, bar.update,
                              redo=options.redo)
     tell(summary, options.reward, made.version, options.output)
-    events.add("score", step=events.last_step(), reward=asked.name, settings=dict(asked.settings),
-               reward_version=made.version, input=options.input.name, rows=num_rows,
-               scored=summary.tally.num_rewards, mean_reward=summary.tally.mean)
+    if options.run is not None:
+        events.add("score", step=events.last_step(), reward=asked.name, settings=dict(asked.settings),
+                   reward_version=made.version, input=options.input.name, rows=num_rows,
+                   questions=hash_questions(options.input), scored=summary.tally.num_rewards,
+                   mean_reward=summary.tally.mean)
     if has_second:
         _tell_disagreements(options.output, made.version, options.disagreements)
     # all rows are written first, with the reason of each in its row
@@ -100,6 +104,15 @@ def run(args: argparse.Namespace) -> int:
         raise GateFailed(f"{options.output}: not one of its {num_rows:,} rows has a reward; see why "
                          "in their `reason`")
     return ExitCode.OK
+
+
+def hash_questions(rows: Path) -> str:
+    """Return the SHA-256 of what models were asked: means of one test alone can be compared."""
+    found = hashlib.sha256()
+    for _, row in read_rows(rows):
+        asked = {name: row[name] for name in ("prompt", "messages") if name in row}
+        found.update(json.dumps(asked or {**row, "response": None}, sort_keys=True).encode() + b"\n")
+    return found.hexdigest()
 
 
 def _tell_disagreements(output: Path, version: str, page: Path | None) -> None:

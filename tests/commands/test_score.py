@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.cli import main
+from megatron_sov.commands.score import hash_questions
 from megatron_sov.judge.rewards.registry import OWN
 from megatron_sov.work.progress.journal import RECORDS, work_folder
 
@@ -80,6 +81,18 @@ def test_the_records_of_a_run_are_no_output(capsys: pytest.CaptureFixture[str]) 
         assert "is a record of the run" in capsys.readouterr().err
     assert score("--set", "language=ko", "--run", "run", output="run/scored.jsonl") == 0
     assert [e["event"] for e in read("run/events.jsonl")] == ["step", "score"]
+
+
+def test_questions_are_those_of_one_test_whatever_is_answered() -> None:
+    def questions(*rows: dict[str, object]) -> str:
+        write(list(rows))
+        return hash_questions(Path("rows.jsonl"))
+
+    first = questions({"prompt": "1 + 1", "response": "2"}, {"prompt": "2 + 2", "response": "4"})
+    assert first == questions({"prompt": "1 + 1", "response": "3", "num_tokens": 1},
+                              {"prompt": "2 + 2", "response": "4"})
+    assert first != questions({"prompt": "1 + 1", "response": "2"}, {"prompt": "2 + 3", "response": "4"})
+    assert questions({"response": "a", "answer": "1"}) != questions({"response": "a", "answer": "2"})
 
 
 def test_a_row_without_what_its_reward_needs_is_refused_by_line(capsys: pytest.CaptureFixture[str]) -> None:

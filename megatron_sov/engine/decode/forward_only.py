@@ -113,12 +113,16 @@ def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss
     fed = [*micro_batches, *[micro_batches[-1]] * surplus]
     with replay_routes(get_model_config(chunks[0]), [batch.inputs.routes for batch in fed]) as firsts:
         routed = list(zip(fed, firsts, strict=True))
-        results: list[Any] = get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=[iter(routed) for _ in chunks] if interleaved else iter(routed),
-            model=list(chunks) if interleaved else chunks[0], num_microbatches=len(fed),
-            seq_length=row_tokens, micro_batch_size=1, decoder_seq_length=row_tokens,
-            forward_only=forward_only)
+        try:
+            results: list[Any] = get_forward_backward_func()(
+                forward_step_func=forward,
+                data_iterator=[iter(routed) for _ in chunks] if interleaved else iter(routed),
+                model=list(chunks) if interleaved else chunks[0], num_microbatches=len(fed),
+                seq_length=row_tokens, micro_batch_size=1, decoder_seq_length=row_tokens,
+                forward_only=forward_only)
+        finally:
+            # what generates hands routers no mask, and must not get the last row's
+            get_model_config(chunks[0]).routing_step.padding = None
     return results[:count]
 
 

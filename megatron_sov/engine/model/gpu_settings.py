@@ -192,9 +192,6 @@ BLACKWELL = 10
 """Its compute capability begins so."""
 HEADS_256_CUDNN, REPEATS_CUDNN = 92500, 91801
 """The first cuDNN that trains packed rows with heads of 256 on Blackwell, and that repeats its bits there."""
-HOPPER_REPEATS = 1 << 30
-"""Heads x longest document squared from which Transformer Engine leaves cuDNN's attention out on Hopper where
-bits are to repeat: its backward pass would take 128 bytes for each."""
 SINKS_TE, SINKS_CUDNN = (2, 13), 91800
 """The first versions that attend packed rows with sinks; cuDNN's as torch counts them."""
 NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
@@ -311,11 +308,12 @@ def _without_heads(model: ModelConfig) -> str:
 def _without_repeats(config: RunConfig) -> str:
     """Return why the fused attention of cuDNN does not repeat its bits here; empty: it does."""
     model, capability = config.model, torch.cuda.get_device_capability() if on_gpu() else (0, 0)
-    longest = config.data.max_seq_len()
     if model.attention_sinks:
         return "with sinks (model.attention_sinks)"
-    if capability == (9, 0) and model.num_heads // config.parallel.tp * longest ** 2 >= HOPPER_REPEATS:
-        return f"in documents of {longest} tokens on this GPU"
+    # Transformer Engine leaves it out there from documents x heads x longest document squared = 2**30, and
+    # nothing bounds the documents of a row
+    if capability == (9, 0):
+        return "in every row on this GPU"
     if capability[0] >= BLACKWELL and (torch.backends.cudnn.version() or 0) < REPEATS_CUDNN:
         return f"on this GPU before cuDNN {REPEATS_CUDNN}"
     return ""
@@ -359,13 +357,7 @@ def refuse(config: RunConfig, te: bool) -> None:
            "nccl_user_buffers", f"cannot be with {name} = {os.environ.get(name)}, whose segments NCCL does "
            "not register", "take it out, or leave the setting out")
           for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")))
-    problems += find_broken(
-        config.parallel, "parallel",
-        (te or not here.parallel.delay_weight_grads, "delay_weight_grads", NEEDS_TE, "leave it out"),
-        (te or here.parallel.expert_overlap != "weight_gradients", "expert_overlap",
-         f"= weight_gradients {NEEDS_TE}", "use micro_batches"),
-        (here.parallel.expert_overlap != "weight_gradients" or _has_field(OF_DISPATCH), "expert_overlap",
-         "= weight_gradients needs megatron-core 0.18, for Python 3.12 and newer", "use micro_batches"))
+    problems += find_broken(config.parallel, "parallel", *_overlap_rules(config, te))
     if dispatcher in DEEP_EP_NAMES:
         problems += find_broken(
             config.parallel, "parallel",
@@ -375,6 +367,28 @@ def refuse(config: RunConfig, te: bool) -> None:
              "containers/install.sh names, or use alltoall"))
     if problems:
         raise SettingsError(f"recipe {config.recipe}", problems)
+
+
+def _overlap_rules(config: RunConfig, te: bool) -> list[tuple[bool, str, str, str]]:
+    """Return what hides experts' messages: rules, with whether each is kept."""
+    parallel, train = config.parallel, config.train
+    passes = parallel.expert_overlap == "micro_batches"
+    spreads = parallel.expert_overlap == "weight_gradients"
+    has_bf16_ends = train.fp8 != "none" and train.fp8_bf16_layers_at_start + train.fp8_bf16_layers_at_end > 0
+    return [
+        (te or not parallel.delay_weight_grads, "delay_weight_grads", NEEDS_TE, "leave it out"),
+        (te or not spreads, "expert_overlap", f"= weight_gradients {NEEDS_TE}", "use micro_batches"),
+        (not spreads or _has_field(OF_DISPATCH), "expert_overlap",
+         "= weight_gradients needs megatron-core 0.18, for Python 3.12 and newer", "use micro_batches"),
+        # its plan of 0.16 quantises for recipes of 8 bits alone
+        (lanes.IS_NEW or not passes or train.fp8 != "nvfp4", "expert_overlap",
+         "= micro_batches would compute in bf16 before megatron-core 0.19, and train.fp8 = nvfp4",
+         "use another format, or leave it out"),
+        # 0.19 frees what experts give wherever anything is quantised; a layer in bf16 still needs it, and
+        # this dispatcher hands on the same tensor
+        (not lanes.IS_NEW or not passes or parallel.expert_dispatcher != "hybridep" or not has_bf16_ends,
+         "expert_overlap", "= micro_batches frees what layers in bf16 (train.fp8_bf16_layers_at_start and "
+         "_at_end) still need, with parallel.expert_dispatcher = hybridep", "use deepep, or set both to 0")]
 
 
 def _has_field(name: str) -> bool:

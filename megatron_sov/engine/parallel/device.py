@@ -238,15 +238,15 @@ def stay_beside(properties: Any, devices: Path = PCI) -> None:
         properties: what torch says of the GPU.
         devices: the kernel's list of devices.
     """
-    place = (f"{getattr(properties, 'pci_domain_id', 0):04x}:{getattr(properties, 'pci_bus_id', 0):02x}:"
-             f"{getattr(properties, 'pci_device_id', 0):02x}.0")
     try:
+        place = (f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:"
+                 f"{properties.pci_device_id:02x}.0")
         text = (devices / place / "local_cpulist").read_text(encoding="ascii")
         spans = [[int(end) for end in span.split("-")] for span in text.strip().split(",") if span]
         near = {cpu for span in spans for cpu in range(span[0], span[-1] + 1)} & os.sched_getaffinity(0)
         if near:
             os.sched_setaffinity(0, near)
-    except (OSError, ValueError, AttributeError):  # no such file, another form, no such call on macOS
+    except (OSError, ValueError, AttributeError):  # no such file, form, call on macOS, or place
         return
 
 

@@ -297,6 +297,8 @@ class GpuConfig:
                             optim: OptimConfig) -> list[SettingsProblem]:
         """Tell which optimizers cannot keep their state elsewhere, or in other numbers."""
         share, sharded = self.optimizer_offload, train.precision == "bf16" and parallel.zero1
+        # Transformer Engine's queue of such gradients has none for frozen weights, and ends where it is asked
+        frozen = parallel.delay_weight_grads and any(group.frozen for group in optim.groups)
         needs = ("needs train.precision = bf16 and parallel.zero1 = true, which are "
                  f"{train.precision} and {str(parallel.zero1).lower()}", "set both, or leave it out")
         return find_broken(
@@ -307,7 +309,9 @@ class GpuConfig:
              "keeps moments in float32, and gpu.moment_dtype = bf16", "leave one of them out"),
             (not share or "muon" not in (optim.name, *(group.optimizer for group in optim.groups)),
              "optimizer_offload", "is for AdamW, and the settings under optim name muon, whose matrix "
-             "products the host is too slow for", "leave it out, or set adamw"))
+             "products the host is too slow for", "leave it out, or set adamw")
+        ) + find_broken(parallel, "parallel", (
+            not frozen, "delay_weight_grads", "cannot be where optim.groups freeze weights", "leave it out"))
 
 
 AUTO = GpuConfig()

@@ -182,12 +182,16 @@ def _gate_gains(run: Run) -> Iterator[Row]:
 
 
 def _score_gains(run: Run, known: Figures) -> Iterator[Row]:
-    """Return the mean of each reward that judged the run's responses."""
-    newest: dict[tuple[str, str], Mapping[str, Any]] = {
-        (str(event.get("reward")), json.dumps(event.get("settings"), sort_keys=True)): event
+    """Return the mean of each reward that judged the run's responses, with an earlier stage's of the same
+    reward and questions before it."""
+    newest: dict[tuple[str, ...], Mapping[str, Any]] = {
+        (str(event.get("reward")), *(json.dumps(event.get(name), sort_keys=True)
+                                     for name in ("settings", "reward_version", "questions"))): event
         for event in run.of("score")}
     for key, event in newest.items():
         settings, after = event.get("settings"), number(event.get("mean_reward"))
+        if not math.isfinite(after):
+            continue
         rule = ", ".join(f"{name} {value}" for name, value in settings.items()) \
             if isinstance(settings, dict) else ""
         yield (f"mean reward of {number(event.get('scored')):,.0f} responses", known.get(key, math.nan),

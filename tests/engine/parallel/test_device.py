@@ -264,6 +264,9 @@ def test_a_process_stays_beside_its_gpu(tmp_path: Path, monkeypatch: pytest.Monk
     own_gpu.stay_beside(gpu, tmp_path)
     folder = tmp_path / "0000:1b:00.0"
     folder.mkdir()
+    (tmp_path / "0000:00:00.0").mkdir()  # of the bridge
+    (tmp_path / "0000:00:00.0" / "local_cpulist").write_text("0-1\n")
+    own_gpu.stay_beside(SimpleNamespace(), tmp_path)
     for text in ("2-5,8\n", "6-7\n", "nothing\n"):
         (folder / "local_cpulist").write_text(text)
         own_gpu.stay_beside(gpu, tmp_path)

@@ -200,6 +200,8 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     (f'{PASSES} gpu.offload_modules=["moe_act"]', 2, "parallel.expert_overlap"),
     (f"{DENSE} parallel.expert_overlap=weight_gradients", 1, "parallel.expert_overlap"),
     ("parallel.delay_weight_grads=true", 1, "parallel.delay_weight_grads"),
+    (f'{PASSES} parallel.delay_weight_grads=true optim.groups=[{{"pattern":"*","frozen":true}}]', 2,
+     "parallel.delay_weight_grads"),
     ("gpu.pad_buckets=on", 1, "gpu.pad_buckets"),
     ("gpu.profile_first_step=3 gpu.profile_last_step=2", 1, "gpu.profile_first_step"),
     ("gpu.profiler=nsys", 1, "gpu.profiler"),

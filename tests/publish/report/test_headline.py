@@ -129,6 +129,11 @@ def test_each_stage_gains_on_what_the_stage_before_it_left(tmp_path: Path) -> No
         ["dpo", "mean reward of 34 responses", "25%", "100%", rule],
         ["dpo", "checks of the export", "–", "1 of 2 passed", "all pass"],
         ["far (another model)", "needles found, worst length", "10%", "85%", "the gate needs 80%"]]
+    # another test's mean is no figure before, and responses without one are no row
+    other = log_stage(tmp_path / "other", "lm", scored(0.5, regex="x.+") | {"questions": "others"},
+                      scored(float("nan"), regex="y"))
+    (table,) = gains([read_run(run) for run in (sft, other)])
+    assert table.rows[-1] == ["other", "mean reward of 34 responses", "–", "50%", rule]
     page = render([read_run(run) for run in (pretrain, sft, dpo)])
     assert page.index("What each stage gained") < page.index("What was trained")
     assert gains([read_run(log_stage(tmp_path / "none", "lm"))]) == []

@@ -103,7 +103,7 @@ def test_what_the_gpus_have_no_room_for_is_refused_before_anything_is_started(
     monkeypatch.setattr(stage_module, "on_gpu", lambda: True)
     monkeypatch.setattr(stage_module, "visible_gpus", lambda: seen)
     with pytest.raises(UserError, match=r"^tiny-solar-open on 2 processes: the layout without ZeRO-1 needs "
-                                        r".* of a NVIDIA Tiny with 0\.5 GiB; the nearest layout that fits: "
+                                        r".* of a NVIDIA Tiny with 0\.3 GiB; the nearest layout that fits: "
                                         r"--set parallel\.zero1=true$"):
         run_stage(stage(), 2)
     assert launcher.calls == 0 and not stage().folder.path.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import training_request
 from megatron_sov.train.stages.stage_config import (
     StageOptions, find_start, parse_stage, refuse_many_converters, stage_request)
+from tests.packing import Packed
 from tests.typed_words import typed
 
 
@@ -26,9 +28,9 @@ def config_of(*argv: str) -> RunConfig:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b:2").mkdir()
+def data(tmp_path: Path, token_shards: Path) -> Path:
+    for name in ("a", "b:2"):
+        shutil.copytree(token_shards, tmp_path / name)
     return tmp_path
 
 
@@ -56,11 +58,12 @@ def test_a_run_config_stands_in_for_the_recipe_and_gives_the_same_settings_again
     assert changed.train.deterministic
 
 
-def test_a_config_of_pretraining_serves_for_fine_tuning_and_not_the_other_way_round(data: Path) -> None:
+def test_a_config_of_pretraining_serves_for_fine_tuning_and_not_the_other_way_round(
+        data: Path, packed_data: Packed) -> None:
     lm = recipes.get("tiny-qwen3")
     for name, config in {"lm": lm, "sft": apply_settings(lm, ["objective.name=sft"])}.items():
         (data / f"{name}.json").write_text(to_json(config.to_dict()))
-    arguments = ("--data", f"{data}/a")
+    arguments = ("--data", str(packed_data.chats))
     assert parse_stage(parsed("--config", str(data / "lm.json"), *arguments),
                        "sft").config.objective.name == "sft"
     with pytest.raises(UserError,
@@ -130,11 +133,12 @@ def test_mistakes_are_found_before_a_hugging_face_folder_is_converted(
 def test_from_must_be_something_to_start_from(data: Path) -> None:
     with pytest.raises(UserError, match=r"--from .*none: does not exist"):
         find_start(data / "none")
-    with pytest.raises(UserError, match=r"a: is empty, so it is not a checkpoint or a run; pass RUN"):
-        find_start(data / "a")
-    (data / "a" / "checkpoints").mkdir()
+    (data / "c").mkdir()
+    with pytest.raises(UserError, match=r"c: is empty, so it is not a checkpoint or a run; pass RUN"):
+        find_start(data / "c")
+    (data / "c" / "checkpoints").mkdir()
     with pytest.raises(UserError, match="this run has no complete checkpoint yet"):
-        find_start(data / "a")
+        find_start(data / "c")
 
 
 def test_many_processes_do_not_convert_at_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
