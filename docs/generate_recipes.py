@@ -36,7 +36,7 @@ settings as JSON, as your `RUN/config.json` will hold them.
 | `config.json` | is in the config.json of the released model, or follows from its model class |
 | `ours` | was not published: our choice, with the reason |
 | `default` | the recipe leaves the setting as it is ([config.md](config.md)) |
-| `yours` | was set by `--set`, or by a recipe without a table |
+| `yours` | was set by `--config` or `--set`, or by a recipe without a table |
 
 A `tiny-` recipe has the same structure at a size for two CPU cores. You can use its short or full name
 (`tiny-solar-open` is `tiny-solar-open-102b`). Values that shrinking changes are `ours`.

@@ -160,7 +160,10 @@ def test_a_new_user_finds_the_answer_in_two_clicks(
     answer = ((ROOT / "docs" / page).resolve(), heading)
     clicked = [ROOT / "README.md", *(target for target, _ in links(ROOT / "README.md") if target in READ)]
     assert answer in {link for near in clicked for link in links(near)}, question
-    assert typed in " ".join(under_headings(answer[0])[heading].split()), f"{page} does not say {typed}"
+    assert typed in " ".join(under_headings(answer[0])[heading].replace("\\\n", " ").split()), (
+        f"{page} does not say {typed}")
+    if typed.startswith("megatron-sov "):
+        parse(typed)
 
 
 @pytest.mark.parametrize("skill", SKILLS, ids=name_of)

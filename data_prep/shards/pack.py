@@ -140,7 +140,7 @@ class PackOptions:
     columns: Annotated[tuple[str, ...], Flag("--column", "NAME")] = ()
     """A field with a number (of a preference, also a list of two: chosen, rejected) that goes with each
     token into the objective; it may be repeated."""
-    bucket_by: Annotated[str, Flag(value="FIELD")] = ""
+    bucket_by: Annotated[str | None, Flag(value="FIELD")] = None
     """Make each value of this field a source of its own, NAME-VALUE, for a curriculum's blends."""
     tags: Annotated[tuple[str, ...], Flag("--tag", "KEY|[SOURCE:]KEY=VALUE")] = ()
     """Say in the manifest what each source is, for blends: by a field of its records (kind), or by a value
@@ -170,9 +170,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     args = read_options(PackOptions, typed)
+    if args.bucket_by == "":
+        raise UserError("--bucket-by '': is no field; name one, or leave it out")
     tag_fields, tags = parse_tags(args.tags)
     reading = RecordReading(args.format, args.text_field, args.max_document_bytes, args.columns,
-                            args.bucket_by, tag_fields, parse_renames(args.renames), args.lines)
+                            args.bucket_by or "", tag_fields, parse_renames(args.renames), args.lines)
     settings = PackSettings(args.heldout, reading, args.bos, args.eod, args.on_bad, args.shard_tokens,
                             named_steps(args.steps), tags)
     pack(args.tokenizer, parse_sources(args.input), args.output, settings, workers=args.workers,

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 _KEPT = {"\n", "\t"}
-_SHOWN = {code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0))
+_SHOWN = {code: repr(chr(code))[1:-1] for code in (
+    *range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
           if chr(code) not in _KEPT}
-"""Character -> its escape, e.g. \\x1b; C0 and C1 begin sequences that move the cursor or rename windows."""
+"""Character -> its escape, e.g. \\x1b; C0 and C1 begin sequences that move the cursor or rename windows, some
+turn the order of what is read, and a half of a character (a name that is no UTF-8) cannot be written."""
 
 
 def visible(text: str) -> str:
-    """Return text in which every control character but line feed and tab is its escape."""
+    """Return text in which every control character but line feed and tab is its escape, as is what turns the
+    order of reading."""
     return text.translate(_SHOWN)
 
 

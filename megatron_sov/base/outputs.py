@@ -11,6 +11,8 @@ from megatron_sov.base.errors import UserError
 
 TRYING = ".try-"
 """Begin of the name of an empty folder that is there for a moment."""
+RECORDS_OF_A_RUN = ("config.json", "events.jsonl")
+"""Files whose folder is a run; nobody can make them again."""
 
 
 def check_output(option: str, path: Path | None) -> None:
@@ -18,7 +20,7 @@ def check_output(option: str, path: Path | None) -> None:
     everything as it was.
 
     Raises:
-        UserError: the path is a folder or a device, or lies where nothing can be made.
+        UserError: the path is a folder, a device or a record of a run, or lies where nothing can be made.
     """
     if path is None:
         return
@@ -28,6 +30,10 @@ def check_output(option: str, path: Path | None) -> None:
         raise UserError(f"{option} {path}: is no regular file, and would be replaced by one; "
                         "choose another path")
     _refuse_place(path, f"{option} {path}")
+    real = Path(os.path.realpath(path))
+    if real.name in RECORDS_OF_A_RUN and all(os.path.isfile(real.parent / name) for name in RECORDS_OF_A_RUN):
+        raise UserError(f"{option} {path}: is a record of the run {real.parent}, which would be replaced; "
+                        "choose another path")
 
 
 def refuse_input(option: str, path: Path, *inputs: Path) -> None:

@@ -208,7 +208,8 @@ def _stepper(asked: PluginOrder, skip_failures: bool, threads: int) -> Callable[
         # a mistake that the class itself explains passes, whatever --skip-failures says
         except UserError:
             raise
-        except Exception as e:
+        # a step that ends the process would end all of them, and tell of a success
+        except (Exception, SystemExit, GeneratorExit) as e:
             if not skip_failures:
                 raise UserError(f"line {number}: {asked.reference} fails ({told_in_a_line(e)}); mend it, "
                                 "or pass --skip-failures to list such rows and go on") from None

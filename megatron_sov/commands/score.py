@@ -14,7 +14,7 @@ from typing import Annotated
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.errors import ExitCode, GateFailed, UserError, visible
-from megatron_sov.base.outputs import check_output
+from megatron_sov.base.outputs import check_output, refuse_input
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, num_cores, parse_nested, read_options
 from megatron_sov.commands.shared_options import RedoOptions
 from megatron_sov.judge.rewards.opinions import read_opinions
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         GateFailed: all is written, and not one row has a reward.
     """
     options = read_options(ScoreOptions, args)
-    from megatron_sov.runs.folder import RunEvents
+    from megatron_sov.runs.folder import EVENTS, RunEvents
 
     events = RunEvents(options.run)
     asked = order(options.reward, parse_nested(options.settings))
@@ -76,6 +76,10 @@ def run(args: argparse.Namespace) -> int:
     # both before the first row: judging takes hours, and a missing folder is known now
     check_output("--output", options.output)
     check_output("--disagreements", options.disagreements)
+    if options.run is not None:
+        for option, path in (("--output", options.output), ("--disagreements", options.disagreements)):
+            if path is not None:
+                refuse_input(option, path, options.run / EVENTS)
     has_second = getattr(made.reward, "second", None) is not None
     if options.disagreements is not None and not has_second:
         raise UserError(f"--disagreements {options.disagreements}: --reward {options.reward} asks for no "

@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -202,11 +202,13 @@ def prove_logits(a: Path, b: Path, lengths: Sequence[int], settings: Sequence[st
     if len(folders) == 2:
         return LogitsProof(compare_hf_logits(folders[0].path, folders[1].path, prompts), method)
     with _same_weights(checkpoints[0], folders[0]) as (checkpoint, folder):
+        checks = compare_logits(checkpoint, folder, prompts, settings=settings, nproc=nproc)
         if (checkpoint, folder) != (checkpoints[0].path, folders[0].path):
-            method["weights"] = ("of the narrower side, "
-                                 f"{min(sides, key=lambda side: _dtype(side).itemsize).path}")
-        return LogitsProof(compare_logits(checkpoint, folder, prompts, settings=settings, nproc=nproc),
-                           method)
+            narrower = min(sides, key=lambda side: _dtype(side).itemsize)
+            method["weights"] = f"of the narrower side, {narrower.path}"
+            told = f"weights of both in {str(_dtype(narrower)).removeprefix('torch.')}"
+            checks = [replace(check, detail=f"{check.detail}, {told}".removeprefix(", ")) for check in checks]
+        return LogitsProof(checks, method)
 
 
 @contextmanager

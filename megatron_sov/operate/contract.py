@@ -33,32 +33,38 @@ class Sources:
         place = self._folder / name.replace(".", "/")
         for file in (place / "__init__.py", place.with_suffix(".py")):
             if file.is_file():
-                return ast.parse(file.read_text())
+                return ast.parse(file.read_bytes())  # by the encoding that the file declares
         return None
 
-    def find(self, path: str) -> tuple[str, ast.AST] | None:
+    def find(self, path: str, seen: set[str] | None = None) -> tuple[str, ast.AST] | None:
         """Return the module that defines a dotted name, and the definition (of a module: itself); None:
-        there is no such name."""
+        there is no such name.  `seen` are names that were looked at on the way, since modules may import
+        from one another."""
+        seen = set() if seen is None else seen
+        if path in seen:
+            return None
+        seen.add(path)
         home, _, name = path.rpartition(".")
         module = self.module(home) if home else None
         own = self.module(path)
         if own is not None and not (module and _takes_from_namesake(module, name)):
             return path, own
         if module is None:
-            outer = self.find(home) if home else None
+            outer = self.find(home, seen) if home else None
             return (home, outer[1]) if outer and isinstance(outer[1], ast.ClassDef) else None
         for node in _statements(module):
             if getattr(node, "name", None) == name or name in _targets(node):
                 return home, node
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
-                    found = (self._imported(home, node, name if alias.name == "*" else alias.name)
+                    found = (self._imported(home, node, name if alias.name == "*" else alias.name, seen)
                              if (alias.asname or alias.name) in (name, "*") else None)
                     if found:
                         return found
         return None
 
-    def _imported(self, home: str, node: ast.ImportFrom, name: str) -> tuple[str, ast.AST] | None:
+    def _imported(self, home: str, node: ast.ImportFrom, name: str,
+                  seen: set[str]) -> tuple[str, ast.AST] | None:
         """Follow an import; a name of a package that is not here is its import itself."""
         if not node.level:
             origin = node.module or ""
@@ -67,30 +73,35 @@ class Sources:
             parts = home.split(".")
             parts = parts[:len(parts) - node.level + package.is_file()]
             origin = ".".join([*parts, *([node.module] if node.module else [])])
-        found = self.find(f"{origin}.{name}")
+        found = self.find(f"{origin}.{name}", seen)
         return (home, node) if found is None and self.module(origin) is None else found
 
-    def methods(self, home: str, cls: ast.ClassDef) -> Iterator[tuple[str, ast.FunctionDef]]:
-        """Yield the methods of a class, then those of its bases, as far as they are here."""
+    def methods(self, home: str, cls: ast.ClassDef,
+                below: tuple[ast.AST, ...] = ()) -> Iterator[tuple[str, ast.FunctionDef]]:
+        """Yield the methods of a class, then those of its bases, as far as they are here; `below` are classes
+        that inherit from it."""
+        below = (*below, cls)
         for node in cls.body:
             if isinstance(node, ast.FunctionDef) and "overload" not in map(ast.unparse, node.decorator_list):
                 yield node.name, node
         for base in cls.bases:
             found = self.find(f"{home}.{ast.unparse(base)}")
-            if found and isinstance(found[1], ast.ClassDef) and found[1] is not cls:
-                yield from self.methods(found[0], found[1])
+            if found and isinstance(found[1], ast.ClassDef) and found[1] not in below:
+                yield from self.methods(found[0], found[1], below)
 
-    def fields(self, path: str) -> dict[str, str]:
-        """Return a data class's fields with their defaults, those of its bases first."""
+    def fields(self, path: str, below: tuple[ast.AST, ...] = ()) -> dict[str, str]:
+        """Return a data class's fields with their defaults, those of its bases first; `below` are classes
+        that inherit from it."""
         found = self.find(path)
         assert found, path
         home, cls = found
         assert isinstance(cls, ast.ClassDef), path
+        below = (*below, cls)
         fields: dict[str, str] = {}
         for base in cls.bases:
             outer = self.find(f"{home}.{ast.unparse(base)}")
-            if outer and isinstance(outer[1], ast.ClassDef):
-                fields |= self.fields(f"{outer[0]}.{outer[1].name}")
+            if outer and isinstance(outer[1], ast.ClassDef) and outer[1] not in below:
+                fields |= self.fields(f"{outer[0]}.{outer[1].name}", below)
         for node in cls.body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 fields[node.target.id] = _default(node.value) if node.value else "required"
@@ -196,11 +207,23 @@ def described(sources: Sources, path: str, *, private: bool = False) -> Any:
 
 def is_same(ours: str, theirs: str) -> bool:
     """Return whether two signatures agree; a computed default agrees with any."""
-    split = [text.strip("()").split(", ") for text in (ours, theirs)]
+    split = [_parts(text) for text in (ours, theirs)]
     return len(split[0]) == len(split[1]) and all(
         a == b or (a.split("=")[0] == b.split("=")[0]
                    and COMPUTED in (a.partition("=")[2], b.partition("=")[2]))
         for a, b in zip(*split, strict=True))
+
+
+def _parts(text: str) -> list[str]:
+    """Return the parameters of a signature, each with its default."""
+    parts: list[str] = []
+    for piece in text[1:-1].split(", "):
+        try:
+            ast.parse(parts[-1].partition("=")[2] or "0" if parts else "0", mode="eval")
+            parts.append(piece)
+        except SyntaxError:  # the comma stands in a default, such as (1, 2)
+            parts[-1] += f", {piece}"
+    return parts
 
 
 def differences(symbols: dict[str, Any], sources: Sources) -> Iterator[str]:

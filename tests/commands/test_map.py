@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -109,6 +110,19 @@ def test_a_step_that_fails_is_named_with_its_line(more: list[str], said: str,
     assert mapped(*more) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error and not Path("out").exists()
+
+
+@pytest.mark.parametrize("raised", ["sys.exit(0)", "raise SystemExit('x')", "raise GeneratorExit"])
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_a_step_that_ends_the_process_fails(raised: str, threads: str,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rows.jsonl").write_text('{"n": 1}\n')
+    Path("ends.py").write_text(f"import sys\n\nclass Step:\n    def do(self, row):\n        {raised}\n")
+    words = ["map", "rows.jsonl", "ends.py:Step", "--output", "out", "--workers", "1", "--threads", threads]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"line 1: .* fails \((System|Generator)Exit: ", error) and not Path("out").exists()
+    assert main([*words, "--skip-failures"]) == 0 and len(read(name="failed.jsonl")) == 1
 
 
 def test_rows_that_fail_may_be_listed() -> None:

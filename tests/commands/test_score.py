@@ -69,6 +69,20 @@ def test_the_mean_stands_in_the_events_of_the_run_that_wrote_the_responses(
             event["mean_reward"]) == ("score", 7, "language", {"language": "ko"}, 5, 5, pytest.approx(0.53))
 
 
+def test_the_records_of_a_run_are_no_output(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run").mkdir()
+    Path("run/events.jsonl").write_text('{"event": "step", "step": 7}\n')
+    assert score("--set", "language=ko", "--run", "run", output="run/../run/events.jsonl") == 2
+    assert "is run/events.jsonl itself, which is read" in capsys.readouterr().err
+    Path("run/config.json").write_text("{}")
+    Path("link").symlink_to("run/events.jsonl")
+    for output in ("run/events.jsonl", "run/config.json", "link"):
+        assert score("--set", "language=ko", output=output) == 2
+        assert "is a record of the run" in capsys.readouterr().err
+    assert score("--set", "language=ko", "--run", "run", output="run/scored.jsonl") == 0
+    assert [e["event"] for e in read("run/events.jsonl")] == ["step", "score"]
+
+
 def test_questions_are_those_of_one_test_whatever_is_answered() -> None:
     def questions(*rows: dict[str, object]) -> str:
         write(list(rows))

@@ -237,7 +237,8 @@ def test_names_tell_targets_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["nowhere"], "nowhere: does not exist"), (["http://h:0/v1"], "must be an address"),
+    (["nowhere"], "nowhere: does not exist"), (["a", ""], "TARGET: is empty, where a model is to be named"),
+    (["http://h:0/v1"], "must be an address"),
     (["http://127.0.0.1:9/v1"], "the models cannot be listed (the connection failed"),
     ([*"abcde"], "at most 4 models"), (["a", "--tools", "no"], "a: does not exist")])
 def test_a_mistake_is_one_sentence(words: list[str], said: str, capsys: Any) -> None:

@@ -162,6 +162,23 @@ def test_the_first_difference_is_named(tmp_path: Path) -> None:
         assert list(found) == [f"library.Layer.{method} {told}"]
 
 
+def test_sources_may_import_and_inherit_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_bytes("# coding: latin-1\n# é\nfrom two import *\n".encode("latin-1"))
+    (tmp_path / "two.py").write_text("# 가\nfrom one import *\n@dataclass\nclass A(B):\n    a: int = 1\n"
+                                     "@dataclass\nclass B(A):\n    b: int = 2\n    def f(self, x): ...\n",
+                                     encoding="utf-8")
+    sources = Sources(tmp_path)
+    assert contract.described(sources, "one.absent") is None
+    assert contract.described(sources, "one.A") == {"__init__": "(b=2, a=1)", "f": "(x)"}
+
+
+@pytest.mark.parametrize(("ours", "theirs", "same"), [
+    ("(a, b=(1, 2), c='x, y')", "(a, b=..., c=...)", True), ("(b=(1, 2))", "(b=(1, 3))", False),
+    ("(b=(1, 2), c=3)", "(b=...)", False), ("(*, a=-1, **more)", "(*, a=..., **more)", True)])
+def test_a_computed_default_agrees_with_any(ours: str, theirs: str, same: bool) -> None:
+    assert contract.is_same(ours, theirs) is contract.is_same(theirs, ours) is same
+
+
 def test_an_older_deep_ep_is_told_from_today_s(tmp_path: Path) -> None:
     """Version 2 keeps the events in another file, which megatron-core does not look into."""
     (tmp_path / "deep_ep/utils").mkdir(parents=True)

@@ -57,7 +57,7 @@ def read_bucket(record: Mapping[str, Any], field: str) -> str:
     Raises:
         BadRecord: the field is missing, or its value is no name.
     """
-    value = record.get(field)
+    value = _held(record, field, "--bucket-by")
     name = str(value) if isinstance(value, (str, int)) else ""
     if not BUCKET_NAME.fullmatch(name):
         raise BadRecord("fields", f"has {str(value)[:40]!r} in field {field!r}, by which --bucket-by sorts; "
@@ -94,11 +94,15 @@ def read_tags(record: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...
     return tuple(found)
 
 
-def _numbers(record: Mapping[str, Any], name: str, num_sequences: int) -> tuple[float, ...]:
+def _held(record: Mapping[str, Any], name: str, option: str) -> Any:
     if name not in record:
-        raise BadRecord("fields", f"has no field {name!r}, which --column names "
+        raise BadRecord("fields", f"has no field {name!r}, which {option} names "
                                   f"(fields: {', '.join(record) or 'none'}); add it")
-    value = record[name]
+    return record[name]
+
+
+def _numbers(record: Mapping[str, Any], name: str, num_sequences: int) -> tuple[float, ...]:
+    value = _held(record, name, "--column")
     values = value if isinstance(value, list) else [value] * num_sequences
     if len(values) != num_sequences or not all(map(is_float32, values)):
         wanted = "a number" if num_sequences == 1 else f"a number or a list of {num_sequences}"

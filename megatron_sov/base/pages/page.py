@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from megatron_sov.base.errors import visible
 from megatron_sov.version import __version__
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def colour_bar(title: str) -> dict[str, object]:
 
 def plain(text: object) -> str:
     """Return a text for a figure; plotly reads HTML in labels, and names from data must not become markup."""
-    return html.escape(str(text))
+    return html.escape(visible(str(text)))
 
 
 def colour(i: int) -> str:
@@ -279,7 +280,12 @@ def _templates() -> jinja2.Environment:
 
     # StrictUndefined: a misspelt name in the template is an error and not an empty place
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                              loader=jinja2.FunctionLoader(_resource))
+                              finalize=_shown, loader=jinja2.FunctionLoader(_resource))
+
+
+def _shown(value: object) -> object:
+    """Return what the template is given with its control characters escaped; `Markup` is our own."""
+    return value if hasattr(value, "__html__") else visible(str(value))
 
 
 def _anchored(chapter: Chapter, anchor: str) -> dict[str, object]:

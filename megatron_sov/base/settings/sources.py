@@ -19,6 +19,9 @@ from megatron_sov.base.settings.reading import Instead, fields_of, hint_below, n
 
 S = TypeVar("S")
 EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")
+WHOLE = re.compile(r"[-+]?(?:0o[0-7]+|0\d+)\Z")
+"""Whole numbers of YAML 1.2 that are none in YAML 1.1, or others."""
+BASES = {"0b": 2, "0o": 8, "0x": 16}
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
 MAX_VALUES = 100_000
@@ -109,7 +112,15 @@ def _loader() -> Any:
 
     # YAML 1.1 wants a point and a sign in the exponent; people write 2e9
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", WHOLE, list("-+0"))
+    Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
     return Loader
+
+
+def _whole_number(loader: Any, node: Any) -> int | str:
+    """Return a whole number; in YAML 1.1 010 would be 8, and 1:30 would be 90."""
+    text = loader.construct_scalar(node).replace("_", "").lower()
+    return node.value if ":" in text else int(text, BASES.get(text.lstrip("-+")[:2], 10))
 
 
 def read_located(text: str) -> Located:

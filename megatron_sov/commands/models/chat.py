@@ -73,7 +73,9 @@ class ChatOptions(PluginOptions, RankOptions):
 
     def problems(self) -> list[SettingsProblem]:
         """Return addresses that cannot be asked, and too many targets."""
-        found = [p for target in self.targets if is_address(target)
+        found = [SettingsProblem(ProblemCode.TYPE, "targets", "is empty, where a model is to be named")
+                 for target in self.targets if not target]
+        found += [p for target in self.targets if is_address(target)
                  for p in address_problems("targets", target.rstrip("/"), "--api-key-env")]
         if len(self.targets) > MAX_TARGETS:
             found.append(SettingsProblem(ProblemCode.BOUND, "targets", f"at most {MAX_TARGETS} models answer "

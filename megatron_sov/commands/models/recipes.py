@@ -21,7 +21,7 @@ from megatron_sov.model.recipes.sources import Sources, ValueSource, derive, rel
 from megatron_sov.plan.search.recommended import table
 
 BUILT_IN = "built in"
-SET = ValueSource("yours", "--set")
+GIVEN = ValueSource("yours", "--config or --set")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +62,19 @@ def run(typed: argparse.Namespace) -> int:
 
         print(yaml.safe_dump(json.loads(to_json(config)), sort_keys=False, allow_unicode=True), end="")
     else:
-        sources = recipes.sources(args.recipe) if args.recipe and not is_reference(args.recipe) else {}
-        print(as_text(config, derive(sources, relabelled(asked.base, config, SET))))
+        print(as_text(config, _sources(args.recipe or config.recipe, asked.base, config)))
         for line in table(config):
             print(f"recommended.{line}")
     return 0
+
+
+def _sources(name: str, base: RunConfig, config: RunConfig) -> Sources:
+    """Return where each value comes from; files and --set are compared with the recipe that they change."""
+    try:
+        sources, before = ({}, base) if is_reference(name) else (recipes.sources(name), recipes.get(name))
+    except UserError:  # the file of a run whose recipe is not here
+        sources, before = {}, base
+    return derive(sources, relabelled(before, config, GIVEN))
 
 
 def listing() -> str:

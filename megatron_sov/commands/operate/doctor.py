@@ -26,7 +26,7 @@ from typing import Literal
 import psutil
 
 from megatron_sov.base.artifacts import to_json
-from megatron_sov.base.errors import ExitCode, UserError, how_to_install
+from megatron_sov.base.errors import ExitCode, UserError, how_to_install, told_in_a_line
 from megatron_sov.base.settings import add_options, read_options
 from megatron_sov.operate.contract import first_difference
 from megatron_sov.sandbox import machine_enclosure
@@ -210,7 +210,13 @@ def transformer_engine_checks() -> Iterator[MachineCheck]:
         yield MachineCheck("Transformer Engine", "broken" if gpu else "warning",
                            f"is installed but does not import ({type(e).__name__}: {first_line})", TE_COMMAND)
         return
-    wanted, difference = first_difference("transformer_engine")
+    try:
+        wanted, difference = first_difference("transformer_engine")
+    except (OSError, SyntaxError, ValueError, RecursionError) as e:
+        yield MachineCheck("Transformer Engine", "warning", "imports, but its sources cannot be read "
+                           f"({told_in_a_line(e)}), so they are not compared with what this project was read "
+                           "against", TE_COMMAND)
+        return
     if difference:
         yield MachineCheck("Transformer Engine", "warning",
                            f"{installed_version('transformer-engine') or 'it'} has not the shape of "

@@ -25,7 +25,8 @@ from megatron_sov.base.settings import (
     Flag, NotNegative, ProblemCode, SettingsProblem, change, command_of, not_with, only_with, parse_nested,
     read_options)
 from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
-from megatron_sov.commands.train.gate_options import TunedOptions, gate_of, refuse_unknown_benchmarks
+from megatron_sov.commands.train.gate_options import (
+    TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
 from megatron_sov.infer.asking import EngineOptions, check_engine, check_length
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, Engine, engine_for
 from megatron_sov.infer.request import Batching, BatchSize
@@ -448,7 +449,8 @@ def run_train(args: argparse.Namespace) -> int:
         StopRequested: a round is not there yet, and everything is saved.
     """
     options = read_options(RlTrainOptions, args)
-    train_rounds(options, parse_rounds(options), args.began_s, options.wait)
+    if not is_complete(options, "policy"):
+        train_rounds(options, parse_rounds(options), args.began_s, options.wait)
     return ExitCode.OK
 
 
@@ -547,6 +549,8 @@ def run_all(args: argparse.Namespace) -> int:
         StopRequested: it was asked to stop, and everything is saved.
     """
     options = read_options(RlRunOptions, args)
+    if is_complete(options, "policy"):
+        return ExitCode.OK
     parsed = parse_rounds(options)
     if options.environment is None:
         refuse_unaskable(options.prompts, parsed.prompts)

@@ -18,7 +18,8 @@ from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Flag, NotNegativeInt, add_options, command_of, read_options)
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, words_of
-from megatron_sov.commands.train.gate_options import GateOptions, gate_of, refuse_unknown_benchmarks
+from megatron_sov.commands.train.gate_options import (
+    GateOptions, gate_of, is_complete, refuse_unknown_benchmarks)
 from megatron_sov.infer.request import RankOptions, Temperature, WholeSampling
 from megatron_sov.model.config import DistillationConfig, RunConfig, data_paths, layout_settings
 from megatron_sov.model.config.data import named_shards
@@ -182,6 +183,8 @@ def run(typed: argparse.Namespace) -> int:
     if args.top_k is not None:
         settings = (*args.settings, f"distillation.top_k={args.top_k}")
         args = dataclasses.replace(args, settings=settings)
+    if is_complete(args, "distill"):
+        return 0
     refuse_missing(args.teacher, "--teacher ")
     parsed = parse_stage(args, "distill")
     refuse_unknown_benchmarks(parsed.config)

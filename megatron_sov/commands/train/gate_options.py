@@ -6,6 +6,7 @@ The measuring is the part `bench`; a run that asks for none of it does without.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, NotNegative
 from megatron_sov.commands.shared_options import named_tasks
-from megatron_sov.model.config import RunConfig, layout_settings
+from megatron_sov.model.config import RunConfig, apply_settings, layout_settings
+from megatron_sov.model.recipes.requested import BuiltIn
+from megatron_sov.runs.folder import CONFIG, RunFolder, read_command
+from megatron_sov.runs.launch_environment import typed_command
 from megatron_sov.train.stages.stage_config import StageOptions, TunedStageOptions
 
 if TYPE_CHECKING:
@@ -92,6 +96,46 @@ def gate_of(args: GateOptions, config: RunConfig, start: Path | None) -> EndGate
     # parsed now: the gate's own command begins only when the run has ended
     gate.refuse_wrong_arguments()
     return gate
+
+
+def is_complete(args: StageOptions, objective: BuiltIn) -> bool:
+    """Say of a run that it is complete, before the inputs are looked for that it does not need any more;
+    returns whether it was said.
+
+    It is of the command that began the run and of `megatron-sov resume`, without changes and without code of
+    the user's own: any other may ask for more, and is checked as if the run were to go on.
+    """
+    folder = RunFolder(args.run)
+    completion = folder.completion() if args.resume else None
+    config = folder.config() if completion is not None else None
+    if completion is None or config is None or config.code or args.plugins:
+        return False
+    try:
+        is_same = not args.configs and _without_resume(typed_command() or ()) == _without_resume(
+            read_command(args.run).words)
+        is_own = args.recipe is None and {file.absolute() for file in args.configs} == {
+            (args.run / CONFIG).absolute()}
+        if config.objective.name != objective or not (is_same or is_own) or (
+                apply_settings(config, args.settings) != config):
+            return False
+    except UserError:
+        return False
+    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.train.stages.stage import tell_complete
+
+    gate: str | None = None
+    if isinstance(args, GateOptions) and args.gate is not None:
+        from megatron_sov.commands.train.forgetting_gate import EVENT
+
+        gate = EVENT
+    tell_complete(folder, config, completion, gate, dry_run=args.dry_run)
+    return True
+
+
+def _without_resume(words: Sequence[str]) -> list[str]:
+    return [word for word in words if word != "--resume"]
 
 
 def refuse_unknown_benchmarks(config: RunConfig) -> None:

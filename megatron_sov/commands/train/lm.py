@@ -6,7 +6,8 @@ import argparse
 import contextlib
 
 from megatron_sov.base.settings import command_of, read_options
-from megatron_sov.commands.train.gate_options import TunedOptions, gate_of, refuse_unknown_benchmarks
+from megatron_sov.commands.train.gate_options import (
+    TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
 from megatron_sov.model.objectives import factory
 from megatron_sov.runs.folder import STAGES
 from megatron_sov.runs.launch_environment import num_ranks
@@ -18,6 +19,8 @@ from megatron_sov.train.stages.stage_config import (
 def run_pretrain(typed: argparse.Namespace) -> int:
     """Train by language modelling, or an objective of your own; returns 0 when the run is complete."""
     args = read_options(StageOptions, typed)
+    if is_complete(args, "lm"):
+        return 0
     parsed = parse_stage(args, "lm")
     refuse_unknown_benchmarks(parsed.config)
     if not args.dry_run:
@@ -88,6 +91,8 @@ EXTEND = command_of(TunedOptions, run_extend)
 def run_sft(typed: argparse.Namespace) -> int:
     """Fine-tune on conversations; returns 0 when the run is complete."""
     args = read_options(TunedOptions, typed)
+    if is_complete(args, "sft"):
+        return 0
     parsed = parse_stage(args, "sft")
     refuse_unknown_benchmarks(parsed.config)
     if not args.dry_run:

@@ -26,7 +26,7 @@ from megatron_sov.commands.models.generate import GenerateOptions
 from megatron_sov.commands.score import ScoreOptions
 from megatron_sov.commands.shared_options import words_of
 from megatron_sov.commands.train.gate_options import (
-    TunedOptions, gate_of, refuse_gate, refuse_unknown_benchmarks)
+    TunedOptions, gate_of, is_complete, refuse_gate, refuse_unknown_benchmarks)
 from megatron_sov.infer.asking import read_prompts
 from megatron_sov.infer.engine import MEGATRON
 from megatron_sov.infer.request import Sampling
@@ -237,6 +237,8 @@ def run(typed: argparse.Namespace) -> int:
                             "one before has written; leave one of them out")
         refuse_gate(args, f"--rounds {args.rounds}")
         return run_rounds(args)
+    if is_complete(args, "preference"):
+        return 0
     parsed = parse_stage(args, "preference")
     refuse_unknown_benchmarks(parsed.config)
     if not args.dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -347,7 +348,7 @@ def _length(said: Stated, made: TranslatedSettings) -> None:
     elif said.get("train_samples") and batch:
         made.ours["train.steps"] = -(-said["train_samples"] // batch)
     length = said.get("seq_length") or said.get("sequence_length")
-    weights, adopted = _blend(said)
+    weights, adopted = _blend(said, made)
     if length or weights:
         made.ours["data.phases"] = [{"name": "main", **({"seq_len": length} if length else {}),
                                      **({"blend": weights} if weights else {})}]
@@ -361,18 +362,25 @@ def _length(said: Stated, made: TranslatedSettings) -> None:
         made.lost["attention_dropout"] = f"{dropout}: attention has no dropout here; large runs set it to 0"
 
 
-def _blend(said: Stated) -> tuple[dict[str, float], str]:
+def _blend(said: Stated, made: TranslatedSettings) -> tuple[dict[str, float], str]:
     """Return source -> weight of `--data-path 0.3 A 0.7 B`, and its NAME=PREFIX words; nothing without
-    weights."""
+    weights, or where they cannot be a blend's, which is told."""
     words = said.get("data_path")
     if not isinstance(words, list) or len(words) < 2 or len(words) % 2 or not all(
             isinstance(weight, int | float) for weight in words[::2]):
         return {}, ""
+    weights = words[::2]
+    if not (all(weight > 0 and weight is not True for weight in weights) and math.isfinite(sum(weights))):
+        made.lost["data_path"] = (f"{' '.join(map(str, weights))}: weights must be finite and above 0; mend "
+                                  f"them, or {INSTEAD['data_path']}")
+        return {}, ""
     prefixes = [str(prefix) for prefix in words[1::2]]
     last = [Path(prefix).name.removesuffix("_document").removesuffix("_text") for prefix in prefixes]
-    names = [name if name and last.count(name) == 1 else f"{name or 'source'}-{i}"
+    # as `sov-data adopt` takes them
+    last = [re.sub(r"[^\w.-]+", "-", name).lstrip(".-") for name in last]
+    names = [name if name not in ("", "tokenizer") and last.count(name) == 1 else f"{name or 'source'}-{i}"
              for i, name in enumerate(last, 1)]
-    return dict(zip(names, words[::2], strict=True)), " ".join(
+    return dict(zip(names, weights, strict=True)), " ".join(
         shlex.quote(f"{name}={prefix}") for name, prefix in zip(names, prefixes, strict=True))
 
 

@@ -19,7 +19,7 @@ class ValueSource:
 
     kind: Kind
     """published: a paper or report, or its authors' code; config.json: the released Hugging Face config;
-    ours: our choice; yours: set by --set, or by a recipe that has no table; default: not set."""
+    ours: our choice; yours: set by --config or --set, or by a recipe without table; default: not set."""
     where: str = ""
     """Reference and section; the model whose config.json it is; a word why."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_sov.base.artifacts import disk_errors
 from megatron_sov.base.errors import UserError
 
 EVENT = "eval_lm"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def score_events(results: Mapping[str, Any], step: int | None, output: Path) -> list[dict[str, Any]]:
@@ -89,7 +91,9 @@ class EventLog:
             record = {"event": event, "time_s": time.time(), **_finite(fields)}
             with disk_errors(Path(self._file.name)):
                 # json writes a float by repr, the shortest text that reads back to the same bits.
-                self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                line = json.dumps(record, ensure_ascii=False)
+                # A name that is no UTF-8 holds halves of characters, which only an escape can write.
+                self._file.write((line if _SURROGATE.search(line) is None else json.dumps(record)) + "\n")
                 # Flush, not fsync: a killed process loses nothing, and a step does not wait for the disk.
                 # `close` syncs.
                 self._file.flush()

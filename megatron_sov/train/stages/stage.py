@@ -116,7 +116,9 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     stage.folder.enter(stage.config, begin.goes_on)
     completion = stage.folder.completion()
     if completion is not None:
-        return _is_complete(stage, completion)
+        gate = None if stage.end_gate is None else stage.end_gate.name
+        tell_complete(stage.folder, stage.config, completion, gate, dry_run=stage.dry_run)
+        return True
     if on_gpu() and not under_launcher():
         for gpu in visible_gpus()[:num_ranks(nproc)]:
             refuse_too_large(stage.config, num_ranks(nproc), Gpu(gpu.name, gpu.memory_bytes))
@@ -148,7 +150,7 @@ def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> b
     if stage.folder.completion() is not None:
         for fault in not_come(stage.faults, stage.folder.path):
             warn(f"--inject {fault.name}: never came")
-        _finish_side_jobs(stage)
+        _finish_side_jobs(stage.folder, stage.config)
         return True
     failure = stage.folder.failure()
     if under_launcher():
@@ -160,14 +162,15 @@ def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> b
     raise StopRequested(f"{stage.folder.path}: everything is saved; continue with --resume")
 
 
-def _is_complete(stage: Stage, completion: dict[str, Any]) -> bool:
+def tell_complete(folder: RunFolder, config: RunConfig, completion: dict[str, Any], gate: str | None, *,
+                  dry_run: bool) -> None:
+    """Say that a run is complete, and, but in a dry run, make what it has begun beside its steps."""
     if is_first():
-        print(f"{stage.folder.path}: is complete at step {completion['step']}")
-        if stage.end_gate is not None and stage.end_gate.name not in completion:
-            warn(f"{stage.folder.path}: was complete before a gate was asked for, and is not judged")
-    if not stage.dry_run:
-        _finish_side_jobs(stage)
-    return True
+        print(f"{folder.path}: is complete at step {completion['step']}")
+        if gate is not None and gate not in completion:
+            warn(f"{folder.path}: was complete before a gate was asked for, and is not judged")
+    if not dry_run:
+        _finish_side_jobs(folder, config)
 
 
 def _tell(stage: Stage, data: _Data, count: int) -> None:
@@ -237,11 +240,11 @@ def _open_data(stage: Stage) -> _Data:
     return _Data(sources, planned)
 
 
-def _finish_side_jobs(stage: Stage) -> None:
+def _finish_side_jobs(folder: RunFolder, config: RunConfig) -> None:
     """Make the exports that a complete run has begun, and judge them; no rank waits in a
     collective any more."""
     if is_first():
-        SideJobs(stage.folder.path, stage.config, RunEvents(stage.folder.path).add).wait()
+        SideJobs(folder.path, config, RunEvents(folder.path).add).wait()
 
 
 @dataclass

@@ -39,10 +39,13 @@ def test_numbers_that_would_be_written_as_none_are_refused(text: str, why: str) 
 
 def test_control_characters_are_shown() -> None:
     assert visible("a\x1b[2Jb\x1b]0;title\x07\r\x9b") == r"a\x1b[2Jb\x1b]0;title\x07\r\x9b"
+    # right to left, and the byte of a name that is no UTF-8
+    assert visible("a\u202e\u2066\udcff") == r"a\u202e\u2066\udcff"
 
 
 def test_all_else_stays() -> None:
-    kept = "".join(chr(c) for c in range(0x3000) if unicodedata.category(chr(c)) != "Cc") + "\n\t한국어😀"
+    kept = "".join(chr(c) for c in range(0x3000) if unicodedata.category(chr(c)) != "Cc"
+                   and not re.match("[\u202a-\u202e\u2066-\u2069]", chr(c))) + "\n\t한국어😀"
     assert visible(kept) == kept
     assert not [c for c in visible("".join(map(chr, range(256)))) if unicodedata.category(c) == "Cc"
                 and c not in "\n\t"]

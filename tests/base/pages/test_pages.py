@@ -13,7 +13,8 @@ import soundfile
 from PIL import Image
 
 from megatron_sov.base.pages.markdown import MOST_BYTES, address_of, is_picture, is_sound
-from megatron_sov.base.pages.page import Chapter, Comparison, PageSection, PageTable, Panel, chart, render
+from megatron_sov.base.pages.page import (
+    Chapter, Comparison, PageSection, PageTable, Panel, chart, plain, render)
 
 HOSTILE = "</script><script>window.hacked = 1</script>"
 
@@ -29,6 +30,16 @@ def test_text_is_escaped_and_only_the_files_own_scripts_are_allowed() -> None:
     assert "<script>window" not in page
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1)
     assert policy.startswith("default-src 'none'") and policy.count("sha256-") == 2
+
+
+def test_control_characters_are_shown() -> None:
+    text = "\0\x1b[2J\u202e\ud800"
+    page = render("Report", text, text, [Chapter(text, text, [(text,) * 3], [
+        PageSection(text, text, tables=[PageTable([text], [[text]])],
+                    comparisons=[Comparison(text, [(text, text)])])])],
+                  opening=[Panel(text, 4, [(text, text)])])
+    assert not set("\0\x1b\u202e\ud800") & set(page) and page.encode()
+    assert plain(text) == r"\x00\x1b[2J\u202e\ud800" and plain(text) in page
 
 
 def test_every_section_can_be_reached_and_an_empty_chapter_says_so() -> None:

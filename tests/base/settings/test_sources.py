@@ -67,6 +67,14 @@ def test_a_whole_number_may_have_an_exponent_in_both() -> None:
         assert (value, type(value)) == (2_000_000_000, int)
 
 
+def test_whole_numbers_are_those_of_yaml_1_2() -> None:
+    """In YAML 1.1, 010 is 8 and 12:30 is 750."""
+    assert read_located("[010, -010, 08, 0o10, 0x10, 1_000, 12:30, 0]").value == [
+        10, -10, 8, 8, 16, 1000, "12:30", 0]
+    assert read_located("{steps: 010}").value == {"steps": 10}
+    assert read_located("a: !!int x").problems[0].code == "type"
+
+
 def test_a_key_twice_is_told_in_json_too() -> None:
     assert [p.code for p in read_located('{"a": {"b": 1,\n\t"b": 2}}').problems] == ["twice"]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from megatron_sov import recipes
+from megatron_sov.base.artifacts import to_json
 from megatron_sov.cli import main
 from megatron_sov.model import families as models, objectives
-from megatron_sov.model.config import from_dict
+from megatron_sov.model.config import apply_settings, from_dict
 
 
 def test_lists_every_recipe_with_its_size(capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,8 +34,29 @@ def test_prints_where_each_value_comes_from(capsys: pytest.CaptureFixture[str]) 
     assert lines["optim.name"] == ['"muon"', "published", "arXiv 2601.01739, pre-training setup"]
     assert lines["optim.weight_decay"] == ["0.1", "ours", "not published"]
     assert lines["train.seed"] == ["1234", "default"]
-    assert lines["train.steps"] == ["7", "yours", "--set"]
-    assert lines["optim.lr"] == ["0.001", "yours", "--set"]
+    assert lines["train.steps"] == ["7", "yours", "--config or --set"]
+    assert lines["optim.lr"] == ["0.001", "yours", "--config or --set"]
+
+
+def test_values_of_a_file_are_yours_and_the_others_are_the_recipes(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, whole = tmp_path / "mine.yaml", tmp_path / "whole.json"
+    file.write_text("recipe: k-exaone-236b\noptim: {weight_decay: 0.25}\nmodel: {num_layers: 24}\n")
+    config = apply_settings(recipes.get("k-exaone-236b"), ["optim.weight_decay=0.25", "model.num_layers=24"])
+    whole.write_text(to_json(config))
+    pages = []
+    for words in (["k-exaone-236b", "--config", str(file)], ["--config", str(file)],
+                  ["--config", str(whole)]):
+        assert main(["recipes", *words, "--set", "optim.lr=1e-3"]) == 0
+        pages.append(capsys.readouterr().out)
+    assert pages[0] == pages[1] == pages[2]
+    lines = {line.split()[0]: line.split(maxsplit=3)[1:] for line in pages[0].splitlines()}
+    for key, value in {"optim.weight_decay": "0.25", "model.num_layers": "24", "optim.lr": "0.001"}.items():
+        assert lines[key] == [value, "yours", "--config or --set"]
+    assert lines["optim.name"] == ['"muon"', "published", "arXiv 2601.01739, pre-training setup"]
+    whole.write_text(to_json(config).replace('"k-exaone-236b"', '"gone"'))
+    assert main(["recipes", "--config", str(whole)]) == 0
+    assert "published" not in capsys.readouterr().out
 
 
 def test_prints_a_recipe_that_reads_back(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from megatron_sov.commands.train import lm
 from megatron_sov.model.config import apply_settings
 from megatron_sov.runs import launch_environment
 from megatron_sov.runs.folder import COMMAND, RunFolder, read_command
+from megatron_sov.runs.obs.events import EVENTS, EventLog
 
 BEGAN = ("pretrain", "tiny-qwen3", "--data", "tokens:2", "--run", "runs/a", "--nproc", "2", "--set",
          "train.steps=9")
@@ -116,6 +117,28 @@ def test_code_that_only_the_folder_names_is_not_run(
     assert not given and not (tmp_path / "ran").exists()
     assert cli.main(["resume", "runs/a", "--plugin", "evil.py:X"]) == 0
     assert given[0].plugins == ["evil.py:X"]
+
+
+@pytest.mark.parametrize(("command", "objective", "more"), [
+    ("pretrain", "lm", ()), ("sft", "sft", ()), ("prefer", "preference", ()),
+    ("distill", "distill", ("--teacher", "gone")),
+    ("rl run", "policy", ("--prompts", "gone", "--store", "gone", "--reward", "math")),
+    ("rl train", "policy", ("--prompts", "gone", "--store", "gone", "--reward", "math"))])
+def test_a_complete_run_needs_none_of_its_inputs(
+        begun: Begin, command: str, objective: str, more: Sequence[str],
+        capsys: pytest.CaptureFixture[str]) -> None:
+    data = () if objective == "policy" else ("--data", "gone")
+    words = [*command.split(), "tiny-qwen3", *data, "--from", "gone", "--run", "runs/a", *more]
+    run = begun(*words, settings=[f"objective.name={objective}"])
+    assert cli.main(["resume", "runs/a"]) == 2
+    RunFolder(run).complete({"step": 9})
+    EventLog(run / EVENTS).close()
+    for again in (["resume", "runs/a"], [*words, "--resume"]):
+        assert cli.main(again) == 0
+        assert capsys.readouterr().out.endswith("runs/a: is complete at step 9\n")
+        # more steps are work: that command is checked as any other
+        assert cli.main([*again, "--set", "train.steps=12"]) == 2
+        assert "is complete" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("content", "message"), [

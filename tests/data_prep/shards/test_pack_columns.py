@@ -88,7 +88,9 @@ def test_a_field_sorts_records_into_sources_of_their_own(tokenizers: dict[str, P
              "--column", "score", "--input", str(tmp_path / "chat.jsonl"), "--heldout", "0.001",
              "--workers", "1", "--output", str(tmp_path / "out")]
     assert main(words) == 2
-    assert "chat.jsonl:61: has 'None' in field 'level', by which --bucket-by sorts" in capsys.readouterr().err
+    assert ("chat.jsonl:61: has no field 'level', which --bucket-by names (fields: messages); add it"
+            in capsys.readouterr().err)
+    assert main([*words, "--bucket-by", ""]) == 2 and "--bucket-by '': is no field" in capsys.readouterr().err
     assert main([*words, "--on-bad", "quarantine"]) == 0
     sources = open_sources({str(tmp_path / "out"): 1.0}, 10**6)
     assert [s.name for s in sources] == ["chat-3", "chat-easy", "chat-hard"]

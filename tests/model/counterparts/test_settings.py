@@ -71,6 +71,20 @@ def test_a_script_becomes_a_run_that_starts(tmp_path: Path, capsys: pytest.Captu
     assert not Path("/tmp/megatron-sov-canary").exists()
 
 
+@pytest.mark.parametrize("weights", [(".nan", 1), (".inf", 1), (-1, 1), (0, 0), (1e308, 1e308), (True, 1)])
+def test_weights_that_are_none_are_told(weights: tuple[Any, Any]) -> None:
+    numbers = [float(w[1:]) if isinstance(w, str) else w for w in weights]
+    made = translate({"seq_length": 64, "data_path": [numbers[0], "/a", numbers[1], "/b"]})
+    assert "blend" not in made.ours["data.phases"][0]
+    assert "weights must be finite and above 0; mend them, or run `sov-data" in made.lost["data_path"]
+
+
+def test_sources_get_names_that_adopt_takes() -> None:
+    made = translate({"data_path": [1, "/x/a b:c", 2, "/x/tokenizer", 3, "/x/.한", 4, "/y/.."]})
+    assert made.ours["data.phases"][0]["blend"] == {"a-b-c": 1, "tokenizer-2": 2, "한": 3, "source-4": 4}
+    assert "adopt 'a-b-c=/x/a b:c' tokenizer-2=/x/tokenizer" in made.lost["data_path"]
+
+
 @pytest.mark.parametrize("quote", ['"', "'"])
 def test_a_variable_of_arguments_on_one_line_is_read(quote: str) -> None:
     found = read_arguments(f"export GPT_ARGS={quote}--num-layers 32 --lr 3e-4 --bf16{quote}\n"

@@ -169,6 +169,13 @@ def test_the_first_difference_from_the_transformer_engine_that_was_read_is_named
     assert " has not the shape of 2.20.2, with which this project was read: transf" in check.detail
 
 
+def test_sources_that_cannot_be_read_are_told(site: Path) -> None:
+    module(site, "transformer_engine", "if 0:\n    from .broken import *", pytorch="")
+    (site / "transformer_engine/broken.py").write_text("(")
+    check = only(doctor.transformer_engine_checks())
+    assert check.status == "warning" and "its sources cannot be read (SyntaxError: " in check.detail
+
+
 def test_a_machine_with_gpus_cannot_train_without_transformer_engine(
         site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch

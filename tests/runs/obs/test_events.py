@@ -42,6 +42,14 @@ def test_nan_and_infinity_are_spelt_as_strings_so_every_line_is_json(tmp_path: P
     assert (record["loss"], record["losses"]) == ("nan", {"lm": "inf", "mtp": ["-inf", 1.5]})
 
 
+def test_a_name_that_is_no_utf_8_is_written_and_read_back(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / EVENTS)
+    log.write("score", input="가\udcff", mean_reward=0.1)
+    log.close()
+    (event,) = read_events(tmp_path / EVENTS)
+    assert (event["input"], event["mean_reward"]) == ("가\udcff", 0.1)
+
+
 def test_events_are_readable_before_the_log_is_closed(tmp_path: Path) -> None:
     log = EventLog(tmp_path / EVENTS)
     log.write("run_start", num_ranks=2)

@@ -37,7 +37,7 @@ def test_options_win_over_the_profile() -> None:
     ("account: null", "missing", "account"),
     ("environment: {WANDB_API_KEY: abc}", "bound", "environment.WANDB_API_KEY"),
     ('environment: {"A B": abc}', "bound", "environment.A B"),
-    ("time_limit: 2:00:00", "type", "time_limit"),
+    ("time_limit: 120", "type", "time_limit"),
     ("scratch: $SLURM_TMPDIR", "bound", "scratch"),
     ("preflight: {max_matmul_ratio: 0.9}", "bound", "preflight.max_matmul_ratio"),
     ("gpu: b20", "choice", "gpu"),
@@ -51,6 +51,13 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, code: str, key: str) -> N
     assert e.value.codes == [(code, key)]
     assert str(e.value).startswith(f"--cluster {file}")
     assert "\n" not in str(e.value) and "abc" not in str(e.value)
+
+
+def test_a_time_needs_no_quotes(tmp_path: Path) -> None:
+    """YAML 1.1 would read it as 7200."""
+    file = tmp_path / "mine.yaml"
+    file.write_text('description: x\naccount: ""\ntime_limit: 2:00:00')
+    assert cluster.load(str(file)).time_limit == "2:00:00"
 
 
 def test_another_spelling_of_a_gpu_is_answered_with_its_key(tmp_path: Path) -> None:
