@@ -65,7 +65,7 @@ def test_a_run_gets_the_layout_that_is_recommended_for_its_gpus() -> None:
 
 
 def test_a_layout_that_does_not_fit_the_gpus_is_refused_with_one_that_does() -> None:
-    with pytest.raises(UserError, match=r"needs 111\.6 GiB on each process .* the nearest layout that fits: "
+    with pytest.raises(UserError, match=r"needs 111\.3 GiB on each process .* the nearest layout that fits: "
                                         r"--set parallel\.pp=2$"):
         layouts("--set", "parallel.ep=8", nodes=60)
     other = dataclasses.replace(load("h100", account="me"), gpu="")
