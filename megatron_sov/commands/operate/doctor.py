@@ -46,9 +46,6 @@ OPTIONAL_PACKAGES = {"tensorboard": "trackers", "wandb": "trackers", "vllm": "ro
 TE_COMMAND = how_to_install("gpu", "--no-build-isolation") + " (needs a CUDA toolchain, see docs/install.md)"
 DEEP_EP_REMEDY = ("build the commit that containers/install.sh names: DEEPEP_ARCH=10.0 sh "
                   "containers/install.sh")
-HOPPER, BLACKWELL, MIN_DETERMINISTIC_CUDNN = 9, 10, 91801
-"""Compute capabilities, and the first cuDNN, as torch counts, whose attention repeats its bits on the
-second."""
 ENCLOSED_BY = {"namespaces": "programs have processes, files and a network of their own",
                "landlock": "programs are kept to their folder and away from the network by Landlock and a "
                            "filter of system calls; namespaces, which hold better, are not allowed"}
@@ -176,14 +173,15 @@ def _determinism_checks() -> Iterator[MachineCheck]:
     (its pull requests 2130, 2584, and `SM90_DET_FUSED_THD_BWD_MAX_BHSS` of 2.20.2)."""
     import torch
 
+    from megatron_sov.engine.parallel.device import BLACKWELL, HOPPER, REPEATS_CUDNN
+
     majors = [torch.cuda.get_device_properties(i).major for i in range(torch.cuda.device_count())]
     version = torch.backends.cudnn.version() or 0
     fused = "could repeat its bits, too"
     if HOPPER in majors:
-        fused = ("does so on these GPUs only while heads x the longest document's tokens squared are below "
-                 "2^30")
-    elif max(majors, default=0) >= BLACKWELL and version < MIN_DETERMINISTIC_CUDNN:
-        fused = (f"does so on these GPUs from cuDNN {_cudnn(MIN_DETERMINISTIC_CUDNN)} on, and here is "
+        fused = "does not on these GPUs, where the two are refused together"
+    elif max(majors, default=0) >= BLACKWELL and version < REPEATS_CUDNN:
+        fused = (f"does so on these GPUs from cuDNN {_cudnn(REPEATS_CUDNN)} on, and here is "
                  f"{_cudnn(version)}")
     yield MachineCheck("deterministic", "ok", "train.deterministic=true repeats its bits by this framework's "
                        f"own attention; that of Transformer Engine (gpu.attention=fused) {fused}")

@@ -16,7 +16,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, find_broken
 from megatron_sov.engine import lanes
 from megatron_sov.engine.model import router
-from megatron_sov.engine.parallel.device import DEEP_EP_NAMES, lacking_deep_ep, lacking_fp8, on_gpu
+from megatron_sov.engine.parallel.device import (
+    BLACKWELL, DEEP_EP_NAMES, HOPPER, REPEATS_CUDNN, lacking_deep_ep, lacking_fp8, on_gpu)
 from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sov.model.config.gpu import fp8_format
 
@@ -188,10 +189,8 @@ OF_DISPATCH = "overlap_dispatch_backward_with_experts_wgrad"
 """Its field for `parallel.expert_overlap` = weight_gradients, from megatron-core 0.18 on."""
 RECOMPUTED_WITH_TE = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
 """Modules that the library recomputes by means of Transformer Engine -> what can be recomputed without."""
-BLACKWELL = 10
-"""Its compute capability begins so."""
-HEADS_256_CUDNN, REPEATS_CUDNN = 92500, 91801
-"""The first cuDNN that trains packed rows with heads of 256 on Blackwell, and that repeats its bits there."""
+HEADS_256_CUDNN = 92500
+"""The first cuDNN that trains packed rows with heads of 256 on Blackwell."""
 SINKS_TE, SINKS_CUDNN = (2, 13), 91800
 """The first versions that attend packed rows with sinks; cuDNN's as torch counts them."""
 NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
@@ -220,8 +219,7 @@ def transformer_settings(gpu: GpuConfig, train: TrainConfig, here: Here) -> dict
 
 def expert_settings(gpu: GpuConfig, here: Here) -> dict[str, Any]:
     """Return fields of the library's TransformerConfig that models with experts have."""
-    dispatcher = here.parallel.expert_dispatcher
-    parallel = here.parallel
+    parallel, dispatcher = here.parallel, here.parallel.expert_dispatcher
     overlap = {"moe_shared_expert_overlap": gpu.shared_expert_overlap == "on" and here.te,
                "overlap_moe_expert_parallel_comm": parallel.expert_overlap == "micro_batches",
                "delay_wgrad_compute": parallel.delay_weight_grads and here.te,
@@ -310,9 +308,7 @@ def _without_repeats(config: RunConfig) -> str:
     model, capability = config.model, torch.cuda.get_device_capability() if on_gpu() else (0, 0)
     if model.attention_sinks:
         return "with sinks (model.attention_sinks)"
-    # Transformer Engine leaves it out there from documents x heads x longest document squared = 2**30, and
-    # nothing bounds the documents of a row
-    if capability == (9, 0):
+    if capability[0] == HOPPER:
         return "in every row on this GPU"
     if capability[0] >= BLACKWELL and (torch.backends.cudnn.version() or 0) < REPEATS_CUDNN:
         return f"on this GPU before cuDNN {REPEATS_CUDNN}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sov.base.errors import UserError, first_line
+from megatron_sov.base.errors import UserError, first_line, told_in_a_line
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import own_gpu_index
@@ -73,7 +73,7 @@ def run_variables(config: RunConfig, gpu_name: str) -> dict[str, str]:
     # one queue keeps kernels of tensor and context parallelism in the order in which they overlap; Blackwell
     # needs none for that, and messages of experts beside another micro-batch need several
     ordered = ((parallel.tp > 1 or parallel.cp > 1) and parallel.expert_overlap == "none"
-               and not any(name in gpu_name for name in BLACKWELL))
+               and not any(name in gpu_name for name in BLACKWELL_NAMES))
     found = {"TORCH_NCCL_HIGH_PRIORITY": "1",  # messages are not queued behind products
              CONNECTIONS: "1" if ordered else "32",
              # sums in NVLink switches take memory for every group, and gain where buffers are registered
@@ -86,8 +86,13 @@ def run_variables(config: RunConfig, gpu_name: str) -> dict[str, str]:
 
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
-BLACKWELL = ("B200", "B300")
-"""In the names of its GPUs."""
+BLACKWELL_NAMES = ("B200", "B300")
+HOPPER, BLACKWELL = 9, 10
+"""Their compute capabilities begin so."""
+REPEATS_CUDNN = 91801
+"""The first cuDNN, as torch counts, whose attention over packed rows repeats its bits on Blackwell; on Hopper
+Transformer Engine leaves it out from documents x heads x longest document squared = 2**30, and nothing bounds
+the documents of a row."""
 
 
 def set_variables(config: RunConfig) -> None:
@@ -307,7 +312,7 @@ def lacking_deep_ep(dispatcher: str) -> str:
         try:
             getattr(importlib.import_module(module), last)
         except Exception as e:  # newer ones assert that NCCL's library is the one that they were built with
-            return f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}"
+            return told_in_a_line(e)
     return ""
 
 
