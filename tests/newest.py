@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -33,8 +34,18 @@ def lane(marker: str = NEWER) -> str:
                 if line.startswith("megatron-core==") and line.endswith(marker))
 
 
-def fetched(name: str, version: str, python: str = "3.12") -> Path:
-    """Return a folder with the Python sources of a wheel, fetched once.
+def is_source(member: str) -> bool:
+    return member.endswith((".py", "METADATA"))
+
+
+def fetched(name: str, version: str, python: str = "3.12", keeps: Callable[[str], bool] = is_source) -> Path:
+    """Return a folder with a part of a wheel, fetched once.
+
+    Args:
+        name: of the package.
+        version: of it.
+        python: that the wheel is for.
+        keeps: whether a file of the wheel, by its path there, is of the part: its Python sources.
 
     Raises:
         OSError: pip cannot fetch it.
@@ -53,8 +64,7 @@ def fetched(name: str, version: str, python: str = "3.12") -> Path:
         if not wheels:
             raise OSError(f"pip cannot fetch {name} {version}: {done.stderr.strip()[-300:]}")
         with zipfile.ZipFile(wheels[0]) as wheel:
-            wheel.extractall(Path(work) / "sources", [
-                member for member in wheel.namelist() if member.endswith((".py", "METADATA"))])
+            wheel.extractall(Path(work) / "sources", filter(keeps, wheel.namelist()))
         try:
             (Path(work) / "sources").rename(folder)
         except OSError:  # another process was faster

@@ -12,11 +12,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 import types
-import zipfile
 from collections.abc import Callable, Iterator
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -47,25 +45,16 @@ def triton_folder() -> Path | None:
     """
     if find_spec("triton"):
         return None
-    folder, name = ROOT / f"build/triton-{TRITON}", f"triton=={TRITON}"
-    if not folder.is_dir():
-        work = folder.with_suffix(".part")
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work,
-             "--disable-pip-version-check", "--only-binary=:all:", name],
-            capture_output=True, text=True, check=False)
-        wheel = next(work.glob("triton-*.whl"), None)
-        if wheel is None:
-            raise OSError(f"pip cannot fetch {name}: {done.stderr.strip()[-300:]}")
-        with zipfile.ZipFile(wheel) as archive:
-            for member in archive.infolist():
-                # entry points: by them Triton finds its backend
-                if "/ptxas" in member.filename or member.filename.endswith(
-                        (".py", ".so", ".bc", "METADATA", "entry_points.txt", ".h", ".c")):
-                    Path(archive.extract(member, work)).chmod(0o755)
-        wheel.unlink()
-        work.rename(folder)
+    folder = newest.fetched("triton", TRITON, platform.python_version().rpartition(".")[0], _is_of_triton)
+    for program in folder.glob("triton/backends/nvidia/bin/ptxas*"):
+        program.chmod(0o755)  # which zipfile forgets
     return folder
+
+
+def _is_of_triton(member: str) -> bool:
+    # entry points: by them Triton finds its backend
+    return "/ptxas" in member or member.endswith(
+        (".py", ".so", ".bc", "METADATA", "entry_points.txt", ".h", ".c"))
 
 
 def stub(name: str, folder: Path, **values: Any) -> None:
