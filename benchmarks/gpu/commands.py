@@ -15,9 +15,8 @@ import sys
 import traceback
 from typing import TextIO
 
-from setting import DOUBLE, ROOT
+from setting import DOUBLE, PROGRAMS, ROOT
 
-PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
 ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29573"}
 """What a launcher sets: a command that trains is then a rank itself, and starts no process."""

@@ -18,6 +18,8 @@ DOUBLE = ROOT / "tests/te_double"
 """Stands for Transformer Engine in a dry run."""
 
 
+PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
+"""Program -> its module."""
 Figures = Iterator[tuple[str, Any]]
 """What a part's `measure` yields: name and value of each figure, as soon as it is measured."""
 
@@ -111,9 +113,8 @@ class Setting:
         Raises:
             Failed: its exit code is not 0.
         """
-        module = {"megatron-sov": "megatron_sov", "sov-data": "data_prep.cli",
-                  "sov-tokenizer": "tokenizer.cli"}[str(words[0])]
-        done = subprocess.run([sys.executable, "-W", "ignore", "-m", module, *map(str, words[1:])],
+        done = subprocess.run([sys.executable, "-W", "ignore", "-m", PROGRAMS[str(words[0])],
+                               *map(str, words[1:])],
                               env=environment(on_gpu), capture_output=True, text=True, check=False)
         if done.returncode:
             raise Failed(f"{' '.join(map(str, words))}: exit code {done.returncode}: "
