@@ -300,9 +300,9 @@ def in_settings(name: Name) -> bool:
 
 MAX_AXES = 8
 MAX_SIZE = 1 << 48
+"""Of an axis, an offset or a file."""
 COMMON_STATE = "common_state/shard_0_1"
 """Key of the settings, which megatron-core from 0.19 on stores among tensors."""
-"""Of an axis, an offset or a file."""
 OF_TRAINING = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
 """Beginnings of the keys of what only goes on with a run."""
 Index = dict[str, Any]

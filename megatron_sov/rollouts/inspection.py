@@ -370,5 +370,4 @@ def _said(row: Rollout, decode: Decode | None) -> list[tuple[str, str]]:
 def _plain(text: str) -> str:
     """Return a stranger's text as a page can hold it: without control characters and halves of pairs."""
     more = len(text) - MAX_CHARS
-    text = visible(text[:MAX_CHARS]) + (f"\n[{more:,} more characters]" if more > 0 else "")
-    return text.encode("utf-8", "replace").decode()
+    return visible(text[:MAX_CHARS]) + (f"\n[{more:,} more characters]" if more > 0 else "")

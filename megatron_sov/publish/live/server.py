@@ -182,8 +182,7 @@ def _cut(text: Any) -> str:
     """Return a stranger's text as a page can hold it: no control characters, no halves of pairs, not long."""
     text = "" if text is None else str(text)
     more = len(text) - MAX_CHARACTERS
-    shown = visible(text[:MAX_CHARACTERS]) + (f" … ({more:,} more characters)" if more > 0 else "")
-    return shown.encode("utf-8", "replace").decode()
+    return visible(text[:MAX_CHARACTERS]) + (f" … ({more:,} more characters)" if more > 0 else "")
 
 
 def work_panels(one: WatchedWork) -> Iterator[Panel]:
