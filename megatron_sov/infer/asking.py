@@ -16,7 +16,7 @@ from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.files import refuse_tables
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, ChosenEngine
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, VLLM, ChosenEngine
 from megatron_sov.infer.request import Generated
 
 if TYPE_CHECKING:
@@ -96,9 +96,19 @@ class EngineOptions:
 
     engine: ChosenEngine = None
     engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
-    """Layout and precision, e.g. parallel.ep=2 (engine megatron)."""
+    """Layout and precision, e.g. parallel.ep=2 (engine megatron); or servers, e.g. tp=8 (engine vllm)."""
     nproc: AtLeastOne | None = None
     """Local processes (engine megatron)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Where vLLM comes from, of `--engine vllm`."""
+
+    engine_python: Annotated[Path | None, Flag(value="FILE")] = None
+    """The interpreter that has vLLM (default: SOV_ENGINE_PYTHON of the environment, or this one)."""
+    engine_url: Annotated[tuple[str, ...], Flag(value="URL")] = ()
+    """A vLLM server that somebody else has started; repeat it for several."""
 
 
 @dataclass(frozen=True)
@@ -322,7 +332,7 @@ def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: in
     Args:
         engine: one of `ENGINES`.
         target: the model.
-        settings: `key=value` changes of layout and precision.
+        settings: `key=value` changes of layout and precision, or of servers.
         nproc: local processes.
         option: which gives the settings.
         num_drafts: tokens that the multi-token prediction layer drafts.
@@ -330,7 +340,8 @@ def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: in
     if engine != MEGATRON and not target.is_hf:
         raise UserError(f"--engine {engine}: {target.path} is a checkpoint; "
                         "convert it first with `megatron-sov convert to-hf`")
-    given = [*(f"{option} {setting}" for setting in settings),
+    own = settings if engine != VLLM else ()  # its servers have settings too
+    given = [*(f"{option} {setting}" for setting in own),
              *([] if nproc is None else [f"--nproc {nproc}"]),
              *([f"--speculative {num_drafts}"] if num_drafts else [])]
     if engine != MEGATRON and given:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Lt
 
@@ -27,8 +28,8 @@ from megatron_sov.base.settings import (
 from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
-from megatron_sov.infer.asking import EngineOptions, check_engine, check_length
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, Engine, engine_for
+from megatron_sov.infer.asking import EngineOptions, ServerOptions, check_engine, check_length
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, VLLM, Engine, engine_for
 from megatron_sov.infer.request import Batching, BatchSize
 from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import BUILT_IN, make, order
@@ -45,13 +46,16 @@ from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, ROUNDS, RunFolder
 from megatron_sov.runs.rounds import Policy, policy_of_round
 from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage, request_with_model, tokenizer_of
+from megatron_sov.work.endpoints.transport import address_problems
 from megatron_sov.work.progress.locks import Claims
 from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
+    from megatron_sov.infer.engines.server_engine import ServerPlaces
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.post.rl.feed import Produce
     from megatron_sov.post.rl.generate import Writer
+    from megatron_sov.post.rl.requests import LiveServers
     from megatron_sov.rollouts.store import RolloutStore
     from megatron_sov.train.stages.gate import EndGate
 
@@ -184,7 +188,7 @@ class AskingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlGenerateOptions(RecipeOptions, AskingOptions, EngineOptions):
+class RlGenerateOptions(RecipeOptions, AskingOptions, EngineOptions, ServerOptions):
     """Write the responses of rounds, by the policies of a run."""
 
     prompts: Annotated[Path, Flag(value="FILE.jsonl")]
@@ -322,7 +326,7 @@ def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
     name = args.engine or engine_for(start)
     check_engine(name, start, args.engine_set, args.nproc, ENGINE_SET)
     refuse_too_long(rollout, environment, start)
-    if rollout.deadline_s and name != MEGATRON and environment is None:
+    if rollout.deadline_s and name not in (MEGATRON, VLLM) and environment is None:
         raise UserError(f"rollout.deadline_s = {rollout.deadline_s:g}: --engine {name} cannot be stopped in "
                         f"the middle of a response; use --engine {MEGATRON}, or set it to 0")
     return name
@@ -350,8 +354,10 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
            start: Target, engine_name: str, environment: AskedEnvironment | None) -> dict[str, Any] | None:
     """Load the policy and write; None on other processes than the first."""
     from megatron_sov.engine.parallel.world import on_first
+    from megatron_sov.infer.engines.server_engine import ServerEngine
     from megatron_sov.post.rl.generate import Missing, PieceQueue, Take, run_policies, write_rounds
-    from megatron_sov.post.rl.responses import key_digest
+    from megatron_sov.post.rl.requests import write_by_requests
+    from megatron_sov.post.rl.responses import ResponseSource, key_digest
     from megatron_sov.rollouts.store import RolloutStore
 
     folder, rollout = start.tokenizer_folder, config.rollout
@@ -369,13 +375,34 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
                           lambda number: key_digest(rollout, number, writer.chosen_by))
         # how rows were written goes into the parts' provenance
         told = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}
-        return write_rounds(engine, take, held, writer, PieceQueue(missing, store, args.wait, told))
+        desk = PieceQueue(missing, store, args.wait, told)
+        if isinstance(engine, ServerEngine) and isinstance(writer, ResponseSource):
+            return write_by_requests(engine, take, writer, desk, engine.room)
+        return write_rounds(engine, take, held, writer, desk)
 
     found: dict[str, Any] | None = run_policies(
         engine_name, start, work, longest=_longest(rollout, environment),
         batching=Batching(args.batch_size), settings=args.engine_set, nproc=args.nproc,
-        option=ENGINE_SET, with_routes=config.policy.router_replay)
+        option=ENGINE_SET, with_routes=config.policy.router_replay,
+        places=None if engine_name != VLLM else server_places(args, args.run))
     return found
+
+
+def server_places(args: ServerOptions, run: Path) -> ServerPlaces:
+    """Return where servers are; their interpreter becomes the environment's.
+
+    Raises:
+        UserError: an address is none.
+    """
+    from megatron_sov.infer.engines.server_engine import ServerPlaces
+    from megatron_sov.infer.engines.server_process import ENGINE_PYTHON
+
+    if args.engine_python is not None:
+        os.environ[ENGINE_PYTHON] = str(args.engine_python)
+    if problems := [str(problem) for url in args.engine_url
+                    for problem in address_problems("--engine-url", url, "the environment")]:
+        raise UserError(problems[0])
+    return ServerPlaces(run / "engines", args.engine_url)
 
 
 def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPrompt], start: Target,
@@ -531,11 +558,26 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
 TRAIN = command_of(RlTrainOptions, run_train)
 
 
+RunEngine = Literal["megatron", "vllm"]
+
+
 @dataclass(frozen=True, kw_only=True)
-class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions):
+class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions, ServerOptions):
     """Train in rounds in which the model writes its responses itself."""
 
+    engine: Annotated[RunEngine, Flag(help="What writes: the model that learns, or vLLM's servers, which are "
+                                           "given its weights in each round")] = MEGATRON
+    engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
+    """Servers, e.g. servers=2 or tp=8 (engine vllm)."""
+
     def problems(self) -> list[SettingsProblem]:
+        if self.engine == MEGATRON and (self.engine_set or self.engine_url or self.engine_python):
+            return [SettingsProblem(ProblemCode.RULE, "engine", "has no servers, and settings of servers are "
+                                    "given", self.engine, "add --engine vllm, or leave them out")]
+        if self.engine == VLLM and self.environment is not None:
+            return [SettingsProblem(ProblemCode.RULE, "environment", "is played by the model that learns; "
+                                    "servers write plain responses in `rl run`", self.environment,
+                                    "leave --engine out, or write by `rl generate --engine vllm`")]
         return [] if self.reward != ENVIRONMENT or self.environment is not None else [
             SettingsProblem(ProblemCode.RULE, "reward",
                             "takes what an environment said of its episodes, and there is none",
@@ -574,16 +616,29 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
     digest = tokenizer_digest(start.tokenizer_folder)
     producer = Producer(
         partial(RolloutStore.create, args.store, digest, start.vocab_size), parsed.prompts, config.rollout,
-        args.run, start.path, writer_of(args, config, parsed.prompts, start, MEGATRON, environment),
+        args.run, start.path, writer_of(args, config, parsed.prompts, start, args.engine, environment),
         Batching(args.batch_size), parsed.reward_version,
         partial(judging, args.reward, args.reward_set, args.workers),
-        {"engine": MEGATRON, "environment": args.environment, "reward": args.reward},
-        partial(second_opinions, args.reward, args.reward_set, parsed.reward_version))
+        {"engine": args.engine, "environment": args.environment, "reward": args.reward},
+        partial(second_opinions, args.reward, args.reward_set, parsed.reward_version),
+        _live_servers(args, config, start))
     try:
         train_rounds(args, parsed, began_s, produce=producer.produce)
     # workers that judge end with the run, also with one that failed
     finally:
         producer.close()
+
+
+def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveServers | None:
+    if args.engine == MEGATRON:
+        return None
+    from megatron_sov.infer.engines.server_engine import server_settings
+    from megatron_sov.post.rl.requests import LiveServers
+
+    places = server_places(args, args.run)
+    # a Hugging Face folder is what the servers load; of a checkpoint they get one
+    return LiveServers(args.start_from, args.run, server_settings(args.engine_set, ENGINE_SET), places.urls,
+                       _longest(config.rollout, None), start.vocab_size, config.policy.router_replay)
 
 
 RUN = command_of(RlRunOptions, run_all)
