@@ -206,8 +206,8 @@ def _split(content: str) -> tuple[str, str]:
     text = plain_form(content).strip()
     begins = text.startswith(BEGIN_THOUGHTS)
     before, end, behind = text.partition(END_THOUGHTS)
-# The opening tag may be missing: some chat templates write it into the prompt. One that comes later in the
-# text is a quotation, and the text has no thoughts.
+    # The opening tag may be missing: some chat templates write it into the prompt. One that comes later in the
+    # text is a quotation, and the text has no thoughts.
     if end and (begins or BEGIN_THOUGHTS not in before):
         return as_written(behind).strip(), as_written(before.removeprefix(BEGIN_THOUGHTS)).strip()
     if begins:
@@ -294,7 +294,7 @@ class Ask:
                 no use is an answer too, as in a measurement.
             fields: what the template names; exactly these.
         """
-    # the request without model and seed: `_one` adds both
+        # the request without model and seed: `_one` adds both
         messages = self._prompts[template].messages(fields)
         request = _request(messages, temperature, top_p, max_tokens, thinking)
 
