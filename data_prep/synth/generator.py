@@ -206,8 +206,8 @@ def _split(content: str) -> tuple[str, str]:
     text = plain_form(content).strip()
     begins = text.startswith(BEGIN_THOUGHTS)
     before, end, behind = text.partition(END_THOUGHTS)
-    # The opening tag may be missing: some chat templates write it into the prompt. One that comes later in the
-    # text is a quotation, and the text has no thoughts.
+    # The opening tag may be missing: some chat templates write it into the prompt. One that comes later in
+    # the text is a quotation, and the text has no thoughts.
     if end and (begins or BEGIN_THOUGHTS not in before):
         return as_written(behind).strip(), as_written(before.removeprefix(BEGIN_THOUGHTS)).strip()
     if begins:
