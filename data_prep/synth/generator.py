@@ -18,10 +18,10 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 from annotated_types import Ge, Le
 
 from data_prep.synth.templates import PromptTemplate
-from megatron_sov.base.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, as_written, plain_form
-from megatron_sov.base.chat.tool_calls import BadCall, parse_turn
 from megatron_sov.base.documents.messages import BadRecord, refuse_deep
 from megatron_sov.base.documents.rows import finite, no_constant
+from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, as_written, plain_form
+from megatron_sov.chat.tool_calls import BadCall, parse_turn
 from megatron_sov.judge.rewards.judge import fenced_messages, grade_in, sound
 from megatron_sov.judge.rewards.surface import loop_at_end
 from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, NeverAnswered

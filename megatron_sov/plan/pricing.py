@@ -9,7 +9,6 @@ from functools import cached_property
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ExtendStageConfig, PhaseConfig, RunConfig
-from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.model.recipes.extension import micro_batch_size
 from megatron_sov.plan.calibration.expected import LearnedCorrection, shipped
 from megatron_sov.plan.calibration.fitting import fullest, usable_bytes
@@ -20,6 +19,7 @@ from megatron_sov.plan.speed.parameters import UNITS, Parameters
 from megatron_sov.plan.speed.step import Known, StepTime, beside_layers, step_time
 from megatron_sov.plan.speed.traffic import messages
 from megatron_sov.plan.speed.workload import PRECISIONS, Workload, of_run
+from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import CHIPS, Chip, Links
 from megatron_sov.work.clusters.cluster import ClusterProfile

@@ -186,8 +186,8 @@ def _data_lines(args: PlanOptions, config: RunConfig) -> list[str]:
     """
     from megatron_sov.base.artifacts import read_manifest
     from megatron_sov.model.config.data import named_shards
-    from megatron_sov.model.config.schedules import Schedule
     from megatron_sov.runs.obs.figures import large
+    from megatron_sov.schedules import Schedule
 
     found = [read_manifest(named_shards(path)[1], "tokens").content for path in data_paths(args.data)]
     if not found:

@@ -19,7 +19,6 @@ from typing import Any
 from megatron_sov.base.artifacts import sha256_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import PhaseConfig, RunConfig
-from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.model.families.count import train_flops_per_token
 from megatron_sov.plan.footprint.kept import KeptPlan, StretchPlan
 from megatron_sov.plan.footprint.memory import account
@@ -27,6 +26,7 @@ from megatron_sov.plan.operation import checkpoint_bytes, conditions, goodput, w
 from megatron_sov.plan.speed.parameters import Parameters, default, of_json
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import of_run
+from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import Chip, Links, default_links, of_device
 from megatron_sov.work.clusters.cluster import ClusterProfile
