@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
-from megatron_sov.base.chat.folder import open_tokenizer, read_chat_encoder
-from megatron_sov.base.chat.marks import as_written
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.messages import REASONING, read_messages, read_tools, refuse_deep
 from megatron_sov.base.documents.rows import finite, no_constant
 from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
+from megatron_sov.chat.marks import as_written
 from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import Sampling, Tells

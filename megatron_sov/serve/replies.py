@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-from megatron_sov.base.chat.marks import (
+from megatron_sov.chat.marks import (
     BEGIN_CALL, BEGIN_THOUGHTS, END_THOUGHTS, FAMILIES, LLAMA, PYTHON_TAG, CallForm, as_written, plain_form)
-from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, parse_turn
+from megatron_sov.chat.tool_calls import BadCall, ToolCall, parse_turn
 from megatron_sov.infer.request import STOP, StopRule, Written
 from megatron_sov.serve.bodies import BodyReader, ServedQuestion
 from megatron_sov.serve.scheduler import Begun

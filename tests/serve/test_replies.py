@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sov.base.chat.tool_calls import ToolCall
+from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.serve.replies import ServedTurn, turn_so_far, whole_turn
 
 ADD = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'

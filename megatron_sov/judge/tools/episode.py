@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from megatron_sov.base.chat.encode import TurnEncoder
-from megatron_sov.base.chat.marks import CallForm
-from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.encode import TurnEncoder
+from megatron_sov.chat.marks import CallForm
+from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools.environment import INFRASTRUCTURE, EpisodeLimits, Observation, Task, cut
 from megatron_sov.judge.tools.host import CallResult, EnvironmentHost, Opening

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.chat.encode import ChatEncoder, TurnEncoder
-from megatron_sov.base.chat.marks import CallForm
-from megatron_sov.base.chat.template import ChatTemplate
-from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
+from megatron_sov.chat.encode import ChatEncoder, TurnEncoder
+from megatron_sov.chat.marks import CallForm
+from megatron_sov.chat.template import ChatTemplate
+from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 from megatron_sov.serve.replies import ServedTurn, turn_so_far, whole_turn
 
 ARGUMENTS = {"city": '서울\n<b> "x" & </y>', "nights": 3, "price": 1.5, "smoking": True,

@@ -13,16 +13,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_sov.base.chat.marks import (
-    BEGINS_OF_THOUGHTS, KIND_ANSWER, KIND_NONE, CallForm, kinds_of_turn, marks_decoder)
-from megatron_sov.base.chat.tool_calls import FORMS, ToolCall, parse_turn
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.marks import (
+    BEGINS_OF_THOUGHTS, KIND_ANSWER, KIND_NONE, CallForm, kinds_of_turn, marks_decoder)
+from megatron_sov.chat.tool_calls import FORMS, ToolCall, parse_turn
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from megatron_sov.base.chat.template import ChatTemplate, Segments
+    from megatron_sov.chat.template import ChatTemplate, Segments
 
 TYPE_TEXT, TYPE_PROMPT, TYPE_RESPONSE = 0, 1, 2
 """What a token is: plain text, part of a prompt (template, system, user, tools),
@@ -143,7 +143,7 @@ class ChatEncoder:
                 that is asked with the earlier turns would see other ids than these.
         """
         # not above: it imports Jinja, which no help needs
-        from megatron_sov.base.chat.template import around_contents
+        from megatron_sov.chat.template import around_contents
 
         wanted = {i for i, m in enumerate(chat.messages)
                   if i >= num_prompt and m.role == "assistant" and m.is_learned}
@@ -185,7 +185,7 @@ class ChatEncoder:
         return EncodedChat(ids, kinds, is_open)
 
     def _segments(self, chat: Conversation, wanted: set[int], awaits_response: bool) -> Segments:
-        from megatron_sov.base.chat.template import around_contents, around_turns
+        from megatron_sov.chat.template import around_contents, around_turns
 
         try:
             return around_contents(self._template, chat, awaits_response, wanted)
@@ -272,7 +272,7 @@ class ChatEncoder:
         return tuple(found)
 
     def _answer_ends(self) -> tuple[int, ...]:
-        from megatron_sov.base.chat.template import around_contents
+        from megatron_sov.chat.template import around_contents
 
         found: dict[int, None] = {}
         # the probes' contents are single letters, so every special token in a learned part is the template's

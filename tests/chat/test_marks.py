@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.chat.encode import ChatEncoder, TurnEncoder
-from megatron_sov.base.chat.marks import (
-    FAMILIES, MARKS, as_written, marks_decoder, plain_form, quoted, text_decoder)
-from megatron_sov.base.chat.template import ChatTemplate
-from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.encode import ChatEncoder, TurnEncoder
+from megatron_sov.chat.marks import (
+    FAMILIES, MARKS, as_written, marks_decoder, plain_form, quoted, text_decoder)
+from megatron_sov.chat.template import ChatTemplate
+from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 from megatron_sov.judge.rewards.reward import text_of
 from megatron_sov.serve.replies import ServedTurn, turn_so_far, whole_turn
 from tokenizer.presets import PRESETS

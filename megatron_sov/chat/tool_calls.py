@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_sov.base.chat.marks import (
-    BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS, LLAMA, CallForm, as_written, plain_form)
 from megatron_sov.base.documents.messages import BadRecord, refuse_deep
 from megatron_sov.base.documents.rows import finite, no_constant
+from megatron_sov.chat.marks import (
+    BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS, LLAMA, CallForm, as_written, plain_form)
 
 Fault = Literal["json", "form", "unclosed"]
 QWEN3_CODER: CallForm = "qwen3-coder"
