@@ -96,7 +96,7 @@ def on_rank(work: Path, out: Path, settings: list[str]) -> int:
     """Leave loss, norm and gradients of each objective's first step."""
     import torch
 
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.parallel import world
     from megatron_sov.post.policy import objective_of
     from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
@@ -138,7 +138,7 @@ def on_rank(work: Path, out: Path, settings: list[str]) -> int:
 
 def gradients(folder: Path) -> dict[str, Any]:
     """Return a step's gradients, whole."""
-    from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader
+    from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
     reader = TensorReader(folder, "model")
     return {key: reader.read(key).double() for key in reader.keys()}  # noqa: SIM118  (a reader is no dict)

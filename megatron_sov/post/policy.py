@@ -25,9 +25,9 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 
-from megatron_sov.base.chat.encode import TYPE_TEXT
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.encode import TYPE_TEXT
 from megatron_sov.engine.model.attention import SharedPrompts, Span
 from megatron_sov.engine.model.gpu_settings import Here, own_attention_serves
 from megatron_sov.engine.model.logprobs import Head

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sov.base.chat.encode import TYPE_TEXT
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.encode import TYPE_TEXT
 from megatron_sov.model.config import PolicyConfig
 from megatron_sov.model.recipes import get
 from megatron_sov.post.policy import check_sources, texts_of

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from annotated_types import Ge, Lt
 
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
-from megatron_sov.base.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.base.digests import file_digest
-from megatron_sov.base.documents.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.base.errors import (
     ExitCode, GateFailed, StopRequested, UserError, list_problems, visible, warn)
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import (
     Flag, NotNegative, ProblemCode, SettingsProblem, change, command_of, not_with, only_with, parse_nested,
     read_options)
+from megatron_sov.chat.folder import chat_files, read_chat_encoder
+from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
@@ -391,7 +391,7 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPromp
     Raises:
         UserError: a prompt is too long, or the model has no chat template.
     """
-    from megatron_sov.base.chat.encode import TurnEncoder
+    from megatron_sov.chat.encode import TurnEncoder
     from megatron_sov.infer.asking import Asker
     from megatron_sov.judge.tools.playing import EpisodeTable
     from megatron_sov.post.rl.responses import Episodes, ResponseSource

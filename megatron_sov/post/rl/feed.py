@@ -26,7 +26,7 @@ from megatron_sov.base.artifacts import atomic_write, read_manifest, to_json
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import seal_damage, write_sealed
-from megatron_sov.engine.checkpoint import load
+from megatron_sov.checkpoint import load
 from megatron_sov.engine.model.local_shards import local_shards
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import sum_dict

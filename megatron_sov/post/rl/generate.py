@@ -22,7 +22,7 @@ import torch
 
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.engine.checkpoint import load
+from megatron_sov.checkpoint import load
 from megatron_sov.engine.parallel.world import on_first
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.engine import MEGATRON, VLLM, Engine, run_engine

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, new_artifact
-from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.documents.shard_files import ROUTES, IndexedWriter, RouteShape
-from megatron_sov.base.documents.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import read_json, write_json
+from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
+from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.post.rl.advantages import LEARNS as KEPT, Group, advantages, left_out
 from megatron_sov.post.rl.gathering import (

@@ -32,7 +32,7 @@ def fill(model: Any, optimizer: Any) -> None:
     """Give every number of weights and state a value that its name and place in the whole tensor decide."""
     import torch
 
-    from megatron_sov.engine.checkpoint.load import normals
+    from megatron_sov.checkpoint.load import normals
     from megatron_sov.engine.model.local_shards import local_shards
 
     for block in [*local_shards(model), *optimizer.state_shards()]:
@@ -45,7 +45,7 @@ def fill(model: Any, optimizer: Any) -> None:
 
 def written(layout: dict[str, Any], path: str) -> None:
     """Write a checkpoint with known numbers."""
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
 
     model, optimizer = parts(layout)
     fill(model, optimizer)
@@ -54,7 +54,7 @@ def written(layout: dict[str, Any], path: str) -> None:
 
 def copied(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
     """Load a checkpoint at a layout and write it again from there."""
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
 
     model, optimizer = parts(layout)
     load.check(Path(source))
@@ -69,7 +69,7 @@ def continued(path: str) -> dict[str, Any]:
     return whether they agree."""
     import torch
 
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.model.local_shards import local_shards
 
     def update(model: Any, optimizer: Any, seed: int) -> None:
@@ -110,7 +110,7 @@ def continued(path: str) -> dict[str, Any]:
 @pytest.mark.distributed
 def test_any_layout_reads_what_another_wrote_to_the_bit_and_goes_on(ranks, job, tmp_path: Path) -> None:
     from megatron_sov.base.artifacts import damaged_files, read_manifest
-    from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader
+    from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
     names = [tmp_path / n for n in ("written", "alone", "split", "experts")]
     layouts = [(1, {}), (4, ALL), (2, {"ep": 2})]
@@ -143,7 +143,7 @@ def failures(folder: str) -> dict[str, str]:
     import torch.distributed as dist
 
     from megatron_sov.base.errors import UserError
-    from megatron_sov.engine.checkpoint import load, sharded_tensors
+    from megatron_sov.checkpoint import load, sharded_tensors
 
     model, optimizer = parts(SP)
     said: dict[str, str] = {}
@@ -192,7 +192,7 @@ def failures(folder: str) -> dict[str, str]:
 def other_model(path: str) -> str:
     """Return what is said when a checkpoint belongs to a larger vocabulary."""
     from megatron_sov.base.errors import UserError
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
 
     model, _ = parts(SP, vocab_size=64)
     try:

@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.checkpoint.save import Companions, Saver
-from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.checkpoint.save import Companions, Saver
+from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.optimizer.optimizer import Optimizer
@@ -88,7 +88,7 @@ def rule_for(key: str) -> str:
         return next(rule for pattern, rule in ENCODER_RULES if fnmatch.fnmatchcase(key, pattern))
     matches = [rule for pattern, rule in RULES if fnmatch.fnmatchcase(key, pattern)]
     if len(matches) != 1:
-        raise ValueError(f"{key}: {len(matches)} rules of engine/checkpoint/load.py match this name, "
+        raise ValueError(f"{key}: {len(matches)} rules of checkpoint/load.py match this name, "
                          "needs exactly one")
     return matches[0]
 

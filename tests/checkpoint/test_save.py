@@ -26,8 +26,8 @@ def beside_the_training(folder: str) -> dict[str, Any]:
     while the model changes."""
     import torch
 
-    from megatron_sov.engine.checkpoint import host_snapshot, load, sharded_tensors
-    from megatron_sov.engine.checkpoint.save import Companions, Saved, Saver
+    from megatron_sov.checkpoint import host_snapshot, load, sharded_tensors
+    from megatron_sov.checkpoint.save import Companions, Saved, Saver
     from megatron_sov.engine.parallel.collectives import all_reduce_world
     from megatron_sov.engine.parallel.values import sum_dict
 
@@ -67,8 +67,8 @@ def problems(folder: str) -> dict[str, Any]:
     import torch.distributed as dist
 
     from megatron_sov.base.errors import UserError
-    from megatron_sov.engine.checkpoint import save
-    from megatron_sov.engine.checkpoint.host_snapshot import Snapshot
+    from megatron_sov.checkpoint import save
+    from megatron_sov.checkpoint.host_snapshot import Snapshot
 
     model, optimizer = parts({"ep": 2})
     at, rank, said = Path(folder), dist.get_rank(), {}
@@ -123,8 +123,8 @@ def behind_an_error(folder: str) -> dict[str, Any]:
 
     import torch.distributed as dist
 
-    from megatron_sov.engine.checkpoint import save
-    from megatron_sov.engine.checkpoint.host_snapshot import Snapshot
+    from megatron_sov.checkpoint import save
+    from megatron_sov.checkpoint.host_snapshot import Snapshot
 
     model, optimizer = parts({"ep": 2})
     at, write, saved = Path(folder), Snapshot.write, list[str]()
@@ -162,7 +162,7 @@ def _defect(*args: Any) -> None:
 @pytest.mark.distributed
 def test_the_copy_is_written_and_failures_reach_everyone(ranks: Any, job: Any, tmp_path: Path) -> None:
     from megatron_sov.base.artifacts import damaged_files, read_manifest
-    from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader
+    from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
     for name in ("beside", "problems"):
         (tmp_path / name).mkdir()
@@ -215,7 +215,7 @@ def gathered(everywhere: bool) -> dict[str, Any]:
     """Gather two tensors of which the ranks own uneven parts; "lonely" lives on rank 1 alone."""
     import torch
 
-    from megatron_sov.engine.checkpoint.gather import Gatherer, in_order
+    from megatron_sov.checkpoint.gather import Gatherer, in_order
     from megatron_sov.engine.model.local_shards import LocalShard
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig

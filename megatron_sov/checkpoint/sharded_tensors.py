@@ -20,8 +20,8 @@ import torch
 
 from megatron_sov.base.artifacts import FileRecord, atomic_write
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.checkpoint.assembling import Assembled, StoredBlock, owners
-from megatron_sov.engine.checkpoint.writer import TensorFile, TensorSpec, write_file
+from megatron_sov.checkpoint.assembling import Assembled, StoredBlock, owners
+from megatron_sov.checkpoint.writer import TensorFile, TensorSpec, write_file
 
 MAX_FILE_BYTES = 4 << 30
 RANKS_PER_FOLDER = 256

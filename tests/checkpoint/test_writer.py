@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov.base.artifacts import FileRecord
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.checkpoint import writer
-from megatron_sov.engine.checkpoint.writer import SAFETENSORS_DTYPES, TensorFile, TensorSpec, write_file
+from megatron_sov.checkpoint import writer
+from megatron_sov.checkpoint.writer import SAFETENSORS_DTYPES, TensorFile, TensorSpec, write_file
 
 
 @given(st.data(), st.lists(st.integers(0, 6), max_size=4),

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from megatron_sov.base.chat.encode import TYPE_RESPONSE, ChatEncoder
-from megatron_sov.base.chat.marks import KIND_NONE, KINDS
-from megatron_sov.base.chat.template import ChatTemplate
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.documents.records import RecordReading, parse_record
+from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
+from megatron_sov.chat.marks import KIND_NONE, KINDS
+from megatron_sov.chat.template import ChatTemplate
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
         "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -239,7 +239,7 @@ FULL = "{% for m in messages %}[BOS]{{ m.role }}\n" \
 
 def test_the_chat_on_the_page_teaches_its_thought_its_call_and_its_answer(
         tokenizer: PreTrainedTokenizerFast) -> None:
-    page = (Path(__file__).parents[3] / "docs/chats.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/chats.md").read_text()
     (example,) = re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     document = parse_record(json.loads(example), "chats.md", 1, RecordReading("chat"))
     chat = encoder(tokenizer, FULL).encode(document.conversation())

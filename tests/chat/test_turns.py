@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from megatron_sov.base.chat.encode import ChatEncoder, TurnEncoder
-from megatron_sov.base.chat.template import ChatTemplate
 from megatron_sov.base.documents import Conversation, Message
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.encode import ChatEncoder, TurnEncoder
+from megatron_sov.chat.template import ChatTemplate
 
-sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from tool_episodes import BEGIN, END, TEMPLATE, chat_encoder
 
 # as Qwen3's: several results share a user's turn, and contents are looked into

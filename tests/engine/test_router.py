@@ -27,8 +27,8 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
 
     from megatron_sov import recipes
     from megatron_sov.engine.model.language_model import build
-    from megatron_sov.engine.model.router import BalancedRouter
     from megatron_sov.engine.parallel import context, world
+    from megatron_sov.engine.router import BalancedRouter
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get("tiny-solar-open"), [
@@ -63,8 +63,8 @@ def gate_bf16() -> dict[str, Any]:
 
     from megatron_sov import recipes
     from megatron_sov.engine.model.language_model import build
-    from megatron_sov.engine.model.router import BalancedRouter
     from megatron_sov.engine.parallel import world
+    from megatron_sov.engine.router import BalancedRouter
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get("tiny-solar-open"), ["train.precision=bf16", "model.num_layers=1"])
@@ -123,8 +123,8 @@ def grouped_choices() -> list[Any]:
 
     from megatron_sov import recipes
     from megatron_sov.engine.model.language_model import build
-    from megatron_sov.engine.model.router import BalancedRouter
     from megatron_sov.engine.parallel import world
+    from megatron_sov.engine.router import BalancedRouter
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     world.join(ParallelConfig())

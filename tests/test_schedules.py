@@ -15,7 +15,7 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import OptimConfig, PhaseConfig, RunConfig, TrainConfig
 from megatron_sov.model.config.data import batch_size_at
-from megatron_sov.model.config.schedules import Schedule, changed_schedule, decayed
+from megatron_sov.schedules import Schedule, changed_schedule, decayed
 
 SCHEDULES = ("cosine", "wsd", "linear", "inverse_sqrt", "constant")
 

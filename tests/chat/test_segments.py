@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from megatron_sov.base.chat.marks import KIND_ANSWER, KIND_CALL, KIND_THOUGHT, kinds_of_turn
-from megatron_sov.base.chat.template import ChatSegment, ChatTemplate, Segments, around_contents, odd_opening
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.marks import KIND_ANSWER, KIND_CALL, KIND_THOUGHT, kinds_of_turn
+from megatron_sov.chat.template import ChatSegment, ChatTemplate, Segments, around_contents, odd_opening
 
 
 def around(template: ChatTemplate, *turns: tuple[str, str]) -> Segments:

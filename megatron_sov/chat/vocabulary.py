@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.chat.folder import chat_form
 from megatron_sov.base.digests import SHA256, file_digest
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.folder import chat_form
 
 TOKENIZER_JSON = "tokenizer.json"
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from megatron_sov.base.chat.folder import open_tokenizer, read_chat_encoder
-from megatron_sov.base.chat.limits import TemplateTooLong, bounded
-from megatron_sov.base.chat.template import ChatTemplate
-from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
+from megatron_sov.chat.limits import TemplateTooLong, bounded
+from megatron_sov.chat.template import ChatTemplate
+from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 
 
 def shown(template: str, *turns: tuple[str, str]) -> str:
@@ -55,7 +55,7 @@ def test_templates_have_what_transformers_gives_them(template: str, says: str) -
 ])
 def test_templates_that_fail_or_do_not_end_cost_a_sentence(template: str, says: str,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_sov.base.chat.template.CPU_S", 0.2)
+    monkeypatch.setattr("megatron_sov.chat.template.CPU_S", 0.2)
     with pytest.raises(BadRecord, match=says):
         shown(template, ("user", "a"))
 

@@ -13,9 +13,8 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_sov.base.documents.vocabulary import (
-    read_vocabulary, refuse_other_tokenizer, refuse_other_tokens)
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.vocabulary import read_vocabulary, refuse_other_tokenizer, refuse_other_tokens
 from megatron_sov.train.data.token_bytes import token_bytes
 from tokenizer.cli import main as sov_tokenizer
 

@@ -29,9 +29,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
-from megatron_sov.base.chat.limits import TemplateTooLong, bounded
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.limits import TemplateTooLong, bounded
 
 CPU_S, MEMORY_BYTES = 2.0, 1 << 30
 """What one rendering may take: a template of a model on the hub takes well below a millisecond."""

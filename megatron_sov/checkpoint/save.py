@@ -28,8 +28,8 @@ import torch.distributed as dist
 from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, atomic_write, publish, refuse_existing, to_json)
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.engine.checkpoint.host_snapshot import INDICES, Snapshot, WrittenSnapshot
-from megatron_sov.engine.checkpoint.sharded_tensors import write_index
+from megatron_sov.checkpoint.host_snapshot import INDICES, Snapshot, WrittenSnapshot
+from megatron_sov.checkpoint.sharded_tensors import write_index
 from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.optimizer.optimizer import Optimizer

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from megatron_sov.base.artifacts import FileRecord
-from megatron_sov.engine.checkpoint.sharded_tensors import (
-    MAX_FILE_BYTES, RANKS_PER_FOLDER, Index, TensorWriter)
+from megatron_sov.checkpoint.sharded_tensors import MAX_FILE_BYTES, RANKS_PER_FOLDER, Index, TensorWriter
 from megatron_sov.engine.model.local_shards import LocalShard
 from megatron_sov.engine.parallel.device import Arena, num_bytes, on_gpu
 

@@ -35,7 +35,7 @@ def tables() -> list[list[Any]]:
     import torch
 
     from megatron_sov.base.documents.shard_files import RouteShape
-    from megatron_sov.engine.model.router import RouteTable
+    from megatron_sov.engine.router import RouteTable
 
     found = []
     for shape in (RouteShape(2, 2, 40), RouteShape(2, 2, 400)):
@@ -63,7 +63,7 @@ def routed() -> dict[str, Any]:
     import torch
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from megatron_sov.engine.model.router import BalancedRouter, replay_routes
+    from megatron_sov.engine.router import BalancedRouter, replay_routes
 
     _, model = tiny_model("tiny-qwen3-moe", *SETTINGS, "model.num_layers=1", layout={})
     router = next(m for m in model.modules() if isinstance(m, BalancedRouter))

@@ -59,8 +59,8 @@ def compare(score: str, norm: bool, top_k: int, biased: bool) -> dict[str, Any]:
 
     from megatron_sov import recipes
     from megatron_sov.engine.model.language_model import build
-    from megatron_sov.engine.model.router import BalancedRouter
     from megatron_sov.engine.parallel import world
+    from megatron_sov.engine.router import BalancedRouter
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get("tiny-solar-open"), [

@@ -17,9 +17,9 @@ import torch
 from hypothesis import given, strategies as st
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.checkpoint import sharded_tensors
-from megatron_sov.engine.checkpoint.assembling import owners
-from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
+from megatron_sov.checkpoint import sharded_tensors
+from megatron_sov.checkpoint.assembling import owners
+from megatron_sov.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
 
 LocalShard = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and shape."""

@@ -14,10 +14,9 @@ from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 from megatron_sov.base.artifacts import FileRecord  # noqa: E402
-from megatron_sov.engine.checkpoint import host_snapshot  # noqa: E402
-from megatron_sov.engine.checkpoint.host_snapshot import (  # noqa: E402
-    Snapshot, WrittenSnapshot, run_in_threads)
-from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader, write_index  # noqa: E402
+from megatron_sov.checkpoint import host_snapshot  # noqa: E402
+from megatron_sov.checkpoint.host_snapshot import Snapshot, WrittenSnapshot, run_in_threads  # noqa: E402
+from megatron_sov.checkpoint.sharded_tensors import TensorReader, write_index  # noqa: E402
 from megatron_sov.engine.model.local_shards import LocalShard  # noqa: E402
 
 

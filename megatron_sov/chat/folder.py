@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.base.chat.encode import ChatEncoder, InlineTokens
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.encode import ChatEncoder, InlineTokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -46,7 +46,7 @@ def read_chat_encoder(folder: Path, inline: InlineTokens | None = None) -> ChatE
     """
     from tokenizers import Tokenizer
 
-    from megatron_sov.base.chat.template import ChatTemplate
+    from megatron_sov.chat.template import ChatTemplate
 
     tokenizer_file = folder / TOKENIZER_JSON
     if not tokenizer_file.is_file():
