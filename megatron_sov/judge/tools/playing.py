@@ -520,7 +520,7 @@ class _Room:
             return replace(turn, end="tokens")
         if said.is_cut or used > limits.max_response_tokens:
             return replace(turn, end="unended")
-        turn = with_calls(turn, len(episode.turns), host, limits)
+        turn = with_calls(turn, episode, host, limits)
         is_full = not turn.end and used >= limits.max_response_tokens
         return replace(turn, end="tokens") if is_full else turn
 
