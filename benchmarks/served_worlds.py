@@ -4,7 +4,7 @@ Gym, with the calls of a script in place of a model.
     python benchmarks/served_worlds.py --openenv ENV/bin/python --nemo-gym GYM/bin/python --checkout Gym \
         > benchmarks/results/served_worlds.txt
 
-`--openenv`: an interpreter with openenv-core and uvicorn.  `--nemo-gym`: one with NeMo Gym's requirements, and
+`--openenv`: an interpreter with openenv-core and uvicorn.  `--nemo-gym`: one with NeMo Gym's requirements;
 `--checkout` is its repository: it is on no package index.
 """
 
@@ -30,7 +30,8 @@ from megatron_sov.judge.tools.registry import order
 
 NAMES = {"__ENV_NAME__": "echo", "__ENV_CLASS_NAME__": "Echo", "__ENV_TITLE_NAME__": "Echo"}
 """As `openenv init echo` fills its template in."""
-TEMPLATE = "import openenv.cli, pathlib; print(pathlib.Path(openenv.cli.__file__).parent / 'templates/openenv_env')"
+TEMPLATE = ("import openenv.cli, pathlib; "
+            "print(pathlib.Path(openenv.cli.__file__).parent / 'templates/openenv_env')")
 SERVER = """
 import sys
 from unittest.mock import MagicMock
@@ -68,8 +69,8 @@ def served(command: Sequence[str], folder: Path) -> Iterator[str]:
         server.wait()
 
 
-def play(world: str, url: str, what: str, task: Mapping[str, Any], calls: Sequence[tuple[str, dict[str, Any]]],
-         answer: str) -> None:
+def play(world: str, url: str, what: str, task: Mapping[str, Any],
+         calls: Sequence[tuple[str, dict[str, Any]]], answer: str) -> None:
     """Play an episode, half of it in another process, and print what came of it."""
     with EnvironmentHost(order(world, {"url": url}), EpisodeLimits(max_tool_chars=200)) as host:
         tools = [tool["function"]["name"] for tool in host.reset(task).tools]
@@ -78,15 +79,16 @@ def play(world: str, url: str, what: str, task: Mapping[str, Any], calls: Sequen
             if number == len(calls) // 2:
                 host.resume(task, host.state)
             found = host.call(ToolCall(name, arguments))
-            print(f"  {name}({json.dumps(arguments)}) -> {found.fault or 'ok'}: {' '.join(found.text.split())}")
+            print(f"  {name}({json.dumps(arguments)}) -> {found.fault or 'ok'}: "
+                  f"{' '.join(found.text.split())}")
         result = host.score(answer)
         print(f"  reward {result.reward}, {json.dumps(dict(result.components))}")
 
 
 def echo(python: str, folder: Path) -> Path:
     """Return a copy of OpenEnv's template as its own command makes one."""
-    template = subprocess.run([python, "-c", TEMPLATE], capture_output=True, text=True, check=True).stdout.strip()
-    shutil.copytree(template, folder / "echo", ignore=shutil.ignore_patterns("__pycache__"))
+    asked = subprocess.run([python, "-c", TEMPLATE], capture_output=True, text=True, check=True)
+    shutil.copytree(asked.stdout.strip(), folder / "echo", ignore=shutil.ignore_patterns("__pycache__"))
     for file in [*(folder / "echo").rglob("*.py")]:
         text, name = file.read_text(encoding="utf-8"), file.name
         for before, after in NAMES.items():
@@ -107,7 +109,8 @@ def main() -> None:
         made = echo(args.openenv, Path(folder))
         with served([args.openenv, "-m", "server.app", "--port"], made) as url:
             play("openenv", url, "its template's echo", {"question": "Say hello."},
-                 [("step", {"message": "hello"}), ("step", {"text": "hello"}), ("step", {"message": "hello!"})], "")
+                 [("step", {"message": "hello"}), ("step", {"text": "hello"}),
+                  ("step", {"message": "hello!"})], "")
     data = args.checkout.resolve() / "resources_servers"
     for name, made_of in (("example_session_state_mgmt", "StatefulCounterResourcesServer"),
                           ("example_multi_step", "ExampleMultiStepResourcesServer")):

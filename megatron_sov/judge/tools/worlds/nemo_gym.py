@@ -1,8 +1,8 @@
 """Tools and verifier of a resources server of NeMo Gym (`nemo_gym/base_resources_server.py`): `/seed_session`
 begins an episode, `/TOOL` makes a call, `/verify` gives the reward.
 
-A task is a row of the server's own data: `responses_create_params` with the conversation and the tools, beside
-it what the verifier reads.  The server tells episodes apart by a cookie; the state of an episode is the calls
+A task is a row of the server's own data: `responses_create_params` with the conversation and tools, beside it
+what the verifier reads.  The server tells episodes apart by a cookie; the state of an episode is the calls
 that it made, and one that is continued makes them again in a new session.
 """
 
@@ -46,7 +46,7 @@ class NemoGym(World):
             raise UserError(missing[0])
         asked = task.get(PARAMETERS)
         if not isinstance(asked, dict):
-            raise UserError(f"the task has no {PARAMETERS!r}: tasks are rows of the data of a NeMo Gym server")
+            raise UserError(f"the task has no {PARAMETERS!r}: tasks are rows of a NeMo Gym server's data")
         system, user = _messages(asked.get("input"))
         self._tools = [_described(tool) for tool in asked.get("tools") or []]
         self.task, self.state = task, {"calls": []}
@@ -166,5 +166,5 @@ def _described(tool: Any) -> dict[str, Any]:
     parameters = told.get("parameters")
     if not isinstance(told.get("name"), str) or not isinstance(parameters, dict):
         raise UserError(f"the task's {PARAMETERS}.tools holds {short(repr(tool))}, which is no function")
-    return {"type": "function", "function": {"name": told["name"], "description": told.get("description") or "",
-                                             "parameters": parameters}}
+    return {"type": "function", "function": {
+        "name": told["name"], "description": told.get("description") or "", "parameters": parameters}}

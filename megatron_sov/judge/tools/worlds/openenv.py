@@ -1,5 +1,5 @@
-"""Environments that a server of OpenEnv plays (openenv-core 0.3, `core/env_server/http_server.py`): a session on
-its WebSocket, `reset` and `step` in JSON, a reward with each observation.
+"""Environments that a server of OpenEnv plays (openenv-core 0.3, `core/env_server/http_server.py`): a session
+on its WebSocket, `reset` and `step` in JSON, a reward with each observation.
 
 An environment whose actions are calls of tools shows its own tools; any other one is a single tool, `step`,
 with the schema of its action.  The server keeps the world to itself: the state of an episode is the actions
@@ -41,8 +41,8 @@ def no_address(text: str) -> Breach | None:
 
 @dataclass
 class OpenEnv(World):
-    """One session of a server for each episode; a task has `question`, or `reset` with what the server's reset
-    takes, such as a seed, or both."""
+    """One session of a server for each episode; a task has `question`, or `reset` with what the server's
+    reset takes, such as a seed, or both."""
 
     url: Annotated[str, MinLen(1), Bound(no_address)]
     """Address of the server, without a path."""
@@ -88,7 +88,8 @@ class OpenEnv(World):
 
     def score(self, answer: str) -> Score:
         """Return the sum of the rewards of all actions."""
-        return Score(self.state["reward"], {"actions": len(self.state["actions"]), "done": self.state["done"]})
+        return Score(self.state["reward"],
+                     {"actions": len(self.state["actions"]), "done": self.state["done"]})
 
     def restore(self, state: Any) -> None:
         """Take the actions of a state in a new session, unless this one has taken just them.

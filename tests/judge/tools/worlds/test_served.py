@@ -13,8 +13,7 @@ from aiohttp import web
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.tool_calls import ToolCall
-from megatron_sov.judge.tools.environment import (
-    EpisodeLimits, InfrastructureFault, Observation, ToolFault)
+from megatron_sov.judge.tools.environment import EpisodeLimits, InfrastructureFault, Observation, ToolFault
 from megatron_sov.judge.tools.host import EnvironmentHost
 from megatron_sov.judge.tools.registry import make, order
 
@@ -87,7 +86,7 @@ class Guessing:
                                               "errors": [{"loc": ["guess"], "msg": "must be a number"}]}}
         if guess < 0:
             return {"type": "error", "data": {"message": "negative", "code": "EXECUTION_ERROR"}}
-        hint = "right" if guess == number else "wrong" if self.lies else "higher" if guess < number else "lower"
+        hint = "wrong" if self.lies else "right" if guess == number else "higher" if guess < number else "lower"
         if not self.has_tools:
             return observed({"hint": hint}, float(guess == number), guess == number)
         return observed({"tool_name": "guess", "result": {"data": hint, "structured_content": None},
@@ -149,7 +148,7 @@ def test_a_world_that_does_not_repeat_itself_gives_no_reward(serve: Serve) -> No
 @pytest.mark.parametrize("name", ["openenv", "nemo_gym"])
 def test_a_server_that_is_not_there_is_a_sentence(name: str) -> None:
     made, _ = make(order(name, {"url": "http://127.0.0.1:9"}))
-    with pytest.raises(UserError, match="server at http://127.0.0.1:9 cannot be used"):
+    with pytest.raises(UserError, match=r"server at http://127\.0\.0\.1:9 cannot be used"):
         made.reset(ROW)
     with pytest.raises(UserError, match="must be the address of a server"):
         make(order(name, {"url": "localhost:9"}))
@@ -206,19 +205,22 @@ def test_a_row_of_nemo_gym_is_a_task(serve: Serve) -> None:
         assert opening.observation == Observation("Add 1, then 2.", "Count.")
         assert [tool["function"]["name"] for tool in opening.tools] == ["add"]
         found = [host.call(ToolCall("add", {"count": count})) for count in (1, "1", 100)]
-        assert [one.fault for one in found] == ["", "arguments", "refused"] and found[0].text == '{"count": 4}'
+        assert [one.fault for one in found] == ["", "arguments", "refused"]
+        assert found[0].text == '{"count": 4}'
         host.resume(ROW, host.state)
         host.call(ToolCall("add", {"count": 2}))
         result = host.score("It is 6.")
     assert (result.reward, result.components) == (1.0, {"count": True})
-    assert [(item["type"], item.get("name"), item.get("output")) for item in server.seen["response"]["output"]] == [
-        ("function_call", "add", None), ("function_call_output", None, '{"count": 4}'),
-        ("function_call", "add", None), ("function_call_output", None, '{"count": 6}'), ("message", None, None)]
-    assert server.seen["response"]["output"][-1]["content"][0]["text"] == "It is 6."
+    output = server.seen["response"]["output"]
+    assert [(item["type"], item.get("output")) for item in output] == [
+        ("function_call", None), ("function_call_output", '{"count": 4}'),
+        ("function_call", None), ("function_call_output", '{"count": 6}'), ("message", None)]
+    assert output[0]["name"] == "add" and output[-1]["content"][0]["text"] == "It is 6."
 
 
 @pytest.mark.parametrize(("changed", "sentence"), [
-    ({"input": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "input must be a text"),
+    ({"input": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+     "input must be a text"),
     ({"input": 3}, "input must be a text"), ({"input": "a", "tools": [{"name": 1}]}, "which is no function")])
 def test_rows_that_are_no_beginning_are_refused(serve: Serve, changed: dict[str, Any], sentence: str) -> None:
     made, _ = make(order("nemo_gym", {"url": serve(Counting().app())}))
