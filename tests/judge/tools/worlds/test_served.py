@@ -86,7 +86,8 @@ class Guessing:
                                               "errors": [{"loc": ["guess"], "msg": "must be a number"}]}}
         if guess < 0:
             return {"type": "error", "data": {"message": "negative", "code": "EXECUTION_ERROR"}}
-        hint = "wrong" if self.lies else "right" if guess == number else "higher" if guess < number else "lower"
+        hint = {True: "right", False: "higher" if guess < number else "lower"}[guess == number]
+        hint = "wrong" if self.lies else hint
         if not self.has_tools:
             return observed({"hint": hint}, float(guess == number), guess == number)
         return observed({"tool_name": "guess", "result": {"data": hint, "structured_content": None},
