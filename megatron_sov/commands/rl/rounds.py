@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Lt
 
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
-from megatron_sov.base.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.base.digests import file_digest
-from megatron_sov.base.documents.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.base.errors import (
     ExitCode, GateFailed, StopRequested, UserError, list_problems, visible, warn)
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import (
     Flag, NotNegative, ProblemCode, SettingsProblem, change, command_of, not_with, only_with, parse_nested,
     read_options)
+from megatron_sov.chat.folder import chat_files, read_chat_encoder
+from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
@@ -53,7 +53,7 @@ from megatron_sov.work.progress.progress_bar import work_bar
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.server_engine import ServerPlaces
     from megatron_sov.infer.engines.target import Target
-    from megatron_sov.post.rl.feed import Produce
+    from megatron_sov.post.rl.feed import Producer
     from megatron_sov.post.rl.generate import Writer
     from megatron_sov.post.rl.requests import LiveServers
     from megatron_sov.rollouts.store import RolloutStore
@@ -355,7 +355,8 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
     """Load the policy and write; None on other processes than the first."""
     from megatron_sov.engine.parallel.world import on_first
     from megatron_sov.infer.engines.server_engine import ServerEngine
-    from megatron_sov.post.rl.generate import Missing, PieceQueue, Take, run_policies, write_rounds
+    from megatron_sov.post.rl.generate import Further, Missing, PieceQueue, Take, run_policies, write_rounds
+    from megatron_sov.post.rl.publish import further_pieces, is_published
     from megatron_sov.post.rl.requests import write_by_requests
     from megatron_sov.post.rl.responses import ResponseSource, key_digest
     from megatron_sov.rollouts.store import RolloutStore
@@ -363,6 +364,11 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
     folder, rollout = start.tokenizer_folder, config.rollout
     writer = writer_of(args, config, prompts, start, engine_name, environment)
     policy_of = partial(policy_of_round, args.run, start.path, rollout=rollout)
+    further: Further | None = None
+    if config.policy.parts.max_gen_batches > 1:
+        # the trainer knows which groups learn: until it has published a round, this one may grow
+        def further(number: int) -> tuple[int, bool]:
+            return further_pieces(args.run / ROUNDS, number), is_published(args.run / ROUNDS, number)
     # the policy that the engine begins with; later ones are loaded as checkpoints appear
     held = Policy(start.path, 0, manifest_sha256(start.path))
 
@@ -372,7 +378,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
         store = create()
         missing = Missing(store, Claims(store.claims, rollout.lease_s), prompts, rollout, rounds, policy_of,
                           # in the key: rows that were written otherwise are not taken for these
-                          lambda number: key_digest(rollout, number, writer.chosen_by))
+                          lambda number: key_digest(rollout, number, writer.chosen_by), further)
         # how rows were written goes into the parts' provenance
         told = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}
         desk = PieceQueue(missing, store, args.wait, told)
@@ -412,7 +418,7 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPromp
     Raises:
         UserError: a prompt is too long, or the model has no chat template.
     """
-    from megatron_sov.base.chat.encode import TurnEncoder
+    from megatron_sov.chat.encode import TurnEncoder
     from megatron_sov.infer.asking import Asker
     from megatron_sov.judge.tools.playing import EpisodeTable
     from megatron_sov.post.rl.responses import Episodes, ResponseSource
@@ -510,7 +516,7 @@ def parse_rounds(args: RoundsOptions) -> ParsedRounds:
 
 
 def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait_s: float = 0.0,
-                 produce: Produce | None = None) -> None:
+                 producer: Producer | None = None) -> None:
     """Run the stage.
 
     Args:
@@ -518,7 +524,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
         parsed: the same, checked.
         began_s: Unix time at which the command began.
         wait_s: how long a round is waited for.
-        produce: writes and judges rounds; None: other jobs do.
+        producer: writes and judges rounds; None: other jobs do.
     """
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
     from megatron_sov.train.data.rounds import rounds_of, rounds_source
@@ -548,8 +554,9 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     check_sources(config, [*texts, source])
     rounds = rounds_of([source])
     assert rounds is not None, "the source has no rounds"
-    feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, wait_s, produce,
-                     args.store)
+    feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, wait_s,
+                     None if producer is None else producer.produce, args.store,
+                    (lambda: None) if producer is None else producer.close)
     run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
                     feed=feed, end_gate=parsed.gate, faults=parsed.stage.faults,
                     dry_run=args.dry_run, notes=parsed.stage.notes), args.nproc, began_s)
@@ -620,10 +627,11 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
         Batching(args.batch_size), parsed.reward_version,
         partial(judging, args.reward, args.reward_set, args.workers),
         {"engine": args.engine, "environment": args.environment, "reward": args.reward},
+        config.policy.parts.max_gen_batches,
         partial(second_opinions, args.reward, args.reward_set, parsed.reward_version),
         _live_servers(args, config, start))
     try:
-        train_rounds(args, parsed, began_s, produce=producer.produce)
+        train_rounds(args, parsed, began_s, producer=producer)
     # workers that judge end with the run, also with one that failed
     finally:
         producer.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import shutil
 import tempfile
@@ -87,14 +88,13 @@ def open_fleet(folder: Path, vocab_size: int, longest: int, settings: EngineServ
 class WeightFiles:
     """Weights that servers read, in a folder of shared memory."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        """Begin with nothing: what a killed command left under this name goes.
+    def __init__(self, folder: Path) -> None:
+        """Begin with nothing: what was left there by a killed command goes.
 
         Args:
-            folder: that all servers see.
-            name: of the command's own folder in it.
+            folder: that all servers see, and nobody else uses.
         """
-        self._folder = folder / f"sov-weights-{name}"
+        self._folder = folder
         self._numbers = itertools.count()
         self.remove()
 
@@ -143,7 +143,7 @@ class ServerEngine:
             fleet: at work.
             room: responses that its servers write at a time.
             folder: of the model that it has begun with.
-            weights: where new ones are put for it.
+            weights: folder of new ones.
             with_routes: whether it tells routes.
 
         Raises:
@@ -152,7 +152,7 @@ class ServerEngine:
         self.fleet, self.room = fleet, room
         self._shape = shape_of(HfWeights(folder).model) if with_routes else None
         self._held = HeldWeights("vllm")
-        self._files = WeightFiles(weights, uuid.uuid4().hex)
+        self._files = WeightFiles(weights)
         self._numbers = itertools.count()
         self._name = uuid.uuid4().hex[:12]
 
@@ -270,6 +270,9 @@ def serving_engine(folder: Path, vocab_size: int, longest: int, settings: Engine
         fleet = stack.enter_context(open_fleet(folder, vocab_size, longest, settings, places,
                                                with_routes=with_routes))
         room = settings.requests * (len(places.urls) or settings.servers)
-        engine = ServerEngine(fleet, folder, settings.weights, room, with_routes=with_routes)
+        # by the run, so that it finds what was left when it was killed
+        own = hashlib.sha256(str(places.logs.absolute()).encode()).hexdigest()[:16]
+        engine = ServerEngine(fleet, folder, settings.weights / f"sov-weights-{own}", room,
+                              with_routes=with_routes)
         stack.callback(engine.close)
         yield engine

@@ -117,7 +117,7 @@ def test_a_server_that_dies_each_time_ends_all_with_a_sentence(fleets: Callable[
 
 def test_a_fleet_is_an_engine(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
     keeper = DoubleKeeper()
-    engine = ServerEngine(fleets([keeper]), tmp_path, tmp_path, 4)
+    engine = ServerEngine(fleets([keeper]), tmp_path, tmp_path / "w", 4)
     first = [token_at([3, 1], place, 0) for place in range(6)]
     found = engine.generate([[3, 1], [3, 2]], Sampling(6), stop=StopRule((first[3],)))
     assert found.continuations[0] == first[:4] and found.finish_reasons[0] == "stop"
@@ -132,7 +132,7 @@ def test_a_fleet_is_an_engine(fleets: Callable[..., Fleet], tmp_path: Path) -> N
 
 
 def test_bounds_end_what_is_under_way(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
-    engine = ServerEngine(fleets([DoubleKeeper(0.01)]), tmp_path, tmp_path, 4)
+    engine = ServerEngine(fleets([DoubleKeeper(0.01)]), tmp_path, tmp_path / "w", 4)
     ended = threading.Event()
     threading.Timer(0.1, ended.set).start()
     found = engine.generate([[3, 1], [3, 2]], Sampling(400), bounds=Bounds([3, 400], ended.is_set))
@@ -142,7 +142,7 @@ def test_bounds_end_what_is_under_way(fleets: Callable[..., Fleet], tmp_path: Pa
 
 def test_weights_are_written_in_parts_and_the_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.infer.engines.server_engine.SHARD_BYTES", 40)
-    files = WeightFiles(tmp_path, "me")
+    files = WeightFiles(tmp_path / "w")
     block = torch.arange(20.0).reshape(2, 10)
     first = files.write(iter([("a", block[0]), ("b", block[1]), ("c", torch.ones(1))]))
     assert [list(load_file(file)) for file in first] == [["a"], ["b"], ["c"]]
@@ -150,7 +150,7 @@ def test_weights_are_written_in_parts_and_the_old_ones_go(tmp_path: Path, monkey
     second = files.write(iter([("a", block[0])]))
     files.forget_others(second)
     assert not Path(first[0]).exists() and Path(second[0]).is_file()
-    WeightFiles(tmp_path, "me")
+    WeightFiles(tmp_path / "w")
     assert not Path(second[0]).exists()
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
-from megatron_sov.work.endpoints.token_server import (
-    TokenAnswer, TokenRequest, VersionSpan, check_answer)
+from megatron_sov.work.endpoints.token_server import TokenAnswer, TokenRequest, VersionSpan, check_answer
 from megatron_sov.work.endpoints.vllm_server import VllmServer, _read_tokens
 from tests.token_servers import VllmDouble, token_at
 
