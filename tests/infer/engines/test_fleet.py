@@ -140,7 +140,8 @@ def test_bounds_end_what_is_under_way(fleets: Callable[..., Fleet], tmp_path: Pa
     assert found.finish_reasons == ["length", "length"]
 
 
-def test_weights_are_written_in_parts_and_the_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_written_in_parts_and_the_old_ones_go(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.infer.engines.server_engine.SHARD_BYTES", 40)
     files = WeightFiles(tmp_path / "w")
     block = torch.arange(20.0).reshape(2, 10)

@@ -76,7 +76,7 @@ def test_a_server_without_the_route_of_tokens_is_asked_by_completions(double: Vl
 
 def test_what_is_no_answer_is_told_apart_from_what_never_will_be(double: VllmDouble) -> None:
     double.refuses = lambda path: path != "/health"
-    with pytest.raises(NeverAnswered, match="/pause.* answered HTTP 404: Not Found"):
+    with pytest.raises(NeverAnswered, match=r"/pause.* answered HTTP 404: Not Found"):
         VllmServer(double.url).pause()
     double.is_dead = True
     server = VllmServer(double.url)
