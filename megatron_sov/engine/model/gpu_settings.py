@@ -356,8 +356,8 @@ def refuse(config: RunConfig, te: bool) -> None:
         (te or not gpu.cuda_graphs, "cuda_graphs", NEEDS_TE, "leave it out"),
         *((not gpu.cuda_graphs or EXPANDABLE not in os.environ.get(name, "")
            or os.environ.get("NCCL_GRAPH_REGISTER") == "0",
-           "cuda_graphs", f"cannot be with {name} = {os.environ.get(name)}, whose segments NCCL would register "
-           "for graphs", "set the variable NCCL_GRAPH_REGISTER = 0, or take it out")
+           "cuda_graphs", f"cannot be with {name} = {os.environ.get(name)}, whose segments NCCL would "
+           "register for graphs", "set the variable NCCL_GRAPH_REGISTER = 0, or take it out")
           for name in ALLOCATOR),
         (te or gpu.moment_dtype == "fp32", "moment_dtype", NEEDS_TE, "leave it out"),
         (te or not gpu.optimizer_offload, "optimizer_offload", NEEDS_TE, "leave it out"),

@@ -91,7 +91,7 @@ def graphed(layer: Any) -> Any:
     Args:
         layer: class of the library's layer, or one made of it.
     """
-    class GraphedLayer(layer):  # type: ignore[misc]
+    class GraphedLayer(layer):
         _padding: torch.Tensor | None = None
 
         def get_layer_static_inputs(self, seq_length: int, micro_batch_size: int) -> dict[str, torch.Tensor]:

@@ -337,7 +337,7 @@ def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
 def _told_of_padding(layer: Any) -> Any:
     """Return the class of a layer that gets the padding of its row, which comes with the row's documents,
     also when it is computed again."""
-    class PaddedLayer(layer):  # type: ignore[misc]
+    class PaddedLayer(layer):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             # a capture hands over the mask itself
             if "packed_seq_params" in kwargs:

@@ -311,19 +311,19 @@ class GpuConfig:
              "leave it out"),
             ("moe_router" in self.cuda_graphs, "cuda_graphs", "names moe_preprocess alone, which the library "
              "captures with the router", "name both"),
-            (train.recompute is not True, "cuda_graphs", "cannot be where train.recompute = true computes whole "
-             "layers again: the first pass keeps nothing that a graph could go back through",
+            (train.recompute is not True, "cuda_graphs", "cannot be where train.recompute = true computes "
+             "whole layers again: the first pass keeps nothing that a graph could go back through",
              "use selective recomputation, or leave it out"),
-            (not recomputed, "cuda_graphs", f"hold {' and '.join(recomputed)} of gpu.recompute_modules, whose "
-             "second pass restores the state of random numbers, which a capture refuses",
+            (not recomputed, "cuda_graphs", f"hold {' and '.join(recomputed)} of gpu.recompute_modules, "
+             "whose second pass restores the state of random numbers, which a capture refuses",
              f"take {' and '.join(recomputed)} out, or leave it out"),
-            (not self.offload_modules, "cuda_graphs", "do not go with gpu.offload_modules, whose copies begin "
-             "in hooks of Python", "leave one out"),
+            (not self.offload_modules, "cuda_graphs", "do not go with gpu.offload_modules, whose copies "
+             "begin in hooks of Python", "leave one out"),
             (parallel.expert_overlap == "none", "cuda_graphs", "do not go with parallel.expert_overlap = "
              f"{parallel.expert_overlap}, which begins other work between their kernels", "leave one out"),
-            (not permutes or self.shared_expert_overlap == "off", "cuda_graphs", "names moe_preprocess, inside "
-             "of which gpu.shared_expert_overlap = on begins what ends outside", "name moe_router alone, or "
-             "set it off"),
+            (not permutes or self.shared_expert_overlap == "off", "cuda_graphs", "names moe_preprocess, "
+             "inside of which gpu.shared_expert_overlap = on begins what ends outside",
+             "name moe_router alone, or set it off"),
             (not permutes or not train.fp8_pad_routed_tokens, "cuda_graphs", "names moe_preprocess, where "
              "train.fp8_pad_routed_tokens asks for the number of padded tokens", "name moe_router alone, or "
              "leave train.fp8_pad_routed_tokens out"),
