@@ -35,7 +35,7 @@ import torch
 from megatron_sov import convert, recipes
 from megatron_sov.model import families as models
 from megatron_sov.convert.hf_import import plan_shards, write_files
-from megatron_sov.engine.checkpoint.writer import TensorSpec
+from megatron_sov.checkpoint.writer import TensorSpec
 from megatron_sov.model.families.family import TokenIds
 folder = Path(sys.argv[1])
 model = dataclasses.replace(recipes.get("solar-open-102b").model, hidden_size=512, num_heads=8,

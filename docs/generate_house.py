@@ -19,15 +19,18 @@ from megatron_sov.base.artifacts import atomic_write
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs/pictures/house.svg"
 SAYS = {
-    "base": "errors, artifacts, settings, plug-ins, documents, chats",
+    "base": "errors, artifacts, settings, plug-ins, documents",
+    "chat": "chat templates, tool calls, what token ids mean",
     "work": "processes, locks, progress, arrays",
     "sandbox": "processes that run a model's programs, or read files of others",
     "model": "settings of a run, families, recipes",
+    "schedules": "phase, batch size and learning rate of every step",
     "runs": "a run on disk: folder, lock, checkpoints, events",
     "judge": "rewards and tool worlds",
     "rollouts": "the store of prompts, responses and rewards",
     "plan": "memory, speed and money of a run",
     "engine": "the only door to Megatron-Core",
+    "checkpoint": "written and read at any layout",
     "convert": "Hugging Face, PEFT and Megatron folders",
     "train": "the order of data, one loop for every objective",
     "infer": "text from a model",

@@ -26,9 +26,9 @@ ROOT = Path(__file__).parents[1]
 DATA_ONLY = {"slurm"}
 """Packages at the top that the code reads and nobody imports."""
 
-HALLS = ("version", "base", "work", "sandbox", "model", "runs", "judge", "rollouts", "plan", "engine",
-         "convert", "train", "infer", "eval", "post", "omni", "bench", "serve", "operate", "publish",
-         "commands", "api", "cli", "__main__", "__init__")
+HALLS = ("version", "base", "chat", "work", "sandbox", "model", "schedules", "runs", "judge", "rollouts",
+         "plan", "engine", "checkpoint", "convert", "train", "infer", "eval", "post", "omni", "bench",
+         "serve", "operate", "publish", "commands", "api", "cli", "__main__", "__init__")
 """What stands in `megatron_sov`, in the order of the flow: each imports only what stands before it."""
 LEAVES = {"omni", "bench", "serve", "operate", "publish"}
 """Halls that only commands import: they stand on the core, and not on each other."""
@@ -45,7 +45,7 @@ WINGS: dict[str, tuple[set[str], ...]] = {
     "megatron_sov/judge": ({"rewards"}, {"tools"}),
     "megatron_sov/model": ({"config"}, {"families"}, {"recipes", "counterparts"}),
     "megatron_sov/omni": ({"media"}, {"codecs"}, {"generation"}, {""}),
-    "megatron_sov/engine": ({"parallel"}, {"model"}, {"optimizer", "decode"}, {"checkpoint"}),
+    "megatron_sov/engine": ({"parallel"}, {"model"}, {"optimizer", "decode"}),
     "megatron_sov/train": ({"data"}, {"guards", "side_jobs"}, {""}),
     "megatron_sov/plan": ({"speed"}, {"tables"}),
     # steps know the contract of a pipeline, and a pipeline knows steps by name alone
@@ -56,8 +56,9 @@ WINGS: dict[str, tuple[set[str], ...]] = {
 """Folder -> the floors of its wings from the ground up; "" stands for the files that lie in the folder
 itself, and where it does not stand they are free.  A wing imports those on lower floors only."""
 
-TORCH_FREE = {"version", "base", "work", "sandbox", "model", "runs", "judge", "rollouts", "omni", "plan",
-              "operate", "publish", "commands", "cli", "api", "__init__", "tokenizer", "data_prep"}
+TORCH_FREE = {"version", "base", "chat", "work", "sandbox", "model", "schedules", "runs", "judge", "rollouts",
+              "omni", "plan", "operate", "publish", "commands", "cli", "api", "__init__", "tokenizer",
+              "data_prep"}
 NETWORKS = "megatron_sov/omni/codecs/"
 """Of a hall without torch, what is imported where networks are wanted alone."""
 HEAVY = {"torch", "transformers", "megatron", "vllm", "transformer_engine"}
@@ -72,7 +73,7 @@ MAY_START = {"megatron_sov/engine/parallel/launcher.py": "ranks",
              "megatron_sov/judge/rewards/check_program.py": _INSIDE,
              "megatron_sov/judge/rewards/solution_tests.py": _INSIDE}
 """File outside of work that starts processes or holds locks -> why."""
-MAY_RENAME = {"megatron_sov/engine/checkpoint/host_snapshot.py": "of a folder that has no name yet",
+MAY_RENAME = {"megatron_sov/checkpoint/host_snapshot.py": "of a folder that has no name yet",
               "megatron_sov/runs/checkpoints.py": "sets checkpoints aside",
               "megatron_sov/sandbox/enclosures.py": "flattens what it deletes",
               "megatron_sov/commands/evaluate/eval_judged.py": "into an artifact that is made"}
@@ -103,7 +104,7 @@ ALONE = {
     "megatron_sov/commands/operate/status.py": "a command",
     "megatron_sov/commands/models/serve.py": "a command",
     "megatron_sov/commands/train/forgetting_gate.py": "is of the part bench, and its user of the core",
-    "megatron_sov/engine/checkpoint/gather.py": "megatron's side of exporting a live model",
+    "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,
     "megatron_sov/train/guards/watchdog.py": "runs without megatron",
     "megatron_sov/sandbox/process_tree.py": "starts processes",

@@ -174,7 +174,7 @@ def run(names: list[str], layout: dict[str, Any], folder: str, label: str) -> No
     from safetensors.torch import save_file
 
     from megatron_sov.base.artifacts import read_manifest
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.parallel import world

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import sha256_file
-from megatron_sov.base.chat.marks import BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS
-from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, parse_turn
 from megatron_sov.base.documents.messages import REASONING
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.registry import PluginOrder
@@ -30,6 +28,8 @@ from megatron_sov.bench.lm.tasks import DATA
 from megatron_sov.bench.suites.catalogue import TaskData, TaskFile
 from megatron_sov.bench.suites.folding import fold, folded_results
 from megatron_sov.bench.suites.protocol import Folded, Protocol, SuiteResponse, TaskItem
+from megatron_sov.chat.marks import BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS
+from megatron_sov.chat.tool_calls import BadCall, ToolCall, parse_turn
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools import registry
 from megatron_sov.judge.tools.environment import INFRASTRUCTURE, Task

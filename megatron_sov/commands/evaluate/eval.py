@@ -258,7 +258,7 @@ def suite_of(args: NeedleOptions, target: Target) -> NeedleSuite:
     Raises:
         UserError: there is no text, it does not fit the model, or the numbers make no test.
     """
-    from megatron_sov.base.documents.vocabulary import refuse_other_tokens
+    from megatron_sov.chat.vocabulary import refuse_other_tokens
     from megatron_sov.eval.needle.suite import make_suite
     from megatron_sov.eval.needle.text import open_haystacks
     from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder

@@ -362,7 +362,7 @@ class PairsOptions(HeldoutOptions, OutOptions, RankOptions):
 
 def run_pairs(args: PairsOptions) -> int:
     events = begin_task(args, args.target, out=args.out)
-    from megatron_sov.base.documents.vocabulary import refuse_other_tokens
+    from megatron_sov.chat.vocabulary import refuse_other_tokens
     from megatron_sov.eval.heldout import rows_per_batch
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.post.preference import ranked

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge, MinLen
 
 from megatron_sov.base.artifacts import write_output
-from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE
 from megatron_sov.base.errors import ExitCode, UserError, visible
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, NotNegativeInt, ProblemCode, SettingsProblem, add_options, read_options)
 from megatron_sov.base.settings.problem import UNSET
+from megatron_sov.chat.media_tokens import AUDIO, IMAGE
 from megatron_sov.commands.shared_options import ModelPath, RecordOptions, step_of
 from megatron_sov.infer.asking import (
     ModelPrompt, SamplingRequest, asked_of, check_engine, check_length, read_prompts, response_lines)

@@ -233,8 +233,8 @@ def _version(given: str | None, store: RolloutStore) -> str | None:
 
 
 def _decode_of(folder: Path, store: RolloutStore) -> Callable[[list[int]], str]:
-    from megatron_sov.base.chat.folder import open_tokenizer
-    from megatron_sov.base.documents.vocabulary import TOKENIZER_JSON, tokenizer_digest
+    from megatron_sov.chat.folder import open_tokenizer
+    from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
 
     file = folder / TOKENIZER_JSON
     if not file.is_file():

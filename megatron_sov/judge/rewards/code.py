@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from megatron_sov.base.chat.marks import behind_thoughts
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, NotNegative, SettingsProblem, find_broken
+from megatron_sov.chat.marks import behind_thoughts
 from megatron_sov.judge.rewards import solution_tests
 from megatron_sov.judge.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
 from megatron_sov.judge.rewards.version import code_of

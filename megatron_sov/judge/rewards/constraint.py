@@ -21,9 +21,9 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
-from megatron_sov.base.chat.marks import as_written, behind_thoughts
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.base.settings import Bound, ProblemCode, Share
+from megatron_sov.chat.marks import as_written, behind_thoughts
 from megatron_sov.judge.rewards import check_program
 from megatron_sov.judge.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
 from megatron_sov.judge.rewards.version import code_of

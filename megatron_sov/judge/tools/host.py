@@ -12,9 +12,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Self
 
-from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.base.plugins.registry import PluginOrder
+from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.judge.rewards.reward import Result, checked, short
 from megatron_sov.judge.tools.environment import (
     INFRASTRUCTURE, Environment, EpisodeLimits, InfrastructureFault, Observation, Task, ToolFault, cut,

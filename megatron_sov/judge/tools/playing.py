@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_sov.base.chat.encode import TurnEncoder
-from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.documents.rows import read_objects
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.base.plugins.registry import PluginOrder
+from megatron_sov.chat.encode import TurnEncoder
+from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools.environment import FAULTS, INFRASTRUCTURE, EpisodeLimits, Task, cut
 from megatron_sov.judge.tools.episode import (
@@ -520,7 +520,7 @@ class _Room:
             return replace(turn, end="tokens")
         if said.is_cut or used > limits.max_response_tokens:
             return replace(turn, end="unended")
-        turn = with_calls(turn, len(episode.turns), host, limits)
+        turn = with_calls(turn, episode, host, limits)
         is_full = not turn.end and used >= limits.max_response_tokens
         return replace(turn, end="tokens") if is_full else turn
 

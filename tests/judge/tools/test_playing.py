@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.chat.encode import TurnEncoder
 from megatron_sov.base.errors import StopRequested, UserError
+from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.judge.tools.environment import EpisodeLimits
 from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in, row_of
 from megatron_sov.judge.tools.playing import (

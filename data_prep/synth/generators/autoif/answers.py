@@ -292,7 +292,7 @@ class AutoIf(Generator):
                       constraint=item.fields["constraint"], language=self._texts.name, query=query)
         # equal answers are one sample
         different = {reply.text.strip(): reply for reply in replies}
-# all at once, since prompts and pairs below look at all answers
+        # all at once, since prompts and pairs below look at all answers
         samples = []
         for text, reply in different.items():
             checks, accepting = self._verdicts(item, query, reply, ask)

@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.judge.tools.environment import EpisodeLimits, ToolFault
 from megatron_sov.judge.tools.host import EnvironmentHost
 from megatron_sov.judge.tools.registry import make, order
