@@ -43,9 +43,9 @@ def test_its_tools_are_shown_called_and_counted() -> None:
         host.resume(TASK, state)  # the calls that gave a result are made again on a new server
         assert host.call(ToolCall("count", {})).text.startswith("2")
         assert host.score("The answer is 2").reward == 1
-    with EnvironmentHost(order("mcp", {"command": SERVER}), EpisodeLimits()) as host:
-        with pytest.raises(EpisodeLost, match="count was called, may have acted on the world"):
-            host.resume(TASK, state)
+    with (EnvironmentHost(order("mcp", {"command": SERVER}), EpisodeLimits()) as host,
+          pytest.raises(EpisodeLost, match="count was called, may have acted on the world")):
+        host.resume(TASK, state)
 
 
 def test_a_server_gets_no_key_that_it_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
