@@ -150,13 +150,13 @@ JUDGE_RETRY_TEMPERATURE = 0.5
 # What a chat completion says: text, thoughts and calls of tools, read strictly, and whether it is of use.
 
 
-def read_reply(answer: Any, key: str = "", has_tools: bool = False) -> Reply:
+def read_reply(answer: Any, key: str = "", tools: Sequence[dict[str, Any]] = ()) -> Reply:
     """Return the one choice of a chat completion.
 
     Args:
         answer: decoded JSON.
         key: hash of what was asked.
-        has_tools: whether tools were offered, so that calls may stand in the text.
+        tools: that were offered, so that calls may stand in the text.
 
     Raises:
         BadAnswer: it is no chat completion of one choice.
@@ -178,8 +178,8 @@ def read_reply(answer: Any, key: str = "", has_tools: bool = False) -> Reply:
     told = message.get("reasoning_content") or message.get("reasoning")
     thinking = told.strip() if isinstance(told, str) and told.strip() else thinking
     calls = [_call(one) for one in said]
-    if has_tools and not calls:  # a server without a parser of calls leaves them in the text
-        turn = parse_turn(text)
+    if tools and not calls:  # a server without a parser of calls leaves them in the text
+        turn = parse_turn(text, tools=tools)
         text = turn.content
         calls = [_malformed("", call.reason) if isinstance(call, BadCall)
                  else {"name": call.name, "arguments": call.arguments} for call in turn.calls]
@@ -367,7 +367,7 @@ class Ask:
                    "seed": _seed(self._item_id, template, draw, attempt)}
         key = door.key(payload)
         try:
-            return door.ask(payload, lambda raw: read_reply(raw, key, "tools" in request))
+            return door.ask(payload, lambda raw: read_reply(raw, key, request.get("tools", ())))
         except NeverAnswered as e:
             raise NoUsableReply(str(e)) from None
         except Exception as e:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.marks import BEGINS_OF_THOUGHTS, KIND_ANSWER, KIND_NONE, kinds_of_turn, marks_decoder
-from megatron_sov.chat.tool_calls import ToolCall, parse_turn
+from megatron_sov.chat.marks import (
+    BEGINS_OF_THOUGHTS, KIND_ANSWER, KIND_NONE, CallForm, kinds_of_turn, marks_decoder)
+from megatron_sov.chat.tool_calls import FORMS, ToolCall, parse_turn
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -229,6 +230,29 @@ class ChatEncoder:
         """Return the ids of added tokens, special or not, by how they are spelled."""
         return {token.content: id_ for id_, token in self._with_special.get_added_tokens_decoder().items()}
 
+    def form_of_calls(self, template_kwargs: Mapping[str, Any] | None = None) -> tuple[CallForm | None, str]:
+        """Return in which form the template writes calls of tools, and how it shows one.
+
+        The form is the first in which the call that the template is given is read back; None where it is read
+        in none, and where the template shows no calls (which it then shows as nothing).
+        """
+        chat = replace(CALL_PROBE, template_kwargs=dict(template_kwargs or {}))
+        try:
+            encoded = self.encode(chat)
+            # the whole text: with contents that cannot be told from it, a template's calls may be no response
+            shown = self.decode(encoded.ids)
+            said = marks_decoder(self.added_ids(), self.end_ids(), self.decode)(
+                [i for i, kind in zip(encoded.ids, encoded.types, strict=True) if kind == TYPE_RESPONSE])
+        except BadRecord:
+            # one that shows an earlier turn otherwise than it was written may show its call all the same
+            try:
+                form = _form_in(self._template.render(chat))
+            except BadRecord:
+                form = None
+            return form, CALL["function"]["name"] if form else ""
+        seen = said if CALL["function"]["name"] in said else shown
+        return (_form_in(seen), seen) if CALL["function"]["name"] in seen else (None, "")
+
     def special_texts(self) -> tuple[str, ...]:
         return tuple(self._special.values())
 
@@ -368,6 +392,11 @@ def _end_of_turn(split: tuple[tuple[str, int | None], ...], is_last: bool) -> in
     return first + 1 if is_last or not "".join(text for text, _ in split[:first]).strip() else 0
 
 
+def _form_in(text: str) -> CallForm | None:
+    call = ToolCall(**CALL["function"])
+    return next((form for form in FORMS if call in parse_turn(text, form=form).calls), None)
+
+
 def _runs(parts: list[_ChatPart]) -> Iterator[Run]:
     """Yield texts that stand together, up to where a response begins, and special tokens one by one."""
     run: Run = []
@@ -414,25 +443,11 @@ class TurnEncoder:
         self._text = marks_decoder(encoder.added_ids(), self.end_ids, encoder.decode)
         # both raise now, at the start of a run, what would else meet the first conversation with tools
         self.behind_turn(["c"])
-        self._refuse_unread_calls()
-
-    def _refuse_unread_calls(self) -> None:
-        """Refuse a template whose calls of tools would be taken for answers: it shows one, which has to be
-        found again."""
-        chat = replace(CALL_PROBE, template_kwargs=self._template_kwargs)
-        try:
-            encoded = self._encoder.encode(chat)
-        except BadRecord:
-            return
-        # the whole text: with contents that cannot be told from it, a template's calls may be no response
-        shown = self._encoder.decode(encoded.ids)
-        said = self._encoder.decode([i for i, kind in zip(encoded.ids, encoded.types, strict=True)
-                                     if kind == TYPE_RESPONSE])
-        call = ToolCall(**CALL["function"])
-        seen = said if call.name in said else shown
-        if call.name in seen and call not in parse_turn(seen).calls:
-            raise UserError(f"{self._where}: its chat template writes calls of tools in a form that is not "
-                            f"read here ({said.strip()[:80]!r}); {_REMEDY}")
+        self.call_form, shown = encoder.form_of_calls(self._template_kwargs)
+        """In which the model is to call tools; None: its template shows none, and any form is read."""
+        if shown and self.call_form is None:  # its calls would be taken for answers
+            raise UserError(f"{where}: its chat template writes calls of tools in a form that is not "
+                            f"read here ({shown.strip()[:80]!r}); {_REMEDY}")
 
     def opening(self, chat: Conversation) -> list[int]:
         """Return the ids with which a model is asked first.

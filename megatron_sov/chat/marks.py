@@ -3,8 +3,8 @@ one form for all families, and which characters of a turn are thoughts, calls or
 
 The form is Hermes' (NousResearch/Hermes-Function-Calling): `<think>...</think>`, and
 `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.  Others are those of published templates, as vLLM
-and llama.cpp read them: Solar Open, gpt-oss, DeepSeek, Kimi K2.  Qwen3-Coder's and GLM-4.5's calls do not say
-what is a number and what a text, and Llama 3's have no mark: they are not read.
+and llama.cpp read them: Solar Open, gpt-oss, DeepSeek, Kimi K2.  Qwen3-Coder and GLM-4.5 have Hermes' marks
+with tags between them, and Llama 3's calls have none: `chat.tool_calls` reads them.
 
 A mark that a model only quotes is text.  A decoder knows it by its tokens and writes a word joiner (U+2060)
 behind its first character, so that no reader takes it for a mark; `as_written` takes the joiner away again.
@@ -16,12 +16,17 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from megatron_sov.base.documents import Message
 
+CallForm = Literal["marked", "qwen3-coder", "glm-4.5", "llama-3"]
+"""How a template writes calls, see `tool_calls.FORMS`."""
+LLAMA: CallForm = "llama-3"
 BEGIN_CALL, END_CALL = "<tool_call>", "</tool_call>"
+PYTHON_TAG = "<|python_tag|>"
+"""Before a call, by Llama 3's own choice."""
 BEGIN_THOUGHTS, END_THOUGHTS = "<think>", "</think>"
 _HERMES = (BEGIN_THOUGHTS, END_THOUGHTS, BEGIN_CALL, END_CALL)
 _SOLAR = ("<|think|>", "<|content|>", "<|tool_calls|>", "<|tool_call:begin|>", "<|tool_call:name|>",
@@ -34,7 +39,7 @@ _KIMI = tuple(f"<|tool_{name}|>" for name in (
     "call_section_end", "calls_section_end"))
 FAMILIES = (_HERMES, _SOLAR, _GPT_OSS, _DEEPSEEK, _KIMI)
 """Marks of each, the first of which no other family has."""
-MARKS = tuple(dict.fromkeys(mark for family in FAMILIES for mark in family))
+MARKS = (*dict.fromkeys(mark for family in FAMILIES for mark in family), PYTHON_TAG)
 BEGINS_OF_THOUGHTS = (BEGIN_THOUGHTS, "<|think|>")
 """With which a template may open them."""
 
@@ -92,19 +97,19 @@ _FRAMES = re.compile(
     r"|<｜tool▁calls▁(?:begin|end)｜>|<\|tool_calls?_section_(?:begin|end)\|>")
 _FIRST = re.compile("|".join(re.escape(mark) for mark in (
     BEGIN_CALL, "<|think|>", "<|content|>", "<|tool_calls|>", "<|tool_call:begin|>", "<|channel|>",
-    *_DEEPSEEK[:2], *_KIMI[:2], "<|tool_call_section_begin|>")))
+    *_DEEPSEEK[:2], *_KIMI[:2], "<|tool_call_section_begin|>", PYTHON_TAG)))
 _SECTIONS = ("<|tool_calls|>", _DEEPSEEK[0], _KIMI[0], "<|tool_call_section_begin|>")
 """What opens calls."""
 _TEXT_IN: dict[str, re.Pattern[str]] = {}
 """Mark -> what is text in a turn of its form: the marks of other families."""
-for _family in (_SOLAR, _GPT_OSS, _DEEPSEEK, _KIMI):
+for _family in (_SOLAR, _GPT_OSS, _DEEPSEEK, _KIMI, (PYTHON_TAG,)):
     # DeepSeek and Kimi write thoughts as Hermes does
     _own = {*_family, *(_HERMES[:2] if _family in (_DEEPSEEK, _KIMI) else ())}
     _TEXT_IN |= dict.fromkeys(_family, _quoting([mark for mark in MARKS if mark not in _own], ""))
 _FOREIGN = _quoting([mark for mark in MARKS if mark not in _HERMES], "")
 
 
-def plain_form(text: str, *, in_thoughts: bool = False) -> str:
+def plain_form(text: str, *, in_thoughts: bool = False, form: CallForm | None = None) -> str:
     """Return a model's turn with its thoughts and calls in Hermes' form; a text without another family's
     marks stays as it is.  What is no whole call stays none, and marks of Hermes' form in another family's
     turn are text.
@@ -112,7 +117,10 @@ def plain_form(text: str, *, in_thoughts: bool = False) -> str:
     Args:
         text: of the turn, special tokens of `MARKS` spelled out.
         in_thoughts: the template has opened thoughts before it.
+        form: of calls; None: that of the text's marks.
     """
+    if form == LLAMA and _is_bare_call(text):
+        return f"{BEGIN_CALL}{quoted(text)}{END_CALL}"
     # Solar's template wrote the opening mark into the prompt; the turn begins after it
     if in_thoughts and "<|think|>" not in text and "<|begin|>" in text:
         text = f"<|think|>{text}"
@@ -126,6 +134,9 @@ def plain_form(text: str, *, in_thoughts: bool = False) -> str:
         return text
     # a mark of another family in this turn was typed, not meant: it must not open anything below
     text = text[:place] + quoted(text[place:], _TEXT_IN[first[0]])
+    if first[0] == PYTHON_TAG:  # the call reaches to the end of the turn
+        tag = text.index(PYTHON_TAG, place)
+        return f"{text[:tag]}{BEGIN_CALL}{quoted(text[tag + len(PYTHON_TAG):])}{END_CALL}"
     spans = [text[:place]]
     for thoughts in _in_order(_THOUGHTS, text):
         if thoughts.start() < place:
@@ -134,6 +145,20 @@ def plain_form(text: str, *, in_thoughts: bool = False) -> str:
                   END_THOUGHTS if thoughts[2] or thoughts.end() < len(text) else ""]
         place = thoughts.end()
     return "".join([*spans, _outside(text[place:])])
+
+
+_BARE_CALL = re.compile(r'\s*\{\s*"(?:type"\s*:\s*"function"\s*,\s*")?name"\s*:')
+
+
+def _is_bare_call(text: str) -> bool:
+    """Return whether a turn without marks is a call of Llama 3, whole or broken, and no object that it
+    answers with."""
+    if not _BARE_CALL.match(text):
+        return False
+    try:
+        return set(json.loads(text)) <= {"type", "name", "parameters", "arguments"}
+    except (ValueError, RecursionError):
+        return True
 
 
 def _in_order(patterns: Collection[re.Pattern[str]], text: str) -> list[re.Match[str]]:
@@ -193,7 +218,8 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
     """
     # a family is there when the tokenizer has its first or last mark as a token
     has = [family for family in FAMILIES if family[0] in added or family[-1] in added]
-    shown = {added[mark]: mark for family in has for mark in family if mark in added}
+    # Llama's mark decides nothing about the others: models of all forms are trained from its tokenizer
+    shown = {added[mark]: mark for family in (*has, (PYTHON_TAG,)) for mark in family if mark in added}
     # Hermes' marks may be plain text for a tokenizer without tokens for them; there they are meant
     text_marks = set(MARKS) - set(_HERMES)
     if BEGIN_CALL in added or any(family is not _HERMES for family in has):

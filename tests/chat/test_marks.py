@@ -31,6 +31,7 @@ A, B = '{"city": "서울"}', '{"tz": "UTC"}'
 BOTH = solar("get_weather", A) + solar("get_time", B)
 SECTION = "<|end|><|begin|>assistant<|tool_calls|>"
 TOOLS = ("<tool_call>", "</tool_call>")
+SHOWN = [{"type": "function", "function": {"name": "get_time"}}]
 TURNS = {
     "solar: thoughts and an answer": (
         "<|think|>2 + 2<|end|><|begin|>assistant<|content|>It is 4.", "2 + 2", "It is 4.", ()),
@@ -91,11 +92,11 @@ TURNS = {
 def test_a_turn_says_thinks_and_calls_the_same_in_every_family(
         text: str, thoughts: str, content: str, calls: tuple[ToolCall, ...]) -> None:
     assert parse_turn(text) == WrittenTurn(content, calls)
-    whole = whole_turn(text, in_thoughts=False, has_tools=True)
+    whole = whole_turn(text, in_thoughts=False, tools=SHOWN)
     assert (whole.thoughts, whole.content.strip(), whole.calls) == (thoughts, content, calls)
     told = ServedTurn("", "")
     for end in range(len(text) + 1):  # as it is served while it is written
-        turn = turn_so_far(text[:end], in_thoughts=False, has_tools=True)
+        turn = turn_so_far(text[:end], in_thoughts=False, tools=SHOWN)
         assert turn.thoughts.startswith(told.thoughts) and turn.content.startswith(told.content), text[:end]
         told = turn
     assert whole.thoughts.startswith(told.thoughts) and whole.content.startswith(told.content)
@@ -107,8 +108,6 @@ def test_a_turn_says_thinks_and_calls_the_same_in_every_family(
     (solar("f", "{'a': 1}"), "json"), (solar("f", '{"a": 1}', ""), "unclosed"), (solar("f", "[1]"), "form"),
     (solar("f", '{"a": 1} and more'), "json"), ("<|tool_call:begin|>x<|tool_call:end|>", "unclosed"),
     (solar("", "{"), "json"), ("<|tool_calls_section_begin|><|tool_call_begin|>f:0 {}", "unclosed"),
-    ("<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>", "json"),
-    ("<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>", "json"),
 ])
 def test_what_is_nearly_a_call_is_none_and_no_answer(text: str, code: str) -> None:
     (call,) = parse_turn(text).calls
@@ -255,7 +254,7 @@ def test_calls_are_those_of_tokens_and_quoted_marks_stay_as_written(family: str)
         turn = parse_turn(text)
         assert turn == WrittenTurn(f"a{said}b", (ToolCall("g", {}),) * num_calls), (said, thought, text)
         assert plain_form(plain_form(text)) == plain_form(text)
-        whole = whole_turn(text, in_thoughts=False, has_tools=True)
+        whole = whole_turn(text, in_thoughts=False, tools=SHOWN)
         assert (whole.content.strip(), whole.calls) == (turn.content, turn.calls)
         assert whole.thoughts == (thought.strip() if begun else "")
 
