@@ -11,13 +11,13 @@ from typing import Any
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
-from megatron_sov.plan import post_training
 from megatron_sov.plan.calibration.expected import LearnedCorrection
 from megatron_sov.plan.calibration.fitting import fullest, nearest, refuse_on_nodes, refuse_too_large
 from megatron_sov.plan.footprint.memory import Account
 from megatron_sov.plan.pages import quote as quote_tables
 from megatron_sov.plan.pages.quote import Quote, as_json, gib, totals
 from megatron_sov.plan.pages.telling import PlanText, name, set_line, size_line, sizes, submit_line
+from megatron_sov.plan.post_training import covers, quotes
 from megatron_sov.plan.pricing import Machines, Pricing, pricing, quote, refuse_precision, run_stages
 from megatron_sov.plan.search.recommended import leaves_layout_open, settings_for
 from megatron_sov.plan.search.space import own_choice
@@ -167,8 +167,8 @@ def _recommended(config: RunConfig, machines: Machines) -> list[str]:
 
 
 def _quotes(config: RunConfig, prices: Pricing, settings: Sequence[str]) -> list[Quote]:
-    if post_training.covers(config):
-        return post_training.quotes(config, prices)
+    if covers(config):
+        return quotes(config, prices)
     micro_batch_set = any(s.startswith("train.micro_batch_size=") for s in settings)
     return [quote(stage, prices)
             for stage in run_stages(config, prices.num_ranks, micro_batch_set=micro_batch_set)]

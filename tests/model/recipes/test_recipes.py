@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.model import families as models
 from megatron_sov.model.config import (
     OptimConfig, PhaseConfig, RunConfig, YarnConfig, apply_settings, from_dict)
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import PLAIN, text_config
 from megatron_sov.model.recipes import RECIPES, SHRUNK, TINY, get, names, sources
 from megatron_sov.model.recipes.extension import extended
