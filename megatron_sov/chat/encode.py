@@ -222,9 +222,11 @@ class ChatEncoder:
         ids: list[int] = self._with_special.encode(text, add_special_tokens=False).ids
         return ids
 
-    def opens_thoughts(self, asked: Sequence[int]) -> bool:
-        """Return whether what a model is asked with ends in the beginning of its thoughts."""
-        return self.decode(asked[-MOST_IDS_OF_A_MARK:]).rstrip().endswith(BEGINS_OF_THOUGHTS)
+    def opened_thoughts(self, asked: Sequence[int]) -> str:
+        """Return the mark in which what a model is asked with ends, where it begins its thoughts; else
+        nothing."""
+        end = self.decode(asked[-MOST_IDS_OF_A_MARK:]).rstrip()
+        return next((mark for mark in BEGINS_OF_THOUGHTS if end.endswith(mark)), "")
 
     def added_ids(self) -> dict[str, int]:
         """Return the ids of added tokens, special or not, by how they are spelled."""
@@ -493,8 +495,8 @@ class TurnEncoder:
             result = result.replace(special, f"{special[0]} {special[1:]}")
         return result.strip()
 
-    def opens_thoughts(self, asked: Sequence[int]) -> bool:
-        return self._encoder.opens_thoughts(asked)
+    def opened_thoughts(self, asked: Sequence[int]) -> str:
+        return self._encoder.opened_thoughts(asked)
 
     def text(self, written: Sequence[int]) -> str:
         """Return what a model wrote, without the token that ends its turn."""

@@ -66,9 +66,10 @@ def as_written(text: str) -> str:
     return _QUOTED.sub("<", text) if _JOINER in text else text
 
 
-def behind_thoughts(text: str) -> str:
-    """Return what a response in the one form says behind its thoughts, as the model wrote it."""
-    return as_written(text.rpartition(END_THOUGHTS)[2])
+def with_opening(text: str, opened: str) -> str:
+    """Return a turn with the mark of the thoughts that the template has opened before it, without which the
+    text alone does not show that it begins with thoughts; `opened`: that mark, empty: it has opened none."""
+    return text if text.lstrip().startswith(opened) else opened + text
 
 
 _CALLS = tuple((re.compile(begin, re.DOTALL), end) for begin, end in (
