@@ -58,7 +58,8 @@ _UNDONE = re.compile(r"\\(?:i{0,3}int|oint|sum|prod|lim|det)(?![A-Za-z])|frac\s*
 _FORMULA = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _HEDGE = re.compile(r"n't\b|\b(?:not|never|neither|either|between|among|one of|below|above|unknown|maybe"
-                    r"|perhaps|at (?:most|least)|(?:less|greater|more|fewer|other) than)\b|不是|ไม่ใช่", re.IGNORECASE)
+                    r"|perhaps|at (?:most|least)|(?:less|greater|more|fewer|other) than)\b|不是|ไม่ใช่",
+                    re.IGNORECASE)
 """Words before a number that make it none that is given as the answer."""
 _ANOTHER = re.compile(r"[\s$(]*(?:(?:or|to|and(?!\s+not))\b|또는|이나|或|または|หรือ)[^.]*\d", re.IGNORECASE)
 """Behind a number: another one."""
