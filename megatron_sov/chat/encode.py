@@ -8,6 +8,8 @@ alone: spelled out in a content they are ordinary text.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -217,6 +219,18 @@ class ChatEncoder:
         text: str = self._with_special.decode(list(ids), skip_special_tokens=False)
         return text
 
+    def text_behind(self, before: Conversation, chat: Conversation) -> str:
+        """Return what the template shows of a chat behind the end of the last turn of its beginning, up to
+        where a model is asked; nothing where that cannot be told.
+
+        Raises:
+            BadRecord: the template refuses one of them.
+        """
+        begun, whole = self._template.render(before), self._template.render(chat, awaits_response=True)
+        ends = [self._special[id_] for id_ in self.end_ids()]
+        cut = max((begun.rfind(end) + len(end) for end in ends if end in begun), default=0)
+        return whole[cut:] if cut and whole.startswith(begun[:cut]) else ""
+
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of a text in which special tokens that are spelled out are meant."""
         ids: list[int] = self._with_special.encode(text, add_special_tokens=False).ids
@@ -411,6 +425,8 @@ def _runs(parts: list[_ChatPart]) -> Iterator[Run]:
         yield run
 
 
+_NAME = re.compile(r"[\w.-]{1,64}")
+"""Of a function."""
 _ASKED, _SAID = Message("user", "a"), Message("assistant", "b")
 _REMEDY = "take a model whose chat template knows tools, such as Qwen3's"
 
@@ -460,11 +476,15 @@ class TurnEncoder:
         asked = replace(chat, template_kwargs={**chat.template_kwargs, **self._template_kwargs})
         return self._encoder.encode(asked, awaits_response=True).ids
 
-    def behind_turn(self, results: Sequence[str]) -> list[int]:
+    def behind_turn(self, results: Sequence[str], names: Sequence[str] = ()) -> list[int]:
         """Return the ids behind the end of a model's turn: results of tools, and the opening of the next one.
 
         Special tokens that a result spells out are text; where the template does not let them be told from
         its own, a space breaks them.
+
+        Args:
+            results: in the order of the calls.
+            names: of the functions that were called, which some templates show beside results.
 
         Raises:
             UserError: the template does not show results of tools.
@@ -472,11 +492,15 @@ class TurnEncoder:
         try:
             encoded = self._encoded(results)
         except BadRecord:
+            plain = [self._plain(result) for result in results]
             try:
-                encoded = self._encoded([self._plain(result) for result in results])
+                encoded = self._encoded(plain)
             except BadRecord as e:
-                raise UserError(f"{self._where}: its chat template shows no results of tools (a conversation "
-                                f"with one {e.reason}); {_REMEDY}") from None
+                found = self._rendered(plain, names)
+                if found is None:
+                    raise UserError(f"{self._where}: its chat template shows no results of tools (a "
+                                    f"conversation with one {e.reason}); {_REMEDY}") from None
+                return found
         # the last learned token is the end of the assistant's turn; the rest is results and the next opening
         end = encoded.types.rfind(bytes([TYPE_RESPONSE])) + 1
         if not end or encoded.ids[end - 1] not in self.end_ids or end == len(encoded.ids):
@@ -488,6 +512,31 @@ class TurnEncoder:
         tools = tuple(Message("tool", result) for result in results)
         chat = Conversation((_ASKED, _SAID, *tools), (), self._template_kwargs)
         return self._encoder.encode(chat, awaits_response=True)
+
+    def _rendered(self, results: Sequence[str], names: Sequence[str]) -> list[int] | None:
+        """Return what stands behind a turn, of a template that shows results as JSON (Llama 3), or only
+        behind a turn that has called their functions (gpt-oss); None where it shows none.
+
+        Args:
+            results: which spell no special tokens, for in the template's text they would become some.
+            names: as of `behind_turn`; what a model wrote may be no name.
+        """
+        calls = tuple({"type": "function", "function": {"name": name if _NAME.fullmatch(name) else "unknown",
+                                                        "arguments": {}}}
+                      for name in names or ["unknown"] * len(results))
+        tools = tuple(Message("tool", result) for result in results)
+        for said in (_SAID, Message("assistant", "", tool_calls=calls)):
+            before = Conversation((_ASKED, said), (), self._template_kwargs)
+            behind = replace(before, messages=(*before.messages, *tools))
+            try:
+                shown = self._encoder.text_behind(before, behind)
+            except BadRecord:
+                continue
+            if shown and all(any(said in shown for said in (
+                    result, json.dumps(result, ensure_ascii=False)[1:-1], json.dumps(result)[1:-1]))
+                    for result in results):
+                return self._encoder.encode_text(shown)
+        return None
 
     def _plain(self, result: str) -> str:
         # a blank after the first character: the text reads the same and is no special token any more
