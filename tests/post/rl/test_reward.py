@@ -203,6 +203,8 @@ def test_two_verifiers_that_begin_to_disagree_are_told_once_also_by_the_next_job
 
     assert written(1, "good", 210) == []
     (said,) = written(2, "bad", 20)
+    row = store.read_rewards(version, "round-0002-piece-0000")[0]
+    assert row.components["second_opinion.disagrees"] == 1.0, "its mean over a round is a curve of the report"
     assert said.startswith("ALARM of two verifiers at second opinion 2") and "it may be fooled" in said
     assert written(3, "bad", 20) == [], "it was told"
     assert second_opinions("language", SETTINGS, version, store) is None
