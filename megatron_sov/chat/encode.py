@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.marks import (
-    BEGINS_OF_THOUGHTS, KIND_ANSWER, KIND_NONE, CallForm, kinds_of_turn, marks_decoder)
+    BEGIN_CALL, BEGINS_OF_THOUGHTS, END_CALL, KIND_ANSWER, KIND_NONE, CallForm, kinds_of_turn, marks_decoder)
 from megatron_sov.chat.tool_calls import FORMS, ToolCall, parse_turn
 
 if TYPE_CHECKING:
@@ -257,15 +257,16 @@ class ChatEncoder:
             encoded = self.encode(chat)
             # the whole text: with contents that cannot be told from it, a template's calls may be no response
             shown = self.decode(encoded.ids)
-            said = marks_decoder(self.added_ids(), self.end_ids(), self.decode)(
-                [i for i, kind in zip(encoded.ids, encoded.types, strict=True) if kind == TYPE_RESPONSE])
+            ids = [i for i, kind in zip(encoded.ids, encoded.types, strict=True) if kind == TYPE_RESPONSE]
+            said = self.decode(ids[:-1] if ids and ids[-1] in self.end_ids() else ids)
         except BadRecord:
             # one that shows an earlier turn otherwise than it was written may show its call all the same
             try:
-                form = _form_in(self._template.render(chat))
+                shown = self._template.render(chat)
             except BadRecord:
-                form = None
-            return form, CALL["function"]["name"] if form else ""
+                return None, ""
+            form = _form_in(shown)
+            return form, shown if form else ""
         seen = said if CALL["function"]["name"] in said else shown
         return (_form_in(seen), seen) if CALL["function"]["name"] in seen else (None, "")
 
@@ -458,7 +459,6 @@ class TurnEncoder:
         if not self.end_ids:
             raise UserError(f"{where}: its chat template ends no turn with a special token, so nothing tells "
                             f"where a turn ends; {_REMEDY}")
-        self._text = marks_decoder(encoder.added_ids(), self.end_ids, encoder.decode)
         # both raise now, at the start of a run, what would else meet the first conversation with tools
         self.behind_turn(["c"])
         self.call_form, shown = encoder.form_of_calls(self._template_kwargs)
@@ -466,6 +466,10 @@ class TurnEncoder:
         if shown and self.call_form is None:  # its calls would be taken for answers
             raise UserError(f"{where}: its chat template writes calls of tools in a form that is not "
                             f"read here ({shown.strip()[:80]!r}); {_REMEDY}")
+        added = encoder.added_ids()
+        # a tokenizer of another family has no tokens for what the template writes as text: it is meant
+        meant = [mark for mark in (BEGIN_CALL, END_CALL) if mark in shown and mark not in added]
+        self._text = marks_decoder(added, self.end_ids, encoder.decode, meant)
 
     def opening(self, chat: Conversation) -> list[int]:
         """Return the ids with which a model is asked first.

@@ -207,8 +207,8 @@ def text_decoder(tokenizer: Path, end_ids: Collection[int], plain: Callable[[lis
     return marks_decoder(ids, end_ids, plain)
 
 
-def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Callable[[list[int]], str]
-                  ) -> Callable[[list[int]], str]:
+def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Callable[[list[int]], str],
+                  meant: Collection[str] = ()) -> Callable[[list[int]], str]:
     """Return what makes a turn's text of its tokens, in which a mark that is written in ordinary tokens is
     quoted wherever the tokenizer has tokens for such marks.
 
@@ -216,6 +216,7 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
         added: the tokenizer's added tokens, special or not -> id.
         end_ids: tokens that end a turn; the last one is left out of the text.
         plain: decodes tokens that are no marks.
+        meant: marks that are meant in ordinary tokens, whatever the tokenizer has tokens for.
     """
     # a family is there when the tokenizer has its first or last mark as a token
     has = [family for family in FAMILIES if family[0] in added or family[-1] in added]
@@ -227,6 +228,7 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
         text_marks |= set(_HERMES[2:])
     if BEGIN_THOUGHTS in added or _SOLAR in has or _GPT_OSS in has:
         text_marks |= set(_HERMES[:2])
+    text_marks -= set(meant)
     quotable, ends = _quoting([mark for mark in MARKS if mark in text_marks]), frozenset(end_ids)
     # in the section of calls that a token opens, the marks of its family that have no token are in text
     own = {mark for family in has for mark in family if mark not in added}

@@ -169,13 +169,13 @@ CALLS: dict[CallForm, str] = {
 }
 
 
-def encoder(template: str) -> ChatEncoder:
+def encoder(template: str, *more: str) -> ChatEncoder:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(text, normalized=False) for text in SPECIAL])
+    made.add_special_tokens([AddedToken(text, normalized=False) for text in (*SPECIAL, *more)])
     return ChatEncoder(ChatTemplate(template, "", "", "tok"), made)
 
 
@@ -184,6 +184,12 @@ def test_a_folders_template_says_in_which_form_its_model_calls(form: CallForm) -
     chat = encoder(CHATML.replace("CALL", CALLS[form]))
     assert chat.form_of_calls()[0] == form == TurnEncoder(chat, "tok").call_form
     assert encoder(CHATML.replace("CALL", "")).form_of_calls() == (None, "")
+    # a tokenizer of Solar Open's with the template of another family, whose marks it has no tokens for
+    turns = TurnEncoder(encoder(CHATML.replace("CALL", CALLS[form]), "<|think|>", "<|tool_call:end|>"), "tok")
+    written = turns.encode('{"name": "now", "parameters": {}}' if form == "llama-3" else {
+        "marked": '<tool_call>{"name": "now", "arguments": {}}</tool_call>',
+        "glm-4.5": "<tool_call>now</tool_call>", "qwen3-coder": "<tool_call><function=now></function></tool_call>"}[form])
+    assert parse_turn(turns.text(written), form=turns.call_form).calls == (NOW,)
 
 
 def test_results_are_shown_as_json_or_beside_the_name_of_their_function() -> None:
