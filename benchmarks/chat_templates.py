@@ -26,10 +26,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from megatron_sov.base.chat.encode import TYPE_RESPONSE, ChatEncoder
-from megatron_sov.base.chat.template import ChatTemplate, odd_opening
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.messages import read_messages
+from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
+from megatron_sov.chat.template import ChatTemplate, odd_opening
 
 SPELLED = re.compile(r"<\|[^|<>\s]+\|>|<｜[^<>]+｜>|<(?:start|end)_of_[a-z_]+>|\[/?[A-Z_]{3,}\]|</?s>|<bos>"
                      r"|<eos>|<turn\|>|<\|turn>|<\|channel>|<channel\|>|<\|tool_call>|<tool_call\|>")

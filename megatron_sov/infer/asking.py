@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_sov.base.chat.encode import TYPE_RESPONSE, ChatEncoder
-from megatron_sov.base.chat.folder import TOKENIZER_JSON, read_chat_encoder
-from megatron_sov.base.chat.marks import text_decoder
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.files import refuse_tables
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag
+from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
+from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
+from megatron_sov.chat.marks import text_decoder
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, ChosenEngine
 from megatron_sov.infer.request import Generated
 

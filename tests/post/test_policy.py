@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sov.base.chat.encode import TYPE_TEXT
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.encode import TYPE_TEXT
 from megatron_sov.model.config import PolicyConfig
 from megatron_sov.model.recipes import get
 from megatron_sov.post.policy import check_sources, texts_of
@@ -186,7 +186,9 @@ def test_it_reads_what_its_settings_need() -> None:
 
     least = ("advantage", "behaviour_logprobs", "old_logprobs")
     assert tuple(columns_of(made("policy.method=gspo"))) == least
-    assert tuple(columns_of(made("policy.method=grpo"))) == (*least, "reference_logprobs")
+    assert tuple(columns_of(made("policy.method=grpo"))) == least
+    assert tuple(columns_of(made("policy.method=grpo", "policy.kl_coeff=0.04"))) == (
+        *least, "reference_logprobs")
     assert formats_of(made("policy.method=gspo")) == (ROLLOUTS,)
     assert formats_of(made("policy.method=ink_grpo")) == (ROLLOUTS, "text")
     assert formats_of(made("policy.method=ink_grpo", "policy.knowledge_coeff=0")) == (ROLLOUTS,)

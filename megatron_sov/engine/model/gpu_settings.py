@@ -14,8 +14,7 @@ import torch
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, find_broken
-from megatron_sov.engine import lanes
-from megatron_sov.engine.model import router
+from megatron_sov.engine import lanes, router
 from megatron_sov.engine.parallel.device import (
     BLACKWELL, DEEP_EP_NAMES, HOPPER, REPEATS_CUDNN, lacking_deep_ep, lacking_fp8, on_gpu)
 from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig

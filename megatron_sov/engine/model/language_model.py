@@ -31,11 +31,11 @@ from megatron_sov.engine.model.attention import PackedDocuments, SharedPrompts, 
 from megatron_sov.engine.model.gpu_settings import mend_extra_state
 from megatron_sov.engine.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.engine.model.rotary import rotate_by, rotate_by_token
-from megatron_sov.engine.model.router import BalancedRouter
 from megatron_sov.engine.model.specs import (
     block_norm, layer_specs, mtp_layer_spec, transformer_config, uses_transformer_engine)
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import local_device, on_gpu
+from megatron_sov.engine.router import BalancedRouter
 from megatron_sov.model.config import (
     GpuConfig, LoraConfig, MediaConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig)
 from megatron_sov.model.config.gpu import AUTO

@@ -18,9 +18,9 @@ from megatron_sov.engine.model.gpu_settings import (
     OVERLAP, Here, exchanges_heads, expert_settings, keep_ends_in_bf16, library_settings,
     own_attention_serves, transformer_settings)
 from megatron_sov.engine.model.rotary import local_turns, softmax_scale
-from megatron_sov.engine.model.router import BalancedRouter, RoutingStep
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import on_gpu
+from megatron_sov.engine.router import BalancedRouter, RoutingStep
 from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig, YarnConfig
 from megatron_sov.model.config.gpu import AUTO
 

@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard
 
-from megatron_sov.base.chat.marks import behind_thoughts
 from megatron_sov.base.errors import warn
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Finite, NotNegative, SettingsProblem, as_problem, below, find_broken)
+from megatron_sov.chat.marks import behind_thoughts
 from megatron_sov.judge.rewards.patterns import json_of
 from megatron_sov.judge.rewards.reward import (
     OPERATION, Refused, Row, Score, messages_of, prompt_text, text_of)

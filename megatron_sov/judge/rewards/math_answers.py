@@ -13,9 +13,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sov.base.chat.marks import behind_thoughts
 from megatron_sov.base.errors import how_to_install
 from megatron_sov.base.settings import AboveZero, AtLeastOne, SettingsProblem, as_problem
+from megatron_sov.chat.marks import behind_thoughts
 from megatron_sov.judge.rewards.answers import final_answer, last_box, last_boxed, read_quantity, same
 from megatron_sov.judge.rewards.reward import Refused, Row, Score, text_of
 

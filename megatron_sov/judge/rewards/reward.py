@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from megatron_sov.base.chat.marks import plain_form
 from megatron_sov.base.errors import UserError, told_in_a_line
+from megatron_sov.chat.marks import plain_form
 
 Row = Mapping[str, Any]
 """A row: `response`, a text, and what its reward needs."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -318,11 +318,10 @@ COMMON = {
     "loss_type": "preference.method",
 }
 """Last part of a name that other programs have for a setting -> ours."""
-SWITCHES = (("policy.method", "", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
-            ("preference.method", "", ("preference.beta", "preference.simpo_gamma")),
-            ("optim.schedule", "constant", ("optim.min_lr",)))
-"""A setting that says which method is used, the value that it has to change from ("": any), and the numbers
-that belong to the method: a recipe's are those of the recipe's method alone."""
+SWITCHES = (("policy.method", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
+            ("preference.method", ("preference.beta", "preference.simpo_gamma")))
+"""A setting that says which method is used, and the numbers that belong to the method: a recipe's are those
+of the recipe's method alone."""
 
 
 def from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
@@ -390,7 +389,8 @@ def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--
     ``data.phases.0.seq_len=512``.
 
     Where a setting changes the method, the numbers of the recipe's method do not stay: those that are not set
-    too are the new method's own (`SWITCHES`).
+    too are the new method's own (`SWITCHES`).  A changed `optim.lr` takes `optim.min_lr` along, at the ratio
+    that they had.
 
     Args:
         config: what is changed.
@@ -403,14 +403,28 @@ def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--
     given = parse_changes(settings, option)
     before = config.to_dict()
     raw = assign_all(config, given, option, _instead)
-    for switch, changed_from, numbers in SWITCHES:
-        if switch in given and _value(raw, switch) != _value(before, switch) and \
-                changed_from in ("", _value(before, switch)):
+    for switch, numbers in SWITCHES:
+        if switch in given and _value(raw, switch) != _value(before, switch):
             room = switch.partition(".")[0]
             own = dataclasses.asdict(type(getattr(config, room))())
             names = [number.partition(".")[2] for number in numbers if number not in given]
             raw[room].update({name: own[name] for name in names})
+    _take_min_lr_along(raw, config.optim, given)
     return from_dict(raw, option)
+
+
+def _take_min_lr_along(raw: dict[str, Any], before: OptimConfig, given: Mapping[str, Any]) -> None:
+    """Set the rate that a schedule ends at, where only the peak or the schedule was set: a recipe's own ratio
+    of the two, or that of `OptimConfig` where the recipe's rate was constant."""
+    optim = raw["optim"]
+    # what is no rate is told by whoever reads the settings
+    if "optim.min_lr" in given or not isinstance(optim, dict) or type(optim["lr"]) not in (int, float) or (
+            not 0 < optim["lr"] < math.inf):
+        return
+    was_constant = before.schedule == "constant" != optim["schedule"]
+    if was_constant or "optim.lr" in given:
+        like = OptimConfig() if was_constant else before
+        optim["min_lr"] = min(like.min_lr / like.lr * optim["lr"], optim["lr"])
 
 
 def _value(raw: dict[str, Any], key: str) -> Any:

@@ -210,7 +210,7 @@ def _small_rounds(run: RunConfig) -> RunConfig:
         train=replace(run.train, steps=2 * rollout.steps_per_round),
         rollout=replace(rollout, rounds=2, prompts_per_round=8, samples_per_prompt=4, max_prompt_tokens=64,
                         max_new_tokens=64),
-        policy=replace(policy, overlong_buffer_tokens=16 if policy.overlong_buffer_tokens else 0,
+        policy=replace(policy, overlong_buffer_tokens=policy.overlong_buffer_tokens and 16,
                        knowledge_batch_size=4 if policy.knowledge_batch_size else None))
 
 

@@ -72,7 +72,7 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
     import torch.distributed as dist
 
     from megatron_sov import recipes
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.model.local_shards import local_shards
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings

@@ -158,13 +158,23 @@ def test_numbers_follow_the_method_unless_they_are_set_too() -> None:
     both = ["policy.method=grpo", "policy.clip_low=0.1"]
     for settings in (both, both[::-1]):
         parts = changed("tiny-solar-open-rl", *settings).policy.parts
-        assert (parts.clip_low, parts.clip_high, parts.kl, parts.kl_coeff) == (0.1, 0.2, "k3", 0.04)
+        assert (parts.clip_low, parts.clip_high, parts.kl, parts.kl_coeff) == (0.1, 0.2, "k3", 0.0)
     ink = changed("tiny-typhoon-s-legal", "policy.method=dapo").policy.parts
     assert (ink.clip_high, ink.knowledge_coeff, ink.knowledge_batch_size) == (0.28, 0, 0)
     preference = changed("solar-open-102b-dpo", "preference.method=simpo").preference
     assert (preference.strength, preference.beta) == (2.0, None)
     assert changed("solar-open-102b-dpo", "preference.method=ipo",
                    "preference.beta=0.3").preference.strength == 0.3
-    (problem,) = changed("solar-open-102b-rl", "optim.schedule=cosine").optim.problems()
-    assert (problem.key, problem.value) == ("optim.min_lr", 3e-6)
-    assert changed("solar-open-102b", "optim.schedule=wsd").optim.min_lr == 3e-6
+
+
+@pytest.mark.parametrize(("recipe", "given", "expected"), [
+    ("tiny-solar-open", {"lr": 1e-5}, 1e-5 * 2e-4 / 4e-3),  # below the recipe's own least rate
+    ("tiny-solar-open", {"lr": 1e-5, "min_lr": 1e-6}, 1e-6), ("tiny-solar-open", {"min_lr": 1e-6}, 1e-6),
+    ("solar-open-102b-rl", {"lr": 1e-3}, 1e-3),  # a constant rate stays one
+    ("solar-open-102b-rl", {"lr": 1e-3, "schedule": "cosine"}, 1e-3 * 3e-6 / 2.5e-4),
+    ("solar-open-102b", {"schedule": "wsd"}, 3e-6), ("solar-open-102b-dpo", {"lr": 1e-9}, 0)])
+def test_the_least_rate_follows_the_peak_at_the_recipes_ratio(recipe: str, given: dict[str, Any],
+                                                              expected: float) -> None:
+    settings = [f"optim.{name}={value}" for name, value in given.items()]
+    optim = apply_settings(recipes.get(recipe), settings).optim
+    assert optim.min_lr == pytest.approx(expected, rel=1e-12) and not optim.problems()

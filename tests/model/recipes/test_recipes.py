@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.model import families as models
 from megatron_sov.model.config import (
     OptimConfig, PhaseConfig, RunConfig, YarnConfig, apply_settings, from_dict)
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import PLAIN, text_config
 from megatron_sov.model.recipes import RECIPES, SHRUNK, TINY, get, names, sources
 from megatron_sov.model.recipes.extension import extended
@@ -266,7 +266,8 @@ def test_a_derived_table_changes_what_it_says() -> None:
     assert changed == {"optim.*": ours("b"), "optim.lr": ours("c")} and list(changed)[-1] == "optim.lr"
     before = get("tiny-qwen3")
     after = apply_settings(before, ["optim.lr=1", 'data.phases.0.blend={"a": 1}'])
-    assert relabelled(before, after, YOURS) == {"optim.lr": YOURS, "data.phases.0.blend.a": YOURS}
+    assert relabelled(before, after, YOURS) == {"optim.lr": YOURS, "optim.min_lr": YOURS,
+                                                "data.phases.0.blend.a": YOURS}
 
 
 def test_a_recipe_is_an_entry_of_a_table() -> None:

@@ -16,7 +16,6 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.model.config import apply_settings
-from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.calibration.fitting import fullest
 from megatron_sov.plan.on_cluster import placed, searched
@@ -28,6 +27,7 @@ from megatron_sov.plan.pricing import (
     MAX_NODES, Machines, Pricing, RunStage, group_stages, machines, pricing, quote, refuse_precision,
     run_stages)
 from megatron_sov.plan.speed.parameters import default
+from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters.units import GIB
 
 

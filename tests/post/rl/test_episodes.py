@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.base.chat.encode import TurnEncoder
+from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.judge.tools.episode import ENDS, GeneratedTurn
 from megatron_sov.judge.tools.playing import EpisodeTable
 from megatron_sov.judge.tools.registry import make, order
