@@ -41,7 +41,7 @@ SETTINGS = (f"model.vocab_size={VOCAB}", "model.hidden_size=32", "model.num_head
             'data.phases=[{"name": "main", "seq_len": 32}]')
 POLICIES = {
     "grpo": ["policy.method=grpo", "policy.kl=none"], "dr_grpo": ["policy.method=dr_grpo"],
-    "dapo": ["policy.method=dapo"], "gspo": ["policy.method=gspo"],
+    "dapo": ["policy.method=dapo", "policy.max_gen_batches=1"], "gspo": ["policy.method=gspo"],
     "cispo": ["policy.method=cispo", "policy.clip_high=0.25"],
     "agapo": ["policy.method=agapo", "policy.clip_high=4"],
     "mgpo": ["policy.method=mgpo", "policy.mgpo_lambda=1", "policy.clip_low=0.2", "policy.clip_high=0.2"],

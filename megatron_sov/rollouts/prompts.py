@@ -32,6 +32,8 @@ HASH_DIGITS, STREAM_DIGITS = 16, 15
 responses of a run differ, and an engine may take them as int64."""
 MAX_TOLD = 10
 """Bad prompts that are named."""
+_FURTHER = 1
+"""Beside seed and round: an order of its own, since that of epochs asks each prompt once."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,38 @@ def round_prompts(prompts: Sequence[RolloutPrompt], rollout: RolloutConfig,
     return [prompts[i] for i in order]
 
 
-def pieces(prompts: Sequence[RolloutPrompt], number: int, piece_prompts: int) -> list[PromptPiece]:
-    """Return a round's prompts, as `round_prompts` gives them, in pieces."""
+def pieces(prompts: Sequence[RolloutPrompt], number: int, piece_prompts: int, begin: int = 0
+           ) -> list[PromptPiece]:
+    """Return prompts of a round, as `round_prompts` gives them, in pieces that are counted from `begin`."""
     return [PromptPiece(number, i, tuple(prompts[first:first + piece_prompts]))
-            for i, first in enumerate(range(0, len(prompts), piece_prompts))]
+            for i, first in enumerate(range(0, len(prompts), piece_prompts), begin)]
+
+
+def round_pieces(prompts: Sequence[RolloutPrompt], rollout: RolloutConfig, number: int, more: int = 0
+                 ) -> list[PromptPiece]:
+    """Return the pieces of a round: those of its own prompts, and behind them pieces of others, which stand
+    in for groups that do not learn.
+
+    These are a function of seed and number too, however many are asked at a time, so that every run over a
+    store asks the same.
+
+    Args:
+        prompts: all of the file.
+        rollout: seed, number of prompts, and those of a piece.
+        number: of the round, from 1.
+        more: pieces of others; there are fewer where the file has no more prompts.
+
+    Raises:
+        UserError: as `round_prompts`.
+    """
+    own = round_prompts(prompts, rollout, number)
+    found = pieces(own, number, rollout.piece_prompts)
+    if more:
+        asked = {prompt.id for prompt in own}
+        others = [prompt for i in _permutation(len(prompts), rollout.seed, number, _FURTHER)
+                  if (prompt := prompts[i]).id not in asked]
+        found += pieces(others[:more * rollout.piece_prompts], number, rollout.piece_prompts, len(found))
+    return found
 
 
 def _epoch_order(seed: int, epoch: int, count: int, per_round: int) -> np.ndarray:
@@ -160,11 +190,11 @@ def _epoch_order(seed: int, epoch: int, count: int, per_round: int) -> np.ndarra
     first = epoch
     while first * count % per_round and (count < 2 * per_round or first == epoch):
         first -= 1
-    order = _permutation(seed, first, count)
+    order = _permutation(count, seed, first)
     for number in range(first + 1, epoch + 1):
         # prompts of the epoch before that belong to the round which goes on in this one
         carried, before = number * count % per_round, order
-        order = _permutation(seed, number, count)
+        order = _permutation(count, seed, number)
         if carried:
             ahead = ~np.isin(order, before[-carried:])
             # as many others go ahead as the round still needs; the rest keeps its order
@@ -173,11 +203,11 @@ def _epoch_order(seed: int, epoch: int, count: int, per_round: int) -> np.ndarra
     return order
 
 
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+def _permutation(count: int, *entropy: int) -> np.ndarray:
     import numpy as np
 
     # seed and epoch as a sequence of entropy: seeds that are near give unrelated orders
-    return np.random.default_rng([seed, epoch]).permutation(count)
+    return np.random.default_rng(entropy).permutation(count)
 
 
 def _refuse(path: Path, problems: list[str]) -> None:

@@ -193,9 +193,9 @@ def numbers_in(name: str) -> tuple[int, int, int] | None:
     return None if found is None or not int(found[1]) else (int(found[1]), int(found[2]), int(found[3] or 0))
 
 
-ROUNDS, PIECES, UNFINISHED_ROWS = "asked_rounds", "pieces_per_round", "unfinished"
-"""In the provenance of a part of rollouts: the last round that is asked for, the pieces of each, and how many
-of its own rows an attempt behind it goes on with."""
+ROUNDS, PIECES, UNFINISHED_ROWS, GROWS = "asked_rounds", "pieces_per_round", "unfinished", "grows"
+"""In the provenance of a part of rollouts: the last round that is asked for, the pieces of each, how many of
+its own rows an attempt behind it goes on with, and whether a round may ask more until it is trained."""
 
 
 @dataclass(frozen=True)
@@ -205,11 +205,14 @@ class AskedPrompt:
     rounds: int
     """The last one, from 1."""
     pieces: int
-    """Of each round."""
+    """Of each round's own prompts."""
+    grows: bool = False
+    """Whether a round may ask further ones until it is trained."""
 
     def to_provenance(self, unfinished: int) -> dict[str, int]:
         """Return what stands in the provenance of a part with so many unfinished rows."""
-        return {ROUNDS: self.rounds, PIECES: self.pieces, UNFINISHED_ROWS: unfinished}
+        return {ROUNDS: self.rounds, PIECES: self.pieces, UNFINISHED_ROWS: unfinished,
+                **({GROWS: True} if self.grows else {})}
 
 
 def not_written(parts: Sequence[RolloutPart], rounds: range | None) -> str | None:
@@ -234,6 +237,11 @@ def not_written(parts: Sequence[RolloutPart], rounds: range | None) -> str | Non
         if begun[number]:
             return f"the ends of responses in {begun[number]:,} of {asked.pieces:,} pieces of round {number}"
     return ""
+
+
+def may_grow(parts: Sequence[RolloutPart]) -> bool:
+    """Return whether rounds of which these are parts may ask further prompts when all of this is judged."""
+    return any(part.provenance.get(GROWS) for part in parts)
 
 
 def _asked_of(provenance: Mapping[str, Any]) -> AskedPrompt | None:

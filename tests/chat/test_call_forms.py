@@ -188,7 +188,8 @@ def test_a_folders_template_says_in_which_form_its_model_calls(form: CallForm) -
     turns = TurnEncoder(encoder(CHATML.replace("CALL", CALLS[form]), "<|think|>", "<|tool_call:end|>"), "tok")
     written = turns.encode('{"name": "now", "parameters": {}}' if form == "llama-3" else {
         "marked": '<tool_call>{"name": "now", "arguments": {}}</tool_call>',
-        "glm-4.5": "<tool_call>now</tool_call>", "qwen3-coder": "<tool_call><function=now></function></tool_call>"}[form])
+        "glm-4.5": "<tool_call>now</tool_call>",
+        "qwen3-coder": "<tool_call><function=now></function></tool_call>"}[form])
     assert parse_turn(turns.text(written), form=turns.call_form).calls == (NOW,)
 
 

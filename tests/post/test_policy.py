@@ -186,7 +186,9 @@ def test_it_reads_what_its_settings_need() -> None:
 
     least = ("advantage", "behaviour_logprobs", "old_logprobs")
     assert tuple(columns_of(made("policy.method=gspo"))) == least
-    assert tuple(columns_of(made("policy.method=grpo"))) == (*least, "reference_logprobs")
+    assert tuple(columns_of(made("policy.method=grpo"))) == least
+    assert tuple(columns_of(made("policy.method=grpo", "policy.kl_coeff=0.04"))) == (
+        *least, "reference_logprobs")
     assert formats_of(made("policy.method=gspo")) == (ROLLOUTS,)
     assert formats_of(made("policy.method=ink_grpo")) == (ROLLOUTS, "text")
     assert formats_of(made("policy.method=ink_grpo", "policy.knowledge_coeff=0")) == (ROLLOUTS,)

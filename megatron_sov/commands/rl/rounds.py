@@ -350,13 +350,19 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
            start: Target, engine_name: str, environment: AskedEnvironment | None) -> dict[str, Any] | None:
     """Load the policy and write; None on other processes than the first."""
     from megatron_sov.engine.parallel.world import on_first
-    from megatron_sov.post.rl.generate import Missing, PieceQueue, Take, run_policies, write_rounds
+    from megatron_sov.post.rl.generate import Further, Missing, PieceQueue, Take, run_policies, write_rounds
+    from megatron_sov.post.rl.publish import further_pieces, is_published
     from megatron_sov.post.rl.responses import key_digest
     from megatron_sov.rollouts.store import RolloutStore
 
     folder, rollout = start.tokenizer_folder, config.rollout
     writer = writer_of(args, config, prompts, start, engine_name, environment)
     policy_of = partial(policy_of_round, args.run, start.path, rollout=rollout)
+    further: Further | None = None
+    if config.policy.parts.max_gen_batches > 1:
+        # the trainer knows which groups learn: until it has published a round, this one may grow
+        def further(number: int) -> tuple[int, bool]:
+            return further_pieces(args.run / ROUNDS, number), is_published(args.run / ROUNDS, number)
     # the policy that the engine begins with; later ones are loaded as checkpoints appear
     held = Policy(start.path, 0, manifest_sha256(start.path))
 
@@ -366,7 +372,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
         store = create()
         missing = Missing(store, Claims(store.claims, rollout.lease_s), prompts, rollout, rounds, policy_of,
                           # in the key: rows that were written otherwise are not taken for these
-                          lambda number: key_digest(rollout, number, writer.chosen_by))
+                          lambda number: key_digest(rollout, number, writer.chosen_by), further)
         # how rows were written goes into the parts' provenance
         told = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}
         return write_rounds(engine, take, held, writer, PieceQueue(missing, store, args.wait, told))
@@ -578,6 +584,7 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
         Batching(args.batch_size), parsed.reward_version,
         partial(judging, args.reward, args.reward_set, args.workers),
         {"engine": MEGATRON, "environment": args.environment, "reward": args.reward},
+        config.policy.parts.max_gen_batches,
         partial(second_opinions, args.reward, args.reward_set, parsed.reward_version))
     try:
         train_rounds(args, parsed, began_s, produce=producer.produce)

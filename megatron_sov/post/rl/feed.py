@@ -40,12 +40,13 @@ from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.post.policy import GROUPS_LEARNING, OLD, REFERENCE, RESPONSE_TOKENS, REWARD
 from megatron_sov.post.reference import document_logprobs, files_sha256
 from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rounds
+from megatron_sov.post.rl.publish import further_pieces
 from megatron_sov.post.rl.responses import key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
 from megatron_sov.rollouts.prompts import RolloutPrompt
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import RolloutStore
-from megatron_sov.runs.folder import RunFolder
+from megatron_sov.runs.folder import ROUNDS, RunFolder
 from megatron_sov.runs.rounds import LEARNS, Policy, policy_of_round
 from megatron_sov.train.data.requirements import replayed_routes
 from megatron_sov.train.data.rounds import Round, RoundDocuments
@@ -242,13 +243,16 @@ class RoundFeed:
 
     def _wait(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> str | None:
         """Wait for a round to be published; returns None, or why it is waited for no longer."""
-        begin_s, told = time.monotonic(), False
+        begin_s, told = time.monotonic(), ""
         while lacking := on_main(view.world, partial(self.publish, number)):
-            if not told:
-                told = True
+            # A round whose groups do not learn asks further prompts: it lacks something else then.
+            if lacking != told and (self.produce is not None or not told):
+                told = lacking
                 view.checkpointer.finish()  # the policy that is to write the round
                 if self.produce is not None:
-                    self._figures = self.produce(view, number, asked_to_stop)
+                    found = self.produce(view, number, asked_to_stop)
+                    self._figures = {name: self._figures.get(name, 0.0) + value
+                                     for name, value in found.items()}
                     continue
                 view.events.write("waiting", step=view.step, round=number, reason=lacking)
                 if view.world.is_main and self.wait_s:
@@ -340,6 +344,8 @@ class Producer:
     """The reward at work; begun on rank 0, with the first round."""
     provenance: Mapping[str, Any]
     """What stands in the manifests of parts."""
+    max_gen_batches: int = 1
+    """Of the policy: above 1 a round may ask further prompts."""
     opinions: Callable[[RolloutStore], Opinions | None] = lambda store: None
     """What a second verifier has said so far, see `reward.second_opinions`."""
     _opinions: Opinions | None = None
@@ -382,9 +388,12 @@ class Producer:
     def _desk(self, rounds: range, policy_of: Callable[[int], Policy | None],
               asked_to_stop: Callable[[], bool]) -> PieceQueue:
         store = self.store()
+        # Written, judged and looked at again: what a round asks of this call does not grow during it.
+        further = None if self.max_gen_batches == 1 else (
+            lambda number: (further_pieces(self.run / ROUNDS, number), True))
         missing = Missing(store, Claims(store.claims, self.rollout.lease_s), self.prompts, self.rollout,
                           rounds, policy_of,
-                          lambda number: key_digest(self.rollout, number, self.writer.chosen_by))
+                          lambda number: key_digest(self.rollout, number, self.writer.chosen_by), further)
         # pieces that another job is at are waited for until it is taken for dead
         return PieceQueue(missing, store, 2 * self.rollout.lease_s, self.provenance,
                           asked_to_stop=asked_to_stop)

@@ -21,7 +21,8 @@ from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import Missing, PieceQueue, SampleAttempt, write_rounds
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
-from megatron_sov.rollouts.prompts import PromptPiece, RolloutPrompt, read_prompts, round_prompts
+from megatron_sov.rollouts.prompts import (
+    PromptPiece, RolloutPrompt, read_prompts, round_pieces, round_prompts)
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
@@ -102,14 +103,14 @@ class Job:
     """One generating job; `newest` gives the newest policy whenever it is asked."""
 
     def __init__(self, store: Path, prompts: list[RolloutPrompt], newest: Callable[[], int],
-                 rollout: RolloutConfig = ROLLOUT, **desk: Any) -> None:
+                 rollout: RolloutConfig = ROLLOUT, further: Any = None, **desk: Any) -> None:
         self.engine, self.taken, self.store = Counting(), [0], RolloutStore.create(store, "sha256:0", 1000)
 
         def policy_of(number: int) -> Policy | None:
             return policy(newest()) if newest() >= number - 1 else None
 
         self.missing = Missing(self.store, Claims(self.store.claims, 60), prompts, rollout, range(1, 4),
-                               policy_of, lambda number: key_digest(rollout, number, {}))
+                               policy_of, lambda number: key_digest(rollout, number, {}), further)
         self.writer = ResponseSource(Numbers(), rollout, "counting", False, {},  # type: ignore[arg-type]
                                      lambda: self.engine.now_s)
         self.desk = PieceQueue(self.missing, self.store, **{"wait_s": 0.0, "provenance": {}, **desk})
@@ -256,6 +257,29 @@ def test_without_a_newer_policy_the_same_one_goes_on(tmp_path: Path, prompts: li
     job = Job(tmp_path / "store", prompts, lambda: 0)
     assert "round 2 waits" in job.run()["waits_for"]
     check_whole(job.store, prompts, (1,))
+
+
+def test_what_a_round_asks_further_is_written_until_it_is_trained(
+        tmp_path: Path, prompts: list[RolloutPrompt]) -> None:
+    rollout = replace(ROLLOUT, deadline_s=0.0)
+    more, is_final = 0, False
+    job = Job(tmp_path / "store", prompts, lambda: 0, rollout, lambda number: (more, is_final))
+
+    def pieces_written() -> list[int]:
+        return [part.piece for part in job.store.parts(1)]
+
+    own = [piece.number for piece in round_pieces(prompts, rollout, 1)]
+    assert job.run()["waits_for"] == "round 1 is written, and may ask further prompts until it is trained"
+    assert pieces_written() == own and all(part.provenance["grows"] for part in job.store.parts())
+    more = 1
+    assert "may ask further prompts" in job.run()["waits_for"] and pieces_written() == [*own, len(own)]
+    asked = {prompt.id for piece in round_pieces(prompts, rollout, 1, 1) for prompt in piece.prompts}
+    assert {row.key.prompt for row in rows_of(job.store)} == asked
+    is_final = True
+    assert "round 2 waits for a policy" in job.run()["waits_for"]
+    # a job that begins now knows what was asked
+    again = Job(tmp_path / "store", prompts, lambda: 0, rollout, lambda number: (more, is_final))
+    assert again.run()["parts"] == 0 and "round 2 waits" in again.desk.summary["waits_for"]
 
 
 class Hanging(Counting):

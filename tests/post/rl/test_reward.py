@@ -136,6 +136,9 @@ def test_who_writes_is_waited_for_to_the_end_and_told_where_it_does_not_come(tmp
     write("round-0002-piece-0001", rollout(2, 3, "a"))
     assert waited() == ("", whole), "another command may ask for more rounds"
     assert waited(range(1, 4)) == ("2 of 2 pieces of round 3", whole)
+    asked = AskedPrompt(rounds=2, pieces=2, grows=True)
+    write("round-0002-piece-0002", rollout(2, 4, "a"))
+    assert waited(range(1, 3)) == ("", whole), "a round may ask further prompts until it is trained"
 
 
 def test_another_verdict_under_the_same_version_is_told(store: RolloutStore,
