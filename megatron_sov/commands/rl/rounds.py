@@ -25,6 +25,7 @@ from megatron_sov.base.settings import (
 from megatron_sov.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
+from megatron_sov.commands.shared_options import PromptOptions
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
 from megatron_sov.infer.asking import EngineOptions, check_engine, check_length
@@ -40,7 +41,7 @@ from megatron_sov.model.recipes.requested import RecipeOptions
 from megatron_sov.post.rl.reward import (
     ENVIRONMENT, JudgingJob, RewardSummary, judging, reward_version, second_opinions)
 from megatron_sov.rollouts.prompts import (
-    RolloutPrompt, read_prompts, refuse_unaskable, round_prompts, rounds_between)
+    RolloutPrompt, SetAside, list_set_aside, refuse_unaskable, round_prompts, rounds_between, set_aside)
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, ROUNDS, RunFolder
 from megatron_sov.runs.rounds import Policy, policy_of_round
@@ -184,11 +185,9 @@ class AskingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlGenerateOptions(RecipeOptions, AskingOptions, EngineOptions):
+class RlGenerateOptions(RecipeOptions, PromptOptions, AskingOptions, EngineOptions):
     """Write the responses of rounds, by the policies of a run."""
 
-    prompts: Annotated[Path, Flag(value="FILE.jsonl")]
-    """A JSON object per line: `prompt` or `messages`, or a task, and what the reward needs."""
     store: Annotated[Path, Flag(value="DIR", writes=True)]
     """The rollout store, which is made where there is none."""
     start_from: Annotated[Path, Flag("--from", "CHECKPOINT|HF_DIR")]
@@ -273,7 +272,7 @@ def _other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
 
 
 def _prompts(args: RlGenerateOptions) -> list[RolloutPrompt]:
-    prompts = read_prompts(args.prompts)
+    prompts = args.read()
     if args.environment is None:
         refuse_unaskable(args.prompts, prompts)
     return prompts
@@ -356,7 +355,9 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
     from megatron_sov.rollouts.store import RolloutStore
 
     folder, rollout = start.tokenizer_folder, config.rollout
-    writer = writer_of(args, config, prompts, start, engine_name, environment)
+    writer, aside = writer_of(args, config, prompts, start, engine_name, environment)
+    prompts = args.kept(prompts, aside, args.store)
+    round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
     policy_of = partial(policy_of_round, args.run, start.path, rollout=rollout)
     further: Further | None = None
     if config.policy.parts.max_gen_batches > 1:
@@ -368,7 +369,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
 
     def work(engine: Engine, take: Take) -> dict[str, Any]:
         create = partial(RolloutStore.create, args.store, tokenizer_digest(folder), start.vocab_size)
-        on_first(lambda: create() and None)  # made by one, before all open it
+        on_first(lambda: list_set_aside(create().path, aside))  # made by one, before all open it
         store = create()
         missing = Missing(store, Claims(store.claims, rollout.lease_s), prompts, rollout, rounds, policy_of,
                           # in the key: rows that were written otherwise are not taken for these
@@ -385,11 +386,11 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
 
 
 def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPrompt], start: Target,
-              engine_name: str, environment: AskedEnvironment | None) -> Writer:
-    """Return what makes rows: plain responses, or episodes.
+              engine_name: str, environment: AskedEnvironment | None) -> tuple[Writer, SetAside]:
+    """Return what makes rows, plain responses or episodes, and which prompts it does not ask.
 
     Raises:
-        UserError: a prompt is too long, or the model has no chat template.
+        UserError: a prompt is empty, all are too long, or the model has no chat template.
     """
     from megatron_sov.chat.encode import TurnEncoder
     from megatron_sov.infer.asking import Asker
@@ -407,13 +408,13 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPromp
     if environment is None:
         responses = ResponseSource(asker, rollout, engine_name, args.plain, chosen_by,
                                    with_routes=config.policy.router_replay)
-        responses.refuse_unfit(prompts)
-        return responses
+        return responses, set_aside(prompts, responses.too_long(prompts), rollout.max_prompt_tokens)
     limits = environment.limits
     assert chat is not None, "options refuse --plain"
     table = EpisodeTable(environment.order, TurnEncoder(chat, str(folder)), limits, args.batch_size)
     chosen_by |= {"environment": environment.version, "limits": asdict(limits)}
-    return Episodes(table, environment.version, asker.decode, asker.end_ids, rollout, engine_name, chosen_by)
+    return Episodes(table, environment.version, asker.decode, asker.end_ids, rollout, engine_name, chosen_by
+                    ), set_aside(prompts, {}, rollout.max_prompt_tokens)
 
 
 def _tell_written(args: RlGenerateOptions, rounds: range, summary: dict[str, Any]) -> int:
@@ -431,11 +432,9 @@ GENERATE = command_of(RlGenerateOptions, run_generate)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundsOptions(TunedOptions, JudgedOptions):
+class RoundsOptions(TunedOptions, PromptOptions, JudgedOptions):
     """What is trained, and where its rounds come from."""
 
-    prompts: Annotated[Path, Flag(value="FILE.jsonl")]
-    """The prompts that responses are written to."""
     groups: ClassVar[tuple[str, ...]] = ("policy", "rollout")
 
 
@@ -478,7 +477,7 @@ def parse_rounds(args: RoundsOptions) -> ParsedRounds:
     Raises:
         UserError: a mistake in them.
     """
-    prompts = read_prompts(args.prompts)
+    prompts = args.read()
     version = reward_version(args.reward, args.reward_set)
     parsed = parse_stage(args, "policy", needs_data=False, num_prompts=len(prompts), completed=with_rounds)
     refuse_unknown_benchmarks(parsed.config)
@@ -578,9 +577,12 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
     environment = environment_of(args, config)
     refuse_too_long(config.rollout, environment, start)
     digest = tokenizer_digest(start.tokenizer_folder)
+    writer, aside = writer_of(args, config, parsed.prompts, start, MEGATRON, environment)
+    prompts = args.kept(parsed.prompts, aside, args.store)
+    round_prompts(prompts, config.rollout, 1)  # which refuses too few of them
     producer = Producer(
-        partial(RolloutStore.create, args.store, digest, start.vocab_size), parsed.prompts, config.rollout,
-        args.run, start.path, writer_of(args, config, parsed.prompts, start, MEGATRON, environment),
+        partial(RolloutStore.create, args.store, digest, start.vocab_size), prompts, aside, config.rollout,
+        args.run, start.path, writer,
         Batching(args.batch_size), parsed.reward_version,
         partial(judging, args.reward, args.reward_set, args.workers),
         {"engine": MEGATRON, "environment": args.environment, "reward": args.reward},
