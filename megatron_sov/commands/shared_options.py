@@ -4,17 +4,12 @@ nothing."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_sov.base.documents.layouts import parse_renames
-from megatron_sov.base.errors import warn
 from megatron_sov.base.settings import Flag, add_options
-from megatron_sov.rollouts.prompts import SET_ASIDE, RolloutPrompt, SetAside, read_prompts
-from megatron_sov.runs.launch_environment import is_first
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
@@ -95,29 +90,3 @@ def named_tasks(names: str | None) -> list[str]:
 def step_of(target: Target, events: RunEvents) -> int | None:
     """Return the step of a checkpoint; an export is taken to be of the run's last one."""
     return events.last_step() if target.step is None else target.step
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptOptions:
-    """What policies are asked."""
-
-    prompts: Annotated[Path, Flag(value="FILE|DIR")]
-    """Rows of JSON lines, JSON, Parquet or Arrow, or a folder of `datasets`: `prompt` or `messages`, or a
-    task, and what the reward needs."""
-    renames: Annotated[tuple[str, ...], Flag("--columns", "TARGET=FIELD,...")] = ()
-    """Read fields of other names, as prompt=question,answer=solution; FIELD+FIELD joins two by a line
-    feed."""
-
-    def read(self) -> list[RolloutPrompt]:
-        """Return the prompts, each once.
-
-        Raises:
-            UserError: they, or --columns, cannot be read.
-        """
-        return read_prompts(self.prompts, parse_renames(self.renames, ()))
-
-    def kept(self, prompts: Sequence[RolloutPrompt], aside: SetAside, store: Path) -> list[RolloutPrompt]:
-        """Return the prompts that are asked, and tell of the others."""
-        if aside.told and is_first():
-            warn(f"--prompts {self.prompts}: {aside.told}; {store / SET_ASIDE} lists them")
-        return [prompt for prompt in prompts if prompt.id not in aside.too_long]
