@@ -102,6 +102,7 @@ ALONE = {
     "data_prep/shards/sample.py": "a command",
     "data_prep/synth/generators/triples.py": "a generator, loaded by its name",
     "megatron_sov/commands/operate/status.py": "a command",
+    "megatron_sov/commands/rl/rl_reward.py": "a command",
     "megatron_sov/commands/models/serve.py": "a command",
     "megatron_sov/commands/train/forgetting_gate.py": "is of the part bench, and its user of the core",
     "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",
