@@ -91,7 +91,9 @@ class Episode:
     @property
     def end(self) -> str:
         """Return how it ended; empty: it goes on."""
-        return self.turns[-1].end if self.turns else ""
+        # one that could not be continued has a result, and its last turn no end
+        said = self.turns[-1].end if self.turns else ""
+        return said or ("infrastructure" if self.result is not None else "")
 
     @property
     def ids(self) -> list[int]:
