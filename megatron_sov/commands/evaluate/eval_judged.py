@@ -24,7 +24,7 @@ from megatron_sov.base.outputs import behind_links
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import (
     AtLeastOne, Finite, Flag, ProblemCode, SettingsProblem, command_of, parse_nested, read_options)
-from megatron_sov.commands.evaluate.eval import (
+from megatron_sov.commands.evaluate.task import (
     HeldoutOptions, OutOptions, begin_task, measure_target, show_figures, write_figures)
 from megatron_sov.commands.score import JudgeOptions, RewardName, RewardSet
 from megatron_sov.commands.shared_options import (

@@ -18,7 +18,8 @@ from megatron_sov.chat.marks import behind_thoughts
 from megatron_sov.judge.rewards import solution_tests
 from megatron_sov.judge.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
 from megatron_sov.judge.rewards.version import code_of
-from megatron_sov.sandbox import Limits, Outcome, Program, Sandbox, shared_sandbox
+from megatron_sov.sandbox.program import Limits, Outcome, Program
+from megatron_sov.sandbox.sandbox import Sandbox, shared_sandbox
 
 MAX_TESTS = 10_000
 # possessive quantifiers: a response of many backticks must not take quadratic time

@@ -27,7 +27,8 @@ from megatron_sov.chat.marks import as_written, behind_thoughts
 from megatron_sov.judge.rewards import check_program
 from megatron_sov.judge.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
 from megatron_sov.judge.rewards.version import code_of
-from megatron_sov.sandbox import Limits, Outcome, Program, Sandbox, shared_sandbox
+from megatron_sov.sandbox.program import Limits, Outcome, Program
+from megatron_sov.sandbox.sandbox import Sandbox, shared_sandbox
 
 INSTALLED = Bound(lambda segmenter: None if segmenter != "pythainlp" or find_spec("pythainlp") else (
     ProblemCode.RULE, "needs pythainlp, which is not installed",

@@ -10,7 +10,7 @@ from megatron_sov.judge.rewards import code
 from megatron_sov.judge.rewards.code import CodeReward, program_in
 from megatron_sov.judge.rewards.reward import Result, judged
 from megatron_sov.judge.rewards.version import code_of
-from megatron_sov.sandbox import Outcome, Program
+from megatron_sov.sandbox.program import Outcome, Program
 from megatron_sov.sandbox.sandbox import SANDBOXES
 from tests.typed_words import keys_of
 
