@@ -91,8 +91,8 @@ MODELS := $(addprefix tests/,test_mutations.py tokenizer/graft tokenizer/formats
   model/test_pretrained.py test_docs.py test_architecture.py test_api.py model/test_objectives.py)
 JOBS := tests/e2e tests/benchmarks $(filter-out $(DATA),$(wildcard tests/commands/test_*.py tests/commands/*/test_*.py)) \
   $(addprefix tests/,convert infer publish/ladder post train)
-LAYERS := $(addprefix tests/,engine layouts te_double omni/codecs operate/doctor model/families runs base/chat \
-  model/config plan data_prep/shards/test_adopt.py data_prep/shards/test_pack.py)
+LAYERS := $(addprefix tests/,engine layouts te_double omni/codecs operate/doctor model/families runs chat checkpoint \
+  test_schedules.py model/config plan data_prep/shards/test_adopt.py data_prep/shards/test_pack.py)
 TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/tokenizer/*/ tests/tokenizer/test_*.py tests/sandbox/ \
   tests/judge/rewards/test_*.py)))
 # What is freed goes back to the system at once: a tenth of a worker's memory.
@@ -107,7 +107,7 @@ suite: setup
 	$(TESTS_AT_ONCE) tests/operate/slurm tests $(foreach run,$(RUNS),$(addprefix --ignore ,$($(run)))) || status=1; \
 	exit $$status
 
-NEWEST := $(addprefix tests/,te_double engine layouts convert train e2e)
+NEWEST := $(addprefix tests/,te_double engine checkpoint layouts convert train e2e)
 newest: setup  ## the tests of layers that touch megatron-core, on the version that Python 3.12 and newer have: build/newest
 	OMP_NUM_THREADS=1 "$(PY)" tests/newest.py -q -n 2 --dist worksteal $(NEWEST)
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.digests import file_digest
-from megatron_sov.engine.checkpoint import load
+from megatron_sov.checkpoint import load
 from megatron_sov.engine.parallel import cpu_shims, launcher, world
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.count import num_params
@@ -79,7 +79,7 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
     import torch
     import torch.distributed as dist
 
-    from megatron_sov.engine.checkpoint.save import Companions, Saved, Saver
+    from megatron_sov.checkpoint.save import Companions, Saved, Saver
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.optimizer.optimizer import Optimizer
 

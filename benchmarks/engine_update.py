@@ -44,7 +44,7 @@ RATES = (1e-6, 3e-6, 1e-5)
 def models(folder: Path) -> tuple[Any, Any]:
     """Return a model of ours, and transformers' model of another draw."""
     from megatron_sov import convert, recipes
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer.engines.libraries import load_hf

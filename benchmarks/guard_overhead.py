@@ -65,7 +65,7 @@ def make_step(config: RunConfig, place: world.ParallelWorld, source: Source, fol
 
 def time_comparison(config: RunConfig, place: world.ParallelWorld) -> float:
     """Return the seconds in which all processes compare their replicas once."""
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.model.replica_checks import differing_replicas
 

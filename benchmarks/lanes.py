@@ -29,7 +29,7 @@ STEPS, SEQ_LEN = 6, 64
 SETTINGS = ("model.vocab_size=368", "train.global_batch_size=8", "train.micro_batch_size=4",
             f"train.steps={STEPS}", "optim.warmup_steps=2", "data.heldout_tokens=128", "train.num_threads=1",
             f'data.phases=[{{"name": "main", "seq_len": {SEQ_LEN}}}]')
-FOLDERS = ("te_double", "engine", "layouts", "convert", "train", "e2e")
+FOLDERS = ("te_double", "engine", "checkpoint", "layouts", "convert", "train", "e2e")
 Curves = dict[str, dict[str, list[list[float]]]]
 """Recipe -> precision -> [loss, gradient norm] of each step."""
 

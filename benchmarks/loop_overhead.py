@@ -95,7 +95,7 @@ def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Sourc
     """Return a bare step of our model: what is left of ours without the loop."""
     import torch
 
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.decode import forward_only
     from megatron_sov.engine.model.expert_load import ExpertLoad
     from megatron_sov.engine.model.language_model import build

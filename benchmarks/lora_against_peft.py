@@ -77,7 +77,7 @@ class Way:
 
 def ours(base: Path, config: RunConfig, tokens: Any) -> tuple[Way, Any, Any]:
     """Return our way, its model and its optimizer."""
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.decode import forward_only
     from megatron_sov.engine.decode.forward_only import Inputs
     from megatron_sov.engine.model.expert_load import ExpertLoad
@@ -151,8 +151,8 @@ def measure(turns: int) -> None:
     import transformers
 
     from megatron_sov import convert
+    from megatron_sov.checkpoint import load
     from megatron_sov.convert.peft import to_peft
-    from megatron_sov.engine.checkpoint import load
     from megatron_sov.engine.model.language_model import build
 
     full = apply_settings(recipes.get("tiny-qwen3"), SIZES)

@@ -67,7 +67,7 @@ def rows_of(held: Documents) -> list[list[int]]:
 
 def built(precision: str, cp: int = 1) -> Any:
     """Return a model with numbers in it."""
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.model.language_model import build
 
     config = apply_settings(recipes.get(RECIPE), [f"train.precision={precision}", f"parallel.cp={cp}"])

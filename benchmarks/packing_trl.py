@@ -39,7 +39,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def measure_ours(held: Documents, turns: int, out: Path) -> None:
     """Print our table and leave the model as a checkpoint; runs inside a rank."""
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.model.config import ParallelConfig
 
     world.join(ParallelConfig())

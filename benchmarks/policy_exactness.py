@@ -27,7 +27,7 @@ LOW, HIGH = 0.85, 1.2
 """Bounds of corrections."""
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "GRPO": ({"method": "grpo"}, {"loss_type": "grpo", "beta": 0.04}),
+    "GRPO": ({"method": "grpo", "kl_coeff": 0.04}, {"loss_type": "grpo", "beta": 0.04}),
     "Dr. GRPO": ({"method": "dr_grpo"}, {"loss_type": "dr_grpo"}),
     "DAPO": ({"method": "dapo"}, {"loss_type": "dapo", "epsilon_high": 0.28}),
     "GSPO": ({"method": "gspo"}, {"loss_type": "grpo", "importance_sampling_level": "sequence",
@@ -36,6 +36,11 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
                    {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon_low": 0.1,
                     "epsilon_high": 0.1}),
     "CISPO": ({"method": "cispo", "clip_high": 0.25}, {"loss_type": "cispo", "epsilon_high": 1.25}),
+    "GRPO, KL as it is": ({"method": "grpo", "kl_coeff": 0.04, "kl_weighted": False},
+                          {"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False}),
+    "GSPO with KL": ({"method": "gspo", "clip_low": 0.1, "clip_high": 0.1, "kl": "k3", "kl_coeff": 0.1},
+                     {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon_low": 0.1,
+                      "epsilon_high": 0.1, "beta": 0.1}),
     "DAPO with KL": ({"method": "dapo", "kl": "k3", "kl_coeff": 0.1},
                      {"loss_type": "dapo", "epsilon_high": 0.28, "beta": 0.1}),
 }
@@ -92,10 +97,11 @@ def theirs(asked: dict[str, Any], at: dict[str, Any], logprobs: Any) -> Any:
     settings = {"importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0,
                 **asked}
     correct, mask = settings.pop("correct", None), at["mask"]
+    weighted = settings.pop("use_bias_correction_kl", True)
     trainer = MagicMock(off_policy_mask_threshold=None, top_entropy_quantile=1.0, aux_loss_enabled=False,
                         use_vllm=correct is not None, vllm_importance_sampling_correction=True,
                         max_completion_length=LONGEST, _entropy_bonus_enabled=False,
-                        args=SimpleNamespace(delta=None, use_bias_correction_kl=False),
+                        args=SimpleNamespace(delta=None, use_bias_correction_kl=weighted),
                         _metrics={"train": defaultdict(list), "eval": defaultdict(list)}, **settings)
     trainer.model.training = False
     trainer.accelerator.num_processes = 1

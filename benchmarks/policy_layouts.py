@@ -41,7 +41,7 @@ SETTINGS = (f"model.vocab_size={VOCAB}", "model.hidden_size=32", "model.num_head
             'data.phases=[{"name": "main", "seq_len": 32}]')
 POLICIES = {
     "grpo": ["policy.method=grpo", "policy.kl=none"], "dr_grpo": ["policy.method=dr_grpo"],
-    "dapo": ["policy.method=dapo"], "gspo": ["policy.method=gspo"],
+    "dapo": ["policy.method=dapo", "policy.max_gen_batches=1"], "gspo": ["policy.method=gspo"],
     "cispo": ["policy.method=cispo", "policy.clip_high=0.25"],
     "agapo": ["policy.method=agapo", "policy.clip_high=4"],
     "mgpo": ["policy.method=mgpo", "policy.mgpo_lambda=1", "policy.clip_low=0.2", "policy.clip_high=0.2"],
@@ -96,7 +96,7 @@ def on_rank(work: Path, out: Path, settings: list[str]) -> int:
     """Leave loss, norm and gradients of each objective's first step."""
     import torch
 
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.parallel import world
     from megatron_sov.post.policy import objective_of
     from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
@@ -138,7 +138,7 @@ def on_rank(work: Path, out: Path, settings: list[str]) -> int:
 
 def gradients(folder: Path) -> dict[str, Any]:
     """Return a step's gradients, whole."""
-    from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader
+    from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
     reader = TensorReader(folder, "model")
     return {key: reader.read(key).double() for key in reader.keys()}  # noqa: SIM118  (a reader is no dict)

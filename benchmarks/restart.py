@@ -65,7 +65,7 @@ def imports(times: Times) -> None:
 def restarts(times: Times, work: Path) -> int:
     """Build, initialise and load in turns; returns the parameters."""
     from megatron_sov import recipes
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder

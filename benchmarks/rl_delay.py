@@ -162,7 +162,8 @@ class Simulation:
         self.claims = Claims(self.store.claims, 600)
         base = recipes.get("tiny-solar-open")
         config = with_rounds(replace(
-            base, rollout=rollout, policy=PolicyConfig(method="dapo", missing_share=missing_share),
+            base, rollout=rollout,
+            policy=PolicyConfig(method="dapo", missing_share=missing_share, max_gen_batches=1),
             model=replace(base.model, vocab_size=VOCAB),
             data=replace(base.data, phases=(PhaseConfig("main", seq_len=512),))))
         self.publisher = Publisher(config, folder / "rounds", self.store.path, read_prompts(prompts),

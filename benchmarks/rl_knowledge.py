@@ -44,7 +44,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "ink_grpo": ("policy.method=ink_grpo", "policy.knowledge_batch_size=8", "policy.knowledge_coeff=1"),
     "published": ("policy.method=ink_grpo", "policy.knowledge_batch_size=8"),
     "no_text": ("policy.method=ink_grpo", "policy.knowledge_coeff=0"),
-    "grpo": ("policy.method=grpo",),
+    "grpo": ("policy.method=grpo", "policy.kl_coeff=0.04", "policy.kl_weighted=false"),
 }
 """Arm -> its settings; ink_grpo: text weighs as much as responses; published: a tenth, as in the paper, whose
 model knows how to read; no_text: all of InK-GRPO but its text; grpo: as its paper, with a divergence."""

@@ -52,7 +52,7 @@ TOKENIZER = {
     "pad_token": "<|endoftext|>", "chat_template": TEMPLATE}
 START = (*ALWAYS, rows_of(256), "train.steps=500", "optim.lr=4e-3")
 MAX_PROMPT, MAX_RESPONSE, MAX_TURN, MAX_TURNS = 128, 120, 48, 3
-METHODS = {"gspo": (), "grpo": ("policy.method=grpo",),
+METHODS = {"gspo": (), "grpo": ("policy.method=grpo", "policy.kl_coeff=0.04", "policy.kl_weighted=false"),
            "ink_grpo": ("policy.method=ink_grpo", "policy.knowledge_batch_size=8")}
 """Method -> its settings."""
 POLICY = ("policy.method=gspo", "rollout.rounds=25", "rollout.prompts_per_round=16",

@@ -33,9 +33,9 @@ import dataclasses, json, shutil, sys
 from pathlib import Path
 import torch
 from megatron_sov import convert, recipes
-from megatron_sov.model import families as models
+from megatron_sov.model.families import supported as models
 from megatron_sov.convert.hf_import import plan_shards, write_files
-from megatron_sov.engine.checkpoint.writer import TensorSpec
+from megatron_sov.checkpoint.writer import TensorSpec
 from megatron_sov.model.families.family import TokenIds
 folder = Path(sys.argv[1])
 model = dataclasses.replace(recipes.get("solar-open-102b").model, hidden_size=512, num_heads=8,

@@ -2,7 +2,7 @@
 list that the tests hold imports to (tests/test_architecture.py).
 
     python docs/generate_house.py              the picture
-    python docs/generate_house.py --counts     how many imports and lines there are, as tables
+    python docs/generate_house.py --counts     how many imports, lines and files of one user there are
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from megatron_sov.base.artifacts import atomic_write
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs/pictures/house.svg"
 SAYS = {
-    "base": "errors, artifacts, settings, plug-ins, documents, chats",
+    "base": "errors, artifacts, settings, plug-ins, documents",
+    "chat": "chat templates, tool calls, what token ids mean",
     "work": "processes, locks, progress, arrays",
     "sandbox": "processes that run a model's programs, or read files of others",
     "model": "settings of a run, families, recipes",
+    "schedules": "phase, batch size and learning rate of every step",
     "runs": "a run on disk: folder, lock, checkpoints, events",
     "judge": "rewards and tool worlds",
     "rollouts": "the store of prompts, responses and rewards",
     "plan": "memory, speed and money of a run",
     "engine": "the only door to Megatron-Core",
+    "checkpoint": "written and read at any layout",
     "convert": "Hugging Face, PEFT and Megatron folders",
     "train": "the order of data, one loop for every objective",
     "infer": "text from a model",
@@ -101,7 +104,14 @@ def counts() -> str:
     upwards = sum(number for (hall, other), number in found.items() if halls.index(other) > halls.index(hall))
     lines += [f"{len(found)} arrows, {upwards} of them upwards", ""]
     lines += [f"{part or 'core':<10}{number:>9,} lines" for part, number in of_parts.most_common()]
-    return "\n".join([*lines, f"{'all':<10}{of_parts.total():>9,} lines"])
+    sources = table.sources(ROOT)
+    one = {module for module, users in table.users_of(sources).items() if len(users) == 1}
+    with_packages = sum(len(users) == 1 for users in table.users_of(sources, packages_too=True).values())
+    return "\n".join([
+        *lines, f"{'all':<10}{of_parts.total():>9,} lines", "",
+        f"{len(one)} files that one other file imports, of which a table names "
+        f"{len(one & table.named_in_tables(sources))} too",
+        f"{with_packages} where `from package import module` counts as an import of the package as well"])
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.model.language_model import build_configured
     from megatron_sov.engine.parallel import world
 

@@ -26,9 +26,9 @@ ROOT = Path(__file__).parents[1]
 DATA_ONLY = {"slurm"}
 """Packages at the top that the code reads and nobody imports."""
 
-HALLS = ("version", "base", "work", "sandbox", "model", "runs", "judge", "rollouts", "plan", "engine",
-         "convert", "train", "infer", "eval", "post", "omni", "bench", "serve", "operate", "publish",
-         "commands", "api", "cli", "__main__", "__init__")
+HALLS = ("version", "base", "chat", "work", "sandbox", "model", "schedules", "runs", "judge", "rollouts",
+         "plan", "engine", "checkpoint", "convert", "train", "infer", "eval", "post", "omni", "bench",
+         "serve", "operate", "publish", "commands", "api", "cli", "__main__", "__init__")
 """What stands in `megatron_sov`, in the order of the flow: each imports only what stands before it."""
 LEAVES = {"omni", "bench", "serve", "operate", "publish"}
 """Halls that only commands import: they stand on the core, and not on each other."""
@@ -45,7 +45,7 @@ WINGS: dict[str, tuple[set[str], ...]] = {
     "megatron_sov/judge": ({"rewards"}, {"tools"}),
     "megatron_sov/model": ({"config"}, {"families"}, {"recipes", "counterparts"}),
     "megatron_sov/omni": ({"media"}, {"codecs"}, {"generation"}, {""}),
-    "megatron_sov/engine": ({"parallel"}, {"model"}, {"optimizer", "decode"}, {"checkpoint"}),
+    "megatron_sov/engine": ({"parallel"}, {"model"}, {"optimizer", "decode"}),
     "megatron_sov/train": ({"data"}, {"guards", "side_jobs"}, {""}),
     "megatron_sov/plan": ({"speed"}, {"tables"}),
     # steps know the contract of a pipeline, and a pipeline knows steps by name alone
@@ -56,8 +56,9 @@ WINGS: dict[str, tuple[set[str], ...]] = {
 """Folder -> the floors of its wings from the ground up; "" stands for the files that lie in the folder
 itself, and where it does not stand they are free.  A wing imports those on lower floors only."""
 
-TORCH_FREE = {"version", "base", "work", "sandbox", "model", "runs", "judge", "rollouts", "omni", "plan",
-              "operate", "publish", "commands", "cli", "api", "__init__", "tokenizer", "data_prep"}
+TORCH_FREE = {"version", "base", "chat", "work", "sandbox", "model", "schedules", "runs", "judge", "rollouts",
+              "omni", "plan", "operate", "publish", "commands", "cli", "api", "__init__", "tokenizer",
+              "data_prep"}
 NETWORKS = "megatron_sov/omni/codecs/"
 """Of a hall without torch, what is imported where networks are wanted alone."""
 HEAVY = {"torch", "transformers", "megatron", "vllm", "transformer_engine"}
@@ -72,7 +73,7 @@ MAY_START = {"megatron_sov/engine/parallel/launcher.py": "ranks",
              "megatron_sov/judge/rewards/check_program.py": _INSIDE,
              "megatron_sov/judge/rewards/solution_tests.py": _INSIDE}
 """File outside of work that starts processes or holds locks -> why."""
-MAY_RENAME = {"megatron_sov/engine/checkpoint/host_snapshot.py": "of a folder that has no name yet",
+MAY_RENAME = {"megatron_sov/checkpoint/host_snapshot.py": "of a folder that has no name yet",
               "megatron_sov/runs/checkpoints.py": "sets checkpoints aside",
               "megatron_sov/sandbox/enclosures.py": "flattens what it deletes",
               "megatron_sov/commands/evaluate/eval_judged.py": "into an artifact that is made"}
@@ -99,15 +100,13 @@ MIN_LINES_OF_ONE_USER = 150
 ALONE = {
     "data_prep/curate/dedup/minhash_loops.py": "compiled loops, loaded where they are called",
     "data_prep/shards/sample.py": "a command",
-    "data_prep/synth/generators/triples.py": "a generator, loaded by its name",
-    "megatron_sov/commands/operate/status.py": "a command",
+    "megatron_sov/commands/rl/rl_reward.py": "a command",
     "megatron_sov/commands/models/serve.py": "a command",
     "megatron_sov/commands/train/forgetting_gate.py": "is of the part bench, and its user of the core",
-    "megatron_sov/engine/checkpoint/gather.py": "megatron's side of exporting a live model",
+    "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,
     "megatron_sov/train/guards/watchdog.py": "runs without megatron",
-    "megatron_sov/sandbox/process_tree.py": "starts processes",
-    "tokenizer/formats/round_trip.py": "loaded where a check is asked for"}
+    "megatron_sov/sandbox/process_tree.py": "starts processes"}
 """File that is short, has one user, and is not merged into it -> why."""
 
 
@@ -351,16 +350,36 @@ def data_problems(source: Source) -> Iterator[str]:
         yield f"{source.name}: {package} holds data alone; its code belongs into megatron_sov/{package}"
 
 
-def lonely(found: list[Source]) -> list[str]:
-    """Return the short files that one other file imports: such a one belongs into its user."""
-    modules = {source.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source
-               for source in found}
-    users: dict[str, set[str]] = {}
+def by_module(found: list[Source]) -> dict[str, Source]:
+    """Return dotted name -> source."""
+    return {source.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source
+            for source in found}
+
+
+def users_of(found: list[Source], packages_too: bool = False) -> dict[str, set[str]]:
+    """Return module -> modules that import it; with `packages_too` also package -> modules that import one of
+    its modules from it."""
+    modules, users = by_module(found), dict[str, set[str]]()
     for name, source in modules.items():
         for _, imported in source.imports():
-            module = imported if imported in modules else imported.rpartition(".")[0]
-            if module in modules and module != name:
-                users.setdefault(module, set()).add(name)
+            package = imported.rpartition(".")[0]
+            for module in {imported, package} if packages_too or imported not in modules else {imported}:
+                if module in modules and module != name:
+                    users.setdefault(module, set()).add(name)
+    return users
+
+
+def named_in_tables(found: list[Source]) -> set[str]:
+    """Return the modules that a text of another file names, as tables of commands, steps and codecs do."""
+    modules = by_module(found)
+    return {module for name, source in modules.items() for node in ast.walk(source.tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            and (module := node.value.partition(":")[0]) in modules and module != name}
+
+
+def lonely(found: list[Source]) -> list[str]:
+    """Return the short files that one other file imports: such a one belongs into its user."""
+    modules, users = by_module(found), users_of(found)
     short = {name for name, source in modules.items() if source.path.name != "__init__.py"
              and len(source.path.read_text(encoding="utf-8").splitlines()) < MIN_LINES_OF_ONE_USER}
     return sorted(modules[name].name for name in short & users.keys() if len(users[name]) == 1)

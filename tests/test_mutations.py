@@ -38,7 +38,7 @@ ROUNDS = ("--set", "rollout.rounds=2", "--set", "rollout.prompts_per_round=2", "
           "rollout.samples_per_prompt=2", "--set", "rollout.steps_per_round=1", "--set",
           "rollout.piece_prompts=1", "--set", "rollout.max_new_tokens=12", "--set",
           "rollout.max_prompt_tokens=6", "--set", "policy.method=dapo", "--set", "policy.kl=k3", "--set",
-          "policy.kl_coeff=0.1")
+          "policy.kl_coeff=0.1", "--set", "policy.max_gen_batches=1")
 TRAIN = ("tiny-solar-open", "--run", "@out", "--nproc", "1", *SMALL)
 M, D, T = "megatron-sov", "sov-data", "sov-tokenizer"
 COMMANDS: dict[str, tuple[str, ...]] = {

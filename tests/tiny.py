@@ -19,7 +19,7 @@ def tiny_model(recipe: str, *settings: str, layout: dict[str, Any] | None = None
                seed: int = 1) -> tuple[RunConfig, Any]:
     """Runs inside a rank: join the world at a layout, else at that of the settings; return the config and its
     model with the initial weights of a seed."""
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.parallel import world
 

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from megatron_sov.engine.checkpoint import load
+from megatron_sov.checkpoint import load
 from megatron_sov.engine.model.expert_load import ExpertLoad
 from megatron_sov.engine.model.language_model import build
 from megatron_sov.engine.optimizer.optimizer import Optimizer

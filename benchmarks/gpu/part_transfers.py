@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from setting import Cost, Failed, Figures, Setting
 
-from megatron_sov.engine.checkpoint.host_snapshot import Snapshot
+from megatron_sov.checkpoint.host_snapshot import Snapshot
 from megatron_sov.engine.model.local_shards import LocalShard
 
 TIMES = 3

@@ -252,7 +252,7 @@ def report(shared: Shared, found: dict[int, dict[str, Any]], tops: dict[str, tup
 
 def copied(shared: Shared, seed: int, told: dict[str, Any]) -> float:
     """Return the share of drawn pictures that are, token for token, in the training data."""
-    from megatron_sov.base.chat.media_tokens import IMAGE, entries
+    from megatron_sov.chat.media_tokens import IMAGE, entries
 
     corpus = shared.work / f"seed-{seed}/corpus"
     known = {tuple(entries(IMAGE, line)) for file in corpus.glob("*.jsonl")

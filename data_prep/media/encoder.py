@@ -16,13 +16,13 @@ import numpy as np
 from annotated_types import Le
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
-from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VIDEO, spelled
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.messages import refuse_deep
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Bound, Breach, Flag, ProblemCode, SettingsProblem, num_cores, only_with)
+from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO, spelled
 from megatron_sov.model.modality import PICTURES, SOUNDS
 from megatron_sov.omni.media.banks import BankShape
 from megatron_sov.omni.media.items import discrete_audio, discrete_image

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.base.chat.media_tokens import MEDIA as BLOCKS, read_blocks
 from megatron_sov.base.documents.files import MEDIA_CORPUS, media_corpus_of
 from megatron_sov.base.documents.shard_files import FEATURE_DTYPE, FEATURES, NO_FEATURE
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.media_tokens import MEDIA as BLOCKS, read_blocks
 from megatron_sov.model.modality import FeatureTokens, MediaEncoding
 from megatron_sov.omni.media.banks import BankShape, open_bank, read_shapes
 

@@ -27,7 +27,6 @@ from data_prep.media.encoder import (
     Medium, MessagePart, UnitBanks, parse_record)
 from megatron_sov.base.artifacts import (
     MANIFEST, manifest_sha256, new_artifact, read_manifest, refuse_existing, to_json)
-from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VIDEO
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import CORPUS_RECORDS, MEDIA_CORPUS
 from megatron_sov.base.documents.shard_files import FEATURES
@@ -35,6 +34,7 @@ from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, add_options, as_problem, read_options)
+from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO
 from megatron_sov.model.modality import PICTURES, SOUNDS
 from megatron_sov.omni.media.banks import KINDS, BankShape, open_bank
 from megatron_sov.omni.media.items import MediaItem, drawing_call

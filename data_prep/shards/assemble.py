@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from data_prep.shards.token_artifact import HELDOUT, SPLITS, HeldoutRule, sidecars_of
 from data_prep.shards.units import GROUP, StoredUnit, UnitRecord, open_unit
-from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
-from megatron_sov.base.chat.marks import KIND_NONE
 from megatron_sov.base.documents import FileSpan
 from megatron_sov.base.documents.shard_files import FEATURES, NO_FEATURE, IndexedWriter
+from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
+from megatron_sov.chat.marks import KIND_NONE
 
 if TYPE_CHECKING:
     from data_prep.media.packing import SourceBanks

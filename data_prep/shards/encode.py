@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest
-from megatron_sov.base.chat.encode import ChatEncoder
-from megatron_sov.base.chat.marks import KIND_ANSWER, KIND_NONE
-from megatron_sov.base.chat.template import ChatTemplate, odd_opening
 from megatron_sov.base.documents import BadRecord, Conversation, Document
 from megatron_sov.base.documents.byte_bpe import NotByteBpe, adversarial_texts, ranks, split_pattern
 from megatron_sov.base.documents.shard_files import NO_FEATURE
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.encode import ChatEncoder
+from megatron_sov.chat.marks import KIND_ANSWER, KIND_NONE
+from megatron_sov.chat.template import ChatTemplate, odd_opening
 from megatron_sov.model.modality import FeatureTokens, MediaEncoding, modality
 
 LONGEST_WHITESPACE_CHARS = 10_000

@@ -13,9 +13,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data_prep.shards.token_artifact import PackedShard, read_tokens_manifest, shards_of
-from megatron_sov.base.chat.folder import open_tokenizer
 from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
+from megatron_sov.chat.folder import open_tokenizer
 
 LEARNED = ("⟦", "⟧")
 """Marks around tokens that carry a loss, in data that has a mask."""

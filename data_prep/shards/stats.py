@@ -16,10 +16,10 @@ import numpy as np
 from data_prep.shards.encode import TOKENIZER_JSON
 from data_prep.shards.token_artifact import SPLITS, num_tokens, read_tokens_manifest, shards_of
 from megatron_sov.base.artifacts import to_json
-from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
-from megatron_sov.base.chat.media_tokens import name_of
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
+from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
+from megatron_sov.chat.media_tokens import name_of
 from megatron_sov.work.progress.progress_bar import work_bar
 
 _BLOCK_ITEMS = 1 << 22

@@ -24,7 +24,6 @@ from data_prep.shards.encode import EncodedBatch, Encoder, EncodingSettings
 from data_prep.shards.token_artifact import document_hash
 from data_prep.steps import Steps
 from megatron_sov.base.artifacts import to_json
-from megatron_sov.base.chat.media_tokens import SPELLED
 from megatron_sov.base.documents import BadRecord, Document, FileSpan, LeftOut, RecordReading
 from megatron_sov.base.documents.files import PARQUET_SUFFIX, open_parquet
 from megatron_sov.base.documents.reading import CountedSpan
@@ -32,6 +31,7 @@ from megatron_sov.base.documents.records import check_texts
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import PluginCode
+from megatron_sov.chat.media_tokens import SPELLED
 from megatron_sov.work.processes.pool import in_processes
 from megatron_sov.work.progress.resumable import make_part, part_folder
 

@@ -16,10 +16,10 @@ from data_prep.shards.token_artifact import (
     COLUMN_DTYPE, HELDOUT, SIDECARS, SPLITS, TRAIN, IndexedSplit, PackedShard, document_hashes, num_tokens,
     read_tokens_manifest, shards_of)
 from megatron_sov.base.artifacts import damaged_files
-from megatron_sov.base.chat.marks import KIND_NONE, KINDS
 from megatron_sov.base.documents.shard_files import FEATURES, ROUTES, RouteShape
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.base.settings import AboveZero, Flag, add_options, read_options
+from megatron_sov.chat.marks import KIND_NONE, KINDS
 from megatron_sov.work.progress.progress_bar import work_bar
 
 _BLOCK_ITEMS = 1 << 22

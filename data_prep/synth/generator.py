@@ -18,10 +18,10 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 from annotated_types import Ge, Le
 
 from data_prep.synth.templates import PromptTemplate
-from megatron_sov.base.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, as_written, plain_form
-from megatron_sov.base.chat.tool_calls import BadCall, parse_turn
 from megatron_sov.base.documents.messages import BadRecord, refuse_deep
 from megatron_sov.base.documents.rows import finite, no_constant
+from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, as_written, plain_form
+from megatron_sov.chat.tool_calls import BadCall, parse_turn
 from megatron_sov.judge.rewards.judge import fenced_messages, grade_in, sound
 from megatron_sov.judge.rewards.surface import loop_at_end
 from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, NeverAnswered
@@ -150,13 +150,13 @@ JUDGE_RETRY_TEMPERATURE = 0.5
 # What a chat completion says: text, thoughts and calls of tools, read strictly, and whether it is of use.
 
 
-def read_reply(answer: Any, key: str = "", has_tools: bool = False) -> Reply:
+def read_reply(answer: Any, key: str = "", tools: Sequence[dict[str, Any]] = ()) -> Reply:
     """Return the one choice of a chat completion.
 
     Args:
         answer: decoded JSON.
         key: hash of what was asked.
-        has_tools: whether tools were offered, so that calls may stand in the text.
+        tools: that were offered, so that calls may stand in the text.
 
     Raises:
         BadAnswer: it is no chat completion of one choice.
@@ -178,8 +178,8 @@ def read_reply(answer: Any, key: str = "", has_tools: bool = False) -> Reply:
     told = message.get("reasoning_content") or message.get("reasoning")
     thinking = told.strip() if isinstance(told, str) and told.strip() else thinking
     calls = [_call(one) for one in said]
-    if has_tools and not calls:  # a server without a parser of calls leaves them in the text
-        turn = parse_turn(text)
+    if tools and not calls:  # a server without a parser of calls leaves them in the text
+        turn = parse_turn(text, tools=tools)
         text = turn.content
         calls = [_malformed("", call.reason) if isinstance(call, BadCall)
                  else {"name": call.name, "arguments": call.arguments} for call in turn.calls]
@@ -206,8 +206,8 @@ def _split(content: str) -> tuple[str, str]:
     text = plain_form(content).strip()
     begins = text.startswith(BEGIN_THOUGHTS)
     before, end, behind = text.partition(END_THOUGHTS)
-# The opening tag may be missing: some chat templates write it into the prompt. One that comes later in the
-# text is a quotation, and the text has no thoughts.
+    # The opening tag may be missing: some chat templates write it into the prompt. One that comes later in
+    # the text is a quotation, and the text has no thoughts.
     if end and (begins or BEGIN_THOUGHTS not in before):
         return as_written(behind).strip(), as_written(before.removeprefix(BEGIN_THOUGHTS)).strip()
     if begins:
@@ -294,7 +294,7 @@ class Ask:
                 no use is an answer too, as in a measurement.
             fields: what the template names; exactly these.
         """
-    # the request without model and seed: `_one` adds both
+        # the request without model and seed: `_one` adds both
         messages = self._prompts[template].messages(fields)
         request = _request(messages, temperature, top_p, max_tokens, thinking)
 
@@ -367,7 +367,7 @@ class Ask:
                    "seed": _seed(self._item_id, template, draw, attempt)}
         key = door.key(payload)
         try:
-            return door.ask(payload, lambda raw: read_reply(raw, key, "tools" in request))
+            return door.ask(payload, lambda raw: read_reply(raw, key, request.get("tools", ())))
         except NeverAnswered as e:
             raise NoUsableReply(str(e)) from None
         except Exception as e:

@@ -222,7 +222,7 @@ def ready(order: GeneratorOrder) -> ReadyRun:
     if generator.needs_input and not options.input:
         raise UserError(f"--input: generator {options.generator} needs one")
     prompts = load_prompts(generator.templates, [*([options.prompts] if options.prompts else []), PROMPTS])
-# all that samples depend on: a later command whose record differs in it is refused
+    # all that samples depend on: a later command whose record differs in it is refused
     record = SynthRunRecord(
         generator=generator.name, version=generator.version, kind=generator.kind,
         settings=json.loads(to_json(asdict(generator.settings))), inputs=tuple(map(str, options.input)),

@@ -109,7 +109,7 @@ def submit_order(options: SynthOptions) -> None:
         StopRequested: the budget is used up.
     """
     assert options.output is not None
-# jobs run in other folders, so paths are absolute; `redo` in the last job would delete what workers have made
+    # jobs run in other folders, so paths are absolute; `redo` in the last job would delete what workers made
     order = order_of(replace(
         options, redo=False, output=options.output.absolute(),
         input=tuple(path.absolute() for path in options.input),

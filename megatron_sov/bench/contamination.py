@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
-from megatron_sov.base.chat.folder import open_tokenizer
 from megatron_sov.base.documents import BadRecord, FileSpan, RecordReading, list_files, plan_units, read_span
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, forms
 from megatron_sov.base.documents.overlap import WORDS, find_units
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.results import Contamination, Results
 from megatron_sov.bench.score_differences import ScoredItem, is_mean, values_of
+from megatron_sov.chat.folder import open_tokenizer
 from megatron_sov.work.processes.pool import in_processes
 from megatron_sov.work.progress.progress_bar import work_bar
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest, refuse_existing
-from megatron_sov.base.documents.vocabulary import refuse_other_tokenizer
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.vocabulary import refuse_other_tokenizer
+from megatron_sov.checkpoint.sharded_tensors import block_name
 from megatron_sov.convert.changed_values import KEEP, convert_tensor
 from megatron_sov.convert.growing import Derived, Opened, write_derived
 from megatron_sov.convert.hf_import import planned_files
 from megatron_sov.convert.peft import AdaptedWeights, checkpoint_weights
 from megatron_sov.convert.sources import CheckpointWeights
-from megatron_sov.engine.checkpoint.sharded_tensors import block_name
 from megatron_sov.model.config import LoraConfig, ModelConfig
 from megatron_sov.model.config.train import AVERAGES
 from megatron_sov.model.families.family import OF_TRAINING

@@ -19,14 +19,14 @@ from megatron_sov.base.artifacts import MANIFEST, FileRecord, manifest_sha256, r
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AtLeastOne, NotNegative, ProblemCode, SettingsError, SettingsProblem, check, find_broken, name_options)
+from megatron_sov.checkpoint.sharded_tensors import block_name, write_index
+from megatron_sov.checkpoint.writer import TensorSpec
 from megatron_sov.convert.changed_values import KEEP, check_space
 from megatron_sov.convert.hf_import import checked_source, digest_of, index_of, planned_files, write_files
 from megatron_sov.convert.peft import AdaptedWeights, add_inputs, checkpoint_weights
 from megatron_sov.convert.sources import PART, CheckpointWeights, HfWeights, Weights, newest_of_run
-from megatron_sov.engine.checkpoint.sharded_tensors import block_name, write_index
-from megatron_sov.engine.checkpoint.writer import TensorSpec
-from megatron_sov.model import families as models
 from megatron_sov.model.config import ModelConfig, RunConfig
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.hf_layers import shortest_pattern
 from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import CONFIG

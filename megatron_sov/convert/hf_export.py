@@ -20,6 +20,7 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.pages.markdown import CARD_MARK, md, slug
+from megatron_sov.checkpoint.writer import TensorSpec
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.convert.changed_values import (
     KEEP, check_dtype_name, check_space, convert_tensor, exported_dtype)
@@ -29,8 +30,7 @@ from megatron_sov.convert.hf_import import (
     plan_shards, split_conflict, with_turn_ends, write_files)
 from megatron_sov.convert.peft import add_inputs, checkpoint_weights
 from megatron_sov.convert.sources import HfWeights, Weights, check_dtypes, newest_of_run, tensors_left_out
-from megatron_sov.engine.checkpoint.writer import TensorSpec
-from megatron_sov.model import families as models
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.modality import modality
 from megatron_sov.model.pretrained import CONFIG, INDEX, SINGLE_FILE, listed, load_and_compare

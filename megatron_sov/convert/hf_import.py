@@ -20,21 +20,21 @@ from tqdm import tqdm
 
 from megatron_sov.base.artifacts import (
     MANIFEST, FileRecord, atomic_write, file_damage, read_manifest, refuse_existing, to_json)
-from megatron_sov.base.chat.folder import CONFIG_JSON, TEMPLATE, read_chat_encoder
 from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import refuse_link_outside
+from megatron_sov.chat.folder import CONFIG_JSON, TEMPLATE, read_chat_encoder
+from megatron_sov.checkpoint.assembling import StoredBlock
+from megatron_sov.checkpoint.sharded_tensors import (
+    MAX_FILE_BYTES, Index, add_block, block_name, file_name, write_index)
+from megatron_sov.checkpoint.writer import Reader, TensorSpec, write_file
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.changed_values import (
     KEEP, check_dtype_name, check_space, convert_tensor, planned_dtype)
 from megatron_sov.convert.peft import AdaptedWeights
 from megatron_sov.convert.sources import PART, HfWeights, Weights, check_dtypes
-from megatron_sov.engine.checkpoint.assembling import StoredBlock
-from megatron_sov.engine.checkpoint.sharded_tensors import (
-    MAX_FILE_BYTES, Index, add_block, block_name, file_name, write_index)
-from megatron_sov.engine.checkpoint.writer import Reader, TensorSpec, write_file
-from megatron_sov.model import families as models
 from megatron_sov.model.config import RunConfig
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, hub_name, listed

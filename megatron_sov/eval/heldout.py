@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.base.documents.vocabulary import refuse_other_tokens
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.vocabulary import refuse_other_tokens
 from megatron_sov.infer.engines.load import Loaded
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.modality import check_encoders

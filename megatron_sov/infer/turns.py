@@ -10,10 +10,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_sov.base.chat.encode import TurnEncoder
-from megatron_sov.base.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.encode import TurnEncoder
+from megatron_sov.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.engine.parallel.values import broadcast_object
 from megatron_sov.infer.asking import check_engine, check_length
 from megatron_sov.infer.engine import Engine, EngineName, engine_for, run_engine

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from megatron_sov.base.chat.encode import InlineTokens
 from megatron_sov.base.command_line import check_part
+from megatron_sov.chat.encode import InlineTokens
 from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, VisionEncoderConfig
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_sov.base.chat import media_tokens as marks
-from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE
 from megatron_sov.base.documents.shard_files import DAMAGED, NO_FEATURE
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat import media_tokens as marks
+from megatron_sov.chat.media_tokens import AUDIO, IMAGE
 from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, VisionEncoderConfig
 from megatron_sov.model.families.encoders import HF_PREFIXES
 from megatron_sov.model.modality import (

@@ -1,7 +1,7 @@
 """What keeps a run going and what that costs: checkpoints, failures, money.
 
 A run works for `interval_s`, is held up for `stall_s` while it copies its state, and goes on while the copy
-is written for `write_s`; the next checkpoint waits for the one before, as `engine/checkpoint/save.py`
+is written for `write_s`; the next checkpoint waits for the one before, as `checkpoint/save.py`
 has it.  Whatever ends the run takes it back to the newest checkpoint that is there whole, and costs the time
 of a restart, during which it can fail again.  Failures come independently of each other and of the run's age
 (a Poisson process), as published ones nearly do.

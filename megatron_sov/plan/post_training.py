@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, PhaseConfig, RunConfig
@@ -377,7 +378,15 @@ def engines_of(shape: ModelShape, pricing: Pricing) -> Engines:
     while tp < min(MAX_TP, pricing.num_ranks) and (
             weight_bytes / tp > MAX_WEIGHTS_SHARE * pricing.chip.memory_bytes):
         tp *= 2
-    return Engines(shape, pricing.chip, pricing.links, pricing.num_ranks, tp)
+    measured: dict[str, Any] = dict(pricing.engine)
+    return Engines(shape, pricing.chip, pricing.links, pricing.num_ranks, tp, costs=EngineCosts(**measured))
+
+
+def _measured(pricing: Pricing) -> str:
+    """Return whose engine a price of writing is for."""
+    return ("steps of decoding take what an engine of yours was measured to take" if pricing.engine else
+            "steps of decoding take what NeMo RL's with vLLM took in published rounds; `megatron-sov plan "
+            "--calibrate-engine URL` measures yours")
 
 
 def decoding_request(config: RunConfig, assumed: Assumed) -> DecodingRequest:
@@ -432,7 +441,7 @@ def reinforcement(config: RunConfig, pricing: Pricing, assumed: Assumed) -> list
                f"GPU{'s' if engines.tp > 1 else ''}, "
                f"{took.running:,} responses at a time in each; prompts of {asked.prompt_tokens:,.0f} and "
                f"responses of {asked.response_tokens:,.0f} tokens are assumed, the longest are "
-               f"{asked.max_tokens:,}",))
+               f"{asked.max_tokens:,}", _measured(pricing)))
     reward = priced(
         pricing, "reward", "RL: reward", responses, steps=rounds, tokens=written, on_gpus=False,
         seconds={"judge": asked.num_responses * assumed.judge_s / assumed.judge_cores},
@@ -561,7 +570,8 @@ def _writing(stage: RunStage, pricing: Pricing, assumed: Assumed) -> Quote:
         memory=QuotedMemory({"weights": weights, "keys and values": took.memory_bytes - weights},
                             int(engines.costs.memory_share * pricing.chip.memory_bytes)),
         notes=(f"write: the student answers {samples:,} prompts ({assumed.student_share:.0%} of the "
-               f"samples) in {assumed.turns:,} turns, {asked.response_tokens:,.0f} tokens each",))
+               f"samples) in {assumed.turns:,} turns, {asked.response_tokens:,.0f} tokens each",
+               _measured(pricing)))
 
 
 def _teachers_head_s(stage: RunStage, pricing: Pricing, assumed: Assumed) -> float:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ExtendStageConfig, PhaseConfig, RunConfig
-from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.model.recipes.extension import micro_batch_size
+from megatron_sov.plan.calibration.expected import LearnedCorrection, shipped
 from megatron_sov.plan.calibration.fitting import fullest, usable_bytes
 from megatron_sov.plan.operation import Cost, Operation, cost, operation
 from megatron_sov.plan.pages.quote import Checkpoint, Quote, QuotedMemory, Traffic
 from megatron_sov.plan.search.space import as_dict, own_choice
-from megatron_sov.plan.speed.parameters import UNITS, Parameters, default
+from megatron_sov.plan.speed.parameters import UNITS, Parameters
 from megatron_sov.plan.speed.step import Known, StepTime, beside_layers, step_time
 from megatron_sov.plan.speed.traffic import messages
 from megatron_sov.plan.speed.workload import PRECISIONS, Workload, of_run
+from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import CHIPS, Chip, Links
 from megatron_sov.work.clusters.cluster import ClusterProfile
@@ -173,6 +174,8 @@ class Pricing:
 
     machines: Machines
     parameters: Parameters
+    engine: Mapping[str, float] = field(default_factory=dict)
+    """What was measured of a decoding engine, by field of `EngineCosts`; empty: published rounds tell."""
     _known: Known = field(default_factory=dict, compare=False, repr=False)
     """Parts of steps that were timed before."""
 
@@ -213,9 +216,11 @@ class Pricing:
         return self.step(stage).components
 
 
-def pricing(machines: Machines, parameters: Parameters | None = None) -> Pricing | None:
-    """Return what prices stages on some nodes; None: the profile does not say what GPUs they have."""
-    return Pricing(machines, parameters or default()) if machines.chip else None
+def pricing(machines: Machines, learned: LearnedCorrection | None = None) -> Pricing | None:
+    """Return what prices stages on some nodes, by what was learned there or by what comes with the package;
+    None: the profile does not say what GPUs they have."""
+    learned = learned or shipped()
+    return Pricing(machines, learned.parameters, learned.engine) if machines.chip else None
 
 
 def refuse_precision(config: RunConfig, chip: Chip) -> None:

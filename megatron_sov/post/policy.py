@@ -25,9 +25,9 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 
-from megatron_sov.base.chat.encode import TYPE_TEXT
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.encode import TYPE_TEXT
 from megatron_sov.engine.model.attention import SharedPrompts, Span
 from megatron_sov.engine.model.gpu_settings import Here, own_attention_serves
 from megatron_sov.engine.model.logprobs import Head
@@ -50,8 +50,9 @@ from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_s
 # Each of these is KL(policy || reference) in expectation over the policy's responses; their derivatives
 # differ (arXiv 2506.09477).  The plain derivative of k1 is 0 in expectation and would teach nothing.  So it,
 # and that of whole responses, is the value times the derivative of log p: in expectation the derivative of
-# the divergence.  k3 is differentiated as it is, as GRPO's authors do: in expectation the derivative of
-# KL(reference || policy).
+# the divergence.  k3 is differentiated as it is: alone, as GRPO's authors have it, that is in expectation the
+# derivative of KL(reference || policy); times the ratio, which is differentiated too (`kl_weighted`, as in
+# DeepSeek-V3.2 and TRL), that of KL(policy || reference).
 def k1(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return [T] float64 the difference of log-probabilities.
 
@@ -113,7 +114,7 @@ class PolicyLoss:
         # rounding for a step of the policy, and leave out the responses that are worse than their group
         self.columns = (ADVANTAGE, BEHAVIOUR, OLD, *([REFERENCE] if KL in self.coefficients else []))
         """Those that are read."""
-        self._masks = policy.correction.endswith("mask")
+        self._masks = policy.correction.endswith("mask") or policy.geo_bounds is not None
         self.meters = ("ratio", "clip_share", "entropy_estimate", "engine_gap", "engine_kl",
                        *(["masked_share"] if self._masks else []),
                        *(["reference_kl"] if KL in self.coefficients else []))
@@ -155,8 +156,11 @@ class PolicyLoss:
                 # Not weighed by label: its denominator counts responses.
                 terms[KL] = of_sequences(logprobs, reference, responses).sum()
             else:
-                estimate = k1 if self._parts.kl == "k1" else k3
-                terms[KL] = (estimate(logprobs, reference) * weights).sum()
+                if self._parts.kl == "k1":
+                    estimate = k1(logprobs, reference)
+                else:
+                    estimate = k3(logprobs, reference) * (ratio if self._parts.kl_weighted else 1)
+                terms[KL] = (estimate * weights).sum()
         with torch.no_grad():
             return terms, _sums(learned, self._watched(ratio, logprobs, numbers, factors))
 
@@ -274,20 +278,26 @@ def importance(old: torch.Tensor, behaviour: torch.Tensor, responses: Responses,
         responses: which labels are learned.
         policy: `correction` and its bounds: truncated at the larger bound ("Your efficient RL framework
             secretly brings you off-policy RL training", Yao et al. 2025), or masked outside of both (IcePop);
-            the ratio of whole responses is the product of their tokens'.
+            the ratio of whole responses is the product of their tokens'.  Beside it geometric rejection
+            ("When speed kills stability", Liu et al. 2025; `seq_mean_k1` in verl).
     """
     learned = responses.index < len(responses)
     # A ratio of 1 where nothing is learned, whatever its columns hold.
     apart = torch.where(learned, old.double() - behaviour.double(), 0.0)
+    kept = torch.ones_like(apart)
+    if bounds := policy.geo_bounds:
+        # a mean of logarithms, so that the bounds suit responses of every length
+        means = responses.means(apart).exp()
+        kept = responses.spread(((means >= bounds[0]) & (means <= bounds[1])).double()).where(learned, 1.0)
     if policy.correction == "none":
-        return torch.ones_like(apart)
+        return kept
     level, _, kind = policy.correction.partition("_")
     # A whole response's ratio is a product over its tokens, a sum of logarithms.
     ratio = (responses.spread(responses.sums(apart)) if level == "sequence" else apart).exp()
     low, high = policy.correction_low, policy.correction_bound
     if kind == "truncate":
-        return ratio.clamp(low, high)
-    return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
+        return kept * ratio.clamp(low, high)
+    return kept * torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
 
 
 KNOWLEDGE = "knowledge"

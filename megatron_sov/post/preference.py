@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from megatron_sov.base.chat.encode import TYPE_RESPONSE
 from megatron_sov.base.documents.records import DESIRABLE
+from megatron_sov.chat.encode import TYPE_RESPONSE
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import sum_dict

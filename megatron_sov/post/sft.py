@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from megatron_sov.base.chat.encode import TYPE_RESPONSE, TYPE_TEXT
+from megatron_sov.chat.encode import TYPE_RESPONSE, TYPE_TEXT
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel.device import to_device
 from megatron_sov.runs.obs.meters import Meter

@@ -19,6 +19,8 @@ STOP, LENGTH, UNFINISHED = "stop", "length", "unfinished"
 of the next attempt goes on behind it."""
 NOT_WRITTEN = -1
 """Version of a token that no policy wrote: a tool's result, or the opening of a turn."""
+LAST_TURN = "last_turn"
+"""In the outcome of an episode: what the model wrote in its last turn, as text."""
 _DOMAIN = "domain"
 _NAME = re.compile(r"round-([1-9]\d{4,}|\d{4})-piece-([1-9]\d{4,}|\d{4})(?:-attempt-([1-9]\d*))?")
 
@@ -58,7 +60,7 @@ class Rollout:
     finish_reason: str
     """`STOP`, `LENGTH`, `UNFINISHED`, or how an episode with tools ended (`tools.episode.ENDS`)."""
     response: str
-    """Text of the tokens."""
+    """Text of the tokens, with the mark of the thoughts that the template has opened."""
     temperature: float
     """Of the distribution."""
     engine: str
@@ -191,9 +193,9 @@ def numbers_in(name: str) -> tuple[int, int, int] | None:
     return None if found is None or not int(found[1]) else (int(found[1]), int(found[2]), int(found[3] or 0))
 
 
-ROUNDS, PIECES, UNFINISHED_ROWS = "asked_rounds", "pieces_per_round", "unfinished"
-"""In the provenance of a part of rollouts: the last round that is asked for, the pieces of each, and how many
-of its own rows an attempt behind it goes on with."""
+ROUNDS, PIECES, UNFINISHED_ROWS, GROWS = "asked_rounds", "pieces_per_round", "unfinished", "grows"
+"""In the provenance of a part of rollouts: the last round that is asked for, the pieces of each, how many of
+its own rows an attempt behind it goes on with, and whether a round may ask more until it is trained."""
 
 
 @dataclass(frozen=True)
@@ -203,11 +205,14 @@ class AskedPrompt:
     rounds: int
     """The last one, from 1."""
     pieces: int
-    """Of each round."""
+    """Of each round's own prompts."""
+    grows: bool = False
+    """Whether a round may ask further ones until it is trained."""
 
     def to_provenance(self, unfinished: int) -> dict[str, int]:
         """Return what stands in the provenance of a part with so many unfinished rows."""
-        return {ROUNDS: self.rounds, PIECES: self.pieces, UNFINISHED_ROWS: unfinished}
+        return {ROUNDS: self.rounds, PIECES: self.pieces, UNFINISHED_ROWS: unfinished,
+                **({GROWS: True} if self.grows else {})}
 
 
 def not_written(parts: Sequence[RolloutPart], rounds: range | None) -> str | None:
@@ -232,6 +237,11 @@ def not_written(parts: Sequence[RolloutPart], rounds: range | None) -> str | Non
         if begun[number]:
             return f"the ends of responses in {begun[number]:,} of {asked.pieces:,} pieces of round {number}"
     return ""
+
+
+def may_grow(parts: Sequence[RolloutPart]) -> bool:
+    """Return whether rounds of which these are parts may ask further prompts when all of this is judged."""
+    return any(part.provenance.get(GROWS) for part in parts)
 
 
 def _asked_of(provenance: Mapping[str, Any]) -> AskedPrompt | None:

@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
-from megatron_sov.base.chat.folder import open_tokenizer, read_chat_encoder
-from megatron_sov.base.chat.marks import as_written
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.messages import REASONING, read_messages, read_tools, refuse_deep
 from megatron_sov.base.documents.rows import finite, no_constant
 from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
+from megatron_sov.chat.marks import as_written
 from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import Sampling, Tells
@@ -114,9 +114,10 @@ class ServedQuestion:
         return Tells(self.num_top, self.echoes and self.with_logprobs)
 
     @property
-    def has_tools(self) -> bool:
+    def tools(self) -> tuple[dict[str, Any], ...]:
+        """That the model is shown and may call."""
         first = self.prompts[0]
-        return isinstance(first, Conversation) and bool(first.tools)
+        return first.tools if isinstance(first, Conversation) else ()
 
     @property
     def num_sequences(self) -> int:
@@ -326,6 +327,9 @@ class BodyReader:
         self._where, self._vocab_size, self._longest = folder, target.vocab_size, longest
         self._plain = Asker(target, chat=False)
         self._chat = Asker(target, chat=True) if read_chat_encoder(folder) is not None else None
+        encoder = None if self._chat is None else self._chat.encoder
+        self.call_form = None if encoder is None else encoder.form_of_calls()[0]
+        """In which the model calls tools; None: its template does not say."""
         self._tokenizer = open_tokenizer(folder)
         self._special = {token.content: id_ for id_, token
                          in self._tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -362,7 +366,7 @@ class BodyReader:
         ends = [self._special[text] for text in question.stops if text in self._special]
         return ReadBody(prompts, tuple(sorted({*asker.end_ids, *ends})),
                         [self._limit(question, len(ids), field) for ids in prompts],
-                        asker.encoder is not None and asker.encoder.opens_thoughts(prompts[0]))
+                        asker.encoder is not None and bool(asker.encoder.opened_thoughts(prompts[0])))
 
     def stops(self, question: ServedQuestion) -> tuple[str, ...]:
         """Return the strings that end an answer and can show in it: no special tokens."""

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.infer.request import STOP
 from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered, decoded, reason_of
 from megatron_sov.work.endpoints.transport import Transport

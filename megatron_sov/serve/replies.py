@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-from megatron_sov.base.chat.marks import (
-    BEGIN_CALL, BEGIN_THOUGHTS, END_THOUGHTS, FAMILIES, as_written, plain_form)
-from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, parse_turn
+from megatron_sov.chat.marks import (
+    BEGIN_CALL, BEGIN_THOUGHTS, END_THOUGHTS, FAMILIES, LLAMA, PYTHON_TAG, CallForm, as_written, plain_form)
+from megatron_sov.chat.tool_calls import BadCall, ToolCall, parse_turn
 from megatron_sov.infer.request import STOP, StopRule, Written
 from megatron_sov.serve.bodies import BodyReader, ServedQuestion
 from megatron_sov.serve.scheduler import Begun
 
 # What a model's turn says, thinks and calls, while it is being written and at its end.
 
-_OTHERS = tuple(mark for family in FAMILIES[1:] for mark in family)
+_OTHERS = (*(mark for family in FAMILIES[1:] for mark in family), PYTHON_TAG)
 _UNFINISHED = re.compile(r"(?:<\|start\|>[^<]*)?(?:<\|channel\|>[^<]*(?:<\|constrain\|>\w*)?)?\Z")
 """The frame of a part that has not begun yet."""
 
@@ -37,7 +37,8 @@ class ServedTurn:
     """What it calls."""
 
 
-def whole_turn(text: str, in_thoughts: bool, has_tools: bool) -> ServedTurn:
+def whole_turn(text: str, in_thoughts: bool, tools: Sequence[dict[str, Any]],
+               form: CallForm | None = None) -> ServedTurn:
     """Return what a turn that has ended says.
 
     Thoughts are what stands between `<think>` at its beginning and the first `</think>`; without that they
@@ -47,15 +48,16 @@ def whole_turn(text: str, in_thoughts: bool, has_tools: bool) -> ServedTurn:
     Args:
         text: of the turn.
         in_thoughts: the template has opened thoughts before it.
-        has_tools: whether calls are looked for.
+        tools: that could be called, as OpenAI describes functions; without any no calls are looked for.
+        form: of calls; None: whichever marks show.
     """
-    text = plain_form(text, in_thoughts=in_thoughts)
+    text = plain_form(text, in_thoughts=in_thoughts, form=form if tools else None)
     thoughts, said = _split(text, in_thoughts)
     # Text before the first call stays text.
-    place = said.find(BEGIN_CALL) if has_tools else -1
+    place = said.find(BEGIN_CALL) if tools else -1
     if place < 0:
         return _turn(thoughts, said)
-    behind = parse_turn(said[place:])
+    behind = parse_turn(said[place:], form=form, tools=tools)
     calls = tuple(call for call in behind.calls if isinstance(call, ToolCall))
     if not calls or any(isinstance(call, BadCall) for call in behind.calls):
         return _turn(thoughts, said)
@@ -63,9 +65,14 @@ def whole_turn(text: str, in_thoughts: bool, has_tools: bool) -> ServedTurn:
     return _turn(thoughts, said[:place].rstrip(), calls, more)
 
 
-def turn_so_far(text: str, in_thoughts: bool, has_tools: bool) -> ServedTurn:
+def turn_so_far(text: str, in_thoughts: bool, tools: Sequence[dict[str, Any]],
+                form: CallForm | None = None) -> ServedTurn:
     """Return what is sure of a turn that is being written: the beginning of what `whole_turn` will say of
     it, without calls."""
+    # Llama 3's calls have no mark: what they are shows at their end.
+    if form == LLAMA and tools and text.lstrip()[:1] in ("{", ""):
+        return ServedTurn("", "")
+    has_tools = bool(tools)
     # What may be the beginning of a mark is held back until the next token decides.
     marks = (END_THOUGHTS, BEGIN_CALL) if has_tools else (END_THOUGHTS,)
     sure = _UNFINISHED.sub("", text[:len(text) - max(_begun_turn(text, mark) for mark in _OTHERS)])
@@ -240,8 +247,10 @@ class ServedReply:
 
     def _turn(self, writing: ReplyWriting) -> ServedTurn:
         if writing.reason is None:
-            return turn_so_far(writing.sure_text(), self._begun.in_thoughts, self._question.has_tools)
-        return whole_turn(writing.text(), self._begun.in_thoughts, self._question.has_tools)
+            return turn_so_far(writing.sure_text(), self._begun.in_thoughts, self._question.tools,
+                               self._reader.call_form)
+        return whole_turn(writing.text(), self._begun.in_thoughts, self._question.tools,
+                          self._reader.call_form)
 
     # streams
 

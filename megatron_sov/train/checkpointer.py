@@ -13,11 +13,11 @@ import torch
 
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError, warn
+from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint.load import agreement
+from megatron_sov.checkpoint.save import Companions, Saved, Saver
+from megatron_sov.checkpoint.writer import TensorFile
 from megatron_sov.convert.sources import open_shards
-from megatron_sov.engine.checkpoint import load
-from megatron_sov.engine.checkpoint.load import agreement
-from megatron_sov.engine.checkpoint.save import Companions, Saved, Saver
-from megatron_sov.engine.checkpoint.writer import TensorFile
 from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.local_shards import local_shards
 from megatron_sov.engine.optimizer.optimizer import Optimizer

@@ -21,7 +21,7 @@ import torch
 
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.engine.checkpoint.save import Saved
+from megatron_sov.checkpoint.save import Saved
 from megatron_sov.engine.model import gpu_settings, specs
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.world import ParallelWorld

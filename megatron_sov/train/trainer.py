@@ -16,8 +16,8 @@ import torch
 import torch._dynamo  # torch would import it with the first optimizer: here, forked ranks share it
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.checkpoint import load
-from megatron_sov.engine.checkpoint.save import Saved
+from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint.save import Saved
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model import replica_checks
 from megatron_sov.engine.model.expert_load import ExpertLoad
@@ -28,12 +28,12 @@ from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.rng import reseed
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.model.families.encoders import PREFIXES as ENCODERS
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EventLog
+from megatron_sov.schedules import Schedule
 from megatron_sov.train.checkpointer import Checkpointer, TrainState, start_encoders
 from megatron_sov.train.computation import Computation, StepSums
 from megatron_sov.train.data.ledger import LedgerEntry

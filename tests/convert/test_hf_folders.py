@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from megatron_sov import convert
 from megatron_sov.base.artifacts import damaged_files, read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.model.config import from_dict
 
 

@@ -40,8 +40,8 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
     import torch.distributed as dist
 
     from megatron_sov import recipes
+    from megatron_sov.checkpoint import load
     from megatron_sov.convert import export_weights
-    from megatron_sov.engine.checkpoint import load
     from megatron_sov.engine.model.local_shards import local_shards
     from megatron_sov.engine.parallel import world
 
@@ -113,9 +113,9 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
 
     from megatron_sov import recipes
     from megatron_sov.base.errors import UserError
+    from megatron_sov.checkpoint import load
     from megatron_sov.convert import SentWeights, export_weights, import_weights
     from megatron_sov.convert.live_import import LiveImport
-    from megatron_sov.engine.checkpoint import load
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.model.local_shards import local_shards
     from megatron_sov.engine.parallel import world

@@ -14,10 +14,10 @@ import torch
 from megatron_sov import convert
 from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.errors import UserError
+from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert.growing import open_weights
 from megatron_sov.convert.peft import (
     CONFIG, WEIGHTS, base_name_of, from_peft, frozen_copies, lora_of, merge_adapter, to_peft)
-from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.model.config import LoraConfig, apply_settings
 from megatron_sov.model.families.adapters import MAGNITUDE, A, B, places
 from megatron_sov.model.pretrained import hub_name
@@ -32,8 +32,8 @@ TOKENS = [(7 * i + 3) % 95 for i in range(41)]
 def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     """Write a base and an adapter of random numbers; return logits, and hashes of the live export."""
     from megatron_sov import recipes
+    from megatron_sov.checkpoint import load
     from megatron_sov.convert import export_weights
-    from megatron_sov.engine.checkpoint import load
     from megatron_sov.engine.decode.forward_only import ForwardModel
     from megatron_sov.engine.model.language_model import ModelInputs, build
     from megatron_sov.engine.model.local_shards import local_shards

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from megatron_sov import convert
 from megatron_sov.base.artifacts import MANIFEST, FileRecord
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.checkpoint import writer
+from megatron_sov.checkpoint import writer
 
 SHARD_BYTES = 20_000
 Tensors = dict[str, torch.Tensor]

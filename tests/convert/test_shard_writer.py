@@ -13,8 +13,8 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
 from megatron_sov.base.artifacts import FileRecord
+from megatron_sov.checkpoint.writer import SAFETENSORS_DTYPES, TensorSpec
 from megatron_sov.convert.hf_import import plan_shards, write_files
-from megatron_sov.engine.checkpoint.writer import SAFETENSORS_DTYPES, TensorSpec
 
 SPECS = st.lists(st.tuples(st.lists(st.integers(1, 5), min_size=1, max_size=3),
                            st.sampled_from(list(SAFETENSORS_DTYPES))),

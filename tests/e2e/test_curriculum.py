@@ -14,8 +14,8 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.cli import main
 from megatron_sov.model.config import RunConfig, from_dict
-from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.runs.obs.events import read_events
+from megatron_sov.schedules import Schedule
 from megatron_sov.train.data.token_shards import open_sources
 
 STEPS, SEQ_LEN, LONG_SEQ_LEN = 16, 32, 64

@@ -27,7 +27,7 @@ SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2"
 def run_and_kill(data: str, folder: str) -> dict[str, Any]:
     """Runs in a process that has imported everything: forks runs of two ranks, and kills all but the last."""
     from megatron_sov import recipes
-    from megatron_sov.engine.checkpoint.host_snapshot import Snapshot
+    from megatron_sov.checkpoint.host_snapshot import Snapshot
     from megatron_sov.engine.parallel.world import STORE_PORT
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.checkpoints import damage

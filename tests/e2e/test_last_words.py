@@ -43,7 +43,7 @@ def test_why_a_run_ended_stands_in_its_status(pretrain: Any, run_command: Any, t
 
 FAILING = """
 import os, time
-from megatron_sov.engine.checkpoint.host_snapshot import Snapshot
+from megatron_sov.checkpoint.host_snapshot import Snapshot
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 
 write = Snapshot.write

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.runs.obs.events import final_steps, read_events
 
 STEPS, MIDDLE = 30, 20

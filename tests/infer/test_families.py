@@ -33,7 +33,7 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.parallel import world

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sov import recipes
-from megatron_sov.engine.checkpoint import load
-from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.engine.model.local_shards import local_shards
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import apply_settings

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_sov.engine.model import logprobs
-from megatron_sov.engine.model.router import BalancedRouter
 from megatron_sov.engine.parallel import device, world
+from megatron_sov.engine.router import BalancedRouter
 from megatron_sov.train.trainer import Trainer
 from tests.layouts.layout_run import _trainer, maker, small_config
 

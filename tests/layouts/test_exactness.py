@@ -174,7 +174,7 @@ def run(names: list[str], layout: dict[str, Any], folder: str, label: str) -> No
     from safetensors.torch import save_file
 
     from megatron_sov.base.artifacts import read_manifest
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.parallel import world
@@ -250,7 +250,7 @@ def test_bits_survive_every_layout_and_logits_are_those_of_transformers(ranks: A
     from safetensors.torch import load_file
 
     from megatron_sov import convert
-    from megatron_sov.model import families as models
+    from megatron_sov.model.families import supported as models
 
     configs = {f"{family}-{seed}": odd_config(family, seed) for family in models.FAMILIES for seed in SEEDS}
     for name, config in configs.items():

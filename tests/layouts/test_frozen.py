@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
 RUN = str(Path(__file__).with_name("layout_run.py"))
 FROZEN = ("embedding.*", "decoder.layers.0.*", "decoder.layers.1.*", "*router.weight")

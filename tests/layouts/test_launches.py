@@ -98,8 +98,8 @@ def without_numbers() -> list[int]:
 
     from megatron_sov.engine.model.language_model import ModelInputs, build, next_tokens
     from megatron_sov.engine.model.logprobs import head_of
-    from megatron_sov.engine.model.router import BalancedRouter
     from megatron_sov.engine.parallel import world
+    from megatron_sov.engine.router import BalancedRouter
     from megatron_sov.train.objectives.microbatch import MicroBatch, shifted
     from tests.layouts.layout_run import small_config
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
 RUN = str(Path(__file__).with_name("layout_run.py"))
 TP2 = ["parallel.tp=2", "parallel.sp=true"]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, gelu, layer_norm, linear, rms_norm, silu, softplus
 
 from megatron_sov import recipes
+from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert.hf_export import to_hf
 from megatron_sov.convert.hf_import import from_hf
-from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.config.encoders import CLIP_MEAN, CLIP_STD
 from megatron_sov.model.families.encoders import encoder_tensors

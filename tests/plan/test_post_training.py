@@ -239,7 +239,7 @@ def kept_by_a_decoder(recipe: str, tokens: int) -> int:
     """Return the bytes that a model's attention keeps once it has read a sequence."""
     import torch
 
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.model import kv_cache
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.parallel import world

@@ -13,7 +13,13 @@ from megatron_sov.model.config import PolicyConfig
 
 LENGTHS, LONGEST, SEED = (5, 1, 3, 4, 2), 6, 0
 CASES: list[dict[str, Any]] = [
-    {"method": "grpo", "kl_coeff": 0.3}, {"method": "dr_grpo"}, {"method": "dapo"},
+    {"method": "grpo", "kl_coeff": 0.3}, {"method": "grpo", "kl_coeff": 0.3, "kl_weighted": False},
+    {"method": "dr_grpo"}, {"method": "dapo"},
+    {"method": "gspo", "clip_low": 0.05, "clip_high": 0.05, "kl": "k3", "kl_coeff": 0.4},
+    {"method": "dapo", "geo_reject_high": 1.05},
+    {"method": "dr_grpo", "geo_reject_low": 0.97, "geo_reject_high": 1.2, "correction": "none"},
+    {"method": "grpo", "geo_reject_high": 1.05, "correction": "token_mask", "correction_low": 0.75,
+     "correction_high": 1.3},
     {"method": "gspo", "clip_low": 0.05, "clip_high": 0.05}, {"method": "cispo", "clip_high": 0.25},
     {"method": "agapo", "clip_high": 0.25},
     {"method": "agapo_exaone4", "kl_coeff": 0.2, "all_wrong_reward": -0.1},
@@ -84,6 +90,9 @@ def written_out(policy: PolicyConfig, columns: Any, logprobs: Any,
                 factor[t] = min(max(w, low), high)
             elif policy.correction.endswith("mask"):
                 factor[t] = w if low <= w <= high else 0.0
+        mean_ratio = math.exp(sum(old[t] - behaviour[t] for t in places) / len(places))
+        if (most := policy.geo_reject_high) and not (policy.geo_reject_low or 1 / most) <= mean_ratio <= most:
+            factor = [0.0 if t in places else w for t, w in enumerate(factor)]
         learned.append(places)  # a mask takes nothing out of a mean (IcePop, and TRL's trainer)
     num_tokens, loss, slopes = sum(map(len, learned)), 0.0, [0.0] * len(x)
     for places in learned:
@@ -111,8 +120,11 @@ def written_out(policy: PolicyConfig, columns: Any, logprobs: Any,
                     slopes[u] -= 0.0 if is_clipped else weight * a * ratio * part
             apart = x[t] - reference[t]
             if parts.kl == "k3":
-                loss += parts.kl_coeff * share * (math.exp(-apart) + apart - 1)
-                slopes[t] += parts.kl_coeff * share * (1 - math.exp(-apart))
+                estimate, by = math.exp(-apart) + apart - 1, ratio if parts.kl_weighted else 1.0
+                loss += parts.kl_coeff * share * by * estimate
+                slopes[t] += parts.kl_coeff * share * by * (1 - math.exp(-apart))
+                for u, part in moved if parts.kl_weighted else ():
+                    slopes[u] += parts.kl_coeff * share * ratio * part * estimate
             elif parts.kl == "k1":
                 loss += parts.kl_coeff * share * apart
                 slopes[t] += parts.kl_coeff * share * apart
@@ -228,7 +240,7 @@ def of_trl(asked: dict[str, Any], columns: Any, logprobs: Any, index: Any) -> An
     loss = -torch.min(ratio * gains, ratio.clamp(1 - clip, 1 + clip) * gains) * importance
     if asked["method"] == "grpo":
         beyond = padded["reference_logprobs"] - x
-        loss = loss + asked["kl_coeff"] * (beyond.exp() - beyond - 1)
+        loss = loss + asked["kl_coeff"] * (beyond.exp() - beyond - 1) * ratio  # use_bias_correction_kl
     return ((loss * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
@@ -283,9 +295,13 @@ def test_what_is_masked_is_still_measured() -> None:
     columns, logprobs, responses = row()
     written = responses.index < len(responses)
     gaps = (columns["old_logprobs"] - columns["behaviour_logprobs"])[written]
-    for correction, masked in (("token_mask", ((gaps.exp() < 0.9) | (gaps.exp() > 1.1)).double().mean()),
-                               ("token_truncate", None)):
-        policy: Any = PolicyConfig("dapo", correction=correction, correction_low=0.9, correction_high=1.1)
+    means = [gap.mean().exp() for gap in gaps.split(list(LENGTHS))]
+    rejected = sum(n for n, mean in zip(LENGTHS, means, strict=True) if not 1 / 1.02 <= mean <= 1.02)
+    cases: Any = (({"correction": "token_mask"}, ((gaps.exp() < 0.9) | (gaps.exp() > 1.1)).double().mean()),
+                  ({"correction": "token_truncate", "geo_reject_high": 1.02}, rejected / sum(LENGTHS)),
+                  ({"correction": "token_truncate"}, None))
+    for asked, masked in cases:
+        policy: Any = PolicyConfig("dapo", correction_low=0.9, correction_high=1.1, **asked)
         _, _, meters = ours(policy, columns, logprobs, responses)
         assert meters["engine_gap"] == pytest.approx(float(gaps.mean()), abs=1e-12)
         assert meters["engine_kl"] == pytest.approx(float((gaps.exp() - gaps - 1).mean()), abs=1e-12)
@@ -316,6 +332,9 @@ def test_divergences_have_the_derivatives_that_are_said_of_them() -> None:
     odds = p.detach().exp()
     assert close((odds * policy.k1(p, q)).sum(), (p.exp() * (p - q)).sum())
     assert close((odds * policy.k3(p, q)).sum(), (q.exp() * (q - p)).sum())
+    # responses of an older policy, weighed by the ratio: what k3 is unbiased for as a value, it is as a slope
+    older = torch.randn(3).double().softmax(-1)
+    assert close((older * (p.exp() / older) * policy.k3(p, q)).sum(), (p.exp() * (p - q)).sum())
     exact = (p.exp() * (p - q)).sum() + (p.exp()[:, None] * p2.exp() * (p2 - q2)).sum()
     estimated: Any = 0.0
     for a, b in itertools.product(range(3), repeat=2):

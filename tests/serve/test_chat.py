@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from synthesis.endpoint import ScriptedEndpoint, serving
 
 from data_prep.cli import main as sov_data
-from megatron_sov.base.chat.tool_calls import ToolCall
+from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.cli import main
 from megatron_sov.commands.models.serve import distinct_names
 from megatron_sov.serve.chat_session import ChatSession, models_at

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sov.base.chat.tool_calls import ToolCall
+from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.serve.replies import ServedTurn, turn_so_far, whole_turn
 
 ADD = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 CALL = ToolCall("add", {"a": 1})
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
 TURNS = {
     "plain": (" Hello <b>world</b>.\n", False, ServedTurn("", " Hello <b>world</b>.\n")),
     "thoughts": ("<think>\n1 + 1\n</think>\n\n2 <think> 3", False, ServedTurn("1 + 1", "2 <think> 3")),
@@ -30,16 +31,16 @@ TURNS = {
 @pytest.mark.parametrize(("text", "in_thoughts", "expected"), TURNS.values(), ids=TURNS)
 def test_a_turn_that_is_being_written_is_the_beginning_of_the_whole(text: str, in_thoughts: bool,
                                                                     expected: ServedTurn) -> None:
-    assert whole_turn(text, in_thoughts, has_tools=True) == expected
-    for has_tools in (True, False):
+    assert whole_turn(text, in_thoughts, TOOLS) == expected
+    for tools in (TOOLS, []):
         told = ServedTurn("", "")
         for end in range(len(text) + 1):
-            turn = turn_so_far(text[:end], in_thoughts, has_tools)
+            turn = turn_so_far(text[:end], in_thoughts, tools)
             assert turn.thoughts.startswith(told.thoughts) and turn.content.startswith(told.content)
             told = turn
-        whole = whole_turn(text, in_thoughts, has_tools)
+        whole = whole_turn(text, in_thoughts, tools)
         assert whole.thoughts.startswith(told.thoughts) and whole.content.startswith(told.content)
 
 
 def test_without_tools_a_call_is_text() -> None:
-    assert whole_turn(f"I say {ADD}", False, has_tools=False) == ServedTurn("", f"I say {ADD}")
+    assert whole_turn(f"I say {ADD}", False, []) == ServedTurn("", f"I say {ADD}")

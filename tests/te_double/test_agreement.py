@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sov.engine.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
 TE_RUN = str(Path(__file__).with_name("te_run.py"))
 LAYOUT_RUN = str(Path(__file__).parents[1] / "layouts" / "layout_run.py")

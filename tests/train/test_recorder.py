@@ -13,7 +13,7 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import manifest_sha256, new_artifact
-from megatron_sov.engine.checkpoint.save import Saved
+from megatron_sov.checkpoint.save import Saved
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig, apply_settings

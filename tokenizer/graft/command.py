@@ -16,12 +16,12 @@ from annotated_types import Le
 from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, atomic_write, damaged_files, new_artifact, read_manifest, refuse_existing,
     sha256_file, to_json)
-from megatron_sov.base.chat.media_tokens import (
-    AUDIO, DIGITS, IMAGE, MARKS, MEDIA, VocabularyBlock, describe_blocks, entry)
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, add_options, command_of,
     only_with, read_options)
+from megatron_sov.chat.media_tokens import (
+    AUDIO, DIGITS, IMAGE, MARKS, MEDIA, VocabularyBlock, describe_blocks, entry)
 from megatron_sov.model.pretrained import INDEX, hub_name, read_json, weight_files
 
 KIND = "hf_model"

@@ -14,7 +14,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_sov.base.chat.marks import as_written
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.bench.lm.answers import Request
 from megatron_sov.bench.lm.results import (
@@ -22,6 +21,7 @@ from megatron_sov.bench.lm.results import (
 from megatron_sov.bench.lm.subject import Bridge, NotAnswered
 from megatron_sov.bench.suites.folding import TURN, fold, without_thoughts
 from megatron_sov.bench.suites.protocol import Folded, SuiteResponse, TaskItem, cluster_of
+from megatron_sov.chat.marks import as_written
 from megatron_sov.eval.statistics import mean_of, student_quantile
 from megatron_sov.infer.request import LENGTH
 

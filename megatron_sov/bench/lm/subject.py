@@ -22,14 +22,14 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_sov.base.artifacts import MANIFEST, FileRecord, damaged_files, manifest_sha256, read_manifest
-from megatron_sov.base.chat.folder import TOKENIZER_JSON
-from megatron_sov.base.chat.marks import text_decoder
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError, first_line, list_problems, told_in_a_line, visible
 from megatron_sov.bench.lm.answers import Answer, AnswerScore, Request, Write
 from megatron_sov.bench.lm.local import LocalEvaluation
 from megatron_sov.bench.lm.results import EvaluatedModel
 from megatron_sov.bench.lm.settings import Settings
+from megatron_sov.chat.folder import TOKENIZER_JSON
+from megatron_sov.chat.marks import text_decoder
 from megatron_sov.infer.asking import check_engine, generation_ends
 from megatron_sov.infer.engine import MEGATRON, TRANSFORMERS
 from megatron_sov.infer.engines.target import Target, find_target
@@ -92,7 +92,7 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
 
 
 def _tokens(target: Target, chat: bool) -> tuple[Any, tuple[int, ...], dict[str, int]]:
-    from megatron_sov.base.chat.folder import read_chat_encoder
+    from megatron_sov.chat.folder import read_chat_encoder
     from megatron_sov.infer.engines.load import load_tokenizer
 
     folder = target.tokenizer_folder

@@ -19,11 +19,11 @@ from itertools import islice
 from statistics import fmean
 from typing import Any
 
-from megatron_sov.base.chat.marks import plain_form
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import num_cores
 from megatron_sov.bench.suites.protocol import (
     AT_LIMIT, BOXED, OWN_SCORERS, Folded, ItemScores, Protocol, SuiteResponse, TaskItem)
+from megatron_sov.chat.marks import plain_form
 from megatron_sov.eval.pass_at_k import PromptCounts, majority_at_k, pass_at_k
 from megatron_sov.judge.rewards import patterns, registry
 from megatron_sov.judge.rewards.answers import last_boxed, normalized

@@ -18,13 +18,13 @@ from typing import Annotated, Any, Literal
 import regex
 from annotated_types import Ge, Le, MinLen
 
-from megatron_sov.base.chat.marks import as_written
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.settings import (
     AtLeastOne, Bound, Breach, Finite, NotNegativeInt, ProblemCode, SettingsError, SettingsProblem,
     find_broken, find_problems, one_of, parse_nested, read)
 from megatron_sov.bench.lm.settings import JudgedSettings
+from megatron_sov.chat.marks import as_written
 from megatron_sov.infer.request import LENGTH, SampleSeed, Sampling, Temperature, TopP
 from megatron_sov.judge.rewards import patterns
 from megatron_sov.judge.rewards.registry import BUILT_IN as REWARDS
@@ -214,8 +214,8 @@ def _untrusted(protocol: Protocol) -> list[str]:
         ("reward", protocol.reward), ("environment", protocol.environment)) if is_reference(value)]
     if protocol.reward in ("composed", "classifier"):
         p.append(f"reward = {protocol.reward!r} loads what its settings name")
-    if protocol.environment == "mcp":
-        p.append("environment = 'mcp' starts a program")
+    if protocol.environment in ("mcp", "nemo_gym", "openenv"):
+        p.append(f"environment = {protocol.environment!r} starts a program or asks a server")
     for settings in (protocol.reward_settings, *protocol.variants.values()):
         p += [f"reward_settings.{name} says how or where the reward runs; give it on the command line"
               for name in settings if name in _of_operation(protocol.reward)]

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.errors import ExitCode, UserError, nearest, visible
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, ProblemCode, SettingsProblem, add_options, parse_nested, read_options)
+from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.commands.models.serve import ServeOptions, distinct_names
 from megatron_sov.commands.shared_options import AnyTarget
 from megatron_sov.infer.request import RankOptions, SampleSeed, Temperature, TopP

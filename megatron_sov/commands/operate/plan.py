@@ -1,7 +1,10 @@
 """`megatron-sov plan RECIPE [--set key=value ...] [--nproc N | --cluster P --nodes N [--sweep]] [--json]
 [--html FILE]`: a run before it runs, step by step, and what it takes on a cluster.
 
-`megatron-sov plan --table ROWS.csv --out PREDICTED.csv`: the speed of runs that stand in a table."""
+`megatron-sov plan --table ROWS.csv --out PREDICTED.csv`: the speed of runs that stand in a table.
+
+`megatron-sov plan RECIPE --cluster P --calibrate-engine URL [--out FILE]`: what a step of decoding takes on a
+server that runs."""
 
 from __future__ import annotations
 
@@ -11,14 +14,16 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
 from megatron_sov.model.config import RunConfig, data_paths
 from megatron_sov.model.recipes.requested import RecipeOptions, RecipeRequest, requested
-from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.work.clusters import cluster
+
+if TYPE_CHECKING:
+    from megatron_sov.plan.calibration.expected import LearnedCorrection
 
 OF_A_RUN = ("recipe", "configs", "plugins", "settings", "data", "nproc", "cluster", "nodes", "sweep", "json",
             "html")
@@ -53,10 +58,15 @@ class PlanOptions(RecipeOptions):
     """In place of RECIPE: predict the speed and memory of every run of this table."""
     calibrate: Annotated[tuple[Path, ...], Flag(value="RUN", many=True)] = ()
     """In place of RECIPE: learn the parameters of speed from these runs of yours."""
+    calibrate_engine: Annotated[str | None, Flag(value="URL")] = None
+    """Measure the server of vLLM or SGLang at this address (up to /v1), which serves RECIPE's model on
+    --cluster and does nothing else meanwhile: rounds of RL are priced by its steps then."""
+    engine_gpus: AtLeastOne | None = None
+    """GPUs of the server of --calibrate-engine (default: as few as hold the model)."""
     out: Annotated[Path | None, Flag(value="FILE")] = None
-    """Where --table writes its predictions, --calibrate its parameters."""
+    """Where --table writes its predictions, --calibrate and --calibrate-engine their parameters."""
     parameters: Annotated[Path | None, Flag(value="FILE")] = None
-    """Price by these parameters, which --calibrate wrote."""
+    """Price by these parameters, which --calibrate or --calibrate-engine wrote."""
 
 
 add_arguments = partial(add_options, cls=PlanOptions)
@@ -71,7 +81,7 @@ def run(typed: argparse.Namespace) -> int:
             the cluster's GPUs.
     """
     args = read_options(PlanOptions, typed)
-    if args.table is not None or args.calibrate or args.out is not None:
+    if args.table is not None or args.calibrate or (args.out is not None and args.calibrate_engine is None):
         return _of_files(args)
     if args.cluster is None and args.parameters is not None:
         raise UserError(f"--parameters {args.parameters}: prices a run on a cluster; name it by --cluster")
@@ -85,7 +95,11 @@ def run(typed: argparse.Namespace) -> int:
         given = [Path(file) for file in (*args.configs, args.cluster, args.parameters) if file]
         refuse_input("--html", args.html, *given)
         check_output("--html", args.html)
+    if args.engine_gpus is not None and args.calibrate_engine is None:
+        raise UserError(f"--engine-gpus {args.engine_gpus}: is of the server that --calibrate-engine names")
     request = requested(args)
+    if args.calibrate_engine is not None:
+        return _calibrate_engine(args, request)
     return _on_cluster(args, request) if args.cluster else _schedule(args, request)
 
 
@@ -112,6 +126,30 @@ def _schedule(args: PlanOptions, request: RecipeRequest) -> int:
     return 0
 
 
+def _calibrate_engine(args: PlanOptions, request: RecipeRequest) -> int:
+    """Measure a server that serves the recipe's model.
+
+    Raises:
+        UserError: options are missing or of another job, or the server does not answer.
+    """
+    from megatron_sov.plan.calibration.engine import calibrate_engine
+    from megatron_sov.plan.pricing import machines, pricing
+
+    assert args.calibrate_engine is not None
+    if args.cluster is None:
+        raise UserError("--calibrate-engine: name the cluster that the server runs on by --cluster")
+    if other := [name for name in ("sweep", "json", "html", "data", "nproc") if getattr(args, name)]:
+        raise UserError(f"--calibrate-engine: measures a server, and --{other[0]} belongs to a plan; leave "
+                        "one of them out")
+    learned = _learned(args.parameters)
+    prices = pricing(machines(args.cluster, args.nodes), learned)
+    if prices is None:
+        raise UserError(f"--cluster {args.cluster}: does not say what GPUs it has")
+    print(calibrate_engine(request.config(), prices, args.calibrate_engine, args.engine_gpus, args.out,
+                           learned))
+    return 0
+
+
 def _on_cluster(args: PlanOptions, request: RecipeRequest) -> int:
     """Print what a run takes on a cluster; nothing is built, CUDA is not asked."""
     from megatron_sov.base.artifacts import to_json
@@ -123,9 +161,9 @@ def _on_cluster(args: PlanOptions, request: RecipeRequest) -> int:
         raise UserError(f"--nproc {args.nproc}: --cluster {args.cluster} and --nodes decide; leave it out")
     assert args.cluster is not None
     where = machines(args.cluster, args.nodes)
-    parameters = _parameters(args.parameters)
-    found = (searched(request, where, _recipe_words(args), parameters) if args.sweep
-             else placed(request, where, parameters))
+    learned = _learned(args.parameters)
+    found = (searched(request, where, _recipe_words(args), learned) if args.sweep
+             else placed(request, where, learned))
     data = _data_lines(args, found.config)
     if args.json:
         print(to_json(telling.timetable_json(found.config) | found.as_json()))
@@ -148,8 +186,8 @@ def _data_lines(args: PlanOptions, config: RunConfig) -> list[str]:
     """
     from megatron_sov.base.artifacts import read_manifest
     from megatron_sov.model.config.data import named_shards
-    from megatron_sov.model.config.schedules import Schedule
     from megatron_sov.runs.obs.figures import large
+    from megatron_sov.schedules import Schedule
 
     found = [read_manifest(named_shards(path)[1], "tokens").content for path in data_paths(args.data)]
     if not found:
@@ -204,17 +242,18 @@ def _of_files(args: PlanOptions) -> int:
     assert args.table is not None
     if args.out is None:
         raise UserError(f"{doing}: needs --out PREDICTED.csv, where the predictions go")
-    print(predict_file(args.table, args.out, _parameters(args.parameters)).as_text())
+    learned = _learned(args.parameters)
+    print(predict_file(args.table, args.out, learned.parameters if learned else None).as_text())
     return 0
 
 
-def _parameters(file: Path | None) -> Parameters | None:
-    """Return the parameters of a file; None: those of the package."""
+def _learned(file: Path | None) -> LearnedCorrection | None:
+    """Return what stands in a file; None: what comes with the package holds."""
     if file is None:
         return None
     from megatron_sov.plan.calibration.expected import read_learned
 
-    return read_learned(file).parameters
+    return read_learned(file)
 
 
 def _write(file: Path, page: str) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from megatron_sov.base.artifacts import new_artifact, refuse_existing, write_output
-from megatron_sov.base.chat.encode import TurnEncoder
 from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import (
     NO_FLAG, Actions, AtLeastOne, Flag, add_actions, change, parse_nested, run_action)
+from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.infer.asking import EngineOptions
 from megatron_sov.infer.engine import ENGINE_SET

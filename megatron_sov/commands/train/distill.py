@@ -193,7 +193,7 @@ def run(typed: argparse.Namespace) -> int:
         parsed = parsed.with_checkpoint(args.run)
     gate = gate_of(args, parsed.config, parsed.start)
 
-    from megatron_sov.base.documents.vocabulary import refuse_other_tokens
+    from megatron_sov.chat.vocabulary import refuse_other_tokens
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
     from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 

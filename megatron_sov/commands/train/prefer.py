@@ -315,7 +315,7 @@ def _reference(args: PreferOptions, parsed: ParsedStage, sources: tuple[Source, 
     Raises:
         UserError: the folder may not be entered, holds another reference, or one that lacks what is needed.
     """
-    from megatron_sov.base.documents.vocabulary import refuse_other_tokens
+    from megatron_sov.chat.vocabulary import refuse_other_tokens
     from megatron_sov.post.reference import Reference
     from megatron_sov.runs import checkpoints
     from megatron_sov.runs.folder import RunFolder

@@ -19,8 +19,8 @@ from megatron.core.utils import get_model_config
 from megatron_sov.engine.model.gpu_settings import in_bf16
 from megatron_sov.engine.model.language_model import Chunk, LanguageModel, ModelInputs, states_for_head
 from megatron_sov.engine.model.logprobs import Head, head_of
-from megatron_sov.engine.model.router import replay_routes
 from megatron_sov.engine.parallel import collectives, context
+from megatron_sov.engine.router import replay_routes
 
 
 class HasInputs(Protocol):

@@ -31,11 +31,11 @@ from megatron_sov.engine.model.attention import PackedDocuments, SharedPrompts, 
 from megatron_sov.engine.model.gpu_settings import mend_extra_state
 from megatron_sov.engine.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.engine.model.rotary import rotate_by, rotate_by_token
-from megatron_sov.engine.model.router import BalancedRouter
 from megatron_sov.engine.model.specs import (
     block_norm, layer_specs, mtp_layer_spec, transformer_config, uses_transformer_engine)
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import local_device, on_gpu
+from megatron_sov.engine.router import BalancedRouter
 from megatron_sov.model.config import (
     GpuConfig, LoraConfig, MediaConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig)
 from megatron_sov.model.config.gpu import AUTO
@@ -119,10 +119,6 @@ class PredictionLayer(LibraryPredictionLayer):
     document for itself, and tells experts nothing of padding.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.transformer_layer.register_forward_pre_hook(_with_padding, with_kwargs=True)
-
     def _get_embeddings(self, input_ids: torch.Tensor, position_ids: torch.Tensor,
                         embedding: Callable[..., torch.Tensor], hidden_states: torch.Tensor,
                         packed_seq_params: PackedDocuments | None = None,
@@ -141,14 +137,6 @@ class PredictionLayer(LibraryPredictionLayer):
         states: torch.Tensor = self._proj_and_transformer_layer(
             hidden_states=hidden, decoder_input=embedded, rotary_pos_emb=rotary, packed_seq_params=packed)
         return states
-
-
-def _with_padding(layer: Any, args: tuple[Any, ...],
-                  kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Hand a layer the padding of its row, which comes with the row's documents, also when it is computed
-    again."""
-    padding = getattr(kwargs["packed_seq_params"], "padding", None)
-    return args, {**kwargs, "padding_mask": padding}
 
 
 def next_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:

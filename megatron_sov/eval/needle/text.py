@@ -22,8 +22,8 @@ from typing import get_args
 import numpy as np
 from tokenizers import Tokenizer
 
-from megatron_sov.base.chat.folder import open_tokenizer
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.folder import open_tokenizer
 from megatron_sov.model.config import Language
 from megatron_sov.train.data.token_shards import Documents, Source
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.checkpoint import load
+from megatron_sov.checkpoint import load
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.language_model import build_configured
 from megatron_sov.engine.parallel import launcher, world

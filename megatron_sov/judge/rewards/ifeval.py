@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-from megatron_sov.base.chat.marks import as_written
 from megatron_sov.base.errors import nearest
+from megatron_sov.chat.marks import as_written
 from megatron_sov.judge.rewards.ifbench import FORM_CHECKS, NEEDS_MORE, WORD_CHECKS
 from megatron_sov.judge.rewards.instruction_checks import CHECKS as IFEVAL_CHECKS, Check
 from megatron_sov.judge.rewards.reward import Refused, Row, Score, text_of, told_short

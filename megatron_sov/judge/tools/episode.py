@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from megatron_sov.base.chat.encode import TurnEncoder
-from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.encode import TurnEncoder
+from megatron_sov.chat.marks import CallForm, with_opening
+from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools.environment import INFRASTRUCTURE, EpisodeLimits, Observation, Task, cut
 from megatron_sov.judge.tools.host import CallResult, EnvironmentHost, Opening
@@ -54,8 +55,10 @@ class EpisodeTurn:
     """Of the environment, as JSON."""
     end: str = ""
     """One of `ENDS`, where it was the last turn."""
-    in_thoughts: bool = False
-    """Whether the template had opened thoughts before it."""
+    opened: str = ""
+    """Mark of the thoughts that the template had opened before it."""
+    form: CallForm | None = None
+    """In which the template has the model call tools; None: it does not say."""
     message: dict[str, Any] | None = None
     """As it is given back to an endpoint that is asked with messages; None: the model was asked with ids."""
     read_tokens: int = 0
@@ -63,9 +66,14 @@ class EpisodeTurn:
     wrote_tokens: int = 0
     """That it says it wrote."""
 
+    def parse(self, tools: Sequence[dict[str, Any]]) -> WrittenTurn:
+        """Return what it says and calls; `tools`: that could be called."""
+        return parse_turn(self.whole_text, form=self.form, tools=tools)
+
     @property
-    def parsed(self) -> WrittenTurn:
-        return parse_turn(self.text, in_thoughts=self.in_thoughts)
+    def whole_text(self) -> str:
+        """Return it as a text that stands by itself."""
+        return with_opening(self.text, self.opened)
 
 
 @dataclass
@@ -88,7 +96,9 @@ class Episode:
     @property
     def end(self) -> str:
         """Return how it ended; empty: it goes on."""
-        return self.turns[-1].end if self.turns else ""
+        # one that could not be continued has a result, and its last turn no end
+        said = self.turns[-1].end if self.turns else ""
+        return said or ("infrastructure" if self.result is not None else "")
 
     @property
     def ids(self) -> list[int]:
@@ -111,7 +121,7 @@ class Episode:
     @property
     def answer(self) -> str:
         """Return what the model said in the end; empty where it did not come to one."""
-        return self.turns[-1].parsed.content if self.end == "answered" else ""
+        return self.turns[-1].parse(self.opening.tools).content if self.end == "answered" else ""
 
     def faults(self) -> Counter[str]:
         return Counter(call["fault"] for turn in self.turns for call in turn.calls if call["fault"])
@@ -149,33 +159,33 @@ def take_turn(episode: Episode, written: GeneratedTurn, host: EnvironmentHost, e
         limits: of the episode.
     """
     turn = EpisodeTurn(written, encoder.text(written.ids), [], [], host.state,
-                       in_thoughts=encoder.opens_thoughts(episode.ids))
+                       opened=encoder.opened_thoughts(episode.ids), form=encoder.call_form)
     left = limits.max_response_tokens - episode.num_response_tokens - len(written.ids)
     # a turn that was cut may hold half a call: none of it is made
     if not written.ids or written.ids[-1] not in encoder.end_ids:
         return replace(turn, end="unended")
     # calls are made even where no turn can follow: their effect is what is scored
-    turn = with_calls(turn, len(episode.turns), host, limits)
+    turn = with_calls(turn, episode, host, limits)
     if turn.end:
         return turn
-    behind = encoder.behind_turn([call["text"] for call in turn.calls])
+    behind = encoder.behind_turn([call["text"] for call in turn.calls], [call["name"] for call in turn.calls])
     # a token at least has to be left for the model
     if len(behind) >= left:
         return replace(turn, end="tokens")
     return replace(turn, behind=behind)
 
 
-def with_calls(turn: EpisodeTurn, num_before: int, host: EnvironmentHost,
+def with_calls(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
                limits: EpisodeLimits) -> EpisodeTurn:
     """Return a turn that the model has ended with the results of its calls, and its end where it has come.
 
     Args:
         turn: without calls.
-        num_before: turns before it.
+        episode: whose next turn it is.
         host: of the episode's environment, whose state changes.
         limits: of the episode.
     """
-    found = turn.parsed.calls
+    found = turn.parse(episode.opening.tools).calls
     # no call is an answer, which ends the episode
     if not found:
         return replace(turn, end="answered")
@@ -186,7 +196,7 @@ def with_calls(turn: EpisodeTurn, num_before: int, host: EnvironmentHost,
     turn = replace(turn, calls=calls, state=host.state)
     if any(result.fault == INFRASTRUCTURE for _, result in made):
         return replace(turn, end="infrastructure")
-    return replace(turn, end="turns") if num_before + 1 >= limits.max_turns else turn
+    return replace(turn, end="turns") if len(episode.turns) + 1 >= limits.max_turns else turn
 
 
 def _made(call: ToolCall | BadCall, place: int, host: EnvironmentHost,

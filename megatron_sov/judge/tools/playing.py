@@ -18,18 +18,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_sov.base.chat.encode import TurnEncoder
-from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.documents.rows import read_objects
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.base.plugins.registry import PluginOrder
+from megatron_sov.chat.encode import TurnEncoder
+from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools.environment import FAULTS, INFRASTRUCTURE, EpisodeLimits, Task, cut
 from megatron_sov.judge.tools.episode import (
     Episode, EpisodeLines, EpisodeTurn, GeneratedTurn, begin_line, begun, left_of, result_line, take_turn,
     turn_line, with_calls, within)
-from megatron_sov.judge.tools.host import EnvironmentHost, Opening
+from megatron_sov.judge.tools.host import EnvironmentHost, EpisodeLost, Opening
 
 MAX_CHAPTERS = 200
 """Episodes on a page: those without a reward first, then the lowest."""
@@ -313,7 +313,10 @@ def _began(host: EnvironmentHost, number: int, task: Task, known: Episode | None
             return begin(host.reset(task))
         if known.turns:
             # the process of the run before is gone; the journal has the state behind its last turn
-            host.resume(task, known.turns[-1].state)
+            try:
+                host.resume(task, known.turns[-1].state)
+            except EpisodeLost as e:
+                known.result = Result(None, "failed", {}, str(e))
         else:
             host.reset(task)
         return known
@@ -348,6 +351,8 @@ def _round(seats: Sequence[_Seat], policy: ToolPolicy, table: EpisodeTable, jour
 
 def scored(host: EnvironmentHost, episode: Episode) -> Result:
     """Return the reward of an episode that has ended, or why there is none."""
+    if episode.result is not None:  # it could not be continued
+        return episode.result
     # a broken machine must not be learned from: no reward
     if episode.end == "infrastructure":
         return Result(None, "failed", {}, next(call["text"] for call in episode.turns[-1].calls
@@ -520,7 +525,7 @@ class _Room:
             return replace(turn, end="tokens")
         if said.is_cut or used > limits.max_response_tokens:
             return replace(turn, end="unended")
-        turn = with_calls(turn, len(episode.turns), host, limits)
+        turn = with_calls(turn, episode, host, limits)
         is_full = not turn.end and used >= limits.max_response_tokens
         return replace(turn, end="tokens") if is_full else turn
 

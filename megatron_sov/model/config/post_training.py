@@ -104,7 +104,7 @@ class RolloutConfig:
     max_new_tokens: AtLeastOne = 1024
     """Longest response; with tools, of all turns and results together."""
     max_prompt_tokens: AtLeastOne = 1024
-    """Longest prompt; longer ones are refused by name."""
+    """Longest prompt; longer ones are set aside, and listed in the store."""
     piece_prompts: AtLeastOne = 8
     """Prompts of a piece of work, which one job claims and publishes as one part of the store."""
     deadline_s: NotNegative = 0.0
@@ -161,6 +161,7 @@ class PolicyParts:
     aggregation: Aggregation = "token"
     kl: Kl = "none"
     kl_coeff: float = 0.0
+    kl_weighted: bool = True
     mgpo_lambda: float = 0.0
     pkpo_k: int = 0
     length_reward: LengthReward = "none"
@@ -169,6 +170,7 @@ class PolicyParts:
     all_wrong: Kept = "keep"
     all_wrong_reward: float = 0.0
     all_right: Kept = "keep"
+    max_gen_batches: int = 1
     knowledge_coeff: float = 0.0
     knowledge_share: float = 0.0
     knowledge_batch_size: int = 0
@@ -177,12 +179,13 @@ class PolicyParts:
 _PPO = {"clip_low": 0.2, "clip_high": 0.2}
 """What PPO's paper recommends (arXiv 1707.06347, section 6.1), and implementations of GRPO take."""
 _DROPPED: dict[str, Any] = {"all_wrong": "drop", "all_right": "drop"}
-_LAPO: dict[str, Any] = {"aggregation": "sequence", "kl": "k3", "kl_coeff": 1e-4, **_PPO}
+_LAPO: dict[str, Any] = {
+    "aggregation": "sequence", "kl": "k3", "kl_coeff": 1e-4, "kl_weighted": False, **_PPO}
 """What the authors' code has beside rewards."""
 METHODS: dict[str, dict[str, Any]] = {
-    "grpo": {"aggregation": "sequence", "kl": "k3", "kl_coeff": 0.04, **_PPO},
+    "grpo": {"aggregation": "sequence", "kl": "k3", "kl_coeff": 0.0, **_PPO},
     "dr_grpo": {"advantage": "group_no_std", "aggregation": "constant", **_PPO},
-    "dapo": {"clip_low": 0.2, "clip_high": 0.28, **_DROPPED},
+    "dapo": {"clip_low": 0.2, "clip_high": 0.28, "max_gen_batches": 10, **_DROPPED},
     "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "sequence"},
     "cispo": {"clip": "cispo", **_DROPPED},
     "agapo": {"clip": "cispo", "advantage": "leave_one_out", "normalise_over_batch": True,
@@ -209,6 +212,9 @@ NEEDS = (("clip", ("two_sided",), "clip_low"), ("clip", ("two_sided", "cispo"), 
 """Part, its values that need a number, and which."""
 NUMBERS = ("clip_low", "clip_high", "kl_coeff", "pkpo_k", "length_reward_coeff", "length_width_tokens")
 """Those that have no value but what the method or the run gives."""
+OVERLONG_SHARES = {"dapo": 0.2}
+"""Method -> its `overlong_buffer_tokens` as a share of the longest response: 4,096 of 20,480 (arXiv
+2503.14476, section 4.1)."""
 TOKEN_TRUNCATE_HIGH = 2.0
 """`correction_high` of token_truncate, as in "Your efficient RL framework secretly brings you off-policy RL
 training" (Yao et al. 2025).  This correction is the default: it needs no pass of its own where a step is
@@ -252,7 +258,10 @@ class PolicyConfig:
     """Divergence from the model that the run starts from. k1, k3: of each token, by these estimators;
     sequence: of whole responses, cumulative."""
     kl_coeff: NotNegative | None = None
-    """Weight of that divergence."""
+    """Weight of that divergence; 0: none."""
+    kl_weighted: bool | None = None
+    """k3: whether it is multiplied by the ratio, so that its derivative is that of the policy's KL from the
+    reference, also off-policy (arXiv 2512.02556, section 3.1)."""
     mgpo_lambda: NotNegative | None = None
     """How strongly groups are preferred of which half is right: their advantages are multiplied by
     exp(-lambda D), D the divergence of the share of right responses from 1/2 (arXiv 2511.06221); 0: not."""
@@ -275,13 +284,19 @@ class PolicyConfig:
     all_right: Kept | None = None
     """Groups whose rewards are all the same, and right_from or more: left out, or kept (their advantages are
     0, and they count in means and in the divergence)."""
+    max_gen_batches: AtLeastOne | None = None
+    """A group that is left out is replaced by that of a further prompt, until rollout.prompts_per_round
+    groups learn or so many times as many prompts were asked (arXiv 2503.14476, section 3.2); 1: none is."""
     right_from: Finite = 1.0
     """Reward from which on a response counts as right."""
-    overlong_buffer_tokens: NotNegativeInt = 0
+    overlong_buffer_tokens: NotNegativeInt | None = None
     """Last tokens of rollout.max_new_tokens over which a penalty of length grows from 0 to overlong_penalty
-    (arXiv 2503.14476, equation 13); 0: no penalty."""
+    (arXiv 2503.14476, equation 13); 0: no penalty; null: a fifth of them for dapo, else none."""
     overlong_penalty: NotNegative = 1.0
     """Taken from the reward of a response of the largest length."""
+    mask_truncated: bool = False
+    """Whether a response that was cut off at rollout.max_new_tokens teaches nothing; its reward counts in its
+    group's mean."""
     correction: Correction = "token_truncate"
     """For an engine that computes other log-probabilities than the trainer, and for responses of an earlier
     policy: the loss is multiplied by the ratio of the trainer's probability to the engine's, of each token or
@@ -291,6 +306,11 @@ class PolicyConfig:
     """Smallest such ratio."""
     correction_high: AboveZero | None = None
     """Largest such ratio; null: 2 for token_truncate (Yao et al. 2025), the others need it."""
+    geo_reject_high: Annotated[float, Gt(1), Lt(math.inf)] | None = None
+    """A response teaches nothing where the geometric mean of these ratios over its tokens is above this, or
+    below geo_reject_low, whatever correction is; null: none is rejected."""
+    geo_reject_low: Annotated[float, Ge(0), Lt(1)] | None = None
+    """null: 1 / geo_reject_high."""
     knowledge_coeff: NotNegative | None = None
     """Weight of an auxiliary cross-entropy on text of --data, normalised over its own tokens
     (arXiv 2601.18129); 0: none."""
@@ -319,6 +339,24 @@ class PolicyConfig:
     def correction_bound(self) -> float:
         """The largest ratio of a correction; settings must have no problems."""
         return TOKEN_TRUNCATE_HIGH if self.correction_high is None else self.correction_high
+
+    @property
+    def geo_bounds(self) -> tuple[float, float] | None:
+        """The bounds between which the geometric mean of a response's ratios has to lie; None: none has."""
+        high = self.geo_reject_high
+        if high is None:
+            return None
+        return 1 / high if self.geo_reject_low is None else self.geo_reject_low, high
+
+    def overlong_buffer(self, max_new_tokens: int) -> int:
+        """Return over how many of the last tokens the penalty of length grows; 0: there is none.
+
+        Args:
+            max_new_tokens: longest response.
+        """
+        if self.overlong_buffer_tokens is not None:
+            return self.overlong_buffer_tokens
+        return round(OVERLONG_SHARES.get(self.method, 0.0) * max_new_tokens)
 
     def has_text_at(self, seed: int, step: int) -> bool:
         """Return whether an optimizer step has text beside its responses: a draw with probability
@@ -361,7 +399,7 @@ class PolicyConfig:
             (told["advantage"] != "pass_at_k" or told["pkpo_k"] is None
              or 1 <= told["pkpo_k"] <= rollout.samples_per_prompt, "pkpo_k",
              f"must lie between 1 and rollout.samples_per_prompt = {rollout.samples_per_prompt}"),
-            (self.overlong_buffer_tokens <= rollout.max_new_tokens, "overlong_buffer_tokens",
+            ((self.overlong_buffer_tokens or 0) <= rollout.max_new_tokens, "overlong_buffer_tokens",
              f"must be at most rollout.max_new_tokens = {rollout.max_new_tokens}"),
             *((not told["knowledge_coeff"] or told[name] > 0, name,
                f"must be above 0: policy.knowledge_coeff = {told['knowledge_coeff']} asks for text")
@@ -388,4 +426,6 @@ class PolicyConfig:
             (has_bound, "correction_high", f"must be a number: policy.correction = {self.correction} needs "
              "it", "set it"),
             (not on or not has_bound or low < bound, "correction_low",
-             f"must be below policy.correction_high = {bound:g}"))
+             f"must be below policy.correction_high = {bound:g}"),
+            (self.geo_reject_low is None or self.geo_reject_high is not None, "geo_reject_low",
+             "needs policy.geo_reject_high", "set it, or leave this one out"))

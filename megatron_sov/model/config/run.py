@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -258,10 +258,6 @@ class RunConfig:
 
 # The library's ways to be faster or smaller that no setting offers, and why: what is told to who asks.
 
-_GRAPHS = ("the library's CUDA graphs refuse packed rows where they hold attention; where they hold routers "
-           "alone (moe_router, moe_preprocess) they drop the row's mask of padding, and what routers count "
-           "between replays would have to lie in fixed buffers, which is not built; leave it out, and give "
-           "the GPU more work for each launch by a larger train.micro_batch_size")
 _WEIGHTS = ("checkpoints, exports and the replica checks read and write weights in place, in bf16, and would "
             "have to dequantise these, which is not built; leave it out: with train.fp8 products take 8 bits "
             "all the same")
@@ -277,11 +273,11 @@ NOT_OFFERED = {
         "Transformer Engine 2.20 trains no packed rows by it in mxfp8, blockwise or nvfp4; leave it out"),
     **dict.fromkeys(("cross_entropy_loss_fusion", "cross_entropy_fusion_impl"),
                     "losses come from this framework's own head, in chunks of rows; leave it out"),
-    "cuda_graphs": _GRAPHS, "cuda_graph_impl": _GRAPHS, "cuda_graph_scope": _GRAPHS,
-    "enable_cuda_graph": _GRAPHS, "external_cuda_graph": _GRAPHS,
+    **dict.fromkeys(("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"),
+                    "graphs are Transformer Engine's, and attention, whose packed rows they refuse, stays "
+                    "outside; name what they hold in gpu.cuda_graphs"),
     "fp8_weights": _WEIGHTS, "fp8_param": _WEIGHTS, "fp8_param_gather": _WEIGHTS,
     "reuse_grad_buf_for_mxfp8_param_ag": _WEIGHTS,
-    "cuda_graph_modules": _GRAPHS,  # as 0.19 calls the scope
 }
 """Last part of a setting's name -> why it does not exist, and what to do."""
 
@@ -311,6 +307,7 @@ COMMON = {
     **dict.fromkeys(("lora_rank", "lora_r", "r"), "lora.rank"),
     **dict.fromkeys(("overlap_moe_expert_parallel_comm", "expert_parallel_overlap", "moe_a2a_overlap",
                      "overlap_dispatch_backward_with_experts_wgrad"), "parallel.expert_overlap"),
+    **dict.fromkeys(("cuda_graph_scope", "cuda_graph_modules"), "gpu.cuda_graphs"),
     "delay_wgrad_compute": "parallel.delay_weight_grads",
     "lora_alpha": "lora.alpha", "target_modules": "lora.targets", "seed": "train.seed",
     "num_generations": "rollout.samples_per_prompt", "max_completion_length": "rollout.max_new_tokens",
@@ -318,11 +315,10 @@ COMMON = {
     "loss_type": "preference.method",
 }
 """Last part of a name that other programs have for a setting -> ours."""
-SWITCHES = (("policy.method", "", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
-            ("preference.method", "", ("preference.beta", "preference.simpo_gamma")),
-            ("optim.schedule", "constant", ("optim.min_lr",)))
-"""A setting that says which method is used, the value that it has to change from ("": any), and the numbers
-that belong to the method: a recipe's are those of the recipe's method alone."""
+SWITCHES = (("policy.method", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
+            ("preference.method", ("preference.beta", "preference.simpo_gamma")))
+"""A setting that says which method is used, and the numbers that belong to the method: a recipe's are those
+of the recipe's method alone."""
 
 
 def from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
@@ -390,7 +386,8 @@ def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--
     ``data.phases.0.seq_len=512``.
 
     Where a setting changes the method, the numbers of the recipe's method do not stay: those that are not set
-    too are the new method's own (`SWITCHES`).
+    too are the new method's own (`SWITCHES`).  A changed `optim.lr` takes `optim.min_lr` along, at the ratio
+    that they had.
 
     Args:
         config: what is changed.
@@ -403,14 +400,28 @@ def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--
     given = parse_changes(settings, option)
     before = config.to_dict()
     raw = assign_all(config, given, option, _instead)
-    for switch, changed_from, numbers in SWITCHES:
-        if switch in given and _value(raw, switch) != _value(before, switch) and \
-                changed_from in ("", _value(before, switch)):
+    for switch, numbers in SWITCHES:
+        if switch in given and _value(raw, switch) != _value(before, switch):
             room = switch.partition(".")[0]
             own = dataclasses.asdict(type(getattr(config, room))())
             names = [number.partition(".")[2] for number in numbers if number not in given]
             raw[room].update({name: own[name] for name in names})
+    _take_min_lr_along(raw, config.optim, given)
     return from_dict(raw, option)
+
+
+def _take_min_lr_along(raw: dict[str, Any], before: OptimConfig, given: Mapping[str, Any]) -> None:
+    """Set the rate that a schedule ends at, where only the peak or the schedule was set: a recipe's own ratio
+    of the two, or that of `OptimConfig` where the recipe's rate was constant."""
+    optim = raw["optim"]
+    # what is no rate is told by whoever reads the settings
+    if "optim.min_lr" in given or not isinstance(optim, dict) or type(optim["lr"]) not in (int, float) or (
+            not 0 < optim["lr"] < math.inf):
+        return
+    was_constant = before.schedule == "constant" != optim["schedule"]
+    if was_constant or "optim.lr" in given:
+        like = OptimConfig() if was_constant else before
+        optim["min_lr"] = min(like.min_lr / like.lr * optim["lr"], optim["lr"])
 
 
 def _value(raw: dict[str, Any], key: str) -> Any:

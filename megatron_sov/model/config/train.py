@@ -47,7 +47,7 @@ class OptimConfig:
     lr: AboveZero = 2.5e-4
     """Peak learning rate."""
     min_lr: NotNegative = 3e-6
-    """Learning rate at the end of the decay."""
+    """Learning rate at the end of the decay; where only `optim.lr` is set, the recipe's share of it."""
     schedule: Schedule = "cosine"
     """What follows the warm-up.  cosine, linear: decay to `min_lr` over the rest; wsd: stable, decay over the
     last `decay_share`; inverse_sqrt: falls as 1 / sqrt(step), not below `min_lr`; constant."""

@@ -173,7 +173,8 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
                      phases=tuple(_small(p, lengths.get(p.name, SEQ_LEN)) for p in run.data.phases)),
         optim=replace(run.optim, name="adamw", lr=4e-3, min_lr=2e-4, warmup_steps=20),
         train=replace(run.train, steps=200, tokens=0, global_batch_size=16, micro_batch_size=8,
-                      precision="fp32", recompute=False, checkpoint_every_steps=50, eval_every_steps=100),
+                      precision="fp32", fp8="none", recompute=False, checkpoint_every_steps=50,
+                      eval_every_steps=100),
         gpu=GpuConfig(),
         needle=NeedleConfig(lengths_tokens=(256, 512), depths=(0.0, 0.5, 0.95), samples=20),
         extend=extend,
@@ -209,7 +210,7 @@ def _small_rounds(run: RunConfig) -> RunConfig:
         train=replace(run.train, steps=2 * rollout.steps_per_round),
         rollout=replace(rollout, rounds=2, prompts_per_round=8, samples_per_prompt=4, max_prompt_tokens=64,
                         max_new_tokens=64),
-        policy=replace(policy, overlong_buffer_tokens=16 if policy.overlong_buffer_tokens else 0,
+        policy=replace(policy, overlong_buffer_tokens=policy.overlong_buffer_tokens and 16,
                        knowledge_batch_size=4 if policy.knowledge_batch_size else None))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_sov.base.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD
+from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD
 from megatron_sov.model.config import (
     DataConfig, DistillationConfig, ExtendConfig, ExtendStageConfig, GateConfig, LatentAttentionConfig,
     ModelConfig, NeedleConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig,

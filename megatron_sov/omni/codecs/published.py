@@ -27,10 +27,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sov.base.artifacts import refuse_existing
-from megatron_sov.base.chat.limits import TemplateTooLong, bounded
 from megatron_sov.base.documents.bounded_yaml import BoundedLoader
 from megatron_sov.base.errors import UserError, list_problems, told_in_a_line
 from megatron_sov.base.settings import ProblemCode, SettingsError, SettingsProblem, problems_of
+from megatron_sov.chat.limits import TemplateTooLong, bounded
 from megatron_sov.omni.codecs.folder import KIND, codec_class, save_codec
 from megatron_sov.omni.codecs.quantised import ta_tok_state
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VIDEO, VocabularyBlock, spelled
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError, warn
+from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO, VocabularyBlock, spelled
 from megatron_sov.infer.asking import Asker
 from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
 from megatron_sov.model.modality import (

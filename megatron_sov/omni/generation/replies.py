@@ -1,7 +1,7 @@
 """A model that is shown pictures and sounds, and that draws and speaks: from its ids to parts, and from parts
 to files.
 
-Codebook entries stand between marks (`base/chat/media_tokens.py`) among the ids of a text.  Speech and text
+Codebook entries stand between marks (`chat/media_tokens.py`) among the ids of a text.  Speech and text
 may alternate; all audio tokens of a reply are one sound, as in the authors' serving code (OmniServe,
 `extract_audio_info`), and `speak` plays it while the text goes on.
 
@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_sov.base.artifacts import write_output
-from megatron_sov.base.chat import media_tokens as spelling
-from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VocabularyBlock
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat import media_tokens as spelling
+from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VocabularyBlock
 from megatron_sov.infer.asking import check_length
 from megatron_sov.infer.request import Batching, Sampling, StopRule
 from megatron_sov.omni.generation.prompts import (

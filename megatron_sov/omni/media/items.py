@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from megatron_sov.base.chat.media_tokens import (
+from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.documents.shard_files import NO_FEATURE
+from megatron_sov.chat.media_tokens import (
     AUDIO, AUDIO_AUX, AUDIO_PAD, CONTINUOUS_AUDIO, CONTINUOUS_IMAGE, CONTINUOUS_VIDEO, DISCRETE_AUDIO,
     DISCRETE_IMAGE, END_OF_FRAME, END_OF_LINE, IMAGE, IMAGE_PAD, MIME, RATIOS, SPELLED, VIDEO, VIDEO_AUX,
     VIDEO_PAD, entry, ratio)
-from megatron_sov.base.documents import BadRecord
-from megatron_sov.base.documents.shard_files import NO_FEATURE
 from megatron_sov.model.modality import PICTURES, SOUNDS, MediaEncoding, Rows
 from megatron_sov.omni.media.banks import KINDS
 

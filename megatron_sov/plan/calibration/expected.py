@@ -19,7 +19,6 @@ from typing import Any
 from megatron_sov.base.artifacts import sha256_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import PhaseConfig, RunConfig
-from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.model.families.count import train_flops_per_token
 from megatron_sov.plan.footprint.kept import KeptPlan, StretchPlan
 from megatron_sov.plan.footprint.memory import account
@@ -27,6 +26,7 @@ from megatron_sov.plan.operation import checkpoint_bytes, conditions, goodput, w
 from megatron_sov.plan.speed.parameters import Parameters, default, of_json
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import of_run
+from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import Chip, Links, default_links, of_device
 from megatron_sov.work.clusters.cluster import ClusterProfile
@@ -100,6 +100,10 @@ def learn(measured: Sequence[tuple[Passes, float]]) -> LocalMachine:
 
 MACHINES = "machines"
 """Key of the file: name of a processor -> what runs on it have shown."""
+ENGINE = "engine"
+"""Key of the file: what `plan --calibrate-engine` measured of a decoding engine."""
+ENGINE_SECONDS = ("step_s", "layer_s", "response_s", "message_s")
+"""What a server shows of `EngineCosts`; its other fields stay those of published rounds."""
 MAX_BYTES = 1 << 20
 """A larger file holds no parameters."""
 MOST_RATE = 1e18
@@ -111,6 +115,8 @@ class LearnedCorrection:
     parameters: Parameters
     machines: Mapping[str, LocalMachine] = field(default_factory=dict)
     """Processors, by the name that they have for themselves."""
+    engine: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of a decoding engine that was measured, by field of `EngineCosts`; empty: none was."""
 
 
 def shipped() -> LearnedCorrection:
@@ -124,7 +130,8 @@ def read_learned(path: Path, option: str = "--parameters ") -> LearnedCorrection
     Raises:
         UserError: it cannot be read, or is no file of parameters.
     """
-    way_out = "pass a file that `megatron-sov plan --calibrate RUN --out FILE` wrote"
+    way_out = ("pass a file that `megatron-sov plan --calibrate RUN --out FILE` wrote, or the same with "
+               "--calibrate-engine URL")
     try:
         with path.open(encoding="utf-8") as file:
             # Bounded: the file may be anybody's, and of any size.
@@ -134,7 +141,8 @@ def read_learned(path: Path, option: str = "--parameters ") -> LearnedCorrection
         content = json.loads(text)
         if not isinstance(content, dict) or not isinstance(content.get("parameters"), dict):
             raise ValueError("it holds no object `parameters`")
-        return LearnedCorrection(of_json(content["parameters"]), _machines(content.get(MACHINES, {})))
+        return LearnedCorrection(of_json(content["parameters"]), _machines(content.get(MACHINES, {})),
+                                 _engine(content.get(ENGINE, {})))
     except OSError as e:
         raise UserError(f"{option}{path}: cannot be read ({e.strerror}); {way_out}") from None
     except (ValueError, TypeError, RecursionError) as e:
@@ -143,7 +151,8 @@ def read_learned(path: Path, option: str = "--parameters ") -> LearnedCorrection
 
 def as_json(learned: LearnedCorrection, provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {"parameters": dataclasses.asdict(learned.parameters), "provenance": dict(provenance),
-            MACHINES: {name: dataclasses.asdict(machine) for name, machine in learned.machines.items()}}
+            MACHINES: {name: dataclasses.asdict(machine) for name, machine in learned.machines.items()},
+            **({ENGINE: dict(learned.engine)} if learned.engine else {})}
 
 
 def _machines(found: Any) -> dict[str, LocalMachine]:
@@ -161,6 +170,18 @@ def _machines(found: Any) -> dict[str, LocalMachine]:
             raise ValueError(f"`{MACHINES}.{device}` must have {' and '.join(sorted(names))}: numbers, the "
                              f"first at least 1, none negative or above {MOST_RATE:g}")
     return {device: LocalMachine(**figures) for device, figures in found.items()}
+
+
+def _engine(found: Any) -> dict[str, float]:
+    """Return the decoding engine of a file.
+
+    Raises:
+        ValueError: it is not described as one is.
+    """
+    if found and (not isinstance(found, dict) or set(found) != set(ENGINE_SECONDS)
+                  or not all(map(_is_rate, found.values()))):
+        raise ValueError(f"`{ENGINE}` must have {', '.join(ENGINE_SECONDS)}: numbers, none negative")
+    return dict(found)
 
 
 def _is_rate(value: Any) -> bool:

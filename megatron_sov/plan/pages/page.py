@@ -8,13 +8,13 @@ import plotly.graph_objects as go
 
 from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, chart, colour, plain, render
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.plan.pages import quote as quote_tables
 from megatron_sov.plan.pages.quote import (
     Quote, QuoteTable, alike, dollars, energy, gib, percent, seconds, totals)
 from megatron_sov.plan.pages.telling import PlanText, name, sizes, steps_to_show, timetable_rows
 from megatron_sov.plan.search.sweep import SweepResult
 from megatron_sov.runs.obs.figures import large
+from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters.units import GIB
 
 MAX_POINTS = 2000

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_sov.model.config import ParallelConfig, RunConfig
-from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.objectives import BUILT_IN
 from megatron_sov.plan.pages.quote import QuoteTable, component, gib, percent, seconds
 from megatron_sov.plan.pricing import Machines
 from megatron_sov.plan.search.space import AXES, LayoutChoice, as_dict
 from megatron_sov.plan.search.sweep import Common, Sweep, SweepResult, SweepSearch, values
+from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters.units import HOURS_OF_A_DAY, SECONDS_OF_AN_HOUR
 
 EVENLY = 12

@@ -28,12 +28,12 @@ from safetensors.torch import save_file
 from megatron_sov import convert
 from megatron_sov.base.artifacts import (
     FileRecord, fsync_path, new_file, read_manifest, refuse_existing, to_json)
-from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
-from megatron_sov.base.chat.folder import read_chat_encoder
 from megatron_sov.base.digests import BLAKE3, Digest, file_digest
 from megatron_sov.base.documents.shard_files import IndexedWriter
-from megatron_sov.base.documents.vocabulary import refuse_other_tokens
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
+from megatron_sov.chat.folder import read_chat_encoder
+from megatron_sov.chat.vocabulary import refuse_other_tokens
 from megatron_sov.engine.decode.forward_only import Inputs
 from megatron_sov.engine.model.language_model import states_for_head
 from megatron_sov.engine.model.logprobs import Head

@@ -34,9 +34,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from megatron_sov.base.chat.folder import open_tokenizer
-from megatron_sov.base.documents.vocabulary import TOKENIZER_JSON, read_tokenizer
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.folder import open_tokenizer
+from megatron_sov.chat.vocabulary import TOKENIZER_JSON, read_tokenizer
 from megatron_sov.train.data.token_bytes import spellings
 
 UNHEARD = 1.0

@@ -73,7 +73,7 @@ def left_out(rewards: np.ndarray, policy: PolicyConfig) -> str:
 def overlong_penalty(lengths: np.ndarray, policy: PolicyConfig, max_new_tokens: int) -> np.ndarray:
     """Return [n] what is taken from rewards of responses [n] for their length: DAPO's soft overlong
     punishment (arXiv 2503.14476, equation 13), times `policy.overlong_penalty`."""
-    buffer = policy.overlong_buffer_tokens
+    buffer = policy.overlong_buffer(max_new_tokens)
     if not buffer:
         return np.zeros(len(lengths))
     return policy.overlong_penalty * np.clip((lengths - (max_new_tokens - buffer)) / buffer, 0.0, 1.0)

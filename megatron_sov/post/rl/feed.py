@@ -26,7 +26,7 @@ from megatron_sov.base.artifacts import atomic_write, read_manifest, to_json
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import seal_damage, write_sealed
-from megatron_sov.engine.checkpoint import load
+from megatron_sov.checkpoint import load
 from megatron_sov.engine.model.local_shards import local_shards
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import sum_dict
@@ -40,12 +40,13 @@ from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.post.policy import GROUPS_LEARNING, OLD, REFERENCE, RESPONSE_TOKENS, REWARD
 from megatron_sov.post.reference import document_logprobs, files_sha256
 from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rounds
+from megatron_sov.post.rl.publish import further_pieces
 from megatron_sov.post.rl.responses import key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
-from megatron_sov.rollouts.prompts import RolloutPrompt
+from megatron_sov.rollouts.prompts import RolloutPrompt, SetAside, list_set_aside
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import RolloutStore
-from megatron_sov.runs.folder import RunFolder
+from megatron_sov.runs.folder import ROUNDS, RunFolder
 from megatron_sov.runs.rounds import LEARNS, Policy, policy_of_round
 from megatron_sov.train.data.requirements import replayed_routes
 from megatron_sov.train.data.rounds import Round, RoundDocuments
@@ -242,13 +243,16 @@ class RoundFeed:
 
     def _wait(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> str | None:
         """Wait for a round to be published; returns None, or why it is waited for no longer."""
-        begin_s, told = time.monotonic(), False
+        begin_s, told = time.monotonic(), ""
         while lacking := on_main(view.world, partial(self.publish, number)):
-            if not told:
-                told = True
+            # A round whose groups do not learn asks further prompts: it lacks something else then.
+            if lacking != told and (self.produce is not None or not told):
+                told = lacking
                 view.checkpointer.finish()  # the policy that is to write the round
                 if self.produce is not None:
-                    self._figures = self.produce(view, number, asked_to_stop)
+                    found = self.produce(view, number, asked_to_stop)
+                    self._figures = {name: self._figures.get(name, 0.0) + value
+                                     for name, value in found.items()}
                     continue
                 view.events.write("waiting", step=view.step, round=number, reason=lacking)
                 if view.world.is_main and self.wait_s:
@@ -324,7 +328,9 @@ class Producer:
     store: Callable[[], RolloutStore]
     """Opens the store, or makes it."""
     prompts: Sequence[RolloutPrompt]
-    """All of them."""
+    """All that are asked."""
+    aside: SetAside
+    """Those that are not."""
     rollout: RolloutConfig
     run: Path
     """The run's folder."""
@@ -340,6 +346,8 @@ class Producer:
     """The reward at work; begun on rank 0, with the first round."""
     provenance: Mapping[str, Any]
     """What stands in the manifests of parts."""
+    max_gen_batches: int = 1
+    """Of the policy: above 1 a round may ask further prompts."""
     opinions: Callable[[RolloutStore], Opinions | None] = lambda store: None
     """What a second verifier has said so far, see `reward.second_opinions`."""
     _opinions: Opinions | None = None
@@ -367,7 +375,8 @@ class Producer:
         engine = MegatronEngine(view.policy, self.batching)
         # The model is the policy itself: no weights are copied, only their version is noted.
         engine.update(None, policy.step)
-        on_main(view.world, lambda: self.store() and None)  # made by one, before all open it
+        # made by one, before all open it
+        on_main(view.world, lambda: list_set_aside(self.store().path, self.aside))
         write_rounds(engine, _take_none, policy, self.writer, self._desk(rounds, policy_of, asked_to_stop))
         written_s = time.monotonic()
         on_main(view.world, lambda: self._begin_judging(rounds, view))
@@ -382,9 +391,12 @@ class Producer:
     def _desk(self, rounds: range, policy_of: Callable[[int], Policy | None],
               asked_to_stop: Callable[[], bool]) -> PieceQueue:
         store = self.store()
+        # Written, judged and looked at again: what a round asks of this call does not grow during it.
+        further = None if self.max_gen_batches == 1 else (
+            lambda number: (further_pieces(self.run / ROUNDS, number), True))
         missing = Missing(store, Claims(store.claims, self.rollout.lease_s), self.prompts, self.rollout,
                           rounds, policy_of,
-                          lambda number: key_digest(self.rollout, number, self.writer.chosen_by))
+                          lambda number: key_digest(self.rollout, number, self.writer.chosen_by), further)
         # pieces that another job is at are waited for until it is taken for dead
         return PieceQueue(missing, store, 2 * self.rollout.lease_s, self.provenance,
                           asked_to_stop=asked_to_stop)

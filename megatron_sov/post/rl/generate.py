@@ -22,7 +22,7 @@ import torch
 
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.engine.checkpoint import load
+from megatron_sov.checkpoint import load
 from megatron_sov.engine.parallel.world import on_first
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.engine import MEGATRON, VLLM, Engine, run_engine
@@ -30,7 +30,7 @@ from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import Batching, NamedTensors
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.rollouts.prompts import PromptPiece, RolloutPrompt, pieces, round_prompts
+from megatron_sov.rollouts.prompts import PromptPiece, RolloutPrompt, round_pieces
 from megatron_sov.rollouts.rows import UNFINISHED, AskedPrompt, Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.checkpoints import adapter_base
@@ -62,6 +62,8 @@ def never() -> bool:
     return False
 
 
+Further = Callable[[int], tuple[int, bool]]
+"""Round -> the pieces of further prompts that it asks, and whether it asks no more."""
 NEWER, FRESH, SAME, STUCK = range(4)
 """In which order attempts are taken up: what goes on by a newer policy than cut it off (or than this job
 first saw there); pieces that are not begun; what goes on by the same policy; what did not move."""
@@ -89,7 +91,7 @@ class Missing:
 
     def __init__(self, store: RolloutStore, claims: Claims, prompts: Sequence[RolloutPrompt],
                  rollout: RolloutConfig, rounds: range, policy_of: Callable[[int], Policy | None],
-                 sampling_of: Callable[[int], str]) -> None:
+                 sampling_of: Callable[[int], str], further: Further | None = None) -> None:
         """Look at nothing yet.
 
         Args:
@@ -101,15 +103,19 @@ class Missing:
             policy_of: gives the policy for a round, None where it is not there yet; where there is none for
                 a round, there is none for a later one.
             sampling_of: gives what stands in the keys of a round for how its tokens are chosen.
+            further: what a round asks beyond its own prompts; None: no round does.
         """
         self._store, self._claims, self._prompts, self._rollout = store, claims, prompts, rollout
         self._policy_of, self._sampling_of = policy_of, sampling_of
-        self._open: dict[int, list[PromptPiece] | None] = dict.fromkeys(rounds)
+        self._further = further or (lambda number: (0, True))
+        self._open: dict[int, list[PromptPiece]] = {number: [] for number in rounds}
+        self._listed: dict[int, int] = {}
         self._known: dict[str, _ClaimedPiece] = {}
         self._refused: list[str] = []
         self._is_idle = False
         self._held = contextlib.ExitStack()
-        self.asked = AskedPrompt(rollout.rounds, -(-rollout.prompts_per_round // rollout.piece_prompts))
+        self.asked = AskedPrompt(rollout.rounds, -(-rollout.prompts_per_round // rollout.piece_prompts),
+                                 further is not None)
         """What all jobs together are to write, of which this one may write some rounds alone."""
         self.num_pieces = len(rounds) * self.asked.pieces
         """Pieces of all asked rounds."""
@@ -129,6 +135,8 @@ class Missing:
             return f"round {number} waits for a policy that round {at_least} has trained"
         if not self._refused and any(known.is_stuck for known in self._known.values()):
             return f"round {number} waits for responses of which a whole attempt did not get one token"
+        if not self._open[number]:
+            return f"round {number} is written, and may ask further prompts until it is trained"
         return f"round {number} waits for pieces that other jobs have claimed"
 
     @property
@@ -190,14 +198,17 @@ class Missing:
             yield number, policy
 
     def _pieces_of(self, number: int) -> list[PromptPiece]:
-        known = self._open[number]
-        if known is None:
-            asked = round_prompts(self._prompts, self._rollout, number)
-            known = pieces(asked, number, self._rollout.piece_prompts)
+        more, is_final = self._further(number)
+        known, own = self._open[number], self.asked.pieces
+        if number not in self._listed or own + more > self._listed[number]:
+            asked = round_pieces(self._prompts, self._rollout, number, more)
+            known = known + asked[self._listed.get(number, 0):]
+            self.num_pieces += len(asked) - self._listed.get(number, own)
+            self._listed[number] = own + more
         left = [piece for piece in known if self._is_missing(piece)]
         self.num_done += len(known) - len(left)
         self._open[number] = left
-        if not left:
+        if not left and is_final:
             del self._open[number]
         return left
 

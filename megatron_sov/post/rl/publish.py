@@ -8,27 +8,30 @@ that their own group gives them.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, new_artifact, read_manifest
-from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
+from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, new_artifact
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.documents.shard_files import ROUTES, IndexedWriter, RouteShape
-from megatron_sov.base.documents.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.sealed import read_json, write_json
+from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
+from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.model.config import RolloutConfig, RunConfig
-from megatron_sov.post.rl.advantages import Group, advantages
-from megatron_sov.rollouts.prompts import RolloutPrompt, budget_of, round_prompts
-from megatron_sov.rollouts.rows import (
-    LENGTH, UNFINISHED, Key, RewardRow, Rollout, RolloutPart, domain_of, later)
+from megatron_sov.post.rl.advantages import LEARNS as KEPT, Group, advantages, left_out
+from megatron_sov.post.rl.gathering import (
+    LATE, LATE_FROM, Gathered, LateGroup, PublishedResponse, RoundOfStore, late_groups, late_rows)
+from megatron_sov.rollouts.prompts import RolloutPrompt, budget_of, round_pieces, too_long_in
+from megatron_sov.rollouts.rows import LENGTH, Key, Rollout, domain_of
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.rounds import LEARNS
@@ -37,144 +40,39 @@ from megatron_sov.train.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE, folder_
 from megatron_sov.train.data.token_bytes import token_bytes
 from megatron_sov.train.data.token_shards import CONTENT_VERSION, COUNTS, source_record
 
-LIGHT = ("versions", "finish_reason")
-"""Columns that say what is there and how long it is."""
-KEPT_OUT = "kept_out"
-"""Status of a response whose last attempt breaks a rule of the store."""
+SURPLUS = "surplus"
+"""In the place of why a group is left out: it would learn, and the round is full."""
+TRUNCATED = (LENGTH, "tokens", "unended")
+"""Finish reasons of responses and episodes that the limit of tokens has cut off."""
 
 
-@dataclass(frozen=True)
-class PublishedResponse:
-    """One response of a group that has a reward."""
+def further_pieces(rounds: Path, number: int) -> int:
+    """Return how many pieces of further prompts are asked of a round in the place of groups that do not learn
+    (`policy.max_gen_batches`).
 
-    rollout: Rollout
-    judged: RewardRow
+    Args:
+        rounds: RUN/rounds.
+        number: of the round, from 1.
 
-    @property
-    def reward(self) -> float:
-        assert self.judged.reward is not None, f"{self.rollout.key} has no reward"
-        return self.judged.reward
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """A round that is complete, or as complete as it has to be; of rollouts the `LIGHT` columns alone."""
-
-    number: int
-    """Of the round, from 1."""
-    groups: tuple[tuple[PublishedResponse, ...], ...]
-    """Responses to each prompt of the round, in order of prompts and of samples; some may have none."""
-    late: tuple[Key, ...]
-    """Responses that are not finished, and not trained."""
-    unjudged: Mapping[str, int]
-    """Status -> responses without a reward, which are not trained."""
-    parts: tuple[RolloutPart, ...]
-    """Where all of this stands."""
+    Raises:
+        UserError: the note of it is damaged.
+    """
+    file = _further_file(rounds, number)
+    return int(read_json(file, "delete it, and it is written anew", file.name)["pieces"]) if (
+        file.is_file()) else 0
 
 
-@dataclass(frozen=True)
-class RoundOfStore:
-    """Where a round's responses are looked for."""
+def is_published(rounds: Path, number: int) -> bool:
+    return (folder_of_round(rounds, number) / MANIFEST).is_file()
 
-    store: RolloutStore
-    number: int
-    """Of the round, from 1."""
-    prompts: Sequence[str]
-    """Ids of its prompts, in order."""
-    piece_prompts: int
-    """Prompts of a piece."""
-    samples_per_prompt: int
-    """Responses to each prompt."""
-    reward_version: str
-    missing_share: float
-    """Share of its groups that may go without their unfinished responses."""
 
-    def gather(self) -> Gathered | str:
-        """Return the round, or what it still lacks.
-
-        Raises:
-            UserError: the store holds responses to other prompts, or in other pieces, or a part is damaged.
-        """
-        parts = self.store.parts(self.number)
-        self._refuse_other_pieces(parts)
-        if lacking := self._lacking(parts):
-            return lacking
-        rows, num_kept_out = self._last_rows(parts)
-        late = tuple(row.key for row in rows if row.finish_reason == UNFINISHED)
-        # Only late responses are waited for: what the reward failed on does not come by waiting.
-        waiting = len({key.prompt for key in late})
-        if waiting > self.missing_share * len(self.prompts):
-            return (f"{waiting} of {len(self.prompts)} groups wait for responses that are not finished "
-                    f"(policy.missing_share = {self.missing_share:g})")
-        judged = self.store.judgements(self.reward_version, parts)
-        unjudged = Counter({KEPT_OUT: num_kept_out} if num_kept_out else {})
-        # A place for every prompt: one without responses still counts as a group of its step.
-        groups: dict[str, list[PublishedResponse]] = {prompt: [] for prompt in self.prompts}
-        for row in sorted(rows, key=lambda row: row.key.sample):
-            said = judged.get((row.key, row.attempt))
-            if row.finish_reason == UNFINISHED:
-                continue
-            if said is None or said.reward is None:
-                unjudged["missing" if said is None else said.status] += 1
-                continue
-            groups[row.key.prompt].append(PublishedResponse(row, said))
-        return Gathered(self.number, tuple(map(tuple, groups.values())), late, dict(unjudged), tuple(parts))
-
-    def _lacking(self, parts: Sequence[RolloutPart]) -> str:
-        count = -(-len(self.prompts) // self.piece_prompts)
-        # Attempt 0 has a row for every response of a piece, finished or not.
-        written = {part.piece for part in parts if part.attempt == 0}
-        unwritten = [piece for piece in range(count) if piece not in written]
-        if unwritten:
-            return f"{len(unwritten)} of {count} pieces are not written yet, the first is {unwritten[0]}"
-        unjudged = [part.name for part in parts if not self.store.has(part.name, self.reward_version)]
-        if unjudged:
-            return (f"{len(unjudged)} of {len(parts)} parts are not judged yet by reward version "
-                    f"{self.reward_version[:12]}, the first is {unjudged[0]}")
-        return ""
-
-    def _last_rows(self, parts: Sequence[RolloutPart]) -> tuple[list[Rollout], int]:
-        """Return the last attempt at each response, and the number of those that are kept out: what stands
-        behind an unfinished row stands in its place, sound or not, and nobody goes on with it again."""
-        rows: list[Rollout] = []
-        kept_out: set[tuple[Key, int]] = set()
-        for part in parts:
-            found, problems = self.store.read_all(part.name, LIGHT)
-            self._refuse_other_prompts(part, found)
-            rows += found
-            kept_out |= {(row.key, row.attempt) for row, problem in zip(found, problems, strict=True)
-                         if problem}
-        last = later(rows)
-        sound = [row for row in last if (row.key, row.attempt) not in kept_out]
-        return sound, len(last) - len(sound)
-
-    def _prompts_of(self, piece: int) -> Sequence[str]:
-        return self.prompts[piece * self.piece_prompts:(piece + 1) * self.piece_prompts]
-
-    def _refuse_other_pieces(self, parts: Sequence[RolloutPart]) -> None:
-        """Raise `UserError` where a part was cut otherwise: some pieces would be taken for the whole
-        round."""
-        for part in parts:
-            num_rows = len(self._prompts_of(part.piece)) * self.samples_per_prompt
-            if part.num_rows > num_rows or (part.attempt == 0 and part.num_rows != num_rows):
-                raise UserError(f"{part.path}: has {part.num_rows:,} responses, and rollout.piece_prompts = "
-                                f"{self.piece_prompts} with rollout.samples_per_prompt = "
-                                f"{self.samples_per_prompt} make {num_rows:,}; give the settings that "
-                                "they were written with, or another --store")
-
-    def _refuse_other_prompts(self, part: RolloutPart, rows: Sequence[Rollout]) -> None:
-        others = {row.key.prompt for row in rows}.difference(self._prompts_of(part.piece))
-        if others:
-            raise UserError(f"{self.store.path}: round {self.number} holds responses to prompt "
-                            f"{min(others)}, which is none of piece {part.piece} now; pass the --prompts and "
-                            "rollout settings that they were written with, or another --store")
+def _further_file(rounds: Path, number: int) -> Path:
+    folder = folder_of_round(rounds, number)
+    return folder.with_name(f"{folder.name}.further.json")
 
 
 PREFIX, DTYPE = f"{SOURCE}/train-00000", "int32"
 SIDECARS = {"loss": "float32", "type": "uint8", BEHAVIOUR: "float32", ADVANTAGE: "float32"}
-LATE, LATE_FROM = "late", "late_from"
-"""In a round's manifest: what was left out of it, as [prompt, sample]; and what of earlier rounds has joined
-it, as [round, prompt, sample, why it is not learned, or ""]."""
 
 
 @dataclass(frozen=True)
@@ -206,17 +104,59 @@ class Publisher:
             return ""
         if not self._is_begun():
             return f"nobody has written to {self.store} yet"
-        rollout = self.config.rollout
-        ids = [prompt.id for prompt in round_prompts(self.prompts, rollout, number)]
-        source = RoundOfStore(self._opened, number, ids, rollout.piece_prompts, rollout.samples_per_prompt,
-                              self.reward_version, self.config.policy.missing_share)
+        source = self._source(number)
         gathered = source.gather()
         if isinstance(gathered, str):
             return gathered
         self._refuse_nothing_judged(gathered)
+        if asked := self._ask_further(source, gathered):
+            return asked
         self._warn_of_other_policies(gathered)
         self._write_round(source, gathered, out)
         return ""
+
+    def _source(self, number: int) -> RoundOfStore:
+        rollout, policy = self.config.rollout, self.config.policy
+        own = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
+        asked = further_pieces(self.rounds, number)
+        # another run may have asked more of the store
+        there = max((part.piece + 1 - own for part in self._opened.parts(number)), default=0)
+        most = max(asked, there, (policy.parts.max_gen_batches - 1) * own)
+        return RoundOfStore(
+            self._opened, number, round_pieces(self._asked, rollout, number, most), own + asked,
+            rollout.samples_per_prompt, self.reward_version, policy.missing_share)
+
+    def _ask_further(self, source: RoundOfStore, gathered: Gathered) -> str:
+        """Ask further prompts, where too few groups of a round learn; returns what is waited for, "": the
+        round is full, or as full as it may be."""
+        rollout, policy = self.config.rollout, self.config.policy
+        if policy.parts.max_gen_batches == 1:
+            return ""
+        num_learn = sum(self._learns(group) for group in gathered.groups)
+        lacking, asked = rollout.prompts_per_round - num_learn, len(source.prompts)
+        # As many as fill the round at the share that has learned so far.
+        wanted = min(lacking * asked / num_learn if num_learn else math.inf, rollout.prompts_per_round)
+        own = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
+        most = min(len(source.pieces), policy.parts.max_gen_batches * own)
+        more = min(math.ceil(wanted / rollout.piece_prompts), most - source.num_pieces)
+        told = (f"{num_learn} of {asked} groups of round {source.number} learn, and it is to have "
+                f"{rollout.prompts_per_round}")
+        if lacking <= 0:
+            return ""
+        if more <= 0:
+            why = ("there are no more prompts" if most < policy.parts.max_gen_batches * own else
+                   f"policy.max_gen_batches = {policy.parts.max_gen_batches}")
+            warn(f"{told}; {why}: it is trained with these")
+            return ""
+        pieces = source.num_pieces - own + more
+        file = _further_file(self.rounds, source.number)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"pieces": pieces}, file.name)
+        count = sum(len(piece.prompts) for piece in source.pieces[source.num_pieces:][:more])
+        return f"{told}: {count} further prompts are asked"
+
+    def _learns(self, group: Sequence[PublishedResponse]) -> bool:
+        return left_out(np.array([r.reward for r in group]), self.config.policy) == KEPT
 
     def refuse_other_store(self) -> None:
         """Refuse what lies where the store is to be and is none of this model's; one that is not begun yet
@@ -299,6 +239,12 @@ class Publisher:
                                  "policy": self.config.to_dict()["policy"]}
 
     @cached_property
+    def _asked(self) -> list[RolloutPrompt]:
+        """The prompts of which rounds are made: those that whoever writes has not set aside."""
+        aside = too_long_in(self.store)
+        return [prompt for prompt in self.prompts if prompt.id not in aside]
+
+    @cached_property
     def _records(self) -> dict[str, Mapping[str, Any]]:
         return {prompt.id: prompt.record for prompt in self.prompts}
 
@@ -316,22 +262,41 @@ class Publisher:
 
     def _chosen(self, gathered: Gathered, late: Sequence[LateGroup]) -> _Chosen:
         """Give each step's groups their advantages; late responses belong to the first step."""
-        rollout = self.config.rollout
-        size = rollout.prompts_per_round // rollout.steps_per_round
-        found, late_from = self._joining(gathered.groups[:size], late)
-        reasons: dict[str, int] = {}
+        num_steps, reasons = self.config.rollout.steps_per_round, Counter[str]()
+        learned = self._filling(gathered.groups, reasons)
+        bounds = [len(learned) * step // num_steps for step in range(num_steps + 1)]
+        found, late_from = self._joining(learned[:bounds[1]], late)
         steps: list[list[int]] = []
-        for first in range(0, rollout.prompts_per_round, size):
-            groups = gathered.groups[first:first + size]
+        for first, end in pairwise(bounds):
+            groups = learned[first:end]
             for group, said in zip(groups, self._judge_groups(groups), strict=True):
-                reasons[said.reason or LEARNS] = reasons.get(said.reason or LEARNS, 0) + 1
+                reasons[said.reason or LEARNS] += 1
                 if not said.reason:
                     found |= {r.rollout.key: float(value)
-                              for r, value in zip(group, said.advantages, strict=True)}
+                              for r, value in zip(group, said.advantages, strict=True)
+                              if not self._is_masked(r)}
             before = sum(steps[-1]) if steps else 0
             # `found` grows in the order of documents, so its length is where the next step begins.
             steps.append([before, len(found) - before])
-        return _Chosen(found, steps, reasons, late_from)
+        return _Chosen(found, steps, dict(reasons), late_from)
+
+    def _filling(self, groups: Sequence[Sequence[PublishedResponse]], reasons: Counter[str]
+                 ) -> Sequence[Sequence[PublishedResponse]]:
+        """Return the groups that a round is made of: its own, or where others stand in for them the first
+        that learn, and count why the others are left out."""
+        if self.config.policy.parts.max_gen_batches == 1:
+            return groups
+        learning = [group for group in groups if self._learns(group)]
+        kept = learning[:self.config.rollout.prompts_per_round]
+        for group in groups:
+            reasons[left_out(np.array([r.reward for r in group]), self.config.policy)] += 1
+        del reasons[KEPT]  # they are counted with their advantages
+        if surplus := len(learning) - len(kept):
+            reasons[SURPLUS] = surplus
+        return kept
+
+    def _is_masked(self, response: PublishedResponse) -> bool:
+        return self.config.policy.mask_truncated and response.rollout.finish_reason in TRUNCATED
 
     def _judge_groups(self, groups: Sequence[Sequence[PublishedResponse]]) -> list[Group]:
         return advantages([np.array([r.reward for r in group]) for group in groups],
@@ -360,9 +325,11 @@ class Publisher:
         for group, said in zip(late, judged, strict=True):
             values = {r.rollout.key: float(value)
                       for r, value in zip(group.group, said.advantages, strict=True)}
+            masked = {r.rollout.key for r in group.group if self._is_masked(r)}
             if not said.reason:
-                found |= {key: values[key] for key in group.joining}
-            told = dict.fromkeys(group.joining, said.reason) | dict(group.without)
+                found |= {key: values[key] for key in group.joining if key not in masked}
+            told = {key: said.reason or ("truncated" if key in masked else "") for key in group.joining
+                    } | dict(group.without)
             late_from += [[group.number, key.prompt, key.sample, why] for key, why in told.items()]
         return found, late_from
 
@@ -481,75 +448,3 @@ def means_of(gathered: Gathered, domains: Mapping[str, str], rollout: RolloutCon
 def _mean(values: Iterable[float]) -> float:
     found = np.fromiter(values, np.float64)
     return float(found.mean()) if len(found) else 0.0
-
-
-@dataclass(frozen=True)
-class LateGroup:
-    """Late responses to one prompt that have been judged since, with all others of their group."""
-
-    number: int
-    """Round that they were written for, from 1."""
-    group: tuple[PublishedResponse, ...]
-    """All responses of the group that have a reward, by sample: what the late ones are compared with."""
-    joining: Mapping[Key, RolloutPart]
-    """Late responses that have a reward, with the parts that they stand in."""
-    without: Mapping[Key, str]
-    """Late responses that the reward has looked at and not judged -> its status."""
-
-
-def late_groups(rounds: Path, source: RoundOfStore) -> list[LateGroup]:
-    """Return what may join a round, by round and in the order in which it was left out.
-
-    Args:
-        rounds: RUN/rounds, with the rounds before it.
-        source: of the round that is to be published.
-
-    Raises:
-        UserError: a manifest or a part cannot be read.
-    """
-    return [group for number, waiting in _waiting(rounds, source.number).items() if waiting
-            for group in _judged_since(replace(source, number=number), waiting)]
-
-
-def late_rows(store: RolloutStore, groups: Sequence[LateGroup]) -> Iterator[Rollout]:
-    """Yield the late responses of groups, whole, a part in memory at a time."""
-    parts = {part.name: part for group in groups for part in group.joining.values()}
-    keys = {(part.name, key) for group in groups for key, part in group.joining.items()}
-    for name in parts:
-        yield from (row for row in store.read_rollouts(name) if (name, row.key) in keys)
-
-
-def _waiting(rounds: Path, before: int) -> dict[int, list[tuple[str, int]]]:
-    """Return what was left out of each published round and has joined none yet: prompts and samples."""
-    found: dict[int, list[tuple[str, int]]] = {}
-    joined: set[tuple[int, str, int]] = set()
-    for number in range(1, before):
-        folder = folder_of_round(rounds, number)
-        if (folder / MANIFEST).is_file():
-            content = read_manifest(folder, "tokens").content
-            found[number] = [(prompt, sample) for prompt, sample in content.get(LATE, ())]
-            # A late response joins once, even where no advantage came of it.
-            joined |= {(first, prompt, sample) for first, prompt, sample, _ in content.get(LATE_FROM, ())}
-    return {number: [late for late in left_out if (number, *late) not in joined]
-            for number, left_out in found.items()}
-
-
-def _judged_since(source: RoundOfStore, waiting: Sequence[tuple[str, int]]) -> Iterator[LateGroup]:
-    """Yield the groups of a round with late responses that the reward has looked at."""
-    store, parts = source.store, source.store.parts(source.number)
-    last: dict[Key, tuple[Rollout, RolloutPart]] = {}
-    for part in sorted(parts, key=lambda part: part.attempt):
-        # By attempt, so the last one at each response stays.
-        last |= {row.key: (row, part) for row in store.read_rollouts(part.name, LIGHT)}
-    judged = store.judgements(source.reward_version, parts)
-    said = {row.key: judged[row.key, row.attempt] for row, _ in last.values()
-            if row.finish_reason != UNFINISHED and (row.key, row.attempt) in judged}
-    for prompt in dict.fromkeys(prompt for prompt, _ in waiting):
-        late = [key for key in said if key.prompt == prompt and (prompt, key.sample) in waiting]
-        group = tuple(PublishedResponse(last[key][0], said[key]) for key in sorted(said,
-                                                                                   key=lambda key: key.sample)
-                      if key.prompt == prompt and said[key].reward is not None)
-        if late:
-            yield LateGroup(source.number, group,
-                            {key: last[key][1] for key in late if said[key].reward is not None},
-                            {key: said[key].status for key in late if said[key].reward is None})

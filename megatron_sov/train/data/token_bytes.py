@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.documents.byte_bpe import byte_characters
-from megatron_sov.base.documents.vocabulary import read_tokenizer
+from megatron_sov.chat.vocabulary import read_tokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
-from megatron_sov.base.chat.marks import KIND
 from megatron_sov.base.documents.shard_files import DAMAGED, FEATURE_DTYPE, FEATURES, ROUTES, RouteShape
 from megatron_sov.base.errors import UserError, warn
+from megatron_sov.chat.marks import KIND
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.modality import NO_BANKS, Banks, EncoderInputs, modality, read_banks
 from megatron_sov.runs.launch_environment import is_first

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.base.chat.encode import TYPE_TEXT
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.encode import TYPE_TEXT
 from megatron_sov.model.config import PhaseConfig, RunConfig
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of

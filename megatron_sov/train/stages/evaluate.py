@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_sov.base.chat.encode import TYPE_RESPONSE
-from megatron_sov.base.chat.marks import KIND, KINDS
+from megatron_sov.chat.encode import TYPE_RESPONSE
+from megatron_sov.chat.marks import KIND, KINDS
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives

@@ -16,16 +16,15 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_sov.base.artifacts import manifest_sha256
-from megatron_sov.base.documents.vocabulary import read_vocabulary, refuse_other_tokens
 from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError, warn
+from megatron_sov.chat.vocabulary import read_vocabulary, refuse_other_tokens
 from megatron_sov.engine.model import gpu_settings, specs
 from megatron_sov.engine.model.gpu_settings import refuse_without_chip
 from megatron_sov.engine.parallel import device, launcher, world
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.world import on_main
-from megatron_sov.model import families as models
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.config.schedules import changed_schedule
+from megatron_sov.model.families import supported as models
 from megatron_sov.plan.calibration.fitting import fullest, refuse_on_this_node, refuse_too_large
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunEvents, RunFolder
@@ -33,6 +32,7 @@ from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.obs.events import EVENTS
+from megatron_sov.schedules import changed_schedule
 from megatron_sov.train.checkpointer import newest_sound, refuse_other_base
 from megatron_sov.train.data.ledger import (
     LedgerEntry, over_long, plan, refuse_over_long, refuse_over_long_pairs)

@@ -88,7 +88,7 @@ def test_the_end_of_the_assistants_turn_ends_a_chat(one_rank: None, imported: di
     ask = ["--prompt", "Hello", "--max-new-tokens", "6", "--chat"]
     (whole,) = texts(capsys, str(imported["solar_open"]), *ask)
     end = whole["tokens"][3]
-    monkeypatch.setattr("megatron_sov.base.chat.encode.ChatEncoder.end_ids", lambda encoder: (end,))
+    monkeypatch.setattr("megatron_sov.chat.encode.ChatEncoder.end_ids", lambda encoder: (end,))
     for folder in (imported["solar_open"], hf_models["solar_open"]):
         (found,) = texts(capsys, str(folder), *ask)
         assert found["tokens"] == whole["tokens"][:whole["tokens"].index(end) + 1]

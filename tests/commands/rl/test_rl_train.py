@@ -26,11 +26,13 @@ ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=4, ste
 SETTINGS = ("rollout.rounds=3", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
             "rollout.steps_per_round=2", "rollout.piece_prompts=2", "rollout.max_new_tokens=12",
             "rollout.max_prompt_tokens=6", "rollout.temperature=0.8", "policy.method=dapo", "policy.kl=k3",
+            "policy.max_gen_batches=1",
             "policy.kl_coeff=0.1", "policy.correction=token_truncate", "policy.correction_high=2",
             "policy.knowledge_coeff=0.1", "policy.knowledge_share=0.5", "policy.knowledge_batch_size=2",
             'data.phases=[{"name": "main", "seq_len": 32}]', "model.hidden_size=48")
 
 
+ALONE = ("policy.method=dapo", "policy.max_gen_batches=1")
 WORDS = [word for setting in SETTINGS for word in ("--set", setting)]
 
 
@@ -168,8 +170,8 @@ def test_a_bit_that_flips_in_a_round_is_named_and_mended_as_it_is_said(
 def test_a_run_of_the_time_before_corrections_goes_on_without_one(rounds: Rounds, run_command: Any,
                                                                   tiny: list[str]) -> None:
     store, run = rounds.store("before", range(1, 2)), rounds.folder / "uncorrected"
-    words = [*tiny, *(word for setting in (*SETTINGS[1:8], *SETTINGS[-2:], "rollout.rounds=1",
-                                           "policy.method=dapo") for word in ("--set", setting))]
+    words = [*tiny, *(word for setting in (*SETTINGS[1:8], *SETTINGS[-2:], "rollout.rounds=1", *ALONE)
+                      for word in ("--set", setting))]
     without = ("--set", "policy.correction=none")
     done = run_command(*rounds.command(store, run.name, *words, *without, "--set", "train.max_restarts=0",
                                        "--inject", "kill@step=2"))
@@ -195,8 +197,8 @@ def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_c
         store.add_rewards(version, part.name, [
             RewardRow(row.key, 0, version, float(part.piece and row.key.sample), "scored")
             for row in store.read_rollouts(part.name)])
-    settings = [*tiny, *(word for setting in (*SETTINGS[1:8], *SETTINGS[-2:], "rollout.rounds=1",
-                                              "policy.method=dapo") for word in ("--set", setting))]
+    settings = [*tiny, *(word for setting in (*SETTINGS[1:8], *SETTINGS[-2:], "rollout.rounds=1", *ALONE)
+                      for word in ("--set", setting))]
     done = run_command(*rounds.command(store.path, "equal-run", *settings))
     assert done.returncode == 0, done.stderr
     events = list(read_events(rounds.folder / "equal-run/events.jsonl"))

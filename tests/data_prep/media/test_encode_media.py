@@ -15,9 +15,9 @@ import pytest
 from data_prep.media import running
 from data_prep.media.encoder import CHAT, TEXT, MediaRecordEncoder, parse_record
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.base.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, entries
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import ExitCode
+from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, entries
 from megatron_sov.model.modality import PICTURES, SOUNDS
 from megatron_sov.omni.media.banks import open_bank, read_shapes
 from megatron_sov.work.clusters import client

@@ -19,10 +19,10 @@ from data_prep.shards.token_artifact import open_split
 from data_prep.shards.verify import check
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import new_artifact, read_manifest
-from megatron_sov.base.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.shard_files import FEATURES, NO_FEATURE
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
 from megatron_sov.model.config import VisionEncoderConfig
 from megatron_sov.model.modality import MediaEncoding, check_encoders
 from megatron_sov.omni.media.banks import open_bank, read_shapes

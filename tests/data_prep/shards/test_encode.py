@@ -17,11 +17,11 @@ from transformers import AutoTokenizer
 
 from data_prep.shards.encode import (
     LONGEST_WHITESPACE_CHARS, EncodedBatch, Encoder, EncodingSettings, FastBpe, load_fast)
-from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
-from megatron_sov.base.chat.marks import KIND_NONE
 from megatron_sov.base.documents import (
     BadRecord, Conversation, Document, Message, RecordReading, read_documents)
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
+from megatron_sov.chat.marks import KIND_NONE
 from tokenizer.cli import main as sov_tokenizer
 
 CHAT = (("system", "Be kind."), ("user", "What is 2+2?"), ("assistant", "It is 4."), ("user", "안녕"),

@@ -29,9 +29,9 @@ from data_prep.shards.pack import PackSettings, PackSource, pack, parse_sources
 from data_prep.shards.token_artifact import open_split
 from megatron_sov.base import artifacts
 from megatron_sov.base.artifacts import FileRecord, manifest_sha256, read_manifest
-from megatron_sov.base.chat.marks import KIND_ANSWER, KIND_NONE
 from megatron_sov.base.documents import RecordReading, files
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.marks import KIND_ANSWER, KIND_NONE
 from megatron_sov.work.progress.journal import work_folder
 
 

@@ -99,7 +99,7 @@ def test_a_bad_record_is_kept_though_its_reason_names_no_text(settings: UnitSett
 def test_documents_that_a_template_refuses_are_found_inside_a_batch(tokenizers: dict[str, Path],
                                                                     settings: UnitSettings, tmp_path: Path,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.base.chat.template import ChatTemplate
+    from megatron_sov.chat.template import ChatTemplate
 
     render = ChatTemplate.render
 

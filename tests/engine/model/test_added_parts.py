@@ -55,7 +55,7 @@ class Learning:
     """A model, its optimizer and what it learns, without a run around it."""
 
     def __init__(self, config: Any, seed: int = 1) -> None:
-        from megatron_sov.engine.checkpoint import load
+        from megatron_sov.checkpoint import load
         from megatron_sov.engine.model.expert_load import ExpertLoad
         from megatron_sov.engine.model.language_model import build
         from megatron_sov.engine.optimizer.optimizer import Optimizer
@@ -93,7 +93,7 @@ class Learning:
 
     def tensors(self, prefix: str = "adapter.") -> dict[str, Any]:
         """Return whole tensors, as nested lists, on the first process."""
-        from megatron_sov.engine.checkpoint.gather import Gatherer
+        from megatron_sov.checkpoint.gather import Gatherer
         from megatron_sov.engine.model.local_shards import local_shards
 
         gatherer = Gatherer([b for b in local_shards(self.model) if b.key.startswith(prefix)])

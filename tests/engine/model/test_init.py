@@ -14,7 +14,7 @@ def numbers() -> dict[str, Any]:
     """Return statistics of the normals, and whether any range is the slice of the whole."""
     import numpy as np
 
-    from megatron_sov.engine.checkpoint.load import normals
+    from megatron_sov.checkpoint.load import normals
 
     whole = normals(5, "w", 0, 200_003)
     ranges = [(0, 1), (1, 1), (7, 2), (8, 8), (1001, 50_000), (199_990, 13)]
@@ -35,7 +35,7 @@ def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool
     from safetensors.torch import load_file, save_file
 
     from megatron_sov import recipes
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.model.local_shards import local_shards
     from megatron_sov.engine.parallel import world
@@ -72,7 +72,7 @@ def with_threads(num_threads: int) -> dict[str, Any]:
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
@@ -108,7 +108,7 @@ def _place(block: Any) -> tuple[slice, ...]:
 
 def unknown() -> str:
     """Return what is said about a tensor that no rule knows."""
-    from megatron_sov.engine.checkpoint.load import rule_for
+    from megatron_sov.checkpoint.load import rule_for
 
     try:
         return rule_for("decoder.layers.0.mystery.weight")
@@ -143,5 +143,5 @@ def test_weights_are_functions_of_seed_name_and_index(ranks, job, tmp_path: Path
         for result in per_rank:
             assert result["differing"] == [] and result["unset"] == [], layout
 
-    assert said == ("decoder.layers.0.mystery.weight: 0 rules of engine/checkpoint/load.py match this "
+    assert said == ("decoder.layers.0.mystery.weight: 0 rules of checkpoint/load.py match this "
                     "name, needs exactly one")

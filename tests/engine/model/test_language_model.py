@@ -23,7 +23,8 @@ def devices(recipe: str, precision: str) -> dict[str, list[str]]:
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.engine.model import language_model, router, specs
+    from megatron_sov.engine import router
+    from megatron_sov.engine.model import language_model, specs
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
@@ -179,7 +180,7 @@ def hidden(recipe: str, layout: dict[str, Any], documents: list[list[int]]) -> l
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
     from megatron_sov.engine.model.language_model import build, gather_sequence
     from megatron_sov.engine.parallel import context, world

@@ -39,7 +39,7 @@ def replicas(layout: dict[str, int], flipped_on: list[int], expert: bool) -> lis
     """Runs inside ranks: who differs before and after a bit of some ranks is flipped,
     in a shared weight or a routed expert."""
     from megatron_sov import recipes
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.model import replica_checks
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.parallel import world

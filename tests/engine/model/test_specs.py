@@ -15,7 +15,7 @@ def settings(recipe: str, changes: list[str]) -> dict[str, Any]:
     from megatron_sov import recipes
     from megatron_sov.engine import lanes
     from megatron_sov.engine.model import specs
-    from megatron_sov.engine.model.router import BalancedRouter
+    from megatron_sov.engine.router import BalancedRouter
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get(recipe), changes)

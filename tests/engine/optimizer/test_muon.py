@@ -60,7 +60,7 @@ def gathered(model: Any, optimizer: Any) -> dict[str, Any]:
 
     import torch
 
-    from megatron_sov.engine.checkpoint.gather import Gatherer
+    from megatron_sov.checkpoint.gather import Gatherer
     from megatron_sov.engine.model.local_shards import local_shards
 
     blocks = local_shards(model)

@@ -168,8 +168,8 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
     """Return for each chosen way to sample how far the engine's log-probabilities are from the trainer's
     (fp32), and what an engine of another model writes before and after an update."""
     from megatron_sov import recipes
+    from megatron_sov.checkpoint import load
     from megatron_sov.convert import export_weights
-    from megatron_sov.engine.checkpoint import load
     from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.parallel import collectives, world

@@ -131,15 +131,15 @@ def test_bad_data_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, argume
 
 
 def test_what_is_not_offered_says_why_and_is_the_librarys(small: Small) -> None:
-    with pytest.raises(UserError, match=r"gpu\.cuda_graphs: no such setting; the library's CUDA graphs "
-                                        r"refuse packed rows where .*; leave it out"):
-        apply_settings(small(), ["gpu.cuda_graphs=attn"])
+    with pytest.raises(UserError, match=r"gpu\.cuda_graph_impl: no such setting; graphs are Transformer "
+                                        r"Engine's, and attention, .*; name what they hold in gpu\.cuda"):
+        apply_settings(small(), ["gpu.cuda_graph_impl=local"])
     with pytest.raises(UserError, match=r"train\.fp8_param: no such setting; checkpoints, exports"):
         from_dict({**small().to_dict(), "train": {"fp8_param": True}})
     contract = json.loads((Path(__file__).parents[2] / "te_double" / "contract.json").read_text())
     theirs = {name for library, part in contract.items() if library.startswith("megatron.core")
               for fields in part["fields"].values() for name in fields}
-    assert set(NOT_OFFERED) - theirs == {"cuda_graphs", "fp8_weights"}
+    assert set(NOT_OFFERED) - theirs == {"fp8_weights"}
     page = (Path(__file__).parents[3] / "docs" / "gpu.md").read_text(encoding="utf-8")
     assert [name for name in NOT_OFFERED if f"`{name}`" not in page] == []
 
@@ -158,13 +158,23 @@ def test_numbers_follow_the_method_unless_they_are_set_too() -> None:
     both = ["policy.method=grpo", "policy.clip_low=0.1"]
     for settings in (both, both[::-1]):
         parts = changed("tiny-solar-open-rl", *settings).policy.parts
-        assert (parts.clip_low, parts.clip_high, parts.kl, parts.kl_coeff) == (0.1, 0.2, "k3", 0.04)
+        assert (parts.clip_low, parts.clip_high, parts.kl, parts.kl_coeff) == (0.1, 0.2, "k3", 0.0)
     ink = changed("tiny-typhoon-s-legal", "policy.method=dapo").policy.parts
     assert (ink.clip_high, ink.knowledge_coeff, ink.knowledge_batch_size) == (0.28, 0, 0)
     preference = changed("solar-open-102b-dpo", "preference.method=simpo").preference
     assert (preference.strength, preference.beta) == (2.0, None)
     assert changed("solar-open-102b-dpo", "preference.method=ipo",
                    "preference.beta=0.3").preference.strength == 0.3
-    (problem,) = changed("solar-open-102b-rl", "optim.schedule=cosine").optim.problems()
-    assert (problem.key, problem.value) == ("optim.min_lr", 3e-6)
-    assert changed("solar-open-102b", "optim.schedule=wsd").optim.min_lr == 3e-6
+
+
+@pytest.mark.parametrize(("recipe", "given", "expected"), [
+    ("tiny-solar-open", {"lr": 1e-5}, 1e-5 * 2e-4 / 4e-3),  # below the recipe's own least rate
+    ("tiny-solar-open", {"lr": 1e-5, "min_lr": 1e-6}, 1e-6), ("tiny-solar-open", {"min_lr": 1e-6}, 1e-6),
+    ("solar-open-102b-rl", {"lr": 1e-3}, 1e-3),  # a constant rate stays one
+    ("solar-open-102b-rl", {"lr": 1e-3, "schedule": "cosine"}, 1e-3 * 3e-6 / 2.5e-4),
+    ("solar-open-102b", {"schedule": "wsd"}, 3e-6), ("solar-open-102b-dpo", {"lr": 1e-9}, 0)])
+def test_the_least_rate_follows_the_peak_at_the_recipes_ratio(recipe: str, given: dict[str, Any],
+                                                              expected: float) -> None:
+    settings = [f"optim.{name}={value}" for name, value in given.items()]
+    optim = apply_settings(recipes.get(recipe), settings).optim
+    assert optim.min_lr == pytest.approx(expected, rel=1e-12) and not optim.problems()

@@ -17,8 +17,8 @@ from PIL import Image
 
 from data_prep.cli import main as sov_data
 from megatron_sov import cli
-from megatron_sov.base.chat.media_tokens import AUDIO_PAD, IMAGE_PAD
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import PackedRow, sample_row
 from megatron_sov.train.data.streams import PackedSegment

@@ -17,8 +17,8 @@ from PIL import Image
 
 from megatron_sov import cli
 from megatron_sov.base.artifacts import new_artifact
-from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, MARKS, VocabularyBlock, entry
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.media_tokens import AUDIO, IMAGE, MARKS, VocabularyBlock, entry
 from megatron_sov.omni.generation import replies
 from megatron_sov.omni.generation.replies import BlockRules, MarkIds, parts_of
 from tests.omni_model import save_codecs, save_omni_model

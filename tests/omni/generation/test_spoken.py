@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_sov.base.chat import media_tokens as spelling
-from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VocabularyBlock
+from megatron_sov.chat import media_tokens as spelling
+from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VocabularyBlock
 from megatron_sov.omni.codecs.bigvgan import UnitBigVGAN
 from megatron_sov.omni.codecs.decoder_settings import UnitBigVGANSettings
 from megatron_sov.omni.generation.replies import (

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from megatron_sov.base.artifacts import manifest_sha256, new_artifact
-from megatron_sov.base.chat.media_tokens import (
-    AUDIO, AUDIO_PAD, IMAGE, IMAGE_PAD, MARKS, RATIOS, VIDEO, VocabularyBlock, describe_blocks, entries,
-    entry, read_blocks, spelled)
 from megatron_sov.base.documents.files import MEDIA_CORPUS
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.media_tokens import (
+    AUDIO, AUDIO_PAD, IMAGE, IMAGE_PAD, MARKS, RATIOS, VIDEO, VocabularyBlock, describe_blocks, entries,
+    entry, read_blocks, spelled)
 from megatron_sov.model.modality import PICTURES, SOUNDS
 from megatron_sov.omni.media.banks import BankShape, codecs_of, open_bank, read_shapes, refuse_other_codecs
 from megatron_sov.omni.media.items import (

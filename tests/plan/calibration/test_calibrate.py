@@ -173,6 +173,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     ('{"parameters": {}, "machines": []}', "`machines` is no object"),
     ('{"parameters": {}, "machines": {"a": {"flops_per_s": 0, "layer_s": 0}}}', "`machines.a` must have"),
     ('{"parameters": {}, "machines": {"a": {"flops_per_s": 1}}}', "`machines.a` must have"),
+    ('{"parameters": {}, "engine": {"step_s": 1}}', "`engine` must have step_s, layer_s"),
+    ('{"parameters": {}, "engine": [1]}', "`engine` must have"),
     ("[" * 100_000, "is no file"), (" " * (2 << 20), "more than"),
 ])
 def test_other_files_are_refused_with_the_way_out(tmp_path: Path, content: str, said: str) -> None:

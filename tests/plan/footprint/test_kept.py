@@ -11,7 +11,6 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings
-from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.plan.calibration.expected import (
     CLUSTER, PARAMETERS, SHIPPED, LearnedCorrection, LocalMachine, Machine, as_json, expected)
 from megatron_sov.plan.footprint import kept
@@ -20,6 +19,7 @@ from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import of_run
 from megatron_sov.runs.folder import PLAN
+from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters.chips import chip, default_links
 
 PLANNED = KeptPlan(

@@ -45,7 +45,7 @@ def written_out(rewards: list[list[float]], lengths: list[list[int]], policy: Po
             found.append([0.0] * len(group))
             kept.append(False)
             continue
-        buffer = policy.overlong_buffer_tokens
+        buffer = policy.overlong_buffer_tokens or (longest / 5 if policy.method == "dapo" else 0)
         r = [x - (min(1.0, max(0.0, (n - (longest - buffer)) / buffer)) if buffer else 0.0)
              for x, n in zip(group, counts, strict=True)]
         p = sum(right) / len(r)
@@ -129,6 +129,9 @@ def test_long_responses_are_penalised_as_in_dapo() -> None:
     policy = PolicyConfig("dapo", overlong_buffer_tokens=4096)
     lengths = np.array([1, 16384, 17408, 20480, 30000])
     assert parts.overlong_penalty(lengths, policy, 20480).tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
+    assert parts.overlong_penalty(lengths, PolicyConfig("dapo"), 20480).tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
+    assert not parts.overlong_penalty(lengths, PolicyConfig("grpo"), 20480).any()
+    assert not parts.overlong_penalty(lengths, PolicyConfig("dapo", overlong_buffer_tokens=0), 20480).any()
     halved = PolicyConfig("dapo", overlong_buffer_tokens=4096, overlong_penalty=0.5)
     assert parts.overlong_penalty(lengths, halved, 20480)[-1] == 0.5
 

@@ -89,6 +89,25 @@ def test_a_round_is_waited_for_with_everything_saved(view: Any, tmp_path: Path,
     assert asked.bring(view, lambda: True) == "asked to stop while waiting for round 2: one piece"
 
 
+def test_what_a_round_asks_further_is_produced_too(view: Any, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    lacks, produced = iter(["2 pieces", "3 further prompts", "1 further prompt", ""]), []
+
+    def produce(view: Any, number: int, asked_to_stop: Any) -> dict[str, float]:
+        produced.append(number)
+        return {"write_s": 2.0, "judge_s": 0.5}
+
+    feed = feed_of(tmp_path, monkeypatch, lambda number: next(lacks))
+    feed.produce = produce
+    assert feed.bring(view, lambda: False) is None and produced == [1, 1, 1]
+    ((_, told),) = [event for event in view.told if event[0] == "round"]
+    assert (told["write_s"], told["judge_s"]) == (6.0, 1.5)
+    view.step = 2
+    feed.publish = lambda number: "2 pieces"  # it was asked to stop, and wrote nothing
+    assert feed.bring(view, lambda: True) == "asked to stop while waiting for round 2: 2 pieces"
+    assert produced == [1, 1, 1, 2]
+
+
 def test_steps_of_which_nothing_learns_are_passed_over_and_no_others(view: Any, tmp_path: Path,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     feed = feed_of(tmp_path, monkeypatch, lambda number: "")

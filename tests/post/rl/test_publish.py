@@ -17,9 +17,10 @@ from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
 from megatron_sov.model.config.run import with_rounds
-from megatron_sov.post.rl.publish import Publisher
-from megatron_sov.rollouts.prompts import read_prompts, round_prompts
-from megatron_sov.rollouts.rows import RewardRow, part_name
+from megatron_sov.post.rl.publish import Publisher, further_pieces
+from megatron_sov.rollouts.prompts import (
+    RolloutPrompt, list_set_aside, read_prompts, round_pieces, round_prompts, set_aside)
+from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, part_name
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.train.data.rounds import RoundDocuments
 from megatron_sov.train.data.token_shards import open_sources
@@ -29,8 +30,9 @@ ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=6, samples_per_prompt=4, ste
                         piece_prompts=4, max_new_tokens=12, max_prompt_tokens=6)
 
 
-def config_of(missing_share: float = 0.0) -> RunConfig:
-    policy = PolicyConfig(method="dapo", missing_share=missing_share)
+def config_of(missing_share: float = 0.0, **asked: Any) -> RunConfig:
+    policy = PolicyConfig(**{"method": "dapo", "missing_share": missing_share, "max_gen_batches": 1,
+                             "overlong_buffer_tokens": 0, **asked})
     base = recipes.get("tiny-solar-open")
     return with_rounds(dataclasses.replace(
         base, rollout=ROLLOUT, policy=policy, model=dataclasses.replace(base.model, vocab_size=368),
@@ -130,7 +132,7 @@ def test_pieces_of_another_size_are_no_whole_round(publisher: Publisher, write_r
                                                    other: dict[str, int]) -> None:
     rollout = dataclasses.replace(ROLLOUT, **other)
     write_round(RolloutStore.open(publisher.store), publisher.prompts, rollout, 1, VERSION)
-    with pytest.raises(UserError, match=r"has 8 responses, and rollout.piece_prompts = 4 with .* make 16;"):
+    with pytest.raises(UserError, match=r"has 8 responses, and rollout.piece_prompts, .* make 16; give the"):
         publisher.publish(1)
 
 
@@ -244,6 +246,126 @@ def test_groups_that_do_not_learn_are_counted_by_reason_and_a_step_may_have_none
     assert content["unjudged"] == {"failed": 4} and content["steps"] == [[0, 0], [0, 11]]
     rounds = RoundDocuments(publisher.rounds, 368)
     assert [len(step) for step in rounds.read(1, 32, 2).steps] == [0, 11]
+
+
+def write_pieces(publisher: Publisher, rewards: Any, first: int, end: int, number: int = 1) -> None:
+    """Write and judge some pieces of a round; `rewards` gives those of the group at a place."""
+    store = RolloutStore.open(publisher.store)
+    asked = round_pieces(publisher.prompts, ROLLOUT, number, 99)
+    places = {prompt.id: i for i, prompt in enumerate(p for piece in asked for p in piece.prompts)}
+    for piece in asked[first:end]:
+        rows = [Rollout(
+            Key(prompt.id, sample, "0" * 64, "sampling"), number, 0, prompt.record,
+            np.arange(3, dtype=np.int32), np.full(4 + sample, places[prompt.id], np.int32),
+            np.full(4 + sample, -1.0, np.float32), np.zeros(4 + sample, np.int32),
+            "length" if sample == 3 else "stop", "text", 1.0, "scripted", 0.0, 1.0)
+            for prompt in piece.prompts for sample in range(4)]
+        store.add_rollouts(piece.part(), rows, {})
+        store.add_rewards(VERSION, piece.part(), [
+            RewardRow(row.key, 0, VERSION, float(rewards(places[row.key.prompt])[row.key.sample]), "scored")
+            for row in rows])
+
+
+@pytest.fixture
+def filling(publisher: Publisher, tmp_path: Path) -> Publisher:
+    """A publisher of 40 prompts that replaces groups which do not learn."""
+    file = tmp_path / "many.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(40)))
+    return dataclasses.replace(publisher, prompts=read_prompts(file), config=config_of(max_gen_batches=4))
+
+
+def learned_places(publisher: Publisher, number: int = 1) -> list[list[int]]:
+    """Return the places of the groups that each step of a round learns."""
+    rounds = RoundDocuments(publisher.rounds, 368)
+    opened = rounds.read(number, 32, 2)
+    rounds.open(number, opened)
+    return [sorted({int(rounds.tokens((number << 32) + document, 3, 1)[0]) for document in step})
+            for step in opened.steps]
+
+
+def test_groups_that_do_not_learn_are_replaced_until_the_round_is_full(filling: Publisher,
+                                                                       tmp_path: Path) -> None:
+    def even(place: int) -> list[int]:
+        return [1, 0, 0, 0] if place % 2 == 0 else [place % 4 == 1] * 4
+
+    assert filling.publish(1) == "2 of 2 pieces are not written yet, the first is 0"
+    write_pieces(filling, even, 0, 2)
+    told = "3 of 6 groups of round 1 learn, and it is to have 6: 8 further prompts are asked"
+    assert filling.publish(1) == told and further_pieces(filling.rounds, 1) == 2
+    for _ in range(2):  # a resumed run goes on with what was asked
+        assert filling.publish(1) == "2 of 4 pieces are not written yet, the first is 2"
+    write_pieces(filling, even, 2, 4)
+    assert filling.publish(1) == ""
+    content = read_manifest(filling.rounds / "0001").content
+    assert content["groups"] == {"all_right": 4, "all_wrong": 3, "surplus": 1, "learns": 6}
+    assert learned_places(filling) == [[0, 2, 4], [6, 8, 10]] and content["means"]["responses"] == 56
+    # who replaces nothing learns from the same store what is its own, and who may less asks less
+    alone = dataclasses.replace(filling, rounds=tmp_path / "alone", config=config_of())
+    assert alone.publish(1) == "" and learned_places(alone) == [[0, 2], [4]]
+
+
+def test_a_round_that_cannot_be_filled_is_trained_with_what_learns(
+        filling: Publisher, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def rare(place: int) -> list[int]:
+        return [place == 3, 0, 0, 0]
+
+    write_pieces(filling, rare, 0, 99)
+    assert filling.publish(1) == (
+        "1 of 6 groups of round 1 learn, and it is to have 6: 8 further prompts are asked"), "a batch at most"
+    assert filling.publish(1) == (
+        "1 of 14 groups of round 1 learn, and it is to have 6: 8 further prompts are asked")
+    assert filling.publish(1) == (
+        "1 of 22 groups of round 1 learn, and it is to have 6: 8 further prompts are asked")
+    assert filling.publish(1) == ""
+    assert ("1 of 30 groups of round 1 learn, and it is to have 6; policy.max_gen_batches = 4: it is trained "
+            "with these") in capsys.readouterr().err
+    assert learned_places(filling) == [[], [3]]
+    few = dataclasses.replace(filling, prompts=filling.prompts[:9], rounds=tmp_path / "few",
+                              store=tmp_path / "other")
+    RolloutStore.create(few.store, RolloutStore.open(filling.store).tokenizer_digest, 368)
+    write_pieces(few, rare, 0, 99)
+    assert "3 further prompts" in few.publish(1) and few.publish(1) == ""
+    assert "1 of 9 groups of round 1 learn, and it is to have 6; there are no more prompts" in (
+        capsys.readouterr().err)
+
+
+def test_prompts_that_the_store_sets_aside_are_in_no_round(publisher: Publisher, write_round: Any,
+                                                           tmp_path: Path) -> None:
+    store = RolloutStore.open(publisher.store)
+    long, *asked = publisher.prompts
+    list_set_aside(store.path, set_aside(publisher.prompts, {long.id: 9}, 6))
+    write_round(store, asked, ROLLOUT, 1, VERSION)
+    assert publisher.publish(1) == ""
+    (store.path / "set_aside.json").unlink()
+    forgets = dataclasses.replace(publisher, rounds=tmp_path / "forgets")
+    with pytest.raises(UserError, match=r"which is none of piece 0 now"):
+        forgets.publish(1)
+
+
+def test_further_prompts_are_the_same_however_many_are_asked() -> None:
+    prompts = [RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(40)]
+    whole = round_pieces(prompts, ROLLOUT, 2, 99)
+    ids = [prompt.id for piece in whole for prompt in piece.prompts]
+    assert sorted(ids) == [prompt.id for prompt in prompts] and ids[6:] != sorted(ids[6:])
+    assert [piece.number for piece in whole] == list(range(11)) and [len(p.prompts) for p in whole[1:4]] == [
+        2, 4, 4]
+    assert all(round_pieces(prompts, ROLLOUT, 2, more) == whole[:2 + more] for more in range(9))
+    assert whole[2:] != round_pieces(prompts, ROLLOUT, 3, 99)[2:]
+
+
+def test_what_was_cut_off_teaches_nothing_and_counts_in_its_group(filling: Publisher) -> None:
+    """As `mask_truncated_completions` of TRL 1.16: advantages over all responses, a loss over whole ones."""
+    masking = dataclasses.replace(filling, config=config_of(mask_truncated=True))
+    write_pieces(masking, lambda place: [1, 0, 0, 0], 0, 2)
+    assert masking.publish(1) == ""
+    content = read_manifest(masking.rounds / "0001").content
+    assert content["steps"] == [[0, 9], [9, 9]] and content["groups"] == {"learns": 6}
+    [source] = open_sources({str(masking.rounds / "0001"): 1.0}, 368, ("rollouts",))
+    documents = source.shard("train")
+    rewards = np.array([1.0, 0, 0, 0])
+    expected = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
+    found = [float(documents.column("advantage", i, 3, 1)[0]) for i in range(3)]
+    assert found == pytest.approx(expected[:3], rel=1e-6)
 
 
 def test_a_round_without_any_reward_is_not_passed_over(publisher: Publisher, write_round: Any) -> None:

@@ -43,7 +43,7 @@ def test_rounds_are_the_same_steps_at_every_layout(ranks: Any, job: Any, packed_
     store = RolloutStore.create(tmp_path / "store", digest, 368)
     base = recipes.get("tiny-k-exaone")
     config = with_rounds(dataclasses.replace(
-        base, rollout=ROLLOUT, policy=PolicyConfig(method="dapo"),
+        base, rollout=ROLLOUT, policy=PolicyConfig(method="dapo", max_gen_batches=1),
         model=dataclasses.replace(base.model, vocab_size=368),
         data=dataclasses.replace(base.data, phases=(PhaseConfig("main", seq_len=32),))))
     publisher = Publisher(config, tmp_path / "rounds", store.path, prompts, VERSION, packed_data.tokenizer)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_sov.base.artifacts import damaged_files, new_artifact, read_manifest, sha256_file
-from megatron_sov.base.chat.media_tokens import (
+from megatron_sov.chat.media_tokens import (
     AUDIO, AUDIO_PAD, IMAGE, IMAGE_PAD, MARKS, VIDEO_PAD, VocabularyBlock, entry, read_blocks)
 from megatron_sov.model.recipes import get
 from tokenizer.cli import main

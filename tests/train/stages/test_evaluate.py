@@ -20,7 +20,7 @@ def evaluation(data: str, out: str | None, cp: int = 1, recipe: str = "tiny-sola
     """Runs inside ranks: evaluate initial weights on everything held out; OUT is written as a checkpoint."""
     from dataclasses import asdict
 
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
     from megatron_sov.engine.parallel import world
 
     trainer = tiny_trainer(

@@ -401,7 +401,7 @@ def test_a_stage_is_complete_when_its_last_checkpoint_has_passed(
 
 def values_made(run: str, data: str, settings: list[str], start_from: str | None) -> dict[str, Any]:
     """Run a stage in this rank, and return how many initial values were made and the steps of the run."""
-    from megatron_sov.engine.checkpoint import load
+    from megatron_sov.checkpoint import load
 
     made, normals = [], load.normals
 

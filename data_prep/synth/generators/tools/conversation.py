@@ -14,8 +14,8 @@ from typing import Any
 
 from data_prep.synth.generator import Ask, NoReply, NoUsableReply, Reply
 from data_prep.synth.generators.drawing import Draws
-from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools.environment import BY_THE_MODEL, EpisodeLimits, Task
 from megatron_sov.judge.tools.host import CallResult, EnvironmentHost

@@ -23,9 +23,9 @@ from data_prep.synth.generators.drawing import Draws
 from data_prep.synth.generators.tools.conversation import (
     ConversationTable, Manner, Message, Played, play, scored)
 from data_prep.synth.generators.tools.replies import items_of
-from megatron_sov.base.chat.marks import BEGIN_CALL
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, NotBlank, NotNegativeInt, Share
+from megatron_sov.chat.marks import BEGIN_CALL
 from megatron_sov.judge.tools.environment import LIMITS
 from megatron_sov.judge.tools.host import EnvironmentHost
 from megatron_sov.judge.tools.registry import make, order

@@ -1,0 +1,248 @@
+"""Chats as ids and types, against what transformers gives a model that is asked."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from megatron_sov.base.documents import BadRecord, Conversation, Message
+from megatron_sov.base.documents.records import RecordReading, parse_record
+from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
+from megatron_sov.chat.marks import KIND_NONE, KINDS
+from megatron_sov.chat.template import ChatTemplate
+
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+CHATML = "{% for m in messages %}[BOS]{{ m.role }}\n{{ m.content }}[EOS]\n{% endfor %}" \
+         "{% if add_generation_prompt %}[BOS]assistant\n{% endif %}"
+SPACED = "{% for m in messages %}{{ m.role }}:{{ m.content }} {{ eos_token }}{% endfor %}"
+BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, which joins white space, and a space with the word behind it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    found = Tokenizer(models.BPE())
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["[PAD]", "[BOS]", "[EOS]"],
+                                  show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    found.train_from_iterator([" hello hello there\n\n\n user: assistant: user assistant"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=found, bos_token="[BOS]", eos_token="[EOS]")
+
+
+def encoder(tokenizer: PreTrainedTokenizerFast, template: str) -> ChatEncoder:
+    return ChatEncoder(ChatTemplate(template, "[BOS]", "[EOS]", "tok"), tokenizer.backend_tokenizer)
+
+
+def asked(tokenizer: PreTrainedTokenizerFast, template: str, *messages: tuple[str, str]) -> list[int]:
+    """Return the ids of a prompt as transformers makes them."""
+    return list(tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in messages],
+                                              chat_template=template, add_generation_prompt=True,
+                                              tokenize=True, return_dict=False))
+
+
+def learned(tokenizer: PreTrainedTokenizerFast, template: str,
+            *messages: tuple[str, str]) -> tuple[str, bool]:
+    chat = encoder(tokenizer, template).encode(Conversation.of(*messages))
+    ids = [i for i, t in zip(chat.ids, chat.types, strict=True) if t == TYPE_RESPONSE]
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False), chat.is_open
+
+
+@pytest.mark.parametrize("template", [PLAIN, CHATML], ids=["plain", "chatml"])
+@pytest.mark.parametrize("content", ["hello", "  hello \n", "\nhello", "", "hello\n\n", "안녕"])
+def test_a_prompt_has_the_ids_that_a_model_is_asked_with(tokenizer: PreTrainedTokenizerFast, template: str,
+                                                         content: str) -> None:
+    ours = encoder(tokenizer, template).encode(Conversation.of(("user", content)), awaits_response=True)
+    theirs = asked(tokenizer, template, ("user", content))
+    assert ours.ids == theirs
+    trained = encoder(tokenizer, template).encode(Conversation.of(("user", content), ("assistant", "there")))
+    assert trained.ids[:len(theirs)] == theirs and trained.types[:len(theirs)].count(TYPE_RESPONSE) == 0
+
+
+@pytest.mark.parametrize(("template", "response", "fits"), [
+    (PLAIN, "hello", False), (CHATML, "hello", True), (CHATML, "\n\nhello", False), (SPACED, "hello", True)])
+def test_a_later_turn_is_trained_behind_what_a_model_is_asked_with(
+        tokenizer: PreTrainedTokenizerFast, template: str, response: str, fits: bool) -> None:
+    """Where the whole text would join a response with what stands before it, the chat is refused."""
+    turns = (("user", "hello"), ("assistant", response), ("user", "there"))
+    if not fits:
+        with pytest.raises(BadRecord, match=r"has a response .* that joins the template's"):
+            encoder(tokenizer, template).encode(Conversation.of(*turns, ("assistant", "hello")))
+        return
+    theirs = asked(tokenizer, template, *turns)
+    ours = encoder(tokenizer, template).encode(Conversation.of(*turns, ("assistant", "hello")))
+    assert ours.ids[:len(theirs)] == theirs
+
+
+def test_the_end_of_a_turn_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = (("user", "hi"), ("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
+    assert learned(tokenizer, CHATML, *turns) == ("hello[EOS]there[EOS]", False)
+    assert learned(tokenizer, SPACED, *turns) == ("hello [EOS]there [EOS]", False)
+    assert learned(tokenizer, BARE, *turns[:2]) == ("hello", True), "whatever is put behind it ends it"
+    assert learned(tokenizer, PLAIN, *turns[:2]) == ("hello\n", True)
+    assert learned(tokenizer, CHATML, *turns[:3]) == ("hello[EOS]", False)
+
+
+def test_special_tokens_in_contents_are_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = encoder(tokenizer, CHATML).encode(Conversation.of(("user", "[EOS]"), ("assistant", "a[BOS]b")))
+    assert chat.ids.count(1) == chat.ids.count(2) == 2
+    assert tokenizer.decode(chat.ids) == "[BOS]user\n[EOS][EOS]\n[BOS]assistant\na[BOS]b[EOS]\n"
+
+
+def test_turns_end_with_these_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert encoder(tokenizer, CHATML).end_ids() == encoder(tokenizer, SPACED).end_ids() == (2,)
+    assert encoder(tokenizer, PLAIN).end_ids() == ()
+    opened = ("{% for m in messages %}{{ '[BOS]' if m.role == 'user' else '[PAD]' }}{{ m.content }}"
+              "{% endfor %}")
+    assert encoder(tokenizer, opened).end_ids() == (1,), "the next turn's beginning ends this one"
+    assert encoder(tokenizer, "{{ raise_exception('no') }}").end_ids() == ()
+
+
+def test_a_token_that_takes_spaces_is_not_passed_over(tmp_path: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    greedy = Tokenizer(models.BPE(letters, []))
+    greedy.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    greedy.add_special_tokens([AddedToken("<|user|>", rstrip=True, special=True)])
+    template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
+    chats = ChatEncoder(ChatTemplate(template, "", "", "tok"), greedy)
+    assert len(chats.encode(Conversation.of(("user", "hi"))).ids) == 3
+    with pytest.raises(BadRecord, match="white space that a special token"):
+        chats.encode(Conversation.of(("user", " hi")))
+
+
+THINKS = ("{% for m in messages %}[BOS]{{ m.role }}\n{% if m.role == 'assistant' %}<think>"
+          "{{ m.reasoning_content or '' }}</think>{% endif %}{{ m.content | trim }}"
+          "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}"
+          "</call>{% endfor %}[EOS]\n{% endfor %}{% if add_generation_prompt %}[BOS]assistant\n{% endif %}")
+FORGETS = THINKS.replace("{{ m.reasoning_content or '' }}",
+                         "{{ m.reasoning_content if loop.last else '' }}")
+BLOCKS = ("{% for m in messages %}[BOS]{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+          "{{ m.content | upper }}[EOS]\n{% endgeneration %}{% else %}{{ m.content }}[EOS]\n{% endif %}"
+          "{% endfor %}{% if add_generation_prompt %}[BOS]assistant\n{% endif %}")
+CALLS = ({"type": "function", "function": {"name": "add", "arguments": {"a": 1}}},)
+AGENT = Conversation((Message("user", " hi "), Message("assistant", "", "hm", CALLS), Message("tool", "3"),
+                      Message("assistant", "there", "so")))
+
+
+def learned_of(tokenizer: PreTrainedTokenizerFast, template: str, chat: Conversation) -> str:
+    encoded = encoder(tokenizer, template).encode(chat)
+    theirs = tokenizer.apply_chat_template([m.to_dict() for m in chat.messages], chat_template=template,
+                                           tokenize=True, return_dict=False)
+    assert tokenizer.decode(encoded.ids) == tokenizer.decode(theirs)
+    ids = [i for i, t in zip(encoded.ids, encoded.types, strict=True) if t == TYPE_RESPONSE]
+    return str(tokenizer.decode(ids))
+
+
+def test_thoughts_and_calls_are_learned_as_they_are_shown(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert learned_of(tokenizer, THINKS, AGENT) == (
+        '<think>hm</think><call>add {"a": 1}</call>[EOS]<think>so</think>there[EOS]')
+    plain = Conversation.of(("user", "hi"), ("assistant", "there"))
+    assert learned_of(tokenizer, THINKS, plain) == "<think></think>there[EOS]", (
+        "a model is asked without the empty thoughts, so it has to write them")
+
+
+def test_learned_tokens_are_told_apart_by_what_they_say(tokenizer: PreTrainedTokenizerFast) -> None:
+    def said(template: str, chat: Conversation) -> dict[str, str]:
+        encoded = encoder(tokenizer, template).encode(chat)
+        assert [k != KIND_NONE for k in encoded.kinds] == [t == TYPE_RESPONSE for t in encoded.types]
+        return {name: tokenizer.decode([i for i, k in zip(encoded.ids, encoded.kinds, strict=True)
+                                        if k == kind]) for name, kind in KINDS.items()}
+
+    assert said(THINKS, AGENT) == {"thought": "<think>hm</think><think>so</think>",
+                                   "call": '<call>add {"a": 1}</call>[EOS]', "answer": "there[EOS]"}
+    spelled = Conversation.of(("user", "<think>x</think>"), ("assistant", "<think>y</think>z"))
+    assert said(CHATML, spelled) == {"thought": "<think>y</think>", "call": "", "answer": "z[EOS]"}
+    assert said(BARE, spelled) == {"thought": "<think>y</think>", "call": "", "answer": "z"}
+
+
+def test_only_turns_that_are_marked_so_are_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+    first = replace(AGENT.messages[1], is_learned=False)
+    chat = replace(AGENT, messages=(AGENT.messages[0], first, *AGENT.messages[2:]))
+    for template in (THINKS, FORGETS):
+        assert learned_of(tokenizer, template, chat) == "<think>so</think>there[EOS]"
+
+
+def test_generation_blocks_say_where_turns_stand(tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = Conversation.of(("user", "hi"), ("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
+    with pytest.raises(BadRecord, match="does not show as it is: 2"):
+        encoder(tokenizer, BLOCKS).encode(chat)
+    shouts = Conversation.of(("user", "hi"), ("assistant", "HELLO"), ("user", "yo"), ("assistant", "THERE"))
+    trims = BLOCKS.replace("upper", "trim")
+    assert learned_of(tokenizer, trims, shouts) == "HELLO[EOS]THERE[EOS]"
+    spaced = Conversation.of(("user", "hi"), ("assistant", " HELLO "))
+    assert learned_of(tokenizer, trims, spaced) == "HELLO[EOS]"
+
+
+@pytest.mark.parametrize(("template", "chat", "says"), [
+    (FORGETS, AGENT, "with turn 2 changed once others follow"),
+    (CHATML, AGENT, "has thoughts in message 2 that the chat template of tok does not show"),
+    (CHATML, replace(AGENT, messages=(AGENT.messages[0], Message("assistant", "x", tool_calls=CALLS))),
+     "has calls in message 2"),
+    (THINKS, Conversation((Message("user", "[EOS]"), Message("assistant", "a", "b"))),
+     "spells the special token '\\[EOS\\]'"),
+    (THINKS, replace(AGENT, tools=({"name": "a", "description": "[EOS]"},)), "in its tools"),
+    (CHATML, Conversation((Message("user", "x", other=(("name", "[BOS]"),)), Message("assistant", "a"))),
+     "or a name"),
+    (THINKS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"),
+     Conversation((Message("user", "x"), Message("assistant", "", tool_calls=CALLS + CALLS))),
+     "has calls in message 2"),
+    (THINKS.replace("{{ m.content | trim }}", "{{ '' if m.tool_calls else m.content }}"),
+     replace(AGENT, messages=(AGENT.messages[0], Message("assistant", "tool", tool_calls=CALLS),
+                              Message("tool", "3"))),
+     "has content in message 2"),
+])
+def test_a_turn_that_cannot_be_found_is_refused(tokenizer: PreTrainedTokenizerFast, template: str,
+                                                chat: Conversation, says: str) -> None:
+    with pytest.raises(BadRecord, match=says):
+        encoder(tokenizer, template).encode(chat)
+
+
+def test_a_chat_may_begin_with_the_assistant(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Though a template does not ask for a response behind no message at all."""
+    strict = "{% if not messages %}{{ raise_exception('no messages') }}{% endif %}" + CHATML
+    turns = (("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
+    assert learned(tokenizer, strict, *turns) == ("hello[EOS]there[EOS]", False)
+
+
+def test_turns_that_overlap_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Asked for a second turn in a row, a model would not see the end of the first, which is shown."""
+    closes = ("{% for m in messages %}{{ m.content | trim }}"
+              "{% if not (loop.last and add_generation_prompt) %}[EOS]{% endif %}{% endfor %}")
+    chat = Conversation.of(("user", "hi"), ("assistant", " hello"), ("assistant", "there"))
+    with pytest.raises(BadRecord, match="learned turns that overlap"):
+        encoder(tokenizer, closes).encode(chat)
+
+
+def test_the_header_of_a_turn_is_not_learned_where_a_template_knows_no_asking(
+        tokenizer: PreTrainedTokenizerFast) -> None:
+    """Nor where a content is trimmed, so that its turn is found by prefixes and not by marks."""
+    trims = SPACED.replace("m.content }} ", "m.content | trim }}")
+    for content in ("hello", " hello"):
+        assert learned(tokenizer, trims, ("user", "hi"), ("assistant", content)) == ("hello[EOS]", False)
+
+
+FULL = "{% for m in messages %}[BOS]{{ m.role }}\n" \
+       "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}" \
+       "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}[EOS]\n" \
+       "{% endfor %}{% if add_generation_prompt %}[BOS]assistant\n{% endif %}"
+
+
+def test_the_chat_on_the_page_teaches_its_thought_its_call_and_its_answer(
+        tokenizer: PreTrainedTokenizerFast) -> None:
+    page = (Path(__file__).parents[2] / "docs/chats.md").read_text()
+    (example,) = re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    document = parse_record(json.loads(example), "chats.md", 1, RecordReading("chat"))
+    chat = encoder(tokenizer, FULL).encode(document.conversation())
+    ids = [i for i, t in zip(chat.ids, chat.types, strict=True) if t == TYPE_RESPONSE]
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == (
+        '<think>I can add.</think>{"name": "add", "arguments": {"a": 1, "b": 2}}[EOS]3[EOS]')

@@ -1,0 +1,279 @@
+"""What families write around thoughts and calls, as their released templates and servers have it, and the
+text of a response."""
+
+from __future__ import annotations
+
+import json
+from random import Random
+from typing import Any
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.chat.encode import ChatEncoder, TurnEncoder
+from megatron_sov.chat.marks import (
+    BEGINS_OF_THOUGHTS, FAMILIES, MARKS, as_written, marks_decoder, plain_form, quoted, text_decoder,
+    with_opening)
+from megatron_sov.chat.template import ChatTemplate
+from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
+from megatron_sov.judge.rewards.reward import content_of, text_of
+from megatron_sov.serve.replies import ServedTurn, turn_so_far, whole_turn
+from tokenizer.presets import PRESETS
+
+NOW = ToolCall("now", {})
+SEOUL, UTC = ToolCall("get_weather", {"city": "서울"}), ToolCall("get_time", {"tz": "UTC"})
+
+
+def solar(name: str, arguments: str, end: str = "<|tool_call:end|>") -> str:
+    return f"<|tool_call:begin|>a1b2c3d4e5<|tool_call:name|>{name}<|tool_call:args|>{arguments}{end}"
+
+
+A, B = '{"city": "서울"}', '{"tz": "UTC"}'
+BOTH = solar("get_weather", A) + solar("get_time", B)
+SECTION = "<|end|><|begin|>assistant<|tool_calls|>"
+TOOLS = ("<tool_call>", "</tool_call>")
+SHOWN = [{"type": "function", "function": {"name": "get_time"}}]
+TURNS = {
+    "solar: thoughts and an answer": (
+        "<|think|>2 + 2<|end|><|begin|>assistant<|content|>It is 4.", "2 + 2", "It is 4.", ()),
+    "solar: an answer": ("<|content|>It is 4.", "", "It is 4.", ()),
+    "solar: thoughts and calls": (
+        f"<|think|>look<|end|><|begin|>assistant<|tool_calls|>{BOTH}", "look", "", (SEOUL, UTC)),
+    "solar: a call": (f"<|tool_calls|>{solar('get_time', B)}", "", "", (UTC,)),
+    "solar: a call by itself": (solar("get_time", B), "", "", (UTC,)),
+    "solar: an answer and calls": (
+        f"<|content|>Let me check.{SECTION}{BOTH}", "", "Let me check.", (SEOUL, UTC)),
+    "solar: thoughts reopened": (
+        f"<|think|>a<|end|><|begin|>assistant<|content|>Let me.{SECTION}{solar('get_time', B)}", "a",
+        "Let me.", (UTC,)),
+    "k-exaone": ('<think>\nlook\n</think>\n\n<tool_call>{"name": "get_time", '
+                 f'"arguments": {B}}}</tool_call>', "look", "", (UTC,)),
+    "gpt-oss: an answer": ("<|channel|>analysis<|message|>2 + 2<|end|><|start|>assistant<|channel|>final"
+                           "<|message|>It is 4.", "2 + 2", "It is 4.", ()),
+    "gpt-oss: an answer in a form": (
+        '<|channel|>final <|constrain|>json<|message|>{"a": 1}', "", '{"a": 1}', ()),
+    "gpt-oss: a call": ("<|channel|>analysis<|message|>look<|end|><|start|>assistant<|channel|>commentary "
+                        f"to=functions.get_time <|constrain|>json<|message|>{B}", "look", "", (UTC,)),
+    "gpt-oss: another header": (
+        "<|channel|>analysis<|message|>look<|end|><|start|>assistant to=functions.get_time"
+        f"<|channel|>commentary json<|message|>{B}<|call|>", "look", "", (UTC,)),
+    "deepseek v3": ("<think>look</think><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"
+                    f"<｜tool▁sep｜>get_weather\n```json\n{A}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_time\n"
+                    f"```json\n{B}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>", "look", "", (SEOUL, UTC)),
+    "deepseek v3.1": ("Sure.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_time<｜tool▁sep｜>"
+                      f"{B}<｜tool▁call▁end｜><｜tool▁calls▁end｜>", "", "Sure.", (UTC,)),
+    "kimi, section in the singular": (
+        "Sure.<|tool_call_section_begin|><|tool_call_begin|>functions.get_time:0"
+        f"<|tool_call_argument_begin|>{B}<|tool_call_end|><|tool_call_section_end|>", "", "Sure.", (UTC,)),
+    "deepseek v3.1: no arguments": (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜><｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "", "", (NOW,)),
+    "deepseek v3: no arguments": (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n\n```<｜tool▁call▁end｜>"
+        "<｜tool▁calls▁end｜>", "", "", (NOW,)),
+    "kimi: no arguments": (
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.now:0<|tool_call_argument_begin|> "
+        "<|tool_call_end|><|tool_calls_section_end|>", "", "", (NOW,)),
+    "gpt-oss: a tool of its own": (
+        "<|channel|>analysis to=python code<|message|>print(1)<|call|><|start|>assistant<|channel|>final"
+        "<|message|>1", "print(1)", "1", ()),
+    "gpt-oss: a browser": (
+        '<|start|>assistant to=browser.search<|channel|>commentary json<|message|>{"query": "a"}',
+        '{"query": "a"}', "", ()),
+    "gpt-oss: no arguments": (
+        "<|channel|>commentary to=functions.now <|constrain|>json<|message|><|call|>", "", "", (NOW,)),
+    "solar: no arguments": (solar("now", ""), "", "", (NOW,)),
+    "kimi": ("Sure.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_time:0"
+             f"<|tool_call_argument_begin|>{B}<|tool_call_end|><|tool_calls_section_end|>",
+             "", "Sure.", (UTC,)),
+}
+
+
+@pytest.mark.parametrize(("text", "thoughts", "content", "calls"), TURNS.values(), ids=TURNS)
+def test_a_turn_says_thinks_and_calls_the_same_in_every_family(
+        text: str, thoughts: str, content: str, calls: tuple[ToolCall, ...]) -> None:
+    assert parse_turn(text) == WrittenTurn(content, calls)
+    whole = whole_turn(text, in_thoughts=False, tools=SHOWN)
+    assert (whole.thoughts, whole.content.strip(), whole.calls) == (thoughts, content, calls)
+    told = ServedTurn("", "")
+    for end in range(len(text) + 1):  # as it is served while it is written
+        turn = turn_so_far(text[:end], in_thoughts=False, tools=SHOWN)
+        assert turn.thoughts.startswith(told.thoughts) and turn.content.startswith(told.content), text[:end]
+        told = turn
+    assert whole.thoughts.startswith(told.thoughts) and whole.content.startswith(told.content)
+    assert plain_form(plain_form(text)) == plain_form(text)
+    assert ("<think>" in text_of({"response": text}, "response")) == bool(thoughts)
+
+
+@pytest.mark.parametrize(("text", "code"), [
+    (solar("f", "{'a': 1}"), "json"), (solar("f", '{"a": 1}', ""), "unclosed"), (solar("f", "[1]"), "form"),
+    (solar("f", '{"a": 1} and more'), "json"), ("<|tool_call:begin|>x<|tool_call:end|>", "unclosed"),
+    (solar("", "{"), "json"), ("<|tool_calls_section_begin|><|tool_call_begin|>f:0 {}", "unclosed"),
+])
+def test_what_is_nearly_a_call_is_none_and_no_answer(text: str, code: str) -> None:
+    (call,) = parse_turn(text).calls
+    assert isinstance(call, BadCall) and call.code == code
+
+
+def test_a_call_in_thoughts_is_a_thought_and_thoughts_may_have_no_end() -> None:
+    inside = f"<|think|>{solar('f', '{}')}<|end|><|begin|>assistant<|content|>no"
+    assert parse_turn(inside) == WrittenTurn("no", ())
+    assert parse_turn(f"<|think|>{solar('f', '{}')}") == WrittenTurn("", ())
+    assert parse_turn("so<|end|><|begin|>assistant<|content|>4", in_thoughts=True) == WrittenTurn("4", ())
+    for text in ("a < b", "a <|end|> b", "<|im_end|>", "to=functions.f", "<|begin|>"):
+        assert plain_form(text) == text, "no marks of its own"
+
+
+def test_long_texts_of_marks_take_no_square_of_their_length() -> None:
+    for part in ("<|think|>", "<|tool_call:begin|>", "<|tool_call:begin|>x<|tool_call:name|>",
+                 "<|content|><|end|>", "<|channel|>commentary to=functions.a ", "<|tool_call_begin|> ",
+                 "<｜tool▁call▁begin｜>a"):
+        for text in (part * 5_000, part + " " * 100_000, "<|content|>" + part + "a" * 100_000):
+            plain_form(text)
+
+
+def tokenizer(name: str, *more: str) -> Any:
+    """Return one of bytes, with a preset's special tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(text, normalized=False)
+                             for text in [*PRESETS[name].special_tokens, *more]])
+    return made
+
+
+@pytest.fixture(scope="module", params=["k-exaone", "solar-open"])
+def decode(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a preset's name, what encodes a text, and what decodes a response."""
+    made = tokenizer(request.param)
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    made.save(str(file))
+    found = text_decoder(file, [made.token_to_id(PRESETS[request.param].eos_token)],
+                         lambda ids: str(made.decode(ids, skip_special_tokens=True)))
+    return request.param, lambda text: made.encode(text).ids, found
+
+
+def test_text_of_a_response_keeps_marks_and_drops_what_ends_and_frames_turns(decode: Any) -> None:
+    name, encode, text_of_ids = decode
+    end, pad = PRESETS[name].eos_token, PRESETS[name].pad_token
+    told = {"k-exaone": '<think>I guess 7.</think>The answer is 8.<tool_call>{"name": "f"}</tool_call>',
+            "solar-open": "<|think|>I guess 7.<|end|><|begin|>assistant<|content|>The answer is 8."
+                          f"<|tool_calls|>{solar('f', '{}')}"}[name]
+    for behind in ("", end, f"{pad}{end}", pad):
+        assert text_of_ids(encode(told + behind)) == told
+    assert text_of_ids(encode("It is 4." + end)) == "It is 4." and text_of_ids([]) == ""
+    response = text_of({"response": text_of_ids(encode(told))}, "response")
+    assert response.startswith("<think>I guess 7.</think>The answer is 8.<tool_call>")
+    # what `judge.hide_thinking`, `code` and the verifiers read, also where the template has opened thoughts
+    assert content_of({"response": text_of_ids(encode(told))}) == "The answer is 8."
+    opened = BEGINS_OF_THOUGHTS[name == "solar-open"]
+    cut = text_of_ids(encode(told)).removeprefix(opened).partition("7.")[0]
+    assert content_of({"response": with_opening(cut, opened)}) == "" != content_of({"response": cut})
+
+
+def test_no_two_families_begin_with_the_same_mark() -> None:
+    firsts = [family[0] for family in FAMILIES]
+    assert all(sum(first in family for family in FAMILIES) == 1 for first in firsts)
+
+
+SOLAR_CALL = ("<|tool_call:begin|>{{ c.id }}<|tool_call:name|>{{ c.function.name }}<|tool_call:args|>"
+              "{{ c.function.arguments | tojson }}<|tool_call:end|>")
+SOLAR = (  # as the released one ends and frames turns
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content %}<|begin|>assistant<|think|>{{ m.reasoning_content }}<|end|>{% endif %}"
+    "{% if m.content %}<|begin|>assistant<|content|>{{ m.content }}"
+    "{{ '<|end|>' if m.tool_calls else '<|flush|>' }}{% endif %}"
+    "{% if m.tool_calls %}<|begin|>assistant<|tool_calls|>{% for c in m.tool_calls %}CALL{% endfor %}"
+    "<|calls|>{% endif %}{% else %}<|begin|>{{ m.role }}<|content|>{{ m.content }}<|end|>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|begin|>assistant{% endif %}")
+XML = ("<tool_call><function={{ c.function.name }}>{% for k, v in c.function.arguments.items() %}"
+       "<parameter={{ k }}>{{ v }}</parameter>{% endfor %}</function></tool_call>")
+LLAMA = '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}'
+
+
+def test_a_template_whose_calls_are_not_read_is_refused_and_its_ends_are_known() -> None:
+    made = tokenizer("solar-open")
+
+    def turns(call: str) -> TurnEncoder:
+        return TurnEncoder(ChatEncoder(ChatTemplate(SOLAR.replace("CALL", call), "", "", "tok"), made), "tok")
+
+    assert [made.id_to_token(i) for i in turns(SOLAR_CALL).end_ids] == ["<|flush|>", "<|calls|>"]
+    assert turns("").end_ids, "a template that shows no calls says nothing about them"
+    for call in (XML, LLAMA):
+        with pytest.raises(UserError, match="tok: its chat template writes calls of tools in a form"):
+            turns(call)
+
+
+CALLED = '{"name": "f", "arguments": {}}'
+ALPHABET = (*MARKS, CALLED, "<\u2060tool_call>", "<\u2060\u2060|content|>", "<", "가", " to=functions.f ",
+            "{}", "f", "\n", "assistant", "analysis")
+BARE = ("<|tool_call:begin|>", "<|tool_call:name|>", "<|tool_call:args|>", "<|tool_call:end|>")
+THINKS = ("<think>", "</think>")
+HOW: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens, before what is said, a call of g
+    "hermes": ((*THINKS, *TOOLS), "<think>HERE</think>",
+               '<tool_call>{"name": "g", "arguments": {}}</tool_call>'),
+    "solar": (FAMILIES[1], "<|think|>HERE<|end|><|begin|>assistant<|content|>",
+              f"<|end|><|begin|>assistant<|tool_calls|>{solar('g', '{}')}"),
+    "solar, calls in text": (tuple(m for m in FAMILIES[1] if m not in BARE),
+                             "<|think|>HERE<|end|><|begin|>assistant<|content|>",
+                             f"<|end|><|begin|>assistant<|tool_calls|>{solar('g', '{}')}"),
+    "gpt-oss": (FAMILIES[2], "<|channel|>analysis<|message|>HERE<|end|><|start|>assistant"
+                "<|channel|>final<|message|>",
+                "<|end|><|start|>assistant<|channel|>commentary to=functions.g <|constrain|>json"
+                "<|message|>{}<|call|>"),
+    "deepseek v3": (FAMILIES[3], "", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"
+                    "<｜tool▁sep｜>g\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+    "deepseek r1": ((*THINKS, *FAMILIES[3]), "<think>HERE</think>", "<｜tool▁calls▁begin｜>"
+                    "<｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+    "kimi": ((*THINKS, *FAMILIES[4]), "<think>HERE</think>", "<|tool_calls_section_begin|><|tool_call_begin|>"
+             "functions.g:0<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>"),
+}
+
+
+@pytest.mark.parametrize("family", HOW)
+def test_calls_are_those_of_tokens_and_quoted_marks_stay_as_written(family: str) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    special, before, call = HOW[family]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    typed = Tokenizer.from_str(made.to_str())
+    typed.encode_special_tokens = True
+    added = {token.content: id_ for id_, token in made.get_added_tokens_decoder().items()}
+    decode = marks_decoder(added, [], lambda ids: str(made.decode(ids, skip_special_tokens=False)))
+    random = Random(family)
+    for _ in range(150):
+        said, thought = ("".join(random.choices(ALPHABET, k=random.randrange(9))) for _ in range(2))
+        if "<think>" not in special and family.startswith("deepseek"):  # its thoughts are text
+            said = said.replace("think>", "")
+        num_calls = random.randrange(3)
+        begun, _, rest = before.partition("HERE")
+        ids = (made.encode(begun).ids + (typed.encode(thought).ids if begun else []) + made.encode(rest).ids
+               + typed.encode(f"a{said}b").ids + made.encode(call * num_calls).ids)
+        text = decode(ids)
+        assert as_written(quoted(said)) == said and not found_marks(quoted(said))
+        turn = parse_turn(text)
+        assert turn == WrittenTurn(f"a{said}b", (ToolCall("g", {}),) * num_calls), (said, thought, text)
+        assert plain_form(plain_form(text)) == plain_form(text)
+        whole = whole_turn(text, in_thoughts=False, tools=SHOWN)
+        assert (whole.content.strip(), whole.calls) == (turn.content, turn.calls)
+        assert whole.thoughts == (thought.strip() if begun else "")
+
+
+def found_marks(text: str) -> list[str]:
+    return [mark for mark in MARKS if mark in text]
+
+
+def test_a_turn_without_tokens_has_the_form_of_its_first_mark() -> None:
+    quote = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    assert parse_turn(f"<|content|>It says {quote}</think>.").calls == ()
+    assert parse_turn(f"<|content|>It says {quote}</think>.").content == f"It says {quote}</think>."
+    assert parse_turn(quote + solar("g", "{}")).calls == (ToolCall("f", {}),)
+    argument = json.dumps({"q": f"{quote}<|tool_call_begin|>"})
+    (call,) = parse_turn(solar("g", argument)).calls
+    assert call == ToolCall("g", json.loads(argument)), "arguments are as they were written"

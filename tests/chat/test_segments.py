@@ -1,0 +1,169 @@
+"""Conversations in segments: what is the template's and what is a message's."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from megatron_sov.base.documents import BadRecord, Conversation, Message
+from megatron_sov.base.errors import UserError
+from megatron_sov.chat.marks import KIND_ANSWER, KIND_CALL, KIND_THOUGHT, kinds_of_turn
+from megatron_sov.chat.template import ChatSegment, ChatTemplate, Segments, around_contents, odd_opening
+
+
+def around(template: ChatTemplate, *turns: tuple[str, str]) -> Segments:
+    return around_contents(template, Conversation.of(*turns))
+
+
+FORM = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{{ eos_token }}",
+                    "<s>", "</s>", "tok")
+
+
+def test_pieces_alternate() -> None:
+    assert around(FORM, ("user", "hi"), ("assistant", "yo")) == [
+        ChatSegment("<user>", None), ChatSegment("hi", 0), ChatSegment("</><assistant>", None),
+        ChatSegment("yo", 1), ChatSegment("</></s>", None)]
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text()), min_size=1, max_size=12))
+def test_no_content_reaches_the_template(messages: list[tuple[str, str]]) -> None:
+    pieces = around(FORM, *messages)
+    assert [p.text for p in pieces if p.message is not None] == [content for _, content in messages]
+    assert ("".join(p.text for p in pieces if p.message is None)
+            == "".join(f"<{role}></>" for role, _ in messages) + "</s>")
+
+
+@pytest.mark.parametrize("content", ["{{ 7 * 7 }}", "{% raw %}", "\ue0000\ue001", "<user>"])
+def test_hostile_content_stays_content(content: str) -> None:
+    assert around(FORM, ("user", content))[1] == ChatSegment(content, 0)
+
+
+def test_templates_that_drop_or_refuse_messages() -> None:
+    chat = (("system", "be kind"), ("user", "hi"))
+    template = ("{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}{% endif "
+                "%}{% endfor %}")
+    drops = ChatTemplate(template, "", "", "tok")
+    with pytest.raises(BadRecord, match=r"is not shown by the chat template of tok with each message once"):
+        around(drops, *chat)
+    refuses = ChatTemplate("{{ raise_exception('no system role') }}", "", "", "tok")
+    with pytest.raises(BadRecord, match=r"refused by the chat template of tok \(no system role\)"):
+        around(refuses, *chat)
+    with pytest.raises(UserError, match="is not valid Jinja"):
+        ChatTemplate("{% for", "", "", "tok")
+
+
+def test_another_text_before_a_response_than_before_those_trained_on_is_told() -> None:
+    shown = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<no thoughts>{% endif %}"
+    ends = "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
+    odd = ChatTemplate(shown + ends + "<thinks>{% endif %}", "", "", "tok")
+    said = odd_opening(odd)
+    assert said is not None and "behind '<user>a<assistant><thinks>', and shows one behind '<u" in said
+    assert odd_opening(ChatTemplate(shown + ends + "<no thoughts>{% endif %}", "", "", "tok")) is None
+    assert odd_opening(ChatTemplate("{{ raise_exception('no') }}", "", "", "tok")) is None
+
+
+def test_a_prompt_ends_where_the_response_begins() -> None:
+    form = ChatTemplate("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+                    "{% if add_generation_prompt %}<assistant>{% endif %}", "", "", "tok")
+    assert [p.text for p in around_contents(form, Conversation.of(("user", "hi")), awaits_response=True)] == [
+        "<user>", "hi", "<assistant>"]
+
+
+TURNS = "{% for m in messages %}<{{ m.role }}>CONTENT</>{% endfor %}"
+
+
+@pytest.mark.parametrize(("shows", "content", "refused"), [
+    ("{{ m.content | trim }}", "  hello \n", True), ("{{ m.content | trim }}", "hello", False),
+    ("{{ m.content.split('</think>')[-1] }}", "<think>hm</think>yes", True),
+    ("{{ m.content.split('</think>')[-1] }}", "yes", False),
+    ("{{ m.content }}{% if 'x' in m.content %}!{% endif %}", "x", True),
+])
+def test_a_content_that_is_shown_otherwise_is_refused(shows: str, content: str, refused: bool) -> None:
+    """Trained on as it is, a model would be asked with another text."""
+    template = ChatTemplate(TURNS.replace("CONTENT", shows), "", "", "tok")
+    if refused:
+        with pytest.raises(BadRecord, match="is changed by the chat template of tok"):
+            around(template, ("user", "hi"), ("assistant", content))
+    else:
+        assert [p.text for p in around(template, ("user", "hi"), ("assistant", content))][3] == content
+
+
+# What a turn thinks, calls and answers, in the shapes of templates that models have.
+
+
+LETTER = {KIND_THOUGHT: "t", KIND_CALL: "c", KIND_ANSWER: "a"}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def parts(text: str, message: Message) -> list[tuple[str, str]]:
+    """Return the runs of one kind: its letter and text."""
+    found: list[tuple[str, str]] = []
+    kinds = kinds_of_turn(text, message)
+    for char, kind in zip(text, kinds, strict=True):
+        if found and found[-1][0] == LETTER[kind]:
+            found[-1] = (LETTER[kind], found[-1][1] + char)
+        else:
+            found.append((LETTER[kind], char))
+    return found
+
+
+def said(content: str = "", reasoning: str = "", calls: int = 0) -> Message:
+    return Message("assistant", content, reasoning, (CALL,) * calls)
+
+
+@pytest.mark.parametrize(("message", "expected"), [
+    # Qwen3, K-EXAONE
+    (said("It is 4.", "2 + 2"), [("t", "<think>\n2 + 2\n</think>"), ("a", "\n\nIt is 4.<|im_end|>")]),
+    (said("", "add", 1), [("t", "<think>\nadd\n</think>"),
+                          ("c", '\n\n<tool_call>\n{"name": "add"}\n</tool_call><|im_end|>')]),
+    (said("I add.", "add", 2), [("t", "<think>\nadd\n</think>"), ("a", "\n\nI add."),
+                                ("c", "\n<tool_call>add</tool_call>\n<tool_call>add</tool_call><|im_end|>")]),
+    (said("I add.", calls=1), [("a", "I add."), ("c", "\n<tool_call>add</tool_call>")]),
+    (said("yes"), [("t", "<think>\n\n</think>"), ("a", "\n\nyes<|im_end|>")]),
+    # thoughts that the template has opened: the turn begins inside of them
+    (said("yes", "hm"), [("t", "hm\n</think>"), ("a", "\n\nyes")]),
+    # gpt-oss, Solar Open: the end of the thoughts is that of a message
+    (said("yes", "hm"), [("t", "<|channel|>analysis<|message|>hm<|end|>"),
+                         ("a", "<|start|>assistant<|channel|>final<|message|>yes<|return|>")]),
+    (said("", "hm", 1), [("t", "<|think|>hm<|end|>"),
+                         ("c", "<|begin|>assistant<|tool_calls|>add {}<|calls|>")]),
+    # Mistral
+    (said("yes", "hm"), [("t", "[THINK]hm[/THINK]"), ("a", "yes</s>")]),
+    # a template without marks, and a thought that stands in the answer too
+    (said("hm, yes", "hm"), [("t", "hm"), ("a", " hm, yes")]),
+    (said("<b>yes</b>", "hm"), [("t", "<think>hm</think>"), ("a", "<b>yes</b>")]),
+])
+def test_marks_count_with_what_they_open_and_ends_with_what_they_end(
+        message: Message, expected: list[tuple[str, str]]) -> None:
+    assert parts("".join(text for _, text in expected), message) == expected
+
+
+@pytest.mark.parametrize("expected", [
+    [("a", "It is 4.")],
+    [("t", "<think>2 + 2</think>"), ("a", "\nIt is 4.")],
+    [("t", "2 + 2</think>"), ("a", "It is 4.")],
+    [("t", "<think>without an end <tool_call>{}</tool_call>")],
+    [("a", "I add. "), ("c", "<tool_call>{}</tool_call>"), ("a", " and "), ("c", "<tool_call>{}")],
+    [("t", "<think>a</think>"), ("c", "<tool_call>{}</tool_call>")],
+    [("a", "b "), ("t", "<think>a<tool_call></tool_call></think>"), ("a", "c")],
+    [("c", '<tool_call>{"a": "<think>"}</tool_call>'), ("a", "c</think>")]])
+def test_a_content_may_spell_its_thoughts_and_calls(expected: list[tuple[str, str]]) -> None:
+    text = "".join(part for _, part in expected)
+    assert parts(text, said(text)) == expected
+
+
+def test_marks_that_a_message_talks_about_are_no_parts_of_their_own() -> None:
+    """Where it has thoughts and calls of its own."""
+    message = said("The mark is <think>, and <tool_call>.", "hm", 1)
+    expected = [("t", "<think>hm</think>"), ("a", message.content), ("c", "<tool_call>add</tool_call>")]
+    assert parts("".join(text for _, text in expected), message) == expected
+
+
+def test_a_turn_of_nothing_has_no_kinds() -> None:
+    assert kinds_of_turn("", said("")) == b""
+
+
+def test_long_contents_take_no_more_than_their_length() -> None:
+    text = "<tool_call></tool_call>" * 2_000 + "<think>" * 50_000
+    assert parts(text, said(text))[1] == ("t", "<think>" * 50_000)

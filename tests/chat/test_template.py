@@ -1,0 +1,244 @@
+"""Chat templates rendered as transformers renders them, in a sandbox and in bounds."""
+
+from __future__ import annotations
+
+import json
+import resource
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+from megatron_sov.base.documents import BadRecord, Conversation
+from megatron_sov.base.errors import UserError
+from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
+from megatron_sov.chat.limits import TemplateTooLong, bounded
+from megatron_sov.chat.template import ChatTemplate
+from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
+
+
+def shown(template: str, *turns: tuple[str, str]) -> str:
+    return ChatTemplate(template, "", "", "tok").render(Conversation.of(*turns))
+
+
+def test_templates_run_in_a_sandbox() -> None:
+    with pytest.raises(BadRecord, match="refused by the chat template"):
+        shown("{{ ''.__class__.__mro__[1].__subclasses__() }}", ("user", "a"))
+
+
+@pytest.mark.parametrize(("template", "says"), [
+    ("{% for m in messages %}{{ m.content }}{% break %}{% endfor %}", "hi"),
+    ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "hi"),
+    ("{{ strftime_now('%Y')[:2] }}{{ messages[0].content }}", "20hi"),
+    ("{{ {'a': '<'} | tojson }}{{ messages[0].content }}", '{"a": "<"}hi'),
+    ("{% set ns = namespace(n=1) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ messages[0].content }}", "2hi"),
+])
+def test_templates_have_what_transformers_gives_them(template: str, says: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    ours = shown(template, ("user", "hi"))
+    (theirs,), _ = render_jinja_template(conversations=[[{"role": "user", "content": "hi"}]],
+                                         chat_template=template)
+    assert ours == theirs == says
+
+
+@pytest.mark.parametrize(("template", "says"), [
+    ("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ 1 + 'a' }}", "TypeError"),
+    ("{{ 'a' * 10**15 }}", "asked for more"),
+    ("{% for i in range(10**6) %}{% endfor %}", "Range too big"),
+    ("{{ 'a'.center(4 * 2**30) }}", "asked for more"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "took more than"),
+    ("{% set ns = namespace(__class__=1) %}", "may not hold '__class__'"),
+])
+def test_templates_that_fail_or_do_not_end_cost_a_sentence(template: str, says: str,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_sov.chat.template.CPU_S", 0.2)
+    with pytest.raises(BadRecord, match=says):
+        shown(template, ("user", "a"))
+
+
+# Bounds around foreign code, and that they are gone behind it.
+
+
+def test_time_and_memory_are_bounded_inside_and_free_outside() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(TemplateTooLong), bounded(0.05, 1 << 30):
+        while True:
+            pass
+    with pytest.raises(MemoryError), bounded(5, 16 << 20):
+        bytearray(64 << 20)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert len(bytearray(64 << 20)) == 64 << 20
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_swallows_the_end_is_ended_again() -> None:
+    class Swallows:
+        def __del__(self) -> None:  # whatever is raised in here is lost, as in a callback of the collector
+            while True:
+                pass
+
+    with pytest.raises(TemplateTooLong), bounded(0.05, 1 << 30):
+        Swallows()
+        while True:
+            pass
+
+
+def test_other_threads_go_without() -> None:
+    done = []
+
+    def work() -> None:
+        with bounded(0.0, 0):
+            done.append(1)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [1]
+
+
+# Chat forms as they lie on disk, in the spellings that folders have.
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(letters, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True), AddedToken("<x>", special=True)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("template", "config"), [
+    (None, {"chat_template": TEMPLATE, "eos_token": "</s>"}),
+    (None, {"chat_template": TEMPLATE, "eos_token": {"content": "</s>", "lstrip": False}}),
+    (TEMPLATE, {"chat_template": "another one", "eos_token": "</s>"}),
+    (None, {"chat_template": [{"name": "tools", "template": "x"}, {"name": "default", "template": TEMPLATE}],
+            "eos_token": "</s>"}),
+])
+def test_every_spelling_is_read(folder: Path, template: str | None, config: dict[str, object]) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    encoder = read_chat_encoder(folder)
+    assert encoder is not None and encoder.end_ids() == (256,)
+
+
+def test_special_tokens_may_stand_in_a_file_of_their_own(folder: Path) -> None:
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    encoder = read_chat_encoder(folder)
+    assert encoder is not None and encoder.end_ids() == (256,)
+
+
+def test_a_folder_without_chats_has_none_and_a_broken_one_is_named(folder: Path) -> None:
+    assert read_chat_encoder(folder) is None
+    for config in ("[" * 200_000, '{"chat_template": 5}', '{"chat_template": "{% for"}',
+                   '{"chat_template": [5]}'):
+        (folder / "tokenizer_config.json").write_text(config)
+        with pytest.raises(UserError, match=r"its tokenizer cannot be read|its chat_template is"):
+            read_chat_encoder(folder)
+    (folder / "tokenizer.json").write_text('{"added_tokens": [{}]}')
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read as a tokenizer \(.*\); restore it"):
+        open_tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    assert read_chat_encoder(folder) is None
+
+
+# Calls of tools: what is one, what is nearly one, what is none.
+
+
+def call(text: str) -> str:
+    return f"<tool_call>{text}</tool_call>"
+
+
+def test_calls_are_read_in_order_and_what_is_said_around_them_stays() -> None:
+    turn = parse_turn('I look.\n<tool_call>\n{"name": "search", "arguments": {"query": "가"}}\n</tool_call>\n'
+                      + call('{"arguments": {}, "name": "now"}') + " Wait.")
+    assert turn.calls == (ToolCall("search", {"query": "가"}), ToolCall("now", {}))
+    assert turn.content == "I look.\n\n Wait."
+
+
+@pytest.mark.parametrize("arguments", [{"text": "a </tool_call> b <tool_call> c"}, {"n": [1, {"x": None}]},
+                                       {"text": 'quote " and \\ and \n'}, {"n": 1e308}])
+def test_whatever_json_holds_comes_back(arguments: dict) -> None:
+    text = json.dumps({"name": "f", "arguments": arguments})
+    assert parse_turn(call(text)).calls == (ToolCall("f", arguments),)
+
+
+@pytest.mark.parametrize("inside, code", [
+    ("", "json"), ("f(1)", "json"), ("{'name': 'f', 'arguments': {}}", "json"),
+    ('{"name": "f", "arguments": {}} {}', "json"), ('{"name": "f", "arguments": {"x": NaN}}', "json"),
+    ('{"name": "f", "name": "g", "arguments": {}}', "json"), ("[" * 100_000, "json"),
+    ('{"name": "f", "arguments": {"x": ' + "9" * 5000 + "}}", "json"),
+    ('{"name": "f", "arguments": {"x": "\\ud800"}}', "json"),
+    ('{"name": "f", "arguments": {"x": 1e999}}', "json"),
+    ('{"name": "f", "arguments": {"x": ' + "[" * 700 + "]" * 700 + "}}", "json"),
+    ("[]", "form"), ("1", "form"), ('{"name": "f"}', "form"), ('{"name": 1, "arguments": {}}', "form"),
+    ('{"name": "f", "arguments": "{}"}', "form"), ('{"name": "f", "arguments": {}, "id": 1}', "form"),
+])
+def test_what_is_nearly_a_call_is_told_and_what_follows_is_read(inside: str, code: str) -> None:
+    bad, good = parse_turn(call(inside) + call('{"name": "g", "arguments": {}}')).calls
+    assert isinstance(bad, BadCall) and bad.code == code and len(bad.reason) < 300
+    assert good == ToolCall("g", {})
+
+
+@pytest.mark.parametrize("text", ['<tool_call>{"name": "f", "arguments": {}}', "<tool_call>{", "<tool_call>"])
+def test_a_call_that_does_not_end_is_none(text: str) -> None:
+    (bad,) = parse_turn(text).calls
+    assert isinstance(bad, BadCall) and bad.code == "unclosed"
+
+
+@pytest.mark.parametrize("part", [
+    "<tool_call>{}", "<tool_call>x</tool_call>\n", '<tool_call>["</tool_call>', "<tool_call>{}x</tool_call>",
+    '<tool_call>{"name": "f", "arguments": {"x": "' + "a" * 3000 + '\\u00e4"}}</tool_call>'])
+def test_reading_takes_time_by_the_length_of_a_turn(part: str) -> None:
+    """Where each of them looked at all that follows, the first three would take 2 to 8 s."""
+    num_parts = 500_000 // len(part)
+    began_s = time.process_time()
+    calls = parse_turn(part * num_parts).calls
+    assert time.process_time() - began_s < 1.5 and num_parts // 2 <= len(calls) <= num_parts
+
+
+@pytest.mark.parametrize("num_chars", range(1000, 1050))
+def test_a_call_of_any_length_is_read(num_chars: int) -> None:
+    for value in ("a" * num_chars, "\n\\\"" * (num_chars // 4),
+                  ["x" * (num_chars - 9), 1e-5, -12345, True, None]):
+        arguments = {"x": value}
+        assert parse_turn(call(json.dumps({"name": "f", "arguments": arguments}))).calls == (
+            ToolCall("f", arguments),)
+
+
+def test_thoughts_call_nothing() -> None:
+    thought = call('{"name": "f", "arguments": {}}')
+    assert parse_turn(f"<think>{thought}</think>so").calls == ()
+    assert parse_turn(f"so <think>{thought}").content == "so"
+    assert parse_turn(f"{thought}</think>{thought}").calls == (ToolCall("f", {}),)
+
+
+def test_no_call_is_made_in_thoughts_without_an_end() -> None:
+    made, thought = call('{"name": "f", "arguments": {}}'), call('{"name": "g", "arguments": {}}')
+    assert parse_turn(thought, in_thoughts=True) == WrittenTurn("", ())
+    assert parse_turn(f"a <tool_call> tag {thought}</think>b{made}", in_thoughts=True) == WrittenTurn(
+        "b", (ToolCall("f", {}),))
+    again = parse_turn(f"<think>a</think>b{made}<think>c{thought}")
+    assert again == WrittenTurn("b", (ToolCall("f", {}),)), "it thinks again, and never ends"
+    between = parse_turn(f"<think>a</think>b{made}<think>c{thought}</think>d{made}")
+    assert between == WrittenTurn("bd", (ToolCall("f", {}), ToolCall("f", {})))
+
+
+def test_the_first_end_of_thoughts_counts_as_where_the_model_is_served() -> None:
+    made = call('{"name": "f", "arguments": {}}')
+    turn = parse_turn(f"a</think>b{made}c</think>d{made}")
+    assert turn == WrittenTurn("bc</think>d", (ToolCall("f", {}), ToolCall("f", {})))
+    text = {"text": "<think>x</think> and </think>"}
+    spelled = call(json.dumps({"name": "f", "arguments": text}))
+    for turn in (f"<think>so</think>{spelled}", spelled):
+        assert parse_turn(turn).calls == (ToolCall("f", text),)

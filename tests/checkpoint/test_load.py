@@ -1,0 +1,222 @@
+"""Checkpoints: written at one layout and read at another to the same bits; whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_model
+
+SP = {"tp": 2, "sp": True}
+ALL = {**SP, "pp": 2, "ep": 2}
+
+
+def parts(layout: dict[str, Any], precision: str = "fp32", vocab_size: int = 96) -> tuple[Any, Any]:
+    """Return a tiny model and its optimizer at a layout."""
+    from megatron_sov.engine.optimizer.optimizer import Optimizer
+    from megatron_sov.engine.parallel import world
+
+    world.leave()
+    config, model = tiny_model("tiny-k-exaone", f"model.vocab_size={vocab_size}",
+                               f"train.precision={precision}", layout=layout)
+    optimizer = Optimizer(model, config.optim)
+    optimizer.sync_master_weights()
+    return model, optimizer
+
+
+def fill(model: Any, optimizer: Any) -> None:
+    """Give every number of weights and state a value that its name and place in the whole tensor decide."""
+    import torch
+
+    from megatron_sov.checkpoint.load import normals
+    from megatron_sov.engine.model.local_shards import local_shards
+
+    for block in [*local_shards(model), *optimizer.state_shards()]:
+        whole = normals(9, block.key, 0, math.prod(block.global_shape)).reshape(block.global_shape)
+        sizes = (1,) * (len(block.offset) - block.data.dim()) + tuple(block.data.shape)  # one expert, say
+        own = tuple(slice(a, a + n) for a, n in zip(block.offset, sizes, strict=True))
+        with torch.no_grad():
+            block.data.copy_(torch.from_numpy(whole[own]).reshape(block.data.shape))
+
+
+def written(layout: dict[str, Any], path: str) -> None:
+    """Write a checkpoint with known numbers."""
+    from megatron_sov.checkpoint import load
+
+    model, optimizer = parts(layout)
+    fill(model, optimizer)
+    load.save(Path(path), model, optimizer, {"step": 7, "tokens": 70}, {"made": "here"}, None)
+
+
+def copied(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
+    """Load a checkpoint at a layout and write it again from there."""
+    from megatron_sov.checkpoint import load
+
+    model, optimizer = parts(layout)
+    load.check(Path(source))
+    load.load_model(Path(source), model)
+    load.load_optimizer(Path(source), optimizer, 7)
+    load.save(Path(target), model, optimizer, load.read_state(Path(source)), {}, None)
+    return {"updates": optimizer.num_updates, "state": load.read_state(Path(target))}
+
+
+def continued(path: str) -> dict[str, Any]:
+    """In bf16: update, save, update again; then load into a new model and update that:
+    return whether they agree."""
+    import torch
+
+    from megatron_sov.checkpoint import load
+    from megatron_sov.engine.model.local_shards import local_shards
+
+    def update(model: Any, optimizer: Any, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        optimizer.zero_grad()
+        for parameter in model.parameters():
+            parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+        optimizer.step(1e-3)
+
+    def everything(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
+        return {f"{b.key}@{b.offset}": b.data.clone()
+                for b in [*local_shards(model), *optimizer.state_shards()]}
+
+    model, optimizer = parts({}, "bf16")
+    for name, buffer in model.named_buffers():
+        if name.endswith("expert_bias"):
+            buffer.fill_(0.123456789)
+    update(model, optimizer, 1)
+    load.save(Path(path), model, optimizer, {"step": 1, "tokens": 1}, {}, None)
+    update(model, optimizer, 2)
+    expected = everything(model, optimizer)
+    model, optimizer = parts({}, "bf16")
+    load.load_model(Path(path), model)
+    optimizer.sync_master_weights()
+    load.load_optimizer(Path(path), optimizer, 1)
+    loaded = everything(model, optimizer)
+    update(model, optimizer, 2)
+    found = everything(model, optimizer)
+    bias = next(t for k, t in loaded.items() if "expert_bias" in k)
+    counts = next(b for n, b in model.named_buffers() if n.endswith("local_tokens_per_expert"))
+    masters = {k: t for k, t in loaded.items() if k.startswith("master/")}
+    return {"differing": [k for k, t in expected.items() if not t.equal(found[k])], "bias": float(bias[0]),
+            "dtype": str(bias.dtype), "counts": str(counts.dtype),
+            "finer": [k for k, t in masters.items() if not t.bfloat16().float().equal(t)],
+            "weights": sorted({str(p.dtype) for p in model.parameters()})}
+
+
+@pytest.mark.distributed
+def test_any_layout_reads_what_another_wrote_to_the_bit_and_goes_on(ranks, job, tmp_path: Path) -> None:
+    from megatron_sov.base.artifacts import damaged_files, read_manifest
+    from megatron_sov.checkpoint.sharded_tensors import TensorReader
+
+    names = [tmp_path / n for n in ("written", "alone", "split", "experts")]
+    layouts = [(1, {}), (4, ALL), (2, {"ep": 2})]
+    (goes_on,), _, *results = ranks(job(__file__, "continued", 1, {"path": str(tmp_path / "step-1")}),
+                        job(__file__, "written", 4, {"layout": ALL, "path": str(names[0])}),
+                        *(job(__file__, "copied", n, {"layout": layout, "source": str(a), "target": str(b)})
+                          for (n, layout), a, b in zip(layouts, names, names[1:], strict=False)))
+    assert all(r == {"updates": 7, "state": {"step": 7, "tokens": 70}} for result in results for r in result)
+    assert read_manifest(names[0]).content == {"step": 7, "tokens": 70, "parts": ["model", "optimizer"]}
+    for part, count in (("model", 40), ("optimizer", 80)):
+        first = TensorReader(names[0], part)
+        assert len(first.keys()) > count
+        for name in names[1:]:
+            assert damaged_files(name) == []
+            other = TensorReader(name, part)
+            assert sorted(other.keys()) == sorted(first.keys())
+            for key in first.keys():  # noqa: SIM118  (a reader is no dict)
+                assert other.read(key).equal(first.read(key)), key
+                assert first.read(key).std() > 0.5, key  # the known numbers, not initial ones
+
+    assert goes_on["differing"] == []
+    assert (goes_on["dtype"], goes_on["counts"], goes_on["weights"]) == (
+        "torch.float32", "torch.float32", ["torch.bfloat16"])
+    assert goes_on["bias"] == pytest.approx(0.123456789, abs=1e-8)
+    assert len(goes_on["finer"]) > 40
+
+
+def failures(folder: str) -> dict[str, str]:
+    """Return what this process is told when saving or loading goes wrong somewhere."""
+    import torch.distributed as dist
+
+    from megatron_sov.base.errors import UserError
+    from megatron_sov.checkpoint import load, sharded_tensors
+
+    model, optimizer = parts(SP)
+    said: dict[str, str] = {}
+
+    def told(name: str, action: Any) -> None:
+        try:
+            action()
+            said[name] = "nothing"
+        except UserError as e:
+            said[name] = str(e)
+
+    def save(path: Path) -> None:
+        load.save(path, model, optimizer, {"step": 1, "tokens": 1}, {}, None)
+
+    path, original = Path(folder) / "step-1", sharded_tensors.write_file
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if dist.get_rank() == 1:
+        sharded_tensors.write_file = full
+    told("full disk", lambda: save(path))
+    sharded_tensors.write_file = original
+    said["left over"] = ",".join(sorted(p.name for p in Path(folder).iterdir()))
+    dist.barrier()
+    (Path(folder) / "foreign" / "notes").mkdir(parents=True, exist_ok=True)
+    told("foreign", lambda: save(Path(folder) / "foreign"))
+    save(path)
+    told("sound", lambda: load.check(path))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        damaged = path / "model/00000/rank-00001-00000.safetensors"
+        content = bytearray(damaged.read_bytes())
+        content[-1] ^= 1
+        damaged.write_bytes(content)
+    dist.barrier()
+    told("damaged", lambda: load.check(path))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (path / "model/00000/rank-00001-00000.safetensors").unlink()
+    dist.barrier()
+    told("missing", lambda: load.load_model(path, model))
+    return said
+
+
+def other_model(path: str) -> str:
+    """Return what is said when a checkpoint belongs to a larger vocabulary."""
+    from megatron_sov.base.errors import UserError
+    from megatron_sov.checkpoint import load
+
+    model, _ = parts(SP, vocab_size=64)
+    try:
+        load.load_model(Path(path), model)
+    except UserError as e:
+        return str(e)
+    return "nothing"
+
+
+@pytest.mark.distributed
+def test_where_one_process_fails_all_are_told(ranks, job, tmp_path: Path) -> None:
+    for name in ("failures", "sound"):
+        (tmp_path / name).mkdir()
+    failed, _, other = ranks(job(__file__, "failures", 2, {"folder": str(tmp_path / "failures")}),
+                             job(__file__, "written", 2,
+                                 {"layout": SP, "path": str(tmp_path / "sound/step-1")}),
+                             job(__file__, "other_model", 2, {"path": str(tmp_path / "sound/step-1")}))
+    for said in failed:
+        assert ("rank 1 could not write its part of the checkpoint" in said["full disk"]
+                and "No space left" in said["full disk"])
+        assert said["left over"] == ""
+        assert "foreign: already exists" in said["foreign"]
+        assert said["sound"] == "nothing"
+        assert ("rank-00001-00000.safetensors: its content differs from the hash in the manifest; there is no"
+                in said["damaged"])
+        assert "rank-00001-00000.safetensors: cannot be read" in said["missing"]
+    assert all("has shape (96, 32), the model needs (64, 32)" in said for said in other)

@@ -1,0 +1,255 @@
+"""Checkpoints written beside the training: what was copied is what is written,
+and what goes wrong reaches every process."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_model
+
+
+def parts(layout: dict[str, Any]) -> tuple[Any, Any]:
+    """Return a tiny model and its optimizer at a layout."""
+    from megatron_sov.engine.optimizer.optimizer import Optimizer
+
+    config, model = tiny_model("tiny-solar-open", "model.num_layers=2", layout=layout)
+    return model, Optimizer(model, config.optim)
+
+
+def beside_the_training(folder: str) -> dict[str, Any]:
+    """Save at once and in the background, the second time into files for several threads,
+    while the model changes."""
+    import torch
+
+    from megatron_sov.checkpoint import host_snapshot, load, sharded_tensors
+    from megatron_sov.checkpoint.save import Companions, Saved, Saver
+    from megatron_sov.engine.parallel.collectives import all_reduce_world
+    from megatron_sov.engine.parallel.values import sum_dict
+
+    model, optimizer = parts({"tp": 2, "sp": True})
+    at, saved, released = Path(folder), list[Saved](), threading.Event()
+    load.save(at / "step-1", model, optimizer, {"step": 1, "tokens": 1}, {}, None)
+
+    def write_later(*arguments: Any, now: Any = sharded_tensors.write_file) -> Any:
+        assert released.wait(600)
+        return now(*arguments)
+
+    sharded_tensors.write_file, host_snapshot.MIN_FILE_BYTES, host_snapshot.num_writers = (
+        write_later, 1, lambda: 3)
+    saver = Saver(saved.append)
+    saver.begin(at / "step-2", model, optimizer, Companions({"step": 2, "tokens": 1}, {}, None))
+    memory = {key: t.data_ptr() for key, t in saver._snapshot._memory.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    for _ in range(3):
+        saver.advance(sum_dict(saver.progress(), all_reduce_world))
+    waiting = [p.name for p in at.iterdir() if p.name.startswith("step-2")]
+    released.set()
+    # waits for the one before
+    saver.begin(at / "step-3", model, None, Companions({"step": 3, "tokens": 1}, {}, None))
+    reused = all(memory[key] == t.data_ptr() for key, t in saver._snapshot._memory.items())
+    order = [(s.step, s.stall_s <= s.save_s) for s in saved]
+    saver.finish()
+    return {"waiting": waiting, "order": order, "reused": reused, "saved": [s.path.name for s in saved]}
+
+
+def problems(folder: str) -> dict[str, Any]:
+    """Return what this process is told when a process cannot complete a checkpoint, hangs,
+    or finds the name taken."""
+    import os
+
+    import torch.distributed as dist
+
+    from megatron_sov.base.errors import UserError
+    from megatron_sov.checkpoint import save
+    from megatron_sov.checkpoint.host_snapshot import Snapshot
+
+    model, optimizer = parts({"ep": 2})
+    at, rank, said = Path(folder), dist.get_rank(), {}
+
+    def told(name: str, timeout_s: float = 600) -> None:
+        saver = save.Saver(timeout_s=timeout_s)
+        try:
+            saver.begin(at / "step-1", model, optimizer, save.Companions({"step": 1, "tokens": 1}, {}, None))
+            saver.finish()
+        except (UserError, ValueError) as e:
+            said[name] = f"{type(e).__name__}: {e}"
+        said[f"{name}: left"] = sorted(p.name for p in at.iterdir())
+
+    publish, write, index, end = save.publish, Snapshot.write, save.write_index, os._exit
+    save.publish = _no_room
+    told("no room to complete")
+    save.publish = publish
+    save.write_index = _defect
+    told("defect")
+    save.write_index = index
+    Snapshot.write = _no_room if rank == 1 else write
+    told("no room to write")
+    Snapshot.write = write
+    told("sound")
+    dist.barrier()
+    told("taken")
+    dist.barrier()
+    left: list[int] = []
+    gone = threading.Event()
+    os._exit, save.LEAVE_WITHIN_S = (lambda code: (left.append(code), gone.set())), 0.1
+    Snapshot.write = (lambda self, folder, rank: threading.Event().wait()) if rank == 1 else write
+    progress = save.Saver.progress
+
+    def patiently(self: save.Saver) -> dict[str, float]:
+        limit_s, self._timeout_s = self._timeout_s, 600.0  # a busy machine may be slower than it
+        found = progress(self)
+        self._timeout_s = limit_s
+        return found
+
+    if rank == 0:
+        save.Saver.progress = patiently  # type: ignore[method-assign]
+    told("hangs", timeout_s=0.5)
+    assert gone.wait(600)
+    os._exit = end
+    return {**said, "left with": left}
+
+
+def behind_an_error(folder: str) -> dict[str, Any]:
+    """Return what is there when every process has looked after its own part: where the other one is slower,
+    and where it never writes, for which nobody may wait."""
+    import time
+
+    import torch.distributed as dist
+
+    from megatron_sov.checkpoint import save
+    from megatron_sov.checkpoint.host_snapshot import Snapshot
+
+    model, optimizer = parts({"ep": 2})
+    at, write, saved = Path(folder), Snapshot.write, list[str]()
+
+    def slowly(self: Snapshot, folder: Path, rank: int) -> None:
+        time.sleep(0.5 * rank)
+        write(self, folder, rank)
+
+    def never(self: Snapshot, folder: Path, rank: int) -> None:
+        if rank == 0:
+            write(self, folder, rank)
+        else:
+            threading.Event().wait()
+
+    for step, how, patience_s in ((1, slowly, 600.0), (2, never, 1.0)):
+        Snapshot.write = how  # type: ignore[method-assign]
+        save.FINISH_WITHIN_S = save.STILL_S = patience_s
+        saver = save.Saver(lambda found: saved.append(found.path.name))
+        saver.begin(at / f"step-{step}", model, optimizer,
+                    save.Companions({"step": step, "tokens": 1}, {}, None))
+        saver.finish_alone()
+        saver.finish_alone()  # there is nothing more to do
+        dist.barrier()
+    return {"saved": saved, "there": sorted(p.name for p in at.glob("step-*"))}
+
+
+def _no_room(*args: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def _defect(*args: Any) -> None:
+    raise ValueError("owned twice")
+
+
+@pytest.mark.distributed
+def test_the_copy_is_written_and_failures_reach_everyone(ranks: Any, job: Any, tmp_path: Path) -> None:
+    from megatron_sov.base.artifacts import damaged_files, read_manifest
+    from megatron_sov.checkpoint.sharded_tensors import TensorReader
+
+    for name in ("beside", "problems"):
+        (tmp_path / name).mkdir()
+    beside, wrong = ranks(job(__file__, "beside_the_training", 2, {"folder": str(tmp_path / "beside")}),
+                          job(__file__, "problems", 2, {"folder": str(tmp_path / "problems")}))
+    for found in beside:
+        assert found == {"waiting": [], "order": [[2, True]], "reused": True, "saved": ["step-2", "step-3"]}
+    at_once, later, changed = (tmp_path / "beside" / f"step-{n}" for n in (1, 2, 3))
+    assert len(list((at_once / "model").rglob("*.safetensors"))) == 2 < 6 <= len(
+        list((later / "model").rglob("*.safetensors")))
+    assert damaged_files(at_once) == damaged_files(later) == damaged_files(changed) == []
+    assert not (later / "indices").exists() and sorted(p.name for p in (tmp_path / "beside").iterdir()) == [
+        "step-1", "step-2", "step-3"]
+    for part in ("model", "optimizer"):
+        ours, theirs = TensorReader(later, part), TensorReader(at_once, part)
+        assert sorted(ours.keys()) == sorted(theirs.keys())
+        assert all(ours.read(key).equal(theirs.read(key))
+                   for key in ours.keys())  # noqa: SIM118  (a reader is no dict)
+    changed_norm = TensorReader(changed).read("decoder.final_layernorm.weight")
+    assert ((changed_norm == 7).all()
+            and read_manifest(changed).content == {"step": 3, "tokens": 1, "parts": ["model"]})
+    assert json.loads((later / "state.json").read_text()) == {"step": 2, "tokens": 1}
+    for said in wrong:
+        assert "step-1: rank 0 could not write its part of the checkpoint" in said["no room to complete"]
+        assert "step-1: rank 1 could not write its part of the checkpoint" in said["no room to write"]
+        assert ("No space left on device" in said["no room to write"]
+                and said["defect"] == "ValueError: owned twice")
+        assert (said["no room to complete: left"] == said["no room to write: left"]
+                == said["defect: left"] == [])
+        assert (said["sound: left"] == said["taken: left"] == ["step-1"]
+                and "step-1: already exists" in said["taken"])
+        assert ("rank 1 did not finish writing within train.save_timeout_s = 0.5; see what holds up"
+                in said["hangs"])
+        assert said["left with"] == [2], "what hangs in leaving is ended"
+
+
+@pytest.mark.distributed
+def test_behind_an_error_what_all_have_written_becomes_complete(ranks: Any, job: Any, tmp_path: Path) -> None:
+    from megatron_sov.base.artifacts import damaged_files
+
+    (found,) = ranks(job(__file__, "behind_an_error", 2, {"folder": str(tmp_path)}))
+    assert [f["there"] for f in found] == [["step-1"]] * 2 and damaged_files(tmp_path / "step-1") == []
+    assert [f["saved"] for f in found] == [["step-1"], []], "rank 0 tells"
+
+
+# Whole tensors from blocks on several processes: any grid, any owner, to rank 0 or to everyone.
+
+
+def gathered(everywhere: bool) -> dict[str, Any]:
+    """Gather two tensors of which the ranks own uneven parts; "lonely" lives on rank 1 alone."""
+    import torch
+
+    from megatron_sov.checkpoint.gather import Gatherer, in_order
+    from megatron_sov.engine.model.local_shards import LocalShard
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.model.config import ParallelConfig
+
+    rank = world.join(ParallelConfig()).rank
+    whole = torch.arange(30.0).reshape(2, 3, 5)
+    cuts = {0: [((0, 0, 0), (2, 1, 5)), ((1, 1, 0), (1, 2, 4))],
+            1: [((0, 1, 0), (1, 2, 5)), ((1, 1, 4), (1, 2, 1))]}
+    blocks = []
+    for owner, places in cuts.items():
+        for offset, shape in places:
+            part = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+            # both hold it, one owns it
+            blocks.append(LocalShard("spread", part, (2, 3, 5), offset, (int(rank != owner),)))
+    if rank == 1:
+        blocks.append(LocalShard("lonely", torch.full((4,), 7, dtype=torch.bfloat16), (4,), (0,), (0,)))
+    gatherer = Gatherer(blocks, everywhere=everywhere)
+    found = dict(in_order(gatherer, ["lonely", "spread"]))
+    first = in_order(gatherer, ["spread", "lonely", "spread"])
+    next(first)
+    first.close()  # on both: what is left is gathered all the same, or the processes would lose step
+    again = gatherer.gather("lonely")
+    world.leave()
+    return {"shapes": gatherer.shapes(), "again": None if again is None else again.tolist(),
+            "found": {key: None if t is None else [str(t.dtype), t.tolist()] for key, t in found.items()}}
+
+
+@pytest.mark.distributed
+def test_any_grid_becomes_the_tensor(ranks: Any, job: Any) -> None:
+    main_only, everywhere = ranks(job(__file__, "gathered", 2, {"everywhere": False}),
+                                  job(__file__, "gathered", 2, {"everywhere": True}))
+    spread = [[[float(15 * i + 5 * j + k) for k in range(5)] for j in range(3)] for i in range(2)]
+    expected = {"lonely": ["torch.bfloat16", [7.0] * 4], "spread": ["torch.float32", spread]}
+    assert [r["found"] for r in everywhere] == [expected, expected] and everywhere[1]["again"] == [7.0] * 4
+    assert [r["found"] for r in main_only] == [expected, {"lonely": None, "spread": None}]
+    assert (main_only[0]["again"] == [7.0] * 4
+            and main_only[0]["shapes"] == {"spread": [2, 3, 5], "lonely": [4]})

@@ -1,0 +1,223 @@
+"""Tensors on disk: any grid of blocks is read back in any other, and what does not fit
+together is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.checkpoint import sharded_tensors
+from megatron_sov.checkpoint.assembling import owners
+from megatron_sov.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
+
+LocalShard = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offset and shape."""
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], list[LocalShard]]:
+    """A tensor's shape and blocks that cover it: cut anew inside each block,
+    so that most grids are irregular."""
+    shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
+    blocks: list[LocalShard] = [((0,) * len(shape), shape)]
+    for _ in range(draw(st.integers(0, 4))):
+        offset, extent = blocks.pop(draw(st.integers(0, len(blocks) - 1)))
+        axis = draw(st.integers(0, len(shape) - 1))
+        cuts = [0, *sorted(draw(st.sets(st.integers(1, max(1, extent[axis] - 1)), max_size=2))), extent[axis]]
+        for a, b in pairwise(sorted(set(cuts))):
+            blocks.append(((*offset[:axis], offset[axis] + a, *offset[axis + 1:]),
+                           (*extent[:axis], b - a, *extent[axis + 1:])))
+    return shape, blocks
+
+
+def part(whole: torch.Tensor, block: LocalShard) -> torch.Tensor:
+    return whole[tuple(slice(o, o + n) for o, n in zip(*block, strict=True))]
+
+
+def write(folder: Path, whole: torch.Tensor, blocks: list[LocalShard], num_ranks: int = 1) -> None:
+    indices = []
+    for rank in range(num_ranks):
+        writer = TensorWriter(folder, "model", rank)
+        for block in blocks[rank::num_ranks]:
+            writer.add("w", part(whole, block), whole.shape, block[0])
+        indices.append(writer.finish())
+    write_index(folder, "model", indices)
+
+
+@given(grids(), st.sampled_from([torch.float32, torch.bfloat16, torch.int64]), st.integers(1, 3), st.data())
+def test_any_grid_is_read_in_any_block(tmp_path_factory, grid: tuple[tuple[int, ...], list[LocalShard]],
+                                       dtype: torch.dtype, num_ranks: int, data: st.DataObject) -> None:
+    shape, blocks = grid
+    folder = tmp_path_factory.mktemp("grid")
+    whole = torch.arange(math.prod(shape)).reshape(shape).to(dtype)
+    write(folder, whole, blocks, num_ranks)
+    reader = TensorReader(folder)
+    assert (reader.keys(), reader.shape("w"), reader.dtype("w")) == (["w"], shape, dtype)
+    assert reader.read("w").equal(whole)
+    offset = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
+    extent = tuple(data.draw(st.integers(1, n - o)) for n, o in zip(shape, offset, strict=True))
+    assert reader.read("w", offset, extent).equal(part(whole, (offset, extent)))
+
+
+@given(grids(), st.data())
+def test_gaps_and_overlaps_are_refused(tmp_path_factory, grid: tuple[tuple[int, ...], list[LocalShard]],
+                                       data: st.DataObject) -> None:
+    """Brute force over elements decides whether blocks that were shifted,
+    dropped or repeated still own each exactly once."""
+    shape, blocks = grid
+    i = data.draw(st.integers(0, len(blocks) - 1))
+    offset, extent = blocks[i]
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    moved = (*offset[:axis], max(0, offset[axis] - 1), *offset[axis + 1:])
+    changed = data.draw(st.sampled_from([blocks[:i] + blocks[i + 1:], [*blocks, blocks[i]],
+                                         [*blocks[:i], (moved, extent), *blocks[i + 1:]]]))
+    owners = torch.zeros(shape, dtype=torch.int)
+    for block in changed:
+        part(owners, block).add_(1)
+    pieces = [{"file": "f", "name": f"{n}", "offset": list(o), "shape": list(s)}
+              for n, (o, s) in enumerate(changed)]
+    index = {"w": {"dtype": "float32", "shape": list(shape), "pieces": pieces}}
+    folder = tmp_path_factory.mktemp("owners")
+    if (owners == 1).all():
+        write_index(folder, "model", [index])
+    elif changed:
+        with pytest.raises(ValueError, match="each must be owned by 1"):
+            write_index(folder, "model", [index])
+
+
+def test_two_halves_that_overlap_and_leave_a_gap_are_refused(tmp_path: Path) -> None:
+    """As many elements as the tensor has, at two starts, and yet one is missing."""
+    writer = TensorWriter(tmp_path, "model")
+    for start in (0, 1):
+        writer.add("w", torch.zeros(2), (4,), (start,))
+    with pytest.raises(ValueError, match=r"owned by 0 blocks and parts by 2"):
+        write_index(tmp_path, "model", [writer.finish()])
+
+
+def test_blocks_upon_blocks_are_refused_before_all_are_counted() -> None:
+    """Counting each would take the square of their number: minutes here."""
+    own = [{"offset": [i], "shape": [1]} for i in range(20_000)]
+    assert (owners([20_000], own) == 1).all()
+    with pytest.raises(ValueError, match="40000 blocks stand one upon another"):
+        owners([20_000], own + [{"offset": [0], "shape": [20_000]}] * 20_000)
+
+
+def test_a_block_beyond_its_tensor_is_refused(tmp_path: Path) -> None:
+    writer = TensorWriter(tmp_path, "model")
+    writer.add("w", torch.zeros(3), (4,), (2,))
+    with pytest.raises(ValueError, match="reaches beyond"):
+        write_index(tmp_path, "model", [writer.finish()])
+
+
+def test_processes_that_disagree_are_refused(tmp_path: Path) -> None:
+    indices = []
+    for rank, dtype in enumerate((torch.float32, torch.bfloat16)):
+        writer = TensorWriter(tmp_path, "model", rank)
+        writer.add("w", torch.zeros(2, dtype=dtype), (4,), (2 * rank,))
+        indices.append(writer.finish())
+    with pytest.raises(ValueError, match="written as float32"):
+        write_index(tmp_path, "model", indices)
+
+
+def test_expert_matrices_are_blocks_of_one_tensor(tmp_path: Path) -> None:
+    whole = torch.arange(4 * 3 * 2.0).reshape(4, 3, 2)
+    writer = TensorWriter(tmp_path, "model")
+    for expert, half in product(range(4), range(2)):
+        writer.add("experts", whole[expert, :, half:half + 1], (4, 3, 2), (expert, 0, half))
+    write_index(tmp_path, "model", [writer.finish()])
+    assert TensorReader(tmp_path).read("experts", (2, 1, 0), (1, 2, 2)).equal(whole[2:3, 1:])
+
+
+def test_large_parts_are_spread_over_files_and_none_stays_open(tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharded_tensors, "MAX_FILE_BYTES", 100)
+    whole = torch.randn(10, 20)
+    write(tmp_path, whole, [((r, 0), (1, 20)) for r in range(10)])
+    assert len(list(tmp_path.glob("model/00000/rank-00000-*.safetensors"))) == 10
+    reader = TensorReader(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    assert reader.read("w").equal(whole)
+    assert reader.read("w").equal(whole)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def damaged(folder: Path, change: Any) -> None:
+    index = json.loads((folder / "model.index.json").read_text())
+    change(index)
+    (folder / "model.index.json").write_text(json.dumps(index))
+
+
+def test_damage_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no model\.index\.json"):
+        TensorReader(tmp_path)
+    write(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
+    damaged(tmp_path, lambda index: index["w"]["pieces"].pop())
+    with pytest.raises(UserError, match=r"w is damaged .its index holds 6 of the 12 elements"):
+        TensorReader(tmp_path).read("w")
+    with pytest.raises(UserError, match="is damaged"):
+        TensorReader(tmp_path).read("w", (0, 0), (9, 2))  # more than the tensor has
+    file = next(tmp_path.glob("model/*/*"))
+    file.write_bytes(file.read_bytes()[:-8])
+    cut = (r"safetensors: cannot be read .*\bw@3,0 is cut off: .* 8 bytes too early.*; "
+           r"use an earlier checkpoint")
+    with pytest.raises(UserError, match=cut):
+        TensorReader(tmp_path).read("w", (0, 0), (1, 2))
+    file.unlink()
+    with pytest.raises(UserError, match=r"safetensors: cannot be read .*No such file"):
+        TensorReader(tmp_path).read("w", (0, 0), (1, 2))
+    (tmp_path / "model.index.json").write_text("{")
+    with pytest.raises(UserError, match=r"model\.index\.json: is damaged"):
+        TensorReader(tmp_path)
+
+
+@pytest.mark.parametrize("value", [[[]], [None, 2], ["6", 2], [6.0, 2], [True, 2], [-6, 2], [6], [6, 2, 1],
+                                   {}, "62", 6, None, [10**30, 2]], ids=str)
+@pytest.mark.parametrize("place", ["shape", "offset", "tensor"])
+def test_sizes_of_another_kind_are_one_sentence(place: str, value: Any, tmp_path: Path) -> None:
+    write(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
+    damaged(tmp_path, lambda index: (index["w"] if place == "tensor" else index["w"]["pieces"][0]).update(
+        {"shape" if place == "tensor" else place: value}))
+    with pytest.raises(UserError, match=r"is damaged|a block reaches beyond|a part of w"):
+        TensorReader(tmp_path).check_complete()
+
+
+@pytest.mark.parametrize("value", [5, None, ["x"], {}, "\0", "x" * 5000], ids=lambda v: str(v)[:8])
+@pytest.mark.parametrize("name", ["file", "name"])
+def test_names_of_another_kind_are_one_sentence(name: str, value: Any, tmp_path: Path) -> None:
+    write(tmp_path, torch.randn(6, 2), [((0, 0), (6, 2))])
+    damaged(tmp_path, lambda index: index["w"]["pieces"][0].update({name: value}))
+    with pytest.raises(UserError, match=r"is damaged|cannot be read|the file lacks it"):
+        TensorReader(tmp_path).read("w")
+
+
+def test_what_an_index_says_must_hold_in_the_files(tmp_path: Path) -> None:
+    def refused(change: Any, call: Callable[[TensorReader], Any] = TensorReader.check_complete) -> str:
+        write(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
+        damaged(tmp_path, lambda index: change(index["w"]))
+        with pytest.raises(UserError) as e:
+            call(TensorReader(tmp_path))
+        return str(e.value)
+
+    assert "w would stand in ../x, which is not a file below" in refused(
+        lambda w: w["pieces"][0].update(file="../x"))
+    assert "w would stand in /x" in refused(lambda w: w["pieces"][0].update(file="/x"))
+    assert "a part of w [6, 2] is missing (the pieces begin at (0, 0))" in refused(
+        lambda w: w["pieces"].pop())
+    assert "a part of w [6, 2] stands in several pieces" in refused(
+        lambda w: w["pieces"].append(w["pieces"][0]))
+    assert "w: a block reaches beyond" in refused(lambda w: w["pieces"][0].update(shape=[9, 2]))
+    read = partial(TensorReader.read, key="w")
+    assert "w at (0, 0) is torch.float16 [3, 2] in the index, but the file holds it as F32" in refused(
+        lambda w: w.update(dtype="float16"), read)
+    assert "but the file lacks it" in refused(lambda w: w["pieces"][0].update(name="v@0,0"), read)

@@ -1,0 +1,144 @@
+"""Rows of pairs of modalities, and figures that agree with jiwer and with counting."""
+
+from __future__ import annotations
+
+import sys
+from itertools import permutations
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.commands.evaluate.eval_media import (
+    PAIRS, MediaGroup, MediaRow, Rank, figures, grouped, judge_of, normalised, rank_figures, ranks, read_rows)
+from megatron_sov.eval.statistics import mean_interval, wilson_interval
+
+WORDS = [{"type": "text", "text": "Say it."}]
+
+
+def test_pairs_are_those_of_the_model_card_and_no_others() -> None:
+    assert set(PAIRS) == {"image-text", "image-audio", "text-image", "text-audio", "audio-text",
+                          "audio-image", "audio-audio"}
+
+
+def test_figures_count_what_was_recognised() -> None:
+    """Case and punctuation do not count; rates are those of all words and characters together."""
+    rows = [MediaRow(WORDS, text, ("a", "b", "c", "d")) for text in ("Hello, world!", "yellow", "서울 시청")]
+    heard = ["hello world", "yell oh", ""]
+    told = figures(rows, heard)
+    assert (told["num_rows"], told["accuracy"], told["chance"]) == (3, 1 / 3, 0.25)
+    assert told["accuracy_interval"] == list(wilson_interval(1, 3))
+    assert told["wer"] == jiwer.wer(["hello world", "yellow", "서울 시청"], ["hello world", "yell oh", ""])
+    assert told["wer"] == (0 + 2 + 2) / 5
+    assert told["cer"] == pytest.approx((0 + 2 + 5) / (11 + 6 + 5))
+    assert normalised("  Ｈello, — World! ") == "ｈello world"
+    assert "chance" not in figures([MediaRow(WORDS, "a")], ["a"])
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("{", ":1: is no row"), ('{"content": [], "answer": "a"}', ":1: is no row"), ("", "has no row"),
+    ('{"content": [{"type": "text"}], "answer": ""}', ":1: is no row"), ("[1]", ":1: is no row"),
+    ('{"content": [{"type": "text"}], "answer": "a", "labels": "b"}', ":1: is no row")])
+def test_bad_rows_are_named(tmp_path: Path, line: str, said: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(line)
+    with pytest.raises(UserError, match=said):
+        read_rows(file)
+    file.write_text('\n{"content": [{"type": "text", "text": "a"}], "answer": "b", "labels": ["b", "c"]}\n')
+    assert read_rows(file) == [MediaRow([{"type": "text", "text": "a"}], "b", ("b", "c"))]
+
+
+FILES, LABELS = [Path("one.png"), Path("two.png")], [("a", "b"), ()]
+
+
+def test_a_function_of_a_file_judges(tmp_path: Path) -> None:
+    code = tmp_path / "mine.py"
+    code.write_text("def seen(files, labels):\n"
+                    "    return [f'{file.stem} of {len(of)}' for file, of in zip(files, labels)]\n")
+    assert judge_of(f"{code}:seen")(FILES, LABELS) == ["one of 2", "two of 0"]
+
+
+def test_a_program_judges_line_by_line(tmp_path: Path) -> None:
+    code = tmp_path / "program"
+    code.write_text("import json, sys\nfor line in sys.stdin:\n    row = json.loads(line)\n"
+                    "    print(json.dumps(row['file'] + ''.join(row['labels'])))\n")
+    assert judge_of(f"{sys.executable} {code}")(FILES, LABELS) == ["one.pngab", "two.png"]
+
+
+@pytest.mark.parametrize(("code", "said"), [
+    ("def seen(files, labels):\n    return ['a']\n", "gave .* for 2 files"),
+    ("def seen(files, labels):\n    return [1, 2]\n", "gave .* for 2 files"),
+    ("seen = 3\n", "a judge is a function")])
+def test_a_judge_that_is_none_is_refused(tmp_path: Path, code: str, said: str) -> None:
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(UserError, match=said):
+        judge_of(f"{tmp_path / 'mine.py'}:seen")(FILES, LABELS)
+
+
+@pytest.mark.parametrize(("command", "said"), [
+    ("", "name code of your own"), ("'", "is no command"), ("/nowhere/judge", "/nowhere/judge"),
+    ("false", "ended with code 1"), ("echo nothing", "prints a JSON string")])
+def test_a_program_that_fails_is_named(command: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        judge_of(command)(FILES, LABELS)
+
+
+def test_a_program_may_say_any_character(tmp_path: Path) -> None:
+    code = tmp_path / "judge.py"
+    code.write_text("import json, sys\nfor line in sys.stdin:\n"
+                    "    said = json.dumps('a\\u2028b\\x85\\ud55c', ensure_ascii=False)\n"
+                    "    sys.stdout.buffer.write((said + '\\n').encode())\n")
+    assert judge_of(f"{sys.executable} {code}")(FILES, LABELS) == ["a\u2028b\x85\ud55c"] * 2
+
+
+def rows(*answers: str) -> list[MediaRow]:
+    return [MediaRow([{"type": "image", "path": f"{n}.png"}], answer) for n, answer in enumerate(answers)]
+
+
+def test_groups_are_even_and_hold_every_row_once() -> None:
+    found = grouped(rows(*"abcdeabcdef"), 4, 0)
+    assert [len(group.rows) for group in found] == [3, 4, 4]
+    assert sorted(n for group in found for n in group.rows) == list(range(11))
+    assert all(len(set(group.answers)) == len(group.answers) for group in found)
+    assert found == grouped(rows(*"abcdeabcdef"), 4, 0) != grouped(rows(*"abcdeabcdef"), 4, 1)
+
+
+def test_ranks_are_those_of_sorting() -> None:
+    """Texts behind media, and media for texts; of several right ones the best counts."""
+    of, random = rows(*"abcabd"), np.random.default_rng(0)
+    group = MediaGroup([5, 3, 1, 0, 2, 4], list("dbac"))
+    table = random.normal(size=(6, 4))
+    texts, media = ranks(of, [group], [table.tolist()])
+    for place, number in enumerate(group.rows):
+        order = [group.answers[i] for i in np.argsort(-table[place])]
+        assert texts[place] == Rank(1 + order.index(of[number].answer), 4, 1)
+    for place, answer in enumerate(group.answers):
+        order = [of[group.rows[i]].answer for i in np.argsort(-table[:, place])]
+        assert media[place] == Rank(1 + order.index(answer), 6, "abcabd".count(answer))
+
+
+@pytest.mark.parametrize("wrong", [-1.0, float("nan")])
+def test_what_is_as_good_or_no_number_stands_before(wrong: float) -> None:
+    (first, second), _ = ranks(rows("a", "b"), [MediaGroup([0, 1], ["a", "b"])],
+                               [[[-1.0, wrong], [-2.0, -1.0]]])
+    assert (first.rank, second.rank) == (2, 1)
+
+
+def test_figures_and_chance() -> None:
+    """Chance by counting all orders of candidates."""
+    found = [Rank(1, 6, 2), Rank(4, 6, 1), Rank(6, 6, 1)]
+    told = rank_figures(found)
+    assert (told["num_questions"], told["num_candidates"], told["ranks"]) == (3, 6, [1, 4, 6])
+    assert (told["recall_at_1"], told["recall_at_5"], told["mean_rank"]) == (1 / 3, 2 / 3, 11 / 3)
+    assert told["recall_at_1_interval"] == list(wilson_interval(1, 3))
+    low, high = mean_interval([0, 3 / 5, 1])
+    assert told["mean_rank_interval"] == pytest.approx([1 + 5 * low, 1 + 5 * high])
+    firsts = {r: [1 + min(order.index(i) for i in range(r)) for order in permutations(range(6))]
+              for r in (1, 2)}
+    for k in (1, 5):
+        by_counting = [np.mean(np.array(firsts[one.num_right]) <= k) for one in found]
+        assert told[f"chance_at_{k}"] == pytest.approx(np.mean(by_counting))
+    assert told["chance_mean_rank"] == pytest.approx(np.mean([np.mean(firsts[r]) for r in (2, 1, 1)]))
+    assert rank_figures([Rank(1, 2, 1)])["recall_at_5"] == rank_figures([Rank(1, 2, 1)])["chance_at_5"] == 1

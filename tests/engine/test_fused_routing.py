@@ -1,0 +1,106 @@
+"""Routing through a double of Transformer Engine's kernels, against the router's own formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+EXPERTS, TOKENS, SEQ_LEN = 8, 24, 8
+CASES = [
+    # score, divided by their sum, K, bias, whether the kernels compute the same
+    ("sigmoid", True, 2, True, True), ("sigmoid", True, 2, False, True), ("sigmoid", False, 1, True, True),
+    ("softmax", True, 2, False, True), ("softmax", False, 2, False, True), ("softmax", True, 1, False, True),
+    # one sigmoid weight is never divided, several always are
+    ("sigmoid", True, 1, True, False), ("sigmoid", False, 2, True, False),
+]
+
+
+def _kernels(calls: list[str]) -> dict[str, Any]:
+    """Return doubles in plain torch of what the simple kernels of Transformer Engine compute."""
+    import torch
+
+    def scores_of(logits: torch.Tensor, score_function: str) -> torch.Tensor:
+        assert logits.dtype == torch.float32 and logits.is_contiguous()
+        return logits.softmax(-1) if score_function == "softmax" else logits.sigmoid()
+
+    def topk(logits: torch.Tensor, topk: int, use_pre_softmax: bool, num_groups: None, group_topk: None,
+             scaling_factor: float, score_function: str, expert_bias: torch.Tensor | None) -> Any:
+        calls.append("choice")
+        assert expert_bias is None or score_function == "sigmoid"
+        early = use_pre_softmax or score_function == "sigmoid"
+        scores = scores_of(logits, score_function) if early else logits
+        bias = torch.zeros(1) if expert_bias is None else expert_bias
+        biased, index = (scores + bias).topk(topk, -1)
+        weights = biased - bias.expand(scores.shape[-1])[index]
+        if not early:
+            weights = weights.softmax(-1)
+        elif score_function == "sigmoid" and topk > 1:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, True)
+        return torch.zeros_like(logits).scatter(1, index, weights * scaling_factor), chosen
+
+    def balance(logits: torch.Tensor, topk: int, score_function: str) -> Any:
+        calls.append("balance")
+        scores = scores_of(logits, score_function)
+        if score_function == "sigmoid":
+            scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, scores.topk(topk, -1).indices, True)
+        return chosen, scores
+
+    return {"fused_topk_with_score_function": topk, "fused_compute_score_for_moe_aux_loss": balance}
+
+
+def compare(score: str, norm: bool, top_k: int, biased: bool) -> dict[str, Any]:
+    """Route by the router's own formula and by the doubles; return the differences."""
+    import torch
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from megatron_sov import recipes
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.engine.router import BalancedRouter
+    from megatron_sov.model.config import ParallelConfig, apply_settings
+
+    config = apply_settings(recipes.get("tiny-solar-open"), [
+        f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={top_k}", "model.num_layers=1",
+        f"model.router_score={score}", f"model.router_bias={str(biased).lower()}",
+        f"model.norm_topk_prob={str(norm).lower()}",
+        "model.routed_scaling_factor=2.5", "model.seq_aux_loss_coeff=0.3"])
+    world.join(ParallelConfig())
+    model = build(config.model, ParallelConfig(), config.train)
+    router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
+    step = model.config.routing_step
+    step.seq_len, step.num_sequences = SEQ_LEN, TOKENS // SEQ_LEN
+    generator = torch.Generator().manual_seed(1)
+    logits, upstream = torch.randn(2, TOKENS, EXPERTS, generator=generator)
+    if biased:
+        router.expert_bias.copy_(torch.randn(EXPERTS, generator=generator) * 0.3)
+    padding = (torch.arange(TOKENS) % 7 == 6)[:, None]
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    calls: list[str] = []
+    for name, double in _kernels(calls).items():
+        setattr(transformer_engine, name, double)
+    found = []
+    for model.config.moe_router_fusion in (False, True):
+        assert bool(calls) <= model.config.moe_router_fusion
+        local, step.aux_loss = logits.clone().requires_grad_(), {}
+        weights, chosen = router.routing(local[:, None], padding)
+        (weights * upstream).sum().backward()
+        found.append((weights.detach(), chosen, local.grad, step.aux_loss[1]))
+    return {"calls": calls, "same choice": torch.equal(found[0][1], found[1][1]),
+            "difference": [float((a.double() - b.double()).abs().max())
+                           for a, b in zip(*found, strict=True)]}
+
+
+@pytest.mark.distributed
+def test_fused_kernels_choose_and_weigh_as_the_router_does_or_are_not_asked(ranks: Any, job: Any) -> None:
+    results = ranks(*(job(__file__, "compare", 1, dict(zip(("score", "norm", "top_k", "biased"), case[:4],
+                                                           strict=True))) for case in CASES))
+    for case, (found,) in zip(CASES, results, strict=True):
+        same = case[-1]
+        assert ("choice" in found["calls"]) == same, case
+        assert found["same choice"] and max(found["difference"]) < 2e-6, case
+        if same:
+            assert found["calls"] == ["choice", "balance"], case

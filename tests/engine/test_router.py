@@ -1,0 +1,222 @@
+"""Routing against plain formulas: choice and weights as in transformers, the balancing loss as in
+DeepSeek-V3's paper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+EXPERTS, TOP_K, SEQ_LEN, SEQUENCES, FACTOR, COEFF = 8, 2, 8, 3, 2.5, 0.3
+PADDING = [7, 22, 23]
+
+
+def whole() -> tuple[Any, Any, Any]:
+    """Return logits, selection bias, and the gradient that reaches the weights from above."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(SEQ_LEN * SEQUENCES, EXPERTS, generator=generator), torch.randn(
+        EXPERTS, generator=generator) * 0.3, torch.randn(SEQ_LEN * SEQUENCES, EXPERTS, generator=generator))
+
+
+def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = False) -> dict[str, Any]:
+    """Route this process's tokens through the first router of a tiny model."""
+    import torch
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from megatron_sov import recipes
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.parallel import context, world
+    from megatron_sov.engine.router import BalancedRouter
+    from megatron_sov.model.config import ParallelConfig, apply_settings
+
+    config = apply_settings(recipes.get("tiny-solar-open"), [
+        f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={TOP_K}",
+        f"model.routed_scaling_factor={FACTOR}", f"model.seq_aux_loss_coeff={COEFF}", "model.num_layers=1"])
+    world.join(ParallelConfig(**layout))
+    model = build(config.model, ParallelConfig(**layout), config.train)
+    router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
+    step = model.config.routing_step
+    step.seq_len, step.num_sequences = SEQ_LEN, SEQUENCES
+    logits, bias, upstream = whole()
+    mask = torch.zeros(len(logits), dtype=torch.bool)
+    mask[padding] = True
+    if other_padding:
+        logits[mask] = 50.0
+    router.expert_bias.copy_(bias)
+    mine = context.row_index(len(logits), layout.get("sp", False), logits.device)
+    local = logits[mine].clone().requires_grad_()
+    with torch.no_grad():  # a first pass whose activations are not kept counts nothing
+        router.routing(local[:, None], mask[mine][:, None])
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    weights, chosen = router.routing(local[:, None], mask[mine][:, None])
+    (weights * upstream[mine]).sum().backward()
+    return {"weights": weights.tolist(), "chosen": chosen.tolist(), "grad": local.grad.tolist(),
+            "loss": float(step.aux_loss[1]), "index": mine.tolist(),
+            "counts": router.local_tokens_per_expert.tolist()}
+
+
+def gate_bf16() -> dict[str, Any]:
+    """Return what the first router of a bf16 model makes of bf16 hidden states, before any choice."""
+    import torch
+
+    from megatron_sov import recipes
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.engine.router import BalancedRouter
+    from megatron_sov.model.config import ParallelConfig, apply_settings
+
+    config = apply_settings(recipes.get("tiny-solar-open"), ["train.precision=bf16", "model.num_layers=1"])
+    world.join(ParallelConfig())
+    model = build(config.model, ParallelConfig(), config.train)
+    router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
+    generator = torch.Generator().manual_seed(3)
+    router.weight.data.copy_(torch.randn(router.weight.shape, generator=generator) * 0.1)
+    hidden = torch.randn(16, 1, config.model.hidden_size, generator=generator).bfloat16()
+    logits = router.gating(hidden)
+    return {"hidden": hidden[:, 0].tolist(), "weight": router.weight.tolist(),
+            "logits": logits[:, 0].tolist(),
+            "dtypes": [str(t.dtype) for t in (router.weight, logits, router.expert_bias)]}
+
+
+def expected(padding: list[int]) -> dict[str, Any]:
+    """Return the same by plain formulas in double precision."""
+    import torch
+
+    logits, bias, upstream = (t.double() for t in whole())
+    logits.requires_grad_()
+    scores = logits.sigmoid()
+    index = (scores + bias).topk(TOP_K).indices
+    chosen = torch.zeros(len(logits), EXPERTS, dtype=torch.bool).scatter(1, index, True)
+    weights = torch.where(chosen, scores, 0)
+    weights = FACTOR * weights / weights.sum(-1, keepdim=True)
+    valid = [t for t in range(len(logits)) if t not in padding]
+    loss = torch.zeros((), dtype=torch.float64)
+    for sequence in range(SEQUENCES):
+        tokens = [t for t in valid if t // SEQ_LEN == sequence]
+        # the loss looks at the scores, not at the biased choice
+        top = scores[tokens].topk(TOP_K).indices.flatten().tolist()
+        for expert in range(EXPERTS):
+            frequency = EXPERTS / (TOP_K * len(tokens)) * top.count(expert)
+            share = scores[tokens, expert] / scores[tokens].sum(-1)
+            loss = loss + COEFF * frequency * share.mean() / SEQUENCES
+    ((weights * upstream).sum() + loss).backward()
+    return {"weights": weights.detach(), "chosen": chosen, "grad": logits.grad, "loss": float(loss.detach()),
+            "counts": chosen[valid].sum(0).tolist()}
+
+
+def joined(results: list[dict[str, Any]], name: str) -> Any:
+    """Return all processes' tokens as one tensor in the row's order, numbers in double precision."""
+    import torch
+
+    rows = {i: row for r in results for i, row in zip(r["index"], r[name], strict=True)}
+    values = torch.tensor([rows[i] for i in sorted(rows)])
+    return values.double() if values.is_floating_point() else values
+
+
+def grouped_choices() -> list[Any]:
+    """Return [groups, kept groups, our weights, transformers' weights] of random scores, where biases are
+    large and groups of two."""
+    import torch
+    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeConfig, Glm4MoeTopkRouter
+
+    from megatron_sov import recipes
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.engine.router import BalancedRouter
+    from megatron_sov.model.config import ParallelConfig, apply_settings
+
+    world.join(ParallelConfig())
+    found, generator = [], torch.Generator().manual_seed(5)
+    for groups, kept, chosen in ((4, 2, 3), (2, 1, 4), (8, 3, 5)):
+        config = apply_settings(recipes.get("tiny-glm4-moe"), [
+            "model.num_experts=16", f"model.num_experts_per_token={chosen}",
+            f"model.num_expert_groups={groups}", f"model.num_groups_per_token={kept}"])
+        router = next(m for m in build(config.model, ParallelConfig(), config.train).modules()
+                      if isinstance(m, BalancedRouter)).eval()
+        hidden, weight = (torch.randn(n, config.model.hidden_size, generator=generator) for n in (200, 16))
+        theirs = Glm4MoeTopkRouter(Glm4MoeConfig(
+            hidden_size=config.model.hidden_size, n_routed_experts=16, num_experts_per_tok=chosen,
+            n_group=groups, topk_group=kept))
+        theirs.weight.data.copy_(weight)
+        theirs.e_score_correction_bias.copy_(torch.randn(16, generator=generator) - 2)
+        router.expert_bias.copy_(theirs.e_score_correction_bias)
+        logits, weights, index = theirs(hidden)
+        ours, _ = router.routing(logits[:, None])
+        found.append([groups, kept, ours.tolist(),
+                      torch.zeros_like(logits).scatter(1, index, weights).tolist()])
+    return found
+
+
+def test_experts_are_chosen_within_the_best_groups_as_in_transformers(ranks: Any, job: Any) -> None:
+    import torch
+
+    ((cases,),) = ranks(job(__file__, "grouped_choices", 1, {}))
+    for groups, kept, ours, theirs in cases:
+        ours, theirs = torch.tensor(ours), torch.tensor(theirs)
+        assert torch.allclose(ours, theirs, atol=1e-6)
+        reached = (ours.unflatten(1, (groups, -1)) > 0).any(-1).sum(-1)
+        assert int(reached.max()) == kept and ours.count_nonzero() == theirs.count_nonzero()
+
+
+@pytest.mark.distributed
+def test_routing_is_the_formula_at_every_layout_without_padding(ranks, job) -> None:
+    import torch
+
+    sp = {"tp": 2, "sp": True}
+    plain, padded, other, split, cut, both = ranks(
+        job(__file__, "route", 1, {"layout": {}, "padding": []}),
+        job(__file__, "route", 1, {"layout": {}, "padding": PADDING}),
+        job(__file__, "route", 1, {"layout": {}, "padding": PADDING, "other_padding": True}),
+        # the border lies inside the second sequence
+        job(__file__, "route", 2, {"layout": sp, "padding": PADDING}),
+        job(__file__, "route", 2, {"layout": {"cp": 2}, "padding": PADDING}),
+        job(__file__, "route", 4, {"layout": sp | {"cp": 2}, "padding": PADDING}))
+    assert other[0]["loss"] == padded[0]["loss"] != plain[0]["loss"]
+    assert other[0]["counts"] == padded[0]["counts"]
+    for padding, result in (([], plain), (PADDING, padded), (PADDING, split), (PADDING, cut),
+                            (PADDING, both)):
+        formula = expected(padding)
+        assert joined(result, "chosen").equal(formula["chosen"])
+        assert torch.allclose(joined(result, "weights"), formula["weights"], atol=1e-6)
+        assert torch.allclose(joined(result, "grad"), formula["grad"], atol=1e-6)
+        assert sum(r["loss"] for r in result) == pytest.approx(formula["loss"], rel=1e-6)
+        assert [sum(c) for c in zip(*(r["counts"] for r in result), strict=True)] == formula["counts"]
+
+
+@pytest.mark.distributed
+def test_bf16_logits_are_summed_in_float32_as_in_transformers(ranks, job) -> None:
+    import torch
+    from transformers import SolarOpenConfig
+    from transformers.models.solar_open.modeling_solar_open import SolarOpenTopkRouter
+
+    ((found,),) = ranks(job(__file__, "gate_bf16"))
+    assert found["dtypes"] == ["torch.bfloat16", "torch.float32", "torch.float32"]
+    hidden, weight, logits = (torch.tensor(found[name]) for name in ("hidden", "weight", "logits"))
+    router = SolarOpenTopkRouter(SolarOpenConfig(n_routed_experts=len(weight),
+                                                 hidden_size=hidden.shape[1])).bfloat16()
+    router.e_score_correction_bias = router.e_score_correction_bias.float()
+    with torch.no_grad():
+        router.weight.copy_(weight)
+        theirs, _, _ = router(hidden.bfloat16())
+    assert theirs.dtype == torch.float32
+    assert (logits - theirs).abs().max() < 1e-5, "in bf16 they would be some 1e-2 apart"
+    assert (logits - logits.bfloat16()).abs().max() > 1e-3
+
+
+def test_the_formula_is_the_one_of_transformers() -> None:
+    import torch
+    from transformers import SolarOpenConfig
+    from transformers.models.solar_open.modeling_solar_open import SolarOpenTopkRouter
+
+    router = SolarOpenTopkRouter(SolarOpenConfig(n_routed_experts=EXPERTS, num_experts_per_tok=TOP_K,
+                                                 hidden_size=EXPERTS, routed_scaling_factor=FACTOR))
+    logits, bias, _ = whole()
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(EXPERTS))
+        router.e_score_correction_bias.copy_(bias)
+        seen, weights, index = router(logits)
+    assert torch.allclose(seen, logits)
+    dense = torch.zeros(len(logits), EXPERTS).scatter(1, index, weights)
+    assert torch.allclose(dense.double(), expected([])["weights"], atol=1e-6)

@@ -1,0 +1,170 @@
+"""Learning rates, batch sizes and tokens of steps against closed forms,
+torch's own schedulers and plain counting."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import OptimConfig, PhaseConfig, RunConfig, TrainConfig
+from megatron_sov.model.config.data import batch_size_at
+from megatron_sov.schedules import Schedule, changed_schedule, decayed
+
+SCHEDULES = ("cosine", "wsd", "linear", "inverse_sqrt", "constant")
+
+
+def run(num_steps: int, phases: tuple[PhaseConfig, ...] = (PhaseConfig("main", seq_len=8),),
+        train: dict[str, Any] | None = None, **optim: Any) -> RunConfig:
+    """Return a run of so many steps, at peak rate 1."""
+    base = recipes.get("tiny-solar-open")
+    config = OptimConfig(**{"lr": 1.0, "min_lr": 0.1, "warmup_steps": 4, **optim})
+    return replace(base, data=replace(base.data, phases=phases), optim=config,
+                   train=replace(TrainConfig(steps=num_steps, global_batch_size=8), **(train or {})))
+
+
+def rates(num_steps: int, **settings: Any) -> list[float]:
+    schedule = Schedule(run(num_steps, **settings))
+    return [schedule.learning_rate(step) for step in range(num_steps)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warm_up_is_linear_and_ends_at_the_peak(schedule: str) -> None:
+    assert rates(20, schedule=schedule)[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+
+
+def test_cosine_is_torchs_annealing_and_ends_at_the_minimum() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    torchs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=16, eta_min=0.1)
+    expected = []
+    for _ in range(16):
+        optimizer.step()
+        torchs.step()
+        expected.append(torchs.get_last_lr()[0])
+    assert rates(20, schedule="cosine")[4:] == pytest.approx(expected)
+    assert rates(20, schedule="cosine")[-1] == pytest.approx(0.1)
+    assert rates(20, schedule="cosine")[11] == pytest.approx(0.55)  # half way down: cos(pi / 2) = 0
+
+
+def test_linear_is_torchs() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    torchs = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.1, total_iters=16)
+    expected = []
+    for _ in range(16):
+        optimizer.step()
+        torchs.step()
+        expected.append(torchs.get_last_lr()[0])
+    assert rates(20, schedule="linear")[4:] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("form", "left"), [("linear", [0.8, 0.6, 0.4, 0.2, 0.0]),
+                                            ("cosine",
+                                             [(1 + math.cos(math.pi * k / 5)) / 2 for k in range(1, 6)]),
+                                            ("one_minus_sqrt", [1 - math.sqrt(k / 5) for k in range(1, 6)])])
+def test_wsd_is_constant_then_decays_in_its_form(form: str, left: list[float]) -> None:
+    found = rates(20, schedule="wsd", decay_share=0.25, decay_form=form)
+    assert found[3:15] == [1.0] * 12
+    assert found[15:] == pytest.approx([0.1 + 0.9 * part for part in left])
+    assert decayed(form, 0.0) == 1.0 and decayed(form, 1.0) == pytest.approx(0.0)
+
+
+def test_a_run_that_only_decays_goes_down_evenly_from_the_peak() -> None:
+    """As in mid-training --from another run: the rate is warmed up again, then falls by the
+    same amount each step."""
+    found = rates(20, schedule="wsd", decay_share=1.0)
+    assert found == pytest.approx([0.25, 0.5, 0.75, 1.0, *(1.0 - 0.9 * k / 16 for k in range(1, 17))])
+
+
+def test_inverse_square_root_is_that_of_the_transformer() -> None:
+    """Vaswani et al. (arXiv 1706.03762), equation 3: proportional to min(step^-1/2, step warmup^-3/2)."""
+    expected = [min(s ** -0.5, s * 4 ** -1.5) * 4 ** 0.5 for s in range(1, 101)]
+    assert rates(100, schedule="inverse_sqrt", min_lr=0.0) == pytest.approx(expected)
+    assert min(rates(1000, schedule="inverse_sqrt")) == pytest.approx(0.1)  # reached at step 400
+
+
+def test_constant_stays() -> None:
+    assert set(rates(20, schedule="constant")[3:]) == {1.0}
+
+
+def test_a_short_run_warms_up_for_half_of_it_at_most() -> None:
+    assert rates(6, schedule="cosine", warmup_steps=2000)[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert rates(1, schedule="cosine", warmup_steps=2000) == pytest.approx([0.1])
+
+
+def test_no_rate_leaves_the_range() -> None:
+    for schedule, form in itertools.product(SCHEDULES, ("linear", "cosine", "one_minus_sqrt")):
+        for num_steps in (1, 2, 3, 7, 50):
+            for value in rates(num_steps, schedule=schedule, decay_share=1.0, decay_form=form):
+                assert 0 < value <= 1.0 and math.isfinite(value)
+
+
+RAMP = {"ramp_from_batch_size": 2, "ramp_increment": 2, "ramp_steps": 6}
+PHASES = (PhaseConfig("a", share=3, seq_len=8), PhaseConfig("b", share=2, seq_len=32, global_batch_size=4),
+          PhaseConfig("c", share=1, seq_len=16))
+
+
+def test_tokens_and_batch_sizes_are_those_that_a_count_step_by_step_gives() -> None:
+    config = run(24, phases=PHASES, train=RAMP)
+    schedule, spent = Schedule(config), 0
+    for step in range(24):
+        phase = PHASES[sum(step >= start for start in config.phase_starts()) - 1]
+        size = batch_size_at(config.train, phase, step)
+        spent += size * phase.seq_len
+        assert (schedule.stretch(step).batch_size, schedule.tokens(step)) == (size, spent)
+        assert PHASES[schedule.stretch(step).phase] is phase
+
+
+def test_counted_in_tokens_the_rate_follows_what_was_read_not_the_steps() -> None:
+    config = run(24, phases=PHASES, train=RAMP, schedule="linear", schedule_by="tokens",
+                 warmup_tokens=96, min_lr=0.0)
+    schedule = Schedule(config)
+    end = schedule.tokens(23)
+    for step in range(24):
+        at = schedule.tokens(step)
+        assert schedule.learning_rate(step) == pytest.approx(at / 96 if at <= 96
+                                                             else 1 - (at - 96) / (end - 96))
+    falls = [schedule.learning_rate(s) - schedule.learning_rate(s + 1) for s in (8, 14, 21)]
+    assert falls == pytest.approx([64 / (end - 96), 128 / (end - 96), 128 / (end - 96)])
+
+
+def test_a_phase_warms_up_again_or_has_a_schedule_of_its_own() -> None:
+    plain = rates(24, phases=PHASES, schedule="wsd")
+    own = replace(PHASES[2], lr=0.5, min_lr=0.02, schedule="linear", rewarm_steps=2)
+    again = (PHASES[0], replace(PHASES[1], rewarm_steps=4), own)
+    found = rates(24, phases=again, schedule="wsd")
+    assert found[:12] == plain[:12] and found[16:20] == plain[16:20]
+    assert found[12:16] == pytest.approx([value * k / 4 for k, value in enumerate(plain[12:16], 1)])
+    assert found[20:] == pytest.approx([0.25, 0.5, 0.26, 0.02])  # up in two steps, down in two
+
+
+def test_a_resumed_run_warms_up_again_where_it_is_told_to() -> None:
+    plain, found = rates(24, schedule="cosine"), rates(24, schedule="cosine", rewarm=((10, 5),))
+    assert found[:10] == plain[:10] and found[15:] == plain[15:]
+    assert found[10:15] == pytest.approx([value * k / 5 for k, value in enumerate(plain[10:15], 1)])
+
+
+def test_rates_depend_on_the_step_alone() -> None:
+    """What a resumed run asks first is what an uninterrupted one asked at that step."""
+    config = run(24, phases=PHASES, train=RAMP, schedule="wsd", schedule_by="tokens", rewarm=((10, 5),))
+    schedule = Schedule(config)
+    in_order = [schedule.learning_rate(step) for step in range(24)]
+    assert [Schedule(config).learning_rate(step) for step in reversed(range(24))] == in_order[::-1]
+
+
+def test_a_run_that_goes_on_with_another_schedule_is_told_its_rates() -> None:
+    short, long = run(6, schedule="cosine"), run(12, schedule="cosine")
+    told = changed_schedule(short, long, 4)
+    assert told is not None and "of 6 -> 12 steps" in told
+    was, now = Schedule(short).learning_rate(4), Schedule(long).learning_rate(4)
+    assert f"step 5 has the learning rate {now:.4g}, by the earlier settings {was:.4g}" in told
+    assert changed_schedule(short, short, 4) is None and changed_schedule(short, short, 6) is None
+    own = replace(short.data.phases[0], lr=0.5)
+    assert "step 5 has" in (changed_schedule(short, run(6, (own,), schedule="cosine"), 4) or "")
+    with pytest.raises(UserError, match="now make 6 steps, and the run has done 7; ask for at least 7"):
+        changed_schedule(long, short, 7)
