@@ -43,7 +43,7 @@ from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rou
 from megatron_sov.post.rl.publish import further_pieces
 from megatron_sov.post.rl.responses import key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
-from megatron_sov.rollouts.prompts import RolloutPrompt
+from megatron_sov.rollouts.prompts import RolloutPrompt, SetAside, list_set_aside
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.folder import ROUNDS, RunFolder
@@ -328,7 +328,9 @@ class Producer:
     store: Callable[[], RolloutStore]
     """Opens the store, or makes it."""
     prompts: Sequence[RolloutPrompt]
-    """All of them."""
+    """All that are asked."""
+    aside: SetAside
+    """Those that are not."""
     rollout: RolloutConfig
     run: Path
     """The run's folder."""
@@ -373,7 +375,8 @@ class Producer:
         engine = MegatronEngine(view.policy, self.batching)
         # The model is the policy itself: no weights are copied, only their version is noted.
         engine.update(None, policy.step)
-        on_main(view.world, lambda: self.store() and None)  # made by one, before all open it
+        # made by one, before all open it
+        on_main(view.world, lambda: list_set_aside(self.store().path, self.aside))
         write_rounds(engine, _take_none, policy, self.writer, self._desk(rounds, policy_of, asked_to_stop))
         written_s = time.monotonic()
         on_main(view.world, lambda: self._begin_judging(rounds, view))

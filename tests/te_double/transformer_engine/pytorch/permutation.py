@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .placement import require_cuda
+from .recording import kernel
 
 
 def _rows(inp: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int,
@@ -18,7 +19,8 @@ def _rows(inp: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int,
                          f"({len(routing_map)}).")
     assert num_out_tokens > 0, (f"moe_permute (mask map) requires num_out_tokens > 0, got {num_out_tokens}. "
                                 "Use int(routing_map.sum()) or num_tokens * top_k.")
-    expert, token = routing_map.bool().t().nonzero(as_tuple=True)
+    with kernel():
+        expert, token = routing_map.bool().t().nonzero(as_tuple=True)
     if num_out_tokens != len(token):
         raise NotImplementedError(f"the double permutes all tokens, and {num_out_tokens} rows are not "
                                   f"{len(token)}")
