@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.marks import with_opening
 from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engine import Engine
 from megatron_sov.infer.request import Bounds, Generated, Sampling, StopRule, Tokens
@@ -28,7 +29,7 @@ from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, ToolPolicy, 
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import SampleAttempt, never
 from megatron_sov.rollouts.prompts import OPTION, RolloutPrompt, budget_of, sampling_digest, stream_of
-from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, STOP, UNFINISHED, Key, Rollout
+from megatron_sov.rollouts.rows import LAST_TURN, LENGTH, NOT_WRITTEN, STOP, UNFINISHED, Key, Rollout
 
 CHUNK_PROMPTS = 1024
 """Whose token ids are in memory at a time when all prompts are looked at."""
@@ -161,7 +162,9 @@ class ResponseSource:
             # rounding may leave a certain token's a little above 0
             logprobs=np.concatenate([row.logprobs, np.minimum(np.array(logprobs, np.float32), 0)]),
             versions=np.concatenate([row.versions, np.full(len(written), attempt.policy.step, np.int32)]),
-            response=self.asker.decode(tokens.tolist()), routes=_add_routes(row, found, number, len(written)))
+            response=with_opening(self.asker.decode(tokens.tolist()),
+                                  self.asker.opened_thoughts(row.prompt_tokens.tolist())),
+            routes=_add_routes(row, found, number, len(written)))
 
 
 def _add_routes(row: Rollout, found: Generated, number: int, kept: int) -> np.ndarray | None:
@@ -273,7 +276,9 @@ class Episodes:
         result = episode.result
         outcome = {GOES_ON: json.dumps(lines_of(episode))} if result is None else {
             "reward": result.reward, "status": result.status, "components": dict(result.components),
-            "reason": result.reason, "reward_version": self.version}
+            "reason": result.reason, "reward_version": self.version,
+            # rewards read this and not the row's text, in which tools and the template speak too
+            LAST_TURN: episode.turns[-1].whole_text if episode.turns else ""}
         return Rollout(
             key, attempt.piece.round, attempt.number, episode.task, ids[:first], ids[first:],
             logprobs[first:], versions[first:], UNFINISHED if result is None else episode.end,

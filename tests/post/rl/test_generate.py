@@ -69,6 +69,10 @@ def expected(first: int) -> list[int]:
     return whole[:ROLLOUT.max_new_tokens]
 
 
+THINKS = 120
+"""The prompt behind which thoughts are open."""
+
+
 class Numbers:
     """In the place of a tokenizer: a prompt says its only id."""
 
@@ -79,6 +83,9 @@ class Numbers:
 
     def decode(self, tokens: list[int]) -> str:
         return " ".join(map(str, tokens))
+
+    def opened_thoughts(self, asked: Sequence[int]) -> str:
+        return "<think>" if asked[0] == THINKS else ""
 
 
 @pytest.fixture
@@ -132,7 +139,7 @@ def check_whole(store: RolloutStore, prompts: list[RolloutPrompt], rounds: Seque
         first = int(row.prompt_tokens[0])
         assert row.tokens.tolist() == expected(first) and row.record["answer"] == first // 10
         assert row.finish_reason == (STOP if row.tokens[-1] == END else LENGTH)
-        assert row.response == " ".join(map(str, row.tokens))
+        assert row.response == "<think>" * (first == THINKS) + " ".join(map(str, row.tokens))
     for row in rows:
         assert np.array_equal(row.logprobs, -1.0 - row.versions)
         assert row.key.policy == policy(int(row.versions[0])).sha256 and (np.diff(row.versions) >= 0).all()
