@@ -93,8 +93,14 @@ def memory_lines(config: RunConfig, num_ranks: int, chip: Chip | None = None) ->
                       if n >= max(LEAST_SHOWN_SHARE * needs.total, 1)
                       or item in ("weights", "gradients", "optimizer"))
     return (f"{num_ranks:,} process{'es' if num_ranks > 1 else ''}{' of ' + chip.name if chip else ''}: "
-            f"{sizes(config.parallel)}\n"
+            f"{sizes(config.parallel)}{_kernels(config)}\n"
             f"{_gib(needs.total)} GiB on each of stage {stage + 1}: {items}")
+
+
+def _kernels(config: RunConfig) -> str:
+    """Return what has to be installed for the messages of a run's experts; "": nothing."""
+    dispatcher = config.parallel.expert_dispatcher
+    return f", experts by {dispatcher}" if dispatcher in ("deepep", "hybridep") else ""
 
 
 def _gib(num_bytes: int) -> str:
@@ -111,7 +117,7 @@ def placed(request: RecipeRequest, machines: Machines,
     config, settings = request.config(), list(request.settings)
     prices = pricing(machines, learned)
     if leaves_layout_open(request):
-        recommended = _recommended(config, machines)
+        recommended = _recommended(config, machines, settings)
         config, settings = apply_settings(config, recommended), settings + recommended
     config.check(machines.num_ranks)
     if prices:
@@ -141,7 +147,7 @@ def searched(request: RecipeRequest, machines: Machines, recipe: Sequence[str],
     choice = found.best[0].choice
     settings = choice.settings(config)
     best = apply_settings(config, settings)
-    otherwise = _recommended(config, machines) if leaves_layout_open(request) else []
+    otherwise = _recommended(config, machines, request.settings) if leaves_layout_open(request) else []
     told = PlanText(found, machines, own_choice(apply_settings(config, otherwise)), settings,
                     submit_line(config, machines, recipe, [*request.settings, *settings]))
     _refuse_on_host(best, machines)
@@ -160,10 +166,10 @@ def _refuse_too_large(config: RunConfig, prices: Pricing) -> None:
         raise UserError(f"{e}; {way_out}") from None
 
 
-def _recommended(config: RunConfig, machines: Machines) -> list[str]:
+def _recommended(config: RunConfig, machines: Machines, said: Sequence[str]) -> list[str]:
     """Return the settings of the recommended layout; none where none is."""
     gpu = machines.profile.gpu if machines.profile.gpus_per_node else ""
-    return list(settings_for(config, machines.num_ranks, gpu))
+    return list(settings_for(config, machines.num_ranks, gpu, said))
 
 
 def _quotes(config: RunConfig, prices: Pricing, settings: Sequence[str]) -> list[Quote]:

@@ -81,6 +81,12 @@ def test_k_exaone_as_published() -> None:
     assert six <= set(phases[0].blend), "English is the rest of the web"
 
 
+def test_the_large_recipes_pretrain_in_8_bits_as_published_and_nothing_else_does() -> None:
+    in_8_bits = {name for name in names() if get(name).train.fp8 != "none"}
+    assert in_8_bits == {"solar-open-102b", "k-exaone-236b"}
+    assert {get(name).train.fp8 for name in in_8_bits} == {"blockwise"}, "which Hopper and Blackwell have"
+
+
 def test_solar_open_as_published() -> None:
     """All layers global and mixture-of-experts; pretrained at 4K with plain rotations."""
     config = get("solar-open-102b")
