@@ -56,8 +56,7 @@ SETTINGS = ("optim.lr=2e-3", "train.num_threads=1", "train.micro_batch_size=8", 
             "train.eval_every_steps=0", "train.keep_checkpoints=0")
 REWARD = f"{Path(__file__).with_name('rl_reward.py')}:Exact"
 HEAVY = ("infer.decoder.generator", "infer.engines.target", "post.policy", "post.rl.feed", "post.rl.generate",
-         "post.rl.publish", "post.rl.responses", "train.stages.stage", "commands.rl.rounds",
-         "commands.rl.training")
+         "post.rl.publish", "post.rl.responses", "train.stages.stage", "commands.rl.rounds")
 """What jobs import when they need it."""
 PATIENCE_S, LIMIT_S, POLL_S = 300, 1200, 0.05
 AT_WORK_S = 0.5

@@ -38,7 +38,7 @@ def test_a_file_needs_what_a_module_of_the_tests_imports(tmp_path: Path,
     ("    assert ranks('on_a_rank')\n", "megatron_sov.post.rl"),
     ("    assert nothing()\n", ""),
     ("    patch('megatron_sov.commands.score.score_file')\n", "megatron_sov.commands.score.score_file"),
-    ("    main(['rl', 'run', 'tiny'])\n", "megatron_sov.commands.rl.training:RUN"),
+    ("    main(['rl', 'run', 'tiny'])\n", "megatron_sov.commands.rl.rounds:RUN"),
     ("    run('import sys, tokenizer.cli')\n", "tokenizer.cli"),
     ("    main(['pretrain', 'tiny'])\n", "")])
 def test_a_test_needs_what_its_function_uses(body: str, found: str, tmp_path: Path) -> None:

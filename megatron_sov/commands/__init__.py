@@ -112,7 +112,7 @@ COMMANDS = {
          "distill rounds tiny-solar-open --from runs/sft --teacher teacher --prompts prompts --data "
          "chats --output rounds --rounds 3")),
     "rl run": Command(
-        "megatron_sov.commands.rl.training:RUN",
+        "megatron_sov.commands.rl.rounds:RUN",
         "reinforcement learning by one command: the model that learns writes its own rounds",
         POST_TRAIN, "rl.md",
         ("rl run tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
@@ -128,13 +128,13 @@ COMMANDS = {
          "rl generate tiny-solar-open --from runs/sft --prompts prompts.jsonl --store store --run "
          "runs/rl --wait 3600")),
     "rl reward": Command(
-        "megatron_sov.commands.rl.rounds:REWARD",
+        "megatron_sov.commands.rl.rl_reward:REWARD",
         "judge the responses of a store that a reward has not judged yet",
         POST_TRAIN, "rl_generate.md",
         ("rl reward --store store --reward math",
          "rl reward --store store --reward math --wait 3600")),
     "rl train": Command(
-        "megatron_sov.commands.rl.training:TRAIN",
+        "megatron_sov.commands.rl.rounds:TRAIN",
         "reinforcement learning: train the rounds of responses that are written and judged",
         POST_TRAIN, "rl.md",
         ("rl train tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store "

@@ -26,13 +26,12 @@ NOT_DOUBLED = {
     "distributed.gather_along_first_dim", "distributed.reduce_scatter_along_first_dim",
     "float8_tensor.Float8Tensor.make_like", "fp8.FP8GlobalStateManager.add_fp8_tensors_to_global_buffer",
     "fp8.FP8GlobalStateManager.reduce_and_update_fp8_tensors",
-    "fp8.FP8GlobalStateManager.set_skip_fp8_weight_update_tensor", "graph.make_graphed_callables",
-    "graph.restore_fp8_tensors", "graph.save_fp8_tensors", "graph.set_capture_end",
-    "graph.set_capture_start", "tensor.utils.cast_master_weights_to_fp8",
-    "tensor.utils.post_all_gather_processing", "tensor.utils.replace_raw_data", "utils.make_weak_ref",
+    "fp8.FP8GlobalStateManager.set_skip_fp8_weight_update_tensor",
+    "tensor.utils.cast_master_weights_to_fp8", "tensor.utils.post_all_gather_processing",
+    "tensor.utils.replace_raw_data",
 }
-"""Names that megatron-core does without here: of inference, CUDA graphs, offload, fp8 weights, delayed
-scaling and its own loss."""
+"""Names that megatron-core does without here: of inference, its own CUDA graphs, offload, fp8 weights,
+delayed scaling and its own loss."""
 NOT_DOUBLED_OF_0_19 = {
     "constants.MXFP8_BLOCK_SCALING_SIZE", "constants.NVFP4_BLOCK_SCALING_SIZE",
     "distributed._NVFP4AllGatherAsyncHandle", "ep", "ep.EpBuffer", "ep._BOOTSTRAPPED", "ep.ep_bootstrap",

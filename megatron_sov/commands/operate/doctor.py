@@ -29,7 +29,7 @@ from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import ExitCode, UserError, how_to_install, told_in_a_line
 from megatron_sov.base.settings import add_options, read_options
 from megatron_sov.operate.contract import first_difference
-from megatron_sov.sandbox import machine_enclosure
+from megatron_sov.sandbox.sandbox import machine_enclosure
 from megatron_sov.version import OUR_PACKAGES, PARTS, part_of
 from megatron_sov.work.clusters.units import GIB
 

@@ -258,10 +258,6 @@ class RunConfig:
 
 # The library's ways to be faster or smaller that no setting offers, and why: what is told to who asks.
 
-_GRAPHS = ("the library's CUDA graphs refuse packed rows where they hold attention; where they hold routers "
-           "alone (moe_router, moe_preprocess) they drop the row's mask of padding, and what routers count "
-           "between replays would have to lie in fixed buffers, which is not built; leave it out, and give "
-           "the GPU more work for each launch by a larger train.micro_batch_size")
 _WEIGHTS = ("checkpoints, exports and the replica checks read and write weights in place, in bf16, and would "
             "have to dequantise these, which is not built; leave it out: with train.fp8 products take 8 bits "
             "all the same")
@@ -277,11 +273,11 @@ NOT_OFFERED = {
         "Transformer Engine 2.20 trains no packed rows by it in mxfp8, blockwise or nvfp4; leave it out"),
     **dict.fromkeys(("cross_entropy_loss_fusion", "cross_entropy_fusion_impl"),
                     "losses come from this framework's own head, in chunks of rows; leave it out"),
-    "cuda_graphs": _GRAPHS, "cuda_graph_impl": _GRAPHS, "cuda_graph_scope": _GRAPHS,
-    "enable_cuda_graph": _GRAPHS, "external_cuda_graph": _GRAPHS,
+    **dict.fromkeys(("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"),
+                    "graphs are Transformer Engine's, and attention, whose packed rows they refuse, stays "
+                    "outside; name what they hold in gpu.cuda_graphs"),
     "fp8_weights": _WEIGHTS, "fp8_param": _WEIGHTS, "fp8_param_gather": _WEIGHTS,
     "reuse_grad_buf_for_mxfp8_param_ag": _WEIGHTS,
-    "cuda_graph_modules": _GRAPHS,  # as 0.19 calls the scope
 }
 """Last part of a setting's name -> why it does not exist, and what to do."""
 
@@ -311,6 +307,7 @@ COMMON = {
     **dict.fromkeys(("lora_rank", "lora_r", "r"), "lora.rank"),
     **dict.fromkeys(("overlap_moe_expert_parallel_comm", "expert_parallel_overlap", "moe_a2a_overlap",
                      "overlap_dispatch_backward_with_experts_wgrad"), "parallel.expert_overlap"),
+    **dict.fromkeys(("cuda_graph_scope", "cuda_graph_modules"), "gpu.cuda_graphs"),
     "delay_wgrad_compute": "parallel.delay_weight_grads",
     "lora_alpha": "lora.alpha", "target_modules": "lora.targets", "seed": "train.seed",
     "num_generations": "rollout.samples_per_prompt", "max_completion_length": "rollout.max_new_tokens",

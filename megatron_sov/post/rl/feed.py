@@ -3,8 +3,8 @@ publishes it, and adds what the trainer says of it.
 
 What the trainer says stands in RUN/rounds/0001.COLUMN.f32, a float32 for each token and a checksum of them
 all, which is checked when they are read.  The policy's are computed anew whenever a run stands before the
-round's first step; later its weights are others, and the file is what is read.  Of what the first step learns
-the policy's are those that the step computes itself: there they are NaN.
+round's first step; later its weights are others, and the file is what is read.  Of what is learned
+first the policy's are those that the step computes itself: there they are NaN.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from megatron_sov.post.rl.publish import further_pieces
 from megatron_sov.post.rl.requests import STEP_S, LiveServers, RequestQueue
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
-from megatron_sov.rollouts.prompts import RolloutPrompt, round_prompts
+from megatron_sov.rollouts.prompts import RolloutPrompt, SetAside, list_set_aside, round_prompts
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.folder import ROUNDS, RunFolder
@@ -110,8 +110,8 @@ class TrainerColumns:
 
     def _column(self, view: FeedView, name: str, opened: Round, *, is_first: bool) -> np.ndarray:
         file, count = file_of(opened.path, name), int(opened.starts[-1])
-        # documents of which the step itself tells what is needed
-        passed = len(opened.steps[0]) if name == OLD else 0
+        # documents of which the step itself tells what is needed: what is learned first, at unchanged weights
+        passed = next((step.stop for step in opened.steps if len(step)), 0) if name == OLD else 0
         if passed == len(opened.starts) - 1:
             return np.full(count, np.nan, np.float32)
         # At the first step the live weights begin the round; later only the file has their numbers.
@@ -335,7 +335,9 @@ class Producer:
     store: Callable[[], RolloutStore]
     """Opens the store, or makes it."""
     prompts: Sequence[RolloutPrompt]
-    """All of them."""
+    """All that are asked."""
+    aside: SetAside
+    """Those that are not."""
     rollout: RolloutConfig
     run: Path
     """The run's folder."""
@@ -380,7 +382,8 @@ class Producer:
         policy_of = partial(policy_of_round, self.run, self.start, rollout=self.rollout)
         policy: Policy = on_main(view.world, lambda: policy_of(number))
         rounds = range(number, min(number + self.rollout.max_staleness, self.rollout.rounds) + 1)
-        on_main(view.world, lambda: self.store() and None)  # made by one, before all open it
+        # made by one, before all open it
+        on_main(view.world, lambda: list_set_aside(self.store().path, self.aside))
         told: dict[str, float] = {}
         if self.servers is None:
             engine = MegatronEngine(view.policy, self.batching)

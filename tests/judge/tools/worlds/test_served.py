@@ -14,7 +14,7 @@ from aiohttp import web
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.judge.tools.environment import EpisodeLimits, InfrastructureFault, Observation, ToolFault
-from megatron_sov.judge.tools.host import EnvironmentHost
+from megatron_sov.judge.tools.host import EnvironmentHost, EpisodeLost
 from megatron_sov.judge.tools.registry import make, order
 
 Serve = Callable[[web.Application], str]
@@ -229,3 +229,107 @@ def test_rows_that_are_no_beginning_are_refused(serve: Serve, changed: dict[str,
         made.reset(ROW | {"responses_create_params": changed})
     with pytest.raises(UserError, match="has no 'responses_create_params'"):
         made.reset({"question": "a"})
+
+
+# MCP over HTTP: answers as JSON and as streams of events, sessions that outlive a connection.
+
+
+class HttpTools:
+    """A server with one tool that counts and one that only reads; `calls` is what was made of it."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self.calls: list[str] = []
+        self.keys: set[str | None] = set()
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.add_routes([web.post("/mcp", self.message), web.delete("/mcp", self.end)])
+        return app
+
+    async def end(self, request: web.Request) -> web.Response:
+        del self.counts[request.headers["Mcp-Session-Id"]]
+        return web.Response()
+
+    async def message(self, request: web.Request) -> web.StreamResponse:
+        asked = await request.json()
+        session = request.headers.get("Mcp-Session-Id")
+        self.keys.add(request.headers.get("Authorization"))
+        if asked["method"] == "initialize":
+            session = f"s{len(self.counts)}"
+            self.counts[session] = 0
+            result = {"protocolVersion": "2025-06-18", "capabilities": {}}
+            return web.json_response(answered(asked, result), headers={"Mcp-Session-Id": session})
+        if session not in self.counts:
+            return web.json_response({"error": "no session"}, status=404)
+        if asked["method"] == "notifications/initialized":
+            return web.Response(status=202)
+        if asked["method"] == "ping":
+            return web.json_response(answered(asked, {}))
+        if asked["method"] == "tools/list":
+            return web.json_response(answered(asked, {"tools": [
+                {"name": "count", "inputSchema": {"type": "object"}},
+                {"name": "look", "inputSchema": {"type": "object"}, "annotations": {"readOnlyHint": True}}]}))
+        self.calls.append(asked["params"]["name"])
+        self.counts[session] += asked["params"]["name"] == "count"
+        said = answered(asked, {"content": [{"type": "text", "text": str(self.counts[session])}]})
+        told = {"jsonrpc": "2.0", "method": "notifications/message", "params": {"data": "counting"}}
+        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await stream.prepare(request)
+        await stream.write(b": a comment\n\n" + b"".join(
+            b"event: message\ndata: " + json.dumps(part).encode() + b"\n\n" for part in (told, said)))
+        return stream
+
+
+def answered(asked: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    return {"jsonrpc": "2.0", "id": asked["id"], "result": result}
+
+
+def test_an_episode_of_an_mcp_server_over_http_goes_on_in_its_session(serve: Serve) -> None:
+    server, task = HttpTools(), {"question": "Count to 2.", "answer": "2"}
+    asked = order("mcp", {"url": f"{serve(server.app())}/mcp"})
+    with EnvironmentHost(asked, EpisodeLimits()) as first:
+        assert [tool["function"]["name"] for tool in first.reset(task).tools] == ["count", "look"]
+        assert first.call(ToolCall("count", {})).text == "1"
+        state = first.state
+    with EnvironmentHost(asked, EpisodeLimits()) as second:
+        second.resume(task, state)
+        assert second.call(ToolCall("count", {})).text == "2" and server.calls == ["count", "count"]
+        assert second.score("The answer is 2").reward == 1
+        # the server begins anew: no call that may have acted is made again
+        state = second.state
+        server.counts.clear()
+        with pytest.raises(EpisodeLost, match="count was called, may have acted on the world"):
+            second.resume(task, state)
+        assert server.calls == ["count", "count"]
+
+
+def test_a_server_over_http_is_sent_the_key_that_was_named(
+        serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOOLS_KEY", "secret")
+    server = HttpTools()
+    made, _ = make(order("mcp", {"url": f"{serve(server.app())}/mcp", "key_env": "TOOLS_KEY"}))
+    made.reset({"question": "Count.", "answer": "1"})
+    assert server.keys == {"Bearer secret"}
+    with pytest.raises(UserError, match="key_env = \"NO_KEY\" is not set"):
+        make(order("mcp", {"url": "http://localhost:1", "key_env": "NO_KEY"}))
+
+
+def test_calls_that_only_read_do_not_keep_an_episode_from_going_on(serve: Serve) -> None:
+    server, task = HttpTools(), {"question": "Look.", "answer": "0"}
+    url = f"{serve(server.app())}/mcp"
+    for repeat, calls in ((False, ["look"]), (True, ["look", "look", "look"])):
+        made, again = (make(order("mcp", {"url": url, "repeat": repeat}))[0] for _ in range(2))
+        made.reset(task)
+        made.call("look", {})
+        state = made.snapshot()
+        server.counts.clear()
+        again.reset(task)
+        again.restore(state)
+        assert server.calls == calls
+
+
+@pytest.mark.parametrize("settings", [{}, {"url": "http://localhost:1/mcp", "command": ["true"]}])
+def test_a_command_or_an_address_is_needed(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="or url is needed, and not both"):
+        make(order("mcp", settings))
