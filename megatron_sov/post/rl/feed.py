@@ -3,8 +3,8 @@ publishes it, and adds what the trainer says of it.
 
 What the trainer says stands in RUN/rounds/0001.COLUMN.f32, a float32 for each token and a checksum of them
 all, which is checked when they are read.  The policy's are computed anew whenever a run stands before the
-round's first step; later its weights are others, and the file is what is read.  Of what the first step learns
-the policy's are those that the step computes itself: there they are NaN.
+round's first step; later its weights are others, and the file is what is read.  Of what is learned
+first the policy's are those that the step computes itself: there they are NaN.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class TrainerColumns:
 
     def _column(self, view: FeedView, name: str, opened: Round, *, is_first: bool) -> np.ndarray:
         file, count = file_of(opened.path, name), int(opened.starts[-1])
-        # documents of which the step itself tells what is needed
-        passed = len(opened.steps[0]) if name == OLD else 0
+        # documents of which the step itself tells what is needed: what is learned first, at unchanged weights
+        passed = next((step.stop for step in opened.steps if len(step)), 0) if name == OLD else 0
         if passed == len(opened.starts) - 1:
             return np.full(count, np.nan, np.float32)
         # At the first step the live weights begin the round; later only the file has their numbers.
