@@ -204,7 +204,8 @@ def main() -> int:
             text = Path(__file__).parents[1] / "docs/rl.md"
             program = str(Path(sys.executable).parent / "sov-tokenizer")
             subprocess.run([program, "train", "--preset", "k-exaone", "--vocab-size", "512", "--input",
-                            str(text), "--output", str(folder / "tokenizer")], check=True, capture_output=True)
+                            str(text), "--output", str(folder / "tokenizer")], check=True,
+                           capture_output=True)
             for file in (folder / "tokenizer").glob("tokenizer*.json"):
                 (folder / "hf" / file.name).write_bytes(file.read_bytes())
             (folder / "prompts.jsonl").write_text("".join(
