@@ -3,10 +3,12 @@ quantised by the reference quantisers."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -49,20 +51,41 @@ def quantise_products() -> None:
     plain = products.gemm
 
     def gemm(a: torch.Tensor, b: torch.Tensor, kind: Any, recipe: Any = None,
-             out_dtype: torch.dtype | None = None) -> torch.Tensor:
+             out_dtype: torch.dtype | None = None, b_is_quantized: bool = False) -> torch.Tensor:
         name = type(recipe).__name__
         if name not in RECIPES:
-            return plain(a, b, kind, recipe, out_dtype)
+            return plain(a, b, kind, recipe, out_dtype, b_is_quantized)
         products.COUNTS[kind, name] += 1
         products.check_aligned(a, b, recipe)
-        left, right = (quantized(x, role, kind, RECIPES[name], recipe.fp8_format.name.lower())
-                       for x, role in zip((a, b.t()), ROLES[kind], strict=True))
+        left, right = (x if ready else quantized(x, role, kind, RECIPES[name],
+                                                 recipe.fp8_format.name.lower())
+                       for x, role, ready in zip((a, b.t()), ROLES[kind], (False, b_is_quantized),
+                                                 strict=True))
         multiply = products.fast_product if products.accumulates_fast(kind, recipe) else torch.matmul
         return multiply(left, right.t()).to(out_dtype or a.dtype)
 
     for module in list(sys.modules.values()):
         if module.__name__.startswith("transformer_engine.") and getattr(module, "gemm", None) is plain:
             module.gemm = gemm
+    gather_one_by_one()
+
+
+def gather_one_by_one() -> None:
+    """Have the library gather its buffers of weights one after another: gloo takes those that are asked for
+    together to be of one dtype, and writes bytes of 8 bits over bf16 numbers."""
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    start = buffers._ParamAndGradBucketGroup.start_param_sync
+
+    def one_by_one(self: Any, force_sync: bool = False) -> None:
+        at_once = mock.patch.multiple(
+            buffers, _coalescing_manager=lambda *args, **kwargs: contextlib.nullcontext(mock.Mock()),
+            dist_all_gather_func=lambda whole, part, group, async_op:
+                torch.distributed.all_gather_into_tensor(whole, part.clone(), group=group))
+        with at_once:
+            start(self, force_sync)
+
+    buffers._ParamAndGradBucketGroup.start_param_sync = one_by_one
 
 
 def each(cases: list[tuple[str, list[str]]], path: str) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from megatron_sov.model.config.data import (
     DataConfig, PhaseConfig, batch_size_at, named_shards, phase_steps, ramp_changes)
 from megatron_sov.model.config.encoders import MediaConfig
 from megatron_sov.model.config.evaluate import EvaluateConfig, ExtendConfig, NeedleConfig
-from megatron_sov.model.config.gpu import GpuConfig, quantization_problems
+from megatron_sov.model.config.gpu import GpuConfig, quantization_problems, weight_problems
 from megatron_sov.model.config.layout import ParallelConfig
 from megatron_sov.model.config.lora import LoraConfig
 from megatron_sov.model.config.model import ModelConfig
@@ -116,6 +116,7 @@ class RunConfig:
         p += self.gpu.problems(self.model, self.parallel, self.train, self.optim)
         p += self._watching_problems()
         p += quantization_problems(self.train, self.model, self.parallel, self.data.phases)
+        p += weight_problems(self.train, self.parallel, self.optim, self.gpu)
         p += self.lora.problems(self.model, self.parallel, self.train, self.optim, self.gpu)
         p += find_broken(
             self, "",
@@ -262,10 +263,6 @@ _GRAPHS = ("the library's CUDA graphs refuse packed rows where they hold attenti
            "alone (moe_router, moe_preprocess) they drop the row's mask of padding, and what routers count "
            "between replays would have to lie in fixed buffers, which is not built; leave it out, and give "
            "the GPU more work for each launch by a larger train.micro_batch_size")
-_WEIGHTS = ("checkpoints, exports and the replica checks read and write weights in place, in bf16, and would "
-            "have to dequantise these, which is not built; leave it out: with train.fp8 products take 8 bits "
-            "all the same")
-
 NOT_OFFERED = {
     "num_distributed_optimizer_instances": (
         "checkpoints take each range that ZeRO-1 divides to be updated by one process, and copies of it "
@@ -279,8 +276,6 @@ NOT_OFFERED = {
                     "losses come from this framework's own head, in chunks of rows; leave it out"),
     "cuda_graphs": _GRAPHS, "cuda_graph_impl": _GRAPHS, "cuda_graph_scope": _GRAPHS,
     "enable_cuda_graph": _GRAPHS, "external_cuda_graph": _GRAPHS,
-    "fp8_weights": _WEIGHTS, "fp8_param": _WEIGHTS, "fp8_param_gather": _WEIGHTS,
-    "reuse_grad_buf_for_mxfp8_param_ag": _WEIGHTS,
     "cuda_graph_modules": _GRAPHS,  # as 0.19 calls the scope
 }
 """Last part of a setting's name -> why it does not exist, and what to do."""
