@@ -61,6 +61,18 @@ def finish_forced_sync(wrapped: Any) -> None:
             bucket.param_data.zero_()
 
 
+def mend_places(wrapped: Any) -> None:
+    """Have each bucket know where its weights begin, for copies out of what was gathered.
+
+    Defect of 0.16: it adds up sizes, and forgets that each weight begins at a multiple of 64 elements.
+    """
+    for buffer in wrapped.buffers + wrapped.expert_parallel_buffers:
+        for bucket in buffer.buckets:
+            for parameter in bucket.param_to_index:
+                start, stop, _ = buffer.param_index_map[parameter]
+                bucket.param_to_index[parameter] = (start - bucket.offset, stop - bucket.offset)
+
+
 def numbered_behind_trunk(spec: Any) -> Any:
     """Have a prediction layer numbered behind the trunk's layers, and return its spec.
 

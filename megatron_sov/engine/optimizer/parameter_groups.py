@@ -47,6 +47,8 @@ def wrap(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = AUTO) 
     # the first chunk's gradients are the last to be ready, and only they are sent in several buckets
     wrapped = [DistributedDataParallel(model.config, settings, chunk, disable_bucketing=i > 0)
                for i, chunk in enumerate(model.chunks)]
+    for chunk in wrapped:
+        lanes.mend_places(chunk)
     if parallel.overlap_grad_reduce:
         model.config.no_sync_func = _per_chunk([w.no_sync for w in wrapped])
         model.config.grad_sync_func = _per_chunk([w.start_grad_sync for w in wrapped])
