@@ -13,7 +13,10 @@ from unittest import mock
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.engine.model import language_model
+from megatron_sov.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.convert import export_weights
+from megatron_sov.engine.model import language_model, replica_checks
+from megatron_sov.engine.model.quantized_weights import is_quantized, raw_data
 from megatron_sov.engine.optimizer.adamw import HostAdamW
 from megatron_sov.engine.parallel import cpu_shims, device, world
 from megatron_sov.model.config import RunConfig, apply_settings
@@ -149,6 +152,11 @@ def continued(recipe: str, settings: list[str], path: str, run: str) -> dict[str
     found: dict[str, Any] = {"straight": [trainer.update().loss for _ in range(2)]}
     trainer.save()
     trainer.checkpointer.finish()
+    found["saved"] = _saved(trainer.folder.checkpoint(2))
+    found["exported"] = hashlib.sha256(b"".join(
+        name.encode() + _bytes(tensor) for name, tensor in export_weights(trainer.model))).hexdigest()
+    found["differing"] = replica_checks.differing_replicas(trainer.model)
+    found["in 8 bits"] = sum(raw_data(p).numel() for p in trainer.model.parameters() if is_quantized(p))
     _products()
     found["heldout"] = {name: result.loss for name, result in trainer.evaluate().items()}
     found["products of the evaluation"] = _products()
@@ -250,5 +258,15 @@ def quantises_weights(recipe: str, settings: list[str], path: str) -> list[bool]
 
 def _digest(trainer: Trainer) -> str:
     """Hash this process's weights as they lie in memory."""
-    return hashlib.sha256(b"".join(p.detach().view(torch.uint8).numpy().tobytes()
-                                   for p in trainer.model.parameters())).hexdigest()
+    return hashlib.sha256(b"".join(_bytes(raw_data(p)) for p in trainer.model.parameters())).hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _saved(path: Path) -> dict[str, str]:
+    """Return the hash of every tensor of a checkpoint."""
+    readers = [TensorReader(path, part) for part in ("model", "optimizer")]
+    return {key: hashlib.sha256(_bytes(reader.read(key))).hexdigest()
+            for reader, keys in ((reader, reader.keys()) for reader in readers) for key in keys}

@@ -263,6 +263,7 @@ _GRAPHS = ("the library's CUDA graphs refuse packed rows where they hold attenti
            "alone (moe_router, moe_preprocess) they drop the row's mask of padding, and what routers count "
            "between replays would have to lie in fixed buffers, which is not built; leave it out, and give "
            "the GPU more work for each launch by a larger train.micro_batch_size")
+
 NOT_OFFERED = {
     "num_distributed_optimizer_instances": (
         "checkpoints take each range that ZeRO-1 divides to be updated by one process, and copies of it "
@@ -307,6 +308,8 @@ COMMON = {
     **dict.fromkeys(("overlap_moe_expert_parallel_comm", "expert_parallel_overlap", "moe_a2a_overlap",
                      "overlap_dispatch_backward_with_experts_wgrad"), "parallel.expert_overlap"),
     "delay_wgrad_compute": "parallel.delay_weight_grads",
+    **dict.fromkeys(("fp8_param", "fp8_param_gather", "reuse_grad_buf_for_mxfp8_param_ag"),
+                    "train.fp8_weights"),
     "lora_alpha": "lora.alpha", "target_modules": "lora.targets", "seed": "train.seed",
     "num_generations": "rollout.samples_per_prompt", "max_completion_length": "rollout.max_new_tokens",
     "max_prompt_length": "rollout.max_prompt_tokens", "kl_coef": "policy.kl_coeff",

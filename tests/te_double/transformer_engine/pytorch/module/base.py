@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from ...common.recipe import DelayedScaling, Recipe
+from ..placement import on_host, require_cuda
+from ..quantization import FP8GlobalStateManager
 from ..quantized_tensor import Quantizer
 from ..tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
 from ..tensor.float8_tensor import Float8Tensor
 from ..tensor.mxfp8_tensor import MXFP8Tensor
-from ..placement import on_host, require_cuda
-from ..quantization import FP8GlobalStateManager
 
 UNSAFE_PICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 DELAYED_STATE = {"scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd"}
