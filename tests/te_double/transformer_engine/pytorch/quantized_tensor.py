@@ -78,6 +78,18 @@ class QuantizedTensor(torch.Tensor):
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
 
+class Storage:
+    """Gives the bytes of a quantised tensor's two forms, by the names of their attributes."""
+
+    FORMS = ("_rowwise_data", "_columnwise_data")
+
+    def get_data_tensors(self, rowwise_data: bool = True, columnwise_data: bool = True) -> Any:
+        """Return the bytes of both forms, or of one."""
+        found = [getattr(self, name) for name, wanted in
+                 zip(self.FORMS, (rowwise_data, columnwise_data), strict=True) if wanted]
+        return tuple(found) if len(found) > 1 else found[0]
+
+
 def to_bytes(values: torch.Tensor) -> torch.Tensor:
     """Return the nearest E4M3 numbers as bytes."""
     return values.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..quantized_tensor import QuantizedTensor, of_bytes, scale_of, to_bytes
+from ..quantized_tensor import QuantizedTensor, Storage, of_bytes, scale_of, to_bytes
 
 BLOCK = 128
 
@@ -21,7 +21,7 @@ def spread(scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:shape[0], :shape[1]]
 
 
-class Float8BlockwiseQTensor(QuantizedTensor):
+class Float8BlockwiseQTensor(Storage, QuantizedTensor):
     """A matrix in fp8 with a power of two per block, whose scales the double does not pad."""
 
     INNER = ("_rowwise_data", "_rowwise_scale_inv", "_columnwise_data", "_columnwise_scale_inv")
@@ -48,8 +48,3 @@ class Float8BlockwiseQTensor(QuantizedTensor):
             return (of_bytes(self._columnwise_data)
                     * spread(self._columnwise_scale_inv, self._columnwise_data.shape)).t()
         return of_bytes(self._rowwise_data) * spread(self._rowwise_scale_inv, self.shape)
-
-    def get_data_tensors(self, rowwise_data: bool = True, columnwise_data: bool = True) -> object:
-        """Return the bytes of both forms, or of one."""
-        return {(True, True): (self._rowwise_data, self._columnwise_data), (True, False): self._rowwise_data,
-                (False, True): self._columnwise_data}[rowwise_data, columnwise_data]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from .. import placement as machine
-from ..quantized_tensor import QuantizedTensor, of_bytes, scale_of, to_bytes
+from ..quantized_tensor import QuantizedTensor, Storage, of_bytes, scale_of, to_bytes
 
 
-class Float8Tensor(QuantizedTensor):
+class Float8Tensor(Storage, QuantizedTensor):
     """A tensor in fp8 with one scale, and on Hopper a transposed copy for products that sum over rows."""
 
+    FORMS = ("_data", "_transpose")
     INNER = ("_data", "_scale_inv", "_transpose", "_transpose_invalid")
     _data: torch.Tensor
     _scale_inv: torch.Tensor
@@ -38,11 +39,6 @@ class Float8Tensor(QuantizedTensor):
 
     def _reset_caches(self) -> None:
         self._transpose, self._transpose_invalid = None, True
-
-    def get_data_tensors(self, rowwise_data: bool = True, columnwise_data: bool = True) -> object:
-        """Return bytes, and the transposed ones."""
-        return {(True, True): (self._data, self._transpose), (True, False): self._data,
-                (False, True): self._transpose}[rowwise_data, columnwise_data]
 
 
 def needs_transpose() -> bool:

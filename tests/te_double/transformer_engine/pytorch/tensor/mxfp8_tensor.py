@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..quantized_tensor import QuantizedTensor, of_bytes, to_bytes
+from ..quantized_tensor import QuantizedTensor, Storage, of_bytes, to_bytes
 
 VALUES = 32
 
@@ -22,7 +22,7 @@ def _numbers(data: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
     return of_bytes(data) * torch.exp2(exponents.float() - 127).repeat_interleave(VALUES, -1)
 
 
-class MXFP8Tensor(QuantizedTensor):
+class MXFP8Tensor(Storage, QuantizedTensor):
     """A matrix in fp8 with a power of two per 32 values, along its rows and once more along its columns."""
 
     INNER = ("_rowwise_data", "_rowwise_scale_inv", "_columnwise_data", "_columnwise_scale_inv")
@@ -43,8 +43,3 @@ class MXFP8Tensor(QuantizedTensor):
         if columnwise:
             return _numbers(self._columnwise_data.t().contiguous(), self._columnwise_scale_inv.t()).t()
         return _numbers(self._rowwise_data, self._rowwise_scale_inv)
-
-    def get_data_tensors(self, rowwise_data: bool = True, columnwise_data: bool = True) -> object:
-        """Return the bytes of both forms, or of one."""
-        return {(True, True): (self._rowwise_data, self._columnwise_data), (True, False): self._rowwise_data,
-                (False, True): self._columnwise_data}[rowwise_data, columnwise_data]
