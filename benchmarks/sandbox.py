@@ -26,7 +26,8 @@ from functools import partial
 from pathlib import Path
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.sandbox import Program, Sandbox
+from megatron_sov.sandbox.program import Program
+from megatron_sov.sandbox.sandbox import Sandbox
 
 KINDS = (
     "print(sum(i * i for i in range({n} * 100)))",

@@ -33,7 +33,7 @@ import dataclasses, json, shutil, sys
 from pathlib import Path
 import torch
 from megatron_sov import convert, recipes
-from megatron_sov.model import families as models
+from megatron_sov.model.families import supported as models
 from megatron_sov.convert.hf_import import plan_shards, write_files
 from megatron_sov.checkpoint.writer import TensorSpec
 from megatron_sov.model.families.family import TokenIds

@@ -2,7 +2,7 @@
 list that the tests hold imports to (tests/test_architecture.py).
 
     python docs/generate_house.py              the picture
-    python docs/generate_house.py --counts     how many imports and lines there are, as tables
+    python docs/generate_house.py --counts     how many imports, lines and files of one user there are
 """
 
 from __future__ import annotations
@@ -104,7 +104,14 @@ def counts() -> str:
     upwards = sum(number for (hall, other), number in found.items() if halls.index(other) > halls.index(hall))
     lines += [f"{len(found)} arrows, {upwards} of them upwards", ""]
     lines += [f"{part or 'core':<10}{number:>9,} lines" for part, number in of_parts.most_common()]
-    return "\n".join([*lines, f"{'all':<10}{of_parts.total():>9,} lines"])
+    sources = table.sources(ROOT)
+    one = {module for module, users in table.users_of(sources).items() if len(users) == 1}
+    with_packages = sum(len(users) == 1 for users in table.users_of(sources, packages_too=True).values())
+    return "\n".join([
+        *lines, f"{'all':<10}{of_parts.total():>9,} lines", "",
+        f"{len(one)} files that one other file imports, of which a table names "
+        f"{len(one & table.named_in_tables(sources))} too",
+        f"{with_packages} where `from package import module` counts as an import of the package as well"])
 
 
 if __name__ == "__main__":

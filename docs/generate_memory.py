@@ -69,8 +69,9 @@ sequence in bf16, over all processes that share it:
 def settings_of(recipe: str, layout: dict[str, int | bool]) -> RunConfig:
     """Return a recipe at a layout and the length of the page."""
     changes = [f"parallel.{name}={value}" for name, value in layout.items()]
-    return apply_settings(recipes.get(recipe), [*changes, "train.precision=bf16", "parallel.zero1=true",
-                                                f"model.max_position_tokens={SEQ_LEN}"])
+    return apply_settings(recipes.get(recipe), [
+        *changes, "train.precision=bf16", "train.fp8=none", "parallel.zero1=true",
+        f"model.max_position_tokens={SEQ_LEN}"])
 
 
 def row(recipe: str, num_ranks: int, layout: dict[str, int | bool]) -> str:

@@ -100,15 +100,13 @@ MIN_LINES_OF_ONE_USER = 150
 ALONE = {
     "data_prep/curate/dedup/minhash_loops.py": "compiled loops, loaded where they are called",
     "data_prep/shards/sample.py": "a command",
-    "data_prep/synth/generators/triples.py": "a generator, loaded by its name",
-    "megatron_sov/commands/operate/status.py": "a command",
+    "megatron_sov/commands/rl/rl_reward.py": "a command",
     "megatron_sov/commands/models/serve.py": "a command",
     "megatron_sov/commands/train/forgetting_gate.py": "is of the part bench, and its user of the core",
     "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,
     "megatron_sov/train/guards/watchdog.py": "runs without megatron",
-    "megatron_sov/sandbox/process_tree.py": "starts processes",
-    "tokenizer/formats/round_trip.py": "loaded where a check is asked for"}
+    "megatron_sov/sandbox/process_tree.py": "starts processes"}
 """File that is short, has one user, and is not merged into it -> why."""
 
 
@@ -352,16 +350,36 @@ def data_problems(source: Source) -> Iterator[str]:
         yield f"{source.name}: {package} holds data alone; its code belongs into megatron_sov/{package}"
 
 
-def lonely(found: list[Source]) -> list[str]:
-    """Return the short files that one other file imports: such a one belongs into its user."""
-    modules = {source.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source
-               for source in found}
-    users: dict[str, set[str]] = {}
+def by_module(found: list[Source]) -> dict[str, Source]:
+    """Return dotted name -> source."""
+    return {source.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source
+            for source in found}
+
+
+def users_of(found: list[Source], packages_too: bool = False) -> dict[str, set[str]]:
+    """Return module -> modules that import it; with `packages_too` also package -> modules that import one of
+    its modules from it."""
+    modules, users = by_module(found), dict[str, set[str]]()
     for name, source in modules.items():
         for _, imported in source.imports():
-            module = imported if imported in modules else imported.rpartition(".")[0]
-            if module in modules and module != name:
-                users.setdefault(module, set()).add(name)
+            package = imported.rpartition(".")[0]
+            for module in {imported, package} if packages_too or imported not in modules else {imported}:
+                if module in modules and module != name:
+                    users.setdefault(module, set()).add(name)
+    return users
+
+
+def named_in_tables(found: list[Source]) -> set[str]:
+    """Return the modules that a text of another file names, as tables of commands, steps and codecs do."""
+    modules = by_module(found)
+    return {module for name, source in modules.items() for node in ast.walk(source.tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            and (module := node.value.partition(":")[0]) in modules and module != name}
+
+
+def lonely(found: list[Source]) -> list[str]:
+    """Return the short files that one other file imports: such a one belongs into its user."""
+    modules, users = by_module(found), users_of(found)
     short = {name for name, source in modules.items() if source.path.name != "__init__.py"
              and len(source.path.read_text(encoding="utf-8").splitlines()) < MIN_LINES_OF_ONE_USER}
     return sorted(modules[name].name for name in short & users.keys() if len(users[name]) == 1)

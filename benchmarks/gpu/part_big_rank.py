@@ -14,7 +14,7 @@ from typing import Any
 from setting import Cost, Figures, Setting, fail_on, largest
 
 RECIPE, NUM_RANKS, RANK = "solar-open-102b", 512, 5
-LAYOUT = ("parallel.ep=64", "parallel.zero1=true", "train.micro_batch_size=1")
+LAYOUT = ("parallel.ep=64", "parallel.zero1=true", "train.micro_batch_size=1", "train.fp8=none")
 OVERLAP = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
 """The recipe's; the first steps of the ladder do without."""
 SELECTIVE = ("train.recompute=selective", 'gpu.recompute_modules=["layernorm", "moe_act"]')

@@ -6,14 +6,12 @@ import argparse
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.runs.inspecting import STORE, ArtifactKind, LookOptions, look
 
-if TYPE_CHECKING:
-    pass
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions(LookOptions):
@@ -26,7 +24,7 @@ class InspectOptions(LookOptions):
 
 def _store_kind() -> ArtifactKind:
     """Return how a rollout store is looked into: its part is needed only where one is met."""
-    from megatron_sov.commands.rl.rl_store import KIND
+    from megatron_sov.rollouts.inspection import KIND
 
     return KIND
 

@@ -25,8 +25,8 @@ from megatron_sov.convert.changed_values import KEEP, check_space
 from megatron_sov.convert.hf_import import checked_source, digest_of, index_of, planned_files, write_files
 from megatron_sov.convert.peft import AdaptedWeights, add_inputs, checkpoint_weights
 from megatron_sov.convert.sources import PART, CheckpointWeights, HfWeights, Weights, newest_of_run
-from megatron_sov.model import families as models
 from megatron_sov.model.config import ModelConfig, RunConfig
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.hf_layers import shortest_pattern
 from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import CONFIG

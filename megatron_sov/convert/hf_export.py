@@ -30,7 +30,7 @@ from megatron_sov.convert.hf_import import (
     plan_shards, split_conflict, with_turn_ends, write_files)
 from megatron_sov.convert.peft import add_inputs, checkpoint_weights
 from megatron_sov.convert.sources import HfWeights, Weights, check_dtypes, newest_of_run, tensors_left_out
-from megatron_sov.model import families as models
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.modality import modality
 from megatron_sov.model.pretrained import CONFIG, INDEX, SINGLE_FILE, listed, load_and_compare

@@ -33,8 +33,8 @@ from megatron_sov.convert.changed_values import (
     KEEP, check_dtype_name, check_space, convert_tensor, planned_dtype)
 from megatron_sov.convert.peft import AdaptedWeights
 from megatron_sov.convert.sources import PART, HfWeights, Weights, check_dtypes
-from megatron_sov.model import families as models
 from megatron_sov.model.config import RunConfig
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, hub_name, listed

@@ -19,7 +19,7 @@ from megatron_sov.convert.sources import check_exact, check_whole_model
 from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.parallel.device import local_device
-from megatron_sov.model import families as models
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.adapters import adapted_modules, places
 from megatron_sov.model.families.hf_layers import StackLayout
 from megatron_sov.model.families.weights import Link

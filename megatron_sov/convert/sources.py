@@ -21,8 +21,8 @@ from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.checkpoint.writer import TensorFile
-from megatron_sov.model import families as models
 from megatron_sov.model.config import ModelConfig
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TEXT_INSIDE, text_config
 from megatron_sov.model.families.hf_layers import MAX_LAYERS, PREDICTION_NAMES
 from megatron_sov.model.families.weights import Link

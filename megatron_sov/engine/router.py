@@ -203,10 +203,10 @@ class RoutingStep:
 
     seq_len: int = 0
     """Tokens of one sequence; a micro-batch is a row of whole sequences."""
-    num_sequences: int = 1
+    num_sequences: int | torch.Tensor = 1
     """Sequences of the global batch: the balancing loss is their mean."""
     aux_loss: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Layer number -> this process's part of the balancing loss of the step."""
+    """Layer number -> this process's part of the balancing loss of the step, always in one place."""
     counts_evaluation: bool = False
     """Whether tokens are counted in evaluation mode too."""
     rows: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
@@ -220,6 +220,26 @@ class RoutingStep:
     record: dict[int, list[torch.Tensor]] | None = None
     """Layer number -> [local tokens, top_k] int64 of each row that was read, in order; None: nothing is
     recorded."""
+    has_graphs: bool = False
+    """Whether the passes that are computed now are those that CUDA graphs were captured of."""
+
+    def begin(self, seq_len: int, num_sequences: int) -> None:
+        """Begin a step.  What differs between steps is written where CUDA graphs read it: they see no number
+        of Python but the one of their capture."""
+        self.seq_len = seq_len
+        if not isinstance(self.num_sequences, torch.Tensor):
+            self.num_sequences = torch.empty((), dtype=torch.float32, device=local_device())
+        self.num_sequences.fill_(num_sequences)
+        self.forget_losses()
+
+    def forget_losses(self) -> None:
+        for loss in self.aux_loss.values():
+            loss.zero_()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether routers see nothing of the row but its states and its padding."""
+        return self.table is None and self.shared is None and self.record is None
 
 
 class BalancedRouter(TopKRouter):
@@ -351,7 +371,9 @@ class BalancedRouter(TopKRouter):
         mean_score = scores.new_zeros(num_rows, logits.shape[1]).index_add(0, row, scores) / tokens
         loss = coeff * (frequency * mean_score).sum() / step.num_sequences
         layer: Any = self.layer_number
-        step.aux_loss[layer] = step.aux_loss.get(layer, 0.0) + loss.detach()
+        if layer not in step.aux_loss:
+            step.aux_loss[layer] = torch.zeros_like(loss)
+        step.aux_loss[layer] += loss.detach()
         return MoEAuxLossAutoScaler.apply(probs, loss)
 
     def _normalised(self, logits: torch.Tensor, valid: torch.Tensor, row: torch.Tensor, num_rows: int,

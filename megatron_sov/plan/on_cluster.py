@@ -11,13 +11,13 @@ from typing import Any
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
-from megatron_sov.plan import post_training
 from megatron_sov.plan.calibration.expected import LearnedCorrection
 from megatron_sov.plan.calibration.fitting import fullest, nearest, refuse_on_nodes, refuse_too_large
 from megatron_sov.plan.footprint.memory import Account
 from megatron_sov.plan.pages import quote as quote_tables
 from megatron_sov.plan.pages.quote import Quote, as_json, gib, totals
 from megatron_sov.plan.pages.telling import PlanText, name, set_line, size_line, sizes, submit_line
+from megatron_sov.plan.post_training import covers, quotes
 from megatron_sov.plan.pricing import Machines, Pricing, pricing, quote, refuse_precision, run_stages
 from megatron_sov.plan.search.recommended import leaves_layout_open, settings_for
 from megatron_sov.plan.search.space import own_choice
@@ -93,8 +93,14 @@ def memory_lines(config: RunConfig, num_ranks: int, chip: Chip | None = None) ->
                       if n >= max(LEAST_SHOWN_SHARE * needs.total, 1)
                       or item in ("weights", "gradients", "optimizer"))
     return (f"{num_ranks:,} process{'es' if num_ranks > 1 else ''}{' of ' + chip.name if chip else ''}: "
-            f"{sizes(config.parallel)}\n"
+            f"{sizes(config.parallel)}{_kernels(config)}\n"
             f"{_gib(needs.total)} GiB on each of stage {stage + 1}: {items}")
+
+
+def _kernels(config: RunConfig) -> str:
+    """Return what has to be installed for the messages of a run's experts; "": nothing."""
+    dispatcher = config.parallel.expert_dispatcher
+    return f", experts by {dispatcher}" if dispatcher in ("deepep", "hybridep") else ""
 
 
 def _gib(num_bytes: int) -> str:
@@ -111,7 +117,7 @@ def placed(request: RecipeRequest, machines: Machines,
     config, settings = request.config(), list(request.settings)
     prices = pricing(machines, learned)
     if leaves_layout_open(request):
-        recommended = _recommended(config, machines)
+        recommended = _recommended(config, machines, settings)
         config, settings = apply_settings(config, recommended), settings + recommended
     config.check(machines.num_ranks)
     if prices:
@@ -141,7 +147,7 @@ def searched(request: RecipeRequest, machines: Machines, recipe: Sequence[str],
     choice = found.best[0].choice
     settings = choice.settings(config)
     best = apply_settings(config, settings)
-    otherwise = _recommended(config, machines) if leaves_layout_open(request) else []
+    otherwise = _recommended(config, machines, request.settings) if leaves_layout_open(request) else []
     told = PlanText(found, machines, own_choice(apply_settings(config, otherwise)), settings,
                     submit_line(config, machines, recipe, [*request.settings, *settings]))
     _refuse_on_host(best, machines)
@@ -160,15 +166,15 @@ def _refuse_too_large(config: RunConfig, prices: Pricing) -> None:
         raise UserError(f"{e}; {way_out}") from None
 
 
-def _recommended(config: RunConfig, machines: Machines) -> list[str]:
+def _recommended(config: RunConfig, machines: Machines, said: Sequence[str]) -> list[str]:
     """Return the settings of the recommended layout; none where none is."""
     gpu = machines.profile.gpu if machines.profile.gpus_per_node else ""
-    return list(settings_for(config, machines.num_ranks, gpu))
+    return list(settings_for(config, machines.num_ranks, gpu, said))
 
 
 def _quotes(config: RunConfig, prices: Pricing, settings: Sequence[str]) -> list[Quote]:
-    if post_training.covers(config):
-        return post_training.quotes(config, prices)
+    if covers(config):
+        return quotes(config, prices)
     micro_batch_set = any(s.startswith("train.micro_batch_size=") for s in settings)
     return [quote(stage, prices)
             for stage in run_stages(config, prices.num_ranks, micro_batch_set=micro_batch_set)]

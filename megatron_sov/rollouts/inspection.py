@@ -1,10 +1,12 @@
-"""What a store holds: whether all of it is as it should be (bytes, rows, keys, and rewards of rows that are
-there), figures by round and by domain, and responses to read as a page; one piece in memory at a time."""
+"""What a store holds: its parts and claims; whether all of it is as it should be (bytes, rows, keys, and
+rewards of rows that are there); figures by round and by domain, and responses to read as a page; one piece in
+memory at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,10 @@ from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.judge.rewards.scoring import ScoringTally
 from megatron_sov.rollouts.rows import LENGTH, UNFINISHED, Key, RewardRow, Rollout, RolloutPart, domain_of
 from megatron_sov.rollouts.store import RolloutStore
+from megatron_sov.runs.inspecting import ArtifactKind
+from megatron_sov.runs.obs.figures import size
+from megatron_sov.work.progress.locks import Holder, holders
+from megatron_sov.work.progress.progress_bar import work_bar
 
 _ROW = np.dtype([("key", "<u8", 2), ("attempt", np.int32), ("is_unfinished", bool),
                  ("part", np.int32), ("row", np.int32)])
@@ -371,3 +377,53 @@ def _plain(text: str) -> str:
     """Return a stranger's text as a page can hold it: without control characters and halves of pairs."""
     more = len(text) - MAX_CHARS
     return visible(text[:MAX_CHARS]) + (f"\n[{more:,} more characters]" if more > 0 else "")
+
+
+# What commands tell of a store.
+
+
+def listed(store: RolloutStore, round_: int | None = None) -> Iterator[str]:
+    """Yield a line for each part of a store, their sum, and a line for each claim."""
+    judged = judged_by(store, round_)
+    parts = store.parts(round_)
+    for part in parts:
+        yield (f"{part.name:<33} {part.num_rows:>9,} rows {size(part.file.stat().st_size):>9}  "
+               f"{when(part.created_s)}  judged by {', '.join(judged.get(part.name, [])) or 'none'}"
+               + (f", {part.num_kept_out:,} rows kept out" if part.num_kept_out else ""))
+    yield f"{store.path}: {len(parts):,} parts, {sum(part.num_rows for part in parts):,} rows"
+    # who works on what is not there yet
+    for holder in held(store):
+        where = f"process {holder.pid} on {holder.host or 'a machine that it does not name'}"
+        job = f", Slurm job {holder.slurm_job}" if holder.slurm_job else ""
+        yield f"claimed: {holder.name} by {where}{job}, last sign of life {when(holder.changed_s)}"
+
+
+def judged_by(store: RolloutStore, round_: int | None = None) -> dict[str, list[str]]:
+    """Return part -> versions of the rewards that have judged it."""
+    found: dict[str, list[str]] = {}
+    for version in store.versions():
+        for part in store.parts(round_, version):
+            found.setdefault(part.name, []).append(part.version)
+    return found
+
+
+def held(store: RolloutStore) -> list[Holder]:
+    return [holder for holder in holders(store.claims) if not holder.is_released]
+
+
+def when(time_s: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
+    except (ValueError, OverflowError, OSError):  # a stranger's number
+        return str(time_s)
+
+
+def checked(store: RolloutStore) -> StoreCheck:
+    """Return what is wrong with a store, behind a bar."""
+    with work_bar("read", len(list((store.path / store.ROWS).iterdir())), "part") as bar:
+        return check(store, bar.update)
+
+
+KIND = ArtifactKind(lambda path: listed(RolloutStore.open(path)),
+                    lambda path: checked(RolloutStore.open(path)).problems)
+"""How `inspect` looks into a store."""

@@ -14,6 +14,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.engine.decode.forward_only import run_pipeline, split_depths
 from megatron_sov.engine.model import replica_checks
 from megatron_sov.engine.model.expert_load import ExpertLoad
+from megatron_sov.engine.model.graphs import RouterGraphs
 from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.logprobs import head_of
 from megatron_sov.engine.optimizer.optimizer import Optimizer
@@ -73,6 +74,7 @@ class Computation:
     def __init__(self, config: RunConfig, model: LanguageModel, optimizer: Optimizer, expert_load: ExpertLoad,
                  num_sources: int, faults: Faults, clock: ComputeClock | None) -> None:
         self._config, self._model, self._optimizer, self._expert_load = config, model, optimizer, expert_load
+        self._graphs = RouterGraphs(model, optimizer.wrapped, optimizer.library)
         self._num_sources, self._faults, self._clock = num_sources, faults, clock
         self._step = 0
         self.is_finite = True
@@ -157,8 +159,7 @@ class Computation:
                 factor: float) -> list[Any]:
         """Return, on the last pipeline stage, the packed sums of each micro-batch; `factor` is 1,
         or a fault on purpose."""
-        routing = self._model.config.routing_step
-        routing.seq_len, routing.num_sequences, routing.aux_loss = batch.seq_len, batch.num_sequences, {}
+        self._model.config.routing_step.begin(batch.seq_len, batch.num_sequences)
         terms, meters = sorted(objective.coefficients), meters_of(objective)
 
         def loss(hidden: torch.Tensor, micro_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,8 +170,10 @@ class Computation:
             total = total_loss(sums, objective.coefficients, micro_batch.denominators)
             return total * factor, pack({**values, BY_SOURCE: sums.by_source, METERS: _meters(sums, meters)})
 
-        self._optimizer.zero_grad()
         row_tokens = len(batch.micro_batches[0].inputs.tokens)
+        self._graphs.prepare(row_tokens, batch.seq_len, len(micro_batches),
+                             whole=len(micro_batches) == len(batch.micro_batches))
+        self._optimizer.zero_grad()
         return run_pipeline(self._optimizer.wrapped, micro_batches, loss, row_tokens,
                             forward_only=False)
 

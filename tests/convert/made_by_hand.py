@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties,
     TensorStorageMetadata)
 
-from megatron_sov.model import families as models
 from megatron_sov.model.config import ModelConfig
+from megatron_sov.model.families import supported as models
 
 MODEL = ModelConfig("llama", vocab_size=16, hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1,
                     head_dim=4, dense_ffn_dim=12, num_experts=0, num_shared_experts=0, rope_theta=1e4,

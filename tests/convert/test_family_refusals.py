@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from megatron_sov import convert, recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine import lanes
-from megatron_sov.model import families as models
 from megatron_sov.model.config import apply_settings
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 
 SIZES = ["model.vocab_size=16", "model.hidden_size=8", "model.num_heads=2", "model.num_kv_heads=1",
@@ -201,7 +201,7 @@ def test_qwen3_next_is_refused_by_what_the_library_lacks(tmp_path: Path) -> None
 
 def test_the_librarys_gated_delta_net_does_not_serve_yet() -> None:
     """Where this fails, the library can do more than it could: see whether Qwen3-Next can be a family now
-    (docs/families.md, `families.WITHOUT_LAYER`)."""
+    (docs/families.md, `supported.WITHOUT_LAYER`)."""
     is_new = lanes.IS_NEW  # the newer version takes packed rows on GPUs, and still does not generate
     place = "gated_delta_net/gdn.py" if is_new else "gated_delta_net.py"
     file = Path(str(distribution("megatron-core").locate_file(f"megatron/core/ssm/{place}")))

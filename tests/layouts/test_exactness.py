@@ -250,7 +250,7 @@ def test_bits_survive_every_layout_and_logits_are_those_of_transformers(ranks: A
     from safetensors.torch import load_file
 
     from megatron_sov import convert
-    from megatron_sov.model import families as models
+    from megatron_sov.model.families import supported as models
 
     configs = {f"{family}-{seed}": odd_config(family, seed) for family in models.FAMILIES for seed in SEEDS}
     for name, config in configs.items():

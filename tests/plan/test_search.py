@@ -48,8 +48,10 @@ def test_nodes_in_words(nodes: int | None, said: str) -> None:
 
 def test_the_fewest_nodes_are_those_below_which_nothing_fits() -> None:
     config = recipes.get("k-exaone-236b")
-    assert fewest_nodes(config, prices(2)) == 6
-    assert fits_somehow(config, prices(6)) and not fits_somehow(config, prices(2))
+    assert fewest_nodes(config, prices(2)) == 8
+    assert fits_somehow(config, prices(8)) and not fits_somehow(config, prices(2))
+    in_bf16 = apply_settings(config, ["train.fp8=none"])  # without quantised copies of weights
+    assert fewest_nodes(in_bf16, prices(2)) == 6
 
 
 def test_stages_of_equal_length_and_batch_are_searched_once() -> None:

@@ -14,11 +14,12 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sov import recipes
+from megatron_sov.model.config import apply_settings
 from megatron_sov.model.families.count import TABLES, layer_weights, mean_keys, train_flops_per_token
 from megatron_sov.plan.calibration.expected import read_learned
 from megatron_sov.plan.speed import traffic
 from megatron_sov.plan.speed.parameters import default, of_json
-from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_model
+from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_model, of_run
 from megatron_sov.plan.tables.predicted import published
 from megatron_sov.work.clusters.chips import CHIPS, chip, default_links
 
@@ -46,6 +47,30 @@ def test_a_recipes_shape_multiplies_what_its_weight_map_has(name: str) -> None:
     assert +said == mapped
     for seq_len in (128, 4096, 262_144):
         assert shape.train_flops_per_token(seq_len) == pytest.approx(train_flops_per_token(model, seq_len))
+
+
+@pytest.mark.parametrize(("settings", "kernel", "exchanges"), [
+    ([], "newest", False), (["gpu.attention=local"], "portable", False),
+    (["train.deterministic=true"], "portable", False), (["parallel.cp=2"], "portable", False),
+    (["parallel.cp=2", "gpu.attention=fused"], "newest", True)])
+def test_a_runs_attention_is_that_which_serves(settings: list[str], kernel: str, exchanges: bool) -> None:
+    """As `engine.model.gpu_settings.own_attention_serves` has it where Transformer Engine is."""
+    run = apply_settings(recipes.get("solar-open-102b"), settings)
+    found = of_run(run, run.data.phases[0], 512, chip("b200"), default_links(chip("b200")))
+    assert (found.attention_kernel, found.exchanges_heads) == (kernel, exchanges)
+
+
+def test_exchanged_heads_by_hand() -> None:
+    """Each of 4 processes sends three quarters of its tokens' queries, keys, values and results, once in
+    either pass: 2 x 64 heads of queries and 2 x 8 of keys in bf16, in all 48 layers."""
+    run = apply_settings(recipes.get("solar-open-102b"), ["parallel.cp=4", "gpu.attention=fused",
+                                                          "train.recompute=false"])
+    work = of_run(run, run.data.phases[0], 480, chip("b200"), default_links(chip("b200")))
+    once = 3 / 4 * (4096 / 4) * (2 * 64 + 2 * 8) * 128 * 2
+    assert traffic.context(work).num_bytes == 2 * 48 * once * work.num_micro_batches
+    narrow = replace(work, tp=4)  # 2 heads of keys: each of 4 processes has a copy of one
+    assert traffic.context(narrow).num_bytes == (
+        2 * 48 * 3 / 4 * 1024 * (2 * 16 + 2 * 4) * 128 * 2 * narrow.num_micro_batches)
 
 
 @pytest.mark.parametrize(("name", "seq_len", "gflops"), [

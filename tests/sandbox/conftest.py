@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.sandbox import Sandbox
+from megatron_sov.sandbox.sandbox import Sandbox
 
 
 @pytest.fixture(scope="module", params=["namespaces", "landlock"])

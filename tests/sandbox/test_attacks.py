@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_sov.sandbox import Limits, Program, Sandbox
+from megatron_sov.sandbox.program import Limits, Program
+from megatron_sov.sandbox.sandbox import Sandbox
 
 TRY = '''
 import ctypes, errno, os, resource, signal, socket, sys, threading, time

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_sov.sandbox import Program, Sandbox
+from megatron_sov.sandbox.program import Program
+from megatron_sov.sandbox.sandbox import Sandbox
 
 HONEST = [
     ("print(sum(range(100)))", "4950"),

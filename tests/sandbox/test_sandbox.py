@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.sandbox import Limits, Outcome, Program, Sandbox
 from megatron_sov.sandbox.enclosures import MAX_ENTRIES, EnclosureUnavailable, remove, size_bytes
-from megatron_sov.sandbox.sandbox import Worker
+from megatron_sov.sandbox.program import Limits, Outcome, Program
+from megatron_sov.sandbox.sandbox import Sandbox, Worker
 
 
 def test_a_program_reads_writes_and_ends_as_it_would_alone(sandbox: Sandbox) -> None:

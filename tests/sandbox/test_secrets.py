@@ -9,8 +9,8 @@ import pytest
 
 from megatron_sov.judge.rewards.code import CodeReward
 from megatron_sov.judge.rewards.reward import judged
-from megatron_sov.sandbox import Program, Sandbox
-from megatron_sov.sandbox.sandbox import SANDBOXES
+from megatron_sov.sandbox.program import Program
+from megatron_sov.sandbox.sandbox import SANDBOXES, Sandbox
 
 SEARCH = r'''
 import ctypes, gc, os, re, sys

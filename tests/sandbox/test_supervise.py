@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_sov.sandbox import Limits, Program, Sandbox
+from megatron_sov.sandbox.program import Limits, Program
+from megatron_sov.sandbox.sandbox import Sandbox
 
 LIMITS = Limits(wall_s=1, cpu_s=20, memory_bytes=256 << 20)
 LAST_IN_LINE = """

@@ -50,6 +50,7 @@ def quantise_products() -> None:
     """Have the double quantise the operands of its products wherever a recipe is on, and accumulate as
     Hopper does."""
     from transformer_engine.pytorch import gemm as products  # the double's own
+    from transformer_engine.pytorch.recording import kernel
 
     plain = products.gemm
 
@@ -60,12 +61,13 @@ def quantise_products() -> None:
             return plain(a, b, kind, recipe, out_dtype, b_is_quantized)
         products.COUNTS[kind, name] += 1
         products.check_aligned(a, b, recipe)
-        left, right = (x if ready else quantized(x, role, kind, RECIPES[name],
-                                                 recipe.fp8_format.name.lower())
-                       for x, role, ready in zip((a, b.t()), ROLES[kind], (False, b_is_quantized),
-                                                 strict=True))
-        multiply = products.fast_product if products.accumulates_fast(kind, recipe) else torch.matmul
-        return multiply(left, right.t()).to(out_dtype or a.dtype)
+        with kernel():
+            left, right = (x if ready else quantized(x, role, kind, RECIPES[name],
+                                                     recipe.fp8_format.name.lower())
+                           for x, role, ready in zip((a, b.t()), ROLES[kind], (False, b_is_quantized),
+                                                     strict=True))
+            multiply = products.fast_product if products.accumulates_fast(kind, recipe) else torch.matmul
+            return multiply(left, right.t()).to(out_dtype or a.dtype)
 
     for module in list(sys.modules.values()):
         if module.__name__.startswith("transformer_engine.") and getattr(module, "gemm", None) is plain:

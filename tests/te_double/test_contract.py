@@ -26,12 +26,10 @@ NOT_DOUBLED = {
     "distributed.gather_along_first_dim", "distributed.reduce_scatter_along_first_dim",
     "float8_tensor.Float8Tensor.make_like", "fp8.FP8GlobalStateManager.add_fp8_tensors_to_global_buffer",
     "fp8.FP8GlobalStateManager.reduce_and_update_fp8_tensors",
-    "fp8.FP8GlobalStateManager.set_skip_fp8_weight_update_tensor", "graph.make_graphed_callables",
-    "graph.restore_fp8_tensors", "graph.save_fp8_tensors", "graph.set_capture_end",
-    "graph.set_capture_start", "utils.make_weak_ref",
+    "fp8.FP8GlobalStateManager.set_skip_fp8_weight_update_tensor",
 }
-"""Names that megatron-core does without here: of inference, CUDA graphs, offload, delayed
-scaling and its own loss."""
+"""Names that megatron-core does without here: of inference, its own CUDA graphs, offload, delayed scaling and
+its own loss."""
 NOT_DOUBLED_OF_0_19 = {
     "constants.MXFP8_BLOCK_SCALING_SIZE", "constants.NVFP4_BLOCK_SCALING_SIZE",
     "distributed._NVFP4AllGatherAsyncHandle", "ep", "ep.EpBuffer", "ep._BOOTSTRAPPED", "ep.ep_bootstrap",
@@ -140,7 +138,8 @@ def test_our_calls_bind_to_the_real_signatures(part: str) -> None:
         if text and text.startswith("("):
             contract.parsed(text).bind(*[None] * by_place, **dict.fromkeys(keywords))
             bound += 1
-    assert bound > 5
+    # of vLLM its worker's module alone: how weights are read, and under which name
+    assert bound > (2 if part == contract.VLLM else 5)
 
 
 def test_the_first_difference_is_named(tmp_path: Path) -> None:

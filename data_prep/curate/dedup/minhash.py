@@ -180,7 +180,7 @@ class Signer:
 
     def sign(self, text: str) -> Signature | None:
         """Return a text's signature [bands x rows] uint32; None: it has no words."""
-        from data_prep.curate.dedup import minhash_loops
+        from data_prep.curate.dedup.minhash_loops import take_smallest
 
         found = _shingles(find_units(text), self._words)
         if not len(found):
@@ -188,17 +188,17 @@ class Signer:
         signature = np.full(len(self._factors), 0xFFFFFFFF, np.uint32)
         # The upper halves of the 64-bit hashes: permutations of 32 bits are faster, and estimates need no
         # more.
-        minhash_loops.take_smallest((found >> np.uint64(32)).astype(np.uint32), self._factors, self._terms,
-                                    signature)
+        take_smallest((found >> np.uint64(32)).astype(np.uint32), self._factors, self._terms,
+                      signature)
         return signature
 
     def band_keys(self, signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
         """Return a key for each band of each signature, [n, bands] uint64, that only the same numbers of the
         same band share."""
-        from data_prep.curate.dedup import minhash_loops
+        from data_prep.curate.dedup.minhash_loops import key_bands
 
         keys = np.empty((len(signatures), self._num_bands), np.uint64)
-        minhash_loops.key_bands(signatures, keys)
+        key_bands(signatures, keys)
         return keys
 
 
@@ -269,11 +269,11 @@ class Clusters:
 
     def unite(self, edges: NDArray[np.uint64]) -> None:
         """Unite the documents of pairs of numbers [n, 2]."""
-        from data_prep.curate.dedup import minhash_loops
+        from data_prep.curate.dedup.minhash_loops import unite
 
         for start in range(0, len(edges), EDGE_BLOCK):
             block = np.asarray(edges[start:start + EDGE_BLOCK])
-            minhash_loops.unite(self._parents, self._places(block[:, 0]), self._places(block[:, 1]))
+            unite(self._parents, self._places(block[:, 0]), self._places(block[:, 1]))
 
     def write_dropped(self, path: Path, keep: str) -> None:
         """Choose who stays of each cluster, and write who goes, with a bucket for each rank.
@@ -323,7 +323,7 @@ class Clusters:
         return (rank.astype(np.uint64) << ROW_BITS) | (places - self._first[rank]).astype(np.uint64)
 
     def _members(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-        from data_prep.curate.dedup import minhash_loops
+        from data_prep.curate.dedup.minhash_loops import find_roots
 
         for rank in range(len(self._numbering.shards)):
             begin, end = self._first[rank:rank + 2].tolist()
@@ -331,7 +331,7 @@ class Clusters:
             places = begin + np.flatnonzero(self._parents[begin:end])
             if len(places):
                 roots = np.empty(len(places), np.int64)
-                minhash_loops.find_roots(self._parents, places, roots)
+                find_roots(self._parents, places, roots)
                 yield rank, places, roots
 
     def _choose(self, rank: int, places: NDArray[np.int64], roots: NDArray[np.int64], keep: str) -> None:
@@ -429,7 +429,7 @@ def similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, threshold:
         rank: of the shard.
         threshold: in (0, 1].
     """
-    from data_prep.curate.dedup import minhash_loops
+    from data_prep.curate.dedup.minhash_loops import count_common
 
     # Each pair is in the lists of both its shards: the one that has the larger number compares it.
     pairs = pairs[pairs[:, 0] > pairs[:, 1]]
@@ -441,7 +441,7 @@ def similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, threshold:
             block = chosen[start:start + PAIR_BLOCK]
             places = np.stack([own.places(rows(block[:, 0])), other.places(rows(block[:, 1]))], axis=1)
             common = np.empty(len(block), np.int64)
-            minhash_loops.count_common(own.shingles, own.begins, other.shingles, other.begins, places, common)
+            count_common(own.shingles, own.begins, other.shingles, other.begins, places, common)
             sizes = (np.diff(own.begins)[places[:, 0]] + np.diff(other.begins)[places[:, 1]])
             # Jaccard's similarity, common / (|a| + |b| - common), without the division.
             yield block[common >= threshold * (sizes - common)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -45,10 +44,12 @@ def run(typed: argparse.Namespace) -> int:
 
 
 def _writer(folder: Path) -> Callable[[Path, Path], Path]:
-    """Return what writes the page of a folder; by name, since rooms above this one know their own."""
-    is_synthesis = (folder / "answers.sqlite").is_file() or (
-        (folder / MANIFEST).is_file() and read_manifest(folder).kind == SYNTHESIS)
-    module, name = (("data_prep.synth.page", "write_page") if is_synthesis
-                    else ("data_prep.curate.journey.page", "write_report"))
-    found: Callable[[Path, Path], Path] = getattr(import_module(module), name)
-    return found
+    """Return what writes the page of a folder."""
+    if (folder / "answers.sqlite").is_file() or (
+            (folder / MANIFEST).is_file() and read_manifest(folder).kind == SYNTHESIS):
+        from data_prep.synth.page import write_page
+
+        return write_page
+    from data_prep.curate.journey.page import write_report
+
+    return write_report

@@ -23,10 +23,9 @@ from data_prep.json_lines import read_objects
 from data_prep.synth.generator import (
     Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, NoUsableReply, SampleVerdict, Temperature)
 from data_prep.synth.generators.documents.languages import ToldApart, in_language, name_of
-from data_prep.synth.generators.documents.pieces import fenced
+from data_prep.synth.generators.documents.pieces import TRIPLE, fenced
 from data_prep.synth.generators.documents.verdicts import (
     agreed, answer_in, complete, malformed, read_tagged, stands_in, until_failed)
-from data_prep.synth.generators.triples import PARTS
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, at_most
 from megatron_sov.judge.rewards.answers import normalized
@@ -73,7 +72,7 @@ class FactGraph:
         self.origins.append((str(made.get("source") or ""), str(made.get("licence") or "")))
         self.languages.append(str(record.get("language") or ""))
         for triple in record["triples"]:
-            fact = Fact(**{part: triple[part] for part in PARTS}, document=len(self.documents) - 1)
+            fact = Fact(**{part: triple[part] for part in TRIPLE}, document=len(self.documents) - 1)
             one, other = name_key(fact.subject), name_key(fact.object)
             if one and other and one != other:
                 self.graph.add_edge(one, other, fact=fact)
@@ -116,10 +115,10 @@ def read_facts(inputs: Sequence[Path]) -> FactGraph:
         for where, record in read_objects(file):
             triples = record.get("triples")
             if (not isinstance(record.get("document"), str) or not isinstance(triples, list)
-                    or not all(isinstance(t, dict) and all(isinstance(t.get(part), str) for part in PARTS)
+                    or not all(isinstance(t, dict) and all(isinstance(t.get(part), str) for part in TRIPLE)
                                for t in triples)):
-                raise UserError(f"{where}: has no 'document' with 'triples' of {', '.join(PARTS)}; pass what "
-                                "`sov-data synth triples` kept")
+                raise UserError(f"{where}: has no 'document' with 'triples' of {', '.join(TRIPLE)}; pass "
+                                "what `sov-data synth triples` kept")
             facts.add(record)
     if not facts.documents:
         raise UserError(f"--input {', '.join(map(str, inputs))}: holds no fact; run `sov-data synth triples` "
@@ -306,7 +305,7 @@ class Multihop(Generator):
     def _record(self, question: str, answer: str, documents: Sequence[str],
                 facts: Sequence[Mapping[str, str]], language: str, solution: str) -> dict[str, Any]:
         asked = "\n\n".join([*(documents if self.settings.with_documents else ()), question])
-        hops = [{part: fact[part] for part in PARTS} for fact in facts]
+        hops = [{part: fact[part] for part in TRIPLE} for fact in facts]
         if self.settings.form == "prompt":
             return {"prompt": asked, "answer": answer, "hops": hops, "language": language}
         told = _ANSWER_TAGS.sub("", solution).strip() or answer

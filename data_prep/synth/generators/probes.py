@@ -36,7 +36,8 @@ from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, NotNegativeInt, SettingsProblem, Share, add_options, at_most, read_options, rules_of)
 from megatron_sov.judge.rewards.code import program_in
-from megatron_sov.sandbox import Limits, Program, Sandbox
+from megatron_sov.sandbox.program import Limits, Program
+from megatron_sov.sandbox.sandbox import Sandbox
 
 TOPICS = Path(__file__).parents[1] / "taxonomies" / "mathematics.yaml"
 STEPS = (2, 4, 6)

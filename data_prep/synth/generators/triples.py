@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 
 from data_prep.synth.generator import Ask, GeneratedSample, Generator, GeneratorItem, Kind, SampleVerdict
 from data_prep.synth.generators.documents.languages import customs_of, language_of, name_of
-from data_prep.synth.generators.documents.pieces import DocumentSettings, document_items, fenced
+from data_prep.synth.generators.documents.pieces import TRIPLE, DocumentSettings, document_items, fenced
 from data_prep.synth.generators.documents.verdicts import (
     answer_in, are_passed, complete, malformed, read_list, stands_in, unknown_language, until_failed)
 from megatron_sov.base.settings import AtLeastOne
 from megatron_sov.judge.rewards.answers import normalized
 
-PARTS = ("subject", "relation", "object", "sentence")
 MAX_NAME_CHARS = 60
 """Of a subject, a relation or an object; longer ones are clauses."""
 
@@ -56,7 +55,7 @@ class Triples(Generator):
             return
         reply, = ask("triples/extract", temperature=settings.temperature, max_tokens=settings.max_tokens,
                      document=fenced(source), language=name_of(language), num_triples=settings.num_triples)
-        triples = read_list(reply.text, *PARTS)
+        triples = read_list(reply.text, *TRIPLE)
         if triples is None or reply.is_cut:
             yield malformed(reply, {}, item.id)
             return
@@ -91,4 +90,4 @@ class Triples(Generator):
 
 
 def fact_line(triple: Mapping[str, str]) -> str:
-    return " | ".join(" ".join(triple[part].split()) for part in PARTS[:3])
+    return " | ".join(" ".join(triple[part].split()) for part in TRIPLE[:3])

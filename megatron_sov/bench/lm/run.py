@@ -189,16 +189,16 @@ def _build(name: str, task: Any, files: dict[str, str], bridge: Any, settings: S
     built = _EvaluatedTask(name, task, protocol, files, num_fewshot,
                            prompt_hash=hash_of_prompts(task.instances))
     if protocol is not None:
-        from megatron_sov.bench.lm import scoring
+        from megatron_sov.bench.lm.scoring import generation_of, requests_of
 
         if protocol.turns_field:
             from megatron_sov.bench.lm.scoring import Dialogues
 
-            generation = scoring.generation_of(protocol, task, bridge)
+            generation = generation_of(protocol, task, bridge)
             built.dialogues = Dialogues(protocol, task, bridge, generation)
             built.requests = built.dialogues.requests()
         else:
-            built.requests = scoring.requests_of(protocol, task, bridge)
+            built.requests = requests_of(protocol, task, bridge)
     else:
         built.requests = [request for instance in task.instances
                           for sample in range(int(instance.repeats or 1))
@@ -272,22 +272,22 @@ def _ask(subject: Any, asker: AsksEndpoint | None, requests: Sequence[Request], 
 def _score_task(task: _EvaluatedTask, bridge: Any, settings: Settings, notes: list[str]) -> tuple[TaskScores,
                                                                                                   list[ResultItem]]:
     """Return a task's figures and items; what could not be computed joins `notes`."""
-    from megatron_sov.bench.lm import scoring
+    from megatron_sov.bench.lm.scoring import sampling_of, score_dialogues, score_sampled, score_task
 
     judge: str | None = None
     told: dict[str, Any] = {}
     if task.protocol is not None:
         if task.dialogues is not None:
-            scored, judge = scoring.score_dialogues(task.protocol, task.task, task.dialogues,
-                                                    settings.workers)
+            scored, judge = score_dialogues(task.protocol, task.task, task.dialogues,
+                                            settings.workers)
         else:
-            scored, judge = scoring.score_sampled(task.protocol, task.task, bridge, settings.workers)
+            scored, judge = score_sampled(task.protocol, task.task, bridge, settings.workers)
         told = task.protocol.as_json()
-        sampling = scoring.sampling_of(task.protocol, task.task, bridge)
+        sampling = sampling_of(task.protocol, task.task, bridge)
     else:
         sampling = _sampling(task.requests)
         with quiet():
-            scored = scoring.score_task(task.task, bridge, _sov(task.task).get("cluster_field"))
+            scored = score_task(task.task, bridge, _sov(task.task).get("cluster_field"))
     notes += [f"{task.name}: {note}" for note in scored.notes]
     failed = [item.failed for item in scored.items if item.failed]
     if failed:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from megatron_sov.base.artifacts import to_json, write_output
 from megatron_sov.base.command_line import Command
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, run_action
-from megatron_sov.commands.models.generate import EvalMediaOptions
+from megatron_sov.commands.evaluate.task import (
+    HeldoutOptions, OutOptions, begin_task, measure_target, show_figures, write_figures)
 from megatron_sov.commands.shared_options import (
     PARITY_LENGTHS, CheckpointPath, ModelPath, RecordOptions, step_of)
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.config import Language, NeedleConfig, NeedleKind, data_paths
-from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.work.progress.progress_bar import work_bar
 
@@ -32,23 +27,6 @@ if TYPE_CHECKING:
 
 LANGUAGES: tuple[Language, ...] = get_args(Language)
 DEFAULT_SEQ_LEN, DEFAULT_HELDOUT_TOKENS, DEFAULT_TRAIN_TOKENS = 4096, 65536, 100_000_000
-
-@dataclass(frozen=True, kw_only=True)
-class OutOptions(RecordOptions):
-    """What tasks take whose figures a file may keep."""
-
-    out: Annotated[Path | None, Flag(value="FILE")] = None
-    """Also write the figures into a JSON file, which appears whole."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldoutOptions(RecordOptions):
-    """What tasks take that read held-out documents."""
-
-    data: Annotated[tuple[str, ...], Flag(value="DIR")]
-    """Token shards with held-out documents."""
-    seq_len: AtLeastOne | None = None
-    """Tokens of a row (default: the longest that was trained on)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,18 +93,6 @@ class BigramOptions(CutOptions):
     """Training tokens of each source that are counted at most."""
 
 
-def begin_task(args: RecordOptions, *models: Path, out: Path | None = None) -> RunEvents:
-    """Refuse what cannot be read or written, before Megatron is imported; returns the run's events."""
-    events = RunEvents(args.run)
-    check_output("--out", out)
-    for model in models:
-        refuse_missing(model)
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
-    return events
-
-
 def _ppl(args: PplOptions) -> int:
     events = begin_task(args, args.target, out=args.out)
     from megatron_sov.eval.heldout import evaluate_forward_model, evaluate_hf, open_heldout
@@ -151,24 +117,6 @@ def _ppl(args: PplOptions) -> int:
         events.add("eval", step=step_of(target, events), heldout=found)
         show_figures(args.json, found, _loss_table(found))
     return ExitCode.OK
-
-
-def measure_target(args: RankOptions, target: Target, on_policy: Callable[[Any], Any],
-                   on_hf: Callable[[Any], Any]) -> Any:
-    """Return what the task found, a checkpoint on ranks, a Hugging Face folder in transformers; None:
-    not ours to print."""
-    if not target.is_hf:
-        from megatron_sov.infer.engines.load import run_forward_model
-
-        return run_forward_model(target, args.settings, args.nproc, on_policy)
-    given = [*(f"--set {setting}" for setting in args.settings),
-             *([] if args.nproc is None else [f"--nproc {args.nproc}"])]
-    if given:
-        raise UserError(f"{', '.join(given)}: is for checkpoints, and {target.path} is a Hugging Face "
-                        "folder; leave it out, or convert it first with `megatron-sov convert from-hf`")
-    from megatron_sov.infer.engines.libraries import load_hf
-
-    return on_hf(load_hf(target.path))
 
 
 def _needle(args: NeedleOptions) -> int:
@@ -243,15 +191,6 @@ def _loss_table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join([f"{'source':<{width}}  {'tokens':>9}  {'loss':>8}  {'bits per byte':>13}", *rows])
 
 
-def write_figures(out: Path | None, values: Any) -> None:
-    if out is not None:
-        write_output(out, to_json(values))
-
-
-def show_figures(as_json: bool, values: Any, text: str) -> None:
-    print(json.dumps(values, indent=1, ensure_ascii=False) if as_json else text)
-
-
 def suite_of(args: NeedleOptions, target: Target) -> NeedleSuite:
     """Return the suite that the arguments and the target's settings describe.
 
@@ -292,19 +231,14 @@ def _named(word: str, option: str, language_last: bool) -> tuple[Language, str]:
     return next(known for known in LANGUAGES if known == language), name
 
 
-def _media(args: EvalMediaOptions) -> int:
-    from megatron_sov.commands.evaluate.eval_media import run_media
-
-    return run_media(args)
-
-
 ACTIONS: Actions = {
     "ppl": (PplOptions, _ppl), "needle": (NeedleOptions, _needle),
     "pairs": Command("megatron_sov.commands.evaluate.eval_judged:PAIRS",
                      "Share of held-out pairs whose better answer the model would rather write"),
     "passk": Command("megatron_sov.commands.evaluate.eval_judged:PASSK",
                      "Sample responses to prompts, have a reward judge them, estimate pass@k and maj@k"),
-    "media": (EvalMediaOptions, _media),
+    "media": Command("megatron_sov.commands.evaluate.eval_media:MEDIA",
+                     "From text, pictures and speech to one another, judged by what is recognised"),
     "lm": Command("megatron_sov.commands.evaluate.benchmarks:LM",
                   "Score a model on tasks of lm-eval's form, by its own prompts and metrics, offline"),
     "logits": (LogitsOptions, _logits), "bigram": (BigramOptions, _bigram),

@@ -24,7 +24,7 @@ from megatron_sov.base.outputs import behind_links
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import (
     AtLeastOne, Finite, Flag, ProblemCode, SettingsProblem, command_of, parse_nested, read_options)
-from megatron_sov.commands.evaluate.eval import (
+from megatron_sov.commands.evaluate.task import (
     HeldoutOptions, OutOptions, begin_task, measure_target, show_figures, write_figures)
 from megatron_sov.commands.score import JudgeOptions, RewardName, RewardSet
 from megatron_sov.commands.shared_options import (
@@ -320,7 +320,8 @@ def _responses(args: EvalPasskOptions, rows: list[dict[str, Any]], asked: Sampli
     found = engine.generate([asked.ids[i] for i, _ in places], args.sampling, stop=stop,
                             # a stream for each response, however many are asked at once
                             streams=[i * args.samples + sample for i, sample in places])
-    made = [{**rows[i], PROMPT_INDEX: i, "sample": sample, "response": stop.cut_text(asked.decode(tokens)),
+    made = [{**rows[i], PROMPT_INDEX: i, "sample": sample,
+             "response": asked.response(i, stop.cut_text(asked.decode(tokens))),
              "num_tokens": len(tokens), "finish_reason": reason}
             for (i, sample), tokens, reason in zip(places, found.continuations, found.finish_reasons,
                                                    strict=True)]

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Ge, MinLen
+from annotated_types import MinLen
 
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.errors import ExitCode, UserError, visible
@@ -23,12 +23,11 @@ from megatron_sov.base.settings import (
     AtLeastOne, Flag, NotNegativeInt, ProblemCode, SettingsProblem, add_options, read_options)
 from megatron_sov.base.settings.problem import UNSET
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE
-from megatron_sov.commands.shared_options import ModelPath, RecordOptions, step_of
+from megatron_sov.commands.shared_options import ModelPath, step_of
 from megatron_sov.infer.asking import (
     ModelPrompt, SamplingRequest, asked_of, check_engine, check_length, read_prompts, response_lines)
 from megatron_sov.infer.engine import MEGATRON, ChosenEngine, Engine, engine_for, run_engine
-from megatron_sov.infer.request import (
-    Batching, BatchSize, Generated, RankOptions, Sampling, StopRule, WholeSampling)
+from megatron_sov.infer.request import Batching, Generated, RankOptions, Sampling, StopRule, WholeSampling
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import RunEvents
@@ -91,36 +90,6 @@ class ReplySampling(WholeSampling):
 
     max_new_tokens: AtLeastOne = 1024
     """Longest reply."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalMediaOptions(CodecsOptions, RecordOptions, RankOptions):
-    """From text, pictures and speech to one another, judged by what is recognised."""
-
-    target: ModelPath
-    data: Annotated[tuple[str, ...], Flag(value="PAIR=FILE.jsonl")] = ()
-    """Rows of a pair (image-text, image-audio, text-image, text-audio, audio-text, audio-image,
-    audio-audio): {"content": [parts], "answer": "..."}, and "labels" where a judge chooses; may be
-    repeated."""
-    media_root: Annotated[Path, Flag(value="DIR")]
-    """Folder that paths of media begin from; nothing outside of it is read."""
-    image_judge: Annotated[str | None, Flag(value="FILE.py:NAME|COMMAND")] = None
-    """Recognises what the model draws: a function (files, labels) -> texts, or a program."""
-    audio_judge: Annotated[str | None, Flag(value="FILE.py:NAME|COMMAND")] = None
-    """Recognises what the model says, likewise."""
-    files: Annotated[Path | None, Flag(value="DIR", writes=True)] = None
-    """Folder for what the model draws and says, where a pair asks for that."""
-    sampling: ReplySampling = field(default_factory=ReplySampling)
-    no_chat: bool = False
-    """Do not frame prompts by the chat template."""
-    batch_size: BatchSize = Batching.batch_size
-    output: Annotated[Path | None, Flag(value="FILE.json")] = None
-    """Write figures and every sample as JSON."""
-    retrieval: Annotated[tuple[str, ...], Flag(value="PAIR=FILE.jsonl")] = ()
-    """Rows of a pair (image-text, audio-text), as --data has them: rank the answers of all rows behind what
-    each shows, and back; may be repeated."""
-    candidates: Annotated[int, Ge(2)] = 100
-    """Rows that are candidates for each other at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
     found = _continue(options, target, asked, stop)
     if found is None:
         return 0  # the job's first process prints
-    texts = [stop.cut_text(asked.decode(c)) for c in found.continuations]
+    texts = [asked.response(i, stop.cut_text(asked.decode(c))) for i, c in enumerate(found.continuations)]
     if options.output is not None:
         write_output(options.output, response_lines(prompts, texts, found))
     else:

@@ -13,8 +13,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.plugins.registry import declared
 from megatron_sov.base.settings import add_options, not_with, read_options
-from megatron_sov.model import families as models, objectives, recipes
+from megatron_sov.model import objectives, recipes
 from megatron_sov.model.config import RunConfig
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import RecipeOptions, load_plugins, requested
 from megatron_sov.model.recipes.sources import Sources, ValueSource, derive, relabelled, settings

@@ -242,17 +242,17 @@ def _are_complete(folder: Path, members: Sequence[Member]) -> bool:
 
 
 def _fit(args: LadderOptions, members: Sequence[Member], predicted: Member) -> int:
-    from megatron_sov.publish.ladder import results
+    from megatron_sov.publish.ladder.results import fitted, points, tell
 
-    found = results.points(args.run, members)
-    law = results.fitted(found)
-    told = results.tell(law, predicted, args.run)
+    found = points(args.run, members)
+    law = fitted(found)
+    told = tell(law, predicted, args.run)
     _write(args, members, found, law, told, predicted)
     if args.verify and told.measured is None:
         code = _train(args, [predicted])
         if code != 0 or not _are_complete(args.run, [predicted]):
             return code
-        told = results.tell(law, predicted, args.run)
+        told = tell(law, predicted, args.run)
         _write(args, members, found, law, told, predicted)
     from megatron_sov.publish.ladder.results import law_tables, member_table, prediction_table
 
@@ -264,11 +264,10 @@ def _fit(args: LadderOptions, members: Sequence[Member], predicted: Member) -> i
 
 def _write(args: LadderOptions, members: Sequence[Member], found: Sequence[Point], law: Law,
            told: LadderText, predicted: Member) -> None:
-    from megatron_sov.publish.ladder import results
-    from megatron_sov.publish.ladder.results import page
+    from megatron_sov.publish.ladder.results import page, write
 
     recipe = predicted.config.recipe
-    results.write(args.run, recipe, args.rates, found, law, [told])
+    write(args.run, recipe, args.rates, found, law, [told])
     atomic_write(args.run / PAGE, page(recipe, args.rates, [*members, predicted], found, law, [told]))
 
 

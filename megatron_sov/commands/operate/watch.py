@@ -123,8 +123,7 @@ def _in_terminal(paths: Sequence[Path], every_s: float) -> int:
 
 def _table(paths: Sequence[Path]) -> tuple[str, bool]:
     """Return how all stand, and whether all is complete."""
-    from megatron_sov.commands.operate.run_state import read_state
-    from megatron_sov.commands.operate.status import as_table, in_full
+    from megatron_sov.commands.operate.run_state import as_table, in_full, read_state
     from megatron_sov.publish.live.watched import WatchedWork, is_work
 
     lines, over = [], []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,15 +14,13 @@ from megatron_sov.base.errors import ExitCode, GateFailed, UserError, visible
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, run_action
 from megatron_sov.rollouts.prompts import rounds_between
-from megatron_sov.runs.inspecting import MAX_PROBLEMS, ArtifactKind
+from megatron_sov.runs.inspecting import MAX_PROBLEMS
 from megatron_sov.runs.obs.figures import size
 from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
-    from megatron_sov.rollouts.inspection import StoreCheck
     from megatron_sov.rollouts.rows import Rollout
     from megatron_sov.rollouts.store import RolloutStore
-    from megatron_sov.work.progress.locks import Holder
 
 @dataclass(frozen=True, kw_only=True)
 class StoreOptions:
@@ -100,60 +97,26 @@ def open_store(path: Path) -> RolloutStore:
 
 
 def _ls(args: StoreLsOptions) -> int:
+    from megatron_sov.rollouts.inspection import held, judged_by, listed
+
     store = open_store(args.store)
     if args.json:
-        judged = _judged(store, args.round)
+        judged = judged_by(store, args.round)
         print(json.dumps({"tokenizer": store.tokenizer_digest, "vocab_size": store.vocab_size, "parts": [
             {"name": part.name, "round": part.round, "piece": part.piece, "attempt": part.attempt,
              "rows": part.num_rows, "kept_out": part.num_kept_out, "bytes": part.file.stat().st_size,
              "created_s": part.created_s, "manifest_sha256": part.manifest_sha256,
              "reward_versions": judged.get(part.name, []), "provenance": part.provenance} for part in
-            store.parts(args.round)], "claims": [vars(holder) for holder in _held(store)]}))
+            store.parts(args.round)], "claims": [vars(holder) for holder in held(store)]}))
         return ExitCode.OK
     for line in listed(store, args.round):
         print(visible(line))
     return ExitCode.OK
 
 
-def listed(store: RolloutStore, round_: int | None = None) -> Iterator[str]:
-    """Yield a line for each part of a store, their sum, and a line for each claim."""
-    judged = _judged(store, round_)
-    parts = store.parts(round_)
-    for part in parts:
-        yield (f"{part.name:<33} {part.num_rows:>9,} rows {size(part.file.stat().st_size):>9}  "
-               f"{_when(part.created_s)}  judged by {', '.join(judged.get(part.name, [])) or 'none'}"
-               + (f", {part.num_kept_out:,} rows kept out" if part.num_kept_out else ""))
-    yield f"{store.path}: {len(parts):,} parts, {sum(part.num_rows for part in parts):,} rows"
-    # who works on what is not there yet
-    for holder in _held(store):
-        where = f"process {holder.pid} on {holder.host or 'a machine that it does not name'}"
-        job = f", Slurm job {holder.slurm_job}" if holder.slurm_job else ""
-        yield f"claimed: {holder.name} by {where}{job}, last sign of life {_when(holder.changed_s)}"
-
-
-def _judged(store: RolloutStore, round_: int | None = None) -> dict[str, list[str]]:
-    """Return part -> versions of the rewards that have judged it."""
-    found: dict[str, list[str]] = {}
-    for version in store.versions():
-        for part in store.parts(round_, version):
-            found.setdefault(part.name, []).append(part.version)
-    return found
-
-
-def _held(store: RolloutStore) -> list[Holder]:
-    from megatron_sov.work.progress.locks import holders
-
-    return [holder for holder in holders(store.claims) if not holder.is_released]
-
-
-def _when(time_s: float) -> str:
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
-    except (ValueError, OverflowError, OSError):  # a stranger's number
-        return str(time_s)
-
-
 def _show(args: StoreShowOptions) -> int:
+    from megatron_sov.rollouts.inspection import judged_by
+
     store = open_store(args.store)
     if store.key_of(args.part) is None or not store.has(args.part):
         raise UserError(f"PART {args.part!r}: {args.store} has no such part (`megatron-sov rl store ls` "
@@ -162,7 +125,7 @@ def _show(args: StoreShowOptions) -> int:
     if not 0 <= args.row < len(rows):
         raise UserError(f"ROW {args.row}: {args.part} has {len(rows):,} rows, which are numbered from 0")
     row = rows[args.row]
-    said = [judged for version in _judged(store, row.round).get(args.part, ())
+    said = [judged for version in judged_by(store, row.round).get(args.part, ())
             for judged in store.read_rewards(version, args.part)
             if (judged.key, judged.attempt) == (row.key, row.attempt)]
     turns = [_turn(row, *span) for span in row.spans]
@@ -186,10 +149,12 @@ def _turn(row: Rollout, start: int, end: int) -> dict[str, Any]:
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
     """Yield a row for people; the response, which is the longest, comes last."""
+    from megatron_sov.rollouts.inspection import when
+
     times = {"began_s": "began", "ended_s": "ended"}
     for name, value in found.items():
         if name in times:
-            yield f"{times[name]}: {_when(value)}"
+            yield f"{times[name]}: {when(value)}"
         elif name in ("turns", "rewards"):
             yield f"{name}: {len(value)}"
             yield from (visible(f"  {json.dumps(item, ensure_ascii=False)}") for item in value)
@@ -224,7 +189,9 @@ def _page(args: StorePageOptions) -> int:
 
 def _version(given: str | None, store: RolloutStore) -> str | None:
     """Return the whole version of the reward that is asked for, or of the only one; None: there is none."""
-    there = {version for versions in _judged(store).values() for version in versions}
+    from megatron_sov.rollouts.inspection import judged_by
+
+    there = {version for versions in judged_by(store).values() for version in versions}
     found = sorted(version for version in there if given is None or version.startswith(given))
     if len(found) > 1 or (given is not None and not found):
         raise UserError(f"--version {given or 'is missing'}: {store.path} has rewards of "
@@ -284,19 +251,9 @@ def _tell(name: str, figures: dict[str, Any]) -> None:
         print(visible(f"    reward {version}: mean {mean} ({statuses})"))
 
 
-def checked(store: RolloutStore) -> StoreCheck:
-    """Return what is wrong with a store, behind a bar."""
-    from megatron_sov.rollouts.inspection import check
-
-    with work_bar("read", len(list((store.path / store.ROWS).iterdir())), "part") as bar:
-        return check(store, bar.update)
-
-
-KIND = ArtifactKind(lambda path: listed(open_store(path)), lambda path: checked(open_store(path)).problems)
-"""How `inspect` looks into a store."""
-
-
 def _verify(args: StoreVerifyOptions) -> int:
+    from megatron_sov.rollouts.inspection import checked
+
     found = checked(open_store(args.store))
     if args.json:
         print(json.dumps(vars(found)))

@@ -168,6 +168,8 @@ LIBRARY_FIELDS = {
     "gpu.recompute_modules": ("TransformerConfig.recompute_modules",),
     "gpu.offload_modules": ("TransformerConfig.fine_grained_activation_offloading",
                             "TransformerConfig.offload_modules"),
+    "gpu.cuda_graphs": ("TransformerConfig.cuda_graph_impl", f"TransformerConfig.{lanes.GRAPHS_OF}",
+                        "TransformerConfig.cuda_graph_warmup_steps"),
     "gpu.shared_expert_overlap": ("TransformerConfig.moe_shared_expert_overlap",),
     "parallel.expert_dispatcher": ("TransformerConfig.moe_token_dispatcher_type",
                                    "TransformerConfig.moe_flex_dispatcher_backend"),
@@ -194,6 +196,8 @@ HEADS_256_CUDNN = 92500
 SINKS_TE, SINKS_CUDNN = (2, 13), 91800
 """The first versions that attend packed rows with sinks; cuDNN's as torch counts them."""
 NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
+ALLOCATOR, EXPANDABLE = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), "expandable_segments:True"
+"""Variables of torch's allocator, by both names, and what of theirs does not go with NCCL's registration."""
 
 
 def transformer_settings(gpu: GpuConfig, train: TrainConfig, here: Here) -> dict[str, Any]:
@@ -214,6 +218,10 @@ def transformer_settings(gpu: GpuConfig, train: TrainConfig, here: Here) -> dict
             m for m in gpu.recompute_modules if here.te or m not in RECOMPUTED_WITH_TE]}
     if gpu.offload_modules and here.te:
         settings |= {"fine_grained_activation_offloading": True, "offload_modules": list(gpu.offload_modules)}
+    if gpu.cuda_graphs and here.te:
+        # captured before the first step: the capture warms up by itself
+        settings |= {"cuda_graph_impl": "transformer_engine", lanes.GRAPHS_OF: list(gpu.cuda_graphs),
+                     "cuda_graph_warmup_steps": 0}
     return settings
 
 
@@ -345,14 +353,20 @@ def refuse(config: RunConfig, te: bool) -> None:
         (not te or not gpu.offload_modules or os.environ.get("NVTE_CPU_OFFLOAD_V1") == "1", "offload_modules",
          "needs the variable NVTE_CPU_OFFLOAD_V1 = 1 before Transformer Engine is imported",
          "set it for all processes"),
+        (te or not gpu.cuda_graphs, "cuda_graphs", NEEDS_TE, "leave it out"),
+        *((not gpu.cuda_graphs or EXPANDABLE not in os.environ.get(name, "")
+           or os.environ.get("NCCL_GRAPH_REGISTER") == "0",
+           "cuda_graphs", f"cannot be with {name} = {os.environ.get(name)}, whose segments NCCL would "
+           "register for graphs", "set the variable NCCL_GRAPH_REGISTER = 0, or take it out")
+          for name in ALLOCATOR),
         (te or gpu.moment_dtype == "fp32", "moment_dtype", NEEDS_TE, "leave it out"),
         (te or not gpu.optimizer_offload, "optimizer_offload", NEEDS_TE, "leave it out"),
         (gpu.nccl_user_buffers == "off" or on_gpu(), "nccl_user_buffers", "needs GPUs", "leave it out"),
         (gpu.profiler == "torch" or on_gpu(), "profiler", "= nsys needs GPUs", "leave it out"),
-        *((gpu.nccl_user_buffers == "off" or "expandable_segments:True" not in os.environ.get(name, ""),
+        *((gpu.nccl_user_buffers == "off" or EXPANDABLE not in os.environ.get(name, ""),
            "nccl_user_buffers", f"cannot be with {name} = {os.environ.get(name)}, whose segments NCCL does "
            "not register", "take it out, or leave the setting out")
-          for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")))
+          for name in ALLOCATOR))
     problems += find_broken(config.parallel, "parallel", *_overlap_rules(config, te))
     if dispatcher in DEEP_EP_NAMES:
         problems += find_broken(

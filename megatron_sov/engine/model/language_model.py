@@ -120,10 +120,6 @@ class PredictionLayer(LibraryPredictionLayer):
     document for itself, and tells experts nothing of padding.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.transformer_layer.register_forward_pre_hook(_with_padding, with_kwargs=True)
-
     def _get_embeddings(self, input_ids: torch.Tensor, position_ids: torch.Tensor,
                         embedding: Callable[..., torch.Tensor], hidden_states: torch.Tensor,
                         packed_seq_params: PackedDocuments | None = None,
@@ -142,14 +138,6 @@ class PredictionLayer(LibraryPredictionLayer):
         states: torch.Tensor = self._proj_and_transformer_layer(
             hidden_states=hidden, decoder_input=embedded, rotary_pos_emb=rotary, packed_seq_params=packed)
         return states
-
-
-def _with_padding(layer: Any, args: tuple[Any, ...],
-                  kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Hand a layer the padding of its row, which comes with the row's documents, also when it is computed
-    again."""
-    padding = getattr(kwargs["packed_seq_params"], "padding", None)
-    return args, {**kwargs, "padding_mask": padding}
 
 
 def next_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from megatron_sov.engine import lanes
 from megatron_sov.engine.model.gpu_settings import (
     OVERLAP, Here, exchanges_heads, expert_settings, keep_ends_in_bf16, library_settings,
     own_attention_serves, transformer_settings)
+from megatron_sov.engine.model.graphs import graphed
 from megatron_sov.engine.model.rotary import local_turns, softmax_scale
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import on_gpu
@@ -181,13 +182,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": parallel.etp, "context_parallel_size": parallel.cp,
-        # an interleaved pipeline sends one peer two messages at a time: in a batch, gloo delivers the wrong
-        # one without an error
+        # interleaved pipelines send a peer two messages at a time: in a batch, gloo swaps them silently
         "batch_p2p_comm": on_gpu() and parallel.vpp == 1, "overlap_p2p_comm": parallel.vpp > 1,
         # losses are sums divided once by global counts; must stand here before the model is wrapped
         "calculate_per_token_loss": True, "deterministic_mode": train.deterministic,
         "masked_softmax_fusion": False, "bias_dropout_fusion": te and not model.linear_bias,
-        "hetereogenous_dist_checkpoint": True, lanes.GRAPHS_OF: [],
+        # every message would have the host wait, for the sake of an older torch
+        "hetereogenous_dist_checkpoint": True, lanes.GRAPHS_OF: [], "batch_p2p_sync": False,
         **transformer_settings(gpu, train, here),
     }
     if not te and not on_gpu():
@@ -328,7 +329,22 @@ def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
         spec = get_gpt_layer_local_spec(
             qk_layernorm=config.qk_layernorm, multi_latent_attention=config.multi_latent_attention,
             normalization="RMSNorm")
-    return lanes.numbered_behind_trunk(_finish_spec(config, spec, model.mtp_layer_type(), model))
+    spec = lanes.numbered_behind_trunk(_finish_spec(config, spec, model.mtp_layer_type(), model))
+    spec.module = _told_of_padding(spec.module)
+    return spec
+
+
+def _told_of_padding(layer: Any) -> Any:
+    """Return the class of a layer that gets the padding of its row, which comes with the row's documents,
+    also when it is computed again."""
+    class PaddedLayer(layer):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            # a capture hands over the mask itself
+            if "packed_seq_params" in kwargs:
+                kwargs["padding_mask"] = getattr(kwargs["packed_seq_params"], "padding", None)
+            return super().__call__(*args, **kwargs)
+
+    return PaddedLayer
 
 
 def _own_copies(specs: list[Any]) -> list[Any]:
@@ -366,6 +382,8 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
     block = lanes.parts(spec.submodules.mlp)
     if isinstance(block, MoESubmodules):
         block.router = BalancedRouter
+        if config.cuda_graph_impl != "none":
+            spec.module = graphed(spec.module)
         # with Transformer Engine this norm keeps its own name in checkpoints; one name for both
         spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return spec

@@ -78,6 +78,8 @@ def run_variables(config: RunConfig, gpu_name: str) -> dict[str, str]:
              CONNECTIONS: "1" if ordered else "32",
              # sums in NVLink switches take memory for every group, and gain where buffers are registered
              "NCCL_NVLS_ENABLE": str(int(config.gpu.nccl_user_buffers == "on"))}
+    if config.gpu.cuda_graphs:
+        found["NCCL_GRAPH_REGISTER"] = "0"  # it would hold on to memory that torch's allocator moves
     if parallel.overlap_grad_reduce or parallel.expert_overlap != "none":
         # norms take all multiprocessors, and leave NCCL or DeepEP none
         found |= dict.fromkeys(("NVTE_FWD_LAYERNORM_SM_MARGIN", "NVTE_BWD_LAYERNORM_SM_MARGIN"),

@@ -30,7 +30,7 @@ from megatron_sov.base.settings import num_cores
 from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.world import LOCALHOST, STORE_PORT
-from megatron_sov.model import families as models
+from megatron_sov.model.families import supported as models
 from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
 from megatron_sov.work.processes.children import FORWARDED, die_with_parent
 

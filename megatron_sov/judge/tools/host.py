@@ -49,6 +49,10 @@ class Opening:
     """What it may call, as OpenAI describes functions."""
 
 
+class EpisodeLost(UserError):
+    """An episode cannot be continued, by no fault of its task: it has no reward."""
+
+
 class _HostGone(Exception):
     """The process did not answer: a fault's code and reason."""
 
@@ -95,7 +99,11 @@ class EnvironmentHost:
         return Opening(Observation(**answer["observation"]), tuple(answer["tools"]))
 
     def resume(self, task: Task, state: str) -> Opening:
-        """Go on in an episode whose state is known; raises as `reset` does."""
+        """Go on in an episode whose state is known; raises as `reset` does.
+
+        Raises:
+            EpisodeLost: the world cannot come to that state again.
+        """
         # the task first: a state alone has no goal and no tools
         opening = self.reset(task)
         self._begin("restore", task=dict(task), state=json.loads(state))
@@ -131,6 +139,8 @@ class EnvironmentHost:
                             "see what it wrote above") from None
         if "problem" in answer:
             raise UserError(answer["problem"])
+        if "lost" in answer:
+            raise EpisodeLost(answer["lost"])
         self.state = answer["state"]
         return answer
 
@@ -171,6 +181,8 @@ def _restore(environment: Environment, request: dict[str, Any]) -> dict[str, Any
     try:
         environment.restore(request["state"])
         return answer | {"state": _state(environment, request)}
+    except InfrastructureFault as e:
+        return {"lost": e.reason}
     except (Exception, SystemExit) as e:
         return {"problem": f"tool environment {type(environment).__name__}: its state "
                            f"{short(json.dumps(request['state']))} makes it fail ({told_in_a_line(e)})"}

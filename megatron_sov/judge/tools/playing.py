@@ -29,7 +29,7 @@ from megatron_sov.judge.tools.environment import FAULTS, INFRASTRUCTURE, Episode
 from megatron_sov.judge.tools.episode import (
     Episode, EpisodeLines, EpisodeTurn, GeneratedTurn, begin_line, begun, left_of, result_line, take_turn,
     turn_line, with_calls, within)
-from megatron_sov.judge.tools.host import EnvironmentHost, Opening
+from megatron_sov.judge.tools.host import EnvironmentHost, EpisodeLost, Opening
 
 MAX_CHAPTERS = 200
 """Episodes on a page: those without a reward first, then the lowest."""
@@ -313,7 +313,10 @@ def _began(host: EnvironmentHost, number: int, task: Task, known: Episode | None
             return begin(host.reset(task))
         if known.turns:
             # the process of the run before is gone; the journal has the state behind its last turn
-            host.resume(task, known.turns[-1].state)
+            try:
+                host.resume(task, known.turns[-1].state)
+            except EpisodeLost as e:
+                known.result = Result(None, "failed", {}, str(e))
         else:
             host.reset(task)
         return known
@@ -348,6 +351,8 @@ def _round(seats: Sequence[_Seat], policy: ToolPolicy, table: EpisodeTable, jour
 
 def scored(host: EnvironmentHost, episode: Episode) -> Result:
     """Return the reward of an episode that has ended, or why there is none."""
+    if episode.result is not None:  # it could not be continued
+        return episode.result
     # a broken machine must not be learned from: no reward
     if episode.end == "infrastructure":
         return Result(None, "failed", {}, next(call["text"] for call in episode.turns[-1].calls

@@ -62,6 +62,8 @@ def weight_problems(train: TrainConfig, parallel: ParallelConfig, optim: OptimCo
         (not any(group.frozen for group in optim.groups), "fp8_weights",
          "does not go with frozen optim.groups: a frozen weight has no master to write into checkpoints",
          "leave one of them out"),
+        (not gpu.cuda_graphs, "fp8_weights", "does not go with gpu.cuda_graphs: whether graphs see weights that "
+         "are made anew is not tried", "leave one of them out"),
         (not gpu.optimizer_offload, "fp8_weights", "does not go with gpu.optimizer_offload: masters in host "
          "memory cannot be quantised on the GPU", "leave one of them out"))
 
@@ -166,6 +168,7 @@ def _heads_divide(model: ModelConfig, parallel: ParallelConfig) -> bool:
 Switch = Literal["auto", "on", "off"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
 OffloadModule = Literal["qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
+GraphedPart = Literal["moe_router", "moe_preprocess"]
 OF_EXPERTS = ("layernorm", "moe", "moe_act", "shared_experts", "mlp_norm", "expert_fc1")
 """Modules that only layers with experts have.  Norms are among them: all others are a part of Transformer
 Engine's linear layer behind them."""
@@ -199,6 +202,9 @@ class GpuConfig:
     shared_experts."""
     offload_modules: tuple[OffloadModule, ...] = ()
     """Modules whose inputs wait in host memory between forward and backward pass."""
+    cuda_graphs: tuple[GraphedPart, ...] = ()
+    """Parts of layers with experts whose kernels are launched as one CUDA graph: moe_router (their norm,
+    router and shared experts), and with it moe_preprocess (what follows up to the exchange of tokens)."""
     shared_expert_overlap: Literal["on", "off"] = "off"
     """Compute shared experts while tokens travel to the routed ones."""
     exchange_sms: Annotated[int, Ge(0), Le(256)] = 0
@@ -264,7 +270,7 @@ class GpuConfig:
              f"and gpu.profile_last_step = {last} must be steps in order, both from 1 on, or both 0"),
             (self.profiler == "torch" or first > 0, "profiler", "needs gpu.profile_first_step", "set it"))
         return p + self._exchange_problems(parallel, train) + self._optimizer_problems(
-            parallel, train, optim) + find_broken(
+            parallel, train, optim) + self._graph_problems(model, parallel, train) + find_broken(
             self, "gpu",
             (self.grad_dtype == "fp32" or train.precision == "bf16", "grad_dtype",
              f"needs train.precision = bf16, which is {train.precision}", "leave it out"),
@@ -311,6 +317,50 @@ class GpuConfig:
              "use selective recomputation without moe, or leave it out"),
             (self.shared_expert_overlap == "off" and not self.offload_modules, "expert_overlap",
              "does not go with gpu.shared_expert_overlap and gpu.offload_modules", "leave one out"))
+
+    def _graph_problems(self, model: ModelConfig, parallel: ParallelConfig,
+                        train: TrainConfig) -> list[SettingsProblem]:
+        """Tell what graphs cannot hold: what asks the host, or runs Python in each pass."""
+        if not self.cuda_graphs:
+            return []
+        permutes, dispatcher = "moe_preprocess" in self.cuda_graphs, parallel.expert_dispatcher
+        recomputed = self.recompute_modules
+        no_fusion = dispatcher == "alltoall" and self.permute_fusion == "off"
+        return find_broken(
+            self, "gpu",
+            (model.num_moe_layers() > 0, "cuda_graphs", "are of layers with experts, and the model has none",
+             "leave it out"),
+            ("moe_router" in self.cuda_graphs, "cuda_graphs", "names moe_preprocess alone, which the library "
+             "captures with the router", "name both"),
+            (train.recompute is not True and "moe" not in recomputed, "cuda_graphs",
+             "cannot be in layers that are computed again as a whole: their first pass keeps nothing that a "
+             "graph could go back through", "use selective recomputation without moe, or leave it out"),
+            ("layernorm" not in recomputed or (permutes and dispatcher == "alltoall"), "cuda_graphs",
+             "hand on the norm's output, which gpu.recompute_modules frees, where they do not permute tokens "
+             "for parallel.expert_dispatcher = alltoall", "name moe_preprocess too, or take layernorm out"),
+            ("shared_experts" not in recomputed or train.fp8 == "none", "cuda_graphs",
+             "hold shared_experts of gpu.recompute_modules, which train.fp8 computes again with the state of "
+             "random numbers, that a capture refuses", "take shared_experts out, or leave it out"),
+            (train.fp8 != "nvfp4" or not model.num_mtp_moe_layers(), "cuda_graphs",
+             "would quantise the prediction layer's shared experts, which train.fp8 = nvfp4 leaves in bf16",
+             "use another format, or leave it out"),
+            (not self.offload_modules, "cuda_graphs", "do not go with gpu.offload_modules, whose copies "
+             "begin in hooks of Python", "leave one out"),
+            (parallel.expert_overlap != "micro_batches", "cuda_graphs",
+             "do not go with parallel.expert_overlap = micro_batches, whose order of layers is not built for "
+             "them", "leave one out"),
+            (not permutes or parallel.expert_overlap != "weight_gradients", "cuda_graphs", "names "
+             "moe_preprocess, whose way back begins the products of parallel.expert_overlap = "
+             "weight_gradients, which no graph would repeat", "name moe_router alone, or leave one out"),
+            (not permutes or self.shared_expert_overlap == "off", "cuda_graphs", "names moe_preprocess, "
+             "inside of which gpu.shared_expert_overlap = on begins what ends outside",
+             "name moe_router alone, or set it off"),
+            (not permutes or not train.fp8_pad_routed_tokens, "cuda_graphs", "names moe_preprocess, where "
+             "train.fp8_pad_routed_tokens asks for the number of padded tokens", "name moe_router alone, or "
+             "leave train.fp8_pad_routed_tokens out"),
+            (not permutes or not no_fusion, "cuda_graphs", "names moe_preprocess, and permuting without "
+             "gpu.permute_fusion asks for the number of tokens", "name moe_router alone, or set "
+             "gpu.permute_fusion to auto"))
 
     def _optimizer_problems(self, parallel: ParallelConfig, train: TrainConfig,
                             optim: OptimConfig) -> list[SettingsProblem]:

@@ -93,6 +93,8 @@ class LoraConfig:
              "parallel.overlap_param_gather", "set it to false"),
             (gpu.shared_expert_overlap == "off", "rank", "cannot be with gpu.shared_expert_overlap = on, "
              "which computes shared experts in pieces", "set it to off"),
+            (not gpu.cuda_graphs, "rank", "cannot be with gpu.cuda_graphs, which hand on gradients of a "
+             "layer's own weights alone, and adapters are none of them", "leave gpu.cuda_graphs out"),
             (parallel.expert_overlap == "none" and not parallel.delay_weight_grads, "rank",
              "cannot be with parallel.expert_overlap, whose pieces of layers nobody has checked with frozen "
              "weights", "leave it out"),

@@ -259,10 +259,6 @@ class RunConfig:
 
 # The library's ways to be faster or smaller that no setting offers, and why: what is told to who asks.
 
-_GRAPHS = ("the library's CUDA graphs refuse packed rows where they hold attention; where they hold routers "
-           "alone (moe_router, moe_preprocess) they drop the row's mask of padding, and what routers count "
-           "between replays would have to lie in fixed buffers, which is not built; leave it out, and give "
-           "the GPU more work for each launch by a larger train.micro_batch_size")
 
 NOT_OFFERED = {
     "num_distributed_optimizer_instances": (
@@ -275,9 +271,9 @@ NOT_OFFERED = {
         "Transformer Engine 2.20 trains no packed rows by it in mxfp8, blockwise or nvfp4; leave it out"),
     **dict.fromkeys(("cross_entropy_loss_fusion", "cross_entropy_fusion_impl"),
                     "losses come from this framework's own head, in chunks of rows; leave it out"),
-    "cuda_graphs": _GRAPHS, "cuda_graph_impl": _GRAPHS, "cuda_graph_scope": _GRAPHS,
-    "enable_cuda_graph": _GRAPHS, "external_cuda_graph": _GRAPHS,
-    "cuda_graph_modules": _GRAPHS,  # as 0.19 calls the scope
+    **dict.fromkeys(("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"),
+                    "graphs are Transformer Engine's, and attention, whose packed rows they refuse, stays "
+                    "outside; name what they hold in gpu.cuda_graphs"),
 }
 """Last part of a setting's name -> why it does not exist, and what to do."""
 
@@ -307,6 +303,7 @@ COMMON = {
     **dict.fromkeys(("lora_rank", "lora_r", "r"), "lora.rank"),
     **dict.fromkeys(("overlap_moe_expert_parallel_comm", "expert_parallel_overlap", "moe_a2a_overlap",
                      "overlap_dispatch_backward_with_experts_wgrad"), "parallel.expert_overlap"),
+    **dict.fromkeys(("cuda_graph_scope", "cuda_graph_modules"), "gpu.cuda_graphs"),
     "delay_wgrad_compute": "parallel.delay_weight_grads",
     **dict.fromkeys(("fp8_param", "fp8_param_gather", "reuse_grad_buf_for_mxfp8_param_ag"),
                     "train.fp8_weights"),

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sov.model import families as models
 from megatron_sov.model.config import LoraConfig, ModelConfig
 from megatron_sov.model.config.lora import EMBEDDING, EXPERTS, HEAD
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.weights import Link
 
 PREFIX = "adapter."

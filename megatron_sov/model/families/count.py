@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from megatron_sov.model import families as models
 from megatron_sov.model.config import ModelConfig
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.encoders import encoder_params
 from megatron_sov.model.families.weights import PLAIN_DECODER, Experts
 

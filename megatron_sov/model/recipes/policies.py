@@ -183,6 +183,7 @@ AGAPO: Values = {
     "model.router_bias_update_rate": (
         0.0, published(f"{K_EXAONE}, reinforcement learning: the router stays as it is")),
     "optim.name": ("adamw", ours("not published")),
+    "train.fp8": ("none", ours("bf16: 8 bits are published for pretraining")),
     "rollout.rounds": (100, ours("not published")),
 }
 AGAPO_SOURCES = derive(_sources(K_EXAONE_SOURCES, {k: v for k, v in AGAPO.items() if k != "optim.groups"}), {

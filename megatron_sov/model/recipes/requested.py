@@ -19,8 +19,9 @@ from megatron_sov.base.plugins.loading import is_reference, load
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.settings import (
     Flag, Place, ProblemCode, SettingsError, SettingsProblem, fields_of, hint_below, read_located, read_text)
-from megatron_sov.model import families as models, objectives, recipes
+from megatron_sov.model import objectives, recipes
 from megatron_sov.model.config import ModelConfig, RunConfig, apply_settings, find_settings, from_dict
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import Family
 
 BuiltIn = Literal["lm", "sft", "preference", "distill", "policy"]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated
 from megatron_sov.base.artifacts import atomic_write, to_json
 from megatron_sov.base.errors import told_in_a_line
 from megatron_sov.base.settings import AboveZero, Flag, add_options, read_options
-from megatron_sov.operate.slurm.attempts import Report
+from megatron_sov.operate.slurm.node_report import Report
 from megatron_sov.runs.gpu_driver import illness, visible_gpus
 from megatron_sov.runs.launch_environment import own_gpu_index
 

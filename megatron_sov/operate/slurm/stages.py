@@ -169,6 +169,8 @@ class StageWork:
     """Settings of a training stage, as far as they are known before its checkpoint is."""
     layout_open: bool = False
     """Whether nobody has said anything about the layout of a training stage."""
+    settings: tuple[str, ...] = ()
+    """--set of a training stage."""
 
     @property
     def kind(self) -> StageKind:
@@ -224,7 +226,7 @@ def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
     inputs += [path for path in others if path is not None]
     return StageWork(stage, tuple(argv), run, run / JOBS, run / COMPLETION,
                      inputs=tuple(p.absolute() for p in inputs), data=tuple(args.data), config=config,
-                     layout_open=leaves_layout_open(request))
+                     layout_open=leaves_layout_open(request), settings=tuple(request.settings))
 
 
 def _artifact(stage: str, arguments: list[str]) -> StageWork:
@@ -337,7 +339,8 @@ def fitting_nodes(work: StageWork, profile_ranks: int, num_nodes: int, least: in
         num_ranks, said = count * profile_ranks, settings.get(count, ())
         # a layout that the user named is never replaced by a recommended one
         open_ = work.layout_open and not says_layout(said)
-        chosen = (*(settings_for(work.config, num_ranks, gpu) if open_ else ()), *said)
+        chosen = (*(settings_for(work.config, num_ranks, gpu, (*work.settings, *said)) if open_ else ()),
+                  *said)
         config = apply_settings(work.config, list(chosen)) if chosen else work.config
         problems = config.problems(num_ranks)
         if not problems:

@@ -266,8 +266,16 @@ def expert_exchange(w: Workload) -> TrafficMessage:
 
 def context(w: Workload) -> TrafficMessage:
     """Return keys and values that go round the ring, and their gradients (arXiv 2310.01889); of layers with
-    a window the ends of the two pieces that a process has of each row, which the next ones see."""
+    a window the ends of the two pieces that a process has of each row, which the next ones see.  Where heads
+    are exchanged (arXiv 2309.14509): queries, keys, values and what is attended, in every layer."""
     s, cp = w.shape, w.cp
+    layers = (s.num_attention_layers + s.num_mtp_layers) / w.pp
+    if w.exchanges_heads:
+        # of keys each process has one head at least
+        heads = 2 * s.num_heads / w.tp + 2 * max(s.num_kv_heads / w.tp, cp)
+        times = passes(w, "core_attn") * layers * w.num_micro_batches
+        return _ring("cp", w, times * (cp - 1) / cp * local_tokens(w) * heads * s.head_dim * ACTIVATION_BYTES,
+                     4 * times * (cp - 1), cp, w.tp)
     keys = (s.num_heads * (s.query_dim + s.value_dim) if s.kv_lora_rank
             else 2 * s.num_kv_heads * s.head_dim) / w.tp
     # The backward pass sends keys and values round once more, and their gradients with them.
@@ -276,7 +284,6 @@ def context(w: Workload) -> TrafficMessage:
     ends = min(local_tokens(w), w.micro_batch_size * 2 * max(0, s.window - 1))
     tokens = ((s.num_attention_layers - s.num_window_layers + s.num_mtp_layers) * local_tokens(w)
               + s.num_window_layers * ends) / w.pp
-    layers = (s.num_attention_layers + s.num_mtp_layers) / w.pp
     volume = rounds * (cp - 1) * tokens * keys * ACTIVATION_BYTES * w.num_micro_batches
     return _ring("cp", w, volume, layers * rounds * (cp - 1) * w.num_micro_batches, cp, w.tp)
 

@@ -329,6 +329,8 @@ class Workload:
     attention_kernel: Literal["newest", "portable"] = "newest"
     """Whether attention has a kernel made for the chip's generation (cuDNN, FlashAttention 3), or one that
     runs everywhere (FlashAttention 2, Triton)."""
+    exchanges_heads: bool = False
+    """Whether processes that share a row get the whole row of some heads, not the keys of all of it."""
     software_age_years: float = 0.0
     """How much older the software is than the newest runs that the parameters were fitted to."""
     fused_experts: bool = False
@@ -377,6 +379,9 @@ def of_run(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, lin
         recompute = "selective" if t.recompute == "selective" else "full"
     stages = tuple(len(p.layers_of_stage(stage, config.model.num_layers)) for stage in range(p.pp))
     muon = config.optim.name == "muon" or any(group.optimizer == "muon" for group in config.optim.groups)
+    # as `engine.model.gpu_settings.own_attention_serves`; its kernel is that of FlashAttention 2
+    own = (g.attention == "local" or config.model.attention_softcap is not None
+           or (g.attention == "auto" and (p.cp > 1 or t.deterministic)))
     return Workload(
         of_model(config.model), chip, links, num_gpus, phase.seq_len, t.micro_batch_size,
         phase.global_batch_size or t.global_batch_size, tp=p.tp, sp=p.sp, pp=p.pp, vpp=p.vpp,
@@ -385,6 +390,7 @@ def of_run(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, lin
         recompute_modules=g.recompute_modules if recompute == "selective" else (),
         dispatcher=p.expert_dispatcher, overlap_grad_reduce=p.overlap_grad_reduce,
         overlap_param_gather=p.overlap_param_gather, overlap_ep=p.expert_overlap == "micro_batches",
+        attention_kernel="portable" if own else "newest", exchanges_heads=p.cp > 1 and not own,
         imbalance=imbalance,
         grad_bytes=2 if g.grad_dtype == "bf16" else 4,
         weight_bytes=1 if t.fp8_weights and t.fp8 != "mxfp8" else 2, optimizer="muon" if muon else "adam",

@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_sov.base.artifacts import MANIFEST, disk_errors, read_manifest
 from megatron_sov.base.errors import warn
 from megatron_sov.engine.parallel.device import on_gpu, record_for_nsys
-from megatron_sov.model import families as models
 from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig
+from megatron_sov.model.families import supported as models
 from megatron_sov.runs.checkpoints import ADAPTER, CHECKPOINTS_OF_A_RUN, MODEL, latest, step_of
 from megatron_sov.runs.folder import AVERAGE, EXPORTS
 from megatron_sov.train.side_jobs.evaluations import Evaluations

@@ -23,8 +23,8 @@ from megatron_sov.engine.model.gpu_settings import refuse_without_chip
 from megatron_sov.engine.parallel import device, launcher, world
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.world import on_main
-from megatron_sov.model import families as models
 from megatron_sov.model.config import RunConfig
+from megatron_sov.model.families import supported as models
 from megatron_sov.plan.calibration.fitting import fullest, refuse_on_this_node, refuse_too_large
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunEvents, RunFolder
@@ -340,6 +340,8 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
                     trainer.events.write("failure", step=trainer.step, text=str(e))
         raise
     finally:
+        if stage.feed is not None:
+            stage.feed.close()
         if trainer is not None:
             trainer.close()
         if lock is not None:

@@ -15,10 +15,11 @@ from suite_items import CASES, write
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.settings import EndpointSettings
 from megatron_sov.bench.suites.catalogue import suite_tasks
-from megatron_sov.bench.suites.episodes import EndpointSpeaker, fold_episodes, order_of, said_in, tasks_of
 from megatron_sov.bench.suites.protocol import Folded, Protocol, changed
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.chat.tool_calls import BadCall, ToolCall, parse_turn
+from megatron_sov.commands.evaluate.eval_play import (
+    EndpointSpeaker, fold_episodes, order_of, said_in, tasks_of)
 from megatron_sov.judge.rewards.judge import Judge
 from megatron_sov.judge.tools.episode import GeneratedTurn, lines_in
 from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, play

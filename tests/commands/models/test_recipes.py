@@ -10,8 +10,9 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.cli import main
-from megatron_sov.model import families as models, objectives
+from megatron_sov.model import objectives
 from megatron_sov.model.config import apply_settings, from_dict
+from megatron_sov.model.families import supported as models
 
 
 def test_lists_every_recipe_with_its_size(capsys: pytest.CaptureFixture[str]) -> None:

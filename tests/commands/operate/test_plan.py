@@ -17,8 +17,8 @@ def test_a_plan_for_a_cluster_has_its_layout_and_memory(capsys: pytest.CaptureFi
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "solar-open-102b: 102.65 B parameters (12.05 B active)"
     assert re.fullmatch(r"[\d.]+ days, [\d.]+ to [\d.]+ in nine of ten cases \(docs/.*\)", lines[1])
-    assert lines[2] == "512 processes of H100-80GB: tp 2, pp 4, ep 8, ZeRO-1"
-    assert " GiB on each of stage 1: weights 7.4, gradients 14.8, optimizer 2.3, " in lines[3]
+    assert lines[2] == "512 processes of H100-80GB: pp 4, ep 16, ZeRO-1, experts by hybridep"
+    assert " GiB on each of stage 1: weights 6.4, gradients 12.7, optimizer 2.3, " in lines[3]
     assert lines[5] == "What it takes:" and lines[6].split()[:2] == ["stage", "context"]
     assert lines[11].split()[:2] == ["total", "20"]
     assert any(line.split()[:2] == ["step", "tokens"] for line in lines)  # the schedule
@@ -44,7 +44,8 @@ def test_a_plan_without_a_cluster_has_size_memory_and_passes_over_the_data(
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
-    (["solar-open-102b", "--cluster", "h100", "--nodes", "60", "--set", "parallel.ep=8"],
+    (["solar-open-102b", "--cluster", "h100", "--nodes", "60", "--set", "parallel.ep=8",
+      "--set", "train.fp8=none"],
      "the nearest layout that fits: --set parallel.pp=2"),
     (["tiny-solar-open", "--nodes", "2"], "--nodes 2: looks at the nodes of a cluster; name it by --cluster"),
     (["tiny-solar-open", "--cluster", "local", "--nproc", "2"],
@@ -58,7 +59,7 @@ def test_a_plan_without_a_cluster_has_size_memory_and_passes_over_the_data(
     (["solar-open-102b", "--cluster", "h100", "--nodes", "60", "--sweep", "--set", "train.fp8=nvfp4"],
      "the nearest that works: --set train.fp8=tensorwise"),
     (["k-exaone-236b", "--cluster", "h100", "--nodes", "2"],
-     "the fewest nodes that it fits are 6: --nodes 6"),
+     "the fewest nodes that it fits are 8: --nodes 8"),
     (["--out", "x.csv"], "--out x.csv: is for --table ROWS.csv or --calibrate RUN"),
     (["--table", "x.csv"], "--table x.csv: needs --out PREDICTED.csv"),
     (["tiny-solar-open", "--table", "x.csv", "--out", "y.csv"], "recipe belongs to one that is planned"),
@@ -81,7 +82,7 @@ def test_what_an_offloaded_optimizer_pins_has_to_fit_the_profiles_memory(
     asked = ["plan", "solar-open-102b", "--cluster", str(profile), "--nodes", "64"]
     assert main([*asked, "--set", "gpu.optimizer_offload=0.1"]) == 0
     assert main([*asked, "--set", "gpu.optimizer_offload=1"]) == 2
-    assert ("of the 16.0 GiB that it has; the nearest share that fits: --set gpu.optimizer_offload=0.56"
+    assert ("of the 16.0 GiB that it has; the nearest share that fits: --set gpu.optimizer_offload=0.52"
             in capsys.readouterr().err)
 
 

@@ -15,8 +15,8 @@ from hypothesis import given, strategies as st
 
 from megatron_sov import cli, recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.commands.operate.run_state import RunState, Start, find_runs, read_state
-from megatron_sov.commands.operate.status import SIGNS, as_table, bar, in_full
+from megatron_sov.commands.operate.run_state import (
+    SIGNS, RunState, Start, as_table, bar, find_runs, in_full, read_state)
 from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.obs.history import UNFINISHED
 from megatron_sov.runs.obs.wall_time import CATEGORIES, WallTime

@@ -124,6 +124,7 @@ ROOT = Path(__file__).parents[3]
 OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "profiler", "peak_tflops",
               "optimizer_offload"}
 """Settings that no field of the library stands behind; each has a test of its own."""
+ROUTERS = 'gpu.cuda_graphs=["moe_router"]'
 CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "gpu.attention": (["gpu.attention=flash"], {"attention_backend": "flash"}),
     "gpu.rope_fusion": (["gpu.rope_fusion=off"], {"apply_rope_fusion": False}),
@@ -132,6 +133,9 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "gpu.swiglu_fusion": (["gpu.swiglu_fusion=off"], {"bias_activation_fusion": False}),
     "gpu.grad_accumulation_fusion": (["gpu.grad_accumulation_fusion=off"],
                                      {"gradient_accumulation_fusion": False}),
+    "gpu.cuda_graphs": (['gpu.cuda_graphs=["moe_router"]'], {
+        "cuda_graph_impl": "transformer_engine", lanes.GRAPHS_OF: ["moe_router"],
+        "cuda_graph_warmup_steps": 0}),
     "gpu.shared_expert_overlap": (["gpu.shared_expert_overlap=on"], {"moe_shared_expert_overlap": True}),
     "gpu.offload_modules": (['gpu.offload_modules=["moe_act"]'], {
         "fine_grained_activation_offloading": True, "offload_modules": ["moe_act"]}),
@@ -243,6 +247,8 @@ def test_a_run_tells_what_auto_came_to() -> None:
     ("gpu.shared_expert_overlap=on", False, {}, "gpu.shared_expert_overlap"),
     ('train.recompute=selective gpu.recompute_modules=["layernorm"]', False, {}, "gpu.recompute_modules"),
     ('gpu.offload_modules=["core_attn"]', False, {}, "gpu.offload_modules"),
+    (ROUTERS, False, {}, "gpu.cuda_graphs"),
+    (ROUTERS, True, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "gpu.cuda_graphs"),
     ("gpu.moment_dtype=bf16", False, {}, "gpu.moment_dtype"),
     ("gpu.optimizer_offload=0.5", False, {}, "gpu.optimizer_offload"),
     ("gpu.nccl_user_buffers=on", False, {}, "gpu.nccl_user_buffers"),
@@ -376,6 +382,12 @@ def test_routing_that_the_kernels_do_not_compute_is_refused(monkeypatch: pytest.
     with pytest.raises(UserError, match=r"gpu\.router_fusion = .* does not go with model\.norm_topk_prob = "
                                         r"True and model\.num_experts_per_token = 1: the kernels divide"):
         gpu_settings.refuse(config_with(["gpu.router_fusion=on", one]), te=True)
+
+
+def test_graphs_go_with_segments_that_nccl_does_not_register(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
+    gpu_settings.refuse(config_with([ROUTERS]), te=True)
 
 
 def test_nothing_is_refused_where_nothing_is_asked() -> None:

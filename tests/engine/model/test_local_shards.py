@@ -67,8 +67,8 @@ def full_size(recipe: str) -> dict[str, Any]:
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.model.local_shards import local_shards
     from megatron_sov.engine.parallel import world
-    from megatron_sov.model import families as models
     from megatron_sov.model.config import ParallelConfig, apply_settings
+    from megatron_sov.model.families import supported as models
 
     config = apply_settings(recipes.get(recipe), [f"model.num_layers={LAYERS}"])
     world.join(ParallelConfig())

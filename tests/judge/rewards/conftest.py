@@ -8,8 +8,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.registry import OWN
-from megatron_sov.sandbox import Sandbox
-from megatron_sov.sandbox.sandbox import SANDBOXES
+from megatron_sov.sandbox.sandbox import SANDBOXES, Sandbox
 
 
 @pytest.fixture(autouse=True)

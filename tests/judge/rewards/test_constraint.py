@@ -13,7 +13,7 @@ from megatron_sov.base.settings import problems_of
 from megatron_sov.judge.rewards.constraint import (
     Constraint, ConstraintVerdict, problem_of, verdicts, views_of)
 from megatron_sov.judge.rewards.reward import judged
-from megatron_sov.sandbox import shared_sandbox
+from megatron_sov.sandbox.sandbox import shared_sandbox
 
 NO_COMMA = "def evaluate(response):\n    return ',' not in response"
 SHORT = "def evaluate(response):\n    return len(response) < 20"

@@ -131,15 +131,15 @@ def test_bad_data_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, argume
 
 
 def test_what_is_not_offered_says_why_and_is_the_librarys(small: Small) -> None:
-    with pytest.raises(UserError, match=r"gpu\.cuda_graphs: no such setting; the library's CUDA graphs "
-                                        r"refuse packed rows where .*; leave it out"):
-        apply_settings(small(), ["gpu.cuda_graphs=attn"])
+    with pytest.raises(UserError, match=r"gpu\.cuda_graph_impl: no such setting; graphs are Transformer "
+                                        r"Engine's, and attention, .*; name what they hold in gpu\.cuda"):
+        apply_settings(small(), ["gpu.cuda_graph_impl=local"])
     with pytest.raises(UserError, match=r"train\.fp8_param: no such setting; .*train\.fp8_weights"):
         from_dict({**small().to_dict(), "train": {"fp8_param": True}})
     contract = json.loads((Path(__file__).parents[2] / "te_double" / "contract.json").read_text())
     theirs = {name for library, part in contract.items() if library.startswith("megatron.core")
               for fields in part["fields"].values() for name in fields}
-    assert set(NOT_OFFERED) - theirs == {"cuda_graphs"}
+    assert set(NOT_OFFERED) - theirs == set()
     page = (Path(__file__).parents[3] / "docs" / "gpu.md").read_text(encoding="utf-8")
     assert [name for name in NOT_OFFERED if f"`{name}`" not in page] == []
 

@@ -16,6 +16,9 @@ Small = Callable[..., RunConfig]
 SELECTIVE = "train.recompute=selective gpu.recompute_modules="
 OFFLOAD = "train.precision=bf16 parallel.zero1=true gpu.optimizer_offload=0.5"
 PASSES = "parallel.ep=2 parallel.expert_overlap=micro_batches"
+ROUTERS, GRAPHS = 'gpu.cuda_graphs=["moe_router"]', 'gpu.cuda_graphs=["moe_router","moe_preprocess"]'
+QUANTISED = "train.precision=bf16 train.fp8=mxfp8"
+PADDED = f"{QUANTISED} train.fp8_pad_routed_tokens=true"
 DENSE = "model.num_experts=0 model.dense_ffn_dim=64"
 LATENT = ('model.num_kv_heads=4 model.latent_attention={"kv_lora_rank":32,"qk_nope_head_dim":8,'
           '"qk_rope_head_dim":8,"v_head_dim":8}')
@@ -172,6 +175,27 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     ('gpu.offload_modules=["attn_proj"]', 1, "gpu.offload_modules"),
     (f'{DENSE} gpu.offload_modules=["expert_fc1"]', 1, "gpu.offload_modules"),
     (f'{DENSE} gpu.offload_modules=["mlp_norm"]', 1, "gpu.offload_modules"),
+    (f'{GRAPHS} {SELECTIVE}["core_attn","moe_act"]', 1, ""),
+    (f"{GRAPHS} {DENSE}", 1, "gpu.cuda_graphs"),
+    ('gpu.cuda_graphs=["moe_preprocess"]', 1, "gpu.cuda_graphs"),
+    (f"{GRAPHS} train.recompute=true", 1, "gpu.cuda_graphs"),
+    (f'{GRAPHS} {SELECTIVE}["layernorm","shared_experts"]', 1, ""),
+    (f'{GRAPHS} {SELECTIVE}["moe"]', 1, "gpu.cuda_graphs"),
+    (f'{ROUTERS} {SELECTIVE}["layernorm"]', 1, "gpu.cuda_graphs"),
+    (f'{GRAPHS} {SELECTIVE}["layernorm"] parallel.expert_dispatcher=allgather', 1, "gpu.cuda_graphs"),
+    (f'{GRAPHS} {SELECTIVE}["shared_experts"] {QUANTISED}', 1, "gpu.cuda_graphs"),
+    (f"{GRAPHS} {QUANTISED} train.fp8=nvfp4 model.num_mtp_layers=1 model.mtp_experts=true", 1,
+     "gpu.cuda_graphs"),
+    (f'{GRAPHS} gpu.offload_modules=["moe_act"]', 1, "gpu.cuda_graphs"),
+    *((f"{GRAPHS} {PASSES.replace('micro_batches', overlap)}", 2, "gpu.cuda_graphs")
+      for overlap in ("micro_batches", "weight_gradients")),
+    (f"{GRAPHS} gpu.shared_expert_overlap=on", 1, "gpu.cuda_graphs"),
+    (f"{GRAPHS} gpu.permute_fusion=off", 1, "gpu.cuda_graphs"),
+    (f"{GRAPHS} {PADDED}", 1, "gpu.cuda_graphs"),
+    # outside of the router's graph
+    (f"{ROUTERS} gpu.permute_fusion=off gpu.shared_expert_overlap=on {PADDED}", 1, ""),
+    (f"{ROUTERS} {PASSES.replace('micro_batches', 'weight_gradients')}", 2, ""),
+    (f"{GRAPHS} gpu.permute_fusion=off parallel.expert_dispatcher=allgather", 1, ""),
     ("gpu.grad_dtype=bf16 train.precision=fp32", 1, "gpu.grad_dtype"),
     ("gpu.moment_dtype=bf16", 1, "gpu.moment_dtype"),
     ("gpu.optimizer_offload=0.5", 1, "gpu.optimizer_offload"),
@@ -241,6 +265,7 @@ def test_a_rule_between_settings_is_told_by_its_key(settings: str, num_ranks: in
     ("tiny-qwen3", "parallel.zero1=true parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true",
      "lora.rank"),
     ("tiny-solar-open", "gpu.shared_expert_overlap=on", "lora.rank"),
+    ("tiny-solar-open", 'gpu.cuda_graphs=["moe_router"]', "lora.rank"),
     ("tiny-solar-open", PASSES, "lora.rank"),
     ("tiny-solar-open", 'train.recompute=false gpu.offload_modules=["expert_fc1"]', "lora.targets"),
 ])

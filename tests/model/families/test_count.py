@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_sov.model import families as models
 from megatron_sov.model.config import LoraConfig
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.adapters import adapted_modules, places
 from megatron_sov.model.families.count import (
     layer_weights, mean_keys, multiplied_weights, num_params, train_flops_per_token)

@@ -14,9 +14,9 @@ import torch
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import LoadedPlugin
-from megatron_sov.model import families as models
 from megatron_sov.model.config import ModelConfig, YarnConfig
 from megatron_sov.model.config.model import Llama3RopeConfig
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.families.family import KV_HEADS, Family, TokenIds, text_config
 from megatron_sov.model.families.hf_config import Renamed, Rope

@@ -12,8 +12,8 @@ from hypothesis import given, strategies as st
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.model import families as models
 from megatron_sov.model.config import ModelConfig, YarnConfig
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 
 

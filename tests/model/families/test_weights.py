@@ -84,7 +84,7 @@ def test_gate_comes_before_up_and_experts_are_stacked() -> None:
 
 
 def test_every_link_of_every_recipe_inverts_on_meta_and_covers_its_tensor() -> None:
-    from megatron_sov.model import families as models
+    from megatron_sov.model.families import supported as models
 
     built = (recipes.get(name).model for name in recipes.names())
     # rotations and lengths shape no tensor

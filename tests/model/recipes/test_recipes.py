@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.model import families as models
 from megatron_sov.model.config import (
     OptimConfig, PhaseConfig, RunConfig, YarnConfig, apply_settings, from_dict)
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import PLAIN, text_config
 from megatron_sov.model.recipes import RECIPES, SHRUNK, TINY, get, names, sources
 from megatron_sov.model.recipes.extension import extended
@@ -79,6 +79,12 @@ def test_k_exaone_as_published() -> None:
     assert sum(p.tokens for p in phases) == 11e12 and {p.seq_len for p in phases} == {8192}
     six = {"web", "korean", "spanish", "german", "japanese", "vietnamese"}
     assert six <= set(phases[0].blend), "English is the rest of the web"
+
+
+def test_the_large_recipes_pretrain_in_8_bits_as_published_and_nothing_else_does() -> None:
+    in_8_bits = {name for name in names() if get(name).train.fp8 != "none"}
+    assert in_8_bits == {"solar-open-102b", "k-exaone-236b"}
+    assert {get(name).train.fp8 for name in in_8_bits} == {"blockwise"}, "which Hopper and Blackwell have"
 
 
 def test_solar_open_as_published() -> None:

@@ -11,8 +11,9 @@ import pytest
 from megatron_sov import cli, recipes
 from megatron_sov.base.artifacts import new_artifact, to_json
 from megatron_sov.base.errors import UserError
-from megatron_sov.model import families as models, objectives
+from megatron_sov.model import objectives
 from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.recipes import requested
 from megatron_sov.model.recipes.requested import load_plugins
 from tests.typed_words import typed

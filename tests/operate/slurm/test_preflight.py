@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from megatron_sov.operate.slurm import preflight
-from megatron_sov.operate.slurm.attempts import Report, sick_nodes
+from megatron_sov.operate.slurm.attempts import sick_nodes
+from megatron_sov.operate.slurm.node_report import Report
 from megatron_sov.operate.slurm.preflight import timed_product
 from megatron_sov.runs.gpu_driver import SeenGpu
 from megatron_sov.work.clusters.cluster import PreflightConfig

@@ -49,25 +49,27 @@ def layouts(*more: str, nodes: int = 64, **request: Any) -> dict[int, tuple[str,
 
 def test_a_run_gets_the_layout_that_is_recommended_for_its_gpus() -> None:
     """Unless somebody has said something about it; 1,024 processes need more stages than 480."""
-    stages = ("parallel.tp=2", "parallel.sp=true", "parallel.pp=4",
-              "parallel.pipeline_layout=[12, 12, 13, 11]")
-    assert layouts()[64][:4] == stages
+    stages = ("parallel.pp=4", "parallel.pipeline_layout=[12, 13, 13, 10]", "parallel.ep=16")
+    assert layouts()[64][:3] == stages and "parallel.expert_dispatcher=hybridep" in layouts()[64]
     found = layouts(nodes=128, least=120)
-    assert found[120][:4] == stages and found[128][0] == "parallel.pp=8"
+    assert found[120][0] == "parallel.tp=2" and found[128][0] == "parallel.pp=8"
+    # who has not these kernels gets the next layout, and keeps other words of his own
+    portable = layouts("--set", "parallel.expert_dispatcher=alltoall", "--set", "gpu.attention=local")[64]
+    assert portable[0] == "parallel.pp=8" and not any("dispatcher" in setting for setting in portable)
     assert layouts("--set", "parallel.pp=8") == {64: ()}
     assert layouts(settings={64: ("parallel.pp=4", "train.micro_batch_size=3")}) == {
         64: ("parallel.pp=4", "train.micro_batch_size=3")}
     script = submission.prepare(submission.SubmitRequest("pretrain", SOLAR, load("h100", account="me"), 64),
                                 COMMANDS).jobs[0]
-    assert script.asks_for == ("Asks for 64 x 8 GPUs; layout: tp 2, sp, pp 4, ep 8, zero1, "
-                               "overlap_grad_reduce, overlap_param_gather, pipeline_layout (12, 12, 13, 11), "
-                               "data parallel 64.")
+    assert script.asks_for == ("Asks for 64 x 8 GPUs; layout: pp 4, ep 16, "
+                               "expert_dispatcher hybridep, zero1, overlap_grad_reduce, "
+                               "overlap_param_gather, pipeline_layout (12, 13, 13, 10), data parallel 128.")
 
 
 def test_a_layout_that_does_not_fit_the_gpus_is_refused_with_one_that_does() -> None:
     with pytest.raises(UserError, match=r"needs 111\.3 GiB on each process .* the nearest layout that fits: "
                                         r"--set parallel\.pp=2$"):
-        layouts("--set", "parallel.ep=8", nodes=60)
+        layouts("--set", "parallel.ep=8", "--set", "train.fp8=none", nodes=60)
     other = dataclasses.replace(load("h100", account="me"), gpu="")
     asked = submission.SubmitRequest("pretrain", (*SOLAR, "--set", "parallel.ep=8"), other, 60)
     assert submission.prepare(asked, COMMANDS).jobs[0].layouts == {60: ()}

@@ -16,6 +16,7 @@ from megatron_sov.model.families.count import TABLES, num_params
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.calibration.fitting import changes, fits, fullest, nearest, refuse_too_large
 from megatron_sov.plan.footprint.held import held as held_by, stage_params
+from megatron_sov.plan.pricing import machines, pricing, run_stages
 from megatron_sov.plan.search.recommended import (
     RECOMMENDED, leaves_layout_open, recommended, says_layout, settings_for, table)
 from megatron_sov.work.clusters.chips import CHIPS, Gpu
@@ -27,7 +28,7 @@ SIZES = (512, 1024)
 
 def test_a_run_that_does_not_fit_is_refused_with_the_nearest_that_does() -> None:
     """The figures of the issue: 33.7 GiB of weights and 67.4 of gradients on each of 480 processes."""
-    solar = recipes.get("solar-open-102b")
+    solar = apply_settings(recipes.get("solar-open-102b"), ["train.fp8=none"])
     with pytest.raises(UserError, match=r"^solar-open-102b on 480 processes: the layout ep 8, with ZeRO-1 "
                                         r"needs 111\.3 GiB on each process \(weights 33\.7, gradients 67\.4, "
                                         r".*75\.0 GiB of a H100-80GB with 79\.0 GiB; the nearest layout that "
@@ -54,7 +55,7 @@ def test_an_uneven_pipeline_is_kept_or_given_up_for_equal_stages() -> None:
     """More experts to a process, or fewer, is a step; equal stages are one too."""
     def solar(layers: str) -> RunConfig:
         return apply_settings(recipes.get("solar-open-102b"), [
-            "parallel.pp=4", f"parallel.pipeline_layout={layers}", "parallel.ep=4"])
+            "parallel.pp=4", f"parallel.pipeline_layout={layers}", "parallel.ep=4", "train.fp8=none"])
 
     for layers, gib, changed in (("[11,13,13,11]", 60, []), ("[11,13,13,11]", 46, ["parallel.ep=8"]),
                                  ("[1,1,1,45]", 66, ["parallel.pipeline_layout=[]"])):
@@ -74,15 +75,42 @@ def test_every_recommended_layout_is_possible_and_serves(recipe: str) -> None:
         for num_ranks in SIZES if recipe in BIG else (8, 64):
             layout = recommended(config, num_ranks, gpu)
             assert layout is not None, (gpu, num_ranks)
-            assert says_layout(layout) or not layout
+            assert says_layout(layout) or layout in ((), ("gpu.attention=fused",))
             run = apply_settings(config, list(settings_for(config, num_ranks, gpu)))
             assert run == apply_settings(config, list(layout)) and not run.problems(num_ranks)
             refuse_too_large(run, num_ranks, CHIPS[gpu])
     assert len(table(config)) == sum(map(len, RECOMMENDED[recipe].values()))
 
 
+@pytest.mark.parametrize(("recipe", "gpu", "nodes", "share"), [
+    ("solar-open-102b", "b200", 60, 0.36), ("k-exaone-236b", "h100", 64, 0.40)])
+def test_recommended_layouts_hide_messages_and_reach_their_share_of_the_peak(
+        recipe: str, gpu: str, nodes: int, share: float) -> None:
+    """By account, as a plan that says nothing has it; who has no HybridEP gets a layout without."""
+    where = machines(gpu, nodes)
+    prices = pricing(where)
+    assert prices is not None
+    reached = []
+    for said in ([], ["parallel.expert_dispatcher=alltoall"]):
+        config = apply_settings(recipes.get(recipe), said)
+        run = apply_settings(config, list(settings_for(config, where.num_ranks, gpu, said)))
+        assert run.parallel.expert_overlap == "micro_batches" and run.train.fp8 == "blockwise"
+        assert run.parallel.expert_dispatcher == ("alltoall" if said else "hybridep")
+        reached.append(prices.step(run_stages(run, where.num_ranks, micro_batch_set=True)[0]).mfu)
+    assert reached[0] > share > reached[1]
+
+
+def test_what_is_said_stays_under_a_recommended_layout() -> None:
+    config = recipes.get("solar-open-102b-mid")
+    assert "gpu.attention=fused" in settings_for(config, 480, "b200")
+    said = ["gpu.attention=local"]
+    own = settings_for(apply_settings(config, said), 480, "b200", said)
+    assert own and not any(setting.startswith("gpu.attention") for setting in own)
+
+
 @pytest.mark.parametrize(("settings", "from_file", "own", "open_"), [
-    ((), False, {}, True), (("train.steps=5",), False, {}, True), (("parallel.ep=16",), False, {}, False),
+    ((), False, {}, True), (("parallel.expert_dispatcher=alltoall",), False, {}, True),
+    (("train.steps=5",), False, {}, True), (("parallel.ep=16",), False, {}, False),
     (("train.recompute=false",), False, {}, False), (("train.micro_batch_size=2",), False, {}, False),
     ((), True, {}, False), ((), False, {"ep": 16}, False)])
 def test_a_layout_is_open_where_nobody_has_said_anything(settings: tuple[str, ...], from_file: bool,

@@ -182,7 +182,8 @@ HIDDEN, HEAD_DIM, NUM_EXPERTS = 4096, 128, 128
 
 
 def solar(*changes: str) -> RunConfig:
-    return apply_settings(recipes.get("solar-open-102b"), ["parallel.pp=4", "parallel.ep=8", *changes])
+    return apply_settings(recipes.get("solar-open-102b"), ["parallel.pp=4", "parallel.ep=8", "train.fp8=none",
+                                                           *changes])
 
 
 @pytest.mark.parametrize(("fp8", "rows", "columns", "by_hand"), [

@@ -305,7 +305,8 @@ def test_layers_that_no_pipeline_divides_are_dealt_out() -> None:
 
 
 def offloaded(share: float, *settings: str) -> RunConfig:
-    return apply_settings(recipes.get("solar-open-102b"), [f"gpu.optimizer_offload={share}", *settings])
+    return apply_settings(recipes.get("solar-open-102b"),
+                          ["train.fp8=none", f"gpu.optimizer_offload={share}", *settings])
 
 
 def test_a_node_pins_16_bytes_for_each_weight_that_its_processes_update() -> None:

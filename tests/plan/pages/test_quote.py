@@ -347,7 +347,7 @@ def of(recipe: str, *settings: str) -> RecipeRequest:
 def test_a_layout_that_is_set_stays_and_one_that_is_not_is_recommended() -> None:
     where = machines("h100", 64)
     open_, own = placed(of("k-exaone-236b"), where), placed(of("k-exaone-236b", "parallel.pp=16"), where)
-    assert (open_.config.parallel.pp, open_.config.parallel.ep) == (8, 8)
+    assert (open_.config.parallel.pp, open_.config.parallel.ep) == (2, 64)
     assert own.config.parallel.pp == 16
     assert own.config.parallel.ep == recipes.get("k-exaone-236b").parallel.ep
 
@@ -363,7 +363,7 @@ def test_a_script_reads_what_people_read() -> None:
     middle, low, high = map(float, re.findall(r"[\d.]+", days)[:3])
     assert middle == pytest.approx(plan["totals"]["days"], abs=0.06)
     assert low == pytest.approx(middle / 1.25, abs=0.1) and high == pytest.approx(middle * 1.25, abs=0.1)
-    assert first == "512 processes of H100-80GB: pp 8, cp 4, ep 8, ZeRO-1"
+    assert first == ("512 processes of H100-80GB: tp 4, pp 2, vpp 4, ep 64, ZeRO-1, experts by hybridep")
     assert second.startswith(f"{total / (1 << 30):.1f} GiB on each of stage {plan['fullest_stage']}: ")
     assert plan["totals"]["days"] == pytest.approx(sum(stage["days"] for stage in plan["stages"]))
 

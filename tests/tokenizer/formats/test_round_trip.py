@@ -12,8 +12,8 @@ import pytest
 
 from tokenizer.bpe.vocabulary import Vocabulary
 from tokenizer.formats.hf_files import TOKENIZER_JSON, finished
-from tokenizer.formats.round_trip import CheckFailed, check
 from tokenizer.presets import K_EXAONE, SOLAR_OPEN, Preset
+from tokenizer.train import CheckFailed, check
 
 TEXT = ["one of the cats and one of the dogs, 그 고양이 그리고 그 강아지 " * 20]
 
@@ -66,7 +66,7 @@ def test_a_step_that_does_not_apply_is_seen(learn: Callable[..., Vocabulary], tm
 
 def test_what_is_loaded_ahead_is_whole_when_it_is_used() -> None:
     """In a fresh process, since a module is loaded once; a tiny training is done long before its import."""
-    script = ("from tokenizer.formats import round_trip; round_trip.load_ahead(); "
-              "print(callable(round_trip._transformers().PreTrainedTokenizerFast))")
+    script = ("from tokenizer import train; train.load_ahead(); "
+              "print(callable(train._transformers().PreTrainedTokenizerFast))")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.returncode) == ("True", 0), done.stderr

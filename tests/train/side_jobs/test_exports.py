@@ -19,8 +19,8 @@ import torch
 from megatron_sov import convert
 from megatron_sov.base.artifacts import sha256_file
 from megatron_sov.cli import main
-from megatron_sov.model import families as models
 from megatron_sov.model.config import TrainConfig
+from megatron_sov.model.families import supported as models
 from megatron_sov.runs.folder import EXPORTS
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.side_jobs import side_jobs as exports_module

@@ -22,8 +22,9 @@ from data_prep.json_lines import read_objects
 from data_prep.synth.generator import (
     Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, NoReply, NoUsableReply, Reply, SampleVerdict,
     Temperature)
-from data_prep.synth.generators.autoif.constraints import FILE, SPACELESS, Named, read_constraints
-from data_prep.synth.generators.autoif.texts import Texts, in_system_turn, in_user_turn, texts_of
+from data_prep.synth.generators.autoif.kept import FILE, read_constraints
+from data_prep.synth.generators.autoif.texts import (
+    SPACELESS, Named, Texts, in_system_turn, in_user_turn, texts_of)
 from data_prep.synth.generators.drawing import choose, share_of
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import PARQUET_SUFFIX, list_files, open_parquet
@@ -31,7 +32,7 @@ from megatron_sov.base.documents.scripts import LANGUAGES, script_of
 from megatron_sov.base.errors import UserError, first_line
 from megatron_sov.base.settings import AtLeastOne, SettingsProblem, Share, at_most, find_broken, one_of
 from megatron_sov.judge.rewards.constraint import INSTALLED, MAX_TEXT_CHARS, Segmenter, verdicts, views_of
-from megatron_sov.sandbox import shared_sandbox
+from megatron_sov.sandbox.sandbox import shared_sandbox
 
 SCRIPTS = frozenset(script for scripts in LANGUAGES.values() for script in scripts)
 

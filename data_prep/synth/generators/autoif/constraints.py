@@ -2,7 +2,7 @@
 
 Seeds -> 50 instructions a call -> five functions with three cases each, run against each other in the
 sandbox -> what the functions ask for, told back in words -> kept where nothing in it contradicts the
-instruction.  `read_constraints` gives what was kept to `autoif`.
+instruction.  `kept.read_constraints` gives what was kept to `autoif`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from annotated_types import Ge, Gt, Le
 from data_prep.json_lines import read_objects
 from data_prep.synth.generator import (
     Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, NoReply, NoUsableReply, SampleVerdict)
-from data_prep.synth.generators.autoif.texts import languages, texts_of
+from data_prep.synth.generators.autoif.kept import wording_problem
+from data_prep.synth.generators.autoif.texts import SPACELESS, Named, texts_of
 from data_prep.synth.generators.drawing import shuffled
-from megatron_sov.base.errors import UserError, list_problems, told_in_a_line
+from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.base.settings import (
-    AtLeastOne, NotNegativeInt, SettingsProblem, Share, at_most, find_broken, one_of)
+    AtLeastOne, NotNegativeInt, SettingsProblem, Share, at_most, find_broken)
 from megatron_sov.judge.rewards import constraint as constraint_checks
 from megatron_sov.judge.rewards.code import program_in
-from megatron_sov.judge.rewards.constraint import MAX_TEXT_CHARS, ConstraintVerdict, functions_of, problem_of
+from megatron_sov.judge.rewards.constraint import MAX_TEXT_CHARS, ConstraintVerdict, problem_of
 from megatron_sov.judge.rewards.patterns import json_of
 from megatron_sov.judge.rewards.reward import Refused
 from megatron_sov.model.pretrained import load_pretrained
-from megatron_sov.sandbox import shared_sandbox
+from megatron_sov.sandbox.sandbox import shared_sandbox
 
 # Cross-validation: functions and cases of several answers judge each other. AutoIF keeps a case that one
 # function agrees with, and then functions by their share of kept cases. Where all functions make one mistake,
@@ -190,9 +191,6 @@ BACK_TEMPERATURE = 0.7
 FUNCTION_TEMPERATURE = 0.2
 IDEA_TEMPERATURE = 0.7
 """Of new instructions, as AutoIF has it."""
-SPACELESS = ("th", "lo", "km", "my")
-"""Languages that set neither words nor sentences apart by signs."""
-MAX_CONSTRAINT_CHARS = 300
 MAX_SEED_BYTES = 1 << 20
 MAX_OTHERS = 24
 """Texts of other constraints that a function is shown."""
@@ -201,9 +199,6 @@ words, what a program checks of that answer. Do they ask for the same?
 10: who follows one follows the other. 5: they differ, but one answer can follow both. 0: they contradict \
 each other, or are about different things: who follows one does not follow the other."""
 _LINE = re.compile(r"^\s*(?:[-*•]|\d{1,3}[.)])\s+(.+?)\s*$", re.MULTILINE)
-_PLACEHOLDER = re.compile(r"\{[^{}\n]{0,40}\}")
-Named = Annotated[str, one_of(languages)]
-"""A language that prompts can name, and have texts in."""
 
 
 # Whether one sentence contradicts another, by a local model for natural language inference, such as the
@@ -466,19 +461,6 @@ def _seeds(file: Path) -> Iterator[str]:
     yield from (line.strip() for line in lines if line.strip())
 
 
-def wording_problem(constraint: str) -> str:
-    """Return why a text is no constraint; empty: it is one."""
-    if not constraint.strip():
-        return "is empty"
-    if len(constraint) > MAX_CONSTRAINT_CHARS:
-        return f"has {len(constraint)} characters, at most {MAX_CONSTRAINT_CHARS} are taken"
-    if "\n" in constraint:
-        return "has several lines"
-    if found := _PLACEHOLDER.search(constraint):
-        return f"has the placeholder {found[0]}"
-    return ""
-
-
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
@@ -492,48 +474,3 @@ def _listed(text: str) -> list[str] | None:
     if not isinstance(found, list) or not all(isinstance(one, str) and one.strip() for one in found):
         return None
     return [one.strip() for one in found]
-
-
-# What the generator has kept, read again: `autoif` starts from it.
-
-FILE = "kept.jsonl"
-"""Of the folder that `constraints` writes."""
-MOST_TOLD = 10
-
-
-@dataclass(frozen=True)
-class KeptConstraint:
-    """One constraint with its functions."""
-
-    wordings: tuple[str, ...]
-    """The constraint, and what its functions ask for in words; one of them is used."""
-    functions: tuple[str, ...]
-    """Sources, the best first."""
-
-
-def read_constraints(path: Path, modules: tuple[str, ...] = ()) -> list[KeptConstraint]:
-    """Return the constraints of a folder of the generator `constraints`, or of a JSONL file in its form.
-
-    Raises:
-        UserError: it cannot be read, has none, or one has no function; all such lines are told.
-    """
-    found, problems = [], []
-    for where, record in read_objects(path / FILE if path.is_dir() else path):
-        constraint, back = record.get("prompt"), record.get("back", [])
-        try:
-            functions = functions_of(record, modules)
-        except Refused as e:
-            problems.append(f"{where}: {e}")
-            continue
-        if not isinstance(constraint, str) or wording_problem(constraint):
-            problems.append(f"{where}: prompt must be the constraint, a line of text")
-            continue
-        # what functions ask for in words is another wording of the constraint
-        told = [one for one in back if isinstance(one, str)] if isinstance(back, list) else []
-        wordings = [constraint, *(one.strip() for one in told if not wording_problem(one.strip()))]
-        found.append(KeptConstraint(tuple(dict.fromkeys(wordings)), tuple(functions)))
-    if problems:
-        raise UserError(list_problems("constraints", problems[:MOST_TOLD]))
-    if not found:
-        raise UserError(f"constraints = {path}: has none; make some with `sov-data synth constraints`")
-    return found

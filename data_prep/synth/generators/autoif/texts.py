@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
 from data_prep.synth.generators.documents.languages import name_of
 from data_prep.synth.generators.drawing import choose, share_of
+from megatron_sov.base.settings import one_of
 
 FILE = Path(__file__).with_suffix(".yaml")
 OTHERS = "en"
 """Language whose words stand in for those of one that has none of its own."""
+SPACELESS = ("th", "lo", "km", "my")
+"""Languages that set neither words nor sentences apart by signs."""
 
 
 @dataclass(frozen=True)
@@ -86,3 +89,7 @@ def _filled(phrasing: str, query: str, constraint: str) -> str:
     # not `format`: query and constraint may have braces, and each may have the other's mark in it
     before, _, after = phrasing.partition("{constraint}")
     return (before.replace("{query}", query) + constraint + after.replace("{query}", query)).strip()
+
+
+Named = Annotated[str, one_of(languages)]
+"""A language that prompts can name, and have texts in."""

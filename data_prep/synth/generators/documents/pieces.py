@@ -18,6 +18,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, at_most
 
 ID_CHARS = 24
+TRIPLE = ("subject", "relation", "object", "sentence")
+"""Parts of a fact that a document states, as `triples` keeps it and `multihop` reads it."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sov.judge.tools.environment import ToolFault, ToolRefused
-from megatron_sov.judge.tools.virtual import expressions
-from megatron_sov.judge.tools.virtual.expressions import Expression, Problems, quote, value_of
+from megatron_sov.judge.tools.virtual.expressions import (
+    CONSTANTS, FUNCTIONS, Columns, Expression, Problems, quote, read, value_of)
 
 MAX_STEPS = 20
 """Of a tool."""
@@ -44,7 +44,7 @@ VERBS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 CHANGING = frozenset({"insert", "update", "delete"})
 _TABLED = frozenset({"get", "find"}) | CHANGING
 _ROW = "row"
-RESERVED = frozenset({_ROW, *expressions.CONSTANTS})
+RESERVED = frozenset({_ROW, *CONSTANTS})
 """Names that steps and arguments may not have."""
 Tables = dict[str, dict[str, dict[str, Any]]]
 
@@ -154,8 +154,8 @@ class StepReader:
             return ""
         return told[:MAX_TOLD_CHARS]
 
-    def _read(self, text: Any, where: str, names: expressions.Columns | None = None) -> Expression:
-        return expressions.read(text, self._names if names is None else names, where, self._problems)
+    def _read(self, text: Any, where: str, names: Columns | None = None) -> Expression:
+        return read(text, self._names if names is None else names, where, self._problems)
 
     def _columns(self, given: Any, table: str, where: str, whole: bool) -> dict[str, Expression]:
         if not isinstance(given, Mapping):
@@ -173,9 +173,9 @@ class StepReader:
         if given == "":
             return ""
         if not isinstance(given, str) or not given.isidentifier() or given in self._names \
-                or given in RESERVED or given in expressions.FUNCTIONS:
+                or given in RESERVED or given in FUNCTIONS:
             self._problems.add(where, f"{quote(given)} must be a new name of letters, digits and _, and none "
-                                      f"of {', '.join(expressions.FUNCTIONS)}")
+                                      f"of {', '.join(FUNCTIONS)}")
             return ""
         return given
 

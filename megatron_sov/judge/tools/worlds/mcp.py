@@ -1,8 +1,9 @@
-"""Tools of a server that speaks the Model Context Protocol over its standard input and output
-(modelcontextprotocol.io, version 2025-06-18: JSON-RPC 2.0, a message per line).
+"""Tools of a server that speaks the Model Context Protocol (modelcontextprotocol.io, version 2025-06-18:
+JSON-RPC 2.0), over its standard input and output, a message per line, or over HTTP.
 
-A server keeps its state to itself.  So each episode has a server of its own, and the state of an episode is
-the calls that it made: one that is continued makes them again on a new server.
+A server keeps its state to itself.  So each episode has a server of its own, or a session of one over HTTP.
+An episode that is continued goes on in its session where that still is; a call that may have acted on the
+world is made again only where `repeat` says so.
 """
 
 from __future__ import annotations
@@ -12,36 +13,159 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-from annotated_types import MinLen
+from typing import Annotated, Any, Protocol
+from urllib.parse import urlsplit
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import Bound, Breach, ProblemCode
+from megatron_sov.base.settings import Bound, Breach, ProblemCode, SettingsProblem, as_problem, find_broken
 from megatron_sov.judge.rewards.reward import short
 from megatron_sov.judge.tools.environment import (
     InfrastructureFault, Observation, Task, ToolFault, ToolRefused)
 from megatron_sov.judge.tools.worlds.goals import AnsweredWorld
+from megatron_sov.judge.tools.worlds.openenv import no_address
 from megatron_sov.sandbox.process_tree import ProcessTree
 from megatron_sov.version import __version__
+from megatron_sov.work.endpoints.transport import missing_libraries
 from megatron_sov.work.processes.children import variables_for_foreign
 
 PROTOCOL = "2025-06-18"
 MAX_LINE_BYTES = 256 << 20
 """Of a server's message."""
+TIMEOUT_S = 600.0
+"""Of a request over HTTP; a call has the shorter limit of its episode."""
+SESSION = "Mcp-Session-Id"
 _WRONG_ARGUMENTS, _NO_METHOD = -32602, -32601
+_HERE = ("localhost", "127.0.0.1", "::1")
 
 
 def _no_program(command: tuple[str, ...]) -> Breach | None:
-    return None if shutil.which(command[0]) else (
+    return None if not command or shutil.which(command[0]) else (
         ProblemCode.FILE, "names no program that is on PATH", 'write it as ["program", "argument"]')
 
 
 def _unset(name: str) -> Breach | None:
     return None if name in os.environ else (
         ProblemCode.RULE, "is not set in this environment", "set it, or leave it out")
+
+
+class Connection(Protocol):
+    """Messages to a server and from it."""
+
+    session: str
+    """Name of the session, where it outlives this connection; empty: it does not."""
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message."""
+        ...
+
+    def receive(self) -> bytes:
+        """Return the next message; empty: the server has ended."""
+        ...
+
+    def end(self) -> None:
+        """End the server, or the session."""
+        ...
+
+
+class StdioConnection:
+    """A server that a command starts."""
+
+    session = ""
+
+    def __init__(self, command: tuple[str, ...], env: tuple[str, ...]) -> None:
+        # foreign code gets no keys of the environment unless they are named
+        self._server = ProcessTree(command, variables_for_foreign(env))
+
+    def send(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # it has ended; what it wrote before says more
+            self._server.stdin.write(json.dumps(message).encode() + b"\n")
+            self._server.stdin.flush()
+
+    def receive(self) -> bytes:
+        # bounded, for a server may write without an end of line
+        return self._server.stdout.readline(MAX_LINE_BYTES)
+
+    def end(self) -> None:
+        self._server.end()
+
+
+class HttpConnection:
+    """A session of a server over HTTP: each message is posted, and its answer is JSON or a stream of events.
+
+    Args:
+        url: the server's one address.
+        key: sent as a bearer token; empty: none is.
+        session: of an episode that is continued; empty: a new one.
+    """
+
+    def __init__(self, url: str, key: str, session: str = "") -> None:
+        import httpx
+
+        self.session, self._url, self._received = session, url, deque[bytes]()
+        # a proxy of the environment knows this machine as itself
+        headers = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version": PROTOCOL}
+        self._client = httpx.Client(
+            timeout=TIMEOUT_S, trust_env=urlsplit(url).hostname not in _HERE,
+            headers=headers | ({"Authorization": f"Bearer {key}"} if key else {}))
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Post a message, and keep what comes for it.
+
+        Raises:
+            InfrastructureFault: the server does not answer, or refuses.
+        """
+        import httpx
+
+        headers = {SESSION: self.session} if self.session else {}
+        try:
+            with self._client.stream("POST", self._url, json=message, headers=headers) as answer:
+                self.session = answer.headers.get(SESSION, self.session)
+                if answer.is_error:
+                    answer.read()
+                    raise InfrastructureFault(f"HTTP {answer.status_code}: {short(answer.text)}")
+                if "id" in message and "method" in message:
+                    self._received += _messages_of(answer)
+        except httpx.HTTPError as e:
+            raise InfrastructureFault(f"the server does not answer ({type(e).__name__})") from None
+
+    def receive(self) -> bytes:
+        return self._received.popleft() if self._received else b""
+
+    def end(self) -> None:
+        import httpx
+
+        # one that is gone already, or cannot be ended by a client, is as good as ended
+        with contextlib.suppress(httpx.HTTPError):
+            if self.session:
+                self._client.delete(self._url, headers={SESSION: self.session})
+        self._client.close()
+
+
+def _messages_of(answer: Any) -> Iterator[bytes]:
+    """Yield the messages of an answer.
+
+    Raises:
+        InfrastructureFault: it is longer than a message may be.
+    """
+    is_stream = answer.headers.get("Content-Type", "").startswith("text/event-stream")
+    data: list[str] = []
+    num_chars = 0
+    for line in answer.iter_lines():
+        num_chars += len(line)
+        if num_chars > MAX_LINE_BYTES:
+            raise InfrastructureFault(f"the server sent more than {MAX_LINE_BYTES >> 20} MiB")
+        if not is_stream:
+            data.append(line)
+        elif line.startswith("data:"):
+            data.append(line.removeprefix("data:"))
+        elif not line and data:  # an event ends
+            yield "\n".join(data).encode()
+            data = []
+    if data:
+        yield "\n".join(data).encode()
 
 
 @dataclass
@@ -51,8 +175,16 @@ class Mcp(AnsweredWorld):
     MAX_MEMORY_BYTES = 0
     """Servers may ask for as much address space as they like."""
 
-    command: Annotated[tuple[str, ...], MinLen(1), Bound(_no_program)]
+    command: Annotated[tuple[str, ...], Bound(_no_program)] = ()
     """Program and arguments that start the server."""
+    url: Annotated[str | None, Bound(no_address)] = None
+    """In place of `command`: address of a server over HTTP, with its path."""
+    key_env: Annotated[str | None, Bound(_unset)] = None
+    """Name of the variable with the key of `url`, which is sent as a bearer token."""
+    repeat: bool = False
+    """Whether a continued episode makes its calls again on a new server: for servers that keep their state in
+    memory, never for those that act on the world.  Otherwise it gets no reward where any of them may have
+    acted, and goes on where the server says of their tools that they only read (`readOnlyHint`)."""
     only: tuple[str, ...] = ()
     """Names of the tools that models are shown; all unless given."""
     env: tuple[Annotated[str, Bound(_unset)], ...] = ()
@@ -60,6 +192,12 @@ class Mcp(AnsweredWorld):
     besides HOME, LOGNAME, PATH, SHELL, TERM and USER."""
     system: str = ""
     """Rules for the model, where a task has none of its own."""
+
+    def problems(self) -> list[SettingsProblem]:
+        return [*find_broken(
+            self, "", (bool(self.command) != bool(self.url), "command", "or url is needed, and not both"),
+            (bool(self.url) or self.key_env is None, "key_env", "is of a server over HTTP",
+             "name its address in url")), *(map(as_problem, missing_libraries()) if self.url else [])]
 
     def rules(self) -> str:
         return self.system
@@ -70,7 +208,7 @@ class Mcp(AnsweredWorld):
         return super().reset(task)
 
     def first_state(self, task: Task) -> dict[str, Any]:
-        return {"calls": []}
+        return {"calls": [], "session": self._server.session}
 
     def tools(self) -> list[dict[str, Any]]:
         return self._tools
@@ -82,18 +220,44 @@ class Mcp(AnsweredWorld):
         return text
 
     def restore(self, state: Any) -> None:
-        """Make the calls of a state on a new server, unless this one has made just them."""
+        """Go on in the session of a state; where that is gone, on a new server, unless calls may have acted.
+
+        Raises:
+            InfrastructureFault: they may have, and are not to be made again.
+        """
         if state == self.state:
             return
-        self._begin()
-        for name, arguments in state["calls"]:
-            self._call(name, arguments)
         self.state = copy.deepcopy(state)
+        if self._reattached(state["session"]):
+            return
+        acted = [name for name, _ in state["calls"] if name not in self._readers]
+        if acted and not self.repeat:
+            raise InfrastructureFault(f"{acted[0]} was called, may have acted on the world, and is not "
+                                      "called again; set repeat=true if the server keeps all in its memory")
+        self._begin()
+        self.state["session"] = self._server.session
+        for name, arguments in state["calls"] if self.repeat else []:
+            self._call(name, arguments)
+
+    def _reattached(self, session: str) -> bool:
+        """Return whether a session still is there, with which all goes on."""
+        if not session or self.url is None:
+            return False
+        self._end()
+        self._server: Connection = HttpConnection(self.url, self._key(), session)
+        try:
+            self._ask("ping", {})
+        except ToolFault:  # it is gone, or the server began anew
+            return False
+        return True
+
+    def _key(self) -> str:
+        return os.environ.get(self.key_env, "") if self.key_env else ""
 
     def _begin(self) -> None:
         self._end()
-        # foreign code gets no keys of the environment unless they are named
-        self._server = ProcessTree(self.command, variables_for_foreign(self.env))
+        self._server = (StdioConnection(self.command, self.env) if self.url is None
+                        else HttpConnection(self.url, self._key()))
         self._number = 0
         try:
             self._ask("initialize", {"protocolVersion": PROTOCOL, "capabilities": {},
@@ -105,7 +269,8 @@ class Mcp(AnsweredWorld):
             raise
         except ToolFault as e:
             self._end()
-            raise UserError(f"the MCP server {' '.join(self.command)} cannot be used: {e.reason}") from None
+            where = self.url or " ".join(self.command)
+            raise UserError(f"the MCP server {where} cannot be used: {e.reason}") from None
 
     def _end(self) -> None:
         if (server := getattr(self, "_server", None)) is not None:
@@ -114,11 +279,14 @@ class Mcp(AnsweredWorld):
 
     def _listed(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
+        self._readers: set[str] = set()
         cursor: dict[str, Any] = {}
         while True:
             page = self._ask("tools/list", cursor)
             tools = page.get("tools", [])
-            found += [_described(tool) for tool in (tools if isinstance(tools, list) else [tools])]
+            tools = tools if isinstance(tools, list) else [tools]
+            found += map(_described, tools)
+            self._readers |= {tool["name"] for tool in tools if _only_reads(tool)}
             if not page.get("nextCursor"):
                 break
             cursor = {"cursor": page["nextCursor"]}
@@ -161,13 +329,10 @@ class Mcp(AnsweredWorld):
         return result
 
     def _send(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # it has ended; what it wrote before says more
-            self._server.stdin.write(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
-            self._server.stdin.flush()
+        self._server.send({"jsonrpc": "2.0", **message})
 
     def _received(self) -> dict[str, Any]:
-        # bounded, for a server may write without an end of line
-        raw = self._server.stdout.readline(MAX_LINE_BYTES)
+        raw = self._server.receive()
         if not raw:
             raise InfrastructureFault("the server has ended")
         try:
@@ -178,6 +343,11 @@ class Mcp(AnsweredWorld):
             raise InfrastructureFault(f"the server wrote {raw[:60]!r} where a message belongs; servers write "
                                       "logs to standard error")
         return message
+
+
+def _only_reads(tool: dict[str, Any]) -> bool:
+    annotations = tool.get("annotations")
+    return isinstance(annotations, dict) and annotations.get("readOnlyHint") is True
 
 
 def _described(tool: Any) -> dict[str, Any]:

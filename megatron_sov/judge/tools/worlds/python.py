@@ -9,7 +9,8 @@ from typing import Any
 from megatron_sov.base.settings import AboveZero, AtLeastOne
 from megatron_sov.judge.tools.environment import InfrastructureFault, Task, ToolRefused, tool
 from megatron_sov.judge.tools.worlds.goals import AnsweredWorld
-from megatron_sov.sandbox import Limits, Program, Sandbox
+from megatron_sov.sandbox.program import Limits, Program
+from megatron_sov.sandbox.sandbox import Sandbox
 
 
 @dataclass

@@ -20,7 +20,7 @@ from synthesis.actors import probes
 from data_prep.synth.generator import GeneratorItem, NoReply, Reply
 from data_prep.synth.generators.probes import ProbesSettings, read_problem, run_program
 from megatron_sov.base.errors import UserError
-from megatron_sov.sandbox import Outcome
+from megatron_sov.sandbox.program import Outcome
 
 
 def test_planted_cases_are_told_apart() -> None:

@@ -14,7 +14,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.judge.tools.environment import EpisodeLimits, ToolFault
-from megatron_sov.judge.tools.host import EnvironmentHost
+from megatron_sov.judge.tools.host import EnvironmentHost, EpisodeLost
 from megatron_sov.judge.tools.registry import make, order
 from megatron_sov.judge.tools.worlds.mcp import _described
 
@@ -29,7 +29,7 @@ def server(**more: Any) -> Any:
 
 
 def test_its_tools_are_shown_called_and_counted() -> None:
-    with EnvironmentHost(order("mcp", {"command": SERVER}), EpisodeLimits()) as host:
+    with EnvironmentHost(order("mcp", {"command": SERVER, "repeat": True}), EpisodeLimits()) as host:
         opening = host.reset(TASK)
         assert [tool["function"]["name"] for tool in opening.tools] == ["count", "echo", "fail", "die"]
         found = [host.call(ToolCall(name, arguments)) for name, arguments in (
@@ -43,6 +43,9 @@ def test_its_tools_are_shown_called_and_counted() -> None:
         host.resume(TASK, state)  # the calls that gave a result are made again on a new server
         assert host.call(ToolCall("count", {})).text.startswith("2")
         assert host.score("The answer is 2").reward == 1
+    with (EnvironmentHost(order("mcp", {"command": SERVER}), EpisodeLimits()) as host,
+          pytest.raises(EpisodeLost, match="count was called, may have acted on the world")):
+        host.resume(TASK, state)
 
 
 def test_a_server_gets_no_key_that_it_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:

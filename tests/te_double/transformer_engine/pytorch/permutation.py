@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .placement import require_cuda
+from .recording import kernel
 
 
 def _rows(inp: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int,
@@ -18,7 +19,8 @@ def _rows(inp: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int,
                          f"({len(routing_map)}).")
     assert num_out_tokens > 0, (f"moe_permute (mask map) requires num_out_tokens > 0, got {num_out_tokens}. "
                                 "Use int(routing_map.sum()) or num_tokens * top_k.")
-    expert, token = routing_map.bool().t().nonzero(as_tuple=True)
+    with kernel():
+        expert, token = routing_map.bool().t().nonzero(as_tuple=True)
     if num_out_tokens != len(token):
         raise NotImplementedError(f"the double permutes all tokens, and {num_out_tokens} rows are not "
                                   f"{len(token)}")
@@ -31,6 +33,14 @@ def _row_id_map(routing_map: torch.Tensor, expert: torch.Tensor, token: torch.Te
     found = torch.full((tokens, 2 * experts + 1), -1, dtype=torch.int32)
     found[token, expert] = torch.arange(len(token), dtype=torch.int32)
     return found
+
+
+def _taken(row_id_map: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return number, token and expert of each of the rows that a map takes, token by token."""
+    rows = row_id_map[:, :row_id_map.shape[1] // 2]
+    token, expert = (rows >= 0).nonzero(as_tuple=True)
+    assert len(token) == num_rows, f"the map has {len(token)} rows, and {num_rows} came"
+    return rows[token, expert].long(), token, expert
 
 
 def moe_permute(inp: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int, max_token_num: int = -1,
@@ -59,10 +69,9 @@ def moe_unpermute(inp: torch.Tensor, row_id_map: torch.Tensor, merging_probs: to
     if not inp.numel():
         return inp.clone()
     require_cuda(inp=inp, row_id_map=row_id_map, merging_probs=merging_probs)
-    rows = row_id_map[:, :row_id_map.shape[1] // 2]
-    token, expert = (rows >= 0).nonzero(as_tuple=True)
+    row, token, expert = _taken(row_id_map, len(inp))
     wide = torch.promote_types(inp.dtype, torch.float32)
-    parts = inp[rows[token, expert].long()].to(wide)
+    parts = inp[row].to(wide)
     if merging_probs is not None:
         parts = parts * merging_probs[token, expert].to(wide)[:, None]
     shape = inp.shape if restore_shape is None else restore_shape

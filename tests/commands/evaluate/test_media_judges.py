@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.eval.statistics import mean_interval, wilson_interval
-from megatron_sov.omni.evaluation import (
+from megatron_sov.commands.evaluate.eval_media import (
     PAIRS, MediaGroup, MediaRow, Rank, figures, grouped, judge_of, normalised, rank_figures, ranks, read_rows)
+from megatron_sov.eval.statistics import mean_interval, wilson_interval
 
 WORDS = [{"type": "text", "text": "Say it."}]
 

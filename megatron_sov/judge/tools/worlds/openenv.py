@@ -1,0 +1,209 @@
+"""Environments that a server of OpenEnv plays (openenv-core 0.3, `core/env_server/http_server.py`): a session
+on its WebSocket, `reset` and `step` in JSON, a reward with each observation.
+
+An environment whose actions are calls of tools shows its own tools; any other one is a single tool, `step`,
+with the schema of its action.  The server keeps the world to itself: the state of an episode is the actions
+that were taken, and one that is continued takes them again in a new session, where all must come as it did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from annotated_types import MinLen
+
+from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.base.settings import Bound, Breach, ProblemCode
+from megatron_sov.judge.rewards.reward import Score, short
+from megatron_sov.judge.tools.environment import (
+    InfrastructureFault, Observation, Task, ToolFault, ToolRefused, World, unknown)
+
+STEP = "step"
+"""Tool of an environment that has none of its own."""
+MAX_MESSAGE_BYTES = 64 << 20
+"""Of a server."""
+_BASE = ("metadata",)
+"""Of an action, for programs: models are not shown it."""
+_ARGUMENTS = ("VALIDATION_ERROR", "INVALID_JSON")
+"""A server's codes for an action that is none."""
+
+
+def no_address(text: str) -> Breach | None:
+    return None if text.startswith(("http://", "https://")) else (
+        ProblemCode.RULE, "must be the address of a server", "such as http://localhost:8000")
+
+
+@dataclass
+class OpenEnv(World):
+    """One session of a server for each episode; a task has `question`, or `reset` with what the server's
+    reset takes, such as a seed, or both."""
+
+    url: Annotated[str, MinLen(1), Bound(no_address)]
+    """Address of the server, without a path."""
+    system: str = ""
+    """Rules for the model, where a task has none of its own."""
+
+    EXAMPLES = ({},)
+
+    def rules(self) -> str:
+        return self.system
+
+    def reset(self, task: Task) -> Observation:
+        """Begin an episode in a session of its own."""
+        if importlib.util.find_spec("aiohttp") is None:
+            raise UserError(f"aiohttp is not installed; {how_to_install('serve')}")
+        if not isinstance(task.get("reset", {}), dict):
+            raise UserError("the task's reset must be an object: what the server's reset takes")
+        self.task, self.state = task, {"actions": [], "observations": [], "reward": 0.0, "done": False}
+        try:
+            shown = self._begin()
+        except ToolFault as e:
+            raise UserError(f"the OpenEnv server at {self.url} cannot be used: {e.reason}") from None
+        question, system = task.get("question", shown), task.get("system", self.rules())
+        if not isinstance(question, str) or not isinstance(system, str):
+            raise UserError("the task's question and system must be texts")
+        return Observation(question, system)
+
+    def tools(self) -> list[dict[str, Any]]:
+        return self._tools
+
+    def call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        names = [tool["function"]["name"] for tool in self._tools]
+        if name not in names:
+            raise ToolFault("unknown_tool", unknown(name, names))
+        if self.state["done"]:
+            raise ToolRefused("the episode is over; answer")
+        action = dict(arguments) if not self._has_tools else {
+            "type": "call_tool", "tool_name": name, "arguments": dict(arguments)}
+        text = self._act(action)
+        self.state["actions"].append(action)
+        self.state["observations"].append(text)
+        return text
+
+    def score(self, answer: str) -> Score:
+        """Return the sum of the rewards of all actions."""
+        return Score(self.state["reward"],
+                     {"actions": len(self.state["actions"]), "done": self.state["done"]})
+
+    def restore(self, state: Any) -> None:
+        """Take the actions of a state in a new session, unless this one has taken just them.
+
+        Raises:
+            InfrastructureFault: the world did not go as it went before.
+        """
+        if state == self.state:
+            return
+        self.state = {"actions": [], "observations": [], "reward": 0.0, "done": False}
+        self._begin()
+        for action, before in zip(state["actions"], state["observations"], strict=True):
+            if (now := self._act(action)) != before:
+                raise InfrastructureFault(f"the world does not repeat itself: {short(now)} in place of "
+                                          f"{short(before)}; give tasks a seed in `reset`")
+        self.state = copy.deepcopy(state)
+
+    # The session.
+
+    def _begin(self) -> str:
+        """Open a session, and return what its reset shows."""
+        self._end()
+        self._loop = asyncio.new_event_loop()
+        self._loop.run_until_complete(self._connect())
+        shown = self._observed(self._ask("reset", dict(self.task.get("reset", {}))))
+        listed = self._ask("mcp", {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {}})
+        result = listed.get("result")
+        found = result.get("tools", []) if isinstance(result, dict) else []
+        self._has_tools = bool(found)
+        self._tools = ([_described(tool["name"], tool.get("description") or "", tool.get("inputSchema")
+                                   or tool.get("input_schema") or {}) for tool in found]
+                       or [_described(STEP, "Take an action in the environment.", self._action_schema())])
+        return shown
+
+    def _end(self) -> None:
+        if (loop := getattr(self, "_loop", None)) is None:
+            return
+        loop.run_until_complete(self._http.close())
+        loop.close()
+        del self._loop
+
+    async def _connect(self) -> None:
+        import aiohttp
+
+        # without the proxies of the environment: servers of worlds are beside the run
+        self._http = aiohttp.ClientSession()
+        try:
+            self._socket = await self._http.ws_connect(
+                f"ws{self.url.rstrip('/').removeprefix('http')}/ws", max_msg_size=MAX_MESSAGE_BYTES)
+        except (aiohttp.ClientError, OSError) as e:
+            await self._http.close()
+            self._loop.stop()
+            del self._loop
+            raise InfrastructureFault(f"no session on its WebSocket ({type(e).__name__})") from None
+
+    def _action_schema(self) -> dict[str, Any]:
+        async def get() -> Any:
+            async with self._http.get(f"{self.url.rstrip('/')}/schema") as answer:
+                return json.loads(await answer.text())
+
+        try:
+            schema = self._loop.run_until_complete(get())["action"]
+        except (ValueError, KeyError, TypeError, OSError):
+            raise InfrastructureFault("/schema does not describe its action") from None
+        properties = {name: part for name, part in schema.get("properties", {}).items() if name not in _BASE}
+        return {**schema, "properties": properties}
+
+    def _act(self, action: dict[str, Any]) -> str:
+        """Take an action; returns what the model is shown, and counts the reward."""
+        return self._observed(self._ask("step", action))
+
+    def _observed(self, data: dict[str, Any]) -> str:
+        observation = data.get("observation", {})
+        reward = data.get("reward")
+        if not isinstance(observation, dict) or not isinstance(reward, (int, float, type(None))):
+            raise InfrastructureFault("the server's observation is none")
+        self.state["reward"] += float(reward or 0)
+        self.state["done"] = bool(data.get("done"))
+        if isinstance(error := observation.get("error"), dict):
+            raise ToolRefused(str(error.get("message", "the tool says that it failed")))
+        # of a call of a tool its result alone; of anything else all that there is to see
+        shown = observation["result"] if "tool_name" in observation else observation
+        if isinstance(shown, dict) and set(shown) >= {"data", "structured_content"}:  # FastMCP's
+            shown = shown["data"]
+        return shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)
+
+    def _ask(self, kind: str, data: dict[str, Any]) -> dict[str, Any]:
+        import aiohttp
+
+        async def ask() -> Any:
+            await self._socket.send_json({"type": kind, "data": data})
+            return await self._socket.receive_json()
+
+        try:
+            answer = self._loop.run_until_complete(ask())
+        except (TypeError, ValueError, OSError, aiohttp.ClientError):
+            raise InfrastructureFault("the server has ended the session") from None
+        content = answer.get("data") if isinstance(answer, dict) else None
+        if not isinstance(content, dict):
+            raise InfrastructureFault("the server's answer is no message of OpenEnv")
+        if answer.get("type") == "error":
+            said, code = short(str(content.get("message", "an error"))), content.get("code")
+            wrong = [".".join(map(str, one.get("loc", ()))) + f": {one.get('msg')}"
+                     for one in content.get("errors", []) if isinstance(one, dict)]
+            if code in _ARGUMENTS:
+                raise ToolFault("arguments", "; ".join([said, *wrong[:5]]))
+            if code == "EXECUTION_ERROR":
+                raise ToolRefused(said)
+            raise InfrastructureFault(f"{said} ({code})")
+        return content
+
+
+def _described(name: str, description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool as OpenAI describes functions."""
+    shown = {"type": "object", **{key: value for key, value in schema.items()
+                                  if key in ("properties", "required", "$defs")}}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": shown}}

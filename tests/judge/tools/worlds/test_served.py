@@ -1,0 +1,335 @@
+"""Worlds of other people's servers, played against small ones that speak their protocols."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.chat.tool_calls import ToolCall
+from megatron_sov.judge.tools.environment import EpisodeLimits, InfrastructureFault, Observation, ToolFault
+from megatron_sov.judge.tools.host import EnvironmentHost, EpisodeLost
+from megatron_sov.judge.tools.registry import make, order
+
+Serve = Callable[[web.Application], str]
+GUESS = {"type": "object", "properties": {"guess": {"type": "integer"}, "metadata": {"type": "object"}},
+         "required": ["guess"]}
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Returns a function that serves an application in a thread, and gives its address."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    runners: list[web.AppRunner] = []
+
+    async def begin(app: web.Application) -> int:
+        runners.append(web.AppRunner(app, shutdown_timeout=0.1))
+        await runners[-1].setup()
+        site = web.TCPSite(runners[-1], "127.0.0.1", 0)
+        await site.start()
+        return int(runners[-1].addresses[0][1])
+
+    yield lambda app: f"http://127.0.0.1:{asyncio.run_coroutine_threadsafe(begin(app), loop).result()}"
+    for runner in runners:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+class Guessing:
+    """OpenEnv's messages around a number to be guessed; with tools, `guess` is one."""
+
+    def __init__(self, has_tools: bool = False) -> None:
+        self.has_tools, self.sessions, self.lies = has_tools, 0, False
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.add_routes([web.get("/ws", self.session), web.get("/schema", self.schema)])
+        return app
+
+    async def schema(self, request: web.Request) -> web.Response:
+        return web.json_response({"action": GUESS, "observation": {}, "state": {}})
+
+    async def session(self, request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        self.sessions += 1
+        number = 0
+        async for message in socket:
+            asked = json.loads(message.data)
+            kind, data = asked["type"], asked["data"]
+            if kind == "reset":
+                number = data.get("seed", 7)
+                answer = observed({"hint": "Guess."}, None)
+            elif kind == "mcp":
+                tools = [{"name": "guess", "description": "Say a number.", "inputSchema": GUESS}]
+                answer = {"type": "mcp", "data": {"result": {"tools": tools}} if self.has_tools else {
+                    "error": {"code": -32601, "message": "no tools"}}}
+            else:
+                answer = self.step(number, data)
+            await socket.send_json(answer)
+        return socket
+
+    def step(self, number: int, data: dict[str, Any]) -> dict[str, Any]:
+        guess = (data["arguments"] if self.has_tools else data).get("guess")
+        if not isinstance(guess, int):
+            return {"type": "error", "data": {"message": "Invalid message", "code": "VALIDATION_ERROR",
+                                              "errors": [{"loc": ["guess"], "msg": "must be a number"}]}}
+        if guess < 0:
+            return {"type": "error", "data": {"message": "negative", "code": "EXECUTION_ERROR"}}
+        hint = {True: "right", False: "higher" if guess < number else "lower"}[guess == number]
+        hint = "wrong" if self.lies else hint
+        if not self.has_tools:
+            return observed({"hint": hint}, float(guess == number), guess == number)
+        return observed({"tool_name": "guess", "result": {"data": hint, "structured_content": None},
+                         "error": None}, -0.5, False)
+
+
+def observed(observation: dict[str, Any], reward: float | None, done: bool = False) -> dict[str, Any]:
+    return {"type": "observation", "data": {"observation": observation, "reward": reward, "done": done}}
+
+
+def test_an_openenv_world_is_a_step_with_the_schema_of_its_action(serve: Serve) -> None:
+    world = Guessing()
+    asked = order("openenv", {"url": serve(world.app()), "system": "Be quick."})
+    with EnvironmentHost(asked, EpisodeLimits()) as host:
+        opening = host.reset({"reset": {"seed": 3}})
+        assert opening.observation == Observation('{"hint": "Guess."}', "Be quick.")
+        [tool] = opening.tools
+        assert tool["function"]["name"] == "step"
+        assert tool["function"]["parameters"] == GUESS | {"properties": {"guess": {"type": "integer"}}}
+        found = [host.call(ToolCall("step", {"guess": guess})) for guess in (5, "5", -1)]
+        assert [(one.text, one.fault) for one in found] == [
+            ('{"hint": "lower"}', ""), ("error: Invalid message; guess: must be a number", "arguments"),
+            ("error: step: negative", "refused")]
+        state = host.state
+        # another process goes on from the state: the actions are taken again, and only those
+        host.resume({"reset": {"seed": 3}}, state)
+        assert host.call(ToolCall("step", {"guess": 3})).text == '{"hint": "right"}'
+        assert host.call(ToolCall("step", {"guess": 3})).fault == "refused"  # it is over
+        result = host.score("3")
+        assert (result.reward, result.components) == (1.0, {"actions": 2, "done": True})
+
+
+def test_tools_of_an_openenv_world_are_shown_as_they_are(serve: Serve) -> None:
+    made, _ = make(order("openenv", {"url": serve(Guessing(has_tools=True).app())}))
+    assert made.reset({"question": "Which number?"}).user == "Which number?"
+    assert [tool["function"]["name"] for tool in made.tools()] == ["guess"]
+    assert [made.call("guess", {"guess": guess}) for guess in (9, 7)] == ["lower", "right"]
+    assert made.score("7").reward == -1.0  # type: ignore[union-attr]
+    with pytest.raises(ToolFault, match="there is no tool 'step'; the tools are guess"):
+        made.call("step", {"guess": 1})
+
+
+def test_a_world_that_does_not_repeat_itself_gives_no_reward(serve: Serve) -> None:
+    world = Guessing()
+    url = serve(world.app())
+    first, second = (make(order("openenv", {"url": url}))[0] for _ in range(2))
+    for made in (first, second):
+        made.reset({})
+    first.call("step", {"guess": 1})
+    second.restore(first.snapshot())
+    assert world.sessions == 3
+    world.lies = True
+    third, _ = make(order("openenv", {"url": url}))
+    third.reset({})
+    with pytest.raises(InfrastructureFault, match="does not repeat itself"):
+        third.restore(first.snapshot())
+
+
+@pytest.mark.parametrize("name", ["openenv", "nemo_gym"])
+def test_a_server_that_is_not_there_is_a_sentence(name: str) -> None:
+    made, _ = make(order(name, {"url": "http://127.0.0.1:9"}))
+    with pytest.raises(UserError, match=r"server at http://127\.0\.0\.1:9 cannot be used"):
+        made.reset(ROW)
+    with pytest.raises(UserError, match="must be the address of a server"):
+        make(order(name, {"url": "localhost:9"}))
+
+
+# NeMo Gym: a counter for each session, as its `example_session_state_mgmt` has it.
+
+TOOLS = [{"type": "function", "name": "add", "description": "", "strict": True, "parameters": {
+    "type": "object", "properties": {"count": {"type": "integer"}}, "required": ["count"]}}]
+ROW = {"responses_create_params": {"input": [{"role": "developer", "content": "Count."},
+                                             {"role": "user", "content": "Add 1, then 2."}], "tools": TOOLS},
+       "initial_count": 3, "expected_count": 6}
+
+
+class Counting:
+    """A resources server; `seen` is what its verifier was given last."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self.seen: dict[str, Any] = {}
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.add_routes([web.post("/seed_session", self.seed), web.post("/add", self.add),
+                        web.post("/verify", self.verify)])
+        return app
+
+    async def seed(self, request: web.Request) -> web.Response:
+        session = str(len(self.counts))
+        self.counts[session] = (await request.json())["initial_count"]
+        answer = web.json_response({})
+        answer.set_cookie("session", session)
+        return answer
+
+    async def add(self, request: web.Request) -> web.Response:
+        count = (await request.json()).get("count")
+        if not isinstance(count, int):
+            return web.json_response({"detail": "count must be a number"}, status=422)
+        if count > 99:
+            return web.json_response({"error": "too much"}, status=500)
+        self.counts[request.cookies["session"]] += count
+        return web.json_response({"count": self.counts[request.cookies["session"]]})
+
+    async def verify(self, request: web.Request) -> web.Response:
+        self.seen = await request.json()
+        right = self.counts[request.cookies["session"]] == self.seen["expected_count"]
+        return web.json_response({**self.seen, "reward": float(right), "reward_components": {"count": right}})
+
+
+def test_a_row_of_nemo_gym_is_a_task(serve: Serve) -> None:
+    server = Counting()
+    with EnvironmentHost(order("nemo_gym", {"url": serve(server.app())}), EpisodeLimits()) as host:
+        opening = host.reset(ROW)
+        assert opening.observation == Observation("Add 1, then 2.", "Count.")
+        assert [tool["function"]["name"] for tool in opening.tools] == ["add"]
+        found = [host.call(ToolCall("add", {"count": count})) for count in (1, "1", 100)]
+        assert [one.fault for one in found] == ["", "arguments", "refused"]
+        assert found[0].text == '{"count": 4}'
+        host.resume(ROW, host.state)
+        host.call(ToolCall("add", {"count": 2}))
+        result = host.score("It is 6.")
+    assert (result.reward, result.components) == (1.0, {"count": True})
+    output = server.seen["response"]["output"]
+    assert [(item["type"], item.get("output")) for item in output] == [
+        ("function_call", None), ("function_call_output", '{"count": 4}'),
+        ("function_call", None), ("function_call_output", '{"count": 6}'), ("message", None)]
+    assert output[0]["name"] == "add" and output[-1]["content"][0]["text"] == "It is 6."
+
+
+@pytest.mark.parametrize(("changed", "sentence"), [
+    ({"input": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+     "input must be a text"),
+    ({"input": 3}, "input must be a text"), ({"input": "a", "tools": [{"name": 1}]}, "which is no function")])
+def test_rows_that_are_no_beginning_are_refused(serve: Serve, changed: dict[str, Any], sentence: str) -> None:
+    made, _ = make(order("nemo_gym", {"url": serve(Counting().app())}))
+    with pytest.raises(UserError, match=sentence):
+        made.reset(ROW | {"responses_create_params": changed})
+    with pytest.raises(UserError, match="has no 'responses_create_params'"):
+        made.reset({"question": "a"})
+
+
+# MCP over HTTP: answers as JSON and as streams of events, sessions that outlive a connection.
+
+
+class HttpTools:
+    """A server with one tool that counts and one that only reads; `calls` is what was made of it."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self.calls: list[str] = []
+        self.keys: set[str | None] = set()
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.add_routes([web.post("/mcp", self.message), web.delete("/mcp", self.end)])
+        return app
+
+    async def end(self, request: web.Request) -> web.Response:
+        del self.counts[request.headers["Mcp-Session-Id"]]
+        return web.Response()
+
+    async def message(self, request: web.Request) -> web.StreamResponse:
+        asked = await request.json()
+        session = request.headers.get("Mcp-Session-Id")
+        self.keys.add(request.headers.get("Authorization"))
+        if asked["method"] == "initialize":
+            session = f"s{len(self.counts)}"
+            self.counts[session] = 0
+            result = {"protocolVersion": "2025-06-18", "capabilities": {}}
+            return web.json_response(answered(asked, result), headers={"Mcp-Session-Id": session})
+        if session not in self.counts:
+            return web.json_response({"error": "no session"}, status=404)
+        if asked["method"] == "notifications/initialized":
+            return web.Response(status=202)
+        if asked["method"] == "ping":
+            return web.json_response(answered(asked, {}))
+        if asked["method"] == "tools/list":
+            return web.json_response(answered(asked, {"tools": [
+                {"name": "count", "inputSchema": {"type": "object"}},
+                {"name": "look", "inputSchema": {"type": "object"}, "annotations": {"readOnlyHint": True}}]}))
+        self.calls.append(asked["params"]["name"])
+        self.counts[session] += asked["params"]["name"] == "count"
+        said = answered(asked, {"content": [{"type": "text", "text": str(self.counts[session])}]})
+        told = {"jsonrpc": "2.0", "method": "notifications/message", "params": {"data": "counting"}}
+        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await stream.prepare(request)
+        await stream.write(b": a comment\n\n" + b"".join(
+            b"event: message\ndata: " + json.dumps(part).encode() + b"\n\n" for part in (told, said)))
+        return stream
+
+
+def answered(asked: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    return {"jsonrpc": "2.0", "id": asked["id"], "result": result}
+
+
+def test_an_episode_of_an_mcp_server_over_http_goes_on_in_its_session(serve: Serve) -> None:
+    server, task = HttpTools(), {"question": "Count to 2.", "answer": "2"}
+    asked = order("mcp", {"url": f"{serve(server.app())}/mcp"})
+    with EnvironmentHost(asked, EpisodeLimits()) as first:
+        assert [tool["function"]["name"] for tool in first.reset(task).tools] == ["count", "look"]
+        assert first.call(ToolCall("count", {})).text == "1"
+        state = first.state
+    with EnvironmentHost(asked, EpisodeLimits()) as second:
+        second.resume(task, state)
+        assert second.call(ToolCall("count", {})).text == "2" and server.calls == ["count", "count"]
+        assert second.score("The answer is 2").reward == 1
+        # the server begins anew: no call that may have acted is made again
+        state = second.state
+        server.counts.clear()
+        with pytest.raises(EpisodeLost, match="count was called, may have acted on the world"):
+            second.resume(task, state)
+        assert server.calls == ["count", "count"]
+
+
+def test_a_server_over_http_is_sent_the_key_that_was_named(
+        serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOOLS_KEY", "secret")
+    server = HttpTools()
+    made, _ = make(order("mcp", {"url": f"{serve(server.app())}/mcp", "key_env": "TOOLS_KEY"}))
+    made.reset({"question": "Count.", "answer": "1"})
+    assert server.keys == {"Bearer secret"}
+    with pytest.raises(UserError, match="key_env = \"NO_KEY\" is not set"):
+        make(order("mcp", {"url": "http://localhost:1", "key_env": "NO_KEY"}))
+
+
+def test_calls_that_only_read_do_not_keep_an_episode_from_going_on(serve: Serve) -> None:
+    server, task = HttpTools(), {"question": "Look.", "answer": "0"}
+    url = f"{serve(server.app())}/mcp"
+    for repeat, calls in ((False, ["look"]), (True, ["look", "look", "look"])):
+        made, again = (make(order("mcp", {"url": url, "repeat": repeat}))[0] for _ in range(2))
+        made.reset(task)
+        made.call("look", {})
+        state = made.snapshot()
+        server.counts.clear()
+        again.reset(task)
+        again.restore(state)
+        assert server.calls == calls
+
+
+@pytest.mark.parametrize("settings", [{}, {"url": "http://localhost:1/mcp", "command": ["true"]}])
+def test_a_command_or_an_address_is_needed(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="or url is needed, and not both"):
+        make(order("mcp", settings))

@@ -1,0 +1,78 @@
+"""Runs inside ranks whose models are made of Transformer Engine's modules, with and without CUDA graphs."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from megatron_sov.engine.parallel import world
+from tests.layouts import layout_run
+from tests.te_double import quantized_run
+
+GRAPHS = 'gpu.cuda_graphs=["moe_router", "moe_preprocess"]'
+
+
+def both(recipe: str, settings: list[str], path: str, *, graphs: str = GRAPHS, steps: int = 3,
+         quantises: bool = False) -> list[dict[str, Any]]:
+    """Return what training gives without graphs, and with them."""
+    if quantises:
+        quantized_run.quantise_products()
+    return [_trained(recipe, [*settings, *more], path, steps, quantises) for more in ([], [graphs])]
+
+
+def _trained(recipe: str, settings: list[str], path: str, steps: int, quantises: bool) -> dict[str, Any]:
+    """Train; return each step as `layout_run` tells it, with the balancing losses and how many passes were
+    replayed in it; a digest of the first micro-batch's gradients as a process computes them alone, and of all
+    weights and buffers behind the steps; and how much of the rows was padding."""
+    from megatron.core.tensor_parallel import random
+    from transformer_engine.pytorch import recording  # the double's own
+
+    state_of_now = random._get_cuda_rng_state
+
+    def state(*args: Any, **kwargs: Any) -> Any:
+        if recording.is_recording():
+            raise RuntimeError("Cannot call CUDAGeneratorImpl::current_seed during CUDA graph capture")
+        return state_of_now(*args, **kwargs)
+
+    random._get_cuda_rng_state = state
+    operators: Any = recording.CapturedOperators
+    replay, replays = operators.replay, [0]
+
+    def counted(self: Any) -> None:
+        replays[0] += 1
+        replay(self)
+
+    operators.replay = counted
+    config = (quantized_run.config_of(recipe, settings, path) if quantises
+              else layout_run.small_config(recipe, settings, [path], "lm"))
+    trainer = layout_run._trainer(config)
+    sums, padding = trainer.computation.sums, [0]
+
+    def looked_at(batch: Any, *others: Any) -> Any:
+        padding[0] += sum(int(m.inputs.padding.sum()) for m in batch.micro_batches)
+        return sums(batch, *others)
+
+    trainer.computation.sums = looked_at  # type: ignore[method-assign]
+    found = []
+    for _ in range(steps):
+        replays[0] = 0
+        found.append(layout_run._step(trainer))
+        losses = trainer.model.config.routing_step.aux_loss
+        found[-1] |= {"replays": replays[0],
+                      "balancing": {layer: float(loss) for layer, loss in sorted(losses.items())}}
+    batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, steps))
+    trainer.computation.own_gradients(batch, trainer.objective, steps + 1, 0)
+    alone = _digest(p.main_grad for p in trainer.model.parameters())
+    weights = _digest([*trainer.model.parameters(), *trainer.model.buffers()])
+    operators.replay = replay
+    world.leave()
+    return {"steps": found, "alone": alone, "weights": weights, "padding": padding[0]}
+
+
+def _digest(tensors: Any) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(np.array(tensor.detach().double()).tobytes())
+    return digest.hexdigest()

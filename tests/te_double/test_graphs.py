@@ -1,0 +1,118 @@
+"""Training with CUDA graphs of routers gives the bits that it gives without.
+
+The double's graphs replay what their capture ran, on the memory of the capture: a mask, a count or a number
+that is read from anywhere else gives other losses, and what waits for the GPU ends the capture.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.engine.model.graphs import graphed
+from megatron_sov.engine.model.specs import OwnLayer
+from tests.te_double.transformer_engine.pytorch.graph import make_graphed_callables
+from tests.te_double.transformer_engine.pytorch.recording import CapturedOperators
+
+RUN = str(Path(__file__).with_name("graph_run.py"))
+RAMP = ("train.ramp_from_batch_size=4", "train.ramp_increment=4", "train.ramp_steps=2",
+        "train.global_batch_size=12")
+PP2 = ("model.num_layers=4", "parallel.pp=2")
+KEPT = 'gpu.cuda_graphs=["moe_router"]'
+CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = {
+    # the number of sequences of a batch changes, and nothing is captured again
+    "larger batches": ("tiny-solar-open", 1, (*RAMP, "model.num_layers=3", "train.recompute=selective",
+                                              'gpu.recompute_modules=["layernorm", "moe_act"]'), {},
+                       [2 * 3 * n for n in (2, 4, 6)]),
+    # the number of micro-batches in flight changes
+    "stages, larger batches": ("tiny-solar-open", 2, (*PP2, *RAMP), {}, [2 * 2 * n for n in (2, 4, 6)]),
+    "interleaved stages": ("tiny-solar-open", 2, (
+        *PP2, "parallel.vpp=2", "train.recompute=selective",
+        'gpu.recompute_modules=["core_attn", "shared_experts"]'), {"steps": 2}, [2 * 2 * 4] * 2),
+    "split layers": ("tiny-k-exaone", 2, ("model.num_layers=3", "parallel.tp=2", "parallel.sp=true",
+                                          "parallel.ep=2"), {"steps": 2}, [2 * 2 * 4] * 2),
+    "hidden sums and gathers": ("tiny-solar-open", 2, (
+        "model.num_layers=2", "parallel.ep=2", "parallel.zero1=true", "parallel.overlap_grad_reduce=true",
+        "parallel.overlap_param_gather=true"), {}, [2 * 2 * 2] * 3),
+    # experts of a prediction layer
+    "prediction": ("tiny-deepseek-v3", 1, ("model.num_layers=4",), {"steps": 2}, [2 * 2 * 4] * 2),
+    "router alone": ("tiny-gpt-oss", 1, ("model.num_layers=2", "gpu.permute_fusion=off"),
+                     {"graphs": KEPT, "steps": 2}, [2 * 2 * 4] * 2),
+    "8 bits": ("tiny-solar-open", 1, ("model.num_layers=2", "train.fp8=mxfp8",
+                                      "train.fp8_bf16_layers_at_end=1", "train.recompute=selective",
+                                      'gpu.recompute_modules=["layernorm"]'),
+               {"quantises": True, "steps": 2}, [2 * 2 * 2] * 2),
+}
+"""Recipe, processes, settings, arguments of `both`, and passes that are replayed in each step on process 0:
+forward and backward, layers, micro-batches."""
+
+
+@pytest.mark.distributed
+def test_losses_counts_biases_and_weights_have_the_bits_of_a_run_without(te_ranks: Any, job: Any,
+                                                                        packed_data: Any) -> None:
+    found = te_ranks(*(job(RUN, "both", nproc, {
+        "recipe": recipe, "settings": ["train.precision=bf16", *settings], "path": str(packed_data.text),
+        **more}) for recipe, nproc, settings, more, _ in CASES.values()))
+    for (name, (*_, replays)), per_rank in zip(CASES.items(), found, strict=True):
+        assert [step["replays"] for step in per_rank[0][1]["steps"]] == replays, name
+        for plain, with_graphs in per_rank:
+            assert plain["padding"] > 0, f"{name}: no row had padding"
+            for step in (*plain["steps"], *with_graphs["steps"]):
+                del step["replays"]
+            assert with_graphs == plain, name
+
+
+def test_what_is_overridden_is_the_librarys() -> None:
+    """A method by another name would never be called, and the padding be dropped in silence."""
+    ours = {name for name, value in vars(graphed(OwnLayer)).items() if callable(value)}
+    assert len(ours) == 5 and all(hasattr(OwnLayer, name) for name in ours)
+
+
+class Branching(torch.nn.Module):
+    """Multiplies by a weight, and by numbers that lie in different places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(3.0))
+        self.in_place, self.of_python, self.seen = torch.ones(()), 1.0, 0
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """[n], [n] -> [n]."""
+        self.seen += 1
+        return torch.where(mask, x * self.weight * self.in_place, x) * self.of_python
+
+
+def test_the_doubles_graph_reads_its_own_memory_and_runs_no_python() -> None:
+    module, x = Branching(), torch.arange(4.0, requires_grad=True)
+    mask = torch.tensor([True, True, False, False])
+    call, = make_graphed_callables(
+        (module,), [(torch.ones(4, requires_grad=True),)], _order=[1, -1], _num_layers_per_chunk=[1],
+        sample_kwargs=[{"mask": torch.ones(4, dtype=torch.bool)}])
+    assert module.seen == 2, "a warm-up and the capture"
+    assert module.weight.grad is None
+    module.in_place.fill_(2.0)
+    module.of_python = 7.0  # as it was when it was captured
+    found = call(x, mask=mask)
+    assert found.tolist() == [0, 6, 2, 3] and module.seen == 2
+    found.sum().backward()
+    assert (x.grad.tolist(), module.weight.grad.item()) == ([6, 6, 1, 1], 2)
+    assert found.isnan().all(), "behind the way back its memory is another graph's"
+    module.weight.data = torch.tensor(100.0)  # another place
+    assert call(x, mask=mask).tolist() == [0, 6, 2, 3]
+    module.eval()
+    assert call(x, mask=mask)[1].item() == 100 * 2 * 7
+    call.reset()
+    with pytest.raises(RuntimeError, match="has been reset"):
+        call(x, mask=mask)
+
+
+@pytest.mark.parametrize("waits", [
+    lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: torch.tensor([1.0]),
+    lambda x: bool((x > 0).any()), lambda x: x.masked_select(x > 0)])
+def test_the_doubles_capture_ends_where_the_host_waits(waits: Any) -> None:
+    refused = pytest.raises(RuntimeError, match="operation not permitted when stream is capturing")
+    with refused, CapturedOperators().capture():
+        waits(torch.ones(3))

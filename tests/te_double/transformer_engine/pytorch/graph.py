@@ -1,0 +1,255 @@
+"""CUDA graphs of modules in the order of a pipeline's passes, captured and replayed by `recording`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..common.recipe import DelayedScaling
+from .quantization import autocast
+from .recording import CapturedOperators
+
+_is_capturing = False
+
+
+def set_capture_start() -> None:
+    """Note that graphs are being captured."""
+    global _is_capturing
+    _is_capturing = True
+
+
+def set_capture_end() -> None:
+    """Note that they are there."""
+    global _is_capturing
+    _is_capturing = False
+
+
+def is_graph_capturing() -> bool:
+    """Return whether graphs are being captured."""
+    return _is_capturing
+
+
+def save_fp8_tensors(modules: Any, recipe: Any) -> list[Any] | None:
+    """Return what scaling remembers: nothing, but of delayed scaling."""
+    if isinstance(recipe, DelayedScaling):
+        raise NotImplementedError("the double captures no delayed scaling")
+    return None
+
+
+def restore_fp8_tensors(modules: Any, fp8_tensors: list[Any] | None) -> None:
+    """Take back what a capture changed of that: nothing."""
+
+
+class _Pass:
+    """Forward and backward graph of one module for one micro-batch."""
+
+    def __init__(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...],
+                 kwargs: dict[str, torch.Tensor]) -> None:
+        self.module, self.args, self.kwargs = module, args, kwargs
+        self.forward, self.backward = CapturedOperators(), CapturedOperators()
+        self.names = list(kwargs)
+        self.inputs = [*args, *kwargs.values()]
+        self.parameters: tuple[torch.nn.Parameter, ...] = tuple(module.parameters())
+        self.outputs: list[Any] = []
+        self.output_grads: list[Any] = []
+        self.spec: Any = None
+        self.input_grads: list[Any] = []
+        self.clones: list[bool] = []
+        self.is_reset = False
+
+    def run(self) -> None:
+        """Compute the outputs."""
+        self.outputs, self.spec = tree_flatten(self.module(*self.args, **self.kwargs))
+
+    def run_back(self) -> list[Any]:
+        """Compute gradients of all inputs that want one, from `output_grads`, and return them."""
+        surface = [t for t in (*self.inputs, *self.parameters) if t.requires_grad]
+        before = [t.grad for t in surface]
+        for t in surface:
+            t.grad = None
+        torch.autograd.backward(tuple(o for o in self.outputs if o is not None and o.requires_grad),
+                                tuple(g for g in self.output_grads if g is not None))
+        found = [t.grad for t in surface]
+        for t, grad in zip(surface, before, strict=True):
+            t.grad = grad
+        return found
+
+    def keep_used(self, found: list[Any]) -> None:
+        """Leave out parameters that got no gradient: others compute with them."""
+        wanting = sum(t.requires_grad for t in self.inputs)
+        learning = [p for p in self.parameters if p.requires_grad]
+        self.parameters = tuple(p for p, g in zip(learning, found[wanting:], strict=True) if g is not None)
+
+
+class _Graphed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graphs: _Pass, *inputs: torch.Tensor) -> tuple[Any, ...]:
+        ctx.graphs = graphs
+        for memory, given in zip(graphs.inputs, inputs, strict=False):
+            if memory.data_ptr() != given.data_ptr():
+                memory.detach().copy_(given)
+        graphs.forward.replay()
+        return tuple(o.detach() if o is not None else None for o in graphs.outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        graphs: _Pass = ctx.graphs
+        for memory, given in zip(graphs.output_grads, gradients, strict=True):
+            if memory is not None and memory.data_ptr() != given.data_ptr():
+                memory.copy_(given)
+        graphs.backward.replay()
+        found = [g.clone() if g is not None and clones else g
+                 for g, clones in zip(graphs.input_grads, graphs.clones, strict=True)]
+        # another graph's memory from here on: whoever still reads them must see it
+        for output in graphs.outputs:
+            if output is not None and output.is_floating_point():
+                output.detach().fill_(math.nan)
+        return None, *found
+
+
+def _callable(graphs: _Pass, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what replays the graphs, while its module is trained."""
+    def replayed(*args: Any, **kwargs: Any) -> Any:
+        if graphs.is_reset:
+            raise RuntimeError("This graphed callable has been reset and can no longer be used.")
+        if not graphs.module.training:
+            return original(*args, **kwargs)
+        if missing := [name for name in graphs.names if name not in kwargs]:
+            raise TypeError(f"Graphed callable was initialized with kwarg {missing[0]} ,but it was not "
+                            "provided in graph replay")
+        given = [*tree_flatten(args)[0], *(kwargs[name] for name in graphs.names)]
+        return tree_unflatten(_Graphed.apply(graphs, *given, *graphs.parameters), graphs.spec)
+
+    def reset() -> None:
+        graphs.is_reset = True
+        graphs.forward.reset()
+        graphs.backward.reset()
+
+    replayed.reset, replayed.backward_dw = reset, lambda: None  # type: ignore[attr-defined]
+    return replayed
+
+
+@contextmanager
+def _quantised(modules: tuple[Any, ...], enabled: tuple[bool, ...], recipe: Any) -> Iterator[None]:
+    """Have calls of the modules quantise."""
+    on = {id(m): e for m, e in zip(modules, enabled, strict=True)}
+    originals = {type(m): type(m).__call__ for m in modules}
+
+    def of(original: Any) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with autocast(enabled=on.get(id(self), False), recipe=recipe, _graph=True):
+                return original(self, *args, **kwargs)
+
+        return call
+
+    for kind, original in originals.items():
+        kind.__call__ = of(original)
+    try:
+        yield
+    finally:
+        for kind, original in originals.items():
+            kind.__call__ = original
+
+
+def make_graphed_callables(
+        modules: Any, sample_args: Any, num_warmup_iters: int = 3, allow_unused_input: bool = False,
+        sample_kwargs: Any = None, fp8_enabled: Any = None, fp8_calibrating: bool | None = None,
+        fp8_recipe: Any = None, fp8_group: Any = None, fp8_weight_caching: bool | None = None,
+        enabled: Any = None, calibrating: bool | None = None, recipe: Any = None,
+        amax_reduction_group: Any = None, cache_quantized_params: bool | None = None,
+        _order: list[int] | None = None, _num_layers_per_chunk: list[int] | None = None, pool: Any = None,
+        retain_graph_in_backward: bool = False, _reuse_graph_input_output_buffers: bool = False,
+        clone_param_grads_on_return: bool = True, pre_warmup_hook: Callable[[], None] | None = None,
+        post_warmup_hook: Callable[[], None] | None = None, capture_time_hooks: Any = None) -> Any:
+    """Return, for each pass of `_order` through each module, what replays it; one warm-up stands for all.
+
+    Args:
+        modules: the layers, run after run.
+        sample_args: of each pass, the tensors that its graph reads, run after run, micro-batch after
+            micro-batch; passes whose lives do not meet may share them.
+        sample_kwargs: likewise, by name.
+        _order: runs from 1, forward; negative, backward.
+        _num_layers_per_chunk: layers of each run.
+    """
+    if _order is None or _num_layers_per_chunk is None or any(c != int(c) for c in _order):
+        raise NotImplementedError("the double captures passes of a pipeline, weight gradients among them")
+    for module in modules:
+        if (module._backward_hooks or module._backward_pre_hooks or module._forward_hooks
+                or module._forward_pre_hooks):
+            raise RuntimeError("Modules must not have hooks registered at the time they are passed.")
+        if not module.training:
+            raise NotImplementedError("the double captures training alone")
+    starts = [sum(_num_layers_per_chunk[:i]) for i in range(len(_num_layers_per_chunk))]
+    count = len(_order) // len(starts) // 2
+    sample_kwargs = sample_kwargs or [{} for _ in sample_args]
+    if len(sample_args) != len(modules) * count:
+        raise ValueError(f"Expected {len(modules) * count} args tuple, but got {len(sample_args)}.")
+    places = [(chunk, layer) for chunk, n in enumerate(_num_layers_per_chunk) for _ in range(count)
+              for layer in range(n)]
+    passes = [_Pass(modules[starts[chunk] + layer], args, kwargs)
+              for (chunk, layer), args, kwargs in zip(places, sample_args, sample_kwargs, strict=True)]
+    enabled = fp8_enabled if enabled is None else enabled
+    if not isinstance(enabled, tuple):
+        enabled = (bool(enabled),) * len(modules)
+    save_fp8_tensors(modules, fp8_recipe if any(enabled) else None)
+    set_capture_start()
+    state = torch.get_rng_state()
+    with _quantised(modules, enabled, fp8_recipe or recipe):
+        for hook in (pre_warmup_hook, post_warmup_hook):
+            if hook is not None:
+                hook()
+        _follow(_order, starts, _num_layers_per_chunk, count, passes, _warm_up, _warm_up_back)
+        shared: dict[Any, list[Any]] = {}
+        _follow(_order, starts, _num_layers_per_chunk, count, passes, _capture,
+                lambda graphs: _capture_back(graphs, shared, clone_param_grads_on_return))
+    torch.set_rng_state(state)
+    set_capture_end()
+    return tuple(_callable(graphs, graphs.module.forward) for graphs in passes)
+
+
+def _follow(order: list[int], starts: list[int], layers: list[int], count: int, passes: list[_Pass],
+            ahead: Callable[[_Pass], None], back: Callable[[_Pass], None]) -> None:
+    """Do something with each pass, in an order of runs."""
+    done = {direction: [0] * len(starts) for direction in (1, -1)}
+    for chunk, direction in ((abs(c) - 1, 1 if c > 0 else -1) for c in order):
+        first = starts[chunk] * count + done[direction][chunk] * layers[chunk]
+        done[direction][chunk] += 1
+        for graphs in passes[first:first + layers[chunk]][::direction]:
+            (ahead if direction > 0 else back)(graphs)
+
+
+def _warm_up(graphs: _Pass) -> None:
+    graphs.run()
+
+
+def _warm_up_back(graphs: _Pass) -> None:
+    graphs.output_grads = [torch.zeros_like(o) if o is not None and o.requires_grad else None
+                           for o in graphs.outputs]
+    graphs.keep_used(graphs.run_back())
+
+
+def _capture(graphs: _Pass) -> None:
+    with graphs.forward.capture():
+        graphs.run()
+
+
+def _capture_back(graphs: _Pass, shared: dict[Any, list[Any]], clones: bool) -> None:
+    """Capture the way back; gradients of outputs lie in one place for all passes with such outputs."""
+    key = tuple((o.shape, o.dtype) for o in graphs.outputs if o is not None and o.requires_grad)
+    if key not in shared:
+        shared[key] = [torch.zeros_like(o) if o is not None and o.requires_grad else None
+                       for o in graphs.outputs]
+    graphs.output_grads = shared[key]
+    with graphs.backward.capture():
+        found = iter(graphs.run_back())
+    surface = [*graphs.inputs, *graphs.parameters]
+    graphs.input_grads = [next(found) if t.requires_grad else None for t in surface]
+    graphs.clones = [clones and i >= len(graphs.inputs) and not getattr(t, "skip_backward_post_hook", False)
+                     for i, t in enumerate(surface)]
+    graphs.outputs = [o.detach() if o is not None else None for o in graphs.outputs]

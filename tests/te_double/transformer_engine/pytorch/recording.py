@@ -1,0 +1,112 @@
+"""A CUDA graph on a CPU: what a capture ran, in order, and the memory that it ran on.  Not a part of the real
+library's interface.
+
+A replay runs the same operators of torch on the storages of the capture, and nothing else: no Python of the
+captured code, no branch, no number that was read of a tensor.  What waits for the GPU, or copies from memory
+of the host that is not pinned, ends a capture with an error, as on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves, tree_map
+
+_aten = torch.ops.aten
+WAITS = {
+    _aten._local_scalar_dense, _aten.item, _aten.is_nonzero, _aten.equal, _aten.nonzero, _aten.nonzero_static,
+    _aten.masked_select, _aten._unique2, _aten.unique_dim, _aten.unique_consecutive, _aten.bincount,
+    _aten.repeat_interleave, _aten.lift_fresh, _aten.lift_fresh_copy}
+"""Operators that a stream cannot be captured with: their result's size, or a number, comes to the host, or a
+tensor is made of numbers of the host."""
+_in_kernel = False
+
+
+@contextmanager
+def kernel() -> Iterator[None]:
+    """What runs within stands for one kernel, which asks the host nothing."""
+    global _in_kernel
+    before, _in_kernel = _in_kernel, True
+    try:
+        yield
+    finally:
+        _in_kernel = before
+
+
+def is_recording() -> bool:
+    """Return whether a capture is under way."""
+    return isinstance(_get_current_dispatch_mode(), _Recorder)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, note: Callable[..., Any]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        by_mask = func.overloadpacket in (_aten.index, _aten.index_put_) and any(
+            t is not None and t.dtype == torch.bool for t in args[1])
+        if (func.overloadpacket in WAITS or by_mask) and not _in_kernel:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing "
+                               f"(torch.ops.{func})")
+        found = func(*args, **kwargs)
+        self._note(func, args, kwargs, found)
+        return found
+
+
+class CapturedOperators:
+    """Stands for `torch.cuda.CUDAGraph`."""
+
+    def __init__(self) -> None:
+        self._replays: list[Callable[[], None]] = []
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Record what is run within, which is run all the same."""
+        with _Recorder(self._note):
+            yield
+
+    def _note(self, func: Any, args: Any, kwargs: Any, found: Any) -> None:
+        given = {_storage(t) for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        new = [(i, t.detach()) for i, t in enumerate(tree_leaves(found))
+               if torch.is_tensor(t) and t.numel() and _storage(t) not in given]
+        if not new and not func._schema.is_mutable and func.namespace == "aten":
+            return  # a view
+        # aliases keep the memory of now, also of a tensor that is given another one
+        args, kwargs = tree_map(_alias, (args, kwargs))
+
+        def replay() -> None:
+            again = tree_leaves(func(*args, **kwargs))
+            for leaf in again:
+                if isinstance(leaf, torch.ScriptObject) and hasattr(leaf, "wait"):
+                    leaf.wait()  # a message is on its way
+            for i, memory in new:
+                if again[i].shape != memory.shape:
+                    raise RuntimeError(f"torch.ops.{func} gives {list(again[i].shape)} in a replay, and "
+                                       f"{list(memory.shape)} in the capture")
+                memory.copy_(again[i])
+
+        self._replays.append(replay)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Run again what was captured."""
+        for replay in self._replays:
+            replay()
+
+    def reset(self) -> None:
+        """Forget all."""
+        self._replays.clear()
+
+
+def _alias(value: Any) -> Any:
+    return value.detach() if torch.is_tensor(value) else value
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
