@@ -59,7 +59,8 @@ def test_what_is_saved_and_exported_is_that_of_bf16_weights(te_ranks: Any, job: 
     (["parallel.zero1=false", *(f"{s.partition('=')[0]}=false" for s in OVERLAP)],
      "needs parallel.zero1 = true"),
     (['optim.groups=[{"pattern": "*.layers.0.*", "frozen": true}]'], "frozen weight has no master"),
-    (['gpu.cuda_graphs=["moe_router"]'], "made anew"), (["gpu.optimizer_offload=1"], "masters in host memory")])
+    (['gpu.cuda_graphs=["moe_router"]'], "made anew"),
+    (["gpu.optimizer_offload=1"], "masters in host memory")])
 def test_what_does_not_go_with_it_is_refused(settings: list[str], said: str) -> None:
     config = apply_settings(recipes.get("solar-open-102b"), [
         "train.fp8=blockwise", "parallel.zero1=true", IN_8_BITS, *settings])

@@ -62,8 +62,8 @@ def weight_problems(train: TrainConfig, parallel: ParallelConfig, optim: OptimCo
         (not any(group.frozen for group in optim.groups), "fp8_weights",
          "does not go with frozen optim.groups: a frozen weight has no master to write into checkpoints",
          "leave one of them out"),
-        (not gpu.cuda_graphs, "fp8_weights", "does not go with gpu.cuda_graphs: whether graphs see weights that "
-         "are made anew is not tried", "leave one of them out"),
+        (not gpu.cuda_graphs, "fp8_weights", "does not go with gpu.cuda_graphs: whether graphs see weights "
+         "that are made anew is not tried", "leave one of them out"),
         (not gpu.optimizer_offload, "fp8_weights", "does not go with gpu.optimizer_offload: masters in host "
          "memory cannot be quantised on the GPU", "leave one of them out"))
 

@@ -259,7 +259,6 @@ class RunConfig:
 
 # The library's ways to be faster or smaller that no setting offers, and why: what is told to who asks.
 
-
 NOT_OFFERED = {
     "num_distributed_optimizer_instances": (
         "checkpoints take each range that ZeRO-1 divides to be updated by one process, and copies of it "
