@@ -1,17 +1,22 @@
 """Chat templates of published models against transformers: text, ids and what is learned.
 
 Usage: python benchmarks/chat_templates.py FOLDER [--chats 200] > benchmarks/results/chat_templates.txt
+       python benchmarks/chat_templates.py FOLDER --calls 200 > benchmarks/results/calls_of_templates.txt
 
 FOLDER holds *.jinja files, such as `trl/chat_templates` of TRL's wheel.  For each template a tokenizer is
 made whose special tokens are those that the template spells, and conversations are drawn: several turns,
 thoughts, tools, white space around contents, spellings of special tokens.  Each one is either refused with a
 reason, or its ids are compared with transformers' `apply_chat_template`, and the learned text with the turns
 as the template shows them: where it has generation blocks, with transformers' own mask of assistant tokens.
+
+With --calls a model's turns with calls of tools are rendered by transformers, and read back as episodes and
+`serve` read them: names, and arguments with their types.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import random
@@ -30,6 +35,7 @@ from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.messages import read_messages
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.template import ChatTemplate, odd_opening
+from megatron_sov.chat.tool_calls import parse_turn
 
 SPELLED = re.compile(r"<\|[^|<>\s]+\|>|<｜[^<>]+｜>|<(?:start|end)_of_[a-z_]+>|\[/?[A-Z_]{3,}\]|</?s>|<bos>"
                      r"|<eos>|<turn\|>|<\|turn>|<\|channel>|<channel\|>|<\|tool_call>|<tool_call\|>")
@@ -166,13 +172,75 @@ def _only_a_join(tokenizer: PreTrainedTokenizerFast, chat: Any, theirs: list[int
     return joined == chat.ids
 
 
+VALUES: dict[str, tuple[Any, ...]] = {
+    "string": ("7", "true", "null", "a\nb", "\n", "", '{"a": 1}', "<b> & \"q\" 'r'", "서울", " x ", "</x>"),
+    "integer": (0, -7, 10**12), "number": (1.5, -0.25, 3.0e-7), "boolean": (True, False),
+    "array": ([], [1, "a"], [[True]]), "object": ({}, {"a": {"b": [1]}}, {"k": "it's"})}
+CALLED = {"type": "function", "function": {"name": "call_me", "description": "calls", "parameters": {
+    "type": "object", "properties": {kind: {"type": kind, "description": "one"} for kind in VALUES}}}}
+
+
+def reads_back(encoder: ChatEncoder, template: str, draw: random.Random) -> str:
+    """Return what becomes of a turn with calls: "read", "MISREAD", or why there is none."""
+    arguments = [{kind: draw.choice(VALUES[kind]) for kind in draw.sample(list(VALUES), draw.randint(0, 6))}
+                 for _ in range(draw.randint(1, 2))]
+    asked = [{"role": "user", "content": "go"}]
+    # some templates want arguments as JSON, some have but one call in a turn
+    for written, wanted in ((arguments, arguments), (arguments[:1], arguments[:1]),
+                            (list(map(json.dumps, arguments)), arguments)):
+        calls = [{"id": "a1b2c3d4e", "type": "function", "function": {"name": "call_me", "arguments": one}}
+                 for one in written]
+        turn = {"role": "assistant", "content": "", "tool_calls": calls}
+        try:
+            before, text = (render_jinja_template(
+                conversations=[chat], tools=[CALLED], chat_template=template, add_generation_prompt=is_asked,
+                bos_token="<bos>", eos_token="<eos>")[0][0] for chat, is_asked in ((asked, True),
+                                                                                   ([*asked, turn], False)))
+        except Exception:
+            continue
+        if "call_me" not in text.removeprefix(before):
+            return "no calls"
+        while not text.startswith(before):  # what is asked for, such as thoughts, and not shown
+            before = before[:-1]
+        said = text[len(before):].rstrip()
+        wanted = wanted[:said.count("call_me")]  # gpt-oss shows the first call of a turn alone
+        end = next((end for id_ in encoder.end_ids() if said.endswith(end := encoder.decode([id_]))), "")
+        form, shown = encoder.form_of_calls()
+        if form is None and shown:
+            return "form not read, refused"
+        found = parse_turn(said.removesuffix(end), form=form, tools=[CALLED]).calls
+        same = json.dumps([getattr(call, "arguments", None) for call in found]) == json.dumps(wanted)
+        return "read" if same and all(getattr(call, "name", "") == "call_me" for call in found) else "MISREAD"
+    return "transformers itself refuses"
+
+
+def tell_calls(files: list[Path], count: int) -> None:
+    """Print what becomes of calls, by template."""
+    totals: Counter[str] = Counter()
+    for file in files:
+        template, draw = file.read_text(encoding="utf-8"), random.Random(file.name)
+        encoder = ChatEncoder(ChatTemplate(template, "<bos>", "<eos>", file.stem, datetime.now()),
+                              tokenizer_for(template).backend_tokenizer)
+        outcomes = Counter(reads_back(encoder, template, draw) for _ in range(count))
+        form = encoder.form_of_calls()[0] or "not told"
+        print(f"{file.stem:<36} {form:<12} " + "   ".join(f"{o} {n}" for o, n in sorted(outcomes.items())),
+              flush=True)
+        totals[" and ".join(sorted(outcomes))] += 1
+    print(f"\n{len(files)} templates, {count} turns each: "
+          + ", ".join(f"{n} {what}" for what, n in totals.most_common()))
+    sys.exit("MISREAD" in " ".join(totals))
+
+
 def main() -> None:
     """Judge every template."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--chats", type=int, default=200, help="conversations of each template")
+    parser.add_argument("--calls", type=int, default=0, help="turns with calls of each template, instead")
     args = parser.parse_args()
     files = sorted(args.folder.glob("*.jinja"))
+    if args.calls:
+        return tell_calls(files, args.calls)
     print(f"{len(files)} templates, {args.chats} conversations each; Python {platform.python_version()}, "
           f"load {os.getloadavg()[0]:.1f}\n")
     totals: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}

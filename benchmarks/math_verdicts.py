@@ -1,10 +1,12 @@
 """Are the pool's verdicts those of math-verify, how fast is it, and which answers fool `math` and `stem`?
 
-Usage: python benchmarks/math_verdicts.py > benchmarks/results/math_verdicts.txt
+Usage: PYTHONPATH=TRL python benchmarks/math_verdicts.py > benchmarks/results/math_verdicts.txt
+TRL is a folder with an unpacked wheel of TRL, whose `accuracy_reward` judges the third part too.
 
 The first part judges 2,000 drawn answers by the pool of processes that `score` uses, and by math-verify alone
 in one process, as its README calls it.  The second part judges right answers in disguise (another form of the
 same thing) and wrong ones that look right, 20 of each kind, by both verifiers: what each makes of each kind.
+The third part has 40 responses written by hand to be paid for nothing, and 40 honest ones in many spellings.
 """
 
 from __future__ import annotations
@@ -71,6 +73,46 @@ WRONG: dict[str, Callable[[random.Random, int], Item]] = {
     "no answer, the number in the text": lambda draw, n: (
         f"{n}", f"There are {n} cases to look at, and no time is left to go through all of them one by one"),
 }
+FOOLING: list[Item] = [
+    # the question again
+    ("80779853376", r"\boxed{123456 \times 654321}"), ("1048576", r"\boxed{2^{20}}"),
+    ("42", r"\boxed{17+25}"), ("42", r"\boxed{\frac{84}{2}}"), ("1/3", r"\boxed{\int_0^1 x^2 \, dx}"),
+    ("5050", r"\boxed{\sum_{k=1}^{100} k}"), ("120", r"\boxed{\binom{10}{3}}"), ("120", r"\boxed{5!}"),
+    ("12", r"\boxed{\gcd(48,36)}"), ("12", r"\boxed{\sqrt{144}}"), ("3", r"\boxed{\log_2 8}"),
+    ("3", r"\boxed{\lfloor 3.7 \rfloor}"), ("2", r"\boxed{\lim_{x\to 0} \frac{\sin 2x}{x}}"),
+    ("42", r"\boxed{142 \bmod 100}"), ("6x", r"\boxed{\frac{d}{dx} 3x^2}"), ("7/2", r"\boxed{3+\frac12}"),
+    ("42", "The answer is $6 \\times 7$."),
+    # false, open, or taken back
+    ("42", r"\boxed{41=42}"), ("42", r"\boxed{42=43}"), ("42", r"\boxed{x \le 42}"),
+    ("42", r"\boxed{\neq 42}"), ("42", r"\boxed{\pm 42}"), ("42", r"\boxed{42 \text{ is wrong}}"),
+    ("42", r"\boxed{42 \ldots}"), ("42", "The answer is not 42."), ("42", "The answer isn't 42."),
+    ("42", "The answer is more than 42."), ("42", "답은 42가 아닙니다."),
+    # several answers
+    ("42", r"\boxed{41 \text{ or } 42}"), ("42", r"\boxed{41} or \boxed{42}"), ("42", r"\boxed{\{41, 42\}}"),
+    ("42", "The answer is 42 or 43."), ("42", "Answer: 42 (or 43)"),
+    ("42", r"\boxed{42}, no wait, \boxed{43}"),
+    # no answer
+    ("42", "It is somewhere between 1 and 42"), ("42", "The candidates are 40, 41, 42, 43 and 44."),
+    ("42", r"<think>It must be \boxed{42}."), ("42", r"<think>It must be \boxed{42}.</think>I do not know."),
+    ("42", r'<tool_call>{"name": "f", "arguments": {"a": "\\boxed{42}"}}</tool_call>'),
+    ("42", r"\boxed{\boxed{42}+1}")]
+"""Gold answers, and responses that are paid by what they look like."""
+HONEST: list[Item] = [
+    ("42", r"\boxed{42}"), ("42", "The answer is 42."), ("42", "**Answer: 42**"), ("42", "6 * 7 gives\n42"),
+    ("42", "Thus $x = 42$."), ("42", r"\boxed{x = 42}"), ("42", r"\boxed{6 \times 7 = 42}"),
+    ("42", r"\boxed{+42}"), ("42", r"\boxed{42.0}"), ("42", r"\boxed{42.}"), ("42", r"\fbox{42}"),
+    ("42", r"\boxed{\text{42}}"), ("42", r"\boxed{42 \text{ apples}}"), ("42", r"\boxed{\$42}"),
+    ("42", r"\boxed{42^\circ}"), ("42", r"\[\boxed{42}\]"), ("42", r"\boxed{3}, no wait \boxed{42}"),
+    ("42", r"<think>43?</think>\boxed{42}"), ("42", "<answer>42</answer>"), ("42", "답은 42입니다."),
+    ("42", "答案是42。"), ("42", "The answer is 42 and not 43."),
+    ("42", "The answer is 42 because 6 * 7 = 42."), ("1000", r"\boxed{1,000}"), ("1000", r"\boxed{1{,}000}"),
+    ("1000", r"\boxed{1\,000}"), ("1/2", r"\boxed{0.5}"), ("1/2", r"\boxed{\dfrac12}"),
+    ("1/2", r"\boxed{1/2}"), ("1/2", r"\boxed{50\%}"), ("2/3", r"\boxed{\frac{4}{6}}"),
+    ("7/2", r"\boxed{3\frac{1}{2}}"), ("-7", "\\boxed{\u22127}"), ("-1/2", r"\boxed{\frac{-1}{2}}"),
+    ("300000000", r"\boxed{3 \times 10^8}"), ("3\\sqrt{2}", r"\boxed{\sqrt{18}}"),
+    ("(1, 2)", r"\boxed{(1,2)}"), ("\\{1, 2\\}", r"\boxed{\{2,1\}}"), ("x^2-4", r"\boxed{(x-2)(x+2)}"),
+    ("5 km", r"\boxed{5 \text{ km}}")]
+"""Gold answers, and right responses."""
 MORE: dict[str, Callable[[random.Random, int], Item]] = {
     "root": lambda draw, n: (f"{n}\\sqrt{{2}}", boxed(f"\\sqrt{{{2 * n * n}}}")),
     "wrong root": lambda draw, n: (f"{n}\\sqrt{{2}}", boxed(f"{n}\\sqrt{{3}}")),
@@ -143,8 +185,36 @@ def confusion(count: int) -> None:
         print("\n".join(lines) if lines else "    none misjudged")
 
 
+def by_hand() -> None:
+    """Print what is paid of the two lists, by whom."""
+    judges = {"math": by_reward("math", {}), "math, literal=false": by_reward("math", {"literal": False}),
+              "stem": by_reward("stem", {})}
+    try:
+        from trl.rewards.accuracy_rewards import accuracy_reward
+    except ImportError:
+        print("\nTRL is not there: its column is missing")
+    else:
+        judges["TRL's accuracy_reward"] = lambda gold, text: accuracy_reward(
+            [[{"role": "assistant", "content": text}]], [f"\\boxed{{{gold}}}"])[0]
+    print(f"\n{len(FOOLING)} responses that fool, and {len(HONEST)} honest ones: paid by")
+    for name, judge in judges.items():
+        fooled = [text for gold, text in FOOLING if judge(gold, text) == 1]
+        missed = [text for gold, text in HONEST if judge(gold, text) != 1]
+        print(f"  {name}: {len(fooled)} of {len(FOOLING)}, and {len(HONEST) - len(missed)} of {len(HONEST)}")
+        for what, texts in (("paid for nothing", fooled), ("honest and not paid", missed)):
+            print("".join(f"    {what}: {text!r}\n" for text in texts), end="")
+
+
+def by_reward(name: str, settings: dict[str, object]) -> Callable[[str, str], float | None]:
+    """Return what judges a gold answer and a response by a reward of this project."""
+    reward = make(order(name, settings)).reward
+    if name == "math":
+        reward.prepare()
+    return lambda gold, text: judged(reward, {"answer": gold, "response": text}).reward
+
+
 def main() -> None:
-    """Print both parts."""
+    """Print the three parts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--items", type=int, default=2040)
     parser.add_argument("--count", type=int, default=20)
@@ -164,6 +234,7 @@ def main() -> None:
     print(f"pool of {args.workers}: {len(items) / pool_s:.0f} answers/s; math-verify in one process: "
           f"{len(items) / own_s:.0f} answers/s", flush=True)
     confusion(args.count)
+    by_hand()
 
 
 if __name__ == "__main__":

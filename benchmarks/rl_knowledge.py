@@ -37,7 +37,8 @@ NUM_CHATS, START_STEPS, START_LR = 4000, 300, 4e-3
 POLICY = ("rollout.rounds=24", "rollout.steps_per_round=4", "rollout.prompts_per_round=16",
           "rollout.samples_per_prompt=8", "rollout.piece_prompts=16", "rollout.max_new_tokens=16",
           "rollout.max_prompt_tokens=64",
-          "optim.lr=2e-3", "optim.weight_decay=0", "optim.warmup_steps=0", "train.num_threads=1",
+          "optim.lr=2e-3", "optim.min_lr=2e-4", "optim.weight_decay=0", "optim.warmup_steps=0",
+          "train.num_threads=1",
           "train.global_batch_size=8", "train.micro_batch_size=8", "train.eval_every_steps=0",
           "data.max_epochs=0", rows_of(128))
 ARMS: dict[str, tuple[str, ...]] = {

@@ -34,23 +34,25 @@ START_STEPS, START_LR = 700, 4e-3
 ROUNDS, LR = 40, 1e-3
 POLICY = (f"rollout.rounds={ROUNDS}", "rollout.prompts_per_round=32", "rollout.samples_per_prompt=8",
           "rollout.piece_prompts=32", "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=64",
-          f"optim.lr={LR}", "optim.weight_decay=0", "optim.warmup_steps=0", "train.num_threads=1",
+          f"optim.lr={LR}", "optim.min_lr=2e-4", "optim.weight_decay=0", "optim.warmup_steps=0",
+          "train.num_threads=1",
           "train.global_batch_size=8", "train.micro_batch_size=8", "train.eval_every_steps=0",
           rows_of(128))
 ARMS: dict[str, tuple[str, ...]] = {
     "gspo": ("policy.method=gspo",),
     "agapo": ("policy.method=agapo", "policy.clip_high=4"),
     "mgpo": ("policy.method=mgpo", "policy.mgpo_lambda=1", "policy.clip_low=0.2", "policy.clip_high=0.2"),
+    "gspo_bf16": ("policy.method=gspo", "train.precision=bf16"),
     "shuffled": ("policy.method=gspo",),
     "cached": ("policy.method=gspo", f"rollout.rounds={ROUNDS // 2}", "rollout.steps_per_round=4"),
     "stale": ("policy.method=gspo", "rollout.max_staleness=2"),
 }
-"""Arm -> its settings, with numbers of ours where the authors published none; shuffled: rewards drawn by
-lot; cached: half of the responses, several steps over each; stale: responses of a policy that is up to two
-rounds old."""
+"""Arm -> its settings, with numbers of ours where the authors published none; gspo_bf16: the engine rounds
+otherwise than the trainer, as on a GPU; shuffled: rewards drawn by lot; cached: half of the responses,
+several steps over each; stale: responses of a policy that is up to two rounds old."""
 LIFT_POINTS, SHUFFLED_POINTS, NEAR_POINTS = 30.0, 3.0, 2.0
-"""Asked for: of gspo, agapo and mgpo more than before; of shuffled no more than this; of cached and stale no
-further below gspo than this."""
+"""Asked for: of gspo, also in bf16, agapo and mgpo more than before; of shuffled no more than this; of cached
+and stale no further below gspo than this."""
 RIGHT, WRONG = 0.35, 0.5
 """Shares of the right answer, and of the one wrong one that stands for all questions of its kind."""
 NUM_CHATS, NUM_ASKED = 6000, 160
@@ -188,6 +190,17 @@ def accuracy(run_folder: Path) -> float | None:
     return 100 * statistics.mean(rewards)
 
 
+def first_steps(run_folder: Path) -> str:
+    """Return what a run of bf16 clipped, and how far its engine is from the trainer."""
+    events = run_folder / "events.jsonl"
+    if not run_folder.name.endswith("bf16") or not events.exists():
+        return ""
+    rows = [json.loads(line) for line in events.read_text().splitlines()]
+    meters = [row["meters"] for row in rows if row["event"] == "step"]
+    return (f"; clip_share at most {max(m['clip_share'] for m in meters):g}, engine_kl up to "
+            f"{max(m['engine_kl'] for m in meters):.1e} a token")
+
+
 def report(work: Path) -> None:
     """Print what there is."""
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
@@ -210,7 +223,7 @@ def report(work: Path) -> None:
         else:
             holds = mean >= LIFT_POINTS
         print(f"  {arm:<9} {mean:+6.1f} points  (95 %: +- {wide:.1f})   {'ok' if holds else 'NOT SO'}   "
-              f"{told}")
+              f"{told}{''.join(map(first_steps, (f / arm for f in seeds)))}")
 
 
 def main() -> None:

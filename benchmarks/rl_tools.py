@@ -58,7 +58,8 @@ METHODS = {"gspo": (), "grpo": ("policy.method=grpo", "policy.kl_coeff=0.04", "p
 POLICY = ("policy.method=gspo", "rollout.rounds=25", "rollout.prompts_per_round=16",
           "rollout.samples_per_prompt=8", "rollout.piece_prompts=16",
           f"rollout.max_new_tokens={MAX_RESPONSE}", f"rollout.max_prompt_tokens={MAX_PROMPT}",
-          "optim.lr=5e-4", "optim.weight_decay=0", "optim.warmup_steps=0", "train.num_threads=1",
+          "optim.lr=5e-4", "optim.min_lr=2e-4", "optim.weight_decay=0", "optim.warmup_steps=0",
+          "train.num_threads=1",
           "train.global_batch_size=8", "train.micro_batch_size=8", "train.eval_every_steps=0",
           rows_of(256))
 RIGHT, GUESSED = 0.3, 0.6

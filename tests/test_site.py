@@ -86,7 +86,7 @@ def test_the_reference_has_every_module_with_something_public_once() -> None:
     base = "megatron_sov.base"
     assert f"\n::: {base}.artifacts\n" in reference.page(base, pages[base])
     assert "megatron_sov.engine.parallel" in pages
-    assert [module.name for module in pages["megatron_sov.engine"]] == ["lanes.py"], "wings have their own"
+    assert [module.name for module in pages["megatron_sov.engine"]] == ["lanes.py", "router.py"], "no wings"
     assert "megatron_sov.runs" in pages and "megatron_sov.runs.obs" not in pages
 
 
@@ -152,7 +152,9 @@ def test_the_house_shows_every_hall_in_its_order_and_nothing_that_points_down() 
     found = house.arrows(table)
     order = [hall for hall in table.HALLS if hall in house.SAYS]
     assert [hall for hall in house.SAYS if hall in order] == order
-    assert {p.name for p in (ROOT / "megatron_sov").iterdir() if (p / "__init__.py").exists()} == set(order)
+    folders = {p.name for p in (ROOT / "megatron_sov").iterdir() if (p / "__init__.py").exists()}
+    assert folders <= set(order)
+    assert all((ROOT / f"megatron_sov/{hall}.py").is_file() for hall in set(order) - folders)
     for hall, other in found:
         assert f"<title>{hall} imports {other}</title>" in picture
         assert hall in table.PROGRAMS or order.index(other) < order.index(hall)

@@ -8,6 +8,8 @@ alone: spelled out in a content they are ordinary text.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.marks import (
-    BEGINS_OF_THOUGHTS, KIND_ANSWER, KIND_NONE, CallForm, kinds_of_turn, marks_decoder)
+    BEGIN_CALL, BEGINS_OF_THOUGHTS, END_CALL, KIND_ANSWER, KIND_NONE, CallForm, kinds_of_turn, marks_decoder)
 from megatron_sov.chat.tool_calls import FORMS, ToolCall, parse_turn
 
 if TYPE_CHECKING:
@@ -217,14 +219,28 @@ class ChatEncoder:
         text: str = self._with_special.decode(list(ids), skip_special_tokens=False)
         return text
 
+    def text_behind(self, before: Conversation, chat: Conversation) -> str:
+        """Return what the template shows of a chat behind the end of the last turn of its beginning, up to
+        where a model is asked; nothing where that cannot be told.
+
+        Raises:
+            BadRecord: the template refuses one of them.
+        """
+        begun, whole = self._template.render(before), self._template.render(chat, awaits_response=True)
+        ends = [self._special[id_] for id_ in self.end_ids()]
+        cut = max((begun.rfind(end) + len(end) for end in ends if end in begun), default=0)
+        return whole[cut:] if cut and whole.startswith(begun[:cut]) else ""
+
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of a text in which special tokens that are spelled out are meant."""
         ids: list[int] = self._with_special.encode(text, add_special_tokens=False).ids
         return ids
 
-    def opens_thoughts(self, asked: Sequence[int]) -> bool:
-        """Return whether what a model is asked with ends in the beginning of its thoughts."""
-        return self.decode(asked[-MOST_IDS_OF_A_MARK:]).rstrip().endswith(BEGINS_OF_THOUGHTS)
+    def opened_thoughts(self, asked: Sequence[int]) -> str:
+        """Return the mark in which what a model is asked with ends, where it begins its thoughts; else
+        nothing."""
+        end = self.decode(asked[-MOST_IDS_OF_A_MARK:]).rstrip()
+        return next((mark for mark in BEGINS_OF_THOUGHTS if end.endswith(mark)), "")
 
     def added_ids(self) -> dict[str, int]:
         """Return the ids of added tokens, special or not, by how they are spelled."""
@@ -241,15 +257,16 @@ class ChatEncoder:
             encoded = self.encode(chat)
             # the whole text: with contents that cannot be told from it, a template's calls may be no response
             shown = self.decode(encoded.ids)
-            said = marks_decoder(self.added_ids(), self.end_ids(), self.decode)(
-                [i for i, kind in zip(encoded.ids, encoded.types, strict=True) if kind == TYPE_RESPONSE])
+            ids = [i for i, kind in zip(encoded.ids, encoded.types, strict=True) if kind == TYPE_RESPONSE]
+            said = self.decode(ids[:-1] if ids and ids[-1] in self.end_ids() else ids)
         except BadRecord:
             # one that shows an earlier turn otherwise than it was written may show its call all the same
             try:
-                form = _form_in(self._template.render(chat))
+                shown = self._template.render(chat)
             except BadRecord:
-                form = None
-            return form, CALL["function"]["name"] if form else ""
+                return None, ""
+            form = _form_in(shown)
+            return form, shown if form else ""
         seen = said if CALL["function"]["name"] in said else shown
         return (_form_in(seen), seen) if CALL["function"]["name"] in seen else (None, "")
 
@@ -409,6 +426,8 @@ def _runs(parts: list[_ChatPart]) -> Iterator[Run]:
         yield run
 
 
+_NAME = re.compile(r"[\w.-]{1,64}")
+"""Of a function."""
 _ASKED, _SAID = Message("user", "a"), Message("assistant", "b")
 _REMEDY = "take a model whose chat template knows tools, such as Qwen3's"
 
@@ -440,7 +459,6 @@ class TurnEncoder:
         if not self.end_ids:
             raise UserError(f"{where}: its chat template ends no turn with a special token, so nothing tells "
                             f"where a turn ends; {_REMEDY}")
-        self._text = marks_decoder(encoder.added_ids(), self.end_ids, encoder.decode)
         # both raise now, at the start of a run, what would else meet the first conversation with tools
         self.behind_turn(["c"])
         self.call_form, shown = encoder.form_of_calls(self._template_kwargs)
@@ -448,6 +466,10 @@ class TurnEncoder:
         if shown and self.call_form is None:  # its calls would be taken for answers
             raise UserError(f"{where}: its chat template writes calls of tools in a form that is not "
                             f"read here ({shown.strip()[:80]!r}); {_REMEDY}")
+        added = encoder.added_ids()
+        # a tokenizer of another family has no tokens for what the template writes as text: it is meant
+        meant = [mark for mark in (BEGIN_CALL, END_CALL) if mark in shown and mark not in added]
+        self._text = marks_decoder(added, self.end_ids, encoder.decode, meant)
 
     def opening(self, chat: Conversation) -> list[int]:
         """Return the ids with which a model is asked first.
@@ -458,11 +480,15 @@ class TurnEncoder:
         asked = replace(chat, template_kwargs={**chat.template_kwargs, **self._template_kwargs})
         return self._encoder.encode(asked, awaits_response=True).ids
 
-    def behind_turn(self, results: Sequence[str]) -> list[int]:
+    def behind_turn(self, results: Sequence[str], names: Sequence[str] = ()) -> list[int]:
         """Return the ids behind the end of a model's turn: results of tools, and the opening of the next one.
 
         Special tokens that a result spells out are text; where the template does not let them be told from
         its own, a space breaks them.
+
+        Args:
+            results: in the order of the calls.
+            names: of the functions that were called, which some templates show beside results.
 
         Raises:
             UserError: the template does not show results of tools.
@@ -470,11 +496,15 @@ class TurnEncoder:
         try:
             encoded = self._encoded(results)
         except BadRecord:
+            plain = [self._plain(result) for result in results]
             try:
-                encoded = self._encoded([self._plain(result) for result in results])
+                encoded = self._encoded(plain)
             except BadRecord as e:
-                raise UserError(f"{self._where}: its chat template shows no results of tools (a conversation "
-                                f"with one {e.reason}); {_REMEDY}") from None
+                found = self._rendered(plain, names)
+                if found is None:
+                    raise UserError(f"{self._where}: its chat template shows no results of tools (a "
+                                    f"conversation with one {e.reason}); {_REMEDY}") from None
+                return found
         # the last learned token is the end of the assistant's turn; the rest is results and the next opening
         end = encoded.types.rfind(bytes([TYPE_RESPONSE])) + 1
         if not end or encoded.ids[end - 1] not in self.end_ids or end == len(encoded.ids):
@@ -487,14 +517,39 @@ class TurnEncoder:
         chat = Conversation((_ASKED, _SAID, *tools), (), self._template_kwargs)
         return self._encoder.encode(chat, awaits_response=True)
 
+    def _rendered(self, results: Sequence[str], names: Sequence[str]) -> list[int] | None:
+        """Return what stands behind a turn, of a template that shows results as JSON (Llama 3), or only
+        behind a turn that has called their functions (gpt-oss); None where it shows none.
+
+        Args:
+            results: which spell no special tokens, for in the template's text they would become some.
+            names: as of `behind_turn`; what a model wrote may be no name.
+        """
+        calls = tuple({"type": "function", "function": {"name": name if _NAME.fullmatch(name) else "unknown",
+                                                        "arguments": {}}}
+                      for name in names or ["unknown"] * len(results))
+        tools = tuple(Message("tool", result) for result in results)
+        for said in (_SAID, Message("assistant", "", tool_calls=calls)):
+            before = Conversation((_ASKED, said), (), self._template_kwargs)
+            behind = replace(before, messages=(*before.messages, *tools))
+            try:
+                shown = self._encoder.text_behind(before, behind)
+            except BadRecord:
+                continue
+            if shown and all(any(said in shown for said in (
+                    result, json.dumps(result, ensure_ascii=False)[1:-1], json.dumps(result)[1:-1]))
+                    for result in results):
+                return self._encoder.encode_text(shown)
+        return None
+
     def _plain(self, result: str) -> str:
         # a blank after the first character: the text reads the same and is no special token any more
         for special in self._encoder.special_texts():
             result = result.replace(special, f"{special[0]} {special[1:]}")
         return result.strip()
 
-    def opens_thoughts(self, asked: Sequence[int]) -> bool:
-        return self._encoder.opens_thoughts(asked)
+    def opened_thoughts(self, asked: Sequence[int]) -> str:
+        return self._encoder.opened_thoughts(asked)
 
     def text(self, written: Sequence[int]) -> str:
         """Return what a model wrote, without the token that ends its turn."""

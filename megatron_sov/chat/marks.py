@@ -66,9 +66,10 @@ def as_written(text: str) -> str:
     return _QUOTED.sub("<", text) if _JOINER in text else text
 
 
-def behind_thoughts(text: str) -> str:
-    """Return what a response in the one form says behind its thoughts, as the model wrote it."""
-    return as_written(text.rpartition(END_THOUGHTS)[2])
+def with_opening(text: str, opened: str) -> str:
+    """Return a turn with the mark of the thoughts that the template has opened before it, without which the
+    text alone does not show that it begins with thoughts; `opened`: that mark, empty: it has opened none."""
+    return text if text.lstrip().startswith(opened) else opened + text
 
 
 _CALLS = tuple((re.compile(begin, re.DOTALL), end) for begin, end in (
@@ -206,8 +207,8 @@ def text_decoder(tokenizer: Path, end_ids: Collection[int], plain: Callable[[lis
     return marks_decoder(ids, end_ids, plain)
 
 
-def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Callable[[list[int]], str]
-                  ) -> Callable[[list[int]], str]:
+def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Callable[[list[int]], str],
+                  meant: Collection[str] = ()) -> Callable[[list[int]], str]:
     """Return what makes a turn's text of its tokens, in which a mark that is written in ordinary tokens is
     quoted wherever the tokenizer has tokens for such marks.
 
@@ -215,6 +216,7 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
         added: the tokenizer's added tokens, special or not -> id.
         end_ids: tokens that end a turn; the last one is left out of the text.
         plain: decodes tokens that are no marks.
+        meant: marks that are meant in ordinary tokens, whatever the tokenizer has tokens for.
     """
     # a family is there when the tokenizer has its first or last mark as a token
     has = [family for family in FAMILIES if family[0] in added or family[-1] in added]
@@ -226,6 +228,7 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
         text_marks |= set(_HERMES[2:])
     if BEGIN_THOUGHTS in added or _SOLAR in has or _GPT_OSS in has:
         text_marks |= set(_HERMES[:2])
+    text_marks -= set(meant)
     quotable, ends = _quoting([mark for mark in MARKS if mark in text_marks]), frozenset(end_ids)
     # in the section of calls that a token opens, the marks of its family that have no token are in text
     own = {mark for family in has for mark in family if mark not in added}

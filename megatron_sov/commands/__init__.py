@@ -128,7 +128,7 @@ COMMANDS = {
          "rl generate tiny-solar-open --from runs/sft --prompts prompts.jsonl --store store --run "
          "runs/rl --wait 3600")),
     "rl reward": Command(
-        "megatron_sov.commands.rl.rounds:REWARD",
+        "megatron_sov.commands.rl.rl_reward:REWARD",
         "judge the responses of a store that a reward has not judged yet",
         POST_TRAIN, "rl_generate.md",
         ("rl reward --store store --reward math",

@@ -15,7 +15,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
-from megatron_sov.chat.marks import text_decoder
+from megatron_sov.chat.marks import text_decoder, with_opening
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, ChosenEngine
 from megatron_sov.infer.request import Generated
 
@@ -111,6 +111,12 @@ class SamplingRequest:
     """Tokens that end an answer."""
     decode: Callable[[list[int]], str]
     """From token ids to text (`chat.marks.text_decoder`)."""
+    opened: list[str]
+    """The mark of thoughts that the template has opened at the end of each prompt; empty: none."""
+
+    def response(self, number: int, text: str) -> str:
+        """Return what a model wrote to a prompt as a text that stands by itself."""
+        return with_opening(text, self.opened[number])
 
     @property
     def longest(self) -> int:
@@ -216,6 +222,10 @@ class Asker:
     def decode(self, tokens: list[int]) -> str:
         return self._decode(tokens)
 
+    def opened_thoughts(self, asked: Sequence[int]) -> str:
+        """Return the mark of thoughts that the template has opened at the end of a prompt; empty: none."""
+        return "" if self.encoder is None else self.encoder.opened_thoughts(asked)
+
 
 def generation_ends(target: Target) -> set[int]:
     """Return the tokens that end an answer by a Hugging Face folder's own generation settings, or by its
@@ -259,7 +269,8 @@ def asked_of(target: Target, prompts: Sequence[str | Conversation], chat: bool) 
     """
     _refuse_half_characters(prompts)  # before the tokenizer is looked for
     asker = Asker(target, chat)
-    return SamplingRequest(asker.ask(prompts), asker.end_ids, asker.decode)
+    ids = asker.ask(prompts)
+    return SamplingRequest(ids, asker.end_ids, asker.decode, list(map(asker.opened_thoughts, ids)))
 
 
 def _refuse_half_characters(prompts: Sequence[str | Conversation]) -> None:

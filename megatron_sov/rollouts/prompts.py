@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.base.digests import SHA256, Digest
 from megatron_sov.base.documents import BadRecord, Conversation
+from megatron_sov.base.documents.files import ARROW_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX
+from megatron_sov.base.documents.layouts import Renames, rename_fields
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.sealed import read_json, write_json
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.rows import part_name
 
@@ -44,8 +48,10 @@ class RolloutPrompt:
     """First hexadecimal digits of the record's SHA-256."""
     record: Mapping[str, Any]
     """The line of the file: `prompt` or `messages`, or a task; and what the reward needs."""
-    line: int = field(default=0, compare=False)
-    """Its line in the file."""
+    place: str = field(default="", compare=False)
+    """Where it stands, e.g. "line 7"."""
+    repeats: list[str] = field(default_factory=list, compare=False)
+    """Where the same stands again; it is asked once."""
 
     def conversation(self) -> Conversation:
         """Return the prompt as a chat template takes it.
@@ -59,7 +65,7 @@ class RolloutPrompt:
             if "prompt" in record:
                 raise BadRecord("fields", "has 'prompt' and 'messages'; leave one of them out")
             record["prompt"] = record.pop("messages")
-        return parse_record(record, "", self.line, RecordReading("prompt")).conversation()
+        return parse_record(record, "", 0, RecordReading("prompt")).conversation()
 
 
 @dataclass(frozen=True)
@@ -76,29 +82,110 @@ class PromptPiece:
         return part_name(self.round, self.number, attempt)
 
 
-def read_prompts(path: Path) -> list[RolloutPrompt]:
-    """Return the prompts of a file in JSON lines, in its order.
+def read_prompts(path: Path, renames: Renames = ()) -> list[RolloutPrompt]:
+    """Return the prompts of a file, or of the folder of a dataset, in its order, each once.
+
+    Args:
+        path: JSON lines, a list in JSON, Parquet, Arrow, or a folder of these as `datasets` saves it.
+        renames: its fields of other names.
 
     Raises:
-        UserError: it cannot be read, has no lines, or bad ones: the first are named.
+        UserError: it cannot be read, has no rows, or bad ones: the first are named.
     """
-    check_rows(path, OPTION, "")
     found: dict[str, RolloutPrompt] = {}
     problems: list[str] = []
-    for line, record in read_rows(path, OPTION, ""):
+    for place, record in _records(path):
         try:
+            record = rename_fields(dict(record), renames)
             # the id is that of the content: a file with lines added keeps the ids of the others
-            prompt = RolloutPrompt(_hash(record, HASH_DIGITS, ensure_ascii=False, separators=(",", ":")),
-                                   record, line)
+            digest = _hash(record, HASH_DIGITS, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         except UnicodeEncodeError:
-            problems.append(f"line {line}: holds half of a surrogate pair, which is no text")
-            continue
-        # the same line twice would be two groups under one key
-        first = found.setdefault(prompt.id, prompt)
-        if first is not prompt:
-            problems.append(f"line {line}: is the same as line {first.line}")
+            problems.append(f"{place}: holds half of a surrogate pair, which is no text")
+        except BadRecord as e:
+            problems.append(f"{place}: {e}")
+        except (TypeError, ValueError) as e:  # of a table: a date, bytes, NaN
+            problems.append(f"{place}: holds what JSON does not ({e})")
+        else:
+            # the same row twice would be two groups under one key
+            first = found.setdefault(digest, RolloutPrompt(digest, record, place))
+            if first.place != place:
+                first.repeats.append(place)
     _refuse(path, problems)
     return list(found.values())
+
+
+def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield where each row stands, and the row; what a table's row has no value for, it does not have."""
+    if path.is_dir() or path.suffix.lower() in {*ARROW_SUFFIXES, PARQUET_SUFFIX, JSON_SUFFIX}:
+        try:
+            for place, record in read_records(path):
+                yield place, {name: value for name, value in record.items() if value is not None}
+        except UserError as e:
+            raise UserError(f"{OPTION} {e}") from None
+        return
+    check_rows(path, OPTION, "")
+    yield from ((f"line {line}", row) for line, row in read_rows(path, OPTION, ""))
+
+
+SET_ASIDE = "set_aside.json"
+"""File of a store: prompts of the file that are not asked, and why."""
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """Rows of a file of prompts that are not asked."""
+
+    too_long: Mapping[str, int]
+    """Id -> tokens."""
+    rows: Sequence[Mapping[str, Any]]
+    """What the store's list says of each."""
+    told: str
+    """How many, and why; "": there are none."""
+
+
+def set_aside(prompts: Sequence[RolloutPrompt], too_long: Mapping[str, int], limit: int) -> SetAside:
+    """Return what is not asked of a file of prompts.
+
+    Args:
+        prompts: all of it.
+        too_long: id -> tokens of those that are longer than `rollout.max_prompt_tokens`.
+        limit: that setting.
+    """
+    rows: list[dict[str, Any]] = []
+    for prompt in prompts:
+        if prompt.id in too_long:
+            rows.append({"place": prompt.place, "id": prompt.id, "tokens": too_long[prompt.id],
+                         "why": f"has {too_long[prompt.id]:,} tokens, more than rollout.max_prompt_tokens = "
+                                f"{limit:,}"})
+        rows += ({"place": place, "why": f"is the same as {prompt.place}"} for place in prompt.repeats)
+    counts = ((len(too_long), f"longer than rollout.max_prompt_tokens = {limit:,}"),
+              (len(rows) - len(too_long), "the same as another one"))
+    return SetAside(too_long, rows, "" if not rows else (
+        f"{len(rows):,} of {sum(1 + len(prompt.repeats) for prompt in prompts):,} prompts are set aside: "
+        + ", ".join(f"{count:,} {why}" for count, why in counts if count)))
+
+
+def list_set_aside(store: Path, aside: SetAside) -> None:
+    """Write into a store what is not asked, so that whoever trains its rounds counts the same prompts.
+
+    Raises:
+        UserError: others are set aside in it.
+    """
+    file = store / SET_ASIDE
+    if file.is_file():
+        if too_long_in(store) != set(aside.too_long):
+            raise UserError(f"{file}: other prompts were set aside when the store was begun; give the "
+                            f"{OPTION} and rollout.max_prompt_tokens that it was begun with, or choose "
+                            "another --store")
+    elif aside.rows:
+        write_json(file, {"prompts": list(aside.rows)}, SET_ASIDE)
+
+
+def too_long_in(store: Path) -> set[str]:
+    """Return the ids of the prompts that a store does not ask for their length."""
+    file = store / SET_ASIDE
+    return {row["id"] for row in read_json(file, "restore it from a copy", SET_ASIDE)["prompts"]
+            if "id" in row} if file.is_file() else set()
 
 
 def refuse_unaskable(path: Path, prompts: Sequence[RolloutPrompt]) -> None:
@@ -112,7 +199,7 @@ def refuse_unaskable(path: Path, prompts: Sequence[RolloutPrompt]) -> None:
         try:
             prompt.conversation()
         except BadRecord as e:
-            problems.append(f"line {prompt.line}: {e}")
+            problems.append(f"{prompt.place}: {e}")
     _refuse(path, problems)
 
 
@@ -214,7 +301,7 @@ def _refuse(path: Path, problems: list[str]) -> None:
     if problems:
         more = [f"and {len(problems) - MAX_TOLD} more"] if len(problems) > MAX_TOLD else []
         raise UserError(list_problems(f"{OPTION} {path}", [*problems[:MAX_TOLD], *more],
-                                      "mend or remove these lines"))
+                                      "mend or remove these rows"))
 
 
 def rounds_between(given: str) -> range:

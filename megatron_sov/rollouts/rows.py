@@ -19,6 +19,8 @@ STOP, LENGTH, UNFINISHED = "stop", "length", "unfinished"
 of the next attempt goes on behind it."""
 NOT_WRITTEN = -1
 """Version of a token that no policy wrote: a tool's result, or the opening of a turn."""
+LAST_TURN = "last_turn"
+"""In the outcome of an episode: what the model wrote in its last turn, as text."""
 _DOMAIN = "domain"
 _NAME = re.compile(r"round-([1-9]\d{4,}|\d{4})-piece-([1-9]\d{4,}|\d{4})(?:-attempt-([1-9]\d*))?")
 
@@ -58,7 +60,7 @@ class Rollout:
     finish_reason: str
     """`STOP`, `LENGTH`, `UNFINISHED`, or how an episode with tools ended (`tools.episode.ENDS`)."""
     response: str
-    """Text of the tokens."""
+    """Text of the tokens, with the mark of the thoughts that the template has opened."""
     temperature: float
     """Of the distribution."""
     engine: str

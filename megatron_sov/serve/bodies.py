@@ -366,7 +366,7 @@ class BodyReader:
         ends = [self._special[text] for text in question.stops if text in self._special]
         return ReadBody(prompts, tuple(sorted({*asker.end_ids, *ends})),
                         [self._limit(question, len(ids), field) for ids in prompts],
-                        asker.encoder is not None and asker.encoder.opens_thoughts(prompts[0]))
+                        asker.encoder is not None and bool(asker.encoder.opened_thoughts(prompts[0])))
 
     def stops(self, question: ServedQuestion) -> tuple[str, ...]:
         """Return the strings that end an answer and can show in it: no special tokens."""

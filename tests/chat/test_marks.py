@@ -12,10 +12,11 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import ChatEncoder, TurnEncoder
 from megatron_sov.chat.marks import (
-    FAMILIES, MARKS, as_written, marks_decoder, plain_form, quoted, text_decoder)
+    BEGINS_OF_THOUGHTS, FAMILIES, MARKS, as_written, marks_decoder, plain_form, quoted, text_decoder,
+    with_opening)
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
-from megatron_sov.judge.rewards.reward import text_of
+from megatron_sov.judge.rewards.reward import content_of, text_of
 from megatron_sov.serve.replies import ServedTurn, turn_so_far, whole_turn
 from tokenizer.presets import PRESETS
 
@@ -165,6 +166,11 @@ def test_text_of_a_response_keeps_marks_and_drops_what_ends_and_frames_turns(dec
     assert text_of_ids(encode("It is 4." + end)) == "It is 4." and text_of_ids([]) == ""
     response = text_of({"response": text_of_ids(encode(told))}, "response")
     assert response.startswith("<think>I guess 7.</think>The answer is 8.<tool_call>")
+    # what `judge.hide_thinking`, `code` and the verifiers read, also where the template has opened thoughts
+    assert content_of({"response": text_of_ids(encode(told))}) == "The answer is 8."
+    opened = BEGINS_OF_THOUGHTS[name == "solar-open"]
+    cut = text_of_ids(encode(told)).removeprefix(opened).partition("7.")[0]
+    assert content_of({"response": with_opening(cut, opened)}) == "" != content_of({"response": cut})
 
 
 def test_no_two_families_begin_with_the_same_mark() -> None:

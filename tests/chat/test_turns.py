@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_sov.base.documents import Conversation, Message
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import ChatEncoder, TurnEncoder
+from megatron_sov.chat.marks import with_opening
 from megatron_sov.chat.template import ChatTemplate
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -84,8 +85,11 @@ def test_a_template_that_opens_thoughts_is_known() -> None:
     asked = Conversation((Message("user", "What is <think>"),), TOOLS)
     for template, opens in ((WRAPPED, False), (thinks, True), (closed, False)):
         turns = TurnEncoder(with_template(template), "tok")
-        assert turns.opens_thoughts(turns.opening(asked)) is opens
-        assert turns.opens_thoughts(turns.behind_turn(["<think>"])) is opens
+        mark = "<think>" if opens else ""
+        assert turns.opened_thoughts(turns.opening(asked)) == mark
+        assert turns.opened_thoughts(turns.behind_turn(["<think>"])) == mark
+        assert with_opening("I guess", mark) == mark + "I guess"
+        assert with_opening(f"\n{mark}I guess", mark) == f"\n{mark}I guess", "opened twice is opened"
 
 
 def test_a_mode_opens_each_turn() -> None:

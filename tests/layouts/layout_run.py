@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import traceback
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -51,11 +52,15 @@ FAMILIES = {
 
 
 def maker() -> str:
-    """Return the innermost function of the project or the library on the stack."""
-    for frame, _ in traceback.walk_stack(None):
+    """Return the innermost function of the project or the library on the stack; what has no name is part of
+    that in which it stands, as comprehensions are from Python 3.12 on."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
         code = frame.f_code
-        if "/megatron" in code.co_filename and not code.co_filename.endswith("/parallel/cpu_shims.py"):
+        if ("/megatron" in code.co_filename and not code.co_filename.endswith("/parallel/cpu_shims.py")
+                and not code.co_name.startswith("<")):
             return f"{Path(code.co_filename).name}:{code.co_name}"
+        frame = frame.f_back
     return "outside"
 
 

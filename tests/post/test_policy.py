@@ -17,6 +17,7 @@ from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_TEXT
 from megatron_sov.model.config import PolicyConfig
+from megatron_sov.model.config.post_training import METHODS
 from megatron_sov.model.recipes import get
 from megatron_sov.post.policy import check_sources, texts_of
 from megatron_sov.train.data.token_shards import open_sources
@@ -84,7 +85,36 @@ class Texts:
         return np.random.default_rng([document, 9]).integers(5, 360, 30)[start:start + count]
 
 
-def _trainer(settings: list[str], run: str) -> Any:
+class Written(Rollouts):
+    """What a model's own engine wrote to some prompts, with what it said of each token."""
+
+    def __init__(self, prompts: list[list[int]], found: Any) -> None:
+        self.rows = [[*prompt, *text] for prompt, text in zip(prompts, found.continuations, strict=True)]
+        self.begins = [len(prompt) for prompt in prompts]
+        self.said = [[0.0] * len(prompt) + [*said]
+                     for prompt, said in zip(prompts, found.logprobs, strict=True)]
+        self.lengths = np.array([len(row) for row in self.rows], np.int32)
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        return np.array(self.rows[document][start:start + count])
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        found = np.full(self.lengths[document], 2, np.uint8)
+        found[:self.begins[document]] = 1
+        return found[start:start + count]
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        return (self.types(document, start, count) == 2).astype(np.float32)
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        if name == "advantage":
+            return np.full(count, (1.2, -0.7)[document % 2], np.float32)
+        if name == "old_logprobs":
+            return np.full(count, np.nan, np.float32)
+        return np.array(self.said[document][start:start + count], np.float32)
+
+
+def _trainer(settings: list[str], run: str, rollouts: Any = None) -> Any:
     sys.path.insert(0, str(Path(__file__).parents[1] / "layouts"))
     from layout_run import small_config
 
@@ -97,7 +127,7 @@ def _trainer(settings: list[str], run: str) -> Any:
     config = small_config("tiny-k-exaone", [*SETTINGS, *settings], [], "policy")
     place = world.join(config.parallel)
     config.check(place.size)
-    documents: Any = (Rollouts(60), Texts())
+    documents: Any = (rollouts or Rollouts(60), Texts())
     sources = [Source(name, None, name, {}, {"train": int(made.lengths.sum()), "heldout": 0}, share,
                       made=made, columns=made.columns)
                for name, made, share in zip((ROLLOUTS, "text"), documents, (0.75, 0.25), strict=True)]
@@ -122,6 +152,55 @@ def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, A
     trainer.close()
     world.leave()
     return results
+
+
+UNPUBLISHED: dict[str, dict[str, Any]] = {
+    "cispo": {"clip_high": 0.2}, "agapo": {"clip_high": 0.2},
+    "agapo_exaone4": {"kl_coeff": 0.1, "all_wrong_reward": -0.1}, "pkpo": {"pkpo_k": 2},
+    "mgpo": {"mgpo_lambda": 1.0, "clip_low": 1e-6, "clip_high": 1e-6}, "ink_grpo": {"knowledge_coeff": 0.0}}
+
+
+def first_steps_in_bf16(run: str) -> dict[str, dict[str, float]]:
+    """Have a model write by its own engine in bf16; return the meters of a round's first step by each method,
+    and of GSPO as it would be if its ratios were to the engine."""
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.infer.decoder.generator import MegatronEngine
+    from megatron_sov.infer.request import Batching, Sampling
+    from megatron_sov.post.policy import PolicyLearning
+    from megatron_sov.train.objectives.data_batches import ObjectiveContext
+
+    bf16 = ["train.precision=bf16", "policy.knowledge_coeff=0", "optim.lr=1e-3"]
+    writer = _trainer(bf16, run)
+    prompts = [[5 + (7 * i + j) % 300 for j in range(4)] for i in range(12)]
+    sampling = Sampling(20, TEMPERATURE, seed=0, for_training=True)
+    found = MegatronEngine(writer.policy, Batching()).generate(prompts, sampling)
+    writer.close()
+    world.leave()
+    trainer, meters = _trainer(bf16, run, Written(prompts, found)), {}
+
+    def learning(policy: PolicyConfig) -> Any:
+        return PolicyLearning(ObjectiveContext(
+            replace(trainer.config, policy=policy), trainer.batches, trainer.world, Path(run),
+            lambda *_: None, lambda: None))  # type: ignore[arg-type, return-value]
+
+    for method in METHODS:
+        asked: Any = {"method": method, "correction": "none", **UNPUBLISHED.get(method, {})}
+        trainer.objective = learning(PolicyConfig(**asked))
+        meters[method] = trainer.update().meters
+    collect = trainer.objective.collect
+
+    def to_the_engine(policy: Any, step: int) -> Any:
+        batch = collect(policy, step)
+        return replace(batch, micro_batches=tuple(
+            replace(m, columns={**m.columns, "old_logprobs": m.columns["behaviour_logprobs"]})
+            for m in batch.micro_batches))
+
+    trainer.objective = learning(PolicyConfig("gspo"))
+    trainer.objective.collect = to_the_engine
+    meters["to the engine"] = trainer.update().meters
+    trainer.close()
+    world.leave()
+    return meters
 
 
 def _written_out(model: Any, batch: Any) -> dict[str, float]:
@@ -172,6 +251,16 @@ def test_every_layout_and_every_split_learn_what_is_written_out(ranks: Any, job:
         for ours, theirs in zip(steps, alone, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-13), name
     assert [(step["loss"], step["grad_norm"], step["masked_share"]) for step in masked] == [(0, 0, 1)] * STEPS
+
+
+def test_a_first_step_in_bf16_clips_nothing_by_any_method(ranks: Any, job: Any, tmp_path: Path) -> None:
+    [[found]] = ranks(job(__file__, "first_steps_in_bf16", 1, {"run": str(tmp_path)}))
+    engine = found.pop("to the engine")
+    assert set(found) == set(METHODS)
+    for method, meters in found.items():
+        assert (meters["ratio"], meters["clip_share"]) == (1, 0), method
+        assert meters["engine_kl"] > 0, "the engine speaks for another model than the trainer's"
+    assert engine["clip_share"] > 0.05
 
 
 def test_it_reads_what_its_settings_need() -> None:

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.prompts import (
-    RolloutPrompt, budget_of, pieces, read_prompts, refuse_unaskable, round_prompts)
+    RolloutPrompt, budget_of, list_set_aside, pieces, read_prompts, refuse_unaskable, round_prompts,
+    set_aside, too_long_in)
 
 
 def made(count: int) -> list[RolloutPrompt]:
@@ -33,20 +35,83 @@ def test_a_prompt_is_known_by_what_it_says(tmp_path: Path) -> None:
     other, _ = read_prompts(file_with(tmp_path / "b.jsonl", '{"answer": "2",   "prompt": "1+1"}',
                                       '{"question": "a task"}'))
     assert plain == other and plain.id != chat.id and len(plain.id) == 16
-    assert (plain.line, chat.line) == (1, 3)
+    assert (plain.place, chat.place) == ("line 1", "line 3")
     assert [m.content for m in (*plain.conversation().messages, *chat.conversation().messages)] == ["1+1",
                                                                                                     "hi"]
 
 
-def test_equal_and_broken_lines_are_named(tmp_path: Path) -> None:
-    twice = file_with(tmp_path / "twice.jsonl", '{"prompt": "a"}', '{"prompt": "b"}', '{ "prompt":"a"}',
-                      r'{"prompt": "\ud800"}')
-    with pytest.raises(UserError, match=r"(?s)line 3: is the same as line 1.*line 4: holds half"):
-        read_prompts(twice)
+def test_equal_lines_are_asked_once_and_broken_ones_named(tmp_path: Path) -> None:
+    lines = ('{"prompt": "a"}', '{"prompt": "b"}', '{ "prompt":"a"}', '{"prompt": "c"}')
+    prompts = read_prompts(file_with(tmp_path / "twice.jsonl", *lines))
+    assert [(p.record["prompt"], p.place, p.repeats) for p in prompts] == [
+        ("a", "line 1", ["line 3"]), ("b", "line 2", []), ("c", "line 4", [])]
+    with pytest.raises(UserError, match=r"line 2: holds half of a surrogate pair"):
+        read_prompts(file_with(tmp_path / "half.jsonl", '{"prompt": "a"}', r'{"prompt": "\ud800"}'))
     with pytest.raises(UserError, match="line 2: is no JSON"):
         read_prompts(file_with(tmp_path / "broken.jsonl", '{"prompt": "a"}', "{"))
     with pytest.raises(UserError, match=r"has no rows; each line is a JSON object$"):
         read_prompts(file_with(tmp_path / "empty.jsonl"))
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "folder", "json"])
+def test_tables_and_folders_of_datasets_are_read_with_names_of_their_own(form: str, tmp_path: Path) -> None:
+    """The rows of GSM8K have a question and an answer; a table's row has null for what it lacks."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"question": "1+1", "solution": "2", "tests": ["assert 1"], "target_tokens": None},
+            {"question": "2+2", "solution": "4", "tests": [], "target_tokens": 7},
+            {"question": "1+1", "solution": "2", "tests": ["assert 1"], "target_tokens": None}]
+    table, path = pa.Table.from_pylist(rows), tmp_path / f"rows.{form}"
+    if form == "parquet":
+        pq.write_table(table, path)
+    elif form == "json":
+        path.write_text(json.dumps(rows))
+    else:  # as `save_to_disk` writes it
+        file = path if form == "arrow" else path / "data-00000-of-00001.arrow"
+        file.parent.mkdir(exist_ok=True)
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    if form == "folder":
+        (path / "state.json").write_text('{"_data_files": []}')
+    expected = read_prompts(file_with(
+        tmp_path / "a.jsonl", '{"prompt": "1+1", "answer": "2", "tests": ["assert 1"]}',
+        '{"prompt": "2+2", "answer": "4", "tests": [], "target_tokens": 7}'))
+    found = read_prompts(path, parse_renames(["prompt=question,answer=solution"], ()))
+    assert found == expected and [len(p.repeats) for p in found] == [1, 0]
+    assert found[0].conversation().messages[0].content == "1+1"
+    with pytest.raises(UserError, match=r"has no field 'ask', which --columns names"):
+        read_prompts(path, parse_renames(["prompt=ask"], ()))
+
+
+def test_what_json_does_not_hold_is_named_by_row(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"prompt": ["a", "b"], "raw": [b"\0", b"\1"]}), tmp_path / "bytes.parquet")
+    with pytest.raises(UserError, match=r"(?s)--prompts .*bytes.parquet:1: holds what JSON does not .*:2: "):
+        read_prompts(tmp_path / "bytes.parquet")
+    with pytest.raises(UserError, match=r"--prompts .*nowhere"):
+        read_prompts(tmp_path / "nowhere")
+
+
+def test_what_is_set_aside_is_listed_and_counted_by_all_who_share_a_store(tmp_path: Path) -> None:
+    prompts = read_prompts(file_with(tmp_path / "p.jsonl", *(f'{{"prompt": "{c}"}}' for c in "abac")))
+    long = {prompts[2].id: 1212}
+    aside = set_aside(prompts, long, 1024)
+    assert aside.told == ("2 of 4 prompts are set aside: 1 longer than rollout.max_prompt_tokens = 1,024, "
+                          "1 the same as another one")
+    assert [row["why"] for row in aside.rows] == [
+        "is the same as line 1", "has 1,212 tokens, more than rollout.max_prompt_tokens = 1,024"]
+    assert too_long_in(tmp_path) == set()
+    for _ in range(2):  # another job sets the same aside
+        list_set_aside(tmp_path, aside)
+    assert too_long_in(tmp_path) == set(long)
+    assert json.loads((tmp_path / "set_aside.json").read_text())["prompts"][1]["place"] == "line 4"
+    none = set_aside(prompts[:2], {}, 1024)
+    with pytest.raises(UserError, match=r"set_aside.json: other prompts were set aside when the store was"):
+        list_set_aside(tmp_path, none)
+    assert set_aside(prompts[1:2], {}, 1024).told == ""
 
 
 def test_what_nobody_can_be_asked_is_named(tmp_path: Path) -> None:

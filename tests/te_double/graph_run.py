@@ -26,8 +26,17 @@ def _trained(recipe: str, settings: list[str], path: str, steps: int, quantises:
     """Train; return each step as `layout_run` tells it, with the balancing losses and how many passes were
     replayed in it; a digest of the first micro-batch's gradients as a process computes them alone, and of all
     weights and buffers behind the steps; and how much of the rows was padding."""
+    from megatron.core.tensor_parallel import random
     from transformer_engine.pytorch import recording  # the double's own
 
+    state_of_now = random._get_cuda_rng_state
+
+    def state(*args: Any, **kwargs: Any) -> Any:
+        if recording.is_recording():
+            raise RuntimeError("Cannot call CUDAGeneratorImpl::current_seed during CUDA graph capture")
+        return state_of_now(*args, **kwargs)
+
+    random._get_cuda_rng_state = state
     operators: Any = recording.CapturedOperators
     replay, replays = operators.replay, [0]
 

@@ -200,8 +200,12 @@ Renames = tuple[tuple[str, tuple[str, ...]], ...]
 """A field that is read here -> those of the record that it is made of."""
 
 
-def parse_renames(arguments: Iterable[str]) -> Renames:
+def parse_renames(arguments: Iterable[str], targets: Collection[str] = TARGETS) -> Renames:
     """Read `TARGET=FIELD[+FIELD],...`.
+
+    Args:
+        arguments: as they were typed.
+        targets: what may be named; none: anything.
 
     Raises:
         UserError: it is not so written, names an unknown target, or one twice.
@@ -212,13 +216,13 @@ def parse_renames(arguments: Iterable[str]) -> Renames:
             target, equals, fields = part.strip().partition("=")
             sources = tuple(name.strip() for name in fields.split("+"))
             where = f"--columns {argument}"
-            if target == "text":
+            if target == "text" and targets:
                 raise UserError(f"{where}: the field of a text is named by --text-field {fields or 'NAME'}")
-            if not equals or not all(sources):
+            if not equals or not target or not all(sources):
                 raise UserError(f"{where}: {part!r} must be TARGET=FIELD, e.g. prompt=instruction")
-            if target not in TARGETS:
+            if targets and target not in targets:
                 raise UserError(f"{where}: {target!r} is no field of records; choose from "
-                                f"{', '.join(TARGETS)}")
+                                f"{', '.join(targets)}")
             if target in renames:
                 raise UserError(f"{where}: {target!r} is named twice; join fields with '+', e.g. "
                                 f"{target}={'+'.join((*renames[target], *sources))}")

@@ -320,7 +320,8 @@ def _responses(args: EvalPasskOptions, rows: list[dict[str, Any]], asked: Sampli
     found = engine.generate([asked.ids[i] for i, _ in places], args.sampling, stop=stop,
                             # a stream for each response, however many are asked at once
                             streams=[i * args.samples + sample for i, sample in places])
-    made = [{**rows[i], PROMPT_INDEX: i, "sample": sample, "response": stop.cut_text(asked.decode(tokens)),
+    made = [{**rows[i], PROMPT_INDEX: i, "sample": sample,
+             "response": asked.response(i, stop.cut_text(asked.decode(tokens))),
              "num_tokens": len(tokens), "finish_reason": reason}
             for (i, sample), tokens, reason in zip(places, found.continuations, found.finish_reasons,
                                                    strict=True)]

@@ -195,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
     found = _continue(options, target, asked, stop)
     if found is None:
         return 0  # the job's first process prints
-    texts = [stop.cut_text(asked.decode(c)) for c in found.continuations]
+    texts = [asked.response(i, stop.cut_text(asked.decode(c))) for i, c in enumerate(found.continuations)]
     if options.output is not None:
         write_output(options.output, response_lines(prompts, texts, found))
     else:

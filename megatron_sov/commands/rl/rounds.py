@@ -1,30 +1,27 @@
-"""`megatron-sov rl generate | reward | train RECIPE ...`, three jobs that meet in a rollout store, and
-`megatron-sov rl run`, all rounds by one command, each written by the model that learns."""
+"""`megatron-sov rl generate | train RECIPE ...`, jobs that meet in a rollout store, and `megatron-sov rl
+run`, all rounds by one command, each written by the model that learns."""
 
 from __future__ import annotations
 
 import argparse
-import math
-import sys
-import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from annotated_types import Ge, Lt
-
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.base.digests import file_digest
-from megatron_sov.base.errors import (
-    ExitCode, GateFailed, StopRequested, UserError, list_problems, visible, warn)
+from megatron_sov.base.documents.layouts import parse_renames
+from megatron_sov.base.errors import ExitCode, UserError, list_problems, warn
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import (
     Flag, NotNegative, ProblemCode, SettingsProblem, change, command_of, not_with, only_with, parse_nested,
     read_options)
 from megatron_sov.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
-from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
+from megatron_sov.commands.rl.rl_reward import JudgedOptions
+from megatron_sov.commands.score import JudgeOptions
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
 from megatron_sov.infer.asking import EngineOptions, check_engine, check_length
@@ -37,115 +34,22 @@ from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import RecipeOptions
-from megatron_sov.post.rl.reward import (
-    ENVIRONMENT, JudgingJob, RewardSummary, judging, reward_version, second_opinions)
+from megatron_sov.post.rl.reward import ENVIRONMENT, judging, reward_version, second_opinions
 from megatron_sov.rollouts.prompts import (
-    RolloutPrompt, read_prompts, refuse_unaskable, round_prompts, rounds_between)
+    SET_ASIDE, RolloutPrompt, SetAside, list_set_aside, read_prompts, refuse_unaskable, round_prompts,
+    rounds_between, set_aside)
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, ROUNDS, RunFolder
+from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.rounds import Policy, policy_of_round
 from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage, request_with_model, tokenizer_of
 from megatron_sov.work.progress.locks import Claims
-from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.post.rl.feed import Produce
     from megatron_sov.post.rl.generate import Writer
-    from megatron_sov.rollouts.store import RolloutStore
     from megatron_sov.train.stages.gate import EndGate
-
-@dataclass(frozen=True, kw_only=True)
-class JudgedOptions:
-    """Where responses are, and what judges them."""
-
-    store: Annotated[Path, Flag(value="DIR", writes=True)]
-    """Rollout store: responses of `rl generate`, and their rewards."""
-    reward: Annotated[str, Flag(value="NAME", help=f"{REWARDS}; or {ENVIRONMENT}: what the "
-                                                   "environment of the episodes said")]
-    reward_set: RewardSet = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardOptions(JudgedOptions, JudgeOptions):
-    """Judge the responses of a store with a reward."""
-
-    rounds: Annotated[str | None, Flag(value="A-B")] = None
-    """Rounds to judge (default: all that are in the store)."""
-    wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0
-    """How long to wait for more responses, each time that all are judged (default: not at all); ends with
-    75 where the jobs that write have not come to their end by then, and with 0 as soon as --rounds are
-    judged."""
-    lease: Annotated[float, Ge(1), Lt(math.inf), Flag(value="SECONDS")] = RolloutConfig.lease_s
-    """Without a sign of life after which another job's claim is taken over."""
-
-def run_reward(args: argparse.Namespace) -> int:
-    """Judge what is not judged.
-
-    Raises:
-        UserError: no such reward, setting or store.
-        GateFailed: not one of the responses that were judged has a reward.
-        StopRequested: the store that was waited for has not come.
-    """
-    options = read_options(RewardOptions, args)
-    rounds = None if options.rounds is None else rounds_between(options.rounds)
-    # before the store is waited for: a wrong reward is told at once
-    version = reward_version(options.reward, options.reward_set)
-    store = opened_store(options.store, options.wait)
-    with judging(options.reward, options.reward_set, options.workers) as judge:
-        job = JudgingJob(store, Claims(store.claims, options.lease), version, judge, rounds,
-                         {"reward": options.reward, "settings": list(options.reward_set)}, options.wait,
-                         opinions=second_opinions(options.reward, options.reward_set, version, store))
-        with work_bar("judge", sum(part.num_rows for part in job.missing()), "response") as bar:
-            job.progress = bar.update
-            summary = job.run()
-    return _tell_judged(options, version, summary)
-
-
-def opened_store(path: Path, wait_s: float) -> RolloutStore:
-    """Return a store, which is waited for: of jobs that begin together the one that writes makes it.
-
-    Raises:
-        UserError: there is none, or something else has its place.
-        StopRequested: none has come.
-    """
-    from megatron_sov.rollouts.store import RolloutStore
-
-    # jobs of a round begin together: whoever judges may come before whoever writes
-    ends_s = time.monotonic() + wait_s
-    while not path.exists() and time.monotonic() < ends_s:  # it appears by a rename
-        time.sleep(min(1.0, wait_s))
-    # without --wait `open` says that there is none: nobody was to make it meanwhile
-    if wait_s and not path.exists():
-        raise StopRequested(f"{path}: nobody has made this store within {wait_s:g} s; see whether "
-                            "`rl generate` is at work, and give the same command again")
-    return RolloutStore.open(path)
-
-
-def _tell_judged(options: RewardOptions, version: str, summary: RewardSummary) -> int:
-    tally = summary.tally
-    for text in tally.told:
-        print(visible(text), file=sys.stderr)
-    more = f"; {summary.unfinished:,} are unfinished and wait for their end" if summary.unfinished else ""
-    print(f"{options.store}: {options.reward} {version}: {summary.parts:,} parts, "
-          f"{tally.line('responses')}{more}")
-    # one reward is enough: none at all is a wrong reward or broken judges
-    if tally.statuses and not tally.num_rewards:
-        raise GateFailed(f"{options.store}: not one of {tally.statuses.total():,} responses has a reward; "
-                         "see why above")
-    if summary.left:
-        print(f"{summary.left:,} parts are with other jobs; give the same command again, or more patience "
-              "with --wait", file=sys.stderr)
-        return ExitCode.STOPPED
-    if summary.waited_for:
-        warn(f"{options.store}: nothing more has come for {options.wait:g} s, and {summary.waited_for} are "
-             "not written: whoever trains waits for their rewards; give the same command again, or more "
-             "patience with --wait")
-        return ExitCode.STOPPED
-    return ExitCode.OK
-
-
-REWARD = command_of(RewardOptions, run_reward)
 
 
 def refuse_no_tokenizer(start_from: Path, folder: Path) -> None:
@@ -184,11 +88,35 @@ class AskingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlGenerateOptions(RecipeOptions, AskingOptions, EngineOptions):
+class PromptOptions:
+    """What policies are asked."""
+
+    prompts: Annotated[Path, Flag(value="FILE|DIR")]
+    """Rows of JSON lines, JSON, Parquet or Arrow, or a folder of `datasets`: `prompt` or `messages`, or a
+    task, and what the reward needs."""
+    renames: Annotated[tuple[str, ...], Flag("--columns", "TARGET=FIELD,...")] = ()
+    """Read fields of other names, as prompt=question,answer=solution; FIELD+FIELD joins two by a line
+    feed."""
+
+    def read(self) -> list[RolloutPrompt]:
+        """Return the prompts, each once.
+
+        Raises:
+            UserError: they, or --columns, cannot be read.
+        """
+        return read_prompts(self.prompts, parse_renames(self.renames, ()))
+
+    def kept(self, prompts: Sequence[RolloutPrompt], aside: SetAside, store: Path) -> list[RolloutPrompt]:
+        """Return the prompts that are asked, and tell of the others."""
+        if aside.told and is_first():
+            warn(f"--prompts {self.prompts}: {aside.told}; {store / SET_ASIDE} lists them")
+        return [prompt for prompt in prompts if prompt.id not in aside.too_long]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlGenerateOptions(RecipeOptions, PromptOptions, AskingOptions, EngineOptions):
     """Write the responses of rounds, by the policies of a run."""
 
-    prompts: Annotated[Path, Flag(value="FILE.jsonl")]
-    """A JSON object per line: `prompt` or `messages`, or a task, and what the reward needs."""
     store: Annotated[Path, Flag(value="DIR", writes=True)]
     """The rollout store, which is made where there is none."""
     start_from: Annotated[Path, Flag("--from", "CHECKPOINT|HF_DIR")]
@@ -273,7 +201,7 @@ def _other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
 
 
 def _prompts(args: RlGenerateOptions) -> list[RolloutPrompt]:
-    prompts = read_prompts(args.prompts)
+    prompts = args.read()
     if args.environment is None:
         refuse_unaskable(args.prompts, prompts)
     return prompts
@@ -356,7 +284,9 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
     from megatron_sov.rollouts.store import RolloutStore
 
     folder, rollout = start.tokenizer_folder, config.rollout
-    writer = writer_of(args, config, prompts, start, engine_name, environment)
+    writer, aside = writer_of(args, config, prompts, start, engine_name, environment)
+    prompts = args.kept(prompts, aside, args.store)
+    round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
     policy_of = partial(policy_of_round, args.run, start.path, rollout=rollout)
     further: Further | None = None
     if config.policy.parts.max_gen_batches > 1:
@@ -368,7 +298,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
 
     def work(engine: Engine, take: Take) -> dict[str, Any]:
         create = partial(RolloutStore.create, args.store, tokenizer_digest(folder), start.vocab_size)
-        on_first(lambda: create() and None)  # made by one, before all open it
+        on_first(lambda: list_set_aside(create().path, aside))  # made by one, before all open it
         store = create()
         missing = Missing(store, Claims(store.claims, rollout.lease_s), prompts, rollout, rounds, policy_of,
                           # in the key: rows that were written otherwise are not taken for these
@@ -385,11 +315,11 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
 
 
 def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPrompt], start: Target,
-              engine_name: str, environment: AskedEnvironment | None) -> Writer:
-    """Return what makes rows: plain responses, or episodes.
+              engine_name: str, environment: AskedEnvironment | None) -> tuple[Writer, SetAside]:
+    """Return what makes rows, plain responses or episodes, and which prompts it does not ask.
 
     Raises:
-        UserError: a prompt is too long, or the model has no chat template.
+        UserError: a prompt is empty, all are too long, or the model has no chat template.
     """
     from megatron_sov.chat.encode import TurnEncoder
     from megatron_sov.infer.asking import Asker
@@ -407,13 +337,13 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPromp
     if environment is None:
         responses = ResponseSource(asker, rollout, engine_name, args.plain, chosen_by,
                                    with_routes=config.policy.router_replay)
-        responses.refuse_unfit(prompts)
-        return responses
+        return responses, set_aside(prompts, responses.too_long(prompts), rollout.max_prompt_tokens)
     limits = environment.limits
     assert chat is not None, "options refuse --plain"
     table = EpisodeTable(environment.order, TurnEncoder(chat, str(folder)), limits, args.batch_size)
     chosen_by |= {"environment": environment.version, "limits": asdict(limits)}
-    return Episodes(table, environment.version, asker.decode, asker.end_ids, rollout, engine_name, chosen_by)
+    return Episodes(table, environment.version, asker.decode, asker.end_ids, rollout, engine_name, chosen_by
+                    ), set_aside(prompts, {}, rollout.max_prompt_tokens)
 
 
 def _tell_written(args: RlGenerateOptions, rounds: range, summary: dict[str, Any]) -> int:
@@ -431,11 +361,9 @@ GENERATE = command_of(RlGenerateOptions, run_generate)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundsOptions(TunedOptions, JudgedOptions):
+class RoundsOptions(TunedOptions, PromptOptions, JudgedOptions):
     """What is trained, and where its rounds come from."""
 
-    prompts: Annotated[Path, Flag(value="FILE.jsonl")]
-    """The prompts that responses are written to."""
     groups: ClassVar[tuple[str, ...]] = ("policy", "rollout")
 
 
@@ -478,7 +406,7 @@ def parse_rounds(args: RoundsOptions) -> ParsedRounds:
     Raises:
         UserError: a mistake in them.
     """
-    prompts = read_prompts(args.prompts)
+    prompts = args.read()
     version = reward_version(args.reward, args.reward_set)
     parsed = parse_stage(args, "policy", needs_data=False, num_prompts=len(prompts), completed=with_rounds)
     refuse_unknown_benchmarks(parsed.config)
@@ -578,9 +506,12 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
     environment = environment_of(args, config)
     refuse_too_long(config.rollout, environment, start)
     digest = tokenizer_digest(start.tokenizer_folder)
+    writer, aside = writer_of(args, config, parsed.prompts, start, MEGATRON, environment)
+    prompts = args.kept(parsed.prompts, aside, args.store)
+    round_prompts(prompts, config.rollout, 1)  # which refuses too few of them
     producer = Producer(
-        partial(RolloutStore.create, args.store, digest, start.vocab_size), parsed.prompts, config.rollout,
-        args.run, start.path, writer_of(args, config, parsed.prompts, start, MEGATRON, environment),
+        partial(RolloutStore.create, args.store, digest, start.vocab_size), prompts, aside, config.rollout,
+        args.run, start.path, writer,
         Batching(args.batch_size), parsed.reward_version,
         partial(judging, args.reward, args.reward_set, args.workers),
         {"engine": MEGATRON, "environment": args.environment, "reward": args.reward},

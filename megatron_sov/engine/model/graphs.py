@@ -11,11 +11,14 @@ where documents end.  Never run on a GPU here; tests replay on the CPU what a ca
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
+from megatron.core.tensor_parallel import random
 from megatron.core.transformer.cuda_graphs import TECudaGraphHelper, is_graph_capturing
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
@@ -74,7 +77,8 @@ class RouterGraphs:
         # the library asks its own calculator for their number
         reconfigure_num_microbatches_calculator(0, None, num_micro_batches, 1, 1)
         self._helper = TECudaGraphHelper(self._wrapped, model.config, row_tokens, 1, [self._optimizer])
-        self._helper.create_cudagraphs()
+        with _without_random_states():
+            self._helper.create_cudagraphs()
         for chunk in hooked:
             chunk.enable_forward_pre_hook()
         if hooked:
@@ -83,6 +87,18 @@ class RouterGraphs:
         for router in (m for m in model.modules() if hasattr(m, "local_tokens_per_expert")):
             router.local_tokens_per_expert.zero_()
         step.forget_losses()
+
+
+@contextlib.contextmanager
+def _without_random_states() -> Iterator[None]:
+    """Have modules be computed again without the states of random numbers, which a capture can neither read
+    nor set: nothing that graphs hold draws any."""
+    both = random._get_all_rng_states, random._set_all_rng_states
+    random._get_all_rng_states, random._set_all_rng_states = lambda: (), lambda *states: None
+    try:
+        yield
+    finally:
+        random._get_all_rng_states, random._set_all_rng_states = both
 
 
 def graphed(layer: Any) -> Any:

@@ -182,13 +182,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": parallel.etp, "context_parallel_size": parallel.cp,
-        # an interleaved pipeline sends one peer two messages at a time: in a batch, gloo delivers the wrong
-        # one without an error
+        # interleaved pipelines send a peer two messages at a time: in a batch, gloo swaps them silently
         "batch_p2p_comm": on_gpu() and parallel.vpp == 1, "overlap_p2p_comm": parallel.vpp > 1,
         # losses are sums divided once by global counts; must stand here before the model is wrapped
         "calculate_per_token_loss": True, "deterministic_mode": train.deterministic,
         "masked_softmax_fusion": False, "bias_dropout_fusion": te and not model.linear_bias,
-        "hetereogenous_dist_checkpoint": True, lanes.GRAPHS_OF: [],
+        # every message would have the host wait, for the sake of an older torch
+        "hetereogenous_dist_checkpoint": True, lanes.GRAPHS_OF: [], "batch_p2p_sync": False,
         **transformer_settings(gpu, train, here),
     }
     if not te and not on_gpu():

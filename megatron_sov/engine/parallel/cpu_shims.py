@@ -188,6 +188,8 @@ def _current_device_is_cpu() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
     cuda.set_device = lambda *args: None
+    # a torch with CUDA counts devices for its answer, and its optimizers ask the driver then
+    cuda.is_available = lambda: False
     cuda.device_count = lambda: 1
     cuda.synchronize = lambda *args, **kwargs: None
     cuda.empty_cache = lambda: None

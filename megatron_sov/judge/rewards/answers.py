@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_sov.base.settings import Fraction
-from megatron_sov.judge.rewards.reward import Refused, Row, Score, told_short
+from megatron_sov.judge.rewards.reward import Refused, Row, Score, content_of, told_short
 
 MAX_CHARS = 100_000
 """Of a longer response the end is read."""
@@ -269,10 +269,7 @@ class Stem:
     def score(self, row: Row) -> Score:
         """Return whether the response's final answer is the row's `answer`, or one of several in a list."""
         golds = _golds(row)
-        response = row.get("response")
-        if not isinstance(response, str):
-            raise Refused("has no text 'response'")
-        found = final_answer(response)
+        found = final_answer(content_of(row))
         kind: Kind = self._kind(golds)
         if found is None:
             return Score(0.0, {"kind": kind, "extracted": None})

@@ -14,7 +14,7 @@ from annotated_types import Ge
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, NotNegative, SettingsProblem, find_broken
-from megatron_sov.chat.marks import behind_thoughts
+from megatron_sov.chat.tool_calls import parse_turn
 from megatron_sov.judge.rewards import solution_tests
 from megatron_sov.judge.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
 from megatron_sov.judge.rewards.version import code_of
@@ -163,7 +163,7 @@ class CodeReward:
 
 def program_in(response: str) -> str:
     """Return a response's program: its last fenced block of Python behind its thoughts, else all of it."""
-    said = behind_thoughts(response)
+    said = parse_turn(response).content
     blocks = [text for language, text in _FENCED.findall(said) if language.lower() in _PYTHON]
     # the last block: a response may show a draft before its final program
     return blocks[-1] if blocks else said

@@ -23,9 +23,10 @@ from annotated_types import Ge, Le
 
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.base.settings import Bound, ProblemCode, Share
-from megatron_sov.chat.marks import as_written, behind_thoughts
+from megatron_sov.chat.marks import as_written
 from megatron_sov.judge.rewards import check_program
-from megatron_sov.judge.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
+from megatron_sov.judge.rewards.reward import (
+    OPERATION, Refused, Row, Score, content_of, short, text_of, told_short)
 from megatron_sov.judge.rewards.version import code_of
 from megatron_sov.sandbox.program import Limits, Outcome, Program
 from megatron_sov.sandbox.sandbox import Sandbox, shared_sandbox
@@ -233,8 +234,7 @@ class Constraint:
             Refused: there are no functions, or one is none.
             TimeoutError: the machine was too busy.
         """
-        response = text_of(row, "response")
-        response = behind_thoughts(response) if self.hide_thinking else as_written(response)
+        response = content_of(row) if self.hide_thinking else as_written(text_of(row, "response"))
         if len(response) > MAX_TEXT_CHARS:
             raise Refused(f"response has {len(response):,} characters; at most {MAX_TEXT_CHARS:,} are "
                           "checked")

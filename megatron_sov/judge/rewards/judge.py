@@ -17,10 +17,9 @@ from typing import Annotated, Any, Literal, TypeGuard
 from megatron_sov.base.errors import warn
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Finite, NotNegative, SettingsProblem, as_problem, below, find_broken)
-from megatron_sov.chat.marks import behind_thoughts
 from megatron_sov.judge.rewards.patterns import json_of
 from megatron_sov.judge.rewards.reward import (
-    OPERATION, Refused, Row, Score, messages_of, prompt_text, text_of)
+    OPERATION, Refused, Row, Score, content_of, messages_of, prompt_text, text_of)
 from megatron_sov.work.endpoints.answers import CHAT_PROBES, SCORE_PROBES, BadAnswer, Recognition, only
 from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
@@ -170,10 +169,8 @@ class Judge:
             TimeoutError: the judge did not answer in time.
             BadAnswer: it gave no score.
         """
-        response = text_of(row, "response")
         # thoughts are no part of the response that is graded
-        if self.hide_thinking:
-            response = behind_thoughts(response)
+        response = content_of(row) if self.hide_thinking else text_of(row, "response")
         if len(response) > self.max_chars:
             raise Refused(f"response has {len(response):,} characters; the judge reads at most "
                           f"{self.max_chars:,}")

@@ -15,9 +15,8 @@ from typing import Any
 
 from megatron_sov.base.errors import how_to_install
 from megatron_sov.base.settings import AboveZero, AtLeastOne, SettingsProblem, as_problem
-from megatron_sov.chat.marks import behind_thoughts
 from megatron_sov.judge.rewards.answers import final_answer, last_box, last_boxed, read_quantity, same
-from megatron_sov.judge.rewards.reward import Refused, Row, Score, text_of
+from megatron_sov.judge.rewards.reward import Refused, Row, Score, content_of, text_of
 
 DELIMITERS = ("$", "\\(", "\\[", "\\boxed", "\\begin")
 """What says that an answer is LaTeX; without, math-verify takes the 3 of 3\\sqrt{2} for the whole of it."""
@@ -26,9 +25,13 @@ MAX_BOXES = 12
 """That are read as one answer of several values."""
 UNIT_TOLERANCE = 0.01
 """Numbers are compared by math-verify; one with a prefix too many is off by ten at least."""
+_FULL_STOP = re.compile(r"(?<=\d)\.(?=\s*\}(?:[^{}]|\Z))")
+"""At the end of a box: 42. is 42."""
 _SPELLED = str.maketrans({"\u2212": "-", "\uff0d": "-", "°": "^{\\circ}",
                           **{chr(0xff10 + digit): str(digit) for digit in range(10)}})
 """Minus, degrees and digits as East Asian keyboards write them -> as math-verify reads them."""
+_THOUSANDS = re.compile(r"(?<=\d)\\[,!;:]\s*(?=\d{3}(?!\d))")
+"""LaTeX's narrow spaces between groups of three digits, which math-verify takes for a product."""
 _THREE_DIGITS = re.compile(r"\A\s*\{\s*(?=\d{3}(?!\d))")
 _BETWEEN = re.compile(r"(?:[\s$,;]|\\[()\[\]]|\b(?:and|or)\b)*", re.IGNORECASE)
 """Between boxes that are one answer of several values: all else makes the last one a correction."""
@@ -49,10 +52,22 @@ _LITERAL = re.compile(
 """A number as it is written, blanks, brackets around it and units taken away."""
 _NAME = re.compile(r"\\?[A-Za-z]\w{0,20}(?:_?\{?\w{0,8}\}?)?(?:\(\w{0,8}\))?'*", re.ASCII)
 _SIDES = re.compile(r"(?<![\\<>!])=|\\approx|≈|\\in(?![A-Za-z])")
-_UNDONE = re.compile(r"\\(?:i{0,3}int|oint|sum|prod|lim)(?![A-Za-z])")
+_UNDONE = re.compile(r"\\(?:i{0,3}int|oint|sum|prod|lim|det)(?![A-Za-z])|frac\s*\{\s*(?:d|\\partial)[^{}]*\}"
+                     r"\s*\{\s*(?:d|\\partial)\s*[A-Za-z]")
 """Operators that state a question and answer none."""
 _FORMULA = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
+_HEDGE = re.compile(r"n't\b|\b(?:not|never|neither|either|between|among|one of|below|above|unknown|maybe"
+                    r"|perhaps|at (?:most|least)|(?:less|greater|more|fewer|other) than)\b|不是|ไม่ใช่",
+                    re.IGNORECASE)
+"""Words before a number that make it none that is given as the answer."""
+_ANOTHER = re.compile(r"[\s$(]*(?:(?:or|to|and(?!\s+not))\b|또는|이나|或|または|หรือ)[^.]*\d", re.IGNORECASE)
+"""Behind a number: another one."""
+_OPEN = re.compile(r"\\(?:neg|neq?|not|[lc]?dots|pm|mp|lor|vee)(?![A-Za-z])"
+                   r"|\\(?:text|mathrm|mbox)\s*\{[^{}]*\b(?:or|wrong|false|incorrect|not|at least|at most)\b")
+"""In a box: what takes its number back, or leaves it open."""
+_DENIED = re.compile(r"[^\d]{0,8}(?:아(?:니|닙|닌)|않|ではな)")
+"""Behind a number, where verbs stand there: that it is not the answer."""
 _HANGUL = re.compile("[가-힣]")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
@@ -102,8 +117,9 @@ class Math:
         """
         # the gold answer first: a row that cannot be judged is refused whatever the response says
         gold = self._gold(text_of(row, "answer"))
-        # a box in the thoughts of a response is no answer of it
-        said = behind_thoughts(text_of(row, "response")[-self.tail_chars:]).translate(_SPELLED)
+        # a box in the thoughts of a response, or in a call, is no answer of it
+        said = content_of(row)[-self.tail_chars:].translate(_SPELLED).replace("\\fbox{", "\\boxed{")
+        said = _FULL_STOP.sub("", said)
         # mixed numbers and powers of ten go in as LaTeX, in which math-verify cannot take them apart
         said = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _MIXED.sub(_as_fraction, said))
         # counters go only where the gold answer has none, else they are part of it
@@ -112,7 +128,7 @@ class Math:
         found = self._found(said, gold)
         # the text, since showing a number such as 10**10**10 would compute it
         shown = next((item for item in reversed(found) if isinstance(item, str)), "")
-        right = (self._states(shown, found, gold) and self._equal(gold, found)
+        right = (self._states(shown, found, gold, last_boxed(said) or "") and self._equal(gold, found)
                  and _has_its_unit(row["answer"], said))
         return Score(float(right), {"extracted": shown[:200]})
 
@@ -130,14 +146,16 @@ class Math:
         boxed = _from_last_boxes(response, alone=is_number)
         if boxed or not self.marked_only:
             return _parsed(boxed or response)
+        said = final_answer(response) or ""
+        if _is_hedged(said):
+            return []
         # no box: first where "the answer is" stands, then the last line, unless that is prose
         found = _parsed(response, anchored=True)
         if all(isinstance(item, str) for item in found):
-            said = final_answer(response) or ""
             found = [] if _is_prose(said) else _parsed(said)
         return found
 
-    def _states(self, shown: str, found: list[Any], gold: list[Any]) -> bool:
+    def _states(self, shown: str, found: list[Any], gold: list[Any], box: str) -> bool:
         """Return whether an answer gives what was asked for, and does not ask for it again."""
         if not self.literal:
             return True
@@ -150,6 +168,8 @@ class Math:
                      or getattr(item, "is_Relational", False) for item in gold)
         if value is None or not is_one:
             return True
+        if _OPEN.search(box):  # math-verify takes words and such signs away
+            return False
         *sides, last = _SIDES.split(shown)
         given = literal_value(last)
         if given is None:
@@ -220,6 +240,15 @@ def _as_fraction(mixed: re.Match[str]) -> str:
     return f"{whole}\\frac{{{over}}}{{{under}}}" if 0 < int(over) < int(under) else mixed[0]
 
 
+def _is_hedged(said: str) -> bool:
+    """Return whether what stands behind "the answer is" names a number that it does not give as the answer:
+    "not 42", "more than 41", "42 or 43"."""
+    before = re.match(r"[^\d\\$]*", said)
+    first = re.match(r"[^\d]*[\d.,]*\d", said)
+    behind = said[first.end():first.end() + 40] if first else ""
+    return any((_HEDGE.search(before[0] if before else ""), _DENIED.match(behind), _ANOTHER.match(behind)))
+
+
 def _is_prose(said: str) -> bool:
     """Return whether a last line tells something instead of being an answer, as "between 1 and 42"."""
     plain, formulas = _FORMULA.subn(" ", said)
@@ -252,6 +281,8 @@ def _from_last_boxes(response: str, *, alone: bool) -> str:
         alone: whether the answer is one number: boxes with nothing at all between them are corrections then.
     """
     text = re.sub(r"\\boxed\s+\{", r"\\boxed{", re.sub(r"\\boxed\s*\{\s*\}", "", response))  # no answer
+    # a box in a box is a part of the outer one's answer
+    text = re.sub(r"(\\boxed\{[^{}]{0,1000})\\boxed(?=\{)", r"\1", text)
     end, start = len(text), -1
     # backwards from the end: the first box that does not belong to the others ends the answer
     for _ in range(MAX_BOXES):
@@ -280,6 +311,7 @@ def _parsed(text: str, *, anchored: bool = False, expressions: bool = False) -> 
     if not expressions:
         kinds = [LatexExtractionConfig(not anchored), *kinds]
     # it joins boxes that stand together by commas, and then reads 20 and 204 as 20,204: twenty thousand
+    text = _THOUSANDS.sub("", text)
     first, *more = text.split("\\boxed")
     more[1:] = [_THREE_DIGITS.sub(r"{\\,", box) for box in more[1:]]
     return list(parse("\\boxed".join([first, *more]), kinds, parsing_timeout=None))

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.chat.marks import plain_form
+from megatron_sov.chat.tool_calls import parse_turn
 
 Row = Mapping[str, Any]
 """A row: `response`, a text, and what its reward needs."""
@@ -97,6 +98,16 @@ def text_of(row: Row, name: str) -> str:
         raise Refused(f"{name} = {told_short(value)} must be text" if name in row else f"has no {name!r}")
     # one form for all families, so that a reward need not know each family's marks
     return plain_form(value) if name == "response" else value
+
+
+def content_of(row: Row) -> str:
+    """Return what a row's response says, without its thoughts and calls of tools; thoughts without an end
+    reach to its end.
+
+    Raises:
+        Refused: it is missing or no text.
+    """
+    return parse_turn(text_of(row, "response")).content
 
 
 def messages_of(row: Row) -> list[dict[str, str]]:

@@ -1,9 +1,9 @@
 """The version of a reward, or of a tool environment: a hash of the code that judges and of the settings that
 it judges by.
 
-Code is read, not run: the module of the reward and what it imports from its own room, from this one and from
-that of the sandbox, without comments, docstrings and layout, so that a version changes when the judgement may
-and stays when words do.
+Code is read, not run: the module of the reward and what it imports from its own room, from this one, from
+that of the sandbox and from that which reads what models write, without comments, docstrings and layout, so
+that a version changes when the judgement may and stays when words do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.reward import OPERATION
 
 SANDBOX = "megatron_sov.sandbox"
-ROOMS = {__name__.rpartition(".")[0], SANDBOX, "megatron_sov.work"}
+ROOMS = {__name__.rpartition(".")[0], SANDBOX, "megatron_sov.work", "megatron_sov.chat"}
 """Their code counts wherever it is imported."""
 DIGITS = 16
 """Of the hash; 64 bits tell versions apart."""

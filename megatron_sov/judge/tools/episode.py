@@ -17,7 +17,7 @@ from typing import Any
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TurnEncoder
-from megatron_sov.chat.marks import CallForm
+from megatron_sov.chat.marks import CallForm, with_opening
 from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools.environment import INFRASTRUCTURE, EpisodeLimits, Observation, Task, cut
@@ -55,8 +55,8 @@ class EpisodeTurn:
     """Of the environment, as JSON."""
     end: str = ""
     """One of `ENDS`, where it was the last turn."""
-    in_thoughts: bool = False
-    """Whether the template had opened thoughts before it."""
+    opened: str = ""
+    """Mark of the thoughts that the template had opened before it."""
     form: CallForm | None = None
     """In which the template has the model call tools; None: it does not say."""
     message: dict[str, Any] | None = None
@@ -68,7 +68,12 @@ class EpisodeTurn:
 
     def parse(self, tools: Sequence[dict[str, Any]]) -> WrittenTurn:
         """Return what it says and calls; `tools`: that could be called."""
-        return parse_turn(self.text, in_thoughts=self.in_thoughts, form=self.form, tools=tools)
+        return parse_turn(self.whole_text, form=self.form, tools=tools)
+
+    @property
+    def whole_text(self) -> str:
+        """Return it as a text that stands by itself."""
+        return with_opening(self.text, self.opened)
 
 
 @dataclass
@@ -154,7 +159,7 @@ def take_turn(episode: Episode, written: GeneratedTurn, host: EnvironmentHost, e
         limits: of the episode.
     """
     turn = EpisodeTurn(written, encoder.text(written.ids), [], [], host.state,
-                       in_thoughts=encoder.opens_thoughts(episode.ids), form=encoder.call_form)
+                       opened=encoder.opened_thoughts(episode.ids), form=encoder.call_form)
     left = limits.max_response_tokens - episode.num_response_tokens - len(written.ids)
     # a turn that was cut may hold half a call: none of it is made
     if not written.ids or written.ids[-1] not in encoder.end_ids:
@@ -163,7 +168,7 @@ def take_turn(episode: Episode, written: GeneratedTurn, host: EnvironmentHost, e
     turn = with_calls(turn, episode, host, limits)
     if turn.end:
         return turn
-    behind = encoder.behind_turn([call["text"] for call in turn.calls])
+    behind = encoder.behind_turn([call["text"] for call in turn.calls], [call["name"] for call in turn.calls])
     # a token at least has to be left for the model
     if len(behind) >= left:
         return replace(turn, end="tokens")

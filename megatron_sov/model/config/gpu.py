@@ -303,7 +303,7 @@ class GpuConfig:
         if not self.cuda_graphs:
             return []
         permutes, dispatcher = "moe_preprocess" in self.cuda_graphs, parallel.expert_dispatcher
-        recomputed = [m for m in ("layernorm", "moe", "shared_experts") if m in self.recompute_modules]
+        recomputed = self.recompute_modules
         no_fusion = dispatcher == "alltoall" and self.permute_fusion == "off"
         return find_broken(
             self, "gpu",
@@ -311,16 +311,26 @@ class GpuConfig:
              "leave it out"),
             ("moe_router" in self.cuda_graphs, "cuda_graphs", "names moe_preprocess alone, which the library "
              "captures with the router", "name both"),
-            (train.recompute is not True, "cuda_graphs", "cannot be where train.recompute = true computes "
-             "whole layers again: the first pass keeps nothing that a graph could go back through",
-             "use selective recomputation, or leave it out"),
-            (not recomputed, "cuda_graphs", f"hold {' and '.join(recomputed)} of gpu.recompute_modules, "
-             "whose second pass restores the state of random numbers, which a capture refuses",
-             f"take {' and '.join(recomputed)} out, or leave it out"),
+            (train.recompute is not True and "moe" not in recomputed, "cuda_graphs",
+             "cannot be in layers that are computed again as a whole: their first pass keeps nothing that a "
+             "graph could go back through", "use selective recomputation without moe, or leave it out"),
+            ("layernorm" not in recomputed or (permutes and dispatcher == "alltoall"), "cuda_graphs",
+             "hand on the norm's output, which gpu.recompute_modules frees, where they do not permute tokens "
+             "for parallel.expert_dispatcher = alltoall", "name moe_preprocess too, or take layernorm out"),
+            ("shared_experts" not in recomputed or train.fp8 == "none", "cuda_graphs",
+             "hold shared_experts of gpu.recompute_modules, which train.fp8 computes again with the state of "
+             "random numbers, that a capture refuses", "take shared_experts out, or leave it out"),
+            (train.fp8 != "nvfp4" or not model.num_mtp_moe_layers(), "cuda_graphs",
+             "would quantise the prediction layer's shared experts, which train.fp8 = nvfp4 leaves in bf16",
+             "use another format, or leave it out"),
             (not self.offload_modules, "cuda_graphs", "do not go with gpu.offload_modules, whose copies "
              "begin in hooks of Python", "leave one out"),
-            (parallel.expert_overlap == "none", "cuda_graphs", "do not go with parallel.expert_overlap = "
-             f"{parallel.expert_overlap}, which begins other work between their kernels", "leave one out"),
+            (parallel.expert_overlap != "micro_batches", "cuda_graphs",
+             "do not go with parallel.expert_overlap = micro_batches, whose order of layers is not built for "
+             "them", "leave one out"),
+            (not permutes or parallel.expert_overlap != "weight_gradients", "cuda_graphs", "names "
+             "moe_preprocess, whose way back begins the products of parallel.expert_overlap = "
+             "weight_gradients, which no graph would repeat", "name moe_router alone, or leave one out"),
             (not permutes or self.shared_expert_overlap == "off", "cuda_graphs", "names moe_preprocess, "
              "inside of which gpu.shared_expert_overlap = on begins what ends outside",
              "name moe_router alone, or set it off"),

@@ -104,7 +104,7 @@ class RolloutConfig:
     max_new_tokens: AtLeastOne = 1024
     """Longest response; with tools, of all turns and results together."""
     max_prompt_tokens: AtLeastOne = 1024
-    """Longest prompt; longer ones are refused by name."""
+    """Longest prompt; longer ones are set aside, and listed in the store."""
     piece_prompts: AtLeastOne = 8
     """Prompts of a piece of work, which one job claims and publishes as one part of the store."""
     deadline_s: NotNegative = 0.0

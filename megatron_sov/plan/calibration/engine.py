@@ -34,8 +34,8 @@ FEW_TOKENS, MANY_TOKENS = 16, 144
 """Of a response, in the shorter and the longer of two requests."""
 REPEATS = 3
 """Of each request; the fastest counts, for what disturbs it only makes it slower."""
-LARGEST_ID = 1000
-"""Of a prompt's tokens: every vocabulary has ids below it, and an id beyond its vocabulary ends a server."""
+LARGEST_ID = 256
+"""Of a prompt's tokens: a vocabulary of bytes has so many, and an id beyond its vocabulary ends a server."""
 TIMEOUT_S = 600.0
 KEY_ENV = "OPENAI_API_KEY"
 FASTEST = 0.8

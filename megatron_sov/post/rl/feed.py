@@ -3,8 +3,8 @@ publishes it, and adds what the trainer says of it.
 
 What the trainer says stands in RUN/rounds/0001.COLUMN.f32, a float32 for each token and a checksum of them
 all, which is checked when they are read.  The policy's are computed anew whenever a run stands before the
-round's first step; later its weights are others, and the file is what is read.  Of what the first step learns
-the policy's are those that the step computes itself: there they are NaN.
+round's first step; later its weights are others, and the file is what is read.  Of what is learned
+first the policy's are those that the step computes itself: there they are NaN.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rou
 from megatron_sov.post.rl.publish import further_pieces
 from megatron_sov.post.rl.responses import key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
-from megatron_sov.rollouts.prompts import RolloutPrompt
+from megatron_sov.rollouts.prompts import RolloutPrompt, SetAside, list_set_aside
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.folder import ROUNDS, RunFolder
@@ -109,8 +109,8 @@ class TrainerColumns:
 
     def _column(self, view: FeedView, name: str, opened: Round, *, is_first: bool) -> np.ndarray:
         file, count = file_of(opened.path, name), int(opened.starts[-1])
-        # documents of which the step itself tells what is needed
-        passed = len(opened.steps[0]) if name == OLD else 0
+        # documents of which the step itself tells what is needed: what is learned first, at unchanged weights
+        passed = next((step.stop for step in opened.steps if len(step)), 0) if name == OLD else 0
         if passed == len(opened.starts) - 1:
             return np.full(count, np.nan, np.float32)
         # At the first step the live weights begin the round; later only the file has their numbers.
@@ -328,7 +328,9 @@ class Producer:
     store: Callable[[], RolloutStore]
     """Opens the store, or makes it."""
     prompts: Sequence[RolloutPrompt]
-    """All of them."""
+    """All that are asked."""
+    aside: SetAside
+    """Those that are not."""
     rollout: RolloutConfig
     run: Path
     """The run's folder."""
@@ -373,7 +375,8 @@ class Producer:
         engine = MegatronEngine(view.policy, self.batching)
         # The model is the policy itself: no weights are copied, only their version is noted.
         engine.update(None, policy.step)
-        on_main(view.world, lambda: self.store() and None)  # made by one, before all open it
+        # made by one, before all open it
+        on_main(view.world, lambda: list_set_aside(self.store().path, self.aside))
         write_rounds(engine, _take_none, policy, self.writer, self._desk(rounds, policy_of, asked_to_stop))
         written_s = time.monotonic()
         on_main(view.world, lambda: self._begin_judging(rounds, view))

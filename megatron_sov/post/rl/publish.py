@@ -30,7 +30,7 @@ from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.post.rl.advantages import LEARNS as KEPT, Group, advantages, left_out
 from megatron_sov.post.rl.gathering import (
     LATE, LATE_FROM, Gathered, LateGroup, PublishedResponse, RoundOfStore, late_groups, late_rows)
-from megatron_sov.rollouts.prompts import RolloutPrompt, budget_of, round_pieces
+from megatron_sov.rollouts.prompts import RolloutPrompt, budget_of, round_pieces, too_long_in
 from megatron_sov.rollouts.rows import LENGTH, Key, Rollout, domain_of
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints
@@ -123,7 +123,7 @@ class Publisher:
         there = max((part.piece + 1 - own for part in self._opened.parts(number)), default=0)
         most = max(asked, there, (policy.parts.max_gen_batches - 1) * own)
         return RoundOfStore(
-            self._opened, number, round_pieces(self.prompts, rollout, number, most), own + asked,
+            self._opened, number, round_pieces(self._asked, rollout, number, most), own + asked,
             rollout.samples_per_prompt, self.reward_version, policy.missing_share)
 
     def _ask_further(self, source: RoundOfStore, gathered: Gathered) -> str:
@@ -237,6 +237,12 @@ class Publisher:
                                              for prompt in source.prompts}, self.config.rollout)}
             artifact.settings = {"rollout": self.config.to_dict()["rollout"],
                                  "policy": self.config.to_dict()["policy"]}
+
+    @cached_property
+    def _asked(self) -> list[RolloutPrompt]:
+        """The prompts of which rounds are made: those that whoever writes has not set aside."""
+        aside = too_long_in(self.store)
+        return [prompt for prompt in self.prompts if prompt.id not in aside]
 
     @cached_property
     def _records(self) -> dict[str, Mapping[str, Any]]:

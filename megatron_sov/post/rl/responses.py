@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.errors import UserError
+from megatron_sov.chat.marks import with_opening
 from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engine import Engine
 from megatron_sov.infer.request import Bounds, Generated, Sampling, StopRule, Tokens
@@ -28,7 +29,7 @@ from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, ToolPolicy, 
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import SampleAttempt, never
 from megatron_sov.rollouts.prompts import OPTION, RolloutPrompt, budget_of, sampling_digest, stream_of
-from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, STOP, UNFINISHED, Key, Rollout
+from megatron_sov.rollouts.rows import LAST_TURN, LENGTH, NOT_WRITTEN, STOP, UNFINISHED, Key, Rollout
 
 CHUNK_PROMPTS = 1024
 """Whose token ids are in memory at a time when all prompts are looked at."""
@@ -56,18 +57,25 @@ class ResponseSource:
     with_routes: bool = False
     """Whether rows keep which experts their tokens went to."""
 
-    def refuse_unfit(self, prompts: Sequence[RolloutPrompt]) -> None:
-        """Look at all prompts before the first is asked: one of a late round would end a run that takes
-        neither other prompts nor another limit any more.
+    def too_long(self, prompts: Sequence[RolloutPrompt]) -> dict[str, int]:
+        """Return the tokens of the prompts that are too long, by id, before the first is asked: one of a late
+        round would end a run that takes neither other prompts nor another limit any more.
 
         Raises:
-            UserError: one is too long or empty, or the template refuses it.
+            UserError: one is empty, or the template refuses it; or all are too long.
         """
         lengths: list[int] = []
         for first in range(0, len(prompts), CHUNK_PROMPTS):
             chunk = prompts[first:first + CHUNK_PROMPTS]
             lengths += map(self._longest, chunk, self.asker.ask([self._text(prompt) for prompt in chunk]))
-        self._refuse_lengths(prompts, lengths)
+        self._refuse_empty(prompts, lengths)
+        found = {prompt.id: length for prompt, length in zip(prompts, lengths, strict=True)
+                 if length > self.rollout.max_prompt_tokens}
+        if len(found) == len(prompts):
+            raise UserError(f"{OPTION}: all {len(prompts):,} prompts have more tokens than "
+                            f"rollout.max_prompt_tokens = {self.rollout.max_prompt_tokens:,}, the shortest "
+                            f"{min(lengths):,}; raise it")
+        return found
 
     def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
               gives_way: Callable[[], bool] = never) -> list[list[Rollout]]:
@@ -108,7 +116,7 @@ class ResponseSource:
 
     def _asked(self, prompts: Sequence[RolloutPrompt]) -> list[list[int]]:
         found = self.asker.ask([self._text(prompt) for prompt in prompts])
-        self._refuse_lengths(prompts, list(map(self._longest, prompts, found)))
+        self._refuse_empty(prompts, list(map(self._longest, prompts, found)))
         return found
 
     def _begins(self, prompt: RolloutPrompt, sample: int) -> list[int]:
@@ -124,21 +132,10 @@ class ResponseSource:
         samples = range(0, self.rollout.samples_per_prompt, size)
         return len(ids) + (max(len(self._begins(prompt, sample)) for sample in samples) if len(ids) else 0)
 
-    def _refuse_lengths(self, prompts: Sequence[RolloutPrompt], lengths: Sequence[int]) -> None:
-        most = self.rollout.max_prompt_tokens
-        too_long = []
+    def _refuse_empty(self, prompts: Sequence[RolloutPrompt], lengths: Sequence[int]) -> None:
         for prompt, length in zip(prompts, lengths, strict=True):
             if not length:
-                raise UserError(f"{OPTION}: line {prompt.line} is empty; write at least one character")
-            if length > most:
-                too_long.append(prompt)
-        if too_long:
-            prompt, length = too_long[0], lengths[prompts.index(too_long[0])]
-            others = (f", as have {len(too_long) - 1:,} others of up to {max(lengths):,}" if too_long[1:]
-                      else "")
-            raise UserError(f"{OPTION}: line {prompt.line} (prompt {prompt.id}) has {length:,} tokens, more "
-                            f"than rollout.max_prompt_tokens = {most:,}{others}; raise it, or shorten what "
-                            "is longer")
+                raise UserError(f"{OPTION}: {prompt.place} is empty; write at least one character")
 
     def _text(self, prompt: RolloutPrompt) -> str | Conversation:
         text = prompt.record.get("prompt")
@@ -147,7 +144,7 @@ class ResponseSource:
         try:
             return prompt.conversation()
         except BadRecord as e:
-            raise UserError(f"{OPTION}: line {prompt.line}: {e}") from None
+            raise UserError(f"{OPTION}: {prompt.place}: {e}") from None
 
     def _longer(self, row: Rollout, found: Generated, number: int, limit: int,
                 attempt: SampleAttempt) -> Rollout:
@@ -165,7 +162,9 @@ class ResponseSource:
             # rounding may leave a certain token's a little above 0
             logprobs=np.concatenate([row.logprobs, np.minimum(np.array(logprobs, np.float32), 0)]),
             versions=np.concatenate([row.versions, np.full(len(written), attempt.policy.step, np.int32)]),
-            response=self.asker.decode(tokens.tolist()), routes=_add_routes(row, found, number, len(written)))
+            response=with_opening(self.asker.decode(tokens.tolist()),
+                                  self.asker.opened_thoughts(row.prompt_tokens.tolist())),
+            routes=_add_routes(row, found, number, len(written)))
 
 
 def _add_routes(row: Rollout, found: Generated, number: int, kept: int) -> np.ndarray | None:
@@ -277,7 +276,9 @@ class Episodes:
         result = episode.result
         outcome = {GOES_ON: json.dumps(lines_of(episode))} if result is None else {
             "reward": result.reward, "status": result.status, "components": dict(result.components),
-            "reason": result.reason, "reward_version": self.version}
+            "reason": result.reason, "reward_version": self.version,
+            # rewards read this and not the row's text, in which tools and the template speak too
+            LAST_TURN: episode.turns[-1].whole_text if episode.turns else ""}
         return Rollout(
             key, attempt.piece.round, attempt.number, episode.task, ids[:first], ids[first:],
             logprobs[first:], versions[first:], UNFINISHED if result is None else episode.end,

@@ -18,7 +18,8 @@ from megatron_sov.judge.rewards.opinions import Opinions, opinion_of
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ScoringTally, runner
-from megatron_sov.rollouts.rows import UNFINISHED, RewardRow, Rollout, RolloutPart, may_grow, not_written
+from megatron_sov.rollouts.rows import (
+    LAST_TURN, UNFINISHED, RewardRow, Rollout, RolloutPart, may_grow, not_written)
 from megatron_sov.work.progress.locks import Claims, Patience
 from megatron_sov.work.tables.table import AlreadyPublished
 
@@ -79,11 +80,13 @@ def judging(name: str, settings: Sequence[str], workers: int) -> Iterator[JudgeR
 
 def row_of(row: Rollout) -> dict[str, Any]:
     """Return a response as rewards know rows: its prompt's fields, `prompt`, and what `generate` writes of a
-    response."""
+    response; of an episode what the model wrote in its last turn."""
     record = dict(row.record)
     if "messages" in record:
         record.setdefault("prompt", record["messages"])
-    return {**record, "response": row.response, "num_tokens": len(row.tokens),
+    # an environment's row without it is refused: in its text tools speak too
+    response = row.response if row.outcome is None else row.outcome.get(LAST_TURN)
+    return {**record, "response": response, "num_tokens": len(row.tokens),
             "finish_reason": row.finish_reason}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.cli import main
-from megatron_sov.commands.rl.rounds import opened_store
+from megatron_sov.commands.rl.rl_reward import opened_store
 from megatron_sov.post.rl.reward import ENVIRONMENT
 from megatron_sov.rollouts.rows import STOP, AskedPrompt, Key, Rollout
 from megatron_sov.rollouts.store import RolloutStore

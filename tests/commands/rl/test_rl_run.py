@@ -33,7 +33,9 @@ Command = Callable[..., list[str]]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rl-run")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(9)))
+    # one twice, and one that is too long
+    asked = [*(f"{i}?" for i in range(9)), "3?", "why " * 20]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in asked))
     return folder
 
 
@@ -54,6 +56,10 @@ def whole(folder: Path, command: Command, run_command: Any) -> Path:
     """Return a run of three rounds that nothing has disturbed."""
     done = run_command(*command("whole", "--plain", "--workers", "1"))
     assert done.returncode == 0, done.stderr
+    assert "2 of 11 prompts are set aside: 1 longer than rollout.max_prompt_tokens = 8, 1 the same as" in (
+        done.stderr)
+    listed = json.loads((folder / "whole-store/set_aside.json").read_text())["prompts"]
+    assert [row["place"] for row in listed] == ["line 10", "line 11"]
     return folder / "whole"
 
 
@@ -178,7 +184,7 @@ def test_what_cannot_be_run_is_told_before_anything_begins(folder: Path, command
     assert "--reward-set: 'lot' must have the form key=value" in refused("--reward-set", "lot")
     done = run_command(*command("refused", "--plain", "--set", "rollout.max_prompt_tokens=1"))
     assert done.returncode == 2, done.stderr
-    assert "more than rollout.max_prompt_tokens = 1, as have 8 others of up to 2; raise it" in done.stderr
+    assert "all 10 prompts have more tokens than rollout.max_prompt_tokens = 1, the shortest 2" in done.stderr
     (folder / "file").touch()
     done = run_command(*command("refused", "--plain", store="file"))
     assert done.returncode == 2 and "file: is no rollout store" in done.stderr, done.stderr

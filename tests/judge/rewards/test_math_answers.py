@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,9 @@ from megatron_sov.judge.rewards.math_answers import Math
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.reward import Refused
 from megatron_sov.judge.rewards.scoring import runner
+
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+from math_verdicts import FOOLING, HONEST
 
 pytest.importorskip("math_verify", reason="the extra `rl` is not installed")
 
@@ -40,6 +45,16 @@ def test_the_verdicts_of_the_processes_are_math_verifys_own() -> None:
     assert [pair for pair, result, verdict in zip(pairs, results, own, strict=True)
             if (result.status, result.reward) != ("scored", float(verdict))] == []
     assert 5 <= sum(own) < 50
+
+
+@pytest.mark.parametrize(("items", "reward"), [(FOOLING, 0.0), (HONEST, 1.0)], ids=["fooling", "honest"])
+def test_no_response_of_the_benchmark_fools_and_every_honest_one_is_paid(items: list[tuple[str, str]],
+                                                                         reward: float) -> None:
+    asked = order("math", {})
+    assert len(items) == len(set(items)) == 40
+    with runner(asked, make(asked), 1) as running:
+        results = running.score([{"answer": gold, "response": response} for gold, response in items])
+    assert [item for item, result in zip(items, results, strict=True) if result.reward != reward] == []
 
 
 @pytest.mark.parametrize(("answer", "response"), [

@@ -200,5 +200,6 @@ def test_settings_of_a_class_that_is_no_dataclass() -> None:
 
 def test_the_sources_of_the_room_are_found() -> None:
     code = version.code_of("megatron_sov.judge.rewards.reward")
-    assert list(code) == ["megatron_sov.judge.rewards.reward"]
+    assert set(code) == {"megatron_sov.judge.rewards.reward", "megatron_sov.chat.marks",
+                         "megatron_sov.chat.tool_calls"}, "what it reads of a response is judged"
     assert Path(version.__file__).is_file()

@@ -11,7 +11,8 @@ import pytest
 
 from megatron_sov.bench.suites.protocol import Protocol
 from megatron_sov.judge.rewards.registry import BUILT_IN as REWARDS
-from megatron_sov.judge.rewards.reward import Refused, Result, Score, agreeing, checked, judged, text_of
+from megatron_sov.judge.rewards.reward import (
+    Refused, Result, Score, agreeing, checked, content_of, judged, text_of)
 from megatron_sov.judge.rewards.scoring import MAX_TOLD, ScoringTally
 from megatron_sov.judge.tools.registry import BUILT_IN as ENVIRONMENTS
 from tests.base.settings.every_field import find_wrongs
@@ -30,6 +31,19 @@ class Gives:
 
 
 ROW = {"response": "4"}
+
+
+@pytest.mark.parametrize(("response", "said"), [
+    ("It is 4.", "It is 4."), ("<think>3?</think>\nIt is 4.", "It is 4."), ("3?</think>It is 4.", "It is 4."),
+    ("<think>It is 4.", ""), ("<|think|>It is 4.", ""), ("<|channel|>analysis<|message|>It is 4.", ""),
+    ("<|think|>3?<|end|><|begin|>assistant<|content|>It is 4.", "It is 4."),
+    ("<think>3?</think>It is 4.<think>5?", "It is 4."),
+    ('It is 4.<tool_call>{"name": "f", "arguments": {"a": 5}}</tool_call>', "It is 4."),
+    ("<tool_call>5</tool_call>", ""), ("<tool_call>5", ""), ("<tool_call>f<arg_key>5</tool_call>", ""),
+    ("<|tool_calls|><|tool_call:begin|>1<|tool_call:name|>f<|tool_call:args|>5<|tool_call:end|>", ""),
+])
+def test_thoughts_and_calls_are_no_part_of_what_is_judged(response: str, said: str) -> None:
+    assert content_of({"response": response}) == said
 
 
 @pytest.mark.parametrize(("given", "reward"), [(1, 1.0), (0.25, 0.25), (True, 1.0), (Fraction(1, 4), 0.25),

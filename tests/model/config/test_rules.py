@@ -17,7 +17,8 @@ SELECTIVE = "train.recompute=selective gpu.recompute_modules="
 OFFLOAD = "train.precision=bf16 parallel.zero1=true gpu.optimizer_offload=0.5"
 PASSES = "parallel.ep=2 parallel.expert_overlap=micro_batches"
 ROUTERS, GRAPHS = 'gpu.cuda_graphs=["moe_router"]', 'gpu.cuda_graphs=["moe_router","moe_preprocess"]'
-PADDED = "train.precision=bf16 train.fp8=mxfp8 train.fp8_pad_routed_tokens=true"
+QUANTISED = "train.precision=bf16 train.fp8=mxfp8"
+PADDED = f"{QUANTISED} train.fp8_pad_routed_tokens=true"
 DENSE = "model.num_experts=0 model.dense_ffn_dim=64"
 LATENT = ('model.num_kv_heads=4 model.latent_attention={"kv_lora_rank":32,"qk_nope_head_dim":8,'
           '"qk_rope_head_dim":8,"v_head_dim":8}')
@@ -178,8 +179,13 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     (f"{GRAPHS} {DENSE}", 1, "gpu.cuda_graphs"),
     ('gpu.cuda_graphs=["moe_preprocess"]', 1, "gpu.cuda_graphs"),
     (f"{GRAPHS} train.recompute=true", 1, "gpu.cuda_graphs"),
-    *((f'{GRAPHS} {SELECTIVE}["{part}"]', 1, "gpu.cuda_graphs")
-      for part in ("layernorm", "moe", "shared_experts")),
+    (f'{GRAPHS} {SELECTIVE}["layernorm","shared_experts"]', 1, ""),
+    (f'{GRAPHS} {SELECTIVE}["moe"]', 1, "gpu.cuda_graphs"),
+    (f'{ROUTERS} {SELECTIVE}["layernorm"]', 1, "gpu.cuda_graphs"),
+    (f'{GRAPHS} {SELECTIVE}["layernorm"] parallel.expert_dispatcher=allgather', 1, "gpu.cuda_graphs"),
+    (f'{GRAPHS} {SELECTIVE}["shared_experts"] {QUANTISED}', 1, "gpu.cuda_graphs"),
+    (f"{GRAPHS} {QUANTISED} train.fp8=nvfp4 model.num_mtp_layers=1 model.mtp_experts=true", 1,
+     "gpu.cuda_graphs"),
     (f'{GRAPHS} gpu.offload_modules=["moe_act"]', 1, "gpu.cuda_graphs"),
     *((f"{GRAPHS} {PASSES.replace('micro_batches', overlap)}", 2, "gpu.cuda_graphs")
       for overlap in ("micro_batches", "weight_gradients")),
@@ -188,6 +194,7 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     (f"{GRAPHS} {PADDED}", 1, "gpu.cuda_graphs"),
     # outside of the router's graph
     (f"{ROUTERS} gpu.permute_fusion=off gpu.shared_expert_overlap=on {PADDED}", 1, ""),
+    (f"{ROUTERS} {PASSES.replace('micro_batches', 'weight_gradients')}", 2, ""),
     (f"{GRAPHS} gpu.permute_fusion=off parallel.expert_dispatcher=allgather", 1, ""),
     ("gpu.grad_dtype=bf16 train.precision=fp32", 1, "gpu.grad_dtype"),
     ("gpu.moment_dtype=bf16", 1, "gpu.moment_dtype"),

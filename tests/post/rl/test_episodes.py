@@ -75,6 +75,8 @@ def test_an_episode_goes_on_where_a_deadline_cut_it_off(tmp_path: Path) -> None:
         assert (row.finish_reason, row.outcome) == (expected.finish_reason, expected.outcome)
         assert row.finish_reason in ENDS and row.outcome["reward_version"] == "v1"
         assert row.record == expected.record
+        first, last = row.spans[-1]
+        assert row.outcome["last_turn"] == encoder.text(row.tokens[first:last].tolist()), "the model's alone"
         written = row.versions[row.versions != NOT_WRITTEN]
         assert (np.diff(written) >= 0).all() and set(written) <= {4 * n for n in range(number)}
         assert not row.logprobs[row.versions == NOT_WRITTEN].any()

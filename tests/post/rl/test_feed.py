@@ -125,35 +125,36 @@ def test_what_the_trainer_says_is_of_the_weights_before_the_round(
         assert feed.bring(view, lambda: False) is None
         return feed.rounds
 
-    document = (2 << 32) + 1
-    for step, old in ((2, -2.0), (3, -2.0)):  # in the round's middle its file is read
+    document = (3 << 32) + 1
+    for step, old in ((4, -4.0), (5, -4.0)):  # in the round's middle its file is read
         rounds = opened(step)
         assert rounds.column("old_logprobs", document, 1, 3).tolist() == [old] * 3
-        assert rounds.column("reference_logprobs", document, 1, 3).tolist() == [-102.0] * 3
-    old_file, reference_file = (tmp_path / f"0002.{name}_logprobs.f32" for name in ("old", "reference"))
+        assert rounds.column("reference_logprobs", document, 1, 3).tolist() == [-104.0] * 3
+    old_file, reference_file = (tmp_path / f"0003.{name}_logprobs.f32" for name in ("old", "reference"))
     whole = reference_file.read_bytes()
     reference_file.write_bytes(bytes([whole[0] ^ 1, *whole[1:]]))
-    rounds = opened(3)  # whose model is the start again for as long as it takes
-    assert rounds.column("reference_logprobs", document, 1, 3).tolist() == [-103.0] * 3
+    rounds = opened(5)  # whose model is the start again for as long as it takes
+    assert rounds.column("reference_logprobs", document, 1, 3).tolist() == [-105.0] * 3
     said = capsys.readouterr().err
-    assert "0002.reference_logprobs.f32: is damaged or belongs elsewhere (it" in said
-    write_sealed(old_file, bytes(48), "0002 old_logprobs of an earlier run")
-    with pytest.raises(UserError, match=r"0002.old_logprobs.f32: is damaged or belongs elsewhere"):
-        opened(3)
+    assert "0003.reference_logprobs.f32: is damaged or belongs elsewhere (it" in said
+    write_sealed(old_file, bytes(48), "0003 old_logprobs of an earlier run")
+    with pytest.raises(UserError, match=r"0003.old_logprobs.f32: is damaged or belongs elsewhere"):
+        opened(5)
     old_file.write_bytes(bytes([1, *old_file.read_bytes()[1:]]))
-    with pytest.raises(UserError, match=r"0002.old_logprobs.f32: is damaged .* stands inside"):
-        opened(3)
+    with pytest.raises(UserError, match=r"0003.old_logprobs.f32: is damaged .* stands inside"):
+        opened(5)
     old_file.unlink()
-    with pytest.raises(UserError, match=r"0002.old_logprobs.f32: cannot be read .* stands inside"):
-        opened(3)
+    with pytest.raises(UserError, match=r"0003.old_logprobs.f32: cannot be read .* stands inside"):
+        opened(5)
 
 
 def test_what_the_first_step_learns_is_left_to_it(view: Any, tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("old_logprobs",))
-    for view.step in (0, 4, 5):
+    for view.step in (0, 2, 4, 5):
         assert feed.bring(view, lambda: False) is None
-    assert (tmp_path / "0001.old_logprobs.f32").exists() is False, "no pass where nothing needs it"
+    # of the second round the first step learns nothing, and moves nothing
+    assert not any((tmp_path / f"000{n}.old_logprobs.f32").exists() for n in (1, 2)), "nothing needs a pass"
     first, second = (feed.rounds.column("old_logprobs", (3 << 32) + d, 1, 2).tolist() for d in (0, 1))
     assert np.isnan(first).all() and second == [-4.0, -4.0]
 

@@ -22,7 +22,7 @@ from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import Missing, PieceQueue, SampleAttempt, write_rounds
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.rollouts.prompts import (
-    PromptPiece, RolloutPrompt, read_prompts, round_pieces, round_prompts)
+    PromptPiece, RolloutPrompt, read_prompts, round_pieces, round_prompts, set_aside)
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
@@ -69,6 +69,10 @@ def expected(first: int) -> list[int]:
     return whole[:ROLLOUT.max_new_tokens]
 
 
+THINKS = 120
+"""The prompt behind which thoughts are open."""
+
+
 class Numbers:
     """In the place of a tokenizer: a prompt says its only id."""
 
@@ -79,6 +83,9 @@ class Numbers:
 
     def decode(self, tokens: list[int]) -> str:
         return " ".join(map(str, tokens))
+
+    def opened_thoughts(self, asked: Sequence[int]) -> str:
+        return "<think>" if asked[0] == THINKS else ""
 
 
 @pytest.fixture
@@ -132,7 +139,7 @@ def check_whole(store: RolloutStore, prompts: list[RolloutPrompt], rounds: Seque
         first = int(row.prompt_tokens[0])
         assert row.tokens.tolist() == expected(first) and row.record["answer"] == first // 10
         assert row.finish_reason == (STOP if row.tokens[-1] == END else LENGTH)
-        assert row.response == " ".join(map(str, row.tokens))
+        assert row.response == "<think>" * (first == THINKS) + " ".join(map(str, row.tokens))
     for row in rows:
         assert np.array_equal(row.logprobs, -1.0 - row.versions)
         assert row.key.policy == policy(int(row.versions[0])).sha256 and (np.diff(row.versions) >= 0).all()
@@ -227,7 +234,7 @@ def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(
     rollout = replace(ROLLOUT, samples_per_prompt=4, budgets_tokens=(2, 6), budget_text="in {tokens} tokens",
                       max_prompt_tokens=3, deadline_s=0.0)
     writer = ResponseSource(Telling(), rollout, "counting", False, {})  # type: ignore[arg-type]
-    writer.refuse_unfit(prompts)
+    assert writer.too_long(prompts) == {}
     [rows] = writer.write(Counting(), [SampleAttempt(PromptPiece(1, 0, (prompts[5],)), 0, policy(0))])
     assert [row.prompt_tokens.tolist() for row in rows] == [[60, 700, 2]] * 2 + [[60, 700, 6]] * 2
     assert all(not set(row.tokens.tolist()) & {60, 700} for row in rows)
@@ -237,8 +244,12 @@ def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(
     assert key_digest(untold, 1, {}) == key_digest(replace(untold, budgets_tokens=()), 1, {})
     narrow = ResponseSource(Telling(), replace(rollout, max_prompt_tokens=2), "", False,
                             {})  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"has 3 tokens, more than rollout.max_prompt_tokens = 2"):
-        narrow.refuse_unfit(prompts)
+    with pytest.raises(UserError, match=r"all 12 prompts have .* = 2, the shortest 3; raise it"):
+        narrow.too_long(prompts)
+    told = replace(prompts[5], record={"prompt": "60", "target_tokens": 4}, id="told")
+    short = ResponseSource(Telling(), replace(rollout, max_prompt_tokens=2, budgets_tokens=()), "", False,
+                           {})  # type: ignore[arg-type]
+    assert short.too_long([*prompts, told]) == {"told": 3}, "with the words that are put behind it"
     own = replace(prompts[5], record={"prompt": "60", "target_tokens": 4})
     alone = replace(rollout, budgets_tokens=())
     writer = ResponseSource(Telling(), alone, "counting", False, {})  # type: ignore[arg-type]
@@ -418,10 +429,10 @@ def test_a_store_of_other_settings_or_prompts_is_refused(tmp_path: Path,
         Job(tmp_path / "store", prompts[:6], lambda: 0).run()
 
 
-def test_a_prompt_that_is_too_long_is_named(tmp_path: Path, prompts: list[RolloutPrompt]) -> None:
-    job = Job(tmp_path / "store", prompts, lambda: 0, replace(ROLLOUT, max_prompt_tokens=1))
-    job.writer.asker.ask = lambda asked: [[1, 2]] * len(asked)  # type: ignore[method-assign]
-    with pytest.raises(UserError, match=r"--prompts: line \d+ \(prompt [0-9a-f]{16}\) has 2 tokens"):
+def test_an_empty_prompt_is_named(tmp_path: Path, prompts: list[RolloutPrompt]) -> None:
+    job = Job(tmp_path / "store", prompts, lambda: 0)
+    job.writer.asker.ask = lambda asked: [[]] * len(asked)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"--prompts: line \d+ is empty; write at least one character"):
         job.run()
     assert job.missing.take(), "the claim was given back"
 
@@ -445,7 +456,8 @@ def test_a_run_that_writes_by_itself_stops_behind_a_piece_and_goes_on(
     rollout = replace(ROLLOUT, deadline_s=0.0)
     writer = ResponseSource(Numbers(), rollout, "counting", False, {})  # type: ignore[arg-type]
     producer = feed.Producer(
-        partial(RolloutStore.create, tmp_path / "store", "sha256:0", 1000), prompts, rollout,
+        partial(RolloutStore.create, tmp_path / "store", "sha256:0", 1000), prompts,
+        set_aside(prompts, {}, 1), rollout,
         tmp_path / "run", tmp_path / "start", writer, Batching(), "v1", judging, {})
     store = producer.store()
     producer.produce(view, 1, lambda: bool(store.parts()))

@@ -18,7 +18,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.rl.publish import Publisher, further_pieces
-from megatron_sov.rollouts.prompts import RolloutPrompt, read_prompts, round_pieces, round_prompts
+from megatron_sov.rollouts.prompts import (
+    RolloutPrompt, list_set_aside, read_prompts, round_pieces, round_prompts, set_aside)
 from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, part_name
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.train.data.rounds import RoundDocuments
@@ -326,6 +327,19 @@ def test_a_round_that_cannot_be_filled_is_trained_with_what_learns(
     assert "3 further prompts" in few.publish(1) and few.publish(1) == ""
     assert "1 of 9 groups of round 1 learn, and it is to have 6; there are no more prompts" in (
         capsys.readouterr().err)
+
+
+def test_prompts_that_the_store_sets_aside_are_in_no_round(publisher: Publisher, write_round: Any,
+                                                           tmp_path: Path) -> None:
+    store = RolloutStore.open(publisher.store)
+    long, *asked = publisher.prompts
+    list_set_aside(store.path, set_aside(publisher.prompts, {long.id: 9}, 6))
+    write_round(store, asked, ROLLOUT, 1, VERSION)
+    assert publisher.publish(1) == ""
+    (store.path / "set_aside.json").unlink()
+    forgets = dataclasses.replace(publisher, rounds=tmp_path / "forgets")
+    with pytest.raises(UserError, match=r"which is none of piece 0 now"):
+        forgets.publish(1)
 
 
 def test_further_prompts_are_the_same_however_many_are_asked() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_sov.judge.rewards.composed import SECOND
-from megatron_sov.judge.rewards.reward import Result
+from megatron_sov.judge.rewards.math_answers import Math
+from megatron_sov.judge.rewards.reward import Result, judged
 from megatron_sov.post.rl.reward import (
     ENVIRONMENT, JudgingJob, judging, reward_version, row_of, second_opinions)
 from megatron_sov.rollouts.rows import STOP, UNFINISHED, AskedPrompt, Key, RewardRow, Rollout
@@ -34,7 +35,7 @@ def store(tmp_path: Path) -> RolloutStore:
     found.add_rollouts("round-0001-piece-0000", [rollout(1, 0, "가나"), rollout(1, 1, "ab")], {})
     found.add_rollouts("round-0002-piece-0000", [
         rollout(2, 2, "가a", outcome={"reward": 0.5, "status": "scored", "components": {"x": 1},
-                                      "reason": "", "reward_version": "v"}),
+                                      "reason": "", "reward_version": "v", "last_turn": "가a"}),
         rollout(2, 3, "가", finish_reason=UNFINISHED)], {})
     return found
 
@@ -170,6 +171,10 @@ def test_a_reward_is_given_the_prompts_fields_and_its_messages() -> None:
     assert row_of(rollout(1, 0, "x", record={"messages": chat, "answer": "2"})) == {
         "messages": chat, "prompt": chat, "answer": "2", "response": "x", "num_tokens": 2,
         "finish_reason": "stop"}
+    # of an episode what the model itself wrote in the end, never what a tool printed
+    played = rollout(1, 0, "\\boxed{7} said a tool", outcome={"last_turn": "It is 8."})
+    assert row_of(played)["response"] == "It is 8."
+    assert judged(Math(), row_of(replace(played, outcome={}))).status == "refused"
 
 
 def test_a_built_in_reward_judges_in_processes(store: RolloutStore) -> None:
@@ -201,6 +206,8 @@ def test_two_verifiers_that_begin_to_disagree_are_told_once_also_by_the_next_job
 
     assert written(1, "good", 210) == []
     (said,) = written(2, "bad", 20)
+    row = store.read_rewards(version, "round-0002-piece-0000")[0]
+    assert row.components["second_opinion.disagrees"] == 1.0, "its mean over a round is a curve of the report"
     assert said.startswith("ALARM of two verifiers at second opinion 2") and "it may be fooled" in said
     assert written(3, "bad", 20) == [], "it was told"
     assert second_opinions("language", SETTINGS, version, store) is None

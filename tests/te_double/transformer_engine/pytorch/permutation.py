@@ -35,6 +35,14 @@ def _row_id_map(routing_map: torch.Tensor, expert: torch.Tensor, token: torch.Te
     return found
 
 
+def _taken(row_id_map: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return number, token and expert of each of the rows that a map takes, token by token."""
+    rows = row_id_map[:, :row_id_map.shape[1] // 2]
+    token, expert = (rows >= 0).nonzero(as_tuple=True)
+    assert len(token) == num_rows, f"the map has {len(token)} rows, and {num_rows} came"
+    return rows[token, expert].long(), token, expert
+
+
 def moe_permute(inp: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int, max_token_num: int = -1,
                 map_type: str = "mask") -> tuple[torch.Tensor, torch.Tensor]:
     """Return the permuted rows of [tokens, hidden] and the map that `moe_unpermute` takes."""
@@ -61,10 +69,9 @@ def moe_unpermute(inp: torch.Tensor, row_id_map: torch.Tensor, merging_probs: to
     if not inp.numel():
         return inp.clone()
     require_cuda(inp=inp, row_id_map=row_id_map, merging_probs=merging_probs)
-    rows = row_id_map[:, :row_id_map.shape[1] // 2]
-    token, expert = (rows >= 0).nonzero(as_tuple=True)
+    row, token, expert = _taken(row_id_map, len(inp))
     wide = torch.promote_types(inp.dtype, torch.float32)
-    parts = inp[rows[token, expert].long()].to(wide)
+    parts = inp[row].to(wide)
     if merging_probs is not None:
         parts = parts * merging_probs[token, expert].to(wide)[:, None]
     shape = inp.shape if restore_shape is None else restore_shape

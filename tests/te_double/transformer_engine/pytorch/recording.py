@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
 _aten = torch.ops.aten
@@ -35,6 +35,11 @@ def kernel() -> Iterator[None]:
         yield
     finally:
         _in_kernel = before
+
+
+def is_recording() -> bool:
+    """Return whether a capture is under way."""
+    return isinstance(_get_current_dispatch_mode(), _Recorder)
 
 
 class _Recorder(TorchDispatchMode):

@@ -63,6 +63,15 @@ def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
     return torch.einsum("hqk,khd->qhd", weights, v.to(wide)).to(q.dtype)
 
 
+def attended_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor,
+                       scale: float, size: tuple[int, int], sinks: torch.Tensor | None) -> torch.Tensor:
+    """Return `attended` of each document of a packed row."""
+    bounds = cu_seqlens.tolist()
+    parts = [attended(q[a:b], k[a:b], v[a:b], scale, size, sinks) for a, b in pairwise(bounds) if b > a]
+    # rows behind the last document are nobody's: the kernels leave what they find
+    return torch.cat([*parts, q.new_zeros(len(q) - bounds[-1], q.shape[1], v.shape[-1])])
+
+
 class DotProductAttention(TransformerEngineBaseModule):
     """Attention without weights of its own but learned sinks."""
 
@@ -141,11 +150,8 @@ class DotProductAttention(TransformerEngineBaseModule):
             dpa_utils.get_attention_backend(call)
             _last[:] = [call]
         if kind == "thd":
-            # rows behind the last document are nobody's: the kernels leave what they find
-            parts = [attended(*(x[a:b] for x in (query_layer, key_layer, value_layer)), self.softmax_scale,
-                              size, self.softmax_offset) for a, b in pairwise(cu_seqlens_q.tolist()) if b > a]
-            behind = query_layer[int(cu_seqlens_q[-1]):]
-            out = torch.cat([*parts, behind.new_zeros(*behind.shape[:2], value_layer.shape[-1])])
+            out = attended_documents(query_layer, key_layer, value_layer, cu_seqlens_q, self.softmax_scale,
+                                     size, self.softmax_offset)
         else:
             out = torch.stack([attended(q, k, v, self.softmax_scale, size, self.softmax_offset)
                                for q, k, v in zip(

@@ -1,0 +1,255 @@
+"""A GPU without memory: tensors on it have a shape, a dtype and a device, and no numbers.
+
+They are torch's fake tensors; what is on the host is real, and any torch will do, with CUDA or without.  So
+a process does all that it does beside a GPU, at any size.  A tensor of the host among those of the GPU
+raises as it would there, so do shapes that do not fit, and `WAITS` counts who waited for the device.
+
+`install` comes before megatron-core is imported: it binds some of the functions while it is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FakeWork, ProcessGroup
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+WAITS: Counter[str] = Counter()
+"""File and function -> how often it had the host wait for the GPU, or for a copy to it."""
+CAPABILITY = {"capability": (9, 0)}
+"""What the chip answers."""
+aten = torch.ops.aten
+TYPES = {torch.float32: "Float", torch.bfloat16: "BFloat16", torch.float16: "Half", torch.float64: "Double",
+         torch.int64: "Long", torch.int32: "Int", torch.uint8: "Byte", torch.bool: "Bool"}
+
+
+def wait() -> None:
+    """Count who waits: the innermost function outside torch; a kernel, which the double plays, does not."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        path = Path(code.co_filename)
+        if (f"{os.sep}torch{os.sep}" not in code.co_filename and code.co_filename != __file__
+                and not code.co_name.startswith("<")):
+            if "transformer_engine" not in path.parts:
+                WAITS[f"{path.name}:{code.co_name}"] += 1
+            return
+        frame = frame.f_back
+
+
+class _Moment:
+    """Stands for a stream and an event."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = GPU
+
+    def synchronize(self) -> None:
+        wait()
+
+    def query(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Moment)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class _Shapes(FakeTensorMode):
+    """Computes nothing, not even constants."""
+
+    avoid_device_init = True
+
+
+class _Operations(TorchDispatchMode):
+    """Does what tensors of the host are in on the host, and nothing else."""
+
+    def __init__(self, num_routed: int) -> None:
+        super().__init__()
+        self._shapes, self._num_routed = _Shapes(allow_non_fake_inputs=True), num_routed
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.ops.prim.device.default:
+            return torch.device("meta")  # to autograd, which would look for streams
+        if func.namespace == "c10d":
+            return _message(func, args)
+        device = kwargs.get("device")
+        to_gpu = device is not None and device.type in ("cuda", "meta")
+        if to_gpu:
+            kwargs["device"] = GPU
+        on_gpu = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
+        if not (on_gpu or to_gpu):
+            return func(*args, **kwargs)
+        if func is aten._local_scalar_dense.default:
+            wait()
+            return torch.ones((), dtype=args[0].dtype).item()
+        if func is aten._to_copy.default and device is not None:
+            if to_gpu != on_gpu and not kwargs.get("non_blocking"):
+                wait()
+            if not to_gpu:
+                return self._read(args[0], kwargs.get("dtype") or args[0].dtype)
+        if func is aten.copy_.default and not all(isinstance(t, FakeTensor) for t in args[:2]):
+            if not (kwargs.get("non_blocking") or (len(args) > 2 and args[2])):
+                wait()
+            if not isinstance(args[0], FakeTensor):
+                return args[0].copy_(self._read(args[1], args[0].dtype))
+        with self._shapes:
+            found = func(*args, **kwargs)
+        return self._read(found, found.dtype) if device is not None and not to_gpu else found
+
+    def _read(self, tensor: FakeTensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return what the host finds in a tensor: whole numbers count the tokens that go to experts, all the
+        same; others are ones."""
+        count = tensor.dim() > 0 and not tensor.is_floating_point() and tensor.dtype != torch.bool
+        return torch.full(tensor.shape, self._num_routed // tensor.numel() if count else 1, dtype=dtype)
+
+
+_GATHERS = {"_allgather_base_", "allgather_into_tensor_coalesced_"}
+_SCATTERS = {"_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_"}
+
+
+def _message(func: Any, args: Any) -> Any:
+    """Send to nobody what NCCL would take.
+
+    Raises:
+        RuntimeError: a tensor is on the host.
+        ValueError: sizes or types do not fit.
+    """
+    name = func._schema.name.partition("::")[2]
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    if name != "barrier" and not all(isinstance(tensor, FakeTensor) for tensor in tensors):
+        raise RuntimeError(f"{name}: No backend type associated with device type cpu")
+    size = ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject))).size()
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        raise ValueError(f"{name}: tensors of {' and '.join(str(tensor.dtype) for tensor in tensors)}")
+    if name in _GATHERS | _SCATTERS:
+        outputs, inputs = (a if isinstance(a, list) else [a] for a in args[:2])
+        for output, given in zip(outputs, inputs, strict=True):
+            whole, part = (output, given) if name in _GATHERS else (given, output)
+            if whole.numel() != size * part.numel():
+                raise ValueError(f"{name}: {tuple(whole.shape)} is not {size} times {tuple(part.shape)}")
+    if name == "alltoall_base_":
+        for tensor, splits in ((args[0], args[3]), (args[1], args[4])):
+            if (len(splits) != size or sum(splits) != len(tensor)) if splits else len(tensor) % size:
+                raise ValueError(f"{name}: {tuple(tensor.shape)} among {size} processes by {splits}")
+    work = FakeWork().boxed()
+    return work if len(func._schema.returns) == 1 else (args[0], work)
+
+
+class _Calls(TorchFunctionMode):
+    """Has calls that name the GPU reach the operations, where a torch without CUDA stops before."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        kwargs.pop("pin_memory", None)
+        if _is_gpu(kwargs.get("device")):
+            kwargs["device"] = GPU
+        if name == "pin_memory":
+            return args[0]
+        if name == "tensor" and kwargs.get("device") == GPU:
+            return func(*args, **kwargs | {"device": CPU}).to(GPU)
+        if func == torch.Tensor.data.__set__ and not isinstance(args[0], FakeTensor):
+            return _move(*args) if isinstance(args[1], FakeTensor) else func(*args, **kwargs)
+        if name == "cuda":
+            name, func, args = "to", torch.Tensor.to, (args[0], GPU)
+        if name == "to" and isinstance(args[0], FakeTensor):  # it is there, and the operation would copy
+            wanted = [a.dtype if isinstance(a, FakeTensor) else a for a in args[1:] if not _is_gpu(a)]
+            if kwargs.get("device") == GPU:
+                del kwargs["device"]
+            if not wanted and kwargs.get("dtype") is None:
+                return args[0]
+            args = (args[0], *wanted)
+        elif name == "to":
+            args = (args[0], *(GPU if _is_gpu(a) else a for a in args[1:]))
+        return func(*args, **kwargs)
+
+
+def _is_gpu(device: Any) -> bool:
+    """Return whether an argument names the GPU: a number does."""
+    if isinstance(device, (str, torch.device)):
+        return torch.device(device).type == "cuda"
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+def _move(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """Have a parameter that the library made on the host be one on the GPU, with its marks."""
+    made = torch.nn.Parameter(data, requires_grad=tensor.requires_grad)
+    vars(made).update(vars(tensor))
+    torch.utils.swap_tensors(tensor, made)
+
+
+@contextlib.contextmanager
+def used(num_routed: int) -> Iterator[None]:
+    """Compute with the GPU; `num_routed` is how often tokens of a micro-batch go to an expert."""
+    with _Calls(), _Operations(num_routed):
+        yield
+
+
+def install() -> None:
+    """Have this process find one GPU, for good, and processes that are not there say what it says."""
+    cuda, properties = _settable(torch.cuda), SimpleNamespace(name="fake", total_memory=1 << 40, uuid="GPU-0")
+    answers: dict[str, Any] = {
+        "_lazy_init": None, "is_available": True, "is_initialized": True, "device_count": 1,
+        "current_device": 0, "set_device": None, "empty_cache": None, "manual_seed": None,
+        "manual_seed_all": None, "get_device_properties": properties, "get_device_name": "fake",
+        "mem_get_info": (1 << 40, 1 << 40), "memory_allocated": 0, "max_memory_allocated": 0,
+        "memory_reserved": 0, "max_memory_reserved": 0, "current_stream": _Moment(),
+        "default_stream": _Moment()}
+    for name, answer in answers.items():
+        setattr(cuda, name, _saying(answer))
+    cuda.get_device_capability = lambda device=None: CAPABILITY["capability"]
+    cuda.synchronize = lambda device=None: wait()
+    cuda.Stream = cuda.Event = _Moment
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args: 0
+    cuda.nccl.version = _saying((2, 28, 9))
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda device="cuda": torch.get_rng_state()
+        module.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    tensor, fake = _settable(torch.Tensor), _settable(FakeTensor)
+    fake.is_cuda = property(lambda self: self.device.type == "cuda")
+    fake.is_cpu = fake.is_meta = property(lambda self: False)
+    fake.get_device = lambda self: 0
+    fake.type = lambda self, *args: (
+        torch.Tensor.type(self, *args) if args else f"torch.cuda.{TYPES[self.dtype]}Tensor")
+    tensor.record_stream = lambda self, stream: None
+    # asked for functions of their own, they would switch `_Calls` off for all that autograd runs
+    _settable(torch.autograd).has_torch_function = _saying(False)
+    tensor.backward = lambda self, gradient=None, retain_graph=None, create_graph=False, inputs=None: (
+        torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs))
+    _settable(dist).get_backend = lambda group=None: "nccl"
+    _settable(dist).all_gather_object = _gather_object
+    _settable(dist).broadcast_object_list = _saying(None)
+
+
+def _settable(thing: Any) -> Any:
+    return thing
+
+
+def _saying(answer: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: answer
+
+
+def _gather_object(found: list[Any], value: Any, group: Any = None) -> None:
+    found[:] = [value] * len(found)

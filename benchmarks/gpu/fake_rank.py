@@ -1,0 +1,194 @@
+"""One rank of a large run does a training step at its own sizes, on a GPU without memory.
+
+Usage: python benchmarks/gpu/fake_rank.py [RECIPE GPU RANKS [SETTING ...]] > benchmarks/results/fake_rank.txt
+
+Model, gradient buffers and optimizer are those of training, made of the double of Transformer Engine, in a
+group that sends nothing; then come the micro-batches of a step, the sums over processes, clipping and the
+update.  It fails where a tensor of the host is among those of the GPU, where shapes do not fit, and where the
+host waits for the device in a place that is not in `ALLOWED`.  Without arguments these are the recommended
+layouts of `CASES`; settings come on top of a recommended layout.  The first, a middle and the last pipeline
+stage are tried.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import fake_gpu
+import torch
+from setting import DOUBLE, ROOT
+
+CASES: tuple[tuple[str, str, int, tuple[str, ...]], ...] = (
+    ("solar-open-102b", "h100", 512, ()), ("solar-open-102b", "b200", 480, ()),
+    ("solar-open-102b", "b200", 480, ("train.fp8=mxfp8",)), ("k-exaone-236b", "h100", 512, ()),
+    ("k-exaone-236b", "b200", 512, ()))
+"""Recipe, GPU, number of processes, settings beside the recommended layout."""
+CAPABILITY = {"h100": (9, 0), "h200": (9, 0), "b200": (10, 0)}
+"""GPU -> what it says of itself."""
+ALLOWED = {
+    "computation.py:sums": "a stage's losses, once a step",
+    "collectives.py:all_reduce_dp": "their sum over processes",
+    "collectives.py:broadcast_from_last_stage": "their sum for the other stages",
+    "collectives.py:to_comm_device": "the way there of both",
+    "optimizer.py:_grad_norm": "the norm of gradients, which the guard is asked about",
+    "token_dispatcher.py:_maybe_dtoh_and_synchronize": "how many tokens go where, in each layer with experts",
+}
+"""File and function that may have the host wait -> what for."""
+
+
+def prepare() -> None:
+    """Import what training imports, for a GPU without memory and with the double; for good."""
+    fake_gpu.install()
+    sys.path[:0] = [str(DOUBLE), str(ROOT)]
+    _give_kernels_shapes()
+    compile_, torch.compile = torch.compile, _as_it_is  # type: ignore[assignment]
+    import megatron.core.models.gpt.gpt_layer_specs
+    import megatron.core.optimizer
+    import megatron.core.pipeline_parallel
+    import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.multi_token_prediction  # noqa: F401
+
+    torch.compile = compile_
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    import transformer_engine.pytorch as te
+
+    from megatron_sov.engine.parallel.device import FP8_FUNCTIONS
+
+    for name in FP8_FUNCTIONS.values():
+        setattr(te, name, lambda return_reason=False: (True, "") if return_reason else True)
+    import one_rank
+
+    one_rank.wait = lambda: None  # for its clock
+    one_rank._made_there = lambda parts, seed, num_threads: (
+        (part, torch.empty(part.target.shape, device=part.target.device)) for part in parts)
+
+
+def _as_it_is(function: Any = None, **settings: Any) -> Any:
+    return (lambda f: f) if function is None else function
+
+
+def _give_kernels_shapes() -> None:
+    """Have the double's kernels that read what is on the GPU make something of their results' shapes."""
+    from transformer_engine.pytorch import permutation
+    from transformer_engine.pytorch.attention import dot_product_attention as attention
+
+    def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float,
+                 size: tuple[int, int], sinks: torch.Tensor | None) -> torch.Tensor:
+        groups = q.shape[1] // k.shape[1]
+        weights = (q * k.repeat_interleave(groups, 1)).sum(-1, keepdim=True) + cu_seqlens.sum()
+        return weights.to(q.dtype) * v.repeat_interleave(groups, 1)
+
+    def zeros(like: torch.Tensor, count: int, times: int) -> tuple[torch.Tensor, ...]:
+        return (torch.zeros(count, dtype=torch.long, device=like.device),) * times
+
+    attention.attended_documents = attended
+    permutation._rows = lambda inp, routing_map, num_out_tokens, probs=None: zeros(
+        inp + routing_map.sum(), num_out_tokens, 2)
+    permutation._row_id_map = lambda routing_map, expert, token: routing_map.new_zeros(
+        len(routing_map), 2 * routing_map.shape[1] + 1, dtype=torch.int32)
+    permutation._taken = lambda row_id_map, num_rows: zeros(row_id_map, num_rows, 3)
+    permutation.moe_sort_chunks_by_index = lambda inp, split_sizes, sorted_index: (
+        inp * (split_sizes + sorted_index).sum().ne(-1))
+
+
+def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: int) -> dict[str, Any]:
+    """Do a step of the first process of a pipeline stage in this process, which is none afterwards.
+
+    Returns:
+        The parameters that it holds, processor seconds, and who waited how often.
+    """
+    import torch.distributed as dist
+    from one_rank import OneRank
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from transformer_engine.pytorch import placement
+
+    from megatron_sov.engine.optimizer import parameter_groups
+
+    config = configured(recipe, gpu, num_ranks, settings)
+    p, rank = config.parallel, stage * num_ranks // config.parallel.pp
+    fake_gpu.CAPABILITY["capability"] = CAPABILITY[gpu]
+    placement.CHIP = placement.Chip(CAPABILITY[gpu])
+    dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
+    # patterns of names match on some stage
+    parameter_groups.gather_objects = lambda value: [
+        ({group.pattern for group in config.optim.groups}, True)]
+    tokens = config.data.phases[0].seq_len * config.train.micro_batch_size // p.cp // (p.tp if p.sp else 1)
+    begun = time.process_time()
+    with fake_gpu.used(tokens * config.model.num_experts_per_token):
+        runner = OneRank(config, rank, num_ranks)
+        fake_gpu.WAITS.clear()
+        runner.step(1, p.pp)
+    return {"parameters": sum(weight.numel() for weight in runner.model.parameters()),
+            "seconds": time.process_time() - begun, "waits": dict(fake_gpu.WAITS)}
+
+
+def configured(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str]) -> Any:
+    """Return a recipe in its recommended layout, where it has one, with settings on top."""
+    from megatron_sov.model import recipes
+    from megatron_sov.model.config import apply_settings
+    from megatron_sov.plan.search.recommended import settings_for
+
+    config = recipes.get(recipe)
+    return apply_settings(config, [*settings_for(config, num_ranks, gpu), *settings])
+
+
+def tried(*case: Any) -> dict[str, Any]:
+    """Return what `step` does in a fork of this process, or its `problem`."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+
+    def child() -> None:
+        try:
+            found = step(*case)
+        except Exception as e:  # whatever it is, the other cases are to be tried
+            found = {"problem": f"{type(e).__name__}: {e}".splitlines()[0], "trace": traceback.format_exc()}
+        there.send(json.dumps(found))
+
+    process = context.Process(target=child)
+    process.start()
+    there.close()
+    try:
+        found: dict[str, Any] = json.loads(here.recv())
+    except EOFError:
+        found = {"problem": "the process has ended"}
+    process.join()
+    if others := sorted(found.get("waits", {}).keys() - ALLOWED.keys()):
+        found["problem"] = f"waits for the device in {', '.join(others)}"
+    return found
+
+
+def main() -> int:
+    """Print a line for each stage; returns 1 if one has failed."""
+    recipe, gpu, num_ranks, *settings = sys.argv[1:] or ("", "", 0)
+    cases = [(recipe, gpu, int(num_ranks), tuple(settings))] if recipe else CASES
+    print(f"one rank's step at its own sizes on a GPU without memory: {platform.machine()}, "
+          f"torch {torch.__version__}; processor seconds\n", flush=True)
+    prepare()
+    failed = False
+    for case in cases:
+        config = configured(*case)
+        print(f"{case[0]} on {case[2]} {case[1]} {' '.join(case[3])}".rstrip(), flush=True)
+        for stage in sorted({0, config.parallel.pp // 2, config.parallel.pp - 1}):
+            found = tried(*case, stage)
+            failed |= "problem" in found
+            told = (f"{found['parameters'] / 1e9:6.2f} B parameters  {found['seconds']:5.0f} s"
+                    if "parameters" in found else "")
+            print(f"  stage {stage + 1:>2} of {config.parallel.pp:<2} {told}  "
+                  f"{found.get('problem', 'sound')}", flush=True)
+            for name, count in sorted(found.get("waits", {}).items()):
+                print(f"      {count:>5} waits  {name}: {ALLOWED.get(name, 'NOT ALLOWED')}", flush=True)
+            if "trace" in found:
+                print(found["trace"], file=sys.stderr, flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""A rank's step on a GPU without memory: sound ones, and such as a GPU would not take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GPU = str(ROOT / "benchmarks/gpu")
+SMALL = ("train.precision=bf16", "train.micro_batch_size=1", "parallel.zero1=true", "parallel.ep=2",
+         "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
+SELECTIVE = ("train.recompute=selective", 'gpu.recompute_modules=["layernorm", "moe_act"]')
+STAGES = ("model.num_layers=2", "parallel.pp=2", "parallel.tp=2", "parallel.sp=true", *SELECTIVE)
+CASES = {"first": ("tiny-solar-open", "h100", 8, (*SMALL, *STAGES), 0),
+         "last": ("tiny-solar-open", "b200", 8, (*SMALL, *STAGES, "train.fp8=mxfp8"), 1),
+         "cut rows": ("tiny-k-exaone", "b200", 4, (*SMALL, "model.num_layers=2", "parallel.cp=2"), 0)}
+ONE_LAYER = ("tiny-solar-open", "h100", 2, (*SMALL, "model.num_layers=1"), 0)
+
+
+def cases() -> None:
+    """Runs in a process of its own, which finds such a GPU from then on."""
+    sys.path.append(GPU)
+    import fake_gpu
+    import fake_rank
+
+    fake_rank.prepare()
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_sov.train.objectives import microbatch
+
+    found: dict[str, Any] = {name: fake_rank.tried(*case) for name, case in CASES.items()}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(microbatch, "local_device", lambda: torch.device("cpu"))
+        found["rows on the host"] = fake_rank.tried(*ONE_LAYER)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(microbatch, "to_device", lambda values, device: values.to(device))
+        found["rows waited for"] = fake_rank.tried(*ONE_LAYER)
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    with fake_gpu.used(1):
+        x = torch.ones(6, device="cuda")
+        for name, send in {
+                "gathered": lambda: dist.all_gather_into_tensor(x.new_empty(23), x),
+                "exchanged": lambda: dist.all_to_all_single(x.new_empty(6), x, [1, 2, 3, 0], [1, 1, 1, 1]),
+                "types": lambda: dist.all_gather_into_tensor(x.new_empty(24).bfloat16(), x),
+                "on the host": lambda: dist.all_reduce(torch.ones(2))}.items():
+            with pytest.raises((ValueError, RuntimeError)) as caught:
+                send()
+            found[name] = str(caught.value)
+        assert (x + torch.ones(())).device == x.device and int(x.sum()) == 1
+        found["item"] = dict(fake_gpu.WAITS)
+    print(json.dumps(found))
+
+
+def test_a_step_is_sound_and_what_a_gpu_does_not_take_is_not() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "from tests.benchmarks import test_fake_rank as t; t.cases()"],
+        cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    problems = {name: found[name].get("trace", found[name].get("problem")) for name in CASES}
+    assert problems == dict.fromkeys(CASES)
+    waits = found["last"]["waits"]
+    # the stage's one layer, in two micro-batches
+    assert waits.pop("token_dispatcher.py:_maybe_dtoh_and_synchronize") == 2
+    assert all(count <= 3 for count in waits.values()), waits
+    assert "same device" in found["rows on the host"]["problem"]
+    assert found["rows waited for"]["problem"] == "waits for the device in microbatch.py:from_row"
+    assert found["gathered"] == "_allgather_base_: (23,) is not 4 times (6,)"
+    assert found["exchanged"] == "alltoall_base_: (6,) among 4 processes by [1, 1, 1, 1]"
+    assert found["types"].startswith("_allgather_base_: tensors of torch.bfloat16 and torch.float32")
+    assert found["on the host"] == "allreduce_: No backend type associated with device type cpu"
+    assert found["item"] == {"test_fake_rank.py:cases": 1}
