@@ -4,6 +4,7 @@ whether an engine can do it, and the file of responses.  No torch here."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.files import refuse_tables
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import AtLeastOne, Flag
+from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
 from megatron_sov.chat.marks import text_decoder, with_opening
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, ChosenEngine
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, VLLM, ChosenEngine
 from megatron_sov.infer.request import Generated
+from megatron_sov.work.endpoints.transport import address_problems
 
 if TYPE_CHECKING:
+    from megatron_sov.infer.engines.server_engine import ServerPlaces
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.model.modality import FeatureTokens, MediaEncoding
 
@@ -96,9 +99,35 @@ class EngineOptions:
 
     engine: ChosenEngine = None
     engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
-    """Layout and precision, e.g. parallel.ep=2 (engine megatron)."""
+    """Layout and precision, e.g. parallel.ep=2 (engine megatron); or servers, e.g. tp=8 (engine vllm)."""
     nproc: AtLeastOne | None = None
     """Local processes (engine megatron)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Where vLLM comes from, of `--engine vllm`."""
+
+    engine_python: Annotated[Path | None, Flag(value="FILE")] = None
+    """The interpreter that has vLLM (default: SOV_ENGINE_PYTHON of the environment, or this one)."""
+    engine_url: Annotated[tuple[str, ...], Flag(value="URL")] = ()
+    """A vLLM server that somebody else has started; repeat it for several."""
+
+    def places(self, run: Path) -> ServerPlaces:
+        """Return where the servers of a run are; the interpreter that is named becomes the environment's.
+
+        Raises:
+            UserError: an address is none.
+        """
+        from megatron_sov.infer.engines.server_engine import ServerPlaces
+        from megatron_sov.infer.engines.server_process import ENGINE_PYTHON
+
+        if self.engine_python is not None:
+            os.environ[ENGINE_PYTHON] = str(self.engine_python)
+        for url in self.engine_url:
+            if problems := address_problems("--engine-url", url, "the environment"):
+                raise SettingsError("--engine-url", problems)
+        return ServerPlaces(run / "engines", self.engine_url)
 
 
 @dataclass(frozen=True)
@@ -333,7 +362,7 @@ def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: in
     Args:
         engine: one of `ENGINES`.
         target: the model.
-        settings: `key=value` changes of layout and precision.
+        settings: `key=value` changes of layout and precision, or of servers.
         nproc: local processes.
         option: which gives the settings.
         num_drafts: tokens that the multi-token prediction layer drafts.
@@ -341,7 +370,8 @@ def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: in
     if engine != MEGATRON and not target.is_hf:
         raise UserError(f"--engine {engine}: {target.path} is a checkpoint; "
                         "convert it first with `megatron-sov convert to-hf`")
-    given = [*(f"{option} {setting}" for setting in settings),
+    own = settings if engine != VLLM else ()  # its servers have settings too
+    given = [*(f"{option} {setting}" for setting in own),
              *([] if nproc is None else [f"--nproc {nproc}"]),
              *([f"--speculative {num_drafts}"] if num_drafts else [])]
     if engine != MEGATRON and given:

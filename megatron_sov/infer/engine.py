@@ -11,6 +11,7 @@ from megatron_sov.infer.request import Batching, Generated, NamedTensors, Sampli
 
 if TYPE_CHECKING:
     from megatron_sov.convert.changed_values import Changed
+    from megatron_sov.infer.engines.server_engine import ServerPlaces
     from megatron_sov.infer.engines.target import Target
 
 EngineName = Literal["megatron", "transformers", "vllm"]
@@ -102,7 +103,7 @@ def engine_for(target: Target) -> EngineName:
 def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, longest: int,
                batching: Batching | None = None, settings: Sequence[str] = (),
                nproc: int | None = None, option: str = "--set", with_routes: bool = False,
-               for_updates: bool = False) -> Any:
+               places: ServerPlaces | None = None) -> Any:
     """Load a model into an engine, and return what some work with it gave.
 
     Args:
@@ -111,11 +112,11 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
         work: is given the engine, on every process that it runs on; its result must be plain JSON values.
         longest: tokens of the longest sequence, prompt and continuation.
         batching: what bounds memory.
-        settings: `key=value` changes of layout and precision (megatron).
+        settings: `key=value` changes of layout and precision (megatron), or of servers (vllm).
         nproc: local processes (megatron).
         option: that the settings are given by, for sentences.
         with_routes: whether the work asks for routes, which vLLM must be started for.
-        for_updates: whether `update` will be called, for which some engines prepare.
+        places: where servers and their logs are (vllm); None: here, and their logs go with them.
 
     Returns:
         The result; None on other processes than the first of a torchrun or Slurm job.
@@ -132,10 +133,11 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
         return run_forward_model(target, settings, nproc,
                                  lambda loaded: work(MegatronEngine(loaded.policy, batching)), option)
     if name == VLLM:
-        from megatron_sov.infer.engines.libraries import VllmEngine
+        from megatron_sov.infer.engines.server_engine import server_settings, serving_engine
 
-        return work(VllmEngine(target.path, longest, batching, with_routes=with_routes,
-                               for_updates=for_updates))
+        with serving_engine(target.path, target.vocab_size, longest, server_settings(settings, option),
+                            places, with_routes=with_routes) as engine:
+            return work(engine)
     from megatron_sov.infer.engines.libraries import HfEngine, load_hf
 
     return work(HfEngine(load_hf(target.path), batching))

@@ -185,10 +185,6 @@ def vllm_part(sources: Sources) -> dict[str, Any]:
     return part
 
 
-LLM = "_llm"
-"""Attribute that holds vLLM's engine."""
-
-
 @functools.cache
 def calls_of(package: str) -> list[tuple[str, int, frozenset[str]]]:
     """Return (name, arguments by place, keywords) of this project's calls of a package's names that say all
@@ -214,8 +210,6 @@ def _called(function: ast.expr, aliases: dict[str, str]) -> str | None:
         return aliases.get(function.id)
     if not isinstance(function, ast.Attribute):
         return None
-    if isinstance(function.value, ast.Attribute) and function.value.attr == LLM:
-        return f"vllm.LLM.{function.attr}" if "LLM" in aliases else None
     return next(iter(_chain(function, aliases)), None)
 
 

@@ -140,7 +140,8 @@ def test_our_calls_bind_to_the_real_signatures(part: str) -> None:
         if text and text.startswith("("):
             contract.parsed(text).bind(*[None] * by_place, **dict.fromkeys(keywords))
             bound += 1
-    assert bound > 5
+    # of vLLM its worker's module alone: how weights are read, and under which name
+    assert bound > (2 if part == contract.VLLM else 5)
 
 
 def test_the_first_difference_is_named(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ MIN_FREE_MEMORY_BYTES = 4 * 10**9
 REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "safetensors", "pydantic",
                      "plotly", "jinja2", "tqdm", "psutil", "tiktoken", "pyarrow", "zstandard", "blake3",
                      "numba")
-OPTIONAL_PACKAGES = {"tensorboard": "trackers", "wandb": "trackers", "vllm": "rollout", "math-verify": "rl",
+OPTIONAL_PACKAGES = {"tensorboard": "trackers", "wandb": "trackers", "math-verify": "rl",
                      "httpx": "judge", "aiohttp": "serve", "mlflow-skinny": "mlflow", "ray": "ray"}
 TE_COMMAND = how_to_install("gpu", "--no-build-isolation") + " (needs a CUDA toolchain, see docs/install.md)"
 DEEP_EP_REMEDY = ("build the commit that containers/install.sh names: DEEPEP_ARCH=10.0 sh "

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.base.digests import file_digest
@@ -24,8 +24,8 @@ from megatron_sov.commands.rl.rl_reward import JudgedOptions
 from megatron_sov.commands.score import JudgeOptions
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
-from megatron_sov.infer.asking import EngineOptions, check_engine, check_length
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, Engine, engine_for
+from megatron_sov.infer.asking import EngineOptions, ServerOptions, check_engine, check_length
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, VLLM, Engine, engine_for
 from megatron_sov.infer.request import Batching, BatchSize
 from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import BUILT_IN, make, order
@@ -47,8 +47,9 @@ from megatron_sov.work.progress.locks import Claims
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
-    from megatron_sov.post.rl.feed import Produce
+    from megatron_sov.post.rl.feed import Producer
     from megatron_sov.post.rl.generate import Writer
+    from megatron_sov.post.rl.requests import LiveServers
     from megatron_sov.train.stages.gate import EndGate
 
 
@@ -114,7 +115,7 @@ class PromptOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlGenerateOptions(RecipeOptions, PromptOptions, AskingOptions, EngineOptions):
+class RlGenerateOptions(RecipeOptions, PromptOptions, AskingOptions, EngineOptions, ServerOptions):
     """Write the responses of rounds, by the policies of a run."""
 
     store: Annotated[Path, Flag(value="DIR", writes=True)]
@@ -250,7 +251,7 @@ def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
     name = args.engine or engine_for(start)
     check_engine(name, start, args.engine_set, args.nproc, ENGINE_SET)
     refuse_too_long(rollout, environment, start)
-    if rollout.deadline_s and name != MEGATRON and environment is None:
+    if rollout.deadline_s and name not in (MEGATRON, VLLM) and environment is None:
         raise UserError(f"rollout.deadline_s = {rollout.deadline_s:g}: --engine {name} cannot be stopped in "
                         f"the middle of a response; use --engine {MEGATRON}, or set it to 0")
     return name
@@ -278,9 +279,11 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
            start: Target, engine_name: str, environment: AskedEnvironment | None) -> dict[str, Any] | None:
     """Load the policy and write; None on other processes than the first."""
     from megatron_sov.engine.parallel.world import on_first
+    from megatron_sov.infer.engines.server_engine import ServerEngine
     from megatron_sov.post.rl.generate import Further, Missing, PieceQueue, Take, run_policies, write_rounds
     from megatron_sov.post.rl.publish import further_pieces, is_published
-    from megatron_sov.post.rl.responses import key_digest
+    from megatron_sov.post.rl.requests import write_by_requests
+    from megatron_sov.post.rl.responses import ResponseSource, key_digest
     from megatron_sov.rollouts.store import RolloutStore
 
     folder, rollout = start.tokenizer_folder, config.rollout
@@ -305,12 +308,16 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
                           lambda number: key_digest(rollout, number, writer.chosen_by), further)
         # how rows were written goes into the parts' provenance
         told = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}
-        return write_rounds(engine, take, held, writer, PieceQueue(missing, store, args.wait, told))
+        desk = PieceQueue(missing, store, args.wait, told)
+        if isinstance(engine, ServerEngine) and isinstance(writer, ResponseSource):
+            return write_by_requests(engine, take, writer, desk, engine.room)
+        return write_rounds(engine, take, held, writer, desk)
 
     found: dict[str, Any] | None = run_policies(
         engine_name, start, work, longest=_longest(rollout, environment),
         batching=Batching(args.batch_size), settings=args.engine_set, nproc=args.nproc,
-        option=ENGINE_SET, with_routes=config.policy.router_replay)
+        option=ENGINE_SET, with_routes=config.policy.router_replay,
+        places=None if engine_name != VLLM else args.places(args.run))
     return found
 
 
@@ -417,7 +424,7 @@ def parse_rounds(args: RoundsOptions) -> ParsedRounds:
 
 
 def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait_s: float = 0.0,
-                 produce: Produce | None = None) -> None:
+                 producer: Producer | None = None) -> None:
     """Run the stage.
 
     Args:
@@ -425,7 +432,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
         parsed: the same, checked.
         began_s: Unix time at which the command began.
         wait_s: how long a round is waited for.
-        produce: writes and judges rounds; None: other jobs do.
+        producer: writes and judges rounds; None: other jobs do.
     """
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
     from megatron_sov.train.data.rounds import rounds_of, rounds_source
@@ -455,8 +462,9 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     check_sources(config, [*texts, source])
     rounds = rounds_of([source])
     assert rounds is not None, "the source has no rounds"
-    feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, wait_s, produce,
-                     args.store)
+    feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, wait_s,
+                     None if producer is None else producer.produce, args.store,
+                     (lambda: None) if producer is None else producer.close)
     run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
                     feed=feed, end_gate=parsed.gate, faults=parsed.stage.faults,
                     dry_run=args.dry_run, notes=parsed.stage.notes), args.nproc, began_s)
@@ -465,11 +473,26 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
 TRAIN = command_of(RlTrainOptions, run_train)
 
 
+RunEngine = Literal["megatron", "vllm"]
+
+
 @dataclass(frozen=True, kw_only=True)
-class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions):
+class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions, ServerOptions):
     """Train in rounds in which the model writes its responses itself."""
 
+    engine: Annotated[RunEngine, Flag(help="What writes: the model that learns, or vLLM's servers, which are "
+                                           "given its weights in each round")] = MEGATRON
+    engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
+    """Servers, e.g. servers=2 or tp=8 (engine vllm)."""
+
     def problems(self) -> list[SettingsProblem]:
+        if self.engine == MEGATRON and (self.engine_set or self.engine_url or self.engine_python):
+            return [SettingsProblem(ProblemCode.RULE, "engine", "has no servers, and settings of servers are "
+                                    "given", self.engine, "add --engine vllm, or leave them out")]
+        if self.engine == VLLM and self.environment is not None:
+            return [SettingsProblem(ProblemCode.RULE, "environment", "is played by the model that learns; "
+                                    "servers write plain responses in `rl run`", self.environment,
+                                    "leave --engine out, or write by `rl generate --engine vllm`")]
         return [] if self.reward != ENVIRONMENT or self.environment is not None else [
             SettingsProblem(ProblemCode.RULE, "reward",
                             "takes what an environment said of its episodes, and there is none",
@@ -506,7 +529,7 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
     environment = environment_of(args, config)
     refuse_too_long(config.rollout, environment, start)
     digest = tokenizer_digest(start.tokenizer_folder)
-    writer, aside = writer_of(args, config, parsed.prompts, start, MEGATRON, environment)
+    writer, aside = writer_of(args, config, parsed.prompts, start, args.engine, environment)
     prompts = args.kept(parsed.prompts, aside, args.store)
     round_prompts(prompts, config.rollout, 1)  # which refuses too few of them
     producer = Producer(
@@ -514,14 +537,27 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
         args.run, start.path, writer,
         Batching(args.batch_size), parsed.reward_version,
         partial(judging, args.reward, args.reward_set, args.workers),
-        {"engine": MEGATRON, "environment": args.environment, "reward": args.reward},
+        {"engine": args.engine, "environment": args.environment, "reward": args.reward},
         config.policy.parts.max_gen_batches,
-        partial(second_opinions, args.reward, args.reward_set, parsed.reward_version))
+        partial(second_opinions, args.reward, args.reward_set, parsed.reward_version),
+        _live_servers(args, config, start))
     try:
-        train_rounds(args, parsed, began_s, produce=producer.produce)
+        train_rounds(args, parsed, began_s, producer=producer)
     # workers that judge end with the run, also with one that failed
     finally:
         producer.close()
+
+
+def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveServers | None:
+    if args.engine == MEGATRON:
+        return None
+    from megatron_sov.infer.engines.server_engine import server_settings
+    from megatron_sov.post.rl.requests import LiveServers
+
+    # a Hugging Face folder is what the servers load; of a checkpoint they get one
+    return LiveServers(args.start_from, args.run, server_settings(args.engine_set, ENGINE_SET),
+                       args.places(args.run).urls, _longest(config.rollout, None), start.vocab_size,
+                       config.policy.router_replay)
 
 
 RUN = command_of(RlRunOptions, run_all)

@@ -144,6 +144,9 @@ class RunConfig:
               for key, plain, block, ids in weights),
             *((plain or name in ("lm", "sft"), key, f"belongs to objectives lm and sft, not {name}")
               for key, plain, _, _ in weights),
+            (not self.gpu.cuda_graphs or name not in ("policy", "preference"), "gpu.cuda_graphs",
+             f"cannot be with objective {name}, whose rows share prompts, replay routes or change their "
+             "length", "leave it out"),
             (objective.loss_per == "token" or name == "sft", "objective.loss_per",
              f"belongs to objective sft, not {name}"),
             (distillation.top_k < vocab_size, "distillation.top_k",

@@ -41,9 +41,10 @@ from megatron_sov.post.policy import GROUPS_LEARNING, OLD, REFERENCE, RESPONSE_T
 from megatron_sov.post.reference import document_logprobs, files_sha256
 from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rounds
 from megatron_sov.post.rl.publish import further_pieces
-from megatron_sov.post.rl.responses import key_digest
+from megatron_sov.post.rl.requests import STEP_S, LiveServers, RequestQueue
+from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
-from megatron_sov.rollouts.prompts import RolloutPrompt, SetAside, list_set_aside
+from megatron_sov.rollouts.prompts import RolloutPrompt, SetAside, list_set_aside, round_prompts
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.folder import ROUNDS, RunFolder
@@ -220,6 +221,8 @@ class RoundFeed:
     """None: other jobs write and judge."""
     store: Path | None = None
     """Where its responses are; who looks on finds them there.  None: it is not told."""
+    end: Callable[[], None] = lambda: None
+    """Ends what writes and judges."""
     meters: Mapping[str, float] = field(default_factory=dict)
     """See `train.stages.feed.Feed`: of the round that is open."""
     _figures: Mapping[str, float] = field(default_factory=dict)
@@ -240,6 +243,10 @@ class RoundFeed:
             return lacking
         self._open(view, number, is_first=step == 0, waited_s=time.monotonic() - begin_s)
         return None
+
+    def close(self) -> None:
+        """End what writes and judges, see `Feed`."""
+        self.end()
 
     def _wait(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> str | None:
         """Wait for a round to be published; returns None, or why it is waited for no longer."""
@@ -350,6 +357,9 @@ class Producer:
     """Of the policy: above 1 a round may ask further prompts."""
     opinions: Callable[[RolloutStore], Opinions | None] = lambda store: None
     """What a second verifier has said so far, see `reward.second_opinions`."""
+    servers: LiveServers | None = None
+    """What writes in the place of the live model itself."""
+    _requests: RequestQueue | None = None
     _opinions: Opinions | None = None
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _judge: JudgeRows | None = None
@@ -372,21 +382,58 @@ class Producer:
         policy_of = partial(policy_of_round, self.run, self.start, rollout=self.rollout)
         policy: Policy = on_main(view.world, lambda: policy_of(number))
         rounds = range(number, min(number + self.rollout.max_staleness, self.rollout.rounds) + 1)
-        engine = MegatronEngine(view.policy, self.batching)
-        # The model is the policy itself: no weights are copied, only their version is noted.
-        engine.update(None, policy.step)
         # made by one, before all open it
         on_main(view.world, lambda: list_set_aside(self.store().path, self.aside))
-        write_rounds(engine, _take_none, policy, self.writer, self._desk(rounds, policy_of, asked_to_stop))
+        told: dict[str, float] = {}
+        if self.servers is None:
+            engine = MegatronEngine(view.policy, self.batching)
+            # The model is the policy itself: no weights are copied, only their version is noted.
+            engine.update(None, policy.step)
+            write_rounds(engine, _take_none, policy, self.writer,
+                         self._desk(rounds, policy_of, asked_to_stop))
+        else:
+            told = self._write_by_servers(self.servers, view, rounds, policy, asked_to_stop)
         written_s = time.monotonic()
-        on_main(view.world, lambda: self._begin_judging(rounds, view))
+        on_main(view.world, lambda: self._begin_judging(rounds if self.servers is None else rounds[:1], view))
         # part by part: there is a limit to how long the others wait for a message
         while on_main(view.world, lambda: not asked_to_stop() and self._judge_part()):
             pass
-        return {"write_s": written_s - begin_s, "judge_s": time.monotonic() - written_s}
+        return {"write_s": written_s - begin_s, "judge_s": time.monotonic() - written_s, **told}
+
+    def _write_by_servers(self, servers: LiveServers, view: FeedView, rounds: range, policy: Policy,
+                          asked_to_stop: Callable[[], bool]) -> dict[str, float]:
+        """Have the first of some rounds written, and the others begun; returns figures for its event."""
+        assert isinstance(self.writer, ResponseSource), "servers write plain responses"
+        while on_main(view.world, partial(servers.is_opening, STEP_S)):
+            pass
+        known = self.writer.ids_of(round_prompts(self.prompts, self.rollout, rounds[0])[0])
+        servers.push(view, policy, known)
+
+        def step() -> bool:
+            requests = self._queue(servers, rounds, asked_to_stop)
+            return requests.advance(STEP_S, lambda: requests.desk.missing.is_open(rounds[0]))
+
+        while on_main(view.world, step):
+            pass
+        return dict(on_main(view.world, lambda: servers.meters))
+
+    def _queue(self, servers: LiveServers, rounds: range, asked_to_stop: Callable[[], bool]) -> RequestQueue:
+        if self._requests is None:
+            assert servers.engine is not None and isinstance(self.writer, ResponseSource)
+            policy_of = partial(policy_of_round, self.run, self.start, rollout=self.rollout)
+            self._requests = RequestQueue(
+                servers.engine, self.writer, self._desk(rounds, policy_of, asked_to_stop), None,
+                servers.engine.room)
+        self._requests.desk.asked_to_stop = asked_to_stop
+        self._requests.desk.missing.add_rounds(rounds)
+        return self._requests
 
     def close(self) -> None:
         self._open.close()
+        if self._requests is not None:
+            self._requests.close()
+        if self.servers is not None:
+            self.servers.close()
 
     def _desk(self, rounds: range, policy_of: Callable[[int], Policy | None],
               asked_to_stop: Callable[[], bool]) -> PieceQueue:

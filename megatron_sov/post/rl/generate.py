@@ -18,15 +18,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-import torch
-
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.checkpoint import load
 from megatron_sov.engine.parallel.world import on_first
 from megatron_sov.infer.decoder.generator import MegatronEngine
-from megatron_sov.infer.engine import MEGATRON, VLLM, Engine, run_engine
+from megatron_sov.infer.engine import MEGATRON, Engine, run_engine
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
+from megatron_sov.infer.engines.server_engine import ServerPlaces
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import Batching, NamedTensors
 from megatron_sov.model.config.post_training import RolloutConfig
@@ -110,10 +109,11 @@ class Missing:
         self._further = further or (lambda number: (0, True))
         self._open: dict[int, list[PromptPiece]] = {number: [] for number in rounds}
         self._listed: dict[int, int] = {}
+        self._last = rounds[-1]
         self._known: dict[str, _ClaimedPiece] = {}
         self._refused: list[str] = []
         self._is_idle = False
-        self._held = contextlib.ExitStack()
+        self._held: dict[str, contextlib.ExitStack] = {}
         self.asked = AskedPrompt(rollout.rounds, -(-rollout.prompts_per_round // rollout.piece_prompts),
                                  further is not None)
         """What all jobs together are to write, of which this one may write some rounds alone."""
@@ -125,6 +125,17 @@ class Missing:
     @property
     def is_done(self) -> bool:
         return not self._open
+
+    def add_rounds(self, rounds: range) -> None:
+        """Look for these rounds too, or again: one that was written may ask further prompts."""
+        for number in rounds:
+            self._open.setdefault(number, [])
+        self.num_pieces += max(0, rounds[-1] - self._last) * self.asked.pieces
+        self._last = max(self._last, rounds[-1])
+
+    def is_open(self, number: int) -> bool:
+        """Return whether something of a round is not written yet, by the last `take`."""
+        return number in self._open
 
     @property
     def waits_for(self) -> str:
@@ -144,34 +155,50 @@ class Missing:
         """Whether a job whose claim was in the way of the last `take` has shown no sign of life yet."""
         return any(map(self._claims.may_be_dead, self._refused))
 
-    def take(self) -> tuple[SampleAttempt, ...]:
+    def take(self, num_rows: int = 0) -> tuple[SampleAttempt, ...]:
         """Return attempts to write together by one policy: a fresh piece, or what goes on of one or several.
-        They are claimed until `leave`; none: there is nothing to do at this moment."""
+        They are claimed until `leave`; none: there is nothing to do at this moment.
+
+        Args:
+            num_rows: responses that there is room for: so many pieces are taken, fresh ones too; 0: those of
+                one piece.
+        """
         self._refused = []
         # Looked at anew each time: other jobs write and publish meanwhile.
         offers = [(rank, piece, policy) for round_, policy in self._ready()
                   for piece in self._pieces_of(round_) if (rank := self._rank(piece, policy)) is not None]
         taken: list[SampleAttempt] = []
         joined: tuple[int, Policy] | None = None
-        self._is_idle, num_rows = False, self._rollout.piece_prompts * self._rollout.samples_per_prompt
+        most = num_rows or self._rollout.piece_prompts * self._rollout.samples_per_prompt
+        count, self._is_idle = 0, False
         # the sort is stable: by round and piece inside
         for rank, piece, policy in sorted(offers, key=lambda offer: offer[0]):
             # What is written together has one policy, and one reason to make way for a newer one.
-            if taken and (rank, policy) != joined:
+            if joined is not None and (policy != joined[1] or (rank != joined[0] and not num_rows)):
+                break
+            # The same policy goes on with what a deadline cut off for want of anything better alone.
+            if num_rows and rank in (SAME, STUCK) and (taken or self._held):
                 break
             attempt = self._claimed(piece, policy)
             if attempt is not None:
                 taken.append(attempt)
                 joined = rank, policy
                 self._is_idle = rank in (SAME, STUCK)
+                count += len(attempt.begun) or len(piece.prompts) * self._rollout.samples_per_prompt
             # A fresh piece fills the engine alone; what goes on is joined up to the responses of one piece.
-            if taken and (rank == FRESH or sum(len(attempt.begun) for attempt in taken) >= num_rows):
+            if taken and (count >= most or (rank == FRESH and not num_rows)):
                 break
         return tuple(taken)
 
-    def leave(self) -> None:
-        """Give up the claims on what was taken, be it published or not."""
-        self._held.close()
+    def leave(self, attempts: Sequence[SampleAttempt] | None = None) -> None:
+        """Give up the claims on what was taken, be it published or not.
+
+        Args:
+            attempts: whose; None: all of them.
+        """
+        for name in list(self._held) if attempts is None else [attempt.name for attempt in attempts]:
+            if (claim := self._held.pop(name, None)) is not None:
+                claim.close()
 
     def gives_way(self, policy: Policy) -> bool:
         """Return whether what was taken last was taken for want of anything better, and a newer policy than
@@ -182,6 +209,8 @@ class Missing:
     def _rank(self, piece: PromptPiece, policy: Policy) -> int | None:
         """Return the place of the next attempt at a piece in the order; None: it is to wait."""
         known = self._known[piece.part()]
+        if piece.part(known.number) in self._held:
+            return None
         if not known.number:
             return FRESH
         if known.is_stuck:
@@ -261,7 +290,7 @@ class Missing:
             claim.release()
             return None
         # Renewed until `leave`: a piece may take longer than a lease.
-        self._held.enter_context(claim.renewing())
+        self._held.setdefault(name, contextlib.ExitStack()).enter_context(claim.renewing())
         known.taken_by = policy.step
         begun = self._unfinished(piece.part(known.number - 1)) if known.number else ()
         return SampleAttempt(piece, known.number, policy, begun)
@@ -314,17 +343,24 @@ class PieceQueue:
     _policy: Policy | None = None
     _looked_s: float = 0.0
 
-    def next(self) -> tuple[SampleAttempt, ...] | str | None:
-        """Return what to write; `WAIT`; None: this is the end."""
+    def next(self, num_rows: int = 0, *, is_busy: bool = False) -> tuple[SampleAttempt, ...] | str | None:
+        """Return what to write; `WAIT`; None: this is the end.
+
+        Args:
+            num_rows: as `Missing.take` has it.
+            is_busy: whether something is under way, so that nothing is waited for here.
+        """
         if self.asked_to_stop():
             return None
-        if attempts := self.missing.take():
+        if attempts := self.missing.take(num_rows):
             # Work was found, so the next wait begins at zero.
             self.patience.waited_s = 0.0
             self._policy, self._looked_s = attempts[0].policy, self.clock_s()
             return attempts
         if self.missing.is_done:
             return None
+        if is_busy:
+            return WAIT
         if self.patience.wait(self.wait_s, self.missing.may_be_dead):
             return WAIT
         self.summary["waits_for"] = self.missing.waits_for
@@ -341,7 +377,7 @@ class PieceQueue:
     def publish(self, attempts: Sequence[SampleAttempt], rows: Sequence[list[Rollout]]) -> None:
         for attempt, of_attempt in zip(attempts, rows, strict=True):
             self._publish(attempt, of_attempt)
-        self.missing.leave()
+        self.missing.leave(attempts)
 
     def _publish(self, attempt: SampleAttempt, rows: list[Rollout]) -> None:
         num_unfinished = sum(row.finish_reason == UNFINISHED for row in rows)
@@ -389,7 +425,8 @@ Take = Callable[[Policy], None]
 
 def run_policies(name: str, start: Target, work: Callable[[Engine, Take], Any], *, longest: int,
                  batching: Batching, settings: Sequence[str], nproc: int | None,
-                 option: str = "--set", with_routes: bool = False) -> Any:
+                 option: str = "--set", with_routes: bool = False,
+                 places: ServerPlaces | None = None) -> Any:
     """Load the policy that a run starts from into an engine, and return what some work with it gave.
 
     Args:
@@ -399,10 +436,11 @@ def run_policies(name: str, start: Target, work: Callable[[Engine, Take], Any], 
             JSON values.
         longest: tokens of the longest sequence, prompt and response.
         batching: what bounds memory.
-        settings: `key=value` changes of layout and precision (megatron).
+        settings: `key=value` changes of layout and precision (megatron), or of servers (vllm).
         nproc: local processes (megatron).
         option: that the settings are given by, for sentences.
         with_routes: whether the work asks for routes.
+        places: where servers and their logs are (vllm).
 
     Returns:
         The result; None on other processes than the first of a torchrun or Slurm job.
@@ -417,10 +455,10 @@ def run_policies(name: str, start: Target, work: Callable[[Engine, Take], Any], 
             return work(engine, lambda policy: _load(policy, loaded, engine))
 
         return run_forward_model(start, list(settings), nproc, on_ranks, option)
-    device = torch.device("cuda" if name == VLLM else "cpu")
     return run_engine(name, start, lambda engine: work(
-        engine, lambda policy: engine.update(_tensors_of(policy, device), policy.step)),
-        longest=longest, batching=batching, for_updates=True, with_routes=with_routes)
+        engine, lambda policy: engine.update(_tensors_of(policy), policy.step)),
+        longest=longest, batching=batching, settings=settings, option=option, with_routes=with_routes,
+        places=places)
 
 
 def _load(policy: Policy, loaded: Loaded, engine: MegatronEngine) -> None:
@@ -428,13 +466,13 @@ def _load(policy: Policy, loaded: Loaded, engine: MegatronEngine) -> None:
     model = loaded.policy.model
     if adapter_base(policy.path) is not None and not model.lora.on:
         # the run trains an adapter, and what it starts from has none: weights with the adapter inside
-        engine.update(_tensors_of(policy, torch.device("cpu")), policy.step)
+        engine.update(_tensors_of(policy), policy.step)
         return
     load.check(policy.path)
     load.load_model(policy.path, model)
     engine.update(None, policy.step)
 
 
-def _tensors_of(policy: Policy, device: torch.device) -> NamedTensors:
+def _tensors_of(policy: Policy) -> NamedTensors:
     weights = convert.open_weights(policy.path)
-    return ((name, weights.read(name).to(device)) for link in weights.links for name in link.hf_names)
+    return ((name, weights.read(name)) for link in weights.links for name in link.hf_names)

@@ -156,23 +156,60 @@ class ResponseSource:
         # Shorter than its limit and not stopped by a token: the deadline cut it off.
         elif reason == LENGTH and self.rollout.deadline_s and len(written) < limit:
             reason = UNFINISHED
-        tokens = np.concatenate([row.tokens, np.array(written, np.int32)])
+        routes = None if found.routes is None else found.routes[number]
+        return self.grown(row, attempt, WrittenTokens(
+            written, logprobs, reason, [attempt.policy.step] * len(written), routes))
+
+    def ids_of(self, prompt: RolloutPrompt) -> list[int]:
+        return self._asked([prompt])[0]
+
+    def begin(self, attempt: SampleAttempt) -> list[Rollout]:
+        """Return the rows of an attempt as they are before it.
+
+        Raises:
+            UserError: a prompt is too long, or the template refuses it.
+        """
+        return list(attempt.begun) or self._begin_rows(attempt, time.time())
+
+    def sampling_of(self, row: Rollout) -> Sampling:
+        """Return how the rest of a row is asked for: the longest response is counted over all attempts."""
+        return Sampling(self.rollout.max_new_tokens - len(row.tokens), self.rollout.temperature,
+                        seed=self.rollout.seed, for_training=True, with_routes=self.with_routes)
+
+    def grown(self, row: Rollout, attempt: SampleAttempt, more: WrittenTokens) -> Rollout:
+        """Return a row with what was written behind it."""
+        tokens = np.concatenate([row.tokens, np.array(more.tokens, np.int32)])
         return replace(
-            row, attempt=attempt.number, tokens=tokens, finish_reason=reason, ended_s=time.time(),
+            row, attempt=attempt.number, tokens=tokens, finish_reason=more.reason, ended_s=time.time(),
             # rounding may leave a certain token's a little above 0
-            logprobs=np.concatenate([row.logprobs, np.minimum(np.array(logprobs, np.float32), 0)]),
-            versions=np.concatenate([row.versions, np.full(len(written), attempt.policy.step, np.int32)]),
+            logprobs=np.concatenate([row.logprobs, np.minimum(np.array(more.logprobs, np.float32), 0)]),
+            versions=np.concatenate([row.versions, np.array(more.versions, np.int32)]),
             response=with_opening(self.asker.decode(tokens.tolist()),
                                   self.asker.opened_thoughts(row.prompt_tokens.tolist())),
-            routes=_add_routes(row, found, number, len(written)))
+            routes=_add_routes(row, more.routes, len(more.tokens)))
 
 
-def _add_routes(row: Rollout, found: Generated, number: int, kept: int) -> np.ndarray | None:
+@dataclass(frozen=True)
+class WrittenTokens:
+    """What an engine has put behind a row."""
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+    """Of each."""
+    reason: str
+    """`STOP`, `LENGTH` or `UNFINISHED`."""
+    versions: Sequence[int]
+    """Step of the policy that wrote each."""
+    routes: np.ndarray | None
+    """Of all that was read, prompt and row too; None: not asked for."""
+
+
+def _add_routes(row: Rollout, told: np.ndarray | None, kept: int) -> np.ndarray | None:
     """Return the routes of a row that has grown: what an earlier policy read stays where that one sent it;
     what a deadline had it not read went where this one sent it."""
-    if found.routes is None:
+    if told is None:
         return None
-    read = found.routes[number][:len(row.prompt_tokens) + len(row.tokens) + kept - 1]
+    read = told[:len(row.prompt_tokens) + len(row.tokens) + kept - 1]
     if row.routes is None:
         return read
     # The largest number marks a token that no forward pass has read.

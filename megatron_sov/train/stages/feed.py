@@ -27,6 +27,10 @@ class FeedView(GateView, Protocol):
 class Feed(Protocol):
     """Makes the data of a step available."""
 
+    def close(self) -> None:
+        """End what it has at work, on each process; it is not asked again."""
+        ...
+
     @property
     def meters(self) -> Mapping[str, float]:
         """Meter -> what the feed knows of the next step's data; on process 0 alone."""

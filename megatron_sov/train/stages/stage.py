@@ -340,6 +340,8 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
                     trainer.events.write("failure", step=trainer.step, text=str(e))
         raise
     finally:
+        if stage.feed is not None:
+            stage.feed.close()
         if trainer is not None:
             trainer.close()
         if lock is not None:

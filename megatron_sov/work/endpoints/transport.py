@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -152,14 +153,16 @@ class Transport:
         key_env: variable of the environment with the key; none is sent where it is not set.
         timeout_s: for a request as a whole.
         key: the key itself, of a server of one's own; goes before the variable.
+        max_bytes: of an answer; 0: `MAX_BODY_BYTES`.
     """
 
-    def __init__(self, url: str, key_env: str, timeout_s: float, key: str = "") -> None:
+    def __init__(self, url: str, key_env: str, timeout_s: float, key: str = "",
+                 max_bytes: int = 0) -> None:
         self._base, _, self._path = url.rpartition("/")
         self._is_secure = url.startswith("https:")
         self._is_here = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
         self._key_env, self._timeout_s, self._key = key_env, timeout_s, key
-        self._deadline = Deadline()
+        self._deadline, self._max_bytes = Deadline(), max_bytes or MAX_BODY_BYTES
         self._lock = threading.Lock()
         self._client: Any = None
 
@@ -260,7 +263,8 @@ class Transport:
                                     verify=self._is_secure,
                                     # a proxy of the environment knows this machine as itself
                                     trust_env=not self._is_here,
-                                    event_hooks={"request": [self._begin], "response": [_bound]})
+                                    event_hooks={"request": [self._begin],
+                                                 "response": [partial(_bound, self._max_bytes)]})
                 bound_streams(http, self._deadline)
                 self._client = openai.OpenAI(base_url=self._base, api_key="none", max_retries=0,
                                              timeout=self._timeout_s, http_client=http)  # type: ignore[arg-type]
@@ -270,13 +274,13 @@ class Transport:
         self._deadline.at_s = time.monotonic() + self._timeout_s
 
 
-def _bound(response: Any) -> None:
+def _bound(max_bytes: int, response: Any) -> None:
     """Let a response be read up to its limits alone; a packed one might be anything when unpacked."""
     if response.headers.get("content-encoding", "identity") != "identity":
         response.close()
         raise _unbounded()("the endpoint sent a packed answer, which was not asked for",
                            request=response.request)
-    response.stream = _bounded_stream(response)
+    response.stream = _bounded_stream(response, max_bytes)
 
 
 def _unbounded() -> Any:
@@ -285,7 +289,7 @@ def _unbounded() -> Any:
     return httpx.DecodingError
 
 
-def _bounded_stream(response: Any) -> Any:
+def _bounded_stream(response: Any, max_bytes: int) -> Any:
     import httpx
 
     inner, request = response.stream, response.request
@@ -297,8 +301,8 @@ def _bounded_stream(response: Any) -> Any:
             size_bytes = 0
             for block in inner:
                 size_bytes += len(block)
-                if size_bytes > MAX_BODY_BYTES:
-                    raise _unbounded()(f"the endpoint sent more than {MAX_BODY_BYTES >> 20} MiB",
+                if size_bytes > max_bytes:
+                    raise _unbounded()(f"the endpoint sent more than {max_bytes >> 20} MiB",
                                        request=request)
                 yield block
 

@@ -1,0 +1,395 @@
+"""Engine servers that share one queue of requests.
+
+A request is given to whoever has room.  A server that dies loses what it had under way, which goes back to
+the head of the queue; it is started again, has the newest weights, and takes part anew.  Weights change on
+all of them while what is under way stands still.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from megatron_sov.base.errors import UserError, warn
+from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
+from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest, TokenServer
+
+LOOK_S = 1.0
+"""Between two looks at a server."""
+SILENT_S = 60.0
+"""Without a sign of life after which a server counts as dead."""
+BACKOFF_S = (1.0, 60.0)
+"""Before a server is started again: twice as long each time, within these bounds."""
+ENDED = "the engine servers have been ended"
+ATTEMPTS = 8
+"""At one request, by whichever server."""
+
+
+class Keeper(Protocol):
+    """Who can bring a server (back) to life."""
+
+    def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
+        """Return the server when it answers; None: it was asked to stop.
+
+        Raises:
+            UserError: it does not come.
+        """
+        ...
+
+    def is_alive(self) -> bool:
+        """Return whether its process runs, as far as can be known."""
+        ...
+
+    def end(self) -> None:
+        ...
+
+
+class AddressKeeper:
+    """A server that somebody else has started."""
+
+    def __init__(self, server: TokenServer, wait_s: float) -> None:
+        """Take the server, and how long it is waited for."""
+        self._server, self._wait_s = server, wait_s
+
+    def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
+        """Wait until it answers, see `Keeper`."""
+        ends_s = time.monotonic() + self._wait_s
+        while not self._server.is_healthy():
+            if should_stop():
+                return None
+            if time.monotonic() >= ends_s:
+                raise UserError(f"--engine-url {self._server.url}: has not answered for {self._wait_s:g} s; "
+                                "see whether the server runs there, and give the same command again")
+            time.sleep(LOOK_S)
+        return self._server
+
+    def is_alive(self) -> bool:
+        return True
+
+    def end(self) -> None:
+        """Leave it as it is: others may ask it too."""
+
+
+@dataclass(frozen=True)
+class HeldFiles:
+    """Weights that servers are to have."""
+
+    files: tuple[str, ...]
+    version: int
+
+
+@dataclass
+class _Task:
+    request: TokenRequest
+    future: Future[TokenAnswer]
+    attempts: int = 0
+    is_aborted: bool = False
+
+
+class _Member:
+    """A server and its place in the fleet."""
+
+    def __init__(self, number: int, keeper: Keeper) -> None:
+        self.number, self.keeper = number, keeper
+        self.server: TokenServer | None = None
+        """None: it is not there."""
+        self.version: int | None = None
+        """Of the weights that it was given; None: it has those of its start."""
+        self.under_way: dict[str, _Task] = {}
+        self.num_starts = 0
+        """Since its last answer."""
+        self.changing = threading.Lock()
+        """Held while weights are changed, or the server is started."""
+
+
+class Fleet:
+    """Servers at work; entered as a context, which ends them."""
+
+    def __init__(self, keepers: Sequence[Keeper], vocab_size: int, requests: int, restarts: int = 5, *,
+                 look_s: float = LOOK_S, backoff_s: tuple[float, float] = BACKOFF_S) -> None:
+        """Start nothing yet.
+
+        Args:
+            keepers: of the servers, at least one.
+            vocab_size: what token ids must lie below: a server may die of a greater one.
+            requests: that a server is given at a time.
+            restarts: starts of a server without an answer in between, before all ends.
+            look_s: between two looks at a server.
+            backoff_s: before a server is started again, at least and at most.
+        """
+        self._members = [_Member(number, keeper) for number, keeper in enumerate(keepers)]
+        self._vocab_size, self._requests, self._restarts = vocab_size, requests, restarts
+        self._look_s, self._backoff_s = look_s, backoff_s
+        self._waiting: deque[_Task] = deque()
+        lock = threading.RLock()
+        self._changed, self._has_work = threading.Condition(lock), threading.Condition(lock)
+        self._held: HeldFiles | None = None
+        self._is_over, self._is_paused = False, False
+        self._failure: BaseException | None = None
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Fleet:
+        for member in self._members:
+            self._begin(partial(self._watch, member))
+            for _ in range(self._requests):
+                self._begin(partial(self._serve, member))
+        try:
+            # one is enough to begin with; the others join when they are there
+            self._wait_for(lambda: any(member.server is not None for member in self._members))
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the servers that are ours, and everything that is under way."""
+        with self._changed:
+            self._is_over = True
+            left = list(self._waiting)
+            self._waiting.clear()
+            self._changed.notify_all()
+        for task in left:
+            _settle(task, RuntimeError(ENDED))
+        with ThreadPoolExecutor(len(self._members)) as pool:
+            list(pool.map(lambda member: member.keeper.end(), self._members))
+        # threads whose server is somebody else's end with their answer, and hold nothing up
+        for thread in self._threads:
+            thread.join(timeout=self._look_s)
+
+    @property
+    def num_there(self) -> int:
+        """Servers that answer at this moment."""
+        return sum(member.server is not None for member in self._members)
+
+    def submit(self, request: TokenRequest) -> Future[TokenAnswer]:
+        """Return what will be the answer.
+
+        Raises:
+            UserError: the ids are not the model's, or no server can be brought to life any more.
+        """
+        if not request.ids or min(request.ids) < 0 or max(request.ids) >= self._vocab_size:
+            raise UserError(f"request {request.name}: has no token ids, or some that are not below the "
+                            f"model's vocab_size = {self._vocab_size}; a server would end with them for "
+                            "everybody")
+        task = _Task(request, Future())
+        with self._changed:
+            self._check()
+            self._waiting.append(task)
+            self._has_work.notify()
+        return task.future
+
+    def abort(self, names: Sequence[str]) -> None:
+        """End requests: each is answered with what it has, which may be nothing."""
+        wanted = set(names)
+        with self._changed:
+            ended = [task for task in self._waiting if task.request.name in wanted]
+            for task in ended:
+                self._waiting.remove(task)
+            running = {member: wanted & member.under_way.keys() for member in self._members}
+            for member, own in running.items():
+                for name in own:
+                    member.under_way[name].is_aborted = True
+        for task in ended:
+            _settle(task, TokenAnswer([], [], ABORTED))
+        for member, own in running.items():
+            if own and (server := member.server) is not None:
+                try:
+                    server.abort(sorted(own))
+                except (BadAnswer, TimeoutError) as e:
+                    # its answers come in full, or it is found dead and they come from nobody
+                    warn(f"{server.url}: does not abort ({e})")
+
+    def update(self, files: Sequence[str], version: int) -> None:
+        """Give all servers other weights; what is under way goes on with them.
+
+        Args:
+            files: safetensors that stay until the next update: a server that is started again reads them.
+            version: of theirs.
+
+        Raises:
+            UserError: no server is left that has them.
+        """
+        with self._changed:
+            self._held, self._is_paused = HeldFiles(tuple(files), version), True
+        try:
+            with ThreadPoolExecutor(len(self._members)) as pool:
+                list(pool.map(self._bring_up, self._members))
+        finally:
+            with self._changed:
+                self._is_paused = False
+                self._has_work.notify_all()
+        self._wait_for(lambda: any(m.server is not None and m.version == version for m in self._members))
+
+    def score(self, ids: Sequence[int]) -> list[list[float]]:
+        """Return what each server that is there says of the tokens of a text."""
+        return [server.score(ids) for member in self._members if (server := member.server) is not None]
+
+    def _begin(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=self._guarded, args=(work,), daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as e:
+            # what a thread ends with, whoever asks hears
+            self._fail(e)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._failure = self._failure or error
+            left = [*self._waiting, *(task for member in self._members for task in member.under_way.values())]
+            self._waiting.clear()
+            self._changed.notify_all()
+        for task in left:
+            _settle(task, self._failure)
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._is_over:
+            raise RuntimeError(ENDED)
+
+    def _wait_for(self, holds: Callable[[], bool]) -> None:
+        with self._changed:
+            while not holds():
+                self._check()
+                self._changed.wait(self._look_s)
+
+    def _watch(self, member: _Member) -> None:
+        """Keep a server alive, for as long as the fleet lives."""
+        seen_s = time.monotonic()
+        while not self._is_over:
+            if member.server is None:
+                self._start(member)
+                seen_s = time.monotonic()
+            elif not member.keeper.is_alive():
+                self._lose(member, "its process has ended")
+            elif member.server.is_healthy():
+                seen_s = time.monotonic()
+            elif time.monotonic() - seen_s > SILENT_S:
+                self._lose(member, f"it has not answered for {SILENT_S:g} s")
+            with self._changed:
+                if not self._is_over and member.server is not None:
+                    self._changed.wait(self._look_s)
+
+    def _start(self, member: _Member) -> None:
+        if member.num_starts:
+            wait_s = min(self._backoff_s[0] * 2 ** (member.num_starts - 1), self._backoff_s[1])
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_over, wait_s)
+        if member.num_starts > self._restarts:
+            raise UserError(f"engine server {member.number} has died {member.num_starts} times without an "
+                            "answer in between; see its log")
+        member.num_starts += 1
+        with member.changing:
+            server = member.keeper.start(lambda: self._is_over)
+            if server is None:
+                return
+            member.version = None
+            try:
+                self._give_weights(member, server)
+            except (BadAnswer, TimeoutError) as e:
+                warn(f"{server.url}: did not take the weights ({e}); it is started again")
+                return
+            with self._changed:
+                member.server = server
+                self._changed.notify_all()
+
+    def _lose(self, member: _Member, why: str) -> None:
+        """Take a server for dead, and what it had under way back."""
+        with self._changed:
+            server, member.server = member.server, None
+        if server is not None:
+            warn(f"{server.url}: {why}; what it had under way is written elsewhere, and it is started again")
+
+    def _bring_up(self, member: _Member) -> None:
+        with member.changing:
+            if (server := member.server) is None:
+                return
+            try:
+                self._give_weights(member, server)
+            except (BadAnswer, TimeoutError) as e:
+                self._lose(member, f"did not take the weights ({e})")
+
+    def _give_weights(self, member: _Member, server: TokenServer) -> None:
+        held = self._held
+        if held is None or member.version == held.version:
+            return
+        server.pause()
+        server.update(held.files, held.version)
+        server.resume()
+        member.version = held.version
+
+    def _serve(self, member: _Member) -> None:
+        """Ask a server one thing after the other."""
+        while (task := self._next(member)) is not None:
+            server = member.server
+            try:
+                if server is None:
+                    raise BadAnswer("it is gone", is_away=True)
+                answer = server.write(task.request)
+            except NeverAnswered as e:
+                self._answer(member, task, UserError(f"the engine refuses a request: {e}"))
+            except (BadAnswer, TimeoutError) as e:
+                self._take_back(member, task, e)
+            else:
+                member.num_starts = 0
+                self._answer(member, task, answer)
+
+    def _next(self, member: _Member) -> _Task | None:
+        with self._changed:
+            while not self._is_over and self._failure is None:
+                if self._waiting and member.server is not None and not self._is_paused:
+                    task = self._waiting.popleft()
+                    member.under_way[task.request.name] = task
+                    return task
+                # who is woken may have no server any more, so that others look by themselves too
+                self._has_work.wait(self._look_s)
+        return None
+
+    def _answer(self, member: _Member, task: _Task, answer: TokenAnswer | Exception) -> None:
+        with self._changed:
+            member.under_way.pop(task.request.name, None)
+        _settle(task, answer)
+
+    def _take_back(self, member: _Member, task: _Task, why: Exception) -> None:
+        task.attempts += 1
+        with self._changed:
+            member.under_way.pop(task.request.name, None)
+            is_wanted = not (self._is_over or task.is_aborted or task.attempts >= ATTEMPTS
+                             or self._failure is not None)
+            if is_wanted:
+                # others have waited less long than this one
+                self._waiting.appendleft(task)
+                self._has_work.notify()
+        if is_wanted:
+            # a server that refuses at once must not empty the queue against itself
+            time.sleep(self._look_s)
+        elif task.is_aborted:
+            _settle(task, TokenAnswer([], [], ABORTED))
+        elif self._is_over:
+            _settle(task, RuntimeError(ENDED))
+        else:
+            _settle(task, self._failure or UserError(f"{ATTEMPTS} attempts at one response have failed; the "
+                                                     f"last one: {why}"))
+
+
+def _settle(task: _Task, answer: TokenAnswer | BaseException) -> None:
+    """Give a task its answer, the first one."""
+    with contextlib.suppress(InvalidStateError):
+        if isinstance(answer, BaseException):
+            task.future.set_exception(answer)
+        else:
+            task.future.set_result(answer)

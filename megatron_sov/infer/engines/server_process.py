@@ -1,0 +1,241 @@
+"""vLLM's servers of a command: started on this machine, each in a process group of its own, and ended with
+the command, also with a killed one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Gt, Le
+
+from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import AboveZero, AtLeastOne, ProblemCode, SettingsProblem
+from megatron_sov.infer import vllm_worker
+from megatron_sov.work.endpoints.vllm_server import VllmServer
+from megatron_sov.work.processes.children import start_command
+from megatron_sov.work.progress.locks import has_ended, identity
+
+ENGINE_PYTHON = "SOV_ENGINE_PYTHON"
+"""Variable of the environment: the interpreter that has vLLM, whose libraries are other versions."""
+WORKER_FOLDER = Path(vllm_worker.__file__).parent
+EXTENSION, BACKEND = "sov_vllm_worker.Extension", "sov_files"
+"""The module in that folder, and what it calls its way of taking weights."""
+STOP_S = 20.0
+"""For a server to end; then its group is killed."""
+LAST_LINES = 8
+"""Of its log, which are told where it does not start."""
+_LOOK_S = 0.5
+_OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
+             "MASTER_PORT")
+"""Variables of the trainer's processes, by which a server would take itself for one of them."""
+
+
+@dataclass(frozen=True)
+class EngineServers:
+    """How vLLM is started and asked."""
+
+    servers: AtLeastOne = 1
+    """Servers on this machine, each with the whole model."""
+    tp: AtLeastOne = 1
+    """GPUs (processes on a CPU) that a server splits each layer over."""
+    dp: AtLeastOne = 1
+    """Copies of the model inside a server."""
+    ep: bool = False
+    """Whether experts are split over all GPUs of a server, rather than each of them."""
+    memory_share: Annotated[float, Gt(0), Le(1)] = 0.9
+    """Of a GPU's memory."""
+    quantization: str = ""
+    """vLLM's name, e.g. fp8; empty: the weights as they are."""
+    dtype: str = "auto"
+    """Of the weights and of what is computed; auto: as the folder has them."""
+    requests: AtLeastOne = 256
+    """Responses that a server writes at a time."""
+    devices: tuple[str, ...] = ()
+    """GPUs of the servers, in order; empty: all that there are, which a trainer on this machine needs too."""
+    start_s: AboveZero = 1800.0
+    """For a server to load the model."""
+    answer_s: AboveZero = 7200.0
+    """For a response."""
+    restarts: AtLeastOne = 5
+    """Starts of a server without one answer in between, before the command ends."""
+    weights: Path = Path("/dev/shm")
+    """Where new weights lie for servers to read: shared memory, or a folder that servers of other machines
+    see too."""
+    more: tuple[str, ...] = ()
+    """Further words of the server's command line."""
+
+    def problems(self) -> list[SettingsProblem]:
+        """Return what does not go together."""
+        wanted = self.servers * self.tp * self.dp
+        if self.devices and len(self.devices) != wanted:
+            return [SettingsProblem(ProblemCode.RULE, "devices", f"must be {wanted}, servers x tp x dp, or "
+                                    "none", list(self.devices))]
+        return []
+
+    def devices_of(self, number: int) -> str | None:
+        """Return CUDA_VISIBLE_DEVICES of a server; None: all."""
+        each = self.tp * self.dp
+        return ",".join(self.devices[number * each:(number + 1) * each]) if self.devices else None
+
+
+class OwnServer:
+    """One server of this run; its methods but `end` are called from one thread, which it ends with."""
+
+    def __init__(self, number: int, folder: Path, longest: int, settings: EngineServers, logs: Path, *,
+                 with_routes: bool = False, command: tuple[str, ...] = ()) -> None:
+        """Start nothing yet.
+
+        Args:
+            number: among the servers of the run.
+            folder: of the model, as Hugging Face has it.
+            longest: tokens of the longest sequence.
+            settings: how.
+            logs: folder of its log, and of the note of its process.
+            with_routes: whether routes will be asked for.
+            command: in the place of `PYTHON -m vllm.entrypoints.cli.main serve`.
+        """
+        self.number, self._folder, self._longest, self._settings = number, folder, longest, settings
+        self._with_routes = with_routes
+        python = os.environ.get(ENGINE_PYTHON, "") or sys.executable
+        self._command = list(command) or [python, "-m", "vllm.entrypoints.cli.main", "serve"]
+        self.log, self._note = logs / f"engine-{number}.log", logs / f"engine-{number}.json"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._is_over = False
+
+    def start(self, should_stop: Callable[[], bool]) -> VllmServer | None:
+        """Return the server once it answers; None: it was asked to stop.
+
+        Raises:
+            UserError: it ends, or takes too long; its last lines are told.
+        """
+        self._end_left_over()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "ab") as out, self._lock:
+            if self._is_over:
+                return None
+            try:
+                # killed with this process; its own children end when they see that it is gone
+                self._process = start_command(self.words(port), environment=self._environment(), stdout=out,
+                                              stderr=subprocess.STDOUT, own_group=True, ends_with_this=True)
+            except OSError as e:
+                raise UserError(f"--engine vllm: {self._command[0]} cannot be started ({e.strerror}); name "
+                                f"the interpreter that has vLLM by {ENGINE_PYTHON}") from None
+        self._take_note(self._process.pid)
+        server = VllmServer(f"http://127.0.0.1:{port}", answer_s=self._settings.answer_s)
+        ends_s = time.monotonic() + self._settings.start_s
+        while not server.is_healthy():
+            if should_stop():
+                return None
+            if not self.is_alive() or time.monotonic() >= ends_s:
+                why = "ended" if not self.is_alive() else f"was not ready in {self._settings.start_s:g} s"
+                raise UserError(f"--engine vllm: server {self.number} {why}; the end of {self.log}:\n"
+                                f"{self._last_lines()}")
+            time.sleep(_LOOK_S)
+        return server
+
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def end(self) -> None:
+        """End it, and all processes of its group."""
+        with self._lock:
+            self._is_over = True
+            self.kill(STOP_S)
+
+    def kill(self, patience_s: float = 0.0) -> None:
+        """End its processes; after that many seconds without asking any more."""
+        process = self._process
+        if process is None:
+            return
+        ends_s = time.monotonic() + patience_s
+        if process.poll() is None and patience_s:
+            process.terminate()
+        # its children remove what they made in shared memory, if they are let
+        while time.monotonic() < ends_s and _is_there(process):
+            time.sleep(0.1)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def words(self, port: int) -> list[str]:
+        """Return the command line."""
+        asked = self._settings
+        words = [*self._command, str(self._folder), "--served-model-name", "policy", "--host", "127.0.0.1",
+                 "--port", str(port), "--enable-scale-out", "--skip-tokenizer-init", "--generation-config",
+                 "vllm", "--logprobs-mode", "processed_logprobs", "--worker-extension-cls", EXTENSION,
+                 "--weight-transfer-config", json.dumps({"backend": BACKEND}), "--max-model-len",
+                 str(self._longest), "--max-num-seqs", str(asked.requests), "--dtype", asked.dtype,
+                 "--gpu-memory-utilization", str(asked.memory_share),
+                 # servers that draw alike would write one response to a prompt several times
+                 "--seed", str(secrets.randbelow(1 << 31))]
+        if asked.tp > 1:
+            words += ["--tensor-parallel-size", str(asked.tp)]
+        if asked.dp > 1:
+            words += ["--data-parallel-size", str(asked.dp)]
+        if asked.ep:
+            words += ["--enable-expert-parallel"]
+        if asked.quantization:
+            words += ["--quantization", asked.quantization]
+        if self._with_routes:
+            words += ["--enable-return-routed-experts"]
+        return words + list(asked.more)
+
+    def _environment(self) -> dict[str, str]:
+        found = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
+        if (devices := self._settings.devices_of(self.number)) is not None:
+            found["CUDA_VISIBLE_DEVICES"] = devices
+        path = [str(WORKER_FOLDER), *filter(None, [found.get("PYTHONPATH")])]
+        # weights change by routes that only this mode has; the server listens on this machine alone
+        return found | {"PYTHONPATH": os.pathsep.join(path), "VLLM_SERVER_DEV_MODE": "1",
+                        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def _end_left_over(self) -> None:
+        """Kill what is left of this server, of this command or of a killed one: processes whose leader was
+        killed live on, and keep the GPU's memory."""
+        import psutil
+
+        self.kill()
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            told = json.loads(self._note.read_text(encoding="utf-8"))
+            # a number is given anew when neither a process nor a group has it any more
+            ended = has_ended(told)
+            if ended is False or (ended and not psutil.pid_exists(told["pid"])):
+                os.killpg(told["pid"], signal.SIGKILL)
+
+    def _take_note(self, pid: int) -> None:
+        import psutil
+
+        with contextlib.suppress(psutil.Error):  # it has ended already
+            atomic_write(self._note, json.dumps(identity() | {
+                "pid": pid, "started_s": psutil.Process(pid).create_time()}))
+
+    def _last_lines(self) -> str:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
+        return "\n".join(lines[-LAST_LINES:])
+
+
+def _is_there(leader: subprocess.Popen[bytes]) -> bool:
+    """Return whether a process of a group lives, of which this process waits for the leader."""
+    leader.poll()
+    try:
+        os.killpg(leader.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

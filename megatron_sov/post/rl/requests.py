@@ -1,0 +1,302 @@
+"""Writes rounds by engine servers: every response is a request of its own, a queue over whole rounds keeps
+the servers full, and a piece is published as soon as its own responses are there.
+
+Nobody waits for the slowest: while the last responses of a round are written, those of later rounds
+(`rollout.max_staleness`) are under way, and go on by the next weights when these come.  Each token has the
+version that wrote it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.convert import export_weights, to_hf
+from megatron_sov.engine.parallel.world import on_main
+from megatron_sov.infer.decoder.logprobs import Question, answer_logprobs
+from megatron_sov.infer.engines.server_engine import ServerEngine, ServerPlaces, serving_engine
+from megatron_sov.infer.engines.server_process import EngineServers
+from megatron_sov.infer.engines.target import find_target
+from megatron_sov.infer.request import StopRule, Tokens
+from megatron_sov.model.pretrained import CONFIG
+from megatron_sov.post.rl.generate import PieceQueue, SampleAttempt, Take
+from megatron_sov.post.rl.responses import ResponseSource, WrittenTokens
+from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout
+from megatron_sov.runs.rounds import Policy
+from megatron_sov.train.stages.feed import FeedView
+from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer
+from megatron_sov.work.progress.progress_bar import work_bar
+
+STEP_S = 5.0
+"""Of writing between two looks at what else is to be done: other processes wait for a message meanwhile."""
+LOOK_S = 1.0
+"""Between two looks at what other jobs have left to do."""
+AHEAD = 2
+"""Responses that are asked for, as multiples of those that servers write at a time: more would only be
+claimed and lie in the queue."""
+KNOWN_TOKENS = 256
+"""Of a prompt, whose log-probabilities are compared after an update."""
+MAX_GAP_NATS = 0.25
+"""Mean difference of a known text's log-probabilities between trainer and engine, per token: bf16 stays far
+below, and a layer that was wrongly updated is above."""
+
+
+@dataclass
+class AttemptUnderWay:
+    """A piece whose responses are being written."""
+
+    attempt: SampleAttempt
+    rows: list[Rollout]
+    """As they were before."""
+    asked: dict[Future[TokenAnswer], int]
+    """Answers to come -> place among the rows."""
+    names: list[str]
+    """Of the requests."""
+    ends_s: float
+    """When its deadline comes."""
+    done: dict[int, Rollout] = field(default_factory=dict)
+    is_cut_off: bool = False
+
+
+@dataclass
+class RequestQueue:
+    """What is under way; of one process, which has the servers."""
+
+    engine: ServerEngine
+    source: ResponseSource
+    desk: PieceQueue
+    take: Take | None
+    """Gives the servers another policy; None: they always have that which writes."""
+    room: int
+    """Responses that servers write at a time."""
+    clock_s: Callable[[], float] = time.monotonic
+    under_way: list[AttemptUnderWay] = field(default_factory=list)
+    _held: int = 0
+    """Step of the policy that the servers have."""
+    _next_look_s: float = 0.0
+
+    def advance(self, limit_s: float, needed: Callable[[], bool]) -> bool:
+        """Ask for what is missing, take in what comes and publish what is complete, for so many seconds.
+
+        Args:
+            limit_s: after which it comes back.
+            needed: whether something that is waited for is still under way or missing.
+
+        Returns:
+            Whether to go on: what is needed is not complete, and is not waited for in vain.
+        """
+        ends_s = self.clock_s() + limit_s
+        while needed():
+            if self.desk.asked_to_stop() or (self._fills() and not self._fill() and not self.under_way):
+                return False
+            self._cut_off()
+            left_s = ends_s - self.clock_s()
+            futures = [future for piece in self.under_way for future in piece.asked]
+            if futures:
+                done = wait(futures, min(max(left_s, 0.0), 1.0), FIRST_COMPLETED).done
+                self._take_in(done)
+            elif left_s > 0:
+                time.sleep(min(left_s, LOOK_S))
+            if left_s <= 0:
+                return True
+        return False
+
+    def close(self) -> None:
+        """Give up what is under way."""
+        self.desk.missing.leave()
+
+    def _fills(self) -> bool:
+        """Return whether it is time to look for more: behind each piece that was published, and now and then,
+        since a look costs a look at the store for each piece."""
+        if self.clock_s() < self._next_look_s:
+            return False
+        self._next_look_s = self.clock_s() + LOOK_S
+        return True
+
+    def _fill(self) -> bool:
+        """Claim and ask for more, while there is room; returns False when there is nothing more to come."""
+        num_asked = sum(len(piece.asked) for piece in self.under_way)
+        if num_asked >= AHEAD * self.room:
+            return True
+        found = self.desk.next(AHEAD * self.room - num_asked, is_busy=bool(self.under_way))
+        if found is None:
+            return False
+        if isinstance(found, str):
+            return True
+        policy = found[0].policy
+        if self.take is not None and policy.step != self._held:
+            self.take(policy)
+            self._held = policy.step
+        for attempt in found:
+            self._ask(attempt)
+        return True
+
+    def _ask(self, attempt: SampleAttempt) -> None:
+        rows = self.source.begin(attempt)
+        asked: dict[Future[TokenAnswer], int] = {}
+        names = []
+        for number, row in enumerate(rows):
+            sampling = self.source.sampling_of(row)
+            request = self.engine.request([*row.prompt_tokens.tolist(), *row.tokens.tolist()], sampling,
+                                          sampling.max_new_tokens, self.source.asker.end_ids)
+            names.append(request.name)
+            asked[self.engine.fleet.submit(request)] = number
+        deadline_s = self.source.rollout.deadline_s
+        ends_s = self.clock_s() + deadline_s if deadline_s else float("inf")
+        self.under_way.append(AttemptUnderWay(attempt, rows, asked, names, ends_s))
+
+    def _cut_off(self) -> None:
+        """End the responses of pieces whose deadline has come."""
+        for piece in self.under_way:
+            if not piece.is_cut_off and self.clock_s() >= piece.ends_s:
+                piece.is_cut_off = True
+                self.engine.fleet.abort([piece.names[number] for number in piece.asked.values()])
+
+    def _take_in(self, done: set[Future[TokenAnswer]]) -> None:
+        for piece in list(self.under_way):
+            for future in done & piece.asked.keys():
+                number = piece.asked.pop(future)
+                piece.done[number] = self._grown(piece, piece.rows[number], future.result())
+            if not piece.asked:
+                self.under_way.remove(piece)
+                self.desk.publish([piece.attempt], [[piece.done[i] for i in range(len(piece.rows))]])
+                self._next_look_s = 0.0
+
+    def _grown(self, piece: AttemptUnderWay, row: Rollout, answer: TokenAnswer) -> Rollout:
+        written = StopRule(self.source.asker.end_ids).cut(answer.tokens)
+        reason = {STOP: STOP, LENGTH: LENGTH, ABORTED: UNFINISHED}[answer.reason]
+        versions = [piece.attempt.policy.step] * len(written)
+        for span in answer.versions:
+            versions[span.start:span.end] = [span.version] * (min(span.end, len(written)) - span.start)
+        routes = None
+        if self.source.with_routes:
+            read = len(row.prompt_tokens) + len(row.tokens) + len(written) - 1
+            routes = self.engine.routes_of(answer, read)
+        return self.source.grown(row, piece.attempt, WrittenTokens(
+            written, answer.logprobs[:len(written)], reason, versions, routes))
+
+
+def write_by_requests(engine: ServerEngine, take: Take, source: ResponseSource, desk: PieceQueue,
+                      room: int) -> dict[str, Any]:
+    """Write what is missing until nothing is, by checkpoints as they come; returns what `desk.summary`
+    says."""
+    requests = RequestQueue(engine, source, desk, take, room)
+    with work_bar("write", desk.missing.num_pieces, "piece") as bar:
+        try:
+            while requests.advance(STEP_S, lambda: True):
+                bar.update(desk.missing.num_done - bar.n)
+        finally:
+            # After a failure too: a claim that stays would hold other jobs up until its lease ends.
+            requests.close()
+    return desk.summary
+
+
+@dataclass
+class LiveServers:
+    """Servers that write for a run, by its live weights; one object on each process, of which the first has
+    the servers."""
+
+    start: Path
+    """What the run starts from: a checkpoint, or a Hugging Face folder."""
+    run: Path
+    settings: EngineServers
+    urls: tuple[str, ...]
+    longest: int
+    """Tokens of the longest sequence."""
+    vocab_size: int
+    with_routes: bool
+    meters: dict[str, float] = field(default_factory=dict)
+    engine: ServerEngine | None = None
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _opening: Future[None] | None = None
+    _opened: Any = None
+    _held: int = 0
+    """Step of the weights that the servers have."""
+
+    def is_opening(self, limit_s: float) -> bool:
+        """Return whether the servers are still being started, on the first process, after so many seconds.
+
+        Raises:
+            UserError: they cannot be.
+        """
+        if self.engine is None and self._opening is None:
+            self._opening = self._pool.submit(self._open)
+        if self._opening is not None and wait([self._opening], limit_s).done:
+            opening, self._opening = self._opening, None
+            opening.result()
+        return self._opening is not None
+
+    def _open(self) -> None:
+        folder, target = self.run / "engines", find_target(self.start)
+        model = target.path if target.is_hf else folder / "model"
+        if not (model / CONFIG).is_file():
+            # servers read its config, and begin with its weights
+            to_hf(target.path, model)
+        self._opened = serving_engine(model, self.vocab_size, self.longest, self.settings,
+                                      ServerPlaces(folder, self.urls), with_routes=self.with_routes)
+        self.engine = self._opened.__enter__()
+
+    def push(self, view: FeedView, policy: Policy, known: Tokens) -> None:
+        """Give the servers the live weights, and see that they have them; called by all processes together.
+
+        Args:
+            view: the run, whose model is the policy.
+            policy: which its weights are.
+            known: a text, whose log-probabilities trainer and servers must agree on.
+
+        Raises:
+            UserError: the servers do not take them, or say something else of the text.
+        """
+        began_s = time.monotonic()
+        if on_main(view.world, lambda: self._held != policy.step):
+            self._send(view, policy)
+        sent_s = time.monotonic()
+        text = list(known[:KNOWN_TOKENS])
+        if len(text) > 1:
+            [[own]] = answer_logprobs(view.policy, [Question(text[:1], [text[1:]])])
+            on_main(view.world, lambda: self._compare(text, own, policy))
+        self.meters = {"push_s": sent_s - began_s, **self.meters}
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        if self._opened is not None:
+            self._opened.__exit__(None, None, None)
+            self._opened = self.engine = None
+
+    def _send(self, view: FeedView, policy: Policy) -> None:
+        view.policy.model.finish_param_gather()
+        weights, problem = export_weights(view.policy.model), ""
+        if view.world.is_main:
+            assert self.engine is not None, "the servers are not open"
+            try:
+                self.engine.update(weights, policy.step)
+                self._held = policy.step
+            except UserError as e:
+                problem = str(e)
+        else:
+            for _ in weights:  # takes part in gathering, and is given nothing
+                pass
+        on_main(view.world, partial(_raise, problem))
+
+    def _compare(self, text: Sequence[int], own: Sequence[float], policy: Policy) -> None:
+        assert self.engine is not None, "the servers are not open"
+        gaps = [sum(abs(a - b) for a, b in zip(told, own, strict=True)) / len(own)
+                for told in self.engine.fleet.score(text)]
+        self.meters = {"engine_gap_nats": max(gaps, default=0.0)}
+        if self.meters["engine_gap_nats"] > MAX_GAP_NATS:
+            raise UserError(f"--engine vllm: a server's log-probabilities of a known text are "
+                            f"{self.meters['engine_gap_nats']:.3g} nats a token from the trainer's at step "
+                            f"{policy.step} (at most {MAX_GAP_NATS:g}): it has not taken the weights, or "
+                            "computes this model otherwise, and would not write as this policy")
+
+
+def _raise(problem: str) -> None:
+    if problem:
+        raise UserError(problem)
+

@@ -1,0 +1,140 @@
+"""vLLM's server (0.32) as a `TokenServer`: `/inference/v1/generate` of `--enable-scale-out`, and the routes
+that change it, which it has with VLLM_SERVER_DEV_MODE=1."""
+
+from __future__ import annotations
+
+import base64
+import io
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
+from megatron_sov.work.endpoints.token_server import (
+    LOADED, AnswerReading, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answer)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+WRITE = "/inference/v1/generate"
+COMPLETIONS = "/v1/completions"
+"""Of every vLLM; it tells no versions, and no routes of the prompt."""
+
+
+class VllmServer:
+    """One address of vLLM.
+
+    Args:
+        url: the address, without a path.
+        key_env: variable of the environment with the key; none is sent where it is not set.
+        answer_s: how long an answer may take.
+    """
+
+    def __init__(self, url: str, key_env: str = "", answer_s: float = 3600.0) -> None:
+        self._calls = ServerCalls(url, key_env, answer_s)
+        self.url = self._calls.url
+        self._path, self._model = WRITE, ""
+
+    def write(self, request: TokenRequest) -> TokenAnswer:
+        """Return a continuation, see `TokenServer`."""
+        # no seed: on a CPU vLLM dies of one where a prompt is read in several parts
+        chosen = {"max_tokens": request.max_new_tokens, "temperature": request.temperature,
+                  "top_p": request.top_p, "top_k": request.top_k or -1, "logprobs": 0, "ignore_eos": True,
+                  "stop_token_ids": list(request.stop_ids), "detokenize": False}
+        if self._path == WRITE:
+            try:
+                found = self._calls.ask(WRITE, {"request_id": request.name, "token_ids": list(request.ids),
+                                                "sampling_params": chosen, "model": self._model or None})
+                return check_answer(_read_tokens(found, self.url), self.url)
+            except NeverAnswered as e:
+                # a server without --enable-scale-out does not have the route
+                if "HTTP 404" not in str(e):
+                    raise
+                self._path = COMPLETIONS
+        return check_answer(self._completion(request, chosen), self.url)
+
+    def score(self, ids: Sequence[int]) -> list[float]:
+        """Return log-probabilities of what is given, see `TokenServer`."""
+        found = self._calls.ask(WRITE, {
+            "request_id": uuid.uuid4().hex, "token_ids": list(ids),
+            # a cache of its own: what is in the cache has no log-probabilities any more
+            "cache_salt": uuid.uuid4().hex,
+            "sampling_params": {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "ignore_eos": True,
+                                "detokenize": False}})
+        with AnswerReading(self.url):
+            return [float(place[str(token)]["logprob"])
+                    for place, token in zip(found["prompt_logprobs"][1:], ids[1:], strict=True)]
+
+    def abort(self, names: Sequence[str]) -> None:
+        """End requests, see `TokenServer`."""
+        # answers come back under this prefix, and requests are known by it
+        self._calls.tell("/abort_requests", {"request_ids": [f"generate-tokens-{name}" for name in names]})
+
+    def pause(self) -> None:
+        """Freeze what is under way, see `TokenServer`."""
+        self._calls.tell("/pause?mode=keep&clear_cache=false")
+
+    def update(self, files: Sequence[str], version: int) -> None:
+        """Have the extension read files, see `TokenServer`."""
+        self._calls.tell("/init_weight_transfer_engine", {"init_info": {}})
+        self._calls.tell("/start_weight_update")
+        self._calls.tell("/update_weights", {"update_info": {"files": list(files)}})
+        self._calls.tell("/finish_weight_update", {"weight_version": str(version)})
+
+    def resume(self) -> None:
+        """Go on with keys and values of the new weights, see `TokenServer`."""
+        # without this, what is under way would go on behind keys and values of the old ones
+        said = self._calls.tell("/reset_prefix_cache?reset_running_requests=true")
+        if isinstance(said, Mapping) and said.get("success") is False:
+            raise BadAnswer(f"{self.url}: keeps keys and values of the weights before; its log says why")
+        self._calls.tell("/resume")
+
+    def is_healthy(self) -> bool:
+        """Return whether the model is loaded and its processes live."""
+        return self._calls.is_there("/health")
+
+    def _completion(self, request: TokenRequest, chosen: Mapping[str, Any]) -> TokenAnswer:
+        if not self._model:
+            self._model = self._only_model()
+        body = dict(chosen) | {"prompt": list(request.ids), "model": self._model, "return_token_ids": True,
+                               "request_id": request.name}
+        body.pop("detokenize")
+        found = self._calls.ask(COMPLETIONS, body)
+        with AnswerReading(self.url):
+            choice = found["choices"][0]
+            return TokenAnswer([int(token) for token in choice["token_ids"]],
+                               [float(value) for value in choice["logprobs"]["token_logprobs"]],
+                               str(choice["finish_reason"]))
+
+    def _only_model(self) -> str:
+        found = self._calls.look("/v1/models")
+        with AnswerReading(self.url):
+            return str(found["data"][0]["id"])
+
+
+def _read_tokens(found: Any, url: str) -> TokenAnswer:
+    """Return the one choice of `/inference/v1/generate`."""
+    with AnswerReading(url):
+        choice = found["choices"][0]
+        tokens = [int(token) for token in choice["token_ids"] or []]
+        # an aborted request that had not begun tells none
+        told = (choice.get("logprobs") or {"content": []})["content"]
+        spans = tuple(VersionSpan(_version(span["version"]), int(span["start"]), int(span["end"]))
+                      for span in choice.get("weight_versions") or [])
+        return TokenAnswer(tokens, [float(place["logprob"]) for place in told], str(choice["finish_reason"]),
+                           spans if tokens else (), _routes(choice.get("routed_experts")))
+
+
+def _version(told: Any) -> int:
+    # weights of its own start have a name of vLLM's
+    return int(told) if isinstance(told, (int, str)) and str(told).isdigit() else LOADED
+
+
+def _routes(told: str | None) -> np.ndarray | None:
+    """Return the array of a base64 .npy; nothing in it is unpickled."""
+    import numpy as np
+
+    if told is None:
+        return None
+    array: np.ndarray = np.load(io.BytesIO(base64.b64decode(told)), allow_pickle=False)
+    return array

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.infer.engines.fleet import Fleet
+from megatron_sov.infer.engines.server_engine import ServerEngine, WeightFiles
+from megatron_sov.infer.request import Bounds, Sampling, StopRule
+from megatron_sov.work.endpoints.token_server import TokenRequest, TokenServer
+from megatron_sov.work.endpoints.vllm_server import VllmServer
+from tests.token_servers import VOCAB, VllmDouble, token_at
+
+
+class DoubleKeeper:
+    """Starts a new double each time, as a process would be started."""
+
+    def __init__(self, token_s: float = 0.0, lives: int = 99) -> None:
+        self.doubles: list[VllmDouble] = []
+        self._token_s, self._lives = token_s, lives
+
+    def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
+        self.doubles.append(VllmDouble(self._token_s))
+        if len(self.doubles) > self._lives:
+            self.doubles[-1].is_dead = True
+        return VllmServer(self.doubles[-1].url, answer_s=20)
+
+    def is_alive(self) -> bool:
+        return not self.doubles[-1].is_dead
+
+    def end(self) -> None:
+        for double in self.doubles:
+            double.close()
+
+
+@pytest.fixture
+def fleets() -> Iterator[Callable[..., Fleet]]:
+    opened: list[Fleet] = []
+
+    def make(keepers: list[DoubleKeeper], requests: int = 4, restarts: int = 3) -> Fleet:
+        opened.append(Fleet(keepers, VOCAB, requests, restarts, look_s=0.02, backoff_s=(0.01, 0.05)))
+        return opened[-1].__enter__()
+
+    yield make
+    for fleet in opened:
+        fleet.close()
+
+
+def asked(count: int, tokens: int = 5) -> list[TokenRequest]:
+    return [TokenRequest(f"r{i}", [3, i], tokens) for i in range(count)]
+
+
+def expected(request: TokenRequest, version: int = 0) -> list[int]:
+    return [token_at(list(request.ids), place, version) for place in range(request.max_new_tokens)]
+
+
+def test_all_servers_share_the_queue_and_a_slow_answer_holds_no_other(fleets: Callable[..., Fleet]) -> None:
+    keepers = [DoubleKeeper(0.002), DoubleKeeper(0.002)]
+    fleet = fleets(keepers, 2)
+    slow = fleet.submit(TokenRequest("slow", [3], 2000))
+    quick = [(request, fleet.submit(request)) for request in asked(20)]
+    assert all(future.result(10).tokens == expected(request) for request, future in quick)
+    assert not slow.done() and all(keeper.doubles[0].asked for keeper in keepers)
+    fleet.abort(["slow"])
+    assert slow.result(10).reason == "abort"
+
+
+def test_others_take_over_what_a_dead_server_had_and_it_comes_back(fleets: Callable[..., Fleet]) -> None:
+    keepers = [DoubleKeeper(0.01), DoubleKeeper(0.01)]
+    fleet = fleets(keepers)
+    fleet.update(["/first"], 4)
+    futures = [(request, fleet.submit(request)) for request in asked(16, 12)]
+    time.sleep(0.05)
+    keepers[0].doubles[0].is_dead = True
+    assert [future.result(20).tokens for _, future in futures] == [expected(r, 4) for r, _ in futures]
+    while len(keepers[0].doubles) < 2 or fleet.num_there < 2:
+        time.sleep(0.01)
+    # what is started again has the newest weights before it is asked
+    assert (keepers[0].doubles[1].weights, keepers[0].doubles[1].version) == ("/first", "4")
+
+
+def test_weights_change_on_all_servers_while_answers_are_under_way(fleets: Callable[..., Fleet]) -> None:
+    keepers = [DoubleKeeper(0.01), DoubleKeeper(0.01)]
+    fleet = fleets(keepers)
+    futures = [fleet.submit(request) for request in asked(4, 30)]
+    time.sleep(0.08)
+    fleet.update(["/later"], 7)
+    for future in futures:
+        versions = [span.version for span in future.result(10).versions]
+        assert versions in ([0, 7], [7])
+    assert {keeper.doubles[0].version for keeper in keepers} == {"7"}
+
+
+def test_ids_that_would_end_a_server_are_not_sent(fleets: Callable[..., Fleet]) -> None:
+    keeper = DoubleKeeper()
+    fleet = fleets([keeper])
+    for ids in ([VOCAB], [-1], []):
+        with pytest.raises(UserError, match=f"vocab_size = {VOCAB}"):
+            fleet.submit(TokenRequest("bad", ids, 3))
+    assert not keeper.doubles[0].asked
+
+
+def test_a_server_that_dies_each_time_ends_all_with_a_sentence(fleets: Callable[..., Fleet]) -> None:
+    fleet = fleets([DoubleKeeper(lives=0)], restarts=2)
+    future = fleet.submit(TokenRequest("a", [3], 5))
+    with pytest.raises(UserError, match="died 3 times without an answer"):
+        future.result(20)
+    with pytest.raises(UserError, match="died 3 times"):
+        fleet.submit(TokenRequest("b", [3], 5))
+
+
+def test_a_fleet_is_an_engine(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
+    keeper = DoubleKeeper()
+    engine = ServerEngine(fleets([keeper]), tmp_path, tmp_path / "w", 4)
+    first = [token_at([3, 1], place, 0) for place in range(6)]
+    found = engine.generate([[3, 1], [3, 2]], Sampling(6), stop=StopRule((first[3],)))
+    assert found.continuations[0] == first[:4] and found.finish_reasons[0] == "stop"
+    assert found.logprobs[0] == [-token / 100 for token in first[:4]] and found.version == 0
+    engine.update(iter({"w": torch.arange(3.0)}.items()), 5)
+    told = load_file(keeper.doubles[0].weights)
+    assert torch.equal(told["w"], torch.arange(3.0))
+    again = engine.generate([[3, 1]], Sampling(6))
+    assert again.version == 5 and again.continuations[0] == [token_at([3, 1], place, 5) for place in range(6)]
+    engine.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_bounds_end_what_is_under_way(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
+    engine = ServerEngine(fleets([DoubleKeeper(0.01)]), tmp_path, tmp_path / "w", 4)
+    ended = threading.Event()
+    threading.Timer(0.1, ended.set).start()
+    found = engine.generate([[3, 1], [3, 2]], Sampling(400), bounds=Bounds([3, 400], ended.is_set))
+    assert len(found.continuations[0]) == 3 and 0 < len(found.continuations[1]) < 400
+    assert found.finish_reasons == ["length", "length"]
+
+
+def test_weights_are_written_in_parts_and_the_old_ones_go(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_sov.infer.engines.server_engine.SHARD_BYTES", 40)
+    files = WeightFiles(tmp_path / "w")
+    block = torch.arange(20.0).reshape(2, 10)
+    first = files.write(iter([("a", block[0]), ("b", block[1]), ("c", torch.ones(1))]))
+    assert [list(load_file(file)) for file in first] == [["a"], ["b"], ["c"]]
+    assert torch.equal(load_file(first[1])["b"], block[1])
+    second = files.write(iter([("a", block[0])]))
+    files.forget_others(second)
+    assert not Path(first[0]).exists() and Path(second[0]).is_file()
+    WeightFiles(tmp_path / "w")
+    assert not Path(second[0]).exists()
+
+
+def test_a_closed_fleet_leaves_nobody_waiting() -> None:
+    with Fleet([DoubleKeeper(0.01)], VOCAB, 1, look_s=0.02) as fleet:
+        futures = [fleet.submit(request) for request in asked(3, 1000)]
+    assert all("have been ended" in str(future.exception(10)) for future in futures)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import base64
+import io
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
+from megatron_sov.work.endpoints.token_server import TokenAnswer, TokenRequest, VersionSpan, check_answer
+from megatron_sov.work.endpoints.vllm_server import VllmServer, _read_tokens
+from tests.token_servers import VllmDouble, token_at
+
+PROMPT = [5, 6, 7]
+
+
+@pytest.fixture
+def double() -> Iterator[VllmDouble]:
+    found = VllmDouble()
+    yield found
+    found.close()
+
+
+def words(count: int, version: int = 0) -> list[int]:
+    return [token_at(PROMPT, place, version) for place in range(count)]
+
+
+def test_tokens_logprobs_and_versions_come_as_they_were_drawn(double: VllmDouble) -> None:
+    server = VllmServer(double.url)
+    answer = server.write(TokenRequest("a", PROMPT, 4, 0.7, stop_ids=(2,)))
+    assert answer == TokenAnswer(words(4), [-t / 100 for t in words(4)], "length", (VersionSpan(0, 0, 4),))
+    sent = double.asked[0]["sampling_params"]
+    # vLLM dies of a seed on a CPU, and ends at the config's eos unless it is told not to
+    assert "seed" not in sent and sent["ignore_eos"] and sent["top_k"] == -1 and sent["temperature"] == 0.7
+    stopped = server.write(TokenRequest("b", PROMPT, 9, stop_ids=(words(3)[2],)))
+    assert (stopped.tokens, stopped.reason) == (words(3), "stop")
+    assert server.score([4, 9, 8]) == [-0.09, -0.08]
+
+
+def test_weights_change_in_the_middle_of_an_answer_and_each_token_tells_its_own(double: VllmDouble) -> None:
+    double.token_s, server, found = 0.01, VllmServer(double.url), []
+    thread = threading.Thread(target=lambda: found.append(server.write(TokenRequest("a", PROMPT, 20))))
+    thread.start()
+    time.sleep(0.05)
+    server.pause()
+    server.update(["/weights"], 3)
+    server.resume()
+    thread.join()
+    [before, after] = found[0].versions
+    assert (before.version, after.version, before.end, after.end) == (0, 3, after.start, 20)
+    assert found[0].tokens == words(before.end) + words(20, 3)[before.end:]
+    # without the cache's reset it would go on behind keys and values of the old weights
+    assert double.orders[-2:] == ["/reset_prefix_cache?reset_running_requests=true", "/resume"]
+    assert double.orders[0] == "/pause?mode=keep&clear_cache=false"
+
+
+def test_an_aborted_request_is_answered_with_what_it_has(double: VllmDouble) -> None:
+    double.token_s, server, found = 0.01, VllmServer(double.url), []
+    thread = threading.Thread(target=lambda: found.append(server.write(TokenRequest("a", PROMPT, 500))))
+    thread.start()
+    time.sleep(0.05)
+    server.abort(["a"])
+    thread.join()
+    assert found[0].reason == "abort" and 0 < len(found[0].tokens) < 500
+
+
+def test_a_server_without_the_route_of_tokens_is_asked_by_completions(double: VllmDouble) -> None:
+    double.refuses = lambda path: path == "/inference/v1/generate"
+    answer = VllmServer(double.url + "/v1").write(TokenRequest("a", PROMPT, 4))
+    assert answer == TokenAnswer(words(4), [-t / 100 for t in words(4)], "length")
+
+
+def test_what_is_no_answer_is_told_apart_from_what_never_will_be(double: VllmDouble) -> None:
+    double.refuses = lambda path: path != "/health"
+    with pytest.raises(NeverAnswered, match=r"/pause.* answered HTTP 404: Not Found"):
+        VllmServer(double.url).pause()
+    double.is_dead = True
+    server = VllmServer(double.url)
+    with pytest.raises(BadAnswer, match="HTTP 500: EngineCore") as told:
+        server.write(TokenRequest("a", PROMPT, 4))
+    assert told.value.is_away and not server.is_healthy()
+
+
+@pytest.mark.parametrize(("choice", "told"), [
+    ({}, "KeyError: 'token_ids'"), ({"token_ids": ["x"]}, "ValueError"),
+    ({"token_ids": [1], "finish_reason": "stop", "logprobs": {"content": [{}]}}, "KeyError: 'logprob'")])
+def test_an_answer_that_lacks_something_is_none(choice: dict[str, Any], told: str) -> None:
+    with pytest.raises(BadAnswer, match=told):
+        _read_tokens({"choices": [choice]}, "http://here")
+
+
+@pytest.mark.parametrize(("answer", "told"), [
+    (TokenAnswer([1, 2], [-1.0], "stop"), "2 tokens and 1 log-probabilities"),
+    (TokenAnswer([1], [-1.0], "repetition"), "'repetition'"),
+    (TokenAnswer([1, 2], [-1.0, -1.0], "stop", (VersionSpan(1, 0, 1),)), "wrote 2 tokens"),
+    (TokenAnswer([1, 2], [-1.0, -1.0], "stop", (VersionSpan(1, 0, 1), VersionSpan(2, 0, 2))), "versions")])
+def test_parts_of_an_answer_belong_together(answer: TokenAnswer, told: str) -> None:
+    with pytest.raises(BadAnswer, match=told):
+        check_answer(answer, "http://here")
+
+
+def test_routes_are_an_array_and_never_unpickled() -> None:
+    def answer(array: np.ndarray) -> dict[str, Any]:
+        out = io.BytesIO()
+        np.save(out, array)
+        return {"choices": [{"token_ids": [], "finish_reason": "abort",
+                             "routed_experts": base64.b64encode(out.getvalue()).decode()}]}
+
+    routes = np.arange(12).reshape(3, 2, 2)
+    found = _read_tokens(answer(routes), "http://here")
+    assert found.routes is not None and (found.routes == routes).all()
+    with pytest.raises(BadAnswer, match="allow_pickle=False"):
+        _read_tokens(answer(np.array([{}], object)), "http://here")
