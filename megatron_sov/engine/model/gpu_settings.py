@@ -116,6 +116,37 @@ TE_ATTENTION_VARIABLES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN"
 """Kernel of Transformer Engine -> the variable that allows it, which the library sets by `gpu.attention`."""
 
 
+KEPT_DECISIONS = 64
+
+
+def keep_attention_decisions(utils: Any) -> None:
+    """Have Transformer Engine keep its decision about kernels for every kind of call.
+
+    2.20.2 keeps the last one alone (`_attention_backends`), so that layers with a window and without, in
+    turn, have it ask cuDNN at every change.  Where one call has several policies it keeps them as is done
+    here: by equal parameters and variables.
+
+    Args:
+        utils: its module of `get_attention_backend`, which it asks by that name.
+    """
+    decide = utils.get_attention_backend
+    if hasattr(decide, "kept"):
+        return
+    kept: list[tuple[list[str | None], Any, Any]] = []
+
+    def decided(params: Any) -> Any:
+        variables = [os.environ.get(name) for name in TE_ATTENTION_VARIABLES.values()]
+        for then, asked, found in kept:
+            if then == variables and asked == params:
+                return found
+        kept.append((variables, params, decide(params)))
+        del kept[:-KEPT_DECISIONS]
+        return kept[-1][-1]
+
+    decided.kept = kept  # type: ignore[attr-defined]
+    utils.get_attention_backend = decided
+
+
 @dataclass(frozen=True)
 class Here:
     """Where a model is to run, as far as settings depend on it."""

@@ -304,9 +304,9 @@ class Chunk(GPTModel):
         """Return what layers take of a row, see `forward`."""
         if self.config.fine_grained_activation_offloading:
             self.preprocess_for_fine_grained_offloading()
-        own = self.config.own_attention
+        own, bucketed = self.config.own_attention, self.config.attention_backend.name != "unfused"
         packed = pack(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens), own=own,
-                      host_bounds=inputs.host_bounds, shared=inputs.shared)
+                      host_bounds=inputs.host_bounds, shared=inputs.shared, bucketed=bucketed)
         self.config.routing_step.shared = inputs.shared
         tokens, positions = context.local(inputs.tokens)[None], context.local(inputs.positions)[None]
         embedded, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=positions,

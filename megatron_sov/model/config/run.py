@@ -144,6 +144,9 @@ class RunConfig:
               for key, plain, block, ids in weights),
             *((plain or name in ("lm", "sft"), key, f"belongs to objectives lm and sft, not {name}")
               for key, plain, _, _ in weights),
+            (not self.gpu.cuda_graphs or name not in ("policy", "preference"), "gpu.cuda_graphs",
+             f"cannot be with objective {name}, whose rows share prompts, replay routes or change their "
+             "length", "leave it out"),
             (objective.loss_per == "token" or name == "sft", "objective.loss_per",
              f"belongs to objective sft, not {name}"),
             (distillation.top_k < vocab_size, "distillation.top_k",
@@ -264,11 +267,12 @@ _WEIGHTS = ("checkpoints, exports and the replica checks read and write weights 
 
 NOT_OFFERED = {
     "num_distributed_optimizer_instances": (
-        "checkpoints take each range that ZeRO-1 divides to be updated by one process, and copies of it "
-        "would be written several times; leave it out"),
+        "each copy updates the ranges that ZeRO-1 divides, and checkpoints take a range to be one process's: "
+        "copies would be written several times; its sums overlap on a CUDA stream alone, and it needs groups "
+        "that no process makes here; leave it out"),
     "overlap_param_gather_with_optimizer_step": (
-        "it makes an optimizer for each run of layers, which settings of groups here do not expect; leave it "
-        "out: parallel.overlap_param_gather hides the same messages"),
+        "it makes one optimizer of the first run of layers and one of the others, which settings of groups "
+        "here do not expect; leave it out: parallel.overlap_param_gather hides the same messages"),
     "fp8_dot_product_attention": (
         "Transformer Engine 2.20 trains no packed rows by it in mxfp8, blockwise or nvfp4; leave it out"),
     **dict.fromkeys(("cross_entropy_loss_fusion", "cross_entropy_fusion_impl"),

@@ -143,7 +143,12 @@ def moe_bytes(w: Workload) -> float:
     sorted_bytes = (PERMUTED[w.dispatcher] * own * w.etp * s.num_experts_per_token * w.imbalance
                     * s.expert_width * NUMBER_BYTES)
     shared = _activation(w, local_tokens(w), s.num_shared_experts * s.expert_ffn_dim / w.tp)
-    return _residual(w) + own * s.num_experts * SCORE_BYTES + sorted_bytes + shared
+    return _residual(w) + score_bytes(w) + sorted_bytes + shared
+
+
+def score_bytes(w: Workload) -> float:
+    """Return the bytes of a router's scores of all experts."""
+    return local_tokens(w) / w.tp * w.shape.num_experts * SCORE_BYTES
 
 
 def head_bytes(w: Workload) -> float:
