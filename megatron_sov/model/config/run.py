@@ -417,7 +417,7 @@ def _take_min_lr_along(raw: dict[str, Any], before: OptimConfig, given: Mapping[
     of the two, or that of `OptimConfig` where the recipe's rate was constant."""
     optim = raw["optim"]
     # what is no rate is told by whoever reads the settings
-    lr = optim.get("lr") if isinstance(optim, dict) else None
+    lr: Any = optim.get("lr") if isinstance(optim, dict) else None
     if "optim.min_lr" in given or type(lr) not in (int, float) or not 0 < lr <= sys.float_info.max:
         return
     was_constant = before.schedule == "constant" != optim.get("schedule", before.schedule)

@@ -178,7 +178,7 @@ def _messages_of(answer: Any) -> Iterator[bytes]:
 
 
 def _lines_of(answer: Any) -> Iterator[bytes]:
-    """Yield the lines of an answer, by line feeds alone: httpx ends lines at U+2028 too, which stands in JSON's
+    """Yield the lines of an answer, by line feeds alone: httpx ends lines at U+2028 too, which JSON has in
     texts.
 
     Raises:
