@@ -31,6 +31,7 @@ from megatron_sov.work.clusters.units import GIB
 OVERLAP = "parallel.expert_overlap=micro_batches"
 SPEEDUPS: tuple[tuple[str, list[str]], ...] = (
     ("8 bits", ["train.fp8={fp8}"]),
+    ("weights in 8 bits", ["train.fp8_weights=true"]),
     ("bf16 gradients", ["gpu.grad_dtype=bf16"]),
     ("experts' messages hidden", [OVERLAP]),
     ("HybridEP in a node", ["parallel.expert_dispatcher=hybridep", "parallel.ep=8"]),

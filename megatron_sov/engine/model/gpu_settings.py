@@ -33,7 +33,8 @@ def library_settings(train: TrainConfig) -> dict[str, Any]:
         return {}
     scaling = ({"fp4": "e2m1", "fp4_recipe": "nvfp4"} if train.fp8 == "nvfp4"
                else {"fp8": fp8_format(train), "fp8_recipe": train.fp8})
-    return {**scaling, "moe_router_padding_for_quantization": train.fp8_pad_routed_tokens}
+    return {**scaling, "moe_router_padding_for_quantization": train.fp8_pad_routed_tokens,
+            "fp8_param": train.fp8_weights}
 
 
 def keep_ends_in_bf16(config: Any, train: TrainConfig) -> None:

@@ -22,7 +22,7 @@ from megatron_sov.model.config.data import (
     DataConfig, PhaseConfig, batch_size_at, named_shards, phase_steps, ramp_changes)
 from megatron_sov.model.config.encoders import MediaConfig
 from megatron_sov.model.config.evaluate import EvaluateConfig, ExtendConfig, NeedleConfig
-from megatron_sov.model.config.gpu import GpuConfig, quantization_problems
+from megatron_sov.model.config.gpu import GpuConfig, quantization_problems, weight_problems
 from megatron_sov.model.config.layout import ParallelConfig
 from megatron_sov.model.config.lora import LoraConfig
 from megatron_sov.model.config.model import ModelConfig
@@ -116,6 +116,7 @@ class RunConfig:
         p += self.gpu.problems(self.model, self.parallel, self.train, self.optim)
         p += self._watching_problems()
         p += quantization_problems(self.train, self.model, self.parallel, self.data.phases)
+        p += weight_problems(self.train, self.parallel, self.optim, self.gpu)
         p += self.lora.problems(self.model, self.parallel, self.train, self.optim, self.gpu)
         p += find_broken(
             self, "",
@@ -261,10 +262,6 @@ class RunConfig:
 
 # The library's ways to be faster or smaller that no setting offers, and why: what is told to who asks.
 
-_WEIGHTS = ("checkpoints, exports and the replica checks read and write weights in place, in bf16, and would "
-            "have to dequantise these, which is not built; leave it out: with train.fp8 products take 8 bits "
-            "all the same")
-
 NOT_OFFERED = {
     "num_distributed_optimizer_instances": (
         "each copy updates the ranges that ZeRO-1 divides, and checkpoints take a range to be one process's: "
@@ -280,8 +277,6 @@ NOT_OFFERED = {
     **dict.fromkeys(("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"),
                     "graphs are Transformer Engine's, and attention, whose packed rows they refuse, stays "
                     "outside; name what they hold in gpu.cuda_graphs"),
-    "fp8_weights": _WEIGHTS, "fp8_param": _WEIGHTS, "fp8_param_gather": _WEIGHTS,
-    "reuse_grad_buf_for_mxfp8_param_ag": _WEIGHTS,
 }
 """Last part of a setting's name -> why it does not exist, and what to do."""
 
@@ -313,6 +308,8 @@ COMMON = {
                      "overlap_dispatch_backward_with_experts_wgrad"), "parallel.expert_overlap"),
     **dict.fromkeys(("cuda_graph_scope", "cuda_graph_modules"), "gpu.cuda_graphs"),
     "delay_wgrad_compute": "parallel.delay_weight_grads",
+    **dict.fromkeys(("fp8_param", "fp8_param_gather", "reuse_grad_buf_for_mxfp8_param_ag"),
+                    "train.fp8_weights"),
     "lora_alpha": "lora.alpha", "target_modules": "lora.targets", "seed": "train.seed",
     "num_generations": "rollout.samples_per_prompt", "max_completion_length": "rollout.max_new_tokens",
     "max_prompt_length": "rollout.max_prompt_tokens", "kl_coef": "policy.kl_coeff",

@@ -177,7 +177,6 @@ def _activation(w: Workload, rows: float, width: float) -> float:
 
 Group = Literal["tp", "ep", "cp", "pp", "dp", "edp"]
 ACTIVATION_BYTES = 2
-WEIGHT_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -324,7 +323,7 @@ def data(w: Workload) -> list[TrafficMessage]:
         shard = max(1, min(size, shared_by))
         # An all-reduce is a reduce-scatter and an all-gather: twice the bytes of one of them.
         grads = params * w.grad_bytes * (2 if w.sharding == "none" else 1)
-        weights = 0.0 if w.sharding == "none" else params * WEIGHT_BYTES
+        weights = 0.0 if w.sharding == "none" else params * w.weight_bytes
         times = 1.0
         if gathers_each_micro_batch(w):  # weights in both passes, what is recomputed has them; gradients once
             times = w.num_micro_batches
