@@ -146,6 +146,16 @@ def test_a_world_that_does_not_repeat_itself_gives_no_reward(serve: Serve) -> No
         third.restore(first.snapshot())
 
 
+@pytest.mark.parametrize("reward", [float("nan"), 10 ** 400])
+def test_a_reward_that_is_no_number_is_the_servers_fault(serve: Serve, reward: float) -> None:
+    world = Guessing()
+    world.step = lambda number, data: observed({}, reward)  # type: ignore[method-assign]
+    made, _ = make(order("openenv", {"url": serve(world.app())}))
+    made.reset({})
+    with pytest.raises(InfrastructureFault, match="its reward no finite number"):
+        made.call("step", {"guess": 1})
+
+
 @pytest.mark.parametrize("name", ["openenv", "nemo_gym"])
 def test_a_server_that_is_not_there_is_a_sentence(name: str) -> None:
     made, _ = make(order(name, {"url": "http://127.0.0.1:9"}))
@@ -170,6 +180,7 @@ class Counting:
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
         self.seen: dict[str, Any] = {}
+        self.most = 99
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -188,7 +199,7 @@ class Counting:
         count = (await request.json()).get("count")
         if not isinstance(count, int):
             return web.json_response({"detail": "count must be a number"}, status=422)
-        if count > 99:
+        if count > self.most:
             return web.json_response({"error": "too much"}, status=500)
         self.counts[request.cookies["session"]] += count
         return web.json_response({"count": self.counts[request.cookies["session"]]})
@@ -217,6 +228,16 @@ def test_a_row_of_nemo_gym_is_a_task(serve: Serve) -> None:
         ("function_call", None), ("function_call_output", '{"count": 4}'),
         ("function_call", None), ("function_call_output", '{"count": 6}'), ("message", None)]
     assert output[0]["name"] == "add" and output[-1]["content"][0]["text"] == "It is 6."
+
+
+def test_a_call_that_is_refused_when_it_is_made_again_loses_the_episode(serve: Serve) -> None:
+    server = Counting()
+    with EnvironmentHost(order("nemo_gym", {"url": serve(server.app())}), EpisodeLimits()) as host:
+        host.reset(ROW)
+        host.call(ToolCall("add", {"count": 1}))
+        server.most = 0
+        with pytest.raises(EpisodeLost, match="too much"):
+            host.resume(ROW, host.state)
 
 
 @pytest.mark.parametrize(("changed", "sentence"), [
