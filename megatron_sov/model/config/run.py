@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -416,13 +417,13 @@ def _take_min_lr_along(raw: dict[str, Any], before: OptimConfig, given: Mapping[
     of the two, or that of `OptimConfig` where the recipe's rate was constant."""
     optim = raw["optim"]
     # what is no rate is told by whoever reads the settings
-    if "optim.min_lr" in given or not isinstance(optim, dict) or type(optim["lr"]) not in (int, float) or (
-            not 0 < optim["lr"] < math.inf):
+    lr: Any = optim.get("lr") if isinstance(optim, dict) else None
+    if "optim.min_lr" in given or type(lr) not in (int, float) or not 0 < lr <= sys.float_info.max:
         return
-    was_constant = before.schedule == "constant" != optim["schedule"]
+    was_constant = before.schedule == "constant" != optim.get("schedule", before.schedule)
     if was_constant or "optim.lr" in given:
         like = OptimConfig() if was_constant else before
-        optim["min_lr"] = min(like.min_lr / like.lr * optim["lr"], optim["lr"])
+        optim["min_lr"] = min(like.min_lr / like.lr * lr, lr)
 
 
 def _value(raw: dict[str, Any], key: str) -> Any:

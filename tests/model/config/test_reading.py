@@ -178,3 +178,9 @@ def test_the_least_rate_follows_the_peak_at_the_recipes_ratio(recipe: str, given
     settings = [f"optim.{name}={value}" for name, value in given.items()]
     optim = apply_settings(recipes.get(recipe), settings).optim
     assert optim.min_lr == pytest.approx(expected, rel=1e-12) and not optim.problems()
+
+
+def test_a_peak_that_is_none_or_not_there_takes_nothing_along() -> None:
+    with pytest.raises(SettingsError, match=r"optim\.lr = 1.* must be a finite number"):
+        apply_settings(recipes.get("tiny-solar-open"), [f"optim.lr=1{'0' * 400}"])
+    assert apply_settings(recipes.get("tiny-solar-open"), ["optim={}"]).optim == OptimConfig()

@@ -329,6 +329,44 @@ def test_calls_that_only_read_do_not_keep_an_episode_from_going_on(serve: Serve)
         assert server.calls == calls
 
 
+class AskingTools(HttpTools):
+    """A server that asks its client before it answers, and ends no stream; texts are JSON's, not escaped."""
+
+    SAID = "a\u2028b\x85c\r\nd"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = asyncio.Event()
+
+    async def message(self, request: web.Request) -> web.StreamResponse:
+        asked = await request.json()
+        if asked.get("result") == {}:
+            self.answers.set()
+            return web.Response(status=202)
+        if asked["method"] != "tools/call":
+            return await super().message(request)
+        said = json.dumps(answered(asked, {"content": [{"type": "text", "text": self.SAID}]}),
+                          ensure_ascii=False)
+        if asked["params"]["name"] == "look":
+            return web.Response(text=said, content_type="application/json")
+        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await stream.prepare(request)
+        await stream.write(b'data: {"jsonrpc": "2.0", "id": "q", "method": "ping"}\r\n\r\n')
+        await self.answers.wait()
+        await stream.write(f"data: {said}\r\n\r\n".encode())
+        while request.transport is not None and not request.transport.is_closing():
+            await asyncio.sleep(0.01)
+        return stream
+
+
+def test_an_answer_over_http_is_read_as_it_comes(serve: Serve) -> None:
+    asked = order("mcp", {"url": f"{serve(AskingTools().app())}/mcp"})
+    with EnvironmentHost(asked, EpisodeLimits(call_timeout_s=5)) as host:
+        host.reset({"question": "Count.", "answer": "1"})
+        assert [host.call(ToolCall(name, {})).text for name in ("look", "count", "look")] == (
+            [AskingTools.SAID] * 3)
+
+
 @pytest.mark.parametrize("settings", [{}, {"url": "http://localhost:1/mcp", "command": ["true"]}])
 def test_a_command_or_an_address_is_needed(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="or url is needed, and not both"):
