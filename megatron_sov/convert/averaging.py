@@ -19,7 +19,7 @@ from megatron_sov.base.artifacts import manifest_sha256, read_manifest, refuse_e
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import refuse_other_tokenizer
 from megatron_sov.checkpoint.sharded_tensors import block_name
-from megatron_sov.convert.changed_values import KEEP, convert_tensor
+from megatron_sov.convert.dtypes import KEEP, convert_tensor
 from megatron_sov.convert.growing import Derived, Opened, write_derived
 from megatron_sov.convert.hf_import import planned_files
 from megatron_sov.convert.peft import AdaptedWeights, checkpoint_weights

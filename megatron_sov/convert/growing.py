@@ -21,7 +21,7 @@ from megatron_sov.base.settings import (
     AtLeastOne, NotNegative, ProblemCode, SettingsError, SettingsProblem, check, find_broken, name_options)
 from megatron_sov.checkpoint.sharded_tensors import block_name, write_index
 from megatron_sov.checkpoint.writer import TensorSpec
-from megatron_sov.convert.changed_values import KEEP, check_space
+from megatron_sov.convert.dtypes import KEEP, check_space
 from megatron_sov.convert.hf_import import checked_source, digest_of, index_of, planned_files, write_files
 from megatron_sov.convert.peft import AdaptedWeights, add_inputs, checkpoint_weights
 from megatron_sov.convert.sources import PART, CheckpointWeights, HfWeights, Weights, newest_of_run

@@ -13,7 +13,7 @@ import torch
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.gather import Gatherer, in_order
-from megatron_sov.convert.changed_values import KEEP, Changed, check_dtype_name, exported_dtype
+from megatron_sov.convert.dtypes import KEEP, check_dtype_name, exported_dtype
 from megatron_sov.convert.peft import merge_adapter
 from megatron_sov.convert.sources import check_exact, check_whole_model
 from megatron_sov.engine.model.language_model import LanguageModel
@@ -21,7 +21,6 @@ from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.parallel.device import local_device
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.adapters import adapted_modules, places
-from megatron_sov.model.families.hf_layers import StackLayout
 from megatron_sov.model.families.weights import Link
 
 # Live export: the tensors of a model that is training, under their Hugging Face names, over any layout.
@@ -103,21 +102,6 @@ class _Region:
     source: tuple[slice, ...]
     """The same part of the block, whose axes are as many as the global tensor's."""
 
-    def put(self, coordinates: tuple[torch.Tensor, ...], values: torch.Tensor) -> None:
-        """Write those of some values that belong here.
-
-        Args:
-            coordinates: of each value in the block, a tensor [n] for each axis.
-            values: [n].
-        """
-        inside = torch.ones(len(values), dtype=torch.bool, device=values.device)
-        for axis, part in zip(coordinates, self.source, strict=True):
-            inside &= (axis >= part.start) & (axis < part.stop)
-        if bool(inside.any()):
-            local = tuple((axis[inside] - part.start).to(self.target.device)
-                          for axis, part in zip(coordinates, self.source, strict=True))
-            self.target.index_put_(local, values[inside].to(self.target))
-
 
 class LiveImport:
     """The way of Hugging Face tensors into one model, found once.
@@ -185,23 +169,6 @@ class LiveImport:
                 if regions := self._regions[link.hf_names[0]]:  # else it lives elsewhere
                     _copy(regions, link.join(parts), link.extent)
 
-    @torch.no_grad()
-    def changed(self, changed: Iterable[Changed]) -> None:
-        """Write what has changed in every tensor of the model; arguments and errors as of `whole`."""
-        self._model.finish_param_gather()
-        for name, found in check_whole_model(((one.name, one) for one in changed), self._shapes):
-            if not len(found.values):
-                continue
-            places = found.places.long()
-            if name in self._extents:
-                regions, extent = self._regions[name], self._extents[name]
-            else:
-                link = self._link_of[name]
-                regions, extent = self._regions[link.hf_names[0]], link.extent
-                places = _places_in_block(link, name, places) if regions else places
-            for region in regions:
-                region.put(torch.unravel_index(places, extent), found.values)
-
 
 def import_weights(model: LanguageModel, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Write every tensor of a model once, see `LiveImport`."""
@@ -253,24 +220,3 @@ def _copy(regions: list[_Region], block: torch.Tensor, extent: tuple[int, ...]) 
         block = block.reshape(extent)
     for region in regions:
         region.target.copy_(block[region.source])
-
-
-def _places_in_block(link: Link, name: str, places: torch.Tensor) -> torch.Tensor:
-    """Return where in its block (row-major) values of an interleaved tensor lie, int64.
-
-    Args:
-        link: of the block.
-        name: of the tensor.
-        places: of the values in the tensor (row-major), int64.
-    """
-    if isinstance(link.layout, StackLayout):
-        return link.layout.places(places)
-    parts, first = {}, 0
-    for other, shape in link.hf_shapes().items():
-        count = torch.Size(shape).numel()
-        parts[other] = torch.arange(first, first + count).reshape(shape)
-        first += count
-    sources = link.join(parts).flatten()
-    found = torch.empty_like(sources)
-    found[sources] = torch.arange(len(sources))
-    return found[parts[name].flatten()].to(places.device)[places]

@@ -23,7 +23,7 @@ from megatron_sov.base.outputs import refuse_link_outside
 from megatron_sov.checkpoint.assembling import Assembled, StoredBlock
 from megatron_sov.checkpoint.writer import fill_from
 from megatron_sov.convert import DEFAULT_WORKERS, inert_pickle
-from megatron_sov.convert.changed_values import KEEP, check_dtype_name
+from megatron_sov.convert.dtypes import KEEP, check_dtype_name
 from megatron_sov.convert.hf_import import Imported, write_imported
 from megatron_sov.convert.inert_pickle import InertCall, InertObject, Name, read, read_apart
 from megatron_sov.convert.sources import check_dtypes, check_exact

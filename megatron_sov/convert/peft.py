@@ -17,7 +17,7 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
 from megatron_sov.checkpoint.writer import TensorFile, TensorSpec, write_file
-from megatron_sov.convert.changed_values import convert_tensor
+from megatron_sov.convert.dtypes import convert_tensor
 from megatron_sov.convert.sources import FLOATS, CheckpointWeights, check_exact, newest_of_run
 from megatron_sov.model.config import LoraConfig, ModelConfig
 from megatron_sov.model.config.lora import EMBEDDING, EXPERTS, FEED_FORWARD, HEAD, TARGETS

@@ -3,14 +3,13 @@ No torch here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
 from megatron_sov.base.settings import Flag
 from megatron_sov.infer.request import Batching, Generated, NamedTensors, Sampling, StopRule, Tokens
 
 if TYPE_CHECKING:
-    from megatron_sov.convert.changed_values import Changed
     from megatron_sov.infer.engines.server_engine import ServerPlaces
     from megatron_sov.infer.engines.target import Target
 
@@ -58,24 +57,6 @@ class Engine(Protocol):
 
         Raises:
             UserError: they are not this model's; the engine refuses all work then, until an update succeeds.
-        """
-        ...
-
-
-class PatchedEngine(Engine, Protocol):
-    """An engine that also takes in changed values alone."""
-
-    def update_changed(self, changed: Iterator[Changed], version: int, since: int) -> None:
-        """Write with other weights from now on, as `update` with all of them would have it, to the bit.
-
-        Args:
-            changed: what differs in every tensor from the version before, as `convert.SentWeights` gives it.
-            version: what `Generated.version` says of the weights.
-            since: the version that it differs from.
-
-        Raises:
-            UserError: the engine holds another version, which stays; or these are not its model's values,
-                and the engine refuses all work until an update succeeds.
         """
         ...
 

@@ -246,24 +246,14 @@ class HeldWeights:
                             f"{self._failure}; update it with all weights, or load it anew")
 
     @contextlib.contextmanager
-    def replaced(self, version: int, weights: Iterator[Any] | None, since: int | None = None
-                 ) -> Iterator[None]:
+    def replaced(self, version: int, weights: Iterator[Any] | None) -> Iterator[None]:
         """Put the block's work in the place of the weights; until it has ended well there are none.
 
         Args:
             version: what they are then.
             weights: what is read from; closed if the block fails, so that processes which gather it together
                 with this one can finish.
-            since: the version that the block's work goes on from; None: from none.
-
-        Raises:
-            UserError: the weights are of another version than that; they stay.
         """
-        if since is not None and self.version != since:
-            _close(weights)
-            raise UserError(f"the engine {self._engine} holds version {self.version}, and what has changed "
-                            f"since version {since} would make nobody's weights of it; update it with all "
-                            "weights")
         # Set before the first tensor is written: until the block ends the memory holds two versions.
         self._failure = f"{version} did not end"
         try:
@@ -271,14 +261,10 @@ class HeldWeights:
         # An interrupt leaves half of the weights behind as well.
         except BaseException as e:
             self._failure = f"{version} failed ({e})"
-            _close(weights)
+            with contextlib.suppress(AttributeError):
+                weights.close()  # type: ignore[union-attr]
             raise
         self._version, self._failure = version, None
-
-
-def _close(weights: Iterator[Any] | None) -> None:
-    with contextlib.suppress(AttributeError):
-        weights.close()  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)

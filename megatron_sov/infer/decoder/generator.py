@@ -17,7 +17,7 @@ numbers.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import accumulate, chain
 
@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.base.documents.shard_files import RouteShape
-from megatron_sov.convert.changed_values import Changed
 from megatron_sov.convert.live_import import LiveImport
 from megatron_sov.engine.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
 from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
@@ -424,11 +423,6 @@ class MegatronEngine:
         with self._held.replaced(version, weights):
             if weights is not None:
                 self._import.whole(weights)
-
-    def update_changed(self, changed: Iterator[Changed], version: int, since: int) -> None:
-        """Take in changed values, see `PatchedEngine`."""
-        with self._held.replaced(version, changed, since):
-            self._import.changed(changed)
 
     @cached_property
     def _import(self) -> LiveImport:

@@ -7,7 +7,7 @@ parameters, so writing into a result writes into the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.convert.changed_values import Changed
 from megatron_sov.convert.sources import check_whole_model, refuse_damaged_export, tensors_left_out
 from megatron_sov.infer.decoder.sampling import best_words, rows_of, seed_of
 from megatron_sov.infer.request import (
@@ -116,11 +115,6 @@ class HfEngine:
         with self._held.replaced(version, weights):
             copy_weights(self._model, weights)
 
-    def update_changed(self, changed: Iterator[Changed], version: int, since: int) -> None:
-        """Write changed values over the model's, see `PatchedEngine`."""
-        with self._held.replaced(version, changed, since):
-            copy_changed(self._model, changed)
-
     @torch.no_grad()
     def choose(self, documents: Sequence[Tokens], count: int, words: Sequence[int]) -> list[list[int]]:
         """Return the most probable words, see `ChoosingEngine`."""
@@ -204,16 +198,6 @@ def copy_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Non
     views = live_views(model)
     for name, tensor in check_whole_model(weights, *_shapes_of(model, views)):
         views[name].copy_(tensor)
-
-
-@torch.no_grad()
-def copy_changed(model: Any, changed: Iterable[Changed]) -> None:
-    """Write what has changed in every tensor into a loaded model; arguments and errors as of
-    `copy_weights`."""
-    views = live_views(model)
-    for name, found in check_whole_model(((one.name, one) for one in changed), *_shapes_of(model, views)):
-        view = views[name]
-        view.index_put_(tuple(axis.to(view.device) for axis in found.coordinates()), found.values.to(view))
 
 
 def _shapes_of(model: Any, views: Mapping[str, torch.Tensor]

@@ -46,18 +46,6 @@ class StackLayout(Layout):
         turned = tensor.reshape([self.view[axis] for axis in self.order])
         return turned.permute([self.order.index(axis) for axis in range(len(self.order))])
 
-    def places(self, stored: Any) -> Any:
-        """Return where in the block (row-major) values lie, by their places in the stored tensor
-        (row-major): numbers or integer tensors."""
-        coordinates = {}
-        for axis in reversed(self.order):
-            coordinates[axis] = stored % self.view[axis]
-            stored = stored // self.view[axis]
-        place = coordinates[0]
-        for axis in range(1, len(self.view)):
-            place = place * self.view[axis] + coordinates[axis]
-        return place
-
 
 @dataclass(frozen=True)
 class ExpertStack:

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from transformers import DeepseekV3Config
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.convert.changed_values import SentWeights
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.infer.engines import libraries
 from megatron_sov.infer.engines.libraries import (
@@ -228,30 +227,6 @@ def test_an_engine_writes_with_the_new_weights_or_with_none(hf_models: dict[str,
     assert (again.logprobs, again.version) == (expected.logprobs, 9)
     with pytest.raises(ValueError, match="an update needs its weights"):
         engine.update(None, 10)
-
-
-def test_changed_values_make_what_all_would_and_only_of_the_version_they_differ_from(
-        hf_models: dict[str, Path]) -> None:
-    folder = hf_models["solar_open"]
-    drawn, written = torch.Generator().manual_seed(1), load_file(folder / "model.safetensors")
-    later = {name: torch.where(torch.rand(t.shape, generator=drawn) < 0.02, t + 0.1, t)
-             for name, t in written.items()}
-    patched, sent = HfEngine(redrawn(folder)), SentWeights()
-    patched.update(sent.whole(written.items()), 1)
-    patched.update_changed(sent.changed(later.items()), 2, since=1)
-    whole = HfEngine(redrawn(folder))
-    whole.update(iter(later.items()), 2)
-    views, expected = (live_views(engine._model) for engine in (patched, whole))
-    assert all(torch.equal(views[name], expected[name]) for name in expected)
-    asked = Sampling(8, 1.0, seed=3, for_training=True)
-    assert patched.generate(PROMPTS, asked) == whole.generate(PROMPTS, asked)
-    with pytest.raises(UserError, match="holds version 2, and what has changed since version 1 would"):
-        patched.update_changed(sent.changed(written.items()), 3, since=1)
-    assert patched.generate(PROMPTS[:1], asked).version == 2, "it holds what it held"
-    with pytest.raises(UserError, match=r"1 missing \(lm_head.weight\)"):
-        patched.update_changed((c for c in sent.changed(written.items()) if c.name != "lm_head.weight"), 3, 2)
-    with pytest.raises(UserError, match="its update to version 3 failed"):
-        patched.generate(PROMPTS, asked)
 
 
 @pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])

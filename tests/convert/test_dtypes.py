@@ -1,0 +1,49 @@
+"""Values on their way into files: checked, rounded once, and only where there is room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.convert.dtypes import DTYPES, check_space, convert_tensor, exported_dtype, planned_dtype
+
+# One NaN or infinity anywhere is found, whatever the dtype; values that fit are converted as torch does it.
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_one_bad_value_anywhere_is_found(dtype: torch.dtype, bad: float) -> None:
+    for place in (0, 7, 31, 200, 1022):  # wherever it falls in the vectors that a processor takes at a time
+        tensor = torch.randn(1023).to(dtype)
+        tensor[place] = bad
+        with pytest.raises(UserError,
+                           match=f"source: w holds {'NaN' if bad != bad else 'infinity'} .1 of 1023 values"):
+            convert_tensor(tensor, dtype, Path("source"), "w")
+
+
+def test_finite_values_keep_their_bits_or_are_rounded_once() -> None:
+    for dtype in DTYPES.values():
+        limits = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min, 0.0, -0.0], dtype=dtype)
+        assert convert_tensor(limits, dtype, Path("source"), "w") is limits
+    assert convert_tensor(torch.empty(0, 3), torch.bfloat16, Path("source"), "w").shape == (0, 3)
+    wide = torch.randn(100)
+    assert convert_tensor(wide, torch.bfloat16, Path("source"), "w").equal(wide.bfloat16())
+    with pytest.raises(UserError, match=r"w: its largest value 3.40282e\+38 does not fit bfloat16"):
+        convert_tensor(torch.tensor([torch.finfo(torch.float32).max]), torch.bfloat16, Path("source"), "w")
+
+
+def test_planned_dtypes() -> None:
+    assert planned_dtype("keep", False, torch.float64) == torch.float64
+    assert exported_dtype("keep", False, torch.float64) == torch.float32
+    assert exported_dtype("float64", False, torch.bfloat16) == torch.float64
+    assert (planned_dtype("bfloat16", True, torch.float32) == exported_dtype("keep", True, torch.float64)
+            == torch.float32)
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    check_space(tmp_path / "out", 1)
+    with pytest.raises(UserError, match=r"needs 1000000\.0 TB, but .* has \d+\.\d \wB free"):
+        check_space(tmp_path / "out", 10**18)
