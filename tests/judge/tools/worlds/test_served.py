@@ -329,7 +329,9 @@ def test_calls_that_only_read_do_not_keep_an_episode_from_going_on(serve: Serve)
         assert server.calls == calls
 
 
-@pytest.mark.parametrize("settings", [{}, {"url": "http://localhost:1/mcp", "command": ["true"]}])
-def test_a_command_or_an_address_is_needed(settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="or url is needed, and not both"):
+@pytest.mark.parametrize("settings, said", [
+    ({}, "names no program; set it, or url"),
+    ({"url": "http://localhost:1/mcp", "command": ["true"]}, "is given beside url; leave one of them out")])
+def test_a_command_or_an_address_is_needed(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
         make(order("mcp", settings))
