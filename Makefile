@@ -108,7 +108,7 @@ suite: setup
 	exit $$status
 
 NEWEST := $(addprefix tests/,te_double engine checkpoint layouts convert train e2e)
-newest: setup  ## the tests of layers that touch megatron-core, on the version that Python 3.12 and newer have: build/newest
+newest: setup  ## the tests of layers that touch megatron-core, on the version that this Python has not installed: build/newest
 	OMP_NUM_THREADS=1 "$(PY)" tests/newest.py -q -n 2 --dist worksteal $(NEWEST)
 
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores

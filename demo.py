@@ -162,14 +162,15 @@ def training_stages(root: Path, sources: list[str]) -> list[Stage]:
     first = settings(model__vocab_size=VOCAB_SIZE, data__phases=phases(sources), train__steps=PRETRAIN_STEPS,
                      train__checkpoint_every_steps=100, train__eval_every_steps=240)
     longer = settings(train__steps=EXTEND_STEPS, train__global_batch_size=4, train__micro_batch_size=2,
-                      optim__lr=1e-3, data__phases=json.dumps([{"name": "extend", "seq_len": LONG_SEQ_LEN}]),
+                      optim__lr=1e-3, optim__min_lr=2e-4,
+                      data__phases=json.dumps([{"name": "extend", "seq_len": LONG_SEQ_LEN}]),
                       needle__lengths_tokens=json.dumps([SEQ_LEN, LONG_SEQ_LEN]),
                       # all three would take thrice as long
                       needle__languages=json.dumps([s for s in sources if s == "english"]))
-    chats = settings(train__steps=SFT_STEPS, optim__lr=1e-3, objective__text_coeff=0.1)
+    chats = settings(train__steps=SFT_STEPS, optim__lr=1e-3, optim__min_lr=2e-4, objective__text_coeff=0.1)
     # held to the better answers, for two words alone decide: at 0.2 answers became half as long, at 1 few
     # pairs were ranked right
-    preferred = settings(train__steps=DPO_STEPS, optim__lr=3e-4, preference__beta=0.5,
+    preferred = settings(train__steps=DPO_STEPS, optim__lr=3e-4, optim__min_lr=2e-4, preference__beta=0.5,
                          preference__chosen_coeff=0.5)
     return [
         Stage("pretrain", 165, ("megatron-sov", "pretrain", RECIPE, "--data", text, "--run", pretrain,

@@ -2,7 +2,8 @@
 
 Usage: python benchmarks/plan_speedups.py [RECIPE ...] > benchmarks/results/plan_speedups.txt
 
-Settings are added one after the other, and the fastest layout that fits is looked for each time.  Nothing ran
+Settings are added one after the other, and the fastest layout that fits is looked for each time; in front
+stands what a run gets that says nothing, or that HybridEP is not there, and the load.  Nothing ran
 on a GPU: figures are those of `megatron-sov plan`, whose parameters were fitted to published runs and not to
 these models.  What overlap is worth in the account stands beside a published pair of runs with and without.
 """
@@ -10,7 +11,9 @@ these models.  What overlap is worth in the account stands beside a published pa
 from __future__ import annotations
 
 import csv
+import os
 import sys
+import time
 from pathlib import Path
 
 from megatron_sov import recipes
@@ -28,6 +31,7 @@ from megatron_sov.work.clusters.units import GIB
 OVERLAP = "parallel.expert_overlap=micro_batches"
 SPEEDUPS: tuple[tuple[str, list[str]], ...] = (
     ("8 bits", ["train.fp8={fp8}"]),
+    ("weights in 8 bits", ["train.fp8_weights=true"]),
     ("bf16 gradients", ["gpu.grad_dtype=bf16"]),
     ("experts' messages hidden", [OVERLAP]),
     ("HybridEP in a node", ["parallel.expert_dispatcher=hybridep", "parallel.ep=8"]),
@@ -35,7 +39,7 @@ SPEEDUPS: tuple[tuple[str, list[str]], ...] = (
 )
 """What is added, in this order, to the fastest layout in bf16 with alltoall and float32 gradients."""
 RUNS = (("solar-open-102b", "b200", 60, "mxfp8"), ("k-exaone-236b", "h100", 64, "blockwise"))
-"""Recipe, profile, nodes, 8-bit products."""
+"""Recipe, profile, nodes, 8-bit products; the recipes' own are blockwise."""
 PUBLISHED = (
     "published, forced balance: DeepSeek-V3 on 256 B200, pp 8, vpp 2, ep 32, DeepEP, overlap, delayed weight "
     "gradients, TE graphs, MXFP8: 864 TFLOP/s, 38 % of bf16's peak; without them 732 (Megatron-Bridge "
@@ -58,22 +62,28 @@ def run(recipe: str, cluster: str, nodes: int, fp8: str) -> None:
     where = machines(cluster, nodes)
     of = pricing(where)
     assert of is not None
-    base = recipes.get(recipe)
-    layout = list(settings_for(base, where.num_ranks, where.profile.gpu))
+    told = recipes.get(recipe)
+    base = apply_settings(told, ["train.fp8=none"])
 
     def as_recommended(what: str, settings: list[str]) -> list[str]:
-        config = apply_settings(base, [*layout, *settings])
+        said = apply_settings(told, settings)
+        layout = settings_for(said, where.num_ranks, where.profile.gpu, settings)
+        config = apply_settings(said, list(layout))
         if config.problems(of.num_ranks):
             return [what, f"{name(own_choice(config))}: breaks a rule", *[""] * 7]
         stage = run_stages(config, of.num_ranks, micro_batch_set=True)[0]
         return row(what, name(own_choice(stage.config)), of.needs(stage), of.step(stage))
 
-    rows = [as_recommended("recommended, bf16", [])]
+    rows = [as_recommended("recommended", []),
+            as_recommended("recommended, alltoall", ["parallel.expert_dispatcher=alltoall"])]
     settings: list[str] = []
+    took_s: list[float] = []
     for what, added in (("bf16, fastest layout", []), *SPEEDUPS):
         settings += [setting.format(fp8=fp8) for setting in added]
         fixed = ["parallel.expert_overlap", *(["parallel.ep"] if what.endswith("in a node") else [])]
+        began = time.perf_counter()
         found = search(apply_settings(base, settings), of, fixed)
+        took_s.append(time.perf_counter() - began)
         said = f"+ {what}" if settings else what
         if not found.best:
             rows.append([said, "fits nowhere", *[""] * 7])
@@ -81,11 +91,12 @@ def run(recipe: str, cluster: str, nodes: int, fp8: str) -> None:
         best = found.best[0]
         stage = found.sweeps[0].stage.with_config(best.choice.of(found.sweeps[0].stage.config))
         rows.append(row(said, name(best.choice), best.needs_bytes, of.step(stage)))
-    rows.append(as_recommended("recommended, with all of these", settings))
+    rows.append(as_recommended("recommended, with all of these",
+                               [s for s in settings if not s.startswith("parallel.")]))
     print(text(QuoteTable(
         f"{recipe} on {nodes} x {where.profile.gpus_per_node} {of.chip.name}, phase 1, routers as they are",
-        ["setting", "layout", "GiB", "step", "tokens/s/GPU", "TFLOP/s", "MFU", "exchange", "bubble"], rows)),
-        "\n", flush=True)
+        ["setting", "layout", "GiB", "step", "tokens/s/GPU", "TFLOP/s", "MFU", "exchange", "bubble"], rows)))
+    print(f"a search took {min(took_s):.0f} to {max(took_s):.0f} s\n", flush=True)
 
 
 def pair() -> None:
@@ -101,6 +112,7 @@ def pair() -> None:
 
 def main() -> None:
     """Print everything."""
+    print(f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores\n", flush=True)
     for one in RUNS:
         if not sys.argv[1:] or one[0] in sys.argv[1:]:
             run(*one)

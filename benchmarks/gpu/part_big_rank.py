@@ -33,7 +33,10 @@ MEMORY_LIMIT = 0.1
 """Largest relative difference of the peak from the account."""
 LOSS_LIMIT = 2e-2
 """Largest relative difference of a step's loss from that of the first step of the ladder: all compute the
-same from the same weights and tokens, and differ by what rounding makes of it."""
+same from the same weights and tokens, and differ by what rounding makes of it.  That is more here than
+elsewhere: where rounding sends one token to another expert, mirror images send other rows to all that are
+sorted behind it (`mirror`).  Of the dry run's 0.116 % with the fused rotation 0.004 % are left where no
+tokens are exchanged, and nothing in float32."""
 STEPS = 6
 DRY = ("tiny-solar-open", 8, 3, (
     "parallel.ep=4", "parallel.zero1=true", "train.micro_batch_size=1", "train.precision=bf16",

@@ -87,8 +87,9 @@ _BROKEN = ("<|tool_call:begin|>", "<｜tool▁call▁begin｜>", "<|tool_call_be
 _THOUGHTS = (
     re.compile(r"<\|think\|>(.*?)(<\|end\|>(?:<\|begin\|>\w*)?|\Z)", re.DOTALL),
     # what gpt-oss says to a tool of its own (python, browser.search) is no call of a function and no answer
+    # (the name gives nothing back to the word behind it: a long one would be tried at each of its places)
     re.compile(r"(?:<\|start\|>assistant)?(?:<\|channel\|>analysis"
-               r"|(?:<\|channel\|>(?:analysis|commentary))? ?to=(?!functions\.)[\w.-]+"
+               r"|(?:<\|channel\|>(?:analysis|commentary))? ?to=(?!functions\.)[\w.-]++"
                r"(?:<\|channel\|>(?:analysis|commentary))?\s*(?:<\|constrain\|>)?\w*)"
                r"<\|message\|>(.*?)(<\|end\|>|<\|call\|>|(?=<\|start\|>)|\Z)", re.DOTALL))
 _FRAMES = re.compile(

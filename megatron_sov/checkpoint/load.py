@@ -305,6 +305,7 @@ def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) 
         check(frozen)
         _load_part(frozen, MODEL, model, new_encoders)
         _load_part(path, ADAPTER, model)
+    model.finish_writing()
     if model.lora.on:
         model.adapter_base = base or checkpoints.AdapterBase.of(path)
     if model.lora.dora and base is None:
@@ -347,6 +348,7 @@ def load_optimizer(path: Path, optimizer: Optimizer, num_updates: int) -> None:
     reader = TensorReader(path, "optimizer")
     with agreement():
         _fill(path, reader, list(optimizer.state_shards()))
+    optimizer.model.finish_writing()
     optimizer.restore_updates(num_updates)
 
 

@@ -287,7 +287,7 @@ def _weights(model: LanguageModel) -> dict[str, list[LocalShard]]:
         UserError: the frozen model is in no checkpoint.
     """
     if not model.lora.on:
-        return {MODEL: local_shards(model)}
+        return {MODEL: local_shards(model, rounded=True)}
     if model.adapter_base is None:
         raise UserError(f"lora.rank = {model.lora.rank}: the frozen weights come from no checkpoint, so that "
                         "no adapter of them can be used; start --from one")

@@ -61,7 +61,7 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
     adapters: dict[str, dict[str, tuple[int, ...]]] = {}
     for of in adapted_modules(model.architecture, model.lora):
         adapters[of.link.key] = adapters.get(of.link.key, {}) | of.shapes(model.lora)
-    gatherer = Gatherer(local_shards(model), everywhere=everywhere)
+    gatherer = Gatherer(local_shards(model, rounded=True), everywhere=everywhere)
     expected = {link.key: link.shape for link in links}
     for shapes in adapters.values():
         expected |= shapes

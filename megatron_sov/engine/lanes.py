@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core import package_info
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.models.gpt import gpt_model
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 
@@ -39,6 +40,37 @@ def gradients_for_norm(optimizer: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = (optimizer.get_grads_for_grad_norm() if IS_NEW
                                  else optimizer.get_main_grads_for_grad_norm())
     return found
+
+
+def finish_forced_sync(wrapped: Any) -> None:
+    """Have products read weights in 8 bits that were gathered at once, of a chunk whose gathers are otherwise
+    waited for in its forward pass.
+
+    Defect of 0.16: the pass finds nothing left to wait for then, and makes nothing of what was gathered.
+    """
+    settings = wrapped.ddp_config
+    if IS_NEW or not (settings.overlap_param_gather and settings.fp8_param_gather):
+        return
+    for group in wrapped.bucket_groups + wrapped.expert_parallel_bucket_groups:
+        if not settings.reuse_grad_buf_for_mxfp8_param_ag:
+            post_all_gather_processing([p for p in group.params if is_float8tensor(p)])
+            continue
+        for bucket in group.buckets:
+            for parameter, (start, stop) in bucket.param_to_index.items():
+                parameter.data.copy_(bucket.param_data.view(-1)[start:stop].view(parameter.data.shape))
+            bucket.param_data.zero_()
+
+
+def mend_places(wrapped: Any) -> None:
+    """Have each bucket know where its weights begin, for copies out of what was gathered.
+
+    Defect of 0.16: it adds up sizes, and forgets that each weight begins at a multiple of 64 elements.
+    """
+    for buffer in wrapped.buffers + wrapped.expert_parallel_buffers:
+        for bucket in buffer.buckets:
+            for parameter in bucket.param_to_index:
+                start, stop, _ = buffer.param_index_map[parameter]
+                bucket.param_to_index[parameter] = (start - bucket.offset, stop - bucket.offset)
 
 
 def numbered_behind_trunk(spec: Any) -> Any:

@@ -16,7 +16,7 @@ from megatron_sov.plan.operation import Cost, Operation, cost, operation
 from megatron_sov.plan.pages.quote import Checkpoint, Quote, QuotedMemory, Traffic
 from megatron_sov.plan.search.space import as_dict, own_choice
 from megatron_sov.plan.speed.parameters import UNITS, Parameters
-from megatron_sov.plan.speed.step import Known, StepTime, beside_layers, step_time
+from megatron_sov.plan.speed.step import Known, StepTime, beside_layers, router_s, step_time
 from megatron_sov.plan.speed.traffic import messages
 from megatron_sov.plan.speed.workload import PRECISIONS, Workload, of_run
 from megatron_sov.schedules import Schedule
@@ -272,7 +272,15 @@ def quote(stage: RunStage, pricing: Pricing) -> Quote:
         energy_kwh=paid.energy_kwh, cost_usd=paid.usd, cost_range_usd=(paid.usd_low, paid.usd_high),
         checkpoint=Checkpoint(kept.checkpoint_bytes, kept.stall_s + kept.write_s, kept.stall_s,
                               kept.interval_s, kept.interval_steps),
-        notes=_notes(paid, kept, work.imbalance))
+        notes=(*_notes(paid, kept, work.imbalance), *_of_routers(work, step, pricing.parameters)))
+
+
+def _of_routers(work: Workload, step: StepTime, parameters: Parameters) -> list[str]:
+    if not work.shape.num_moe_layers:
+        return []
+    seconds = router_s(work, parameters)
+    return [f"Routers take {seconds:.2g} s of a step, {seconds / step.total_s:.1%}, counted under dense and "
+            "memory-bound."]
 
 
 def _notes(paid: Cost, kept: Operation, imbalance: float) -> tuple[str, ...]:

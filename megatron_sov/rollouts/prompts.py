@@ -111,6 +111,8 @@ def read_prompts(path: Path, renames: Renames = ()) -> list[RolloutPrompt]:
             if first.place != place:
                 first.repeats.append(place)
     _refuse(path, problems)
+    if not found:
+        raise UserError(f"{OPTION} {path}: has no rows")
     return list(found.values())
 
 

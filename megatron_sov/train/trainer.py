@@ -22,6 +22,7 @@ from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model import replica_checks
 from megatron_sov.engine.model.expert_load import ExpertLoad
 from megatron_sov.engine.model.language_model import LanguageModel, build_configured
+from megatron_sov.engine.model.quantized_weights import raw_data
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.device import on_gpu
@@ -261,7 +262,7 @@ class Trainer:
         faults.tell(self.events)
         faults.trigger("step", step)
         if (fault := faults.due("bitflip", "step", step)) is not None:
-            replica_checks.flip_bit(next(p for p in self.model.parameters() if p.dim() == 2),
+            replica_checks.flip_bit(raw_data(next(p for p in self.model.parameters() if p.dim() == 2)),
                                     fault.options.get("bit"))
         if self.guards.sdc.probe_is_due(step):
             compute = partial(self.computation.own_gradients, batch, self.objective, step)

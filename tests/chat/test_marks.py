@@ -4,6 +4,7 @@ text of a response."""
 from __future__ import annotations
 
 import json
+import time
 from random import Random
 from typing import Any
 
@@ -130,6 +131,12 @@ def test_long_texts_of_marks_take_no_square_of_their_length() -> None:
                  "<｜tool▁call▁begin｜>a"):
         for text in (part * 5_000, part + " " * 100_000, "<|content|>" + part + "a" * 100_000):
             plain_form(text)
+
+
+def test_a_long_name_takes_no_square_of_its_length() -> None:
+    began_s = time.process_time()
+    assert plain_form("<|channel|>commentary to=" + "a" * 400_000).endswith("aaa")
+    assert time.process_time() - began_s < 5
 
 
 def tokenizer(name: str, *more: str) -> Any:

@@ -3,6 +3,7 @@ layer has the number of its entry in our lists, and our router."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,8 +108,14 @@ def test_a_newer_release_is_said_and_no_index_is_no_failure(monkeypatch: pytest.
     assert sentence.startswith("note: megatron-core 0.") if is_said else sentence == ""
 
 
+def test_the_version_that_is_fetched_is_the_one_that_is_not_installed() -> None:
+    assert newest.other((3, 11)) == newest.NEWER
+    assert newest.other((3, 12)) == newest.other((3, 13)) == newest.OLDER
+    assert newest.lane() == newest.lane(newest.other()) != importlib.metadata.version("megatron-core")
+
+
 @pytest.mark.distributed
-def test_the_newer_version_is_what_runs(newest_ranks: Any, job: Any) -> None:
+def test_the_other_version_is_what_runs(newest_ranks: Any, job: Any) -> None:
     assert newest_ranks(job(__file__, "version", 1)) == [[newest.lane()]]
 
 

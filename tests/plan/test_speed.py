@@ -11,7 +11,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import PhaseConfig, apply_settings
 from megatron_sov.plan.speed import traffic
 from megatron_sov.plan.speed.parameters import default
-from megatron_sov.plan.speed.step import beside_layers, step_time
+from megatron_sov.plan.speed.step import beside_layers, router_s, step_time
 from megatron_sov.plan.speed.traffic import held_params, messages
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_run
 from megatron_sov.plan.tables.predicted import find, published
@@ -61,6 +61,16 @@ def test_products_take_their_flops_over_what_the_chip_reaches() -> None:
     peak = H100.bf16_flops_per_s * p.product_fraction["hopper"]["bf16"]
     # fills of kernels and the finite length of sums cost some percent more
     assert 1 < time.dense_s / (flops / peak) < 1.12
+
+
+def test_the_routers_part_is_what_a_step_without_them_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = experts(pp=1)
+    whole, part = step_time(work), router_s(work)
+    products = traffic.products
+    monkeypatch.setattr(traffic, "SCORE_BYTES", 0)
+    monkeypatch.setattr(traffic, "products", lambda w, block: products(w, block)[block == "beside experts":])
+    without = step_time(work)
+    assert 0 < part == pytest.approx(whole.dense_s + whole.memory_s - without.dense_s - without.memory_s)
 
 
 def test_no_run_is_faster_than_its_peak() -> None:

@@ -93,6 +93,9 @@ def test_what_json_does_not_hold_is_named_by_row(tmp_path: Path) -> None:
         read_prompts(tmp_path / "bytes.parquet")
     with pytest.raises(UserError, match=r"--prompts .*nowhere"):
         read_prompts(tmp_path / "nowhere")
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "empty.parquet")
+    with pytest.raises(UserError, match=r"--prompts .*empty.parquet: has no rows"):
+        read_prompts(tmp_path / "empty.parquet")
 
 
 def test_what_is_set_aside_is_listed_and_counted_by_all_who_share_a_store(tmp_path: Path) -> None:

@@ -75,8 +75,9 @@ def test_run_of_earlier_defaults_is_resumed(tmp_path: Path) -> None:
 
 def test_all_differences_are_named_at_once(tmp_path: Path) -> None:
     folder = started(tmp_path / "run")
-    with pytest.raises(UserError, match=r"optim.lr = (.*), now .*; train.seed = 1234, now it is 1; resume "
-                                        r"with --set optim.lr=\1 --set train.seed=1234, or"):
+    with pytest.raises(UserError, match=r"optim.lr = (.*), now .*; optim.min_lr = (.*), now .*; train.seed = "
+                                        r"1234, now it is 1; resume with --set optim.lr=\1 --set "
+                                        r"optim.min_lr=\2 --set train.seed=1234, or"):
         folder.enter(apply_settings(CONFIG_OF_RUN, ["optim.lr=0.01", "train.seed=1"]), resume=True)
 
 

@@ -3,15 +3,20 @@ quantised by the reference quantisers."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.engine.model import language_model
+from megatron_sov.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.convert import export_weights
+from megatron_sov.engine.model import language_model, replica_checks
+from megatron_sov.engine.model.quantized_weights import is_quantized, raw_data
 from megatron_sov.engine.optimizer.adamw import HostAdamW
 from megatron_sov.engine.parallel import cpu_shims, device, world
 from megatron_sov.model.config import RunConfig, apply_settings
@@ -50,21 +55,42 @@ def quantise_products() -> None:
     plain = products.gemm
 
     def gemm(a: torch.Tensor, b: torch.Tensor, kind: Any, recipe: Any = None,
-             out_dtype: torch.dtype | None = None) -> torch.Tensor:
+             out_dtype: torch.dtype | None = None, b_is_quantized: bool = False) -> torch.Tensor:
         name = type(recipe).__name__
         if name not in RECIPES:
-            return plain(a, b, kind, recipe, out_dtype)
+            return plain(a, b, kind, recipe, out_dtype, b_is_quantized)
         products.COUNTS[kind, name] += 1
         products.check_aligned(a, b, recipe)
         with kernel():
-            left, right = (quantized(x, role, kind, RECIPES[name], recipe.fp8_format.name.lower())
-                           for x, role in zip((a, b.t()), ROLES[kind], strict=True))
+            left, right = (x if ready else quantized(x, role, kind, RECIPES[name],
+                                                     recipe.fp8_format.name.lower())
+                           for x, role, ready in zip((a, b.t()), ROLES[kind], (False, b_is_quantized),
+                                                     strict=True))
             multiply = products.fast_product if products.accumulates_fast(kind, recipe) else torch.matmul
             return multiply(left, right.t()).to(out_dtype or a.dtype)
 
     for module in list(sys.modules.values()):
         if module.__name__.startswith("transformer_engine.") and getattr(module, "gemm", None) is plain:
             module.gemm = gemm
+    gather_one_by_one()
+
+
+def gather_one_by_one() -> None:
+    """Have the library gather its buffers of weights one after another: gloo takes those that are asked for
+    together to be of one dtype, and writes bytes of 8 bits over bf16 numbers."""
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    start = buffers._ParamAndGradBucketGroup.start_param_sync
+
+    def one_by_one(self: Any, force_sync: bool = False) -> None:
+        at_once = mock.patch.multiple(
+            buffers, _coalescing_manager=lambda *args, **kwargs: contextlib.nullcontext(mock.Mock()),
+            dist_all_gather_func=lambda whole, part, group, async_op:
+                torch.distributed.all_gather_into_tensor(whole, part.clone(), group=group))
+        with at_once:
+            start(self, force_sync)
+
+    buffers._ParamAndGradBucketGroup.start_param_sync = one_by_one
 
 
 def each(cases: list[tuple[str, list[str]]], path: str) -> list[dict[str, Any]]:
@@ -128,6 +154,11 @@ def continued(recipe: str, settings: list[str], path: str, run: str) -> dict[str
     found: dict[str, Any] = {"straight": [trainer.update().loss for _ in range(2)]}
     trainer.save()
     trainer.checkpointer.finish()
+    found["saved"] = _saved(trainer.folder.checkpoint(2))
+    found["exported"] = hashlib.sha256(b"".join(
+        name.encode() + _bytes(tensor) for name, tensor in export_weights(trainer.model))).hexdigest()
+    found["differing"] = replica_checks.differing_replicas(trainer.model)
+    found["in 8 bits"] = sum(raw_data(p).numel() for p in trainer.model.parameters() if is_quantized(p))
     _products()
     found["heldout"] = {name: result.loss for name, result in trainer.evaluate().items()}
     found["products of the evaluation"] = _products()
@@ -229,5 +260,15 @@ def quantises_weights(recipe: str, settings: list[str], path: str) -> list[bool]
 
 def _digest(trainer: Trainer) -> str:
     """Hash this process's weights as they lie in memory."""
-    return hashlib.sha256(b"".join(p.detach().view(torch.uint8).numpy().tobytes()
-                                   for p in trainer.model.parameters())).hexdigest()
+    return hashlib.sha256(b"".join(_bytes(raw_data(p)) for p in trainer.model.parameters())).hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _saved(path: Path) -> dict[str, str]:
+    """Return the hash of every tensor of a checkpoint."""
+    readers = [TensorReader(path, part) for part in ("model", "optimizer")]
+    return {key: hashlib.sha256(_bytes(reader.read(key))).hexdigest()
+            for reader, keys in ((reader, reader.keys()) for reader in readers) for key in keys}

@@ -27,19 +27,17 @@ NOT_DOUBLED = {
     "float8_tensor.Float8Tensor.make_like", "fp8.FP8GlobalStateManager.add_fp8_tensors_to_global_buffer",
     "fp8.FP8GlobalStateManager.reduce_and_update_fp8_tensors",
     "fp8.FP8GlobalStateManager.set_skip_fp8_weight_update_tensor",
-    "tensor.utils.cast_master_weights_to_fp8", "tensor.utils.post_all_gather_processing",
-    "tensor.utils.replace_raw_data",
 }
-"""Names that megatron-core does without here: of inference, its own CUDA graphs, offload, fp8 weights,
-delayed scaling and its own loss."""
+"""Names that megatron-core does without here: of inference, its own CUDA graphs, offload, delayed scaling and
+its own loss."""
 NOT_DOUBLED_OF_0_19 = {
     "constants.MXFP8_BLOCK_SCALING_SIZE", "constants.NVFP4_BLOCK_SCALING_SIZE",
     "distributed._NVFP4AllGatherAsyncHandle", "ep", "ep.EpBuffer", "ep._BOOTSTRAPPED", "ep.ep_bootstrap",
     "ep.ep_combine", "ep.ep_dispatch", "ep.ep_finalize", "ep.is_symm_backed", "ep.symm_mem_alloc",
     "optimizers.multi_tensor_scale_tensor", "permutation.moe_permute_and_pad_with_probs",
-    "quantized_tensor.QuantizedTensor", "tensor.MXFP8TensorStorage", "tensor.NVFP4TensorStorage",
+    "tensor.MXFP8TensorStorage", "tensor.NVFP4TensorStorage",
     "tensor.grouped_tensor.GroupedTensor", "tensor.mxfp8_tensor.MXFP8Quantizer",
-    "tensor.utils.quantize_master_weights", "utils.nvtx_range_pop", "utils.nvtx_range_push",
+    "utils.nvtx_range_pop", "utils.nvtx_range_push",
     "utils.round_up_to_nearest_multiple",
 }
 """Those that 0.19 alone uses: of NCCL's expert dispatcher, grouped weights and other storages of them."""

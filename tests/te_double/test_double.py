@@ -16,8 +16,8 @@ import numpy
 import pytest
 import torch
 
-from megatron_sov.engine.model.attention import pack
-from megatron_sov.engine.model.gpu_settings import Here, own_attention_serves
+from megatron_sov.engine.model.attention import PackedDocuments, pack
+from megatron_sov.engine.model.gpu_settings import Here, keep_attention_decisions, own_attention_serves
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
 from megatron_sov.plan.search.recommended import RECOMMENDED
@@ -438,14 +438,28 @@ def test_attention_backends_say_no_as_the_real_ones_do(te: Any, monkeypatch: pyt
             backends.choose(call, getattr(te.machine, chip))
 
 
-def test_attention_chooses_anew_where_a_call_differs(te: Any) -> None:
-    """The real library keeps one decision, and asks cuDNN again when documents, window or length change."""
+@pytest.mark.parametrize(("keeps", "decisions"), [(False, 7), (True, 3)])
+def test_decisions_about_attention_are_kept_for_each_window_and_length(
+        te: Any, monkeypatch: pytest.MonkeyPatch, keeps: bool, decisions: int) -> None:
+    """The real library keeps one, and asks cuDNN again when documents, window or length change, as they do
+    at each layer of a model with both kinds of attention; other variables are another question."""
+    from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+    monkeypatch.setattr(utils, "get_attention_backend",
+                        lambda call: te.backends.choose(call, te.machine.CHIP))
+    if keeps:
+        keep_attention_decisions(utils)
+        keep_attention_decisions(utils)  # by each model that is built
     q, bound = random(16, 4, 8, dtype=torch.bfloat16), bounds()
     attention = te.pytorch.DotProductAttention(4, 8, attn_mask_type="padding_causal", qkv_format="thd")
     te.backends.CHOSEN.clear()
-    for longest in (9, 9, 16, 16, 9):
-        attention(q, q, q, cu_seqlens_q=bound, cu_seqlens_kv=bound, max_seqlen_q=longest)
-    assert te.backends.CHOSEN == {te.backends.FUSED: 3}
+    for longest, left in ((9, -1), (9, -1), (16, -1), (9, 3), (9, -1), (9, 3), (9, -1), (16, -1)):
+        attention(q, q, q, cu_seqlens_q=bound, cu_seqlens_kv=bound, max_seqlen_q=longest,
+                  window_size=(left, 0))
+    assert dict(te.backends.CHOSEN) == {te.backends.FUSED: decisions}
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    attention(q, q, q, cu_seqlens_q=bound, cu_seqlens_kv=bound, max_seqlen_q=9)
+    assert te.backends.CHOSEN[te.backends.UNFUSED] == 1
 
 
 def test_one_decision_about_attention_serves_rows_of_many_documents(te: Any) -> None:
@@ -464,6 +478,18 @@ def test_one_decision_about_attention_serves_rows_of_many_documents(te: Any) -> 
         torch.testing.assert_close(out.view(16, 4, 8).float(), torch.cat(whole), atol=0.02, rtol=0.02)
         assert packed.bounds.equal(bound), "multi-token prediction asks where documents end"
     assert te.backends.CHOSEN == {te.backends.FUSED: 1}
+
+
+def test_the_unfused_attention_gets_no_more_than_a_row_has(te: Any) -> None:
+    """It makes scores of documents x longest x longest: an empty document costs as much as the longest."""
+    bound = torch.tensor([0, 5, 10, 15], dtype=torch.int32)
+    sizes = []
+    for bucketed in (True, False):
+        packed = pack(bound, 5, 15, own=False, bucketed=bucketed)
+        sizes.append((len(packed.cu_seqlens_q) - 1, packed.max_seqlen_q))
+        again = PackedDocuments(bounds=bound, longest_tokens=5, row_tokens=15, bucketed=bucketed).whole
+        assert (len(again.cu_seqlens_q) - 1, again.max_seqlen_q) == sizes[-1]
+    assert sizes == [(4, 8), (3, 5)]
 
 
 def recommended_attention() -> dict[str, tuple[Any, str]]:

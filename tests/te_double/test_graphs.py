@@ -7,13 +7,15 @@ that is read from anywhere else gives other losses, and what waits for the GPU e
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_sov.engine.model.graphs import graphed
+from megatron_sov.engine.model import graphs
 from megatron_sov.engine.model.specs import OwnLayer
+from megatron_sov.engine.router import RoutingStep
 from tests.te_double.transformer_engine.pytorch.graph import make_graphed_callables
 from tests.te_double.transformer_engine.pytorch.recording import CapturedOperators
 
@@ -67,8 +69,35 @@ def test_losses_counts_biases_and_weights_have_the_bits_of_a_run_without(te_rank
 
 def test_what_is_overridden_is_the_librarys() -> None:
     """A method by another name would never be called, and the padding be dropped in silence."""
-    ours = {name for name, value in vars(graphed(OwnLayer)).items() if callable(value)}
+    ours = {name for name, value in vars(graphs.graphed(OwnLayer)).items() if callable(value)}
     assert len(ours) == 5 and all(hasattr(OwnLayer, name) for name in ours)
+
+
+def test_graphs_serve_the_passes_that_they_were_captured_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a step, as probes compute, has other micro-batches in flight; what graphs do not read is in
+    no row."""
+    step, captures = RoutingStep(), []
+
+    class Layer:
+        config = SimpleNamespace(routing_step=step)
+
+        def _should_call_te_cudagraph(self) -> bool:
+            return True
+
+    found = graphs.RouterGraphs(SimpleNamespace(
+        config=SimpleNamespace(routing_step=step, cuda_graph_impl="transformer_engine")), [], None)
+    monkeypatch.setattr(graphs.parallel_state, "get_pipeline_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(found, "_capture", lambda *sizes: captures.append(sizes))
+    layer = graphs.graphed(Layer)()
+    served = []
+    for count, whole in ((4, True), (1, False), (4, True), (8, True)):
+        found.prepare(64, 32, count, whole=whole)
+        served.append(layer._should_call_te_cudagraph())
+    assert (captures, served) == ([(64, 4), (64, 8)], [True, False, True, True])
+    for name in ("table", "shared", "record"):
+        setattr(step, name, {})
+        assert not layer._should_call_te_cudagraph(), name
+        setattr(step, name, None)
 
 
 class Branching(torch.nn.Module):

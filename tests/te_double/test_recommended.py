@@ -32,9 +32,10 @@ def _written(value: Any) -> str:
 
 
 def _of_one_process(config: RunConfig) -> tuple[str, ...]:
-    """Return the settings of a run that one process has, too."""
+    """Return the settings of a run that one process has, too; which attention serves rows that are cut is
+    none of them."""
     gpu = [f"gpu.{f.name}={_written(getattr(config.gpu, f.name))}" for f in fields(config.gpu)
-           if getattr(config.gpu, f.name) != getattr(AUTO, f.name)]
+           if f.name != "attention" and getattr(config.gpu, f.name) != getattr(AUTO, f.name)]
     parallel = [f"parallel.{name}={_written(getattr(config.parallel, name))}"
                 for name in ("zero1", "overlap_grad_reduce", "overlap_param_gather")]
     return (f"train.recompute={_written(config.train.recompute)}", *gpu, *parallel)

@@ -199,6 +199,8 @@ class PackedDocuments(PackedSeqParams):
     """The row's documents by their length, made for the first layer that needs them."""
     shared: SharedPrompts | None = None
     """What documents share; None: each is there whole."""
+    bucketed: bool = True
+    """See `pack`."""
     padding: torch.Tensor | None = None
     """[1, local tokens] bool, True where a token is padding, for experts of a prediction layer; None: nobody
     asks."""
@@ -206,7 +208,7 @@ class PackedDocuments(PackedSeqParams):
     @cached_property
     def whole(self) -> PackedDocuments:
         """The documents as the library's attention takes them where it has a whole row of some heads."""
-        return pack(self.bounds, self.longest_tokens, self.row_tokens, own=False)
+        return pack(self.bounds, self.longest_tokens, self.row_tokens, own=False, bucketed=self.bucketed)
 
     def bounds_within(self, window_tokens: int) -> list[PieceBounds]:
         if window_tokens not in self.piece_bounds:
@@ -247,7 +249,8 @@ def _alike(documents: Sequence[Span], device: torch.device, shared: SharedPrompt
 
 
 def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own: bool = True,
-         host_bounds: Sequence[int] | None = None, shared: SharedPrompts | None = None) -> PackedDocuments:
+         host_bounds: Sequence[int] | None = None, shared: SharedPrompts | None = None,
+         bucketed: bool = True) -> PackedDocuments:
     """Return the documents of a row.
 
     Args:
@@ -258,6 +261,8 @@ def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own
             library's attention takes.
         host_bounds: the same numbers on the host; None: they are fetched, and the host waits for the device.
         shared: what documents share, where `DocumentAttention` serves and no row is cut.
+        bucketed: whether the library's attention is told of few numbers and lengths; its unfused one makes
+            scores of documents x longest ** 2, which would be up to eight times as many.
     """
     if shared is not None:
         assert own and context.size() == 1, "documents that share a prompt need attention of our own"
@@ -268,8 +273,9 @@ def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own
         # the library keeps a table of angles for each length that it is told, and Transformer Engine one
         # decision about kernels, made anew where length or number of documents change: powers of two make
         # few; documents without tokens at the end fill the number up
-        longest = min(_power_of_two(max_document_tokens), row_tokens)
-        filled = pad(bounds, (0, _power_of_two(len(bounds) - 1) + 1 - len(bounds)), value=row_tokens)
+        longest = min(_power_of_two(max_document_tokens), row_tokens) if bucketed else max_document_tokens
+        number = _power_of_two(len(bounds) - 1) if bucketed else len(bounds) - 1
+        filled = pad(bounds, (0, number + 1 - len(bounds)), value=row_tokens)
         return PackedDocuments(qkv_format="thd", cu_seqlens_q=filled, cu_seqlens_kv=filled,
                                max_seqlen_q=longest, max_seqlen_kv=longest, bounds=bounds)
     documents = [(a, b) for a, b in pairwise(bounds.tolist() if host_bounds is None else host_bounds)
@@ -278,7 +284,7 @@ def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own
              for first, end in context.pieces(row_tokens)]
     return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
                            max_seqlen_q=row_tokens, max_seqlen_kv=row_tokens, bounds=bounds, spans=spans,
-                           longest_tokens=max_document_tokens, row_tokens=row_tokens)
+                           longest_tokens=max_document_tokens, row_tokens=row_tokens, bucketed=bucketed)
 
 
 def _power_of_two(number: int) -> int:

@@ -33,7 +33,8 @@ def library_settings(train: TrainConfig) -> dict[str, Any]:
         return {}
     scaling = ({"fp4": "e2m1", "fp4_recipe": "nvfp4"} if train.fp8 == "nvfp4"
                else {"fp8": fp8_format(train), "fp8_recipe": train.fp8})
-    return {**scaling, "moe_router_padding_for_quantization": train.fp8_pad_routed_tokens}
+    return {**scaling, "moe_router_padding_for_quantization": train.fp8_pad_routed_tokens,
+            "fp8_param": train.fp8_weights}
 
 
 def keep_ends_in_bf16(config: Any, train: TrainConfig) -> None:
@@ -114,6 +115,37 @@ def mend_extra_state(grouped_linear: Any) -> None:
 TE_ATTENTION_VARIABLES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN",
                           "unfused": "NVTE_UNFUSED_ATTN"}
 """Kernel of Transformer Engine -> the variable that allows it, which the library sets by `gpu.attention`."""
+
+
+KEPT_DECISIONS = 64
+
+
+def keep_attention_decisions(utils: Any) -> None:
+    """Have Transformer Engine keep its decision about kernels for every kind of call.
+
+    2.20.2 keeps the last one alone (`_attention_backends`), so that layers with a window and without, in
+    turn, have it ask cuDNN at every change.  Where one call has several policies it keeps them as is done
+    here: by equal parameters and variables.
+
+    Args:
+        utils: its module of `get_attention_backend`, which it asks by that name.
+    """
+    decide = utils.get_attention_backend
+    if hasattr(decide, "kept"):
+        return
+    kept: list[tuple[list[str | None], Any, Any]] = []
+
+    def decided(params: Any) -> Any:
+        variables = [os.environ.get(name) for name in TE_ATTENTION_VARIABLES.values()]
+        for then, asked, found in kept:
+            if then == variables and asked == params:
+                return found
+        kept.append((variables, params, decide(params)))
+        del kept[:-KEPT_DECISIONS]
+        return kept[-1][-1]
+
+    decided.kept = kept  # type: ignore[attr-defined]
+    utils.get_attention_backend = decided
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_sov.engine.lanes import LibraryPredictionLayer
+from megatron_sov.engine.model import quantized_weights
 from megatron_sov.engine.model.added_parts import Adapters, MediaEncoders
 from megatron_sov.engine.model.attention import PackedDocuments, SharedPrompts, pack
 from megatron_sov.engine.model.gpu_settings import mend_extra_state
@@ -304,9 +305,9 @@ class Chunk(GPTModel):
         """Return what layers take of a row, see `forward`."""
         if self.config.fine_grained_activation_offloading:
             self.preprocess_for_fine_grained_offloading()
-        own = self.config.own_attention
+        own, bucketed = self.config.own_attention, self.config.attention_backend.name != "unfused"
         packed = pack(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens), own=own,
-                      host_bounds=inputs.host_bounds, shared=inputs.shared)
+                      host_bounds=inputs.host_bounds, shared=inputs.shared, bucketed=bucketed)
         self.config.routing_step.shared = inputs.shared
         tokens, positions = context.local(inputs.tokens)[None], context.local(inputs.positions)[None]
         embedded, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=positions,
@@ -408,6 +409,13 @@ class LanguageModel(torch.nn.ModuleList):
         """The library's TransformerConfig."""
         self.vocab_size = architecture.vocab_size
         """Token ids; a chunk's own `vocab_size` is padded to a multiple of the tensor parallel size."""
+        self.stand_ins = quantized_weights.stand_ins(self)
+        """Of its weights in 8 bits."""
+        self.masters: Callable[[Any, torch.nn.Parameter | None], Iterator[Any]] | None = None
+        """Gives for a block of a weight in 8 bits those of the masters that this process has; None: there are
+        none yet."""
+        self.make_of_masters: Callable[[], None] | None = None
+        """Makes weights in 8 bits of their masters."""
         self.pending_gather: Callable[[], None] | None = None
         """Brings the last update's weights to the data-parallel processes that did not compute them;
         None: all have them."""
@@ -421,6 +429,12 @@ class LanguageModel(torch.nn.ModuleList):
         if self.pending_gather is not None:
             gather, self.pending_gather = self.pending_gather, None
             gather()
+
+    def finish_writing(self) -> None:
+        """Have products read what was written into blocks of `local_shards`; called by all processes
+        together."""
+        if self.make_of_masters is not None:
+            self.make_of_masters()
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -491,7 +505,8 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
     for parameter in chunk.parameters():
         # not the buffers: a router's bias moves in steps that vanish in bf16, and its counts stop at 256
         # there
-        parameter.data = parameter.data.to(config.params_dtype)
+        if not quantized_weights.is_quantized(parameter):
+            parameter.data = parameter.data.to(config.params_dtype)
     rotate_by(chunk.rotary_pos_emb, model, config.params_dtype)
     if model.embedding_multiplier != 1 and (chunk.pre_process or chunk.mtp_process):
         chunk.embedding.register_forward_hook(

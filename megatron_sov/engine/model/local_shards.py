@@ -2,18 +2,21 @@
 checkpoints and exports go through.
 
 A block is a view of a live parameter or buffer with its place in the global tensor, whose name and shape are
-the same at every layout.  Writing into the view changes the model.
+the same at every layout.  Writing into the view changes the model; of weights in 8 bits the blocks are views
+of what they are made of, and `LanguageModel.finish_writing` makes them.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
+from megatron_sov.engine.model import quantized_weights
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS, LanguageModel, valid_rows
 
 
@@ -42,13 +45,41 @@ class LocalShard:
         return (1,) * (len(self.global_shape) - self.data.dim()) + tuple(self.data.shape)
 
 
-def local_shards(model: LanguageModel) -> list[LocalShard]:
+def local_shards(model: LanguageModel, *, rounded: bool = False) -> list[LocalShard]:
     """Return the blocks of this process's part of the model, ordered by name and place; called by all
-    processes together."""
+    processes together.
+
+    Args:
+        rounded: of weights that have masters in their place, copies in the model's dtype: what checkpoints
+            and exports hold.
+    """
+    blocks = declared_blocks(model)
+    if not model.stand_ins:
+        return blocks
+    lookup = ParameterLookup(model)
+    found = [at_home for block in blocks for at_home in _at_home(model, block, lookup.find(block), rounded)]
+    return sorted(found, key=lambda b: (b.key, b.offset))
+
+
+def _at_home(model: LanguageModel, block: LocalShard, parameter: torch.nn.Parameter | None,
+             rounded: bool) -> Iterator[LocalShard]:
+    """Yield a block, or in its place the blocks that hold its numbers."""
+    if id(parameter) not in model.stand_ins:
+        yield block
+    elif model.masters is None:
+        yield replace(block, data=quantized_weights.kept_view(parameter, block.data))
+    else:
+        for master in model.masters(block, parameter):
+            yield replace(master, data=master.data.to(block.data.dtype)) if rounded else master
+
+
+def declared_blocks(model: LanguageModel) -> list[LocalShard]:
+    """Return the blocks as the model declares them: of weights in 8 bits they are parts of stand-ins."""
     model.finish_param_gather()
     blocks = []
     for chunk in model.chunks:
-        declared = chunk.sharded_state_dict(metadata={})
+        with quantized_weights.replaced(chunk, model.stand_ins):
+            declared = chunk.sharded_state_dict(metadata={})
         apply_factories(declared)  # splits fused gate-and-up matrices, which are cut along each half
         blocks += [
             LocalShard(t.key, t.data, tuple(t.global_shape), tuple(t.global_offset), tuple(t.replica_id))
@@ -78,11 +109,12 @@ def _address(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 class ParameterLookup:
-    """Finds the parameter that a block is a view of."""
+    """Finds the parameter that a declared block is a view of."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
-        self._parameters = sorted(parameters, key=_address)
-        self._starts = [_address(p) for p in self._parameters]
+    def __init__(self, model: LanguageModel) -> None:
+        placed = sorted(((_address(model.stand_ins.get(id(p), p)), p) for p in model.parameters()),
+                        key=lambda one: one[0])
+        self._parameters, self._starts = [p for _, p in placed], [start for start, _ in placed]
 
     def find(self, block: LocalShard) -> torch.nn.Parameter | None:
         """Return the parameter whose memory holds the block, or None for a buffer."""

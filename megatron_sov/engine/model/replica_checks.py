@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_sov.engine.model.language_model import LanguageModel
+from megatron_sov.engine.model.quantized_weights import read_values
 from megatron_sov.engine.parallel.collectives import all_reduce_world, to_comm_device
 from megatron_sov.engine.parallel.values import gather_objects
 
@@ -44,7 +45,7 @@ def differing_replicas(model: LanguageModel) -> list[int]:
     Where there is no majority (two replicas) all of them are named.
     """
     model.finish_param_gather()
-    tensors = {False: list[torch.Tensor](), True: list[torch.Tensor]()}
+    tensors: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     for parameter in model.parameters():
         # routed experts have replicas elsewhere
         tensors[not getattr(parameter, "allreduce", True)].append(parameter)
@@ -52,7 +53,8 @@ def differing_replicas(model: LanguageModel) -> list[int]:
     groups = {False: parallel_state.get_data_parallel_group(with_context_parallel=True),
               True: parallel_state.get_expert_data_parallel_group()}
     # both, whatever the first says
-    differ = [_differs(checksum(tensors[routed]), groups[routed]) for routed in (False, True)]
+    differ = [_differs(checksum(map(read_values, tensors[routed])), groups[routed])
+              for routed in (False, True)]
     return ranks_where(any(differ))
 
 

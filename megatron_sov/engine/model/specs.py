@@ -15,8 +15,8 @@ from torch.nn.functional import dropout, gelu, rms_norm, silu
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.engine import lanes
 from megatron_sov.engine.model.gpu_settings import (
-    OVERLAP, Here, exchanges_heads, expert_settings, keep_ends_in_bf16, library_settings,
-    own_attention_serves, transformer_settings)
+    OVERLAP, Here, exchanges_heads, expert_settings, keep_attention_decisions, keep_ends_in_bf16,
+    library_settings, own_attention_serves, transformer_settings)
 from megatron_sov.engine.model.graphs import graphed
 from megatron_sov.engine.model.rotary import local_turns, softmax_scale
 from megatron_sov.engine.parallel import context
@@ -373,6 +373,10 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
             module = SinkAttention
         attention.core_attention = ModuleSpec(module=module, params={
             "window_tokens": model.window_tokens(kind), "softcap": model.attention_softcap})
+    if uses_transformer_engine(config.params_dtype) and (config.exchanges_heads or not config.own_attention):
+        from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+        keep_attention_decisions(utils)
     if latent:
         latent_specs(spec)
     # the library computes another one for latent attention

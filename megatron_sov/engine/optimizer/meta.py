@@ -137,6 +137,7 @@ def _nothing_has_memory() -> Iterator[None]:
     import torch
 
     from megatron_sov.engine.optimizer import muon, parameter_groups
+    from megatron_sov.engine.optimizer.optimizer import Optimizer
 
     named = torch.Tensor.type
 
@@ -148,7 +149,7 @@ def _nothing_has_memory() -> Iterator[None]:
           mock.patch.object(parameter_groups, "gather_objects", lambda value: [value, (_Every(), True)]),
           mock.patch.object(torch.cuda, "current_device", lambda: torch.device("meta")),
           mock.patch.object(parameter_groups, "HostAdamW", _HostDouble),
-          mock.patch.object(parameter_groups, "deferred_gather", lambda wrapped: None),
+          mock.patch.object(Optimizer, "_deferred_gather", lambda self: None),
           mock.patch.object(muon, "gather_objects", lambda value, group: [value])):
         yield
 

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.optimizer.state_shards import StateShard, pieces, shard_blocks
 from megatron_sov.engine.parallel import values
-from megatron_sov.engine.parallel.device import local_device
+from megatron_sov.engine.parallel.device import local_device, to_device
 from megatron_sov.engine.parallel.values import gather_objects
 from megatron_sov.model.config import OptimConfig
 
@@ -320,7 +320,7 @@ class Muon:
 
     def _rows(self, matrix: Matrix) -> list[torch.Tensor]:
         if matrix not in self._parts:
-            self._parts[matrix] = [rows.to(local_device()) for rows in parts(matrix, self._model)]
+            self._parts[matrix] = [to_device(rows, local_device()) for rows in parts(matrix, self._model)]
         return self._parts[matrix]
 
     def _scale(self, matrix: Matrix) -> torch.Tensor:

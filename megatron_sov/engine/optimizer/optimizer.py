@@ -6,12 +6,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import megatron.core.optimizer as library_optimizer
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_sov.engine import lanes
+from megatron_sov.engine.model import quantized_weights
 from megatron_sov.engine.model.gpu_settings import moment_settings
 from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.local_shards import LocalShard
@@ -57,18 +59,24 @@ class Optimizer:
         parameter_groups.freeze(model, rules)
         # frozen parameters are marked before: the wrapper makes gradient buffers of what is left
         self.wrapped = parameter_groups.wrap(model, parallel, gpu)
-        self._gather = model.pending_gather = parameter_groups.deferred_gather(self.wrapped)
+        self._shares_gradients = quantized_weights.shares_gradients(model.config)
+        self._gather = model.pending_gather = self._deferred_gather()
         settings = OptimizerConfig(
             optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, adam_beta1=config.beta1,
             adam_beta2=config.beta2, adam_eps=config.eps, bf16=model.config.bf16,
             params_dtype=model.config.params_dtype, use_distributed_optimizer=parallel.zero1,
-            overlap_param_gather=parallel.overlap_param_gather, **moment_settings(gpu))
+            overlap_param_gather=parallel.overlap_param_gather,
+            **{**moment_settings(gpu), **quantized_weights.optimizer_settings(model.config)})
         with state_shards.any_float(), _adamw(model.config.params_dtype):
             # gloo groups would only serve the library's own checkpoints
             self.library = get_megatron_optimizer(settings, self.wrapped, use_gloo_process_groups=False)
         self.shards = parameter_groups.arrange(self.library, model, rules, config, zero1=parallel.zero1,
                                                on_host=gpu.optimizer_offload)
         """What this process updates."""
+        self._shard_of = {id(shard.parameter): shard for shard in self.shards}
+        if model.stand_ins:
+            model.masters, model.make_of_masters = self._masters, self._make_of_masters
+            model.finish_writing()
         self._clip_grad = config.clip_grad
         self.num_updates = 0
         """Updates so far; AdamW's bias correction counts them."""
@@ -77,6 +85,10 @@ class Optimizer:
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.library.zero_grad()
+        # what the next forward pass gathers lies among the gradients, and is gathered once for each update
+        if self._shares_gradients and self._gather is not None and not parameter_groups.has_gathered(
+                self.wrapped):
+            quantized_weights.fill_buffers(self.library.chained_optimizers)
 
     def step(self, lr: float, accept: Callable[[float], bool] = lambda grad_norm: True) -> float:
         """Clip, update with learning rate `lr`, and return the global gradient norm before clipping.
@@ -93,11 +105,50 @@ class Optimizer:
             return grad_norm
         # after `accept`: a refused step leaves gradients and weights as they are, for those who ask why
         self._clip(grad_norm)
-        self.library.step_with_ready_grads()
+        self._update()
         # where the gather is deferred, other processes' parts are fetched when someone next reads the model
         self.model.pending_gather = self._gather
         self.num_updates += 1
         return grad_norm
+
+    def _update(self) -> None:
+        """Update masters, and bring what was made of them to all processes unless that waits.
+
+        Defect of 0.16: where gradients share the memory of what is gathered, the first optimizer's gather
+        writes over the gradients of the next one, the experts'.
+        """
+        if not self._shares_gradients:
+            self.library.step_with_ready_grads()
+            return
+        for optimizer in self.library.chained_optimizers:
+            if optimizer.optimizer is not None:
+                optimizer.optimizer.step()
+        if self._gather is None:
+            self._gather_masters()
+
+    def _deferred_gather(self) -> Callable[[], None] | None:
+        """Return what gathers every process's updated weights at once, or None where each step does so
+        itself."""
+        if not self.wrapped[0].ddp_config.overlap_param_gather:
+            return None
+        return self._gather_masters if self._shares_gradients else partial(parameter_groups.gather,
+                                                                          self.wrapped)
+
+    def _gather_masters(self) -> None:
+        quantized_weights.fill_buffers(self.library.chained_optimizers)
+        parameter_groups.gather(self.wrapped)
+
+    def _masters(self, block: LocalShard, parameter: torch.nn.Parameter | None) -> Iterator[LocalShard]:
+        """Yield this process's masters of a block of a weight in 8 bits."""
+        shard = self._shard_of.get(id(parameter))
+        if shard is not None:
+            yield from state_shards.pieces(block, shard, shard.main.detach().view(-1))
+
+    @torch.no_grad()
+    def _make_of_masters(self) -> None:
+        """Make weights in 8 bits of their masters, on all processes."""
+        quantized_weights.quantize(self.library.chained_optimizers)
+        parameter_groups.gather(self.wrapped)
 
     @torch.no_grad()
     def _grad_norm(self) -> float:
@@ -127,8 +178,16 @@ class Optimizer:
                     torch._foreach_mul_(gradients, self._clip_grad / (grad_norm + 1e-6))
 
     def sync_master_weights(self) -> None:
-        """Renew the fp32 master weights after weights were loaded into the model."""
-        self.library.reload_model_params()
+        """Renew the fp32 master weights after weights were loaded into the model; those of weights in 8 bits
+        were loaded themselves."""
+        if not self.model.stand_ins:
+            self.library.reload_model_params()
+            return
+        with torch.no_grad():
+            for shard in self.shards:
+                if id(shard.parameter) not in self.model.stand_ins:
+                    weights = shard.parameter.detach().view(-1)[shard.start:shard.stop]
+                    shard.main.copy_(weights.view(shard.main.shape))
 
     def state_shards(self) -> Iterator[LocalShard]:
         """Yield the moments or momentum (and, under bf16, master weights) of this process, named

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,9 +11,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.engine import lanes
+from megatron_sov.engine.model import quantized_weights
 from megatron_sov.engine.model.gpu_settings import gradient_settings
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS, LanguageModel
-from megatron_sov.engine.model.local_shards import ParameterLookup, local_shards
+from megatron_sov.engine.model.local_shards import ParameterLookup, declared_blocks
 from megatron_sov.engine.optimizer.adamw import HostAdamW, split
 from megatron_sov.engine.optimizer.muon import Muon, holders
 from megatron_sov.engine.optimizer.state_shards import Inner, StateShard, shards
@@ -40,10 +41,14 @@ def wrap(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = AUTO) 
         overlap_param_gather=parallel.overlap_param_gather,
         # stages of an interleaved pipeline send at the same time, since one that sends computes more slowly
         align_param_gather=parallel.overlap_param_gather and parallel.vpp > 1,
-        bucket_size=parallel.bucket_params or None)
+        bucket_size=parallel.bucket_params or None,
+        fp8_param_gather=model.config.fp8_param,
+        reuse_grad_buf_for_mxfp8_param_ag=quantized_weights.shares_gradients(model.config))
     # the first chunk's gradients are the last to be ready, and only they are sent in several buckets
     wrapped = [DistributedDataParallel(model.config, settings, chunk, disable_bucketing=i > 0)
                for i, chunk in enumerate(model.chunks)]
+    for chunk in wrapped:
+        lanes.mend_places(chunk)
     if parallel.overlap_grad_reduce:
         model.config.no_sync_func = _per_chunk([w.no_sync for w in wrapped])
         model.config.grad_sync_func = _per_chunk([w.start_grad_sync for w in wrapped])
@@ -69,17 +74,17 @@ def _wait_for_head(wrapped: Any, weight: torch.Tensor) -> None:
     wrapped.param_to_bucket_group[weight].finish_param_sync(skip_next_bucket_dispatch=True)
 
 
-def deferred_gather(wrapped: list[Any]) -> Callable[[], None] | None:
-    """Return what gathers every process's updated weights at once, or None where the optimizer itself
-    does so in each step."""
-    if not wrapped[0].ddp_config.overlap_param_gather:
-        return None
+def gather(wrapped: list[Any]) -> None:
+    """Bring every process's part of the weights to all of them."""
+    for chunk in wrapped:
+        chunk.start_param_sync(force_sync=True)
+        lanes.finish_forced_sync(chunk)
 
-    def gather() -> None:
-        for chunk in wrapped:
-            chunk.start_param_sync(force_sync=True)
 
-    return gather
+def has_gathered(wrapped: list[Any]) -> bool:
+    """Return whether weights have been gathered since the last gradients were summed."""
+    return any(group.param_gather_dispatched for chunk in wrapped
+               for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups)
 
 
 @dataclass(frozen=True)
@@ -118,8 +123,8 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
     Raises:
         UserError: on every process; a group's pattern matches no tensor, or nothing is left to train.
     """
-    lookup, found, matched = ParameterLookup(list(model.parameters())), {}, set()
-    for block in local_shards(model):
+    lookup, found, matched = ParameterLookup(model), {}, set()
+    for block in declared_blocks(model):
         parameter = lookup.find(block)
         if parameter is not None:
             rule = rule_for(config, block.key, parameter.dim())

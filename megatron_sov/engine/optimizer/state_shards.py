@@ -20,7 +20,7 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.model.local_shards import LocalShard, ParameterLookup, local_shards
+from megatron_sov.engine.model.local_shards import LocalShard, ParameterLookup, declared_blocks
 from megatron_sov.engine.optimizer.adamw import HostAdamW, wait
 
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
@@ -183,8 +183,8 @@ def shard_blocks(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator
                                                                                        StateShard]]:
     """Yield the model's blocks that this process updates, with the shard that holds (a part of) each."""
     of_parameter = {id(shard.parameter): shard for shard in shards}
-    lookup = ParameterLookup(list(model.parameters()))
-    for block in local_shards(model):
+    lookup = ParameterLookup(model)
+    for block in declared_blocks(model):
         shard = of_parameter.get(id(lookup.find(block)))
         if shard is not None:
             yield block, shard

@@ -97,15 +97,25 @@ Transformer Engine leaves it out from documents x heads x longest document squar
 the documents of a row."""
 
 
+_variables: dict[str, str] = {}
+"""Those that this process has set for its run."""
+
+
 def set_variables(config: RunConfig) -> None:
-    """Set what `run_variables` says and the environment does not; before CUDA starts.
+    """Set what `run_variables` says and the environment does not; before CUDA starts.  What an earlier run
+    of this process had set so is not the environment's own.
 
     Raises:
         UserError: the environment's own value stands against a setting.
     """
     gpus = visible_gpus()
+    for name, value in _variables.items():
+        if os.environ.get(name) == value:
+            del os.environ[name]
+    _variables.clear()
     for name, value in run_variables(config, gpus[0].name if gpus else "").items():
-        os.environ.setdefault(name, value)
+        if name not in os.environ:
+            os.environ[name] = _variables[name] = value
     if config.parallel.expert_overlap == "micro_batches" and os.environ[CONNECTIONS] == "1":
         raise UserError(f"parallel.expert_overlap = micro_batches: the environment has {CONNECTIONS}=1, with "
                         "which messages wait for products; unset it or use 32")

@@ -45,7 +45,9 @@ def load_forward_model(path: Path, config: RunConfig) -> ForwardModel:
     # those of a run that has trained in this process: the library refuses another attention than it had;
     # what is only for backward passes is left out
     gpu = replace(config.gpu, recompute_modules=(), offload_modules=())
-    model = build_configured(config, gpu)
+    # in bf16: what is exported, and there are no masters of weights in 8 bits here
+    train = replace(config.train, fp8_weights=False)
+    model = build_configured(replace(config, train=train), gpu)
     load.load_model(path, model)
     return ForwardModel(model, config.train.head_chunk_tokens)
 

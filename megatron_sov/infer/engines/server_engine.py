@@ -29,6 +29,7 @@ from megatron_sov.infer.request import (
     refuse_rules)
 from megatron_sov.train.data.requirements import shape_of
 from megatron_sov.work.endpoints.token_server import TokenAnswer, TokenRequest
+from megatron_sov.work.endpoints.transport import missing_libraries
 from megatron_sov.work.endpoints.vllm_server import VllmServer
 
 SHARD_BYTES = 1 << 30
@@ -76,6 +77,8 @@ def open_fleet(folder: Path, vocab_size: int, longest: int, settings: EngineServ
     Raises:
         UserError: none of them can be started.
     """
+    if missing := missing_libraries():
+        raise UserError(f"--engine vllm: {missing[0]}")
     keepers: list[Keeper] = [AddressKeeper(VllmServer(url, answer_s=settings.answer_s), settings.start_s)
                              for url in places.urls]
     if not keepers:

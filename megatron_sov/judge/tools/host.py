@@ -181,7 +181,7 @@ def _restore(environment: Environment, request: dict[str, Any]) -> dict[str, Any
     try:
         environment.restore(request["state"])
         return answer | {"state": _state(environment, request)}
-    except InfrastructureFault as e:
+    except ToolFault as e:  # also of a call that is made again, and was granted before
         return {"lost": e.reason}
     except (Exception, SystemExit) as e:
         return {"problem": f"tool environment {type(environment).__name__}: its state "

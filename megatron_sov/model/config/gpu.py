@@ -39,12 +39,33 @@ RECIPES = {
     "mxfp8": Fp8Recipe(32, 32, "e4m3"),
     "nvfp4": Fp8Recipe(128, 32, ""),
 }
-OWN_SETTINGS = ("fp8_format", "fp8_bf16_layers_at_start", "fp8_bf16_layers_at_end", "fp8_pad_routed_tokens")
+OWN_SETTINGS = ("fp8_format", "fp8_bf16_layers_at_start", "fp8_bf16_layers_at_end", "fp8_pad_routed_tokens",
+                "fp8_weights")
 
 
 def fp8_format(train: TrainConfig) -> str:
     """Return the library's name of the 8-bit format."""
     return RECIPES[train.fp8].auto_format if train.fp8_format == "auto" else train.fp8_format
+
+
+def weight_problems(train: TrainConfig, parallel: ParallelConfig, optim: OptimConfig,
+                    gpu: GpuConfig) -> list[SettingsProblem]:
+    """Return every rule that `train.fp8_weights` breaks with what it meets."""
+    if not train.fp8_weights:
+        return []
+    return find_broken(
+        train, "train",
+        (train.fp8 != "nvfp4", "fp8_weights", "is for recipes of 8 bits, and train.fp8 = nvfp4: "
+         "megatron-core 0.16.1 gathers no weights in 4 bits", "choose another recipe, or leave it out"),
+        (parallel.zero1, "fp8_weights", "needs parallel.zero1 = true, whose optimizer makes weights of their "
+         "masters", "set it, or leave this out"),
+        (not any(group.frozen for group in optim.groups), "fp8_weights",
+         "does not go with frozen optim.groups: a frozen weight has no master to write into checkpoints",
+         "leave one of them out"),
+        (not gpu.cuda_graphs, "fp8_weights", "does not go with gpu.cuda_graphs: whether graphs see weights "
+         "that are made anew is not tried", "leave one of them out"),
+        (not gpu.optimizer_offload, "fp8_weights", "does not go with gpu.optimizer_offload: masters in host "
+         "memory cannot be quantised on the GPU", "leave one of them out"))
 
 
 def quantization_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig,

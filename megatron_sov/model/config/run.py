@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,7 +23,7 @@ from megatron_sov.model.config.data import (
     DataConfig, PhaseConfig, batch_size_at, named_shards, phase_steps, ramp_changes)
 from megatron_sov.model.config.encoders import MediaConfig
 from megatron_sov.model.config.evaluate import EvaluateConfig, ExtendConfig, NeedleConfig
-from megatron_sov.model.config.gpu import GpuConfig, quantization_problems
+from megatron_sov.model.config.gpu import GpuConfig, quantization_problems, weight_problems
 from megatron_sov.model.config.layout import ParallelConfig
 from megatron_sov.model.config.lora import LoraConfig
 from megatron_sov.model.config.model import ModelConfig
@@ -116,6 +117,7 @@ class RunConfig:
         p += self.gpu.problems(self.model, self.parallel, self.train, self.optim)
         p += self._watching_problems()
         p += quantization_problems(self.train, self.model, self.parallel, self.data.phases)
+        p += weight_problems(self.train, self.parallel, self.optim, self.gpu)
         p += self.lora.problems(self.model, self.parallel, self.train, self.optim, self.gpu)
         p += find_broken(
             self, "",
@@ -144,6 +146,9 @@ class RunConfig:
               for key, plain, block, ids in weights),
             *((plain or name in ("lm", "sft"), key, f"belongs to objectives lm and sft, not {name}")
               for key, plain, _, _ in weights),
+            (not self.gpu.cuda_graphs or name not in ("policy", "preference"), "gpu.cuda_graphs",
+             f"cannot be with objective {name}, whose rows share prompts, replay routes or change their "
+             "length", "leave it out"),
             (objective.loss_per == "token" or name == "sft", "objective.loss_per",
              f"belongs to objective sft, not {name}"),
             (distillation.top_k < vocab_size, "distillation.top_k",
@@ -258,17 +263,14 @@ class RunConfig:
 
 # The library's ways to be faster or smaller that no setting offers, and why: what is told to who asks.
 
-_WEIGHTS = ("checkpoints, exports and the replica checks read and write weights in place, in bf16, and would "
-            "have to dequantise these, which is not built; leave it out: with train.fp8 products take 8 bits "
-            "all the same")
-
 NOT_OFFERED = {
     "num_distributed_optimizer_instances": (
-        "checkpoints take each range that ZeRO-1 divides to be updated by one process, and copies of it "
-        "would be written several times; leave it out"),
+        "each copy updates the ranges that ZeRO-1 divides, and checkpoints take a range to be one process's: "
+        "copies would be written several times; its sums overlap on a CUDA stream alone, and it needs groups "
+        "that no process makes here; leave it out"),
     "overlap_param_gather_with_optimizer_step": (
-        "it makes an optimizer for each run of layers, which settings of groups here do not expect; leave it "
-        "out: parallel.overlap_param_gather hides the same messages"),
+        "it makes one optimizer of the first run of layers and one of the others, which settings of groups "
+        "here do not expect; leave it out: parallel.overlap_param_gather hides the same messages"),
     "fp8_dot_product_attention": (
         "Transformer Engine 2.20 trains no packed rows by it in mxfp8, blockwise or nvfp4; leave it out"),
     **dict.fromkeys(("cross_entropy_loss_fusion", "cross_entropy_fusion_impl"),
@@ -276,8 +278,6 @@ NOT_OFFERED = {
     **dict.fromkeys(("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"),
                     "graphs are Transformer Engine's, and attention, whose packed rows they refuse, stays "
                     "outside; name what they hold in gpu.cuda_graphs"),
-    "fp8_weights": _WEIGHTS, "fp8_param": _WEIGHTS, "fp8_param_gather": _WEIGHTS,
-    "reuse_grad_buf_for_mxfp8_param_ag": _WEIGHTS,
 }
 """Last part of a setting's name -> why it does not exist, and what to do."""
 
@@ -309,6 +309,8 @@ COMMON = {
                      "overlap_dispatch_backward_with_experts_wgrad"), "parallel.expert_overlap"),
     **dict.fromkeys(("cuda_graph_scope", "cuda_graph_modules"), "gpu.cuda_graphs"),
     "delay_wgrad_compute": "parallel.delay_weight_grads",
+    **dict.fromkeys(("fp8_param", "fp8_param_gather", "reuse_grad_buf_for_mxfp8_param_ag"),
+                    "train.fp8_weights"),
     "lora_alpha": "lora.alpha", "target_modules": "lora.targets", "seed": "train.seed",
     "num_generations": "rollout.samples_per_prompt", "max_completion_length": "rollout.max_new_tokens",
     "max_prompt_length": "rollout.max_prompt_tokens", "kl_coef": "policy.kl_coeff",
@@ -415,13 +417,13 @@ def _take_min_lr_along(raw: dict[str, Any], before: OptimConfig, given: Mapping[
     of the two, or that of `OptimConfig` where the recipe's rate was constant."""
     optim = raw["optim"]
     # what is no rate is told by whoever reads the settings
-    if "optim.min_lr" in given or not isinstance(optim, dict) or type(optim["lr"]) not in (int, float) or (
-            not 0 < optim["lr"] < math.inf):
+    lr: Any = optim.get("lr") if isinstance(optim, dict) else None
+    if "optim.min_lr" in given or type(lr) not in (int, float) or not 0 < lr <= sys.float_info.max:
         return
-    was_constant = before.schedule == "constant" != optim["schedule"]
+    was_constant = before.schedule == "constant" != optim.get("schedule", before.schedule)
     if was_constant or "optim.lr" in given:
         like = OptimConfig() if was_constant else before
-        optim["min_lr"] = min(like.min_lr / like.lr * optim["lr"], optim["lr"])
+        optim["min_lr"] = min(like.min_lr / like.lr * lr, lr)
 
 
 def _value(raw: dict[str, Any], key: str) -> Any:

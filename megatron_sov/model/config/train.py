@@ -268,6 +268,9 @@ class TrainConfig:
     fp8_pad_routed_tokens: bool = False
     """Send each expert as many tokens as the products of `fp8` want, by routing some more to it with weight
     zero, instead of filling up copies behind the dispatcher."""
+    fp8_weights: bool = False
+    """Keep the weights that `fp8` quantises in 8 bits alone, beside their float32 masters, and not in bf16 as
+    well; tensorwise and blockwise then gather one byte of each after an update. Needs `parallel.zero1`."""
     deterministic: bool = False
     """The same bits in every run with the same settings on the same machines: slower algorithms where fast
     ones do not repeat."""

@@ -250,27 +250,45 @@ def stage_params(config: RunConfig) -> list[StageParams]:
     return found
 
 
-# Quantised weights, which Transformer Engine keeps beside the bf16 ones under `train.fp8`.  It quantises a
-# weight in the first micro-batch of a step into buffers that stay (`_fp8_workspaces`, 2.20.2): rowwise for
+# Quantised weights, which Transformer Engine keeps beside the bf16 ones under `train.fp8`, or in their place
+# under `train.fp8_weights`.  It quantises a weight in the first micro-batch of a step into buffers that stay
+# (`_fp8_workspaces`, 2.20.2), or makes it of its master behind each update: rowwise for
 # the forward pass, columnwise for the gradients of inputs.  The shapes are those of its quantisers
 # (`pytorch/tensor/*_tensor.py`: data, and `get_scale_shape`).
 
 
 def quantized_weight_bytes(config: RunConfig, stage: int) -> int:
     """Return the bytes on a process of pipeline stage `stage` (0-based); 0 where nothing is quantised."""
+    return sum(part.count * weight_bytes(config.train.fp8, *part.shape) for part in quantized(config, stage))
+
+
+def without_bf16(config: RunConfig, stage: int, elements: int) -> int:
+    """Return the bytes of weights in bf16 that `train.fp8_weights` does without on a process of a stage.
+
+    Under mxfp8 megatron-core 0.16.1 keeps the memory that other weights are gathered in beside them.
+
+    Args:
+        elements: of all weights of the process.
+    """
+    if not config.train.fp8_weights:
+        return 0
+    in_8_bits = sum(part.count * part.numel for part in quantized(config, stage))
+    return BF16_BYTES * (in_8_bits - (elements - in_8_bits if config.train.fp8 == "mxfp8" else 0))
+
+
+def quantized(config: RunConfig, stage: int) -> Iterator[Held]:
+    """Yield the weights on a process of a stage that are quantised."""
     m, train = config.model, config.train
     if train.fp8 == "none":
-        return 0
+        return
     in_8_bits = range(train.fp8_bf16_layers_at_start, m.num_layers - train.fp8_bf16_layers_at_end)
-    total = 0
     for layer, parts in (run for runs in held(config, stage) for run in runs):
         if layer is None or is_adapter(parts[0].key):
             continue
         # nvfp4 leaves the prediction layers in bf16
         if train.fp8 != "nvfp4" if parts[0].key.startswith("mtp.") else layer in in_8_bits:
-            total += sum(part.count * weight_bytes(train.fp8, *part.shape) for part in parts
-                         if len(part.shape) == 2 and not part.key.endswith("router.weight"))
-    return total
+            yield from (part for part in parts
+                        if len(part.shape) == 2 and not part.key.endswith("router.weight"))
 
 
 def weight_bytes(fp8: str, rows: int, columns: int) -> int:

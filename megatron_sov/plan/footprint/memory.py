@@ -14,7 +14,8 @@ from megatron_sov.model.config.gpu import RecomputeModule
 from megatron_sov.model.config.lora import HEAD
 from megatron_sov.model.families.count import num_params
 from megatron_sov.plan.footprint.activations import head_keeps, kinds, saved, stored
-from megatron_sov.plan.footprint.held import BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, quantized_weight_bytes
+from megatron_sov.plan.footprint.held import (
+    BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, quantized_weight_bytes, without_bf16)
 from megatron_sov.plan.footprint.states import States, states_of
 from megatron_sov.plan.speed.traffic import held_params
 from megatron_sov.plan.speed.workload import PRECISIONS, ModelShape, Workload
@@ -122,7 +123,8 @@ class Account:
     """Logits of one chunk, the head's gradients that a loss leaves in its forward pass, and the head with its
     adapter inside."""
     quantized_weights: int = 0
-    """What Transformer Engine keeps of weights in 8 or 4 bits beside `weights`, under `train.fp8`."""
+    """What Transformer Engine keeps of weights in 8 or 4 bits under `train.fp8`, beside `weights` or, under
+    `train.fp8_weights`, in their place."""
     on_host: int = 0
     """In the host's memory, under `gpu.optimizer_offload`: masters, moments and gradients; in no total."""
     counters: int = 0
@@ -184,7 +186,8 @@ def account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
     uneven = int((imbalance - 1) * (waits.unevenly + passing)) if p.ep > 1 else 0
     moving = waits.waiting + max(one_layer, head) + uneven
     return Account(
-        weights=states.weights, gradients=states.gradients, optimizer=states.optimizer,
+        weights=states.weights - without_bf16(config, stage, states.elements),
+        gradients=states.gradients, optimizer=states.optimizer,
         on_host=states.on_host, counters=states.counters, update=_update_bytes(config, states),
         layer_inputs=waits.waiting, one_layer=one_layer, head=head, imbalance=uneven,
         quantized_weights=quantized_weight_bytes(config, stage),

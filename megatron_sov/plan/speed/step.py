@@ -258,6 +258,16 @@ def step_time(w: Workload, parameters: Parameters | None = None, known: Known | 
                     peak_flops_per_s=w.chip.bf16_flops_per_s)
 
 
+def router_s(w: Workload, parameters: Parameters | None = None) -> float:
+    """Return the seconds of a step that routers take, of all stages' mean: their products, and the kernels
+    over scores of all experts; a part of `dense_s` and `memory_s`."""
+    p, s = parameters or default(), w.shape
+    clock, layers = Clock(w, p), s.num_moe_layers + (s.num_mtp_layers if s.mtp_moe else 0)
+    product = traffic.products(w, "beside experts")[:1]
+    scores_s = clock.passed(traffic.score_bytes(w), "moe") * p.moe_passes * clock.moe_age
+    return w.num_micro_batches * layers / w.pp * (clock.products(product) + scores_s)
+
+
 def beside_layers(w: Workload, parameters: Parameters | None = None) -> float:
     """Return what the last stage of a pipeline computes beside its layers, prediction layers and heads, in
     units of a layer with its messages; as the fastest layouts have it, where nothing is recomputed and

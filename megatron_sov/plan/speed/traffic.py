@@ -143,7 +143,12 @@ def moe_bytes(w: Workload) -> float:
     sorted_bytes = (PERMUTED[w.dispatcher] * own * w.etp * s.num_experts_per_token * w.imbalance
                     * s.expert_width * NUMBER_BYTES)
     shared = _activation(w, local_tokens(w), s.num_shared_experts * s.expert_ffn_dim / w.tp)
-    return _residual(w) + own * s.num_experts * SCORE_BYTES + sorted_bytes + shared
+    return _residual(w) + score_bytes(w) + sorted_bytes + shared
+
+
+def score_bytes(w: Workload) -> float:
+    """Return the bytes of a router's scores of all experts."""
+    return local_tokens(w) / w.tp * w.shape.num_experts * SCORE_BYTES
 
 
 def head_bytes(w: Workload) -> float:
@@ -172,7 +177,6 @@ def _activation(w: Workload, rows: float, width: float) -> float:
 
 Group = Literal["tp", "ep", "cp", "pp", "dp", "edp"]
 ACTIVATION_BYTES = 2
-WEIGHT_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -319,7 +323,7 @@ def data(w: Workload) -> list[TrafficMessage]:
         shard = max(1, min(size, shared_by))
         # An all-reduce is a reduce-scatter and an all-gather: twice the bytes of one of them.
         grads = params * w.grad_bytes * (2 if w.sharding == "none" else 1)
-        weights = 0.0 if w.sharding == "none" else params * WEIGHT_BYTES
+        weights = 0.0 if w.sharding == "none" else params * w.weight_bytes
         times = 1.0
         if gathers_each_micro_batch(w):  # weights in both passes, what is recomputed has them; gradients once
             times = w.num_micro_batches

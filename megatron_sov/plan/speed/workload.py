@@ -342,6 +342,8 @@ class Workload:
     """Tokens of the fullest expert-parallel rank in units of the mean."""
     grad_bytes: int = 4
     """Bytes of a gradient that is summed."""
+    weight_bytes: int = 2
+    """Bytes of a weight that is gathered; those of tables count as the rest."""
     optimizer: Literal["adam", "muon"] = "adam"
     offload: float = 0.0
     """Share of the optimizer that lies and runs in host memory."""
@@ -390,7 +392,8 @@ def of_run(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, lin
         overlap_param_gather=p.overlap_param_gather, overlap_ep=p.expert_overlap == "micro_batches",
         attention_kernel="portable" if own else "newest", exchanges_heads=p.cp > 1 and not own,
         imbalance=imbalance,
-        grad_bytes=2 if g.grad_dtype == "bf16" else 4, optimizer="muon" if muon else "adam",
+        grad_bytes=2 if g.grad_dtype == "bf16" else 4,
+        weight_bytes=1 if t.fp8_weights and t.fp8 != "mxfp8" else 2, optimizer="muon" if muon else "adam",
         offload=g.optimizer_offload, objective="lora" if config.lora.on else "train")
 
 

@@ -192,6 +192,7 @@ def with_weights_of(start: Path, view: FeedView, compute: Callable[[], Value]) -
         for block, data in zip(blocks, aside, strict=True):
             # After a failure too: the optimizer's state belongs to these weights.
             block.data.copy_(data)
+        model.finish_writing()
         model.adapter_base = base
 
 

@@ -252,6 +252,12 @@ def test_variables_suit_layout_and_chip_and_the_environment_wins(monkeypatch: py
     config = apply_settings(recipes.get("tiny-solar-open"), [*passes])
     own_gpu.set_variables(config)
     assert (os.environ["NCCL_NVLS_ENABLE"], os.environ["TORCH_NCCL_HIGH_PRIORITY"]) == ("1", "1")
+    # a second run of the process has its own, and the environment's words stay
+    own_gpu.set_variables(apply_settings(recipes.get("tiny-solar-open"), [*halves]))
+    assert os.environ[own_gpu.CONNECTIONS] == "1" and "NVTE_FWD_LAYERNORM_SM_MARGIN" not in os.environ
+    assert os.environ["NCCL_NVLS_ENABLE"] == "1"
+    own_gpu.set_variables(config)
+    assert os.environ[own_gpu.CONNECTIONS] == "32"
     monkeypatch.setenv(own_gpu.CONNECTIONS, "1")
     with pytest.raises(UserError, match=r"CUDA_DEVICE_MAX_CONNECTIONS=1, with which messages wait .*; unset"):
         own_gpu.set_variables(config)

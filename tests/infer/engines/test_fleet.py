@@ -54,7 +54,7 @@ def fleets() -> Iterator[Callable[..., Fleet]]:
 
 
 def asked(count: int, tokens: int = 5) -> list[TokenRequest]:
-    return [TokenRequest(f"r{i}", [3, i], tokens) for i in range(count)]
+    return [TokenRequest(f"r{i}", [3 + i], tokens) for i in range(count)]
 
 
 def expected(request: TokenRequest, version: int = 0) -> list[int]:

@@ -134,12 +134,12 @@ def test_what_is_not_offered_says_why_and_is_the_librarys(small: Small) -> None:
     with pytest.raises(UserError, match=r"gpu\.cuda_graph_impl: no such setting; graphs are Transformer "
                                         r"Engine's, and attention, .*; name what they hold in gpu\.cuda"):
         apply_settings(small(), ["gpu.cuda_graph_impl=local"])
-    with pytest.raises(UserError, match=r"train\.fp8_param: no such setting; checkpoints, exports"):
-        from_dict({**small().to_dict(), "train": {"fp8_param": True}})
+    with pytest.raises(UserError, match=r"_for_mxfp8_param_ag: no such setting; .*train\.fp8_weights"):
+        from_dict({**small().to_dict(), "train": {"reuse_grad_buf_for_mxfp8_param_ag": 1}})
     contract = json.loads((Path(__file__).parents[2] / "te_double" / "contract.json").read_text())
     theirs = {name for library, part in contract.items() if library.startswith("megatron.core")
               for fields in part["fields"].values() for name in fields}
-    assert set(NOT_OFFERED) - theirs == {"fp8_weights"}
+    assert set(NOT_OFFERED) - theirs == set()
     page = (Path(__file__).parents[3] / "docs" / "gpu.md").read_text(encoding="utf-8")
     assert [name for name in NOT_OFFERED if f"`{name}`" not in page] == []
 
@@ -178,3 +178,9 @@ def test_the_least_rate_follows_the_peak_at_the_recipes_ratio(recipe: str, given
     settings = [f"optim.{name}={value}" for name, value in given.items()]
     optim = apply_settings(recipes.get(recipe), settings).optim
     assert optim.min_lr == pytest.approx(expected, rel=1e-12) and not optim.problems()
+
+
+def test_a_peak_that_is_none_or_not_there_takes_nothing_along() -> None:
+    with pytest.raises(SettingsError, match=r"optim\.lr = 1.* must be a finite number"):
+        apply_settings(recipes.get("tiny-solar-open"), [f"optim.lr=1{'0' * 400}"])
+    assert apply_settings(recipes.get("tiny-solar-open"), ["optim={}"]).optim == OptimConfig()

@@ -177,6 +177,7 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     (f'{DENSE} gpu.offload_modules=["mlp_norm"]', 1, "gpu.offload_modules"),
     (f'{GRAPHS} {SELECTIVE}["core_attn","moe_act"]', 1, ""),
     (f"{GRAPHS} {DENSE}", 1, "gpu.cuda_graphs"),
+    *((f"{GRAPHS} objective.name={name}", 1, "gpu.cuda_graphs") for name in ("policy", "preference")),
     ('gpu.cuda_graphs=["moe_preprocess"]', 1, "gpu.cuda_graphs"),
     (f"{GRAPHS} train.recompute=true", 1, "gpu.cuda_graphs"),
     (f'{GRAPHS} {SELECTIVE}["layernorm","shared_experts"]', 1, ""),

@@ -13,8 +13,8 @@ import copy
 import json
 import os
 import shutil
-from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 from urllib.parse import urlsplit
@@ -104,7 +104,10 @@ class HttpConnection:
     def __init__(self, url: str, key: str, session: str = "") -> None:
         import httpx
 
-        self.session, self._url, self._received = session, url, deque[bytes]()
+        self.session, self._url = session, url
+        # what the last request has opened
+        self._stream = ExitStack()
+        self._messages: Iterator[bytes] = iter(())
         # a proxy of the environment knows this machine as itself
         headers = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version": PROTOCOL}
         self._client = httpx.Client(
@@ -112,31 +115,34 @@ class HttpConnection:
             headers=headers | ({"Authorization": f"Bearer {key}"} if key else {}))
 
     def send(self, message: dict[str, Any]) -> None:
-        """Post a message, and keep what comes for it.
+        """Post a message, and open what comes for a request.
 
         Raises:
             InfrastructureFault: the server does not answer, or refuses.
         """
-        import httpx
-
         headers = {SESSION: self.session} if self.session else {}
-        try:
-            with self._client.stream("POST", self._url, json=message, headers=headers) as answer:
-                self.session = answer.headers.get(SESSION, self.session)
-                if answer.is_error:
-                    answer.read()
-                    raise InfrastructureFault(f"HTTP {answer.status_code}: {short(answer.text)}")
-                if "id" in message and "method" in message:
-                    self._received += _messages_of(answer)
-        except httpx.HTTPError as e:
-            raise InfrastructureFault(f"the server does not answer ({type(e).__name__})") from None
+        is_request = "id" in message and "method" in message
+        if is_request:
+            self._stream.close()
+        with _refusals(), ExitStack() as stack:
+            answer = stack.enter_context(
+                self._client.stream("POST", self._url, json=message, headers=headers))
+            self.session = answer.headers.get(SESSION, self.session)
+            if answer.is_error:
+                said = next(_lines_of(answer), b"").decode("utf-8", "replace")
+                raise InfrastructureFault(f"HTTP {answer.status_code}: {short(said)}")
+            # read as it comes: a server may ask something before it answers, and leave the stream open behind
+            if is_request:
+                self._messages, self._stream = _messages_of(answer), stack.pop_all()
 
     def receive(self) -> bytes:
-        return self._received.popleft() if self._received else b""
+        with _refusals():
+            return next(self._messages, b"")
 
     def end(self) -> None:
         import httpx
 
+        self._stream.close()
         # one that is gone already, or cannot be ended by a client, is as good as ended
         with contextlib.suppress(httpx.HTTPError):
             if self.session:
@@ -144,28 +150,53 @@ class HttpConnection:
         self._client.close()
 
 
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Make one fault of what can go wrong on the way to a server."""
+    import httpx
+
+    try:
+        yield
+    except httpx.HTTPError as e:
+        raise InfrastructureFault(f"the server does not answer ({type(e).__name__})") from None
+
+
 def _messages_of(answer: Any) -> Iterator[bytes]:
-    """Yield the messages of an answer.
+    """Yield the messages of an answer; raises as `_lines_of`."""
+    is_stream = answer.headers.get("Content-Type", "").startswith("text/event-stream")
+    data: list[bytes] = []
+    for line in _lines_of(answer):
+        if not is_stream:
+            data.append(line)
+        elif line.startswith(b"data:"):
+            data.append(line.removeprefix(b"data:"))
+        elif not line and data:  # an event ends
+            yield b"\n".join(data)
+            data = []
+    if data:
+        yield b"\n".join(data)
+
+
+def _lines_of(answer: Any) -> Iterator[bytes]:
+    """Yield the lines of an answer, by line feeds alone: httpx ends lines at U+2028 too, which JSON has in
+    texts.
 
     Raises:
         InfrastructureFault: it is longer than a message may be.
     """
-    is_stream = answer.headers.get("Content-Type", "").startswith("text/event-stream")
-    data: list[str] = []
-    num_chars = 0
-    for line in answer.iter_lines():
-        num_chars += len(line)
-        if num_chars > MAX_LINE_BYTES:
+    line, num_bytes = bytearray(), 0
+    for piece in answer.iter_bytes():
+        num_bytes += len(piece)
+        # also of a line that does not end
+        if num_bytes > MAX_LINE_BYTES:
             raise InfrastructureFault(f"the server sent more than {MAX_LINE_BYTES >> 20} MiB")
-        if not is_stream:
-            data.append(line)
-        elif line.startswith("data:"):
-            data.append(line.removeprefix("data:"))
-        elif not line and data:  # an event ends
-            yield "\n".join(data).encode()
-            data = []
-    if data:
-        yield "\n".join(data).encode()
+        *whole, rest = piece.split(b"\n")
+        for part in whole:
+            yield bytes(line + part).removesuffix(b"\r")
+            line.clear()
+        line += rest
+    if line:
+        yield bytes(line)
 
 
 @dataclass

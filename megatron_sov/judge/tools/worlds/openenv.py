@@ -12,6 +12,7 @@ import asyncio
 import copy
 import importlib.util
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -164,9 +165,11 @@ class OpenEnv(World):
     def _observed(self, data: dict[str, Any]) -> str:
         observation = data.get("observation", {})
         reward = data.get("reward")
-        if not isinstance(observation, dict) or not isinstance(reward, (int, float, type(None))):
-            raise InfrastructureFault("the server's observation is none")
-        self.state["reward"] += float(reward or 0)
+        reward = 0 if reward is None else reward
+        if not isinstance(observation, dict) or not isinstance(reward, (int, float)) or not (
+                abs(reward) <= sys.float_info.max):
+            raise InfrastructureFault("the server's observation is none, or its reward no finite number")
+        self.state["reward"] += float(reward)
         self.state["done"] = bool(data.get("done"))
         if isinstance(error := observation.get("error"), dict):
             raise ToolRefused(str(error.get("message", "the tool says that it failed")))

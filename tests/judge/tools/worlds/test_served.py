@@ -146,6 +146,16 @@ def test_a_world_that_does_not_repeat_itself_gives_no_reward(serve: Serve) -> No
         third.restore(first.snapshot())
 
 
+@pytest.mark.parametrize("reward", [float("nan"), 10 ** 400])
+def test_a_reward_that_is_no_number_is_the_servers_fault(serve: Serve, reward: float) -> None:
+    world = Guessing()
+    world.step = lambda number, data: observed({}, reward)  # type: ignore[method-assign]
+    made, _ = make(order("openenv", {"url": serve(world.app())}))
+    made.reset({})
+    with pytest.raises(InfrastructureFault, match="its reward no finite number"):
+        made.call("step", {"guess": 1})
+
+
 @pytest.mark.parametrize("name", ["openenv", "nemo_gym"])
 def test_a_server_that_is_not_there_is_a_sentence(name: str) -> None:
     made, _ = make(order(name, {"url": "http://127.0.0.1:9"}))
@@ -170,6 +180,7 @@ class Counting:
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
         self.seen: dict[str, Any] = {}
+        self.most = 99
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -188,7 +199,7 @@ class Counting:
         count = (await request.json()).get("count")
         if not isinstance(count, int):
             return web.json_response({"detail": "count must be a number"}, status=422)
-        if count > 99:
+        if count > self.most:
             return web.json_response({"error": "too much"}, status=500)
         self.counts[request.cookies["session"]] += count
         return web.json_response({"count": self.counts[request.cookies["session"]]})
@@ -217,6 +228,16 @@ def test_a_row_of_nemo_gym_is_a_task(serve: Serve) -> None:
         ("function_call", None), ("function_call_output", '{"count": 4}'),
         ("function_call", None), ("function_call_output", '{"count": 6}'), ("message", None)]
     assert output[0]["name"] == "add" and output[-1]["content"][0]["text"] == "It is 6."
+
+
+def test_a_call_that_is_refused_when_it_is_made_again_loses_the_episode(serve: Serve) -> None:
+    server = Counting()
+    with EnvironmentHost(order("nemo_gym", {"url": serve(server.app())}), EpisodeLimits()) as host:
+        host.reset(ROW)
+        host.call(ToolCall("add", {"count": 1}))
+        server.most = 0
+        with pytest.raises(EpisodeLost, match="too much"):
+            host.resume(ROW, host.state)
 
 
 @pytest.mark.parametrize(("changed", "sentence"), [
@@ -327,6 +348,44 @@ def test_calls_that_only_read_do_not_keep_an_episode_from_going_on(serve: Serve)
         again.reset(task)
         again.restore(state)
         assert server.calls == calls
+
+
+class AskingTools(HttpTools):
+    """A server that asks its client before it answers, and ends no stream; texts are JSON's, not escaped."""
+
+    SAID = "a\u2028b\x85c\r\nd"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = asyncio.Event()
+
+    async def message(self, request: web.Request) -> web.StreamResponse:
+        asked = await request.json()
+        if asked.get("result") == {}:
+            self.answers.set()
+            return web.Response(status=202)
+        if asked["method"] != "tools/call":
+            return await super().message(request)
+        said = json.dumps(answered(asked, {"content": [{"type": "text", "text": self.SAID}]}),
+                          ensure_ascii=False)
+        if asked["params"]["name"] == "look":
+            return web.Response(text=said, content_type="application/json")
+        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await stream.prepare(request)
+        await stream.write(b'data: {"jsonrpc": "2.0", "id": "q", "method": "ping"}\r\n\r\n')
+        await self.answers.wait()
+        await stream.write(f"data: {said}\r\n\r\n".encode())
+        while request.transport is not None and not request.transport.is_closing():
+            await asyncio.sleep(0.01)
+        return stream
+
+
+def test_an_answer_over_http_is_read_as_it_comes(serve: Serve) -> None:
+    asked = order("mcp", {"url": f"{serve(AskingTools().app())}/mcp"})
+    with EnvironmentHost(asked, EpisodeLimits(call_timeout_s=5)) as host:
+        host.reset({"question": "Count.", "answer": "1"})
+        assert [host.call(ToolCall(name, {})).text for name in ("look", "count", "look")] == (
+            [AskingTools.SAID] * 3)
 
 
 @pytest.mark.parametrize("settings, said", [

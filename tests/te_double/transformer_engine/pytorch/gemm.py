@@ -12,6 +12,7 @@ import torch
 
 from ..common.recipe import (
     Float8BlockScaling, Float8CurrentScaling, MXFP8BlockScaling, NVFP4BlockScaling, Recipe)
+from .quantized_tensor import QuantizedTensor
 
 Kind = Literal["fprop", "dgrad", "wgrad"]
 
@@ -24,7 +25,7 @@ FAST_BITS = 13
 
 
 def gemm(a: torch.Tensor, b: torch.Tensor, kind: Kind, recipe: Recipe | None = None,
-         out_dtype: torch.dtype | None = None) -> torch.Tensor:
+         out_dtype: torch.dtype | None = None, b_is_quantized: bool = False) -> torch.Tensor:
     """Return a @ b.
 
     The summed axis is the last of `a` and the first of `b`, along which scaled blocks of one axis lie:
@@ -39,6 +40,7 @@ def gemm(a: torch.Tensor, b: torch.Tensor, kind: Kind, recipe: Recipe | None = N
         kind: which product of the layer it is.
         recipe: the quantisation that was on in the forward pass; None: none.
         out_dtype: of the result, into which sums are not rounded on the way; None: that of `a`.
+        b_is_quantized: whether `b` is what a weight in 8 bits stands for, in float32.
 
     Raises:
         RuntimeError: the recipe's kernels have no such shape.
@@ -46,8 +48,21 @@ def gemm(a: torch.Tensor, b: torch.Tensor, kind: Kind, recipe: Recipe | None = N
     COUNTS[kind, type(recipe).__name__ if recipe is not None else ""] += 1
     check_aligned(a, b, recipe)
     if out_dtype is not None:
-        a, b = a.to(out_dtype), b.to(out_dtype)
-    return a @ b
+        a = a.to(out_dtype)
+    return a @ b.to(a.dtype)
+
+
+def weight_gemm(a: torch.Tensor, weight: torch.Tensor, kind: Kind, recipe: Recipe | None) -> torch.Tensor:
+    """Return a product with a weight [out, in], which may be in 8 bits: fprop or dgrad."""
+    is_quantized = isinstance(weight, QuantizedTensor)
+    if not isinstance(weight, QuantizedTensor):
+        b = weight.detach()
+    elif recipe is None:
+        b = weight.dequantize(dtype=a.dtype)
+    else:
+        b = weight._values(columnwise=kind == "dgrad")
+    return gemm(a, b.t() if kind == "fprop" else b, kind, recipe,
+                b_is_quantized=is_quantized and recipe is not None)
 
 
 def check_aligned(a: torch.Tensor, b: torch.Tensor, recipe: Recipe | None) -> None:

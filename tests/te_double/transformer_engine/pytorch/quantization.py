@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from ..common.recipe import DelayedScaling, Recipe
@@ -92,10 +92,16 @@ def fp8_autocast(enabled: bool = True, calibrating: bool = False, fp8_recipe: Re
 @contextmanager
 def quantized_model_init(enabled: bool = True, recipe: Recipe | None = None,
                          preserve_high_precision_init_val: bool = False) -> Iterator[None]:
-    """Context in which modules are made with quantised parameters, which the double has not."""
-    if enabled:
-        raise NotImplementedError("the double has no quantised parameters (fp8_param)")
-    yield
+    """Context in which modules are made with quantised parameters."""
+    manager = FP8GlobalStateManager
+    old = manager.quantization_state
+    manager.quantization_state = replace(
+        old, fp8_parameters=enabled, fp8_recipe=recipe or DelayedScaling(),
+        high_precision_init_val=preserve_high_precision_init_val)
+    try:
+        yield
+    finally:
+        manager.quantization_state = old
 
 
 def fp8_model_init(enabled: bool = True, recipe: Recipe | None = None,

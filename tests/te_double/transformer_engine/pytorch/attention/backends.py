@@ -18,8 +18,7 @@ from ..placement import Chip
 
 FUSED, UNFUSED = "FusedAttention", "UnfusedDotProductAttention"
 CHOSEN: Counter[str] = Counter()
-"""Backend -> how often it was chosen: anew, with questions to cuDNN, where a call is not as the last."""
-_last: list[AttentionCall] = []
+"""Backend -> how often it was chosen, with questions to cuDNN."""
 MAX_DETERMINISTIC_HOPPER = 1 << 30
 """Documents x heads x longest ** 2 that cuDNN's deterministic backward pass has memory for."""
 
@@ -110,6 +109,5 @@ def choose(call: AttentionCall, chip: Chip) -> str:
     if found is None:
         raise ValueError("No dot product attention backend is available for the provided inputs. Please run "
                          f"with NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 to find out the reasons. {refused}")
-    CHOSEN[found] += _last != [call]
-    _last[:] = [call]
+    CHOSEN[found] += 1
     return found

@@ -14,11 +14,18 @@ import torch
 from ...common.recipe import DelayedScaling, Recipe
 from ..placement import on_host, require_cuda
 from ..quantization import FP8GlobalStateManager
+from ..quantized_tensor import Quantizer
+from ..tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
+from ..tensor.float8_tensor import Float8Tensor
+from ..tensor.mxfp8_tensor import MXFP8Tensor
 
 UNSAFE_PICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 DELAYED_STATE = {"scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd"}
 RECIPES = {"DelayedScaling", "Float8CurrentScaling", "MXFP8BlockScaling", "Float8BlockScaling",
            "NVFP4BlockScaling", "CustomRecipe"}
+KINDS: dict[str, Any] = {"Float8CurrentScaling": Float8Tensor, "Float8BlockScaling": Float8BlockwiseQTensor,
+                         "MXFP8BlockScaling": MXFP8Tensor}
+"""Recipe -> kind of its weights in 8 bits."""
 PLAIN_VALUES = (bool, int, float, str, tuple, list)
 _dummies: dict[Any, torch.Tensor] = {}
 
@@ -107,7 +114,22 @@ class TransformerEngineBaseModule(torch.nn.Module):
         if start is not None and parameter.device.type != "meta":
             with torch.no_grad():
                 start(parameter)
+        if self.primary_weights_in_fp8 and len(shape) == 2:
+            parameter = self._quantized(parameter)
+            self.register_parameter(name, parameter)
         return parameter
+
+    @staticmethod
+    def _quantized(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        """Return a weight in 8 bits, and keep the numbers that it is made of where that is asked for."""
+        manager = FP8GlobalStateManager
+        kind = KINDS[type(manager.get_fp8_recipe()).__name__]
+        made: Any = torch.nn.Parameter(Quantizer(kind)(parameter.detach()))
+        if manager.with_high_precision_init_val():
+            made._high_precision_init_val = parameter.detach().cpu()
+            made.get_high_precision_init_val = lambda: getattr(made, "_high_precision_init_val", None)
+            made.clear_high_precision_init_val = lambda: vars(made).pop("_high_precision_init_val", None)
+        return made
 
     def _delay_products(self, parameters: list[torch.nn.Parameter]) -> None:
         """Leave weight gradients to `backward_dw`."""

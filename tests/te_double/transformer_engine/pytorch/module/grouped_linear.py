@@ -10,7 +10,7 @@ import torch
 
 from ...common.recipe import Float8CurrentScaling, NVFP4BlockScaling, Recipe
 from .. import placement as machine
-from ..gemm import gemm
+from ..gemm import weight_gemm
 from ..placement import mark_host, on_host
 from .base import TransformerEngineBaseModule
 from .weight_gradient import weight_gradient
@@ -25,7 +25,7 @@ class _Products(torch.autograd.Function):
         ctx.module, ctx.recipe, ctx.splits = module, module._recipe(), splits
         ctx.weights, ctx.overwrites = weights, bool(is_first_microbatch)
         ctx.save_for_backward(inp)
-        return torch.cat([gemm(x, w.detach().t(), "fprop", ctx.recipe)
+        return torch.cat([weight_gemm(x, w, "fprop", ctx.recipe)
                           for x, w in zip(inp.split(splits), weights, strict=True)])
 
     @staticmethod
@@ -34,7 +34,7 @@ class _Products(torch.autograd.Function):
         parts = gradients[0].split(ctx.splits)
         d_inp = None
         if ctx.needs_input_grad[0]:
-            d_inp = torch.cat([gemm(g, w.detach(), "dgrad", ctx.recipe)
+            d_inp = torch.cat([weight_gemm(g, w, "dgrad", ctx.recipe)
                                for g, w in zip(parts, ctx.weights, strict=True)])
         d_weights: list[Any] = [None] * len(ctx.weights)
         if ctx.needs_input_grad[4]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..gemm import gemm
+from ..gemm import weight_gemm
 from .base import TransformerEngineBaseModule
 from .traffic import gathered, reduce_scattered, reduced
 from .weight_gradient import weight_gradient
@@ -36,7 +36,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(inp)
         mode, sp, group = module.parallel_mode, module.sequence_parallel, module.tp_group
         total = gathered(inp, group) if mode == "column" and sp else inp
-        out = gemm(total.flatten(0, -2), weight.detach().t(), "fprop", ctx.recipe)
+        out = weight_gemm(total.flatten(0, -2), weight, "fprop", ctx.recipe)
         out = out.view(*total.shape[:-1], len(weight))
         if bias is not None:
             out = out + bias
@@ -52,7 +52,7 @@ class _Product(torch.autograd.Function):
         grad = gathered(gradients[0], group) if mode == "row" and sp else gradients[0]
         flat, d_inp, d_weight = grad.flatten(0, -2), None, None
         if ctx.needs_input_grad[0]:
-            d_inp = gemm(flat, weight.detach(), "dgrad", ctx.recipe)
+            d_inp = weight_gemm(flat, weight, "dgrad", ctx.recipe)
             d_inp = d_inp.view(*grad.shape[:-1], weight.shape[1])
             if mode == "column" and module.tp_size > 1:
                 d_inp = reduce_scattered(d_inp, group) if sp else reduced(d_inp, group)

@@ -1,9 +1,3 @@
-"""Classes of quantised tensors, for megatron-core to recognise them by; the double makes none."""
+"""Classes of quantised tensors."""
 
-from __future__ import annotations
-
-import torch
-
-
-class QuantizedTensor(torch.Tensor):
-    """A tensor in low precision with its scales."""
+from ..quantized_tensor import QuantizedTensor  # noqa: F401

@@ -1,7 +1,45 @@
 """Tensors with a scale per 32 values."""
 
-from . import QuantizedTensor
+from __future__ import annotations
+
+import torch
+
+from ..quantized_tensor import QuantizedTensor, Storage, of_bytes, to_bytes
+
+VALUES = 32
 
 
-class MXFP8Tensor(QuantizedTensor):
-    """A tensor in fp8 with a power of two per 32 values."""
+def _quantized(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return bytes [m, n] and the biased exponents [m, n / 32] of their powers of two (E8M0), rounded up."""
+    amax = rows.unflatten(-1, (-1, VALUES)).abs().amax(-1).float()
+    mantissa, exponent = torch.frexp(amax * torch.tensor(1 / 448.0))
+    exponent = torch.where(amax > 0, exponent - (mantissa == 0.5).int(), -127).clamp(-127, 127)
+    scale = torch.exp2(-exponent.float()).repeat_interleave(VALUES, -1)
+    return to_bytes(rows.float() * scale), (exponent + 127).to(torch.uint8)
+
+
+def _numbers(data: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    return of_bytes(data) * torch.exp2(exponents.float() - 127).repeat_interleave(VALUES, -1)
+
+
+class MXFP8Tensor(Storage, QuantizedTensor):
+    """A matrix in fp8 with a power of two per 32 values, along its rows and once more along its columns."""
+
+    INNER = ("_rowwise_data", "_rowwise_scale_inv", "_columnwise_data", "_columnwise_scale_inv")
+    _rowwise_data: torch.Tensor
+    _rowwise_scale_inv: torch.Tensor
+    _columnwise_data: torch.Tensor
+    _columnwise_scale_inv: torch.Tensor
+
+    def quantize_(self, tensor: torch.Tensor, *, noop_flag: torch.Tensor | None = None) -> MXFP8Tensor:
+        """Take the numbers of a matrix, both times from themselves."""
+        rows, scales = _quantized(tensor.detach())
+        self._store(_rowwise_data=rows, _rowwise_scale_inv=scales)
+        columns, scales = _quantized(tensor.detach().t())
+        self._store(_columnwise_data=columns.t(), _columnwise_scale_inv=scales.t())
+        return self
+
+    def _values(self, columnwise: bool = False) -> torch.Tensor:
+        if columnwise:
+            return _numbers(self._columnwise_data.t().contiguous(), self._columnwise_scale_inv.t()).t()
+        return _numbers(self._rowwise_data, self._rowwise_scale_inv)

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from .. import placement as machine
-from ..constants import CPLoadBalancingStrategy
-from ..module.base import TransformerEngineBaseModule
-from ..placement import require_cuda
-from .backends import AttentionCall, choose
+from ...constants import CPLoadBalancingStrategy
+from ...module.base import TransformerEngineBaseModule
+from ...placement import require_cuda
+from ..backends import AttentionCall
+from . import utils as dpa_utils
 
 MASKS = ("causal", "padding_causal", "no_mask", "padding")
+_last: list[AttentionCall] = []
+"""The one call whose decision the real library keeps."""
 
 
 def window(attn_mask_type: str, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -139,11 +141,14 @@ class DotProductAttention(TransformerEngineBaseModule):
                      cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv)
         self._check(kind, mask, key_layer, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q)
         documents = query_layer.shape[1] if kind == "sbhd" else len(cu_seqlens_q) - 1
-        choose(AttentionCall(
+        call = AttentionCall(
             query_layer.dtype, query_layer.shape[-2], (query_layer.shape[-1], value_layer.shape[-1]),
             documents, max_seqlen_q or len(query_layer), kind, size, self.softmax_type, self.softcap,
             os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0"
-            or torch.are_deterministic_algorithms_enabled(), self.training), machine.CHIP)
+            or torch.are_deterministic_algorithms_enabled(), self.training)
+        if _last != [call]:
+            dpa_utils.get_attention_backend(call)
+            _last[:] = [call]
         if kind == "thd":
             out = attended_documents(query_layer, key_layer, value_layer, cu_seqlens_q, self.softmax_scale,
                                      size, self.softmax_offset)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.infer.engines import server_process
+from megatron_sov.infer.engines.server_engine import server_settings
+from megatron_sov.infer.engines.server_process import WORKER_FOLDER, EngineServers, OwnServer
+
+PROGRAM = """
+import http.server, json, os, subprocess, sys, time
+if "--fails" in sys.argv:
+    sys.exit("ValueError: no room for the cache")
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+told = {"words": sys.argv[1:], "child": child.pid,
+        "path": os.environ["PYTHONPATH"], "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "rank": os.environ.get("RANK"), "mode": os.environ["VLLM_SERVER_DEV_MODE"]}
+open("told.json", "w").write(json.dumps(told))
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+def server(folder: Path, *more: str, number: int = 0) -> OwnServer:
+    settings = server_settings(["tp=2", "servers=2", 'devices=["4","5","6","7"]', "ep=true",
+                                "quantization=fp8", f"more={json.dumps(more)}"], "--engine-set")
+    return OwnServer(number, Path("model"), 99, settings, folder / "engines",
+                     command=(sys.executable, "-c", PROGRAM), with_routes=True)
+
+
+def never() -> bool:
+    return False
+
+
+def has_ended(pid: int) -> bool:
+    """Return whether a process ends soon; nobody may take note of its end."""
+    ends_s = time.monotonic() + 10
+    while time.monotonic() < ends_s:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_process, "STOP_S", 0.2)
+    monkeypatch.setattr(server_process, "_LOOK_S", 0.05)
+
+
+def test_a_server_is_started_as_asked_and_ends_with_all_of_its_group(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    own = server(tmp_path, number=1)
+    assert own.start(never) is not None and own.is_alive()
+    told = json.loads(Path("told.json").read_text())
+    # a trainer's rank is not a server's; the worker's folder comes before what was there
+    assert (told["rank"], told["gpus"], told["mode"]) == (None, "6,7", "1")
+    assert told["path"] == f"{WORKER_FOLDER}{os.pathsep}/mine"
+    words = " ".join(told["words"])
+    for part in ("model --served-model-name policy --host 127.0.0.1", "--max-model-len 99",
+                 "--enable-scale-out", "--tensor-parallel-size 2", "--enable-expert-parallel",
+                 "--quantization fp8",
+                 "--worker-extension-cls sov_vllm_worker.Extension", "--enable-return-routed-experts",
+                 "--logprobs-mode processed_logprobs"):
+        assert part in words
+    own.end()
+    assert not own.is_alive() and has_ended(told["child"])
+
+
+def test_what_a_killed_leader_leaves_is_killed_before_the_next_start(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = server(tmp_path)
+    first.start(never)
+    child = json.loads(Path("told.json").read_text())["child"]
+    assert first._process is not None
+    first._process.kill()
+    first._process.wait()
+    # its child lives on, as vLLM's engine does
+    assert psutil.pid_exists(child)
+    second = server(tmp_path)
+    second.start(never)
+    assert has_ended(child)
+    second.end()
+
+
+def test_a_server_that_does_not_start_tells_its_last_lines(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"server 0 ended; the end of .*engine-0.log:\nValueError: no room"):
+        server(tmp_path, "--fails").start(never)
+
+
+def test_an_interpreter_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOV_ENGINE_PYTHON", "/no/python")
+    with pytest.raises(UserError, match=r"/no/python cannot be started \(No such file"):
+        OwnServer(0, Path("model"), 9, EngineServers(), tmp_path).start(never)
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    (["tp=0"], "tp"), (["memory_share=1.5"], "memory_share"), (["nothing=1"], "nothing"),
+    (["servers=2", 'devices=["0"]'], "must be 2, servers x tp x dp")])
+def test_settings_that_make_no_servers_are_refused(given: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        server_settings(given, "--engine-set")

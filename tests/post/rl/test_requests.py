@@ -1,0 +1,163 @@
+"""Rounds that servers write: over HTTP, with a double of vLLM."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.infer.engines.fleet import Fleet
+from megatron_sov.infer.engines.server_engine import ServerEngine
+from megatron_sov.model.config.post_training import RolloutConfig
+from megatron_sov.post.rl.generate import Missing, PieceQueue
+from megatron_sov.post.rl.requests import RequestQueue, write_by_requests
+from megatron_sov.post.rl.responses import ResponseSource, key_digest
+from megatron_sov.rollouts.prompts import RolloutPrompt, read_prompts
+from megatron_sov.rollouts.rows import LENGTH, UNFINISHED, Rollout, later
+from megatron_sov.rollouts.store import RolloutStore
+from megatron_sov.runs.rounds import Policy
+from megatron_sov.work.progress.locks import Claims
+from tests.infer.engines.test_fleet import DoubleKeeper
+from tests.token_servers import VOCAB, token_at
+
+ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=3, samples_per_prompt=2, piece_prompts=1,
+                        max_new_tokens=6)
+
+
+class Numbers:
+    """In the place of a tokenizer: a prompt says its only id; nothing ends an answer early."""
+
+    end_ids = (VOCAB - 1 + 100,)
+
+    def ask(self, prompts: list[str]) -> list[list[int]]:
+        return [[int(text)] for text in prompts]
+
+    def decode(self, tokens: list[int]) -> str:
+        return " ".join(map(str, tokens))
+
+    def opened_thoughts(self, asked: list[int]) -> str:
+        return ""
+
+
+class Desk:
+    """A job with servers; `newest` is the step of the newest policy."""
+
+    def __init__(self, folder: Path, keepers: list[DoubleKeeper], rollout: RolloutConfig = ROLLOUT) -> None:
+        path = folder / "prompts.jsonl"
+        path.write_text("".join(json.dumps({"prompt": str(k)}) + "\n" for k in range(10, 16)))
+        self.prompts: list[RolloutPrompt] = read_prompts(path)
+        self.newest, self.taken = 0, list[int]()
+        self.store = RolloutStore.create(folder / "store", "sha256:0", VOCAB)
+        self.fleet = Fleet(keepers, VOCAB, 4, look_s=0.02, backoff_s=(0.01, 0.05)).__enter__()
+        self.engine = ServerEngine(self.fleet, folder, folder / "weights", 4)
+        self.source = ResponseSource(Numbers(), rollout, "vllm", True, {})  # type: ignore[arg-type]
+        missing = Missing(self.store, Claims(self.store.claims, 60.0), self.prompts, rollout,
+                          range(1, rollout.rounds + 1), self._policy_of,
+                          partial(self._sampling, rollout))
+        self.queue = PieceQueue(missing, self.store, 0.0, {})
+
+    def _policy_of(self, number: int) -> Policy | None:
+        return Policy(Path("p"), self.newest, f"{self.newest:064x}") if self.newest >= number - 1 else None
+
+    @staticmethod
+    def _sampling(rollout: RolloutConfig, number: int) -> str:
+        return key_digest(rollout, number, {})
+
+    def take(self, policy: Policy) -> None:
+        self.taken.append(policy.step)
+        self.fleet.update([f"/weights/{policy.step}"], policy.step)
+
+    def rows(self, number: int) -> list[Rollout]:
+        return [row for part in self.store.parts(number) for row in self.store.read_rollouts(part.name)]
+
+
+@pytest.fixture
+def desks(tmp_path: Path) -> Iterator[Callable[..., Desk]]:
+    opened: list[Desk] = []
+
+    def make(*given: object) -> Desk:
+        opened.append(Desk(tmp_path, *given))  # type: ignore[arg-type]
+        return opened[-1]
+
+    yield make
+    for desk in opened:
+        desk.fleet.close()
+
+
+def check_whole(rows: list[Rollout]) -> None:
+    """Each response is there once, and each token is what the weights that it names have written."""
+    assert len({(row.key.prompt, row.key.sample) for row in rows}) == len(rows) == 6
+    for row in rows:
+        ids = row.prompt_tokens.tolist()
+        assert row.tokens.tolist() == [token_at(ids, i, int(v)) for i, v in enumerate(row.versions)]
+        assert row.finish_reason == LENGTH and len(row.tokens) == 6
+
+
+def test_rounds_are_written_by_the_newest_policy_and_published_piece_by_piece(
+        desks: Callable[..., Desk]) -> None:
+    desk = desks([DoubleKeeper(), DoubleKeeper()])
+    summary = write_by_requests(desk.engine, desk.take, desk.source, desk.queue, 4)
+    assert summary["parts"] == 3 and "round 2 waits for a policy" in summary["waits_for"]
+    check_whole(desk.rows(1))
+    desk.newest = 1
+    again = write_by_requests(desk.engine, desk.take, desk.source, desk.queue, 4)
+    assert again["parts"] == 6 and desk.taken == [1]
+    check_whole(desk.rows(2))
+    assert {int(v) for row in desk.rows(2) for v in row.versions} == {1}
+
+
+def test_a_server_that_dies_in_the_middle_costs_nothing_and_doubles_nothing(
+        desks: Callable[..., Desk]) -> None:
+    keepers = [DoubleKeeper(0.02), DoubleKeeper(0.02)]
+    desk = desks(keepers, replace(ROLLOUT, rounds=1))
+    requests = RequestQueue(desk.engine, desk.source, desk.queue, desk.take, 4)
+    assert requests.advance(0.05, lambda: True)
+    keepers[0].doubles[0].is_dead = True
+    while requests.advance(1.0, lambda: True):
+        pass
+    check_whole(desk.rows(1))
+
+
+def test_a_stop_gives_the_claims_back_and_the_next_command_writes_the_rest(
+        desks: Callable[..., Desk]) -> None:
+    desk = desks([DoubleKeeper(0.05)], replace(ROLLOUT, rounds=1))
+    asked: list[bool] = []
+    desk.queue.asked_to_stop = lambda: bool(asked)
+    requests = RequestQueue(desk.engine, desk.source, desk.queue, desk.take, 4)
+    assert requests.advance(0.05, lambda: True)
+    asked.append(True)
+    assert not requests.advance(1.0, lambda: True)
+    requests.close()
+    asked.clear()
+    write_by_requests(desk.engine, desk.take, desk.source, desk.queue, 4)
+    check_whole(desk.rows(1))
+
+
+def test_a_deadline_keeps_what_is_written_and_the_next_policy_goes_on(desks: Callable[..., Desk]) -> None:
+    keeper, now_s = DoubleKeeper(0.4), [0.0]
+    desk = desks([keeper], replace(ROLLOUT, rounds=1, deadline_s=10.0))
+    requests = RequestQueue(desk.engine, desk.source, desk.queue, desk.take, 8, lambda: now_s[0])
+    requests.advance(1.0, lambda: keeper.doubles[0].num_written < 6)
+    now_s[0], keeper.doubles[0].token_s = 20.0, 0.01
+    requests.advance(1.0, lambda: not desk.store.parts(1))
+    desk.newest = 1
+    while requests.advance(1.0, lambda: True):
+        pass
+    rows = desk.rows(1)
+    assert any(row.finish_reason == UNFINISHED and 0 < len(row.tokens) < 6 for row in rows)
+    check_whole(last := later(rows))
+    assert {0, 1} <= {int(v) for row in last for v in row.versions}
+
+
+def test_a_token_out_of_the_vocabulary_is_refused_before_a_server_dies_of_it(
+        desks: Callable[..., Desk]) -> None:
+    desk = desks([DoubleKeeper()], replace(ROLLOUT, rounds=1))
+    desk.fleet._vocab_size = 12
+    with pytest.raises(UserError, match="vocab_size = 12"):
+        write_by_requests(desk.engine, desk.take, desk.source, desk.queue, 4)
+    assert not list(desk.store.parts(1))

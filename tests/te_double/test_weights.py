@@ -1,0 +1,68 @@
+"""Weights that live in 8 bits (`train.fp8_weights`): what is learned, saved and exported is what it is with
+bf16 weights beside them, to the bit, since both ways quantise the same bf16 numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.model import recipes
+from megatron_sov.model.config import apply_settings
+from megatron_sov.plan.footprint import held
+from tests.te_double import quantized_run
+
+RUN = str(Path(__file__).with_name("quantized_run.py"))
+IN_8_BITS = "train.fp8_weights=true"
+OVERLAP = ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"]
+
+
+@pytest.mark.distributed
+def test_losses_are_those_of_bf16_weights(te_ranks: Any, job: Any, packed_data: Any) -> None:
+    """Cut by tensors, experts, and stages, with gathers at once or beside the forward pass."""
+    cases = [("tiny-k-exaone", ["train.fp8=blockwise", "parallel.tp=2", "parallel.sp=true", "parallel.ep=2"]),
+             ("tiny-solar-open", ["train.fp8=blockwise", "parallel.pp=2", "model.num_layers=2",
+                                  "optim.name=muon"]),
+             ("tiny-solar-open", ["train.fp8=mxfp8", "parallel.ep=2", "gpu.moment_dtype=bf16"])]
+    found = te_ranks(*(job(RUN, "losses", 2, {"recipe": recipe, "path": str(packed_data.text), "steps": 2,
+                                              "settings": [*settings, "parallel.zero1=true", *more]})
+                       for recipe, settings in cases for more in ([], [IN_8_BITS])))
+    for case, bf16, in_8_bits in zip(cases, found[::2], found[1::2], strict=True):
+        assert in_8_bits == bf16, case
+
+
+@pytest.mark.distributed
+def test_what_is_saved_and_exported_is_that_of_bf16_weights(te_ranks: Any, job: Any, packed_data: Any,
+                                                            tmp_path: Path) -> None:
+    """A checkpoint loads into any layout, with the setting and without, and a resumed run is exact."""
+    cases = [("tiny-solar-open", ["train.fp8=tensorwise", *OVERLAP]),
+             ("tiny-k-exaone", ["train.fp8=mxfp8", *OVERLAP, "train.fp8_bf16_layers_at_end=1"])]
+    found = te_ranks(*(job(RUN, "continued", 2, {
+        "recipe": recipe, "path": str(packed_data.text), "run": str(tmp_path / f"{recipe}-{len(more)}"),
+        "settings": [*settings, "parallel.zero1=true", "train.global_batch_size=4", *more]})
+        for recipe, settings in cases for more in ([], [IN_8_BITS])))
+    for (recipe, settings), bf16, in_8_bits in zip(cases, found[::2], found[1::2], strict=True):
+        for before, after in zip(bf16, in_8_bits, strict=True):
+            assert after["straight"] == before["straight"]
+            assert after["resumed"] == after["straight"][2:]
+            assert after["resumed ends"] == after["straight ends"]
+            assert (after["saved"], after["exported"]) == (before["saved"], before["exported"])
+            assert (after["differing"], list(after["products of the evaluation"])) == ([], ["fprop"])
+            config = quantized_run.config_of(recipe, [*settings, "parallel.zero1=true", IN_8_BITS], "")
+            counted = sum(part.count * part.numel for part in held.quantized(config, 0))
+            assert (before["in 8 bits"], after["in 8 bits"]) == (0, counted)
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    (["train.fp8=none"], "needs train.fp8"), (["train.fp8=nvfp4"], "recipes of 8 bits"),
+    (["parallel.zero1=false", *(f"{s.partition('=')[0]}=false" for s in OVERLAP)],
+     "needs parallel.zero1 = true"),
+    (['optim.groups=[{"pattern": "*.layers.0.*", "frozen": true}]'], "frozen weight has no master"),
+    (['gpu.cuda_graphs=["moe_router"]'], "made anew"),
+    (["gpu.optimizer_offload=1"], "masters in host memory")])
+def test_what_does_not_go_with_it_is_refused(settings: list[str], said: str) -> None:
+    config = apply_settings(recipes.get("solar-open-102b"), [
+        "train.fp8=blockwise", "parallel.zero1=true", IN_8_BITS, *settings])
+    problems = [p for p in config.problems(480) if p.key == "train.fp8_weights"]
+    assert any(said in str(p) for p in problems), problems

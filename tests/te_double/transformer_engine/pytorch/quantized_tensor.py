@@ -1,0 +1,112 @@
+"""Tensors in 8 bits that torch takes for bf16 ones, and what makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+
+class Quantizer:
+    """Makes tensors of one kind."""
+
+    def __init__(self, kind: type[QuantizedTensor]) -> None:
+        self._kind = kind
+
+    def __call__(self, tensor: torch.Tensor) -> QuantizedTensor:
+        made = self._kind(tensor.shape, tensor.dtype, device=tensor.device)
+        made._quantizer = self
+        made.quantize_(tensor)
+        return made
+
+
+class QuantizedTensor(torch.Tensor):
+    """A tensor in low precision with its scales, which lie in the attributes that `INNER` names."""
+
+    INNER: tuple[str, ...] = ()
+    _quantizer: Quantizer | None = None
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls: Any, shape: Iterable[int], dtype: torch.dtype, *, requires_grad: bool = False,
+                device: torch.device | None = None) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype,
+                                                   requires_grad=requires_grad, device=device)
+
+    def dequantize(self, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return what the rowwise bytes stand for."""
+        return self._values().to(dtype or self.dtype)
+
+    def quantize_(self, tensor: torch.Tensor) -> QuantizedTensor:
+        """Take the numbers of a tensor."""
+        raise NotImplementedError
+
+    def _store(self, **parts: torch.Tensor) -> None:
+        """Write into the memory that is there, which other tensors may share, or take this as the memory."""
+        for name, part in parts.items():
+            if name in vars(self):
+                vars(self)[name].copy_(part)
+            else:
+                setattr(self, name, part)
+
+    def _values(self, columnwise: bool = False) -> torch.Tensor:
+        """Return in float32 what a product reads: rowwise bytes, or those of the other form."""
+        raise NotImplementedError
+
+    def detach(self) -> QuantizedTensor:
+        """Return another tensor of the same bytes."""
+        made = type(self)(self.shape, self.dtype, device=self.device)
+        vars(made).update({name: vars(self)[name] for name in (*self.INNER, "_quantizer")})
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+        if func == torch.ops.aten.detach.default:
+            return args[0].detach()
+        if func == torch.ops.aten.copy_.default and isinstance(args[0], QuantizedTensor):
+            return args[0].quantize_(args[1])
+        if func == torch.ops.aten.view.default:
+            raise NotImplementedError(f"{cls.__name__} class does not support tensor views")
+        if func._schema.is_mutable and func != torch.ops.aten.copy_.default:
+            raise NotImplementedError(f"the double changes none by {func}")
+
+        def plain(value: Any) -> Any:
+            return value.dequantize() if isinstance(value, QuantizedTensor) else value
+
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+
+
+class Storage:
+    """Gives the bytes of a quantised tensor's two forms, by the names of their attributes."""
+
+    FORMS = ("_rowwise_data", "_columnwise_data")
+
+    def get_data_tensors(self, rowwise_data: bool = True, columnwise_data: bool = True) -> Any:
+        """Return the bytes of both forms, or of one."""
+        found = [getattr(self, name) for name, wanted in
+                 zip(self.FORMS, (rowwise_data, columnwise_data), strict=True) if wanted]
+        return tuple(found) if len(found) > 1 else found[0]
+
+
+def to_bytes(values: torch.Tensor) -> torch.Tensor:
+    """Return the nearest E4M3 numbers as bytes."""
+    return values.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def of_bytes(data: torch.Tensor) -> torch.Tensor:
+    """Return the float32 numbers that E4M3 bytes stand for."""
+    return data.view(torch.float8_e4m3fn).float()
+
+
+def scale_of(amax: torch.Tensor, powers: bool = False) -> torch.Tensor:
+    """Return the factor on numbers of a largest magnitude, as `compute_scale_from_amax`: a number for each.
+
+    Args:
+        amax: float32.
+        powers: cut to powers of two.
+    """
+    scale = torch.div(amax.new_tensor(448.0), amax)
+    scale = torch.where((amax == 0) | ~amax.isfinite(), 1.0, scale)
+    return torch.exp2(torch.frexp(scale).exponent.float() - 1) if powers else scale
