@@ -34,6 +34,8 @@ _SPACE = " \t\r\n"
 _MARK = re.compile(f"{BEGIN_CALL}|{BEGIN_THOUGHTS}")
 _PIECE_CHARS = 1024
 """Of a text, in which its JSON is looked for first."""
+_DEEPEST_CHOICE = 16
+"""Of choices in choices (`anyOf`) that a schema's types are looked for in."""
 _WORD_CHARS = 16
 """More than the longest word or escape of JSON: an error nearer to the end may come from the cut."""
 
@@ -197,25 +199,33 @@ def _tagged_call(text: str, start: int, last_end: int, form: CallForm,
 
 
 def _kinds_of(name: str, tools: Sequence[Mapping[str, Any]]) -> dict[str, frozenset[str]]:
-    """Return parameter -> JSON types that a tool's schema gives it; none where it is not known."""
+    """Return parameter -> JSON types that a tool's schema gives it; none where it is not known.  Schemas are
+    a server's or a client's: what is no schema in them says nothing."""
     for tool in tools:
-        function = tool.get("function", tool)
+        function = _object_in(tool, "function") or tool
         if function.get("name") == name:
-            properties = (function.get("parameters") or {}).get("properties") or {}
+            properties = _object_in(_object_in(function, "parameters"), "properties")
             return {key: kinds for key, schema in properties.items() if (kinds := _kinds_in(schema))}
     return {}
 
 
-def _kinds_in(schema: Any) -> frozenset[str]:
-    if not isinstance(schema, Mapping):
+def _object_in(schema: Mapping[str, Any], word: str) -> Mapping[str, Any]:
+    return found if isinstance(found := schema.get(word), Mapping) else {}
+
+
+def _list_in(schema: Mapping[str, Any], word: str) -> Sequence[Any]:
+    return found if isinstance(found := schema.get(word), list) else []
+
+
+def _kinds_in(schema: Any, deepest: int = _DEEPEST_CHOICE) -> frozenset[str]:
+    if not isinstance(schema, Mapping) or not deepest:
         return frozenset()
-    own = schema.get("type")
-    kinds = {own} if isinstance(own, str) else set(own or ())
-    if isinstance(values := schema.get("enum"), list) and all(isinstance(value, str) for value in values):
-        kinds |= {"string"} if not kinds else set()
-    for word in ("anyOf", "oneOf"):
-        for one in schema.get(word) or ():
-            kinds |= _kinds_in(one)
+    own, values = _list_in(schema, "type") or [schema.get("type")], _list_in(schema, "enum")
+    kinds = {kind for kind in own if isinstance(kind, str)}
+    if not kinds and values and all(isinstance(value, str) for value in values):
+        kinds = {"string"}
+    for one in (*_list_in(schema, "anyOf"), *_list_in(schema, "oneOf")):
+        kinds |= _kinds_in(one, deepest - 1)
     return frozenset(kinds)
 
 

@@ -143,6 +143,21 @@ def test_a_tools_schema_says_what_a_text_stands_for(text: str, schema: Any, valu
         assert call == ToolCall("f", {"a": value}) and type(call.arguments["a"]) is type(value)
 
 
+NESTED: dict[str, Any] = {"type": "string"}
+for _ in range(2_000):
+    NESTED = {"anyOf": [NESTED]}
+NO_SCHEMAS = (None, {"type": 5}, {"type": [{}]}, {"anyOf": 5}, {"oneOf": {"a": 1}}, {"enum": []}, NESTED)
+
+
+def test_what_is_no_schema_says_nothing() -> None:
+    functions: list[Any] = [5, *({"name": "f", "parameters": parameters} for parameters in (
+        5, [], {"properties": [1]}, *({"properties": {"a": schema}} for schema in NO_SCHEMAS)))]
+    for tool in ({"function": function} for function in functions):
+        (call,) = parse_turn("<tool_call><function=f><parameter=a>7</parameter></function></tool_call>",
+                             form="qwen3-coder", tools=[tool]).calls
+        assert call == ToolCall("f", {"a": 7})
+
+
 def test_many_broken_calls_take_no_square_of_their_length() -> None:
     for form, part in (("qwen3-coder", "<tool_call><function=f><parameter=a>"),
                        ("qwen3-coder", "<tool_call><function=f><parameter=a></parameter>"),
