@@ -350,6 +350,30 @@ def test_calls_that_only_read_do_not_keep_an_episode_from_going_on(serve: Serve)
         assert server.calls == calls
 
 
+class BrokenTools(HttpTools):
+    """A server with results of its own."""
+
+    def __init__(self, **results: Any) -> None:
+        super().__init__()
+        self.results = results
+
+    async def message(self, request: web.Request) -> web.StreamResponse:
+        asked = await request.json()
+        found = self.results.get(asked["method"].partition("/")[2])
+        return web.json_response(answered(asked, found)) if found else await super().message(request)
+
+
+def test_what_a_server_breaks_is_its_own_fault(serve: Serve) -> None:
+    endless, broken = BrokenTools(list={"tools": [], "nextCursor": "a"}), BrokenTools(call={"content": 5})
+    made, _ = make(order("mcp", {"url": f"{serve(endless.app())}/mcp"}))
+    with pytest.raises(UserError, match="lists the same page of its tools for ever"):
+        made.reset({"question": "Count.", "answer": "1"})
+    made, _ = make(order("mcp", {"url": f"{serve(broken.app())}/mcp"}))
+    made.reset({"question": "Count.", "answer": "1"})
+    with pytest.raises(InfrastructureFault, match="is 5, and no list"):
+        made.call("count", {})
+
+
 class AskingTools(HttpTools):
     """A server that asks its client before it answers, and ends no stream; texts are JSON's, not escaped."""
 
