@@ -50,6 +50,7 @@ class Guessing:
 
     def __init__(self, has_tools: bool = False) -> None:
         self.has_tools, self.sessions, self.lies = has_tools, 0, False
+        self.tools: Any = [{"name": "guess", "description": "Say a number.", "inputSchema": GUESS}]
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -71,8 +72,7 @@ class Guessing:
                 number = data.get("seed", 7)
                 answer = observed({"hint": "Guess."}, None)
             elif kind == "mcp":
-                tools = [{"name": "guess", "description": "Say a number.", "inputSchema": GUESS}]
-                answer = {"type": "mcp", "data": {"result": {"tools": tools}} if self.has_tools else {
+                answer = {"type": "mcp", "data": {"result": {"tools": self.tools}} if self.has_tools else {
                     "error": {"code": -32601, "message": "no tools"}}}
             else:
                 answer = self.step(number, data)
@@ -144,6 +144,15 @@ def test_a_world_that_does_not_repeat_itself_gives_no_reward(serve: Serve) -> No
     third.reset({})
     with pytest.raises(InfrastructureFault, match="does not repeat itself"):
         third.restore(first.snapshot())
+
+
+@pytest.mark.parametrize("tools", [5, [5], [{}], [{"name": 5}], [{"name": "a", "inputSchema": 5}]])
+def test_an_openenv_server_that_lists_no_tools_is_told(serve: Serve, tools: Any) -> None:
+    world = Guessing(has_tools=True)
+    world.tools = tools
+    made, _ = make(order("openenv", {"url": serve(world.app())}))
+    with pytest.raises(UserError, match=r"cannot be used: it lists .*, and not tools alone"):
+        made.reset({})
 
 
 @pytest.mark.parametrize("reward", [float("nan"), 10 ** 400])
