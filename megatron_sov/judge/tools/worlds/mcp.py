@@ -226,7 +226,9 @@ class Mcp(AnsweredWorld):
 
     def problems(self) -> list[SettingsProblem]:
         return [*find_broken(
-            self, "", (bool(self.command) != bool(self.url), "command", "or url is needed, and not both"),
+            self, "", (bool(self.command or self.url), "command", "names no program",
+                       "set it, or url for a server over HTTP"),
+            (not (self.command and self.url), "command", "is given beside url", "leave one of them out"),
             (bool(self.url) or self.key_env is None, "key_env", "is of a server over HTTP",
              "name its address in url")), *(map(as_problem, missing_libraries()) if self.url else [])]
 

@@ -421,7 +421,9 @@ def test_an_answer_over_http_is_read_as_it_comes(serve: Serve) -> None:
             [AskingTools.SAID] * 3)
 
 
-@pytest.mark.parametrize("settings", [{}, {"url": "http://localhost:1/mcp", "command": ["true"]}])
-def test_a_command_or_an_address_is_needed(settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="or url is needed, and not both"):
+@pytest.mark.parametrize("settings, said", [
+    ({}, "names no program; set it, or url"),
+    ({"url": "http://localhost:1/mcp", "command": ["true"]}, "is given beside url; leave one of them out")])
+def test_a_command_or_an_address_is_needed(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
         make(order("mcp", settings))
