@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.engines.fleet import Fleet
+from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet
 from megatron_sov.infer.engines.server_engine import ServerEngine, WeightFiles
 from megatron_sov.infer.engines.server_process import ENGINE_PYTHON, EngineServers, OwnServer
 from megatron_sov.infer.request import Bounds, Sampling, StopRule
@@ -163,7 +163,7 @@ def test_a_closed_fleet_leaves_nobody_waiting() -> None:
 
 
 @pytest.mark.parametrize("script, said", [
-    (None, "cannot be started .*; name the interpreter that has vLLM by --engine-python or SOV_"),
+    (None, "cannot be started .*; name the interpreter that has vLLM by SOV_ENGINE_PYTHON"),
     ("echo \"No module named 'vllm'\"", "server 0 ended; .*python has no vLLM: name the interpreter"),
     ("true", "server 0 ended; it wrote nothing into .*engine-0.log")])
 def test_an_interpreter_without_vllm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -177,3 +177,11 @@ def test_an_interpreter_without_vllm_is_told(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(UserError, match=said):
         server.start(lambda: False)
     server.end()
+
+
+def test_waiting_for_an_address_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    double = VllmDouble()
+    double.close()
+    with pytest.raises(UserError, match="has not answered for 0 s"):
+        AddressKeeper(VllmServer(double.url, answer_s=1), 0).start(lambda: False)
+    assert f"--engine-url {double.url}: does not answer; waiting up to 0 s" in capsys.readouterr().err
