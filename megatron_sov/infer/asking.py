@@ -126,7 +126,7 @@ class ServerOptions:
             os.environ[ENGINE_PYTHON] = str(self.engine_python)
         for url in self.engine_url:
             if problems := address_problems("--engine-url", url, "the environment"):
-                raise SettingsError("--engine-url", problems)
+                raise SettingsError("", problems)
         return ServerPlaces(run / "engines", self.engine_url)
 
 

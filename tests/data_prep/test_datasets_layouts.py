@@ -233,8 +233,9 @@ def test_the_proposed_columns_let_an_unknown_layout_be_read(tmp_path: Path, fold
     (tmp_path / "known.jsonl").write_text(json.dumps(texts) + "\n")
     expected = [(d.messages, d.chosen, d.rejected) for d in read_documents(
         [tmp_path / "known.jsonl"], RecordReading(kind))]
+    command = "" if kind == "prompt" else "sov-data pack "  # `rl` reads prompts too
     for way in STORED:
-        with pytest.raises(UserError, match=f"name yours with `sov-data pack --columns {proposed}`"):
+        with pytest.raises(UserError, match=f"name yours with `{command}--columns {proposed}`"):
             list(read_documents(list_files(tmp_path / way), RecordReading(kind)))
         found = list(read_documents(list_files(tmp_path / way),
                                     RecordReading(kind, renames=parse_renames([proposed]))))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.asking import ModelPrompt, read_prompts
+from megatron_sov.infer.asking import ModelPrompt, ServerOptions, read_prompts
 
 
 def test_texts_come_first_then_the_lines_of_the_file(tmp_path: Path) -> None:
@@ -54,3 +54,8 @@ def test_characters_that_end_lines_elsewhere_may_stand_in_a_prompt(tmp_path: Pat
     file.write_text(json.dumps({"prompt": text}, ensure_ascii=False) + '\r\n{"prompt": "e"}\n',
                     encoding="utf-8", newline="")
     assert read_prompts([], file) == [ModelPrompt(text), ModelPrompt("e")]
+
+
+def test_an_address_that_is_none_is_said_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--engine-url: must be an address"):
+        ServerOptions(engine_url=("localhost:8000",)).places(tmp_path)

@@ -359,7 +359,8 @@ def _kind(record: dict[str, Any], reading: RecordReading) -> str:
               + (" and no 'messages'" if reading.kind is None else ""))
     remedy = "add one"
     if reading.kind is not None and record:
-        command = "" if reading.kind == "text" else "sov-data pack "
+        # prompts are packed, and read by `rl` too, which takes the same option
+        command = "sov-data pack " if reading.kind in ("chat", "preference") else ""
         remedy = f"name yours with `{command}{propose_columns(record, reading.kind)}`"
     raise BadRecord("fields", f"has no {wanted} (fields: {', '.join(record) or 'none'}); {remedy}")
 

@@ -110,6 +110,7 @@ def _play(args: ToolsPlayOptions) -> int:
         raise UserError(f"--task {args.task}: there are {len(tasks)} tasks; name one from 1 to {len(tasks)}")
     check_output("--page", args.page)
     task = tasks[args.task - 1]
+    written = None if args.calls is None else list(moves_of_file(args.calls))  # refused before a world starts
 
     def show(text: str) -> None:
         print("\n".join(visible(line) for line in text.split("\n")), flush=True)
@@ -120,8 +121,8 @@ def _play(args: ToolsPlayOptions) -> int:
         for said in filter(None, (seen.system, seen.user)):
             show(said + "\n")
         _show_tools(opening, show)
-        moves = (moves_of_lines(sys.stdin, show, lambda: _show_tools(opening, show)) if args.calls is None
-                 else moves_of_file(args.calls))
+        moves = (moves_of_lines(sys.stdin, show, lambda: _show_tools(opening, show)) if written is None
+                 else written)
         found = play_by_hand(host, opening, moves, limits, show)
     result = found.result
     reward = result.status if result.reward is None else f"{result.reward:g}"

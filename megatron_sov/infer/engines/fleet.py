@@ -61,7 +61,12 @@ class AddressKeeper:
     def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
         """Wait until it answers, see `Keeper`."""
         ends_s = time.monotonic() + self._wait_s
+        is_told = False
         while not self._server.is_healthy():
+            if not is_told:
+                warn(f"--engine-url {self._server.url}: does not answer; waiting up to {self._wait_s:g} s "
+                     "for it (--engine-set start_s)")
+                is_told = True
             if should_stop():
                 return None
             if time.monotonic() >= ends_s:

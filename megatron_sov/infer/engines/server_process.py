@@ -30,6 +30,7 @@ from megatron_sov.work.progress.locks import has_ended, identity
 
 ENGINE_PYTHON = "SOV_ENGINE_PYTHON"
 """Variable of the environment: the interpreter that has vLLM, whose libraries are other versions."""
+BY = f"{ENGINE_PYTHON} (`rl run`, `rl generate`: or --engine-python)"
 WORKER_FOLDER = Path(vllm_worker.__file__).parent
 EXTENSION, BACKEND = "sov_vllm_worker.Extension", "sov_files"
 """The module in that folder, and what it calls its way of taking weights."""
@@ -136,7 +137,7 @@ class OwnServer:
                                               stderr=subprocess.STDOUT, own_group=True, ends_with_this=True)
             except OSError as e:
                 raise UserError(f"--engine vllm: {self._command[0]} cannot be started ({e.strerror}); name "
-                                f"the interpreter that has vLLM by {ENGINE_PYTHON}") from None
+                                f"the interpreter that has vLLM by {BY}") from None
         self._take_note(self._process.pid)
         server = VllmServer(f"http://127.0.0.1:{port}", answer_s=self._settings.answer_s)
         ends_s = time.monotonic() + self._settings.start_s
@@ -145,8 +146,12 @@ class OwnServer:
                 return None
             if not self.is_alive() or time.monotonic() >= ends_s:
                 why = "ended" if not self.is_alive() else f"was not ready in {self._settings.start_s:g} s"
-                raise UserError(f"--engine vllm: server {self.number} {why}; the end of {self.log}:\n"
-                                f"{self._last_lines()}")
+                said = self._last_lines()
+                remedy = (f"; {self._command[0]} has no vLLM: name the interpreter that has it by {BY}"
+                          if "No module named 'vllm'" in said else "")
+                raise UserError(f"--engine vllm: server {self.number} {why}{remedy}"
+                                + (f"; the end of {self.log}:\n{said}" if said
+                                   else f"; it wrote nothing into {self.log}"))
             time.sleep(_LOOK_S)
         return server
 

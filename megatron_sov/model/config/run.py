@@ -421,7 +421,8 @@ def _take_min_lr_along(raw: dict[str, Any], before: OptimConfig, given: Mapping[
     if "optim.min_lr" in given or type(lr) not in (int, float) or not 0 < lr <= sys.float_info.max:
         return
     was_constant = before.schedule == "constant" != optim.get("schedule", before.schedule)
-    if was_constant or "optim.lr" in given:
+    # the same peak keeps the very number: by a ratio it may move in its last digit, and a resumed run differ
+    if was_constant or ("optim.lr" in given and lr != before.lr):
         like = OptimConfig() if was_constant else before
         optim["min_lr"] = min(like.min_lr / like.lr * lr, lr)
 

@@ -219,7 +219,7 @@ def calibrate_engine(config: RunConfig, pricing: Pricing, url: str, num_gpus: in
         UserError: the server does not answer, or its steps are none of this model on this chip.
     """
     if problems := address_problems("--calibrate-engine", url, KEY_ENV):
-        raise SettingsError("megatron-sov plan", problems)
+        raise SettingsError("", problems)
     if missing := missing_libraries():
         raise UserError(missing[0])
     if out is not None:

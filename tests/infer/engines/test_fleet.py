@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.engines.fleet import Fleet
+from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet
 from megatron_sov.infer.engines.server_engine import ServerEngine, WeightFiles
+from megatron_sov.infer.engines.server_process import ENGINE_PYTHON, EngineServers, OwnServer
 from megatron_sov.infer.request import Bounds, Sampling, StopRule
 from megatron_sov.work.endpoints.token_server import TokenRequest, TokenServer
 from megatron_sov.work.endpoints.vllm_server import VllmServer
@@ -159,3 +160,28 @@ def test_a_closed_fleet_leaves_nobody_waiting() -> None:
     with Fleet([DoubleKeeper(0.01)], VOCAB, 1, look_s=0.02) as fleet:
         futures = [fleet.submit(request) for request in asked(3, 1000)]
     assert all("have been ended" in str(future.exception(10)) for future in futures)
+
+
+@pytest.mark.parametrize("script, said", [
+    (None, "cannot be started .*; name the interpreter that has vLLM by SOV_ENGINE_PYTHON"),
+    ("echo \"No module named 'vllm'\"", "server 0 ended; .*python has no vLLM: name the interpreter"),
+    ("true", "server 0 ended; it wrote nothing into .*engine-0.log")])
+def test_an_interpreter_without_vllm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             script: str | None, said: str) -> None:
+    python = tmp_path / "python"
+    if script is not None:
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+    monkeypatch.setenv(ENGINE_PYTHON, str(python))
+    server = OwnServer(0, tmp_path, 8, EngineServers(), tmp_path)
+    with pytest.raises(UserError, match=said):
+        server.start(lambda: False)
+    server.end()
+
+
+def test_waiting_for_an_address_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    double = VllmDouble()
+    double.close()
+    with pytest.raises(UserError, match="has not answered for 0 s"):
+        AddressKeeper(VllmServer(double.url, answer_s=1), 0).start(lambda: False)
+    assert f"--engine-url {double.url}: does not answer; waiting up to 0 s" in capsys.readouterr().err

@@ -226,7 +226,9 @@ class Mcp(AnsweredWorld):
 
     def problems(self) -> list[SettingsProblem]:
         return [*find_broken(
-            self, "", (bool(self.command) != bool(self.url), "command", "or url is needed, and not both"),
+            self, "", (bool(self.command or self.url), "command", "names no program",
+                       "set it, or url for a server over HTTP"),
+            (not (self.command and self.url), "command", "is given beside url", "leave one of them out"),
             (bool(self.url) or self.key_env is None, "key_env", "is of a server over HTTP",
              "name its address in url")), *(map(as_problem, missing_libraries()) if self.url else [])]
 
@@ -320,7 +322,8 @@ class Mcp(AnsweredWorld):
             self._readers |= {tool["name"] for tool in tools if _only_reads(tool)}
             if not page.get("nextCursor"):
                 break
-            cursor = {"cursor": page["nextCursor"]}
+            if cursor == (cursor := {"cursor": page["nextCursor"]}):
+                raise InfrastructureFault("it lists the same page of its tools for ever")
         names = [tool["function"]["name"] for tool in found]
         if missing := [name for name in self.only if name not in names]:
             raise UserError(f"only: the MCP server has no tool {missing[0]!r}; it has {', '.join(names)}")
@@ -328,8 +331,10 @@ class Mcp(AnsweredWorld):
 
     def _call(self, name: str, arguments: Mapping[str, Any]) -> str:
         found = self._ask("tools/call", {"name": name, "arguments": dict(arguments)})
+        if not isinstance(content := found.get("content", []), list):
+            raise InfrastructureFault(f"the content of its result is {short(repr(content))}, and no list")
         parts = [part.get("text", "") if part.get("type") == "text" else f"[{part.get('type')}]"
-                 for part in found.get("content", []) if isinstance(part, dict)]
+                 for part in content if isinstance(part, dict)]
         text = "\n".join(map(str, parts))
         if found.get("isError"):
             raise ToolRefused(text or "the tool says that it failed")

@@ -119,6 +119,8 @@ class OpenEnv(World):
         listed = self._ask("mcp", {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {}})
         result = listed.get("result")
         found = result.get("tools", []) if isinstance(result, dict) else []
+        if not isinstance(found, list) or not all(map(_is_tool, found)):
+            raise InfrastructureFault(f"it lists {short(repr(found))}, and not tools alone")
         self._has_tools = bool(found)
         self._tools = ([_described(tool["name"], tool.get("description") or "", tool.get("inputSchema")
                                    or tool.get("input_schema") or {}) for tool in found]
@@ -174,7 +176,7 @@ class OpenEnv(World):
         if isinstance(error := observation.get("error"), dict):
             raise ToolRefused(str(error.get("message", "the tool says that it failed")))
         # of a call of a tool its result alone; of anything else all that there is to see
-        shown = observation["result"] if "tool_name" in observation else observation
+        shown = observation["result"] if {"tool_name", "result"} <= set(observation) else observation
         if isinstance(shown, dict) and set(shown) >= {"data", "structured_content"}:  # FastMCP's
             shown = shown["data"]
         return shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)
@@ -203,6 +205,12 @@ class OpenEnv(World):
                 raise ToolRefused(said)
             raise InfrastructureFault(f"{said} ({code})")
         return content
+
+
+def _is_tool(tool: Any) -> bool:
+    return (isinstance(tool, dict) and isinstance(tool.get("name"), str)
+            and isinstance(tool.get("description") or "", str)
+            and all(isinstance(tool.get(name) or {}, dict) for name in ("inputSchema", "input_schema")))
 
 
 def _described(name: str, description: str, schema: Mapping[str, Any]) -> dict[str, Any]:

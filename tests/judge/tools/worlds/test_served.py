@@ -50,6 +50,7 @@ class Guessing:
 
     def __init__(self, has_tools: bool = False) -> None:
         self.has_tools, self.sessions, self.lies = has_tools, 0, False
+        self.tools: Any = [{"name": "guess", "description": "Say a number.", "inputSchema": GUESS}]
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -71,8 +72,7 @@ class Guessing:
                 number = data.get("seed", 7)
                 answer = observed({"hint": "Guess."}, None)
             elif kind == "mcp":
-                tools = [{"name": "guess", "description": "Say a number.", "inputSchema": GUESS}]
-                answer = {"type": "mcp", "data": {"result": {"tools": tools}} if self.has_tools else {
+                answer = {"type": "mcp", "data": {"result": {"tools": self.tools}} if self.has_tools else {
                     "error": {"code": -32601, "message": "no tools"}}}
             else:
                 answer = self.step(number, data)
@@ -144,6 +144,15 @@ def test_a_world_that_does_not_repeat_itself_gives_no_reward(serve: Serve) -> No
     third.reset({})
     with pytest.raises(InfrastructureFault, match="does not repeat itself"):
         third.restore(first.snapshot())
+
+
+@pytest.mark.parametrize("tools", [5, [5], [{}], [{"name": 5}], [{"name": "a", "inputSchema": 5}]])
+def test_an_openenv_server_that_lists_no_tools_is_told(serve: Serve, tools: Any) -> None:
+    world = Guessing(has_tools=True)
+    world.tools = tools
+    made, _ = make(order("openenv", {"url": serve(world.app())}))
+    with pytest.raises(UserError, match=r"cannot be used: it lists .*, and not tools alone"):
+        made.reset({})
 
 
 @pytest.mark.parametrize("reward", [float("nan"), 10 ** 400])
@@ -350,6 +359,30 @@ def test_calls_that_only_read_do_not_keep_an_episode_from_going_on(serve: Serve)
         assert server.calls == calls
 
 
+class BrokenTools(HttpTools):
+    """A server with results of its own."""
+
+    def __init__(self, **results: Any) -> None:
+        super().__init__()
+        self.results = results
+
+    async def message(self, request: web.Request) -> web.StreamResponse:
+        asked = await request.json()
+        found = self.results.get(asked["method"].partition("/")[2])
+        return web.json_response(answered(asked, found)) if found else await super().message(request)
+
+
+def test_what_a_server_breaks_is_its_own_fault(serve: Serve) -> None:
+    endless, broken = BrokenTools(list={"tools": [], "nextCursor": "a"}), BrokenTools(call={"content": 5})
+    made, _ = make(order("mcp", {"url": f"{serve(endless.app())}/mcp"}))
+    with pytest.raises(UserError, match="lists the same page of its tools for ever"):
+        made.reset({"question": "Count.", "answer": "1"})
+    made, _ = make(order("mcp", {"url": f"{serve(broken.app())}/mcp"}))
+    made.reset({"question": "Count.", "answer": "1"})
+    with pytest.raises(InfrastructureFault, match="is 5, and no list"):
+        made.call("count", {})
+
+
 class AskingTools(HttpTools):
     """A server that asks its client before it answers, and ends no stream; texts are JSON's, not escaped."""
 
@@ -388,7 +421,9 @@ def test_an_answer_over_http_is_read_as_it_comes(serve: Serve) -> None:
             [AskingTools.SAID] * 3)
 
 
-@pytest.mark.parametrize("settings", [{}, {"url": "http://localhost:1/mcp", "command": ["true"]}])
-def test_a_command_or_an_address_is_needed(settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="or url is needed, and not both"):
+@pytest.mark.parametrize("settings, said", [
+    ({}, "names no program; set it, or url"),
+    ({"url": "http://localhost:1/mcp", "command": ["true"]}, "is given beside url; leave one of them out")])
+def test_a_command_or_an_address_is_needed(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
         make(order("mcp", settings))
