@@ -22,8 +22,7 @@ from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.pages.markdown import CARD_MARK, md, slug
 from megatron_sov.checkpoint.writer import TensorSpec
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
-from megatron_sov.convert.dtypes import (
-    KEEP, check_dtype_name, check_space, convert_tensor, exported_dtype)
+from megatron_sov.convert.dtypes import KEEP, check_dtype_name, check_space, convert_tensor, exported_dtype
 from megatron_sov.convert.growing import open_weights
 from megatron_sov.convert.hf_import import (
     carry, checked_source, copies_of, differing_copies, digest_of, ids_beside, move_chat_template,

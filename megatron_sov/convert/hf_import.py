@@ -29,8 +29,7 @@ from megatron_sov.checkpoint.sharded_tensors import (
     MAX_FILE_BYTES, Index, add_block, block_name, file_name, write_index)
 from megatron_sov.checkpoint.writer import Reader, TensorSpec, write_file
 from megatron_sov.convert import DEFAULT_WORKERS
-from megatron_sov.convert.dtypes import (
-    KEEP, check_dtype_name, check_space, convert_tensor, planned_dtype)
+from megatron_sov.convert.dtypes import KEEP, check_dtype_name, check_space, convert_tensor, planned_dtype
 from megatron_sov.convert.peft import AdaptedWeights
 from megatron_sov.convert.sources import PART, HfWeights, Weights, check_dtypes
 from megatron_sov.model.config import RunConfig
