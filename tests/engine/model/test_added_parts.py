@@ -140,7 +140,7 @@ def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
     for name, own in (("adapter", config), ("full", full)):
         learning = Learning(own)
         losses.append(learning.gradients())
-        lookup = ParameterLookup(list(learning.model.parameters()))
+        lookup = ParameterLookup(learning.model)
         gradients: dict[str, Any] = {}
         for block in local_shards(learning.model):
             parameter = lookup.find(block)

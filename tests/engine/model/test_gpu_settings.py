@@ -32,7 +32,8 @@ from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig, apply_s
 def test_each_recipe_has_the_librarys_names() -> None:
     assert library_settings(TrainConfig()) == {}
     assert library_settings(TrainConfig(fp8="blockwise", fp8_bf16_layers_at_end=2)) == {
-        "fp8": "e4m3", "fp8_recipe": "blockwise", "moe_router_padding_for_quantization": False}
+        "fp8": "e4m3", "fp8_recipe": "blockwise", "fp8_param": False,
+        "moe_router_padding_for_quantization": False}
     fp4 = library_settings(TrainConfig(fp8="nvfp4", fp8_pad_routed_tokens=True))
     assert (fp4["fp4"], fp4["fp4_recipe"]) == ("e2m1", "nvfp4")
     assert fp4["moe_router_padding_for_quantization"] and "fp8" not in fp4

@@ -20,7 +20,7 @@ def covered(layout: dict[str, Any]) -> dict[str, Any]:
     _, model = tiny_model("tiny-k-exaone", layout=layout)
     parameters = list(model.parameters())
     local = local_shards(model)
-    lookup = ParameterLookup(parameters)
+    lookup = ParameterLookup(model)
     found = {b.key: lookup.find(b) for b in local}
     with torch.no_grad():
         for p in parameters:

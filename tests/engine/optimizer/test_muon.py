@@ -41,7 +41,7 @@ def put_gradients(optimizer: Any, model: Any, seed: int) -> None:
 
     from megatron_sov.engine.model.local_shards import ParameterLookup, local_shards
 
-    lookup = ParameterLookup(list(model.parameters()))
+    lookup = ParameterLookup(model)
     for block in local_shards(model):
         parameter = lookup.find(block)
         if parameter is None:
