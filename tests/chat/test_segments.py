@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -98,14 +100,9 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 def parts(text: str, message: Message) -> list[tuple[str, str]]:
     """Return the runs of one kind: its letter and text."""
-    found: list[tuple[str, str]] = []
     kinds = kinds_of_turn(text, message)
-    for char, kind in zip(text, kinds, strict=True):
-        if found and found[-1][0] == LETTER[kind]:
-            found[-1] = (LETTER[kind], found[-1][1] + char)
-        else:
-            found.append((LETTER[kind], char))
-    return found
+    runs = groupby(zip(text, kinds, strict=True), key=lambda one: LETTER[one[1]])
+    return [(letter, "".join(char for char, _ in run)) for letter, run in runs]
 
 
 def said(content: str = "", reasoning: str = "", calls: int = 0) -> Message:
