@@ -41,7 +41,7 @@ from megatron_sov.post.policy import GROUPS_LEARNING, OLD, REFERENCE, RESPONSE_T
 from megatron_sov.post.reference import document_logprobs, files_sha256
 from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rounds
 from megatron_sov.post.rl.publish import further_pieces
-from megatron_sov.post.rl.requests import STEP_S, LiveServers, RequestQueue
+from megatron_sov.post.rl.requests import STEP_S, LiveServers, ResponseQueue
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
 from megatron_sov.rollouts.prompts import RolloutPrompt, SetAside, list_set_aside, round_prompts
@@ -360,7 +360,7 @@ class Producer:
     """What a second verifier has said so far, see `reward.second_opinions`."""
     servers: LiveServers | None = None
     """What writes in the place of the live model itself."""
-    _requests: RequestQueue | None = None
+    _requests: ResponseQueue | None = None
     _opinions: Opinions | None = None
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _judge: JudgeRows | None = None
@@ -418,11 +418,11 @@ class Producer:
             pass
         return dict(on_main(view.world, lambda: servers.meters))
 
-    def _queue(self, servers: LiveServers, rounds: range, asked_to_stop: Callable[[], bool]) -> RequestQueue:
+    def _queue(self, servers: LiveServers, rounds: range, asked_to_stop: Callable[[], bool]) -> ResponseQueue:
         if self._requests is None:
             assert servers.engine is not None and isinstance(self.writer, ResponseSource)
             policy_of = partial(policy_of_round, self.run, self.start, rollout=self.rollout)
-            self._requests = RequestQueue(
+            self._requests = ResponseQueue(
                 servers.engine, self.writer, self._desk(rounds, policy_of, asked_to_stop), None,
                 servers.engine.room)
         self._requests.desk.asked_to_stop = asked_to_stop

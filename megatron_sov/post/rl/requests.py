@@ -65,7 +65,7 @@ class AttemptUnderWay:
 
 
 @dataclass
-class RequestQueue:
+class ResponseQueue:
     """What is under way; of one process, which has the servers."""
 
     engine: ServerEngine
@@ -186,7 +186,7 @@ def write_by_requests(engine: ServerEngine, take: Take, source: ResponseSource, 
                       room: int) -> dict[str, Any]:
     """Write what is missing until nothing is, by checkpoints as they come; returns what `desk.summary`
     says."""
-    requests = RequestQueue(engine, source, desk, take, room)
+    requests = ResponseQueue(engine, source, desk, take, room)
     with work_bar("write", desk.missing.num_pieces, "piece") as bar:
         try:
             while requests.advance(STEP_S, lambda: True):

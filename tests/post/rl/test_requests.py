@@ -15,7 +15,7 @@ from megatron_sov.infer.engines.fleet import Fleet
 from megatron_sov.infer.engines.server_engine import ServerEngine
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import Missing, PieceQueue
-from megatron_sov.post.rl.requests import RequestQueue, write_by_requests
+from megatron_sov.post.rl.requests import ResponseQueue, write_by_requests
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.rollouts.prompts import RolloutPrompt, read_prompts
 from megatron_sov.rollouts.rows import LENGTH, UNFINISHED, Rollout, later
@@ -115,7 +115,7 @@ def test_a_server_that_dies_in_the_middle_costs_nothing_and_doubles_nothing(
         desks: Callable[..., Desk]) -> None:
     keepers = [DoubleKeeper(0.02), DoubleKeeper(0.02)]
     desk = desks(keepers, replace(ROLLOUT, rounds=1))
-    requests = RequestQueue(desk.engine, desk.source, desk.queue, desk.take, 4)
+    requests = ResponseQueue(desk.engine, desk.source, desk.queue, desk.take, 4)
     assert requests.advance(0.05, lambda: True)
     keepers[0].doubles[0].is_dead = True
     while requests.advance(1.0, lambda: True):
@@ -128,7 +128,7 @@ def test_a_stop_gives_the_claims_back_and_the_next_command_writes_the_rest(
     desk = desks([DoubleKeeper(0.05)], replace(ROLLOUT, rounds=1))
     asked: list[bool] = []
     desk.queue.asked_to_stop = lambda: bool(asked)
-    requests = RequestQueue(desk.engine, desk.source, desk.queue, desk.take, 4)
+    requests = ResponseQueue(desk.engine, desk.source, desk.queue, desk.take, 4)
     assert requests.advance(0.05, lambda: True)
     asked.append(True)
     assert not requests.advance(1.0, lambda: True)
@@ -141,7 +141,7 @@ def test_a_stop_gives_the_claims_back_and_the_next_command_writes_the_rest(
 def test_a_deadline_keeps_what_is_written_and_the_next_policy_goes_on(desks: Callable[..., Desk]) -> None:
     keeper, now_s = DoubleKeeper(0.4), [0.0]
     desk = desks([keeper], replace(ROLLOUT, rounds=1, deadline_s=10.0))
-    requests = RequestQueue(desk.engine, desk.source, desk.queue, desk.take, 8, lambda: now_s[0])
+    requests = ResponseQueue(desk.engine, desk.source, desk.queue, desk.take, 8, lambda: now_s[0])
     requests.advance(1.0, lambda: keeper.doubles[0].num_written < 6)
     now_s[0], keeper.doubles[0].token_s = 20.0, 0.01
     requests.advance(1.0, lambda: not desk.store.parts(1))
