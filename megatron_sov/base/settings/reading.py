@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -147,6 +148,15 @@ def problems_of(settings: Any) -> list[SettingsProblem]:
     return check(settings) or rules_of(settings)
 
 
+def _declared_types(made: Any) -> dict[str, Any]:
+    """Return the types of a class's own __init__, or of its fields; none where a name is not known."""
+    # fields too where there is an __init__: that of a dataclass does not know names of its base's module
+    for declared in (vars(made).get("__init__", made), made):
+        with contextlib.suppress(NameError, TypeError):
+            return get_type_hints(declared, include_extras=True)
+    return {}
+
+
 def read_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: str = "",
                    num_ours: int = 0) -> dict[str, Any]:
     """Return values for what a class or a function is made with, by the types that it declares.
@@ -165,12 +175,7 @@ def read_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: s
 
     taken = {name: p for name, p in [*inspect.signature(made).parameters.items()][num_ours:]
              if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    try:
-        # a class's types are those of its own __init__; without one, its fields'
-        declared = vars(made).get("__init__", made)
-        hints = get_type_hints(declared, include_extras=True)
-    except (NameError, TypeError):  # a name in them is not known here
-        hints = {}
+    hints = _declared_types(made)
     found: dict[str, Any] = {}
     problems = [unknown(name, taken) for name in given if name not in taken]
     for name, parameter in taken.items():

@@ -25,7 +25,7 @@ from megatron_sov.judge.rewards.reward import short
 from megatron_sov.judge.tools.environment import (
     InfrastructureFault, Observation, Task, ToolFault, ToolRefused)
 from megatron_sov.judge.tools.worlds.goals import AnsweredWorld
-from megatron_sov.judge.tools.worlds.openenv import no_address
+from megatron_sov.judge.tools.worlds.served import no_address
 from megatron_sov.sandbox.process_tree import ProcessTree
 from megatron_sov.version import __version__
 from megatron_sov.work.endpoints.transport import missing_libraries

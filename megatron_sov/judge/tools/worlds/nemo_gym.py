@@ -12,16 +12,13 @@ import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-from annotated_types import MinLen
+from typing import Any
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import Bound
 from megatron_sov.judge.rewards.reward import Score, short
 from megatron_sov.judge.tools.environment import (
-    InfrastructureFault, Observation, Task, ToolFault, ToolRefused, World, unknown)
-from megatron_sov.judge.tools.worlds.openenv import no_address
+    InfrastructureFault, Observation, Task, ToolFault, ToolRefused)
+from megatron_sov.judge.tools.worlds.served import ServedWorld
 from megatron_sov.work.endpoints.transport import missing_libraries
 
 PARAMETERS = "responses_create_params"
@@ -32,13 +29,8 @@ TIMEOUT_S = 600.0
 
 
 @dataclass
-class NemoGym(World):
+class NemoGym(ServedWorld):
     """One session of a resources server for each episode."""
-
-    url: Annotated[str, MinLen(1), Bound(no_address)]
-    """Address of the server, without a path."""
-    system: str = ""
-    """Rules for the model, where a task has none of its own."""
 
     def reset(self, task: Task) -> Observation:
         """Begin an episode in a session of its own."""
@@ -56,13 +48,8 @@ class NemoGym(World):
             raise UserError(f"the NeMo Gym server at {self.url} cannot be used: {e.reason}") from None
         return Observation(user, system or self.system)
 
-    def tools(self) -> list[dict[str, Any]]:
-        return self._tools
-
     def call(self, name: str, arguments: Mapping[str, Any]) -> str:
-        names = [tool["function"]["name"] for tool in self._tools]
-        if name not in names:
-            raise ToolFault("unknown_tool", unknown(name, names))
+        self.refuse_unknown(name)
         text = self._call(name, arguments)
         self.state["calls"].append([name, dict(arguments), text])
         return text

@@ -15,15 +15,13 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-from annotated_types import MinLen
+from typing import Any
 
 from megatron_sov.base.errors import UserError, how_to_install
-from megatron_sov.base.settings import Bound, Breach, ProblemCode
 from megatron_sov.judge.rewards.reward import Score, short
 from megatron_sov.judge.tools.environment import (
-    InfrastructureFault, Observation, Task, ToolFault, ToolRefused, World, unknown)
+    InfrastructureFault, Observation, Task, ToolFault, ToolRefused)
+from megatron_sov.judge.tools.worlds.served import ServedWorld
 
 STEP = "step"
 """Tool of an environment that has none of its own."""
@@ -35,25 +33,12 @@ _ARGUMENTS = ("VALIDATION_ERROR", "INVALID_JSON")
 """A server's codes for an action that is none."""
 
 
-def no_address(text: str) -> Breach | None:
-    return None if text.startswith(("http://", "https://")) else (
-        ProblemCode.RULE, "must be the address of a server", "such as http://localhost:8000")
-
-
 @dataclass
-class OpenEnv(World):
+class OpenEnv(ServedWorld):
     """One session of a server for each episode; a task has `question`, or `reset` with what the server's
     reset takes, such as a seed, or both."""
 
-    url: Annotated[str, MinLen(1), Bound(no_address)]
-    """Address of the server, without a path."""
-    system: str = ""
-    """Rules for the model, where a task has none of its own."""
-
     EXAMPLES = ({},)
-
-    def rules(self) -> str:
-        return self.system
 
     def reset(self, task: Task) -> Observation:
         """Begin an episode in a session of its own."""
@@ -71,13 +56,8 @@ class OpenEnv(World):
             raise UserError("the task's question and system must be texts")
         return Observation(question, system)
 
-    def tools(self) -> list[dict[str, Any]]:
-        return self._tools
-
     def call(self, name: str, arguments: Mapping[str, Any]) -> str:
-        names = [tool["function"]["name"] for tool in self._tools]
-        if name not in names:
-            raise ToolFault("unknown_tool", unknown(name, names))
+        self.refuse_unknown(name)
         if self.state["done"]:
             raise ToolRefused("the episode is over; answer")
         action = dict(arguments) if not self._has_tools else {

@@ -427,3 +427,8 @@ def test_an_answer_over_http_is_read_as_it_comes(serve: Serve) -> None:
 def test_a_command_or_an_address_is_needed(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         make(order("mcp", settings))
+
+
+def test_settings_that_a_world_inherits_are_held_to_their_types() -> None:
+    with pytest.raises(UserError, match=r"system = 3 must be text"):
+        make(order("nemo_gym", {"url": "http://localhost:9", "system": 3}))
