@@ -60,10 +60,12 @@ def since(began):
 times = {"generate": [], "step": [], "tokens": []}
 '''
 TRL_SCRIPT = CLOCK + '''
-import torch
-import trl.import_utils
+from importlib import import_module
 
-trl.import_utils.is_vllm_available = lambda min_version=None: False  # nothing is imported from vLLM
+import torch
+
+# nothing is imported from vLLM
+import_module("trl.import_utils").is_vllm_available = lambda min_version=None: False
 from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, TrainerCallback

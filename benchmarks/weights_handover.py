@@ -16,8 +16,10 @@ then does with them is not in it.
 Seconds from the call to the moment at which both receivers have everything; a plain copy of the same bytes
 in memory stands beside it.  The checkpoint has the weights alone, no optimizer.
 
-Behind that stands an account of larger models in bf16, which no one has run: bytes over the speeds that are
-named there.
+Behind that stands an account of larger models in bf16, which nobody has run: their bytes over speeds of
+links (slurm/chips.yaml, without any loss) and over what `megatron-sov plan` takes for a whole update, which
+is fitted to NeMo RL's.  With files one process gathers everything and writes it, engines read it from its
+memory: that is bound by the copies of one process, as measured above, and not by links.
 """
 
 from __future__ import annotations
@@ -44,6 +46,10 @@ from megatron_sov.engine.parallel import cpu_shims, launcher
 RECIPE = "tiny-qwen3"
 RECEIVERS, RANKS = 2, 2
 LAYOUTS = {"tp": ["parallel.tp=2"], "dp": []}
+ACCOUNT = {"solar-open-102b": 102.65e9, "k-exaone-236b": 236.57e9}
+"""Recipe -> parameters."""
+ACCOUNT_CHIPS = ("h100", "b200")
+"""Whose network is told: each engine of 8 takes the whole model over its 8 adapters, all at the same time."""
 
 
 def sizes(layers: int) -> list[str]:
@@ -147,8 +153,8 @@ def measure(settings: list[str], turns: int, pipes: list[Connection], told: Path
     world.leave()
 
 
-def show(layout: str, told: dict[str, Any]) -> None:
-    """Print what was measured at one layout."""
+def show(layout: str, told: dict[str, Any]) -> float:
+    """Print what was measured at one layout; returns the bytes a second of the way over files."""
     size_bytes = told["size_bytes"]
     seconds = {way: statistics.median(s) for way, s in told["seconds"].items()}
     copy_s = seconds.pop("copy") * size_bytes / told["copy_bytes"]
@@ -161,6 +167,25 @@ def show(layout: str, told: dict[str, Any]) -> None:
         print(f"  {way:<16}{took_s:>8.2f} s  {size_bytes / 1e9 / took_s:>6.2f} GB/s  "
               f"{took_s / copy_s:>6.1f} copies  {moved[way]}")
     print(f"  files / disk    {seconds['files'] / seconds['disk']:>8.2f}", flush=True)
+    return float(size_bytes / seconds["files"])
+
+
+def show_account(bytes_per_s: float) -> None:
+    """Print what larger models take, by account, given the speed of the way over files."""
+    from megatron_sov.plan.post_training import EngineCosts
+    from megatron_sov.work.clusters.chips import CHIPS
+
+    costs = EngineCosts()
+    print("\nBy account, bf16, seconds; files: at the speed above, of this machine under its load")
+    print(f"{'':<18}{'GB':>6}{'files':>8}{'plan, same GPUs':>17}{'plan, GPUs apart':>18}"
+          + "".join(f"{f'network of 8 {key}':>20}" for key in ACCOUNT_CHIPS))
+    for name, parameters in ACCOUNT.items():
+        size_bytes = 2 * parameters
+        print(f"{name:<18}{size_bytes / 1e9:>6.0f}{size_bytes / bytes_per_s:>8.0f}"
+              f"{size_bytes / costs.refit_bytes_per_s:>17.1f}"
+              f"{size_bytes / costs.refit_apart_bytes_per_s:>18.1f}"
+              + "".join(f"{size_bytes / (8 * CHIPS[key].network_bytes_per_s):>20.2f}"
+                        for key in ACCOUNT_CHIPS))
 
 
 def main() -> int:
@@ -178,7 +203,7 @@ def main() -> int:
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work (load "
           f"{os.getloadavg()[0]:.1f} at the start), Python {platform.python_version()}; {RANKS} ranks of one "
           f"thread, {RECEIVERS} receivers, medians of {args.turns} turns", flush=True)
-    code = 0
+    code, bytes_per_s = 0, 0.0
     with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as stack:
         for pipe, _ in pairs:
             stack.callback(pipe.send, None)
@@ -187,7 +212,9 @@ def main() -> int:
             code = code or launcher.launch(partial(measure, [*sizes(args.layers), *settings], args.turns,
                                                    [pipe for pipe, _ in pairs], told), RANKS, num_threads=1)
             if not code:
-                show(layout, json.loads(told.read_text()))
+                bytes_per_s = show(layout, json.loads(told.read_text()))
+    if not code:
+        show_account(bytes_per_s)
     print(f"load {os.getloadavg()[0]:.1f} at the end")
     return code
 
