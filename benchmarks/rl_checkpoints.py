@@ -2,9 +2,9 @@
 
     python benchmarks/rl_checkpoints.py --start RUN --prompts FILE.jsonl [--rounds 20] [--set key=value] ...
 
-The same `rl run` at three rhythms: a checkpoint behind each round that is waited for, one behind each round in
-the background, and one in ten rounds.  The runs take turns, a run of each rhythm after the other, so that what
-else the machine does falls on all alike.  Told are the seconds from round to round, and what lies on the disk.
+The same `rl run` at three rhythms: a checkpoint behind each round that is waited for, one behind each round
+in the background, and one in ten rounds.  The runs take turns, a run of each rhythm after the other, so that
+what else the machine does falls on all alike.  Told are the seconds from round to round.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_sov.runs.obs.events import read_events
@@ -38,7 +39,7 @@ def times(args: argparse.Namespace, run: Path, arm: tuple[str, ...]) -> list[flo
                     *(word for setting in settings for word in ("--set", setting))],
                    check=True, stderr=subprocess.DEVNULL)
     began = [event["time_s"] for event in read_events(run / "events.jsonl") if event["event"] == "round"]
-    return [after - before for before, after in zip(began, began[1:], strict=False)]
+    return [after - before for before, after in pairwise(began)]
 
 
 def main() -> int:

@@ -264,12 +264,12 @@ def refuse_too_long(rollout: RolloutConfig, environment: AskedEnvironment | None
         UserError: they may.
     """
     turn = "" if environment is None else " and a turn's max_turn_tokens"
-    check_length(start, _longest(rollout, environment), f"rollout.max_prompt_tokens = "
+    check_length(start, longest_of(rollout, environment), f"rollout.max_prompt_tokens = "
                  f"{rollout.max_prompt_tokens}, rollout.max_new_tokens = {rollout.max_new_tokens}{turn}",
                  "lower them")
 
 
-def _longest(rollout: RolloutConfig, environment: AskedEnvironment | None) -> int:
+def longest_of(rollout: RolloutConfig, environment: AskedEnvironment | None) -> int:
     # of a turn an engine is asked for the whole length that one may have, whatever is left of the episode
     more = 0 if environment is None else environment.limits.max_turn_tokens
     return rollout.max_prompt_tokens + rollout.max_new_tokens + more
@@ -314,7 +314,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
         return write_rounds(engine, take, held, writer, desk)
 
     found: dict[str, Any] | None = run_policies(
-        engine_name, start, work, longest=_longest(rollout, environment),
+        engine_name, start, work, longest=longest_of(rollout, environment),
         batching=Batching(args.batch_size), settings=args.engine_set, nproc=args.nproc,
         option=ENGINE_SET, with_routes=config.policy.router_replay,
         places=None if engine_name != VLLM else args.places(args.run))
@@ -564,7 +564,7 @@ def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveS
 
     # a Hugging Face folder is what the servers load; of a checkpoint they get one
     return LiveServers(args.start_from, args.run, server_settings(args.engine_set, ENGINE_SET),
-                       args.places(args.run).urls, _longest(config.rollout, None), start.vocab_size,
+                       args.places(args.run).urls, longest_of(config.rollout, None), start.vocab_size,
                        config.policy.router_replay)
 
 
