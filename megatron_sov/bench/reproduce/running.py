@@ -213,7 +213,7 @@ def run_step(folder: Path, words: Sequence[str]) -> None:
 
 def _refuse_failure(folder: Path, words: Sequence[str], code: int) -> None:
     if code != ExitCode.OK:
-        said = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
+        said = (folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")[-1 - SHOWN_LINES:]
         raise UserError(f"{folder / LOG}: `{shlex.join(words[:2])}` ends with exit code {code}: "
                         f"{' '.join(said).strip()}; mend that, and the same command goes on")
 
@@ -227,7 +227,7 @@ def read_figure(folder: Path, measure: Measure) -> float:
     file = folder / measure.file
     try:
         text = file.read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else [
+        rows = [json.loads(line) for line in text.split("\n") if line] if file.suffix == ".jsonl" else [
             json.loads(text)]
         if measure.event:
             rows = [row for row in rows if row.get("event") == measure.event][-1:]

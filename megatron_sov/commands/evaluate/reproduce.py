@@ -14,9 +14,8 @@ from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, num_cores, read_options
 from megatron_sov.bench.reproduce.claims import ClaimsFile, find_file, read_claims, register
-from megatron_sov.bench.reproduce.page import PAGE, Judged, judge, page, result, rows
 from megatron_sov.bench.reproduce.running import RESULTS, Order
-from megatron_sov.bench.reproduce.verdict import Outcome
+from megatron_sov.bench.reproduce.verdict import PAGE, Judged, Outcome, judge, page, result, rows
 from megatron_sov.work.progress.jobs import run_job, run_share
 from megatron_sov.work.progress.journal import begin_journal, done_items, slurm_folder
 from megatron_sov.work.progress.progress_bar import work_bar
