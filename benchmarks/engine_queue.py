@@ -18,7 +18,7 @@ The width is not published with them.  It is 0.99 on the log scale: a 99th perce
   one      no distribution: all responses have 1,000 tokens, one in the middle of each round 50,000
 
   turns    `rollout.max_staleness` 0: engines wait while the trainer learns, and for the longest response
-  ahead N  `rollout.max_staleness` N: the next rounds are written meanwhile
+  ahead 1  `rollout.max_staleness` 1: the next round is written meanwhile
 
   with work   share of the engines' time with at least one response under way
   full        share of their places (32 each) that were taken
@@ -315,7 +315,6 @@ def ways() -> Iterator[tuple[str, int]]:
     """Yield names and `max_staleness`."""
     yield "turns", 0
     yield "ahead 1", 1
-    yield "ahead 2", 2
 
 
 def show(work: Path, name: str, rounds: int) -> bool:
