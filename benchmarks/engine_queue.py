@@ -348,8 +348,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=6, help="of each (default %(default)s)")
     parser.add_argument("--lengths", nargs="+", choices=[*LENGTHS, "one"], default=[*LENGTHS, "one"])
     args = parser.parse_args()
-    print(f"{args.rounds} rounds of {PROMPTS} prompts with {SAMPLES} responses, {ENGINES} engines of "
-          f"{PLACES} places, all times simulated but the queue's own CPU seconds for a round\n\n"
+    print(f"{args.rounds} rounds of {PROMPTS} prompts with {SAMPLES} responses, {ENGINES} engines of 8 GPUs "
+          f"and {PLACES} places on half of 512 GPUs, all times simulated but the queue's own CPU seconds "
+          "for a round\n\n"
           f"{'lengths':<8}{'way':<9}{'s/step':>8}{'of turns':>10}{'with work':>11}{'full':>8}{'tokens':>8}"
           f"{'queue CPU s':>12}")
     # many small parts are synced: in memory that costs nothing
