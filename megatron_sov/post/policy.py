@@ -37,6 +37,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import Aggregation, PolicyConfig, PolicyParts, Ratio
 from megatron_sov.post.sft import Responses, learned, responses_of
 from megatron_sov.runs.obs.meters import Meter
+from megatron_sov.runs.obs.validation import VALIDATION
 from megatron_sov.train.data.requirements import NeededColumn
 from megatron_sov.train.data.rounds import SOURCE
 from megatron_sov.train.data.token_shards import TEXTS, Source, open_sources
@@ -316,7 +317,8 @@ class PolicyLearning(DataObjective):
 
     formats = (ROLLOUTS,)
     comparable_loss = False
-    headline = (Meter(REWARD, better="higher"), Meter(RESPONSE_TOKENS, "response length", "tokens"),
+    headline = (Meter(REWARD, better="higher", heldout=f"{VALIDATION}.reward"),
+                Meter(RESPONSE_TOKENS, "response length", "tokens"),
                 Meter(GROUPS_LEARNING, "groups that learn", "share", "higher"))
 
     def __init__(self, context: ObjectiveContext) -> None:

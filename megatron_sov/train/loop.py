@@ -255,5 +255,8 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
             trainer.save()
     trainer.profiling.close(trainer.step)
     checkpointer.finish()
+    if (missing := trainer.conclude(stop)) is not None:
+        recorder.stopped(trainer.step, missing)
+        return False
     recorder.ended(trainer.step, trainer.wall_s(), result.loss if result is not None else None)
     return True
