@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from megatron_sov.engine.parallel.world import on_main
 from megatron_sov.eval.pass_at_k import JudgedItem
@@ -25,9 +25,6 @@ from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.validation import OF_ROUND, RESPONSES, VALIDATION, told_validation
 from megatron_sov.train.stages.feed import FeedView
-
-if TYPE_CHECKING:
-    from megatron_sov.post.rl.feed import Producer
 
 MAX_TABLES = 100
 """Of a run's rounds, and of its validations: those of which samples are told."""
@@ -132,13 +129,33 @@ def validation_figures(store: RolloutStore, number: int, version: str, right_fro
         **whole.plain(), "domains": {name: found.plain() for name, found in sorted(domains.items()) if name}}
 
 
+class Asking(Protocol):
+    """Writes and judges rounds of a store: `feed.Producer`."""
+
+    version: str
+    """Of the reward."""
+
+    @property
+    def store(self) -> Callable[[], RolloutStore]:
+        """Return what opens the store, or makes it."""
+        ...
+
+    def produce(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> Mapping[str, float]:
+        """Write and judge what is missing of a round; returns figures for its event."""
+        ...
+
+    def close(self) -> None:
+        """End what is at work."""
+        ...
+
+
 @dataclass
 class Validation:
     """Validates a run's policies; one object on each process, all of which call it together."""
 
     run: Path
     """The run's folder."""
-    asking: Producer
+    asking: Asking
     """Writes and judges the rounds of its store."""
     rollout: RolloutConfig
     """Of the run."""
