@@ -193,8 +193,8 @@ class Publisher:
             why = next((f", the first because {said.reason}" for part in gathered.parts
                         for said in self._opened.read_rewards(self.reward_version, part.name)
                         if said.reward is None and said.reason), "")
-            raise UserError(f"{self.store}: no response of round {gathered.number} has a reward ({told}{why}); "
-                            "mend what the reward runs on, and have it judge again behind `megatron-sov rl "
+            raise UserError(f"{self.store}: no response of round {gathered.number} has a reward ({told}{why})"
+                            "; mend what the reward runs on, and have it judge again behind `megatron-sov rl "
                             f"store gc {self.store} --version {self.reward_version}`")
 
     def _warn_of_other_policies(self, gathered: Gathered) -> None:
