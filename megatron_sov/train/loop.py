@@ -219,6 +219,8 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
     trainer.announce()
     while not trainer.finished:
         if (missing := trainer.bring_data(stop)) is not None:
+            if not trainer.is_saved:
+                trainer.save()
             return _stopped(trainer, missing)
         guards.watchdog.begin(trainer.step + 1)
         trainer.profiling.before_step(trainer.step + 1)

@@ -24,6 +24,7 @@ from megatron_sov.rollouts.rows import RewardRow, Rollout, domain_of
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.validation import OF_ROUND, RESPONSES, VALIDATION, told_validation
+from megatron_sov.runs.rounds import Policy
 from megatron_sov.train.stages.feed import FeedView
 
 MAX_TABLES = 100
@@ -140,7 +141,8 @@ class Asking(Protocol):
         """Return what opens the store, or makes it."""
         ...
 
-    def produce(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> Mapping[str, float]:
+    def produce(self, view: FeedView, number: int, policy: Policy, asked_to_stop: Callable[[], bool]
+                ) -> Mapping[str, float]:
         """Write and judge what is missing of a round; returns figures for its event."""
         ...
 
@@ -167,12 +169,14 @@ class Validation:
     _told: set[int] | None = None
     """Steps whose policies are validated; read on the first process."""
 
-    def validate(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> str | None:
+    def validate(self, view: FeedView, number: int, policy: Policy, asked_to_stop: Callable[[], bool]
+                 ) -> str | None:
         """Validate the policy that is to write a round, where that is due and not done.
 
         Args:
             view: the run, whose model is the policy.
             number: of the round, from 1; one more than there are: the last policy.
+            policy: that the model is.
             asked_to_stop: looked at behind each piece and each part that is judged.
 
         Returns:
@@ -180,7 +184,7 @@ class Validation:
         """
         if not self._is_due(number) or on_main(view.world, partial(self._is_told, view.step)):
             return None
-        seconds = self.asking.produce(view, number, asked_to_stop)
+        seconds = self.asking.produce(view, number, policy, asked_to_stop)
         told: str | None = on_main(view.world, partial(self._tell, view, number, seconds))
         return told
 

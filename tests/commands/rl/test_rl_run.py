@@ -19,9 +19,11 @@ import pytest
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.cli import main
+from megatron_sov.model.config import RolloutConfig
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import read_events
+from megatron_sov.runs.rounds import Policy, policy_of_round
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from rl_reward import Exact
@@ -29,8 +31,9 @@ from rl_reward import Exact
 REWARD = Path(__file__).parents[3] / "benchmarks/rl_reward.py"
 SETTINGS = ("rollout.rounds=3", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
             "rollout.piece_prompts=2", "rollout.max_new_tokens=6", "rollout.max_prompt_tokens=8",
-            "policy.method=dr_grpo", 'data.phases=[{"name": "main", "seq_len": 32}]', "optim.lr=1e-2",
-            "optim.warmup_steps=0", "train.eval_every_steps=0", "model.hidden_size=48")
+            "rollout.steps_per_round=2", "train.checkpoint_every_steps=4", "policy.method=dr_grpo",
+            'data.phases=[{"name": "main", "seq_len": 32}]', "optim.lr=1e-2", "optim.warmup_steps=0",
+            "train.eval_every_steps=0", "model.hidden_size=48")
 Command = Callable[..., list[str]]
 
 
@@ -82,7 +85,7 @@ def losses(run: Path) -> list[tuple[float, float]]:
 
 def weights(run: Path) -> dict[str, str]:
     """Return the digests of the last step's weights."""
-    return {name: record.digest for name, record in read_manifest(run / "checkpoints/step-3").files.items()
+    return {name: record.digest for name, record in read_manifest(run / "checkpoints/step-6").files.items()
             if name.endswith(".safetensors")}
 
 
@@ -120,39 +123,48 @@ def killed_while_it_writes(claim: Path) -> Iterator[list[int]]:
 
 @pytest.fixture(scope="module")
 def killed(folder: Path, command: Command, run_command: Any) -> Path:
-    """Return the same run, validated, and killed between rounds, inside of a piece and of a validation."""
+    """Return the same run, validated, and killed inside of round 1, while the first checkpoint is written,
+    while round 3 is, inside of it, and while the last policy is validated."""
     with (killed_while_it_writes(folder / "killed-store/claims/round-0003-piece-0001/1.json") as first,
           killed_while_it_writes(folder / "killed/validation/claims/round-0004-piece-0000/1.json") as last):
-        done = run_command(*command("killed", "--plain", "--workers", "1", "--inject", "kill@step=2",
-                                    *validated(folder)))
+        done = run_command(*command("killed", "--plain", "--workers", "1", "--inject",
+                                    "kill@step=2,kill@save=4,kill@step=6", *validated(folder)))
     assert done.returncode == 0 and first and last, done.stderr
     asked = f"--validation {folder / 'heldout.jsonl'}"
     assert f"{asked}: 1 of 7 prompts are asked in training too (line 7); they are left out" in done.stderr
     assert f"{asked}: 1 of 6 prompts are set aside: 1 longer than rollout.max_prompt_tokens" in done.stderr
+    assert "were begun by policy" not in done.stderr
     return folder / "killed"
 
 
 @pytest.mark.distributed
-def test_kills_and_validations_change_no_bit(whole: Path, killed: Path, folder: Path) -> None:
+def test_kills_with_and_without_a_checkpoint_and_validations_change_no_bit(whole: Path, killed: Path,
+                                                                           folder: Path) -> None:
+    assert [e["step"] for e in events(whole, "checkpoint")] == [4, 6], "not one for each round"
     # what a dead process has claimed is not waited for: rollout.lease_s is ten minutes
-    assert [e["step"] for e in events(killed, "restart")] == [1, 2, 3]
-    assert losses(folder / "killed") == losses(whole) and len(losses(whole)) == 3
+    assert [e["step"] for e in events(killed, "restart")] == [0, 0, 4, 4, 6]
+    assert losses(folder / "killed") == losses(whole) and len(losses(whole)) == 6
     assert weights(folder / "killed") == weights(whole) and weights(whole)
     for ours, theirs in zip(rows(folder / "killed-store"), rows(folder / "whole-store"), strict=True):
+        # of the same policies, which no checkpoint tells apart
+        assert ours.key == theirs.key and ours.versions.tolist() == theirs.versions.tolist()
         assert ours.tokens.tolist() == theirs.tokens.tolist()
         assert ours.logprobs.tolist() == theirs.logprobs.tolist()
+    published = [{name: record.digest for name, record in read_manifest(run / "rounds" / name).files.items()}
+                 for run in (whole, folder / "killed") for name in ("0001", "0002", "0003")]
+    assert published[:3] == published[3:]
     assert main(["rl", "store", "verify", str(folder / "killed-store")]) == 0
 
 
 @pytest.mark.distributed
 def test_each_policy_is_validated_once_under_the_runs_own_reward(killed: Path) -> None:
     told = events(killed, "validation")
-    assert [e["step"] for e in told] == [0, 1, 2, 3], "no validation is done again behind a kill"
+    assert [e["step"] for e in told] == [0, 2, 4, 6], "no validation is done again behind a kill"
     answers = rows(killed / "validation")
     assert [(row.round, set(row.versions.tolist()), row.temperature) for row in answers] == [
-        (step + 1, {step}, 0.5) for step in range(4) for _ in range(10)]
+        (number + 1, {2 * number}, 0.5) for number in range(4) for _ in range(10)]
     for event in told:
-        own = [row for row in answers if row.round == event["step"] + 1]
+        own = [row for row in answers if row.round == event["round"]]
         rewards = np.array([Exact(1).score({**row.record, "response": row.response}) for row in own])
         by_prompt = rewards.reshape(5, 2)  # a prompt's samples lie together
         assert event["reward"] == pytest.approx(rewards.mean())
@@ -164,7 +176,7 @@ def test_each_policy_is_validated_once_under_the_runs_own_reward(killed: Path) -
         assert event["response_tokens"] == np.mean([len(row.tokens) for row in own])
         assert event["truncated"] == np.mean([row.finish_reason == "length" for row in own])
     sampled = events(killed, "responses")
-    assert {e["step"] for e in sampled if e["of"] == "round"} == {0, 1, 2}
+    assert {e["step"] for e in sampled if e["of"] == "round"} == {0, 2, 4}
     assert len({row["prompt"] for row in sampled[0]["rows"]}) == 5, "the first sample of each prompt first"
 
 
@@ -198,15 +210,27 @@ def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
     (second,) = set(store.versions()) - {first}
     assert [e["reward_version"][:len(second)] for e in events(folder / "other", "round")] == [second] * 3
     assert losses(folder / "other") != losses(whole)
+    assert "responses of round 2 were begun by policy" in done.stderr
     # a run that writes nothing itself makes the same of the same rounds
     done = run_command(*command("trained", store="whole-store", word="train"))
     assert done.returncode == 0, done.stderr
     assert losses(folder / "trained") == losses(whole) and weights(folder / "trained") == weights(whole)
+    # it is the same policies, and leaves a checkpoint of each
+    assert "were begun by policy" not in done.stderr
+    assert [e["step"] for e in events(folder / "trained", "checkpoint")] == [2, 4, 6]
+    begun = {row.written_versions[0]: row.key.policy for row in rows(folder / "whole-store")}
+    rollout = RolloutConfig(steps_per_round=2, max_staleness=1)
+    found = policy_of_round(folder / "trained", folder / "none", 4, rollout)
+    assert found is not None and found.step == 6 and set(begun) == {0, 2, 4}
+    shutil.rmtree(found.path)
+    assert policy_of_round(folder / "trained", folder / "none", 4, rollout) == Policy(
+        folder / "trained/checkpoints/step-4", 4, begun[4])
 
 
 def test_a_policy_may_write_several_rounds_at_once_and_its_tokens_find_their_experts_again(
         folder: Path, command: Command, run_command: Any) -> None:
     done = run_command(*command("stale", "--plain", "--workers", "1", "--set", "rollout.max_staleness=1",
+                                "--set", "rollout.steps_per_round=1",
                                 "--set", "policy.router_replay=true", "--set", "policy.method=gspo",
                                 "--set", "train.precision=bf16"))
     assert done.returncode == 0, done.stderr

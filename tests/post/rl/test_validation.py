@@ -13,8 +13,10 @@ from megatron_sov.model.config import RolloutConfig
 from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, part_name
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import EventLog
+from megatron_sov.runs.rounds import Policy
 
 VERSION = "0123456789abcdef"
+POLICY = Policy(Path("run"), 0, "0" * 64)
 REWARDS = {"a": (1.0, 0.0), "b": (0.0, 0.0), "c": (1.0, None)}
 
 
@@ -51,7 +53,7 @@ def validation_of(store: RolloutStore, every: int = 2, num_responses: int = 6) -
 
     asked: list[int] = []
 
-    def produce(view: Any, number: int, asked_to_stop: Any) -> dict[str, float]:
+    def produce(view: Any, number: int, policy: Any, asked_to_stop: Any) -> dict[str, float]:
         asked.append(number)
         return {"write_s": 2.0}
 
@@ -62,7 +64,7 @@ def validation_of(store: RolloutStore, every: int = 2, num_responses: int = 6) -
 
 def test_figures_are_of_all_responses_and_of_each_domain(store: RolloutStore, view: Any) -> None:
     validation, _ = validation_of(store)
-    assert validation.validate(view, 1, lambda: False) is None
+    assert validation.validate(view, 1, POLICY, lambda: False) is None
     (name, samples), (event, told) = view.told
     assert event == "validation" and told["statuses"] == {"scored": 5, "timeout": 1}
     # a prompt counts once, whatever share of its responses has a reward
@@ -86,19 +88,19 @@ def test_policies_are_validated_when_it_is_due_and_once(store: RolloutStore, vie
         monkeypatch.setattr(validation, "_tell", lambda *_: None)
         for number in range(1, 7):
             view.step = number - 1
-            assert validation.validate(view, number, lambda: False) is None
+            assert validation.validate(view, number, POLICY, lambda: False) is None
         assert asked == due
     log = EventLog(store.path.parent / "events.jsonl")
     log.write("validation", step=0)  # before the run was killed
     log.close()
     again, asked = validation_of(store)
     view.step = 0
-    assert again.validate(view, 1, lambda: False) is None and asked == [] and not view.told
+    assert again.validate(view, 1, POLICY, lambda: False) is None and asked == [] and not view.told
 
 
 def test_a_validation_that_was_stopped_ends_the_run_and_is_not_told(store: RolloutStore, view: Any) -> None:
     validation, asked = validation_of(store, num_responses=8)
-    assert validation.validate(view, 1, lambda: True) == (
+    assert validation.validate(view, 1, POLICY, lambda: True) == (
         "asked to stop while validating the policy of step 0: 6 of 8 responses are judged")
     assert asked == [1] and not view.told
 
