@@ -180,7 +180,7 @@ def run_steps(folder: Path, commands: Sequence[str], places: Mapping[str, str]) 
         for number, command in enumerate(commands):
             if number not in journal.done:
                 began_s = time.monotonic()
-                run_step(folder, fill(command, places | {"here": str(folder)}))
+                run_step(folder, fill(command, {**places, "here": str(folder)}))
                 journal.add([(number, to_json({"seconds": time.monotonic() - began_s}).encode())])
     finally:
         journal.close()

@@ -115,8 +115,8 @@ def run(args: argparse.Namespace) -> int:
     found: dict[str, dict[int, dict[str, dict[str, float]]]] = {}
     with work_bar("reproduce", len(order.items()), "seed") as bar:
         # what is done stands in the seeds' own folders, so that one may ask for other claims next
-        run_job(order.job(options.workers, lambda all_of: (found.update(all_of), shared.publish(all_of)),
-                          lambda item: bar.update(1)), redo=True)
+        run_job(order.job(options.workers, found.update, lambda item: bar.update(1)), redo=True)
+    shared.publish(found)
     judged = [judge(options.output, c, found[c.name]) for c in registered]
     _print(judged)
     print(f"{options.output / PAGE}: opens in any browser without a network")
