@@ -76,7 +76,7 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
     Raises:
         UserError: a rank's GPU cannot be used, is another one's as well, or has too little free memory.
     """
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import tensor_parallel
 
     # the library calls torch by names that newer versions replace; nobody who trains can mend that
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
@@ -94,6 +94,13 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
     make_groups(parallel)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     cpu_shims.mend()
+    return own_place(rank, size)
+
+
+def own_place(rank: int, size: int) -> ParallelWorld:
+    """Return this process's place in the groups that it is in."""
+    from megatron.core import parallel_state
+
     return ParallelWorld(
         rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),

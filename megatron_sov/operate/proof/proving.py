@@ -1,0 +1,264 @@
+"""A step of a layout beside the same step of one process, number for number."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from megatron_sov.engine.model.local_shards import LocalShard, local_shards
+from megatron_sov.engine.parallel.simulated_world import CallSite, Meddle, SimulatedRanks, Standstill
+from megatron_sov.engine.parallel.world import ParallelWorld
+from megatron_sov.model.config import ParallelConfig, RunConfig
+from megatron_sov.operate.proof.miniature import Miniature
+from megatron_sov.operate.proof.observing import Observed, first_difference, joined, observe
+from megatron_sov.post.sft import SupervisedFineTuning
+from megatron_sov.runs.folder import RunFolder
+from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.objectives.data_objective import LanguageModelling
+from megatron_sov.train.trainer import Trainer
+
+STEPS = 2
+"""The second shows that what the first has left, weights and counters, is what all continue with."""
+TOLERANCE = 1e-9
+"""Of a tensor's largest number.  Sums in another order are some 1e-15 apart in float64, and a fault of the
+layout, of which every number is a part, is not below 1e-6."""
+OBJECTIVES: dict[str, Any] = {"lm": LanguageModelling, "sft": SupervisedFineTuning}
+EQUAL, DIFFERS, STANDS = "equal", "differs", "stands still"
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What one process has after its steps."""
+
+    numbers: list[dict[str, float]]
+    """Of each step."""
+    tensors: list[dict[str, torch.Tensor]]
+    """Of each step: weights and states of the optimizer, whole."""
+    observed: Observed
+
+
+@dataclass
+class Verdict:
+    """What a comparison found."""
+
+    outcome: str
+    """`EQUAL`, `DIFFERS` or `STANDS`."""
+    num_ranks: int
+    largest: float = 0.0
+    """Largest difference of a number that was compared, relative."""
+    places: list[str] = field(default_factory=list)
+    """What differs, what comes first in a step first."""
+    sites: list[str] = field(default_factory=list)
+    """What is sent where the first difference is."""
+    compared: dict[str, int] = field(default_factory=dict)
+    """Kind -> how many."""
+    messages: int = 0
+    """Calls of collectives and messages, by all processes together."""
+    seconds: float = 0.0
+
+
+def prove(small: Miniature, meddle: Meddle | None = None, told: Callable[[str], None] = lambda text: None
+          ) -> Verdict:
+    """Play two steps of a run's layout in this process, and compare them with one process'.
+
+    Args:
+        small: the run.
+        meddle: does calls in another way (a fault on purpose).
+        told: of how far it is.
+    """
+    began_s = time.monotonic()
+    torch.autograd.set_multithreading_enabled(False)
+    with _one_thread(), _doubles_are_floats():
+        told("one process")
+        [whole] = SimulatedRanks(1).run(ParallelConfig(), lambda place: _play_whole(small.alone(), place))
+        told(f"{small.num_ranks} processes")
+        verdict = _compare(small, whole, meddle)
+    verdict.seconds = time.monotonic() - began_s
+    return verdict
+
+
+def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
+    ranks = SimulatedRanks(small.num_ranks, meddle)
+    comparing = _Comparing(whole, exclusive=small.config.parallel.zero1)
+    observed: list[Observed | None] = [None] * small.num_ranks
+
+    def noted(rank: int, site: CallSite) -> None:
+        if (own := observed[rank]) is not None:
+            own.sites[own.part][site] = None
+
+    def play(place: ParallelWorld) -> list[dict[str, float]]:
+        trainer = _trainer(small.config, place)
+        observed[place.rank] = observe(trainer.model)
+        steps = []
+        for step in range(STEPS):
+            steps.append(_step(trainer))
+            comparing.add(step, trainer, place)
+        return steps
+
+    ranks.watch = noted
+    try:
+        found = ranks.run(small.config.parallel, play)
+    except Standstill as e:
+        return Verdict(STANDS, small.num_ranks, float("inf"), [str(e)])
+    seen = [one for one in observed if one is not None]
+    verdict = Verdict(EQUAL, small.num_ranks, comparing.largest)
+    _compare_numbers(whole, found, verdict)
+    for kind in ("forward", "backward"):
+        place = first_difference(getattr(whole.observed, kind), joined(seen, kind), TOLERANCE)
+        if place is not None:
+            verdict.places.append(f"{kind} of {place}")
+    verdict.places += comparing.differing()
+    if verdict.places:
+        verdict.outcome = DIFFERS
+        first = verdict.places[0].removeprefix("step 1: ")
+        verdict.sites = sorted({str(site) for one in seen for part, sites in one.sites.items()
+                                if part.rpartition(" of ")[2] == first.rpartition(" of ")[2]
+                                for site in sites})
+    verdict.messages = sum(ranks.sites.values())
+    verdict.compared |= {"modules": len(whole.observed.forward), "tensors": len(comparing.apart)}
+    return verdict
+
+
+def _compare_numbers(whole: Whole, found: list[list[dict[str, float]]], verdict: Verdict) -> None:
+    apart: dict[str, float] = {}
+    for rank, steps in enumerate(found):
+        for step, (expected, numbers) in enumerate(zip(whole.numbers, steps, strict=True), 1):
+            for name, value in expected.items():
+                # processes that hold no part of a router do not tell its biases
+                if name in numbers:
+                    difference = abs(numbers[name] - value) / max(abs(value), 1e-6)
+                    key = f"step {step}: {name}"
+                    apart[key] = max(apart.get(key, 0.0), difference)
+                elif not name.startswith("router bias"):
+                    apart[f"step {step}: {name} of rank {rank}"] = float("inf")
+    verdict.largest = max(verdict.largest, *apart.values())
+    verdict.compared["numbers"] = len(apart)
+    verdict.places += [name for name, value in sorted(apart.items()) if not value <= TOLERANCE]
+
+
+class _Comparing:
+    """What all processes hold, beside what one holds."""
+
+    def __init__(self, whole: Whole, *, exclusive: bool) -> None:
+        self._whole, self._exclusive = whole, exclusive
+        self.apart: dict[tuple[int, str], float] = {}
+        """Step, tensor -> largest difference."""
+        self._covered: dict[tuple[int, str], torch.Tensor] = {}
+
+    @property
+    def largest(self) -> float:
+        return max(self.apart.values(), default=0.0)
+
+    def add(self, step: int, trainer: Trainer, place: ParallelWorld) -> None:
+        """Compare what a process holds after a step (from 0)."""
+        for key, block in _held(trainer):
+            expected = self._whole.tensors[step].get(key)
+            if expected is None:
+                self.apart[step, key] = float("inf")
+                continue
+            at = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
+            if key not in {name for _, name in self._covered} or (step, key) not in self._covered:
+                self._covered[step, key] = torch.zeros(block.global_shape, dtype=torch.int32)
+            if block.owned:
+                self._covered[step, key][at] += 1
+            largest = max(float(expected.abs().max()), 1e-12)
+            apart = float((expected[at].reshape(block.data.shape) - block.data).abs().max()) / largest \
+                if block.data.numel() else 0.0
+            self.apart[step, key] = max(self.apart.get((step, key), 0.0),
+                                        apart if apart == apart else float("inf"))
+
+    def differing(self) -> list[str]:
+        """Return what differs, gradients' moments before weights, and what is not written exactly once."""
+        order = {"momentum": 0, "exp_avg": 0, "exp_avg_sq": 1, "master": 2, "weights": 3}
+        wrong = sorted((step, order.get(key.partition("/")[0], 2), key)
+                       for (step, key), value in self.apart.items() if not value <= TOLERANCE)
+        found = [f"step {step + 1}: {key}" for step, _, key in wrong]
+        for (step, key), count in self._covered.items():
+            if step == 0 and not bool((count == 1).all()):
+                found.append(f"{key}: {int((count == 0).sum())} of {count.numel()} elements are written by "
+                             f"nobody, {int((count > 1).sum())} by several")
+        for key in self._whole.tensors[0]:
+            if (0, key) not in self.apart:
+                found.append(f"{key}: is held by nobody")
+        return found
+
+
+def _play_whole(config: RunConfig, place: ParallelWorld) -> Whole:
+    trainer = _trainer(config, place)
+    observed = observe(trainer.model)
+    numbers, tensors = [], []
+    for _ in range(STEPS):
+        numbers.append(_step(trainer))
+        whole: dict[str, torch.Tensor] = {}
+        for key, block in _held(trainer):
+            if key not in whole:
+                whole[key] = torch.zeros(block.global_shape, dtype=block.data.dtype)
+            at = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
+            whole[key][at] = block.data.reshape(block.shape)
+        tensors.append(whole)
+    return Whole(numbers, tensors, observed)
+
+
+def _held(trainer: Trainer) -> Iterator[tuple[str, LocalShard]]:
+    for block in local_shards(trainer.model):
+        yield f"weights/{block.key}", block
+    for block in trainer.optimizer.state_shards():
+        yield block.key, block
+
+
+def _trainer(config: RunConfig, place: ParallelWorld) -> Trainer:
+    config.check(place.size)
+    sources = open_sources(config.data.paths, config.model.vocab_size, warns=False)
+    return Trainer(config, place, RunFolder(Path(os.devnull)), sources, OBJECTIVES[config.objective.name])
+
+
+def _step(trainer: Trainer) -> dict[str, float]:
+    """Do a step; returns its numbers by name."""
+    result = trainer.update()
+    assert result is not None, "no guard refuses a step here"
+    load: Mapping[str, float] = {}
+    if trainer.config.model.num_experts:
+        counts = trainer.expert_load.gather().flatten().tolist()
+        load = {f"load of expert {i}": float(count) for i, count in enumerate(counts)}
+    biases: dict[str, float] = defaultdict(float)
+    for module in trainer.model.modules():
+        bias = getattr(module, "expert_bias", None)
+        if isinstance(bias, torch.Tensor):
+            biases |= {f"router bias {module.layer_number}.{i}": float(value)
+                       for i, value in enumerate(bias.tolist())}
+    return {**{f"loss of {name}": value for name, value in result.losses.items()},
+            "loss": result.loss, **load, "gradient norm": result.grad_norm, **biases}
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have torch compute by one thread: the many processes take turns as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _doubles_are_floats() -> Iterator[None]:
+    """Have float64 pass for float32 by name: megatron-core's distributed optimizer knows three dtypes by
+    their names, and treats those of float32 as they are."""
+    named = torch.Tensor.type
+
+    def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = named(tensor, *args, **kwargs)
+        return found.replace("DoubleTensor", "FloatTensor") if isinstance(found, str) else found
+
+    with mock.patch.object(torch.Tensor, "type", type_):
+        yield
