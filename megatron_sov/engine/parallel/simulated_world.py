@@ -1,5 +1,5 @@
-"""All processes of a layout in one: each is a thread, of which one works at a time, and a message is a copy in
-memory.
+"""All processes of a layout in one: each is a thread, of which one works at a time, and a message is a copy
+in memory.
 
 The library and this project run as they are, with the groups of the real number of processes: what they send,
 to whom and in which order is what they would send on a cluster.  A thread gives its turn away only where it
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megatron_sov.engine.parallel import cpu_shims
-from megatron_sov.engine.parallel.world import ParallelWorld, make_groups, own_place
+from megatron_sov.engine.parallel.world import ParallelWorld, make_groups, own_place, pass_over_warnings
 from megatron_sov.model.config import ParallelConfig
 
 Result = TypeVar("Result")
@@ -53,9 +53,9 @@ class CallSite:
         return f"{self.kind} over {self.group} at {self.where}"
 
 
-Meddle = Callable[[CallSite, Sequence["Part"]], bool]
-"""(where, what each member gives) -> whether it has done the call's work in another way: how tests plant
-faults."""
+Meddle = Callable[[CallSite, Sequence["Part"], Callable[[list["Part"]], None]], bool]
+"""(where, what each member gives, the call's work) -> whether it has done the work in another way: how tests
+plant faults."""
 
 
 @dataclass
@@ -112,6 +112,7 @@ class SimulatedRanks:
         Raises:
             Standstill: they would wait for ever.
         """
+        pass_over_warnings()
         found: list[Any] = [None] * self.size
         before = _own_of_process()
         self._own = [dict(before) for _ in range(self.size)]
@@ -189,7 +190,11 @@ class _Done(dist.Work):
         return self._holds()
 
 
-class SimulatedGroup(dist.ProcessGroup):
+# its methods are overloaded for torch's C++ side, and are called in one way each
+_ProcessGroup: Any = dist.ProcessGroup
+
+
+class SimulatedGroup(_ProcessGroup):  # type: ignore[misc]
     """One process's handle of a group; torch.distributed calls it as it calls NCCL's or gloo's.
 
     The names of its methods are torch's: those that end in `_single` or begin with `_` are what
@@ -233,12 +238,13 @@ class SimulatedGroup(dist.ProcessGroup):
         if len(call.parts) == len(self._members):
             parts = [call.parts[index] for index in range(len(self._members))]
             with torch.no_grad():
-                if self._ranks.meddle is None or not self._ranks.meddle(site, parts):
+                if self._ranks.meddle is None or not self._ranks.meddle(site, parts, work):
                     work(parts)
             call.is_done = True
             del self._ranks.calls[key]
             self._ranks.wake(self._members)
-        return _Done(self._ranks, self._rank, lambda: call.is_done, f"{kind} over {self._key} at {site.where}")
+        return _Done(self._ranks, self._rank, lambda: call.is_done,
+                     f"{kind} over {self._key} at {site.where}")
 
     def _site(self, kind: str) -> CallSite:
         site = CallSite(kind, self._description, _where())
@@ -304,7 +310,8 @@ class SimulatedGroup(dist.ProcessGroup):
 
         return self._call("reduce_scatter", Part(_plain(inputs[0]), _plain(outputs)), work)
 
-    def reduce_scatter_single(self, output: torch.Tensor, summed: torch.Tensor, opts: Any = None) -> dist.Work:
+    def reduce_scatter_single(self, output: torch.Tensor, summed: torch.Tensor,
+                              opts: Any = None) -> dist.Work:
         return self.reduce_scatter([output], [list(summed.chunk(self.size()))], opts)
 
     def reduce_scatter_single_coalesced(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor],
@@ -330,7 +337,8 @@ class SimulatedGroup(dist.ProcessGroup):
         sizes = [int(size) for size in given] if given is not None else []
         return sizes or [len(tensor) // self.size()] * self.size()
 
-    def alltoall(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None) -> dist.Work:
+    def alltoall(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor],
+                 opts: Any = None) -> dist.Work:
         def work(parts: list[Part]) -> None:
             for index, part in enumerate(parts):
                 for mine, sender in zip(part.outputs, parts, strict=True):
@@ -373,13 +381,16 @@ class SimulatedGroup(dist.ProcessGroup):
     def recv(self, tensors: list[torch.Tensor], sender: int, tag: int = 0) -> dist.Work:
         site = self._site("recv")
         box = self._ranks.mail.setdefault((self._key, sender, self._index, tag), deque())
-        mine, taken = _plain(tensors), []
+        mine = _plain(tensors)
+        taken: list[torch.Tensor] = []
 
         def holds() -> bool:
             if not taken and box:
                 taken.extend(box.popleft())
                 for tensor, sent in zip(mine, taken, strict=True):
                     tensor.copy_(sent)
+                if self._ranks.meddle is not None:
+                    self._ranks.meddle(site, [Part(mine, mine)], lambda parts: None)
             return bool(taken)
 
         return _Done(self._ranks, self._rank, holds,

@@ -1,9 +1,9 @@
-"""A run in miniature: the same layout, layers of the same kinds and the same settings of the step, with widths
-of a few numbers, in float64.
+"""A run in miniature: the same layout, layers of the same kinds and the same settings of the step, with
+widths of a few numbers, in float64.
 
-What a layout can get wrong are places: what is cut where, who sends what to whom, what is summed over whom and
-by how much it is divided.  None of it depends on how wide a layer is, as long as each process has a part of
-it, so that widths are the smallest which the layout divides.
+What a layout can get wrong are places: what is cut where, who sends what to whom, what is summed over whom
+and by how much it is divided.  None of it depends on how wide a layer is, as long as each process has a part
+of it, so that widths are the smallest which the layout divides.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ OFF: dict[str, Any] = {
     "train.precision": "fp64", "train.fp8": "none", "train.fp8_weights": False, "train.tokens": 0,
     "train.epochs": 0, "train.steps": 8, "train.ramp_from_batch_size": 0, "train.hidden_dropout": 0,
     "train.head_chunk_tokens": 24, "data.heldout_tokens": 64, "data.max_epochs": 1e9, "data.skip_steps": [],
-    "optim.warmup_steps": 0, "model.init_std": 0.3, "gpu.cuda_graphs": [], "gpu.optimizer_offload": 0,
+    # a key's bias has no gradient, and Adam makes steps of the rounding errors that are left of it
+    "optim.eps": 1e-4, "optim.warmup_steps": 0, "model.init_std": 0.3, "gpu.cuda_graphs": [],
+    "gpu.optimizer_offload": 0,
     "gpu.grad_dtype": "fp32", "gpu.moment_dtype": "fp32", "gpu.attention": "auto", "gpu.exchange_sms": 0,
     "gpu.nccl_user_buffers": "off", "gpu.recompute_modules": [], "gpu.offload_modules": [],
     "parallel.expert_overlap": "none", "parallel.delay_weight_grads": False, "lora.rank": 0}

@@ -104,7 +104,9 @@ class _Leave:
         self._found.part = f"forward behind {self._name}"
         if not torch.is_grad_enabled():
             return  # it is computed again, with gradients, when they are needed
-        for tensor in _floats(output):
+        # what stands beside it is a bias that is added later, whole on each process
+        tensor = output[0] if isinstance(output, tuple) else output
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
             _add(self._found.forward, self._name, tensor.detach())
             if tensor.requires_grad:
                 tensor.register_hook(self._came)
@@ -119,15 +121,6 @@ def _add(sums: dict[str, Sums], name: str, tensor: torch.Tensor) -> None:
     sums[name] = total + float(tensor.sum()), squares + float(tensor.square().sum())
 
 
-def _floats(output: Any) -> Iterator[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, tuple | list):
-        for part in output:
-            yield from _floats(part)
-
-
 def _named(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Module]]:
     """Yield modules by names that are the same at every layout: layers by their number in the model, experts
     together."""
@@ -137,6 +130,9 @@ def _named(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Module]]:
         for name, module in chunk.named_modules():
             # what holds layers gives what the next stage gets, and each stage makes angles of its own
             if any(layer.startswith(name and name + ".") for layer in layers) or "rotary" in name:
+                continue
+            # which is summed up on its way back to the token
+            if name.endswith("linear_fc2") and parallel_state.get_expert_tensor_parallel_world_size() > 1:
                 continue
             at = next((layer for layer in layers if name == layer or name.startswith(layer + ".")), None)
             if at is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from unittest import mock
 
 import torch
 
+from megatron_sov.base.errors import UserError
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.parallel.simulated_world import CallSite, Meddle, SimulatedRanks, Standstill
 from megatron_sov.engine.parallel.world import ParallelWorld
@@ -25,6 +27,7 @@ from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import open_sources
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
+from megatron_sov.work.progress.progress_bar import work_bar
 
 STEPS = 2
 """The second shows that what the first has left, weights and counters, is what all continue with."""
@@ -32,7 +35,7 @@ TOLERANCE = 1e-9
 """Of a tensor's largest number.  Sums in another order are some 1e-15 apart in float64, and a fault of the
 layout, of which every number is a part, is not below 1e-6."""
 OBJECTIVES: dict[str, Any] = {"lm": LanguageModelling, "sft": SupervisedFineTuning}
-EQUAL, DIFFERS, STANDS = "equal", "differs", "stands still"
+EQUAL, DIFFERS, STANDS, FAILS = "equal", "differs", "stands still", "fails"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Verdict:
     """What a comparison found."""
 
     outcome: str
-    """`EQUAL`, `DIFFERS` or `STANDS`."""
+    """`EQUAL`, `DIFFERS`, `STANDS` or `FAILS`."""
     num_ranks: int
     largest: float = 0.0
     """Largest difference of a number that was compared, relative."""
@@ -66,29 +69,37 @@ class Verdict:
     seconds: float = 0.0
 
 
-def prove(small: Miniature, meddle: Meddle | None = None, told: Callable[[str], None] = lambda text: None
-          ) -> Verdict:
+def prove(small: Miniature, meddle: Meddle | None = None, whole: Whole | None = None) -> Verdict:
     """Play two steps of a run's layout in this process, and compare them with one process'.
+
+    Must run in a process that is in no process group and that computes on no GPU, before or afterwards
+    (`cpu_shims.prepare_without_gpu`).
 
     Args:
         small: the run.
         meddle: does calls in another way (a fault on purpose).
-        told: of how far it is.
+        whole: what one process has, where it is known.
+
+    Raises:
+        UserError: the run's settings break a rule that shows when it is built.
     """
     began_s = time.monotonic()
-    torch.autograd.set_multithreading_enabled(False)
-    with _one_thread(), _doubles_are_floats():
-        told("one process")
-        [whole] = SimulatedRanks(1).run(ParallelConfig(), lambda place: _play_whole(small.alone(), place))
-        told(f"{small.num_ranks} processes")
-        verdict = _compare(small, whole, meddle)
+    # a backward pass stays in the thread of its process
+    with torch.autograd.set_multithreading_enabled(False), _one_thread(), _doubles_are_floats():
+        verdict = _compare(small, play_alone(small) if whole is None else whole, meddle)
     verdict.seconds = time.monotonic() - began_s
     return verdict
 
 
+def play_alone(small: Miniature) -> Whole:
+    """Return what one process has after the steps of a run."""
+    [whole] = SimulatedRanks(1).run(ParallelConfig(), lambda place: _play_whole(small.alone(), place))
+    return whole
+
+
 def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
     ranks = SimulatedRanks(small.num_ranks, meddle)
-    comparing = _Comparing(whole, exclusive=small.config.parallel.zero1)
+    comparing = _Comparing(whole)
     observed: list[Observed | None] = [None] * small.num_ranks
 
     def noted(rank: int, site: CallSite) -> None:
@@ -105,27 +116,43 @@ def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
         return steps
 
     ranks.watch = noted
-    try:
-        found = ranks.run(small.config.parallel, play)
-    except Standstill as e:
-        return Verdict(STANDS, small.num_ranks, float("inf"), [str(e)])
-    seen = [one for one in observed if one is not None]
+    with work_bar("prove", small.num_ranks * STEPS, "step of a process") as bar:
+        comparing.done = bar.update
+        try:
+            found = ranks.run(small.config.parallel, play)
+        except Standstill as e:
+            return Verdict(STANDS, small.num_ranks, float("inf"), [str(e)])
+        except UserError:
+            raise
+        except Exception as e:
+            # a layout that does not even run is refuted too, and what it fell over is told
+            return Verdict(FAILS, small.num_ranks, float("inf"), [_told_failure(e)])
     verdict = Verdict(EQUAL, small.num_ranks, comparing.largest)
     _compare_numbers(whole, found, verdict)
-    for kind in ("forward", "backward"):
-        place = first_difference(getattr(whole.observed, kind), joined(seen, kind), TOLERANCE)
-        if place is not None:
-            verdict.places.append(f"{kind} of {place}")
     verdict.places += comparing.differing()
     if verdict.places:
         verdict.outcome = DIFFERS
-        first = verdict.places[0].removeprefix("step 1: ")
-        verdict.sites = sorted({str(site) for one in seen for part, sites in one.sites.items()
-                                if part.rpartition(" of ")[2] == first.rpartition(" of ")[2]
-                                for site in sites})
+        _locate(whole, [one for one in observed if one is not None], verdict)
     verdict.messages = sum(ranks.sites.values())
     verdict.compared |= {"modules": len(whole.observed.forward), "tensors": len(comparing.apart)}
     return verdict
+
+
+def _told_failure(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} at {Path(last.filename).name}:{last.lineno} ({last.name})"
+
+
+def _locate(whole: Whole, seen: list[Observed], verdict: Verdict) -> None:
+    """Put before what differs the modules at which it begins, and tell what is sent there."""
+    found = {kind: first_difference(getattr(whole.observed, kind), joined(seen, kind), TOLERANCE)
+             for kind in ("forward", "backward")}
+    places = [f"{kind} of {place}" for kind, place in found.items() if place is not None]
+    verdict.places[:0] = places
+    for place in places[:1]:
+        module = place.partition(" of ")[2]
+        verdict.sites = sorted({str(site) for one in seen for part, sites in one.sites.items()
+                                if part.endswith((f" of {module}", f" behind {module}")) for site in sites})
 
 
 def _compare_numbers(whole: Whole, found: list[list[dict[str, float]]], verdict: Verdict) -> None:
@@ -148,11 +175,13 @@ def _compare_numbers(whole: Whole, found: list[list[dict[str, float]]], verdict:
 class _Comparing:
     """What all processes hold, beside what one holds."""
 
-    def __init__(self, whole: Whole, *, exclusive: bool) -> None:
-        self._whole, self._exclusive = whole, exclusive
+    def __init__(self, whole: Whole) -> None:
+        self._whole = whole
         self.apart: dict[tuple[int, str], float] = {}
         """Step, tensor -> largest difference."""
         self._covered: dict[tuple[int, str], torch.Tensor] = {}
+        self.done: Callable[[], Any] = lambda: None
+        """Called when a process has done a step."""
 
     @property
     def largest(self) -> float:
@@ -166,15 +195,18 @@ class _Comparing:
                 self.apart[step, key] = float("inf")
                 continue
             at = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
-            if key not in {name for _, name in self._covered} or (step, key) not in self._covered:
+            if (step, key) not in self._covered:
                 self._covered[step, key] = torch.zeros(block.global_shape, dtype=torch.int32)
             if block.owned:
                 self._covered[step, key][at] += 1
             largest = max(float(expected.abs().max()), 1e-12)
-            apart = float((expected[at].reshape(block.data.shape) - block.data).abs().max()) / largest \
-                if block.data.numel() else 0.0
+            own = block.data.detach()
+            apart = 0.0
+            if own.numel():
+                apart = float((expected[at].reshape(own.shape) - own).abs().max()) / largest
             self.apart[step, key] = max(self.apart.get((step, key), 0.0),
                                         apart if apart == apart else float("inf"))
+        self.done()
 
     def differing(self) -> list[str]:
         """Return what differs, gradients' moments before weights, and what is not written exactly once."""
@@ -203,7 +235,7 @@ def _play_whole(config: RunConfig, place: ParallelWorld) -> Whole:
             if key not in whole:
                 whole[key] = torch.zeros(block.global_shape, dtype=block.data.dtype)
             at = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
-            whole[key][at] = block.data.reshape(block.shape)
+            whole[key][at] = block.data.detach().reshape(block.shape)
         tensors.append(whole)
     return Whole(numbers, tensors, observed)
 
