@@ -114,10 +114,9 @@ def layout(recipe: str, gpu: str, num_ranks: int) -> dict[str, Any]:
     """Prove a recommended layout in this process; returns what was found."""
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
-    from megatron_sov.operate.proof.miniature import miniature, write_documents
-    from megatron_sov.operate.proof.proving import prove
-    from megatron_sov.operate.proof.telling import as_json
     from megatron_sov.plan.search.recommended import settings_for
+    from megatron_sov.proof.miniature import miniature, write_documents
+    from megatron_sov.proof.proving import as_json, prove
 
     config = recipes.get(recipe)
     settings = settings_for(config, num_ranks, gpu)
@@ -150,8 +149,8 @@ def faults() -> bool:
     """Plant faults in what layouts send; returns whether all are found."""
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
-    from megatron_sov.operate.proof.miniature import miniature, write_documents
-    from megatron_sov.operate.proof.proving import EQUAL, play_alone, prove
+    from megatron_sov.proof.miniature import miniature, write_documents
+    from megatron_sov.proof.proving import EQUAL, play_alone, prove
 
     planted, found, named, missed = Counter[str](), Counter[str](), 0, []
     for recipe, settings in FAULTY.items():

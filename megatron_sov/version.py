@@ -25,7 +25,7 @@ PARTS = {
     "bench": ("megatron_sov.bench", "megatron_sov.commands.evaluate.benchmarks",
               "megatron_sov.commands.evaluate.eval_play", "megatron_sov.commands.evaluate.eval_results",
               "megatron_sov.commands.train.forgetting_gate"),
-    "plan": ("megatron_sov.operate.proof", "megatron_sov.plan.calibration.calibrate",
+    "plan": ("megatron_sov.proof", "megatron_sov.plan.calibration.calibrate",
              "megatron_sov.plan.calibration.engine",
              "megatron_sov.plan.on_cluster",
              "megatron_sov.plan.pages", "megatron_sov.plan.post_training", "megatron_sov.plan.pricing",

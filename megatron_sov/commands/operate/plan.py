@@ -116,11 +116,10 @@ def _prove(args: PlanOptions, request: RecipeRequest) -> int:
     # before megatron-core is imported, whatever the machine has
     cpu_shims.prepare_without_gpu()
     from megatron_sov.base.artifacts import to_json
-    from megatron_sov.operate.proof.miniature import miniature, write_documents
-    from megatron_sov.operate.proof.proving import EQUAL, prove
-    from megatron_sov.operate.proof.telling import as_json, as_text
     from megatron_sov.plan.on_cluster import placed
     from megatron_sov.plan.pricing import machines
+    from megatron_sov.proof.miniature import miniature, write_documents
+    from megatron_sov.proof.proving import EQUAL, as_json, as_text, prove
 
     if other := [name for name in ("sweep", "html", "data", "parameters") if getattr(args, name)]:
         raise UserError(f"--prove: plays a layout, and --{other[0]} belongs to a plan of another kind; leave "

@@ -100,7 +100,7 @@ def test_two_calls_that_do_not_belong_together_are_told() -> None:
         else:
             dist.all_reduce(torch.ones(1))
 
-    with pytest.raises(Standstill, match="rank 1 calls barrier over WORLD .* call allreduce"):
+    with pytest.raises(Standstill, match=r"rank 1 calls barrier over WORLD .* call allreduce"):
         SimulatedRanks(2).run(ParallelConfig(), differ)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
+import textwrap
 import time
 import traceback
 from collections import defaultdict
@@ -17,12 +20,12 @@ import torch
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
+from megatron_sov.engine.model.observing import Observed, locate, observe
 from megatron_sov.engine.parallel.simulated_world import CallSite, Meddle, SimulatedRanks, Standstill
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import ParallelConfig, RunConfig
-from megatron_sov.operate.proof.miniature import Miniature
-from megatron_sov.operate.proof.observing import Observed, first_difference, joined, observe
 from megatron_sov.post.sft import SupervisedFineTuning
+from megatron_sov.proof.miniature import Miniature
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import open_sources
 from megatron_sov.train.objectives.data_objective import LanguageModelling
@@ -35,6 +38,11 @@ TOLERANCE = 1e-9
 """Of a tensor's largest number.  Sums in another order are some 1e-15 apart in float64, and a fault of the
 layout, of which every number is a part, is not below 1e-6."""
 OBJECTIVES: dict[str, Any] = {"lm": LanguageModelling, "sft": SupervisedFineTuning}
+SHOWN = 8
+"""Differences that a text names; JSON has all."""
+ASSUMED = ("kernels compute what their plain versions do, and messages arrive as sent: what runs here are "
+           "megatron-core's modules without Transformer Engine",
+           "widths do not matter: heads, channels, experts and vocabulary are as few as the layout divides")
 EQUAL, DIFFERS, STANDS, FAILS = "equal", "differs", "stands still", "fails"
 
 
@@ -132,7 +140,8 @@ def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
     verdict.places += comparing.differing()
     if verdict.places:
         verdict.outcome = DIFFERS
-        _locate(whole, [one for one in observed if one is not None], verdict)
+        places, verdict.sites = locate(whole.observed, [one for one in observed if one is not None], TOLERANCE)
+        verdict.places[:0] = places
     verdict.messages = sum(ranks.sites.values())
     verdict.compared |= {"modules": len(whole.observed.forward), "tensors": len(comparing.apart)}
     return verdict
@@ -141,18 +150,6 @@ def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
 def _told_failure(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} at {Path(last.filename).name}:{last.lineno} ({last.name})"
-
-
-def _locate(whole: Whole, seen: list[Observed], verdict: Verdict) -> None:
-    """Put before what differs the modules at which it begins, and tell what is sent there."""
-    found = {kind: first_difference(getattr(whole.observed, kind), joined(seen, kind), TOLERANCE)
-             for kind in ("forward", "backward")}
-    places = [f"{kind} of {place}" for kind, place in found.items() if place is not None]
-    verdict.places[:0] = places
-    for place in places[:1]:
-        module = place.partition(" of ")[2]
-        verdict.sites = sorted({str(site) for one in seen for part, sites in one.sites.items()
-                                if part.endswith((f" of {module}", f" behind {module}")) for site in sites})
 
 
 def _compare_numbers(whole: Whole, found: list[list[dict[str, float]]], verdict: Verdict) -> None:
@@ -294,3 +291,45 @@ def _doubles_are_floats() -> Iterator[None]:
 
     with mock.patch.object(torch.Tensor, "type", type_):
         yield
+
+
+def as_text(small: Miniature, verdict: Verdict) -> str:
+    """Return lines for people."""
+    m, c = small.config.model, small.config
+    lines = [f"{verdict.num_ranks} processes: {_layout(small)}",
+             f"in miniature: {m.num_layers} layers, {m.num_experts} experts, {c.train.global_batch_size} "
+             f"rows of {c.data.phases[0].seq_len} tokens a step"]
+    if verdict.outcome == EQUAL:
+        counts = verdict.compared
+        lines.append(
+            f"equal to one process: {counts['numbers']} numbers (losses, gradient norm, loads, biases) and "
+            f"{counts['tensors']} tensors (moments, weights) of two steps are {verdict.largest:.1e} apart at "
+            f"most (allowed {TOLERANCE:g}), each element is written once")
+    else:
+        lines.append("NOT equal to one process: " + (
+            f"numbers are {verdict.largest:.2g} apart (allowed {TOLERANCE:g})" if verdict.outcome == DIFFERS
+            else f"it {verdict.outcome}"))
+        lines += [f"  {place}" for place in verdict.places[:SHOWN]]
+        if len(verdict.places) > SHOWN:
+            lines.append(f"  and {len(verdict.places) - SHOWN} more")
+        lines += [f"  sent there: {site}" for site in verdict.sites[:SHOWN]]
+    lines.append(f"{verdict.messages:,} messages, {verdict.seconds:.0f} s")
+    lines += [line for what in (*ASSUMED, *(f"not covered: {what}" for what in small.left_out))
+              for line in textwrap.wrap(f"- {what}", 110, subsequent_indent="  ")]
+    return "\n".join(lines)
+
+
+def as_json(small: Miniature, verdict: Verdict) -> dict[str, Any]:
+    """Return the same for programs."""
+    found = json.loads(json.dumps(dataclasses.asdict(verdict)))
+    return {**found, "layout": dataclasses.asdict(small.config.parallel), "tolerance": TOLERANCE,
+            "assumed": list(ASSUMED), "not_covered": list(small.left_out)}
+
+
+def _layout(small: Miniature) -> str:
+    p = small.config.parallel
+    sizes = [f"{name} {getattr(p, name)}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp")
+             if getattr(p, name) > 1]
+    switches = [name for name in ("sp", "zero1", "overlap_grad_reduce", "overlap_param_gather")
+                if getattr(p, name)]
+    return ", ".join([*sizes, *switches]) or "data parallel"

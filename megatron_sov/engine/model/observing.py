@@ -49,7 +49,24 @@ def observe(model: LanguageModel) -> Observed:
     return found
 
 
-def joined(seen: Sequence[Observed], kind: str) -> dict[str, Sums]:
+def locate(expected: Observed, seen: Sequence[Observed], tolerance: float) -> tuple[list[str], list[str]]:
+    """Return the modules at which a difference begins, forward and backward, and what is sent in the first.
+
+    Args:
+        expected: of one process.
+        seen: of all processes of a layout, by rank.
+        tolerance: relative.
+    """
+    found = {kind: _first_difference(getattr(expected, kind), _joined(seen, kind), tolerance)
+             for kind in ("forward", "backward")}
+    modules = [module for module in found.values() if module is not None]
+    ends = tuple(f" {word} {module}" for word in ("of", "behind") for module in modules[:1])
+    sites = {str(site) for one in seen for part, sites in one.sites.items() if part.endswith(ends)
+             for site in sites} if ends else set()
+    return [f"{kind} of {module}" for kind, module in found.items() if module is not None], sorted(sites)
+
+
+def _joined(seen: Sequence[Observed], kind: str) -> dict[str, Sums]:
     """Return the sums over all processes, what several hold alike counted once.
 
     Args:
@@ -67,7 +84,7 @@ def joined(seen: Sequence[Observed], kind: str) -> dict[str, Sums]:
     return found
 
 
-def first_difference(expected: Mapping[str, Sums], found: Mapping[str, Sums], tolerance: float) -> str | None:
+def _first_difference(expected: Mapping[str, Sums], found: Mapping[str, Sums], tolerance: float) -> str | None:
     """Return the first module whose sums differ; None: none's do."""
     for name, (total, squares) in expected.items():
         other = found.get(name, (float("nan"), float("nan")))

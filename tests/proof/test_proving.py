@@ -15,10 +15,10 @@ import torch
 from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
-from megatron_sov.operate.proof.miniature import Miniature, miniature, write_documents
+from megatron_sov.proof.miniature import Miniature, miniature, write_documents
 
 cpu_shims.prepare_without_gpu()
-proving = importlib.import_module("megatron_sov.operate.proof.proving")  # which imports megatron-core
+proving = importlib.import_module("megatron_sov.proof.proving")  # which imports megatron-core
 DIFFERS, EQUAL, STANDS = proving.DIFFERS, proving.EQUAL, proving.STANDS
 LAYOUT = ("parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.ep=2", "train.global_batch_size=32")
 
