@@ -140,7 +140,8 @@ def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
     verdict.places += comparing.differing()
     if verdict.places:
         verdict.outcome = DIFFERS
-        places, verdict.sites = locate(whole.observed, [one for one in observed if one is not None], TOLERANCE)
+        seen = [one for one in observed if one is not None]
+        places, verdict.sites = locate(whole.observed, seen, TOLERANCE)
         verdict.places[:0] = places
     verdict.messages = sum(ranks.sites.values())
     verdict.compared |= {"modules": len(whole.observed.forward), "tensors": len(comparing.apart)}

@@ -84,7 +84,8 @@ def _joined(seen: Sequence[Observed], kind: str) -> dict[str, Sums]:
     return found
 
 
-def _first_difference(expected: Mapping[str, Sums], found: Mapping[str, Sums], tolerance: float) -> str | None:
+def _first_difference(expected: Mapping[str, Sums], found: Mapping[str, Sums],
+                      tolerance: float) -> str | None:
     """Return the first module whose sums differ; None: none's do."""
     for name, (total, squares) in expected.items():
         other = found.get(name, (float("nan"), float("nan")))
