@@ -54,7 +54,7 @@ class Desk:
         self.newest, self.taken = 0, list[int]()
         self.store = RolloutStore.create(folder / "store", "sha256:0", VOCAB)
         self.fleet = Fleet(keepers, VOCAB, 4, look_s=0.02, backoff_s=(0.01, 0.05)).__enter__()
-        self.engine = ServerEngine(self.fleet, folder, folder / "weights", 4)
+        self.engine = ServerEngine("vllm", self.fleet, folder, folder / "weights", 4)
         self.source = ResponseSource(Numbers(), rollout, "vllm", True, {})  # type: ignore[arg-type]
         missing = Missing(self.store, Claims(self.store.claims, 60.0), self.prompts, rollout,
                           range(1, rollout.rounds + 1), self._policy_of,
