@@ -189,8 +189,8 @@ class SglangDouble(HttpDouble):
         if "broken" in body["model_path"]:
             said = "Failed to get weights iterator: no safetensors.", False
         elif body["flush_cache"] and self._states and self.mode != "retract":
-            said = ("Weights were updated, but the cache was not flushed because requests are still running or "
-                    "queued. Retract or finish them, then call /flush_cache.", False)
+            said = ("Weights were updated, but the cache was not flushed because requests are still running "
+                    "or queued. Retract or finish them, then call /flush_cache.", False)
         else:
             self.weights, self.version = body["model_path"], body["weight_version"]
             said = f"Succeeded to update model weights. Weight version updated to {self.version}.", True

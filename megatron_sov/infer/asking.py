@@ -99,7 +99,7 @@ class EngineOptions:
 
     engine: ChosenEngine = None
     engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
-    """Layout and precision, e.g. parallel.ep=2 (engine megatron); or servers, e.g. tp=8 (engines vllm, sglang)."""
+    """Layout and precision, e.g. parallel.ep=2 (engine megatron); or servers, e.g. tp=8 (vllm, sglang)."""
     nproc: AtLeastOne | None = None
     """Local processes (engine megatron)."""
 
@@ -109,7 +109,7 @@ class ServerOptions:
     """Where servers come from, of `--engine vllm` and `--engine sglang`."""
 
     engine_python: Annotated[Path | None, Flag(value="FILE")] = None
-    """The interpreter that has vLLM or SGLang (default: SOV_ENGINE_PYTHON of the environment, or this one)."""
+    """The interpreter that has the engine (default: SOV_ENGINE_PYTHON of the environment, or this one)."""
     engine_url: Annotated[tuple[str, ...], Flag(value="URL")] = ()
     """A server that somebody else has started; repeat it for several."""
 

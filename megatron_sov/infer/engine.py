@@ -119,7 +119,8 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
         from megatron_sov.infer.engines.server_engine import server_settings, serving_engine
 
         with serving_engine(name, target.path, target.vocab_size, longest,
-                            server_settings(name, settings, option), places, with_routes=with_routes) as engine:
+                            server_settings(name, settings, option), places,
+                            with_routes=with_routes) as engine:
             return work(engine)
     from megatron_sov.infer.engines.libraries import HfEngine, load_hf
 

@@ -99,7 +99,8 @@ def answer_locally(running: LocalEvaluation, requests: Sequence[Request], kept: 
         return bool(run_forward_model(running.target, list(running.settings), running.nproc, on_ranks))
     if running.engine in SERVED:
         if any(isinstance(request, AnswerScore) for request in requests):
-            raise UserError(f"--engine {running.engine}: tells no likelihoods, which these tasks compare; leave it out")
+            raise UserError(f"--engine {running.engine}: tells no likelihoods, which these tasks compare; "
+                            "leave it out")
         longest = max(len(r.prompt) + r.max_tokens for r in requests if isinstance(r, Write))
         return bool(run_engine(running.engine, running.target, lambda engine: _answer(
             _Model(engine.generate, lambda groups: {}), running, requests, kept, flag), longest=longest,

@@ -480,8 +480,8 @@ RunEngine = Literal["megatron", "vllm", "sglang"]
 class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions, ServerOptions):
     """Train in rounds in which the model writes its responses itself."""
 
-    engine: Annotated[RunEngine, Flag(help="What writes: the model that learns, or servers, which are given its "
-                                           "weights in each round")] = MEGATRON
+    engine: Annotated[RunEngine, Flag(help="What writes: the model that learns, or servers, which are given "
+                                           "its weights in each round")] = MEGATRON
     engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
     """Servers, e.g. servers=2 or tp=8 (engines vllm, sglang)."""
 
@@ -556,8 +556,8 @@ def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveS
 
     # a Hugging Face folder is what the servers load; of a checkpoint they get one
     return LiveServers(args.engine, args.start_from, args.run,
-                       server_settings(args.engine, args.engine_set, ENGINE_SET), args.places(args.run).urls, _longest(config.rollout, None), start.vocab_size,
-                       config.policy.router_replay)
+                       server_settings(args.engine, args.engine_set, ENGINE_SET), args.places(args.run).urls,
+                       _longest(config.rollout, None), start.vocab_size, config.policy.router_replay)
 
 
 RUN = command_of(RlRunOptions, run_all)

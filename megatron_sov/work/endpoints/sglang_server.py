@@ -110,7 +110,8 @@ def _read(found: Any, num_prompt: int, is_cut: bool, url: str) -> TokenAnswer:
             # tokens come in parts, and an end in the queue may come between
             tokens = tokens[:len(logprobs)]
             logprobs = logprobs[:len(tokens)]
-        spans = [VersionSpan(version_of(span["version"]), int(span["start"]), min(int(span["end"]), len(tokens)))
+        spans = [VersionSpan(version_of(span["version"]), int(span["start"]),
+                             min(int(span["end"]), len(tokens)))
                  for span in about.get("weight_versions") or [] if int(span["start"]) < len(tokens)]
         return TokenAnswer(tokens, logprobs, reason, tuple(spans),
                            _routes(about.get("routed_experts"), num_prompt + len(tokens) - 1))

@@ -121,8 +121,8 @@ def test_settings_that_make_no_servers_are_refused(given: list[str], told: str) 
 
 def test_sglang_is_started_by_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOV_ENGINE_PYTHON", "/its/python")
-    settings = server_settings("sglang", ["tp=4", "dp=2", "ep=true", "quantization=w8a8_fp8", "dtype=bfloat16",
-                                          "memory_share=0.7"], "--engine-set")
+    settings = server_settings("sglang", ["tp=4", "dp=2", "ep=true", "quantization=w8a8_fp8",
+                                          "dtype=bfloat16", "memory_share=0.7"], "--engine-set")
     words = OwnServer("sglang", 0, Path("model"), 99, settings, tmp_path, with_routes=True).words(5)
     assert words[:3] == ["/its/python", "-m", "sglang.launch_server"]
     told = " ".join(words)
