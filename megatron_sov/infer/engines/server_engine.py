@@ -259,8 +259,8 @@ def checked_routes(told: np.ndarray | None, num_tokens: int, shape: RouteShape) 
                 return told.astype(shape.dtype)
     raise UserError(f"the engine was to tell the routes of {num_tokens} tokens, {shape.layers} layers and "
                     f"{shape.top_k} experts each, and tells {why}; it records none where experts run in a "
-                    "kernel that chooses for itself (vLLM: its moe backends of FlashInfer): choose another, or "
-                    "set policy.router_replay=false")
+                    "kernel that chooses for itself (vLLM: its moe backends of FlashInfer): choose another, "
+                    "or set policy.router_replay=false")
 
 
 @contextlib.contextmanager
