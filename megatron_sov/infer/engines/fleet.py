@@ -18,11 +18,11 @@ from functools import partial
 from typing import Protocol
 
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.infer.engine import SGLANG, VLLM
 from megatron_sov.infer.engines.server_process import PROGRAMS
 from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
-from megatron_sov.work.endpoints.sglang_server import is_sglang
+from megatron_sov.work.endpoints.sglang_server import SGLANG, is_sglang
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest, TokenServer
+from megatron_sov.work.endpoints.vllm_server import VLLM
 
 LOOK_S = 1.0
 """Between two looks at a server."""
@@ -57,11 +57,10 @@ class Keeper(Protocol):
 class AddressKeeper:
     """A server that somebody else has started."""
 
-    def __init__(self, engine: str, url: str, answer_s: float, wait_s: float) -> None:
-        """Take an engine's name and an address of its, how long an answer may take, and how long the server
-        is waited for."""
-        self._engine, self._url, self._wait_s = engine, url, wait_s
-        self._server = PROGRAMS[engine].connect(url, answer_s)
+    def __init__(self, server: TokenServer, wait_s: float, engine: str = "") -> None:
+        """Take the server, how long it is waited for, and the engine's name that it is seen to be; none: it
+        is not asked."""
+        self._server, self._wait_s, self._engine = server, wait_s, engine
 
     def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
         """Wait until it answers, see `Keeper`."""
@@ -78,7 +77,7 @@ class AddressKeeper:
                 raise UserError(f"--engine-url {self._server.url}: has not answered for {self._wait_s:g} s; "
                                 "see whether the server runs there, and give the same command again")
             time.sleep(LOOK_S)
-        if is_sglang(self._url) != (self._engine == SGLANG):
+        if self._engine and is_sglang(self._server.url) != (self._engine == SGLANG):
             other = VLLM if self._engine == SGLANG else SGLANG
             raise UserError(f"--engine {self._engine} --engine-url {self._server.url}: a server of "
                             f"{PROGRAMS[other].title} answers there; pass --engine {other}")

@@ -23,7 +23,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, change
 from megatron_sov.convert.sources import HfWeights
 from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet, Keeper
-from megatron_sov.infer.engines.server_process import EngineServers, OwnServer
+from megatron_sov.infer.engines.server_process import PROGRAMS, EngineServers, OwnServer
 from megatron_sov.infer.request import (
     Bounds, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, Written, refuse_drafts,
     refuse_rules)
@@ -79,8 +79,9 @@ def open_fleet(name: str, folder: Path, vocab_size: int, longest: int, settings:
     """
     if missing := missing_libraries():
         raise UserError(f"--engine {name}: {missing[0]}")
-    keepers: list[Keeper] = [AddressKeeper(name, url, settings.answer_s, settings.start_s)
-                             for url in places.urls]
+    keepers: list[Keeper] = [
+        AddressKeeper(PROGRAMS[name].connect(url, settings.answer_s), settings.start_s, name)
+        for url in places.urls]
     if not keepers:
         keepers = [OwnServer(name, number, folder, longest, settings, places.logs, with_routes=with_routes,
                              command=places.command) for number in range(settings.servers)]

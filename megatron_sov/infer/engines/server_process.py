@@ -24,10 +24,9 @@ from megatron_sov.base.artifacts import atomic_write
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, ProblemCode, SettingsProblem
 from megatron_sov.infer import vllm_worker
-from megatron_sov.infer.engine import SGLANG, VLLM
-from megatron_sov.work.endpoints.sglang_server import SglangServer
+from megatron_sov.work.endpoints.sglang_server import SGLANG, SglangServer
 from megatron_sov.work.endpoints.token_server import TokenServer
-from megatron_sov.work.endpoints.vllm_server import VllmServer
+from megatron_sov.work.endpoints.vllm_server import VLLM, VllmServer
 from megatron_sov.work.processes.children import start_command
 from megatron_sov.work.progress.locks import has_ended, identity
 

@@ -14,6 +14,8 @@ from megatron_sov.work.endpoints.token_server import (
 if TYPE_CHECKING:
     import numpy as np
 
+SGLANG = "sglang"
+"""The engine by name."""
 WRITE, ABOUT = "/generate", "/model_info"
 MOST_OF_CUT = 4096
 """Tokens to draw from where a distribution is cut: SGLang tells log-probabilities of a cut one only up to so

@@ -16,6 +16,8 @@ from megatron_sov.work.endpoints.token_server import (
 if TYPE_CHECKING:
     import numpy as np
 
+VLLM = "vllm"
+"""The engine by name."""
 WRITE = "/inference/v1/generate"
 COMPLETIONS = "/v1/completions"
 """Of every vLLM; it tells no versions, and no routes of the prompt."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet
 from megatron_sov.infer.engines.server_engine import ServerEngine, WeightFiles
-from megatron_sov.infer.engines.server_process import ENGINE_PYTHON, EngineServers, OwnServer
+from megatron_sov.infer.engines.server_process import ENGINE_PYTHON, PROGRAMS, EngineServers, OwnServer
 from megatron_sov.infer.request import Bounds, Sampling, StopRule
 from megatron_sov.work.endpoints.token_server import TokenRequest, TokenServer
 from megatron_sov.work.endpoints.vllm_server import VllmServer
@@ -183,7 +183,7 @@ def test_waiting_for_an_address_is_told(capsys: pytest.CaptureFixture[str]) -> N
     double = VllmDouble()
     double.close()
     with pytest.raises(UserError, match="has not answered for 0 s"):
-        AddressKeeper("vllm", double.url, 1, 0).start(lambda: False)
+        AddressKeeper(VllmServer(double.url, answer_s=1), 0, "vllm").start(lambda: False)
     assert f"--engine-url {double.url}: does not answer; waiting up to 0 s" in capsys.readouterr().err
 
 
@@ -192,14 +192,14 @@ def test_an_address_of_another_engine_is_told(name: str) -> None:
     double = SglangDouble() if name == "vllm" else VllmDouble()
     other = "sglang" if name == "vllm" else "vllm"
     with pytest.raises(UserError, match=f"--engine {name} .*answers there; pass --engine {other}"):
-        AddressKeeper(name, double.url, 1, 0).start(lambda: False)
-    assert AddressKeeper(other, double.url, 1, 0).start(lambda: False) is not None
+        AddressKeeper(PROGRAMS[name].connect(double.url, 1), 0, name).start(lambda: False)
+    assert AddressKeeper(PROGRAMS[other].connect(double.url, 1), 0, other).start(lambda: False) is not None
     double.close()
 
 
 def test_a_fleet_of_sglang_changes_weights_under_way(tmp_path: Path) -> None:
     double = SglangDouble(0.005)
-    keeper = AddressKeeper("sglang", double.url, 20, 0)
+    keeper = AddressKeeper(PROGRAMS["sglang"].connect(double.url, 20), 0, "sglang")
     with Fleet([keeper], VOCAB, 4, look_s=0.02) as fleet:
         futures = [fleet.submit(request) for request in asked(3, 40)]
         while double.num_written < 6:
