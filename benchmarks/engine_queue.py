@@ -159,7 +159,7 @@ class SimulatedServer:
         self.under_way: list[tuple[float, int, threading.Event]] = []
         self.progress, self._version, self._counter = 0.0, 0, 0
 
-    def write(self, request: TokenRequest) -> TokenAnswer:
+    def write(self, request: TokenRequest) -> list[TokenAnswer]:
         """Return a response when its time has come."""
         event, world, begun = threading.Event(), self.world, self._version
         with world.changed:
@@ -177,7 +177,7 @@ class SimulatedServer:
             world.inside -= 1
         count = length // UNIT
         tokens = [*[1] * (count - 1), END]
-        return TokenAnswer(tokens, [-1.0] * count, STOP, (VersionSpan(begun, 0, count),))
+        return [TokenAnswer(tokens, [-1.0] * count, STOP, (VersionSpan(begun, 0, count),))]
 
     def pause(self) -> None:
         """Do nothing: the clock stands."""
@@ -189,7 +189,7 @@ class SimulatedServer:
     def resume(self) -> None:
         """Do nothing."""
 
-    def abort(self, names: Sequence[str]) -> None:
+    def abort(self, requests: Sequence[TokenRequest]) -> None:
         """Never called: there is no deadline."""
         raise AssertionError
 
@@ -207,7 +207,7 @@ class CountedFleet(Fleet):
 
     world: World
 
-    def submit(self, request: TokenRequest) -> Future[TokenAnswer]:
+    def submit(self, request: TokenRequest) -> Future[list[TokenAnswer]]:
         """As `Fleet.submit`."""
         with self.world.changed:
             self.world.submitted += 1
@@ -215,7 +215,7 @@ class CountedFleet(Fleet):
         future.add_done_callback(self._answered)
         return future
 
-    def _answered(self, future: Future[TokenAnswer]) -> None:
+    def _answered(self, future: Future[list[TokenAnswer]]) -> None:
         with self.world.changed:
             self.world.finished += 1
             self.world.changed.notify_all()

@@ -10,6 +10,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -98,6 +99,7 @@ class VllmDouble(HttpDouble):
 
     def __init__(self, token_s: float = 0.0) -> None:
         self.refuses: Callable[[str], bool] = lambda path: False
+        self.places = 256
         super().__init__(token_s)
 
     def _said(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -110,11 +112,13 @@ class VllmDouble(HttpDouble):
         if path == "/v1/models":
             return 200, {"data": [{"id": "policy"}]}
         if path == "/v1/completions":
-            _, found = self._generate({**body, "token_ids": body["prompt"], "sampling_params": body})
-            choice = found["choices"][0]
-            logprobs = [place["logprob"] for place in choice["logprobs"]["content"]]
-            return 200, {"choices": [{name: choice[name] for name in ("token_ids", "finish_reason")}
-                                     | {"logprobs": {"token_logprobs": logprobs}}]}
+            status, found = self._generate({**body, "token_ids": body["prompt"], "sampling_params": body})
+            if status != 200:
+                return status, found
+            return 200, {"choices": [
+                {name: choice[name] for name in ("token_ids", "finish_reason")}
+                | {"logprobs": {"token_logprobs": [p["logprob"] for p in choice["logprobs"]["content"]]}}
+                for choice in found["choices"]]}
         if path != "/health":
             self.orders.append(path)
         return 200, self._order(path.partition("?")[0], body)
@@ -137,15 +141,20 @@ class VllmDouble(HttpDouble):
         if max(prompt) >= VOCAB:
             self.is_dead = True
             return self._said("", {})
-        tokens, spans, reason = self._write(body["request_id"], prompt, sampling["max_tokens"],
-                                            sampling.get("stop_token_ids", []))
-        if reason == "dead":
+        count = sampling.get("n", 1)
+        if count > self.places or (count > 1 and not sampling["temperature"]):
+            return 400, {"error": {"message": f"n must be 1 if greedy, at most {self.places}, got {count}."}}
+        with ThreadPoolExecutor(count) as pool:
+            written = list(pool.map(lambda _: self._write(
+                body["request_id"], prompt, sampling["max_tokens"], sampling.get("stop_token_ids", [])),
+                range(count)))
+        if any(reason == "dead" for _, _, reason in written):
             return self._said("", {})
-        told = [{"token_id": token, "logprob": -token / 100} for token in tokens]
         scored = [None, *({str(token): {"logprob": -token / 100}} for token in prompt[1:])]
         return 200, {"prompt_logprobs": scored, "choices": [{
             "token_ids": tokens, "finish_reason": reason, "weight_versions": spans,
-            "logprobs": {"content": told}}]}
+            "logprobs": {"content": [{"token_id": token, "logprob": -token / 100} for token in tokens]}}
+            for tokens, spans, reason in written]}
 
 
 class SglangDouble(HttpDouble):
@@ -163,7 +172,12 @@ class SglangDouble(HttpDouble):
         if self.is_dead:
             return 503, None
         if path == "/generate":
-            return self._generate(body)
+            if isinstance(body["input_ids"][0], int):
+                return self._generate(body)
+            with ThreadPoolExecutor(len(body["rid"])) as pool:
+                found = list(pool.map(lambda rid, ids: self._generate(body | {"rid": rid, "input_ids": ids}),
+                                      body["rid"], body["input_ids"]))
+            return next((one for one in found if one[0] != 200), (200, [answer for _, answer in found]))
         if path == "/model_info":
             return 200, {"model_path": "policy", "is_generation": True, "weight_version": self.version}
         if path in ("/health", "/ping"):

@@ -1,8 +1,8 @@
 """Engine servers that share one queue of requests.
 
-A request is given to whoever has room.  A server that dies loses what it had under way, which goes back to
-the head of the queue; it is started again, has the newest weights, and takes part anew.  Weights change on
-all of them while what is under way stands still.
+A request is given to whoever has room for its answers.  A server that dies loses what it had under way, which
+goes back to the head of the queue; it is started again, has the newest weights, and takes part anew.  Weights
+change on all of them while what is under way stands still.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class HeldFiles:
 @dataclass
 class _Task:
     request: TokenRequest
-    future: Future[TokenAnswer]
+    future: Future[list[TokenAnswer]]
     attempts: int = 0
     is_aborted: bool = False
 
@@ -121,6 +121,11 @@ class _Member:
         self.changing = threading.Lock()
         """Held while weights are changed, or the server is started."""
 
+    def has_room(self, task: _Task, answers: int) -> bool:
+        """Return whether a task fits beside what is under way, into so many answers."""
+        asked = sum(task.request.count for task in self.under_way.values())
+        return not asked or asked + task.request.count <= answers
+
 
 class Fleet:
     """Servers at work; entered as a context, which ends them."""
@@ -132,13 +137,13 @@ class Fleet:
         Args:
             keepers: of the servers, at least one.
             vocab_size: what token ids must lie below: a server may die of a greater one.
-            requests: that a server is given at a time.
+            requests: that a server is given at a time, counted by their answers.
             restarts: starts of a server without an answer in between, before all ends.
             look_s: between two looks at a server.
             backoff_s: before a server is started again, at least and at most.
         """
         self._members = [_Member(number, keeper) for number, keeper in enumerate(keepers)]
-        self._vocab_size, self._requests, self._restarts = vocab_size, requests, restarts
+        self.requests, self._vocab_size, self._restarts = requests, vocab_size, restarts
         self._look_s, self._backoff_s = look_s, backoff_s
         self._waiting: deque[_Task] = deque()
         lock = threading.RLock()
@@ -151,7 +156,7 @@ class Fleet:
     def __enter__(self) -> Fleet:
         for member in self._members:
             self._begin(partial(self._watch, member))
-            for _ in range(self._requests):
+            for _ in range(self.requests):
                 self._begin(partial(self._serve, member))
         try:
             # one is enough to begin with; the others join when they are there
@@ -184,8 +189,8 @@ class Fleet:
         """Servers that answer at this moment."""
         return sum(member.server is not None for member in self._members)
 
-    def submit(self, request: TokenRequest) -> Future[TokenAnswer]:
-        """Return what will be the answer.
+    def submit(self, request: TokenRequest) -> Future[list[TokenAnswer]]:
+        """Return what will be the answers.
 
         Raises:
             UserError: the ids are not the model's, or no server can be brought to life any more.
@@ -202,22 +207,23 @@ class Fleet:
         return task.future
 
     def abort(self, names: Sequence[str]) -> None:
-        """End requests: each is answered with what it has, which may be nothing."""
+        """End requests: their answers come with what they have, which may be nothing."""
         wanted = set(names)
         with self._changed:
             ended = [task for task in self._waiting if task.request.name in wanted]
             for task in ended:
                 self._waiting.remove(task)
-            running = {member: wanted & member.under_way.keys() for member in self._members}
-            for member, own in running.items():
-                for name in own:
-                    member.under_way[name].is_aborted = True
+            running = {member: [task for name, task in member.under_way.items() if name in wanted]
+                       for member in self._members}
+            for own in running.values():
+                for task in own:
+                    task.is_aborted = True
         for task in ended:
-            _settle(task, TokenAnswer([], [], ABORTED))
+            _settle(task, _nothing(task))
         for member, own in running.items():
             if own and (server := member.server) is not None:
                 try:
-                    server.abort(sorted(own))
+                    server.abort([task.request for task in own])
                 except (BadAnswer, TimeoutError) as e:
                     # its answers come in full, or it is found dead and they come from nobody
                     warn(f"{server.url}: does not abort ({e})")
@@ -359,30 +365,33 @@ class Fleet:
             try:
                 if server is None:
                     raise BadAnswer("it is gone", is_away=True)
-                answer = server.write(task.request)
+                answers = server.write(task.request)
             except NeverAnswered as e:
                 self._answer(member, task, UserError(f"the engine refuses a request: {e}"))
             except (BadAnswer, TimeoutError) as e:
                 self._take_back(member, task, e)
             else:
                 member.num_starts = 0
-                self._answer(member, task, answer)
+                self._answer(member, task, answers)
 
     def _next(self, member: _Member) -> _Task | None:
         with self._changed:
             while not self._is_over and self._failure is None:
-                if self._waiting and member.server is not None and not self._is_paused:
+                if (self._waiting and member.server is not None and not self._is_paused
+                        and member.has_room(self._waiting[0], self.requests)):
                     task = self._waiting.popleft()
                     member.under_way[task.request.name] = task
                     return task
-                # who is woken may have no server any more, so that others look by themselves too
+                # who is woken may have no server or no room, so that others look by themselves too
                 self._has_work.wait(self._look_s)
         return None
 
-    def _answer(self, member: _Member, task: _Task, answer: TokenAnswer | Exception) -> None:
+    def _answer(self, member: _Member, task: _Task, answers: list[TokenAnswer] | Exception) -> None:
         with self._changed:
             member.under_way.pop(task.request.name, None)
-        _settle(task, answer)
+            # this thread takes one of them, and there may be room for more
+            self._has_work.notify(min(task.request.count - 1, len(self._waiting)))
+        _settle(task, answers)
 
     def _take_back(self, member: _Member, task: _Task, why: Exception) -> None:
         task.attempts += 1
@@ -398,18 +407,23 @@ class Fleet:
             # a server that refuses at once must not empty the queue against itself
             time.sleep(self._look_s)
         elif task.is_aborted:
-            _settle(task, TokenAnswer([], [], ABORTED))
+            _settle(task, _nothing(task))
         elif self._is_over:
             _settle(task, RuntimeError(ENDED))
         else:
-            _settle(task, self._failure or UserError(f"{ATTEMPTS} attempts at one response have failed; the "
+            _settle(task, self._failure or UserError(f"{ATTEMPTS} attempts at one request have failed; the "
                                                      f"last one: {why}"))
 
 
-def _settle(task: _Task, answer: TokenAnswer | BaseException) -> None:
-    """Give a task its answer, the first one."""
+def _nothing(task: _Task) -> list[TokenAnswer]:
+    """Return the answers of a task that was aborted before it had any."""
+    return [TokenAnswer([], [], ABORTED)] * task.request.count
+
+
+def _settle(task: _Task, answers: list[TokenAnswer] | BaseException) -> None:
+    """Give a task its answers, the first ones."""
     with contextlib.suppress(InvalidStateError):
-        if isinstance(answer, BaseException):
-            task.future.set_exception(answer)
+        if isinstance(answers, BaseException):
+            task.future.set_exception(answers)
         else:
-            task.future.set_result(answer)
+            task.future.set_result(answers)

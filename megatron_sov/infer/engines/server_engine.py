@@ -10,7 +10,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,9 @@ from megatron_sov.work.endpoints.transport import missing_libraries
 
 SHARD_BYTES = 1 << 30
 """Of a file of weights: what is held beside the model at a time."""
+GROUP, GROUPED_TOKENS = 8, 256
+"""Answers of a request at most, and their tokens at most: a request costs as much as some tokens of a small
+model, while of long answers each is to make room as soon as it has ended."""
 _LOOK_S = 0.2
 
 
@@ -183,8 +186,7 @@ class ServerEngine:
         sampling.check()
         stop, version = stop or StopRule(), self._held.version
         limits = [sampling.max_new_tokens] * len(prompts) if bounds is None else list(bounds.limits)
-        asked = [self.request(prompt, sampling, limit, stop.ids)
-                 for prompt, limit in zip(prompts, limits, strict=True)]
+        asked = self.requests(prompts, [replace(sampling, max_new_tokens=n) for n in limits], stop.ids)
         answers = self._answers(asked, bounds)
         written = [_cut(answer, stop) for answer in answers]
         routes = None
@@ -193,11 +195,23 @@ class ServerEngine:
                       for answer, prompt, (tokens, _) in zip(answers, prompts, written, strict=True)]
         return Generated.of(written, sampling, stop, version, routes=routes)
 
-    def request(self, ids: Tokens, sampling: Sampling, limit: int, end_ids: tuple[int, ...]) -> TokenRequest:
-        """Return a request of its own name."""
-        return TokenRequest(f"{self._name}-{next(self._numbers)}", [int(token) for token in ids], limit,
-                            sampling.temperature, sampling.top_k, sampling.top_p, end_ids,
-                            sampling.with_routes)
+    def requests(self, prompts: Sequence[Tokens], samplings: Sequence[Sampling], end_ids: tuple[int, ...]
+                 ) -> list[TokenRequest]:
+        """Return requests of their own names, whose answers together are those of the prompts in order:
+        neighbours that are alike go into one."""
+        found: list[TokenRequest] = []
+        for ids, sampling in zip(prompts, samplings, strict=True):
+            request = TokenRequest("", [int(token) for token in ids], sampling.max_new_tokens,
+                                   sampling.temperature, sampling.top_k, sampling.top_p, end_ids,
+                                   sampling.with_routes)
+            # vLLM refuses greedy ones, which would all be the same
+            most = min(GROUP, self.fleet.requests) if request.temperature else 1
+            if (found and request.max_new_tokens <= GROUPED_TOKENS and found[-1].count < most
+                    and replace(found[-1], name="", count=1) == request):
+                found[-1] = replace(found[-1], count=found[-1].count + 1)
+            else:
+                found.append(replace(request, name=f"{self._name}-{next(self._numbers)}"))
+        return found
 
     def update(self, weights: NamedTensors | None, version: int) -> None:
         """Have the servers read other weights out of shared memory, see `Engine`."""
@@ -225,7 +239,7 @@ class ServerEngine:
         self._files.remove()
 
     def _answers(self, asked: Sequence[TokenRequest], bounds: Bounds | None) -> list[TokenAnswer]:
-        futures: list[Future[TokenAnswer]] = [self.fleet.submit(request) for request in asked]
+        futures: list[Future[list[TokenAnswer]]] = [self.fleet.submit(request) for request in asked]
         if bounds is not None:
             left, is_ended = set(futures), False
             while left:
@@ -234,7 +248,7 @@ class ServerEngine:
                     is_ended = True
                     self.fleet.abort([request.name for request, future in zip(asked, futures, strict=True)
                                       if future in left])
-        return [future.result() for future in futures]
+        return [answer for future in futures for answer in future.result()]
 
 
 def _cut(answer: TokenAnswer, stop: StopRule) -> Written:

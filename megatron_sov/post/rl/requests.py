@@ -1,5 +1,5 @@
-"""Writes rounds by engine servers: every response is a request of its own, a queue over whole rounds keeps
-the servers full, and a piece is published as soon as its own responses are there.
+"""Writes rounds by engine servers: a request is for one response, or for some short ones of a prompt, a queue
+over whole rounds keeps the servers full, and a piece is published as soon as its own responses are there.
 
 Nobody waits for the slowest: while the last responses of a round are written, those of later rounds
 (`rollout.max_staleness`) are under way, and go on by the next weights when these come.  Each token has the
@@ -57,14 +57,17 @@ class AttemptUnderWay:
     attempt: SampleAttempt
     rows: list[Rollout]
     """As they were before."""
-    asked: dict[Future[TokenAnswer], int]
-    """Answers to come -> place among the rows."""
-    names: list[str]
-    """Of the requests."""
+    asked: dict[Future[list[TokenAnswer]], tuple[str, range]]
+    """Answers to come -> name of their request, and their places among the rows."""
     ends_s: float
     """When its deadline comes."""
     done: dict[int, Rollout] = field(default_factory=dict)
     is_cut_off: bool = False
+
+    @property
+    def num_asked(self) -> int:
+        """Responses that are still to come."""
+        return sum(len(places) for _, places in self.asked.values())
 
 
 @dataclass
@@ -83,7 +86,7 @@ class ResponseQueue:
     _held: int = 0
     """Step of the policy that the servers have."""
     _next_look_s: float = 0.0
-    _answered: SimpleQueue[Future[TokenAnswer]] = field(default_factory=SimpleQueue)
+    _answered: SimpleQueue[Future[list[TokenAnswer]]] = field(default_factory=SimpleQueue)
 
     def advance(self, limit_s: float, needed: Callable[[], bool]) -> bool:
         """Ask for what is missing, take in what comes and publish what is complete, for so many seconds.
@@ -123,7 +126,7 @@ class ResponseQueue:
 
     def _fill(self) -> bool:
         """Claim and ask for more, while there is room; returns False when there is nothing more to come."""
-        num_more = self._most() - sum(len(piece.asked) for piece in self.under_way)
+        num_more = self._most() - sum(piece.num_asked for piece in self.under_way)
         if num_more <= 0:
             return True
         found = self.desk.next(num_more, is_busy=bool(self.under_way))
@@ -148,41 +151,41 @@ class ResponseQueue:
 
     def _ask(self, attempt: SampleAttempt) -> None:
         rows = self.source.begin(attempt)
-        asked: dict[Future[TokenAnswer], int] = {}
-        names = []
-        for number, row in enumerate(rows):
-            sampling = self.source.sampling_of(row)
-            request = self.engine.request([*row.prompt_tokens.tolist(), *row.tokens.tolist()], sampling,
-                                          sampling.max_new_tokens, self.source.asker.end_ids)
-            names.append(request.name)
+        asked: dict[Future[list[TokenAnswer]], tuple[str, range]] = {}
+        begun = 0
+        for request in self.engine.requests(
+                [[*row.prompt_tokens.tolist(), *row.tokens.tolist()] for row in rows],
+                [self.source.sampling_of(row) for row in rows], self.source.asker.end_ids):
             future = self.engine.fleet.submit(request)
+            asked[future] = request.name, range(begun, begun + request.count)
+            begun += request.count
             future.add_done_callback(self._answered.put)
-            asked[future] = number
         deadline_s = self.source.rollout.deadline_s
         ends_s = self.clock_s() + deadline_s if deadline_s else float("inf")
-        self.under_way.append(AttemptUnderWay(attempt, rows, asked, names, ends_s))
+        self.under_way.append(AttemptUnderWay(attempt, rows, asked, ends_s))
 
     def _cut_off(self) -> None:
         """End the responses of pieces whose deadline has come."""
         for piece in self.under_way:
             if not piece.is_cut_off and self.clock_s() >= piece.ends_s:
                 piece.is_cut_off = True
-                self.engine.fleet.abort([piece.names[number] for number in piece.asked.values()])
+                self.engine.fleet.abort([name for name, _ in piece.asked.values()])
 
-    def _answers(self, limit_s: float) -> set[Future[TokenAnswer]]:
+    def _answers(self, limit_s: float) -> set[Future[list[TokenAnswer]]]:
         """Return the answers that have come, after so many seconds at the latest."""
-        done: set[Future[TokenAnswer]] = set()
+        done: set[Future[list[TokenAnswer]]] = set()
         with contextlib.suppress(Empty):
             done.add(self._answered.get(timeout=limit_s))
             while True:
                 done.add(self._answered.get_nowait())
         return done
 
-    def _take_in(self, done: set[Future[TokenAnswer]]) -> None:
+    def _take_in(self, done: set[Future[list[TokenAnswer]]]) -> None:
         for piece in list(self.under_way):
             for future in done & piece.asked.keys():
-                number = piece.asked.pop(future)
-                piece.done[number] = self._grown(piece, piece.rows[number], future.result())
+                _, places = piece.asked.pop(future)
+                for place, answer in zip(places, future.result(), strict=True):
+                    piece.done[place] = self._grown(piece, piece.rows[place], answer)
             if not piece.asked:
                 self.under_way.remove(piece)
                 self.desk.publish([piece.attempt], [[piece.done[i] for i in range(len(piece.rows))]])

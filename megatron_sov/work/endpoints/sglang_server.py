@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sov.work.endpoints.answers import BadAnswer
 from megatron_sov.work.endpoints.token_server import (
-    ABORTED, AnswerReading, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answer, version_of)
+    ABORTED, AnswerReading, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers, version_of)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,8 +36,8 @@ class SglangServer:
         self.url = self._calls.url
         self._is_paused = False
 
-    def write(self, request: TokenRequest) -> TokenAnswer:
-        """Return a continuation, see `TokenServer`."""
+    def write(self, request: TokenRequest) -> list[TokenAnswer]:
+        """Return continuations, see `TokenServer`."""
         # greedy is top_k 1 to SGLang, whose log-probabilities are those of all tokens
         is_cut = bool(request.temperature) and (request.top_p < 1 or request.top_k > 0)
         chosen: dict[str, Any] = {
@@ -46,10 +46,14 @@ class SglangServer:
         if is_cut:
             chosen |= {"top_p": request.top_p, "top_k": min(request.top_k or MOST_OF_CUT, MOST_OF_CUT)}
         found = self._calls.ask(WRITE, {
-            "rid": _id_of(request.name), "input_ids": list(request.ids), "sampling_params": chosen,
+            # a list, in which each has a name to be aborted by: those of its own `n` have none
+            "rid": _ids_of(request), "input_ids": [list(request.ids)] * request.count,
+            "sampling_params": chosen,
             "return_logprob": True, "return_sampling_mask": is_cut,
             "return_routed_experts": request.with_routes})
-        return check_answer(_read(found, len(request.ids), is_cut, self.url), self.url)
+        with AnswerReading(self.url):
+            answers = [_read(answer, len(request.ids), is_cut) for answer in found]
+        return check_answers(answers, request.count, self.url)
 
     def score(self, ids: Sequence[int]) -> list[float]:
         """Return log-probabilities of what is given, see `TokenServer`."""
@@ -62,10 +66,11 @@ class SglangServer:
                 raise ValueError("input_token_logprobs are of other tokens")
             return [float(logprob) for logprob, *_ in told[1:]]
 
-    def abort(self, names: Sequence[str]) -> None:
+    def abort(self, requests: Sequence[TokenRequest]) -> None:
         """End requests, see `TokenServer`."""
-        for name in names:
-            self._calls.tell("/abort_request", {"rid": _id_of(name)})
+        for request in requests:
+            for name in _ids_of(request):
+                self._calls.tell("/abort_request", {"rid": name})
 
     def pause(self) -> None:
         """Put what is under way back into SGLang's queue with its tokens, see `TokenServer`."""
@@ -95,28 +100,26 @@ class SglangServer:
             raise BadAnswer(f"{self.url}{path}: {said}")
 
 
-def _id_of(name: str) -> str:
+def _ids_of(request: TokenRequest) -> list[str]:
     # SGLang aborts all requests whose ids begin with what it is given
-    return f"{name};"
+    return [f"{request.name}.{place};" for place in range(request.count)]
 
 
-def _read(found: Any, num_prompt: int, is_cut: bool, url: str) -> TokenAnswer:
-    with AnswerReading(url):
-        about = found["meta_info"]
-        tokens = [int(token) for token in found["output_ids"]]
-        reason = str(about["finish_reason"]["type"])
-        # one that was aborted before it began has none of them
-        told = about.get("output_token_sampling_logprobs" if is_cut else "output_token_logprobs") or []
-        logprobs = [float(value if is_cut else value[0]) for value in told]
-        if reason == ABORTED:
-            # tokens come in parts, and an end in the queue may come between
-            tokens = tokens[:len(logprobs)]
-            logprobs = logprobs[:len(tokens)]
-        spans = [VersionSpan(version_of(span["version"]), int(span["start"]),
-                             min(int(span["end"]), len(tokens)))
-                 for span in about.get("weight_versions") or [] if int(span["start"]) < len(tokens)]
-        return TokenAnswer(tokens, logprobs, reason, tuple(spans),
-                           _routes(about.get("routed_experts"), num_prompt + len(tokens) - 1))
+def _read(found: Any, num_prompt: int, is_cut: bool) -> TokenAnswer:
+    about = found["meta_info"]
+    tokens = [int(token) for token in found["output_ids"]]
+    reason = str(about["finish_reason"]["type"])
+    # one that was aborted before it began has none of them
+    told = about.get("output_token_sampling_logprobs" if is_cut else "output_token_logprobs") or []
+    logprobs = [float(value if is_cut else value[0]) for value in told]
+    if reason == ABORTED:
+        # tokens come in parts, and an end in the queue may come between
+        tokens = tokens[:len(logprobs)]
+        logprobs = logprobs[:len(tokens)]
+    spans = [VersionSpan(version_of(span["version"]), int(span["start"]), min(int(span["end"]), len(tokens)))
+             for span in about.get("weight_versions") or [] if int(span["start"]) < len(tokens)]
+    return TokenAnswer(tokens, logprobs, reason, tuple(spans),
+                       _routes(about.get("routed_experts"), num_prompt + len(tokens) - 1))
 
 
 def _routes(told: str | None, num_tokens: int) -> np.ndarray | None:

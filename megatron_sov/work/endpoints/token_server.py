@@ -47,6 +47,8 @@ class TokenRequest:
     """Tokens that end the answer, and are its last one."""
     with_routes: bool = False
     """Whether to tell which experts tokens visited."""
+    count: int = 1
+    """Answers to be drawn; 1 where the temperature is 0."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +85,16 @@ class TokenServer(Protocol):
 
     url: str
 
-    def write(self, request: TokenRequest) -> TokenAnswer:
-        """Return a continuation; blocks until it has ended."""
+    def write(self, request: TokenRequest) -> list[TokenAnswer]:
+        """Return the answers that are asked for; blocks until all of them have ended."""
         ...
 
     def score(self, ids: Sequence[int]) -> list[float]:
         """Return the log-probability of each token but the first, at temperature 1."""
         ...
 
-    def abort(self, names: Sequence[str]) -> None:
-        """End requests where they are; each of them is answered with what it has."""
+    def abort(self, requests: Sequence[TokenRequest]) -> None:
+        """End requests where they are; all their answers come with what they have."""
         ...
 
     def pause(self) -> None:
@@ -171,12 +173,20 @@ class ServerCalls:
         raise BadAnswer(said, is_away=came.status >= 500)
 
 
-def check_answer(answer: TokenAnswer, where: str) -> TokenAnswer:
-    """Return an answer whose parts belong together.
+def check_answers(answers: list[TokenAnswer], asked: int, where: str) -> list[TokenAnswer]:
+    """Return answers, as many as were asked for, whose parts belong together.
 
     Raises:
-        BadAnswer: they do not.
+        BadAnswer: there are more or fewer, or the parts do not.
     """
+    if len(answers) != asked:
+        raise BadAnswer(f"{where}: told {len(answers)} answers, and was asked for {asked}")
+    for answer in answers:
+        _check_answer(answer, where)
+    return answers
+
+
+def _check_answer(answer: TokenAnswer, where: str) -> None:
     count = len(answer.tokens)
     if len(answer.logprobs) != count:
         raise BadAnswer(f"{where}: told {count} tokens and {len(answer.logprobs)} log-probabilities; one "
@@ -187,7 +197,6 @@ def check_answer(answer: TokenAnswer, where: str) -> TokenAnswer:
     if answer.versions and ([span.start for span in answer.versions] != [0, *ends[:-1]] or ends[-1] != count):
         raise BadAnswer(f"{where}: told versions of {[(s.start, s.end) for s in answer.versions]}, and wrote "
                         f"{count} tokens")
-    return answer
 
 
 def version_of(told: Any) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
 from megatron_sov.work.endpoints.token_server import (
-    AnswerReading, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answer, version_of)
+    AnswerReading, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers, version_of)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,23 +37,23 @@ class VllmServer:
         self.url = self._calls.url
         self._path, self._model = WRITE, ""
 
-    def write(self, request: TokenRequest) -> TokenAnswer:
-        """Return a continuation, see `TokenServer`."""
+    def write(self, request: TokenRequest) -> list[TokenAnswer]:
+        """Return continuations, see `TokenServer`."""
         # no seed: on a CPU vLLM dies of one where a prompt is read in several parts
         chosen = {"max_tokens": request.max_new_tokens, "temperature": request.temperature,
                   "top_p": request.top_p, "top_k": request.top_k or -1, "logprobs": 0, "ignore_eos": True,
-                  "stop_token_ids": list(request.stop_ids), "detokenize": False}
+                  "stop_token_ids": list(request.stop_ids), "detokenize": False, "n": request.count}
         if self._path == WRITE:
             try:
                 found = self._calls.ask(WRITE, {"request_id": request.name, "token_ids": list(request.ids),
                                                 "sampling_params": chosen, "model": self._model or None})
-                return check_answer(_read_tokens(found, self.url), self.url)
+                return check_answers(_read_tokens(found, self.url), request.count, self.url)
             except NeverAnswered as e:
                 # a server without --enable-scale-out does not have the route
                 if "HTTP 404" not in str(e):
                     raise
                 self._path = COMPLETIONS
-        return check_answer(self._completion(request, chosen), self.url)
+        return check_answers(self._completions(request, chosen), request.count, self.url)
 
     def score(self, ids: Sequence[int]) -> list[float]:
         """Return log-probabilities of what is given, see `TokenServer`."""
@@ -67,10 +67,11 @@ class VllmServer:
             return [float(place[str(token)]["logprob"])
                     for place, token in zip(found["prompt_logprobs"][1:], ids[1:], strict=True)]
 
-    def abort(self, names: Sequence[str]) -> None:
+    def abort(self, requests: Sequence[TokenRequest]) -> None:
         """End requests, see `TokenServer`."""
         # answers come back under this prefix, and requests are known by it
-        self._calls.tell("/abort_requests", {"request_ids": [f"generate-tokens-{name}" for name in names]})
+        self._calls.tell("/abort_requests", {
+            "request_ids": [f"generate-tokens-{request.name}" for request in requests]})
 
     def pause(self) -> None:
         """Freeze what is under way, see `TokenServer`."""
@@ -95,7 +96,7 @@ class VllmServer:
         """Return whether the model is loaded and its processes live."""
         return self._calls.is_there("/health")
 
-    def _completion(self, request: TokenRequest, chosen: Mapping[str, Any]) -> TokenAnswer:
+    def _completions(self, request: TokenRequest, chosen: Mapping[str, Any]) -> list[TokenAnswer]:
         if not self._model:
             self._model = self._only_model()
         body = dict(chosen) | {"prompt": list(request.ids), "model": self._model, "return_token_ids": True,
@@ -103,10 +104,9 @@ class VllmServer:
         body.pop("detokenize")
         found = self._calls.ask(COMPLETIONS, body)
         with AnswerReading(self.url):
-            choice = found["choices"][0]
-            return TokenAnswer([int(token) for token in choice["token_ids"]],
-                               [float(value) for value in choice["logprobs"]["token_logprobs"]],
-                               str(choice["finish_reason"]))
+            return [TokenAnswer([int(token) for token in choice["token_ids"]],
+                                [float(value) for value in choice["logprobs"]["token_logprobs"]],
+                                str(choice["finish_reason"])) for choice in found["choices"]]
 
     def _only_model(self) -> str:
         found = self._calls.look("/v1/models")
@@ -114,17 +114,20 @@ class VllmServer:
             return str(found["data"][0]["id"])
 
 
-def _read_tokens(found: Any, url: str) -> TokenAnswer:
-    """Return the one choice of `/inference/v1/generate`."""
+def _read_tokens(found: Any, url: str) -> list[TokenAnswer]:
+    """Return the choices of `/inference/v1/generate`."""
     with AnswerReading(url):
-        choice = found["choices"][0]
-        tokens = [int(token) for token in choice["token_ids"] or []]
-        # an aborted request that had not begun tells none
-        told = (choice.get("logprobs") or {"content": []})["content"]
-        spans = tuple(VersionSpan(version_of(span["version"]), int(span["start"]), int(span["end"]))
-                      for span in choice.get("weight_versions") or [])
-        return TokenAnswer(tokens, [float(place["logprob"]) for place in told], str(choice["finish_reason"]),
-                           spans if tokens else (), _routes(choice.get("routed_experts")))
+        return [_read_choice(choice) for choice in found["choices"]]
+
+
+def _read_choice(choice: Mapping[str, Any]) -> TokenAnswer:
+    tokens = [int(token) for token in choice["token_ids"] or []]
+    # an aborted request that had not begun tells none
+    told = (choice.get("logprobs") or {"content": []})["content"]
+    spans = tuple(VersionSpan(version_of(span["version"]), int(span["start"]), int(span["end"]))
+                  for span in choice.get("weight_versions") or [])
+    return TokenAnswer(tokens, [float(place["logprob"]) for place in told], str(choice["finish_reason"]),
+                       spans if tokens else (), _routes(choice.get("routed_experts")))
 
 
 def _routes(told: str | None) -> np.ndarray | None:

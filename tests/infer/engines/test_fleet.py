@@ -3,7 +3,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet
-from megatron_sov.infer.engines.server_engine import ServerEngine, WeightFiles
+from megatron_sov.infer.engines.server_engine import GROUP, GROUPED_TOKENS, ServerEngine, WeightFiles
 from megatron_sov.infer.engines.server_process import ENGINE_PYTHON, PROGRAMS, EngineServers, OwnServer
 from megatron_sov.infer.request import Bounds, Sampling, StopRule
 from megatron_sov.work.endpoints.token_server import TokenRequest, TokenServer
@@ -66,10 +68,47 @@ def test_all_servers_share_the_queue_and_a_slow_answer_holds_no_other(fleets: Ca
     fleet = fleets(keepers, 2)
     slow = fleet.submit(TokenRequest("slow", [3], 2000))
     quick = [(request, fleet.submit(request)) for request in asked(20)]
-    assert all(future.result(10).tokens == expected(request) for request, future in quick)
+    assert all(future.result(10)[0].tokens == expected(request) for request, future in quick)
     assert not slow.done() and all(keeper.doubles[0].asked for keeper in keepers)
     fleet.abort(["slow"])
-    assert slow.result(10).reason == "abort"
+    assert slow.result(10)[0].reason == "abort"
+
+
+def test_answers_are_counted_against_a_servers_room(fleets: Callable[..., Fleet],
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper, inside, most = DoubleKeeper(0.02), [0], [0]
+    fleet, lock = fleets([keeper], 5), threading.Lock()
+    generate = keeper.doubles[0]._generate
+
+    def counted(body: dict[str, Any]) -> tuple[int, Any]:
+        with lock:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+        found = generate(body)
+        with lock:
+            inside[0] -= 1
+        return found
+
+    monkeypatch.setattr(keeper.doubles[0], "_generate", counted)
+    futures = [fleet.submit(TokenRequest(f"g{k}", [3], 4, count=2)) for k in range(6)]
+    assert [len(future.result(10)) for future in futures] == [2] * 6 and most == [2]
+
+
+def test_more_answers_than_there_is_room_for_are_written_alone(fleets: Callable[..., Fleet]) -> None:
+    future = fleets([DoubleKeeper()], 2).submit(TokenRequest("a", [3], 4, count=3))
+    assert len(future.result(10)) == 3
+
+
+def test_an_abort_ends_all_answers_of_a_request(fleets: Callable[..., Fleet]) -> None:
+    keeper = DoubleKeeper(0.01)
+    fleet = fleets([keeper], 2)
+    futures = [fleet.submit(TokenRequest(name, [3], 4000, count=2)) for name in ("written", "waiting")]
+    while keeper.doubles[0].num_written < 4:
+        time.sleep(0.002)
+    fleet.abort(["written", "waiting"])
+    written, waiting = (future.result(10) for future in futures)
+    assert [answer.reason for answer in (*written, *waiting)] == ["abort"] * 4
+    assert all(answer.tokens for answer in written) and not any(answer.tokens for answer in waiting)
 
 
 def test_others_take_over_what_a_dead_server_had_and_it_comes_back(fleets: Callable[..., Fleet]) -> None:
@@ -79,7 +118,7 @@ def test_others_take_over_what_a_dead_server_had_and_it_comes_back(fleets: Calla
     futures = [(request, fleet.submit(request)) for request in asked(16, 12)]
     time.sleep(0.05)
     keepers[0].doubles[0].is_dead = True
-    assert [future.result(20).tokens for _, future in futures] == [expected(r, 4) for r, _ in futures]
+    assert [future.result(20)[0].tokens for _, future in futures] == [expected(r, 4) for r, _ in futures]
     while len(keepers[0].doubles) < 2 or fleet.num_there < 2:
         time.sleep(0.01)
     # what is started again has the newest weights before it is asked
@@ -93,7 +132,7 @@ def test_weights_change_on_all_servers_while_answers_are_under_way(fleets: Calla
     time.sleep(0.08)
     fleet.update(["/later"], 7)
     for future in futures:
-        versions = [span.version for span in future.result(10).versions]
+        versions = [span.version for span in future.result(10)[0].versions]
         assert versions in ([0, 7], [7])
     assert {keeper.doubles[0].version for keeper in keepers} == {"7"}
 
@@ -143,6 +182,28 @@ def test_a_fleet_is_an_engine(fleets: Callable[..., Fleet], tmp_path: Path) -> N
     assert again.version == 5 and again.continuations[0] == [token_at([3, 1], place, 5) for place in range(6)]
     engine.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_short_samples_of_a_prompt_are_asked_for_together(fleets: Callable[..., Fleet],
+                                                           tmp_path: Path) -> None:
+    fleet = fleets([DoubleKeeper()], 6)
+    engine = ServerEngine("vllm", fleet, tmp_path, tmp_path / "w", 6)
+
+    def counts(prompts: list[list[int]], *samplings: Sampling) -> list[int]:
+        found = engine.requests(prompts, samplings, (2,))
+        assert len({request.name for request in found}) == len(found)
+        return [request.count for request in found]
+
+    drawn = Sampling(GROUPED_TOKENS, temperature=1.0)
+    assert counts([[3]] * 8 + [[4]], *[drawn] * 9) == [6, 2, 1]
+    fleet.requests = 99
+    assert counts([[3]] * (GROUP + 1), *[drawn] * (GROUP + 1)) == [GROUP, 1]
+    # a cut response goes on behind ids of its own, with fewer tokens to go
+    assert counts([[3], [3, 5], [3]], *[drawn] * 3) == [1, 1, 1]
+    assert counts([[3]] * 2, drawn, replace(drawn, max_new_tokens=5)) == [1, 1]
+    # places of long ones are taken by others as soon as they have ended
+    assert counts([[3]] * 2, *[replace(drawn, max_new_tokens=GROUPED_TOKENS + 1)] * 2) == [1, 1]
+    assert counts([[3]] * 2, *[Sampling(5)] * 2) == [1, 1]
 
 
 def test_bounds_end_what_is_under_way(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
@@ -220,9 +281,10 @@ def test_a_fleet_of_sglang_changes_weights_under_way(tmp_path: Path) -> None:
         engine = ServerEngine("sglang", fleet, tmp_path, tmp_path / "w", 4)
         engine.update(iter({"w": torch.arange(3.0)}.items()), 5)
         for request, future in zip(asked(3, 40), futures, strict=True):
-            [before, after] = future.result(20).versions
+            [answer] = future.result(20)
+            [before, after] = answer.versions
             assert (before.version, after.version) == (0, 5)
-            assert future.result().tokens[after.start:] == expected(request, 5)[after.start:]
+            assert answer.tokens[after.start:] == expected(request, 5)[after.start:]
         assert [torch.equal(load_file(file)["w"], torch.arange(3.0))
                 for file in Path(double.weights).iterdir()] == [True]
         engine.close()

@@ -105,10 +105,14 @@ def check_whole(rows: list[Rollout]) -> None:
 
 def test_rounds_are_written_by_the_newest_policy_and_published_piece_by_piece(
         desks: Callable[..., Desk]) -> None:
-    desk = desks([DoubleKeeper(), DoubleKeeper()])
+    keepers = [DoubleKeeper(), DoubleKeeper()]
+    desk = desks(keepers)
     summary = write_by_requests(desk.engine, desk.take, desk.source, desk.queue, 4)
     assert summary["parts"] == 3 and "round 2 waits for a policy" in summary["waits_for"]
     check_whole(desk.rows(1))
+    # the samples of a prompt in one request
+    asked = [body for keeper in keepers for body in keeper.doubles[0].asked]
+    assert [body["sampling_params"]["n"] for body in asked] == [2, 2, 2]
     desk.newest = 1
     again = write_by_requests(desk.engine, desk.take, desk.source, desk.queue, 4)
     assert again["parts"] == 6 and desk.taken == [1]

@@ -31,7 +31,7 @@ def begin(server: SglangServer, *requests: TokenRequest) -> list[TokenAnswer]:
     """Have requests written beside each other; the list grows by their answers."""
     found: list[TokenAnswer] = []
     for request in requests:
-        threading.Thread(target=lambda r=request: found.append(server.write(r)), daemon=True).start()
+        threading.Thread(target=lambda r=request: found.extend(server.write(r)), daemon=True).start()
     return found
 
 
@@ -44,11 +44,11 @@ def wait_until(holds: Any) -> None:
 
 def test_tokens_logprobs_and_versions_come_as_they_were_drawn(double: SglangDouble) -> None:
     server = SglangServer(double.url)
-    answer = server.write(TokenRequest("a", PROMPT, 4, 0.7, stop_ids=(2,)))
+    [answer] = server.write(TokenRequest("a", PROMPT, 4, 0.7, stop_ids=(2,)))
     assert answer == TokenAnswer(words(4), [-t / 100 for t in words(4)], "length", (VersionSpan(0, 0, 4),))
     sent = double.asked[0]["sampling_params"]
     assert sent == {"max_new_tokens": 4, "temperature": 0.7, "ignore_eos": True, "stop_token_ids": [2]}
-    stopped = server.write(TokenRequest("b", PROMPT, 9, stop_ids=(words(3)[2],)))
+    [stopped] = server.write(TokenRequest("b", PROMPT, 9, stop_ids=(words(3)[2],)))
     assert (stopped.tokens, stopped.reason) == (words(3), "stop")
     assert server.score([4, 9, 8]) == [-0.09, -0.08]
     assert double.asked[-1]["sampling_params"]["max_new_tokens"] == 0
@@ -57,11 +57,11 @@ def test_tokens_logprobs_and_versions_come_as_they_were_drawn(double: SglangDoub
 @pytest.mark.parametrize(("top_k", "top_p", "sent"), [(8, 1.0, 8), (0, 0.9, 4096), (9000, 0.9, 4096)])
 def test_logprobs_of_a_cut_distribution_are_those_it_was_drawn_from(double: SglangDouble, top_k: int,
                                                                    top_p: float, sent: int) -> None:
-    answer = SglangServer(double.url).write(TokenRequest("a", PROMPT, 3, 1.0, top_k, top_p))
+    [answer] = SglangServer(double.url).write(TokenRequest("a", PROMPT, 3, 1.0, top_k, top_p))
     assert answer.logprobs == [-t / 200 for t in words(3)]
     assert double.asked[0]["sampling_params"]["top_k"] == sent
     # greedily written tokens have those of all tokens, whatever cuts
-    greedy = SglangServer(double.url).write(TokenRequest("b", PROMPT, 3, 0.0, top_k, top_p))
+    [greedy] = SglangServer(double.url).write(TokenRequest("b", PROMPT, 3, 0.0, top_k, top_p))
     assert greedy.logprobs == [-t / 100 for t in words(3)]
 
 
@@ -82,18 +82,30 @@ def test_weights_change_in_the_middle_of_an_answer_and_each_token_tells_its_own(
 
 def test_an_aborted_request_ends_alone(double: SglangDouble) -> None:
     double.token_s, server = 0.002, SglangServer(double.url)
-    found = begin(server, TokenRequest("a-1", PROMPT, 4000), TokenRequest("a-10", PROMPT, 60))
+    asked = TokenRequest("a-1", PROMPT, 4000)
+    found = begin(server, asked, TokenRequest("a-10", PROMPT, 60))
     wait_until(lambda: double.num_written > 5)
-    server.abort(["a-1", "never"])
+    server.abort([asked, TokenRequest("never", PROMPT, 4)])
     wait_until(lambda: len(found) == 2)
     # SGLang would end a-10 too, whose name begins with the other's
     assert [(answer.reason, len(answer.tokens) < 60) for answer in found] == [("abort", True),
                                                                               ("length", False)]
 
 
+def test_some_answers_are_asked_for_at_once_and_end_together(double: SglangDouble) -> None:
+    server = SglangServer(double.url)
+    assert [answer.tokens for answer in server.write(TokenRequest("a", PROMPT, 4, count=3))] == [words(4)] * 3
+    double.token_s = 0.002
+    found = begin(server, asked := TokenRequest("b", PROMPT, 4000, count=2))
+    wait_until(lambda: double.num_written > 20)
+    server.abort([asked])
+    wait_until(lambda: found)
+    assert [answer.reason for answer in found] == ["abort"] * 2 and found[0].tokens
+
+
 def test_routes_come_without_a_shape(double: SglangDouble) -> None:
-    routes = SglangServer(double.url).write(TokenRequest("a", PROMPT, 2, with_routes=True)).routes
-    assert routes is not None and (routes == np.arange(16).reshape(4, 4)).all()
+    [answer] = SglangServer(double.url).write(TokenRequest("a", PROMPT, 2, with_routes=True))
+    assert answer.routes is not None and (answer.routes == np.arange(16).reshape(4, 4)).all()
 
 
 def test_refusals_are_told(double: SglangDouble) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sov.work.endpoints import transport
 from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
-from megatron_sov.work.endpoints.token_server import TokenAnswer, TokenRequest, VersionSpan, check_answer
+from megatron_sov.work.endpoints.token_server import TokenAnswer, TokenRequest, VersionSpan, check_answers
 from megatron_sov.work.endpoints.vllm_server import VllmServer, _read_tokens
 from tests.token_servers import VllmDouble, token_at
 
@@ -32,19 +32,19 @@ def words(count: int, version: int = 0) -> list[int]:
 
 def test_tokens_logprobs_and_versions_come_as_they_were_drawn(double: VllmDouble) -> None:
     server = VllmServer(double.url)
-    answer = server.write(TokenRequest("a", PROMPT, 4, 0.7, stop_ids=(2,)))
+    [answer] = server.write(TokenRequest("a", PROMPT, 4, 0.7, stop_ids=(2,)))
     assert answer == TokenAnswer(words(4), [-t / 100 for t in words(4)], "length", (VersionSpan(0, 0, 4),))
     sent = double.asked[0]["sampling_params"]
     # vLLM dies of a seed on a CPU, and ends at the config's eos unless it is told not to
     assert "seed" not in sent and sent["ignore_eos"] and sent["top_k"] == -1 and sent["temperature"] == 0.7
-    stopped = server.write(TokenRequest("b", PROMPT, 9, stop_ids=(words(3)[2],)))
+    [stopped] = server.write(TokenRequest("b", PROMPT, 9, stop_ids=(words(3)[2],)))
     assert (stopped.tokens, stopped.reason) == (words(3), "stop")
     assert server.score([4, 9, 8]) == [-0.09, -0.08]
 
 
 def test_weights_change_in_the_middle_of_an_answer_and_each_token_tells_its_own(double: VllmDouble) -> None:
     double.token_s, server, found = 0.01, VllmServer(double.url), []
-    thread = threading.Thread(target=lambda: found.append(server.write(TokenRequest("a", PROMPT, 20))))
+    thread = threading.Thread(target=lambda: found.extend(server.write(TokenRequest("a", PROMPT, 20))))
     thread.start()
     time.sleep(0.05)
     server.pause()
@@ -61,17 +61,28 @@ def test_weights_change_in_the_middle_of_an_answer_and_each_token_tells_its_own(
 
 def test_an_aborted_request_is_answered_with_what_it_has(double: VllmDouble) -> None:
     double.token_s, server, found = 0.01, VllmServer(double.url), []
-    thread = threading.Thread(target=lambda: found.append(server.write(TokenRequest("a", PROMPT, 500))))
+    thread = threading.Thread(target=lambda: found.extend(server.write(TokenRequest("a", PROMPT, 500))))
     thread.start()
     time.sleep(0.05)
-    server.abort(["a"])
+    server.abort([TokenRequest("a", PROMPT, 500)])
     thread.join()
     assert found[0].reason == "abort" and 0 < len(found[0].tokens) < 500
 
 
+@pytest.mark.parametrize("route", ["/inference/v1/generate", "/v1/completions"])
+def test_some_answers_are_asked_for_at_once(double: VllmDouble, route: str) -> None:
+    double.refuses = lambda path: path == "/inference/v1/generate" != route
+    server = VllmServer(double.url)
+    answers = server.write(TokenRequest("a", PROMPT, 4, count=3))
+    assert [answer.tokens for answer in answers] == [words(4)] * 3 and len(double.asked) == 1
+    double.places = 2
+    with pytest.raises(NeverAnswered, match="at most 2, got 3"):
+        server.write(TokenRequest("b", PROMPT, 4, count=3))
+
+
 def test_a_server_without_the_route_of_tokens_is_asked_by_completions(double: VllmDouble) -> None:
     double.refuses = lambda path: path == "/inference/v1/generate"
-    answer = VllmServer(double.url + "/v1").write(TokenRequest("a", PROMPT, 4))
+    [answer] = VllmServer(double.url + "/v1").write(TokenRequest("a", PROMPT, 4))
     assert answer == TokenAnswer(words(4), [-t / 100 for t in words(4)], "length")
 
 
@@ -101,7 +112,12 @@ def test_an_answer_that_lacks_something_is_none(choice: dict[str, Any], told: st
     (TokenAnswer([1, 2], [-1.0, -1.0], "stop", (VersionSpan(1, 0, 1), VersionSpan(2, 0, 2))), "versions")])
 def test_parts_of_an_answer_belong_together(answer: TokenAnswer, told: str) -> None:
     with pytest.raises(BadAnswer, match=told):
-        check_answer(answer, "http://here")
+        check_answers([answer], 1, "http://here")
+
+
+def test_answers_are_as_many_as_were_asked_for() -> None:
+    with pytest.raises(BadAnswer, match="told 1 answers, and was asked for 2"):
+        check_answers([TokenAnswer([1], [-1.0], "stop")], 2, "http://here")
 
 
 def test_routes_are_an_array_and_never_unpickled() -> None:
@@ -112,7 +128,7 @@ def test_routes_are_an_array_and_never_unpickled() -> None:
                              "routed_experts": base64.b64encode(out.getvalue()).decode()}]}
 
     routes = np.arange(12).reshape(3, 2, 2)
-    found = _read_tokens(answer(routes), "http://here")
+    [found] = _read_tokens(answer(routes), "http://here")
     assert found.routes is not None and (found.routes == routes).all()
     with pytest.raises(BadAnswer, match="allow_pickle=False"):
         _read_tokens(answer(np.array([{}], object)), "http://here")
