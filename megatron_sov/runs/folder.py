@@ -46,7 +46,7 @@ EXPORTS, EVALUATIONS = "exports", "evaluations"
 """Hugging Face folders of checkpoints, and the figures measured on them, beside training."""
 OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
 ROLLOUT = tuple(f.name for f in dataclasses.fields(RolloutConfig)
-                if f.name not in ("rounds", "max_staleness", "deadline_s", "lease_s"))
+                if f.name not in ("rounds", "max_staleness", "deadline_s", "lease_s", "keep_rounds"))
 FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": OPTIM,
                                             "train": ("seed", "precision", "hidden_dropout"),
                                              "data": ("packing", "over_long"), "lora": None,
