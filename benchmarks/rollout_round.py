@@ -5,8 +5,8 @@ job looks up that takes up the pieces of a round.
         [--routes LAYERS,TOP_K,EXPERTS] [--known 1000000] [--piece-prompts 64]
 
 A store of one round is written by the store's own writer, with rewards: responses of about `--tokens` tokens
-to prompts of 16.  A run has `--known` prompts, of which a round asks `--prompts`.  The round is then published
-anew by each number of processes, which join each other over Gloo; memory is the peak of a process above what
+to prompts of 16.  A run has `--known` prompts, of which a round asks `--prompts`.  The round is then
+published anew by each number of processes, which join each other over Gloo; memory is the peak of a process above what
 it had with the prompts read.
 """
 
@@ -109,7 +109,8 @@ def publish_one(folder: Path, args: argparse.Namespace) -> None:
     base_mb, began, began_cpu = peak_mb(), time.perf_counter(), time.process_time()
     with mock.patch.object(publish, "replayed_routes", lambda config: shape_of(args)):
         assert not (lacks := publisher.publish(1)), lacks
-    print(f"{time.process_time() - began_cpu:.1f} {time.perf_counter() - began:.1f} {peak_mb() - base_mb:.0f}")
+    cpu_s, wall_s = time.process_time() - began_cpu, time.perf_counter() - began
+    print(f"{cpu_s:.1f} {wall_s:.1f} {peak_mb() - base_mb:.0f}")
 
 
 def publish_by(nproc: int, folder: Path, args: argparse.Namespace) -> str:
@@ -171,8 +172,8 @@ def main() -> None:
     if args.publish is not None:
         publish_one(args.publish, args)
         return
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {args.prompts:,} of {args.known:,} prompts "
-          f"x {args.samples} responses of about {args.tokens} tokens, routes {args.routes or 'none'}")
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {args.prompts:,} of {args.known:,} "
+          f"prompts x {args.samples} responses of about {args.tokens} tokens, routes {args.routes or 'none'}")
     with tempfile.TemporaryDirectory() as folder:
         began_cpu = time.process_time()
         write_store(Path(folder), args)

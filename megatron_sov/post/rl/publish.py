@@ -12,7 +12,7 @@ import contextlib
 import math
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby, pairwise
@@ -92,6 +92,8 @@ class Publisher:
     reward_version: str
     tokenizer: Path
     """Folder of the tokenizer that the model has."""
+    is_own: Callable[[int, str], bool] = lambda step, sha256: True
+    """Whether a policy of a step is the run, as far as that is known."""
     _artifact: ArtifactWriter | None = None
     """The round under construction, on the process that completes it."""
 
@@ -237,18 +239,14 @@ class Publisher:
                             f"store gc {self.store} --version {self.reward_version}`")
 
     def _warn_of_other_policies(self, gathered: Gathered) -> None:
-        """Tell where responses were begun by none of the run's checkpoints: a store gives what it has to
+        """Tell where responses were begun by another policy than the run is: a store gives what it has to
         whoever asks the same, and another run may have written it."""
-        folder = self.rounds.parent / checkpoints.CHECKPOINTS_OF_A_RUN
-        newest = checkpoints.latest(folder)
-        last = 0 if newest is None else checkpoints.step_of(newest)
         begun = {_begun_by(r.rollout) for group in gathered.groups for r in group if not r.rollout.attempt}
         for step, sha256 in sorted(begun):
-            own = folder / f"step-{step}"
-            if step > last or (step and (own / MANIFEST).is_file() and manifest_sha256(own) != sha256):
+            if not self.is_own(step, sha256):
                 warn(f"{self.store}: responses of round {gathered.number} were begun by policy {sha256[:12]} "
-                     f"of step {step}, which is no checkpoint of {self.rounds.parent}: where another run has "
-                     "written them, give each run a store of its own")
+                     f"of step {step}, which {self.rounds.parent} is not: where another run has written "
+                     "them, give each run a store of its own")
 
     def _content(self, source: RoundOfStore, gathered: Gathered, late: Sequence[LateGroup], chosen: _Chosen
                  ) -> dict[str, Any]:

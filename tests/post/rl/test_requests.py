@@ -111,6 +111,17 @@ def test_rounds_are_written_by_the_newest_policy_and_published_piece_by_piece(
     assert {int(v) for row in desk.rows(2) for v in row.versions} == {1}
 
 
+@pytest.mark.parametrize(("is_live", "deadline_s", "asked"), [
+    (True, 0.0, 6), (True, 60.0, 2), (False, 0.0, 2)])
+def test_servers_of_a_run_have_all_work_there_is_before_nobody_looks(
+        is_live: bool, deadline_s: float, asked: int, desks: Callable[..., Desk]) -> None:
+    desk = desks([DoubleKeeper(0.05)], replace(ROLLOUT, rounds=1, deadline_s=deadline_s))
+    requests = ResponseQueue(desk.engine, desk.source, desk.queue, None if is_live else desk.take, 1)
+    assert requests.advance(0.0, lambda: True)
+    assert sum(len(piece.rows) for piece in requests.under_way) == asked
+    requests.close()
+
+
 def test_a_server_that_dies_in_the_middle_costs_nothing_and_doubles_nothing(
         desks: Callable[..., Desk]) -> None:
     keepers = [DoubleKeeper(0.02), DoubleKeeper(0.02)]
