@@ -6,8 +6,8 @@ job looks up that takes up the pieces of a round.
 
 A store of one round is written by the store's own writer, with rewards: responses of about `--tokens` tokens
 to prompts of 16.  A run has `--known` prompts, of which a round asks `--prompts`.  The round is then
-published anew by each number of processes, which join each other over Gloo; memory is the peak of a process above what
-it had with the prompts read.
+published anew by each number of processes, which join each other over Gloo; memory is the peak of a process
+above what it had with the prompts read.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data_prep.shards.token_artifact import PackedShard, read_tokens_manifest, shards_of
-from megatron_sov.base.documents.shard_files import WRITTEN, flags
 from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
 from megatron_sov.chat.folder import open_tokenizer
@@ -83,11 +82,8 @@ def _shown(shard: PackedShard, document: int, max_tokens: int, tokenizer: Tokeni
     length = int(opened.lengths_tokens[document])
     part = slice(first, first + min(length, max_tokens))
     ids = opened.tokens[part].tolist()
-    sidecars, learned = shard.source["sidecars"], np.zeros(len(ids), bool)
-    if WRITTEN in sidecars:
-        learned = flags(np.memmap(f"{shard.prefix}.{WRITTEN}", np.uint8, "r"), first, len(ids)) > 0
-    elif "loss" in sidecars:
-        learned = np.memmap(f"{shard.prefix}.loss", "<f4", "r")[part] > 0
+    learned = (np.memmap(f"{shard.prefix}.loss", "<f4", "r")[part] > 0 if "loss" in shard.source["sidecars"]
+               else np.zeros(len(ids), bool))
     pairs = zip(learned.tolist(), ids, strict=True)
     runs = [(key, [id_ for _, id_ in group]) for key, group in groupby(pairs, key=lambda pair: pair[0])]
     text = "".join(f"{LEARNED[0]}{shown}{LEARNED[1]}" if key else shown

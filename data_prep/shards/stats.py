@@ -16,7 +16,6 @@ import numpy as np
 from data_prep.shards.encode import TOKENIZER_JSON
 from data_prep.shards.token_artifact import SPLITS, num_tokens, read_tokens_manifest, shards_of
 from megatron_sov.base.artifacts import to_json
-from megatron_sov.base.documents.shard_files import WRITTEN, flags
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
@@ -93,10 +92,6 @@ def _counts(data: Path, content: dict[str, Any], source: dict[str, Any],
             done(len(block))
         if "type" in source["sidecars"] and len(opened.tokens):
             types += np.bincount(np.memmap(f"{shard.prefix}.type", np.uint8, "r"), minlength=3)[:3]
-        elif WRITTEN in source["sidecars"] and len(opened.tokens):
-            packed = np.memmap(f"{shard.prefix}.{WRITTEN}", np.uint8, "r")
-            num_written = int(flags(packed, 0, len(opened.tokens)).sum(dtype=np.int64))
-            types[[TYPE_PROMPT, TYPE_RESPONSE]] += len(opened.tokens) - num_written, num_written
     return np.concatenate(lengths), counts, types
 
 
