@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import multiprocessing
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -66,7 +66,7 @@ def shape_of(args: argparse.Namespace) -> RouteShape | None:
     return RouteShape(*map(int, args.routes.split(","))) if args.routes else None
 
 
-def write_store(folder: Path, args: argparse.Namespace) -> None:
+def write_store(folder: Path, args: argparse.Namespace, prompts: Sequence[RolloutPrompt]) -> None:
     """Write the store of a round, and its tokenizer."""
     letters = {f"<{i}>": i for i in range(VOCAB_SIZE)}
     (folder / "tokenizer").mkdir()
@@ -76,7 +76,7 @@ def write_store(folder: Path, args: argparse.Namespace) -> None:
     most = 2 * args.tokens
     ids = np.minimum(draw.zipf(1.2, 1 << 16), VOCAB_SIZE - 1).astype(np.int32)
     logprobs, versions = -draw.exponential(0.7, 1 << 16).astype(np.float32), np.zeros(most, np.int32)
-    for piece in round_pieces(prompts_of(args), config_of(args).rollout, 1, 0):
+    for piece in round_pieces(prompts, config_of(args).rollout, 1, 0):
         rows = []
         for prompt in piece.prompts:
             for sample in range(args.samples):
@@ -99,28 +99,30 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
-def publish_one(folder: Path, args: argparse.Namespace) -> None:
-    """Publish the round as one of several processes, and print what it took this one."""
-    if int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group("gloo")
-    prompts = prompts_of(args)
-    publisher = publish.Publisher(config_of(args), folder / os.environ["WORLD_SIZE"] / "rounds",
-                                  folder / "store", prompts, VERSION, folder / "tokenizer")
+def publish_one(rank: int, size: int, folder: Path, args: argparse.Namespace,
+                prompts: Sequence[RolloutPrompt], told: Any) -> None:
+    """Publish the round as one of several processes, and tell what it took this one."""
+    if size > 1:
+        dist.init_process_group("gloo", f"file://{folder}/joined-{size}", rank=rank, world_size=size)
+    publisher = publish.Publisher(config_of(args), folder / str(size) / "rounds", folder / "store", prompts,
+                                  VERSION, folder / "tokenizer")
     base_mb, began, began_cpu = peak_mb(), time.perf_counter(), time.process_time()
     with mock.patch.object(publish, "replayed_routes", lambda config: shape_of(args)):
         assert not (lacks := publisher.publish(1)), lacks
-    cpu_s, wall_s = time.process_time() - began_cpu, time.perf_counter() - began
-    print(f"{cpu_s:.1f} {wall_s:.1f} {peak_mb() - base_mb:.0f}")
+    told.put((time.process_time() - began_cpu, time.perf_counter() - began, peak_mb() - base_mb))
 
 
-def publish_by(nproc: int, folder: Path, args: argparse.Namespace) -> str:
+def publish_by(nproc: int, folder: Path, args: argparse.Namespace, prompts: Sequence[RolloutPrompt]) -> str:
     """Publish the round by some processes; returns what it took them."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--publish", str(folder)]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000),
-             "WORLD_SIZE": str(nproc)}
-    running = [subprocess.Popen(command, env={**os.environ, **place, "RANK": str(rank)}, text=True,
-                                stdout=subprocess.PIPE) for rank in range(nproc)]
-    told = [list(map(float, process.communicate()[0].split())) for process in running]
+    fork = multiprocessing.get_context("fork")
+    queue: Any = fork.Queue()
+    running = [fork.Process(target=publish_one, args=(rank, nproc, folder, args, prompts, queue))
+               for rank in range(nproc)]
+    for process in running:
+        process.start()
+    told = [queue.get() for _ in running]
+    for process in running:
+        process.join()
     manifest = read_manifest(folder / str(nproc) / "rounds/0001")
     train = manifest.content["sources"][0]["splits"]["train"]
     size_bytes = sum(file.size_bytes for file in manifest.files.values())
@@ -167,19 +169,17 @@ def main() -> None:
     parser.add_argument("--piece-prompts", type=int, default=64)
     parser.add_argument("--processes", default="1,4")
     parser.add_argument("--routes", default="")
-    parser.add_argument("--publish", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.publish is not None:
-        publish_one(args.publish, args)
-        return
+    prompts = prompts_of(args)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {args.prompts:,} of {args.known:,} "
-          f"prompts x {args.samples} responses of about {args.tokens} tokens, routes {args.routes or 'none'}")
+          f"prompts x {args.samples} responses of about {args.tokens} tokens, routes {args.routes or 'none'}",
+          flush=True)
     with tempfile.TemporaryDirectory() as folder:
         began_cpu = time.process_time()
-        write_store(Path(folder), args)
+        write_store(Path(folder), args, prompts)
         print(f"the store was written in {time.process_time() - began_cpu:.0f} s of processor", flush=True)
         for nproc in map(int, args.processes.split(",")):
-            print(publish_by(nproc, Path(folder), args), flush=True)
+            print(publish_by(nproc, Path(folder), args, prompts), flush=True)
     if not args.routes:
         for pieces in (1_250, 12_500):
             print(look_ups(pieces), flush=True)
