@@ -24,7 +24,7 @@ from megatron_sov.rollouts.store import RULES, RolloutStore, all_sound, keys_of,
 from megatron_sov.train.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE
 from megatron_sov.train.data.token_shards import COUNTS
 
-SHARD_TOKENS = 1 << 23
+SHARD_TOKENS = 1 << 22
 """A shard ends behind the piece that brings it to so many tokens of responses."""
 DTYPE = "int32"
 SIDECARS = {BEHAVIOUR: "float32", ADVANTAGE + OF_DOCUMENTS: "float32"}
