@@ -63,7 +63,7 @@ def never() -> bool:
 
 Further = Callable[[int], tuple[int, bool]]
 """Round -> the pieces of further prompts that it asks, and whether it asks no more."""
-LOOK_UPS = 256
+LOOK_UPS = 64
 """Open pieces that each `take` looks at, on average, where there are more."""
 NEWER, FRESH, SAME, STUCK = range(4)
 """In which order attempts are taken up: what goes on by a newer policy than cut it off (or than this job

@@ -41,10 +41,11 @@ from megatron_sov.rollouts.rows import LENGTH, Key, domain_of
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.rounds import LEARNS
+from megatron_sov.train.data.described import source_record
 from megatron_sov.train.data.requirements import replayed_routes
 from megatron_sov.train.data.rounds import SOURCE, folder_of_round
 from megatron_sov.train.data.token_bytes import token_bytes
-from megatron_sov.train.data.token_shards import CONTENT_VERSION, source_record
+from megatron_sov.train.data.token_shards import CONTENT_VERSION
 
 SURPLUS = "surplus"
 """In the place of why a group is left out: it would learn, and the round is full."""

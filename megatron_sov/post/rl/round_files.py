@@ -21,8 +21,8 @@ from megatron_sov.base.documents.shard_files import (
 from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.rows import NOT_WRITTEN
 from megatron_sov.rollouts.store import RULES, RolloutStore, all_sound, keys_of, routes_of
+from megatron_sov.train.data.described import COUNTS
 from megatron_sov.train.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE
-from megatron_sov.train.data.token_shards import COUNTS
 
 SHARD_TOKENS = 1 << 22
 """A shard ends behind the piece that brings it to so many tokens of responses."""
