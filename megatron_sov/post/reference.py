@@ -8,6 +8,7 @@ that is killed goes on at the next part, and one that is continued later finds a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from megatron_sov.base.artifacts import atomic_write, disk_errors, fsync_path, manifest_sha256, to_json
+from megatron_sov.base.artifacts import atomic_write, disk_errors, manifest_sha256, new_file, to_json
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import seal_damage, seal_file, write_sealed
@@ -116,14 +117,11 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, passed: int, se
         UserError: the disk is full or the folder cannot be written.
     """
     world = model.world
-    temporary = file.with_name(f".{file.name}.part")
     chosen = range(passed, len(documents.lengths))
     unasked = int(_starts(documents, range(passed))[-1])
-    on_main(world, partial(_make_numbers, temporary, unasked, int(_starts(documents, chosen)[-1])))
+    writes = world.last_stage and collectives.is_first_of_row()
     # an error waits until all are done: the others would wait in a collective for whoever ended before
     problems: list[OSError] = []
-    writes = world.last_stage and collectives.is_first_of_row()
-    opened = os.open(temporary, os.O_WRONLY)
 
     def of_rows(rows: list[Row]) -> Iterator[np.ndarray | None]:
         filled, size = _filled(world, rows, rows_per_batch)
@@ -132,7 +130,7 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, passed: int, se
             own = writes and i % world.dp_size == world.dp_rank
             yield from next(found).float().cpu().numpy().reshape(size, seq_len) if own else [None] * size
 
-    def put(first: int, numbers: np.ndarray) -> None:
+    def put(opened: int, first: int, numbers: np.ndarray) -> None:
         try:
             # A message to the disk and no map of it: of a page that two machines write to, each would send
             # the whole.
@@ -140,36 +138,39 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, passed: int, se
         except OSError as e:
             problems.append(e)
 
-    def end(rank: int, size: int) -> None:
+    def end(opened: int, rank: int, size: int) -> None:
         with disk_errors(file):
             for problem in problems[:1]:
                 raise problem
             os.fsync(opened)
 
-    try:
-        _place_numbers(documents, chosen, seq_len, rows_per_batch * world.dp_size * MICRO_BATCHES, of_rows,
-                       put)
-        on_each(end)
-    finally:
-        os.close(opened)
-    on_main(world, partial(_seal_numbers, temporary, file, of))
+    with contextlib.ExitStack() as building:
+        temporary = on_main(world, partial(_make_numbers, building, file, unasked,
+                                           int(_starts(documents, chosen)[-1])))
+        opened = os.open(temporary, os.O_WRONLY)
+        try:
+            _place_numbers(documents, chosen, seq_len, rows_per_batch * world.dp_size * MICRO_BATCHES,
+                           of_rows, partial(put, opened))
+            on_each(partial(end, opened))
+        finally:
+            os.close(opened)
+        on_main(world, partial(_seal_numbers, building, temporary, of))
 
 
-def _make_numbers(file: Path, unasked: int, asked: int) -> None:
-    """Make a file of `unasked` NaN and as many zeros as are asked."""
-    block = np.full(1 << 20, np.nan, "<f4")
-    with disk_errors(file), open(file, "wb") as f:
+def _make_numbers(building: contextlib.ExitStack, file: Path, unasked: int, asked: int) -> Path:
+    """Make a file of `unasked` NaN and as many zeros as are asked, which gets its name at the end of
+    `building`; returns what it is called until then."""
+    temporary, block = building.enter_context(new_file(file)), np.full(1 << 20, np.nan, "<f4")
+    with disk_errors(file), open(temporary, "wb") as f:
         for first in range(0, unasked, len(block)):
             f.write(block[:unasked - first].data)
         f.truncate(4 * (unasked + asked))
+    return temporary
 
 
-def _seal_numbers(temporary: Path, file: Path, of: str) -> None:
-    with disk_errors(file):
-        seal_file(temporary, of)
-        fsync_path(temporary)
-        os.replace(temporary, file)
-        fsync_path(file.parent)
+def _seal_numbers(building: contextlib.ExitStack, temporary: Path, of: str) -> None:
+    seal_file(temporary, of)
+    building.close()
 
 
 def document_logprobs_hf(model: Any, documents: Documents, chosen: range, seq_len: int) -> np.ndarray:
