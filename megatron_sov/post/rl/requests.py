@@ -236,8 +236,8 @@ class LiveServers:
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     _opening: Future[None] | None = None
     _opened: Any = None
-    _held: int = 0
-    """Step of the weights that the servers have."""
+    _held: int | None = None
+    """Step of the weights that the servers have; None: not known, for somebody else may have asked them."""
 
     @property
     def is_open(self) -> bool:
@@ -265,6 +265,8 @@ class LiveServers:
         self._opened = serving_engine(model, self.vocab_size, self.longest, self.settings,
                                       ServerPlaces(folder, self.urls), with_routes=self.with_routes)
         self.engine = self._opened.__enter__()
+        if not self.urls:
+            self._held = 0
 
     def push(self, view: FeedView, policy: Policy, known: Tokens) -> None:
         """Give the servers the live weights, and see that they have them; called by all processes together.

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines.fleet import Fleet
 from megatron_sov.infer.engines.server_engine import ServerEngine
+from megatron_sov.infer.engines.server_process import EngineServers
 from megatron_sov.model.config.post_training import RolloutConfig
+from megatron_sov.post.rl import requests
 from megatron_sov.post.rl.generate import Missing, PieceQueue
-from megatron_sov.post.rl.requests import ResponseQueue, write_by_requests
+from megatron_sov.post.rl.requests import LiveServers, ResponseQueue, write_by_requests
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.rollouts.prompts import RolloutPrompt, read_prompts
 from megatron_sov.rollouts.rows import LENGTH, UNFINISHED, Rollout, later
@@ -172,3 +177,24 @@ def test_a_token_out_of_the_vocabulary_is_refused_before_a_server_dies_of_it(
     with pytest.raises(UserError, match="vocab_size = 12"):
         write_by_requests(desk.engine, desk.take, desk.source, desk.queue, 4)
     assert not list(desk.store.parts(1))
+
+
+@pytest.mark.parametrize(("urls", "given"), [((), []), (("http://other:8000",), [0])])
+def test_servers_of_others_are_given_the_weights_of_the_start_too(
+        urls: tuple[str, ...], given: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    updates: list[int] = []
+    engine = SimpleNamespace(update=lambda weights, version: updates.append(version))
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(requests, "find_target", lambda path: SimpleNamespace(path=path, is_hf=True))
+    monkeypatch.setattr(requests, "serving_engine", lambda *args, **kwargs: nullcontext(engine))
+    monkeypatch.setattr(requests, "export_weights", lambda model: iter(()))
+    monkeypatch.setattr(requests, "on_main", lambda world, work: work())
+    servers = LiveServers(tmp_path, tmp_path, EngineServers(), urls, 8, VOCAB, with_routes=False)
+    while servers.is_opening(1.0):
+        pass
+    view: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), policy=SimpleNamespace(
+        model=SimpleNamespace(finish_param_gather=lambda: None)))
+    for _ in range(2):
+        servers.push(view, Policy(Path("p"), 0, "0" * 64), [5])
+    servers.close()
+    assert updates == given
