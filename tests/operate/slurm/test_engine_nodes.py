@@ -91,12 +91,12 @@ def test_servers_on_nodes_of_their_own_are_started_again_and_end_with_the_job(
     assert (found["JobState"], found["NumNodes"]) == ("COMPLETED", "2"), log
     told = json.loads((run / "asked.json").read_text())
     [attempt] = (records / "logs").iterdir()
-    kept, again = sorted((attempt / "engines").glob("n*.log"))
+    kept, _ = sorted((attempt / "engines").glob("n*.log"))
     first, second, third = told["pids"]
     assert first[0] != second[0] and first[1] == second[1], "one server alone has died"
     assert not set(third) & set(second), "those of a keeper that was killed end with it"
     assert "is started again" in kept.read_text()
-    assert f"ended with 137 and are started again, see {kept}" in log and "answers" in again.read_text()
+    assert f"ended with 137 and are started again, see {kept}" in log
     for url in told["urls"]:
         where = urllib.parse.urlsplit(url)
         with pytest.raises(ConnectionRefusedError):

@@ -255,8 +255,7 @@ def test_engine_servers_have_whole_nodes_of_their_own(site: Path) -> None:
     assert "#SBATCH --nodes=4" in text and "tail -n 2" in text and "i < 2" in text
     client.check_script(text)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
-    program = text[text.index("engines=("):]
-    engines = words_of("engine_port=30007\n" + program, "engines")
+    engines = words_of(text.replace('"$engine_port"', "30007"), "engines")
     assert engines[:4] == ["-m", "megatron_sov", "rl", "engines"]
     assert engines[-6:-2] == ["--engine-set", "servers=2", "--engine-set",
                               'devices=["0", "1", "2", "3", "4", "5", "6", "7"]']
