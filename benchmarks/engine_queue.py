@@ -284,7 +284,7 @@ class Simulation:
             while fleet.num_there < ENGINES:
                 time.sleep(0.05)
             room = ENGINES * PLACES
-            engine = ServerEngine(fleet, self.folder, self.folder / "weights", room)
+            engine = ServerEngine("vllm", fleet, self.folder, self.folder / "weights", room)
             queue = ResponseQueue(engine, self.source, self.desk, None, room, self.clock_s)
             for number in range(1, self.rollout.rounds + 1):
                 fleet.update([], self.trained)

@@ -16,8 +16,9 @@ from annotated_types import Ge, Le
 
 from megatron_sov.base.errors import ExitCode, UserError, warn
 from megatron_sov.base.settings import Flag, command_of, read_options
-from megatron_sov.commands.rl.rounds import RlRunOptions, longest_of
-from megatron_sov.infer.engine import ENGINE_SET, VLLM
+from megatron_sov.commands.rl.asked import longest_of
+from megatron_sov.commands.rl.rounds import RlRunOptions
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON
 from megatron_sov.model.pretrained import CONFIG, is_hf_folder
 
 LOOK_S = 1.0
@@ -94,8 +95,8 @@ def run_engines(args: argparse.Namespace) -> int:
         UserError: a mistake in the arguments, or a server cannot be started.
     """
     options = read_options(RlEnginesOptions, args)
-    if options.engine != VLLM:
-        raise UserError(f"--engine {options.engine}: has no servers; add --engine {VLLM}, as the run has it")
+    if options.engine == MEGATRON:
+        raise UserError(f"--engine {options.engine}: has no servers; add --engine vllm, as the run has it")
     from megatron_sov.infer.engines.server_engine import server_settings
     from megatron_sov.infer.engines.server_process import OwnServer
     from megatron_sov.train.stages.stage_config import request_with_model
@@ -103,7 +104,7 @@ def run_engines(args: argparse.Namespace) -> int:
 
     asked = request_with_model(options, options.start_from, "policy")
     config = complete_stage(asked, asked.config(), "policy", None, 0).config
-    settings = server_settings(options.engine_set, ENGINE_SET)
+    settings = server_settings(options.engine, options.engine_set, ENGINE_SET)
     places, host = options.places(options.run), socket.gethostname()
     is_over = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -117,7 +118,7 @@ def run_engines(args: argparse.Namespace) -> int:
             is_over.set()
 
     threads = [threading.Thread(target=work, args=[OwnServer(
-        number, model, longest_of(config.rollout, None), settings, places.logs / host,
+        options.engine, number, model, longest_of(config.rollout, None), settings, places.logs / host,
         with_routes=config.policy.router_replay, port=options.port + number)])
         for number in range(settings.servers)]
     for thread in threads:

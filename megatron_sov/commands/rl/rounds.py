@@ -24,7 +24,7 @@ from megatron_sov.commands.score import JudgeOptions
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
 from megatron_sov.infer.asking import EngineOptions, ServerOptions, check_engine
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, VLLM, Engine, engine_for
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, SERVED, Engine, engine_for
 from megatron_sov.infer.request import Batching
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
@@ -162,7 +162,7 @@ def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
     name = args.engine or engine_for(start)
     check_engine(name, start, args.engine_set, args.nproc, ENGINE_SET)
     refuse_too_long(rollout, environment, start)
-    if rollout.deadline_s and name not in (MEGATRON, VLLM) and environment is None:
+    if rollout.deadline_s and name not in (MEGATRON, *SERVED) and environment is None:
         raise UserError(f"rollout.deadline_s = {rollout.deadline_s:g}: --engine {name} cannot be stopped in "
                         f"the middle of a response; use --engine {MEGATRON}, or set it to 0")
     return name
@@ -210,7 +210,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
         engine_name, start, work, longest=longest_of(rollout, environment),
         batching=Batching(args.batch_size), settings=args.engine_set, nproc=args.nproc,
         option=ENGINE_SET, with_routes=config.policy.router_replay,
-        places=None if engine_name != VLLM else args.places(args.run))
+        places=None if engine_name not in SERVED else args.places(args.run))
     return found
 
 
@@ -358,26 +358,26 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
 TRAIN = command_of(RlTrainOptions, run_train)
 
 
-RunEngine = Literal["megatron", "vllm"]
+RunEngine = Literal["megatron", "vllm", "sglang"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions, ServerOptions):
     """Train in rounds in which the model writes its responses itself."""
 
-    engine: Annotated[RunEngine, Flag(help="What writes: the model that learns, or vLLM's servers, which are "
-                                           "given its weights in each round")] = MEGATRON
+    engine: Annotated[RunEngine, Flag(help="What writes: the model that learns, or servers, which are given "
+                                           "its weights in each round")] = MEGATRON
     engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
-    """Servers, e.g. servers=2 or tp=8 (engine vllm)."""
+    """Servers, e.g. servers=2 or tp=8 (engines vllm, sglang)."""
 
     def problems(self) -> list[SettingsProblem]:
         if self.engine == MEGATRON and (self.engine_set or self.engine_url or self.engine_python):
             return [SettingsProblem(ProblemCode.RULE, "engine", "has no servers, and settings of servers are "
-                                    "given", self.engine, "add --engine vllm, or leave them out")]
-        if self.engine == VLLM and self.environment is not None:
+                                    "given", self.engine, "add --engine vllm or sglang, or leave them out")]
+        if self.engine in SERVED and self.environment is not None:
             return [SettingsProblem(ProblemCode.RULE, "environment", "is played by the model that learns; "
                                     "servers write plain responses in `rl run`", self.environment,
-                                    "leave --engine out, or write by `rl generate --engine vllm`")]
+                                    "leave --engine out, or write by `rl generate`")]
         return [] if self.reward != ENVIRONMENT or self.environment is not None else [
             SettingsProblem(ProblemCode.RULE, "reward",
                             "takes what an environment said of its episodes, and there is none",
@@ -473,9 +473,9 @@ def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveS
     from megatron_sov.post.rl.requests import LiveServers
 
     # a Hugging Face folder is what the servers load; of a checkpoint they get one
-    return LiveServers(args.start_from, args.run, server_settings(args.engine_set, ENGINE_SET),
-                       args.places(args.run).urls, longest_of(config.rollout, None), start.vocab_size,
-                       config.policy.router_replay)
+    return LiveServers(args.engine, args.start_from, args.run,
+                       server_settings(args.engine, args.engine_set, ENGINE_SET), args.places(args.run).urls,
+                       longest_of(config.rollout, None), start.vocab_size, config.policy.router_replay)
 
 
 RUN = command_of(RlRunOptions, run_all)

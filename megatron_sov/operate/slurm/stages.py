@@ -253,7 +253,7 @@ def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
 
 
 def _engines(args: Any) -> EngineShares | None:
-    if args.engine != "vllm" or args.engine_url:
+    if args.engine == "megatron" or args.engine_url:
         return None
     names = {field.name for field in fields(EngineShares)}
     return change(EngineShares(), [setting for setting in args.engine_set
