@@ -136,8 +136,9 @@ def test_a_server_that_dies_in_the_middle_costs_nothing_and_doubles_nothing(
     keepers = [DoubleKeeper(0.02), DoubleKeeper(0.02)]
     desk = desks(keepers, replace(ROLLOUT, rounds=1))
     requests = ResponseQueue(desk.engine, desk.source, desk.queue, desk.take, 4)
-    assert requests.advance(0.05, lambda: True)
-    keepers[0].doubles[0].is_dead = True
+    while not (asked := [double for keeper in keepers for double in keeper.doubles if double.asked]):
+        assert requests.advance(0.02, lambda: True)
+    asked[0].is_dead = True
     while requests.advance(1.0, lambda: True):
         pass
     check_whole(desk.rows(1))
