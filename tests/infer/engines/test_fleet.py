@@ -279,7 +279,7 @@ def test_a_fleet_of_sglang_changes_weights_under_way(tmp_path: Path) -> None:
     keeper = AddressKeeper(PROGRAMS["sglang"].connect(double.url, 20), 0, "sglang")
     with Fleet([keeper], VOCAB, 4, look_s=0.02) as fleet:
         futures = [fleet.submit(request) for request in asked(3, 40)]
-        while double.num_written < 6:
+        while len(double.asked) < 3 or double.num_written < 6:
             time.sleep(0.002)
         engine = ServerEngine("sglang", fleet, tmp_path, tmp_path / "w", 4)
         engine.update(iter({"w": torch.arange(3.0)}.items()), 5)
