@@ -176,7 +176,7 @@ def test_a_closed_fleet_leaves_nobody_waiting() -> None:
 
 
 @pytest.mark.parametrize("script, said", [
-    (None, "cannot be started .*; name the interpreter that has vLLM by SOV_ENGINE_PYTHON"),
+    (None, "is no program that can be started; name the interpreter that has vLLM by SOV_ENGINE_PYTHON"),
     ("echo \"No module named 'vllm'\"", "server 0 ended; .*python has no vLLM: name the interpreter"),
     ("true", "server 0 ended; it wrote nothing into .*engine-0.log")])
 def test_an_interpreter_without_vllm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
