@@ -203,6 +203,16 @@ def test_waiting_for_an_address_is_told(capsys: pytest.CaptureFixture[str]) -> N
     assert f"--engine-url {double.url}: does not answer; waiting up to 0 s" in capsys.readouterr().err
 
 
+def test_a_server_that_takes_no_weights_is_told(fleets: Callable[..., Fleet]) -> None:
+    double = VllmDouble()
+    double.refuses = lambda path: path.startswith("/pause")
+    with Fleet([AddressKeeper(VllmServer(double.url), 0)], VOCAB, 1, look_s=0.02) as fleet:
+        fleet.submit(asked(1)[0]).result(20)
+        with pytest.raises(UserError, match="takes no other weights .*/pause.* answered HTTP 404: Not Found"):
+            fleet.update(["w"], 1)
+    double.close()
+
+
 @pytest.mark.parametrize("name", ["vllm", "sglang"])
 def test_an_address_of_another_engine_is_told(name: str) -> None:
     double = SglangDouble() if name == "vllm" else VllmDouble()
