@@ -119,6 +119,14 @@ COMMANDS = {
          "--run runs/rl",
          "rl run tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward "
          "./my_reward.py:Starts --store store --run runs/rl --set policy.method=dapo")),
+    "rl engines": Command(
+        "megatron_sov.commands.rl.engines:ENGINES",
+        "keep the engine servers of a run whose trainer is on other machines",
+        POST_TRAIN, "rl.md",
+        ("rl engines --from runs/sft --prompts prompts.jsonl --reward math --store store --run runs/rl "
+         "--engine vllm --engine-set tp=8 --port 8000",
+         "rl engines tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
+         "--run runs/rl --engine vllm --engine-set servers=2 --engine-python vllm/bin/python")),
     "rl generate": Command(
         "megatron_sov.commands.rl.rounds:GENERATE",
         "write responses to the prompts of rounds into a store, by the newest policy",
@@ -199,6 +207,12 @@ COMMANDS = {
         EVALUATE, "compare.md",
         ("eval contamination base.json --data tokens",
          "eval contamination base.json --data tokens corpus.jsonl --workers 8")),
+    "reproduce": Command(
+        "megatron_sov.commands.evaluate.reproduce",
+        "run the claims of a published road at a tiny size, over seeds, and say which hold",
+        EVALUATE, "reproduce.md",
+        ("reproduce k-exaone --quick --output reproduction",
+         "reproduce solar-open --claim phases --seeds 5 --output reproduction")),
     "convert": Command(
         "megatron_sov.commands.models.convert",
         "from-hf, to-hf, from-megatron, settings, verify, inspect, average, upcycle, deepen, "
