@@ -166,9 +166,10 @@ def test_a_trainer_asks_it_as_it_asks_vllm(server: Any) -> None:
     engine = VllmServer(server.url)
     AddressKeeper(engine, 0, "vllm").start(lambda: False)
     request = TokenRequest("one", [5, 9, 300], 12, temperature=0.7, top_k=1)
-    answer = engine.write(request)
+    [answer] = engine.write(request)
     assert (len(answer.tokens), answer.reason) == (12, "length") and answer.logprobs == [0] * 12
-    ended = engine.write(replace(request, stop_ids=(answer.tokens[3],)))
+    assert [also.tokens for also in engine.write(replace(request, count=2))] == [answer.tokens] * 2
+    [ended] = engine.write(replace(request, stop_ids=(answer.tokens[3],)))
     assert ended.reason == "stop"
     assert ended.tokens == answer.tokens[:answer.tokens.index(answer.tokens[3]) + 1]
 
