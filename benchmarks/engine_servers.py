@@ -253,8 +253,9 @@ def compare_transfers(name: str, make: Any, folder: Path, settings: list[str]) -
     for source, which in ((second, "second"), (first, "first")):
         print(f"{name}, {which} weights, files against collective: "
               f"{compare(written['files', source], written['collective', source])}", flush=True)
-    print(f"{name}, second against first weights: "
-          f"{compare(written['files', second], written['files', first])}", flush=True)
+    others = sum(a != b for a, b in zip(written["files", second].continuations,
+                                        written["files", first].continuations, strict=True))
+    print(f"{name}, second weights write others than the first: {others} of 50", flush=True)
     return written["files", second]
 
 
