@@ -226,9 +226,6 @@ def environment_of(args: AskingOptions, config: RunConfig) -> AskedEnvironment |
     """
     if args.environment is None:
         return None
-    if config.policy.router_replay:
-        raise UserError(f"--environment {args.environment}: the experts of episodes' tokens are not kept, "
-                        "and policy.router_replay = True replays them; set it to false")
     if config.rollout.budget_text:
         raise UserError(f"--environment {args.environment}: turns of episodes are not told how long to be, "
                         f"as rollout.budget_text = {config.rollout.budget_text!r} asks; leave one of them "
@@ -282,8 +279,8 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
     from megatron_sov.infer.engines.server_engine import ServerEngine
     from megatron_sov.post.rl.generate import Further, Missing, PieceQueue, Take, run_policies, write_rounds
     from megatron_sov.post.rl.publish import further_pieces, is_published
-    from megatron_sov.post.rl.requests import write_by_requests
-    from megatron_sov.post.rl.responses import ResponseSource, key_digest
+    from megatron_sov.post.rl.requests import row_requests, write_by_requests
+    from megatron_sov.post.rl.responses import key_digest
     from megatron_sov.rollouts.store import RolloutStore
 
     folder, rollout = start.tokenizer_folder, config.rollout
@@ -309,8 +306,8 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
         # how rows were written goes into the parts' provenance
         told = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}
         desk = PieceQueue(missing, store, args.wait, told)
-        if isinstance(engine, ServerEngine) and isinstance(writer, ResponseSource):
-            return write_by_requests(engine, take, writer, desk, engine.room)
+        if isinstance(engine, ServerEngine):
+            return write_by_requests(row_requests(engine, writer, engine.room), take, desk, engine.room)
         return write_rounds(engine, take, held, writer, desk)
 
     found: dict[str, Any] | None = run_policies(
@@ -331,7 +328,8 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPromp
     from megatron_sov.chat.encode import TurnEncoder
     from megatron_sov.infer.asking import Asker
     from megatron_sov.judge.tools.playing import EpisodeTable
-    from megatron_sov.post.rl.responses import Episodes, ResponseSource
+    from megatron_sov.post.rl.episodes import Episodes
+    from megatron_sov.post.rl.responses import ResponseSource
 
     folder, rollout = start.tokenizer_folder, config.rollout
     chat = read_chat_encoder(folder)
@@ -349,8 +347,9 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPromp
     assert chat is not None, "options refuse --plain"
     table = EpisodeTable(environment.order, TurnEncoder(chat, str(folder)), limits, args.batch_size)
     chosen_by |= {"environment": environment.version, "limits": asdict(limits)}
-    return Episodes(table, environment.version, asker.decode, asker.end_ids, rollout, engine_name, chosen_by
-                    ), set_aside(prompts, {}, rollout.max_prompt_tokens)
+    episodes = Episodes(table, environment.version, asker.decode, asker.end_ids, rollout, engine_name,
+                        chosen_by, with_routes=config.policy.router_replay)
+    return episodes, set_aside(prompts, {}, rollout.max_prompt_tokens)
 
 
 def _tell_written(args: RlGenerateOptions, rounds: range, summary: dict[str, Any]) -> int:
@@ -489,10 +488,6 @@ class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions, ServerOptions):
         if self.engine == MEGATRON and (self.engine_set or self.engine_url or self.engine_python):
             return [SettingsProblem(ProblemCode.RULE, "engine", "has no servers, and settings of servers are "
                                     "given", self.engine, "add --engine vllm, or leave them out")]
-        if self.engine == VLLM and self.environment is not None:
-            return [SettingsProblem(ProblemCode.RULE, "environment", "is played by the model that learns; "
-                                    "servers write plain responses in `rl run`", self.environment,
-                                    "leave --engine out, or write by `rl generate --engine vllm`")]
         return [] if self.reward != ENVIRONMENT or self.environment is not None else [
             SettingsProblem(ProblemCode.RULE, "reward",
                             "takes what an environment said of its episodes, and there is none",
