@@ -101,6 +101,7 @@ def on_rank(work: Path, out: Path, settings: list[str]) -> int:
     from megatron_sov.post.policy import objective_of
     from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.runs.rounds import Policy, RunPolicies
     from megatron_sov.train.data.rounds import rounds_of, rounds_source
     from megatron_sov.train.stopping import StopFlag
     from megatron_sov.train.trainer import Trainer
@@ -115,7 +116,8 @@ def on_rank(work: Path, out: Path, settings: list[str]) -> int:
         source = rounds_source(out / name / "rounds", VOCAB, None, columns.names)
         rounds = rounds_of([source])
         assert rounds is not None
-        feed = RoundFeed(rounds, config.rollout, lambda number: "", columns)
+        feed = RoundFeed(rounds, config.rollout, lambda number: "", columns,
+                         RunPolicies(out, Policy(work, 0, "start"), config.rollout, {}))
         trainer = Trainer(config, place, RunFolder(out / "run"), [source], objective, feed=feed)
         assert trainer.bring_data(StopFlag()) is None
         batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))

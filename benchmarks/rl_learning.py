@@ -138,6 +138,8 @@ def questions(seed: int, asked: bool, count: int) -> list[dict[str, Any]]:
 class Seed(SeedFolder):
     """Data and runs of one seed."""
 
+    recipe, sizes = "tiny-solar-open", MODEL
+
     def start(self) -> Path:
         """Return the fine-tuned model that all arms go on from."""
         run_folder, shards = self.folder / "start", self.folder / "shards"
@@ -152,9 +154,9 @@ class Seed(SeedFolder):
                 "chat", "--workers", "1", "--input", f"chats={self.folder / 'chats.jsonl'}",
                 "--output", shards, "--overwrite")
         if not (run_folder / "complete.json").exists():
-            run(self.log, "megatron_sov", "pretrain", "tiny-solar-open", "--data", shards, "--run",
+            run(self.log, "megatron_sov", "pretrain", self.recipe, "--data", shards, "--run",
                 run_folder, "--resume",
-                *words((*(f"model.{size}" for size in MODEL), *SETTINGS, f"train.seed={self.seed}",
+                *words((*(f"model.{size}" for size in self.sizes), *SETTINGS, f"train.seed={self.seed}",
                         f"train.steps={START_STEPS}", f"optim.lr={START_LR}")))
         self.ask(run_folder)
         return run_folder
@@ -170,14 +172,24 @@ class Seed(SeedFolder):
 
     def arm(self, name: str) -> None:
         """Run an arm, unless it is complete, and ask what it has learned."""
+        by_lot = ["--reward-set", f"by_lot={self.seed + 1}"] if name == "shuffled" else []
+        self.reinforce(name, ARMS[name], *by_lot)
+
+    def reinforce(self, name: str, settings: tuple[str, ...], *more: str) -> None:
+        """Run rounds from the start, unless they are complete, and ask what was learned.
+
+        Args:
+            name: of the run's folder.
+            settings: beside those of all.
+            more: further arguments of the command.
+        """
         start, run_folder = self.start(), self.folder / name
         if not (run_folder / "complete.json").exists():
-            by_lot = ["--reward-set", f"by_lot={self.seed + 1}"] if name == "shuffled" else []
-            run(self.log, "megatron_sov", "rl", "run", "tiny-solar-open", "--from", start, "--run",
+            run(self.log, "megatron_sov", "rl", "run", self.recipe, "--from", start, "--run",
                 run_folder, "--store", self.folder / f"{name}.store", "--prompts",
-                self.folder / "prompts.jsonl", "--reward", f"{HERE / 'rl_reward.py'}:Exact", *by_lot,
+                self.folder / "prompts.jsonl", "--reward", f"{HERE / 'rl_reward.py'}:Exact", *more,
                 "--resume",
-                *words((*POLICY, *ARMS[name], f"train.seed={self.seed}", f"rollout.seed={self.seed}")))
+                *words((*POLICY, *settings, f"train.seed={self.seed}", f"rollout.seed={self.seed}")))
         self.ask(run_folder)
 
 

@@ -9,7 +9,6 @@ that is killed goes on at the next part, and one that is continued later finds a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from megatron_sov import convert
-from megatron_sov.base.artifacts import atomic_write, disk_errors, manifest_sha256, read_manifest, to_json
+from megatron_sov.base.artifacts import atomic_write, disk_errors, manifest_sha256, to_json
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import seal_damage, write_sealed
@@ -34,7 +32,7 @@ from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import RunConfig, layout_settings
 from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
-from megatron_sov.runs.checkpoints import BASE
+from megatron_sov.runs.checkpoints import files_sha256
 from megatron_sov.runs.folder import REFERENCE
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import join_rows, rows_per_micro_batch, sample_row
@@ -382,15 +380,3 @@ class Reference:
             return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
         except (ValueError, TypeError) as e:
             raise UserError(f"{file}: is damaged ({e}); delete the folder") from None
-
-
-def files_sha256(start: Path) -> str:
-    """Return what stands for a checkpoint's weights: a Hugging Face folder that is converted once more gives
-    the same files, under a manifest of another time.  Empty for that folder itself, which a dry run starts
-    from."""
-    if convert.is_hf_folder(start):
-        return ""
-    manifest = read_manifest(start)
-    facts = {"base": manifest.content.get(BASE, {}).get("sha256", ""),
-             "files": {name: record.digest for name, record in sorted(manifest.files.items())}}
-    return hashlib.sha256(to_json(facts).encode()).hexdigest()

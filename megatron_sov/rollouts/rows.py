@@ -33,7 +33,7 @@ class Key(NamedTuple):
     sample: int
     """Number in its group, from 0."""
     policy: str
-    """SHA-256 of the manifest of the checkpoint that began it."""
+    """Digest of the policy that began it (`runs.rounds.Policy`)."""
     sampling: str
     """Digest of the settings that tokens were chosen by."""
 

@@ -8,6 +8,7 @@ that was found damaged, `.writing-*` one under construction, and `.deleting-*` o
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from megatron_sov.base.artifacts import (
     MANIFEST, atomic_write, delete_folder, disk_errors, file_damage, fsync_path, manifest_sha256,
-    read_manifest)
+    read_manifest, to_json)
 from megatron_sov.base.errors import UserError, download, warn
 from megatron_sov.base.outputs import TRYING
 from megatron_sov.model.config import RunConfig, from_dict
@@ -302,6 +303,18 @@ def keep_as_base(base: Path) -> None:
     except (OSError, UserError) as e:
         warn(f"{base}: an adapter stands on it, and its run cannot be told to keep it ({e}); see to it that "
              "train.keep_checkpoints does not delete it")
+
+
+def files_sha256(start: Path) -> str:
+    """Return what stands for a checkpoint's weights, or a round's documents: a Hugging Face folder that is
+    converted once more gives the same files, under a manifest of another time.  Empty for that folder itself,
+    which a dry run starts from."""
+    if is_hf_folder(start):
+        return ""
+    manifest = read_manifest(start)
+    facts = {"base": manifest.content.get(BASE, {}).get("sha256", ""),
+             "files": {name: record.digest for name, record in sorted(manifest.files.items())}}
+    return hashlib.sha256(to_json(facts).encode()).hexdigest()
 
 
 def short_name(folder: Path) -> str:

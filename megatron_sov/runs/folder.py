@@ -294,6 +294,13 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
     return told
 
 
+def fixed_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that change what is learned, which a resumed run keeps."""
+    told = _comparable(config)
+    return {f"{part}.{name}": told[part][name]
+            for part, names in FIXED.items() for name in names or told[part]}
+
+
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return name, old and new value of every fixed setting that differs."""
     return [(f"{part}.{name}", before[part][name], now[part][name])

@@ -1,12 +1,13 @@
-"""Rounds of a run: what a folder's were begun with, and which checkpoint writes one's responses.  No torch
+"""Rounds of a run: what a folder's were begun with, and which policy writes one's responses.  No torch
 here."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -115,22 +116,26 @@ def _holds_more(folder: Path, known: Collection[Path]) -> bool:
                for p in folder.rglob("*"))
 
 
+FEED = "feed"
+"""In the state of a run's checkpoint: what `RunPolicies` knows."""
+
+
 @dataclass(frozen=True)
 class Policy:
     """Weights that responses are written by."""
 
     path: Path
-    """The checkpoint."""
+    """The checkpoint; of live weights the run that trains them."""
     step: int
     """Optimizer steps behind it, of the run; 0: the one that it starts from."""
     sha256: str
-    """Hash of its manifest, by which responses are known to be its."""
+    """What responses are known to be its by."""
 
 
 def policy_of_round(run: Path, start: Path, number: int, rollout: RolloutConfig) -> Policy | None:
-    """Return the newest policy, where it may write a round; None: it is not trained yet.
+    """Return the newest checkpoint that is a policy, where it may write a round; None: it is not trained yet.
 
-    A policy is the checkpoint behind the last step of a round.  Newer ones than a round needs are used as
+    A policy is the weights behind the last step of a round.  Newer ones than a round needs are used as
     well: what is left of an old round is written by whatever policy there is.
 
     Args:
@@ -144,8 +149,100 @@ def policy_of_round(run: Path, start: Path, number: int, rollout: RolloutConfig)
     # A checkpoint inside of a round is no policy: policies are counted by whole rounds.
     while newest is not None and checkpoints.step_of(newest) % rollout.steps_per_round:
         newest = checkpoints.latest_not_after(folder, checkpoints.step_of(newest) - 1)
-    path, step = (start, 0) if newest is None else (newest, checkpoints.step_of(newest))
-    # Round n is written by the policy after round n - 1, or by one up to `max_staleness` rounds older.
-    if step // rollout.steps_per_round < number - 1 - rollout.max_staleness:
+    step = 0 if newest is None else checkpoints.step_of(newest)
+    if not may_write(step, number, rollout):
         return None
-    return Policy(path, step, manifest_sha256(path))
+    return policy_of_start(start) if newest is None else Policy(newest, step, _sha256_of_checkpoint(newest))
+
+
+def policy_of_start(start: Path) -> Policy:
+    return Policy(start, 0, checkpoints.files_sha256(start))
+
+
+def may_write(step: int, number: int, rollout: RolloutConfig) -> bool:
+    """Return whether the policy behind a step may write a round: that behind the round before it, or one up
+    to `rollout.max_staleness` rounds older."""
+    return step // rollout.steps_per_round >= number - 1 - rollout.max_staleness
+
+
+@dataclass
+class RunPolicies:
+    """Knows which policies a run is, one behind the other; on each process.
+
+    A policy is known by a digest of what the run started from, the settings that change what is learned, and
+    the documents of the rounds that it was trained on.  That asks for no checkpoint, and is the same at every
+    layout: a run that goes back to an earlier checkpoint, and trains the published rounds again, is the same
+    policies again.
+    """
+
+    run: Path
+    start: Policy
+    """The one that it starts from."""
+    rollout: RolloutConfig
+    settings: Mapping[str, Any]
+    """Those that change what is learned, JSON values."""
+    _trained: str = ""
+    """Stands for the start, and all rounds that are begun; "": none is, or an earlier version has begun
+    them."""
+    _recent: dict[int, str] = field(default_factory=dict)
+    """Step of a policy that may have written the next round -> its digest."""
+
+    def at(self, step: int) -> Policy:
+        """Return what the weights behind the last step of a round are."""
+        if step not in self._recent:
+            self._recent[step] = self._sha256(step)
+            self._recent = dict([*self._recent.items()][-1 - self.rollout.max_staleness:])
+        return Policy(self.run, step, self._recent[step]) if step else self.start
+
+    def is_own(self, step: int, sha256: str) -> bool:
+        """Return whether a policy that began responses at a step is this run, as far as that is known."""
+        return (sha256 in self._recent.values() or step < min(self._recent, default=0)
+                # as earlier versions knew it
+                or (not step and sha256 == manifest_sha256(self.start.path)))
+
+    def begin(self, step: int, documents_sha256: str) -> None:
+        """Take note that a round is begun.
+
+        Args:
+            step: behind which it is.
+            documents_sha256: stands for what is learned in it.
+        """
+        # In the middle of a round the checkpoint has told of it, unless an earlier version wrote it.
+        if not self._trained or not step % self.rollout.steps_per_round:
+            self._trained = _digest(self.at(step).sha256, documents_sha256, to_json(dict(self.settings)))
+
+    def state(self) -> dict[str, Any]:
+        """Return plain values for the checkpoint."""
+        return {"trained": self._trained, "recent": [*self._recent.items()]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._trained = str(state["trained"])
+        self._recent = {int(step): str(sha256) for step, sha256 in state["recent"]}
+
+    def _sha256(self, step: int) -> str:
+        if not step:
+            return self.start.sha256
+        if self._trained:
+            return _digest(self._trained, str(step))
+        # Of a run that an earlier version began: by what its checkpoint was known then.
+        return manifest_sha256(self.run / checkpoints.CHECKPOINTS_OF_A_RUN / f"step-{step}")
+
+
+def _sha256_of_checkpoint(path: Path) -> str:
+    """Return what the policy of a run's checkpoint is known by.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    file = path / checkpoints.STATE
+    try:
+        if told := json.loads(file.read_text(encoding="utf-8")).get(FEED):
+            return _digest(str(told["trained"]), str(checkpoints.step_of(path)))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise UserError(f"{file}: is damaged ({type(e).__name__}: {e}); restore it from a copy") from None
+    return manifest_sha256(path)  # of an earlier version
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()

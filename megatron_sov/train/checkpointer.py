@@ -258,6 +258,15 @@ class Checkpointer:
         self._saver.advance(sums)
         return sums[STOP] > 0
 
+    def advance(self) -> None:
+        """Complete the outstanding checkpoint where all processes have written their part, as `sync` does,
+        between steps that take long.
+
+        Raises:
+            UserError: it failed.
+        """
+        self._saver.advance(sum_dict(self._saver.progress(), collectives.all_reduce_world))
+
     def finish(self) -> None:
         """Wait for the outstanding checkpoint, if there is one.
 

@@ -211,6 +211,8 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
     trainer.announce()
     while not trainer.finished:
         if (missing := trainer.bring_data(stop)) is not None:
+            if not trainer.is_saved:
+                trainer.save()
             trainer.profiling.close(trainer.step)
             checkpointer.finish()
             recorder.stopped(trainer.step, missing)

@@ -34,6 +34,7 @@ from megatron_sov.model.families.encoders import PREFIXES as ENCODERS
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EventLog
+from megatron_sov.runs.rounds import FEED
 from megatron_sov.schedules import Schedule
 from megatron_sov.train.checkpointer import Checkpointer, TrainState, start_encoders
 from megatron_sov.train.computation import Computation, StepSums
@@ -99,9 +100,9 @@ class Trainer:
         self.guards = Guards(config.guards, world, folder.path, faults, self.recorder.hang,
                              losses_compare=is_comparable(self.objective))
         parts: dict[str, Any] = {"guard": self.guards.step_guard, **parts_of(self.objective)}
+        parts |= {name: part for name, part in (("gate", gate), (FEED, feed)) if part is not None}
         self.checkpointer = Checkpointer(
-            config, folder, sources, self.model, self.optimizer, self.batches,
-            parts | ({"gate": gate} if gate is not None else {}), self._note_saved)
+            config, folder, sources, self.model, self.optimizer, self.batches, parts, self._note_saved)
         self.computation = Computation(config, self.model, self.optimizer, self.expert_load, len(sources),
                                        self.guards.faults, self.guards.stragglers.clock)
         self.side_jobs: SideJobs | None = None
@@ -116,6 +117,7 @@ class Trainer:
         self._continued_from: str | None = None
         self._started_from: Path | None = None
         self._entered_s = time.monotonic()
+        self._saved_step = 0
         # batches: the last that was learned, and one that was refused, where these are attributed
         self.learned: GlobalBatch | None = None
         self.refused: GlobalBatch | None = None
@@ -130,11 +132,14 @@ class Trainer:
         return self.step >= self.num_steps or (self.gate is not None and self.gate.passed)
 
     def is_saved_at(self, step: int) -> bool:
-        """Return whether a checkpoint is due behind a step; one is behind each round, for those who write the
-        next one."""
-        rollout = self.config.rollout
+        """Return whether a checkpoint is due behind a step."""
         return (step % self.config.train.checkpoint_every_steps == 0
-                or (rollout.rounds > 0 and step % rollout.steps_per_round == 0))
+                or (self._feed is not None and self._feed.needs_checkpoint(step)))
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether a checkpoint of the last step is there, or under way; before the first none is needed."""
+        return self.step == self._saved_step
 
     @property
     def events(self) -> EventLog:
@@ -156,6 +161,7 @@ class Trainer:
             UserError: a source is not what the run has read so far.
         """
         self.state = self.checkpointer.load(path)
+        self._saved_step = self.step
         self._continued_from = path.name
 
     def start_from(self, path: Path) -> None:
@@ -322,6 +328,7 @@ class Trainer:
         if on_gpu():
             self.recorder.energy(self.step, collectives.of_all_ranks(self.recorder.energy_j))
         self.checkpointer.save(replace(self.state, wall_s=self.wall_s()))
+        self._saved_step = self.step
         self.guards.faults.trigger("save", self.step)
         if not self.config.train.async_save:
             self.checkpointer.finish()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_sov.base.artifacts import manifest_sha256, new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RolloutConfig
-from megatron_sov.runs.rounds import Policy, enter_rounds, policy_of_round
+from megatron_sov.runs.rounds import Policy, RunPolicies, enter_rounds, policy_of_round, policy_of_start
 
 
 def test_what_is_done_holds_rounds_to_what_they_were_begun_with(tmp_path: Path) -> None:
@@ -56,16 +58,17 @@ def test_files_that_each_command_makes_are_nothing_that_was_done(tmp_path: Path)
 # Which checkpoint writes a round.
 
 
-def checkpoint(path: Path) -> Path:
+def checkpoint(path: Path, **state: Any) -> Path:
     with new_artifact(path, "checkpoint") as artifact:
         artifact.content = {"step": path.name}
+        (artifact.path / "state.json").write_text(json.dumps({"name": path.name, **state}))
     return path
 
 
 def test_the_newest_end_of_a_round_writes_it_if_it_is_not_too_old(tmp_path: Path) -> None:
     start, run = checkpoint(tmp_path / "start"), tmp_path / "run"
     rollout = RolloutConfig(steps_per_round=2)
-    first = Policy(start, 0, manifest_sha256(start))
+    first = policy_of_start(start)
     assert policy_of_round(run, start, 1, rollout) == first  # there is no run yet
     assert policy_of_round(run, start, 2, rollout) is None
     assert policy_of_round(run, start, 2, RolloutConfig(steps_per_round=2, max_staleness=1)) == first
@@ -73,3 +76,66 @@ def test_the_newest_end_of_a_round_writes_it_if_it_is_not_too_old(tmp_path: Path
     steps = {step: checkpoint(run / "checkpoints" / f"step-{step}") for step in (2, 3, 4, 5)}
     newest = Policy(steps[4], 4, manifest_sha256(steps[4]))  # 5 lies inside of a round
     assert [policy_of_round(run, start, number, rollout) for number in (1, 3, 4)] == [newest, newest, None]
+
+
+def run_of(run: Path, start: Path, **settings: Any) -> RunPolicies:
+    rollout = RolloutConfig(steps_per_round=2, max_staleness=1)
+    return RunPolicies(run, policy_of_start(start), rollout, settings)
+
+
+def trained(policies: RunPolicies, rounds: range) -> list[Policy]:
+    """Have a run train rounds; returns the policies that begin them."""
+    found = []
+    for number in rounds:
+        found.append(policies.at(2 * number - 2))
+        policies.begin(2 * number - 2, f"documents of round {number}")
+    return found
+
+
+def test_a_run_is_known_by_what_it_was_trained_on_and_goes_on_as_the_same_from_any_checkpoint(
+        tmp_path: Path) -> None:
+    start, run = checkpoint(tmp_path / "start"), tmp_path / "run"
+    whole = run_of(run, start, lr=1)
+    expected = trained(whole, range(1, 6))
+    assert expected[0] == policy_of_start(start) and len({policy.sha256 for policy in expected}) == 5
+    assert [(policy.path, policy.step) for policy in expected[1:]] == [(run, 2 * n) for n in range(1, 5)]
+    assert trained(run_of(tmp_path / "elsewhere", start, lr=1), range(1, 3))[1].sha256 == expected[1].sha256
+    assert trained(run_of(run, start, lr=2), range(1, 3))[1].sha256 != expected[1].sha256
+    # a kill, and the checkpoints behind step 3, in the middle of round 2, and behind step 4
+    for step in (3, 4):
+        before = run_of(run, start, lr=1)
+        trained(before, range(1, 3))
+        kept = checkpoint(run / "checkpoints" / f"step-{step}", feed=json.loads(json.dumps(before.state())))
+        again = run_of(run, start, lr=1)
+        again.restore(json.loads((kept / "state.json").read_text())["feed"])
+        if step == 3:
+            again.begin(3, "documents of round 2")
+        assert trained(again, range(3, 6)) == expected[2:]
+        # who may have begun what is published next
+        assert [again.is_own(p.step, p.sha256) for p in expected[3:]] == [True, True]
+        assert not again.is_own(6, expected[1].sha256) and again.is_own(2, "pruned long ago")
+    # jobs beside it know the checkpoint by the same
+    assert policy_of_round(run, start, 3, RolloutConfig(steps_per_round=2)) == Policy(
+        run / "checkpoints/step-4", 4, expected[2].sha256)
+
+
+def test_weights_that_were_taken_back_are_another_policy(tmp_path: Path) -> None:
+    start = checkpoint(tmp_path / "start")
+    policies = run_of(tmp_path / "run", start)
+    before = trained(policies, range(1, 3))
+    kept = policies.state()
+    trained(policies, range(3, 5))
+    policies.restore(kept)
+    assert policies.at(8).sha256 not in {policy.sha256 for policy in before}
+    assert policies.at(8).sha256 != run_of(tmp_path / "run", start).at(0).sha256
+
+
+def test_a_run_that_an_earlier_version_began_goes_on_by_its_checkpoints_manifest(tmp_path: Path) -> None:
+    start, run = checkpoint(tmp_path / "start"), tmp_path / "run"
+    own = checkpoint(run / "checkpoints/step-4")
+    policies = run_of(run, start)
+    assert policies.at(4).sha256 == manifest_sha256(own)
+    assert policies.is_own(4, manifest_sha256(own)) and not policies.is_own(4, "another run's")
+    assert policies.is_own(0, manifest_sha256(start))
+    policies.begin(4, "documents of round 3")
+    assert policies.at(6).sha256 not in (manifest_sha256(own), policies.at(4).sha256)

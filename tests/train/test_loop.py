@@ -54,6 +54,7 @@ class Recorded:
         return self.step >= self.num_steps or (self.gate is not None and self.gate.passed)
 
     missing: str | None = None
+    is_saved = True
 
     def bring_data(self, stop: Any) -> str | None:
         assert self.watched is None, "data that are waited for are no hang"
@@ -174,6 +175,9 @@ def test_data_that_are_not_there_end_the_run_with_what_is_saved_already() -> Non
     trainer.missing = "round 2 is not there yet"
     assert train(trainer, SimpleNamespace(reason=None)) is False  # type: ignore[arg-type]
     assert trainer.actions == ["announce 2", "saved 2", "stop 2"]
+    trainer.actions, trainer.is_saved = [], False
+    assert train(trainer, SimpleNamespace(reason=None)) is False  # type: ignore[arg-type]
+    assert trainer.actions == ["announce 2", "save 2", "saved 2", "stop 2"]
 
 
 # A signal that asks for a stop is remembered, and ends nothing by itself.

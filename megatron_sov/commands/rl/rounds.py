@@ -4,13 +4,13 @@ run`, all rounds by one command, each written by the model that learns."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
+from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.errors import ExitCode, UserError, list_problems, warn
@@ -31,17 +31,17 @@ from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import BUILT_IN, make, order
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.model.config.run import with_rounds
+from megatron_sov.model.config.run import with_policies, with_rounds
 from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import RecipeOptions
 from megatron_sov.post.rl.reward import ENVIRONMENT, judging, reward_version, second_opinions
 from megatron_sov.rollouts.prompts import (
     SET_ASIDE, RolloutPrompt, SetAside, list_set_aside, read_prompts, refuse_unaskable, round_prompts,
     rounds_between, set_aside)
-from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.runs.folder import ROLLOUT, ROUNDS, RunFolder
+from megatron_sov.runs.checkpoints import files_sha256, refuse_missing
+from megatron_sov.runs.folder import ROLLOUT, ROUNDS, RunFolder, fixed_settings
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.runs.rounds import Policy, policy_of_round
+from megatron_sov.runs.rounds import RunPolicies, policy_of_round, policy_of_start
 from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage, request_with_model, tokenizer_of
 from megatron_sov.work.progress.locks import Claims
 
@@ -261,12 +261,12 @@ def refuse_too_long(rollout: RolloutConfig, environment: AskedEnvironment | None
         UserError: they may.
     """
     turn = "" if environment is None else " and a turn's max_turn_tokens"
-    check_length(start, _longest(rollout, environment), f"rollout.max_prompt_tokens = "
+    check_length(start, longest_of(rollout, environment), f"rollout.max_prompt_tokens = "
                  f"{rollout.max_prompt_tokens}, rollout.max_new_tokens = {rollout.max_new_tokens}{turn}",
                  "lower them")
 
 
-def _longest(rollout: RolloutConfig, environment: AskedEnvironment | None) -> int:
+def longest_of(rollout: RolloutConfig, environment: AskedEnvironment | None) -> int:
     # of a turn an engine is asked for the whole length that one may have, whatever is left of the episode
     more = 0 if environment is None else environment.limits.max_turn_tokens
     return rollout.max_prompt_tokens + rollout.max_new_tokens + more
@@ -294,7 +294,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
         def further(number: int) -> tuple[int, bool]:
             return further_pieces(args.run / ROUNDS, number), is_published(args.run / ROUNDS, number)
     # the policy that the engine begins with; later ones are loaded as checkpoints appear
-    held = Policy(start.path, 0, manifest_sha256(start.path))
+    held = policy_of_start(start.path)
 
     def work(engine: Engine, take: Take) -> dict[str, Any]:
         create = partial(RolloutStore.create, args.store, tokenizer_digest(folder), start.vocab_size)
@@ -311,7 +311,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
         return write_rounds(engine, take, held, writer, desk)
 
     found: dict[str, Any] | None = run_policies(
-        engine_name, start, work, longest=_longest(rollout, environment),
+        engine_name, start, work, longest=longest_of(rollout, environment),
         batching=Batching(args.batch_size), settings=args.engine_set, nproc=args.nproc,
         option=ENGINE_SET, with_routes=config.policy.router_replay,
         places=None if engine_name != VLLM else args.places(args.run))
@@ -390,7 +390,8 @@ def run_train(args: argparse.Namespace) -> int:
     """
     options = read_options(RlTrainOptions, args)
     if not is_complete(options, "policy"):
-        train_rounds(options, parse_rounds(options), args.began_s, options.wait)
+        parsed = parse_rounds(options, lambda config: with_policies(with_rounds(config)))
+        train_rounds(options, parsed, args.began_s, options.wait)
     return ExitCode.OK
 
 
@@ -406,15 +407,20 @@ class ParsedRounds:
     """What judges the last policy."""
 
 
-def parse_rounds(args: RoundsOptions) -> ParsedRounds:
+def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig] = with_rounds
+                 ) -> ParsedRounds:
     """Return what the options ask for.
+
+    Args:
+        args: of the command.
+        completed: settings as they are asked for -> with those that follow from the rounds.
 
     Raises:
         UserError: a mistake in them.
     """
     prompts = args.read()
     version = reward_version(args.reward, args.reward_set)
-    parsed = parse_stage(args, "policy", needs_data=False, num_prompts=len(prompts), completed=with_rounds)
+    parsed = parse_stage(args, "policy", needs_data=False, num_prompts=len(prompts), completed=completed)
     refuse_unknown_benchmarks(parsed.config)
     round_prompts(prompts, parsed.config.rollout, 1)
     if not args.dry_run:
@@ -448,8 +454,12 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     assert start is not None, f"--from is required, it is {args.start_from}"
     tokenizer = tokenizer_of(start)
     refuse_no_tokenizer(args.start_from, tokenizer)
+    texts = texts_of(config)
+    policies = RunPolicies(args.run, policy_of_start(start), config.rollout, fixed_settings(config) | {
+        "train.steps": config.train.steps,
+        "data": {text.name: files_sha256(text.artifact) for text in texts if text.artifact is not None}})
     publisher = Publisher(config, args.run / ROUNDS, args.store, parsed.prompts, parsed.reward_version,
-                          tokenizer)
+                          tokenizer, policies.is_own)
     # rounds that were published from another store would be trained as if they were of this one
     publisher.refuse_other_store()
     objective = factory(config, objective_of(config))
@@ -457,11 +467,10 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     # a source whose rounds open one by one, as they are published
     source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
                            columns.routes)
-    texts = texts_of(config)
     check_sources(config, [*texts, source])
     rounds = rounds_of([source])
     assert rounds is not None, "the source has no rounds"
-    feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, wait_s,
+    feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, policies, wait_s,
                      None if producer is None else producer.produce, args.store,
                      (lambda: None) if producer is None else producer.close)
     run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
@@ -529,8 +538,7 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
     round_prompts(prompts, config.rollout, 1)  # which refuses too few of them
     producer = Producer(
         partial(RolloutStore.create, args.store, digest, start.vocab_size), prompts, aside, config.rollout,
-        args.run, start.path, writer,
-        Batching(args.batch_size), parsed.reward_version,
+        args.run, writer, Batching(args.batch_size), parsed.reward_version,
         partial(judging, args.reward, args.reward_set, args.workers),
         {"engine": args.engine, "environment": args.environment, "reward": args.reward},
         config.policy.parts.max_gen_batches,
@@ -551,7 +559,7 @@ def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveS
 
     # a Hugging Face folder is what the servers load; of a checkpoint they get one
     return LiveServers(args.start_from, args.run, server_settings(args.engine_set, ENGINE_SET),
-                       args.places(args.run).urls, _longest(config.rollout, None), start.vocab_size,
+                       args.places(args.run).urls, longest_of(config.rollout, None), start.vocab_size,
                        config.policy.router_replay)
 
 

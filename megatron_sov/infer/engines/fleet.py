@@ -236,8 +236,15 @@ class Fleet:
         self._wait_for(lambda: any(m.server is not None and m.version == version for m in self._members))
 
     def score(self, ids: Sequence[int]) -> list[list[float]]:
-        """Return what each server that is there says of the tokens of a text."""
-        return [server.score(ids) for member in self._members if (server := member.server) is not None]
+        """Return what each server that is there says of the tokens of a text; whether one that does not
+        answer lives, others find out."""
+        found = []
+        for server in [member.server for member in self._members if member.server is not None]:
+            try:
+                found.append(server.score(ids))
+            except (BadAnswer, TimeoutError) as e:
+                warn(f"{server.url}: says nothing of a known text ({e})")
+        return found
 
     def _begin(self, work: Callable[[], None]) -> None:
         thread = threading.Thread(target=self._guarded, args=(work,), daemon=True)

@@ -487,8 +487,7 @@ def data_paths(data: Sequence[str]) -> dict[str, float]:
 def with_rounds(config: RunConfig) -> RunConfig:
     """Return the settings of a run whose phases are its rounds; of settings that have them already, the same.
 
-    Steps follow from the rounds, a row's length from the (first) phase that was asked for, and so many
-    checkpoints stay that a generator finds the policy of each round that it may still write.
+    Steps follow from the rounds, a row's length from the (first) phase that was asked for.
 
     Raises:
         UserError: no rounds are asked for, or no row, or a row does not hold the longest response; or the
@@ -510,12 +509,18 @@ def with_rounds(config: RunConfig) -> RunConfig:
                         "responses shorter")
     phases = tuple(PhaseConfig(f"round-{number:04d}", seq_len=seq_len)
                    for number in range(1, rollout.rounds + 1))
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, phases=phases),
+        train=dataclasses.replace(train, steps=rollout.rounds * rollout.steps_per_round, tokens=0))
+
+
+def with_policies(config: RunConfig) -> RunConfig:
+    """Return the settings of a run with rounds whose responses other jobs write by its checkpoints: so many
+    stay that they find the policy of each round that they may still write."""
+    rollout, train = config.rollout, config.train
     # those inside of a round, and the one at its end
     of_a_round = 1 + (rollout.steps_per_round - 1) // train.checkpoint_every_steps
     # The generator may need a policy `max_staleness` rounds old while the next one is being written.
     needed = (rollout.max_staleness + 2) * of_a_round
-    return dataclasses.replace(
-        config, data=dataclasses.replace(config.data, phases=phases),
-        train=dataclasses.replace(
-            train, steps=rollout.rounds * rollout.steps_per_round, tokens=0,
-            keep_checkpoints=max(train.keep_checkpoints, needed) if train.keep_checkpoints else 0))
+    return dataclasses.replace(config, train=dataclasses.replace(
+        train, keep_checkpoints=max(train.keep_checkpoints, needed) if train.keep_checkpoints else 0))

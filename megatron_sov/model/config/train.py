@@ -283,7 +283,8 @@ class TrainConfig:
     head_chunk_tokens: AtLeastOne = 2048
     """Tokens whose logits exist at a time; the output head runs in chunks of this many."""
     checkpoint_every_steps: AtLeastOne = 1000
-    """Steps between checkpoints; one is always written at the end."""
+    """Steps between checkpoints; one is always written at the end.  Reinforcement learning: 10 rounds at
+    most, unless it is set."""
     keep_checkpoints: NotNegativeInt = 2
     """How many of the newest checkpoints stay; 0 keeps all."""
     export_every_checkpoints: NotNegativeInt = 0

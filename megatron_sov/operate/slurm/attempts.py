@@ -29,7 +29,7 @@ from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.operate.slurm.node_report import Report
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN
-from megatron_sov.runs.folder import ATTEMPTS, FAILURE
+from megatron_sov.runs.folder import ATTEMPTS, FAILURE, ROUNDS
 from megatron_sov.runs.lock import forget, recorded_holder
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
@@ -128,18 +128,24 @@ def progress_of(target: Path) -> int:
     """Return a number that grows whenever a stage leaves something new behind.
 
     Args:
-        target: the run's folder (steps of its newest checkpoints count, of all stages of an extension), the
-            artifact's (files of its hidden, unfinished neighbours count), or a rollout store (its parts do).
+        target: the run's folder (steps of its newest checkpoints count, of all stages of an extension, and
+            its published rounds, which are not written again), the artifact's (files of its hidden,
+            unfinished neighbours count), or a rollout store (its parts do).
     """
+    parts = sum(1 for pattern in ("rollouts/*", "rewards/*/*", f"{ROUNDS}/[0-9]*")
+                for _ in target.glob(f"{pattern}/{MANIFEST}"))
+    # an artifact under way lies in hidden neighbours of its target until it is complete
+    hidden = (path for folder in target.parent.glob(f".{target.name}*") for path in folder.rglob("*"))
+    return _saved_steps(target) + parts + sum(path.is_file() for path in hidden)
+
+
+def _saved_steps(target: Path) -> int:
     steps = 0
     for folder in (target, *target.glob("stages/*")):
         # over all stages: when a stage ends and the next begins, the sum still grows
         steps += max((int(p.name[5:]) for p in folder.glob("checkpoints/step-*") if p.name[5:].isdigit()),
                      default=0)
-    parts = sum(1 for pattern in ("rollouts/*", "rewards/*/*") for _ in target.glob(f"{pattern}/{MANIFEST}"))
-    # an artifact under way lies in hidden neighbours of its target until it is complete
-    hidden = (path for folder in target.parent.glob(f".{target.name}*") for path in folder.rglob("*"))
-    return steps + parts + sum(path.is_file() for path in hidden)
+    return steps
 
 
 LINE = re.compile(r"^srun: error: (?P<node>[^\s:]+): tasks? (?P<ranks>[\d,\-]+): (?P<how>.*)$", re.MULTILINE)
@@ -379,9 +385,9 @@ def begin(job: AttemptedJob, queue: str) -> str:
 
 
 def _saved(job: AttemptedJob) -> str:
-    count = job.progress()
     if (job.options.target / CHECKPOINTS_OF_A_RUN).is_dir():
-        return f"step {count}"
+        return f"step {_saved_steps(job.options.target)}"
+    count = job.progress()
     return f"{count} files" if count else "nothing"
 
 

@@ -38,7 +38,7 @@ from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.post.policy import GROUPS_LEARNING, OLD, REFERENCE, RESPONSE_TOKENS, REWARD
-from megatron_sov.post.reference import document_logprobs, files_sha256
+from megatron_sov.post.reference import document_logprobs
 from megatron_sov.post.rl.episodes import Episodes
 from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rounds
 from megatron_sov.post.rl.publish import further_pieces
@@ -48,8 +48,10 @@ from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
 from megatron_sov.rollouts.prompts import RolloutPrompt, SetAside, list_set_aside, round_prompts
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import RolloutStore
+from megatron_sov.runs import checkpoints
+from megatron_sov.runs.checkpoints import files_sha256
 from megatron_sov.runs.folder import ROUNDS, RunFolder
-from megatron_sov.runs.rounds import LEARNS, Policy, policy_of_round
+from megatron_sov.runs.rounds import LEARNS, Policy, RunPolicies, may_write
 from megatron_sov.train.data.requirements import replayed_routes
 from megatron_sov.train.data.rounds import Round, RoundDocuments
 from megatron_sov.train.stages.feed import FeedView
@@ -146,12 +148,11 @@ class TrainerColumns:
 
 
 def _way_back(opened: Round) -> str:
-    begin = (int(opened.path.name) - 1) * len(opened.steps)
     run = RunFolder(opened.path.parents[1])
-    if begin and not run.checkpoint(begin).is_dir():
-        return "restore the file from a copy, or start a new --run --from the last checkpoint"
-    return (f"delete the checkpoints behind step-{begin} in {run.checkpoints}, and give the same command "
-            "with --resume")
+    # Published rounds are trained again from whatever checkpoint there is, or from the start.
+    before = checkpoints.latest_not_after(run.checkpoints, (int(opened.path.name) - 1) * len(opened.steps))
+    which = "all checkpoints" if before is None else f"the checkpoints behind {before.name}"
+    return f"delete {which} in {run.checkpoints}, and give the same command with --resume"
 
 
 def file_of(path: Path, name: str) -> Path:
@@ -201,9 +202,9 @@ POLL_S = (1.0, 10.0)
 """Between two looks at what is not there yet: a tenth of what was waited so far, within these bounds."""
 TOLD = ("groups", "late", "late_from", "unjudged", "reward_version", "policies", "means")
 """What of a round's manifest its event tells."""
-Produce = Callable[[FeedView, int, Callable[[], bool]], Mapping[str, float]]
-"""Writes and judges what is missing of a round, on all processes together, unless it is asked to stop before
-the end; returns figures for its event."""
+Produce = Callable[[FeedView, int, Policy, Callable[[], bool]], Mapping[str, float]]
+"""Writes and judges what is missing of a round by the policy that the run is, on all processes together,
+unless it is asked to stop before the end; returns figures for its event."""
 
 
 @dataclass
@@ -217,6 +218,8 @@ class RoundFeed:
     """Publishes a round (from 1), unless it is; returns what it lacks, or "".  Called on rank 0 alone."""
     columns: TrainerColumns
     """What the trainer says of each document before it learns from it."""
+    policies: RunPolicies
+    """Those that the run is."""
     wait_s: float = 0.0
     """How long a round is waited for."""
     produce: Produce | None = None
@@ -240,6 +243,8 @@ class RoundFeed:
         # Later steps of a round find it open.
         if self.rounds.is_open(number):
             return None
+        if not step:
+            self.policies.at(view.step)  # which begins the round
         begin_s = time.monotonic()
         if (lacking := self._wait(view, number, asked_to_stop)) is not None:
             return lacking
@@ -250,6 +255,18 @@ class RoundFeed:
         """End what writes and judges, see `Feed`."""
         self.end()
 
+    def needs_checkpoint(self, step: int) -> bool:
+        """As `Feed.needs_checkpoint`: other jobs write by checkpoints."""
+        return self.produce is None and step % self.rollout.steps_per_round == 0
+
+    def state(self) -> dict[str, Any]:
+        """As `Feed.state`."""
+        return self.policies.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """As `Feed.restore`."""
+        self.policies.restore(state)
+
     def _wait(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> str | None:
         """Wait for a round to be published; returns None, or why it is waited for no longer."""
         begin_s, told = time.monotonic(), ""
@@ -257,12 +274,12 @@ class RoundFeed:
             # A round whose groups do not learn asks further prompts: it lacks something else then.
             if lacking != told and (self.produce is not None or not told):
                 told = lacking
-                view.checkpointer.finish()  # the policy that is to write the round
                 if self.produce is not None:
-                    found = self.produce(view, number, asked_to_stop)
+                    found = self.produce(view, number, self.policies.at(view.step), asked_to_stop)
                     self._figures = {name: self._figures.get(name, 0.0) + value
                                      for name, value in found.items()}
                     continue
+                view.checkpointer.finish()  # the policy that is to write the round
                 view.events.write("waiting", step=view.step, round=number, reason=lacking)
                 if view.world.is_main and self.wait_s:
                     print(f"waits up to {self.wait_s:g} s for round {number}: {lacking}\n", end="",
@@ -299,6 +316,7 @@ class RoundFeed:
         self._pass_over_empty(view, number, opened)
         # Opened last: a failure before leaves the data order as it was.
         self.rounds.open(number, replace(opened, beside=made))
+        self.policies.begin(view.step, on_main(view.world, partial(files_sha256, opened.path)))
         if view.world.is_main:
             content = read_manifest(opened.path).content
             view.events.write("round", step=view.step, round=number, waited_s=waited_s,
@@ -343,8 +361,6 @@ class Producer:
     rollout: RolloutConfig
     run: Path
     """The run's folder."""
-    start: Path
-    """Checkpoint that it starts from."""
     writer: Writer
     """Makes rows."""
     batching: Batching
@@ -361,28 +377,29 @@ class Producer:
     """What a second verifier has said so far, see `reward.second_opinions`."""
     servers: LiveServers | None = None
     """What writes in the place of the live model itself."""
+    _policy: Policy | None = None
+    """The one that the run is."""
     _requests: ResponseQueue | None = None
     _opinions: Opinions | None = None
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _judge: JudgeRows | None = None
     _job: JudgingJob | None = None
 
-    def produce(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> dict[str, float]:
+    def produce(self, view: FeedView, number: int, policy: Policy, asked_to_stop: Callable[[], bool]
+                ) -> dict[str, float]:
         """Write and judge what is missing of a round, and of those that its policy may write besides
         (`rollout.max_staleness`).
 
         Args:
             view: the run, whose model is the policy.
             number: of the round, from 1.
+            policy: that the model is.
             asked_to_stop: looked at behind each piece and each part that is judged; rank 0's counts.
 
         Returns:
             Seconds of writing and of judging.
         """
-        begin_s = time.monotonic()
-        view.checkpointer.finish()  # responses are known by its hash
-        policy_of = partial(policy_of_round, self.run, self.start, rollout=self.rollout)
-        policy: Policy = on_main(view.world, lambda: policy_of(number))
+        begin_s, self._policy = time.monotonic(), policy
         rounds = range(number, min(number + self.rollout.max_staleness, self.rollout.rounds) + 1)
         # made by one, before all open it
         on_main(view.world, lambda: list_set_aside(self.store().path, self.aside))
@@ -391,15 +408,15 @@ class Producer:
             engine = MegatronEngine(view.policy, self.batching)
             # The model is the policy itself: no weights are copied, only their version is noted.
             engine.update(None, policy.step)
-            write_rounds(engine, _take_none, policy, self.writer,
-                         self._desk(rounds, policy_of, asked_to_stop))
+            write_rounds(engine, _take_none, policy, self.writer, self._desk(rounds, asked_to_stop),
+                         view.checkpointer.advance)
         else:
             told = self._write_by_servers(self.servers, view, rounds, policy, asked_to_stop)
         written_s = time.monotonic()
         on_main(view.world, lambda: self._begin_judging(rounds if self.servers is None else rounds[:1], view))
         # part by part: there is a limit to how long the others wait for a message
         while on_main(view.world, lambda: not asked_to_stop() and self._judge_part()):
-            pass
+            view.checkpointer.advance()
         return {"write_s": written_s - begin_s, "judge_s": time.monotonic() - written_s, **told}
 
     def _write_by_servers(self, servers: LiveServers, view: FeedView, rounds: range, policy: Policy,
@@ -416,16 +433,15 @@ class Producer:
             return requests.advance(STEP_S, lambda: requests.desk.missing.is_open(rounds[0]))
 
         while on_main(view.world, step):
-            pass
+            view.checkpointer.advance()
         return dict(on_main(view.world, lambda: servers.meters))
 
     def _queue(self, servers: LiveServers, rounds: range, asked_to_stop: Callable[[], bool]) -> ResponseQueue:
         if self._requests is None:
             assert servers.engine is not None, "the servers are not open"
-            policy_of = partial(policy_of_round, self.run, self.start, rollout=self.rollout)
             self._requests = ResponseQueue(
                 row_requests(servers.engine, self.writer, servers.engine.room),
-                self._desk(rounds, policy_of, asked_to_stop), None, servers.engine.room)
+                self._desk(rounds, asked_to_stop), None, servers.engine.room)
         self._requests.desk.asked_to_stop = asked_to_stop
         self._requests.desk.missing.add_rounds(rounds)
         return self._requests
@@ -437,14 +453,18 @@ class Producer:
         if self.servers is not None:
             self.servers.close()
 
-    def _desk(self, rounds: range, policy_of: Callable[[int], Policy | None],
-              asked_to_stop: Callable[[], bool]) -> PieceQueue:
+    def _policy_of(self, number: int) -> Policy | None:
+        """Return the policy that the run is, where it may write a round."""
+        policy = self._policy
+        return policy if policy is not None and may_write(policy.step, number, self.rollout) else None
+
+    def _desk(self, rounds: range, asked_to_stop: Callable[[], bool]) -> PieceQueue:
         store = self.store()
         # Written, judged and looked at again: what a round asks of this call does not grow during it.
         further = None if self.max_gen_batches == 1 else (
             lambda number: (further_pieces(self.run / ROUNDS, number), True))
         missing = Missing(store, Claims(store.claims, self.rollout.lease_s), self.prompts, self.rollout,
-                          rounds, policy_of,
+                          rounds, self._policy_of,
                           lambda number: key_digest(self.rollout, number, self.writer.chosen_by), further)
         # pieces that another job is at are waited for until it is taken for dead
         return PieceQueue(missing, store, 2 * self.rollout.lease_s, self.provenance,

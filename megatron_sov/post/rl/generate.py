@@ -382,7 +382,7 @@ class PieceQueue:
     def _publish(self, attempt: SampleAttempt, rows: list[Rollout]) -> None:
         num_unfinished = sum(row.finish_reason == UNFINISHED for row in rows)
         written_by = {"policy": attempt.policy.sha256, "step": attempt.policy.step,
-                      "checkpoint": str(attempt.policy.path),
+                      "weights": str(attempt.policy.path),
                       **self.missing.asked.to_provenance(num_unfinished)}
         try:
             self.store.add_rollouts(attempt.name, rows, {**self.provenance, **written_by})
@@ -397,9 +397,10 @@ class PieceQueue:
             self.summary["tokens"] += sum(len(row.tokens) for row in rows) - before
 
 
-def write_rounds(engine: Engine, take: Take, held: Policy, writer: Writer, desk: PieceQueue) -> dict[str,
-                                                                                                     Any]:
-    """Write what is missing until nothing is; called by all processes of the engine together."""
+def write_rounds(engine: Engine, take: Take, held: Policy, writer: Writer, desk: PieceQueue,
+                 between: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Write what is missing until nothing is; called by all processes of the engine together, as `between`
+    is, behind what was written together."""
     with work_bar("write", desk.missing.num_pieces, "piece", is_first()) as bar:
         while (attempts := on_first(desk.next)) is not None:
             on_first(lambda: bar.update(desk.missing.num_done - bar.n))
@@ -415,6 +416,7 @@ def write_rounds(engine: Engine, take: Take, held: Policy, writer: Writer, desk:
             finally:
                 # After a failure too: a claim that stays would hold other jobs up until its lease ends.
                 desk.missing.leave()
+            between()
     summary: dict[str, Any] = on_first(lambda: desk.summary)
     return summary
 

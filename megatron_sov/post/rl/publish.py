@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
@@ -33,7 +33,6 @@ from megatron_sov.post.rl.gathering import (
 from megatron_sov.rollouts.prompts import RolloutPrompt, budget_of, round_pieces, too_long_in
 from megatron_sov.rollouts.rows import LENGTH, Key, Rollout, domain_of
 from megatron_sov.rollouts.store import RolloutStore
-from megatron_sov.runs import checkpoints
 from megatron_sov.runs.rounds import LEARNS
 from megatron_sov.train.data.requirements import replayed_routes
 from megatron_sov.train.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE, folder_of_round
@@ -90,6 +89,8 @@ class Publisher:
     reward_version: str
     tokenizer: Path
     """Folder of the tokenizer that the model has."""
+    is_own: Callable[[int, str], bool] = lambda step, sha256: True
+    """Whether a policy of a step is the run, as far as that is known."""
 
     def publish(self, number: int) -> str:
         """Publish a round, unless it is; returns what it lacks, or "".
@@ -195,18 +196,14 @@ class Publisher:
                             f"store gc {self.store} --version {self.reward_version}`")
 
     def _warn_of_other_policies(self, gathered: Gathered) -> None:
-        """Tell where responses were begun by none of the run's checkpoints: a store gives what it has to
+        """Tell where responses were begun by another policy than the run is: a store gives what it has to
         whoever asks the same, and another run may have written it."""
-        folder = self.rounds.parent / checkpoints.CHECKPOINTS_OF_A_RUN
-        newest = checkpoints.latest(folder)
-        last = 0 if newest is None else checkpoints.step_of(newest)
         begun = {_begun_by(r.rollout) for group in gathered.groups for r in group if not r.rollout.attempt}
         for step, sha256 in sorted(begun):
-            own = folder / f"step-{step}"
-            if step > last or (step and (own / MANIFEST).is_file() and manifest_sha256(own) != sha256):
+            if not self.is_own(step, sha256):
                 warn(f"{self.store}: responses of round {gathered.number} were begun by policy {sha256[:12]} "
-                     f"of step {step}, which is no checkpoint of {self.rounds.parent}: where another run has "
-                     "written them, give each run a store of its own")
+                     f"of step {step}, which {self.rounds.parent} is not: where another run has written "
+                     "them, give each run a store of its own")
 
     def _write_round(self, source: RoundOfStore, gathered: Gathered, out: Path) -> None:
         late = late_groups(self.rounds, source) if self.config.policy.missing_share else []

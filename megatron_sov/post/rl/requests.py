@@ -8,12 +8,15 @@ version that wrote it.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from megatron_sov.base.errors import UserError
@@ -41,8 +44,8 @@ STEP_S = 5.0
 LOOK_S = 1.0
 """Between two looks at what other jobs have left to do."""
 AHEAD = 2
-"""Responses that are asked for, as multiples of those that servers write at a time: more would only be
-claimed and lie in the queue."""
+"""Responses that are asked for, as multiples of those that servers write at a time, where other jobs write
+into the store too, or a deadline runs: more would only be claimed and lie in the queue."""
 KNOWN_TOKENS = 256
 """Of a prompt, whose log-probabilities are compared after an update."""
 MAX_GAP_NATS = 0.25
@@ -181,6 +184,7 @@ class ResponseQueue:
     _held: int = 0
     """Step of the policy that the servers have."""
     _next_look_s: float = 0.0
+    _answered: SimpleQueue[Future[Any]] = field(default_factory=SimpleQueue)
 
     def advance(self, limit_s: float, needed: Callable[[], bool]) -> bool:
         """Ask for what is missing, take in what comes and publish what is complete, for so many seconds.
@@ -198,10 +202,8 @@ class ResponseQueue:
                 return False
             self._cut_off()
             left_s = ends_s - self.clock_s()
-            futures = [future for piece in self.under_way for future in piece.asked]
-            if futures:
-                done = wait(futures, min(max(left_s, 0.0), 1.0), FIRST_COMPLETED).done
-                self._take_in(done)
+            if self.under_way:
+                self._take_in(self._answers(min(max(left_s, 0.0), LOOK_S)))
             elif left_s > 0:
                 time.sleep(min(left_s, LOOK_S))
             if left_s <= 0:
@@ -223,10 +225,10 @@ class ResponseQueue:
 
     def _fill(self) -> bool:
         """Claim and ask for more, while there is room; returns False when there is nothing more to come."""
-        num_asked = sum(len(piece.asked) for piece in self.under_way)
-        if num_asked >= AHEAD * self.room:
+        num_more = self._most() - sum(len(piece.asked) for piece in self.under_way)
+        if num_more <= 0:
             return True
-        found = self.desk.next(AHEAD * self.room - num_asked, is_busy=bool(self.under_way))
+        found = self.desk.next(num_more, is_busy=bool(self.under_way))
         if found is None:
             return False
         if isinstance(found, str):
@@ -239,8 +241,17 @@ class ResponseQueue:
             self._ask(attempt)
         return True
 
+    def _most(self) -> int:
+        """Return how many responses are asked for at a time."""
+        if self.take is None and not self.requests.rollout.deadline_s:
+            # while the trainer learns nobody asks for more, and servers are to have work all the time
+            return sys.maxsize
+        return AHEAD * self.room
+
     def _ask(self, attempt: SampleAttempt) -> None:
         rows = self.requests.begin(attempt)
+        for row in rows:
+            row.future.add_done_callback(self._answered.put)
         deadline_s = self.requests.rollout.deadline_s
         ends_s = self.clock_s() + deadline_s if deadline_s else float("inf")
         self.under_way.append(AttemptUnderWay(attempt, {row.future: n for n, row in enumerate(rows)}, rows,
@@ -252,6 +263,15 @@ class ResponseQueue:
             if not piece.is_cut_off and self.clock_s() >= piece.ends_s:
                 piece.is_cut_off = True
                 self.requests.cut_off([piece.rows[number].name for number in piece.asked.values()])
+
+    def _answers(self, limit_s: float) -> set[Future[Any]]:
+        """Return the answers that have come, after so many seconds at the latest."""
+        done: set[Future[Any]] = set()
+        with contextlib.suppress(Empty):
+            done.add(self._answered.get(timeout=limit_s))
+            while True:
+                done.add(self._answered.get_nowait())
+        return done
 
     def _take_in(self, done: set[Future[Any]]) -> None:
         for piece in list(self.under_way):
@@ -297,8 +317,8 @@ class LiveServers:
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     _opening: Future[None] | None = None
     _opened: Any = None
-    _held: int = 0
-    """Step of the weights that the servers have."""
+    _held: int | None = None
+    """Step of the weights that the servers have; None: not known, for somebody else may have asked them."""
 
     def is_opening(self, limit_s: float) -> bool:
         """Return whether the servers are still being started, on the first process, after so many seconds.
@@ -322,6 +342,8 @@ class LiveServers:
         self._opened = serving_engine(model, self.vocab_size, self.longest, self.settings,
                                       ServerPlaces(folder, self.urls), with_routes=self.with_routes)
         self.engine = self._opened.__enter__()
+        if not self.urls:
+            self._held = 0
 
     def push(self, view: FeedView, policy: Policy, known: Tokens) -> None:
         """Give the servers the live weights, and see that they have them; called by all processes together.

@@ -63,8 +63,8 @@ def banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: 
             f"{states} of weights, gradients and optimizer each{activations}\n"
             f"{_adapter(config, count.total)}"
             f"  data       {read}{too_long}\n"
-            f"  run        {run}, a checkpoint every {config.train.checkpoint_every_steps} steps"
-            + (" and behind each round" if rollout.rounds else ""))
+            f"  run        {run}, a checkpoint {'at least ' if rollout.rounds else ''}every "
+            f"{config.train.checkpoint_every_steps} steps")
 
 
 def _adapter(config: RunConfig, total: int) -> str:

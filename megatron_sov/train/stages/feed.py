@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_sov.train.checkpointer import Checkpointer
 from megatron_sov.train.objectives.data_batches import DataBatches
@@ -34,6 +34,18 @@ class Feed(Protocol):
     @property
     def meters(self) -> Mapping[str, float]:
         """Meter -> what the feed knows of the next step's data; on process 0 alone."""
+        ...
+
+    def needs_checkpoint(self, step: int) -> bool:
+        """Return whether others make its data of the checkpoint behind a step."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """As `Stateful.state`."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """As `Stateful.restore`."""
         ...
 
     def bring(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:

@@ -36,6 +36,8 @@ LENGTHS = ("train.steps", "train.tokens", "train.epochs")
 CPU_FLOPS_PER_S, GPU_SHARE = 2e10, 0.5
 """What a core, and which share of a GPU's peak a run reaches at best: a bound, not a prediction."""
 PROMPTS_PER_ROUND = 64
+CHECKPOINT_ROUNDS = 10
+"""Rounds between checkpoints, at most."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,10 @@ def _complete_rounds(asked: RecipeRequest, config: RunConfig, nproc: int | None,
         config = apply_settings(config, [f"rollout.rounds={rounds}"])
         notes.append(f"{config.train.epochs:g} passes over {num_prompts:,} prompts = {rounds:,} rounds of "
                      f"{config.rollout.prompts_per_round:,}")
+    # Runs of rounds have few steps, and long ones; checkpoints that stay for ever keep their rhythm.
+    every = CHECKPOINT_ROUNDS * config.rollout.steps_per_round
+    if "train.checkpoint_every_steps" not in said and config.train.keep_every_steps % every == 0:
+        config = _with_train(config, checkpoint_every_steps=min(config.train.checkpoint_every_steps, every))
     return CompletedSettings(config, tuple(notes))
 
 

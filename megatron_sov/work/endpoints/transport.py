@@ -53,6 +53,9 @@ def address_problems(field: str, text: str, key_field: str) -> list[SettingsProb
 _PIECE_BYTES = 1 << 16
 """Between two looks at the clock while a request is sent."""
 MAX_BODY_BYTES = 8 << 20
+KEPT_S = 2.0
+"""For a connection that nothing is sent over: servers by uvicorn (vLLM, SGLang) hang up after 5 s, and a
+request that is sent at that moment fails."""
 
 
 # A time by which a request is over, whatever its connection does. A client's own limit is of each read and
@@ -258,7 +261,8 @@ class Transport:
 
         with self._lock:
             if self._client is None:
-                http = httpx.Client(timeout=self._timeout_s, limits=httpx.Limits(max_connections=None),
+                http = httpx.Client(timeout=self._timeout_s,
+                                    limits=httpx.Limits(max_connections=None, keepalive_expiry=KEPT_S),
                                     # reading all certificates takes long, and plain HTTP has none
                                     verify=self._is_secure,
                                     # a proxy of the environment knows this machine as itself

@@ -18,15 +18,18 @@ import pytest
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.cli import main
+from megatron_sov.model.config import RolloutConfig
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import read_events
+from megatron_sov.runs.rounds import Policy, policy_of_round
 
 REWARD = Path(__file__).parents[3] / "benchmarks/rl_reward.py"
 SETTINGS = ("rollout.rounds=3", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
             "rollout.piece_prompts=2", "rollout.max_new_tokens=6", "rollout.max_prompt_tokens=8",
-            "policy.method=dr_grpo", 'data.phases=[{"name": "main", "seq_len": 32}]', "optim.lr=1e-2",
-            "optim.warmup_steps=0", "train.eval_every_steps=0", "model.hidden_size=48")
+            "rollout.steps_per_round=2", "train.checkpoint_every_steps=4", "policy.method=dr_grpo",
+            'data.phases=[{"name": "main", "seq_len": 32}]', "optim.lr=1e-2", "optim.warmup_steps=0",
+            "train.eval_every_steps=0", "model.hidden_size=48")
 Command = Callable[..., list[str]]
 
 
@@ -74,7 +77,7 @@ def losses(run: Path) -> list[tuple[float, float]]:
 
 def weights(run: Path) -> dict[str, str]:
     """Return the digests of the last step's weights."""
-    return {name: record.digest for name, record in read_manifest(run / "checkpoints/step-3").files.items()
+    return {name: record.digest for name, record in read_manifest(run / "checkpoints/step-6").files.items()
             if name.endswith(".safetensors")}
 
 
@@ -105,18 +108,26 @@ def killed_while_it_writes(claim: Path) -> Iterator[list[int]]:
 
 
 @pytest.mark.distributed
-def test_a_kill_between_rounds_and_one_inside_of_a_piece_change_no_bit(
-        whole: Path, folder: Path, command: Command, run_command: Any) -> None:
+def test_kills_with_and_without_a_checkpoint_change_no_bit(whole: Path, folder: Path, command: Command,
+                                                           run_command: Any) -> None:
+    assert [e["step"] for e in events(whole, "checkpoint")] == [4, 6], "not one for each round"
+    # inside of round 1, while the first checkpoint is written, while round 3 is, and inside of it
     with killed_while_it_writes(folder / "killed-store/claims/round-0003-piece-0001/1.json") as killed:
-        done = run_command(*command("killed", "--plain", "--workers", "1", "--inject", "kill@step=2"))
+        done = run_command(*command("killed", "--plain", "--workers", "1", "--inject",
+                                    "kill@step=2,kill@save=4,kill@step=6"))
     assert done.returncode == 0 and killed, done.stderr
     # what a dead process has claimed is not waited for: rollout.lease_s is ten minutes
-    assert [e["step"] for e in events(folder / "killed", "restart")] == [1, 2]
-    assert losses(folder / "killed") == losses(whole) and len(losses(whole)) == 3
+    assert [e["step"] for e in events(folder / "killed", "restart")] == [0, 0, 4, 4]
+    assert losses(folder / "killed") == losses(whole) and len(losses(whole)) == 6
     assert weights(folder / "killed") == weights(whole) and weights(whole)
     for ours, theirs in zip(rows(folder / "killed-store"), rows(folder / "whole-store"), strict=True):
+        # of the same policies, which no checkpoint tells apart
+        assert ours.key == theirs.key and ours.versions.tolist() == theirs.versions.tolist()
         assert ours.tokens.tolist() == theirs.tokens.tolist()
         assert ours.logprobs.tolist() == theirs.logprobs.tolist()
+    published = [{name: record.digest for name, record in read_manifest(run / "rounds" / name).files.items()}
+                 for run in (whole, folder / "killed") for name in ("0001", "0002", "0003")]
+    assert published[:3] == published[3:] and "were begun by policy" not in done.stderr
     assert main(["rl", "store", "verify", str(folder / "killed-store")]) == 0
 
 
@@ -147,15 +158,27 @@ def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
     (second,) = set(store.versions()) - {first}
     assert [e["reward_version"][:len(second)] for e in events(folder / "other", "round")] == [second] * 3
     assert losses(folder / "other") != losses(whole)
+    assert "responses of round 2 were begun by policy" in done.stderr
     # a run that writes nothing itself makes the same of the same rounds
     done = run_command(*command("trained", store="whole-store", word="train"))
     assert done.returncode == 0, done.stderr
     assert losses(folder / "trained") == losses(whole) and weights(folder / "trained") == weights(whole)
+    # it is the same policies, and leaves a checkpoint of each
+    assert "were begun by policy" not in done.stderr
+    assert [e["step"] for e in events(folder / "trained", "checkpoint")] == [2, 4, 6]
+    begun = {row.written_versions[0]: row.key.policy for row in rows(folder / "whole-store")}
+    rollout = RolloutConfig(steps_per_round=2, max_staleness=1)
+    found = policy_of_round(folder / "trained", folder / "none", 4, rollout)
+    assert found is not None and found.step == 6 and set(begun) == {0, 2, 4}
+    shutil.rmtree(found.path)
+    assert policy_of_round(folder / "trained", folder / "none", 4, rollout) == Policy(
+        folder / "trained/checkpoints/step-4", 4, begun[4])
 
 
 def test_a_policy_may_write_several_rounds_at_once_and_its_tokens_find_their_experts_again(
         folder: Path, command: Command, run_command: Any) -> None:
     done = run_command(*command("stale", "--plain", "--workers", "1", "--set", "rollout.max_staleness=1",
+                                "--set", "rollout.steps_per_round=1",
                                 "--set", "policy.router_replay=true", "--set", "policy.method=gspo",
                                 "--set", "train.precision=bf16"))
     assert done.returncode == 0, done.stderr

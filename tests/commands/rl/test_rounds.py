@@ -17,6 +17,7 @@ from megatron_sov.commands.rl.rounds import chosen_rounds
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.folder import RunFolder
+from megatron_sov.runs.rounds import policy_of_start
 
 # a temperature at which a sample is the most probable token
 ROLLOUT = ("rollout.rounds=2", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
@@ -52,9 +53,11 @@ def test_two_policies_write_two_rounds_and_a_reward_judges_them(
     assert "2 parts with 4 responses" in done.stdout and "rounds 1 to 2 are written" in done.stdout
     store = RolloutStore.open(tmp_path / "store")
     prompts = {p.id: p for p in read_prompts(tmp_path / "prompts.jsonl")}
-    for number, checkpoint in ((1, first), (2, second)):
+    # the second is of no run that knows policies: it is known by its manifest
+    for number, checkpoint, sha256 in ((1, first, policy_of_start(first).sha256),
+                                       (2, second, manifest_sha256(second))):
         rows = [row for part in store.parts(number) for row in store.read_rollouts(part.name)]
-        assert len(rows) == 4 and {row.key.policy for row in rows} == {manifest_sha256(checkpoint)}
+        assert len(rows) == 4 and {row.key.policy for row in rows} == {sha256}
         assert {int(v) for row in rows for v in row.versions} == {number - 1}
         greedy = _greedy(run_command, checkpoint, tmp_path / "asked.jsonl")
         for row in rows:

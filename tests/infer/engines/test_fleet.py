@@ -98,6 +98,19 @@ def test_weights_change_on_all_servers_while_answers_are_under_way(fleets: Calla
     assert {keeper.doubles[0].version for keeper in keepers} == {"7"}
 
 
+def test_a_server_that_does_not_score_a_text_is_left_out(
+        fleets: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    keepers = [DoubleKeeper(), DoubleKeeper()]
+    fleet = fleets(keepers)
+    while fleet.num_there < 2:
+        time.sleep(0.01)
+    assert len(fleet.score([5, 6])) == 2
+    monkeypatch.setattr(keepers[0].doubles[0], "_generate", lambda body: (500, {}))
+    assert len(fleet.score([5, 6])) == 1
+    assert f"{keepers[0].doubles[0].url}: says nothing of a known text" in capsys.readouterr().err
+
+
 def test_ids_that_would_end_a_server_are_not_sent(fleets: Callable[..., Fleet]) -> None:
     keeper = DoubleKeeper()
     fleet = fleets([keeper])

@@ -13,7 +13,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import (
     DataConfig, PhaseConfig, RolloutConfig, RunConfig, TrainConfig, apply_settings)
 from megatron_sov.model.config.data import batch_size_at, phase_steps, ramp_changes
-from megatron_sov.model.config.run import with_rounds
+from megatron_sov.model.config.run import with_policies, with_rounds
 
 RAMP = TrainConfig(tokens=1, global_batch_size=12, ramp_from_batch_size=4, ramp_increment=4, ramp_steps=10)
 
@@ -99,10 +99,11 @@ def test_each_round_is_a_phase_of_its_steps() -> None:
 
 
 def test_policies_stay_as_long_as_a_generator_may_ask_for_them() -> None:
-    assert with_rounds(asked("train.keep_checkpoints=1")).train.keep_checkpoints == 2
+    assert with_policies(asked("train.keep_checkpoints=1")).train.keep_checkpoints == 2
     stale = asked("rollout.max_staleness=2", "train.checkpoint_every_steps=1", "train.keep_checkpoints=1")
-    assert with_rounds(stale).train.keep_checkpoints == 12  # 4 rounds of 3
-    assert with_rounds(asked("train.keep_checkpoints=0")).train.keep_checkpoints == 0  # all
+    assert with_policies(stale).train.keep_checkpoints == 12  # 4 rounds of 3
+    assert with_policies(asked("train.keep_checkpoints=0")).train.keep_checkpoints == 0  # all
+    assert with_rounds(stale).train.keep_checkpoints == 1, "a run that writes itself asks for none"
 
 
 def test_rows_that_do_not_hold_a_response_are_refused() -> None:

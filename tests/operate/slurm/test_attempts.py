@@ -278,12 +278,14 @@ def test_progress_grows_with_checkpoints_of_all_stages_and_with_unfinished_parts
     run = tmp_path / "run"
     assert progress_of(run) == 0
     for name in ("checkpoints/step-20", "checkpoints/step-100", "checkpoints/.writing-step-200",
-                 "stages/1-long/checkpoints/step-7"):
+                 "stages/1-long/checkpoints/step-7", "rounds/0001"):
         (run / name).mkdir(parents=True)
     assert progress_of(run) == 107
+    (run / "rounds/0001/manifest.json").write_text("{}")  # published: no start writes it again
+    assert progress_of(run) == 108
     (tmp_path / ".run.units").mkdir()
     (tmp_path / ".run.units/0.bin").write_text("")
-    assert progress_of(run) == 108
+    assert progress_of(run) == 109
 
 
 def test_the_parts_of_a_rollout_store_are_progress(tmp_path: Path) -> None:

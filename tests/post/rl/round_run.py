@@ -12,6 +12,7 @@ from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.policy import objective_of
 from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
 from megatron_sov.runs.folder import RunFolder
+from megatron_sov.runs.rounds import Policy, RunPolicies
 from megatron_sov.train.data.rounds import rounds_of, rounds_source
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import Trainer
@@ -39,7 +40,8 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
     source = rounds_source(Path(folder) / "rounds", config.model.vocab_size, None, columns.names)
     rounds = rounds_of([source])
     assert rounds is not None
-    feed = RoundFeed(rounds, config.rollout, lambda number: "", columns)
+    policies = RunPolicies(Path(folder), Policy(Path(folder), 0, "start"), config.rollout, {})
+    feed = RoundFeed(rounds, config.rollout, lambda number: "", columns, policies)
     trainer = Trainer(config, place, RunFolder(Path("not-written")), [source], objective, feed=feed)
     stop, taken = StopFlag(), []
     while not trainer.finished:

@@ -12,6 +12,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import write_sealed
 from megatron_sov.model.config import RolloutConfig
+from megatron_sov.runs.rounds import Policy, RunPolicies
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry
 from megatron_sov.train.data.rounds import Round, RoundDocuments
 
@@ -65,7 +66,10 @@ def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: 
     monkeypatch.setattr(rounds, "read", read)
     monkeypatch.setattr(rounds, "verify", lambda number: None)
     columns = TrainerColumns(names, 1.0, None, lambda view, compute: compute() - 100, reference)
-    return RoundFeed(rounds, RolloutConfig(steps_per_round=2, prompts_per_round=2), lacking, columns, wait_s)
+    rollout = RolloutConfig(steps_per_round=2, prompts_per_round=2)
+    policies = RunPolicies(folder, Policy(folder / "start", 0, "start"), rollout, {})
+    policies.restore({"trained": "earlier rounds", "recent": []})
+    return RoundFeed(rounds, rollout, lacking, columns, policies, wait_s)
 
 
 def test_a_round_is_waited_for_with_everything_saved(view: Any, tmp_path: Path,
@@ -93,7 +97,8 @@ def test_what_a_round_asks_further_is_produced_too(view: Any, tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     lacks, produced = iter(["2 pieces", "3 further prompts", "1 further prompt", ""]), []
 
-    def produce(view: Any, number: int, asked_to_stop: Any) -> dict[str, float]:
+    def produce(view: Any, number: int, policy: Policy, asked_to_stop: Any) -> dict[str, float]:
+        assert policy == feed.policies.at(view.step)
         produced.append(number)
         return {"write_s": 2.0, "judge_s": 0.5}
 
@@ -101,6 +106,7 @@ def test_what_a_round_asks_further_is_produced_too(view: Any, tmp_path: Path,
     feed.produce = produce
     assert feed.bring(view, lambda: False) is None and produced == [1, 1, 1]
     ((_, told),) = [event for event in view.told if event[0] == "round"]
+    assert "saved" not in dict(view.told), "no checkpoint is waited for"
     assert (told["write_s"], told["judge_s"]) == (6.0, 1.5)
     view.step = 2
     feed.publish = lambda number: "2 pieces"  # it was asked to stop, and wrote nothing

@@ -445,26 +445,27 @@ def test_a_run_that_writes_by_itself_stops_behind_a_piece_and_goes_on(
     def judging() -> Iterator[Callable[[Sequence[Rollout]], list[Result]]]:
         yield lambda rows: [Result(1.0, "scored") for _ in rows]
 
+    advanced: list[int] = []
     engine: Any = Counting()
     engine.update = lambda weights, version: None
     monkeypatch.setattr(feed, "MegatronEngine", lambda model, batching: engine)
     monkeypatch.setattr(feed, "on_main", lambda world, action: action())
-    monkeypatch.setattr(feed, "policy_of_round", lambda run, start, number, rollout: policy(0))
     view: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), policy=None, step=0,
-                                checkpointer=SimpleNamespace(finish=lambda: None),
+                                checkpointer=SimpleNamespace(advance=lambda: advanced.append(1)),
                                 events=SimpleNamespace(write=lambda *_, **__: None))
     rollout = replace(ROLLOUT, deadline_s=0.0)
     writer = ResponseSource(Numbers(), rollout, "counting", False, {})  # type: ignore[arg-type]
     producer = feed.Producer(
         partial(RolloutStore.create, tmp_path / "store", "sha256:0", 1000), prompts,
         set_aside(prompts, {}, 1), rollout,
-        tmp_path / "run", tmp_path / "start", writer, Batching(), "v1", judging, {})
+        tmp_path / "run", writer, Batching(), "v1", judging, {})
     store = producer.store()
-    producer.produce(view, 1, lambda: bool(store.parts()))
+    producer.produce(view, 1, policy(0), lambda: bool(store.parts()))
     assert (len(store.parts()), len(store.parts(version="v1"))) == (1, 0)
-    producer.produce(view, 1, lambda: bool(store.parts(version="v1")))
+    producer.produce(view, 1, policy(0), lambda: bool(store.parts(version="v1")))
     assert (len(store.parts()), len(store.parts(version="v1"))) == (2, 1)
-    assert set(producer.produce(view, 1, lambda: False)) == {"write_s", "judge_s"}
+    assert set(producer.produce(view, 1, policy(0), lambda: False)) == {"write_s", "judge_s"}
     assert len(store.parts(version="v1")) == 2
+    assert len(advanced) == 5, "a checkpoint goes on behind each piece and each part that is judged"
     check_whole(store, prompts, (1,))
     producer.close()

@@ -12,7 +12,7 @@ import pytest
 
 from data_prep.shards.verify import check
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import new_artifact, read_manifest
+from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
@@ -219,13 +219,12 @@ def test_a_continuation_that_is_kept_out_is_waited_for_no_longer(publisher: Publ
 def test_responses_of_another_runs_policy_are_told(publisher: Publisher, write_round: Any, tmp_path: Path,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     write(publisher, write_round, 1)
-    write(publisher, write_round, 2)  # by step 2, whose hash is made up
-    with new_artifact(tmp_path / "checkpoints/step-2", "checkpoint"):
-        pass
-    assert publisher.publish(1) == "" and capsys.readouterr().err == ""  # of the start, which is any folder
+    write(publisher, write_round, 2)  # by step 2, whose digest is made up
+    publisher = dataclasses.replace(publisher, is_own=lambda step, sha256: not step)
+    assert publisher.publish(1) == "" and capsys.readouterr().err == ""
     assert publisher.publish(2) == ""
     said = capsys.readouterr().err
-    assert f"of round 2 were begun by policy {'0' * 12} of step 2, which is no checkpoint of" in said
+    assert f"of round 2 were begun by policy {'0' * 12} of step 2, which {tmp_path} is not" in said
 
 
 def test_groups_that_do_not_learn_are_counted_by_reason_and_a_step_may_have_none(

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines.fleet import Fleet
 from megatron_sov.infer.engines.server_engine import ServerEngine
+from megatron_sov.infer.engines.server_process import EngineServers
 from megatron_sov.model.config.post_training import RolloutConfig
+from megatron_sov.post.rl import requests
 from megatron_sov.post.rl.generate import Missing, PieceQueue
-from megatron_sov.post.rl.requests import ResponseQueue, row_requests, write_by_requests
+from megatron_sov.post.rl.requests import LiveServers, ResponseQueue, row_requests, write_by_requests
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.rollouts.prompts import RolloutPrompt, read_prompts
 from megatron_sov.rollouts.rows import LENGTH, UNFINISHED, Rollout, later
@@ -112,6 +117,17 @@ def test_rounds_are_written_by_the_newest_policy_and_published_piece_by_piece(
     assert {int(v) for row in desk.rows(2) for v in row.versions} == {1}
 
 
+@pytest.mark.parametrize(("is_live", "deadline_s", "asked"), [
+    (True, 0.0, 6), (True, 60.0, 2), (False, 0.0, 2)])
+def test_servers_of_a_run_have_all_work_there_is_before_nobody_looks(
+        is_live: bool, deadline_s: float, asked: int, desks: Callable[..., Desk]) -> None:
+    desk = desks([DoubleKeeper(0.05)], replace(ROLLOUT, rounds=1, deadline_s=deadline_s))
+    requests = ResponseQueue(desk.requests, desk.queue, None if is_live else desk.take, 1)
+    assert requests.advance(0.0, lambda: True)
+    assert sum(len(piece.rows) for piece in requests.under_way) == asked
+    requests.close()
+
+
 def test_a_server_that_dies_in_the_middle_costs_nothing_and_doubles_nothing(
         desks: Callable[..., Desk]) -> None:
     keepers = [DoubleKeeper(0.02), DoubleKeeper(0.02)]
@@ -162,3 +178,24 @@ def test_a_token_out_of_the_vocabulary_is_refused_before_a_server_dies_of_it(
     with pytest.raises(UserError, match="vocab_size = 12"):
         write_by_requests(desk.requests, desk.take, desk.queue, 4)
     assert not list(desk.store.parts(1))
+
+
+@pytest.mark.parametrize(("urls", "given"), [((), []), (("http://other:8000",), [0])])
+def test_servers_of_others_are_given_the_weights_of_the_start_too(
+        urls: tuple[str, ...], given: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    updates: list[int] = []
+    engine = SimpleNamespace(update=lambda weights, version: updates.append(version))
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(requests, "find_target", lambda path: SimpleNamespace(path=path, is_hf=True))
+    monkeypatch.setattr(requests, "serving_engine", lambda *args, **kwargs: nullcontext(engine))
+    monkeypatch.setattr(requests, "export_weights", lambda model: iter(()))
+    monkeypatch.setattr(requests, "on_main", lambda world, work: work())
+    servers = LiveServers(tmp_path, tmp_path, EngineServers(), urls, 8, VOCAB, with_routes=False)
+    while servers.is_opening(1.0):
+        pass
+    view: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), policy=SimpleNamespace(
+        model=SimpleNamespace(finish_param_gather=lambda: None)))
+    for _ in range(2):
+        servers.push(view, Policy(Path("p"), 0, "0" * 64), [5])
+    servers.close()
+    assert updates == given

@@ -53,7 +53,7 @@ def test_rounds_are_told_in_responses_since_nobody_knows_their_tokens() -> None:
                   Account(1, 1, 1, 1, 1, 1)).splitlines()
     assert told[0].endswith("steps 1 to 4")
     assert told[2] == "  data       4 rounds of 64 prompts, each with 8 responses"
-    assert told[3].endswith("steps and behind each round")
+    assert told[3].startswith("  run        runs/a, a checkpoint at least every ")
 
 
 def test_a_run_tells_the_account_of_its_first_process() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_sov.work.endpoints import transport
 from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
 from megatron_sov.work.endpoints.token_server import TokenAnswer, TokenRequest, VersionSpan, check_answer
 from megatron_sov.work.endpoints.vllm_server import VllmServer, _read_tokens
@@ -115,3 +116,19 @@ def test_routes_are_an_array_and_never_unpickled() -> None:
     assert found.routes is not None and (found.routes == routes).all()
     with pytest.raises(BadAnswer, match="allow_pickle=False"):
         _read_tokens(answer(np.array([{}], object)), "http://here")
+
+
+def test_a_connection_that_the_other_end_may_hang_up_is_not_used_again(
+        double: VllmDouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[Any] = []
+    answer = double._answer
+    monkeypatch.setattr(double, "_answer", lambda handler, body: (
+        places.append(handler.client_address), answer(handler, body)))
+    for kept_s, connections in ((30.0, 1), (0.02, 2)):
+        monkeypatch.setattr(transport, "KEPT_S", kept_s)
+        places.clear()
+        calls = transport.Transport(f"{double.url}/v1/models", "", 20)
+        assert calls.get().status == 200
+        time.sleep(0.1)
+        assert calls.get().status == 200
+        assert len(set(places)) == connections
