@@ -206,7 +206,7 @@ def test_servers_make_the_same_rows_as_an_engine_in_step(job: Callable[..., Job]
     # each token that was read has gone where it went when it was read first
     for row in one.rows():
         whole = [*row.prompt_tokens.tolist(), *row.tokens.tolist()]
-        assert np.array_equal(row.routes, routes_of(whole[:-1]))
+        assert row.routes is not None and np.array_equal(row.routes, routes_of(whole[:-1]))
 
 
 def test_a_turn_that_a_deadline_cuts_off_goes_on_by_the_next_policy(job: Callable[..., Job]) -> None:
