@@ -18,7 +18,7 @@ The width is not published with them.  It is 0.99 on the log scale: a 99th perce
   one      no distribution: all responses have 1,000 tokens, one in the middle of each round 50,000
 
   turns    `rollout.max_staleness` 0: engines wait while the trainer learns, and for the longest response
-  ahead N  `rollout.max_staleness` N: the next rounds are written meanwhile
+  ahead 1  `rollout.max_staleness` 1: the next round is written meanwhile
 
   with work   share of the engines' time with at least one response under way
   full        share of their places (32 each) that were taken
@@ -284,7 +284,7 @@ class Simulation:
             while fleet.num_there < ENGINES:
                 time.sleep(0.05)
             room = ENGINES * PLACES
-            engine = ServerEngine(fleet, self.folder, self.folder / "weights", room)
+            engine = ServerEngine("vllm", fleet, self.folder, self.folder / "weights", room)
             queue = ResponseQueue(engine, self.source, self.desk, None, room, self.clock_s)
             for number in range(1, self.rollout.rounds + 1):
                 fleet.update([], self.trained)
@@ -315,7 +315,6 @@ def ways() -> Iterator[tuple[str, int]]:
     """Yield names and `max_staleness`."""
     yield "turns", 0
     yield "ahead 1", 1
-    yield "ahead 2", 2
 
 
 def show(work: Path, name: str, rounds: int) -> bool:
@@ -349,8 +348,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=6, help="of each (default %(default)s)")
     parser.add_argument("--lengths", nargs="+", choices=[*LENGTHS, "one"], default=[*LENGTHS, "one"])
     args = parser.parse_args()
-    print(f"{args.rounds} rounds of {PROMPTS} prompts with {SAMPLES} responses, {ENGINES} engines of "
-          f"{PLACES} places, all times simulated but the queue's own CPU seconds for a round\n\n"
+    print(f"{args.rounds} rounds of {PROMPTS} prompts with {SAMPLES} responses, {ENGINES} engines of 8 GPUs "
+          f"and {PLACES} places on half of 512 GPUs, all times simulated but the queue's own CPU seconds "
+          "for a round\n\n"
           f"{'lengths':<8}{'way':<9}{'s/step':>8}{'of turns':>10}{'with work':>11}{'full':>8}{'tokens':>8}"
           f"{'queue CPU s':>12}")
     # many small parts are synced: in memory that costs nothing

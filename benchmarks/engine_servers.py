@@ -102,8 +102,8 @@ def show_family(name: str, make: Any, folder: Path, count: int) -> None:
     for dtype, torch_dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         ours = HfEngine(load_hf(first, torch_dtype), Batching(16)).generate(prompts, sampling)
         began_s = time.monotonic()
-        asked = server_settings([*CPU, f"dtype={dtype}"], "--engine-set")
-        with serving_engine(first, 512, 128, asked) as engine:
+        asked = server_settings("vllm", [*CPU, f"dtype={dtype}"], "--engine-set")
+        with serving_engine("vllm", first, 512, 128, asked) as engine:
             ready_s = time.monotonic() - began_s
             print(f"{name}, {dtype}: {compare(ours, engine.generate(prompts, sampling))}; "
                   f"up after {ready_s:.0f} s", flush=True)

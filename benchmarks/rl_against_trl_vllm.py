@@ -281,10 +281,10 @@ def main() -> None:
     model = seed.folder / "start.hf"
     if not (model / "config.json").exists():
         run(seed.log, "megatron_sov", "convert", "to-hf", seed.start(), model)
-    asked = server_settings(['more=["--enforce-eager"]', "dtype=float32", f"requests={PROMPTS * SAMPLES}"],
-                            "--engine-set")
+    asked = server_settings("vllm", ['more=["--enforce-eager"]', "dtype=float32",
+                                     f"requests={PROMPTS * SAMPLES}"], "--engine-set")
     with tempfile.TemporaryDirectory() as logs:
-        keeper = OwnServer(0, model, 512, asked, Path(logs))
+        keeper = OwnServer("vllm", 0, model, 512, asked, Path(logs))
         try:
             server = keeper.start(lambda: False)
             assert server is not None, "it was not asked to stop"

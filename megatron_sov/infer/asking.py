@@ -17,7 +17,7 @@ from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
 from megatron_sov.chat.marks import text_decoder, with_opening
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, VLLM, ChosenEngine
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, SERVED, ChosenEngine
 from megatron_sov.infer.request import Generated
 from megatron_sov.work.endpoints.transport import address_problems
 
@@ -99,19 +99,19 @@ class EngineOptions:
 
     engine: ChosenEngine = None
     engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
-    """Layout and precision, e.g. parallel.ep=2 (engine megatron); or servers, e.g. tp=8 (engine vllm)."""
+    """Layout and precision, e.g. parallel.ep=2 (engine megatron); or servers, e.g. tp=8 (vllm, sglang)."""
     nproc: AtLeastOne | None = None
     """Local processes (engine megatron)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """Where vLLM comes from, of `--engine vllm`."""
+    """Where servers come from, of `--engine vllm` and `--engine sglang`."""
 
     engine_python: Annotated[Path | None, Flag(value="FILE")] = None
-    """The interpreter that has vLLM (default: SOV_ENGINE_PYTHON of the environment, or this one)."""
+    """The interpreter that has the engine (default: SOV_ENGINE_PYTHON of the environment, or this one)."""
     engine_url: Annotated[tuple[str, ...], Flag(value="URL")] = ()
-    """A vLLM server that somebody else has started; repeat it for several."""
+    """A server that somebody else has started; repeat it for several."""
 
     def places(self, run: Path) -> ServerPlaces:
         """Return where the servers of a run are; the interpreter that is named becomes the environment's.
@@ -370,7 +370,7 @@ def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: in
     if engine != MEGATRON and not target.is_hf:
         raise UserError(f"--engine {engine}: {target.path} is a checkpoint; "
                         "convert it first with `megatron-sov convert to-hf`")
-    own = settings if engine != VLLM else ()  # its servers have settings too
+    own = settings if engine not in SERVED else ()  # its servers have settings too
     given = [*(f"{option} {setting}" for setting in own),
              *([] if nproc is None else [f"--nproc {nproc}"]),
              *([f"--speculative {num_drafts}"] if num_drafts else [])]

@@ -1,5 +1,5 @@
-"""One interface to each program that runs a model: our own generator on Megatron-Core, transformers, vLLM.
-No torch here."""
+"""One interface to each program that runs a model: our own generator on Megatron-Core, transformers, servers
+of vLLM and SGLang.  No torch here."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from megatron_sov.infer.engines.server_engine import ServerPlaces
     from megatron_sov.infer.engines.target import Target
 
-EngineName = Literal["megatron", "transformers", "vllm"]
-MEGATRON, TRANSFORMERS, VLLM = ENGINES = get_args(EngineName)
+EngineName = Literal["megatron", "transformers", "vllm", "sglang"]
+MEGATRON, TRANSFORMERS, VLLM, SGLANG = ENGINES = get_args(EngineName)
 """Engines by name: the first runs checkpoints at any layout, the others Hugging Face folders."""
+SERVED = (VLLM, SGLANG)
+"""Those that are servers of their own."""
 ChosenEngine = Annotated[EngineName | None, Flag(
     help="What runs the model (default: transformers for a Hugging Face folder)")]
 ENGINE_SET = "--engine-set"
@@ -93,11 +95,11 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
         work: is given the engine, on every process that it runs on; its result must be plain JSON values.
         longest: tokens of the longest sequence, prompt and continuation.
         batching: what bounds memory.
-        settings: `key=value` changes of layout and precision (megatron), or of servers (vllm).
+        settings: `key=value` changes of layout and precision (megatron), or of servers.
         nproc: local processes (megatron).
         option: that the settings are given by, for sentences.
-        with_routes: whether the work asks for routes, which vLLM must be started for.
-        places: where servers and their logs are (vllm); None: here, and their logs go with them.
+        with_routes: whether the work asks for routes, which servers must be started for.
+        places: where servers and their logs are; None: here, and their logs go with them.
 
     Returns:
         The result; None on other processes than the first of a torchrun or Slurm job.
@@ -113,11 +115,12 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
 
         return run_forward_model(target, settings, nproc,
                                  lambda loaded: work(MegatronEngine(loaded.policy, batching)), option)
-    if name == VLLM:
+    if name in SERVED:
         from megatron_sov.infer.engines.server_engine import server_settings, serving_engine
 
-        with serving_engine(target.path, target.vocab_size, longest, server_settings(settings, option),
-                            places, with_routes=with_routes) as engine:
+        with serving_engine(name, target.path, target.vocab_size, longest,
+                            server_settings(name, settings, option), places,
+                            with_routes=with_routes) as engine:
             return work(engine)
     from megatron_sov.infer.engines.libraries import HfEngine, load_hf
 

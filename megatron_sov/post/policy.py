@@ -37,6 +37,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import Aggregation, PolicyConfig, PolicyParts, Ratio
 from megatron_sov.post.sft import Responses, learned, responses_of
 from megatron_sov.runs.obs.meters import Meter
+from megatron_sov.runs.obs.validation import VALIDATION
 from megatron_sov.train.data.requirements import NeededColumn
 from megatron_sov.train.data.rounds import SOURCE
 from megatron_sov.train.data.token_shards import TEXTS, Source, open_sources
@@ -45,6 +46,12 @@ from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
+
+
+def _quotient(apart: torch.Tensor) -> torch.Tensor:
+    """Return the quotient of probabilities whose logarithms are so far apart; beyond any that says something
+    it stays as it is, since an infinite one would make gradients NaN."""
+    return apart.clamp(-MOST_APART, MOST_APART).exp()
 
 
 # Each of these is KL(policy || reference) in expectation over the policy's responses; their derivatives
@@ -66,7 +73,7 @@ def k1(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return [T] float64 ``q / p - log(q / p) - 1``, never negative (arXiv 2402.03300, equation 4)."""
     apart = reference.double() - logprobs.double()
-    return apart.exp() - apart - 1
+    return _quotient(apart) - apart - 1
 
 
 def of_sequences(logprobs: torch.Tensor, reference: torch.Tensor, responses: Responses) -> torch.Tensor:
@@ -82,6 +89,8 @@ def _by_score(apart: torch.Tensor) -> torch.Tensor:
 
 REWARD, RESPONSE_TOKENS, GROUPS_LEARNING = "reward", "response_tokens", "groups_learning"
 """Meters of a round, which its steps show."""
+MOST_APART = 20.0
+"""Of two logarithms of probabilities, in nats: as in verl's losses."""
 POLICY, KL = "policy", "kl"
 """Terms."""
 ADVANTAGE, BEHAVIOUR, OLD, REFERENCE = (
@@ -199,7 +208,7 @@ def ratios(logprobs: torch.Tensor, old: torch.Tensor, responses: Responses, kind
     if kind == "sequence":
         # GSPO: the mean of logarithms, so long responses do not leave the clip by length alone.
         apart = responses.spread(responses.means(apart))
-    return apart.exp()
+    return _quotient(apart)
 
 
 def label_weights(responses: Responses, kind: Aggregation) -> torch.Tensor:
@@ -287,13 +296,13 @@ def importance(old: torch.Tensor, behaviour: torch.Tensor, responses: Responses,
     kept = torch.ones_like(apart)
     if bounds := policy.geo_bounds:
         # a mean of logarithms, so that the bounds suit responses of every length
-        means = responses.means(apart).exp()
+        means = _quotient(responses.means(apart))
         kept = responses.spread(((means >= bounds[0]) & (means <= bounds[1])).double()).where(learned, 1.0)
     if policy.correction == "none":
         return kept
     level, _, kind = policy.correction.partition("_")
     # A whole response's ratio is a product over its tokens, a sum of logarithms.
-    ratio = (responses.spread(responses.sums(apart)) if level == "sequence" else apart).exp()
+    ratio = _quotient(responses.spread(responses.sums(apart)) if level == "sequence" else apart)
     low, high = policy.correction_low, policy.correction_bound
     if kind == "truncate":
         return kept * ratio.clamp(low, high)
@@ -316,7 +325,8 @@ class PolicyLearning(DataObjective):
 
     formats = (ROLLOUTS,)
     comparable_loss = False
-    headline = (Meter(REWARD, better="higher"), Meter(RESPONSE_TOKENS, "response length", "tokens"),
+    headline = (Meter(REWARD, better="higher", heldout=f"{VALIDATION}.reward"),
+                Meter(RESPONSE_TOKENS, "response length", "tokens"),
                 Meter(GROUPS_LEARNING, "groups that learn", "share", "higher"))
 
     def __init__(self, context: ObjectiveContext) -> None:

@@ -52,6 +52,8 @@ class RolloutPrompt:
     """Where it stands, e.g. "line 7"."""
     repeats: list[str] = field(default_factory=list, compare=False)
     """Where the same stands again; it is asked once."""
+    option: str = field(default=OPTION, compare=False)
+    """That it was given by."""
 
     def conversation(self) -> Conversation:
         """Return the prompt as a chat template takes it.
@@ -82,19 +84,20 @@ class PromptPiece:
         return part_name(self.round, self.number, attempt)
 
 
-def read_prompts(path: Path, renames: Renames = ()) -> list[RolloutPrompt]:
+def read_prompts(path: Path, renames: Renames = (), option: str = OPTION) -> list[RolloutPrompt]:
     """Return the prompts of a file, or of the folder of a dataset, in its order, each once.
 
     Args:
         path: JSON lines, a list in JSON, Parquet, Arrow, or a folder of these as `datasets` saves it.
         renames: its fields of other names.
+        option: that it was given by.
 
     Raises:
         UserError: it cannot be read, has no rows, or bad ones: the first are named.
     """
     found: dict[str, RolloutPrompt] = {}
     problems: list[str] = []
-    for place, record in _records(path):
+    for place, record in _records(path, option):
         try:
             record = rename_fields(dict(record), renames)
             # the id is that of the content: a file with lines added keeps the ids of the others
@@ -107,26 +110,26 @@ def read_prompts(path: Path, renames: Renames = ()) -> list[RolloutPrompt]:
             problems.append(f"{place}: holds what JSON does not ({e})")
         else:
             # the same row twice would be two groups under one key
-            first = found.setdefault(digest, RolloutPrompt(digest, record, place))
+            first = found.setdefault(digest, RolloutPrompt(digest, record, place, option=option))
             if first.place != place:
                 first.repeats.append(place)
-    _refuse(path, problems)
+    _refuse(path, problems, option)
     if not found:
-        raise UserError(f"{OPTION} {path}: has no rows")
+        raise UserError(f"{option} {path}: has no rows")
     return list(found.values())
 
 
-def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _records(path: Path, option: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield where each row stands, and the row; what a table's row has no value for, it does not have."""
     if path.is_dir() or path.suffix.lower() in {*ARROW_SUFFIXES, PARQUET_SUFFIX, JSON_SUFFIX}:
         try:
             for place, record in read_records(path):
                 yield place, {name: value for name, value in record.items() if value is not None}
         except UserError as e:
-            raise UserError(f"{OPTION} {e}") from None
+            raise UserError(f"{option} {e}") from None
         return
-    check_rows(path, OPTION, "")
-    yield from ((f"line {line}", row) for line, row in read_rows(path, OPTION, ""))
+    check_rows(path, option, "")
+    yield from ((f"line {line}", row) for line, row in read_rows(path, option, ""))
 
 
 SET_ASIDE = "set_aside.json"
@@ -202,7 +205,22 @@ def refuse_unaskable(path: Path, prompts: Sequence[RolloutPrompt]) -> None:
             prompt.conversation()
         except BadRecord as e:
             problems.append(f"{prompt.place}: {e}")
-    _refuse(path, problems)
+    _refuse(path, problems, prompts[0].option)
+
+
+def asked_too(prompts: Sequence[RolloutPrompt], others: Sequence[RolloutPrompt]) -> list[RolloutPrompt]:
+    """Return the prompts that ask what one of the others asks, whatever else their rows say."""
+    known = set(map(_question, others))
+    return [prompt for prompt in prompts if _question(prompt) in known]
+
+
+def _question(prompt: RolloutPrompt) -> str:
+    record = prompt.record
+    asked = record.get("messages", record.get("prompt", record))
+    if isinstance(asked, str):
+        # a text is what a user says
+        asked = [{"role": "user", "content": asked.strip()}]
+    return _hash(asked, STREAM_DIGITS)
 
 
 def round_prompts(prompts: Sequence[RolloutPrompt], rollout: RolloutConfig,
@@ -299,10 +317,10 @@ def _permutation(count: int, *entropy: int) -> np.ndarray:
     return np.random.default_rng(entropy).permutation(count)
 
 
-def _refuse(path: Path, problems: list[str]) -> None:
+def _refuse(path: Path, problems: list[str], option: str) -> None:
     if problems:
         more = [f"and {len(problems) - MAX_TOLD} more"] if len(problems) > MAX_TOLD else []
-        raise UserError(list_problems(f"{OPTION} {path}", [*problems[:MAX_TOLD], *more],
+        raise UserError(list_problems(f"{option} {path}", [*problems[:MAX_TOLD], *more],
                                       "mend or remove these rows"))
 
 

@@ -42,11 +42,15 @@ REFERENCE = "reference"
 """What a run's reference says of its data; it outlives a run that was refused before its first step."""
 AVERAGE = "average"
 """The mean of a complete run's newest checkpoints."""
+VALIDATION = "validation"
+"""Responses to held-out prompts, and their rewards: a rollout store (`megatron-sov rl run --validation`)."""
 EXPORTS, EVALUATIONS = "exports", "evaluations"
 """Hugging Face folders of checkpoints, and the figures measured on them, beside training."""
 OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
 ROLLOUT = tuple(f.name for f in dataclasses.fields(RolloutConfig)
-                if f.name not in ("rounds", "max_staleness", "deadline_s", "lease_s"))
+                if f.name not in ("rounds", "max_staleness", "deadline_s", "lease_s")
+                # how held-out prompts are asked changes nothing that is learned
+                and not f.name.startswith(VALIDATION))
 FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": OPTIM,
                                             "train": ("seed", "precision", "hidden_dropout"),
                                              "data": ("packing", "over_long"), "lora": None,

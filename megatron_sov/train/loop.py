@@ -199,6 +199,14 @@ def _target(trainer: Trainer, last_good: int) -> Path | None:
     return None
 
 
+def _stopped(trainer: Trainer, reason: str | None) -> bool:
+    """End the run before its time, with everything saved that was to be saved; returns False."""
+    trainer.profiling.close(trainer.step)
+    trainer.checkpointer.finish()
+    trainer.recorder.stopped(trainer.step, reason)
+    return False
+
+
 def train(trainer: Trainer, stop: StopFlag) -> bool:
     """Train to the last step, or until the gate has passed.
 
@@ -213,10 +221,7 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
         if (missing := trainer.bring_data(stop)) is not None:
             if not trainer.is_saved:
                 trainer.save()
-            trainer.profiling.close(trainer.step)
-            checkpointer.finish()
-            recorder.stopped(trainer.step, missing)
-            return False
+            return _stopped(trainer, missing)
         guards.watchdog.begin(trainer.step + 1)
         trainer.profiling.before_step(trainer.step + 1)
         result = trainer.update()  # None: its samples are passed over, or it is refused
@@ -247,15 +252,14 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
         asked_to_stop = checkpointer.sync(stop)  # also, a checkpoint that all processes have written appears
         if asked_to_stop and not last:
             trainer.save()
-            trainer.profiling.close(step)
-            checkpointer.finish()
-            recorder.stopped(step, stop.reason)
-            return False
+            return _stopped(trainer, stop.reason)
         # after weights were taken back a checkpoint holds the ledger that passes the bad samples over; a kill
         # before the next one would learn them again
         if last or rolled_back or trainer.is_saved_at(step):
             trainer.save()
     trainer.profiling.close(trainer.step)
     checkpointer.finish()
+    if (missing := trainer.conclude(stop)) is not None:
+        return _stopped(trainer, missing)
     recorder.ended(trainer.step, trainer.wall_s(), result.loss if result is not None else None)
     return True

@@ -34,11 +34,11 @@ from megatron_sov.runs.folder import PLAN
 from megatron_sov.runs.gpu_driver import open_meter
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.obs.events import EVENTS, EventLog
-from megatron_sov.runs.obs.exporters import Trackers
 from megatron_sov.runs.obs.history import BY_SETTING
 from megatron_sov.runs.obs.meters import LOSS, Meter, headline_fields, told_step
 from megatron_sov.runs.obs.routing import max_violation
 from megatron_sov.runs.obs.telemetry import Telemetry
+from megatron_sov.runs.obs.trackers import Trackers
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.token_shards import Source, provenance
@@ -210,9 +210,14 @@ class Recorder:
 
     def open(self, run: Path) -> None:
         """Open events, telemetry and trackers; called on rank 0 only."""
-        self._telemetry = Telemetry(self._config.obs, run, self._config.recipe)
-        self.events = EventLog(run / EVENTS, self._telemetry.observe)
-        self._trackers = Trackers(self._config.obs, run, self._config.to_dict())
+        telemetry = self._telemetry = Telemetry(self._config.obs, run, self._config.recipe)
+        trackers = self._trackers = Trackers(self._config.obs, run, self._config.to_dict())
+
+        def observe(event: dict[str, Any]) -> None:
+            telemetry.observe(event)
+            trackers.observe(event)
+
+        self.events = EventLog(run / EVENTS, observe)
 
     def begin(self, step: int, continued_from: str | None, sources: list[Source],
               entries: Sequence[LedgerEntry], plan: int | None = None, start: Path | None = None) -> None:

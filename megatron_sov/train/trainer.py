@@ -205,6 +205,10 @@ class Trainer:
         are."""
         return None if self._feed is None else self._feed.bring(self, lambda: stop.reason is not None)
 
+    def conclude(self, stop: StopFlag) -> str | None:
+        """Do what the data ask for behind the last step; returns None, or why the run has to end first."""
+        return None if self._feed is None else self._feed.conclude(self, lambda: stop.reason is not None)
+
     def update(self) -> StepResult | None:
         """Do one optimizer step; None where the ledger says to pass over its batch,
         or the guard refuses to learn it.

@@ -342,3 +342,25 @@ def test_divergences_have_the_derivatives_that_are_said_of_them() -> None:
         whole = Responses(torch.tensor([0, 0]), torch.tensor([2.0]).double())
         estimated = estimated + both.detach().sum().exp() * policy.of_sequences(both, reference, whole).sum()
     assert close(estimated, exact) and estimated.item() == pytest.approx(exact.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_log_probabilities_that_are_infinitely_far_apart_leave_gradients_finite(kind: Any) -> None:
+    import torch
+
+    from megatron_sov.post import policy
+    from megatron_sov.post.sft import Responses
+
+    responses = Responses(torch.zeros(2, dtype=torch.long), torch.tensor([2.0]).double())
+    far = torch.tensor([-1.0, -2.0]).double()
+    for sign in (1, -1):  # the policy, then the other one, holds the tokens for next to impossible
+        logprobs = (far - (2000 if sign < 0 else 0)).requires_grad_()
+        other = far - (2000 if sign > 0 else 0)
+        ratios = policy.ratios(logprobs, other, responses, kind)
+        policy_config = PolicyConfig(method="grpo", correction="sequence_truncate", correction_high=2.0)
+        weights = policy.importance(logprobs.detach(), other, responses, policy_config)
+        # of both a bound makes something finite in the end; an infinite factor on the way would make NaN
+        loss = torch.min(ratios * -1.0, ratios.clamp(0.8, 1.2) * -1.0) * weights
+        (loss + policy.k3(logprobs, other)).sum().backward()
+        assert torch.isfinite(loss).all() and torch.isfinite(logprobs.grad).all()
+        assert ratios.tolist() == pytest.approx([math.exp(sign * 20)] * 2)

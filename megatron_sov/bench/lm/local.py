@@ -28,7 +28,7 @@ from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.parallel.device import local_device
 from megatron_sov.eval.heldout import ROW_TOKENS, rows_of
-from megatron_sov.infer.engine import MEGATRON, VLLM, run_engine
+from megatron_sov.infer.engine import MEGATRON, SERVED, run_engine
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import LENGTH, STOP, Batching, Bounds, Generated, Sampling, StopRule, Tokens
@@ -97,11 +97,12 @@ def answer_locally(running: LocalEvaluation, requests: Sequence[Request], kept: 
                            kept if loaded.world.is_main else None, flag)
 
         return bool(run_forward_model(running.target, list(running.settings), running.nproc, on_ranks))
-    if running.engine == VLLM:
+    if running.engine in SERVED:
         if any(isinstance(request, AnswerScore) for request in requests):
-            raise UserError("--engine vllm: tells no likelihoods, which these tasks compare; leave it out")
+            raise UserError(f"--engine {running.engine}: tells no likelihoods, which these tasks compare; "
+                            "leave it out")
         longest = max(len(r.prompt) + r.max_tokens for r in requests if isinstance(r, Write))
-        return bool(run_engine(VLLM, running.target, lambda engine: _answer(
+        return bool(run_engine(running.engine, running.target, lambda engine: _answer(
             _Model(engine.generate, lambda groups: {}), running, requests, kept, flag), longest=longest,
             batching=running.batching))
     from megatron_sov.infer.engines.libraries import HfEngine, load_hf

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,8 @@ from megatron_sov.work.clusters import cluster
 if TYPE_CHECKING:
     from megatron_sov.plan.calibration.expected import LearnedCorrection
 
-OF_A_RUN = ("recipe", "configs", "plugins", "settings", "data", "nproc", "cluster", "nodes", "sweep", "json",
-            "html")
+OF_A_RUN = ("recipe", "configs", "plugins", "settings", "data", "nproc", "cluster", "nodes", "sweep", "prove",
+            "json", "html")
 """Arguments that a table of runs has no use for."""
 
 
@@ -50,6 +51,9 @@ class PlanOptions(RecipeOptions):
     sweep: bool = False
     """Look at all layouts on --cluster, take the fastest that fits, and say why; what --set says of the
     layout stays."""
+    prove: bool = False
+    """Play two steps of the layout by all its processes here, in miniature and float64, and compare losses,
+    gradients, weights and states with one process'; ends with 3 where they differ."""
     json: bool = False
     """Print JSON instead of tables."""
     html: Annotated[Path | None, Flag(value="FILE", writes=True)] = None
@@ -100,7 +104,40 @@ def run(typed: argparse.Namespace) -> int:
     request = requested(args)
     if args.calibrate_engine is not None:
         return _calibrate_engine(args, request)
+    if args.prove:
+        return _prove(args, request)
     return _on_cluster(args, request) if args.cluster else _schedule(args, request)
+
+
+def _prove(args: PlanOptions, request: RecipeRequest) -> int:
+    """Compare the layout with one process; returns 3 where they differ."""
+    from megatron_sov.engine.parallel import cpu_shims
+
+    # before megatron-core is imported, whatever the machine has
+    cpu_shims.prepare_without_gpu()
+    from megatron_sov.base.artifacts import to_json
+    from megatron_sov.plan.on_cluster import placed
+    from megatron_sov.plan.pricing import machines
+    from megatron_sov.proof.miniature import miniature, write_documents
+    from megatron_sov.proof.proving import EQUAL, as_json, as_text, prove
+
+    if other := [name for name in ("sweep", "html", "data", "parameters") if getattr(args, name)]:
+        raise UserError(f"--prove: plays a layout, and --{other[0]} belongs to a plan of another kind; leave "
+                        "one of them out")
+    if args.cluster is not None:
+        where = machines(args.cluster, args.nodes)
+        config, num_ranks = placed(request, where).config, where.num_ranks
+    else:
+        config = request.config()
+        num_ranks = args.nproc or math.lcm(config.parallel.ranks_per_replica,
+                                           config.parallel.ranks_per_expert_replica)
+    with tempfile.TemporaryDirectory(prefix="megatron-sov-") as folder:
+        documents = Path(folder, "documents")
+        write_documents(documents)
+        small = miniature(config, num_ranks, documents)
+        verdict = prove(small)
+    print(to_json(as_json(small, verdict)) if args.json else as_text(small, verdict))
+    return 0 if verdict.outcome == EQUAL else 3
 
 
 def _schedule(args: PlanOptions, request: RecipeRequest) -> int:

@@ -4,31 +4,28 @@ run`, all rounds by one command, each written by the model that learns."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from megatron_sov.base.artifacts import MANIFEST
-from megatron_sov.base.digests import file_digest
-from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.errors import ExitCode, UserError, list_problems, warn
-from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import (
-    Flag, NotNegative, ProblemCode, SettingsProblem, change, command_of, not_with, only_with, parse_nested,
-    read_options)
-from megatron_sov.chat.folder import chat_files, read_chat_encoder
+    Flag, NotNegative, ProblemCode, SettingsProblem, command_of, read_options)
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
+from megatron_sov.commands.rl.asked import (
+    VALIDATION_OPTION, AskedEnvironment, AskingOptions, PromptOptions, environment_of, kept, longest_of,
+    read_heldout, refuse_too_long, writer_of)
 from megatron_sov.commands.rl.rl_reward import JudgedOptions
 from megatron_sov.commands.score import JudgeOptions
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
-from megatron_sov.infer.asking import EngineOptions, ServerOptions, check_engine, check_length
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, VLLM, Engine, engine_for
-from megatron_sov.infer.request import Batching, BatchSize
-from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
-from megatron_sov.judge.tools.registry import BUILT_IN, make, order
+from megatron_sov.infer.asking import EngineOptions, ServerOptions, check_engine
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, SERVED, Engine, engine_for
+from megatron_sov.infer.request import Batching
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.config.run import with_policies, with_rounds
@@ -36,11 +33,9 @@ from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import RecipeOptions
 from megatron_sov.post.rl.reward import ENVIRONMENT, judging, reward_version, second_opinions
 from megatron_sov.rollouts.prompts import (
-    SET_ASIDE, RolloutPrompt, SetAside, list_set_aside, read_prompts, refuse_unaskable, round_prompts,
-    rounds_between, set_aside)
+    RolloutPrompt, list_set_aside, refuse_unaskable, round_prompts, rounds_between)
 from megatron_sov.runs.checkpoints import files_sha256, refuse_missing
-from megatron_sov.runs.folder import ROLLOUT, ROUNDS, RunFolder, fixed_settings
-from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.folder import ROLLOUT, ROUNDS, VALIDATION, RunFolder, fixed_settings
 from megatron_sov.runs.rounds import RunPolicies, policy_of_round, policy_of_start
 from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage, request_with_model, tokenizer_of
 from megatron_sov.work.progress.locks import Claims
@@ -48,8 +43,8 @@ from megatron_sov.work.progress.locks import Claims
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.post.rl.feed import Producer
-    from megatron_sov.post.rl.generate import Writer
     from megatron_sov.post.rl.requests import LiveServers
+    from megatron_sov.post.rl.validation import Validation
     from megatron_sov.train.stages.gate import EndGate
 
 
@@ -66,52 +61,6 @@ def refuse_no_tokenizer(start_from: Path, folder: Path) -> None:
     if not (folder / TOKENIZER_JSON).is_file():
         raise UserError(f"--from {start_from}: has no tokenizer with it, and responses need one; start from "
                         "a checkpoint or Hugging Face folder that has one")
-
-
-OF_ROLLOUT = {"max_prompt_tokens": "max_prompt_tokens", "max_response_tokens": "max_new_tokens"}
-"""Limit of an episode -> the setting of `rollout` that it is."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AskingOptions:
-    """How prompts are asked."""
-
-    plain: Annotated[bool, not_with("environment")] = False
-    """Continue each prompt as it is, without the chat template."""
-    environment: Annotated[str | None, Flag(
-        value="ENV", help=f"Play the prompts as tasks of {', '.join(BUILT_IN)}, or of a class of your own, "
-                          "FILE.py:NAME")] = None
-    env_set: Annotated[tuple[str, ...], Flag(value="key=value"), only_with("environment")] = ()
-    """A setting of the environment; may be repeated."""
-    limit: Annotated[tuple[str, ...], Flag(value="key=value"), only_with("environment")] = ()
-    """A limit of an episode, e.g. max_turns=7; may be repeated."""
-    batch_size: BatchSize = Batching.batch_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptOptions:
-    """What policies are asked."""
-
-    prompts: Annotated[Path, Flag(value="FILE|DIR")]
-    """Rows of JSON lines, JSON, Parquet or Arrow, or a folder of `datasets`: `prompt` or `messages`, or a
-    task, and what the reward needs."""
-    renames: Annotated[tuple[str, ...], Flag("--columns", "TARGET=FIELD,...")] = ()
-    """Read fields of other names, as prompt=question,answer=solution; FIELD+FIELD joins two by a line
-    feed."""
-
-    def read(self) -> list[RolloutPrompt]:
-        """Return the prompts, each once.
-
-        Raises:
-            UserError: they, or --columns, cannot be read.
-        """
-        return read_prompts(self.prompts, parse_renames(self.renames, ()))
-
-    def kept(self, prompts: Sequence[RolloutPrompt], aside: SetAside, store: Path) -> list[RolloutPrompt]:
-        """Return the prompts that are asked, and tell of the others."""
-        if aside.told and is_first():
-            warn(f"--prompts {self.prompts}: {aside.told}; {store / SET_ASIDE} lists them")
-        return [prompt for prompt in prompts if prompt.id not in aside.too_long]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,68 +157,15 @@ def _prompts(args: RlGenerateOptions) -> list[RolloutPrompt]:
     return prompts
 
 
-@dataclass(frozen=True)
-class AskedEnvironment:
-    """The environment that prompts are played in."""
-
-    order: PluginOrder
-    version: str
-    """Of its code and settings."""
-    limits: EpisodeLimits
-
-
-def environment_of(args: AskingOptions, config: RunConfig) -> AskedEnvironment | None:
-    """Return the environment; None: there is none.
-
-    Raises:
-        UserError: the arguments contradict the settings.
-    """
-    if args.environment is None:
-        return None
-    if config.rollout.budget_text:
-        raise UserError(f"--environment {args.environment}: turns of episodes are not told how long to be, "
-                        f"as rollout.budget_text = {config.rollout.budget_text!r} asks; leave one of them "
-                        "out")
-    for given in args.limit:
-        name = given.partition("=")[0]
-        if name in OF_ROLLOUT:
-            raise UserError(f"--limit {given}: is rollout.{OF_ROLLOUT[name]}; set it there")
-    # a turn is a response: it may not be longer than rollout.max_new_tokens
-    most_turn = min(EpisodeLimits.max_turn_tokens, config.rollout.max_new_tokens)
-    own = [f"{name}={getattr(config.rollout, setting)}" for name, setting in OF_ROLLOUT.items()]
-    limits = change(LIMITS["train"], [*own, f"max_turn_tokens={most_turn}", *args.limit], "--limit")
-    asked = order(args.environment, parse_nested(args.env_set, "--env-set"))
-    _, version = make(asked)
-    return AskedEnvironment(asked, version, limits)
-
-
 def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
             environment: AskedEnvironment | None) -> str:
     name = args.engine or engine_for(start)
     check_engine(name, start, args.engine_set, args.nproc, ENGINE_SET)
     refuse_too_long(rollout, environment, start)
-    if rollout.deadline_s and name not in (MEGATRON, VLLM) and environment is None:
+    if rollout.deadline_s and name not in (MEGATRON, *SERVED) and environment is None:
         raise UserError(f"rollout.deadline_s = {rollout.deadline_s:g}: --engine {name} cannot be stopped in "
                         f"the middle of a response; use --engine {MEGATRON}, or set it to 0")
     return name
-
-
-def refuse_too_long(rollout: RolloutConfig, environment: AskedEnvironment | None, start: Target) -> None:
-    """Refuse responses, or turns, that reach beyond the end of the model.
-
-    Raises:
-        UserError: they may.
-    """
-    turn = "" if environment is None else " and a turn's max_turn_tokens"
-    check_length(start, longest_of(rollout, environment), f"rollout.max_prompt_tokens = "
-                 f"{rollout.max_prompt_tokens}, rollout.max_new_tokens = {rollout.max_new_tokens}{turn}",
-                 "lower them")
-
-
-def longest_of(rollout: RolloutConfig, environment: AskedEnvironment | None) -> int:
-    # of a turn an engine is asked for the whole length that one may have, whatever is left of the episode
-    more = 0 if environment is None else environment.limits.max_turn_tokens
-    return rollout.max_prompt_tokens + rollout.max_new_tokens + more
 
 
 def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: list[RolloutPrompt],
@@ -314,42 +210,8 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
         engine_name, start, work, longest=longest_of(rollout, environment),
         batching=Batching(args.batch_size), settings=args.engine_set, nproc=args.nproc,
         option=ENGINE_SET, with_routes=config.policy.router_replay,
-        places=None if engine_name != VLLM else args.places(args.run))
+        places=None if engine_name not in SERVED else args.places(args.run))
     return found
-
-
-def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPrompt], start: Target,
-              engine_name: str, environment: AskedEnvironment | None) -> tuple[Writer, SetAside]:
-    """Return what makes rows, plain responses or episodes, and which prompts it does not ask.
-
-    Raises:
-        UserError: a prompt is empty, all are too long, or the model has no chat template.
-    """
-    from megatron_sov.chat.encode import TurnEncoder
-    from megatron_sov.infer.asking import Asker
-    from megatron_sov.judge.tools.playing import EpisodeTable
-    from megatron_sov.post.rl.episodes import Episodes
-    from megatron_sov.post.rl.responses import ResponseSource
-
-    folder, rollout = start.tokenizer_folder, config.rollout
-    chat = read_chat_encoder(folder)
-    if not args.plain and chat is None:
-        raise UserError(f"{folder}: has no chat template, by which prompts are asked; fine-tune on chats "
-                        "first, or continue the prompts as they are with --plain")
-    asker = Asker(start, not args.plain)
-    chosen_by: dict[str, Any] = {
-        "plain": args.plain, "chat": {file.name: file_digest(file) for file in chat_files(folder)}}
-    if environment is None:
-        responses = ResponseSource(asker, rollout, engine_name, args.plain, chosen_by,
-                                   with_routes=config.policy.router_replay)
-        return responses, set_aside(prompts, responses.too_long(prompts), rollout.max_prompt_tokens)
-    limits = environment.limits
-    assert chat is not None, "options refuse --plain"
-    table = EpisodeTable(environment.order, TurnEncoder(chat, str(folder)), limits, args.batch_size)
-    chosen_by |= {"environment": environment.version, "limits": asdict(limits)}
-    episodes = Episodes(table, environment.version, asker.decode, asker.end_ids, rollout, engine_name,
-                        chosen_by, with_routes=config.policy.router_replay)
-    return episodes, set_aside(prompts, {}, rollout.max_prompt_tokens)
 
 
 def _tell_written(args: RlGenerateOptions, rounds: range, summary: dict[str, Any]) -> int:
@@ -371,6 +233,9 @@ class RoundsOptions(TunedOptions, PromptOptions, JudgedOptions):
     """What is trained, and where its rounds come from."""
 
     groups: ClassVar[tuple[str, ...]] = ("policy", "rollout")
+    validation: Annotated[Path | None, Flag(VALIDATION_OPTION, "FILE|DIR")] = None
+    """Held-out prompts, in the form of --prompts, that `rl run` asks its policies every
+    rollout.validation_every_rounds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,6 +245,12 @@ class RlTrainOptions(RoundsOptions):
     wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0
     """How long a round is waited for that is not written and judged yet, before the run ends with 75
     (default: not at all)."""
+
+    def problems(self) -> list[SettingsProblem]:
+        return [] if self.validation is None else [SettingsProblem(
+            ProblemCode.RULE, "validation", "needs an engine that asks the policy, and `rl train` has none",
+            self.validation, "use `rl run`, or measure its checkpoints by `megatron-sov eval passk`")]
+
 
 def run_train(args: argparse.Namespace) -> int:
     """Train the rounds that are there; returns 0 when the run is complete.
@@ -405,6 +276,8 @@ class ParsedRounds:
     reward_version: str
     gate: EndGate | None
     """What judges the last policy."""
+    heldout: list[RolloutPrompt]
+    """What its policies are validated by; empty: they are not."""
 
 
 def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig] = with_rounds
@@ -425,11 +298,12 @@ def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig
     round_prompts(prompts, parsed.config.rollout, 1)
     if not args.dry_run:
         parsed = parsed.with_checkpoint(args.run)
-    return ParsedRounds(parsed, prompts, version, gate_of(args, parsed.config, parsed.start))
+    heldout = [] if args.validation is None else read_heldout(args.validation, args.renames, prompts)
+    return ParsedRounds(parsed, prompts, version, gate_of(args, parsed.config, parsed.start), heldout)
 
 
 def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait_s: float = 0.0,
-                 producer: Producer | None = None) -> None:
+                 producer: Producer | None = None, validation: Validation | None = None) -> None:
     """Run the stage.
 
     Args:
@@ -438,6 +312,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
         began_s: Unix time at which the command began.
         wait_s: how long a round is waited for.
         producer: writes and judges rounds; None: other jobs do.
+        validation: of its policies; None: there is none.
     """
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
     from megatron_sov.train.data.rounds import rounds_of, rounds_source
@@ -446,6 +321,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     from megatron_sov.post.policy import check_sources, objective_of, texts_of
     from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
     from megatron_sov.post.rl.publish import Publisher
+    from megatron_sov.post.rl.validation import SampledRounds
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.objectives.objective import columns_of
     from megatron_sov.train.stages.stage import Stage, run_stage
@@ -472,7 +348,8 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     assert rounds is not None, "the source has no rounds"
     feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, policies, wait_s,
                      None if producer is None else producer.produce, args.store,
-                     (lambda: None) if producer is None else producer.close)
+                     (lambda: None) if producer is None else producer.close, validation,
+                     SampledRounds(config.obs.sample_rows, config.rollout.rounds))
     run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
                     feed=feed, end_gate=parsed.gate, faults=parsed.stage.faults,
                     dry_run=args.dry_run, notes=parsed.stage.notes), args.nproc, began_s)
@@ -481,22 +358,22 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
 TRAIN = command_of(RlTrainOptions, run_train)
 
 
-RunEngine = Literal["megatron", "vllm"]
+RunEngine = Literal["megatron", "vllm", "sglang"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions, ServerOptions):
     """Train in rounds in which the model writes its responses itself."""
 
-    engine: Annotated[RunEngine, Flag(help="What writes: the model that learns, or vLLM's servers, which are "
-                                           "given its weights in each round")] = MEGATRON
+    engine: Annotated[RunEngine, Flag(help="What writes: the model that learns, or servers, which are given "
+                                           "its weights in each round")] = MEGATRON
     engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
-    """Servers, e.g. servers=2 or tp=8 (engine vllm)."""
+    """Servers, e.g. servers=2 or tp=8 (engines vllm, sglang)."""
 
     def problems(self) -> list[SettingsProblem]:
         if self.engine == MEGATRON and (self.engine_set or self.engine_url or self.engine_python):
             return [SettingsProblem(ProblemCode.RULE, "engine", "has no servers, and settings of servers are "
-                                    "given", self.engine, "add --engine vllm, or leave them out")]
+                                    "given", self.engine, "add --engine vllm or sglang, or leave them out")]
         return [] if self.reward != ENVIRONMENT or self.environment is not None else [
             SettingsProblem(ProblemCode.RULE, "reward",
                             "takes what an environment said of its episodes, and there is none",
@@ -515,6 +392,8 @@ def run_all(args: argparse.Namespace) -> int:
     parsed = parse_rounds(options)
     if options.environment is None:
         refuse_unaskable(options.prompts, parsed.prompts)
+        if options.validation is not None:
+            refuse_unaskable(options.validation, parsed.heldout)
     _run(options, parsed, args.began_s)
     return ExitCode.OK
 
@@ -544,11 +423,43 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
         config.policy.parts.max_gen_batches,
         partial(second_opinions, args.reward, args.reward_set, parsed.reward_version),
         _live_servers(args, config, start))
+    validation = _validation(args, parsed, producer, start, environment)
     try:
-        train_rounds(args, parsed, began_s, producer=producer)
+        train_rounds(args, parsed, began_s, producer=producer, validation=validation)
     # workers that judge end with the run, also with one that failed
     finally:
+        if validation is not None:
+            validation.asking.close()
         producer.close()
+
+
+def _validation(args: RlRunOptions, parsed: ParsedRounds, training: Producer, start: Target,
+                environment: AskedEnvironment | None) -> Validation | None:
+    """Return what validates the run's policies, by the engine and the processes that judge of its training.
+
+    Raises:
+        UserError: a prompt is empty, or all are too long.
+    """
+    if args.validation is None:
+        return None
+    from megatron_sov.post.rl.feed import Producer
+    from megatron_sov.post.rl.validation import SampledRounds, Validation
+    from megatron_sov.rollouts.store import RolloutStore
+
+    config, folder = parsed.stage.config, args.run / VALIDATION
+    rollout = config.rollout.of_validation(len(parsed.heldout))
+    # where tokens went is needed by a trainer alone
+    asked = replace(config, rollout=rollout, policy=replace(config.policy, router_replay=False))
+    writer, aside = writer_of(args, asked, parsed.heldout, start, args.engine, environment)
+    prompts = kept(f"{VALIDATION_OPTION} {args.validation}", parsed.heldout, aside, folder)
+    rollout = config.rollout.of_validation(len(prompts))
+    store = partial(RolloutStore.create, folder, tokenizer_digest(start.tokenizer_folder), start.vocab_size)
+    asking = Producer(store, prompts, aside, rollout, args.run, writer, training.batching,
+                      parsed.reward_version, lambda: nullcontext(training.judge_rows), training.provenance,
+                      servers=training.servers)
+    samples = SampledRounds(config.obs.sample_rows, rollout.rounds)
+    return Validation(args.run, asking, config.rollout, len(prompts) * rollout.samples_per_prompt,
+                      config.policy.right_from, samples)
 
 
 def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveServers | None:
@@ -558,9 +469,9 @@ def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveS
     from megatron_sov.post.rl.requests import LiveServers
 
     # a Hugging Face folder is what the servers load; of a checkpoint they get one
-    return LiveServers(args.start_from, args.run, server_settings(args.engine_set, ENGINE_SET),
-                       args.places(args.run).urls, longest_of(config.rollout, None), start.vocab_size,
-                       config.policy.router_replay)
+    return LiveServers(args.engine, args.start_from, args.run,
+                       server_settings(args.engine, args.engine_set, ENGINE_SET), args.places(args.run).urls,
+                       longest_of(config.rollout, None), start.vocab_size, config.policy.router_replay)
 
 
 RUN = command_of(RlRunOptions, run_all)

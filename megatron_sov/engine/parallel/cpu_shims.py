@@ -285,7 +285,7 @@ def _eager_jit() -> Iterator[None]:
 @contextlib.contextmanager
 def _without_trackers() -> Iterator[None]:
     """megatron imports trackers of its own loops where they are installed, which cost a fifth of a command's
-    start; runs write to them by `runs.obs.exporters`."""
+    start; runs write to them by `runs.obs.trackers`."""
     # None in sys.modules makes an import fail as if the package were not installed
     absent = [name for name in ("wandb", "torch.utils.tensorboard") if name not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]

@@ -76,12 +76,9 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
     Raises:
         UserError: a rank's GPU cannot be used, is another one's as well, or has too little free memory.
     """
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import tensor_parallel
 
-    # the library calls torch by names that newer versions replace; nobody who trains can mend that
-    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
-    # experts have a tensor parallel size of their own, which is 1 where the model's is not
-    warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but tensor model")
+    pass_over_warnings()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = datetime.timedelta(seconds=parallel.timeout_s)
     if not dist.is_initialized():
@@ -94,6 +91,21 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
     make_groups(parallel)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     cpu_shims.mend()
+    return own_place(rank, size)
+
+
+def pass_over_warnings() -> None:
+    """Have warnings of the library not be told that nobody who trains can do something about."""
+    # it calls torch by names that newer versions replace
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    # experts have a tensor parallel size of their own, which is 1 where the model's is not
+    warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but tensor model")
+
+
+def own_place(rank: int, size: int) -> ParallelWorld:
+    """Return this process's place in the groups that it is in."""
+    from megatron.core import parallel_state
+
     return ParallelWorld(
         rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),

@@ -1,4 +1,4 @@
-"""vLLM's servers as an `Engine`, started here or at addresses: one fleet for all that is asked."""
+"""Servers of vLLM or SGLang as an `Engine`, started here or at addresses: one fleet for all that is asked."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, change
 from megatron_sov.convert.sources import HfWeights
 from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet, Keeper
-from megatron_sov.infer.engines.server_process import EngineServers, OwnServer
+from megatron_sov.infer.engines.server_process import PROGRAMS, EngineServers, OwnServer
 from megatron_sov.infer.request import (
     Bounds, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, Written, refuse_drafts,
     refuse_rules)
 from megatron_sov.train.data.requirements import shape_of
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest
 from megatron_sov.work.endpoints.transport import missing_libraries
-from megatron_sov.work.endpoints.vllm_server import VllmServer
 
 SHARD_BYTES = 1 << 30
 """Of a file of weights: what is held beside the model at a time."""
@@ -46,27 +45,28 @@ class ServerPlaces:
     urls: tuple[str, ...] = ()
     """Of servers that somebody else has started; none: they are started here."""
     command: tuple[str, ...] = ()
-    """That starts one, in the place of vLLM's own."""
+    """That starts one, in the place of the engine's own."""
 
 
-def server_settings(settings: Sequence[str], option: str) -> EngineServers:
-    """Return how servers are started.
+def server_settings(engine: str, settings: Sequence[str], option: str) -> EngineServers:
+    """Return how servers of an engine are started.
 
     Raises:
-        UserError: a setting does not exist, or they do not go together.
+        UserError: a setting does not exist, the engine does not know it, or they do not go together.
     """
     found = change(EngineServers(), list(settings), option)
-    if problems := found.problems():
+    if problems := found.problems() + found.problems_of(engine):
         raise SettingsError(option, problems)
     return found
 
 
 @contextlib.contextmanager
-def open_fleet(folder: Path, vocab_size: int, longest: int, settings: EngineServers, places: ServerPlaces, *,
-               with_routes: bool = False) -> Iterator[Fleet]:
+def open_fleet(name: str, folder: Path, vocab_size: int, longest: int, settings: EngineServers,
+               places: ServerPlaces, *, with_routes: bool = False) -> Iterator[Fleet]:
     """Give servers at work, which end with the block.
 
     Args:
+        name: of the engine.
         folder: of the model, as Hugging Face has it.
         vocab_size: of the model.
         longest: tokens of the longest sequence, prompt and answer.
@@ -78,11 +78,12 @@ def open_fleet(folder: Path, vocab_size: int, longest: int, settings: EngineServ
         UserError: none of them can be started.
     """
     if missing := missing_libraries():
-        raise UserError(f"--engine vllm: {missing[0]}")
-    keepers: list[Keeper] = [AddressKeeper(VllmServer(url, answer_s=settings.answer_s), settings.start_s)
-                             for url in places.urls]
+        raise UserError(f"--engine {name}: {missing[0]}")
+    keepers: list[Keeper] = [
+        AddressKeeper(PROGRAMS[name].connect(url, settings.answer_s), settings.start_s, name)
+        for url in places.urls]
     if not keepers:
-        keepers = [OwnServer(number, folder, longest, settings, places.logs, with_routes=with_routes,
+        keepers = [OwnServer(name, number, folder, longest, settings, places.logs, with_routes=with_routes,
                              command=places.command) for number in range(settings.servers)]
     with Fleet(keepers, vocab_size, settings.requests, settings.restarts) as fleet:
         yield fleet
@@ -138,11 +139,12 @@ def _save(tensors: dict[str, torch.Tensor], folder: Path, number: int) -> str:
 class ServerEngine:
     """A fleet as an engine."""
 
-    def __init__(self, fleet: Fleet, folder: Path, weights: Path, room: int, *,
+    def __init__(self, name: str, fleet: Fleet, folder: Path, weights: Path, room: int, *,
                  with_routes: bool = False) -> None:
         """Take a fleet.
 
         Args:
+            name: of the engine.
             fleet: at work.
             room: responses that its servers write at a time.
             folder: of the model that it has begun with.
@@ -152,9 +154,9 @@ class ServerEngine:
         Raises:
             UserError: routes are asked for, and the model has none.
         """
-        self.fleet, self.room = fleet, room
+        self._engine, self.fleet, self.room = name, fleet, room
         self._shape = shape_of(HfWeights(folder).model) if with_routes else None
-        self._held = HeldWeights("vllm")
+        self._held = HeldWeights(name)
         self._files = WeightFiles(weights)
         self._numbers = itertools.count()
         self._name = uuid.uuid4().hex[:12]
@@ -174,10 +176,10 @@ class ServerEngine:
         Raises:
             UserError: a server refuses, or all have died too often.
         """
-        refuse_drafts("vllm", sampling)
-        refuse_rules("vllm", sampling)
+        refuse_drafts(self._engine, sampling)
+        refuse_rules(self._engine, sampling)
         if sampling.with_routes and self._shape is None:
-            raise ValueError("the engine vllm was started without routes, and they are asked for")
+            raise ValueError(f"the engine {self._engine} was started without routes, and they are asked for")
         sampling.check()
         stop, version = stop or StopRule(), self._held.version
         limits = [sampling.max_new_tokens] * len(prompts) if bounds is None else list(bounds.limits)
@@ -200,7 +202,7 @@ class ServerEngine:
     def update(self, weights: NamedTensors | None, version: int) -> None:
         """Have the servers read other weights out of shared memory, see `Engine`."""
         if weights is None:
-            raise ValueError("the engine vllm has a model of its own: an update needs its weights")
+            raise ValueError(f"the engine {self._engine} has a model of its own: an update needs its weights")
         with self._held.replaced(version, weights):
             files = self._files.write(weights)
             self.fleet.update(files, version)
@@ -210,8 +212,8 @@ class ServerEngine:
     def routes_of(self, answer: TokenAnswer, num_tokens: int) -> np.ndarray:
         """Return the routes of the first tokens of a prompt and its answer.
 
-        vLLM tells [prompt + continuation - 1, layers, top_k], with a layer of zeros for each leading dense
-        one.
+        Engines tell [prompt + continuation - 1, layers, top_k], with a layer of zeros for each leading dense
+        one; SGLang its layers and experts in one row.
 
         Raises:
             UserError: it tells others than the model can have.
@@ -249,6 +251,8 @@ def checked_routes(told: np.ndarray | None, num_tokens: int, shape: RouteShape) 
     why = "nothing"
     if told is not None:
         why = f"shape {list(told.shape)}"
+        if told.ndim == 2 and told.shape[1] % shape.top_k == 0:
+            told = told.reshape(len(told), -1, shape.top_k)
         # the leading dense layers have no experts: the last `layers` rows are those that route
         if told.ndim == 3 and len(told) >= num_tokens and told.shape[1] >= shape.layers:
             told = told[:num_tokens, told.shape[1] - shape.layers:]
@@ -257,14 +261,14 @@ def checked_routes(told: np.ndarray | None, num_tokens: int, shape: RouteShape) 
                 why = f"experts from {told.min()} to {told.max()}, of {shape.num_experts}"
             elif not (why := shape.problem(told.astype(shape.dtype))):
                 return told.astype(shape.dtype)
-    raise UserError(f"vLLM was to tell the routes of {num_tokens} tokens, {shape.layers} layers and "
+    raise UserError(f"the engine was to tell the routes of {num_tokens} tokens, {shape.layers} layers and "
                     f"{shape.top_k} experts each, and tells {why}; it records none where experts run in a "
-                    "kernel that chooses for itself (its moe backends of FlashInfer): choose another, or set "
-                    "policy.router_replay=false")
+                    "kernel that chooses for itself (vLLM: its moe backends of FlashInfer): choose another, "
+                    "or set policy.router_replay=false")
 
 
 @contextlib.contextmanager
-def serving_engine(folder: Path, vocab_size: int, longest: int, settings: EngineServers,
+def serving_engine(name: str, folder: Path, vocab_size: int, longest: int, settings: EngineServers,
                    places: ServerPlaces | None = None, *,
                    with_routes: bool = False) -> Iterator[ServerEngine]:
     """Give an engine of servers, which end with the block; arguments as of `open_fleet`, logs in a folder
@@ -273,12 +277,12 @@ def serving_engine(folder: Path, vocab_size: int, longest: int, settings: Engine
         if places is None:
             logs = stack.enter_context(tempfile.TemporaryDirectory(prefix="sov-engines-"))
             places = ServerPlaces(Path(logs))
-        fleet = stack.enter_context(open_fleet(folder, vocab_size, longest, settings, places,
+        fleet = stack.enter_context(open_fleet(name, folder, vocab_size, longest, settings, places,
                                                with_routes=with_routes))
         room = settings.requests * (len(places.urls) or settings.servers)
         # by the run, so that it finds what was left when it was killed
         own = hashlib.sha256(str(places.logs.absolute()).encode()).hexdigest()[:16]
-        engine = ServerEngine(fleet, folder, settings.weights / f"sov-weights-{own}", room,
+        engine = ServerEngine(name, fleet, folder, settings.weights / f"sov-weights-{own}", room,
                               with_routes=with_routes)
         stack.callback(engine.close)
         yield engine

@@ -1,4 +1,4 @@
-"""vLLM's servers of a command: started on this machine, each in a process group of its own, and ended with
+"""Engine servers of a command: started on this machine, each in a process group of its own, and ended with
 the command, also with a killed one."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Gt, Le
 
@@ -24,12 +24,14 @@ from megatron_sov.base.artifacts import atomic_write
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, ProblemCode, SettingsProblem
 from megatron_sov.infer import vllm_worker
-from megatron_sov.work.endpoints.vllm_server import VllmServer
+from megatron_sov.work.endpoints.sglang_server import SGLANG, SglangServer
+from megatron_sov.work.endpoints.token_server import TokenServer
+from megatron_sov.work.endpoints.vllm_server import VLLM, VllmServer
 from megatron_sov.work.processes.children import start_command
 from megatron_sov.work.progress.locks import has_ended, identity
 
 ENGINE_PYTHON = "SOV_ENGINE_PYTHON"
-"""Variable of the environment: the interpreter that has vLLM, whose libraries are other versions."""
+"""Variable of the environment: the interpreter that has the engine, whose libraries are other versions."""
 BY = f"{ENGINE_PYTHON} (`rl run`, `rl generate`: or --engine-python)"
 WORKER_FOLDER = Path(vllm_worker.__file__).parent
 EXTENSION, BACKEND = "sov_vllm_worker.Extension", "sov_files"
@@ -45,8 +47,42 @@ _OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK
 
 
 @dataclass(frozen=True)
+class EngineProgram:
+    """An engine as a program."""
+
+    title: str
+    module: str
+    """That its interpreter has."""
+    words: tuple[str, ...]
+    """Behind the interpreter."""
+    connect: Callable[[str, float], TokenServer]
+    """From an address, and how long an answer may take, to the server there."""
+    quantizations: tuple[str, ...]
+    """Names of what it knows, as its own command line has them."""
+
+
+PROGRAMS = {
+    VLLM: EngineProgram(
+        "vLLM", "vllm", ("-m", "vllm.entrypoints.cli.main", "serve"),
+        lambda url, answer_s: VllmServer(url, answer_s=answer_s),
+        ("auto_awq", "auto_gptq", "awq", "awq_marlin", "compressed-tensors", "deepseek_v4_fp8",
+         "experts_int8", "fp8", "fp8_per_block", "fp8_per_channel", "fp8_per_tensor", "gpt_oss_mxfp4",
+         "gptq", "gptq_marlin", "humming", "inc", "int8_per_channel_weight_only", "modelopt",
+         "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8", "moe_wna16", "mxfp4", "mxfp8",
+         "nvfp4_per_token", "online", "quark", "torchao")),
+    SGLANG: EngineProgram(
+        "SGLang", "sglang", ("-m", "sglang.launch_server"),
+        lambda url, answer_s: SglangServer(url, answer_s=answer_s),
+        ("auto-round", "auto-round-int8", "awq", "awq_marlin", "bitsandbytes", "compressed-tensors", "fp8",
+         "gguf", "gptq", "gptq_marlin", "humming", "modelopt", "modelopt_fp4", "modelopt_fp8",
+         "modelopt_mixed", "moe_wna16", "mxfp4", "mxfp8", "mxfp_w4a8", "nvfp4_online", "petit_nvfp4",
+         "quark", "quark_int4fp8_moe", "quark_mxfp4", "unquant", "w4afp8", "w8a8_fp8", "w8a8_int8"))}
+"""By name of the engine; as of vLLM 0.32 and SGLang 0.5.23."""
+
+
+@dataclass(frozen=True)
 class EngineServers:
-    """How vLLM is started and asked."""
+    """How servers are started and asked."""
 
     servers: AtLeastOne = 1
     """Servers on this machine, each with the whole model."""
@@ -59,9 +95,10 @@ class EngineServers:
     memory_share: Annotated[float, Gt(0), Le(1)] = 0.9
     """Of a GPU's memory."""
     quantization: str = ""
-    """vLLM's name, e.g. fp8; empty: the weights as they are."""
-    dtype: str = "auto"
-    """Of the weights and of what is computed; auto: as the folder has them."""
+    """The engine's name, e.g. fp8; empty: the weights as they are."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights and of what is computed; auto: as the folder has them, or float16 for float32 where the
+    engine decides so (SGLang)."""
     requests: AtLeastOne = 256
     """Responses that a server writes at a time."""
     devices: tuple[str, ...] = ()
@@ -86,6 +123,14 @@ class EngineServers:
                                     "none", list(self.devices))]
         return []
 
+    def problems_of(self, engine: str) -> list[SettingsProblem]:
+        """Return what an engine does not know."""
+        program, p = PROGRAMS[engine], []
+        if self.quantization and self.quantization not in program.quantizations:
+            p.append(SettingsProblem(ProblemCode.RULE, "quantization", f"{program.title} has "
+                                     f"{', '.join(program.quantizations)}", self.quantization))
+        return p
+
     def devices_of(self, number: int) -> str | None:
         """Return CUDA_VISIBLE_DEVICES of a server; None: all."""
         each = self.tp * self.dp
@@ -95,29 +140,31 @@ class EngineServers:
 class OwnServer:
     """One server of this run; its methods but `end` are called from one thread, which it ends with."""
 
-    def __init__(self, number: int, folder: Path, longest: int, settings: EngineServers, logs: Path, *,
-                 with_routes: bool = False, command: tuple[str, ...] = ()) -> None:
+    def __init__(self, engine: str, number: int, folder: Path, longest: int, settings: EngineServers,
+                 logs: Path, *, with_routes: bool = False, command: tuple[str, ...] = ()) -> None:
         """Start nothing yet.
 
         Args:
+            engine: one of `PROGRAMS`.
             number: among the servers of the run.
             folder: of the model, as Hugging Face has it.
             longest: tokens of the longest sequence.
             settings: how.
             logs: folder of its log, and of the note of its process.
             with_routes: whether routes will be asked for.
-            command: in the place of `PYTHON -m vllm.entrypoints.cli.main serve`.
+            command: in the place of the interpreter and the program's words.
         """
+        self._engine, self._program = engine, PROGRAMS[engine]
         self.number, self._folder, self._longest, self._settings = number, folder, longest, settings
         self._with_routes = with_routes
         python = os.environ.get(ENGINE_PYTHON, "") or sys.executable
-        self._command = list(command) or [python, "-m", "vllm.entrypoints.cli.main", "serve"]
+        self._command = list(command) or [python, *self._program.words]
         self.log, self._note = logs / f"engine-{number}.log", logs / f"engine-{number}.json"
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._is_over = False
 
-    def start(self, should_stop: Callable[[], bool]) -> VllmServer | None:
+    def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
         """Return the server once it answers; None: it was asked to stop.
 
         Raises:
@@ -136,10 +183,11 @@ class OwnServer:
                 self._process = start_command(self.words(port), environment=self._environment(), stdout=out,
                                               stderr=subprocess.STDOUT, own_group=True, ends_with_this=True)
             except OSError as e:
-                raise UserError(f"--engine vllm: {self._command[0]} cannot be started ({e.strerror}); name "
-                                f"the interpreter that has vLLM by {BY}") from None
+                raise UserError(f"--engine {self._engine}: {self._command[0]} cannot be started "
+                                f"({e.strerror}); name the interpreter that has {self._program.title} by {BY}"
+                                ) from None
         self._take_note(self._process.pid)
-        server = VllmServer(f"http://127.0.0.1:{port}", answer_s=self._settings.answer_s)
+        server = self._program.connect(f"http://127.0.0.1:{port}", self._settings.answer_s)
         ends_s = time.monotonic() + self._settings.start_s
         while not server.is_healthy():
             if should_stop():
@@ -147,9 +195,9 @@ class OwnServer:
             if not self.is_alive() or time.monotonic() >= ends_s:
                 why = "ended" if not self.is_alive() else f"was not ready in {self._settings.start_s:g} s"
                 said = self._last_lines()
-                remedy = (f"; {self._command[0]} has no vLLM: name the interpreter that has it by {BY}"
-                          if "No module named 'vllm'" in said else "")
-                raise UserError(f"--engine vllm: server {self.number} {why}{remedy}"
+                remedy = (f"; {self._command[0]} has no {self._program.title}: name the interpreter that has "
+                          f"it by {BY}" if f"No module named '{self._program.module}'" in said else "")
+                raise UserError(f"--engine {self._engine}: server {self.number} {why}{remedy}"
                                 + (f"; the end of {self.log}:\n{said}" if said
                                    else f"; it wrote nothing into {self.log}"))
             time.sleep(_LOOK_S)
@@ -181,6 +229,27 @@ class OwnServer:
 
     def words(self, port: int) -> list[str]:
         """Return the command line."""
+        return self._sglang_words(port) if self._engine == SGLANG else self._vllm_words(port)
+
+    def _sglang_words(self, port: int) -> list[str]:
+        asked = self._settings
+        words = [*self._command, "--model-path", str(self._folder), "--served-model-name", "policy", "--host",
+                 "127.0.0.1", "--port", str(port), "--skip-tokenizer-init",
+                 # it ends an answer two tokens before its own end
+                 "--context-length", str(self._longest + 2), "--max-running-requests", str(asked.requests),
+                 "--dtype", asked.dtype, "--mem-fraction-static", str(asked.memory_share),
+                 "--tp-size", str(asked.tp), "--dp-size", str(asked.dp),
+                 # servers that draw alike would write one response to a prompt several times
+                 "--random-seed", str(secrets.randbelow(1 << 31))]
+        if asked.ep:
+            words += ["--ep-size", str(asked.tp)]
+        if asked.quantization:
+            words += ["--quantization", asked.quantization]
+        if self._with_routes:
+            words += ["--enable-return-routed-experts"]
+        return words + list(asked.more)
+
+    def _vllm_words(self, port: int) -> list[str]:
         asked = self._settings
         words = [*self._command, str(self._folder), "--served-model-name", "policy", "--host", "127.0.0.1",
                  "--port", str(port), "--enable-scale-out", "--skip-tokenizer-init", "--generation-config",
@@ -206,6 +275,9 @@ class OwnServer:
         found = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
         if (devices := self._settings.devices_of(self.number)) is not None:
             found["CUDA_VISIBLE_DEVICES"] = devices
+        if self._engine == SGLANG:
+            # of the two tokens of --context-length
+            return found | {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", "HF_HUB_OFFLINE": "1"}
         path = [str(WORKER_FOLDER), *filter(None, [found.get("PYTHONPATH")])]
         # weights change by routes that only this mode has; the server listens on this machine alone
         return found | {"PYTHONPATH": os.pathsep.join(path), "VLLM_SERVER_DEV_MODE": "1",

@@ -120,6 +120,13 @@ class RolloutConfig:
     they count as part of its prompt. Empty: it is not told."""
     seed: NotNegativeInt = 0
     """Of the prompts' order, and of samples."""
+    validation_every_rounds: NotNegativeInt = 10
+    """Rounds between two validations on the prompts of --validation; there is one before the first round and
+    one behind the last in any case. 0: these two alone."""
+    validation_samples: AtLeastOne = 1
+    """Responses to each prompt of a validation; more than one give pass@k."""
+    validation_temperature: NotNegative | None = None
+    """Of these; 0: the most probable tokens are taken; null: temperature."""
 
     def problems(self) -> list[SettingsProblem]:
         """Return every rule that these settings break."""
@@ -133,7 +140,24 @@ class RolloutConfig:
             (self.samples_per_prompt % max(1, len(budgets)) == 0, "samples_per_prompt",
              f"must be a multiple of the {len(budgets)} rollout.budgets_tokens"),
             (not self.budget_text or "{tokens}" in self.budget_text, "budget_text",
-             "must have {tokens} in the number's place"))
+             "must have {tokens} in the number's place"),
+            (self.validation_temperature != 0 or self.validation_samples == 1, "validation_samples",
+             "must be 1: rollout.validation_temperature = 0 gives each prompt the same response again"))
+
+    def of_validation(self, num_prompts: int) -> RolloutConfig:
+        """Return these settings as held-out prompts are asked by them: a validation is a round of its own,
+        written to its end by the policy that is to write the training's round of the same number.
+
+        Args:
+            num_prompts: the held-out prompts, all of which are asked.
+        """
+        samples, temperature = self.validation_samples, self.validation_temperature
+        return dataclasses.replace(
+            self, rounds=self.rounds + 1, prompts_per_round=num_prompts, samples_per_prompt=samples,
+            temperature=self.temperature if temperature is None else temperature, max_staleness=0,
+            # as many responses at a time as training writes
+            piece_prompts=max(1, self.piece_prompts * self.samples_per_prompt // samples),
+            deadline_s=0.0, budgets_tokens=(), budget_text="" if self.budgets_tokens else self.budget_text)
 
 
 PolicyMethod = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "agapo", "agapo_exaone4", "mgpo",

@@ -197,6 +197,9 @@ class ObsConfig:
     RUN/mlflow (extra `mlflow`)."""
     mlflow_experiment: str = "megatron-sov"
     """MLflow experiment."""
+    sample_rows: Annotated[int, Ge(0), Le(100)] = 8
+    """Responses of `rl` that trackers and the report are given as a table, of at most 100 of a run's rounds
+    and as many of its validations; 0: none, and no text leaves the run."""
     otlp_endpoint: Annotated[str, Bound(_no_address, may_be_secret=True)] = ""
     """Send metrics to this OpenTelemetry collector by OTLP over HTTP, e.g. http://localhost:4318 (extra
     `telemetry`); what it wants as headers stands in the variable OTEL_EXPORTER_OTLP_HEADERS.  Empty: none."""

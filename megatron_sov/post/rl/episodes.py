@@ -23,7 +23,7 @@ from megatron_sov.judge.tools.episode import Episode, EpisodeLines, GeneratedTur
 from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, ToolPolicy, play
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import SampleAttempt, never
-from megatron_sov.post.rl.responses import fresh_keys
+from megatron_sov.post.rl.responses import distribution_of, fresh_keys
 from megatron_sov.rollouts.prompts import RolloutPrompt, stream_of
 from megatron_sov.rollouts.rows import LAST_TURN, NOT_WRITTEN, UNFINISHED, Key, Rollout
 
@@ -135,7 +135,7 @@ class Episodes:
         return Rollout(
             asked.key, attempt.piece.round, attempt.number, episode.task, ids[:first], ids[first:],
             logprobs[first:], versions[first:], UNFINISHED if result is None else episode.end,
-            self.decode(ids[first:].tolist()), self.rollout.temperature, self.engine_name,
+            self.decode(ids[first:].tolist()), distribution_of(self.rollout), self.engine_name,
             began_s if before is None else before.began_s, time.time(), outcome,
             # what tools said behind the last turn was not read yet
             joined_routes(episode.routes, None, len(ids) - 1))

@@ -45,6 +45,7 @@ from megatron_sov.post.rl.publish import further_pieces
 from megatron_sov.post.rl.requests import STEP_S, LiveServers, ResponseQueue, row_requests
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
+from megatron_sov.post.rl.validation import SampledRounds, Validation
 from megatron_sov.rollouts.prompts import RolloutPrompt, SetAside, list_set_aside, round_prompts
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import RolloutStore
@@ -228,6 +229,10 @@ class RoundFeed:
     """Where its responses are; who looks on finds them there.  None: it is not told."""
     end: Callable[[], None] = lambda: None
     """Ends what writes and judges."""
+    validation: Validation | None = None
+    """Of each policy before it writes, and of the last one; None: there is none."""
+    samples: SampledRounds = SampledRounds(0, 0)
+    """Responses of rounds that are told."""
     meters: Mapping[str, float] = field(default_factory=dict)
     """See `train.stages.feed.Feed`: of the round that is open."""
     _figures: Mapping[str, float] = field(default_factory=dict)
@@ -245,11 +250,21 @@ class RoundFeed:
             return None
         if not step:
             self.policies.at(view.step)  # which begins the round
+            if (lacking := self._validate(view, number, asked_to_stop)) is not None:
+                return lacking
         begin_s = time.monotonic()
         if (lacking := self._wait(view, number, asked_to_stop)) is not None:
             return lacking
         self._open(view, number, is_first=step == 0, waited_s=time.monotonic() - begin_s)
         return None
+
+    def conclude(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
+        """As `Feed.conclude`: validate the last policy."""
+        return self._validate(view, view.step // self.rollout.steps_per_round + 1, asked_to_stop)
+
+    def _validate(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> str | None:
+        return None if self.validation is None else self.validation.validate(
+            view, number, self.policies.at(view.step), asked_to_stop)
 
     def close(self) -> None:
         """End what writes and judges, see `Feed`."""
@@ -323,6 +338,12 @@ class RoundFeed:
                               documents=opened.steps[-1].stop, **self._figures,
                               **{name: content.get(name) for name in TOLD})
             self._figures, self.meters = {}, meters_of_round(content)
+        if self.store is not None:
+            on_main(view.world, partial(self._tell_samples, view, self.store, number, opened.path))
+
+    def _tell_samples(self, view: FeedView, store: Path, number: int, published: Path) -> None:
+        version = str(read_manifest(published).content["reward_version"])
+        self.samples.tell(view, RolloutStore.open(store), number, version)
 
     def _pass_over_empty(self, view: FeedView, number: int, opened: Round) -> None:
         """Have the steps passed over of which no group learns: there is nothing to compute."""
@@ -476,14 +497,15 @@ class Producer:
             self._opinions = self.opinions(store)
         alarmed = partial(warn, record=view.events.write, event="alarm", step=view.step, kind="verifiers")
         self._job = JudgingJob(store, Claims(store.claims, self.rollout.lease_s), self.version,
-                               self._judge_rows, rounds, dict(self.provenance), alarmed=alarmed,
+                               self.judge_rows, rounds, dict(self.provenance), alarmed=alarmed,
                                claimed_wait_s=2 * self.rollout.lease_s, opinions=self._opinions)
 
     def _judge_part(self) -> bool:
         assert self._job is not None, "nothing is begun"
         return self._job.step()
 
-    def _judge_rows(self, rows: Sequence[Rollout]) -> Sequence[Result]:
+    def judge_rows(self, rows: Sequence[Rollout]) -> Sequence[Result]:
+        """Judge rows, by processes that begin with the first ones and end with `close`."""
         if self._judge is None:
             self._judge = self._open.enter_context(self.judging())
         return self._judge(rows)

@@ -438,11 +438,11 @@ def run_policies(name: str, start: Target, work: Callable[[Engine, Take], Any], 
             JSON values.
         longest: tokens of the longest sequence, prompt and response.
         batching: what bounds memory.
-        settings: `key=value` changes of layout and precision (megatron), or of servers (vllm).
+        settings: `key=value` changes of layout and precision (megatron), or of servers.
         nproc: local processes (megatron).
         option: that the settings are given by, for sentences.
         with_routes: whether the work asks for routes.
-        places: where servers and their logs are (vllm).
+        places: where servers and their logs are.
 
     Returns:
         The result; None on other processes than the first of a torchrun or Slurm job.

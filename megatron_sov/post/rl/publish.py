@@ -191,8 +191,11 @@ class Publisher:
         other."""
         if gathered.unjudged and not any(gathered.groups):
             told = ", ".join(f"{count:,} {status}" for status, count in gathered.unjudged.items())
-            raise UserError(f"{self.store}: no response of round {gathered.number} has a reward ({told}); "
-                            "mend what the reward runs on, and have it judge again behind `megatron-sov rl "
+            why = next((f", the first because {said.reason}" for part in gathered.parts
+                        for said in self._opened.read_rewards(self.reward_version, part.name)
+                        if said.reward is None and said.reason), "")
+            raise UserError(f"{self.store}: no response of round {gathered.number} has a reward ({told}{why})"
+                            "; mend what the reward runs on, and have it judge again behind `megatron-sov rl "
                             f"store gc {self.store} --version {self.reward_version}`")
 
     def _warn_of_other_policies(self, gathered: Gathered) -> None:

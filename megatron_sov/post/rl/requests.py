@@ -303,6 +303,8 @@ class LiveServers:
     """Servers that write for a run, by its live weights; one object on each process, of which the first has
     the servers."""
 
+    name: str
+    """Of the engine."""
     start: Path
     """What the run starts from: a checkpoint, or a Hugging Face folder."""
     run: Path
@@ -339,7 +341,7 @@ class LiveServers:
         if not (model / CONFIG).is_file():
             # servers read its config, and begin with its weights
             to_hf(target.path, model)
-        self._opened = serving_engine(model, self.vocab_size, self.longest, self.settings,
+        self._opened = serving_engine(self.name, model, self.vocab_size, self.longest, self.settings,
                                       ServerPlaces(folder, self.urls), with_routes=self.with_routes)
         self.engine = self._opened.__enter__()
         if not self.urls:
@@ -393,7 +395,7 @@ class LiveServers:
                 for told in self.engine.fleet.score(text)]
         self.meters = {"engine_gap_nats": max(gaps, default=0.0)}
         if self.meters["engine_gap_nats"] > MAX_GAP_NATS:
-            raise UserError(f"--engine vllm: a server's log-probabilities of a known text are "
+            raise UserError(f"--engine {self.name}: a server's log-probabilities of a known text are "
                             f"{self.meters['engine_gap_nats']:.3g} nats a token from the trainer's at step "
                             f"{policy.step} (at most {MAX_GAP_NATS:g}): it has not taken the weights, or "
                             "computes this model otherwise, and would not write as this policy")

@@ -18,7 +18,7 @@ from megatron_sov.infer.engine import Engine
 from megatron_sov.infer.request import Bounds, Generated, Sampling, StopRule
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import SampleAttempt, never
-from megatron_sov.rollouts.prompts import OPTION, RolloutPrompt, budget_of, sampling_digest, stream_of
+from megatron_sov.rollouts.prompts import RolloutPrompt, budget_of, sampling_digest, stream_of
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, Rollout
 
 CHUNK_PROMPTS = 1024
@@ -62,7 +62,7 @@ class ResponseSource:
         found = {prompt.id: length for prompt, length in zip(prompts, lengths, strict=True)
                  if length > self.rollout.max_prompt_tokens}
         if len(found) == len(prompts):
-            raise UserError(f"{OPTION}: all {len(prompts):,} prompts have more tokens than "
+            raise UserError(f"{prompts[0].option}: all {len(prompts):,} prompts have more tokens than "
                             f"rollout.max_prompt_tokens = {self.rollout.max_prompt_tokens:,}, the shortest "
                             f"{min(lengths):,}; raise it")
         return found
@@ -100,7 +100,7 @@ class ResponseSource:
         ids = dict(zip((prompt.id for prompt in piece.prompts), self._asked(piece.prompts), strict=True))
         return [Rollout(key, piece.round, 0, prompt.record,
                         np.array([*ids[prompt.id], *self._begins(prompt, key.sample)], np.int32),
-                        finish_reason=UNFINISHED, temperature=self.rollout.temperature,
+                        finish_reason=UNFINISHED, temperature=distribution_of(self.rollout),
                         engine=self.engine_name, began_s=began_s, ended_s=began_s, **NO_TOKENS)
                 for prompt, key in fresh_keys(attempt, self.rollout, self.chosen_by)]
 
@@ -125,7 +125,7 @@ class ResponseSource:
     def _refuse_empty(self, prompts: Sequence[RolloutPrompt], lengths: Sequence[int]) -> None:
         for prompt, length in zip(prompts, lengths, strict=True):
             if not length:
-                raise UserError(f"{OPTION}: {prompt.place} is empty; write at least one character")
+                raise UserError(f"{prompt.option}: {prompt.place} is empty; write at least one character")
 
     def _text(self, prompt: RolloutPrompt) -> str | Conversation:
         text = prompt.record.get("prompt")
@@ -134,7 +134,7 @@ class ResponseSource:
         try:
             return prompt.conversation()
         except BadRecord as e:
-            raise UserError(f"{OPTION}: {prompt.place}: {e}") from None
+            raise UserError(f"{prompt.option}: {prompt.place}: {e}") from None
 
     def _longer(self, row: Rollout, found: Generated, number: int, limit: int,
                 attempt: SampleAttempt) -> Rollout:
@@ -200,6 +200,12 @@ def fresh_keys(attempt: SampleAttempt, rollout: RolloutConfig, chosen_by: dict[s
     sampling = key_digest(rollout, attempt.piece.round, chosen_by)
     return [(prompt, Key(prompt.id, sample, attempt.policy.sha256, sampling))
             for prompt in attempt.piece.prompts for sample in range(rollout.samples_per_prompt)]
+
+
+def distribution_of(rollout: RolloutConfig) -> float:
+    """Return the temperature that the log-probabilities of responses belong to: where the most probable
+    tokens are taken they are the model's own."""
+    return rollout.temperature or 1.0
 
 
 def key_digest(rollout: RolloutConfig, round: int, more: dict[str, Any]) -> str:

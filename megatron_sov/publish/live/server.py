@@ -34,6 +34,7 @@ from megatron_sov.publish.report.headline import caption_of, headline_charts, he
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.sections import phase_tables
 from megatron_sov.publish.report.steps import last_value
+from megatron_sov.publish.report.validations import live_validation_charts
 from megatron_sov.runs.obs.figures import duration, figure, large
 from megatron_sov.work.clusters.units import GIB
 
@@ -58,6 +59,7 @@ def run_panels(watched: Sequence[WatchedRun]) -> list[Panel]:
         Panel("What it is after", 12, charts=headline_charts(runs, small=True, but_loss=True)),
         *(Panel(f"Rollouts{f' of {one.path.name}' if several else ''}", 12, text=_about(one.groups),
                 comparisons=[_group(group) for group in one.groups]) for one in watched if one.groups),
+        Panel("Validation", 12, charts=live_validation_charts(runs)),
         Panel("Learning", 12, charts=_learning_charts(runs), is_wide=True),
         Panel("Held-out", 12, charts=_heldout_charts(runs), is_wide=True),
         *(Panel(f"Samples{f' of {name}' if several else ''}", 12, comparisons=_samples(run))

@@ -27,6 +27,7 @@ from megatron_sov.runs.obs.events import EVENTS, final_steps, read_events
 from megatron_sov.runs.obs.figures import number
 from megatron_sov.runs.obs.history import (
     BY_SETTING, KINDS, Attempt, Attempts, MeasuredStretch, Stretches, is_incident)
+from megatron_sov.runs.obs.validation import RESPONSES, VALIDATION
 from megatron_sov.runs.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.runs.rounds import LEARNS
 
@@ -35,7 +36,7 @@ LEARNING_GROUPS = "learning_groups"
 """Name of the curve of the share of a round's groups that are trained."""
 KEPT = ("phase", "eval", "baseline", "needle", "passk", "media", "media_retrieval", "ssp_probe", "gate",
         "decontamination", "conversion", "checkpoint", "memory", "energy", "warning", "routing",
-        "heldout_pairs", "heldout_divergence", "round", "eval_lm", "eval_contamination",
+        "heldout_pairs", "heldout_divergence", "round", VALIDATION, "eval_lm", "eval_contamination",
         "forgetting_gate", "score", *KINDS)
 """Events that are kept whole; there are few of them and they are small."""
 
@@ -154,6 +155,8 @@ class Run:
     """Figures of `eval lm`, in the order in which they were measured."""
     evaluations: list[ExportEvaluation] = field(default_factory=list)
     """Evaluations of exports beside training."""
+    responses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What samples of responses are of -> the newest event of them."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     checkpoint_bytes: int = 0
@@ -215,6 +218,7 @@ class RunReader:
         self._last: dict[str, dict[str, Any]] = {}
         self._by_source: dict[str, dict[str, Any]] = {}
         self._samples: list[dict[str, Any]] = []
+        self._responses: dict[str, dict[str, Any]] = {}
 
     def add(self, event: dict[str, Any]) -> None:
         """Take one event in."""
@@ -233,6 +237,8 @@ class RunReader:
         # samples of the newest step alone
         elif kind == "sample":
             self._samples = [s for s in self._samples if s.get("step") == event.get("step")] + [event]
+        elif kind == RESPONSES:
+            self._responses[str(event.get("of"))] = event
         elif kind == "expert_load" and event.get("source") is not None:
             self._by_source[str(event["source"])] = event
         elif kind in ("expert_load", "data_consumed", "compute_time"):
@@ -261,7 +267,7 @@ class RunReader:
         run.data_consumed, run.compute_time = last.get("data_consumed"), last.get("compute_time")
         run.events, run.gate_checks = kept, final_steps(kept["gate"], "gate")
         run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
-        run.stretches, run.samples = self._stretches.all, self._samples
+        run.stretches, run.samples, run.responses = self._stretches.all, self._samples, self._responses
         run.skipped_steps = [int(e["step"]) for e in final_steps(kept["skip"], "skip")
                              if e.get("reason") == BY_SETTING]
         run.incidents = sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)),

@@ -28,6 +28,7 @@ from megatron_sov.publish.report.judgements import (
 from megatron_sov.publish.report.run_data import Heldout, Phase, RoutingHistory, Run
 from megatron_sov.publish.report.scores import checkpoint_score_charts, score_tables
 from megatron_sov.publish.report.steps import last_value
+from megatron_sov.publish.report.validations import sample_tables, validation_charts, validation_tables
 from megatron_sov.runs.obs import routing
 from megatron_sov.runs.obs.figures import duration, figure, large, number, of_field
 from megatron_sov.runs.obs.history import KINDS, Attempt, describe
@@ -534,6 +535,11 @@ SECTIONS = {section.title: section for section in (
     ReportSection("Forgetting gate", forgetting_text, tables=forgetting_tables),
     ReportSection("Rounds", "A round is written by a policy, judged, and trained; a group is the responses "
                   "to one prompt.", charts=round_charts, tables=round_tables),
+    ReportSection("Validation", "Held-out prompts under the run's own reward (`rl run --validation`); RUN/"
+                  "validation is a store of the responses.", charts=validation_charts,
+                  tables=validation_tables),
+    ReportSection("Samples of responses", "Of the newest rounds that were sampled, unedited.",
+                  tables=sample_tables),
     ReportSection("Evaluation beside training", charts=beside_charts, tables=_beside_tables),
     ReportSection("Learning rate and gradient norm", lines=LEARNING),
     ReportSection("Plan: learning rate, batch size, blends",

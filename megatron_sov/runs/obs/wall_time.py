@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sov.runs.obs.figures import number
+from megatron_sov.runs.obs.validation import VALIDATION
 
 CATEGORIES = {"productive": "productive steps", "lost": "lost steps", "evaluation": "evaluation",
               "saving": "saving", "startup": "start-up", "waiting": "between attempts"}
 """Category -> what people call it."""
-EVALUATIONS = ("expert_load", "data_consumed", "needle", "gate", "decontamination")
+EVALUATIONS = ("expert_load", "data_consumed", "needle", "gate", "decontamination", VALIDATION)
 """What the loop writes about an evaluation; `eval` itself is left out, since it may be added to
 a run at any time."""
 MARKS = ("run_start", "step", "skip", "checkpoint", "rollback", "hang", "restart", "stop", "run_end",

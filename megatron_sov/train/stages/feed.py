@@ -36,6 +36,15 @@ class Feed(Protocol):
         """Meter -> what the feed knows of the next step's data; on process 0 alone."""
         ...
 
+    def conclude(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
+        """Do what is left behind the last step; called as `bring` is, and again where a run is resumed that
+        ended during it.
+
+        Returns:
+            None: nothing is left; else why the run has to end first.
+        """
+        ...
+
     def needs_checkpoint(self, step: int) -> bool:
         """Return whether others make its data of the checkpoint behind a step."""
         ...

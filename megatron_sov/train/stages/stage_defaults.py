@@ -64,7 +64,7 @@ def complete_stage(asked: RecipeRequest, config: RunConfig, stage: Stage | None,
         UserError: the data cannot be read, or the length of the run is said twice.
     """
     said = _said(asked)
-    if "train.epochs" in said and (other := said & {"train.steps", "train.tokens"}):
+    if "train.epochs" in said and (other := said & {"train.steps", "train.tokens", "rollout.rounds"}):
         raise UserError(f"train.epochs and {min(other)}: both say how long the run is; set one of them")
     if "train.epochs" not in said and said & {"train.steps", "train.tokens"}:
         config = _with_train(config, epochs=0.0)

@@ -193,12 +193,12 @@ def why_never(body: bytes) -> str:
 
 
 def reason_of(body: bytes, secret: str = "") -> str:
-    """Return what a refusal says of its reason in OpenAI's form or vLLM's: one line, without the key; empty
-    where it says nothing in them."""
+    """Return what a refusal says of its reason in OpenAI's form, vLLM's or SGLang's: one line, without the
+    key; empty where it says nothing in them."""
     with contextlib.suppress(BadAnswer):
         said = decoded(body)
         said = said.get("error", said) if isinstance(said, dict) else None
-        message = said.get("message") if isinstance(said, dict) else None
+        message = said.get("message") if isinstance(said, dict) else said
         if isinstance(message, str):
             # an endpoint's text goes to the terminal, and may quote the key that it was sent
             line = "".join(char if char.isprintable() else " " for char in message)

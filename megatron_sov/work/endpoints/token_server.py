@@ -197,6 +197,11 @@ def check_answer(answer: TokenAnswer, where: str) -> TokenAnswer:
     return answer
 
 
+def version_of(told: Any) -> int:
+    """Return the version that a server tells; weights of its own start have a name of its own."""
+    return int(told) if isinstance(told, (int, str)) and str(told).isdigit() else LOADED
+
+
 class AnswerReading:
     """Makes of what an answer lacks a `BadAnswer`."""
 

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
 from megatron_sov.work.endpoints.token_server import (
-    LOADED, AnswerReading, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answer)
+    AnswerReading, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answer, version_of)
 
 if TYPE_CHECKING:
     import numpy as np
 
+VLLM = "vllm"
+"""The engine by name."""
 WRITE = "/inference/v1/generate"
 COMPLETIONS = "/v1/completions"
 """Of every vLLM; it tells no versions, and no routes of the prompt."""
@@ -119,15 +121,10 @@ def _read_tokens(found: Any, url: str) -> TokenAnswer:
         tokens = [int(token) for token in choice["token_ids"] or []]
         # an aborted request that had not begun tells none
         told = (choice.get("logprobs") or {"content": []})["content"]
-        spans = tuple(VersionSpan(_version(span["version"]), int(span["start"]), int(span["end"]))
+        spans = tuple(VersionSpan(version_of(span["version"]), int(span["start"]), int(span["end"]))
                       for span in choice.get("weight_versions") or [])
         return TokenAnswer(tokens, [float(place["logprob"]) for place in told], str(choice["finish_reason"]),
                            spans if tokens else (), _routes(choice.get("routed_experts")))
-
-
-def _version(told: Any) -> int:
-    # weights of its own start have a name of vLLM's
-    return int(told) if isinstance(told, (int, str)) and str(told).isdigit() else LOADED
 
 
 def _routes(told: str | None) -> np.ndarray | None:

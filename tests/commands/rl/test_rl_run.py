@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,9 @@ from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.runs.rounds import Policy, policy_of_round
 
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+from rl_reward import Exact
+
 REWARD = Path(__file__).parents[3] / "benchmarks/rl_reward.py"
 SETTINGS = ("rollout.rounds=3", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
             "rollout.piece_prompts=2", "rollout.max_new_tokens=6", "rollout.max_prompt_tokens=8",
@@ -39,6 +43,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # one twice, and one that is too long
     asked = [*(f"{i}?" for i in range(9)), "3?", "why " * 20]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in asked))
+    # one too long, and one that is trained too, in other words of the same form
+    held = [{"prompt": f"{i}!", "domain": "ab"[i % 2]} for i in range(5)]
+    also = [{"prompt": "how " * 20}, {"messages": [{"role": "user", "content": "3?"}]}]
+    (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*held, *also]))
     return folder
 
 
@@ -86,6 +94,12 @@ def rows(store: Path) -> list[Rollout]:
     return [row for part in opened.parts() for row in opened.read_rollouts(part.name)]
 
 
+def validated(folder: Path) -> list[str]:
+    """Return the arguments that validate each policy."""
+    return ["--validation", str(folder / "heldout.jsonl"), "--set", "rollout.validation_every_rounds=1",
+            "--set", "rollout.validation_samples=2", "--set", "rollout.validation_temperature=0.5"]
+
+
 @contextmanager
 def killed_while_it_writes(claim: Path) -> Iterator[list[int]]:
     """Send SIGKILL to whom a claim names, as soon as it does; give the list that its number is put in."""
@@ -107,17 +121,28 @@ def killed_while_it_writes(claim: Path) -> Iterator[list[int]]:
     thread.join()
 
 
-@pytest.mark.distributed
-def test_kills_with_and_without_a_checkpoint_change_no_bit(whole: Path, folder: Path, command: Command,
-                                                           run_command: Any) -> None:
-    assert [e["step"] for e in events(whole, "checkpoint")] == [4, 6], "not one for each round"
-    # inside of round 1, while the first checkpoint is written, while round 3 is, and inside of it
-    with killed_while_it_writes(folder / "killed-store/claims/round-0003-piece-0001/1.json") as killed:
+@pytest.fixture(scope="module")
+def killed(folder: Path, command: Command, run_command: Any) -> Path:
+    """Return the same run, validated, and killed inside of round 1, while the first checkpoint is written,
+    while round 3 is, inside of it, and while the last policy is validated."""
+    with (killed_while_it_writes(folder / "killed-store/claims/round-0003-piece-0001/1.json") as first,
+          killed_while_it_writes(folder / "killed/validation/claims/round-0004-piece-0000/1.json") as last):
         done = run_command(*command("killed", "--plain", "--workers", "1", "--inject",
-                                    "kill@step=2,kill@save=4,kill@step=6"))
-    assert done.returncode == 0 and killed, done.stderr
+                                    "kill@step=2,kill@save=4,kill@step=6", *validated(folder)))
+    assert done.returncode == 0 and first and last, done.stderr
+    asked = f"--validation {folder / 'heldout.jsonl'}"
+    assert f"{asked}: 1 of 7 prompts are asked in training too (line 7); they are left out" in done.stderr
+    assert f"{asked}: 1 of 6 prompts are set aside: 1 longer than rollout.max_prompt_tokens" in done.stderr
+    assert "were begun by policy" not in done.stderr
+    return folder / "killed"
+
+
+@pytest.mark.distributed
+def test_kills_with_and_without_a_checkpoint_and_validations_change_no_bit(whole: Path, killed: Path,
+                                                                           folder: Path) -> None:
+    assert [e["step"] for e in events(whole, "checkpoint")] == [4, 6], "not one for each round"
     # what a dead process has claimed is not waited for: rollout.lease_s is ten minutes
-    assert [e["step"] for e in events(folder / "killed", "restart")] == [0, 0, 4, 4]
+    assert [e["step"] for e in events(killed, "restart")] == [0, 0, 4, 4, 6]
     assert losses(folder / "killed") == losses(whole) and len(losses(whole)) == 6
     assert weights(folder / "killed") == weights(whole) and weights(whole)
     for ours, theirs in zip(rows(folder / "killed-store"), rows(folder / "whole-store"), strict=True):
@@ -127,15 +152,42 @@ def test_kills_with_and_without_a_checkpoint_change_no_bit(whole: Path, folder: 
         assert ours.logprobs.tolist() == theirs.logprobs.tolist()
     published = [{name: record.digest for name, record in read_manifest(run / "rounds" / name).files.items()}
                  for run in (whole, folder / "killed") for name in ("0001", "0002", "0003")]
-    assert published[:3] == published[3:] and "were begun by policy" not in done.stderr
+    assert published[:3] == published[3:]
     assert main(["rl", "store", "verify", str(folder / "killed-store")]) == 0
 
 
 @pytest.mark.distributed
-def test_two_processes_write_and_learn_what_one_does(whole: Path, folder: Path, command: Command,
-                                                     run_command: Any) -> None:
-    done = run_command(*command("ep2", "--plain", "--workers", "1", "--nproc", "2", "--set", "parallel.ep=2"))
+def test_each_policy_is_validated_once_under_the_runs_own_reward(killed: Path) -> None:
+    told = events(killed, "validation")
+    assert [e["step"] for e in told] == [0, 2, 4, 6], "no validation is done again behind a kill"
+    answers = rows(killed / "validation")
+    assert [(row.round, set(row.versions.tolist()), row.temperature) for row in answers] == [
+        (number + 1, {2 * number}, 0.5) for number in range(4) for _ in range(10)]
+    for event in told:
+        own = [row for row in answers if row.round == event["round"]]
+        rewards = np.array([Exact(1).score({**row.record, "response": row.response}) for row in own])
+        by_prompt = rewards.reshape(5, 2)  # a prompt's samples lie together
+        assert event["reward"] == pytest.approx(rewards.mean())
+        # of two samples: the mean, and whether one is right
+        assert [one["value"] for one in event["pass_at_k"]] == pytest.approx([
+            by_prompt.mean(), by_prompt.max(axis=1).mean()])
+        lot = [row.record["domain"] == "a" for row in own]
+        assert event["domains"]["a"]["reward"] == pytest.approx(rewards[lot].mean())
+        assert event["response_tokens"] == np.mean([len(row.tokens) for row in own])
+        assert event["truncated"] == np.mean([row.finish_reason == "length" for row in own])
+    sampled = events(killed, "responses")
+    assert {e["step"] for e in sampled if e["of"] == "round"} == {0, 2, 4}
+    assert len({row["prompt"] for row in sampled[0]["rows"]}) == 5, "the first sample of each prompt first"
+
+
+@pytest.mark.distributed
+def test_two_processes_write_and_learn_what_one_does(whole: Path, killed: Path, folder: Path,
+                                                     command: Command, run_command: Any) -> None:
+    done = run_command(*command("ep2", "--plain", "--workers", "1", "--nproc", "2", "--set", "parallel.ep=2",
+                                *validated(folder)))
     assert done.returncode == 0, done.stderr
+    assert [row.tokens.tolist() for row in rows(folder / "ep2/validation")] == [
+        row.tokens.tolist() for row in rows(killed / "validation")]
     for ours, theirs in zip(rows(folder / "ep2-store"), rows(folder / "whole-store"), strict=True):
         assert ours.tokens.tolist() == theirs.tokens.tolist()
         assert np.allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
@@ -208,6 +260,13 @@ def test_what_cannot_be_run_is_told_before_anything_begins(folder: Path, command
     done = run_command(*command("refused", "--plain", "--set", "rollout.max_prompt_tokens=1"))
     assert done.returncode == 2, done.stderr
     assert "all 10 prompts have more tokens than rollout.max_prompt_tokens = 1, the shortest 2" in done.stderr
+    prompts = str(folder / "prompts.jsonl")
+    assert (f"--validation {prompts}: 10 of 10 prompts are asked in training too (line 1, line 2, line 3, "
+            "...); give prompts that --prompts does not have") in refused("--plain", "--validation", prompts)
+    assert main(command("refused", *validated(folder), word="train")) == 2
+    assert "use `rl run`, or measure its checkpoints by `megatron-sov eval passk`" in capsys.readouterr().err
+    assert "validation_samples" in refused("--plain", *validated(folder), "--set",
+                                           "rollout.validation_temperature=0")
     (folder / "file").touch()
     done = run_command(*command("refused", "--plain", store="file"))
     assert done.returncode == 2 and "file: is no rollout store" in done.stderr, done.stderr

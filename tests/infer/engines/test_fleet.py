@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet
 from megatron_sov.infer.engines.server_engine import ServerEngine, WeightFiles
-from megatron_sov.infer.engines.server_process import ENGINE_PYTHON, EngineServers, OwnServer
+from megatron_sov.infer.engines.server_process import ENGINE_PYTHON, PROGRAMS, EngineServers, OwnServer
 from megatron_sov.infer.request import Bounds, Sampling, StopRule
 from megatron_sov.work.endpoints.token_server import TokenRequest, TokenServer
 from megatron_sov.work.endpoints.vllm_server import VllmServer
-from tests.token_servers import VOCAB, VllmDouble, token_at
+from tests.token_servers import VOCAB, SglangDouble, VllmDouble, token_at
 
 
 class DoubleKeeper:
@@ -131,7 +131,7 @@ def test_a_server_that_dies_each_time_ends_all_with_a_sentence(fleets: Callable[
 
 def test_a_fleet_is_an_engine(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
     keeper = DoubleKeeper()
-    engine = ServerEngine(fleets([keeper]), tmp_path, tmp_path / "w", 4)
+    engine = ServerEngine("vllm", fleets([keeper]), tmp_path, tmp_path / "w", 4)
     first = [token_at([3, 1], place, 0) for place in range(6)]
     found = engine.generate([[3, 1], [3, 2]], Sampling(6), stop=StopRule((first[3],)))
     assert found.continuations[0] == first[:4] and found.finish_reasons[0] == "stop"
@@ -146,7 +146,7 @@ def test_a_fleet_is_an_engine(fleets: Callable[..., Fleet], tmp_path: Path) -> N
 
 
 def test_bounds_end_what_is_under_way(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
-    engine = ServerEngine(fleets([DoubleKeeper(0.01)]), tmp_path, tmp_path / "w", 4)
+    engine = ServerEngine("vllm", fleets([DoubleKeeper(0.01)]), tmp_path, tmp_path / "w", 4)
     ended = threading.Event()
     threading.Timer(0.1, ended.set).start()
     found = engine.generate([[3, 1], [3, 2]], Sampling(400), bounds=Bounds([3, 400], ended.is_set))
@@ -186,7 +186,7 @@ def test_an_interpreter_without_vllm_is_told(tmp_path: Path, monkeypatch: pytest
         python.write_text(f"#!/bin/sh\n{script}\n")
         python.chmod(0o755)
     monkeypatch.setenv(ENGINE_PYTHON, str(python))
-    server = OwnServer(0, tmp_path, 8, EngineServers(), tmp_path)
+    server = OwnServer("vllm", 0, tmp_path, 8, EngineServers(), tmp_path)
     with pytest.raises(UserError, match=said):
         server.start(lambda: False)
     server.end()
@@ -196,5 +196,34 @@ def test_waiting_for_an_address_is_told(capsys: pytest.CaptureFixture[str]) -> N
     double = VllmDouble()
     double.close()
     with pytest.raises(UserError, match="has not answered for 0 s"):
-        AddressKeeper(VllmServer(double.url, answer_s=1), 0).start(lambda: False)
+        AddressKeeper(VllmServer(double.url, answer_s=1), 0, "vllm").start(lambda: False)
     assert f"--engine-url {double.url}: does not answer; waiting up to 0 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_an_address_of_another_engine_is_told(name: str) -> None:
+    double = SglangDouble() if name == "vllm" else VllmDouble()
+    other = "sglang" if name == "vllm" else "vllm"
+    with pytest.raises(UserError, match=f"--engine {name} .*answers there; pass --engine {other}"):
+        AddressKeeper(PROGRAMS[name].connect(double.url, 1), 0, name).start(lambda: False)
+    assert AddressKeeper(PROGRAMS[other].connect(double.url, 1), 0, other).start(lambda: False) is not None
+    double.close()
+
+
+def test_a_fleet_of_sglang_changes_weights_under_way(tmp_path: Path) -> None:
+    double = SglangDouble(0.005)
+    keeper = AddressKeeper(PROGRAMS["sglang"].connect(double.url, 20), 0, "sglang")
+    with Fleet([keeper], VOCAB, 4, look_s=0.02) as fleet:
+        futures = [fleet.submit(request) for request in asked(3, 40)]
+        while double.num_written < 6:
+            time.sleep(0.002)
+        engine = ServerEngine("sglang", fleet, tmp_path, tmp_path / "w", 4)
+        engine.update(iter({"w": torch.arange(3.0)}.items()), 5)
+        for request, future in zip(asked(3, 40), futures, strict=True):
+            [before, after] = future.result(20).versions
+            assert (before.version, after.version) == (0, 5)
+            assert future.result().tokens[after.start:] == expected(request, 5)[after.start:]
+        assert [torch.equal(load_file(file)["w"], torch.arange(3.0))
+                for file in Path(double.weights).iterdir()] == [True]
+        engine.close()
+    double.close()

@@ -34,9 +34,9 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
 
 
 def server(folder: Path, *more: str, number: int = 0) -> OwnServer:
-    settings = server_settings(["tp=2", "servers=2", 'devices=["4","5","6","7"]', "ep=true",
+    settings = server_settings("vllm", ["tp=2", "servers=2", 'devices=["4","5","6","7"]', "ep=true",
                                 "quantization=fp8", f"more={json.dumps(more)}"], "--engine-set")
-    return OwnServer(number, Path("model"), 99, settings, folder / "engines",
+    return OwnServer("vllm", number, Path("model"), 99, settings, folder / "engines",
                      command=(sys.executable, "-c", PROGRAM), with_routes=True)
 
 
@@ -107,12 +107,27 @@ def test_a_server_that_does_not_start_tells_its_last_lines(tmp_path: Path) -> No
 def test_an_interpreter_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOV_ENGINE_PYTHON", "/no/python")
     with pytest.raises(UserError, match=r"/no/python cannot be started \(No such file"):
-        OwnServer(0, Path("model"), 9, EngineServers(), tmp_path).start(never)
+        OwnServer("vllm", 0, Path("model"), 9, EngineServers(), tmp_path).start(never)
 
 
 @pytest.mark.parametrize(("given", "told"), [
     (["tp=0"], "tp"), (["memory_share=1.5"], "memory_share"), (["nothing=1"], "nothing"),
+    (["dtype=bf17"], "dtype"), (["quantization=fp9"], "vLLM has auto_awq, .*fp8"),
     (["servers=2", 'devices=["0"]'], "must be 2, servers x tp x dp")])
 def test_settings_that_make_no_servers_are_refused(given: list[str], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        server_settings(given, "--engine-set")
+        server_settings("vllm", given, "--engine-set")
+
+
+def test_sglang_is_started_by_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOV_ENGINE_PYTHON", "/its/python")
+    settings = server_settings("sglang", ["tp=4", "dp=2", "ep=true", "quantization=w8a8_fp8",
+                                          "dtype=bfloat16", "memory_share=0.7"], "--engine-set")
+    words = OwnServer("sglang", 0, Path("model"), 99, settings, tmp_path, with_routes=True).words(5)
+    assert words[:3] == ["/its/python", "-m", "sglang.launch_server"]
+    told = " ".join(words)
+    # SGLang ends an answer two tokens before the end of its context
+    for part in ("--model-path model", "--host 127.0.0.1 --port 5", "--context-length 101", "--tp-size 4",
+                 "--dp-size 2", "--ep-size 4", "--quantization w8a8_fp8", "--dtype bfloat16",
+                 "--mem-fraction-static 0.7", "--skip-tokenizer-init", "--enable-return-routed-experts"):
+        assert part in told

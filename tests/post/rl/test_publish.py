@@ -370,9 +370,11 @@ def test_what_was_cut_off_teaches_nothing_and_counts_in_its_group(filling: Publi
 def test_a_round_without_any_reward_is_not_passed_over(publisher: Publisher, write_round: Any) -> None:
     store = write(publisher, write_round, judge=False)
     for name in (part_name(1, 0), part_name(1, 1)):
-        store.add_rewards(VERSION, name, [RewardRow(row.key, 0, VERSION, None, "failed")
-                                          for row in store.read_rollouts(name)])
-    with pytest.raises(UserError, match=r"no response of round 1 has a reward \(24 failed\); mend .* gc "):
+        store.add_rewards(VERSION, name, [
+            RewardRow(row.key, 0, VERSION, None, "failed", {}, "no server answers")
+            for row in store.read_rollouts(name)])
+    with pytest.raises(UserError, match=r"no response of round 1 has a reward \(24 failed, the first "
+                                         "because no server answers\\); mend .* gc "):
         publisher.publish(1)
     assert not publisher.rounds.exists()
 

@@ -59,7 +59,7 @@ class Desk:
         self.newest, self.taken = 0, list[int]()
         self.store = RolloutStore.create(folder / "store", "sha256:0", VOCAB)
         self.fleet = Fleet(keepers, VOCAB, 4, look_s=0.02, backoff_s=(0.01, 0.05)).__enter__()
-        self.engine = ServerEngine(self.fleet, folder, folder / "weights", 4)
+        self.engine = ServerEngine("vllm", self.fleet, folder, folder / "weights", 4)
         self.source = ResponseSource(Numbers(), rollout, "vllm", True, {})  # type: ignore[arg-type]
         self.requests = row_requests(self.engine, self.source, 4)
         missing = Missing(self.store, Claims(self.store.claims, 60.0), self.prompts, rollout,
@@ -190,7 +190,7 @@ def test_servers_of_others_are_given_the_weights_of_the_start_too(
     monkeypatch.setattr(requests, "serving_engine", lambda *args, **kwargs: nullcontext(engine))
     monkeypatch.setattr(requests, "export_weights", lambda model: iter(()))
     monkeypatch.setattr(requests, "on_main", lambda world, work: work())
-    servers = LiveServers(tmp_path, tmp_path, EngineServers(), urls, 8, VOCAB, with_routes=False)
+    servers = LiveServers("vllm", tmp_path, tmp_path, EngineServers(), urls, 8, VOCAB, with_routes=False)
     while servers.is_opening(1.0):
         pass
     view: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), policy=SimpleNamespace(

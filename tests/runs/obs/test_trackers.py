@@ -16,7 +16,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError, how_to_install
 from megatron_sov.model.config import ObsConfig
-from megatron_sov.runs.obs.exporters import Trackers
+from megatron_sov.runs.obs.trackers import Trackers
 
 
 def test_tensorboard_reads_back_the_values(tmp_path: Path) -> None:
@@ -39,6 +39,54 @@ def test_tensorboard_reads_back_the_values(tmp_path: Path) -> None:
     loss = events.Tensors("loss")
     assert [value(e) for e in loss[:3]] == pytest.approx([1, 0.5, 1 / 3])
     assert math.isnan(value(loss[3])) and loss[3].step == 4
+
+
+ROUND = {"event": "responses", "step": 2, "of": "round", "rows": [
+    {"prompt": "2 + 2?", "response": "a | b\n\n4 \u0635", "reward": None, "components": {}, "tokens": 3,
+     "ended": "stop"},
+    {"prompt": "3?", "response": "3", "reward": 0.5, "components": {"math": 1.0}, "tokens": 1,
+     "ended": "length"}]}
+VALIDATED = {"event": "validation", "step": 2, "reward": 0.25, "truncated": 0.0, "response_tokens": 4.5,
+             "pass_at_k": [{"k": 1, "value": 0.25}, {"k": 2, "value": 0.5}],
+             "domains": {"a,b:c": {"reward": None, "pass_at_k": []}, "d": {"reward": 1.0}},
+             "components": {"math": 0.5}}
+CURVES = {"reward": 0.25, "truncated": 0.0, "response_tokens": 4.5, "pass_at_1": 0.25, "pass_at_2": 0.5,
+          "component/math": 0.5, "domain/d/reward": 1.0}
+
+
+def observe(trackers: Trackers) -> None:
+    for event in (ROUND, VALIDATED, {"event": "step", "step": 3}):
+        trackers.observe(event)
+    trackers.close()
+
+
+def test_tensorboard_shows_samples_of_responses_and_validations(tmp_path: Path) -> None:
+    observe(Trackers(ObsConfig(tensorboard=True), tmp_path, {}))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {name: pytest.approx(float(events.Tensors(name)[0].tensor_proto.float_val[0]))
+            for name in events.Tags()["tensors"]} == {f"validation/{k}": v for k, v in CURVES.items()}
+    texts = EventAccumulator(str(tmp_path / "tensorboard/samples")).Reload()
+    (event,) = texts.Tensors("samples/round")
+    cells = make_ndarray(event.tensor_proto)
+    assert event.step == 2 and cells.shape == (3, 6) and cells[0, 2] == b"reward"
+    assert cells[1, 1].decode() == "    a | b\n    \n    4 \u0635"
+    assert cells[1:, 2].tolist() == [b"    ", b"    0.5"]
+    assert texts.SummaryMetadata("samples/round").plugin_data.plugin_name == "text"
+
+
+def test_mlflow_keeps_samples_as_a_table_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    observe(Trackers(ObsConfig(mlflow=True), tmp_path, {}))
+    (file,) = (tmp_path / "mlflow").rglob("samples/round-2.json")
+    table = json.loads(file.read_text())
+    assert table["columns"][:3] == ["prompt", "response", "reward"] and table["data"][0][2] is None
+    assert table["data"][1] == ["3?", "3", 0.5, '{"math": 1.0}', 1, "length"]
+    (metrics,) = (tmp_path / "mlflow").rglob("metrics/validation")
+    assert {str(f.relative_to(metrics)) for f in metrics.rglob("*") if f.is_file()} == set(CURVES)
 
 
 def wandb_records(file: Path) -> Iterator[bytes]:
@@ -86,16 +134,22 @@ def test_wandb_offline_keeps_its_run_and_accepts_steps_done_again(tmp_path: Path
                             {"recipe": "tiny-solar-open"})
         for step in steps:
             trackers.log_step(step, {"loss": 1.0 / step})
-        trackers.close()
+        observe(trackers)
         (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
         until_s = time.monotonic() + 600
         while not (found := read_wandb(file))[1] and time.monotonic() < until_s:
             time.sleep(0.1)  # a process of wandb's writes it
         attempts.append(found)
+        (table,) = (tmp_path / "wandb").rglob("*.table.json")
+        assert json.loads(table.read_text())["data"][1] == ["3?", "3", "0.5", '{"math": 1.0}', "1", "length"]
         shutil.rmtree(tmp_path / "wandb")  # an attempt's folder is named by the second in which it began
     run_id = (tmp_path / "wandb-id").read_text()
-    assert attempts == [(run_id, [{"step": s, "loss": 1.0 / s} for s in steps])
-                        for steps in ((1, 2, 3), (2, 3, 4))]
+    for (own_id, history), steps in zip(attempts, ((1, 2, 3), (2, 3, 4)), strict=True):
+        assert own_id == run_id
+        assert history[:3] == [{"step": s, "loss": 1.0 / s} for s in steps]
+        samples, validated = history[3:]
+        assert samples.keys() == {"step", "samples/round"} and samples["step"] == 2
+        assert validated == {"step": 2, **{f"validation/{name}": value for name, value in CURVES.items()}}
 
 
 def test_a_failing_tracker_is_named_once_and_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

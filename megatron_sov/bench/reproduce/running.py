@@ -1,0 +1,245 @@
+"""Runs of claims: each seed of each claim is an item of a job, made of ordinary commands, of which none that
+is done is done again.
+
+    OUTPUT/setup/NAME-ADDRESS/                what all seeds read
+    OUTPUT/CLAIM/ADDRESS/claim.json           what was declared, written before the first run
+    OUTPUT/CLAIM/ADDRESS/seed-N/base          what the arms of a seed share
+    OUTPUT/CLAIM/ADDRESS/seed-N/arms/ARM      and each of them, with the log of its commands
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from megatron_sov.base.artifacts import disk_errors, new_file, to_json
+from megatron_sov.base.errors import ExitCode, UserError, list_problems
+from megatron_sov.base.sealed import read_json, write_json
+from megatron_sov.bench.reproduce.claims import ADDRESS_CHARS, PLACE, PROGRAMS, Measure, Registered
+from megatron_sov.work.processes.children import start_command
+from megatron_sov.work.progress.jobs import Job, in_workers
+from megatron_sov.work.progress.journal import Journal
+from megatron_sov.work.progress.locks import holding
+
+RESULTS, DECLARED, MEASURED, LOG = "results.json", "claim.json", "measured.json", "log"
+REDIRECT = ">"
+SHOWN_LINES = 3
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a command was asked for; any process makes the same job of it."""
+
+    claims: tuple[Registered, ...]
+    seeds: Mapping[str, int]
+    """Claim -> number of seeds, from 0."""
+    output: Path
+    beside: Path
+    """Folder of the file of claims."""
+
+    def items(self) -> list[tuple[str, int]]:
+        """Return claim and seed of each item, a seed of every claim before the next seed."""
+        most = max(self.seeds.values())
+        return [(c.name, seed) for seed in range(most) for c in self.claims if seed < self.seeds[c.name]]
+
+    def job(self, workers: int, publish: Callable[[dict[str, dict[int, Any]]], object],
+            done: Callable[[tuple[str, int]], object] = lambda item: None) -> Job[tuple[str, int]]:
+        """Return the job, done in so many processes of this machine.
+
+        Args:
+            workers: processes.
+            publish: takes claim -> seed -> arm -> measure -> figure of all.
+            done: is told each item.
+        """
+        def sink(journal: Journal) -> None:
+            found: dict[str, dict[int, Any]] = {c.name: {} for c in self.claims}
+            for (name, seed), (_, record) in zip(self.items(), journal.records(), strict=True):
+                found[name][seed] = json.loads(record)
+            publish(found)
+
+        identity = {"claims": {c.name: c.sha256 for c in self.claims}, "seeds": dict(self.seeds)}
+        return Job(made_by="megatron-sov reproduce", output=self.output / RESULTS, identity=identity,
+                   items=self.items(), do=in_workers(_runner, (self,), workers), sink=sink, done=done)
+
+    def begin(self) -> None:
+        """Declare the claims, and make what all seeds read.
+
+        Raises:
+            UserError: a claim was changed after it had run, and does not say so; or a command fails.
+        """
+        for claim in self.claims:
+            declare(self.output, claim)
+        for claim in self.claims:
+            places: dict[str, str] = {}
+            for name, commands in claim.setup.items():
+                folder = setup_folder(self.output, claim, name)
+                with holding(folder, folder):
+                    run_steps(folder, commands, places | {"claims": str(self.beside)})
+                places[name] = str(folder)
+
+
+def claim_folder(output: Path, claim: Registered) -> Path:
+    return output / claim.name / claim.address
+
+
+def setup_folder(output: Path, claim: Registered, name: str) -> Path:
+    """Return the folder of a setup, named by all that it is made by."""
+    upto = dict(list(claim.setup.items())[:list(claim.setup).index(name) + 1])
+    sha256 = hashlib.sha256(to_json([upto, claim.declared["read"]]).encode()).hexdigest()
+    return output / "setup" / f"{name}-{sha256[:ADDRESS_CHARS]}"
+
+
+def earlier_forms(output: Path, claim: Registered) -> dict[str, Mapping[str, Any]]:
+    """Return address -> what was declared, of the forms of a claim that have run before this one."""
+    return {file.parent.name: read_json(file)
+            for file in sorted((output / claim.name).glob(f"*/{DECLARED}"))
+            if file.parent.name != claim.address}
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line for each value in which two forms of a claim differ, with the whole of both."""
+    old, new = (dict(_leaves(form)) for form in (before, now))
+    return [f"{key} was {old.get(key, 'not there')}, and is {new.get(key, 'not there')}"
+            for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (dict, list)):
+        for name, inner in (value.items() if isinstance(value, dict) else enumerate(value)):
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
+
+
+def declare(output: Path, claim: Registered) -> None:
+    """Write what a claim says before anything of it runs.
+
+    Raises:
+        UserError: another form of it has run here, and its list of changes does not name that.
+    """
+    told = {change.sha256[:ADDRESS_CHARS] for change in claim.claim.changes}
+    for address, declared in earlier_forms(output, claim).items():
+        if address not in told:
+            raise UserError(list_problems(
+                f"{output / claim.name / address}: has run claim {claim.name} in another form",
+                changed(declared, claim.declared),
+                f"tell it in the claim's `changes` (sha256: {address}), take the change back, or name "
+                "another --output"))
+    file = claim_folder(output, claim) / DECLARED
+    if not file.is_file():
+        with disk_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, dict(claim.declared))
+
+
+def _runner(order: Order) -> Callable[[tuple[str, int]], bytes]:
+    claims = {claim.name: claim for claim in order.claims}
+    return lambda item: to_json(run_seed(order, claims[item[0]], item[1])).encode()
+
+
+def run_seed(order: Order, claim: Registered, seed: int) -> dict[str, dict[str, float]]:
+    """Run what is missing of a seed; returns arm -> measure -> figure."""
+    folder = claim_folder(order.output, claim) / f"seed-{seed}"
+    places = {name: str(setup_folder(order.output, claim, name)) for name in claim.setup} | {
+        "seed": str(seed), "base": str(folder / "base"), "claims": str(order.beside)}
+    run_steps(folder / "base", claim.declared["base"], places)
+    figures = {}
+    for arm, commands in claim.declared["arms"].items():
+        own = folder / "arms" / arm
+        run_steps(own, commands, places)
+        figures[arm] = {name: read_figure(own, measure) for name, measure in claim.claim.measures.items()}
+    write_json(folder / MEASURED, figures)
+    return figures
+
+
+def seeds_of(folder: Path) -> dict[int, Any]:
+    """Return seed -> arm -> measure -> figure of the seeds that a form of a claim has run to their end."""
+    return {int(file.parent.name.partition("-")[2]): read_json(file)
+            for file in folder.glob(f"seed-*/{MEASURED}")}
+
+
+def run_steps(folder: Path, commands: Sequence[str], places: Mapping[str, str]) -> None:
+    """Run the commands of a folder that are not done.
+
+    Raises:
+        UserError: one ends with another code than 0.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    journal = Journal(folder)
+    try:
+        for number, command in enumerate(commands):
+            if number not in journal.done:
+                began_s = time.monotonic()
+                run_step(folder, fill(command, {**places, "here": str(folder)}))
+                journal.add([(number, to_json({"seconds": time.monotonic() - began_s}).encode())])
+    finally:
+        journal.close()
+
+
+def fill(command: str, places: Mapping[str, str]) -> list[str]:
+    """Return the words of a command; a path with blanks stays one."""
+    return [PLACE.sub(lambda place: places[place[1]], word) for word in shlex.split(command)]
+
+
+def run_step(folder: Path, words: Sequence[str]) -> None:
+    """Run one command; what it says goes to the folder's log, or, behind >, to a file that appears whole."""
+    words, target = (words[:-2], words[-1]) if REDIRECT in words[-2:-1] else (words, "")
+    command = [sys.executable, "-W", "ignore", "-m", PROGRAMS[words[0]], *words[1:]]
+    # arms are compared at one thread each, side by side
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(folder / LOG, "ab") as log:
+        log.write(f"$ {shlex.join(words)}\n".encode())
+        log.flush()
+        if target:
+            with new_file(Path(target)) as temporary, open(temporary, "wb") as out:
+                code = start_command(command, stdout=out, stderr=log, environment=environment,
+                                     ends_with_this=True).wait()
+                _refuse_failure(folder, words, code)
+        else:
+            code = start_command(command, stdout=log, stderr=log, environment=environment,
+                                 ends_with_this=True).wait()
+            _refuse_failure(folder, words, code)
+
+
+def _refuse_failure(folder: Path, words: Sequence[str], code: int) -> None:
+    if code != ExitCode.OK:
+        said = (folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")[-1 - SHOWN_LINES:]
+        raise UserError(f"{folder / LOG}: `{shlex.join(words[:2])}` ends with exit code {code}: "
+                        f"{' '.join(said).strip()}; mend that, and the same command goes on")
+
+
+def read_figure(folder: Path, measure: Measure) -> float:
+    """Return the figure of an arm.
+
+    Raises:
+        UserError: its file has none.
+    """
+    file = folder / measure.file
+    try:
+        text = file.read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.split("\n") if line] if file.suffix == ".jsonl" else [
+            json.loads(text)]
+        if measure.event:
+            rows = [row for row in rows if row.get("event") == measure.event][-1:]
+        return fmean(value for row in rows for value in _values(row, measure.value.split("/")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{file}: has no {measure.value!r} ({type(e).__name__}: {e}); look at the claim's "
+                        "measures and at the log beside it") from None
+
+
+def _values(value: Any, keys: Sequence[str]) -> Iterator[float]:
+    if not keys:
+        yield float(value)
+    else:
+        for inner in (value.values() if keys[0] == "*" else [value[keys[0]]]):
+            yield from _values(inner, keys[1:])

@@ -1,0 +1,163 @@
+"""What passes through the modules of a model, as two sums for each that no layout changes: of all values, and
+of their squares, over all tokens, channels and micro-batches of a step."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_sov.engine.model.language_model import LanguageModel
+from megatron_sov.engine.parallel.simulated_world import CallSite
+
+Sums = tuple[float, float]
+_EXPERT = re.compile(r"\.local_experts\.\d+")
+_REPLICA_TOLERANCE = 1e-12
+"""Relative: two processes with sums so close hold the same tensor, and two parts of one never do."""
+
+
+@dataclass
+class Observed:
+    """Of one process."""
+
+    group: tuple[int, ...]
+    """Its tensor parallel group."""
+    expert_group: tuple[int, ...]
+    """That of its experts."""
+    forward: dict[str, Sums] = field(default_factory=dict)
+    """Module -> of its outputs, in the order of first calls."""
+    backward: dict[str, Sums] = field(default_factory=dict)
+    """Module -> of the gradients of its outputs, in the order in which they came."""
+    sites: dict[str, dict[CallSite, None]] = field(default_factory=lambda: defaultdict(dict))
+    """Part of the step, as `forward of MODULE` -> what was sent in it."""
+    part: str = "before the first module"
+
+
+def observe(model: LanguageModel) -> Observed:
+    """Return what fills while the model computes with gradients."""
+    found = Observed(_ranks_of(parallel_state.get_tensor_model_parallel_group()),
+                     _ranks_of(parallel_state.get_expert_tensor_parallel_group()))
+    for name, module in _named(model):
+        module.register_forward_pre_hook(_Enter(found, name))
+        module.register_forward_hook(_Leave(found, name))
+    return found
+
+
+def locate(expected: Observed, seen: Sequence[Observed], tolerance: float) -> tuple[list[str], list[str]]:
+    """Return the modules at which a difference begins, forward and backward, and what is sent in the first.
+
+    Args:
+        expected: of one process.
+        seen: of all processes of a layout, by rank.
+        tolerance: relative.
+    """
+    found = {kind: _first_difference(getattr(expected, kind), _joined(seen, kind), tolerance)
+             for kind in ("forward", "backward")}
+    modules = [module for module in found.values() if module is not None]
+    ends = tuple(f" {word} {module}" for word in ("of", "behind") for module in modules[:1])
+    sites = {str(site) for one in seen for part, sites in one.sites.items() if part.endswith(ends)
+             for site in sites} if ends else set()
+    return [f"{kind} of {module}" for kind, module in found.items() if module is not None], sorted(sites)
+
+
+def _joined(seen: Sequence[Observed], kind: str) -> dict[str, Sums]:
+    """Return the sums over all processes, what several hold alike counted once.
+
+    Args:
+        seen: of all processes, by rank.
+        kind: "forward" or "backward".
+    """
+    found: dict[str, Sums] = {}
+    for name in dict.fromkeys(name for one in seen for name in getattr(one, kind)):
+        groups: dict[tuple[int, ...], list[Sums]] = defaultdict(list)
+        for one in seen:
+            if name in getattr(one, kind):
+                groups[one.expert_group if ".experts" in name else one.group].append(getattr(one, kind)[name])
+        totals = [_of_group(parts) for parts in groups.values()]
+        found[name] = sum(t[0] for t in totals), sum(t[1] for t in totals)
+    return found
+
+
+def _first_difference(expected: Mapping[str, Sums], found: Mapping[str, Sums],
+                      tolerance: float) -> str | None:
+    """Return the first module whose sums differ; None: none's do."""
+    for name, (total, squares) in expected.items():
+        other = found.get(name, (float("nan"), float("nan")))
+        # a plain sum may cancel: what it is measured by is the size of its terms
+        scale = squares ** 0.5 + abs(total)
+        apart = max(abs(total - other[0]) / max(scale, 1e-30),
+                    abs(squares - other[1]) / max(squares, 1e-30))
+        if not apart <= tolerance:
+            return name
+    return None
+
+
+def _of_group(parts: list[Sums]) -> Sums:
+    first = parts[0]
+    is_replica = len(parts) > 1 and all(
+        abs(part[i] - first[i]) <= _REPLICA_TOLERANCE * max(abs(first[i]), 1e-300)
+        for part in parts for i in (0, 1))
+    return first if is_replica else (sum(part[0] for part in parts), sum(part[1] for part in parts))
+
+
+class _Enter:
+    def __init__(self, found: Observed, name: str) -> None:
+        self._found, self._name = found, name
+
+    def __call__(self, module: Any, args: Any) -> None:
+        self._found.part = f"forward of {self._name}"
+
+
+class _Leave:
+    def __init__(self, found: Observed, name: str) -> None:
+        self._found, self._name = found, name
+
+    def __call__(self, module: Any, args: Any, output: Any) -> None:
+        self._found.part = f"forward behind {self._name}"
+        if not torch.is_grad_enabled():
+            return  # it is computed again, with gradients, when they are needed
+        # what stands beside it is a bias that is added later, whole on each process
+        tensor = output[0] if isinstance(output, tuple) else output
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            _add(self._found.forward, self._name, tensor.detach())
+            if tensor.requires_grad:
+                tensor.register_hook(self._came)
+
+    def _came(self, gradient: torch.Tensor) -> None:
+        self._found.part = f"backward of {self._name}"
+        _add(self._found.backward, self._name, gradient)
+
+
+def _add(sums: dict[str, Sums], name: str, tensor: torch.Tensor) -> None:
+    total, squares = sums.get(name, (0.0, 0.0))
+    sums[name] = total + float(tensor.sum()), squares + float(tensor.square().sum())
+
+
+def _named(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield modules by names that are the same at every layout: layers by their number in the model, experts
+    together."""
+    for chunk in model.chunks:
+        layers = {name: module for name, module in chunk.named_modules()
+                  if isinstance(module, TransformerLayer)}
+        for name, module in chunk.named_modules():
+            # what holds layers gives what the next stage gets, and each stage makes angles of its own
+            if any(layer.startswith(name and name + ".") for layer in layers) or "rotary" in name:
+                continue
+            # which is summed up on its way back to the token
+            if name.endswith("linear_fc2") and parallel_state.get_expert_tensor_parallel_world_size() > 1:
+                continue
+            at = next((layer for layer in layers if name == layer or name.startswith(layer + ".")), None)
+            if at is not None:
+                kind = "prediction layer" if ".mtp." in f".{at}" else "layer"
+                name = f"{kind} {layers[at].layer_number}{name[len(at):]}"
+            yield _EXPERT.sub(".experts", name).removeprefix("module.") or "model", module
+
+
+def _ranks_of(group: Any) -> tuple[int, ...]:
+    return tuple(torch.distributed.get_process_group_ranks(group))

@@ -1,0 +1,193 @@
+"""A run in miniature: the same layout, layers of the same kinds and the same settings of the step, with
+widths of a few numbers, in float64.
+
+What a layout can get wrong are places: what is cut where, who sends what to whom, what is summed over whom
+and by how much it is divided.  None of it depends on how wide a layer is, as long as each process has a part
+of it, so that widths are the smallest which the layout divides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.documents.shard_files import IndexedWriter
+from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
+from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
+from megatron_sov.train.data.token_shards import CONTENT_VERSION, source_record
+
+HEAD_DIM = 8
+"""Of rotary positions half is turned in some families, in pairs."""
+VOCABULARY = 89
+"""A prime: what is padded until tensor parallelism divides it is padded here too."""
+ROW_TOKENS = 32
+SOURCE = "proof"
+OFF: dict[str, Any] = {
+    "train.precision": "fp64", "train.fp8": "none", "train.fp8_weights": False, "train.tokens": 0,
+    "train.epochs": 0, "train.steps": 8, "train.ramp_from_batch_size": 0, "train.hidden_dropout": 0,
+    "train.head_chunk_tokens": 24, "data.heldout_tokens": 64, "data.max_epochs": 1e9, "data.skip_steps": [],
+    # a key's bias has no gradient, and Adam makes steps of the rounding errors that are left of it
+    "optim.eps": 1e-4, "optim.warmup_steps": 0, "model.init_std": 0.3, "gpu.cuda_graphs": [],
+    "gpu.optimizer_offload": 0,
+    "gpu.grad_dtype": "fp32", "gpu.moment_dtype": "fp32", "gpu.attention": "auto", "gpu.exchange_sms": 0,
+    "gpu.nccl_user_buffers": "off", "gpu.recompute_modules": [], "gpu.offload_modules": [],
+    "parallel.expert_overlap": "none", "parallel.delay_weight_grads": False, "lora.rank": 0}
+"""What a step in float64 on a host cannot have, or would only make longer; `left_out` tells what of it a run
+has."""
+TOLD = {"train.fp8": "fp8 products", "parallel.expert_overlap": "overlap of the experts' messages",
+        "gpu.cuda_graphs": "CUDA graphs", "gpu.optimizer_offload": "offloaded optimizer states",
+        "parallel.expert_dispatcher": "the kernels of DeepEP and HybridEP",
+        "gpu.attention": "kernels of attention, and what Transformer Engine sends for them",
+        "gpu.recompute_modules": "selective recomputation", "lora.rank": "adapters"}
+"""Setting that is changed -> what that leaves out of the proof."""
+
+
+@dataclass(frozen=True)
+class Miniature:
+    """A run whose step can be played on a host."""
+
+    config: RunConfig
+    num_ranks: int
+    left_out: tuple[str, ...]
+    """What the run itself has, and this one not."""
+
+    def alone(self) -> RunConfig:
+        """Return the same run on one process."""
+        lone = ParallelConfig()
+        given = {f"parallel.{name}": getattr(lone, name)
+                 for name in ("tp", "sp", "pp", "vpp", "ep", "etp", "cp", "pipeline_layout", "zero1",
+                              "overlap_grad_reduce", "overlap_param_gather", "expert_dispatcher")}
+        return apply_settings(self.config, _typed(given))
+
+
+def miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
+    """Return a run in miniature.
+
+    Args:
+        config: the run.
+        num_ranks: its processes.
+        data: folder that `write_documents` has made, or will make.
+
+    Raises:
+        UserError: the run's own settings break a rule.
+    """
+    config.check(num_ranks)
+    m, p = config.model, config.parallel
+    runs = _runs(config)
+    given = OFF | {
+        "model.vocab_size": VOCABULARY, "model.num_layers": sum(runs), "parallel.pipeline_layout": [
+            *runs] if p.pipeline_layout else [],
+        "model.expert_ffn_dim": 2 * _multiple(p.etp, p.tp) if m.num_experts else 0,
+        "data.paths": {str(data): 1.0}, "data.phases": [{"name": "proof", "seq_len": _row_tokens(p)}],
+        "train.global_batch_size": _batch_size(config, num_ranks),
+        "train.recompute": config.train.recompute if config.train.recompute != "selective" else False,
+        **_widths(m, p)}
+    if p.expert_dispatcher in ("deepep", "hybridep"):
+        given["parallel.expert_dispatcher"] = "alltoall"
+    if m.dense_ffn_dim:
+        given["model.dense_ffn_dim"] = 4 * p.tp
+    if m.sliding_window_tokens:
+        given["model.sliding_window_tokens"] = 8
+    small = apply_settings(config, _typed(given))
+    return Miniature(small, num_ranks, tuple(_left_out(config, small)))
+
+
+def write_documents(folder: Path, seed: int = 0) -> None:
+    """Write random documents of 2 to 40 tokens, a third of which are no targets, as a token artifact."""
+    random = np.random.default_rng(seed)
+    counts = {"num_documents": 600, "num_tokens": 0, "num_bytes": 0}
+    with new_artifact(folder, "tokens") as artifact:
+        prefix = artifact.path / SOURCE
+        with IndexedWriter(prefix, "uint16", {"loss": "float32", "type": "uint8"}) as writer:
+            for _ in range(counts["num_documents"]):
+                ids = random.integers(0, VOCABULARY, random.integers(2, 41))
+                learned = random.random(len(ids)) < 2 / 3
+                writer.write(np.array([len(ids)], np.int32), {
+                    "bin": ids, "loss": learned.astype(np.float32),
+                    "type": np.where(learned, TYPE_RESPONSE, TYPE_PROMPT)})
+                counts["num_tokens"] += len(ids)
+        counts["num_bytes"] = counts["num_tokens"]
+        artifact.content = {
+            "content_version": CONTENT_VERSION, "tokenizer_sha256": "0" * 64, "vocab_size": VOCABULARY,
+            "dtype": "uint16", "eod": "none", "bos_id": None, "eos_id": None,
+            "sources": [source_record(SOURCE, "chat", ("loss", "type"), [{"prefix": SOURCE, **counts}])]}
+        artifact.settings = {"seed": seed}
+
+
+def _runs(config: RunConfig) -> list[int]:
+    """Return the layers of each run of each stage: two where there are more, so that each kind of layer
+    meets each other one."""
+    m, p = config.model, config.parallel
+    given = p.pipeline_layout or (m.num_layers // (p.pp * p.vpp),) * (p.pp * p.vpp)
+    runs = [min(count, 2) for count in given]
+    # layers without experts come first, and one with experts must follow
+    while m.num_experts and sum(runs) <= m.num_dense_layers and p.pp == 1:
+        runs[0] += 1
+    return runs
+
+
+def _widths(m: ModelConfig, p: ParallelConfig) -> dict[str, Any]:
+    # keys and values stay as many for each head as they are
+    kv_heads = _smallest(m.num_kv_heads, p.tp)
+    heads = max(m.num_heads * kv_heads // m.num_kv_heads, kv_heads)
+    given: dict[str, Any] = {"model.num_kv_heads": kv_heads, "model.num_heads": heads,
+                             "model.head_dim": HEAD_DIM, "model.hidden_size": 8 * p.tp}
+    if m.latent_attention is not None:
+        q_rank = m.latent_attention.q_lora_rank
+        given |= {"model.num_heads": 2 * p.tp, "model.num_kv_heads": 2 * p.tp, "model.head_dim": 12,
+                  "model.latent_attention": {
+                      "kv_lora_rank": 12, **({} if q_rank is None else {"q_lora_rank": 20}),
+                      "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}}
+    if m.num_experts:
+        given["model.num_experts"] = _experts(m, p)
+    if m.yarn is not None:
+        given["model.yarn"] = {**json.loads(json.dumps(m.yarn.__dict__)),
+                               "original_max_position_tokens": 4 * p.cp * p.tp}
+    return given
+
+
+def _experts(m: ModelConfig, p: ParallelConfig) -> int:
+    """Return the experts: two on each process at least, groups of them as they are."""
+    count = max(2 * p.ep, 2 * m.num_experts_per_token, 2 * m.num_expert_groups)
+    step = _multiple(p.ep, m.num_expert_groups)
+    return min(m.num_experts, -(-count // step) * step)
+
+
+def _row_tokens(p: ParallelConfig) -> int:
+    return -(-ROW_TOKENS // p.row_multiple) * p.row_multiple
+
+
+def _batch_size(config: RunConfig, num_ranks: int) -> int:
+    """Return the rows of a step: two micro-batches of each process, more where the pipeline wants them."""
+    p, replicas = config.parallel, num_ranks // config.parallel.ranks_per_replica
+    return replicas * config.train.micro_batch_size * (p.pp if p.vpp > 1 else 2)
+
+
+def _smallest(count: int, tp: int) -> int:
+    """Return the smallest divisor of a number of heads that tensor parallelism divides, two on each process
+    where there are so many."""
+    fitting = [n for n in range(1, count + 1) if count % n == 0 and n % tp == 0]
+    return next((n for n in fitting if n >= 2 * tp), fitting[-1])
+
+
+def _multiple(a: int, b: int) -> int:
+    return int(np.lcm(a, b))
+
+
+def _typed(given: dict[str, Any]) -> Sequence[str]:
+    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+            for name, value in given.items()]
+
+
+def _left_out(config: RunConfig, small: RunConfig) -> Iterator[str]:
+    for name, what in TOLD.items():
+        part, _, key = name.partition(".")
+        if getattr(getattr(config, part), key) != getattr(getattr(small, part), key) or (
+                name == "gpu.attention"):
+            yield what

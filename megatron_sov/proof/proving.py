@@ -1,0 +1,336 @@
+"""A step of a layout beside the same step of one process, number for number."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import textwrap
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.model.local_shards import LocalShard, local_shards
+from megatron_sov.engine.model.observing import Observed, locate, observe
+from megatron_sov.engine.parallel.simulated_world import CallSite, Meddle, SimulatedRanks, Standstill
+from megatron_sov.engine.parallel.world import ParallelWorld
+from megatron_sov.model.config import ParallelConfig, RunConfig
+from megatron_sov.post.sft import SupervisedFineTuning
+from megatron_sov.proof.miniature import Miniature
+from megatron_sov.runs.folder import RunFolder
+from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.objectives.data_objective import LanguageModelling
+from megatron_sov.train.trainer import Trainer
+from megatron_sov.work.progress.progress_bar import work_bar
+
+STEPS = 2
+"""The second shows that what the first has left, weights and counters, is what all continue with."""
+TOLERANCE = 1e-9
+"""Of a tensor's largest number.  Sums in another order are some 1e-15 apart in float64, and a fault of the
+layout, of which every number is a part, is not below 1e-6."""
+OBJECTIVES: dict[str, Any] = {"lm": LanguageModelling, "sft": SupervisedFineTuning}
+SHOWN = 8
+"""Differences that a text names; JSON has all."""
+ASSUMED = ("kernels compute what their plain versions do, and messages arrive as sent: what runs here are "
+           "megatron-core's modules without Transformer Engine",
+           "widths do not matter: heads, channels, experts and vocabulary are as few as the layout divides")
+EQUAL, DIFFERS, STANDS, FAILS = "equal", "differs", "stands still", "fails"
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What one process has after its steps."""
+
+    numbers: list[dict[str, float]]
+    """Of each step."""
+    tensors: list[dict[str, torch.Tensor]]
+    """Of each step: weights and states of the optimizer, whole."""
+    observed: Observed
+
+
+@dataclass
+class Verdict:
+    """What a comparison found."""
+
+    outcome: str
+    """`EQUAL`, `DIFFERS`, `STANDS` or `FAILS`."""
+    num_ranks: int
+    largest: float = 0.0
+    """Largest difference of a number that was compared, relative."""
+    places: list[str] = field(default_factory=list)
+    """What differs, what comes first in a step first."""
+    sites: list[str] = field(default_factory=list)
+    """What is sent where the first difference is."""
+    compared: dict[str, int] = field(default_factory=dict)
+    """Kind -> how many."""
+    messages: int = 0
+    """Calls of collectives and messages, by all processes together."""
+    seconds: float = 0.0
+
+
+def prove(small: Miniature, meddle: Meddle | None = None, whole: Whole | None = None) -> Verdict:
+    """Play two steps of a run's layout in this process, and compare them with one process'.
+
+    Must run in a process that is in no process group and that computes on no GPU, before or afterwards
+    (`cpu_shims.prepare_without_gpu`).
+
+    Args:
+        small: the run.
+        meddle: does calls in another way (a fault on purpose).
+        whole: what one process has, where it is known.
+
+    Raises:
+        UserError: the run's settings break a rule that shows when it is built.
+    """
+    began_s = time.monotonic()
+    # a backward pass stays in the thread of its process
+    with torch.autograd.set_multithreading_enabled(False), _one_thread(), _doubles_are_floats():
+        verdict = _compare(small, play_alone(small) if whole is None else whole, meddle)
+    verdict.seconds = time.monotonic() - began_s
+    return verdict
+
+
+def play_alone(small: Miniature) -> Whole:
+    """Return what one process has after the steps of a run."""
+    [whole] = SimulatedRanks(1).run(ParallelConfig(), lambda place: _play_whole(small.alone(), place))
+    return whole
+
+
+def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
+    ranks = SimulatedRanks(small.num_ranks, meddle)
+    comparing = _Comparing(whole)
+    observed: list[Observed | None] = [None] * small.num_ranks
+
+    def noted(rank: int, site: CallSite) -> None:
+        if (own := observed[rank]) is not None:
+            own.sites[own.part][site] = None
+
+    def play(place: ParallelWorld) -> list[dict[str, float]]:
+        trainer = _trainer(small.config, place)
+        observed[place.rank] = observe(trainer.model)
+        steps = []
+        for step in range(STEPS):
+            steps.append(_step(trainer))
+            comparing.add(step, trainer, place)
+        return steps
+
+    ranks.watch = noted
+    with work_bar("prove", small.num_ranks * STEPS, "step of a process") as bar:
+        comparing.done = bar.update
+        try:
+            found = ranks.run(small.config.parallel, play)
+        except Standstill as e:
+            return Verdict(STANDS, small.num_ranks, float("inf"), [str(e)])
+        except UserError:
+            raise
+        except Exception as e:
+            # a layout that does not even run is refuted too, and what it fell over is told
+            return Verdict(FAILS, small.num_ranks, float("inf"), [_told_failure(e)])
+    verdict = Verdict(EQUAL, small.num_ranks, comparing.largest)
+    _compare_numbers(whole, found, verdict)
+    verdict.places += comparing.differing()
+    if verdict.places:
+        verdict.outcome = DIFFERS
+        seen = [one for one in observed if one is not None]
+        places, verdict.sites = locate(whole.observed, seen, TOLERANCE)
+        verdict.places[:0] = places
+    verdict.messages = sum(ranks.sites.values())
+    verdict.compared |= {"modules": len(whole.observed.forward), "tensors": len(comparing.apart)}
+    return verdict
+
+
+def _told_failure(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} at {Path(last.filename).name}:{last.lineno} ({last.name})"
+
+
+def _compare_numbers(whole: Whole, found: list[list[dict[str, float]]], verdict: Verdict) -> None:
+    apart: dict[str, float] = {}
+    for rank, steps in enumerate(found):
+        for step, (expected, numbers) in enumerate(zip(whole.numbers, steps, strict=True), 1):
+            for name, value in expected.items():
+                # processes that hold no part of a router do not tell its biases
+                if name in numbers:
+                    difference = abs(numbers[name] - value) / max(abs(value), 1e-6)
+                    key = f"step {step}: {name}"
+                    apart[key] = max(apart.get(key, 0.0), difference)
+                elif not name.startswith("router bias"):
+                    apart[f"step {step}: {name} of rank {rank}"] = float("inf")
+    verdict.largest = max(verdict.largest, *apart.values())
+    verdict.compared["numbers"] = len(apart)
+    verdict.places += [name for name, value in sorted(apart.items()) if not value <= TOLERANCE]
+
+
+class _Comparing:
+    """What all processes hold, beside what one holds."""
+
+    def __init__(self, whole: Whole) -> None:
+        self._whole = whole
+        self.apart: dict[tuple[int, str], float] = {}
+        """Step, tensor -> largest difference."""
+        self._covered: dict[tuple[int, str], torch.Tensor] = {}
+        self.done: Callable[[], Any] = lambda: None
+        """Called when a process has done a step."""
+
+    @property
+    def largest(self) -> float:
+        return max(self.apart.values(), default=0.0)
+
+    def add(self, step: int, trainer: Trainer, place: ParallelWorld) -> None:
+        """Compare what a process holds after a step (from 0)."""
+        for key, block in _held(trainer):
+            expected = self._whole.tensors[step].get(key)
+            if expected is None:
+                self.apart[step, key] = float("inf")
+                continue
+            at = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
+            if (step, key) not in self._covered:
+                self._covered[step, key] = torch.zeros(block.global_shape, dtype=torch.int32)
+            if block.owned:
+                self._covered[step, key][at] += 1
+            largest = max(float(expected.abs().max()), 1e-12)
+            own = block.data.detach()
+            apart = 0.0
+            if own.numel():
+                apart = float((expected[at].reshape(own.shape) - own).abs().max()) / largest
+            self.apart[step, key] = max(self.apart.get((step, key), 0.0),
+                                        apart if apart == apart else float("inf"))
+        self.done()
+
+    def differing(self) -> list[str]:
+        """Return what differs, gradients' moments before weights, and what is not written exactly once."""
+        order = {"momentum": 0, "exp_avg": 0, "exp_avg_sq": 1, "master": 2, "weights": 3}
+        wrong = sorted((step, order.get(key.partition("/")[0], 2), key)
+                       for (step, key), value in self.apart.items() if not value <= TOLERANCE)
+        found = [f"step {step + 1}: {key}" for step, _, key in wrong]
+        for (step, key), count in self._covered.items():
+            if step == 0 and not bool((count == 1).all()):
+                found.append(f"{key}: {int((count == 0).sum())} of {count.numel()} elements are written by "
+                             f"nobody, {int((count > 1).sum())} by several")
+        for key in self._whole.tensors[0]:
+            if (0, key) not in self.apart:
+                found.append(f"{key}: is held by nobody")
+        return found
+
+
+def _play_whole(config: RunConfig, place: ParallelWorld) -> Whole:
+    trainer = _trainer(config, place)
+    observed = observe(trainer.model)
+    numbers, tensors = [], []
+    for _ in range(STEPS):
+        numbers.append(_step(trainer))
+        whole: dict[str, torch.Tensor] = {}
+        for key, block in _held(trainer):
+            if key not in whole:
+                whole[key] = torch.zeros(block.global_shape, dtype=block.data.dtype)
+            at = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
+            whole[key][at] = block.data.detach().reshape(block.shape)
+        tensors.append(whole)
+    return Whole(numbers, tensors, observed)
+
+
+def _held(trainer: Trainer) -> Iterator[tuple[str, LocalShard]]:
+    for block in local_shards(trainer.model):
+        yield f"weights/{block.key}", block
+    for block in trainer.optimizer.state_shards():
+        yield block.key, block
+
+
+def _trainer(config: RunConfig, place: ParallelWorld) -> Trainer:
+    config.check(place.size)
+    sources = open_sources(config.data.paths, config.model.vocab_size, warns=False)
+    return Trainer(config, place, RunFolder(Path(os.devnull)), sources, OBJECTIVES[config.objective.name])
+
+
+def _step(trainer: Trainer) -> dict[str, float]:
+    """Do a step; returns its numbers by name."""
+    result = trainer.update()
+    assert result is not None, "no guard refuses a step here"
+    load: Mapping[str, float] = {}
+    if trainer.config.model.num_experts:
+        counts = trainer.expert_load.gather().flatten().tolist()
+        load = {f"load of expert {i}": float(count) for i, count in enumerate(counts)}
+    biases: dict[str, float] = defaultdict(float)
+    for module in trainer.model.modules():
+        bias = getattr(module, "expert_bias", None)
+        if isinstance(bias, torch.Tensor):
+            biases |= {f"router bias {module.layer_number}.{i}": float(value)
+                       for i, value in enumerate(bias.tolist())}
+    return {**{f"loss of {name}": value for name, value in result.losses.items()},
+            "loss": result.loss, **load, "gradient norm": result.grad_norm, **biases}
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have torch compute by one thread: the many processes take turns as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _doubles_are_floats() -> Iterator[None]:
+    """Have float64 pass for float32 by name: megatron-core's distributed optimizer knows three dtypes by
+    their names, and treats those of float32 as they are."""
+    named = torch.Tensor.type
+
+    def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = named(tensor, *args, **kwargs)
+        return found.replace("DoubleTensor", "FloatTensor") if isinstance(found, str) else found
+
+    with mock.patch.object(torch.Tensor, "type", type_):
+        yield
+
+
+def as_text(small: Miniature, verdict: Verdict) -> str:
+    """Return lines for people."""
+    m, c = small.config.model, small.config
+    lines = [f"{verdict.num_ranks} processes: {_layout(small)}",
+             f"in miniature: {m.num_layers} layers, {m.num_experts} experts, {c.train.global_batch_size} "
+             f"rows of {c.data.phases[0].seq_len} tokens a step"]
+    if verdict.outcome == EQUAL:
+        counts = verdict.compared
+        lines.append(
+            f"equal to one process: {counts['numbers']} numbers (losses, gradient norm, loads, biases) and "
+            f"{counts['tensors']} tensors (moments, weights) of two steps are {verdict.largest:.1e} apart at "
+            f"most (allowed {TOLERANCE:g}), each element is written once")
+    else:
+        lines.append("NOT equal to one process: " + (
+            f"numbers are {verdict.largest:.2g} apart (allowed {TOLERANCE:g})" if verdict.outcome == DIFFERS
+            else f"it {verdict.outcome}"))
+        lines += [f"  {place}" for place in verdict.places[:SHOWN]]
+        if len(verdict.places) > SHOWN:
+            lines.append(f"  and {len(verdict.places) - SHOWN} more")
+        lines += [f"  sent there: {site}" for site in verdict.sites[:SHOWN]]
+    lines.append(f"{verdict.messages:,} messages, {verdict.seconds:.0f} s")
+    lines += [line for what in (*ASSUMED, *(f"not covered: {what}" for what in small.left_out))
+              for line in textwrap.wrap(f"- {what}", 110, subsequent_indent="  ")]
+    return "\n".join(lines)
+
+
+def as_json(small: Miniature, verdict: Verdict) -> dict[str, Any]:
+    """Return the same for programs."""
+    found = json.loads(json.dumps(dataclasses.asdict(verdict)))
+    return {**found, "layout": dataclasses.asdict(small.config.parallel), "tolerance": TOLERANCE,
+            "assumed": list(ASSUMED), "not_covered": list(small.left_out)}
+
+
+def _layout(small: Miniature) -> str:
+    p = small.config.parallel
+    sizes = [f"{name} {getattr(p, name)}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp")
+             if getattr(p, name) > 1]
+    switches = [name for name in ("sp", "zero1", "overlap_grad_reduce", "overlap_param_gather")
+                if getattr(p, name)]
+    return ", ".join([*sizes, *switches]) or "data parallel"

@@ -1,0 +1,108 @@
+"""What a run of reinforcement learning was asked beside its training, and how its policy answers: validations
+on held-out prompts, and samples of responses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_sov.base.pages.page import Chart, PageTable, tables
+from megatron_sov.publish.report.charts import DrawnLine, draw_lines, lines_of
+from megatron_sov.publish.report.run_data import Run
+from megatron_sov.publish.report.steps import Curve, sorted_curve
+from megatron_sov.runs.obs.events import final_steps
+from megatron_sov.runs.obs.figures import number, of_field
+from megatron_sov.runs.obs.validation import COLUMNS, VALIDATION, curves_of, pass_at, table_of
+
+MAX_LINES = 8
+"""Of a chart."""
+MAX_VALIDATIONS = 50
+"""Rows of the table, the newest."""
+REWARD, LENGTH, TRUNCATED, PASS, COMPONENT, DOMAIN = (
+    "reward", "response_tokens", "truncated", "pass_at_", "component/", "domain/")
+"""Names, or beginnings of names, of curves."""
+
+
+def validation_curves(run: Run) -> dict[str, Curve]:
+    """Return the curves of a run's validations over its steps."""
+    found: dict[str, dict[int, float]] = {}
+    for event in final_steps(run.of(VALIDATION), VALIDATION):
+        for name, value in curves_of(event).items():
+            found.setdefault(name, {})[int(event["step"])] = value
+    return {name: sorted_curve(name, by_step) for name, by_step in found.items()}
+
+
+def validation_charts(run: Run) -> list[Chart]:
+    """Return reward and its components, pass@k, domains and lengths of a run's validations."""
+    curves = validation_curves(run)
+
+    def drawn(names: Sequence[str], unit: str, caption: str) -> Chart | None:
+        lines = [DrawnLine(name.rpartition("/")[2] if name.startswith(COMPONENT) else _title(name),
+                           curves[name]) for name in names[:MAX_LINES] if name in curves]
+        return draw_lines(lines, unit, caption, run=run)
+
+    def named(begin: str, end: str = "") -> list[str]:
+        return [name for name in curves if name.startswith(begin) and name.endswith(end)]
+
+    found = [
+        drawn([REWARD, *named(COMPONENT)], REWARD,
+              "Mean reward on held-out prompts, and the parts that it is made of."),
+        drawn(named(PASS), "share", "The share of held-out prompts of which one at least of k responses is "
+                                    "right, without bias."),
+        drawn(named(DOMAIN, f"/{REWARD}"), REWARD, "Mean reward on held-out prompts, by domain."),
+        drawn([LENGTH], "tokens", "Mean length of responses to held-out prompts."),
+        drawn([TRUNCATED], "share", "Share of these that were as long as allowed and did not end.")]
+    return [one for one in found if one is not None]
+
+
+def live_validation_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Return reward and pass@1 of the runs' validations, a line for each run, for a first screen."""
+    def of(name: str) -> Callable[[Run], Curve | None]:
+        return lambda run: validation_curves(run).get(name)
+
+    found = [draw_lines(lines_of(runs, of(name)), unit, caption, small=True)
+             for name, unit, caption in ((REWARD, REWARD, "Mean reward on held-out prompts."),
+                                         (f"{PASS}1", "share", "pass@1 on held-out prompts."))]
+    return [one for one in found if one is not None]
+
+
+def _title(name: str) -> str:
+    if name.startswith(PASS):
+        return f"pass@{name.removeprefix(PASS)}"
+    return name.removeprefix(DOMAIN).removesuffix(f"/{REWARD}").replace("_", " ")
+
+
+def validation_tables(run: Run) -> list[PageTable]:
+    """Return a row for each of the newest validations, and one for each domain of the last."""
+    events = final_steps(run.of(VALIDATION), VALIDATION)
+    if not events:
+        return []
+    domains = events[-1].get("domains") or {}
+    return [*tables(events[-MAX_VALIDATIONS:], {
+        "step": of_field("step", ",.0f"), "prompts": of_field("num_prompts", ",.0f"),
+        "responses": of_field("num_samples", ",.0f"), "mean reward": of_field("reward", ".4f", "–"),
+        "pass@k (95 %)": _told_passes, "mean tokens": of_field("response_tokens", ",.1f"),
+        "did not end": of_field("truncated", ".1%")}),
+        *tables(domains.items(), {
+            "domain of the last": lambda one: str(one[0]),
+            "prompts": lambda one: of_field("num_prompts", ",.0f")(one[1]),
+            "mean reward": lambda one: of_field("reward", ".4f", "–")(one[1]),
+            "pass@k (95 %)": lambda one: _told_passes(one[1]),
+            "mean tokens": lambda one: of_field("response_tokens", ",.1f")(one[1]),
+            "did not end": lambda one: of_field("truncated", ".1%")(one[1])})]
+
+
+def _told_passes(figures: dict[str, Any]) -> str:
+    ends = {int(number(one.get("k"))): one.get("interval") or [0, 0]
+            for one in figures.get("pass_at_k") or []}
+    return "; ".join(f"{k}: {value:.1%} ({number(ends[k][0]):.1%} to {number(ends[k][1]):.1%})"
+                     for k, value in pass_at(figures).items()) or "–"
+
+
+def sample_tables(run: Run) -> list[PageTable]:
+    """Return samples of the newest round, and of the newest validation."""
+    return [PageTable([f"{name} ({event['of']} at step {int(event['step']):,})" if not i else name
+                       for i, name in enumerate(COLUMNS)],
+                      [["–" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+                        for cell in row] for row in table_of(event)])
+            for event in run.responses.values()]

@@ -1,0 +1,242 @@
+"""Trackers of a run: TensorBoard, Weights & Biases, MLflow.  They watch it and never end it: events.jsonl
+holds everything anyway.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.base.errors import UserError, how_to_install, warn
+from megatron_sov.model.config import ObsConfig
+from megatron_sov.runs.obs.validation import COLUMNS, RESPONSES, VALIDATION, curves_of, table_of
+
+WANDB_ID = "wandb-id"
+"""File in the run folder with the Weights & Biases run, so that a resumed run goes on in the same one."""
+MLFLOW_ID = "mlflow-id"
+"""The same of MLflow."""
+MLFLOW_URI = "MLFLOW_TRACKING_URI"
+"""Variable with the address of a server of MLflow, which may hold a password."""
+MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+"""What its client is told where nobody tells it: a server that is away must not hold up steps for minutes."""
+_MAX_PARAMS, _MAX_PARAM_CHARS = 100, 500
+"""Of one request; older servers refuse longer ones."""
+_NO_NAME = re.compile(r"[^\w./ -]")
+_PASSWORD = re.compile(r"//[^/\s]*@")
+
+
+class Tracker(Protocol):
+    """One place where a run's numbers go."""
+
+    name: str
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """Send the values of one optimizer step."""
+
+    def log_table(self, step: int, name: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Send samples of responses, by `COLUMNS`."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+class _TensorBoard:
+    """Scalars in TensorBoard's own files, without TensorFlow or torch."""
+
+    name = "TensorBoard"
+
+    def __init__(self, run_dir: Path) -> None:
+        summary = _require("tensorboard.summary", "obs.tensorboard", "tensorboard")
+        self._folder = run_dir / "tensorboard"
+        self._writer = summary.Writer(str(self._folder))
+        self._samples: Any = None
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step=step)
+
+    def log_table(self, step: int, name: str, rows: Sequence[Sequence[Any]]) -> None:
+        if self._samples is None:
+            # in a folder of its own: of two files in one TensorBoard reads the newer alone
+            files = _require("tensorboard.summary.writer.event_file_writer", "obs.tensorboard", "tensorboard")
+            self._samples = files.EventFileWriter(str(self._folder / "samples"))
+        texts = _require("tensorboard.plugins.text.summary_v2", "obs.tensorboard", "tensorboard")
+        event = _require("tensorboard.compat.proto.event_pb2", "obs.tensorboard", "tensorboard")
+        # texts are Markdown to TensorBoard: as code they stand as they are
+        cells = [COLUMNS, *([f"    {_text(cell)}".replace("\n", "\n    ") for cell in row] for row in rows)]
+        self._samples.add_event(event.Event(step=step, wall_time=time.time(), summary=texts.text_pb(
+            f"samples/{name}", np.array(cells, dtype=object))))
+
+    def close(self) -> None:
+        self._writer.close()
+        if self._samples is not None:
+            self._samples.close()
+
+
+class _Wandb:
+    """A Weights & Biases run, online or offline as WANDB_MODE says."""
+
+    name = "Weights & Biases"
+
+    def __init__(self, run_dir: Path, project: str, run_config_dict: dict[str, Any]) -> None:
+        wandb = _require("wandb", "obs.wandb", "wandb")
+        id_file = run_dir / WANDB_ID
+        if not id_file.exists():
+            atomic_write(id_file, secrets.token_hex(8))
+        run_id = id_file.read_text(encoding="utf-8").strip()
+        self._run = wandb.init(project=project, id=run_id, resume="allow", dir=str(run_dir),
+                               name=run_dir.resolve().name, config=run_config_dict,
+                               settings=wandb.Settings(silent=True))
+        # wandb's own step may only grow; a run that went back to a checkpoint does steps again,
+        # so the step is a value.
+        self._run.define_metric("*", step_metric="step")
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def log_table(self, step: int, name: str, rows: Sequence[Sequence[Any]]) -> None:
+        table = _require("wandb", "obs.wandb", "wandb").Table(
+            columns=list(COLUMNS), data=[[_text(cell) for cell in row] for row in rows])
+        self._run.log({"step": step, f"samples/{name}": table})
+
+    def close(self) -> None:
+        # online this waits until everything is sent
+        self._run.finish()
+
+
+class _MLflow:
+    """A run of MLflow: in the store that MLFLOW_TRACKING_URI names, else in the run's folder."""
+
+    name = "MLflow"
+
+    def __init__(self, run_dir: Path, experiment: str, run_config_dict: dict[str, Any]) -> None:
+        for name, value in MLFLOW_PATIENCE.items():
+            os.environ.setdefault(name, value)
+        if not os.environ.get(MLFLOW_URI):  # the library asks for it, since a store of files has no server
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        entities, tracking = (_require(f"mlflow.{part}", "obs.mlflow", "mlflow-skinny", "mlflow")
+                              for part in ("entities", "tracking"))
+        self._metric = entities.Metric
+        self._client = tracking.MlflowClient(os.environ.get(MLFLOW_URI)
+                                             or (run_dir / "mlflow").resolve().as_uri())
+        found = self._client.get_experiment_by_name(experiment)
+        id_file = run_dir / MLFLOW_ID
+        if id_file.exists():
+            self._run_id = id_file.read_text(encoding="utf-8").strip()
+            self._client.update_run(self._run_id, status="RUNNING")
+            return
+        experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
+        self._run_id = self._client.create_run(experiment_id, run_name=run_dir.resolve().name).info.run_id
+        atomic_write(id_file, self._run_id)
+        params = [entities.Param(name, str(value)[:_MAX_PARAM_CHARS])
+                  for name, value in _flat(run_config_dict)]
+        for start in range(0, len(params), _MAX_PARAMS):
+            self._client.log_batch(self._run_id, params=params[start:start + _MAX_PARAMS])
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        now_ms = int(time.time() * 1000)
+        self._client.log_batch(self._run_id, metrics=[self._metric(name, float(value), now_ms, step)
+                                                      for name, value in values.items()])
+
+    def log_table(self, step: int, name: str, rows: Sequence[Sequence[Any]]) -> None:
+        # the form that its own tables have, which it makes by pandas alone
+        self._client.log_dict(self._run_id, {"columns": list(COLUMNS), "data": [list(row) for row in rows]},
+                              f"samples/{name}-{step}.json")
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run_id)
+
+
+def _text(cell: Any) -> str:
+    return "" if cell is None else str(cell)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return settings under their full names, as `--set` has them."""
+    found: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        found += (_flat(value, f"{prefix}{name}.") if isinstance(value, dict)
+                  else [(f"{prefix}{name}", value)])
+    return found
+
+
+def _require(module: str, setting: str, package: str, extra: str = "trackers") -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f"{setting} = true needs the package {package}, which cannot be imported ({e}); "
+                        f"{how_to_install(extra)}, or leave the setting out") from None
+
+
+class Trackers:
+    """The trackers that the settings ask for; one that fails is reported once on standard error and dropped.
+
+    Only one process of a run may create this.
+
+    Args:
+        config: which trackers.
+        run_dir: the run folder; TensorBoard files go to its `tensorboard/`,
+            wandb's own files to its `wandb/`, MLflow's to its `mlflow/` where no server is named.
+        run_config_dict: the resolved settings, shown beside the curves.
+
+    Raises:
+        UserError: a tracker's package is not installed.
+    """
+
+    def __init__(self, config: ObsConfig, run_dir: Path, run_config_dict: dict[str, Any]) -> None:
+        self._active: list[Tracker] = []
+        if config.tensorboard:
+            self._start(_TensorBoard.name, lambda: _TensorBoard(run_dir))
+        if config.wandb:
+            self._start(_Wandb.name, lambda: _Wandb(run_dir, config.wandb_project, run_config_dict))
+        if config.mlflow:
+            self._start(_MLflow.name, lambda: _MLflow(run_dir, config.mlflow_experiment, run_config_dict))
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """Send the values of one optimizer step, e.g. ``{"loss": 2.1, "learning_rate": 1e-4}``."""
+        self._each(lambda tracker: tracker.log_step(step, values))
+
+    def observe(self, event: dict[str, Any]) -> None:
+        """Send what an event of reinforcement learning says: a validation, or samples of responses."""
+        if event["event"] == VALIDATION:
+            # MLflow refuses what else a domain or a component may be called
+            values = {_NO_NAME.sub("_", f"{VALIDATION}/{name}"): value
+                      for name, value in curves_of(event).items()}
+            self.log_step(event["step"], values)
+        elif event["event"] == RESPONSES:
+            self._each(lambda tracker: tracker.log_table(event["step"], event["of"], table_of(event)))
+
+    def close(self) -> None:
+        """Send what is left and end every tracker."""
+        self._each(lambda tracker: tracker.close())
+        self._active = []
+
+    def _start(self, name: str, create: Callable[[], Tracker]) -> None:
+        try:
+            self._active.append(create())
+        except UserError:
+            raise
+        except Exception as e:  # a tracker without network or login must not cost a requeued run its place
+            _warn(name, e)
+
+    def _each(self, action: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._active):
+            try:
+                action(tracker)
+            except Exception as e:  # whatever a tracker's library raises, the run goes on
+                self._active.remove(tracker)
+                _warn(tracker.name, e)
+
+
+def _warn(name: str, error: Exception) -> None:
+    told = _PASSWORD.sub("//...@", f"{type(error).__name__}: {error}")  # an address may hold a password
+    warn(f"{name} failed ({told}); the run goes on without it")

@@ -1,0 +1,241 @@
+"""Claims that are written before their runs: what is refused, tested, told, and gone on with."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from megatron_sov import cli
+from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.bench.reproduce import running
+from megatron_sov.bench.reproduce.claims import SHIPPED, Claim, find_file, read_claims, register
+from megatron_sov.bench.reproduce.running import run_seed, run_steps
+from megatron_sov.bench.reproduce.seeds.tasks import Chats, Exact, Questions
+from megatron_sov.bench.reproduce.verdict import Outcome, apply_test, outcome_of, paired_interval, power_of
+from megatron_sov.commands.evaluate.reproduce import ClaimsFinish, ClaimsShare, SharedClaims
+from megatron_sov.work.progress.journal import begin_journal
+
+STEP = '''
+class Loss:
+    def __init__(self, value: float, seed: int) -> None:
+        self.value, self.seed = value, seed
+    def do(self, row: dict) -> dict:
+        return {"loss": self.value + self.seed / 100, "noise": self.seed % 2}
+'''
+MAP = "megatron-sov map {claims}/row.json {claims}/step.py:Loss --overwrite --set seed={seed}"
+CLAIMS = {
+    "seed": "tiny", "paper": "A paper", "words": {"map": MAP},
+    "setup": {"shared": ["megatron-sov recipes > {here}/recipes.txt"]},
+    "claims": {"better": {
+        "says": "New is better than old.", "source": "table 1", "here": "A fake.", "seeds": 2, "minutes": 1,
+        "published": {"head": ["model", "loss"], "rows": [["new", "1"], ["old", "2"]]},
+        "arms": {"new": ["{map} --set value=1 --output {here}/out"],
+                 "old": ["{map} --set value=2 --output {here}/out --workers 1"]},
+        "measures": {"loss": {"file": "out/rows.jsonl", "value": "loss", "unit": "nats"}},
+        "tests": [{"measure": "loss", "lower": "new", "higher": "old",
+                   "power": {"difference": 1, "sd": 0.1, "source": "a guess"}}]}}}
+
+
+def write_claims(folder: Path, change: Mapping[str, Any] | None = None) -> Path:
+    """Write a file of claims with what its commands read; `change`: of the claim."""
+    folder.mkdir(exist_ok=True)
+    (folder / "row.json").write_text("{}\n")
+    (folder / "step.py").write_text(STEP)
+    file = folder / "tiny.yaml"
+    claims = json.loads(json.dumps(CLAIMS))
+    claims["claims"]["better"] |= change or {}
+    file.write_text(json.dumps(claims))
+    return file
+
+
+class Commands:
+    """Stands for the processes of commands: each leaves the row that the real one would leave."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.fails_at = -1
+        """Number of the command that is killed."""
+
+    def __call__(self, folder: Path, words: Sequence[str]) -> None:
+        if len(self.done) == self.fails_at:
+            self.fails_at = -1
+            raise UserError("killed")
+        self.done.append(" ".join(words))
+        if "map" in words:
+            given = dict(word.split("=") for word in words if "=" in word)
+            (folder / "out").mkdir()
+            row = {"loss": float(given["value"]) + int(given["seed"]) / 100}
+            (folder / "out/rows.jsonl").write_text(json.dumps(row) + "\n")
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
+    found = Commands()
+    monkeypatch.setattr(running, "run_step", found)
+    return found
+
+
+def reproduce(file: Path, output: Path, *more: str) -> int:
+    return cli.main(["reproduce", str(file), "--output", str(output), "--workers", "1", *more])
+
+
+def told(page: Path) -> str:
+    """Return a page without the time of its writing."""
+    return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", "", page.read_text())
+
+
+def test_ordinary_commands_are_run_and_measured(tmp_path: Path) -> None:
+    file = write_claims(tmp_path / "claims")
+    claims = read_claims(file)
+    claim = register(claims, "better", file)
+    order = running.Order((claim,), {"better": 1}, tmp_path / "out", file.parent)
+    order.begin()
+    assert run_seed(order, claim, 3) == {"new": {"loss": 1.03}, "old": {"loss": 2.03}}
+    log = (running.claim_folder(tmp_path / "out", claim) / "seed-3/arms/new/log").read_text()
+    assert log.startswith("$ megatron-sov map ") and "1 rows in, 1 out" in log
+    with pytest.raises(UserError, match=r"`megatron-sov recipes` ends with exit code 2: .*nothing-such"):
+        run_steps(tmp_path / "bad", ["megatron-sov recipes nothing-such > {here}/x"], {})
+    assert not (tmp_path / "bad/x").exists()
+
+
+def test_a_claim_that_holds_ends_with_0_and_one_that_does_not_with_3(tmp_path: Path, commands: Commands,
+                                                                    capsys: pytest.CaptureFixture[str]
+                                                                    ) -> None:
+    assert reproduce(write_claims(tmp_path / "claims"), tmp_path / "out") == ExitCode.OK
+    assert "new < old in loss" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out/results.json").read_text())["claims"]["better"]
+    assert found["outcome"] == "holds"
+    assert found["tests"][0]["differences"] == pytest.approx([1.0, 1.0])
+    page = (tmp_path / "out/reproduce.html").read_text()
+    assert found["sha256"] in page and "A fake." in page and "New is better than old." in page
+    test = {**CLAIMS["claims"]["better"]["tests"][0], "lower": "old", "higher": "new"}  # type: ignore[index]
+    file = write_claims(tmp_path / "others", {"tests": [test]})
+    assert reproduce(file, tmp_path / "reverse") == ExitCode.GATE_FAILED
+    assert "does not hold" in capsys.readouterr().out
+
+
+def test_a_killed_command_goes_on_and_leaves_the_same(tmp_path: Path, commands: Commands) -> None:
+    file = write_claims(tmp_path / "claims")
+    assert reproduce(file, tmp_path / "whole") == ExitCode.OK
+    wanted, num = commands.done, len(commands.done)
+    for fails_at in range(num):
+        commands.done, commands.fails_at = [], fails_at
+        output = tmp_path / f"killed-{fails_at}"
+        assert reproduce(file, output) == ExitCode.USER_ERROR
+        assert reproduce(file, output) == ExitCode.OK
+        assert len(commands.done) == num == len(wanted)  # none twice
+        assert (output / "results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
+        assert told(output / "reproduce.html") == told(tmp_path / "whole/reproduce.html")
+
+
+def test_a_claim_that_was_changed_after_its_runs_is_refused_until_it_says_so(
+        tmp_path: Path, commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    file, output = write_claims(tmp_path / "claims"), tmp_path / "out"
+    reproduce(file, output)
+    before = register(read_claims(file), "better", file)
+    arms = {"new": ["{map} --set value=0 --output {here}/out"],
+            "old": CLAIMS["claims"]["better"]["arms"]["old"]}  # type: ignore[index]
+    write_claims(tmp_path / "claims", {"arms": arms})
+    assert reproduce(file, output) == ExitCode.USER_ERROR
+    assert re.search(rf"has run claim better in another form.*sha256: {before.address}.*\n  arms.new.0 was "
+                     r"megatron-sov map .*value=1.*, and is megatron-sov map .*value=0",
+                     capsys.readouterr().err)
+    changes = [{"sha256": before.address, "date": "2026-11-25", "what": "The new arm was too slow."}]
+    write_claims(tmp_path / "claims", {"arms": arms, "changes": changes})
+    assert reproduce(file, output) == ExitCode.OK
+    page = (output / "reproduce.html").read_text()
+    assert "The new arm was too slow." in page and "seed 1: {" in page
+    # what a command reads is part of the claim too
+    (file.parent / "step.py").write_text(STEP + "# other\n")
+    assert reproduce(file, output) == ExitCode.USER_ERROR
+
+
+def test_shares_of_an_array_leave_what_one_command_leaves(tmp_path: Path, commands: Commands) -> None:
+    file = write_claims(tmp_path / "claims")
+    reproduce(file, tmp_path / "one")
+    claim = register(read_claims(file), "better", file)
+    order = running.Order((claim,), {"better": 2}, tmp_path / "many", file.parent)
+    shared = SharedClaims(file, order)
+    order.begin()
+    job = order.job(1, shared.publish)
+    begin_journal(job.output, job.made_by, job.identity)
+    for task in (1, 0):
+        ClaimsShare(shared, 2)(task)
+    num = len(commands.done)
+    ClaimsFinish(shared)(0)
+    assert len(commands.done) == num
+    assert (tmp_path / "many/results.json").read_bytes() == (tmp_path / "one/results.json").read_bytes()
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"arms": {"new": ["rm -rf /"], "old": ["megatron-sov recipes"]}}, "must begin with one of megatron-sov"),
+    ({"arms": {"new": ["megatron-sov recipes {nobody}"], "old": ["megatron-sov recipes"]}}, "nobody"),
+    ({"arms": {"other": ["megatron-sov recipes"], "old": ["megatron-sov recipes"]}}, "tests.0.lower"),
+    ({"seeds": 1}, "must be above 1")])
+def test_a_wrong_file_is_told_with_its_place(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_claims(write_claims(tmp_path / "claims", change))
+
+
+def test_shipped_claims_are_well_formed_and_one_of_each_is_quick() -> None:
+    files = sorted(SHIPPED.glob("*.yaml"))
+    assert files
+    for file in files:
+        claims = read_claims(find_file(file.stem))
+        assert claims.seed == file.stem
+        assert sum(claim.quick for claim in claims.claims.values()) == 1
+        for name, claim in claims.claims.items():
+            assert register(claims, name, file).sha256 == register(claims, name, file).sha256
+            for test in claim.tests:
+                assert power_of(test.power.difference, test.power.sd, claim.seeds) > 0.75
+    with pytest.raises(UserError, match="did you mean 'k-exaone'"):
+        find_file("k-exaon")
+
+
+def test_power_and_interval_agree_with_scipy() -> None:
+    for difference, sd, num in ((0.1, 0.056, 5), (0.05, 0.1, 3), (1.0, 0.5, 8), (0.0, 1.0, 4)):
+        effect, quantile = difference / sd * num**0.5, stats.t.ppf(0.975, num - 1)
+        assert power_of(difference, sd, num) == pytest.approx(stats.nct.sf(quantile, num - 1, effect),
+                                                              abs=2e-4)
+    values = [0.3, 0.1, 0.4, 0.15, 0.2]
+    wanted = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert paired_interval(values) == pytest.approx((wanted.low, wanted.high))
+    assert paired_interval([1.0]) is None
+
+
+def outcomes(claim: Claim, new: Sequence[float]) -> Outcome:
+    found = {seed: {"new": {"loss": value}, "old": {"loss": 2.0}} for seed, value in enumerate(new)}
+    return outcome_of([apply_test(test, claim, found) for test in claim.tests])
+
+
+def test_the_interval_decides_and_too_few_seeds_decide_nothing(tmp_path: Path) -> None:
+    claim = read_claims(write_claims(tmp_path / "claims", {"seeds": 3})).claims["better"]
+    decide = partial(outcomes, claim)
+    assert decide([1.0, 1.1, 1.2]) == Outcome.HOLDS
+    assert decide([3.0, 3.1, 3.2]) == Outcome.FAILS
+    assert decide([1.0, 3.1, 2.2]) == Outcome.UNDECIDED
+    assert decide([1.0, 1.1]) == Outcome.UNDECIDED
+
+
+def test_questions_have_their_answers_and_keep_half_of_the_wordings() -> None:
+    for languages in ("en", "ko", "th"):
+        learned, kept = (Questions(seed=0, count=300, languages=languages, wordings=half).do({})
+                         for half in ("learned", "held_out"))
+        for row in (*learned, *kept):
+            a, b = map(int, re.findall(r"\d", row["prompt"]))
+            assert row["answer"] == str(a + b if row["domain"] == "sum" else max(a, b))
+        assert not {re.sub(r"\d", "#", r["prompt"]) for r in learned} & {
+            re.sub(r"\d", "#", r["prompt"]) for r in kept}
+    chats = Chats(seed=1, count=2000, right=0.35).do({})
+    right = [eval(" + ".join(re.findall(r"\d", asked["content"]))) == int(answer["content"])
+             for asked, answer in (row["messages"] for row in chats)
+             if re.search(r"plus|Add|Sum|\+", asked["content"])]
+    assert 0.3 < sum(right) / len(right) < 0.4
+    assert Exact().score({"response": " 7\n", "answer": "7"}) == 1.0

@@ -1,0 +1,121 @@
+"""All processes in one: calls give what torch says they give, and a standstill is told and not waited for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_sov.engine.parallel import cpu_shims
+from megatron_sov.engine.parallel.simulated_world import CallSite, SimulatedRanks, Standstill
+from megatron_sov.engine.parallel.world import ParallelWorld
+from megatron_sov.model.config import ParallelConfig
+
+cpu_shims.prepare_without_gpu()
+
+
+def everything(place: ParallelWorld) -> dict[str, list[float]]:
+    """Call each kind once; the numbers say who has sent them."""
+    rank, size = place.rank, place.size
+    mine = torch.arange(3.0) + 10 * rank
+    found: dict[str, Any] = {}
+    for name, op in {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "mean": dist.ReduceOp.AVG}.items():
+        found[name] = mine.clone()
+        dist.all_reduce(found[name], op)
+    found["broadcast"] = mine.clone()
+    dist.broadcast(found["broadcast"], src=1)
+    gathered = [torch.empty(3) for _ in range(size)]
+    dist.all_gather(gathered, mine)
+    found["gathered"] = torch.cat(gathered)
+    found["together"] = torch.empty(3 * size)
+    dist.all_gather_into_tensor(found["together"], mine)
+    found["scattered"] = torch.empty(1)
+    dist.reduce_scatter_tensor(found["scattered"], torch.arange(float(size)) + 10 * rank)
+    # process r sends s + 1 rows to process s
+    sizes = [to + 1 for to in range(size)]
+    found["exchanged"] = torch.empty((rank + 1) * size)
+    dist.all_to_all_single(found["exchanged"], torch.full((sum(sizes),), float(rank)), [rank + 1] * size,
+                           sizes)
+    found["objects"] = torch.tensor([float(value) for value in _objects(rank, size)])
+    found["next"] = torch.empty(3)
+    work = dist.isend(mine, (rank + 1) % size)
+    dist.recv(found["next"], (rank - 1) % size)
+    assert work is not None
+    work.wait()
+    return {name: tensor.tolist() for name, tensor in found.items()}
+
+
+def _objects(rank: int, size: int) -> list[Any]:
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, rank)
+    return values
+
+
+def test_calls_give_what_they_are_defined_to() -> None:
+    mine = [torch.arange(3.0) + 10 * rank for rank in range(3)]
+    found = SimulatedRanks(3).run(ParallelConfig(), everything)
+
+    for rank, results in enumerate(found):
+        expected = {
+            "sum": sum(mine[1:], mine[0]), "max": mine[2], "mean": mine[1], "broadcast": mine[1],
+            "gathered": torch.cat(mine), "together": torch.cat(mine),
+            "scattered": torch.tensor([3.0 * rank + 30]),
+            "exchanged": torch.arange(3.0).repeat_interleave(rank + 1), "objects": torch.arange(3.0),
+            "next": mine[(rank - 1) % 3]}
+        assert results == {name: value.tolist() for name, value in expected.items()}
+
+
+def test_each_process_is_at_its_own_place() -> None:
+    def place_of(place: ParallelWorld) -> tuple[Any, ...]:
+        from megatron.core import parallel_state
+
+        dist.barrier()  # the others have had a turn meanwhile
+        return (place.rank, dist.get_rank(), parallel_state.get_tensor_model_parallel_rank(),
+                parallel_state.get_pipeline_model_parallel_rank(), place.dp_rank,
+                dist.get_process_group_ranks(parallel_state.get_data_parallel_group()))
+
+    found = SimulatedRanks(8).run(ParallelConfig(tp=2, pp=2), place_of)
+
+    # tensor parallel ranks lie next to each other, then data parallel ones, then stages
+    assert found == [(rank, rank, rank % 2, rank // 4, rank // 2 % 2,
+                      [rank // 4 * 4 + rank % 2, rank // 4 * 4 + rank % 2 + 2]) for rank in range(8)]
+    assert not dist.is_initialized()
+
+
+def test_a_standstill_is_told_with_who_waits_for_what() -> None:
+    def waits(place: ParallelWorld) -> None:
+        if place.rank:
+            dist.all_reduce(torch.ones(1))
+
+    with pytest.raises(Standstill, match=r"2 of 3 processes wait for ever: rank 1 in allreduce over WORLD"):
+        SimulatedRanks(3).run(ParallelConfig(), waits)
+
+
+def test_two_calls_that_do_not_belong_together_are_told() -> None:
+    def differ(place: ParallelWorld) -> None:
+        if place.rank:
+            dist.barrier()
+        else:
+            dist.all_reduce(torch.ones(1))
+
+    with pytest.raises(Standstill, match=r"rank 1 calls barrier over WORLD .* call allreduce"):
+        SimulatedRanks(2).run(ParallelConfig(), differ)
+
+
+def test_an_error_of_one_ends_all() -> None:
+    def fails(place: ParallelWorld) -> None:
+        if place.rank == 1:
+            raise KeyError("mine")
+        dist.barrier()
+
+    with pytest.raises(KeyError, match="mine"):
+        SimulatedRanks(3).run(ParallelConfig(), fails)
+
+
+def test_places_are_counted() -> None:
+    ranks = SimulatedRanks(2)
+    ranks.run(ParallelConfig(), lambda place: dist.barrier())
+
+    assert ranks.sites == {CallSite("barrier", "WORLD", "outside of the library"): 2}

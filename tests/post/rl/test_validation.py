@@ -1,0 +1,133 @@
+"""When a run's policies are validated, and what is told of their responses: with a store of four prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sov.model.config import RolloutConfig
+from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, part_name
+from megatron_sov.rollouts.store import RolloutStore
+from megatron_sov.runs.obs.events import EventLog
+from megatron_sov.runs.rounds import Policy
+
+VERSION = "0123456789abcdef"
+POLICY = Policy(Path("run"), 0, "0" * 64)
+REWARDS = {"a": (1.0, 0.0), "b": (0.0, 0.0), "c": (1.0, None)}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RolloutStore:
+    """A validation of three prompts in two pieces, with two responses each; one has no reward."""
+    found = RolloutStore.create(tmp_path / "validation", "0" * 64, 100)
+    for piece, prompts in enumerate(("ab", "c")):
+        rows = [Rollout(Key(prompt, sample, "p", "s"), 1, 0,
+                        {"prompt": prompt * 3000, "domain": "x" if prompt == "a" else "y"},
+                        np.ones(1, np.int32), np.ones(n, np.int32), np.zeros(n, np.float32),
+                        np.zeros(n, np.int32), "length" if sample else "stop", prompt, 1.0, "megatron", 0, 1)
+                for prompt in prompts for sample, n in enumerate((2, 3))]
+        found.add_rollouts(part_name(1, piece), rows, {})
+        found.add_rewards(VERSION, part_name(1, piece), [
+            RewardRow(row.key, 0, VERSION, reward, "scored" if reward is not None else "timeout",
+                      {} if reward is None else {"format": reward / 2})
+            for row in rows for reward in [REWARDS[row.key.prompt][row.key.sample]]], {})
+    return found
+
+
+@pytest.fixture
+def view(monkeypatch: pytest.MonkeyPatch) -> Any:
+    from megatron_sov.post.rl import validation
+
+    monkeypatch.setattr(validation, "on_main", lambda world, action: action())
+    told: list[tuple[str, dict[str, Any]]] = []
+    return SimpleNamespace(step=0, world=None, told=told, events=SimpleNamespace(
+        write=lambda name, **fields: told.append((name, fields))))
+
+
+def validation_of(store: RolloutStore, every: int = 2, num_responses: int = 6) -> tuple[Any, list[int]]:
+    from megatron_sov.post.rl.validation import SampledRounds, Validation
+
+    asked: list[int] = []
+
+    def produce(view: Any, number: int, policy: Any, asked_to_stop: Any) -> dict[str, float]:
+        asked.append(number)
+        return {"write_s": 2.0}
+
+    rollout = RolloutConfig(rounds=5, validation_every_rounds=every)
+    asking: Any = SimpleNamespace(produce=produce, store=lambda: store, version=VERSION)
+    return Validation(store.path.parent, asking, rollout, num_responses, 1.0, SampledRounds(2, 6)), asked
+
+
+def test_figures_are_of_all_responses_and_of_each_domain(store: RolloutStore, view: Any) -> None:
+    validation, _ = validation_of(store)
+    assert validation.validate(view, 1, POLICY, lambda: False) is None
+    (name, samples), (event, told) = view.told
+    assert event == "validation" and told["statuses"] == {"scored": 5, "timeout": 1}
+    # a prompt counts once, whatever share of its responses has a reward
+    assert told["reward"] == pytest.approx((0.5 + 0 + 1) / 3)
+    assert [(one["k"], one["value"]) for one in told["pass_at_k"]] == [(1, pytest.approx(0.5))]
+    assert (told["response_tokens"], told["truncated"], told["write_s"]) == (2.5, 0.5, 2.0)
+    assert told["components"] == {"format": pytest.approx((1 + 0 + 0 + 0 + 1) / 10)}
+    assert [one["value"] for one in told["domains"]["x"]["pass_at_k"]] == [0.5, 1.0]
+    assert told["domains"]["y"]["reward"] == 0.5
+    assert told["text"] == "held-out reward 0.5, pass@1 50.0% (6 responses to 3 prompts)"
+    assert name == "responses" and samples["of"] == "validation"
+    first, second = samples["rows"]  # of two prompts, though the first one has two
+    assert first["prompt"] == "a" * 2000 + " … (1,000 more characters)" and second["response"] == "b"
+    assert (first["reward"], first["components"], first["tokens"]) == (1.0, {"format": 0.5}, 2)
+
+
+def test_policies_are_validated_when_it_is_due_and_once(store: RolloutStore, view: Any,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    for every, due in ((2, [1, 3, 5, 6]), (0, [1, 6]), (10, [1, 6])):
+        validation, asked = validation_of(store, every)
+        monkeypatch.setattr(validation, "_tell", lambda *_: None)
+        for number in range(1, 7):
+            view.step = number - 1
+            assert validation.validate(view, number, POLICY, lambda: False) is None
+        assert asked == due
+    log = EventLog(store.path.parent / "events.jsonl")
+    log.write("validation", step=0)  # before the run was killed
+    log.close()
+    again, asked = validation_of(store)
+    view.step = 0
+    assert again.validate(view, 1, POLICY, lambda: False) is None and asked == [] and not view.told
+
+
+def test_a_validation_that_was_stopped_ends_the_run_and_is_not_told(store: RolloutStore, view: Any) -> None:
+    validation, asked = validation_of(store, num_responses=8)
+    assert validation.validate(view, 1, POLICY, lambda: True) == (
+        "asked to stop while validating the policy of step 0: 6 of 8 responses are judged")
+    assert asked == [1] and not view.told
+
+
+def test_without_a_reward_lengths_are_told(tmp_path: Path, store: RolloutStore) -> None:
+    from megatron_sov.post.rl.validation import validation_figures
+    from megatron_sov.runs.obs.validation import curves_of, told_validation
+
+    failed = [RewardRow(row.key, 0, "other", None, "failed", {}) for row in
+              store.read_rollouts(part_name(1, 1))]
+    store.add_rewards("other", part_name(1, 1), failed, {})
+    figures = validation_figures(store, 1, "other", 1.0)
+    assert (figures["num_samples"], figures["reward"], figures["pass_at_k"]) == (2, None, [])
+    assert curves_of(figures) == {"response_tokens": 2.5, "truncated": 0.5}
+    assert told_validation(figures) == "no response has a reward (2 responses to 1 prompt)"
+
+
+def test_tables_are_bounded_in_number(store: RolloutStore, view: Any) -> None:
+    from megatron_sov.post.rl.validation import MAX_TABLES, SampledRounds
+
+    told = []
+    for number in range(1, 10_002):
+        one = SampledRounds(1, 10_001)
+        store.parts = lambda number: []  # type: ignore[method-assign,assignment,misc]
+        one.tell(view, store, number, VERSION)
+        told += [number] if view.told else []
+        view.told.clear()
+    assert len(told) <= MAX_TABLES + 1 and told[0] == 1 and told[-1] == 10_001
+    SampledRounds(0, 1).tell(view, store, 1, VERSION)
+    assert not view.told

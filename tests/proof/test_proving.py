@@ -1,0 +1,121 @@
+"""A layout is compared with one process: right ones are equal, faults on purpose are found and their place is
+named."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.engine.parallel import cpu_shims
+from megatron_sov.model import recipes
+from megatron_sov.model.config import apply_settings
+from megatron_sov.proof.miniature import Miniature, miniature, write_documents
+
+cpu_shims.prepare_without_gpu()
+proving = importlib.import_module("megatron_sov.proof.proving")  # which imports megatron-core
+DIFFERS, EQUAL, STANDS = proving.DIFFERS, proving.EQUAL, proving.STANDS
+LAYOUT = ("parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.ep=2", "train.global_batch_size=32")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Miniature:
+    """K-EXAONE's family with a prediction layer, on four processes."""
+    documents = tmp_path_factory.mktemp("proof") / "documents"
+    write_documents(documents)
+    return miniature(apply_settings(recipes.get("tiny-k-exaone"), LAYOUT), 4, documents)
+
+
+@pytest.fixture(scope="module")
+def whole(small: Miniature) -> Any:
+    return proving.play_alone(small)
+
+
+def faulty(small: Miniature, whole: Any, kind: str, group: str, function: str,
+           spoil: Callable[[Sequence[Any]], None]) -> Any:
+    """Prove with one call done wrongly each time."""
+    def meddle(site: Any, parts: Sequence[Any], work: Callable[[Any], None]) -> bool:
+        if site.kind != kind or group not in site.group or function not in site.where:
+            return False
+        work(parts)
+        spoil(parts)
+        return True
+
+    return proving.prove(small, meddle, whole)
+
+
+def halve(parts: Sequence[Any]) -> None:
+    for part in parts:
+        part.outputs[0].mul_(0.5)
+
+
+def test_right_layouts_are_equal(small: Miniature, whole: Any) -> None:
+    verdict = proving.prove(small, whole=whole)
+
+    assert verdict.outcome == EQUAL and verdict.places == []
+    assert verdict.largest < 1e-12
+    assert verdict.compared["tensors"] > 200 and verdict.messages > 500
+
+
+def test_zero_1_and_a_cut_row_are_equal(tmp_path: Path) -> None:
+    write_documents(tmp_path / "documents")
+    layout = ("parallel.cp=2", "parallel.zero1=true", "parallel.overlap_grad_reduce=true",
+              "parallel.overlap_param_gather=true", "train.global_batch_size=32")
+    config = apply_settings(recipes.get("tiny-solar-open"), layout)
+
+    assert proving.prove(miniature(config, 4, tmp_path / "documents")).outcome == EQUAL
+
+
+def test_an_unsummed_output_is_found_in_its_module(small: Miniature, whole: Any) -> None:
+    verdict = faulty(small, whole, "reduce_scatter", "TENSOR", "_reduce_scatter_along_first_dim", halve)
+
+    assert verdict.outcome == DIFFERS
+    # the embedding's sum comes first, then each layer's
+    assert verdict.places[0] == "forward of embedding.word_embeddings"
+    assert any("reduce_scatter over TENSOR_MODEL_PARALLEL_GROUP at mappings.py" in s for s in verdict.sites)
+
+
+def test_gradients_that_are_not_summed_over_data_are_found(small: Miniature, whole: Any) -> None:
+    verdict = faulty(small, whole, "allreduce", "DATA_PARALLEL", "start_grad_sync", halve)
+
+    assert verdict.outcome == DIFFERS
+    # nothing on the way is wrong, so that the first to differ are numbers of the whole step
+    assert not any(place.startswith("forward of layer 1") for place in verdict.places[:1])
+    assert any("gradient norm" in place for place in verdict.places)
+
+
+def test_a_standstill_is_a_refutation(small: Miniature, whole: Any,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    real = dispatcher.all_to_all
+
+    def skipping(group: Any, given: torch.Tensor, *sizes: Any, **named: Any) -> Any:
+        return given if group.rank() == 1 else real(group, given, *sizes, **named)
+
+    monkeypatch.setattr(dispatcher, "all_to_all", skipping)
+
+    verdict = proving.prove(small, whole=whole)
+
+    assert verdict.outcome in (STANDS, "fails") and verdict.places
+
+
+def test_the_command_tells_and_ends_with_0(run_command: Any) -> None:
+    done = run_command("plan", "tiny-qwen3", "--set", "parallel.tp=2", "--set", "parallel.pp=2", "--nproc",
+                       "4", "--prove", "--json")
+
+    found = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert found["outcome"] == EQUAL and found["num_ranks"] == 4 and found["layout"]["pp"] == 2
+    assert any("Transformer Engine" in line for line in found["assumed"])
+
+
+def test_options_of_another_plan_are_refused(run_command: Any) -> None:
+    done = run_command("plan", "tiny-qwen3", "--prove", "--sweep", "--cluster", "h100")
+
+    assert done.returncode == 2 and "--prove" in done.stderr and "--sweep" in done.stderr

@@ -1,0 +1,66 @@
+"""Validations and samples of responses, in the report and on the live page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_sov.publish.live.server import run_panels
+from megatron_sov.publish.live.watched import WatchedRun
+from megatron_sov.publish.report.page import render
+from megatron_sov.publish.report.run_data import read_run
+from megatron_sov.publish.report.sections import sections
+from megatron_sov.publish.report.validations import validation_curves
+from megatron_sov.runs.obs.events import EventLog
+
+
+def write(path: Path) -> None:
+    path.mkdir(exist_ok=True)
+    log = EventLog(path / "events.jsonl")
+    for step, reward in ((0, 0.25), (10, 0.25), (10, 0.5)):  # a step that was done again: the last counts
+        figures = {"num_prompts": 4, "num_samples": 8, "reward": reward, "response_tokens": 12.0,
+                   "truncated": 0.125, "pass_at_k": [
+                       {"k": 1, "value": reward, "interval": [0.1, 0.9]},
+                       {"k": 2, "value": reward + 0.25, "interval": [0.2, 1.0]}]}
+        log.write("validation", step=step, text=f"held-out reward {reward}", **figures,
+                  domains={"math": figures}, components={"format": 1.0})
+        log.write("responses", step=step, of="validation", rows=[
+            {"prompt": f"asked at {step}", "response": "<script>x</script>", "reward": reward,
+             "components": {"format": 1.0}, "tokens": 3, "ended": "stop"}])
+    log.write("responses", step=9, of="round", rows=[])
+    log.close()
+
+
+def test_the_report_shows_validations_and_the_newest_samples(tmp_path: Path) -> None:
+    write(tmp_path)
+    run = read_run(tmp_path)
+    validation, samples = sections(run)
+    assert validation.title == "Validation" and len(validation.charts) == 5
+    assert validation.charts[1].caption.startswith("The share of held-out prompts of which one at least of k")
+    by_step, domains = validation.tables
+    assert len(by_step.rows) == 2 and by_step.rows[1] == [
+        "10", "4", "8", "0.5000", "1: 50.0% (10.0% to 90.0%); 2: 75.0% (20.0% to 100.0%)", "12.0", "12.5%"]
+    curves = validation_curves(run)
+    assert {name: curves[name].values.tolist() for name in ("reward", "pass_at_2", "domain/math/reward")} == {
+        "reward": [0.25, 0.5], "pass_at_2": [0.5, 0.75], "domain/math/reward": [0.25, 0.5]}
+    assert domains.rows[0][:3] == ["math", "4", "0.5000"]
+    table = samples.tables[0]
+    assert table.head[0] == "prompt (validation at step 10)" and table.rows == [
+        ["asked at 10", "<script>x</script>", "0.5", '{"format": 1.0}', "3", "stop"]]
+    assert "<script>x</script>" not in render([run])
+
+
+def test_the_live_page_shows_what_the_held_out_prompts_gave(tmp_path: Path) -> None:
+    class States:
+        def add(self, event: object) -> None:
+            pass
+
+        def state(self) -> None:
+            return None
+
+    write(tmp_path)
+    watched = WatchedRun(tmp_path, lambda path: States())
+    watched.look()
+    (panel,) = [panel for panel in run_panels([watched]) if panel.title == "Validation"]
+    assert [chart.caption for chart in panel.charts] == ["Mean reward on held-out prompts.",
+                                                         "pass@1 on held-out prompts."]
+    assert "validation: held-out reward 0.5" in [words for _, _, words in watched.news]
