@@ -119,6 +119,14 @@ COMMANDS = {
          "--run runs/rl",
          "rl run tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward "
          "./my_reward.py:Starts --store store --run runs/rl --set policy.method=dapo")),
+    "rl engines": Command(
+        "megatron_sov.commands.rl.engines:ENGINES",
+        "keep the engine servers of a run whose trainer is on other machines",
+        POST_TRAIN, "rl.md",
+        ("rl engines --from runs/sft --prompts prompts.jsonl --reward math --store store --run runs/rl "
+         "--engine vllm --engine-set tp=8 --port 8000",
+         "rl engines tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
+         "--run runs/rl --engine vllm --engine-set servers=2 --engine-python vllm/bin/python")),
     "rl generate": Command(
         "megatron_sov.commands.rl.rounds:GENERATE",
         "write responses to the prompts of rounds into a store, by the newest policy",

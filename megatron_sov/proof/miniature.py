@@ -27,6 +27,7 @@ HEAD_DIM = 8
 VOCABULARY = 89
 """A prime: what is padded until tensor parallelism divides it is padded here too."""
 ROW_TOKENS = 32
+FEW_RUNS = 4
 SOURCE = "proof"
 OFF: dict[str, Any] = {
     "train.precision": "fp64", "train.fp8": "none", "train.fp8_weights": False, "train.tokens": 0,
@@ -121,11 +122,11 @@ def write_documents(folder: Path, seed: int = 0) -> None:
 
 
 def _runs(config: RunConfig) -> list[int]:
-    """Return the layers of each run of each stage: two where there are more, so that each kind of layer
-    meets each other one."""
+    """Return the layers of each run of each stage: two, where there are more, of few runs, and one of many:
+    kinds of layers alternate over them too."""
     m, p = config.model, config.parallel
     given = p.pipeline_layout or (m.num_layers // (p.pp * p.vpp),) * (p.pp * p.vpp)
-    runs = [min(count, 2) for count in given]
+    runs = [min(count, 2 if len(given) <= FEW_RUNS else 1) for count in given]
     # layers without experts come first, and one with experts must follow
     while m.num_experts and sum(runs) <= m.num_dense_layers and p.pp == 1:
         runs[0] += 1

@@ -57,6 +57,8 @@ class ChainStage:
     """Fewest nodes to go on with; 0: all."""
     nodes_set: tuple[str, ...] = ()
     """N:key=value: settings that change when there are N nodes."""
+    engine_nodes: NotNegativeInt = 0
+    """rl-run --engine vllm: nodes beside these, for engine servers alone."""
     array: NotNegativeInt = 0
     """data pack: tasks that share the inputs."""
     time_limit: str | None = None
@@ -308,7 +310,7 @@ def _request(config: ChainConfig, stage: ChainStage, options: SubmitOptions, nee
     return submission.SubmitRequest(
         stage.stage, stage.argv(READY_ROOT if ready else None), profile, stage.nodes, stage.min_nodes or None,
         cluster.settings_by_nodes(stage.nodes_set), stage.array, needs,
-        stage.time_limit or options.time_limit, ready, chosen)
+        stage.time_limit or options.time_limit, ready, chosen, stage.engine_nodes)
 
 
 def _ready(chain: str, number: int, stage: ChainStage, options: SubmitOptions) -> ReadySubmission:
@@ -347,7 +349,8 @@ def write_scripts(chain: str, folder: Path, options: SubmitOptions, commands: Co
     return list(scripts)
 
 
-OF_SLURM = ("min_nodes", "nodes_set", "array", "account", "partition", "scripts", "continue_chain")
+OF_SLURM = ("min_nodes", "nodes_set", "engine_nodes", "array", "account", "partition", "scripts",
+            "continue_chain")
 """Options that mean nothing on Kubernetes."""
 OF_KUBERNETES = ("job_name", "manifest", "apply")
 """Options that mean nothing on Slurm."""
@@ -431,7 +434,8 @@ def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
     profile = cluster.load(_cluster_name(options), account=options.account, partition=options.partition)
     request = submission.SubmitRequest(stage, tuple(argv), profile, options.nodes or 1, options.min_nodes,
                                        cluster.settings_by_nodes(options.nodes_set), options.array,
-                                       time_limit=options.time_limit, cluster=_cluster_name(options))
+                                       time_limit=options.time_limit, cluster=_cluster_name(options),
+                                       engine_nodes=options.engine_nodes)
     prepared = submission.prepare(request, COMMANDS)
     if options.dry_run:
         submission.show(prepared)
@@ -484,7 +488,8 @@ def _chain(argv: list[str], options: SubmitOptions) -> int:
     if len(argv) != 1:
         raise UserError(f"submit chain: takes one file, not {' '.join(argv) or 'none'}; stages and their "
                         f"arguments stand in it (chains of the package: {', '.join(chain_names())})")
-    given = [name for name in ("nodes", "min_nodes", "nodes_set", "array") if getattr(options, name)]
+    given = [name for name in ("nodes", "min_nodes", "nodes_set", "engine_nodes", "array")
+             if getattr(options, name)]
     if given:
         raise UserError(f"submit chain: --{given[0].replace('_', '-')} belongs to a stage; "
                         f"write it into {argv[0]}")

@@ -8,8 +8,10 @@ all of them while what is under way stands still.
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
+import urllib.parse
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
@@ -84,6 +86,15 @@ class AddressKeeper:
         return self._server
 
     def is_alive(self) -> bool:
+        """Return whether something listens there: who starts a server again does not say so, and it has lost
+        its weights."""
+        where = urllib.parse.urlsplit(self._server.url)
+        try:
+            socket.create_connection((where.hostname, where.port or 80), LOOK_S).close()
+        except ConnectionRefusedError:
+            return False
+        except OSError:  # a network that is slow is no server that has ended
+            return True
         return True
 
     def end(self) -> None:

@@ -141,7 +141,8 @@ class OwnServer:
     """One server of this run; its methods but `end` are called from one thread, which it ends with."""
 
     def __init__(self, engine: str, number: int, folder: Path, longest: int, settings: EngineServers,
-                 logs: Path, *, with_routes: bool = False, command: tuple[str, ...] = ()) -> None:
+                 logs: Path, *, with_routes: bool = False, command: tuple[str, ...] = (), port: int = 0
+                 ) -> None:
         """Start nothing yet.
 
         Args:
@@ -153,8 +154,10 @@ class OwnServer:
             logs: folder of its log, and of the note of its process.
             with_routes: whether routes will be asked for.
             command: in the place of the interpreter and the program's words.
+            port: where other machines reach it; 0: a free one, which this machine alone reaches.
         """
         self._engine, self._program = engine, PROGRAMS[engine]
+        self.port, self._host = port, "0.0.0.0" if port else "127.0.0.1"
         self.number, self._folder, self._longest, self._settings = number, folder, longest, settings
         self._with_routes = with_routes
         python = os.environ.get(ENGINE_PYTHON, "") or sys.executable
@@ -171,9 +174,7 @@ class OwnServer:
             UserError: it ends, or takes too long; its last lines are told.
         """
         self._end_left_over()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = self.port or _free_port()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as out, self._lock:
             if self._is_over:
@@ -234,7 +235,7 @@ class OwnServer:
     def _sglang_words(self, port: int) -> list[str]:
         asked = self._settings
         words = [*self._command, "--model-path", str(self._folder), "--served-model-name", "policy", "--host",
-                 "127.0.0.1", "--port", str(port), "--skip-tokenizer-init",
+                 self._host, "--port", str(port), "--skip-tokenizer-init",
                  # it ends an answer two tokens before its own end
                  "--context-length", str(self._longest + 2), "--max-running-requests", str(asked.requests),
                  "--dtype", asked.dtype, "--mem-fraction-static", str(asked.memory_share),
@@ -251,9 +252,10 @@ class OwnServer:
 
     def _vllm_words(self, port: int) -> list[str]:
         asked = self._settings
-        words = [*self._command, str(self._folder), "--served-model-name", "policy", "--host", "127.0.0.1",
-                 "--port", str(port), "--enable-scale-out", "--skip-tokenizer-init", "--generation-config",
-                 "vllm", "--logprobs-mode", "processed_logprobs", "--worker-extension-cls", EXTENSION,
+        words = [*self._command, str(self._folder), "--served-model-name", "policy", "--host",
+                 self._host, "--port", str(port), "--enable-scale-out",
+                 "--skip-tokenizer-init", "--generation-config", "vllm", "--logprobs-mode",
+                 "processed_logprobs", "--worker-extension-cls", EXTENSION,
                  "--weight-transfer-config", json.dumps({"backend": BACKEND}), "--max-model-len",
                  str(self._longest), "--max-num-seqs", str(asked.requests), "--dtype", asked.dtype,
                  "--gpu-memory-utilization", str(asked.memory_share),
@@ -279,7 +281,7 @@ class OwnServer:
             # of the two tokens of --context-length
             return found | {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", "HF_HUB_OFFLINE": "1"}
         path = [str(WORKER_FOLDER), *filter(None, [found.get("PYTHONPATH")])]
-        # weights change by routes that only this mode has; the server listens on this machine alone
+        # weights change by routes that only this mode has: others must not reach the server's port
         return found | {"PYTHONPATH": os.pathsep.join(path), "VLLM_SERVER_DEV_MODE": "1",
                         "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -306,6 +308,12 @@ class OwnServer:
     def _last_lines(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
         return "\n".join(lines[-LAST_LINES:])
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _is_there(leader: subprocess.Popen[bytes]) -> bool:

@@ -443,7 +443,7 @@ def typhoon_s_8b() -> RunConfig:
 
 
 def typhoon_s_8b_opd() -> RunConfig:
-    """Return on-policy distillation, for `distill`: the teacher's whole distribution, forward KL."""
+    """Return distillation, for `distill`: answers of before the run, whole distribution, forward KL."""
     run = typhoon_s_8b()
     return replace(
         run, recipe="typhoon-s-8b-opd",
@@ -477,7 +477,8 @@ OPD_SOURCES: Sources = derive(TYPHOON_SOURCES, {
     "optim.warmup_steps": published(f"{_OPD}: 5 % of the steps"),
     "train.steps": published(f"{_OPD}: 1 epoch of about 160,000 prompts"),
     "train.global_batch_size": published(f"{_OPD}: 64 samples; a row that holds several counts once here"),
-    "objective.name": published("arXiv 2601.18129, on-policy distillation"),
+    "objective.name": ours("published is on-policy: the student writes a quarter of the batches as it "
+                           "learns; here its answers are written before the run"),
     **dict.fromkeys(("distillation.beta", "distillation.temperature", "distillation.top_k"),
                     published(f"{_OPD}: forward KL over the whole vocabulary")),
 })

@@ -12,7 +12,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ import yaml
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import UserError, nearest
-from megatron_sov.base.settings import AtLeastOne, Flag, NotNegativeInt, options_of
+from megatron_sov.base.settings import AtLeastOne, Flag, NotNegativeInt, change, options_of
 from megatron_sov.model.config import RunConfig, apply_settings, data_paths
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.model.recipes.requested import BuiltIn, training_request
@@ -53,6 +53,8 @@ class SubmitOptions:
     """Go on with as few nodes as this when others are missing."""
     nodes_set: Annotated[tuple[str, ...], Flag(value="N:key=value")] = ()
     """A setting that changes with N nodes."""
+    engine_nodes: NotNegativeInt = 0
+    """rl-run --engine vllm: nodes beside these, for engine servers alone."""
     array: NotNegativeInt = 0
     """Share the inputs of data pack, or the work of eval-lm, rl-generate and rl-reward, out over N jobs
     (default: one job does all)."""
@@ -145,6 +147,24 @@ ARTIFACTS = {"tokenizer": ("train",), "data": ("pack", "mix", "demo-corpus")}
 """Commands of `sov-tokenizer` and `sov-data` that leave a folder with a manifest."""
 
 
+ENGINE_SET = "--engine-set"
+"""Option of the settings of engine servers."""
+
+
+@dataclass(frozen=True)
+class EngineShares:
+    """Of the settings of engine servers those that say what of a node each takes."""
+
+    tp: AtLeastOne = 1
+    dp: AtLeastOne = 1
+    weights: str = ""
+    """Where new weights lie for them; empty: nobody has said it."""
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.dp
+
+
 @dataclass(frozen=True)
 class StageWork:
     """A stage with its arguments: what a job has to do."""
@@ -171,6 +191,8 @@ class StageWork:
     """Whether nobody has said anything about the layout of a training stage."""
     settings: tuple[str, ...] = ()
     """--set of a training stage."""
+    engines: EngineShares | None = None
+    """Servers that write for rl-run; None: its own model does, or servers that somebody else has started."""
 
     @property
     def kind(self) -> StageKind:
@@ -226,7 +248,16 @@ def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
     inputs += [path for path in others if path is not None]
     return StageWork(stage, tuple(argv), run, run / JOBS, run / COMPLETION,
                      inputs=tuple(p.absolute() for p in inputs), data=tuple(args.data), config=config,
-                     layout_open=leaves_layout_open(request), settings=tuple(request.settings))
+                     layout_open=leaves_layout_open(request), settings=tuple(request.settings),
+                     engines=_engines(args) if stage == "rl-run" else None)
+
+
+def _engines(args: Any) -> EngineShares | None:
+    if args.engine == "megatron" or args.engine_url:
+        return None
+    names = {field.name for field in fields(EngineShares)}
+    return change(EngineShares(), [setting for setting in args.engine_set
+                                   if setting.partition("=")[0] in names], ENGINE_SET)
 
 
 def _artifact(stage: str, arguments: list[str]) -> StageWork:

@@ -23,7 +23,7 @@ from megatron_sov.base.artifacts import atomic_write, disk_errors, new_folder, t
 from megatron_sov.base.command_line import Parser, check_part
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings
-from megatron_sov.operate.slurm.stages import Commands, StageWork, fitting_nodes, work_of
+from megatron_sov.operate.slurm.stages import ENGINE_SET, Commands, StageWork, fitting_nodes, work_of
 from megatron_sov.runs.folder import SUBMISSIONS, submitted_jobs
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.version import OUR_PACKAGES
@@ -81,6 +81,8 @@ class SlurmJob:
     """Completion manifests of earlier stages of its chain."""
     ready: ReadySubmission | None = None
     """None: a script for this folder alone."""
+    engine_nodes: int = 0
+    """Nodes beside these, for engine servers."""
     cluster: str = ""
     """Profile, as --cluster takes it: a run's own plan reckons with it; empty: it does not."""
 
@@ -110,7 +112,8 @@ class SlurmJob:
         chosen = [name if value is True else f"{name} {value}" for name, value in values.items()]
         num_ranks = nodes * profile.tasks_per_node
         chosen.append(f"data parallel {num_ranks // layout.ranks_per_replica}")
-        return f"Asks for {nodes} x {unit}; layout: {', '.join(chosen)}."
+        more = f", and {self.engine_nodes} nodes of engine servers" if self.engine_nodes else ""
+        return f"Asks for {nodes} x {unit}{more}; layout: {', '.join(chosen)}."
 
 
 def render(job: SlurmJob) -> str:
@@ -131,8 +134,23 @@ def render(job: SlurmJob) -> str:
     return _environment(job.ready is not None).get_template(f"{template}.sbatch.j2").render(
         work=work, kind=work.kind, profile=profile, job=job, ready=job.ready, name=_job_name(job),
         nodes=max(job.layouts), least=min(job.layouts), limits=json.dumps(limits), first_port=PORTS[0],
-        num_ports=PORTS[1], python=_python(job), own_python=not profile.python
+        num_ports=PORTS[1], engines=_engine_words(job), python=_python(job), own_python=not profile.python
         and profile.container.kind == "none", command=["-m", *work.kind.program, *work.arguments])
+
+
+def _engine_words(job: SlurmJob) -> dict[str, Any]:
+    """Return what the servers on a node are started with, and what the run is told beside their addresses."""
+    asked = job.work.engines
+    if not job.engine_nodes or asked is None:
+        return {}
+    unit = job.profile.tasks_per_node
+    count = unit // asked.gpus
+    words = ["-m", "megatron_sov", "rl", "engines", *job.work.arguments, ENGINE_SET, f"servers={count}"]
+    if job.profile.gpus_per_node:
+        words += [ENGINE_SET, f"devices={json.dumps([str(number) for number in range(unit)])}"]
+    # the default is the memory of one machine, which servers of others do not see
+    told = [] if asked.weights else [ENGINE_SET, f"weights={job.work.target / 'engines'}"]
+    return {"count": count, "words": words, "told": told}
 
 
 @functools.cache
@@ -222,6 +240,8 @@ class SubmitRequest:
     """What a ready script says of itself; None: a script to be submitted from here."""
     cluster: str = ""
     """What --cluster named, for the plan that a run keeps; empty: nobody tells the run."""
+    engine_nodes: int = 0
+    """Nodes beside these, for engine servers."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +286,8 @@ def prepare(request: SubmitRequest, commands: Commands) -> Prepared:
                                 request.profile.gpu if request.profile.gpus_per_node else "")
     # before anything is written
     _check_side_jobs(work)
+    if request.engine_nodes:
+        _check_engines(work, request)
     # the job runs a copy of the code here; a ready script runs the code of its own Python
     if not request.ready:
         check_part(work.kind.program[0])
@@ -274,10 +296,22 @@ def prepare(request: SubmitRequest, commands: Commands) -> Prepared:
     script = request.ready.script if request.ready else work.records / f"{request.stage}.sbatch"
     base = SlurmJob(work, request.profile, Path.cwd(), code, script, layouts, needs=request.needs,
                     time_limit=_time_limit(request, work), ready=request.ready,
-                    cluster=_told_cluster(request))
+                    engine_nodes=request.engine_nodes, cluster=_told_cluster(request))
     # parts first, then what joins them: `submit` makes each wait for the one before
     jobs = _parts(base, request.array) if request.array else (base,)
     return Prepared(work, jobs, tuple(render(job) for job in jobs))
+
+
+def _check_engines(work: StageWork, request: SubmitRequest) -> None:
+    """Raise `UserError` where servers cannot have nodes of their own, or would leave a part of them idle."""
+    if work.engines is None or request.ready:
+        raise UserError(f"--engine-nodes {request.engine_nodes}: are for `submit rl-run ... --engine vllm` "
+                        "without --engine-url; leave it out")
+    each, unit = work.engines.gpus, request.profile.tasks_per_node
+    if unit % each:
+        raise UserError(f"--engine-set tp={work.engines.tp} dp={work.engines.dp}: a server takes {each} "
+                        f"GPUs, which must divide the {unit} of a node; servers over several nodes are not "
+                        "supported")
 
 
 def _told_cluster(request: SubmitRequest) -> str:

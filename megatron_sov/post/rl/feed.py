@@ -444,8 +444,10 @@ class Producer:
                           asked_to_stop: Callable[[], bool]) -> dict[str, float]:
         """Have the first of some rounds written, and the others begun; returns figures for its event."""
         assert isinstance(self.writer, (ResponseSource, Episodes)), "it asks no servers"
-        while on_main(view.world, partial(servers.is_opening, STEP_S)):
-            pass
+        while on_main(view.world, lambda: not asked_to_stop() and servers.is_opening(STEP_S)):
+            view.checkpointer.advance()
+        if not on_main(view.world, lambda: servers.is_open):
+            return {}
         known = self.writer.ids_of(round_prompts(self.prompts, self.rollout, rounds[0])[0])
         servers.push(view, policy, known)
 

@@ -322,6 +322,10 @@ class LiveServers:
     _held: int | None = None
     """Step of the weights that the servers have; None: not known, for somebody else may have asked them."""
 
+    @property
+    def is_open(self) -> bool:
+        return self.engine is not None and self._opening is None
+
     def is_opening(self, limit_s: float) -> bool:
         """Return whether the servers are still being started, on the first process, after so many seconds.
 

@@ -194,7 +194,10 @@ def test_an_interpreter_without_vllm_is_told(tmp_path: Path, monkeypatch: pytest
 
 def test_waiting_for_an_address_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     double = VllmDouble()
+    keeper = AddressKeeper(VllmServer(double.url, answer_s=1), 0)
+    assert keeper.is_alive()
     double.close()
+    assert not keeper.is_alive(), "who starts it again does not say so"
     with pytest.raises(UserError, match="has not answered for 0 s"):
         AddressKeeper(VllmServer(double.url, answer_s=1), 0, "vllm").start(lambda: False)
     assert f"--engine-url {double.url}: does not answer; waiting up to 0 s" in capsys.readouterr().err

@@ -246,3 +246,24 @@ def test_ranks_make_the_scratch_folder_that_slurm_did_not_find(tmp_path: Path) -
     done = subprocess.run(["bash", "-c", shell], env={"PATH": os.environ["PATH"], "USER": "ada"},
                           capture_output=True, text=True)
     assert done.stdout == f"{tmp_path}/no such/folder/ada\n" and (tmp_path / "no such/folder/ada").is_dir()
+
+
+def test_engine_servers_have_whole_nodes_of_their_own(site: Path) -> None:
+    profile = cluster.load("h100", account="me")
+    vllm = ("--engine", "vllm", "--engine-set", "tp=4")
+    text = script("rl-run", profile, *vllm, nodes=2, engine_nodes=2)
+    assert "#SBATCH --nodes=4" in text and "tail -n 2" in text and "i < 2" in text
+    client.check_script(text)
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    engines = words_of(text.replace('"$engine_port"', "30007"), "engines")
+    assert engines[:4] == ["-m", "megatron_sov", "rl", "engines"]
+    assert engines[-6:-2] == ["--engine-set", "servers=2", "--engine-set",
+                              'devices=["0", "1", "2", "3", "4", "5", "6", "7"]']
+    assert "settings=(--engine-set weights=" in text and '--engine-url "http://$address:' in text
+    own = script("rl-run", profile, *vllm, "--engine-set", "weights=/shared/w", nodes=2, engine_nodes=1)
+    assert "engine_settings=()" in own
+    for words, told in (((), "are for `submit rl-run ... --engine vllm`"),
+                        (("--engine", "vllm", "--engine-url", "http://n9:8000"), "without --engine-url"),
+                        (("--engine", "vllm", "--engine-set", "tp=16"), "must divide the 8 of a node")):
+        with pytest.raises(UserError, match=re.escape(told)):
+            script("rl-run", profile, *words, nodes=2, engine_nodes=1)

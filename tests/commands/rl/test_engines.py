@@ -1,0 +1,57 @@
+"""`megatron-sov rl engines`: servers that are kept at work where a run cannot start them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.cli import main
+from megatron_sov.commands.rl.engines import keep
+
+
+class Scripted:
+    """A server whose starts go as is told: "ends", "fails", or "stays" until it is asked to stop."""
+
+    log = Path("engine-0.log")
+
+    def __init__(self, *starts: str, is_over: threading.Event) -> None:
+        self.starts, self.is_over, self.done = list(starts), is_over, list[str]()
+
+    def start(self, should_stop: Callable[[], bool]) -> Any:
+        self.done.append(self.starts.pop(0))
+        if self.done[-1] == "fails":
+            raise UserError("--engine vllm: server 0 ended")
+        return self
+
+    def is_alive(self) -> bool:
+        if self.done[-1] == "stays":
+            self.is_over.set()
+        return self.done[-1] == "stays"
+
+    def end(self) -> None:
+        self.done.append("end")
+
+
+@pytest.mark.parametrize(("starts", "why"), [
+    (("ends", "fails", "fails", "ends", "fails", "stays"), ""),
+    (("ends", "fails", "fails", "fails"), "--engine vllm: server 0 ended")])
+def test_a_server_that_ends_is_started_again_and_one_that_cannot_be_is_told(
+        starts: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    is_over = threading.Event()
+    server = Scripted(*starts, is_over=is_over)
+    assert keep(server, "n2:8000", 2, is_over, look_s=0, rest_s=0) == why
+    assert server.done == [*starts, "end"]
+    said = capsys.readouterr()
+    assert "n2:8000: its server has ended (see engine-0.log), and is started again" in said.err
+    assert said.out.count("n2:8000 answers") == len([s for s in starts if s != "fails"])
+
+
+def test_a_run_without_servers_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rl", "engines", "tiny-solar-open", "--prompts", "p.jsonl", "--reward", "math", "--store",
+                 str(tmp_path / "s"), "--from", str(tmp_path), "--run", str(tmp_path / "r")]) == 2
+    assert "--engine megatron: has no servers; add --engine vllm" in capsys.readouterr().err

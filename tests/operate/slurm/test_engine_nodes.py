@@ -1,0 +1,103 @@
+"""Engine servers on nodes of their own, on a real Slurm: with doubles of the servers and of the run that asks
+them."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import sys
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SERVER = """#!{python}
+import http.server, os, signal, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(str(os.getpid()).encode())
+        if self.path == "/end":
+            os._exit(1)
+        if self.path == "/end-keeper":
+            os.kill(os.getppid(), signal.SIGKILL)
+    def log_message(self, *_):
+        pass
+host, port = (sys.argv[sys.argv.index(name) + 1] for name in ("--host", "--port"))
+http.server.HTTPServer((host, int(port)), Handler).serve_forever()
+"""
+RUN = """
+import json, os, pathlib, sys, time, urllib.request
+words = sys.argv
+run = pathlib.Path(words[words.index("--run") + 1])
+urls = [words[i + 1] for i, word in enumerate(words) if word == "--engine-url"]
+def asked(url, path="/health"):
+    try:
+        return int(urllib.request.urlopen(url + path, timeout=10).read())
+    except OSError:
+        return None
+def others(known):  # the processes of all servers, once none is what it was
+    while True:
+        found = [asked(url) for url in urls]
+        if all(pid and pid not in known for pid in found):
+            return found
+        time.sleep(0.2)
+if os.environ["RANK"] == "0":
+    (run / "engines/model").mkdir(parents=True)
+    (run / "engines/model/config.json").write_text("{}")
+    pids = [others([])]
+    asked(urls[0], "/end")
+    while (pid := asked(urls[0])) in (None, pids[0][0]):
+        time.sleep(0.2)
+    pids.append([pid, asked(urls[1])])
+    asked(urls[0], "/end-keeper")
+    pids.append(others(pids[1]))
+    (run / "asked.json").write_text(json.dumps({"urls": urls, "pids": pids}))
+    (run / "complete.json").write_text('{"step": 1}')
+while not (run / "complete.json").exists():
+    time.sleep(0.2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_servers_on_nodes_of_their_own_are_started_again_and_end_with_the_job(
+        cluster: Any, site: Path, submit: Callable[..., str], small: tuple[str, ...], warm_python: str
+) -> None:
+    vllm, python = site / "vllm-python", site / "python"
+    vllm.write_text(SERVER.format(python=sys.executable))
+    (site / "run.py").write_text(RUN)
+    python.write_text("#!/bin/bash\n"
+                      f'case "$*" in *"megatron_sov rl run"*) exec {sys.executable} {site}/run.py "$@";;\n'
+                      f'*"rl engines"*) exec {sys.executable} "$@";; esac\nexec {warm_python} "$@"\n')
+    for file in (vllm, python):
+        file.chmod(0o755)
+    profile = re.sub(r"(?m)^python: .*$", f"python: {python}", (site / "site.yaml").read_text())
+    (site / "two.yaml").write_text(profile.replace("cpus_per_node: 1", "cpus_per_node: 2\nranks_per_node: 2"))
+    (site / "prompts.jsonl").write_text('{"prompt": "1?"}\n{"prompt": "2?"}\n')
+    (site / "start").mkdir()  # nobody reads it: servers load what the run has made of it
+    run, records = site / "run", site / "run/slurm"
+    job = submit(records, "rl-run", "--cluster", "two.yaml", "--engine-nodes", "1", "tiny-solar-open", *small,
+                 "--prompts", "prompts.jsonl", "--reward", "math", "--from", "start", "--store", "store",
+                 "--run", str(run), "--set", "rollout.rounds=1", "--set", "rollout.prompts_per_round=2",
+                 "--set", "rollout.max_new_tokens=8", "--set", "rollout.max_prompt_tokens=8", "--engine",
+                 "vllm", "--engine-python", str(vllm))
+    found = cluster.wait(job, timeout_s=300)
+    log = (records / f"{job}.log").read_text()
+    assert (found["JobState"], found["NumNodes"]) == ("COMPLETED", "2"), log
+    told = json.loads((run / "asked.json").read_text())
+    [attempt] = (records / "logs").iterdir()
+    kept, _ = sorted((attempt / "engines").glob("n*.log"))
+    first, second, third = told["pids"]
+    assert first[0] != second[0] and first[1] == second[1], "one server alone has died"
+    assert not set(third) & set(second), "those of a keeper that was killed end with it"
+    assert "is started again" in kept.read_text()
+    assert f"ended with 137 and are started again, see {kept}" in log
+    for url in told["urls"]:
+        # virtual nodes share this machine's network
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", urllib.parse.urlsplit(url).port), 5)
