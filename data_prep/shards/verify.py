@@ -16,7 +16,7 @@ from data_prep.shards.token_artifact import (
     COLUMN_DTYPE, HELDOUT, SIDECARS, SPLITS, TRAIN, IndexedSplit, PackedShard, document_hashes, num_tokens,
     read_tokens_manifest, shards_of)
 from megatron_sov.base.artifacts import damaged_files
-from megatron_sov.base.documents.shard_files import FEATURES, ROUTES, RouteShape
+from megatron_sov.base.documents.shard_files import FEATURES, OF_DOCUMENTS, ROUTES, WRITTEN, RouteShape
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.base.settings import AboveZero, Flag, add_options, read_options
 from megatron_sov.chat.marks import KIND_NONE, KINDS
@@ -128,8 +128,13 @@ def _shard_problems(shard: PackedShard, split: IndexedSplit, content: dict[str, 
             from data_prep.media.packing import media_problems
 
             problems += media_problems(shard.prefix, shard.source, split.tokens)
+        elif suffix == WRITTEN:
+            wanted, found = -(-len(split.tokens) // 8), file.stat().st_size if file.is_file() else None
+            if found not in (None, wanted):
+                problems.append(f"{file}: has {found} bytes, {len(split.tokens)} tokens need {wanted}")
         else:
-            problems += _sidecar_problems(file, suffix, len(split.tokens))
+            problems += _sidecar_problems(
+                file, suffix, num_documents if suffix.endswith(OF_DOCUMENTS) else len(split.tokens))
     return problems
 
 

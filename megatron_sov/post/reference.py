@@ -8,10 +8,12 @@ that is killed goes on at the next part, and one that is continued later finds a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,14 +21,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from megatron_sov.base.artifacts import atomic_write, disk_errors, manifest_sha256, to_json
+from megatron_sov.base.artifacts import atomic_write, disk_errors, manifest_sha256, new_file, to_json
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.sealed import seal_damage, write_sealed
+from megatron_sov.base.sealed import seal_damage, seal_file, write_sealed
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives
-from megatron_sov.engine.parallel.world import ParallelWorld, on_main
+from megatron_sov.engine.parallel.world import ParallelWorld, on_each, on_main
 from megatron_sov.eval.heldout import row_losses
 from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.target import Target
@@ -78,69 +80,168 @@ def document_logprobs(model: RunningLogprobs, documents: Documents, chosen: rang
         temperature: what logits are divided by before the softmax.
         routes: shape of the documents' routes, which are replayed; None: each token goes where it goes.
     """
-    whole = rows_per_batch * model.world.dp_size
+    numbers = np.zeros(_starts(documents, chosen)[-1], np.float32)
 
-    def of_rows(rows: list[Row]) -> np.ndarray:
-        size = rows_per_micro_batch(len(rows), rows_per_batch, model.world.dp_size)
-        # Empty rows fill up the last batch: every process passes as many, since they may share experts.
-        filled = [*rows, *[()] * (-len(rows) % (size * model.world.dp_size))]
-        return _of_rows(model, documents, filled, seq_len, size, temperature, routes)
+    def of_rows(rows: list[Row]) -> Iterator[np.ndarray]:
+        filled, size = _filled(model.world, rows, rows_per_batch)
+        values = torch.zeros(len(filled) // size, size * seq_len, dtype=torch.float64)
+        # Each process fills its own micro-batches and leaves zeros for the others, so the sum is everybody's.
+        if found := _own_logprobs(model, documents, filled, size, seq_len, temperature, routes):
+            values[model.world.dp_rank::model.world.dp_size] = torch.stack(found).double().cpu()
+        summed = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(values))
+        yield from summed.float().numpy().reshape(len(filled), seq_len)
 
-    return _place_numbers(documents, chosen, seq_len, whole * MICRO_BATCHES, of_rows)
+    _place_numbers(documents, chosen, seq_len, rows_per_batch * model.world.dp_size * MICRO_BATCHES, of_rows,
+                   partial(_put, numbers))
+    return numbers
+
+
+def write_logprobs(model: RunningLogprobs, documents: Documents, passed: int, seq_len: int,
+                   rows_per_batch: int, file: Path, of: str, temperature: float = 1.0,
+                   routes: RouteShape | None = None) -> None:
+    """Write what `document_logprobs` returns as a sealed file, NaN for each token of the first `passed`
+    documents.  Each process writes the numbers of its own rows in place: nobody holds those of all.
+
+    Args:
+        model: what is asked; called by all of its processes together.
+        documents: those of a split.
+        passed: documents that are not asked.
+        seq_len: tokens of a row, the longest sample.
+        rows_per_batch: rows of a micro-batch at most.
+        file: of float32, a number for each token.
+        of: what its checksum is bound to.
+        temperature: what logits are divided by before the softmax.
+        routes: shape of the documents' routes, which are replayed; None: each token goes where it goes.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    world = model.world
+    chosen = range(passed, len(documents.lengths))
+    unasked = int(_starts(documents, range(passed))[-1])
+    writes = world.last_stage and collectives.is_first_of_row()
+    # an error waits until all are done: the others would wait in a collective for whoever ended before
+    problems: list[OSError] = []
+
+    def of_rows(rows: list[Row]) -> Iterator[np.ndarray | None]:
+        filled, size = _filled(world, rows, rows_per_batch)
+        found = iter(_own_logprobs(model, documents, filled, size, seq_len, temperature, routes))
+        for i in range(len(filled) // size):
+            own = writes and i % world.dp_size == world.dp_rank
+            yield from next(found).float().cpu().numpy().reshape(size, seq_len) if own else [None] * size
+
+    def put(opened: int, first: int, numbers: np.ndarray) -> None:
+        try:
+            # A message to the disk and no map of it: of a page that two machines write to, each would send
+            # the whole.
+            os.pwrite(opened, np.ascontiguousarray(numbers, "<f4").data, 4 * (unasked + first))
+        except OSError as e:
+            problems.append(e)
+
+    def end(opened: int, rank: int, size: int) -> None:
+        with disk_errors(file):
+            for problem in problems[:1]:
+                raise problem
+            os.fsync(opened)
+
+    with contextlib.ExitStack() as building:
+        temporary = on_main(world, partial(_make_numbers, building, file, unasked,
+                                           int(_starts(documents, chosen)[-1])))
+        opened = os.open(temporary, os.O_WRONLY)
+        try:
+            _place_numbers(documents, chosen, seq_len, rows_per_batch * world.dp_size * MICRO_BATCHES,
+                           of_rows, partial(put, opened))
+            on_each(partial(end, opened))
+        finally:
+            os.close(opened)
+        on_main(world, partial(_seal_numbers, building, temporary, of))
+
+
+def _make_numbers(building: contextlib.ExitStack, file: Path, unasked: int, asked: int) -> Path:
+    """Make a file of `unasked` NaN and as many zeros as are asked, which gets its name at the end of
+    `building`; returns what it is called until then."""
+    temporary, block = building.enter_context(new_file(file)), np.full(1 << 20, np.nan, "<f4")
+    with disk_errors(file), open(temporary, "wb") as f:
+        for first in range(0, unasked, len(block)):
+            f.write(block[:unasked - first].data)
+        f.truncate(4 * (unasked + asked))
+    return temporary
+
+
+def _seal_numbers(building: contextlib.ExitStack, temporary: Path, of: str) -> None:
+    seal_file(temporary, of)
+    building.close()
 
 
 def document_logprobs_hf(model: Any, documents: Documents, chosen: range, seq_len: int) -> np.ndarray:
     """Return what `document_logprobs` gives, of transformers' model."""
-    return _place_numbers(documents, chosen, seq_len, 1, lambda rows: np.stack([
-               -row_losses(model, sample_row(OrderedSample(0, row), documents, seq_len)) for row in rows]))
+    numbers = np.zeros(_starts(documents, chosen)[-1], np.float32)
+    _place_numbers(documents, chosen, seq_len, 1, lambda rows: (
+        -row_losses(model, sample_row(OrderedSample(0, row), documents, seq_len)) for row in rows),
+        partial(_put, numbers))
+    return numbers
+
+
+def _put(numbers: np.ndarray, first: int, found: np.ndarray) -> None:
+    numbers[first:first + len(found)] = found
+
+
+def _starts(documents: Documents, chosen: range) -> np.ndarray:
+    """Return [documents + 1] int64: where each of the chosen documents begins behind the first, and the
+    end."""
+    lengths = np.asarray(documents.lengths[np.asarray(chosen, np.int64)])
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time: int,
-                   of_rows: Callable[[list[Row]], np.ndarray]) -> np.ndarray:
-    """Return the numbers of documents from those of the rows that they are put into.
+                   of_rows: Callable[[list[Row]], Iterable[np.ndarray | None]],
+                   put: Callable[[int, np.ndarray], None]) -> None:
+    """Give the numbers of documents from those of the rows that they are put into.
 
     Args:
         documents: those of a split.
         chosen: which of them.
         seq_len: tokens of a row.
         at_a_time: rows that `of_rows` is asked for at most.
-        of_rows: rows -> [at least as many, seq_len] log p(label) of each place.
+        of_rows: rows -> of at least as many [seq_len] log p(label) of each place, None of one that is
+            another process's.
+        put: is given numbers, and where they begin.
     """
-    lengths = np.asarray(documents.lengths[np.asarray(chosen)])
-    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    starts = _starts(documents, chosen)
+    lengths = np.diff(starts)
     # A document of one token has no label.
     rows = best_fit([PackedSegment(d, 0, min(n, seq_len))
                      for d, n in zip(chosen, lengths.tolist(), strict=True) if n > 1], seq_len)
-    numbers = np.zeros(starts[-1], np.float32)
     for begin in range(0, len(rows), at_a_time):
         there = rows[begin:begin + at_a_time]
         for row, found in zip(there, of_rows(there), strict=False):
             at = 0
-            for document, start, count in row:
+            for document, start, count in row if found is not None else ():
                 place = document - chosen.start
                 # a document that goes on behind the row has one label more: the token outside of it
                 labels = min(count, int(lengths[place]) - start - 1)
                 # A label's number is stored at the token that it is: one place on.
-                to = starts[place] + start + 1
-                numbers[to:to + labels] = found[at:at + labels]
+                assert found is not None, "a row of another process"
+                put(int(starts[place]) + start + 1, found[at:at + labels])
                 at += count
-    return numbers
 
 
-def _of_rows(model: RunningLogprobs, documents: Documents, rows: list[Row], seq_len: int, size: int,
-             temperature: float, routes: RouteShape | None) -> np.ndarray:
-    """Return [rows, seq_len] float32: log p(label) of each place, on every process."""
-    world = model.world
+def _filled(world: ParallelWorld, rows: list[Row], rows_per_batch: int) -> tuple[list[Row], int]:
+    """Return rows with empty ones behind them, and rows of a micro-batch: every process passes as many, since
+    they may share experts."""
+    size = rows_per_micro_batch(len(rows), rows_per_batch, world.dp_size)
+    return [*rows, *[()] * (-len(rows) % (size * world.dp_size))], size
+
+
+def _own_logprobs(model: RunningLogprobs, documents: Documents, rows: list[Row], size: int, seq_len: int,
+                  temperature: float, routes: RouteShape | None) -> list[torch.Tensor]:
+    """Return log p(label) of each place of this process's micro-batches, every `dp_size`-th one, on the last
+    stage; elsewhere nothing."""
     groups = [rows[i:i + size] for i in range(0, len(rows), size)]
     own = [from_row(join_rows([sample_row(OrderedSample(0, row), documents, seq_len, routes=routes)
                                for row in group]))
-           for group in groups[world.dp_rank::world.dp_size]]
-    # Each process fills its own groups and leaves zeros for the others, so the sum is everybody's.
-    values = torch.zeros(len(groups), size * seq_len, dtype=torch.float64)
-    if found := model.policy.map(own, partial(_logprobs, temperature)):
-        values[world.dp_rank::world.dp_size] = torch.stack(found).double().cpu()
-    summed = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(values))
-    return summed.float().numpy().reshape(len(rows), seq_len)
+           for group in groups[model.world.dp_rank::model.world.dp_size]]
+    return model.policy.map(own, partial(_logprobs, temperature))
 
 
 def _logprobs(temperature: float, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:

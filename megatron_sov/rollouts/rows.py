@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from megatron_sov.work.tables.table import TablePart
 
@@ -153,9 +153,21 @@ def domain_of(record: Mapping[str, Any]) -> str:
     return str(record.get(_DOMAIN, ""))
 
 
-def later(rows: Sequence[Rollout]) -> list[Rollout]:
+class Attempted(Protocol):
+    """A response, whatever of it is read."""
+
+    @property
+    def key(self) -> Key: ...
+    @property
+    def attempt(self) -> int: ...
+
+
+R = TypeVar("R", bound=Attempted)
+
+
+def later(rows: Sequence[R]) -> list[R]:
     """Return, of the rows of each key, the one of the last attempt, in order of first appearance."""
-    found: dict[Key, Rollout] = {}
+    found: dict[Key, R] = {}
     for row in rows:
         # a dict keeps the place of a key's first row, also where its value is replaced
         if row.key not in found or row.attempt > found[row.key].attempt:

@@ -128,7 +128,7 @@ def rollouts_of(table: pa.Table, columns: Sequence[str]) -> list[Rollout]:
     """
     read: dict[str, list[Any]] = {name: _values(table, name) for name in columns if name != "routes"}
     if "routes" in columns:
-        read["routes"] = _routes_of(table)
+        read["routes"] = routes_of(table)
     nothing = {name: np.zeros(0, dtype) for name, dtype in _ARRAYS.items()} | _OTHERS
     left = {name: value for name, value in nothing.items() if name not in columns}
     # Rollout takes key, round and attempt by place, all else by name
@@ -230,7 +230,12 @@ def _route_shape(routes: np.ndarray) -> tuple[int, int, int]:
     return routes.shape[1], routes.shape[2], routes.dtype.itemsize
 
 
-def _routes_of(table: pa.Table) -> list[np.ndarray | None]:
+def routes_of(table: pa.Table) -> list[np.ndarray | None]:
+    """Return the routes of each row, as views; None where it has none.
+
+    Raises:
+        ValueError: bytes that are no routes.
+    """
     buffers = (scalar.as_buffer() if scalar.is_valid else None
                for chunk in table["routes"].chunks for scalar in chunk)
     shapes = zip(*(table[name].to_pylist() for name in _ROUTES[1:]), strict=True)
@@ -376,10 +381,8 @@ class RolloutStore(Table[RolloutPart]):
             UserError: there is no such part, or it is damaged.
         """
         part, names = self.part(name), NAMES if fields is None else fields
-        table = self.read(part, schema_for(names))
+        table = self.table_of(part, names)
         rows = _converted(part.file, lambda: rollouts_of(table, names))
-        if strangers := {row.round for row in rows} - {part.round}:
-            raise UserError(f"{part.file}: has a row of round {strangers.pop()}; the store did not write it")
         problems = problems_of(table)
         # only where all columns of the rules were read
         if set(RULES) <= set(names) and not all_sound(table, self.vocab_size):
@@ -387,6 +390,18 @@ class RolloutStore(Table[RolloutPart]):
             problems = [problem or "; ".join(row.problems(self.vocab_size))
                         for problem, row in zip(problems, rows, strict=True)]
         return rows, problems
+
+    def table_of(self, part: RolloutPart, fields: Sequence[str]) -> pa.Table:
+        """Return fields of all rows of a part as columns, and with them those that are always read; rules of
+        rows are not looked at.
+
+        Raises:
+            UserError: the part is damaged.
+        """
+        table = self.read(part, schema_for(fields))
+        if strangers := set(table["round"].unique().to_pylist()) - {part.round}:
+            raise UserError(f"{part.file}: has a row of round {strangers.pop()}; the store did not write it")
+        return table
 
     def read_rewards(self, version: str, name: str) -> list[RewardRow]:
         """Return what a reward said of the rows of a part.

@@ -48,7 +48,7 @@ EXPORTS, EVALUATIONS = "exports", "evaluations"
 """Hugging Face folders of checkpoints, and the figures measured on them, beside training."""
 OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
 ROLLOUT = tuple(f.name for f in dataclasses.fields(RolloutConfig)
-                if f.name not in ("rounds", "max_staleness", "deadline_s", "lease_s")
+                if f.name not in ("rounds", "max_staleness", "deadline_s", "lease_s", "keep_rounds")
                 # how held-out prompts are asked changes nothing that is learned
                 and not f.name.startswith(VALIDATION))
 FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": OPTIM,

@@ -53,10 +53,11 @@ class IndexedWriter:
 
         Args:
             lengths_tokens: tokens of each document.
-            columns: "bin" (ids) and the sidecars' columns, each a flat array [sum of lengths].
+            columns: "bin" (ids) and the sidecars' columns, each a flat array [sum of lengths], or [documents]
+                where a document has one number.
         """
         for suffix, file in self._files.items():
-            file.write(np.ascontiguousarray(columns[suffix], dtype=self._dtypes[suffix]).tobytes())
+            file.write(np.ascontiguousarray(columns[suffix], dtype=self._dtypes[suffix]).reshape(-1).data)
         self.lengths_tokens.frombytes(lengths_tokens.astype(np.int32).tobytes())
 
     def __enter__(self) -> IndexedWriter:
@@ -94,9 +95,29 @@ NO_FEATURE = -1
 """In that sidecar: of a token that no feature replaces."""
 DAMAGED = "`sov-data verify` names what is damaged, pack the data again"
 
+WRITTEN = "written"
+"""Ending of the sidecar of responses with a bit for each token, from the highest of a byte on: whether a
+policy wrote it.  It stands in the place of weights (1 or 0) and types (response or prompt)."""
+OF_DOCUMENTS = ".documents"
+"""How the ending of a column goes on that has a number for each document: that of all its written tokens."""
+
+
+def bits(flags: np.ndarray) -> np.ndarray:
+    """Return flags [tokens] as the bytes of a file `WRITTEN`."""
+    return np.packbits(flags)
+
+
+def flags(packed: np.ndarray, first: int, count: int) -> np.ndarray:
+    """Return `count` flags, uint8, from the `first` one of a file `WRITTEN`."""
+    whole = np.unpackbits(packed[first // 8:(first + count + 7) // 8])
+    return whole[first % 8:first % 8 + count]
+
+
 ROUTES = "routes"
 """Ending of the sidecar of token shards that holds routes, and name of their shape in a source's record."""
 NARROW, WIDE = "uint8", "uint16"
+_ROUTE_TOKENS = 1 << 10
+"""Those that are checked at a time: what is looked at stays in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -140,18 +161,29 @@ class RouteShape:
         if routes.shape[1:] != (self.layers, self.top_k) or routes.dtype != np.dtype(self.dtype):
             return (f"has routes of shape {list(routes.shape)} and type {routes.dtype}, must be [tokens, "
                     f"{self.layers}, {self.top_k}] of {self.dtype}")
-        marked = routes == self.mark
-        absent = marked.all(axis=2)
-        # equal neighbours after sorting are an expert that is visited twice
-        ordered = np.sort(routes, axis=2)
-        rules = (((routes >= self.num_experts).any(axis=2) & ~absent,
-                  f"expert numbers must lie below {self.num_experts}, or all be {self.mark} (not recorded)"),
-                 ((ordered[:, :, 1:] == ordered[:, :, :-1]).any(axis=2) & ~absent,
-                  "a token visits an expert of a layer once"))
-        for wrong, rule in rules:
+        for first in range(0, len(routes), _ROUTE_TOKENS):
+            block = routes[first:first + _ROUTE_TOKENS]
+            if problem := self._block_problem(block, first):
+                return problem
+        return ""
+
+    def _block_problem(self, routes: np.ndarray, begin: int) -> str:
+        # A choice is a column here: on whole columns each comparison is one pass over contiguous bytes, which
+        # sorting the few experts of each token and layer is not.
+        choices = np.ascontiguousarray(routes.reshape(-1, self.top_k).T)
+        present = ~np.logical_and.reduce(choices == self.mark)
+        beyond = np.logical_or.reduce(choices >= self.num_experts) & present
+        twice = np.zeros(len(present), bool)
+        for i in range(1, self.top_k):
+            for j in range(i):
+                twice |= choices[i] == choices[j]
+        for wrong, rule in (
+                (beyond, f"expert numbers must lie below {self.num_experts}, or all be {self.mark} (not "
+                         "recorded)"),
+                (twice & present, "a token visits an expert of a layer once")):
             if wrong.any():
-                token, layer = np.argwhere(wrong)[0].tolist()
-                return (f"sends token {token} in layer {layer} of those with experts to "
+                token, layer = divmod(int(wrong.argmax()), self.layers)
+                return (f"sends token {begin + token} in layer {layer} of those with experts to "
                         f"{routes[token, layer].tolist()}; {rule}")
         return ""
 

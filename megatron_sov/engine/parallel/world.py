@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.engine.parallel.device import on_gpu, take_gpu
-from megatron_sov.engine.parallel.values import broadcast_object
+from megatron_sov.engine.parallel.values import broadcast_object, gather_objects
 from megatron_sov.model.config import ParallelConfig
 
 _joins = itertools.count()
@@ -185,6 +185,26 @@ def on_main(place: ParallelWorld, action: Callable[[], Any]) -> Any:
 def on_first(action: Callable[[], Any]) -> Any:
     """Do as `on_main` does where no place is at hand; a process that has joined nobody does it for itself."""
     return _on_one(dist.get_rank() == 0, action) if dist.is_initialized() else action()
+
+
+def on_each(action: Callable[[int, int], Any]) -> list[Any]:
+    """Do something on every process, called with its rank and their number, and return what each gave, by
+    rank; a process that has joined nobody is all of them.
+
+    Raises:
+        UserError: it failed on one; on every rank, behind the work of all.
+    """
+    if not dist.is_initialized():
+        return [action(0, 1)]
+    result, problem = None, None
+    try:
+        result = action(dist.get_rank(), dist.get_world_size())
+    except UserError as e:
+        problem = str(e)
+    everyones = gather_objects((result, problem))
+    if problem := next((told for _, told in everyones if told is not None), None):
+        raise UserError(problem)
+    return [found for found, _ in everyones]
 
 
 def _on_one(is_one: bool, action: Callable[[], Any]) -> Any:

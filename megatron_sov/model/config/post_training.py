@@ -112,6 +112,9 @@ class RolloutConfig:
     next policy; 0: none."""
     lease_s: Annotated[float, Ge(1), Lt(math.inf)] = 600.0
     """Seconds without a sign of life after which a job's claim may be taken over."""
+    keep_rounds: AtLeastOne = 2
+    """Rounds before the newest one whose files stay in RUN/rounds; of those before them manifests alone stay,
+    once the oldest checkpoint that is kept is behind them, and as long as the store has their responses."""
     budgets_tokens: tuple[AtLeastOne, ...] = ()
     """Lengths that the responses of a group are asked to have, each by an equal part of them, in order;
     empty: what a prompt's own field `target_tokens` says, if it has one."""

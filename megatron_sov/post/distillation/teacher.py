@@ -50,9 +50,10 @@ from megatron_sov.post.distillation.state_files import (
 from megatron_sov.post.distillation.translation import TokenTranslation, TranslatedStates
 from megatron_sov.runs.checkpoints import ADAPTER, KIND as CHECKPOINT, MODEL, adapter_base
 from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.train.data.described import source_record
 from megatron_sov.train.data.token_bytes import token_bytes
 from megatron_sov.train.data.token_shards import (
-    Source, TokenShard, open_sources, provenance, source_record, tokenizer_folder)
+    Source, TokenShard, open_sources, provenance, tokenizer_folder)
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
 

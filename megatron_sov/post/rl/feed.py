@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +25,12 @@ import torch
 from megatron_sov.base.artifacts import atomic_write, read_manifest, to_json
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.sealed import seal_damage, write_sealed
+from megatron_sov.base.sealed import seal_damage
 from megatron_sov.checkpoint import load
 from megatron_sov.engine.model.local_shards import local_shards
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import sum_dict
-from megatron_sov.engine.parallel.world import on_main
+from megatron_sov.engine.parallel.world import on_each, on_main
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.request import Batching
 from megatron_sov.judge.rewards.opinions import Opinions
@@ -38,7 +38,7 @@ from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.post.policy import GROUPS_LEARNING, OLD, REFERENCE, RESPONSE_TOKENS, REWARD
-from megatron_sov.post.reference import document_logprobs
+from megatron_sov.post.reference import write_logprobs
 from megatron_sov.post.rl.episodes import Episodes
 from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rounds
 from megatron_sov.post.rl.publish import further_pieces
@@ -60,7 +60,6 @@ from megatron_sov.work.progress.locks import Claims
 
 REFERENCE_NOTE = "reference.json"
 """File of RUN/rounds: which model `REFERENCE` is of."""
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ class TrainerColumns:
     """Of samples, and so of these."""
     routes: RouteShape | None
     """Of routes that are replayed, by the policy alone: the reference routes as it does; None: none are."""
-    with_reference: Callable[[FeedView, Callable[[], np.ndarray]], np.ndarray]
-    """(run, compute) -> what `compute` returns where the model has the reference's weights."""
+    with_reference: Callable[[FeedView, Callable[[], None]], None]
+    """(run, compute): calls `compute` where the model has the reference's weights."""
     reference_sha256: str = ""
     """What stands for the reference's weights."""
 
@@ -117,7 +116,7 @@ class TrainerColumns:
         # documents of which the step itself tells what is needed: what is learned first, at unchanged weights
         passed = next((step.stop for step in opened.steps if len(step)), 0) if name == OLD else 0
         if passed == len(opened.starts) - 1:
-            return np.full(count, np.nan, np.float32)
+            return np.broadcast_to(np.float32(np.nan), count)
         # At the first step the live weights begin the round; later only the file has their numbers.
         is_anew = is_first and name == OLD
         of = on_main(view.world, partial(self._of, opened, name))
@@ -128,24 +127,22 @@ class TrainerColumns:
                 raise UserError(f"{damage}; the run stands inside of the round: {_way_back(opened)}")
             if damage and view.world.is_main and file.exists():
                 warn(f"{damage}; it is computed anew", view.events.write, step=view.step)
-            compute = partial(self._compute, view, opened, passed, self.routes if name == OLD else None)
+            assert opened.documents is not None, f"{opened.path} has no documents"
+            write = partial(write_logprobs, view, opened.documents, passed,
+                            view.config.data.phases[0].seq_len, view.config.train.micro_batch_size, file, of,
+                            self.temperature, self.routes if name == OLD else None)
             # The policy is the live model; the reference needs its weights for a while.
-            found = compute() if name == OLD else self.with_reference(view, compute)
-            on_main(view.world, partial(write_sealed, file, found.tobytes(), of))
+            if name == OLD:
+                write()
+            else:
+                self.with_reference(view, write)
+        # A map: of the numbers of all rows a process reads those of its own.
         return np.memmap(file, np.float32, "r", shape=(count,))
 
     def _of(self, opened: Round, name: str) -> str:
         """Return what a column's checksum is bound to: the documents, and the reference where it is that
         one's."""
         return f"{files_sha256(opened.path)} {name} {self.reference_sha256 if name == REFERENCE else ''}"
-
-    def _compute(self, view: FeedView, opened: Round, passed: int, routes: RouteShape | None) -> np.ndarray:
-        """Return the numbers of a round's documents, NaN for those of the first `passed` ones."""
-        assert opened.documents is not None, f"{opened.path} has no documents"
-        found = document_logprobs(view, opened.documents, range(passed, len(opened.starts) - 1),
-                                  view.config.data.phases[0].seq_len, view.config.train.micro_batch_size,
-                                  self.temperature, routes)
-        return np.concatenate([np.full(opened.starts[passed], np.nan, np.float32), found])
 
 
 def _way_back(opened: Round) -> str:
@@ -168,9 +165,9 @@ def columns_of_run(config: RunConfig, needed: Collection[str], start: Path) -> T
 
 
 @torch.no_grad()
-def with_weights_of(start: Path, view: FeedView, compute: Callable[[], Value]) -> Value:
-    """Return what `compute` gives while the model has a checkpoint's weights; called by all processes
-    together, between two steps.
+def with_weights_of(start: Path, view: FeedView, compute: Callable[[], None]) -> None:
+    """Call `compute` while the model has a checkpoint's weights; called by all processes together, between
+    two steps.
 
     A second model would need as much memory again; what is put aside here are the weights alone, and only
     while the others are there.
@@ -190,7 +187,7 @@ def with_weights_of(start: Path, view: FeedView, compute: Callable[[], Value]) -
             if block.key.startswith(PREFIX):
                 block.data.zero_()  # an adapter that is not in the checkpoint changes nothing then
         load.load_model(start, model)
-        return compute()
+        compute()
     finally:
         for block, data in zip(blocks, aside, strict=True):
             # After a failure too: the optimizer's state belongs to these weights.
@@ -216,7 +213,8 @@ class RoundFeed:
     """The source that they are opened in."""
     rollout: RolloutConfig
     publish: Callable[[int], str]
-    """Publishes a round (from 1), unless it is; returns what it lacks, or "".  Called on rank 0 alone."""
+    """Publishes a round (from 1), unless it is; returns what it lacks, or "".  Called by all
+    processes together."""
     columns: TrainerColumns
     """What the trainer says of each document before it learns from it."""
     policies: RunPolicies
@@ -285,7 +283,7 @@ class RoundFeed:
     def _wait(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> str | None:
         """Wait for a round to be published; returns None, or why it is waited for no longer."""
         begin_s, told = time.monotonic(), ""
-        while lacking := on_main(view.world, partial(self.publish, number)):
+        while lacking := self.publish(number):
             # A round whose groups do not learn asks further prompts: it lacks something else then.
             if lacking != told and (self.produce is not None or not told):
                 told = lacking
@@ -320,12 +318,8 @@ class RoundFeed:
     def _open(self, view: FeedView, number: int, *, is_first: bool, waited_s: float) -> None:
         seq_len = view.config.data.phases[0].seq_len
         read = partial(self.rounds.read, number, seq_len, self.rollout.steps_per_round)
-
-        def check() -> None:  # what is wrong with it, everyone hears
-            self.rounds.verify(number)
-            read()
-
-        on_main(view.world, check)
+        on_each(partial(self.rounds.verify, number))  # what is wrong with it, everyone hears
+        on_main(view.world, lambda: read() and None)
         opened = read()
         made = self.columns.of_round(view, number, opened, is_first=is_first)
         self._pass_over_empty(view, number, opened)

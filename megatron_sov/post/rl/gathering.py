@@ -9,12 +9,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.prompts import PromptPiece
-from megatron_sov.rollouts.rows import UNFINISHED, Key, RewardRow, Rollout, RolloutPart, later
-from megatron_sov.rollouts.store import RolloutStore
+from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Key, RewardRow, RolloutPart, later
+from megatron_sov.rollouts.store import RolloutStore, keys_of, problems_of
 from megatron_sov.train.data.rounds import folder_of_round
+from megatron_sov.work.tables.parquet import texts_of
 
 LIGHT = ("versions", "finish_reason")
 """Columns that say what is there and how long it is."""
@@ -25,11 +28,55 @@ LATE, LATE_FROM = "late", "late_from"
 it, as [round, prompt, sample, why it is not learned, or ""]."""
 
 
+@dataclass(frozen=True, slots=True)
+class RolloutFacts:
+    """A response without its tokens: what a round asks of all of them at once."""
+
+    key: Key
+    attempt: int
+    finish_reason: str
+    num_tokens: int
+    """Behind the prompt."""
+    num_written: int
+    """Of these, by a policy."""
+    first_version: int
+    """Optimizer step of the weights that wrote the first of those; 0: there is none."""
+    sum_versions: int
+    """Over those."""
+    part: str
+    """Name of the part that it stands in."""
+    row: int
+    """In that part, from 0."""
+
+
+def facts_of(store: RolloutStore, part: RolloutPart) -> tuple[list[RolloutFacts], list[str]]:
+    """Return the rows of a part, and what is wrong with each: an empty text where nothing is.
+
+    Raises:
+        UserError: the part is damaged.
+    """
+    table = store.table_of(part, LIGHT)
+    column = table["versions"].combine_chunks()
+    versions, num_tokens = column.flatten().to_numpy().astype(np.int64), column.value_lengths().to_numpy()
+    ends = np.cumsum(num_tokens, dtype=np.int64)
+    is_written = versions != NOT_WRITTEN
+    # what stands before each token, and behind the last: rows are differences of these
+    before = np.concatenate([[0], np.cumsum(is_written)])
+    totals = np.concatenate([[0], np.cumsum(np.where(is_written, versions, 0))])
+    num_written = before[ends] - before[ends - num_tokens]
+    sums = totals[ends] - totals[ends - num_tokens]
+    places = np.append(np.flatnonzero(is_written), 0)  # a row that nobody wrote may be the last
+    first = np.where(num_written > 0, np.append(versions, 0)[places[before[ends - num_tokens]]], 0)
+    rows = zip(keys_of(table), table["attempt"].to_pylist(), texts_of(table["finish_reason"]),
+               num_tokens.tolist(), num_written.tolist(), first.tolist(), sums.tolist(), strict=True)
+    return [RolloutFacts(*row, part.name, i) for i, row in enumerate(rows)], problems_of(table)
+
+
 @dataclass(frozen=True)
 class PublishedResponse:
     """One response of a group that has a reward."""
 
-    rollout: Rollout
+    rollout: RolloutFacts
     judged: RewardRow
 
     @property
@@ -40,7 +87,7 @@ class PublishedResponse:
 
 @dataclass(frozen=True)
 class Gathered:
-    """A round that is complete, or as complete as it has to be; of rollouts the `LIGHT` columns alone."""
+    """A round that is complete, or as complete as it has to be."""
 
     number: int
     """Of the round, from 1."""
@@ -121,13 +168,13 @@ class RoundOfStore:
                     f"{self.reward_version[:12]}, the first is {unjudged[0]}")
         return ""
 
-    def _last_rows(self, parts: Sequence[RolloutPart]) -> tuple[list[Rollout], int]:
+    def _last_rows(self, parts: Sequence[RolloutPart]) -> tuple[list[RolloutFacts], int]:
         """Return the last attempt at each response, and the number of those that are kept out: what stands
         behind an unfinished row stands in its place, sound or not, and nobody goes on with it again."""
-        rows: list[Rollout] = []
+        rows: list[RolloutFacts] = []
         kept_out: set[tuple[Key, int]] = set()
         for part in parts:
-            found, problems = self.store.read_all(part.name, LIGHT)
+            found, problems = facts_of(self.store, part)
             self._refuse_other_prompts(part, found)
             rows += found
             kept_out |= {(row.key, row.attempt) for row, problem in zip(found, problems, strict=True)
@@ -150,7 +197,7 @@ class RoundOfStore:
                                 f"{num_rows:,}; give the settings that they were written with, or another "
                                 "--store")
 
-    def _refuse_other_prompts(self, part: RolloutPart, rows: Sequence[Rollout]) -> None:
+    def _refuse_other_prompts(self, part: RolloutPart, rows: Sequence[RolloutFacts]) -> None:
         others = {row.key.prompt for row in rows}.difference(self._prompts_of(part.piece))
         if others:
             raise UserError(f"{self.store.path}: round {self.number} holds responses to prompt "
@@ -186,12 +233,12 @@ def late_groups(rounds: Path, source: RoundOfStore) -> list[LateGroup]:
             for group in _judged_since(replace(source, number=number), waiting)]
 
 
-def late_rows(store: RolloutStore, groups: Sequence[LateGroup]) -> Iterator[Rollout]:
-    """Yield the late responses of groups, whole, a part in memory at a time."""
+def late_responses(groups: Sequence[LateGroup]) -> Iterator[tuple[RolloutPart, list[PublishedResponse]]]:
+    """Yield the late responses of groups by the part that they stand in, in its order."""
     parts = {part.name: part for group in groups for part in group.joining.values()}
-    keys = {(part.name, key) for group in groups for key, part in group.joining.items()}
-    for name in parts:
-        yield from (row for row in store.read_rollouts(name) if (name, row.key) in keys)
+    joining = [r for group in groups for r in group.group if r.rollout.key in group.joining]
+    for name, part in parts.items():
+        yield part, sorted((r for r in joining if r.rollout.part == name), key=lambda r: r.rollout.row)
 
 
 def _waiting(rounds: Path, before: int) -> dict[int, list[tuple[str, int]]]:
@@ -212,10 +259,11 @@ def _waiting(rounds: Path, before: int) -> dict[int, list[tuple[str, int]]]:
 def _judged_since(source: RoundOfStore, waiting: Sequence[tuple[str, int]]) -> Iterator[LateGroup]:
     """Yield the groups of a round with late responses that the reward has looked at."""
     store, parts = source.store, source.store.parts(source.number)
-    last: dict[Key, tuple[Rollout, RolloutPart]] = {}
+    last: dict[Key, tuple[RolloutFacts, RolloutPart]] = {}
     for part in sorted(parts, key=lambda part: part.attempt):
         # By attempt, so the last one at each response stays.
-        last |= {row.key: (row, part) for row in store.read_rollouts(part.name, LIGHT)}
+        last |= {row.key: (row, part) for row, problem in zip(*facts_of(store, part), strict=True)
+                 if not problem}
     judged = store.judgements(source.reward_version, parts)
     said = {row.key: judged[row.key, row.attempt] for row, _ in last.values()
             if row.finish_reason != UNFINISHED and (row.key, row.attempt) in judged}

@@ -63,6 +63,8 @@ def never() -> bool:
 
 Further = Callable[[int], tuple[int, bool]]
 """Round -> the pieces of further prompts that it asks, and whether it asks no more."""
+LOOK_UPS = 64
+"""Open pieces that each `take` looks at, on average, where there are more."""
 NEWER, FRESH, SAME, STUCK = range(4)
 """In which order attempts are taken up: what goes on by a newer policy than cut it off (or than this job
 first saw there); pieces that are not begun; what goes on by the same policy; what did not move."""
@@ -107,7 +109,10 @@ class Missing:
         self._store, self._claims, self._prompts, self._rollout = store, claims, prompts, rollout
         self._policy_of, self._sampling_of = policy_of, sampling_of
         self._further = further or (lambda number: (0, True))
-        self._open: dict[int, list[PromptPiece]] = {number: [] for number in rounds}
+        self._open: dict[int, dict[str, PromptPiece]] = {number: {} for number in rounds}
+        self._begun: set[str] = set()
+        self._taken: dict[str, str] = {}
+        self._num_takes = 0
         self._listed: dict[int, int] = {}
         self._last = rounds[-1]
         self._known: dict[str, _ClaimedPiece] = {}
@@ -129,7 +134,7 @@ class Missing:
     def add_rounds(self, rounds: range) -> None:
         """Look for these rounds too, or again: one that was written may ask further prompts."""
         for number in rounds:
-            self._open.setdefault(number, [])
+            self._open.setdefault(number, {})
         self.num_pieces += max(0, rounds[-1] - self._last) * self.asked.pieces
         self._last = max(self._last, rounds[-1])
 
@@ -163,16 +168,30 @@ class Missing:
             num_rows: responses that there is room for: so many pieces are taken, fresh ones too; 0: those of
                 one piece.
         """
+        taken = self._take_known(num_rows, looks=self._is_due())
+        # What nobody has looked at for a while may have been written, or cut off, by others.
+        return taken or (self._take_known(num_rows, looks=True) if self._open and self._num_takes else ())
+
+    def _is_due(self) -> bool:
+        """Return whether all that is open is looked at again, since other jobs write and publish meanwhile:
+        of few pieces each time, of many so seldom that each `take` costs no more look-ups than with few."""
+        self._num_takes += 1
+        return self._num_takes * LOOK_UPS >= sum(map(len, self._open.values()))
+
+    def _take_known(self, num_rows: int, *, looks: bool) -> tuple[SampleAttempt, ...]:
         self._refused = []
-        # Looked at anew each time: other jobs write and publish meanwhile.
-        offers = [(rank, piece, policy) for round_, policy in self._ready()
-                  for piece in self._pieces_of(round_) if (rank := self._rank(piece, policy)) is not None]
+        ready = list(self._ready())
+        for number, _ in ready:
+            self._look(number, whole=looks)
+        if looks:
+            self._num_takes = 0
+        # What is not held any more has been looked at behind its end.
+        self._taken = {name: piece for name, piece in self._taken.items() if name in self._held}
         taken: list[SampleAttempt] = []
         joined: tuple[int, Policy] | None = None
         most = num_rows or self._rollout.piece_prompts * self._rollout.samples_per_prompt
         count, self._is_idle = 0, False
-        # the sort is stable: by round and piece inside
-        for rank, piece, policy in sorted(offers, key=lambda offer: offer[0]):
+        for rank, piece, policy in self._offers(ready):
             # What is written together has one policy, and one reason to make way for a newer one.
             if joined is not None and (policy != joined[1] or (rank != joined[0] and not num_rows)):
                 break
@@ -226,20 +245,43 @@ class Missing:
                 return
             yield number, policy
 
-    def _pieces_of(self, number: int) -> list[PromptPiece]:
+    def _offers(self, ready: Sequence[tuple[int, Policy]]) -> Iterator[tuple[int, PromptPiece, Policy]]:
+        """Yield what may be taken up, in order: by rank, and inside by round and piece."""
+        begun = []
+        for number, policy in ready:
+            pieces = self._open.get(number, {})
+            for piece in sorted((pieces[name] for name in self._begun & pieces.keys()),
+                                key=lambda piece: piece.number):
+                begun.append((self._rank(piece, policy), piece, policy))
+        for wanted in (NEWER, FRESH, SAME, STUCK):
+            yield from ((wanted, piece, policy) for rank, piece, policy in begun if rank == wanted)
+            if wanted == FRESH:  # most are, of which the first ones are taken
+                yield from ((FRESH, piece, policy) for number, policy in ready
+                            for piece in self._open.get(number, {}).values()
+                            if self._rank(piece, policy) == FRESH)
+
+    def _look(self, number: int, *, whole: bool) -> None:
+        """Take note of what is written of a round: of all of it, or of what this job has taken alone."""
         more, is_final = self._further(number)
         known, own = self._open[number], self.asked.pieces
+        fresh: list[PromptPiece] = []
         if number not in self._listed or own + more > self._listed[number]:
             asked = round_pieces(self._prompts, self._rollout, number, more)
-            known = known + asked[self._listed.get(number, 0):]
+            fresh = asked[self._listed.get(number, 0):]
             self.num_pieces += len(asked) - self._listed.get(number, own)
             self._listed[number] = own + more
-        left = [piece for piece in known if self._is_missing(piece)]
-        self.num_done += len(known) - len(left)
-        self._open[number] = left
-        if not left and is_final:
+        looked = [*known.values()] if whole else [
+            known[name] for name in {*self._taken.values()} if name in known]
+        known |= {piece.part(): piece for piece in fresh}
+        for piece in (*looked, *fresh):
+            if not self._is_missing(piece):
+                del known[piece.part()]
+                self._begun.discard(piece.part())
+                self.num_done += 1
+            elif self._known[piece.part()].number:
+                self._begun.add(piece.part())
+        if not known and is_final:
             del self._open[number]
-        return left
 
     def _is_missing(self, piece: PromptPiece) -> bool:
         """Return whether an attempt at a piece is missing, and note which."""
@@ -288,10 +330,12 @@ class Missing:
             return None
         if self._store.has(name):  # by another job, since we looked
             claim.release()
+            self._taken[name] = piece.part()
             return None
         # Renewed until `leave`: a piece may take longer than a lease.
         self._held.setdefault(name, contextlib.ExitStack()).enter_context(claim.renewing())
         known.taken_by = policy.step
+        self._taken[name] = piece.part()
         begun = self._unfinished(piece.part(known.number - 1)) if known.number else ()
         return SampleAttempt(piece, known.number, policy, begun)
 

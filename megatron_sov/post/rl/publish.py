@@ -8,36 +8,44 @@ that their own group gives them.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain, pairwise
+from functools import cached_property, partial
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, new_artifact
+from megatron_sov.base.artifacts import (
+    MANIFEST, ArtifactWriter, disk_errors, manifest_sha256, new_artifact, read_manifest)
 from megatron_sov.base.documents import ROLLOUTS
-from megatron_sov.base.documents.shard_files import ROUTES, IndexedWriter, RouteShape
+from megatron_sov.base.documents.shard_files import ROUTES, RouteShape
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import read_json, write_json
-from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
+from megatron_sov.engine.parallel.world import on_each, on_first
 from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.post.rl.advantages import LEARNS as KEPT, Group, advantages, left_out
 from megatron_sov.post.rl.gathering import (
-    LATE, LATE_FROM, Gathered, LateGroup, PublishedResponse, RoundOfStore, late_groups, late_rows)
+    LATE, LATE_FROM, Gathered, LateGroup, PublishedResponse, RolloutFacts, RoundOfStore, late_groups,
+    late_responses)
+from megatron_sov.post.rl.round_files import (
+    DTYPE, RoundPiece, RoundShard, ShardWriter, WrittenShard, shards_of)
 from megatron_sov.rollouts.prompts import RolloutPrompt, budget_of, round_pieces, too_long_in
-from megatron_sov.rollouts.rows import LENGTH, Key, Rollout, domain_of
+from megatron_sov.rollouts.rows import LENGTH, Key, domain_of
 from megatron_sov.rollouts.store import RolloutStore
+from megatron_sov.runs import checkpoints
 from megatron_sov.runs.rounds import LEARNS
+from megatron_sov.train.data.described import source_record
 from megatron_sov.train.data.requirements import replayed_routes
-from megatron_sov.train.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE, folder_of_round
+from megatron_sov.train.data.rounds import SOURCE, folder_of_round
 from megatron_sov.train.data.token_bytes import token_bytes
-from megatron_sov.train.data.token_shards import CONTENT_VERSION, COUNTS, source_record
+from megatron_sov.train.data.token_shards import CONTENT_VERSION
 
 SURPLUS = "surplus"
 """In the place of why a group is left out: it would learn, and the round is full."""
@@ -70,11 +78,7 @@ def _further_file(rounds: Path, number: int) -> Path:
     return folder.with_name(f"{folder.name}.further.json")
 
 
-PREFIX, DTYPE = f"{SOURCE}/train-00000", "int32"
-SIDECARS = {"loss": "float32", "type": "uint8", BEHAVIOUR: "float32", ADVANTAGE: "float32"}
-
-
-@dataclass(frozen=True)
+@dataclass
 class Publisher:
     """What the rounds of a run are published from."""
 
@@ -91,14 +95,31 @@ class Publisher:
     """Folder of the tokenizer that the model has."""
     is_own: Callable[[int, str], bool] = lambda step, sha256: True
     """Whether a policy of a step is the run, as far as that is known."""
+    _artifact: ArtifactWriter | None = None
+    """The round under construction, on the process that completes it."""
 
     def publish(self, number: int) -> str:
-        """Publish a round, unless it is; returns what it lacks, or "".
+        """Publish a round, unless it is; returns what it lacks, or "".  Called by all processes together, and
+        each writes some of its files.
 
         Raises:
             UserError: the store holds something else, a response is longer than a row or of another
                 temperature, or the disk is full.
         """
+        with contextlib.ExitStack() as building:
+            planned = on_first(partial(self._begin, number, building))
+            if isinstance(planned, str):
+                return planned
+            writer = self._writer
+            found = on_each(lambda rank, size: [writer.write(planned.folder, shard)
+                                                for shard in planned.shards[rank::size]])
+            # by rank, each of which had every n-th one
+            written = [found[i % len(found)][i // len(found)] for i in range(len(planned.shards))]
+            on_first(partial(self._complete, planned, written, building))
+        return ""
+
+    def _begin(self, number: int, building: contextlib.ExitStack) -> str | RoundPlan:
+        """Return what a round is written from, in a folder that `building` ends; or what it lacks, or ""."""
         out = folder_of_round(self.rounds, number)
         # The manifest is written last and a round never changes: with it there is nothing to do.
         if (out / MANIFEST).is_file():
@@ -113,8 +134,31 @@ class Publisher:
         if asked := self._ask_further(source, gathered):
             return asked
         self._warn_of_other_policies(gathered)
-        self._write_round(source, gathered, out)
-        return ""
+        late = late_groups(self.rounds, source) if self.config.policy.missing_share else []
+        chosen = self._chosen(gathered, late)
+        content = self._content(source, gathered, late, chosen)
+        self._clear(number)
+        self._artifact = building.enter_context(new_artifact(out, "tokens"))
+        (self._artifact.path / SOURCE).mkdir()
+        return RoundPlan(self._artifact.path, tuple(shards_of(_pieces(gathered, late, chosen.advantages))),
+                         content)
+
+    def _clear(self, number: int) -> None:
+        """Delete what no resume needs of rounds before one: their tokens and columns, which can be made again
+        from the store; a manifest says what a round was, and what has joined it."""
+        folder = self.rounds.parent / checkpoints.CHECKPOINTS_OF_A_RUN
+        begins = min(map(checkpoints.step_of, checkpoints.complete(folder)), default=0)
+        rollout = self.config.rollout
+        for old in range(1, min(begins // rollout.steps_per_round + 1, number - rollout.keep_rounds)):
+            round_ = folder_of_round(self.rounds, old)
+            if not (round_ / SOURCE).is_dir() or not all(
+                    (self._opened.part_path(part["name"]) / MANIFEST).is_file()
+                    for part in read_manifest(round_).content["store"]):
+                continue
+            with disk_errors(round_):
+                for column in self.rounds.glob(f"{round_.name}.*.f32"):
+                    column.unlink()
+                shutil.rmtree(round_ / SOURCE)
 
     def _source(self, number: int) -> RoundOfStore:
         rollout, policy = self.config.rollout, self.config.policy
@@ -208,35 +252,41 @@ class Publisher:
                      f"of step {step}, which {self.rounds.parent} is not: where another run has written "
                      "them, give each run a store of its own")
 
-    def _write_round(self, source: RoundOfStore, gathered: Gathered, out: Path) -> None:
-        late = late_groups(self.rounds, source) if self.config.policy.missing_share else []
-        chosen = self._chosen(gathered, late)
+    def _content(self, source: RoundOfStore, gathered: Gathered, late: Sequence[LateGroup], chosen: _Chosen
+                 ) -> dict[str, Any]:
+        """Return what the manifest says of a round but for its sources."""
         parts = [*gathered.parts, *{part.name: part for group in late
                                     for part in group.joining.values()}.values()]
-        with new_artifact(out, "tokens") as artifact:
-            # Late responses go first, since they belong to the first step, and steps are runs of documents.
-            rows = chain(late_rows(source.store, late), _rows(source, gathered))
-            counts = self._write(artifact.path / PREFIX, rows, chosen.advantages)
-            record = source_record(SOURCE, ROLLOUTS, self._sidecars, [{"prefix": PREFIX, **counts}])
-            if self._routes is not None:
-                record[ROUTES] = self._routes.record()
-            artifact.content = {
-                "content_version": CONTENT_VERSION, "tokenizer_sha256": source.store.tokenizer_digest,
-                "vocab_size": source.store.vocab_size, "dtype": DTYPE, "eod": "none",
-                "bos_id": None, "eos_id": None,  # a response begins and ends where its policy had it
-                "sources": [record], "round": gathered.number,
-                "steps": chosen.steps, "groups": chosen.reasons,
-                LATE: [list(key[:2]) for key in gathered.late], LATE_FROM: chosen.late_from,
-                "unjudged": dict(gathered.unjudged), "reward_version": source.reward_version,
-                "temperature": self.config.rollout.temperature,
-                "policies": sorted({r.rollout.key.policy for group in gathered.groups for r in group}
-                                   | {key.policy for group in late for key in group.joining}),
-                "store": [{"name": part.name, "rollouts": part.manifest_sha256, "rewards": manifest_sha256(
-                    source.store.part_path(part.name, source.reward_version))} for part in parts],
-                "means": means_of(gathered, {prompt: domain_of(self._records[prompt])
-                                             for prompt in source.prompts}, self.config.rollout)}
-            artifact.settings = {"rollout": self.config.to_dict()["rollout"],
-                                 "policy": self.config.to_dict()["policy"]}
+        return {
+            "content_version": CONTENT_VERSION, "tokenizer_sha256": source.store.tokenizer_digest,
+            "vocab_size": source.store.vocab_size, "dtype": DTYPE, "eod": "none",
+            "bos_id": None, "eos_id": None,  # a response begins and ends where its policy had it
+            "round": gathered.number, "steps": chosen.steps, "groups": chosen.reasons,
+            LATE: [list(key[:2]) for key in gathered.late], LATE_FROM: chosen.late_from,
+            "unjudged": dict(gathered.unjudged), "reward_version": source.reward_version,
+            "temperature": self.config.rollout.temperature,
+            "policies": sorted({r.rollout.key.policy for group in gathered.groups for r in group}
+                               | {key.policy for group in late for key in group.joining}),
+            "store": [{"name": part.name, "rollouts": part.manifest_sha256, "rewards": manifest_sha256(
+                source.store.part_path(part.name, source.reward_version))} for part in parts],
+            "means": means_of(gathered, {prompt: domain_of(self._records[prompt])
+                                         for prompt in source.prompts}, self.config.rollout)}
+
+    def _complete(self, planned: RoundPlan, written: Sequence[WrittenShard],
+                  building: contextlib.ExitStack) -> None:
+        """Write the manifest of a round whose files are on the disk, and give it its name."""
+        artifact = self._artifact
+        assert artifact is not None, "nothing is begun"
+        shards = [{"prefix": shard.prefix, **made.counts}
+                  for shard, made in zip(planned.shards, written, strict=True)]
+        record = source_record(SOURCE, ROLLOUTS, self._writer.sidecars, shards)
+        if self._routes is not None:
+            record[ROUTES] = self._routes.record()
+        artifact.content = {**planned.content, "sources": [record]}
+        artifact.settings = {"rollout": self.config.to_dict()["rollout"],
+                             "policy": self.config.to_dict()["policy"]}
+        artifact.known_files = {name: file for made in written for name, file in made.files.items()}
+        building.close()
 
     @cached_property
     def _asked(self) -> list[RolloutPrompt]:
@@ -252,13 +302,10 @@ class Publisher:
     def _routes(self) -> RouteShape | None:
         return replayed_routes(self.config)
 
-    @property
-    def _sidecars(self) -> dict[str, str]:
-        return SIDECARS | ({ROUTES: self._routes.dtype} if self._routes is not None else {})
-
     @cached_property
-    def _bytes_of_token(self) -> np.ndarray:
-        return token_bytes(self.tokenizer, self.config.model.vocab_size)
+    def _writer(self) -> ShardWriter:
+        return ShardWriter(self._opened, self.config.rollout.temperature, self.config.data.phases[0].seq_len,
+                           self._routes, token_bytes(self.tokenizer, self.config.model.vocab_size))
 
     def _chosen(self, gathered: Gathered, late: Sequence[LateGroup]) -> _Chosen:
         """Give each step's groups their advantages; late responses belong to the first step."""
@@ -333,48 +380,16 @@ class Publisher:
             late_from += [[group.number, key.prompt, key.sample, why] for key, why in told.items()]
         return found, late_from
 
-    def _write(self, prefix: Path, rows: Iterator[Rollout], chosen: dict[Key, float]) -> dict[str, int]:
-        """Write those rows that are chosen as documents; returns what they count."""
-        counts = dict.fromkeys(COUNTS, 0)
-        prefix.parent.mkdir()
-        with IndexedWriter(prefix, DTYPE, self._sidecars) as writer:
-            # Rows come a piece at a time, and only those that learn are written.
-            for row in (row for row in rows if row.key in chosen):
-                ids = np.concatenate([row.prompt_tokens, row.tokens])
-                self._refuse_other_temperature(row)
-                self._refuse_too_long(row, len(ids))
-                writer.write(np.array([len(ids)], np.int32), {
-                    "bin": ids, **_labels(row, chosen[row.key]), **self._routes_of(row, len(ids))})
-                counts["num_documents"] += 1
-                counts["num_tokens"] += len(ids)
-                counts["num_bytes"] += int(self._bytes_of_token[ids].sum())
-        return counts
 
-    def _routes_of(self, row: Rollout, num_tokens: int) -> dict[str, np.ndarray]:
-        if self._routes is None:
-            return {}
-        where = f"round {row.round}: sample {row.key.sample} of prompt {row.key.prompt}"
-        if row.routes is None:
-            raise UserError(f"{where} has no routes, and policy.router_replay replays them; write responses "
-                            "with an engine that tells them, or leave the setting out")
-        if problem := self._routes.problem(row.routes):
-            raise UserError(f"{where} {problem}; it was written by another model")
-        return {ROUTES: self._routes.of_document(row.routes, num_tokens)}
+@dataclass(frozen=True)
+class RoundPlan:
+    """What all processes write a round from."""
 
-    def _refuse_other_temperature(self, row: Rollout) -> None:
-        ours = self.config.rollout.temperature
-        if row.temperature != ours:
-            raise UserError(f"round {row.round}: sample {row.key.sample} of prompt {row.key.prompt} was "
-                            f"written at temperature {row.temperature:g}, and rollout.temperature = "
-                            f"{ours:g}: its log-probabilities would be compared with those of another "
-                            "distribution; set it to what they were written with, or pass another --store")
-
-    def _refuse_too_long(self, row: Rollout, num_tokens: int) -> None:
-        seq_len = self.config.data.phases[0].seq_len
-        if num_tokens > seq_len:
-            raise UserError(f"round {row.round}: sample {row.key.sample} of prompt {row.key.prompt} has "
-                            f"{num_tokens} tokens with its prompt, and a row data.phases.0.seq_len = "
-                            f"{seq_len}; a response is never cut: make rows longer")
+    folder: Path
+    """Which it is written in."""
+    shards: tuple[RoundShard, ...]
+    content: dict[str, Any]
+    """Of the manifest, but for its sources."""
 
 
 @dataclass(frozen=True)
@@ -391,25 +406,31 @@ class _Chosen:
     """Responses of earlier rounds, see `LATE_FROM`."""
 
 
-def _begun_by(row: Rollout) -> tuple[int, str]:
-    written = row.written_versions
-    return int(written[0]) if len(written) else 0, row.key.policy
+def _begun_by(row: RolloutFacts) -> tuple[int, str]:
+    return row.first_version, row.key.policy
 
 
-def _rows(source: RoundOfStore, gathered: Gathered) -> Iterator[Rollout]:
-    """Yield the round's responses, whole, by prompt and sample, a piece in memory at a time."""
-    place = {prompt: i for i, prompt in enumerate(source.prompts)}
-    for _, rows, _ in source.store.pieces(gathered.parts):
-        yield from sorted(rows, key=lambda row: (place[row.key.prompt], row.key.sample))
+def _pieces(gathered: Gathered, late: Sequence[LateGroup], advantages: Mapping[Key, float]
+            ) -> Iterator[RoundPiece]:
+    """Yield the documents of a round."""
+    # Late responses go first, since they belong to the first step, and steps are runs of documents.
+    for _, responses in late_responses(late):
+        yield from _piece(responses, advantages)
+    piece_of = {part.name: part.piece for part in gathered.parts}
+    responses = [r for group in gathered.groups for r in group]
+    for _, together in groupby(responses, key=lambda r: piece_of[r.rollout.part]):
+        yield from _piece(together, advantages)
 
 
-def _labels(row: Rollout, advantage: float) -> dict[str, np.ndarray]:
-    """Return the sidecars of a response's document: a number for each token as a label."""
-    # Tokens of tools and prompts are in the document, and are no labels.
-    written = np.concatenate([np.zeros(len(row.prompt_tokens), bool), row.is_written])
-    logprobs = np.concatenate([np.zeros(len(row.prompt_tokens), np.float32), row.logprobs])
-    return {"loss": written.astype(np.float32), "type": np.where(written, TYPE_RESPONSE, TYPE_PROMPT),
-            BEHAVIOUR: logprobs, ADVANTAGE: np.where(written, advantage, 0.0)}
+def _piece(responses: Iterable[PublishedResponse], advantages: Mapping[Key, float]) -> Iterator[RoundPiece]:
+    """Yield those of responses that are trained, where some are."""
+    rows = [r.rollout for r in responses if r.rollout.key in advantages]
+    parts = tuple(dict.fromkeys(row.part for row in rows))
+    place = {name: i for i, name in enumerate(parts)}
+    if rows:
+        yield RoundPiece(parts, np.array([(place[row.part], row.row) for row in rows], np.int32),
+                         np.array([advantages[row.key] for row in rows], np.float32),
+                         sum(row.num_tokens for row in rows))
 
 
 def means_of(gathered: Gathered, domains: Mapping[str, str], rollout: RolloutConfig) -> dict[str, Any]:
@@ -428,19 +449,19 @@ def means_of(gathered: Gathered, domains: Mapping[str, str], rollout: RolloutCon
         for name, value in r.judged.components.items():
             if isinstance(value, int | float):  # a verifier may also say in words what it found
                 components[name].append(value)
-    written = [r.rollout.written_versions for r in responses]
+    num_written = sum(r.rollout.num_written for r in responses)
     trained_steps = (gathered.number - 1) * rollout.steps_per_round
     # Steps between the policy that wrote a token and the one that begins to train on it.
-    behind = trained_steps - np.concatenate(written)
+    behind = trained_steps * num_written - sum(r.rollout.sum_versions for r in responses)
     rewards: dict[str, list[float]] = defaultdict(list)
     for r in responses:
         rewards[domains[r.rollout.key.prompt]].append(r.reward)
     return {
         "responses": len(responses), "reward": _mean(r.reward for r in responses),
         "components": {name: _mean(values) for name, values in sorted(components.items())},
-        "response_tokens": _mean(len(w) for w in written),
+        "response_tokens": _mean(r.rollout.num_written for r in responses),
         "truncated": _mean(r.rollout.finish_reason == LENGTH for r in responses),
-        "staleness_steps": _mean(behind), "domains": {
+        "staleness_steps": behind / max(1, num_written), "domains": {
             name: {"responses": len(values), "reward": _mean(values)}
             for name, values in sorted(rewards.items()) if name}}
 

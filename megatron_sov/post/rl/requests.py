@@ -27,12 +27,12 @@ from megatron_sov.infer.engines.server_engine import ServerEngine, ServerPlaces,
 from megatron_sov.infer.engines.server_process import EngineServers
 from megatron_sov.infer.engines.target import find_target
 from megatron_sov.infer.request import StopRule, Tokens
-from megatron_sov.infer.seats import EpisodeSeats
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.pretrained import CONFIG
 from megatron_sov.post.rl.episodes import AskedEpisode, Episodes
 from megatron_sov.post.rl.generate import PieceQueue, SampleAttempt, Take, Writer
 from megatron_sov.post.rl.responses import ResponseSource, WrittenTokens
+from megatron_sov.post.rl.seats import EpisodeSeats
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout
 from megatron_sov.runs.rounds import Policy
 from megatron_sov.train.stages.feed import FeedView

@@ -84,14 +84,19 @@ class RoundDocuments:
     def is_open(self, number: int) -> bool:
         return number in self._rounds
 
-    def verify(self, number: int) -> None:
+    def verify(self, number: int, rank: int = 0, size: int = 1) -> None:
         """Look at every file of a published round, as often as a run opens it.
+
+        Args:
+            number: of the round.
+            rank: which of those that look at it together looks here, at every `size`-th file.
+            size: their number.
 
         Raises:
             UserError: one is missing or is not what was published.
         """
         path = folder_of_round(self.folder, number)
-        if damage := damaged_files(path):
+        if damage := damaged_files(path, sorted(read_manifest(path).files)[rank::size]):
             raise UserError(f"{damage[0]}; delete {path}, and the round is published anew from the store")
 
     def read(self, number: int, seq_len: int, num_steps: int) -> Round:

@@ -9,7 +9,7 @@ import mmap
 import resource
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,12 +17,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
-from megatron_sov.base.documents.shard_files import DAMAGED, FEATURE_DTYPE, FEATURES, ROUTES, RouteShape
+from megatron_sov.base.documents.shard_files import (
+    DAMAGED, FEATURE_DTYPE, FEATURES, OF_DOCUMENTS, ROUTES, WRITTEN, RouteShape, flags)
 from megatron_sov.base.errors import UserError, warn
+from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.modality import NO_BANKS, Banks, EncoderInputs, modality, read_banks
 from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.train.data.described import check_described
 
 # Files of a token shard by memory maps: Megatron-Core's index, and flat files of numbers beside it.
 
@@ -145,74 +148,21 @@ class ChainedLengths:
             yield from part.tolist()
 
 
-# What a manifest says of a source that models have written: answers to a teacher's prompts, or a
-# round's responses.
-
-COUNTS = ("num_documents", "num_tokens", "num_bytes")
-"""Of a shard, and of a split over its shards."""
-
-
-def source_record(name: str, format: str, sidecars: Iterable[str], shards: Sequence[Mapping[str, Any]]
-                  ) -> dict[str, Any]:
-    """Return the record of a source all of which is trained.
-
-    Args:
-        name: of the source.
-        format: of its documents ("chat", `documents.ROLLOUTS`), each of which stands alone.
-        sidecars: endings of the files beside the tokens.
-        shards: `prefix` and `COUNTS` of each.
-    """
-    counts = {count: sum(shard[count] for shard in shards) for count in COUNTS}
-    return {"name": name, "format": format, "group_documents": 1, "sidecars": list(sidecars), "num_bad": {},
-            "splits": {"train": {"shards": list(shards), **counts},
-                       "heldout": {"shards": [], **dict.fromkeys(COUNTS, 0)}}}
-
-
-OF_ARTIFACT = ("tokenizer_sha256", "vocab_size", "sources")
-OF_SOURCE = ("name", "format", "splits")
-OF_SPLIT = ("num_tokens", "shards")
 TEXTS = ("text", "chat")
 """Formats that are learned from token by token."""
-NO_COLUMNS = ("loss", "type", ROUTES, FEATURES)
+NO_COLUMNS = ("loss", "type", WRITTEN, ROUTES, FEATURES)
 """Sidecars that are not columns of one number for each token as a label."""
 COLUMN_DTYPES = {KIND: np.dtype(np.uint8)}
 """Of the columns that are not float32."""
+
+
+def column_names(endings: Iterable[str]) -> tuple[str, ...]:
+    """Return what the columns are called whose files have some endings."""
+    return tuple(ending.removesuffix(OF_DOCUMENTS) for ending in endings)
+
+
 CONTENT_VERSION = 2
 """Layout of a token manifest's content that is read: each split is a list of shards."""
-
-
-# Whether the manifest of a token artifact says what is read of it.
-
-
-def check_described(path: str, content: dict[str, Any]) -> None:
-    """Refuse a manifest that another program, or a slip in an editor, has left without a part.
-
-    Args:
-        path: of the artifact.
-        content: of its manifest.
-
-    Raises:
-        UserError: parts are missing; all of them are named.
-    """
-    try:
-        lacking = list(_lacking(content))
-    except (TypeError, AttributeError, KeyError) as e:
-        lacking = [f"readable sources ({e})"]
-    if lacking:
-        raise UserError(f"{path}: its manifest lacks {', '.join(lacking)}; pack the data again, or restore "
-                        "it from a copy")
-
-
-def _lacking(content: dict[str, Any]) -> Iterator[str]:
-    yield from (name for name in OF_ARTIFACT if name not in content)
-    for i, source in enumerate(content.get("sources", ())):
-        where = f"sources[{i}]"
-        yield from (f"{where}.{name}" for name in OF_SOURCE if name not in source)
-        splits = source.get("splits", {})
-        for split in sorted({"train", *splits} if splits else ()):
-            for name in OF_SPLIT:
-                if name not in splits.get(split, {}):
-                    yield f"{where}.splits.{split}.{name}"
 
 
 # Whether artifacts that are read together hold out the same documents.
@@ -279,7 +229,7 @@ class TokenShard:
         Args:
             prefix: their path, without `.bin` and so on.
             vocab_size: what token ids must lie below.
-            columns: those that it has, each a file of that ending.
+            columns: those that it has, each a file of that ending (`OF_DOCUMENTS`).
             routes: shape of its routes, a file `.routes`; None: it has none.
             banks: kind -> its bank of pictures or sounds, files of these endings beside the sidecar.
 
@@ -295,9 +245,14 @@ class TokenShard:
             self._tokens = self._map(".bin", self.dtype)
             self._loss = self._map(".loss", np.dtype(np.float32)) if self._file(".loss").exists() else None
             self._type = self._map(".type", np.dtype(np.uint8)) if self._file(".type").exists() else None
+            self._written = (numbers(self._file(f".{WRITTEN}"), np.dtype(np.uint8), -(-self._num_tokens // 8))
+                             if self._file(f".{WRITTEN}").exists() else None)
             self._columns = {name: self._map(f".{name}", COLUMN_DTYPES.get(name, np.dtype(np.float32)))
-                             for name in columns}
-            self.columns, self._route_shape = columns, routes
+                             for name in columns if not name.endswith(OF_DOCUMENTS)}
+            self._of_documents = {name.removesuffix(OF_DOCUMENTS): numbers(
+                self._file(f".{name}"), np.dtype(np.float32), len(self.lengths))
+                for name in columns if name.endswith(OF_DOCUMENTS)}
+            self.columns, self._route_shape = column_names(columns), routes
             if routes is not None:
                 row = np.dtype((routes.dtype, (routes.layers, routes.top_k)))
                 self._routes = self._map(f".{ROUTES}", row)
@@ -305,7 +260,7 @@ class TokenShard:
             if banks:
                 self._features = self._map_features()
                 self._bank_reader = modality().open_banks(prefix, banks)
-            self.is_plain = self._loss is None and self._type is None
+            self.is_plain = self._loss is None and self._type is None and self._written is None
         except OSError as e:
             if e.errno == errno.EMFILE:
                 raise UserError(f"{prefix}: {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files are open, "
@@ -350,12 +305,17 @@ class TokenShard:
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
         """Return the loss weight of each of these tokens as a target,
         float32 (1 where there is no sidecar)."""
+        if self._written is not None:
+            return self._flags(document, start, count).astype(np.float32)
         if self._loss is None:
             return np.ones(count, np.float32)
         return self._loss[self._range(document, start, count)]
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
         """Return the type of each of these tokens, uint8: 0 text, 1 prompt, 2 response."""
+        if self._written is not None:
+            return np.where(self._flags(document, start, count), np.uint8(TYPE_RESPONSE),
+                            np.uint8(TYPE_PROMPT))
         if self._type is None:
             return np.zeros(count, np.uint8)
         return self._type[self._range(document, start, count)]
@@ -366,9 +326,14 @@ class TokenShard:
         Raises:
             UserError: one is not finite; a loss that it enters would tell neither the file nor the column.
         """
-        found = self._columns[name][self._range(document, start, count)].astype(np.float32)
+        ending = name
+        if name in self._of_documents:
+            ending, found = name + OF_DOCUMENTS, np.full(count, self._of_documents[name][document])
+            found[self._flags(document, start, count) == 0] = 0
+        else:
+            found = self._columns[name][self._range(document, start, count)].astype(np.float32)
         if not np.isfinite(found).all():
-            raise UserError(f"{self._file(f'.{name}')}: document {document} has "
+            raise UserError(f"{self._file(f'.{ending}')}: document {document} has "
                             f"{found[~np.isfinite(found)][0]} in column {name!r}, must be a finite number; "
                             "`sov-data verify` names what is damaged, make the column again")
         return found
@@ -396,6 +361,12 @@ class TokenShard:
         return self._bank_reader.inputs(self.tokens(document, start, count), features,
                                         f"{self._file(f'.{FEATURES}')}: document {document}")
 
+    def _flags(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return whether a policy wrote each of these tokens, uint8."""
+        if self._written is None:
+            return np.ones(count, np.uint8)
+        return flags(self._written, self._range(document, start, count).start, count)
+
     def _range(self, document: int, start: int, count: int) -> slice:
         first = int(self.pointers[document]) // self.dtype.itemsize + start
         if not 0 <= first <= first + count <= len(self._tokens):  # a slice beyond the end would be short
@@ -415,7 +386,7 @@ class ShardChain:
         allow_open_files()
         self._opened_by = prefixes, vocab_size, columns, routes, banks
         self._shards = [TokenShard(prefix, vocab_size, columns, routes, banks) for prefix in prefixes]
-        self.columns, self.banks = columns, banks
+        self.columns, self.banks = column_names(columns), banks
         self.lengths = ChainedLengths([shard.lengths for shard in self._shards])
         self.is_plain = all(shard.is_plain for shard in self._shards)
 

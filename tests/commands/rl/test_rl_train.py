@@ -147,7 +147,7 @@ def test_a_bit_that_flips_in_a_round_is_named_and_mended_as_it_is_said(
     assert resumed("--inject", "kill@step=4").returncode != 0  # it stands inside of round 2
     before = {file: file.read_bytes() for file in (run / "rounds").rglob("*") if file.is_file()}
     anew = f"delete {folder}, and the round is published anew"
-    for file, way in ((next(folder.rglob("*.bin")), anew), (next(folder.rglob("*.advantage")), anew),
+    for file, way in ((next(folder.rglob("*.bin")), anew), (next(folder.rglob("*.written")), anew),
                       (old, "delete the checkpoints behind step-2 in ")):
         whole = flip(file)
         done = resumed()

@@ -7,10 +7,13 @@ from typing import Any
 
 from megatron_sov import recipes
 from megatron_sov.engine.parallel import world
-from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.policy import objective_of
+from megatron_sov.post.rl import round_files
 from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
+from megatron_sov.post.rl.publish import Publisher
+from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.rounds import Policy, RunPolicies
 from megatron_sov.train.data.rounds import rounds_of, rounds_source
@@ -55,3 +58,14 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
                          if name not in feed.meters}})
     world.leave()
     return taken
+
+
+def publish(settings: list[str], rounds: str, store: str, prompts: str, tokenizer: str, version: str) -> str:
+    """Publish the first round, a piece a shard; return what it lacks."""
+    config = config_of(settings)
+    world.join(ParallelConfig())
+    round_files.SHARD_TOKENS = 1
+    told = Publisher(config, Path(rounds), Path(store), read_prompts(Path(prompts)), version,
+                     Path(tokenizer)).publish(1)
+    world.leave()
+    return told

@@ -37,8 +37,14 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(feed, "POLL_S", (0.01, 0.01))
     monkeypatch.setattr(feed, "sum_dict", lambda values, over: values)
     monkeypatch.setattr(feed, "on_main", lambda world, action: action())
-    monkeypatch.setattr(feed, "document_logprobs", lambda model, documents, chosen, *_: np.full(
-        4 * len(chosen), -model.step, np.float32))
+
+    def write_logprobs(model: Any, documents: Any, passed: int, seq_len: int, rows: int, file: Path, of: str,
+                       *rest: Any) -> None:
+        numbers = np.full(4 * len(documents.lengths), -model.step, np.float32)
+        numbers[:4 * passed] = np.nan
+        write_sealed(file, numbers.tobytes(), of)
+
+    monkeypatch.setattr(feed, "write_logprobs", write_logprobs)
     monkeypatch.setattr(feed, "files_sha256", lambda path: path.name)
     manifest = SimpleNamespace(content={"groups": {"learns": 1}})
     monkeypatch.setattr(feed, "read_manifest", lambda path: manifest)
@@ -64,8 +70,14 @@ def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: 
                      np.arange(len(documents.lengths) + 1) * 4)
 
     monkeypatch.setattr(rounds, "read", read)
-    monkeypatch.setattr(rounds, "verify", lambda number: None)
-    columns = TrainerColumns(names, 1.0, None, lambda view, compute: compute() - 100, reference)
+    monkeypatch.setattr(rounds, "verify", lambda number, rank, size: None)
+
+    def with_reference(view: Any, compute: Any) -> None:
+        view.step += 100
+        compute()
+        view.step -= 100
+
+    columns = TrainerColumns(names, 1.0, None, with_reference, reference)
     rollout = RolloutConfig(steps_per_round=2, prompts_per_round=2)
     policies = RunPolicies(folder, Policy(folder / "start", 0, "start"), rollout, {})
     policies.restore({"trained": "earlier rounds", "recent": []})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 
 from data_prep.shards.verify import check
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.artifacts import new_artifact, read_manifest
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
 from megatron_sov.model.config.run import with_rounds
+from megatron_sov.post.rl import round_files
 from megatron_sov.post.rl.publish import Publisher, further_pieces
 from megatron_sov.rollouts.prompts import (
     RolloutPrompt, list_set_aside, read_prompts, round_pieces, round_prompts, set_aside)
@@ -95,8 +97,8 @@ def test_a_flipped_bit_in_any_file_of_a_round_is_named(publisher: Publisher, wri
     write(publisher, write_round)
     assert publisher.publish(1) == ""
     rounds, files = RoundDocuments(publisher.rounds), sorted((publisher.rounds / "0001/rollouts").iterdir())
-    assert {f.suffix for f in files} >= {".bin", ".idx", ".loss", ".type", ".advantage",
-                                         ".behaviour_logprobs"}, files
+    assert {f.name.partition(".")[2] for f in files} == {"bin", "idx", "written", "advantage.documents",
+                                                         "behaviour_logprobs"}, files
     rounds.verify(1)
     for file in [*files, publisher.rounds / "0001/manifest.json"]:
         whole = file.read_bytes()
@@ -109,6 +111,96 @@ def test_a_flipped_bit_in_any_file_of_a_round_is_named(publisher: Publisher, wri
             rounds.verify(1)
         file.write_bytes(whole)
     rounds.verify(1)
+
+
+def test_a_round_costs_eight_bytes_a_token_and_little_a_response(publisher: Publisher,
+                                                                 write_round: Any) -> None:
+    write(publisher, write_round)
+    assert publisher.publish(1) == ""
+    sizes = {f.name.partition(".")[2]: f.stat().st_size
+             for f in (publisher.rounds / "0001/rollouts").iterdir()}
+    count = read_manifest(publisher.rounds / "0001").content["sources"][0]["splits"]["train"]["num_tokens"]
+    assert sizes.pop("idx") < 21 * 24 + 100
+    assert sizes == {"bin": 4 * count, "behaviour_logprobs": 4 * count, "written": -(-count // 8),
+                     "advantage.documents": 4 * 24}
+
+
+def test_a_round_is_the_same_documents_in_however_many_shards(
+        publisher: Publisher, write_round: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(publisher, write_round, unfinished=[(0, 1), (5, 2)])
+    write(publisher, write_round, attempt=1, unfinished=[(0, 1), (5, 2)])  # a piece of two parts
+    assert publisher.publish(1) == ""
+    monkeypatch.setattr(round_files, "SHARD_TOKENS", 1)
+    shared = dataclasses.replace(publisher, rounds=tmp_path / "shared")
+    assert shared.publish(1) == "" and check(tmp_path / "shared/0001") == ([], [])
+    one, two = (RoundDocuments(rounds, columns=()).read(1, 32, 2) for rounds in (publisher.rounds,
+                                                                                shared.rounds))
+    assert len(list((tmp_path / "shared/0001/rollouts").glob("*.bin"))) == 2
+    assert one.starts.tolist() == two.starts.tolist() and one.steps == two.steps
+    for i, count in enumerate(np.diff(one.starts).tolist()):
+        for name in ("tokens", "loss_weights", "types"):
+            assert (getattr(one.documents, name)(i, 1, count - 1).tobytes()
+                    == getattr(two.documents, name)(i, 1, count - 1).tobytes())
+        for name in ("behaviour_logprobs", "advantage"):
+            assert (one.documents.column(name, i, 1, count - 1).tobytes()
+                    == two.documents.column(name, i, 1, count - 1).tobytes())
+
+
+def test_a_publication_that_ends_in_its_middle_leaves_nothing(
+        publisher: Publisher, write_round: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(publisher, write_round)
+    monkeypatch.setattr(round_files, "SHARD_TOKENS", 1)
+
+    def full(self: Any, folder: Path, shard: Any) -> Any:
+        if shard.prefix.endswith("1"):
+            raise UserError("no space left")
+        return whole(self, folder, shard)
+
+    whole = round_files.ShardWriter.write
+    with monkeypatch.context() as patch:
+        patch.setattr(round_files.ShardWriter, "write", full)
+        with pytest.raises(UserError, match="no space left"):
+            publisher.publish(1)
+    assert not list(publisher.rounds.iterdir())
+    killed = publisher.rounds / ".0001.tmp-4194305/rollouts"  # of a number that no process has
+    killed.mkdir(parents=True)
+    (killed / "train-00000.bin").write_bytes(b"half")
+    assert publisher.publish(1) == ""
+    assert [f.name for f in publisher.rounds.iterdir()] == ["0001"] and check(publisher.rounds / "0001") == (
+        [], [])
+
+
+def test_rounds_that_no_resume_needs_are_manifests_alone(publisher: Publisher, write_round: Any) -> None:
+    rollout = dataclasses.replace(ROLLOUT, rounds=5, keep_rounds=1)
+    publisher = dataclasses.replace(publisher, config=dataclasses.replace(publisher.config, rollout=rollout))
+    rounds = publisher.rounds
+
+    def publish(number: int) -> list[int]:
+        """Return the rounds before one whose files are there when it is published."""
+        store = RolloutStore.open(publisher.store)
+        write_round(store, publisher.prompts, rollout, number, VERSION)
+        assert publisher.publish(number) == ""
+        (rounds / f"{number:04d}.old_logprobs.f32").write_bytes(b"")
+        return [n for n in range(1, number) if (rounds / f"{n:04d}/rollouts").is_dir()]
+
+    def keep(*steps: int) -> None:
+        shutil.rmtree(rounds.parent / "checkpoints", ignore_errors=True)
+        for step in steps:
+            with new_artifact(rounds.parent / f"checkpoints/step-{step}", "checkpoint"):
+                pass
+
+    assert [publish(1), publish(2), publish(3)] == [[], [1], [1, 2]]  # from the start all are needed
+    keep(3, 6)  # the second round has steps 3 and 4
+    assert publish(4) == [2, 3] and read_manifest(rounds / "0001").content["round"] == 1
+    assert [file.name for file in sorted(rounds.glob("*.f32"))] == [
+        f"000{n}.old_logprobs.f32" for n in (2, 3, 4)]
+    keep(8)
+    shutil.rmtree(publisher.store / "rollouts" / part_name(2, 1))
+    assert publish(5) == [2, 4]  # the second one is nowhere else
+    with pytest.raises(UserError, match=r"is missing; delete .*0003, and the round is published anew"):
+        RoundDocuments(rounds).verify(3)
+    shutil.rmtree(rounds / "0003")
+    assert publisher.publish(3) == ""
 
 
 def test_what_a_round_lacks_is_told_until_it_is_there(publisher: Publisher, write_round: Any,

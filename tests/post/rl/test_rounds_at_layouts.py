@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_sov import recipes
+from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.digests import file_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
 from megatron_sov.model.config.run import with_rounds
@@ -63,3 +64,20 @@ def test_rounds_are_the_same_steps_at_every_layout(ranks: Any, job: Any, packed_
                 for what, value in theirs.items():
                     # the trainer's own column is kept in float32
                     assert np.allclose(ours[what], value, rtol=1e-6, atol=1e-8), f"{name}: {number}: {what}"
+
+
+@pytest.mark.distributed
+def test_a_round_has_the_same_files_at_any_number_of_processes(ranks: Any, job: Any, packed_data: Any,
+                                                               write_round: Any, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(6)))
+    prompts, digest = read_prompts(file), file_digest(packed_data.tokenizer / "tokenizer.json", "sha256")
+    write_round(RolloutStore.create(tmp_path / "store", digest, 368), prompts, ROLLOUT, 1, VERSION)
+    told = ranks(*(job(RUN, "publish", nproc, {
+        "settings": [*ROUNDS, "policy.max_gen_batches=1"], "rounds": str(tmp_path / str(nproc)),
+        "store": str(tmp_path / "store"), "prompts": str(file), "tokenizer": str(packed_data.tokenizer),
+        "version": VERSION}) for nproc in (1, 2, 4)))
+    assert told == [[""], [""] * 2, [""] * 4]
+    one, *others = (read_manifest(tmp_path / str(nproc) / "0001") for nproc in (1, 2, 4))
+    assert len(one.files) == 10  # of two shards
+    assert all(other.files == one.files and other.content == one.content for other in others)

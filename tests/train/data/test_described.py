@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.train.data.token_shards import check_described, source_record
+from megatron_sov.train.data.described import check_described, source_record
 
 WHOLE: dict[str, Any] = {"tokenizer_sha256": "t", "vocab_size": 9, "sources": [
     {"name": "web", "format": "text", "splits": {"train": {"num_tokens": 1, "shards": []}}}]}

@@ -15,6 +15,7 @@ import pytest
 from data_prep.shards.pack import PackSettings, PackSource, pack
 from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.documents import RecordReading
+from megatron_sov.base.documents.shard_files import bits
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import data_paths
 from megatron_sov.train.data.token_shards import (
@@ -212,6 +213,32 @@ def test_columns_are_sidecars_that_the_manifest_names(tmp_path: Path) -> None:
     (tmp_path / "a.score").write_bytes(b"1234")
     with pytest.raises(UserError, match=r"a\.score: has 4 bytes, the index asks for 20"):
         TokenShard(tmp_path / "a", columns=("score",))
+
+
+def test_a_bit_of_each_token_and_a_number_of_each_document_stand_for_columns(tmp_path: Path) -> None:
+    lengths = [3, 9, 1]
+    write_shard(tmp_path / "a", [list(range(n)) for n in lengths])
+    written = np.random.default_rng(0).random(sum(lengths)) < 0.5
+    written[3:5] = True, False
+    (tmp_path / "a.written").write_bytes(bits(written).tobytes())
+    (tmp_path / "a.advantage.documents").write_bytes(np.float32([0.1, -2, np.inf]).tobytes())
+    shard = ShardChain([tmp_path / "a"], columns=("advantage.documents",))
+    assert shard.columns == ("advantage",) and not shard.is_plain
+    for document, first in ((0, 0), (1, 3)):
+        for start in range(lengths[document]):
+            here = written[first + start:first + lengths[document]]
+            asked = document, start, len(here)
+            assert shard.loss_weights(*asked).tolist() == here.astype(float).tolist()
+            assert shard.types(*asked).tolist() == np.where(here, 2, 1).tolist()
+            value = np.float32([0.1, -2][document])
+            assert shard.column("advantage", *asked).tolist() == np.where(here, value, 0).tolist()
+    written[:] = True
+    (tmp_path / "a.written").write_bytes(bits(written).tobytes())
+    with pytest.raises(UserError, match=r"a\.advantage\.documents: document 2 has inf in column 'advantage'"):
+        TokenShard(tmp_path / "a", columns=("advantage.documents",)).column("advantage", 2, 0, 1)
+    (tmp_path / "a.written").write_bytes(b"1")
+    with pytest.raises(UserError, match=r"a\.written: has 1 bytes, the index asks for 2"):
+        TokenShard(tmp_path / "a")
 
 
 # Several shards as one split: the same documents as in one shard, found without reading lengths.
