@@ -90,7 +90,8 @@ class EpisodeSeats:
         self._engine.fleet.abort([name for name in asked if name])
 
     def close(self) -> None:
-        """End all episodes and their environments."""
+        """End all episodes and their environments; those that a tool is at work for end behind it, within the
+        limit of a call."""
         self.cut_off(list(self._seats))
         self._pool.shutdown(cancel_futures=True)
         self._hosts.close()
@@ -101,15 +102,17 @@ class EpisodeSeats:
             episode = take_up(host, seat.number, seat.task, known, lambda opening: begun(
                 seat.number, seat.task, opening, self._table.encoder, self._table.limits))
             while not episode.end:
-                if (answer := self._ask(seat, episode)) is None:
-                    return episode
-                if not self._take_in(seat, episode, answer, host):
+                answer = self._ask(seat, episode)
+                if answer is None or not self._take_in(seat, episode, answer, host):
+                    # The next episode would end the session of this one at a server, in which it may go on.
+                    host.end()
                     return episode
             episode.result = scored(host, episode)
             return episode
 
     @contextlib.contextmanager
     def _host(self) -> Iterator[EnvironmentHost]:
+        """Give an environment that nobody plays in; those that have played once have their process still."""
         try:
             host = self._free.pop()
         except IndexError:
@@ -120,7 +123,11 @@ class EpisodeSeats:
             self._free.append(host)
 
     def _ask(self, seat: _Seat, episode: Episode) -> TokenAnswer | None:
-        """Return what comes behind an episode; None: it has been cut off."""
+        """Return what comes behind an episode; None: it has been cut off.
+
+        Raises:
+            UserError: no server answers any more.
+        """
         left = left_of(episode, self._table.limits)
         request = self._engine.request(episode.ids, replace(self._sampling, max_new_tokens=left), left,
                                        self._end_ids)

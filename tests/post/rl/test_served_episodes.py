@@ -149,7 +149,7 @@ class Job:
         self.store = RolloutStore.create(folder / "store", "sha256:0", ENCODER.end_ids[0] + 1)
         self.step, self.stack = 0, contextlib.ExitStack()
         fleet = self.stack.enter_context(Fleet(servers, ENCODER.end_ids[0] + 1, 4, look_s=0.02))
-        engine = ServerEngine(fleet, folder, folder / "weights", 4)
+        engine = ServerEngine("vllm", fleet, folder, folder / "weights", 4)
         engine._shape = SHAPE
         self.writer = Episodes(EpisodeTable(order(world, {}), ENCODER, LIMITS, 4), "v1", CHAT.decode,
                                ENCODER.end_ids, rollout, "script", {}, with_routes=True)
@@ -285,6 +285,6 @@ def test_an_episode_waits_for_no_tool_of_another(job: Callable[..., Job], tmp_pa
 def test_a_wrong_task_ends_the_work_and_every_episode(job: Callable[..., Job]) -> None:
     server = Server(Greedy(fuzzed), token_s=0.01)
     one = job("booking", [EXAMPLES.EXAMPLES[0], {"question": 3}], [server])
-    with pytest.raises(UserError, match="task 3: the task question = '3': must be text"):
+    with pytest.raises(UserError, match=r"task [34]: the task question = '3': must be text"):
         write_by_requests(one.requests, one.take, one.queue, 4)
     assert not one.rows() and not [t for t in threading.enumerate() if t.name.startswith("episode")]
