@@ -160,7 +160,7 @@ class EnvironmentHost:
 
 def _serve(asked: PluginOrder, limits: dict[str, int]) -> Answer:
     """Return what does as it is asked, in the environment's process."""
-    # without its version: to read all its code took most of the start, and 12 MiB of each process
+    # without its version: to read all its code took most of the start
     environment = build(asked)
     # behind that: making the world is not limited itself
     limit_memory(getattr(environment, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
