@@ -162,7 +162,9 @@ def _compare_numbers(whole: Whole, found: list[list[dict[str, float]]], verdict:
                 if name in numbers:
                     difference = abs(numbers[name] - value) / max(abs(value), 1e-6)
                     key = f"step {step}: {name}"
-                    apart[key] = max(apart.get(key, 0.0), difference)
+                    # nothing is smaller than NaN, which would pass for equal
+                    apart[key] = max(apart.get(key, 0.0),
+                                     difference if difference == difference else float("inf"))
                 elif not name.startswith("router bias"):
                     apart[f"step {step}: {name} of rank {rank}"] = float("inf")
     verdict.largest = max(verdict.largest, *apart.values())

@@ -105,6 +105,31 @@ def test_a_standstill_is_a_refutation(small: Miniature, whole: Any,
     assert verdict.outcome in (STANDS, "fails") and verdict.places
 
 
+def test_a_loss_that_is_not_a_number_is_a_difference(small: Miniature, whole: Any,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    real = proving._step
+
+    def spoilt(trainer: Any) -> dict[str, float]:
+        return {**real(trainer), "loss": float("nan")}
+
+    monkeypatch.setattr(proving, "_step", spoilt)
+
+    verdict = proving.prove(small, whole=whole)
+
+    assert verdict.outcome == DIFFERS and "step 1: loss" in verdict.places
+
+
+@pytest.mark.parametrize(("recipe", "missing"), [
+    ("tiny-solar-open-rl", "own loss"), ("tiny-solar-open-dpo", "own loss"),
+    ("tiny-typhoon-s-opd", "own loss"), ("tiny-hyperclova-omni-sft", "encoder of pictures"),
+    ("tiny-hyperclova-omni", "encoder of sound")])
+def test_the_trunk_of_every_kind_of_run_is_played(recipe: str, missing: str, tmp_path: Path) -> None:
+    small = miniature(apply_settings(recipes.get(recipe), ()), 2, tmp_path / "documents")
+
+    assert small.config.objective.name in proving.OBJECTIVES and small.config.problems(2) == []
+    assert any(missing in what for what in small.left_out)
+
+
 def test_the_command_tells_and_ends_with_0(run_command: Any) -> None:
     done = run_command("plan", "tiny-qwen3", "--set", "parallel.tp=2", "--set", "parallel.pp=2", "--nproc",
                        "4", "--prove", "--json")
