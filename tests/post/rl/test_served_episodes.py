@@ -219,6 +219,10 @@ def test_a_turn_that_a_deadline_cuts_off_goes_on_by_the_next_policy(job: Callabl
     assert queue.advance(1.0, lambda: not one.store.parts(1)) is False
     cut = [row for row in one.rows() if row.finish_reason == UNFINISHED]
     assert cut and all(len(row.tokens) and row.tokens[-1] not in ENCODER.end_ids for row in cut)
+    # another episode in the same process would end the session that a server has of one that goes on
+    requests: Any = one.requests
+    processes = [host._workers._workers for host in requests._seats._free]
+    assert processes.count([]) >= len(cut)
     one.step, server.token_s = 1, 0.0
     while queue.advance(1.0, lambda: True):
         pass
