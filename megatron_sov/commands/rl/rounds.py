@@ -469,8 +469,8 @@ def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveS
     from megatron_sov.post.rl.requests import LiveServers
 
     # a Hugging Face folder is what the servers load; of a checkpoint they get one
-    return LiveServers(args.engine, args.start_from, args.run,
-                       server_settings(args.engine, args.engine_set, ENGINE_SET), args.places(args.run).urls,
+    return LiveServers(args.engine, args.start_from, args.places(args.run),
+                       server_settings(args.engine, args.engine_set, ENGINE_SET),
                        longest_of(config.rollout, None), start.vocab_size, config.policy.router_replay)
 
 

@@ -44,6 +44,8 @@ class ServerPlaces:
     """Folder of the logs of those that are started here."""
     urls: tuple[str, ...] = ()
     """Of servers that somebody else has started; none: they are started here."""
+    python: Path | None = None
+    """The interpreter that has the engine; None: as the environment says, or this one."""
     command: tuple[str, ...] = ()
     """That starts one, in the place of the engine's own."""
 
@@ -84,7 +86,8 @@ def open_fleet(name: str, folder: Path, vocab_size: int, longest: int, settings:
         for url in places.urls]
     if not keepers:
         keepers = [OwnServer(name, number, folder, longest, settings, places.logs, with_routes=with_routes,
-                             command=places.command) for number in range(settings.servers)]
+                             python=places.python, command=places.command)
+                   for number in range(settings.servers)]
     with Fleet(keepers, vocab_size, settings.requests, settings.restarts) as fleet:
         yield fleet
 

@@ -307,9 +307,8 @@ class LiveServers:
     """Of the engine."""
     start: Path
     """What the run starts from: a checkpoint, or a Hugging Face folder."""
-    run: Path
+    places: ServerPlaces
     settings: EngineServers
-    urls: tuple[str, ...]
     longest: int
     """Tokens of the longest sequence."""
     vocab_size: int
@@ -340,15 +339,15 @@ class LiveServers:
         return self._opening is not None
 
     def _open(self) -> None:
-        folder, target = self.run / "engines", find_target(self.start)
-        model = target.path if target.is_hf else folder / "model"
+        target = find_target(self.start)
+        model = target.path if target.is_hf else self.places.logs / "model"
         if not (model / CONFIG).is_file():
             # servers read its config, and begin with its weights
             to_hf(target.path, model)
         self._opened = serving_engine(self.name, model, self.vocab_size, self.longest, self.settings,
-                                      ServerPlaces(folder, self.urls), with_routes=self.with_routes)
+                                      self.places, with_routes=self.with_routes)
         self.engine = self._opened.__enter__()
-        if not self.urls:
+        if not self.places.urls:
             self._held = 0
 
     def push(self, view: FeedView, policy: Policy, known: Tokens) -> None:

@@ -176,7 +176,7 @@ def test_a_closed_fleet_leaves_nobody_waiting() -> None:
 
 
 @pytest.mark.parametrize("script, said", [
-    (None, "cannot be started .*; name the interpreter that has vLLM by SOV_ENGINE_PYTHON"),
+    (None, "is no program that can be started; name the interpreter that has vLLM by SOV_ENGINE_PYTHON"),
     ("echo \"No module named 'vllm'\"", "server 0 ended; .*python has no vLLM: name the interpreter"),
     ("true", "server 0 ended; it wrote nothing into .*engine-0.log")])
 def test_an_interpreter_without_vllm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -201,6 +201,16 @@ def test_waiting_for_an_address_is_told(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(UserError, match="has not answered for 0 s"):
         AddressKeeper(VllmServer(double.url, answer_s=1), 0, "vllm").start(lambda: False)
     assert f"--engine-url {double.url}: does not answer; waiting up to 0 s" in capsys.readouterr().err
+
+
+def test_a_server_that_takes_no_weights_is_told(fleets: Callable[..., Fleet]) -> None:
+    double = VllmDouble()
+    double.refuses = lambda path: path.startswith("/pause")
+    with Fleet([AddressKeeper(VllmServer(double.url), 0)], VOCAB, 1, look_s=0.02) as fleet:
+        fleet.submit(asked(1)[0]).result(20)
+        with pytest.raises(UserError, match=r"no other weights .*/pause.* answered HTTP 404: Not Found"):
+            fleet.update(["w"], 1)
+    double.close()
 
 
 @pytest.mark.parametrize("name", ["vllm", "sglang"])

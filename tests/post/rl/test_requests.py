@@ -15,7 +15,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines.fleet import Fleet
-from megatron_sov.infer.engines.server_engine import ServerEngine
+from megatron_sov.infer.engines.server_engine import ServerEngine, ServerPlaces
 from megatron_sov.infer.engines.server_process import EngineServers
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl import requests
@@ -190,7 +190,8 @@ def test_servers_of_others_are_given_the_weights_of_the_start_too(
     monkeypatch.setattr(requests, "serving_engine", lambda *args, **kwargs: nullcontext(engine))
     monkeypatch.setattr(requests, "export_weights", lambda model: iter(()))
     monkeypatch.setattr(requests, "on_main", lambda world, work: work())
-    servers = LiveServers("vllm", tmp_path, tmp_path, EngineServers(), urls, 8, VOCAB, with_routes=False)
+    servers = LiveServers("vllm", tmp_path, ServerPlaces(tmp_path, urls), EngineServers(), 8, VOCAB,
+                          with_routes=False)
     while servers.is_opening(1.0):
         pass
     view: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), policy=SimpleNamespace(
