@@ -82,7 +82,7 @@ def open_fleet(name: str, folder: Path, vocab_size: int, longest: int, settings:
     if missing := missing_libraries():
         raise UserError(f"--engine {name}: {missing[0]}")
     keepers: list[Keeper] = [
-        AddressKeeper(PROGRAMS[name].connect(url, settings.answer_s), settings.start_s, name)
+        AddressKeeper(PROGRAMS[name].connect(url, settings), settings.start_s, name)
         for url in places.urls]
     if not keepers:
         keepers = [OwnServer(name, number, folder, longest, settings, places.logs, with_routes=with_routes,
