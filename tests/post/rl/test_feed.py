@@ -185,5 +185,5 @@ def test_a_resumed_run_keeps_its_reference(view: Any, tmp_path: Path,
 
     for _ in range(2):
         opened("a" * 64)
-    with pytest.raises(UserError, match=r"reference.json: .* of sha256 aaaaaaaaaaaa, and --from is bb"):
+    with pytest.raises(UserError, match=r"reference.json: .* sha256 aaaaaaaaaaaa, and --from is of sha256 bb"):
         opened("b" * 64)
