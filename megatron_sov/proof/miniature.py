@@ -20,7 +20,8 @@ from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.documents.shard_files import IndexedWriter
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
-from megatron_sov.train.data.token_shards import CONTENT_VERSION, source_record
+from megatron_sov.train.data.described import source_record
+from megatron_sov.train.data.token_shards import CONTENT_VERSION
 
 HEAD_DIM = 8
 """Of rotary positions half is turned in some families, in pairs."""

@@ -194,7 +194,7 @@ class _Done(dist.Work):
 _ProcessGroup: Any = dist.ProcessGroup
 
 
-class SimulatedGroup(_ProcessGroup):  # type: ignore[misc]
+class SimulatedGroup(_ProcessGroup):
     """One process's handle of a group; torch.distributed calls it as it calls NCCL's or gloo's.
 
     The names of its methods are torch's: those that end in `_single` or begin with `_` are what

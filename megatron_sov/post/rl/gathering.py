@@ -69,7 +69,9 @@ def facts_of(store: RolloutStore, part: RolloutPart) -> tuple[list[RolloutFacts]
     first = np.where(num_written > 0, np.append(versions, 0)[places[before[ends - num_tokens]]], 0)
     rows = zip(keys_of(table), table["attempt"].to_pylist(), texts_of(table["finish_reason"]),
                num_tokens.tolist(), num_written.tolist(), first.tolist(), sums.tolist(), strict=True)
-    return [RolloutFacts(*row, part.name, i) for i, row in enumerate(rows)], problems_of(table)
+    facts = [RolloutFacts(key, attempt, reason, tokens, written, version, total, part.name, i)
+             for i, (key, attempt, reason, tokens, written, version, total) in enumerate(rows)]
+    return facts, problems_of(table)
 
 
 @dataclass(frozen=True)
