@@ -96,8 +96,9 @@ class HttpDouble:
 class VllmDouble(HttpDouble):
     """vLLM with --enable-scale-out and VLLM_SERVER_DEV_MODE=1."""
 
-    def __init__(self, token_s: float = 0.0) -> None:
+    def __init__(self, token_s: float = 0.0, vocab_size: int = VOCAB) -> None:
         self.refuses: Callable[[str], bool] = lambda path: False
+        self._vocab_size = vocab_size
         super().__init__(token_s)
 
     def _said(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -134,7 +135,7 @@ class VllmDouble(HttpDouble):
     def _generate(self, body: dict[str, Any]) -> tuple[int, Any]:
         self.asked.append(body)
         prompt, sampling = body["token_ids"], body["sampling_params"]
-        if max(prompt) >= VOCAB:
+        if max(prompt) >= self._vocab_size:
             self.is_dead = True
             return self._said("", {})
         tokens, spans, reason = self._write(body["request_id"], prompt, sampling["max_tokens"],

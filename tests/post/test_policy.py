@@ -45,7 +45,7 @@ class Rollouts:
     log-probabilities near those of a model that has learned nothing."""
 
     is_plain = False
-    columns = ("advantage", "behaviour_logprobs", "old_logprobs", "reference_logprobs")
+    columns = ("advantage", "behaviour_logprobs", "old_logprobs", "reference_logprobs", "teacher_logprobs")
 
     def __init__(self, num_documents: int) -> None:
         self.lengths = np.array([12 + 7 * i % 31 for i in range(num_documents)], np.int32)

@@ -5,14 +5,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
+from megatron_sov.commands.rl.rounds import _refuse_other_model
+from megatron_sov.model.config import ModelConfig
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.train.data.token_shards import open_sources
 from tests.token_servers import VllmDouble
@@ -36,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server() -> Iterator[VllmDouble]:
     """A teacher that gives token t the log-probability -t / 100."""
-    found = VllmDouble()
+    found = VllmDouble(vocab_size=368)
     yield found
     found.close()
 
@@ -149,7 +155,7 @@ def test_kills_change_no_bit_and_two_processes_little(whole: Path, folder: Path,
     (["--set", "policy.method=grpo", "--set", "rollout.samples_per_prompt=2"],
      "learns from no teacher; set policy.method=opd, or policy.opd_coeff beside a reward"),
     (["--teacher", "a=elsewhere"], "is of the same prompts; give each its domain"),
-    (["--set", "rollout.temperature=0.7"], "rollout.temperature: must be 1: policy.opd_coeff = 1 compares"),
+    (["--set", "rollout.temperature=0.7"], "rollout.temperature = 0.7 must be 1: policy.opd_coeff = 1 compares"),
 ])
 def test_what_cannot_be_learned_is_told_before_anything_begins(
         more: list[str], said: str, folder: Path, command: Command, capsys: pytest.CaptureFixture[str]
@@ -159,14 +165,40 @@ def test_what_cannot_be_learned_is_told_before_anything_begins(
     assert not (folder / "refused").exists()
 
 
-def test_prompts_that_nobody_reads_and_other_teachers_are_refused(
-        whole: Path, folder: Path, command: Command, teacher: Path, server: VllmDouble, run_command: Any,
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_that_nobody_reads_are_refused(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     words = command("refused")
-    alone = words[:-2]  # without the server
-    assert main(alone) == 2
+    assert main(words[:-2]) == 2  # without the server
     assert "line 2 is of domain 'b', and the teachers are of 'a'; add" in capsys.readouterr().err
-    assert main([*words[:-4], "--set", "policy.method=opd"]) == 2
+    assert main(words[:-4]) == 2
     assert "policy.opd_coeff = 1: needs a teacher; add --teacher" in capsys.readouterr().err
-    done = run_command(*words, "--set", "model.rope_theta=12345.0")
+    assert main([*words[:-4], "--set", "policy.method=dapo", "--set", "rollout.samples_per_prompt=2"]) == 2
+    assert "--reward none: policy.method = dapo learns from rewards; choose one" in capsys.readouterr().err
+
+
+def test_a_run_keeps_its_teachers(whole: Path, folder: Path, command: Command, teacher: Path,
+                                  run_command: Any) -> None:
+    words = command("whole", "--resume", "--set", "rollout.rounds=3")
+    words[words.index("--teacher") + 1] = f"a={teacher / 'checkpoints/step-2'}"
+    done = run_command(*words)
     assert done.returncode == 2, done.stderr
+    assert "teachers.json: the run's teachers are servers, a " in done.stderr
+    assert not (folder / "whole/rounds/0003.teacher_logprobs.f32").exists()
+
+
+def test_a_teacher_whose_weights_would_not_fit_is_told_by_its_first_field(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    config = recipes.get("tiny-solar-open")
+    own = config.model
+
+    def refused(model: ModelConfig, tokenizer: Path, *, is_hf: bool = False) -> str:
+        target: Any = SimpleNamespace(is_hf=is_hf, model=model, tokenizer_folder=tokenizer)
+        with pytest.raises(UserError) as told:
+            _refuse_other_model("here", target, config, tmp_path)
+        return str(told.value)
+
+    assert refused(replace(own, rope_theta=5.0, mtp_loss_coeff=9.0), tmp_path).startswith(
+        f"--teacher here: has model.rope_theta = 5.0, the run {own.rope_theta}, and its weights take")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/tokenizer.json").write_text("[]")
+    assert "has another tokenizer" in refused(replace(own, init_std=9.0), tmp_path / "other")
+    assert "convert from-hf`, or serve it by vLLM" in refused(own, tmp_path, is_hf=True)
