@@ -210,10 +210,11 @@ def test_a_token_is_worth_what_its_teacher_gives_it_more_than_the_student_did() 
     columns, logprobs, responses = row()
     learned = responses.index < len(LENGTHS)
     # of what is not learned a teacher may say what it likes
-    columns["teacher_logprobs"] = torch.where(learned, columns["behaviour_logprobs"] - 0.3 * columns["advantage"],
-                                              torch.inf)
+    teacher = columns["behaviour_logprobs"] - 0.3 * columns["advantage"]
+    columns["teacher_logprobs"] = torch.where(learned, teacher, torch.inf)
     columns["old_logprobs"] = torch.full_like(logprobs, torch.nan)  # a step on responses of its own
-    for method, coeff, of_reward in (("opd", 1.0, 0.0), ("opd", 0.5, 0.0), ("dapo", 2.0, 1.0)):
+    cases: list[tuple[Any, float, float]] = [("opd", 1.0, 0.0), ("opd", 0.5, 0.0), ("dapo", 2.0, 1.0)]
+    for method, coeff, of_reward in cases:
         policy = PolicyConfig(method, opd_coeff=coeff, correction="none")
         advantage = of_reward * columns["advantage"]
         loss, slopes, meters = ours(policy, {**columns, "advantage": advantage}, logprobs, responses)

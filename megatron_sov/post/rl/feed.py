@@ -37,8 +37,7 @@ from megatron_sov.judge.rewards.opinions import Opinions
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.model.families.adapters import PREFIX
-from megatron_sov.post.policy import (
-    GROUPS_LEARNING, OLD, REFERENCE, RESPONSE_TOKENS, REWARD, TEACHER)
+from megatron_sov.post.policy import GROUPS_LEARNING, OLD, REFERENCE, RESPONSE_TOKENS, REWARD, TEACHER
 from megatron_sov.post.reference import write_logprobs
 from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rounds
 from megatron_sov.post.rl.publish import further_pieces
@@ -102,8 +101,8 @@ class TrainerColumns:
         if REFERENCE in self.names:
             on_main(view.world, partial(
                 _refuse_other, opened.path.with_name(REFERENCE_NOTE), {"sha256": self.reference_sha256},
-                "the run's divergence is from a model of {begun}, and --from is of {given}; resume --from the "
-                "one that it began with"))
+                "the run's divergence is from a model of {begun}, and --from is of {given}; resume --from "
+                "the one that it began with"))
         if TEACHER in self.names:
             on_main(view.world, partial(
                 _refuse_other, opened.path.with_name(TEACHERS_NOTE), identity_of(self.teachers),

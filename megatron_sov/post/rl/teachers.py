@@ -265,9 +265,9 @@ class _Asking:
             try:
                 return _checked(server.score(ids), len(ids) - 1, server.url)
             except NeverAnswered as e:
-                raise UserError(f"--teacher-url {server.url}: refuses a response of {len(ids)} tokens with "
-                                f"its prompt: {e}; a teacher needs the student's tokenizer and room for "
-                                "rollout.max_prompt_tokens + rollout.max_new_tokens") from None
+                raise UserError(f"--teacher-url {server.url}: refuses {len(ids)} tokens: {e}; it needs the "
+                                "student's tokenizer and room for rollout.max_prompt_tokens + "
+                                "rollout.max_new_tokens; start vLLM with --enable-scale-out") from None
             except (BadAnswer, TimeoutError) as e:
                 said = str(e)
             if self._is_over.wait(min(BACKOFF_S[0] * 2 ** attempt, BACKOFF_S[1])):

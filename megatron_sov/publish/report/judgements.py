@@ -483,7 +483,7 @@ def round_charts(run: Run) -> list[Chart]:
                      "Mean reward of a round's responses, and the parts that it is made of."),
         _round_chart(rounds, _of_domains(means), "reward", "Mean reward by domain of the prompts."),
         _round_chart(rounds, _from_teachers(run), "nats per token",
-                     "KL(student || teacher), as the responses tell it, in all and by domain of the prompts."),
+                     "KL(student || teacher), as the responses tell it, in all and by domain of prompts."),
         _round_chart(rounds, {"tokens": _values(means, "response_tokens")}, "tokens",
                      "Mean length of responses, in tokens that the policy wrote."),
         _round_chart(rounds, {"truncated": _values(means, "truncated")}, "share",

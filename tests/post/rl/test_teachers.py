@@ -98,7 +98,7 @@ def test_a_server_that_is_away_is_asked_again_and_one_that_refuses_is_told(opene
     other.is_dead = True
     assert told(opened, Teacher("", urls=(other.url, one.url))) == expected, "the other server answers"
     one.refuses = lambda path: path.startswith("/inference")
-    with pytest.raises(UserError, match=r"--teacher-url http://.*: refuses a response of \d tokens .* HTTP 404"):
+    with pytest.raises(UserError, match=r"--teacher-url http://.*: refuses \d tokens: .* HTTP 404"):
         told(opened, Teacher("", urls=(one.url,)))
     one.is_dead = True
     with pytest.raises(UserError, match=r"HTTP 500: EngineCore .*; see whether the server runs there"):
