@@ -4,7 +4,6 @@ whether an engine can do it, and the file of responses.  No torch here."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,20 +113,17 @@ class ServerOptions:
     """A server that somebody else has started; repeat it for several."""
 
     def places(self, run: Path) -> ServerPlaces:
-        """Return where the servers of a run are; the interpreter that is named becomes the environment's.
+        """Return where the servers of a run are.
 
         Raises:
             UserError: an address is none.
         """
         from megatron_sov.infer.engines.server_engine import ServerPlaces
-        from megatron_sov.infer.engines.server_process import ENGINE_PYTHON
 
-        if self.engine_python is not None:
-            os.environ[ENGINE_PYTHON] = str(self.engine_python)
         for url in self.engine_url:
             if problems := address_problems("--engine-url", url, "the environment"):
                 raise SettingsError("", problems)
-        return ServerPlaces(run / "engines", self.engine_url)
+        return ServerPlaces(run / "engines", self.engine_url, self.engine_python)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -43,10 +43,6 @@ from megatron_sov.train.data.token_shards import Documents, Source
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
 from megatron_sov.train.stages.gate import GateView
 from megatron_sov.work.progress.progress_bar import work_bar
-
-if TYPE_CHECKING:
-    from megatron_sov.train.data.token_shards import Documents
-
 
 MICRO_BATCHES = 8
 """Those of a process that are passed through the model at a time."""

@@ -46,8 +46,18 @@ TOLD = {"train.fp8": "fp8 products", "parallel.expert_overlap": "overlap of the 
         "gpu.cuda_graphs": "CUDA graphs", "gpu.optimizer_offload": "offloaded optimizer states",
         "parallel.expert_dispatcher": "the kernels of DeepEP and HybridEP",
         "gpu.attention": "kernels of attention, and what Transformer Engine sends for them",
-        "gpu.recompute_modules": "selective recomputation", "lora.rank": "adapters"}
+        "gpu.recompute_modules": "selective recomputation", "lora.rank": "adapters",
+        "objective.name": "the run's own loss: that of sft is played",
+        "model.vision": "the encoder of pictures", "model.audio": "the encoder of sound",
+        "model.image_tokens": "weights of the losses of media's tokens",
+        "model.audio_tokens": "weights of the losses of media's tokens"}
 """Setting that is changed -> what that leaves out of the proof."""
+PLAYED = ("lm", "sft")
+"""Objectives that learn packed documents, and need nothing else."""
+NO_MEDIA: dict[str, Any] = {
+    **{f"model.{part}": None for part in ("vision", "audio", "image_tokens", "audio_tokens")},
+    "media.vision_from": "", "media.audio_from": "", "objective.image_weight": 1, "objective.audio_weight": 1}
+"""Their placeholders and blocks of ids have no place in a vocabulary of a few words."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ def miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
     config.check(num_ranks)
     m, p = config.model, config.parallel
     runs = _runs(config)
-    given = OFF | {
+    given = OFF | NO_MEDIA | {
         "model.vocab_size": VOCABULARY, "model.num_layers": sum(runs), "parallel.pipeline_layout": [
             *runs] if p.pipeline_layout else [],
         "model.expert_ffn_dim": 2 * _multiple(p.etp, p.tp) if m.num_experts else 0,
@@ -92,12 +102,14 @@ def miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
         **_widths(m, p)}
     if p.expert_dispatcher in ("deepep", "hybridep"):
         given["parallel.expert_dispatcher"] = "alltoall"
+    if config.objective.name not in PLAYED:
+        given |= {"objective.name": "sft", "objective.options": {}}
     if m.dense_ffn_dim:
         given["model.dense_ffn_dim"] = 4 * p.tp
     if m.sliding_window_tokens:
         given["model.sliding_window_tokens"] = 8
     small = apply_settings(config, _typed(given))
-    return Miniature(small, num_ranks, tuple(_left_out(config, small)))
+    return Miniature(small, num_ranks, tuple(dict.fromkeys(_left_out(config, small))))
 
 
 def write_documents(folder: Path, seed: int = 0) -> None:

@@ -11,15 +11,12 @@ import os
 import select
 import signal
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import IO, NoReturn
 
 from megatron_sov.sandbox import system_calls as sc
-
-_AGAIN_S = 0.005
+from megatron_sov.work.processes.keeper import kill_below
 
 
 class ProcessTree:
@@ -85,13 +82,6 @@ def _keep(pid: int, until: int) -> NoReturn:
         for fd in (until, ended):
             watched.register(fd, select.POLLIN)
         watched.poll()
-        # until none is left: a child that is killed hands its own children to the keeper
-        while pids := Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-            for child in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(child), signal.SIGKILL)
-                with contextlib.suppress(ChildProcessError):  # it may have ended before they were ignored
-                    os.waitpid(int(child), os.WNOHANG)
-            time.sleep(_AGAIN_S)
+        kill_below()
     finally:
         os._exit(0)

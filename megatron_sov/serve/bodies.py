@@ -50,8 +50,9 @@ class RefusedRequest(Exception):
                                      "code": self.code}})
 
 
-MAX_SEQUENCES, MAX_STOPS, MAX_STOP_CHARS = 128, 16, 500
-"""Answers to one request; strings that end an answer, and their length: each token is searched for them."""
+MAX_SEQUENCES, MAX_STOPS, MAX_STOP_CHARS, MAX_STOP_IDS = 128, 16, 500, 128
+"""Answers to one request; strings that end an answer, and their length: each token is searched for them; and
+tokens that end one."""
 MAX_TOP = 20
 """Most probable tokens that are told of a place, as OpenAI has it for chats."""
 MIN_TEMPERATURE = 0.01
@@ -60,13 +61,13 @@ DEFAULT_COMPLETION_TOKENS = 16
 """Of `/v1/completions` unless told, as OpenAI has it."""
 MESSAGE_FIELDS = {"role", "content", "name", "tool_call_id", "tool_calls", "type", *REASONING}
 CHANGE_NOTHING = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-                  "service_tier", "store"}
+                  "service_tier", "store", "request_id"}
 """Fields that no answer depends on."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,),
     "logit_bias": ({},), "best_of": (1,), "echo": (False,), "suffix": ("",), "parallel_tool_calls": (True,),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "ignore_eos": (False,),
-    "skip_special_tokens": (True,), "add_generation_prompt": (True,), "tool_choice": ("auto", "none")}
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "skip_special_tokens": (True,),
+    "add_generation_prompt": (True,), "tool_choice": ("auto", "none")}
 """Fields that are understood and not done: the values with which they change nothing.  `tool_choice` none
 shows the model no tools."""
 
@@ -76,6 +77,8 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
+StopIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]],
+                    Field(max_length=MAX_STOP_IDS, fail_fast=True)]
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,18 @@ class ServedQuestion:
     """Longest answer; None: as long as there is room."""
     stops: tuple[str, ...]
     """Strings that end an answer."""
+    stop_ids: tuple[int, ...]
+    """Tokens that end an answer, beside the model's own."""
+    ignores_end: bool
+    """Whether the model's own tokens end none."""
     with_logprobs: bool
     """Whether the log-probability of each token is told."""
     num_top: int
     """Most probable tokens that are told of each place."""
     echoes: bool
     """Whether answers begin with their prompt, and its tokens are told of as theirs are."""
+    with_ids: bool
+    """Whether the ids of prompts and answers are told."""
     is_stream: bool
     """Whether the answer is sent as it is written."""
     tells_usage: bool
@@ -142,6 +151,9 @@ class _Body(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 1
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = []
+    stop_token_ids: StopIds = []
+    ignore_eos: bool = False
+    return_token_ids: bool = False
     stream: bool = False
     stream_options: Annotated[dict[Literal["include_usage"], bool], BeforeValidator(_few)] = {}
     max_tokens: Count | None = None
@@ -161,7 +173,8 @@ class _Body(BaseModel):
         sampling = Sampling(temperature=self.temperature, top_k=max(self.top_k, 0), top_p=self.top_p,
                             seed=seed)
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        return ServedQuestion(prompts, self.n, sampling, max_tokens, stops, with_logprobs, num_top, echoes,
+        return ServedQuestion(prompts, self.n, sampling, max_tokens, stops, tuple(self.stop_token_ids),
+                              self.ignore_eos, with_logprobs, num_top, echoes, self.return_token_ids,
                               self.stream, self.stream_options.get("include_usage", False))
 
 
@@ -364,7 +377,8 @@ class BodyReader:
         _refuse_too_much(question, prompts)
         # A special token does not show in the text, so it stops by its id.
         ends = [self._special[text] for text in question.stops if text in self._special]
-        return ReadBody(prompts, tuple(sorted({*asker.end_ids, *ends})),
+        own_ends = () if question.ignores_end else asker.end_ids
+        return ReadBody(prompts, tuple(sorted({*own_ends, *ends, *question.stop_ids})),
                         [self._limit(question, len(ids), field) for ids in prompts],
                         asker.encoder is not None and bool(asker.encoder.opened_thoughts(prompts[0])))
 

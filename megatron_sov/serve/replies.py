@@ -222,8 +222,8 @@ class ServedReply:
         return all(writing.reason is not None for writing in self.writings)
 
     def whole(self) -> dict[str, Any]:
-        return self._head | {"choices": [self._choice(i) for i in range(len(self.writings))],
-                             "usage": self.usage()}
+        return self._head | self._prompt_of_chat() | {
+            "choices": [self._choice(i) for i in range(len(self.writings))], "usage": self.usage()}
 
     def usage(self) -> dict[str, int]:
         read = sum(self._begun.prompt_tokens)
@@ -232,9 +232,9 @@ class ServedReply:
 
     def _choice(self, index: int) -> dict[str, Any]:
         writing = self.writings[index]
-        logprobs = self._logprobs(writing, 0)
+        tokens = self._new_tokens(index, writing)
         if not self._question.is_chat:
-            return {"index": index, "text": self._echo(index) + writing.text(), "logprobs": logprobs,
+            return {"index": index, "text": self._echo(index) + writing.text(), **tokens,
                     "finish_reason": writing.reason}
         turn = self._turn(writing)
         message: dict[str, Any] = {"role": "assistant", "content": turn.content, "refusal": None}
@@ -242,7 +242,7 @@ class ServedReply:
             message["reasoning_content"] = turn.thoughts
         if turn.calls:
             message |= {"content": turn.content or None, "tool_calls": _calls(turn.calls)}
-        return {"index": index, "message": message, "logprobs": logprobs,
+        return {"index": index, "message": message, **tokens,
                 "finish_reason": "tool_calls" if turn.calls else writing.reason}
 
     def _turn(self, writing: ReplyWriting) -> ServedTurn:
@@ -257,7 +257,8 @@ class ServedReply:
     def opening(self) -> list[dict[str, Any]]:
         if not self._question.is_chat:
             return []
-        return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self.writings))]
+        return [self._chunk(i, {"role": "assistant", "content": ""}, None, {"logprobs": None})
+                | (self._prompt_of_chat() if not i else {}) for i in range(len(self.writings))]
 
     def news(self, index: int) -> list[dict[str, Any]]:
         writing = self.writings[index]
@@ -269,7 +270,7 @@ class ServedReply:
         if not new and writing.reason is None:
             return []
         self._told[index] = ServedTurn("", text)
-        return [self._chunk(index, {"text": new}, writing.reason, self._new_logprobs(index, writing))]
+        return [self._chunk(index, {"text": new}, writing.reason, self._new_tokens(index, writing))]
 
     def _chat_news(self, index: int, writing: ReplyWriting) -> list[dict[str, Any]]:
         turn, told = self._turn(writing), self._told[index]
@@ -284,10 +285,10 @@ class ServedReply:
         chunks = []
         if delta:
             # The reason goes alone in the last chunk, as OpenAI sends it.
-            chunks.append(self._chunk(index, delta, None, self._new_logprobs(index, writing)))
+            chunks.append(self._chunk(index, delta, None, self._new_tokens(index, writing)))
         if writing.reason is not None:
             reason = "tool_calls" if turn.calls else writing.reason
-            chunks.append(self._chunk(index, {}, reason, self._new_logprobs(index, writing)))
+            chunks.append(self._chunk(index, {}, reason, self._new_tokens(index, writing)))
         return chunks
 
     def closing(self) -> list[dict[str, Any]]:
@@ -298,17 +299,28 @@ class ServedReply:
     def _chunk_head(self) -> dict[str, Any]:
         return self._head | ({"object": "chat.completion.chunk"} if self._question.is_chat else {})
 
-    def _chunk(self, index: int, said: dict[str, Any], reason: str | None = None,
-               logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _chunk(self, index: int, said: dict[str, Any], reason: str | None, tokens: dict[str, Any]
+               ) -> dict[str, Any]:
         choice = {"delta": said} if self._question.is_chat else said
         return self._chunk_head() | {"choices": [
-            {"index": index, **choice, "logprobs": logprobs, "finish_reason": reason}]}
+            {"index": index, **choice, **tokens, "finish_reason": reason}]}
 
-    # log-probabilities
+    # tokens and their log-probabilities
 
-    def _new_logprobs(self, index: int, writing: ReplyWriting) -> dict[str, Any] | None:
+    def _new_tokens(self, index: int, writing: ReplyWriting) -> dict[str, Any]:
+        """Return what is told of the tokens that have come since it was asked last."""
         first, self._num_told[index] = self._num_told[index], len(writing.tokens)
-        return self._logprobs(writing, first)
+        told: dict[str, Any] = {"logprobs": self._logprobs(writing, first)}
+        if self._question.with_ids:
+            told["token_ids"] = writing.tokens[first:]
+            if not first and not self._question.is_chat:
+                told["prompt_token_ids"] = self._begun.prompts[index // self._question.num_choices]
+        return told
+
+    def _prompt_of_chat(self) -> dict[str, Any]:
+        """Return what is told of a conversation's tokens, as vLLM does beside the choices."""
+        return ({"prompt_token_ids": self._begun.prompts[0]}
+                if self._question.is_chat and self._question.with_ids else {})
 
     def _logprobs(self, writing: ReplyWriting, first: int) -> dict[str, Any] | None:
         if not self._question.with_logprobs:
@@ -322,7 +334,7 @@ class ServedReply:
         before = [(tokens[0], logprobs[0], top_of((tokens, logprobs))) for tokens, logprobs in writing.prompt]
         found = self._of_completion([*before, *places])
         if self._question.echoes:  # nothing stands before the first
-            prompt = self._begun.echoed[self.writings.index(writing) // self._question.num_choices]
+            prompt = self._begun.prompts[self.writings.index(writing) // self._question.num_choices]
             found["tokens"].insert(0, self._reader.piece(prompt[0]))
             for values in (found["token_logprobs"], found["top_logprobs"] or []):
                 values.insert(0, None)
@@ -349,7 +361,7 @@ class ServedReply:
         prompt = self._question.prompts[number]
         if isinstance(prompt, str):
             return prompt
-        return self._reader.decoder(self._question)(list(self._begun.echoed[number]))
+        return self._reader.decoder(self._question)(list(self._begun.prompts[number]))
 
 
 def _calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:

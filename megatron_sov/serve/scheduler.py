@@ -30,8 +30,8 @@ class Begun:
     """Whether the template has opened the thoughts that the answer begins with."""
     end_ids: tuple[int, ...]
     """Tokens that end an answer."""
-    echoed: tuple[tuple[int, ...], ...] = ()
-    """Ids of each prompt, where answers begin with it."""
+    prompts: tuple[tuple[int, ...], ...] = ()
+    """Ids of each prompt, where they are told."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,8 @@ class Clerk:
             self._desk.tell([(ticket, e)])
             return True
         self._desk.tell([(ticket, Begun(tuple(map(len, read.prompts)), read.in_thoughts, read.end_ids,
-                                         tuple(map(tuple, read.prompts)) if question.echoes else ()))])
+                                         tuple(map(tuple, read.prompts))
+                                         if question.echoes or question.with_ids else ()))])
         # Answers of one request are sequences of their own, prompt by prompt.
         for place in range(question.num_sequences):
             prompt, choice = divmod(place, question.num_choices)

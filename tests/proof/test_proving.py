@@ -76,7 +76,7 @@ def test_an_unsummed_output_is_found_in_its_module(small: Miniature, whole: Any)
 
     assert verdict.outcome == DIFFERS
     # the embedding's sum comes first, then each layer's
-    assert verdict.places[0] == "forward of embedding.word_embeddings"
+    assert verdict.places[0] == "step 1: forward of embedding.word_embeddings"
     assert any("reduce_scatter over TENSOR_MODEL_PARALLEL_GROUP at mappings.py" in s for s in verdict.sites)
 
 
@@ -84,9 +84,8 @@ def test_gradients_that_are_not_summed_over_data_are_found(small: Miniature, who
     verdict = faulty(small, whole, "allreduce", "DATA_PARALLEL", "start_grad_sync", halve)
 
     assert verdict.outcome == DIFFERS
-    # nothing on the way is wrong, so that the first to differ are numbers of the whole step
-    assert not any(place.startswith("forward of layer 1") for place in verdict.places[:1])
-    assert any("gradient norm" in place for place in verdict.places)
+    # nothing on the way is wrong, so that what differs first is a number of the whole step
+    assert verdict.places[0] == "step 1: gradient norm"
 
 
 def test_a_standstill_is_a_refutation(small: Miniature, whole: Any,
@@ -103,6 +102,31 @@ def test_a_standstill_is_a_refutation(small: Miniature, whole: Any,
     verdict = proving.prove(small, whole=whole)
 
     assert verdict.outcome in (STANDS, "fails") and verdict.places
+
+
+def test_a_loss_that_is_not_a_number_is_a_difference(small: Miniature, whole: Any,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    real = proving._step
+
+    def spoilt(trainer: Any) -> dict[str, float]:
+        return {**real(trainer), "loss": float("nan")}
+
+    monkeypatch.setattr(proving, "_step", spoilt)
+
+    verdict = proving.prove(small, whole=whole)
+
+    assert verdict.outcome == DIFFERS and "step 1: loss" in verdict.places
+
+
+@pytest.mark.parametrize(("recipe", "missing"), [
+    ("tiny-solar-open-rl", "own loss"), ("tiny-solar-open-dpo", "own loss"),
+    ("tiny-typhoon-s-opd", "own loss"), ("tiny-hyperclova-omni-sft", "encoder of pictures"),
+    ("tiny-hyperclova-omni", "encoder of sound")])
+def test_the_trunk_of_every_kind_of_run_is_played(recipe: str, missing: str, tmp_path: Path) -> None:
+    small = miniature(apply_settings(recipes.get(recipe), ()), 2, tmp_path / "documents")
+
+    assert small.config.objective.name in proving.OBJECTIVES and small.config.problems(2) == []
+    assert any(missing in what for what in small.left_out)
 
 
 def test_the_command_tells_and_ends_with_0(run_command: Any) -> None:

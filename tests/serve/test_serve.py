@@ -11,6 +11,7 @@ import shlex
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ import httpx
 import openai
 import pytest
 
+from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
+from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet
+from megatron_sov.infer.engines.target import find_target
+from megatron_sov.serve.bodies import BodyReader, completion_question
+from megatron_sov.work.endpoints.token_server import TokenRequest
+from megatron_sov.work.endpoints.vllm_server import VllmServer
 from megatron_sov.work.processes.children import FORWARDED
 from tests.pages_typed import ROOT, commands_of
 
@@ -122,12 +129,70 @@ def test_ids_are_prompts_too_and_the_model_is_listed(client: openai.OpenAI, writ
     assert [model.id for model in client.models.list()] == ["mine"]
 
 
+def test_tokens_go_in_and_come_out_with_what_they_were_drawn_with(server: Any) -> None:
+    def asked(path: str, **body: Any) -> Any:
+        found = httpx.post(f"{server.url}/{path}", json=body, timeout=600)
+        assert found.status_code == 200, found.text
+        if not body.get("stream"):
+            return found.json()
+        lines = [line.removeprefix("data: ") for line in found.text.split("\n\n")]
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    drawn: dict[str, Any] = {"seed": 5, "max_tokens": 12, "ignore_eos": True, "return_token_ids": True}
+    ids = [[5, 9, 300], [7, 8]]
+    first, second = asked("completions", prompt=ids, **drawn, logprobs=0)["choices"]
+    assert [first["prompt_token_ids"], second["prompt_token_ids"]] == ids
+    assert len(second["token_ids"]) == 12 and first["finish_reason"] == "length"
+    # read again as a prompt, the tokens have the log-probabilities that they were drawn with
+    told = asked("completions", prompt=ids[0] + first["token_ids"], max_tokens=1, echo=True, logprobs=0)
+    assert told["choices"][0]["logprobs"]["token_logprobs"][3:15] == pytest.approx(
+        first["logprobs"]["token_logprobs"], abs=1e-4)
+    chunks = [chunk["choices"][0] for chunk in asked("completions", prompt=ids[0], **drawn, stream=True)]
+    assert [token for chunk in chunks for token in chunk["token_ids"]] == first["token_ids"]
+    assert [chunk.get("prompt_token_ids") for chunk in chunks] == [ids[0], *[None] * (len(chunks) - 1)]
+    end = first["token_ids"][5]
+    [short] = asked("completions", prompt=ids[0], **drawn, stop_token_ids=[end])["choices"]
+    assert short["token_ids"] == first["token_ids"][:first["token_ids"].index(end) + 1]
+    assert short["finish_reason"] == "stop"
+
+    chat = {"messages": [{"role": "user", "content": "Hello"}], **drawn}
+    whole, chunks = asked("chat/completions", **chat), asked("chat/completions", **chat, stream=True)
+    assert len(whole["prompt_token_ids"]) == whole["usage"]["prompt_tokens"]
+    assert chunks[0]["prompt_token_ids"] == whole["prompt_token_ids"] and "prompt_token_ids" not in chunks[1]
+    assert [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", [])] == \
+        whole["choices"][0]["token_ids"]
+
+
+def test_a_trainer_asks_it_as_it_asks_vllm(server: Any) -> None:
+    engine = VllmServer(server.url)
+    AddressKeeper(engine, 0, "vllm").start(lambda: False)
+    request = TokenRequest("one", [5, 9, 300], 12, temperature=0.7, top_k=1)
+    answer = engine.write(request)
+    assert (len(answer.tokens), answer.reason) == (12, "length") and answer.logprobs == [0] * 12
+    ended = engine.write(replace(request, stop_ids=(answer.tokens[3],)))
+    assert ended.reason == "stop"
+    assert ended.tokens == answer.tokens[:answer.tokens.index(answer.tokens[3]) + 1]
+    with Fleet([AddressKeeper(engine, 0)], 400, 1) as fleet:
+        fleet.submit(replace(request, name="two")).result(60)
+        with pytest.raises(UserError, match=r"takes no other weights .*/pause.*: POST /pause: Not Found"):
+            fleet.update(["w"], 1)
+
+
+def test_the_models_own_ends_end_nothing_where_they_are_ignored(imported: dict[str, Path]) -> None:
+    reader = BodyReader(find_target(imported["solar_open"]), 64)
+    body: dict[str, Any] = {"prompt": [5], "stop_token_ids": [7]}
+    told, ignored = (set(reader.read(completion_question(json.dumps(asked).encode(), "m")).end_ids)
+                     for asked in (body, body | {"ignore_eos": True}))
+    assert ignored == {7} < told
+
+
 REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": "a", "temprature": 1}, 400, "temprature is not known; did you mean 'temperature'?"),
     ({"prompt": "a", "frequency_penalty": 0.5}, 400, "frequency_penalty is 0.5: this server does nothing"),
     ({"prompt": "a", "temperature": -1}, 400, "temperature is -1: Input should be greater than or equal"),
     ({"prompt": "a", "temperature": 1e-9}, 400, "temperature is 1e-09: below 0.01 numbers overflow"),
     ({"prompt": "a", "temperature": "1"}, 400, "temperature is \"1\""),
+    ({"prompt": "a", "stop_token_ids": [-1]}, 400, "stop_token_ids is [-1]"),
     ({"prompt": "a", "logprobs": 21}, 400, "logprobs is 21"),
     ({"prompt": ["a " * 400] * 128, "echo": True, "logprobs": 20}, 400, "log-probabilities of prompts are"),
     ({"prompt": "a", "echo": True, "stream": True}, 400, "echo is true for a stream"),
@@ -236,3 +301,20 @@ def test_what_is_no_model_is_a_mistake(tmp_path: Path, capsys: Any) -> None:
     for target in (tmp_path, tmp_path / "none"):
         assert main(["serve", str(target)]) == 2
         assert capsys.readouterr().err.count("error: ") == 1
+
+
+def test_rl_generate_has_it_write(server: Any, imported: dict[str, Path], one_rank: None, tmp_path: Path,
+                                  capsys: Any) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1?"}\n{"prompt": "2?"}\n')
+    hf = tmp_path / "hf"
+    assert main(["convert", "to-hf", str(imported["solar_open"]), str(hf)]) == 0
+    command = ["rl", "generate", "--from", str(hf), "--prompts", str(prompts), "--plain",
+               "--store", str(tmp_path / "store"), "--run", str(tmp_path / "run"), "--engine", "vllm",
+               "--engine-url", server.url, "--set", "rollout.rounds=1", "--set",
+               "rollout.prompts_per_round=2", "--set", "rollout.samples_per_prompt=2", "--set",
+               "rollout.max_new_tokens=8", "--set", "rollout.max_prompt_tokens=8"]
+    code = main(command)
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    assert "1 parts with 4 responses" in said.out

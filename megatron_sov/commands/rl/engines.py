@@ -119,7 +119,7 @@ def run_engines(args: argparse.Namespace) -> int:
 
     threads = [threading.Thread(target=work, args=[OwnServer(
         options.engine, number, model, longest_of(config.rollout, None), settings, places.logs / host,
-        with_routes=config.policy.router_replay, port=options.port + number)])
+        with_routes=config.policy.router_replay, python=places.python, port=options.port + number)])
         for number in range(settings.servers)]
     for thread in threads:
         thread.start()

@@ -177,8 +177,8 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
     from megatron_sov.infer.engines.server_engine import ServerEngine
     from megatron_sov.post.rl.generate import Further, Missing, PieceQueue, Take, run_policies, write_rounds
     from megatron_sov.post.rl.publish import further_pieces, is_published
-    from megatron_sov.post.rl.requests import write_by_requests
-    from megatron_sov.post.rl.responses import ResponseSource, key_digest
+    from megatron_sov.post.rl.requests import row_requests, write_by_requests
+    from megatron_sov.post.rl.responses import key_digest
     from megatron_sov.rollouts.store import RolloutStore
 
     folder, rollout = start.tokenizer_folder, config.rollout
@@ -204,8 +204,8 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
         # how rows were written goes into the parts' provenance
         told = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}
         desk = PieceQueue(missing, store, args.wait, told)
-        if isinstance(engine, ServerEngine) and isinstance(writer, ResponseSource):
-            return write_by_requests(engine, take, writer, desk, engine.room)
+        if isinstance(engine, ServerEngine):
+            return write_by_requests(row_requests(engine, writer, engine.room), take, desk, engine.room)
         return write_rounds(engine, take, held, writer, desk)
 
     found: dict[str, Any] | None = run_policies(
@@ -472,10 +472,6 @@ class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions, ServerOptions):
         if self.engine == MEGATRON and (self.engine_set or self.engine_url or self.engine_python):
             return [SettingsProblem(ProblemCode.RULE, "engine", "has no servers, and settings of servers are "
                                     "given", self.engine, "add --engine vllm or sglang, or leave them out")]
-        if self.engine in SERVED and self.environment is not None:
-            return [SettingsProblem(ProblemCode.RULE, "environment", "is played by the model that learns; "
-                                    "servers write plain responses in `rl run`", self.environment,
-                                    "leave --engine out, or write by `rl generate`")]
         return [] if self.reward != ENVIRONMENT or self.environment is not None else [
             SettingsProblem(ProblemCode.RULE, "reward",
                             "takes what an environment said of its episodes, and there is none",
@@ -571,8 +567,8 @@ def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveS
     from megatron_sov.post.rl.requests import LiveServers
 
     # a Hugging Face folder is what the servers load; of a checkpoint they get one
-    return LiveServers(args.engine, args.start_from, args.run,
-                       server_settings(args.engine, args.engine_set, ENGINE_SET), args.places(args.run).urls,
+    return LiveServers(args.engine, args.start_from, args.places(args.run),
+                       server_settings(args.engine, args.engine_set, ENGINE_SET),
                        longest_of(config.rollout, None), start.vocab_size, config.policy.router_replay)
 
 

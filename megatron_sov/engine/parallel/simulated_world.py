@@ -131,13 +131,21 @@ class SimulatedRanks:
 
         threading.stack_size(STACK_BYTES)
         try:
-            threads = [threading.Thread(target=play, args=(rank,), daemon=True) for rank in range(self.size)]
+            threads = [threading.Thread(target=play, args=(rank,), daemon=True)
+                       for rank in range(self.size if self.size > 1 else 0)]
             for thread in threads:
                 thread.start()
         finally:
             threading.stack_size(0)
         self._pass_on()
-        self._is_over.acquire()
+        if self.size == 1:
+            play(0)  # nobody takes turns with it, and Ctrl-C reaches it at once
+        try:
+            self._is_over.acquire()
+        except KeyboardInterrupt as e:
+            # at their next message: a thread that still computes when the interpreter ends aborts it
+            self._failure = self._failure or e
+            self._is_over.acquire()
         _take_on(before)
         if self._failure is not None:
             raise self._failure
@@ -145,6 +153,8 @@ class SimulatedRanks:
 
     def wait(self, rank: int, holds: Callable[[], bool], what: str) -> None:
         """Let others work until something holds."""
+        if self._failure is not None:
+            raise SystemExit
         while not holds():
             self._waiting[rank] = what
             self._own[rank] = _own_of_process()

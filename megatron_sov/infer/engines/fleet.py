@@ -358,9 +358,15 @@ class Fleet:
         held = self._held
         if held is None or member.version == held.version:
             return
-        server.pause()
-        server.update(held.files, held.version)
-        server.resume()
+        try:
+            server.pause()
+            server.update(held.files, held.version)
+            server.resume()
+        except NeverAnswered as e:
+            if "HTTP 404" not in str(e):  # where it has the routes, it may take them after another start
+                raise
+            raise UserError(f"{server.url}: takes no other weights ({e}); name a server that was started as "
+                            "docs/rl.md says, or none") from None
         member.version = held.version
 
     def _serve(self, member: _Member) -> None:

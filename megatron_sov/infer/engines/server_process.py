@@ -1,34 +1,31 @@
-"""Engine servers of a command: started on this machine, each in a process group of its own, and ended with
-the command, also with a killed one."""
+"""Engine servers of a command: started on this machine, and ended with it, also where it is killed."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
-import signal
+import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Gt, Le
 
-from megatron_sov.base.artifacts import atomic_write
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, ProblemCode, SettingsProblem
 from megatron_sov.infer import vllm_worker
+from megatron_sov.runs.launch_environment import own_gpu_index
 from megatron_sov.work.endpoints.sglang_server import SGLANG, SglangServer
 from megatron_sov.work.endpoints.token_server import TokenServer
-from megatron_sov.work.endpoints.vllm_server import VLLM, VllmServer
-from megatron_sov.work.processes.children import start_command
-from megatron_sov.work.progress.locks import has_ended, identity
+from megatron_sov.work.endpoints.vllm_server import VLLM, SendFiles, VllmServer
+from megatron_sov.work.processes.keeper import KeptCommand
 
 ENGINE_PYTHON = "SOV_ENGINE_PYTHON"
 """Variable of the environment: the interpreter that has the engine, whose libraries are other versions."""
@@ -37,7 +34,7 @@ WORKER_FOLDER = Path(vllm_worker.__file__).parent
 EXTENSION, BACKEND = "sov_vllm_worker.Extension", "sov_files"
 """The module in that folder, and what it calls its way of taking weights."""
 STOP_S = 20.0
-"""For a server to end; then its group is killed."""
+"""For a server to end; then all its processes are killed."""
 LAST_LINES = 8
 """Of its log, which are told where it does not start."""
 _LOOK_S = 0.5
@@ -55,8 +52,8 @@ class EngineProgram:
     """That its interpreter has."""
     words: tuple[str, ...]
     """Behind the interpreter."""
-    connect: Callable[[str, float], TokenServer]
-    """From an address, and how long an answer may take, to the server there."""
+    connect: Callable[[str, EngineServers], TokenServer]
+    """From an address to the server there, which is asked and given weights as the settings say."""
     quantizations: tuple[str, ...]
     """Names of what it knows, as its own command line has them."""
 
@@ -64,7 +61,7 @@ class EngineProgram:
 PROGRAMS = {
     VLLM: EngineProgram(
         "vLLM", "vllm", ("-m", "vllm.entrypoints.cli.main", "serve"),
-        lambda url, answer_s: VllmServer(url, answer_s=answer_s),
+        lambda url, asked: VllmServer(url, answer_s=asked.answer_s, send=asked.sending()),
         ("auto_awq", "auto_gptq", "awq", "awq_marlin", "compressed-tensors", "deepseek_v4_fp8",
          "experts_int8", "fp8", "fp8_per_block", "fp8_per_channel", "fp8_per_tensor", "gpt_oss_mxfp4",
          "gptq", "gptq_marlin", "humming", "inc", "int8_per_channel_weight_only", "modelopt",
@@ -72,7 +69,7 @@ PROGRAMS = {
          "nvfp4_per_token", "online", "quark", "torchao")),
     SGLANG: EngineProgram(
         "SGLang", "sglang", ("-m", "sglang.launch_server"),
-        lambda url, answer_s: SglangServer(url, answer_s=answer_s),
+        lambda url, asked: SglangServer(url, answer_s=asked.answer_s),
         ("auto-round", "auto-round-int8", "awq", "awq_marlin", "bitsandbytes", "compressed-tensors", "fp8",
          "gguf", "gptq", "gptq_marlin", "humming", "modelopt", "modelopt_fp4", "modelopt_fp8",
          "modelopt_mixed", "moe_wna16", "mxfp4", "mxfp8", "mxfp_w4a8", "nvfp4_online", "petit_nvfp4",
@@ -111,7 +108,10 @@ class EngineServers:
     """Starts of a server without one answer in between, before the command ends."""
     weights: Path = Path("/dev/shm")
     """Where new weights lie for servers to read: shared memory, or a folder that servers of other machines
-    see too."""
+    see too, unless a collective brings them."""
+    transfer: Literal["files", "collective"] = "files"
+    """How weights come from there to servers: these read files, or the trainer sends them over a group of
+    NCCL (without a GPU: gloo) with a server's workers, which must reach its machine."""
     more: tuple[str, ...] = ()
     """Further words of the server's command line."""
 
@@ -129,7 +129,24 @@ class EngineServers:
         if self.quantization and self.quantization not in program.quantizations:
             p.append(SettingsProblem(ProblemCode.RULE, "quantization", f"{program.title} has "
                                      f"{', '.join(program.quantizations)}", self.quantization))
+        if engine == SGLANG and self.transfer == "collective":
+            p.append(SettingsProblem(ProblemCode.RULE, "transfer", f"{program.title} takes weights by files "
+                                     "alone; leave it out, and set weights to a folder that its servers see",
+                                     self.transfer))
         return p
+
+    def sending(self) -> SendFiles | None:
+        """Return what sends weights to a server of vLLM; None: it reads them."""
+        if self.transfer == "files":
+            return None
+        import torch
+
+        from megatron_sov.engine.parallel.device import on_gpu
+        from megatron_sov.infer.vllm_worker.sov_weight_group import send_files
+
+        # threads have a current GPU of their own, which is not this process's
+        return partial(send_files, device=f"cuda:{own_gpu_index(torch.cuda.device_count())}" if on_gpu()
+                       else "cpu")
 
     def devices_of(self, number: int) -> str | None:
         """Return CUDA_VISIBLE_DEVICES of a server; None: all."""
@@ -138,11 +155,11 @@ class EngineServers:
 
 
 class OwnServer:
-    """One server of this run; its methods but `end` are called from one thread, which it ends with."""
+    """One server of this run; its methods but `end` are called from one thread."""
 
     def __init__(self, engine: str, number: int, folder: Path, longest: int, settings: EngineServers,
-                 logs: Path, *, with_routes: bool = False, command: tuple[str, ...] = (), port: int = 0
-                 ) -> None:
+                 logs: Path, *, with_routes: bool = False, python: Path | None = None,
+                 command: tuple[str, ...] = (), port: int = 0) -> None:
         """Start nothing yet.
 
         Args:
@@ -151,8 +168,9 @@ class OwnServer:
             folder: of the model, as Hugging Face has it.
             longest: tokens of the longest sequence.
             settings: how.
-            logs: folder of its log, and of the note of its process.
+            logs: folder of its log.
             with_routes: whether routes will be asked for.
+            python: the interpreter that has the engine; None: as the environment says, or this one.
             command: in the place of the interpreter and the program's words.
             port: where other machines reach it; 0: a free one, which this machine alone reaches.
         """
@@ -160,10 +178,10 @@ class OwnServer:
         self.port, self._host = port, "0.0.0.0" if port else "127.0.0.1"
         self.number, self._folder, self._longest, self._settings = number, folder, longest, settings
         self._with_routes = with_routes
-        python = os.environ.get(ENGINE_PYTHON, "") or sys.executable
-        self._command = list(command) or [python, *self._program.words]
-        self.log, self._note = logs / f"engine-{number}.log", logs / f"engine-{number}.json"
-        self._process: subprocess.Popen[bytes] | None = None
+        with_engine = python or os.environ.get(ENGINE_PYTHON, "") or sys.executable
+        self._command = list(command) or [str(with_engine), *self._program.words]
+        self.log = logs / f"engine-{number}.log"
+        self._kept: KeptCommand | None = None
         self._lock = threading.Lock()
         self._is_over = False
 
@@ -173,22 +191,17 @@ class OwnServer:
         Raises:
             UserError: it ends, or takes too long; its last lines are told.
         """
-        self._end_left_over()
+        self.kill()
+        if shutil.which(self._command[0]) is None:
+            raise UserError(f"--engine {self._engine}: {self._command[0]} is no program that can be started; "
+                            f"name the interpreter that has {self._program.title} by {BY}")
         port = self.port or _free_port()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as out, self._lock:
             if self._is_over:
                 return None
-            try:
-                # killed with this process; its own children end when they see that it is gone
-                self._process = start_command(self.words(port), environment=self._environment(), stdout=out,
-                                              stderr=subprocess.STDOUT, own_group=True, ends_with_this=True)
-            except OSError as e:
-                raise UserError(f"--engine {self._engine}: {self._command[0]} cannot be started "
-                                f"({e.strerror}); name the interpreter that has {self._program.title} by {BY}"
-                                ) from None
-        self._take_note(self._process.pid)
-        server = self._program.connect(f"http://127.0.0.1:{port}", self._settings.answer_s)
+            self._kept = KeptCommand(self.words(port), self._environment(), out)
+        server = self._program.connect(f"http://127.0.0.1:{port}", self._settings)
         ends_s = time.monotonic() + self._settings.start_s
         while not server.is_healthy():
             if should_stop():
@@ -205,28 +218,18 @@ class OwnServer:
         return server
 
     def is_alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self._kept is not None and self._kept.is_alive
 
     def end(self) -> None:
-        """End it, and all processes of its group."""
+        """End it, and all processes that it has started."""
         with self._lock:
             self._is_over = True
             self.kill(STOP_S)
 
     def kill(self, patience_s: float = 0.0) -> None:
         """End its processes; after that many seconds without asking any more."""
-        process = self._process
-        if process is None:
-            return
-        ends_s = time.monotonic() + patience_s
-        if process.poll() is None and patience_s:
-            process.terminate()
-        # its children remove what they made in shared memory, if they are let
-        while time.monotonic() < ends_s and _is_there(process):
-            time.sleep(0.1)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        if self._kept is not None:
+            self._kept.end(patience_s)
 
     def words(self, port: int) -> list[str]:
         """Return the command line."""
@@ -285,26 +288,6 @@ class OwnServer:
         return found | {"PYTHONPATH": os.pathsep.join(path), "VLLM_SERVER_DEV_MODE": "1",
                         "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
-    def _end_left_over(self) -> None:
-        """Kill what is left of this server, of this command or of a killed one: processes whose leader was
-        killed live on, and keep the GPU's memory."""
-        import psutil
-
-        self.kill()
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            told = json.loads(self._note.read_text(encoding="utf-8"))
-            # a number is given anew when neither a process nor a group has it any more
-            ended = has_ended(told)
-            if ended is False or (ended and not psutil.pid_exists(told["pid"])):
-                os.killpg(told["pid"], signal.SIGKILL)
-
-    def _take_note(self, pid: int) -> None:
-        import psutil
-
-        with contextlib.suppress(psutil.Error):  # it has ended already
-            atomic_write(self._note, json.dumps(identity() | {
-                "pid": pid, "started_s": psutil.Process(pid).create_time()}))
-
     def _last_lines(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
         return "\n".join(lines[-LAST_LINES:])
@@ -314,13 +297,3 @@ def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
-
-
-def _is_there(leader: subprocess.Popen[bytes]) -> bool:
-    """Return whether a process of a group lives, of which this process waits for the leader."""
-    leader.poll()
-    try:
-        os.killpg(leader.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_sov.base.artifacts import to_json, write_output
-from megatron_sov.base.errors import UserError, visible
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.model.config import RunConfig
@@ -24,8 +24,9 @@ from megatron_sov.plan.post_training import EngineCosts, Engines, engines_of, st
 from megatron_sov.plan.pricing import Pricing
 from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.plan.speed.workload import of_model
-from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered, decoded, reason_of
-from megatron_sov.work.endpoints.transport import Answered, Transport, address_problems, missing_libraries
+from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
+from megatron_sov.work.endpoints.token_server import ServerCalls
+from megatron_sov.work.endpoints.transport import address_problems, missing_libraries
 
 RUNNING = (1, 4, 16, 64, 256)
 """Responses at a time."""
@@ -42,15 +43,15 @@ FASTEST = 0.8
 """Share of the roofline's seconds that no step can be below: then it is another chip or another model."""
 
 
-class EngineDoor(Protocol):
-    """Posts to a server's `/v1/completions`, or to a test's."""
+class AskedServer(Protocol):
+    """A server's calls, or a test's."""
 
-    def post(self, payload: Mapping[str, Any]) -> Answered:
-        """Return what comes back, whatever its status."""
+    def ask(self, path: str, payload: Mapping[str, Any]) -> Any:
+        """Return the JSON of an answer."""
         ...
 
-    def get(self) -> Answered:
-        """Return what `/v1/models` says."""
+    def look(self, path: str) -> Any:
+        """Return what it tells of itself."""
         ...
 
 
@@ -64,20 +65,21 @@ class MeasuredDecoding:
     step_s: float
 
 
-def measure(completions: EngineDoor, model: str, clock: Callable[[], float] = time.perf_counter,
+def measure(server: AskedServer, model: str, clock: Callable[[], float] = time.perf_counter,
             told: Callable[[str], object] = lambda sentence: None) -> list[MeasuredDecoding]:
     """Return what steps take at each number of responses.
 
     Args:
-        completions: the server's `/v1/completions`.
+        server: that is measured.
         model: as it calls its model.
         clock: seconds.
         told: is given a line for each number.
 
     Raises:
         UserError: it does not answer as asked.
+        BadAnswer: it does not answer; so all here.
     """
-    _written(completions, model, RUNNING[0], FEW_TOKENS, 0)  # compiles, and allocates its buffers
+    _written(server, model, RUNNING[0], FEW_TOKENS, 0)  # compiles, and allocates its buffers
     found = []
     for running in RUNNING:
         fastest = []
@@ -85,7 +87,7 @@ def measure(completions: EngineDoor, model: str, clock: Callable[[], float] = ti
             times_s = []
             for repeat in range(REPEATS):
                 began_s = clock()
-                _written(completions, model, running, num_tokens, repeat)
+                _written(server, model, running, num_tokens, repeat)
                 times_s.append(clock() - began_s)
             fastest.append(min(times_s))
         took_s = (fastest[1] - fastest[0]) / (MANY_TOKENS - FEW_TOKENS)
@@ -99,7 +101,7 @@ def measure(completions: EngineDoor, model: str, clock: Callable[[], float] = ti
     return found
 
 
-def _written(completions: EngineDoor, model: str, running: int, num_tokens: int, repeat: int) -> None:
+def _written(server: AskedServer, model: str, running: int, num_tokens: int, repeat: int) -> None:
     """Have responses written.
 
     Raises:
@@ -108,7 +110,7 @@ def _written(completions: EngineDoor, model: str, running: int, num_tokens: int,
     # another prompt in each request: a prefix cache would read none of the later ones
     drawn = random.Random(f"{running} {num_tokens} {repeat}")
     prompt = [drawn.randrange(LARGEST_ID) for _ in range(PROMPT_TOKENS)]
-    answer = _answer(completions.post({
+    answer = _answer(server.ask("/v1/completions", {
         "model": model, "prompt": prompt, "n": running, "max_tokens": num_tokens, "min_tokens": num_tokens,
         "ignore_eos": True, "temperature": 1.0}))
     choices, usage = answer.get("choices"), answer.get("usage")
@@ -119,23 +121,19 @@ def _written(completions: EngineDoor, model: str, running: int, num_tokens: int,
                         "together; the server must take `n` and `ignore_eos`, as vLLM and SGLang do")
 
 
-def _answer(came: Answered) -> dict[str, Any]:
-    if came.status != 200:
-        raise UserError(f"--calibrate-engine: the server refuses (HTTP {came.status}: "
-                        f"{visible(reason_of(came.body, '') or 'no reason')[:200]})")
-    answer = decoded(came.body)
+def _answer(answer: Any) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise UserError("--calibrate-engine: the server's answer is no object of JSON")
     return answer
 
 
-def served_model(models: EngineDoor) -> str:
+def served_model(server: AskedServer) -> str:
     """Return the name of the one model of a server.
 
     Raises:
         UserError: it serves none.
     """
-    listed = _answer(models.get()).get("data")
+    listed = _answer(server.look("/v1/models")).get("data")
     first = listed[0] if isinstance(listed, list) and listed else None
     if not isinstance(first, dict) or not isinstance(first.get("id"), str):
         raise UserError("--calibrate-engine: the server names no model at /v1/models")
@@ -224,11 +222,13 @@ def calibrate_engine(config: RunConfig, pricing: Pricing, url: str, num_gpus: in
         raise UserError(missing[0])
     if out is not None:
         check_output("--out", out)
-    address = url.rstrip("/")
+    server = ServerCalls(url, KEY_ENV, TIMEOUT_S)
     try:
-        model = served_model(Transport(f"{address}/models", KEY_ENV, TIMEOUT_S))
-        measured = measure(Transport(f"{address}/completions", KEY_ENV, TIMEOUT_S), model, told=told)
-    except (BadAnswer, NeverAnswered, TimeoutError) as e:
+        model = served_model(server)
+        measured = measure(server, model, told=told)
+    except NeverAnswered as e:
+        raise UserError(f"--calibrate-engine: {e}") from None
+    except (BadAnswer, TimeoutError) as e:
         raise UserError(f"--calibrate-engine: {e}; pass the address of a server that runs, such as "
                         "http://localhost:8000/v1") from None
     engines = engines_of(of_model(config.model), pricing)

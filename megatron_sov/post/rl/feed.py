@@ -39,9 +39,10 @@ from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.post.policy import GROUPS_LEARNING, OLD, REFERENCE, RESPONSE_TOKENS, REWARD, TEACHER
 from megatron_sov.post.reference import write_logprobs
+from megatron_sov.post.rl.episodes import Episodes
 from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rounds
 from megatron_sov.post.rl.publish import further_pieces
-from megatron_sov.post.rl.requests import STEP_S, LiveServers, ResponseQueue
+from megatron_sov.post.rl.requests import STEP_S, LiveServers, ResponseQueue, row_requests
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
 from megatron_sov.post.rl.teachers import Teacher, identity_of, reverse_kl, write_teachers
@@ -465,7 +466,7 @@ class Producer:
     def _write_by_servers(self, servers: LiveServers, view: FeedView, rounds: range, policy: Policy,
                           asked_to_stop: Callable[[], bool]) -> dict[str, float]:
         """Have the first of some rounds written, and the others begun; returns figures for its event."""
-        assert isinstance(self.writer, ResponseSource), "servers write plain responses"
+        assert isinstance(self.writer, (ResponseSource, Episodes)), "it asks no servers"
         while on_main(view.world, lambda: not asked_to_stop() and servers.is_opening(STEP_S)):
             view.checkpointer.advance()
         if not on_main(view.world, lambda: servers.is_open):
@@ -483,9 +484,10 @@ class Producer:
 
     def _queue(self, servers: LiveServers, rounds: range, asked_to_stop: Callable[[], bool]) -> ResponseQueue:
         if self._requests is None:
-            assert servers.engine is not None and isinstance(self.writer, ResponseSource)
-            self._requests = ResponseQueue(servers.engine, self.writer, self._desk(rounds, asked_to_stop),
-                                           None, servers.engine.room)
+            assert servers.engine is not None, "the servers are not open"
+            self._requests = ResponseQueue(
+                row_requests(servers.engine, self.writer, servers.engine.room),
+                self._desk(rounds, asked_to_stop), None, servers.engine.room)
         self._requests.desk.asked_to_stop = asked_to_stop
         self._requests.desk.missing.add_rounds(rounds)
         return self._requests

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 SERVER = """#!{python}
-import http.server, os, signal, sys
+import http.server, os, psutil, sys
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
@@ -24,7 +24,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/end":
             os._exit(1)
         if self.path == "/end-keeper":
-            os.kill(os.getppid(), signal.SIGKILL)
+            psutil.Process().parents()[1].kill()  # `rl engines`; the parent ends with it
     def log_message(self, *_):
         pass
 host, port = (sys.argv[sys.argv.index(name) + 1] for name in ("--host", "--port"))

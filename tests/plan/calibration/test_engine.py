@@ -20,7 +20,7 @@ from megatron_sov.plan.post_training import EngineCosts, Engines, step_s
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.workload import of_model
 from megatron_sov.work.clusters.chips import chip, default_links
-from megatron_sov.work.endpoints.transport import Answered
+from tests.token_servers import VllmDouble
 
 H100 = chip("h100")
 MODEL = "qwen3-4b"
@@ -35,22 +35,23 @@ def engines(tp: int = 1) -> Engines:
 class TimedServer:
     """Answers as vLLM does; its clock goes on by what its steps take."""
 
-    def __init__(self, of: Engines, answer: Mapping[str, Any] | None = None, status: int = 200) -> None:
+    def __init__(self, of: Engines, answer: Mapping[str, Any] | None = None) -> None:
         self.of, self.now_s, self.asked = of, 0.0, list[Mapping[str, Any]]()
-        self._answer, self._status = answer, status
+        self._answer = answer
 
-    def get(self) -> Answered:
-        return Answered(200, {}, json.dumps({"data": [{"id": "policy", "max_model_len": 4096}]}).encode())
+    def look(self, path: str) -> Any:
+        assert path == "/v1/models"
+        return {"data": [{"id": "policy", "max_model_len": 4096}]}
 
-    def post(self, payload: Mapping[str, Any]) -> Answered:
+    def ask(self, path: str, payload: Mapping[str, Any]) -> Any:
+        assert path == "/v1/completions"
         self.asked.append(payload)
         running, tokens = payload["n"], payload["max_tokens"]
         slow = 1.5 if len(self.asked) % 3 == 0 else 1.0  # one of three repeats meets something else
         self.now_s += slow * (0.3 + sum(step_s(self.of, running, PROMPT_TOKENS + i, default())
                                         for i in range(tokens)))
-        answer = self._answer or {"choices": [{"text": "x"}] * running,
-                                  "usage": {"completion_tokens": running * tokens}}
-        return Answered(self._status, {}, json.dumps(answer).encode())
+        return self._answer or {"choices": [{"text": "x"}] * running,
+                                "usage": {"completion_tokens": running * tokens}}
 
     def clock(self) -> float:
         return self.now_s
@@ -92,20 +93,32 @@ def test_another_chip_or_model_than_was_named_is_refused() -> None:
             measure(server, "policy", server.clock), default())
 
 
-@pytest.mark.parametrize(("answer", "status", "sentence"), [
-    ({"choices": [{"text": "x"}], "usage": {"completion_tokens": 3}}, 200, "3 tokens together"),
-    ({"error": {"message": "n must be 1"}}, 400, "HTTP 400: n must be 1"),
-    ({}, 503, "HTTP 503")])
-def test_a_server_that_does_something_else_is_told(answer: Any, status: int, sentence: str) -> None:
-    server = TimedServer(engines(), answer or {"detail": ""}, status)
+@pytest.mark.parametrize(("answer", "sentence"), [
+    ({"choices": [{"text": "x"}], "usage": {"completion_tokens": 3}}, "3 tokens together"),
+    ("done", "no object of JSON")])
+def test_a_server_that_does_something_else_is_told(answer: Any, sentence: str) -> None:
+    server = TimedServer(engines(), answer)
     with pytest.raises(UserError, match=sentence):
         measure(server, "policy", server.clock)
+
+
+@pytest.mark.parametrize(("is_dead", "sentence"), [
+    (False, "/v1/completions answered HTTP 404: Not Found\n"),
+    (True, "/v1/models answered HTTP 500: EngineCore encountered an issue.; pass the address of a server")])
+def test_what_a_server_refuses_is_told(is_dead: bool, sentence: str,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
+    double = VllmDouble()
+    double.refuses, double.is_dead = "/v1/completions".__eq__, is_dead
+    command = ["plan", MODEL, "--cluster", "h100", "--calibrate-engine", f"{double.url}/v1"]
+    assert main(command) == 2
+    assert f"{double.url}{sentence}" in capsys.readouterr().err
+    double.close()
 
 
 def test_a_plan_says_whose_engine_it_prices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                             capsys: pytest.CaptureFixture[str]) -> None:
     server, out = TimedServer(engines()), tmp_path / "engine.json"
-    monkeypatch.setattr(engine, "Transport", lambda *given: server)
+    monkeypatch.setattr(engine, "ServerCalls", lambda *given: server)
     monkeypatch.setattr(measure, "__defaults__", (server.clock, print))
     command = ["plan", MODEL, "--cluster", "h100"]
     assert main([*command, "--calibrate-engine", "http://localhost:8000/v1", "--out", str(out)]) == 0

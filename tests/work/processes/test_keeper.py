@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_sov.work.processes.keeper import NOT_STARTED, KeptCommand
+
+# children as engines have them: one of the command's group, one that left it and lost its parent
+TREE = """
+import json, os, subprocess, sys, time
+sleeps = [sys.executable, "-c", "import time; time.sleep(600)"]
+between = '''import subprocess, sys
+print(subprocess.Popen(sys.argv[1:], start_new_session=True, stdout=2).pid)'''
+child = subprocess.Popen(sleeps).pid
+orphan = int(subprocess.check_output([sys.executable, "-c", between, "sleep", "600"], text=True).split()[0])
+with open("told.new", "w") as file:
+    json.dump([os.getpid(), child, orphan], file)
+os.rename("told.new", "told.json")
+time.sleep(600)
+"""
+OWNER = """
+import os, sys, time
+from megatron_sov.work.processes.keeper import KeptCommand
+kept = KeptCommand([sys.executable, "-c", sys.argv[1]], os.environ, sys.stderr)
+time.sleep(600)
+"""
+
+
+def told() -> list[int]:
+    """Return the processes of the tree, once they are there."""
+    until(lambda: Path("told.json").exists())
+    pids: list[int] = json.loads(Path("told.json").read_text())
+    assert all(map(psutil.pid_exists, pids))
+    return pids
+
+
+def until(is_so: Any) -> None:
+    ends_s = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < ends_s
+        time.sleep(0.01)
+
+
+def kept(program: str) -> KeptCommand:
+    with open("log", "wb") as out:
+        return KeptCommand([sys.executable, "-c", program], os.environ, out)
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_all_processes_end_with_a_killed_owner() -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, TREE])
+    pids = told()
+    owner.kill()
+    owner.wait()
+    until(lambda: not any(map(psutil.pid_exists, pids)))
+
+
+def test_a_command_that_is_killed_takes_all_with_it() -> None:
+    command = kept(TREE)
+    pids = told()
+    os.kill(pids[0], signal.SIGKILL)
+    until(lambda: not command.is_alive)
+    assert not any(map(psutil.pid_exists, pids))
+
+
+def test_a_command_is_let_go_on_with_its_end_while_there_is_patience() -> None:
+    # the command ends at once when it is asked, its child a little later
+    command = kept("""
+import signal, subprocess, sys, time
+child = "import time; open('begun', 'w'); time.sleep(0.3); open('removed', 'w')"
+subprocess.Popen([sys.executable, "-c", child])
+time.sleep(600)
+""")
+    until(lambda: Path("begun").exists())
+    command.end(patience_s=60)
+    assert Path("removed").exists() and not command.is_alive
+    command.end()
+
+
+def test_a_command_that_there_is_not_is_told() -> None:
+    with open("log", "wb") as out:
+        command = KeptCommand(["/no/program"], os.environ, out)
+    until(lambda: not command.is_alive)
+    assert command._keeper.returncode == NOT_STARTED
+    assert Path("log").read_text() == "/no/program: No such file or directory\n"
