@@ -45,7 +45,7 @@ class Rollouts:
     log-probabilities near those of a model that has learned nothing."""
 
     is_plain = False
-    columns = ("advantage", "behaviour_logprobs", "old_logprobs", "reference_logprobs", "teacher_logprobs")
+    columns = ("advantage", "behaviour_logprobs", "old_logprobs", "reference_logprobs")
 
     def __init__(self, num_documents: int) -> None:
         self.lengths = np.array([12 + 7 * i % 31 for i in range(num_documents)], np.int32)
@@ -157,7 +157,8 @@ def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, A
 UNPUBLISHED: dict[str, dict[str, Any]] = {
     "cispo": {"clip_high": 0.2}, "agapo": {"clip_high": 0.2},
     "agapo_exaone4": {"kl_coeff": 0.1, "all_wrong_reward": -0.1}, "pkpo": {"pkpo_k": 2},
-    "mgpo": {"mgpo_lambda": 1.0, "clip_low": 1e-6, "clip_high": 1e-6}, "ink_grpo": {"knowledge_coeff": 0.0}}
+    "mgpo": {"mgpo_lambda": 1.0, "clip_low": 1e-6, "clip_high": 1e-6}, "ink_grpo": {"knowledge_coeff": 0.0},
+    "opd": {"opd_coeff": 0.0}}
 
 
 def first_steps_in_bf16(run: str) -> dict[str, dict[str, float]]:

@@ -24,7 +24,6 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import seal_damage, write_sealed
 from megatron_sov.engine.parallel.world import on_main
-from megatron_sov.infer.engines.server_process import PROGRAMS
 from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
 from megatron_sov.post.policy import REVERSE_KL
 from megatron_sov.post.reference import write_logprobs
@@ -32,9 +31,9 @@ from megatron_sov.train.data.rounds import BEHAVIOUR, DOMAINS, Round
 from megatron_sov.train.data.token_shards import Documents
 from megatron_sov.train.stages.feed import FeedView
 from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
-from megatron_sov.work.endpoints.sglang_server import SGLANG, is_sglang
+from megatron_sov.work.endpoints.sglang_server import SglangServer, is_sglang
 from megatron_sov.work.endpoints.token_server import TokenServer
-from megatron_sov.work.endpoints.vllm_server import VLLM
+from megatron_sov.work.endpoints.vllm_server import VllmServer
 
 REQUESTS = 32
 """That a server is given at a time."""
@@ -42,8 +41,6 @@ ATTEMPTS = 8
 """At one response, by whichever server."""
 BACKOFF_S = (1.0, 60.0)
 """Before a response is asked again: twice as long each time, within these bounds."""
-ANSWER_S = 3600.0
-"""For one response."""
 STEP_S = 5.0
 """Of asking, while other processes wait for a message."""
 WithWeights = Callable[[Path, FeedView, Callable[[], None]], None]
@@ -217,9 +214,9 @@ def _ask_servers(view: FeedView, teacher: Teacher, documents: Documents, file: P
             asking.close()
 
 
-def connect(url: str, answer_s: float = ANSWER_S) -> TokenServer:
+def connect(url: str) -> TokenServer:
     """Return the server at an address, whichever of the engines it is."""
-    return PROGRAMS[SGLANG if is_sglang(url) else VLLM].connect(url, answer_s)
+    return SglangServer(url) if is_sglang(url) else VllmServer(url)
 
 
 class _Asking:
