@@ -232,6 +232,11 @@ class ResponseQueue:
         if found is None:
             return False
         if isinstance(found, str):
+            if self.take is None and not self.under_way and self.desk.missing.is_stuck:
+                # the next policy learns from this very round
+                raise UserError(f"rollout.deadline_s = {self.requests.rollout.deadline_s:g}: some responses "
+                                "did not get one token in a whole attempt; raise it, or ask for fewer at a "
+                                "time (rollout.piece_prompts)")
             return True
         policy = found[0].policy
         if self.take is not None and policy.step != self._held:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import random
 import sys
@@ -232,6 +233,16 @@ def test_a_turn_that_a_deadline_cuts_off_goes_on_by_the_next_policy(job: Callabl
         assert told(ended) == told(row)
         assert {0, 1} <= set(ended.written_versions.tolist()), "none was cut off"
     assert not found
+
+
+def test_a_run_whose_deadline_is_too_short_for_a_token_ends(job: Callable[..., Job]) -> None:
+    """The policy that could go on with them would learn from the round that waits for them."""
+    clock = itertools.count(0, 20)
+    one = job("booking", EXAMPLES.EXAMPLES[:2], [Server(Greedy(fuzzed), token_s=0.05)],
+              replace(ROLLOUT, deadline_s=10.0))
+    queue = ResponseQueue(one.requests, replace(one.queue, wait_s=60.0), None, 4, lambda: float(next(clock)))
+    with pytest.raises(UserError, match=r"rollout.deadline_s = 10: some responses did not get one token"):
+        queue.advance(1e9, lambda: True)
 
 
 WAITING = '''
