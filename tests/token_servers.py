@@ -101,8 +101,9 @@ class HttpDouble:
 class VllmDouble(HttpDouble):
     """vLLM with --enable-scale-out and VLLM_SERVER_DEV_MODE=1."""
 
-    def __init__(self, token_s: float = 0.0) -> None:
+    def __init__(self, token_s: float = 0.0, vocab_size: int = VOCAB) -> None:
         self.refuses: Callable[[str], bool] = lambda path: False
+        self._vocab_size = vocab_size
         self.received: dict[str, torch.Tensor] = {}
         self.dies_in_transfer = False
         super().__init__(token_s)
@@ -156,7 +157,7 @@ class VllmDouble(HttpDouble):
     def _generate(self, body: dict[str, Any]) -> tuple[int, Any]:
         self.asked.append(body)
         prompt, sampling = body["token_ids"], body["sampling_params"]
-        if max(prompt) >= VOCAB:
+        if max(prompt) >= self._vocab_size:
             self.is_dead = True
             return self._said("", {})
         tokens, spans, reason = self._write(body["request_id"], prompt, sampling["max_tokens"],
