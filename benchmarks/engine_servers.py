@@ -10,18 +10,23 @@ on a CPU.
              apart, in fp32 and bf16; then weights of another draw into the same server
   rounds     `rl run --engine vllm` with two servers: weights go to both in every round, a server is killed in
              the middle of a round, then the whole run; the same command goes on
+  transfers  new weights into one server by files and over a collective in turns: greedy continuations behind
+             either, and what it takes; then a server whose processes are killed under a transfer
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -86,19 +91,30 @@ def compare(ours: Any, theirs: Any) -> str:
             f"apart by {sum(gaps) / len(gaps):.1e} in the mean, {max(gaps):.1e} at most")
 
 
+def prompts_of(count: int) -> list[list[int]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 512, (5 + i % 39,), generator=generator).tolist() for i in range(count)]
+
+
+def greedy() -> Any:
+    from megatron_sov.infer.request import Sampling
+
+    return Sampling(NEW_TOKENS)
+
+
 def show_family(name: str, make: Any, folder: Path, count: int) -> None:
     import torch
 
     from megatron_sov.infer.engines.libraries import HfEngine, load_hf
     from megatron_sov.infer.engines.server_engine import server_settings, serving_engine
-    from megatron_sov.infer.request import Batching, Sampling
+    from megatron_sov.infer.request import Batching
 
     first, second = folder / name, folder / f"{name}-second"
     draw(make, 0).save_pretrained(first)
     draw(make, 5).save_pretrained(second)
-    generator = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(3, 512, (5 + i % 39,), generator=generator).tolist() for i in range(count)]
-    sampling = Sampling(NEW_TOKENS)
+    prompts, sampling = prompts_of(count), greedy()
     for dtype, torch_dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         ours = HfEngine(load_hf(first, torch_dtype), Batching(16)).generate(prompts, sampling)
         began_s = time.monotonic()
@@ -188,10 +204,98 @@ def show_store(folder: Path) -> None:
             print(f"step {event['step']}: loss {event['loss']:.3e}")
 
 
+def show_transfers(folder: Path) -> None:
+    """Show both ways to new weights, for experts over two workers and for a model of some size."""
+    import transformers as t
+
+    wide = {**SMALL, **DENSE, "hidden_size": 1024, "num_hidden_layers": 8, "intermediate_size": 4096}
+    print(f"transfers: load {os.getloadavg()[0]:.1f} at the start", flush=True)
+    compare_transfers("qwen3_moe", families()["qwen3_moe"], folder, ["tp=2"])
+    expected = compare_transfers("llama", lambda: t.LlamaForCausalLM(t.LlamaConfig(**wide)), folder, [])
+    kill_under_transfers(folder / "llama", folder / "llama-second", folder / "killed", expected)
+    print(f"transfers: load {os.getloadavg()[0]:.1f} at the end", flush=True)
+
+
+def compare_transfers(name: str, make: Any, folder: Path, settings: list[str]) -> Any:
+    """Return what the second weights write."""
+    from megatron_sov.infer.engines.server_engine import ServerPlaces, server_settings, serving_engine
+    from megatron_sov.infer.engines.server_process import OwnServer
+
+    first, second = folder / name, folder / f"{name}-second"
+    draw(make, 0).save_pretrained(first)
+    draw(make, 5).save_pretrained(second)
+    size_bytes = (first / "model.safetensors").stat().st_size
+    asked = {way: server_settings("vllm", [*CPU, "dtype=float32", f"transfer={way}", *settings],
+                                  "--engine-set") for way in ("files", "collective")}
+    own = OwnServer("vllm", 0, first, 128, asked["files"], folder / f"{name}-logs")
+    took_s: dict[str, list[float]] = {way: [] for way in asked}
+    written: dict[tuple[str, Path], Any] = {}
+    try:
+        server = own.start(lambda: False)
+        assert server is not None
+        places = ServerPlaces(folder / f"{name}-places", (server.url,))
+        for turn in range(3):
+            for way, one in asked.items():
+                with serving_engine("vllm", first, 512, 128, one, places) as engine:
+                    for number, source in enumerate((second, first), 1):
+                        began_s = time.monotonic()
+                        engine.update(files_of(source), 2 * turn + number)
+                        took_s[way].append(time.monotonic() - began_s)
+                        written[way, source] = engine.generate(prompts_of(50), greedy())
+    finally:
+        own.end()
+    for way, seconds in took_s.items():
+        sent = f"sent to each of its workers ({' '.join(settings) or 'one'})"
+        print(f"{name}, {way}: {size_bytes / 1e6:.2f} MB "
+              f"{sent if way == 'collective' else 'read from shared memory by each worker'}, in "
+              f"{statistics.median(seconds):.2f} s in the median of {len(seconds)}, {min(seconds):.2f} s at "
+              "least", flush=True)
+    for source, which in ((second, "second"), (first, "first")):
+        print(f"{name}, {which} weights, files against collective: "
+              f"{compare(written['files', source], written['collective', source])}", flush=True)
+    others = sum(a != b for a, b in zip(written["files", second].continuations,
+                                        written["files", first].continuations, strict=True))
+    print(f"{name}, second weights write others than the first: {others} of 50", flush=True)
+    return written["files", second]
+
+
+def kill_under_transfers(first: Path, second: Path, logs: Path, expected: Any) -> None:
+    """Kill processes of a server while weights are sent to it: its first one, then those below it."""
+    import psutil
+
+    from megatron_sov.infer.engines.server_engine import ServerPlaces, server_settings, serving_engine
+
+    settings = server_settings("vllm", [*CPU, "dtype=float32", "transfer=collective"], "--engine-set")
+    with serving_engine("vllm", first, 512, 128, settings, ServerPlaces(logs)) as engine:
+        for version, which in enumerate(("the first process", "those below it"), 1):
+            log = logs / "engine-0.log"
+            seen = log.read_text(errors="replace").count("/start_weight_update")
+            said, began_s = io.StringIO(), time.monotonic()
+            with contextlib.redirect_stderr(said):
+                push = threading.Thread(target=engine.update, args=(files_of(second), version))
+                push.start()
+                while log.read_text(errors="replace").count("/start_weight_update") == seen:
+                    time.sleep(0.01)
+                time.sleep(0.2)
+                leader = psutil.Process(json.loads((logs / "engine-0.json").read_text())["pid"])
+                for process in leader.children(recursive=True) if version == 2 else [leader]:
+                    process.kill()
+                killed_s = time.monotonic()
+                while not said.getvalue():
+                    time.sleep(0.01)
+                told_s = time.monotonic() - killed_s
+                push.join()
+            print(f"killed under a transfer ({which}): told after {told_s:.2f} s, "
+                  f"{said.getvalue().splitlines()[0].partition(': ')[2]}")
+            found = engine.generate(prompts_of(50), greedy())
+            print(f"started again, with the weights after {time.monotonic() - began_s:.0f} s; against files: "
+                  f"{compare(expected, found)}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--only", choices=("families", "rounds", *families()))
+    parser.add_argument("--only", choices=("families", "rounds", "transfers", *families()))
     asked = parser.parse_args()
     os.environ.update(QUIET)
     with tempfile.TemporaryDirectory() as work:
@@ -199,6 +303,8 @@ def main() -> int:
         for name, make in families().items():
             if asked.only in (None, "families", name):
                 show_family(name, make, folder, asked.prompts)
+        if asked.only in (None, "transfers"):
+            show_transfers(folder)
         if asked.only in (None, "rounds"):
             draw(families()["qwen3"], 0).save_pretrained(folder / "hf")
             text = Path(__file__).parents[1] / "docs/rl.md"

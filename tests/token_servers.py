@@ -5,14 +5,19 @@ says from its 0.5.23."""
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import torch
+
+from megatron_sov.infer.vllm_worker.sov_weight_group import Meeting, WeightGroup, own_host
 
 VOCAB = 50
 
@@ -97,9 +102,12 @@ class HttpDouble:
 class VllmDouble(HttpDouble):
     """vLLM with --enable-scale-out and VLLM_SERVER_DEV_MODE=1."""
 
-    def __init__(self, token_s: float = 0.0) -> None:
+    def __init__(self, token_s: float = 0.0, vocab_size: int = VOCAB) -> None:
         self.refuses: Callable[[str], bool] = lambda path: False
         self.places = 256
+        self._vocab_size = vocab_size
+        self.received: dict[str, torch.Tensor] = {}
+        self.dies_in_transfer = False
         super().__init__(token_s)
 
     def _said(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -121,24 +129,39 @@ class VllmDouble(HttpDouble):
                 for choice in found["choices"]]}
         if path != "/health":
             self.orders.append(path)
-        return 200, self._order(path.partition("?")[0], body)
+        found = self._order(path.partition("?")[0], body)
+        return self._said(path, body) if self.is_dead else (200, found)
 
     def _order(self, path: str, body: dict[str, Any]) -> Any:
         if path in ("/pause", "/resume"):
             self.is_paused = path == "/pause"
         elif path == "/update_weights":
             assert self.is_paused, "the real one dies of it"
-            self.weights = body["update_info"]["files"][0]
+            self._take(**body["update_info"])
+        elif path == "/get_world_size":
+            return {"world_size": 1}
         elif path == "/finish_weight_update":
             self.version = body["weight_version"]
         elif path == "/abort_requests":
             self._aborted |= {name.removeprefix("generate-tokens-") for name in body["request_ids"]}
         return {"success": True}
 
+    def _take(self, files: Sequence[str] = (), group: dict[str, Any] | None = None) -> None:
+        if group is None:
+            self.weights = files[0]
+            return
+        # its worker is a thread of this process
+        joined = WeightGroup(Meeting(**group), 1, own_host(group["host"], group["port"]), torch.device("cpu"))
+        with contextlib.closing(joined):
+            if self.dies_in_transfer:
+                self.is_dead = True
+                return
+            self.received = dict(joined.receive())
+
     def _generate(self, body: dict[str, Any]) -> tuple[int, Any]:
         self.asked.append(body)
         prompt, sampling = body["token_ids"], body["sampling_params"]
-        if max(prompt) >= VOCAB:
+        if max(prompt) >= self._vocab_size:
             self.is_dead = True
             return self._said("", {})
         count = sampling.get("n", 1)

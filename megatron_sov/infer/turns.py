@@ -42,8 +42,9 @@ class EnginePolicy:
                streams: Sequence[int]) -> list[GeneratedTurn]:
         found = self._engine.generate(prompts, replace(self._sampling, max_new_tokens=max_new_tokens),
                                       stop=self._stop, streams=streams)
-        return [GeneratedTurn(ids, logprobs)
-                for ids, logprobs in zip(found.continuations, found.logprobs, strict=True)]
+        routes = [None] * len(prompts) if found.routes is None else found.routes
+        return [GeneratedTurn(ids, logprobs, routes=its)
+                for ids, logprobs, its in zip(found.continuations, found.logprobs, routes, strict=True)]
 
 
 class _Shared:

@@ -89,14 +89,17 @@ def _by_score(apart: torch.Tensor) -> torch.Tensor:
 
 REWARD, RESPONSE_TOKENS, GROUPS_LEARNING = "reward", "response_tokens", "groups_learning"
 """Meters of a round, which its steps show."""
+REVERSE_KL = "reverse_kl"
+"""Meter: KL(student || teacher), in nats a token."""
 MOST_APART = 20.0
 """Of two logarithms of probabilities, in nats: as in verl's losses."""
 POLICY, KL = "policy", "kl"
 """Terms."""
-ADVANTAGE, BEHAVIOUR, OLD, REFERENCE = (
-    "advantage", "behaviour_logprobs", "old_logprobs", "reference_logprobs")
+ADVANTAGE, BEHAVIOUR, OLD, REFERENCE, TEACHER = (
+    "advantage", "behaviour_logprobs", "old_logprobs", "reference_logprobs", "teacher_logprobs")
 """Columns: the response's advantage; log p by the engine that wrote it; by the trainer before the round's
-first step, NaN of a label that the first step learns; by the model that the run starts from."""
+first step, NaN of a label that the first step learns; by the model that the run starts from; by a
+teacher."""
 Columns = Mapping[str, torch.Tensor]
 LabelLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(ratios, log-probabilities, advantages), each [T] of the labels, -> [T] losses."""
@@ -121,12 +124,14 @@ class PolicyLoss:
             self.coefficients[KL] = self._parts.kl_coeff
         # ratios are never against an engine's numbers: a clip as narrow as GSPO's would take the engine's
         # rounding for a step of the policy, and leave out the responses that are worse than their group
-        self.columns = (ADVANTAGE, BEHAVIOUR, OLD, *([REFERENCE] if KL in self.coefficients else []))
+        self.columns = (ADVANTAGE, BEHAVIOUR, OLD, *([REFERENCE] if KL in self.coefficients else []),
+                        *([TEACHER] if self._parts.opd_coeff else []))
         """Those that are read."""
         self._masks = policy.correction.endswith("mask") or policy.geo_bounds is not None
         self.meters = ("ratio", "clip_share", "entropy_estimate", "engine_gap", "engine_kl",
                        *(["masked_share"] if self._masks else []),
-                       *(["reference_kl"] if KL in self.coefficients else []))
+                       *(["reference_kl"] if KL in self.coefficients else []),
+                       *([REVERSE_KL] if self._parts.opd_coeff else []))
 
     def denominators(self, responses: Responses) -> dict[str, float]:
         """Return what each term's sum is divided by, as far as it is of these responses, on the host.
@@ -156,6 +161,11 @@ class PolicyLoss:
         logprobs = torch.where(learned, logprobs.double(), 0.0)
         numbers = {name: torch.where(learned, columns[name].double(), 0.0) for name in self.columns}
         ratio = ratios(logprobs, numbers[OLD], responses, self._parts.ratio)
+        if self._parts.opd_coeff:
+            # The student's numbers are those before the step, which are what its tokens were drawn from:
+            # the advantage has no derivative, and that of log p, times it, is that of the reverse KL.
+            numbers[ADVANTAGE] = numbers[ADVANTAGE] + self._parts.opd_coeff * (
+                numbers[TEACHER] - numbers[OLD])
         losses = self._loss(ratio, logprobs, numbers[ADVANTAGE]) * factors
         weights = label_weights(responses, self._parts.aggregation)
         terms = {POLICY: (losses * weights).sum()}
@@ -184,6 +194,8 @@ class PolicyLoss:
             watched["masked_share"] = factors == 0
         if KL in self.coefficients:
             watched["reference_kl"] = k3(logprobs, numbers[REFERENCE])
+        if self._parts.opd_coeff:
+            watched[REVERSE_KL] = old - numbers[TEACHER]
         return watched
 
 
@@ -355,7 +367,7 @@ class PolicyLearning(DataObjective):
         Args:
             ratio: [T] of the policy to the one that began the round, differentiable.
             logprobs: [T] of the policy, differentiable.
-            advantage: [T] of the response that the token belongs to.
+            advantage: [T] of the response that the token belongs to, with what a teacher adds to it.
         """
         return surrogate_loss(ratio, logprobs, advantage, self._parts)
 

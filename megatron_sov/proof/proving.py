@@ -116,9 +116,10 @@ def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
 
     def play(place: ParallelWorld) -> list[dict[str, float]]:
         trainer = _trainer(small.config, place)
-        observed[place.rank] = observe(trainer.model)
+        own = observed[place.rank] = observe(trainer.model)
         steps = []
         for step in range(STEPS):
+            own.step = step + 1
             steps.append(_step(trainer))
             comparing.add(step, trainer, place)
         return steps
@@ -141,10 +142,14 @@ def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
     if verdict.places:
         verdict.outcome = DIFFERS
         seen = [one for one in observed if one is not None]
-        places, verdict.sites = locate(whole.observed, seen, TOLERANCE)
-        verdict.places[:0] = places
+        # what is wrong in a step spoils everything in the next one
+        first = next((step for step in range(1, STEPS + 1)
+                      if any(place.startswith(f"step {step}: ") for place in verdict.places)), STEPS)
+        places, verdict.sites = locate(whole.observed, seen, first, TOLERANCE)
+        verdict.places[:0] = [f"step {first}: {place}" for place in places]
+        verdict.places.sort(key=lambda place: place.partition(":")[0])
     verdict.messages = sum(ranks.sites.values())
-    verdict.compared |= {"modules": len(whole.observed.forward), "tensors": len(comparing.apart)}
+    verdict.compared |= {"modules": len(whole.observed.forward) // STEPS, "tensors": len(comparing.apart)}
     return verdict
 
 
@@ -216,11 +221,11 @@ class _Comparing:
         found = [f"step {step + 1}: {key}" for step, _, key in wrong]
         for (step, key), count in self._covered.items():
             if step == 0 and not bool((count == 1).all()):
-                found.append(f"{key}: {int((count == 0).sum())} of {count.numel()} elements are written by "
-                             f"nobody, {int((count > 1).sum())} by several")
+                found.append(f"step 1: {key}: {int((count == 0).sum())} of {count.numel()} elements are "
+                             f"written by nobody, {int((count > 1).sum())} by several")
         for key in self._whole.tensors[0]:
             if (0, key) not in self.apart:
-                found.append(f"{key}: is held by nobody")
+                found.append(f"step 1: {key}: is held by nobody")
         return found
 
 
@@ -228,7 +233,8 @@ def _play_whole(config: RunConfig, place: ParallelWorld) -> Whole:
     trainer = _trainer(config, place)
     observed = observe(trainer.model)
     numbers, tensors = [], []
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        observed.step = step + 1
         numbers.append(_step(trainer))
         whole: dict[str, torch.Tensor] = {}
         for key, block in _held(trainer):

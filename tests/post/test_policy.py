@@ -157,7 +157,8 @@ def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, A
 UNPUBLISHED: dict[str, dict[str, Any]] = {
     "cispo": {"clip_high": 0.2}, "agapo": {"clip_high": 0.2},
     "agapo_exaone4": {"kl_coeff": 0.1, "all_wrong_reward": -0.1}, "pkpo": {"pkpo_k": 2},
-    "mgpo": {"mgpo_lambda": 1.0, "clip_low": 1e-6, "clip_high": 1e-6}, "ink_grpo": {"knowledge_coeff": 0.0}}
+    "mgpo": {"mgpo_lambda": 1.0, "clip_low": 1e-6, "clip_high": 1e-6}, "ink_grpo": {"knowledge_coeff": 0.0},
+    "opd": {"opd_coeff": 0.0}}
 
 
 def first_steps_in_bf16(run: str) -> dict[str, dict[str, float]]:

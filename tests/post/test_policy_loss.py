@@ -204,6 +204,30 @@ def test_a_loss_of_ones_own_stands_in_the_surrogates_place() -> None:
     assert slopes[0].abs().sum() > 0
 
 
+def test_a_token_is_worth_what_its_teacher_gives_it_more_than_the_student_did() -> None:
+    import torch
+
+    columns, logprobs, responses = row()
+    learned = responses.index < len(LENGTHS)
+    # of what is not learned a teacher may say what it likes
+    teacher = columns["behaviour_logprobs"] - 0.3 * columns["advantage"]
+    columns["teacher_logprobs"] = torch.where(learned, teacher, torch.inf)
+    columns["old_logprobs"] = torch.full_like(logprobs, torch.nan)  # a step on responses of its own
+    cases: list[tuple[Any, float, float]] = [("opd", 1.0, 0.0), ("opd", 0.5, 0.0), ("dapo", 2.0, 1.0)]
+    for method, coeff, of_reward in cases:
+        policy = PolicyConfig(method, opd_coeff=coeff, correction="none")
+        advantage = of_reward * columns["advantage"]
+        loss, slopes, meters = ours(policy, {**columns, "advantage": advantage}, logprobs, responses)
+        apart = [(float(t), float(x), float(a)) for t, x, a, is_learned in zip(
+            columns["teacher_logprobs"], logprobs, advantage, learned, strict=True) if is_learned]
+        expected = [-(a + coeff * (t - x)) / len(apart) for t, x, a in apart]
+        assert [s for s, is_learned in zip(slopes, learned, strict=True) if is_learned] == (
+            pytest.approx(expected, rel=1e-12))
+        assert not any(s for s, is_learned in zip(slopes, learned, strict=True) if not is_learned)
+        assert loss == pytest.approx(sum(expected), rel=1e-12)
+        assert meters["reverse_kl"] == pytest.approx(sum(x - t for t, x, _ in apart) / len(apart), rel=1e-12)
+
+
 def test_mgpo_and_ink_grpo_without_their_terms_are_grpo() -> None:
     same: Any = {"clip_low": 0.2, "clip_high": 0.2, "aggregation": "sequence", "kl": "none"}
     grpo = ours(PolicyConfig("grpo", **same), *row())

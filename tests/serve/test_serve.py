@@ -19,8 +19,9 @@ import httpx
 import openai
 import pytest
 
+from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.infer.engines.fleet import AddressKeeper
+from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet
 from megatron_sov.infer.engines.target import find_target
 from megatron_sov.serve.bodies import BodyReader, completion_question
 from megatron_sov.work.endpoints.token_server import TokenRequest
@@ -172,6 +173,10 @@ def test_a_trainer_asks_it_as_it_asks_vllm(server: Any) -> None:
     [ended] = engine.write(replace(request, stop_ids=(answer.tokens[3],)))
     assert ended.reason == "stop"
     assert ended.tokens == answer.tokens[:answer.tokens.index(answer.tokens[3]) + 1]
+    with Fleet([AddressKeeper(engine, 0)], 400, 1) as fleet:
+        fleet.submit(replace(request, name="two")).result(60)
+        with pytest.raises(UserError, match=r"takes no other weights .*/pause.*: POST /pause: Not Found"):
+            fleet.update(["w"], 1)
 
 
 def test_the_models_own_ends_end_nothing_where_they_are_ignored(imported: dict[str, Path]) -> None:
@@ -297,3 +302,20 @@ def test_what_is_no_model_is_a_mistake(tmp_path: Path, capsys: Any) -> None:
     for target in (tmp_path, tmp_path / "none"):
         assert main(["serve", str(target)]) == 2
         assert capsys.readouterr().err.count("error: ") == 1
+
+
+def test_rl_generate_has_it_write(server: Any, imported: dict[str, Path], one_rank: None, tmp_path: Path,
+                                  capsys: Any) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1?"}\n{"prompt": "2?"}\n')
+    hf = tmp_path / "hf"
+    assert main(["convert", "to-hf", str(imported["solar_open"]), str(hf)]) == 0
+    command = ["rl", "generate", "--from", str(hf), "--prompts", str(prompts), "--plain",
+               "--store", str(tmp_path / "store"), "--run", str(tmp_path / "run"), "--engine", "vllm",
+               "--engine-url", server.url, "--set", "rollout.rounds=1", "--set",
+               "rollout.prompts_per_round=2", "--set", "rollout.samples_per_prompt=2", "--set",
+               "rollout.max_new_tokens=8", "--set", "rollout.max_prompt_tokens=8"]
+    code = main(command)
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    assert "1 parts with 4 responses" in said.out

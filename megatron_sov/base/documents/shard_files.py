@@ -208,3 +208,26 @@ class RouteShape:
             raise UserError(f"{where}: routes = {record!r} cannot be read ({type(e).__name__}: {e}); must "
                             "have layers, top_k, num_experts and dtype; write the data again") from None
         return shape
+
+
+def joined_routes(before: np.ndarray | None, told: np.ndarray | None, num_read: int) -> np.ndarray | None:
+    """Return the routes of a text that has grown: what was read earlier stays where it went then; what was
+    not goes where it went now.
+
+    Args:
+        before: of what was read earlier, perhaps with marks; None: of nothing.
+        told: of all that has been read now, from its beginning; None: of nothing.
+        num_read: tokens of the text that were read; of which nothing is known, those have the mark.
+    """
+    known = before if told is None else told
+    if known is None:
+        return None
+    mark = np.iinfo(known.dtype).max
+    found = np.full((num_read, *known.shape[1:]), mark, known.dtype)
+    # the later one stands above: what is known from earlier is kept
+    for part in (told, before):
+        if part is not None:
+            part = part[:num_read]
+            was_read = (part != mark).all(axis=2, keepdims=True)
+            found[:len(part)] = np.where(was_read, part, found[:len(part)])
+    return found

@@ -102,10 +102,10 @@ def run(typed: argparse.Namespace) -> int:
     if args.engine_gpus is not None and args.calibrate_engine is None:
         raise UserError(f"--engine-gpus {args.engine_gpus}: is of the server that --calibrate-engine names")
     request = requested(args)
-    if args.calibrate_engine is not None:
-        return _calibrate_engine(args, request)
     if args.prove:
         return _prove(args, request)
+    if args.calibrate_engine is not None:
+        return _calibrate_engine(args, request)
     return _on_cluster(args, request) if args.cluster else _schedule(args, request)
 
 
@@ -121,9 +121,11 @@ def _prove(args: PlanOptions, request: RecipeRequest) -> int:
     from megatron_sov.proof.miniature import miniature, write_documents
     from megatron_sov.proof.proving import EQUAL, as_json, as_text, prove
 
-    if other := [name for name in ("sweep", "html", "data", "parameters") if getattr(args, name)]:
-        raise UserError(f"--prove: plays a layout, and --{other[0]} belongs to a plan of another kind; leave "
-                        "one of them out")
+    if other := [name for name in ("sweep", "html", "data", "parameters", "calibrate_engine")
+                if getattr(args, name)]:
+        name = other[0].replace("_", "-")
+        raise UserError(f"--prove: plays a layout, and --{name} belongs to another plan; leave one of them "
+                        "out")
     if args.cluster is not None:
         where = machines(args.cluster, args.nodes)
         config, num_ranks = placed(request, where).config, where.num_ranks

@@ -125,9 +125,6 @@ def environment_of(args: AskingOptions, config: RunConfig) -> AskedEnvironment |
     """
     if args.environment is None:
         return None
-    if config.policy.router_replay:
-        raise UserError(f"--environment {args.environment}: the experts of episodes' tokens are not kept, "
-                        "and policy.router_replay = True replays them; set it to false")
     if config.rollout.budget_text:
         raise UserError(f"--environment {args.environment}: turns of episodes are not told how long to be, "
                         f"as rollout.budget_text = {config.rollout.budget_text!r} asks; leave one of them "
@@ -173,7 +170,8 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPromp
     from megatron_sov.chat.encode import TurnEncoder
     from megatron_sov.infer.asking import Asker
     from megatron_sov.judge.tools.playing import EpisodeTable
-    from megatron_sov.post.rl.responses import Episodes, ResponseSource
+    from megatron_sov.post.rl.episodes import Episodes
+    from megatron_sov.post.rl.responses import ResponseSource
 
     folder, rollout = start.tokenizer_folder, config.rollout
     chat = read_chat_encoder(folder)
@@ -191,5 +189,6 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPromp
     assert chat is not None, "options refuse --plain"
     table = EpisodeTable(environment.order, TurnEncoder(chat, str(folder)), limits, args.batch_size)
     chosen_by |= {"environment": environment.version, "limits": asdict(limits)}
-    return Episodes(table, environment.version, asker.decode, asker.end_ids, rollout, engine_name, chosen_by
-                    ), set_aside(prompts, {}, rollout.max_prompt_tokens)
+    episodes = Episodes(table, environment.version, asker.decode, asker.end_ids, rollout, engine_name,
+                        chosen_by, with_routes=config.policy.router_replay)
+    return episodes, set_aside(prompts, {}, rollout.max_prompt_tokens)

@@ -17,7 +17,7 @@ from megatron_sov.base.settings import Flag, NotNegative, command_of, read_optio
 from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.reward import (
-    ENVIRONMENT, JudgingJob, RewardSummary, judging, reward_version, second_opinions)
+    ENVIRONMENT, NO_REWARD, JudgingJob, RewardSummary, judging, reward_version, second_opinions)
 from megatron_sov.rollouts.prompts import rounds_between
 from megatron_sov.work.progress.locks import Claims
 from megatron_sov.work.progress.progress_bar import work_bar
@@ -32,8 +32,9 @@ class JudgedOptions:
 
     store: Annotated[Path, Flag(value="DIR", writes=True)]
     """Rollout store: responses of `rl generate`, and their rewards."""
-    reward: Annotated[str, Flag(value="NAME", help=f"{REWARDS}; or {ENVIRONMENT}: what the "
-                                                   "environment of the episodes said")]
+    reward: Annotated[str, Flag(value="NAME", help=f"{REWARDS}; {ENVIRONMENT}: what the "
+                                                   "environment of the episodes said; or "
+                                                   f"{NO_REWARD}: 0, where a teacher says enough")]
     reward_set: RewardSet = ()
 
 

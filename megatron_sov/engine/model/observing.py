@@ -17,6 +17,7 @@ from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.parallel.simulated_world import CallSite
 
 Sums = tuple[float, float]
+Place = tuple[int, str]
 _EXPERT = re.compile(r"\.local_experts\.\d+")
 _REPLICA_TOLERANCE = 1e-12
 """Relative: two processes with sums so close hold the same tensor, and two parts of one never do."""
@@ -30,12 +31,14 @@ class Observed:
     """Its tensor parallel group."""
     expert_group: tuple[int, ...]
     """That of its experts."""
-    forward: dict[str, Sums] = field(default_factory=dict)
-    """Module -> of its outputs, in the order of first calls."""
-    backward: dict[str, Sums] = field(default_factory=dict)
-    """Module -> of the gradients of its outputs, in the order in which they came."""
+    step: int = 1
+    """Which step is computed; whoever computes counts."""
+    forward: dict[Place, Sums] = field(default_factory=dict)
+    """Step and module -> of its outputs, in the order of first calls."""
+    backward: dict[Place, Sums] = field(default_factory=dict)
+    """Step and module -> of the gradients of its outputs, in the order in which they came."""
     sites: dict[str, dict[CallSite, None]] = field(default_factory=lambda: defaultdict(dict))
-    """Part of the step, as `forward of MODULE` -> what was sent in it."""
+    """Part of a step, as `forward of MODULE` -> what was sent in it."""
     part: str = "before the first module"
 
 
@@ -49,15 +52,19 @@ def observe(model: LanguageModel) -> Observed:
     return found
 
 
-def locate(expected: Observed, seen: Sequence[Observed], tolerance: float) -> tuple[list[str], list[str]]:
+def locate(expected: Observed, seen: Sequence[Observed], step: int,
+           tolerance: float) -> tuple[list[str], list[str]]:
     """Return the modules at which a difference begins, forward and backward, and what is sent in the first.
 
     Args:
         expected: of one process.
         seen: of all processes of a layout, by rank.
+        step: which is looked at.
         tolerance: relative.
     """
-    found = {kind: _first_difference(getattr(expected, kind), _joined(seen, kind), tolerance)
+    found = {kind: _first_difference(_of_step(getattr(expected, kind), step),
+                                     _joined([_of_step(getattr(one, kind), step) for one in seen], seen),
+                                     tolerance)
              for kind in ("forward", "backward")}
     modules = [module for module in found.values() if module is not None]
     ends = tuple(f" {word} {module}" for word in ("of", "behind") for module in modules[:1])
@@ -66,19 +73,18 @@ def locate(expected: Observed, seen: Sequence[Observed], tolerance: float) -> tu
     return [f"{kind} of {module}" for kind, module in found.items() if module is not None], sorted(sites)
 
 
-def _joined(seen: Sequence[Observed], kind: str) -> dict[str, Sums]:
-    """Return the sums over all processes, what several hold alike counted once.
+def _of_step(sums: Mapping[Place, Sums], step: int) -> dict[str, Sums]:
+    return {name: value for (number, name), value in sums.items() if number == step}
 
-    Args:
-        seen: of all processes, by rank.
-        kind: "forward" or "backward".
-    """
+
+def _joined(parts: Sequence[Mapping[str, Sums]], seen: Sequence[Observed]) -> dict[str, Sums]:
+    """Return the sums over all processes, what several hold alike counted once."""
     found: dict[str, Sums] = {}
-    for name in dict.fromkeys(name for one in seen for name in getattr(one, kind)):
+    for name in dict.fromkeys(name for part in parts for name in part):
         groups: dict[tuple[int, ...], list[Sums]] = defaultdict(list)
-        for one in seen:
-            if name in getattr(one, kind):
-                groups[one.expert_group if ".experts" in name else one.group].append(getattr(one, kind)[name])
+        for one, part in zip(seen, parts, strict=True):
+            if name in part:
+                groups[one.expert_group if ".experts" in name else one.group].append(part[name])
         totals = [_of_group(parts) for parts in groups.values()]
         found[name] = sum(t[0] for t in totals), sum(t[1] for t in totals)
     return found
@@ -91,9 +97,9 @@ def _first_difference(expected: Mapping[str, Sums], found: Mapping[str, Sums],
         other = found.get(name, (float("nan"), float("nan")))
         # a plain sum may cancel: what it is measured by is the size of its terms
         scale = squares ** 0.5 + abs(total)
-        apart = max(abs(total - other[0]) / max(scale, 1e-30),
-                    abs(squares - other[1]) / max(squares, 1e-30))
-        if not apart <= tolerance:
+        apart = (abs(total - other[0]) / max(scale, 1e-30), abs(squares - other[1]) / max(squares, 1e-30))
+        # of NaN neither is true
+        if not all(value <= tolerance for value in apart):
             return name
     return None
 
@@ -125,18 +131,18 @@ class _Leave:
         # what stands beside it is a bias that is added later, whole on each process
         tensor = output[0] if isinstance(output, tuple) else output
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-            _add(self._found.forward, self._name, tensor.detach())
+            _add(self._found.forward, (self._found.step, self._name), tensor.detach())
             if tensor.requires_grad:
                 tensor.register_hook(self._came)
 
     def _came(self, gradient: torch.Tensor) -> None:
         self._found.part = f"backward of {self._name}"
-        _add(self._found.backward, self._name, gradient)
+        _add(self._found.backward, (self._found.step, self._name), gradient)
 
 
-def _add(sums: dict[str, Sums], name: str, tensor: torch.Tensor) -> None:
-    total, squares = sums.get(name, (0.0, 0.0))
-    sums[name] = total + float(tensor.sum()), squares + float(tensor.square().sum())
+def _add(sums: dict[Place, Sums], place: Place, tensor: torch.Tensor) -> None:
+    total, squares = sums.get(place, (0.0, 0.0))
+    sums[place] = total + float(tensor.sum()), squares + float(tensor.square().sum())
 
 
 def _named(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Module]]:

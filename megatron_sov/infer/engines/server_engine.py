@@ -28,7 +28,7 @@ from megatron_sov.infer.request import (
     Bounds, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, Written, refuse_drafts,
     refuse_rules)
 from megatron_sov.train.data.requirements import shape_of
-from megatron_sov.work.endpoints.token_server import TokenAnswer, TokenRequest
+from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest
 from megatron_sov.work.endpoints.transport import missing_libraries
 
 SHARD_BYTES = 1 << 30
@@ -85,7 +85,7 @@ def open_fleet(name: str, folder: Path, vocab_size: int, longest: int, settings:
     if missing := missing_libraries():
         raise UserError(f"--engine {name}: {missing[0]}")
     keepers: list[Keeper] = [
-        AddressKeeper(PROGRAMS[name].connect(url, settings.answer_s), settings.start_s, name)
+        AddressKeeper(PROGRAMS[name].connect(url, settings), settings.start_s, name)
         for url in places.urls]
     if not keepers:
         keepers = [OwnServer(name, number, folder, longest, settings, places.logs, with_routes=with_routes,
@@ -236,6 +236,9 @@ class ServerEngine:
             UserError: it tells others than the model can have.
         """
         assert self._shape is not None, "routes were not asked for"
+        # what was ended before it began was not read at all
+        if answer.reason == ABORTED and answer.routes is None:
+            return self._shape.absent(num_tokens)
         return checked_routes(answer.routes, num_tokens, self._shape)
 
     def close(self) -> None:

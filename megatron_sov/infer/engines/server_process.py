@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,9 +21,10 @@ from annotated_types import Gt, Le
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, ProblemCode, SettingsProblem
 from megatron_sov.infer import vllm_worker
+from megatron_sov.runs.launch_environment import own_gpu_index
 from megatron_sov.work.endpoints.sglang_server import SGLANG, SglangServer
 from megatron_sov.work.endpoints.token_server import TokenServer
-from megatron_sov.work.endpoints.vllm_server import VLLM, VllmServer
+from megatron_sov.work.endpoints.vllm_server import VLLM, SendFiles, VllmServer
 from megatron_sov.work.processes.keeper import KeptCommand
 
 ENGINE_PYTHON = "SOV_ENGINE_PYTHON"
@@ -50,8 +52,8 @@ class EngineProgram:
     """That its interpreter has."""
     words: tuple[str, ...]
     """Behind the interpreter."""
-    connect: Callable[[str, float], TokenServer]
-    """From an address, and how long an answer may take, to the server there."""
+    connect: Callable[[str, EngineServers], TokenServer]
+    """From an address to the server there, which is asked and given weights as the settings say."""
     quantizations: tuple[str, ...]
     """Names of what it knows, as its own command line has them."""
 
@@ -59,7 +61,7 @@ class EngineProgram:
 PROGRAMS = {
     VLLM: EngineProgram(
         "vLLM", "vllm", ("-m", "vllm.entrypoints.cli.main", "serve"),
-        lambda url, answer_s: VllmServer(url, answer_s=answer_s),
+        lambda url, asked: VllmServer(url, answer_s=asked.answer_s, send=asked.sending()),
         ("auto_awq", "auto_gptq", "awq", "awq_marlin", "compressed-tensors", "deepseek_v4_fp8",
          "experts_int8", "fp8", "fp8_per_block", "fp8_per_channel", "fp8_per_tensor", "gpt_oss_mxfp4",
          "gptq", "gptq_marlin", "humming", "inc", "int8_per_channel_weight_only", "modelopt",
@@ -67,7 +69,7 @@ PROGRAMS = {
          "nvfp4_per_token", "online", "quark", "torchao")),
     SGLANG: EngineProgram(
         "SGLang", "sglang", ("-m", "sglang.launch_server"),
-        lambda url, answer_s: SglangServer(url, answer_s=answer_s),
+        lambda url, asked: SglangServer(url, answer_s=asked.answer_s),
         ("auto-round", "auto-round-int8", "awq", "awq_marlin", "bitsandbytes", "compressed-tensors", "fp8",
          "gguf", "gptq", "gptq_marlin", "humming", "modelopt", "modelopt_fp4", "modelopt_fp8",
          "modelopt_mixed", "moe_wna16", "mxfp4", "mxfp8", "mxfp_w4a8", "nvfp4_online", "petit_nvfp4",
@@ -106,7 +108,10 @@ class EngineServers:
     """Starts of a server without one answer in between, before the command ends."""
     weights: Path = Path("/dev/shm")
     """Where new weights lie for servers to read: shared memory, or a folder that servers of other machines
-    see too."""
+    see too, unless a collective brings them."""
+    transfer: Literal["files", "collective"] = "files"
+    """How weights come from there to servers: these read files, or the trainer sends them over a group of
+    NCCL (without a GPU: gloo) with a server's workers, which must reach its machine."""
     more: tuple[str, ...] = ()
     """Further words of the server's command line."""
 
@@ -124,7 +129,24 @@ class EngineServers:
         if self.quantization and self.quantization not in program.quantizations:
             p.append(SettingsProblem(ProblemCode.RULE, "quantization", f"{program.title} has "
                                      f"{', '.join(program.quantizations)}", self.quantization))
+        if engine == SGLANG and self.transfer == "collective":
+            p.append(SettingsProblem(ProblemCode.RULE, "transfer", f"{program.title} takes weights by files "
+                                     "alone; leave it out, and set weights to a folder that its servers see",
+                                     self.transfer))
         return p
+
+    def sending(self) -> SendFiles | None:
+        """Return what sends weights to a server of vLLM; None: it reads them."""
+        if self.transfer == "files":
+            return None
+        import torch
+
+        from megatron_sov.engine.parallel.device import on_gpu
+        from megatron_sov.infer.vllm_worker.sov_weight_group import send_files
+
+        # threads have a current GPU of their own, which is not this process's
+        return partial(send_files, device=f"cuda:{own_gpu_index(torch.cuda.device_count())}" if on_gpu()
+                       else "cpu")
 
     def devices_of(self, number: int) -> str | None:
         """Return CUDA_VISIBLE_DEVICES of a server; None: all."""
@@ -179,7 +201,7 @@ class OwnServer:
             if self._is_over:
                 return None
             self._kept = KeptCommand(self.words(port), self._environment(), out)
-        server = self._program.connect(f"http://127.0.0.1:{port}", self._settings.answer_s)
+        server = self._program.connect(f"http://127.0.0.1:{port}", self._settings)
         ends_s = time.monotonic() + self._settings.start_s
         while not server.is_healthy():
             if should_stop():

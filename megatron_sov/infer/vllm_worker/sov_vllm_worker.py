@@ -1,17 +1,17 @@
-"""Takes new weights into vLLM's workers out of safetensors files, which a trainer puts into shared memory.
+"""Takes new weights into vLLM's workers: out of safetensors files, which a trainer puts into shared memory,
+or over a group with the trainer.
 
 Imported by vLLM (`--worker-extension-cls sov_vllm_worker.Extension`) in its own environment, by the name of
-this file alone: nothing of the project is imported, whose transformers may be another version.
+this file alone: of the project its neighbour alone is imported, since transformers may be another version.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from sov_weight_group import Meeting, WeightGroup, own_host, read_files
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo)
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
@@ -33,35 +33,58 @@ class FilesUpdate(WeightTransferUpdateInfo):
 
     files: list[str] = field(default_factory=list)
     """Safetensors, all tensors of the model together."""
+    group: dict[str, Any] | None = None
+    """Where they are sent instead, as `Meeting` has it."""
 
 
 class FilesEngine(WeightTransferEngine[FilesInit, FilesUpdate]):
-    """Reads whole models from files."""
+    """Takes whole models."""
 
     init_info_cls, update_info_cls = FilesInit, FilesUpdate
+    _group: WeightGroup | None = None
 
     def init_transfer_engine(self, init_info: FilesInit) -> None:
-        """Do nothing: files need no group."""
+        """Do nothing: a group is made with each update."""
 
     def start_weight_update(self) -> None:
         # weights that were packed for a kernel get the shapes of files again, layer by layer
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: FilesUpdate) -> None:
-        self.model.load_weights(_tensors_of(update_info.files))
+        try:
+            if update_info.group is None:
+                self.model.load_weights(read_files(update_info.files))
+            else:
+                self._receive(Meeting(**update_info.group))
+        except BaseException:
+            self._leave()
+            # vLLM 0.32 would take what has come for the beginning of the next update, and mix both
+            finalize_layerwise_reload(self.model, self.model_config)
+            raise
+
+    def _receive(self, meeting: Meeting) -> None:
+        own, device = self.parallel_config, torch.device("cpu")
+        self._leave()
+        # held until all have all: a worker that leaves must not take away what another one still reads
+        self._group = WeightGroup(
+            meeting, 1 + own.data_parallel_index * own.world_size + own.rank,
+            own_host(meeting.host, meeting.port), self.device if meeting.backend == "nccl" else device)
+        sent = self._group.receive()
+        self.model.load_weights(sent)
+        for _ in sent:  # all take as many steps, also a worker whose part ends before
+            pass
 
     def finish_weight_update(self) -> None:
+        self._leave()
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        """Do nothing: no file is kept open."""
+        self._leave()
 
-
-def _tensors_of(files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (it is no mapping)
-                yield name, opened.get_tensor(name)
+    def _leave(self) -> None:
+        if self._group is not None:
+            self._group.close()
+        self._group = None
 
 
 class Extension:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
@@ -23,6 +23,9 @@ from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools.environment import INFRASTRUCTURE, EpisodeLimits, Observation, Task, cut
 from megatron_sov.judge.tools.host import CallResult, EnvironmentHost, Opening
 from megatron_sov.work.progress.journal import Journal
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ENDS = ("answered", "turns", "tokens", "unended", "infrastructure")
 """How an episode ends: with an answer; at the limit of turns or of tokens; in a turn that the model did not
@@ -37,6 +40,15 @@ class GeneratedTurn:
     """With the token that ends the turn, where it came."""
     logprobs: list[float] | None = None
     """Of each, where the engine tells them."""
+    versions: list[int] | None = None
+    """Of the weights that wrote each; None: one policy wrote all."""
+    routes: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """Of all that was read for it, from the beginning of the conversation; None: not asked for."""
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Return what is kept of it: routes are the episode's."""
+        return {"ids": self.ids, "logprobs": self.logprobs, "versions": self.versions}
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,10 @@ class Episode:
     """In order."""
     result: Result | None = None
     """The reward, behind the end."""
+    begun: GeneratedTurn | None = None
+    """What a deadline has left of a turn, with which it goes on."""
+    routes: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """Of all that was read so far; None: not asked for."""
 
     @property
     def end(self) -> str:
@@ -101,8 +117,14 @@ class Episode:
         return said or ("infrastructure" if self.result is not None else "")
 
     @property
+    def written(self) -> list[GeneratedTurn]:
+        """Return what the model wrote, turn by turn, an unfinished one too."""
+        return [*(turn.written for turn in self.turns), *([self.begun] if self.begun else [])]
+
+    @property
     def ids(self) -> list[int]:
-        return [*self.prompt, *(i for t in self.turns for i in (*t.written.ids, *t.behind))]
+        return [*self.prompt, *(i for t in self.turns for i in (*t.written.ids, *t.behind)),
+                *(self.begun.ids if self.begun else ())]
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -111,7 +133,7 @@ class Episode:
         for turn in self.turns:
             found.append((place, place + len(turn.written.ids)))
             place += len(turn.written.ids) + len(turn.behind)
-        return found
+        return found if self.begun is None else [*found, (place, place + len(self.begun.ids))]
 
     @property
     def num_response_tokens(self) -> int:
@@ -123,8 +145,24 @@ class Episode:
         """Return what the model said in the end; empty where it did not come to one."""
         return self.turns[-1].parse(self.opening.tools).content if self.end == "answered" else ""
 
+    def grow(self, more: GeneratedTurn) -> GeneratedTurn:
+        """Return a turn up to here: what had been begun of it, and more; its routes become the episode's."""
+        if more.routes is not None or self.routes is not None:
+            from megatron_sov.base.documents.shard_files import joined_routes  # numpy, which no help needs
+
+            self.routes = joined_routes(self.routes, more.routes, len(self.ids) + len(more.ids) - 1)
+        before, self.begun = self.begun, None
+        if before is None:
+            return replace(more, routes=None)
+        return GeneratedTurn([*before.ids, *more.ids], _joined(before.logprobs, more.logprobs),
+                             _joined(before.versions, more.versions))
+
     def faults(self) -> Counter[str]:
         return Counter(call["fault"] for turn in self.turns for call in turn.calls if call["fault"])
+
+
+def _joined(before: list[Any] | None, more: list[Any] | None) -> list[Any] | None:
+    return None if before is None or more is None else [*before, *more]
 
 
 def begun(number: int, task: Task, opening: Opening, encoder: TurnEncoder, limits: EpisodeLimits) -> Episode:
@@ -218,7 +256,7 @@ def _told(code: str, reason: str, limits: EpisodeLimits) -> CallResult:
 def row_of(episode: Episode, encoder: TurnEncoder) -> dict[str, Any]:
     """Return an ended episode as a row: its reward, its tokens, and what was counted."""
     assert episode.result is not None, "the episode has not been scored"
-    written = [turn.written for turn in episode.turns]
+    written = episode.written
     logprobs = [w.logprobs for w in written]
     return {
         "episode": episode.number, "task": dict(episode.task), "end": episode.end,
@@ -235,13 +273,15 @@ def row_of(episode: Episode, encoder: TurnEncoder) -> dict[str, Any]:
 
 
 def left_of(episode: Episode, limits: EpisodeLimits) -> int:
-    return limits.max_response_tokens - episode.num_response_tokens
+    """Return the tokens that the next turn may have, or the rest of one that is begun."""
+    turn = min(limits.max_response_tokens - episode.num_response_tokens, limits.max_turn_tokens)
+    return turn - (len(episode.begun.ids) if episode.begun else 0)
 
 
 def within(written: GeneratedTurn, most: int) -> GeneratedTurn:
     """Return what a model wrote up to its limit; engines are asked for several episodes at a time."""
     logprobs = written.logprobs
-    return GeneratedTurn(written.ids[:most], None if logprobs is None else logprobs[:most])
+    return replace(written, ids=written.ids[:most], logprobs=None if logprobs is None else logprobs[:most])
 
 
 class EpisodeLines:
@@ -252,7 +292,7 @@ class EpisodeLines:
         """`keep`: is given the lines of each round."""
         self._lines, self.add = lines, keep
 
-    def episodes(self, tasks: Sequence[Task]) -> dict[int, Episode]:
+    def episodes(self, tasks: Sequence[Task] | Mapping[int, Task]) -> dict[int, Episode]:
         """Return number -> the episodes that had begun, as far as they had come."""
         found: dict[int, Episode] = {}
         for line in self._lines:
@@ -260,11 +300,14 @@ class EpisodeLines:
             # lines come in the order in which they were kept: begin, turns, result
             if "prompt" in line:
                 opening = Opening(Observation(**line["observation"]), tuple(line["tools"]))
-                found[number] = Episode(number, tasks[number], opening, line["prompt"])
+                found[number] = Episode(number, tasks[number], opening, line["prompt"],
+                                        routes=line.get("routes"))
             elif "turn" in line:
                 turn = line["turn"]
                 found[number].turns.append(EpisodeTurn(**turn
                                                        | {"written": GeneratedTurn(**turn["written"])}))
+            elif "begun" in line:
+                found[number].begun = GeneratedTurn(**line["begun"])
             else:
                 found[number].result = Result(**line["result"])
         return found
@@ -275,14 +318,15 @@ def begin_line(episode: Episode) -> dict[str, Any]:
             "observation": asdict(episode.opening.observation), "tools": list(episode.opening.tools)}
 
 
-def turn_line(episode: Episode) -> dict[str, Any]:
-    return {"episode": episode.number, "turn": asdict(episode.turns[-1])}
+def turn_line(episode: Episode, place: int = -1) -> dict[str, Any]:
+    turn = episode.turns[place]
+    return {"episode": episode.number, "turn": asdict(turn) | {"written": turn.written.line}}
 
 
 def lines_of(episode: Episode) -> list[dict[str, Any]]:
     """Return all lines of an episode that goes on: what another process needs to go on with it."""
-    return [begin_line(episode), *({"episode": episode.number, "turn": asdict(turn)}
-                                   for turn in episode.turns)]
+    left = [] if episode.begun is None else [{"episode": episode.number, "begun": episode.begun.line}]
+    return [begin_line(episode), *(turn_line(episode, n) for n in range(len(episode.turns))), *left]
 
 
 def result_line(episode: Episode) -> dict[str, Any]:

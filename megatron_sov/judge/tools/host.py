@@ -19,7 +19,7 @@ from megatron_sov.judge.rewards.reward import Result, checked, short
 from megatron_sov.judge.tools.environment import (
     INFRASTRUCTURE, Environment, EpisodeLimits, InfrastructureFault, Observation, Task, ToolFault, cut,
     unknown)
-from megatron_sov.judge.tools.registry import BUILT_IN, make
+from megatron_sov.judge.tools.registry import BUILT_IN, build
 from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, limit_memory
 from megatron_sov.work.processes.workers import START_LIMIT_S, Answer, Lost, Workers
 
@@ -86,6 +86,11 @@ class EnvironmentHost:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End the process without a word to servers that it has asked: their sessions stay.  The next episode
+        begins another process."""
         self._workers.end()
 
     def reset(self, task: Task) -> Opening:
@@ -155,8 +160,9 @@ class EnvironmentHost:
 
 def _serve(asked: PluginOrder, limits: dict[str, int]) -> Answer:
     """Return what does as it is asked, in the environment's process."""
-    environment, _ = make(asked)
-    # behind `make`: making the world is not limited itself
+    # without its version: to read all its code took most of the start
+    environment = build(asked)
+    # behind that: making the world is not limited itself
     limit_memory(getattr(environment, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
     return lambda request, again: _DO[request.pop("what")](environment, request | limits)
 

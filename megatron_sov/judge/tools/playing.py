@@ -280,7 +280,7 @@ def play(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeTable, journal
 
         def sit(newcomer: tuple[_Seat, int]) -> Episode:
             seat, number = newcomer
-            seat.episode = _began(
+            seat.episode = take_up(
                 seat.host, number, tasks[number], episodes.get(number),
                 lambda opening: begun(number, tasks[number], opening, table.encoder, table.limits))
             return seat.episode
@@ -306,8 +306,13 @@ def play(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeTable, journal
     return [episodes[n] for n in range(len(tasks))]
 
 
-def _began(host: EnvironmentHost, number: int, task: Task, known: Episode | None,
-           begin: Callable[[Opening], Episode]) -> Episode:
+def take_up(host: EnvironmentHost, number: int, task: Task, known: Episode | None,
+            begin: Callable[[Opening], Episode]) -> Episode:
+    """Return an episode that begins in an environment, or goes on there where it is known.
+
+    Raises:
+        UserError: the task is none of the environment's, or the environment cannot be made.
+    """
     try:
         if known is None:
             return begin(host.reset(task))
@@ -331,14 +336,14 @@ def _round(seats: Sequence[_Seat], policy: ToolPolicy, table: EpisodeTable, jour
     if open_:
         # the engine is asked for the longest turn, and each is cut here: so samples do not depend on what is
         # left
-        left = [min(left_of(episode, table.limits), table.limits.max_turn_tokens) for _, episode in open_]
+        left = [left_of(episode, table.limits) for _, episode in open_]
         # a function of episode and turn: a resumed play draws the same
         streams = [episode.number * STREAMS + len(episode.turns) for _, episode in open_]
         found = policy.sample([episode.ids for _, episode in open_], table.limits.max_turn_tokens, streams)
         # tools of different episodes run at the same time, those of one in order
         turns = pool.map(
-            lambda given: take_turn(given[0][1], within(given[1], given[2]), given[0][0], table.encoder,
-                                    table.limits), zip(open_, found, left, strict=True))
+            lambda given: take_turn(given[0][1], given[0][1].grow(within(given[1], given[2])), given[0][0],
+                                    table.encoder, table.limits), zip(open_, found, left, strict=True))
         for (_, episode), turn in zip(open_, turns, strict=True):
             episode.turns.append(turn)
     over = [(host, episode) for host, episode in playing if episode.end]
@@ -487,8 +492,8 @@ class _Room:
     def _play(self, number: int, host: EnvironmentHost) -> None:
         self.check()
         try:
-            episode = _began(host, number, self.tasks[number], self.episodes.get(number),
-                             lambda opening: Episode(number, self.tasks[number], opening, []))
+            episode = take_up(host, number, self.tasks[number], self.episodes.get(number),
+                              lambda opening: Episode(number, self.tasks[number], opening, []))
             if number not in self.episodes:
                 self._add(begin_line(episode))
                 self.episodes[number] = episode

@@ -58,6 +58,11 @@ def order(name: str, settings: Mapping[str, Any]) -> PluginOrder:
     return registry.ordered(name, settings, BUILT_IN, OWN)
 
 
+def build(asked: PluginOrder) -> Environment:
+    """Return the environment of an order; raises as `make`."""
+    return cast(Environment, registry.build(asked, BUILT_IN, OWN).value)
+
+
 def make(asked: PluginOrder) -> tuple[Environment, str]:
     """Return the environment of an order, and its version: a hash of its code and settings.
 

@@ -164,10 +164,10 @@ class RolloutConfig:
 
 
 PolicyMethod = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "agapo", "agapo_exaone4", "mgpo",
-                       "ink_grpo", "pkpo", "lapo_d", "lapo_i", "hbpo"]
+                       "ink_grpo", "pkpo", "lapo_d", "lapo_i", "hbpo", "opd"]
 Ratio = Literal["token", "sequence"]
 Clip = Literal["two_sided", "cispo", "none"]
-Advantage = Literal["group", "group_no_std", "leave_one_out", "pass_at_k"]
+Advantage = Literal["group", "group_no_std", "leave_one_out", "pass_at_k", "none"]
 Aggregation = Literal["token", "sequence", "constant"]
 Kl = Literal["none", "k1", "k3", "sequence"]
 LengthReward = Literal["none", "around_right", "target", "budget"]
@@ -201,6 +201,7 @@ class PolicyParts:
     knowledge_coeff: float = 0.0
     knowledge_share: float = 0.0
     knowledge_batch_size: int = 0
+    opd_coeff: float = 0.0
 
 
 _PPO = {"clip_low": 0.2, "clip_high": 0.2}
@@ -228,6 +229,7 @@ METHODS: dict[str, dict[str, Any]] = {
                "length_width_tokens": 100.0},
     "lapo_i": {**_LAPO, "length_reward": "target", "length_reward_coeff": 0.8, "length_width_tokens": 120.0},
     "hbpo": {"clip_low": 0.2, "clip_high": 0.28, "length_reward": "budget", "length_reward_coeff": 4.0},
+    "opd": {"clip": "none", "advantage": "none", "opd_coeff": 1.0},
 }
 """Method -> its parts that are not `PolicyParts`' own; None: a number that its authors did not publish, and
 that a run has to set."""
@@ -260,7 +262,8 @@ class PolicyConfig:
     method: PolicyMethod = "grpo"
     """grpo (arXiv 2402.03300), dr_grpo (2503.20783), dapo (2503.14476), gspo (2507.18071), cispo
     (2506.13585), agapo (as K-EXAONE), agapo_exaone4 (as EXAONE 4.0, 2507.11407), mgpo (2511.06221), ink_grpo
-    (2601.18129), pkpo (2505.15201), lapo_d and lapo_i (the two stages of 2507.15758), hbpo (2507.15844)."""
+    (2601.18129), pkpo (2505.15201), lapo_d and lapo_i (the two stages of 2507.15758), hbpo (2507.15844), opd
+    (on-policy distillation, as Tinker's cookbook has it)."""
     ratio: Ratio | None = None
     """Of the policy to that which began the round, both by the trainer. token: of each token; sequence: one
     of each response, the geometric mean over its tokens."""
@@ -274,7 +277,7 @@ class PolicyConfig:
     advantage: Advantage | None = None
     """group: (reward - mean of the group) / its standard deviation; group_no_std: without the division;
     leave_one_out: reward - mean of the group's others; pass_at_k: what the response adds to the best of
-    pkpo_k."""
+    pkpo_k; none: 0, whatever the reward."""
     normalise_over_batch: bool | None = None
     """Whether advantages are shifted and scaled to mean 0 and standard deviation 1 over all responses of the
     optimizer step."""
@@ -345,6 +348,10 @@ class PolicyConfig:
     """Probability with which an optimizer step has that text."""
     knowledge_batch_size: NotNegativeInt | None = None
     """Sequences of text of such a step."""
+    opd_coeff: NotNegative | None = None
+    """What is added to each token's advantage, times its log-probability by a teacher (--teacher,
+    --teacher-url) minus that by the model when the round began: per token the reverse KL from the teacher;
+    0: no teacher."""
     share_prompts: bool = True
     """Whether the responses to one prompt that lie in one micro-batch have it computed once; the loss is the
     same.  Where it cannot be (see docs/rl.md) each has its own."""
@@ -426,6 +433,8 @@ class PolicyConfig:
             (told["advantage"] != "pass_at_k" or told["pkpo_k"] is None
              or 1 <= told["pkpo_k"] <= rollout.samples_per_prompt, "pkpo_k",
              f"must lie between 1 and rollout.samples_per_prompt = {rollout.samples_per_prompt}"),
+            (told["advantage"] != "none" or told["opd_coeff"] > 0, "opd_coeff",
+             "must be above 0: policy.advantage = none leaves a teacher alone to learn from"),
             ((self.overlong_buffer_tokens or 0) <= rollout.max_new_tokens, "overlong_buffer_tokens",
              f"must be at most rollout.max_new_tokens = {rollout.max_new_tokens}"),
             *((not told["knowledge_coeff"] or told[name] > 0, name,
@@ -433,10 +442,14 @@ class PolicyConfig:
               for name in ("knowledge_share", "knowledge_batch_size"))]
         p += [SettingsProblem(ProblemCode.RULE, f"policy.{name}", rule, told.get(name, getattr(self, name)))
               for holds, name, rule in rules if not holds]
-        if rollout.rounds and rollout.samples_per_prompt < 2:
+        if rollout.rounds and rollout.samples_per_prompt < 2 and told["advantage"] != "none":
             p.append(SettingsProblem(ProblemCode.RULE, "rollout.samples_per_prompt",
                                      "must be at least 2: objective policy "
                                      "compares the responses of a group", rollout.samples_per_prompt))
+        if told["opd_coeff"] and rollout.temperature != 1:
+            p.append(SettingsProblem(ProblemCode.RULE, "rollout.temperature",
+                                     f"must be 1: policy.opd_coeff = {told['opd_coeff']:g} compares with a "
+                                     "teacher's own probabilities", rollout.temperature))
         if told["length_reward"] == "budget" and rollout.rounds and not rollout.budgets_tokens:
             p.append(SettingsProblem(ProblemCode.RULE, "rollout.budgets_tokens",
                                      "is missing: policy.length_reward = budget "

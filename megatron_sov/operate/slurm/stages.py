@@ -159,6 +159,8 @@ class EngineShares:
     dp: AtLeastOne = 1
     weights: str = ""
     """Where new weights lie for them; empty: nobody has said it."""
+    transfer: str = "files"
+    """How weights come to them."""
 
     @property
     def gpus(self) -> int:

@@ -148,8 +148,9 @@ def _engine_words(job: SlurmJob) -> dict[str, Any]:
     words = ["-m", "megatron_sov", "rl", "engines", *job.work.arguments, ENGINE_SET, f"servers={count}"]
     if job.profile.gpus_per_node:
         words += [ENGINE_SET, f"devices={json.dumps([str(number) for number in range(unit)])}"]
-    # the default is the memory of one machine, which servers of others do not see
-    told = [] if asked.weights else [ENGINE_SET, f"weights={job.work.target / 'engines'}"]
+    # the default is the memory of one machine, whose files servers of others do not see
+    is_told = asked.weights or asked.transfer != "files"
+    told = [] if is_told else [ENGINE_SET, f"weights={job.work.target / 'engines'}"]
     return {"count": count, "words": words, "told": told}
 
 

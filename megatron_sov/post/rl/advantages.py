@@ -59,6 +59,8 @@ def advantages(rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], pol
 def left_out(rewards: np.ndarray, policy: PolicyConfig) -> str:
     """Return why a group of rewards [n] is left out; `LEARNS`."""
     parts = policy.parts
+    if parts.advantage == "none":
+        return LEARNS if len(rewards) else TOO_FEW
     # One response has nothing to be compared with.
     if len(rewards) < max(2, parts.pkpo_k if parts.advantage == "pass_at_k" else 0):
         return TOO_FEW
@@ -140,6 +142,8 @@ def _of_group(rewards: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, pol
               max_new_tokens: int) -> np.ndarray:
     """Return a group's advantages before those of the batch are seen."""
     parts = policy.parts
+    if parts.advantage == "none":
+        return np.zeros(len(rewards))
     counted = _with_length(rewards, lengths, budgets, policy, max_new_tokens)
     # The penalty of length joins before the baseline, so it is compared inside of the group too.
     shaped = counted - overlong_penalty(lengths, policy, max_new_tokens)

@@ -37,13 +37,15 @@ from megatron_sov.judge.rewards.opinions import Opinions
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.model.families.adapters import PREFIX
-from megatron_sov.post.policy import GROUPS_LEARNING, OLD, REFERENCE, RESPONSE_TOKENS, REWARD
+from megatron_sov.post.policy import GROUPS_LEARNING, OLD, REFERENCE, RESPONSE_TOKENS, REWARD, TEACHER
 from megatron_sov.post.reference import write_logprobs
+from megatron_sov.post.rl.episodes import Episodes
 from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rounds
 from megatron_sov.post.rl.publish import further_pieces
-from megatron_sov.post.rl.requests import STEP_S, LiveServers, ResponseQueue
+from megatron_sov.post.rl.requests import STEP_S, LiveServers, ResponseQueue, row_requests
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
+from megatron_sov.post.rl.teachers import Teacher, identity_of, reverse_kl, write_teachers
 from megatron_sov.post.rl.validation import SampledRounds, Validation
 from megatron_sov.rollouts.prompts import RolloutPrompt, SetAside, list_set_aside, round_prompts
 from megatron_sov.rollouts.rows import Rollout
@@ -59,6 +61,8 @@ from megatron_sov.work.progress.locks import Claims
 
 REFERENCE_NOTE = "reference.json"
 """File of RUN/rounds: which model `REFERENCE` is of."""
+TEACHERS_NOTE = "teachers.json"
+"""File of RUN/rounds: domain -> which teacher reads it."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class TrainerColumns:
 
     names: tuple[str, ...]
     """`OLD`: log p(label) of the policy that begins a round; `REFERENCE`: of the model that the run starts
-    from; those that are needed."""
+    from; `TEACHER`: of teachers; those that are needed."""
     temperature: float
     """Of samples, and so of these."""
     routes: RouteShape | None
@@ -76,6 +80,8 @@ class TrainerColumns:
     """(run, compute): calls `compute` where the model has the reference's weights."""
     reference_sha256: str = ""
     """What stands for the reference's weights."""
+    teachers: tuple[Teacher, ...] = ()
+    """Of `TEACHER`."""
 
     def of_round(self, view: FeedView, number: int, opened: Round, *, is_first: bool
                  ) -> dict[str, np.ndarray]:
@@ -94,21 +100,16 @@ class TrainerColumns:
         if opened.documents is None:
             return {}
         if REFERENCE in self.names:
-            on_main(view.world, partial(self._refuse_other_reference, opened.path.with_name(REFERENCE_NOTE)))
+            on_main(view.world, partial(
+                _refuse_other, opened.path.with_name(REFERENCE_NOTE), {"sha256": self.reference_sha256},
+                "the run's divergence is from a model of {begun}, and --from is of {given}; resume --from "
+                "the one that it began with"))
+        if TEACHER in self.names:
+            on_main(view.world, partial(
+                _refuse_other, opened.path.with_name(TEACHERS_NOTE), identity_of(self.teachers),
+                "the run's teachers are {begun}, and those of the command {given}; resume with the ones that "
+                "it began with"))
         return {name: self._column(view, name, opened, is_first=is_first) for name in self.names}
-
-    def _refuse_other_reference(self, file: Path) -> None:
-        if not file.is_file():
-            atomic_write(file, to_json({"sha256": self.reference_sha256}))
-            return
-        try:
-            begun = str(json.loads(file.read_text(encoding="utf-8"))["sha256"])
-        except (ValueError, TypeError, KeyError) as e:
-            raise UserError(f"{file}: is damaged ({type(e).__name__}: {e}); restore it from a copy") from None
-        if begun != self.reference_sha256:
-            raise UserError(f"{file}: the run's divergence is from a model of sha256 {begun[:12]}, and "
-                            f"--from is {self.reference_sha256[:12]}; resume --from the one that it began "
-                            "with")
 
     def _column(self, view: FeedView, name: str, opened: Round, *, is_first: bool) -> np.ndarray:
         file, count = file_of(opened.path, name), int(opened.starts[-1])
@@ -130,18 +131,45 @@ class TrainerColumns:
             write = partial(write_logprobs, view, opened.documents, passed,
                             view.config.data.phases[0].seq_len, view.config.train.micro_batch_size, file, of,
                             self.temperature, self.routes if name == OLD else None)
-            # The policy is the live model; the reference needs its weights for a while.
+            # The policy is the live model; the others need their weights for a while.
             if name == OLD:
                 write()
+            elif name == TEACHER:
+                write_teachers(view, self.teachers, opened, file, of, with_weights_of)
             else:
                 self.with_reference(view, write)
         # A map: of the numbers of all rows a process reads those of its own.
         return np.memmap(file, np.float32, "r", shape=(count,))
 
     def _of(self, opened: Round, name: str) -> str:
-        """Return what a column's checksum is bound to: the documents, and the reference where it is that
-        one's."""
-        return f"{files_sha256(opened.path)} {name} {self.reference_sha256 if name == REFERENCE else ''}"
+        """Return what a column's checksum is bound to: the documents, and the models whose it is, where they
+        are not the policy."""
+        models = {REFERENCE: self.reference_sha256,
+                  TEACHER: json.dumps(identity_of(self.teachers), sort_keys=True)}
+        return f"{files_sha256(opened.path)} {name} {models.get(name, '')}"
+
+
+def _refuse_other(file: Path, given: Mapping[str, str], told: str) -> None:
+    """Note which models the columns of a run are of, and raise `UserError` where they were others before.
+
+    Args:
+        file: the note.
+        given: name -> what stands for a model's weights.
+        told: what is wrong then, with {begun} and {given} in the place of models.
+    """
+    if not file.is_file():
+        atomic_write(file, to_json(dict(given)))
+        return
+    try:
+        begun = {name: str(digest) for name, digest in json.loads(file.read_text(encoding="utf-8")).items()}
+    except (ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{file}: is damaged ({type(e).__name__}: {e}); restore it from a copy") from None
+    if begun != given:
+        raise UserError(f"{file}: {told.format(begun=_short(begun), given=_short(given))}")
+
+
+def _short(models: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {digest[:12]}".strip() for name, digest in sorted(models.items()))
 
 
 def _way_back(opened: Round) -> str:
@@ -156,11 +184,12 @@ def file_of(path: Path, name: str) -> Path:
     return path.with_name(f"{path.name}.{name}.f32")
 
 
-def columns_of_run(config: RunConfig, needed: Collection[str], start: Path) -> TrainerColumns:
-    return TrainerColumns(tuple(name for name in needed if name in (OLD, REFERENCE)),
+def columns_of_run(config: RunConfig, needed: Collection[str], start: Path,
+                   teachers: Sequence[Teacher] = ()) -> TrainerColumns:
+    return TrainerColumns(tuple(name for name in needed if name in (OLD, REFERENCE, TEACHER)),
                           config.rollout.temperature, replayed_routes(config),
                           partial(with_weights_of, start),
-                          files_sha256(start) if REFERENCE in needed else "")
+                          files_sha256(start) if REFERENCE in needed else "", tuple(teachers))
 
 
 @torch.no_grad()
@@ -327,8 +356,9 @@ class RoundFeed:
         self.policies.begin(view.step, on_main(view.world, partial(files_sha256, opened.path)))
         if view.world.is_main:
             content = read_manifest(opened.path).content
+            apart = reverse_kl(opened, made[TEACHER]) if TEACHER in made else {}
             view.events.write("round", step=view.step, round=number, waited_s=waited_s,
-                              documents=opened.steps[-1].stop, **self._figures,
+                              documents=opened.steps[-1].stop, **self._figures, **apart,
                               **{name: content.get(name) for name in TOLD})
             self._figures, self.meters = {}, meters_of_round(content)
         if self.store is not None:
@@ -436,7 +466,7 @@ class Producer:
     def _write_by_servers(self, servers: LiveServers, view: FeedView, rounds: range, policy: Policy,
                           asked_to_stop: Callable[[], bool]) -> dict[str, float]:
         """Have the first of some rounds written, and the others begun; returns figures for its event."""
-        assert isinstance(self.writer, ResponseSource), "servers write plain responses"
+        assert isinstance(self.writer, (ResponseSource, Episodes)), "it asks no servers"
         while on_main(view.world, lambda: not asked_to_stop() and servers.is_opening(STEP_S)):
             view.checkpointer.advance()
         if not on_main(view.world, lambda: servers.is_open):
@@ -454,9 +484,10 @@ class Producer:
 
     def _queue(self, servers: LiveServers, rounds: range, asked_to_stop: Callable[[], bool]) -> ResponseQueue:
         if self._requests is None:
-            assert servers.engine is not None and isinstance(self.writer, ResponseSource)
-            self._requests = ResponseQueue(servers.engine, self.writer, self._desk(rounds, asked_to_stop),
-                                           None, servers.engine.room)
+            assert servers.engine is not None, "the servers are not open"
+            self._requests = ResponseQueue(
+                row_requests(servers.engine, self.writer, servers.engine.room),
+                self._desk(rounds, asked_to_stop), None, servers.engine.room)
         self._requests.desk.asked_to_stop = asked_to_stop
         self._requests.desk.missing.add_rounds(rounds)
         return self._requests

@@ -143,13 +143,18 @@ class Missing:
         return number in self._open
 
     @property
+    def is_stuck(self) -> bool:
+        """Return whether only another policy goes on with something: a whole attempt added nothing to it."""
+        return not self._refused and any(known.is_stuck for known in self._known.values())
+
+    @property
     def waits_for(self) -> str:
         """Return why nothing can be taken up, as the end of a sentence."""
         number = next(iter(self._open))
         if self._policy_of(number) is None:
             at_least = number - 1 - self._rollout.max_staleness
             return f"round {number} waits for a policy that round {at_least} has trained"
-        if not self._refused and any(known.is_stuck for known in self._known.values()):
+        if self.is_stuck:
             return f"round {number} waits for responses of which a whole attempt did not get one token"
         if not self._open[number]:
             return f"round {number} is written, and may ask further prompts until it is trained"

@@ -43,7 +43,7 @@ from megatron_sov.runs import checkpoints
 from megatron_sov.runs.rounds import LEARNS
 from megatron_sov.train.data.described import source_record
 from megatron_sov.train.data.requirements import replayed_routes
-from megatron_sov.train.data.rounds import SOURCE, folder_of_round
+from megatron_sov.train.data.rounds import DOMAINS, SOURCE, folder_of_round
 from megatron_sov.train.data.token_bytes import token_bytes
 from megatron_sov.train.data.token_shards import CONTENT_VERSION
 
@@ -270,7 +270,18 @@ class Publisher:
             "store": [{"name": part.name, "rollouts": part.manifest_sha256, "rewards": manifest_sha256(
                 source.store.part_path(part.name, source.reward_version))} for part in parts],
             "means": means_of(gathered, {prompt: domain_of(self._records[prompt])
-                                         for prompt in source.prompts}, self.config.rollout)}
+                                         for prompt in source.prompts}, self.config.rollout),
+            **({DOMAINS: self._domains_of(gathered, late, chosen)} if self.config.policy.parts.opd_coeff
+               else {})}
+
+    def _domains_of(self, gathered: Gathered, late: Sequence[LateGroup], chosen: _Chosen
+                    ) -> list[tuple[str, int]]:
+        """Return the domains of a round's documents, each with how many lie together."""
+        # in the order of `_pieces`
+        keys = [r.rollout.key for responses in (*(found for _, found in late_responses(late)),
+                                                *gathered.groups) for r in responses]
+        domains = (domain_of(self._records[key.prompt]) for key in keys if key in chosen.advantages)
+        return [(domain, len(list(together))) for domain, together in groupby(domains)]
 
     def _complete(self, planned: RoundPlan, written: Sequence[WrittenShard],
                   building: contextlib.ExitStack) -> None:

@@ -1,5 +1,6 @@
-"""Writes rounds by engine servers: a request is for one response, or for some short ones of a prompt, a queue
-over whole rounds keeps the servers full, and a piece is published as soon as its own responses are there.
+"""Writes rounds by engine servers: a request is for one response, for some short ones of a prompt, or for a
+turn of an episode, a queue over whole rounds keeps the servers full, and a piece is published as soon as its
+own rows are there.
 
 Nobody waits for the slowest: while the last responses of a round are written, those of later rounds
 (`rollout.max_staleness`) are under way, and go on by the next weights when these come.  Each token has the
@@ -15,9 +16,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import export_weights, to_hf
@@ -27,13 +29,16 @@ from megatron_sov.infer.engines.server_engine import ServerEngine, ServerPlaces,
 from megatron_sov.infer.engines.server_process import EngineServers
 from megatron_sov.infer.engines.target import find_target
 from megatron_sov.infer.request import StopRule, Tokens
+from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.pretrained import CONFIG
-from megatron_sov.post.rl.generate import PieceQueue, SampleAttempt, Take
+from megatron_sov.post.rl.episodes import AskedEpisode, Episodes
+from megatron_sov.post.rl.generate import PieceQueue, SampleAttempt, Take, Writer
 from megatron_sov.post.rl.responses import ResponseSource, WrittenTokens
+from megatron_sov.post.rl.seats import EpisodeSeats
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout
 from megatron_sov.runs.rounds import Policy
 from megatron_sov.train.stages.feed import FeedView
-from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer
+from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest
 from megatron_sov.work.progress.progress_bar import work_bar
 
 STEP_S = 5.0
@@ -50,32 +55,144 @@ MAX_GAP_NATS = 0.25
 below, and a layer that was wrongly updated is above."""
 
 
+@dataclass(frozen=True)
+class RowUnderWay:
+    """A row that is being written."""
+
+    name: str
+    """By which it can be cut off."""
+    future: Future[Any]
+    """Ends when it is written."""
+    row: Callable[[], Rollout]
+    """Gives it then."""
+
+
+class RowRequests(Protocol):
+    """Has servers write rows, each by itself."""
+
+    rollout: RolloutConfig
+
+    def begin(self, attempt: SampleAttempt) -> list[RowUnderWay]:
+        """Ask for all rows of an attempt, in order.
+
+        Raises:
+            UserError: a prompt is too long, or the template refuses it.
+        """
+        ...
+
+    def cut_off(self, names: Sequence[str]) -> None:
+        """End rows where they are; what was written of them stays."""
+        ...
+
+    def close(self) -> None:
+        """Give up all that is under way."""
+        ...
+
+
+class ResponseRequests:
+    """Plain responses: a request for each row, or for some of a prompt that are short."""
+
+    def __init__(self, engine: ServerEngine, source: ResponseSource) -> None:
+        self._engine, self._source, self.rollout = engine, source, source.rollout
+
+    def begin(self, attempt: SampleAttempt) -> list[RowUnderWay]:
+        rows = self._source.begin(attempt)
+        asked = self._engine.requests([[*row.prompt_tokens.tolist(), *row.tokens.tolist()] for row in rows],
+                                      [self._source.sampling_of(row) for row in rows],
+                                      self._source.asker.end_ids)
+        left = iter(rows)
+        return [one for request in asked
+                for one in self._asked(attempt, request, list(islice(left, request.count)))]
+
+    def cut_off(self, names: Sequence[str]) -> None:
+        self._engine.fleet.abort(names)
+
+    def close(self) -> None:
+        """Leave requests to the fleet, which ends with the engine."""
+
+    def _asked(self, attempt: SampleAttempt, request: TokenRequest, rows: list[Rollout]) -> list[RowUnderWay]:
+        """Ask for rows that one request is for; each has a future of its own, which ends with the
+        request's."""
+        answers = self._engine.fleet.submit(request)
+        own: list[Future[Any]] = [Future() for _ in rows]
+
+        def settle(_: Future[Any]) -> None:
+            for future in own:
+                future.set_result(None)
+
+        answers.add_done_callback(settle)
+        return [RowUnderWay(request.name, future, partial(self._row, attempt, row, answers, place))
+                for place, (future, row) in enumerate(zip(own, rows, strict=True))]
+
+    def _row(self, attempt: SampleAttempt, row: Rollout, answers: Future[list[TokenAnswer]], place: int
+             ) -> Rollout:
+        return self._grown(attempt, row, answers.result()[place])
+
+    def _grown(self, attempt: SampleAttempt, row: Rollout, answer: TokenAnswer) -> Rollout:
+        written = StopRule(self._source.asker.end_ids).cut(answer.tokens)
+        reason = {STOP: STOP, LENGTH: LENGTH, ABORTED: UNFINISHED}[answer.reason]
+        routes = None
+        if self._source.with_routes:
+            read = len(row.prompt_tokens) + len(row.tokens) + len(written) - 1
+            routes = self._engine.routes_of(answer, read)
+        return self._source.grown(row, attempt, WrittenTokens(
+            written, answer.logprobs[:len(written)], reason,
+            answer.version_of_each(len(written), attempt.policy.step), routes))
+
+
+class EpisodeRequests:
+    """Episodes with tools: a request for each turn of each row."""
+
+    def __init__(self, engine: ServerEngine, episodes: Episodes, room: int) -> None:
+        self._episodes, self.rollout = episodes, episodes.rollout
+        self._seats = EpisodeSeats(engine, episodes.table, episodes.sampling, episodes.end_ids,
+                                   max(room, episodes.table.parallel))
+
+    def begin(self, attempt: SampleAttempt) -> list[RowUnderWay]:
+        return [self._asked(attempt, number, asked)
+                for number, asked in enumerate(self._episodes.asked(attempt))]
+
+    def cut_off(self, names: Sequence[str]) -> None:
+        self._seats.cut_off(names)
+
+    def close(self) -> None:
+        self._seats.close()
+
+    def _asked(self, attempt: SampleAttempt, number: int, asked: AskedEpisode) -> RowUnderWay:
+        began_s = time.time()
+        name, future = self._seats.begin(number, asked.task, asked.lines(number), attempt.policy.step)
+        return RowUnderWay(name, future,
+                           lambda: self._episodes.row(future.result(), asked, attempt, began_s))
+
+
+def row_requests(engine: ServerEngine, writer: Writer, room: int) -> RowRequests:
+    """Return what has servers write the rows of a writer, so many at a time."""
+    if isinstance(writer, Episodes):
+        return EpisodeRequests(engine, writer, room)
+    assert isinstance(writer, ResponseSource), f"{type(writer).__name__} asks no servers"
+    return ResponseRequests(engine, writer)
+
+
 @dataclass
 class AttemptUnderWay:
-    """A piece whose responses are being written."""
+    """A piece whose rows are being written."""
 
     attempt: SampleAttempt
-    rows: list[Rollout]
-    """As they were before."""
-    asked: dict[Future[list[TokenAnswer]], tuple[str, range]]
-    """Answers to come -> name of their request, and their places among the rows."""
+    asked: dict[Future[Any], int]
+    """Rows to come -> place among the rows."""
+    rows: list[RowUnderWay]
+    """All of them."""
     ends_s: float
     """When its deadline comes."""
     done: dict[int, Rollout] = field(default_factory=dict)
     is_cut_off: bool = False
-
-    @property
-    def num_asked(self) -> int:
-        """Responses that are still to come."""
-        return sum(len(places) for _, places in self.asked.values())
 
 
 @dataclass
 class ResponseQueue:
     """What is under way; of one process, which has the servers."""
 
-    engine: ServerEngine
-    source: ResponseSource
+    requests: RowRequests
     desk: PieceQueue
     take: Take | None
     """Gives the servers another policy; None: they always have that which writes."""
@@ -86,7 +203,7 @@ class ResponseQueue:
     _held: int = 0
     """Step of the policy that the servers have."""
     _next_look_s: float = 0.0
-    _answered: SimpleQueue[Future[list[TokenAnswer]]] = field(default_factory=SimpleQueue)
+    _answered: SimpleQueue[Future[Any]] = field(default_factory=SimpleQueue)
 
     def advance(self, limit_s: float, needed: Callable[[], bool]) -> bool:
         """Ask for what is missing, take in what comes and publish what is complete, for so many seconds.
@@ -114,6 +231,7 @@ class ResponseQueue:
 
     def close(self) -> None:
         """Give up what is under way."""
+        self.requests.close()
         self.desk.missing.leave()
 
     def _fills(self) -> bool:
@@ -126,13 +244,18 @@ class ResponseQueue:
 
     def _fill(self) -> bool:
         """Claim and ask for more, while there is room; returns False when there is nothing more to come."""
-        num_more = self._most() - sum(piece.num_asked for piece in self.under_way)
+        num_more = self._most() - sum(len(piece.asked) for piece in self.under_way)
         if num_more <= 0:
             return True
         found = self.desk.next(num_more, is_busy=bool(self.under_way))
         if found is None:
             return False
         if isinstance(found, str):
+            if self.take is None and not self.under_way and self.desk.missing.is_stuck:
+                # the next policy learns from this very round
+                raise UserError(f"rollout.deadline_s = {self.requests.rollout.deadline_s:g}: some responses "
+                                "did not get one token in a whole attempt; raise it, or ask for fewer at a "
+                                "time (rollout.piece_prompts)")
             return True
         policy = found[0].policy
         if self.take is not None and policy.step != self._held:
@@ -144,79 +267,58 @@ class ResponseQueue:
 
     def _most(self) -> int:
         """Return how many responses are asked for at a time."""
-        if self.take is None and not self.source.rollout.deadline_s:
+        if self.take is None and not self.requests.rollout.deadline_s:
             # while the trainer learns nobody asks for more, and servers are to have work all the time
             return sys.maxsize
         return AHEAD * self.room
 
     def _ask(self, attempt: SampleAttempt) -> None:
-        rows = self.source.begin(attempt)
-        asked: dict[Future[list[TokenAnswer]], tuple[str, range]] = {}
-        begun = 0
-        for request in self.engine.requests(
-                [[*row.prompt_tokens.tolist(), *row.tokens.tolist()] for row in rows],
-                [self.source.sampling_of(row) for row in rows], self.source.asker.end_ids):
-            future = self.engine.fleet.submit(request)
-            asked[future] = request.name, range(begun, begun + request.count)
-            begun += request.count
-            future.add_done_callback(self._answered.put)
-        deadline_s = self.source.rollout.deadline_s
+        rows = self.requests.begin(attempt)
+        for row in rows:
+            row.future.add_done_callback(self._answered.put)
+        deadline_s = self.requests.rollout.deadline_s
         ends_s = self.clock_s() + deadline_s if deadline_s else float("inf")
-        self.under_way.append(AttemptUnderWay(attempt, rows, asked, ends_s))
+        self.under_way.append(AttemptUnderWay(attempt, {row.future: n for n, row in enumerate(rows)}, rows,
+                                              ends_s))
 
     def _cut_off(self) -> None:
         """End the responses of pieces whose deadline has come."""
         for piece in self.under_way:
             if not piece.is_cut_off and self.clock_s() >= piece.ends_s:
                 piece.is_cut_off = True
-                self.engine.fleet.abort([name for name, _ in piece.asked.values()])
+                self.requests.cut_off([piece.rows[number].name for number in piece.asked.values()])
 
-    def _answers(self, limit_s: float) -> set[Future[list[TokenAnswer]]]:
+    def _answers(self, limit_s: float) -> set[Future[Any]]:
         """Return the answers that have come, after so many seconds at the latest."""
-        done: set[Future[list[TokenAnswer]]] = set()
+        done: set[Future[Any]] = set()
         with contextlib.suppress(Empty):
             done.add(self._answered.get(timeout=limit_s))
             while True:
                 done.add(self._answered.get_nowait())
         return done
 
-    def _take_in(self, done: set[Future[list[TokenAnswer]]]) -> None:
+    def _take_in(self, done: set[Future[Any]]) -> None:
         for piece in list(self.under_way):
             for future in done & piece.asked.keys():
-                _, places = piece.asked.pop(future)
-                for place, answer in zip(places, future.result(), strict=True):
-                    piece.done[place] = self._grown(piece, piece.rows[place], answer)
+                number = piece.asked.pop(future)
+                piece.done[number] = piece.rows[number].row()
             if not piece.asked:
                 self.under_way.remove(piece)
                 self.desk.publish([piece.attempt], [[piece.done[i] for i in range(len(piece.rows))]])
                 self._next_look_s = 0.0
 
-    def _grown(self, piece: AttemptUnderWay, row: Rollout, answer: TokenAnswer) -> Rollout:
-        written = StopRule(self.source.asker.end_ids).cut(answer.tokens)
-        reason = {STOP: STOP, LENGTH: LENGTH, ABORTED: UNFINISHED}[answer.reason]
-        versions = [piece.attempt.policy.step] * len(written)
-        for span in answer.versions:
-            versions[span.start:span.end] = [span.version] * (min(span.end, len(written)) - span.start)
-        routes = None
-        if self.source.with_routes:
-            read = len(row.prompt_tokens) + len(row.tokens) + len(written) - 1
-            routes = self.engine.routes_of(answer, read)
-        return self.source.grown(row, piece.attempt, WrittenTokens(
-            written, answer.logprobs[:len(written)], reason, versions, routes))
 
-
-def write_by_requests(engine: ServerEngine, take: Take, source: ResponseSource, desk: PieceQueue,
-                      room: int) -> dict[str, Any]:
+def write_by_requests(requests: RowRequests, take: Take, desk: PieceQueue, room: int) -> dict[str, Any]:
     """Write what is missing until nothing is, by checkpoints as they come; returns what `desk.summary`
     says."""
-    requests = ResponseQueue(engine, source, desk, take, room)
+    queue = ResponseQueue(requests, desk, take, room)
     with work_bar("write", desk.missing.num_pieces, "piece") as bar:
         try:
-            while requests.advance(STEP_S, lambda: True):
+            while queue.advance(STEP_S, lambda: True):
                 bar.update(desk.missing.num_done - bar.n)
         finally:
             # After a failure too: a claim that stays would hold other jobs up until its lease ends.
-            requests.close()
+            queue.close()
     return desk.summary
 
 

@@ -1,35 +1,25 @@
-"""What an engine wrote, token for token, as rows: responses to prompts, and episodes with the tools of an
-environment.
-
-A deadline cuts off plain responses anywhere, and episodes between turns; these keep, in their row's outcome,
-what another job needs to go on with them: their turns and the environment's state.
-"""
+"""What an engine wrote, token for token, as rows of responses; a deadline cuts them off anywhere."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from megatron_sov.base.documents import BadRecord, Conversation
+from megatron_sov.base.documents.shard_files import joined_routes
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.marks import with_opening
 from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engine import Engine
-from megatron_sov.infer.request import Bounds, Generated, Sampling, StopRule, Tokens
-from megatron_sov.infer.turns import EnginePolicy, with_policy
-from megatron_sov.judge.tools.environment import Task
-from megatron_sov.judge.tools.episode import Episode, EpisodeLines, GeneratedTurn, lines_of
-from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, ToolPolicy, play
+from megatron_sov.infer.request import Bounds, Generated, Sampling, StopRule
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import SampleAttempt, never
 from megatron_sov.rollouts.prompts import RolloutPrompt, budget_of, sampling_digest, stream_of
-from megatron_sov.rollouts.rows import LAST_TURN, LENGTH, NOT_WRITTEN, STOP, UNFINISHED, Key, Rollout
+from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, Rollout
 
 CHUNK_PROMPTS = 1024
 """Whose token ids are in memory at a time when all prompts are looked at."""
@@ -186,7 +176,7 @@ class ResponseSource:
             versions=np.concatenate([row.versions, np.array(more.versions, np.int32)]),
             response=with_opening(self.asker.decode(tokens.tolist()),
                                   self.asker.opened_thoughts(row.prompt_tokens.tolist())),
-            routes=_add_routes(row, more.routes, len(more.tokens)))
+            routes=joined_routes(row.routes, more.routes, len(row.prompt_tokens) + len(tokens) - 1))
 
 
 @dataclass(frozen=True)
@@ -202,20 +192,6 @@ class WrittenTokens:
     """Step of the policy that wrote each."""
     routes: np.ndarray | None
     """Of all that was read, prompt and row too; None: not asked for."""
-
-
-def _add_routes(row: Rollout, told: np.ndarray | None, kept: int) -> np.ndarray | None:
-    """Return the routes of a row that has grown: what an earlier policy read stays where that one sent it;
-    what a deadline had it not read went where this one sent it."""
-    if told is None:
-        return None
-    read = told[:len(row.prompt_tokens) + len(row.tokens) + kept - 1]
-    if row.routes is None:
-        return read
-    # The largest number marks a token that no forward pass has read.
-    was_read = (row.routes != np.iinfo(row.routes.dtype).max).all(axis=2, keepdims=True)
-    before = np.where(was_read, row.routes, read[:len(row.routes)])
-    return np.concatenate([before, read[len(row.routes):]])
 
 
 def fresh_keys(attempt: SampleAttempt, rollout: RolloutConfig, chosen_by: dict[str, Any]
@@ -245,108 +221,3 @@ def key_digest(rollout: RolloutConfig, round: int, more: dict[str, Any]) -> str:
         **more, **(told if rollout.budget_text else {}), "round": round, "seed": rollout.seed,
         "temperature": rollout.temperature, "max_new_tokens": rollout.max_new_tokens,
         "max_prompt_tokens": rollout.max_prompt_tokens})
-
-
-GOES_ON = "goes_on"
-"""In the outcome of an unfinished row: lines of `EpisodeLines`, as JSON."""
-
-
-@dataclass(frozen=True)
-class Episodes:
-    """Writes attempts; called by all processes of an engine together, of which the first gets the rows."""
-
-    table: EpisodeTable
-    """The environment, the limits, and the policies' tokenizer."""
-    version: str
-    """Of the environment: its rewards'."""
-    decode: Callable[[list[int]], str]
-    """From token ids to text."""
-    end_ids: tuple[int, ...]
-    """Tokens that end a turn."""
-    rollout: RolloutConfig
-    engine_name: str
-    """Told in the rows."""
-    chosen_by: dict[str, Any]
-    """What tokens are chosen by beside the settings of `rollout`, for the key."""
-    clock_s: Callable[[], float] = time.monotonic
-    """Which the deadline is on."""
-
-    def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
-              gives_way: Callable[[], bool] = never) -> list[list[Rollout]] | None:
-        """Return the rows of attempts that are played together, see `generate.Writer`.
-
-        Raises:
-            UserError: a task is none of the environment's, or too long.
-        """
-        sampling = Sampling(1, self.rollout.temperature, seed=self.rollout.seed, for_training=True)
-        policy = EnginePolicy(engine, sampling, StopRule(self.end_ids))
-        rows: list[list[Rollout]] | None = with_policy(
-            policy, lambda sampler: self.played(sampler, attempts, gives_way))
-        return rows
-
-    def played(self, policy: ToolPolicy, attempts: Sequence[SampleAttempt],
-               gives_way: Callable[[], bool] = never) -> list[list[Rollout]]:
-        began_s, deadline_s = time.time(), self.rollout.deadline_s
-        ends_s = self.clock_s() + deadline_s
-        asked = [one for attempt in attempts for one in self._asked(attempt)]
-        known = chain.from_iterable(_lines(number, row) for number, (_, _, _, row) in enumerate(asked))
-        # Streams are of a response, not of its place: pieces that are joined must not change what is sampled.
-        numbered = _OwnStreams(policy, [(attempt.piece.round, key) for attempt, _, key, _ in asked])
-        episodes = play([task for _, task, _, _ in asked], numbered, self.table, EpisodeLines(known),
-                        should_stop=lambda: bool(deadline_s) and (
-                            self.clock_s() >= ends_s or gives_way()))
-        rows = [(attempt, self._row(episode, key, before, attempt, began_s))
-                for episode, (attempt, _, key, before) in zip(episodes, asked, strict=True)]
-        return [[row for its, row in rows if its is attempt] for attempt in attempts]
-
-    def _asked(self, attempt: SampleAttempt) -> list[tuple[SampleAttempt, Task, Key, Rollout | None]]:
-        if attempt.begun:
-            return [(attempt, row.record, row.key, row) for row in attempt.begun]
-        return [(attempt, prompt.record, key, None)
-                for prompt, key in fresh_keys(attempt, self.rollout, self.chosen_by)]
-
-    def _row(self, episode: Episode, key: Key, before: Rollout | None, attempt: SampleAttempt,
-             began_s: float) -> Rollout:
-        first, ids = len(episode.prompt), np.array(episode.ids, np.int32)
-        versions = np.full(len(ids), NOT_WRITTEN, np.int32)
-        logprobs = np.zeros(len(ids), np.float32)
-        for (start, end), turn in zip(episode.spans, episode.turns, strict=True):
-            versions[start:end] = attempt.policy.step
-            logprobs[start:end] = np.minimum(np.array(turn.written.logprobs, np.float32), 0)
-        if before is not None:
-            # Tokens of earlier attempts keep the policy that wrote them.
-            versions[first:first + len(before.versions)] = before.versions
-        result = episode.result
-        outcome = {GOES_ON: json.dumps(lines_of(episode))} if result is None else {
-            "reward": result.reward, "status": result.status, "components": dict(result.components),
-            "reason": result.reason, "reward_version": self.version,
-            # rewards read this and not the row's text, in which tools and the template speak too
-            LAST_TURN: episode.turns[-1].whole_text if episode.turns else ""}
-        return Rollout(
-            key, attempt.piece.round, attempt.number, episode.task, ids[:first], ids[first:],
-            logprobs[first:], versions[first:], UNFINISHED if result is None else episode.end,
-            self.decode(ids[first:].tolist()), distribution_of(self.rollout), self.engine_name,
-            began_s if before is None else before.began_s, time.time(), outcome)
-
-
-class _OwnStreams:
-    """A policy that gives a turn a stream of its response's, whatever place its episode has among others."""
-
-    def __init__(self, policy: ToolPolicy, keys: Sequence[tuple[int, Key]]) -> None:
-        self._policy, self._keys = policy, keys
-
-    def sample(self, prompts: Sequence[Tokens], max_new_tokens: int,
-               streams: Sequence[int]) -> Sequence[GeneratedTurn]:
-        return self._policy.sample(prompts, max_new_tokens, [self._stream(*divmod(stream, STREAMS))
-                                                             for stream in streams])
-
-    def _stream(self, number: int, turn: int) -> int:
-        round_, key = self._keys[number]
-        # no turn is sampled twice, so that the attempt changes nothing
-        return stream_of(round_, key.prompt, key.sample, turn=turn)
-
-
-def _lines(number: int, row: Rollout | None) -> list[dict[str, Any]]:
-    if row is None or not row.outcome or GOES_ON not in row.outcome:
-        return []
-    return [{**line, "episode": number} for line in json.loads(row.outcome[GOES_ON])]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 ENVIRONMENT = "environment"
 """The reward that takes what an environment has said of an episode, which stands in its row; also its
 version, since the environment's own is in the rows' keys."""
+NO_REWARD = "none"
+"""The reward of a run that learns from teachers alone: 0 for every response; also its version."""
 COLUMNS = ("record", "tokens", "response", "finish_reason", "outcome")
 """Of rollouts, which are read."""
 JudgeRows = Callable[[Sequence[Rollout]], Sequence[Result]]
@@ -53,17 +55,18 @@ def reward_version(name: str, settings: Sequence[str]) -> str:
     """Return the version under which a reward's verdicts stand in a store.
 
     Args:
-        name: a built-in reward, FILE.py:NAME, or `ENVIRONMENT`.
+        name: a built-in reward, FILE.py:NAME, `ENVIRONMENT` or `NO_REWARD`.
         settings: `key=value`.
 
     Raises:
         UserError: there is no such reward or setting.
     """
-    if name == ENVIRONMENT:
+    if name in (ENVIRONMENT, NO_REWARD):
         if settings:
-            raise UserError(f"--reward-set {settings[0]}: --reward {ENVIRONMENT} takes what stands in the "
-                            "rows and has no settings; leave it out")
-        return ENVIRONMENT
+            what = "takes what stands in the rows and" if name == ENVIRONMENT else "judges nothing and"
+            raise UserError(f"--reward-set {settings[0]}: --reward {name} {what} has no settings; leave it "
+                            "out")
+        return name
     return make(order(name, parse_nested(settings, "--reward-set"))).version
 
 
@@ -72,6 +75,9 @@ def judging(name: str, settings: Sequence[str], workers: int) -> Iterator[JudgeR
     """Give what judges rows by a reward, in processes of its own; arguments as of `reward_version`."""
     if name == ENVIRONMENT:
         yield lambda rows: [_outcome_of(row) for row in rows]
+        return
+    if name == NO_REWARD:
+        yield lambda rows: [Result(0.0, "scored") for _ in rows]
         return
     asked = order(name, parse_nested(settings, "--reward-set"))
     with runner(asked, make(asked), workers) as running:
@@ -109,8 +115,9 @@ def _outcome_of(row: Rollout) -> Result:
 
 def second_opinions(name: str, settings: Sequence[str], version: str, store: RolloutStore) -> Opinions | None:
     """Return what a reward's second verifier has said of a store's responses so far; None: it has none."""
-    if name == ENVIRONMENT or getattr(make(order(name, parse_nested(settings, "--reward-set"))).reward,
-                                      "second", None) is None:
+    if name in (ENVIRONMENT, NO_REWARD):
+        return None
+    if getattr(make(order(name, parse_nested(settings, "--reward-set"))).reward, "second", None) is None:
         return None
     found = Opinions()
     for part in store.parts():

@@ -482,6 +482,8 @@ def round_charts(run: Run) -> list[Chart]:
         _round_chart(rounds, {"reward": _values(means, "reward"), **_of_names(means, "components")}, "reward",
                      "Mean reward of a round's responses, and the parts that it is made of."),
         _round_chart(rounds, _of_domains(means), "reward", "Mean reward by domain of the prompts."),
+        _round_chart(rounds, _from_teachers(run), "nats per token",
+                     "KL(student || teacher), as the responses tell it, in all and by domain of prompts."),
         _round_chart(rounds, {"tokens": _values(means, "response_tokens")}, "tokens",
                      "Mean length of responses, in tokens that the policy wrote."),
         _round_chart(rounds, {"truncated": _values(means, "truncated")}, "share",
@@ -511,6 +513,13 @@ def _of_names(means: Sequence[dict[str, Any]], field: str,
 
 def _of_domains(means: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     return _of_names(means, "domains", lambda found: found.get("reward") if isinstance(found, dict) else None)
+
+
+def _from_teachers(run: Run) -> dict[str, np.ndarray]:
+    """Return how far a student is from its teachers over the rounds, of which the events tell."""
+    told = {number(event.get("round")): event for event in run.events.get("round", ())}
+    events = [told.get(number(content["round"]), {}) for content in run.rounds]
+    return {"all": _values(events, "reverse_kl"), **_of_names(events, "reverse_kl_domains")}
 
 
 def _reasons(rounds: Sequence[dict[str, Any]]) -> list[str]:

@@ -25,6 +25,8 @@ SOURCE = "rollouts"
 """Name of the source."""
 BEHAVIOUR, ADVANTAGE = "behaviour_logprobs", "advantage"
 """Columns of every published round."""
+DOMAINS = "document_domains"
+"""In the manifest of a round that teachers read: [domain, how many documents] after each other."""
 _ROUND_BITS = 32
 """A document's number: that of its round, and in the lower bits its place in it."""
 

@@ -75,6 +75,13 @@ class TokenAnswer:
     routes: np.ndarray | None = field(default=None, compare=False)
     """[tokens read, layers, experts of a token], as the engine tells them."""
 
+    def version_of_each(self, count: int, otherwise: int) -> list[int]:
+        """Return the version of each of the first tokens; `otherwise` where the engine does not tell it."""
+        versions = [otherwise] * count
+        for span in self.versions:
+            versions[span.start:span.end] = [span.version] * (min(span.end, count) - span.start)
+        return versions
+
 
 class TokenServer(Protocol):
     """An engine at one address, asked from any thread.

@@ -6,9 +6,10 @@ from __future__ import annotations
 import base64
 import io
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron_sov.base.errors import first_line
 from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
 from megatron_sov.work.endpoints.token_server import (
     AnswerReading, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers, version_of)
@@ -21,6 +22,9 @@ VLLM = "vllm"
 WRITE = "/inference/v1/generate"
 COMPLETIONS = "/v1/completions"
 """Of every vLLM; it tells no versions, and no routes of the prompt."""
+SendFiles = Callable[[Sequence[str], str, int, Callable[[Mapping[str, Any]], Any]], None]
+"""Sends the tensors of files to the workers of a server: to its address, so many workers, told by a call what
+they need in order to receive.  Raises RuntimeError or OSError where they do not arrive."""
 
 
 class VllmServer:
@@ -30,12 +34,14 @@ class VllmServer:
         url: the address, without a path.
         key_env: variable of the environment with the key; none is sent where it is not set.
         answer_s: how long an answer may take.
+        send: what brings it weights; None: it reads files itself.
     """
 
-    def __init__(self, url: str, key_env: str = "", answer_s: float = 3600.0) -> None:
+    def __init__(self, url: str, key_env: str = "", answer_s: float = 3600.0, send: SendFiles | None = None
+                 ) -> None:
         self._calls = ServerCalls(url, key_env, answer_s)
         self.url = self._calls.url
-        self._path, self._model = WRITE, ""
+        self._path, self._model, self._send = WRITE, "", send
 
     def write(self, request: TokenRequest) -> list[TokenAnswer]:
         """Return continuations, see `TokenServer`."""
@@ -78,10 +84,13 @@ class VllmServer:
         self._calls.tell("/pause?mode=keep&clear_cache=false")
 
     def update(self, files: Sequence[str], version: int) -> None:
-        """Have the extension read files, see `TokenServer`."""
+        """Have the extension read files, or receive what is in them, see `TokenServer`."""
         self._calls.tell("/init_weight_transfer_engine", {"init_info": {}})
         self._calls.tell("/start_weight_update")
-        self._calls.tell("/update_weights", {"update_info": {"files": list(files)}})
+        if self._send is None:
+            self._calls.tell("/update_weights", {"update_info": {"files": list(files)}})
+        else:
+            self._bring(files, self._send)
         self._calls.tell("/finish_weight_update", {"weight_version": str(version)})
 
     def resume(self) -> None:
@@ -95,6 +104,17 @@ class VllmServer:
     def is_healthy(self) -> bool:
         """Return whether the model is loaded and its processes live."""
         return self._calls.is_there("/health")
+
+    def _bring(self, files: Sequence[str], send: SendFiles) -> None:
+        told = self._calls.look("/get_world_size")
+        with AnswerReading(self.url):
+            num_workers = int(told["world_size"])
+        try:
+            send(files, self.url, num_workers,
+                 lambda group: self._calls.tell("/update_weights", {"update_info": {"group": dict(group)}}))
+        except (RuntimeError, OSError) as e:
+            raise BadAnswer(f"{self.url}: the weights did not arrive ({first_line(e)})",
+                            is_away=True) from None
 
     def _completions(self, request: TokenRequest, chosen: Mapping[str, Any]) -> list[TokenAnswer]:
         if not self._model:

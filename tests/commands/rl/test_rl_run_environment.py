@@ -40,7 +40,7 @@ class Lucky(World):
 SETTINGS = ("rollout.rounds=1", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
             "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=128", "policy.method=gspo",
             'data.phases=[{"name": "main", "seq_len": 256}]', "train.eval_every_steps=0",
-            "model.hidden_size=48")
+            "model.hidden_size=48", "policy.router_replay=true")
 
 
 @pytest.mark.distributed
@@ -68,6 +68,9 @@ def test_a_run_plays_its_tasks_and_takes_the_verdicts_of_the_environment(
     for judged in store.read_rewards("environment", part.name):
         row = rows[judged.key]
         assert judged.reward == row.record["luck"] and len(row.tokens) <= 12
+        # every token that was read is replayed, what tools said too
+        assert row.routes is not None and len(row.routes) == len(row.prompt_tokens) + len(row.tokens) - 1
+        assert row.routes.max() < 4, "there are four experts"
         # what a verdict says in words stands with the response, and is not averaged
         assert set(row.outcome["components"]) == {"said", "length"} and set(judged.components) == {"length"}
     means = read_manifest(run / "rounds/0001", "tokens").content["means"]

@@ -220,5 +220,5 @@ def test_mistakes_are_told_before_anything_begins(rounds: Rounds, tmp_path: Path
     assert "rollout.prompts_per_round = 20: there are 9 prompts" in refused(
         *small, "--set", "rollout.prompts_per_round=20")
     assert "--wait -1" in refused(*small, "--wait", "-1")
-    assert "reward 'none': does not exist" in refused(*small, "--reward", "none")
+    assert "reward 'nothing': does not exist" in refused(*small, "--reward", "nothing")
     assert not (tmp_path / "run").exists()

@@ -24,15 +24,16 @@ from tests.token_servers import VOCAB, SglangDouble, VllmDouble, token_at
 class DoubleKeeper:
     """Starts a new double each time, as a process would be started."""
 
-    def __init__(self, token_s: float = 0.0, lives: int = 99) -> None:
+    def __init__(self, token_s: float = 0.0, lives: int = 99, settings: EngineServers | None = None) -> None:
         self.doubles: list[VllmDouble] = []
         self._token_s, self._lives = token_s, lives
+        self._settings = settings or EngineServers(answer_s=20)
 
     def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
         self.doubles.append(VllmDouble(self._token_s))
         if len(self.doubles) > self._lives:
             self.doubles[-1].is_dead = True
-        return VllmServer(self.doubles[-1].url, answer_s=20)
+        return PROGRAMS["vllm"].connect(self.doubles[-1].url, self._settings)
 
     def is_alive(self) -> bool:
         return not self.doubles[-1].is_dead
@@ -123,6 +124,39 @@ def test_others_take_over_what_a_dead_server_had_and_it_comes_back(fleets: Calla
         time.sleep(0.01)
     # what is started again has the newest weights before it is asked
     assert (keepers[0].doubles[1].weights, keepers[0].doubles[1].version) == ("/first", "4")
+
+
+def test_weights_over_a_group_reach_all_servers_and_one_that_comes_back(
+        fleets: Callable[..., Fleet], tmp_path: Path) -> None:
+    keepers = [DoubleKeeper(settings=EngineServers(answer_s=20, transfer="collective")) for _ in range(2)]
+    fleet = fleets(keepers)
+    while fleet.num_there < 2:
+        time.sleep(0.01)
+    engine = ServerEngine("vllm", fleet, tmp_path, tmp_path / "w", 4)
+    engine.update(iter({"w": torch.arange(3.0), "b": torch.ones(1, dtype=torch.bfloat16)}.items()), 5)
+    assert engine.generate([[3, 1]], Sampling(6)).version == 5
+    keepers[0].doubles[0].is_dead = True
+    while len(keepers[0].doubles) < 2 or fleet.num_there < 2:
+        time.sleep(0.01)
+    for double in (keepers[0].doubles[0], keepers[0].doubles[1], keepers[1].doubles[0]):
+        assert double.version == "5" and not double.weights, "it was to read files"
+        assert torch.equal(double.received["w"], torch.arange(3.0))
+        assert torch.equal(double.received["b"], torch.ones(1, dtype=torch.bfloat16))
+    engine.close()
+
+
+def test_a_server_that_dies_under_a_transfer_is_given_weights_anew(
+        fleets: Callable[..., Fleet], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keeper = DoubleKeeper(settings=EngineServers(answer_s=20, transfer="collective"))
+    engine = ServerEngine("vllm", fleets([keeper]), tmp_path, tmp_path / "w", 4)
+    keeper.doubles[0].dies_in_transfer = True
+    engine.update(iter({"w": torch.arange(3.0)}.items()), 5)
+    assert [double.version for double in keeper.doubles] == ["default", "5"]
+    assert torch.equal(keeper.doubles[1].received["w"], torch.arange(3.0))
+    # its process is looked at meanwhile too: either is the first to know
+    told = capsys.readouterr().err
+    assert f"{keeper.doubles[0].url}: " in told and "it is started again" in told
+    engine.close()
 
 
 def test_weights_change_on_all_servers_while_answers_are_under_way(fleets: Callable[..., Fleet]) -> None:
@@ -277,16 +311,17 @@ def test_a_server_that_takes_no_weights_is_told(fleets: Callable[..., Fleet]) ->
 @pytest.mark.parametrize("name", ["vllm", "sglang"])
 def test_an_address_of_another_engine_is_told(name: str) -> None:
     double = SglangDouble() if name == "vllm" else VllmDouble()
-    other = "sglang" if name == "vllm" else "vllm"
+    other, settings = "sglang" if name == "vllm" else "vllm", EngineServers(answer_s=1)
     with pytest.raises(UserError, match=f"--engine {name} .*answers there; pass --engine {other}"):
-        AddressKeeper(PROGRAMS[name].connect(double.url, 1), 0, name).start(lambda: False)
-    assert AddressKeeper(PROGRAMS[other].connect(double.url, 1), 0, other).start(lambda: False) is not None
+        AddressKeeper(PROGRAMS[name].connect(double.url, settings), 0, name).start(lambda: False)
+    keeper = AddressKeeper(PROGRAMS[other].connect(double.url, settings), 0, other)
+    assert keeper.start(lambda: False) is not None
     double.close()
 
 
 def test_a_fleet_of_sglang_changes_weights_under_way(tmp_path: Path) -> None:
     double = SglangDouble(0.005)
-    keeper = AddressKeeper(PROGRAMS["sglang"].connect(double.url, 20), 0, "sglang")
+    keeper = AddressKeeper(PROGRAMS["sglang"].connect(double.url, EngineServers(answer_s=20)), 0, "sglang")
     with Fleet([keeper], VOCAB, 4, look_s=0.02) as fleet:
         futures = [fleet.submit(request) for request in asked(3, 40)]
         while len(double.asked) < 3 or double.num_written < 6:

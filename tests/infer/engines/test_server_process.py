@@ -98,7 +98,7 @@ def test_an_interpreter_that_is_none_is_named(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(("given", "told"), [
     (["tp=0"], "tp"), (["memory_share=1.5"], "memory_share"), (["nothing=1"], "nothing"),
     (["dtype=bf17"], "dtype"), (["quantization=fp9"], "vLLM has auto_awq, .*fp8"),
-    (["servers=2", 'devices=["0"]'], "must be 2, servers x tp x dp")])
+    (["servers=2", 'devices=["0"]'], "must be 2, servers x tp x dp"), (["transfer=disk"], "transfer")])
 def test_settings_that_make_no_servers_are_refused(given: list[str], told: str) -> None:
     with pytest.raises(UserError, match=told):
         server_settings("vllm", given, "--engine-set")
@@ -116,3 +116,9 @@ def test_sglang_is_started_by_its_own_words(tmp_path: Path, monkeypatch: pytest.
                  "--dp-size 2", "--ep-size 4", "--quantization w8a8_fp8", "--dtype bfloat16",
                  "--mem-fraction-static 0.7", "--skip-tokenizer-init", "--enable-return-routed-experts"):
         assert part in told
+
+
+def test_sglang_takes_weights_by_files_alone() -> None:
+    with pytest.raises(UserError, match='transfer = "collective" SGLang takes weights by files alone'):
+        server_settings("sglang", ["transfer=collective"], "--engine-set")
+    assert server_settings("sglang", [], "--engine-set").sending() is None

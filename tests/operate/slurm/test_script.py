@@ -262,6 +262,8 @@ def test_engine_servers_have_whole_nodes_of_their_own(site: Path) -> None:
     assert "settings=(--engine-set weights=" in text and '--engine-url "http://$address:' in text
     own = script("rl-run", profile, *vllm, "--engine-set", "weights=/shared/w", nodes=2, engine_nodes=1)
     assert "engine_settings=()" in own
+    sent = script("rl-run", profile, *vllm, "--engine-set", "transfer=collective", nodes=2, engine_nodes=1)
+    assert "engine_settings=()" in sent, "no files need to be seen by both"
     for words, told in (((), "are for `submit rl-run ... --engine vllm`"),
                         (("--engine", "vllm", "--engine-url", "http://n9:8000"), "without --engine-url"),
                         (("--engine", "vllm", "--engine-set", "tp=16"), "must divide the 8 of a node")):

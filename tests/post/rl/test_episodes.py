@@ -16,8 +16,8 @@ from megatron_sov.judge.tools.episode import ENDS, GeneratedTurn
 from megatron_sov.judge.tools.playing import EpisodeTable
 from megatron_sov.judge.tools.registry import make, order
 from megatron_sov.model.config.post_training import RolloutConfig
+from megatron_sov.post.rl.episodes import Episodes
 from megatron_sov.post.rl.generate import SampleAttempt
-from megatron_sov.post.rl.responses import Episodes
 from megatron_sov.rollouts.prompts import PromptPiece, RolloutPrompt
 from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import RolloutStore

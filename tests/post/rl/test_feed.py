@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,5 +186,30 @@ def test_a_resumed_run_keeps_its_reference(view: Any, tmp_path: Path,
 
     for _ in range(2):
         opened("a" * 64)
-    with pytest.raises(UserError, match=r"reference.json: .* of sha256 aaaaaaaaaaaa, and --from is bb"):
+    with pytest.raises(UserError, match=r"reference.json: .* sha256 a{12}, and --from is of sha256 bb"):
         opened("b" * 64)
+
+
+def test_a_resumed_run_keeps_its_teachers(view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_sov.post.rl import feed
+    from megatron_sov.post.rl.teachers import Teacher
+
+    def write(view: Any, teachers: Any, opened: Round, file: Path, of: str, with_weights: Any) -> None:
+        write_sealed(file, np.full(8, -float(len(teachers)), np.float32).tobytes(), of)
+
+    monkeypatch.setattr(feed, "write_teachers", write)
+    monkeypatch.setattr(feed, "reverse_kl", lambda opened, column: {"reverse_kl": -float(column.mean())})
+
+    def opened(*teachers: Teacher) -> None:
+        made = feed_of(tmp_path, monkeypatch, lambda number: "", ("teacher_logprobs",))
+        made.columns = replace(made.columns, teachers=teachers)
+        assert made.bring(view, lambda: False) is None
+        assert made.rounds.column("teacher_logprobs", 1 << 32, 1, 3).tolist() == [-2.0] * 3
+
+    math, served = Teacher("math", tmp_path, "a" * 64), Teacher("", urls=("http://a",))
+    opened(math, served)
+    assert [told["reverse_kl"] for name, told in view.told if name == "round"] == [2]
+    opened(math, replace(served, urls=("http://b",)))  # servers may move
+    with pytest.raises(UserError, match=r"teachers.json: the run's teachers are servers, math a{12}, and "
+                                        r"those of the command servers, math b{12}; resume with the ones"):
+        opened(replace(math, sha256="b" * 64), served)

@@ -20,7 +20,7 @@ from megatron_sov.infer.engines.server_process import EngineServers
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl import requests
 from megatron_sov.post.rl.generate import Missing, PieceQueue
-from megatron_sov.post.rl.requests import LiveServers, ResponseQueue, write_by_requests
+from megatron_sov.post.rl.requests import LiveServers, ResponseQueue, row_requests, write_by_requests
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.rollouts.prompts import RolloutPrompt, read_prompts
 from megatron_sov.rollouts.rows import LENGTH, UNFINISHED, Rollout, later
@@ -61,6 +61,7 @@ class Desk:
         self.fleet = Fleet(keepers, VOCAB, 4, look_s=0.02, backoff_s=(0.01, 0.05)).__enter__()
         self.engine = ServerEngine("vllm", self.fleet, folder, folder / "weights", 4)
         self.source = ResponseSource(Numbers(), rollout, "vllm", True, {})  # type: ignore[arg-type]
+        self.requests = row_requests(self.engine, self.source, 4)
         missing = Missing(self.store, Claims(self.store.claims, 60.0), self.prompts, rollout,
                           range(1, rollout.rounds + 1), self._policy_of,
                           partial(self._sampling, rollout))
@@ -107,14 +108,14 @@ def test_rounds_are_written_by_the_newest_policy_and_published_piece_by_piece(
         desks: Callable[..., Desk]) -> None:
     keepers = [DoubleKeeper(), DoubleKeeper()]
     desk = desks(keepers)
-    summary = write_by_requests(desk.engine, desk.take, desk.source, desk.queue, 4)
+    summary = write_by_requests(desk.requests, desk.take, desk.queue, 4)
     assert summary["parts"] == 3 and "round 2 waits for a policy" in summary["waits_for"]
     check_whole(desk.rows(1))
     # the samples of a prompt in one request
     asked = [body for keeper in keepers for body in keeper.doubles[0].asked]
     assert [body["sampling_params"]["n"] for body in asked] == [2, 2, 2]
     desk.newest = 1
-    again = write_by_requests(desk.engine, desk.take, desk.source, desk.queue, 4)
+    again = write_by_requests(desk.requests, desk.take, desk.queue, 4)
     assert again["parts"] == 6 and desk.taken == [1]
     check_whole(desk.rows(2))
     assert {int(v) for row in desk.rows(2) for v in row.versions} == {1}
@@ -125,7 +126,7 @@ def test_rounds_are_written_by_the_newest_policy_and_published_piece_by_piece(
 def test_servers_of_a_run_have_all_work_there_is_before_nobody_looks(
         is_live: bool, deadline_s: float, asked: int, desks: Callable[..., Desk]) -> None:
     desk = desks([DoubleKeeper(0.05)], replace(ROLLOUT, rounds=1, deadline_s=deadline_s))
-    requests = ResponseQueue(desk.engine, desk.source, desk.queue, None if is_live else desk.take, 1)
+    requests = ResponseQueue(desk.requests, desk.queue, None if is_live else desk.take, 1)
     assert requests.advance(0.0, lambda: True)
     assert sum(len(piece.rows) for piece in requests.under_way) == asked
     requests.close()
@@ -135,7 +136,7 @@ def test_a_server_that_dies_in_the_middle_costs_nothing_and_doubles_nothing(
         desks: Callable[..., Desk]) -> None:
     keepers = [DoubleKeeper(0.02), DoubleKeeper(0.02)]
     desk = desks(keepers, replace(ROLLOUT, rounds=1))
-    requests = ResponseQueue(desk.engine, desk.source, desk.queue, desk.take, 4)
+    requests = ResponseQueue(desk.requests, desk.queue, desk.take, 4)
     while not (asked := [double for keeper in keepers for double in keeper.doubles if double.asked]):
         assert requests.advance(0.02, lambda: True)
     asked[0].is_dead = True
@@ -149,20 +150,20 @@ def test_a_stop_gives_the_claims_back_and_the_next_command_writes_the_rest(
     desk = desks([DoubleKeeper(0.05)], replace(ROLLOUT, rounds=1))
     asked: list[bool] = []
     desk.queue.asked_to_stop = lambda: bool(asked)
-    requests = ResponseQueue(desk.engine, desk.source, desk.queue, desk.take, 4)
+    requests = ResponseQueue(desk.requests, desk.queue, desk.take, 4)
     assert requests.advance(0.05, lambda: True)
     asked.append(True)
     assert not requests.advance(1.0, lambda: True)
     requests.close()
     asked.clear()
-    write_by_requests(desk.engine, desk.take, desk.source, desk.queue, 4)
+    write_by_requests(desk.requests, desk.take, desk.queue, 4)
     check_whole(desk.rows(1))
 
 
 def test_a_deadline_keeps_what_is_written_and_the_next_policy_goes_on(desks: Callable[..., Desk]) -> None:
     keeper, now_s = DoubleKeeper(0.4), [0.0]
     desk = desks([keeper], replace(ROLLOUT, rounds=1, deadline_s=10.0))
-    requests = ResponseQueue(desk.engine, desk.source, desk.queue, desk.take, 8, lambda: now_s[0])
+    requests = ResponseQueue(desk.requests, desk.queue, desk.take, 8, lambda: now_s[0])
     requests.advance(1.0, lambda: keeper.doubles[0].num_written < 6)
     now_s[0], keeper.doubles[0].token_s = 20.0, 0.01
     requests.advance(1.0, lambda: not desk.store.parts(1))
@@ -180,7 +181,7 @@ def test_a_token_out_of_the_vocabulary_is_refused_before_a_server_dies_of_it(
     desk = desks([DoubleKeeper()], replace(ROLLOUT, rounds=1))
     desk.fleet._vocab_size = 12
     with pytest.raises(UserError, match="vocab_size = 12"):
-        write_by_requests(desk.engine, desk.take, desk.source, desk.queue, 4)
+        write_by_requests(desk.requests, desk.take, desk.queue, 4)
     assert not list(desk.store.parts(1))
 
 

@@ -6,6 +6,7 @@ import base64
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,7 +185,9 @@ def test_a_round_is_a_point_of_each_curve_and_a_row(tmp_path: Path) -> None:
     publish(tmp_path, 2, means=means(0.75), groups={"learns": 6, "all right": 2}, late=[["p", 1]],
             late_from=[[1, "q", 0, ""], [1, "q", 3, "all_right"]], unjudged={"failed": 3})
     publish(tmp_path, 1, means=means(0.5), groups={"learns": 8}, late=[], unjudged={})
-    section = SECTIONS["Rounds"].of(Run("rl", {}, rounds=read_rounds(tmp_path)))
+    told: list[dict[str, Any]] = [{"round": 2, "reverse_kl": 0.25, "reverse_kl_domains": {"sums": 0.5}}]
+    section = SECTIONS["Rounds"].of(Run("rl", {}, rounds=read_rounds(tmp_path), events={"round": told}))
+    assert values(section.charts[2]) == {"all": [0.25], "sums": [0.5]}
     assert values(section.charts[0]) == {"reward": [0.5, 0.75], "&lt;b&gt;form&lt;/b&gt;": [1, 1],
                                          "right": [0.5, 0.75]}
     assert values(section.charts[-1]) == {"all right": [0, 2], "learns": [8, 6]}

@@ -1,0 +1,194 @@
+"""`megatron-sov rl run --teacher ... --teacher-url ...`: what teachers say of the student's tokens, beside
+transformers; killed, and by two processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.errors import UserError
+from megatron_sov.cli import main
+from megatron_sov.commands.rl.rounds import _refuse_other_model
+from megatron_sov.model.config import ModelConfig
+from megatron_sov.runs.obs.events import read_events
+from megatron_sov.train.data.token_shards import open_sources
+from tests.token_servers import VllmDouble
+
+SETTINGS = ("rollout.rounds=2", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=1",
+            "rollout.piece_prompts=2", "rollout.max_new_tokens=6", "rollout.max_prompt_tokens=8",
+            "rollout.steps_per_round=2", "policy.method=opd", 'data.phases=[{"name": "main", "seq_len": 32}]',
+            "optim.lr=1e-2", "optim.warmup_steps=0", "train.eval_every_steps=0", "model.hidden_size=48",
+            "train.checkpoint_every_steps=2")
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rl-teachers")
+    (folder / "prompts.jsonl").write_text("".join(
+        json.dumps({"prompt": f"{i}?", "domain": "ab"[i % 2]}) + "\n" for i in range(8)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[VllmDouble]:
+    """A teacher that gives token t the log-probability -t / 100."""
+    found = VllmDouble(vocab_size=368)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def command(folder: Path, teacher: Path, tiny: list[str], server: VllmDouble) -> Command:
+    """Return `command(run, *more)`: the start is a checkpoint, the one before it the teacher of domain a."""
+    def command(run: str, *more: str) -> list[str]:
+        return ["rl", "run", "tiny-solar-open", *tiny, *(w for s in SETTINGS for w in ("--set", s)),
+                "--prompts", str(folder / "prompts.jsonl"), "--reward", "none", "--plain", "--from",
+                str(teacher), "--run", str(folder / run), "--store", str(folder / f"{run}-store"),
+                "--teacher", f"a={teacher / 'checkpoints/step-1'}", "--teacher-url", server.url, *more]
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, command: Command, run_command: Any) -> Path:
+    done = run_command(*command("whole"))
+    assert done.returncode == 0, done.stderr
+    return folder / "whole"
+
+
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(run / "events.jsonl") if event["event"] == name]
+
+
+def losses(run: Path) -> list[tuple[float, float]]:
+    """Return loss and gradient norm of each step; a killed run may have done one twice."""
+    return list({e["step"]: (e["loss"], e["grad_norm"]) for e in events(run, "step")}.values())
+
+
+def column(run: Path, number: int = 1) -> np.ndarray:
+    count = sum(len(ids) for ids, _ in documents(run, number))
+    return np.fromfile(run / f"rounds/{number:04d}.teacher_logprobs.f32", np.float32, count)
+
+
+def documents(run: Path, number: int) -> list[tuple[list[int], np.ndarray]]:
+    """Return the tokens of each document of a round, and which the student wrote."""
+    [source] = open_sources({str(run / f"rounds/{number:04d}"): 1.0}, 368, ("rollouts",))
+    found = source.shard("train")
+    return [(found.tokens(d, 0, n).tolist(), found.loss_weights(d, 0, n) > 0)
+            for d, n in enumerate(np.asarray(found.lengths[np.arange(len(found.lengths))]).tolist())]
+
+
+def hf_logprobs(checkpoint: Path, folder: Path, tokens: list[list[int]]) -> list[np.ndarray]:
+    """Return what transformers' model says of each token but the first of texts."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from megatron_sov.convert import to_hf
+
+    to_hf(checkpoint, folder, "float32")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = []
+    with torch.no_grad():
+        for ids in tokens:
+            said = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+            found.append(said[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].numpy())
+    return found
+
+
+def test_each_token_is_worth_what_its_teacher_gives_it_more_than_the_student(
+        whole: Path, teacher: Path, folder: Path) -> None:
+    there, domains = documents(whole, 1), []
+    for name, count in read_manifest(whole / "rounds/0001").content["document_domains"]:
+        domains += [name] * count
+    assert len(domains) == len(there) == 4 and set(domains) == {"a", "b"}
+    texts = [ids for ids, _ in there]
+    student = hf_logprobs(teacher / "checkpoints/step-2", folder / "hf-2", texts)
+    teachers = [found if domain == "a" else -np.array(ids[1:]) / 100 for domain, found, ids in zip(
+        domains, hf_logprobs(teacher / "checkpoints/step-1", folder / "hf-1", texts), texts, strict=True)]
+    expected = np.concatenate([[0.0, *found] for found in teachers])
+    assert np.allclose(column(whole), expected, atol=2e-5)
+
+    advantages = [(theirs - own)[written[1:]] for theirs, own, (_, written) in zip(
+        teachers, student, there, strict=True)]
+    told, step = events(whole, "round")[0], events(whole, "step")[0]
+    assert told["reverse_kl"] == pytest.approx(-np.concatenate(advantages).mean(), abs=2e-5)
+    for domain, apart in told["reverse_kl_domains"].items():
+        own = np.concatenate([a for a, name in zip(advantages, domains, strict=True) if name == domain])
+        assert apart == pytest.approx(-own.mean(), abs=2e-5)
+    # the first step has half of the prompts: of these each token counts the same, at ratios of 1
+    first = np.concatenate(advantages[:2])
+    assert step["meters"]["reverse_kl"] == pytest.approx(-first.mean(), abs=2e-5)
+    assert step["losses"]["policy"] == pytest.approx(-first.mean(), abs=2e-5)
+    assert abs(told["reverse_kl_domains"]["a"]) > 1e-4, "two checkpoints are two models"
+
+
+@pytest.mark.distributed
+def test_kills_change_no_bit_and_two_processes_little(whole: Path, folder: Path, command: Command,
+                                                      run_command: Any) -> None:
+    def weights(run: str) -> dict[str, str]:
+        files = read_manifest(folder / run / "checkpoints/step-4").files
+        return {name: record.digest for name, record in files.items() if name.endswith(".safetensors")}
+
+    done = run_command(*command("killed", "--inject", "kill@step=1,kill@step=3"))
+    assert done.returncode == 0, done.stderr
+    assert len(events(folder / "killed", "restart")) == 2
+    assert losses(folder / "killed") == losses(whole) and len(losses(whole)) == 4
+    assert weights("killed") == weights("whole") and weights("whole")
+    done = run_command(*command("ep2", "--nproc", "2", "--set", "parallel.ep=2"))
+    assert done.returncode == 0, done.stderr
+    assert np.allclose(losses(folder / "ep2"), losses(whole), rtol=1e-3, atol=1e-5)
+    assert np.allclose(column(folder / "ep2"), column(whole), atol=1e-4)
+    assert not list(folder.glob("*/rounds/*.teacher_logprobs.?.f32")), "what each said is put together"
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    (["--set", "policy.method=grpo", "--set", "rollout.samples_per_prompt=2"],
+     "learns from no teacher; set policy.method=opd, or policy.opd_coeff beside a reward"),
+    (["--teacher", "a=elsewhere"], "is of the same prompts; give each its domain"),
+    (["--set", "rollout.temperature=0.7"], "temperature = 0.7 must be 1: policy.opd_coeff = 1 compares"),
+])
+def test_what_cannot_be_learned_is_told_before_anything_begins(
+        more: list[str], said: str, folder: Path, command: Command, capsys: pytest.CaptureFixture[str]
+        ) -> None:
+    assert main(command("refused", *more)) == 2
+    assert said in capsys.readouterr().err
+    assert not (folder / "refused").exists()
+
+
+def test_prompts_that_nobody_reads_are_refused(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    words = command("refused")
+    assert main(words[:-2]) == 2  # without the server
+    assert "line 2 is of domain 'b', and the teachers are of 'a'; add" in capsys.readouterr().err
+    assert main(words[:-4]) == 2
+    assert "policy.opd_coeff = 1: needs a teacher; add --teacher" in capsys.readouterr().err
+    assert main([*words[:-4], "--set", "policy.method=dapo", "--set", "rollout.samples_per_prompt=2"]) == 2
+    assert "--reward none: policy.method = dapo learns from rewards; choose one" in capsys.readouterr().err
+
+
+def test_a_teacher_whose_weights_would_not_fit_is_told_by_its_first_field(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    config = recipes.get("tiny-solar-open")
+    own = config.model
+
+    def refused(model: ModelConfig, tokenizer: Path, *, is_hf: bool = False) -> str:
+        target: Any = SimpleNamespace(is_hf=is_hf, model=model, tokenizer_folder=tokenizer)
+        with pytest.raises(UserError) as told:
+            _refuse_other_model("here", target, config, tmp_path)
+        return str(told.value)
+
+    assert refused(replace(own, rope_theta=5.0, mtp_loss_coeff=9.0), tmp_path).startswith(
+        f"--teacher here: has model.rope_theta = 5.0, the run {own.rope_theta}, and its weights take")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/tokenizer.json").write_text("[]")
+    assert "has another tokenizer" in refused(replace(own, init_std=9.0), tmp_path / "other")
+    assert "convert from-hf`, or serve it by vLLM" in refused(own, tmp_path, is_hf=True)

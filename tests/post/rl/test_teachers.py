@@ -1,0 +1,115 @@
+"""Teachers at addresses: asked again, or told what is wrong; and each for its own documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.sealed import seal_damage
+from megatron_sov.train.data.rounds import Round
+from tests.token_servers import SglangDouble, VllmDouble
+
+LENGTHS = (3, 1, 4, 2, 5)
+DOMAINS = [["math", 2], ["", 1], ["code", 2]]
+
+
+class Told:
+    """Documents that count up from 5, written behind their first token."""
+
+    is_plain, columns = False, ("behaviour_logprobs",)
+    lengths = np.array(LENGTHS)
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        return np.arange(5 + start, 5 + start + count) + document
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        return np.minimum(np.arange(start, start + count), 1).astype(np.float32)
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        return np.full(count, -0.25, np.float32)
+
+
+@pytest.fixture
+def servers() -> Iterator[list[Any]]:
+    found: list[Any] = [VllmDouble(), SglangDouble()]
+    yield found
+    for server in found:
+        server.close()
+
+
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Round:
+    from megatron_sov.post.rl import teachers
+
+    manifest = SimpleNamespace(content={"document_domains": DOMAINS})
+    monkeypatch.setattr(teachers, "read_manifest", lambda path: manifest)
+    monkeypatch.setattr(teachers, "BACKOFF_S", (0.001, 0.001))
+    monkeypatch.setattr(teachers, "on_main", lambda world, action: action())
+    documents: Any = Told()
+    return Round(tmp_path / "0001", documents, (range(5),), {}, np.array([0, *np.cumsum(LENGTHS)]))
+
+
+VIEW: Any = SimpleNamespace(world=None, checkpointer=SimpleNamespace(advance=lambda: None))
+
+
+def told(opened: Round, *teachers: Any) -> list[float]:
+    """Return what teachers say of a round, in hundredths."""
+    from megatron_sov.post.rl.teachers import write_teachers
+
+    def no_weights(*_: Any) -> None:
+        raise AssertionError("nobody is a checkpoint")
+
+    file = opened.path.with_name("0001.teacher_logprobs.f32")
+    write_teachers(VIEW, teachers, opened, file, "these", no_weights)
+    assert seal_damage(file, "these") is None and [f.name for f in file.parent.iterdir()] == [file.name]
+    return (np.fromfile(file, np.float32, sum(LENGTHS)) * -100).round(3).tolist()
+
+
+def test_each_teacher_reads_its_own_documents_and_servers_share_them(opened: Round, servers: list[Any]
+                                                                     ) -> None:
+    from megatron_sov.post.rl.teachers import Teacher, reverse_kl
+
+    one, other = servers
+    expected = [0, 6, 7, 0, 0, 8, 9, 10, 0, 9, 0, 10, 11, 12, 13]
+    assert told(opened, Teacher("", urls=(one.url,)), Teacher("code", urls=(other.url,))) == expected
+    assert [len(asked["input_ids"]) for asked in other.asked] in ([2, 5], [5, 2])
+    assert sorted(len(asked["token_ids"]) for asked in one.asked) == [3, 4], "one token has no label"
+    found = reverse_kl(opened, np.array(expected) / -100)
+    apart = np.array(expected)[np.array(expected) > 0] / 100 - 0.25
+    assert found["reverse_kl"] == pytest.approx(apart.mean())
+    domains: Any = found["reverse_kl_domains"]
+    assert domains == {"code": pytest.approx(apart[5:].mean()), "math": pytest.approx(apart[:2].mean())}
+    with pytest.raises(UserError, match=r"responses of domain '(math|)', and no teacher reads it; pass"):
+        told(opened, Teacher("code", urls=(other.url,)))
+
+
+def test_a_server_that_is_away_is_asked_again_and_one_that_refuses_is_told(opened: Round, servers: list[Any]
+                                                                           ) -> None:
+    from megatron_sov.post.rl.teachers import Teacher
+
+    one, other = servers
+    expected = told(opened, Teacher("", urls=(one.url,)))
+    other.is_dead = True
+    assert told(opened, Teacher("", urls=(other.url, one.url))) == expected, "the other server answers"
+    one.refuses = lambda path: path.startswith("/inference")
+    with pytest.raises(UserError, match=r"--teacher-url http://.*: refuses \d tokens: .* HTTP 404"):
+        told(opened, Teacher("", urls=(one.url,)))
+    one.is_dead = True
+    with pytest.raises(UserError, match=r"HTTP 500: EngineCore .*; see whether the server runs there"):
+        told(opened, Teacher("", urls=(one.url,)))
+
+
+def test_what_is_no_probability_is_no_answer() -> None:
+    from megatron_sov.post.rl.teachers import _checked
+    from megatron_sov.work.endpoints.answers import BadAnswer
+
+    with pytest.raises(BadAnswer, match=r"was to tell 2 log-probabilities, and tells 2, 1 of them finite"):
+        _checked([-1.0, float("-inf")], 2, "http://a")
+    with pytest.raises(BadAnswer, match="was to tell 3 log-probabilities, and tells 1"):
+        _checked([-1.0], 3, "http://a")
