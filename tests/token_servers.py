@@ -121,6 +121,8 @@ class VllmDouble(HttpDouble):
             _, found = self._generate({**body, "token_ids": body["prompt"], "sampling_params": body})
             choice = found["choices"][0]
             logprobs = [place["logprob"] for place in choice["logprobs"]["content"]]
+            if body.get("echo"):
+                logprobs = [None, *(-token / 100 for token in body["prompt"][1:]), *logprobs]
             return 200, {"choices": [{name: choice[name] for name in ("token_ids", "finish_reason")}
                                      | {"logprobs": {"token_logprobs": logprobs}}]}
         if path != "/health":
