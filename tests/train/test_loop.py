@@ -60,6 +60,12 @@ class Recorded:
         assert self.watched is None, "data that are waited for are no hang"
         return self.missing
 
+    missing_at_the_end: str | None = None
+
+    def conclude(self, stop: Any) -> str | None:
+        assert self.watched is None, "what is still to be done at the end is no hang"
+        return self.missing_at_the_end
+
     def is_saved_at(self, step: int) -> bool:
         return bool(step % self.config.train.checkpoint_every_steps == 0)
 
@@ -198,3 +204,12 @@ def test_a_signal_sets_the_flag(number: signal.Signals) -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(int(number))], capture_output=True, text=True,
                           env=os.environ, check=False)
     assert (done.returncode, done.stdout.split()) == (0, ["None", number.name]), done.stderr
+
+
+def test_what_is_still_to_be_done_at_the_end_holds_the_run_open() -> None:
+    trainer = Recorded(num_steps=1)
+    trainer.missing_at_the_end = "asked to stop in the last validation"
+
+    complete, found = actions(trainer)
+    assert not complete
+    assert found[-1] == "stop 1" and "run_end 1" not in found

@@ -91,6 +91,7 @@ def line_of(worker: subprocess.Popen[str]) -> str:
 def test_all_tensors_reach_each_worker_then_others_over_another_group_until_one_dies(
         workers: list[subprocess.Popen[str]], tmp_path: Path) -> None:
     first, second = dict(list(TENSORS.items())[:3]), dict(list(TENSORS.items())[3:])
+    before = threading.active_count()
     for sent in ([saved(tmp_path, first), saved(tmp_path, second, "1")], [saved(tmp_path, first, "2")]):
         found: list[dict[str, Any]] = []
 
@@ -103,6 +104,8 @@ def test_all_tensors_reach_each_worker_then_others_over_another_group_until_one_
         expected = {name: [str(t.dtype), list(t.shape), t.flatten().float().tolist()]
                     for name, t in (TENSORS if len(sent) == 2 else first).items()}
         assert found == [expected, expected]
+        # the thread and what it holds of the files go
+        wait_until(lambda: threading.active_count() <= before)
 
 
     # all of it is more than sockets hold
