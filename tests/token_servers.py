@@ -123,9 +123,11 @@ class VllmDouble(HttpDouble):
             status, found = self._generate({**body, "token_ids": body["prompt"], "sampling_params": body})
             if status != 200:
                 return status, found
+            echoed = [None, *(-token / 100 for token in body["prompt"][1:])] if body.get("echo") else []
             return 200, {"choices": [
                 {name: choice[name] for name in ("token_ids", "finish_reason")}
-                | {"logprobs": {"token_logprobs": [p["logprob"] for p in choice["logprobs"]["content"]]}}
+                | {"logprobs": {"token_logprobs": [
+                    *echoed, *(place["logprob"] for place in choice["logprobs"]["content"])]}}
                 for choice in found["choices"]]}
         if path != "/health":
             self.orders.append(path)

@@ -242,8 +242,8 @@ class TeacherOptions:
     """A teacher of the model's own architecture; with DOMAIN of prompts of that `domain` alone; may be
     repeated."""
     teacher_url: Annotated[tuple[str, ...], Flag(value="[DOMAIN=]URL")] = ()
-    """A server of vLLM or SGLang with a teacher of any size and the model's tokenizer; may be repeated, also
-    for one teacher."""
+    """A server of vLLM, SGLang or `megatron-sov serve` with a teacher of any size and the model's tokenizer;
+    may be repeated, also for one teacher."""
 
     def given(self) -> list[tuple[str, str, str]]:
         """Return the option, domain and place of each teacher."""
@@ -311,7 +311,7 @@ def teachers_of(args: TeacherOptions, config: RunConfig, tokenizer: Path) -> tup
 
 
 def _refuse_other_model(given: str, target: Target, config: RunConfig, tokenizer: Path) -> None:
-    elsewhere = "serve it by vLLM or SGLang, and pass --teacher-url"
+    elsewhere = "serve it (`megatron-sov serve`), and pass --teacher-url"
     if target.is_hf:
         raise UserError(f"--teacher {given}: is a Hugging Face folder; make a checkpoint of it with "
                         f"`megatron-sov convert from-hf`, or {elsewhere}")

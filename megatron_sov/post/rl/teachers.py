@@ -264,7 +264,7 @@ class _Asking:
             except NeverAnswered as e:
                 raise UserError(f"--teacher-url {server.url}: refuses {len(ids)} tokens: {e}; it needs the "
                                 "student's tokenizer and room for rollout.max_prompt_tokens + "
-                                "rollout.max_new_tokens; start vLLM with --enable-scale-out") from None
+                                "rollout.max_new_tokens") from None
             except (BadAnswer, TimeoutError) as e:
                 said = str(e)
             if self._is_over.wait(min(BACKOFF_S[0] * 2 ** attempt, BACKOFF_S[1])):

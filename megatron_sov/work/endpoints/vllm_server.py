@@ -63,15 +63,28 @@ class VllmServer:
 
     def score(self, ids: Sequence[int]) -> list[float]:
         """Return log-probabilities of what is given, see `TokenServer`."""
-        found = self._calls.ask(WRITE, {
-            "request_id": uuid.uuid4().hex, "token_ids": list(ids),
-            # a cache of its own: what is in the cache has no log-probabilities any more
-            "cache_salt": uuid.uuid4().hex,
-            "sampling_params": {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "ignore_eos": True,
-                                "detokenize": False}})
+        if self._path == WRITE:
+            try:
+                found = self._calls.ask(WRITE, {
+                    "request_id": uuid.uuid4().hex, "token_ids": list(ids),
+                    # a cache of its own: what is in the cache has no log-probabilities any more
+                    "cache_salt": uuid.uuid4().hex,
+                    "sampling_params": {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0,
+                                        "ignore_eos": True, "detokenize": False}})
+            except NeverAnswered as e:
+                if "HTTP 404" not in str(e):
+                    raise
+                self._path = COMPLETIONS
+            else:
+                with AnswerReading(self.url):
+                    return [float(place[str(token)]["logprob"])
+                            for place, token in zip(found["prompt_logprobs"][1:], ids[1:], strict=True)]
+        # of every server of completions: the prompt comes back, with one token behind it
+        found = self._calls.ask(COMPLETIONS, {"prompt": list(ids), "model": self._named(), "max_tokens": 1,
+                                              "temperature": 1.0, "echo": True, "logprobs": 0,
+                                              "request_id": uuid.uuid4().hex})
         with AnswerReading(self.url):
-            return [float(place[str(token)]["logprob"])
-                    for place, token in zip(found["prompt_logprobs"][1:], ids[1:], strict=True)]
+            return [float(value) for value in found["choices"][0]["logprobs"]["token_logprobs"][1:len(ids)]]
 
     def abort(self, requests: Sequence[TokenRequest]) -> None:
         """End requests, see `TokenServer`."""
@@ -117,9 +130,7 @@ class VllmServer:
                             is_away=True) from None
 
     def _completions(self, request: TokenRequest, chosen: Mapping[str, Any]) -> list[TokenAnswer]:
-        if not self._model:
-            self._model = self._only_model()
-        body = dict(chosen) | {"prompt": list(request.ids), "model": self._model, "return_token_ids": True,
+        body = dict(chosen) | {"prompt": list(request.ids), "model": self._named(), "return_token_ids": True,
                                "request_id": request.name}
         body.pop("detokenize")
         found = self._calls.ask(COMPLETIONS, body)
@@ -128,10 +139,13 @@ class VllmServer:
                                 [float(value) for value in choice["logprobs"]["token_logprobs"]],
                                 str(choice["finish_reason"])) for choice in found["choices"]]
 
-    def _only_model(self) -> str:
-        found = self._calls.look("/v1/models")
-        with AnswerReading(self.url):
-            return str(found["data"][0]["id"])
+    def _named(self) -> str:
+        """Return the name of the server's only model."""
+        if not self._model:
+            found = self._calls.look("/v1/models")
+            with AnswerReading(self.url):
+                self._model = str(found["data"][0]["id"])
+        return self._model
 
 
 def _read_tokens(found: Any, url: str) -> list[TokenAnswer]:

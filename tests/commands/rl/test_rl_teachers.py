@@ -191,4 +191,4 @@ def test_a_teacher_whose_weights_would_not_fit_is_told_by_its_first_field(tmp_pa
     (tmp_path / "other").mkdir()
     (tmp_path / "other/tokenizer.json").write_text("[]")
     assert "has another tokenizer" in refused(replace(own, init_std=9.0), tmp_path / "other")
-    assert "convert from-hf`, or serve it by vLLM" in refused(own, tmp_path, is_hf=True)
+    assert "convert from-hf`, or serve it (`" in refused(own, tmp_path, is_hf=True)

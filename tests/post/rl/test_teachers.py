@@ -98,6 +98,8 @@ def test_a_server_that_is_away_is_asked_again_and_one_that_refuses_is_told(opene
     other.is_dead = True
     assert told(opened, Teacher("", urls=(other.url, one.url))) == expected, "the other server answers"
     one.refuses = lambda path: path.startswith("/inference")
+    assert told(opened, Teacher("", urls=(one.url,))) == expected, "as of every server of completions"
+    one.refuses = lambda path: path.startswith(("/inference", "/v1/completions"))
     with pytest.raises(UserError, match=r"--teacher-url http://.*: refuses \d tokens: .* HTTP 404"):
         told(opened, Teacher("", urls=(one.url,)))
     one.is_dead = True

@@ -84,6 +84,7 @@ def test_a_server_without_the_route_of_tokens_is_asked_by_completions(double: Vl
     double.refuses = lambda path: path == "/inference/v1/generate"
     [answer] = VllmServer(double.url + "/v1").write(TokenRequest("a", PROMPT, 4))
     assert answer == TokenAnswer(words(4), [-t / 100 for t in words(4)], "length")
+    assert VllmServer(double.url).score([4, 9, 8]) == [-0.09, -0.08]
 
 
 def test_what_is_no_answer_is_told_apart_from_what_never_will_be(double: VllmDouble) -> None:
