@@ -97,7 +97,7 @@ def report(folder: Path) -> None:
     told = {seed: apart(folder / f"opd-{seed}") for seed in seeds}
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, load "
           f"{os.getloadavg()[0]:.0f}, Python {platform.python_version()}; seeds "
-          f"{', '.join(map(str, seeds))}; rounds of a step: "
+          f"{', '.join(map(str, seeds))}; rounds of one step: "
           f"{', '.join(str(len(rounds)) for rounds in told.values())}\n")
     rows = {"KL(teacher || student), held out, start": [kl(folder / f"asked-start-{s}") for s in seeds],
             "the same, after on-policy distillation": [kl(folder / f"asked-opd-{s}") for s in seeds],
