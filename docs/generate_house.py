@@ -38,6 +38,7 @@ SAYS = {
     "post": "SFT, distillation, preferences, RL, longer contexts",
     "omni": "pictures and sounds: files, tokens, networks, judging",
     "bench": "the harness's tasks, suites, contamination",
+    "proof": "a layout beside one process",
     "serve": "an OpenAI-compatible address",
     "operate": "Slurm, Kubernetes, bundles, the doctor",
     "publish": "reports, cards, ladders",

@@ -16,9 +16,9 @@ from megatron_sov.plan.search import space
 PAGE = (Path(__file__).parents[1] / "docs/plan.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
-OF_FILES = ("--table", "--calibrate", "--calibrate-engine", "--parameters")
-"""Commands that read what a user has; `tests/plan/test_tables.py`, `test_calibrate.py` and
-`test_engine.py` run them."""
+OF_FILES = ("--table", "--calibrate", "--calibrate-engine", "--parameters", "--prove")
+"""Commands that read what a user has, or play all processes: `tests/plan/test_tables.py`,
+`test_calibrate.py`, `test_engine.py` and `tests/proof` run them."""
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def halve(parts: Sequence[Any]) -> None:
 def test_right_layouts_are_equal(small: Miniature, whole: Any) -> None:
     verdict = proving.prove(small, whole=whole)
 
-    assert verdict.outcome == EQUAL and verdict.places == []
+    assert (verdict.outcome, verdict.places) == (EQUAL, [])
     assert verdict.largest < 1e-12
     assert verdict.compared["tensors"] > 200 and verdict.messages > 500
 

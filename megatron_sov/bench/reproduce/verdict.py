@@ -12,8 +12,6 @@ from pathlib import Path
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
-import numpy as np
-
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.bench.reproduce.claims import Change, Claim, ClaimsFile, OrderTest, Registered
@@ -64,6 +62,8 @@ def power_of(difference: float, sd: float, num_seeds: int) -> float:
     of a sample beside the true one, s^2 (n - 1) ~ chi^2."""
     freedom = num_seeds - 1
     quantile = student_quantile((1 + CONFIDENCE) / 2, freedom)
+    import numpy as np
+
     s = np.linspace(1e-9, 1 + 12 / math.sqrt(2 * freedom), NUM_NODES)
     log_density = ((freedom - 1) * np.log(s) - freedom * s**2 / 2 + freedom / 2 * math.log(freedom / 2)
                    + math.log(2) - math.lgamma(freedom / 2))

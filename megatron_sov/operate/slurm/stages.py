@@ -227,6 +227,13 @@ def work_of(stage: str, arguments: list[str], commands: Commands) -> StageWork:
     return reader(arguments, typed) if reader else _training(stage, arguments, options_of(typed))
 
 
+def _teachers(args: Any) -> list[Path | None]:
+    """Return the folders of teachers: of a run of rewards there may be one for each domain."""
+    if hasattr(args, "given"):
+        return [Path(place) for option, _, place in args.given() if option == "--teacher"]
+    return [getattr(args, "teacher", None)]
+
+
 def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
@@ -246,7 +253,8 @@ def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
     # checked before submission: a job should not wait for days to say that a folder is missing
     inputs = [_path_of(text) for text in args.data or config.data.paths]
     others = (args.start_from, *args.configs,
-              *(getattr(args, name, None) for name in ("teacher", "reference", "prompts")))
+              *(getattr(args, name, None) for name in ("reference", "prompts", "validation")),
+              *_teachers(args))
     inputs += [path for path in others if path is not None]
     return StageWork(stage, tuple(argv), run, run / JOBS, run / COMPLETION,
                      inputs=tuple(p.absolute() for p in inputs), data=tuple(args.data), config=config,
