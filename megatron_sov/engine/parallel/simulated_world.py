@@ -115,7 +115,7 @@ class SimulatedRanks:
         pass_over_warnings()
         found: list[Any] = [None] * self.size
         before = _own_of_process()
-        self._own = [dict(before) for _ in range(self.size)]
+        self._own = [before | _own_at_first() for _ in range(self.size)]
 
         def play(rank: int) -> None:
             self._turns[rank].acquire()
@@ -473,6 +473,15 @@ def _own_places() -> Iterator[tuple[Any, str]]:
             yield random, name
     yield MTPLossLoggingHelper, "tracker"
     yield distributed_c10d, "_world"
+
+
+def _own_at_first() -> dict[tuple[Any, str], Any]:
+    """Return what a process makes for itself when it begins: what this one has made before is not shared."""
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    return {(random, "_CUDA_RNG_STATE_TRACKER"): None, (random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED"): False,
+            (MTPLossLoggingHelper, "tracker"): {}}
 
 
 def _own_of_process() -> dict[tuple[Any, str], Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from typing import Any
 
 import pytest
@@ -121,22 +119,3 @@ def test_places_are_counted() -> None:
     ranks.run(ParallelConfig(), lambda place: dist.barrier())
 
     assert ranks.sites == {CallSite("barrier", "WORLD", "outside of the library"): 2}
-
-
-def test_an_interrupt_ends_all_processes() -> None:
-    ended: list[int] = []
-
-    def body(place: ParallelWorld) -> None:
-        try:
-            if place.rank == 0:
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-            while True:
-                dist.barrier()
-        finally:
-            ended.append(place.rank)
-
-    with pytest.raises(KeyboardInterrupt):
-        SimulatedRanks(2).run(ParallelConfig(), body)
-
-    # those that have begun; none computes on
-    assert 0 in ended
