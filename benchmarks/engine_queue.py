@@ -45,9 +45,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
+from rl_delay import Numbers
 
 from megatron_sov.base.digests import SHA256, file_digest
 from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet
@@ -219,24 +219,6 @@ class CountedFleet(Fleet):
         with self.world.changed:
             self.world.finished += 1
             self.world.changed.notify_all()
-
-
-class Numbers:
-    """In the place of a tokenizer: a prompt says its only id."""
-
-    end_ids = (END,)
-
-    def ask(self, prompts: Sequence[Any]) -> list[list[int]]:
-        """Return prompts' tokens."""
-        return [[int(p.messages[-1].content)] for p in prompts]
-
-    def decode(self, tokens: list[int]) -> str:
-        """Return nothing: no reward reads it."""
-        return ""
-
-    def opened_thoughts(self, ids: Sequence[int]) -> str:
-        """Return that no prompt opens any."""
-        return ""
 
 
 class Simulation:

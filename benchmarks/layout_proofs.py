@@ -83,7 +83,7 @@ WAYS: dict[str, tuple[bool, Callable[[str, Sequence[Any]], None]]] = {
 
 
 @dataclass
-class Fault:
+class PlantedFault:
     """Does one thing wrongly."""
 
     site: Any
@@ -169,7 +169,7 @@ def faults() -> bool:
             assert prove(small, noted, whole).outcome == EQUAL, recipe
             for site in sites:
                 for way in WAYS:
-                    fault = Fault(site, way)
+                    fault = PlantedFault(site, way)
                     verdict = prove(small, fault, whole)
                     if not fault.changes:
                         continue  # all had the same, or nothing: it is no fault

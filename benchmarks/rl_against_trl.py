@@ -29,6 +29,39 @@ from rl_learning import HERE, MODEL, Seed, run, words
 
 PROMPTS, SAMPLES, NEW_TOKENS = 32, 8, 12
 SKIPPED = 2
+TRAINER = '''def exact(completions, answer, **_):
+    return [float(c[0]["content"].strip() == a) for c, a in zip(completions, answer)]
+
+
+class Clock(TrainerCallback):
+    def on_step_begin(self, *args, **kwargs):
+        times["generate"].append([0.0, 0.0])
+        self.began = now()
+
+    def on_step_end(self, *args, **kwargs):
+        times["step"].append(since(self.began))
+
+
+count = int(size) * int(samples)
+trainer = GRPOTrainer(
+    model=folder, reward_funcs=exact, train_dataset=data, callbacks=[Clock()],
+    processing_class=AutoTokenizer.from_pretrained(folder),
+    args=GRPOConfig(output_dir=out + ".trl", use_cpu=True, max_steps=int(steps), num_generations=int(samples),
+                    per_device_train_batch_size=count, gradient_accumulation_steps=1, beta=0.0,
+                    max_completion_length=int(length), temperature=1.0, learning_rate=5e-4, report_to=[],
+                    loss_type="grpo", save_strategy="no", logging_strategy="no", bf16=False,
+                    gradient_checkpointing=False, dataloader_num_workers=0, shuffle_dataset=FalseMORE))
+inner = trainer._generate
+
+
+def timed(*args, **kwargs):
+    began = now()
+    try:
+        return inner(*args, **kwargs)
+    finally:
+        times["generate"][-1] = [a + b for a, b in zip(times["generate"][-1], since(began))]
+'''
+"""Of both scripts beside TRL: the trainer as `trainer`, with a clock; `MORE` stands for further settings."""
 TRL_SCRIPT = '''
 import json, sys, time
 import torch
@@ -52,38 +85,7 @@ def since(began):
     return [b - a for a, b in zip(began, now())]
 
 
-def exact(completions, answer, **_):
-    return [float(c[0]["content"].strip() == a) for c, a in zip(completions, answer)]
-
-
-class Clock(TrainerCallback):
-    def on_step_begin(self, *args, **kwargs):
-        times["generate"].append([0.0, 0.0])
-        self.began = now()
-
-    def on_step_end(self, *args, **kwargs):
-        times["step"].append(since(self.began))
-
-
-count = int(size) * int(samples)
-trainer = GRPOTrainer(
-    model=folder, reward_funcs=exact, train_dataset=data, callbacks=[Clock()],
-    processing_class=AutoTokenizer.from_pretrained(folder),
-    args=GRPOConfig(output_dir=out + ".trl", use_cpu=True, max_steps=int(steps), num_generations=int(samples),
-                    per_device_train_batch_size=count, gradient_accumulation_steps=1, beta=0.0,
-                    max_completion_length=int(length), temperature=1.0, learning_rate=5e-4, report_to=[],
-                    loss_type="grpo", save_strategy="no", logging_strategy="no", bf16=False,
-                    gradient_checkpointing=False, dataloader_num_workers=0, shuffle_dataset=False))
-inner = trainer._generate
-
-
-def timed(*args, **kwargs):
-    began = now()
-    try:
-        return inner(*args, **kwargs)
-    finally:
-        times["generate"][-1] = [a + b for a, b in zip(times["generate"][-1], since(began))]
-
+''' + TRAINER.replace("MORE", "") + '''
 
 trainer._generate = timed
 trainer.train()

@@ -32,6 +32,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from rl_against_trl import TRAINER
 from rl_engine_learning import QUIET, DenseSeed
 from rl_learning import HERE
 from seed_runs import run, words
@@ -59,6 +60,8 @@ def since(began):
 
 times = {"generate": [], "step": [], "tokens": []}
 '''
+SERVED = ''',
+                    use_vllm=True, vllm_mode="server", vllm_server_base_url=url'''
 TRL_SCRIPT = CLOCK + '''
 from importlib import import_module
 
@@ -98,39 +101,7 @@ data = Dataset.from_list([{"prompt": [{"role": "user", "content": r["prompt"]}],
                           for r in rows])
 
 
-def exact(completions, answer, **_):
-    return [float(c[0]["content"].strip() == a) for c, a in zip(completions, answer)]
-
-
-class Clock(TrainerCallback):
-    def on_step_begin(self, *args, **kwargs):
-        times["generate"].append([0.0, 0.0])
-        self.began = now()
-
-    def on_step_end(self, *args, **kwargs):
-        times["step"].append(since(self.began))
-
-
-count = int(size) * int(samples)
-trainer = GRPOTrainer(
-    model=folder, reward_funcs=exact, train_dataset=data, callbacks=[Clock()],
-    processing_class=AutoTokenizer.from_pretrained(folder),
-    args=GRPOConfig(output_dir=out + ".trl", use_cpu=True, max_steps=int(steps), num_generations=int(samples),
-                    per_device_train_batch_size=count, gradient_accumulation_steps=1, beta=0.0,
-                    max_completion_length=int(length), temperature=1.0, learning_rate=5e-4, report_to=[],
-                    loss_type="grpo", save_strategy="no", logging_strategy="no", bf16=False,
-                    gradient_checkpointing=False, dataloader_num_workers=0, shuffle_dataset=False,
-                    use_vllm=True, vllm_mode="server", vllm_server_base_url=url))
-inner = trainer._generate
-
-
-def timed(*args, **kwargs):
-    began = now()
-    try:
-        return inner(*args, **kwargs)
-    finally:
-        times["generate"][-1] = [a + b for a, b in zip(times["generate"][-1], since(began))]
-
+''' + TRAINER.replace("MORE", SERVED) + '''
 
 client = trainer.vllm_generation.vllm_client
 asked = client.generate

@@ -76,7 +76,7 @@ class OrderTest:
 
 
 @dataclass(frozen=True)
-class Change:
+class ClaimChange:
     """That a claim was changed after it had run."""
 
     sha256: Annotated[str, MinLen(ADDRESS_CHARS)]
@@ -86,7 +86,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Published:
+class PaperFinding:
     """The paper's own figures."""
 
     head: tuple[str, ...]
@@ -94,14 +94,14 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Claim:
+class PaperClaim:
     """An ordering that a paper reports, and how it is tested here."""
 
     says: str
     """The paper's sentence, or its sense."""
     source: str
     """Section or table."""
-    published: Published
+    published: PaperFinding
     here: str
     """What is other at this size."""
     seeds: Annotated[int, Gt(1)]
@@ -115,7 +115,7 @@ class Claim:
     """Commands that the arms of a seed share."""
     quick: bool = False
     """Whether --quick runs it."""
-    changes: tuple[Change, ...] = ()
+    changes: tuple[ClaimChange, ...] = ()
 
     def problems(self) -> list[SettingsProblem]:
         known = {"measure": [*self.measures], "lower": [*self.arms], "higher": [*self.arms]}
@@ -131,7 +131,7 @@ class ClaimsFile:
 
     seed: str
     paper: str
-    claims: Annotated[dict[str, Claim], MinLen(1)]
+    claims: Annotated[dict[str, PaperClaim], MinLen(1)]
     words: dict[str, str] = field(default_factory=dict)
     """Name -> words of commands that several share."""
     setup: dict[str, Commands] = field(default_factory=dict)
@@ -179,7 +179,7 @@ class Registered:
     """A claim as it stands in its file, and its address."""
 
     name: str
-    claim: Claim
+    claim: PaperClaim
     setup: dict[str, tuple[str, ...]]
     """What it needs, words written out, in order."""
     declared: Mapping[str, Any]

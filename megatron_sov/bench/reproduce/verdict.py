@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
-from megatron_sov.bench.reproduce.claims import Change, Claim, ClaimsFile, OrderTest, Registered
+from megatron_sov.bench.reproduce.claims import ClaimChange, ClaimsFile, OrderTest, PaperClaim, Registered
 from megatron_sov.bench.reproduce.running import changed, claim_folder, earlier_forms, seeds_of
 from megatron_sov.eval.statistics import CONFIDENCE, student_quantile
 
@@ -25,7 +25,7 @@ PAGE = "reproduce.html"
 HEAD = ["claim", "test", "bound", "difference over seeds", "planned", "power", "seeds", "verdict"]
 
 
-class Outcome(StrEnum):
+class ClaimOutcome(StrEnum):
     """What a claim comes to."""
 
     HOLDS = "holds"
@@ -42,7 +42,7 @@ class Tested:
     """Higher less lower, seed by seed."""
     interval: tuple[float, float] | None
     """Of their mean; None: one seed tells nothing."""
-    outcome: Outcome
+    outcome: ClaimOutcome
     power: float
     """Chance to see the difference that was planned for, with the seeds of the claim."""
 
@@ -72,25 +72,25 @@ def power_of(difference: float, sd: float, num_seeds: int) -> float:
     return float(np.trapezoid(np.exp(log_density) * above, s))
 
 
-def apply_test(test: OrderTest, claim: Claim, found: Mapping[int, Figures]) -> Tested:
+def apply_test(test: OrderTest, claim: PaperClaim, found: Mapping[int, Figures]) -> Tested:
     """Return what seeds say of a test; fewer of them than the claim asks for decide nothing."""
     differences = tuple(figures[test.higher][test.measure] - figures[test.lower][test.measure]
                         for _, figures in sorted(found.items()))
     interval = paired_interval(differences)
-    outcome = Outcome.UNDECIDED
+    outcome = ClaimOutcome.UNDECIDED
     if interval is not None and len(differences) >= claim.seeds:
-        outcome = (Outcome.HOLDS if interval[0] > test.more_than
-                   else Outcome.FAILS if interval[1] <= test.more_than else Outcome.UNDECIDED)
+        outcome = (ClaimOutcome.HOLDS if interval[0] > test.more_than
+                   else ClaimOutcome.FAILS if interval[1] <= test.more_than else ClaimOutcome.UNDECIDED)
     return Tested(test, differences, interval, outcome,
                   power_of(test.power.difference, test.power.sd, claim.seeds))
 
 
-def outcome_of(tested: Sequence[Tested]) -> Outcome:
+def outcome_of(tested: Sequence[Tested]) -> ClaimOutcome:
     """Return what the tests of a claim come to: it holds where all do."""
     outcomes = {t.outcome for t in tested}
-    if Outcome.FAILS in outcomes:
-        return Outcome.FAILS
-    return Outcome.HOLDS if outcomes == {Outcome.HOLDS} else Outcome.UNDECIDED
+    if ClaimOutcome.FAILS in outcomes:
+        return ClaimOutcome.FAILS
+    return ClaimOutcome.HOLDS if outcomes == {ClaimOutcome.HOLDS} else ClaimOutcome.UNDECIDED
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Judged:
         return [apply_test(test, claim, self.found) for test in claim.tests]
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> ClaimOutcome:
         return outcome_of(self.tested)
 
 
@@ -158,7 +158,7 @@ def _name(test: OrderTest) -> str:
 
 def page(claims: ClaimsFile, judged: Sequence[Judged]) -> str:
     """Return the page as HTML."""
-    held = sum(j.outcome == Outcome.HOLDS for j in judged)
+    held = sum(j.outcome == ClaimOutcome.HOLDS for j in judged)
     return render("Reproduction", f"{claims.seed}: {held} of {len(judged)} claims hold", claims.paper,
                   [_chapter(j) for j in judged], overview=("Claims", rows(judged)), anchor="claim")
 
@@ -186,7 +186,7 @@ def _chapter(judged: Judged) -> Chapter:
         PageSection("Declared", f"sha256 {registered.sha256}", json=to_json(dict(registered.declared)))])
 
 
-def _changes(changes: Sequence[Change], earlier: Mapping[str, str]) -> list[PageTable]:
+def _changes(changes: Sequence[ClaimChange], earlier: Mapping[str, str]) -> list[PageTable]:
     if not changes:
         return []
     return [PageTable(["form", "date", "why", "what it was, and gave here"], [

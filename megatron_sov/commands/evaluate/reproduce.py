@@ -15,7 +15,7 @@ from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, num_cores, read_options
 from megatron_sov.bench.reproduce.claims import ClaimsFile, find_file, read_claims, register
 from megatron_sov.bench.reproduce.running import RESULTS, Order
-from megatron_sov.bench.reproduce.verdict import PAGE, Judged, Outcome, judge, page, result, rows
+from megatron_sov.bench.reproduce.verdict import PAGE, ClaimOutcome, Judged, judge, page, result, rows
 from megatron_sov.work.progress.jobs import run_job, run_share
 from megatron_sov.work.progress.journal import begin_journal, done_items, slurm_folder
 from megatron_sov.work.progress.progress_bar import work_bar
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     judged = [judge(options.output, c, found[c.name]) for c in registered]
     _print(judged)
     print(f"{options.output / PAGE}: opens in any browser without a network")
-    return ExitCode.OK if all(j.outcome == Outcome.HOLDS for j in judged) else ExitCode.GATE_FAILED
+    return ExitCode.OK if all(j.outcome == ClaimOutcome.HOLDS for j in judged) else ExitCode.GATE_FAILED
 
 
 def _chosen(options: ReproduceOptions, claims: ClaimsFile) -> list[str]:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.post.rl.feed import Producer
     from megatron_sov.post.rl.requests import LiveServers
-    from megatron_sov.post.rl.teachers import Teacher
+    from megatron_sov.post.rl.teachers import ScoringTeacher
     from megatron_sov.post.rl.validation import Validation
     from megatron_sov.train.stages.gate import EndGate
 
@@ -235,7 +235,7 @@ OF_TRAINING = ("init_std", "mtp_loss_coeff", "router_bias_update_rate", "seq_aux
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherOptions:
+class ScoringTeacherOptions:
     """Who reads what the model writes, in on-policy distillation (policy.method=opd, or policy.opd_coeff)."""
 
     teacher: Annotated[tuple[str, ...], Flag(value="[DOMAIN=]CHECKPOINT|RUN")] = ()
@@ -287,26 +287,27 @@ def refuse_teachers(args: RoundsOptions, policy: PolicyConfig, prompts: Sequence
                             "or one without a domain, which reads all others")
 
 
-def teachers_of(args: TeacherOptions, config: RunConfig, tokenizer: Path) -> tuple[Teacher, ...]:
+def teachers_of(args: ScoringTeacherOptions, config: RunConfig, tokenizer: Path
+                ) -> tuple[ScoringTeacher, ...]:
     """Return the teachers, each with what is known of it.
 
     Raises:
         UserError: one is no checkpoint, of another architecture or of another tokenizer.
     """
     from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.post.rl.teachers import Teacher
+    from megatron_sov.post.rl.teachers import ScoringTeacher
 
     given = args.given()
     urls: dict[str, list[str]] = {}
     for option, domain, place in given:
         if option == "--teacher-url":
             urls.setdefault(domain, []).append(place)
-    found = [Teacher(domain, urls=tuple(places)) for domain, places in urls.items()]
+    found = [ScoringTeacher(domain, urls=tuple(places)) for domain, places in urls.items()]
     for option, domain, place in given:
         if option == "--teacher":
             target = find_target(Path(place))
             _refuse_other_model(place, target, config, tokenizer)
-            found.append(Teacher(domain, target.path, files_sha256(target.path)))
+            found.append(ScoringTeacher(domain, target.path, files_sha256(target.path)))
     return tuple(sorted(found, key=lambda teacher: teacher.domain))
 
 
@@ -326,7 +327,7 @@ def _refuse_other_model(given: str, target: Target, config: RunConfig, tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundsOptions(TunedOptions, PromptOptions, JudgedOptions, TeacherOptions):
+class RoundsOptions(TunedOptions, PromptOptions, JudgedOptions, ScoringTeacherOptions):
     """What is trained, and where its rounds come from."""
 
     groups: ClassVar[tuple[str, ...]] = ("policy", "rollout")

@@ -45,7 +45,7 @@ from megatron_sov.post.rl.publish import further_pieces
 from megatron_sov.post.rl.requests import STEP_S, LiveServers, ResponseQueue, row_requests
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
-from megatron_sov.post.rl.teachers import Teacher, identity_of, reverse_kl, write_teachers
+from megatron_sov.post.rl.teachers import ScoringTeacher, identity_of, reverse_kl, write_teachers
 from megatron_sov.post.rl.validation import SampledRounds, Validation
 from megatron_sov.rollouts.prompts import RolloutPrompt, SetAside, list_set_aside, round_prompts
 from megatron_sov.rollouts.rows import Rollout
@@ -80,7 +80,7 @@ class TrainerColumns:
     """(run, compute): calls `compute` where the model has the reference's weights."""
     reference_sha256: str = ""
     """What stands for the reference's weights."""
-    teachers: tuple[Teacher, ...] = ()
+    teachers: tuple[ScoringTeacher, ...] = ()
     """Of `TEACHER`."""
 
     def of_round(self, view: FeedView, number: int, opened: Round, *, is_first: bool
@@ -185,7 +185,7 @@ def file_of(path: Path, name: str) -> Path:
 
 
 def columns_of_run(config: RunConfig, needed: Collection[str], start: Path,
-                   teachers: Sequence[Teacher] = ()) -> TrainerColumns:
+                   teachers: Sequence[ScoringTeacher] = ()) -> TrainerColumns:
     return TrainerColumns(tuple(name for name in needed if name in (OLD, REFERENCE, TEACHER)),
                           config.rollout.temperature, replayed_routes(config),
                           partial(with_weights_of, start),

@@ -26,7 +26,7 @@ from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer
 
 
 @dataclass
-class _Seat:
+class _EpisodeSeat:
     """An episode under way."""
 
     number: int
@@ -59,7 +59,7 @@ class EpisodeSeats:
         self._free: deque[EnvironmentHost] = deque()
         self._hosts = contextlib.ExitStack()
         self._numbers = itertools.count()
-        self._seats: dict[str, _Seat] = {}
+        self._seats: dict[str, _EpisodeSeat] = {}
 
     def begin(self, number: int, task: Task, known: Sequence[dict[str, Any]],
               version: int) -> tuple[str, Future[Episode]]:
@@ -72,7 +72,7 @@ class EpisodeSeats:
             version: of the weights, where servers do not tell it.
         """
         name = str(next(self._numbers))
-        self._seats[name] = seat = _Seat(number, task, list(known), version)
+        self._seats[name] = seat = _EpisodeSeat(number, task, list(known), version)
         future = self._pool.submit(self._play, seat)
         # by whoever ends it; a dict's pop needs no lock
         future.add_done_callback(lambda _: self._seats.pop(name, None))
@@ -96,7 +96,7 @@ class EpisodeSeats:
         self._pool.shutdown(cancel_futures=True)
         self._hosts.close()
 
-    def _play(self, seat: _Seat) -> Episode:
+    def _play(self, seat: _EpisodeSeat) -> Episode:
         with self._host() as host:
             known = EpisodeLines(seat.known).episodes({seat.number: seat.task}).get(seat.number)
             episode = take_up(host, seat.number, seat.task, known, lambda opening: begun(
@@ -122,7 +122,7 @@ class EpisodeSeats:
         finally:
             self._free.append(host)
 
-    def _ask(self, seat: _Seat, episode: Episode) -> TokenAnswer | None:
+    def _ask(self, seat: _EpisodeSeat, episode: Episode) -> TokenAnswer | None:
         """Return what comes behind an episode; None: it has been cut off.
 
         Raises:
@@ -139,7 +139,8 @@ class EpisodeSeats:
         [answer] = future.result()
         return answer
 
-    def _take_in(self, seat: _Seat, episode: Episode, answer: TokenAnswer, host: EnvironmentHost) -> bool:
+    def _take_in(self, seat: _EpisodeSeat, episode: Episode, answer: TokenAnswer,
+                 host: EnvironmentHost) -> bool:
         """Make a turn of an answer; returns False where it is only a part of one."""
         ids = StopRule(self._end_ids).cut(answer.tokens)
         routes = None

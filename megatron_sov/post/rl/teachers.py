@@ -48,7 +48,7 @@ WithWeights = Callable[[Path, FeedView, Callable[[], None]], None]
 
 
 @dataclass(frozen=True)
-class Teacher:
+class ScoringTeacher:
     """A model that reads what a student wrote."""
 
     domain: str
@@ -61,13 +61,13 @@ class Teacher:
     """Of its servers."""
 
 
-def teacher_of(domain: str, teachers: Sequence[Teacher]) -> int | None:
+def teacher_of(domain: str, teachers: Sequence[ScoringTeacher]) -> int | None:
     """Return the place of the teacher of a domain; None: it has none."""
     found = {teacher.domain: place for place, teacher in enumerate(teachers)}
     return found.get(domain, found.get(""))
 
 
-def identity_of(teachers: Sequence[Teacher]) -> dict[str, str]:
+def identity_of(teachers: Sequence[ScoringTeacher]) -> dict[str, str]:
     """Return domain -> what stands for its teacher."""
     return {teacher.domain: teacher.sha256 or "servers" for teacher in teachers}
 
@@ -83,7 +83,7 @@ def document_domains(opened: Round) -> list[str]:
     return domains
 
 
-def write_teachers(view: FeedView, teachers: Sequence[Teacher], opened: Round, file: Path, of: str,
+def write_teachers(view: FeedView, teachers: Sequence[ScoringTeacher], opened: Round, file: Path, of: str,
                    with_weights: WithWeights) -> None:
     """Write the teachers' log p(label) of each token of a round, as a sealed file; called by all processes
     together.
@@ -119,7 +119,7 @@ def write_teachers(view: FeedView, teachers: Sequence[Teacher], opened: Round, f
     on_main(view.world, partial(_join, opened.starts, parts, file, of))
 
 
-def _owners(opened: Round, teachers: Sequence[Teacher]) -> np.ndarray:
+def _owners(opened: Round, teachers: Sequence[ScoringTeacher]) -> np.ndarray:
     places: dict[str, int] = {}
     domains = document_domains(opened)
     for domain in set(domains):
@@ -195,7 +195,7 @@ class _ChosenDocuments:
         return inputs_of(self._documents, int(self._chosen[document]), start, count)
 
 
-def _ask_servers(view: FeedView, teacher: Teacher, documents: Documents, file: Path, of: str) -> None:
+def _ask_servers(view: FeedView, teacher: ScoringTeacher, documents: Documents, file: Path, of: str) -> None:
     """Write what a teacher's servers say of documents."""
     begun: list[_Asking] = []
 
@@ -222,7 +222,7 @@ def connect(url: str) -> TokenServer:
 class _Asking:
     """Documents that are asked about; of the process that asks."""
 
-    def __init__(self, teacher: Teacher, documents: Documents) -> None:
+    def __init__(self, teacher: ScoringTeacher, documents: Documents) -> None:
         self._servers = [connect(url) for url in teacher.urls]
         self._documents = documents
         lengths = np.asarray(documents.lengths[np.arange(len(documents.lengths))], np.int64)

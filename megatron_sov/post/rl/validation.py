@@ -130,7 +130,7 @@ def validation_figures(store: RolloutStore, number: int, version: str, right_fro
         **whole.plain(), "domains": {name: found.plain() for name, found in sorted(domains.items()) if name}}
 
 
-class Asking(Protocol):
+class RoundProducer(Protocol):
     """Writes and judges rounds of a store: `feed.Producer`."""
 
     version: str
@@ -157,7 +157,7 @@ class Validation:
 
     run: Path
     """The run's folder."""
-    asking: Asking
+    asking: RoundProducer
     """Writes and judges the rounds of its store."""
     rollout: RolloutConfig
     """Of the run."""

@@ -15,10 +15,11 @@ from scipy import stats
 from megatron_sov import cli
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.bench.reproduce import running
-from megatron_sov.bench.reproduce.claims import SHIPPED, Claim, find_file, read_claims, register
+from megatron_sov.bench.reproduce.claims import SHIPPED, PaperClaim, find_file, read_claims, register
 from megatron_sov.bench.reproduce.running import run_seed, run_steps
-from megatron_sov.bench.reproduce.seeds.tasks import Chats, Exact, Questions
-from megatron_sov.bench.reproduce.verdict import Outcome, apply_test, outcome_of, paired_interval, power_of
+from megatron_sov.bench.reproduce.seeds.tasks import Chats, Exact, TaskQuestions
+from megatron_sov.bench.reproduce.verdict import (
+    ClaimOutcome, apply_test, outcome_of, paired_interval, power_of)
 from megatron_sov.commands.evaluate.reproduce import ClaimsFinish, ClaimsShare, SharedClaims
 from megatron_sov.work.progress.journal import begin_journal
 
@@ -210,7 +211,7 @@ def test_power_and_interval_agree_with_scipy() -> None:
     assert paired_interval([1.0]) is None
 
 
-def outcomes(claim: Claim, new: Sequence[float]) -> Outcome:
+def outcomes(claim: PaperClaim, new: Sequence[float]) -> ClaimOutcome:
     found = {seed: {"new": {"loss": value}, "old": {"loss": 2.0}} for seed, value in enumerate(new)}
     return outcome_of([apply_test(test, claim, found) for test in claim.tests])
 
@@ -218,15 +219,15 @@ def outcomes(claim: Claim, new: Sequence[float]) -> Outcome:
 def test_the_interval_decides_and_too_few_seeds_decide_nothing(tmp_path: Path) -> None:
     claim = read_claims(write_claims(tmp_path / "claims", {"seeds": 3})).claims["better"]
     decide = partial(outcomes, claim)
-    assert decide([1.0, 1.1, 1.2]) == Outcome.HOLDS
-    assert decide([3.0, 3.1, 3.2]) == Outcome.FAILS
-    assert decide([1.0, 3.1, 2.2]) == Outcome.UNDECIDED
-    assert decide([1.0, 1.1]) == Outcome.UNDECIDED
+    assert decide([1.0, 1.1, 1.2]) == ClaimOutcome.HOLDS
+    assert decide([3.0, 3.1, 3.2]) == ClaimOutcome.FAILS
+    assert decide([1.0, 3.1, 2.2]) == ClaimOutcome.UNDECIDED
+    assert decide([1.0, 1.1]) == ClaimOutcome.UNDECIDED
 
 
 def test_questions_have_their_answers_and_keep_half_of_the_wordings() -> None:
     for languages in ("en", "ko", "th"):
-        learned, kept = (Questions(seed=0, count=300, languages=languages, wordings=half).do({})
+        learned, kept = (TaskQuestions(seed=0, count=300, languages=languages, wordings=half).do({})
                          for half in ("learned", "held_out"))
         for row in (*learned, *kept):
             a, b = map(int, re.findall(r"\d", row["prompt"]))

@@ -192,7 +192,7 @@ def test_a_resumed_run_keeps_its_reference(view: Any, tmp_path: Path,
 
 def test_a_resumed_run_keeps_its_teachers(view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sov.post.rl import feed
-    from megatron_sov.post.rl.teachers import Teacher
+    from megatron_sov.post.rl.teachers import ScoringTeacher
 
     def write(view: Any, teachers: Any, opened: Round, file: Path, of: str, with_weights: Any) -> None:
         write_sealed(file, np.full(8, -float(len(teachers)), np.float32).tobytes(), of)
@@ -200,13 +200,13 @@ def test_a_resumed_run_keeps_its_teachers(view: Any, tmp_path: Path, monkeypatch
     monkeypatch.setattr(feed, "write_teachers", write)
     monkeypatch.setattr(feed, "reverse_kl", lambda opened, column: {"reverse_kl": -float(column.mean())})
 
-    def opened(*teachers: Teacher) -> None:
+    def opened(*teachers: ScoringTeacher) -> None:
         made = feed_of(tmp_path, monkeypatch, lambda number: "", ("teacher_logprobs",))
         made.columns = replace(made.columns, teachers=teachers)
         assert made.bring(view, lambda: False) is None
         assert made.rounds.column("teacher_logprobs", 1 << 32, 1, 3).tolist() == [-2.0] * 3
 
-    math, served = Teacher("math", tmp_path, "a" * 64), Teacher("", urls=("http://a",))
+    math, served = ScoringTeacher("math", tmp_path, "a" * 64), ScoringTeacher("", urls=("http://a",))
     opened(math, served)
     assert [told["reverse_kl"] for name, told in view.told if name == "round"] == [2]
     opened(math, replace(served, urls=("http://b",)))  # servers may move

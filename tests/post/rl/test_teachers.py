@@ -73,11 +73,12 @@ def told(opened: Round, *teachers: Any) -> list[float]:
 
 def test_each_teacher_reads_its_own_documents_and_servers_share_them(opened: Round, servers: list[Any]
                                                                      ) -> None:
-    from megatron_sov.post.rl.teachers import Teacher, reverse_kl
+    from megatron_sov.post.rl.teachers import ScoringTeacher, reverse_kl
 
     one, other = servers
     expected = [0, 6, 7, 0, 0, 8, 9, 10, 0, 9, 0, 10, 11, 12, 13]
-    assert told(opened, Teacher("", urls=(one.url,)), Teacher("code", urls=(other.url,))) == expected
+    teachers = ScoringTeacher("", urls=(one.url,)), ScoringTeacher("code", urls=(other.url,))
+    assert told(opened, *teachers) == expected
     assert [len(asked["input_ids"]) for asked in other.asked] in ([2, 5], [5, 2])
     assert sorted(len(asked["token_ids"]) for asked in one.asked) == [3, 4], "one token has no label"
     found = reverse_kl(opened, np.array(expected) / -100)
@@ -86,25 +87,25 @@ def test_each_teacher_reads_its_own_documents_and_servers_share_them(opened: Rou
     domains: Any = found["reverse_kl_domains"]
     assert domains == {"code": pytest.approx(apart[5:].mean()), "math": pytest.approx(apart[:2].mean())}
     with pytest.raises(UserError, match=r"responses of domain '(math|)', and no teacher reads it; pass"):
-        told(opened, Teacher("code", urls=(other.url,)))
+        told(opened, ScoringTeacher("code", urls=(other.url,)))
 
 
 def test_a_server_that_is_away_is_asked_again_and_one_that_refuses_is_told(opened: Round, servers: list[Any]
                                                                            ) -> None:
-    from megatron_sov.post.rl.teachers import Teacher
+    from megatron_sov.post.rl.teachers import ScoringTeacher
 
     one, other = servers
-    expected = told(opened, Teacher("", urls=(one.url,)))
+    expected = told(opened, ScoringTeacher("", urls=(one.url,)))
     other.is_dead = True
-    assert told(opened, Teacher("", urls=(other.url, one.url))) == expected, "the other server answers"
+    assert told(opened, ScoringTeacher("", urls=(other.url, one.url))) == expected, "the other server answers"
     one.refuses = lambda path: path.startswith("/inference")
-    assert told(opened, Teacher("", urls=(one.url,))) == expected, "as of every server of completions"
+    assert told(opened, ScoringTeacher("", urls=(one.url,))) == expected, "as of every server of completions"
     one.refuses = lambda path: path.startswith(("/inference", "/v1/completions"))
     with pytest.raises(UserError, match=r"--teacher-url http://.*: refuses \d tokens: .* HTTP 404"):
-        told(opened, Teacher("", urls=(one.url,)))
+        told(opened, ScoringTeacher("", urls=(one.url,)))
     one.is_dead = True
     with pytest.raises(UserError, match=r"HTTP 500: EngineCore .*; see whether the server runs there"):
-        told(opened, Teacher("", urls=(one.url,)))
+        told(opened, ScoringTeacher("", urls=(one.url,)))
 
 
 def test_what_is_no_probability_is_no_answer() -> None:

@@ -1,5 +1,5 @@
 """Questions with one right answer in three languages, and the reward of the right one: what the commands of
-claims name as `tasks.py:Chats`, `:Questions` and `:Exact`.
+claims name as `tasks.py:Chats`, `:TaskQuestions` and `:Exact`.
 
 A small model learns them in minutes, chance is far below what it reaches, and half of the wordings of each
 language are kept for the end.
@@ -26,7 +26,7 @@ WORDINGS = {
 
 
 @dataclass(frozen=True)
-class Question:
+class TaskQuestion:
     """One question in one wording."""
 
     text: str
@@ -35,14 +35,14 @@ class Question:
     kind: str
 
 
-def draw(rng: random.Random, languages: str, held_out: bool | None) -> Question:
+def draw(rng: random.Random, languages: str, held_out: bool | None) -> TaskQuestion:
     """Return a question; `held_out`: of the wordings that are kept, of the others, or of all."""
     kinds = WORDINGS[rng.choice(languages.split(","))]
     kind = rng.choice([*kinds])
     a, b = rng.sample(range(10), 2)
     wordings = kinds[kind] if held_out is None else kinds[kind][int(held_out)::2]
     right, wrong = (a + b, a + b + 1) if kind == "sum" else (max(a, b), min(a, b))
-    return Question(rng.choice(wordings).format(a=a, b=b), str(right), str(wrong), kind)
+    return TaskQuestion(rng.choice(wordings).format(a=a, b=b), str(right), str(wrong), kind)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Chats:
 
 
 @dataclass(frozen=True)
-class Questions:
+class TaskQuestions:
     """Prompts with their answers, each once."""
 
     seed: int
