@@ -84,7 +84,7 @@ def test_a_run_is_told_and_not_begun(capsys: Any, start: Start, command: str, ki
     assert f"  start      {found}" in lines
     assert any(line.startswith("tiny-solar-open: ") and " steps 1 to " in line for line in lines)
     assert any(line.startswith("  processes  1; fp32, ") for line in lines)
-    assert any(line.startswith(f"  run        {run}, a checkpoint every ") for line in lines)
+    assert any(line.startswith(f"  run        {run}, a checkpoint ") and " every " in line for line in lines)
     reads = [line for line in lines if line.startswith(f"{start.starts['run']} would read ")]
     assert bool(reads) == (command == "distill")
 

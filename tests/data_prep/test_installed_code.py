@@ -73,14 +73,16 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     return install
 
 
-def test_a_pipeline_names_an_installed_step_and_format(install: Callable[..., None], tmp_path: Path) -> None:
+def test_a_pipeline_names_an_installed_step_and_format(install: Callable[..., None], tmp_path: Path,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
     install()
     (tmp_path / "web.txt").write_text("a quiet word")
     (tmp_path / "pipeline.yaml").write_text(
         "name: loud\nsources:\n  - {name: web, path: web.txt, format: notes}\nsteps:\n  - shout: '?'\n")
     assert "shout" in step_names() and step_class("shout").__name__ == "Shout"
-    assert cli.main(["run", str(tmp_path / "pipeline.yaml"), "--output", str(tmp_path / "out"),
-                     "--workers", "1"]) == 0
+    code = cli.main(["run", str(tmp_path / "pipeline.yaml"), "--output", str(tmp_path / "out"),
+                     "--workers", "1"])
+    assert code == 0, capsys.readouterr().err
     (file,) = (tmp_path / "out/text").rglob("*.parquet")
     assert pq.read_table(file)["text"].to_pylist() == ["A QUIET WORD?"]
 
