@@ -32,6 +32,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 from rl_against_trl import TRAINER
 from rl_engine_learning import QUIET, DenseSeed
 from rl_learning import HERE
@@ -247,6 +248,7 @@ def main() -> None:
     os.environ.update(QUIET)
     from megatron_sov.infer.engines.server_engine import server_settings
     from megatron_sov.infer.engines.server_process import OwnServer
+    from megatron_sov.work.processes import keeper as keeping
 
     seed = DenseSeed(0, args.work.absolute())
     model = seed.folder / "start.hf"
@@ -259,7 +261,9 @@ def main() -> None:
         try:
             server = keeper.start(lambda: False)
             assert server is not None, "it was not asked to stop"
-            group = json.loads((Path(logs) / "engine-0.json").read_text())["pid"]
+            # the server's keeper, below which all its processes are
+            (group,) = (child.pid for child in psutil.Process().children()
+                        if keeping.__name__ in child.cmdline())
             print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
                   f"{platform.python_version()}; {PROMPTS} prompts x {SAMPLES} responses of at most "
                   f"{NEW_TOKENS} tokens, medians of {args.steps - SKIPPED} steps", flush=True)
