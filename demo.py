@@ -67,7 +67,7 @@ class Stage:
 
 def sources_of(corpus: Path) -> list[str]:
     """Return the names of the text sources that the corpus holds."""
-    return sorted(p.stem for p in corpus.glob("*.jsonl") if p.stem != "chat")
+    return sorted(p.stem for p in corpus.glob("*.jsonl") if p.stem not in ("chat", "judged"))
 
 
 def main_language(sources: list[str]) -> str:

@@ -56,12 +56,14 @@ def told(found: dict[str, Any]) -> list[str]:
     lines.append(f"  {found['law']['form']}: {law}")
     for p in found["predictions"]:
         low, high = p["predicted"]["low"], p["predicted"]["high"]
+        interval = "no interval" if low is None else f"95 %: {low:.4f} to {high:.4f}"
         lines.append(f"  {p['num_params']:>10,} {p['num_tokens']:>10,}  predicted "
-                     f"{p['predicted']['loss']:.4f} (95 %: {low:.4f} to {high:.4f})")
+                     f"{p['predicted']['loss']:.4f} ({interval})")
         if p["measured"] is not None:
-            lines.append(f"{'':24}measured  {p['measured']:.4f}: error {p['error']:+.2%} "
-                         f"({low / p['measured'] - 1:+.2%} to {high / p['measured'] - 1:+.2%}), "
-                         f"{'inside' if p['inside'] else 'outside'} the interval")
+            lines.append(f"{'':24}measured  {p['measured']:.4f}: error {p['error']:+.2%}" + (
+                "" if low is None else
+                f" ({low / p['measured'] - 1:+.2%} to {high / p['measured'] - 1:+.2%}), "
+                f"{'inside' if p['inside'] else 'outside'} the interval"))
     return lines
 
 

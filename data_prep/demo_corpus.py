@@ -17,11 +17,11 @@ import tarfile
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, Any
 
 from megatron_sov.base.artifacts import new_artifact, refuse_existing
 from megatron_sov.base.documents import cut_text, list_files, read_documents
@@ -327,7 +327,7 @@ def question_and_answer(found: Docstring) -> tuple[str, str] | None:
 
 KIND = "corpus"
 ENGLISH_BYTES, CODE_BYTES, KOREAN_BYTES = 6_000_000, 8_000_000, 6_000_000
-NUM_CHATS = 4000
+NUM_CHATS, NUM_JUDGED = 4000, 400
 MIN_CHARS = 100
 """Shorter texts say nothing; they are left out of the gathered sources (never of one's own)."""
 USER_DOCUMENT_BYTES = 20_000
@@ -348,9 +348,9 @@ class DemoCorpusOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = ("Gather english.jsonl, code.jsonl, korean.jsonl and chat.jsonl from this machine's "
-                          "Python, its packages and Debian documentation packages; "
-                          "or, with --user, user.jsonl and chat.jsonl.")
+    parser.description = ("Gather english.jsonl, code.jsonl, korean.jsonl, chat.jsonl and judged.jsonl from "
+                          "this machine's Python, its packages and Debian documentation packages; "
+                          "or, with --user, user.jsonl, chat.jsonl and judged.jsonl.")
     add_options(parser, DemoCorpusOptions)
 
 
@@ -384,6 +384,7 @@ def gather(output: Path, *, user: Path | None = None, overwrite: bool = False) -
         name: [{"id": id_, "text": text} for id_, text in documents.items()]
         for name, documents in texts.items()}
     records["chat"] = chats(found)
+    records["judged"] = judged(records["chat"])
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
         for name, lines in records.items():
             size_bytes = _write_jsonl(artifact.path / f"{name}.jsonl", lines)
@@ -433,6 +434,14 @@ def chats(found: list[Docstring]) -> list[dict[str, object]]:
     chosen = sorted(pairs.items(), key=lambda pair: order_key(pair[1]))[:NUM_CHATS]
     return [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
             for answer, question in sorted(chosen, key=lambda pair: pair[1])]
+
+
+def judged(found: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
+    """Return questions with two judged responses: the right one, and the answer to another question."""
+    asked = [[message["content"] for message in chat["messages"]] for chat in found[:NUM_JUDGED]]
+    return [{"prompt": question, "responses": [{"content": answer, "reward": 1.0},
+                                               {"content": asked[i - 1][1], "reward": 0.0}]}
+            for i, (question, answer) in enumerate(asked) if len(asked) > 1]
 
 
 def _write_jsonl(file: Path, records: Iterable[dict[str, object]]) -> int:

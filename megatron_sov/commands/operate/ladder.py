@@ -242,10 +242,12 @@ def _are_complete(folder: Path, members: Sequence[Member]) -> bool:
 
 
 def _fit(args: LadderOptions, members: Sequence[Member], predicted: Member) -> int:
-    from megatron_sov.publish.ladder.results import fitted, points, tell
+    from megatron_sov.publish.ladder.results import OUTSIDE, fitted, points, tell
 
     found = points(args.run, members)
     law = fitted(found)
+    if not law.in_regime:
+        warn(OUTSIDE)
     told = tell(law, predicted, args.run)
     _write(args, members, found, law, told, predicted)
     if args.verify and told.measured is None:

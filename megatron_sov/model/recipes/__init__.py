@@ -34,10 +34,13 @@ RECIPES: dict[str, Recipe] = {
     "solar-open-102b": Recipe(solar_open.solar_open_102b, solar_open.SOURCES),
     "solar-open-102b-mid": Recipe(solar_open.solar_open_102b_mid, solar_open.MID_SOURCES),
     "solar-open-102b-extend": Recipe(solar_open.solar_open_102b_extend, solar_open.EXTEND_SOURCES),
+    "solar-open-102b-sft": Recipe(solar_open.solar_open_102b_sft, solar_open.SFT_SOURCES),
     "solar-open-102b-dpo": Recipe(solar_open.solar_open_102b_dpo, solar_open.DPO_SOURCES),
     "solar-open-102b-rl": Recipe(policies.solar_open_102b_rl, policies.SNAPPO_SOURCES),
     "k-exaone-236b": Recipe(k_exaone.k_exaone_236b, k_exaone.SOURCES),
     "k-exaone-236b-extend": Recipe(k_exaone.k_exaone_236b_extend, k_exaone.EXTEND_SOURCES),
+    "k-exaone-236b-sft": Recipe(k_exaone.k_exaone_236b_sft, k_exaone.SFT_SOURCES),
+    "k-exaone-236b-grouper": Recipe(k_exaone.k_exaone_236b_grouper, k_exaone.GROUPER_SOURCES),
     "k-exaone-236b-rl": Recipe(policies.k_exaone_236b_rl, policies.AGAPO_SOURCES),
     "hyperclova-omni-8b": Recipe(open_models.hyperclova_omni_8b, open_models.HYPERCLOVA_SOURCES),
     "hyperclova-omni-8b-continuous": Recipe(open_models.hyperclova_omni_8b_continuous,
@@ -83,10 +86,13 @@ TINY = {
     "tiny-solar-open": "solar-open-102b",
     "tiny-solar-open-mid": "solar-open-102b-mid",
     "tiny-solar-open-extend": "solar-open-102b-extend",
+    "tiny-solar-open-sft": "solar-open-102b-sft",
     "tiny-solar-open-dpo": "solar-open-102b-dpo",
     "tiny-solar-open-rl": "solar-open-102b-rl",
     "tiny-k-exaone": "k-exaone-236b",
     "tiny-k-exaone-extend": "k-exaone-236b-extend",
+    "tiny-k-exaone-sft": "k-exaone-236b-sft",
+    "tiny-k-exaone-grouper": "k-exaone-236b-grouper",
     "tiny-k-exaone-rl": "k-exaone-236b-rl",
     "tiny-hyperclova-omni": "hyperclova-omni-8b",
     "tiny-hyperclova-omni-continuous": "hyperclova-omni-8b-continuous",
@@ -164,6 +170,7 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         small = _small_media(small)
     extend = _small_extension(run.extend)
     lengths = {stage.name: stage.seq_len for stage in extend.stages}
+    lr = 4e-4 if run.objective.name == "preference" else 4e-3
     tiny = replace(
         run,
         recipe=name,
@@ -171,7 +178,7 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         parallel=ParallelConfig(),
         data=replace(run.data, heldout_tokens=16384,
                      phases=tuple(_small(p, lengths.get(p.name, SEQ_LEN)) for p in run.data.phases)),
-        optim=replace(run.optim, name="adamw", lr=4e-3, min_lr=2e-4, warmup_steps=20),
+        optim=replace(run.optim, name="adamw", lr=lr, min_lr=lr / 20, warmup_steps=20),
         train=replace(run.train, steps=200, tokens=0, global_batch_size=16, micro_batch_size=8,
                       precision="fp32", fp8="none", recompute=False, checkpoint_every_steps=50,
                       eval_every_steps=100),

@@ -1,4 +1,5 @@
-"""K-EXAONE 236B-A23B: architecture, tokens, optimizer's kind, peak rate and context lengths as published.
+"""K-EXAONE 236B-A23B: architecture, tokens, optimizer's kind, peak rate and context lengths as published, and
+the stages of post-training (`policies` has the one of rewards).
 
 The rest is our choice, and labelled so.  Pretraining multiplies in 8 bits, as published.
 """
@@ -9,7 +10,8 @@ from dataclasses import replace
 
 from megatron_sov.model.config import (
     DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, GpuConfig, ModelConfig, NeedleConfig,
-    OptimConfig, ParallelConfig, PartConfig, PhaseConfig, RunConfig, TrainConfig)
+    ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, PreferenceConfig, RunConfig,
+    TrainConfig)
 from megatron_sov.model.recipes.extension import PHASE_SOURCES, SET_IN_A_STAGE, stage_phases
 from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive, ours, published
 
@@ -86,6 +88,30 @@ def k_exaone_236b_extend() -> RunConfig:
         extend=ExtendConfig(stages=STAGES, gate=GateConfig(every_steps=250, min_accuracy=0.98)))
 
 
+def k_exaone_236b_sft() -> RunConfig:
+    """Return fine-tuning of the extended model, for `sft`: conversations, and tasks with simulated tools."""
+    run = k_exaone_236b()
+    return replace(
+        run, recipe="k-exaone-236b-sft", parallel=replace(run.parallel, pp=4, cp=4, ep=8),
+        data=DataConfig(phases=(PhaseConfig("sft", tokens=20_000_000_000, seq_len=32768, blend={
+            "conversations": 70.0, "tools": 30.0}),)),
+        optim=OptimConfig(name="muon", lr=1e-5, min_lr=1e-6, warmup_steps=50, weight_decay=0.1),
+        train=replace(run.train, global_batch_size=512, fp8="none"),
+        objective=ObjectiveConfig(name="sft"))
+
+
+def k_exaone_236b_grouper() -> RunConfig:
+    """Return the last stage, GrouPER, for `prefer`: groups of responses with the sums of their rewards by
+    rules and rubrics."""
+    run = k_exaone_236b_sft()
+    return replace(
+        run, recipe="k-exaone-236b-grouper", parallel=replace(run.parallel, ep=16),
+        data=DataConfig(phases=(PhaseConfig("groups", tokens=128 * 32768 * 500, seq_len=32768),)),
+        optim=OptimConfig(name="adamw", lr=5e-7, min_lr=0.0, warmup_steps=25, weight_decay=0.1),
+        train=replace(run.train, global_batch_size=128),
+        objective=ObjectiveConfig(name="preference"), preference=PreferenceConfig(method="grouper"))
+
+
 SOURCES: Sources = {
     "model.*": config_json("LGAI-EXAONE/K-EXAONE-236B-A23B"),
     "model.router_bias_update_rate": published(f"{REPORT}, pre-training setup"),
@@ -130,4 +156,23 @@ EXTEND_SOURCES = derive(SOURCES, {
     "extend.gate.every_steps": ours("published: until passed, without a rhythm"),
     "extend.gate.min_accuracy": ours("published: near-perfect"),
     "extend.gate.loss_tolerance_nats": ours("published: short contexts are evaluated, without a bound"),
+})
+_SFT = published(f"{REPORT}, post-training: supervised fine-tuning")
+SFT_SOURCES = derive(SOURCES, {
+    "train.fp8": ours("bf16: 8 bits are published for pretraining"),
+    "data.phases.*": ours("not published"),
+    "data.phases.*.blend.conversations": ours("the share is not published"),
+    "data.phases.*.blend.tools": ours("tasks with simulated tools and a check of success are published, not "
+                                      "their share"),
+    "optim.name": ours("as in pretraining; not published"),
+    **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps",
+                     "train.global_batch_size"), ours("not published")),
+    "optim.decay_share": DEFAULT,
+    "objective.name": _SFT,
+})
+_GROUPER = published(f"{REPORT}, post-training: preference learning by GrouPER")
+GROUPER_SOURCES = derive(SFT_SOURCES, {
+    "optim.name": ours("not published"),
+    "objective.name": _GROUPER,
+    "preference.method": _GROUPER,
 })

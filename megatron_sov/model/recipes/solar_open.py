@@ -114,6 +114,19 @@ def solar_open_102b_extend() -> RunConfig:
         extend=ExtendConfig(stages=STAGES, gate=GateConfig(every_steps=250, min_accuracy=0.98)))
 
 
+def solar_open_102b_sft() -> RunConfig:
+    """Return fine-tuning of the extended model, for `sft`: reasoning of middling difficulty, simulated
+    agents, Korean knowledge, and safety."""
+    run = solar_open_102b()
+    return replace(
+        run, recipe="solar-open-102b-sft", model=released_model(), parallel=replace(run.parallel, cp=2),
+        data=DataConfig(phases=(PhaseConfig("sft", tokens=20_000_000_000, seq_len=32768, blend={
+            "reasoning": 50.0, "agents": 30.0, "korean": 15.0, "safety": 5.0}),)),
+        optim=replace(run.optim, lr=1e-5, min_lr=1e-6, warmup_steps=50),
+        train=replace(run.train, global_batch_size=480, fp8="none"),
+        objective=ObjectiveConfig(name="sft"))
+
+
 def solar_open_102b_dpo() -> RunConfig:
     """Return a round of iterative DPO (SnapPO's phase B): pairs of preference, safety and degeneration, with
     reasoning among them, for `prefer`."""
@@ -187,6 +200,16 @@ EXTEND_SOURCES = derive(SOURCES, {
     "extend.stages.*.parts.*": ours("not published; rehearsal is phase 2.C again, as in mid-training"),
     "extend.gate.every_steps": ours("not published"),
     "extend.gate.min_accuracy": ours("not published"),
+})
+SFT_SOURCES = derive(SOURCES, {
+    **_IN_BF16,
+    "model.yarn.*": config_json(RELEASED),
+    "data.phases.*": ours("not published"),
+    "data.phases.*.blend.*": ours("the kinds are published, with 161,608 and 177,375 conversations of "
+                                  "agents; their shares are not"),
+    **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.schedule",
+                     "train.global_batch_size"), ours("not published")),
+    "objective.name": published(f"{REPORT}, post-training: SFT"),
 })
 _PHASE_B = published(f"{REPORT}, SnapPO, phase B: iterative DPO")
 DPO_SOURCES = derive(SOURCES, {

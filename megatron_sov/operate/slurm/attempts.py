@@ -471,11 +471,13 @@ def end(job: AttemptedJob) -> str:
         ended("stopped", lines[-1] if lines else "it waits for others")
         return job.again()
     if failure.exit_code == ExitCode.USER_ERROR:
-        sentences = [line for line in lines if line.startswith("error:")]
-        ended(
-            "mistake",
-            f"{failure}: {sentences[-1] if sentences else 'a setting, the data or the disk needs a change'}")
+        sentence = next((line for line in reversed(lines) if line.startswith("error:")),
+                        "a setting, the data or the disk needs a change")
+        ended("mistake", f"{failure}: {sentence}")
         return f"exit {ExitCode.USER_ERROR}"
+    if failure.exit_code == ExitCode.GATE_FAILED:  # of a check on a folder: another node finds the same
+        ended("gate", lines[-1] if lines else str(failure))
+        return f"exit {ExitCode.GATE_FAILED}"
     # the rank that died first is not the one that computed wrongly; the event names the hosts
     if failure.exit_code == ExitCode.CORRUPTION:
         ended("corruption", f"a rank computed wrongly, see {options.target / EVENTS}",

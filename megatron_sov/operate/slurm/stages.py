@@ -127,8 +127,8 @@ STAGES = {
         "Reinforcement learning: trains the rounds that other jobs write and judge, and waits for them.",
         ("megatron_sov", "rl", "train"), ranks=True, gpus=True, objective="policy"),
     "convert": StageKind(
-        "Conversion: a Hugging Face folder from a checkpoint, or the other way round.  "
-        "Reads and writes files, needs no GPU.",
+        "Conversion: a Hugging Face folder from a checkpoint, or the other way round; or the proof that both "
+        "are the same model.  Needs no GPU.",
         ("megatron_sov", "convert"), ranks=False, gpus=False, time_limit="4:00:00"),
     "eval": StageKind(
         "Evaluation of a checkpoint or Hugging Face folder on one node.",
@@ -143,7 +143,7 @@ STAGES = {
         "Reinforcement learning: judges the responses of a rollout store, on the cores of one node.",
         ("megatron_sov", "rl", "reward"), ranks=False, gpus=False, shares=True),
 }
-ARTIFACTS = {"tokenizer": ("train",), "data": ("pack", "mix", "demo-corpus")}
+ARTIFACTS = {"tokenizer": ("train",), "data": ("pack", "mix", "demo-corpus", "pairs", "groups", "unpaired")}
 """Commands of `sov-tokenizer` and `sov-data` that leave a folder with a manifest."""
 
 
@@ -299,10 +299,12 @@ def _making(stage: str, arguments: list[str], output: Path, inputs: list[Path]) 
 
 
 def _convert(arguments: list[str], typed: argparse.Namespace) -> StageWork:
-    if typed.action not in ("from-hf", "to-hf"):
+    if typed.action not in ("from-hf", "to-hf", "verify"):
         raise UserError(f"submit convert {typed.action}: writes no folder; "
-                        "run it where you are (stages write: from-hf, to-hf)")
+                        "run it where you are (stages: from-hf, to-hf, verify)")
     args = options_of(typed)
+    if typed.action == "verify":
+        return _looking("convert", arguments, args.b, "verify", (args.a, args.b))
     return _making("convert", arguments, args.out,
                    [args.hf_dir if typed.action == "from-hf" else args.checkpoint])
 
@@ -318,10 +320,16 @@ def _eval(arguments: list[str], typed: argparse.Namespace) -> StageWork:
     if str(subject).startswith(ADDRESSES):
         raise UserError(f"submit eval lm {subject}: runs no model, and its records would lie nowhere; run it "
                         "where you are, or `submit eval-lm`, whose records lie beside its --output")
-    target = Path(subject).absolute()
-    records = target.with_name(f"{target.name}.{typed.action}.slurm")
-    return StageWork("eval", tuple(arguments), target, records, records / COMPLETION, writes_done=False,
-                     inputs=(target,))
+    return _looking("eval", arguments, Path(subject), typed.action, (Path(subject),))
+
+
+def _looking(stage: str, arguments: list[str], subject: Path, action: str,
+             inputs: tuple[Path, ...]) -> StageWork:
+    """Return a job that looks at a folder and makes none; its records lie beside that folder."""
+    target = subject.absolute()
+    records = target.with_name(f"{target.name}.{action}.slurm")
+    return StageWork(stage, tuple(arguments), target, records, records / COMPLETION, writes_done=False,
+                     inputs=tuple(path.absolute() for path in inputs))
 
 
 def _sharing(stage: str, arguments: list[str], args: Any) -> StageWork:

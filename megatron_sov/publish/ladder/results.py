@@ -48,9 +48,10 @@ class Prediction:
     """What a law says of a model that was not trained."""
 
     loss: float
-    low: float
-    """Lower end of the interval in which the loss of one run lies with probability `CONFIDENCE`."""
-    high: float
+    low: float | None
+    """Lower end of the interval in which the loss of one run lies with probability `CONFIDENCE`; None: the
+    runs are not in the regime of the law, which has no interval for them."""
+    high: float | None
 
 
 class PowerLaw:
@@ -77,6 +78,7 @@ class PowerLaw:
         """
         n, y = np.asarray(num_params, float), np.asarray(losses, float)
         _refuse_too_few(len(n), "power")
+        self.in_regime = falls_slow_down(n, n, y)
         self._small, self._large = n.min(), n.max()
         # even in log a: that is the flat prior over its logarithm
         exponents = np.geomspace(*EXPONENTS, NUM_EXPONENTS)
@@ -129,7 +131,7 @@ class PowerLaw:
         rng = np.random.default_rng()
         rng.bit_generator.state = self._rng_state
         middle = self._level + self._fall * self._z(num_params, self._a)
-        return _of_draws(middle + self._noise * rng.standard_normal(len(middle)))
+        return _told(_of_draws(middle + self._noise * rng.standard_normal(len(middle))), self.in_regime)
 
     def parameters(self) -> dict[str, Prediction]:
         """Return E, A and a, each with its own interval."""
@@ -159,9 +161,11 @@ class ParametricLaw:
         Raises:
             UserError: they are too few.
         """
-        self._logs = np.log(np.asarray(num_params, float)), np.log(np.asarray(num_tokens, float))
+        n, d = np.asarray(num_params, float), np.asarray(num_tokens, float)
+        self._logs = np.log(n), np.log(d)
         y = np.log(np.asarray(losses, float))
         _refuse_too_few(len(y), "parametric")
+        self.in_regime = falls_slow_down(n, d, np.exp(y))
         # the objective has many minima, and a search ends in the nearest one
         self._theta = min((_minimise(start, *self._logs, y) for start in _starts(*self._logs, y)),
                           key=lambda found: found[0])[1]
@@ -179,7 +183,8 @@ class ParametricLaw:
         at = np.log([num_params]), np.log([num_tokens])
         drawn = np.array([_log_loss(theta, *at)[0] for theta in self._thetas])
         spread = _of_draws(np.exp(drawn + self._noise))
-        return Prediction(float(np.exp(_log_loss(self._theta, *at)[0])), spread.low, spread.high)
+        return _told(Prediction(float(np.exp(_log_loss(self._theta, *at)[0])), spread.low, spread.high),
+                     self.in_regime)
 
     def curve(self, num_params: float, num_tokens: float) -> Prediction:
         """Return the law itself, without the noise of a run."""
@@ -202,6 +207,28 @@ def _refuse_too_few(count: int, law: str) -> None:
     if count < LEAST_POINTS[law]:
         raise UserError(f"a law of this form needs {LEAST_POINTS[law]} runs at least, and there are {count}; "
                         "add --sizes")
+
+
+def falls_slow_down(num_params: Floats, num_tokens: Floats, losses: Floats) -> bool:
+    """Return whether losses fall less and less from size to size: where they do not, no law of these forms
+    holds yet.
+
+    Each term of a law is convex over log N, at equal tokens per parameter.  So the square's coefficient of a
+    parabola through the losses over log N is positive; of several ratios the mean counts.
+
+    Args:
+        num_params: N of each run.
+        num_tokens: D of each run; a ratio D / N with fewer than three sizes says nothing.
+        losses: of each.
+    """
+    ratios = np.round(num_tokens / num_params, 3)
+    groups = [ratios == ratio for ratio in np.unique(ratios)]
+    bends = [np.polyfit(np.log(num_params[g]), losses[g], 2)[0] for g in groups if g.sum() >= 3]
+    return not bends or bool(np.mean(bends) > 0)
+
+
+def _told(found: Prediction, in_regime: bool) -> Prediction:
+    return found if in_regime else Prediction(found.loss, None, None)
 
 
 def _of_draws(values: Any) -> Prediction:
@@ -294,8 +321,8 @@ class LadderText:
 
     @property
     def inside(self) -> bool | None:
-        return (None if self.measured is None
-                else self.predicted.low <= self.measured <= self.predicted.high)
+        low, high = self.predicted.low, self.predicted.high
+        return None if self.measured is None or low is None or high is None else low <= self.measured <= high
 
 
 def is_complete(run: Path) -> bool:
@@ -385,13 +412,17 @@ def write(folder: Path, recipe: str, rates: str, found: Sequence[Point], law: La
     atomic_write(folder / FILE, to_json({
         "format_version": FORMAT_VERSION, "kind": "ladder", "recipe": recipe, "rates": rates,
         "points": list(found),
-        "law": {"form": law.name, "parameters": law.parameters()},
+        "law": {"form": law.name, "parameters": law.parameters(), "in_regime": law.in_regime},
         "predictions": [{**asdict(t), "error": t.error, "inside": t.inside} for t in told]}))
 
 
 # The page of a ladder: its losses, the law through them, and predictions beside what came of them.
 
 
+OUTSIDE = ("The losses fall faster from size to size, where a law of this form falls more slowly: these runs "
+           "are not in its regime yet. So the prediction has no interval, and may be far off. Take larger "
+           "--sizes, or more --tokens-per-param.")
+"""What is said of such a ladder."""
 NUM_POINTS = 60
 """Sizes at which the law is drawn."""
 
@@ -400,8 +431,9 @@ def page(recipe: str, rates: str, members: Sequence[Member], found: Sequence[Poi
          told: Sequence[LadderText]) -> str:
     sections = [
         PageSection("Loss over size", charts=[_chart(found, law, told)], tables=law_tables(law),
-                    text=f"Held-out loss at the end of each run. The band is where the law lies with "
-                         f"probability {CONFIDENCE:.0%}; a prediction's bar is where one run's loss lies."),
+                    text="Held-out loss at the end of each run. " + (
+                        f"The band is where the law lies with probability {CONFIDENCE:.0%}; a prediction's "
+                        "bar is where one run's loss lies." if law.in_regime else OUTSIDE)),
         PageSection("Predictions", tables=[prediction_table(told)],
                     text="Each was written before its run began, unless the run was there already."),
         PageSection("Models", tables=[member_table(members, found)],
@@ -442,6 +474,8 @@ def law_tables(law: Law) -> list[PageTable]:
 
 
 def spelled(value: Prediction) -> str:
+    if value.low is None or value.high is None:
+        return f"{value.loss:.4g} (no interval)"
     return f"{value.loss:.4g} ({value.low:.4g} to {value.high:.4g})"
 
 
@@ -451,10 +485,11 @@ def _chart(found: Sequence[Point], law: Law, told: Sequence[LadderText]) -> Char
     if isinstance(law, PowerLaw):
         x = np.geomspace(min(sizes), max(sizes), NUM_POINTS)
         band = [law.curve(float(n)) for n in x]
-        figure.add_trace(go.Scatter(
-            x=np.concatenate([x, x[::-1]]), y=[b.low for b in band] + [b.high for b in band][::-1],
-            fill="toself", line={"width": 0}, fillcolor="var(--band)", name="interval of the law",
-            hoverinfo="skip"))
+        if law.in_regime:
+            figure.add_trace(go.Scatter(
+                x=np.concatenate([x, x[::-1]]), y=[b.low for b in band] + [b.high for b in band][::-1],
+                fill="toself", line={"width": 0}, fillcolor="var(--band)", name="interval of the law",
+                hoverinfo="skip"))
         figure.add_trace(go.Scatter(x=x, y=[b.loss for b in band], mode="lines", name=law.name,
                                     line={"color": colour(0), "width": 1.6}))
     figure.add_trace(go.Scatter(x=[p.num_params for p in found], y=[p.loss for p in found], mode="markers",
@@ -464,8 +499,8 @@ def _chart(found: Sequence[Point], law: Law, told: Sequence[LadderText]) -> Char
         x=[t.num_params for t in told], y=[t.predicted.loss for t in told], mode="markers",
         name="predicted", marker={"color": colour(1), "size": 8, "symbol": "diamond"},
         error_y={"type": "data", "symmetric": False, "color": colour(1),
-                 "array": [t.predicted.high - t.predicted.loss for t in told],
-                 "arrayminus": [t.predicted.loss - t.predicted.low for t in told]}))
+                 "array": [(t.predicted.high or t.predicted.loss) - t.predicted.loss for t in told],
+                 "arrayminus": [t.predicted.loss - (t.predicted.low or t.predicted.loss) for t in told]}))
     measured = [t for t in told if t.measured is not None]
     if measured:
         figure.add_trace(go.Scatter(

@@ -28,7 +28,7 @@ class Trained:
         self.code_at: dict[str, int] = {}
         """Run -> exit code that it ends with instead."""
         self.packed_heldout_tokens = self.heldout_tokens = 100
-        self.offset = 0.0
+        self.offset, self.exponent = 0.0, -0.25
 
     def __call__(self, argv: list[str], go_on_by: str) -> int:
         self.commands.append(argv)
@@ -38,7 +38,9 @@ class Trained:
             return self.code_at.get(folder.name, 0)
         folder.mkdir()
         tokens = settings["train"]["tokens"]
-        loss = 1.5 + 30 * tokens**-0.25 + self.offset
+        loss = 1.5 + 30 * tokens**self.exponent + self.offset
+        if self.exponent > 0:  # it falls faster and faster
+            loss = 8 - tokens**self.exponent
         log = EventLog(folder / "events.jsonl")
         log.write("eval", step=9, heldout={"web": {"loss": loss - 0.2, "tokens": self.heldout_tokens},
                                            "code": {"loss": loss + 0.2, "tokens": self.heldout_tokens}})
@@ -96,6 +98,19 @@ def test_the_prediction_stands_before_its_run_and_beside_its_loss(trained: Train
     assert after["inside"] is False and after["error"] == pytest.approx(
         after["predicted"]["loss"] / after["measured"] - 1) and after["error"] < -0.1
     assert "outside" in (tmp_path / "a/ladder.html").read_text()
+
+
+def test_runs_too_small_for_the_law_are_said_to_be(trained: Trained, tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    trained.exponent = 0.1
+    assert ladder(tmp_path / "a", "--verify") == 0
+    said = capsys.readouterr()
+    assert "not in its regime yet" in said.err and "(no interval)" in said.out
+    found = json.loads((tmp_path / "a/ladder.json").read_text())
+    (told,) = found["predictions"]
+    assert found["law"]["in_regime"] is False and told["predicted"]["low"] is None and told["inside"] is None
+    page = (tmp_path / "a/ladder.html").read_text()
+    assert "not in its regime yet" in page and "interval of the law" not in page
 
 
 def test_a_ladder_that_was_stopped_goes_on(trained: Trained, tmp_path: Path) -> None:

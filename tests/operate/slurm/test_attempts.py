@@ -107,6 +107,15 @@ def test_a_gate_that_does_not_pass_ends_the_job(question: Question, run: Path) -
     assert ended(run)["reason"] == "needle 40 % at 4096"
 
 
+def test_a_check_that_does_not_pass_ends_the_job_and_no_node_is_to_blame(question: Question,
+                                                                         run: Path) -> None:
+    question("begin")
+    words = srun_says(run, "srun: error: n2: task 1: Exited with exit code 3\n", "NOT verified: see above\n")
+    assert question("end", "--code", "3", *words) == "exit 3"
+    assert (ended(run)["outcome"], ended(run)["reason"], ended(run)["blamed"]) == (
+        "gate", "NOT verified: see above", [])
+
+
 def test_a_mistake_ends_the_job_with_the_sentence_of_the_rank(
     question: Question, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:

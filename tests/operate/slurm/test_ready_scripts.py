@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from data_prep.demo_corpus import judged
 from megatron_sov import cli, recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.commands.operate.submit import COMMANDS, chain_names, read_chain
@@ -35,7 +36,8 @@ def test_there_are_scripts_for_the_published_recipes_and_their_tiny_ones() -> No
     assert set(chain_names()) <= set(recipes.names())
     for name in chain_names():
         stages = [stage.stage for stage in read_chain(name).stages]
-        assert {"tokenizer", "data", "pretrain", "extend", "sft", "convert", "eval"} == set(stages), name
+        assert list(dict.fromkeys(stage for stage in stages if stage != "data"))[-8:] == [
+            "tokenizer", "pretrain", "extend", "sft", "rl-run", "prefer", "convert", "eval"], name
 
 
 @pytest.mark.parametrize("name", [*BIG, *TINY])
@@ -77,7 +79,7 @@ def test_slurm_would_take_every_script_as_it_stands(cluster: Any, site: Path) ->
     for script in ALL:
         assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0, script
         cluster.run("sbatch", "--test-only", "--partition=wide", str(script))
-    pretrain = SCRIPTS / "k-exaone-236b/04-pretrain.sbatch"
+    pretrain = SCRIPTS / "k-exaone-236b/06-pretrain.sbatch"
     refused = subprocess.run(["sbatch", "--test-only", "--partition=wide", "--nodes=65", str(pretrain)],
                              env=cluster.env, capture_output=True, text=True, check=False)
     assert refused.returncode != 0 and "node configuration is not available" in refused.stderr
@@ -112,6 +114,8 @@ def test_scripts_start_and_say_what_is_missing(cluster: Any, site: Path, warm_py
             code, sentence = "0:0", "corpus/manifest.json exists: there is nothing left to do"
         elif script.name in ("01-tokenizer.sbatch", "02-tokenizer.sbatch"):
             sentence = "does not exist; pass a text file"
+        elif script.name in ("04-groups.sbatch", "05-pairs.sbatch"):
+            sentence = "judged.jsonl"
         assert cluster.wait(job)["ExitCode"] == code, (script, log_of(job, work))
         assert sentence in log_of(job, work), script
 
@@ -127,7 +131,7 @@ def test_a_python_without_the_package_is_told(cluster: Any, site: Path) -> None:
 
 TRAINING = ("train.steps=2", "train.num_threads=1", "train.eval_every_steps=0", "data.heldout_tokens=512",
             "data.max_epochs=0")
-MODEL = ("model.vocab_size=1024", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4",
+MODEL = ("model.vocab_size=1024", "model.hidden_size=32", "model.num_layers=4", "model.num_heads=4",
          "model.num_kv_heads=2", "model.head_dim=8", "model.expert_ffn_dim=16", "model.num_experts=4")
 NEEDLES = ("needle.lengths_tokens=[512]", "needle.depths=[0.5]", "needle.samples=1",
            'needle.kinds=["single"]')
@@ -140,7 +144,10 @@ def settings(*given: str) -> tuple[str, ...]:
 SMALLER = {
     "tokenizer": ("--vocab-size", "1024"), "tokens": ("--heldout", "0.2"), "chats": ("--heldout", "0.2"),
     "pretrain": settings(*TRAINING, *MODEL), "extend-512": settings(*TRAINING, *NEEDLES),
-    "sft": settings(*TRAINING), "eval": ("--max-tokens", "1024")}
+    "group-tokens": ("--heldout", "0.2"), "sft": settings(*TRAINING),
+    "rl-run": ("--workers", "1", *settings(*TRAINING[1:], "rollout.rounds=1", "rollout.prompts_per_round=2",
+                                           "rollout.samples_per_prompt=2", "rollout.max_new_tokens=4")),
+    "prefer": settings(*TRAINING), "verify": ("--lengths", "7"), "eval": ("--max-tokens", "1024")}
 """Stage -> what is added to the command of its script, so that it takes seconds."""
 
 
@@ -152,6 +159,8 @@ def work(site: Path, token_shards: Path, packed_data: Any) -> Path:
     shutil.copyfile(token_shards.parent / "first.jsonl", folder / "english.jsonl")
     shutil.copyfile(token_shards.parent / "second.jsonl", folder / "code.jsonl")
     shutil.copyfile(packed_data.text.parent / "chat.jsonl", folder / "chat.jsonl")
+    (folder / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged(
+        [{"messages": [{"content": f"What is {i}?"}, {"content": f"{i}."}]} for i in range(20)])))
     (folder / "manifest.json").touch()
     return folder.parent
 
@@ -164,7 +173,7 @@ def test_the_scripts_of_a_tiny_recipe_run_to_their_end(cluster: Any, site: Path,
     made for this cluster, with one rank."""
     assert cli.main(["submit", "chain", "tiny-k-exaone", "--cluster", "site.yaml", "--scripts",
                      "scripts"]) == 0
-    shipped = shutil.copy(SCRIPTS / "tiny-k-exaone/05-pretrain.sbatch", "scripts")
+    shipped = shutil.copy(SCRIPTS / "tiny-k-exaone/07-pretrain.sbatch", "scripts")
     jobs: dict[str, str] = {}
 
     def send(script: Path, *options: str) -> str:
@@ -179,7 +188,7 @@ def test_the_scripts_of_a_tiny_recipe_run_to_their_end(cluster: Any, site: Path,
     for stage, job in jobs.items():
         found = cluster.wait(job, timeout_s=600)
         assert (found["JobState"], found["ExitCode"]) == ("COMPLETED", "0:0"), (stage, log_of(job, work))
-    for run, num_ranks in (("pretrain", 2), ("extend-512", 1), ("sft", 1)):
+    for run, num_ranks in (("pretrain", 2), ("extend-512", 1), ("sft", 1), ("prefer", 1)):
         events = list(read_events(work / run / "events.jsonl"))
         assert [e["step"] for e in final_steps(events)] == [1, 2]
         assert next(e["num_ranks"] for e in events if e["event"] == "run_start") == num_ranks
