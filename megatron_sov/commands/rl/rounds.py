@@ -4,7 +4,7 @@ run`, all rounds by one command, each written by the model that learns."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,7 +33,7 @@ from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import RecipeOptions
 from megatron_sov.post.rl.reward import ENVIRONMENT, NO_REWARD, judging, reward_version, second_opinions
 from megatron_sov.rollouts.prompts import (
-    RolloutPrompt, list_set_aside, refuse_unaskable, round_prompts, rounds_between)
+    PromptList, list_set_aside, refuse_unaskable, round_prompts, rounds_between)
 from megatron_sov.rollouts.rows import domain_of
 from megatron_sov.runs.checkpoints import files_sha256, refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, ROUNDS, VALIDATION, RunFolder, fixed_settings
@@ -152,7 +152,7 @@ def _other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
             if getattr(rollout, name) != getattr(trained.rollout, name)]
 
 
-def _prompts(args: RlGenerateOptions) -> list[RolloutPrompt]:
+def _prompts(args: RlGenerateOptions) -> PromptList:
     prompts = args.read()
     if args.environment is None:
         refuse_unaskable(args.prompts, prompts)
@@ -170,7 +170,7 @@ def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
     return name
 
 
-def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: list[RolloutPrompt],
+def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: PromptList,
            start: Target, engine_name: str, environment: AskedEnvironment | None) -> dict[str, Any] | None:
     """Load the policy and write; None on other processes than the first."""
     from megatron_sov.engine.parallel.world import on_first
@@ -257,7 +257,7 @@ def _with_domain(text: str) -> tuple[str, str]:
     return domain, text[len(domain + sign):]
 
 
-def refuse_teachers(args: RoundsOptions, policy: PolicyConfig, prompts: Sequence[RolloutPrompt]) -> None:
+def refuse_teachers(args: RoundsOptions, policy: PolicyConfig, prompts: PromptList) -> None:
     """Refuse teachers that nothing learns from, and prompts that nobody reads.
 
     Raises:
@@ -369,13 +369,13 @@ class ParsedRounds:
     """What a command that trains rounds is to do, checked."""
 
     stage: ParsedStage
-    prompts: list[RolloutPrompt]
+    prompts: PromptList
     """All of them."""
     reward_version: str
     gate: EndGate | None
     """What judges the last policy."""
-    heldout: list[RolloutPrompt]
-    """What its policies are validated by; empty: they are not."""
+    heldout: PromptList | None
+    """What its policies are validated by; None: they are not."""
 
 
 def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig] = with_rounds
@@ -397,7 +397,7 @@ def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig
     refuse_teachers(args, parsed.config.policy, prompts)
     if not args.dry_run:
         parsed = parsed.with_checkpoint(args.run)
-    heldout = [] if args.validation is None else read_heldout(args.validation, args.renames, prompts)
+    heldout = None if args.validation is None else read_heldout(args.validation, args.renames, prompts)
     return ParsedRounds(parsed, prompts, version, gate_of(args, parsed.config, parsed.start), heldout)
 
 
@@ -491,7 +491,7 @@ def run_all(args: argparse.Namespace) -> int:
     parsed = parse_rounds(options)
     if options.environment is None:
         refuse_unaskable(options.prompts, parsed.prompts)
-        if options.validation is not None:
+        if options.validation is not None and parsed.heldout is not None:
             refuse_unaskable(options.validation, parsed.heldout)
     _run(options, parsed, args.began_s)
     return ExitCode.OK
@@ -539,7 +539,7 @@ def _validation(args: RlRunOptions, parsed: ParsedRounds, training: Producer, st
     Raises:
         UserError: a prompt is empty, or all are too long.
     """
-    if args.validation is None:
+    if parsed.heldout is None:
         return None
     from megatron_sov.post.rl.feed import Producer
     from megatron_sov.post.rl.validation import SampledRounds, Validation

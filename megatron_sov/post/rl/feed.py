@@ -47,7 +47,7 @@ from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
 from megatron_sov.post.rl.teachers import ScoringTeacher, identity_of, reverse_kl, write_teachers
 from megatron_sov.post.rl.validation import SampledRounds, Validation
-from megatron_sov.rollouts.prompts import RolloutPrompt, SetAside, list_set_aside, round_prompts
+from megatron_sov.rollouts.prompts import PromptList, SetAside, list_set_aside, round_prompts
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints
@@ -398,7 +398,7 @@ class Producer:
 
     store: Callable[[], RolloutStore]
     """Opens the store, or makes it."""
-    prompts: Sequence[RolloutPrompt]
+    prompts: PromptList
     """All that are asked."""
     aside: SetAside
     """Those that are not."""

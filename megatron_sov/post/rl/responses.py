@@ -54,17 +54,20 @@ class ResponseSource:
         Raises:
             UserError: one is empty, or the template refuses it; or all are too long.
         """
-        lengths: list[int] = []
+        found: dict[str, int] = {}
+        shortest: list[int] = []
         for first in range(0, len(prompts), CHUNK_PROMPTS):
-            chunk = prompts[first:first + CHUNK_PROMPTS]
-            lengths += map(self._longest, chunk, self.asker.ask([self._text(prompt) for prompt in chunk]))
-        self._refuse_empty(prompts, lengths)
-        found = {prompt.id: length for prompt, length in zip(prompts, lengths, strict=True)
-                 if length > self.rollout.max_prompt_tokens}
+            chunk = list(prompts[first:first + CHUNK_PROMPTS])
+            lengths = list(map(self._longest, chunk,
+                               self.asker.ask([self._text(prompt) for prompt in chunk])))
+            self._refuse_empty(chunk, lengths)
+            shortest.append(min(lengths))
+            found |= {prompt.id: length for prompt, length in zip(chunk, lengths, strict=True)
+                      if length > self.rollout.max_prompt_tokens}
         if len(found) == len(prompts):
             raise UserError(f"{prompts[0].option}: all {len(prompts):,} prompts have more tokens than "
                             f"rollout.max_prompt_tokens = {self.rollout.max_prompt_tokens:,}, the shortest "
-                            f"{min(lengths):,}; raise it")
+                            f"{min(shortest):,}; raise it")
         return found
 
     def write(self, engine: Engine, attempts: Sequence[SampleAttempt],

@@ -22,7 +22,7 @@ from megatron_sov.post.rl import requests
 from megatron_sov.post.rl.generate import Missing, PieceQueue
 from megatron_sov.post.rl.requests import LiveServers, ResponseQueue, row_requests, write_by_requests
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
-from megatron_sov.rollouts.prompts import RolloutPrompt, read_prompts
+from megatron_sov.rollouts.prompts import PromptList, read_prompts
 from megatron_sov.rollouts.rows import LENGTH, UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
@@ -55,7 +55,7 @@ class Desk:
     def __init__(self, folder: Path, keepers: list[DoubleKeeper], rollout: RolloutConfig = ROLLOUT) -> None:
         path = folder / "prompts.jsonl"
         path.write_text("".join(json.dumps({"prompt": str(k)}) + "\n" for k in range(10, 16)))
-        self.prompts: list[RolloutPrompt] = read_prompts(path)
+        self.prompts: PromptList = read_prompts(path)
         self.newest, self.taken = 0, list[int]()
         self.store = RolloutStore.create(folder / "store", "sha256:0", VOCAB)
         self.fleet = Fleet(keepers, VOCAB, 4, look_s=0.02, backoff_s=(0.01, 0.05)).__enter__()
