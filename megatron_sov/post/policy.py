@@ -337,9 +337,9 @@ class PolicyLearning(DataObjective):
 
     formats = (ROLLOUTS,)
     comparable_loss = False
-    headline = (Meter(REWARD, better="higher", heldout=f"{VALIDATION}.reward"),
-                Meter(RESPONSE_TOKENS, "response length", "tokens"),
-                Meter(GROUPS_LEARNING, "groups that learn", "share", "higher"))
+    headline: tuple[Meter, ...] = (Meter(REWARD, better="higher", heldout=f"{VALIDATION}.reward"),
+                                   Meter(RESPONSE_TOKENS, "response length", "tokens"),
+                                   Meter(GROUPS_LEARNING, "groups that learn", "share", "higher"))
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
@@ -348,6 +348,8 @@ class PolicyLearning(DataObjective):
         self._temperature, self._loss = rollout.temperature, PolicyLoss(
             asked, rollout.max_new_tokens, self.policy_loss)
         self.meters = self._loss.meters
+        if self._parts.opd_coeff:
+            self.headline = (Meter(REVERSE_KL, "KL to the teacher", "nats", "lower"), *self.headline)
         self.coefficients = dict(self._loss.coefficients)
         if asked.has_text:
             self.coefficients[KNOWLEDGE] = asked.parts.knowledge_coeff

@@ -136,6 +136,10 @@ class PromptList(Sequence[RolloutPrompt]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pieces go to the other ranks of an engine, which have no part of this file
+        return PromptList.of, (list(self), self.option)
+
     @property
     def ids(self) -> list[str]:
         """Return the ids; no record is read."""

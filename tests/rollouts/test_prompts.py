@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,17 @@ def test_what_is_set_aside_is_listed_and_counted_by_all_who_share_a_store(tmp_pa
     with pytest.raises(UserError, match=r"set_aside.json: other prompts were set aside when the store was"):
         list_set_aside(tmp_path, none)
     assert set_aside(prompts[1:2], {}, 1024).told == ""
+
+
+def test_prompts_are_read_where_they_are_asked_for_and_go_to_other_processes() -> None:
+    prompts = made(7)
+    some = prompts[1:6].without([prompts[3].id])
+    assert some.ids == [prompts[i].id for i in (1, 2, 4, 5)] == pickle.loads(pickle.dumps(some)).ids
+    assert pickle.loads(pickle.dumps(some)) == some == [prompts[i] for i in (1, 2, 4, 5)]
+    assert some.record_of(prompts[4].id) == {"prompt": "4"}
+    for other in (prompts[0].id, prompts[3].id, "f" * 16):
+        with pytest.raises(KeyError):
+            some.record_of(other)
 
 
 def test_what_nobody_can_be_asked_is_named(tmp_path: Path) -> None:

@@ -542,7 +542,7 @@ def _validation(args: RlRunOptions, parsed: ParsedRounds, training: Producer, st
     if parsed.heldout is None:
         return None
     from megatron_sov.post.rl.feed import Producer
-    from megatron_sov.post.rl.validation import SampledRounds, Validation
+    from megatron_sov.post.rl.validation import SampledRounds, Validation, measured_by
     from megatron_sov.rollouts.store import RolloutStore
 
     config, folder = parsed.stage.config, args.run / VALIDATION
@@ -556,9 +556,10 @@ def _validation(args: RlRunOptions, parsed: ParsedRounds, training: Producer, st
     asking = Producer(store, prompts, aside, rollout, args.run, writer, training.batching,
                       parsed.reward_version, lambda: nullcontext(training.judge_rows), training.provenance,
                       servers=training.servers)
-    samples = SampledRounds(config.obs.sample_rows, rollout.rounds)
-    return Validation(args.run, asking, config.rollout, len(prompts) * rollout.samples_per_prompt,
-                      config.policy.right_from, samples)
+    samples, right_from = SampledRounds(config.obs.sample_rows, rollout.rounds), config.policy.right_from
+    return Validation(args.run, asking, config.rollout, len(prompts) * rollout.samples_per_prompt, right_from,
+                      samples, measured_by(prompts, parsed.reward_version, rollout, writer.chosen_by,
+                                           right_from))
 
 
 def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveServers | None:

@@ -34,6 +34,7 @@ from megatron_sov.post.rl.advantages import LEARNS as KEPT, Group, advantages, l
 from megatron_sov.post.rl.gathering import (
     LATE, LATE_FROM, Gathered, LateGroup, PublishedResponse, RolloutFacts, RoundOfStore, late_groups,
     late_responses)
+from megatron_sov.post.rl.reward import NO_REWARD
 from megatron_sov.post.rl.round_files import (
     DTYPE, RoundPiece, RoundShard, ShardWriter, WrittenShard, shards_of)
 from megatron_sov.rollouts.prompts import PromptList, budget_of, round_pieces, too_long_in
@@ -270,7 +271,8 @@ class Publisher:
             "store": [{"name": part.name, "rollouts": part.manifest_sha256, "rewards": manifest_sha256(
                 source.store.part_path(part.name, source.reward_version))} for part in parts],
             "means": means_of(gathered, {prompt: domain_of(self._record(prompt))
-                                         for prompt in source.prompts}, self.config.rollout),
+                                         for prompt in source.prompts}, self.config.rollout,
+                              has_reward=self.reward_version != NO_REWARD),
             **({DOMAINS: self._domains_of(gathered, late, chosen)} if self.config.policy.parts.opd_coeff
                else {})}
 
@@ -444,13 +446,15 @@ def _piece(responses: Iterable[PublishedResponse], advantages: Mapping[Key, floa
                          sum(row.num_tokens for row in rows))
 
 
-def means_of(gathered: Gathered, domains: Mapping[str, str], rollout: RolloutConfig) -> dict[str, Any]:
+def means_of(gathered: Gathered, domains: Mapping[str, str], rollout: RolloutConfig, *, has_reward: bool
+             ) -> dict[str, Any]:
     """Return means over the responses of a round that have a reward, trained or not.
 
     Args:
         gathered: the round.
         domains: prompt -> what it is about, "" where it does not say.
         rollout: says which optimizer step the round is trained from.
+        has_reward: whether something judges; else there is no reward to tell, and not one of 0.
     """
     responses = [r for group in gathered.groups for r in group]
     if not responses:
@@ -468,12 +472,12 @@ def means_of(gathered: Gathered, domains: Mapping[str, str], rollout: RolloutCon
     for r in responses:
         rewards[domains[r.rollout.key.prompt]].append(r.reward)
     return {
-        "responses": len(responses), "reward": _mean(r.reward for r in responses),
+        "responses": len(responses), **({"reward": _mean(r.reward for r in responses)} if has_reward else {}),
         "components": {name: _mean(values) for name, values in sorted(components.items())},
         "response_tokens": _mean(r.rollout.num_written for r in responses),
         "truncated": _mean(r.rollout.finish_reason == LENGTH for r in responses),
         "staleness_steps": behind / max(1, num_written), "domains": {
-            name: {"responses": len(values), "reward": _mean(values)}
+            name: {"responses": len(values), **({"reward": _mean(values)} if has_reward else {})}
             for name, values in sorted(rewards.items()) if name}}
 
 

@@ -318,7 +318,7 @@ class Mcp(AnsweredWorld):
             page = self._ask("tools/list", cursor)
             tools = page.get("tools", [])
             tools = tools if isinstance(tools, list) else [tools]
-            found += map(_described, tools)
+            found += map(described_tool, tools)
             self._readers |= {tool["name"] for tool in tools if _only_reads(tool)}
             if not page.get("nextCursor"):
                 break
@@ -386,7 +386,7 @@ def _only_reads(tool: dict[str, Any]) -> bool:
     return isinstance(annotations, dict) and annotations.get("readOnlyHint") is True
 
 
-def _described(tool: Any) -> dict[str, Any]:
+def described_tool(tool: Any) -> dict[str, Any]:
     """Return a tool as OpenAI describes functions.
 
     Raises:
