@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
 
 from megatron_sov.base.artifacts import file_damage, read_manifest
+from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.model.divergence import Divergence, Teacher, TeacherStates, TeacherTopK
 from megatron_sov.engine.model.logprobs import Head
@@ -27,13 +28,52 @@ from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.requirements import NeededColumn
 from megatron_sov.train.data.rows import RowOrigin, heldout_samples, join_rows, sample_row
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.token_shards import TEXTS, Source
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
 from megatron_sov.train.objectives.objective import (
     GlobalBatch, LossSums, columns_of, formats_of, per_source, with_denominators)
 from megatron_sov.train.stages.gate import GateView
+
+
+class RunTeacher(Protocol):
+    """Whose distributions a run learns."""
+
+    teacher: str
+    """Digest of its weights."""
+    divergence: Divergence
+    """Which is learned."""
+
+    def verify(self, world: ParallelWorld) -> None:
+        """Look at its files; called by all processes together, before anything is read.
+
+        Raises:
+            UserError: one is missing or is not what was written; on every process.
+        """
+        ...
+
+    def read(self, batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
+        """Have it read micro-batches before they are learned; called by all processes together."""
+        ...
+
+    def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
+        """Return what it says at the local tokens of a micro-batch, as `read` gave it.
+
+        Args:
+            batch: rows of documents of a split.
+            head: the student's, by which the teacher's is split.
+            split: which.
+
+        Raises:
+            UserError: it has not read one of them.
+        """
+        ...
+
+    def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
+        """Return [n] what each label of a whole row weighs: as in the data where the teacher says something,
+        else 0."""
+        ...
 
 
 class KeptTeacher:
@@ -71,11 +111,7 @@ class KeptTeacher:
         self._head: torch.Tensor | None = None
 
     def verify(self, world: ParallelWorld) -> None:
-        """Look at every file that is kept, each on one process; called by all together.
-
-        Raises:
-            UserError: one is missing or is not what was written; on every process.
-        """
+        """As `RunTeacher.verify`: look at every file that is kept, each on one process."""
         folders = sorted({files.folder for files in self._by_source.values()})
         files = [(folder / name, record) for folder in folders
                  for name, record in read_manifest(folder).files.items()]
@@ -87,17 +123,12 @@ class KeptTeacher:
                 raise UserError(f"{file_damage(*files[int(number) - 1])}; make the states again with "
                                 "`megatron-sov distill states`")
 
+    def read(self, batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
+        """As `RunTeacher.read`: it has read them."""
+        return tuple(batches)
+
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
-        """Return what it says at the local tokens of a micro-batch.
-
-        Args:
-            batch: rows of documents of a split.
-            head: the student's, by which the teacher's is split.
-            split: which.
-
-        Raises:
-            UserError: it has not read one of them.
-        """
+        """As `RunTeacher.at`."""
         rows = self._rows(batch.origins, context.pieces(len(batch.labels)), split)
         if self._files.kept.top_k:
             ids, logprobs = unpacked(rows)
@@ -109,8 +140,7 @@ class KeptTeacher:
         return TeacherStates(rows, self._head, self._files.logits_softcap)
 
     def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
-        """Return [n] what each label of a whole row weighs: as in the data where the teacher says something,
-        and 0 where its tokens do not begin with the student's."""
+        """As `RunTeacher.heard`: nothing where its tokens do not begin with the student's."""
         if not self._files.kept.translated:
             return batch.weights
         rows = self._rows(batch.origins, [(0, len(batch.labels))], split)
@@ -197,13 +227,18 @@ class Distillation(DataObjective):
             UserError: a file of what is kept of the teacher is damaged.
         """
         super().__init__(context)
-        teacher: KeptTeacher = context.teacher
+        teacher: RunTeacher = context.teacher
         teacher.verify(context.world)
         self._teacher = teacher
         self.coefficients = {DIVERGENCE: 1.0}
         if context.config.distillation.ce_coeff > 0:
             self.coefficients[CROSS_ENTROPY] = context.config.distillation.ce_coeff
         self.coefficients |= self._mtp_coefficient
+
+    def collect(self, policy: Any, step: int) -> GlobalBatch:
+        """Return the next batch of the data order, which the teacher has read."""
+        batch = super().collect(policy, step)
+        return dataclasses.replace(batch, micro_batches=self._teacher.read(batch.micro_batches))
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the learned tokens of the global batch."""
@@ -243,13 +278,19 @@ class Distillation(DataObjective):
                             "its checkpoint")
 
 
+class OnPolicyDistillation(Distillation):
+    """The same of rounds that the student writes, and of data in their place (GKD, arXiv 2306.13649)."""
+
+    formats = (ROLLOUTS, *TEXTS)
+
+
 @dataclasses.dataclass(frozen=True)
 class TaughtFactory:
     """Makes an objective that finds a teacher in its context."""
 
     made: Callable[[ObjectiveContext], Any]
     """Makes it."""
-    teachers: Sequence[KeptTeacher]
+    teachers: Sequence[RunTeacher]
     """The teacher; empty: the run is complete, and nothing is made."""
 
     @property
@@ -265,13 +306,13 @@ class TaughtFactory:
 
 
 def measure_heldout(view: GateView, sources: Sequence[Source],
-                    teacher: KeptTeacher) -> dict[str, dict[str, float]]:
+                    teacher: RunTeacher) -> dict[str, dict[str, float]]:
     """Measure each source that has held-out documents, and record it; called by all processes together.
 
     Args:
         view: the run.
         sources: those that it reads, in their order.
-        teacher: what is kept of it, held-out documents included.
+        teacher: theirs; where it is kept, with held-out documents.
 
     Returns:
         Source -> `tokens`, those that are learned of up to `data.heldout_tokens`, and means over them:
@@ -289,7 +330,7 @@ def measure_heldout(view: GateView, sources: Sequence[Source],
     return found
 
 
-def _sums(view: GateView, index: int, source: Source, teacher: KeptTeacher) -> torch.Tensor:
+def _sums(view: GateView, index: int, source: Source, teacher: RunTeacher) -> torch.Tensor:
     """Return [3] float64, on every process: learned tokens, and sums of divergence and KL over them."""
     config, world, shard = view.config, view.world, source.shard(SPLIT)
     seq_len, size = config.data.max_seq_len(), config.train.micro_batch_size
@@ -305,6 +346,6 @@ def _sums(view: GateView, index: int, source: Source, teacher: KeptTeacher) -> t
         return torch.stack([learned.sum(), (measured.divergence * learned).sum(),
                             (measured.kl * learned).sum()])
 
-    parts = view.policy.map(own, sums)
+    parts = view.policy.map(teacher.read(own), sums)
     local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(3, dtype=torch.float64)
     return collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local))
