@@ -397,13 +397,21 @@ class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions, ServerOptions):
                             self.reward, "add --environment, or choose another reward")]
 
 def run_all(args: argparse.Namespace) -> int:
+    """As `run_rl`, of what was typed."""
+    return run_rl(read_options(RlRunOptions, args), args.began_s)
+
+
+def run_rl(options: RlRunOptions, began_s: float) -> int:
     """Write, judge and train all rounds; returns 0 when the run is complete.
+
+    Args:
+        options: of the command.
+        began_s: Unix time at which it began.
 
     Raises:
         UserError: a mistake in the arguments, or the store does not belong to the run.
         StopRequested: it was asked to stop, and everything is saved.
     """
-    options = read_options(RlRunOptions, args)
     if is_complete(options, "policy"):
         return ExitCode.OK
     parsed = parse_rounds(options)
@@ -411,7 +419,7 @@ def run_all(args: argparse.Namespace) -> int:
         refuse_unaskable(options.prompts, parsed.prompts)
         if options.validation is not None:
             refuse_unaskable(options.validation, parsed.heldout)
-    _run(options, parsed, args.began_s)
+    _run(options, parsed, began_s)
     return ExitCode.OK
 
 
