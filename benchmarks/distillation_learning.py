@@ -12,9 +12,9 @@ others.  Everything runs through the ordinary commands on one process of one thr
   arms      go on from the start over the same 200 conversations, in the same order, for the same steps, in
             four of the wordings: SFT learns the one answer that was drawn, the others the teacher's
             distributions at the same tokens; on-policy, the same questions in rounds of one step, eight in
-            each, with answers that the student writes itself (`distill rounds`).  At the learning rate of the others SFT learns
-            the 200 drawn answers by heart, so it has smaller ones too, and the others are compared with its
-            best
+            each, with answers that the student writes itself (`distill rounds`).  At the learning rate of
+            the others SFT learns the 200 drawn answers by heart, so it has smaller ones too, and the others
+            are compared with its best
 
 Each is then asked the other four wordings: KL(teacher || student) in nats per token of the answers, by the
 same command, before its first step, each conversation whole.  Printed are means over the seeds with 95 %
@@ -170,7 +170,8 @@ def measure(work: Work, seed: int, steps: int, teacher_steps: int) -> None:
                        "rollout.max_prompt_tokens=64")
     runs = {f"arm-{seed}-{number}": f"arm-{seed}-{number}" for number in range(len(ARMS))}
     for name, run in ({f"start-{seed}": f"start-{seed}", f"rounds-{seed}": last} | runs).items():
-        work.train(f"asked-{name}", "distill", asked, own, RATE, "train.steps=1", start=run, states="states-asked")
+        work.train(f"asked-{name}", "distill", asked, own, RATE, "train.steps=1", start=run,
+                   states="states-asked")
 
 
 def kl(run: Path) -> float:

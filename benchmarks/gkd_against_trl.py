@@ -3,8 +3,8 @@
 Usage: python benchmarks/gkd_against_trl.py --work FOLDER --trl SITE [--seeds 0 1 2] [--steps 120]
        python benchmarks/gkd_against_trl.py --work FOLDER --print
 
-SITE is a folder with trl, accelerate and datasets (`pip install --target SITE trl`), which are no dependency of
-ours.  The task, models and measure are those of distillation_learning.py, with half of its teacher's
+SITE is a folder with trl, accelerate and datasets (`pip install --target SITE trl`), which are no dependency
+of ours.  The task, models and measure are those of distillation_learning.py, with half of its teacher's
 conversations and 400 steps of the teacher and the start in the place of 600.
 
 Both go on from the same student over the same 200 conversations, with the protocol of Typhoon-S's authors: a
@@ -49,11 +49,12 @@ tokenizer = AutoTokenizer.from_pretrained(student)
 ends = json.loads(ends)
 if tokenizer.pad_token_id is None:
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
-models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (student, teacher)]
+models = [AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) for name in (student, teacher)]
 models[0].generation_config.eos_token_id = ends
 rows = [json.loads(line) for line in open(data)]
 trainer = GKDTrainer(
-    model=models[0], teacher_model=models[1], processing_class=tokenizer, train_dataset=Dataset.from_list(rows),
+    model=models[0], teacher_model=models[1], processing_class=tokenizer,
+    train_dataset=Dataset.from_list(rows),
     args=GKDConfig(output_dir=out + ".trl", use_cpu=True, max_steps=int(steps), lmbda=float(share), beta=0.0,
                    temperature=1.0, max_new_tokens=int(length), max_length=128, learning_rate=float(rate),
                    lr_scheduler_type="cosine", warmup_steps=int(warmup), weight_decay=0.0,
@@ -105,8 +106,8 @@ def trl(work: Work, seed: int, steps: int, site: Path) -> None:
     if not (out / "tokenizer.json").exists():
         with open(work.folder / "log", "a") as log:
             subprocess.run([sys.executable, "-W", "ignore", "-c", TRL_SCRIPT, *map(str, (
-                *exported.values(), work.folder / f"few-{seed}.jsonl", out, seed, steps, SHARE, NEW_TOKENS, SIZE,
-                RATE.partition("=")[2], round(0.05 * steps), json.dumps(sorted(chat.end_ids()))))],
+                *exported.values(), work.folder / f"few-{seed}.jsonl", out, seed, steps, SHARE, NEW_TOKENS,
+                SIZE, RATE.partition("=")[2], round(0.05 * steps), json.dumps(sorted(chat.end_ids()))))],
                 stdout=log, stderr=subprocess.STDOUT, check=True, cwd=work.folder,
                 env=os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"})
 
@@ -119,7 +120,8 @@ def report(folder: Path) -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, load "
           f"{os.getloadavg()[0]:.0f}, Python {platform.python_version()}; KL(teacher || student), nats per "
           f"token of held-out answers; seeds {', '.join(map(str, seeds))}\n")
-    found = {name: [kl(folder / f"asked-{name}-{seed}") for seed in seeds] for name in ("start", "trl", "ours")}
+    found = {name: [kl(folder / f"asked-{name}-{seed}") for seed in seeds]
+             for name in ("start", "trl", "ours")}
     found["ours - trl"] = [a - b for a, b in zip(found["ours"], found["trl"], strict=True)]
     for name, values in found.items():
         print(f"  {name:<12} {over_seeds(values, '.4f'):>17}   ({', '.join(f'{v:.4f}' for v in values)})")

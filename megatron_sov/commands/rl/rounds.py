@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from megatron_sov.post.rl.feed import Producer
     from megatron_sov.post.rl.requests import LiveServers
     from megatron_sov.post.rl.validation import Validation
-    from megatron_sov.train.stages.gate import EndGate, GateView
+    from megatron_sov.train.stages.gate import EndGate
 
 
 def refuse_no_tokenizer(start_from: Path, folder: Path) -> None:
@@ -321,7 +321,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     from megatron_sov.train.data.rounds import rounds_of, rounds_source
 
     prepare_megatron()
-    from megatron_sov.post.distillation.distill import OnPolicyDistillation, TaughtFactory, measure_heldout
+    from megatron_sov.post.distillation.distill import OnPolicyDistillation, TaughtFactory, measure_teacher
     from megatron_sov.post.policy import check_sources, objective_of, texts_of
     from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
     from megatron_sov.post.rl.publish import Publisher
@@ -342,8 +342,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
                           tokenizer, policies.is_own)
     # rounds that were published from another store would be trained as if they were of this one
     publisher.refuse_other_store()
-    teacher = (live_teacher_of(args, config, tokenizer, args.nproc) if config.policy.learns_distributions
-               else None)
+    teacher = live_teacher_of(args, config, tokenizer, args.nproc)
     objective = factory(config, objective_of(config) if teacher is None
                         else TaughtFactory(OnPolicyDistillation, [teacher]))
     columns = columns_of_run(config, columns_of(objective), start,
@@ -359,15 +358,9 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
                      (lambda: None) if producer is None else producer.close, validation,
                      SampledRounds(config.obs.sample_rows, config.rollout.rounds))
 
-    def before(view: GateView) -> None:
-        _ = after(view)
-
-    def after(view: GateView) -> dict[str, Any]:
-        return {} if teacher is None else {
-            "teacher": teacher.teacher, "heldout_divergence": measure_heldout(view, texts, teacher)}
-
+    after = partial(measure_teacher, sources=texts, teacher=teacher)
     run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
-                    before=before, after=after, feed=feed, end_gate=parsed.gate,
+                    before=after, after=after, feed=feed, end_gate=parsed.gate,
                     faults=parsed.stage.faults, dry_run=args.dry_run, notes=parsed.stage.notes),
               args.nproc, began_s)
 

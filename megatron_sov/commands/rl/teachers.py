@@ -20,7 +20,7 @@ from megatron_sov.runs.launch_environment import num_ranks
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
-    from megatron_sov.post.distillation.live_teacher import LiveTeacher
+    from megatron_sov.post.distillation.distill import LiveTeacher
     from megatron_sov.post.rl.teachers import ScoringTeacher
 
 ELSEWHERE = "serve it (`megatron-sov serve`), and pass --teacher-url"
@@ -122,15 +122,17 @@ def teachers_of(args: ScoringTeacherOptions, config: RunConfig, tokenizer: Path
 
 
 def live_teacher_of(args: ScoringTeacherOptions, config: RunConfig, tokenizer: Path, nproc: int | None
-                    ) -> LiveTeacher:
-    """Return the teacher whose distributions are learned.
+                    ) -> LiveTeacher | None:
+    """Return the teacher whose distributions are learned; None: it is no such run.
 
     Raises:
         UserError: it is no checkpoint, of another tokenizer, or does not fit beside the student.
     """
     from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.post.distillation.live_teacher import LiveTeacher
+    from megatron_sov.post.distillation.distill import LiveTeacher
 
+    if not config.policy.learns_distributions:
+        return None
     [(_, _, place)] = args.given()
     target = find_target(Path(place))
     _refuse_other_tokens(place, target, tokenizer)

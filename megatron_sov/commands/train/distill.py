@@ -200,7 +200,7 @@ def run(typed: argparse.Namespace) -> int:
 
     prepare_megatron()
     from megatron_sov.post.distillation.distill import (
-        Distillation, KeptTeacher, TaughtFactory, measure_heldout)
+        Distillation, KeptTeacher, TaughtFactory, measure_teacher)
     from megatron_sov.post.distillation.state_files import StateFiles
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.objectives.objective import formats_of
@@ -223,16 +223,12 @@ def run(typed: argparse.Namespace) -> int:
         read.append(KeptTeacher([StateFiles(path, sources) for path in states], config.distillation, sources,
                                 config.model.vocab_size))
 
-    def before(view: GateView) -> None:
-        measure_heldout(view, sources, read[0])
-
     def after(view: GateView) -> dict[str, Any]:
-        return {"teacher": read[0].teacher,
-                "heldout_divergence": measure_heldout(view, sources, read[0])}
+        return measure_teacher(view, sources, read[0])
 
     objective = TaughtFactory(made, read)
     run_stage(Stage(config, folder, objective, parsed.start,
-                    args.resume, tuple(sources), before=before, after=after, end_gate=gate,
+                    args.resume, tuple(sources), before=after, after=after, end_gate=gate,
                     faults=parsed.faults, dry_run=args.dry_run, notes=parsed.notes),
               args.nproc, typed.began_s)
     return 0

@@ -13,6 +13,7 @@ import pytest
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.cli import main
 from megatron_sov.convert import to_hf
+from megatron_sov.model.config import PolicyConfig
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.train.data.token_shards import open_sources
 
@@ -155,6 +156,15 @@ def test_the_most_probable_tokens_alone_are_learned(folder: Path, command: Comma
         assert done.returncode == 0, done.stderr
     assert np.allclose(losses(folder / "top"), losses(folder / "top2"), rtol=1e-3, atol=1e-5)
     assert all(loss > 0 for loss, _ in losses(folder / "top"))
+
+
+def test_a_share_of_rounds_is_of_answers_by_the_seed_alone() -> None:
+    policy = PolicyConfig("gkd", on_policy_share=0.25)
+    drawn = [[policy.is_on_policy(seed, number) for number in range(1, 4001)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    # four standard deviations of a binomial
+    assert all(abs(sum(of) / 4000 - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5 for of in drawn)
+    assert all(PolicyConfig("gkd").is_on_policy(0, number) for number in range(1, 100))
 
 
 @pytest.mark.parametrize(("more", "said"), [
