@@ -440,6 +440,24 @@ class PolicyConfig:
                   if any(given.get(part, brought[part]) != brought[part] for part in parts)}
         return brought | others | given
 
+    def _rules_of_distributions(self, told: dict[str, Any]) -> list[tuple[bool, str, str]]:
+        alone = self.learns_distributions
+        return [(alone or self.on_policy_share == 1, "on_policy_share",
+                 f"belongs to policy.method = gkd, and the method is {self.method}"),
+                (not alone or told["advantage"] == "none", "advantage",
+                 "must be none: policy.method = gkd learns from no reward"),
+                (not alone or not told["opd_coeff"], "opd_coeff",
+                 "must be 0: policy.method = gkd learns the whole distribution")]
+
+    def _problems_of_sampling(self, rollout: RolloutConfig) -> list[SettingsProblem]:
+        return find_broken(
+            rollout, "rollout",
+            (rollout.top_p == 1 or self.learns_distributions, "top_p",
+             f"must be 1: policy.method = {self.method} compares probabilities of the whole distribution"),
+            (rollout.max_staleness == 0 or self.on_policy_share == 1, "max_staleness",
+             f"must be 0: with policy.on_policy_share = {self.on_policy_share:g} a round may not be written "
+             "at all"))
+
     def problems(self, rollout: RolloutConfig) -> list[SettingsProblem]:
         """Return every rule that these settings break.
 
@@ -460,12 +478,7 @@ class PolicyConfig:
              f"must lie between 1 and rollout.samples_per_prompt = {rollout.samples_per_prompt}"),
             (told["advantage"] != "none" or told["opd_coeff"] > 0 or self.learns_distributions, "opd_coeff",
              "must be above 0: policy.advantage = none leaves a teacher alone to learn from"),
-            (self.learns_distributions or self.on_policy_share == 1, "on_policy_share",
-             f"belongs to policy.method = gkd, and the method is {self.method}"),
-            (not self.learns_distributions or told["advantage"] == "none", "advantage",
-             "must be none: policy.method = gkd learns from no reward"),
-            (not self.learns_distributions or not told["opd_coeff"], "opd_coeff",
-             "must be 0: policy.method = gkd learns the whole distribution"),
+            *self._rules_of_distributions(told),
             ((self.overlong_buffer_tokens or 0) <= rollout.max_new_tokens, "overlong_buffer_tokens",
              f"must be at most rollout.max_new_tokens = {rollout.max_new_tokens}"),
             *((not told["knowledge_coeff"] or told[name] > 0, name,
@@ -481,14 +494,7 @@ class PolicyConfig:
             p.append(SettingsProblem(ProblemCode.RULE, "rollout.temperature",
                                      f"must be 1: policy.opd_coeff = {told['opd_coeff']:g} compares with a "
                                      "teacher's own probabilities", rollout.temperature))
-        if rollout.top_p < 1 and not self.learns_distributions:
-            p.append(SettingsProblem(ProblemCode.RULE, "rollout.top_p", f"must be 1: policy.method = "
-                                     f"{self.method} compares probabilities of the whole distribution",
-                                     rollout.top_p))
-        if self.on_policy_share < 1 and rollout.max_staleness:
-            p.append(SettingsProblem(ProblemCode.RULE, "rollout.max_staleness",
-                                     f"must be 0: with policy.on_policy_share = {self.on_policy_share:g} a "
-                                     "round may not be written at all", rollout.max_staleness))
+        p += self._problems_of_sampling(rollout)
         if told["length_reward"] == "budget" and rollout.rounds and not rollout.budgets_tokens:
             p.append(SettingsProblem(ProblemCode.RULE, "rollout.budgets_tokens",
                                      "is missing: policy.length_reward = budget "
