@@ -23,14 +23,14 @@ def test_a_student_learns_from_what_it_writes(packed_data: Any, teacher: Path, t
         json.dumps({"prompt": f"What is {i} plus 1?"}) + "\n" for i in range(6)))
     words = ["distill", "rounds", "tiny-solar-open", "--from", str(teacher), "--teacher", str(teacher),
              "--prompts", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "out"),
-             "--max-new-tokens", "8", *tiny, "--set", "model.hidden_size=48", "--set",
+             "--rounds", "2", "--max-new-tokens", "8", *tiny, "--set", "model.hidden_size=48", "--set",
              "rollout.prompts_per_round=3", "--set", "rollout.max_prompt_tokens=64", "--data",
              str(packed_data.chats)]
     done = run_command(*words)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "out/run"
     first, second = (e for e in read_events(run / "events.jsonl") if e["event"] == "step")
-    # one pass over six prompts; the first step's student is its own teacher
+    # the first step's student is its own teacher
     assert abs(first["losses"]["divergence"]) < 1e-6 < second["losses"]["divergence"]
     assert read_manifest(run / "rounds/0002").content["round"] == 2
     (prompt,) = (e for e in read_events(run / "events.jsonl") if e["event"] == "heldout_divergence"
