@@ -478,8 +478,11 @@ class Producer:
             view.checkpointer.advance()
         if not on_main(view.world, lambda: servers.is_open):
             return {}
-        known = self.writer.ids_of(round_prompts(self.prompts, self.rollout, rounds[0])[0])
-        servers.push(view, policy, known)
+        servers.push(view, policy)
+        on_main(view.world, lambda: self._queue(servers, rounds, asked_to_stop).begin(rounds, asked_to_stop))
+        # while the servers write: nothing is published before
+        servers.check(view, policy, self.writer.ids_of(round_prompts(self.prompts, self.rollout,
+                                                                     rounds[0])[0]))
 
         def step() -> bool:
             requests = self._queue(servers, rounds, asked_to_stop)
@@ -495,8 +498,6 @@ class Producer:
             self._requests = ResponseQueue(
                 row_requests(servers.engine, self.writer, servers.engine.room),
                 self._desk(rounds, asked_to_stop), None, servers.engine.room)
-        self._requests.desk.asked_to_stop = asked_to_stop
-        self._requests.desk.missing.add_rounds(rounds)
         return self._requests
 
     def close(self) -> None:
@@ -525,7 +526,7 @@ class Producer:
 
     def _begin_judging(self, rounds: range, view: FeedView) -> None:
         store = self.store()
-        if self._opinions is None:
+        if self._job is None:  # once: it reads all rewards, and most have no second verifier
             self._opinions = self.opinions(store)
         alarmed = partial(warn, record=view.events.write, event="alarm", step=view.step, kind="verifiers")
         self._job = JudgingJob(store, Claims(store.claims, self.rollout.lease_s), self.version,
