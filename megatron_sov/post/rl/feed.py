@@ -224,6 +224,8 @@ def with_weights_of(start: Path, view: FeedView, compute: Callable[[], None]) ->
         model.adapter_base = base
 
 
+OFF_POLICY = "data"
+"""In the place of a hash of documents: of a round that is not written."""
 POLL_S = (1.0, 10.0)
 """Between two looks at what is not there yet: a tenth of what was waited so far, within these bounds."""
 TOLD = ("groups", "late", "late_from", "unjudged", "reward_version", "policies", "means")
@@ -278,6 +280,11 @@ class RoundFeed:
             self.policies.at(view.step)  # which begins the round
             if (lacking := self._validate(view, number, asked_to_stop)) is not None:
                 return lacking
+        if not view.config.policy.is_on_policy(self.rollout.seed, number):
+            if not step:  # the data are part of the settings that a policy is known by
+                self.policies.begin(view.step, OFF_POLICY)
+            self.meters = {}
+            return None
         begin_s = time.monotonic()
         if (lacking := self._wait(view, number, asked_to_stop)) is not None:
             return lacking
