@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 from megatron_sov.base.artifacts import disk_errors
-
 from megatron_sov.base.digests import SHA256, Digest
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.files import ARROW_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX

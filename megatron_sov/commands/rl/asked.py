@@ -19,8 +19,7 @@ from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import BUILT_IN, make, order
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.rollouts.prompts import (
-    SET_ASIDE, PromptList, SetAside, asked_too, read_prompts, set_aside)
+from megatron_sov.rollouts.prompts import SET_ASIDE, PromptList, SetAside, asked_too, read_prompts, set_aside
 from megatron_sov.runs.launch_environment import is_first
 
 if TYPE_CHECKING:
