@@ -140,7 +140,7 @@ def tally(files: Sequence[str]) -> bool:
     print("not found:")
     for row in equal:
         why = next((why for (kind, text), why in NO_FAULTS.items()
-                    if kind in row["kind"] and text in row["fault"]), None)
+                    if kind in row["kind"] and text in f"{row['layout']}: {row['fault']}"), None)
         unexplained += [row] if why is None else []
         print(f"  {row['kind']}: {row['layout']}: {row['fault']}: {why or 'A GAP'}")
     return not unexplained

@@ -279,5 +279,7 @@ NO_FAULTS: dict[tuple[str, str], str] = {
     ("rows of another rank", "BatchStream._mine"): "one process alone reads data here",
     ("losses not summed", "Computation.sums"): "one process alone reads data here, and sums with nobody",
     ("experts reduced as the trunk", "ColumnParallelLinear"):
-        "the engine marks experts' weights again behind the library (mark_parameters)"}
-"""Kind and text of a fault that changes nothing -> why."""
+        "the engine marks experts' weights again behind the library (mark_parameters)",
+    ("experts reduced as the trunk", f"{ZERO}: mark_parameters"):
+        "the experts' group has the members of the trunk's in this layout"}
+"""Kind, and text of a layout and its fault, that changes nothing -> why."""

@@ -1,5 +1,5 @@
-"""Objectives and precisions beside the table of test_agreement.py, by real processes: every layout trains
-the same model.  Families and other objectives are played (test_played_layouts.py).
+"""Objectives, families and precisions beside the table of test_agreement.py:
+every layout trains the same model.
 
 In float64 that order is some 1e-16, and nothing else can hide in a tolerance of 1e-12.
 """
@@ -25,18 +25,19 @@ be read too early."""
 PASSES = ["parallel.ep=2", "parallel.expert_overlap=micro_batches"]
 """A micro-batch is computed while tokens of another one travel."""
 LAYOUTS = {
+    "TP2": (2, ["parallel.tp=2"]),
     "TP2+SP x PP2 x EP2": (4, [*TP2, "parallel.pp=2", "parallel.ep=2"]),
+    "CP2 x DP2 x EP2 ZeRO-1 overlapped": (4, ["parallel.cp=2", "parallel.ep=2", *OVERLAP]),
     "PP2 VPP2 x DP2 ZeRO-1 overlapped": (4, ["parallel.pp=2", "parallel.vpp=2", *OVERLAP]),
     "EP2 ZeRO-1 overlapped, passes overlapped": (2, [*PASSES, *OVERLAP, "train.micro_batch_size=1"]),
     "PP2 VPP2 x EP2, passes overlapped": (4, [*PASSES, "parallel.pp=2", "parallel.vpp=2",
                                               "train.micro_batch_size=1"]),
-    "everything at once": (8, [*TP2, "parallel.pp=2", "parallel.cp=2", "parallel.ep=2"]),
     "micro batch 1": (1, ["train.micro_batch_size=1"]),
     "micro batch 8": (1, ["train.micro_batch_size=8"]),
 }
 SFT = ["objective.text_coeff=0.3", "objective.loss_per=turn", 'data.phases=[{"name": "main", "seq_len": 64}]']
-LARGE_VOCABULARY = ["model.vocab_size=65536", "train.global_batch_size=4", "train.micro_batch_size=1"]
-"""A third of Solar Open's; its logits of a chunk of 24 tokens are 13 MB in float64, and never more exist."""
+TIED = ["model.tied_embeddings=true", "model.vocab_size=369"]
+"""With tensor parallelism the vocabulary is padded."""
 STEPS = 2
 FP64 = (["train.precision=fp64"], 1e-12)
 FP32 = (["train.precision=fp32",
@@ -50,8 +51,16 @@ CASES = {
     "sft": ("tiny-k-exaone", "sft", SFT, FP64, ("PP2 VPP2 x DP2 ZeRO-1 overlapped",)),
     "passes": ("tiny-k-exaone", "sft", SFT, FP64, (
         "EP2 ZeRO-1 overlapped, passes overlapped", "PP2 VPP2 x EP2, passes overlapped")),
+    # experts in the prediction layer, chosen within groups
+    "glm4_moe sft": ("tiny-glm4-moe", "sft", [
+        *SFT, "model.num_expert_groups=2", "model.num_groups_per_token=1", "model.seq_aux_loss_coeff=0.01"],
+        FP64, ("TP2+SP x PP2 x EP2", "CP2 x DP2 x EP2 ZeRO-1 overlapped", "micro batch 1")),
     "fp32": ("tiny-k-exaone", "lm", [], FP32, ("TP2+SP x PP2 x EP2",)),
-    "large vocabulary": ("tiny-k-exaone", "lm", LARGE_VOCABULARY, FP64, ("everything at once",)),
+    "qwen2": ("tiny-qwen2", "lm", TIED, FP64, ("TP2", "PP2 VPP2 x DP2 ZeRO-1 overlapped")),
+    "gpt_oss": ("tiny-gpt-oss", "lm", [], FP64, ("TP2+SP x PP2 x EP2", "CP2 x DP2 x EP2 ZeRO-1 overlapped")),
+    "deepseek_v3": ("tiny-deepseek-v3", "lm", [], FP64, ("TP2+SP x PP2 x EP2",
+                                                         "CP2 x DP2 x EP2 ZeRO-1 overlapped")),
+    "qwen3_moe": ("tiny-qwen3-moe", "lm", [], FP64, ("TP2+SP x PP2 x EP2",)),
 }
 
 
@@ -69,7 +78,8 @@ def test_layouts_agree_with_one_rank(ranks: Any, job: Any, packed_data: Any, tmp
     (reference,), *others = ranks(*jobs)
     assert len(reference) == STEPS and reference[0]["loss"] > reference[-1]["loss"]
     terms = {"term lm"} if objective == "lm" else {"term response", "term text"}
-    assert terms | {"term mtp"} <= set(reference[0])
+    predicts = "exaone" in recipe or "glm" in recipe
+    assert terms | ({"term mtp"} if predicts else set()) <= set(reference[0])
     if objective == "sft":
         assert reference[0]["tokens"] < 8 * 64, "the batch should have padding"
     problems = []
@@ -107,3 +117,33 @@ def _different_tensors(ours: Path, theirs: Path) -> list[str]:
             if difference > tolerance:
                 problems.append(f"{ours.name}: {part} {key} differs by {difference:.1e}")
     return problems
+
+
+# Objectives of other kinds than the project's own agree between one rank and everything at once.
+
+
+STRETCHING = str(Path(__file__).with_name("stretching.py"))
+EVERYTHING = ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.cp=2", "parallel.ep=2"]
+EVERYTHING_AT_ONCE = "TP2+SP x PP2 x CP2 x EP2"
+LARGE_VOCABULARY = ["model.vocab_size=65536", "train.global_batch_size=4"]
+"""A third of Solar Open's; its logits of a chunk of 24 tokens are 13 MB in float64, and never more exist."""
+STRETCHING_STEPS, TOLERANCE = 2, 1e-12
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("objective", "settings"),
+                         [("pairs", []), ("sequence ratio", []), ("lm", LARGE_VOCABULARY)])
+def test_an_objective_is_the_same_at_every_layout(ranks: Any, job: Any, packed_data: Any, objective: str,
+                                                  settings: list[str]) -> None:
+    layouts = {"one rank": (1, []), EVERYTHING_AT_ONCE: (8, EVERYTHING)}
+    found = ranks(*(job(STRETCHING, "steps", nproc, {
+        "objective": objective, "recipe": "tiny-k-exaone",
+        "settings": ["train.precision=fp64", *settings, *layout],
+        "paths": [str(packed_data.text)],
+        "count": STRETCHING_STEPS}) for nproc, layout in layouts.values()), timeout_s=600)
+    one = found[0][0]
+    assert len({step["loss"] for step in one}) == STRETCHING_STEPS
+    for name, per_rank in zip(layouts, found, strict=True):
+        for result in per_rank:
+            for ours, expected in zip(result, one, strict=True):
+                assert ours == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE), name
