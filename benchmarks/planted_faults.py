@@ -272,12 +272,21 @@ def mutated(fault: SourceFault) -> Iterator[None]:
 
 _ANY_NUMBER = "what all subtract before they take exponents may be any number"
 _SIGN = "the sign alone of what an expert lacks moves its bias"
+_OVERWRITTEN = "the weights that it makes alike are overwritten by those of the seed"
 NO_FAULTS: dict[tuple[str, str], str] = {
     ("doubled", "chunked_head.py:213"): _ANY_NUMBER, ("halved", "chunked_head.py:213"): _ANY_NUMBER,
     ("doubled", "get_updated_expert_bias"): _SIGN, ("halved", "get_updated_expert_bias"): _SIGN,
     ("wrong denominator", "'dict(counts)'"): "one process alone reads data here, and sums with nobody",
     ("rows of another rank", "BatchStream._mine"): "one process alone reads data here",
     ("losses not summed", "Computation.sums"): "one process alone reads data here, and sums with nobody",
+    ("over another group", "setup_embeddings_and_output_layer"):
+        _OVERWRITTEN,
+    ("left out", "setup_embeddings_and_output_layer"): _OVERWRITTEN,
+    ("doubled", "setup_embeddings_and_output_layer"): _OVERWRITTEN,
+    ("halved", "setup_embeddings_and_output_layer"): _OVERWRITTEN,
+    ("scaled by a wrong size", f"{INTERLEAVED}: DistributedDataParallel"): "the size is 1 in this layout",
+    ("counted twice over a cut row", "_GatherAlike"):
+        "the loss of pretraining gathers nothing that has a gradient; that of preferences does",
     ("experts reduced as the trunk", "ColumnParallelLinear"):
         "the engine marks experts' weights again behind the library (mark_parameters)",
     ("experts reduced as the trunk", f"{ZERO}: mark_parameters"):

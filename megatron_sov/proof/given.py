@@ -33,9 +33,8 @@ SOURCE = "proof"
 NUM_DOCUMENTS = 600
 OF_TOKENS = (reference.COLUMN, policy.BEHAVIOUR, policy.OLD, policy.TEACHER)
 """Columns of a log-probability for each token, about what a model says that has learned nothing."""
-SEEN = 0.2
-"""Share of documents that the policy of the round's first step has seen: the ratios of others are 1, and most
-of these are clipped."""
+SPREAD = 1.5
+"""Of them, in nats: ratios to the policy lie on both sides of a clip."""
 OF_RESPONSES = (policy.ADVANTAGE, preference.SHARE, DESIRABLE)
 """Columns of one number for all tokens of a document, from 0 to 1 (advantages: from -1)."""
 TEACHER_WIDTH = 8
@@ -54,7 +53,7 @@ def objective_of(config: RunConfig, sources: Sequence[Source]) -> Callable[[Any]
 
 
 def write_documents(folder: Path, config: RunConfig, seed: int = 0) -> None:
-    """Write random documents as a token artifact: prompts, responses and, but among pairs, plain text.
+    """Write random documents as a token artifact: prompts, responses and, but among judged ones, plain text.
 
     Args:
         folder: the artifact.
@@ -63,7 +62,7 @@ def write_documents(folder: Path, config: RunConfig, seed: int = 0) -> None:
     """
     random = np.random.default_rng(seed)
     method = config.preference.method if config.objective.name == "preference" else ""
-    are_pairs = bool(method) and method != "grouper"
+    are_pairs, is_judged = method not in ("", "grouper"), config.objective.name in ("preference", "policy")
     longest = 15 if are_pairs else _LONGEST
     columns = dict.fromkeys((*OF_TOKENS, *OF_RESPONSES), "float32")
     counts = {"num_documents": NUM_DOCUMENTS, "num_tokens": 0, "num_bytes": 0}
@@ -71,7 +70,7 @@ def write_documents(folder: Path, config: RunConfig, seed: int = 0) -> None:
         with IndexedWriter(artifact.path / SOURCE, "uint16",
                            {"loss": "float32", "type": "uint8", **columns}) as writer:
             for _ in range(NUM_DOCUMENTS):
-                document = _document(random, int(random.integers(2, longest)), is_response=bool(method))
+                document = _document(random, int(random.integers(2, longest)), is_judged)
                 writer.write(np.array([len(document["bin"])], np.int32), document)
                 counts["num_tokens"] += len(document["bin"])
         counts["num_bytes"] = counts["num_tokens"]
@@ -86,19 +85,19 @@ def write_documents(folder: Path, config: RunConfig, seed: int = 0) -> None:
               _head_of(folder))
 
 
-def _document(random: np.random.Generator, num_tokens: int, is_response: bool) -> dict[str, np.ndarray]:
+def _document(random: np.random.Generator, num_tokens: int, is_judged: bool) -> dict[str, np.ndarray]:
     """Return a document's numbers; judged ones are a prompt and then a response, others mixed."""
-    if is_response:
+    if is_judged:
         learned = np.arange(num_tokens) >= max(1, num_tokens // 3)
     else:
         learned = random.random(num_tokens) < 2 / 3
     types = np.where(learned, TYPE_RESPONSE, TYPE_PROMPT)
-    if not is_response and random.random() < 0.25:
+    if not is_judged and random.random() < 0.25:
         types = np.where(learned, TYPE_TEXT, TYPE_PROMPT)
-    numbers = {name: random.normal(-np.log(VOCABULARY), 0.3, num_tokens).astype(np.float32)
+    numbers = {name: random.normal(-np.log(VOCABULARY), SPREAD, num_tokens).astype(np.float32)
                for name in OF_TOKENS}
-    if random.random() > SEEN:
-        numbers[policy.OLD][:] = np.nan
+    # an engine is near the trainer, or corrections would mask all
+    numbers[policy.BEHAVIOUR] = numbers[policy.OLD] + random.normal(0, 0.02, num_tokens).astype(np.float32)
     return {"bin": random.integers(0, VOCABULARY, num_tokens), "loss": learned.astype(np.float32),
             "type": types, **numbers,
             **{name: np.full(num_tokens, random.uniform(-1 if name == policy.ADVANTAGE else 0, 1), np.float32)

@@ -19,6 +19,8 @@ from megatron_sov.engine.parallel.simulated_world import CallSite
 Sums = tuple[float, float]
 Place = tuple[int, str]
 _EXPERT = re.compile(r"\.local_experts\.\d+")
+_PARTIAL = re.compile(r"\.mlp\.experts(\.local_experts\.\d+(\.linear_fc2)?)?$")
+"""What experts give, where several processes hold parts of one."""
 MOST_EXPERTS = 16
 """Of a layer on a process, which are looked into."""
 _REPLICA_TOLERANCE = 1e-12
@@ -164,7 +166,7 @@ def _named(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Module]]:
                                                         .local_experts) > MOST_EXPERTS:
                 continue
             # which is summed up on its way back to the token
-            if name.endswith("linear_fc2") and parallel_state.get_expert_tensor_parallel_world_size() > 1:
+            if _PARTIAL.search(name) and parallel_state.get_expert_tensor_parallel_world_size() > 1:
                 continue
             above = name
             while above and above not in layers:
