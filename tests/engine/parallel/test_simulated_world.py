@@ -119,12 +119,13 @@ def test_an_error_of_one_ends_all() -> None:
 @pytest.mark.parametrize(("number", "raised"), [
     (signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, OSError)])
 def test_a_signal_ends_all_before_it_is_raised(number: int, raised: type[BaseException]) -> None:
-    ended = set()
+    begun, ended = set(), set()
 
     def raises(number: int, frame: Any) -> None:
         raise raised
 
     def send_for_ever(place: ParallelWorld) -> None:
+        begun.add(place.rank)
         if place.rank == 1:
             os.kill(os.getpid(), number)
         try:
@@ -140,8 +141,8 @@ def test_a_signal_ends_all_before_it_is_raised(number: int, raised: type[BaseExc
         assert signal.getsignal(number) is raises
     finally:
         signal.signal(number, before)
-    # nobody computes any more, and who had no turn yet gets none
-    assert ended == {0, 1}
+    # nobody computes any more
+    assert begun == ended >= {0, 1}
     assert not dist.is_initialized()
 
 
