@@ -27,7 +27,6 @@ from megatron_sov.engine.model.observing import Observed, locate, observe
 from megatron_sov.engine.parallel.simulated_world import CallSite, Meddle, SimulatedRanks, Standstill
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import ParallelConfig, RunConfig
-from megatron_sov.proof.given import objective_of, write_documents
 from megatron_sov.proof.miniature import Miniature, miniature
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import open_sources
@@ -95,6 +94,8 @@ def prove_run(config: RunConfig, num_ranks: int) -> tuple[Miniature, Verdict]:
     Raises:
         UserError: the run's settings break a rule.
     """
+    from megatron_sov.proof.given import write_documents
+
     with _unwound_by_sigterm(), tempfile.TemporaryDirectory(prefix="megatron-sov-") as folder:
         documents = Path(folder, "documents")
         small = miniature(config, num_ranks, documents)
@@ -283,6 +284,8 @@ def _held(trainer: Trainer) -> Iterator[tuple[str, LocalShard]]:
 
 
 def _trainer(config: RunConfig, place: ParallelWorld) -> Trainer:
+    from megatron_sov.proof.given import objective_of
+
     config.check(place.size)
     sources = open_sources(config.data.paths, config.model.vocab_size, formats=None, warns=False)
     trainer = Trainer(config, place, RunFolder(Path(os.devnull)), sources, objective_of(config, sources))
