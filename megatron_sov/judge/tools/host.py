@@ -17,8 +17,8 @@ from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.chat.tool_calls import ServedTurn, ToolCall
 from megatron_sov.judge.rewards.reward import Result, checked, short
 from megatron_sov.judge.tools.environment import (
-    INFRASTRUCTURE, Conversing, Environment, EpisodeLimits, InfrastructureFault, Observation, Task,
-    ToolFault, cut, unknown)
+    INFRASTRUCTURE, Conversing, Environment, EpisodeLimits, InfrastructureFault, Observation, Task, ToolFault,
+    cut, unknown)
 from megatron_sov.judge.tools.registry import BUILT_IN, build
 from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, limit_memory
 from megatron_sov.work.processes.workers import START_LIMIT_S, Answer, Lost, Workers

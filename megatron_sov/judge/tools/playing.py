@@ -340,8 +340,8 @@ def take_up(host: EnvironmentHost, number: int, task: Task, known: Episode | Non
                 host.resume(task, known.turns[-1].state)
             except EpisodeLost as e:
                 known.result = Result(None, "failed", {}, str(e))
-        else:
-            host.reset(task)
+        elif host.reset(task) != known.opening:
+            known.result = Result(None, "failed", {}, "the environment asks something else than before")
         return known
     except UserError as e:
         raise UserError(f"task {number + 1}: {e}") from None

@@ -141,6 +141,12 @@ class Verifiers(World):
 
     # The library's process.
 
+    def end(self) -> None:
+        """End it; it also ends with this process."""
+        if self._bridge is not None:
+            self._bridge.end()
+            self._bridge = None
+
     def _start(self) -> None:
         """Start the bridge, unless it runs."""
         if self._bridge is not None:
@@ -155,8 +161,7 @@ class Verifiers(World):
                                    {**variables, "PATH": path, "PYTHONPATH": folder})
         said = self._received()
         if "ready" not in said:
-            self._bridge.end()
-            self._bridge = None
+            self.end()
             raise InfrastructureFault(short(str(said.get("problem"))))
 
     def _asked(self, line: dict[str, Any]) -> dict[str, Any]:

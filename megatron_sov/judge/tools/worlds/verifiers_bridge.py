@@ -153,38 +153,46 @@ def settings_in(path: Path) -> dict[str, Any]:
     return dict(found["env"])
 
 
+@contextlib.asynccontextmanager
+async def opened(path: Path) -> AsyncIterator[Bridge]:
+    """Load the environment of a file of settings and what serves it."""
+    from verifiers.v1 import EvalClientConfig, ModelContext
+    from verifiers.v1.configs.agent import agent_config_fields
+    from verifiers.v1.utils.loaders import load_environment, resolve_env_config
+
+    environment = load_environment(resolve_env_config(settings_in(path)))
+    seats = [name for name, agent in agent_config_fields(environment.config).items() if agent.client is None]
+    if len(seats) != 1:
+        raise ValueError(f"the seats without a client are {', '.join(seats) or 'none'}: the model plays one, "
+                         "so give each other one `client` and `model`")
+    door = ChatDoor()
+    async with door.opened() as url, environment.serving():
+        bridge = Bridge(environment, ModelContext(model=MODEL, client=EvalClientConfig(
+            base_url=url, api_key_var=KEY)), door)
+        try:
+            yield bridge
+        finally:
+            await bridge.drop()
+
+
 async def main(path: Path, told: IO[bytes], tell: IO[bytes]) -> None:
     """Play until the standard input ends."""
     def say(line: dict[str, Any]) -> None:
         tell.write(json.dumps(line).encode() + b"\n")
         tell.flush()
 
-    try:
-        from verifiers.v1 import EvalClientConfig, ModelContext
-        from verifiers.v1.configs.agent import agent_config_fields
-        from verifiers.v1.utils.loaders import load_environment, resolve_env_config
-
-        environment = load_environment(resolve_env_config(settings_in(path)))
-    except Exception as e:
-        return say({"problem": f"{type(e).__name__}: {e}"})
-    seats = [name for name, agent in agent_config_fields(environment.config).items() if agent.client is None]
-    if len(seats) != 1:
-        return say({"problem": f"the seats without a client are {', '.join(seats) or 'none'}: the model plays "
-                               "one, so give each other one `client` and `model`"})
-    door = ChatDoor()
-    async with door.opened() as url, environment.serving():
-        context = ModelContext(model=MODEL, client=EvalClientConfig(base_url=url, api_key_var=KEY))
-        bridge = Bridge(environment, context, door)
-        say({"ready": seats[0]})
+    async with contextlib.AsyncExitStack() as stack:
         try:
-            while line := await asyncio.to_thread(told.readline):
-                try:
-                    said = await bridge.said(json.loads(line))
-                except Exception as e:
-                    said = {"error": f"{type(e).__name__}: {e}"}
-                say(said)
-        finally:
-            await bridge.drop()
+            bridge = await stack.enter_async_context(opened(path))
+        except Exception as e:
+            return say({"problem": f"{type(e).__name__}: {e}"})
+        say({"ready": True})
+        while line := await asyncio.to_thread(told.readline):
+            try:
+                said = await bridge.said(json.loads(line))
+            except Exception as e:
+                said = {"error": f"{type(e).__name__}: {e}"}
+            say(said)
 
 
 if __name__ == "__main__":
