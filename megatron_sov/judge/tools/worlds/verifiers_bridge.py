@@ -92,7 +92,7 @@ class ChatDoor:
         return web.Response(text=text, content_type="text/event-stream")
 
 
-class Bridge:
+class VerifiersBridge:
     """An environment of the library, which plays one episode at a time."""
 
     def __init__(self, environment: Any, context: Any, door: ChatDoor) -> None:
@@ -154,7 +154,7 @@ def settings_in(path: Path) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def opened(path: Path) -> AsyncIterator[Bridge]:
+async def opened(path: Path) -> AsyncIterator[VerifiersBridge]:
     """Load the environment of a file of settings and what serves it."""
     from verifiers.v1 import EvalClientConfig, ModelContext
     from verifiers.v1.configs.agent import agent_config_fields
@@ -167,7 +167,7 @@ async def opened(path: Path) -> AsyncIterator[Bridge]:
                          "so give each other one `client` and `model`")
     door = ChatDoor()
     async with door.opened() as url, environment.serving():
-        bridge = Bridge(environment, ModelContext(model=MODEL, client=EvalClientConfig(
+        bridge = VerifiersBridge(environment, ModelContext(model=MODEL, client=EvalClientConfig(
             base_url=url, api_key_var=KEY)), door)
         try:
             yield bridge
