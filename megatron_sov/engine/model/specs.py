@@ -216,6 +216,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     config.exchanges_heads = exchanges_heads(here, gpu.attention)
     config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
     config.logits_multiplier, config.zero_centered_norms = model.logits_multiplier, model.zero_centered_norms
+    config.mtp_depths = model.mtp_depths
     return config
 
 
@@ -309,8 +310,8 @@ def layer_specs(config: Any, model: ModelConfig) -> list[Any]:
 
     specs = _own_copies(get_gpt_decoder_layer_specs(config,
                                                     uses_transformer_engine(config.params_dtype), "RMSNorm"))
-    return [_finish_spec(config, spec, kind, model)
-            for spec, kind in zip(specs, model.layer_types(), strict=True)]
+    return [_finish_spec(config, spec, kind, window, model)
+            for spec, kind, window in zip(specs, model.layer_types(), model.windows(), strict=True)]
 
 
 def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
@@ -329,7 +330,8 @@ def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
         spec = get_gpt_layer_local_spec(
             qk_layernorm=config.qk_layernorm, multi_latent_attention=config.multi_latent_attention,
             normalization="RMSNorm")
-    spec = lanes.numbered_behind_trunk(_finish_spec(config, spec, model.mtp_layer_type(), model))
+    spec = lanes.numbered_behind_trunk(_finish_spec(config, spec, model.mtp_layer_type(),
+                                                    model.mtp_window(), model))
     spec.module = _told_of_padding(spec.module)
     return spec
 
@@ -355,7 +357,7 @@ def _own_copies(specs: list[Any]) -> list[Any]:
     return [copy.deepcopy(spec) for spec in specs]
 
 
-def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
+def _finish_spec(config: Any, spec: Any, kind: str, window: int, model: ModelConfig) -> Any:
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -372,11 +374,13 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
         elif model.attention_sinks:
             module = SinkAttention
         attention.core_attention = ModuleSpec(module=module, params={
-            "window_tokens": model.window_tokens(kind), "softcap": model.attention_softcap})
+            "window_tokens": window, "softcap": model.attention_softcap})
     if uses_transformer_engine(config.params_dtype) and (config.exchanges_heads or not config.own_attention):
         from transformer_engine.pytorch.attention.dot_product_attention import utils
 
         keep_attention_decisions(utils)
+    if window not in (0, model.sliding_window_tokens) and not config.own_attention:
+        attention.core_attention = _with_window(attention.core_attention, window)
     if latent:
         latent_specs(spec)
     # the library computes another one for latent attention
@@ -433,6 +437,22 @@ def _with_scale(core_attention: Any, scale: float) -> Any:
             super().__init__(*args, softmax_scale=scale, **kwargs)
 
     return ModuleSpec(module=OwnScale, params=getattr(core_attention, "params", {}))
+
+
+def _with_window(core_attention: Any, window: int) -> Any:
+    """Return the spec of the library's core attention with a window of its own, in tokens, where the library
+    knows one for all layers that slide.  Never run on a GPU here."""
+    import copy
+
+    from megatron.core.transformer.spec_utils import ModuleSpec, get_module
+
+    class OwnWindow(get_module(core_attention)):  # type: ignore[misc]
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            own = copy.copy(config)
+            own.window_size = (window - 1, 0)
+            super().__init__(own, *args, **kwargs)
+
+    return ModuleSpec(module=OwnWindow, params=getattr(core_attention, "params", {}))
 
 
 def _place_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:

@@ -108,6 +108,13 @@ def _bounded(count: int, name: str) -> int:
     return count
 
 
+def _of_most(windows: list[int], config: dict[str, Any]) -> int:
+    """Return the window of a prediction layer that slides, else that of most layers that do; 0: none does."""
+    predicting = [int(w or 0) for w in config.get("mtp_sliding_windows", [])]
+    sliding = [w for w in windows if w]
+    return next((w for w in predicting if w), max(sliding, key=sliding.count, default=0))
+
+
 @dataclass(frozen=True)
 class SlidingLayers:
     """Which layers slide: explicit `layer_types` (transformers derives a different list from
@@ -119,24 +126,32 @@ class SlidingLayers:
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return the explicit list, the window, the pattern, and the window of each layer (0:
-        global), which vLLM reads."""
-        return {"layer_types": model.layer_types(), "sliding_window": model.sliding_window_tokens,
-                "sliding_window_pattern": model.attention_pattern,
-                "sliding_windows": [model.window_tokens(kind) for kind in model.layer_types()]}
+        global), which vLLM reads.  Where windows differ, that list alone says them, as in K-EXAONE 2.0."""
+        one = {} if model.layer_windows else {"sliding_window": model.sliding_window_tokens}
+        return {"layer_types": model.layer_types(), **one,
+                "sliding_window_pattern": model.attention_pattern, "sliding_windows": model.windows()}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the shortest pattern that gives the list, and the window;
-        `UserError` where windows differ or disagree."""
+        """Return the shortest pattern that gives the list, and the windows;
+        `UserError` where what says them disagrees."""
         num_layers = _num_layers(config)
         types = (config.get("layer_types")
                  or self.from_period(config.get("sliding_window_pattern", 4), num_layers))
         letters = _letters(types, "layer_types", num_layers)
-        window = config.get("sliding_window", self.default_window) if "L" in letters else 0
+        listed = [int(w or 0) for w in config.get("sliding_windows", [])]
+        window = config.get("sliding_window", _of_most(listed, config) or self.default_window)
+        window = window if "L" in letters else 0
         expected = [window if letter == "L" else 0 for letter in letters]
-        if [w or 0 for w in config.get("sliding_windows", expected)] != expected:
-            raise UserError(f"config.json: sliding_windows = {config['sliding_windows']}, but only windows "
-                            f"that follow from layer_types and one sliding_window = {window} are supported")
-        return {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": window}
+        if not listed or listed == expected:
+            return {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": window,
+                    "layer_windows": ()}
+        if [w > 0 for w in listed] != [letter == "L" for letter in letters] or "sliding_window" in config:
+            raise UserError(
+                f"config.json: sliding_windows = {config['sliding_windows']} disagree with layer_types or "
+                f"with sliding_window = {config.get('sliding_window')}, and programs read one or the other; "
+                "give a window above 0 to each sliding layer, 0 to the others, and leave sliding_window out")
+        return {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": window,
+                "layer_windows": tuple(listed)}
 
     @staticmethod
     def from_period(period: Any, num_layers: int) -> list[str]:
@@ -323,10 +338,11 @@ class HfPredictionLayer:
         """Return everything explicit; without such a layer at most that there is none."""
         if not model.num_mtp_layers:
             return {"num_nextn_predict_layers": 0} if self.said_without else {}
-        window = model.sliding_window_tokens if model.mtp_attention == "L" else 0
         n = model.num_mtp_layers
+        repeated = {"mtp_num_speculative_steps": model.mtp_depths, "mtp_share_layers": True}
         return {"num_nextn_predict_layers": n, "mtp_layer_types": [model.mtp_layer_type()] * n,
-                "mtp_sliding_windows": [window] * n, "mtp_loss_scaling_factor": model.mtp_loss_coeff}
+                "mtp_sliding_windows": [model.mtp_window()] * n,
+                "mtp_loss_scaling_factor": model.mtp_loss_coeff, **(repeated if model.mtp_depths > 1 else {})}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the number of layers, their attention (global where the config is silent) and the
@@ -334,16 +350,19 @@ class HfPredictionLayer:
         num_layers = _bounded(config.get("num_nextn_predict_layers", 0), "num_nextn_predict_layers")
         letters = _letters(config.get("mtp_layer_types", ["full_attention"] * num_layers),
                            "mtp_layer_types", num_layers)
-        window = config.get("sliding_window", 0) if "L" in letters else 0
+        listed = [int(w or 0) for w in config.get("sliding_windows", [])]
+        window = config.get("sliding_window", _of_most(listed, config)) if "L" in letters else 0
         windows = config.get("mtp_sliding_windows", [window] * num_layers)
         if any((found or 0) != window for found in windows):
             raise UserError(f"config.json: mtp_sliding_windows = {windows}, but only {window} is supported: "
                             "the trunk's window for a sliding prediction layer, 0 for a global one")
-        if config.get("mtp_num_speculative_steps", num_layers) != num_layers:
-            raise UserError("config.json: mtp_num_speculative_steps = "
-                            f"{config['mtp_num_speculative_steps']}, but only num_nextn_predict_layers = "
-                            f"{num_layers} is supported: no prediction layer is applied twice")
+        steps = config.get("mtp_num_speculative_steps", num_layers)
+        if steps != num_layers and (num_layers != 1 or steps < 1):
+            raise UserError(f"config.json: mtp_num_speculative_steps = {steps} beside "
+                            f"num_nextn_predict_layers = {num_layers}: one prediction layer may be applied "
+                            "many times, several are applied once each; make the two agree")
         return {"num_mtp_layers": num_layers, "mtp_attention": letters[:1] or "G",
+                "mtp_depths": steps if num_layers == 1 else 1,
                 "mtp_loss_coeff": config.get("mtp_loss_scaling_factor", self.default_coeff)}
 
 
@@ -376,25 +395,23 @@ class PredictionBehind:
 
 
 @dataclass(frozen=True)
-class Unclamped:
-    """A list with one limit for each layer, where 0 means none; no limit is supported."""
+class SwigluLimits:
+    """A bound of each layer's gate and up projections, where 0 means none."""
 
-    hf: str
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.hf,)
+    names: tuple[str, ...] = ("swiglu_limits",)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        return {}
+        """Return the list; nothing where no layer has a bound."""
+        return {"swiglu_limits": [float(limit) for limit in model.swiglu_limits]} if any(
+            model.swiglu_limits) else {}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return nothing; `UserError` where a layer has a limit."""
-        limits = config.get(self.hf, [])
-        if any(limits):
-            raise UserError(f"config.json: {self.hf} = {limits}, but only layers without a limit "
-                            "(0) are supported")
-        return {}
+        """Return the bounds; `UserError` where there is not one of 0 or more for each layer."""
+        limits = [float(limit or 0) for limit in config.get("swiglu_limits", [])]
+        if limits and len(limits) != _num_layers(config) or any(limit < 0 for limit in limits):
+            raise UserError(f"config.json: swiglu_limits = {limits} must have an entry of 0 or more for each "
+                            f"of num_hidden_layers = {_num_layers(config)} layers")
+        return {"swiglu_limits": tuple(limits) if any(limits) else ()}
 
 
 @dataclass(frozen=True)
