@@ -106,6 +106,12 @@ class Llama3RopeConfig:
     """Context length, in tokens, before scaling."""
 
 
+def shortest_pattern(letters: str) -> str:
+    """Return the shortest pattern whose repetition gives all letters."""
+    return next((letters[:n] for n in range(1, len(letters) + 1)
+                 if (letters[:n] * -(-len(letters) // n))[:len(letters)] == letters), "G")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The architecture of a model; `family` says how it maps to Hugging Face (`model/families`)."""
@@ -271,7 +277,7 @@ class ModelConfig:
         if self.layer_windows:
             windows = tuple(self.layer_windows[i % self.num_layers] for i in range(num_layers))
             found |= {"layer_windows": windows,
-                      "attention_pattern": "".join("L" if window else "G" for window in windows)}
+                      "attention_pattern": shortest_pattern("".join("GL"[window > 0] for window in windows))}
         if self.swiglu_limits:  # counted from the end: late layers have them
             found["swiglu_limits"] = tuple(self.swiglu_limits[-1 - i * self.num_layers // num_layers]
                                            for i in reversed(range(num_layers)))

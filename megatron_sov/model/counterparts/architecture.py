@@ -17,7 +17,7 @@ from megatron_sov.model.config import ModelConfig, from_dict
 from megatron_sov.model.config.bounds import MAX_LAYERS
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import PLAIN
-from megatron_sov.model.families.hf_layers import shortest_pattern
+from megatron_sov.model.config.model import shortest_pattern
 
 Stated = Mapping[str, Any]
 

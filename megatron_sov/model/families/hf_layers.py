@@ -11,6 +11,7 @@ from typing import Any
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.config.bounds import MAX_LAYERS
+from megatron_sov.model.config.model import shortest_pattern
 from megatron_sov.model.families.weights import Layout, shape_of
 
 # Entries of a weight map for experts that a Hugging Face folder holds as one tensor of a layer, with inputs
@@ -91,12 +92,6 @@ def _letters(types: list[str], name: str, length: int) -> str:
     return letters
 
 
-def shortest_pattern(letters: str) -> str:
-    """Return the shortest pattern whose repetition gives all letters."""
-    return next((letters[:n] for n in range(1, len(letters) + 1)
-                 if (letters[:n] * -(-len(letters) // n))[:len(letters)] == letters), "G")
-
-
 def _num_layers(config: dict[str, Any]) -> int:
     """Return how many layers there are; `UserError` where lists with an entry for each would fill memory."""
     return _bounded(int(config.get("num_hidden_layers", 0)), "num_hidden_layers")
@@ -108,11 +103,17 @@ def _bounded(count: int, name: str) -> int:
     return count
 
 
-def _of_most(windows: list[int], config: dict[str, Any]) -> int:
-    """Return the window of a prediction layer that slides, else that of most layers that do; 0: none does."""
-    predicting = [int(w or 0) for w in config.get("mtp_sliding_windows", [])]
-    sliding = [w for w in windows if w]
-    return next((w for w in predicting if w), max(sliding, key=sliding.count, default=0))
+def _main_window(config: dict[str, Any], default: int) -> tuple[int, bool]:
+    """Return the window of a prediction layer that slides, else that of most layers that do, and whether
+    there are several; `sliding_window` counts only where there is one.
+
+    Classes that know one window alone write their default beside a list of several.
+    """
+    predicting, trunk = ([int(window) for window in config.get(name, []) if window]
+                         for name in ("mtp_sliding_windows", "sliding_windows"))
+    differ = len({*predicting, *trunk}) > 1
+    listed = next(iter(predicting), max(trunk, key=trunk.count, default=0))
+    return (listed, True) if differ else (config.get("sliding_window", listed or default), False)
 
 
 @dataclass(frozen=True)
@@ -138,20 +139,18 @@ class SlidingLayers:
         types = (config.get("layer_types")
                  or self.from_period(config.get("sliding_window_pattern", 4), num_layers))
         letters = _letters(types, "layer_types", num_layers)
+        found = {"attention_pattern": shortest_pattern(letters), "layer_windows": ()}
         listed = [int(w or 0) for w in config.get("sliding_windows", [])]
-        window = config.get("sliding_window", _of_most(listed, config) or self.default_window)
+        window, differ = _main_window(config, self.default_window)
         window = window if "L" in letters else 0
-        expected = [window if letter == "L" else 0 for letter in letters]
-        if not listed or listed == expected:
-            return {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": window,
-                    "layer_windows": ()}
-        if [w > 0 for w in listed] != [letter == "L" for letter in letters] or "sliding_window" in config:
+        if not listed or listed == [window if letter == "L" else 0 for letter in letters]:
+            return found | {"sliding_window_tokens": window}
+        if not differ or [w > 0 for w in listed] != [letter == "L" for letter in letters]:
             raise UserError(
                 f"config.json: sliding_windows = {config['sliding_windows']} disagree with layer_types or "
                 f"with sliding_window = {config.get('sliding_window')}, and programs read one or the other; "
-                "give a window above 0 to each sliding layer, 0 to the others, and leave sliding_window out")
-        return {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": window,
-                "layer_windows": tuple(listed)}
+                "give each sliding layer a window above 0, the others 0, and leave sliding_window out")
+        return found | {"sliding_window_tokens": window, "layer_windows": tuple(listed)}
 
     @staticmethod
     def from_period(period: Any, num_layers: int) -> list[str]:
@@ -299,6 +298,9 @@ class LeadingDenseLayers:
             "first_last_k_dense_replace": leading,
         }
         said = {name: read(config[name]) for name, read in spellings.items() if name in config}
+        if "mlp_layer_types" in said and config.get("first_k_dense_replace") == self.default:
+            # transformers' classes go by the list, and write the default of what a folder does not say
+            said.pop("first_k_dense_replace")
         # Lists of layers first: they say more than a count.
         dense = next(iter(said.values()), leading(self.default))
         if any(other != dense for other in said.values()):
@@ -350,8 +352,7 @@ class HfPredictionLayer:
         num_layers = _bounded(config.get("num_nextn_predict_layers", 0), "num_nextn_predict_layers")
         letters = _letters(config.get("mtp_layer_types", ["full_attention"] * num_layers),
                            "mtp_layer_types", num_layers)
-        listed = [int(w or 0) for w in config.get("sliding_windows", [])]
-        window = config.get("sliding_window", _of_most(listed, config)) if "L" in letters else 0
+        window = _main_window(config, 0)[0] if "L" in letters else 0
         windows = config.get("mtp_sliding_windows", [window] * num_layers)
         if any((found or 0) != window for found in windows):
             raise UserError(f"config.json: mtp_sliding_windows = {windows}, but only {window} is supported: "

@@ -1,10 +1,9 @@
-"""K-EXAONE 2.0 750B-A37B (arXiv 2608.04505), which goes on from K-EXAONE 236B, grown in depth
-and experts.
+"""K-EXAONE 2.0 750B-A37B (arXiv 2608.04505), which goes on from K-EXAONE 236B, grown in depth and experts.
 
 Its report and its config.json were not at hand.  The sizes are those that programs read of that config:
-Megatron-Bridge (a recipe, and a verification card that counts 59,396 tensors of 1,498,715,008,512 bytes, which
-this architecture has to the byte), TensorRT-LLM's pull request 17067 (bounds from layer 62 on, a window of 4096
-in layer 1) and vLLM's `exaone_moe`.  Tokens, rates and blends are ours.
+Megatron-Bridge (a recipe, and a verification card that counts 59,396 tensors of 1,498,715,008,512 bytes,
+which this architecture has to the byte), TensorRT-LLM's pull request 17067 (bounds from layer 62 on, a window
+of 4096 in layer 1) and vLLM's `exaone_moe`.  Tokens, rates and blends are ours.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from megatron_sov.model.recipes.sources import Sources, config_json, derive, our
 
 REPORT = "arXiv 2608.04505"
 BRIDGE = "Megatron-Bridge, recipe exaone_moe_2_0_750b_a37_pretrain_512gpu_h100_bf16"
-PATTERN = "GL" + 19 * "LLLG"
+LAYERS = "GL" + 19 * "LLLG"
 FIRST_BOUNDED, NUM_LAYERS = 62, 78
 TOKENS = 2_000_000_000_000
 
@@ -31,14 +30,14 @@ def model() -> ModelConfig:
     prediction layer, which slides, applied four times."""
     return replace(
         k_exaone.model(), num_layers=NUM_LAYERS, num_dense_layers=2, num_experts=256,
-        attention_pattern=PATTERN,
-        layer_windows=tuple(4096 if i == 1 else 128 * (kind == "L") for i, kind in enumerate(PATTERN)),
+        attention_pattern=LAYERS[:-1],  # which begins anew with the last layer
+        layer_windows=tuple(4096 if i == 1 else 128 * (kind == "L") for i, kind in enumerate(LAYERS)),
         swiglu_limits=tuple(7.0 if i >= FIRST_BOUNDED else 0.0 for i in range(NUM_LAYERS)),
         mtp_attention="L", mtp_depths=4)
 
 
 def k_exaone2_750b() -> RunConfig:
-    """Return the pretraining that follows the growth, at 8K: the blends of K-EXAONE's second and third stage."""
+    """Return the pretraining behind the growth: 2 T tokens at 8K, of K-EXAONE's second and third stage."""
     base = k_exaone.k_exaone_236b()
     phases = tuple(PhaseConfig(phase.name, tokens=round(share * TOKENS), seq_len=8192, blend=phase.blend)
                    for phase, share in zip(k_exaone.PHASES[1:], (0.7, 0.3), strict=True))
