@@ -435,8 +435,8 @@ def deepened(model: ModelConfig, asked: Deepening) -> ModelConfig:
     kinds = model.layer_types()
     pattern = shortest_pattern("".join("L" if kinds[origin] == "sliding_attention" else "G"
                                        for origin in origins))
-    windows, limits = (tuple(each[origin] for origin in origins) if each else ()
-                       for each in (model.layer_windows, model.swiglu_limits))
+    windows = tuple(model.layer_windows[origin] for origin in origins) if model.layer_windows else ()
+    limits = tuple(model.swiglu_limits[origin] for origin in origins) if model.swiglu_limits else ()
     deeper = dataclasses.replace(model, num_layers=asked.num_layers, attention_pattern=pattern,
                                  layer_windows=windows, swiglu_limits=limits,
                                  num_dense_layers=sum(dense) if model.num_experts else 0)

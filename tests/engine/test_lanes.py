@@ -32,6 +32,7 @@ def layers_built() -> dict[str, Any]:
               "router": layer.mlp.router.layer_number if layer.is_moe_layer else None,
               "window": layer.self_attention.core_attention.window_tokens}
              for layer in layers]
+    kinds = [*model.layer_types(), model.mtp_layer_type()]
     windows = [*model.windows(), model.mtp_window()]
     wanted = [{"number": n, "attention": n, "router": n if n > model.num_dense_layers else None,
                "window": window} for n, window in enumerate(windows, 1)]

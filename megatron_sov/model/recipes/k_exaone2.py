@@ -46,7 +46,8 @@ def k_exaone2_750b() -> RunConfig:
         parallel=ParallelConfig(tp=4, sp=True, pp=16, ep=32, zero1=True,
                                 pipeline_layout=(6, *[5] * 14, 2), overlap_grad_reduce=True,
                                 overlap_param_gather=True),
-        optim=replace(base.optim, lr=1e-4, min_lr=1e-5, warmup_steps=500))
+        optim=replace(base.optim, lr=1e-4, min_lr=1e-5, warmup_steps=500),
+        train=replace(base.train, fp8="none"))
 
 
 def k_exaone2_750b_extend() -> RunConfig:
@@ -57,7 +58,7 @@ def k_exaone2_750b_extend() -> RunConfig:
     return replace(
         run, recipe="k-exaone2-750b-extend", parallel=replace(run.parallel, tp=8, cp=8, ep=64),
         data=DataConfig(phases=stage_phases(k_exaone.STAGES, optim)), optim=optim,
-        train=replace(run.train, global_batch_size=1024, fp8="none"),
+        train=replace(run.train, global_batch_size=1024),
         needle=NeedleConfig(lengths_tokens=(8192, 32768, 262144)),
         extend=ExtendConfig(stages=k_exaone.STAGES, gate=GateConfig(every_steps=250, min_accuracy=0.98)))
 
@@ -81,7 +82,7 @@ SOURCES: Sources = derive(k_exaone.SOURCES, {
     "optim.min_lr": ours("a tenth of the peak"),
     "optim.schedule": ours(f"as K-EXAONE; {_NOT_READ}"),
     "optim.warmup_steps": ours("a quarter of K-EXAONE's: the model is trained already"),
-    "train.fp8": ours("as K-EXAONE; Megatron-Bridge's recipe is bf16; not yet run on a GPU"),
+    "train.fp8": published(f"{BRIDGE}: bf16"),
     "train.recompute": published(BRIDGE),
     "train.micro_batch_size": published(BRIDGE),
 })
@@ -91,7 +92,6 @@ EXTEND_SOURCES = derive(derive(k_exaone.EXTEND_SOURCES, SOURCES), {
        for name in ("tp", "sp", "pp", "ep", "zero1", "pipeline_layout", "overlap_grad_reduce",
                     "overlap_param_gather")},
     **PHASE_SOURCES,
-    "train.fp8": ours("bf16, as in K-EXAONE's"),
     "optim.lr": ours("where pretraining ends"),
     "optim.schedule": ours("as K-EXAONE's"),
     "optim.warmup_steps": ours("as K-EXAONE's"),

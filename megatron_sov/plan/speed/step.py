@@ -337,12 +337,14 @@ def _stage(w: Workload, parts: StepParts, messages_s: float) -> tuple[_MicroBatc
 
 def _trunk(clock: Clock) -> _MicroBatch:
     s, trunk = clock.w.shape, _MicroBatch()
-    for block, layers in ((lambda: _attention(clock, 0), s.num_attention_layers - s.num_window_layers),
-                          *((partial(_attention, clock, window), layers) for window, layers in s.windowed),
-                          (lambda: _block(clock, "mamba", traffic.mamba_bytes, "mamba"), s.num_mamba_layers),
-                          (lambda: _block(clock, "dense", traffic.dense_bytes, "mlp"),
-                           s.num_feed_forward_layers - s.num_moe_layers),
-                          (lambda: _moe(clock), s.num_moe_layers)):
+    blocks: list[tuple[Callable[[], _MicroBatch], int]] = [
+        (lambda: _attention(clock, 0), s.num_attention_layers - s.num_window_layers),
+        *((partial(_attention, clock, window), layers) for window, layers in s.windowed),
+        (lambda: _block(clock, "mamba", traffic.mamba_bytes, "mamba"), s.num_mamba_layers),
+        (lambda: _block(clock, "dense", traffic.dense_bytes, "mlp"),
+         s.num_feed_forward_layers - s.num_moe_layers),
+        (lambda: _moe(clock), s.num_moe_layers)]
+    for block, layers in blocks:
         if layers:
             trunk.add(block(), layers)
     return trunk
