@@ -26,8 +26,8 @@ from megatron_sov.convert.hf_import import checked_source, digest_of, index_of, 
 from megatron_sov.convert.peft import AdaptedWeights, add_inputs, checkpoint_weights
 from megatron_sov.convert.sources import PART, CheckpointWeights, HfWeights, Weights, newest_of_run
 from megatron_sov.model.config import ModelConfig, RunConfig
-from megatron_sov.model.families import supported as models
 from megatron_sov.model.config.model import shortest_pattern
+from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import CONFIG
 from megatron_sov.runs.checkpoints import (

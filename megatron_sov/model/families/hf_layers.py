@@ -409,7 +409,7 @@ class SwigluLimits:
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the bounds; `UserError` where there is not one of 0 or more for each layer."""
         limits = [float(limit or 0) for limit in config.get("swiglu_limits", [])]
-        if limits and len(limits) != _num_layers(config) or any(limit < 0 for limit in limits):
+        if (limits and len(limits) != _num_layers(config)) or any(limit < 0 for limit in limits):
             raise UserError(f"config.json: swiglu_limits = {limits} must have an entry of 0 or more for each "
                             f"of num_hidden_layers = {_num_layers(config)} layers")
         return {"swiglu_limits": tuple(limits) if any(limits) else ()}

@@ -130,8 +130,9 @@ def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp
     twice = 2 if kind.bounded else 1
     if not kind.with_experts:
         dense = m.dense_ffn_dim // tp
+        inside = tokens.local * dense * item * ((1 if fused else 2) + 2 * twice)
         return SavedActivations(residuals=m.norms_per_layer() * norm, qkv_input=hidden, ffn_input=hidden,
-                                **attention, dense=tokens.local * dense * item * ((1 if fused else 2) + 2 * twice))
+                                **attention, dense=inside)
     shared = m.num_shared_experts * m.expert_ffn_dim // tp
     routed, inner = tokens.share * m.num_experts_per_token, m.expert_ffn_dim // etp
     # a process of an expert that is cut has the tokens of all processes that share it
