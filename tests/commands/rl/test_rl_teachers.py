@@ -17,7 +17,7 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.commands.rl.rounds import _refuse_other_model
+from megatron_sov.commands.rl.teachers import _refuse_other_model
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.train.data.token_shards import open_sources
@@ -153,7 +153,7 @@ def test_kills_change_no_bit_and_two_processes_little(whole: Path, folder: Path,
 
 @pytest.mark.parametrize(("more", "said"), [
     (["--set", "policy.method=grpo", "--set", "rollout.samples_per_prompt=2"],
-     "learns from no teacher; set policy.method=opd, or policy.opd_coeff beside a reward"),
+     "learns from no teacher; set policy.method=opd or gkd, or policy.opd_coeff beside a reward"),
     (["--teacher", "a=elsewhere"], "is of the same prompts; give each its domain"),
     (["--set", "rollout.temperature=0.7"], "temperature = 0.7 must be 1: policy.opd_coeff = 1 compares"),
 ])
