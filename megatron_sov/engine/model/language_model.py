@@ -33,7 +33,7 @@ from megatron_sov.engine.model.gpu_settings import mend_extra_state
 from megatron_sov.engine.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.engine.model.rotary import rotate_by, rotate_by_token
 from megatron_sov.engine.model.specs import (
-    block_norm, layer_specs, mtp_layer_spec, transformer_config, uses_transformer_engine)
+    block_norm, bound_gates, layer_specs, mtp_layer_spec, transformer_config, uses_transformer_engine)
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import local_device, on_gpu
 from megatron_sov.engine.router import BalancedRouter
@@ -216,31 +216,6 @@ class _Gated(torch.autograd.Function):
         torch.mul(gradient, passed, out=of_up)
         torch.ops.aten.silu_backward(gradient * up, gate, grad_input=of_gate)
         return found
-
-
-# A bound on what goes into the gate, layer by layer: the library has one for all layers, and forgets it where
-# shared experts are computed beside the exchange of tokens.
-
-
-def bound_gates(chunk: Chunk, model: ModelConfig) -> None:
-    """Have the layers with a bound (`ModelConfig.swiglu_limits`) keep gate and up projections within it,
-    those of experts included; called when adapters, which are bounded with them, are in their places."""
-    limits = model.limits()
-    for layer in chunk.decoder.layers:
-        limit = limits[layer.layer_number - 1]
-        for name, module in layer.mlp.named_modules() if limit else ():
-            if name.endswith("linear_fc1"):
-                module.register_forward_hook(_bounded(limit))
-
-
-def _bounded(limit: float) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    """Return the hook of a linear whose outputs are a gate and, behind it, what is multiplied with it."""
-    def hook(module: Any, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor | None]
-             ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        gate, up = outputs[0].chunk(2, dim=-1)
-        return torch.cat([gate.clamp(max=limit), up.clamp(-limit, limit)], dim=-1), outputs[1]
-
-    return hook
 
 
 # What the library is told of parameters: how their gradients are summed, and who counts them in the norm.

@@ -203,8 +203,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     if model.num_moe_layers():
         settings |= _moe_settings(model, te) | expert_settings(gpu, here)
         settings["moe_router_dtype"] = "fp64" if dtype == torch.float64 else "fp32"
-    if te:  # elsewhere models are only looked at, as `plan` does: training has been refused
-        settings |= library_settings(train)
+    # elsewhere models are only looked at, as `plan` does: training has been refused
+    settings |= library_settings(train) if te else {}
     config = _library_config(model, settings)
     if te and train.fp8 != "none":
         keep_ends_in_bf16(config, train)
@@ -212,11 +212,11 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     _yarn(config, model, parallel)
     if model.yarn is not None or model.attention_multiplier is not None:
         config.softmax_scale = softmax_scale(model, "sliding_attention")
-    config.own_attention = own_attention_serves(here, gpu.attention, train.deterministic)
-    config.exchanges_heads = exchanges_heads(here, gpu.attention)
+    config.own_attention, config.exchanges_heads = (
+        own_attention_serves(here, gpu.attention, train.deterministic), exchanges_heads(here, gpu.attention))
     config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
-    config.logits_multiplier, config.zero_centered_norms = model.logits_multiplier, model.zero_centered_norms
-    config.mtp_depths = model.mtp_depths
+    config.logits_multiplier, config.mtp_depths = model.logits_multiplier, model.mtp_depths
+    config.zero_centered_norms = model.zero_centered_norms
     return config
 
 
@@ -500,3 +500,28 @@ def block_norm(config: Any) -> Any:
 
         return TENorm
     return ZeroCenteredNorm if config.zero_centered_norms else LocalSpecProvider().layer_norm(rms_norm=True)
+
+
+# A bound on what goes into the gate, layer by layer: the library has one for all layers, and forgets it where
+# shared experts are computed beside the exchange of tokens.
+
+
+def bound_gates(chunk: Any, model: ModelConfig) -> None:
+    """Have the layers with a bound (`ModelConfig.swiglu_limits`) keep gate and up projections within it,
+    those of experts included; called when adapters, which are bounded with them, are in their places."""
+    limits = model.limits()
+    for layer in chunk.decoder.layers:
+        limit = limits[layer.layer_number - 1]
+        for name, module in layer.mlp.named_modules() if limit else ():
+            if name.endswith("linear_fc1"):
+                module.register_forward_hook(_bounded(limit))
+
+
+def _bounded(limit: float) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """Return the hook of a linear whose outputs are a gate and, behind it, what is multiplied with it."""
+    def hook(module: Any, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor | None]
+             ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        gate, up = outputs[0].chunk(2, dim=-1)
+        return torch.cat([gate.clamp(max=limit), up.clamp(-limit, limit)], dim=-1), outputs[1]
+
+    return hook

@@ -16,7 +16,7 @@ from megatron_sov.model.config import (
     ExtendConfig, ExtendStageConfig, GpuConfig, NeedleConfig, ParallelConfig, PhaseConfig, RunConfig,
     from_dict)
 from megatron_sov.model.config.model import IdBlock, ModelConfig
-from megatron_sov.model.recipes import k_exaone, k_exaone2, open_models, policies, solar_open
+from megatron_sov.model.recipes import k_exaone, open_models, policies, solar_open
 from megatron_sov.model.recipes.sources import UNCOMPARED, Sources, derive, ours, relabelled
 
 
@@ -39,8 +39,8 @@ RECIPES: dict[str, Recipe] = {
     "k-exaone-236b": Recipe(k_exaone.k_exaone_236b, k_exaone.SOURCES),
     "k-exaone-236b-extend": Recipe(k_exaone.k_exaone_236b_extend, k_exaone.EXTEND_SOURCES),
     "k-exaone-236b-rl": Recipe(policies.k_exaone_236b_rl, policies.AGAPO_SOURCES),
-    "k-exaone2-750b": Recipe(k_exaone2.k_exaone2_750b, k_exaone2.SOURCES),
-    "k-exaone2-750b-extend": Recipe(k_exaone2.k_exaone2_750b_extend, k_exaone2.EXTEND_SOURCES),
+    "k-exaone2-750b": Recipe(k_exaone.k_exaone2_750b, k_exaone.SOURCES_2),
+    "k-exaone2-750b-extend": Recipe(k_exaone.k_exaone2_750b_extend, k_exaone.EXTEND_SOURCES_2),
     "hyperclova-omni-8b": Recipe(open_models.hyperclova_omni_8b, open_models.HYPERCLOVA_SOURCES),
     "hyperclova-omni-8b-continuous": Recipe(open_models.hyperclova_omni_8b_continuous,
                                             open_models.HYPERCLOVA_CONTINUOUS_SOURCES),
