@@ -208,15 +208,14 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     config = _library_config(model, settings)
     if te and train.fp8 != "none":
         keep_ends_in_bf16(config, train)
-    _per_layer_lists(config, model)
-    _yarn(config, model, parallel)
+    _per_layer_lists(config, model, parallel)
     if model.yarn is not None or model.attention_multiplier is not None:
         config.softmax_scale = softmax_scale(model, "sliding_attention")
     config.own_attention, config.exchanges_heads = (
         own_attention_serves(here, gpu.attention, train.deterministic), exchanges_heads(here, gpu.attention))
     config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
-    config.logits_multiplier, config.mtp_depths = model.logits_multiplier, model.mtp_depths
-    config.zero_centered_norms = model.zero_centered_norms
+    config.logits_multiplier, config.mtp_depths, config.zero_centered_norms = (
+        model.logits_multiplier, model.mtp_depths, model.zero_centered_norms)
     return config
 
 
@@ -274,9 +273,9 @@ def _pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[
     return runs
 
 
-def _per_layer_lists(config: Any, model: ModelConfig) -> None:
+def _per_layer_lists(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
     """Spell out per layer what slides and what rotates, with one entry more for the
-    multi-token prediction layer.
+    multi-token prediction layer, and how rotations are scaled.
 
     The library looks both up by layer number, and that layer's number is num_layers + 1; its own validation
     allows only num_layers entries, so the lists are set after it.
@@ -286,6 +285,7 @@ def _per_layer_lists(config: Any, model: ModelConfig) -> None:
         config.window_attn_skip_freq = [int(k == "sliding_attention") for k in kinds]
     if not model.rope_on_global:
         config.no_rope_freq = [int(k == "full_attention") for k in kinds]
+    _yarn(config, model, parallel)
 
 
 def _yarn(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
