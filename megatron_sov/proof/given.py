@@ -116,7 +116,8 @@ class _GivenTeacher(KeptTeacher):
         kept = Kept("float32", asked.top_k, asked.temperature, asked.other_tokenizer)
         [folder] = config.data.paths
         files: Any = SimpleNamespace(
-            folder=Path(folder), kept=kept, vocab_size=config.model.vocab_size, teacher=SOURCE, logits_softcap=None,
+            folder=Path(folder), kept=kept, vocab_size=config.model.vocab_size, teacher=SOURCE,
+            logits_softcap=None,
             dtype=torch.int32 if asked.top_k else torch.float32, sources={0: 0}, hidden_size=TEACHER_WIDTH,
             width=2 * asked.top_k or TEACHER_WIDTH, head=_head_of(Path(folder)),
             states=lambda source, split, document, start, count: _states(

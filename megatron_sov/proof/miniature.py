@@ -108,6 +108,13 @@ def miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
         given["model.dense_ffn_dim"] = 4 * p.tp
     if m.sliding_window_tokens:
         given["model.sliding_window_tokens"] = 8
+    single = m.at_depth(sum(runs))
+    if m.layer_windows:
+        windows = [window and (8 if window == m.sliding_window_tokens else 12)
+                   for window in single["layer_windows"]]
+        given |= {"model.layer_windows": windows, "model.attention_pattern": single["attention_pattern"]}
+    if m.swiglu_limits:  # so tight that numbers of this size meet it
+        given["model.swiglu_limits"] = [min(limit, 0.01) for limit in single["swiglu_limits"]]
     small = apply_settings(config, _typed(given))
     return Miniature(small, num_ranks, tuple(dict.fromkeys(_left_out(config, small))))
 
