@@ -74,15 +74,14 @@ def test_zero_1_and_a_cut_row_are_equal() -> None:
     assert proving.prove_run(config, 4)[1].outcome == EQUAL
 
 
-def test_windows_and_bounds_of_layers_and_repeated_predictions_are_equal(tmp_path: Path) -> None:
-    write_documents(tmp_path / "documents")
+def test_windows_and_bounds_of_layers_and_repeated_predictions_are_equal() -> None:
     layout = ("parallel.cp=2", "parallel.ep=2", "parallel.zero1=true", "train.global_batch_size=32",
               "train.recompute=true", "parallel.overlap_grad_reduce=true")
-    small = miniature(apply_settings(recipes.get("tiny-k-exaone2"), layout), 2, tmp_path / "documents")
+    small, verdict = proving.prove_run(apply_settings(recipes.get("tiny-k-exaone2"), layout), 2)
     model = small.config.model
 
     assert (model.layer_windows[:3], model.mtp_depths) == ((0, 12, 8), 4) and model.swiglu_limits[-1] == 0.01
-    assert proving.prove(small).outcome == EQUAL
+    assert verdict.outcome == EQUAL
 
 
 def test_an_unsummed_output_is_found_in_its_module(small: Miniature, whole: Any) -> None:
