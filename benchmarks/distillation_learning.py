@@ -11,10 +11,10 @@ others.  Everything runs through the ordinary commands on one process of one thr
             and nothing of the distributions
   arms      go on from the start over the same 200 conversations, in the same order, for the same steps, in
             four of the wordings: SFT learns the one answer that was drawn, the others the teacher's
-            distributions at the same tokens; on-policy, the same questions in three rounds of a third of the
-            steps, with answers that the student wrote itself.  At the learning rate of the others SFT learns
-            the 200 drawn answers by heart, so it has smaller ones too, and the others are compared with its
-            best
+            distributions at the same tokens; on-policy, the same questions in rounds of one step, eight in
+            each, with answers that the student writes itself (`distill rounds`).  At the learning rate of
+            the others SFT learns the 200 drawn answers by heart, so it has smaller ones too, and the others
+            are compared with its best
 
 Each is then asked the other four wordings: KL(teacher || student) in nats per token of the answers, by the
 same command, before its first step, each conversation whole.  Printed are means over the seeds with 95 %
@@ -67,7 +67,7 @@ ARMS = {
 }
 RATE = "optim.lr=2e-3"
 """Of an arm that has none of its own."""
-ON_POLICY, ROUNDS = "forward KL, on-policy", 3
+ON_POLICY = "forward KL, on-policy"
 
 
 def conversations(seed: int, count: int, wordings: tuple[str, ...], even: bool = False) -> str:
@@ -103,8 +103,8 @@ class Work:
             raise SystemExit(f"{' '.join(map(str, arguments))}\nended with exit code {done.returncode}; see "
                              f"{self.folder / 'log'}")
 
-    def data(self, name: str, text: str, heldout: float = 0.0, kind: str = "chat") -> Path:
-        """Return token shards of conversations, or of prompts."""
+    def data(self, name: str, text: str, heldout: float = 0.0) -> Path:
+        """Return token shards of conversations."""
         file, shards = self.folder / f"{name}.jsonl", self.folder / name
         if not (shards / "manifest.json").exists():
             file.write_text(text)
@@ -115,7 +115,7 @@ class Work:
                 texts.write_text("".join(json.dumps({"text": content}) + "\n" for content in contents))
                 self.command("tokenizer.cli", "train", "--preset", "solar-open", "--vocab-size", "512",
                              "--input", texts, "--output", tokenizer)
-            self.command("data_prep.cli", "pack", "--tokenizer", tokenizer, "--format", kind, "--heldout",
+            self.command("data_prep.cli", "pack", "--tokenizer", tokenizer, "--format", "chat", "--heldout",
                          str(heldout), "--workers", "1", "--input", file, "--output", shards)
         return shards
 
@@ -132,13 +132,13 @@ class Work:
                          *words)
         return run
 
-    def rounds(self, name: str, prompts: Path, start: str, seed: int, *settings: str) -> str:
-        """Return the last run of on-policy rounds; those that are complete are not run again."""
+    def rounds(self, name: str, prompts: Path, start: str, seed: int, steps: int, *settings: str) -> str:
+        """Return a run of on-policy rounds."""
         self.command("megatron_sov", "distill", "rounds", "tiny-qwen3", "--from", self.folder / start,
-                     "--teacher", self.folder / "teacher", "--prompts", prompts, "--rounds", str(ROUNDS),
+                     "--teacher", self.folder / "teacher", "--prompts", prompts, "--rounds", str(steps),
                      "--output", self.folder / name, "--max-new-tokens", "12", "--seed", str(seed),
-                     "--states-dtype", "float32", *words_of(settings))
-        return f"{name}/round-{ROUNDS}/run"
+                     *words_of(settings))
+        return f"{name}/run"
 
 
 def words_of(settings: tuple[str, ...]) -> list[str]:
@@ -154,9 +154,9 @@ def measure(work: Work, seed: int, steps: int, teacher_steps: int) -> None:
     even = work.data("even", conversations(3, 4_000, LEARNED + ASKED, even=True))
     text = conversations(100 + seed, 200, LEARNED)
     few = work.data(f"few-{seed}", text)
-    prompts = work.data(f"prompts-{seed}", "".join(
-        json.dumps({"prompt": json.loads(line)["messages"][0]["content"]}) + "\n"
-        for line in text.splitlines()), kind="prompt")
+    prompts = work.folder / f"prompts-{seed}.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": json.loads(line)["messages"][0]["content"]}) + "\n"
+                               for line in text.splitlines()))
     own = f"train.seed={seed}"
     work.train(f"start-{seed}", "pretrain", even, *STUDENT, own, f"train.steps={teacher_steps}",
                "optim.lr=4e-3")
@@ -165,11 +165,13 @@ def measure(work: Work, seed: int, steps: int, teacher_steps: int) -> None:
         rate = [] if any(s.startswith("optim.lr=") for s in settings) else [RATE]
         work.train(f"arm-{seed}-{number}", command, few, own, f"train.steps={steps}", *rate, *settings,
                    start=f"start-{seed}", states=states)
-    last = work.rounds(f"rounds-{seed}", prompts, f"start-{seed}", seed, own, RATE,
-                       f"train.steps={steps // ROUNDS}")
+    last = work.rounds(f"rounds-{seed}", prompts, f"start-{seed}", seed, steps, own, RATE,
+                       "rollout.prompts_per_round=8", "rollout.piece_prompts=8",
+                       "rollout.max_prompt_tokens=64")
     runs = {f"arm-{seed}-{number}": f"arm-{seed}-{number}" for number in range(len(ARMS))}
     for name, run in ({f"start-{seed}": f"start-{seed}", f"rounds-{seed}": last} | runs).items():
-        work.train(f"asked-{name}", "distill", asked, own, "train.steps=1", start=run, states="states-asked")
+        work.train(f"asked-{name}", "distill", asked, own, RATE, "train.steps=1", start=run,
+                   states="states-asked")
 
 
 def kl(run: Path) -> float:

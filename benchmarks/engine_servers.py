@@ -33,6 +33,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 SMALL = {"vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 32, "max_position_embeddings": 512, "tie_word_embeddings": False, "eos_token_id": 2,
          "bos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.15}
@@ -153,6 +155,19 @@ def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, start_new_session=True)
 
 
+def server_keepers(pid: int) -> list[psutil.Process]:
+    """Return the keepers of the servers that a process has started, in the order of their starts: the only
+    child of each is the server's first process."""
+    from megatron_sov.work.processes import keeper as keeping
+
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if keeping.__name__ in process.cmdline():
+                found.append((process.create_time(), process))
+    return [process for _, process in sorted(found, key=lambda pair: pair[0])]
+
+
 def parts(folder: Path) -> list[str]:
     with contextlib.suppress(FileNotFoundError):
         return sorted(p.name for p in (folder / "store/rollouts").iterdir() if not p.name.startswith("."))
@@ -169,8 +184,8 @@ def wait_for(folder: Path, run: subprocess.Popen[bytes], count: int) -> int:
 def show_rounds(folder: Path) -> None:
     run = start(folder)
     seen = wait_for(folder, run, PROMPTS + 2)
-    leader = json.loads((folder / "run/engines/engine-0.json").read_text())["pid"]
-    os.kill(leader, signal.SIGKILL)
+    [leader] = server_keepers(run.pid)[0].children()
+    leader.kill()
     print(f"server 0 was killed (SIGKILL) with {seen} parts of {ROUNDS * PROMPTS} in the store", flush=True)
     seen = wait_for(folder, run, 2 * PROMPTS + 3)
     os.killpg(run.pid, signal.SIGKILL)
@@ -261,8 +276,6 @@ def compare_transfers(name: str, make: Any, folder: Path, settings: list[str]) -
 
 def kill_under_transfers(first: Path, second: Path, logs: Path, expected: Any) -> None:
     """Kill processes of a server while weights are sent to it: its first one, then those below it."""
-    import psutil
-
     from megatron_sov.infer.engines.server_engine import ServerPlaces, server_settings, serving_engine
 
     settings = server_settings("vllm", [*CPU, "dtype=float32", "transfer=collective"], "--engine-set")
@@ -277,7 +290,8 @@ def kill_under_transfers(first: Path, second: Path, logs: Path, expected: Any) -
                 while log.read_text(errors="replace").count("/start_weight_update") == seen:
                     time.sleep(0.01)
                 time.sleep(0.2)
-                leader = psutil.Process(json.loads((logs / "engine-0.json").read_text())["pid"])
+                [keeper] = server_keepers(os.getpid())
+                [leader] = keeper.children()
                 for process in leader.children(recursive=True) if version == 2 else [leader]:
                     process.kill()
                 killed_s = time.monotonic()

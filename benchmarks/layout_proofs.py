@@ -1,12 +1,15 @@
 """Recommended layouts against one process, and faults on purpose in what is sent.
 
 Usage: python benchmarks/layout_proofs.py layouts [RECIPE GPU RANKS ...]
-       python benchmarks/layout_proofs.py faults
+       python benchmarks/layout_proofs.py faults [LAYOUT ...] > FAULTS.jsonl
+       python benchmarks/layout_proofs.py again FAULTS.jsonl ... > AGAIN.jsonl
+       python benchmarks/layout_proofs.py tally FAULTS.jsonl ... AGAIN.jsonl
 
 `layouts` plays recommended layouts of large recipes (`CASES`, or those that are named) by all of their
 processes, as `megatron-sov plan --prove` does, each in a process of its own.  `faults` plays layouts of
-eight processes once for each place that sends something and each way to do that wrongly (`WAYS`), and tells
-how many are found, and of how many the place is named.
+four processes once for each fault of `planted_faults`: each place that sends something done wrongly in each
+way, and functions with another text.  `again` plants those that were not found, after something was
+mended, and `tally` tells how many are found in the end, and of how many the place is named.
 """
 
 from __future__ import annotations
@@ -14,100 +17,20 @@ from __future__ import annotations
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from planted_faults import (
+    LAYOUTS, NO_FAULTS, OTHER_GROUP, SOURCE_FAULTS, FaultsThatMatter, mutated, over_another_group)
 
 CASES = (("solar-open-102b", "b200", 480), ("solar-open-102b", "h100", 512),
          ("k-exaone-236b", "h100", 512), ("k-exaone-236b", "b200", 512))
-FAULTY = {
-    "tiny-k-exaone": ("parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.ep=4",
-                      "parallel.zero1=true", "parallel.overlap_grad_reduce=true",
-                      "parallel.overlap_param_gather=true"),
-    "tiny-solar-open": ("parallel.tp=2", "parallel.sp=true", "parallel.cp=2", "parallel.ep=2",
-                        "parallel.etp=2"),
-    "tiny-qwen3": ("parallel.tp=2", "parallel.pp=2", "parallel.vpp=2", "model.num_layers=4",
-                   "model.tied_embeddings=true")}
-"""Recipe -> its layout on eight processes."""
-
-
-def _dropped(kind: str, parts: Sequence[Any]) -> None:
-    """Everyone goes on with what is its own."""
-    for index, part in enumerate(parts):
-        if kind == "reduce_scatter":
-            part.outputs[0].copy_(part.inputs[index])
-        elif kind == "allgather":
-            for output in part.outputs:
-                output.copy_(part.inputs[0])
-        elif kind == "alltoall":
-            part.outputs[0].zero_()
-
-
-def _scaled(factor: float) -> Callable[[str, Sequence[Any]], None]:
-    def scale(kind: str, parts: Sequence[Any]) -> None:
-        for part in parts:
-            for output in part.outputs:
-                if output.is_floating_point():
-                    output.mul_(factor)
-    return scale
-
-
-def _shifted(kind: str, parts: Sequence[Any]) -> None:
-    """Everyone has what belongs to the one before it."""
-    came = [[output.clone() for output in part.outputs] for part in parts]
-    for part, other in zip(parts, [came[-1], *came[:-1]], strict=True):
-        for output, value in zip(part.outputs, other, strict=True):
-            if output.shape == value.shape:
-                output.copy_(value)
-
-
-def _one_lacks(kind: str, parts: Sequence[Any]) -> None:
-    """The last one has not given its own."""
-    for output in parts[-1].outputs:
-        output.zero_()
-
-
-WAYS: dict[str, tuple[bool, Callable[[str, Sequence[Any]], None]]] = {
-    "left out": (False, _dropped), "twice as large": (True, _scaled(2.0)),
-    "half as large": (True, _scaled(0.5)), "one rank on": (True, _shifted),
-    "nothing for the last": (True, _one_lacks)}
-"""Way -> whether it comes behind the call's own work, and what it does."""
-
-
-@dataclass
-class PlantedFault:
-    """Does one thing wrongly."""
-
-    site: Any
-    way: str
-    hits: int = 0
-    changes: int = 0
-    """How often something else came of it than should have."""
-
-    def __call__(self, site: Any, parts: Sequence[Any], work: Callable[[Any], None]) -> bool:
-        if site != self.site:
-            return False
-        self.hits += 1
-        behind, do = WAYS[self.way]
-        before = [[output.clone() for output in part.outputs] for part in parts]
-        work(list(parts))
-        right = [[output.clone() for output in part.outputs] for part in parts]
-        if not behind:
-            for part, values in zip(parts, before, strict=True):
-                for output, value in zip(part.outputs, values, strict=True):
-                    output.copy_(value)
-        do(site.kind, parts)
-        self.changes += any(not torch.equal(output, value) for part, values in zip(parts, right, strict=True)
-                            for output, value in zip(part.outputs, values, strict=True))
-        return True
 
 
 def layout(recipe: str, gpu: str, num_ranks: int) -> dict[str, Any]:
@@ -115,15 +38,11 @@ def layout(recipe: str, gpu: str, num_ranks: int) -> dict[str, Any]:
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
     from megatron_sov.plan.search.recommended import settings_for
-    from megatron_sov.proof.miniature import miniature, write_documents
-    from megatron_sov.proof.proving import as_json, prove
+    from megatron_sov.proof.proving import as_json, prove_run
 
     config = recipes.get(recipe)
     settings = settings_for(config, num_ranks, gpu)
-    with tempfile.TemporaryDirectory() as folder:
-        write_documents(data := Path(folder, "documents"))
-        small = miniature(apply_settings(config, settings), num_ranks, data)
-        found = as_json(small, prove(small))
+    found = as_json(*prove_run(apply_settings(config, settings), num_ranks))
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return found | {"settings": settings, "cpu_s": usage.ru_utime + usage.ru_stime,
                     "peak_bytes": usage.ru_maxrss * 1024}
@@ -145,49 +64,86 @@ def layouts(cases: Sequence[tuple[str, str, int]]) -> bool:
     return equal
 
 
-def faults() -> bool:
-    """Plant faults in what layouts send; returns whether all are found."""
+def faults(names: Sequence[str], only: Collection[tuple[str, str, str]] = ()) -> None:
+    """Plant the faults of some layouts; prints a line of JSON for each.
+
+    Args:
+        names: of the layouts.
+        only: kind, layout and fault of those that are planted; empty: all.
+    """
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
-    from megatron_sov.proof.miniature import miniature, write_documents
+    from megatron_sov.proof.given import write_documents
+    from megatron_sov.proof.miniature import miniature
     from megatron_sov.proof.proving import EQUAL, play_alone, prove
 
-    planted, found, named, missed = Counter[str](), Counter[str](), 0, []
-    for recipe, settings in FAULTY.items():
+    for name in names:
+        recipe, settings = LAYOUTS[name]
         with tempfile.TemporaryDirectory() as folder:
-            write_documents(data := Path(folder, "documents"))
             config = apply_settings(recipes.get(recipe), [*settings, "train.global_batch_size=32"])
-            small = miniature(config, 8, data)
-            whole, sites = play_alone(small), dict[Any, None]()
+            small = miniature(config, 4, data := Path(folder, "documents"))
+            write_documents(data, small.config)
+            whole, matter = play_alone(small), FaultsThatMatter()
+            assert prove(small, matter, whole).outcome == EQUAL, name
+            for planted in (fault for fault in SOURCE_FAULTS if fault.layout == name):
+                if only and (planted.kind, name, str(planted)) not in only:
+                    continue
+                with mutated(planted):
+                    verdict = prove(small, None, whole)
+                _told(planted.kind, name, str(planted), verdict, planted.function.rpartition(":")[2])
+            for site in dict.fromkeys(fault.site for fault in matter.found):
+                if only and (f"a message {OTHER_GROUP}", name, str(site)) not in only:
+                    continue
+                with over_another_group(site) as moved:
+                    verdict = prove(small, None, whole) if "object" not in site.where else None
+                if moved and verdict is not None:
+                    _told(f"a message {OTHER_GROUP}", name, str(site), verdict, site.where)
+            for fault in matter.found:
+                if only and (f"a message {fault.way}", name, str(fault.site)) not in only:
+                    continue
+                _told(f"a message {fault.way}", name, str(fault.site), prove(small, fault, whole),
+                      fault.site.where)
 
-            def noted(site: Any, parts: Sequence[Any], work: Callable[[Any], None],
-                      sites: dict[Any, None] = sites) -> bool:
-                if len(parts) > 1 or site.kind == "recv":
-                    sites[site] = None
-                return False
 
-            assert prove(small, noted, whole).outcome == EQUAL, recipe
-            for site in sites:
-                for way in WAYS:
-                    fault = PlantedFault(site, way)
-                    verdict = prove(small, fault, whole)
-                    if not fault.changes:
-                        continue  # all had the same, or nothing: it is no fault
-                    planted[way] += 1
-                    if verdict.outcome == EQUAL:
-                        missed.append(f"{recipe}: {way}: {site}")
-                        continue
-                    found[way] += 1
-                    named += str(site) in verdict.sites or any(
-                        site.where in place for place in verdict.places)
-        print(f"{recipe}: {len(sites)} places that send, so far {sum(planted.values())} faults, "
-              f"{sum(found.values())} found", flush=True)
-    for way, count in planted.items():
-        print(f"{way}: {found[way]} of {count} found")
-    print(f"faults: {sum(found.values())} of {sum(planted.values())} found; of {named} the place is named")
-    for line in missed:
-        print(f"not found: {line}")
-    return not missed
+def _told(kind: str, layout: str, fault: str, verdict: Any, place: str) -> None:
+    """Print what became of a fault; `place` is what a good verdict names."""
+    print(json.dumps({
+        "kind": kind, "layout": layout, "fault": fault, "outcome": verdict.outcome,
+        "first": next(iter(verdict.places), ""), "seconds": verdict.seconds,
+        "is_named": any(place in told for told in (*verdict.sites, *verdict.places))}), flush=True)
+
+
+def _rows(files: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what became of each fault; of one that was planted again, what came of it last."""
+    rows = [json.loads(line) for file in files for line in Path(file).read_text().splitlines()]
+    return [*{(row["kind"], row["layout"], row["fault"]): row for row in rows}.values()]
+
+
+def tally(files: Sequence[str]) -> bool:
+    """Print what `faults` has found, by kind; returns whether all are found but those that change nothing."""
+    rows = _rows(files)
+    equal = [row for row in rows if row["outcome"] == "equal"]
+    middle_s = statistics.median(row["seconds"] for row in rows)
+    print(f"{len(rows) - len(equal)} of {len(rows)} planted faults found, {sum(r['is_named'] for r in rows)} "
+          f"by their place; {len(equal)} not found; {middle_s:.1f} s each (median, on a busy machine)")
+    for name, (recipe, settings) in LAYOUTS.items():
+        of_layout = [row for row in rows if row["layout"] == name]
+        if of_layout:
+            print(f"  {sum(row['outcome'] != 'equal' for row in of_layout)} of {len(of_layout)}: {name} "
+                  f"({recipe} {' '.join(settings)})")
+    print("kind of fault: found of planted, of these named by place")
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        of_kind = [row for row in rows if row["kind"] == kind]
+        print(f"  {kind}: {sum(row['outcome'] != 'equal' for row in of_kind)} of {len(of_kind)}, "
+              f"{sum(row['is_named'] for row in of_kind)}")
+    unexplained = []
+    print("not found:")
+    for row in equal:
+        why = next((why for (kind, text), why in NO_FAULTS.items()
+                    if kind in row["kind"] and text in f"{row['layout']}: {row['fault']}"), None)
+        unexplained += [row] if why is None else []
+        print(f"  {row['kind']}: {row['layout']}: {row['fault']}: {why or 'A GAP'}")
+    return not unexplained
 
 
 def main(argv: Sequence[str]) -> int:
@@ -202,7 +158,15 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(layout(argv[1], argv[2], int(argv[3]))))
         return 0
     if argv[0] == "faults":
-        return int(not faults())
+        faults(argv[1:] or [*LAYOUTS])
+        return 0
+    if argv[0] == "again":
+        missed = {(row["kind"], row["layout"], row["fault"]) for row in _rows(argv[1:])
+                  if row["outcome"] == "equal"}
+        faults([name for name in LAYOUTS if any(layout == name for _, layout, _ in missed)], missed)
+        return 0
+    if argv[0] == "tally":
+        return int(not tally(argv[1:]))
     given = [(argv[i], argv[i + 1], int(argv[i + 2])) for i in range(1, len(argv), 3)]
     return int(not layouts(given or CASES))
 

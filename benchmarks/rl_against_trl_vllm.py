@@ -12,7 +12,8 @@ the other: TRL in its server mode (`use_vllm`, `vllm_mode="server"`), ours by `-
 go to a server by NCCL, which a CPU does not have: in its place TRL's client writes them into shared memory,
 whence the server reads them as it reads ours, in each step.  vLLM is not in TRL's environment, and TRL is
 told that it is.  fp32, one micro-batch, no reference, one process of one thread; the first two steps of each
-are left out.
+are left out.  "ahead" is ours with `rollout.max_staleness=1`: the servers write the next round by the policy
+of before while this one is learned, which is off-policy by one step; TRL's trainer has no such mode.
 
 Seconds are by the clock, and of the processor: of the trainer's process and of the server's.  Ours writes a
 checkpoint and the store in each step, and judges in another process, whose seconds are in the clock alone.
@@ -30,9 +31,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import psutil
+from engine_servers import server_keepers
 from rl_against_trl import TRAINER
 from rl_engine_learning import QUIET, DenseSeed
 from rl_learning import HERE
@@ -171,8 +174,9 @@ class Arms:
         finally:
             weights.unlink(missing_ok=True)
 
-    def ours(self) -> Times:
-        """Return the times of our steps, from one to the next."""
+    def ours(self, staleness: int = 0) -> Times:
+        """Return the times of our steps, from one to the next, where rounds are written by a policy that is
+        so many rounds old at most."""
         folder, store = self.seed.folder / "against-trl", self.seed.folder / "against-trl.store"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(store, ignore_errors=True)
@@ -182,7 +186,7 @@ class Arms:
                     f"rollout.piece_prompts={PROMPTS}", f"rollout.max_new_tokens={NEW_TOKENS}",
                     "rollout.max_prompt_tokens=64", "optim.lr=5e-4", "train.num_threads=1",
                     'data.phases=[{"name": "main", "seq_len": 512}]', "train.eval_every_steps=0",
-                    "train.precision=fp32")
+                    "train.precision=fp32", f"rollout.max_staleness={staleness}")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -232,9 +236,11 @@ def show(found: dict[str, Times]) -> None:
         for name, (step, generate, rest) in medians.items():
             print(f"  {told:<18} {name:<5} step {step:7.3f} s   generation {generate:7.3f} s   all else "
                   f"{rest:7.3f} s")
-        ratios = [a / b for a, b in zip(medians["ours"], medians["TRL"], strict=True)]
-        print(f"  {told:<18} ours / TRL: step {ratios[0]:.2f} (goal {GOAL}), generation {ratios[1]:.2f}, all "
-              f"else {ratios[2]:.2f}", flush=True)
+        for name in sorted(medians.keys() - {"TRL"}, reverse=True):
+            ratios = [a / b for a, b in zip(medians[name], medians["TRL"], strict=True)]
+            goal = f" (goal {GOAL})" if name == "ours" else ""
+            print(f"  {told:<18} {name} / TRL: step {ratios[0]:.2f}{goal}, generation {ratios[1]:.2f}, all "
+                  f"else {ratios[2]:.2f}", flush=True)
 
 
 def main() -> None:
@@ -248,7 +254,6 @@ def main() -> None:
     os.environ.update(QUIET)
     from megatron_sov.infer.engines.server_engine import server_settings
     from megatron_sov.infer.engines.server_process import OwnServer
-    from megatron_sov.work.processes import keeper as keeping
 
     seed = DenseSeed(0, args.work.absolute())
     model = seed.folder / "start.hf"
@@ -261,15 +266,14 @@ def main() -> None:
         try:
             server = keeper.start(lambda: False)
             assert server is not None, "it was not asked to stop"
-            # the server's keeper, below which all its processes are
-            (group,) = (child.pid for child in psutil.Process().children()
-                        if keeping.__name__ in child.cmdline())
+            (group,) = (process.pid for process in server_keepers(os.getpid()))
             print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
                   f"{platform.python_version()}; {PROMPTS} prompts x {SAMPLES} responses of at most "
                   f"{NEW_TOKENS} tokens, medians of {args.steps - SKIPPED} steps", flush=True)
             arms = Arms(seed, args.trl.absolute(), args.steps, server.url, group, model)
             for turn in range(args.turns):
-                order = [("TRL", arms.trl), ("ours", arms.ours)]
+                order: list[tuple[str, Callable[[], Times]]] = [
+                    ("TRL", arms.trl), ("ours", arms.ours), ("ahead", partial(arms.ours, 1))]
                 show({name: measure() for name, measure in (order if turn % 2 == 0 else order[::-1])})
         finally:
             keeper.end()

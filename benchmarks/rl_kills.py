@@ -43,7 +43,7 @@ from megatron_sov import cli
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.inspection import check
-from megatron_sov.rollouts.prompts import RolloutPrompt, pieces, read_prompts, round_prompts
+from megatron_sov.rollouts.prompts import PromptList, pieces, read_prompts, round_prompts
 from megatron_sov.rollouts.rows import Rollout, later, part_name
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.work.progress.locks import holders
@@ -241,7 +241,7 @@ def distance(some: Sequence[int], others: Sequence[int]) -> float:
 class Expected:
     """What the undisturbed jobs left."""
 
-    def __init__(self, whole: Place, asked: Sequence[RolloutPrompt],
+    def __init__(self, whole: Place, asked: PromptList,
                  rollout: RolloutConfig = ROLLOUT) -> None:
         self.rollout = rollout
         self.responses = responses(RolloutStore.open(whole.store))

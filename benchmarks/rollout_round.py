@@ -1,13 +1,16 @@
-"""What publishing a round costs: processor time, memory of each process, bytes a token; and how many files a
-job looks up that takes up the pieces of a round.
+"""What a million prompts and a round of them cost: reading the prompts, publishing the round, reading it
+back as training does; processor time, memory of each process, bytes a token; and how many files a job looks
+up that takes up the pieces of a round.
 
-    python benchmarks/rollout_round.py [--prompts 100000] [--samples 8] [--tokens 48] [--processes 1,4]
-        [--routes LAYERS,TOP_K,EXPERTS] [--known 1000000] [--piece-prompts 64]
+    python benchmarks/rollout_round.py [--prompts 100000] [--samples 8] [--tokens 128] [--processes 1,2,4]
+        [--routes LAYERS,TOP_K,EXPERTS] [--known 1000000] [--piece-prompts 64] [--steps 100]
 
-A store of one round is written by the store's own writer, with rewards: responses of about `--tokens` tokens
-to prompts of 16.  A run has `--known` prompts, of which a round asks `--prompts`.  The round is then
-published anew by each number of processes, which join each other over Gloo; memory is the peak of a process
-above what it had with the prompts read.
+A run has a file of `--known` prompts of 30 words, of which a round asks `--prompts`.  A store of one round
+is written by the store's own writer, with rewards.  Lengths of responses are log-normal, as those of models
+that reason are: mean `--tokens`, 0.7 in the exponent, cut off at eight times the mean; prompts have 16
+tokens.  The round is then published anew by each number of processes, which join each other over Gloo, and
+read by as many data-parallel ranks, each its own documents of each step.  Memory of who publishes is its
+peak above what it had with the prompts read; of who reads, its own pages, those of mapped files left out.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import multiprocessing
 import os
 import resource
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -38,49 +43,79 @@ from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, 
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.rl import publish
 from megatron_sov.post.rl.generate import Missing
-from megatron_sov.rollouts.prompts import RolloutPrompt, round_pieces
+from megatron_sov.rollouts.prompts import PromptList, RolloutPrompt, read_prompts, round_pieces
 from megatron_sov.rollouts.rows import STOP, Key, RewardRow, Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
+from megatron_sov.train.data.rounds import RoundDocuments
 
 PROMPT_TOKENS, VOCAB_SIZE, VERSION = 16, 1024, "a" * 64
+SPREAD, LONGEST = 0.7, 8
+"""Of the lengths: standard deviation of their logarithm, and the limit as a multiple of their mean."""
 
 
 def config_of(args: argparse.Namespace) -> RunConfig:
     base = recipes.get("tiny-solar-open")
     rollout = RolloutConfig(rounds=1, prompts_per_round=args.prompts, samples_per_prompt=args.samples,
-                            piece_prompts=args.piece_prompts, max_new_tokens=2 * args.tokens,
-                            max_prompt_tokens=PROMPT_TOKENS)
-    phase = PhaseConfig("main", seq_len=PROMPT_TOKENS + 2 * args.tokens)
+                            piece_prompts=args.piece_prompts, max_new_tokens=LONGEST * args.tokens,
+                            max_prompt_tokens=PROMPT_TOKENS, steps_per_round=args.steps)
+    phase = PhaseConfig("main", seq_len=PROMPT_TOKENS + LONGEST * args.tokens)
     return with_rounds(dataclasses.replace(
         base, rollout=rollout, policy=PolicyConfig(method="grpo"),
         model=dataclasses.replace(base.model, vocab_size=VOCAB_SIZE),
         data=dataclasses.replace(base.data, phases=(phase,))))
 
 
-def prompts_of(args: argparse.Namespace) -> list[RolloutPrompt]:
-    return [RolloutPrompt(f"{i:016x}", {"prompt": f"What is {i}?"}) for i in range(args.known)]
+def read_known(folder: Path, args: argparse.Namespace) -> tuple[PromptList, str]:
+    """Write a file of prompts and read it; returns them, and what that took."""
+    draw, file = np.random.default_rng(1), folder / "prompts.jsonl"
+    words = np.array(["".join(map(chr, draw.integers(97, 123, n))) for n in draw.integers(2, 10, 5000)])
+    with open(file, "w") as f:
+        for first in range(0, args.known, 1000):
+            texts = [" ".join(row) for row in words[draw.integers(0, len(words), (1000, 30))]]
+            f.writelines(json.dumps({"prompt": f"What is {first + i}: {text}?", "answer": str(i),
+                                     "domain": "sums"}) + "\n" for i, text in enumerate(texts))
+    base_mb, began, began_cpu = own_mb(), time.perf_counter(), time.process_time()
+    prompts = read_prompts(file)
+    told = (f"{len(prompts):,} prompts ({file.stat().st_size / 1e6:,.0f} MB): read in "
+            f"{time.process_time() - began_cpu:.0f} s of processor ({time.perf_counter() - began:.0f} s by "
+            f"the clock), +{own_mb() - base_mb:,.0f} MB of memory, and a temporary file of its size")
+    began_cpu = time.process_time()
+    pieces = round_pieces(prompts, config_of(args).rollout, 1)
+    cut_s = time.process_time() - began_cpu
+    count = sum(1 for piece in pieces for _ in piece.prompts)
+    return prompts, (f"{told}; a round of {count:,} of them in {len(pieces):,} pieces: {cut_s:.2f} s, and "
+                     f"{time.process_time() - began_cpu - cut_s:.1f} s to read each, "
+                     f"+{own_mb() - base_mb:,.0f} MB then")
+
+
+def own_mb() -> float:
+    """Return the memory of this process, pages of mapped files left out."""
+    [kb] = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("RssAnon")]
+    return int(kb) / 1e3
 
 
 def shape_of(args: argparse.Namespace) -> RouteShape | None:
     return RouteShape(*map(int, args.routes.split(","))) if args.routes else None
 
 
-def write_store(folder: Path, args: argparse.Namespace, prompts: Sequence[RolloutPrompt]) -> None:
+def write_store(folder: Path, args: argparse.Namespace, prompts: PromptList) -> None:
     """Write the store of a round, and its tokenizer."""
     letters = {f"<{i}>": i for i in range(VOCAB_SIZE)}
     (folder / "tokenizer").mkdir()
     Tokenizer(models.BPE(letters, [])).save(str(folder / "tokenizer" / TOKENIZER_JSON))
     store = RolloutStore.create(folder / "store", tokenizer_digest(folder / "tokenizer"), VOCAB_SIZE)
     shape, draw = shape_of(args), np.random.default_rng(0)
-    most = 2 * args.tokens
+    most = LONGEST * args.tokens
+    middle = np.log(args.tokens) - SPREAD**2 / 2
     ids = np.minimum(draw.zipf(1.2, 1 << 16), VOCAB_SIZE - 1).astype(np.int32)
     logprobs, versions = -draw.exponential(0.7, 1 << 16).astype(np.float32), np.zeros(most, np.int32)
     for piece in round_pieces(prompts, config_of(args).rollout, 1, 0):
         rows = []
         for prompt in piece.prompts:
             for sample in range(args.samples):
-                count, at = int(draw.integers(args.tokens // 2, most - args.tokens // 2)), int(
+                count, at = int(np.clip(draw.lognormal(middle, SPREAD), 1, most)), int(
                     draw.integers(0, len(ids) - most))
                 routes = None if shape is None else draw.permuted(np.broadcast_to(
                     np.arange(shape.num_experts, dtype=shape.dtype),
@@ -95,12 +130,25 @@ def write_store(folder: Path, args: argparse.Namespace, prompts: Sequence[Rollou
             row.key, 0, VERSION, float(row.key.sample % 2), "scored") for row in rows])
 
 
+def forked(work: Callable[..., None], size: int, *given: Any) -> list[Any]:
+    """Return what some processes tell of a piece of work that they do together."""
+    fork = multiprocessing.get_context("fork")
+    queue: Any = fork.SimpleQueue()
+    running = [fork.Process(target=work, args=(rank, size, *given, queue)) for rank in range(size)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+        assert not process.exitcode, f"a process ended with {process.exitcode}"
+    return [queue.get() for _ in running]
+
+
 def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def publish_one(rank: int, size: int, folder: Path, args: argparse.Namespace,
-                prompts: Sequence[RolloutPrompt], told: Any) -> None:
+                prompts: PromptList, told: Any) -> None:
     """Publish the round as one of several processes, and tell what it took this one."""
     if size > 1:
         dist.init_process_group("gloo", f"file://{folder}/joined-{size}", rank=rank, world_size=size)
@@ -112,17 +160,10 @@ def publish_one(rank: int, size: int, folder: Path, args: argparse.Namespace,
     told.put((time.process_time() - began_cpu, time.perf_counter() - began, peak_mb() - base_mb))
 
 
-def publish_by(nproc: int, folder: Path, args: argparse.Namespace, prompts: Sequence[RolloutPrompt]) -> str:
+def publish_by(nproc: int, folder: Path, args: argparse.Namespace, prompts: PromptList) -> str:
     """Publish the round by some processes; returns what it took them."""
-    fork = multiprocessing.get_context("fork")
-    queue: Any = fork.Queue()
-    running = [fork.Process(target=publish_one, args=(rank, nproc, folder, args, prompts, queue))
-               for rank in range(nproc)]
-    for process in running:
-        process.start()
-    told = [queue.get() for _ in running]
-    for process in running:
-        process.join()
+    told = forked(publish_one, nproc, folder, args, prompts)
+    read = read_back(nproc, folder, args)
     manifest = read_manifest(folder / str(nproc) / "rounds/0001")
     train = manifest.content["sources"][0]["splits"]["train"]
     size_bytes = sum(file.size_bytes for file in manifest.files.values())
@@ -132,6 +173,35 @@ def publish_by(nproc: int, folder: Path, args: argparse.Namespace, prompts: Sequ
             f"{len(train['shards'])} shards, {size_bytes / count:.2f} bytes a token; processor "
             f"{sum(cpus_s):.1f} s in all ({sum(cpus_s) / count * 1e6:.2f} a million tokens), the busiest "
             f"{max(cpus_s):.1f} s; {max(walls_s):.1f} s by the clock; memory of each +"
+            + ", ".join(f"{mb:,.0f}" for mb in added_mb) + f" MB\n    {read}")
+
+
+def read_one(rank: int, size: int, folder: Path, args: argparse.Namespace, told: Any) -> None:
+    """Read the documents of one data-parallel rank, and tell what it took."""
+    config = config_of(args)
+    base_mb, began_cpu = own_mb(), time.process_time()
+    rounds = RoundDocuments(folder / str(size) / "rounds", VOCAB_SIZE)
+    rounds.verify(1, rank, size)
+    rounds.open(1, rounds.read(1, config.data.phases[0].seq_len, args.steps))
+    opened_s, count = time.process_time() - began_cpu, 0
+    for step in range(args.steps):
+        for segment in rounds.of_step(1, step)[rank::size]:
+            place = segment.document, 0, segment.count
+            count += len(rounds.tokens(*place))
+            rounds.loss_weights(*place)
+            for name in rounds.columns:
+                rounds.column(name, *place)
+            if args.routes:
+                rounds.routes(*place)
+    told.put((count, opened_s, time.process_time() - began_cpu, own_mb() - base_mb))
+
+
+def read_back(size: int, folder: Path, args: argparse.Namespace) -> str:
+    """Read a published round by some data-parallel ranks; returns what it took them."""
+    counts, opened_s, cpus_s, added_mb = zip(*forked(read_one, size, folder, args), strict=True)
+    return (f"read by {size} data-parallel ranks: at most {max(counts):,} of {sum(counts):,} tokens each, "
+            f"processor of the busiest {max(opened_s):.1f} s to check its files and open the round, "
+            f"{max(cpus_s):.1f} s in all; memory of each +"
             + ", +".join(f"{mb:,.0f}" for mb in added_mb) + " MB")
 
 
@@ -145,7 +215,7 @@ def look_ups(pieces: int) -> str:
         return name in written
 
     rollout = RolloutConfig(rounds=1, prompts_per_round=pieces, samples_per_prompt=1, piece_prompts=1)
-    prompts = [RolloutPrompt(f"{i:016x}", {}) for i in range(pieces)]
+    prompts = PromptList.of(RolloutPrompt(f"{i:016x}", {}) for i in range(pieces))
     claim = SimpleNamespace(renewing=contextlib.nullcontext, release=lambda: None)
     missing = Missing(cast(Any, SimpleNamespace(has=has, read_rollouts=lambda name, fields: [])),
                       cast(Any, SimpleNamespace(take=lambda name: claim)), prompts, rollout, range(1, 2),
@@ -164,22 +234,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--prompts", type=int, default=100_000)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--known", type=int, default=1_000_000)
     parser.add_argument("--piece-prompts", type=int, default=64)
-    parser.add_argument("--processes", default="1,4")
+    parser.add_argument("--processes", default="1,2,4")
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--routes", default="")
     args = parser.parse_args()
-    prompts = prompts_of(args)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {args.prompts:,} of {args.known:,} "
           f"prompts x {args.samples} responses of about {args.tokens} tokens, routes {args.routes or 'none'}",
           flush=True)
     with tempfile.TemporaryDirectory() as folder:
+        prompts, told = read_known(Path(folder), args)
+        print(told, flush=True)
         began_cpu = time.process_time()
         write_store(Path(folder), args, prompts)
-        print(f"the store was written in {time.process_time() - began_cpu:.0f} s of processor", flush=True)
+        size_bytes = sum(file.stat().st_size for file in Path(folder, "store").rglob("*") if file.is_file())
+        print(f"the store was written in {time.process_time() - began_cpu:.0f} s of processor: "
+              f"{size_bytes / 1e6:,.0f} MB", flush=True)
         for nproc in map(int, args.processes.split(",")):
             print(publish_by(nproc, Path(folder), args, prompts), flush=True)
+            shutil.rmtree(Path(folder, str(nproc)))
     if not args.routes:
         for pieces in (1_250, 12_500):
             print(look_ups(pieces), flush=True)

@@ -36,12 +36,16 @@ class HttpDouble:
         self.asked: list[dict[str, Any]] = []
         self.orders: list[str] = []
         self.is_dead = self.is_paused = False
-        self.num_written = 0
+        self.num_written = self.num_connections = 0
         self._aborted: set[str] = set()
         double = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                double.num_connections += 1
+                super().setup()
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -107,7 +111,7 @@ class VllmDouble(HttpDouble):
         self.places = 256
         self._vocab_size = vocab_size
         self.received: dict[str, torch.Tensor] = {}
-        self.dies_in_transfer = False
+        self.dies_in_transfer = self.is_updating = False
         super().__init__(token_s)
 
     def _said(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -131,6 +135,10 @@ class VllmDouble(HttpDouble):
                 for choice in found["choices"]]}
         if path != "/health":
             self.orders.append(path)
+        if path == "/start_weight_update" and self.is_updating:
+            return 500, {"error": {"message": "Worker failed with error 'start_weight_update called while a "
+                                              "weight update is already active. Call finish_weight_update "
+                                              "first.'"}}
         found = self._order(path.partition("?")[0], body)
         return self._said(path, body) if self.is_dead else (200, found)
 
@@ -142,8 +150,11 @@ class VllmDouble(HttpDouble):
             self._take(**body["update_info"])
         elif path == "/get_world_size":
             return {"world_size": 1}
+        elif path == "/start_weight_update":
+            self.is_updating = True
         elif path == "/finish_weight_update":
-            self.version = body["weight_version"]
+            self.is_updating = False
+            self.version = body.get("weight_version", self.version)
         elif path == "/abort_requests":
             self._aborted |= {name.removeprefix("generate-tokens-") for name in body["request_ids"]}
         return {"success": True}

@@ -480,8 +480,10 @@ class TurnEncoder:
         asked = replace(chat, template_kwargs={**chat.template_kwargs, **self._template_kwargs})
         return self._encoder.encode(asked, awaits_response=True).ids
 
-    def behind_turn(self, results: Sequence[str], names: Sequence[str] = ()) -> list[int]:
-        """Return the ids behind the end of a model's turn: results of tools, and the opening of the next one.
+    def behind_turn(self, results: Sequence[str], names: Sequence[str] = (),
+                    user: str | None = None) -> list[int]:
+        """Return the ids behind the end of a model's turn: results of tools, what a user says, and the
+        opening of the next one.
 
         Special tokens that a result spells out are text; where the template does not let them be told from
         its own, a space breaks them.
@@ -489,18 +491,21 @@ class TurnEncoder:
         Args:
             results: in the order of the calls.
             names: of the functions that were called, which some templates show beside results.
+            user: said behind the results; None: nothing.
 
         Raises:
             UserError: the template does not show results of tools.
         """
+        said = (() if user is None else (Message("user", user),))
+        behind = (*(Message("tool", result) for result in results), *said)
         try:
-            encoded = self._encoded(results)
+            encoded = self._encoded(behind)
         except BadRecord:
-            plain = [self._plain(result) for result in results]
+            plain = tuple(replace(message, content=self._plain(message.content)) for message in behind)
             try:
                 encoded = self._encoded(plain)
             except BadRecord as e:
-                found = self._rendered(plain, names)
+                found = self._rendered(plain, names or ["unknown"] * len(results))
                 if found is None:
                     raise UserError(f"{self._where}: its chat template shows no results of tools (a "
                                     f"conversation with one {e.reason}); {_REMEDY}") from None
@@ -512,33 +517,32 @@ class TurnEncoder:
                             f"result ends; {_REMEDY}")
         return encoded.ids[end:]
 
-    def _encoded(self, results: Sequence[str]) -> EncodedChat:
-        tools = tuple(Message("tool", result) for result in results)
-        chat = Conversation((_ASKED, _SAID, *tools), (), self._template_kwargs)
+    def _encoded(self, behind: tuple[Message, ...]) -> EncodedChat:
+        chat = Conversation((_ASKED, _SAID, *behind), (), self._template_kwargs)
         return self._encoder.encode(chat, awaits_response=True)
 
-    def _rendered(self, results: Sequence[str], names: Sequence[str]) -> list[int] | None:
+    def _rendered(self, messages: tuple[Message, ...], names: Sequence[str]) -> list[int] | None:
         """Return what stands behind a turn, of a template that shows results as JSON (Llama 3), or only
         behind a turn that has called their functions (gpt-oss); None where it shows none.
 
         Args:
-            results: which spell no special tokens, for in the template's text they would become some.
-            names: as of `behind_turn`; what a model wrote may be no name.
+            messages: which spell no special tokens, for in the template's text they would become some.
+            names: of the results' functions; what a model wrote may be no name.
         """
         calls = tuple({"type": "function", "function": {"name": name if _NAME.fullmatch(name) else "unknown",
                                                         "arguments": {}}}
-                      for name in names or ["unknown"] * len(results))
-        tools = tuple(Message("tool", result) for result in results)
+                      for name in names)
         for said in (_SAID, Message("assistant", "", tool_calls=calls)):
             before = Conversation((_ASKED, said), (), self._template_kwargs)
-            behind = replace(before, messages=(*before.messages, *tools))
+            behind = replace(before, messages=(*before.messages, *messages))
             try:
                 shown = self._encoder.text_behind(before, behind)
             except BadRecord:
                 continue
+            texts = [message.content for message in messages]
             if shown and all(any(said in shown for said in (
-                    result, json.dumps(result, ensure_ascii=False)[1:-1], json.dumps(result)[1:-1]))
-                    for result in results):
+                    text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]))
+                    for text in texts):
                 return self._encoder.encode_text(shown)
         return None
 

@@ -99,6 +99,61 @@ def parse_turn(text: str, *, in_thoughts: bool = False, form: CallForm | None = 
     return WrittenTurn(as_written("".join(said)).strip(), tuple(calls))
 
 
+@dataclass(frozen=True)
+class ServedTurn:
+    """A turn, or as much of it as is sure."""
+
+    thoughts: str
+    """What it thinks before it speaks."""
+    content: str
+    """What it says."""
+    calls: tuple[ToolCall, ...] = ()
+    """What it calls."""
+
+
+def whole_turn(text: str, in_thoughts: bool, tools: Sequence[Mapping[str, Any]],
+               form: CallForm | None = None) -> ServedTurn:
+    """Return what a turn that has ended says.
+
+    Thoughts are what stands between `<think>` at its beginning and the first `</think>`; without that they
+    reach to its end.  Where one of its calls is malformed none is told, and the text stays as it was written,
+    for the client to see.
+
+    Args:
+        text: of the turn.
+        in_thoughts: the template has opened thoughts before it.
+        tools: that could be called, as OpenAI describes functions; without any no calls are looked for.
+        form: of calls; None: whichever marks show.
+    """
+    text = plain_form(text, in_thoughts=in_thoughts, form=form if tools else None)
+    thoughts, said = split_thoughts(text, in_thoughts)
+    # Text before the first call stays text.
+    place = said.find(BEGIN_CALL) if tools else -1
+    if place < 0:
+        return served_turn(thoughts, said)
+    behind = parse_turn(said[place:], form=form, tools=tools)
+    calls = tuple(call for call in behind.calls if isinstance(call, ToolCall))
+    if not calls or any(isinstance(call, BadCall) for call in behind.calls):
+        return served_turn(thoughts, said)
+    more = f"\n{behind.content}" if behind.content else ""
+    return served_turn(thoughts, said[:place].rstrip(), calls, more)
+
+
+def served_turn(thoughts: str, said: str, calls: tuple[ToolCall, ...] = (), more: str = "") -> ServedTurn:
+    """Return a turn whose quoted marks are as the model wrote them; `more` is taken as it is."""
+    return ServedTurn(as_written(thoughts), as_written(said) + more, calls)
+
+
+def split_thoughts(text: str, in_thoughts: bool) -> tuple[str, str]:
+    """Return what a turn begins with thinking, and what it says behind that."""
+    begun = text.lstrip()
+    if not in_thoughts and not begun.startswith(BEGIN_THOUGHTS):
+        return "", text
+    # a model may open its thoughts again where the template has done so
+    thoughts, _, said = begun.removeprefix(BEGIN_THOUGHTS).partition(END_THOUGHTS)
+    return thoughts.strip(), said.lstrip()
+
+
 def _first_place(text: str, in_thoughts: bool) -> int:
     """Return where a turn goes on behind thoughts that it does not open itself."""
     end, begin = text.find(END_THOUGHTS), text.find(BEGIN_THOUGHTS)

@@ -105,12 +105,12 @@ COMMANDS = {
          "distill write runs/sft --prompts prompts --output answers --max-new-tokens 512 --nproc 2")),
     "distill rounds": Command(
         "megatron_sov.commands.train.distill:ROUNDS",
-        "on-policy rounds: the student writes, the teacher reads, the student learns",
+        "on-policy distillation in one run: the student writes, the teacher reads, the student learns",
         POST_TRAIN, "distill.md",
-        ("distill rounds tiny-solar-open --from runs/sft --teacher teacher --prompts prompts --data "
-         "chats --output rounds",
-         "distill rounds tiny-solar-open --from runs/sft --teacher teacher --prompts prompts --data "
-         "chats --output rounds --rounds 3")),
+        ("distill rounds tiny-solar-open --from runs/sft --teacher teacher --prompts prompts.jsonl "
+         "--output rounds",
+         "distill rounds tiny-solar-open --from runs/sft --teacher teacher --prompts prompts.jsonl --data "
+         "chats --share 0.25 --output rounds --rounds 300")),
     "rl run": Command(
         "megatron_sov.commands.rl.rounds:RUN",
         "reinforcement learning by one command: the model that learns writes its own rounds",

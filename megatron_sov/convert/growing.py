@@ -26,8 +26,8 @@ from megatron_sov.convert.hf_import import checked_source, digest_of, index_of, 
 from megatron_sov.convert.peft import AdaptedWeights, add_inputs, checkpoint_weights
 from megatron_sov.convert.sources import PART, CheckpointWeights, HfWeights, Weights, newest_of_run
 from megatron_sov.model.config import ModelConfig, RunConfig
+from megatron_sov.model.config.model import shortest_pattern
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.hf_layers import shortest_pattern
 from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import CONFIG
 from megatron_sov.runs.checkpoints import (
@@ -435,7 +435,10 @@ def deepened(model: ModelConfig, asked: Deepening) -> ModelConfig:
     kinds = model.layer_types()
     pattern = shortest_pattern("".join("L" if kinds[origin] == "sliding_attention" else "G"
                                        for origin in origins))
+    windows = tuple(model.layer_windows[origin] for origin in origins) if model.layer_windows else ()
+    limits = tuple(model.swiglu_limits[origin] for origin in origins) if model.swiglu_limits else ()
     deeper = dataclasses.replace(model, num_layers=asked.num_layers, attention_pattern=pattern,
+                                 layer_windows=windows, swiglu_limits=limits,
                                  num_dense_layers=sum(dense) if model.num_experts else 0)
     models.get(model.family).check(deeper)
     return deeper

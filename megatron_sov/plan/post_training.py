@@ -404,7 +404,9 @@ def rows_of(config: RunConfig, asked: DecodingRequest) -> int:
 
 def num_forward(config: RunConfig) -> float:
     """Return the passes over a round that only look: for a reference, and for the trainer's own
-    log-probabilities, which a round's first step computes itself."""
+    log-probabilities, which a round's first step computes itself; or a teacher's, as large as the student."""
+    if config.policy.learns_distributions:
+        return 1.0
     # One pass for the reference, and one for old log-probabilities, less the first step, where old and new
     # are the same.
     reference = 0 if config.policy.parts.kl == "none" else 1

@@ -337,9 +337,9 @@ class PolicyLearning(DataObjective):
 
     formats = (ROLLOUTS,)
     comparable_loss = False
-    headline = (Meter(REWARD, better="higher", heldout=f"{VALIDATION}.reward"),
-                Meter(RESPONSE_TOKENS, "response length", "tokens"),
-                Meter(GROUPS_LEARNING, "groups that learn", "share", "higher"))
+    headline: tuple[Meter, ...] = (Meter(REWARD, better="higher", heldout=f"{VALIDATION}.reward"),
+                                   Meter(RESPONSE_TOKENS, "response length", "tokens"),
+                                   Meter(GROUPS_LEARNING, "groups that learn", "share", "higher"))
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
@@ -348,6 +348,8 @@ class PolicyLearning(DataObjective):
         self._temperature, self._loss = rollout.temperature, PolicyLoss(
             asked, rollout.max_new_tokens, self.policy_loss)
         self.meters = self._loss.meters
+        if self._parts.opd_coeff:
+            self.headline = (Meter(REVERSE_KL, "KL to the teacher", "nats", "lower"), *self.headline)
         self.coefficients = dict(self._loss.coefficients)
         if asked.has_text:
             self.coefficients[KNOWLEDGE] = asked.parts.knowledge_coeff
@@ -541,16 +543,19 @@ def objective_of(config: RunConfig) -> PolicyObjective:
 
 
 def texts_of(config: RunConfig) -> tuple[Source, ...]:
-    """Return the packed data of a run: text, and where text is learned beside responses, chats as such.
+    """Return the packed data of a run: text, and where text is learned beside responses, chats as such;
+    where a teacher's distributions are learned, both as they are.
 
     Raises:
         UserError: they cannot be read, are of another kind, or do not fit the model.
     """
     if not config.data.paths:
         return ()
-    formats = TEXTS if config.policy.has_text else (TEXT,)
-    return tuple(as_text(source) for source in
-                 open_sources(config.data.paths, config.model.vocab_size, formats))
+    policy = config.policy
+    sources = open_sources(config.data.paths, config.model.vocab_size,
+                           TEXTS if policy.has_text or policy.learns_distributions else (TEXT,))
+    # what a teacher is heard at is what `distill` learns: of chats the assistant's turns
+    return tuple(sources if policy.learns_distributions else map(as_text, sources))
 
 
 def check_sources(config: RunConfig, sources: list[Source]) -> None:
@@ -562,7 +567,11 @@ def check_sources(config: RunConfig, sources: list[Source]) -> None:
     if [source.name for source in sources].count(SOURCE) > 1:
         raise UserError(f"--data: has a source {SOURCE!r}, as the run's own rounds are called; pack it under "
                         "another name")
-    if config.policy.has_text and not any(source.format == TEXT and source.num_tokens["train"]
-                                          and source.share > 0 for source in sources):
+    policy, there = config.policy, [source for source in sources if source.share > 0 and source.num_tokens[
+        "train"]]
+    if policy.on_policy_share < 1 and not there:
+        raise UserError(f"policy.on_policy_share = {policy.on_policy_share:g}: the other rounds learn from "
+                        "data; add --data, or set it to 1")
+    if policy.has_text and not any(source.format == TEXT for source in there):
         raise UserError(f"policy.knowledge_coeff = {config.policy.parts.knowledge_coeff} needs text; add "
                         "--data with packed text to train on, or set it to 0")

@@ -16,12 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.base.artifacts import new_artifact
-from megatron_sov.base.documents.shard_files import IndexedWriter
-from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
-from megatron_sov.train.data.described import source_record
-from megatron_sov.train.data.token_shards import CONTENT_VERSION
 
 HEAD_DIM = 8
 """Of rotary positions half is turned in some families, in pairs."""
@@ -29,7 +24,6 @@ VOCABULARY = 89
 """A prime: what is padded until tensor parallelism divides it is padded here too."""
 ROW_TOKENS = 32
 FEW_RUNS = 4
-SOURCE = "proof"
 OFF: dict[str, Any] = {
     "train.precision": "fp64", "train.fp8": "none", "train.fp8_weights": False, "train.tokens": 0,
     "train.epochs": 0, "train.steps": 8, "train.ramp_from_batch_size": 0, "train.hidden_dropout": 0,
@@ -39,7 +33,8 @@ OFF: dict[str, Any] = {
     "gpu.optimizer_offload": 0,
     "gpu.grad_dtype": "fp32", "gpu.moment_dtype": "fp32", "gpu.attention": "auto", "gpu.exchange_sms": 0,
     "gpu.nccl_user_buffers": "off", "gpu.recompute_modules": [], "gpu.offload_modules": [],
-    "parallel.expert_overlap": "none", "parallel.delay_weight_grads": False, "lora.rank": 0}
+    "parallel.expert_overlap": "none", "parallel.delay_weight_grads": False, "lora.rank": 0,
+    "policy.router_replay": False}
 """What a step in float64 on a host cannot have, or would only make longer; `left_out` tells what of it a run
 has."""
 TOLD = {"train.fp8": "fp8 products", "parallel.expert_overlap": "overlap of the experts' messages",
@@ -48,12 +43,14 @@ TOLD = {"train.fp8": "fp8 products", "parallel.expert_overlap": "overlap of the 
         "gpu.attention": "kernels of attention, and what Transformer Engine sends for them",
         "gpu.recompute_modules": "selective recomputation", "lora.rank": "adapters",
         "objective.name": "the run's own loss: that of sft is played",
+        "policy.router_replay": "replayed routes", "distillation.top_k": "more than 16 tokens of a teacher",
         "model.vision": "the encoder of pictures", "model.audio": "the encoder of sound",
         "model.image_tokens": "weights of the losses of media's tokens",
         "model.audio_tokens": "weights of the losses of media's tokens"}
 """Setting that is changed -> what that leaves out of the proof."""
-PLAYED = ("lm", "sft")
-"""Objectives that learn packed documents, and need nothing else."""
+PLAYED = ("lm", "sft", "preference", "distill", "policy")
+"""Objectives that are built in: what they read beside tokens is given (`given`)."""
+TEACHER_TOKENS = 16
 NO_MEDIA: dict[str, Any] = {
     **{f"model.{part}": None for part in ("vision", "audio", "image_tokens", "audio_tokens")},
     "media.vision_from": "", "media.audio_from": "", "objective.image_weight": 1, "objective.audio_weight": 1}
@@ -84,7 +81,7 @@ def miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
     Args:
         config: the run.
         num_ranks: its processes.
-        data: folder that `write_documents` has made, or will make.
+        data: folder that `given.write_documents` has made, or will make.
 
     Raises:
         UserError: the run's own settings break a rule.
@@ -98,40 +95,28 @@ def miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
         "model.expert_ffn_dim": 2 * _multiple(p.etp, p.tp) if m.num_experts else 0,
         "data.paths": {str(data): 1.0}, "data.phases": [{"name": "proof", "seq_len": _row_tokens(p)}],
         "train.global_batch_size": _batch_size(config, num_ranks),
+        "train.micro_batch_size": _micro_batch(config),
         "train.recompute": config.train.recompute if config.train.recompute != "selective" else False,
         **_widths(m, p)}
     if p.expert_dispatcher in ("deepep", "hybridep"):
         given["parallel.expert_dispatcher"] = "alltoall"
     if config.objective.name not in PLAYED:
         given |= {"objective.name": "sft", "objective.options": {}}
+    if config.distillation.top_k > TEACHER_TOKENS:
+        given["distillation.top_k"] = TEACHER_TOKENS
     if m.dense_ffn_dim:
         given["model.dense_ffn_dim"] = 4 * p.tp
     if m.sliding_window_tokens:
         given["model.sliding_window_tokens"] = 8
+    single = m.at_depth(sum(runs))
+    if m.layer_windows:
+        windows = [window and (8 if window == m.sliding_window_tokens else 12)
+                   for window in single["layer_windows"]]
+        given |= {"model.layer_windows": windows, "model.attention_pattern": single["attention_pattern"]}
+    if m.swiglu_limits:  # so tight that numbers of this size meet it
+        given["model.swiglu_limits"] = [min(limit, 0.01) for limit in single["swiglu_limits"]]
     small = apply_settings(config, _typed(given))
     return Miniature(small, num_ranks, tuple(dict.fromkeys(_left_out(config, small))))
-
-
-def write_documents(folder: Path, seed: int = 0) -> None:
-    """Write random documents of 2 to 40 tokens, a third of which are no targets, as a token artifact."""
-    random = np.random.default_rng(seed)
-    counts = {"num_documents": 600, "num_tokens": 0, "num_bytes": 0}
-    with new_artifact(folder, "tokens") as artifact:
-        prefix = artifact.path / SOURCE
-        with IndexedWriter(prefix, "uint16", {"loss": "float32", "type": "uint8"}) as writer:
-            for _ in range(counts["num_documents"]):
-                ids = random.integers(0, VOCABULARY, random.integers(2, 41))
-                learned = random.random(len(ids)) < 2 / 3
-                writer.write(np.array([len(ids)], np.int32), {
-                    "bin": ids, "loss": learned.astype(np.float32),
-                    "type": np.where(learned, TYPE_RESPONSE, TYPE_PROMPT)})
-                counts["num_tokens"] += len(ids)
-        counts["num_bytes"] = counts["num_tokens"]
-        artifact.content = {
-            "content_version": CONTENT_VERSION, "tokenizer_sha256": "0" * 64, "vocab_size": VOCABULARY,
-            "dtype": "uint16", "eod": "none", "bos_id": None, "eos_id": None,
-            "sources": [source_record(SOURCE, "chat", ("loss", "type"), [{"prefix": SOURCE, **counts}])]}
-        artifact.settings = {"seed": seed}
 
 
 def _runs(config: RunConfig) -> list[int]:
@@ -180,7 +165,13 @@ def _row_tokens(p: ParallelConfig) -> int:
 def _batch_size(config: RunConfig, num_ranks: int) -> int:
     """Return the rows of a step: two micro-batches of each process, more where the pipeline wants them."""
     p, replicas = config.parallel, num_ranks // config.parallel.ranks_per_replica
-    return replicas * config.train.micro_batch_size * (p.pp if p.vpp > 1 else 2)
+    return replicas * _micro_batch(config) * (p.pp if p.vpp > 1 else 2)
+
+
+def _micro_batch(config: RunConfig) -> int:
+    """Return the rows of a micro-batch: three where there are several, so that what cuts them into two parts,
+    or powers of two, cuts documents and not between rows."""
+    return 1 if config.train.micro_batch_size == 1 else 3
 
 
 def _smallest(count: int, tp: int) -> int:

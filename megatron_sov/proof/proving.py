@@ -6,7 +6,10 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
+import tempfile
 import textwrap
+import threading
 import time
 import traceback
 from collections import defaultdict
@@ -24,11 +27,9 @@ from megatron_sov.engine.model.observing import Observed, locate, observe
 from megatron_sov.engine.parallel.simulated_world import CallSite, Meddle, SimulatedRanks, Standstill
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import ParallelConfig, RunConfig
-from megatron_sov.post.sft import SupervisedFineTuning
-from megatron_sov.proof.miniature import Miniature
+from megatron_sov.proof.miniature import Miniature, miniature
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import open_sources
-from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
 from megatron_sov.work.progress.progress_bar import work_bar
 
@@ -37,13 +38,17 @@ STEPS = 2
 TOLERANCE = 1e-9
 """Of a tensor's largest number.  Sums in another order are some 1e-15 apart in float64, and a fault of the
 layout, of which every number is a part, is not below 1e-6."""
-OBJECTIVES: dict[str, Any] = {"lm": LanguageModelling, "sft": SupervisedFineTuning}
 SHOWN = 8
 """Differences that a text names; JSON has all."""
 ASSUMED = ("kernels compute what their plain versions do, and messages arrive as sent: what runs here are "
            "megatron-core's modules without Transformer Engine",
            "widths do not matter: heads, channels, experts and vocabulary are as few as the layout divides")
+_LOSS = "loss of "
 EQUAL, DIFFERS, STANDS, FAILS = "equal", "differs", "stands still", "fails"
+
+
+class _StepFailed(Exception):
+    """A step that one process does is refused in the layout, as a loss that is no number is."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,32 @@ class Verdict:
     """What differs, what comes first in a step first."""
     sites: list[str] = field(default_factory=list)
     """What is sent where the first difference is."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """Term -> what one process finds in the first step."""
     compared: dict[str, int] = field(default_factory=dict)
     """Kind -> how many."""
     messages: int = 0
     """Calls of collectives and messages, by all processes together."""
     seconds: float = 0.0
+
+
+def prove_run(config: RunConfig, num_ranks: int) -> tuple[Miniature, Verdict]:
+    """Return a run in miniature, and what the comparison of its layout with one process found.
+
+    Args:
+        config: the run.
+        num_ranks: its processes.
+
+    Raises:
+        UserError: the run's settings break a rule.
+    """
+    from megatron_sov.proof.given import write_documents
+
+    with _unwound_by_sigterm(), tempfile.TemporaryDirectory(prefix="megatron-sov-") as folder:
+        documents = Path(folder, "documents")
+        small = miniature(config, num_ranks, documents)
+        write_documents(documents, small.config)
+        return small, prove(small)
 
 
 def prove(small: Miniature, meddle: Meddle | None = None, whole: Whole | None = None) -> Verdict:
@@ -114,21 +140,25 @@ def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
         if (own := observed[rank]) is not None:
             own.sites[own.part][site] = None
 
-    def play(place: ParallelWorld) -> list[dict[str, float]]:
+    def play(place: ParallelWorld) -> None:
         trainer = _trainer(small.config, place)
         own = observed[place.rank] = observe(trainer.model)
-        steps = []
         for step in range(STEPS):
             own.step = step + 1
-            steps.append(_step(trainer))
-            comparing.add(step, trainer, place)
-        return steps
+            try:
+                numbers = _step(trainer)
+            except UserError as e:
+                raise _StepFailed(str(e)) from e
+            comparing.add(step, trainer, place.rank, numbers)
+            torch.distributed.barrier()
+            if comparing.differs:
+                return  # what is wrong in a step spoils everything in the next one
 
     ranks.watch = noted
     with work_bar("prove", small.num_ranks * STEPS, "step of a process") as bar:
         comparing.done = bar.update
         try:
-            found = ranks.run(small.config.parallel, play)
+            ranks.run(small.config.parallel, play)
         except Standstill as e:
             return Verdict(STANDS, small.num_ranks, float("inf"), [str(e)])
         except UserError:
@@ -137,19 +167,20 @@ def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
             # a layout that does not even run is refuted too, and what it fell over is told
             return Verdict(FAILS, small.num_ranks, float("inf"), [_told_failure(e)])
     verdict = Verdict(EQUAL, small.num_ranks, comparing.largest)
-    _compare_numbers(whole, found, verdict)
+    verdict.losses = {name.removeprefix(_LOSS): value for name, value in whole.numbers[0].items()
+                      if name.startswith(_LOSS)}
     verdict.places += comparing.differing()
     if verdict.places:
         verdict.outcome = DIFFERS
         seen = [one for one in observed if one is not None]
-        # what is wrong in a step spoils everything in the next one
-        first = next((step for step in range(1, STEPS + 1)
-                      if any(place.startswith(f"step {step}: ") for place in verdict.places)), STEPS)
+        first = next(step for step in range(1, STEPS + 1)
+                     if any(place.startswith(f"step {step}: ") for place in verdict.places))
         places, verdict.sites = locate(whole.observed, seen, first, TOLERANCE)
         verdict.places[:0] = [f"step {first}: {place}" for place in places]
         verdict.places.sort(key=lambda place: place.partition(":")[0])
     verdict.messages = sum(ranks.sites.values())
-    verdict.compared |= {"modules": len(whole.observed.forward) // STEPS, "tensors": len(comparing.apart)}
+    verdict.compared |= {"modules": len(whole.observed.forward) // STEPS,
+                         "numbers": len(comparing.numbers), "tensors": len(comparing.apart)}
     return verdict
 
 
@@ -158,30 +189,13 @@ def _told_failure(error: Exception) -> str:
     return f"{type(error).__name__}: {error} at {Path(last.filename).name}:{last.lineno} ({last.name})"
 
 
-def _compare_numbers(whole: Whole, found: list[list[dict[str, float]]], verdict: Verdict) -> None:
-    apart: dict[str, float] = {}
-    for rank, steps in enumerate(found):
-        for step, (expected, numbers) in enumerate(zip(whole.numbers, steps, strict=True), 1):
-            for name, value in expected.items():
-                # processes that hold no part of a router do not tell its biases
-                if name in numbers:
-                    difference = abs(numbers[name] - value) / max(abs(value), 1e-6)
-                    key = f"step {step}: {name}"
-                    # nothing is smaller than NaN, which would pass for equal
-                    apart[key] = max(apart.get(key, 0.0),
-                                     difference if difference == difference else float("inf"))
-                elif not name.startswith("router bias"):
-                    apart[f"step {step}: {name} of rank {rank}"] = float("inf")
-    verdict.largest = max(verdict.largest, *apart.values())
-    verdict.compared["numbers"] = len(apart)
-    verdict.places += [name for name, value in sorted(apart.items()) if not value <= TOLERANCE]
-
-
 class _Comparing:
     """What all processes hold, beside what one holds."""
 
     def __init__(self, whole: Whole) -> None:
         self._whole = whole
+        self.numbers: dict[str, float] = {}
+        """Step and name -> largest difference."""
         self.apart: dict[tuple[int, str], float] = {}
         """Step, tensor -> largest difference."""
         self._covered: dict[tuple[int, str], torch.Tensor] = {}
@@ -190,10 +204,21 @@ class _Comparing:
 
     @property
     def largest(self) -> float:
-        return max(self.apart.values(), default=0.0)
+        return max((*self.numbers.values(), *self.apart.values()), default=0.0)
 
-    def add(self, step: int, trainer: Trainer, place: ParallelWorld) -> None:
-        """Compare what a process holds after a step (from 0)."""
+    @property
+    def differs(self) -> bool:
+        return not self.largest <= TOLERANCE
+
+    def add(self, step: int, trainer: Trainer, rank: int, numbers: Mapping[str, float]) -> None:
+        """Compare what a process holds after a step (from 0), and the step's numbers."""
+        for name, value in self._whole.numbers[step].items():
+            # processes that hold no part of a router do not tell its biases
+            if name in numbers:
+                difference = abs(numbers[name] - value) / max(abs(value), 1e-6)
+                _raise_to(self.numbers, f"step {step + 1}: {name}", difference)
+            elif not name.startswith("router bias"):
+                self.numbers[f"step {step + 1}: {name} of rank {rank}"] = float("inf")
         for key, block in _held(trainer):
             expected = self._whole.tensors[step].get(key)
             if expected is None:
@@ -209,8 +234,7 @@ class _Comparing:
             apart = 0.0
             if own.numel():
                 apart = float((expected[at].reshape(own.shape) - own).abs().max()) / largest
-            self.apart[step, key] = max(self.apart.get((step, key), 0.0),
-                                        apart if apart == apart else float("inf"))
+            _raise_to(self.apart, (step, key), apart)
         self.done()
 
     def differing(self) -> list[str]:
@@ -218,7 +242,8 @@ class _Comparing:
         order = {"momentum": 0, "exp_avg": 0, "exp_avg_sq": 1, "master": 2, "weights": 3}
         wrong = sorted((step, order.get(key.partition("/")[0], 2), key)
                        for (step, key), value in self.apart.items() if not value <= TOLERANCE)
-        found = [f"step {step + 1}: {key}" for step, _, key in wrong]
+        found = [name for name, value in sorted(self.numbers.items()) if not value <= TOLERANCE]
+        found += [f"step {step + 1}: {key}" for step, _, key in wrong]
         for (step, key), count in self._covered.items():
             if step == 0 and not bool((count == 1).all()):
                 found.append(f"step 1: {key}: {int((count == 0).sum())} of {count.numel()} elements are "
@@ -227,6 +252,11 @@ class _Comparing:
             if (0, key) not in self.apart:
                 found.append(f"step 1: {key}: is held by nobody")
         return found
+
+
+def _raise_to(largest: dict[Any, float], key: Any, value: float) -> None:
+    # nothing is smaller than NaN, which would pass for equal
+    largest[key] = max(largest.get(key, 0.0), value if value == value else float("inf"))
 
 
 def _play_whole(config: RunConfig, place: ParallelWorld) -> Whole:
@@ -254,15 +284,21 @@ def _held(trainer: Trainer) -> Iterator[tuple[str, LocalShard]]:
 
 
 def _trainer(config: RunConfig, place: ParallelWorld) -> Trainer:
+    from megatron_sov.proof.given import objective_of
+
     config.check(place.size)
-    sources = open_sources(config.data.paths, config.model.vocab_size, warns=False)
-    return Trainer(config, place, RunFolder(Path(os.devnull)), sources, OBJECTIVES[config.objective.name])
+    sources = open_sources(config.data.paths, config.model.vocab_size, formats=None, warns=False)
+    trainer = Trainer(config, place, RunFolder(Path(os.devnull)), sources, objective_of(config, sources))
+    # nobody needs to hear that numbers which were drawn are not those of a sound engine
+    vars(trainer.objective)["doubt"] = lambda step, meters: ""
+    return trainer
 
 
 def _step(trainer: Trainer) -> dict[str, float]:
     """Do a step; returns its numbers by name."""
     result = trainer.update()
     assert result is not None, "no guard refuses a step here"
+    usual = trainer.guards.step_guard.state()
     load: Mapping[str, float] = {}
     if trainer.config.model.num_experts:
         counts = trainer.expert_load.gather().flatten().tolist()
@@ -273,8 +309,29 @@ def _step(trainer: Trainer) -> dict[str, float]:
         if isinstance(bias, torch.Tensor):
             biases |= {f"router bias {module.layer_number}.{i}": float(value)
                        for i, value in enumerate(bias.tolist())}
-    return {**{f"loss of {name}": value for name, value in result.losses.items()},
-            "loss": result.loss, **load, "gradient norm": result.grad_norm, **biases}
+    return {**{_LOSS + name: value for name, value in result.losses.items()},
+            **{f"mean of {name}": value for name, value in result.meters.items()},
+            # what the guard remembers goes into checkpoints, and refuses later steps
+            "guard's loss": usual["losses"][-1], "guard's gradient norm": usual["grad_norms"][-1],
+            "loss": result.loss, "tokens": float(result.num_tokens), **load,
+            "gradient norm": result.grad_norm, **biases}
+
+
+@contextlib.contextmanager
+def _unwound_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM, which ends a process at once, leave no folder behind."""
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    is_ours = (threading.current_thread() is threading.main_thread()
+               and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+    if is_ours:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

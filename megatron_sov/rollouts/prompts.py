@@ -7,12 +7,17 @@ All of it is a function of what was asked, so that a piece that is written again
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
+from megatron_sov.base.artifacts import disk_errors
 from megatron_sov.base.digests import SHA256, Digest
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.files import ARROW_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX
@@ -50,8 +55,6 @@ class RolloutPrompt:
     """The line of the file: `prompt` or `messages`, or a task; and what the reward needs."""
     place: str = field(default="", compare=False)
     """Where it stands, e.g. "line 7"."""
-    repeats: list[str] = field(default_factory=list, compare=False)
-    """Where the same stands again; it is asked once."""
     option: str = field(default=OPTION, compare=False)
     """That it was given by."""
 
@@ -70,6 +73,118 @@ class RolloutPrompt:
         return parse_record(record, "", 0, RecordReading("prompt")).conversation()
 
 
+@dataclass(frozen=True, eq=False)
+class PromptList(Sequence[RolloutPrompt]):
+    """Prompts in an order, each once, that lie on the disk: a million take 24 MB of memory, and one is read
+    where it is asked for."""
+
+    option: str
+    """That they were given by."""
+    repeats: Mapping[str, Sequence[str]]
+    """Id -> where the same stands again in the file; it is asked once."""
+    _file: BinaryIO
+    """Without a name: it ends with whoever has it open."""
+    _numbers: np.ndarray
+    """[rows] uint64: ids as numbers, of the rows of the file."""
+    _starts: np.ndarray
+    """[rows + 1] int64: where each begins in the file."""
+    _rows: np.ndarray
+    """[prompts] of the file that are among these, in their order."""
+
+    @classmethod
+    def of(cls, prompts: Iterable[RolloutPrompt], option: str = OPTION) -> PromptList:
+        """Return prompts, of those of one id the first.
+
+        Raises:
+            UserError: the folder of temporary files is full.
+        """
+        import numpy as np
+
+        with disk_errors(Path(tempfile.gettempdir())):
+            # open as long as the list lives
+            file = tempfile.TemporaryFile()  # noqa: SIM115
+            numbers, starts = array("Q"), array("q", [0])
+            for prompt in prompts:
+                file.write(text := json.dumps([prompt.place, prompt.record], ensure_ascii=False).encode())
+                numbers.append(int(prompt.id, 16))
+                starts.append(starts[-1] + len(text))
+            file.flush()
+        ids = np.array(numbers, np.uint64)
+        first = np.unique(ids, return_index=True)[1]
+        found = cls(option, {}, file, ids, np.array(starts, np.int64), np.sort(first))
+        again = np.setdiff1d(np.arange(len(ids)), first)
+        repeats: dict[str, list[str]] = {}
+        for prompt in map(found._read, again.tolist()):
+            repeats.setdefault(prompt.id, []).append(prompt.place)
+        return replace(found, repeats=repeats)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> RolloutPrompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> PromptList: ...
+    def __getitem__(self, index: int | slice) -> RolloutPrompt | PromptList:
+        if isinstance(index, slice):
+            return replace(self, _rows=self._rows[index])
+        return self._read(int(self._rows[index]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pieces go to the other ranks of an engine, which have no part of this file
+        return PromptList.of, (list(self), self.option)
+
+    @property
+    def ids(self) -> list[str]:
+        """Return the ids; no record is read."""
+        return [f"{number:0{HASH_DIGITS}x}" for number in self._numbers[self._rows].tolist()]
+
+    def record_of(self, prompt: str) -> Mapping[str, Any]:
+        """Return the record of one by its id; raises KeyError where there is none."""
+        import numpy as np
+
+        found, order = self._by_number
+        place = int(np.searchsorted(found, number := np.uint64(int(prompt, 16))))
+        if place == len(found) or found[place] != number:
+            raise KeyError(prompt)
+        return self[int(order[place])].record
+
+    @cached_property
+    def _by_number(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids as numbers in order of size, and the place of each."""
+        numbers = self._numbers[self._rows]
+        order = numbers.argsort()
+        return numbers[order], order
+
+    def take(self, places: np.ndarray) -> PromptList:
+        """Return those at these places, in their order."""
+        return replace(self, _rows=self._rows[places])
+
+    def places_of(self, ids: Iterable[str]) -> np.ndarray:
+        """Return where those of some ids stand, in order of place."""
+        import numpy as np
+
+        wanted = np.array([int(prompt, 16) for prompt in ids], np.uint64)
+        return np.flatnonzero(np.isin(self._numbers[self._rows], wanted))
+
+    def without(self, ids: Iterable[str]) -> PromptList:
+        """Return all but those of some ids."""
+        import numpy as np
+
+        return self.take(np.delete(np.arange(len(self)), self.places_of(ids)))
+
+    def _read(self, row: int) -> RolloutPrompt:
+        start, end = self._starts[row:row + 2].tolist()
+        # at a place: processes that were forked share where the file is read
+        place, record = json.loads(os.pread(self._file.fileno(), end - start, start))
+        return RolloutPrompt(f"{int(self._numbers[row]):0{HASH_DIGITS}x}", record, place, self.option)
+
+
 @dataclass(frozen=True)
 class PromptPiece:
     """Some prompts of a round: what one job takes up, and publishes as one part of the store."""
@@ -78,13 +193,13 @@ class PromptPiece:
     """From 1."""
     number: int
     """Among the pieces of its round, from 0."""
-    prompts: tuple[RolloutPrompt, ...]
+    prompts: PromptList
 
     def part(self, attempt: int = 0) -> str:
         return part_name(self.round, self.number, attempt)
 
 
-def read_prompts(path: Path, renames: Renames = (), option: str = OPTION) -> list[RolloutPrompt]:
+def read_prompts(path: Path, renames: Renames = (), option: str = OPTION) -> PromptList:
     """Return the prompts of a file, or of the folder of a dataset, in its order, each once.
 
     Args:
@@ -95,8 +210,16 @@ def read_prompts(path: Path, renames: Renames = (), option: str = OPTION) -> lis
     Raises:
         UserError: it cannot be read, has no rows, or bad ones: the first are named.
     """
-    found: dict[str, RolloutPrompt] = {}
     problems: list[str] = []
+    found = PromptList.of(_prompts(path, renames, option, problems), option)
+    _refuse(path, problems, option)
+    if not found:
+        raise UserError(f"{option} {path}: has no rows")
+    return found
+
+
+def _prompts(path: Path, renames: Renames, option: str, problems: list[str]) -> Iterator[RolloutPrompt]:
+    """Yield the rows of a file, the same ones too, and note what is wrong with the others."""
     for place, record in _records(path, option):
         try:
             record = rename_fields(dict(record), renames)
@@ -109,14 +232,7 @@ def read_prompts(path: Path, renames: Renames = (), option: str = OPTION) -> lis
         except (TypeError, ValueError) as e:  # of a table: a date, bytes, NaN
             problems.append(f"{place}: holds what JSON does not ({e})")
         else:
-            # the same row twice would be two groups under one key
-            first = found.setdefault(digest, RolloutPrompt(digest, record, place, option=option))
-            if first.place != place:
-                first.repeats.append(place)
-    _refuse(path, problems, option)
-    if not found:
-        raise UserError(f"{option} {path}: has no rows")
-    return list(found.values())
+            yield RolloutPrompt(digest, record, place, option)
 
 
 def _records(path: Path, option: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -148,7 +264,7 @@ class SetAside:
     """How many, and why; "": there are none."""
 
 
-def set_aside(prompts: Sequence[RolloutPrompt], too_long: Mapping[str, int], limit: int) -> SetAside:
+def set_aside(prompts: PromptList, too_long: Mapping[str, int], limit: int) -> SetAside:
     """Return what is not asked of a file of prompts.
 
     Args:
@@ -157,16 +273,18 @@ def set_aside(prompts: Sequence[RolloutPrompt], too_long: Mapping[str, int], lim
         limit: that setting.
     """
     rows: list[dict[str, Any]] = []
-    for prompt in prompts:
+    for place in prompts.places_of({*too_long, *prompts.repeats}).tolist():
+        prompt = prompts[place]
         if prompt.id in too_long:
             rows.append({"place": prompt.place, "id": prompt.id, "tokens": too_long[prompt.id],
                          "why": f"has {too_long[prompt.id]:,} tokens, more than rollout.max_prompt_tokens = "
                                 f"{limit:,}"})
-        rows += ({"place": place, "why": f"is the same as {prompt.place}"} for place in prompt.repeats)
+        rows += ({"place": again, "why": f"is the same as {prompt.place}"}
+                 for again in prompts.repeats.get(prompt.id, ()))
     counts = ((len(too_long), f"longer than rollout.max_prompt_tokens = {limit:,}"),
-              (len(rows) - len(too_long), "the same as another one"))
+              (num_repeats := len(rows) - len(too_long), "the same as another one"))
     return SetAside(too_long, rows, "" if not rows else (
-        f"{len(rows):,} of {sum(1 + len(prompt.repeats) for prompt in prompts):,} prompts are set aside: "
+        f"{len(rows):,} of {len(prompts) + num_repeats:,} prompts are set aside: "
         + ", ".join(f"{count:,} {why}" for count, why in counts if count)))
 
 
@@ -210,8 +328,12 @@ def refuse_unaskable(path: Path, prompts: Sequence[RolloutPrompt]) -> None:
 
 def asked_too(prompts: Sequence[RolloutPrompt], others: Sequence[RolloutPrompt]) -> list[RolloutPrompt]:
     """Return the prompts that ask what one of the others asks, whatever else their rows say."""
-    known = set(map(_question, others))
-    return [prompt for prompt in prompts if _question(prompt) in known]
+    # marked among the few: the others may be a million
+    asked = {_question(prompt): False for prompt in prompts}
+    for other in others:
+        if (question := _question(other)) in asked:
+            asked[question] = True
+    return [prompt for prompt in prompts if asked[_question(prompt)]]
 
 
 def _question(prompt: RolloutPrompt) -> str:
@@ -223,8 +345,7 @@ def _question(prompt: RolloutPrompt) -> str:
     return _hash(asked, STREAM_DIGITS)
 
 
-def round_prompts(prompts: Sequence[RolloutPrompt], rollout: RolloutConfig,
-                  number: int) -> list[RolloutPrompt]:
+def round_prompts(prompts: PromptList, rollout: RolloutConfig, number: int) -> PromptList:
     """Return the prompts of a round, in order: a function of the seed and the round's number alone.
 
     Each epoch is a permutation; a round that begins in one goes on in the next, where the prompts that it
@@ -238,27 +359,28 @@ def round_prompts(prompts: Sequence[RolloutPrompt], rollout: RolloutConfig,
     Raises:
         UserError: there are fewer prompts than a round has.
     """
+    import numpy as np
+
     count, wanted = len(prompts), rollout.prompts_per_round
     if wanted > count:
         raise UserError(f"rollout.prompts_per_round = {wanted}: there are {count} prompts, and a round asks "
                         "each of its own once; lower it, or add prompts")
     # where the round begins, had all epochs been written one behind the other
     epoch, place = divmod((number - 1) * wanted, count)
-    order = _epoch_order(rollout.seed, epoch, count, wanted)[place:place + wanted].tolist()
+    order = _epoch_order(rollout.seed, epoch, count, wanted)[place:place + wanted]
     # the round ends in the next epoch, whose order avoids what this one has used
     if len(order) < wanted:
-        order += _epoch_order(rollout.seed, epoch + 1, count, wanted)[:wanted - len(order)].tolist()
-    return [prompts[i] for i in order]
+        order = np.append(order, _epoch_order(rollout.seed, epoch + 1, count, wanted)[:wanted - len(order)])
+    return prompts.take(order)
 
 
-def pieces(prompts: Sequence[RolloutPrompt], number: int, piece_prompts: int, begin: int = 0
-           ) -> list[PromptPiece]:
+def pieces(prompts: PromptList, number: int, piece_prompts: int, begin: int = 0) -> list[PromptPiece]:
     """Return prompts of a round, as `round_prompts` gives them, in pieces that are counted from `begin`."""
-    return [PromptPiece(number, i, tuple(prompts[first:first + piece_prompts]))
+    return [PromptPiece(number, i, prompts[first:first + piece_prompts])
             for i, first in enumerate(range(0, len(prompts), piece_prompts), begin)]
 
 
-def round_pieces(prompts: Sequence[RolloutPrompt], rollout: RolloutConfig, number: int, more: int = 0
+def round_pieces(prompts: PromptList, rollout: RolloutConfig, number: int, more: int = 0
                  ) -> list[PromptPiece]:
     """Return the pieces of a round: those of its own prompts, and behind them pieces of others, which stand
     in for groups that do not learn.
@@ -275,13 +397,14 @@ def round_pieces(prompts: Sequence[RolloutPrompt], rollout: RolloutConfig, numbe
     Raises:
         UserError: as `round_prompts`.
     """
+    import numpy as np
+
     own = round_prompts(prompts, rollout, number)
     found = pieces(own, number, rollout.piece_prompts)
     if more:
-        asked = {prompt.id for prompt in own}
-        others = [prompt for i in _permutation(len(prompts), rollout.seed, number, _FURTHER)
-                  if (prompt := prompts[i]).id not in asked]
-        found += pieces(others[:more * rollout.piece_prompts], number, rollout.piece_prompts, len(found))
+        order = _permutation(len(prompts), rollout.seed, number, _FURTHER)
+        others = order[~np.isin(order, prompts.places_of(own.ids))][:more * rollout.piece_prompts]
+        found += pieces(prompts.take(others), number, rollout.piece_prompts, len(found))
     return found
 
 

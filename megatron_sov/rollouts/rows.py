@@ -129,7 +129,7 @@ class Rollout:
         return [sentence for holds, sentence in rules if not holds]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RewardRow:
     """What one reward said of one response."""
 

@@ -7,13 +7,12 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
 from megatron_sov.chat.marks import (
-    BEGIN_CALL, BEGIN_THOUGHTS, END_THOUGHTS, FAMILIES, LLAMA, PYTHON_TAG, CallForm, as_written, plain_form)
-from megatron_sov.chat.tool_calls import BadCall, ToolCall, parse_turn
+    BEGIN_CALL, BEGIN_THOUGHTS, END_THOUGHTS, FAMILIES, LLAMA, PYTHON_TAG, CallForm, plain_form)
+from megatron_sov.chat.tool_calls import ServedTurn, ToolCall, served_turn, split_thoughts, whole_turn
 from megatron_sov.infer.request import STOP, StopRule, Written
 from megatron_sov.serve.bodies import BodyReader, ServedQuestion
 from megatron_sov.serve.scheduler import Begun
@@ -23,46 +22,6 @@ from megatron_sov.serve.scheduler import Begun
 _OTHERS = (*(mark for family in FAMILIES[1:] for mark in family), PYTHON_TAG)
 _UNFINISHED = re.compile(r"(?:<\|start\|>[^<]*)?(?:<\|channel\|>[^<]*(?:<\|constrain\|>\w*)?)?\Z")
 """The frame of a part that has not begun yet."""
-
-
-@dataclass(frozen=True)
-class ServedTurn:
-    """A turn, or as much of it as is sure."""
-
-    thoughts: str
-    """What it thinks before it speaks."""
-    content: str
-    """What it says."""
-    calls: tuple[ToolCall, ...] = ()
-    """What it calls."""
-
-
-def whole_turn(text: str, in_thoughts: bool, tools: Sequence[dict[str, Any]],
-               form: CallForm | None = None) -> ServedTurn:
-    """Return what a turn that has ended says.
-
-    Thoughts are what stands between `<think>` at its beginning and the first `</think>`; without that they
-    reach to its end.  Where one of its calls is malformed none is told, and the text stays as it was written,
-    for the client to see.
-
-    Args:
-        text: of the turn.
-        in_thoughts: the template has opened thoughts before it.
-        tools: that could be called, as OpenAI describes functions; without any no calls are looked for.
-        form: of calls; None: whichever marks show.
-    """
-    text = plain_form(text, in_thoughts=in_thoughts, form=form if tools else None)
-    thoughts, said = _split(text, in_thoughts)
-    # Text before the first call stays text.
-    place = said.find(BEGIN_CALL) if tools else -1
-    if place < 0:
-        return _turn(thoughts, said)
-    behind = parse_turn(said[place:], form=form, tools=tools)
-    calls = tuple(call for call in behind.calls if isinstance(call, ToolCall))
-    if not calls or any(isinstance(call, BadCall) for call in behind.calls):
-        return _turn(thoughts, said)
-    more = f"\n{behind.content}" if behind.content else ""
-    return _turn(thoughts, said[:place].rstrip(), calls, more)
 
 
 def turn_so_far(text: str, in_thoughts: bool, tools: Sequence[dict[str, Any]],
@@ -82,23 +41,10 @@ def turn_so_far(text: str, in_thoughts: bool, tools: Sequence[dict[str, Any]],
     # It may still turn out to be thoughts, so nothing is sure.
     if BEGIN_THOUGHTS.startswith(text.lstrip()):
         return ServedTurn("", "")
-    thoughts, said = _split(text, in_thoughts)
+    thoughts, said = split_thoughts(text, in_thoughts)
     if has_tools:
         said = said.partition(BEGIN_CALL)[0].rstrip()
-    return _turn(thoughts, said)
-
-
-def _turn(thoughts: str, said: str, calls: tuple[ToolCall, ...] = (), more: str = "") -> ServedTurn:
-    return ServedTurn(as_written(thoughts), as_written(said) + more, calls)
-
-
-def _split(text: str, in_thoughts: bool) -> tuple[str, str]:
-    begun = text.lstrip()
-    if not in_thoughts and not begun.startswith(BEGIN_THOUGHTS):
-        return "", text
-    # a model may open its thoughts again where the template has done so
-    thoughts, _, said = begun.removeprefix(BEGIN_THOUGHTS).partition(END_THOUGHTS)
-    return thoughts.strip(), said.lstrip()
+    return served_turn(thoughts, said)
 
 
 def _begun_turn(text: str, mark: str) -> int:

@@ -164,7 +164,7 @@ class Computation:
 
         def loss(hidden: torch.Tensor, micro_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
             head = head_of(self._model, self._config.train.head_chunk_tokens)
-            sums = objective.loss(split_depths(hidden, self._config.model.num_mtp_layers), head, micro_batch)
+            sums = objective.loss(split_depths(hidden, self._config.model.num_predictions), head, micro_batch)
             # in float64 for the log; the graph keeps the dtype of the losses
             values = {term: sums.terms[term].detach().double() * factor for term in terms}
             total = total_loss(sums, objective.coefficients, micro_batch.denominators)

@@ -14,8 +14,8 @@ import pytest
 from megatron_sov.chat.encode import ChatEncoder, TurnEncoder
 from megatron_sov.chat.marks import CallForm
 from megatron_sov.chat.template import ChatTemplate
-from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
-from megatron_sov.serve.replies import ServedTurn, turn_so_far, whole_turn
+from megatron_sov.chat.tool_calls import BadCall, ServedTurn, ToolCall, WrittenTurn, parse_turn, whole_turn
+from megatron_sov.serve.replies import turn_so_far
 
 ARGUMENTS = {"city": '서울\n<b> "x" & </y>', "nights": 3, "price": 1.5, "smoking": True,
              "guests": ["Kim", "Lee"], "address": {"zip": "04524"}, "code": "007"}

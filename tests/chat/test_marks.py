@@ -16,9 +16,9 @@ from megatron_sov.chat.marks import (
     BEGINS_OF_THOUGHTS, FAMILIES, MARKS, as_written, marks_decoder, plain_form, quoted, text_decoder,
     with_opening)
 from megatron_sov.chat.template import ChatTemplate
-from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
+from megatron_sov.chat.tool_calls import BadCall, ServedTurn, ToolCall, WrittenTurn, parse_turn, whole_turn
 from megatron_sov.judge.rewards.reward import content_of, text_of
-from megatron_sov.serve.replies import ServedTurn, turn_so_far, whole_turn
+from megatron_sov.serve.replies import turn_so_far
 from tokenizer.presets import PRESETS
 
 NOW = ToolCall("now", {})

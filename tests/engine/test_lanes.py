@@ -33,8 +33,9 @@ def layers_built() -> dict[str, Any]:
               "window": layer.self_attention.core_attention.window_tokens}
              for layer in layers]
     kinds = [*model.layer_types(), model.mtp_layer_type()]
+    windows = [*model.windows(), model.mtp_window()]
     wanted = [{"number": n, "attention": n, "router": n if n > model.num_dense_layers else None,
-               "window": model.window_tokens(kind)} for n, kind in enumerate(kinds, 1)]
+               "window": window} for n, window in enumerate(windows, 1)]
     stands_still = [bool(chunk.config.no_rope_freq[layer.layer_number - 1]) for layer in layers]
     refusals = []
     layers[-1].mlp.router.layer_number = 1

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 
+from tests.layouts.k_exaone2_reference import as_released
+
 LENGTH, BEFORE = 160, 37
 """Tokens of the document whose logits are compared, and of another one that stands before it in the row."""
 MAX_DIFFERENCE = 1e-5
 """Of the largest logit."""
 SEEDS = range(3)
+SECOND = "k_exaone_2"
+"""K-EXAONE 2.0, of family exaone_moe: layers have windows and bounds of their own, and one predicts often."""
 LAYOUTS = {
     "one": (1, {}),
     "TP2+SP": (2, {"tp": 2, "sp": True}),
@@ -44,6 +48,14 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
     if family == "solar_open":
         return {**config, **experts, "n_routed_experts": (8, 4, 12)[seed],
                 "n_shared_experts": (1, 2, 1)[seed], "routed_scaling_factor": 1.7, "rope_parameters": yarn}
+    if family == SECOND:
+        windows = (15, 0, 6 + seed, 6 + seed)
+        return {**odd_config("exaone_moe", seed), "num_hidden_layers": 4, "sliding_windows": windows,
+                "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
+                "swiglu_limits": [0.4, 0, (0.6, 0, 7.0)[seed], 0.2], "mtp_sliding_windows": [6 + seed],
+                "mlp_layer_types": ["dense"] * (1 + seed // 2) + ["sparse"] * (3 - seed // 2),
+                "sliding_window": 4096,
+                "mtp_layer_types": ["sliding_attention"], "mtp_num_speculative_steps": 4}
     if family == "exaone_moe":
         return {**config, **experts, "num_experts": (8, 16, 4)[seed], "num_shared_experts": 1,
                 "sliding_window": 9 + seed,
@@ -226,8 +238,8 @@ def hf_logits(folder: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
-                                                 experts_implementation="eager").eval()
+    model = as_released(AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager").eval())
     with torch.no_grad():
         return model(input_ids=torch.tensor(documents(model.config.vocab_size)[1:]),
                      use_cache=False).logits[0]
@@ -252,13 +264,14 @@ def test_bits_survive_every_layout_and_logits_are_those_of_transformers(ranks: A
     from megatron_sov import convert
     from megatron_sov.model.families import supported as models
 
-    configs = {f"{family}-{seed}": odd_config(family, seed) for family in models.FAMILIES for seed in SEEDS}
+    families = (*models.FAMILIES, SECOND)
+    configs = {f"{family}-{seed}": odd_config(family, seed) for family in families for seed in SEEDS}
     for name, config in configs.items():
         (tmp_path / name).mkdir()
         make(config, tmp_path / name / "hf", int(name[-1]))
         convert.from_hf(tmp_path / name / "hf", tmp_path / name / "ckpt")
     at = taking_turns(configs)
-    assert min(map(len, at.values())) == 3 and len(at["one"]) == 3 * len(models.FAMILIES)
+    assert min(map(len, at.values())) == 3 and len(at["one"]) == 3 * len(families)
     ranks(*(job(__file__, "run", nproc,
                 {"names": at[name], "layout": layout, "folder": str(tmp_path), "label": name})
             for name, (nproc, layout) in LAYOUTS.items()))

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, linear, rms_norm, silu
 
+from tests.layouts.k_exaone2_reference import as_released
+
 RUN = str(Path(__file__).with_name("layout_run.py"))
 SETTINGS = ["train.precision=fp32", "model.seq_aux_loss_coeff=0", "model.num_mtp_layers=0",
             "model.init_std=0.2"]
@@ -28,6 +30,9 @@ CASES = {
     "exaone lm": ("tiny-k-exaone", "lm", []),
     "exaone lm and prediction": ("tiny-k-exaone", "lm", PREDICTION),
     "exaone lm and sliding prediction": ("tiny-k-exaone", "lm", [*PREDICTION, "model.mtp_attention=L"]),
+    "exaone2 lm and predictions": ("tiny-k-exaone2", "lm", [*PREDICTION, *SPLIT]),
+    "exaone2 recomputed": ("tiny-k-exaone2", "lm",
+                           [*PREDICTION, "train.recompute=true", "model.mtp_depths=2"]),
     "qwen2 lm": ("tiny-qwen2", "lm", []),
     "qwen3 lm": ("tiny-qwen3", "lm", ["model.tied_embeddings=false"]),
     "qwen3_moe lm": ("tiny-qwen3-moe", "lm", [
@@ -80,7 +85,7 @@ def _predict(w: dict[str, torch.Tensor], config: dict[str, Any], hidden: torch.T
     distance = torch.arange(n)[:, None] - torch.arange(n)
     visible = distance >= 0
     if slides:  # only sliding layers rotate
-        visible &= distance < config["sliding_window"]
+        visible &= distance < config["mtp_sliding_windows"][0]
         angle = torch.outer(torch.arange(n),
                             config["rope_parameters"]["rope_theta"] ** (-torch.arange(0, dim, 2) / dim))
         cos, sin = (torch.cat([f(angle)] * 2, -1) for f in (torch.cos, torch.sin))
@@ -129,7 +134,8 @@ def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective
     the weights' place."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
+    model = as_released(AutoModelForCausalLM.from_pretrained(
+        weights, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"))
     config = json.loads((weights / "config.json").read_text())
     prediction = {name.removeprefix("mtp."): tensor.requires_grad_() for name, tensor in load_file(
         weights / "model.safetensors").items() if name.startswith("mtp.")}
@@ -144,14 +150,16 @@ def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective
             logits = cap * torch.tanh(logits / cap)
         losses = cross_entropy(logits, s["labels"], reduction="none")
         # the label of a place is the token that follows it; the last place has nothing further to predict
-        if prediction or predictor:
-            states = _predict(prediction, config, hidden[:-1], model.model.embed_tokens(
-                s["labels"][:-1])) if prediction else predictor.forward_layer(
-                    0, hidden[None, :-1], torch.arange(1, len(hidden))[None], None,
-                    input_ids=s["labels"][None, :-1])[0]
-            further = cross_entropy(model.lm_head(states), s["labels"][1:], reduction="none")
-            predicted = predicted + (further * s["weights"][1:]).sum()
-            num_predicted += float(s["weights"][1:].sum())
+        states = hidden
+        depths = config.get("mtp_num_speculative_steps", int(bool(prediction or predictor)))
+        for depth in range(1, 1 + depths):
+            ahead = s["labels"][depth - 1:-1]
+            states = _predict(prediction, config, states[:-1], model.model.embed_tokens(
+                ahead)) if prediction else predictor.forward_layer(
+                    0, states[None, :-1], torch.arange(1, len(states))[None], None, input_ids=ahead[None])[0]
+            further = cross_entropy(model.lm_head(states), s["labels"][depth:], reduction="none")
+            predicted = predicted + (further * s["weights"][depth:]).sum()
+            num_predicted += float(s["weights"][depth:].sum())
         for kind in set(s["types"].tolist()):
             chosen = s["weights"] * (s["types"] == kind)
             sums[kind] = sums.get(kind, torch.zeros(())) + (losses * chosen).sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.prompts import (
-    RolloutPrompt, budget_of, list_set_aside, pieces, read_prompts, refuse_unaskable, round_prompts,
-    set_aside, too_long_in)
+    PromptList, RolloutPrompt, budget_of, list_set_aside, pieces, read_prompts, refuse_unaskable,
+    round_prompts, set_aside, too_long_in)
 
 
-def made(count: int) -> list[RolloutPrompt]:
-    return [RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(count)]
+def made(count: int) -> PromptList:
+    return PromptList.of(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(count))
 
 
 def file_with(path: Path, *lines: str) -> Path:
@@ -43,7 +44,7 @@ def test_a_prompt_is_known_by_what_it_says(tmp_path: Path) -> None:
 def test_equal_lines_are_asked_once_and_broken_ones_named(tmp_path: Path) -> None:
     lines = ('{"prompt": "a"}', '{"prompt": "b"}', '{ "prompt":"a"}', '{"prompt": "c"}')
     prompts = read_prompts(file_with(tmp_path / "twice.jsonl", *lines))
-    assert [(p.record["prompt"], p.place, p.repeats) for p in prompts] == [
+    assert [(p.record["prompt"], p.place, prompts.repeats.get(p.id, [])) for p in prompts] == [
         ("a", "line 1", ["line 3"]), ("b", "line 2", []), ("c", "line 4", [])]
     with pytest.raises(UserError, match=r"line 2: holds half of a surrogate pair"):
         read_prompts(file_with(tmp_path / "half.jsonl", '{"prompt": "a"}', r'{"prompt": "\ud800"}'))
@@ -78,7 +79,7 @@ def test_tables_and_folders_of_datasets_are_read_with_names_of_their_own(form: s
         tmp_path / "a.jsonl", '{"prompt": "1+1", "answer": "2", "tests": ["assert 1"]}',
         '{"prompt": "2+2", "answer": "4", "tests": [], "target_tokens": 7}'))
     found = read_prompts(path, parse_renames(["prompt=question,answer=solution"], ()))
-    assert found == expected and [len(p.repeats) for p in found] == [1, 0]
+    assert found == expected and [len(places) for places in found.repeats.values()] == [1]
     assert found[0].conversation().messages[0].content == "1+1"
     with pytest.raises(UserError, match=r"has no field 'ask', which --columns names"):
         read_prompts(path, parse_renames(["prompt=ask"], ()))
@@ -115,6 +116,17 @@ def test_what_is_set_aside_is_listed_and_counted_by_all_who_share_a_store(tmp_pa
     with pytest.raises(UserError, match=r"set_aside.json: other prompts were set aside when the store was"):
         list_set_aside(tmp_path, none)
     assert set_aside(prompts[1:2], {}, 1024).told == ""
+
+
+def test_prompts_are_read_where_they_are_asked_for_and_go_to_other_processes() -> None:
+    prompts = made(7)
+    some = prompts[1:6].without([prompts[3].id])
+    assert some.ids == [prompts[i].id for i in (1, 2, 4, 5)] == pickle.loads(pickle.dumps(some)).ids
+    assert pickle.loads(pickle.dumps(some)) == some == [prompts[i] for i in (1, 2, 4, 5)]
+    assert some.record_of(prompts[4].id) == {"prompt": "4"}
+    for other in (prompts[0].id, prompts[3].id, "f" * 16):
+        with pytest.raises(KeyError):
+            some.record_of(other)
 
 
 def test_what_nobody_can_be_asked_is_named(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sov.chat.tool_calls import ToolCall
-from megatron_sov.serve.replies import ServedTurn, turn_so_far, whole_turn
+from megatron_sov.chat.tool_calls import ServedTurn, ToolCall, whole_turn
+from megatron_sov.serve.replies import turn_so_far
 
 ADD = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 CALL = ToolCall("add", {"a": 1})

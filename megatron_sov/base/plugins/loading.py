@@ -345,14 +345,17 @@ def _beside(path: Path) -> dict[str, str]:
     Our own packages are no part of a user's code, even where that lies in a checkout of them.
     """
     found = {}
+    folder = str(path.parent)
+    # thousands of modules: texts, where paths would take a tenth of a second
     for name, module in sorted(sys.modules.items()):
         top = sys.modules.get(name.partition(".")[0])
         if top is None or top.__name__ in OUR_PACKAGES or not _has_file(top) or not _has_file(module):
             continue
-        first = Path(str(top.__file__))
-        place = first.parent if first.name == "__init__.py" else first
+        place, last = os.path.split(os.path.normpath(str(top.__file__)))
+        if (os.path.dirname(place) if last == "__init__.py" else place) != folder:
+            continue
         file = Path(str(module.__file__))
-        if place.parent == path.parent and file != path and file not in _ran:
+        if file != path and file not in _ran:
             found[os.path.relpath(file, path.parent)] = _sha256(file)
     return found
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -118,8 +117,7 @@ def _prove(args: PlanOptions, request: RecipeRequest) -> int:
     from megatron_sov.base.artifacts import to_json
     from megatron_sov.plan.on_cluster import placed
     from megatron_sov.plan.pricing import machines
-    from megatron_sov.proof.miniature import miniature, write_documents
-    from megatron_sov.proof.proving import EQUAL, as_json, as_text, prove
+    from megatron_sov.proof.proving import EQUAL, as_json, as_text, prove_run
 
     if other := [name for name in ("sweep", "html", "data", "parameters", "calibrate_engine")
                 if getattr(args, name)]:
@@ -133,11 +131,7 @@ def _prove(args: PlanOptions, request: RecipeRequest) -> int:
         config = request.config()
         num_ranks = args.nproc or math.lcm(config.parallel.ranks_per_replica,
                                            config.parallel.ranks_per_expert_replica)
-    with tempfile.TemporaryDirectory(prefix="megatron-sov-") as folder:
-        documents = Path(folder, "documents")
-        write_documents(documents)
-        small = miniature(config, num_ranks, documents)
-        verdict = prove(small)
+    small, verdict = prove_run(config, num_ranks)
     print(to_json(as_json(small, verdict)) if args.json else as_text(small, verdict))
     return 0 if verdict.outcome == EQUAL else 3
 

@@ -22,11 +22,12 @@ from pathlib import Path
 
 from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json, write_output
 from megatron_sov.base.command_line import HelpText, Parser
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import (
     AtLeastOne, NotNegativeInt, add_options, read_options, read_text, read_yaml)
 from megatron_sov.commands import COMMANDS as PROGRAMS
+from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm import submission
 from megatron_sov.operate.slurm.stages import STAGES, Commands, SubmitOptions, check_inputs
 from megatron_sov.operate.slurm.submission import READY_ROOT, ReadySubmission
@@ -349,7 +350,7 @@ def write_scripts(chain: str, folder: Path, options: SubmitOptions, commands: Co
     return list(scripts)
 
 
-OF_SLURM = ("min_nodes", "nodes_set", "engine_nodes", "array", "account", "partition", "scripts",
+OF_SLURM = ("min_nodes", "nodes_set", "engine_nodes", "array", "account", "partition", "prove", "scripts",
             "continue_chain")
 """Options that mean nothing on Kubernetes."""
 OF_KUBERNETES = ("job_name", "manifest", "apply")
@@ -437,6 +438,8 @@ def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
                                        time_limit=options.time_limit, cluster=_cluster_name(options),
                                        engine_nodes=options.engine_nodes)
     prepared = submission.prepare(request, COMMANDS)
+    if options.prove and not _is_proved(prepared):
+        return ExitCode.GATE_FAILED
     if options.dry_run:
         submission.show(prepared)
         return 0
@@ -447,6 +450,28 @@ def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
     print(f"submitted {stage} as job {' and '.join(numbers)}\nscript: {prepared.jobs[0].script}\n"
           f"log:    {prepared.work.records}/{numbers[0]}{'_*' if options.array else ''}.log")
     return 0
+
+
+def _is_proved(prepared: submission.Prepared) -> bool:
+    """Return whether each layout that a training stage may have does what one process does; says so."""
+    from megatron_sov.engine.parallel import cpu_shims
+
+    config = prepared.work.config
+    if config is None:
+        raise UserError(f"--prove: plays the layout of a training stage, and {prepared.work.stage} has none; "
+                        "leave it out")
+    # before megatron-core is imported, whatever the machine has
+    cpu_shims.prepare_without_gpu()
+    from megatron_sov.proof.proving import EQUAL, as_text, prove_run
+
+    [job] = prepared.jobs
+    for nodes, settings in job.layouts.items():
+        small, verdict = prove_run(apply_settings(config, list(settings)),
+                                   nodes * job.profile.tasks_per_node)
+        print(as_text(small, verdict))
+        if verdict.outcome != EQUAL:
+            return False
+    return True
 
 
 def _kubernetes(stage: str, argv: list[str], cluster_name: str, options: SubmitOptions) -> int:
@@ -490,6 +515,9 @@ def _chain(argv: list[str], options: SubmitOptions) -> int:
                         f"arguments stand in it (chains of the package: {', '.join(chain_names())})")
     given = [name for name in ("nodes", "min_nodes", "nodes_set", "engine_nodes", "array")
              if getattr(options, name)]
+    if options.prove:
+        raise UserError("submit chain: --prove belongs to a stage; prove its recipe's layout with "
+                        "`megatron-sov plan RECIPE --prove`")
     if given:
         raise UserError(f"submit chain: --{given[0].replace('_', '-')} belongs to a stage; "
                         f"write it into {argv[0]}")

@@ -19,8 +19,7 @@ from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import BUILT_IN, make, order
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.rollouts.prompts import (
-    SET_ASIDE, RolloutPrompt, SetAside, asked_too, read_prompts, set_aside)
+from megatron_sov.rollouts.prompts import SET_ASIDE, PromptList, SetAside, asked_too, read_prompts, set_aside
 from megatron_sov.runs.launch_environment import is_first
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ class PromptOptions:
     """Read fields of other names, as prompt=question,answer=solution; FIELD+FIELD joins two by a line
     feed."""
 
-    def read(self) -> list[RolloutPrompt]:
+    def read(self) -> PromptList:
         """Return the prompts, each once.
 
         Raises:
@@ -69,20 +68,19 @@ class PromptOptions:
         """
         return read_prompts(self.prompts, parse_renames(self.renames, ()))
 
-    def kept(self, prompts: Sequence[RolloutPrompt], aside: SetAside, store: Path) -> list[RolloutPrompt]:
+    def kept(self, prompts: PromptList, aside: SetAside, store: Path) -> PromptList:
         """Return the prompts that are asked, and tell of the others."""
         return kept(f"--prompts {self.prompts}", prompts, aside, store)
 
 
-def kept(given: str, prompts: Sequence[RolloutPrompt], aside: SetAside, store: Path) -> list[RolloutPrompt]:
+def kept(given: str, prompts: PromptList, aside: SetAside, store: Path) -> PromptList:
     """Return the prompts of a file that are asked, and tell of the others; `given`: option and file."""
     if aside.told and is_first():
         warn(f"{given}: {aside.told}; {store / SET_ASIDE} lists them")
-    return [prompt for prompt in prompts if prompt.id not in aside.too_long]
+    return prompts.without(aside.too_long)
 
 
-def read_heldout(file: Path, renames: Sequence[str], trained: Sequence[RolloutPrompt]
-                 ) -> list[RolloutPrompt]:
+def read_heldout(file: Path, renames: Sequence[str], trained: PromptList) -> PromptList:
     """Return the prompts of --validation that training does not ask too, each once, and tell of the others.
 
     Args:
@@ -103,8 +101,7 @@ def read_heldout(file: Path, renames: Sequence[str], trained: Sequence[RolloutPr
             raise UserError(f"{told}; give prompts that --prompts does not have")
         if is_first():
             warn(f"{told}; they are left out of the validation")
-    taken = {prompt.id for prompt in known}
-    return [prompt for prompt in found if prompt.id not in taken]
+    return found.without(prompt.id for prompt in known)
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ def longest_of(rollout: RolloutConfig, environment: AskedEnvironment | None) -> 
     return rollout.max_prompt_tokens + rollout.max_new_tokens + more
 
 
-def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPrompt], start: Target,
+def writer_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start: Target,
               engine_name: str, environment: AskedEnvironment | None) -> tuple[Writer, SetAside]:
     """Return what makes rows, plain responses or episodes, and which prompts it does not ask.
 

@@ -4,9 +4,9 @@ run`, all rounds by one command, each written by the model that learns."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -20,6 +20,8 @@ from megatron_sov.commands.rl.asked import (
     VALIDATION_OPTION, AskedEnvironment, AskingOptions, PromptOptions, environment_of, kept, longest_of,
     read_heldout, refuse_too_long, writer_of)
 from megatron_sov.commands.rl.rl_reward import JudgedOptions
+from megatron_sov.commands.rl.teachers import (
+    ScoringTeacherOptions, live_teacher_of, refuse_teachers, teachers_of)
 from megatron_sov.commands.score import JudgeOptions
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
@@ -27,14 +29,13 @@ from megatron_sov.infer.asking import EngineOptions, ServerOptions, check_engine
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, SERVED, Engine, engine_for
 from megatron_sov.infer.request import Batching
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.config.post_training import PolicyConfig, RolloutConfig
+from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.config.run import with_policies, with_rounds
 from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import RecipeOptions
-from megatron_sov.post.rl.reward import ENVIRONMENT, NO_REWARD, judging, reward_version, second_opinions
+from megatron_sov.post.rl.reward import ENVIRONMENT, judging, reward_version, second_opinions
 from megatron_sov.rollouts.prompts import (
-    RolloutPrompt, list_set_aside, refuse_unaskable, round_prompts, rounds_between)
-from megatron_sov.rollouts.rows import domain_of
+    PromptList, list_set_aside, refuse_unaskable, round_prompts, rounds_between)
 from megatron_sov.runs.checkpoints import files_sha256, refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, ROUNDS, VALIDATION, RunFolder, fixed_settings
 from megatron_sov.runs.rounds import RunPolicies, policy_of_round, policy_of_start
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.post.rl.feed import Producer
     from megatron_sov.post.rl.requests import LiveServers
-    from megatron_sov.post.rl.teachers import ScoringTeacher
     from megatron_sov.post.rl.validation import Validation
     from megatron_sov.train.stages.gate import EndGate
 
@@ -152,7 +152,7 @@ def _other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
             if getattr(rollout, name) != getattr(trained.rollout, name)]
 
 
-def _prompts(args: RlGenerateOptions) -> list[RolloutPrompt]:
+def _prompts(args: RlGenerateOptions) -> PromptList:
     prompts = args.read()
     if args.environment is None:
         refuse_unaskable(args.prompts, prompts)
@@ -170,7 +170,7 @@ def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
     return name
 
 
-def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: list[RolloutPrompt],
+def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: PromptList,
            start: Target, engine_name: str, environment: AskedEnvironment | None) -> dict[str, Any] | None:
     """Load the policy and write; None on other processes than the first."""
     from megatron_sov.engine.parallel.world import on_first
@@ -230,107 +230,11 @@ def _tell_written(args: RlGenerateOptions, rounds: range, summary: dict[str, Any
 GENERATE = command_of(RlGenerateOptions, run_generate)
 
 
-OF_TRAINING = ("init_std", "mtp_loss_coeff", "router_bias_update_rate", "seq_aux_loss_coeff")
-"""Fields of an architecture that no forward pass reads."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoringTeacherOptions:
-    """Who reads what the model writes, in on-policy distillation (policy.method=opd, or policy.opd_coeff)."""
-
-    teacher: Annotated[tuple[str, ...], Flag(value="[DOMAIN=]CHECKPOINT|RUN")] = ()
-    """A teacher of the model's own architecture; with DOMAIN of prompts of that `domain` alone; may be
-    repeated."""
-    teacher_url: Annotated[tuple[str, ...], Flag(value="[DOMAIN=]URL")] = ()
-    """A server of vLLM, SGLang or `megatron-sov serve` with a teacher of any size and the model's tokenizer;
-    may be repeated, also for one teacher."""
-
-    def given(self) -> list[tuple[str, str, str]]:
-        """Return the option, domain and place of each teacher."""
-        return [("--teacher", *_with_domain(text)) for text in self.teacher] + [
-            ("--teacher-url", *_with_domain(text)) for text in self.teacher_url]
-
-
-def _with_domain(text: str) -> tuple[str, str]:
-    # behind its scheme an address may have the sign too
-    domain, sign, _ = text.partition("://")[0].rpartition("=")
-    return domain, text[len(domain + sign):]
-
-
-def refuse_teachers(args: RoundsOptions, policy: PolicyConfig, prompts: Sequence[RolloutPrompt]) -> None:
-    """Refuse teachers that nothing learns from, and prompts that nobody reads.
-
-    Raises:
-        UserError: there are some, or the run would learn nothing.
-    """
-    parts, given = policy.parts, args.given()
-    if given and not parts.opd_coeff:
-        option, _, place = given[0]
-        raise UserError(f"{option} {place}: policy.method = {policy.method} learns from no teacher; set "
-                        "policy.method=opd, or policy.opd_coeff beside a reward")
-    if parts.opd_coeff and not given:
-        raise UserError(f"policy.opd_coeff = {parts.opd_coeff:g}: needs a teacher; add --teacher or "
-                        "--teacher-url")
-    if args.reward == NO_REWARD and parts.advantage != "none":
-        raise UserError(f"--reward {NO_REWARD}: policy.method = {policy.method} learns from rewards; choose "
-                        "one, or set policy.method=opd")
-    domains = {domain for _, domain, _ in given}
-    for domain in domains:
-        own = [(option, place) for option, other, place in given if other == domain]
-        if len(own) > 1 and any(option == "--teacher" for option, _ in own):
-            raise UserError(f"--teacher {own[0][1]}: {own[1][0]} {own[1][1]} is of the same prompts; give "
-                            "each its domain, as math=...")
-    for prompt in prompts if given and "" not in domains else ():
-        if (domain := domain_of(prompt.record)) not in domains:
-            raise UserError(f"--prompts {args.prompts}: {prompt.place} is of domain {domain!r}, and the "
-                            f"teachers are of {', '.join(map(repr, sorted(domains)))}; add a teacher of it, "
-                            "or one without a domain, which reads all others")
-
-
-def teachers_of(args: ScoringTeacherOptions, config: RunConfig, tokenizer: Path
-                ) -> tuple[ScoringTeacher, ...]:
-    """Return the teachers, each with what is known of it.
-
-    Raises:
-        UserError: one is no checkpoint, of another architecture or of another tokenizer.
-    """
-    from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.post.rl.teachers import ScoringTeacher
-
-    given = args.given()
-    urls: dict[str, list[str]] = {}
-    for option, domain, place in given:
-        if option == "--teacher-url":
-            urls.setdefault(domain, []).append(place)
-    found = [ScoringTeacher(domain, urls=tuple(places)) for domain, places in urls.items()]
-    for option, domain, place in given:
-        if option == "--teacher":
-            target = find_target(Path(place))
-            _refuse_other_model(place, target, config, tokenizer)
-            found.append(ScoringTeacher(domain, target.path, files_sha256(target.path)))
-    return tuple(sorted(found, key=lambda teacher: teacher.domain))
-
-
-def _refuse_other_model(given: str, target: Target, config: RunConfig, tokenizer: Path) -> None:
-    elsewhere = "serve it (`megatron-sov serve`), and pass --teacher-url"
-    if target.is_hf:
-        raise UserError(f"--teacher {given}: is a Hugging Face folder; make a checkpoint of it with "
-                        f"`megatron-sov convert from-hf`, or {elsewhere}")
-    own, theirs = asdict(config.model), asdict(target.model)
-    others = [name for name in own if own[name] != theirs[name] and name not in OF_TRAINING]
-    if others:
-        raise UserError(f"--teacher {given}: has model.{others[0]} = {theirs[others[0]]}, the run "
-                        f"{own[others[0]]}, and its weights take the model's place for a while; {elsewhere}")
-    if tokenizer_digest(target.tokenizer_folder) != tokenizer_digest(tokenizer):
-        raise UserError(f"--teacher {given}: has another tokenizer than the model, whose tokens it is to "
-                        "read; choose a teacher of the same")
-
-
 @dataclass(frozen=True, kw_only=True)
 class RoundsOptions(TunedOptions, PromptOptions, JudgedOptions, ScoringTeacherOptions):
     """What is trained, and where its rounds come from."""
 
-    groups: ClassVar[tuple[str, ...]] = ("policy", "rollout")
+    groups: ClassVar[tuple[str, ...]] = ("policy", "rollout", "distillation")
     validation: Annotated[Path | None, Flag(VALIDATION_OPTION, "FILE|DIR")] = None
     """Held-out prompts, in the form of --prompts, that `rl run` asks its policies every
     rollout.validation_every_rounds."""
@@ -369,13 +273,13 @@ class ParsedRounds:
     """What a command that trains rounds is to do, checked."""
 
     stage: ParsedStage
-    prompts: list[RolloutPrompt]
+    prompts: PromptList
     """All of them."""
     reward_version: str
     gate: EndGate | None
     """What judges the last policy."""
-    heldout: list[RolloutPrompt]
-    """What its policies are validated by; empty: they are not."""
+    heldout: PromptList | None
+    """What its policies are validated by; None: they are not."""
 
 
 def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig] = with_rounds
@@ -394,10 +298,10 @@ def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig
     parsed = parse_stage(args, "policy", needs_data=False, num_prompts=len(prompts), completed=completed)
     refuse_unknown_benchmarks(parsed.config)
     round_prompts(prompts, parsed.config.rollout, 1)
-    refuse_teachers(args, parsed.config.policy, prompts)
+    refuse_teachers(args, parsed.config.policy, args.reward, args.prompts, prompts)
     if not args.dry_run:
         parsed = parsed.with_checkpoint(args.run)
-    heldout = [] if args.validation is None else read_heldout(args.validation, args.renames, prompts)
+    heldout = None if args.validation is None else read_heldout(args.validation, args.renames, prompts)
     return ParsedRounds(parsed, prompts, version, gate_of(args, parsed.config, parsed.start), heldout)
 
 
@@ -417,6 +321,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     from megatron_sov.train.data.rounds import rounds_of, rounds_source
 
     prepare_megatron()
+    from megatron_sov.post.distillation.distill import OnPolicyDistillation, TaughtFactory, measure_teacher
     from megatron_sov.post.policy import check_sources, objective_of, texts_of
     from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
     from megatron_sov.post.rl.publish import Publisher
@@ -437,8 +342,11 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
                           tokenizer, policies.is_own)
     # rounds that were published from another store would be trained as if they were of this one
     publisher.refuse_other_store()
-    objective = factory(config, objective_of(config))
-    columns = columns_of_run(config, columns_of(objective), start, teachers_of(args, config, tokenizer))
+    teacher = live_teacher_of(args, config, tokenizer, args.nproc)
+    objective = factory(config, objective_of(config) if teacher is None
+                        else TaughtFactory(OnPolicyDistillation, [teacher]))
+    columns = columns_of_run(config, columns_of(objective), start,
+                             teachers_of(args, config, tokenizer) if teacher is None else ())
     # a source whose rounds open one by one, as they are published
     source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
                            columns.routes)
@@ -449,9 +357,12 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
                      None if producer is None else producer.produce, args.store,
                      (lambda: None) if producer is None else producer.close, validation,
                      SampledRounds(config.obs.sample_rows, config.rollout.rounds))
+
+    after = partial(measure_teacher, sources=texts, teacher=teacher)
     run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
-                    feed=feed, end_gate=parsed.gate, faults=parsed.stage.faults,
-                    dry_run=args.dry_run, notes=parsed.stage.notes), args.nproc, began_s)
+                    before=after, after=after, feed=feed, end_gate=parsed.gate,
+                    faults=parsed.stage.faults, dry_run=args.dry_run, notes=parsed.stage.notes),
+              args.nproc, began_s)
 
 
 TRAIN = command_of(RlTrainOptions, run_train)
@@ -479,21 +390,29 @@ class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions, ServerOptions):
                             self.reward, "add --environment, or choose another reward")]
 
 def run_all(args: argparse.Namespace) -> int:
+    """As `run_rl`, of what was typed."""
+    return run_rl(read_options(RlRunOptions, args), args.began_s)
+
+
+def run_rl(options: RlRunOptions, began_s: float) -> int:
     """Write, judge and train all rounds; returns 0 when the run is complete.
+
+    Args:
+        options: of the command.
+        began_s: Unix time at which it began.
 
     Raises:
         UserError: a mistake in the arguments, or the store does not belong to the run.
         StopRequested: it was asked to stop, and everything is saved.
     """
-    options = read_options(RlRunOptions, args)
     if is_complete(options, "policy"):
         return ExitCode.OK
     parsed = parse_rounds(options)
     if options.environment is None:
         refuse_unaskable(options.prompts, parsed.prompts)
-        if options.validation is not None:
+        if options.validation is not None and parsed.heldout is not None:
             refuse_unaskable(options.validation, parsed.heldout)
-    _run(options, parsed, args.began_s)
+    _run(options, parsed, began_s)
     return ExitCode.OK
 
 
@@ -539,10 +458,10 @@ def _validation(args: RlRunOptions, parsed: ParsedRounds, training: Producer, st
     Raises:
         UserError: a prompt is empty, or all are too long.
     """
-    if args.validation is None:
+    if parsed.heldout is None:
         return None
     from megatron_sov.post.rl.feed import Producer
-    from megatron_sov.post.rl.validation import SampledRounds, Validation
+    from megatron_sov.post.rl.validation import SampledRounds, Validation, measured_by
     from megatron_sov.rollouts.store import RolloutStore
 
     config, folder = parsed.stage.config, args.run / VALIDATION
@@ -556,9 +475,10 @@ def _validation(args: RlRunOptions, parsed: ParsedRounds, training: Producer, st
     asking = Producer(store, prompts, aside, rollout, args.run, writer, training.batching,
                       parsed.reward_version, lambda: nullcontext(training.judge_rows), training.provenance,
                       servers=training.servers)
-    samples = SampledRounds(config.obs.sample_rows, rollout.rounds)
-    return Validation(args.run, asking, config.rollout, len(prompts) * rollout.samples_per_prompt,
-                      config.policy.right_from, samples)
+    samples, right_from = SampledRounds(config.obs.sample_rows, rollout.rounds), config.policy.right_from
+    return Validation(args.run, asking, config.rollout, len(prompts) * rollout.samples_per_prompt, right_from,
+                      samples, measured_by(prompts, parsed.reward_version, rollout, writer.chosen_by,
+                                           right_from))
 
 
 def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveServers | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -17,20 +17,19 @@ from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, read_manifest
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Flag, NotNegativeInt, add_options, command_of, read_options)
+from megatron_sov.commands.rl.rounds import RlRunOptions, run_rl
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, words_of
 from megatron_sov.commands.train.gate_options import (
     GateOptions, gate_of, is_complete, refuse_unknown_benchmarks)
 from megatron_sov.infer.request import RankOptions, Temperature, WholeSampling
-from megatron_sov.model.config import DistillationConfig, RunConfig, data_paths, layout_settings
+from megatron_sov.model.config import DistillationConfig, RunConfig, data_paths
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import PluginOptions, RecipeOptions, load_plugins
+from megatron_sov.post.rl.reward import NO_REWARD
 from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.runs.folder import COMPLETION
-from megatron_sov.runs.launch_environment import is_first, under_launcher
-from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done
-from megatron_sov.train.stages.stage_config import parse_stage, request_with_model, tokenizer_of
-from megatron_sov.work.processes.children import run_command
+from megatron_sov.runs.launch_environment import is_first, note_command
+from megatron_sov.train.stages.stage_config import parse_stage, tokenizer_of
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
     from megatron_sov.train.data.token_shards import Source
     from megatron_sov.train.stages.gate import GateView
 
+LENGTHS = ("rollout.rounds", "train.epochs")
+"""Settings that say how long a run of rounds is."""
 StatesDtype = Literal["bfloat16", "float32"]
 
 
@@ -199,7 +200,7 @@ def run(typed: argparse.Namespace) -> int:
 
     prepare_megatron()
     from megatron_sov.post.distillation.distill import (
-        Distillation, KeptTeacher, TaughtFactory, measure_heldout)
+        Distillation, KeptTeacher, TaughtFactory, measure_teacher)
     from megatron_sov.post.distillation.state_files import StateFiles
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.objectives.objective import formats_of
@@ -222,16 +223,12 @@ def run(typed: argparse.Namespace) -> int:
         read.append(KeptTeacher([StateFiles(path, sources) for path in states], config.distillation, sources,
                                 config.model.vocab_size))
 
-    def before(view: GateView) -> None:
-        measure_heldout(view, sources, read[0])
-
     def after(view: GateView) -> dict[str, Any]:
-        return {"teacher": read[0].teacher,
-                "heldout_divergence": measure_heldout(view, sources, read[0])}
+        return measure_teacher(view, sources, read[0])
 
     objective = TaughtFactory(made, read)
     run_stage(Stage(config, folder, objective, parsed.start,
-                    args.resume, tuple(sources), before=before, after=after, end_gate=gate,
+                    args.resume, tuple(sources), before=after, after=after, end_gate=gate,
                     faults=parsed.faults, dry_run=args.dry_run, notes=parsed.notes),
               args.nproc, typed.began_s)
     return 0
@@ -322,121 +319,53 @@ def _refuse_views(config: RunConfig, sources: list[Source]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillRoundsOptions(RecipeOptions, TeacherOptions):
-    """On-policy rounds: the student writes, the teacher reads, the student learns."""
-    # arXiv 2306.13649; on one set of GPUs the two take turns, since each is a command of its own
+class DistillRoundsOptions(RecipeOptions):
+    """On-policy distillation in one run (GKD): the student writes, the teacher reads, the student learns."""
+    # a door to `rl run` with policy.method=gkd
 
     start_from: Annotated[Path, Flag("--from", "CHECKPOINT|RUN|HF_DIR")]
     """The student."""
-    prompts: Annotated[tuple[str, ...], Flag(value="DIR")]
-    """Token shards of prompts, which the student answers in every round."""
+    teacher: Annotated[Path, Flag(value="CHECKPOINT|RUN")]
+    """Learn the distributions of this model, which lies beside the student."""
+    prompts: Annotated[Path, Flag(value="FILE|DIR")]
+    """What the student answers: rows with `prompt` or `messages`, as of `rl run`."""
     data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR[:weight]")] = ()
-    """Token shards that are learned from beside the student's answers."""
+    """Token shards that are learned from in the place of the student's answers."""
     share: Annotated[float, Gt(0), Le(1), Flag(value="LAMBDA")] = 1.0
-    """Part of each round's tokens that the student wrote itself; the rest are of --data."""
+    """Probability with which a round is of the student's answers; the others are of --data."""
     output: Annotated[Path, Flag(value="DIR")]
-    """Folder of the rounds; the same command goes on where a killed one was."""
+    """Folder of the run, DIR/run, and its answers, DIR/store; the same command goes on where a killed one
+    was."""
     sampling: StudentSampling = field(default_factory=StudentSampling)
     nproc: AtLeastOne | None = None
-    """Local processes."""
-    rounds: AtLeastOne = 1
-    """How many."""
+    """Local processes (under Slurm or torchrun the environment decides)."""
+    rounds: AtLeastOne | None = None
+    """How many, each of one optimizer step unless rollout.steps_per_round says more (default: one pass over
+    the prompts)."""
 
 def run_rounds(typed: argparse.Namespace) -> int:
-    """Do the rounds that are not complete; returns what the first command gives that is not."""
-    args = read_options(DistillRoundsOptions, typed)
-    return do_rounds(args, lambda argv: run_command(["megatron_sov", *argv],
-                                                    "continue with the same command"))
+    """Do all rounds; returns 0 when the run is complete."""
+    options = rl_options(read_options(DistillRoundsOptions, typed))
+    note_command(["rl", "run", *words_of(options)])  # by which `megatron-sov resume` goes on
+    return run_rl(options, typed.began_s)
 
 
-def do_rounds(args: DistillRoundsOptions, command: Callable[[list[str]], int]) -> int:
-    """Run the commands of all rounds.
-
-    Args:
-        args: the command's.
-        command: runs `megatron-sov ARGV`, and returns its exit code.
-
-    Raises:
-        UserError: the arguments cannot be used.
-    """
-    _check(args)
-    config = request_with_model(args, args.start_from, "distill").config()
-    # another teacher or sampling in the same folder would mix two experiments
-    enter_rounds(args.output, args.output / ASKED, _asked(args), "--output")
-    for done, argv in _commands(args, config):
-        # each command goes on by itself, so a kill costs no complete one
-        if not is_done(done) and (code := command(argv)):
-            return code
-    print(f"{args.output}: {args.rounds} rounds are complete, the student is "
-          f"{args.output / f'round-{args.rounds}' / 'run'}")
-    return ExitCode.OK
-
-
-def _check(args: DistillRoundsOptions) -> None:
-    if under_launcher():
-        raise UserError("distill rounds: starts the processes of each command itself; under torchrun or "
-                        "Slurm run `distill write`, `distill states` and `distill` one after the other")
-    if (args.share < 1) != bool(args.data):
-        raise UserError(f"--share {args.share}: must be less than 1 with --data for the rest and "
-                        f"1 without; --data is {', '.join(args.data) or 'left out'}")
-    if args.data and not sum(data_paths(args.data).values()):
-        raise UserError(f"--data {', '.join(args.data)}: at least one weight must be positive")
-    for path, name in ((args.start_from, "--from "), (args.teacher, "--teacher ")):
-        refuse_missing(path, name)
-    for prompts in data_paths(args.prompts):  # else it would be told behind the teacher's reading of --data
-        for source in read_manifest(prompts, "tokens").content["sources"]:
-            if source["format"] != "prompt":
-                raise UserError(f"--prompts {prompts}: source {source['name']!r} holds data of format "
-                                f"{source['format']!r}; pack prompts with `sov-data pack --format prompt`")
-
-
-def _asked(args: DistillRoundsOptions) -> dict[str, Any]:
-    """Return what decides rounds that are complete, so that others cannot go on behind them; how many there
-    will be, and how they are trained, may change."""
-    def of(paths: dict[str, float]) -> dict[str, float]:
-        # by hash, so that rounds cannot go on with data that were packed again
-        return {read_manifest(named_shards(path)[1], "tokens").sha256 or path: weight
-                for path, weight in paths.items()}
-
-    return {"from": str(args.start_from), "teacher": str(args.teacher),
-            "prompts": of(data_paths(args.prompts)), "data": of(data_paths(args.data)), "share": args.share,
-            **{name: getattr(args.sampling, name) for name in (
-                "max_new_tokens", "temperature", "top_p", "seed")}, "states_dtype": args.states_dtype}
-
-
-def _commands(args: DistillRoundsOptions, config: RunConfig) -> Iterator[tuple[Path, list[str]]]:
-    """Yield what exists when a command is complete, and the command, in order."""
-    asked = config.distillation
-    of_data, shares = args.output / "data.states", data_paths(args.data)
-    total = sum(shares.values())
-    # weights of --data together are what the student's own answers leave
-    data = [f"{path}:{(1 - args.share) * share / total:.9g}" for path, share in shares.items()]
-    if data:
-        yield of_data / MANIFEST, ["distill", "states", *words_of(DistillStatesOptions(
-            teacher=args.teacher, data=tuple(shares), output=of_data, dtype=args.states_dtype,
-            top_k=asked.top_k, temperature=asked.temperature, other_tokenizer=asked.other_tokenizer,
-            settings=args.teacher_settings, plugins=args.plugins, redo=True, nproc=args.nproc))]
-    student = args.start_from
-    for number in range(1, args.rounds + 1):
-        folder = args.output / f"round-{number}"
-        answers, trained = folder / "answers", folder / "run"
-        yield answers / MANIFEST, ["distill", "write", *words_of(DistillWriteOptions(
-            student=student, prompts=args.prompts, output=answers,
-            # a new seed each round, or an unchanged student would write the same answers
-            sampling=replace(args.sampling, seed=args.sampling.seed + number),
-            settings=tuple(layout_settings(config)), plugins=args.plugins, redo=True, nproc=args.nproc))]
-        # or every round would learn from the same part of --data
-        seed = f"train.seed={config.train.seed + number - 1}"
-        of_answers = answers.with_name(f"{answers.name}.states")
-        yield trained / COMPLETION, ["distill", *words_of(DistillOptions(
-            recipe=args.recipe, configs=args.configs, plugins=args.plugins, settings=(*args.settings, seed),
-            start_from=student, teacher=args.teacher, teacher_settings=args.teacher_settings,
-            data=(*data, f"{answers}:{args.share:.9g}"),
-            states=(of_data, of_answers) if data else (of_answers,), states_dtype=args.states_dtype,
-            # resume: a killed command may have begun this run
-            run=trained, resume=True, nproc=args.nproc))]
-        # the run, and not a checkpoint: its newest one is the next round's student
-        student = trained
+def rl_options(args: DistillRoundsOptions) -> RlRunOptions:
+    """Return what `rl run` is asked for."""
+    sampling = args.sampling
+    length = [f"rollout.rounds={args.rounds}"] if args.rounds else []
+    if not any(setting.partition("=")[0] in LENGTHS for setting in (*length, *args.settings)):
+        length = ["train.epochs=1"]
+    settings = ("objective.name=policy", "policy.method=gkd", f"policy.on_policy_share={args.share}",
+                "rollout.samples_per_prompt=1", f"rollout.max_new_tokens={sampling.max_new_tokens}",
+                f"rollout.temperature={sampling.temperature}", f"rollout.top_p={sampling.top_p}",
+                f"rollout.seed={sampling.seed}", *length)
+    return RlRunOptions(
+        recipe=args.recipe, configs=args.configs, plugins=args.plugins,
+        # what is typed goes before
+        settings=(*settings, *args.settings), start_from=args.start_from, teacher=(str(args.teacher),),
+        prompts=args.prompts, data=args.data, reward=NO_REWARD, store=args.output / "store",
+        run=args.output / "run", resume=True, nproc=args.nproc)
 
 
 ROUNDS = command_of(DistillRoundsOptions, run_rounds)

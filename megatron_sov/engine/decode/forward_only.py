@@ -135,9 +135,9 @@ Outputs = Callable[[list[torch.Tensor], Head, Any], Any]
 """(hidden states per depth, head, micro-batch) -> anything; called on the last pipeline stage."""
 
 
-def split_depths(hidden: torch.Tensor, num_mtp_layers: int) -> list[torch.Tensor]:
+def split_depths(hidden: torch.Tensor, num_predictions: int) -> list[torch.Tensor]:
     """Return the trunk's hidden states and those of each multi-token prediction depth."""
-    return list(hidden.chunk(1 + num_mtp_layers, dim=0))
+    return list(hidden.chunk(1 + num_predictions, dim=0))
 
 
 class ForwardModel:
@@ -146,7 +146,7 @@ class ForwardModel:
     def __init__(self, model: LanguageModel, head_chunk_tokens: int) -> None:
         self.model = model
         self.config = model.config
-        self._depths = model.config.mtp_num_layers or 0
+        self._depths = model.architecture.num_predictions
         self.head_chunk_tokens = head_chunk_tokens
 
     @torch.no_grad()

@@ -267,6 +267,7 @@ def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention]]:
     and puts back what was there before."""
     config, architecture = model.config, model.architecture
     kinds = architecture.layer_types() + [architecture.mtp_layer_type()] * architecture.num_mtp_layers
+    windows = [*architecture.windows(), architecture.mtp_window()]
     found = [m for chunk in model.chunks for m in chunk.modules() if isinstance(m, Attention)]
     replaced = [(m, m.core_attention) for m in found]
     # the fused kernel wants positions on the GPU and starts each sequence at 0
@@ -276,7 +277,7 @@ def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention]]:
             kind = kinds[module.layer_number - 1]
             sinks = partial(getattr, module.core_attention, "softmax_offset")
             module.core_attention = CachedAttention(size, softmax_scale(architecture, kind),
-                                                    architecture.window_tokens(kind),
+                                                    windows[module.layer_number - 1],
                                                     kernel_of(architecture.attention_softcap),
                                                     sinks if architecture.attention_sinks else None)
         yield [m.core_attention for m in found]

@@ -33,7 +33,7 @@ from megatron_sov.engine.model.gpu_settings import mend_extra_state
 from megatron_sov.engine.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.engine.model.rotary import rotate_by, rotate_by_token
 from megatron_sov.engine.model.specs import (
-    block_norm, layer_specs, mtp_layer_spec, transformer_config, uses_transformer_engine)
+    block_norm, bound_gates, layer_specs, mtp_layer_spec, transformer_config, uses_transformer_engine)
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import local_device, on_gpu
 from megatron_sov.engine.router import BalancedRouter
@@ -118,18 +118,37 @@ class PredictionLayer(LibraryPredictionLayer):
 
     The library moves tokens ahead in a loop over documents, and under context parallelism cuts each
     document for itself, and tells experts nothing of padding.
+
+    Applied several times (`ModelConfig.mtp_depths`), it gives the states of all depths one behind the other.
+    Recomputation then repeats all of them at once: gradients of a weight arrive once in a pass, as the
+    wrapper for data parallelism expects.
     """
 
     def _get_embeddings(self, input_ids: torch.Tensor, position_ids: torch.Tensor,
                         embedding: Callable[..., torch.Tensor], hidden_states: torch.Tensor,
                         packed_seq_params: PackedDocuments | None = None,
                         padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
-        """Return the whole row's tokens [tokens] moved one place further, and the local ones' embedding."""
+        """Return the whole row's tokens [tokens] moved a place further for each depth, and the local ones'
+        embeddings, one depth behind the other."""
         assert packed_seq_params is not None
-        ahead = next_tokens(input_ids, packed_seq_params.bounds)
-        embedded = embedding(input_ids=context.local(ahead)[None], position_ids=position_ids)
+        ahead, embedded = input_ids, []
+        for _ in range(self.config.mtp_depths):
+            ahead = next_tokens(ahead, packed_seq_params.bounds)
+            embedded.append(embedding(input_ids=context.local(ahead)[None], position_ids=position_ids))
         states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
-        return self.embeddings(ahead, position_ids, padding_mask, embedded, states)
+        together = embedded[0] if len(embedded) == 1 else torch.cat(embedded)
+        return self.embeddings(ahead, position_ids, padding_mask, together, states)
+
+    def _proj_and_transformer_layer(self, hidden_states: torch.Tensor, decoder_input: torch.Tensor,
+                                    **kwargs: Any) -> torch.Tensor:
+        """Apply the layer to as many depths as there are embeddings of, each to the states of the one
+        before."""
+        found = []
+        for embedded in decoder_input.chunk(len(decoder_input) // len(hidden_states)):
+            hidden_states = super()._proj_and_transformer_layer(
+                hidden_states=hidden_states, decoder_input=embedded, **kwargs)
+            found.append(hidden_states)
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def transform(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor,
                   packed: PackedSpans) -> torch.Tensor:
@@ -466,6 +485,7 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
             chunk.encoders.overlapped = parallel.overlap_grad_reduce or parallel.overlap_param_gather
         with made_here():
             chunk.adapters = Adapters(chunk, model, lora) if lora.on else None
+        bound_gates(chunk, model)
     return LanguageModel(chunks, model, lora, encoder_training)
 
 

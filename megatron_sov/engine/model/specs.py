@@ -203,19 +203,19 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     if model.num_moe_layers():
         settings |= _moe_settings(model, te) | expert_settings(gpu, here)
         settings["moe_router_dtype"] = "fp64" if dtype == torch.float64 else "fp32"
-    if te:  # elsewhere models are only looked at, as `plan` does: training has been refused
-        settings |= library_settings(train)
+    # elsewhere models are only looked at, as `plan` does: training has been refused
+    settings |= library_settings(train) if te else {}
     config = _library_config(model, settings)
     if te and train.fp8 != "none":
         keep_ends_in_bf16(config, train)
-    _per_layer_lists(config, model)
-    _yarn(config, model, parallel)
+    _per_layer_lists(config, model, parallel)
     if model.yarn is not None or model.attention_multiplier is not None:
         config.softmax_scale = softmax_scale(model, "sliding_attention")
-    config.own_attention = own_attention_serves(here, gpu.attention, train.deterministic)
-    config.exchanges_heads = exchanges_heads(here, gpu.attention)
+    config.own_attention, config.exchanges_heads = (
+        own_attention_serves(here, gpu.attention, train.deterministic), exchanges_heads(here, gpu.attention))
     config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
-    config.logits_multiplier, config.zero_centered_norms = model.logits_multiplier, model.zero_centered_norms
+    config.logits_multiplier, config.mtp_depths, config.zero_centered_norms = (
+        model.logits_multiplier, model.mtp_depths, model.zero_centered_norms)
     return config
 
 
@@ -273,9 +273,9 @@ def _pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[
     return runs
 
 
-def _per_layer_lists(config: Any, model: ModelConfig) -> None:
+def _per_layer_lists(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
     """Spell out per layer what slides and what rotates, with one entry more for the
-    multi-token prediction layer.
+    multi-token prediction layer, and how rotations are scaled.
 
     The library looks both up by layer number, and that layer's number is num_layers + 1; its own validation
     allows only num_layers entries, so the lists are set after it.
@@ -285,6 +285,7 @@ def _per_layer_lists(config: Any, model: ModelConfig) -> None:
         config.window_attn_skip_freq = [int(k == "sliding_attention") for k in kinds]
     if not model.rope_on_global:
         config.no_rope_freq = [int(k == "full_attention") for k in kinds]
+    _yarn(config, model, parallel)
 
 
 def _yarn(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -309,8 +310,8 @@ def layer_specs(config: Any, model: ModelConfig) -> list[Any]:
 
     specs = _own_copies(get_gpt_decoder_layer_specs(config,
                                                     uses_transformer_engine(config.params_dtype), "RMSNorm"))
-    return [_finish_spec(config, spec, kind, model)
-            for spec, kind in zip(specs, model.layer_types(), strict=True)]
+    return [_finish_spec(config, spec, kind, window, model)
+            for spec, kind, window in zip(specs, model.layer_types(), model.windows(), strict=True)]
 
 
 def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
@@ -329,7 +330,8 @@ def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
         spec = get_gpt_layer_local_spec(
             qk_layernorm=config.qk_layernorm, multi_latent_attention=config.multi_latent_attention,
             normalization="RMSNorm")
-    spec = lanes.numbered_behind_trunk(_finish_spec(config, spec, model.mtp_layer_type(), model))
+    spec = lanes.numbered_behind_trunk(_finish_spec(config, spec, model.mtp_layer_type(),
+                                                    model.mtp_window(), model))
     spec.module = _told_of_padding(spec.module)
     return spec
 
@@ -355,7 +357,7 @@ def _own_copies(specs: list[Any]) -> list[Any]:
     return [copy.deepcopy(spec) for spec in specs]
 
 
-def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
+def _finish_spec(config: Any, spec: Any, kind: str, window: int, model: ModelConfig) -> Any:
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -372,11 +374,13 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
         elif model.attention_sinks:
             module = SinkAttention
         attention.core_attention = ModuleSpec(module=module, params={
-            "window_tokens": model.window_tokens(kind), "softcap": model.attention_softcap})
+            "window_tokens": window, "softcap": model.attention_softcap})
     if uses_transformer_engine(config.params_dtype) and (config.exchanges_heads or not config.own_attention):
         from transformer_engine.pytorch.attention.dot_product_attention import utils
 
         keep_attention_decisions(utils)
+    if window not in (0, model.sliding_window_tokens) and not config.own_attention:
+        attention.core_attention = _with_window(attention.core_attention, window)
     if latent:
         latent_specs(spec)
     # the library computes another one for latent attention
@@ -435,6 +439,22 @@ def _with_scale(core_attention: Any, scale: float) -> Any:
     return ModuleSpec(module=OwnScale, params=getattr(core_attention, "params", {}))
 
 
+def _with_window(core_attention: Any, window: int) -> Any:
+    """Return the spec of the library's core attention with a window of its own, in tokens, where the library
+    knows one for all layers that slide.  Never run on a GPU here."""
+    import copy
+
+    from megatron.core.transformer.spec_utils import ModuleSpec, get_module
+
+    class OwnWindow(get_module(core_attention)):  # type: ignore[misc]
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            own = copy.copy(config)
+            own.window_size = (window - 1, 0)
+            super().__init__(own, *args, **kwargs)
+
+    return ModuleSpec(module=OwnWindow, params=getattr(core_attention, "params", {}))
+
+
 def _place_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
     """Have a layer normalise where the model does, and rotate and add to the residual what it does."""
     from megatron.core.transformer.identity_op import IdentityOp
@@ -480,3 +500,28 @@ def block_norm(config: Any) -> Any:
 
         return TENorm
     return ZeroCenteredNorm if config.zero_centered_norms else LocalSpecProvider().layer_norm(rms_norm=True)
+
+
+# A bound on what goes into the gate, layer by layer: the library has one for all layers, and forgets it where
+# shared experts are computed beside the exchange of tokens.
+
+
+def bound_gates(chunk: Any, model: ModelConfig) -> None:
+    """Have the layers with a bound (`ModelConfig.swiglu_limits`) keep gate and up projections within it,
+    those of experts included; called when adapters, which are bounded with them, are in their places."""
+    limits = model.limits()
+    for layer in chunk.decoder.layers:
+        limit = limits[layer.layer_number - 1]
+        for name, module in layer.mlp.named_modules() if limit else ():
+            if name.endswith("linear_fc1"):
+                module.register_forward_hook(_bounded(limit))
+
+
+def _bounded(limit: float) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """Return the hook of a linear whose outputs are a gate and, behind it, what is multiplied with it."""
+    def hook(module: Any, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor | None]
+             ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        gate, up = outputs[0].chunk(2, dim=-1)
+        return torch.cat([gate.clamp(max=limit), up.clamp(-limit, limit)], dim=-1), outputs[1]
+
+    return hook

@@ -9,13 +9,16 @@ what is told.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -30,6 +33,7 @@ from megatron_sov.model.config import ParallelConfig
 Result = TypeVar("Result")
 STACK_BYTES = 4 << 20
 """Of a thread: the default of 8 MiB, times a thousand, is refused where memory is counted strictly."""
+_RANDOM_STATES = ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED")
 TOLD_WAITING = 6
 """Processes that a message about a standstill names."""
 
@@ -94,12 +98,12 @@ class SimulatedRanks:
         """Told of each call of a process."""
         self.calls: dict[tuple[str, int], _Call] = {}
         self.mail: dict[tuple[str, int, int, int], deque[list[torch.Tensor]]] = {}
-        self._turns = [threading.Semaphore(0) for _ in range(size)]
+        self._turns = [_taken() for _ in range(size)]
         self._ready: deque[int] = deque(range(size))
         self._waiting: dict[int, str] = {}
-        self._own: list[dict[tuple[Any, str], Any]] = []
+        self._own: list[Sequence[Any]] = []
         self._num_left = size
-        self._is_over = threading.Semaphore(0)
+        self._is_over = _taken()
         self._failure: BaseException | None = None
 
     def run(self, parallel: ParallelConfig, body: Callable[[ParallelWorld], Result]) -> list[Result]:
@@ -115,7 +119,7 @@ class SimulatedRanks:
         pass_over_warnings()
         found: list[Any] = [None] * self.size
         before = _own_of_process()
-        self._own = [before | _own_at_first() for _ in range(self.size)]
+        self._own = [_own_at_first(before) for _ in range(self.size)]
 
         def play(rank: int) -> None:
             self._turns[rank].acquire()
@@ -129,27 +133,51 @@ class SimulatedRanks:
                 self._num_left -= 1
                 self._pass_on()
 
-        threading.stack_size(STACK_BYTES)
-        try:
-            threads = [threading.Thread(target=play, args=(rank,), daemon=True)
-                       for rank in range(self.size if self.size > 1 else 0)]
-            for thread in threads:
-                thread.start()
-        finally:
-            threading.stack_size(0)
-        self._pass_on()
-        if self.size == 1:
-            play(0)  # nobody takes turns with it, and Ctrl-C reaches it at once
-        try:
+        with self._signals_wait():
+            threading.stack_size(STACK_BYTES)
+            try:
+                threads = [threading.Thread(target=play, args=(rank,), daemon=True)
+                           for rank in range(self.size if self.size > 1 else 0)]
+                for thread in threads:
+                    thread.start()
+            finally:
+                threading.stack_size(0)
+            self._pass_on()
+            if self.size == 1:
+                play(0)  # nobody takes turns with it
             self._is_over.acquire()
-        except KeyboardInterrupt as e:
-            # at their next message: a thread that still computes when the interpreter ends aborts it
-            self._failure = self._failure or e
-            self._is_over.acquire()
-        _take_on(before)
+            _take_on(before)
         if self._failure is not None:
             raise self._failure
         return found
+
+    @contextlib.contextmanager
+    def _signals_wait(self) -> Iterator[None]:
+        """Have Ctrl-C and SIGTERM end all threads at their next message, and do what they do behind that.
+
+        A thread that computes when the interpreter ends aborts it, and an exception that came between a turn
+        taken and a turn given would leave nobody with it, and all waiting.
+        """
+        came: list[int] = []
+
+        def end(number: int, frame: FrameType | None) -> None:
+            came.append(number)
+            self._failure = self._failure or KeyboardInterrupt()
+
+        # one process computes in this thread, where an exception ends it; other threads get no signals
+        waits = self.size > 1 and threading.current_thread() is threading.main_thread()
+        numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM) if waits else ()
+        before = {number: signal.getsignal(number) for number in numbers}
+        told = {number: handler for number, handler in before.items() if callable(handler)}
+        for number in told:
+            signal.signal(number, end)
+        try:
+            yield
+        finally:
+            for number, handler in told.items():
+                signal.signal(number, handler)
+        for number in came[:1]:
+            told[number](number, None)
 
     def wait(self, rank: int, holds: Callable[[], bool], what: str) -> None:
         """Let others work until something holds."""
@@ -257,7 +285,7 @@ class SimulatedGroup(_ProcessGroup):
                      f"{kind} over {self._key} at {site.where}")
 
     def _site(self, kind: str) -> CallSite:
-        site = CallSite(kind, self._description, _where())
+        site = _site(kind, self._description)
         self._ranks.sites[site] = self._ranks.sites.get(site, 0) + 1
         if self._ranks.watch is not None:
             self._ranks.watch(self._rank, site)
@@ -458,39 +486,45 @@ def _enter(ranks: SimulatedRanks, rank: int, parallel: ParallelConfig) -> Parall
     return own_place(rank, ranks.size)
 
 
-def _own_places() -> Iterator[tuple[Any, str]]:
-    """Yield what each process has of its own among the variables of modules: (module or class, name)."""
+@functools.cache
+def _own_places() -> tuple[tuple[Any, str], ...]:
+    """Return what each process has of its own among the variables of modules: (module or class, name)."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-    for name, value in vars(parallel_state).items():
-        # its groups, ranks and buffers
-        if name.startswith("_") and not name.startswith("__") and not callable(value):
-            yield parallel_state, name
-    for name in ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED"):
-        if hasattr(random, name):
-            yield random, name
-    yield MTPLossLoggingHelper, "tracker"
-    yield distributed_c10d, "_world"
+    # its groups, ranks and buffers
+    groups = [(parallel_state, name) for name, value in vars(parallel_state).items()
+              if name.startswith("_") and not name.startswith("__") and not callable(value)]
+    states = [(random, name) for name in _RANDOM_STATES if hasattr(random, name)]
+    return *groups, *states, (MTPLossLoggingHelper, "tracker"), (distributed_c10d, "_world")
 
 
-def _own_at_first() -> dict[tuple[Any, str], Any]:
-    """Return what a process makes for itself when it begins: what this one has made before is not shared."""
+def _own_at_first(before: Sequence[Any]) -> Sequence[Any]:
+    """Return what a process begins with: what it makes for itself, and this one has made before, is not
+    shared."""
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-    return {(random, "_CUDA_RNG_STATE_TRACKER"): None, (random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED"): False,
-            (MTPLossLoggingHelper, "tracker"): {}}
+    made: dict[tuple[Any, str], Any] = {(random, _RANDOM_STATES[0]): None, (random, _RANDOM_STATES[1]): False,
+                                        (MTPLossLoggingHelper, "tracker"): {}}
+    return [made.get(place, value) for place, value in zip(_own_places(), before, strict=True)]
 
 
-def _own_of_process() -> dict[tuple[Any, str], Any]:
-    return {(owner, name): getattr(owner, name) for owner, name in _own_places()}
+def _own_of_process() -> Sequence[Any]:
+    return [getattr(owner, name) for owner, name in _own_places()]
 
 
-def _take_on(own: Mapping[tuple[Any, str], Any]) -> None:
-    for (owner, name), value in own.items():
+def _take_on(own: Sequence[Any]) -> None:
+    for (owner, name), value in zip(_own_places(), own, strict=True):
         setattr(owner, name, value)
+
+
+def _taken() -> Any:
+    """Return a lock that somebody has: a turn, which is given by its release."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
 
 
 def _plain(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -509,12 +543,21 @@ def _reduction(opts: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     return known[kind]
 
 
-def _where() -> str:
+def _site(kind: str, group: str) -> CallSite:
     """Return the innermost place of the library or the project that sends the message."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        file = frame.f_code.co_filename
-        if "/megatron" in file and file != __file__ and not file.endswith("/parallel/collectives.py"):
-            return f"{Path(file).name}:{frame.f_lineno} ({frame.f_code.co_name})"
+        if _sends(frame.f_code.co_filename):
+            return _site_at(kind, group, frame.f_code, frame.f_lineno)
         frame = frame.f_back
-    return "outside of the library"
+    return CallSite(kind, group, "outside of the library")
+
+
+@functools.cache
+def _sends(file: str) -> bool:
+    return "/megatron" in file and file != __file__ and not file.endswith("/parallel/collectives.py")
+
+
+@functools.cache
+def _site_at(kind: str, group: str, code: CodeType, line: int) -> CallSite:
+    return CallSite(kind, group, f"{Path(code.co_filename).name}:{line} ({code.co_name})")

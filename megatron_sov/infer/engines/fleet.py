@@ -1,8 +1,8 @@
 """Engine servers that share one queue of requests.
 
-A request is given to whoever has room for its answers.  A server that dies loses what it had under way, which
-goes back to the head of the queue; it is started again, has the newest weights, and takes part anew.  Weights
-change on all of them while what is under way stands still.
+A request is given to whoever has most room for its answers.  A server that dies loses what it had under way,
+which goes back to the head of the queue; it is started again, has the newest weights, and takes part anew.
+Weights change on all of them while what is under way stands still.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
 from typing import Protocol
 
 from megatron_sov.base.errors import UserError, warn
@@ -129,13 +130,20 @@ class _Member:
         self.under_way: dict[str, _Task] = {}
         self.num_starts = 0
         """Since its last answer."""
+        self.num_resting = 0
+        """Requests that it has just refused: it is given nothing more for a moment."""
         self.changing = threading.Lock()
         """Held while weights are changed, or the server is started."""
 
-    def has_room(self, task: _Task, answers: int) -> bool:
-        """Return whether a task fits beside what is under way, into so many answers."""
-        asked = sum(task.request.count for task in self.under_way.values())
-        return not asked or asked + task.request.count <= answers
+    @property
+    def num_asked(self) -> int:
+        """Answers under way."""
+        return sum(task.request.count for task in self.under_way.values())
+
+    def takes(self, task: _Task, answers: int) -> bool:
+        """Return whether a task can be given to it, where it writes so many answers at a time."""
+        return (self.server is not None and not self.num_resting
+                and (not self.under_way or self.num_asked + task.request.count <= answers))
 
 
 class Fleet:
@@ -157,8 +165,10 @@ class Fleet:
         self.requests, self._vocab_size, self._restarts = requests, vocab_size, restarts
         self._look_s, self._backoff_s = look_s, backoff_s
         self._waiting: deque[_Task] = deque()
-        lock = threading.RLock()
-        self._changed, self._has_work = threading.Condition(lock), threading.Condition(lock)
+        self._changed = threading.Condition(threading.RLock())
+        self._given: SimpleQueue[tuple[_Member, _Task] | None] = SimpleQueue()
+        self._num_idle = 0
+        """Threads that wait for what is given, without those that something lies there for."""
         self._held: HeldFiles | None = None
         self._is_over, self._is_paused = False, False
         self._failure: BaseException | None = None
@@ -167,8 +177,6 @@ class Fleet:
     def __enter__(self) -> Fleet:
         for member in self._members:
             self._begin(partial(self._watch, member))
-            for _ in range(self.requests):
-                self._begin(partial(self._serve, member))
         try:
             # one is enough to begin with; the others join when they are there
             self._wait_for(lambda: any(member.server is not None for member in self._members))
@@ -189,6 +197,8 @@ class Fleet:
             self._changed.notify_all()
         for task in left:
             _settle(task, RuntimeError(ENDED))
+        for _ in self._threads:
+            self._given.put(None)
         with ThreadPoolExecutor(len(self._members)) as pool:
             list(pool.map(lambda member: member.keeper.end(), self._members))
         # threads whose server is somebody else's end with their answer, and hold nothing up
@@ -214,7 +224,7 @@ class Fleet:
         with self._changed:
             self._check()
             self._waiting.append(task)
-            self._has_work.notify()
+            self._give()
         return task.future
 
     def abort(self, names: Sequence[str]) -> None:
@@ -257,7 +267,7 @@ class Fleet:
         finally:
             with self._changed:
                 self._is_paused = False
-                self._has_work.notify_all()
+                self._give()
         self._wait_for(lambda: any(m.server is not None and m.version == version for m in self._members))
 
     def score(self, ids: Sequence[int]) -> list[list[float]]:
@@ -343,6 +353,7 @@ class Fleet:
             with self._changed:
                 member.server = server
                 self._changed.notify_all()
+                self._give()
 
     def _lose(self, member: _Member, why: str) -> None:
         """Take a server for dead, and what it had under way back."""
@@ -375,39 +386,47 @@ class Fleet:
                             "docs/rl.md says, or none") from None
         member.version = held.version
 
-    def _serve(self, member: _Member) -> None:
-        """Ask a server one thing after the other."""
-        while (task := self._next(member)) is not None:
-            server = member.server
-            try:
-                if server is None:
-                    raise BadAnswer("it is gone", is_away=True)
-                answers = server.write(task.request)
-            except NeverAnswered as e:
-                self._answer(member, task, UserError(f"the engine refuses a request: {e}"))
-            except (BadAnswer, TimeoutError) as e:
-                self._take_back(member, task, e)
+    def _give(self) -> None:
+        """Give what waits to the servers that have room for it; the lock is held."""
+        while self._waiting and not (self._is_paused or self._is_over or self._failure):
+            task = self._waiting[0]
+            free = [member for member in self._members if member.takes(task, self.requests)]
+            if not free:
+                return
+            member = min(free, key=lambda member: member.num_asked)
+            self._waiting.popleft()
+            member.under_way[task.request.name] = task
+            self._given.put((member, task))
+            # as many threads as requests were ever under way: each waits for one answer
+            if self._num_idle:
+                self._num_idle -= 1
             else:
-                member.num_starts = 0
-                self._answer(member, task, answers)
+                self._begin(self._serve)
 
-    def _next(self, member: _Member) -> _Task | None:
-        with self._changed:
-            while not self._is_over and self._failure is None:
-                if (self._waiting and member.server is not None and not self._is_paused
-                        and member.has_room(self._waiting[0], self.requests)):
-                    task = self._waiting.popleft()
-                    member.under_way[task.request.name] = task
-                    return task
-                # who is woken may have no server or no room, so that others look by themselves too
-                self._has_work.wait(self._look_s)
-        return None
+    def _serve(self) -> None:
+        """Ask one thing after the other, of whichever server it is given to."""
+        while (given := self._given.get()) is not None:
+            self._ask(*given)
+
+    def _ask(self, member: _Member, task: _Task) -> None:
+        server = member.server
+        try:
+            if server is None:
+                raise BadAnswer("it is gone", is_away=True)
+            answers = server.write(task.request)
+        except NeverAnswered as e:
+            self._answer(member, task, UserError(f"the engine refuses a request: {e}"))
+        except (BadAnswer, TimeoutError) as e:
+            self._take_back(member, task, e)
+        else:
+            member.num_starts = 0
+            self._answer(member, task, answers)
 
     def _answer(self, member: _Member, task: _Task, answers: list[TokenAnswer] | Exception) -> None:
         with self._changed:
             member.under_way.pop(task.request.name, None)
-            # this thread takes one of them, and there may be room for more
-            self._has_work.notify(min(task.request.count - 1, len(self._waiting)))
+            self._num_idle += 1
+            self._give()
         _settle(task, answers)
 
     def _take_back(self, member: _Member, task: _Task, why: Exception) -> None:
@@ -416,20 +435,26 @@ class Fleet:
             member.under_way.pop(task.request.name, None)
             is_wanted = not (self._is_over or task.is_aborted or task.attempts >= ATTEMPTS
                              or self._failure is not None)
+            member.num_resting += 1
             if is_wanted:
                 # others have waited less long than this one
                 self._waiting.appendleft(task)
-                self._has_work.notify()
-        if is_wanted:
-            # a server that refuses at once must not empty the queue against itself
-            time.sleep(self._look_s)
-        elif task.is_aborted:
-            _settle(task, _nothing(task))
-        elif self._is_over:
-            _settle(task, RuntimeError(ENDED))
-        else:
-            _settle(task, self._failure or UserError(f"{ATTEMPTS} attempts at one request have failed; the "
-                                                     f"last one: {why}"))
+                self._give()
+        if not is_wanted:
+            _settle(task, _nothing(task) if task.is_aborted else self._why_not(why))
+        # a server that refuses at once must not empty the queue against itself
+        time.sleep(self._look_s)
+        with self._changed:
+            member.num_resting -= 1
+            self._num_idle += 1
+            self._give()
+
+    def _why_not(self, why: Exception) -> BaseException:
+        """Return why a request is given up, after its last attempt."""
+        if self._is_over:
+            return RuntimeError(ENDED)
+        return self._failure or UserError(f"{ATTEMPTS} attempts at one request have failed; the last one: "
+                                          f"{why}")
 
 
 def _nothing(task: _Task) -> list[TokenAnswer]:

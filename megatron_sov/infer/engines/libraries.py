@@ -7,11 +7,13 @@ parameters, so writing into a result writes into the model.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -43,9 +45,23 @@ def load_hf(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refuse_damaged_export(folder)
     model: Any = load_pretrained(AutoModelForCausalLM, folder, left_out=tensors_left_out(folder), dtype=dtype)
+    _refuse_ignored_fields(folder, model)
     # the folder's own defaults would answer for what a caller left open
     model.generation_config = GenerationConfig()
     return model.eval().to(device)
+
+
+def _refuse_ignored_fields(folder: Path, model: Any) -> None:
+    """Raise `UserError` where transformers' class reads no bounds or windows of single layers, and the folder
+    has some: it would compute another model, and say nothing (K-EXAONE 2.0 before transformers' #47802)."""
+    said = {"swiglu_limits": any(getattr(model.config, "swiglu_limits", None) or []),
+            "sliding_windows": len({*(getattr(model.config, "sliding_windows", None) or [])} - {0, None}) > 1}
+    source = inspect.getsource(inspect.getmodule(type(model)) or type(model))
+    ignored = [name for name, tells in said.items() if tells and name not in source]
+    if ignored:
+        raise UserError(f"{folder}: transformers {transformers.__version__} does not read "
+                        f"{' and '.join(ignored)} of config.json, and would compute another model; use "
+                        "--engine megatron or vllm")
 
 
 class HfEngine:

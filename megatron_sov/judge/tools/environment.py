@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 
 from megatron_sov.base.errors import UserError, first_line
 from megatron_sov.base.settings import AtLeastOne
+from megatron_sov.chat.tool_calls import ServedTurn
 from megatron_sov.judge.rewards.reward import Score
 
 if TYPE_CHECKING:
@@ -311,6 +312,30 @@ class Environment(Protocol):
 
     def restore(self, state: Any) -> None:
         """Go on from a state that `snapshot` gave, in this process or another one."""
+        ...
+
+
+@dataclass(frozen=True)
+class TurnReply:
+    """What an environment that holds a conversation says behind a turn of the model."""
+
+    results: tuple[str, ...] = ()
+    """Of the turn's calls, in order; none of them where the episode is over."""
+    user: str | None = None
+    """What a user says behind them."""
+    is_over: bool = False
+    """Whether the model is asked for no more."""
+
+
+class Conversing(Environment, Protocol):
+    """An environment that is told whole turns and not calls one by one, and whose user may answer."""
+
+    def reply(self, turn: ServedTurn) -> TurnReply:
+        """Return what is said behind a turn of the model.
+
+        Raises:
+            ToolFault: the episode cannot go on: it has no reward.
+        """
         ...
 
 

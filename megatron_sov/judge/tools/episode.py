@@ -18,9 +18,10 @@ from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.chat.marks import CallForm, with_opening
-from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
+from megatron_sov.chat.tool_calls import BadCall, ServedTurn, ToolCall, WrittenTurn, parse_turn, whole_turn
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.tools.environment import INFRASTRUCTURE, EpisodeLimits, Observation, Task, cut
+from megatron_sov.judge.tools.environment import (
+    INFRASTRUCTURE, EpisodeLimits, InfrastructureFault, Observation, Task, cut)
 from megatron_sov.judge.tools.host import CallResult, EnvironmentHost, Opening
 from megatron_sov.work.progress.journal import Journal
 
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 ENDS = ("answered", "turns", "tokens", "unended", "infrastructure")
-"""How an episode ends: with an answer; at the limit of turns or of tokens; in a turn that the model did not
-end within the limit of tokens; by the fault of what tools run on."""
+"""How an episode ends: with an answer, or where an environment that converses ends it; at the limit of turns
+or of tokens; in a turn that the model did not end within the limit of tokens; by the fault of what tools run
+on."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,16 @@ class EpisodeTurn:
     """That an endpoint says it read for this turn: all before it."""
     wrote_tokens: int = 0
     """That it says it wrote."""
+    reply: str | None = None
+    """What a user of the environment says behind it; None: nothing."""
 
     def parse(self, tools: Sequence[dict[str, Any]]) -> WrittenTurn:
         """Return what it says and calls; `tools`: that could be called."""
         return parse_turn(self.whole_text, form=self.form, tools=tools)
+
+    def served(self, tools: Sequence[dict[str, Any]]) -> ServedTurn:
+        """Return it as a server would give it to a client; raises nothing: a malformed call is text."""
+        return whole_turn(self.whole_text, False, tools, self.form)
 
     @property
     def whole_text(self) -> str:
@@ -206,7 +214,8 @@ def take_turn(episode: Episode, written: GeneratedTurn, host: EnvironmentHost, e
     turn = with_calls(turn, episode, host, limits)
     if turn.end:
         return turn
-    behind = encoder.behind_turn([call["text"] for call in turn.calls], [call["name"] for call in turn.calls])
+    behind = encoder.behind_turn([call["text"] for call in turn.calls], [call["name"] for call in turn.calls],
+                                 turn.reply)
     # a token at least has to be left for the model
     if len(behind) >= left:
         return replace(turn, end="tokens")
@@ -223,6 +232,8 @@ def with_calls(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
         host: of the episode's environment, whose state changes.
         limits: of the episode.
     """
+    if host.converses:
+        return _with_reply(turn, episode, host, limits)
     found = turn.parse(episode.opening.tools).calls
     # no call is an answer, which ends the episode
     if not found:
@@ -234,6 +245,26 @@ def with_calls(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
     turn = replace(turn, calls=calls, state=host.state)
     if any(result.fault == INFRASTRUCTURE for _, result in made):
         return replace(turn, end="infrastructure")
+    return replace(turn, end="turns") if len(episode.turns) + 1 >= limits.max_turns else turn
+
+
+def _with_reply(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
+                limits: EpisodeLimits) -> EpisodeTurn:
+    """Return a turn with what an environment that is told all of it says behind it; as `with_calls`."""
+    said = turn.served(episode.opening.tools)
+    try:
+        heard = host.reply(said)
+    except InfrastructureFault as e:
+        text, is_cut = cut(f"error: {e.reason}", limits.max_tool_chars)
+        lost = {"name": "", "arguments": {}, "text": text, "fault": e.code, "is_cut": is_cut}
+        return replace(turn, calls=[lost], end="infrastructure")
+    # an episode that is over behind a call shows no result of it
+    results = heard.results or (CallResult(""),) * len(said.calls)
+    calls = [{**asdict(call), "text": result.text, "fault": result.fault, "is_cut": result.is_cut}
+             for call, result in zip(said.calls, results, strict=True)]
+    turn = replace(turn, calls=calls, reply=heard.user, state=host.state)
+    if heard.is_over:
+        return replace(turn, end="answered")
     return replace(turn, end="turns") if len(episode.turns) + 1 >= limits.max_turns else turn
 
 

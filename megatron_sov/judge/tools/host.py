@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import asdict, dataclass
+from typing import Any, Self, cast
 
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.base.plugins.registry import PluginOrder
-from megatron_sov.chat.tool_calls import ToolCall
+from megatron_sov.chat.tool_calls import ServedTurn, ToolCall
 from megatron_sov.judge.rewards.reward import Result, checked, short
 from megatron_sov.judge.tools.environment import (
-    INFRASTRUCTURE, Environment, EpisodeLimits, InfrastructureFault, Observation, Task, ToolFault, cut,
-    unknown)
+    INFRASTRUCTURE, Conversing, Environment, EpisodeLimits, InfrastructureFault, Observation, Task, ToolFault,
+    cut, unknown)
 from megatron_sov.judge.tools.registry import BUILT_IN, build
 from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, limit_memory
 from megatron_sov.work.processes.workers import START_LIMIT_S, Answer, Lost, Workers
@@ -47,6 +47,18 @@ class Opening:
     """What the model is told."""
     tools: tuple[dict[str, Any], ...]
     """What it may call, as OpenAI describes functions."""
+
+
+@dataclass(frozen=True)
+class HeardReply:
+    """What became of a turn that an environment was told."""
+
+    results: tuple[CallResult, ...] = ()
+    """Of its calls, in order."""
+    user: str | None = None
+    """What a user says behind them; None: nothing."""
+    is_over: bool = False
+    """Whether the model is asked for no more."""
 
 
 class EpisodeLost(UserError):
@@ -81,6 +93,8 @@ class EnvironmentHost:
         self._task: Task = {}
         self.state = "null"
         """Of the environment behind the last call, as JSON."""
+        self.converses = False
+        """Whether the environment is told whole turns; known when an episode has begun."""
 
     def __enter__(self) -> Self:
         return self
@@ -128,6 +142,22 @@ class EnvironmentHost:
         self.state = answer.get("state", self.state)
         return CallResult(answer["text"], answer["fault"], answer["is_cut"])
 
+    def reply(self, turn: ServedTurn) -> HeardReply:
+        """Return what an environment that converses says behind a turn.
+
+        Raises:
+            InfrastructureFault: the episode cannot go on.
+        """
+        try:
+            answer = self._ask("reply", self._limits.call_timeout_s, turn=asdict(turn))
+        except _HostGone as gone:
+            raise InfrastructureFault(f"the environment {gone.reason}") from None
+        if "lost" in answer:
+            raise InfrastructureFault(answer["lost"])
+        self.state = answer["state"]
+        results = tuple(CallResult(text, is_cut=is_cut) for text, is_cut in answer["results"])
+        return HeardReply(results, answer["user"], answer["is_over"])
+
     def score(self, answer: str) -> Result:
         try:
             given = self._ask("score", self._limits.call_timeout_s, answer=answer)
@@ -146,7 +176,7 @@ class EnvironmentHost:
             raise UserError(answer["problem"])
         if "lost" in answer:
             raise EpisodeLost(answer["lost"])
-        self.state = answer["state"]
+        self.state, self.converses = answer["state"], answer["converses"]
         return answer
 
     def _ask(self, what: str, timeout_s: float, **request: Any) -> dict[str, Any]:
@@ -172,7 +202,7 @@ def _reset(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
         observation = environment.reset(request["task"])
         shown = {"user": observation.user, "system": observation.system}
         return {"observation": shown, "tools": list(environment.tools()),
-                "state": _state(environment, request)}
+                "converses": hasattr(environment, "reply"), "state": _state(environment, request)}
     except UserError as e:
         return {"problem": str(e)}
     except (Exception, SystemExit) as e:
@@ -213,6 +243,20 @@ def _call(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
         f"{request['name']}: {fault.reason}")
     text, is_cut = _shown(f"error: {said}", request["max_tool_chars"])
     return {"text": text, "is_cut": is_cut, "fault": fault.code}
+
+
+def _reply(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
+    told = request["turn"]
+    turn = ServedTurn(told["thoughts"], told["content"], tuple(ToolCall(**call) for call in told["calls"]))
+    try:
+        said = cast(Conversing, environment).reply(turn)
+        results = [_shown(text, request["max_tool_chars"]) for text in said.results]
+        return {"results": results, "user": said.user, "is_over": said.is_over,
+                "state": _state(environment, request)}
+    except ToolFault as e:
+        return {"lost": e.reason}
+    except (Exception, SystemExit) as e:  # MemoryError too: half a conversation cannot go on
+        return {"lost": f"failed ({short(told_in_a_line(e))})"}
 
 
 def _value(environment: Environment, request: dict[str, Any]) -> Any:
@@ -258,4 +302,4 @@ def _score(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
             "reason": result.reason}
 
 
-_DO = {"reset": _reset, "restore": _restore, "call": _call, "score": _score}
+_DO = {"reset": _reset, "restore": _restore, "call": _call, "reply": _reply, "score": _score}

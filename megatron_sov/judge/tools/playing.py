@@ -23,13 +23,14 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.chat.encode import TurnEncoder
-from megatron_sov.chat.tool_calls import ToolCall
+from megatron_sov.chat.tool_calls import ServedTurn, ToolCall
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.tools.environment import FAULTS, INFRASTRUCTURE, EpisodeLimits, Task, cut
+from megatron_sov.judge.tools.environment import (
+    FAULTS, INFRASTRUCTURE, EpisodeLimits, InfrastructureFault, Task, cut)
 from megatron_sov.judge.tools.episode import (
     Episode, EpisodeLines, EpisodeTurn, GeneratedTurn, begin_line, begun, left_of, result_line, take_turn,
     turn_line, with_calls, within)
-from megatron_sov.judge.tools.host import EnvironmentHost, EpisodeLost, Opening
+from megatron_sov.judge.tools.host import CallResult, EnvironmentHost, EpisodeLost, HeardReply, Opening
 
 MAX_CHAPTERS = 200
 """Episodes on a page: those without a reward first, then the lowest."""
@@ -64,6 +65,7 @@ def transcript_of(episode: Episode) -> Transcript:
     for turn in episode.turns:
         turns.append(("model", turn.text))
         turns += [(_caller(call["name"], call["fault"]), call["text"]) for call in turn.calls]
+        turns += [] if turn.reply is None else [("user", turn.reply)]
     return Transcript(f"Episode {episode.number + 1}", episode.opening, turns, episode.end, episode.faults(),
                       episode.result)
 
@@ -174,6 +176,17 @@ def moves_of_lines(lines: Iterable[str], show: Callable[[str], object],
                 show(f"{rest.strip()[:60]!r} is no JSON object; {HELP}")
 
 
+def _heard(host: EnvironmentHost, move: Move) -> HeardReply:
+    """Return what comes of a move; an answer ends an episode that is no conversation."""
+    if not host.converses:
+        return HeardReply(is_over=True) if isinstance(move, Answer) else HeardReply((host.call(move),))
+    try:
+        return host.reply(ServedTurn("", str(move)) if isinstance(move, Answer)
+                          else ServedTurn("", "", (move,)))
+    except InfrastructureFault as e:
+        return HeardReply((CallResult(f"error: {e.reason}", e.code),))
+
+
 def play_by_hand(host: EnvironmentHost, opening: Opening, moves: Iterable[Move], limits: EpisodeLimits,
                  show: Callable[[str], object]) -> Transcript:
     """Return the transcript of an episode that has begun; each call is a turn.
@@ -194,18 +207,23 @@ def play_by_hand(host: EnvironmentHost, opening: Opening, moves: Iterable[Move],
             end = "turns"
             show(f"the limit of {limits.max_turns} turns is reached")
             break
-        if isinstance(move, Answer):
-            turns.append(("model", str(move)))
-            end, answer = "answered", str(move)
+        name, said = ("", str(move)) if isinstance(move, Answer) else (
+            move.name, f"{move.name} {json.dumps(move.arguments, ensure_ascii=False)}")
+        turns.append(("model", said))
+        heard = _heard(host, move)
+        for called in heard.results:
+            faults.update([called.fault] if called.fault else [])
+            turns.append((_caller(name, called.fault), called.text))
+            show(called.text)
+            if called.fault == INFRASTRUCTURE:
+                return Transcript("Episode 1", opening, turns, INFRASTRUCTURE, faults,
+                                  Result(None, "failed", {}, called.text))
+        if heard.user is not None:
+            turns.append(("user", heard.user))
+            show(heard.user)
+        if heard.is_over:
+            end, answer = "answered", said if isinstance(move, Answer) else ""
             break
-        turns.append(("model", f"{move.name} {json.dumps(move.arguments, ensure_ascii=False)}"))
-        called = host.call(move)
-        faults.update([called.fault] if called.fault else [])
-        turns.append((f"tool {move.name}" + (f" ({called.fault})" if called.fault else ""), called.text))
-        show(called.text)
-        if called.fault == INFRASTRUCTURE:
-            return Transcript("Episode 1", opening, turns, INFRASTRUCTURE, faults,
-                              Result(None, "failed", {}, called.text))
     return Transcript("Episode 1", opening, turns, end, faults, host.score(answer))
 
 
@@ -322,8 +340,8 @@ def take_up(host: EnvironmentHost, number: int, task: Task, known: Episode | Non
                 host.resume(task, known.turns[-1].state)
             except EpisodeLost as e:
                 known.result = Result(None, "failed", {}, str(e))
-        else:
-            host.reset(task)
+        elif host.reset(task) != known.opening:
+            known.result = Result(None, "failed", {}, "the environment asks something else than before")
         return known
     except UserError as e:
         raise UserError(f"task {number + 1}: {e}") from None
@@ -564,4 +582,5 @@ def messages_of(episode: Episode) -> list[Message]:
         messages.append(given)
         messages += [{"role": "tool", "tool_call_id": call_id(number, place), "content": call["text"]}
                      for place, call in enumerate(turn.calls)]
+        messages += [] if turn.reply is None else [{"role": "user", "content": turn.reply}]
     return messages

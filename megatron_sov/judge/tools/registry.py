@@ -35,6 +35,7 @@ BUILT_IN: dict[str, tuple[str, str, str]] = {
     "mcp": ("megatron_sov.judge.tools.worlds.mcp", "Mcp", "the tools of an MCP server"),
     "openenv": ("megatron_sov.judge.tools.worlds.openenv", "OpenEnv", "an environment of an OpenEnv server"),
     "nemo_gym": ("megatron_sov.judge.tools.worlds.nemo_gym", "NemoGym", "a resources server of NeMo Gym"),
+    "verifiers": ("megatron_sov.judge.tools.worlds.verifiers", "Verifiers", "an environment of verifiers"),
 }
 """Name -> module, class and line in the list of what is built in."""
 METHODS: dict[str, tuple[str, ...]] = {"reset": ("task",), "tools": (), "call": ("name", "arguments"),

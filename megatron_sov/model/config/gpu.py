@@ -344,6 +344,9 @@ class GpuConfig:
             (train.fp8 != "nvfp4" or not model.num_mtp_moe_layers(), "cuda_graphs",
              "would quantise the prediction layer's shared experts, which train.fp8 = nvfp4 leaves in bf16",
              "use another format, or leave it out"),
+            (not model.num_mtp_moe_layers() or model.mtp_depths == 1, "cuda_graphs",
+             f"replay each layer once in a pass, and model.mtp_depths = {model.mtp_depths} applies one with "
+             "experts more often", "leave it out"),
             (not self.offload_modules, "cuda_graphs", "do not go with gpu.offload_modules, whose copies "
              "begin in hooks of Python", "leave one out"),
             (parallel.expert_overlap != "micro_batches", "cuda_graphs",

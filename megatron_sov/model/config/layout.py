@@ -147,6 +147,9 @@ class ParallelConfig:
         shared, overlaps = model.num_shared_experts * model.expert_ffn_dim, self.expert_overlap != "none"
         return find_broken(
             self, "parallel",
+            (not (overlaps or self.delay_weight_grads) or model.mtp_depths == 1, "expert_overlap",
+             "and delay_weight_grads leave a layer's weight gradients for later, once, and model.mtp_depths "
+             f"= {model.mtp_depths} applies one more often", "leave them out"),
             (not overlaps or self.ep > 1, "expert_overlap", "needs parallel.ep > 1, and nothing travels at 1",
              "leave it out or raise ep"),
             (not overlaps or self.expert_dispatcher != "allgather", "expert_overlap",

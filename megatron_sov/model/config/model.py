@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 
@@ -64,6 +64,8 @@ class LatentAttentionConfig:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
+MAX_DEPTHS = 64
+"""Tokens ahead that one prediction layer may be trained for: each costs its products and a head's."""
 MAX_EXPERTS = 1_000_000
 """Experts of all layers: each has tensors of its own under Hugging Face names."""
 Million = Annotated[int, Ge(1), Le(1_000_000)]
@@ -102,6 +104,12 @@ class Llama3RopeConfig:
     """Wavelengths below original_max_position_tokens / high_freq_factor are left alone."""
     original_max_position_tokens: AtLeastOne = 8192
     """Context length, in tokens, before scaling."""
+
+
+def shortest_pattern(letters: str) -> str:
+    """Return the shortest pattern whose repetition gives all letters."""
+    return next((letters[:n] for n in range(1, len(letters) + 1)
+                 if (letters[:n] * -(-len(letters) // n))[:len(letters)] == letters), "G")
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,9 @@ class ModelConfig:
     """Repeating pattern of layers: L = sliding window, G = global."""
     sliding_window_tokens: Annotated[NotNegativeInt, Le(MAX_SEQ_LEN)] = 0
     """Window of L layers, in tokens, the current one included; 0 where the pattern has no L."""
+    layer_windows: tuple[NotNegativeInt, ...] = ()
+    """Window of every trunk layer, where L layers differ (K-EXAONE 2.0), 0 for G layers; empty: all L layers
+    have sliding_window_tokens."""
     rope_on_global: bool = True
     """Whether global layers rotate queries and keys; False = NoPE."""
     rope_theta: AboveZero = 1e6
@@ -189,6 +200,10 @@ class ModelConfig:
     """What the gate of feed-forward networks passes through; gelu_tanh = GELU by its tanh approximation;
     clamped_swiglu = g sigmoid(1.702 g) times 1 + the up projection, with g at most 7 and the up projection
     within -7 and 7 (gpt-oss)."""
+    swiglu_limits: tuple[NotNegative, ...] = ()
+    """Bound of every trunk layer's gate and up projections, of experts too, before the activation
+    (K-EXAONE 2.0): the gate is at most that, the up projection within both signs of it; 0: none.  Empty: no
+    layer has one."""
     block_norms: Literal["pre", "post", "both"] = "pre"
     """Where a layer normalises: pre = the input of attention and feed-forward network; post = their output,
     before it is added to the residual; both = input and output."""
@@ -212,7 +227,10 @@ class ModelConfig:
     """Whether the multi-token prediction layer has experts as the trunk's layers have; False: it is dense."""
     mtp_attention: Literal["G", "L"] = "G"
     """Attention of the multi-token prediction layer: G = global (rotated as other global layers are),
-    L = sliding window."""
+    L = sliding window, of sliding_window_tokens."""
+    mtp_depths: Annotated[AtLeastOne, Le(MAX_DEPTHS)] = 1
+    """How many times the multi-token prediction layer is applied, each time to its own states and one token
+    further ahead (K-EXAONE 2.0: 4)."""
     mtp_loss_coeff: NotNegative = 0.05
     """Weight of the multi-token prediction loss."""
     max_position_tokens: Annotated[AtLeastOne, Le(MAX_SEQ_LEN)] = 131072
@@ -239,9 +257,36 @@ class ModelConfig:
     def mtp_layer_type(self) -> Literal["sliding_attention", "full_attention"]:
         return "sliding_attention" if self.mtp_attention == "L" else "full_attention"
 
-    def window_tokens(self, kind: str) -> int:
-        """Return the sliding window of layers of a kind (`layer_types`), in tokens; 0: none."""
-        return self.sliding_window_tokens if kind == "sliding_attention" else 0
+    def windows(self) -> list[int]:
+        """Return the sliding window of every trunk layer, in tokens; 0: none."""
+        return [*self.layer_windows] or [
+            self.sliding_window_tokens if kind == "sliding_attention" else 0 for kind in self.layer_types()]
+
+    def mtp_window(self) -> int:
+        """Return the sliding window of the multi-token prediction layer, in tokens; 0: none."""
+        return self.sliding_window_tokens if self.mtp_attention == "L" else 0
+
+    def limits(self) -> list[float]:
+        """Return the bound of every trunk layer's gate and up projections; 0: none."""
+        return [*self.swiglu_limits] or [0.0] * self.num_layers
+
+    def at_depth(self, num_layers: int) -> dict[str, Any]:
+        """Return the settings of a trunk of so many layers: its windows are those of the first layers, begun
+        anew behind the last one, and its bounds are spread over it as they are here."""
+        found: dict[str, Any] = {"num_layers": num_layers}
+        if self.layer_windows:
+            windows = tuple(self.layer_windows[i % self.num_layers] for i in range(num_layers))
+            found |= {"layer_windows": windows,
+                      "attention_pattern": shortest_pattern("".join("GL"[window > 0] for window in windows))}
+        if self.swiglu_limits:  # counted from the end: late layers have them
+            found["swiglu_limits"] = tuple(self.swiglu_limits[-1 - i * self.num_layers // num_layers]
+                                           for i in reversed(range(num_layers)))
+        return found
+
+    @property
+    def num_predictions(self) -> int:
+        """Tokens beyond the next one that training predicts: applications of prediction layers."""
+        return self.num_mtp_layers * self.mtp_depths
 
     def rotated_channels(self) -> int:
         latent = self.latent_attention
@@ -286,7 +331,7 @@ class ModelConfig:
         of_groups = experts % groups == 0 and experts >= 2 * groups
         within = kept * experts // groups
         has_window = self.sliding_window_tokens > 0
-        return self._position_problems() + self._media_problems() + find_broken(
+        return self._position_problems() + self._list_problems() + self._media_problems() + find_broken(
             self, "model",
             (self.num_heads % self.num_kv_heads == 0, "num_kv_heads",
              f"must divide model.num_heads = {self.num_heads}"),
@@ -321,6 +366,25 @@ class ModelConfig:
              "needs model.sliding_window_tokens > 0"),
             (experts * layers <= MAX_EXPERTS, "num_experts", f"x model.num_layers {layers} must be at most "
              f"{MAX_EXPERTS:,} experts", "count their zeros"))
+
+    def _list_problems(self) -> list[SettingsProblem]:
+        """Return what is wrong with settings of single layers."""
+        slides = [kind == "sliding_attention" for kind in self.layer_types()]
+        length = f"must have an entry for each of model.num_layers = {self.num_layers}"
+        empty = "set it to []"
+        return find_broken(
+            self, "model",
+            (len(self.layer_windows) in (0, self.num_layers), "layer_windows", length, empty),
+            (len(self.layer_windows) != self.num_layers or [w > 0 for w in self.layer_windows] == slides,
+             "layer_windows", "must be above 0 exactly in layers that model.attention_pattern calls L",
+             empty),
+            (len(self.swiglu_limits) in (0, self.num_layers), "swiglu_limits", length, empty),
+            (not any(self.swiglu_limits) or self.activation != "clamped_swiglu", "swiglu_limits",
+             "stand beside model.activation = clamped_swiglu, which has its own", empty),
+            (not any(self.swiglu_limits) or not self.linear_bias, "swiglu_limits",
+             "cannot be with model.linear_bias: they bound a product without a bias", empty),
+            (self.mtp_depths == 1 or self.num_mtp_layers == 1, "mtp_depths",
+             "needs a prediction layer to apply: model.num_mtp_layers = 1", "set it to 1"))
 
     def _position_problems(self) -> list[SettingsProblem]:
         """Return what is wrong with rotations, their scaling, and attention that is latent."""

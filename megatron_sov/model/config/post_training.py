@@ -101,6 +101,9 @@ class RolloutConfig:
     the policy that the round before has trained."""
     temperature: AboveZero = 1.0
     """Of samples; the trainer divides its logits by the same."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Of samples: the smallest set of tokens with this probability is drawn from; below 1 only where
+    policy.method = gkd learns, since others compare with the whole distribution."""
     max_new_tokens: AtLeastOne = 1024
     """Longest response; with tools, of all turns and results together."""
     max_prompt_tokens: AtLeastOne = 1024
@@ -164,7 +167,7 @@ class RolloutConfig:
 
 
 PolicyMethod = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "agapo", "agapo_exaone4", "mgpo",
-                       "ink_grpo", "pkpo", "lapo_d", "lapo_i", "hbpo", "opd"]
+                       "ink_grpo", "pkpo", "lapo_d", "lapo_i", "hbpo", "opd", "gkd"]
 Ratio = Literal["token", "sequence"]
 Clip = Literal["two_sided", "cispo", "none"]
 Advantage = Literal["group", "group_no_std", "leave_one_out", "pass_at_k", "none"]
@@ -230,6 +233,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lapo_i": {**_LAPO, "length_reward": "target", "length_reward_coeff": 0.8, "length_width_tokens": 120.0},
     "hbpo": {"clip_low": 0.2, "clip_high": 0.28, "length_reward": "budget", "length_reward_coeff": 4.0},
     "opd": {"clip": "none", "advantage": "none", "opd_coeff": 1.0},
+    "gkd": {"clip": "none", "advantage": "none"},
 }
 """Method -> its parts that are not `PolicyParts`' own; None: a number that its authors did not publish, and
 that a run has to set."""
@@ -254,6 +258,11 @@ SCALES = (("clip_low", ("clip", "ratio")), ("clip_high", ("clip", "ratio")), ("k
 _PARTS = dataclasses.asdict(PolicyParts())
 
 
+def _drawn(what: str, share: float) -> bool:
+    # A hash, not a generator: every rank and every resume draws the same without any state.
+    return int.from_bytes(hashlib.blake2b(what.encode(), digest_size=8).digest()) < share * 2 ** 64
+
+
 @dataclass(frozen=True)
 class PolicyConfig:
     """What objective `policy` makes of a model's own responses and their rewards.  `method` names a set of
@@ -263,7 +272,8 @@ class PolicyConfig:
     """grpo (arXiv 2402.03300), dr_grpo (2503.20783), dapo (2503.14476), gspo (2507.18071), cispo
     (2506.13585), agapo (as K-EXAONE), agapo_exaone4 (as EXAONE 4.0, 2507.11407), mgpo (2511.06221), ink_grpo
     (2601.18129), pkpo (2505.15201), lapo_d and lapo_i (the two stages of 2507.15758), hbpo (2507.15844), opd
-    (on-policy distillation, as Tinker's cookbook has it)."""
+    (on-policy distillation, as Tinker's cookbook has it), gkd (2306.13649: no rewards, but the divergence of
+    `distillation` from a teacher)."""
     ratio: Ratio | None = None
     """Of the policy to that which began the round, both by the trainer. token: of each token; sequence: one
     of each response, the geometric mean over its tokens."""
@@ -352,6 +362,9 @@ class PolicyConfig:
     """What is added to each token's advantage, times its log-probability by a teacher (--teacher,
     --teacher-url) minus that by the model when the round began: per token the reverse KL from the teacher;
     0: no teacher."""
+    on_policy_share: Annotated[float, Gt(0), Le(1)] = 1.0
+    """gkd: probability with which a round is of the model's own responses; else its steps learn from --data,
+    in batches of train.global_batch_size."""
     share_prompts: bool = True
     """Whether the responses to one prompt that lie in one micro-batch have it computed once; the loss is the
     same.  Where it cannot be (see docs/rl.md) each has its own."""
@@ -392,6 +405,20 @@ class PolicyConfig:
             return self.overlong_buffer_tokens
         return round(OVERLONG_SHARES.get(self.method, 0.0) * max_new_tokens)
 
+    @property
+    def learns_distributions(self) -> bool:
+        """Whether a teacher's distributions are learned, and nothing else."""
+        return self.method == "gkd"
+
+    def is_on_policy(self, seed: int, number: int) -> bool:
+        """Return whether a round is of the model's own responses: a draw with probability `on_policy_share`.
+
+        Args:
+            seed: `rollout.seed`.
+            number: of the round, from 1.
+        """
+        return _drawn(f"on-policy {seed} {number}", self.on_policy_share)
+
     def has_text_at(self, seed: int, step: int) -> bool:
         """Return whether an optimizer step has text beside its responses: a draw with probability
         `knowledge_share` that depends on nothing but these.
@@ -400,9 +427,7 @@ class PolicyConfig:
             seed: `rollout.seed`.
             step: from 1.
         """
-        # A hash, not a generator: every rank and every resume draws the same without any state.
-        drawn = hashlib.blake2b(f"knowledge {seed} {step}".encode(), digest_size=8).digest()
-        return self.has_text and int.from_bytes(drawn) < self.parts.knowledge_share * 2 ** 64
+        return self.has_text and _drawn(f"knowledge {seed} {step}", self.parts.knowledge_share)
 
     def _resolve(self) -> dict[str, Any]:
         """Return part -> what the run says of it, or else the method; None: a number that neither gives."""
@@ -414,6 +439,24 @@ class PolicyConfig:
         others = {number: None for number, parts in SCALES
                   if any(given.get(part, brought[part]) != brought[part] for part in parts)}
         return brought | others | given
+
+    def _rules_of_distributions(self, told: dict[str, Any]) -> list[tuple[bool, str, str]]:
+        alone = self.learns_distributions
+        return [(alone or self.on_policy_share == 1, "on_policy_share",
+                 f"belongs to policy.method = gkd, and the method is {self.method}"),
+                (not alone or told["advantage"] == "none", "advantage",
+                 "must be none: policy.method = gkd learns from no reward"),
+                (not alone or not told["opd_coeff"], "opd_coeff",
+                 "must be 0: policy.method = gkd learns the whole distribution")]
+
+    def _problems_of_sampling(self, rollout: RolloutConfig) -> list[SettingsProblem]:
+        return find_broken(
+            rollout, "rollout",
+            (rollout.top_p == 1 or self.learns_distributions, "top_p",
+             f"must be 1: policy.method = {self.method} compares probabilities of the whole distribution"),
+            (rollout.max_staleness == 0 or self.on_policy_share == 1, "max_staleness",
+             f"must be 0: with policy.on_policy_share = {self.on_policy_share:g} a round may not be written "
+             "at all"))
 
     def problems(self, rollout: RolloutConfig) -> list[SettingsProblem]:
         """Return every rule that these settings break.
@@ -433,8 +476,9 @@ class PolicyConfig:
             (told["advantage"] != "pass_at_k" or told["pkpo_k"] is None
              or 1 <= told["pkpo_k"] <= rollout.samples_per_prompt, "pkpo_k",
              f"must lie between 1 and rollout.samples_per_prompt = {rollout.samples_per_prompt}"),
-            (told["advantage"] != "none" or told["opd_coeff"] > 0, "opd_coeff",
+            (told["advantage"] != "none" or told["opd_coeff"] > 0 or self.learns_distributions, "opd_coeff",
              "must be above 0: policy.advantage = none leaves a teacher alone to learn from"),
+            *self._rules_of_distributions(told),
             ((self.overlong_buffer_tokens or 0) <= rollout.max_new_tokens, "overlong_buffer_tokens",
              f"must be at most rollout.max_new_tokens = {rollout.max_new_tokens}"),
             *((not told["knowledge_coeff"] or told[name] > 0, name,
@@ -450,6 +494,7 @@ class PolicyConfig:
             p.append(SettingsProblem(ProblemCode.RULE, "rollout.temperature",
                                      f"must be 1: policy.opd_coeff = {told['opd_coeff']:g} compares with a "
                                      "teacher's own probabilities", rollout.temperature))
+        p += self._problems_of_sampling(rollout)
         if told["length_reward"] == "budget" and rollout.rounds and not rollout.budgets_tokens:
             p.append(SettingsProblem(ProblemCode.RULE, "rollout.budgets_tokens",
                                      "is missing: policy.length_reward = budget "

@@ -15,9 +15,9 @@ from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.model.config import ModelConfig, from_dict
 from megatron_sov.model.config.bounds import MAX_LAYERS
+from megatron_sov.model.config.model import shortest_pattern
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import PLAIN
-from megatron_sov.model.families.hf_layers import shortest_pattern
 
 Stated = Mapping[str, Any]
 

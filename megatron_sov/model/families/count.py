@@ -109,18 +109,19 @@ def _met(weight: LayerWeight, model: ModelConfig) -> int:
 def multiplied_weights(model: ModelConfig) -> int:
     """Return the weights that a token is multiplied with: of projections, feed-forward networks, routers
     and heads."""
-    # Each prediction layer applies the head once more. The embedding is a look-up and has no product.
-    heads = (1 + model.num_mtp_layers) * model.vocab_size * model.hidden_size
+    # Each application of a prediction layer applies the head once more. The embedding is a look-up and has no
+    # product.
+    heads = (1 + model.num_predictions) * model.vocab_size * model.hidden_size
     return heads + sum(
-        _met(w, model) * (model.num_mtp_layers if w.predicts else len(w.layers))
+        _met(w, model) * (model.num_predictions if w.predicts else len(w.layers))
         for w in layer_weights(model) if len(w.shape) == 2 and w.key not in TABLES)
 
 
 def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Return the FLOPs of forward and backward pass of a token, the mean over a row of `seq_len`."""
     # Causal: query i sees i + 1 keys, at most the window; the mean over a row is what a token costs.
-    keys = [mean_keys(seq_len, model.window_tokens(kind)) for kind in model.layer_types()]
-    keys += [mean_keys(seq_len, model.window_tokens(model.mtp_layer_type()))] * model.num_mtp_layers
+    keys = [mean_keys(seq_len, window) for window in model.windows()]
+    keys += [mean_keys(seq_len, model.mtp_window())] * model.num_predictions
     latent = model.latent_attention
     # of a query and a key: their product, and the value's
     widths = model.head_dim + (model.head_dim if latent is None else latent.v_head_dim)

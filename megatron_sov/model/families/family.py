@@ -143,7 +143,7 @@ OF_TRAINING = ("router_bias_update_rate", "seq_aux_loss_coeff", "mtp_loss_coeff"
 """Fields of an architecture that say how it is trained, not what it computes."""
 OF_EXPERTS = ("num_experts_per_token", "num_expert_groups", "num_groups_per_token", "num_shared_experts",
               "expert_ffn_dim", "router_score", "norm_topk_prob", "router_bias", "routed_scaling_factor")
-OF_PREDICTION = ("mtp_experts", "mtp_attention")
+OF_PREDICTION = ("mtp_experts", "mtp_attention", "mtp_depths")
 """Fields that change nothing of a model without experts, and of one without prediction layers."""
 
 PLAIN: dict[str, Any] = {
@@ -151,7 +151,7 @@ PLAIN: dict[str, Any] = {
     "residual_multiplier": 1.0, "logits_multiplier": 1.0, "rope_share": 1.0,
     "attention_softcap": None, "logits_softcap": None,
     "local_rope_theta": None, "zero_centered_norms": False, "activation": "silu", "linear_bias": False,
-    "attention_sinks": False,
+    "attention_sinks": False, "layer_windows": (), "swiglu_limits": (), "mtp_depths": 1,
     "num_expert_groups": 1, "num_groups_per_token": 1, "mtp_experts": False,
     "latent_attention": None}
 """Fields of `ModelConfig` that few families can vary, with the value that all others have."""

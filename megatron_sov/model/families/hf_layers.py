@@ -11,6 +11,7 @@ from typing import Any
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.config.bounds import MAX_LAYERS
+from megatron_sov.model.config.model import shortest_pattern
 from megatron_sov.model.families.weights import Layout, shape_of
 
 # Entries of a weight map for experts that a Hugging Face folder holds as one tensor of a layer, with inputs
@@ -91,12 +92,6 @@ def _letters(types: list[str], name: str, length: int) -> str:
     return letters
 
 
-def shortest_pattern(letters: str) -> str:
-    """Return the shortest pattern whose repetition gives all letters."""
-    return next((letters[:n] for n in range(1, len(letters) + 1)
-                 if (letters[:n] * -(-len(letters) // n))[:len(letters)] == letters), "G")
-
-
 def _num_layers(config: dict[str, Any]) -> int:
     """Return how many layers there are; `UserError` where lists with an entry for each would fill memory."""
     return _bounded(int(config.get("num_hidden_layers", 0)), "num_hidden_layers")
@@ -106,6 +101,19 @@ def _bounded(count: int, name: str) -> int:
     if count > MAX_LAYERS:
         raise UserError(f"config.json: {name} = {count} must be at most {MAX_LAYERS:,}; count its zeros")
     return count
+
+
+def _main_window(config: dict[str, Any], default: int) -> tuple[int, bool]:
+    """Return the window of a prediction layer that slides, else that of most layers that do, and whether
+    there are several; `sliding_window` counts only where there is one.
+
+    Classes that know one window alone write their default beside a list of several.
+    """
+    predicting, trunk = ([int(window) for window in config.get(name, []) if window]
+                         for name in ("mtp_sliding_windows", "sliding_windows"))
+    differ = len({*predicting, *trunk}) > 1
+    listed = next(iter(predicting), max(trunk, key=trunk.count, default=0))
+    return (listed, True) if differ else (config.get("sliding_window", listed or default), False)
 
 
 @dataclass(frozen=True)
@@ -119,24 +127,30 @@ class SlidingLayers:
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return the explicit list, the window, the pattern, and the window of each layer (0:
-        global), which vLLM reads."""
-        return {"layer_types": model.layer_types(), "sliding_window": model.sliding_window_tokens,
-                "sliding_window_pattern": model.attention_pattern,
-                "sliding_windows": [model.window_tokens(kind) for kind in model.layer_types()]}
+        global), which vLLM reads.  Where windows differ, that list alone says them, as in K-EXAONE 2.0."""
+        one = {} if model.layer_windows else {"sliding_window": model.sliding_window_tokens}
+        return {"layer_types": model.layer_types(), **one,
+                "sliding_window_pattern": model.attention_pattern, "sliding_windows": model.windows()}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the shortest pattern that gives the list, and the window;
-        `UserError` where windows differ or disagree."""
+        """Return the shortest pattern that gives the list, and the windows;
+        `UserError` where what says them disagrees."""
         num_layers = _num_layers(config)
         types = (config.get("layer_types")
                  or self.from_period(config.get("sliding_window_pattern", 4), num_layers))
         letters = _letters(types, "layer_types", num_layers)
-        window = config.get("sliding_window", self.default_window) if "L" in letters else 0
-        expected = [window if letter == "L" else 0 for letter in letters]
-        if [w or 0 for w in config.get("sliding_windows", expected)] != expected:
-            raise UserError(f"config.json: sliding_windows = {config['sliding_windows']}, but only windows "
-                            f"that follow from layer_types and one sliding_window = {window} are supported")
-        return {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": window}
+        found = {"attention_pattern": shortest_pattern(letters), "layer_windows": ()}
+        listed = [int(w or 0) for w in config.get("sliding_windows", [])]
+        window, differ = _main_window(config, self.default_window)
+        window = window if "L" in letters else 0
+        if not listed or listed == [window if letter == "L" else 0 for letter in letters]:
+            return found | {"sliding_window_tokens": window}
+        if not differ or [w > 0 for w in listed] != [letter == "L" for letter in letters]:
+            raise UserError(
+                f"config.json: sliding_windows = {config['sliding_windows']} disagree with layer_types or "
+                f"with sliding_window = {config.get('sliding_window')}, and programs read one or the other; "
+                "give each sliding layer a window above 0, the others 0, and leave sliding_window out")
+        return found | {"sliding_window_tokens": window, "layer_windows": tuple(listed)}
 
     @staticmethod
     def from_period(period: Any, num_layers: int) -> list[str]:
@@ -284,6 +298,9 @@ class LeadingDenseLayers:
             "first_last_k_dense_replace": leading,
         }
         said = {name: read(config[name]) for name, read in spellings.items() if name in config}
+        if "mlp_layer_types" in said and config.get("first_k_dense_replace") == self.default:
+            # transformers' classes go by the list, and write the default of what a folder does not say
+            said.pop("first_k_dense_replace")
         # Lists of layers first: they say more than a count.
         dense = next(iter(said.values()), leading(self.default))
         if any(other != dense for other in said.values()):
@@ -323,10 +340,11 @@ class HfPredictionLayer:
         """Return everything explicit; without such a layer at most that there is none."""
         if not model.num_mtp_layers:
             return {"num_nextn_predict_layers": 0} if self.said_without else {}
-        window = model.sliding_window_tokens if model.mtp_attention == "L" else 0
         n = model.num_mtp_layers
+        repeated = {"mtp_num_speculative_steps": model.mtp_depths, "mtp_share_layers": True}
         return {"num_nextn_predict_layers": n, "mtp_layer_types": [model.mtp_layer_type()] * n,
-                "mtp_sliding_windows": [window] * n, "mtp_loss_scaling_factor": model.mtp_loss_coeff}
+                "mtp_sliding_windows": [model.mtp_window()] * n,
+                "mtp_loss_scaling_factor": model.mtp_loss_coeff, **(repeated if model.mtp_depths > 1 else {})}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the number of layers, their attention (global where the config is silent) and the
@@ -334,16 +352,18 @@ class HfPredictionLayer:
         num_layers = _bounded(config.get("num_nextn_predict_layers", 0), "num_nextn_predict_layers")
         letters = _letters(config.get("mtp_layer_types", ["full_attention"] * num_layers),
                            "mtp_layer_types", num_layers)
-        window = config.get("sliding_window", 0) if "L" in letters else 0
+        window = _main_window(config, 0)[0] if "L" in letters else 0
         windows = config.get("mtp_sliding_windows", [window] * num_layers)
         if any((found or 0) != window for found in windows):
             raise UserError(f"config.json: mtp_sliding_windows = {windows}, but only {window} is supported: "
                             "the trunk's window for a sliding prediction layer, 0 for a global one")
-        if config.get("mtp_num_speculative_steps", num_layers) != num_layers:
-            raise UserError("config.json: mtp_num_speculative_steps = "
-                            f"{config['mtp_num_speculative_steps']}, but only num_nextn_predict_layers = "
-                            f"{num_layers} is supported: no prediction layer is applied twice")
+        steps = config.get("mtp_num_speculative_steps", num_layers)
+        if steps != num_layers and (num_layers != 1 or steps < 1):
+            raise UserError(f"config.json: mtp_num_speculative_steps = {steps} beside "
+                            f"num_nextn_predict_layers = {num_layers}: one prediction layer may be applied "
+                            "many times, several are applied once each; make the two agree")
         return {"num_mtp_layers": num_layers, "mtp_attention": letters[:1] or "G",
+                "mtp_depths": steps if num_layers == 1 else 1,
                 "mtp_loss_coeff": config.get("mtp_loss_scaling_factor", self.default_coeff)}
 
 
@@ -376,25 +396,23 @@ class PredictionBehind:
 
 
 @dataclass(frozen=True)
-class Unclamped:
-    """A list with one limit for each layer, where 0 means none; no limit is supported."""
+class SwigluLimits:
+    """A bound of each layer's gate and up projections, where 0 means none."""
 
-    hf: str
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.hf,)
+    names: tuple[str, ...] = ("swiglu_limits",)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        return {}
+        """Return the list; nothing where no layer has a bound."""
+        return {"swiglu_limits": [float(limit) for limit in model.swiglu_limits]} if any(
+            model.swiglu_limits) else {}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return nothing; `UserError` where a layer has a limit."""
-        limits = config.get(self.hf, [])
-        if any(limits):
-            raise UserError(f"config.json: {self.hf} = {limits}, but only layers without a limit "
-                            "(0) are supported")
-        return {}
+        """Return the bounds; `UserError` where there is not one of 0 or more for each layer."""
+        limits = [float(limit or 0) for limit in config.get("swiglu_limits", [])]
+        if (limits and len(limits) != _num_layers(config)) or any(limit < 0 for limit in limits):
+            raise UserError(f"config.json: swiglu_limits = {limits} must have an entry of 0 or more for each "
+                            f"of num_hidden_layers = {_num_layers(config)} layers")
+        return {"swiglu_limits": tuple(limits) if any(limits) else ()}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from megatron_sov.model.families.hf_config import (
     PeriodicLayers, Quantization, Renamed, Rope, SaidRope, SoftCap, TwoThetas, Unused, hidden_over_heads)
 from megatron_sov.model.families.hf_layers import (
     ExpertStack, HfPredictionLayer, LeadingDenseLayers, NormsBehind, OneWindow, PredictionBehind,
-    RotatingWindows, SlidingLayers, SlidingSwitch, SparseSteps, Unclamped)
+    RotatingWindows, SlidingLayers, SlidingSwitch, SparseSteps, SwigluLimits)
 from megatron_sov.model.families.weights import (
     ATTENTION, COPIES_BEHIND, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_BEHIND,
     PROJECTIONS, QK_NORM, QKV_BIAS, ROUTED_EXPERTS, SHARED_EXPERTS, SWIGLU, Experts, GateUp, Same,
@@ -410,7 +410,8 @@ DEEPSEEK_V3 = Family(
 
 
 # K-EXAONE (`exaone_moe`): sliding layers with RoPE, global layers without (NoPE), QK-norm, leading dense
-# layers, one MTP layer.
+# layers, one MTP layer. Its 2.0 has windows of two sizes, a bound on the gates of late layers, and applies
+# its MTP layer four times.
 #
 # transformers' attention rotates only layers of type sliding_attention; there is no config field for it. Its
 # model drops the `mtp.*` tensors on loading; inference engines read them for self-speculative decoding. The
@@ -437,12 +438,12 @@ EXAONE_MOE = Family(
         Renamed("num_experts", "num_experts", 64), Renamed("num_shared_experts", "num_shared_experts", 1),
         Renamed("routed_scaling_factor", "routed_scaling_factor", 2.5),
         Rope(default_theta=10_000.0), SlidingLayers(default_window=4096), LeadingDenseLayers(default=1),
-        HfPredictionLayer(), Unclamped("swiglu_limits"),
+        HfPredictionLayer(), SwigluLimits(),
     ),
     structure={**DEEPSEEK_ROUTER, "rope_on_global": False, "qkv_bias": False, "qk_norm": True,
                "tied_embeddings": False},
     training={"router_bias_update_rate": 1e-4},
-    varies=EXPERT_GROUPS,
+    varies=(*EXPERT_GROUPS, "layer_windows", "swiglu_limits", "mtp_depths"),
     needs_shared_expert=True,
 )
 

@@ -42,6 +42,8 @@ RECIPES: dict[str, Recipe] = {
     "k-exaone-236b-sft": Recipe(k_exaone.k_exaone_236b_sft, k_exaone.SFT_SOURCES),
     "k-exaone-236b-grouper": Recipe(k_exaone.k_exaone_236b_grouper, k_exaone.GROUPER_SOURCES),
     "k-exaone-236b-rl": Recipe(policies.k_exaone_236b_rl, policies.AGAPO_SOURCES),
+    "k-exaone2-750b": Recipe(k_exaone.k_exaone2_750b, k_exaone.SOURCES_2),
+    "k-exaone2-750b-extend": Recipe(k_exaone.k_exaone2_750b_extend, k_exaone.EXTEND_SOURCES_2),
     "hyperclova-omni-8b": Recipe(open_models.hyperclova_omni_8b, open_models.HYPERCLOVA_SOURCES),
     "hyperclova-omni-8b-continuous": Recipe(open_models.hyperclova_omni_8b_continuous,
                                             open_models.HYPERCLOVA_CONTINUOUS_SOURCES),
@@ -94,6 +96,8 @@ TINY = {
     "tiny-k-exaone-sft": "k-exaone-236b-sft",
     "tiny-k-exaone-grouper": "k-exaone-236b-grouper",
     "tiny-k-exaone-rl": "k-exaone-236b-rl",
+    "tiny-k-exaone2": "k-exaone2-750b",
+    "tiny-k-exaone2-extend": "k-exaone2-750b-extend",
     "tiny-hyperclova-omni": "hyperclova-omni-8b",
     "tiny-hyperclova-omni-continuous": "hyperclova-omni-8b-continuous",
     "tiny-hyperclova-omni-sft": "hyperclova-omni-8b-sft",
@@ -132,6 +136,8 @@ TINY = {
 
 
 SEQ_LEN, WIDTH, HEAD_DIM = 256, 128, 32
+TINY_LAYERS = 6
+"""Of models whose layers follow no short pattern."""
 SHRUNK = ours("a size for two CPU cores, and what goes with it")
 """Where every value comes from that shrinking changes; the others come from where the big recipe has them."""
 
@@ -148,9 +154,14 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
     scale = model.attention_multiplier and model.attention_multiplier * model.head_dim / HEAD_DIM
     if scale and by_width and model.attention_multiplier:  # Gemma's, which goes with 1 / the root of it
         scale = (round(model.attention_multiplier ** -2) * HEAD_DIM / model.head_dim) ** -0.5
+    layers = TINY_LAYERS if model.layer_windows else max(4, len(model.attention_pattern))
+    single = model.at_depth(layers)
+    if model.layer_windows:
+        single["layer_windows"] = tuple(window and (32 if window == model.sliding_window_tokens else 64)
+                                        for window in single["layer_windows"])
     small = replace(
-        model,
-        vocab_size=2048, hidden_size=WIDTH, num_layers=max(4, len(model.attention_pattern)), num_heads=4,
+        model, **single,
+        vocab_size=2048, hidden_size=WIDTH, num_heads=4,
         num_kv_heads=2, head_dim=HEAD_DIM,
         embedding_multiplier=WIDTH ** 0.5 if by_width else model.embedding_multiplier,
         attention_multiplier=scale,  # muP's goes with 1 / head_dim

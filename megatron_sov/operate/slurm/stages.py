@@ -66,6 +66,9 @@ class SubmitOptions:
     """Time limit instead of the profile's: minutes, H:MM:SS or D-HH:MM:SS."""
     dry_run: bool = False
     """Print what would be submitted; writes nothing, needs neither Slurm nor Kubernetes."""
+    prove: bool = False
+    """Training stage: play its layout in miniature here first, as `plan --prove` does; ends with 3 and
+    submits nothing where it differs from one process."""
     scripts: Annotated[Path | None, Flag(value="DIR")] = None
     """Chain: submit nothing, write a script of each stage for `sbatch`, with paths that begin with $WORK."""
     continue_chain: Annotated[bool, Flag("--continue")] = False

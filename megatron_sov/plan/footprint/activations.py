@@ -69,24 +69,27 @@ class SavedActivations:
 
 class LayerKind(NamedTuple):
     with_experts: bool
-    slides: bool
+    window: int
+    """Of its attention, in tokens; 0: none."""
     rotates: bool
+    bounded: bool = False
+    """Whether its gate and up projections have a bound, which keeps what it was given."""
 
 
 @lru_cache(maxsize=64)
 def kinds(m: ModelConfig) -> tuple[LayerKind, ...]:
     first_moe = m.num_layers - m.num_moe_layers()
-    return tuple(_kind(m, layer >= first_moe, kind) for layer, kind in enumerate(m.layer_types()))
+    return tuple(_kind(m, layer >= first_moe, kind, window, limit > 0) for layer, (kind, window, limit) in
+                 enumerate(zip(m.layer_types(), m.windows(), m.limits(), strict=True)))
 
 
 def prediction_kind(m: ModelConfig) -> LayerKind:
     """Return the kind of the layer inside a multi-token prediction layer."""
-    return _kind(m, m.mtp_experts, m.mtp_layer_type())
+    return _kind(m, m.mtp_experts, m.mtp_layer_type(), m.mtp_window(), bounded=False)
 
 
-def _kind(m: ModelConfig, with_experts: bool, attention: str) -> LayerKind:
-    slides = attention == "sliding_attention"
-    return LayerKind(with_experts, slides, slides or m.rope_on_global)
+def _kind(m: ModelConfig, with_experts: bool, attention: str, window: int, bounded: bool) -> LayerKind:
+    return LayerKind(with_experts, window, attention == "sliding_attention" or m.rope_on_global, bounded)
 
 
 class Tokens(NamedTuple):
@@ -123,10 +126,13 @@ def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp
     # torch's norm keeps its input, that divided by its length, and 1 / length
     norm = hidden if fused else 2 * hidden + tokens.share * item
     attention = _attention(m, precision, tokens, tp, cp, kind)
+    # gate and up projection once more, as they were before their bound
+    twice = 2 if kind.bounded else 1
     if not kind.with_experts:
         dense = m.dense_ffn_dim // tp
+        inside = tokens.local * dense * item * ((1 if fused else 2) + 2 * twice)
         return SavedActivations(residuals=m.norms_per_layer() * norm, qkv_input=hidden, ffn_input=hidden,
-                                **attention, dense=tokens.local * dense * item * (3 if fused else 4))
+                                **attention, dense=inside)
     shared = m.num_shared_experts * m.expert_ffn_dim // tp
     routed, inner = tokens.share * m.num_experts_per_token, m.expert_ffn_dim // etp
     # a process of an expert that is cut has the tokens of all processes that share it
@@ -135,9 +141,9 @@ def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp
         residuals=m.norms_per_layer() * norm, qkv_input=hidden, ffn_input=hidden, **attention,
         router=(tokens.share * m.num_experts * (SCORES * FLOAT32_BYTES + 1)
                 + routed * (3 * INDEX_BYTES + 2 * FLOAT32_BYTES)),
-        expert_input=arrived * m.hidden_size * item, expert_hidden=arrived * 2 * inner * item,
+        expert_input=arrived * m.hidden_size * item, expert_hidden=arrived * 2 * inner * item * twice,
         expert_activated=arrived * inner * item * (1 if fused else 3),
-        shared=tokens.local * shared * item * (3 if fused else 4))
+        shared=tokens.local * shared * item * ((1 if fused else 2) + 2 * twice))
 
 
 def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
@@ -150,14 +156,13 @@ def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
     sums = tokens.local * (m.num_heads // tp) * max(item, FLOAT32_BYTES)
     per_token = tokens.local * item
     # A window as long as the row is none, and needs no masks.
-    slides = kind.slides and m.sliding_window_tokens < tokens.row
+    slides = 0 < kind.window < tokens.row
     # the norm of each head's queries is of a copy, where these do not lie side by side
     copied = queries if m.qk_norm and m.num_kv_heads > tp else 0
     found = {"gathered": 0}
     if cp > 1:
-        window = m.sliding_window_tokens
         # A process has two pieces of a row, and each reaches one window back.
-        reached = min(tokens.row, tokens.local + 2 * window) if slides else tokens.row
+        reached = min(tokens.row, tokens.local + 2 * kind.window) if slides else tokens.row
         found["gathered"] = 2 * reached * keys * item
     if fused:
         return found | {"qkv": per_token * (queries + 2 * keys + copied),
@@ -167,7 +172,7 @@ def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
     if cp > 1 and not slides:  # pieces attend to gathered keys, and do it again in the backward pass
         return found | {"qkv": qkv, "rotated": per_token * queries,
                         "attended": per_token * queries}
-    masks = _mask_numbers(tokens.local, m.sliding_window_tokens) * item if slides and cp == 1 else 0
+    masks = _mask_numbers(tokens.local, kind.window) * item if slides and cp == 1 else 0
     return found | {"qkv": qkv, "rotated": per_token * (queries + keys),
                     "core": per_token * queries + sums + masks, "attended": per_token * queries * slides}
 
@@ -208,7 +213,7 @@ def kept(config: RunConfig, row_tokens: int, kind: LayerKind, whole: SavedActiva
     if config.train.recompute is True:
         return tokens_of(config, row_tokens).share * config.model.hidden_size * (
             ITEM_BYTES[config.train.precision])
-    return whole.total - _recomputed(config, whole, kind) - _offloaded(config, whole)
+    return whole.total - _recomputed(config, whole, kind) - _offloaded(config, whole, kind)
 
 
 def _recomputed(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> int:
@@ -229,13 +234,13 @@ def _recomputed(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> 
     return found + (whole.shared if "shared_experts" in modules else 0)
 
 
-def _offloaded(config: RunConfig, whole: SavedActivations) -> int:
+def _offloaded(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> int:
     """Return what of a layer waits in host memory."""
     again, m = config.gpu.recompute_modules, config.model
     before_ffn = 0 if m.block_norms == "post" else whole.residuals // m.norms_per_layer()
     parts = {"qkv_linear": whole.qkv_input, "core_attn": whole.qkv, "attn_proj": whole.core,
              "mlp_norm": before_ffn, "expert_fc1": whole.expert_input,
-             "moe_act": whole.expert_hidden}
+             "moe_act": whole.expert_hidden // (2 if kind.bounded else 1)}
     return sum(parts[module] for module in config.gpu.offload_modules
                if not ("moe" in again and module in ("expert_fc1", "moe_act")))
 
@@ -305,7 +310,9 @@ def stored(config: RunConfig, stage: int, seq_len: int, num_micro_batches: int) 
             here[of_layers[layer]] = here.get(of_layers[layer], 0) + count
     if last and m.num_mtp_layers:
         kind = prediction_kind(m)
-        here[kind] = here.get(kind, 0) + counts[-1] * m.num_mtp_layers
+        # Recomputed, all applications of the layer are one: it keeps what the first one was given.
+        times = m.num_mtp_layers if config.train.recompute is True else m.num_predictions
+        here[kind] = here.get(kind, 0) + counts[-1] * times
     wholes = {kind: saved(config, row, kind) for kind in here}
     keeps = {kind: kept(config, row, kind, whole) for kind, whole in wholes.items()}
     waiting = sum(keeps[kind] * count for kind, count in here.items())
@@ -314,6 +321,8 @@ def stored(config: RunConfig, stage: int, seq_len: int, num_micro_batches: int) 
     norms = _behind_layers(config, row) if last else 0
     waiting += counts[-1] * norms
     again = {kind: wholes[kind].total - keeps[kind] for kind in here} if config.train.recompute else {}
+    if last and m.num_mtp_layers and config.train.recompute is True:
+        again[kind] = max(again[kind], m.mtp_depths * wholes[kind].total - keeps[kind])
     largest = max(here, key=lambda kind: wholes[kind].total)
     return Stored(waiting=waiting, head=head_keeps(config, row) if last else 0,
                   recomputed=max(again.values(), default=0), norms=norms, largest=wholes[largest].total,
@@ -338,9 +347,10 @@ def _behind_layers(config: RunConfig, row_tokens: int) -> int:
     norm = hidden if fused else 2 * hidden + tokens.share * item
     if not m.num_mtp_layers:
         return norm
-    around = tokens.local * INDEX_BYTES + m.num_mtp_layers * (
-        # recomputed, a prediction layer keeps its two inputs
-        2 * hidden if config.train.recompute is True else 3 * norm + 2 * hidden)
+    around = m.num_predictions * tokens.local * INDEX_BYTES + (
+        # recomputed, a prediction layer keeps its inputs: states, and embeddings of each depth
+        (m.num_mtp_layers + m.num_predictions) * hidden if config.train.recompute is True
+        else m.num_predictions * (3 * norm + 2 * hidden))
     return norm + around
 
 
@@ -352,4 +362,4 @@ def head_keeps(config: RunConfig, row_tokens: int) -> int:
     rows = -(-m.vocab_size // config.parallel.tp)
     trained = not config.lora.on or HEAD in config.lora.adapted(m)
     of_weight = rows * m.hidden_size * wide if trained else 0
-    return (1 + m.num_mtp_layers) * (of_weight + tokens.local * (m.hidden_size * item + wide))
+    return (1 + m.num_predictions) * (of_weight + tokens.local * (m.hidden_size * item + wide))

@@ -323,7 +323,7 @@ def model_of(shape: ModelShape) -> ModelConfig:
         else round(shape.num_shared_experts),
         expert_ffn_dim=round(shape.expert_ffn_dim * width), attention_pattern=pattern,
         sliding_window_tokens=shape.window if "L" in pattern else 0, tied_embeddings=shape.tied,
-        num_mtp_layers=shape.num_mtp_layers)
+        num_mtp_layers=shape.num_mtp_layers, mtp_depths=shape.mtp_depths if shape.num_mtp_layers else 1)
 
 
 def _missing_params(shape: ModelShape, model: ModelConfig) -> tuple[int, int]:

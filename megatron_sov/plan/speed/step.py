@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 from megatron_sov.plan.speed import traffic
@@ -262,7 +263,7 @@ def router_s(w: Workload, parameters: Parameters | None = None) -> float:
     """Return the seconds of a step that routers take, of all stages' mean: their products, and the kernels
     over scores of all experts; a part of `dense_s` and `memory_s`."""
     p, s = parameters or default(), w.shape
-    clock, layers = Clock(w, p), s.num_moe_layers + (s.num_mtp_layers if s.mtp_moe else 0)
+    clock, layers = Clock(w, p), s.num_moe_layers + (s.num_predictions if s.mtp_moe else 0)
     product = traffic.products(w, "beside experts")[:1]
     scores_s = clock.passed(traffic.score_bytes(w), "moe") * p.moe_passes * clock.moe_age
     return w.num_micro_batches * layers / w.pp * (clock.products(product) + scores_s)
@@ -296,7 +297,7 @@ def _parts(clock: Clock, known: Known | None) -> StepParts:
 def _head(clock: Clock) -> _MicroBatch:
     """Return the seconds of the output head and of those of prediction layers, with their losses."""
     w = clock.w
-    return _MicroBatch(head=(1 + w.shape.num_mtp_layers) * (
+    return _MicroBatch(head=(1 + w.shape.num_predictions) * (
         clock.products(traffic.products(w, "head"))
         + traffic.head_bytes(w) / clock.hbm / (3 if clock.forward_only else 1)))
 
@@ -321,7 +322,7 @@ def _stage(w: Workload, parts: StepParts, messages_s: float) -> tuple[_MicroBatc
     whole = _MicroBatch()
     whole.add(trunk, 1)
     whole.add(behind, 1)
-    layers, runs = s.num_layers + s.num_mtp_layers, w.pp * w.vpp
+    layers, runs = s.num_layers + s.num_predictions, w.pp * w.vpp
     if layers % runs:  # the last stage has fewer layers, and the head
         stage.add(whole, -(-layers // runs) * w.vpp / layers)
         if w.pp == 1 or stage.total < mean:
@@ -336,12 +337,14 @@ def _stage(w: Workload, parts: StepParts, messages_s: float) -> tuple[_MicroBatc
 
 def _trunk(clock: Clock) -> _MicroBatch:
     s, trunk = clock.w.shape, _MicroBatch()
-    for block, layers in ((lambda: _attention(clock, 0), s.num_attention_layers - s.num_window_layers),
-                          (lambda: _attention(clock, s.window), s.num_window_layers),
-                          (lambda: _block(clock, "mamba", traffic.mamba_bytes, "mamba"), s.num_mamba_layers),
-                          (lambda: _block(clock, "dense", traffic.dense_bytes, "mlp"),
-                           s.num_feed_forward_layers - s.num_moe_layers),
-                          (lambda: _moe(clock), s.num_moe_layers)):
+    blocks: list[tuple[Callable[[], _MicroBatch], int]] = [
+        (lambda: _attention(clock, 0), s.num_attention_layers - s.num_window_layers),
+        *((partial(_attention, clock, window), layers) for window, layers in s.windowed),
+        (lambda: _block(clock, "mamba", traffic.mamba_bytes, "mamba"), s.num_mamba_layers),
+        (lambda: _block(clock, "dense", traffic.dense_bytes, "mlp"),
+         s.num_feed_forward_layers - s.num_moe_layers),
+        (lambda: _moe(clock), s.num_moe_layers)]
+    for block, layers in blocks:
         if layers:
             trunk.add(block(), layers)
     return trunk
@@ -350,11 +353,11 @@ def _trunk(clock: Clock) -> _MicroBatch:
 def _prediction_layers(clock: Clock) -> _MicroBatch:
     """Return the seconds of multi-token prediction without its heads."""
     s, found = clock.w.shape, _MicroBatch()
-    if s.num_mtp_layers:
+    if s.num_predictions:
         ffn = _moe(clock) if s.mtp_moe else _block(clock, "dense", traffic.dense_bytes, "mlp")
-        for part in (_attention(clock, 0), ffn):
-            found.add(part, s.num_mtp_layers)
-        found.dense += s.num_mtp_layers * clock.products(traffic.products(clock.w, "prediction"))
+        for part in (_attention(clock, s.mtp_window), ffn):
+            found.add(part, s.num_predictions)
+        found.dense += s.num_predictions * clock.products(traffic.products(clock.w, "prediction"))
     return found
 
 
@@ -403,8 +406,8 @@ def _launch(clock: Clock) -> tuple[float, float]:
     w, p, s = clock.w, clock.p, clock.w.shape
     if w.cuda_graphs == "full":
         return 0.0, 0.0
-    layers = s.num_attention_layers + s.num_mamba_layers + s.num_mtp_layers
-    moe = s.num_moe_layers + (s.num_mtp_layers if s.mtp_moe else 0)
+    layers = s.num_attention_layers + s.num_mamba_layers + s.num_predictions
+    moe = s.num_moe_layers + (s.num_predictions if s.mtp_moe else 0)
     share = {"none": 1.0, "partial": p.graph_launch_share}[w.cuda_graphs]
     # Fitted on forward and backward pass, so two passes count as one.
     share *= p.quantized_launch[w.precision] * clock.passes("", 1.0) / 2

@@ -231,7 +231,7 @@ def tensor(w: Workload) -> TrafficMessage:
     s, tp = w.shape, w.tp
     blocks = s.num_attention_layers + s.num_mamba_layers
     blocks += s.num_feed_forward_layers - s.num_moe_layers + (s.num_moe_layers if s.num_shared_experts else 0)
-    blocks += 2 * s.num_mtp_layers
+    blocks += 2 * s.num_predictions
     # forward: gather and scatter; backward: the same, and under sp the input is gathered once more for the
     # gradient of the weight
     pairs = 2 * passes(w) + (1 if w.sp and w.objective == "train" else 0)
@@ -248,7 +248,7 @@ def expert_exchange(w: Workload) -> TrafficMessage:
     each have all of its tokens: all-to-all is followed by a gathering among them (`token_dispatcher` of
     megatron-core, 0.16.1), the other dispatchers send every one its own copy."""
     s, size, choices = w.shape, w.ep * w.etp, w.shape.num_experts_per_token
-    moe = s.num_moe_layers + (s.num_mtp_layers if s.mtp_moe else 0)
+    moe = s.num_moe_layers + (s.num_predictions if s.mtp_moe else 0)
     if not moe or size == 1:
         return TrafficMessage("ep", 0, 1, 1, 0, 0)
     times = moe / w.pp * 2 * passes(w, "moe") * w.num_micro_batches
@@ -274,7 +274,7 @@ def context(w: Workload) -> TrafficMessage:
     a window the ends of the two pieces that a process has of each row, which the next ones see.  Where heads
     are exchanged (arXiv 2309.14509): queries, keys, values and what is attended, in every layer."""
     s, cp = w.shape, w.cp
-    layers = (s.num_attention_layers + s.num_mtp_layers) / w.pp
+    layers = (s.num_attention_layers + s.num_predictions) / w.pp
     if w.exchanges_heads:
         # of keys each process has one head at least
         heads = 2 * s.num_heads / w.tp + 2 * max(s.num_kv_heads / w.tp, cp)
@@ -286,9 +286,10 @@ def context(w: Workload) -> TrafficMessage:
     # The backward pass sends keys and values round once more, and their gradients with them.
     rounds = passes(w, "core_attn") + (0 if w.objective == "forward" else 1)
     # A process has two pieces of each row (balanced causal work), so it has two ends.
-    ends = min(local_tokens(w), w.micro_batch_size * 2 * max(0, s.window - 1))
-    tokens = ((s.num_attention_layers - s.num_window_layers + s.num_mtp_layers) * local_tokens(w)
-              + s.num_window_layers * ends) / w.pp
+    windows = ((0, s.num_attention_layers - s.num_window_layers), *s.windowed,
+               (s.mtp_window, s.num_predictions))
+    tokens = sum(number * (min(local_tokens(w), w.micro_batch_size * 2 * (window - 1)) if window
+                           else local_tokens(w)) for window, number in windows) / w.pp
     volume = rounds * (cp - 1) * tokens * keys * ACTIVATION_BYTES * w.num_micro_batches
     return _ring("cp", w, volume, layers * rounds * (cp - 1) * w.num_micro_batches, cp, w.tp)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 from megatron_sov.model.config import ModelConfig, PhaseConfig, RunConfig
@@ -62,10 +64,16 @@ class ModelShape:
     """Multi-token prediction layers."""
     mtp_moe: bool = False
     """Whether those have experts (DeepSeek-V3) or are dense."""
+    mtp_depths: int = 1
+    """How many times each of those is applied."""
+    mtp_window: int = 0
+    """Keys that a query of those sees; 0: all."""
     window: int = 0
     """Keys that a query of a windowed layer sees, itself included; 0: no such layers."""
     global_every: int = 0
     """One in so many attention layers sees everything, the others `window` keys; 0: all see everything."""
+    layer_windows: tuple[tuple[int, int], ...] = ()
+    """(keys, layers) of the windowed layers, where these do not follow from the two above."""
     q_lora_rank: int = 0
     """Rank of the queries of latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1); 0: in full."""
     kv_lora_rank: int = 0
@@ -101,10 +109,20 @@ class ModelShape:
         return self.num_feed_forward_layers - self.num_dense_layers if self.num_experts else 0
 
     @property
+    def windowed(self) -> tuple[tuple[int, int], ...]:
+        """(keys, layers) of the layers whose queries see so many keys at most."""
+        if self.layer_windows or not (self.window and self.global_every):
+            return self.layer_windows
+        return ((self.window, self.num_attention_layers - self.num_attention_layers // self.global_every),)
+
+    @property
     def num_window_layers(self) -> int:
-        if not (self.window and self.global_every):
-            return 0
-        return self.num_attention_layers - self.num_attention_layers // self.global_every
+        return sum(layers for _, layers in self.windowed)
+
+    @property
+    def num_predictions(self) -> int:
+        """Applications of prediction layers."""
+        return self.num_mtp_layers * self.mtp_depths
 
     @property
     def query_dim(self) -> int:
@@ -207,21 +225,21 @@ class ModelShape:
         Counted as in `families.count`: two for each weight of a product, prediction layers and their heads
         included, and of attention the causal half.
         """
-        predicting = (self.mtp_params(self.num_experts_per_token)
-                      + self.num_mtp_layers * (self.vocab_size * self.hidden_size))
-        keys = mean_keys(seq_len, 0)
-        return (self._token_flops(keys, mean_keys(seq_len, self.window))
-                + 2 * predicting + self.num_mtp_layers * self._key_flops() * keys)
+        predicting = (self.mtp_depths * self.mtp_params(self.num_experts_per_token)
+                      + self.num_predictions * (self.vocab_size * self.hidden_size))
+        return (self._token_flops(partial(mean_keys, seq_len)) + 2 * predicting
+                + self.num_predictions * self._key_flops() * mean_keys(seq_len, self.mtp_window))
 
     def decode_flops_per_token(self, context: float) -> float:
         """Return the FLOPs of one more token behind so many: its query sees all of them, or its window, where
         a row's mean query sees half.  Prediction layers, which do not draft, have no part in it."""
-        return self._token_flops(context, min(context, self.window or context))
+        return self._token_flops(lambda window: min(context, window or context))
 
-    def _token_flops(self, keys: float, window_keys: float) -> float:
-        """Return the FLOPs of a token in the trunk and the head, whose query sees so many keys."""
-        windowed = self.num_window_layers
-        seen = (self.num_attention_layers - windowed) * keys + windowed * window_keys
+    def _token_flops(self, keys: Callable[[int], float]) -> float:
+        """Return the FLOPs of a token in the trunk and the head, whose query sees so many keys under a window
+        (0: none)."""
+        seen = ((self.num_attention_layers - self.num_window_layers) * keys(0)
+                + sum(layers * keys(window) for window, layers in self.windowed))
         return (2 * self._multiplied(self.num_experts_per_token) + self._key_flops() * seen
                 + self.num_mamba_layers * self.mamba_scan_flops())
 
@@ -248,6 +266,7 @@ def of_model(model: ModelConfig) -> ModelShape:
     # beyond the last one.
     num_global = model.num_layers - windowed
     every = model.num_layers // num_global if num_global else model.num_layers + 1
+    follows = not model.layer_windows and model.num_layers - model.num_layers // every == windowed
     return ModelShape(
         num_layers=model.num_layers, hidden_size=model.hidden_size, num_heads=model.num_heads,
         head_dim=model.head_dim if latent is None else latent.qk_nope_head_dim,
@@ -258,7 +277,10 @@ def of_model(model: ModelConfig) -> ModelShape:
         expert_ffn_dim=model.expert_ffn_dim if model.num_experts else 0,
         num_shared_experts=model.num_shared_experts if model.num_experts else 0,
         num_dense_layers=model.num_layers - model.num_moe_layers() if model.num_experts else 0,
-        num_mtp_layers=model.num_mtp_layers, mtp_moe=model.mtp_experts,
+        num_mtp_layers=model.num_mtp_layers, mtp_moe=model.mtp_experts, mtp_depths=model.mtp_depths,
+        mtp_window=model.mtp_window() if model.num_mtp_layers else 0,
+        layer_windows=() if follows or not windowed else tuple(sorted(Counter(
+            window for window in model.windows() if window).items())),
         window=model.sliding_window_tokens if windowed else 0, global_every=every if windowed else 0,
         q_lora_rank=(latent.q_lora_rank or 0) if latent is not None else 0,
         kv_lora_rank=latent.kv_lora_rank if latent is not None else 0,
@@ -411,8 +433,8 @@ def kv_bytes(shape: ModelShape, tokens: float, item_bytes: float = BF16_BYTES) -
     """
     width = (shape.kv_lora_rank + shape.rope_head_dim if shape.kv_lora_rank
              else 2 * shape.num_kv_heads * shape.head_dim)
-    windowed = shape.num_window_layers
-    kept = (shape.num_attention_layers - windowed) * tokens + windowed * min(tokens, shape.window or tokens)
+    kept = ((shape.num_attention_layers - shape.num_window_layers) * tokens
+            + sum(layers * min(tokens, window) for window, layers in shape.windowed))
     return kept * width * item_bytes
 
 

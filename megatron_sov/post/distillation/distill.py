@@ -1,39 +1,89 @@
 """Learning a teacher's distribution of the next token, over the labels that the data have learned; and how
 far the student is from it on held-out documents, before the first step and after the last.
 
-The teacher's numbers were computed before (`teacher`), so that nothing of it is in memory but its output
-head, on the last pipeline stage.  They are read at the tokens of a micro-batch that this process holds.
+The numbers of a teacher that is kept were computed before (`teacher`), so that nothing of it is in memory but
+its output head, on the last pipeline stage.  They are read at the tokens of a micro-batch that this process
+holds.  What a student writes itself is read by a teacher beside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
 
 from megatron_sov.base.artifacts import file_damage, read_manifest
+from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import SettingsError
+from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.divergence import Divergence, Teacher, TeacherStates, TeacherTopK
-from megatron_sov.engine.model.logprobs import Head
+from megatron_sov.engine.model.language_model import ModelInputs
+from megatron_sov.engine.model.logprobs import Head, head_of
 from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.parallel.device import to_device
 from megatron_sov.engine.parallel.world import ParallelWorld
+from megatron_sov.infer.engines.load import load_forward_model
+from megatron_sov.infer.engines.target import Target
+from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import DistillationConfig
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpacked
+from megatron_sov.post.distillation.teacher import weights_digest, whole_states
+from megatron_sov.runs.checkpoints import settings_of
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.requirements import NeededColumn
 from megatron_sov.train.data.rows import RowOrigin, heldout_samples, join_rows, sample_row
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.token_shards import TEXTS, Source
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
 from megatron_sov.train.objectives.objective import (
     GlobalBatch, LossSums, columns_of, formats_of, per_source, with_denominators)
 from megatron_sov.train.stages.gate import GateView
+
+
+class RunTeacher(Protocol):
+    """Whose distributions a run learns."""
+
+    teacher: str
+    """Digest of its weights."""
+    divergence: Divergence
+    """Which is learned."""
+
+    def verify(self, world: ParallelWorld) -> None:
+        """Look at its files; called by all processes together, before anything is read.
+
+        Raises:
+            UserError: one is missing or is not what was written; on every process.
+        """
+        ...
+
+    def read(self, batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
+        """Have it read micro-batches before they are learned; called by all processes together."""
+        ...
+
+    def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
+        """Return what it says at the local tokens of a micro-batch, as `read` gave it.
+
+        Args:
+            batch: rows of documents of a split.
+            head: the student's, by which the teacher's is split.
+            split: which.
+
+        Raises:
+            UserError: it has not read one of them.
+        """
+        ...
+
+    def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
+        """Return [n] what each label of a whole row weighs: as in the data where the teacher says something,
+        else 0."""
+        ...
 
 
 class KeptTeacher:
@@ -71,11 +121,7 @@ class KeptTeacher:
         self._head: torch.Tensor | None = None
 
     def verify(self, world: ParallelWorld) -> None:
-        """Look at every file that is kept, each on one process; called by all together.
-
-        Raises:
-            UserError: one is missing or is not what was written; on every process.
-        """
+        """As `RunTeacher.verify`: look at every file that is kept, each on one process."""
         folders = sorted({files.folder for files in self._by_source.values()})
         files = [(folder / name, record) for folder in folders
                  for name, record in read_manifest(folder).files.items()]
@@ -87,17 +133,12 @@ class KeptTeacher:
                 raise UserError(f"{file_damage(*files[int(number) - 1])}; make the states again with "
                                 "`megatron-sov distill states`")
 
+    def read(self, batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
+        """As `RunTeacher.read`: it has read them."""
+        return tuple(batches)
+
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
-        """Return what it says at the local tokens of a micro-batch.
-
-        Args:
-            batch: rows of documents of a split.
-            head: the student's, by which the teacher's is split.
-            split: which.
-
-        Raises:
-            UserError: it has not read one of them.
-        """
+        """As `RunTeacher.at`."""
         rows = self._rows(batch.origins, context.pieces(len(batch.labels)), split)
         if self._files.kept.top_k:
             ids, logprobs = unpacked(rows)
@@ -109,8 +150,7 @@ class KeptTeacher:
         return TeacherStates(rows, self._head, self._files.logits_softcap)
 
     def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
-        """Return [n] what each label of a whole row weighs: as in the data where the teacher says something,
-        and 0 where its tokens do not begin with the student's."""
+        """As `RunTeacher.heard`: nothing where its tokens do not begin with the student's."""
         if not self._files.kept.translated:
             return batch.weights
         rows = self._rows(batch.origins, [(0, len(batch.labels))], split)
@@ -146,6 +186,97 @@ class KeptTeacher:
                 # The slice alone is read; padding rows of the student's head stay 0.
                 weight[:len(held)] = file.get_slice(HEAD_WEIGHT)[held.start:held.stop].to(weight)
         return weight
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """The barest micro-batch."""
+
+    inputs: ModelInputs
+
+
+class LiveTeacher:
+    """A teacher beside the student: a second model on the same processes, at the student's layout, which
+    reads each batch just before the student learns it.
+
+    The library's process groups are one per process, so a teacher at a layout of its own is another job
+    (`teacher`).  Nothing is kept on disk: whoever resumes has the same teacher read the same batch.
+    """
+
+    def __init__(self, checkpoint: Path, config: RunConfig, num_ranks: int) -> None:
+        """Check that it can be learned from.
+
+        Args:
+            checkpoint: the teacher's.
+            config: of the run.
+            num_ranks: its processes.
+
+        Raises:
+            UserError: it knows other token ids, reads shorter rows, or does not fit the run's layout.
+        """
+        asked, theirs = config.distillation, settings_of(checkpoint)
+        self.teacher = weights_digest(Target(checkpoint, False))
+        self.divergence = Divergence(asked.beta, asked.temperature)
+        self._path, self._asked = checkpoint, asked
+        # what of a layout is about experts, or about layers one by one, is the student's own
+        alone: dict[str, Any] = {} if theirs.model.num_experts else {"ep": 1, "etp": 1}
+        if theirs.model.num_layers != config.model.num_layers:
+            alone["pipeline_layout"] = ()
+        self._config = dataclasses.replace(config, model=theirs.model, lora=theirs.lora,
+                                           parallel=dataclasses.replace(config.parallel, **alone))
+        if asked.other_tokenizer:
+            raise UserError("distillation.other_tokenizer = True: a teacher of another tokenizer reads whole "
+                            "documents; have `megatron-sov distill` learn from it, or choose one of the same")
+        if theirs.model.vocab_size != config.model.vocab_size:
+            raise UserError(f"--teacher {checkpoint}: has {theirs.model.vocab_size} token ids, the student "
+                            f"model.vocab_size = {config.model.vocab_size}; choose a teacher with as many")
+        if asked.top_k >= theirs.model.vocab_size:
+            raise UserError(f"distillation.top_k = {asked.top_k}: must be below the "
+                            f"{theirs.model.vocab_size} token ids; set it to less, or to 0")
+        if config.data.max_seq_len() > theirs.model.max_position_tokens:
+            raise UserError(f"--teacher {checkpoint}: reads {theirs.model.max_position_tokens} tokens, and a "
+                            f"row has up to {config.data.max_seq_len()}; choose another one, or shorter rows")
+        if problems := self._config.parallel.problems(self._config.model, num_ranks):
+            raise SettingsError(f"--teacher {checkpoint}: runs at the layout of the student", problems)
+        self._model: ForwardModel | None = None
+
+    def verify(self, world: ParallelWorld) -> None:
+        """Load it; called by all processes together.
+
+        Raises:
+            UserError: a file of it is damaged.
+        """
+        self._model = load_forward_model(self._path, self._config)
+
+    def read(self, batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
+        """Return micro-batches with what it says of them; called by all processes together."""
+        model, top_k = self._model, self._asked.top_k
+        assert model is not None, "is not loaded"
+
+        def rows(hidden: list[torch.Tensor], head: Head, batch: _Reading) -> torch.Tensor:
+            if not top_k:
+                return whole_states(hidden[0], model)
+            ids, logprobs = head.most_probable(hidden[0], top_k, self.divergence.temperature)
+            return torch.cat([ids.to(logprobs.dtype), logprobs], 1)
+
+        # routes that are replayed are the student's
+        said = model.map([_Reading(dataclasses.replace(b.inputs, routes=None)) for b in batches], rows)
+        # only the last stage compares
+        return tuple(dataclasses.replace(batch, said=found)
+                     for batch, found in zip(batches, said, strict=True)) if said else tuple(batches)
+
+    def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
+        """As `RunTeacher.at`."""
+        assert batch.said is not None and self._model is not None, "it has not read the micro-batch"
+        said = context.local(batch.said)
+        if top_k := self._asked.top_k:
+            return TeacherTopK(said[:, :top_k].long(), said[:, top_k:], self._asked.keep_remainder)
+        weight = head_of(self._model.model, self._model.head_chunk_tokens).weight
+        return TeacherStates(said, weight, self._config.model.logits_softcap)
+
+    def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
+        """As `RunTeacher.heard`: all of it."""
+        return batch.weights
 
 
 def refuse_other_kept(files: StateFiles, asked: DistillationConfig, vocab_size: int) -> None:
@@ -197,13 +328,18 @@ class Distillation(DataObjective):
             UserError: a file of what is kept of the teacher is damaged.
         """
         super().__init__(context)
-        teacher: KeptTeacher = context.teacher
+        teacher: RunTeacher = context.teacher
         teacher.verify(context.world)
         self._teacher = teacher
         self.coefficients = {DIVERGENCE: 1.0}
         if context.config.distillation.ce_coeff > 0:
             self.coefficients[CROSS_ENTROPY] = context.config.distillation.ce_coeff
         self.coefficients |= self._mtp_coefficient
+
+    def collect(self, policy: Any, step: int) -> GlobalBatch:
+        """Return the next batch of the data order, which the teacher has read."""
+        batch = super().collect(policy, step)
+        return dataclasses.replace(batch, micro_batches=self._teacher.read(batch.micro_batches))
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the learned tokens of the global batch."""
@@ -243,13 +379,19 @@ class Distillation(DataObjective):
                             "its checkpoint")
 
 
+class OnPolicyDistillation(Distillation):
+    """The same of rounds that the student writes, and of data in their place (GKD, arXiv 2306.13649)."""
+
+    formats = (ROLLOUTS, *TEXTS)
+
+
 @dataclasses.dataclass(frozen=True)
 class TaughtFactory:
     """Makes an objective that finds a teacher in its context."""
 
     made: Callable[[ObjectiveContext], Any]
     """Makes it."""
-    teachers: Sequence[KeptTeacher]
+    teachers: Sequence[RunTeacher]
     """The teacher; empty: the run is complete, and nothing is made."""
 
     @property
@@ -265,13 +407,13 @@ class TaughtFactory:
 
 
 def measure_heldout(view: GateView, sources: Sequence[Source],
-                    teacher: KeptTeacher) -> dict[str, dict[str, float]]:
+                    teacher: RunTeacher) -> dict[str, dict[str, float]]:
     """Measure each source that has held-out documents, and record it; called by all processes together.
 
     Args:
         view: the run.
         sources: those that it reads, in their order.
-        teacher: what is kept of it, held-out documents included.
+        teacher: theirs; where it is kept, with held-out documents.
 
     Returns:
         Source -> `tokens`, those that are learned of up to `data.heldout_tokens`, and means over them:
@@ -289,7 +431,14 @@ def measure_heldout(view: GateView, sources: Sequence[Source],
     return found
 
 
-def _sums(view: GateView, index: int, source: Source, teacher: KeptTeacher) -> torch.Tensor:
+def measure_teacher(view: GateView, sources: Sequence[Source], teacher: RunTeacher | None) -> dict[str, Any]:
+    """Return what a completion manifest says of a teacher, and how far the student is from it, see
+    `measure_heldout`; nothing where there is none."""
+    return {} if teacher is None else {
+        "teacher": teacher.teacher, "heldout_divergence": measure_heldout(view, sources, teacher)}
+
+
+def _sums(view: GateView, index: int, source: Source, teacher: RunTeacher) -> torch.Tensor:
     """Return [3] float64, on every process: learned tokens, and sums of divergence and KL over them."""
     config, world, shard = view.config, view.world, source.shard(SPLIT)
     seq_len, size = config.data.max_seq_len(), config.train.micro_batch_size
@@ -305,6 +454,6 @@ def _sums(view: GateView, index: int, source: Source, teacher: KeptTeacher) -> t
         return torch.stack([learned.sum(), (measured.divergence * learned).sum(),
                             (measured.kl * learned).sum()])
 
-    parts = view.policy.map(own, sums)
+    parts = view.policy.map(teacher.read(own), sums)
     local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(3, dtype=torch.float64)
     return collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local))

@@ -34,7 +34,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.folder import read_chat_encoder
 from megatron_sov.chat.vocabulary import refuse_other_tokens
-from megatron_sov.engine.decode.forward_only import Inputs
+from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
 from megatron_sov.engine.model.language_model import states_for_head
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives, context
@@ -305,8 +305,7 @@ def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[StatesPar
 
     def kept_rows(hidden: list[torch.Tensor], head: Head, batch: Inputs) -> torch.Tensor:
         if not kept.top_k:
-            gathered = context.gather(states_for_head(hidden[0], loaded.policy.config))
-            return gathered.to("cpu", DTYPES[kept.dtype])
+            return whole_states(hidden[0], loaded.policy).to("cpu", DTYPES[kept.dtype])
         found = packed(*head.most_probable(hidden[0], asked, kept.temperature)).cpu()
         if not kept.translated:
             return found
@@ -325,6 +324,11 @@ def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[StatesPar
             split = [document for s, n in zip(said, filled, strict=True) for document in s.split(n)]
             said = documents.translate(part, read[mine][1], split)
         _write(folder / part.file, said)
+
+
+def whole_states(hidden: torch.Tensor, model: ForwardModel) -> torch.Tensor:
+    """Return [n, H'] the states of all tokens of a row, as the output head takes them."""
+    return context.gather(states_for_head(hidden, model.config))
 
 
 def _write(file: Path, states: list[torch.Tensor]) -> None:

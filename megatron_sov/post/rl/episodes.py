@@ -23,7 +23,7 @@ from megatron_sov.judge.tools.episode import Episode, EpisodeLines, GeneratedTur
 from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, ToolPolicy, play
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import SampleAttempt, never
-from megatron_sov.post.rl.responses import distribution_of, fresh_keys
+from megatron_sov.post.rl.responses import distribution_of, fresh_keys, sampling_of
 from megatron_sov.rollouts.prompts import RolloutPrompt, stream_of
 from megatron_sov.rollouts.rows import LAST_TURN, NOT_WRITTEN, UNFINISHED, Key, Rollout
 
@@ -101,8 +101,7 @@ class Episodes:
     @property
     def sampling(self) -> Sampling:
         """Return how tokens are chosen; each turn says itself how long it may be."""
-        return Sampling(1, self.rollout.temperature, seed=self.rollout.seed, for_training=True,
-                        with_routes=self.with_routes)
+        return sampling_of(self.rollout, 1, with_routes=self.with_routes)
 
     def ids_of(self, prompt: RolloutPrompt) -> list[int]:
         """Return a text of a task as token ids, without asking an environment."""

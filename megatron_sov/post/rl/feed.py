@@ -47,7 +47,7 @@ from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
 from megatron_sov.post.rl.teachers import ScoringTeacher, identity_of, reverse_kl, write_teachers
 from megatron_sov.post.rl.validation import SampledRounds, Validation
-from megatron_sov.rollouts.prompts import RolloutPrompt, SetAside, list_set_aside, round_prompts
+from megatron_sov.rollouts.prompts import PromptList, SetAside, list_set_aside, round_prompts
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints
@@ -224,6 +224,8 @@ def with_weights_of(start: Path, view: FeedView, compute: Callable[[], None]) ->
         model.adapter_base = base
 
 
+OFF_POLICY = "data"
+"""In the place of a hash of documents: of a round that is not written."""
 POLL_S = (1.0, 10.0)
 """Between two looks at what is not there yet: a tenth of what was waited so far, within these bounds."""
 TOLD = ("groups", "late", "late_from", "unjudged", "reward_version", "policies", "means")
@@ -278,6 +280,11 @@ class RoundFeed:
             self.policies.at(view.step)  # which begins the round
             if (lacking := self._validate(view, number, asked_to_stop)) is not None:
                 return lacking
+        if not view.config.policy.is_on_policy(self.rollout.seed, number):
+            if not step:  # the data are part of the settings that a policy is known by
+                self.policies.begin(view.step, OFF_POLICY)
+            self.meters = {}
+            return None
         begin_s = time.monotonic()
         if (lacking := self._wait(view, number, asked_to_stop)) is not None:
             return lacking
@@ -398,7 +405,7 @@ class Producer:
 
     store: Callable[[], RolloutStore]
     """Opens the store, or makes it."""
-    prompts: Sequence[RolloutPrompt]
+    prompts: PromptList
     """All that are asked."""
     aside: SetAside
     """Those that are not."""
@@ -471,8 +478,11 @@ class Producer:
             view.checkpointer.advance()
         if not on_main(view.world, lambda: servers.is_open):
             return {}
-        known = self.writer.ids_of(round_prompts(self.prompts, self.rollout, rounds[0])[0])
-        servers.push(view, policy, known)
+        servers.push(view, policy)
+        on_main(view.world, lambda: self._queue(servers, rounds, asked_to_stop).begin(rounds, asked_to_stop))
+        # while the servers write: nothing is published before
+        servers.check(view, policy, self.writer.ids_of(round_prompts(self.prompts, self.rollout,
+                                                                     rounds[0])[0]))
 
         def step() -> bool:
             requests = self._queue(servers, rounds, asked_to_stop)
@@ -488,8 +498,6 @@ class Producer:
             self._requests = ResponseQueue(
                 row_requests(servers.engine, self.writer, servers.engine.room),
                 self._desk(rounds, asked_to_stop), None, servers.engine.room)
-        self._requests.desk.asked_to_stop = asked_to_stop
-        self._requests.desk.missing.add_rounds(rounds)
         return self._requests
 
     def close(self) -> None:
@@ -518,7 +526,7 @@ class Producer:
 
     def _begin_judging(self, rounds: range, view: FeedView) -> None:
         store = self.store()
-        if self._opinions is None:
+        if self._job is None:  # once: it reads all rewards, and most have no second verifier
             self._opinions = self.opinions(store)
         alarmed = partial(warn, record=view.events.write, event="alarm", step=view.step, kind="verifiers")
         self._job = JudgingJob(store, Claims(store.claims, self.rollout.lease_s), self.version,

@@ -3,7 +3,7 @@ what came after its round was published, which joins a later one."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +14,7 @@ import numpy as np
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.prompts import PromptPiece
-from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Key, RewardRow, RolloutPart, later
+from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Key, RolloutPart, later
 from megatron_sov.rollouts.store import RolloutStore, keys_of, problems_of
 from megatron_sov.train.data.rounds import folder_of_round
 from megatron_sov.work.tables.parquet import texts_of
@@ -74,17 +74,13 @@ def facts_of(store: RolloutStore, part: RolloutPart) -> tuple[list[RolloutFacts]
     return facts, problems_of(table)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PublishedResponse:
     """One response of a group that has a reward."""
 
     rollout: RolloutFacts
-    judged: RewardRow
-
-    @property
-    def reward(self) -> float:
-        assert self.judged.reward is not None, f"{self.rollout.key} has no reward"
-        return self.judged.reward
+    reward: float
+    components: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -123,7 +119,7 @@ class RoundOfStore:
     @cached_property
     def prompts(self) -> list[str]:
         """Ids of the prompts that are asked, in order."""
-        return [prompt.id for piece in self.pieces[:self.num_pieces] for prompt in piece.prompts]
+        return [prompt for piece in self.pieces[:self.num_pieces] for prompt in piece.prompts.ids]
 
     def gather(self) -> Gathered | str:
         """Return the round, or what it still lacks.
@@ -143,19 +139,24 @@ class RoundOfStore:
         if waiting > self.missing_share * len(self.prompts):
             return (f"{waiting} of {len(self.prompts)} groups wait for responses that are not finished "
                     f"(policy.missing_share = {self.missing_share:g})")
-        judged = self.store.judgements(self.reward_version, parts)
         unjudged = Counter({KEPT_OUT: num_kept_out} if num_kept_out else {})
         # A place for every prompt: one without responses still counts as a group of its step.
         groups: dict[str, list[PublishedResponse]] = {prompt: [] for prompt in self.prompts}
-        for row in sorted(rows, key=lambda row: row.key.sample):
-            said = judged.get((row.key, row.attempt))
-            if row.finish_reason == UNFINISHED:
-                continue
-            if said is None or said.reward is None:
-                unjudged["missing" if said is None else said.status] += 1
-                continue
-            groups[row.key.prompt].append(PublishedResponse(row, said))
-        return Gathered(self.number, tuple(map(tuple, groups.values())), late, dict(unjudged), tuple(parts))
+        finished = defaultdict[str, list[RolloutFacts]](list)
+        for row in rows:
+            if row.finish_reason != UNFINISHED:
+                finished[row.part].append(row)
+        # part by part: what a reward says beside its number is no more needed then
+        for part in parts:
+            judged = self.store.judgements(self.reward_version, [part])
+            for row in finished[part.name]:
+                said = judged.get((row.key, row.attempt))
+                if said is None or said.reward is None:
+                    unjudged["missing" if said is None else said.status] += 1
+                else:
+                    groups[row.key.prompt].append(PublishedResponse(row, said.reward, said.components))
+        ordered = (tuple(sorted(group, key=lambda r: r.rollout.key.sample)) for group in groups.values())
+        return Gathered(self.number, tuple(ordered), late, dict(unjudged), tuple(parts))
 
     def _lacking(self, parts: Sequence[RolloutPart]) -> str:
         count = self.num_pieces
@@ -186,7 +187,7 @@ class RoundOfStore:
         return sound, len(last) - len(sound)
 
     def _prompts_of(self, piece: int) -> set[str]:
-        return {prompt.id for prompt in self.pieces[piece].prompts} if piece < len(self.pieces) else set()
+        return set(self.pieces[piece].prompts.ids) if piece < len(self.pieces) else set()
 
     def _refuse_other_pieces(self, parts: Sequence[RolloutPart]) -> None:
         """Raise `UserError` where a part was cut otherwise: some pieces would be taken for the whole
@@ -271,9 +272,9 @@ def _judged_since(source: RoundOfStore, waiting: Sequence[tuple[str, int]]) -> I
             if row.finish_reason != UNFINISHED and (row.key, row.attempt) in judged}
     for prompt in dict.fromkeys(prompt for prompt, _ in waiting):
         late = [key for key in said if key.prompt == prompt and (prompt, key.sample) in waiting]
-        group = tuple(PublishedResponse(last[key][0], said[key]) for key in sorted(said,
-                                                                                   key=lambda key: key.sample)
-                      if key.prompt == prompt and said[key].reward is not None)
+        group = tuple(PublishedResponse(last[key][0], reward, said[key].components)
+                      for key in sorted(said, key=lambda key: key.sample)
+                      if key.prompt == prompt and (reward := said[key].reward) is not None)
         if late:
             yield LateGroup(source.number, group,
                             {key: last[key][1] for key in late if said[key].reward is not None},

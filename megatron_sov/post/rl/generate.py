@@ -29,7 +29,7 @@ from megatron_sov.infer.engines.server_engine import ServerPlaces
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import Batching, NamedTensors
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.rollouts.prompts import PromptPiece, RolloutPrompt, round_pieces
+from megatron_sov.rollouts.prompts import PromptList, PromptPiece, round_pieces
 from megatron_sov.rollouts.rows import UNFINISHED, AskedPrompt, Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.checkpoints import adapter_base
@@ -90,7 +90,7 @@ class _ClaimedPiece:
 class Missing:
     """The pieces of some rounds that are not written."""
 
-    def __init__(self, store: RolloutStore, claims: Claims, prompts: Sequence[RolloutPrompt],
+    def __init__(self, store: RolloutStore, claims: Claims, prompts: PromptList,
                  rollout: RolloutConfig, rounds: range, policy_of: Callable[[int], Policy | None],
                  sampling_of: Callable[[int], str], further: Further | None = None) -> None:
         """Look at nothing yet.
@@ -309,7 +309,7 @@ class Missing:
     def _refuse_others(self, piece: PromptPiece, number: int, rows: Sequence[Rollout]) -> None:
         """Raise `UserError` where a part is what this job would never have written: it would be taken for
         done."""
-        asked = {prompt.id for prompt in piece.prompts}
+        asked = set(piece.prompts.ids)
         sampling = self._sampling_of(piece.round)
         for row in rows:
             if row.key.prompt not in asked:

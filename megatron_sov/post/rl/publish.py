@@ -14,7 +14,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,10 @@ from megatron_sov.post.rl.advantages import LEARNS as KEPT, Group, advantages, l
 from megatron_sov.post.rl.gathering import (
     LATE, LATE_FROM, Gathered, LateGroup, PublishedResponse, RolloutFacts, RoundOfStore, late_groups,
     late_responses)
+from megatron_sov.post.rl.reward import NO_REWARD
 from megatron_sov.post.rl.round_files import (
     DTYPE, RoundPiece, RoundShard, ShardWriter, WrittenShard, shards_of)
-from megatron_sov.rollouts.prompts import RolloutPrompt, budget_of, round_pieces, too_long_in
+from megatron_sov.rollouts.prompts import PromptList, budget_of, round_pieces, too_long_in
 from megatron_sov.rollouts.rows import LENGTH, Key, domain_of
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints
@@ -88,7 +89,7 @@ class Publisher:
     """RUN/rounds."""
     store: Path
     """The store; whoever writes the first responses makes it."""
-    prompts: Sequence[RolloutPrompt]
+    prompts: PromptList
     """All of them."""
     reward_version: str
     tokenizer: Path
@@ -269,8 +270,9 @@ class Publisher:
                                | {key.policy for group in late for key in group.joining}),
             "store": [{"name": part.name, "rollouts": part.manifest_sha256, "rewards": manifest_sha256(
                 source.store.part_path(part.name, source.reward_version))} for part in parts],
-            "means": means_of(gathered, {prompt: domain_of(self._records[prompt])
-                                         for prompt in source.prompts}, self.config.rollout),
+            "means": means_of(gathered, {prompt: domain_of(self._record(prompt))
+                                         for prompt in source.prompts}, self.config.rollout,
+                              has_reward=self.reward_version != NO_REWARD),
             **({DOMAINS: self._domains_of(gathered, late, chosen)} if self.config.policy.parts.opd_coeff
                else {})}
 
@@ -280,7 +282,7 @@ class Publisher:
         # in the order of `_pieces`
         keys = [r.rollout.key for responses in (*(found for _, found in late_responses(late)),
                                                 *gathered.groups) for r in responses]
-        domains = (domain_of(self._records[key.prompt]) for key in keys if key in chosen.advantages)
+        domains = (domain_of(self._record(key.prompt)) for key in keys if key in chosen.advantages)
         return [(domain, len(list(together))) for domain, together in groupby(domains)]
 
     def _complete(self, planned: RoundPlan, written: Sequence[WrittenShard],
@@ -300,14 +302,14 @@ class Publisher:
         building.close()
 
     @cached_property
-    def _asked(self) -> list[RolloutPrompt]:
+    def _asked(self) -> PromptList:
         """The prompts of which rounds are made: those that whoever writes has not set aside."""
-        aside = too_long_in(self.store)
-        return [prompt for prompt in self.prompts if prompt.id not in aside]
+        return self.prompts.without(too_long_in(self.store))
 
     @cached_property
-    def _records(self) -> dict[str, Mapping[str, Any]]:
-        return {prompt.id: prompt.record for prompt in self.prompts}
+    def _record(self) -> Callable[[str], Mapping[str, Any]]:
+        """What gives the record of a prompt; those of a group are asked for one after the other."""
+        return lru_cache(maxsize=64)(self.prompts.record_of)
 
     @cached_property
     def _routes(self) -> RouteShape | None:
@@ -365,7 +367,7 @@ class Publisher:
 
     def _budget(self, key: Key) -> float:
         """Return the tokens that a response was asked to have; NaN: nobody asked."""
-        asked = budget_of(self.config.rollout, key.prompt, self._records[key.prompt], key.sample)
+        asked = budget_of(self.config.rollout, key.prompt, self._record(key.prompt), key.sample)
         return np.nan if asked is None else asked
 
     def _joining(self, beside: Sequence[Sequence[PublishedResponse]], late: Sequence[LateGroup]
@@ -444,20 +446,22 @@ def _piece(responses: Iterable[PublishedResponse], advantages: Mapping[Key, floa
                          sum(row.num_tokens for row in rows))
 
 
-def means_of(gathered: Gathered, domains: Mapping[str, str], rollout: RolloutConfig) -> dict[str, Any]:
+def means_of(gathered: Gathered, domains: Mapping[str, str], rollout: RolloutConfig, *, has_reward: bool
+             ) -> dict[str, Any]:
     """Return means over the responses of a round that have a reward, trained or not.
 
     Args:
         gathered: the round.
         domains: prompt -> what it is about, "" where it does not say.
         rollout: says which optimizer step the round is trained from.
+        has_reward: whether something judges; else there is no reward to tell, and not one of 0.
     """
     responses = [r for group in gathered.groups for r in group]
     if not responses:
         return {"responses": 0}
     components: dict[str, list[float]] = defaultdict(list)
     for r in responses:
-        for name, value in r.judged.components.items():
+        for name, value in r.components.items():
             if isinstance(value, int | float):  # a verifier may also say in words what it found
                 components[name].append(value)
     num_written = sum(r.rollout.num_written for r in responses)
@@ -468,12 +472,12 @@ def means_of(gathered: Gathered, domains: Mapping[str, str], rollout: RolloutCon
     for r in responses:
         rewards[domains[r.rollout.key.prompt]].append(r.reward)
     return {
-        "responses": len(responses), "reward": _mean(r.reward for r in responses),
+        "responses": len(responses), **({"reward": _mean(r.reward for r in responses)} if has_reward else {}),
         "components": {name: _mean(values) for name, values in sorted(components.items())},
         "response_tokens": _mean(r.rollout.num_written for r in responses),
         "truncated": _mean(r.rollout.finish_reason == LENGTH for r in responses),
         "staleness_steps": behind / max(1, num_written), "domains": {
-            name: {"responses": len(values), "reward": _mean(values)}
+            name: {"responses": len(values), **({"reward": _mean(values)} if has_reward else {})}
             for name, values in sorted(rewards.items()) if name}}
 
 

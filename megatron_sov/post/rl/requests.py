@@ -205,6 +205,19 @@ class ResponseQueue:
     _next_look_s: float = 0.0
     _answered: SimpleQueue[Future[Any]] = field(default_factory=SimpleQueue)
 
+    def begin(self, rounds: range, asked_to_stop: Callable[[], bool]) -> None:
+        """Ask for what these rounds miss, which a policy that is there writes.
+
+        Args:
+            rounds: beside those that were begun before.
+            asked_to_stop: looked at from now on.
+        """
+        self.desk.asked_to_stop = asked_to_stop
+        self.desk.missing.add_rounds(rounds)
+        # the look before found nothing left, and the next one would only come when its time has passed
+        is_asked = not asked_to_stop() and self._fill() and bool(self.under_way)
+        self._next_look_s = self.clock_s() + LOOK_S if is_asked else 0.0
+
     def advance(self, limit_s: float, needed: Callable[[], bool]) -> bool:
         """Ask for what is missing, take in what comes and publish what is complete, for so many seconds.
 
@@ -374,8 +387,24 @@ class LiveServers:
         if not self.places.urls:
             self._held = 0
 
-    def push(self, view: FeedView, policy: Policy, known: Tokens) -> None:
-        """Give the servers the live weights, and see that they have them; called by all processes together.
+    def push(self, view: FeedView, policy: Policy) -> None:
+        """Give the servers the live weights; called by all processes together.
+
+        Args:
+            view: the run, whose model is the policy.
+            policy: which its weights are.
+
+        Raises:
+            UserError: the servers do not take them.
+        """
+        began_s = time.monotonic()
+        if on_main(view.world, lambda: self._held != policy.step):
+            self._send(view, policy)
+        self.meters = {"push_s": time.monotonic() - began_s}
+
+    def check(self, view: FeedView, policy: Policy, known: Tokens) -> None:
+        """See that the servers have the live weights; called by all processes together, also while the
+        servers write.
 
         Args:
             view: the run, whose model is the policy.
@@ -383,17 +412,12 @@ class LiveServers:
             known: a text, whose log-probabilities trainer and servers must agree on.
 
         Raises:
-            UserError: the servers do not take them, or say something else of the text.
+            UserError: the servers say something else of the text.
         """
-        began_s = time.monotonic()
-        if on_main(view.world, lambda: self._held != policy.step):
-            self._send(view, policy)
-        sent_s = time.monotonic()
         text = list(known[:KNOWN_TOKENS])
         if len(text) > 1:
             [[own]] = answer_logprobs(view.policy, [Question(text[:1], [text[1:]])])
             on_main(view.world, lambda: self._compare(text, own, policy))
-        self.meters = {"push_s": sent_s - began_s, **self.meters}
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -420,10 +444,10 @@ class LiveServers:
         assert self.engine is not None, "the servers are not open"
         gaps = [sum(abs(a - b) for a, b in zip(told, own, strict=True)) / len(own)
                 for told in self.engine.fleet.score(text)]
-        self.meters = {"engine_gap_nats": max(gaps, default=0.0)}
-        if self.meters["engine_gap_nats"] > MAX_GAP_NATS:
+        gap = self.meters["engine_gap_nats"] = max(gaps, default=0.0)
+        if gap > MAX_GAP_NATS:
             raise UserError(f"--engine {self.name}: a server's log-probabilities of a known text are "
-                            f"{self.meters['engine_gap_nats']:.3g} nats a token from the trainer's at step "
+                            f"{gap:.3g} nats a token from the trainer's at step "
                             f"{policy.step} (at most {MAX_GAP_NATS:g}): it has not taken the weights, or "
                             "computes this model otherwise, and would not write as this policy")
 

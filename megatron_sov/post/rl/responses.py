@@ -54,17 +54,20 @@ class ResponseSource:
         Raises:
             UserError: one is empty, or the template refuses it; or all are too long.
         """
-        lengths: list[int] = []
+        found: dict[str, int] = {}
+        shortest: list[int] = []
         for first in range(0, len(prompts), CHUNK_PROMPTS):
-            chunk = prompts[first:first + CHUNK_PROMPTS]
-            lengths += map(self._longest, chunk, self.asker.ask([self._text(prompt) for prompt in chunk]))
-        self._refuse_empty(prompts, lengths)
-        found = {prompt.id: length for prompt, length in zip(prompts, lengths, strict=True)
-                 if length > self.rollout.max_prompt_tokens}
+            chunk = list(prompts[first:first + CHUNK_PROMPTS])
+            lengths = list(map(self._longest, chunk,
+                               self.asker.ask([self._text(prompt) for prompt in chunk])))
+            self._refuse_empty(chunk, lengths)
+            shortest.append(min(lengths))
+            found |= {prompt.id: length for prompt, length in zip(chunk, lengths, strict=True)
+                      if length > self.rollout.max_prompt_tokens}
         if len(found) == len(prompts):
             raise UserError(f"{prompts[0].option}: all {len(prompts):,} prompts have more tokens than "
                             f"rollout.max_prompt_tokens = {self.rollout.max_prompt_tokens:,}, the shortest "
-                            f"{min(lengths):,}; raise it")
+                            f"{min(shortest):,}; raise it")
         return found
 
     def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
@@ -84,8 +87,7 @@ class ResponseSource:
         if self.rollout.deadline_s:
             # Only with a deadline: engines without `Bounds` are asked without it.
             more["bounds"] = Bounds(limits, lambda: self.clock_s() >= ends_s or gives_way())
-        sampling = Sampling(max(limits), self.rollout.temperature, seed=self.rollout.seed, for_training=True,
-                            with_routes=self.with_routes)
+        sampling = sampling_of(self.rollout, max(limits), with_routes=self.with_routes)
         # By the attempt too: what goes on must not repeat the random numbers of its beginning.
         streams = [stream_of(row.round, row.key.prompt, row.key.sample, attempt.number)
                    for attempt, row in asked]
@@ -163,8 +165,8 @@ class ResponseSource:
 
     def sampling_of(self, row: Rollout) -> Sampling:
         """Return how the rest of a row is asked for: the longest response is counted over all attempts."""
-        return Sampling(self.rollout.max_new_tokens - len(row.tokens), self.rollout.temperature,
-                        seed=self.rollout.seed, for_training=True, with_routes=self.with_routes)
+        return sampling_of(self.rollout, self.rollout.max_new_tokens - len(row.tokens),
+                           with_routes=self.with_routes)
 
     def grown(self, row: Rollout, attempt: SampleAttempt, more: WrittenTokens) -> Rollout:
         """Return a row with what was written behind it."""
@@ -208,6 +210,13 @@ def distribution_of(rollout: RolloutConfig) -> float:
     return rollout.temperature or 1.0
 
 
+def sampling_of(rollout: RolloutConfig, max_new_tokens: int, *, with_routes: bool) -> Sampling:
+    """Return how tokens are asked for; settings refuse a part of the distribution where a trainer compares
+    with all of it."""
+    return Sampling(max_new_tokens, rollout.temperature, top_p=rollout.top_p, seed=rollout.seed,
+                    for_training=True, allow_truncation=rollout.top_p < 1, with_routes=with_routes)
+
+
 def key_digest(rollout: RolloutConfig, round: int, more: dict[str, Any]) -> str:
     """Return what stands in the key of a round's responses for the settings that their tokens are chosen by.
 
@@ -218,6 +227,7 @@ def key_digest(rollout: RolloutConfig, round: int, more: dict[str, Any]) -> str:
     """
     told = {"budget_text": rollout.budget_text, "budgets_tokens": list(rollout.budgets_tokens)}
     return sampling_digest({
-        **more, **(told if rollout.budget_text else {}), "round": round, "seed": rollout.seed,
+        **more, **(told if rollout.budget_text else {}),
+        **({"top_p": rollout.top_p} if rollout.top_p < 1 else {}), "round": round, "seed": rollout.seed,
         "temperature": rollout.temperature, "max_new_tokens": rollout.max_new_tokens,
         "max_prompt_tokens": rollout.max_prompt_tokens})

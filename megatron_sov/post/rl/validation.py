@@ -17,9 +17,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
+from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel.world import on_main
 from megatron_sov.eval.pass_at_k import JudgedItem
 from megatron_sov.model.config import RolloutConfig
+from megatron_sov.post.rl.responses import key_digest
+from megatron_sov.post.rl.reward import NO_REWARD
+from megatron_sov.rollouts.prompts import PromptList, sampling_digest
 from megatron_sov.rollouts.rows import RewardRow, Rollout, domain_of
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import EVENTS, read_events
@@ -59,7 +63,7 @@ class SampledRounds:
             return
         kept: list[tuple[Rollout, RewardRow | None]] = []
         for here, rows, _ in store.pieces(store.parts(number), _COLUMNS):
-            said = store.judgements(version, here)
+            said = {} if version == NO_REWARD else store.judgements(version, here)
             kept += [(row, said.get((row.key, row.attempt))) for row in rows]
             if sum(not row.key.sample for row, _ in kept) >= self.num_rows:
                 break
@@ -98,10 +102,10 @@ class _Tally:
             for name, value in said.components.items():
                 self.components[name].append(value)
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self, *, is_judged: bool) -> dict[str, Any]:
         """Return the figures as JSON values; without a reward there are only those of lengths."""
         judged = self.judged
-        has_reward = any(prompt.num_scored for prompt in judged.prompts.values())
+        has_reward = is_judged and any(prompt.num_scored for prompt in judged.prompts.values())
         figures = judged.figures() if has_reward else {}
         return {"num_prompts": len(judged.prompts), "num_samples": len(self.tokens),
                 "statuses": dict(judged.statuses), "reward": figures.get("mean_reward"),
@@ -119,7 +123,7 @@ def validation_figures(store: RolloutStore, number: int, version: str, right_fro
         version: of the reward.
         right_from: least reward of a right response.
     """
-    whole, domains = _Tally(), defaultdict[str, _Tally](_Tally)
+    whole, domains, is_judged = _Tally(), defaultdict[str, _Tally](_Tally), version != NO_REWARD
     for here, rows, _ in store.pieces(store.parts(number), _COLUMNS):
         said = store.judgements(version, here)
         for row in rows:
@@ -127,7 +131,8 @@ def validation_figures(store: RolloutStore, number: int, version: str, right_fro
                 for tally in (whole, domains[domain_of(row.record)]):
                     tally.add(row, judged, right_from)
     return {"num_samples": 0} if not whole.tokens else {
-        **whole.plain(), "domains": {name: found.plain() for name, found in sorted(domains.items()) if name}}
+        **whole.plain(is_judged=is_judged), "domains": {
+            name: found.plain(is_judged=is_judged) for name, found in sorted(domains.items()) if name}}
 
 
 class RoundProducer(Protocol):
@@ -151,6 +156,23 @@ class RoundProducer(Protocol):
         ...
 
 
+def measured_by(prompts: PromptList, reward_version: str, rollout: RolloutConfig, chosen_by: dict[str, Any],
+                right_from: float) -> dict[str, str]:
+    """Return what the figures of a validation depend on beside its policy, each by its digest.
+
+    Args:
+        prompts: that are asked; their order decides nothing.
+        reward_version: of the reward's code and settings.
+        rollout: by which they are asked, of `RolloutConfig.of_validation`.
+        chosen_by: what tokens are chosen by beside it, see `Writer`.
+        right_from: least reward of a right response.
+    """
+    return {"prompts": sampling_digest({"ids": sorted(prompts.ids)}),
+            "reward": sampling_digest({"version": reward_version, "right_from": right_from}),
+            "sampling": sampling_digest({"samples": rollout.samples_per_prompt,
+                                         "tokens": key_digest(rollout, 0, chosen_by)})}
+
+
 @dataclass
 class Validation:
     """Validates a run's policies; one object on each process, all of which call it together."""
@@ -166,8 +188,11 @@ class Validation:
     right_from: float
     """Least reward of a right response."""
     samples: SampledRounds
+    measured_by: Mapping[str, str]
+    """What figures depend on beside the policy: prompts, reward and sampling, each by its digest."""
     _told: set[int] | None = None
     """Steps whose policies are validated; read on the first process."""
+    _is_read: bool = False
 
     def validate(self, view: FeedView, number: int, policy: Policy, asked_to_stop: Callable[[], bool]
                  ) -> str | None:
@@ -181,7 +206,14 @@ class Validation:
 
         Returns:
             None: it is done or not due; else why the run has to end first.
+
+        Raises:
+            UserError: earlier policies of the run were validated by something else.
         """
+        # with the first round, due or not: nothing is trained whose curve would be of two sets
+        if not self._is_read:
+            on_main(view.world, self._read_told)
+            self._is_read = True
         if not self._is_due(number) or on_main(view.world, partial(self._is_told, view.step)):
             return None
         seconds = self.asking.produce(view, number, policy, asked_to_stop)
@@ -192,11 +224,19 @@ class Validation:
         every, trained = self.rollout.validation_every_rounds, number - 1
         return trained in (0, self.rollout.rounds) or (every > 0 and trained % every == 0)
 
+    def _read_told(self) -> None:
+        told = [event for event in read_events(self.run / EVENTS) if event["event"] == VALIDATION]
+        for before in (event["measured_by"] for event in told[-1:] if "measured_by" in event):
+            others = [what for what, digest in self.measured_by.items() if before.get(what) != digest]
+            if others:
+                raise UserError(f"{self.run}: its policies up to step {told[-1]['step']} were validated with "
+                                f"other {' and '.join(others)}, and one curve would be of both; give those "
+                                "again, leave --validation out, or begin another --run")
+        # a resumed run is what it was at each step, so that its validations are too
+        self._told = {event["step"] for event in told}
+
     def _is_told(self, step: int) -> bool:
-        if self._told is None:
-            # a resumed run is what it was at each step, so that its validations are too
-            self._told = {event["step"] for event in read_events(self.run / EVENTS)
-                          if event["event"] == VALIDATION}
+        assert self._told is not None, "nobody has looked what is told"
         return step in self._told
 
     def _tell(self, view: FeedView, number: int, seconds: Mapping[str, float]) -> str | None:
@@ -208,7 +248,7 @@ class Validation:
                     f"{figures['num_samples']:,} of {self.num_responses:,} responses are judged")
         # samples first: a kill between the two tells them again, and no figure is missing
         self.samples.tell(view, store, number, version, VALIDATION)
-        view.events.write(VALIDATION, step=view.step, round=number, text=told_validation(figures), **figures,
-                          **seconds)
+        view.events.write(VALIDATION, step=view.step, round=number, text=told_validation(figures),
+                          measured_by=dict(self.measured_by), **figures, **seconds)
         self._told.add(view.step)
         return None

@@ -112,7 +112,7 @@ def scaled(base: ModelConfig, width: int, num_layers: int, head_dim: int) -> Mod
         step = _step(ffn_dim * ratio)
         return max(step, round(ffn_dim * ratio / step) * step) if ffn_dim else 0
 
-    return replace(base, hidden_size=width, num_layers=num_layers, head_dim=head_dim,
+    return replace(base, **base.at_depth(num_layers), hidden_size=width, head_dim=head_dim,
                    num_heads=num_kv_heads * group, num_kv_heads=num_kv_heads,
                    dense_ffn_dim=inner(base.dense_ffn_dim), expert_ffn_dim=inner(base.expert_ffn_dim))
 

@@ -550,7 +550,7 @@ def round_tables(run: Run) -> list[PageTable]:
                          if name != but) or "–"
 
     def mean(name: str, form: str) -> Callable[[Event], str]:
-        return lambda c: of_field(name, form)(c["means"])
+        return lambda c: of_field(name, form, "–")(c["means"])
 
     return tables(run.rounds[-MAX_ROUNDS:], {
         "round": of_field("round", ",.0f"), "judged responses": mean("responses", ",.0f"),

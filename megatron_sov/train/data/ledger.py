@@ -91,14 +91,15 @@ def _weights(index: int, phase: PhaseConfig, sources: list[Source]) -> dict[str,
 
 
 def _round_weights(config: RunConfig, sources: list[Source]) -> dict[str, float]:
-    """Return the shares of a round's rows, and of the text that is learned beside them (InK-GRPO), which is
-    what it is on average over the steps."""
-    parts = config.policy.parts
+    """Return the shares of a round's rows, and of the data that are learned beside them (InK-GRPO) or in
+    their place (GKD), which is what it is on average over the steps."""
+    policy, parts = config.policy, config.policy.parts
     rows = (parts.knowledge_share * parts.knowledge_batch_size / config.train.global_batch_size
-            if config.policy.has_text else 0.0)
+            if policy.has_text else 1 - policy.on_policy_share)
     text = {s.name: s.share for s in sources if s.num_tokens["train"] and rows}
     total = sum(text.values())
-    return {SOURCE: 1.0} | {name: rows * share / total for name, share in text.items() if share > 0}
+    return {SOURCE: policy.on_policy_share} | {
+        name: rows * share / total for name, share in text.items() if share > 0}
 
 
 class Ledger:

@@ -88,7 +88,7 @@ class SampleOrder:
         self._of_chats: Packing = "drop" if config.data.over_long == "drop" else "truncate"
         self._index = {s.name: i for i, s in enumerate(sources)}
         self._rounds, self._steps_per_round = rounds_of(sources), config.rollout.steps_per_round
-        self._policy, self._text_seed = config.policy, config.rollout.seed
+        self._policy, self._round_seed = config.policy, config.rollout.seed
         self._documents: dict[int, Documents] = {}
         self._streams: dict[str, DocumentStream] = {}
 
@@ -103,7 +103,8 @@ class SampleOrder:
         if self._rounds is not None and entry.is_round:  # any source may have the name
             # a round's rows do not follow the ledger's weights: all of its documents are learned, whatever
             # their number
-            samples = self._of_round(entry, self._rounds)
+            samples = (self._of_round(entry, self._rounds) if self._is_on_policy(s.step)
+                       else self._of_texts(entry, entry.global_batch_size))
         else:
             samples = [self._next_sample(entry.weights, entry.seq_len)
                        for _ in range(entry.global_batch_size)]
@@ -115,8 +116,11 @@ class SampleOrder:
 
     def is_ready(self, step: int) -> bool:
         """Return whether a step's documents are there: those of a round are once it is open."""
-        return (self._rounds is None or not self.ledger.at(step).is_round
+        return (self._rounds is None or not self.ledger.at(step).is_round or not self._is_on_policy(step)
                 or self._rounds.is_open(step // self._steps_per_round + 1))
+
+    def _is_on_policy(self, step: int) -> bool:
+        return self._policy.is_on_policy(self._round_seed, step // self._steps_per_round + 1)
 
     def _of_round(self, entry: LedgerEntry, rounds: RoundDocuments) -> list[OrderedSample]:
         """Return the rows of a round's step: all of its documents, none of them cut, and the text that is
@@ -130,11 +134,14 @@ class SampleOrder:
         return [*(OrderedSample(self._index[SOURCE], row) for row in rows), *self._text_beside(entry)]
 
     def _text_beside(self, entry: LedgerEntry) -> list[OrderedSample]:
-        if not self._policy.has_text_at(self._text_seed, self.state.step + 1):
+        if not self._policy.has_text_at(self._round_seed, self.state.step + 1):
             return []
+        return self._of_texts(entry, self._policy.parts.knowledge_batch_size)
+
+    def _of_texts(self, entry: LedgerEntry, count: int) -> list[OrderedSample]:
+        """Return samples of the sources beside the rounds."""
         text = {name: weight for name, weight in entry.weights.items() if name != SOURCE}
         shares = {name: weight / sum(text.values()) for name, weight in text.items()}
-        count = self._policy.parts.knowledge_batch_size
         return [self._next_sample(shares, entry.seq_len) for _ in range(count)]
 
     def _next_sample(self, weights: dict[str, float], seq_len: int) -> OrderedSample:

@@ -123,4 +123,4 @@ class ObjectiveContext:
     """`with waiting(): ...` around what may take longer than `guards.hang_timeout_s`, such as rollouts: the
     watch over the step begins anew behind it."""
     teacher: Any = None
-    """distill: what is kept of the teacher (`post.distillation.distill.KeptTeacher`)."""
+    """distill and gkd: whose distributions are learned (`post.distillation.distill.RunTeacher`)."""

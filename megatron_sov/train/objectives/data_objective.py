@@ -74,7 +74,7 @@ class DataObjective:
     def __init__(self, context: ObjectiveContext) -> None:
         config = context.config
         self._batches, self._num_sources = context.batches, context.batches.num_sources
-        self._depths = range(1, config.model.num_mtp_layers + 1)
+        self._depths = range(1, config.model.num_predictions + 1)
         self._mtp_coefficient = {MTP: config.model.mtp_loss_coeff} if self._depths else {}
         """Part of an objective's `coefficients`."""
         self._typed = TypedLosses(config)

@@ -34,6 +34,9 @@ class MicroBatch:
     """[n] int64: index of the source."""
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Column that the objective names -> [n] float32: number of each label, 0 where there is none."""
+    said: torch.Tensor | None = None
+    """[n, width] what a teacher has said of each token (`post.distillation.distill.LiveTeacher`); None:
+    nothing."""
     origins: tuple[RowOrigin, ...] = ()
     """Where each segment of the row comes from, on the host."""
     denominators: dict[str, float] = field(default_factory=dict)

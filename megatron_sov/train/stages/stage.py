@@ -72,8 +72,8 @@ class Stage:
     """Those of `config.data.paths`, where they are open already; None: they are opened here."""
     extra_sources: tuple[Source, ...] = ()
     """Sources made on the fly, beside those of `config.data.paths`."""
-    before: Callable[[GateView], None] | None = None
-    """Called on every rank before the first step of a new run."""
+    before: Callable[[GateView], object] | None = None
+    """Called on every rank before the first step of a new run; what it returns does not matter."""
     after: Callable[[GateView], dict[str, Any]] | None = None
     """Called on every rank after the last step; what it returns joins the completion manifest."""
     gate: Gate | None = None

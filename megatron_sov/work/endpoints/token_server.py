@@ -137,34 +137,35 @@ class ServerCalls:
 
     def __init__(self, url: str, key_env: str, answer_s: float) -> None:
         self.url, self._key_env, self._answer_s = url.rstrip("/").removesuffix("/v1"), key_env, answer_s
-        self._opened: dict[tuple[str, float], Transport] = {}
+        self._opened: dict[float, Transport] = {}
         self._lock = threading.Lock()
 
     def ask(self, path: str, payload: Mapping[str, Any]) -> Any:
         """Return the JSON of an answer that may take long."""
-        return self._read(path, self._transport(path, self._answer_s).post(payload))
+        return self._read(path, self._within(self._answer_s).post(payload, path[1:]))
 
     def tell(self, path: str, payload: Mapping[str, Any] | None = None) -> Any:
         """Return what the server says to an order."""
-        return self._read(path, self._transport(path, CONTROL_S).post(payload or {}))
+        return self._read(path, self._within(CONTROL_S).post(payload or {}, path[1:]))
 
     def look(self, path: str) -> Any:
         """Return what the server tells of itself."""
-        return self._read(path, self._transport(path, LOOK_S).get())
+        return self._read(path, self._within(LOOK_S).get(path[1:]))
 
     def is_there(self, path: str) -> bool:
         """Return whether a path is answered with 200."""
         try:
-            return self._transport(path, LOOK_S).get().status == 200
+            return self._within(LOOK_S).get(path[1:]).status == 200
         except (BadAnswer, TimeoutError):
             return False
 
-    def _transport(self, path: str, limit_s: float) -> Transport:
+    def _within(self, limit_s: float) -> Transport:
+        """Return what asks within a time; all paths share its connections."""
         with self._lock:
-            if (path, limit_s) not in self._opened:
-                self._opened[path, limit_s] = Transport(f"{self.url}{path}", self._key_env, limit_s,
-                                                        max_bytes=MAX_ANSWER_BYTES)
-            return self._opened[path, limit_s]
+            if limit_s not in self._opened:
+                self._opened[limit_s] = Transport(f"{self.url}/", self._key_env, limit_s,
+                                                  max_bytes=MAX_ANSWER_BYTES)
+            return self._opened[limit_s]
 
     def _read(self, path: str, came: Any) -> Any:
         if came.status == 200:

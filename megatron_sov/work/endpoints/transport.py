@@ -169,18 +169,22 @@ class Transport:
         self._lock = threading.Lock()
         self._client: Any = None
 
-    def post(self, payload: Mapping[str, Any]) -> Answered:
+    def post(self, payload: Mapping[str, Any], path: str = "") -> Answered:
         """Return what comes back, whatever its status.
+
+        Args:
+            payload: JSON.
+            path: behind the address; connections are the same for all.
 
         Raises:
             TimeoutError: it takes too long.
             BadAnswer: there is no connection, or too much comes.
         """
-        return self._send("post", payload)
+        return self._send("post", payload, path)
 
-    def get(self) -> Answered:
-        """Return what the address itself says; raises as `post` does."""
-        return self._send("get", None)
+    def get(self, path: str = "") -> Answered:
+        """Return what the address itself says, or a path behind it; raises as `post` does."""
+        return self._send("get", None, path)
 
     def stream(self, payload: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         """Yield the objects of an answer that is sent as it is written; the iteration's end hangs up.
@@ -226,7 +230,7 @@ class Transport:
         return {"Accept-Encoding": "identity",
                 "Authorization": f"Bearer {self._secret}" if self._secret else openai.Omit()}
 
-    def _send(self, method: str, payload: Mapping[str, Any] | None) -> Answered:
+    def _send(self, method: str, payload: Mapping[str, Any] | None, path: str) -> Answered:
         import httpx
         import openai
 
@@ -234,7 +238,7 @@ class Transport:
         if payload is not None:
             asked["body"] = dict(payload)
         try:
-            response = getattr(self._opened(), method)(f"/{self._path}", **asked)
+            response = getattr(self._opened(), method)(f"/{self._path}{path}", **asked)
         except openai.APIStatusError as e:
             response = e.response
         except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as e:

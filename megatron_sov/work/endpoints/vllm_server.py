@@ -99,7 +99,7 @@ class VllmServer:
     def update(self, files: Sequence[str], version: int) -> None:
         """Have the extension read files, or receive what is in them, see `TokenServer`."""
         self._calls.tell("/init_weight_transfer_engine", {"init_info": {}})
-        self._calls.tell("/start_weight_update")
+        self._start_update()
         if self._send is None:
             self._calls.tell("/update_weights", {"update_info": {"files": list(files)}})
         else:
@@ -117,6 +117,16 @@ class VllmServer:
     def is_healthy(self) -> bool:
         """Return whether the model is loaded and its processes live."""
         return self._calls.is_there("/health")
+
+    def _start_update(self) -> None:
+        try:
+            self._calls.tell("/start_weight_update")
+        except BadAnswer as e:
+            # a trainer that was killed has left its own update open; what it had sent is written over
+            if "already active" not in str(e):
+                raise
+            self._calls.tell("/finish_weight_update")
+            self._calls.tell("/start_weight_update")
 
     def _bring(self, files: Sequence[str], send: SendFiles) -> None:
         told = self._calls.look("/get_world_size")

@@ -17,9 +17,10 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.commands.rl.rounds import _refuse_other_model
+from megatron_sov.commands.rl.teachers import _refuse_other_model
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.runs.obs.events import read_events
+from megatron_sov.runs.obs.meters import headline_of_start, told_step
 from megatron_sov.train.data.token_shards import open_sources
 from tests.token_servers import VllmDouble
 
@@ -121,6 +122,10 @@ def test_each_token_is_worth_what_its_teacher_gives_it_more_than_the_student(
     advantages = [(theirs - own)[written[1:]] for theirs, own, (_, written) in zip(
         teachers, student, there, strict=True)]
     told, step = events(whole, "round")[0], events(whole, "step")[0]
+    # --reward none: there is no reward of 0 to tell, and what the run is after is told in its place
+    assert "reward" not in told["means"] and "reward" not in step["meters"]
+    headline, _ = headline_of_start(events(whole, "run_start")[0])
+    assert told_step(step, headline, comparable=False).startswith("KL to the teacher ")
     assert told["reverse_kl"] == pytest.approx(-np.concatenate(advantages).mean(), abs=2e-5)
     for domain, apart in told["reverse_kl_domains"].items():
         own = np.concatenate([a for a, name in zip(advantages, domains, strict=True) if name == domain])
@@ -153,7 +158,7 @@ def test_kills_change_no_bit_and_two_processes_little(whole: Path, folder: Path,
 
 @pytest.mark.parametrize(("more", "said"), [
     (["--set", "policy.method=grpo", "--set", "rollout.samples_per_prompt=2"],
-     "learns from no teacher; set policy.method=opd, or policy.opd_coeff beside a reward"),
+     "learns from no teacher; set policy.method=opd or gkd, or policy.opd_coeff beside a reward"),
     (["--teacher", "a=elsewhere"], "is of the same prompts; give each its domain"),
     (["--set", "rollout.temperature=0.7"], "temperature = 0.7 must be 1: policy.opd_coeff = 1 compares"),
 ])

@@ -65,6 +65,17 @@ def test_a_person_plays_and_is_told_what_is_no_move(capsys: pytest.CaptureFixtur
     assert "\n1415\n" in out and "answered: reward 1" in out
 
 
+@pytest.mark.parametrize("last, told", [("answer 3", "answered: reward 3"),
+                                        ("answer break", "error: the user is gone")])
+def test_a_person_hears_the_user_of_a_world(capsys: pytest.CaptureFixture[str], last: str, told: str,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", iter([line + "\n" for line in ("answer one", 'add {"n": 1}', last)]))
+    world = Path(__file__).parents[2] / "judge/tools/talking_world.py"
+    assert main(["tools", "play", f"{world}:Talking"]) == 0
+    out = capsys.readouterr().out
+    assert "\nNot one.\n" in out and "\nadded 1\n" in out and told in out
+
+
 @pytest.mark.parametrize("words, told", [
     (["play", "calculators"], "did you mean 'calculator'"),
     (["play", "calculator", "--task", "9"], "there are 2 tasks"),

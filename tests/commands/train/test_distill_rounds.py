@@ -1,58 +1,88 @@
-"""`megatron-sov distill rounds`: the student writes, the teacher reads, the student learns, twice."""
+"""`megatron-sov distill rounds`: a door to `rl run` with policy.method=gkd."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from data_prep.cli import main as sov_data
-from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.commands.train import distill
-from megatron_sov.commands.train.distill import DistillOptions
-from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.obs.events import read_events
-from megatron_sov.train.data.token_shards import open_sources
 from tests.typed_words import typed
-
-
-def asking(words: list[str]) -> distill.DistillRoundsOptions:
-    """Return what a command line asks for."""
-    return typed(distill.DistillRoundsOptions, words)
 
 
 @pytest.mark.distributed
 def test_a_student_learns_from_what_it_writes(packed_data: Any, teacher: Path, tiny: list[str],
-                                              run_command: Any, tmp_path: Path, capsys) -> None:
+                                              run_command: Any, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("".join(
+        json.dumps({"prompt": f"What is {i} plus 1?"}) + "\n" for i in range(6)))
+    words = ["distill", "rounds", "tiny-solar-open", "--from", str(teacher), "--teacher", str(teacher),
+             "--prompts", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "out"),
+             "--rounds", "2", "--max-new-tokens", "8", *tiny, "--set", "model.hidden_size=48", "--set",
+             "rollout.prompts_per_round=3", "--set", "rollout.max_prompt_tokens=64", "--data",
+             str(packed_data.chats)]
+    done = run_command(*words)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "out/run"
+    first, second = (e for e in read_events(run / "events.jsonl") if e["event"] == "step")
+    # the first step's student is its own teacher
+    assert abs(first["losses"]["divergence"]) < 1e-6 < second["losses"]["divergence"]
+    assert read_manifest(run / "rounds/0002").content["round"] == 2
+    (prompt,) = (e for e in read_events(run / "events.jsonl") if e["event"] == "heldout_divergence"
+                 and e["step"] == 0)
+    assert prompt["kl"] == pytest.approx(0, abs=1e-6)
+    # again: there is nothing to do
+    assert run_command(*words).returncode == 0
+
+
+def test_the_door_asks_for_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["r", "--from", "s", "--teacher", "t", "--prompts", "p", "--data", "chats", "--share", "0.25",
+             "--output", "out", "--plugin", "own.py:MINE", "--top-p", "0.95", "--seed", "3"]
+
+    def asked(*more: str) -> Any:
+        return distill.rl_options(typed(distill.DistillRoundsOptions, [*words, *more]))
+
+    found = asked("--rounds", "7", "--set", "rollout.temperature=0.5")
+    assert found.teacher == ("t",) and found.reward == "none" and found.plugins == ("own.py:MINE",)
+    assert (found.run, found.store, found.resume) == (Path("out/run"), Path("out/store"), True)
+    assert {"policy.method=gkd", "policy.on_policy_share=0.25", "rollout.top_p=0.95", "rollout.seed=3",
+            "rollout.rounds=7"} <= set(found.settings)
+    assert found.settings[-1] == "rollout.temperature=0.5", "what is typed goes before"
+    assert "train.epochs=1" in asked().settings
+    assert "train.epochs=1" not in asked("--set", "rollout.rounds=2").settings
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    assert main(["distill", "rounds", "tiny-solar-open", "--from", "nowhere", "--teacher", "t", "--prompts",
+                 str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "out")]) == 2
+    assert "nowhere" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_code_of_ones_own_is_known_to_the_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, option in (("write", "--prompts"), ("states", "--data")):
+        assert main(["distill", command, "s", option, "p", "--output", "o", "--plugin", "no.py:MINE"]) == 2
+        assert "no.py: cannot be read (No such file or directory); name a" in capsys.readouterr().err
+
+
+@pytest.mark.distributed
+def test_answers_are_kept_as_conversations(packed_data: Any, teacher: Path, run_command: Any, tmp_path: Path
+                                           ) -> None:
+    import numpy as np
+
+    from megatron_sov.train.data.token_shards import open_sources
+
     (tmp_path / "prompts.jsonl").write_text("\n".join(
         json.dumps({"prompt": f"What is {i} plus 1?"}) for i in range(6)))
     assert sov_data(["pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0", "--workers", "1",
                      "--format", "prompt", "--input", str(tmp_path / "prompts.jsonl"), "--output",
                      str(tmp_path / "prompts")]) == 0
-    commands: list[list[str]] = []
-
-    def command(argv: list[str]) -> int:
-        commands.append(argv)
-        if len(commands) == 3:  # the second round's first
-            return 75
-        done = run_command(*argv)
-        assert done.returncode == 0, done.stderr
-        return 0
-
-    asked = ["tiny-solar-open", "--from", str(teacher), "--teacher", str(teacher), "--prompts",
-             str(tmp_path / "prompts"), "--rounds", "2", "--output", str(tmp_path / "out"),
-             "--max-new-tokens", "8", *tiny, "--set", "model.hidden_size=48", "--set", "train.steps=1"]
-    assert distill.do_rounds(asking(asked), command) == 75
-    assert [argv[:2] for argv in commands] == [
-        ["distill", "write"], ["distill", "tiny-solar-open"], ["distill", "write"]]
-    answers, run = tmp_path / "out/round-1/answers", tmp_path / "out/round-1/run"
+    answers = tmp_path / "answers"
+    done = run_command("distill", "write", str(teacher), "--prompts", str(tmp_path / "prompts"), "--output",
+                       str(answers), "--max-new-tokens", "8")
+    assert done.returncode == 0, done.stderr
     ((prompt,), (answer,)) = (open_sources({str(folder): 1.0}, 368, formats) for folder, formats in (
         (tmp_path / "prompts", ("prompt",)), (answers, ("chat",))))
     asked_shard, found = prompt.shard("train"), answer.shard("train")
@@ -65,56 +95,3 @@ def test_a_student_learns_from_what_it_writes(packed_data: Any, teacher: Path, t
         assert types.tolist() == [1] * length + [2] * (whole - length)
         assert weights.tolist() == [0] * length + [1] * (whole - length)
     assert sov_data(["verify", str(answers)]) == 0
-    # the first step's student is its own teacher, whose states were rounded to bf16
-    (step,) = [e for e in read_events(run / "events.jsonl") if e["event"] == "step"]
-    assert 0 <= step["losses"]["divergence"] < 1e-3
-    assert read_manifest(f"{answers}.states", "teacher_states").settings["teacher"]
-
-    def note(argv: list[str]) -> int:
-        commands.append(argv)
-        return 0
-
-    # the same command goes on; here nothing is run any more
-    commands.clear()
-    assert distill.do_rounds(asking(asked), note) == 0
-    assert [argv[:2] for argv in commands] == [["distill", "write"], ["distill", "tiny-solar-open"]]
-    assert commands[0][2] == str(run) and commands[1][commands[1].index("--from") + 1] == str(run)
-    # what is done is of this student, and of these answers
-    for changed, text in ((("--from", str(run)), f"from = {teacher}, now it is {run}; resume with the same"),
-                          (("--temperature", "0.5"), "temperature = 1.0, now it is 0.5")):
-        with pytest.raises(UserError, match=re.escape(text)):
-            distill.do_rounds(asking([*asked, *changed]), note)
-    assert distill.do_rounds(asking([*asked, "--rounds", "3"]), note) == 0
-
-    # beside other data, which the teacher reads once
-    commands.clear()
-    beside = [*asked, "--data", f"{packed_data.chats}:3", "--share", "0.25", "--output",
-              str(tmp_path / "more")]
-    assert distill.do_rounds(asking(beside), note) == 0
-    assert [argv[:2] for argv in commands[:2]] == [["distill", "states"], ["distill", "write"]]
-    assert len(commands) == 5
-    seeds = [word for words in commands for word in words if word.startswith("train.seed=")]
-    assert len(set(seeds)) == 2, "another part of the other data in each round"
-    last, answers = typed(DistillOptions, commands[4][1:]), tmp_path / "more/round-2/answers"
-    assert last.data == (f"{packed_data.chats}:0.75", f"{answers}:0.25")
-    assert last.states == (tmp_path / "more/data.states", Path(f"{answers}.states"))
-    assert main(["distill", "rounds", *asked, "--share", "0.5"]) == 2
-    assert "--share 0.5: must be less than 1 with --data" in capsys.readouterr().err
-    assert main(["distill", "rounds", *beside, "--prompts", str(packed_data.chats)]) == 2
-    assert "source 'chat' holds data of format 'chat'; pack prompts with" in capsys.readouterr().err
-    assert main(["distill", "rounds", *asked, "--share", "0.5", "--data", f"{packed_data.chats}:0"]) == 2
-    assert "chats:0: at least one weight must be positive" in capsys.readouterr().err
-
-
-def test_a_student_writes_at_the_layout_of_its_training(packed_data: Any, tmp_path: Path, capsys) -> None:
-    """A recipe's own layout and precision, of which --set says nothing; and its own code, by all commands."""
-    args = asking(["r", "--from", "s", "--teacher", "t", "--prompts", "p", "--data", str(packed_data.chats),
-                   "--share", "0.5", "--output", str(tmp_path), "--plugin", "own.py:MINE"])
-    config = apply_settings(recipes.get("tiny-solar-open"), ["parallel.ep=2", "parallel.sp=true"])
-    commands = {argv[1]: argv for _, argv in distill._commands(args, config)}
-    assert {"parallel.ep=2", "parallel.sp=true", "train.precision=fp32"} <= set(commands["write"])
-    for argv in commands.values():
-        assert argv[argv.index("--plugin") + 1] == "own.py:MINE"
-    for command, option in (("write", "--prompts"), ("states", "--data")):
-        assert main(["distill", command, "s", option, "p", "--output", "o", "--plugin", "no.py:MINE"]) == 2
-        assert "no.py: cannot be read (No such file or directory); name a" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -112,6 +114,36 @@ def test_an_error_of_one_ends_all() -> None:
 
     with pytest.raises(KeyError, match="mine"):
         SimulatedRanks(3).run(ParallelConfig(), fails)
+
+
+@pytest.mark.parametrize(("number", "raised"), [
+    (signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, OSError)])
+def test_a_signal_ends_all_before_it_is_raised(number: int, raised: type[BaseException]) -> None:
+    begun, ended = set(), set()
+
+    def raises(number: int, frame: Any) -> None:
+        raise raised
+
+    def send_for_ever(place: ParallelWorld) -> None:
+        begun.add(place.rank)
+        if place.rank == 1:
+            os.kill(os.getpid(), number)
+        try:
+            while True:
+                dist.barrier()
+        finally:
+            ended.add(place.rank)
+
+    before = signal.signal(number, raises)
+    try:
+        with pytest.raises(raised):
+            SimulatedRanks(3).run(ParallelConfig(), send_for_ever)
+        assert signal.getsignal(number) is raises
+    finally:
+        signal.signal(number, before)
+    # nobody computes any more
+    assert begun == ended >= {0, 1}
+    assert not dist.is_initialized()
 
 
 def test_places_are_counted() -> None:

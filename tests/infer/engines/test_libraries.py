@@ -50,6 +50,18 @@ def test_batches_give_what_prompts_give_alone(hf_models: dict[str, Path], family
     assert ended == [stop.cut(c) for c in alone] and ended[0][-1] == end
 
 
+def test_bounds_and_windows_that_transformers_ignores_are_refused(hf_models: dict[str, Path],
+                                                                  tmp_path: Path) -> None:
+    folder = shutil.copytree(hf_models["exaone_moe"], tmp_path / "second")
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    for field, value in (("swiglu_limits", [0.0] * (layers - 1) + [7.0]),
+                         ("sliding_windows", [4, 8] * layers)):
+        (folder / "config.json").write_text(json.dumps(config | {field: value[:layers]}))
+        with pytest.raises(UserError, match=f"does not read {field} of config.json, and would compute"):
+            load_hf(folder)
+
+
 def test_samples_depend_on_the_seed(hf_models: dict[str, Path]) -> None:
     model = load_hf(hf_models["solar_open"])
     first, again, other = (HfEngine(model).generate(PROMPTS, Sampling(4, temperature=1.0, top_p=0.9, seed=s))

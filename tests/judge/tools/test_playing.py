@@ -29,6 +29,7 @@ import tool_episodes
 from tool_episodes import chat_encoder, played, problems_of
 
 HOSTILE = Path(__file__).with_name("hostile_world.py")
+TALKING = f"{Path(__file__).with_name('talking_world.py')}:Talking"
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,32 @@ def test_a_broken_machine_leaves_no_reward(tmp_path: Path) -> None:
     assert "disk of the sandbox" in episode.result.reason
 
 
+def test_a_user_answers_behind_turns_whose_tokens_stay_as_they_are(tmp_path: Path) -> None:
+    said = ["<think>hm</think>two", call("add", n=1) + call("add", n=2), call("add", n=3), "<tool_call>{",
+            "3"]
+    episode, encoder = scripted(tmp_path, said, EpisodeLimits(), TALKING)
+    assert [turn.reply for turn in episode.turns] == ["Not two.", "And?", None, "Not <tool_call>{.", None]
+    assert (episode.end, episode.answer) == ("answered", "3")
+    assert episode.result is not None and episode.result.reward == 5
+    shown = [("model", said[0]), ("user", "Not two."), ("model", said[1]), ("tool add", "added 1"),
+             ("tool add", "added 2"), ("user", "And?"), ("model", said[2]), ("tool add", "added 3"),
+             ("model", said[3]), ("user", "Not <tool_call>{."), ("model", "3")]
+    assert transcript_of(episode).turns == shown
+    # what the model wrote lies in the ids as it was, and behind it what the template makes of the rest
+    assert [episode.ids[start:end] for start, end in episode.spans] == [encoder.encode(text) for text in said]
+    assert episode.ids[:episode.spans[1][0]] == [*episode.prompt, *encoder.encode(said[0]),
+                                                 *encoder.behind_turn([], user="Not two.")]
+    assert json.loads(episode.turns[1].state)["turns"] == [["hm", "two", []], ["", "", ["add", "add"]]]
+
+
+def test_a_conversation_that_breaks_or_is_cut_ends(tmp_path: Path) -> None:
+    broken, _ = scripted(tmp_path, ["one", "break"], EpisodeLimits(), TALKING)
+    assert broken.end == "infrastructure" and broken.result is not None
+    assert broken.result.reward is None and "the user is gone" in broken.result.reason
+    cut, _ = scripted(tmp_path, ["one", "two"], EpisodeLimits(max_turns=2), TALKING)
+    assert cut.end == "turns" and cut.result is not None and cut.result.reward == 2
+
+
 def test_an_episode_ends_at_its_limits(tmp_path: Path) -> None:
     whole, _ = scripted(tmp_path, [call("add")] * 9, EpisodeLimits(max_turns=3))
     assert (whole.end, len(whole.turns)) == ("turns", 3)
@@ -207,6 +234,16 @@ def test_calls_are_made_and_their_results_given_back(tmp_path: Path) -> None:
     assert before[-1]["content"] == "What is 1 + 2?"
     assert (said["role"], result) == (
         "assistant", {"role": "tool", "tool_call_id": "call00000", "content": "3"})
+
+
+def test_a_model_that_is_asked_with_messages_hears_the_user(tmp_path: Path) -> None:
+    table = MessageTable(order(TALKING, {}), EpisodeLimits())
+    with open_journal(tmp_path / "out", "play", {}) as journal:
+        (episode,) = play_by_messages([{"question": "A number?"}], Script(["one", "3"]), table,
+                                      lines_in(journal))
+    assert [(said["role"], said["content"]) for said in messages_of(episode)] == [
+        ("user", "A number?"), ("assistant", "one"), ("user", "Not one."), ("assistant", "3")]
+    assert episode.result is not None and episode.result.reward == 2
 
 
 @pytest.mark.parametrize(("limits", "wrote", "end", "num_turns"), [

@@ -77,6 +77,22 @@ def test_the_prediction_layer_of_k_exaone_is_global_unless_the_config_says_other
     assert read(models.get("exaone_moe").to_hf_config(sliding, "float32", TokenIds())) == sliding
 
 
+def test_windows_and_bounds_of_k_exaone_2_are_those_of_its_lists() -> None:
+    config = config_of("tiny-k-exaone2")
+    model = read(config)
+    assert "sliding_window" not in config  # which would say what no program can follow
+    assert (model.windows(), model.mtp_window()) == ([0, 64, 32, 32, 32, 0], 32)
+    assert (model.limits(), model.mtp_depths, model.num_predictions) == ([0, 0, 0, 0, 7.0, 7.0], 4, 4)
+    # as classes write it that know one window and a count of dense layers
+    assert read(config | {"sliding_window": 4096, "first_k_dense_replace": 1}) == model
+    odd = read(config | {"sliding_windows": [0, 9, 3, 5, 7, 0], "mtp_sliding_windows": [11],
+                         "swiglu_limits": [0.5, 0, 3, 0, 0, 2], "mtp_num_speculative_steps": 2})
+    assert (odd.windows(), odd.mtp_window(), odd.mtp_depths) == ([0, 9, 3, 5, 7, 0], 11, 2)
+    assert read(models.get("exaone_moe").to_hf_config(odd, "float32", TokenIds())) == odd
+    one = read(config | {"sliding_windows": [0, 8, 8, 8, 8, 0], "mtp_sliding_windows": [8]})
+    assert (one.sliding_window_tokens, one.layer_windows) == (8, ())
+
+
 @pytest.mark.parametrize(("recipe", "fields", "sentence"), [
     ("tiny-qwen2", {"use_sliding_window": True, "sliding_window": None},
      "use_sliding_window = True needs sliding_window"),
@@ -87,14 +103,17 @@ def test_the_prediction_layer_of_k_exaone_is_global_unless_the_config_says_other
      "mlp_only_layers and decoder_sparse_step must name dense layers first"),
     ("tiny-qwen3-moe", {"mlp_only_layers": [2]}, "a dense layer behind one with experts is not supported"),
     ("tiny-qwen3-moe", {"num_local_experts": 4}, "num_experts = 8 and num_local_experts = 4 disagree"),
-    ("tiny-k-exaone", {"sliding_windows": [32, 32, 16, 0]},
-     "sliding_windows = .* only windows that follow from layer_types"),
+    ("tiny-k-exaone", {"sliding_windows": [16, 16, 16, 0]},
+     "sliding_windows = .* disagree with layer_types or with sliding_window = 32"),
+    ("tiny-k-exaone", {"sliding_windows": [32, 16, 0, 16]}, "sliding_windows = .* disagree with layer_types"),
+    ("tiny-k-exaone2", {"swiglu_limits": [7.0]}, "swiglu_limits = .* must have an entry of 0 or more for"),
+    ("tiny-k-exaone2", {"swiglu_limits": [-1.0] * 6}, "swiglu_limits = .* must have an entry of 0 or more"),
     ("tiny-k-exaone", {"mtp_sliding_windows": [32]},
      r"mtp_sliding_windows = \[32\], but only 0 is supported"),
     ("tiny-k-exaone", {"mtp_layer_types": ["full_attention"] * 2},
      "mtp_layer_types must name .* for each of 1 layers"),
-    ("tiny-k-exaone", {"mtp_num_speculative_steps": 3},
-     "mtp_num_speculative_steps = 3, but only num_nextn_predict_layers = 1"),
+    ("tiny-k-exaone", {"mtp_num_speculative_steps": 0},
+     "mtp_num_speculative_steps = 0 beside num_nextn_predict_layers = 1"),
 ])
 def test_what_we_do_not_compute_is_refused(recipe: str, fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):

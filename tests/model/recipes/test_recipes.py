@@ -51,7 +51,10 @@ def test_every_recipe_has_a_tiny_one_that_its_whole_name_finds() -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_keeps_the_structure_of_the_big_recipe(name: str) -> None:
     tiny, big = get(name), get(TINY[name])
-    assert {f: getattr(tiny.model, f) for f in STRUCTURE} == {f: getattr(big.model, f) for f in STRUCTURE}
+    pattern = {"attention_pattern"} if big.model.layer_windows else set()  # of so many layers as it has
+    assert {f: getattr(tiny.model, f) for f in STRUCTURE if f not in pattern} == {
+        f: getattr(big.model, f) for f in STRUCTURE if f not in pattern}
+    assert tiny.model.layer_types() == big.model.layer_types()[:tiny.model.num_layers]
     assert bool(tiny.model.sliding_window_tokens) == bool(big.model.sliding_window_tokens)
     assert set(tiny.model.layer_types()) == set(big.model.layer_types())
     assert (tiny.model.num_heads // tiny.model.num_kv_heads > 1) == (

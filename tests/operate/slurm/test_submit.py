@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_sov import cli
+from megatron_sov.model.config import RunConfig
 
 RUN = ("tiny-solar-open", "--data", "tokens", "--run", "runs/a", "--set", "train.steps=5", "--set",
        "train.global_batch_size=8", "--set", "train.micro_batch_size=1")
@@ -53,6 +56,8 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
     (("pretrain", *HERE, "tiny-solar-open", "--data", "nowhere", "--run", "x"), "pretrain: "),
     (("pretrain", *HERE, *RUN[:4], "/dev/null/x", *RUN[5:]),
      "/dev/null/x/slurm: cannot be made, since a file is in the way"),
+    (("data", *HERE, "--prove", "pack", "--input", "a", "--output", "x"),
+     "--prove: plays the layout of a training stage"),
     (("data", *HERE, "--nodes", "2", "pack", "--output", "x"),
      "--nodes 2: data works on one node; leave it out"),
     (("data", *HERE, "--array", "3", "pack", "--input", "a", "--output", "x"),
@@ -89,6 +94,29 @@ def test_without_slurm_it_says_so_and_a_dry_run_still_shows_the_script(
     assert cli.main(["submit", "pretrain", *HERE, "--dry-run", *RUN]) == 0
     assert "#SBATCH --job-name=pretrain-a\n" in capsys.readouterr().out
     assert not (site / "runs").exists()
+
+
+@pytest.mark.parametrize(("refuted_ranks", "code"), [(None, 0), (2, 3)])
+def test_every_layout_that_a_job_may_have_is_proved_first(
+    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    refuted_ranks: int | None, code: int,
+) -> None:
+    (site / "tokens").mkdir()
+    asked = []
+
+    def prove_run(config: RunConfig, num_ranks: int) -> tuple[int, SimpleNamespace]:
+        asked.append((num_ranks, config.parallel.ep))
+        return num_ranks, SimpleNamespace(outcome="differs" if num_ranks == refuted_ranks else "equal")
+
+    # the proofs themselves are tested in tests/proof, and import what no other test here needs
+    monkeypatch.setitem(sys.modules, "megatron_sov.proof.proving", SimpleNamespace(
+        EQUAL="equal", prove_run=prove_run, as_text=lambda small, verdict: f"{small}: {verdict.outcome}"))
+    assert cli.main(["submit", "pretrain", *HERE, "--prove", "--dry-run", "--nodes", "4", "--min-nodes", "2",
+                     "--nodes-set", "2:parallel.ep=2", *RUN]) == code
+
+    said = capsys.readouterr().out
+    assert asked == [(4, 1), (2, 2)]
+    assert ("2: differs" in said) == (code == 3) and ("#SBATCH" in said) == (code == 0)
 
 
 def test_options_may_stand_anywhere(site: Path, capsys: pytest.CaptureFixture[str]) -> None:

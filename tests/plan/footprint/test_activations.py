@@ -71,8 +71,11 @@ def test_layers_differ_in_window_experts_and_positions() -> None:
     positions."""
     found = kinds(recipes.get("k-exaone-236b").model)
     assert [kind.with_experts for kind in found].count(False) == 1 and not found[0].with_experts
-    assert [kind.slides for kind in found[:8]] == [True, True, True, False] * 2
-    assert all(kind.slides == kind.rotates for kind in found)
+    assert [kind.window for kind in found[:8]] == [128, 128, 128, 0] * 2
+    assert all((kind.window > 0) == kind.rotates for kind in found)
+    second = kinds(recipes.get("k-exaone2-750b").model)
+    assert [kind.window for kind in second[:6]] == [0, 4096, 128, 128, 128, 0]
+    assert [kind.bounded for kind in second].count(True) == 16 and second[-1].bounded
 
 
 # Micro-batches under way, against a schedule played through, and what each of them keeps, against a step

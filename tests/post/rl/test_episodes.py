@@ -18,7 +18,7 @@ from megatron_sov.judge.tools.registry import make, order
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.episodes import Episodes
 from megatron_sov.post.rl.generate import SampleAttempt
-from megatron_sov.rollouts.prompts import PromptPiece, RolloutPrompt
+from megatron_sov.rollouts.prompts import PromptList, PromptPiece, RolloutPrompt
 from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
@@ -46,7 +46,8 @@ def test_an_episode_goes_on_where_a_deadline_cut_it_off(tmp_path: Path) -> None:
     encoder = TurnEncoder(chat, "the test's tokenizer")
     asked = order("booking", {})
     environment: Any = make(asked)[0]
-    piece = PromptPiece(1, 0, tuple(RolloutPrompt(f"{n:016x}", environment.EXAMPLES[n]) for n in range(2)))
+    piece = PromptPiece(1, 0, PromptList.of(
+        RolloutPrompt(f"{n:016x}", environment.EXAMPLES[n]) for n in range(2)))
     timed = Timed(FuzzedPolicy("booking", chat, encoder.end_ids[0]))
     writer = Episodes(EpisodeTable(asked, encoder, LIMITS, 3), "v1", lambda ids: chat.decode(ids),
                       encoder.end_ids, ROLLOUT, "script", {"environment": "v1"}, lambda: timed.now_s)

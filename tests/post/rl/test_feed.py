@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import write_sealed
-from megatron_sov.model.config import RolloutConfig
+from megatron_sov.model.config import PolicyConfig, RolloutConfig
 from megatron_sov.runs.rounds import Policy, RunPolicies
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry
 from megatron_sov.train.data.rounds import Round, RoundDocuments
@@ -55,7 +55,8 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
         events=SimpleNamespace(write=lambda name, **fields: events.append((name, fields))),
         batches=SimpleNamespace(ledger=Ledger([ENTRY])),
         checkpointer=SimpleNamespace(finish=lambda: events.append(("saved", {}))),
-        config=SimpleNamespace(data=SimpleNamespace(phases=[SimpleNamespace(seq_len=16)]),
+        config=SimpleNamespace(policy=PolicyConfig(),
+                               data=SimpleNamespace(phases=[SimpleNamespace(seq_len=16)]),
                                train=SimpleNamespace(micro_batch_size=1)))
 
 

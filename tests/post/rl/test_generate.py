@@ -23,7 +23,7 @@ from megatron_sov.post.rl import generate
 from megatron_sov.post.rl.generate import Missing, PieceQueue, SampleAttempt, write_rounds
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.rollouts.prompts import (
-    PromptPiece, RolloutPrompt, read_prompts, round_pieces, round_prompts, set_aside)
+    PromptList, PromptPiece, RolloutPrompt, read_prompts, round_pieces, round_prompts, set_aside)
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later, part_name
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
@@ -90,7 +90,7 @@ class Numbers:
 
 
 @pytest.fixture
-def prompts(tmp_path: Path) -> list[RolloutPrompt]:
+def prompts(tmp_path: Path) -> PromptList:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": str(10 * k), "answer": k}) + "\n" for k in range(1, 13)))
     return read_prompts(path)
@@ -103,7 +103,7 @@ def policy(step: int) -> Policy:
 class Job:
     """One generating job; `newest` gives the newest policy whenever it is asked."""
 
-    def __init__(self, store: Path, prompts: list[RolloutPrompt], newest: Callable[[], int],
+    def __init__(self, store: Path, prompts: PromptList, newest: Callable[[], int],
                  rollout: RolloutConfig = ROLLOUT, further: Any = None, **desk: Any) -> None:
         self.engine, self.taken, self.store = Counting(), [0], RolloutStore.create(store, "sha256:0", 1000)
 
@@ -128,7 +128,7 @@ def rows_of(store: RolloutStore) -> list[Rollout]:
     return [row for part in store.parts() for row in store.read_rollouts(part.name)]
 
 
-def check_whole(store: RolloutStore, prompts: list[RolloutPrompt], rounds: Sequence[int]) -> list[Rollout]:
+def check_whole(store: RolloutStore, prompts: PromptList, rounds: Sequence[int]) -> list[Rollout]:
     """Check that the last attempts are each response once and whole; return them."""
     rows = rows_of(store)
     assert len({(row.key, row.attempt) for row in rows}) == len(rows)
@@ -154,7 +154,7 @@ def check_whole(store: RolloutStore, prompts: list[RolloutPrompt], rounds: Seque
 
 
 def test_rounds_are_written_by_the_policies_that_they_ask_for(tmp_path: Path,
-                                                              prompts: list[RolloutPrompt]) -> None:
+                                                              prompts: PromptList) -> None:
     newest = 0
     job = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=0.0))
     summary = job.run()
@@ -173,7 +173,7 @@ def test_rounds_are_written_by_the_policies_that_they_ask_for(tmp_path: Path,
 
 
 def test_what_a_deadline_cuts_off_the_next_policy_goes_on_with(tmp_path: Path,
-                                                               prompts: list[RolloutPrompt]) -> None:
+                                                               prompts: PromptList) -> None:
     parts = 0
 
     def newest() -> int:  # a trainer that is a round further with every two parts
@@ -202,7 +202,7 @@ def test_what_a_deadline_cuts_off_the_next_policy_goes_on_with(tmp_path: Path,
 
 
 def test_what_a_deadline_left_unread_goes_where_the_next_policy_sends_it(
-        prompts: list[RolloutPrompt]) -> None:
+        prompts: PromptList) -> None:
     class Routed(Counting):
         def generate(self, prompts: Sequence[Tokens], *asked: Any, **more: Any) -> Generated:
             found = super().generate(prompts, *asked, **more)
@@ -215,7 +215,7 @@ def test_what_a_deadline_left_unread_goes_where_the_next_policy_sends_it(
     engine = Routed()
     writer = ResponseSource(Numbers(), ROLLOUT, "counting", False, {},  # type: ignore[arg-type]
                             lambda: engine.now_s, with_routes=True)
-    piece = PromptPiece(1, 0, (prompts[5],))
+    piece = PromptPiece(1, 0, prompts[5:6])
     [begun] = writer.write(engine, [SampleAttempt(piece, 0, policy(0))])
     assert {row.finish_reason for row in begun} == {UNFINISHED}
     engine.step = 1
@@ -225,7 +225,7 @@ def test_what_a_deadline_left_unread_goes_where_the_next_policy_sends_it(
 
 
 def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(
-        prompts: list[RolloutPrompt]) -> None:
+        prompts: PromptList) -> None:
     class Telling(Numbers):
         def encode(self, text: str) -> list[int]:
             begin, tokens, end = text.split()
@@ -236,7 +236,7 @@ def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(
                       max_prompt_tokens=3, deadline_s=0.0)
     writer = ResponseSource(Telling(), rollout, "counting", False, {})  # type: ignore[arg-type]
     assert writer.too_long(prompts) == {}
-    [rows] = writer.write(Counting(), [SampleAttempt(PromptPiece(1, 0, (prompts[5],)), 0, policy(0))])
+    [rows] = writer.write(Counting(), [SampleAttempt(PromptPiece(1, 0, prompts[5:6]), 0, policy(0))])
     assert [row.prompt_tokens.tolist() for row in rows] == [[60, 700, 2]] * 2 + [[60, 700, 6]] * 2
     assert all(not set(row.tokens.tolist()) & {60, 700} for row in rows)
     assert {row.key.sampling for row in rows} == {key_digest(rollout, 1, {})}
@@ -254,18 +254,18 @@ def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(
     own = replace(prompts[5], record={"prompt": "60", "target_tokens": 4})
     alone = replace(rollout, budgets_tokens=())
     writer = ResponseSource(Telling(), alone, "counting", False, {})  # type: ignore[arg-type]
-    [rows] = writer.write(Counting(), [SampleAttempt(PromptPiece(1, 0, (own,)), 0, policy(0))])
+    [rows] = writer.write(Counting(), [SampleAttempt(PromptPiece(1, 0, PromptList.of([own])), 0, policy(0))])
     assert [row.prompt_tokens.tolist() for row in rows] == [[60, 700, 4]] * 4
 
 
-def test_without_a_newer_policy_the_same_one_goes_on(tmp_path: Path, prompts: list[RolloutPrompt]) -> None:
+def test_without_a_newer_policy_the_same_one_goes_on(tmp_path: Path, prompts: PromptList) -> None:
     job = Job(tmp_path / "store", prompts, lambda: 0)
     assert "round 2 waits" in job.run()["waits_for"]
     check_whole(job.store, prompts, (1,))
 
 
 def test_what_a_round_asks_further_is_written_until_it_is_trained(
-        tmp_path: Path, prompts: list[RolloutPrompt]) -> None:
+        tmp_path: Path, prompts: PromptList) -> None:
     rollout = replace(ROLLOUT, deadline_s=0.0)
     more, is_final = 0, False
     job = Job(tmp_path / "store", prompts, lambda: 0, rollout, lambda number: (more, is_final))
@@ -313,7 +313,7 @@ class Hanging(Counting):
 
 
 def test_what_hangs_comes_last_once_for_each_policy_and_makes_way(tmp_path: Path,
-                                                                  prompts: list[RolloutPrompt]) -> None:
+                                                                  prompts: PromptList) -> None:
     newest = 0
     rollout = replace(ROLLOUT, deadline_s=20.0)
     job = Job(tmp_path / "store", prompts, lambda: newest, rollout, clock_s=lambda: job.engine.now_s)
@@ -334,7 +334,7 @@ def test_what_hangs_comes_last_once_for_each_policy_and_makes_way(tmp_path: Path
 
 
 def test_what_goes_on_for_want_of_anything_better_makes_way_for_a_newer_policy(
-        tmp_path: Path, prompts: list[RolloutPrompt]) -> None:
+        tmp_path: Path, prompts: PromptList) -> None:
     newest = 0
     job = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=20.0),
               clock_s=lambda: job.engine.now_s)
@@ -352,7 +352,7 @@ def test_what_goes_on_for_want_of_anything_better_makes_way_for_a_newer_policy(
 
 
 def test_what_goes_on_of_several_pieces_is_written_together(tmp_path: Path,
-                                                            prompts: list[RolloutPrompt]) -> None:
+                                                            prompts: PromptList) -> None:
     newest = 0
     job = Job(tmp_path / "store", prompts, lambda: newest, clock_s=lambda: job.engine.now_s)
     batches: list[list[str]] = []
@@ -373,7 +373,7 @@ def test_what_goes_on_of_several_pieces_is_written_together(tmp_path: Path,
         assert row.tokens.tolist() == expected(int(row.prompt_tokens[0]))[:len(row.tokens)]
 
 
-def test_a_killed_job_leaves_what_is_published(tmp_path: Path, prompts: list[RolloutPrompt]) -> None:
+def test_a_killed_job_leaves_what_is_published(tmp_path: Path, prompts: PromptList) -> None:
     job = Job(tmp_path / "store", prompts, lambda: 2)
 
     def dies(*asked: Any, **more: Any) -> Generated:
@@ -392,7 +392,7 @@ def test_a_killed_job_leaves_what_is_published(tmp_path: Path, prompts: list[Rol
     assert len(kept) == 2 and kept.items() <= now.items()
 
 
-def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, prompts: list[RolloutPrompt],
+def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, prompts: PromptList,
                                                              capsys: pytest.CaptureFixture[str]) -> None:
     slept: list[float] = []
 
@@ -422,7 +422,7 @@ def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, pr
 
 
 def test_a_store_of_other_settings_or_prompts_is_refused(tmp_path: Path,
-                                                         prompts: list[RolloutPrompt]) -> None:
+                                                         prompts: PromptList) -> None:
     Job(tmp_path / "store", prompts, lambda: 0).run()
     with pytest.raises(UserError, match="holds responses of other settings: temperature"):
         Job(tmp_path / "store", prompts, lambda: 0, replace(ROLLOUT, temperature=0.5)).run()
@@ -430,7 +430,7 @@ def test_a_store_of_other_settings_or_prompts_is_refused(tmp_path: Path,
         Job(tmp_path / "store", prompts[:6], lambda: 0).run()
 
 
-def test_an_empty_prompt_is_named(tmp_path: Path, prompts: list[RolloutPrompt]) -> None:
+def test_an_empty_prompt_is_named(tmp_path: Path, prompts: PromptList) -> None:
     job = Job(tmp_path / "store", prompts, lambda: 0)
     job.writer.asker.ask = lambda asked: [[]] * len(asked)  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"--prompts: line \d+ is empty; write at least one character"):
@@ -439,7 +439,7 @@ def test_an_empty_prompt_is_named(tmp_path: Path, prompts: list[RolloutPrompt]) 
 
 
 def test_a_run_that_writes_by_itself_stops_behind_a_piece_and_goes_on(
-        tmp_path: Path, prompts: list[RolloutPrompt], monkeypatch: pytest.MonkeyPatch) -> None:
+        tmp_path: Path, prompts: PromptList, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sov.post.rl import feed
 
     @contextlib.contextmanager
@@ -486,7 +486,7 @@ def test_open_pieces_are_looked_up_a_few_for_each_that_is_taken(monkeypatch: pyt
 
     claim = SimpleNamespace(renewing=contextlib.nullcontext, release=lambda: None)
     rollout = RolloutConfig(rounds=1, prompts_per_round=300, samples_per_prompt=2, piece_prompts=1)
-    prompts = [RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(300)]
+    prompts = PromptList.of(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(300))
     policy, store = Policy(Path(), 0, "a" * 64), cast(Any, Store())
     missing = Missing(store, cast(Any, SimpleNamespace(take=lambda name: claim)), prompts, rollout,
                                range(1, 2), lambda number: policy, lambda number: "")

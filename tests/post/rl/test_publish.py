@@ -21,7 +21,7 @@ from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.rl import round_files
 from megatron_sov.post.rl.publish import Publisher, further_pieces
 from megatron_sov.rollouts.prompts import (
-    RolloutPrompt, list_set_aside, read_prompts, round_pieces, round_prompts, set_aside)
+    PromptList, RolloutPrompt, list_set_aside, read_prompts, round_pieces, round_prompts, set_aside)
 from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, part_name
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.train.data.rounds import RoundDocuments
@@ -423,7 +423,7 @@ def test_a_round_that_cannot_be_filled_is_trained_with_what_learns(
 def test_prompts_that_the_store_sets_aside_are_in_no_round(publisher: Publisher, write_round: Any,
                                                            tmp_path: Path) -> None:
     store = RolloutStore.open(publisher.store)
-    long, *asked = publisher.prompts
+    long, asked = publisher.prompts[0], publisher.prompts[1:]
     list_set_aside(store.path, set_aside(publisher.prompts, {long.id: 9}, 6))
     write_round(store, asked, ROLLOUT, 1, VERSION)
     assert publisher.publish(1) == ""
@@ -434,7 +434,7 @@ def test_prompts_that_the_store_sets_aside_are_in_no_round(publisher: Publisher,
 
 
 def test_further_prompts_are_the_same_however_many_are_asked() -> None:
-    prompts = [RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(40)]
+    prompts = PromptList.of(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(40))
     whole = round_pieces(prompts, ROLLOUT, 2, 99)
     ids = [prompt.id for piece in whole for prompt in piece.prompts]
     assert sorted(ids) == [prompt.id for prompt in prompts] and ids[6:] != sorted(ids[6:])

@@ -22,10 +22,11 @@ from megatron_sov.post.rl import requests
 from megatron_sov.post.rl.generate import Missing, PieceQueue
 from megatron_sov.post.rl.requests import LiveServers, ResponseQueue, row_requests, write_by_requests
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
-from megatron_sov.rollouts.prompts import RolloutPrompt, read_prompts
+from megatron_sov.rollouts.prompts import PromptList, read_prompts
 from megatron_sov.rollouts.rows import LENGTH, UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
+from megatron_sov.work.endpoints import transport
 from megatron_sov.work.progress.locks import Claims
 from tests.infer.engines.test_fleet import DoubleKeeper
 from tests.token_servers import VOCAB, token_at
@@ -55,7 +56,7 @@ class Desk:
     def __init__(self, folder: Path, keepers: list[DoubleKeeper], rollout: RolloutConfig = ROLLOUT) -> None:
         path = folder / "prompts.jsonl"
         path.write_text("".join(json.dumps({"prompt": str(k)}) + "\n" for k in range(10, 16)))
-        self.prompts: list[RolloutPrompt] = read_prompts(path)
+        self.prompts: PromptList = read_prompts(path)
         self.newest, self.taken = 0, list[int]()
         self.store = RolloutStore.create(folder / "store", "sha256:0", VOCAB)
         self.fleet = Fleet(keepers, VOCAB, 4, look_s=0.02, backoff_s=(0.01, 0.05)).__enter__()
@@ -132,6 +133,34 @@ def test_servers_of_a_run_have_all_work_there_is_before_nobody_looks(
     requests.close()
 
 
+def test_a_round_asks_a_server_for_no_more_than_it_needs(desks: Callable[..., Desk],
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "KEPT_S", 60.0)  # a busy machine may stand still for longer than that
+    keeper, now_s = DoubleKeeper(), [0.0]
+    desk = desks([keeper], replace(ROLLOUT, piece_prompts=3))
+    # the clock stands still: what waited between two rounds would wait for ever
+    queue = ResponseQueue(desk.requests, desk.queue, None, 4, lambda: now_s[0])
+    seen: list[tuple[int, int]] = []
+    for number in (1, 2):
+        desk.newest = number - 1
+        desk.fleet.update([f"/weights/{number}"], desk.newest)
+        queue.begin(range(number, number + 1), lambda: False)
+        assert queue.under_way, "nothing is asked for before the first look"
+        looks = 0
+        while queue.advance(1.0, partial(desk.queue.missing.is_open, number)):
+            looks += 1
+            assert looks < 100
+        server = keeper.doubles[0]
+        seen.append((len(server.asked), len(server.orders)))
+    queue.close()
+    check_whole(desk.rows(2))
+    # of each round one request for both samples of a prompt, and the seven orders of one update
+    assert seen == [(3, 7), (6, 14)]
+    # there is room for two requests: a thread and a connection for each, and others for orders and a watch
+    assert server.num_connections <= 2 + 2
+    assert len(desk.fleet._threads) <= 2 + 1
+
+
 def test_a_server_that_dies_in_the_middle_costs_nothing_and_doubles_nothing(
         desks: Callable[..., Desk]) -> None:
     keepers = [DoubleKeeper(0.02), DoubleKeeper(0.02)]
@@ -202,6 +231,6 @@ def test_servers_of_others_are_given_the_weights_of_the_start_too(
     view: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), policy=SimpleNamespace(
         model=SimpleNamespace(finish_param_gather=lambda: None)))
     for _ in range(2):
-        servers.push(view, Policy(Path("p"), 0, "0" * 64), [5])
+        servers.push(view, Policy(Path("p"), 0, "0" * 64))
     servers.close()
     assert updates == given

@@ -32,7 +32,7 @@ from megatron_sov.post.rl.episodes import Episodes
 from megatron_sov.post.rl.generate import Missing, PieceQueue, SampleAttempt
 from megatron_sov.post.rl.requests import ResponseQueue, row_requests, write_by_requests
 from megatron_sov.post.rl.responses import key_digest
-from megatron_sov.rollouts.prompts import PromptPiece, RolloutPrompt
+from megatron_sov.rollouts.prompts import PromptList, PromptPiece, RolloutPrompt
 from megatron_sov.rollouts.rows import UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
@@ -146,7 +146,7 @@ class Job:
 
     def __init__(self, folder: Path, world: str, tasks: Sequence[Any], servers: Sequence[Server],
                  rollout: RolloutConfig = ROLLOUT) -> None:
-        self.prompts = [RolloutPrompt(f"{n:016x}", task) for n, task in enumerate(tasks)]
+        self.prompts = PromptList.of(RolloutPrompt(f"{n:016x}", task) for n, task in enumerate(tasks))
         self.store = RolloutStore.create(folder / "store", "sha256:0", ENCODER.end_ids[0] + 1)
         self.step, self.stack = 0, contextlib.ExitStack()
         fleet = self.stack.enter_context(Fleet(servers, ENCODER.end_ids[0] + 1, 4, look_s=0.02))
@@ -169,7 +169,7 @@ class Job:
 
     def in_step(self, model: Greedy) -> list[Rollout]:
         """Return the rows of an engine that plays all episodes in step."""
-        piece = PromptPiece(1, 0, tuple(self.prompts))
+        piece = PromptPiece(1, 0, self.prompts)
         [rows] = self.writer.played(model, [SampleAttempt(piece, 0, Policy(Path(), 0, "0" * 64))])
         return rows
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RolloutConfig
+from megatron_sov.rollouts.prompts import PromptList, RolloutPrompt
 from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, part_name
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import EventLog
@@ -17,6 +21,7 @@ from megatron_sov.runs.rounds import Policy
 
 VERSION = "0123456789abcdef"
 POLICY = Policy(Path("run"), 0, "0" * 64)
+MEASURED = {"prompts": "p", "reward": "r", "sampling": "s"}
 REWARDS = {"a": (1.0, 0.0), "b": (0.0, 0.0), "c": (1.0, None)}
 
 
@@ -48,7 +53,8 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
         write=lambda name, **fields: told.append((name, fields))))
 
 
-def validation_of(store: RolloutStore, every: int = 2, num_responses: int = 6) -> tuple[Any, list[int]]:
+def validation_of(store: RolloutStore, every: int = 2, num_responses: int = 6,
+                  measured: Mapping[str, str] = MEASURED) -> tuple[Any, list[int]]:
     from megatron_sov.post.rl.validation import SampledRounds, Validation
 
     asked: list[int] = []
@@ -59,7 +65,8 @@ def validation_of(store: RolloutStore, every: int = 2, num_responses: int = 6) -
 
     rollout = RolloutConfig(rounds=5, validation_every_rounds=every)
     asking: Any = SimpleNamespace(produce=produce, store=lambda: store, version=VERSION)
-    return Validation(store.path.parent, asking, rollout, num_responses, 1.0, SampledRounds(2, 6)), asked
+    return Validation(store.path.parent, asking, rollout, num_responses, 1.0, SampledRounds(2, 6),
+                      measured), asked
 
 
 def test_figures_are_of_all_responses_and_of_each_domain(store: RolloutStore, view: Any) -> None:
@@ -96,6 +103,42 @@ def test_policies_are_validated_when_it_is_due_and_once(store: RolloutStore, vie
     again, asked = validation_of(store)
     view.step = 0
     assert again.validate(view, 1, POLICY, lambda: False) is None and asked == [] and not view.told
+
+
+def test_a_run_that_was_validated_by_something_else_is_refused_before_anything_is_trained(
+        store: RolloutStore, view: Any) -> None:
+    validation, _ = validation_of(store)
+    validation.validate(view, 1, POLICY, lambda: False)
+    log = EventLog(store.path.parent / "events.jsonl")
+    log.write("validation", **view.told[-1][1])
+    log.close()
+    view.step = 1
+    again, asked = validation_of(store)
+    assert again.validate(view, 2, POLICY, lambda: False) is None and asked == [], "not due"
+    other, _ = validation_of(store, measured={**MEASURED, "prompts": "q", "reward": "t"})
+    with pytest.raises(UserError, match=r"up to step 0 were validated with other prompts and reward, and"):
+        other.validate(view, 2, POLICY, lambda: False)
+
+
+def test_what_a_validation_is_measured_with() -> None:
+    """What no response or verdict depends on is left out: the order of prompts, and how many at a time."""
+    from megatron_sov.post.rl.validation import measured_by
+
+    prompts = PromptList.of(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(3))
+    rollout = RolloutConfig().of_validation(3)
+
+    def measured(asked: PromptList = prompts, reward: str = "v", right_from: float = 1.0, **more: Any
+                 ) -> dict[str, str]:
+        return measured_by(asked, reward, replace(rollout, **more), {"plain": True}, right_from)
+
+    assert measured(prompts[::-1]) == measured(piece_prompts=7, rounds=9) == measured()
+
+    def others(found: dict[str, str]) -> list[str]:
+        return [name for name, digest in measured().items() if found[name] != digest]
+
+    assert others(measured(prompts[:2])) == ["prompts"]
+    assert others(measured(reward="w")) == others(measured(right_from=0.5)) == ["reward"]
+    assert others(measured(samples_per_prompt=9)) == others(measured(temperature=0.5)) == ["sampling"]
 
 
 def test_a_validation_that_was_stopped_ends_the_run_and_is_not_told(store: RolloutStore, view: Any) -> None:

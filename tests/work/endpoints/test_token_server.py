@@ -59,6 +59,19 @@ def test_weights_change_in_the_middle_of_an_answer_and_each_token_tells_its_own(
     assert double.orders[0] == "/pause?mode=keep&clear_cache=false"
 
 
+def test_an_update_that_a_killed_trainer_left_open_is_ended_first(double: VllmDouble) -> None:
+    killed = VllmServer(double.url)
+    killed.pause()
+    killed._calls.tell("/start_weight_update")
+    server = VllmServer(double.url)
+    server.pause()
+    server.update(["/weights/3"], 3)
+    server.resume()
+    assert double.orders.count("/start_weight_update") == 3  # the second one is refused
+    [answer] = server.write(TokenRequest("a", PROMPT, 2))
+    assert answer.tokens == words(2, 3)
+
+
 def test_an_aborted_request_is_answered_with_what_it_has(double: VllmDouble) -> None:
     double.token_s, server, found = 0.01, VllmServer(double.url), []
     thread = threading.Thread(target=lambda: found.extend(server.write(TokenRequest("a", PROMPT, 500))))

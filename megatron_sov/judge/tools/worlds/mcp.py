@@ -41,12 +41,12 @@ _WRONG_ARGUMENTS, _NO_METHOD = -32602, -32601
 _HERE = ("localhost", "127.0.0.1", "::1")
 
 
-def _no_program(command: tuple[str, ...]) -> Breach | None:
+def no_program(command: tuple[str, ...]) -> Breach | None:
     return None if not command or shutil.which(command[0]) else (
         ProblemCode.FILE, "names no program that is on PATH", 'write it as ["program", "argument"]')
 
 
-def _unset(name: str) -> Breach | None:
+def unset(name: str) -> Breach | None:
     return None if name in os.environ else (
         ProblemCode.RULE, "is not set in this environment", "set it, or leave it out")
 
@@ -206,11 +206,11 @@ class Mcp(AnsweredWorld):
     MAX_MEMORY_BYTES = 0
     """Servers may ask for as much address space as they like."""
 
-    command: Annotated[tuple[str, ...], Bound(_no_program)] = ()
+    command: Annotated[tuple[str, ...], Bound(no_program)] = ()
     """Program and arguments that start the server."""
     url: Annotated[str | None, Bound(no_address)] = None
     """In place of `command`: address of a server over HTTP, with its path."""
-    key_env: Annotated[str | None, Bound(_unset)] = None
+    key_env: Annotated[str | None, Bound(unset)] = None
     """Name of the variable with the key of `url`, which is sent as a bearer token."""
     repeat: bool = False
     """Whether a continued episode makes its calls again on a new server: for servers that keep their state in
@@ -218,7 +218,7 @@ class Mcp(AnsweredWorld):
     acted, and goes on where the server says of their tools that they only read (`readOnlyHint`)."""
     only: tuple[str, ...] = ()
     """Names of the tools that models are shown; all unless given."""
-    env: tuple[Annotated[str, Bound(_unset)], ...] = ()
+    env: tuple[Annotated[str, Bound(unset)], ...] = ()
     """Names of variables that the server is given of this command's environment, such as that of its key,
     besides HOME, LOGNAME, PATH, SHELL, TERM and USER."""
     system: str = ""
@@ -318,7 +318,7 @@ class Mcp(AnsweredWorld):
             page = self._ask("tools/list", cursor)
             tools = page.get("tools", [])
             tools = tools if isinstance(tools, list) else [tools]
-            found += map(_described, tools)
+            found += map(described_tool, tools)
             self._readers |= {tool["name"] for tool in tools if _only_reads(tool)}
             if not page.get("nextCursor"):
                 break
@@ -386,7 +386,7 @@ def _only_reads(tool: dict[str, Any]) -> bool:
     return isinstance(annotations, dict) and annotations.get("readOnlyHint") is True
 
 
-def _described(tool: Any) -> dict[str, Any]:
+def described_tool(tool: Any) -> dict[str, Any]:
     """Return a tool as OpenAI describes functions.
 
     Raises:

@@ -21,6 +21,7 @@ from megatron_sov.base.errors import UserError, how_to_install
 from megatron_sov.judge.rewards.reward import Score, short
 from megatron_sov.judge.tools.environment import (
     InfrastructureFault, Observation, Task, ToolFault, ToolRefused)
+from megatron_sov.judge.tools.worlds.mcp import described_tool
 from megatron_sov.judge.tools.worlds.served import ServedWorld
 
 STEP = "step"
@@ -99,12 +100,13 @@ class OpenEnv(ServedWorld):
         listed = self._ask("mcp", {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {}})
         result = listed.get("result")
         found = result.get("tools", []) if isinstance(result, dict) else []
-        if not isinstance(found, list) or not all(map(_is_tool, found)):
+        if not isinstance(found, list):
             raise InfrastructureFault(f"it lists {short(repr(found))}, and not tools alone")
         self._has_tools = bool(found)
-        self._tools = ([_described(tool["name"], tool.get("description") or "", tool.get("inputSchema")
-                                   or tool.get("input_schema") or {}) for tool in found]
-                       or [_described(STEP, "Take an action in the environment.", self._action_schema())])
+        self._tools = [described_tool(_as_mcp(tool)) for tool in found] or [described_tool(
+            {"name": STEP, "description": "Take an action in the environment.",
+             "inputSchema": {key: value for key, value in self._action_schema().items()
+                             if key in ("properties", "required", "$defs")}})]
         return shown
 
     def _end(self) -> None:
@@ -187,14 +189,8 @@ class OpenEnv(ServedWorld):
         return content
 
 
-def _is_tool(tool: Any) -> bool:
-    return (isinstance(tool, dict) and isinstance(tool.get("name"), str)
-            and isinstance(tool.get("description") or "", str)
-            and all(isinstance(tool.get(name) or {}, dict) for name in ("inputSchema", "input_schema")))
-
-
-def _described(name: str, description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tool as OpenAI describes functions."""
-    shown = {"type": "object", **{key: value for key, value in schema.items()
-                                  if key in ("properties", "required", "$defs")}}
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": shown}}
+def _as_mcp(tool: Any) -> Any:
+    """Return a tool as MCP lists it: some servers call its schema as Python does."""
+    if not isinstance(tool, dict) or tool.get("inputSchema"):
+        return tool
+    return {**tool, "inputSchema": tool.get("input_schema") or {}}

@@ -16,7 +16,7 @@ from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.judge.tools.environment import EpisodeLimits, ToolFault
 from megatron_sov.judge.tools.host import EnvironmentHost, EpisodeLost
 from megatron_sov.judge.tools.registry import make, order
-from megatron_sov.judge.tools.worlds.mcp import _described
+from megatron_sov.judge.tools.worlds.mcp import described_tool
 
 SERVER = [sys.executable, "-S", str(Path(__file__).with_name("scripted_mcp_server.py"))]
 TASK = {"question": "Count to two.", "answer": "2"}
@@ -111,7 +111,7 @@ def test_a_server_that_is_none_is_named(settings: dict[str, Any], told: str) -> 
     {"name": "f", "inputSchema": {"required": 1}}])
 def test_a_tool_that_is_none_is_named(tool: Any) -> None:
     with pytest.raises(ToolFault, match="which is no tool"):
-        _described(tool)
+        described_tool(tool)
 
 
 def test_a_command_that_ends_before_it_is_watched_is_buried() -> None:

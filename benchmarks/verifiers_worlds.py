@@ -1,0 +1,292 @@
+"""Environments of `verifiers`, played for real and compared with what the library's own `vf-eval` gives for
+the same texts: a question, a user that answers, tools, and a game of TextArena that the library brings.
+
+    python benchmarks/verifiers_worlds.py --python ENV/bin/python > benchmarks/results/verifiers_worlds.txt
+
+`--python`: an interpreter with verifiers, uv, textarena and nltk.  uv fetches the packages of the library's
+chat program; name the certificates that it needs in SSL_CERT_FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from megatron_sov.chat.tool_calls import ServedTurn, ToolCall
+from megatron_sov.judge.tools.environment import EpisodeLimits
+from megatron_sov.judge.tools.host import EnvironmentHost
+from megatron_sov.judge.tools.registry import order
+from megatron_sov.work.processes.children import variables_for_foreign
+
+SUM = '''
+import verifiers.v1 as vf
+
+class SumData(vf.TaskData):
+    answer: str
+
+class SumTask(vf.Task[SumData, vf.State, vf.TaskConfig]):
+    @vf.reward(weight=2.0)
+    async def is_right(self, trace: vf.Trace) -> float:
+        return float(self.data.answer in trace.last_reply)
+
+    @vf.reward(weight=0.5)
+    async def is_short(self, trace: vf.Trace) -> float:
+        return float(len(trace.last_reply) < 20)
+
+    @vf.metric
+    async def num_chars(self, trace: vf.Trace) -> float:
+        return float(len(trace.last_reply))
+
+class SumTaskset(vf.Taskset[SumTask, vf.TasksetConfig]):
+    def load(self):
+        for n in range(4):
+            yield SumTask(SumData(prompt=f"What is {n} + 2?", system_prompt="Answer with a number.",
+                                  answer=str(n + 2)), self.config.task)
+
+__all__ = ["SumTaskset"]
+'''
+GUESS = '''
+import re
+import verifiers.v1 as vf
+
+class GuessData(vf.TaskData):
+    number: int
+
+class GuessTask(vf.Task[GuessData, vf.State, vf.TaskConfig]):
+    @vf.metric
+    async def num_turns(self, trace: vf.Trace) -> float:
+        return float(trace.num_turns)
+
+class GuessTaskset(vf.Taskset[GuessTask, vf.TasksetConfig]):
+    def load(self):
+        for n in (7, 3, 9):
+            yield GuessTask(GuessData(prompt="Guess my number from 0 to 9.", number=n), self.config.task)
+
+class GuessConfig(vf.EnvConfig):
+    player: vf.AgentConfig = vf.AgentConfig()
+
+class GuessEnv(vf.Env[GuessConfig]):
+    async def run(self, task, agents):
+        found, number = 0.0, task.data.number
+        async with agents.player.interaction(task) as talk:
+            segment = await talk.turn()
+            for left in (2, 1, 0):
+                said = re.findall(r"[0-9]+", segment.last_reply)
+                found = float(bool(said) and int(said[-1]) == number)
+                if segment.terminated or found or not left:
+                    break
+                hint = "no number" if not said else "higher" if int(said[-1]) < number else "lower"
+                segment = await talk.turn(f"{hint}, {left} left")
+        talk.trace.record_reward("found", found, 1.0)
+
+__all__ = ["GuessTaskset", "GuessEnv"]
+'''
+COUNT = '''
+import verifiers.v1 as vf
+
+class CountData(vf.TaskData):
+    goal: int
+
+class CountState(vf.State):
+    number: int = 0
+
+class Counter(vf.Toolset[vf.ToolsetConfig, CountState]):
+    TOOL_PREFIX = None
+
+    @vf.tool
+    async def add(self, amount: int) -> str:
+        """Add to the counter."""
+        self.state.number += amount
+        return f"now {self.state.number}"
+
+    @vf.tool
+    async def look(self) -> str:
+        """Return the counter."""
+        return f"it is {self.state.number}"
+
+class CountTask(vf.Task[CountData, CountState, vf.TaskConfig]):
+    @classmethod
+    def toolsets(cls, config):
+        return [Counter(vf.ToolsetConfig())]
+
+    @vf.reward
+    async def reached(self, trace: vf.Trace) -> float:
+        return float(trace.state.number == self.data.goal)
+
+    @vf.metric
+    async def num_results(self, trace: vf.Trace) -> float:
+        return float(len(trace.tool_messages))
+
+class CountTaskset(vf.Taskset[CountTask, vf.TasksetConfig]):
+    def load(self):
+        for n in (3, 5):
+            yield CountTask(CountData(prompt=f"Make it {n}.", goal=n), self.config.task)
+
+__all__ = ["CountTaskset"]
+
+if __name__ == "__main__":
+    Counter.run()
+'''
+WORDS = "about account agreement air apple cotton father garden island kettle machine paper river window"
+"""What Hangman draws from here, in place of a word list that NLTK downloads."""
+Turn = str | list[tuple[str, dict[str, Any]]]
+FULL: Turn = "(no more)"
+"""The model's context is full."""
+Case = tuple[str, str, int, Sequence[Turn]]
+CASES: tuple[Case, ...] = (
+    ("vf_sum", "agent", 1, ["It is 3."]),
+    ("vf_guess", "player", 0, ["I say 4", "no idea", "7"]),
+    ("vf_guess", "player", 2, ["4", FULL]),
+    ("vf_count", "agent", 0, [[("look", {}), ("add", {"amount": "x"})], [("add", {"amount": 3})], "done"]),
+    ("textarena", "player", 1, ["[e]", "I say [a].", "no move", FULL]))
+"""Taskset, the seat that is played, task, and what the model writes."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """The library's Python, and what it is given."""
+
+    python: str
+    folder: Path
+
+    def config(self, taskset: str, seat: str) -> Path:
+        """Write the settings of an environment."""
+        game = 'game = "Hangman-v0"\n' if taskset == "textarena" else ""
+        path = self.folder / f"{taskset}.toml"
+        path.write_text(f'[env.taskset]\nid = "{taskset}"\n{game}\n[env.{seat}]\nharness = {{id = "null"}}\n'
+                        'runtime = {type = "subprocess"}\n', encoding="utf-8")
+        return path
+
+
+def served(turn: Turn) -> ServedTurn:
+    return ServedTurn("", turn) if isinstance(turn, str) else (
+        ServedTurn("", "", tuple(ToolCall(name, arguments) for name, arguments in turn)))
+
+
+def ours(library: Library, config: Path, task: int, turns: Sequence[Turn],
+         show: Callable[[str], object]) -> dict[str, Any]:
+    """Play as a run does, and go on in another process in the middle; returns reward and components."""
+    settings = {"config": str(config), "python": library.python, "repeat": True,
+                "env": [name for name in ("SSL_CERT_FILE", "NLTK_DATA") if name in os.environ]}
+    with EnvironmentHost(order("verifiers", settings), EpisodeLimits(call_timeout_s=120)) as host:
+        opening = host.reset({"task": task})
+        seen = opening.observation
+        tools = ", ".join(tool["function"]["name"] for tool in opening.tools) or "no tools"
+        show(f"  {tools}; asked {seen.user[:60]!r}" + (" with rules" if seen.system else ""))
+        for number, turn in enumerate(turns):
+            if turn == FULL:
+                break
+            if number == len(turns) // 2:
+                host.end()
+                host.resume({"task": task}, host.state)
+            heard = host.reply(served(turn))
+            said = [*(result.text.partition("\n")[0] for result in heard.results),
+                    *([heard.user] if heard.user is not None else []), *(["over"] if heard.is_over else [])]
+            show(f"  {turn if isinstance(turn, str) else json.dumps(turn)} -> "
+                  f"{' | '.join(' '.join(text.split())[:70] for text in said)}")
+        result = host.score("")
+        assert result.reward is not None, result.reason
+        return {"reward": result.reward, **result.components}
+
+
+class Script:
+    """A model's server that answers what is written down."""
+
+    def __init__(self, turns: Sequence[Turn]) -> None:
+        self._turns = iter(turns)
+        self._num = 0
+
+    async def chat(self, request: web.Request) -> web.Response:
+        turn = served(next(self._turns, FULL))
+        if turn.content == FULL:
+            error = {"message": "This model's maximum context length is 8 tokens", "code": 400}
+            return web.json_response({"error": error}, status=400)
+        self._num += 1
+        calls = [{"index": n, "id": f"c{self._num}{n}", "type": "function", "function": {
+            "name": call.name, "arguments": json.dumps(call.arguments)}} for n, call in enumerate(turn.calls)]
+        delta = {"role": "assistant", "content": turn.content, **({"tool_calls": calls} if calls else {})}
+        chunk = {"id": "x", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": [
+            {"index": 0, "finish_reason": "tool_calls" if calls else "stop", "delta": delta}]}
+        return web.Response(text=f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n",
+                            content_type="text/event-stream")
+
+
+def theirs(library: Library, config: Path, task: int, turns: Sequence[Turn]) -> dict[str, Any]:
+    """Return what `vf-eval` gives where a server answers the same."""
+    loop, script = asyncio.new_event_loop(), Script(turns)
+    app = web.Application()
+    app.add_routes([web.post("/v1/chat/completions", script.chat)])
+
+    async def begin() -> int:
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return int(runner.addresses[0][1])
+
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    port = asyncio.run_coroutine_threadsafe(begin(), loop).result()
+    out = library.folder / f"out-{config.stem}-{task}"
+    bin_ = Path(library.python).parent
+    subprocess.run(
+        [bin_ / "vf-eval", "@", config, "--no-push", "--no-rich", "--model", "m", "--client.base-url",
+         f"http://127.0.0.1:{port}/v1", "--client.api-key-var", "NONE", "--select.include.idx", str(task),
+         "-n", "1", "--output-dir", out], check=True, stdout=subprocess.DEVNULL,
+        env=variables_for_foreign(["SSL_CERT_FILE", "NLTK_DATA"]) | {
+            "PYTHONPATH": str(library.folder), "PATH": f"{bin_}:{os.environ['PATH']}"})
+    loop.call_soon_threadsafe(loop.stop)
+    (traces,) = out.rglob("traces.jsonl")
+    (trace,) = json.loads(traces.read_text(encoding="utf-8").splitlines()[-1])["traces"]
+    rewards = {name: reward["score"] * reward["weight"] for name, reward in trace["rewards"].items()}
+    return {"reward": sum(rewards.values()), **trace["metrics"], **rewards, "stop": trace["stop_condition"]}
+
+
+def compared(library: Library, case: Case, pool: ThreadPoolExecutor) -> tuple[list[str], Any, Any]:
+    """Begin to play a case by both; returns what is shown of ours, and both futures."""
+    taskset, seat, task, turns = case
+    config, lines = library.config(taskset, seat), list[str]()
+    return (lines, pool.submit(ours, library, config, task, turns, lines.append),
+            pool.submit(theirs, library, config, task, turns))
+
+
+def main() -> None:
+    """Play all cases, by both."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--python", required=True, help="interpreter with verifiers, uv, textarena and nltk")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        library = Library(str(Path(args.python).absolute()), Path(made))
+        for name, text in (("vf_sum", SUM), ("vf_guess", GUESS), ("vf_count", COUNT)):
+            (library.folder / f"{name}.py").write_text(text, encoding="utf-8")
+        words = library.folder / "nltk/corpora/words"
+        words.mkdir(parents=True)
+        for file in ("en", "en-basic", "README"):
+            (words / file).write_text("\n".join(WORDS.split()) + "\n", encoding="utf-8")
+        os.environ["NLTK_DATA"] = str(library.folder / "nltk")
+        with ThreadPoolExecutor(2 * len(CASES)) as pool:
+            played = [(case, *compared(library, case, pool)) for case in CASES]
+            differing = 0
+            for (taskset, _, task, _), lines, here, there in played:
+                found, by_library = here.result(), there.result()
+                print(f"{taskset}, task {task}", *lines, f"  {json.dumps(found)}", sep="\n")
+                print("  the same by vf-eval" if found == by_library
+                      else f"  by vf-eval {json.dumps(by_library)}")
+                differing += found != by_library
+    print(f"{len(CASES)} episodes, of which {differing} come out otherwise by vf-eval")
+    sys.exit(bool(differing))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""Environments of the library `verifiers` (0.4): tasksets with their harness, tools, users and rewards.
+
+The library runs in a Python of its own (`verifiers_bridge.py`), where an environment asks a chat endpoint for
+each turn of the model.  What a request has more than the conversation so far is what the model is shown; the
+turn that it writes is the answer.  So the environment makes the calls, plays the user, and gives the reward.
+
+The environment keeps its world to itself: the state of an episode is its turns and what came of them, and one
+that is continued is played again up to there, where all must come as it did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import MinLen
+
+from megatron_sov.base.artifacts import file_digest
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import Bound, Breach, ProblemCode
+from megatron_sov.chat.tool_calls import ServedTurn
+from megatron_sov.judge.rewards.reward import Score, short
+from megatron_sov.judge.rewards.version import code_of
+from megatron_sov.judge.tools.environment import InfrastructureFault, Observation, Task, TurnReply, World
+from megatron_sov.judge.tools.worlds.mcp import MAX_LINE_BYTES, no_program, unset
+from megatron_sov.sandbox.process_tree import ProcessTree
+from megatron_sov.work.processes.children import variables_for_foreign
+
+BRIDGE = __name__ + "_bridge"
+"""Module that the library's Python runs."""
+SYSTEMS = ("system", "developer")
+"""Roles of the rules."""
+
+
+def _no_file(text: str) -> Breach | None:
+    return None if Path(text).is_file() and text.endswith((".toml", ".json")) else (
+        ProblemCode.FILE, "is no file in TOML or JSON", "name settings of vf-eval, with a table `env`")
+
+
+@dataclass
+class Verifiers(World):
+    """One run of the library's environment for each episode; a task is a number in its taskset."""
+
+    EXAMPLES = ({"task": 0},)
+    MAX_MEMORY_BYTES = 0
+    """The library, its programs and servers may ask for as much address space as they like."""
+
+    config: Annotated[str, MinLen(1), Bound(_no_file)]
+    """Settings of `vf-eval`: its table `env` names the taskset, the harness, and where it runs.  Modules that
+    lie beside the file can be imported."""
+    python: Annotated[str, MinLen(1), Bound(lambda text: no_program((text,)))] = "python3"
+    """Interpreter that has `verifiers` installed."""
+    repeat: bool = False
+    """Whether a continued episode may make its calls again: for tools whose world is the episode's own, never
+    for those that act on the one outside.  Otherwise one that has made calls gets no reward."""
+    env: tuple[Annotated[str, Bound(unset)], ...] = ()
+    """Names of variables that the library is given of this command's environment, such as that of a judge's
+    key, besides HOME, LOGNAME, PATH, SHELL, TERM and USER."""
+    _tools: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)
+    _bridge: ProcessTree | None = field(default=None, init=False, repr=False)
+    _seen: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)
+    """The conversation that the next request must go on with."""
+
+    def inputs(self) -> dict[str, Any]:
+        """Return what judges beside this module: the settings' file, and the bridge."""
+        return {"config": file_digest(Path(self.config)), "bridge": code_of(BRIDGE)}
+
+    def reset(self, task: Task) -> Observation:
+        """Begin a run of the environment on a task."""
+        number = task.get("task")
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise UserError('the task has no number: write {"task": 0} for the first one of the taskset')
+        self._seen, self._tools = [], []
+        try:
+            self._start()
+            asked = self._asked({"task": number})
+            self._tools = asked["tools"]
+            system, user = _opening(asked["messages"])
+        except InfrastructureFault as e:
+            raise UserError(f"the environment of {self.config} cannot be played: {e.reason}") from None
+        self._seen = asked["messages"]
+        self.task, self.state = task, {"opening": [system, user], "turns": [], "replies": [], "result": None}
+        return Observation(user, system)
+
+    def tools(self) -> list[dict[str, Any]]:
+        return self._tools
+
+    def reply(self, turn: ServedTurn) -> TurnReply:
+        """Return what the environment says behind a turn."""
+        message = _as_message(turn, len(self.state["turns"]))
+        asked = self._asked({"answer": message})
+        self.state["turns"].append(asdict(turn))
+        if "end" in asked:
+            self.state["result"], said = asked["end"], TurnReply(is_over=True)
+        else:
+            said = _reply_in(_more(asked["messages"], [*self._seen, message]), message)
+            if asked["tools"] != self._tools:
+                raise InfrastructureFault("the environment changes its tools in the middle of an episode, "
+                                          "which the prompt before has shown already")
+            self._seen = asked["messages"]
+        self.state["replies"].append(asdict(said))
+        return said
+
+    def score(self, answer: str) -> Score:
+        """Return the environment's reward; where a limit has ended the episode it is told that the model can
+        write no more."""
+        if (result := self.state["result"]) is None:
+            result = self._asked({"stop": True}).get("end")
+        if result is None:
+            raise InfrastructureFault("the environment goes on where the model can write no more")
+        return Score(result["reward"], {**result["components"], "stop": result["stop"]})
+
+    def restore(self, state: Any) -> None:
+        """Give the turns of a state again, unless this run has had just them.
+
+        Raises:
+            InfrastructureFault: the environment did not go as before, or calls may have acted.
+        """
+        if state == self.state:
+            return
+        if state["result"] is None:
+            if not self.repeat and any(turn["calls"] for turn in state["turns"]):
+                raise InfrastructureFault("the calls of the episode may have acted on the world; set "
+                                          "repeat=true where they can be made again")
+            if self.state["turns"]:
+                self.reset(self.task)
+            for turn in state["turns"]:
+                self.reply(_turn_of(turn))
+            # through JSON, as the state has come
+            if json.loads(json.dumps(self.state)) != state:
+                raise InfrastructureFault("the environment does not repeat itself: its conversation is "
+                                          "another one than before")
+        self.state = copy.deepcopy(state)
+
+    # The library's process.
+
+    def end(self) -> None:
+        """End it; it also ends with this process."""
+        if self._bridge is not None:
+            self._bridge.end()
+            self._bridge = None
+
+    def _start(self) -> None:
+        """Start the bridge, unless it runs."""
+        if self._bridge is not None:
+            return
+        program, folder = shutil.which(self.python) or self.python, str(Path(self.config).resolve().parent)
+        variables = variables_for_foreign(self.env)
+        # programs of the library's own Python first, such as uv
+        path = os.pathsep.join((str(Path(program).absolute().parent), variables.get("PATH", os.defpath)))
+        bridge = Path(__file__).with_name("verifiers_bridge.py")
+        # -P: this folder's modules have names of others
+        self._bridge = ProcessTree([program, "-P", str(bridge), self.config],
+                                   {**variables, "PATH": path, "PYTHONPATH": folder})
+        said = self._received()
+        if "ready" not in said:
+            self.end()
+            raise InfrastructureFault(short(str(said.get("problem"))))
+
+    def _asked(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Return what the environment wants of the model, or how it ended.
+
+        Raises:
+            InfrastructureFault: it cannot go on.
+        """
+        assert self._bridge is not None
+        with contextlib.suppress(OSError):  # it has ended; that nothing comes says so
+            self._bridge.stdin.write(json.dumps(line).encode() + b"\n")
+            self._bridge.stdin.flush()
+        said = self._received()
+        if "end" in said:
+            return said
+        if "request" not in said:
+            raise InfrastructureFault(short(str(said.get("error"))))
+        asked = said["request"]
+        return {"messages": [_plain(message) for message in asked["messages"]], "tools": asked["tools"]}
+
+    def _received(self) -> dict[str, Any]:
+        assert self._bridge is not None
+        line = self._bridge.stdout.readline(MAX_LINE_BYTES)
+        try:
+            said = json.loads(line)
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            raise InfrastructureFault(f"{self.python} has ended; see what it wrote above" if not line
+                                      else f"{self.python} wrote no message of the bridge")
+        return said
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message of the chat completions API as what it says: thoughts and names are left out.
+
+    Raises:
+        InfrastructureFault: it has more than text.
+    """
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        if any(part.get("type") != "text" for part in content):
+            raise InfrastructureFault("the environment shows more than text, which no model is shown")
+        content = "".join(part["text"] for part in content)
+    said = {"role": "system" if message.get("role") in SYSTEMS else message.get("role"), "content": content}
+    if calls := message.get("tool_calls"):
+        said["tool_calls"] = [{"id": call["id"], "type": "function", "function": {
+            "name": call["function"]["name"], "arguments": call["function"]["arguments"]}} for call in calls]
+    return said | ({"tool_call_id": message["tool_call_id"]} if message.get("role") == "tool" else {})
+
+
+def _opening(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Return rules and question with which an episode begins."""
+    roles = [message["role"] for message in messages]
+    if roles not in (["user"], ["system", "user"]):
+        raise InfrastructureFault(f"it begins with messages of {', '.join(map(str, roles)) or 'nobody'}; it "
+                                  "must with a question of the user, rules before it at most")
+    return (messages[0]["content"] if len(roles) == 2 else "", messages[-1]["content"])
+
+
+def _as_message(turn: ServedTurn, number: int) -> dict[str, Any]:
+    """Return a turn as the message of a chat completion."""
+    calls = [{"id": f"call_{number}_{place}", "type": "function", "function": {
+        "name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}}
+        for place, call in enumerate(turn.calls)]
+    return {"role": "assistant", "content": turn.content,
+            **({"reasoning_content": turn.thoughts} if turn.thoughts else {}),
+            **({"tool_calls": calls} if calls else {})}
+
+
+def _turn_of(told: Mapping[str, Any]) -> ServedTurn:
+    from megatron_sov.chat.tool_calls import ToolCall
+
+    return ServedTurn(told["thoughts"], told["content"], tuple(ToolCall(**call) for call in told["calls"]))
+
+
+def _more(messages: list[dict[str, Any]], before: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what a conversation has more than before.
+
+    Raises:
+        InfrastructureFault: it is another one.
+    """
+    known = [_plain(message) for message in before]
+    if messages[:len(known)] == known:
+        return messages[len(known):]
+    place = next((n for n, (now, was) in enumerate(zip(messages, known, strict=False)) if now != was),
+                 min(len(messages), len(known)))
+    raise InfrastructureFault(f"the environment rewrites the conversation from message {place + 1} on (a "
+                              "compaction, a second run or another agent): the tokens that the model wrote "
+                              "would be trained behind others than it has read")
+
+
+def _reply_in(more: Sequence[Mapping[str, Any]], message: Mapping[str, Any]) -> TurnReply:
+    """Return what new messages say behind a turn: results of its calls in order, and then a user."""
+    calls = [call["id"] for call in message.get("tool_calls", [])]
+    results, rest = more[:len(calls)], more[len(calls):]
+    if [result.get("tool_call_id") for result in results] != calls or len(rest) > 1 or any(
+            said["role"] != "user" for said in rest) or not more:
+        raise InfrastructureFault(
+            f"behind a turn with {len(calls)} calls the environment has messages of "
+            f"{', '.join(str(said['role']) for said in more) or 'nobody'}; it must have a result for each "
+            "call in order, and a message of the user at most")
+    return TurnReply(tuple(result["content"] for result in results), rest[0]["content"] if rest else None)

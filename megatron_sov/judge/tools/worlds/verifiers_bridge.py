@@ -1,0 +1,203 @@
+"""Plays an environment of `verifiers` (0.4) for `worlds.verifiers`, which starts this with that library's own
+Python: its first argument is a file of the library's settings.
+
+A line in JSON on the standard input begins an episode (`task`), gives the model's turn (`answer`) or says
+that there will be none (`stop`).  A line on the standard output says what the environment wants of the model
+(`request`), how the episode came out (`end`), or why it cannot be played (`error`; `problem` at the start).
+
+The environment asks a chat endpoint as it asks any; the endpoint is this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import sys
+import tomllib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+MODEL = "policy"
+KEY = "POLICY_API_KEY"
+"""Variable of the endpoint's key, which `verifiers` gives no program of its own."""
+MAX_BODY_BYTES = 64 << 20
+REFUSAL = {"error": {"message": "the model may write no more: maximum context length", "type":
+                     "invalid_request_error", "code": "context_length_exceeded"}}
+"""What servers answer where a context is full: harnesses end there and are scored."""
+Answer = dict[str, Any]
+
+
+class ChatDoor:
+    """A chat endpoint whose requests are answered elsewhere, one after the other."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget an episode."""
+        self.requests: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._answers: asyncio.Queue[Answer | None] = asyncio.Queue()
+        self._turn = asyncio.Lock()
+        self._is_closed = False
+        """Whether requests are refused: the model writes no more."""
+
+    @contextlib.asynccontextmanager
+    async def opened(self) -> AsyncIterator[str]:
+        """Serve; gives the address."""
+        from aiohttp import web
+
+        self._web = web
+        os.environ[KEY] = secrets.token_urlsafe()
+        app = web.Application(client_max_size=MAX_BODY_BYTES)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        runner = web.AppRunner(app, shutdown_timeout=0)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+        finally:
+            await runner.cleanup()
+
+    def answer(self, message: Answer | None) -> None:
+        """Answer the request that waits; None: refuse it, and all that come."""
+        self._is_closed = message is None
+        self._answers.put_nowait(message)
+
+    async def _chat(self, request: Any) -> Any:
+        web = self._web
+        if request.headers.get("Authorization") != f"Bearer {os.environ[KEY]}":
+            return web.json_response({"error": {"message": "unauthorized"}}, status=401)
+        body = await request.json()
+        async with self._turn:
+            if not self._is_closed:
+                self.requests.put_nowait(body)
+            message = None if self._is_closed else await self._answers.get()
+        if message is None:
+            return web.json_response(REFUSAL, status=400)
+        reason = "tool_calls" if message.get("tool_calls") else "stop"
+        head = {"id": f"chatcmpl-{secrets.token_hex(8)}", "created": 0, "model": MODEL}
+        if not body.get("stream"):
+            choice = {"index": 0, "message": message, "finish_reason": reason}
+            return web.json_response({**head, "object": "chat.completion", "choices": [choice]})
+        calls = [{**call, "index": place} for place, call in enumerate(message.get("tool_calls", []))]
+        delta = {**message, **({"tool_calls": calls} if calls else {})}
+        chunks = [{**head, "object": "chat.completion.chunk",
+                   "choices": [{"index": 0, "delta": part, "finish_reason": said}]}
+                  for part, said in ((delta, None), ({}, reason))]
+        text = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+        return web.Response(text=text, content_type="text/event-stream")
+
+
+class VerifiersBridge:
+    """An environment of the library, which plays one episode at a time."""
+
+    def __init__(self, environment: Any, context: Any, door: ChatDoor) -> None:
+        self._environment, self._context, self._door = environment, context, door
+        self._stream: Iterator[Any] = iter(environment.taskset)
+        self._tasks: list[Any] = []
+        self._run: asyncio.Task[Any] | None = None
+
+    async def said(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Return what comes of a line."""
+        if "task" in line:
+            await self.drop()
+            if (task := self._task(line["task"])) is None:
+                return {"error": f"there is no task {line['task']}: the taskset has {len(self._tasks)}"}
+            self._door.begin()
+            self._run = asyncio.create_task(self._environment.run_episode(task, self._context))
+        else:
+            self._door.answer(line.get("answer"))
+        assert self._run is not None
+        asked = asyncio.create_task(self._door.requests.get())
+        await asyncio.wait((asked, self._run), return_when=asyncio.FIRST_COMPLETED)
+        if asked.done():
+            body = asked.result()
+            return {"request": {"messages": body.get("messages"), "tools": body.get("tools") or []}}
+        asked.cancel()
+        return self._ended(self._run.result())
+
+    async def drop(self) -> None:
+        """End the episode that goes on."""
+        if self._run is not None:
+            self._run.cancel()
+            await asyncio.wait((self._run,))
+            self._run = None
+
+    def _task(self, number: int) -> Any:
+        while len(self._tasks) <= number and (task := next(self._stream, None)) is not None:
+            self._tasks.append(task)
+        return self._tasks[number] if number < len(self._tasks) else None
+
+    def _ended(self, episode: Any) -> dict[str, Any]:
+        """Return the reward of the one trace that the model wrote, by the environment's own verdict."""
+        traces = [trace for trace in episode.traces if trace.agent.config.client == self._context.client]
+        if not self._environment.complete(episode):
+            errors = [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]
+            return {"error": f"{errors[-1].type}: {errors[-1].message}" if errors else "it did not complete"}
+        if len(traces) != 1:
+            return {"error": f"the model played {len(traces)} runs in the episode, and not one"}
+        rewards = {name: reward.value for name, reward in traces[0].rewards.items() if reward is not None}
+        metrics = {name: value for name, value in traces[0].metrics.items() if value is not None}
+        return {"end": {"reward": traces[0].reward, "components": {**metrics, **rewards},
+                        "stop": traces[0].stop_condition}}
+
+
+def settings_in(path: Path) -> dict[str, Any]:
+    """Return the `env` table of a file of settings for `vf-eval`, in TOML or JSON."""
+    text = path.read_text(encoding="utf-8")
+    found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    return dict(found["env"])
+
+
+@contextlib.asynccontextmanager
+async def opened(path: Path) -> AsyncIterator[VerifiersBridge]:
+    """Load the environment of a file of settings and what serves it."""
+    from verifiers.v1 import EvalClientConfig, ModelContext
+    from verifiers.v1.configs.agent import agent_config_fields
+    from verifiers.v1.utils.loaders import load_environment, resolve_env_config
+
+    environment = load_environment(resolve_env_config(settings_in(path)))
+    seats = [name for name, agent in agent_config_fields(environment.config).items() if agent.client is None]
+    if len(seats) != 1:
+        raise ValueError(f"the seats without a client are {', '.join(seats) or 'none'}: the model plays one, "
+                         "so give each other one `client` and `model`")
+    door = ChatDoor()
+    async with door.opened() as url, environment.serving():
+        bridge = VerifiersBridge(environment, ModelContext(model=MODEL, client=EvalClientConfig(
+            base_url=url, api_key_var=KEY)), door)
+        try:
+            yield bridge
+        finally:
+            await bridge.drop()
+
+
+async def main(path: Path, told: IO[bytes], tell: IO[bytes]) -> None:
+    """Play until the standard input ends."""
+    def say(line: dict[str, Any]) -> None:
+        tell.write(json.dumps(line).encode() + b"\n")
+        tell.flush()
+
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            bridge = await stack.enter_async_context(opened(path))
+        except Exception as e:
+            return say({"problem": f"{type(e).__name__}: {e}"})
+        say({"ready": True})
+        while line := await asyncio.to_thread(told.readline):
+            try:
+                said = await bridge.said(json.loads(line))
+            except Exception as e:
+                said = {"error": f"{type(e).__name__}: {e}"}
+            say(said)
+
+
+if __name__ == "__main__":
+    # what the environment prints is no message of the bridge, and what it reads is not for it
+    ours_in, ours_out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    asyncio.run(main(Path(sys.argv[1]), ours_in, ours_out))

@@ -1,0 +1,141 @@
+"""What a run's losses read: random documents with a number for each token in every column that a built-in
+objective names, and a teacher of random opinions.  Who has said these numbers is nothing that a layout can
+get wrong: the losses that read them are the trainer's own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.documents.records import DESIRABLE
+from megatron_sov.base.documents.shard_files import IndexedWriter
+from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE, TYPE_TEXT
+from megatron_sov.engine.parallel.world import ParallelWorld
+from megatron_sov.model.config import RunConfig
+from megatron_sov.post import policy, preference, reference
+from megatron_sov.post.distillation.distill import Distillation, KeptTeacher, TaughtFactory
+from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, Kept, packed
+from megatron_sov.post.sft import SupervisedFineTuning
+from megatron_sov.train.data.described import source_record
+from megatron_sov.train.data.token_shards import CONTENT_VERSION, Source
+from megatron_sov.train.objectives.data_objective import LanguageModelling
+
+SOURCE = "proof"
+NUM_DOCUMENTS = 600
+OF_TOKENS = (reference.COLUMN, policy.BEHAVIOUR, policy.OLD, policy.TEACHER)
+"""Columns of a log-probability for each token, about what a model says that has learned nothing."""
+SPREAD = 1.5
+"""Of them, in nats: ratios to the policy lie on both sides of a clip."""
+OF_RESPONSES = (policy.ADVANTAGE, preference.SHARE, DESIRABLE)
+"""Columns of one number for all tokens of a document, from 0 to 1 (advantages: from -1)."""
+TEACHER_WIDTH = 8
+_LONGEST = 41
+
+
+def objective_of(config: RunConfig, sources: Sequence[Source]) -> Callable[[Any], Any]:
+    """Return what makes the objective that a run learns by."""
+    name = config.objective.name
+    if name == "distill":
+        return TaughtFactory(Distillation, [_GivenTeacher(config, sources)])
+    made: dict[str, Callable[[], Any]] = {
+        "lm": lambda: LanguageModelling, "sft": lambda: SupervisedFineTuning,
+        "preference": lambda: preference.objective_of(config), "policy": lambda: policy.objective_of(config)}
+    return made[name]()
+
+
+def write_documents(folder: Path, config: RunConfig, seed: int = 0) -> None:
+    """Write random documents as a token artifact: prompts, responses and, but among judged ones, plain text.
+
+    Args:
+        folder: the artifact.
+        config: the run that reads them.
+        seed: of what is drawn.
+    """
+    random, vocab_size = np.random.default_rng(seed), config.model.vocab_size
+    method = config.preference.method if config.objective.name == "preference" else ""
+    are_pairs, is_judged = method not in ("", "grouper"), config.objective.name in ("preference", "policy")
+    longest = 15 if are_pairs else _LONGEST
+    columns = dict.fromkeys((*OF_TOKENS, *OF_RESPONSES), "float32")
+    counts = {"num_documents": NUM_DOCUMENTS, "num_tokens": 0, "num_bytes": 0}
+    with new_artifact(folder, "tokens") as artifact:
+        with IndexedWriter(artifact.path / SOURCE, "uint16",
+                           {"loss": "float32", "type": "uint8", **columns}) as writer:
+            for _ in range(NUM_DOCUMENTS):
+                document = _document(random, int(random.integers(2, longest)), vocab_size, is_judged)
+                writer.write(np.array([len(document["bin"])], np.int32), document)
+                counts["num_tokens"] += len(document["bin"])
+        counts["num_bytes"] = counts["num_tokens"]
+        record = source_record(SOURCE, "preference" if are_pairs else "chat", ("loss", "type", *columns),
+                               [{"prefix": SOURCE, **counts}])
+        artifact.content = {
+            "content_version": CONTENT_VERSION, "tokenizer_sha256": "0" * 64, "vocab_size": vocab_size,
+            "dtype": "uint16", "eod": "none", "bos_id": None, "eos_id": None,
+            "sources": [record | {"group_documents": 2 if are_pairs else 1}]}
+        artifact.settings = {"seed": seed}
+    save_file({HEAD_WEIGHT: torch.from_numpy(random.normal(size=(vocab_size, TEACHER_WIDTH)))},
+              _head_of(folder))
+
+
+def _document(random: np.random.Generator, num_tokens: int, vocab_size: int, is_judged: bool
+              ) -> dict[str, np.ndarray]:
+    """Return a document's numbers; judged ones are a prompt and then a response, others mixed."""
+    if is_judged:
+        learned = np.arange(num_tokens) >= max(1, num_tokens // 3)
+    else:
+        learned = random.random(num_tokens) < 2 / 3
+    types = np.where(learned, TYPE_RESPONSE, TYPE_PROMPT)
+    if not is_judged and random.random() < 0.25:
+        types = np.where(learned, TYPE_TEXT, TYPE_PROMPT)
+    numbers = {name: random.normal(-np.log(vocab_size), SPREAD, num_tokens).astype(np.float32)
+               for name in OF_TOKENS}
+    # an engine is near the trainer, or corrections would mask all
+    numbers[policy.BEHAVIOUR] = numbers[policy.OLD] + random.normal(0, 0.02, num_tokens).astype(np.float32)
+    return {"bin": random.integers(0, vocab_size, num_tokens), "loss": learned.astype(np.float32),
+            "type": types, **numbers,
+            **{name: np.full(num_tokens, random.uniform(-1 if name == policy.ADVANTAGE else 0, 1), np.float32)
+               for name in OF_RESPONSES}}
+
+
+def _head_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-teacher.safetensors")
+
+
+class _GivenTeacher(KeptTeacher):
+    """A teacher whose opinions are drawn when they are asked for."""
+
+    def __init__(self, config: RunConfig, sources: Sequence[Source]) -> None:
+        asked = config.distillation
+        kept = Kept("float32", asked.top_k, asked.temperature, asked.other_tokenizer)
+        [folder] = config.data.paths
+        files: Any = SimpleNamespace(
+            folder=Path(folder), kept=kept, vocab_size=config.model.vocab_size, teacher=SOURCE,
+            logits_softcap=None,
+            dtype=torch.int32 if asked.top_k else torch.float32, sources={0: 0}, hidden_size=TEACHER_WIDTH,
+            width=2 * asked.top_k or TEACHER_WIDTH, head=_head_of(Path(folder)),
+            states=lambda source, split, document, start, count: _states(
+                asked.top_k, config.model.vocab_size, asked.other_tokenizer, document)[start:start + count])
+        super().__init__([files], asked, sources, config.model.vocab_size)
+
+    def verify(self, world: ParallelWorld) -> None:
+        """There are no files that could be damaged."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _states(top_k: int, vocab_size: int, is_silent: bool, document: int) -> torch.Tensor:
+    """Return rows as `StateFiles.states`, of all tokens of a document; a teacher of another tokenizer says
+    nothing at some."""
+    random = torch.Generator().manual_seed(document)
+    if not top_k:
+        return torch.randn(_LONGEST, TEACHER_WIDTH, generator=random)
+    logprobs, ids = torch.randn(_LONGEST, vocab_size, generator=random).log_softmax(-1).topk(top_k)
+    if is_silent:
+        logprobs[::5] = 1.0
+    return packed(ids, logprobs)

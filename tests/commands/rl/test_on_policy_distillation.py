@@ -1,0 +1,182 @@
+"""`megatron-sov rl run --set policy.method=gkd`: a teacher's whole distribution over what the student writes,
+and over data in its place; beside transformers, `distill`, kills and other layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.cli import main
+from megatron_sov.convert import to_hf
+from megatron_sov.model.config import PolicyConfig
+from megatron_sov.runs.obs.events import read_events
+from megatron_sov.train.data.token_shards import open_sources
+
+BETA, TEMPERATURE = 0.3, 1.5
+DIVERGENCE = (f"distillation.beta={BETA}", f"distillation.temperature={TEMPERATURE}")
+SETTINGS = ("rollout.rounds=4", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=1",
+            "rollout.piece_prompts=2", "rollout.max_new_tokens=6", "rollout.max_prompt_tokens=8",
+            "policy.method=gkd", "policy.on_policy_share=0.5", "rollout.seed=30", "optim.lr=1e-2",
+            "optim.warmup_steps=0", "train.eval_every_steps=0", "train.keep_checkpoints=0")
+"""By the seed the rounds are of data, of answers, of data, of answers."""
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gkd")
+    (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "{i}?"}}\n' for i in range(16)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(folder: Path, packed_data: Any, tiny: list[str], run_command: Any) -> Path:
+    """Return a run of a smaller model than the teacher's."""
+    done = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
+                       str(folder / "student"), *tiny)
+    assert done.returncode == 0, done.stderr
+    return folder / "student"
+
+
+@pytest.fixture(scope="module")
+def command(folder: Path, student: Path, teacher: Path, tiny: list[str], packed_data: Any) -> Command:
+    """Return `command(run, *more)`."""
+    def command(run: str, *more: str) -> list[str]:
+        return ["rl", "run", "tiny-solar-open", *tiny,
+                *(w for s in (*SETTINGS, *DIVERGENCE) for w in ("--set", s)), "--prompts",
+                str(folder / "prompts.jsonl"), "--reward", "none", "--plain", "--from", str(student),
+                "--teacher", str(teacher), "--data", str(packed_data.chats), "--run", str(folder / run),
+                "--store", str(folder / f"{run}-store"), *more]
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, command: Command, run_command: Any) -> Path:
+    done = run_command(*command("whole"))
+    assert done.returncode == 0, done.stderr
+    return folder / "whole"
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    """Return the events of steps; a killed run may have done one twice."""
+    return list({e["step"]: e for e in read_events(run / "events.jsonl") if e["event"] == "step"}.values())
+
+
+def losses(run: Path) -> list[tuple[float, float]]:
+    return [(e["loss"], e["grad_norm"]) for e in steps(run)]
+
+
+def weights(run: Path) -> dict[str, str]:
+    files = read_manifest(run / "checkpoints/step-4").files
+    return {name: record.digest for name, record in files.items() if name.endswith(".safetensors")}
+
+
+def divergence_of_transformers(run: Path, number: int, folder: Path, teacher: Path) -> tuple[float, float]:
+    """Return the mean generalised JSD and forward KL over what the student wrote in a round, by torch's own
+    KL of the two models' logits, as TRL's GKD trainer has it."""
+    import torch
+    from torch.nn.functional import kl_div
+    from transformers import AutoModelForCausalLM
+
+    models = []
+    for name, checkpoint in (("teacher", teacher / "checkpoints/step-2"),
+                             ("student", run / f"checkpoints/step-{number - 1}")):
+        to_hf(checkpoint, folder / f"hf-{name}", "float32")
+        models.append(AutoModelForCausalLM.from_pretrained(folder / f"hf-{name}", dtype=torch.float32))
+    [source] = open_sources({str(run / f"rounds/{number:04d}"): 1.0}, 368, ("rollouts",))
+    shard, sums, count = source.shard("train"), np.zeros(2), 0
+    for document, length in enumerate(np.asarray(shard.lengths[np.arange(len(shard.lengths))]).tolist()):
+        ids = torch.tensor(shard.tokens(document, 0, length).tolist())[None]
+        written = torch.tensor(shard.loss_weights(document, 0, length)[1:] > 0)
+        with torch.no_grad():
+            q, p = ((model(ids).logits[0, :-1].double()[written] / TEMPERATURE).log_softmax(-1)
+                    for model in models)
+        m = torch.log(BETA * q.exp() + (1 - BETA) * p.exp())
+
+        def kl(of: torch.Tensor, to: torch.Tensor) -> float:
+            return float(kl_div(to, of, reduction="sum", log_target=True))
+
+        sums += BETA * kl(q, m) + (1 - BETA) * kl(p, m), kl(q, p)
+        count += int(written.sum())
+    return tuple(sums / count)
+
+
+def test_answers_are_learned_by_the_papers_divergence(whole: Path, folder: Path, teacher: Path) -> None:
+    step = steps(whole)[1]
+    loss, kl = divergence_of_transformers(whole, 2, folder, teacher)
+    assert step["loss"] == pytest.approx(loss, rel=2e-4) and loss > 1e-4
+    assert step["meters"]["kl"] == pytest.approx(kl, rel=2e-4)
+    assert [list(e["losses_by_source"]) for e in steps(whole)] == [["chat"], ["rollouts"]] * 2
+    assert sorted(p.name for p in (whole / "rounds").glob("????")) == ["0002", "0004"]
+    # one schedule over the whole run
+    rates = [e["lr"] for e in steps(whole)]
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) > 2
+
+
+@pytest.mark.distributed
+def test_data_are_learned_as_distill_learns_them(whole: Path, folder: Path, student: Path, teacher: Path,
+                                                 tiny: list[str], packed_data: Any, run_command: Any) -> None:
+    done = run_command("distill", "tiny-solar-open", *tiny, "--from", str(student), "--teacher", str(teacher),
+                       "--data", str(packed_data.chats), "--run", str(folder / "kept"), "--states-dtype",
+                       "float32", *(w for s in (*DIVERGENCE, "train.steps=1") for w in ("--set", s)))
+    assert done.returncode == 0, done.stderr
+    assert losses(whole)[0] == pytest.approx(losses(folder / "kept")[0], rel=1e-5)
+    before, kept = (next(e for e in read_events(run / "events.jsonl") if e["event"] == "heldout_divergence")
+                    for run in (whole, folder / "kept"))
+    assert before["kl"] == pytest.approx(kept["kl"], rel=1e-5)
+    assert read_manifest(folder / "kept.states", "teacher_states").settings["teacher"]
+
+
+@pytest.mark.distributed
+def test_kills_change_no_bit_and_layouts_little(whole: Path, folder: Path, command: Command,
+                                                run_command: Any) -> None:
+    done = run_command(*command("killed", "--inject", "kill@step=2,kill@step=3"))
+    assert done.returncode == 0, done.stderr
+    assert losses(folder / "killed") == losses(whole) and len(losses(whole)) == 4
+    assert weights(folder / "killed") == weights(whole) and weights(whole)
+    for name, layout in (("dp2", []), ("tp2", ["parallel.tp=2", "parallel.sp=true"]),
+                         ("pp2", ["parallel.pp=2"])):
+        done = run_command(*command(name, "--nproc", "2", *(w for s in layout for w in ("--set", s))))
+        assert done.returncode == 0, done.stderr
+        assert np.allclose(losses(folder / name), losses(whole), rtol=1e-3, atol=1e-5), name
+
+
+@pytest.mark.distributed
+def test_the_most_probable_tokens_alone_are_learned(folder: Path, command: Command, run_command: Any) -> None:
+    top = ["--set", "distillation.top_k=8", "--set", "rollout.rounds=2"]
+    layout = ["--nproc", "2", "--set", "parallel.tp=2", "--set", "parallel.sp=true"]
+    for name, more in (("top", []), ("top2", layout)):
+        done = run_command(*command(name, *top, *more))
+        assert done.returncode == 0, done.stderr
+    assert np.allclose(losses(folder / "top"), losses(folder / "top2"), rtol=1e-3, atol=1e-5)
+    assert all(loss > 0 for loss, _ in losses(folder / "top"))
+
+
+def test_a_share_of_rounds_is_of_answers_by_the_seed_alone() -> None:
+    policy = PolicyConfig("gkd", on_policy_share=0.25)
+    drawn = [[policy.is_on_policy(seed, number) for number in range(1, 4001)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    # four standard deviations of a binomial
+    assert all(abs(sum(of) / 4000 - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5 for of in drawn)
+    assert all(PolicyConfig("gkd").is_on_policy(0, number) for number in range(1, 100))
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    (["--set", "rollout.max_staleness=1"], "max_staleness = 1 must be 0: with policy.on_policy_share = 0.5"),
+    (["--set", "policy.method=opd"], "on_policy_share = 0.5 belongs to policy.method = gkd"),
+    (["--teacher", "math=elsewhere"], "learns the distributions of one teacher"),
+    (["--set", "distillation.other_tokenizer=true", "--set", "distillation.top_k=4"],
+     "a teacher of another tokenizer reads whole documents"),
+])
+def test_what_cannot_be_learned_is_told_before_anything_begins(
+        more: list[str], said: str, folder: Path, command: Command, capsys: pytest.CaptureFixture[str]
+        ) -> None:
+    assert main(command("refused", *more)) == 2
+    assert said in capsys.readouterr().err
+    assert not (folder / "refused").exists()

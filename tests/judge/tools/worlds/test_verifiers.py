@@ -1,0 +1,254 @@
+"""The world of `verifiers`, played through its bridge against a small double of the library: its environment
+asks the endpoint that it is given, as the library's harnesses do.  `benchmarks/verifiers_worlds.py` plays the
+library itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.chat.tool_calls import ServedTurn, ToolCall
+from megatron_sov.judge.rewards.reward import Score
+from megatron_sov.judge.tools.environment import EpisodeLimits, InfrastructureFault, Observation, TurnReply
+from megatron_sov.judge.tools.host import EnvironmentHost, HeardReply
+from megatron_sov.judge.tools.registry import make, order
+from megatron_sov.judge.tools.worlds.verifiers import Verifiers
+
+LIBRARY = '''
+import asyncio, json, os
+from dataclasses import dataclass, field
+from types import SimpleNamespace as Made
+import aiohttp
+
+@dataclass(frozen=True)
+class EvalClientConfig:
+    base_url: str
+    api_key_var: str
+
+@dataclass(frozen=True)
+class ModelContext:
+    model: str
+    client: EvalClientConfig
+
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {
+    "type": "object", "properties": {"n": {"type": "integer"}}}}}]
+
+class Environment:
+    """Plays a task that is a list of what is said before each turn; the reward counts the turns."""
+
+    def __init__(self, config):
+        print("what an environment prints is no message")
+        self.how = config
+        self.config = {name: Made(client=None) for name in config["seats"]}
+        self.taskset = config["tasks"]
+
+    def serving(self):
+        return self
+
+    async def __aenter__(self):
+        pass
+
+    async def __aexit__(self, *error):
+        pass
+
+    def complete(self, episode):
+        return not episode.errors
+
+    async def run_episode(self, task, ctx):
+        errors, stop, turns = [], "agent_completed", 0
+        try:
+            turns, stop = await self.talk(task, ctx)
+        except Exception as e:
+            errors.append(Made(type=type(e).__name__, message=str(e)))
+        trace = Made(agent=Made(config=Made(client=ctx.client)), reward=turns + 0.5, errors=[],
+                     rewards={"turns": Made(value=float(turns)), "half": Made(value=0.5), "judge": None},
+                     metrics={"keys": float("KEY" in os.environ), "home": float("HOME" in os.environ)},
+                     stop_condition=stop)
+        return Made(traces=[trace], errors=errors)
+
+    async def talk(self, task, ctx):
+        messages, turns, calls = [], 0, []
+        async with aiohttp.ClientSession() as http:
+            for said in [*task, None]:
+                if said is None and not calls:
+                    return turns, "agent_completed"
+                messages += [{"role": "tool", "tool_call_id": call["id"], "name": "add",
+                              "content": f"added {call['function']['arguments']}"} for call in calls]
+                if self.how.get("forgets") and len(messages) > 1:
+                    messages = messages[-1:]
+                if self.how.get("counts"):
+                    path = self.how["counts"]
+                    with open(path, "a") as file:
+                        file.write("x")
+                    said = said and f"{said} {os.path.getsize(path)}"
+                messages += [] if said is None else [{"role": "user", "content": [
+                    {"type": "text", "text": said}]}]
+                body = {"model": ctx.model, "messages": messages, "tools": TOOLS, "stream": True}
+                key = "wrong" if self.how.get("wrong_key") else os.environ[ctx.client.api_key_var]
+                async with http.post(ctx.client.base_url + "/chat/completions", json=body,
+                                     headers={"Authorization": f"Bearer {key}"}) as answer:
+                    text = await answer.text()
+                    if "context_length_exceeded" in text:
+                        return turns, "context"
+                    answer.raise_for_status()
+                deltas = [json.loads(line[6:])["choices"][0] for line in text.split("\\n")
+                          if line.startswith("data: {")]
+                message = deltas[0]["delta"]
+                calls = [{k: v for k, v in call.items() if k != "index"}
+                         for call in message.get("tool_calls", [])]
+                assert deltas[1]["finish_reason"] == ("tool_calls" if calls else "stop")
+                messages.append({"role": "assistant", "content": message["content"] or None,
+                                 **({"tool_calls": calls} if calls else {})})
+                turns += 1
+        return turns, "agent_completed"
+'''
+MODULES = {"verifiers/__init__.py": "", "verifiers/v1/configs/__init__.py": "",
+           "verifiers/v1/utils/__init__.py": "", "verifiers/v1/__init__.py": LIBRARY,
+           "verifiers/v1/configs/agent.py": "agent_config_fields = dict",
+           "verifiers/v1/utils/loaders.py": "from verifiers.v1 import Environment as load_environment\n"
+                                            "resolve_env_config = dict"}
+Play = Callable[..., Verifiers]
+ADD = ServedTurn("hm", "", (ToolCall("add", {"n": 1}), ToolCall("add", {"n": 2})))
+TASK = {"task": 0}
+
+
+def said(text: str) -> ServedTurn:
+    return ServedTurn("", text)
+
+
+def settings(folder: Path, tasks: Any = (["Say a.", "Say b."],), seats: Any = ("agent",),
+             repeat: bool = False, **how: Any) -> dict[str, Any]:
+    """Write the double and its settings; returns those of the world."""
+    for name, text in MODULES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    config = folder / "config.json"
+    config.write_text(json.dumps({"env": {"tasks": tasks, "seats": seats, **how}}))
+    return {"config": str(config), "python": sys.executable, "repeat": repeat}
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Iterator[Play]:
+    """Returns a function that makes the world of the double, with settings of both."""
+    worlds: list[Any] = []
+
+    def made(**given: Any) -> Any:
+        worlds.append(make(order("verifiers", settings(tmp_path, **given)))[0])
+        return worlds[-1]
+
+    yield made
+    for world in worlds:
+        world.end()
+
+
+def test_the_user_of_an_environment_answers_and_it_gives_the_reward(
+        play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY", "secret")
+    world = play()
+    assert world.reset(TASK) == Observation("Say a.") and world.tools()[0]["function"]["name"] == "add"
+    assert world.reply(said("a")) == TurnReply(user="Say b.")
+    assert world.reply(said("b")) == TurnReply(is_over=True)
+    assert world.score("b") == Score(2.5, {
+        "turns": 2, "half": 0.5, "keys": 0, "home": 1, "stop": "agent_completed"})
+
+
+def test_an_environment_makes_the_calls_of_a_turn(play: Play) -> None:
+    world = play(tasks=[["Add.", "And?"]])
+    world.reset(TASK)
+    assert world.reply(ADD) == TurnReply(('added {"n": 1}', 'added {"n": 2}'), "And?")
+    assert world.reply(said("3")).is_over and world.score("").reward == 2.5
+
+
+def test_where_the_model_can_write_no_more_the_environment_judges_what_there_is(play: Play) -> None:
+    world = play()
+    world.reset(TASK)
+    world.reply(said("a"))
+    score = world.score("")
+    assert score.reward == 1.5 and score.components["stop"] == "context"
+    # the same process plays the next episode
+    world.reset(TASK)
+    assert world.reply(said("a")).user == "Say b."
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+def test_a_continued_episode_makes_calls_again_only_where_it_may(play: Play, repeat: bool) -> None:
+    world = play(tasks=[["Add.", "And?"]], repeat=repeat)
+    world.reset(TASK)
+    world.reply(ADD)
+    state = json.loads(json.dumps(world.snapshot()))
+    world.reset(TASK)
+    if repeat:
+        world.restore(state)
+        assert world.reply(said("3")).is_over
+    else:
+        with pytest.raises(InfrastructureFault, match="may have acted on the world; set repeat=true"):
+            world.restore(state)
+
+
+def test_an_environment_that_goes_otherwise_again_gets_no_reward(play: Play, tmp_path: Path) -> None:
+    world = play(counts=str(tmp_path / "count"))
+    world.reset(TASK)
+    assert world.reply(said("a")).user == "Say b. 2"
+    state = world.snapshot()
+    world.reset(TASK)
+    with pytest.raises(InfrastructureFault, match="does not repeat itself"):
+        world.restore(state)
+
+
+def test_a_conversation_that_is_rewritten_is_not_learned_from(play: Play) -> None:
+    world = play(forgets=True)
+    world.reset(TASK)
+    with pytest.raises(InfrastructureFault, match="rewrites the conversation from message 1 on"):
+        world.reply(said("a"))
+
+
+def test_an_episode_goes_on_in_another_process_and_its_library_ends_with_it(tmp_path: Path) -> None:
+    asked, pids = order("verifiers", settings(tmp_path)), tmp_path / "pids"
+    with (tmp_path / "verifiers/v1/__init__.py").open("a") as file:
+        file.write(f"\nopen({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')\n")
+    with EnvironmentHost(asked, EpisodeLimits()) as host:
+        host.reset(TASK)
+        assert host.converses and host.reply(said("a")) == HeardReply(user="Say b.")
+        state = host.state
+        host.end()
+        host.resume(TASK, state)
+        assert host.state == state and host.reply(said("b")).is_over and host.score("b").reward == 2.5
+    for pid in map(int, pids.read_text().split()):
+        with contextlib.suppress(ProcessLookupError):
+            assert select.select([os.pidfd_open(pid)], [], [], 60)[0], "it lives on"
+
+
+@pytest.mark.parametrize("task, how, match", [
+    ({"task": 9}, {}, "there is no task 9: the taskset has 1"),
+    ({"task": "0"}, {}, "has no number"),
+    (TASK, {"seats": ["agent", "user"]}, "seats without a client are agent, user: the model plays one"),
+    (TASK, {"wrong_key": True}, "401"),
+    (TASK, {"tasks": 3}, "TypeError: 'int' object is not iterable")])
+def test_what_cannot_be_played_is_told(play: Play, task: Any, how: dict[str, Any], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        play(**how).reset(task)
+
+
+def test_without_the_library_that_is_told(play: Play, tmp_path: Path) -> None:
+    world = play()
+    (tmp_path / "verifiers/v1/__init__.py").write_text("")
+    with pytest.raises(UserError, match="cannot import name 'EvalClientConfig'"):
+        world.reset(TASK)
+
+
+@pytest.mark.parametrize("given, match", [
+    ({"config": "nowhere.toml"}, "is no file in TOML or JSON"),
+    ({"config": __file__}, "is no file in TOML or JSON"),
+    ({"python": "no-python"}, "names no program")])
+def test_settings_name_a_file_and_a_program(given: dict[str, str], match: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=match):
+        make(order("verifiers", settings(tmp_path) | given))

@@ -1,0 +1,62 @@
+"""K-EXAONE 2.0 written over transformers' class of K-EXAONE, which reads neither the windows of single layers
+nor their bounds: both as vLLM's `exaone_moe` reads and computes them (`sliding_windows`, `swiglu_limits`)."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch.nn.functional import linear, silu
+
+
+def as_released(model: Any) -> Any:
+    """Return the model, whose layers now see `sliding_windows` and whose gates stay within `swiglu_limits`;
+    where the config has neither, it is left alone."""
+    config = model.config.to_dict()
+    for layer, window in zip(model.model.layers, config.get("sliding_windows") or [], strict=False):
+        layer.self_attn.register_forward_pre_hook(_seeing(window), with_kwargs=True)
+    for layer, limit in zip(model.model.layers, config.get("swiglu_limits") or [], strict=False):
+        for part in layer.mlp.modules() if limit else ():
+            if hasattr(part, "gate_up_proj"):
+                part.forward = MethodType(_experts(limit), part)
+            elif hasattr(part, "gate_proj"):
+                part.forward = MethodType(_network(limit), part)
+    return model
+
+
+def _seeing(window: int) -> Any:
+    """Return the hook that replaces a layer's mask by a causal one of so many tokens (0: all)."""
+    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        n = kwargs["hidden_states"].shape[1]
+        distance = torch.arange(n)[:, None] - torch.arange(n)
+        visible = (distance >= 0) & ((distance < window) if window else (distance >= 0))
+        hidden = torch.zeros(n, n).masked_fill(~visible, torch.finfo(torch.float32).min)
+        return args, kwargs | {"attention_mask": hidden[None, None]}
+
+    return hook
+
+
+def _activated(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+    return silu(gate.clamp(max=limit)) * up.clamp(min=-limit, max=limit)
+
+
+def _network(limit: float) -> Any:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.down_proj(_activated(self.gate_proj(x), self.up_proj(x), limit))
+        return found
+
+    return forward
+
+
+def _experts(limit: float) -> Any:
+    def forward(self: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        found = torch.zeros_like(x)
+        for expert in range(self.num_experts):
+            token, place = torch.where(chosen == expert)
+            gate, up = linear(x[token], self.gate_up_proj[expert]).chunk(2, -1)
+            out = linear(_activated(gate, up, limit), self.down_proj[expert])
+            found = found.index_add(0, token, out * weights[token, place, None])
+        return found
+
+    return forward
