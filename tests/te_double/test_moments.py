@@ -26,7 +26,8 @@ def test_moments_in_bf16_are_exact_over_checkpoints(te_ranks: Any, job: Any, pac
     for rank in (rank for ranks in found for rank in ranks):
         assert rank["resumed"] == rank["straight"][2:] and rank["resumed ends"] == rank["straight ends"]
     assert narrow["straight ends"] != wide["straight ends"]
-    assert host["straight"] == pytest.approx(wide["straight"], rel=1e-4)
+    # sums of a host's optimizer are in another order, and bf16 weights round to one side or the other by that
+    assert host["straight"] == pytest.approx(wide["straight"], rel=5e-4)
     # AdamW's first step is a sign, whatever the dtype, up to rounding
     assert narrow["straight"][:2] == pytest.approx(wide["straight"][:2], rel=1e-4)
     assert narrow["straight"] == pytest.approx(wide["straight"], rel=1e-2)
