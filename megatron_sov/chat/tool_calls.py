@@ -110,6 +110,11 @@ class ServedTurn:
     calls: tuple[ToolCall, ...] = ()
     """What it calls."""
 
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> ServedTurn:
+        """Return a turn out of plain values, as `asdict` gives them."""
+        return cls(told["thoughts"], told["content"], tuple(ToolCall(**call) for call in told["calls"]))
+
 
 def whole_turn(text: str, in_thoughts: bool, tools: Sequence[Mapping[str, Any]],
                form: CallForm | None = None) -> ServedTurn:

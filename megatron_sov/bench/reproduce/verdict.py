@@ -60,10 +60,10 @@ def power_of(difference: float, sd: float, num_seeds: int) -> float:
     """Return how often the interval of paired differences lies above 0 where they are drawn around
     `difference`: P(T > t) of a noncentral t, as the integral of Phi(d sqrt(n) / sd - t s) over s, the spread
     of a sample beside the true one, s^2 (n - 1) ~ chi^2."""
-    freedom = num_seeds - 1
-    quantile = student_quantile((1 + CONFIDENCE) / 2, freedom)
     import numpy as np
 
+    freedom = num_seeds - 1
+    quantile = student_quantile((1 + CONFIDENCE) / 2, freedom)
     s = np.linspace(1e-9, 1 + 12 / math.sqrt(2 * freedom), NUM_NODES)
     log_density = ((freedom - 1) * np.log(s) - freedom * s**2 / 2 + freedom / 2 * math.log(freedom / 2)
                    + math.log(2) - math.lgamma(freedom / 2))

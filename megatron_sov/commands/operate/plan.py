@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
 from megatron_sov.model.config import RunConfig, data_paths
 from megatron_sov.model.recipes.requested import RecipeOptions, RecipeRequest, requested
@@ -133,7 +133,7 @@ def _prove(args: PlanOptions, request: RecipeRequest) -> int:
                                            config.parallel.ranks_per_expert_replica)
     small, verdict = prove_run(config, num_ranks)
     print(to_json(as_json(small, verdict)) if args.json else as_text(small, verdict))
-    return 0 if verdict.outcome == EQUAL else 3
+    return ExitCode.OK if verdict.outcome == EQUAL else ExitCode.GATE_FAILED
 
 
 def _schedule(args: PlanOptions, request: RecipeRequest) -> int:

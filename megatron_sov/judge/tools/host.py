@@ -246,10 +246,8 @@ def _call(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reply(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
-    told = request["turn"]
-    turn = ServedTurn(told["thoughts"], told["content"], tuple(ToolCall(**call) for call in told["calls"]))
     try:
-        said = cast(Conversing, environment).reply(turn)
+        said = cast(Conversing, environment).reply(ServedTurn.of(request["turn"]))
         results = [_shown(text, request["max_tool_chars"]) for text in said.results]
         return {"results": results, "user": said.user, "is_over": said.is_over,
                 "state": _state(environment, request)}

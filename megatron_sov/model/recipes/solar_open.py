@@ -201,25 +201,24 @@ EXTEND_SOURCES = derive(SOURCES, {
     "extend.gate.every_steps": ours("not published"),
     "extend.gate.min_accuracy": ours("not published"),
 })
-SFT_SOURCES = derive(SOURCES, {
+_OF_CONVERSATIONS: Sources = {
     **_IN_BF16,
     "model.yarn.*": config_json(RELEASED),
     "data.phases.*": ours("not published"),
-    "data.phases.*.blend.*": ours("the kinds are published, with 161,608 and 177,375 conversations of "
-                                  "agents; their shares are not"),
     **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.schedule",
                      "train.global_batch_size"), ours("not published")),
+}
+SFT_SOURCES = derive(SOURCES, {
+    **_OF_CONVERSATIONS,
+    "data.phases.*.blend.*": ours("the kinds are published, with 161,608 and 177,375 conversations of "
+                                  "agents; their shares are not"),
     "objective.name": published(f"{REPORT}, post-training: SFT"),
 })
 _PHASE_B = published(f"{REPORT}, SnapPO, phase B: iterative DPO")
 DPO_SOURCES = derive(SOURCES, {
-    **_IN_BF16,
-    "model.yarn.*": config_json(RELEASED),
-    "data.phases.*": ours("not published"),
+    **_OF_CONVERSATIONS,
     "data.phases.*.blend.*": ours("the kinds of pairs are published, with reasoning kept among them; their "
                                   "shares are not"),
-    **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.schedule",
-                     "train.global_batch_size"), ours("not published")),
     "objective.name": _PHASE_B,
     "preference.method": _PHASE_B,
     "preference.beta": ours("not published; what DPO's authors took (arXiv 2305.18290)"),

@@ -22,7 +22,6 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.divergence import Divergence, Teacher, TeacherStates, TeacherTopK
-from megatron_sov.engine.model.language_model import ModelInputs
 from megatron_sov.engine.model.logprobs import Head, head_of
 from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.parallel.device import to_device
@@ -188,13 +187,6 @@ class KeptTeacher:
         return weight
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reading:
-    """The barest micro-batch."""
-
-    inputs: ModelInputs
-
-
 class LiveTeacher:
     """A teacher beside the student: a second model on the same processes, at the student's layout, which
     reads each batch just before the student learns it.
@@ -253,14 +245,15 @@ class LiveTeacher:
         model, top_k = self._model, self._asked.top_k
         assert model is not None, "is not loaded"
 
-        def rows(hidden: list[torch.Tensor], head: Head, batch: _Reading) -> torch.Tensor:
+        def rows(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
             if not top_k:
                 return whole_states(hidden[0], model)
             ids, logprobs = head.most_probable(hidden[0], top_k, self.divergence.temperature)
             return torch.cat([ids.to(logprobs.dtype), logprobs], 1)
 
         # routes that are replayed are the student's
-        said = model.map([_Reading(dataclasses.replace(b.inputs, routes=None)) for b in batches], rows)
+        read = [dataclasses.replace(b, inputs=dataclasses.replace(b.inputs, routes=None)) for b in batches]
+        said = model.map(read, rows)
         # only the last stage compares
         return tuple(dataclasses.replace(batch, said=found)
                      for batch, found in zip(batches, said, strict=True)) if said else tuple(batches)

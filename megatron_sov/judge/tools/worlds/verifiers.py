@@ -132,7 +132,7 @@ class Verifiers(World):
             if self.state["turns"]:
                 self.reset(self.task)
             for turn in state["turns"]:
-                self.reply(_turn_of(turn))
+                self.reply(ServedTurn.of(turn))
             # through JSON, as the state has come
             if json.loads(json.dumps(self.state)) != state:
                 raise InfrastructureFault("the environment does not repeat itself: its conversation is "
@@ -230,12 +230,6 @@ def _as_message(turn: ServedTurn, number: int) -> dict[str, Any]:
     return {"role": "assistant", "content": turn.content,
             **({"reasoning_content": turn.thoughts} if turn.thoughts else {}),
             **({"tool_calls": calls} if calls else {})}
-
-
-def _turn_of(told: Mapping[str, Any]) -> ServedTurn:
-    from megatron_sov.chat.tool_calls import ToolCall
-
-    return ServedTurn(told["thoughts"], told["content"], tuple(ToolCall(**call) for call in told["calls"]))
 
 
 def _more(messages: list[dict[str, Any]], before: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
