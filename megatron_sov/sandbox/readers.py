@@ -50,6 +50,11 @@ class ReaderEnded(BadRecord):
     """The process is not to be asked again."""
 
 
+def _import_path() -> list[str]:
+    """Return where a reader finds modules: our package first, before anything in the path of this process."""
+    return [_ROOT, *(p for p in map(os.path.abspath, filter(None, sys.path)) if p != _ROOT)]
+
+
 class KeptReader:
     """One such process."""
 
@@ -66,18 +71,18 @@ class KeptReader:
         """
         self.num_files = 0
         self._time_s, self._wording = time_s, wording
-        # the reader finds our package first, before anything in the path of this process
-        path = [_ROOT, *(p for p in map(os.path.abspath, filter(None, sys.path)) if p != _ROOT)]
+        self._path = _import_path()
         self._child = start_interpreter([sys.executable, "-c", _CODE.format(module=module)],
-                                        [json.dumps(path)], _VARIABLES)
+                                        [json.dumps(self._path)], _VARIABLES)
         self.channel = self._child.channel
         self.channel.settimeout(START_LIMIT_S)
-        send(self.channel, {"readable": [root, *path], **limits})
+        send(self.channel, {"readable": [root, *self._path], **limits})
 
     @property
     def is_worn(self) -> bool:
-        """Whether it has read so many files that another one should take over."""
-        return self.num_files >= FILES_EACH
+        """Whether another one should take over: it has read many files, or imports from other places than
+        this process does by now, where an installed format may be."""
+        return self.num_files >= FILES_EACH or self._path != _import_path()
 
     @contextlib.contextmanager
     def asking(self) -> Iterator[socket.socket]:

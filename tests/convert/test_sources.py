@@ -54,7 +54,7 @@ def test_prediction_layer_is_found_by_its_tensors_where_the_config_is_silent(exa
 
 
 @pytest.mark.parametrize(("fields", "expected"), [
-    ({"swiglu_limits": [7.0] * 5}, "swiglu_limits = .* only layers without a limit"),
+    ({"swiglu_limits": [7.0] * 4}, "swiglu_limits = .* for each of num_hidden_layers = 5 layers"),
     ({"slidin_window": 3}, r"'slidin_window'; did you mean 'sliding_window'\?"),
     ({"n_group": 3}, "model.num_expert_groups = 3 must divide model.num_experts = "),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu', but only 'silu'"),

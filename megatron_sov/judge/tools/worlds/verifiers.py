@@ -64,9 +64,11 @@ class Verifiers(World):
     """Names of variables that the library is given of this command's environment, such as that of a judge's
     key, besides HOME, LOGNAME, PATH, SHELL, TERM and USER."""
     _tools: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)
-    _bridge: ProcessTree | None = field(default=None, init=False, repr=False)
     _seen: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)
     """The conversation that the next request must go on with."""
+
+    def __post_init__(self) -> None:
+        self._bridge: ProcessTree | None = None  # no field: those are settings, of plain types
 
     def inputs(self) -> dict[str, Any]:
         """Return what judges beside this module: the settings' file, and the bridge."""

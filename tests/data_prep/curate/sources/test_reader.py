@@ -105,6 +105,15 @@ def test_the_process_is_kept_for_the_next_file(read_words) -> None:
     assert kept not in reader._kept.values()
 
 
+def test_a_process_that_finds_other_modules_than_this_one_is_replaced(
+        read_words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_words("one")
+    kept = next(iter(reader._kept.values()))
+    monkeypatch.syspath_prepend(tmp_path)  # as with a package that declares formats
+    assert [raw.text for raw in read_words("two")] == ["two"]
+    assert next(iter(reader._kept.values())) is not kept
+
+
 def test_the_process_ends_when_nobody_wants_the_rest(read_words, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three")
     found = formats.reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
