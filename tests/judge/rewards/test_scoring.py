@@ -15,6 +15,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards import scoring as room
 from megatron_sov.judge.rewards.registry import order
 from megatron_sov.judge.rewards.scoring import ProcessRunner
+from megatron_sov.work.processes import workers
 from megatron_sov.work.processes.channel import send
 from megatron_sov.work.processes.children import forget_other_variables
 from megatron_sov.work.processes.workers import serve
@@ -88,6 +89,24 @@ def test_what_goes_wrong_costs_its_row_alone(runner) -> None:
     assert found[2].reason == "the process that judged it ended (exit code 7)"
     assert "more memory" in found[3].reason
     assert "then 1 for the same row under one version" in found[4].reason
+
+
+def test_quick_rows_travel_together_and_one_that_ends_its_process_costs_no_other(
+        runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    monkeypatch.setattr(workers, "send", lambda channel, asked: (sent.append(len(asked)),
+                                                                send(channel, asked)))
+    monkeypatch.setattr(workers, "QUICK_S", 60.0)
+    with runner(workers=1) as running:
+        found = running.score(rows(*map(str, range(40)), "die", *map(str, range(41, 60))))
+    assert [r.reward for r in found] == [*range(40), None, *range(41, 60)]
+    # row 40 is of the 32 behind the first 31; those that were behind it go to another process
+    assert sent == [1, 2, 4, 8, 16, 29, 1, 2, 4, 8, 4]
+    sent.clear()
+    monkeypatch.setattr(workers, "QUICK_S", -1.0)
+    with runner(workers=1) as running:
+        running.score(rows("1", "2", "3"))
+    assert sent == [1, 1, 1]
 
 
 def test_a_response_that_keeps_its_judge_busy_is_worth_nothing_and_a_judge_that_waits_has_no_verdict(
@@ -167,7 +186,7 @@ def test_a_process_whose_command_has_ended_ends_without_a_traceback(
         if is_early:
             command.close()
         else:
-            send(command, ({"response": "1"}, True))
+            send(command, [({"response": "1"}, True)])
             own.shutdown(socket.SHUT_WR)
         serve(own, room._judge, (order(f"{tmp_path}/does.py:Does", {}), (), 1.0))
     command.close()
