@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from typing import Any, TypeVar
 
 from megatron_sov.base.errors import UserError
@@ -226,6 +227,12 @@ def _begin(channel: socket.socket, make: Callable[..., Answer], arguments: tuple
     ends its processes itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     be_killed_with_parent()
+    # The server ends when nobody holds this pipe's end any more: held here too, it and a process that is at
+    # work would go on behind a command that was killed.
+    shared = forkserver._forkserver  # type: ignore[attr-defined]
+    if shared._forkserver_alive_fd is not None:
+        os.close(shared._forkserver_alive_fd)
+        shared._forkserver_alive_fd = None
     serve(channel, make, arguments)
 
 

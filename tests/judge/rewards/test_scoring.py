@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import Mock
 
+import psutil
 import pytest
 
 from megatron_sov.base.errors import UserError
@@ -172,6 +176,30 @@ def test_one_server_imports_what_all_runners_need() -> None:
     for name in ("colorsys", "wave"):
         ProcessRunner(order("stem", {}), 1.0, 1, [name])
     assert {"colorsys", "wave"} <= set(forkserver._forkserver._preload_modules)
+
+
+KILLED = '''
+import sys
+from megatron_sov.judge.rewards.registry import order
+from megatron_sov.judge.rewards.scoring import ProcessRunner
+
+with ProcessRunner(order(sys.argv[1], {}), 3600.0, 1) as running:
+    running.score([{"response": "loop"}])
+'''
+
+
+def test_a_process_at_work_ends_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    own = tmp_path / "pid"
+    (tmp_path / "does.py").write_text(CODE.replace('if what == "loop":', f"""if what == "loop":
+            with open({str(own)!r}, "w") as file:
+                file.write(str(os.getpid()))"""))
+    command = subprocess.Popen([sys.executable, "-c", KILLED, f"{tmp_path}/does.py:Does"])
+    while not (own.exists() and own.read_text()) and command.poll() is None:
+        time.sleep(0.01)
+    process = psutil.Process(int(own.read_text()))
+    command.kill()
+    command.wait()
+    process.wait(60)
 
 
 @pytest.mark.parametrize("is_early", [True, False])
