@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.responses.groups import INPUT, GroupOptions, ResponseGroup, write_groups
 from megatron_sov.base.settings import add_options, read_options
-from megatron_sov.judge import groups
+from megatron_sov.base.documents import groups
 
 FILE = "pairs.jsonl"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sov.judge.groups import places_in_group
+from megatron_sov.base.documents.groups import places_in_group
 from megatron_sov.model.config.post_training import PolicyConfig
 
 EPSILON = 1e-4
@@ -119,9 +119,8 @@ def pass_at_k(rewards: np.ndarray, k: int) -> np.ndarray:
 
 
 def in_range(rewards: np.ndarray) -> np.ndarray:
-    """Return GrouPER's advantages (`judge.groups.places_in_group`); 0 where all rewards are the same."""
-    return (np.array(places_in_group(rewards.tolist())) if np.ptp(rewards) > EQUAL
-            else np.zeros(len(rewards)))
+    """Return GrouPER's advantages (`places_in_group`); 0 where all rewards are the same."""
+    return np.array(places_in_group(rewards.tolist()) if np.ptp(rewards) > EQUAL else [0.0] * len(rewards))
 
 
 def mgpo_weight(share_right: float, strength: float) -> float:

@@ -29,7 +29,7 @@ from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import read_json, write_json
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.engine.parallel.world import on_each, on_first
-from megatron_sov.judge.groups import is_learned, pair_of
+from megatron_sov.base.documents.groups import is_learned, pair_of
 from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.post.rl.advantages import LEARNS as KEPT, Group, advantages, left_out
 from megatron_sov.post.rl.gathering import (

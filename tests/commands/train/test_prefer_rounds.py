@@ -16,6 +16,18 @@ WORDS = ["tiny-solar-open", "--from", "base", "--run", "run", "--rounds", "3", "
          "length", "--reward-set", "max_length=4"]
 
 
+REWARD = """
+from dataclasses import dataclass
+
+@dataclass
+class Sum:
+    threads: int  # a reward that says so is judged in this process
+
+    def score(self, row):
+        return float(sum(map(ord, row["response"])) % 3)
+"""
+
+
 def asked(*more: str) -> Any:
     return prefer.rl_options(typed(prefer.PreferOptions, [*WORDS, *more]))
 
@@ -35,10 +47,11 @@ def test_the_door_asks_for_one_run() -> None:
 def test_rounds_are_one_run_with_one_schedule(teacher: Path, tiny: list[str], run_command: Any, tmp_path: Path
                                               ) -> None:
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{i} plus?"}}\n' for i in range(6)))
+    (tmp_path / "own.py").write_text(REWARD)
     run = tmp_path / "run"
     words = ["prefer", "tiny-solar-open", "--from", str(teacher), "--run", str(run), "--rounds", "2",
-             "--prompts", str(tmp_path / "prompts.jsonl"), "--reward", "length", "--reward-set",
-             "max_length=4", "--reward-set", "buffer=4", "--samples", "3", "--max-new-tokens", "8",
+             "--prompts", str(tmp_path / "prompts.jsonl"), "--reward", f"{tmp_path}/own.py:Sum",
+             "--reward-set", "threads=1", "--samples", "3", "--max-new-tokens", "8",
              "--keep-unfinished", *tiny, *(word for setting in (
                  "model.hidden_size=48", "rollout.prompts_per_round=4", "rollout.steps_per_round=2",
                  "rollout.max_prompt_tokens=48", "preference.method=ipo") for word in ("--set", setting))]
@@ -50,8 +63,8 @@ def test_rounds_are_one_run_with_one_schedule(teacher: Path, tiny: list[str], ru
     steps = [e for e in events if e["event"] == "step"]
     assert [e["loss"] for e in steps if e["step"] % 2] == pytest.approx([25.0] * 2, rel=1e-6)
     assert len({e["lr"] for e in steps}) == len(steps) and (run / "store/rollouts").is_dir()
-    again = run_command("resume", str(run))
-    assert again.returncode == 0 and "complete" in again.stdout + again.stderr
+    again = run_command("resume", str(run), "--reward", f"{tmp_path}/own.py:Sum")
+    assert again.returncode == 0 and "complete" in again.stdout + again.stderr, again.stderr
 
 
 @pytest.mark.parametrize(("words", "said"), [

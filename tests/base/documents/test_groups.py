@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from megatron_sov.judge.groups import is_learned, pair_of, places_in_group
+from megatron_sov.base.documents.groups import is_learned, pair_of, places_in_group
 
 
 def test_a_pair_is_of_the_best_that_ended_and_the_worst() -> None:
@@ -25,5 +25,6 @@ def test_a_pair_is_of_the_best_that_ended_and_the_worst() -> None:
 
 def test_places_are_k_exaones() -> None:
     assert places_in_group([3.0, 1.0, 2.0, 1.5]) == pytest.approx([1.0, -1.0, 0.0, -0.5])
-    assert [is_learned(place, ended) for place, ended in ((1, True), (1, False), (0, False), (-1, False))] == [
-        True, False, True, True]
+    # a good response that did not end, alone, is not learned
+    assert [is_learned(place, False) for place in (1.0, 0.5, 0.0, -1.0)] == [False, False, True, True]
+    assert is_learned(1.0, True)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 
 def pair_of(rewards: Sequence[float], ended: Sequence[bool], is_same: Callable[[int, int], bool]
             ) -> tuple[tuple[int, int] | None, int]:
@@ -37,8 +35,8 @@ def pair_of(rewards: Sequence[float], ended: Sequence[bool], is_same: Callable[[
 def places_in_group(rewards: Sequence[float]) -> list[float]:
     """Return each response's advantage by K-EXAONE's technical report, ``2 (z - min z) / (max z - min z) -
     1``, of rewards z that are not all equal: from -1, the worst, to 1, the best."""
-    z = np.asarray(rewards, np.float64)
-    return [float(place) for place in 2 * (z - z.min()) / (z.max() - z.min()) - 1]
+    low, high = min(rewards), max(rewards)
+    return [2 * (z - low) / (high - low) - 1 for z in rewards]
 
 
 def is_learned(place: float, ended: bool) -> bool:
