@@ -97,9 +97,11 @@ def documents(run: Path, number: int) -> list[list[tuple[list[int], list[bool], 
 def judged(store: Path, version: str, number: int) -> list[list[tuple[list[int], float, bool]]]:
     """Return the responses to each prompt of a round, by their samples: tokens with the prompt's, reward, and
     whether it ended."""
-    opened, groups = RolloutStore.open(store), {}
+    opened = RolloutStore.open(store)
+    groups: dict[str, list[tuple[int, tuple[list[int], float, bool]]]] = {}
     for part in opened.parts(number):
-        rewards = {row.key: row.reward for row in opened.read_rewards(version, part.name)}
+        rewards = {row.key: row.reward for row in opened.read_rewards(version, part.name)
+                   if row.reward is not None}
         for row in opened.read_rollouts(part.name):
             groups.setdefault(row.key.prompt, []).append((row.key.sample, (
                 [*row.prompt_tokens.tolist(), *row.tokens.tolist()], rewards[row.key],
