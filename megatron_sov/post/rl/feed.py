@@ -498,7 +498,7 @@ class Producer:
         if self._requests is None:
             assert servers.engine is not None, "the servers are not open"
             self._requests = ResponseQueue(
-                row_requests(servers.engine, self.writer, servers.engine.room),
+                row_requests(servers.engine, self.writer, servers.engine.room, is_live=True),
                 self._desk(rounds, asked_to_stop), None, servers.engine.room)
         return self._requests
 
