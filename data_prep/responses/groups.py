@@ -22,12 +22,12 @@ from typing import Annotated, Any
 from data_prep.json_lines import read_objects
 from megatron_sov.base.artifacts import new_artifact, refuse_existing
 from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.documents.groups import is_learned, places_in_group
 from megatron_sov.base.documents.layouts import LABEL, completion_of, own_fields, refuse_media, split_response
 from megatron_sov.base.documents.messages import read_messages
 from megatron_sov.base.documents.records import NUM_PROMPT, is_float32
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
-from megatron_sov.base.documents.groups import is_learned, places_in_group
 
 INPUT = ('A line of the input is {"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}; '
          "prompts and responses may be lists of messages.  Or it is one response: a row of `megatron-sov "

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_prep.responses.groups import INPUT, GroupOptions, ResponseGroup, write_groups
-from megatron_sov.base.settings import add_options, read_options
 from megatron_sov.base.documents import groups
+from megatron_sov.base.settings import add_options, read_options
 
 FILE = "pairs.jsonl"
 

@@ -24,12 +24,12 @@ import numpy as np
 from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, disk_errors, manifest_sha256, new_artifact, read_manifest)
 from megatron_sov.base.documents import ROLLOUTS
+from megatron_sov.base.documents.groups import is_learned, pair_of
 from megatron_sov.base.documents.shard_files import ROUTES, RouteShape
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import read_json, write_json
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.engine.parallel.world import on_each, on_first
-from megatron_sov.base.documents.groups import is_learned, pair_of
 from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.post.rl.advantages import LEARNS as KEPT, Group, advantages, left_out
 from megatron_sov.post.rl.gathering import (
