@@ -226,7 +226,7 @@ GENERATE = command_of(RlGenerateOptions, run_generate)
 class RoundsOptions(TunedOptions, PromptOptions, JudgedOptions, ScoringTeacherOptions):
     """What is trained, and where its rounds come from."""
 
-    groups: ClassVar[tuple[str, ...]] = ("policy", "rollout", "distillation")
+    groups: ClassVar[tuple[str, ...]] = ("policy", "rollout", "distillation", "preference")
     validation: Annotated[Path | None, Flag(VALIDATION_OPTION, "FILE|DIR")] = None
     """Held-out prompts, in the form of --prompts, that `rl run` asks its policies every
     rollout.validation_every_rounds."""
@@ -312,13 +312,14 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
         validation: of its policies; None: there is none.
     """
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-    from megatron_sov.train.data.rounds import rounds_of, rounds_source
+    from megatron_sov.train.data.rounds import BEHAVIOUR, rounds_of, rounds_source
 
     prepare_megatron()
     from megatron_sov.post.distillation.distill import OnPolicyDistillation, TaughtFactory, measure_teacher
     from megatron_sov.post.policy import check_sources, objective_of, texts_of
+    from megatron_sov.post.preference import round_objective_of
     from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
-    from megatron_sov.post.rl.publish import Publisher
+    from megatron_sov.post.rl.publish import Publisher, published_numbers
     from megatron_sov.post.rl.validation import SampledRounds
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.objectives.objective import columns_of
@@ -337,13 +338,14 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     # rounds that were published from another store would be trained as if they were of this one
     publisher.refuse_other_store()
     teacher = live_teacher_of(args, config, tokenizer, args.nproc)
-    objective = factory(config, objective_of(config) if teacher is None
+    learned = round_objective_of if config.policy.learns_preferences else objective_of
+    objective = factory(config, learned(config) if teacher is None
                         else TaughtFactory(OnPolicyDistillation, [teacher]))
     columns = columns_of_run(config, columns_of(objective), start,
                              teachers_of(args, config, tokenizer) if teacher is None else ())
     # a source whose rounds open one by one, as they are published
     source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
-                           columns.routes)
+                           columns.routes, (BEHAVIOUR, *published_numbers(config)))
     check_sources(config, [*texts, source])
     rounds = rounds_of([source])
     assert rounds is not None, "the source has no rounds"
