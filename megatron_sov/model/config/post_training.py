@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -385,7 +386,7 @@ class PolicyConfig:
     missing_share: Fraction = 0.0
     """Share of a round's groups that may be without their last responses when it is trained."""
 
-    @property
+    @cached_property
     def parts(self) -> PolicyParts:
         """The method's parts with those that are set in their places; settings must have no problems."""
         return PolicyParts(**{name: value for name, value in self._resolve().items() if value is not None})
