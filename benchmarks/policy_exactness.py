@@ -128,11 +128,11 @@ def compare_advantages() -> float:
     import torch
     from trl.trainer.utils import nanstd
 
-    from megatron_sov.post.rl.advantages import advantages
+    from megatron_sov.post.rl.advantages import group_advantages
 
     rewards = torch.rand(6, 8)
     expected = (rewards - rewards.nanmean(1, keepdim=True)) / (nanstd(rewards, dim=1, keepdim=True) + 1e-4)
-    found = advantages(list(rewards.numpy()), [np.ones(8)] * 6, PolicyConfig("grpo"), LONGEST)
+    found = group_advantages(list(rewards.numpy()), [np.ones(8)] * 6, PolicyConfig("grpo"), LONGEST)
     return max(float(np.abs(group.advantages - e).max()) for group, e in zip(found, expected.numpy(),
                                                                             strict=True))
 

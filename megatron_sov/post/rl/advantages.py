@@ -35,12 +35,12 @@ class Group:
     """Why it is left out; `LEARNS`."""
 
 
-def advantages(rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], policy: PolicyConfig,
-               max_new_tokens: int, budgets: Sequence[np.ndarray] | None = None) -> list[Group]:
-    """Return each group's advantages.
+def group_advantages(rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], policy: PolicyConfig,
+                     max_new_tokens: int, budgets: Sequence[np.ndarray] | None = None) -> list[Group]:
+    """Return each group's advantages before those of the other groups of its step are seen.
 
     Args:
-        rewards: [n] of each group of the step, of its responses that have one.
+        rewards: [n] of each group, of its responses that have one.
         lengths: [n] of each: tokens of these responses that the policy wrote.
         policy: the settings.
         max_new_tokens: longest response (`rollout.max_new_tokens`).
@@ -52,9 +52,15 @@ def advantages(rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], pol
     found = [_of_group(np.asarray(group, np.float64), np.asarray(n), np.asarray(asked, np.float64), policy,
                        max_new_tokens) if reason == LEARNS else np.zeros(len(group))
              for group, n, asked, reason in zip(rewards, lengths, budgets, reasons, strict=True)]
-    if policy.parts.normalise_over_batch:
-        found = _normalise(found, [reason == LEARNS for reason in reasons])
     return [Group(*pair) for pair in zip(found, reasons, strict=True)]
+
+
+def step_advantages(groups: Sequence[Group], policy: PolicyConfig) -> list[Group]:
+    """Return the groups of a step as they are learned together."""
+    if not policy.parts.normalise_over_batch:
+        return list(groups)
+    found = _normalise([group.advantages for group in groups], [group.reason == LEARNS for group in groups])
+    return [Group(values, group.reason) for values, group in zip(found, groups, strict=True)]
 
 
 def left_out(rewards: np.ndarray, policy: PolicyConfig) -> str:

@@ -4,9 +4,10 @@ what came after its round was published, which joins a later one."""
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise, starmap
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.prompts import PromptPiece
-from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Key, RolloutPart, later
+from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, UNFINISHED, Key, RolloutPart, later
 from megatron_sov.rollouts.store import RolloutStore, keys_of, problems_of
 from megatron_sov.train.data.rounds import folder_of_round
 from megatron_sov.work.tables.parquet import texts_of
@@ -83,20 +84,112 @@ class PublishedResponse:
     components: Mapping[str, float]
 
 
+ROW = np.dtype([
+    ("part", np.int32), ("row", np.int32), ("tokens", np.int32), ("written", np.int32),
+    ("versions", np.int64), ("reward", np.float64), ("advantage", np.float64), ("is_cut", np.bool_),
+    ("order", np.int32)])
+"""What a round asks of a response that has a reward: index among the round's parts, row in that part; of
+`RolloutFacts` tokens, those a policy wrote and the sum of their versions; its reward and its advantage in its
+group alone; whether the limit of tokens ended it; its place among the documents of its group, -1: none."""
+
+
+@dataclass(frozen=True)
+class JudgedGroup:
+    """What is learned of the responses to one prompt, before the other groups of its step are seen."""
+
+    advantages: np.ndarray
+    """[responses] float64."""
+    learned: list[int]
+    """Indices of those that are learned, in the order of their documents."""
+    reason: str
+    """Why none is; else `LEARNS` of advantages."""
+
+
+@dataclass(frozen=True)
+class GatheredPiece:
+    """A piece of a round, as one process hands it to the one that plans the round: numbers, not objects."""
+
+    number: int
+    """From 0."""
+    rows: np.ndarray
+    """[responses] `ROW`, of those that have a reward, in order of prompts and of samples."""
+    counts: list[int]
+    """Of these, by prompt; some may have none."""
+    reasons: list[str]
+    """Why each prompt's group is left out; `LEARNS` of advantages."""
+    domains: list[str]
+    """Of each prompt."""
+    components: dict[str, np.ndarray]
+    """Name -> [n] float64, of the responses that have it."""
+    late: list[Key]
+    """Responses that are not finished, and not trained."""
+    unjudged: Counter[str]
+    """Status -> responses without a reward, which are not trained."""
+    begun: set[tuple[int, str]]
+    """Step and digest of the policies that began responses, in their first attempt."""
+    policies: set[str]
+
+
 @dataclass(frozen=True)
 class Gathered:
-    """A round that is complete, or as complete as it has to be."""
+    """A round that is complete, or as complete as it has to be: what its pieces have, one after the other."""
 
     number: int
     """Of the round, from 1."""
-    groups: tuple[tuple[PublishedResponse, ...], ...]
-    """Responses to each prompt of the round, in order of prompts and of samples; some may have none."""
-    late: tuple[Key, ...]
-    """Responses that are not finished, and not trained."""
-    unjudged: Mapping[str, int]
-    """Status -> responses without a reward, which are not trained."""
     parts: tuple[RolloutPart, ...]
     """Where all of this stands."""
+    pieces: tuple[GatheredPiece, ...]
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        return np.concatenate([piece.rows for piece in self.pieces])
+
+    @cached_property
+    def groups(self) -> list[slice]:
+        """The rows of each prompt of the round."""
+        ends = np.cumsum([0, *(count for piece in self.pieces for count in piece.counts)]).tolist()
+        return list(starmap(slice, pairwise(ends)))
+
+    @cached_property
+    def group_of_row(self) -> np.ndarray:
+        """[rows] int64."""
+        counts = [count for piece in self.pieces for count in piece.counts]
+        return np.repeat(np.arange(len(counts)), counts)
+
+    @cached_property
+    def reasons(self) -> list[str]:
+        return [reason for piece in self.pieces for reason in piece.reasons]
+
+    @cached_property
+    def domain_of_row(self) -> list[str]:
+        return [domain for piece in self.pieces
+                for domain, count in zip(piece.domains, piece.counts, strict=True) for _ in range(count)]
+
+    @property
+    def components(self) -> dict[str, np.ndarray]:
+        names = sorted({name for piece in self.pieces for name in piece.components})
+        return {name: np.concatenate([piece.components[name] for piece in self.pieces
+                                      if name in piece.components]) for name in names}
+
+    @property
+    def late(self) -> list[Key]:
+        return [key for piece in self.pieces for key in piece.late]
+
+    @property
+    def unjudged(self) -> dict[str, int]:
+        # those that are kept out are told first
+        total = sum((piece.unjudged for piece in self.pieces), Counter[str]())
+        return {name: total[name] for name in sorted(total, key=lambda name: name != KEPT_OUT)}
+
+
+def _places(learned: Sequence[int], count: int) -> list[int]:
+    """Return the place of each of some responses among those that are learned, -1: it is not."""
+    found = dict(zip(learned, range(len(learned)), strict=True))
+    return [found.get(i, -1) for i in range(count)]
+
+
+Judge = Callable[[Sequence[Sequence[PublishedResponse]]], Sequence[JudgedGroup]]
+"""Groups of responses -> what is learned of each in itself."""
 
 
 @dataclass(frozen=True)
@@ -121,42 +214,76 @@ class RoundOfStore:
         """Ids of the prompts that are asked, in order."""
         return [prompt for piece in self.pieces[:self.num_pieces] for prompt in piece.prompts.ids]
 
-    def gather(self) -> Gathered | str:
-        """Return the round, or what it still lacks.
+    def parts(self) -> list[RolloutPart] | str:
+        """Return the parts of the round, or what it still lacks.
 
         Raises:
-            UserError: the store holds responses to other prompts, or in other pieces, or a part is damaged.
+            UserError: the store holds responses in other pieces.
         """
         there = self.store.parts(self.number)
         self._refuse_other_pieces(there)
         parts = [part for part in there if part.piece < self.num_pieces]
-        if lacking := self._lacking(parts):
-            return lacking
-        rows, num_kept_out = self._last_rows(parts)
-        late = tuple(row.key for row in rows if row.finish_reason == UNFINISHED)
-        # Only late responses are waited for: what the reward failed on does not come by waiting.
-        waiting = len({key.prompt for key in late})
-        if waiting > self.missing_share * len(self.prompts):
-            return (f"{waiting} of {len(self.prompts)} groups wait for responses that are not finished "
-                    f"(policy.missing_share = {self.missing_share:g})")
+        return self._lacking(parts) or parts
+
+    def gather(self, number: int, parts: Mapping[int, RolloutPart], judge: Judge,
+               domain: Callable[[str], str]) -> GatheredPiece:
+        """Return a piece of the round.
+
+        Args:
+            number: of the piece, from 0.
+            parts: those of the piece, by their place among all of the round.
+            judge: gives groups of it their advantages.
+            domain: prompt -> what it is about.
+
+        Raises:
+            UserError: the store holds responses to other prompts, or a part is damaged.
+        """
+        place = {part.name: i for i, part in parts.items()}
+        rows, num_kept_out = self._last_rows(list(parts.values()))
         unjudged = Counter({KEPT_OUT: num_kept_out} if num_kept_out else {})
         # A place for every prompt: one without responses still counts as a group of its step.
-        groups: dict[str, list[PublishedResponse]] = {prompt: [] for prompt in self.prompts}
+        found: dict[str, list[PublishedResponse]] = {
+            prompt: [] for prompt in self.pieces[number].prompts.ids}
         finished = defaultdict[str, list[RolloutFacts]](list)
         for row in rows:
             if row.finish_reason != UNFINISHED:
                 finished[row.part].append(row)
-        # part by part: what a reward says beside its number is no more needed then
-        for part in parts:
+        for part in parts.values():
             judged = self.store.judgements(self.reward_version, [part])
             for row in finished[part.name]:
                 said = judged.get((row.key, row.attempt))
                 if said is None or said.reward is None:
                     unjudged["missing" if said is None else said.status] += 1
                 else:
-                    groups[row.key.prompt].append(PublishedResponse(row, said.reward, said.components))
-        ordered = (tuple(sorted(group, key=lambda r: r.rollout.key.sample)) for group in groups.values())
-        return Gathered(self.number, tuple(ordered), late, dict(unjudged), tuple(parts))
+                    found[row.key.prompt].append(PublishedResponse(row, said.reward, said.components))
+        groups = [sorted(group, key=lambda r: r.rollout.key.sample) for group in found.values()]
+        responses, said_of = [r for group in groups for r in group], judge(groups)
+        components = defaultdict[str, list[float]](list)
+        for response in responses:
+            for name, value in response.components.items():
+                if isinstance(value, int | float):  # a verifier may also say in words what it found
+                    components[name].append(value)
+        judged_rows = (pair for said in said_of for pair in zip(
+            said.advantages.tolist(), _places(said.learned, len(said.advantages)), strict=True))
+        facts = ((place[r.rollout.part], r.rollout.row, r.rollout.num_tokens, r.rollout.num_written,
+                  r.rollout.sum_versions, r.reward, value, r.rollout.finish_reason == LENGTH, order)
+                 for r, (value, order) in zip(responses, judged_rows, strict=True))
+        return GatheredPiece(
+            number, np.fromiter(facts, ROW, len(responses)), list(map(len, groups)),
+            [said.reason for said in said_of], list(map(domain, found)),
+            {name: np.array(listed, np.float64) for name, listed in components.items()},
+            [row.key for row in rows if row.finish_reason == UNFINISHED], unjudged,
+            {(r.rollout.first_version, r.rollout.key.policy) for r in responses if not r.rollout.attempt},
+            {r.rollout.key.policy for r in responses})
+
+    def waits(self, gathered: Gathered) -> str:
+        """Return which responses the round waits for; "": for none."""
+        # Only late responses are waited for: what the reward failed on does not come by waiting.
+        waiting = len({key.prompt for key in gathered.late})
+        if waiting > self.missing_share * len(self.prompts):
+            return (f"{waiting} of {len(self.prompts)} groups wait for responses that are not finished "
+                    f"(policy.missing_share = {self.missing_share:g})")
+        return ""
 
     def _lacking(self, parts: Sequence[RolloutPart]) -> str:
         count = self.num_pieces

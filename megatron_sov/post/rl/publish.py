@@ -12,10 +12,10 @@ import contextlib
 import math
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from itertools import groupby, pairwise
+from itertools import chain, compress, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,15 @@ from megatron_sov.base.sealed import read_json, write_json
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.engine.parallel.world import on_each, on_first
 from megatron_sov.model.config import RolloutConfig, RunConfig
-from megatron_sov.post.rl.advantages import LEARNS as KEPT, Group, advantages, left_out
+from megatron_sov.post.rl.advantages import LEARNS as KEPT, Group, group_advantages, step_advantages
 from megatron_sov.post.rl.gathering import (
-    LATE, LATE_FROM, Gathered, LateGroup, PublishedResponse, RolloutFacts, RoundOfStore, late_groups,
-    late_responses)
+    LATE, LATE_FROM, Gathered, GatheredPiece, JudgedGroup, LateGroup, PublishedResponse, RolloutFacts,
+    RoundOfStore, late_groups, late_responses)
 from megatron_sov.post.rl.reward import NO_REWARD
 from megatron_sov.post.rl.round_files import (
     DTYPE, RoundPiece, RoundShard, ShardWriter, WrittenShard, shards_of)
 from megatron_sov.rollouts.prompts import PromptList, budget_of, round_pieces, too_long_in
-from megatron_sov.rollouts.rows import LENGTH, Key, domain_of
+from megatron_sov.rollouts.rows import LENGTH, Key, RolloutPart, domain_of
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.rounds import LEARNS
@@ -110,14 +110,19 @@ class Publisher:
 
     def publish(self, number: int) -> str:
         """Publish a round, unless it is; returns what it lacks, or "".  Called by all processes together, and
-        each writes some of its files.
+        each judges some of its pieces and writes some of its files.
 
         Raises:
             UserError: the store holds something else, a response is longer than a row or of another
                 temperature, or the disk is full.
         """
         with contextlib.ExitStack() as building:
-            planned = on_first(partial(self._begin, number, building))
+            begun = on_first(partial(self._begin, number))
+            if isinstance(begun, str):
+                return begun
+            source = self._source(number, begun)
+            shares = on_each(partial(self._gather, source, begun))
+            planned = on_first(partial(self._plan, source, begun, shares, building))
             if isinstance(planned, str):
                 return planned
             writer = self._writer
@@ -128,18 +133,40 @@ class Publisher:
             on_first(partial(self._complete, planned, written, building))
         return ""
 
-    def _begin(self, number: int, building: contextlib.ExitStack) -> str | RoundPlan:
-        """Return what a round is written from, in a folder that `building` ends; or what it lacks, or ""."""
-        out = folder_of_round(self.rounds, number)
+    def _begin(self, number: int) -> str | _Begun:
+        """Return what of the store a round is made from; or what it lacks, or ""."""
         # The manifest is written last and a round never changes: with it there is nothing to do.
-        if (out / MANIFEST).is_file():
+        if is_published(self.rounds, number):
             return ""
         if not self._is_begun():
             return f"nobody has written to {self.store} yet"
-        source = self._source(number)
-        gathered = source.gather()
-        if isinstance(gathered, str):
-            return gathered
+        rollout, policy = self.config.rollout, self.config.policy
+        own = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
+        asked = further_pieces(self.rounds, number)
+        # another run may have asked more of the store
+        there = max((part.piece + 1 - own for part in self._opened.parts(number)), default=0)
+        begun = _Begun(max(asked, there, (policy.parts.max_gen_batches - 1) * own), own + asked)
+        parts = self._source(number, begun).parts()
+        return parts if isinstance(parts, str) else replace(begun, parts=tuple(parts))
+
+    def _gather(self, source: RoundOfStore, begun: _Begun, rank: int, size: int) -> list[GatheredPiece]:
+        """Return the pieces that one of several processes looks at."""
+        # attempts of a response are always in parts of its own piece
+        parts = defaultdict[int, dict[int, RolloutPart]](dict)
+        for i, part in enumerate(begun.parts):
+            parts[part.piece][i] = part
+        return [source.gather(piece, parts[piece], self._judged,
+                              lambda prompt: domain_of(self._record(prompt)))
+                for piece in range(begun.num_pieces)[rank::size]]
+
+    def _plan(self, source: RoundOfStore, begun: _Begun, shares: Sequence[Sequence[GatheredPiece]],
+              building: contextlib.ExitStack) -> str | RoundPlan:
+        """Return what a round is written from, in a folder that `building` ends; or what it lacks."""
+        number, out = source.number, folder_of_round(self.rounds, source.number)
+        gathered = Gathered(number, begun.parts, tuple(sorted(
+            (piece for share in shares for piece in share), key=lambda piece: piece.number)))
+        if waits := source.waits(gathered):
+            return waits
         self._refuse_nothing_judged(gathered)
         if asked := self._ask_further(source, gathered):
             return asked
@@ -169,16 +196,11 @@ class Publisher:
                     column.unlink()
                 shutil.rmtree(round_ / SOURCE)
 
-    def _source(self, number: int) -> RoundOfStore:
-        rollout, policy = self.config.rollout, self.config.policy
-        own = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
-        asked = further_pieces(self.rounds, number)
-        # another run may have asked more of the store
-        there = max((part.piece + 1 - own for part in self._opened.parts(number)), default=0)
-        most = max(asked, there, (policy.parts.max_gen_batches - 1) * own)
+    def _source(self, number: int, begun: _Begun) -> RoundOfStore:
+        rollout = self.config.rollout
         return RoundOfStore(
-            self._opened, number, round_pieces(self._asked, rollout, number, most), own + asked,
-            rollout.samples_per_prompt, self.reward_version, policy.missing_share)
+            self._opened, number, round_pieces(self._asked, rollout, number, begun.more), begun.num_pieces,
+            rollout.samples_per_prompt, self.reward_version, self.config.policy.missing_share)
 
     def _ask_further(self, source: RoundOfStore, gathered: Gathered) -> str:
         """Ask further prompts, where too few groups of a round learn; returns what is waited for, "": the
@@ -186,7 +208,7 @@ class Publisher:
         rollout, policy = self.config.rollout, self.config.policy
         if policy.parts.max_gen_batches == 1:
             return ""
-        num_learn = sum(self._left_out(group) == KEPT for group in gathered.groups)
+        num_learn = gathered.reasons.count(KEPT)
         lacking, asked = rollout.prompts_per_round - num_learn, len(source.prompts)
         # As many as fill the round at the share that has learned so far.
         wanted = min(lacking * asked / num_learn if num_learn else math.inf, rollout.prompts_per_round)
@@ -208,13 +230,6 @@ class Publisher:
         write_json(file, {"pieces": pieces}, file.name)
         count = sum(len(piece.prompts) for piece in source.pieces[source.num_pieces:][:more])
         return f"{told}: {count} further prompts are asked"
-
-    def _left_out(self, group: Sequence[PublishedResponse]) -> str:
-        """Return why a group is left out; `KEPT`."""
-        reason = left_out(np.array([r.reward for r in group]), self.config.policy)
-        if reason == KEPT and self.config.policy.learns_preferences:
-            return self._learned_of(group, self._judge_groups([group])[0])[1]
-        return reason
 
     def refuse_other_store(self) -> None:
         """Refuse what lies where the store is to be and is none of this model's; one that is not begun yet
@@ -246,7 +261,7 @@ class Publisher:
     def _refuse_nothing_judged(self, gathered: Gathered) -> None:
         """Raise `UserError` where the reward has failed throughout: a run would pass over one round after the
         other."""
-        if gathered.unjudged and not any(gathered.groups):
+        if gathered.unjudged and not len(gathered.rows):
             told = ", ".join(f"{count:,} {status}" for status, count in gathered.unjudged.items())
             why = next((f", the first because {said.reason}" for part in gathered.parts
                         for said in self._opened.read_rewards(self.reward_version, part.name)
@@ -258,8 +273,7 @@ class Publisher:
     def _warn_of_other_policies(self, gathered: Gathered) -> None:
         """Tell where responses were begun by another policy than the run is: a store gives what it has to
         whoever asks the same, and another run may have written it."""
-        begun = {_begun_by(r.rollout) for group in gathered.groups for r in group if not r.rollout.attempt}
-        for step, sha256 in sorted(begun):
+        for step, sha256 in sorted(set[tuple[int, str]]().union(*(piece.begun for piece in gathered.pieces))):
             if not self.is_own(step, sha256):
                 warn(f"{self.store}: responses of round {gathered.number} were begun by policy {sha256[:12]} "
                      f"of step {step}, which {self.rounds.parent} is not: where another run has written "
@@ -276,15 +290,13 @@ class Publisher:
             "bos_id": None, "eos_id": None,  # a response begins and ends where its policy had it
             "round": gathered.number, "steps": chosen.steps, "groups": chosen.reasons,
             LATE: [list(key[:2]) for key in gathered.late], LATE_FROM: chosen.late_from,
-            "unjudged": dict(gathered.unjudged), "reward_version": source.reward_version,
+            "unjudged": gathered.unjudged, "reward_version": source.reward_version,
             "temperature": self.config.rollout.temperature,
-            "policies": sorted({r.rollout.key.policy for group in gathered.groups for r in group}
-                               | {key.policy for group in late for key in group.joining}),
+            "policies": sorted({key.policy for group in late for key in group.joining}.union(
+                *(piece.policies for piece in gathered.pieces))),
             "store": [{"name": part.name, "rollouts": part.manifest_sha256, "rewards": manifest_sha256(
                 source.store.part_path(part.name, source.reward_version))} for part in parts],
-            "means": means_of(gathered, {prompt: domain_of(self._record(prompt))
-                                         for prompt in source.prompts}, self.config.rollout,
-                              has_reward=self.reward_version != NO_REWARD),
+            "means": means_of(gathered, self.config.rollout, has_reward=self.reward_version != NO_REWARD),
             **({DOMAINS: self._domains_of(gathered, late, chosen)} if self.config.policy.parts.opd_coeff
                else {})}
 
@@ -292,10 +304,10 @@ class Publisher:
                     ) -> list[tuple[str, int]]:
         """Return the domains of a round's documents, each with how many lie together."""
         # in the order of `_pieces`
-        keys = [r.rollout.key for responses in (*(found for _, found in late_responses(late)),
-                                                *gathered.groups) for r in responses]
-        domains = (domain_of(self._record(key.prompt)) for key in keys if key in chosen.advantages)
-        return [(domain, len(list(together))) for domain, together in groupby(domains)]
+        keys = (r.rollout.key for _, responses in late_responses(late) for r in responses)
+        domains = (domain_of(self._record(key.prompt)) for key in keys if key in chosen.late)
+        own = compress(gathered.domain_of_row, chosen.is_trained.tolist())
+        return [(domain, len(list(together))) for domain, together in groupby(chain(domains, own))]
 
     def _complete(self, planned: RoundPlan, written: Sequence[WrittenShard],
                   building: contextlib.ExitStack) -> None:
@@ -335,40 +347,42 @@ class Publisher:
 
     def _chosen(self, gathered: Gathered, late: Sequence[LateGroup]) -> _Chosen:
         """Give each step's groups their advantages; late responses belong to the first step."""
-        num_steps, reasons = self.config.rollout.steps_per_round, Counter[str]()
-        learned = self._filling(gathered.groups, reasons)
+        num_steps, reasons, rows = self.config.rollout.steps_per_round, Counter[str](), gathered.rows
+        groups = [Group(rows["advantage"][place], reason)
+                  for place, reason in zip(gathered.groups, gathered.reasons, strict=True)]
+        learned = self._filling(gathered, reasons)
         bounds = [len(learned) * step // num_steps for step in range(num_steps + 1)]
-        found, late_from = self._joining(learned[:bounds[1]], late)
+        found, late_from = self._joining([groups[i] for i in learned[:bounds[1]]], late)
+        values, is_trained = np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
         steps: list[list[int]] = []
-        shares: dict[Key, float] = {}
+        num_found = len(found)
         for first, end in pairwise(bounds):
-            groups = learned[first:end]
-            for group, said in zip(groups, self._judge_groups(groups), strict=True):
-                values, reason = self._learned_of(group, said)
-                reasons[reason or LEARNS] += 1
-                found |= values
-                shares |= dict.fromkeys(values, 1 / max(1, len(group)))
+            step = learned[first:end]
+            for i, said in zip(step, step_advantages([groups[i] for i in step], self.config.policy),
+                               strict=True):
+                reasons[said.reason or LEARNS] += 1
+                if not said.reason:
+                    place = gathered.groups[i]
+                    values[place], is_trained[place] = said.advantages, rows["order"][place] >= 0
+                    num_found += int(is_trained[place].sum())
             before = sum(steps[-1]) if steps else 0
-            # `found` grows in the order of documents, so its length is where the next step begins.
-            steps.append([before, len(found) - before])
-        return _Chosen(found, shares, steps, dict(reasons), late_from)
+            steps.append([before, num_found - before])
+        return _Chosen(found, values, is_trained, steps, dict(reasons), late_from)
 
-    def _learned_of(self, group: Sequence[PublishedResponse], said: Group) -> tuple[dict[Key, float], str]:
-        """Return the advantages of a group's responses that are learned, in the order of their documents, and
-        why there are none."""
+    def _learned_of(self, group: Sequence[PublishedResponse], said: Group) -> tuple[list[int], str]:
+        """Return which of a group's responses are learned, in the order of their documents, and why none
+        is."""
         if said.reason:
-            return {}, said.reason
-        values = said.advantages.tolist()
+            return [], said.reason
         if not self.config.policy.learns_preferences:
-            return {r.rollout.key: value for r, value in zip(group, values, strict=True)
-                    if not self._is_masked(r)}, ""
-        keep = self.config.policy.keep_unfinished
+            return [i for i, r in enumerate(group) if not self._is_masked(r.rollout)], ""
+        keep, values = self.config.policy.keep_unfinished, said.advantages.tolist()
         ended = [keep or r.rollout.finish_reason not in TRUNCATED for r in group]
         if self.config.documents_of_unit == 1:
-            return {r.rollout.key: place for r, place, whole in zip(group, values, ended, strict=True)
-                    if is_learned(place, whole)}, ""
+            return [i for i, (place, whole) in enumerate(zip(values, ended, strict=True))
+                    if is_learned(place, whole)], ""
         pair, _ = pair_of(values, ended, lambda i, j: self._is_same(group[i].rollout, group[j].rollout))
-        return ({group[i].rollout.key: values[i] for i in pair}, "") if pair else ({}, NO_PAIR)
+        return (list(pair), "") if pair else ([], NO_PAIR)
 
     def _is_same(self, one: RolloutFacts, other: RolloutFacts) -> bool:
         """Return whether two responses are the same tokens, which a reward has judged in two ways."""
@@ -378,37 +392,39 @@ class Publisher:
                          for row in (one, other))
         return bool(first == second)
 
-    def _filling(self, groups: Sequence[Sequence[PublishedResponse]], reasons: Counter[str]
-                 ) -> Sequence[Sequence[PublishedResponse]]:
-        """Return the groups that a round is made of: its own, or where others stand in for them the first
-        that learn, and count why the others are left out."""
+    def _judged(self, groups: Sequence[Sequence[PublishedResponse]]) -> list[JudgedGroup]:
+        return [JudgedGroup(said.advantages, *self._learned_of(group, said))
+                for group, said in zip(groups, self._judge_groups(groups), strict=True)]
+
+    def _filling(self, gathered: Gathered, reasons: Counter[str]) -> Sequence[int]:
+        """Return which groups a round is made of: its own, or where others stand in for them the first that
+        learn, and count why the others are left out."""
         if self.config.policy.parts.max_gen_batches == 1:
-            return groups
-        why = [self._left_out(group) for group in groups]
-        learning = [group for group, reason in zip(groups, why, strict=True) if reason == KEPT]
+            return range(len(gathered.groups))
+        learning = [i for i, reason in enumerate(gathered.reasons) if reason == KEPT]
         kept = learning[:self.config.rollout.prompts_per_round]
-        reasons.update(why)
+        reasons.update(gathered.reasons)
         del reasons[KEPT]  # they are counted with their advantages
         if surplus := len(learning) - len(kept):
             reasons[SURPLUS] = surplus
         return kept
 
-    def _is_masked(self, response: PublishedResponse) -> bool:
-        return self.config.policy.mask_truncated and response.rollout.finish_reason in TRUNCATED
+    def _is_masked(self, response: RolloutFacts) -> bool:
+        return self.config.policy.mask_truncated and response.finish_reason in TRUNCATED
 
     def _judge_groups(self, groups: Sequence[Sequence[PublishedResponse]]) -> list[Group]:
-        return advantages([np.array([r.reward for r in group]) for group in groups],
-                          [np.array([r.rollout.num_written for r in group]) for group in groups],
-                          self.config.policy, self.config.rollout.max_new_tokens,
-                          [np.array([self._budget(r.rollout.key) for r in group], np.float64)
-                           for group in groups])
+        return group_advantages([np.array([r.reward for r in group]) for group in groups],
+                                [np.array([r.rollout.num_written for r in group]) for group in groups],
+                                self.config.policy, self.config.rollout.max_new_tokens,
+                                [np.array([self._budget(r.rollout.key) for r in group], np.float64)
+                                 for group in groups])
 
     def _budget(self, key: Key) -> float:
         """Return the tokens that a response was asked to have; NaN: nobody asked."""
         asked = budget_of(self.config.rollout, key.prompt, self._record(key.prompt), key.sample)
         return np.nan if asked is None else asked
 
-    def _joining(self, beside: Sequence[Sequence[PublishedResponse]], late: Sequence[LateGroup]
+    def _joining(self, beside: Sequence[Group], late: Sequence[LateGroup]
                  ) -> tuple[dict[Key, float], list[list[Any]]]:
         """Return the advantages of late responses, and what the manifest says of them.
 
@@ -419,17 +435,29 @@ class Publisher:
         found: dict[Key, float] = {}
         late_from: list[list[Any]] = []
         # Judged with the groups of the step that they join: advantages may be normalised over the step.
-        judged = self._judge_groups([*beside, *(group.group for group in late)])[len(beside):]
+        judged = step_advantages([*beside, *self._judge_groups([group.group for group in late])],
+                                 self.config.policy)[len(beside):]
         for group, said in zip(late, judged, strict=True):
             values = {r.rollout.key: float(value)
                       for r, value in zip(group.group, said.advantages, strict=True)}
-            masked = {r.rollout.key for r in group.group if self._is_masked(r)}
+            masked = {r.rollout.key for r in group.group if self._is_masked(r.rollout)}
             if not said.reason:
                 found |= {key: values[key] for key in group.joining if key not in masked}
             told = {key: said.reason or ("truncated" if key in masked else "") for key in group.joining
                     } | dict(group.without)
             late_from += [[group.number, key.prompt, key.sample, why] for key, why in told.items()]
         return found, late_from
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What of the store a round is made from, as the first process found it."""
+
+    more: int
+    """Pieces of further prompts that the round may have."""
+    num_pieces: int
+    """That are asked."""
+    parts: tuple[RolloutPart, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -447,10 +475,12 @@ class RoundPlan:
 class _Chosen:
     """What is trained of a round."""
 
-    advantages: dict[Key, float]
-    """Of each response that is trained; of a step's own ones in the order of documents."""
-    shares: dict[Key, float]
-    """1 / responses of the group, of each that is not late."""
+    late: dict[Key, float]
+    """Advantage of each late response that is trained."""
+    advantages: np.ndarray
+    """[rows of the round] float32."""
+    is_trained: np.ndarray
+    """[rows of the round] bool."""
     steps: list[list[int]]
     """First document and number of documents of each optimizer step."""
     reasons: dict[str, int]
@@ -459,71 +489,59 @@ class _Chosen:
     """Responses of earlier rounds, see `LATE_FROM`."""
 
 
-def _begun_by(row: RolloutFacts) -> tuple[int, str]:
-    return row.first_version, row.key.policy
-
-
 def _pieces(gathered: Gathered, late: Sequence[LateGroup], chosen: _Chosen) -> Iterator[RoundPiece]:
     """Yield the documents of a round."""
     # Late responses go first, since they belong to the first step, and steps are runs of documents.
-    for _, responses in late_responses(late):
-        yield from _piece(responses, chosen)
-    piece_of = {part.name: part.piece for part in gathered.parts}
-    # a pair's better response goes first, whatever its number
-    order = {key: i for i, key in enumerate(chosen.advantages)}
-    responses = [r for group in gathered.groups
-                 for r in sorted(group, key=lambda r: order.get(r.rollout.key, 0))]
-    for _, together in groupby(responses, key=lambda r: piece_of[r.rollout.part]):
-        yield from _piece(together, chosen)
+    for part, responses in late_responses(late):
+        joining = [r.rollout for r in responses if r.rollout.key in chosen.late]
+        if joining:
+            yield RoundPiece((part.name,), np.array([(0, row.row) for row in joining], np.int32),
+                             {ADVANTAGE: np.array([chosen.late[row.key] for row in joining], np.float32),
+                              SHARE: np.zeros(len(joining), np.float32)},
+                             sum(row.num_tokens for row in joining))
+    counts = np.array([place.stop - place.start for place in gathered.groups])
+    ends = np.cumsum([0, *(len(piece.rows) for piece in gathered.pieces)]).tolist()
+    for first, end in pairwise(ends):
+        trained = first + np.flatnonzero(chosen.is_trained[first:end])
+        if len(trained):
+            # a pair's better response goes first, whatever its number
+            trained = trained[np.lexsort((gathered.rows["order"][trained], gathered.group_of_row[trained]))]
+            rows = gathered.rows[trained]
+            parts, places = np.unique(rows["part"], return_inverse=True)
+            yield RoundPiece(tuple(gathered.parts[i].name for i in parts.tolist()),
+                             np.stack([places, rows["row"]], 1).astype(np.int32),
+                             {ADVANTAGE: chosen.advantages[trained],
+                              SHARE: (1 / counts[gathered.group_of_row[trained]]).astype(np.float32)},
+                             int(rows["tokens"].sum()))
 
 
-def _piece(responses: Iterable[PublishedResponse], chosen: _Chosen) -> Iterator[RoundPiece]:
-    """Yield those of responses that are trained, where some are."""
-    rows = [r.rollout for r in responses if r.rollout.key in chosen.advantages]
-    parts = tuple(dict.fromkeys(row.part for row in rows))
-    place = {name: i for i, name in enumerate(parts)}
-    if rows:
-        yield RoundPiece(parts, np.array([(place[row.part], row.row) for row in rows], np.int32),
-                         {ADVANTAGE: np.array([chosen.advantages[row.key] for row in rows], np.float32),
-                          SHARE: np.array([chosen.shares.get(row.key, 0.0) for row in rows], np.float32)},
-                         sum(row.num_tokens for row in rows))
-
-
-def means_of(gathered: Gathered, domains: Mapping[str, str], rollout: RolloutConfig, *, has_reward: bool
-             ) -> dict[str, Any]:
+def means_of(gathered: Gathered, rollout: RolloutConfig, *, has_reward: bool) -> dict[str, Any]:
     """Return means over the responses of a round that have a reward, trained or not.
 
     Args:
         gathered: the round.
-        domains: prompt -> what it is about, "" where it does not say.
         rollout: says which optimizer step the round is trained from.
         has_reward: whether something judges; else there is no reward to tell, and not one of 0.
     """
-    responses = [r for group in gathered.groups for r in group]
-    if not responses:
+    rows = gathered.rows
+    if not len(rows):
         return {"responses": 0}
-    components: dict[str, list[float]] = defaultdict(list)
-    for r in responses:
-        for name, value in r.components.items():
-            if isinstance(value, int | float):  # a verifier may also say in words what it found
-                components[name].append(value)
-    num_written = sum(r.rollout.num_written for r in responses)
+    num_written = int(rows["written"].sum())
     trained_steps = (gathered.number - 1) * rollout.steps_per_round
     # Steps between the policy that wrote a token and the one that begins to train on it.
-    behind = trained_steps * num_written - sum(r.rollout.sum_versions for r in responses)
-    rewards: dict[str, list[float]] = defaultdict(list)
-    for r in responses:
-        rewards[domains[r.rollout.key.prompt]].append(r.reward)
+    behind = trained_steps * num_written - int(rows["versions"].sum())
+    rewards = defaultdict[str, list[float]](list)
+    for domain, reward in zip(gathered.domain_of_row, rows["reward"].tolist(), strict=True):
+        rewards[domain].append(reward)
     return {
-        "responses": len(responses), **({"reward": _mean(r.reward for r in responses)} if has_reward else {}),
-        "components": {name: _mean(values) for name, values in sorted(components.items())},
-        "response_tokens": _mean(r.rollout.num_written for r in responses),
-        "truncated": _mean(r.rollout.finish_reason == LENGTH for r in responses),
+        "responses": len(rows), **({"reward": _mean(rows["reward"])} if has_reward else {}),
+        "components": {name: _mean(values) for name, values in gathered.components.items()},
+        "response_tokens": _mean(rows["written"]), "truncated": _mean(rows["is_cut"]),
         "staleness_steps": behind / max(1, num_written), "domains": {
             name: {"responses": len(values), **({"reward": _mean(values)} if has_reward else {})}
             for name, values in sorted(rewards.items()) if name}}
 
 
-def _mean(values: Iterable[float]) -> float:
-    found = np.fromiter(values, np.float64)
-    return float(found.mean()) if len(found) else 0.0
+def _mean(values: np.ndarray | Sequence[float]) -> float:
+    # side by side, since a sum over places apart may add in another order
+    return float(np.array(values, np.float64).mean())

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from megatron_sov.model.config import PolicyConfig
 from megatron_sov.post.rl import advantages as parts
-from megatron_sov.post.rl.advantages import advantages
+from megatron_sov.post.rl.advantages import group_advantages, step_advantages
 
 REWARDS = st.lists(st.sampled_from([0.0, 0.0, 0.3, 0.5, 1.0, 1.0, 1.2]), min_size=2, max_size=7)
 STEP = st.lists(REWARDS, min_size=1, max_size=4)
@@ -30,7 +30,8 @@ LONGEST = 4096
 def of(rewards: list[list[float]], policy: PolicyConfig, lengths: list[list[int]] | None = None,
        longest: int = 10) -> list[parts.Group]:
     lengths = lengths or [[1] * len(group) for group in rewards]
-    return parts.advantages([np.array(g) for g in rewards], [np.array(n) for n in lengths], policy, longest)
+    groups = group_advantages([np.array(g) for g in rewards], [np.array(n) for n in lengths], policy, longest)
+    return step_advantages(groups, policy)
 
 
 def written_out(rewards: list[list[float]], lengths: list[list[int]], policy: PolicyConfig,
@@ -187,30 +188,30 @@ def test_the_methods_put_them_together() -> None:
     rewards, lengths = np.array([1.0, 1.0, 0.0, 1.0]), np.array([100, 150, 700, 400])
     low, high = np.percentile([100, 150, 400], (30, 70))
     shaped = np.array([1 + 0.7 * (1 - (low - 100) / 100), 1.7, 0.0, 1 + 0.7 * max(0, 1 - (400 - high) / 100)])
-    [group] = advantages([rewards], [lengths], PolicyConfig("lapo_d"), LONGEST)
+    [group] = group_advantages([rewards], [lengths], PolicyConfig("lapo_d"), LONGEST)
     assert group.advantages == pytest.approx((shaped - shaped.mean()) / (shaped.std(ddof=1) + 1e-4))
     shaped = rewards + 0.8 * rewards * np.exp(-(lengths - 200.0) ** 2 / (2 * 120 ** 2))
-    [group] = advantages([rewards], [lengths], PolicyConfig("lapo_i"), LONGEST, [np.full(4, 200)])
+    [group] = group_advantages([rewards], [lengths], PolicyConfig("lapo_i"), LONGEST, [np.full(4, 200)])
     assert group.advantages == pytest.approx((shaped - shaped.mean()) / (shaped.std(ddof=1) + 1e-4))
 
     budgets = np.array([512, 512, 2560, 2560])
     kept = 4 * np.cos(np.pi * budgets / (2 * LONGEST))
     given_ = np.array([kept[0], kept[1], 0.0, kept[3]])
     intra = np.array([0.0, 0.0, *[kept[3] / 2 - kept[3]] * 2])
-    [group] = advantages([rewards], [lengths], PolicyConfig("hbpo"), LONGEST, [budgets])
+    [group] = group_advantages([rewards], [lengths], PolicyConfig("hbpo"), LONGEST, [budgets])
     assert group.advantages == pytest.approx(
         (given_ - given_.mean()) / (given_.std(ddof=1) + 1e-4) + intra)
 
 
 def test_a_range_goes_from_the_worst_to_the_best() -> None:
     groups = [np.array([0.5, 2.0, 1.0]), np.ones(2)]
-    first, second = advantages(groups, [np.full(len(g), 9) for g in groups], PolicyConfig("preference"),
+    first, second = group_advantages(groups, [np.full(len(g), 9) for g in groups], PolicyConfig("preference"),
                                LONGEST)
     assert first.advantages == pytest.approx([-1, 1, -1 / 3]) and second.reason == "all_right"
-    kept = advantages([np.zeros(2)], [np.full(2, 9)], PolicyConfig("gspo", advantage="range"), LONGEST)
+    kept = group_advantages([np.zeros(2)], [np.full(2, 9)], PolicyConfig("gspo", advantage="range"), LONGEST)
     assert kept[0].advantages.tolist() == [0, 0]
 
 
 def test_a_group_that_is_all_right_still_learns_lengths() -> None:
-    [group] = advantages([np.ones(3)], [np.array([10, 500, 510])], PolicyConfig("lapo_d"), LONGEST)
+    [group] = group_advantages([np.ones(3)], [np.array([10, 500, 510])], PolicyConfig("lapo_d"), LONGEST)
     assert group.reason == "" and np.argmin(group.advantages) == 0
