@@ -88,9 +88,10 @@ class VllmServer:
 
     def abort(self, requests: Sequence[TokenRequest]) -> None:
         """End requests, see `TokenServer`."""
-        # answers come back under this prefix, and requests are known by it
+        # each route has a name of its own for what it was asked; those that do not exist are passed over
         self._calls.tell("/abort_requests", {
-            "request_ids": [f"generate-tokens-{request.name}" for request in requests]})
+            "request_ids": [named.format(request.name) for request in requests
+                            for named in ("generate-tokens-{}", "cmpl-{}-0")]})
 
     def pause(self) -> None:
         """Freeze what is under way, see `TokenServer`."""
