@@ -26,6 +26,8 @@ CONTROL_S = 600.0
 """For what changes an engine; an answer has a limit of its own."""
 LOOK_S = 10.0
 """For a sign of life."""
+NO_LOGPROB = -9999.0
+"""What vLLM tells in the place of NaN and of -inf."""
 MAX_ANSWER_BYTES = 1 << 30
 """Of an answer with routes: some hundred bytes for each token and layer."""
 
@@ -212,6 +214,10 @@ def _check_answer(answer: TokenAnswer, where: str) -> None:
     if len(answer.logprobs) != count:
         raise BadAnswer(f"{where}: told {count} tokens and {len(answer.logprobs)} log-probabilities; one "
                         "belongs to each")
+    # not the other way round, which NaN would pass
+    if not all(logprob > NO_LOGPROB for logprob in answer.logprobs):
+        raise BadAnswer(f"{where}: drew a token to which it gives no probability: its model computes no "
+                        "numbers")
     if answer.reason not in (STOP, LENGTH, ABORTED):
         raise BadAnswer(f"{where}: ended an answer with {answer.reason!r}")
     ends = [span.end for span in answer.versions]
