@@ -124,6 +124,9 @@ class VllmDouble(HttpDouble):
         if path == "/v1/models":
             return 200, {"data": [{"id": "policy"}]}
         if path == "/v1/completions":
+            if isinstance(body["prompt"][0], list):
+                told = [self._said(path, {**body, "prompt": prompt}) for prompt in body["prompt"]]
+                return told[0][0], {"choices": [one for _, found in told for one in found["choices"]]}
             status, found = self._generate({**body, "token_ids": body["prompt"], "sampling_params": body})
             if status != 200:
                 return status, found

@@ -34,10 +34,10 @@ MAX_ANSWER_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """A prompt that is to be continued."""
+    """A prompt that is to be continued, or several of them."""
 
     name: str
-    """By which it can be aborted; no other request has it."""
+    """By which it can be aborted, where it is of one prompt; no other request has it."""
     ids: Sequence[int]
     """Token ids, at least one."""
     max_new_tokens: int
@@ -50,7 +50,20 @@ class TokenRequest:
     with_routes: bool = False
     """Whether to tell which experts tokens visited."""
     count: int = 1
-    """Answers to be drawn; 1 where the temperature is 0."""
+    """Answers to be drawn of each prompt; 1 where the temperature is 0."""
+    others: tuple[Sequence[int], ...] = ()
+    """Prompts beside the first one: weights must not change meanwhile, for such answers do not tell which
+    ones wrote them."""
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Return all prompts, in order."""
+        return [list(ids) for ids in (self.ids, *self.others)]
+
+    @property
+    def num_answers(self) -> int:
+        """Return how many answers come, those of a prompt together."""
+        return self.count * (1 + len(self.others))
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,17 @@ def test_some_answers_are_asked_for_at_once(double: VllmDouble, route: str) -> N
         server.write(TokenRequest("b", PROMPT, 4, count=3))
 
 
+def test_prompts_of_one_request_are_answered_in_their_order(double: VllmDouble) -> None:
+    asked = TokenRequest("a", PROMPT, 4, count=2, others=([8, 9], [4]))
+    answers = VllmServer(double.url).write(asked)
+    assert [answer.tokens for answer in answers] == [
+        [token_at(prompt, place, 0) for place in range(4)] for prompt in (PROMPT, [8, 9], [4]) for _ in "12"]
+    # vLLM tells no versions of them; a server of ours has no tokenizer, and refuses to tell texts
+    assert not answers[0].versions and all(body["return_tokens_as_token_ids"] for body in double.asked)
+    assert (asked.num_answers, VllmServer(double.url).write(TokenRequest("b", PROMPT, 4))[0].versions) == (
+        6, (VersionSpan(0, 0, 4),))
+
+
 def test_a_server_without_the_route_of_tokens_is_asked_by_completions(double: VllmDouble) -> None:
     double.refuses = lambda path: path == "/inference/v1/generate"
     [answer] = VllmServer(double.url + "/v1").write(TokenRequest("a", PROMPT, 4))
