@@ -28,6 +28,8 @@ LOOK_S = 10.0
 """For a sign of life."""
 _INT32 = 1 << 31
 """Above what a row of rollouts can hold."""
+NO_LOGPROB = -9999.0
+"""What vLLM tells in the place of NaN and of -inf."""
 MAX_ANSWER_BYTES = 1 << 30
 """Of an answer with routes: some hundred bytes for each token and layer."""
 
@@ -216,6 +218,10 @@ def _check_answer(answer: TokenAnswer, where: str) -> None:
     if len(answer.logprobs) != count:
         raise BadAnswer(f"{where}: told {count} tokens and {len(answer.logprobs)} log-probabilities; one "
                         "belongs to each")
+    # not the other way round, which NaN would pass
+    if not all(logprob > NO_LOGPROB for logprob in answer.logprobs):
+        raise BadAnswer(f"{where}: drew a token to which it gives no probability: its model computes no "
+                        "numbers")
     if answer.reason not in (STOP, LENGTH, ABORTED):
         raise BadAnswer(f"{where}: ended an answer with {answer.reason!r}")
     ends = [span.end for span in answer.versions]

@@ -88,9 +88,11 @@ class VllmServer:
 
     def abort(self, requests: Sequence[TokenRequest]) -> None:
         """End requests, see `TokenServer`."""
-        # answers come back under this prefix, and requests are known by it
+        # each route has a name of its own for what it was asked; those that do not exist are passed over
         self._calls.tell("/abort_requests", {
-            "request_ids": [f"generate-tokens-{request.name}" for request in requests]})
+            "request_ids": [name for request in requests for name in (
+                f"generate-tokens-{request.name}",
+                *(f"cmpl-{request.name}-{place}" for place in range(len(request.prompts))))]})
 
     def pause(self) -> None:
         """Freeze what is under way, see `TokenServer`."""

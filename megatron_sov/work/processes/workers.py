@@ -229,7 +229,7 @@ def _begin(channel: socket.socket, make: Callable[..., Answer], arguments: tuple
     be_killed_with_parent()
     # The server ends when nobody holds this pipe's end any more: held here too, it and a process that is at
     # work would go on behind a command that was killed.
-    shared = forkserver._forkserver  # type: ignore[attr-defined]
+    shared: Any = forkserver._forkserver
     if shared._forkserver_alive_fd is not None:
         os.close(shared._forkserver_alive_fd)
         shared._forkserver_alive_fd = None

@@ -74,11 +74,14 @@ def test_an_update_that_a_killed_trainer_left_open_is_ended_first(double: VllmDo
     assert answer.tokens == words(2, 3)
 
 
-def test_an_aborted_request_is_answered_with_what_it_has(double: VllmDouble) -> None:
+@pytest.mark.parametrize("route", ["/inference/v1/generate", "/v1/completions"])
+def test_an_aborted_request_is_answered_with_what_it_has(double: VllmDouble, route: str) -> None:
+    double.refuses = lambda path: path == "/inference/v1/generate" != route
     double.token_s, server, found = 0.01, VllmServer(double.url), []
     thread = threading.Thread(target=lambda: found.extend(server.write(TokenRequest("a", PROMPT, 500))))
     thread.start()
-    time.sleep(0.05)
+    while not double.num_written:
+        time.sleep(0.01)
     server.abort([TokenRequest("a", PROMPT, 500)])
     thread.join()
     assert found[0].reason == "abort" and 0 < len(found[0].tokens) < 500
@@ -135,6 +138,8 @@ def test_an_answer_that_lacks_something_is_none(choice: dict[str, Any], told: st
 @pytest.mark.parametrize(("answer", "told"), [
     (TokenAnswer([1, 2], [-1.0], "stop"), "2 tokens and 1 log-probabilities"),
     (TokenAnswer([1], [-1.0], "repetition"), "'repetition'"),
+    (TokenAnswer([1, 2], [-1.0, -9999.0], "stop"), "gives no probability"),
+    (TokenAnswer([1, 2], [float("nan"), -1.0], "stop"), "gives no probability"),
     (TokenAnswer([1, 2], [-1.0, -1.0], "stop", (VersionSpan(1, 0, 1),)), "wrote 2 tokens"),
     (TokenAnswer([1, 2], [-1.0, -1.0], "stop", (VersionSpan(1, 0, 1), VersionSpan(2, 0, 2))), "versions")])
 def test_parts_of_an_answer_belong_together(answer: TokenAnswer, told: str) -> None:
