@@ -33,10 +33,11 @@ from megatron_sov.convert.sources import HfWeights, Weights, check_dtypes, newes
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.modality import modality
-from megatron_sov.model.pretrained import CONFIG, INDEX, SINGLE_FILE, listed, load_and_compare, low_bit_options
+from megatron_sov.model.pretrained import (
+    CONFIG, INDEX, SINGLE_FILE, listed, load_and_compare, low_bit_options)
 from megatron_sov.runs.checkpoints import HF_MODEL, KIND as CHECKPOINT, RUN, refuse_other_kind, settings_of
 from megatron_sov.runs.obs.figures import size
-from megatron_sov.work.progress.resumable import resumable_artifact
+from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
 # The proof of a conversion: two folders hold the same model, and transformers loads what we wrote.
 #
@@ -285,12 +286,29 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     has_manifest = (checkpoint / MANIFEST).is_file()  # all but folders of others
     plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint) if has_manifest else "",
             **settings, "files": digest_of(files)}
-    num_tensors = sum(map(len, files.values()))
     with resumable_artifact(out, KIND, "megatron-sov convert to-hf", plan, overwrite=overwrite,
-                            redo=redo) as artifact, \
-            tqdm(total=num_tensors, desc="to-hf", unit="tensor", disable=None) as bar:
-        missing = {name: tensors for name, tensors in files.items() if name not in artifact.finished}
-        check_space(out, sum(spec.size_bytes for tensors in missing.values() for spec in tensors))
+                            redo=redo) as artifact:
+        _write_tensors(artifact, source, low_bit, files, of, workers)
+        _write_beside(artifact.path, files, beside, companions, tokens)
+        if has_manifest:
+            add_inputs(artifact.writer, source, leaves=True)
+        artifact.writer.content = {
+            "family": source.model.family, "num_tensors": sum(map(len, files.values())), "dtype": config["dtype"],
+            "num_parameters": sum(math.prod(spec.shape) for spec in specs if of.get(spec.name, spec.name)
+                                  == spec.name)} | ({"quantize": quantize} if low_bit is not None else {})
+        artifact.writer.settings = settings
+    _write_readme(out)
+    if conflict := split_conflict(out, family.reader_split):
+        warn(conflict)
+
+
+def _write_tensors(artifact: ResumableArtifact, source: Weights, low_bit: LowBitModel | None,
+                   files: dict[str, list[TensorSpec]], of: dict[str, str], workers: int) -> None:
+    """Write the files that are not finished; `of` names the source's tensor of each that is written."""
+    num_tensors = sum(map(len, files.values()))
+    missing = {name: tensors for name, tensors in files.items() if name not in artifact.finished}
+    check_space(artifact.path.parent, sum(spec.size_bytes for tensors in missing.values() for spec in tensors))
+    with tqdm(total=num_tensors, desc="to-hf", unit="tensor", disable=None) as bar:
         bar.update(num_tensors - sum(map(len, missing.values())))
 
         def read(spec: TensorSpec) -> torch.Tensor:
@@ -298,7 +316,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
             if low_bit is not None and name in low_bit.names:
                 tensor = low_bit.stored(name)[spec.name.removeprefix(name)]
             else:
-                tensor = convert_tensor(source.read(name), spec.dtype, checkpoint, spec.name)
+                tensor = convert_tensor(source.read(name), spec.dtype, source.path, spec.name)
             bar.update()
             return tensor
 
@@ -308,17 +326,6 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
-        _write_beside(artifact.path, files, beside, companions, tokens)
-        if has_manifest:
-            add_inputs(artifact.writer, source, leaves=True)
-        artifact.writer.content = {
-            "family": source.model.family, "num_tensors": num_tensors, "dtype": config["dtype"],
-            "num_parameters": sum(math.prod(spec.shape) for spec in specs if of.get(spec.name, spec.name)
-                                  == spec.name)} | ({"quantize": quantize} if low_bit is not None else {})
-        artifact.writer.settings = settings
-    _write_readme(out)
-    if conflict := split_conflict(out, family.reader_split):
-        warn(conflict)
 
 
 def low_bit_model(source: Weights, quantize: str) -> LowBitModel | None:

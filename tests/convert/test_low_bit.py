@@ -93,7 +93,7 @@ def test_transformers_makes_the_same_of_blocks(solar_dir: Path, tmp_path: Path) 
 
 
 def test_what_cannot_be_rounded_is_refused(solar_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--quantize 'fp8': does not exist .*formats: fp8-block"):
+    with pytest.raises(UserError, match=r"--quantize 'fp8': does not exist.*formats: fp8-block"):
         convert.to_hf(solar_dir, tmp_path / "few", quantize="fp8")
     convert.to_hf(solar_dir, tmp_path / "few", quantize="fp8-tensor", workers=1)
     with pytest.raises(UserError, match="is in fp8-tensor already"):
