@@ -293,7 +293,8 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         if has_manifest:
             add_inputs(artifact.writer, source, leaves=True)
         artifact.writer.content = {
-            "family": source.model.family, "num_tensors": sum(map(len, files.values())), "dtype": config["dtype"],
+            "family": source.model.family, "num_tensors": sum(map(len, files.values())),
+            "dtype": config["dtype"],
             "num_parameters": sum(math.prod(spec.shape) for spec in specs if of.get(spec.name, spec.name)
                                   == spec.name)} | ({"quantize": quantize} if low_bit is not None else {})
         artifact.writer.settings = settings
@@ -307,7 +308,7 @@ def _write_tensors(artifact: ResumableArtifact, source: Weights, low_bit: LowBit
     """Write the files that are not finished; `of` names the source's tensor of each that is written."""
     num_tensors = sum(map(len, files.values()))
     missing = {name: tensors for name, tensors in files.items() if name not in artifact.finished}
-    check_space(artifact.path.parent, sum(spec.size_bytes for tensors in missing.values() for spec in tensors))
+    check_space(artifact.path, sum(spec.size_bytes for tensors in missing.values() for spec in tensors))
     with tqdm(total=num_tensors, desc="to-hf", unit="tensor", disable=None) as bar:
         bar.update(num_tensors - sum(map(len, missing.values())))
 

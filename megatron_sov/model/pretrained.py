@@ -206,9 +206,9 @@ def low_bit_options(folder: Path) -> dict[str, Any]:
     if quantised.get("quant_method") != "compressed-tensors":
         return {"dtype": "bfloat16"}
     if importlib.util.find_spec("compressed_tensors") is None:
-        raise UserError(f"{folder}: transformers reads its weights with the package compressed-tensors, which "
-                        "is not installed; install it (`pip install compressed-tensors`), or do without "
-                        "transformers (`convert verify --no-load`)")
+        raise UserError(f"{folder}: transformers reads its weights with the package compressed-tensors, "
+                        "which is not installed; install it (`pip install compressed-tensors`), or do "
+                        "without transformers (`convert verify --no-load`)")
     from transformers import CompressedTensorsConfig
 
     return {"dtype": "bfloat16", "quantization_config": CompressedTensorsConfig(dequantize=True)}

@@ -16,7 +16,7 @@ from megatron_sov.convert.low_bit import FORMATS, FP8_BLOCK
 from megatron_sov.convert.sources import HfWeights
 
 GOLDEN = Path(__file__).with_name("compressed_tensors.json")
-"""What compressed-tensors 0.17.0 stores of `numbers()` for scales of ours, and what it reads there, as hex."""
+"""What compressed-tensors 0.17.0 stores of `numbers()` for scales of ours, and what it reads, as hex."""
 
 
 def numbers() -> torch.Tensor:
