@@ -91,7 +91,7 @@ MODELS := $(addprefix tests/,test_mutations.py tokenizer/graft tokenizer/formats
   model/test_pretrained.py test_docs.py test_architecture.py test_api.py model/test_objectives.py)
 JOBS := tests/e2e tests/benchmarks $(filter-out $(DATA),$(wildcard tests/commands/test_*.py tests/commands/*/test_*.py)) \
   $(addprefix tests/,convert infer publish/ladder post train)
-LAYERS := $(addprefix tests/,engine layouts te_double omni/codecs operate/doctor model/families runs chat checkpoint \
+LAYERS := $(addprefix tests/,engine layouts proof te_double omni/codecs operate/doctor model/families runs chat checkpoint \
   test_schedules.py model/config plan data_prep/shards/test_adopt.py data_prep/shards/test_pack.py)
 TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/tokenizer/*/ tests/tokenizer/test_*.py tests/sandbox/ \
   tests/judge/rewards/test_*.py)))

@@ -57,8 +57,9 @@ def layouts(cases: Sequence[tuple[str, str, int]]) -> bool:
         found = json.loads(done.stdout.splitlines()[-1])
         equal &= found["outcome"] == "equal"
         print(f"{recipe} on {num_ranks} {gpu}: {found['outcome']}, {found['largest']:.1e} apart at most, "
-              f"{found['messages']:,} messages, {found['cpu_s'] / 60:.1f} processor minutes, "
-              f"{found['peak_bytes'] / 2**30:.1f} GiB ({' '.join(found['settings'])})", flush=True)
+              f"{found['messages']:,} messages, {found['cpu_s'] / 60:.1f} processor minutes "
+              f"({found['seconds'] / 60:.0f} by the clock), {found['peak_bytes'] / 2**30:.1f} GiB "
+              f"({' '.join(found['settings'])})", flush=True)
         for place in [*found["places"], *found["sites"]][:10]:
             print(f"  {place}", flush=True)
     return equal

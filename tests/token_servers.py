@@ -124,7 +124,11 @@ class VllmDouble(HttpDouble):
         if path == "/v1/models":
             return 200, {"data": [{"id": "policy"}]}
         if path == "/v1/completions":
-            status, found = self._generate({**body, "token_ids": body["prompt"], "sampling_params": body})
+            if isinstance(body["prompt"][0], list):
+                told = [self._said(path, {**body, "prompt": prompt}) for prompt in body["prompt"]]
+                return told[0][0], {"choices": [one for _, found in told for one in found["choices"]]}
+            status, found = self._generate({**body, "token_ids": body["prompt"], "sampling_params": body},
+                                           "cmpl-{}-0")
             if status != 200:
                 return status, found
             echoed = [None, *(-token / 100 for token in body["prompt"][1:])] if body.get("echo") else []
@@ -156,7 +160,7 @@ class VllmDouble(HttpDouble):
             self.is_updating = False
             self.version = body.get("weight_version", self.version)
         elif path == "/abort_requests":
-            self._aborted |= {name.removeprefix("generate-tokens-") for name in body["request_ids"]}
+            self._aborted |= set(body["request_ids"])
         return {"success": True}
 
     def _take(self, files: Sequence[str] = (), group: dict[str, Any] | None = None) -> None:
@@ -171,7 +175,7 @@ class VllmDouble(HttpDouble):
                 return
             self.received = dict(joined.receive())
 
-    def _generate(self, body: dict[str, Any]) -> tuple[int, Any]:
+    def _generate(self, body: dict[str, Any], named: str = "generate-tokens-{}") -> tuple[int, Any]:
         self.asked.append(body)
         prompt, sampling = body["token_ids"], body["sampling_params"]
         if max(prompt) >= self._vocab_size:
@@ -182,8 +186,8 @@ class VllmDouble(HttpDouble):
             return 400, {"error": {"message": f"n must be 1 if greedy, at most {self.places}, got {count}."}}
         with ThreadPoolExecutor(count) as pool:
             written = list(pool.map(lambda _: self._write(
-                body["request_id"], prompt, sampling["max_tokens"], sampling.get("stop_token_ids", [])),
-                range(count)))
+                named.format(body["request_id"]), prompt, sampling["max_tokens"],
+                sampling.get("stop_token_ids", [])), range(count)))
         if any(reason == "dead" for _, _, reason in written):
             return self._said("", {})
         scored = [None, *({str(token): {"logprob": -token / 100}} for token in prompt[1:])]

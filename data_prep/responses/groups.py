@@ -22,6 +22,7 @@ from typing import Annotated, Any
 from data_prep.json_lines import read_objects
 from megatron_sov.base.artifacts import new_artifact, refuse_existing
 from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.documents.groups import is_learned, places_in_group
 from megatron_sov.base.documents.layouts import LABEL, completion_of, own_fields, refuse_media, split_response
 from megatron_sov.base.documents.messages import read_messages
 from megatron_sov.base.documents.records import NUM_PROMPT, is_float32
@@ -154,21 +155,13 @@ def chats_of(group: ResponseGroup, counts: Counter[str]) -> Iterator[dict[str, A
     # what others have said before the responses is no part of them
     prompt = [{**m, "train": False} if m["role"] == "assistant" else m for m in group.prompt]
     id_ = group.beside.get("id")
-    for i, (response, advantage) in enumerate(zip(group.responses, advantages(group.rewards), strict=True)):
-        # Its place in the group stays: others' advantages count it.
-        if advantage > 0 and not group.ended[i]:
+    for i, (response, place) in enumerate(zip(group.responses, places_in_group(group.rewards), strict=True)):
+        if not is_learned(place, group.ended[i]):
             counts["passed_over"] += 1
             continue
         own = {"id": f"{id_}-{i}"} if isinstance(id_, (str, int)) else {}
         yield {**group.beside, **own, "messages": [*prompt, *response],
-               NUM_PROMPT: len(prompt), COLUMNS[0]: advantage, COLUMNS[1]: 1 / len(group.rewards)}
-
-
-def advantages(rewards: list[float]) -> list[float]:
-    """Return each response's place in its group, from -1, the worst, to 1, the best, where not all rewards
-    are equal."""
-    low, high = min(rewards), max(rewards)
-    return [2 * (z - low) / (high - low) - 1 for z in rewards]
+               NUM_PROMPT: len(prompt), COLUMNS[0]: place, COLUMNS[1]: 1 / len(group.rewards)}
 
 
 def read_groups(file: Path) -> Iterator[ResponseGroup]:

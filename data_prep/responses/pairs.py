@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_prep.responses.groups import INPUT, GroupOptions, ResponseGroup, write_groups
+from megatron_sov.base.documents import groups
 from megatron_sov.base.settings import add_options, read_options
 
 FILE = "pairs.jsonl"
@@ -28,16 +29,11 @@ def run(typed: argparse.Namespace) -> int:
 
 
 def pair_of(group: ResponseGroup, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    """Yield a group's pair; the first of equals is taken.  Nothing where no response that ended is better
-    than the worst, or of a text that was rewarded in two ways, as one that two rows of tokens stand for
-    may be."""
-    places = range(len(group.rewards))
-    worst = min(places, key=lambda i: group.rewards[i])
-    # Of equal rewards one that ended goes first.
-    best = max(places, key=lambda i: (group.rewards[i], group.ended[i]))
-    if not group.ended[best]:
-        counts["passed_over"] += 1
-        best = max((i for i in places if group.ended[i]), key=lambda i: group.rewards[i], default=worst)
-    if group.rewards[best] > group.rewards[worst] and group.responses[best] != group.responses[worst]:
+    """Yield a group's pair, where it has one."""
+    pair, passed_over = groups.pair_of(
+        group.rewards, group.ended, lambda i, j: group.responses[i] == group.responses[j])
+    counts["passed_over"] += passed_over
+    if pair is not None:
+        best, worst = pair
         yield {**group.beside, "prompt": group.prompt, "chosen": group.responses[best],
                "rejected": group.responses[worst]}

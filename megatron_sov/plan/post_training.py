@@ -398,7 +398,10 @@ def decoding_request(config: RunConfig, assumed: Assumed) -> DecodingRequest:
 
 def rows_of(config: RunConfig, asked: DecodingRequest) -> int:
     """Return the rows of a run's length that a round's documents fill."""
-    tokens = asked.num_responses * (asked.prompt_tokens + asked.response_tokens)
+    # of preferences by pairs a group's best and worst alone
+    pair = config.documents_of_unit
+    learned = pair / config.rollout.samples_per_prompt if pair > 1 else 1.0
+    tokens = learned * asked.num_responses * (asked.prompt_tokens + asked.response_tokens)
     return max(1, round(tokens / config.data.phases[0].seq_len / PACKED_SHARE))
 
 
@@ -407,10 +410,14 @@ def num_forward(config: RunConfig) -> float:
     log-probabilities, which a round's first step computes itself; or a teacher's, as large as the student."""
     if config.policy.learns_distributions:
         return 1.0
+    later = 1 - 1 / config.rollout.steps_per_round
+    if config.policy.learns_preferences:
+        compares = config.preference.method in WITH_REFERENCE
+        return compares * (later if config.policy.reference == "round" else 1.0)
     # One pass for the reference, and one for old log-probabilities, less the first step, where old and new
     # are the same.
     reference = 0 if config.policy.parts.kl == "none" else 1
-    return reference + 1 - 1 / config.rollout.steps_per_round
+    return reference + later
 
 
 def one_round(config: RunConfig, pricing: Pricing, assumed: Assumed) -> tuple[DecodingRound, Workload,

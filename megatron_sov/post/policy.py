@@ -354,7 +354,7 @@ class PolicyLearning(DataObjective):
         if asked.has_text:
             self.coefficients[KNOWLEDGE] = asked.parts.knowledge_coeff
         self.coefficients |= self._mtp_coefficient
-        self._shares_prompts = can_share(context.config)
+        self._config = context.config
 
     @classmethod
     def columns_by(cls, config: RunConfig) -> Mapping[str, NeededColumn]:
@@ -383,10 +383,7 @@ class PolicyLearning(DataObjective):
         if KNOWLEDGE in self.coefficients:
             targets[KNOWLEDGE] = sum(float((m.weights.double() * _is_text(m)).sum()) for m in hosts)
         # Counted before prompts are shared, which removes labels of prompts alone.
-        counted = with_denominators(batch, targets | self._mtp_targets(hosts))
-        if not self._shares_prompts:
-            return counted
-        return dataclasses.replace(counted, micro_batches=tuple(map(sharing_prompts, counted.micro_batches)))
+        return with_shared_prompts(with_denominators(batch, targets | self._mtp_targets(hosts)), self._config)
 
     def doubt(self, step: int, meters: Mapping[str, float]) -> str:
         """As `train.objectives.objective.doubt_of`: a clip that acts where nothing was learned yet, and an
@@ -448,6 +445,13 @@ def can_share(config: RunConfig) -> bool:
             and not config.policy.router_replay
             and own_attention_serves(Here(te, config.model, layout), config.gpu.attention,
                                      train.deterministic))
+
+
+def with_shared_prompts(batch: GlobalBatch, config: RunConfig) -> GlobalBatch:
+    """Return a batch, whose targets are counted, with each prompt once in a micro-batch where that can be."""
+    if not can_share(config):
+        return batch
+    return dataclasses.replace(batch, micro_batches=tuple(map(sharing_prompts, batch.micro_batches)))
 
 
 def sharing_prompts(batch: MicroBatch) -> MicroBatch:

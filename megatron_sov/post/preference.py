@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
+from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.documents.records import DESIRABLE
 from megatron_sov.chat.encode import TYPE_RESPONSE
 from megatron_sov.engine.model.logprobs import Head
@@ -29,11 +30,13 @@ from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import sum_dict
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import WITH_REFERENCE
-from megatron_sov.post import reference
+from megatron_sov.post import policy, reference
 from megatron_sov.post.reference import document_logprobs
 from megatron_sov.post.sft import Responses, learned, responses_of
 from megatron_sov.runs.obs.meters import Meter
+from megatron_sov.runs.obs.validation import VALIDATION
 from megatron_sov.train.data.requirements import NeededColumn
+from megatron_sov.train.data.rounds import ADVANTAGE, SHARE
 from megatron_sov.train.data.token_shards import Documents, Source
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
@@ -204,8 +207,6 @@ def _means(documents: Documents, chosen: range, logprobs: np.ndarray, seq_len: i
     return means
 
 
-ADVANTAGE, SHARE = "advantage", "group_share"
-"""Columns of groups: where a response stands in its group, and 1 / responses of the group."""
 MADE_BY = "`sov-data unpaired`, and then `sov-data pack --format preference --column desirable`,"
 
 
@@ -297,11 +298,15 @@ class PairLearningWithReference(PairLearning):
     def _losses(self, sums: torch.Tensor, batch: MicroBatch,
                 responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
         asked = self._asked
-        ratios = sums - responses.sums(batch.columns[reference.COLUMN])
+        ratios = sums - self._reference_sums(sums, batch, responses)
         # DPO compares whole responses, IPO and dpo-norm the means over their labels.
         if asked.method != "dpo":
             ratios = ratios / responses.lengths.clamp(min=1)
         return self.pair_loss(ratios[0::2] - ratios[1::2]), asked.strength * ratios
+
+    def _reference_sums(self, sums: torch.Tensor, batch: MicroBatch, responses: Responses) -> torch.Tensor:
+        """Return [2 P] log-probabilities of the responses by the reference; `sums` are the policy's."""
+        return responses.sums(batch.columns[reference.COLUMN])
 
     def pair_loss(self, margins: torch.Tensor) -> torch.Tensor:
         """Return [P] float64 the loss of each pair; a class of your own says it otherwise.
@@ -324,8 +329,9 @@ class GroupLearning(DataObjective):
         "`sov-data groups`, and then `sov-data pack --format chat --column advantage --column group_share`,"))
     meters = ("better_logprob", "worse_logprob")
     comparable_loss = False
-    headline = (Meter("better_logprob", "log p of better responses", better="higher"),
-                Meter("worse_logprob", "of worse ones", better="lower"))
+    headline: tuple[Meter, ...] = (
+        Meter("better_logprob", "log p of better responses", better="higher"),
+        Meter("worse_logprob", "of worse ones", better="lower"))
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
@@ -445,3 +451,89 @@ def _ratios(responses: Responses, logprobs: torch.Tensor, batch: MicroBatch) -> 
 def _desirable(responses: Responses, batch: MicroBatch) -> torch.Tensor:
     """Return [R / 2] bool: which responses were judged good."""
     return responses.means(batch.columns[DESIRABLE])[0::2] > 0.5
+
+
+# Rounds of a model's own responses (`policy.method = preference`): the same losses.  The better response of a
+# pair is published first, as it is packed.
+
+OF_ROUNDS = (Meter(policy.REWARD, better="higher", heldout=f"{VALIDATION}.reward"),
+             Meter(policy.RESPONSE_TOKENS, "response length", "tokens"),
+             Meter(policy.GROUPS_LEARNING, "groups that learn", "share", "higher"))
+
+
+class RoundPairs(PairLearning):
+    """`PairLearning` of rounds."""
+
+    formats = (ROLLOUTS,)
+    headline = (OF_ROUNDS[0], PairLearning.headline[0], *OF_ROUNDS[1:])
+
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        self._config = context.config
+
+    def prepare(self, batch: GlobalBatch) -> GlobalBatch:
+        """As `PairLearning.prepare`; the prompt of a pair is computed once."""
+        return policy.with_shared_prompts(super().prepare(batch), self._config)
+
+
+class RoundPairsWithReference(PairLearningWithReference):
+    """`PairLearningWithReference` of rounds: the reference begins the round, or the run."""
+
+    formats = (ROLLOUTS,)
+    comparable_loss = False
+    headline = RoundPairs.headline
+
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        self._config, self._reference = context.config, _reference_of(context.config)
+
+    def prepare(self, batch: GlobalBatch) -> GlobalBatch:
+        """As `PairLearning.prepare`; the prompt of a pair is computed once."""
+        return policy.with_shared_prompts(super().prepare(batch), self._config)
+
+    def _reference_sums(self, sums: torch.Tensor, batch: MicroBatch, responses: Responses) -> torch.Tensor:
+        found = responses.sums(batch.columns[self._reference])
+        # a round's first step is at the weights that begin it, and has no numbers but its own
+        return torch.where(found.isnan(), sums.detach(), found)
+
+
+class RoundGroups(GroupLearning):
+    """`GroupLearning` of rounds."""
+
+    formats = (ROLLOUTS,)
+    headline = (OF_ROUNDS[0], *GroupLearning.headline, *OF_ROUNDS[1:])
+
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        self._config = context.config
+
+    def prepare(self, batch: GlobalBatch) -> GlobalBatch:
+        """As `GroupLearning.prepare`; a prompt is computed once in a micro-batch."""
+        return policy.with_shared_prompts(super().prepare(batch), self._config)
+
+
+def _reference_of(config: RunConfig) -> str:
+    return policy.OLD if config.policy.reference == "round" else policy.REFERENCE
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundPreferences:
+    """Makes the objective of rounds."""
+
+    kind: type[RoundPairs | RoundPairsWithReference | RoundGroups]
+    columns: Mapping[str, NeededColumn]
+    """See `train.objectives.objective.columns_of`."""
+    formats: tuple[str, ...] = (ROLLOUTS,)
+
+    def __call__(self, context: ObjectiveContext) -> RoundPairs | RoundPairsWithReference | RoundGroups:
+        return self.kind(context)
+
+
+def round_objective_of(config: RunConfig) -> RoundPreferences:
+    """Return what makes the objective of `policy.method = preference`."""
+    method, needed = config.preference.method, NeededColumn("`megatron-sov rl train`")
+    if method == "grouper":
+        return RoundPreferences(RoundGroups, dict.fromkeys((ADVANTAGE, SHARE), needed))
+    if method in WITH_REFERENCE:
+        return RoundPreferences(RoundPairsWithReference, {_reference_of(config): needed})
+    return RoundPreferences(RoundPairs, {})

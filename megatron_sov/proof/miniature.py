@@ -24,6 +24,8 @@ VOCABULARY = 89
 """A prime: what is padded until tensor parallelism divides it is padded here too."""
 ROW_TOKENS = 32
 FEW_RUNS = 4
+MOST_ROWS = 128
+"""Of a micro-batch of one process: with 64 heads and 128 experts each takes some 15 MB."""
 OFF: dict[str, Any] = {
     "train.precision": "fp64", "train.fp8": "none", "train.fp8_weights": False, "train.tokens": 0,
     "train.epochs": 0, "train.steps": 8, "train.ramp_from_batch_size": 0, "train.hidden_dropout": 0,
@@ -67,11 +69,13 @@ class Miniature:
     """What the run itself has, and this one not."""
 
     def alone(self) -> RunConfig:
-        """Return the same run on one process."""
-        lone = ParallelConfig()
+        """Return the same run on one process, in as few micro-batches as fit: into how many a step is cut is
+        a part of the layout, and what is called for many rows at once costs the least."""
+        lone, rows = ParallelConfig(), self.config.train.global_batch_size
         given = {f"parallel.{name}": getattr(lone, name)
                  for name in ("tp", "sp", "pp", "vpp", "ep", "etp", "cp", "pipeline_layout", "zero1",
                               "overlap_grad_reduce", "overlap_param_gather", "expert_dispatcher")}
+        given["train.micro_batch_size"] = next(n for n in range(min(rows, MOST_ROWS), 0, -1) if rows % n == 0)
         return apply_settings(self.config, _typed(given))
 
 

@@ -199,32 +199,43 @@ class PromptPiece:
         return part_name(self.round, self.number, attempt)
 
 
-def read_prompts(path: Path, renames: Renames = (), option: str = OPTION) -> PromptList:
+def read_prompts(path: Path, renames: Renames = (), option: str = OPTION, *, is_asked: bool = False
+                 ) -> PromptList:
     """Return the prompts of a file, or of the folder of a dataset, in its order, each once.
 
     Args:
         path: JSON lines, a list in JSON, Parquet, Arrow, or a folder of these as `datasets` saves it.
         renames: its fields of other names.
         option: that it was given by.
+        is_asked: whether a policy is asked each row, which has to be a prompt then; tasks are checked by
+            their environments.
 
     Raises:
         UserError: it cannot be read, has no rows, or bad ones: the first are named.
     """
     problems: list[str] = []
-    found = PromptList.of(_prompts(path, renames, option, problems), option)
-    _refuse(path, problems, option)
+    found = PromptList.of(_prompts(path, renames, option, is_asked, problems), option)
+    if problems:
+        more = [f"and {len(problems) - MAX_TOLD} more"] if len(problems) > MAX_TOLD else []
+        raise UserError(list_problems(f"{option} {path}", [*problems[:MAX_TOLD], *more],
+                                      "mend or remove these rows"))
     if not found:
         raise UserError(f"{option} {path}: has no rows")
     return found
 
 
-def _prompts(path: Path, renames: Renames, option: str, problems: list[str]) -> Iterator[RolloutPrompt]:
+def _prompts(path: Path, renames: Renames, option: str, is_asked: bool, problems: list[str]
+             ) -> Iterator[RolloutPrompt]:
     """Yield the rows of a file, the same ones too, and note what is wrong with the others."""
     for place, record in _records(path, option):
         try:
             record = rename_fields(dict(record), renames)
             # the id is that of the content: a file with lines added keeps the ids of the others
             digest = _hash(record, HASH_DIGITS, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+            prompt = RolloutPrompt(digest, record, place, option)
+            if is_asked:
+                # here, where the row is in memory: a second look at a million rows parses them again
+                prompt.conversation()
         except UnicodeEncodeError:
             problems.append(f"{place}: holds half of a surrogate pair, which is no text")
         except BadRecord as e:
@@ -232,7 +243,7 @@ def _prompts(path: Path, renames: Renames, option: str, problems: list[str]) -> 
         except (TypeError, ValueError) as e:  # of a table: a date, bytes, NaN
             problems.append(f"{place}: holds what JSON does not ({e})")
         else:
-            yield RolloutPrompt(digest, record, place, option)
+            yield prompt
 
 
 def _records(path: Path, option: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -309,21 +320,6 @@ def too_long_in(store: Path) -> set[str]:
     file = store / SET_ASIDE
     return {row["id"] for row in read_json(file, "restore it from a copy", SET_ASIDE)["prompts"]
             if "id" in row} if file.is_file() else set()
-
-
-def refuse_unaskable(path: Path, prompts: Sequence[RolloutPrompt]) -> None:
-    """Refuse prompts that no policy can be asked; tasks of environments are checked by these.
-
-    Raises:
-        UserError: there are such; the first are named by line.
-    """
-    problems = []
-    for prompt in prompts:
-        try:
-            prompt.conversation()
-        except BadRecord as e:
-            problems.append(f"{prompt.place}: {e}")
-    _refuse(path, problems, prompts[0].option)
 
 
 def asked_too(prompts: Sequence[RolloutPrompt], others: Sequence[RolloutPrompt]) -> list[RolloutPrompt]:
@@ -438,13 +434,6 @@ def _permutation(count: int, *entropy: int) -> np.ndarray:
 
     # seed and epoch as a sequence of entropy: seeds that are near give unrelated orders
     return np.random.default_rng(entropy).permutation(count)
-
-
-def _refuse(path: Path, problems: list[str], option: str) -> None:
-    if problems:
-        more = [f"and {len(problems) - MAX_TOLD} more"] if len(problems) > MAX_TOLD else []
-        raise UserError(list_problems(f"{option} {path}", [*problems[:MAX_TOLD], *more],
-                                      "mend or remove these rows"))
 
 
 def rounds_between(given: str) -> range:

@@ -11,17 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import (
-    MANIFEST, damaged_files, manifest_sha256, read_manifest, to_json, write_output)
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.artifacts import manifest_sha256, to_json, write_output
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import read_json, write_json
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs import checkpoints
 
-ASKED = "rounds.json"
-RESULTS = "results.json"
-"""Name of each plain file that a round's commands have left -> its hash."""
 NOT_TYPED = ("prompts", "reward_version")
 """Of what rounds are asked for: what stands for the content of something."""
 LEARNS = "learns"
@@ -67,46 +61,6 @@ def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str, w
                  if type(begun.get(name)) in (int, float, str) and name not in NOT_TYPED]
         raise UserError(f"{folder}: its {what} were begun with {'; '.join(told)}; resume with the same"
                         f"{' (' + ' '.join(words) + ')' if words else ''}, or choose another {option}")
-
-
-def is_done(result: Path) -> bool:
-    """Return whether a file is there that a command of a round makes last.  Of data every file is looked at,
-    since the next command trusts them.
-
-    Raises:
-        UserError: one of them is damaged.
-    """
-    if not result.is_file():
-        return False
-    # Hashing all files costs a read of the data, but training on torn shards costs a round.
-    if result.name == MANIFEST and read_manifest(result.parent).kind in ("tokens", "corpus") and (
-            damage := damaged_files(result.parent)):
-        raise UserError(f"{damage[0]}; delete {result.parent}, and it is made anew")
-    return True
-
-
-def keep_result(file: Path, *, is_new: bool) -> None:
-    """Take note of what a command of a round has written, or check that it still is that before the next
-    command reads it: a plain file says nothing of itself.
-
-    Args:
-        file: the command's result.
-        is_new: whether the command has just written it.
-
-    Raises:
-        UserError: it is not what the command wrote, or the note is damaged.
-    """
-    note = file.with_name(RESULTS)
-    # The note itself is sealed with a hash: a torn one must not let a changed result pass.
-    noted = read_json(note, "delete it, and results count as they are", str(file.parent.name)
-                      ) if note.is_file() else {}
-    digest = file_digest(file)
-    if not is_new and noted.get(file.name, digest) != digest:
-        raise UserError(f"{file}: is not what its command wrote (its hash differs from that in {note.name}); "
-                        "restore it from a copy, or delete it, and it is made anew")
-    # Written only on change, so that reading commands leave the folder's dates alone.
-    if noted.get(file.name) != digest:
-        write_json(note, noted | {file.name: digest}, str(file.parent.name))
 
 
 def _holds_more(folder: Path, known: Collection[Path]) -> bool:

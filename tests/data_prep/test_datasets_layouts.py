@@ -17,7 +17,7 @@ from data_prep.shards.pack import PackSettings, PackSource, pack
 from megatron_sov.base.documents import RecordReading, list_files, read_documents
 from megatron_sov.base.documents.layouts import LAYOUTS, parse_renames
 from megatron_sov.base.errors import UserError
-from megatron_sov.rollouts.prompts import read_prompts, refuse_unaskable
+from megatron_sov.rollouts.prompts import read_prompts
 
 datasets = pytest.importorskip("datasets", reason="the extra `eval` is not installed")
 Rows = list[dict[str, Any]]
@@ -331,7 +331,7 @@ def test_judged_pictures_and_chats_as_prompts_are_refused(tmp_path: Path) -> Non
         write_unpaired([tmp_path / "a.jsonl"], tmp_path / "out", 0.5)
     (tmp_path / "b.jsonl").write_text(json.dumps({"messages": qa("a", "b")}))
     with pytest.raises(UserError, match="line 1: ends with an answer of the assistant"):
-        refuse_unaskable(tmp_path / "b.jsonl", read_prompts(tmp_path / "b.jsonl"))
+        read_prompts(tmp_path / "b.jsonl", is_asked=True)
 
 
 def test_a_table_without_our_columns_stays_text(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ gradient norms and weights of one process.
 In float64, so that what differs is a mistake and not the order of a sum.  Tried are the fewest products in
 which all pairs of settings meet, each with one of the two models with experts, which take turns; the dense
 model at the one product of what only it has.  What a setting does alone is tried by
-test_layouts_agree.py, test_resharding.py and test_pipeline.py.  SOV_WRITE_TABLE=1 tries all rows of the page
-and renews it.
+test_layouts_agree.py, test_resharding.py, test_pipeline.py and tests/proof.  SOV_WRITE_TABLE=1 tries all rows
+of the page and renews it.
 """
 
 from __future__ import annotations

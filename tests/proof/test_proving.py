@@ -171,6 +171,24 @@ def test_every_built_in_loss_is_played(recipe: str, settings: tuple[str, ...], n
     assert terms <= {name for name, value in verdict.losses.items() if value}
 
 
+CUT = ("parallel.cp=2", "parallel.ep=2", "parallel.zero1=true", "parallel.overlap_grad_reduce=true",
+       "parallel.overlap_param_gather=true")
+
+
+@pytest.mark.parametrize(("recipe", "settings", "num_ranks"), [
+    ("tiny-qwen2", ("parallel.tp=2", "model.tied_embeddings=true"), 2),
+    ("tiny-qwen2", ("parallel.pp=2", "parallel.vpp=2", *CUT[2:], "model.tied_embeddings=true"), 4),
+    ("tiny-gpt-oss", (*STAGES, "parallel.ep=2"), 4), ("tiny-gpt-oss", CUT, 4),
+    ("tiny-deepseek-v3", (*STAGES, "parallel.ep=2"), 4), ("tiny-deepseek-v3", CUT, 4),
+    ("tiny-qwen3-moe", (*STAGES, "parallel.ep=2"), 4)])
+def test_every_family_is_equal(recipe: str, settings: tuple[str, ...], num_ranks: int) -> None:
+    """Processes of their own, and messages that are really sent, are shown by tests/layouts at others."""
+    config = apply_settings(recipes.get(recipe), [*settings, "train.global_batch_size=8",
+                                                  "train.micro_batch_size=1"])
+
+    assert proving.prove_run(config, num_ranks)[1].places == []
+
+
 @pytest.mark.parametrize(("recipe", "missing"), [
     ("tiny-hyperclova-omni-sft", "encoder of pictures"), ("tiny-hyperclova-omni", "encoder of sound")])
 def test_what_is_left_out_is_told(recipe: str, missing: str, tmp_path: Path) -> None:

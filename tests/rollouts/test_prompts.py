@@ -16,8 +16,8 @@ from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.prompts import (
-    PromptList, RolloutPrompt, budget_of, list_set_aside, pieces, read_prompts, refuse_unaskable,
-    round_prompts, set_aside, too_long_in)
+    PromptList, RolloutPrompt, budget_of, list_set_aside, pieces, read_prompts, round_prompts, set_aside,
+    too_long_in)
 
 
 def made(count: int) -> PromptList:
@@ -134,7 +134,8 @@ def test_what_nobody_can_be_asked_is_named(tmp_path: Path) -> None:
                      '{"prompt": "a", "messages": []}')
     with pytest.raises(UserError, match=r"(?s)3 problems.*line 2: has no 'prompt'.*line 3: .*"
                                         r"line 4: has 'prompt' and 'messages'"):
-        refuse_unaskable(path, read_prompts(path))
+        read_prompts(path, is_asked=True)
+    assert len(read_prompts(path)) == 4  # as tasks of an environment
 
 
 @settings(max_examples=40)

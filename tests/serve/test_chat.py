@@ -174,7 +174,9 @@ def test_a_terminal_gets_no_control_characters_and_an_interrupt_stops_the_answer
                                   else "ok")) as server:
         master, slave = pty.openpty()
         process = subprocess.Popen([sys.executable, "-m", "megatron_sov", "chat", server.url], stdin=slave,
-                                   stdout=slave, stderr=slave, start_new_session=True)
+                                   stdout=slave, stderr=slave, start_new_session=True,
+                                   # a shell has what it starts in the background ignore it
+                                   preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
         os.close(slave)
         seen = ""
 

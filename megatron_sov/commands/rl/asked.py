@@ -60,13 +60,16 @@ class PromptOptions:
     """Read fields of other names, as prompt=question,answer=solution; FIELD+FIELD joins two by a line
     feed."""
 
-    def read(self) -> PromptList:
+    def read(self, *, is_asked: bool = False) -> PromptList:
         """Return the prompts, each once.
+
+        Args:
+            is_asked: see `read_prompts`.
 
         Raises:
             UserError: they, or --columns, cannot be read.
         """
-        return read_prompts(self.prompts, parse_renames(self.renames, ()))
+        return read_prompts(self.prompts, parse_renames(self.renames, ()), is_asked=is_asked)
 
     def kept(self, prompts: PromptList, aside: SetAside, store: Path) -> PromptList:
         """Return the prompts that are asked, and tell of the others."""
@@ -80,18 +83,19 @@ def kept(given: str, prompts: PromptList, aside: SetAside, store: Path) -> Promp
     return prompts.without(aside.too_long)
 
 
-def read_heldout(file: Path, renames: Sequence[str], trained: PromptList) -> PromptList:
+def read_heldout(file: Path, renames: Sequence[str], trained: PromptList, *, is_asked: bool) -> PromptList:
     """Return the prompts of --validation that training does not ask too, each once, and tell of the others.
 
     Args:
         file: of --validation.
         renames: --columns.
         trained: the prompts that training asks.
+        is_asked: see `read_prompts`.
 
     Raises:
         UserError: they cannot be read, or none is left.
     """
-    found = read_prompts(file, parse_renames(renames, ()), VALIDATION_OPTION)
+    found = read_prompts(file, parse_renames(renames, ()), VALIDATION_OPTION, is_asked=is_asked)
     known = asked_too(found, trained)
     if known:
         told = (f"{VALIDATION_OPTION} {file}: {len(known):,} of {len(found):,} prompts are asked in training "

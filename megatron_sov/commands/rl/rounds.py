@@ -34,8 +34,7 @@ from megatron_sov.model.config.run import with_policies, with_rounds
 from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import RecipeOptions
 from megatron_sov.post.rl.reward import ENVIRONMENT, judging, reward_version, second_opinions
-from megatron_sov.rollouts.prompts import (
-    PromptList, list_set_aside, refuse_unaskable, round_prompts, rounds_between)
+from megatron_sov.rollouts.prompts import PromptList, list_set_aside, round_prompts, rounds_between
 from megatron_sov.runs.checkpoints import files_sha256, refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, ROUNDS, VALIDATION, RunFolder, fixed_settings
 from megatron_sov.runs.rounds import RunPolicies, policy_of_round, policy_of_start
@@ -102,7 +101,7 @@ def run_generate(args: argparse.Namespace) -> int:
     """
     options = read_options(RlGenerateOptions, args)
     refuse_missing(options.start_from, "--from ")
-    prompts = _prompts(options)
+    prompts = options.read(is_asked=options.environment is None)
     config = _config(options, len(prompts))
     rollout = config.rollout
     rounds = chosen_rounds(options.rounds, rollout.rounds)
@@ -150,13 +149,6 @@ def _other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
     return [f"rollout.{name} = {getattr(rollout, name)}: --run {run} trains with "
             f"{getattr(trained.rollout, name)}; give the same" for name in ROLLOUT
             if getattr(rollout, name) != getattr(trained.rollout, name)]
-
-
-def _prompts(args: RlGenerateOptions) -> PromptList:
-    prompts = args.read()
-    if args.environment is None:
-        refuse_unaskable(args.prompts, prompts)
-    return prompts
 
 
 def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
@@ -234,7 +226,7 @@ GENERATE = command_of(RlGenerateOptions, run_generate)
 class RoundsOptions(TunedOptions, PromptOptions, JudgedOptions, ScoringTeacherOptions):
     """What is trained, and where its rounds come from."""
 
-    groups: ClassVar[tuple[str, ...]] = ("policy", "rollout", "distillation")
+    groups: ClassVar[tuple[str, ...]] = ("policy", "rollout", "distillation", "preference")
     validation: Annotated[Path | None, Flag(VALIDATION_OPTION, "FILE|DIR")] = None
     """Held-out prompts, in the form of --prompts, that `rl run` asks its policies every
     rollout.validation_every_rounds."""
@@ -282,18 +274,19 @@ class ParsedRounds:
     """What its policies are validated by; None: they are not."""
 
 
-def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig] = with_rounds
-                 ) -> ParsedRounds:
+def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig] = with_rounds, *,
+                 is_asked: bool = False) -> ParsedRounds:
     """Return what the options ask for.
 
     Args:
         args: of the command.
         completed: settings as they are asked for -> with those that follow from the rounds.
+        is_asked: whether its own policies are asked the prompts; see `read_prompts`.
 
     Raises:
         UserError: a mistake in them.
     """
-    prompts = args.read()
+    prompts = args.read(is_asked=is_asked)
     version = reward_version(args.reward, args.reward_set)
     parsed = parse_stage(args, "policy", needs_data=False, num_prompts=len(prompts), completed=completed)
     refuse_unknown_benchmarks(parsed.config)
@@ -301,7 +294,8 @@ def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig
     refuse_teachers(args, parsed.config.policy, args.reward, args.prompts, prompts)
     if not args.dry_run:
         parsed = parsed.with_checkpoint(args.run)
-    heldout = None if args.validation is None else read_heldout(args.validation, args.renames, prompts)
+    heldout = None if args.validation is None else read_heldout(args.validation, args.renames, prompts,
+                                                                is_asked=is_asked)
     return ParsedRounds(parsed, prompts, version, gate_of(args, parsed.config, parsed.start), heldout)
 
 
@@ -318,13 +312,14 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
         validation: of its policies; None: there is none.
     """
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-    from megatron_sov.train.data.rounds import rounds_of, rounds_source
+    from megatron_sov.train.data.rounds import BEHAVIOUR, rounds_of, rounds_source
 
     prepare_megatron()
     from megatron_sov.post.distillation.distill import OnPolicyDistillation, TaughtFactory, measure_teacher
     from megatron_sov.post.policy import check_sources, objective_of, texts_of
+    from megatron_sov.post.preference import round_objective_of
     from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
-    from megatron_sov.post.rl.publish import Publisher
+    from megatron_sov.post.rl.publish import Publisher, published_numbers
     from megatron_sov.post.rl.validation import SampledRounds
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.objectives.objective import columns_of
@@ -343,13 +338,14 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     # rounds that were published from another store would be trained as if they were of this one
     publisher.refuse_other_store()
     teacher = live_teacher_of(args, config, tokenizer, args.nproc)
-    objective = factory(config, objective_of(config) if teacher is None
+    learned = round_objective_of if config.policy.learns_preferences else objective_of
+    objective = factory(config, learned(config) if teacher is None
                         else TaughtFactory(OnPolicyDistillation, [teacher]))
     columns = columns_of_run(config, columns_of(objective), start,
                              teachers_of(args, config, tokenizer) if teacher is None else ())
     # a source whose rounds open one by one, as they are published
     source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
-                           columns.routes)
+                           columns.routes, (BEHAVIOUR, *published_numbers(config)))
     check_sources(config, [*texts, source])
     rounds = rounds_of([source])
     assert rounds is not None, "the source has no rounds"
@@ -407,12 +403,7 @@ def run_rl(options: RlRunOptions, began_s: float) -> int:
     """
     if is_complete(options, "policy"):
         return ExitCode.OK
-    parsed = parse_rounds(options)
-    if options.environment is None:
-        refuse_unaskable(options.prompts, parsed.prompts)
-        if options.validation is not None and parsed.heldout is not None:
-            refuse_unaskable(options.validation, parsed.heldout)
-    _run(options, parsed, began_s)
+    _run(options, parse_rounds(options, is_asked=options.environment is None), began_s)
     return ExitCode.OK
 
 

@@ -113,11 +113,11 @@ def _options(parser: Parser, words: list[str]) -> Any:
 
 def _in_folder(options: Any, folder: Path, began: TypedCommand) -> Any:
     """Return the options with the run where it lies now, and settings and data from its config.json where it
-    has one of its own: a run of stages or rounds is planned again from what was typed."""
+    has one of its own: a run of stages is planned again from what was typed."""
     nproc = None if under_launcher() else options.nproc or (began.processes if began.processes > 1 else None)
     options = dataclasses.replace(options, run=folder, resume=True, nproc=nproc, dry_run=False,
                                   inject=())
-    if not (folder / CONFIG).is_file() or getattr(options, "rounds", None) is not None:
+    if not (folder / CONFIG).is_file():
         return options
     return dataclasses.replace(options, recipe=None, configs=(folder / CONFIG,), settings=(), data=(),
                                deterministic=False)

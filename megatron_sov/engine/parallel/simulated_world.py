@@ -38,6 +38,9 @@ TOLD_WAITING = 6
 """Processes that a message about a standstill names."""
 
 
+_to_object: Callable[[torch.Tensor, Any, Any], Any] = distributed_c10d._tensor_to_object
+
+
 class Standstill(Exception):
     """All processes wait, or two call different things at the same time."""
 
@@ -98,6 +101,9 @@ class SimulatedRanks:
         """Told of each call of a process."""
         self.calls: dict[tuple[str, int], _Call] = {}
         self.mail: dict[tuple[str, int, int, int], deque[list[torch.Tensor]]] = {}
+        self.rank_groups: dict[Any, list[list[int]]] = {}
+        """What the library finds for sizes alone, and each process would find once more."""
+        self._objects: dict[bytes, Any] = {}
         self._turns = [_taken() for _ in range(size)]
         self._ready: deque[int] = deque(range(size))
         self._waiting: dict[int, str] = {}
@@ -133,7 +139,8 @@ class SimulatedRanks:
                 self._num_left -= 1
                 self._pass_on()
 
-        with self._signals_wait():
+        with (self._signals_wait(),
+              mock.patch.object(distributed_c10d, "_tensor_to_object", self._read_object)):
             threading.stack_size(STACK_BYTES)
             try:
                 threads = [threading.Thread(target=play, args=(rank,), daemon=True)
@@ -178,6 +185,14 @@ class SimulatedRanks:
                 signal.signal(number, handler)
         for number in came[:1]:
             told[number](number, None)
+
+    def _read_object(self, tensor: torch.Tensor, num_bytes: Any, group: Any) -> Any:
+        """Return the value that was sent as bytes, one for all who read the same: each of 512 processes
+        reads what 512 have sent, and nobody changes what others sent."""
+        sent = tensor.numpy().tobytes()[:int(num_bytes)]
+        if sent not in self._objects:
+            self._objects[sent] = _to_object(tensor, num_bytes, group)
+        return self._objects[sent]
 
     def wait(self, rank: int, holds: Callable[[], bool], what: str) -> None:
         """Let others work until something holds."""
@@ -478,8 +493,17 @@ def _enter(ranks: SimulatedRanks, rank: int, parallel: ParallelConfig) -> Parall
             made[key] = world.add(SimulatedGroup(ranks, rank, members, group_desc), members)
         return made[key]
 
+    find = parallel_state.generate_masked_orthogonal_rank_groups
+
+    def rank_groups(size: int, sizes: list[int], mask: list[bool]) -> list[list[int]]:
+        key = size, *sizes, *mask
+        if key not in ranks.rank_groups:
+            ranks.rank_groups[key] = find(size, sizes, mask)
+        return [list(group) for group in ranks.rank_groups[key]]
+
     # nothing is sent while groups are made, so that no other thread sees this
-    with mock.patch.object(parallel_state, "create_group", create):
+    with (mock.patch.object(parallel_state, "create_group", create),
+          mock.patch.object(parallel_state, "generate_masked_orthogonal_rank_groups", rank_groups)):
         make_groups(parallel)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     cpu_shims.mend()

@@ -56,6 +56,8 @@ def sum_dict(values: Mapping[str, float], over: Callable[[torch.Tensor], torch.T
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return every process's value, by rank, on every process; called by all processes of the group
     (None: all) together."""
+    if dist.get_world_size(group) == 1:
+        return [value]
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered
@@ -63,6 +65,8 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
 
 def broadcast_object(value: Any) -> Any:
     """Return rank 0's value on every process; called by all processes together."""
+    if dist.get_world_size() == 1:
+        return value
     sent = [value]
     dist.broadcast_object_list(sent, src=0)
     return sent[0]

@@ -138,12 +138,12 @@ class _Member:
     @property
     def num_asked(self) -> int:
         """Answers under way."""
-        return sum(task.request.count for task in self.under_way.values())
+        return sum(task.request.num_answers for task in self.under_way.values())
 
     def takes(self, task: _Task, answers: int) -> bool:
         """Return whether a task can be given to it, where it writes so many answers at a time."""
         return (self.server is not None and not self.num_resting
-                and (not self.under_way or self.num_asked + task.request.count <= answers))
+                and (not self.under_way or self.num_asked + task.request.num_answers <= answers))
 
 
 class Fleet:
@@ -206,6 +206,10 @@ class Fleet:
             thread.join(timeout=self._look_s)
 
     @property
+    def num_servers(self) -> int:
+        return len(self._members)
+
+    @property
     def num_there(self) -> int:
         """Servers that answer at this moment."""
         return sum(member.server is not None for member in self._members)
@@ -216,7 +220,7 @@ class Fleet:
         Raises:
             UserError: the ids are not the model's, or no server can be brought to life any more.
         """
-        if not request.ids or min(request.ids) < 0 or max(request.ids) >= self._vocab_size:
+        if not all(ids and min(ids) >= 0 and max(ids) < self._vocab_size for ids in request.prompts):
             raise UserError(f"request {request.name}: has no token ids, or some that are not below the "
                             f"model's vocab_size = {self._vocab_size}; a server would end with them for "
                             "everybody")
@@ -459,7 +463,7 @@ class Fleet:
 
 def _nothing(task: _Task) -> list[TokenAnswer]:
     """Return the answers of a task that was aborted before it had any."""
-    return [TokenAnswer([], [], ABORTED)] * task.request.count
+    return [TokenAnswer([], [], ABORTED)] * task.request.num_answers
 
 
 def _settle(task: _Task, answers: list[TokenAnswer] | BaseException) -> None:

@@ -198,10 +198,18 @@ class ServerEngine:
                       for answer, prompt, (tokens, _) in zip(answers, prompts, written, strict=True)]
         return Generated.of(written, sampling, stop, version, routes=routes)
 
-    def requests(self, prompts: Sequence[Tokens], samplings: Sequence[Sampling], end_ids: tuple[int, ...]
-                 ) -> list[TokenRequest]:
+    def requests(self, prompts: Sequence[Tokens], samplings: Sequence[Sampling], end_ids: tuple[int, ...],
+                 *, are_joined: bool = False) -> list[TokenRequest]:
         """Return requests of their own names, whose answers together are those of the prompts in order:
-        neighbours that are alike go into one."""
+        neighbours that are alike go into one.
+
+        Args:
+            prompts: token ids, one for each answer.
+            samplings: how each is chosen.
+            end_ids: tokens that end an answer.
+            are_joined: whether other prompts go into one too, see `TokenRequest.others`: one for each server,
+                unless they are long.
+        """
         found: list[TokenRequest] = []
         for ids, sampling in zip(prompts, samplings, strict=True):
             request = TokenRequest("", [int(token) for token in ids], sampling.max_new_tokens,
@@ -214,7 +222,18 @@ class ServerEngine:
                 found[-1] = replace(found[-1], count=found[-1].count + 1)
             else:
                 found.append(replace(request, name=f"{self._name}-{next(self._numbers)}"))
-        return found
+        if not are_joined:
+            return found
+        most = min(-(-len(prompts) // self.fleet.num_servers), self.fleet.requests)
+        joined: list[TokenRequest] = []
+        for request in found:
+            if (joined and request.max_new_tokens <= GROUPED_TOKENS and not request.with_routes
+                    and joined[-1].num_answers + request.count <= most
+                    and replace(joined[-1], name="", ids=(), others=()) == replace(request, name="", ids=())):
+                joined[-1] = replace(joined[-1], others=(*joined[-1].others, request.ids))
+            else:
+                joined.append(request)
+        return joined
 
     def update(self, weights: NamedTensors | None, version: int) -> None:
         """Have the servers read other weights out of shared memory, see `Engine`."""

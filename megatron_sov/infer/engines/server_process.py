@@ -267,7 +267,8 @@ class OwnServer:
         if asked.tp > 1:
             words += ["--tensor-parallel-size", str(asked.tp)]
         if asked.dp > 1:
-            words += ["--data-parallel-size", str(asked.dp)]
+            # one door: vLLM would open one for each copy, each of which can end its own requests alone
+            words += ["--data-parallel-size", str(asked.dp), "--api-server-count", "1"]
         if asked.ep:
             words += ["--enable-expert-parallel"]
         if asked.quantization:

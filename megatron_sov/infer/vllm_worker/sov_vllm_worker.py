@@ -17,6 +17,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
 
 BACKEND = "sov_files"
 """Of `--weight-transfer-config`."""
@@ -101,5 +102,6 @@ def _setup_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _setup_kernel(self, *args, **kwargs)
 
 
-UnquantizedFusedMoEMethod._setup_kernel = _setup_anew
+if current_platform.is_cpu():  # graphs of a GPU hold addresses of the first kernel's tensors
+    UnquantizedFusedMoEMethod._setup_kernel = _setup_anew
 WeightTransferEngineFactory.register_engine(BACKEND, FilesEngine)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -103,7 +104,7 @@ class RolloutConfig:
     """Of samples; the trainer divides its logits by the same."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Of samples: the smallest set of tokens with this probability is drawn from; below 1 only where
-    policy.method = gkd learns, since others compare with the whole distribution."""
+    policy.method is gkd or preference, since others compare with the whole distribution."""
     max_new_tokens: AtLeastOne = 1024
     """Longest response; with tools, of all turns and results together."""
     max_prompt_tokens: AtLeastOne = 1024
@@ -167,10 +168,10 @@ class RolloutConfig:
 
 
 PolicyMethod = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "agapo", "agapo_exaone4", "mgpo",
-                       "ink_grpo", "pkpo", "lapo_d", "lapo_i", "hbpo", "opd", "gkd"]
+                       "ink_grpo", "pkpo", "lapo_d", "lapo_i", "hbpo", "opd", "gkd", "preference"]
 Ratio = Literal["token", "sequence"]
 Clip = Literal["two_sided", "cispo", "none"]
-Advantage = Literal["group", "group_no_std", "leave_one_out", "pass_at_k", "none"]
+Advantage = Literal["group", "group_no_std", "leave_one_out", "pass_at_k", "range", "none"]
 Aggregation = Literal["token", "sequence", "constant"]
 Kl = Literal["none", "k1", "k3", "sequence"]
 LengthReward = Literal["none", "around_right", "target", "budget"]
@@ -234,6 +235,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "hbpo": {"clip_low": 0.2, "clip_high": 0.28, "length_reward": "budget", "length_reward_coeff": 4.0},
     "opd": {"clip": "none", "advantage": "none", "opd_coeff": 1.0},
     "gkd": {"clip": "none", "advantage": "none"},
+    "preference": {"clip": "none", "advantage": "range", **_DROPPED},
 }
 """Method -> its parts that are not `PolicyParts`' own; None: a number that its authors did not publish, and
 that a run has to set."""
@@ -256,6 +258,10 @@ SCALES = (("clip_low", ("clip", "ratio")), ("clip_high", ("clip", "ratio")), ("k
           ("length_reward_coeff", ("length_reward",)), ("length_width_tokens", ("length_reward",)))
 """Number, and the parts that it is a number of: that of a method says nothing about another such part."""
 _PARTS = dataclasses.asdict(PolicyParts())
+OF_PREFERENCES = ("reference", "keep_unfinished")
+BESIDE_PREFERENCES = (*OF_PREFERENCES, "method", "max_gen_batches", "right_from", "overlong_buffer_tokens",
+                      "overlong_penalty", "share_prompts", "router_replay")
+"""Settings of a policy that mean something where preferences are learned."""
 
 
 def _drawn(what: str, share: float) -> bool:
@@ -273,7 +279,8 @@ class PolicyConfig:
     (2506.13585), agapo (as K-EXAONE), agapo_exaone4 (as EXAONE 4.0, 2507.11407), mgpo (2511.06221), ink_grpo
     (2601.18129), pkpo (2505.15201), lapo_d and lapo_i (the two stages of 2507.15758), hbpo (2507.15844), opd
     (on-policy distillation, as Tinker's cookbook has it), gkd (2306.13649: no rewards, but the divergence of
-    `distillation` from a teacher)."""
+    `distillation` from a teacher), preference (the loss of `preference`, over the best and the worst response
+    of each group, or over all with preference.method = grouper)."""
     ratio: Ratio | None = None
     """Of the policy to that which began the round, both by the trainer. token: of each token; sequence: one
     of each response, the geometric mean over its tokens."""
@@ -287,7 +294,8 @@ class PolicyConfig:
     advantage: Advantage | None = None
     """group: (reward - mean of the group) / its standard deviation; group_no_std: without the division;
     leave_one_out: reward - mean of the group's others; pass_at_k: what the response adds to the best of
-    pkpo_k; none: 0, whatever the reward."""
+    pkpo_k; range: 2 (reward - the group's least) / (its largest - its least) - 1; none: 0, whatever the
+    reward."""
     normalise_over_batch: bool | None = None
     """Whether advantages are shifted and scaled to mean 0 and standard deviation 1 over all responses of the
     optimizer step."""
@@ -365,6 +373,11 @@ class PolicyConfig:
     on_policy_share: Annotated[float, Gt(0), Le(1)] = 1.0
     """gkd: probability with which a round is of the model's own responses; else its steps learn from --data,
     in batches of train.global_batch_size."""
+    reference: Literal["round", "run"] = "round"
+    """preference: which model dpo, ipo and dpo-norm compare with. round: the one that begins the round, from
+    which each round may go as far again; run: the one that the run starts from."""
+    keep_unfinished: bool = False
+    """preference: whether a response that was cut off may be learned as a good one."""
     share_prompts: bool = True
     """Whether the responses to one prompt that lie in one micro-batch have it computed once; the loss is the
     same.  Where it cannot be (see docs/rl.md) each has its own."""
@@ -373,7 +386,7 @@ class PolicyConfig:
     missing_share: Fraction = 0.0
     """Share of a round's groups that may be without their last responses when it is trained."""
 
-    @property
+    @cached_property
     def parts(self) -> PolicyParts:
         """The method's parts with those that are set in their places; settings must have no problems."""
         return PolicyParts(**{name: value for name, value in self._resolve().items() if value is not None})
@@ -409,6 +422,11 @@ class PolicyConfig:
     def learns_distributions(self) -> bool:
         """Whether a teacher's distributions are learned, and nothing else."""
         return self.method == "gkd"
+
+    @property
+    def learns_preferences(self) -> bool:
+        """Whether the loss is that of `preference`."""
+        return self.method == "preference"
 
     def is_on_policy(self, seed: int, number: int) -> bool:
         """Return whether a round is of the model's own responses: a draw with probability `on_policy_share`.
@@ -449,10 +467,18 @@ class PolicyConfig:
                 (not alone or not told["opd_coeff"], "opd_coeff",
                  "must be 0: policy.method = gkd learns the whole distribution")]
 
+    def _rules_of_preferences(self) -> list[tuple[bool, str, str]]:
+        changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        if not self.learns_preferences:
+            return [(name not in changed, name, f"belongs to policy.method = preference, and the method is "
+                     f"{self.method}") for name in OF_PREFERENCES]
+        return [(False, name, "belongs to other losses: policy.method = preference has that of `preference`")
+                for name in changed if name not in BESIDE_PREFERENCES]
+
     def _problems_of_sampling(self, rollout: RolloutConfig) -> list[SettingsProblem]:
         return find_broken(
             rollout, "rollout",
-            (rollout.top_p == 1 or self.learns_distributions, "top_p",
+            (rollout.top_p == 1 or self.learns_distributions or self.learns_preferences, "top_p",
              f"must be 1: policy.method = {self.method} compares probabilities of the whole distribution"),
             (rollout.max_staleness == 0 or self.on_policy_share == 1, "max_staleness",
              f"must be 0: with policy.on_policy_share = {self.on_policy_share:g} a round may not be written "
@@ -478,7 +504,7 @@ class PolicyConfig:
              f"must lie between 1 and rollout.samples_per_prompt = {rollout.samples_per_prompt}"),
             (told["advantage"] != "none" or told["opd_coeff"] > 0 or self.learns_distributions, "opd_coeff",
              "must be above 0: policy.advantage = none leaves a teacher alone to learn from"),
-            *self._rules_of_distributions(told),
+            *self._rules_of_distributions(told), *self._rules_of_preferences(),
             ((self.overlong_buffer_tokens or 0) <= rollout.max_new_tokens, "overlong_buffer_tokens",
              f"must be at most rollout.max_new_tokens = {rollout.max_new_tokens}"),
             *((not told["knowledge_coeff"] or told[name] > 0, name,

@@ -28,7 +28,7 @@ from megatron_sov.model.config.layout import ParallelConfig
 from megatron_sov.model.config.lora import LoraConfig
 from megatron_sov.model.config.model import ModelConfig
 from megatron_sov.model.config.post_training import (
-    SMOOTHED, DistillationConfig, PolicyConfig, PolicyParts, PreferenceConfig, RolloutConfig)
+    SMOOTHED, WITH_REFERENCE, DistillationConfig, PolicyConfig, PolicyParts, PreferenceConfig, RolloutConfig)
 from megatron_sov.model.config.train import GuardConfig, ObsConfig, OptimConfig, TrainConfig
 
 
@@ -107,6 +107,11 @@ class RunConfig:
     code: tuple[PluginCode, ...] = ()
     """Code of your own, or of installed packages, that the settings above name; written by the command."""
 
+    @property
+    def documents_of_unit(self) -> int:
+        """Documents of a round that share a row: the two of a pair."""
+        return 2 if self.policy.learns_preferences and self.preference.method != "grouper" else 1
+
     def problems(self, num_ranks: int = 1) -> list[SettingsProblem]:
         """Return every rule between settings that this config, whose values lie within their bounds, breaks
         on `num_ranks` processes; empty when it is sound."""
@@ -158,12 +163,24 @@ class RunConfig:
             (not distillation.other_tokenizer or distillation.top_k > 0, "distillation.other_tokenizer",
              "needs distillation.top_k > 0: of a teacher of another tokenizer its most probable tokens are "
              "kept"),
+            *(self._rules_of_round_preferences() if name == "policy" and self.policy.learns_preferences
+              else ()),
             (not preference.label_smoothing or method in SMOOTHED, "preference.label_smoothing",
              f"belongs to {', '.join(SMOOTHED)}, not to preference.method = {method}"),
             (not preference.chosen_coeff or method != "orpo", "preference.chosen_coeff",
              "is not taken: orpo learns chosen responses with a weight of 1 in any case", "leave it out"),
             (not preference.chosen_coeff or method != "grouper", "preference.chosen_coeff",
              "is not taken: groups have no chosen response", "leave it out"))
+
+    def _rules_of_round_preferences(self) -> list[tuple[bool, str, str, str]]:
+        """Check what rounds of preferences learn."""
+        method, rollout = self.preference.method, self.rollout
+        compares = method in WITH_REFERENCE and self.policy.reference == "round"
+        return [(method != "kto", "preference.method", "learns single responses, of which rounds have groups",
+                 "choose one of pairs, or grouper"),
+                (not compares or not rollout.rounds or rollout.steps_per_round > 1, "rollout.steps_per_round",
+                 f"must be at least 2: preference.method = {method} would compare the model that begins a "
+                 "round with itself", "set it, or policy.reference=run")]
 
     def _watching_problems(self) -> list[SettingsProblem]:
         """Check guards and evaluations against how the run is trained."""
@@ -501,12 +518,14 @@ def with_rounds(config: RunConfig) -> RunConfig:
         raise UserError(f"data.phases.0 has lr = {phase.lr:g} and rewarm_steps = {phase.rewarm_steps}: "
                         "rounds follow optim.lr and optim.schedule; set these, and leave the phase alone")
     seq_len = phase.seq_len
-    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    pair = config.documents_of_unit
+    longest = pair * (rollout.max_prompt_tokens + rollout.max_new_tokens)
     if longest > seq_len:
-        raise UserError(f"data.phases.0.seq_len = {seq_len}: a row holds whole responses, the longest has "
-                        f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + "
-                        f"rollout.max_new_tokens {rollout.max_new_tokens} = {longest}; make rows longer, or "
-                        "responses shorter")
+        what, count = ("pairs of responses", f"{pair} x (") if pair > 1 else ("responses", "")
+        raise UserError(f"data.phases.0.seq_len = {seq_len}: a row holds whole {what}, the longest has "
+                        f"{count}rollout.max_prompt_tokens {rollout.max_prompt_tokens} + "
+                        f"rollout.max_new_tokens {rollout.max_new_tokens}{')' if count else ''} = {longest}; "
+                        "make rows longer, or responses shorter")
     phases = tuple(PhaseConfig(f"round-{number:04d}", seq_len=seq_len)
                    for number in range(1, rollout.rounds + 1))
     return dataclasses.replace(

@@ -88,6 +88,8 @@ DEFAULTS: dict[str, StageDefaults] = {
 
 def defaults_of(config: RunConfig, stage: Stage) -> StageDefaults:
     """Return what a stage takes, by the method that the settings name."""
+    if stage == "policy" and config.policy.learns_preferences:
+        stage = "preference"
     return DEFAULTS.get(f"{stage}.{config.preference.method}", DEFAULTS[stage])
 
 

@@ -241,8 +241,8 @@ def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
     if getattr(args, "rounds", None) is not None:
-        raise UserError(f"--rounds {args.rounds}: starts processes of its own; submit the commands of a "
-                        "round one by one, as docs/prefer.md shows them")
+        raise UserError(f"--rounds {args.rounds}: is a door to `rl run`; submit rl-run, as docs/prefer.md "
+                        "shows it")
     if args.dry_run:
         raise UserError("--dry-run: would be the job's, which trains nothing then; type it where you are, or "
                         f"`megatron-sov submit {stage} --dry-run ...` to see the job")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_sov.base.documents.groups import places_in_group
 from megatron_sov.model.config.post_training import PolicyConfig
 
 EPSILON = 1e-4
@@ -117,6 +118,11 @@ def pass_at_k(rewards: np.ndarray, k: int) -> np.ndarray:
     return found
 
 
+def in_range(rewards: np.ndarray) -> np.ndarray:
+    """Return GrouPER's advantages (`places_in_group`); 0 where all rewards are the same."""
+    return np.array(places_in_group(rewards.tolist()) if np.ptp(rewards) > EQUAL else [0.0] * len(rewards))
+
+
 def mgpo_weight(share_right: float, strength: float) -> float:
     """Return what MGPO multiplies a group's advantages by (arXiv 2511.06221): exp(-lambda D),
     D the Kullback-Leibler divergence of the share of right responses from one half."""
@@ -148,7 +154,7 @@ def _of_group(rewards: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, pol
     # The penalty of length joins before the baseline, so it is compared inside of the group too.
     shaped = counted - overlong_penalty(lengths, policy, max_new_tokens)
     found = {"group": group_relative, "group_no_std": centred, "leave_one_out": leave_one_out,
-             "pass_at_k": lambda r: pass_at_k(r, parts.pkpo_k)}[parts.advantage](shaped)
+             "pass_at_k": lambda r: pass_at_k(r, parts.pkpo_k), "range": in_range}[parts.advantage](shaped)
     if parts.length_reward == "budget":
         found = found + against_budget(counted, budgets, max_new_tokens, parts.length_reward_coeff)
     if np.ptp(rewards) <= EQUAL and rewards[0] < policy.right_from:

@@ -73,7 +73,7 @@ class TrainerColumns:
     """`OLD`: log p(label) of the policy that begins a round; `REFERENCE`: of the model that the run starts
     from; `TEACHER`: of teachers; those that are needed."""
     temperature: float
-    """Of samples, and so of these."""
+    """What logits are divided by."""
     routes: RouteShape | None
     """Of routes that are replayed, by the policy alone: the reference routes as it does; None: none are."""
     with_reference: Callable[[FeedView, Callable[[], None]], None]
@@ -186,8 +186,10 @@ def file_of(path: Path, name: str) -> Path:
 
 def columns_of_run(config: RunConfig, needed: Collection[str], start: Path,
                    teachers: Sequence[ScoringTeacher] = ()) -> TrainerColumns:
+    # a preference is of what the model is, and no correction of what it was sampled by
+    temperature = 1.0 if config.policy.learns_preferences else config.rollout.temperature
     return TrainerColumns(tuple(name for name in needed if name in (OLD, REFERENCE, TEACHER)),
-                          config.rollout.temperature, replayed_routes(config),
+                          temperature, replayed_routes(config),
                           partial(with_weights_of, start),
                           files_sha256(start) if REFERENCE in needed else "", tuple(teachers))
 
@@ -496,7 +498,7 @@ class Producer:
         if self._requests is None:
             assert servers.engine is not None, "the servers are not open"
             self._requests = ResponseQueue(
-                row_requests(servers.engine, self.writer, servers.engine.room),
+                row_requests(servers.engine, self.writer, servers.engine.room, is_live=True),
                 self._desk(rounds, asked_to_stop), None, servers.engine.room)
         return self._requests
 

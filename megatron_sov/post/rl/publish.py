@@ -24,6 +24,7 @@ import numpy as np
 from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, disk_errors, manifest_sha256, new_artifact, read_manifest)
 from megatron_sov.base.documents import ROLLOUTS
+from megatron_sov.base.documents.groups import is_learned, pair_of
 from megatron_sov.base.documents.shard_files import ROUTES, RouteShape
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import read_json, write_json
@@ -44,10 +45,12 @@ from megatron_sov.runs import checkpoints
 from megatron_sov.runs.rounds import LEARNS
 from megatron_sov.train.data.described import source_record
 from megatron_sov.train.data.requirements import replayed_routes
-from megatron_sov.train.data.rounds import DOMAINS, SOURCE, folder_of_round
+from megatron_sov.train.data.rounds import ADVANTAGE, DOMAINS, SHARE, SOURCE, folder_of_round
 from megatron_sov.train.data.token_bytes import token_bytes
 from megatron_sov.train.data.token_shards import CONTENT_VERSION
 
+NO_PAIR = "no_pair"
+"""Why a group is left out: no response that ended is better than its worst."""
 SURPLUS = "surplus"
 """In the place of why a group is left out: it would learn, and the round is full."""
 TRUNCATED = (LENGTH, "tokens", "unended")
@@ -68,6 +71,12 @@ def further_pieces(rounds: Path, number: int) -> int:
     file = _further_file(rounds, number)
     return int(read_json(file, "delete it, and it is written anew", file.name)["pieces"]) if (
         file.is_file()) else 0
+
+
+def published_numbers(config: RunConfig) -> tuple[str, ...]:
+    """Return the columns of a run's rounds that have one number of each response."""
+    groups = config.policy.learns_preferences and config.documents_of_unit == 1
+    return (ADVANTAGE, SHARE) if groups else (ADVANTAGE,)
 
 
 def is_published(rounds: Path, number: int) -> bool:
@@ -141,8 +150,7 @@ class Publisher:
         self._clear(number)
         self._artifact = building.enter_context(new_artifact(out, "tokens"))
         (self._artifact.path / SOURCE).mkdir()
-        return RoundPlan(self._artifact.path, tuple(shards_of(_pieces(gathered, late, chosen.advantages))),
-                         content)
+        return RoundPlan(self._artifact.path, tuple(shards_of(_pieces(gathered, late, chosen))), content)
 
     def _clear(self, number: int) -> None:
         """Delete what no resume needs of rounds before one: their tokens and columns, which can be made again
@@ -178,7 +186,7 @@ class Publisher:
         rollout, policy = self.config.rollout, self.config.policy
         if policy.parts.max_gen_batches == 1:
             return ""
-        num_learn = sum(self._learns(group) for group in gathered.groups)
+        num_learn = sum(self._left_out(group) == KEPT for group in gathered.groups)
         lacking, asked = rollout.prompts_per_round - num_learn, len(source.prompts)
         # As many as fill the round at the share that has learned so far.
         wanted = min(lacking * asked / num_learn if num_learn else math.inf, rollout.prompts_per_round)
@@ -201,8 +209,12 @@ class Publisher:
         count = sum(len(piece.prompts) for piece in source.pieces[source.num_pieces:][:more])
         return f"{told}: {count} further prompts are asked"
 
-    def _learns(self, group: Sequence[PublishedResponse]) -> bool:
-        return left_out(np.array([r.reward for r in group]), self.config.policy) == KEPT
+    def _left_out(self, group: Sequence[PublishedResponse]) -> str:
+        """Return why a group is left out; `KEPT`."""
+        reason = left_out(np.array([r.reward for r in group]), self.config.policy)
+        if reason == KEPT and self.config.policy.learns_preferences:
+            return self._learned_of(group, self._judge_groups([group])[0])[1]
+        return reason
 
     def refuse_other_store(self) -> None:
         """Refuse what lies where the store is to be and is none of this model's; one that is not begun yet
@@ -318,7 +330,8 @@ class Publisher:
     @cached_property
     def _writer(self) -> ShardWriter:
         return ShardWriter(self._opened, self.config.rollout.temperature, self.config.data.phases[0].seq_len,
-                           self._routes, token_bytes(self.tokenizer, self.config.model.vocab_size))
+                           self._routes, token_bytes(self.tokenizer, self.config.model.vocab_size),
+                           published_numbers(self.config))
 
     def _chosen(self, gathered: Gathered, late: Sequence[LateGroup]) -> _Chosen:
         """Give each step's groups their advantages; late responses belong to the first step."""
@@ -327,18 +340,43 @@ class Publisher:
         bounds = [len(learned) * step // num_steps for step in range(num_steps + 1)]
         found, late_from = self._joining(learned[:bounds[1]], late)
         steps: list[list[int]] = []
+        shares: dict[Key, float] = {}
         for first, end in pairwise(bounds):
             groups = learned[first:end]
             for group, said in zip(groups, self._judge_groups(groups), strict=True):
-                reasons[said.reason or LEARNS] += 1
-                if not said.reason:
-                    found |= {r.rollout.key: float(value)
-                              for r, value in zip(group, said.advantages, strict=True)
-                              if not self._is_masked(r)}
+                values, reason = self._learned_of(group, said)
+                reasons[reason or LEARNS] += 1
+                found |= values
+                shares |= dict.fromkeys(values, 1 / max(1, len(group)))
             before = sum(steps[-1]) if steps else 0
             # `found` grows in the order of documents, so its length is where the next step begins.
             steps.append([before, len(found) - before])
-        return _Chosen(found, steps, dict(reasons), late_from)
+        return _Chosen(found, shares, steps, dict(reasons), late_from)
+
+    def _learned_of(self, group: Sequence[PublishedResponse], said: Group) -> tuple[dict[Key, float], str]:
+        """Return the advantages of a group's responses that are learned, in the order of their documents, and
+        why there are none."""
+        if said.reason:
+            return {}, said.reason
+        values = said.advantages.tolist()
+        if not self.config.policy.learns_preferences:
+            return {r.rollout.key: value for r, value in zip(group, values, strict=True)
+                    if not self._is_masked(r)}, ""
+        keep = self.config.policy.keep_unfinished
+        ended = [keep or r.rollout.finish_reason not in TRUNCATED for r in group]
+        if self.config.documents_of_unit == 1:
+            return {r.rollout.key: place for r, place, whole in zip(group, values, ended, strict=True)
+                    if is_learned(place, whole)}, ""
+        pair, _ = pair_of(values, ended, lambda i, j: self._is_same(group[i].rollout, group[j].rollout))
+        return ({group[i].rollout.key: values[i] for i in pair}, "") if pair else ({}, NO_PAIR)
+
+    def _is_same(self, one: RolloutFacts, other: RolloutFacts) -> bool:
+        """Return whether two responses are the same tokens, which a reward has judged in two ways."""
+        if one.num_tokens != other.num_tokens:
+            return False
+        first, second = (self._opened.table_of(self._opened.part(row.part), ("tokens",))["tokens"][row.row]
+                         for row in (one, other))
+        return bool(first == second)
 
     def _filling(self, groups: Sequence[Sequence[PublishedResponse]], reasons: Counter[str]
                  ) -> Sequence[Sequence[PublishedResponse]]:
@@ -346,10 +384,10 @@ class Publisher:
         that learn, and count why the others are left out."""
         if self.config.policy.parts.max_gen_batches == 1:
             return groups
-        learning = [group for group in groups if self._learns(group)]
+        why = [self._left_out(group) for group in groups]
+        learning = [group for group, reason in zip(groups, why, strict=True) if reason == KEPT]
         kept = learning[:self.config.rollout.prompts_per_round]
-        for group in groups:
-            reasons[left_out(np.array([r.reward for r in group]), self.config.policy)] += 1
+        reasons.update(why)
         del reasons[KEPT]  # they are counted with their advantages
         if surplus := len(learning) - len(kept):
             reasons[SURPLUS] = surplus
@@ -410,7 +448,9 @@ class _Chosen:
     """What is trained of a round."""
 
     advantages: dict[Key, float]
-    """Of each response that is trained."""
+    """Of each response that is trained; of a step's own ones in the order of documents."""
+    shares: dict[Key, float]
+    """1 / responses of the group, of each that is not late."""
     steps: list[list[int]]
     """First document and number of documents of each optimizer step."""
     reasons: dict[str, int]
@@ -423,26 +463,29 @@ def _begun_by(row: RolloutFacts) -> tuple[int, str]:
     return row.first_version, row.key.policy
 
 
-def _pieces(gathered: Gathered, late: Sequence[LateGroup], advantages: Mapping[Key, float]
-            ) -> Iterator[RoundPiece]:
+def _pieces(gathered: Gathered, late: Sequence[LateGroup], chosen: _Chosen) -> Iterator[RoundPiece]:
     """Yield the documents of a round."""
     # Late responses go first, since they belong to the first step, and steps are runs of documents.
     for _, responses in late_responses(late):
-        yield from _piece(responses, advantages)
+        yield from _piece(responses, chosen)
     piece_of = {part.name: part.piece for part in gathered.parts}
-    responses = [r for group in gathered.groups for r in group]
+    # a pair's better response goes first, whatever its number
+    order = {key: i for i, key in enumerate(chosen.advantages)}
+    responses = [r for group in gathered.groups
+                 for r in sorted(group, key=lambda r: order.get(r.rollout.key, 0))]
     for _, together in groupby(responses, key=lambda r: piece_of[r.rollout.part]):
-        yield from _piece(together, advantages)
+        yield from _piece(together, chosen)
 
 
-def _piece(responses: Iterable[PublishedResponse], advantages: Mapping[Key, float]) -> Iterator[RoundPiece]:
+def _piece(responses: Iterable[PublishedResponse], chosen: _Chosen) -> Iterator[RoundPiece]:
     """Yield those of responses that are trained, where some are."""
-    rows = [r.rollout for r in responses if r.rollout.key in advantages]
+    rows = [r.rollout for r in responses if r.rollout.key in chosen.advantages]
     parts = tuple(dict.fromkeys(row.part for row in rows))
     place = {name: i for i, name in enumerate(parts)}
     if rows:
         yield RoundPiece(parts, np.array([(place[row.part], row.row) for row in rows], np.int32),
-                         np.array([advantages[row.key] for row in rows], np.float32),
+                         {ADVANTAGE: np.array([chosen.advantages[row.key] for row in rows], np.float32),
+                          SHARE: np.array([chosen.shares.get(row.key, 0.0) for row in rows], np.float32)},
                          sum(row.num_tokens for row in rows))
 
 

@@ -90,19 +90,20 @@ class RowRequests(Protocol):
 
 
 class ResponseRequests:
-    """Plain responses: a request for each row, or for some of a prompt that are short."""
+    """Plain responses: a request for each row, or for some that are short."""
 
-    def __init__(self, engine: ServerEngine, source: ResponseSource) -> None:
+    def __init__(self, engine: ServerEngine, source: ResponseSource, *, are_joined: bool = False) -> None:
         self._engine, self._source, self.rollout = engine, source, source.rollout
+        self._are_joined = are_joined
 
     def begin(self, attempt: SampleAttempt) -> list[RowUnderWay]:
         rows = self._source.begin(attempt)
         asked = self._engine.requests([[*row.prompt_tokens.tolist(), *row.tokens.tolist()] for row in rows],
                                       [self._source.sampling_of(row) for row in rows],
-                                      self._source.asker.end_ids)
+                                      self._source.asker.end_ids, are_joined=self._are_joined)
         left = iter(rows)
         return [one for request in asked
-                for one in self._asked(attempt, request, list(islice(left, request.count)))]
+                for one in self._asked(attempt, request, list(islice(left, request.num_answers)))]
 
     def cut_off(self, names: Sequence[str]) -> None:
         self._engine.fleet.abort(names)
@@ -165,12 +166,18 @@ class EpisodeRequests:
                            lambda: self._episodes.row(future.result(), asked, attempt, began_s))
 
 
-def row_requests(engine: ServerEngine, writer: Writer, room: int) -> RowRequests:
-    """Return what has servers write the rows of a writer, so many at a time."""
+def row_requests(engine: ServerEngine, writer: Writer, room: int, *, is_live: bool = False) -> RowRequests:
+    """Return what has servers write the rows of a writer, so many at a time; `is_live`: for the run that
+    changes their weights itself."""
     if isinstance(writer, Episodes):
         return EpisodeRequests(engine, writer, room)
     assert isinstance(writer, ResponseSource), f"{type(writer).__name__} asks no servers"
-    return ResponseRequests(engine, writer)
+    rollout = writer.rollout
+    # Neither other weights nor a deadline come while a round is written, and no place waits for another
+    # response.
+    are_joined = (is_live and not rollout.max_staleness and not rollout.deadline_s
+                  and rollout.prompts_per_round * rollout.samples_per_prompt <= room)
+    return ResponseRequests(engine, writer, are_joined=are_joined)
 
 
 @dataclass

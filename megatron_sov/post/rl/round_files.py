@@ -27,8 +27,6 @@ from megatron_sov.train.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE
 SHARD_TOKENS = 1 << 22
 """A shard ends behind the piece that brings it to so many tokens of responses."""
 DTYPE = "int32"
-SIDECARS = {BEHAVIOUR: "float32", ADVANTAGE + OF_DOCUMENTS: "float32"}
-"""Those of every round that `IndexedWriter` writes, beside `WRITTEN`."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,8 @@ class RoundPiece:
     """Names of the parts that its responses stand in."""
     places: np.ndarray
     """[documents, 2] int32: index in `parts`, and row in that part; in the order of documents."""
-    advantages: np.ndarray
-    """[documents] float32."""
+    numbers: Mapping[str, np.ndarray]
+    """Column -> [documents] float32."""
     num_tokens: int
     """Of its responses, prompts not counted."""
 
@@ -87,15 +85,19 @@ class ShardWriter:
     """Of routes that are replayed; None: none are."""
     bytes_of_token: np.ndarray
     """[vocabulary]: bytes of the text of each token."""
+    numbers: tuple[str, ...] = (ADVANTAGE,)
+    """Those of each piece."""
 
     @property
     def sidecars(self) -> list[str]:
         """Endings of the files beside tokens."""
-        return [*self._numbers, WRITTEN]
+        return [*self._dtypes, WRITTEN]
 
     @property
-    def _numbers(self) -> dict[str, str]:
-        return SIDECARS | ({} if self.routes is None else {ROUTES: self.routes.dtype})
+    def _dtypes(self) -> dict[str, str]:
+        """What `IndexedWriter` writes beside tokens."""
+        return ({BEHAVIOUR: "float32"} | {name + OF_DOCUMENTS: "float32" for name in self.numbers}
+                | ({} if self.routes is None else {ROUTES: self.routes.dtype}))
 
     def write(self, folder: Path, shard: RoundShard) -> WrittenShard:
         """Write a shard, and bring it to the disk.
@@ -111,7 +113,7 @@ class ShardWriter:
         prefix = folder / shard.prefix
         counts, written = dict.fromkeys(COUNTS, 0), [np.zeros(0, bool)]
         with disk_errors(folder):
-            with IndexedWriter(prefix, DTYPE, self._numbers) as writer:
+            with IndexedWriter(prefix, DTYPE, self._dtypes) as writer:
                 for piece in shard.pieces:
                     lengths, columns, flags = self._documents(piece)
                     writer.write(lengths, columns)
@@ -147,7 +149,8 @@ class ShardWriter:
         # Tokens of tools and prompts are in the document, and are no labels.
         written = np.zeros(len(behind), bool)
         written[behind] = _flat(table, "versions")[0] != NOT_WRITTEN
-        columns = {"bin": ids, BEHAVIOUR: logprobs, ADVANTAGE + OF_DOCUMENTS: piece.advantages}
+        columns = {"bin": ids, BEHAVIOUR: logprobs,
+                   **{name + OF_DOCUMENTS: piece.numbers[name] for name in self.numbers}}
         if self.routes is not None:
             there = routes_of(whole)
             columns[ROUTES] = self._joined(self.routes, table, [there[i] for i in index.tolist()], lengths)

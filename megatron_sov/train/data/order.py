@@ -15,7 +15,7 @@ from typing import Any
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry, plan
 from megatron_sov.train.data.rounds import SOURCE, RoundDocuments, rounds_of
-from megatron_sov.train.data.streams import Cursor, DocumentStream, Packing, Row, best_fit
+from megatron_sov.train.data.streams import Cursor, DocumentStream, Packing, Row, best_fit_units
 from megatron_sov.train.data.token_shards import Documents, Source
 
 
@@ -89,6 +89,7 @@ class SampleOrder:
         self._index = {s.name: i for i, s in enumerate(sources)}
         self._rounds, self._steps_per_round = rounds_of(sources), config.rollout.steps_per_round
         self._policy, self._round_seed = config.policy, config.rollout.seed
+        self._unit = config.documents_of_unit
         self._documents: dict[int, Documents] = {}
         self._streams: dict[str, DocumentStream] = {}
 
@@ -128,7 +129,9 @@ class SampleOrder:
         number, step = divmod(self.state.step, self._steps_per_round)
         segments = rounds.of_step(number + 1, step)
         cursor = self.state.cursors.setdefault(SOURCE, Cursor())
-        rows = best_fit(segments, entry.seq_len)
+        # the two of a pair share a row
+        units = [tuple(segments[i:i + self._unit]) for i in range(0, len(segments), self._unit)]
+        rows = best_fit_units(units, entry.seq_len)
         cursor.tokens += sum(s.count for s in segments)
         cursor.samples += len(rows)
         return [*(OrderedSample(self._index[SOURCE], row) for row in rows), *self._text_beside(entry)]

@@ -23,8 +23,8 @@ from megatron_sov.train.data.token_shards import Documents, Source, open_sources
 
 SOURCE = "rollouts"
 """Name of the source."""
-BEHAVIOUR, ADVANTAGE = "behaviour_logprobs", "advantage"
-"""Columns of every published round."""
+BEHAVIOUR, ADVANTAGE, SHARE = "behaviour_logprobs", "advantage", "group_share"
+"""Columns of published rounds, the last of those that learn by groups alone: 1 / responses of the group."""
 DOMAINS = "document_domains"
 """In the manifest of a round that teachers read: [domain, how many documents] after each other."""
 _ROUND_BITS = 32
@@ -69,17 +69,19 @@ class RoundDocuments:
 
     is_plain = False
 
-    def __init__(self, rounds: Path, vocab_size: int = sys.maxsize, columns: Sequence[str] = ()) -> None:
+    def __init__(self, rounds: Path, vocab_size: int = sys.maxsize, columns: Sequence[str] = (),
+                 published: Sequence[str] = (BEHAVIOUR, ADVANTAGE)) -> None:
         """Open none yet.
 
         Args:
             rounds: RUN/rounds.
             vocab_size: what token ids must lie below.
             columns: those made by the trainer, beside the published ones (`open` is given them).
+            published: those that a round has itself.
         """
         self.folder, self._vocab_size = rounds, vocab_size
         self.made_columns = tuple(columns)
-        self.columns = (BEHAVIOUR, ADVANTAGE, *columns)
+        self.columns = (*published, *columns)
         self._rounds: dict[int, Round] = {}
         self.lengths = _Lengths(self)
 
@@ -213,7 +215,8 @@ class _Lengths:
 
 
 def rounds_source(run_rounds: Path, vocab_size: int, tokenizer: Path | None,
-                  columns: Sequence[str] = (), routes: RouteShape | None = None) -> Source:
+                  columns: Sequence[str] = (), routes: RouteShape | None = None,
+                  published: Sequence[str] = (BEHAVIOUR, ADVANTAGE)) -> Source:
     """Return the source of a run's rounds.
 
     Args:
@@ -222,9 +225,10 @@ def rounds_source(run_rounds: Path, vocab_size: int, tokenizer: Path | None,
         tokenizer: folder of the tokenizer that the responses are written in; None: nobody knows.
         columns: see `RoundDocuments`.
         routes: shape of the routes that are published and replayed; None: there are none.
+        published: see `RoundDocuments`.
     """
     return Source(SOURCE, None, ROLLOUTS, {}, {"train": 0}, 0.0,
-                  made=RoundDocuments(run_rounds, vocab_size, columns), vocab_size=vocab_size,
+                  made=RoundDocuments(run_rounds, vocab_size, columns, published), vocab_size=vocab_size,
                   tokenizer=tokenizer, routes=routes)
 
 

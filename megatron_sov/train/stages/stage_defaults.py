@@ -209,10 +209,11 @@ def _with_lengths(config: RunConfig, said: Collection[str]) -> tuple[RunConfig, 
     most = config.model.max_position_tokens
     if "data.phases" in said:
         most = min(most, config.data.phases[0].seq_len)
-    chosen = {f"rollout.{name}": min(getattr(config.rollout, name), most // 2)
+    pair = config.documents_of_unit
+    chosen = {f"rollout.{name}": min(getattr(config.rollout, name), most // 2 // pair)
               for name in ("max_prompt_tokens", "max_new_tokens")}
     config = apply_settings(config, [f"{key}={value}" for key, value in chosen.items() if key not in said])
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    longest = pair * (config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)
     if "data.phases" not in said:
         seq_len = min(max(LEAST_SEQ_LEN, 1 << (longest - 1).bit_length()), config.model.max_position_tokens)
         config = apply_settings(config, [f"data.phases.0.seq_len={seq_len}"])

@@ -45,15 +45,16 @@ class SglangServer:
             "ignore_eos": True, "stop_token_ids": list(request.stop_ids)}
         if is_cut:
             chosen |= {"top_p": request.top_p, "top_k": min(request.top_k or MOST_OF_CUT, MOST_OF_CUT)}
+        asked = [ids for ids in request.prompts for _ in range(request.count)]
         found = self._calls.ask(WRITE, {
             # a list, in which each has a name to be aborted by: those of its own `n` have none
-            "rid": _ids_of(request), "input_ids": [list(request.ids)] * request.count,
+            "rid": _ids_of(request), "input_ids": asked,
             "sampling_params": chosen,
             "return_logprob": True, "return_sampling_mask": is_cut,
             "return_routed_experts": request.with_routes})
         with AnswerReading(self.url):
-            answers = [_read(answer, len(request.ids), is_cut) for answer in found]
-        return check_answers(answers, request.count, self.url)
+            answers = [_read(answer, len(ids), is_cut) for ids, answer in zip(asked, found, strict=True)]
+        return check_answers(answers, request.num_answers, self.url)
 
     def score(self, ids: Sequence[int]) -> list[float]:
         """Return log-probabilities of what is given, see `TokenServer`."""
@@ -102,7 +103,7 @@ class SglangServer:
 
 def _ids_of(request: TokenRequest) -> list[str]:
     # SGLang aborts all requests whose ids begin with what it is given
-    return [f"{request.name}.{place};" for place in range(request.count)]
+    return [f"{request.name}.{place};" for place in range(request.num_answers)]
 
 
 def _read(found: Any, num_prompt: int, is_cut: bool) -> TokenAnswer:

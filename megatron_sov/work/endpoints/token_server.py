@@ -26,16 +26,18 @@ CONTROL_S = 600.0
 """For what changes an engine; an answer has a limit of its own."""
 LOOK_S = 10.0
 """For a sign of life."""
+NO_LOGPROB = -9999.0
+"""What vLLM tells in the place of NaN and of -inf."""
 MAX_ANSWER_BYTES = 1 << 30
 """Of an answer with routes: some hundred bytes for each token and layer."""
 
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """A prompt that is to be continued."""
+    """A prompt that is to be continued, or several of them."""
 
     name: str
-    """By which it can be aborted; no other request has it."""
+    """By which it can be aborted, where it is of one prompt; no other request has it."""
     ids: Sequence[int]
     """Token ids, at least one."""
     max_new_tokens: int
@@ -48,7 +50,20 @@ class TokenRequest:
     with_routes: bool = False
     """Whether to tell which experts tokens visited."""
     count: int = 1
-    """Answers to be drawn; 1 where the temperature is 0."""
+    """Answers to be drawn of each prompt; 1 where the temperature is 0."""
+    others: tuple[Sequence[int], ...] = ()
+    """Prompts beside the first one: weights must not change meanwhile, for such answers do not tell which
+    ones wrote them."""
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Return all prompts, in order."""
+        return [list(ids) for ids in (self.ids, *self.others)]
+
+    @property
+    def num_answers(self) -> int:
+        """Return how many answers come, those of a prompt together."""
+        return self.count * (1 + len(self.others))
 
 
 @dataclass(frozen=True)
@@ -199,6 +214,10 @@ def _check_answer(answer: TokenAnswer, where: str) -> None:
     if len(answer.logprobs) != count:
         raise BadAnswer(f"{where}: told {count} tokens and {len(answer.logprobs)} log-probabilities; one "
                         "belongs to each")
+    # not the other way round, which NaN would pass
+    if not all(logprob > NO_LOGPROB for logprob in answer.logprobs):
+        raise BadAnswer(f"{where}: drew a token to which it gives no probability: its model computes no "
+                        "numbers")
     if answer.reason not in (STOP, LENGTH, ABORTED):
         raise BadAnswer(f"{where}: ended an answer with {answer.reason!r}")
     ends = [span.end for span in answer.versions]

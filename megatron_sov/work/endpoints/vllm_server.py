@@ -49,17 +49,17 @@ class VllmServer:
         chosen = {"max_tokens": request.max_new_tokens, "temperature": request.temperature,
                   "top_p": request.top_p, "top_k": request.top_k or -1, "logprobs": 0, "ignore_eos": True,
                   "stop_token_ids": list(request.stop_ids), "detokenize": False, "n": request.count}
-        if self._path == WRITE:
+        if self._path == WRITE and not request.others:  # it takes one prompt
             try:
                 found = self._calls.ask(WRITE, {"request_id": request.name, "token_ids": list(request.ids),
                                                 "sampling_params": chosen, "model": self._model or None})
-                return check_answers(_read_tokens(found, self.url), request.count, self.url)
+                return check_answers(_read_tokens(found, self.url), request.num_answers, self.url)
             except NeverAnswered as e:
                 # a server without --enable-scale-out does not have the route
                 if "HTTP 404" not in str(e):
                     raise
                 self._path = COMPLETIONS
-        return check_answers(self._completions(request, chosen), request.count, self.url)
+        return check_answers(self._completions(request, chosen), request.num_answers, self.url)
 
     def score(self, ids: Sequence[int]) -> list[float]:
         """Return log-probabilities of what is given, see `TokenServer`."""
@@ -88,9 +88,11 @@ class VllmServer:
 
     def abort(self, requests: Sequence[TokenRequest]) -> None:
         """End requests, see `TokenServer`."""
-        # answers come back under this prefix, and requests are known by it
+        # each route has a name of its own for what it was asked; those that do not exist are passed over
         self._calls.tell("/abort_requests", {
-            "request_ids": [f"generate-tokens-{request.name}" for request in requests]})
+            "request_ids": [name for request in requests for name in (
+                f"generate-tokens-{request.name}",
+                *(f"cmpl-{request.name}-{place}" for place in range(len(request.prompts))))]})
 
     def pause(self) -> None:
         """Freeze what is under way, see `TokenServer`."""
@@ -140,8 +142,10 @@ class VllmServer:
                             is_away=True) from None
 
     def _completions(self, request: TokenRequest, chosen: Mapping[str, Any]) -> list[TokenAnswer]:
-        body = dict(chosen) | {"prompt": list(request.ids), "model": self._named(), "return_token_ids": True,
-                               "request_id": request.name}
+        # ids in the place of texts: our servers have no tokenizer
+        body = dict(chosen) | {"prompt": request.prompts if request.others else list(request.ids),
+                               "model": self._named(), "return_token_ids": True,
+                               "return_tokens_as_token_ids": True, "request_id": request.name}
         body.pop("detokenize")
         found = self._calls.ask(COMPLETIONS, body)
         with AnswerReading(self.url):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from typing import Any, TypeVar
 
 from megatron_sov.base.errors import UserError
@@ -28,6 +29,9 @@ START_LIMIT_S = 120.0
 """For a process to import and make what it answers with."""
 END_LIMIT_S = 60.0
 """For the kernel to say how a process has ended."""
+QUICK_S, MOST_AT_ONCE = 0.01, 64
+"""Requests that take no longer go to a process by so many: a message and its answer, one after the other,
+take longer than the work itself."""
 _PRELOADED: dict[str, None] = {}
 """Modules of all such processes, in order: they share one server."""
 Key = TypeVar("Key")
@@ -60,8 +64,11 @@ class _Fork(Child):
         """Of its work, without what it waits for a processor."""
         self.limit_s = START_LIMIT_S
         self.is_ready = False
-        self.keys: list[Any] = []
-        """Of the request that it works on, if there is one."""
+        self.given: deque[tuple[Any, Any]] = deque()
+        """(key, request): the one that it works on, and those behind it."""
+        self.most = 1
+        """Requests that it is given together."""
+        self._num_given, self._given_s = 0, 0.0
 
     @property
     def look_at_s(self) -> float:
@@ -69,6 +76,25 @@ class _Fork(Child):
 
     def begin_again(self) -> None:
         self._time.begin_again()
+
+    def give(self, asked: Sequence[tuple[Any, Any]], limit_s: float) -> None:
+        """Give it requests, to be answered one after the other, each within so many seconds."""
+        self.given.extend(asked)
+        self.limit_s, self._num_given, self._given_s = limit_s, len(asked), time.monotonic()
+        self.begin_again()
+        with contextlib.suppress(OSError):  # it has just ended, which is found out next
+            send(self.channel, [request for _, request in asked])
+
+    def take_answered(self) -> Any:
+        """Return the key of the request that it has answered."""
+        key, _ = self.given.popleft()
+        if self.given:
+            # without a look at what it takes: what it took for the answers before is little
+            self._time.begin()
+        else:
+            is_quick = time.monotonic() - self._given_s <= QUICK_S * self._num_given
+            self.most = min(2 * self.most, MOST_AT_ONCE) if is_quick else 1
+        return key
 
     def is_late(self) -> bool:
         """Return whether it has taken its time without an answer."""
@@ -92,7 +118,7 @@ class Lost:
 
 
 class Workers:
-    """Processes that each answer one request at a time, and are replaced where they end; a context.
+    """Processes that each answer one request after the other, and are replaced where they end; a context.
 
     They end with this process, as all that is below them unless they may start processes of their own.
     """
@@ -130,33 +156,32 @@ class Workers:
             UserError: as `make` and what it returns do; or a process cannot be started.
         """
         try:
-            while waiting or any(worker.keys for worker in self._workers):
+            while waiting or any(worker.given for worker in self._workers):
                 self._hand_out(waiting, limit_s)
-                busy = [worker for worker in self._workers if worker.keys or not worker.is_ready]
+                busy = [worker for worker in self._workers if worker.given or not worker.is_ready]
                 # sleep until a message comes or a process has to be looked at
                 left_s = min(worker.look_at_s for worker in busy) - time.monotonic()
                 came = connection.wait([worker.channel for worker in busy], max(left_s, 0.0))
                 for worker in busy:
                     if worker.channel in came or worker.is_late():
                         for answer in self._taken(worker, worker.channel in came):
-                            yield worker.keys.pop(), answer
+                            key = worker.take_answered()
+                            if isinstance(answer, Lost):  # those behind it are not to blame
+                                waiting.extendleft(reversed(worker.given))
+                            yield key, answer
         finally:
             # one with a request under way would send its answer to the next caller
-            for worker in [worker for worker in self._workers if worker.keys]:
+            for worker in [worker for worker in self._workers if worker.given]:
                 self._end(worker)
 
     def _hand_out(self, waiting: deque[tuple[Key, Any]], limit_s: float) -> None:
-        wanted = len(waiting) + sum(bool(worker.keys) for worker in self._workers)
+        wanted = len(waiting) + sum(bool(worker.given) for worker in self._workers)
         while len(self._workers) < min(self._num, wanted):
             self._workers.append(_Fork(self._make, self._arguments, self._may_start_processes))
         for worker in self._workers:
-            if waiting and worker.is_ready and not worker.keys:
-                key, request = waiting.popleft()
-                worker.keys.append(key)
-                worker.limit_s = limit_s
-                worker.begin_again()
-                with contextlib.suppress(OSError):  # it has just ended, which is found out next
-                    send(worker.channel, request)
+            if waiting and worker.is_ready and not worker.given:
+                count = min(worker.most, -(-len(waiting) // self._num))
+                worker.give([waiting.popleft() for _ in range(count)], limit_s)
 
     def _taken(self, worker: _Fork, has_sent: bool) -> list[Any]:
         """Return the answer of a worker that has sent something, or is late; none where it goes on."""
@@ -202,6 +227,12 @@ def _begin(channel: socket.socket, make: Callable[..., Answer], arguments: tuple
     ends its processes itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     be_killed_with_parent()
+    # The server ends when nobody holds this pipe's end any more: held here too, it and a process that is at
+    # work would go on behind a command that was killed.
+    shared: Any = forkserver._forkserver
+    if shared._forkserver_alive_fd is not None:
+        os.close(shared._forkserver_alive_fd)
+        shared._forkserver_alive_fd = None
     serve(channel, make, arguments)
 
 
@@ -212,7 +243,8 @@ def serve(channel: socket.socket, make: Callable[..., Answer], arguments: tuple[
             answer = make(*arguments)
             send(channel, ("ready", ""))
             while True:
-                request = receive(channel)
-                send(channel, ("answer", answer(request, lambda: send(channel, ("again", "")))))
+                for request in receive(channel):
+                    # each by itself: where a process ends, the first without an answer has ended it
+                    send(channel, ("answer", answer(request, lambda: send(channel, ("again", "")))))
         except UserError as e:
             send(channel, ("problem", str(e)))

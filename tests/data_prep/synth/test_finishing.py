@@ -25,7 +25,7 @@ from megatron_sov.base.documents import RecordReading, list_files, read_document
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.judge.tools.registry import tasks_of
 from megatron_sov.judge.tools.worlds.databases import Booking
-from megatron_sov.rollouts.prompts import read_prompts, refuse_unaskable
+from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.work.progress.journal import begun, records_by_item, work_folder
 
 LEAKED = "Which keeper of the seven lighthouses painted the northern door green before the storm of 1911?"
@@ -184,8 +184,7 @@ def test_kept_chats_are_packed_and_prompts_are_asked(chats: Path, tokenizers: di
                  "--on-bad", "quarantine"]) == 0  # this small template shows no calls
     source, = read_manifest(tmp_path / "tokens").content["sources"]
     assert source["splits"]["train"]["num_documents"] == 2
-    prompts = read_prompts(chats / "kept-prompt.jsonl")
-    refuse_unaskable(chats / "kept-prompt.jsonl", prompts)
+    prompts = read_prompts(chats / "kept-prompt.jsonl", is_asked=True)
     assert [prompt.record["answer"] for prompt in prompts] == ["7", "8"]
 
 

@@ -240,6 +240,30 @@ def test_short_samples_of_a_prompt_are_asked_for_together(fleets: Callable[..., 
     assert counts([[3]] * 2, *[Sampling(5)] * 2) == [1, 1]
 
 
+def test_prompts_of_a_round_go_to_each_server_in_one_request(
+        fleets: Callable[..., Fleet], tmp_path: Path) -> None:
+    keepers = [DoubleKeeper(), DoubleKeeper()]
+    fleet = fleets(keepers, 12)
+    engine = ServerEngine("vllm", fleet, tmp_path, tmp_path / "w", 24)
+    prompts, drawn = [[3 + k // 4] for k in range(24)], Sampling(5, temperature=1.0)
+    found = engine.requests(prompts, [drawn] * 24, (2,), are_joined=True)
+    assert [(request.prompts, request.count) for request in found] == [
+        ([[3], [4], [5]], 4), ([[6], [7], [8]], 4)]
+    answers = [answer for future in [fleet.submit(request) for request in found]
+               for answer in future.result(10)]
+    assert [a.tokens for a in answers] == [[token_at(ids, n, 0) for n in range(5)] for ids in prompts]
+    # never more than a server writes at a time, nor others than are asked for alike, nor long ones
+    fleet.requests = 8
+    sizes = [request.num_answers for request in engine.requests(prompts, [drawn] * 24, (2,), are_joined=True)]
+    assert sizes == [8, 8, 8]
+    long = [replace(drawn, max_new_tokens=GROUPED_TOKENS + 1)] * 3
+    for samplings in (long, [drawn, replace(drawn, temperature=0.5), drawn]):
+        assert len(engine.requests([[3], [4], [5]], samplings, (2,), are_joined=True)) == 3
+    with pytest.raises(UserError, match="not below the model's vocab_size"):
+        fleet.submit(TokenRequest("bad", [3], 3, others=([VOCAB],)))
+
+
+
 def test_bounds_end_what_is_under_way(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
     engine = ServerEngine("vllm", fleets([DoubleKeeper(0.01)]), tmp_path, tmp_path / "w", 4)
     ended = threading.Event()

@@ -118,6 +118,13 @@ def test_sglang_is_started_by_its_own_words(tmp_path: Path, monkeypatch: pytest.
         assert part in told
 
 
+def test_copies_inside_of_a_server_have_one_door(tmp_path: Path) -> None:
+    # vLLM opens as many as copies, and a request that came in by one cannot be ended by another
+    settings = server_settings("vllm", ["dp=2"], "--engine-set")
+    words = OwnServer("vllm", 0, Path("model"), 99, settings, tmp_path).words(5)
+    assert "--data-parallel-size 2 --api-server-count 1" in " ".join(words)
+
+
 def test_sglang_takes_weights_by_files_alone() -> None:
     with pytest.raises(UserError, match='transfer = "collective" SGLang takes weights by files alone'):
         server_settings("sglang", ["transfer=collective"], "--engine-set")

@@ -44,17 +44,29 @@ class Model:
                 return
 
 
+class Kernel:
+    """vLLM's way to set an experts' kernel up, which tells whether there was none."""
+
+    moe_kernel: Any = "first"
+
+    def _setup_kernel(self) -> None:
+        DONE.append(str(self.moe_kernel))
+
+
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> type:
-    """Give the engine as vLLM's worker makes it, in which the worker's folder alone is there."""
+def engine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> type:
+    """Give the engine as vLLM's worker makes it, in which the worker's folder alone is there; the parameter
+    says whether on a GPU."""
     DONE.clear()
     factory = types.SimpleNamespace(register_engine=lambda name, made: REGISTERED.update({name: made}))
-    kernel = type("Kernel", (), {"_setup_kernel": lambda self: None})
+    monkeypatch.setattr(Kernel, "_setup_kernel", Kernel._setup_kernel)
+    platform = types.SimpleNamespace(is_cpu=lambda: not getattr(request, "param", False))
     modules: dict[str, dict[str, Any]] = {
         "distributed.weight_transfer.base": {"WeightTransferEngine": Base, "WeightTransferInitInfo": Base,
                                              "WeightTransferUpdateInfo": Base},
         "distributed.weight_transfer.factory": {"WeightTransferEngineFactory": factory},
-        "model_executor.layers.fused_moe.unquantized_fused_moe_method": {"UnquantizedFusedMoEMethod": kernel},
+        "model_executor.layers.fused_moe.unquantized_fused_moe_method": {"UnquantizedFusedMoEMethod": Kernel},
+        "platforms": {"current_platform": platform},
         "model_executor.model_loader.reload": {
             "initialize_layerwise_reload": lambda *_: DONE.append("initialized"),
             "finalize_layerwise_reload": lambda *_: DONE.append("finalized")}}
@@ -133,3 +145,10 @@ def test_what_is_half_loaded_does_not_stay_for_the_next_update(engine: type, tmp
     whole = worker(engine, Model())
     whole.receive_weights(whole.update_info_cls(files=[str(tmp_path / "w")]))
     assert sorted(whole.model.taken) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("engine", "seen"), [(False, "None"), (True, "first")], indirect=["engine"])
+def test_kernels_of_experts_are_made_anew_on_a_cpu_alone(engine: type, seen: str) -> None:
+    # graphs of a GPU go on to read what the first kernel has
+    Kernel()._setup_kernel()
+    assert [seen] == DONE

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import Mock
 
+import psutil
 import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards import scoring as room
 from megatron_sov.judge.rewards.registry import order
 from megatron_sov.judge.rewards.scoring import ProcessRunner
+from megatron_sov.work.processes import workers
 from megatron_sov.work.processes.channel import send
 from megatron_sov.work.processes.children import forget_other_variables
 from megatron_sov.work.processes.workers import serve
@@ -90,6 +95,24 @@ def test_what_goes_wrong_costs_its_row_alone(runner) -> None:
     assert "then 1 for the same row under one version" in found[4].reason
 
 
+def test_quick_rows_travel_together_and_one_that_ends_its_process_costs_no_other(
+        runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    monkeypatch.setattr(workers, "send", lambda channel, asked: (sent.append(len(asked)),
+                                                                send(channel, asked)))
+    monkeypatch.setattr(workers, "QUICK_S", 60.0)
+    with runner(workers=1) as running:
+        found = running.score(rows(*map(str, range(40)), "die", *map(str, range(41, 60))))
+    assert [r.reward for r in found] == [*range(40), None, *range(41, 60)]
+    # row 40 is of the 32 behind the first 31; those that were behind it go to another process
+    assert sent == [1, 2, 4, 8, 16, 29, 1, 2, 4, 8, 4]
+    sent.clear()
+    monkeypatch.setattr(workers, "QUICK_S", -1.0)
+    with runner(workers=1) as running:
+        running.score(rows("1", "2", "3"))
+    assert sent == [1, 1, 1]
+
+
 def test_a_response_that_keeps_its_judge_busy_is_worth_nothing_and_a_judge_that_waits_has_no_verdict(
         runner) -> None:
     with runner(cpu_limit_s=0.2, control="5") as running:
@@ -155,6 +178,30 @@ def test_one_server_imports_what_all_runners_need() -> None:
     assert {"colorsys", "wave"} <= set(forkserver._forkserver._preload_modules)
 
 
+KILLED = '''
+import sys
+from megatron_sov.judge.rewards.registry import order
+from megatron_sov.judge.rewards.scoring import ProcessRunner
+
+with ProcessRunner(order(sys.argv[1], {}), 3600.0, 1) as running:
+    running.score([{"response": "loop"}])
+'''
+
+
+def test_a_process_at_work_ends_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    own = tmp_path / "pid"
+    (tmp_path / "does.py").write_text(CODE.replace('if what == "loop":', f"""if what == "loop":
+            with open({str(own)!r}, "w") as file:
+                file.write(str(os.getpid()))"""))
+    command = subprocess.Popen([sys.executable, "-c", KILLED, f"{tmp_path}/does.py:Does"])
+    while not (own.exists() and own.read_text()) and command.poll() is None:
+        time.sleep(0.01)
+    process = psutil.Process(int(own.read_text()))
+    command.kill()
+    command.wait()
+    process.wait(60)
+
+
 @pytest.mark.parametrize("is_early", [True, False])
 def test_a_process_whose_command_has_ended_ends_without_a_traceback(
         is_early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +214,7 @@ def test_a_process_whose_command_has_ended_ends_without_a_traceback(
         if is_early:
             command.close()
         else:
-            send(command, ({"response": "1"}, True))
+            send(command, [({"response": "1"}, True)])
             own.shutdown(socket.SHUT_WR)
         serve(own, room._judge, (order(f"{tmp_path}/does.py:Does", {}), (), 1.0))
     command.close()

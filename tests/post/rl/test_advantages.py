@@ -202,6 +202,15 @@ def test_the_methods_put_them_together() -> None:
         (given_ - given_.mean()) / (given_.std(ddof=1) + 1e-4) + intra)
 
 
+def test_a_range_goes_from_the_worst_to_the_best() -> None:
+    groups = [np.array([0.5, 2.0, 1.0]), np.ones(2)]
+    first, second = advantages(groups, [np.full(len(g), 9) for g in groups], PolicyConfig("preference"),
+                               LONGEST)
+    assert first.advantages == pytest.approx([-1, 1, -1 / 3]) and second.reason == "all_right"
+    kept = advantages([np.zeros(2)], [np.full(2, 9)], PolicyConfig("gspo", advantage="range"), LONGEST)
+    assert kept[0].advantages.tolist() == [0, 0]
+
+
 def test_a_group_that_is_all_right_still_learns_lengths() -> None:
     [group] = advantages([np.ones(3)], [np.array([10, 500, 510])], PolicyConfig("lapo_d"), LONGEST)
     assert group.reason == "" and np.argmin(group.advantages) == 0

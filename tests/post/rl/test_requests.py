@@ -122,6 +122,23 @@ def test_rounds_are_written_by_the_newest_policy_and_published_piece_by_piece(
     assert {int(v) for row in desk.rows(2) for v in row.versions} == {1}
 
 
+@pytest.mark.parametrize(("more", "room", "sent"), [
+    ({}, 6, 1), ({}, 5, 3), ({"max_staleness": 1}, 6, 3), ({"deadline_s": 60.0}, 6, 3)])
+def test_a_round_that_nothing_changes_is_one_request(
+        more: dict[str, Any], room: int, sent: int, desks: Callable[..., Desk]) -> None:
+    keeper = DoubleKeeper()
+    desk = desks([keeper], replace(ROLLOUT, rounds=1, piece_prompts=3, **more))
+    desk.fleet.requests = room
+    live = row_requests(desk.engine, desk.source, room, is_live=True)
+    requests = ResponseQueue(live, desk.queue, None, room)
+    while requests.advance(5.0, lambda: not desk.queue.missing.is_done):
+        pass
+    requests.close()
+    check_whole(desk.rows(1))
+    names = [body["request_id"] for body in keeper.doubles[0].asked]
+    assert len(set(names)) == sent
+
+
 @pytest.mark.parametrize(("is_live", "deadline_s", "asked"), [
     (True, 0.0, 6), (True, 60.0, 2), (False, 0.0, 2)])
 def test_servers_of_a_run_have_all_work_there_is_before_nobody_looks(
@@ -194,7 +211,9 @@ def test_a_deadline_keeps_what_is_written_and_the_next_policy_goes_on(desks: Cal
     desk = desks([keeper], replace(ROLLOUT, rounds=1, deadline_s=10.0))
     requests = ResponseQueue(desk.requests, desk.queue, desk.take, 8, lambda: now_s[0])
     requests.advance(1.0, lambda: keeper.doubles[0].num_written < 6)
-    now_s[0], keeper.doubles[0].token_s = 20.0, 0.01
+    now_s[0] = 20.0
+    requests.advance(1.0, lambda: "/abort_requests" not in keeper.doubles[0].orders)
+    keeper.doubles[0].token_s = 0.01
     requests.advance(1.0, lambda: not desk.store.parts(1))
     desk.newest = 1
     while requests.advance(1.0, lambda: True):

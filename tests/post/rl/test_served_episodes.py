@@ -94,6 +94,8 @@ class Server:
     model: Greedy
     url: str = "http://double"
     token_s: float = 0.0
+    held_at: int | None = None
+    """Tokens of a turn after which it waits to be aborted."""
     version: int = 0
     num_written: int = 0
     aborted: set[str] = field(default_factory=set)
@@ -103,6 +105,8 @@ class Server:
         versions: list[int] = []
         for token in self.model.behind(request.ids)[:request.max_new_tokens]:
             time.sleep(self.token_s)
+            while len(told) == self.held_at and request.name not in self.aborted:
+                time.sleep(0.001)
             if request.name in self.aborted:
                 return self._answer(request, told, versions, ABORTED)
             told.append(token)
@@ -212,7 +216,7 @@ def test_servers_make_the_same_rows_as_an_engine_in_step(job: Callable[..., Job]
 
 def test_a_turn_that_a_deadline_cuts_off_goes_on_by_the_next_policy(job: Callable[..., Job]) -> None:
     model, now_s = Greedy(fuzzed), [0.0]
-    server = Server(model, token_s=0.05)
+    server = Server(model, held_at=3)
     one = job("booking", EXAMPLES.EXAMPLES[:2], [server], replace(ROLLOUT, deadline_s=10.0))
     queue = ResponseQueue(one.requests, one.queue, one.take, 4, lambda: now_s[0])
     assert queue.advance(1.0, lambda: server.num_written < 12) is False
@@ -224,7 +228,7 @@ def test_a_turn_that_a_deadline_cuts_off_goes_on_by_the_next_policy(job: Callabl
     requests: Any = one.requests
     processes = [host._workers._workers for host in requests._seats._free]
     assert processes.count([]) >= len(cut)
-    one.step, server.token_s = 1, 0.0
+    one.step, server.held_at = 1, None
     while queue.advance(1.0, lambda: True):
         pass
     found = {(row.key.prompt, row.key.sample): row for row in later(one.rows())}

@@ -92,6 +92,12 @@ def test_an_aborted_request_ends_alone(double: SglangDouble) -> None:
                                                                               ("length", False)]
 
 
+def test_prompts_of_one_request_are_answered_in_their_order(double: SglangDouble) -> None:
+    several = SglangServer(double.url).write(TokenRequest("c", PROMPT, 4, count=2, others=([9],)))
+    assert [answer.tokens for answer in several] == [
+        *[words(4)] * 2, *[[token_at([9], n, 0) for n in range(4)]] * 2]
+
+
 def test_some_answers_are_asked_for_at_once_and_end_together(double: SglangDouble) -> None:
     server = SglangServer(double.url)
     assert [answer.tokens for answer in server.write(TokenRequest("a", PROMPT, 4, count=3))] == [words(4)] * 3

@@ -1,0 +1,228 @@
+"""`megatron-sov rl run --set policy.method=preference`: rounds of pairs and groups that the model writes, by
+one optimizer; beside transformers, kills and other layouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.cli import main
+from megatron_sov.convert import to_hf
+from megatron_sov.rollouts.store import RolloutStore
+from megatron_sov.runs.obs.events import read_events
+from megatron_sov.train.data.token_shards import open_sources
+
+BETA = 0.7
+SETTINGS = ("rollout.rounds=2", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
+            "rollout.steps_per_round=2", "rollout.piece_prompts=2", "rollout.max_new_tokens=6",
+            "rollout.max_prompt_tokens=8", "rollout.temperature=1.3", "policy.method=preference",
+            "policy.keep_unfinished=true", "optim.lr=1e-2", "optim.warmup_steps=0",
+            'data.phases=[{"name": "main", "seq_len": 32}]', "train.eval_every_steps=0",
+            "train.keep_checkpoints=0", "train.precision=fp32")
+REWARD = """
+from dataclasses import dataclass
+
+@dataclass
+class Early:
+    threads: int  # a reward that says so is judged in this process
+
+    def score(self, row):
+        return float(sum(map(ord, row["response"])) % 3)
+"""
+"""Three values, so that many of four responses are equal."""
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preferences")
+    (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "{i}?"}}\n' for i in range(8)))
+    (folder / "early.py").write_text(REWARD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
+    """Return `command(run, *settings, store=, more=)`."""
+    def command(run: str, *settings: str, store: str = "", more: tuple[str, ...] = ()) -> list[str]:
+        every = (*SETTINGS, "model.hidden_size=48", *settings)
+        return ["rl", "run", "tiny-solar-open", *tiny, *(w for s in every for w in ("--set", s)), "--prompts",
+                str(folder / "prompts.jsonl"), "--reward", f"{folder}/early.py:Early", "--reward-set",
+                "threads=1", "--plain", "--from", str(teacher), "--run", str(folder / run), "--store",
+                str(folder / (store or f"{run}-store")), *more]
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, command: Command, run_command: Any) -> Path:
+    done = run_command(*command("whole", f"preference.beta={BETA}"))
+    assert done.returncode == 0, done.stderr
+    return folder / "whole"
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    """Return the events of steps; a killed run may have done one twice."""
+    return list({e["step"]: e for e in read_events(run / "events.jsonl") if e["event"] == "step"}.values())
+
+
+def losses(run: Path) -> list[tuple[float, float]]:
+    return [(e["loss"], e["grad_norm"]) for e in steps(run)]
+
+
+def weights(run: Path) -> dict[str, str]:
+    files = read_manifest(run / "checkpoints/step-4").files
+    return {name: record.digest for name, record in files.items() if name.endswith(".safetensors")}
+
+
+def documents(run: Path, number: int) -> list[list[tuple[list[int], list[bool], dict[str, float]]]]:
+    """Return the documents of each step of a round: tokens, which are learned, and what each is one of."""
+    path = run / f"rounds/{number:04d}"
+    [source] = open_sources({str(path): 1.0}, 368, ("rollouts",))
+    shard, found = source.shard("train"), []
+    for document, length in enumerate(np.asarray(shard.lengths[np.arange(len(shard.lengths))]).tolist()):
+        found.append((shard.tokens(document, 0, length).tolist(),
+                      (shard.loss_weights(document, 0, length) > 0).tolist(),
+                      {name: float(shard.column(name, document, length - 1, 1)[0])
+                       for name in shard.columns if name != "behaviour_logprobs"}))
+    return [found[first:first + count] for first, count in read_manifest(path).content["steps"]]
+
+
+def judged(store: Path, version: str, number: int) -> list[list[tuple[list[int], float, bool]]]:
+    """Return the responses to each prompt of a round, by their samples: tokens with the prompt's, reward, and
+    whether it ended."""
+    opened = RolloutStore.open(store)
+    groups: dict[str, list[tuple[int, tuple[list[int], float, bool]]]] = {}
+    for part in opened.parts(number):
+        rewards = {row.key: row.reward for row in opened.read_rewards(version, part.name)
+                   if row.reward is not None}
+        for row in opened.read_rollouts(part.name):
+            groups.setdefault(row.key.prompt, []).append((row.key.sample, (
+                [*row.prompt_tokens.tolist(), *row.tokens.tolist()], rewards[row.key],
+                row.finish_reason == "stop")))
+    return [[response for _, response in sorted(group)] for group in groups.values()]
+
+
+def test_a_round_has_the_best_and_the_worst_of_each_group(whole: Path, folder: Path) -> None:
+    for number in (1, 2):
+        content = read_manifest(whole / f"rounds/{number:04d}").content
+        expected = []
+        for group in judged(folder / "whole-store", content["reward_version"], number):
+            rewards = [reward for _, reward, _ in group]
+            if max(rewards) > min(rewards):
+                # of equal ones the first that ended is the best, and the first is the worst
+                best = [t for t, reward, ended in group if reward == max(rewards) and ended] or [
+                    t for t, reward, _ in group if reward == max(rewards)]
+                expected.append([best[0], next(t for t, reward, _ in group if reward == min(rewards))])
+        there = [d for step in documents(whole, number) for d in step]
+        assert sorted([there[i][0], there[i + 1][0]] for i in range(0, len(there), 2)) == sorted(expected)
+        assert [columns["advantage"] for _, _, columns in there] == [1.0, -1.0] * (len(there) // 2)
+        assert content["groups"]["learns"] == len(expected) > 1
+
+
+def means_of_transformers(run: Path, step: int, taken: list[Any], start: Path, folder: Path
+                          ) -> tuple[np.ndarray, np.ndarray]:
+    """Return [documents] sums of log-probabilities of learned tokens behind so many steps, and their counts,
+    by transformers' model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = run / f"checkpoints/step-{step}" if step else start / "checkpoints/step-2"
+    to_hf(checkpoint, folder / f"hf-{run.name}-{step}", "float32")
+    model = AutoModelForCausalLM.from_pretrained(folder / f"hf-{run.name}-{step}", dtype=torch.float32)
+    sums, counts = [], []
+    for tokens, learned, _ in taken:
+        with torch.no_grad():
+            logits = model(torch.tensor(tokens)[None]).logits[0, :-1].double()
+        labels = torch.tensor(tokens[1:])
+        of_labels = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+        sums.append(float(of_labels[torch.tensor(learned[1:])].sum()))
+        counts.append(sum(learned))
+    return np.array(sums), np.array(counts)
+
+
+def dpo(policy: np.ndarray, reference: np.ndarray) -> float:
+    """Return the mean loss of pairs, as TRL's DPO trainer has it."""
+    apart = policy - reference
+    return float(np.mean([-math.log(1 / (1 + math.exp(-BETA * (c - r))))
+                          for c, r in zip(apart[0::2], apart[1::2], strict=True)]))
+
+
+def test_pairs_are_learned_against_the_weights_that_begin_the_round(whole: Path, folder: Path, teacher: Path
+                                                                    ) -> None:
+    taken = [*documents(whole, 1), *documents(whole, 2)]
+    for step in (1, 3):
+        # the second of each round, behind the first
+        now, then = (means_of_transformers(whole, at, taken[step], teacher, folder)[0]
+                     for at in (step, step - 1))
+        assert steps(whole)[step]["loss"] == pytest.approx(dpo(now, then), rel=1e-3)
+        assert steps(whole)[step]["meters"]["margin"] != 0
+    assert [steps(whole)[i]["loss"] for i in (0, 2)] == pytest.approx([math.log(2)] * 2, rel=1e-6)
+    # one schedule over the whole run
+    rates = [e["lr"] for e in steps(whole)]
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) > 2
+
+
+def test_pairs_are_learned_against_the_start_of_the_run(whole: Path, folder: Path, teacher: Path,
+                                                        command: Command, run_command: Any) -> None:
+    done = run_command(*command("fixed", f"preference.beta={BETA}", "policy.reference=run",
+                                store="whole-store"))
+    assert done.returncode == 0, done.stderr
+    run = folder / "fixed"
+    taken = documents(run, 2)[1]
+    now, then = (means_of_transformers(run, at, taken, teacher, folder)[0] for at in (3, 0))
+    assert steps(run)[3]["loss"] == pytest.approx(dpo(now, then), rel=1e-3)
+    assert losses(run)[1] == pytest.approx(losses(whole)[1], rel=1e-5)  # of round 1 both are the start
+
+
+@pytest.mark.parametrize("method", ["simper", "grouper"])
+def test_inverse_perplexities_of_pairs_and_groups(method: str, whole: Path, folder: Path, teacher: Path,
+                                                  command: Command, run_command: Any) -> None:
+    done = run_command(*command(method, f"preference.method={method}", "rollout.rounds=1",
+                                store="whole-store"))
+    assert done.returncode == 0, done.stderr
+    run = folder / method
+    for step, taken in enumerate(documents(run, 1)):
+        sums, counts = means_of_transformers(run, step, taken, teacher, folder)
+        inverse = np.exp(sums / counts)
+        if method == "simper":
+            expected = float(np.mean(inverse[1::2] - inverse[0::2]))
+        else:
+            advantages, shares = (np.array([columns[name] for _, _, columns in taken])
+                                  for name in ("advantage", "group_share"))
+            assert (shares == 0.25).all() and {-1.0, 1.0} < set(advantages) | {0.5}
+            expected = float(-(advantages * inverse * shares).sum() / shares.sum())
+        assert steps(run)[step]["loss"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.distributed
+def test_kills_change_no_bit_and_two_processes_little(whole: Path, folder: Path, command: Command,
+                                                      run_command: Any) -> None:
+    beta = f"preference.beta={BETA}"
+    done = run_command(*command("killed", beta, more=("--inject", "kill@step=2,kill@step=3")))
+    assert done.returncode == 0, done.stderr
+    assert losses(folder / "killed") == losses(whole) and len(losses(whole)) == 4
+    assert weights(folder / "killed") == weights(whole) and weights(whole)
+    done = run_command(*command("dp2", beta, more=("--nproc", "2")))
+    assert done.returncode == 0, done.stderr
+    assert np.allclose(losses(folder / "dp2"), losses(whole), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    (("preference.method=kto",), 'preference.method = "kto" learns single responses'),
+    (("data.phases.0.seq_len=16",), "a row holds whole pairs of responses, the longest has 2 x ("),
+    (("policy.kl=k3", "policy.kl_coeff=0.1"), "policy.kl = \"k3\" belongs to other losses"),
+    (("policy.method=gspo",), "keep_unfinished = true belongs to policy.method = preference"),
+])
+def test_what_cannot_be_learned_is_told_before_anything_begins(
+        settings: tuple[str, ...], said: str, folder: Path, command: Command,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command("refused", *settings)) == 2
+    assert said in capsys.readouterr().err
+    assert not (folder / "refused").exists()
