@@ -13,16 +13,16 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.writer import SAFETENSORS_DTYPES, TensorFile, TensorSpec
 from megatron_sov.convert.dtypes import convert_tensor
-
-if TYPE_CHECKING:
-    from megatron_sov.convert.sources import Weights
+from megatron_sov.model.config import ModelConfig
+from megatron_sov.model.families.weights import Link
 
 FIELD = "quantization_config"
 EIGHT_BITS = "F8_E4M3"
@@ -492,10 +492,21 @@ _JOINED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "up",
 
 
 
+class ReadableModel(Protocol):
+    """What rounding asks of a model's weights."""
+
+    path: Path
+    model: ModelConfig
+    links: list[Link]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor."""
+
+
 class LowBitModel:
     """A model's weights as a format stores them, made one at a time."""
 
-    def __init__(self, source: Weights, name: str, own: bool) -> None:
+    def __init__(self, source: ReadableModel, name: str, own: bool) -> None:
         """Choose the weights.
 
         Args:
