@@ -206,7 +206,7 @@ def _read(fd: int, start: int, out: torch.Tensor) -> None:
         raw, start = raw[count:], start + count
 
 
-SAFETENSORS_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
 _ALIGNMENT_BYTES = 8
 _CHUNK_BYTES = 1 << 20
 """Bytes that are hashed and then written: few enough to stay in the processor's cache between the two."""

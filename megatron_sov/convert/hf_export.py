@@ -4,7 +4,7 @@ being written."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,24 +18,26 @@ from megatron_sov.base.artifacts import (
     MANIFEST, FileRecord, atomic_write, damaged_files, manifest_sha256, read_manifest, refuse_existing,
     to_json)
 from megatron_sov.base.digests import fingerprint
-from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.errors import UserError, nearest, warn
 from megatron_sov.base.pages.markdown import CARD_MARK, md, slug
 from megatron_sov.checkpoint.writer import TensorSpec
-from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
+from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES, NO_FORMAT
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name, check_space, convert_tensor, exported_dtype
 from megatron_sov.convert.growing import open_weights
 from megatron_sov.convert.hf_import import (
-    carry, checked_source, copies_of, differing_copies, digest_of, ids_beside, move_chat_template,
-    plan_shards, split_conflict, with_turn_ends, write_files)
-from megatron_sov.convert.peft import add_inputs, checkpoint_weights
+    carry, check_copies, checked_source, copies_of, differing_copies, digest_of, ids_beside, ids_in,
+    move_chat_template, plan_shards, split_conflict, with_turn_ends, write_files)
+from megatron_sov.convert.low_bit import FIELD, FORMATS, LowBitModel
+from megatron_sov.convert.peft import add_inputs
 from megatron_sov.convert.sources import HfWeights, Weights, check_dtypes, newest_of_run, tensors_left_out
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.modality import modality
-from megatron_sov.model.pretrained import CONFIG, INDEX, SINGLE_FILE, listed, load_and_compare
+from megatron_sov.model.pretrained import (
+    CONFIG, INDEX, SINGLE_FILE, listed, load_and_compare, low_bit_options)
 from megatron_sov.runs.checkpoints import HF_MODEL, KIND as CHECKPOINT, RUN, refuse_other_kind, settings_of
 from megatron_sov.runs.obs.figures import size
-from megatron_sov.work.progress.resumable import resumable_artifact
+from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
 # The proof of a conversion: two folders hold the same model, and transformers loads what we wrote.
 #
@@ -109,12 +111,13 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True, workers: int = DE
         UserError: a folder cannot be opened, or is too large to be loaded here.
     """
     sides = [open_weights(a), open_weights(b)]
+    first, second = (RoundedSide(*sides), RoundedSide(*sides[::-1]))
     checks = [
         _count(f"{side.path}: files that differ from the manifest", damaged_files(side.path, workers=workers))
         for side in sides if (side.path / MANIFEST).is_file()]
     checks.append(_count("config fields that differ", _differing_fields(*sides)))
-    records = _compare(sides[0], sides[1], workers)
-    checks += _tensor_checks(sides[0], sides[1], records)
+    records = _compare(first, second, workers)
+    checks += [*_tensor_checks(sides[0], sides[1], records), *first.checks(), *second.checks()]
     checks += [_count(f"{side.path}: copies that differ", differing_copies(side))
                for side in sides if isinstance(side, HfWeights) and side.copies]
     if load:
@@ -142,10 +145,42 @@ def _tensor_checks(a: Weights, b: Weights, records: dict[str, TensorRecord]) -> 
     ]
 
 
-def _compare(a: Weights, b: Weights, workers: int) -> dict[str, TensorRecord]:
+class RoundedSide:
+    """One side of a comparison, rounded to the other's few bits where that one has them."""
+
+    def __init__(self, side: Weights, other: Weights) -> None:
+        self.weights = side
+        form = None if format_of(side) else format_of(other)
+        self._low_bit = low_bit_model(side, form) if form else None
+        self._errors: dict[str, float] = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self.weights.read(name)
+        if self._low_bit is None or name not in self._low_bit.names:
+            return tensor
+        rounded = self._low_bit.rounded(name)
+        norm = float(tensor.double().norm())
+        self._errors[name] = float((rounded.double() - tensor.double()).norm()) / norm if norm else 0.0
+        return rounded
+
+    def checks(self) -> list[ParityCheck]:
+        """Return how far rounding moved weights: the largest share of a weight's norm."""
+        if self._low_bit is None or not self._errors:
+            return []
+        name, limit = max(self._errors, key=self._errors.__getitem__), self._low_bit.form.largest_error
+        return [ParityCheck(f"{self.weights.path}: largest change of a weight by {self._low_bit.form.name}",
+                            self._errors[name], limit, self._errors[name] <= limit, name)]
+
+
+def format_of(side: Weights) -> str:
+    """Return the format of weights in few bits; "" where there are none."""
+    return (side.low_bit() or "") if isinstance(side, HfWeights) else ""
+
+
+def _compare(a: RoundedSide, b: RoundedSide, workers: int) -> dict[str, TensorRecord]:
     """Return the record of every tensor that both sides have; `workers` tensors are in memory at a time."""
-    others = set(b.names())
-    common = [name for name in a.names() if name in others]
+    others = set(b.weights.names())
+    common = [name for name in a.weights.names() if name in others]
     with ThreadPoolExecutor(workers) as pool:
         found = tqdm(pool.map(lambda name: _record(a.read(name), b.read(name)), common), total=len(common),
                      desc="verify", unit="tensor", disable=None)
@@ -189,7 +224,7 @@ def _loading_checks(side: HfWeights) -> list[ParityCheck]:
 
     try:
         _, found = load_and_compare(AutoModelForCausalLM, side.path, left_out=tensors_left_out(side.path),
-                                    dtype="auto")
+                                    **{"dtype": "auto", **low_bit_options(side.path)})
     except UserError as e:
         return [ParityCheck(f"{side.path}: transformers loads it", 1, 0, False, str(e))]
     return [_count(f"{side.path}: transformers reports keys {kind}", names) for kind, names in found.items()]
@@ -208,15 +243,18 @@ README = "README.md"
 
 
 def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
-          max_shard_bytes: int = MAX_SHARD_BYTES, workers: int = DEFAULT_WORKERS,
-          overwrite: bool = False, redo: bool = False) -> None:
+          quantize: str = NO_FORMAT, max_shard_bytes: int = MAX_SHARD_BYTES,
+          workers: int = DEFAULT_WORKERS, overwrite: bool = False, redo: bool = False) -> None:
     """Write a checkpoint as a Hugging Face folder (an artifact of kind "hf_model").
 
     Args:
-        checkpoint: a checkpoint folder, written at any layout; of an adapter, whose base gets it inside.
+        checkpoint: a checkpoint folder, written at any layout; of an adapter, whose base gets it inside. With
+            `quantize` also a Hugging Face folder.
         out: the folder to write; it appears only when complete, and a killed command goes on where it was.
         dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the checkpoint's own (float32 for
             one of float64, which few readers expect); router biases are float32 always.
+        quantize: store linear layers in a format of few bits (`convert.low_bit`), or "none"; "keep" is
+            bfloat16 then.
         max_shard_bytes: largest size of one safetensors file.
         workers: files that are written at a time.
         overwrite: replace an "hf_model" artifact that is already there.
@@ -226,29 +264,60 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         UserError: the checkpoint is damaged, its family cannot express its model, a value is not finite or
             overflows `dtype`, the disk is full, or other work on the output is unfinished.
     """
-    _check_order(Path(checkpoint), dtype, max_shard_bytes)
+    _check_order(Path(checkpoint), dtype, max_shard_bytes, quantize)
     checkpoint, out = newest_of_run(Path(checkpoint)), Path(out)
     refuse_existing(out, KIND, overwrite)
-    source = checkpoint_weights(checkpoint)
+    source = open_weights(checkpoint)
     check_dtypes(source)
-    files = planned_files(source, dtype, max_shard_bytes)
-    specs = [spec for tensors in files.values() for spec in tensors]
-    of = {spec.name: spec.name for spec in specs} | copies_of(source)
-    tokens = ids_beside(checkpoint / "tokenizer")
+    low_bit = low_bit_model(source, quantize)
+    if low_bit is not None and dtype == KEEP:
+        dtype = "bfloat16"  # as readers make of few bits, and transformers' classes want one dtype
+    specs = planned_tensors(source, dtype)
+    files = planned_files(specs, low_bit, max_shard_bytes)
+    of = {part.name: spec.name for spec in specs for part in _parts(spec, low_bit)} | copies_of(source)
+    companions, tokens = _companions(source)
     family = models.get(source.model.family)
     config = family.to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
+    if low_bit is not None:
+        config[FIELD] = low_bit.field()
     beside = {CONFIG: config, **_processors(source, checkpoint)}
-    plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint), "dtype": dtype,
-            "max_shard_bytes": max_shard_bytes, "files": digest_of(files)}
+    settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes} | (
+        {"quantize": quantize} if low_bit is not None else {})
+    has_manifest = (checkpoint / MANIFEST).is_file()  # all but folders of others
+    plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint) if has_manifest else "",
+            **settings, "files": digest_of(files)}
     with resumable_artifact(out, KIND, "megatron-sov convert to-hf", plan, overwrite=overwrite,
-                            redo=redo) as artifact, \
-            tqdm(total=len(specs), desc="to-hf", unit="tensor", disable=None) as bar:
-        missing = {name: tensors for name, tensors in files.items() if name not in artifact.finished}
-        check_space(out, sum(spec.size_bytes for tensors in missing.values() for spec in tensors))
-        bar.update(len(specs) - sum(map(len, missing.values())))
+                            redo=redo) as artifact:
+        _write_tensors(artifact, source, low_bit, files, of, workers)
+        _write_beside(artifact.path, files, beside, companions, tokens)
+        if has_manifest:
+            add_inputs(artifact.writer, source, leaves=True)
+        artifact.writer.content = {
+            "family": source.model.family, "num_tensors": sum(map(len, files.values())),
+            "dtype": config["dtype"],
+            "num_parameters": sum(math.prod(spec.shape) for spec in specs if of.get(spec.name, spec.name)
+                                  == spec.name)} | ({"quantize": quantize} if low_bit is not None else {})
+        artifact.writer.settings = settings
+    _write_readme(out)
+    if conflict := split_conflict(out, family.reader_split):
+        warn(conflict)
+
+
+def _write_tensors(artifact: ResumableArtifact, source: Weights, low_bit: LowBitModel | None,
+                   files: dict[str, list[TensorSpec]], of: dict[str, str], workers: int) -> None:
+    """Write the files that are not finished; `of` names the source's tensor of each that is written."""
+    num_tensors = sum(map(len, files.values()))
+    missing = {name: tensors for name, tensors in files.items() if name not in artifact.finished}
+    check_space(artifact.path, sum(spec.size_bytes for tensors in missing.values() for spec in tensors))
+    with tqdm(total=num_tensors, desc="to-hf", unit="tensor", disable=None) as bar:
+        bar.update(num_tensors - sum(map(len, missing.values())))
 
         def read(spec: TensorSpec) -> torch.Tensor:
-            tensor = convert_tensor(source.read(of[spec.name]), spec.dtype, checkpoint, spec.name)
+            name = of[spec.name]
+            if low_bit is not None and name in low_bit.names:
+                tensor = low_bit.stored(name)[spec.name.removeprefix(name)]
+            else:
+                tensor = convert_tensor(source.read(name), spec.dtype, source.path, spec.name)
             bar.update()
             return tensor
 
@@ -258,15 +327,33 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
-        _write_beside(artifact.path, files, beside, checkpoint / "tokenizer", tokens)
-        add_inputs(artifact.writer, source, leaves=True)
-        artifact.writer.content = {
-            "family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],
-            "num_parameters": _num_parameters(spec for spec in specs if of[spec.name] == spec.name)}
-        artifact.writer.settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
-    _write_readme(out)
-    if conflict := split_conflict(out, family.reader_split):
-        warn(conflict)
+
+
+def low_bit_model(source: Weights, quantize: str) -> LowBitModel | None:
+    """Return a model's weights as `quantize` stores them; None for "none".
+
+    Raises:
+        UserError: the format cannot hold the model, or the source is in few bits itself, or is the text model
+            inside of one that sees.
+    """
+    if quantize == NO_FORMAT:
+        return None
+    if isinstance(source, HfWeights) and (form := source.low_bit()) is not None:
+        raise UserError(f"{source.path}: is in {form} already, and --quantize {quantize} would round its "
+                        "rounded weights; take the model that it was made from")
+    if isinstance(source, HfWeights) and source.left_out:
+        raise UserError(f"{source.path}: has {len(source.left_out)} tensors of what sees pictures, which "
+                        "would be left out; convert it with from-hf first")
+    own = any(FIELD in item.names for item in models.get(source.model.family).config)
+    return LowBitModel(source, quantize, own)
+
+
+def _companions(source: Weights) -> tuple[Path, TokenIds]:
+    """Return where a source's tokenizer is, and the ids of its special tokens."""
+    if isinstance(source, HfWeights):
+        check_copies(source)
+        return source.path, ids_in(source.config)
+    return source.path / "tokenizer", ids_beside(source.path / "tokenizer")
 
 
 def _write_readme(export: Path) -> None:
@@ -274,6 +361,7 @@ def _write_readme(export: Path) -> None:
     since people change it."""
     # without the folder's name: the same model gives the same bytes
     content = read_manifest(export).content
+    form = content.get("quantize", content["dtype"])
     atomic_write(export / README, f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -283,7 +371,7 @@ tags:
 
 # {md(content["family"])} model
 
-{content["num_parameters"]:,} parameters in {content["dtype"]}, trained with megatron-sov.
+{content["num_parameters"]:,} parameters in {form}, trained with megatron-sov.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -296,23 +384,36 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")
 """.encode())
 
 
-def _check_order(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:
-    refuse_other_kind(checkpoint, (CHECKPOINT, RUN), "a checkpoint or a run")
+def _check_order(checkpoint: Path, dtype: str, max_shard_bytes: int, quantize: str) -> None:
+    if quantize == NO_FORMAT:
+        refuse_other_kind(checkpoint, (CHECKPOINT, RUN), "a checkpoint or a run")
+    elif quantize not in FORMATS:
+        raise UserError(f"--quantize {quantize!r}: does not exist{nearest(quantize, FORMATS)} (formats: "
+                        f"{', '.join(FORMATS)}, {NO_FORMAT})")
+    else:
+        refuse_other_kind(checkpoint, (CHECKPOINT, RUN, HF_MODEL),
+                          "a checkpoint, a run or a Hugging Face folder")
     check_dtype_name(dtype)
     if max_shard_bytes <= 0:
         raise UserError(f"--max-shard-bytes {max_shard_bytes}: must be positive")
 
 
-def _num_parameters(specs: Iterable[TensorSpec]) -> int:
-    return sum(spec.size_bytes // spec.dtype.itemsize for spec in specs)
-
-
-def planned_files(source: Weights, dtype: str, max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
-    """Return every Hugging Face tensor that a checkpoint becomes, copies last, by the name of its file."""
+def planned_tensors(source: Weights, dtype: str) -> list[TensorSpec]:
+    """Return every Hugging Face tensor that a checkpoint becomes, copies last."""
     specs = {name: TensorSpec(name, shape, exported_dtype(dtype, link.fp32, source.dtype(name)))
              for link in source.links for name, shape in link.hf_shapes().items()}
     specs |= {name: replace(specs[other], name=name) for name, other in copies_of(source).items()}
-    shards = plan_shards(list(specs.values()), max_shard_bytes)
+    return list(specs.values())
+
+
+def _parts(spec: TensorSpec, low_bit: LowBitModel | None) -> list[TensorSpec]:
+    return [spec] if low_bit is None else low_bit.specs(spec)
+
+
+def planned_files(specs: list[TensorSpec], low_bit: LowBitModel | None,
+                  max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
+    """Return what is written, by the name of its file."""
+    shards = plan_shards([part for spec in specs for part in _parts(spec, low_bit)], max_shard_bytes)
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}

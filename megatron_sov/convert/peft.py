@@ -18,7 +18,7 @@ from megatron_sov.base.errors import UserError, warn
 from megatron_sov.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
 from megatron_sov.checkpoint.writer import TensorFile, TensorSpec, write_file
 from megatron_sov.convert.dtypes import convert_tensor
-from megatron_sov.convert.sources import FLOATS, CheckpointWeights, check_exact, newest_of_run
+from megatron_sov.convert.sources import FLOATS, CheckpointWeights, Weights, check_exact, newest_of_run
 from megatron_sov.model.config import LoraConfig, ModelConfig
 from megatron_sov.model.config.lora import EMBEDDING, EXPERTS, FEED_FORWARD, HEAD, TARGETS
 from megatron_sov.model.families.adapters import (
@@ -274,8 +274,7 @@ def checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:
     return CheckpointWeights(path) if base is None else AdaptedWeights(path, base)
 
 
-def add_inputs(writer: ArtifactWriter, weights: CheckpointWeights | AdaptedWeights, *,
-               leaves: bool = False) -> None:
+def add_inputs(writer: ArtifactWriter, weights: Weights, *, leaves: bool = False) -> None:
     """Record what an artifact is made from, see `ArtifactWriter.add_input`: a checkpoint, and of an adapter
     its base."""
     writer.add_input(weights.path, leaves=leaves)

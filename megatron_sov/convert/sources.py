@@ -6,12 +6,10 @@ time, by any thread.
 
 from __future__ import annotations
 
-import math
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -21,6 +19,7 @@ from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.checkpoint.writer import TensorFile
+from megatron_sov.convert.low_bit import FIELD, LowBitWeight, low_bit_weights
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TEXT_INSIDE, text_config
@@ -30,237 +29,11 @@ from megatron_sov.model.pretrained import (
     CONFIG, DAMAGED_HF, is_hf_folder as is_hf_folder, listed, read_json, tensor_files)
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, find_checkpoint, settings_of
 
-# Reads weights that stand in a folder as MXFP4: blocks of 32 numbers of 4 bits that share a scale (OCP
-# Microscaling Formats v1.0, sections 5.2 and 5.3).
-#
-# A weight NAME [experts, inputs, outputs] is stored as NAME_blocks [experts, outputs, inputs / 32, 16] uint8,
-# two numbers (E2M1) in a byte, the lower half first, and NAME_scales [experts, outputs, inputs / 32] uint8,
-# powers of two with an offset of 127 (E8M0). Numbers come out in bfloat16, which has all of them but those
-# below its range; transformers makes the same.
-
-BLOCKS, SCALES = "_blocks", "_scales"
-PER_BLOCK = 32
-"""Numbers that share a scale."""
-OFFSET, NOT_A_NUMBER = 127, 255
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""Number of each 4 bits."""
-BLOCKS_AT_A_TIME = 1 << 13
-"""Blocks that are unpacked at a time: what fits a core's cache."""
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight that is stored as blocks and scales."""
-
-    name: str
-    blocks: TensorFile
-    """The file that holds its blocks."""
-    scales: TensorFile
-    """The file that holds its scales."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return [experts, inputs, outputs]."""
-        experts, outputs, groups, _ = self.blocks.entries[self.name + BLOCKS].shape
-        return experts, groups * PER_BLOCK, outputs
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16
-
-    @property
-    def files(self) -> set[str]:
-        return {self.blocks.path.name, self.scales.path.name}
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return self.name + BLOCKS, self.name + SCALES
-
-    def read(self) -> torch.Tensor:
-        """Return the weight, bfloat16.
-
-        Raises:
-            UserError: a file is damaged, or a scale is no number.
-        """
-        blocks, scales = self.blocks.read(self.name + BLOCKS), self.scales.read(self.name + SCALES)
-        if bool((scales == NOT_A_NUMBER).any()):
-            raise UserError(f"{self.scales.path}: {self.name}{SCALES} holds {NOT_A_NUMBER}, which is no "
-                            "number in E8M0; take weights from before the model broke")
-        return unpacked(blocks, scales).transpose(1, 2)
-
-
-def packed_weights(shards: dict[str, TensorFile]) -> dict[str, PackedWeight]:
-    """Return the weights of a folder that are stored as blocks and scales, by name.
-
-    Args:
-        shards: tensor -> the file that holds it.
-
-    Raises:
-        UserError: blocks stand without scales or beside the weight itself, or have another shape or dtype.
-    """
-    found = {}
-    for name in [n.removesuffix(BLOCKS) for n in shards if n.endswith(BLOCKS)]:
-        if name + SCALES not in shards:
-            raise UserError(f"{shards[name + BLOCKS].path}: {name}{BLOCKS} stands without {name}{SCALES}; "
-                            "copy or download the folder again")
-        if name in shards:
-            raise UserError(f"{shards[name].path}: holds {name}, which {name}{BLOCKS} holds as well; remove "
-                            "one of them")
-        found[name] = PackedWeight(name, shards[name + BLOCKS], shards[name + SCALES])
-        _check_packed(found[name])
-    return found
-
-
-def _check_packed(weight: PackedWeight) -> None:
-    entries = (weight.blocks.entries[weight.name + BLOCKS], weight.scales.entries[weight.name + SCALES])
-    blocks, scales = (list(entry.shape) for entry in entries)
-    if (len(blocks) != 4 or blocks[-1] != PER_BLOCK // 2 or scales != blocks[:-1]
-            or {entry.dtype for entry in entries} != {"U8"}):
-        raise UserError(f"{weight.blocks.path}: {weight.name}{BLOCKS} is {entries[0].dtype} {blocks} and "
-                        f"{weight.name}{SCALES} {entries[1].dtype} {scales}, and MXFP4 is U8 [experts, "
-                        f"outputs, inputs / {PER_BLOCK}, {PER_BLOCK // 2}] and U8 [experts, outputs, "
-                        f"inputs / {PER_BLOCK}]; copy or download the folder again")
-
-
-@cache
-def _pairs() -> torch.Tensor:
-    """Return for each byte its two numbers in bfloat16, side by side as one integer: [256] int32."""
-    numbers, byte = torch.tensor(E2M1, dtype=torch.bfloat16), torch.arange(256)
-    return torch.stack([numbers[byte & 15], numbers[byte >> 4]], dim=1).view(torch.int32).flatten()
-
-
-@cache
-def _factors() -> torch.Tensor:
-    """Return the factor of each scale, [255] bfloat16, which has all of them."""
-    return torch.ldexp(torch.ones(NOT_A_NUMBER), torch.arange(NOT_A_NUMBER) - OFFSET).bfloat16()
-
-
-def unpacked(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Return the numbers of blocks: [..., groups, bytes] and [..., groups] uint8 -> [..., groups x bytes x 2]
-    bfloat16."""
-    rows, exponents = blocks.flatten(0, -2), scales.flatten()
-    out = torch.empty(len(rows), 2 * rows.shape[1], dtype=torch.bfloat16)
-    for start in range(0, len(rows), BLOCKS_AT_A_TIME):
-        part = slice(start, start + BLOCKS_AT_A_TIME)
-        numbers = _pairs().index_select(0, rows[part].flatten().int()).view(torch.bfloat16)
-        torch.mul(numbers.view(out[part].shape), _factors()[exponents[part].int(), None], out=out[part])
-    return out.reshape(*blocks.shape[:-2], -1)
-
-
-FIELD = "quantization_config"
-BLOCK = 128
-"""Rows and columns of a weight with one scale."""
-SUFFIX = "_scale_inv"
-EIGHT_BITS = "F8_E4M3"
-"""The dtype's name in safetensors' headers."""
-KNOWN: dict[str, tuple[Any, ...]] = {
-    "quant_method": ("fp8",), "weight_block_size": ([BLOCK, BLOCK],), "fmt": ("e4m3", None),
-    "activation_scheme": ("dynamic", None), "scale_fmt": ("ue8m0", "float", None)}
-"""Field -> values that make no other weights of the same bytes."""
-NAMES = ("modules_to_not_convert", "ignored_layers")
-"""Fields that name modules: the tensors' dtypes say the same."""
 HASHED_AT_A_TIME = 4
 PART = "model"
 """The part of a checkpoint that holds the weights."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that weights may have."""
-
-
-# Weights of a Hugging Face folder in 8 bits, with a scale for each block of 128 x 128: as DeepSeek-V3 is
-# released. Such a weight stands there as float8_e4m3fn, and beside it, as `<name>_scale_inv`, the number
-# that each of its blocks is multiplied with (DeepSeek-V3's `inference/fp8_cast_bf16.py`). The product is
-# rounded to bfloat16, as it is there.
-
-
-@dataclass(frozen=True)
-class ScaledWeight:
-    """A weight in 8 bits with a scale for each of its blocks."""
-
-    name: str
-    weight: TensorFile
-    """The file that holds it."""
-    scales: TensorFile
-    """The file that holds its scales."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.entries[self.name].shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return that of its product with its scales."""
-        return torch.bfloat16
-
-    @property
-    def files(self) -> set[str]:
-        return {self.weight.path.name, self.scales.path.name}
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return self.name, self.name + SUFFIX
-
-    def read(self) -> torch.Tensor:
-        """Return the product, in bfloat16; `UserError` where a file is damaged."""
-        stored = self.weight.read(self.name, dtype=torch.float8_e4m3fn)
-        scales = self.scales.read(self.name + SUFFIX)
-        found = torch.empty(stored.shape, dtype=self.dtype)
-        for row, of_row in enumerate(scales):
-            rows = slice(row * BLOCK, (row + 1) * BLOCK)
-            found[rows] = stored[rows].float() * of_row.repeat_interleave(BLOCK)[:stored.shape[1]]
-        return found
-
-
-def scaled_weights(config: Mapping[str, Any], shards: Mapping[str, TensorFile]) -> dict[str, ScaledWeight]:
-    """Return the weights of a folder that stand in 8 bits beside their scales, by name.
-
-    They are found and checked from headers alone.
-
-    Args:
-        config: the parsed config.json.
-        shards: tensor -> its file.
-
-    Raises:
-        UserError: the folder is quantised in another way, or a scale is missing, of another shape, or
-            of no tensor.
-    """
-    quantised = config.get(FIELD)
-    if quantised is None:
-        return {}
-    _check_kind(quantised)
-    found = [name for name, file in shards.items() if file.entries[name].dtype == EIGHT_BITS]
-    scales = {name + SUFFIX for name in found}
-    if orphans := [name for name in shards if name.endswith(SUFFIX) and name not in scales]:
-        raise UserError(f"{orphans[0]} is the scale of no tensor in {EIGHT_BITS}; download the folder again")
-    for name in found:
-        _check(shards, name)
-    return {name: ScaledWeight(name, shards[name], shards[name + SUFFIX]) for name in found}
-
-
-def _check(shards: Mapping[str, TensorFile], name: str) -> None:
-    """Raise `UserError` where a weight is no matrix of bytes, or its scales are not those of its blocks."""
-    entry, scale = shards[name].entries[name], name + SUFFIX
-    if len(entry.shape) != 2 or math.prod(entry.shape) != entry.size_bytes:
-        raise UserError(f"{name} has {entry.size_bytes} bytes and the shape {list(entry.shape)}; in "
-                        f"{EIGHT_BITS} it must be a matrix with a byte for each number")
-    if scale not in shards:
-        raise UserError(f"{name} has no scale ({scale}); download the folder again")
-    found, wanted = shards[scale].entries[scale], [-(-n // BLOCK) for n in entry.shape]
-    if list(found.shape) != wanted or found.dtype != "F32":
-        raise UserError(f"{scale} is {found.dtype} {list(found.shape)} and must be F32 {wanted}: a number "
-                        f"for each block of {BLOCK} x {BLOCK} of {name}")
-
-
-def _check_kind(quantised: Any) -> None:
-    """Raise `UserError` where weights are quantised otherwise."""
-    if not isinstance(quantised, dict):
-        raise UserError(f"{FIELD} = {quantised!r} must be an object; download config.json again")
-    # absent is what `None` is, but for the two that say what there is
-    said = {name: quantised.get(name) for name in {*KNOWN, *quantised} if name not in NAMES}
-    for name, value in sorted(said.items()):
-        if value not in KNOWN.get(name, (None,)):
-            raise UserError(f"{FIELD} has {name} = {value!r}, but only weights in float8 (e4m3) "
-                            f"with a scale for each block of {BLOCK} x {BLOCK} are read; save the model "
-                            "without quantisation")
 
 
 # One tensor of a Hugging Face folder, however its files store it.
@@ -394,6 +167,10 @@ class HfWeights:
         there."""
         return self._stored[name].dtype
 
+    def low_bit(self) -> str | None:
+        """Return the format of the weights that stand in few bits; None where there are none."""
+        return next((s.form.name for s in self._stored.values() if isinstance(s, LowBitWeight)), None)
+
     def held_in(self, file: str) -> list[str]:
         return [name for name, shard in self._shards.items() if shard.path == self.path / file]
 
@@ -406,7 +183,7 @@ class HfWeights:
 
 def _stored_tensors(shards: dict[str, TensorFile], config: dict[str, Any]) -> dict[str, StoredTensor]:
     """Return how each tensor of a folder's files stands there; `UserError` where one cannot be read."""
-    made: dict[str, StoredTensor] = {**packed_weights(shards), **scaled_weights(config, shards)}
+    made: dict[str, StoredTensor] = {**low_bit_weights(config, shards)}
     parts = {part for tensor in made.values() for part in tensor.parts}
     return {name: FileTensor(file, name) for name, file in shards.items() if name not in parts} | made
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -190,6 +191,27 @@ def load_and_compare(model_class: Any, folder: str | Path, *, left_out: Sequence
     unexpected = [name for name in map(str, info["unexpected_keys"]) if not name.startswith(tuple(left_out))]
     return model, {"missing": sorted(map(str, info["missing_keys"])), "unexpected": sorted(unexpected),
                    "mismatched": sorted(mismatched)}
+
+
+def low_bit_options(folder: Path) -> dict[str, Any]:
+    """Return what transformers' `from_pretrained` is told for a folder with weights in few bits, so that it
+    makes bfloat16 of them; {} for others.
+
+    Raises:
+        UserError: the package that reads the folder is not installed.
+    """
+    quantised = read_json(folder / CONFIG).get("quantization_config")
+    if not isinstance(quantised, dict):
+        return {}
+    if quantised.get("quant_method") != "compressed-tensors":
+        return {"dtype": "bfloat16"}
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise UserError(f"{folder}: transformers reads its weights with the package compressed-tensors, "
+                        "which is not installed; install it (`pip install compressed-tensors`), or do "
+                        "without transformers (`convert verify --no-load`)")
+    from transformers import CompressedTensorsConfig
+
+    return {"dtype": "bfloat16", "quantization_config": CompressedTensorsConfig(dequantize=True)}
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert, recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.convert.sources import unpacked
+from megatron_sov.convert.low_bit import unpacked
 from megatron_sov.model.config import LatentAttentionConfig, ModelConfig, apply_settings
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds

@@ -41,6 +41,7 @@ from megatron_sov.runs.launch_environment import is_first
 
 # What the actions of `megatron-sov convert` take.
 
+FormatName = Literal["none", "fp8-block", "fp8-tensor", "mxfp4", "nvfp4"]
 DtypeName = Literal["keep", "float32", "bfloat16", "float16", "float64"]
 
 
@@ -82,6 +83,9 @@ class ToHfOptions(ConversionOptions):
     checkpoint: CheckpointPath
     out: Annotated[Path, Flag("OUT")]
     """Hugging Face folder to write."""
+    quantize: Annotated[FormatName, Flag(value="FORMAT")] = "none"
+    """Write linear layers in few bits: fp8-block, fp8-tensor, mxfp4, nvfp4; none: in --dtype. Takes a
+    Hugging Face folder as well."""
     max_shard_bytes: AtLeastOne = MAX_SHARD_BYTES
     """Largest safetensors file."""
 
@@ -346,10 +350,12 @@ def _from_hf(args: FromHfOptions) -> int:
 
 def _to_hf(args: ToHfOptions) -> int:
     _begin(args, args.checkpoint)
-    refuse_other_kind(args.checkpoint, (KIND, RUN), "a checkpoint or a run")
+    if args.quantize == "none":
+        refuse_other_kind(args.checkpoint, (KIND, RUN), "a checkpoint or a run")
     from megatron_sov import convert
 
-    convert.to_hf(args.checkpoint, args.out, args.dtype, max_shard_bytes=args.max_shard_bytes,
+    convert.to_hf(args.checkpoint, args.out, args.dtype, quantize=args.quantize,
+                  max_shard_bytes=args.max_shard_bytes,
                   workers=args.workers, overwrite=args.overwrite, redo=args.redo)
     print(f"wrote Hugging Face folder {args.out}")
     return ExitCode.OK

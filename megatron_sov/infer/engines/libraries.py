@@ -24,7 +24,7 @@ from megatron_sov.infer.decoder.sampling import best_words, rows_of, seed_of
 from megatron_sov.infer.request import (
     Batching, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, refuse_drafts, refuse_routes,
     refuse_rules)
-from megatron_sov.model.pretrained import load_pretrained
+from megatron_sov.model.pretrained import load_pretrained, low_bit_options
 
 PAGE_TOKENS = 16
 """Tokens of a page of transformers' cache."""
@@ -44,7 +44,10 @@ def load_hf(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refuse_damaged_export(folder)
-    model: Any = load_pretrained(AutoModelForCausalLM, folder, left_out=tensors_left_out(folder), dtype=dtype)
+    options = {"dtype": dtype, **low_bit_options(folder)}
+    model: Any = load_pretrained(AutoModelForCausalLM, folder, left_out=tensors_left_out(folder), **options)
+    if options["dtype"] != dtype and isinstance(dtype, torch.dtype):
+        model = model.to(dtype)
     _refuse_ignored_fields(folder, model)
     # the folder's own defaults would answer for what a caller left open
     model.generation_config = GenerationConfig()

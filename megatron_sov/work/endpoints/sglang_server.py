@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sov.work.endpoints.answers import BadAnswer
 from megatron_sov.work.endpoints.token_server import (
-    ABORTED, AnswerReading, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers, version_of)
+    ABORTED, AnswerReading, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers, version_of,
+    whole_ids)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,7 +109,7 @@ def _ids_of(request: TokenRequest) -> list[str]:
 
 def _read(found: Any, num_prompt: int, is_cut: bool) -> TokenAnswer:
     about = found["meta_info"]
-    tokens = [int(token) for token in found["output_ids"]]
+    tokens = whole_ids(found["output_ids"])
     reason = str(about["finish_reason"]["type"])
     # one that was aborted before it began has none of them
     told = about.get("output_token_sampling_logprobs" if is_cut else "output_token_logprobs") or []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +26,8 @@ CONTROL_S = 600.0
 """For what changes an engine; an answer has a limit of its own."""
 LOOK_S = 10.0
 """For a sign of life."""
+_INT32 = 1 << 31
+"""Above what a row of rollouts can hold."""
 NO_LOGPROB = -9999.0
 """What vLLM tells in the place of NaN and of -inf."""
 MAX_ANSWER_BYTES = 1 << 30
@@ -186,6 +188,8 @@ class ServerCalls:
         if came.status == 200:
             try:
                 return json.loads(came.body) if came.body.strip() else None
+            except RecursionError:
+                raise BadAnswer(f"{self.url}{path}: answered JSON that is nested too deep") from None
             except ValueError:
                 # some servers answer an order in plain words
                 return came.body.decode(errors="replace")
@@ -221,18 +225,35 @@ def _check_answer(answer: TokenAnswer, where: str) -> None:
     if answer.reason not in (STOP, LENGTH, ABORTED):
         raise BadAnswer(f"{where}: ended an answer with {answer.reason!r}")
     ends = [span.end for span in answer.versions]
-    if answer.versions and ([span.start for span in answer.versions] != [0, *ends[:-1]] or ends[-1] != count):
+    # ends that go back would give a token to two versions
+    if answer.versions and ([span.start for span in answer.versions] != [0, *ends[:-1]] or ends[-1] != count
+                            or ends != sorted(ends) or ends[0] < 0):
         raise BadAnswer(f"{where}: told versions of {[(s.start, s.end) for s in answer.versions]}, and wrote "
                         f"{count} tokens")
 
 
 def version_of(told: Any) -> int:
     """Return the version that a server tells; weights of its own start have a name of its own."""
-    return int(told) if isinstance(told, (int, str)) and str(told).isdigit() else LOADED
+    version = int(told) if isinstance(told, (int, str)) and str(told).isdigit() else LOADED
+    if version >= _INT32:
+        raise ValueError("a version of the weights that is too large")
+    return version
+
+
+def whole_ids(told: Iterable[Any]) -> list[int]:
+    """Return token ids; a share of one is none, and is not rounded to another.
+
+    Raises:
+        ValueError: something else is among them.
+    """
+    ids = list(told)
+    if strangers := [value for value in ids if type(value) is not int or not 0 <= value < _INT32]:
+        raise ValueError(f"{str(strangers[0])[:40]!r} is no token id")
+    return ids
 
 
 class AnswerReading:
-    """Makes of what an answer lacks a `BadAnswer`."""
+    """Makes of whatever is wrong with an answer a `BadAnswer`: a server may send anything."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -241,6 +262,6 @@ class AnswerReading:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (KeyError, IndexError, TypeError, ValueError)):
+        if isinstance(error, Exception) and not isinstance(error, BadAnswer):
             raise BadAnswer(f"{self._url}: the answer cannot be read ({type(error).__name__}: {error})"
                             ) from None

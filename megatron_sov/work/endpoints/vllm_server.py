@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_sov.base.errors import first_line
 from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
 from megatron_sov.work.endpoints.token_server import (
-    AnswerReading, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers, version_of)
+    AnswerReading, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers, version_of, whole_ids)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -149,7 +149,7 @@ class VllmServer:
         body.pop("detokenize")
         found = self._calls.ask(COMPLETIONS, body)
         with AnswerReading(self.url):
-            return [TokenAnswer([int(token) for token in choice["token_ids"]],
+            return [TokenAnswer(whole_ids(choice["token_ids"]),
                                 [float(value) for value in choice["logprobs"]["token_logprobs"]],
                                 str(choice["finish_reason"])) for choice in found["choices"]]
 
@@ -169,7 +169,7 @@ def _read_tokens(found: Any, url: str) -> list[TokenAnswer]:
 
 
 def _read_choice(choice: Mapping[str, Any]) -> TokenAnswer:
-    tokens = [int(token) for token in choice["token_ids"] or []]
+    tokens = whole_ids(choice["token_ids"] or [])
     # an aborted request that had not begun tells none
     told = (choice.get("logprobs") or {"content": []})["content"]
     spans = tuple(VersionSpan(version_of(span["version"]), int(span["start"]), int(span["end"]))
@@ -185,4 +185,7 @@ def _routes(told: str | None) -> np.ndarray | None:
     if told is None:
         return None
     array: np.ndarray = np.load(io.BytesIO(base64.b64decode(told)), allow_pickle=False)
+    # an archive of arrays is none, and NaN would become an expert
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
+        raise ValueError("routes that are no array of whole numbers")
     return array

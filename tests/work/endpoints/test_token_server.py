@@ -12,7 +12,9 @@ import pytest
 
 from megatron_sov.work.endpoints import transport
 from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
-from megatron_sov.work.endpoints.token_server import TokenAnswer, TokenRequest, VersionSpan, check_answers
+from megatron_sov.work.endpoints.token_server import (
+    ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers)
+from megatron_sov.work.endpoints.transport import Answered
 from megatron_sov.work.endpoints.vllm_server import VllmServer, _read_tokens
 from tests.token_servers import VllmDouble, token_at
 
@@ -178,3 +180,29 @@ def test_a_connection_that_the_other_end_may_hang_up_is_not_used_again(
         time.sleep(0.1)
         assert calls.get().status == 200
         assert len(set(places)) == connections
+
+
+def _npy(save: Any, *parts: Any) -> str:
+    file = io.BytesIO()
+    save(file, *parts)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize("lie", [
+    {"token_ids": [5, 1e999]}, {"token_ids": [5, 6.7]}, {"token_ids": [5, True]},
+    {"token_ids": [5, 1 << 31]}, {"token_ids": [5, -1]},
+    {"weight_versions": [{"version": 1 << 31, "start": 0, "end": 2}]},
+    {"routed_experts": ""}, {"routed_experts": base64.b64encode(b"PK\x03\x04").decode()},
+    {"routed_experts": _npy(np.savez, np.zeros(2))},
+    {"routed_experts": _npy(np.save, np.full((2, 1, 1), np.nan))},
+    {"weight_versions": [{"version": 1, "start": 0, "end": -1}, {"version": 2, "start": -1, "end": 2}]}])
+def test_what_no_server_should_send_is_no_answer(lie: dict[str, Any]) -> None:
+    told = {"token_ids": [5, 6], "logprobs": {"content": [{"logprob": -1.0}] * 2}, "finish_reason": "stop"}
+    check_answers(_read_tokens({"choices": [told]}, "http://x"), 1, "http://x")
+    with pytest.raises(BadAnswer, match="http://x"):
+        check_answers(_read_tokens({"choices": [told | lie]}, "http://x"), 1, "http://x")
+
+
+def test_json_that_is_nested_too_deep_is_no_answer() -> None:
+    with pytest.raises(BadAnswer, match="http://x/p: answered JSON that is nested too deep"):
+        ServerCalls("http://x", "", 1.0)._read("/p", Answered(200, {}, b"[" * 200_000))
