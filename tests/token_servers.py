@@ -37,6 +37,8 @@ class HttpDouble:
         self.orders: list[str] = []
         self.is_dead = self.is_paused = False
         self.num_written = self.num_connections = 0
+        self.held_at: int | None = None
+        """Tokens of an answer behind which it waits."""
         self._aborted: set[str] = set()
         double = self
 
@@ -89,7 +91,7 @@ class HttpDouble:
                 return tokens, spans, "dead"
             if name in self._aborted:
                 return tokens, spans, "abort"
-            if self.is_paused:
+            if self.is_paused or len(tokens) == self.held_at:
                 time.sleep(0.001)
                 continue
             number = int(self.version) if self.version.isdigit() else 0

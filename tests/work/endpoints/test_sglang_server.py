@@ -66,10 +66,11 @@ def test_logprobs_of_a_cut_distribution_are_those_it_was_drawn_from(double: Sgla
 
 
 def test_weights_change_in_the_middle_of_an_answer_and_each_token_tells_its_own(double: SglangDouble) -> None:
-    double.token_s, server = 0.005, SglangServer(double.url)
+    double.held_at, server = 4, SglangServer(double.url)
     found = begin(server, TokenRequest("a", PROMPT, 20))
     wait_until(lambda: double.num_written > 3)
     server.pause()
+    double.held_at = None
     assert server.is_healthy()
     server.update(["/weights/3/00000.safetensors"], 3)
     server.resume()
@@ -81,11 +82,13 @@ def test_weights_change_in_the_middle_of_an_answer_and_each_token_tells_its_own(
 
 
 def test_an_aborted_request_ends_alone(double: SglangDouble) -> None:
-    double.token_s, server = 0.002, SglangServer(double.url)
+    double.held_at, server = 4, SglangServer(double.url)
     asked = TokenRequest("a-1", PROMPT, 4000)
     found = begin(server, asked, TokenRequest("a-10", PROMPT, 60))
-    wait_until(lambda: double.num_written > 5)
+    wait_until(lambda: double.num_written == 8)
     server.abort([asked, TokenRequest("never", PROMPT, 4)])
+    wait_until(lambda: found)
+    double.held_at = None
     wait_until(lambda: len(found) == 2)
     # SGLang would end a-10 too, whose name begins with the other's
     assert [(answer.reason, len(answer.tokens) < 60) for answer in found] == [("abort", True),

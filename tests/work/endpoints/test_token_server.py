@@ -45,11 +45,13 @@ def test_tokens_logprobs_and_versions_come_as_they_were_drawn(double: VllmDouble
 
 
 def test_weights_change_in_the_middle_of_an_answer_and_each_token_tells_its_own(double: VllmDouble) -> None:
-    double.token_s, server, found = 0.01, VllmServer(double.url), []
+    double.held_at, server, found = 4, VllmServer(double.url), []
     thread = threading.Thread(target=lambda: found.extend(server.write(TokenRequest("a", PROMPT, 20))))
     thread.start()
-    time.sleep(0.05)
+    while double.num_written < 4:
+        time.sleep(0.001)
     server.pause()
+    double.held_at = None
     server.update(["/weights"], 3)
     server.resume()
     thread.join()
