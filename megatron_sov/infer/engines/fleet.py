@@ -150,7 +150,8 @@ class Fleet:
     """Servers at work; entered as a context, which ends them."""
 
     def __init__(self, keepers: Sequence[Keeper], vocab_size: int, requests: int, restarts: int = 5, *,
-                 look_s: float = LOOK_S, backoff_s: tuple[float, float] = BACKOFF_S) -> None:
+                 over: threading.Event | None = None, look_s: float = LOOK_S,
+                 backoff_s: tuple[float, float] = BACKOFF_S) -> None:
         """Start nothing yet.
 
         Args:
@@ -158,6 +159,7 @@ class Fleet:
             vocab_size: what token ids must lie below: a server may die of a greater one.
             requests: that a server is given at a time, counted by their answers.
             restarts: starts of a server without an answer in between, before all ends.
+            over: ends the fleet when it is set, also while it waits for its first server.
             look_s: between two looks at a server.
             backoff_s: before a server is started again, at least and at most.
         """
@@ -170,7 +172,7 @@ class Fleet:
         self._num_idle = 0
         """Threads that wait for what is given, without those that something lies there for."""
         self._held: HeldFiles | None = None
-        self._is_over, self._is_paused = False, False
+        self._over, self._is_paused = over or threading.Event(), False
         self._failure: BaseException | None = None
         self._threads: list[threading.Thread] = []
 
@@ -191,7 +193,7 @@ class Fleet:
     def close(self) -> None:
         """End the servers that are ours, and everything that is under way."""
         with self._changed:
-            self._is_over = True
+            self._over.set()
             left = list(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
@@ -208,6 +210,10 @@ class Fleet:
     @property
     def num_servers(self) -> int:
         return len(self._members)
+
+    @property
+    def _is_over(self) -> bool:
+        return self._over.is_set()
 
     @property
     def num_there(self) -> int:

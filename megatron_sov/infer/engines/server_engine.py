@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
@@ -67,7 +68,8 @@ def server_settings(engine: str, settings: Sequence[str], option: str) -> Engine
 
 @contextlib.contextmanager
 def open_fleet(name: str, folder: Path, vocab_size: int, longest: int, settings: EngineServers,
-               places: ServerPlaces, *, with_routes: bool = False) -> Iterator[Fleet]:
+               places: ServerPlaces, *, with_routes: bool = False, over: threading.Event | None = None
+               ) -> Iterator[Fleet]:
     """Give servers at work, which end with the block.
 
     Args:
@@ -78,6 +80,7 @@ def open_fleet(name: str, folder: Path, vocab_size: int, longest: int, settings:
         settings: how they are started.
         places: where they are.
         with_routes: whether routes will be asked for.
+        over: ends them when it is set, also while they are being started.
 
     Raises:
         UserError: none of them can be started.
@@ -91,7 +94,7 @@ def open_fleet(name: str, folder: Path, vocab_size: int, longest: int, settings:
         keepers = [OwnServer(name, number, folder, longest, settings, places.logs, with_routes=with_routes,
                              python=places.python, command=places.command)
                    for number in range(settings.servers)]
-    with Fleet(keepers, vocab_size, settings.requests, settings.restarts) as fleet:
+    with Fleet(keepers, vocab_size, settings.requests, settings.restarts, over=over) as fleet:
         yield fleet
 
 
@@ -305,8 +308,8 @@ def checked_routes(told: np.ndarray | None, num_tokens: int, shape: RouteShape) 
 
 @contextlib.contextmanager
 def serving_engine(name: str, folder: Path, vocab_size: int, longest: int, settings: EngineServers,
-                   places: ServerPlaces | None = None, *,
-                   with_routes: bool = False) -> Iterator[ServerEngine]:
+                   places: ServerPlaces | None = None, *, with_routes: bool = False,
+                   over: threading.Event | None = None) -> Iterator[ServerEngine]:
     """Give an engine of servers, which end with the block; arguments as of `open_fleet`, logs in a folder
     that goes unless they are placed."""
     with contextlib.ExitStack() as stack:
@@ -314,7 +317,7 @@ def serving_engine(name: str, folder: Path, vocab_size: int, longest: int, setti
             logs = stack.enter_context(tempfile.TemporaryDirectory(prefix="sov-engines-"))
             places = ServerPlaces(Path(logs))
         fleet = stack.enter_context(open_fleet(name, folder, vocab_size, longest, settings, places,
-                                               with_routes=with_routes))
+                                               with_routes=with_routes, over=over))
         room = settings.requests * (len(places.urls) or settings.servers)
         # by the run, so that it finds what was left when it was killed
         own = hashlib.sha256(str(places.logs.absolute()).encode()).hexdigest()[:16]

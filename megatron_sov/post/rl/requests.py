@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -362,6 +363,8 @@ class LiveServers:
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     _opening: Future[None] | None = None
     _opened: Any = None
+    _over: threading.Event = field(default_factory=threading.Event)
+    """Ends the servers, also while they are being started."""
     _held: int | None = None
     """Step of the weights that the servers have; None: not known, for somebody else may have asked them."""
 
@@ -389,7 +392,7 @@ class LiveServers:
             # servers read its config, and begin with its weights
             to_hf(target.path, model)
         self._opened = serving_engine(self.name, model, self.vocab_size, self.longest, self.settings,
-                                      self.places, with_routes=self.with_routes)
+                                      self.places, with_routes=self.with_routes, over=self._over)
         self.engine = self._opened.__enter__()
         if not self.places.urls:
             self._held = 0
@@ -427,6 +430,7 @@ class LiveServers:
             on_main(view.world, lambda: self._compare(text, own, policy))
 
     def close(self) -> None:
+        self._over.set()  # whoever waits for a server at an address waits for half an hour
         self._pool.shutdown()
         if self._opened is not None:
             self._opened.__exit__(None, None, None)

@@ -253,3 +253,14 @@ def test_servers_of_others_are_given_the_weights_of_the_start_too(
         servers.push(view, Policy(Path("p"), 0, "0" * 64))
     servers.close()
     assert updates == given
+
+
+def test_a_run_that_is_to_stop_does_not_wait_for_a_server_that_does_not_answer(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(requests, "find_target", lambda path: SimpleNamespace(path=path, is_hf=True))
+    servers = LiveServers("vllm", tmp_path, ServerPlaces(tmp_path, ("http://127.0.0.1:9",)),
+                          EngineServers(start_s=1e6), 8, VOCAB, with_routes=False)
+    assert servers.is_opening(0.1)
+    servers.close()
+    assert servers.engine is None
