@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import signal
 import sys
 import threading
@@ -139,7 +140,8 @@ class SimulatedRanks:
                 self._num_left -= 1
                 self._pass_on()
 
-        with (self._signals_wait(),
+        # the library says in the environment which attention a model has, for whoever computes it next
+        with (self._signals_wait(), mock.patch.dict(os.environ),
               mock.patch.object(distributed_c10d, "_tensor_to_object", self._read_object)):
             threading.stack_size(STACK_BYTES)
             try:

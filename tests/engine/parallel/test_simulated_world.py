@@ -86,6 +86,12 @@ def test_each_process_is_at_its_own_place() -> None:
     assert not dist.is_initialized()
 
 
+def test_what_a_process_says_in_the_environment_goes_with_it() -> None:
+    before = dict(os.environ)
+    SimulatedRanks(2).run(ParallelConfig(), lambda world: os.environ.update(NVTE_FLASH_ATTN="1"))
+    assert dict(os.environ) == before
+
+
 def test_a_standstill_is_told_with_who_waits_for_what() -> None:
     def waits(place: ParallelWorld) -> None:
         if place.rank:
