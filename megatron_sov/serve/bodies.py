@@ -108,6 +108,8 @@ class ServedQuestion:
     """Whether answers begin with their prompt, and its tokens are told of as theirs are."""
     with_ids: bool
     """Whether the ids of prompts and answers are told."""
+    names_ids: bool
+    """Whether tokens beside log-probabilities are `token_id:7` in the place of texts."""
     is_stream: bool
     """Whether the answer is sent as it is written."""
     tells_usage: bool
@@ -154,6 +156,7 @@ class _Body(BaseModel):
     stop_token_ids: StopIds = []
     ignore_eos: bool = False
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     stream: bool = False
     stream_options: Annotated[dict[Literal["include_usage"], bool], BeforeValidator(_few)] = {}
     max_tokens: Count | None = None
@@ -175,7 +178,8 @@ class _Body(BaseModel):
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         return ServedQuestion(prompts, self.n, sampling, max_tokens, stops, tuple(self.stop_token_ids),
                               self.ignore_eos, with_logprobs, num_top, echoes, self.return_token_ids,
-                              self.stream, self.stream_options.get("include_usage", False))
+                              self.return_tokens_as_token_ids, self.stream,
+                              self.stream_options.get("include_usage", False))
 
 
 class _ChatBody(_Body):

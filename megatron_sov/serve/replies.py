@@ -281,19 +281,22 @@ class ServedReply:
         found = self._of_completion([*before, *places])
         if self._question.echoes:  # nothing stands before the first
             prompt = self._begun.prompts[self.writings.index(writing) // self._question.num_choices]
-            found["tokens"].insert(0, self._reader.piece(prompt[0]))
+            found["tokens"].insert(0, self._piece(prompt[0]))
             for values in (found["token_logprobs"], found["top_logprobs"] or []):
                 values.insert(0, None)
         return found
 
+    def _piece(self, token: int) -> str:
+        return f"token_id:{token}" if self._question.names_ids else self._reader.piece(token)
+
     def _of_chat(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self._reader.piece(token), "logprob": logprob, "bytes": None}
+        return {"token": self._piece(token), "logprob": logprob, "bytes": None}
 
     def _of_completion(self, places: Sequence[tuple[int, float, Sequence[tuple[int, float]]]]
                        ) -> dict[str, Any]:
         """Return what is told of tokens, of each with its most probable ones; among these it stands itself,
         and of two that read the same the more probable one."""
-        piece = self._reader.piece
+        piece = self._piece
         tops = [{piece(one): value for one, value in sorted([(token, logprob), *top], key=itemgetter(1))}
                 for token, logprob, top in places] if self._question.num_top else None
         return {"tokens": [piece(token) for token, _, _ in places],

@@ -150,6 +150,9 @@ def test_tokens_go_in_and_come_out_with_what_they_were_drawn_with(server: Any) -
     chunks = [chunk["choices"][0] for chunk in asked("completions", prompt=ids[0], **drawn, stream=True)]
     assert [token for chunk in chunks for token in chunk["token_ids"]] == first["token_ids"]
     assert [chunk.get("prompt_token_ids") for chunk in chunks] == [ids[0], *[None] * (len(chunks) - 1)]
+    [named] = asked("completions", prompt=ids[0], **drawn, logprobs=1,
+                    return_tokens_as_token_ids=True)["choices"]
+    assert named["logprobs"]["tokens"] == [f"token_id:{token}" for token in first["token_ids"]]
     end = first["token_ids"][5]
     [short] = asked("completions", prompt=ids[0], **drawn, stop_token_ids=[end])["choices"]
     assert short["token_ids"] == first["token_ids"][:first["token_ids"].index(end) + 1]
