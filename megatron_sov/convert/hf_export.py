@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -272,9 +273,10 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     low_bit = low_bit_model(source, quantize)
     if low_bit is not None and dtype == KEEP:
         dtype = "bfloat16"  # as readers make of few bits, and transformers' classes want one dtype
-    specs = planned_tensors(source, dtype)
+    copies = copies_of(source)
+    specs = planned_tensors(source, dtype, copies)
     files = planned_files(specs, low_bit, max_shard_bytes)
-    of = {part.name: spec.name for spec in specs for part in _parts(spec, low_bit)} | copies_of(source)
+    of = {part.name: spec.name for spec in specs for part in _parts(spec, low_bit)} | copies
     companions, tokens = _companions(source)
     family = models.get(source.model.family)
     config = family.to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
@@ -295,8 +297,8 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": sum(map(len, files.values())),
             "dtype": config["dtype"],
-            "num_parameters": sum(math.prod(spec.shape) for spec in specs if of.get(spec.name, spec.name)
-                                  == spec.name)} | ({"quantize": quantize} if low_bit is not None else {})
+            "num_parameters": sum(math.prod(spec.shape) for spec in specs if spec.name not in copies)
+            } | ({"quantize": quantize} if low_bit is not None else {})
         artifact.writer.settings = settings
     _write_readme(out)
     if conflict := split_conflict(out, family.reader_split):
@@ -398,11 +400,11 @@ def _check_order(checkpoint: Path, dtype: str, max_shard_bytes: int, quantize: s
         raise UserError(f"--max-shard-bytes {max_shard_bytes}: must be positive")
 
 
-def planned_tensors(source: Weights, dtype: str) -> list[TensorSpec]:
+def planned_tensors(source: Weights, dtype: str, copies: Mapping[str, str]) -> list[TensorSpec]:
     """Return every Hugging Face tensor that a checkpoint becomes, copies last."""
     specs = {name: TensorSpec(name, shape, exported_dtype(dtype, link.fp32, source.dtype(name)))
              for link in source.links for name, shape in link.hf_shapes().items()}
-    specs |= {name: replace(specs[other], name=name) for name, other in copies_of(source).items()}
+    specs |= {name: replace(specs[other], name=name) for name, other in copies.items()}
     return list(specs.values())
 
 

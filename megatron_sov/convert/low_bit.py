@@ -491,7 +491,6 @@ _JOINED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "up",
 """Weights that engines join into one, which has one scale."""
 
 
-
 class ReadableModel(Protocol):
     """What rounding asks of a model's weights."""
 
@@ -563,10 +562,10 @@ class LowBitModel:
 
     def rounded(self, name: str) -> torch.Tensor:
         """Return a weight as it is read from what is stored of it."""
-        return self.form.unpack(self.stored(name)) if name in self.names else self._source.read(name)
+        return self.form.unpack(self.stored(name))
 
     def _float32(self, name: str) -> torch.Tensor:
-            return convert_tensor(self._source.read(name), torch.float32, self._source.path, name)
+        return convert_tensor(self._source.read(name), torch.float32, self._source.path, name)
 
     def _largest_of(self, name: str) -> float:
         """Return the largest number of all weights that share a scale with one."""

@@ -536,9 +536,10 @@ class PolicyObjective:
     """See `train.objectives.objective.formats_of`."""
     columns: Mapping[str, NeededColumn]
     """See `train.objectives.objective.columns_of`."""
+    kind: type[DataObjective] = PolicyLearning
 
-    def __call__(self, context: ObjectiveContext) -> PolicyLearning:
-        return PolicyLearning(context)
+    def __call__(self, context: ObjectiveContext) -> DataObjective:
+        return self.kind(context)
 
 
 def objective_of(config: RunConfig) -> PolicyObjective:

@@ -461,79 +461,57 @@ OF_ROUNDS = (Meter(policy.REWARD, better="higher", heldout=f"{VALIDATION}.reward
              Meter(policy.GROUPS_LEARNING, "groups that learn", "share", "higher"))
 
 
-class RoundPairs(PairLearning):
-    """`PairLearning` of rounds."""
+class LearningOfRounds(DataObjective):
+    """Stands before a class of losses, and has it learn from rounds: a prompt is computed once in a
+    micro-batch."""
 
     formats = (ROLLOUTS,)
-    headline = (OF_ROUNDS[0], PairLearning.headline[0], *OF_ROUNDS[1:])
+    comparable_loss = False
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
         self._config = context.config
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """As `PairLearning.prepare`; the prompt of a pair is computed once."""
-        return policy.with_shared_prompts(super().prepare(batch), self._config)
+        """As the class of losses does; what it counts is counted before prompts are shared."""
+        counted = super().prepare(batch)  # type: ignore[misc]  # of the class behind this one
+        return policy.with_shared_prompts(counted, self._config)
 
 
-class RoundPairsWithReference(PairLearningWithReference):
+class RoundPairs(LearningOfRounds, PairLearning):
+    """`PairLearning` of rounds."""
+
+    headline = (OF_ROUNDS[0], PairLearning.headline[0], *OF_ROUNDS[1:])
+
+
+class RoundPairsWithReference(LearningOfRounds, PairLearningWithReference):
     """`PairLearningWithReference` of rounds: the reference begins the round, or the run."""
 
-    formats = (ROLLOUTS,)
-    comparable_loss = False
     headline = RoundPairs.headline
 
-    def __init__(self, context: ObjectiveContext) -> None:
-        super().__init__(context)
-        self._config, self._reference = context.config, _reference_of(context.config)
-
-    def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """As `PairLearning.prepare`; the prompt of a pair is computed once."""
-        return policy.with_shared_prompts(super().prepare(batch), self._config)
-
     def _reference_sums(self, sums: torch.Tensor, batch: MicroBatch, responses: Responses) -> torch.Tensor:
-        found = responses.sums(batch.columns[self._reference])
+        found = responses.sums(batch.columns[_reference_of(self._config)])
         # a round's first step is at the weights that begin it, and has no numbers but its own
         return torch.where(found.isnan(), sums.detach(), found)
 
 
-class RoundGroups(GroupLearning):
+class RoundGroups(LearningOfRounds, GroupLearning):
     """`GroupLearning` of rounds."""
 
-    formats = (ROLLOUTS,)
     headline = (OF_ROUNDS[0], *GroupLearning.headline, *OF_ROUNDS[1:])
-
-    def __init__(self, context: ObjectiveContext) -> None:
-        super().__init__(context)
-        self._config = context.config
-
-    def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """As `GroupLearning.prepare`; a prompt is computed once in a micro-batch."""
-        return policy.with_shared_prompts(super().prepare(batch), self._config)
 
 
 def _reference_of(config: RunConfig) -> str:
     return policy.OLD if config.policy.reference == "round" else policy.REFERENCE
 
 
-@dataclasses.dataclass(frozen=True)
-class RoundPreferences:
-    """Makes the objective of rounds."""
-
-    kind: type[RoundPairs | RoundPairsWithReference | RoundGroups]
-    columns: Mapping[str, NeededColumn]
-    """See `train.objectives.objective.columns_of`."""
-    formats: tuple[str, ...] = (ROLLOUTS,)
-
-    def __call__(self, context: ObjectiveContext) -> RoundPairs | RoundPairsWithReference | RoundGroups:
-        return self.kind(context)
-
-
-def round_objective_of(config: RunConfig) -> RoundPreferences:
+def round_objective_of(config: RunConfig) -> policy.PolicyObjective:
     """Return what makes the objective of `policy.method = preference`."""
     method, needed = config.preference.method, NeededColumn("`megatron-sov rl train`")
+    kind: type[LearningOfRounds] = RoundPairs
+    columns: dict[str, NeededColumn] = {}
     if method == "grouper":
-        return RoundPreferences(RoundGroups, dict.fromkeys((ADVANTAGE, SHARE), needed))
-    if method in WITH_REFERENCE:
-        return RoundPreferences(RoundPairsWithReference, {_reference_of(config): needed})
-    return RoundPreferences(RoundPairs, {})
+        kind, columns = RoundGroups, dict.fromkeys((ADVANTAGE, SHARE), needed)
+    elif method in WITH_REFERENCE:
+        kind, columns = RoundPairsWithReference, {_reference_of(config): needed}
+    return policy.PolicyObjective((ROLLOUTS,), columns, kind)

@@ -16,7 +16,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs import checkpoints
 
-NOT_TYPED = ("prompts", "reward_version")
+NOT_TYPED = ("reward_version",)
 """Of what rounds are asked for: what stands for the content of something."""
 LEARNS = "learns"
 """In the manifest of a round of reinforcement learning: reason that groups which are trained are counted

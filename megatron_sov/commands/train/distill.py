@@ -17,8 +17,8 @@ from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, read_manifest
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Flag, NotNegativeInt, add_options, command_of, read_options)
-from megatron_sov.commands.rl.rounds import RlRunOptions, run_rl
-from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, words_of
+from megatron_sov.commands.rl.rounds import RlRunOptions, run_as_rl
+from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.commands.train.gate_options import (
     GateOptions, gate_of, is_complete, refuse_unknown_benchmarks)
 from megatron_sov.infer.request import RankOptions, Temperature, WholeSampling
@@ -28,7 +28,7 @@ from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import PluginOptions, RecipeOptions, load_plugins
 from megatron_sov.post.rl.reward import NO_REWARD
 from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.runs.launch_environment import is_first, note_command
+from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.train.stages.stage_config import parse_stage, tokenizer_of
 
 if TYPE_CHECKING:
@@ -345,9 +345,7 @@ class DistillRoundsOptions(RecipeOptions):
 
 def run_rounds(typed: argparse.Namespace) -> int:
     """Do all rounds; returns 0 when the run is complete."""
-    options = rl_options(read_options(DistillRoundsOptions, typed))
-    note_command(["rl", "run", *words_of(options)])  # by which `megatron-sov resume` goes on
-    return run_rl(options, typed.began_s)
+    return run_as_rl(rl_options(read_options(DistillRoundsOptions, typed)), typed.began_s)
 
 
 def rl_options(args: DistillRoundsOptions) -> RlRunOptions:

@@ -18,15 +18,13 @@ from megatron_sov.base.documents.records import DESIRABLE
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Flag, ProblemCode, SettingsProblem, add_options, only_with, read_options)
-from megatron_sov.commands.rl.rounds import RlRunOptions, run_rl
-from megatron_sov.commands.shared_options import words_of
+from megatron_sov.commands.rl.rounds import RlRunOptions, run_as_rl
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import WITH_REFERENCE, PreferenceMethod
 from megatron_sov.model.objectives import factory
 from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing
-from megatron_sov.runs.launch_environment import note_command
 from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage
 
 if TYPE_CHECKING:
@@ -110,9 +108,7 @@ def run(typed: argparse.Namespace) -> int:
         settings = (*args.settings, f"preference.method={args.method}")
         args = dataclasses.replace(args, settings=settings)
     if args.rounds is not None:
-        options = rl_options(args)
-        note_command(["rl", "run", *words_of(options)])  # by which `megatron-sov resume` goes on
-        return run_rl(options, typed.began_s)
+        return run_as_rl(rl_options(args), typed.began_s)
     if is_complete(args, "preference"):
         return 0
     parsed = parse_stage(args, "preference")

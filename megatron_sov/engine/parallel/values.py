@@ -56,9 +56,10 @@ def sum_dict(values: Mapping[str, float], over: Callable[[torch.Tensor], torch.T
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return every process's value, by rank, on every process; called by all processes of the group
     (None: all) together."""
-    if dist.get_world_size(group) == 1:
+    size = dist.get_world_size(group)
+    if size == 1:
         return [value]
-    gathered: list[Any] = [None] * dist.get_world_size(group)
+    gathered: list[Any] = [None] * size
     dist.all_gather_object(gathered, value, group=group)
     return gathered
 

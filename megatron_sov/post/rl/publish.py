@@ -155,9 +155,11 @@ class Publisher:
         parts = defaultdict[int, dict[int, RolloutPart]](dict)
         for i, part in enumerate(begun.parts):
             parts[part.piece][i] = part
-        return [source.gather(piece, parts[piece], self._judged,
-                              lambda prompt: domain_of(self._record(prompt)))
-                for piece in range(begun.num_pieces)[rank::size]]
+        found = [source.gather(piece, parts[piece], self._judged,
+                               lambda prompt: domain_of(self._record(prompt)))
+                 for piece in range(begun.num_pieces)[rank::size]]
+        self._tokens.cache_clear()
+        return found
 
     def _plan(self, source: RoundOfStore, begun: _Begun, shares: Sequence[Sequence[GatheredPiece]],
               building: contextlib.ExitStack) -> str | RoundPlan:
@@ -336,6 +338,13 @@ class Publisher:
         return lru_cache(maxsize=64)(self.prompts.record_of)
 
     @cached_property
+    def _tokens(self) -> Any:
+        """What gives the column of tokens of a part; the groups of a piece are looked at one after the
+        other, and are mostly in the same one."""
+        return lru_cache(maxsize=2)(
+            lambda part: self._opened.table_of(self._opened.part(part), ("tokens",))["tokens"])
+
+    @cached_property
     def _routes(self) -> RouteShape | None:
         return replayed_routes(self.config)
 
@@ -388,8 +397,7 @@ class Publisher:
         """Return whether two responses are the same tokens, which a reward has judged in two ways."""
         if one.num_tokens != other.num_tokens:
             return False
-        first, second = (self._opened.table_of(self._opened.part(row.part), ("tokens",))["tokens"][row.row]
-                         for row in (one, other))
+        first, second = (self._tokens(row.part)[row.row] for row in (one, other))
         return bool(first == second)
 
     def _judged(self, groups: Sequence[Sequence[PublishedResponse]]) -> list[JudgedGroup]:
