@@ -170,7 +170,7 @@ class Publisher:
                             "--prompts that the run began with, or choose another --run")
         if before["reward_version"] != self.reward_version:
             warn(f"{folder}: was judged by reward version {before['reward_version'][:12]}, and round "
-                 f"{number} will be by {self.reward_version[:12]}: the reward's code or settings have changed, "
+                 f"{number} will be by {self.reward_version[:12]}: the reward's code or settings changed, "
                  "and rewards of the two may not be compared")
 
     @cached_property
