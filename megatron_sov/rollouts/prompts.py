@@ -105,7 +105,8 @@ class PromptList(Sequence[RolloutPrompt]):
             file = tempfile.TemporaryFile()  # noqa: SIM115
             numbers, starts = array("Q"), array("q", [0])
             for prompt in prompts:
-                file.write(text := json.dumps([prompt.place, prompt.record], ensure_ascii=False).encode())
+                told = json.dumps([prompt.place, prompt.record], ensure_ascii=False)
+                file.write(text := told.encode("utf-8", "surrogatepass"))  # a file's name may be no text
                 numbers.append(int(prompt.id, 16))
                 starts.append(starts[-1] + len(text))
             file.flush()

@@ -18,6 +18,7 @@ from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.prompts import (
     PromptList, RolloutPrompt, budget_of, list_set_aside, pieces, read_prompts, round_prompts, set_aside,
     too_long_in)
+from megatron_sov.rollouts.rows import domain_of
 
 
 def made(count: int) -> PromptList:
@@ -94,6 +95,13 @@ def test_what_json_does_not_hold_is_named_by_row(tmp_path: Path) -> None:
         read_prompts(tmp_path / "bytes.parquet")
     with pytest.raises(UserError, match=r"--prompts .*nowhere"):
         read_prompts(tmp_path / "nowhere")
+    pq.write_table(pa.table({"prompt": ["a"], "day": pa.array([2**31 - 1], pa.date32())}),
+                   tmp_path / "days.parquet")
+    with pytest.raises(UserError, match=r"--prompts .*days.parquet:1: has a value that cannot be read"):
+        read_prompts(tmp_path / "days.parquet")
+    (tmp_path / "no text \udcff.json").write_text('{"prompt": "a", "domain": null}')
+    [prompt] = read_prompts(tmp_path / "no text \udcff.json")
+    assert prompt.place.endswith("\udcff.json:1") and domain_of(prompt.record) == ""
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     with pytest.raises(UserError, match=r"--prompts .*empty.parquet: has no rows"):
         read_prompts(tmp_path / "empty.parquet")

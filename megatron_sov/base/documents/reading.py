@@ -447,6 +447,8 @@ def _value(scalar: Any) -> Any:
         value = scalar.as_py()
     except UnicodeDecodeError as e:
         raise BadRecord("utf8", f"is not UTF-8 ({e.reason} at byte {e.start} of a column)") from None
+    except (LookupError, OverflowError, ValueError) as e:  # a day or a time zone that Python does not know
+        raise BadRecord("parquet", f"has a value that cannot be read ({type(e).__name__}: {e})") from None
     return _decoded(value, scalar.type) if _JSON_TYPE in str(scalar.type) else value
 
 

@@ -54,7 +54,7 @@ def test_numbers_are_scores(given: object, reward: float) -> None:
 
 @pytest.mark.parametrize(("given", "reason"), [
     (math.nan, "nan, which is no finite number"), (math.inf, "no finite number"),
-    (10**400, "no finite number"),
+    (10**400, "no finite number"), (-1e308, "may not pass 1e+30"),
     ("1.0", "'1.0', a str, where a number belongs"), (None, "None, a NoneType"), (1j, "a complex"),
     (Score("high"), "a str"), (Decimal("1"), "a Decimal"),  # type: ignore[arg-type]
     (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
