@@ -10,6 +10,8 @@ on a CPU.
              apart, in fp32 and bf16; then weights of another draw into the same server
   rounds     `rl run --engine vllm` with two servers: weights go to both in every round, a server is killed in
              the middle of a round, then the whole run; the same command goes on
+  methods    one round of `rl run` in bf16 by each method that clips, written by one server and by the model
+             itself: the share of tokens that the first step clips, and how far the engine is from the trainer
   transfers  new weights into one server by files and over a collective in turns: greedy continuations behind
              either, and what it takes; then a server whose processes are killed under a transfer
 """
@@ -45,6 +47,12 @@ CPU = ["more=[\"--enforce-eager\"]", "requests=16"]
 QUIET = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
          "TORCH_COMPILE_DISABLE": "1"}
 ROUNDS, PROMPTS, SAMPLES = 5, 8, 4
+METHODS = {"grpo": (), "dr_grpo": (), "dapo": (), "gspo": (), "cispo": ("policy.clip_high=4",),
+           "agapo": ("policy.clip_high=4", "policy.all_wrong_reward=-1"),
+           "mgpo": ("policy.mgpo_lambda=1", "policy.clip_low=0.2", "policy.clip_high=0.2"),
+           "ink_grpo": ("policy.knowledge_coeff=0",), "pkpo": ("policy.pkpo_k=2",), "lapo_d": (),
+           "hbpo": ("rollout.budgets_tokens=[60,120,180,240]",)}
+"""Method -> what it needs beside its name."""
 
 
 def families() -> dict[str, Any]:
@@ -141,18 +149,64 @@ def files_of(folder: Path) -> Iterator[tuple[str, Any]]:
     return iter(load_file(folder / "model.safetensors").items())
 
 
+def rl_run(store: str, settings: list[str], *more: str) -> list[str]:
+    """Return the words of a run over the models and prompts of `make_inputs`, with SAMPLES responses to each
+    of PROMPTS prompts in a round."""
+    settings = [f"rollout.samples_per_prompt={SAMPLES}", f"rollout.prompts_per_round={PROMPTS}",
+                "rollout.max_prompt_tokens=64", "rollout.max_new_tokens=240",
+                'data.phases=[{"name":"p","seq_len":320}]', "optim.min_lr=0", *settings]
+    return [sys.executable, "-m", "megatron_sov", "rl", "run", "qwen3-4b", "--from", "hf", "--prompts",
+            "prompts.jsonl", "--plain", "--reward", "length", "--reward-set", "max_length=200",
+            "--reward-set", "buffer=100", "--store", f"{store}store", "--run", f"{store}run",
+            *(w for s in settings for w in ("--set", s)), *more]
+
+
 def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
-    words = ["rl", "run", "qwen3-4b", "--from", "hf", "--prompts", "prompts.jsonl", "--plain", "--reward",
-             "length", "--reward-set", "max_length=200", "--reward-set", "buffer=100", "--store", "store",
-             "--run", "run", "--engine", "vllm", "--engine-set", "servers=2", "--engine-set", "dtype=float32"]
-    settings = [f"rollout.rounds={ROUNDS}", f"rollout.prompts_per_round={PROMPTS}", "rollout.piece_prompts=1",
-                f"rollout.samples_per_prompt={SAMPLES}", "rollout.max_prompt_tokens=64",
-                "rollout.max_new_tokens=240", 'data.phases=[{"name":"p","seq_len":320}]', "optim.lr=1e-3",
-                "optim.min_lr=0", "policy.method=grpo", "train.precision=fp32"]
-    command = [sys.executable, "-m", "megatron_sov", *words, "--engine-set", CPU[0], "--engine-set",
-               "requests=4", *(w for s in settings for w in ("--set", s)), *more]
+    command = rl_run("", [f"rollout.rounds={ROUNDS}", "rollout.piece_prompts=1", "optim.lr=1e-3",
+                          "policy.method=grpo", "train.precision=fp32"],
+                     "--engine", "vllm", "--engine-set", "servers=2", "--engine-set", "dtype=float32",
+                     "--engine-set", CPU[0], "--engine-set", "requests=4", *more)
     with open(folder / "run.log", "ab") as out:
         return subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, start_new_session=True)
+
+
+def show_methods(folder: Path) -> None:
+    """Run a round and a step of each method by an engine that is not the trainer, and by the trainer."""
+    from megatron_sov.infer.engines.server_engine import server_settings
+    from megatron_sov.infer.engines.server_process import OwnServer
+
+    own = OwnServer("vllm", 0, folder / "hf", 320, server_settings(
+        "vllm", [*CPU, "dtype=bfloat16"], "--engine-set"), folder / "methods-logs")
+    try:
+        server = own.start(lambda: False)
+        assert server is not None
+        for method, needed in METHODS.items():
+            for engine, words in (("vllm", ("--engine", "vllm", "--engine-url", server.url)),
+                                  ("megatron", ())):
+                name = f"{method}-{engine}-"
+                subprocess.run(rl_run(name, [f"policy.method={method}", "rollout.rounds=1", "optim.lr=1e-6",
+                                             "optim.warmup_steps=0", "train.precision=bf16", *needed],
+                                      *words), cwd=folder, check=True, capture_output=True)
+                lines = (folder / f"{name}run/events.jsonl").read_text().splitlines()
+                [step] = [event["meters"] for event in map(json.loads, lines) if event["event"] == "step"]
+                told = ", ".join(f"{meter} {step[meter]:.2e}" for meter in ("engine_gap", "engine_kl"))
+                print(f"{method}, {engine}, bf16: {step['clip_share']:.1%} of the first step's tokens are "
+                      f"clipped, ratio {step['ratio']:.6f}, {told}", flush=True)
+    finally:
+        own.end()
+
+
+def make_inputs(folder: Path) -> None:
+    """Write what runs need: a model with a tokenizer, and prompts."""
+    draw(families()["qwen3"], 0).save_pretrained(folder / "hf")
+    text = Path(__file__).parents[1] / "docs/rl.md"
+    program = str(Path(sys.executable).parent / "sov-tokenizer")
+    subprocess.run([program, "train", "--preset", "k-exaone", "--vocab-size", "512", "--input", str(text),
+                    "--output", str(folder / "tokenizer")], check=True, capture_output=True)
+    for file in (folder / "tokenizer").glob("tokenizer*.json"):
+        (folder / "hf" / file.name).write_bytes(file.read_bytes())
+    (folder / "prompts.jsonl").write_text("".join(
+        json.dumps({"prompt": f"What is {i} plus {i + 1}? "}) + "\n" for i in range(3 * PROMPTS)))
 
 
 def server_keepers(pid: int) -> list[psutil.Process]:
@@ -212,7 +266,8 @@ def show_store(folder: Path) -> None:
               f"tokens by version {dict(versions)}")
     for line in (folder / "run/events.jsonl").read_text().splitlines():
         event = json.loads(line)
-        if event["event"] == "round":
+        # a round that is opened again behind a kill was written before
+        if event["event"] == "round" and "write_s" in event:
             print(f"round {event['round']}: written in {event['write_s']:.1f} s, weights pushed in "
                   f"{event['push_s']:.2f} s, a known text {event['engine_gap_nats']:.1e} nats a token apart")
         elif event["event"] == "step":
@@ -309,7 +364,7 @@ def kill_under_transfers(first: Path, second: Path, logs: Path, expected: Any) -
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--only", choices=("families", "rounds", "transfers", *families()))
+    parser.add_argument("--only", choices=("families", "rounds", "methods", "transfers", *families()))
     asked = parser.parse_args()
     os.environ.update(QUIET)
     with tempfile.TemporaryDirectory() as work:
@@ -319,17 +374,11 @@ def main() -> int:
                 show_family(name, make, folder, asked.prompts)
         if asked.only in (None, "transfers"):
             show_transfers(folder)
+        if asked.only in (None, "rounds", "methods"):
+            make_inputs(folder)
+        if asked.only in (None, "methods"):
+            show_methods(folder)
         if asked.only in (None, "rounds"):
-            draw(families()["qwen3"], 0).save_pretrained(folder / "hf")
-            text = Path(__file__).parents[1] / "docs/rl.md"
-            program = str(Path(sys.executable).parent / "sov-tokenizer")
-            subprocess.run([program, "train", "--preset", "k-exaone", "--vocab-size", "512", "--input",
-                            str(text), "--output", str(folder / "tokenizer")], check=True,
-                           capture_output=True)
-            for file in (folder / "tokenizer").glob("tokenizer*.json"):
-                (folder / "hf" / file.name).write_bytes(file.read_bytes())
-            (folder / "prompts.jsonl").write_text("".join(
-                json.dumps({"prompt": f"What is {i} plus {i + 1}? "}) + "\n" for i in range(3 * PROMPTS)))
             show_rounds(folder)
     return 0
 
