@@ -59,20 +59,21 @@ def report(work: Path) -> None:
     """Print each claim that has begun, its arms and its tests."""
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
           f"{platform.python_version()}; one process of one thread")
-    for folder in sorted(path for path in work.iterdir() if (path / CPU).exists()):
+    for folder in sorted(work.iterdir()):
         file = find_file(folder.name).absolute()
-        claims, spent = read_claims(file), json.loads((folder / CPU).read_text())
+        spent = json.loads((folder / CPU).read_text()) if (folder / CPU).exists() else {}
+        claims = read_claims(file)
         for name in claims.claims:
             claim = register(claims, name, file)
             if claim_folder(folder, claim).is_dir():
-                show(folder.name, claim, spent.get(name, 0.0), seeds_of(claim_folder(folder, claim)))
+                show(folder.name, claim, spent.get(name), seeds_of(claim_folder(folder, claim)))
 
 
-def show(seed: str, claim: Registered, cpu_s: float, found: dict[int, dict[str, dict[str, float]]]) -> None:
-    """Print one claim."""
+def show(seed: str, claim: Registered, cpu_s: float | None, found: dict[int, dict[str, dict[str, float]]]) -> None:
+    """Print one claim; None for seconds that nobody has counted."""
     judged = Judged(claim, found)
     print(f"\n{seed}/{claim.name} ({claim.address}): {judged.outcome}, {len(found)} of {claim.claim.seeds} "
-          f"seeds, {cpu_s:.0f} s of a processor\n  {claim.claim.says}")
+          f"seeds{'' if cpu_s is None else f', {cpu_s:.0f} s of a processor'}\n  {claim.claim.says}")
     for measure, what in claim.claim.measures.items():
         print(f"  {what.unit}")
         for arm in claim.claim.arms if found else ():

@@ -192,29 +192,23 @@ def run(args: argparse.Namespace) -> int:
     target = find_target(options.target)
     asked = asked_of(target, [p.text for p in prompts], options.chat)
     stop = StopRule(asked.end_ids, options.stop, asked.decode)
-    answer = _continue(options, target, asked, stop)
-    if answer is None:
+    found = _continue(options, target, asked, stop)
+    if found is None:
         return 0  # the job's first process prints
-    found, cpu_s = answer
     texts = [asked.response(i, stop.cut_text(asked.decode(c))) for i, c in enumerate(found.continuations)]
     if options.output is not None:
         write_output(options.output, response_lines(prompts, texts, found))
     else:
         _show(options, prompts, texts, found)
     step = step_of(target, events)
-    num_tokens = sum(map(len, found.continuations))
-    events.add("decoding", step=step, tokens=num_tokens, drafted=found.drafted, accepted=found.accepted,
-               tokens_per_pass=num_tokens / max(1, num_tokens - found.accepted),
-               cpu_ms_per_token=1000 * cpu_s / max(1, num_tokens))
     for prompt, text in zip(prompts, texts, strict=True):
         events.add("sample", step=step, prompt=prompt.text, text=text, target=prompt.target)
     return 0
 
 
 def _continue(options: GenerateOptions, target: Target, asked: SamplingRequest,
-              stop: StopRule) -> tuple[Generated, float] | None:
-    """Return what the chosen engine writes, and this process's seconds of processors for it; None where
-    another process of the job prints."""
+              stop: StopRule) -> Generated | None:
+    """Return what the chosen engine writes; None where another process of the job prints."""
     sampling = options.sampling
     longest = asked.longest + sampling.max_new_tokens
     engine_name = options.engine or engine_for(target)
@@ -227,9 +221,8 @@ def _continue(options: GenerateOptions, target: Target, asked: SamplingRequest,
             return engine.generate(asked.ids, sampling, stop=stop), time.monotonic() - began_s
 
         plain_s = timed(dataclasses.replace(sampling, num_drafts=0))[1] if options.compare_speed else 0.0
-        began_cpu_s = time.process_time()
         found, took_s = timed(sampling)
-        return {"found": vars(found), "faster": plain_s / took_s, "cpu_s": time.process_time() - began_cpu_s}
+        return {"found": vars(found), "faster": plain_s / took_s}
 
     answer = run_engine(engine_name, target, work, longest=longest, batching=options.batching,
                         settings=options.settings, nproc=options.nproc)
@@ -240,7 +233,7 @@ def _continue(options: GenerateOptions, target: Target, asked: SamplingRequest,
         share = found.accepted / found.drafted if found.drafted else 0.0
         speed = f", {answer['faster']:.2f} times the speed without drafts" if options.compare_speed else ""
         print(f"drafts: {found.drafted}, accepted {share:.1%}{speed}", file=sys.stderr)
-    return found, float(answer["cpu_s"])
+    return found
 
 
 def _show(options: GenerateOptions, prompts: list[ModelPrompt], texts: list[str], found: Generated) -> None:
