@@ -69,7 +69,8 @@ def report(work: Path) -> None:
                 show(folder.name, claim, spent.get(name), seeds_of(claim_folder(folder, claim)))
 
 
-def show(seed: str, claim: Registered, cpu_s: float | None, found: dict[int, dict[str, dict[str, float]]]) -> None:
+def show(seed: str, claim: Registered, cpu_s: float | None,
+         found: dict[int, dict[str, dict[str, float]]]) -> None:
     """Print one claim; None for seconds that nobody has counted."""
     judged = Judged(claim, found)
     print(f"\n{seed}/{claim.name} ({claim.address}): {judged.outcome}, {len(found)} of {claim.claim.seeds} "
