@@ -397,7 +397,9 @@ class BrokenTools(HttpTools):
     async def message(self, request: web.Request) -> web.StreamResponse:
         asked = await request.json()
         found = self.results.get(asked["method"].partition("/")[2])
-        return web.json_response(answered(asked, found)) if found else await super().message(request)
+        status = self.results.get("status", 200)
+        return web.json_response(answered(asked, found), status=status) if found else (
+            await super().message(request))
 
 
 def test_what_a_server_breaks_is_its_own_fault(serve: Serve) -> None:
@@ -408,6 +410,11 @@ def test_what_a_server_breaks_is_its_own_fault(serve: Serve) -> None:
     made, _ = make(order("mcp", {"url": f"{serve(broken.app())}/mcp"}))
     made.reset({"question": "Count.", "answer": "1"})
     with pytest.raises(InfrastructureFault, match="is 5, and no list"):
+        made.call("count", {})
+    elsewhere = BrokenTools(call={"content": [{"type": "text", "text": "1"}]}, status=302)
+    made, _ = make(order("mcp", {"url": f"{serve(elsewhere.app())}/mcp"}))
+    made.reset({"question": "Count.", "answer": "1"})
+    with pytest.raises(InfrastructureFault, match="HTTP 302"):
         made.call("count", {})
 
 
