@@ -120,9 +120,8 @@ class HttpConnection:
         self._messages: Iterator[bytes] = iter(())
         # a proxy of the environment knows this machine as itself
         headers = {"Accept": "application/json, text/event-stream"}
-        # many servers redirect /mcp to /mcp/; the key goes to no other origin
         self._client = httpx.Client(
-            timeout=TIMEOUT_S, trust_env=urlsplit(url).hostname not in _HERE, follow_redirects=True,
+            timeout=TIMEOUT_S, trust_env=urlsplit(url).hostname not in _HERE,
             headers=headers | ({"Authorization": f"Bearer {key}"} if key else {}))
 
     def _headers(self) -> dict[str, str]:
@@ -142,8 +141,10 @@ class HttpConnection:
             answer = stack.enter_context(
                 self._client.stream("POST", self._url, json=message, headers=self._headers()))
             self.session = answer.headers.get(SESSION, self.session)
-            if not answer.is_success:
+            if not answer.is_success:  # nor is a redirect followed
                 said = next(_lines_of(answer), b"").decode("utf-8", "replace")
+                if to := answer.headers.get("Location"):  # as many have it of /mcp, for /mcp/
+                    said = f"it sends to {to}, which is not followed; if that is its address, name it in url"
                 raise InfrastructureFault(f"HTTP {answer.status_code}: {short(said)}")
             # read as it comes: a server may ask something before it answers, and leave the stream open behind
             if is_request:

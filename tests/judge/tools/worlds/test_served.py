@@ -157,6 +157,20 @@ def test_an_openenv_server_that_lists_no_tools_is_told(serve: Serve, tools: Any,
         made.reset({})
 
 
+@pytest.mark.parametrize("schema", ["[1]", '{"action": [1]}', '{"action": {"properties": [1]}}', "", None])
+def test_an_openenv_server_without_a_schema_is_told(serve: Serve, schema: str | None) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        if schema is None:  # it hangs up
+            request.transport.abort()  # type: ignore[union-attr]
+        return web.Response(text=schema)
+
+    world = Guessing()
+    world.schema = answer  # type: ignore[method-assign]
+    made, _ = make(order("openenv", {"url": serve(world.app())}))
+    with pytest.raises(UserError, match="/schema does not describe its action"):
+        made.reset({})
+
+
 @pytest.mark.parametrize("reward", [float("nan"), 10 ** 400])
 def test_a_reward_that_is_no_number_is_the_servers_fault(serve: Serve, reward: float) -> None:
     world = Guessing()
@@ -261,6 +275,18 @@ def test_instructions_of_nemo_gym_are_rules_and_a_tool_may_take_nothing(serve: S
            "instructions": "Be brief.", "tools": [{"type": "function", "name": "add", "parameters": None}]}
     assert made.reset(ROW | {"responses_create_params": row}).system == "Be brief.\n\nCount."
     assert made.tools()[0]["function"]["parameters"] == {"type": "object", "properties": {}}
+
+
+def test_what_sends_elsewhere_is_no_result_of_a_tool(serve: Serve) -> None:
+    async def elsewhere(request: web.Request) -> web.Response:
+        raise web.HTTPTemporaryRedirect("http://127.0.0.1:9/")
+
+    server = Counting()
+    server.add = elsewhere  # type: ignore[method-assign]
+    made, _ = make(order("nemo_gym", {"url": serve(server.app())}))
+    made.reset(ROW)
+    with pytest.raises(InfrastructureFault, match=r"/add sends elsewhere \(HTTP 307\)"):
+        made.call("add", {"count": 1})
 
 
 def test_a_call_that_is_refused_when_it_is_made_again_loses_the_episode(serve: Serve) -> None:
@@ -393,7 +419,9 @@ class BrokenTools(HttpTools):
     async def message(self, request: web.Request) -> web.StreamResponse:
         asked = await request.json()
         found = self.results.get(asked["method"].partition("/")[2])
-        return web.json_response(answered(asked, found)) if found else await super().message(request)
+        status = self.results.get("status", 200)
+        return web.json_response(answered(asked, found), status=status) if found else (
+            await super().message(request))
 
 
 def test_what_a_server_breaks_is_its_own_fault(serve: Serve) -> None:
@@ -405,10 +433,16 @@ def test_what_a_server_breaks_is_its_own_fault(serve: Serve) -> None:
     made.reset({"question": "Count.", "answer": "1"})
     with pytest.raises(InfrastructureFault, match="is 5, and no list"):
         made.call("count", {})
+    elsewhere = BrokenTools(call={"content": [{"type": "text", "text": "1"}]}, status=302)
+    made, _ = make(order("mcp", {"url": f"{serve(elsewhere.app())}/mcp"}))
+    made.reset({"question": "Count.", "answer": "1"})
+    with pytest.raises(InfrastructureFault, match="HTTP 302"):
+        made.call("count", {})
 
 
 class OlderTools(HttpTools):
-    """A server of an earlier version behind a redirect, which checks what the protocol asks of its client."""
+    """A server of an earlier version, which hears what the protocol asks of its client; /old is its address
+    of before."""
 
     def __init__(self, version: str = "2025-03-26") -> None:
         super().__init__()
@@ -418,7 +452,7 @@ class OlderTools(HttpTools):
 
     def app(self) -> web.Application:
         app = super().app()
-        app.add_routes([web.post("/", self.moved), web.delete("/", self.moved)])
+        app.add_routes([web.post("/old", self.moved)])
         return app
 
     async def moved(self, request: web.Request) -> web.Response:
@@ -450,7 +484,7 @@ RESULTS: dict[str, dict[str, Any]] = {
 
 def test_a_session_is_spoken_in_the_version_that_its_server_answered(serve: Serve) -> None:
     server, task = OlderTools(), {"question": "Count.", "answer": "1"}
-    made, again = (make(order("mcp", {"url": f"{serve(server.app())}/"}))[0] for _ in range(2))
+    made, again = (make(order("mcp", {"url": f"{serve(server.app())}/mcp"}))[0] for _ in range(2))
     made.reset(task)
     assert made.call("count", {}) == '{"count": 1}'
     assert made.call("look", {}) == "inside\n[resource_link file:///b]\n[image]"
@@ -460,6 +494,12 @@ def test_a_session_is_spoken_in_the_version_that_its_server_answered(serve: Serv
     # `initialize` is before any version; no id comes twice, whichever process asks
     assert set(server.versions) == {None, "2025-03-26"} and server.versions.count(None) == 2
     assert len(set(server.ids)) == len(server.ids) and max(server.ids) < 2 ** 53
+
+
+def test_a_server_that_has_moved_is_told_with_where_it_is(serve: Serve) -> None:
+    made, _ = make(order("mcp", {"url": f"{serve(OlderTools().app())}/old"}))
+    with pytest.raises(UserError, match="HTTP 307: it sends to /mcp, which is not followed; if that is"):
+        made.reset({"question": "Count.", "answer": "1"})
 
 
 def test_a_server_of_a_version_that_is_not_known_is_left(serve: Serve) -> None:
