@@ -1,5 +1,6 @@
-"""Runs a command whose runs of pytest, one after another, share what would else be made by each: the workers
-behind `ranks` and `run_command`, which import all libraries, and the data of `token_shards` and `packed_data`.
+"""Runs a command whose runs of pytest, one after another, share what each would else make anew: the workers
+behind `ranks` and `run_command`, which import all libraries, and the data of `token_shards` and
+`packed_data`.
 
     python tests/made_once.py COMMAND ARGUMENT ...          its exit code is the command's
 """
@@ -14,14 +15,12 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parents[1])  # not this folder: what mirrors a package in it has its name
-
-from tests.conftest import NO_RANK, SHARED, TE_DOUBLE, Server, Worker
-from tests.packing import MAKERS
-
 
 def main(command: list[str]) -> int:
     """Return the exit code of a command that finds workers and data in its environment."""
+    from tests.conftest import NO_RANK, SHARED, TE_DOUBLE, Server, Worker
+    from tests.packing import MAKERS
+
     with (tempfile.TemporaryDirectory() as made, closing(Server()) as server,
           closing(Server(TE_DOUBLE)) as te_server, tempfile.TemporaryDirectory() as said,
           closing(Worker(Path(said), server.address)) as worker):
@@ -34,4 +33,5 @@ def main(command: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # not this folder: what mirrors a package in it has its name
     sys.exit(main(sys.argv[1:]))
