@@ -128,7 +128,7 @@ class HttpConnection:
             answer = stack.enter_context(
                 self._client.stream("POST", self._url, json=message, headers=headers))
             self.session = answer.headers.get(SESSION, self.session)
-            if answer.is_error:
+            if not answer.is_success:  # nor is a redirect followed
                 said = next(_lines_of(answer), b"").decode("utf-8", "replace")
                 raise InfrastructureFault(f"HTTP {answer.status_code}: {short(said)}")
             # read as it comes: a server may ask something before it answers, and leave the stream open behind

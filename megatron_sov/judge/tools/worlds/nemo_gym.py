@@ -110,9 +110,14 @@ class NemoGym(ServedWorld):
         import httpx
 
         try:
-            return self._client.post(f"/{path}", json=content)
+            answer = self._client.post(f"/{path}", json=content)
         except httpx.HTTPError as e:
             raise InfrastructureFault(f"/{path} does not answer ({type(e).__name__})") from None
+        # else its words would be a tool's result
+        if 300 <= answer.status_code < 400:
+            raise InfrastructureFault(f"/{path} sends elsewhere (HTTP {answer.status_code}), which is not "
+                                      "followed")
+        return answer
 
     def _json(self, answer: Any) -> dict[str, Any]:
         try:

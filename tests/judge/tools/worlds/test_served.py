@@ -157,6 +157,20 @@ def test_an_openenv_server_that_lists_no_tools_is_told(serve: Serve, tools: Any,
         made.reset({})
 
 
+@pytest.mark.parametrize("schema", ["[1]", '{"action": [1]}', '{"action": {"properties": [1]}}', "", None])
+def test_an_openenv_server_without_a_schema_is_told(serve: Serve, schema: str | None) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        if schema is None:  # it hangs up
+            request.transport.abort()  # type: ignore[union-attr]
+        return web.Response(text=schema)
+
+    world = Guessing()
+    world.schema = answer  # type: ignore[method-assign]
+    made, _ = make(order("openenv", {"url": serve(world.app())}))
+    with pytest.raises(UserError, match="/schema does not describe its action"):
+        made.reset({})
+
+
 @pytest.mark.parametrize("reward", [float("nan"), 10 ** 400])
 def test_a_reward_that_is_no_number_is_the_servers_fault(serve: Serve, reward: float) -> None:
     world = Guessing()
@@ -239,6 +253,18 @@ def test_a_row_of_nemo_gym_is_a_task(serve: Serve) -> None:
         ("function_call", None), ("function_call_output", '{"count": 4}'),
         ("function_call", None), ("function_call_output", '{"count": 6}'), ("message", None)]
     assert output[0]["name"] == "add" and output[-1]["content"][0]["text"] == "It is 6."
+
+
+def test_what_sends_elsewhere_is_no_result_of_a_tool(serve: Serve) -> None:
+    async def elsewhere(request: web.Request) -> web.Response:
+        raise web.HTTPTemporaryRedirect("http://127.0.0.1:9/")
+
+    server = Counting()
+    server.add = elsewhere  # type: ignore[method-assign]
+    made, _ = make(order("nemo_gym", {"url": serve(server.app())}))
+    made.reset(ROW)
+    with pytest.raises(InfrastructureFault, match=r"/add sends elsewhere \(HTTP 307\)"):
+        made.call("add", {"count": 1})
 
 
 def test_a_call_that_is_refused_when_it_is_made_again_loses_the_episode(serve: Serve) -> None:
@@ -371,7 +397,9 @@ class BrokenTools(HttpTools):
     async def message(self, request: web.Request) -> web.StreamResponse:
         asked = await request.json()
         found = self.results.get(asked["method"].partition("/")[2])
-        return web.json_response(answered(asked, found)) if found else await super().message(request)
+        status = self.results.get("status", 200)
+        return web.json_response(answered(asked, found), status=status) if found else (
+            await super().message(request))
 
 
 def test_what_a_server_breaks_is_its_own_fault(serve: Serve) -> None:
@@ -382,6 +410,11 @@ def test_what_a_server_breaks_is_its_own_fault(serve: Serve) -> None:
     made, _ = make(order("mcp", {"url": f"{serve(broken.app())}/mcp"}))
     made.reset({"question": "Count.", "answer": "1"})
     with pytest.raises(InfrastructureFault, match="is 5, and no list"):
+        made.call("count", {})
+    elsewhere = BrokenTools(call={"content": [{"type": "text", "text": "1"}]}, status=302)
+    made, _ = make(order("mcp", {"url": f"{serve(elsewhere.app())}/mcp"}))
+    made.reset({"question": "Count.", "answer": "1"})
+    with pytest.raises(InfrastructureFault, match="HTTP 302"):
         made.call("count", {})
 
 
