@@ -117,7 +117,7 @@ class Source:
     root: Path
     path: Path
 
-    @property
+    @cached_property
     def name(self) -> str:
         return self.path.relative_to(self.root).as_posix()
 
@@ -134,6 +134,20 @@ class Source:
 
     @property
     def tree(self) -> ast.Module:
+        return self._parsed.tree
+
+    @property
+    def nodes(self) -> list[ast.AST]:
+        """Every node of the tree."""
+        return self._parsed.nodes
+
+    @property
+    def calls(self) -> list[tuple[ast.Call, str]]:
+        """Every call, and what is called as it is written."""
+        return self._parsed.calls
+
+    @property
+    def _parsed(self) -> _Parsed:
         return _parsed(self.path.read_text(encoding="utf-8"))
 
     def imports(self, top_level_only: bool = False) -> list[tuple[int, str]]:
@@ -150,7 +164,7 @@ class Source:
         return list(self._read_imports(True))
 
     def _read_imports(self, top_level_only: bool) -> Iterator[tuple[int, str]]:
-        for node in _top_level(self.tree) if top_level_only else ast.walk(self.tree):
+        for node in _top_level(self.tree) if top_level_only else self.nodes:
             if isinstance(node, ast.Import):
                 yield from ((node.lineno, alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -160,10 +174,25 @@ class Source:
                 yield from ((node.lineno, ".".join([*base, alias.name])) for alias in node.names)
 
 
+class _Parsed:
+    """What all rules look at, found once."""
+
+    def __init__(self, tree: ast.Module) -> None:
+        self.tree = tree
+
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(ast.walk(self.tree))
+
+    @cached_property
+    def calls(self) -> list[tuple[ast.Call, str]]:
+        return [(node, ast.unparse(node.func)) for node in self.nodes if isinstance(node, ast.Call)]
+
+
 @lru_cache(maxsize=1)
-def _parsed(text: str) -> ast.Module:
+def _parsed(text: str) -> _Parsed:
     """Parse one file, and forget the file before it: all trees together are 240 MB."""
-    return ast.parse(text)
+    return _Parsed(ast.parse(text))
 
 
 def _top_level(tree: ast.AST) -> Iterator[ast.AST]:
@@ -276,19 +305,17 @@ def hall_problems(source: Source) -> Iterator[str]:
 
 def loading_problems(source: Source) -> Iterator[str]:
     """Loaders that would unpickle a foreign file."""
-    for node in ast.walk(source.tree):
-        if not isinstance(node, ast.Call):
-            continue
-        called, keywords = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
+    for node, called in source.calls:
+        keywords = {k.arg: k.value for k in node.keywords}
         if called == "torch.load" and ast.unparse(keywords.get("weights_only", ast.Constant(None))) != "True":
             yield f"{source.name}:{node.lineno}: torch.load needs weights_only=True"
-        if ast.unparse(keywords.get("allow_pickle", ast.Constant(False))) != "False":
+        if "allow_pickle" in keywords and ast.unparse(keywords["allow_pickle"]) != "False":
             yield f"{source.name}:{node.lineno}: allow_pickle must stay False"
 
 
 def model_problems(source: Source) -> Iterator[str]:
     """A model that a library loads is loaded in one place, which refuses weights that it would make up."""
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if (source.name != "megatron_sov/model/pretrained.py" and isinstance(node, ast.Attribute)
                 and node.attr == "from_pretrained" and "Tokenizer" not in ast.unparse(node.value)):
             yield (f"{source.name}:{node.lineno}: {ast.unparse(node)} makes up weights that are missing; use "
@@ -298,7 +325,7 @@ def model_problems(source: Source) -> Iterator[str]:
 def line_problems(source: Source) -> Iterator[str]:
     """Lines of data end with a newline and nothing else: `str.splitlines` also cuts at U+2028, at form feeds
     and at what separates files, which texts and records hold.  What programs and errors say may be cut so."""
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if (isinstance(node, ast.Attribute) and node.attr == "splitlines" and source.name not in CUT_ANYWHERE
                 and not SAID.search(ast.unparse(node.value))):
             yield f'{source.name}:{node.lineno}: splitlines cuts data at more than newlines; use split("\\n")'
@@ -311,7 +338,7 @@ def size_problems(source: Source) -> Iterator[str]:
         yield f"{source.name}: has {num_lines} lines, at most {MAX_FILE_LINES}"
     if set(source.path.relative_to(source.root).with_suffix("").parts) & VAGUE_NAMES:
         yield f"{source.name}: is named after nothing; name it after what it holds"
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno is not None:
             length = node.end_lineno - node.lineno + 1
             if length > MAX_FUNCTION_LINES:
@@ -323,21 +350,22 @@ def work_problems(source: Source) -> Iterator[str]:
     """Processes are started and locks held in one hall, beside the sandbox and the launcher of ranks."""
     if source.name.startswith(("megatron_sov/work/", "megatron_sov/sandbox/")) or source.name in MAY_START:
         return
-    for node in ast.walk(source.tree):
-        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-        if (called.rpartition(".")[2] in STARTS and not called.startswith("psutil.")) or (
-                isinstance(node, ast.Name) and "PR_SET_PDEATHSIG" in node.id):
-            yield (f"{source.name}:{node.lineno}: {called or 'PR_SET_PDEATHSIG'}: processes and locks are "
-                   "megatron_sov.work's; use what it has")
+    named: list[tuple[ast.expr, str]] = [(node, node.id) for node in source.nodes
+                                         if isinstance(node, ast.Name) and "PR_SET_PDEATHSIG" in node.id]
+    started = [(node, called) for node, called in source.calls
+               if called.rpartition(".")[2] in STARTS and not called.startswith("psutil.")]
+    for node, used in (*started, *named):
+        yield (f"{source.name}:{node.lineno}: {used}: processes and locks are megatron_sov.work's; use what "
+               "it has")
 
 
 def rename_problems(source: Source) -> Iterator[str]:
     """Results get their names in one place, behind their bytes."""
     if source.name.startswith("megatron_sov/work/") or source.name in {**MAY_RENAME, **MAY_START}:
         return
-    for node in ast.walk(source.tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.rename", "os.replace"):
-            yield (f"{source.name}:{node.lineno}: {ast.unparse(node.func)}: use new_file, new_folder or "
+    for node, called in source.calls:
+        if called in ("os.rename", "os.replace"):
+            yield (f"{source.name}:{node.lineno}: {called}: use new_file, new_folder or "
                    "delete_folder of megatron_sov.base.artifacts")
 
 
@@ -372,7 +400,7 @@ def users_of(found: list[Source], packages_too: bool = False) -> dict[str, set[s
 def named_in_tables(found: list[Source]) -> set[str]:
     """Return the modules that a text of another file names, as tables of commands, steps and codecs do."""
     modules = by_module(found)
-    return {module for name, source in modules.items() for node in ast.walk(source.tree)
+    return {module for name, source in modules.items() for node in source.nodes
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
             and (module := node.value.partition(":")[0]) in modules and module != name}
 

@@ -150,7 +150,8 @@ class RewardRow:
 
 def domain_of(record: Mapping[str, Any]) -> str:
     """Return what a prompt's record says that it is about, by which figures are told apart; "": nothing."""
-    return str(record.get(_DOMAIN, ""))
+    found = record.get(_DOMAIN)
+    return "" if found is None else str(found)
 
 
 class Attempted(Protocol):
@@ -208,6 +209,8 @@ def numbers_in(name: str) -> tuple[int, int, int] | None:
 ROUNDS, PIECES, UNFINISHED_ROWS, GROWS = "asked_rounds", "pieces_per_round", "unfinished", "grows"
 """In the provenance of a part of rollouts: the last round that is asked for, the pieces of each, how many of
 its own rows an attempt behind it goes on with, and whether a round may ask more until it is trained."""
+JUDGED = "rollouts"
+"""In the provenance of rewards: hash of the manifest of the part that was judged."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ The same rows may be published twice, at whatever time they were written; other 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +21,8 @@ import pyarrow as pa
 
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.rollouts.rows import (
-    NOT_WRITTEN, Key, RewardRow, Rollout, RolloutPart, later, numbers_in, part_name)
-from megatron_sov.work.tables.parquet import arrays_of, lists, texts_of
+    JUDGED, NOT_WRITTEN, Key, RewardRow, Rollout, RolloutPart, later, numbers_in, part_name)
+from megatron_sov.work.tables.parquet import MAKE_AGAIN, arrays_of, lists, texts_of
 from megatron_sov.work.tables.table import AlreadyPublished, Table
 
 
@@ -407,10 +408,23 @@ class RolloutStore(Table[RolloutPart]):
         """Return what a reward said of the rows of a part.
 
         Raises:
-            UserError: there is no such part, or it is damaged.
+            UserError: there is no such part, it is damaged, or judges rows that are there no more.
         """
         part = self.part(name, version)
-        return _converted(part.file, lambda: rewards_of(self.read(part, REWARDS)))
+        # rows that were deleted and written again have the keys of those that were judged
+        if self.part_path(name).exists() and part.provenance.get(
+                JUDGED, now := self.part(name).manifest_sha256) != now:
+            raise UserError(f"{part.path}: judges other rows than {self.part_path(name)} has now; delete it, "
+                            "and they are judged")
+        rows = _converted(part.file, lambda: rewards_of(self.read(part, REWARDS)))
+        for i, row in enumerate(rows):
+            if row.reward_version != version:
+                raise UserError(f"{part.file}: row {i} is of reward version {row.reward_version!r}, not "
+                                f"{version!r}; {MAKE_AGAIN}")
+            if row.reward is not None and not math.isfinite(row.reward):
+                raise UserError(f"{part.file}: row {i} has a reward of {row.reward}, which is no number; "
+                                f"{MAKE_AGAIN}")
+        return rows
 
     def judgements(self, version: str, parts: Sequence[RolloutPart]) -> Judgements:
         return {(said.key, said.attempt): said for part in parts if self.has(part.name, version)

@@ -18,6 +18,7 @@ from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.prompts import (
     PromptList, RolloutPrompt, budget_of, list_set_aside, pieces, read_prompts, round_prompts, set_aside,
     too_long_in)
+from megatron_sov.rollouts.rows import domain_of
 
 
 def made(count: int) -> PromptList:
@@ -94,9 +95,27 @@ def test_what_json_does_not_hold_is_named_by_row(tmp_path: Path) -> None:
         read_prompts(tmp_path / "bytes.parquet")
     with pytest.raises(UserError, match=r"--prompts .*nowhere"):
         read_prompts(tmp_path / "nowhere")
+    pq.write_table(pa.table({"prompt": ["a"], "day": pa.array([2**31 - 1], pa.date32())}),
+                   tmp_path / "days.parquet")
+    with pytest.raises(UserError, match=r"--prompts .*days.parquet:1: has a value that cannot be read"):
+        read_prompts(tmp_path / "days.parquet")
+    (tmp_path / "no text \udcff.json").write_text('{"prompt": "a", "domain": null}')
+    [prompt] = read_prompts(tmp_path / "no text \udcff.json")
+    assert prompt.place.endswith("\udcff.json:1") and domain_of(prompt.record) == ""
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     with pytest.raises(UserError, match=r"--prompts .*empty.parquet: has no rows"):
         read_prompts(tmp_path / "empty.parquet")
+
+
+def test_what_a_folder_has_that_may_not_be_meant_is_told(tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / f"data/{split}/rows.jsonl").write_text(json.dumps({"prompt": split}))
+    (tmp_path / "data/model.bin").write_bytes(b"1")
+    assert len(read_prompts(tmp_path / "data")) == 2
+    told = capsys.readouterr().err
+    assert "--prompts" in told and "model.bin" in told and "splits" in told and "as one source" in told
 
 
 def test_what_is_set_aside_is_listed_and_counted_by_all_who_share_a_store(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +25,10 @@ from pyarrow import parquet
 from megatron_sov.base.artifacts import Manifest, new_artifact, to_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.rows import (
-    NOT_WRITTEN, AskedPrompt, Key, RewardRow, Rollout, RolloutPart, not_written, numbers_in, part_name)
+    JUDGED, NOT_WRITTEN, AskedPrompt, Key, RewardRow, Rollout, RolloutPart, not_written, numbers_in,
+    part_name)
 from megatron_sov.rollouts.store import (
-    NAMES, REPEATED, ROLLOUTS, SPLIT, RolloutStore, problems_of, rollouts_of, rollouts_table)
+    NAMES, REPEATED, ROLLOUTS, SPLIT, RolloutStore, problems_of, rewards_table, rollouts_of, rollouts_table)
 from megatron_sov.work.tables import parquet as bounds
 from megatron_sov.work.tables.parquet import read_table, write_table
 from megatron_sov.work.tables.table import AlreadyPublished
@@ -154,6 +156,31 @@ def test_the_first_part_of_a_name_stays(store: RolloutStore) -> None:
         store.add_rewards("v1" * 8, name, [judged(rollout(), 0.0)])
     assert store.read_rollouts(name)[0].response == "네 4"
     assert [p.name for p in (store.path / "rollouts").iterdir()] == [name]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"reward": math.nan}, "row 1 has a reward of nan"), ({"reward": -math.inf}, "has a reward of -inf"),
+    ({"reward_version": "v2" * 8}, "row 1 is of reward version 'v2v2")])
+def test_rewards_that_are_none_are_refused(changes: dict[str, Any], sentence: str,
+                                           store: RolloutStore) -> None:
+    rows = [rollout(0), rollout(1)]
+    store.add_rollouts(NAME, rows, {})
+    table = rewards_table([judged(rows[0]), judged(rows[1], **changes)])
+    assert store.publish(NAME, "v1" * 8, table, {})
+    with pytest.raises(UserError, match=sentence):
+        store.judgements("v1" * 8, store.parts())
+
+
+def test_rewards_are_of_the_rows_that_were_judged(store: RolloutStore) -> None:
+    """Of a part that was deleted and written again, the rows have the same keys."""
+    store.add_rollouts(NAME, [rollout()], {})
+    [part] = store.parts()
+    store.add_rewards("v1" * 8, NAME, [judged(rollout())], {JUDGED: part.manifest_sha256})
+    assert len(store.judgements("v1" * 8, [part])) == 1
+    shutil.rmtree(part.path)
+    store.add_rollouts(NAME, [rollout(response="5")], {})
+    with pytest.raises(UserError, match=r"v1v1v1v1v1v1/.*judges other rows than .* has now; delete it, and"):
+        store.judgements("v1" * 8, store.parts())
 
 
 def test_columns_that_are_not_asked_for_are_not_read(store: RolloutStore) -> None:

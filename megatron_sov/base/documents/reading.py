@@ -157,14 +157,19 @@ def read_documents(files: Iterable[Path], reading: RecordReading | None = None) 
             line += counted.num_lines
 
 
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: None
+                 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield where each record of a file or a dataset's folder stands, for messages, and its fields as they
     are.
+
+    Args:
+        path: the file or folder.
+        tell: as `list_files` has it.
 
     Raises:
         UserError: it holds no records, or one is malformed.
     """
-    files = [file for file in list_files(path)
+    files = [file for file in list_files(path, tell)
              if is_records(file.name) or file.suffix.lower() == JSON_SUFFIX]
     if not files:
         raise UserError(f"{path}: holds no records; pass a .jsonl, .json, .parquet or .arrow file, or a "
@@ -447,6 +452,8 @@ def _value(scalar: Any) -> Any:
         value = scalar.as_py()
     except UnicodeDecodeError as e:
         raise BadRecord("utf8", f"is not UTF-8 ({e.reason} at byte {e.start} of a column)") from None
+    except (LookupError, OverflowError, ValueError) as e:  # a day or a time zone that Python does not know
+        raise BadRecord("parquet", f"has a value that cannot be read ({type(e).__name__}: {e})") from None
     return _decoded(value, scalar.type) if _JSON_TYPE in str(scalar.type) else value
 
 

@@ -445,9 +445,9 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
         train_rounds(args, parsed, began_s, producer=producer, validation=validation)
     # workers that judge end with the run, also with one that failed
     finally:
+        producer.close()
         if validation is not None:
             validation.asking.close()
-        producer.close()
 
 
 def _validation(args: RlRunOptions, parsed: ParsedRounds, training: Producer, start: Target,

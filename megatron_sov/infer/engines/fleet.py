@@ -221,7 +221,7 @@ class Fleet:
         return sum(member.server is not None for member in self._members)
 
     def submit(self, request: TokenRequest) -> Future[list[TokenAnswer]]:
-        """Return what will be the answers.
+        """Return what will be the answers; it is running from when a server takes the request.
 
         Raises:
             UserError: the ids are not the model's, or no server can be brought to life any more.
@@ -405,6 +405,8 @@ class Fleet:
                 return
             member = min(free, key=lambda member: member.num_asked)
             self._waiting.popleft()
+            if not task.future.running():  # what a server has lost is begun already
+                task.future.set_running_or_notify_cancel()
             member.under_way[task.request.name] = task
             self._given.put((member, task))
             # as many threads as requests were ever under way: each waits for one answer

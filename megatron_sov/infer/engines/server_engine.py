@@ -94,7 +94,7 @@ def open_fleet(name: str, folder: Path, vocab_size: int, longest: int, settings:
         keepers = [OwnServer(name, number, folder, longest, settings, places.logs, with_routes=with_routes,
                              python=places.python, command=places.command)
                    for number in range(settings.servers)]
-    with Fleet(keepers, vocab_size, settings.requests, settings.restarts, over=over) as fleet:
+    with Fleet(keepers, vocab_size, settings.room, settings.restarts, over=over) as fleet:
         yield fleet
 
 
@@ -318,7 +318,7 @@ def serving_engine(name: str, folder: Path, vocab_size: int, longest: int, setti
             places = ServerPlaces(Path(logs))
         fleet = stack.enter_context(open_fleet(name, folder, vocab_size, longest, settings, places,
                                                with_routes=with_routes, over=over))
-        room = settings.requests * (len(places.urls) or settings.servers)
+        room = settings.room * (len(places.urls) or settings.servers)
         # by the run, so that it finds what was left when it was killed
         own = hashlib.sha256(str(places.logs.absolute()).encode()).hexdigest()[:16]
         engine = ServerEngine(name, fleet, folder, settings.weights / f"sov-weights-{own}", room,

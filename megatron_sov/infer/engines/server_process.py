@@ -97,7 +97,7 @@ class EngineServers:
     """Of the weights and of what is computed; auto: as the folder has them, or float16 for float32 where the
     engine decides so (SGLang)."""
     requests: AtLeastOne = 256
-    """Responses that a server writes at a time."""
+    """Responses that each copy of the model writes at a time."""
     devices: tuple[str, ...] = ()
     """GPUs of the servers, in order; empty: all that there are, which a trainer on this machine needs too."""
     start_s: AboveZero = 1800.0
@@ -134,6 +134,11 @@ class EngineServers:
                                      "alone; leave it out, and set weights to a folder that its servers see",
                                      self.transfer))
         return p
+
+    @property
+    def room(self) -> int:
+        """Return how many responses a server writes at a time."""
+        return self.requests * self.dp
 
     def sending(self) -> SendFiles | None:
         """Return what sends weights to a server of vLLM; None: it reads them."""

@@ -30,7 +30,9 @@ _FULL_STOP = re.compile(r"(?<=\d)\.(?=\s*\}(?:[^{}]|\Z))")
 _SPELLED = str.maketrans({"\u2212": "-", "\uff0d": "-", "°": "^{\\circ}",
                           **{chr(0xff10 + digit): str(digit) for digit in range(10)}})
 """Minus, degrees and digits as East Asian keyboards write them -> as math-verify reads them."""
-_THOUSANDS = re.compile(r"(?<=\d)\\[,!;:]\s*(?=\d{3}(?!\d))")
+_DRESS = re.compile(r"\\(?:text)?color\s*\{\w+\}|\\(?:boldsymbol|bm|underline)(?=\s*\{)|(?<=\{)\\[,;:!]")
+"""Colour, weight, a line under it and a narrow space at its begin: nothing of an answer's value."""
+_THOUSANDS = re.compile(r"(?<=\d)\\[,!;: ]\s*(?=\d{3}(?!\d))")
 """LaTeX's narrow spaces between groups of three digits, which math-verify takes for a product."""
 _THREE_DIGITS = re.compile(r"\A\s*\{\s*(?=\d{3}(?!\d))")
 _BETWEEN = re.compile(r"(?:[\s$,;]|\\[()\[\]]|\b(?:and|or)\b)*", re.IGNORECASE)
@@ -63,7 +65,12 @@ _HEDGE = re.compile(r"n't\b|\b(?:not|never|neither|either|between|among|one of|b
 """Words before a number that make it none that is given as the answer."""
 _ANOTHER = re.compile(r"[\s$(]*(?:(?:or|to|and(?!\s+not))\b|또는|이나|或|または|หรือ)[^.]*\d", re.IGNORECASE)
 """Behind a number: another one."""
-_OPEN = re.compile(r"\\(?:neg|neq?|not|[lc]?dots|pm|mp|lor|vee)(?![A-Za-z])"
+_TAKEN_BACK = re.compile(r"[\s$().,;:?!*]*(?:(?:no|wait|actually|sorry|hmm)\s*[,:.]|(?:not sure|could be"
+                         r"|maybe|perhaps)\b)", re.IGNORECASE)
+"""Behind a number that was said too early: what comes behind this counts."""
+_LISTED = re.compile(r"\d[$)\]]*(?:,\s+|;\s*|\s+)(?!\d{3}(?!\d))[$(\[]*[-+]?\d[\d.,]*[\s$)\].]*\Z")
+"""At the end: numbers beside each other, of which math-verify takes the last one."""
+_OPEN = re.compile(r"\\(?:neg|neq?|not|[lc]?dots|pm|mp|lor|vee|[lg]t|propto)(?![A-Za-z])"
                    r"|\\(?:text|mathrm|mbox)\s*\{[^{}]*\b(?:or|wrong|false|incorrect|not|at least|at most)\b")
 """In a box: what takes its number back, or leaves it open."""
 _DENIED = re.compile(r"[^\d]{0,8}(?:아(?:니|닙|닌)|않|ではな)")
@@ -119,7 +126,7 @@ class Math:
         gold = self._gold(text_of(row, "answer"))
         # a box in the thoughts of a response, or in a call, is no answer of it
         said = content_of(row)[-self.tail_chars:].translate(_SPELLED).replace("\\fbox{", "\\boxed{")
-        said = _FULL_STOP.sub("", said)
+        said = _FULL_STOP.sub("", _DRESS.sub("", said).replace("~", " "))
         # mixed numbers and powers of ten go in as LaTeX, in which math-verify cannot take them apart
         said = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _MIXED.sub(_as_fraction, said))
         # counters go only where the gold answer has none, else they are part of it
@@ -147,7 +154,7 @@ class Math:
         if boxed or not self.marked_only:
             return _parsed(boxed or response)
         said = final_answer(response) or ""
-        if _is_hedged(said):
+        if _is_hedged(said) or (is_number and _LISTED.search(said)):
             return []
         # no box: first where "the answer is" stands, then the last line, unless that is prose
         found = _parsed(response, anchored=True)
@@ -176,7 +183,8 @@ class Math:
             # what math-verify shows may be another match than the one that it reads: a number in the text
             plain = [] if "\\boxed" in shown else _parsed(shown, expressions=True)
             return bool(found and plain) and getattr(found[0], "is_Number", False) and plain[0] == found[0]
-        if not any(math.isclose(given * factor, value, rel_tol=0.01, abs_tol=0.01)
+        # relative: math-verify rounds to decimals, by which all charges of particles are equal
+        if not any(math.isclose(given * factor, value, rel_tol=0.01)
                    # percent and share are both accepted: 50 % is 0.5
                    for factor in (1, 100, 0.01)):
             return False
@@ -242,11 +250,14 @@ def _as_fraction(mixed: re.Match[str]) -> str:
 
 def _is_hedged(said: str) -> bool:
     """Return whether what stands behind "the answer is" names a number that it does not give as the answer:
-    "not 42", "more than 41", "42 or 43"."""
+    "not 42", "more than 41", "42 or 43", "42. No, 43"."""
     before = re.match(r"[^\d\\$]*", said)
     first = re.match(r"[^\d]*[\d.,]*\d", said)
     behind = said[first.end():first.end() + 40] if first else ""
-    return any((_HEDGE.search(before[0] if before else ""), _DENIED.match(behind), _ANOTHER.match(behind)))
+    numbers = re.findall(r"\d[\d.,]*\d|\d", said)
+    return any((_HEDGE.search(before[0] if before else ""), _DENIED.match(behind), _ANOTHER.match(behind),
+                # "42. Wait, let me see: 6 * 7 = 42" comes to the same
+                _TAKEN_BACK.match(behind) and numbers[-1] != numbers[0]))
 
 
 def _is_prose(said: str) -> bool:

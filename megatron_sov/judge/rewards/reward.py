@@ -18,6 +18,8 @@ Status = Literal["scored", "timeout", "failed", "refused"]
 OPERATION: Mapping[str, bool] = {"operation": True}
 """Metadata of a setting that says how a reward is run (speed, cost, where a key lies) and not what it gives:
 the version does not depend on it."""
+MAX_REWARD = 1e30
+"""Advantages are of four bytes, which hold no number above 3e38."""
 MAX_REASON_CHARS = 300
 """Of what an error says; it may quote a response of megabytes."""
 
@@ -174,6 +176,8 @@ def checked(given: Any) -> Result:
         number = math.inf
     if not math.isfinite(number):
         return Result(None, "failed", {}, f"returned {told_short(value)}, which is no finite number")
+    if abs(number) > MAX_REWARD:
+        return Result(None, "failed", {}, f"returned {told_short(value)}, and may not pass {MAX_REWARD:g}")
     plain = {str(name): _plain(part) for name, part in components.items()}
     timed_out = isinstance(given, Score) and given.timed_out
     return Result(number, "timeout" if timed_out else "scored", plain)
@@ -197,9 +201,13 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, numbers.Real):
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number that no float holds, over which no mean goes
+            return None
         if isinstance(value, numbers.Integral):
             return int(value)
-        return float(value) if math.isfinite(value) else None
+        return number if math.isfinite(number) else None
     if isinstance(value, Mapping):
         return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -38,7 +38,7 @@ from megatron_sov.post.rl.gathering import (
 from megatron_sov.post.rl.reward import NO_REWARD
 from megatron_sov.post.rl.round_files import (
     DTYPE, RoundPiece, RoundShard, ShardWriter, WrittenShard, shards_of)
-from megatron_sov.rollouts.prompts import PromptList, budget_of, round_pieces, too_long_in
+from megatron_sov.rollouts.prompts import PromptList, budget_of, round_pieces, sampling_digest, too_long_in
 from megatron_sov.rollouts.rows import LENGTH, Key, RolloutPart, domain_of
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints
@@ -53,6 +53,8 @@ NO_PAIR = "no_pair"
 """Why a group is left out: no response that ended is better than its worst."""
 SURPLUS = "surplus"
 """In the place of why a group is left out: it would learn, and the round is full."""
+PROMPTS = "prompts"
+"""In a round's manifest: digest of the prompts that rounds are made of, in their order."""
 TRUNCATED = (LENGTH, "tokens", "unended")
 """Finish reasons of responses and episodes that the limit of tokens has cut off."""
 
@@ -105,6 +107,7 @@ class Publisher:
     """Folder of the tokenizer that the model has."""
     is_own: Callable[[int, str], bool] = lambda step, sha256: True
     """Whether a policy of a step is the run, as far as that is known."""
+    _has_compared: bool = False
     _artifact: ArtifactWriter | None = None
     """The round under construction, on the process that completes it."""
 
@@ -140,6 +143,7 @@ class Publisher:
             return ""
         if not self._is_begun():
             return f"nobody has written to {self.store} yet"
+        self._compare_with_before(number)
         rollout, policy = self.config.rollout, self.config.policy
         own = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
         asked = further_pieces(self.rounds, number)
@@ -148,6 +152,30 @@ class Publisher:
         begun = _Begun(max(asked, there, (policy.parts.max_gen_batches - 1) * own), own + asked)
         parts = self._source(number, begun).parts()
         return parts if isinstance(parts, str) else replace(begun, parts=tuple(parts))
+
+    def _compare_with_before(self, number: int) -> None:
+        """Refuse other prompts than the round before was made of, since the order goes on behind it; and tell
+        once of another reward, as a newer version of this program may have.
+
+        Raises:
+            UserError: they are others.
+        """
+        last = next((n for n in range(number - 1, 0, -1) if is_published(self.rounds, n)), 0)
+        if not last or self._has_compared:
+            return
+        self._has_compared, folder = True, folder_of_round(self.rounds, last)
+        before = read_manifest(folder, "tokens").content
+        if before.get(PROMPTS, self._prompts_digest) != self._prompts_digest:
+            raise UserError(f"{folder}: was made of other prompts, or in another order; pass the "
+                            "--prompts that the run began with, or choose another --run")
+        if before["reward_version"] != self.reward_version:
+            warn(f"{folder}: was judged by reward version {before['reward_version'][:12]}, and round "
+                 f"{number} will be by {self.reward_version[:12]}: the reward's code or settings changed, "
+                 "and rewards of the two may not be compared")
+
+    @cached_property
+    def _prompts_digest(self) -> str:
+        return sampling_digest({"ids": self._asked.ids})
 
     def _gather(self, source: RoundOfStore, begun: _Begun, rank: int, size: int) -> list[GatheredPiece]:
         """Return the pieces that one of several processes looks at."""
@@ -268,9 +296,13 @@ class Publisher:
             why = next((f", the first because {said.reason}" for part in gathered.parts
                         for said in self._opened.read_rewards(self.reward_version, part.name)
                         if said.reward is None and said.reason), "")
+            mend = ("mend what the reward runs on, and have it judge again behind `megatron-sov rl store gc "
+                    f"{self.store} --version {self.reward_version}`")
+            if {*gathered.unjudged} == {"refused"}:
+                mend = ("give --prompts what the reward reads (a field of another name by --columns "
+                        "TARGET=FIELD), and begin with another --run and --store")
             raise UserError(f"{self.store}: no response of round {gathered.number} has a reward ({told}{why})"
-                            "; mend what the reward runs on, and have it judge again behind `megatron-sov rl "
-                            f"store gc {self.store} --version {self.reward_version}`")
+                            f"; {mend}")
 
     def _warn_of_other_policies(self, gathered: Gathered) -> None:
         """Tell where responses were begun by another policy than the run is: a store gives what it has to
@@ -291,6 +323,7 @@ class Publisher:
             "vocab_size": source.store.vocab_size, "dtype": DTYPE, "eod": "none",
             "bos_id": None, "eos_id": None,  # a response begins and ends where its policy had it
             "round": gathered.number, "steps": chosen.steps, "groups": chosen.reasons,
+            PROMPTS: self._prompts_digest,
             LATE: [list(key[:2]) for key in gathered.late], LATE_FROM: chosen.late_from,
             "unjudged": gathered.unjudged, "reward_version": source.reward_version,
             "temperature": self.config.rollout.temperature,

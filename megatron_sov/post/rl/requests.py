@@ -10,6 +10,7 @@ version that wrote it.
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import threading
 import time
@@ -66,6 +67,8 @@ class RowUnderWay:
     """Ends when it is written."""
     row: Callable[[], Rollout]
     """Gives it then."""
+    is_begun: Callable[[], bool]
+    """Whether a server has taken it, or an episode has a seat: what waits for one is not late."""
 
 
 class RowRequests(Protocol):
@@ -123,7 +126,8 @@ class ResponseRequests:
                 future.set_result(None)
 
         answers.add_done_callback(settle)
-        return [RowUnderWay(request.name, future, partial(self._row, attempt, row, answers, place))
+        return [RowUnderWay(request.name, future, partial(self._row, attempt, row, answers, place),
+                            answers.running)
                 for place, (future, row) in enumerate(zip(own, rows, strict=True))]
 
     def _row(self, attempt: SampleAttempt, row: Rollout, answers: Future[list[TokenAnswer]], place: int
@@ -164,7 +168,8 @@ class EpisodeRequests:
         began_s = time.time()
         name, future = self._seats.begin(number, asked.task, asked.lines(number), attempt.policy.step)
         return RowUnderWay(name, future,
-                           lambda: self._episodes.row(future.result(), asked, attempt, began_s))
+                           lambda: self._episodes.row(future.result(), asked, attempt, began_s),
+                           future.running)
 
 
 def row_requests(engine: ServerEngine, writer: Writer, room: int, *, is_live: bool = False) -> RowRequests:
@@ -190,10 +195,10 @@ class AttemptUnderWay:
     """Rows to come -> place among the rows."""
     rows: list[RowUnderWay]
     """All of them."""
-    ends_s: float
-    """When its deadline comes."""
+    ends_s: dict[int, float] = field(default_factory=dict)
+    """Rows that are begun -> when the deadline of each comes."""
     done: dict[int, Rollout] = field(default_factory=dict)
-    is_cut_off: bool = False
+    cut_off: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -240,12 +245,12 @@ class ResponseQueue:
         while needed():
             if self.desk.asked_to_stop() or (self._fills() and not self._fill() and not self.under_way):
                 return False
-            self._cut_off()
             left_s = ends_s - self.clock_s()
             if self.under_way:
                 self._take_in(self._answers(min(max(left_s, 0.0), LOOK_S)))
             elif left_s > 0:
                 time.sleep(min(left_s, LOOK_S))
+            self._cut_off()
             if left_s <= 0:
                 return True
         return False
@@ -297,17 +302,21 @@ class ResponseQueue:
         rows = self.requests.begin(attempt)
         for row in rows:
             row.future.add_done_callback(self._answered.put)
-        deadline_s = self.requests.rollout.deadline_s
-        ends_s = self.clock_s() + deadline_s if deadline_s else float("inf")
-        self.under_way.append(AttemptUnderWay(attempt, {row.future: n for n, row in enumerate(rows)}, rows,
-                                              ends_s))
+        self.under_way.append(AttemptUnderWay(attempt, {row.future: n for n, row in enumerate(rows)}, rows))
 
     def _cut_off(self) -> None:
-        """End the responses of pieces whose deadline has come."""
-        for piece in self.under_way:
-            if not piece.is_cut_off and self.clock_s() >= piece.ends_s:
-                piece.is_cut_off = True
-                self.requests.cut_off([piece.rows[number].name for number in piece.asked.values()])
+        """End the responses whose deadline has come."""
+        deadline_s, now_s = self.requests.rollout.deadline_s, self.clock_s()
+        for piece in self.under_way if deadline_s else ():
+            late = set()
+            for number in piece.asked.values():
+                if number not in piece.ends_s and piece.rows[number].is_begun():
+                    piece.ends_s[number] = now_s + deadline_s
+                if number not in piece.cut_off and now_s >= piece.ends_s.get(number, math.inf):
+                    late.add(number)
+            piece.cut_off |= late
+            if late:
+                self.requests.cut_off([piece.rows[number].name for number in sorted(late)])
 
     def _answers(self, limit_s: float) -> set[Future[Any]]:
         """Return the answers that have come, after so many seconds at the latest."""

@@ -19,7 +19,7 @@ from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ScoringTally, runner
 from megatron_sov.rollouts.rows import (
-    LAST_TURN, UNFINISHED, RewardRow, Rollout, RolloutPart, may_grow, not_written)
+    JUDGED, LAST_TURN, UNFINISHED, RewardRow, Rollout, RolloutPart, may_grow, not_written)
 from megatron_sov.work.progress.locks import Claims, Patience
 from megatron_sov.work.tables.table import AlreadyPublished
 
@@ -233,7 +233,7 @@ class JudgingJob:
         self.progress(len(rows) - len(whole))
         try:
             self.store.add_rewards(self.version, part.name, judged,
-                                   {**self.provenance, "rollouts": part.manifest_sha256})
+                                   {**self.provenance, JUDGED: part.manifest_sha256})
             self.summary.parts += 1
         except AlreadyPublished:
             self._tell_differences(part, judged)

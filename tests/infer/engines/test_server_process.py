@@ -120,9 +120,11 @@ def test_sglang_is_started_by_its_own_words(tmp_path: Path, monkeypatch: pytest.
 
 def test_copies_inside_of_a_server_have_one_door(tmp_path: Path) -> None:
     # vLLM opens as many as copies, and a request that came in by one cannot be ended by another
-    settings = server_settings("vllm", ["dp=2"], "--engine-set")
+    settings = server_settings("vllm", ["dp=2", "requests=8"], "--engine-set")
     words = OwnServer("vllm", 0, Path("model"), 99, settings, tmp_path).words(5)
     assert "--data-parallel-size 2 --api-server-count 1" in " ".join(words)
+    # behind which each has room of its own
+    assert "--max-num-seqs 8" in " ".join(words) and settings.room == 16
 
 
 def test_sglang_takes_weights_by_files_alone() -> None:

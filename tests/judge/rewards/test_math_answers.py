@@ -189,3 +189,25 @@ def test_hostile_answers_are_worth_nothing_and_cost_their_row_alone() -> None:
 def test_what_judges_is_part_of_the_version() -> None:
     assert make(order("math", {})).version != make(order("math", {"float_rounding": 3})).version
     assert set(Math.LIBRARIES) >= {"math-verify", "sympy"}
+
+
+@pytest.mark.parametrize(("answer", "response", "reward"), [
+    # rounded to decimals all of these are 0
+    ("1.6 \\times 10^{-19}", "\\boxed{9.1 \\times 10^{-31}}", 0), ("0.0000005", "\\boxed{0.0000001}", 0),
+    ("1.6 \\times 10^{-19}", "\\boxed{1.60e-19}", 1), ("0.0000005", "\\boxed{5 \\times 10^{-7}}", 1),
+    ("0", "\\boxed{10^{-8}}", 0), ("0", "\\boxed{0.0}", 1),
+    # several numbers, or one that is taken back
+    ("42", "So 41, 42", 0), ("42", "<answer>40 41 42</answer>", 0), ("42", "$41$ $42$", 0),
+    ("42", "The answer is 42. No, 43.", 0), ("42", "The answer is 42 (not sure, could be 43)", 0),
+    ("42", "The answer is 42. Wait, let me see: 6 * 7 = 42", 1), ("\\{41, 42\\}", "\\boxed{41, 42}", 1),
+    ("42", "The answer is 42. No other number from 1 to 100 works.", 1),
+    ("1000000", "The answer is 1 000 000", 1),
+    ("42", "\\boxed{\\lt 42}", 0), ("42", "\\boxed{\\propto 42}", 0),
+    ("5 km", "\\boxed{5 \\text{ miles}}", 0), ("5 miles", "\\boxed{5 \\text{ mi}}", 1),
+    ("30^\\circ", "\\boxed{30 \\text{ radians}}", 0),
+    # dress
+    ("42", "\\boxed{\\boldsymbol{42}}", 1), ("42", "\\boxed{\\textcolor{red}{42}}", 1),
+    ("42", "\\boxed{\\color{red}42}", 1), ("42", "\\boxed{\\,42~\\text{m}}", 1),
+    ("1000000", "\\boxed{1\\ 000\\ 000}", 1)])
+def test_what_attackers_and_honest_ones_write(answer: str, response: str, reward: float) -> None:
+    assert Math().score({"answer": answer, "response": response}).reward == reward

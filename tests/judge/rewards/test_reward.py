@@ -54,7 +54,7 @@ def test_numbers_are_scores(given: object, reward: float) -> None:
 
 @pytest.mark.parametrize(("given", "reason"), [
     (math.nan, "nan, which is no finite number"), (math.inf, "no finite number"),
-    (10**400, "no finite number"),
+    (10**400, "no finite number"), (-1e308, "may not pass 1e+30"),
     ("1.0", "'1.0', a str, where a number belongs"), (None, "None, a NoneType"), (1j, "a complex"),
     (Score("high"), "a str"), (Decimal("1"), "a Decimal"),  # type: ignore[arg-type]
     (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
@@ -81,9 +81,10 @@ def test_a_reason_is_one_short_line() -> None:
 
 
 def test_components_are_plain_json() -> None:
-    given = Score(1, {"nan": math.nan, "words": 3, "list": (1, 2.5), "set": {1}, 7: {"a": None}})
+    given = Score(1, {"nan": math.nan, "words": 3, "list": (1, 2.5), "set": {1}, 7: {"a": None},
+                      "huge": 10**400})
     assert checked(given).components == {"nan": None, "words": 3, "list": [1, 2.5], "set": "{1}",
-                                         "7": {"a": None}}
+                                         "7": {"a": None}, "huge": None}
 
 
 def test_two_rewards_for_one_row_are_a_failure() -> None:

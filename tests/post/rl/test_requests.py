@@ -17,12 +17,14 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines.fleet import Fleet
 from megatron_sov.infer.engines.server_engine import ServerEngine, ServerPlaces
 from megatron_sov.infer.engines.server_process import EngineServers
+from megatron_sov.infer.request import Batching
+from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.post.rl import requests
+from megatron_sov.post.rl import feed, requests
 from megatron_sov.post.rl.generate import Missing, PieceQueue
 from megatron_sov.post.rl.requests import LiveServers, ResponseQueue, row_requests, write_by_requests
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
-from megatron_sov.rollouts.prompts import PromptList, read_prompts
+from megatron_sov.rollouts.prompts import PromptList, SetAside, read_prompts
 from megatron_sov.rollouts.rows import LENGTH, UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
@@ -210,11 +212,15 @@ def test_a_deadline_keeps_what_is_written_and_the_next_policy_goes_on(desks: Cal
     keeper, now_s = DoubleKeeper(0.4), [0.0]
     desk = desks([keeper], replace(ROLLOUT, rounds=1, deadline_s=10.0))
     requests = ResponseQueue(desk.requests, desk.queue, desk.take, 8, lambda: now_s[0])
-    requests.advance(1.0, lambda: keeper.doubles[0].num_written < 6)
+    requests.advance(1.0, lambda: keeper.doubles[0].num_written < 6
+                     or sum(len(piece.ends_s) for piece in requests.under_way) < 4)
     now_s[0] = 20.0
-    requests.advance(1.0, lambda: "/abort_requests" not in keeper.doubles[0].orders)
+    requests.advance(1.0, lambda: keeper.doubles[0].orders.count("/abort_requests") < 2)
     keeper.doubles[0].token_s = 0.01
-    requests.advance(1.0, lambda: not desk.store.parts(1))
+    requests.advance(1.0, lambda: len(list(desk.store.parts(1))) < 3)
+    # the servers have room for two of the three prompts: the time of the last one began when these were cut
+    assert [[row.finish_reason for row in desk.store.read_rollouts(part.name)]
+            for part in desk.store.parts(1)] == [[UNFINISHED] * 2, [UNFINISHED] * 2, [LENGTH] * 2]
     desk.newest = 1
     while requests.advance(1.0, lambda: True):
         pass
@@ -231,6 +237,41 @@ def test_a_token_out_of_the_vocabulary_is_refused_before_a_server_dies_of_it(
     with pytest.raises(UserError, match="vocab_size = 12"):
         write_by_requests(desk.requests, desk.take, desk.queue, 4)
     assert not list(desk.store.parts(1))
+
+
+def test_validations_ask_the_servers_that_training_has_at_work(
+        desks: Callable[..., Desk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = desks([DoubleKeeper(0.02)])
+    servers = LiveServers("vllm", tmp_path, ServerPlaces(tmp_path, ()), EngineServers(), 8, VOCAB,
+                          with_routes=False, engine=desk.engine)
+    pushed: list[int] = []
+    monkeypatch.setattr(servers, "push", lambda view, policy: pushed.append(policy.step))
+    monkeypatch.setattr(servers, "check", lambda *_: None)
+    monkeypatch.setattr(feed, "on_main", lambda world, work: work())
+
+    def producer(prompts: PromptList, rollout: RolloutConfig, store: RolloutStore) -> feed.Producer:
+        source = ResponseSource(Numbers(), rollout, "vllm", True, {})  # type: ignore[arg-type]
+        return feed.Producer(
+            lambda: store, prompts, SetAside({}, [], ""), rollout, tmp_path, source, Batching(), "v",
+            lambda: nullcontext(lambda rows: [Result(1.0, "scored") for _ in rows]), {}, servers=servers)
+
+    held = RolloutStore.create(tmp_path / "validation", "sha256:0", VOCAB)
+    training = producer(desk.prompts, replace(ROLLOUT, max_staleness=1), desk.store)
+    validation = producer(desk.prompts[:2], ROLLOUT.of_validation(2), held)
+    view: Any = SimpleNamespace(world=None, step=0, checkpointer=SimpleNamespace(advance=lambda: None),
+                                events=SimpleNamespace(write=lambda *_, **__: None))
+    policy = Policy(Path("p"), 0, "0" * 64)
+    training.produce(view, 1, policy, lambda: False)
+    check_whole(desk.rows(1))
+    # while the servers write round 2
+    validation.produce(view, 1, policy, lambda: False)
+    assert [len(row.tokens) for part in held.parts(1) for row in held.read_rollouts(part.name)] == [6, 6]
+    training.produce(view, 2, policy, lambda: False)
+    check_whole(desk.rows(2))
+    assert pushed == [0, 0, 0]
+    training.close()
+    validation.close()  # whose servers have ended
+    assert servers._over.is_set()
 
 
 @pytest.mark.parametrize(("urls", "given"), [((), []), (("http://other:8000",), [0])])

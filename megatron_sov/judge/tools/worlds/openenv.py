@@ -51,6 +51,7 @@ class OpenEnv(ServedWorld):
         try:
             shown = self._begin()
         except ToolFault as e:
+            self._end()
             raise UserError(f"the OpenEnv server at {self.url} cannot be used: {e.reason}") from None
         question, system = task.get("question", shown), task.get("system", self.rules())
         if not isinstance(question, str) or not isinstance(system, str):
@@ -131,23 +132,25 @@ class OpenEnv(ServedWorld):
             raise InfrastructureFault(f"no session on its WebSocket ({type(e).__name__})") from None
 
     def _action_schema(self) -> dict[str, Any]:
+        import aiohttp
+
         async def get() -> Any:
-            async with self._http.get(f"{self.url.rstrip('/')}/schema") as answer:
+            async with self._http.get(f"{self.url.rstrip('/')}/schema", allow_redirects=False) as answer:
                 return json.loads(await answer.text())
 
         try:
-            schema = self._loop.run_until_complete(get())["action"]
-        except (ValueError, KeyError, TypeError, OSError):
+            schema = dict(self._loop.run_until_complete(get())["action"])
+            properties = dict(schema.get("properties", {}))
+        except (ValueError, KeyError, TypeError, RecursionError, OSError, aiohttp.ClientError):
             raise InfrastructureFault("/schema does not describe its action") from None
-        properties = {name: part for name, part in schema.get("properties", {}).items() if name not in _BASE}
-        return {**schema, "properties": properties}
+        return {**schema, "properties": {name: properties[name] for name in properties if name not in _BASE}}
 
     def _act(self, action: dict[str, Any]) -> str:
         """Take an action; returns what the model is shown, and counts the reward."""
         return self._observed(self._ask("step", action))
 
     def _observed(self, data: dict[str, Any]) -> str:
-        observation = data.get("observation", {})
+        observation = data.get("observation")
         reward = data.get("reward")
         reward = 0 if reward is None else reward
         if not isinstance(observation, dict) or not isinstance(reward, (int, float)) or not (
@@ -172,7 +175,7 @@ class OpenEnv(ServedWorld):
 
         try:
             answer = self._loop.run_until_complete(ask())
-        except (TypeError, ValueError, OSError, aiohttp.ClientError):
+        except (TypeError, ValueError, RecursionError, OSError, aiohttp.ClientError):
             raise InfrastructureFault("the server has ended the session") from None
         content = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(content, dict):
