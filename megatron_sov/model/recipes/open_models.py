@@ -6,9 +6,8 @@ from dataclasses import replace
 
 from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD
 from megatron_sov.model.config import (
-    DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, LatentAttentionConfig,
-    ModelConfig, NeedleConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig,
-    RunConfig, TrainConfig, YarnConfig)
+    DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, LatentAttentionConfig, ModelConfig, NeedleConfig,
+    ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, RunConfig, TrainConfig, YarnConfig)
 from megatron_sov.model.config.encoders import AudioEncoderConfig, MediaConfig, VisionEncoderConfig
 from megatron_sov.model.config.model import IdBlock, Llama3RopeConfig
 from megatron_sov.model.recipes.extension import SET_IN_A_STAGE

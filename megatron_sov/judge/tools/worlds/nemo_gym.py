@@ -16,8 +16,7 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.reward import Score, short
-from megatron_sov.judge.tools.environment import (
-    InfrastructureFault, Observation, Task, ToolFault)
+from megatron_sov.judge.tools.environment import InfrastructureFault, Observation, Task, ToolFault
 from megatron_sov.judge.tools.worlds.served import ServedWorld
 from megatron_sov.work.endpoints.transport import missing_libraries
 
