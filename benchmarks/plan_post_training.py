@@ -145,9 +145,10 @@ def print_budgets() -> None:
                   f"{' + '.join(f'{times * q.steps:,.0f}' for q in learned if q.kind == 'RL: train')}")
 
 
-def jobs(name: str, gpus: Pricing, assumed: Assumed | None = None) -> list[Quote]:
-    """Print a recipe's jobs, and return them."""
-    config = recipes.get(name)
+def jobs(name: str, gpus: Pricing, assumed: Assumed | None = None, settings: Sequence[str] = ()
+         ) -> list[Quote]:
+    """Print the jobs of a recipe with settings, and return them."""
+    config = apply_settings(recipes.get(name), list(settings))
     if config.objective.name == "policy" and name.startswith("vibethinker"):
         config = apply_settings(config, list(VIBETHINKER))
     if config.extend.stages:  # the fine-tuning alone
@@ -159,10 +160,15 @@ def jobs(name: str, gpus: Pricing, assumed: Assumed | None = None) -> list[Quote
     return found
 
 
+SWAPPED = ("objective.name=distill", "train.steps=2500", "train.global_batch_size=64",
+           'data.phases=[{"name": "opd", "seq_len": 4096}]')
+"""Makes of the fine-tuning a distillation of answers that are written before its steps."""
+
+
 def print_turns() -> None:
     """Print Typhoon-S's distillation as its authors do it: all three models take turns in every step."""
     print("\nTyphoon-S's distillation with the models swapped in each of its 2,500 steps, as in the paper")
-    spent = jobs("typhoon-s-8b-opd", on("h100", 8), Assumed(turns=2500))
+    spent = jobs("typhoon-s-8b", on("h100", 8), Assumed(turns=2500, teacher="qwen3-30b-a3b-2507"), SWAPPED)
     spent += jobs("typhoon-s-8b", on("h100", 8))
     print(f"  predicted {totals(spent).days:.1f} days, published about 2")
 

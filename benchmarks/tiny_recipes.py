@@ -163,8 +163,8 @@ def typhoon(road: Road) -> None:
         *SHORT, "train.steps=60"))
     teacher = road.trained("teacher", "sft", "tiny-typhoon-s", "--from", base, "--data", chat, settings=(
         *SHORT, f"train.steps={SFT_STEPS}"))
-    road.trained("opd", "distill", "tiny-typhoon-s-opd", "--from", tuned, "--teacher", teacher, "--data",
-                 chat, settings=(*SHORT, "train.steps=30"))
+    road.trained("opd", "distill", "tiny-typhoon-s", "--from", tuned, "--teacher", teacher, "--data",
+                 chat, settings=(*SHORT, "objective.name=distill", "train.steps=30"))
     small = road.trained("start-4b", "pretrain", "tiny-qwen3-4b-2507", "--data", chat, settings=(
         *SHORT, f"train.steps={SFT_STEPS}"))
     knowledge = road.step("knowledge/manifest.json", "megatron_sov", "rl", "knowledge", "--input",

@@ -83,7 +83,8 @@ megatron-sov extend tiny-k-exaone-extend --from runs/pretrain --data shards --ru
 the released YaRN 2 over 65,536 |
 | vibethinker-1.5b | `extend`, then `sft` | 40,960 tokens over 16K and 32K with one slower RoPE base; then \
 probe and merge the checkpoints ([ssp.md](ssp.md)) |
-| typhoon-s-8b-opd | `distill` | from the model that `typhoon-s-8b` fine-tuned |
+| typhoon-s-8b-opd | `rl run` | from the model that `typhoon-s-8b` fine-tuned, with `--teacher`, \
+`--reward none` and `--data` |
 | solar-open-102b-sft, k-exaone-236b-sft | `sft` | from the extended model |
 | solar-open-102b-dpo | `prefer` | a round, from the model of `solar-open-102b-rl` |
 | k-exaone-236b-grouper | `prefer` | GrouPER, from the model of `k-exaone-236b-rl` |

@@ -179,9 +179,15 @@ SERVERS = pytest.StashKey[dict[str, Server]]()
 """Those of a process that starts others, which call them."""
 
 
+SHARED = "SOV_TESTS_SERVERS"
+"""Variable that tells, as JSON, where to call the workers that several runs of pytest share: made_once.py."""
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """Tell each of several processes of pytest where to call the workers, which are the same for all."""
+    if SHARED in os.environ:
+        return
     servers = node.config.stash.setdefault(SERVERS, {})
     if not servers:
         servers |= {"worker": Server(), "te_worker": Server(TE_DOUBLE)}
@@ -238,7 +244,8 @@ class Worker:
 
 def _worker(request: pytest.FixtureRequest, folder: Path, name: str, *doubles: Path) -> Iterator[Worker]:
     """Call the worker of all processes of pytest, or that of this process, if it is the only one."""
-    known = getattr(request.config, "workerinput", {}).get("servers", {})
+    shared = json.loads(os.environ.get(SHARED, "{}"))
+    known = getattr(request.config, "workerinput", {}).get("servers", shared)
     own = None if name in known else Server(*doubles)
     found = Worker(folder, own.address if own else known[name])
     yield found

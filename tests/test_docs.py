@@ -18,6 +18,8 @@ import yaml
 from megatron_sov import cli, recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import is_reference
+from megatron_sov.bench.reproduce.claims import PLACE, SHIPPED, read_claims
+from megatron_sov.bench.reproduce.running import REDIRECT
 from megatron_sov.model.config import ParallelConfig, apply_settings
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import BuiltIn, training_request
@@ -34,8 +36,13 @@ TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "p
                               "distill": "distill", "rl run": "policy", "rl train": "policy"}
 """Command -> what it trains by."""
 
-COMMANDS = [pytest.param(line, id=f"{name_of(page)}: {line[:60]}") for page in READ
-            for line in commands_of(page.read_text())]
+CLAIMED = [(file.stem, PLACE.sub("0", command).partition(f" {REDIRECT} ")[0])
+           for file in sorted(SHIPPED.glob("*.yaml"))
+           for claims in (read_claims(file),) for command in claims.commands()]
+"""Seed and command of each claim, with a 0 in every place."""
+COMMANDS = [*(pytest.param(line, id=f"{name_of(page)}: {line[:60]}") for page in READ
+              for line in commands_of(page.read_text())),
+            *(pytest.param(line, id=f"claims of {seed}: {line[:60]}") for seed, line in CLAIMED)]
 
 
 @pytest.mark.parametrize("line", COMMANDS)

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, PhaseConfig, RunConfig
 from megatron_sov.model.config.post_training import WITH_REFERENCE
-from megatron_sov.plan.calibration.fitting import fullest
+from megatron_sov.plan.calibration.fitting import TEACHERS, fullest
 from megatron_sov.plan.footprint.held import BF16_BYTES
 from megatron_sov.plan.operation import cost
 from megatron_sov.plan.pages.quote import Quote, QuotedMemory
@@ -287,10 +287,6 @@ class Assumed:
     judge_cores: int = 32
 
 
-TEACHERS = {"typhoon-s-8b-opd": "qwen3-30b-a3b-2507"}
-"""Recipe -> that of its teacher's model (arXiv 2601.18129)."""
-
-
 def teacher_of(config: RunConfig, assumed: Assumed) -> str:
     """Return the recipe of a run's teacher; empty: nobody names one."""
     return assumed.teacher or TEACHERS.get(config.recipe, "")
@@ -373,8 +369,7 @@ FORWARD_TOKENS = 16384
 
 def engines_of(shape: ModelShape, pricing: Pricing) -> Engines:
     """Return the engines that fit a model: of as few GPUs each as hold it."""
-    # Doubling: an engine has a power of two of GPUs, which divides heads. bf16: 2 bytes a weight.
-    tp, weight_bytes = 1, shape.params() * 2
+    tp, weight_bytes = 1, shape.params() * 2  # powers of two divide heads
     while tp < min(MAX_TP, pricing.num_ranks) and (
             weight_bytes / tp > MAX_WEIGHTS_SHARE * pricing.chip.memory_bytes):
         tp *= 2
@@ -407,7 +402,7 @@ def rows_of(config: RunConfig, asked: DecodingRequest) -> int:
 
 def num_forward(config: RunConfig) -> float:
     """Return the passes over a round that only look: for a reference, and for the trainer's own
-    log-probabilities, which a round's first step computes itself; or a teacher's, as large as the student."""
+    log-probabilities, which a round's first step computes itself; or a teacher's."""
     if config.policy.learns_distributions:
         return 1.0
     later = 1 - 1 / config.rollout.steps_per_round
@@ -416,8 +411,7 @@ def num_forward(config: RunConfig) -> float:
         return compares * (later if config.policy.reference == "round" else 1.0)
     # One pass for the reference, and one for old log-probabilities, less the first step, where old and new
     # are the same.
-    reference = 0 if config.policy.parts.kl == "none" else 1
-    return reference + later
+    return (config.policy.parts.kl != "none") + later
 
 
 def one_round(config: RunConfig, pricing: Pricing, assumed: Assumed) -> tuple[DecodingRound, Workload,
@@ -438,10 +432,13 @@ def reinforcement(config: RunConfig, pricing: Pricing, assumed: Assumed) -> list
     engines = engines_of(step.shape, pricing)
     responses = PhaseConfig("responses", seq_len=config.rollout.max_prompt_tokens + asked.max_tokens,
                             global_batch_size=asked.num_responses)
-    written = round(rounds * asked.num_responses * asked.response_tokens)
+    has_teacher = config.policy.learns_distributions
+    # all other rounds of such a run are of its data
+    writes = max(1, round(rounds * config.policy.on_policy_share)) if has_teacher else rounds
+    written = round(writes * asked.num_responses * asked.response_tokens)
     weights = round(step.shape.params() * engines.weight_bytes / engines.tp)
     generate = priced(
-        pricing, "generate", "RL: generate", responses, steps=rounds, tokens=written,
+        pricing, "generate", "RL: generate", responses, steps=writes, tokens=written,
         seconds={"prefill": took.prefill_s, "decode": took.decode_s, "last responses": took.tail_s,
                  "new weights": took.refit_s, "other": took.other_s},
         memory=QuotedMemory({"weights": weights, "keys and values": took.memory_bytes - weights},
@@ -457,8 +454,14 @@ def reinforcement(config: RunConfig, pricing: Pricing, assumed: Assumed) -> list
         memory=QuotedMemory({}, 0),
         notes=(f"reward: rules or tests of {assumed.judge_s:g} s of a core for each response are assumed, on "
                f"{assumed.judge_cores} cores; a model that judges writes like the policy",))
-    at, needs = fullest(config, pricing.num_ranks)
+    teacher = _teacher(config, assumed) if has_teacher else None
+    at, needs = fullest(config, pricing.num_ranks, teacher)
     learning = {"passes that look": took.forward_s, "optimizer steps": took.train_s}
+    told = "" if config.rollout.rounds else "; rollout.rounds is 0, one is priced"
+    if teacher is not None:
+        learning["passes that look"] *= (of_model(teacher).forward_flops_per_token(phase.seq_len)
+                                         / step.shape.forward_flops_per_token(phase.seq_len))
+        told += f"; teacher beside: {teacher_of(config, assumed) or 'one as large as the student'}"
     train = priced(
         pricing, "train", "RL: train", replace(phase, global_batch_size=step.global_batch_size), steps=rounds,
         tokens=rounds * rows_of(config, asked) * phase.seq_len,
@@ -466,9 +469,8 @@ def reinforcement(config: RunConfig, pricing: Pricing, assumed: Assumed) -> list
         memory=QuotedMemory(needs.components(), pricing.limit_bytes, at, needs.on_host),
         flops_per_token=of_model(config.model).train_flops_per_token(phase.seq_len),
         notes=(f"train: {rounds:,} rounds of {config.rollout.steps_per_round} "
-               f"step{'s' if config.rollout.steps_per_round > 1 else ''} each"
-               + ("" if config.rollout.rounds else "; rollout.rounds is 0, one is priced"),))
-    return [generate, reward, train]
+               f"step{'s' if config.rollout.steps_per_round > 1 else ''} each{told}",))
+    return [generate, train] if has_teacher else [generate, reward, train]
 
 
 def _text(config: RunConfig, step: Workload, pricing: Pricing) -> dict[str, float]:

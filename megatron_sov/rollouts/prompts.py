@@ -13,7 +13,7 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
@@ -25,10 +25,11 @@ from megatron_sov.base.documents.layouts import Renames, rename_fields
 from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.base.documents.rows import check_rows, read_rows
-from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.errors import UserError, list_problems, warn
 from megatron_sov.base.sealed import read_json, write_json
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.rows import part_name
+from megatron_sov.runs.launch_environment import is_first
 
 if TYPE_CHECKING:
     import numpy as np
@@ -251,13 +252,18 @@ def _records(path: Path, option: str) -> Iterator[tuple[str, Mapping[str, Any]]]
     """Yield where each row stands, and the row; what a table's row has no value for, it does not have."""
     if path.is_dir() or path.suffix.lower() in {*ARROW_SUFFIXES, PARQUET_SUFFIX, JSON_SUFFIX}:
         try:
-            for place, record in read_records(path):
+            for place, record in read_records(path, partial(_tell, option)):
                 yield place, {name: value for name, value in record.items() if value is not None}
         except UserError as e:
             raise UserError(f"{option} {e}") from None
         return
     check_rows(path, option, "")
     yield from ((f"line {line}", row) for line, row in read_rows(path, option, ""))
+
+
+def _tell(option: str, sentence: str) -> None:
+    if is_first():
+        warn(f"{option} {sentence}")
 
 
 SET_ASIDE = "set_aside.json"

@@ -47,7 +47,16 @@ class ProcessTree:
         assert self._keeper.stdin is not None and self._keeper.stdout is not None
         self.stdin, self.stdout = self._keeper.stdin, self._keeper.stdout
 
-    def end(self) -> None:
+    def end(self, grace_s: float = 0.0) -> None:
+        """End the command and all that it started.
+
+        Args:
+            grace_s: seconds in which it may end by itself, once its input has.
+        """
+        if grace_s:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                self.stdin.close()
+                self._keeper.wait(grace_s)
         os.close(self._wanted)
         self._keeper.wait()
         self.stdout.close()

@@ -68,7 +68,7 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_nodes_give_the_bits_of_two_local_processes(
-    pretrain: Callable[..., list[str]], run_command: Any, tmp_path: Path,
+    pretrain: Callable[..., list[str]], run_command: Any, warm_python: str, tmp_path: Path,
 ) -> None:
     """One process is killed on the way: both agents start theirs again,
     which continue from the last checkpoint."""
@@ -80,7 +80,8 @@ def test_two_nodes_give_the_bits_of_two_local_processes(
         port = free.getsockname()[1]
     command = pretrain(tmp_path / "nodes", "--inject", "kill@step=5,rank=1", settings=settings)
     arguments = command[command.index("pretrain") + 1:]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
+                   "PYTHON_EXEC": warm_python}  # by which agents start their processes
     agents = [
         subprocess.Popen(agent(rank, port, arguments), stderr=subprocess.PIPE, text=True, env=environment)
         for rank in (0, 1)]

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
+from megatron_sov.plan.calibration.fitting import fullest
 from megatron_sov.plan.pages.quote import Quote, totals
 from megatron_sov.plan.post_training import (
     BUDGETS, Assumed, DecodingRequest, EngineCosts, Engines, covers, quotes, step_s, touched_params, writing)
@@ -36,13 +37,17 @@ def test_post_training_alone_is_covered() -> None:
     assert not covers(recipes.get("qwen3-8b")) and not covers(recipes.get("vibethinker-1.5b"))
 
 
-@pytest.mark.parametrize(("name", "kinds"), [
-    ("typhoon-s-8b", ["SFT"]),
-    ("typhoon-s-8b-opd", ["distillation: write", "distillation: teacher", "distillation: train"]),
-    ("typhoon-s-4b-legal", ["RL: generate", "RL: reward", "RL: train"]),
+DISTILL = "objective.name=distill"
+
+
+@pytest.mark.parametrize(("name", "settings", "kinds"), [
+    ("typhoon-s-8b", (), ["SFT"]),
+    ("typhoon-s-8b", (DISTILL,), ["distillation: write", "distillation: teacher", "distillation: train"]),
+    ("typhoon-s-8b-opd", (), ["RL: generate", "RL: train"]),
+    ("typhoon-s-4b-legal", (), ["RL: generate", "RL: reward", "RL: train"]),
 ])
-def test_jobs_of_an_objective(name: str, kinds: list[str]) -> None:
-    found = priced(name)
+def test_jobs_of_an_objective(name: str, settings: tuple[str, ...], kinds: list[str]) -> None:
+    found = priced(name, *settings)
     assert list(found) == kinds
     for q in found.values():
         assert q.hours == pytest.approx(q.steps * q.step_s / 3600) and q.hours > 0
@@ -85,12 +90,28 @@ def test_shorter_conversations_attend_less() -> None:
 
 
 def test_a_larger_teacher_reads_longer_and_turns_cost() -> None:
-    small, large = (priced("typhoon-s-8b-opd", assumed=Assumed(teacher=name))["distillation: teacher"]
+    asked = (DISTILL, "train.steps=2500", "train.global_batch_size=64", "data.phases.0.seq_len=4096",
+             "data.phases.0.tokens=655360000")
+    small, large = (priced("typhoon-s-8b", *asked, assumed=Assumed(teacher=name))["distillation: teacher"]
                     for name in ("qwen3-4b-2507", "qwen3-8b"))
     assert 1.5 < large.hours / small.hours < 2.5
-    few, many = (priced("typhoon-s-8b-opd", assumed=Assumed(turns=n))["distillation: write"]
+    few, many = (priced("typhoon-s-8b", *asked, assumed=Assumed(turns=n))["distillation: write"]
                  for n in (10, 2500))
     assert many.hours > 10 * few.hours and few.tokens == pytest.approx(many.tokens, rel=0.01)
+
+
+def test_a_teacher_lies_beside_the_model_that_learns_its_distributions() -> None:
+    small, large = (priced("typhoon-s-8b-opd", assumed=Assumed(teacher=name))
+                    for name in ("qwen3-4b-2507", "qwen3-30b-a3b-2507"))
+    beside = [found["RL: train"].memory.by_component["teacher"] for found in (small, large)]
+    # bf16 weights, with the gaps of their buffers
+    assert beside == pytest.approx([2 * of_model(recipes.get(name).model).params() for name in (
+        "qwen3-4b-2507", "qwen3-30b-a3b-2507")], rel=0.01)
+    config = apply_settings(recipes.get("typhoon-s-8b-opd"), ["parallel.zero1=true"])
+    assert fullest(config, 8)[1].teacher == beside[1], "the recipe's own teacher is counted"
+    assert fullest(replace(config, recipe="mine"), 8)[1].teacher == fullest(config, 8)[1].weights
+    # a quarter of the rounds is written
+    assert large["RL: generate"].steps == 625 and large["RL: train"].steps == 2500
 
 
 def test_rounds_of_reinforcement_learning() -> None:

@@ -66,7 +66,7 @@ def test_stages_of_equal_length_and_batch_are_searched_once() -> None:
 
 @pytest.mark.parametrize(("recipe", "stage"), [
     ("tiny-solar-open", "pretrain"), ("tiny-k-exaone-extend", "extend"), ("tiny-typhoon-s", "sft"),
-    ("tiny-solar-open-dpo", "prefer"), ("tiny-typhoon-s-opd", "distill"),
+    ("tiny-solar-open-dpo", "prefer"), ("tiny-typhoon-s-opd", "rl-run"),
     ("tiny-solar-open-rl", "rl-train")])
 def test_submit_takes_the_line_of_every_objective(recipe: str, stage: str) -> None:
     config = apply_settings(recipes.get(recipe), ["parallel.tp=2"])

@@ -145,6 +145,7 @@ def test_a_loss_that_is_not_a_number_is_a_difference(small: Miniature, whole: An
     assert not any(place.startswith("step 2") for place in verdict.places)
 
 
+DISTILL = "objective.name=distill"
 STAGES = "parallel.pp=2", "parallel.tp=2", "parallel.sp=true"
 CONTEXT = "parallel.cp=2", "parallel.tp=2", "parallel.sp=true"
 
@@ -156,8 +157,9 @@ CONTEXT = "parallel.cp=2", "parallel.tp=2", "parallel.sp=true"
     ("tiny-qwen3", (*STAGES, "objective.name=preference", "preference.method=grouper"), 4, {"preference"}),
     ("tiny-solar-open-rl", CONTEXT, 4, {"policy"}),
     ("tiny-solar-open-rl", ("parallel.pp=2", "policy.kl=k3", "policy.kl_coeff=0.1"), 2, {"policy", "kl"}),
-    ("tiny-typhoon-s-opd", (*CONTEXT, "distillation.ce_coeff=0.5"), 4, {"divergence", "cross_entropy"}),
-    ("tiny-typhoon-s-opd", (*STAGES, "distillation.top_k=0"), 4, {"divergence"})])
+    ("tiny-typhoon-s", (*CONTEXT, DISTILL, "distillation.ce_coeff=0.5"), 4, {"divergence", "cross_entropy"}),
+    ("tiny-typhoon-s", (*STAGES, DISTILL, "distillation.top_k=0"), 4, {"divergence"}),
+    ("tiny-typhoon-s-opd", CONTEXT, 4, {"policy"})])
 def test_every_built_in_loss_is_played(recipe: str, settings: tuple[str, ...], num_ranks: int,
                                        terms: set[str]) -> None:
     config = apply_settings(recipes.get(recipe), [*settings, "train.global_batch_size=8",

@@ -107,6 +107,17 @@ def test_what_json_does_not_hold_is_named_by_row(tmp_path: Path) -> None:
         read_prompts(tmp_path / "empty.parquet")
 
 
+def test_what_a_folder_has_that_may_not_be_meant_is_told(tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / f"data/{split}/rows.jsonl").write_text(json.dumps({"prompt": split}))
+    (tmp_path / "data/model.bin").write_bytes(b"1")
+    assert len(read_prompts(tmp_path / "data")) == 2
+    told = capsys.readouterr().err
+    assert "--prompts" in told and "model.bin" in told and "splits" in told and "as one source" in told
+
+
 def test_what_is_set_aside_is_listed_and_counted_by_all_who_share_a_store(tmp_path: Path) -> None:
     prompts = read_prompts(file_with(tmp_path / "p.jsonl", *(f'{{"prompt": "{c}"}}' for c in "abac")))
     long = {prompts[2].id: 1212}

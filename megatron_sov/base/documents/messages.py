@@ -121,7 +121,9 @@ def read_messages(messages: Any, name: str) -> Messages:
             of tools do not belong together.
     """
     if not isinstance(messages, list) or not messages:
-        raise BadRecord("fields", f"'{name}' must be a non-empty list of objects with 'role' and 'content'")
+        what = "a string, or " if name == "prompt" else ""
+        raise BadRecord("fields", f"'{name}' must be {what}a non-empty list of objects with 'role' and "
+                                  "'content'")
     found = tuple(_message(message, f"{name}[{i}]") for i, message in enumerate(messages))
     _check_tools(found, name)
     return found

@@ -157,14 +157,19 @@ def read_documents(files: Iterable[Path], reading: RecordReading | None = None) 
             line += counted.num_lines
 
 
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: None
+                 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield where each record of a file or a dataset's folder stands, for messages, and its fields as they
     are.
+
+    Args:
+        path: the file or folder.
+        tell: as `list_files` has it.
 
     Raises:
         UserError: it holds no records, or one is malformed.
     """
-    files = [file for file in list_files(path)
+    files = [file for file in list_files(path, tell)
              if is_records(file.name) or file.suffix.lower() == JSON_SUFFIX]
     if not files:
         raise UserError(f"{path}: holds no records; pass a .jsonl, .json, .parquet or .arrow file, or a "

@@ -159,6 +159,10 @@ class ClaimsFile:
         """Return a command with the shared words written out."""
         return PLACE.sub(lambda place: self.words.get(place[1], place[0]), command)
 
+    def commands(self) -> list[str]:
+        """Return every command, with the shared words written out."""
+        return [self.spell(command) for _, command, _ in self._commands()]
+
     def _commands(self) -> Iterator[tuple[str, str, set[str]]]:
         """Yield key, text and known places of each command."""
         known = {"here", "claims"}

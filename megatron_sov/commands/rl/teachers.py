@@ -14,7 +14,7 @@ from megatron_sov.model.config.post_training import PolicyConfig
 from megatron_sov.post.rl.reward import NO_REWARD
 from megatron_sov.rollouts.prompts import PromptList
 from megatron_sov.rollouts.rows import domain_of
-from megatron_sov.runs.checkpoints import files_sha256
+from megatron_sov.runs.checkpoints import files_sha256, refuse_missing
 from megatron_sov.runs.launch_environment import num_ranks
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def teachers_of(args: ScoringTeacherOptions, config: RunConfig, tokenizer: Path
     found = [ScoringTeacher(domain, urls=tuple(places)) for domain, places in urls.items()]
     for option, domain, place in given:
         if option == "--teacher":
+            refuse_missing(Path(place), "--teacher ")
             target = find_target(Path(place))
             _refuse_other_model(place, target, config, tokenizer)
             found.append(ScoringTeacher(domain, target.path, files_sha256(target.path)))
@@ -133,6 +134,7 @@ def live_teacher_of(args: ScoringTeacherOptions, config: RunConfig, tokenizer: P
     if not config.policy.learns_distributions:
         return None
     [(_, _, place)] = args.given()
+    refuse_missing(Path(place), "--teacher ")
     target = find_target(Path(place))
     _refuse_other_tokens(place, target, tokenizer)
     return LiveTeacher(target.path, config, num_ranks(nproc))

@@ -83,8 +83,9 @@ def rl_options(args: PreferOptions) -> RlRunOptions:
     """
     assert args.reward is not None and args.prompts is not None, "options are checked"
     if args.data:
-        raise UserError(f"--data {args.data[0]}: rounds learn from the model's own responses alone; leave it "
-                        "out, or leave out --rounds")
+        raise UserError(f"--data {args.data[0]}: rounds learn from the model's own responses alone, and take "
+                        "no pairs beside them; learn your pairs first, by `prefer` without --rounds, and "
+                        "begin the rounds --from that run")
     if args.reference is not None:
         raise UserError(f"--reference {args.reference}: rounds compare with the model that begins each, or "
                         "with that of --from by --set policy.reference=run; leave it out")

@@ -201,9 +201,13 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, numbers.Real):
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number that no float holds, over which no mean goes
+            return None
         if isinstance(value, numbers.Integral):
             return int(value)
-        return float(value) if math.isfinite(value) else None
+        return number if math.isfinite(number) else None
     if isinstance(value, Mapping):
         return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -112,8 +112,8 @@ class RolloutConfig:
     piece_prompts: AtLeastOne = 8
     """Prompts of a piece of work, which one job claims and publishes as one part of the store."""
     deadline_s: NotNegative = 0.0
-    """Seconds, from when an engine takes it, after which an unfinished response is kept as far as it is, to be
-    continued by the next policy; 0: none."""
+    """Seconds, from when an engine takes it, after which an unfinished response is kept as far as it is, to
+    be continued by the next policy; 0: none."""
     lease_s: Annotated[float, Ge(1), Lt(math.inf)] = 600.0
     """Seconds without a sign of life after which a job's claim may be taken over."""
     keep_rounds: AtLeastOne = 2

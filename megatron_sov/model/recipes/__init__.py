@@ -49,7 +49,7 @@ RECIPES: dict[str, Recipe] = {
                                             open_models.HYPERCLOVA_CONTINUOUS_SOURCES),
     "hyperclova-omni-8b-sft": Recipe(open_models.hyperclova_omni_8b_sft, open_models.HYPERCLOVA_SFT_SOURCES),
     "typhoon-s-8b": Recipe(open_models.typhoon_s_8b, open_models.TYPHOON_SOURCES),
-    "typhoon-s-8b-opd": Recipe(open_models.typhoon_s_8b_opd, open_models.OPD_SOURCES),
+    "typhoon-s-8b-opd": Recipe(policies.typhoon_s_8b_opd, policies.OPD_SOURCES),
     "typhoon-s-4b-legal": Recipe(policies.typhoon_s_4b_legal, policies.LEGAL_SOURCES),
     "typhoon-s-4b-legal-agent": Recipe(policies.typhoon_s_4b_legal_agent, policies.LEGAL_AGENT_SOURCES),
     "vibethinker-1.5b": Recipe(open_models.vibethinker_1_5b, open_models.VIBETHINKER_SOURCES),
@@ -226,8 +226,8 @@ def _small_rounds(run: RunConfig) -> RunConfig:
         run,
         optim=replace(run.optim, lr=2e-3, min_lr=2e-3, warmup_steps=0),
         train=replace(run.train, steps=2 * rollout.steps_per_round),
-        rollout=replace(rollout, rounds=2, prompts_per_round=8, samples_per_prompt=4, max_prompt_tokens=64,
-                        max_new_tokens=64),
+        rollout=replace(rollout, rounds=2, prompts_per_round=8, max_prompt_tokens=64, max_new_tokens=64,
+                        samples_per_prompt=min(4, rollout.samples_per_prompt)),
         policy=replace(policy, overlong_buffer_tokens=policy.overlong_buffer_tokens and 16,
                        knowledge_batch_size=4 if policy.knowledge_batch_size else None))
 

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD
 from megatron_sov.model.config import (
-    DataConfig, DistillationConfig, ExtendConfig, ExtendStageConfig, GateConfig, LatentAttentionConfig,
-    ModelConfig, NeedleConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig,
-    RunConfig, TrainConfig, YarnConfig)
+    DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, LatentAttentionConfig, ModelConfig, NeedleConfig,
+    ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, RunConfig, TrainConfig, YarnConfig)
 from megatron_sov.model.config.encoders import AudioEncoderConfig, MediaConfig, VisionEncoderConfig
 from megatron_sov.model.config.model import IdBlock, Llama3RopeConfig
 from megatron_sov.model.recipes.extension import SET_IN_A_STAGE
@@ -415,17 +414,12 @@ def hyperclovax_14b() -> RunConfig:
         init_std=0.012727922061357855, max_position_tokens=131072), ParallelConfig(tp=4, sp=True))
 
 
-# Typhoon-S 8B (arXiv 2601.18129): ThaiLLM-8B or Qwen3-8B-Base is fine-tuned, then learns from a teacher what
-# it writes itself, as the authors' scripts do.
+# Typhoon-S 8B (arXiv 2601.18129): ThaiLLM-8B or Qwen3-8B-Base is fine-tuned, as the authors' scripts do it;
+# what it learns then from a teacher is a recipe of `policies`.
 
 TYPHOON_SCRIPT = "scb-10x/typhoon-s, trl/train_sft.sh"
 TYPHOON_TOKENS = 680_000_000
 """Two epochs of about 340,000 conversations of a thousand tokens."""
-
-
-OPD_STEPS = 2500
-"""One epoch of about 160,000 prompts, 64 a step."""
-OPD_TOKENS = OPD_STEPS * 64 * 4096
 
 
 def typhoon_s_8b() -> RunConfig:
@@ -442,18 +436,6 @@ def typhoon_s_8b() -> RunConfig:
     )
 
 
-def typhoon_s_8b_opd() -> RunConfig:
-    """Return distillation, for `distill`: answers of before the run, whole distribution, forward KL."""
-    run = typhoon_s_8b()
-    return replace(
-        run, recipe="typhoon-s-8b-opd",
-        data=DataConfig(phases=(PhaseConfig("opd", tokens=OPD_TOKENS, seq_len=4096),)),
-        optim=replace(run.optim, lr=1e-6, warmup_steps=OPD_STEPS // 20),
-        train=replace(run.train, global_batch_size=64, steps=OPD_STEPS),
-        objective=ObjectiveConfig(name="distill"),
-        distillation=DistillationConfig(beta=0.0, temperature=1.0, top_k=0))
-
-
 _TYPHOON_TRAINER = published(f"{TYPHOON_SCRIPT} leaves it to transformers' trainer")
 TYPHOON_SOURCES: Sources = derive(dense_sources("Qwen/Qwen3-8B-Base"), {
     "data.phases.*.name": ours("the stage"),
@@ -468,19 +450,6 @@ TYPHOON_SOURCES: Sources = derive(dense_sources("Qwen/Qwen3-8B-Base"), {
     "train.seed": published(TYPHOON_SCRIPT),
     "train.recompute": ours("memory; it changes no result"),
     "objective.name": published("arXiv 2601.18129, SFT"),
-})
-_OPD = "scb-10x/typhoon-s, on-policy distillation"
-OPD_SOURCES: Sources = derive(TYPHOON_SOURCES, {
-    "data.phases.*.tokens": ours("an upper bound: what all steps read if every row is full"),
-    "data.phases.*.seq_len": published(f"{_OPD}: 2,048 of a response, 4,096 in all"),
-    **dict.fromkeys(("optim.lr", "optim.schedule"), published(f"{_OPD}: 1e-6, cosine")),
-    "optim.warmup_steps": published(f"{_OPD}: 5 % of the steps"),
-    "train.steps": published(f"{_OPD}: 1 epoch of about 160,000 prompts"),
-    "train.global_batch_size": published(f"{_OPD}: 64 samples; a row that holds several counts once here"),
-    "objective.name": ours("published is on-policy: the student writes a quarter of the batches as it "
-                           "learns; here its answers are written before the run"),
-    **dict.fromkeys(("distillation.beta", "distillation.temperature", "distillation.top_k"),
-                    published(f"{_OPD}: forward KL over the whole vocabulary")),
 })
 
 

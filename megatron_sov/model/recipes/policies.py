@@ -13,7 +13,7 @@ from megatron_sov.model.config import (
     ExtendConfig, GroupConfig, NeedleConfig, ParallelConfig, PhaseConfig, PreferenceConfig, RunConfig)
 from megatron_sov.model.recipes.k_exaone import SOURCES as K_EXAONE_SOURCES, k_exaone_236b
 from megatron_sov.model.recipes.open_models import (
-    VIBETHINKER_SOURCES, dense_sources, qwen3_4b_2507, vibethinker_1_5b)
+    TYPHOON_SOURCES, VIBETHINKER_SOURCES, dense_sources, qwen3_4b_2507, typhoon_s_8b, vibethinker_1_5b)
 from megatron_sov.model.recipes.solar_open import DPO_SOURCES, solar_open_102b_dpo
 from megatron_sov.model.recipes.sources import DEFAULT, Sources, ValueSource, derive, ours, published
 
@@ -101,6 +101,35 @@ def typhoon_s_4b_legal() -> RunConfig:
 def typhoon_s_4b_legal_agent() -> RunConfig:
     """Return InK-GRPO with tools that search and read laws, four updates a batch, for `rl run`."""
     return _typhoon("typhoon-s-4b-legal-agent", LEGAL_AGENT)
+
+
+_OPD = published("scb-10x/typhoon-s, on-policy distillation")
+OPD: Values = {
+    "objective.name": ("policy", _OPD),
+    "policy.method": ("gkd", _OPD),
+    "policy.on_policy_share": (0.25, _OPD),
+    "distillation.beta": (0.0, _OPD),
+    "distillation.temperature": (1.0, _OPD),
+    "rollout.prompts_per_round": (64, _OPD),
+    "rollout.samples_per_prompt": (1, _OPD),
+    "rollout.temperature": (1.0, _OPD),
+    "rollout.top_p": (0.95, _OPD),
+    "rollout.max_prompt_tokens": (2048, published("scb-10x/typhoon-s: 4,096 in all, 2,048 of a response")),
+    "rollout.max_new_tokens": (2048, _OPD),
+    "rollout.rounds": (2500, published("scb-10x/typhoon-s: 1 epoch of about 160,000 prompts")),
+    "optim.lr": (1e-6, _OPD),
+    "optim.schedule": ("cosine", _OPD),
+    "optim.warmup_steps": (125, published("scb-10x/typhoon-s: 5 % of the steps")),
+    "train.global_batch_size": (64, published("scb-10x/typhoon-s: 64 samples of the data in a step")),
+}
+OPD_SOURCES = derive(_sources(TYPHOON_SOURCES, OPD), {
+    "train.global_batch_size": OPD["train.global_batch_size"][1]})
+
+
+def typhoon_s_8b_opd() -> RunConfig:
+    """Return on-policy distillation for `rl run`: in a quarter of the rounds of the student's own responses,
+    else of samples of the data; forward KL to the teacher's whole distribution."""
+    return _run("typhoon-s-8b-opd", typhoon_s_8b(), OPD)
 
 
 def _mgpo(stage: str, response_tokens: int, length: ValueSource) -> Values:

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 import psutil
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_sov.plan.footprint.activations import kinds
 from megatron_sov.plan.footprint.held import chunk_layers
 from megatron_sov.plan.footprint.memory import Account, account
-from megatron_sov.plan.footprint.states import StageBuffers, StatePlace
+from megatron_sov.plan.footprint.states import StageBuffers, StatePlace, states_of
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.work.clusters.chips import Gpu
 from megatron_sov.work.clusters.units import GIB
@@ -30,13 +31,30 @@ MAX_TP = 8
 """Largest tensor parallel size that is proposed: inside a node."""
 
 
-def fullest(config: RunConfig, num_ranks: int) -> tuple[int, Account]:
+TEACHERS = {"typhoon-s-8b-opd": "qwen3-30b-a3b-2507"}
+"""Recipe -> that of its teacher's model (arXiv 2601.18129)."""
+
+
+def fullest(config: RunConfig, num_ranks: int, teacher: ModelConfig | None = None) -> tuple[int, Account]:
     """Return the pipeline stage whose processes need most, and the account of one of them, at the run's
-    longest samples."""
+    longest samples.
+
+    Args:
+        config: of the run.
+        num_ranks: processes.
+        teacher: what lies beside the model; None: the teacher that the recipe has, or one as large as the
+            student, where rounds learn distributions, else none.
+    """
     longest = max(phase.seq_len for phase in config.data.phases)
+    if teacher is None and config.objective.name == "policy" and config.policy.learns_distributions:
+        known = TEACHERS.get(config.recipe)
+        teacher = recipes.get(known).model if known else config.model
     found: tuple[int, Account] | None = None
     for stage in _distinct_stages(config):
         needs = account(config, num_ranks, stage, longest)
+        if teacher is not None:
+            states = states_of(dataclasses.replace(config, model=teacher), num_ranks, stage)
+            needs = dataclasses.replace(needs, teacher=states.weights)
         if found is None or needs.total > found[1].total:
             found = stage, needs
     assert found is not None
@@ -92,8 +110,8 @@ def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:
 def _items(needs: Account) -> str:
     """Return what a process needs memory for, in GiB."""
     states = {"weights": needs.weights, "quantised weights": needs.quantized_weights,
-              "gradients": needs.gradients, "optimizer": needs.optimizer}
-    items = {name: n for name, n in states.items() if n or name != "quantised weights"}
+              "gradients": needs.gradients, "optimizer": needs.optimizer, "teacher": needs.teacher}
+    items = {name: n for name, n in states.items() if n or name not in ("quantised weights", "teacher")}
     others = {"activations": needs.allocated - sum(items.values()),
               "NCCL and gaps": needs.total - needs.allocated}
     return ", ".join(f"{name} {n / GIB:.1f}" for name, n in (items | others).items())

@@ -135,6 +135,8 @@ class Account:
     """What routed experts keep more on the fullest expert-parallel rank than on an average one; an
     estimate."""
     angles: int = 0
+    teacher: int = 0
+    """Weights of the teacher of rounds that learn distributions: it lies beside the model, at its layout."""
     nccl: int = 0
     """Buffers of the communication library; an estimate."""
     fragmentation: int = 0

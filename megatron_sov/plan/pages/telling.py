@@ -331,6 +331,8 @@ def _beside(chosen: Common, other: Common | None, sweeps: Sequence[Sweep], key: 
 PLACEHOLDERS = {"extend": ("--from CHECKPOINT",), "sft": ("--from CHECKPOINT",),
                 "prefer": ("--from CHECKPOINT",),
                 "distill": ("--from CHECKPOINT", "--teacher TEACHER"),
+                "rl-run": ("--from CHECKPOINT", "--teacher TEACHER", "--store STORE", "--prompts PROMPTS",
+                           "--reward none"),
                 "rl-train": ("--from CHECKPOINT", "--store STORE", "--prompts PROMPTS", "--reward REWARD")}
 """Stage -> what it has to be told beside --data and --run; capitals stand for folders of the user's."""
 
@@ -342,6 +344,8 @@ def set_line(settings: Sequence[str]) -> str:
 
 def stage_of(config: RunConfig) -> str:
     command = BUILT_IN.get(config.objective.name, "pretrain")
+    if command == "rl train" and config.policy.learns_distributions:
+        command = "rl run"
     return "extend" if config.extend.stages and command == "pretrain" else command.replace(" ", "-")
 
 

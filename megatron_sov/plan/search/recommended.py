@@ -115,8 +115,10 @@ RECOMMENDED: dict[str, dict[str, tuple[Layout, ...]]] = {
                   _EIGHT_RUNS, *_TWO_ROWS, *_WHOLE_ROWS),
                  ("parallel.tp=4", "parallel.pp=4", *_NODE, *_WHOLE_ROWS), _WHOLE_ROWS)},
     **dict.fromkeys(("qwen2-1.5b", "qwen3-4b", "qwen3-4b-2507", "qwen3-8b", "qwen3-moe-30b",
-                     "qwen3-30b-a3b-2507", "typhoon-s-8b", "typhoon-s-8b-opd", "vibethinker-1.5b"),
+                     "qwen3-30b-a3b-2507", "typhoon-s-8b", "vibethinker-1.5b"),
                     _SMALL),
+    # with a teacher of 30 B beside
+    "typhoon-s-8b-opd": dict.fromkeys(("h100", "h200", "b200"), (_ZERO1, (*_ZERO1, "parallel.pp=2"))),
 }
 """Recipe -> kind of GPU (`clusters.chips.CHIPS`) -> layouts."""
 

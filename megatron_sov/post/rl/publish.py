@@ -296,9 +296,13 @@ class Publisher:
             why = next((f", the first because {said.reason}" for part in gathered.parts
                         for said in self._opened.read_rewards(self.reward_version, part.name)
                         if said.reward is None and said.reason), "")
+            mend = ("mend what the reward runs on, and have it judge again behind `megatron-sov rl store gc "
+                    f"{self.store} --version {self.reward_version}`")
+            if {*gathered.unjudged} == {"refused"}:
+                mend = ("give --prompts what the reward reads (a field of another name by --columns "
+                        "TARGET=FIELD), and begin with another --run and --store")
             raise UserError(f"{self.store}: no response of round {gathered.number} has a reward ({told}{why})"
-                            "; mend what the reward runs on, and have it judge again behind `megatron-sov rl "
-                            f"store gc {self.store} --version {self.reward_version}`")
+                            f"; {mend}")
 
     def _warn_of_other_policies(self, gathered: Gathered) -> None:
         """Tell where responses were begun by another policy than the run is: a store gives what it has to

@@ -105,6 +105,7 @@ def test_a_completion_is_learned_and_its_prompt_is_not(tmp_path: Path) -> None:
     ({"prompt": "p", "completion": ASK}, "chat", "no message of the assistant"),
     ({"prompt": "p", "completion": 4}, "chat", "must be a string, or a non-empty list"),
     ({"prompt": [], "completion": "c"}, "chat", "'prompt' must be a string, or a non-empty list"),
+    ({"prompt": 5}, "prompt", "'prompt' must be a string, or a non-empty list"),
     ({"prompt": ["p"], "completion": "c"}, "chat", "has role 'p'"),
     ({"prompt": "p", "completion": None}, "chat", "is a prompt"),
 ])

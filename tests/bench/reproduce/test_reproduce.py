@@ -9,14 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 from megatron_sov import cli
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.bench.reproduce import running
 from megatron_sov.bench.reproduce.claims import SHIPPED, PaperClaim, find_file, read_claims, register
-from megatron_sov.bench.reproduce.running import run_seed, run_steps
+from megatron_sov.bench.reproduce.running import run_steps
+from megatron_sov.bench.reproduce.seeds.pictures import SIDE_PIXELS, Pictures
 from megatron_sov.bench.reproduce.seeds.tasks import Chats, Exact, TaskQuestions
 from megatron_sov.bench.reproduce.verdict import (
     ClaimOutcome, apply_test, outcome_of, paired_interval, power_of)
@@ -93,14 +96,16 @@ def told(page: Path) -> str:
 
 
 def test_ordinary_commands_are_run_and_measured(tmp_path: Path) -> None:
+    """From the command line to the page, each command a process."""
     file = write_claims(tmp_path / "claims")
-    claims = read_claims(file)
-    claim = register(claims, "better", file)
-    order = running.Order((claim,), {"better": 1}, tmp_path / "out", file.parent)
-    order.begin()
-    assert run_seed(order, claim, 3) == {"new": {"loss": 1.03}, "old": {"loss": 2.03}}
-    log = (running.claim_folder(tmp_path / "out", claim) / "seed-3/arms/new/log").read_text()
+    assert reproduce(file, tmp_path / "out") == ExitCode.OK
+    claim = register(read_claims(file), "better", file)
+    folder = running.claim_folder(tmp_path / "out", claim)
+    assert running.seeds_of(folder) == {
+        seed: {"new": {"loss": 1 + seed / 100}, "old": {"loss": 2 + seed / 100}} for seed in (0, 1)}
+    log = (folder / "seed-1/arms/new/log").read_text()
     assert log.startswith("$ megatron-sov map ") and "1 rows in, 1 out" in log
+    assert claim.sha256 in told(tmp_path / "out/reproduce.html")
     with pytest.raises(UserError, match=r"`megatron-sov recipes` ends with exit code 2: .*nothing-such"):
         run_steps(tmp_path / "bad", ["megatron-sov recipes nothing-such > {here}/x"], {})
     assert not (tmp_path / "bad/x").exists()
@@ -240,3 +245,21 @@ def test_questions_have_their_answers_and_keep_half_of_the_wordings() -> None:
              if re.search(r"plus|Add|Sum|\+", asked["content"])]
     assert 0.3 < sum(right) / len(right) < 0.4
     assert Exact().score({"response": " 7\n", "answer": "7"}) == 1.0
+
+
+def test_pictures_are_what_their_sentences_say(tmp_path: Path) -> None:
+    rows = Pictures(str(tmp_path / "files"), seed=3, count=60).do({})
+    again = Pictures(str(tmp_path / "again"), seed=3, count=60).do({})
+    assert rows == again
+    for number, row in enumerate(rows):
+        shown, said = row["content"]
+        with Image.open(tmp_path / "files" / shown["path"]) as picture:
+            pixels = np.asarray(picture).astype(int)
+        assert pixels.shape == (SIDE_PIXELS, SIDE_PIXELS, 3) and shown["path"] == f"{number:05d}.png"
+        _, colour, _, _, _, place = said["text"].removesuffix(".").split()
+        brightest = pixels.max(axis=2) > 150
+        red, green, blue = pixels[brightest].mean(axis=0)
+        assert {"red": red > max(green, blue) + 50, "green": green > max(red, blue) + 50,
+                "blue": blue > max(red, green) + 50, "white": min(red, green, blue) > 200}[colour]
+        y, x = np.argwhere(brightest).mean(axis=0) - (SIDE_PIXELS - 1) / 2
+        assert {"left": x < -3, "right": x > 3, "top": y < -3, "bottom": y > 3}[place]

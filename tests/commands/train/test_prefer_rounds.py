@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.commands.train import prefer
 from megatron_sov.runs.obs.events import read_events
@@ -81,3 +82,9 @@ def test_what_is_wrong_is_said_before_the_first_round(words: list[str], said: st
              for word in words]
     assert main(["prefer", *given]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_own_pairs_beside_rounds_are_refused_with_a_way() -> None:
+    with pytest.raises(UserError, match="take no pairs beside them; learn your pairs first, by `prefer` "
+                                        "without --rounds, and begin the rounds --from that run"):
+        asked("--data", "pairs")

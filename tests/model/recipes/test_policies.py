@@ -128,3 +128,11 @@ def test_stages_stand_in_the_published_order(tiny: str) -> None:
     assert len({r.model for r in runs}) == 1 and runs[0].model.num_mtp_layers == 1
     if not tiny:
         assert runs[1].data.phases[-1].seq_len == runs[0].model.max_position_tokens == 32768
+
+
+def test_typhoons_distillation_is_on_policy_at_both_sizes() -> None:
+    for name, prompts in (("typhoon-s-8b-opd", 64), ("tiny-typhoon-s-opd", 8)):
+        run = get(name)
+        assert (run.objective.name, run.policy.method, run.policy.on_policy_share) == ("policy", "gkd", 0.25)
+        assert (run.rollout.prompts_per_round, run.rollout.samples_per_prompt, run.rollout.top_p) == (
+            prompts, 1, 0.95)

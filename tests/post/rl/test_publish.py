@@ -471,6 +471,20 @@ def test_a_round_without_any_reward_is_not_passed_over(publisher: Publisher, wri
     assert not publisher.rounds.exists()
 
 
+def test_a_round_of_prompts_that_lack_a_field_says_what_to_give(publisher: Publisher, write_round: Any
+                                                                ) -> None:
+    store = write(publisher, write_round, judge=False)
+    for name in (part_name(1, 0), part_name(1, 1)):
+        store.add_rewards(VERSION, name, [
+            RewardRow(row.key, 0, VERSION, None, "refused", {}, "has no 'answer'")
+            for row in store.read_rollouts(name)])
+    with pytest.raises(UserError, match=r"24 refused, the first because has no 'answer'\); give --prompts "
+                                        "what the reward reads .*, and begin with another --run and "
+                                        "--store$"):
+        publisher.publish(1)
+    assert not publisher.rounds.exists()
+
+
 def test_a_run_goes_on_with_its_prompts_and_tells_of_another_reward(
         publisher: Publisher, write_round: Any, capsys: pytest.CaptureFixture[str]) -> None:
     store = write(publisher, write_round)

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -32,11 +33,17 @@ from megatron_sov.work.endpoints.transport import missing_libraries
 from megatron_sov.work.processes.children import variables_for_foreign
 
 PROTOCOL = "2025-06-18"
+SPOKEN = ("2024-11-05", "2025-03-26", PROTOCOL, "2025-11-25")
+"""Versions that a server may answer with: lists and calls of tools are the same in them."""
 MAX_LINE_BYTES = 256 << 20
 """Of a server's message."""
 TIMEOUT_S = 600.0
 """Of a request over HTTP; a call has the shorter limit of its episode."""
-SESSION = "Mcp-Session-Id"
+GRACE_S = 1.0
+"""In which a server may end by itself, once its input has."""
+SESSION, VERSION = "Mcp-Session-Id", "MCP-Protocol-Version"
+MAX_FIRST_ID = 2 ** 50
+"""Beyond 2^53 not every server has whole numbers."""
 _WRONG_ARGUMENTS, _NO_METHOD = -32602, -32601
 _HERE = ("localhost", "127.0.0.1", "::1")
 
@@ -56,6 +63,8 @@ class Connection(Protocol):
 
     session: str
     """Name of the session, where it outlives this connection; empty: it does not."""
+    version: str
+    """Of the protocol, once it is agreed on; empty: it is not yet."""
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message."""
@@ -73,7 +82,7 @@ class Connection(Protocol):
 class StdioConnection:
     """A server that a command starts."""
 
-    session = ""
+    session = version = ""
 
     def __init__(self, command: tuple[str, ...], env: tuple[str, ...]) -> None:
         # foreign code gets no keys of the environment unless they are named
@@ -89,7 +98,7 @@ class StdioConnection:
         return self._server.stdout.readline(MAX_LINE_BYTES)
 
     def end(self) -> None:
-        self._server.end()
+        self._server.end(grace_s=GRACE_S)
 
 
 class HttpConnection:
@@ -99,20 +108,25 @@ class HttpConnection:
         url: the server's one address.
         key: sent as a bearer token; empty: none is.
         session: of an episode that is continued; empty: a new one.
+        version: of the protocol in that session.
     """
 
-    def __init__(self, url: str, key: str, session: str = "") -> None:
+    def __init__(self, url: str, key: str, session: str = "", version: str = "") -> None:
         import httpx
 
-        self.session, self._url = session, url
+        self.session, self.version, self._url = session, version, url
         # what the last request has opened
         self._stream = ExitStack()
         self._messages: Iterator[bytes] = iter(())
         # a proxy of the environment knows this machine as itself
-        headers = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version": PROTOCOL}
+        headers = {"Accept": "application/json, text/event-stream"}
         self._client = httpx.Client(
             timeout=TIMEOUT_S, trust_env=urlsplit(url).hostname not in _HERE,
             headers=headers | ({"Authorization": f"Bearer {key}"} if key else {}))
+
+    def _headers(self) -> dict[str, str]:
+        """Return those of a session: it begins without any."""
+        return {name: value for name, value in ((SESSION, self.session), (VERSION, self.version)) if value}
 
     def send(self, message: dict[str, Any]) -> None:
         """Post a message, and open what comes for a request.
@@ -120,16 +134,17 @@ class HttpConnection:
         Raises:
             InfrastructureFault: the server does not answer, or refuses.
         """
-        headers = {SESSION: self.session} if self.session else {}
         is_request = "id" in message and "method" in message
         if is_request:
             self._stream.close()
         with _refusals(), ExitStack() as stack:
             answer = stack.enter_context(
-                self._client.stream("POST", self._url, json=message, headers=headers))
+                self._client.stream("POST", self._url, json=message, headers=self._headers()))
             self.session = answer.headers.get(SESSION, self.session)
-            if answer.is_error:
+            if not answer.is_success:  # nor is a redirect followed
                 said = next(_lines_of(answer), b"").decode("utf-8", "replace")
+                if to := answer.headers.get("Location"):  # as many have it of /mcp, for /mcp/
+                    said = f"it sends to {to}, which is not followed; if that is its address, name it in url"
                 raise InfrastructureFault(f"HTTP {answer.status_code}: {short(said)}")
             # read as it comes: a server may ask something before it answers, and leave the stream open behind
             if is_request:
@@ -146,7 +161,7 @@ class HttpConnection:
         # one that is gone already, or cannot be ended by a client, is as good as ended
         with contextlib.suppress(httpx.HTTPError):
             if self.session:
-                self._client.delete(self._url, headers={SESSION: self.session})
+                self._client.delete(self._url, headers=self._headers())
         self._client.close()
 
 
@@ -163,13 +178,14 @@ def _refusals() -> Iterator[None]:
 
 def _messages_of(answer: Any) -> Iterator[bytes]:
     """Yield the messages of an answer; raises as `_lines_of`."""
-    is_stream = answer.headers.get("Content-Type", "").startswith("text/event-stream")
+    is_stream = answer.headers.get("Content-Type", "").lower().startswith("text/event-stream")
     data: list[bytes] = []
     for line in _lines_of(answer):
         if not is_stream:
             data.append(line)
         elif line.startswith(b"data:"):
-            data.append(line.removeprefix(b"data:"))
+            # events without data only number the stream
+            data += [said] if (said := line.removeprefix(b"data:").strip()) else []
         elif not line and data:  # an event ends
             yield b"\n".join(data)
             data = []
@@ -276,8 +292,9 @@ class Mcp(AnsweredWorld):
         """Return whether a session still is there, with which all goes on."""
         if not session or self.url is None:
             return False
+        version = self._server.version
         self._end()
-        self._server: Connection = HttpConnection(self.url, self._key(), session)
+        self._server: Connection = HttpConnection(self.url, self._key(), session, version)
         try:
             self._ask("ping", {})
         except ToolFault:  # it is gone, or the server began anew
@@ -291,10 +308,15 @@ class Mcp(AnsweredWorld):
         self._end()
         self._server = (StdioConnection(self.command, self.env) if self.url is None
                         else HttpConnection(self.url, self._key()))
-        self._number = 0
+        # no id may come twice in a session, in which another process may have asked
+        self._number = secrets.randbelow(MAX_FIRST_ID)
         try:
-            self._ask("initialize", {"protocolVersion": PROTOCOL, "capabilities": {},
-                                     "clientInfo": {"name": "megatron-sov", "version": __version__}})
+            agreed = self._ask("initialize", {"protocolVersion": PROTOCOL, "capabilities": {},
+                                              "clientInfo": {"name": "megatron-sov", "version": __version__}})
+            if (version := agreed.get("protocolVersion")) not in SPOKEN:
+                raise InfrastructureFault(f"it speaks version {short(repr(version))} of the protocol, and "
+                                          f"this client {', '.join(SPOKEN)}")
+            self._server.version = version
             self._send({"method": "notifications/initialized"})
             self._tools = self._listed()
         except UserError:
@@ -333,9 +355,9 @@ class Mcp(AnsweredWorld):
         found = self._ask("tools/call", {"name": name, "arguments": dict(arguments)})
         if not isinstance(content := found.get("content", []), list):
             raise InfrastructureFault(f"the content of its result is {short(repr(content))}, and no list")
-        parts = [part.get("text", "") if part.get("type") == "text" else f"[{part.get('type')}]"
-                 for part in content if isinstance(part, dict)]
-        text = "\n".join(map(str, parts))
+        text = "\n".join(_text_of(part) for part in content if isinstance(part, dict))
+        if not content and "structuredContent" in found:
+            text = json.dumps(found["structuredContent"], ensure_ascii=False)
         if found.get("isError"):
             raise ToolRefused(text or "the tool says that it failed")
         return text
@@ -379,6 +401,15 @@ class Mcp(AnsweredWorld):
             raise InfrastructureFault(f"the server wrote {raw[:60]!r} where a message belongs; servers write "
                                       "logs to standard error")
         return message
+
+
+def _text_of(part: dict[str, Any]) -> str:
+    """Return what a model reads of a part of a result; of pictures and sound their kind."""
+    kind, resource = part.get("type"), part.get("resource")
+    if kind == "resource_link":
+        return f"[{kind} {part.get('uri')}]"
+    held = resource if kind == "resource" and isinstance(resource, dict) else part
+    return str(held["text"]) if kind in ("text", "resource") and "text" in held else f"[{kind}]"
 
 
 def _only_reads(tool: dict[str, Any]) -> bool:

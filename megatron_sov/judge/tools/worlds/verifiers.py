@@ -36,6 +36,9 @@ from megatron_sov.work.processes.children import variables_for_foreign
 BRIDGE = __name__ + "_bridge"
 """Module that the library's Python runs."""
 SYSTEMS = ("system", "developer")
+OF_NETWORK = ("SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy",
+              "https_proxy", "no_proxy", "UV_INDEX_URL", "UV_DEFAULT_INDEX")
+"""Variables without which uv, behind a proxy, installs nothing."""
 """Roles of the rules."""
 
 
@@ -164,7 +167,13 @@ class Verifiers(World):
         said = self._received()
         if "ready" not in said:
             self.end()
-            raise InfrastructureFault(short(str(said.get("problem"))))
+            raise InfrastructureFault(short(str(said.get("problem"))) + self._withheld())
+
+    def _withheld(self) -> str:
+        """Return what the library was not given of the environment that programs reach the network by."""
+        names = [name for name in OF_NETWORK if name in os.environ and name not in self.env]
+        return (f"; it was not given {', '.join(names)} of this environment: where it needs the network, as "
+                f"uv does, set env={json.dumps([*self.env, *names])}" if names else "")
 
     def _asked(self, line: dict[str, Any]) -> dict[str, Any]:
         """Return what the environment wants of the model, or how it ended.
@@ -180,7 +189,7 @@ class Verifiers(World):
         if "end" in said:
             return said
         if "request" not in said:
-            raise InfrastructureFault(short(str(said.get("error"))))
+            raise InfrastructureFault(short(str(said.get("error"))) + self._withheld())
         asked = said["request"]
         return {"messages": [_plain(message) for message in asked["messages"]], "tools": asked["tools"]}
 
@@ -192,7 +201,8 @@ class Verifiers(World):
         except ValueError:
             said = None
         if not isinstance(said, dict):
-            raise InfrastructureFault(f"{self.python} has ended; see what it wrote above" if not line
+            raise InfrastructureFault(f"{self.python} has ended; see what it wrote above{self._withheld()}"
+                                      if not line
                                       else f"{self.python} wrote no message of the bridge")
         return said
 

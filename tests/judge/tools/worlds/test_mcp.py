@@ -64,6 +64,13 @@ def test_a_server_gets_no_key_that_it_was_not_given(monkeypatch: pytest.MonkeyPa
         server(env=["NOT_SET"])
 
 
+def test_a_server_may_end_by_itself_before_it_is_ended(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    program = f"import runpy, sys; runpy.run_path({SERVER[2]!r}); open({str(done)!r}, 'w')"
+    server(command=[sys.executable, "-S", "-c", program])._end()
+    assert done.exists()
+
+
 def test_models_are_shown_a_part_of_it() -> None:
     made = server(only=["echo"])
     assert [tool["function"]["name"] for tool in made.tools()] == ["echo"]

@@ -206,6 +206,7 @@ class Counting:
         self.counts: dict[str, int] = {}
         self.seen: dict[str, Any] = {}
         self.most = 99
+        self.more: dict[str, Any] = {}
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -232,7 +233,8 @@ class Counting:
     async def verify(self, request: web.Request) -> web.Response:
         self.seen = await request.json()
         right = self.counts[request.cookies["session"]] == self.seen["expected_count"]
-        return web.json_response({**self.seen, "reward": float(right), "reward_components": {"count": right}})
+        return web.json_response({**self.seen, "reward": float(right), "reward_components": {"count": right},
+                                  **self.more})
 
 
 def test_a_row_of_nemo_gym_is_a_task(serve: Serve) -> None:
@@ -242,8 +244,9 @@ def test_a_row_of_nemo_gym_is_a_task(serve: Serve) -> None:
         assert opening.observation == Observation("Add 1, then 2.", "Count.")
         assert [tool["function"]["name"] for tool in opening.tools] == ["add"]
         found = [host.call(ToolCall("add", {"count": count})) for count in (1, "1", 100)]
-        assert [one.fault for one in found] == ["", "arguments", "refused"]
-        assert found[0].text == '{"count": 4}'
+        # as NeMo Gym's own agent does it: what came is shown, whatever its status, and the verifier sees it
+        assert [(one.text, one.fault) for one in found] == [
+            ('{"count": 4}', ""), ('{"detail": "count must be a number"}', ""), ('{"error": "too much"}', "")]
         host.resume(ROW, host.state)
         host.call(ToolCall("add", {"count": 2}))
         result = host.score("It is 6.")
@@ -251,8 +254,27 @@ def test_a_row_of_nemo_gym_is_a_task(serve: Serve) -> None:
     output = server.seen["response"]["output"]
     assert [(item["type"], item.get("output")) for item in output] == [
         ("function_call", None), ("function_call_output", '{"count": 4}'),
+        ("function_call", None), ("function_call_output", '{"detail": "count must be a number"}'),
+        ("function_call", None), ("function_call_output", '{"error": "too much"}'),
         ("function_call", None), ("function_call_output", '{"count": 6}'), ("message", None)]
     assert output[0]["name"] == "add" and output[-1]["content"][0]["text"] == "It is 6."
+
+
+def test_a_masked_episode_of_nemo_gym_has_no_reward(serve: Serve) -> None:
+    server = Counting()
+    server.more = {"mask_sample": True, "failure_reason": "the judge is not there"}
+    with EnvironmentHost(order("nemo_gym", {"url": serve(server.app())}), EpisodeLimits()) as host:
+        host.reset(ROW)
+        result = host.score("It is 6.")
+    assert (result.reward, result.status, result.reason) == (None, "failed", "the judge is not there")
+
+
+def test_instructions_of_nemo_gym_are_rules_and_a_tool_may_take_nothing(serve: Serve) -> None:
+    made, _ = make(order("nemo_gym", {"url": serve(Counting().app())}))
+    row = {"input": [{"role": "developer", "content": "Count."}, {"role": "user", "content": "Add 1."}],
+           "instructions": "Be brief.", "tools": [{"type": "function", "name": "add", "parameters": None}]}
+    assert made.reset(ROW | {"responses_create_params": row}).system == "Be brief.\n\nCount."
+    assert made.tools()[0]["function"]["parameters"] == {"type": "object", "properties": {}}
 
 
 def test_what_sends_elsewhere_is_no_result_of_a_tool(serve: Serve) -> None:
@@ -397,7 +419,9 @@ class BrokenTools(HttpTools):
     async def message(self, request: web.Request) -> web.StreamResponse:
         asked = await request.json()
         found = self.results.get(asked["method"].partition("/")[2])
-        return web.json_response(answered(asked, found)) if found else await super().message(request)
+        status = self.results.get("status", 200)
+        return web.json_response(answered(asked, found), status=status) if found else (
+            await super().message(request))
 
 
 def test_what_a_server_breaks_is_its_own_fault(serve: Serve) -> None:
@@ -409,6 +433,80 @@ def test_what_a_server_breaks_is_its_own_fault(serve: Serve) -> None:
     made.reset({"question": "Count.", "answer": "1"})
     with pytest.raises(InfrastructureFault, match="is 5, and no list"):
         made.call("count", {})
+    elsewhere = BrokenTools(call={"content": [{"type": "text", "text": "1"}]}, status=302)
+    made, _ = make(order("mcp", {"url": f"{serve(elsewhere.app())}/mcp"}))
+    made.reset({"question": "Count.", "answer": "1"})
+    with pytest.raises(InfrastructureFault, match="HTTP 302"):
+        made.call("count", {})
+
+
+class OlderTools(HttpTools):
+    """A server of an earlier version, which hears what the protocol asks of its client; /old is its address
+    of before."""
+
+    def __init__(self, version: str = "2025-03-26") -> None:
+        super().__init__()
+        self.version = version
+        self.ids: list[int] = []
+        self.versions: list[str | None] = []
+
+    def app(self) -> web.Application:
+        app = super().app()
+        app.add_routes([web.post("/old", self.moved)])
+        return app
+
+    async def moved(self, request: web.Request) -> web.Response:
+        return web.Response(status=307, headers={"Location": "/mcp"})
+
+    async def message(self, request: web.Request) -> web.StreamResponse:
+        asked = await request.json()
+        self.versions.append(request.headers.get("MCP-Protocol-Version"))
+        self.ids += [asked["id"]] if "id" in asked else []
+        if asked["method"] == "initialize":
+            session = f"s{len(self.ids)}"
+            self.counts[session] = 0
+            return web.json_response(answered(asked, {"protocolVersion": self.version, "capabilities": {}}),
+                                     headers={"Mcp-Session-Id": session})
+        if asked["method"] == "tools/call":
+            said = answered(asked, RESULTS[asked["params"]["name"]])
+            # a stream that is numbered first, as servers of 2025-11-25 do
+            return web.Response(body=b"id: 1\ndata: \n\nid: 2\ndata: " + json.dumps(said).encode() + b"\n\n",
+                                headers={"Content-Type": "Text/Event-Stream; charset=utf-8"})
+        return await super().message(request)
+
+
+RESULTS: dict[str, dict[str, Any]] = {
+    "count": {"content": [], "structuredContent": {"count": 1}},
+    "look": {"content": [{"type": "resource", "resource": {"uri": "file:///a", "text": "inside"}},
+                         {"type": "resource_link", "uri": "file:///b", "name": "b"},
+                         {"type": "image", "data": "", "mimeType": "image/png"}]}}
+
+
+def test_a_session_is_spoken_in_the_version_that_its_server_answered(serve: Serve) -> None:
+    server, task = OlderTools(), {"question": "Count.", "answer": "1"}
+    made, again = (make(order("mcp", {"url": f"{serve(server.app())}/mcp"}))[0] for _ in range(2))
+    made.reset(task)
+    assert made.call("count", {}) == '{"count": 1}'
+    assert made.call("look", {}) == "inside\n[resource_link file:///b]\n[image]"
+    again.reset(task)
+    again.restore(made.snapshot())  # in the session of the first
+    assert again.call("count", {}) == '{"count": 1}'
+    # `initialize` is before any version; no id comes twice, whichever process asks
+    assert set(server.versions) == {None, "2025-03-26"} and server.versions.count(None) == 2
+    assert len(set(server.ids)) == len(server.ids) and max(server.ids) < 2 ** 53
+
+
+def test_a_server_that_has_moved_is_told_with_where_it_is(serve: Serve) -> None:
+    made, _ = make(order("mcp", {"url": f"{serve(OlderTools().app())}/old"}))
+    with pytest.raises(UserError, match="HTTP 307: it sends to /mcp, which is not followed; if that is"):
+        made.reset({"question": "Count.", "answer": "1"})
+
+
+def test_a_server_of_a_version_that_is_not_known_is_left(serve: Serve) -> None:
+    made, _ = make(order("mcp", {"url": f"{serve(OlderTools('2031-01-01').app())}/mcp"}))
+    with pytest.raises(UserError, match="cannot be used: it speaks version '2031-01-01' of the protocol, and "
+                                        "this client 2024-11-05, 2025-03-26"):
+        made.reset({"question": "Count.", "answer": "1"})
 
 
 class AskingTools(HttpTools):

@@ -21,7 +21,7 @@ from megatron_sov.judge.rewards.reward import Score
 from megatron_sov.judge.tools.environment import EpisodeLimits, InfrastructureFault, Observation, TurnReply
 from megatron_sov.judge.tools.host import EnvironmentHost, HeardReply
 from megatron_sov.judge.tools.registry import make, order
-from megatron_sov.judge.tools.worlds.verifiers import Verifiers
+from megatron_sov.judge.tools.worlds.verifiers import OF_NETWORK, Verifiers
 
 LIBRARY = '''
 import asyncio, json, os
@@ -243,6 +243,16 @@ def test_without_the_library_that_is_told(play: Play, tmp_path: Path) -> None:
     (tmp_path / "verifiers/v1/__init__.py").write_text("")
     with pytest.raises(UserError, match="cannot import name 'EvalClientConfig'"):
         world.reset(TASK)
+
+
+def test_a_world_that_fails_without_the_network_is_told_what_it_was_not_given(
+        play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in OF_NETWORK:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SSL_CERT_FILE", "/certificates.pem")
+    with pytest.raises(UserError, match=r"401.*; it was not given SSL_CERT_FILE of this environment: .* as "
+                                        r'uv does, set env=\["SSL_CERT_FILE"\]'):
+        play(wrong_key=True).reset(TASK)
 
 
 @pytest.mark.parametrize("given, match", [

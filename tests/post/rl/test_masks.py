@@ -1,0 +1,101 @@
+"""What tools say is no label: a round of episodes from the store to packed rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sov import recipes
+from megatron_sov.base.digests import file_digest
+from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
+from megatron_sov.model.config.run import with_rounds
+from megatron_sov.post.rl.publish import Publisher
+from megatron_sov.rollouts.prompts import pieces, read_prompts, round_prompts
+from megatron_sov.rollouts.rows import NOT_WRITTEN, Key, RewardRow, Rollout
+from megatron_sov.rollouts.store import RolloutStore
+from megatron_sov.train.data.order import OrderedSample
+from megatron_sov.train.data.rounds import RoundDocuments
+from megatron_sov.train.data.rows import sample_row
+from megatron_sov.train.data.streams import PackedSegment
+
+VERSION, LONGEST, BUFFER = "a" * 64, 12, 4
+ROLLOUT = RolloutConfig(rounds=1, prompts_per_round=6, samples_per_prompt=4, piece_prompts=4,
+                        max_new_tokens=LONGEST, max_prompt_tokens=6)
+Judged = tuple[Rollout, float]
+
+
+def fill(store: RolloutStore, prompts: Any, random: np.random.Generator) -> list[list[Judged]]:
+    """Write a round of episodes of which others wrote tokens here and there; returns its groups."""
+    groups = []
+    for piece in pieces(round_prompts(prompts, ROLLOUT, 1), 1, ROLLOUT.piece_prompts):
+        rows = []
+        for prompt in piece.prompts:
+            for sample in range(ROLLOUT.samples_per_prompt):
+                count = int(random.integers(1, LONGEST + 1))
+                written = random.random(count) < 0.6
+                written[0] = True
+                rows.append(Rollout(
+                    Key(prompt.id, sample, "f" * 64, "s"), 1, 0, prompt.record,
+                    random.integers(0, 368, 3 + sample).astype(np.int32),
+                    random.integers(0, 368, count).astype(np.int32),
+                    np.where(written, -random.random(count), 0).astype(np.float32),
+                    np.where(written, 0, NOT_WRITTEN).astype(np.int32),
+                    str(random.choice(["answered", "turns", "tokens"])), "", 1.0, "scripted", 0.0, 1.0))
+        rewards = random.integers(0, 3, len(rows)) / 2
+        store.add_rollouts(piece.part(), rows, {})
+        store.add_rewards(VERSION, piece.part(), [RewardRow(row.key, 0, VERSION, float(reward), "scored")
+                                                  for row, reward in zip(rows, rewards, strict=True)])
+        judged = list(zip(rows, rewards.tolist(), strict=True))
+        groups += [judged[i:i + 4] for i in range(0, len(judged), 4)]
+    return groups
+
+
+def learned(groups: list[list[Judged]]) -> list[Judged]:
+    """Return rows and advantages by the formulas of DAPO, as its paper has them."""
+    found = []
+    for group in groups:
+        rewards = np.array([reward for _, reward in group])
+        if rewards.min() == rewards.max():
+            continue
+        lengths = np.array([(row.versions != NOT_WRITTEN).sum() for row, _ in group])
+        shaped = rewards - np.clip((lengths - (LONGEST - BUFFER)) / BUFFER, 0, 1)
+        values = (shaped - shaped.mean()) / (shaped.std(ddof=1) + 1e-4)
+        found += [(row, value) for (row, _), value in zip(group, values.tolist(), strict=True)
+                  if row.finish_reason != "tokens"]
+    return found
+
+
+def test_labels_are_what_the_policy_wrote_and_nothing_else(packed_data: Any, tmp_path: Path) -> None:
+    tasks = [json.dumps({"question": str(i)}) + "\n" for i in range(9)]
+    (tmp_path / "prompts.jsonl").write_text("".join(tasks))
+    prompts, base = read_prompts(tmp_path / "prompts.jsonl"), recipes.get("tiny-solar-open")
+    store = RolloutStore.create(tmp_path / "store",
+                                file_digest(packed_data.tokenizer / "tokenizer.json", "sha256"), 368)
+    expected = learned(fill(store, prompts, np.random.default_rng(5)))
+    policy = PolicyConfig(method="dapo", max_gen_batches=1, overlong_buffer_tokens=BUFFER,
+                          mask_truncated=True)
+    config = with_rounds(dataclasses.replace(
+        base, rollout=ROLLOUT, policy=policy, model=dataclasses.replace(base.model, vocab_size=368),
+        data=dataclasses.replace(base.data, phases=(PhaseConfig("main", seq_len=32),))))
+    assert Publisher(config, tmp_path / "rounds", store.path, prompts, VERSION,
+                     packed_data.tokenizer).publish(1) == ""
+    rounds = RoundDocuments(tmp_path / "rounds", 368)
+    opened = rounds.read(1, 32, 1)
+    rounds.open(1, opened)
+    assert [len(step) for step in opened.steps] == [len(expected)] and len(expected) > 9
+    for i, (row, advantage) in enumerate(expected):
+        ids, begin = [*row.prompt_tokens, *row.tokens], len(row.prompt_tokens)
+        found = sample_row(OrderedSample(0, (PackedSegment((1 << 32) + i, 0, len(ids)),)), rounds, 32, 0,
+                           ("behaviour_logprobs", "advantage"))
+        # label t is token t + 1
+        written = np.array([t + 1 >= begin and row.versions[t + 1 - begin] != NOT_WRITTEN
+                            for t in range(len(ids) - 1)] + [False] * (33 - len(ids)))
+        assert found.labels[:len(ids) - 1].tolist() == ids[1:]
+        assert found.weights.tolist() == written.tolist() and set(found.types[written]) == {2}
+        assert found.columns["behaviour_logprobs"][written].tolist() == row.logprobs[row.is_written].tolist()
+        assert not found.columns["behaviour_logprobs"][~written].any()
+        np.testing.assert_allclose(found.columns["advantage"][written], advantage, rtol=1e-6)
