@@ -73,6 +73,10 @@ _LISTED = re.compile(r"\d[$)\]]*(?:,\s+|;\s*|\s+)(?!\d{3}(?!\d))[$(\[]*[-+]?\d[\
 _OPEN = re.compile(r"\\(?:neg|neq?|not|[lc]?dots|pm|mp|lor|vee|[lg]t|propto)(?![A-Za-z])"
                    r"|\\(?:text|mathrm|mbox)\s*\{[^{}]*\b(?:or|wrong|false|incorrect|not|at least|at most)\b")
 """In a box: what takes its number back, or leaves it open."""
+_SCALED = re.compile(r"\d[\s$)}]*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?"
+                     r"(?:(?:hundred|thousand|million|billion|trillion|dozen|squared|cubed)\b"
+                     r"|[xyzn](?=[\s$).}]*\Z))", re.IGNORECASE)
+"""Behind a number: what makes it another one, and math-verify takes for a unit."""
 _DENIED = re.compile(r"[^\d]{0,8}(?:아(?:니|닙|닌)|않|ではな)")
 """Behind a number, where verbs stand there: that it is not the answer."""
 _HANGUL = re.compile("[가-힣]")
@@ -136,7 +140,7 @@ class Math:
         # the text, since showing a number such as 10**10**10 would compute it
         shown = next((item for item in reversed(found) if isinstance(item, str)), "")
         right = (self._states(shown, found, gold, last_boxed(said) or "") and self._equal(gold, found)
-                 and _has_its_unit(row["answer"], said))
+                 and _has_its_unit(row["answer"], said) and _has_its_scale(row["answer"], said))
         return Score(float(right), {"extracted": shown[:200]})
 
     def _equal(self, gold: list[Any], found: list[Any]) -> bool:
@@ -241,6 +245,12 @@ def _has_its_unit(answer: str, response: str) -> bool:
     if wanted is None or given is None or wanted.dimension is None or given.dimension is None:
         return True
     return same(wanted, given, UNIT_TOLERANCE)
+
+
+def _has_its_scale(answer: str, response: str) -> bool:
+    """Return whether a response says no "million" or "x" behind its number, where the answer is one."""
+    said = last_boxed(response) or final_answer(response) or ""
+    return literal_value(last_boxed(answer) or answer) is None or not _SCALED.search(said)
 
 
 def _as_fraction(mixed: re.Match[str]) -> str:

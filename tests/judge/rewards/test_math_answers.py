@@ -89,6 +89,16 @@ def test_a_number_in_the_text_is_no_answer_where_it_has_to_be_marked(response: s
     assert Math().score(row).reward == marked
 
 
+@pytest.mark.parametrize(("answer", "response", "reward"), [
+    ("42", "The answer is 42 million.", 0.0), ("42", "\\boxed{42\\text{ thousand}}", 0.0),
+    ("42", "The answer is 42 squared", 0.0), ("42", "The answer is $42x$.", 0.0),
+    ("42", "The answer is 42 square centimeters.", 1.0),
+    ("42", "The answer is 42 zebras.", 1.0), ("42x", "The answer is $42x$.", 1.0),
+    ("xy^2", "The answer is $y^2x$.", 1.0), ("x", "The answer is $x$.", 1.0)])
+def test_what_a_number_is_multiplied_by_is_no_unit(answer: str, response: str, reward: float) -> None:
+    assert Math().score({"answer": answer, "response": response}).reward == reward
+
+
 @pytest.mark.parametrize("row", [{"response": "1"}, {"response": "1", "answer": ""},
                                  {"response": "1", "answer": "$$"},
                                  {"response": "1", "answer": 4}, {"response": "1", "answer": "9" * 10_001}])
