@@ -29,8 +29,8 @@ def pairs(packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def kept_by_a_teacher() -> Callable[..., None]:
-    """Return `write(out, data, kept, part_tokens=400)`: an artifact as a teacher with random states leaves
-    it, the same states whatever is kept of them."""
+    """Return `write(out, data, kept, part_tokens=400, teacher="one")`: an artifact as a teacher with random
+    states leaves it, the same states whatever is kept of them; any other teacher is a wider model."""
     import torch
     from safetensors.torch import save_file
 
@@ -38,15 +38,16 @@ def kept_by_a_teacher() -> Callable[..., None]:
     from megatron_sov.post.distillation import state_files
     from megatron_sov.train.data.token_shards import open_sources, provenance
 
-    def write(out: Path, data: list[Path], kept: Any, part_tokens: int = 400) -> None:
-        random = torch.Generator().manual_seed(0)
-        head = torch.randn(VOCABULARY, TEACHER_HIDDEN, generator=random) / 4
+    def write(out: Path, data: list[Path], kept: Any, part_tokens: int = 400, teacher: str = "one") -> None:
+        is_other = teacher != "one"
+        random, hidden = torch.Generator().manual_seed(int(is_other)), TEACHER_HIDDEN + 8 * is_other
+        head = torch.randn(VOCABULARY, hidden, generator=random) / 4
         sources = open_sources({str(folder): 1.0 for folder in data}, VOCABULARY)
         parts = state_files.parts_of(sources, ("train", "heldout"), part_tokens)
         with new_artifact(out, state_files.KIND) as artifact:
             (artifact.path / "states").mkdir()
             for part in parts:
-                rows = torch.randn(part.num_tokens, TEACHER_HIDDEN, generator=random)
+                rows = torch.randn(part.num_tokens, hidden, generator=random)
                 if kept.top_k:
                     logits = rows.double() @ head.double().T / kept.temperature
                     logprobs, token = logits.log_softmax(-1).topk(kept.top_k)
@@ -55,8 +56,8 @@ def kept_by_a_teacher() -> Callable[..., None]:
                     rows = state_files.packed(token, logprobs)
                 (artifact.path / part.file).write_bytes(rows.numpy().tobytes())
             save_file({state_files.HEAD_WEIGHT: head}, artifact.path / state_files.HEAD)
-            artifact.content = state_files.content_of(parts, TEACHER_HIDDEN, VOCABULARY, kept)
-            artifact.settings = {"teacher": "blake3:one", "teacher_path": "one"}
+            artifact.content = state_files.content_of(parts, hidden, VOCABULARY, kept)
+            artifact.settings = {"teacher": f"blake3:{teacher}", "teacher_path": teacher}
             artifact.inputs += provenance(sources)
 
     return write

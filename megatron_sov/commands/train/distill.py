@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -152,9 +151,9 @@ WRITE = command_of(DistillWriteOptions, run_write)
 class TeacherOptions:
     """Whose distributions are learned."""
 
-    teacher: Annotated[Path, Flag(value="CHECKPOINT|RUN|HF_DIR")]
+    teacher: Annotated[tuple[str, ...], Flag(value="[NAME=]CHECKPOINT|RUN|HF_DIR")]
     """Learn the distributions of this model, of the same tokenizer unless distillation.other_tokenizer is
-    set."""
+    set; with NAME of the data that --data NAME=DIR calls so; may be repeated."""
     states_dtype: StatesDtype = "bfloat16"
     """Of the teacher's states, where they are made here."""
     teacher_settings: Annotated[tuple[str, ...], Flag("--teacher-set", "key=value")] = ()
@@ -169,7 +168,8 @@ class DistillOptions(GateOptions, TeacherOptions):
 
     states: Annotated[tuple[Path, ...], Flag(value="DIR")] = ()
     """What the teacher says of the data, as `megatron-sov distill states` leaves it; one that is not there
-    is made first, of the data that others do not have (default: RUN.states)."""
+    is made first, of the data that others do not have (default: RUN.states, of a teacher of NAME
+    RUN.states.NAME)."""
     top_k: Annotated[int | None, Flag(value="K")] = None
     """Keep the teacher's most probable tokens in the place of its states (--set
     distillation.top_k=...)."""
@@ -186,13 +186,15 @@ def run(typed: argparse.Namespace) -> int:
         args = dataclasses.replace(args, settings=settings)
     if is_complete(args, "distill"):
         return 0
-    refuse_missing(args.teacher, "--teacher ")
+    for given in args.teacher:
+        refuse_missing(Path(named_shards(given)[1]), "--teacher ")
     parsed = parse_stage(args, "distill")
     refuse_unknown_benchmarks(parsed.config)
     if not args.dry_run:
         # a Hugging Face start is converted once, beside the run
         parsed = parsed.with_checkpoint(args.run)
     gate = gate_of(args, parsed.config, parsed.start)
+    readers = _readers_of(args, parsed.config.data.paths)
 
     from megatron_sov.chat.vocabulary import refuse_other_tokens
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
@@ -212,11 +214,11 @@ def run(typed: argparse.Namespace) -> int:
     _refuse_views(config, sources)
     if parsed.start is not None:
         refuse_other_tokens(tokenizer_folder(sources), tokenizer_of(parsed.start))
-    states = args.states or [args.run.with_name(f"{args.run.name}.states")]
-
+    states: list[Path] = []
     # a complete run needs no states any more: they may have been deleted
     if folder.completion() is None:
-        _make_states(args, config, folder, states, sources)
+        for reader in readers:
+            states += _make_states(args, reader, config, folder, sources)
     read: list[KeptTeacher] = []
     if folder.completion() is None and not args.dry_run:
         # what does not belong together is told before processes start
@@ -234,9 +236,57 @@ def run(typed: argparse.Namespace) -> int:
     return 0
 
 
-def _make_states(args: DistillOptions, config: RunConfig, folder: RunFolder, states: Sequence[Path],
-                 sources: list[Source]) -> None:
-    """Have the teacher read the data that it has not read, and check that it was this one which has.
+@dataclass(frozen=True)
+class _DataReader:
+    """A teacher, and the data that it reads."""
+
+    teacher: Path
+    data: dict[str, float]
+    """[NAME=]folder -> weight."""
+    states: tuple[Path, ...]
+    """Folders of what it says, which may not be there."""
+
+
+def _readers_of(args: DistillOptions, paths: dict[str, float]) -> list[_DataReader]:
+    """Return who reads what.
+
+    Raises:
+        UserError: data have no teacher or two, or a teacher no data.
+    """
+    given = [named_shards(text) for text in args.teacher]
+    if len(given) == 1 and not given[0][0]:
+        own = args.run.with_name(f"{args.run.name}.states")
+        return [_DataReader(Path(given[0][1]), paths, args.states or (own,))]
+    if gone := [path for path in args.states if not (path / MANIFEST).is_file()]:
+        raise UserError(f"--states {gone[0]}: is not there; with teachers by NAME leave it out, and it is "
+                        "made in RUN.states.NAME, or make it by `megatron-sov distill states`")
+    names = [name for name, _ in given]
+    found, left = [], dict(paths)
+    for number, (name, teacher) in enumerate(given):
+        told = f"--teacher {args.teacher[number]}"
+        if name in names[:number]:
+            raise UserError(f"{told}: another one reads {f'the data {name}' if name else 'what is left'}; "
+                            "give each a NAME of --data NAME=DIR")
+        own = {path: weight for path, weight in paths.items()
+               if (called := named_shards(path)[0]) == name or (not name and called not in names)}
+        if not own:
+            raise UserError(f"{told}: there are no data for it among --data {', '.join(paths)}; name them: "
+                            f"--data {name or 'NAME'}=DIR")
+        for path in own:
+            del left[path]
+        read = [path for path in args.states if len(_not_read(own, [path])) < len(own)]
+        made = args.run.with_name(f"{args.run.name}.states.{name}" if name else f"{args.run.name}.states")
+        found.append(_DataReader(Path(teacher), own, (*read, *([made] if _not_read(own, read) else []))))
+    if left:
+        raise UserError(f"--data {', '.join(left)}: no --teacher reads it; name one without a NAME for all "
+                        "that is left")
+    return found
+
+
+def _make_states(args: DistillOptions, reader: _DataReader, config: RunConfig, folder: RunFolder,
+                 sources: list[Source]) -> tuple[Path, ...]:
+    """Have a teacher read the data that it has not read, and check that it was this one which has; returns
+    the folders.
 
     Raises:
         UserError: it knows other tokens, another one has read them, or several folders are not there.
@@ -245,9 +295,9 @@ def _make_states(args: DistillOptions, config: RunConfig, folder: RunFolder, sta
     from megatron_sov.post.distillation.state_files import KIND, Kept, StateFiles
     from megatron_sov.post.distillation.teacher import TeacherReading, read_documents
 
-    target = find_target(args.teacher)
+    target, states = find_target(reader.teacher), reader.states
     if target.vocab_size != config.model.vocab_size and not config.distillation.other_tokenizer:
-        raise UserError(f"--teacher {args.teacher}: has {target.vocab_size} token ids, the student "
+        raise UserError(f"--teacher {reader.teacher}: has {target.vocab_size} token ids, the student "
                         f"model.vocab_size = {config.model.vocab_size}; choose a teacher with as many, "
                         "or, of another tokenizer, pass --set distillation.other_tokenizer=true --top-k 64")
     # only the manifest tells that a folder is complete
@@ -257,8 +307,8 @@ def _make_states(args: DistillOptions, config: RunConfig, folder: RunFolder, sta
                         "by `megatron-sov distill states`")
     made = [path for path in states if path not in missing]
     if is_first():  # to hash a teacher's files takes a while
-        _refuse_other_teacher(args.teacher, target, made)
-    data = _not_read(config.data.paths, made)
+        _refuse_other_teacher(reader.teacher, target, made)
+    data = _not_read(reader.data, made)
     if missing and data:
         # what is wrong is told before hours of reading
         folder.enter(config, args.resume)
@@ -271,10 +321,11 @@ def _make_states(args: DistillOptions, config: RunConfig, folder: RunFolder, sta
         # that of the others is this one's: it was compared above
         digest = read_manifest(made[0], KIND).settings["teacher"] if made else ""
         if args.dry_run:
-            print(f"{args.teacher} would read {', '.join(data)} first, into {missing[0]}")
-            return
+            print(f"{reader.teacher} would read {', '.join(data)} first, into {missing[0]}")
+            return states
         read_documents(TeacherReading(target, data, kept=kept, digest=digest), missing[0],
                        args.teacher_settings, args.nproc, redo=True)
+    return states
 
 
 def _refuse_beside(args: DistillOptions, asked: DistillationConfig, made: StateFiles, vocab_size: int

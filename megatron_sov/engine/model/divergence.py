@@ -20,6 +20,7 @@ by the temperature's square; the teacher learns nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,6 +37,10 @@ EXCLUDED = -1e30
 kind is a number."""
 
 
+Tokens = slice | torch.Tensor
+"""Some of n tokens: a slice, or their numbers [C]."""
+
+
 @dataclass(frozen=True)
 class Divergence:
     """Which divergence is meant."""
@@ -50,7 +55,7 @@ class Teacher(Protocol):
     """What is known of the teacher's distribution at each of this process's n tokens (the local ones of a cut
     row, whole over the tensor-parallel group)."""
 
-    def compare(self, part: slice, student: torch.Tensor, divergence: Divergence, token_rows: int
+    def compare(self, part: Tokens, student: torch.Tensor, divergence: Divergence, token_rows: int
                 ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``[3, C]``: divergence, KL(teacher || student) and the student's entropy of some tokens, and
         [C, V / tp] the divergence's derivative by the student's logits, times the temperature.
@@ -75,7 +80,7 @@ class TeacherStates:
     softcap: float | None = None
     """Cap on the teacher's logits; None: none."""
 
-    def compare(self, part: slice, student: torch.Tensor, divergence: Divergence, token_rows: int
+    def compare(self, part: Tokens, student: torch.Tensor, divergence: Divergence, token_rows: int
                 ) -> tuple[torch.Tensor, torch.Tensor]:
         states = self.states[part].to(self.weight.device, self.weight.dtype)
         teacher = log_softmax(states, self.weight, token_rows, divergence.temperature, self.softcap)
@@ -95,7 +100,7 @@ class TeacherTopK:
     both are normalised over the K tokens (arXiv 2601.18129), and nothing is learned of what these hold
     together."""
 
-    def compare(self, part: slice, student: torch.Tensor, divergence: Divergence, token_rows: int
+    def compare(self, part: Tokens, student: torch.Tensor, divergence: Divergence, token_rows: int
                 ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Teacher`."""
         ids, teacher = self.ids[part].to(student.device), self.logprobs[part].to(student)
@@ -120,6 +125,29 @@ class TeacherTopK:
             derivative = derivative[:, :-1]
         spread.scatter_add_(1, place, derivative.where(here, 0.0))
         return torch.cat([values[:2], entropy[None]]), spread
+
+
+@dataclass(frozen=True)
+class SeveralTeachers:
+    """Teachers of which each knows its own tokens."""
+
+    owners: torch.Tensor
+    """[n] int64 on the CPU: the place of the teacher of each token."""
+    teachers: Sequence[Teacher]
+
+    def compare(self, part: Tokens, student: torch.Tensor, divergence: Divergence, token_rows: int
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Teacher`: each compares its own."""
+        assert isinstance(part, slice), "is asked by chunks"
+        owners = self.owners[part]
+        values, derivative = student.new_zeros(3, len(student)), torch.zeros_like(student)
+        # the tensor-parallel group has the same tokens, and so calls the same teachers in the same order
+        for place in owners.unique().tolist():
+            own = (owners == place).nonzero()[:, 0]
+            here = own.to(student.device)
+            values[:, here], derivative[here] = self.teachers[place].compare(
+                own + part.start, student[here], divergence, token_rows)
+        return values, derivative
 
 
 class DivergenceSums(torch.autograd.Function):

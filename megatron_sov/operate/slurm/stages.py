@@ -23,6 +23,7 @@ from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.settings import AtLeastOne, Flag, NotNegativeInt, change, options_of
 from megatron_sov.model.config import RunConfig, apply_settings, data_paths
+from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.model.recipes.requested import BuiltIn, training_request
 from megatron_sov.plan.calibration.fitting import refuse_too_large
@@ -231,10 +232,10 @@ def work_of(stage: str, arguments: list[str], commands: Commands) -> StageWork:
 
 
 def _teachers(args: Any) -> list[Path | None]:
-    """Return the folders of teachers: of a run of rewards there may be one for each domain."""
+    """Return the folders of teachers: there may be one for each domain, or for the data of each name."""
     if hasattr(args, "given"):
         return [Path(place) for option, _, place in args.given() if option == "--teacher"]
-    return [getattr(args, "teacher", None)]
+    return [Path(named_shards(text)[1]) for text in getattr(args, "teacher", ())]
 
 
 def _training(stage: str, arguments: list[str], args: Any) -> StageWork:

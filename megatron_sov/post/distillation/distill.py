@@ -9,7 +9,7 @@ holds.  What a student writes itself is read by a teacher beside it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,8 @@ from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.decode.forward_only import ForwardModel
-from megatron_sov.engine.model.divergence import Divergence, Teacher, TeacherStates, TeacherTopK
+from megatron_sov.engine.model.divergence import (
+    Divergence, SeveralTeachers, Teacher, TeacherStates, TeacherTopK)
 from megatron_sov.engine.model.logprobs import Head, head_of
 from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.parallel.device import to_device
@@ -86,7 +87,7 @@ class RunTeacher(Protocol):
 
 
 class KeptTeacher:
-    """A teacher that has read the data before."""
+    """What teachers have said of the data before: of each source one."""
 
     def __init__(self, folders: Sequence[StateFiles], asked: DistillationConfig, sources: Sequence[Source],
                  vocab_size: int) -> None:
@@ -99,25 +100,27 @@ class KeptTeacher:
             vocab_size: the student's.
 
         Raises:
-            UserError: something else of it was kept, it has not read a source, it knows other token ids, or
-                the folders are of several teachers.
+            UserError: something else of it was kept, it has not read a source, or it knows other token ids.
         """
         for files in folders:
             refuse_other_kept(files, asked, vocab_size)
-        first = folders[0]
-        for files in folders[1:]:
-            if (files.teacher, files.dtype) != (first.teacher, first.dtype):
-                raise UserError(f"{files.folder}: is of teacher {files.teacher} in {files.dtype}, and "
-                                f"{first.folder} of {first.teacher} in {first.dtype}; name folders of one")
-        self.teacher, self.divergence = first.teacher, Divergence(asked.beta, asked.temperature)
         self._by_source = {index: files for files in folders for index in files.sources}
         for index, source in enumerate(sources):
             if index not in self._by_source:
                 raise UserError(f"{', '.join(str(files.folder) for files in folders)}: the teacher has not "
                                 f"read source {source.name!r} of {source.artifact}; let `megatron-sov "
                                 "distill states` read it, and name its folder by --states too")
-        self._files, self._keep_remainder = first, asked.keep_remainder
-        self._head: torch.Tensor | None = None
+        told = {source.name: self._by_source[index].teacher for index, source in enumerate(sources)}
+        first = folders[0].teacher
+        self.teacher = first if {*told.values()} <= {first} else ", ".join(
+            f"{name}: {digest}" for name, digest in told.items())
+        self.divergence = Divergence(asked.beta, asked.temperature)
+        self._asked = asked
+        # several folders of a teacher have one head; its states are numbers of one kind in each
+        self._kinds = list({(f.teacher, f.dtype): f for f in folders}.values())
+        kinds = [(f.teacher, f.dtype) for f in self._kinds]
+        self._kind_of = {index: kinds.index((f.teacher, f.dtype)) for index, f in self._by_source.items()}
+        self._heads: dict[int, torch.Tensor] = {}
 
     def verify(self, world: ParallelWorld) -> None:
         """As `RunTeacher.verify`: look at every file that is kept, each on one process."""
@@ -138,53 +141,70 @@ class KeptTeacher:
 
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
         """As `RunTeacher.at`."""
-        rows = self._rows(batch.origins, context.pieces(len(batch.labels)), split)
-        if self._files.kept.top_k:
-            ids, logprobs = unpacked(rows)
+        pieces = context.pieces(len(batch.labels))
+        if self._asked.top_k:
+            ids, logprobs = unpacked(self._rows(batch.origins, pieces, split))
             # Above 0 the teacher says nothing: `heard` gives no weight, and 0 keeps it finite.
-            return TeacherTopK(ids, logprobs.where(logprobs[:, :1] <= 0, 0.0), self._keep_remainder)
-        # Read once, and only on the last stage, which alone asks.
-        if self._head is None:
-            self._head = self._read_head(head)
-        return TeacherStates(rows, self._head, self._files.logits_softcap)
+            return TeacherTopK(ids, logprobs.where(logprobs[:, :1] <= 0, 0.0), self._asked.keep_remainder)
+        found = sorted({self._kind_of[source] for _, source, _ in batch.origins}) or [0]
+        teachers = [TeacherStates(self._rows(batch.origins, pieces, split, kind), self._head(kind, head),
+                                  self._kinds[kind].logits_softcap) for kind in found]
+        if len(found) == 1:
+            return teachers[0]
+        # padding has no weight, whoever speaks of it
+        owners = torch.zeros(sum(end - first for first, end in pieces), dtype=torch.int64)
+        for here, source, _, _, _ in _shared(batch.origins, pieces):
+            owners[here] = found.index(self._kind_of[source])
+        return SeveralTeachers(owners, teachers)
 
     def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
         """As `RunTeacher.heard`: nothing where its tokens do not begin with the student's."""
-        if not self._files.kept.translated:
+        if not self._asked.other_tokenizer:
             return batch.weights
         rows = self._rows(batch.origins, [(0, len(batch.labels))], split)
         says = unpacked(rows)[1][:, 0] <= 0
         return batch.weights * to_device(says, batch.weights.device)
 
-    def _rows(self, origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]], split: str
-              ) -> torch.Tensor:
-        """Return [n, width] what is kept of the n tokens of some pieces of a row; of padding something that
-        can be computed with, and has no weight."""
-        files = self._files
+    def _rows(self, origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]], split: str,
+              kind: int = 0) -> torch.Tensor:
+        """Return [n, width] what is kept of the n tokens of some pieces of a row; of padding, and of tokens
+        of another teacher, something that can be computed with, and has no weight."""
+        files, top_k = self._kinds[kind], self._asked.top_k
         rows = torch.zeros(sum(end - first for first, end in pieces), files.width, dtype=files.dtype)
-        if top_k := files.kept.top_k:
+        if top_k:
             rows[:, :top_k] = torch.arange(top_k)  # distinct ids, each of log-probability 0
-        at = 0
-        for first, end in pieces:
-            for begins, source, (document, start, count) in origins:
-                # What a piece of the row, cut for context parallelism, has in common with a document.
-                begin, stop = max(first, begins), min(end, begins + count)
-                if begin < stop:
-                    rows[at + begin - first:at + stop - first] = self._by_source[source].states(
-                        source, split, document, start + begin - begins, stop - begin)
-            at += end - first
+        for here, source, document, start, count in _shared(origins, pieces):
+            # most probable tokens are of one shape, whoever found them
+            if top_k or self._kind_of[source] == kind:
+                rows[here] = self._by_source[source].states(source, split, document, start, count)
         return rows
 
-    def _read_head(self, head: Head) -> torch.Tensor:
-        """Return [V / tp, H'] the teacher's rows of the token ids that the student's head has here, in its
-        dtype."""
-        held = head.token_ids
-        weight = head.weight.new_zeros(len(head.weight), self._files.hidden_size)
-        if held:
-            with safe_open(self._files.head, "pt") as file:
-                # The slice alone is read; padding rows of the student's head stay 0.
-                weight[:len(held)] = file.get_slice(HEAD_WEIGHT)[held.start:held.stop].to(weight)
-        return weight
+    def _head(self, kind: int, head: Head) -> torch.Tensor:
+        """Return [V / tp, H'] a teacher's rows of the token ids that the student's head has here, in its
+        dtype; read once, and only on the last stage, which alone asks."""
+        if kind not in self._heads:
+            held, files = head.token_ids, self._kinds[kind]
+            weight = head.weight.new_zeros(len(head.weight), files.hidden_size)
+            if held:
+                with safe_open(files.head, "pt") as file:
+                    # The slice alone is read; padding rows of the student's head stay 0.
+                    weight[:len(held)] = file.get_slice(HEAD_WEIGHT)[held.start:held.stop].to(weight)
+            self._heads[kind] = weight
+        return self._heads[kind]
+
+
+def _shared(origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]]
+            ) -> Iterator[tuple[slice, int, int, int, int]]:
+    """Yield what pieces of a row, cut for context parallelism, have in common with its documents: the place
+    among the tokens of all pieces; and source, document, first token and their number."""
+    at = 0
+    for first, end in pieces:
+        for begins, source, (document, start, count) in origins:
+            begin, stop = max(first, begins), min(end, begins + count)
+            if begin < stop:
+                yield (slice(at + begin - first, at + stop - first), source, document, start + begin - begins,
+                       stop - begin)
+        at += end - first
 
 
 class LiveTeacher:

@@ -76,3 +76,34 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     monkeypatch.setattr(teaching, "read_documents", lambda reading, *rest, redo: begun.append(reading.digest))
     assert main(command(tmp_path / "more", *beside)) == 2 and "never" in capsys.readouterr().err
     assert (hashed, begun) == ([1], [made.settings["teacher"]])
+
+
+def test_each_teacher_reads_the_data_of_its_name(packed_data: Any, teacher: Path, tiny: list[str],
+                                                 tmp_path: Path, capsys: Any,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_sov.post.distillation import teacher as teaching
+
+    read: list[tuple[str, list[str], str]] = []
+    monkeypatch.setattr(teaching, "read_documents", lambda reading, out, *_, redo: read.append(
+        (str(reading.target.path), list(reading.data), out.name)))
+    talk, text, first = f"talk={packed_data.chats}", str(packed_data.text), teacher / "checkpoints/step-1"
+
+    def run(*more: str) -> str:
+        assert main(["distill", "tiny-solar-open", "--data", talk, "--data", text, "--run",
+                     str(tmp_path / "run"), *tiny, *more]) == 2
+        return str(capsys.readouterr().err)
+
+    run("--teacher", str(teacher), "--teacher", f"talk={first}")  # ends where the states are not there
+    (newest, *rest), of_talk = read
+    assert rest == [[text], "run.states"] and of_talk == (str(first), [talk], "run.states.talk")
+    assert newest != str(first) and newest.startswith(str(teacher))
+    for given, told in (
+            ([f"talk={first}"], f"--data {text}: no --teacher reads it; name one without a NAME for all"),
+            ([f"talk={first}", f"talk={teacher}"], "another one reads the data talk; give each a NAME of"),
+            ([str(teacher), str(first)], "another one reads what is left; give each a NAME of --data"),
+            ([str(teacher), f"code={first}"], "there are no data for it among --data talk="),
+            (["talk=gone"], "--teacher gone: does not exist")):
+        assert told in run(*(word for one in given for word in ("--teacher", one)))
+    assert "never: is not there; with teachers by NAME leave it out" in run(
+        "--teacher", str(teacher), "--teacher", f"talk={first}", "--states", str(tmp_path / "never"))
+    assert len(read) == 2

@@ -147,13 +147,16 @@ def test_inputs_are_looked_for_without_name_and_weight(arguments: tuple[str, ...
     check_inputs(work, {Path(path).absolute()})
 
 
-@pytest.mark.parametrize(("stage", "option"), [("distill", "--teacher"), ("prefer", "--reference")])
-def test_a_second_model_is_an_input_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str,
-                                        option: str) -> None:
+@pytest.mark.parametrize(("given", "other"), [
+    (("distill", "--teacher"), "runs/other"), (("distill", "--teacher"), "tokens=runs/other"),
+    (("prefer", "--reference"), "runs/other")])
+def test_a_second_model_is_an_input_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                        given: tuple[str, str], other: str) -> None:
     monkeypatch.chdir(tmp_path)
+    stage, option = given
     for folder in ("tokens", "runs/sft"):
         (tmp_path / folder).mkdir(parents=True)
-    work = work_of(stage, ["tiny-solar-open", "--data", "tokens", "--from", "runs/sft", option, "runs/other",
+    work = work_of(stage, ["tiny-solar-open", "--data", "tokens", "--from", "runs/sft", option, other,
                            "--run", "runs/a"], COMMANDS)
     with pytest.raises(UserError, match="runs/other does not exist; make it before"):
         check_inputs(work, set())

@@ -15,16 +15,18 @@ LAYOUTS = {
     "CP2 x EP2": (2, ["parallel.cp=2", "parallel.ep=2", "parallel.zero1=true"]),
     "micro batch 1": (1, ["train.micro_batch_size=1"]),
 }
+WHOLE = ["distillation.beta=0.3", "distillation.temperature=1.5", "distillation.ce_coeff=0.1"]
 KINDS = {
-    "whole": ["distillation.beta=0.3", "distillation.temperature=1.5", "distillation.ce_coeff=0.1"],
+    "whole": WHOLE,
+    "two": WHOLE,
     "top-k": ["distillation.top_k=12", "distillation.temperature=2.0"],
     "top-k alone": ["distillation.top_k=12", "distillation.temperature=2.0", "distillation.beta=1",
                     "distillation.keep_remainder=false"],
     "translated": ["distillation.top_k=12", "distillation.temperature=2.0", "distillation.ce_coeff=0.5",
                    "distillation.other_tokenizer=true"],
 }
-FOLDERS = {"whole": "whole", "translated": "translated"}
-"""Of kinds -> what is kept of the teacher, where it is not its most probable tokens in `top`."""
+FOLDERS = {"whole": ("whole",), "two": ("first", "second"), "translated": ("translated",)}
+"""Of kinds -> what is kept of the teachers, where it is not the most probable tokens of one in `top`."""
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64}]',
             "train.global_batch_size=8", "optim.lr=0.01", "data.heldout_tokens=600"]
 FEWER = ["train.global_batch_size=4", "data.heldout_tokens=200"]
@@ -48,8 +50,8 @@ def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tupl
     place = world.join(config.parallel)
     config.check(place.size)
     sources = open_sources(config.data.paths, config.model.vocab_size)
-    files = StateFiles(Path(states) / FOLDERS.get(kind, "top"), sources)
-    teacher = KeptTeacher([files], config.distillation, sources, config.model.vocab_size)
+    files = [StateFiles(Path(states) / name, sources) for name in FOLDERS.get(kind, ("top",))]
+    teacher = KeptTeacher(files, config.distillation, sources, config.model.vocab_size)
     objective = TaughtFactory(Distillation, [teacher])
     return Trainer(config, place, RunFolder(Path("not-written")), sources, objective), teacher, sources
 
@@ -61,7 +63,7 @@ def curve(settings: list[str], data: list[str], states: str) -> dict[str, list[d
     from megatron_sov.post.distillation.distill import measure_heldout
 
     found = {}
-    for kind in ("whole", "top-k", "translated"):
+    for kind in ("two", "top-k", "translated"):
         trainer, teacher, sources = _begin(kind, settings, data, states)
         steps = [trainer.update() for _ in range(STEPS)]
         found[kind] = [{"loss": r.loss, "grad_norm": r.grad_norm, **r.losses, **r.meters,
@@ -81,6 +83,8 @@ def kept(kept_by_a_teacher: Any, packed_data: Any, tmp_path_factory: pytest.Temp
 
     data, states = [packed_data.chats, packed_data.text], tmp_path_factory.mktemp("kept")
     kept_by_a_teacher(states / "whole", data, Kept("float32"))
+    kept_by_a_teacher(states / "first", data[:1], Kept("float32"))
+    kept_by_a_teacher(states / "second", data[1:], Kept("float32"), teacher="two")
     kept_by_a_teacher(states / "top", data, Kept(top_k=12, temperature=2.0))
     kept_by_a_teacher(states / "translated", data, Kept(top_k=12, temperature=2.0, translated=True))
     return {"data": [str(d) for d in data], "states": str(states)}
@@ -108,12 +112,13 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
     from megatron_sov.engine.parallel import world
     from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpacked
 
-    head = load_file(Path(states) / "whole/head.safetensors")[HEAD_WEIGHT].double()
     results = []
     for kind in KINDS:
         trainer, _, sources = _begin(kind, [], data, states)
-        whole, asked = StateFiles(Path(states) / "whole", sources), trainer.config.distillation
-        said = StateFiles(Path(states) / FOLDERS.get(kind, "top"), sources)
+        asked = trainer.config.distillation
+        said = StateFiles(Path(states) / FOLDERS.get(kind, ("top",))[0], sources)
+        exact = {index: files for name in (FOLDERS["two"] if kind == "two" else FOLDERS["whole"])
+                 for files in [StateFiles(Path(states) / name, sources)] for index in files.sources}
         trainer.update()
         objective = trainer.objective
         batch = objective.prepare(objective.collect(trainer.policy, 1))
@@ -124,7 +129,8 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
                 here = slice(first, first + count)
                 logits = trainer.policy.logits(Inputs([m.inputs.tokens[here].tolist()],
                                                       torch.device("cpu")), torch.arange(count))
-                seen = whole.states(source, "train", document, start, count).double() @ head.T
+                head = load_file(exact[source].head)[HEAD_WEIGHT].double()
+                seen = exact[source].states(source, "train", document, start, count).double() @ head.T
                 log_p, log_q = ((x / asked.temperature).log_softmax(-1) for x in (logits, seen))
                 entropy = -(log_p.exp() * log_p).sum(-1)
                 if asked.top_k:
@@ -170,10 +176,11 @@ def test_losses_are_the_papers(ranks: Any, job: Any, kept: dict[str, Any]) -> No
     for found in results:
         assert found["tokens"] == found["denominator"] > 100 and found["starts"] > 0 and found["mtp"] > 0
         # the most probable tokens' log-probabilities are kept in float32
-        exact = 1e-12 if found["kind"] == "whole" else 1e-6
+        exact = 1e-12 if found["kind"] in ("whole", "two") else 1e-6
         assert found["ours"] == pytest.approx(found["wanted"], rel=exact, abs=exact), found
     assert results[0]["ce"][0] == pytest.approx(results[0]["ce"][1], rel=1e-12)
-    assert results[1]["ce"][0] is None
+    assert results[1]["kind"] == "two" and results[2]["ce"][0] is None
+    assert results[1]["ours"] != pytest.approx(results[0]["ours"], rel=0.01)
     translated = next(found for found in results if found["kind"] == "translated")
     assert translated["tokens"] < results[0]["tokens"], "some positions are not heard"
     assert translated["ce"][0] == pytest.approx(translated["ce"][1], rel=1e-12)
