@@ -255,8 +255,8 @@ def _readers_of(args: DistillOptions, paths: dict[str, float]) -> list[_DataRead
     """
     given = [named_shards(text) for text in args.teacher]
     if len(given) == 1 and not given[0][0]:
-        own = args.run.with_name(f"{args.run.name}.states")
-        return [_DataReader(Path(given[0][1]), paths, args.states or (own,))]
+        usual = args.run.with_name(f"{args.run.name}.states")
+        return [_DataReader(Path(given[0][1]), paths, args.states or (usual,))]
     if gone := [path for path in args.states if not (path / MANIFEST).is_file()]:
         raise UserError(f"--states {gone[0]}: is not there; with teachers by NAME leave it out, and it is "
                         "made in RUN.states.NAME, or make it by `megatron-sov distill states`")
