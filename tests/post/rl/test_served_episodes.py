@@ -242,7 +242,7 @@ def test_a_turn_that_a_deadline_cuts_off_goes_on_by_the_next_policy(job: Callabl
 def test_a_run_whose_deadline_is_too_short_for_a_token_ends(job: Callable[..., Job]) -> None:
     """The policy that could go on with them would learn from the round that waits for them."""
     clock = itertools.count(0, 20)
-    one = job("booking", EXAMPLES.EXAMPLES[:2], [Server(Greedy(fuzzed), token_s=0.05)],
+    one = job("booking", EXAMPLES.EXAMPLES[:2], [Server(Greedy(fuzzed), held_at=0)],
               replace(ROLLOUT, deadline_s=10.0))
     queue = ResponseQueue(one.requests, replace(one.queue, wait_s=60.0), None, 4, lambda: float(next(clock)))
     with pytest.raises(UserError, match=r"rollout.deadline_s = 10: some responses did not get one token"):
