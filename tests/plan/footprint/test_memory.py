@@ -150,7 +150,7 @@ def test_items_add_up_to_what_the_device_holds() -> None:
     found = account(config, 64, 0, 4096)
     assert found.on_host > 0 and found.head > found.one_layer > 0
     items = found.components()
-    assert items.pop("one_layer") == 0 and all(value > 0 for value in items.values())
+    assert items.pop("one_layer") == items.pop("teacher") == 0 and all(value > 0 for value in items.values())
     assert found.total == sum(items.values())
     assert found.allocated == found.total - found.nccl - found.fragmentation
     # gradients of what is updated here, in float32

@@ -135,6 +135,6 @@ def test_post_training_is_priced_by_its_jobs(typed: Callable[[str], str]) -> Non
     sft, distill, policy = BLOCKS[2].strip().splitlines()
     assert "published of typhoon-s-8b" in typed(sft)
     told = typed(distill)
-    assert all(job in told for job in ("write", "teacher", "opd"))
+    assert all(told_of in told for told_of in ("generate", "train", "teacher beside: qwen3-30b-a3b-2507"))
     asked = typed(policy)
     assert all(f'"kind": "RL: {job}"' in asked for job in ("generate", "reward", "train"))
