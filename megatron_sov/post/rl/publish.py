@@ -160,8 +160,10 @@ class Publisher:
         Raises:
             UserError: they are others.
         """
+        if self._has_compared:
+            return
         last = next((n for n in range(number - 1, 0, -1) if is_published(self.rounds, n)), 0)
-        if not last or self._has_compared:
+        if not last:
             return
         self._has_compared, folder = True, folder_of_round(self.rounds, last)
         before = read_manifest(folder, "tokens").content
