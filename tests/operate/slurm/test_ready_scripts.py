@@ -4,11 +4,13 @@ and what runs when somebody types `sbatch`."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +94,11 @@ def exported(**variables: object) -> str:
 
 def log_of(job: str, work: Path) -> str:
     """Return what a job's script has written: to where sbatch was typed, and to its records."""
-    files = [file for folder, find in ((Path(), Path.glob), (work, Path.rglob))
-             for end in (f"{job}.log", f"{job}_*.log") for file in find(folder, f"*{end}")]
+    ends = (f"{job}.log", f"{job}_*.log")
+    # os.walk passes over a folder that is gone when it gets there: other jobs write and rename beside this one.
+    named = [Path(file) for file in os.listdir()] + [
+        Path(folder, file) for folder, _, inside in os.walk(work) for file in inside]
+    files = sorted(file for file in named if any(fnmatch(file.name, f"*{end}") for end in ends))
     return "".join(file.read_text() for file in files)
 
 
