@@ -95,7 +95,7 @@ def exported(**variables: object) -> str:
 def log_of(job: str, work: Path) -> str:
     """Return what a job's script has written: to where sbatch was typed, and to its records."""
     ends = (f"{job}.log", f"{job}_*.log")
-    # os.walk passes over a folder that is gone when it gets there: other jobs write and rename beside this one.
+    # os.walk passes over a folder that is gone when it gets there: other jobs rename theirs meanwhile.
     named = [Path(file) for file in os.listdir()] + [
         Path(folder, file) for folder, _, inside in os.walk(work) for file in inside]
     files = sorted(file for file in named if any(fnmatch(file.name, f"*{end}") for end in ends))
