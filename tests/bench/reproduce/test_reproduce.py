@@ -17,8 +17,8 @@ from scipy import stats
 from megatron_sov import cli
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.bench.reproduce import running
-from megatron_sov.bench.reproduce.claims import SHIPPED, PaperClaim, find_file, read_claims, register
-from megatron_sov.bench.reproduce.running import run_steps
+from megatron_sov.bench.reproduce.claims import SHIPPED, Measure, PaperClaim, find_file, read_claims, register
+from megatron_sov.bench.reproduce.running import read_figure, run_steps
 from megatron_sov.bench.reproduce.seeds.pictures import SIDE_PIXELS, Pictures
 from megatron_sov.bench.reproduce.seeds.tasks import Chats, Exact, TaskQuestions
 from megatron_sov.bench.reproduce.verdict import (
@@ -214,6 +214,16 @@ def test_power_and_interval_agree_with_scipy() -> None:
     wanted = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert paired_interval(values) == pytest.approx((wanted.low, wanted.high))
     assert paired_interval([1.0]) is None
+
+
+def test_a_figure_is_read_where_a_command_left_it(tmp_path: Path) -> None:
+    """Of dicts and of lists, as `eval passk --json` writes."""
+    (tmp_path / "eval.json").write_text(json.dumps(
+        {"pass_at_k": [{"k": 4, "value": 0.25}, {"k": 8, "value": 0.75}], "kinds": {"a": {"n": 1}, "b": {"n": 2}}}))
+    for value, wanted in (("pass_at_k/*/value", 0.5), ("kinds/*/n", 1.5), ("kinds/b/n", 2)):
+        assert read_figure(tmp_path, Measure("eval.json", value, "")) == wanted
+    with pytest.raises(UserError, match="has no 'pass_at_k/4'"):
+        read_figure(tmp_path, Measure("eval.json", "pass_at_k/4", ""))
 
 
 def outcomes(claim: PaperClaim, new: Sequence[float]) -> ClaimOutcome:
