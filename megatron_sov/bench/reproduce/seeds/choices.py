@@ -1,5 +1,5 @@
-"""Questions with eight answers of unlike shares, in English and in Thai with English words in it: what commands
-of claims about distillation name as `choices.py:Choices` and `:ChoicePrompts`.
+"""Questions with eight answers of unlike shares, in English and in Thai with English words in it: what
+commands of claims about distillation name as `choices.py:Choices` and `:ChoicePrompts`.
 
 A teacher that has read many of them knows the shares; one drawn answer to each question does not tell them.
 """
@@ -17,11 +17,11 @@ THINGS = {"fruit": "apple banana cherry grape lemon mango peach plum",
           "city": "Busan Cairo Dakar Hanoi Lima Oslo Perth Quito",
           "tool": "anvil bellows chisel drill file hammer saw wrench",
           "metal": "brass copper gold iron lead nickel silver tin"}
-NAMES = ("Mina", "Jun", "Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jana", "Kai", "Lea",
-         "Max", "Noa")
+NAMES = ("Mina", "Jun", "Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jana", "Kai",
+         "Lea", "Max", "Noa")
 WORDINGS = ("Name a {thing} for {name}.", "{name} wants some {thing}.", "{name} asks for a {thing}.",
-            "Tell {name} about a {thing}.", "ขอ {thing} ให้ {name}", "{thing} สำหรับ {name}", "{name} อยากได้ {thing}",
-            "เลือก {thing} ให้ {name} หน่อย")
+            "Tell {name} about a {thing}.", "ขอ {thing} ให้ {name}", "{thing} สำหรับ {name}",
+            "{name} อยากได้ {thing}", "เลือก {thing} ให้ {name} หน่อย")
 """Those at even places are learned, the others are asked at the end."""
 
 

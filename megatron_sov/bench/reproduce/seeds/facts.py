@@ -1,7 +1,8 @@
 """Facts of invented people, drawn by lot: questions, answers and the sentences that tell them, as commands of
 claims about knowledge name them, `facts.py:FactChats`, `:FactTexts` and `:FactQuestions`.
 
-Who has read no sentence is right one time in eight; half of the facts are never asked while rewards are given.
+Who has read no sentence is right one time in eight; half of the facts are never asked while rewards are
+given.
 """
 
 from __future__ import annotations
