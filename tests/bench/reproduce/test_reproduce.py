@@ -274,7 +274,8 @@ def test_choices_have_their_shares_and_keep_half_of_the_wordings() -> None:
 
 
 def test_half_of_the_facts_stand_in_texts_alone() -> None:
-    answers = [{row["answer"] for row in FactQuestions(seed=3, half=half).do({})} for half in ("told", "asked")]
+    answers = [{row["answer"] for row in FactQuestions(seed=3, half=half).do({})}
+               for half in ("told", "asked")]
     text = {row["text"] for row in FactTexts(seed=3).do({})}
     assert not answers[0] & answers[1] and answers[0] | answers[1] == text and len(text) == len(PEOPLE)
     chats = [row["messages"][1]["content"] for row in FactChats(seed=1, count=4000).do({})]
