@@ -89,12 +89,6 @@ def test_a_server_that_does_not_start_tells_its_last_lines(tmp_path: Path) -> No
         server(tmp_path, "--fails").start(never)
 
 
-def test_an_interpreter_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOV_ENGINE_PYTHON", "/no/python")
-    with pytest.raises(UserError, match="/no/python is no program that can be started"):
-        OwnServer("vllm", 0, Path("model"), 9, EngineServers(), tmp_path).start(never)
-
-
 @pytest.mark.parametrize(("given", "told"), [
     (["tp=0"], "tp"), (["memory_share=1.5"], "memory_share"), (["nothing=1"], "nothing"),
     (["dtype=bf17"], "dtype"), (["quantization=fp9"], "vLLM has auto_awq, .*fp8"),
