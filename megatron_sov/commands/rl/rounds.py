@@ -34,8 +34,7 @@ from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.config.run import with_policies, with_rounds
 from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import RecipeOptions
-from megatron_sov.post.rl.reward import (
-    ENVIRONMENT, judging, refuse_unjudged, reward_version, second_opinions)
+from megatron_sov.post.rl.reward import ENVIRONMENT, judging, refuse_unjudged, reward_version, second_opinions
 from megatron_sov.rollouts.prompts import PromptList, list_set_aside, round_prompts, rounds_between
 from megatron_sov.runs.checkpoints import files_sha256, refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, ROUNDS, VALIDATION, RunFolder, fixed_settings

@@ -37,10 +37,10 @@ class Lucky(World):
     def score(self, answer: str) -> Score:
         return Score(float(self.task["luck"]), {"said": answer or "nothing", "length": len(answer)})
 '''
-SETTINGS = ("rollout.rounds=2", "train.max_restarts=0", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
-            "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=128", "policy.method=gspo",
-            'data.phases=[{"name": "main", "seq_len": 256}]', "train.eval_every_steps=0",
-            "model.hidden_size=48", "policy.router_replay=true")
+SETTINGS = ("rollout.rounds=2", "train.max_restarts=0", "rollout.prompts_per_round=2",
+            "rollout.samples_per_prompt=2", "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=128",
+            "policy.method=gspo", 'data.phases=[{"name": "main", "seq_len": 256}]',
+            "train.eval_every_steps=0", "model.hidden_size=48", "policy.router_replay=true")
 
 
 @pytest.mark.distributed
@@ -77,4 +77,4 @@ def test_a_run_plays_its_tasks_and_takes_the_verdicts_of_the_environment(
     assert means["responses"] == 4 and means["reward"] == 0.5 and set(means["components"]) == {"length"}
     longer = run_command(*asked, "--limit", "max_turn_tokens=11", "--resume")
     assert longer.returncode == 2, longer.stderr
-    assert "was written with limits.max_turn_tokens = 12, and the next round would be with 11" in longer.stderr
+    assert "with limits.max_turn_tokens = 12, and the next round would be with 11" in longer.stderr

@@ -318,7 +318,7 @@ def test_an_interpreter_without_vllm_is_told(tmp_path: Path, monkeypatch: pytest
 
 def test_a_server_that_ends_without_a_word_is_told(tmp_path: Path) -> None:
     server = OwnServer("vllm", 0, tmp_path, 8, EngineServers(), tmp_path, command=("true",))
-    with pytest.raises(UserError, match="server 0 ended; it wrote nothing into .*engine-0.log"):
+    with pytest.raises(UserError, match=r"server 0 ended; it wrote nothing into .*engine-0.log"):
         server.start(lambda: False)
     server.end()
 

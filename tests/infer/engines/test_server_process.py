@@ -12,7 +12,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines import server_process
 from megatron_sov.infer.engines.server_engine import server_settings
-from megatron_sov.infer.engines.server_process import WORKER_FOLDER, EngineServers, OwnServer
+from megatron_sov.infer.engines.server_process import WORKER_FOLDER, OwnServer
 
 PROGRAM = """
 import http.server, json, os, subprocess, sys, time

@@ -216,8 +216,8 @@ def test_the_sources_of_the_room_are_found() -> None:
      {"domain": "chat"}, "")])
 def test_what_a_row_lacks_is_known_before_a_response_is(name: str, settings: dict[str, Any],
                                                         row: dict[str, Any], field: str) -> None:
-    asked = order(name, settings)
-    assert lacking(asked, (made := make(asked)), row) == field
+    made = make(asked := order(name, settings))
+    assert lacking(asked, made, row) == field
     if field and name != "composed":
         # what is said before is what judging would say
         refused = judged(made.reward, {**row, "response": "42"})
