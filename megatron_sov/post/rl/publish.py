@@ -30,11 +30,11 @@ from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import read_json, write_json
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.engine.parallel.world import on_each, on_first
-from megatron_sov.model.config import RolloutConfig, RunConfig
+from megatron_sov.model.config import RunConfig
 from megatron_sov.post.rl.advantages import LEARNS as KEPT, Group, group_advantages, step_advantages
 from megatron_sov.post.rl.gathering import (
     LATE, LATE_FROM, Gathered, GatheredPiece, JudgedGroup, LateGroup, PublishedResponse, RolloutFacts,
-    RoundOfStore, late_groups, late_responses)
+    RoundOfStore, late_groups, late_responses, means_of)
 from megatron_sov.post.rl.reward import NO_REWARD
 from megatron_sov.post.rl.round_files import (
     DTYPE, RoundPiece, RoundShard, ShardWriter, WrittenShard, shards_of)
@@ -584,35 +584,3 @@ def _pieces(gathered: Gathered, late: Sequence[LateGroup], chosen: _Chosen) -> I
                              {ADVANTAGE: chosen.advantages[trained],
                               SHARE: (1 / counts[gathered.group_of_row[trained]]).astype(np.float32)},
                              int(rows["tokens"].sum()))
-
-
-def means_of(gathered: Gathered, rollout: RolloutConfig, *, has_reward: bool) -> dict[str, Any]:
-    """Return means over the responses of a round that have a reward, trained or not.
-
-    Args:
-        gathered: the round.
-        rollout: says which optimizer step the round is trained from.
-        has_reward: whether something judges; else there is no reward to tell, and not one of 0.
-    """
-    rows = gathered.rows
-    if not len(rows):
-        return {"responses": 0}
-    num_written = int(rows["written"].sum())
-    trained_steps = (gathered.number - 1) * rollout.steps_per_round
-    # Steps between the policy that wrote a token and the one that begins to train on it.
-    behind = trained_steps * num_written - int(rows["versions"].sum())
-    rewards = defaultdict[str, list[float]](list)
-    for domain, reward in zip(gathered.domain_of_row, rows["reward"].tolist(), strict=True):
-        rewards[domain].append(reward)
-    return {
-        "responses": len(rows), **({"reward": _mean(rows["reward"])} if has_reward else {}),
-        "components": {name: _mean(values) for name, values in gathered.components.items()},
-        "response_tokens": _mean(rows["written"]), "truncated": _mean(rows["is_cut"]),
-        "staleness_steps": behind / max(1, num_written), "domains": {
-            name: {"responses": len(values), **({"reward": _mean(values)} if has_reward else {})}
-            for name, values in sorted(rewards.items()) if name}}
-
-
-def _mean(values: np.ndarray | Sequence[float]) -> float:
-    # side by side, since a sum over places apart may add in another order
-    return float(np.array(values, np.float64).mean())
