@@ -116,6 +116,7 @@ def test_notes_tell_the_memory_of_the_account(name: str) -> None:
     for stage in chain.stages:
         if STAGES[stage.stage].ranks:
             config = work_of(stage.stage, shlex.split(stage.arguments), COMMANDS).config
+            assert config is not None
             need = fullest(config, stage.nodes * profile.tasks_per_node)[1].total / GIB
             assert re.findall(r"bout (\d+) GiB", stage.note) == [f"{need:.0f}"], (stage.stage, stage.note)
 
