@@ -434,7 +434,8 @@ class RolloutStore(Table[RolloutPart]):
         return rows
 
     def judgements(self, version: str, parts: Sequence[RolloutPart]) -> Judgements:
-        return {(said.key, said.attempt): said for part in parts if self.part_path(part.name, version).exists()
+        return {(said.key, said.attempt): said for part in parts
+                if self.part_path(part.name, version).exists()
                 for said in self.read_rewards(version, part.name, part)}
 
     def pieces(self, parts: Sequence[RolloutPart], fields: Sequence[str] | None = None
