@@ -338,11 +338,8 @@ class SimulatedGroup(_ProcessGroup):
         return self._call("allgather", Part(_plain(inputs), _plain(outputs[0])), work)
 
     def gather_objects(self, values: list[Any], value: Any) -> dist.Work:
-        """Give a value that is no tensor.
-
-        It is copied once for all, where torch has each process read the bytes of all others: 512 would read
-        what 512 have sent.  Nobody changes what others have sent.
-        """
+        """Give a value that is no tensor, which is copied once for all, since nobody changes it: of 512
+        processes each would read what 512 have sent."""
         def work(parts: list[Part]) -> None:
             sent = [copy.deepcopy(part.value) for part in parts]
             for part in parts:
