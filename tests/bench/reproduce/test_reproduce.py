@@ -163,6 +163,16 @@ def test_a_claim_that_was_changed_after_its_runs_is_refused_until_it_says_so(
     assert reproduce(file, output) == ExitCode.USER_ERROR
 
 
+def test_claims_share_a_setup_whatever_else_they_read(tmp_path: Path) -> None:
+    file = write_claims(tmp_path / "claims", {"base": ["megatron-sov recipes > {shared}/again.txt"]})
+    folders = []
+    for text in (STEP, STEP + "# other\n"):
+        (file.parent / "step.py").write_text(text)
+        claim = register(read_claims(file), "better", file)
+        folders.append((claim.address, running.setup_folder(tmp_path, claim, "shared")))
+    assert folders[0][0] != folders[1][0] and folders[0][1] == folders[1][1]
+
+
 def test_shares_of_an_array_leave_what_one_command_leaves(tmp_path: Path, commands: Commands) -> None:
     file = write_claims(tmp_path / "claims")
     reproduce(file, tmp_path / "one")
