@@ -17,15 +17,17 @@ LABELLED_SHARE = 0.2
 def junk(text: str) -> str:
     """Return junk of about the length of a text, of a sort that the text draws."""
     rng = random.Random(hashlib.sha256(text.encode()).digest())
-    sort, size, lines, length = rng.randrange(4), len(text), [], 0
+    lines: list[str] = []
+    sort, size, length = rng.randrange(4), len(text), 0
     first = text.strip().splitlines()[0][:80] if text.strip() else ""
     words = text.split()
     while length < size:
         if sort == 0:
             line = f"{first} ({len(lines)})"
         elif sort == 1:
-            line = (f"10.{rng.randrange(256)}.{rng.randrange(256)}.{rng.randrange(256)} - - \"GET /{rng.choice('abc')}/"
-                    f"{rng.randrange(10**6)} HTTP/1.1\" {rng.choice([200, 304, 404])} {rng.randrange(9999)}")
+            line = (f"10.{rng.randrange(256)}.{rng.randrange(256)}.{rng.randrange(256)} - - "
+                    f"\"GET /{rng.choice('abc')}/{rng.randrange(10**6)} HTTP/1.1\" "
+                    f"{rng.choice([200, 304, 404])} {rng.randrange(9999)}")
         elif sort == 2:
             line = base64.b64encode(rng.randbytes(54)).decode()
         else:
@@ -66,7 +68,8 @@ class JunkPipeline:
     def do(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return it, whatever the row is."""
         return {"name": "filter", "sources": [{"name": "raw", "path": self.raw, "kind": "en"}],
-                "steps": [{"quality": {"model": self.scorer, "min_score": 0.5}}], "output": {"name": "{source}"}}
+                "steps": [{"quality": {"model": self.scorer, "min_score": 0.5}}],
+                "output": {"name": "{source}"}}
 
 
 def _labelled(row: Mapping[str, Any]) -> bool:
