@@ -6,7 +6,7 @@ TRL is a folder with an unpacked wheel of TRL, whose `accuracy_reward` judges th
 The first part judges 2,000 drawn answers by the pool of processes that `score` uses, and by math-verify alone
 in one process, as its README calls it.  The second part judges right answers in disguise (another form of the
 same thing) and wrong ones that look right, 20 of each kind, by both verifiers: what each makes of each kind.
-The third part has 40 responses written by hand to be paid for nothing, and 40 honest ones in many spellings.
+The third part has 44 responses written by hand to be paid for nothing, and 44 honest ones in many spellings.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ FOOLING: list[Item] = [
     ("12", r"\boxed{\gcd(48,36)}"), ("12", r"\boxed{\sqrt{144}}"), ("3", r"\boxed{\log_2 8}"),
     ("3", r"\boxed{\lfloor 3.7 \rfloor}"), ("2", r"\boxed{\lim_{x\to 0} \frac{\sin 2x}{x}}"),
     ("42", r"\boxed{142 \bmod 100}"), ("6x", r"\boxed{\frac{d}{dx} 3x^2}"), ("7/2", r"\boxed{3+\frac12}"),
-    ("42", "The answer is $6 \\times 7$."),
+    ("42", "The answer is $6 \\times 7$."), ("42", r"\boxed{\(6 \cdot 7\)}"), ("42", r"\boxed{= 6 \cdot 7}"),
+    # of another kind
+    ("(4, 3)", r"\boxed{\{4, 3\}}"), ("\\{3, 4\\}", r"\boxed{(3, 4)}"),
     # false, open, or taken back
     ("42", r"\boxed{41=42}"), ("42", r"\boxed{42=43}"), ("42", r"\boxed{x \le 42}"),
     ("42", r"\boxed{\neq 42}"), ("42", r"\boxed{\pm 42}"), ("42", r"\boxed{42 \text{ is wrong}}"),
@@ -111,7 +113,8 @@ HONEST: list[Item] = [
     ("7/2", r"\boxed{3\frac{1}{2}}"), ("-7", "\\boxed{\u22127}"), ("-1/2", r"\boxed{\frac{-1}{2}}"),
     ("300000000", r"\boxed{3 \times 10^8}"), ("3\\sqrt{2}", r"\boxed{\sqrt{18}}"),
     ("(1, 2)", r"\boxed{(1,2)}"), ("\\{1, 2\\}", r"\boxed{\{2,1\}}"), ("x^2-4", r"\boxed{(x-2)(x+2)}"),
-    ("5 km", r"\boxed{5 \text{ km}}")]
+    ("5 km", r"\boxed{5 \text{ km}}"), ("5 km", r"\boxed{\(5 \text{ km}\)}"), ("42", r"\boxed{\(42\)}"),
+    ("(4, 3)", r"\boxed{4, 3}"), ("\\{(1, 2), (3, 4)\\}", r"\boxed{(1, 2), (3, 4)}")]
 """Gold answers, and right responses."""
 MORE: dict[str, Callable[[random.Random, int], Item]] = {
     "root": lambda draw, n: (f"{n}\\sqrt{{2}}", boxed(f"\\sqrt{{{2 * n * n}}}")),

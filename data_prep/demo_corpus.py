@@ -327,7 +327,7 @@ def question_and_answer(found: Docstring) -> tuple[str, str] | None:
 
 KIND = "corpus"
 ENGLISH_BYTES, CODE_BYTES, KOREAN_BYTES = 6_000_000, 8_000_000, 6_000_000
-NUM_CHATS, NUM_JUDGED = 4000, 400
+NUM_CHATS, NUM_JUDGED, NUM_ASKED = 4000, 400, 100
 MIN_CHARS = 100
 """Shorter texts say nothing; they are left out of the gathered sources (never of one's own)."""
 USER_DOCUMENT_BYTES = 20_000
@@ -348,9 +348,9 @@ class DemoCorpusOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = ("Gather english.jsonl, code.jsonl, korean.jsonl, chat.jsonl and judged.jsonl from "
-                          "this machine's Python, its packages and Debian documentation packages; "
-                          "or, with --user, user.jsonl, chat.jsonl and judged.jsonl.")
+    parser.description = ("Gather english.jsonl, code.jsonl, korean.jsonl, chat.jsonl, judged.jsonl and "
+                          "benchmarks from this machine's Python, its packages and Debian documentation "
+                          "packages; or, with --user, user.jsonl, chat.jsonl, judged.jsonl and benchmarks.")
     add_options(parser, DemoCorpusOptions)
 
 
@@ -385,9 +385,12 @@ def gather(output: Path, *, user: Path | None = None, overwrite: bool = False) -
         for name, documents in texts.items()}
     records["chat"] = chats(found)
     records["judged"] = judged(records["chat"])
+    records["benchmarks/code-switching/test"] = asked(records["chat"])
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
         for name, lines in records.items():
-            size_bytes = _write_jsonl(artifact.path / f"{name}.jsonl", lines)
+            file = artifact.path / f"{name}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            size_bytes = _write_jsonl(file, lines)
             artifact.content[name] = {"num_documents": len(lines), "num_bytes": size_bytes}
             print(f"{name}: {len(lines):,} documents, {size_bytes / 1e6:.2f} MB")
         artifact.settings = {"user": user}
@@ -442,6 +445,11 @@ def judged(found: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
     return [{"prompt": question, "responses": [{"content": answer, "reward": 1.0},
                                                {"content": asked[i - 1][1], "reward": 0.0}]}
             for i, (question, answer) in enumerate(asked) if len(asked) > 1]
+
+
+def asked(found: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
+    """Return questions of which `eval lm --tasks code-switching` judges the language of the answers."""
+    return [{"prompt": chat["messages"][0]["content"], "language": "en"} for chat in found[-NUM_ASKED:]]
 
 
 def _write_jsonl(file: Path, records: Iterable[dict[str, object]]) -> int:

@@ -86,7 +86,8 @@ probe and merge the checkpoints ([ssp.md](ssp.md)) |
 | typhoon-s-8b-opd | `rl run` | from the model that `typhoon-s-8b` fine-tuned, with `--teacher`, \
 `--reward none` and `--data` |
 | solar-open-102b-sft, k-exaone-236b-sft | `sft` | from the extended model |
-| solar-open-102b-dpo | `prefer` | a round, from the model of `solar-open-102b-rl` |
+| solar-open-102b-dpo | `prefer` | pairs that there are, from the model of `solar-open-102b-rl` |
+| solar-open-102b-dpo-rounds | `rl run` | its own pairs, from the model of `solar-open-102b-dpo` |
 | k-exaone-236b-grouper | `prefer` | GrouPER, from the model of `k-exaone-236b-rl` |
 | typhoon-s-4b-legal, -agent | `rl run`, or the three jobs ([rl.md](rl.md)) | InK-GRPO |
 | vibethinker-1.5b-math-16k, -math-32k, -code | the same | MGPO; set its lambda and clip, which were not \

@@ -9,13 +9,14 @@ import pytest
 
 TINY = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
         'data.phases=[{"name": "main", "seq_len": 128}]', "train.global_batch_size=4",
-        "train.micro_batch_size=2", "train.steps=2", "train.checkpoint_every_steps=1",
-        "train.async_save=false", "optim.lr=0.004")
+        "train.micro_batch_size=2", "train.checkpoint_every_steps=1", "train.async_save=false",
+        "optim.lr=0.004")
+STEPS = ("--set", "train.steps=2")
 
 
 @pytest.fixture(scope="session")
 def tiny() -> list[str]:
-    """Return --set arguments of a model of some thousand parameters, for two steps with a checkpoint each."""
+    """Return --set arguments of a model of some thousand parameters, with a checkpoint at each step."""
     return [word for setting in TINY for word in ("--set", setting)]
 
 
@@ -25,6 +26,6 @@ def teacher(packed_data: Any, run_command: Any, tiny: list[str], tmp_path_factor
     """Return a run of a wider model."""
     run = tmp_path_factory.mktemp("teacher") / "run"
     done = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(run),
-                       *tiny, "--set", "model.hidden_size=48")
+                       *tiny, *STEPS, "--set", "model.hidden_size=48")
     assert done.returncode == 0, done.stderr
     return run

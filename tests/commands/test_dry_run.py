@@ -54,7 +54,9 @@ def words_of(command: str, start: Start) -> Iterator[str]:
                 "--set", "model.hidden_size=48")
     if command == "distill":
         yield from ("--teacher", str(start.starts["run"]))
-    if command.startswith("rl"):
+    if not command.startswith("rl"):
+        yield from ("--set", "train.steps=2")
+    else:
         yield from ("--store", str(start.folder / "store"), "--prompts", str(start.folder / "prompts.jsonl"),
                     "--reward", "repetition", *(word for s in ROUNDS for word in ("--set", s)))
 

@@ -177,7 +177,11 @@ def test_gathers_sources_and_goes_on_without_korean(tmp_path: Path, monkeypatch:
     assert main(["demo-corpus", "--output", str(tmp_path / "corpus")]) == 0
     assert "korean: left out, because apt-get is not on this machine" in capsys.readouterr().out
     content = read_manifest(tmp_path / "corpus", "corpus").content
-    assert sorted(content) == ["chat", "code", "english", "judged"]
+    benchmark = "benchmarks/code-switching/test"
+    assert sorted(content) == [benchmark, "chat", "code", "english", "judged"]
+    asked = [json.loads(line) for line in (tmp_path / f"corpus/{benchmark}.jsonl").read_text().splitlines()]
+    assert len(asked) == content.pop(benchmark)["num_documents"] > 10
+    assert all(row["language"] == "en" and "`" in row["prompt"] for row in asked)
     rows = [json.loads(line) for line in (tmp_path / "corpus/judged.jsonl").read_text().splitlines()]
     assert len(rows) == content.pop("judged")["num_documents"] > 10
     assert all(len({r["content"] for r in row["responses"]}) == 2 for row in rows)
@@ -203,7 +207,8 @@ def test_ones_own_text_replaces_what_is_gathered(tmp_path: Path, capsys: pytest.
     (tmp_path / "mine/book.txt").write_text("".join(f"Paragraph {i} of a book.\n\n" for i in range(4000)))
     (tmp_path / "mine/more.jsonl").write_text('{"text": "a line"}\n{"text": "a line"}\n{"text": "another"}\n')
     assert main(["demo-corpus", "--output", str(tmp_path / "out"), "--user", str(tmp_path / "mine")]) == 0
-    assert sorted(read_manifest(tmp_path / "out").content) == ["chat", "judged", "user"]
+    assert sorted(read_manifest(tmp_path / "out").content) == [
+        "benchmarks/code-switching/test", "chat", "judged", "user"]
     texts = [d.text for d in read_documents([tmp_path / "out/user.jsonl"])]
     assert ("".join(texts[:-2]) == (tmp_path / "mine/book.txt").read_text()
             and texts[-2:] == ["a line", "another"])

@@ -98,10 +98,11 @@ def run_engines(args: argparse.Namespace) -> int:
     if options.engine == MEGATRON:
         raise UserError(f"--engine {options.engine}: has no servers; add --engine vllm, as the run has it")
     from megatron_sov.infer.engines.server_engine import server_settings
-    from megatron_sov.infer.engines.server_process import OwnServer
+    from megatron_sov.infer.engines.server_process import OwnServer, refuse_no_engine
     from megatron_sov.train.stages.stage_config import request_with_model
     from megatron_sov.train.stages.stage_defaults import complete_stage
 
+    refuse_no_engine(options.engine, (), options.engine_python)
     asked = request_with_model(options, options.start_from, "policy")
     config = complete_stage(asked, asked.config(), "policy", None, 0).config
     settings = server_settings(options.engine, options.engine_set, ENGINE_SET)

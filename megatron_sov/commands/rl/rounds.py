@@ -34,11 +34,11 @@ from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.config.run import with_policies, with_rounds
 from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import RecipeOptions
-from megatron_sov.post.rl.reward import ENVIRONMENT, judging, reward_version, second_opinions
+from megatron_sov.post.rl.reward import ENVIRONMENT, judging, refuse_unjudged, reward_version, second_opinions
 from megatron_sov.rollouts.prompts import PromptList, list_set_aside, round_prompts, rounds_between
 from megatron_sov.runs.checkpoints import files_sha256, refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, ROUNDS, VALIDATION, RunFolder, fixed_settings
-from megatron_sov.runs.launch_environment import note_command
+from megatron_sov.runs.launch_environment import is_first, note_command
 from megatron_sov.runs.rounds import RunPolicies, policy_of_round, policy_of_start
 from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage, request_with_model, tokenizer_of
 from megatron_sov.work.progress.locks import Claims
@@ -292,7 +292,8 @@ def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig
     version = reward_version(args.reward, args.reward_set)
     parsed = parse_stage(args, "policy", needs_data=False, num_prompts=len(prompts), completed=completed)
     refuse_unknown_benchmarks(parsed.config)
-    round_prompts(prompts, parsed.config.rollout, 1)
+    refuse_unjudged(args.reward, args.reward_set, round_prompts(prompts, parsed.config.rollout, 1),
+                    f"--prompts {args.prompts}")
     refuse_teachers(args, parsed.config.policy, args.reward, args.prompts, prompts)
     if not args.dry_run:
         parsed = parsed.with_checkpoint(args.run)
@@ -336,7 +337,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
         "train.steps": config.train.steps,
         "data": {text.name: files_sha256(text.artifact) for text in texts if text.artifact is not None}})
     publisher = Publisher(config, args.run / ROUNDS, args.store, parsed.prompts, parsed.reward_version,
-                          tokenizer, policies.is_own)
+                          tokenizer, policies.is_own, {} if producer is None else producer.writer.chosen_by)
     # rounds that were published from another store would be trained as if they were of this one
     publisher.refuse_other_store()
     teacher = live_teacher_of(args, config, tokenizer, args.nproc)
@@ -405,6 +406,11 @@ def run_rl(options: RlRunOptions, began_s: float) -> int:
     """
     if is_complete(options, "policy"):
         return ExitCode.OK
+    # before anything is written; the first process has the servers
+    if options.engine != MEGATRON and is_first():
+        from megatron_sov.infer.engines.server_process import refuse_no_engine
+
+        refuse_no_engine(options.engine, options.engine_url, options.engine_python)
     _run(options, parse_rounds(options, is_asked=options.environment is None), began_s)
     return ExitCode.OK
 

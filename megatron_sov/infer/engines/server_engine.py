@@ -24,13 +24,12 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, change
 from megatron_sov.convert.sources import HfWeights
 from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet, Keeper
-from megatron_sov.infer.engines.server_process import PROGRAMS, EngineServers, OwnServer
+from megatron_sov.infer.engines.server_process import PROGRAMS, EngineServers, OwnServer, refuse_no_engine
 from megatron_sov.infer.request import (
     Bounds, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, Written, refuse_drafts,
     refuse_rules)
 from megatron_sov.train.data.requirements import shape_of
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest
-from megatron_sov.work.endpoints.transport import missing_libraries
 
 SHARD_BYTES = 1 << 30
 """Of a file of weights: what is held beside the model at a time."""
@@ -85,8 +84,8 @@ def open_fleet(name: str, folder: Path, vocab_size: int, longest: int, settings:
     Raises:
         UserError: none of them can be started.
     """
-    if missing := missing_libraries():
-        raise UserError(f"--engine {name}: {missing[0]}")
+    if not places.command:
+        refuse_no_engine(name, places.urls, places.python)
     keepers: list[Keeper] = [
         AddressKeeper(PROGRAMS[name].connect(url, settings), settings.start_s, name)
         for url in places.urls]

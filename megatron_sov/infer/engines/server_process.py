@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,9 @@ from megatron_sov.infer import vllm_worker
 from megatron_sov.runs.launch_environment import own_gpu_index
 from megatron_sov.work.endpoints.sglang_server import SGLANG, SglangServer
 from megatron_sov.work.endpoints.token_server import TokenServer
+from megatron_sov.work.endpoints.transport import missing_libraries
 from megatron_sov.work.endpoints.vllm_server import VLLM, SendFiles, VllmServer
+from megatron_sov.work.processes.children import start_command
 from megatron_sov.work.processes.keeper import KeptCommand
 
 ENGINE_PYTHON = "SOV_ENGINE_PYTHON"
@@ -159,6 +161,37 @@ class EngineServers:
         return ",".join(self.devices[number * each:(number + 1) * each]) if self.devices else None
 
 
+def _interpreter(python: Path | None) -> str:
+    return str(python or os.environ.get(ENGINE_PYTHON, "") or sys.executable)
+
+
+def refuse_no_engine(engine: str, urls: Sequence[str], python: Path | None) -> None:
+    """Refuse servers that nothing here can start, or ask.
+
+    Args:
+        engine: one of `PROGRAMS`.
+        urls: of servers that somebody else has started; none: they are started here.
+        python: the interpreter that has the engine; None: as the environment says, or this one.
+
+    Raises:
+        UserError: a library that asks servers is missing, or the interpreter is none or has no such engine.
+    """
+    if missing := missing_libraries():
+        raise UserError(f"--engine {engine}: {missing[0]}")
+    if urls:
+        return
+    word, program = _interpreter(python), PROGRAMS[engine]
+    if shutil.which(word) is None:
+        raise UserError(f"--engine {engine}: {word} is no program that can be started; name the interpreter "
+                        f"that has {program.title} by {BY}")
+    looks = f"import importlib.util as i, sys; sys.exit(i.find_spec({program.module!r}) is None)"
+    with open(os.devnull, "w") as out:
+        code = start_command([word, "-c", looks], stdout=out, stderr=out.fileno(), ends_with_this=True).wait()
+    if code:
+        raise UserError(f"--engine {engine}: {word} has no {program.title}; name the interpreter that has it "
+                        f"by {BY}")
+
+
 class OwnServer:
     """One server of this run; its methods but `end` are called from one thread."""
 
@@ -183,8 +216,7 @@ class OwnServer:
         self.port, self._host = port, "0.0.0.0" if port else "127.0.0.1"
         self.number, self._folder, self._longest, self._settings = number, folder, longest, settings
         self._with_routes = with_routes
-        with_engine = python or os.environ.get(ENGINE_PYTHON, "") or sys.executable
-        self._command = list(command) or [str(with_engine), *self._program.words]
+        self._command = list(command) or [_interpreter(python), *self._program.words]
         self.log = logs / f"engine-{number}.log"
         self._kept: KeptCommand | None = None
         self._lock = threading.Lock()
@@ -197,9 +229,6 @@ class OwnServer:
             UserError: it ends, or takes too long; its last lines are told.
         """
         self.kill()
-        if shutil.which(self._command[0]) is None:
-            raise UserError(f"--engine {self._engine}: {self._command[0]} is no program that can be started; "
-                            f"name the interpreter that has {self._program.title} by {BY}")
         port = self.port or _free_port()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as out, self._lock:
@@ -214,9 +243,7 @@ class OwnServer:
             if not self.is_alive() or time.monotonic() >= ends_s:
                 why = "ended" if not self.is_alive() else f"was not ready in {self._settings.start_s:g} s"
                 said = self._last_lines()
-                remedy = (f"; {self._command[0]} has no {self._program.title}: name the interpreter that has "
-                          f"it by {BY}" if f"No module named '{self._program.module}'" in said else "")
-                raise UserError(f"--engine {self._engine}: server {self.number} {why}{remedy}"
+                raise UserError(f"--engine {self._engine}: server {self.number} {why}"
                                 + (f"; the end of {self.log}:\n{said}" if said
                                    else f"; it wrote nothing into {self.log}"))
             time.sleep(_LOOK_S)

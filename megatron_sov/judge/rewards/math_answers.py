@@ -32,6 +32,11 @@ _SPELLED = str.maketrans({"\u2212": "-", "\uff0d": "-", "°": "^{\\circ}",
 """Minus, degrees and digits as East Asian keyboards write them -> as math-verify reads them."""
 _DRESS = re.compile(r"\\(?:text)?color\s*\{\w+\}|\\(?:boldsymbol|bm|underline)(?=\s*\{)|(?<=\{)\\[,;:!]")
 """Colour, weight, a line under it and a narrow space at its begin: nothing of an answer's value."""
+_FRAMED = re.compile(r"(?<=\\boxed\{)\s*(?:\\[(\[]|\$)"
+                     r"((?:(?!\\[()\[\]]|\$).){1,1000})(?:\\[)\]]|\$)\s*(?=\})", re.S)
+"""All of a box as a formula in it: \\boxed{\\(42\\)}."""
+_SET = re.compile(r"\\(?:\{|lbrace).*\\(?:\}|rbrace)", re.DOTALL)
+_TUPLE = re.compile(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]")
 _THOUSANDS = re.compile(r"(?<=\d)\\[,!;: ]\s*(?=\d{3}(?!\d))")
 """LaTeX's narrow spaces between groups of three digits, which math-verify takes for a product."""
 _THREE_DIGITS = re.compile(r"\A\s*\{\s*(?=\d{3}(?!\d))")
@@ -130,7 +135,7 @@ class Math:
         gold = self._gold(text_of(row, "answer"))
         # a box in the thoughts of a response, or in a call, is no answer of it
         said = content_of(row)[-self.tail_chars:].translate(_SPELLED).replace("\\fbox{", "\\boxed{")
-        said = _FULL_STOP.sub("", _DRESS.sub("", said).replace("~", " "))
+        said = _FRAMED.sub(r"\1", _FULL_STOP.sub("", _DRESS.sub("", said).replace("~", " ")))
         # mixed numbers and powers of ten go in as LaTeX, in which math-verify cannot take them apart
         said = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _MIXED.sub(_as_fraction, said))
         # counters go only where the gold answer has none, else they are part of it
@@ -140,6 +145,7 @@ class Math:
         # the text, since showing a number such as 10**10**10 would compute it
         shown = next((item for item in reversed(found) if isinstance(item, str)), "")
         right = (self._states(shown, found, gold, last_boxed(said) or "") and self._equal(gold, found)
+                 and not (self.strict and _is_of_other_kind(gold, shown))
                  and _has_its_unit(row["answer"], said) and _has_its_scale(row["answer"], said))
         return Score(float(right), {"extracted": shown[:200]})
 
@@ -235,6 +241,15 @@ def literal_value(text: str) -> float | None:
         return sign * _number(found["number"] or "1") * 10.0 ** exponent
     except (OverflowError, ZeroDivisionError):
         return None
+
+
+def _is_of_other_kind(gold: list[Any], shown: str) -> bool:
+    """Return whether one is written as a set and the other as a tuple or interval: sympy takes the first for
+    whatever the second is."""
+    wanted = next((item for item in reversed(gold) if isinstance(item, str)), "")
+    one, other = (re.sub(r"\\(?:left|right)(?![A-Za-z])|[\s$]", "", _SIDES.split(text)[-1])
+                  for text in (wanted, shown))
+    return any(_SET.fullmatch(a) and _TUPLE.fullmatch(b) for a, b in ((one, other), (other, one)))
 
 
 def _has_its_unit(answer: str, response: str) -> bool:

@@ -11,6 +11,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins import registry
 from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.base.plugins.registry import PluginOrder, Registry, check_methods
+from megatron_sov.judge.rewards.composed import Composed
 from megatron_sov.judge.rewards.reward import Refused, Row, text_of
 from megatron_sov.judge.rewards.version import settings_of, version_of
 
@@ -29,6 +30,10 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "constraint": ("megatron_sov.judge.rewards.constraint", "Constraint"),
 }
 """Name -> module and class of what is built in."""
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "math": ("answer",), "stem": ("answer",), "code": ("tests",), "constraint": ("functions",),
+    "ifeval": ("instructions", "instruction_id_list"), "language": ("language",)}
+"""Name -> fields of which a row needs one, unless a setting of that name stands in its place."""
 
 
 def _adapted(loaded: LoadedPlugin) -> LoadedPlugin:
@@ -126,3 +131,14 @@ def make(asked: PluginOrder) -> MadeReward:
 def build(asked: PluginOrder) -> Any:
     """Return the reward of an order without its version, for a process that judges; raises as `make` does."""
     return registry.build(asked, BUILT_IN, OWN).value
+
+
+def lacking(asked: PluginOrder, made: MadeReward, row: Row) -> str:
+    """Return the field that a reward needs and a row, whose response is not written yet, does not have; "":
+    none is known."""
+    if isinstance(made.reward, Composed):
+        return next((field for name, part in made.reward.parts.items() if made.reward.judges(part, row)
+                     if (field := lacking(*made.parts[name], row))), "")
+    fields = FIELDS.get(asked.name, ())
+    has_one = any(row.get(field) is not None or getattr(made.reward, field, None) for field in fields)
+    return "" if has_one or not fields else fields[0]

@@ -36,6 +36,7 @@ RECIPES: dict[str, Recipe] = {
     "solar-open-102b-extend": Recipe(solar_open.solar_open_102b_extend, solar_open.EXTEND_SOURCES),
     "solar-open-102b-sft": Recipe(solar_open.solar_open_102b_sft, solar_open.SFT_SOURCES),
     "solar-open-102b-dpo": Recipe(solar_open.solar_open_102b_dpo, solar_open.DPO_SOURCES),
+    "solar-open-102b-dpo-rounds": Recipe(policies.solar_open_102b_dpo_rounds, policies.DPO_ROUNDS_SOURCES),
     "solar-open-102b-rl": Recipe(policies.solar_open_102b_rl, policies.SNAPPO_SOURCES),
     "k-exaone-236b": Recipe(k_exaone.k_exaone_236b, k_exaone.SOURCES),
     "k-exaone-236b-extend": Recipe(k_exaone.k_exaone_236b_extend, k_exaone.EXTEND_SOURCES),
@@ -90,6 +91,7 @@ TINY = {
     "tiny-solar-open-extend": "solar-open-102b-extend",
     "tiny-solar-open-sft": "solar-open-102b-sft",
     "tiny-solar-open-dpo": "solar-open-102b-dpo",
+    "tiny-solar-open-dpo-rounds": "solar-open-102b-dpo-rounds",
     "tiny-solar-open-rl": "solar-open-102b-rl",
     "tiny-k-exaone": "k-exaone-236b",
     "tiny-k-exaone-extend": "k-exaone-236b-extend",
@@ -222,9 +224,10 @@ def _small_media(model: ModelConfig) -> ModelConfig:
 def _small_rounds(run: RunConfig) -> RunConfig:
     """Return two short rounds of a method that is kept, at a steady rate that is lower than pretraining's."""
     policy, rollout = run.policy, run.rollout
+    lr = 4e-4 if policy.learns_preferences else 2e-3
     return replace(
         run,
-        optim=replace(run.optim, lr=2e-3, min_lr=2e-3, warmup_steps=0),
+        optim=replace(run.optim, lr=lr, min_lr=lr, warmup_steps=0),
         train=replace(run.train, steps=2 * rollout.steps_per_round),
         rollout=replace(rollout, rounds=2, prompts_per_round=8, max_prompt_tokens=64, max_new_tokens=64,
                         samples_per_prompt=min(4, rollout.samples_per_prompt)),

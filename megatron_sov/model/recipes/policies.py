@@ -24,13 +24,15 @@ Values = dict[str, tuple[Any, ValueSource]]
 
 
 def _run(recipe: str, base: RunConfig, values: Values) -> RunConfig:
-    """Return `base` as another recipe, with values over it, and rows that hold a prompt and a response."""
+    """Return `base` as another recipe, with values over it, and rows that hold a prompt with its response, or
+    with both of a pair."""
     run = base
     for key, (value, _) in values.items():
         room, _, field = key.partition(".")
         run = replace(run, **{room: replace(getattr(run, room), **{field: value})})
     rollout = run.rollout
-    rows = PhaseConfig("rounds", seq_len=rollout.max_prompt_tokens + rollout.max_new_tokens)
+    rows = PhaseConfig("rounds", seq_len=run.documents_of_unit * (
+        rollout.max_prompt_tokens + rollout.max_new_tokens))
     return replace(run, recipe=recipe, data=replace(run.data, phases=(rows,)),
                    train=replace(run.train, steps=rollout.rounds * rollout.steps_per_round))
 
@@ -41,7 +43,7 @@ def _sources(base: Sources, values: Values) -> Sources:
         **{key: source for key, (_, source) in values.items()},
         "data.phases.*": DEFAULT,
         "data.phases.*.name": ours("rounds are the phases"),
-        "data.phases.*.seq_len": ours("a row holds the longest prompt and response"),
+        "data.phases.*.seq_len": ours("a row holds the longest prompt and response, or two of them"),
         "train.steps": ours("rounds x steps of a round"),
         "train.global_batch_size": ours("a step has as many rows as its responses fill; this only has to "
                                         "suit the layout"),
@@ -201,6 +203,31 @@ SNAPPO_SOURCES = _sources(DPO_SOURCES, SNAPPO)
 def solar_open_102b_rl() -> RunConfig:
     """Return SnapPO's phase A: GSPO over about 200,000 prompts, four steps a snapshot, for `rl run`."""
     return _run("solar-open-102b-rl", replace(solar_open_102b_dpo(), preference=PreferenceConfig()), SNAPPO)
+
+
+_PHASE_B = published(f"{SOLAR}, SnapPO, phase B: iterative DPO")
+_PAIR = ours("not published: a row of 32K holds both responses of a pair")
+DPO_ROUNDS: Values = {
+    "objective.name": ("policy", _PHASE_B),
+    "policy.method": ("preference", _PHASE_B),
+    "policy.reference": ("round", ours("not published: each round may go as far again")),
+    "rollout.steps_per_round": (4, ours("as in phase A")),
+    "rollout.samples_per_prompt": (16, published(f"{SOLAR}, SnapPO: 8 to 16")),
+    "rollout.prompts_per_round": (512, ours("not published")),
+    "rollout.max_prompt_tokens": (2048, _PAIR),
+    "rollout.max_new_tokens": (14336, _PAIR),
+    "rollout.rounds": (20, ours("not published")),
+    "optim.lr": (5e-7, ours("not published")),
+    **_steady(5e-7),
+}
+DPO_ROUNDS_SOURCES = derive(_sources(DPO_SOURCES, DPO_ROUNDS), {
+    key: DPO_SOURCES[key] for key in ("preference.method", "preference.beta")})
+
+
+def solar_open_102b_dpo_rounds() -> RunConfig:
+    """Return SnapPO's phase B over the model's own responses: in each round DPO on the best and the worst to
+    a prompt, for `rl run`."""
+    return _run("solar-open-102b-dpo-rounds", solar_open_102b_dpo(), DPO_ROUNDS)
 
 
 _AGAPO = published(f"{K_EXAONE}, reinforcement learning: AGAPO")

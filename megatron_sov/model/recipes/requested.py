@@ -95,6 +95,8 @@ class RecipeRequest:
     """Whether it is neither: the model of --from, and what the stage takes by default."""
     trains_by: BuiltIn | None = None
     """Objective of a training command; None: any."""
+    layered: frozenset[str] = frozenset()
+    """Settings that files of --config change."""
 
     def config(self, defaults: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:
         """Return the resolved settings, with the code that they name on record.
@@ -105,7 +107,7 @@ class RecipeRequest:
 
         Raises:
             UserError: a setting does not exist, a family or objective that nobody has named,
-                or one of another command.
+                or one of another command; or rounds, and how many steps there are.
         """
         # Later settings win.
         config = apply_settings(self.base, [*defaults, *self.settings, *own])
@@ -113,6 +115,11 @@ class RecipeRequest:
         objectives.check(config)
         if self.trains_by is not None:
             objectives.check_command(config, self.trains_by)
+        said = self.layered | {setting.partition("=")[0] for setting in self.settings}
+        steps = said & {"train.steps", "train.tokens"}
+        if config.objective.name == "policy" and steps:
+            raise UserError(f"{min(steps)}: rounds make the steps of this run, rollout.steps_per_round "
+                            f"({config.rollout.steps_per_round}) each; leave it out, and set rollout.rounds")
         used = [models.OWN.code(config.model.family), objectives.OWN.code(config.objective.name)]
         code = (*(c for c in config.code if c.kind == "recipe"), *(c for c in used if c is not None))
         return dataclasses.replace(config, code=code)
@@ -155,7 +162,9 @@ def requested(args: RecipeOptions, of_model: Callable[[], RunConfig] | None = No
         base = _of_recipe(args.recipe or named[0][1])
     for file in files:
         base = file.over(base)
-    return RecipeRequest(base, settings, args.recipe is None and is_whole, of_model=is_of_model)
+    layered = frozenset(".".join(place) for file in files for place, _ in _leaves(RunConfig, file.value, ()))
+    return RecipeRequest(base, settings, args.recipe is None and is_whole, of_model=is_of_model,
+                         layered=layered)
 
 
 def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: bool = True,

@@ -128,8 +128,8 @@ def solar_open_102b_sft() -> RunConfig:
 
 
 def solar_open_102b_dpo() -> RunConfig:
-    """Return a round of iterative DPO (SnapPO's phase B): pairs of preference, safety and degeneration, with
-    reasoning among them, for `prefer`."""
+    """Return the beginning of iterative DPO (SnapPO's phase B): pairs of preference, safety and degeneration,
+    with reasoning among them, for `prefer`."""
     run = solar_open_102b()
     return replace(
         run, recipe="solar-open-102b-dpo", model=released_model(),

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, starmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import RolloutConfig
 from megatron_sov.rollouts.prompts import PromptPiece
 from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, UNFINISHED, Key, RolloutPart, later
 from megatron_sov.rollouts.store import RolloutStore, keys_of, problems_of
@@ -406,3 +408,35 @@ def _judged_since(source: RoundOfStore, waiting: Sequence[tuple[str, int]]) -> I
             yield LateGroup(source.number, group,
                             {key: last[key][1] for key in late if said[key].reward is not None},
                             {key: said[key].status for key in late if said[key].reward is None})
+
+
+def means_of(gathered: Gathered, rollout: RolloutConfig, *, has_reward: bool) -> dict[str, Any]:
+    """Return means over the responses of a round that have a reward, trained or not.
+
+    Args:
+        gathered: the round.
+        rollout: says which optimizer step the round is trained from.
+        has_reward: whether something judges; else there is no reward to tell, and not one of 0.
+    """
+    rows = gathered.rows
+    if not len(rows):
+        return {"responses": 0}
+    num_written = int(rows["written"].sum())
+    trained_steps = (gathered.number - 1) * rollout.steps_per_round
+    # Steps between the policy that wrote a token and the one that begins to train on it.
+    behind = trained_steps * num_written - int(rows["versions"].sum())
+    rewards = defaultdict[str, list[float]](list)
+    for domain, reward in zip(gathered.domain_of_row, rows["reward"].tolist(), strict=True):
+        rewards[domain].append(reward)
+    return {
+        "responses": len(rows), **({"reward": _mean(rows["reward"])} if has_reward else {}),
+        "components": {name: _mean(values) for name, values in gathered.components.items()},
+        "response_tokens": _mean(rows["written"]), "truncated": _mean(rows["is_cut"]),
+        "staleness_steps": behind / max(1, num_written), "domains": {
+            name: {"responses": len(values), **({"reward": _mean(values)} if has_reward else {})}
+            for name, values in sorted(rewards.items()) if name}}
+
+
+def _mean(values: np.ndarray | Sequence[float]) -> float:
+    # side by side, since a sum over places apart may add in another order
+    return float(np.array(values, np.float64).mean())

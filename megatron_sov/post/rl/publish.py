@@ -13,7 +13,7 @@ import math
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain, compress, groupby, pairwise
 from pathlib import Path
@@ -30,11 +30,11 @@ from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import read_json, write_json
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.engine.parallel.world import on_each, on_first
-from megatron_sov.model.config import RolloutConfig, RunConfig
+from megatron_sov.model.config import RunConfig
 from megatron_sov.post.rl.advantages import LEARNS as KEPT, Group, group_advantages, step_advantages
 from megatron_sov.post.rl.gathering import (
     LATE, LATE_FROM, Gathered, GatheredPiece, JudgedGroup, LateGroup, PublishedResponse, RolloutFacts,
-    RoundOfStore, late_groups, late_responses)
+    RoundOfStore, late_groups, late_responses, means_of)
 from megatron_sov.post.rl.reward import NO_REWARD
 from megatron_sov.post.rl.round_files import (
     DTYPE, RoundPiece, RoundShard, ShardWriter, WrittenShard, shards_of)
@@ -55,6 +55,8 @@ SURPLUS = "surplus"
 """In the place of why a group is left out: it would learn, and the round is full."""
 PROMPTS = "prompts"
 """In a round's manifest: digest of the prompts that rounds are made of, in their order."""
+CHOSEN_BY = "chosen_by"
+"""In a round's manifest: what tokens were chosen by beside the settings; see `Writer.chosen_by`."""
 TRUNCATED = (LENGTH, "tokens", "unended")
 """Finish reasons of responses and episodes that the limit of tokens has cut off."""
 
@@ -107,6 +109,8 @@ class Publisher:
     """Folder of the tokenizer that the model has."""
     is_own: Callable[[int, str], bool] = lambda step, sha256: True
     """Whether a policy of a step is the run, as far as that is known."""
+    chosen_by: Mapping[str, Any] = field(default_factory=dict)
+    """What tokens are chosen by; empty: other jobs write, and it is theirs."""
     _has_compared: bool = False
     _artifact: ArtifactWriter | None = None
     """The round under construction, on the process that completes it."""
@@ -154,8 +158,9 @@ class Publisher:
         return parts if isinstance(parts, str) else replace(begun, parts=tuple(parts))
 
     def _compare_with_before(self, number: int) -> None:
-        """Refuse other prompts than the round before was made of, since the order goes on behind it; and tell
-        once of another reward, as a newer version of this program may have.
+        """Refuse other prompts than the round before was made of, since the order goes on behind it, and
+        prompts that are asked otherwise; and tell once of another reward or environment, as a newer version
+        of this program may have.
 
         Raises:
             UserError: they are others.
@@ -174,6 +179,20 @@ class Publisher:
             warn(f"{folder}: was judged by reward version {before['reward_version'][:12]}, and round "
                  f"{number} will be by {self.reward_version[:12]}: the reward's code or settings changed, "
                  "and rewards of the two may not be compared")
+        self._compare_asking(folder, before.get(CHOSEN_BY, {}))
+
+    def _compare_asking(self, folder: Path, before: Mapping[str, Any]) -> None:
+        # an earlier version noted nothing, and nor did other jobs
+        then, now = dict(_flat(before)), dict(_flat(self.chosen_by if before else {}))
+        for name in sorted(then.keys() | now.keys() if now else ()):
+            if (was := then.get(name)) == (given := now.get(name)):
+                continue
+            told = f"{folder}: was written with {name} = {was}, and the next round would be with {given}"
+            if name != "environment" or was is None or given is None:
+                raise UserError(f"{told}; resume with what the run began with, or choose another --run and "
+                                "--store")
+            warn(f"{told}: the environment's code or settings changed, and episodes of the two may not be "
+                 "compared")
 
     @cached_property
     def _prompts_digest(self) -> str:
@@ -296,7 +315,7 @@ class Publisher:
         if gathered.unjudged and not len(gathered.rows):
             told = ", ".join(f"{count:,} {status}" for status, count in gathered.unjudged.items())
             why = next((f", the first because {said.reason}" for part in gathered.parts
-                        for said in self._opened.read_rewards(self.reward_version, part.name)
+                        for said in self._opened.read_rewards(self.reward_version, part.name, part)
                         if said.reward is None and said.reason), "")
             mend = ("mend what the reward runs on, and have it judge again behind `megatron-sov rl store gc "
                     f"{self.store} --version {self.reward_version}`")
@@ -325,7 +344,7 @@ class Publisher:
             "vocab_size": source.store.vocab_size, "dtype": DTYPE, "eod": "none",
             "bos_id": None, "eos_id": None,  # a response begins and ends where its policy had it
             "round": gathered.number, "steps": chosen.steps, "groups": chosen.reasons,
-            PROMPTS: self._prompts_digest,
+            PROMPTS: self._prompts_digest, **({CHOSEN_BY: dict(self.chosen_by)} if self.chosen_by else {}),
             LATE: [list(key[:2]) for key in gathered.late], LATE_FROM: chosen.late_from,
             "unjudged": gathered.unjudged, "reward_version": source.reward_version,
             "temperature": self.config.rollout.temperature,
@@ -492,6 +511,15 @@ class Publisher:
         return found, late_from
 
 
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield values by name, those of a mapping as `mapping.name`."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 @dataclass(frozen=True)
 class _Begun:
     """What of the store a round is made from, as the first process found it."""
@@ -556,35 +584,3 @@ def _pieces(gathered: Gathered, late: Sequence[LateGroup], chosen: _Chosen) -> I
                              {ADVANTAGE: chosen.advantages[trained],
                               SHARE: (1 / counts[gathered.group_of_row[trained]]).astype(np.float32)},
                              int(rows["tokens"].sum()))
-
-
-def means_of(gathered: Gathered, rollout: RolloutConfig, *, has_reward: bool) -> dict[str, Any]:
-    """Return means over the responses of a round that have a reward, trained or not.
-
-    Args:
-        gathered: the round.
-        rollout: says which optimizer step the round is trained from.
-        has_reward: whether something judges; else there is no reward to tell, and not one of 0.
-    """
-    rows = gathered.rows
-    if not len(rows):
-        return {"responses": 0}
-    num_written = int(rows["written"].sum())
-    trained_steps = (gathered.number - 1) * rollout.steps_per_round
-    # Steps between the policy that wrote a token and the one that begins to train on it.
-    behind = trained_steps * num_written - int(rows["versions"].sum())
-    rewards = defaultdict[str, list[float]](list)
-    for domain, reward in zip(gathered.domain_of_row, rows["reward"].tolist(), strict=True):
-        rewards[domain].append(reward)
-    return {
-        "responses": len(rows), **({"reward": _mean(rows["reward"])} if has_reward else {}),
-        "components": {name: _mean(values) for name, values in gathered.components.items()},
-        "response_tokens": _mean(rows["written"]), "truncated": _mean(rows["is_cut"]),
-        "staleness_steps": behind / max(1, num_written), "domains": {
-            name: {"responses": len(values), **({"reward": _mean(values)} if has_reward else {})}
-            for name, values in sorted(rewards.items()) if name}}
-
-
-def _mean(values: np.ndarray | Sequence[float]) -> float:
-    # side by side, since a sum over places apart may add in another order
-    return float(np.array(values, np.float64).mean())

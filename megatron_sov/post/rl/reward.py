@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,10 @@ from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.settings import parse_nested
 from megatron_sov.judge.rewards.composed import SECOND
 from megatron_sov.judge.rewards.opinions import Opinions, opinion_of
-from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.registry import lacking, make, order
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ScoringTally, runner
+from megatron_sov.rollouts.prompts import RolloutPrompt
 from megatron_sov.rollouts.rows import (
     JUDGED, LAST_TURN, UNFINISHED, RewardRow, Rollout, RolloutPart, may_grow, not_written)
 from megatron_sov.work.progress.locks import Claims, Patience
@@ -68,6 +69,31 @@ def reward_version(name: str, settings: Sequence[str]) -> str:
                             "out")
         return name
     return make(order(name, parse_nested(settings, "--reward-set"))).version
+
+
+def refuse_unjudged(name: str, settings: Sequence[str], prompts: Iterable[RolloutPrompt], given: str) -> None:
+    """Refuse prompts to which no response would have a reward, since each lacks what the reward needs.
+
+    Args:
+        name: of the reward, as of `reward_version`.
+        settings: its own.
+        prompts: of the first round.
+        given: the option and file that they are from.
+
+    Raises:
+        UserError: all lack something.
+    """
+    if name in (ENVIRONMENT, NO_REWARD):
+        return
+    asked = order(name, parse_nested(settings, "--reward-set"))
+    made, first = make(asked), ""
+    for prompt in prompts:
+        field = lacking(asked, made, prompt.record)
+        if not field:
+            return
+        first = first or f"{prompt.place} has no {field!r}, which --reward {name} needs"
+    raise UserError(f"{given}: {first}, and no prompt of round 1 has what it needs; add it, or name a field "
+                    "that is called otherwise by --columns TARGET=FIELD")
 
 
 @contextlib.contextmanager
@@ -121,7 +147,7 @@ def second_opinions(name: str, settings: Sequence[str], version: str, store: Rol
         return None
     found = Opinions()
     for part in store.parts():
-        for row in (store.read_rewards(version, part.name) if store.has(part.name, version) else ()):
+        for row in (store.read_rewards(version, part.name, part) if store.has(part.name, version) else ()):
             said = {key.removeprefix(f"{SECOND}."): value for key, value in row.components.items()
                     if key.startswith(f"{SECOND}.")}
             if opinion := opinion_of(found.num_opinions + 1, {SECOND: said}, ""):
@@ -250,7 +276,7 @@ class JudgingJob:
 
     def _tell_differences(self, part: RolloutPart, judged: Sequence[RewardRow]) -> None:
         """Say where another job, taken for dead, has judged the same rows otherwise."""
-        published = self.store.read_rewards(self.version, part.name)
+        published = self.store.read_rewards(self.version, part.name, part)
         # What was published first stays; a difference means that the reward is no function of the row.
         there = {(row.key, row.attempt): row.reward for row in published}
         others = sum(there.get((row.key, row.attempt)) != row.reward for row in judged)

@@ -64,9 +64,6 @@ def complete_stage(asked: RecipeRequest, config: RunConfig, stage: Stage | None,
         UserError: the data cannot be read, or the length of the run is said twice.
     """
     said = _said(asked)
-    if stage == "policy" and "train.epochs" in said and (steps := said & {"train.steps", "train.tokens"}):
-        raise UserError(f"{min(steps)}: rounds make the steps of this run, rollout.steps_per_round "
-                        f"({config.rollout.steps_per_round}) each; leave it out, and set rollout.rounds")
     if "train.epochs" in said and (other := said & {"train.steps", "train.tokens", "rollout.rounds"}):
         raise UserError(f"train.epochs and {min(other)}: both say how long the run is; set one of them")
     if "train.epochs" not in said and said & {"train.steps", "train.tokens"}:

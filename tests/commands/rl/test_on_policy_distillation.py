@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def student(folder: Path, packed_data: Any, tiny: list[str], run_command: Any) -> Path:
     """Return a run of a smaller model than the teacher's."""
     done = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
-                       str(folder / "student"), *tiny)
+                       str(folder / "student"), *tiny, "--set", "train.steps=2")
     assert done.returncode == 0, done.stderr
     return folder / "student"
 

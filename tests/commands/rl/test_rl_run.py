@@ -267,6 +267,15 @@ def test_what_cannot_be_run_is_told_before_anything_begins(folder: Path, command
     assert "use `rl run`, or measure its checkpoints by `megatron-sov eval passk`" in capsys.readouterr().err
     assert "validation_samples" in refused("--plain", *validated(folder), "--set",
                                            "rollout.validation_temperature=0")
+    words = command("refused", "--plain", "--reward", "math")
+    del words[(at := words.index("--reward-set")):at + 2]
+    assert main(words) == 2
+    told = str(capsys.readouterr().err)
+    assert " has no 'answer', which --reward math needs, and no prompt of round 1 has" in told, told
+    assert "/no/python is no program that can be started; name the interpreter that has vLLM" in refused(
+        "--plain", "--engine", "vllm", "--engine-python", "/no/python")
+    assert "has no vLLM; name the" in refused(
+        "--plain", "--engine", "vllm", "--engine-python", sys.executable)
     (folder / "file").touch()
     done = run_command(*command("refused", "--plain", store="file"))
     assert done.returncode == 2 and "file: is no rollout store" in done.stderr, done.stderr

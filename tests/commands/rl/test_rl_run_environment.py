@@ -37,10 +37,10 @@ class Lucky(World):
     def score(self, answer: str) -> Score:
         return Score(float(self.task["luck"]), {"said": answer or "nothing", "length": len(answer)})
 '''
-SETTINGS = ("rollout.rounds=1", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
-            "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=128", "policy.method=gspo",
-            'data.phases=[{"name": "main", "seq_len": 256}]', "train.eval_every_steps=0",
-            "model.hidden_size=48", "policy.router_replay=true")
+SETTINGS = ("rollout.rounds=2", "train.max_restarts=0", "rollout.prompts_per_round=2",
+            "rollout.samples_per_prompt=2", "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=128",
+            "policy.method=gspo", 'data.phases=[{"name": "main", "seq_len": 256}]',
+            "train.eval_every_steps=0", "model.hidden_size=48", "policy.router_replay=true")
 
 
 @pytest.mark.distributed
@@ -59,8 +59,8 @@ def test_a_run_plays_its_tasks_and_takes_the_verdicts_of_the_environment(
     refused = run_command(*asked, "--limit", "max_turn_tokens=4000")
     assert refused.returncode == 2 and not run.exists(), refused.stderr
     assert "= 12 and a turn's max_turn_tokens make 4140 tokens, and the model ends at 4096" in refused.stderr
-    done = run_command(*asked, "--limit", "max_turn_tokens=12")
-    assert done.returncode == 0, done.stderr
+    done = run_command(*asked, "--limit", "max_turn_tokens=12", "--inject", "raise@save=1")
+    assert "raise@save=1" in done.stderr, done.stderr
     store = RolloutStore.open(tmp_path / "store")
     (part,) = store.parts()
     rows = {row.key: row for row in store.read_rollouts(part.name)}
@@ -75,3 +75,6 @@ def test_a_run_plays_its_tasks_and_takes_the_verdicts_of_the_environment(
         assert set(row.outcome["components"]) == {"said", "length"} and set(judged.components) == {"length"}
     means = read_manifest(run / "rounds/0001", "tokens").content["means"]
     assert means["responses"] == 4 and means["reward"] == 0.5 and set(means["components"]) == {"length"}
+    longer = run_command(*asked, "--limit", "max_turn_tokens=11", "--resume")
+    assert longer.returncode == 2, longer.stderr
+    assert "with limits.max_turn_tokens = 12, and the next round would be with 11" in longer.stderr

@@ -26,7 +26,7 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
 
     def command(run: Path, *more: str) -> list[str]:
         return ["distill", "tiny-solar-open", "--data", str(packed_data.chats), "--run", str(run), *tiny,
-                *more]
+                "--set", "train.steps=2", *more]
 
     # killed, and started again by its launcher
     done = run_command(*command(whole, "--teacher", str(teacher), "--nproc", "2", "--inject", "kill@step=2"))
@@ -90,7 +90,7 @@ def test_each_teacher_reads_the_data_of_its_name(packed_data: Any, teacher: Path
 
     def run(*more: str) -> str:
         assert main(["distill", "tiny-solar-open", "--data", talk, "--data", text, "--run",
-                     str(tmp_path / "run"), *tiny, *more]) == 2
+                     str(tmp_path / "run"), *tiny, "--set", "train.steps=2", *more]) == 2
         return str(capsys.readouterr().err)
 
     run("--teacher", str(teacher), "--teacher", f"talk={first}")  # ends where the states are not there

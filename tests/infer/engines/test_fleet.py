@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet
-from megatron_sov.infer.engines.server_engine import GROUP, GROUPED_TOKENS, ServerEngine, WeightFiles
-from megatron_sov.infer.engines.server_process import ENGINE_PYTHON, PROGRAMS, EngineServers, OwnServer
+from megatron_sov.infer.engines.server_engine import (
+    GROUP, GROUPED_TOKENS, ServerEngine, ServerPlaces, WeightFiles, open_fleet)
+from megatron_sov.infer.engines.server_process import (
+    ENGINE_PYTHON, PROGRAMS, EngineServers, OwnServer, refuse_no_engine)
 from megatron_sov.infer.request import Bounds, Sampling, StopRule
 from megatron_sov.work.endpoints.token_server import TokenRequest, TokenServer
 from megatron_sov.work.endpoints.vllm_server import VllmServer
@@ -296,8 +299,7 @@ def test_a_closed_fleet_leaves_nobody_waiting() -> None:
 
 @pytest.mark.parametrize("script, said", [
     (None, "is no program that can be started; name the interpreter that has vLLM by SOV_ENGINE_PYTHON"),
-    ("echo \"No module named 'vllm'\"", "server 0 ended; .*python has no vLLM: name the interpreter"),
-    ("true", "server 0 ended; it wrote nothing into .*engine-0.log")])
+    (f'exec {sys.executable} "$@"', "python has no vLLM; name the interpreter that has it by SOV_ENGINE_PY")])
 def test_an_interpreter_without_vllm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                              script: str | None, said: str) -> None:
     python = tmp_path / "python"
@@ -305,8 +307,18 @@ def test_an_interpreter_without_vllm_is_told(tmp_path: Path, monkeypatch: pytest
         python.write_text(f"#!/bin/sh\n{script}\n")
         python.chmod(0o755)
     monkeypatch.setenv(ENGINE_PYTHON, str(python))
-    server = OwnServer("vllm", 0, tmp_path, 8, EngineServers(), tmp_path)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said), open_fleet("vllm", tmp_path, VOCAB, 8, EngineServers(),
+                                                          ServerPlaces(tmp_path)):
+        pass
+    # one that has it; and others' servers need none
+    monkeypatch.setitem(PROGRAMS, "vllm", replace(PROGRAMS["vllm"], module="json"))
+    refuse_no_engine("vllm", (), Path(sys.executable))
+    refuse_no_engine("vllm", ("http://127.0.0.1:9",), python)
+
+
+def test_a_server_that_ends_without_a_word_is_told(tmp_path: Path) -> None:
+    server = OwnServer("vllm", 0, tmp_path, 8, EngineServers(), tmp_path, command=("true",))
+    with pytest.raises(UserError, match=r"server 0 ended; it wrote nothing into .*engine-0.log"):
         server.start(lambda: False)
     server.end()
 

@@ -12,7 +12,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines import server_process
 from megatron_sov.infer.engines.server_engine import server_settings
-from megatron_sov.infer.engines.server_process import WORKER_FOLDER, EngineServers, OwnServer
+from megatron_sov.infer.engines.server_process import WORKER_FOLDER, OwnServer
 
 PROGRAM = """
 import http.server, json, os, subprocess, sys, time
@@ -87,12 +87,6 @@ def test_what_a_killed_server_leaves_is_killed_before_the_next_start(
 def test_a_server_that_does_not_start_tells_its_last_lines(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"server 0 ended; the end of .*engine-0.log:\nValueError: no room"):
         server(tmp_path, "--fails").start(never)
-
-
-def test_an_interpreter_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOV_ENGINE_PYTHON", "/no/python")
-    with pytest.raises(UserError, match="/no/python is no program that can be started"):
-        OwnServer("vllm", 0, Path("model"), 9, EngineServers(), tmp_path).start(never)
 
 
 @pytest.mark.parametrize(("given", "told"), [

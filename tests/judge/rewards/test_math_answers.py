@@ -51,7 +51,7 @@ def test_the_verdicts_of_the_processes_are_math_verifys_own() -> None:
 def test_no_response_of_the_benchmark_fools_and_every_honest_one_is_paid(items: list[tuple[str, str]],
                                                                          reward: float) -> None:
     asked = order("math", {})
-    assert len(items) == len(set(items)) == 40
+    assert len(items) == len(set(items)) == 44
     with runner(asked, make(asked), 1) as running:
         results = running.score([{"answer": gold, "response": response} for gold, response in items])
     assert [item for item, result in zip(items, results, strict=True) if result.reward != reward] == []
@@ -218,6 +218,10 @@ def test_what_judges_is_part_of_the_version() -> None:
     # dress
     ("42", "\\boxed{\\boldsymbol{42}}", 1), ("42", "\\boxed{\\textcolor{red}{42}}", 1),
     ("42", "\\boxed{\\color{red}42}", 1), ("42", "\\boxed{\\,42~\\text{m}}", 1),
-    ("1000000", "\\boxed{1\\ 000\\ 000}", 1)])
+    ("1000000", "\\boxed{1\\ 000\\ 000}", 1), ("5 km", "\\boxed{\\(5 \\text{ m}\\)}", 0),
+    ("42", "\\boxed{\\[ x = 42 \\]}", 1), ("42", "\\boxed{\\(42\\) million}", 0),
+    # a set is no tuple, and no interval
+    ("(4,3)", "$\\left\\{4,3\\right\\}$", 0), ("(0,1)", "\\boxed{\\{0,1\\}}", 0),
+    ("(4,3)", "\\boxed{(x,y)=(4,3)}", 1), ("\\{1,2\\}", "\\boxed{S=\\{2,1\\}}", 1)])
 def test_what_attackers_and_honest_ones_write(answer: str, response: str, reward: float) -> None:
     assert Math().score({"answer": answer, "response": response}).reward == reward

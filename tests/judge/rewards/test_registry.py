@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards import version
-from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.registry import lacking, make, order
 from megatron_sov.judge.rewards.reward import OPERATION, judged
 from megatron_sov.judge.rewards.version import settings_of, version_of
 
@@ -203,3 +204,21 @@ def test_the_sources_of_the_room_are_found() -> None:
     assert set(code) == {"megatron_sov.judge.rewards.reward", "megatron_sov.chat.marks",
                          "megatron_sov.chat.tool_calls"}, "what it reads of a response is judged"
     assert Path(version.__file__).is_file()
+
+
+@pytest.mark.parametrize(("name", "settings", "row", "field"), [
+    ("math", {}, {}, "answer"), ("math", {}, {"answer": "42"}, ""), ("code", {}, {"answer": "42"}, "tests"),
+    ("ifeval", {}, {"instruction_id_list": []}, ""), ("language", {}, {}, "language"),
+    ("language", {"language": "ko"}, {}, ""), ("repetition", {}, {}, ""),
+    ("composed", {"parts": {"m": {"reward": "math", "domains": ["math"]}, "r": {"reward": "repetition"}}},
+     {"domain": "math"}, "answer"),
+    ("composed", {"parts": {"m": {"reward": "math", "domains": ["math"]}, "r": {"reward": "repetition"}}},
+     {"domain": "chat"}, "")])
+def test_what_a_row_lacks_is_known_before_a_response_is(name: str, settings: dict[str, Any],
+                                                        row: dict[str, Any], field: str) -> None:
+    made = make(asked := order(name, settings))
+    assert lacking(asked, made, row) == field
+    if field and name != "composed":
+        # what is said before is what judging would say
+        refused = judged(made.reward, {**row, "response": "42"})
+        assert refused.status == "refused" and field in refused.reason

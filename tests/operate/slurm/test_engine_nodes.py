@@ -16,6 +16,8 @@ import pytest
 
 SERVER = """#!{python}
 import http.server, os, psutil, sys
+if sys.argv[1] == "-c":
+    sys.exit()  # asked whether it has vLLM
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)

@@ -11,26 +11,34 @@ import shutil
 import subprocess
 import sys
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_prep.cli import COMMANDS as DATA_COMMANDS
 from data_prep.demo_corpus import judged
 from megatron_sov import cli, recipes
 from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.command_line import Parser
+from megatron_sov.base.settings import options_of
+from megatron_sov.bench.suites.catalogue import chosen
 from megatron_sov.commands.operate.submit import COMMANDS, chain_names, read_chain
 from megatron_sov.operate.slurm.stages import STAGES, work_of
 from megatron_sov.plan.calibration.fitting import fullest
+from megatron_sov.post.rl.reward import reward_version
 from megatron_sov.runs.obs.events import final_steps, read_events
 from megatron_sov.work.clusters import cluster as cluster_profiles
 from megatron_sov.work.clusters.units import GIB
+from tokenizer.cli import COMMANDS as TOKENIZER_COMMANDS
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = ROOT / "slurm/scripts"
 ALL = sorted(SCRIPTS.glob("*/*.sbatch"))
 BIG = ("k-exaone-236b", "solar-open-102b")
 TINY = ("tiny-k-exaone", "tiny-solar-open")
+DOORS = {"data": DATA_COMMANDS, "tokenizer": TOKENIZER_COMMANDS}
 
 
 def test_there_are_scripts_for_the_published_recipes_and_their_tiny_ones() -> None:
@@ -38,8 +46,54 @@ def test_there_are_scripts_for_the_published_recipes_and_their_tiny_ones() -> No
     assert set(chain_names()) <= set(recipes.names())
     for name in chain_names():
         stages = [stage.stage for stage in read_chain(name).stages]
-        assert list(dict.fromkeys(stage for stage in stages if stage != "data"))[-8:] == [
-            "tokenizer", "pretrain", "extend", "sft", "rl-run", "prefer", "convert", "eval"], name
+        assert list(dict.fromkeys(stage for stage in stages if stage != "data"))[-9:] == [
+            "tokenizer", "pretrain", "extend", "sft", "rl-run", "prefer", "convert", "eval", "eval-lm"], name
+
+
+@pytest.mark.parametrize(("big", "tiny"), [*zip(BIG, TINY, strict=True)])
+def test_a_tiny_twin_learns_by_the_stages_of_the_big_one(big: str, tiny: str) -> None:
+    """From fine-tuning on, each by the tiny recipe of the big one's."""
+    roads = [[(stage.label, shlex.split(stage.arguments)[0]) for stage in read_chain(name).stages
+              if STAGES[stage.stage].ranks] for name in (big, tiny)]
+    of_big, of_tiny = (road[[label for label, _ in road].index("sft"):] for road in roads)
+    assert [(label, recipes.TINY[recipe]) for label, recipe in of_tiny] == of_big
+
+
+@pytest.mark.parametrize("name", [*BIG, *TINY])
+def test_what_submit_does_not_look_at_is_sound(name: str) -> None:
+    """Options of `sov-data` and `sov-tokenizer`, the rewards of rounds, the names of benchmarks."""
+    for stage in read_chain(name).stages:
+        argv, parser = list(stage.argv("WORK")), Parser(prog=stage.label)
+        if stage.stage in DOORS:
+            import_module(DOORS[stage.stage][argv.pop(0)].module).add_arguments(parser)
+        elif stage.stage in ("rl-run", "eval-lm"):
+            COMMANDS[stage.stage](parser)
+        else:
+            continue
+        options = options_of(parser.parse_args(argv))
+        if stage.stage == "rl-run":
+            assert reward_version(options.reward, options.reward_set), stage
+        elif stage.stage == "eval-lm":
+            assert len(chosen(options.tasks.split(","))) == len(options.tasks.split(",")), stage
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_the_sources_of_a_recipe_are_what_its_chain_has_packed(name: str) -> None:
+    packed: dict[str, set[str]] = {}
+    for stage in read_chain(name).stages:
+        argv = stage.argv("WORK")
+        if argv[0] == "pack":
+            named = [Path(argv[i + 1]).stem for i, word in enumerate(argv) if word == "--input"]
+            packed[argv[argv.index("--output") + 1]] = set(named)
+        elif STAGES[stage.stage].ranks:
+            work = work_of(stage.stage, list(argv), COMMANDS)
+            assert work.config is not None
+            config = work.config
+            blends = [*(phase.blend for phase in config.data.phases),
+                      *(stage.blend for stage in config.extend.stages),
+                      *(part.blend for stage in config.extend.stages for part in stage.parts)]
+            asked = {re.split("[@/]", source)[0] for blend in blends for source in blend} - {"needle"}
+            assert asked <= set().union(*(packed[folder] for folder in work.data)), (stage.label, asked)
 
 
 @pytest.mark.parametrize("name", [*BIG, *TINY])
@@ -62,6 +116,7 @@ def test_notes_tell_the_memory_of_the_account(name: str) -> None:
     for stage in chain.stages:
         if STAGES[stage.stage].ranks:
             config = work_of(stage.stage, shlex.split(stage.arguments), COMMANDS).config
+            assert config is not None
             need = fullest(config, stage.nodes * profile.tasks_per_node)[1].total / GIB
             assert re.findall(r"bout (\d+) GiB", stage.note) == [f"{need:.0f}"], (stage.stage, stage.note)
 
@@ -150,9 +205,13 @@ SMALLER = {
     "tokenizer": ("--vocab-size", "1024"), "tokens": ("--heldout", "0.2"), "chats": ("--heldout", "0.2"),
     "pretrain": settings(*TRAINING, *MODEL), "extend-512": settings(*TRAINING, *NEEDLES),
     "group-tokens": ("--heldout", "0.2"), "sft": settings(*TRAINING),
-    "rl-run": ("--workers", "1", *settings(*TRAINING[1:], "rollout.rounds=1", "rollout.prompts_per_round=2",
-                                           "rollout.samples_per_prompt=2", "rollout.max_new_tokens=4")),
-    "prefer": settings(*TRAINING), "verify": ("--lengths", "7"), "eval": ("--max-tokens", "1024")}
+    "rl-run": ("--workers", "1", "--reward", "sum.py:Sum", *settings(
+        *TRAINING[1:], "rollout.rounds=1", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
+        "rollout.steps_per_round=2", "rollout.max_new_tokens=4")),
+    "prefer": settings(*TRAINING), "verify": ("--lengths", "7"), "eval": ("--max-tokens", "1024"),
+    "benchmarks": ("--limit", "1")}
+SMALLER |= {"pair-tokens": SMALLER["group-tokens"], "prefer-rounds": (
+    *SMALLER["rl-run"], *settings("policy.keep_unfinished=true"))}
 """Stage -> what is added to the command of its script, so that it takes seconds."""
 
 
@@ -166,19 +225,25 @@ def work(site: Path, token_shards: Path, packed_data: Any) -> Path:
     shutil.copyfile(packed_data.text.parent / "chat.jsonl", folder / "chat.jsonl")
     (folder / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged(
         [{"messages": [{"content": f"What is {i}?"}, {"content": f"{i}."}]} for i in range(20)])))
+    benchmark = folder / "benchmarks/code-switching/test.jsonl"
+    benchmark.parent.mkdir(parents=True)
+    benchmark.write_text(json.dumps({"prompt": "What is 2?", "language": "en"}) + "\n")
     (folder / "manifest.json").touch()
+    # four tokens are all as long, and repeat nothing: another reward, which differs within a group
+    (site / "sum.py").write_text("class Sum:\n    def score(self, row):\n"
+                                 "        return float(sum(row['response'].encode()))\n")
     return folder.parent
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_scripts_of_a_tiny_recipe_run_to_their_end(cluster: Any, site: Path, work: Path,
+@pytest.mark.parametrize("name", TINY)
+def test_the_scripts_of_a_tiny_recipe_run_to_their_end(name: str, cluster: Any, site: Path, work: Path,
                                                        warm_python: str) -> None:
     """Each after the one before: `pretrain` as it stands, with the look at the node and two ranks; the others
     made for this cluster, with one rank."""
-    assert cli.main(["submit", "chain", "tiny-k-exaone", "--cluster", "site.yaml", "--scripts",
-                     "scripts"]) == 0
-    shipped = shutil.copy(SCRIPTS / "tiny-k-exaone/07-pretrain.sbatch", "scripts")
+    assert cli.main(["submit", "chain", name, "--cluster", "site.yaml", "--scripts", "scripts"]) == 0
+    shipped = shutil.copy(SCRIPTS / name / "07-pretrain.sbatch", "scripts")
     jobs: dict[str, str] = {}
 
     def send(script: Path, *options: str) -> str:
@@ -193,16 +258,20 @@ def test_the_scripts_of_a_tiny_recipe_run_to_their_end(cluster: Any, site: Path,
     for stage, job in jobs.items():
         found = cluster.wait(job, timeout_s=600)
         assert (found["JobState"], found["ExitCode"]) == ("COMPLETED", "0:0"), (stage, log_of(job, work))
-    for run, num_ranks in (("pretrain", 2), ("extend-512", 1), ("sft", 1), ("prefer", 1)):
-        events = list(read_events(work / run / "events.jsonl"))
-        assert [e["step"] for e in final_steps(events)] == [1, 2]
-        assert next(e["num_ranks"] for e in events if e["event"] == "run_start") == num_ranks
+    trained = [stage.label for stage in read_chain(name).stages if STAGES[stage.stage].ranks]
+    assert set(trained) <= set(jobs)
+    for run in trained:
+        events = list(read_events(work / {"rl-run": "rl"}.get(run, run) / "events.jsonl"))
+        assert [e["step"] for e in final_steps(events)] == [1, 2], run
+        started = next(e["num_ranks"] for e in events if e["event"] == "run_start")
+        assert started == (2 if run == "pretrain" else 1), run
     pretrain, records = jobs["pretrain"], work / "pretrain/slurm"
-    first_lines = Path(f"tiny-k-exaone-pretrain-{pretrain}.log").read_text()
+    first_lines = Path(f"{name}-pretrain-{pretrain}.log").read_text()
     assert first_lines == f"job: its log is {records}/{pretrain}.log\n"
     assert len(list((records / f"logs/{pretrain}-0/preflight").glob("rank-*.json"))) == 2
     assert read_manifest(work / "hf").kind == "hf_model"
     assert set(json.loads((work / "ppl.json").read_text())) == {"english", "code"}
+    assert set(json.loads((work / "scores.json").read_text())["tasks"]) == {"code-switching"}
     again = send(Path(shipped))
     assert cluster.wait(again)["ExitCode"] == "0:0"
     assert "complete.json exists: there is nothing left to do" in log_of(again, work)

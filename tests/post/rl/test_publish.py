@@ -499,6 +499,25 @@ def test_a_run_goes_on_with_its_prompts_and_tells_of_another_reward(
     assert "judged by reward version aaaaaaaaaaaa, and round 2 will be by bbbb" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_asking_as_it_began(publisher: Publisher, write_round: Any,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    store, chat = write(publisher, write_round), {"chat_template.jinja": "sha256:1"}
+    asked = {"plain": False, "chat": chat, "environment": "1", "limits": {"max_turns": 5}}
+    assert dataclasses.replace(publisher, chosen_by=asked).publish(1) == ""
+    for change, told in [({"limits": {"max_turns": 7}}, "limits.max_turns = 5, and .* with 7; resume with"),
+                         ({"chat": {"chat_template.jinja": "sha256:2"}},
+                          "chat.chat_template.jinja = sha256:1, and .* with sha256:2"),
+                         ({"chat": {}}, "chat.chat_template.jinja = sha256:1, and .* with None")]:
+        with pytest.raises(UserError, match=f"rounds/0001: was written with {told}"):
+            dataclasses.replace(publisher, chosen_by=asked | change).publish(2)
+    # whoever trains what others write does not know how they ask
+    assert "pieces are not written" in dataclasses.replace(publisher).publish(2)
+    assert not capsys.readouterr().err
+    write_round(store, publisher.prompts, ROLLOUT, 2, VERSION)
+    assert dataclasses.replace(publisher, chosen_by=asked | {"environment": "2"}).publish(2) == ""
+    assert "environment = 1, and the next round would be with 2: the env" in capsys.readouterr().err
+
+
 def test_routes_lie_beside_the_tokens_that_are_replayed(publisher: Publisher, write_round: Any,
                                                         tmp_path: Path) -> None:
     model = dataclasses.replace(publisher.config.model, num_experts=8, num_experts_per_token=2)

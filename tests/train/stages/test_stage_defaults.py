@@ -102,9 +102,11 @@ def test_rounds_follow_from_prompts() -> None:
     assert (config.rollout.max_prompt_tokens, config.rollout.max_new_tokens) == (256, 256)
     assert config.data.phases[0].seq_len == 512 and config.optim.lr == 1e-6
     assert "3 passes over 40 prompts = 3 rounds of 40" in notes
-    with pytest.raises(UserError, match=r"train\.steps: rounds make the steps of this run, "
-                                        r"rollout\.steps_per_round \(1\) each; .* set rollout\.rounds"):
-        completed(request([], "train.steps=9", "train.epochs=1", stage="policy"), "policy", num_prompts=40)
+    for asked in (request([], "train.steps=9", stage="policy"),
+                  dataclasses.replace(request([], stage="policy"), layered=frozenset({"train.steps"}))):
+        with pytest.raises(UserError, match=r"train\.steps: rounds make the steps of this run, "
+                                            r"rollout\.steps_per_round \(1\) each; .* set rollout\.rounds"):
+            completed(asked, "policy", num_prompts=40)
     with pytest.raises(UserError, match=r"train\.epochs and rollout\.rounds: both say how long the run"):
         completed(request([], "rollout.rounds=9", "train.epochs=3", stage="policy"), "policy", num_prompts=40)
     config, _ = completed(request([], "rollout.rounds=9", stage="policy"), "policy", num_prompts=200)
