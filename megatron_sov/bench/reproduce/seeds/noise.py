@@ -19,7 +19,7 @@ def junk(text: str) -> str:
     rng = random.Random(hashlib.sha256(text.encode()).digest())
     lines: list[str] = []
     sort, size, length = rng.randrange(4), len(text), 0
-    first = text.strip().splitlines()[0][:80] if text.strip() else ""
+    first = text.strip().split("\n")[0][:80]
     words = text.split()
     while length < size:
         if sort == 0:
