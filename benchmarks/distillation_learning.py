@@ -31,6 +31,7 @@ import platform
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -70,12 +71,13 @@ RATE = "optim.lr=2e-3"
 ON_POLICY = "forward KL, on-policy"
 
 
-def conversations(seed: int, count: int, wordings: tuple[str, ...], even: bool = False) -> str:
-    """Return chats, one a line; the answers of each kind of thing have shares of 1/2, 1/4, ... in an order of
-    its own, or even ones."""
+def conversations(seed: int, count: int, wordings: tuple[str, ...], even: bool = False,
+                  things: Sequence[str] = tuple(THINGS)) -> str:
+    """Return chats about things, one a line; the answers of each kind of thing have shares of 1/2, 1/4, ...
+    in an order of its own, or even ones."""
     draw, lines = random.Random(seed), []
     for _ in range(count):
-        thing, name = draw.choice(list(THINGS)), draw.choice(NAMES)
+        thing, name = draw.choice(things), draw.choice(NAMES)
         answers = THINGS[thing].split()
         random.Random(thing).shuffle(answers)
         shares = [1.0 if even else 0.5 ** i for i in range(len(answers))]

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.model.observing import Observed, locate, observe
+from megatron_sov.engine.optimizer.state_shards import any_float
 from megatron_sov.engine.parallel.simulated_world import CallSite, Meddle, SimulatedRanks, Standstill
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import ParallelConfig, RunConfig
@@ -119,7 +119,7 @@ def prove(small: Miniature, meddle: Meddle | None = None, whole: Whole | None = 
     """
     began_s = time.monotonic()
     # a backward pass stays in the thread of its process
-    with torch.autograd.set_multithreading_enabled(False), _one_thread(), _doubles_are_floats():
+    with torch.autograd.set_multithreading_enabled(False), _one_thread(), any_float:
         verdict = _compare(small, play_alone(small) if whole is None else whole, meddle)
     verdict.seconds = time.monotonic() - began_s
     return verdict
@@ -343,20 +343,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _doubles_are_floats() -> Iterator[None]:
-    """Have float64 pass for float32 by name: megatron-core's distributed optimizer knows three dtypes by
-    their names, and treats those of float32 as they are."""
-    named = torch.Tensor.type
-
-    def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        found = named(tensor, *args, **kwargs)
-        return found.replace("DoubleTensor", "FloatTensor") if isinstance(found, str) else found
-
-    with mock.patch.object(torch.Tensor, "type", type_):
-        yield
 
 
 def as_text(small: Miniature, verdict: Verdict) -> str:

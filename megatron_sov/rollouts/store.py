@@ -404,16 +404,23 @@ class RolloutStore(Table[RolloutPart]):
             raise UserError(f"{part.file}: has a row of round {strangers.pop()}; the store did not write it")
         return table
 
-    def read_rewards(self, version: str, name: str) -> list[RewardRow]:
+    def read_rewards(self, version: str, name: str, rollouts: RolloutPart | None = None) -> list[RewardRow]:
         """Return what a reward said of the rows of a part.
+
+        Args:
+            version: of the reward.
+            name: of the part.
+            rollouts: the part itself, where it is at hand; else its manifest is read.
 
         Raises:
             UserError: there is no such part, it is damaged, or judges rows that are there no more.
         """
         part = self.part(name, version)
         # rows that were deleted and written again have the keys of those that were judged
-        if self.part_path(name).exists() and part.provenance.get(
-                JUDGED, now := self.part(name).manifest_sha256) != now:
+        if rollouts is None and self.part_path(name).exists():
+            rollouts = self.part(name)
+        if rollouts is not None and part.provenance.get(
+                JUDGED, rollouts.manifest_sha256) != rollouts.manifest_sha256:
             raise UserError(f"{part.path}: judges other rows than {self.part_path(name)} has now; delete it, "
                             "and they are judged")
         rows = _converted(part.file, lambda: rewards_of(self.read(part, REWARDS)))
@@ -427,8 +434,9 @@ class RolloutStore(Table[RolloutPart]):
         return rows
 
     def judgements(self, version: str, parts: Sequence[RolloutPart]) -> Judgements:
-        return {(said.key, said.attempt): said for part in parts if self.has(part.name, version)
-                for said in self.read_rewards(version, part.name)}
+        return {(said.key, said.attempt): said for part in parts
+                if self.part_path(part.name, version).exists()
+                for said in self.read_rewards(version, part.name, part)}
 
     def pieces(self, parts: Sequence[RolloutPart], fields: Sequence[str] | None = None
                ) -> Iterator[tuple[list[RolloutPart], list[Rollout], int]]:

@@ -70,7 +70,7 @@ def store(tmp_path: Path) -> RolloutStore:
     return RolloutStore.create(tmp_path / "store", "sha256:ab", VOCAB_SIZE)
 
 
-def test_a_part_is_written_and_read(store: RolloutStore) -> None:
+def test_a_part_is_written_and_read(store: RolloutStore, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, name = [rollout(0), rollout(1, outcome={"reward": 1.0})], part_name(1, 3)
     assert not store.has(name)
     store.add_rollouts(name, rows, {"job": 7})
@@ -83,7 +83,10 @@ def test_a_part_is_written_and_read(store: RolloutStore) -> None:
     assert store.read_rewards("v1" * 8, name) == [judged(row) for row in rows]
     assert store.versions() == ["v1v1v1v1v1v1"] and store.has(name, "v1" * 8)
     assert not store.has(name, "v2" * 8)
+    opened, own = list[str](), store.part
+    monkeypatch.setattr(store, "part", lambda name, version="": opened.append(version) or own(name, version))
     assert store.judgements("v1" * 8, [part]) == {(row.key, 0): judged(row) for row in rows}
+    assert opened == ["v1" * 8], "a part that is at hand is not opened again"
 
 
 def arrays(dtype: Any, values: st.SearchStrategy[Any], length: st.SearchStrategy[int]) -> Any:

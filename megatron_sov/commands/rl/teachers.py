@@ -103,7 +103,6 @@ def teachers_of(args: ScoringTeacherOptions, config: RunConfig, tokenizer: Path
     Raises:
         UserError: one is no checkpoint, of another architecture or of another tokenizer.
     """
-    from megatron_sov.infer.engines.target import find_target
     from megatron_sov.post.rl.teachers import ScoringTeacher
 
     given = args.given()
@@ -114,8 +113,7 @@ def teachers_of(args: ScoringTeacherOptions, config: RunConfig, tokenizer: Path
     found = [ScoringTeacher(domain, urls=tuple(places)) for domain, places in urls.items()]
     for option, domain, place in given:
         if option == "--teacher":
-            refuse_missing(Path(place), "--teacher ")
-            target = find_target(Path(place))
+            target = _target_of(place)
             _refuse_other_model(place, target, config, tokenizer)
             found.append(ScoringTeacher(domain, target.path, files_sha256(target.path)))
     return tuple(sorted(found, key=lambda teacher: teacher.domain))
@@ -128,16 +126,21 @@ def live_teacher_of(args: ScoringTeacherOptions, config: RunConfig, tokenizer: P
     Raises:
         UserError: it is no checkpoint, of another tokenizer, or does not fit beside the student.
     """
-    from megatron_sov.infer.engines.target import find_target
     from megatron_sov.post.distillation.distill import LiveTeacher
 
     if not config.policy.learns_distributions:
         return None
     [(_, _, place)] = args.given()
-    refuse_missing(Path(place), "--teacher ")
-    target = find_target(Path(place))
+    target = _target_of(place)
     _refuse_other_tokens(place, target, tokenizer)
     return LiveTeacher(target.path, config, num_ranks(nproc))
+
+
+def _target_of(place: str) -> Target:
+    from megatron_sov.infer.engines.target import find_target
+
+    refuse_missing(Path(place), "--teacher ")
+    return find_target(Path(place))
 
 
 def _refuse_other_model(given: str, target: Target, config: RunConfig, tokenizer: Path) -> None:

@@ -218,7 +218,8 @@ def run(typed: argparse.Namespace) -> int:
     # a complete run needs no states any more: they may have been deleted
     if folder.completion() is None:
         for reader in readers:
-            states += _make_states(args, reader, config, folder, sources)
+            _make_states(args, reader, config, folder, sources)
+            states += reader.states
     read: list[KeptTeacher] = []
     if folder.completion() is None and not args.dry_run:
         # what does not belong together is told before processes start
@@ -284,9 +285,8 @@ def _readers_of(args: DistillOptions, paths: dict[str, float]) -> list[_DataRead
 
 
 def _make_states(args: DistillOptions, reader: _DataReader, config: RunConfig, folder: RunFolder,
-                 sources: list[Source]) -> tuple[Path, ...]:
-    """Have a teacher read the data that it has not read, and check that it was this one which has; returns
-    the folders.
+                 sources: list[Source]) -> None:
+    """Have a teacher read the data that it has not read, and check that it was this one which has.
 
     Raises:
         UserError: it knows other tokens, another one has read them, or several folders are not there.
@@ -295,17 +295,17 @@ def _make_states(args: DistillOptions, reader: _DataReader, config: RunConfig, f
     from megatron_sov.post.distillation.state_files import KIND, Kept, StateFiles
     from megatron_sov.post.distillation.teacher import TeacherReading, read_documents
 
-    target, states = find_target(reader.teacher), reader.states
+    target = find_target(reader.teacher)
     if target.vocab_size != config.model.vocab_size and not config.distillation.other_tokenizer:
         raise UserError(f"--teacher {reader.teacher}: has {target.vocab_size} token ids, the student "
                         f"model.vocab_size = {config.model.vocab_size}; choose a teacher with as many, "
                         "or, of another tokenizer, pass --set distillation.other_tokenizer=true --top-k 64")
     # only the manifest tells that a folder is complete
-    missing = [path for path in states if not (path / MANIFEST).is_file()]
+    missing = [path for path in reader.states if not (path / MANIFEST).is_file()]
     if len(missing) > 1:
         raise UserError(f"--states {', '.join(map(str, missing))}: are not there; make all but one of them "
                         "by `megatron-sov distill states`")
-    made = [path for path in states if path not in missing]
+    made = [path for path in reader.states if path not in missing]
     if is_first():  # to hash a teacher's files takes a while
         _refuse_other_teacher(reader.teacher, target, made)
     data = _not_read(reader.data, made)
@@ -322,10 +322,9 @@ def _make_states(args: DistillOptions, reader: _DataReader, config: RunConfig, f
         digest = read_manifest(made[0], KIND).settings["teacher"] if made else ""
         if args.dry_run:
             print(f"{reader.teacher} would read {', '.join(data)} first, into {missing[0]}")
-            return states
+            return
         read_documents(TeacherReading(target, data, kept=kept, digest=digest), missing[0],
                        args.teacher_settings, args.nproc, redo=True)
-    return states
 
 
 def _refuse_beside(args: DistillOptions, asked: DistillationConfig, made: StateFiles, vocab_size: int

@@ -9,7 +9,6 @@ and shapes at every layout, with ZeRO-1 and without.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -162,21 +161,34 @@ def take_gradients(shards: Iterable[StateShard]) -> None:
         wait()
 
 
-@contextlib.contextmanager
-def any_float() -> Iterator[None]:
-    """Have the library make its distributed optimizer for float64 too: it knows three dtypes,
-    by the names of their types."""
-    original = torch.Tensor.type
+class _AnyFloat:
+    """See `any_float`."""
 
-    def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        found = original(tensor, *args, **kwargs)
-        return found.replace("DoubleTensor", "FloatTensor") if isinstance(found, str) else found
+    def __init__(self) -> None:
+        self._num_inside = 0
+        self._named: Any = None
 
-    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.Tensor.type = original  # type: ignore[method-assign]
+    def __enter__(self) -> None:
+        # simulated processes take turns in here: the first changes the names, the last restores them
+        if self._num_inside == 0:
+            self._named = named = torch.Tensor.type
+
+            def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                found = named(tensor, *args, **kwargs)
+                return found.replace("DoubleTensor", "FloatTensor") if isinstance(found, str) else found
+
+            torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+        self._num_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._num_inside -= 1
+        if self._num_inside == 0:
+            torch.Tensor.type = self._named  # type: ignore[method-assign]
+
+
+any_float = _AnyFloat()
+"""`with any_float:` the library makes its distributed optimizer for float64 too: it knows three dtypes, by
+the names of their types."""
 
 
 def shard_blocks(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[tuple[LocalShard,

@@ -10,6 +10,7 @@ what is told.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import os
 import signal
@@ -37,9 +38,6 @@ STACK_BYTES = 4 << 20
 _RANDOM_STATES = ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED")
 TOLD_WAITING = 6
 """Processes that a message about a standstill names."""
-
-
-_to_object: Callable[[torch.Tensor, Any, Any], Any] = distributed_c10d._tensor_to_object
 
 
 class Standstill(Exception):
@@ -74,6 +72,10 @@ class Part:
     outputs: list[torch.Tensor]
     input_sizes: list[int] = field(default_factory=list)
     output_sizes: list[int] = field(default_factory=list)
+    value: Any = None
+    """What is no tensor."""
+    values: list[Any] = field(default_factory=list)
+    """Where the values of all members are wanted."""
 
 
 @dataclass
@@ -104,7 +106,6 @@ class SimulatedRanks:
         self.mail: dict[tuple[str, int, int, int], deque[list[torch.Tensor]]] = {}
         self.rank_groups: dict[Any, list[list[int]]] = {}
         """What the library finds for sizes alone, and each process would find once more."""
-        self._objects: dict[bytes, Any] = {}
         self._turns = [_taken() for _ in range(size)]
         self._ready: deque[int] = deque(range(size))
         self._waiting: dict[int, str] = {}
@@ -142,7 +143,7 @@ class SimulatedRanks:
 
         # the library says in the environment which attention a model has, for whoever computes it next
         with (self._signals_wait(), mock.patch.dict(os.environ),
-              mock.patch.object(distributed_c10d, "_tensor_to_object", self._read_object)):
+              mock.patch.object(dist, "all_gather_object", _gather_objects)):
             threading.stack_size(STACK_BYTES)
             try:
                 threads = [threading.Thread(target=play, args=(rank,), daemon=True)
@@ -187,14 +188,6 @@ class SimulatedRanks:
                 signal.signal(number, handler)
         for number in came[:1]:
             told[number](number, None)
-
-    def _read_object(self, tensor: torch.Tensor, num_bytes: Any, group: Any) -> Any:
-        """Return the value that was sent as bytes, one for all who read the same: each of 512 processes
-        reads what 512 have sent, and nobody changes what others sent."""
-        sent = tensor.numpy().tobytes()[:int(num_bytes)]
-        if sent not in self._objects:
-            self._objects[sent] = _to_object(tensor, num_bytes, group)
-        return self._objects[sent]
 
     def wait(self, rank: int, holds: Callable[[], bool], what: str) -> None:
         """Let others work until something holds."""
@@ -344,6 +337,16 @@ class SimulatedGroup(_ProcessGroup):
 
         return self._call("allgather", Part(_plain(inputs), _plain(outputs[0])), work)
 
+    def gather_objects(self, values: list[Any], value: Any) -> dist.Work:
+        """Give a value that is no tensor, which is copied once for all, since nobody changes it: of 512
+        processes each would read what 512 have sent."""
+        def work(parts: list[Part]) -> None:
+            sent = [copy.deepcopy(part.value) for part in parts]
+            for part in parts:
+                part.values[:] = sent
+
+        return self._call("allgather", Part([], [], value=value, values=values), work)
+
     def all_gather_single(self, output: torch.Tensor, sent: torch.Tensor, opts: Any = None) -> dist.Work:
         return self.allgather([list(output.chunk(self.size()))], [sent], opts)
 
@@ -450,6 +453,12 @@ class SimulatedGroup(_ProcessGroup):
 
         return _Done(self._ranks, self._rank, holds,
                      f"recv from rank {self._members[sender]} over {self._key} at {site.where}")
+
+
+def _gather_objects(values: list[Any], value: Any, group: Any = None) -> None:
+    """`torch.distributed.all_gather_object`."""
+    asked: Any = group or distributed_c10d._get_default_group()
+    asked.gather_objects(values, value).wait()
 
 
 class _World:

@@ -315,7 +315,7 @@ class Publisher:
         if gathered.unjudged and not len(gathered.rows):
             told = ", ".join(f"{count:,} {status}" for status, count in gathered.unjudged.items())
             why = next((f", the first because {said.reason}" for part in gathered.parts
-                        for said in self._opened.read_rewards(self.reward_version, part.name)
+                        for said in self._opened.read_rewards(self.reward_version, part.name, part)
                         if said.reward is None and said.reason), "")
             mend = ("mend what the reward runs on, and have it judge again behind `megatron-sov rl store gc "
                     f"{self.store} --version {self.reward_version}`")

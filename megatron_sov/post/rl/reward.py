@@ -147,7 +147,7 @@ def second_opinions(name: str, settings: Sequence[str], version: str, store: Rol
         return None
     found = Opinions()
     for part in store.parts():
-        for row in (store.read_rewards(version, part.name) if store.has(part.name, version) else ()):
+        for row in (store.read_rewards(version, part.name, part) if store.has(part.name, version) else ()):
             said = {key.removeprefix(f"{SECOND}."): value for key, value in row.components.items()
                     if key.startswith(f"{SECOND}.")}
             if opinion := opinion_of(found.num_opinions + 1, {SECOND: said}, ""):
@@ -276,7 +276,7 @@ class JudgingJob:
 
     def _tell_differences(self, part: RolloutPart, judged: Sequence[RewardRow]) -> None:
         """Say where another job, taken for dead, has judged the same rows otherwise."""
-        published = self.store.read_rewards(self.version, part.name)
+        published = self.store.read_rewards(self.version, part.name, part)
         # What was published first stays; a difference means that the reward is no function of the row.
         there = {(row.key, row.attempt): row.reward for row in published}
         others = sum(there.get((row.key, row.attempt)) != row.reward for row in judged)

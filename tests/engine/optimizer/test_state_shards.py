@@ -119,3 +119,27 @@ def test_a_range_is_cut_at_rows_and_no_finer() -> None:
     assert list(flat_ranges([4, 3], 4, 5)) == [((1, 1), (1, 1))]
     assert list(flat_ranges([7], 2, 5)) == [((2,), (3,))]
     assert list(flat_ranges([4, 3], 5, 5)) == []
+
+
+def test_processes_that_take_turns_change_the_names_of_types_once() -> None:
+    import torch
+
+    from megatron_sov.engine.optimizer.state_shards import any_float
+    from megatron_sov.engine.parallel import cpu_shims
+    from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
+    from megatron_sov.model.config import ParallelConfig
+
+    cpu_shims.prepare_without_gpu()
+    cpu_shims.mend()
+    before, number = torch.Tensor.type, torch.zeros(1, dtype=torch.float64)
+    own_names = number.type()
+
+    def named(_: Any) -> list[Any]:
+        with any_float:
+            found = [torch.Tensor.type]
+            torch.distributed.barrier()
+            return [*found, torch.Tensor.type, number.type()]
+
+    changed = SimulatedRanks(3).run(ParallelConfig(), named)
+    assert changed == [[changed[0][0]] * 2 + [own_names.replace("Double", "Float")]] * 3
+    assert torch.Tensor.type is before

@@ -10,13 +10,14 @@ from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.policy import objective_of
+from megatron_sov.post.preference import round_objective_of
 from megatron_sov.post.rl import round_files
 from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
-from megatron_sov.post.rl.publish import Publisher
+from megatron_sov.post.rl.publish import Publisher, published_numbers
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.rounds import Policy, RunPolicies
-from megatron_sov.train.data.rounds import rounds_of, rounds_source
+from megatron_sov.train.data.rounds import BEHAVIOUR, rounds_of, rounds_source
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import Trainer
 
@@ -37,10 +38,11 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
     config = config_of(settings)
     place = world.join(config.parallel)
     config.check(place.size)
-    objective = objective_of(config)
+    objective = (round_objective_of if config.policy.learns_preferences else objective_of)(config)
     # what a layout computes itself stands beside the rounds: each has rounds of its own
     columns = columns_of_run(config, objective.columns, Path(folder))
-    source = rounds_source(Path(folder) / "rounds", config.model.vocab_size, None, columns.names)
+    source = rounds_source(Path(folder) / "rounds", config.model.vocab_size, None, columns.names,
+                           columns.routes, (BEHAVIOUR, *published_numbers(config)))
     rounds = rounds_of([source])
     assert rounds is not None
     policies = RunPolicies(Path(folder), Policy(Path(folder), 0, "start"), config.rollout, {})
@@ -52,6 +54,7 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
         result = trainer.update()
         assert result is not None
         taken.append({"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.num_tokens,
+                      **{f"term {name}": value for name, value in result.losses.items()},
                       "load": trainer.expert_load.gather().tolist(),
                       # those of the round are the event's, which the first process writes
                       **{f"meter {name}": value for name, value in result.meters.items()

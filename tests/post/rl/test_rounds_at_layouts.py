@@ -26,44 +26,77 @@ ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=4, samples_per_prompt=4, ste
                         piece_prompts=2, max_new_tokens=12, max_prompt_tokens=6)
 ROUNDS = [f"rollout.{name}={json.dumps(value)}" for name, value in dataclasses.asdict(ROLLOUT).items()]
 CORRECTED = ["policy.correction=token_truncate", "policy.correction_high=2"]
-LAYOUTS = {
+Layout = tuple[int, list[str]]
+LAYOUTS: dict[str, Layout] = {
     "one rank": (1, []),
     "micro batch 1": (1, ["train.micro_batch_size=1"]),
     "TP2+SP x PP2 x EP2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.ep=2"]),
     "CP2 x DP2": (4, ["parallel.cp=2"]),
     "PP2 VPP2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
 }
+SPLIT: dict[str, Layout] = {
+    "one rank": (1, []), "TP2+SP x PP2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2"]),
+    "CP2": (2, ["parallel.cp=2"])}
 
 
-@pytest.mark.distributed
-def test_rounds_are_the_same_steps_at_every_layout(ranks: Any, job: Any, packed_data: Any, write_round: Any,
-                                                   tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
+def publish(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConfig, *, seq_len: int) -> None:
+    """Write and publish two rounds into a folder."""
+    file = folder / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(6)))
     prompts, digest = read_prompts(file), file_digest(packed_data.tokenizer / "tokenizer.json", "sha256")
-    store = RolloutStore.create(tmp_path / "store", digest, 368)
+    store = RolloutStore.create(folder / "store", digest, 368)
     base = recipes.get("tiny-k-exaone")
     config = with_rounds(dataclasses.replace(
-        base, rollout=ROLLOUT, policy=PolicyConfig(method="dapo", max_gen_batches=1),
-        model=dataclasses.replace(base.model, vocab_size=368),
-        data=dataclasses.replace(base.data, phases=(PhaseConfig("main", seq_len=32),))))
-    publisher = Publisher(config, tmp_path / "rounds", store.path, prompts, VERSION, packed_data.tokenizer)
+        base, rollout=ROLLOUT, policy=policy, model=dataclasses.replace(base.model, vocab_size=368),
+        data=dataclasses.replace(base.data, phases=(PhaseConfig("main", seq_len=seq_len),))))
+    publisher = Publisher(config, folder / "rounds", store.path, prompts, VERSION, packed_data.tokenizer)
     for number in (1, 2):
         write_round(store, prompts, ROLLOUT, number, VERSION)
         assert publisher.publish(number) == ""
+
+
+def curves(ranks: Any, job: Any, folder: Path, layouts: dict[str, Layout], settings: list[str]
+           ) -> list[dict[str, Any]]:
+    """Train the rounds at some layouts, see that all do the same, and return the steps of the first."""
     jobs = []
-    for i, (nproc, layout) in enumerate(LAYOUTS.values()):
-        shutil.copytree(tmp_path / "rounds", tmp_path / str(i) / "rounds")
-        jobs.append(job(RUN, "curve", nproc, {"settings": [*ROUNDS, *CORRECTED, *layout],
-                                              "folder": str(tmp_path / str(i))}))
+    for i, (nproc, layout) in enumerate(layouts.values()):
+        shutil.copytree(folder / "rounds", folder / settings[-1] / str(i) / "rounds")
+        jobs.append(job(RUN, "curve", nproc, {"settings": [*ROUNDS, *settings, *layout],
+                                              "folder": str(folder / settings[-1] / str(i))}))
     (reference,), *others = ranks(*jobs)
-    assert len(reference) == 4 and len({step["tokens"] for step in reference}) > 1
-    for name, per_rank in zip(list(LAYOUTS)[1:], others, strict=True):
+    for name, per_rank in zip(list(layouts)[1:], others, strict=True):
         for steps in per_rank:
             for number, (ours, theirs) in enumerate(zip(steps, reference, strict=True), 1):
                 for what, value in theirs.items():
                     # the trainer's own column is kept in float32
                     assert np.allclose(ours[what], value, rtol=1e-6, atol=1e-8), f"{name}: {number}: {what}"
+    found: list[dict[str, Any]] = reference
+    return found
+
+
+@pytest.mark.distributed
+def test_rounds_are_the_same_steps_at_every_layout(ranks: Any, job: Any, packed_data: Any, write_round: Any,
+                                                   tmp_path: Path) -> None:
+    publish(tmp_path, packed_data, write_round, PolicyConfig(method="dapo", max_gen_batches=1), seq_len=32)
+    steps = curves(ranks, job, tmp_path, LAYOUTS, CORRECTED)
+    assert len(steps) == 4 and len({step["tokens"] for step in steps}) > 1
+
+
+@pytest.mark.distributed
+def test_rounds_of_preferences_are_the_same_steps_at_every_layout(
+        ranks: Any, job: Any, packed_data: Any, write_round: Any, tmp_path: Path) -> None:
+    publish(tmp_path, packed_data, write_round, PolicyConfig(method="preference", keep_unfinished=True),
+            seq_len=64)
+    losses = {}
+    for method in ("dpo-norm", "simpo", "orpo"):
+        steps = curves(ranks, job, tmp_path, SPLIT, [
+            "policy.method=preference", "policy.keep_unfinished=true", "data.phases.0.seq_len=64",
+            f"preference.method={method}"])
+        losses[method] = [step["loss"] for step in steps]
+        if method == "dpo-norm":
+            # the weights that begin a round are its reference, and know of no difference
+            assert any(value == pytest.approx(np.log(2), rel=1e-6) for value in steps[0].values()), steps[0]
+    assert len({round(values[0], 6) for values in losses.values()}) == 3
 
 
 @pytest.mark.distributed

@@ -9,6 +9,7 @@ that were taken, and one that is continued takes them again in a new session, wh
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import importlib.util
 import json
@@ -30,6 +31,10 @@ MAX_MESSAGE_BYTES = 64 << 20
 """Of a server."""
 _BASE = ("metadata",)
 """Of an action, for programs: models are not shown it."""
+_ANSWERS = {"reset": "observation", "step": "observation", "mcp": "mcp"}
+"""Type of a message -> of its answer."""
+_UNASKED_S = 0.001
+"""For a message that lies there already to be read."""
 _ARGUMENTS = ("VALIDATION_ERROR", "INVALID_JSON")
 """A server's codes for an action that is none."""
 
@@ -70,7 +75,13 @@ class OpenEnv(ServedWorld):
         return text
 
     def score(self, answer: str) -> Score:
-        """Return the sum of the rewards of all actions."""
+        """Return the sum of the rewards of all actions.
+
+        Raises:
+            InfrastructureFault: some answers were another action's.
+        """
+        if not self._socket.closed:
+            self._listed()  # of another type than a step's: behind it nothing is left to come
         return Score(self.state["reward"],
                      {"actions": len(self.state["actions"]), "done": self.state["done"]})
 
@@ -98,8 +109,7 @@ class OpenEnv(ServedWorld):
         self._loop = asyncio.new_event_loop()
         self._loop.run_until_complete(self._connect())
         shown = self._observed(self._ask("reset", dict(self.task.get("reset", {}))))
-        listed = self._ask("mcp", {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {}})
-        result = listed.get("result")
+        result = self._listed().get("result")
         found = result.get("tools", []) if isinstance(result, dict) else []
         if not isinstance(found, list):
             raise InfrastructureFault(f"it lists {short(repr(found))}, and not tools alone")
@@ -109,6 +119,9 @@ class OpenEnv(ServedWorld):
              "inputSchema": {key: value for key, value in self._action_schema().items()
                              if key in ("properties", "required", "$defs")}})]
         return shown
+
+    def _listed(self) -> dict[str, Any]:
+        return self._ask("mcp", {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {}})
 
     def _end(self) -> None:
         if (loop := getattr(self, "_loop", None)) is None:
@@ -167,9 +180,22 @@ class OpenEnv(ServedWorld):
         return shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)
 
     def _ask(self, kind: str, data: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer to a message.
+
+        The protocol numbers neither: an answer is told from another one's by its type and by its turn.
+
+        Raises:
+            ToolFault: the server says so.
+            InfrastructureFault: it has not answered, or more than once.
+        """
         import aiohttp
 
         async def ask() -> Any:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_UNASKED_S):
+                    left = await self._socket.receive_json()
+                    raise InfrastructureFault(f"the server has answered twice: {short(repr(left))} was not "
+                                              "asked for, and answers no longer belong to actions")
             await self._socket.send_json({"type": kind, "data": data})
             return await self._socket.receive_json()
 
@@ -180,6 +206,9 @@ class OpenEnv(ServedWorld):
         content = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(content, dict):
             raise InfrastructureFault("the server's answer is no message of OpenEnv")
+        if answer.get("type") not in ("error", _ANSWERS[kind]):
+            raise InfrastructureFault(f"the server answers {kind} by {short(repr(answer.get('type')))}, an "
+                                      "answer to something else")
         if answer.get("type") == "error":
             said, code = short(str(content.get("message", "an error"))), content.get("code")
             wrong = [".".join(map(str, one.get("loc", ()))) + f": {one.get('msg')}"

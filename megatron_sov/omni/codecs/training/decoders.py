@@ -377,7 +377,7 @@ class ImageDecoderTraining:
     """How it learns."""
 
 
-class Drawn(NamedTuple):
+class DrawnPictures(NamedTuple):
     """Pictures and what their tokenizer says of them."""
 
     pictures: Pictures
@@ -389,7 +389,8 @@ class Drawn(NamedTuple):
 class ImageDecoderTask:
     """A picture decoder and pictures with their tokens."""
 
-    def __init__(self, decoder: DiT, learning: CodecSchedule, drawn: Drawn, heldout: Drawn) -> None:
+    def __init__(self, decoder: DiT, learning: CodecSchedule, drawn: DrawnPictures,
+                 heldout: DrawnPictures) -> None:
         """Args:
             decoder: its `token_embeddings` are those of the tokenizer; an autoencoder stays as it is.
             learning: how it learns.
@@ -540,7 +541,7 @@ def _drawing(settings: ImageDecoderTraining, codec: Any, vae: Path | None, files
         return np.asarray(codec.encode(seen[None].float() / 255)[0])
 
     drawn, heldout = (
-        Drawn(picture_bank(folder / f"{part}.bin", names, side,
+        DrawnPictures(picture_bank(folder / f"{part}.bin", names, side,
                            name_refusals(files.root, lambda name: reader.picture(name, (side,)).arrays[0])),
               id_bank(folder / f"{part}.ids", names, codec.grid**2, name_refusals(files.root, ids)))
         for part, names in (("train", files.train), ("heldout", files.heldout)))

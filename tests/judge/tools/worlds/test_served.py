@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,6 +51,10 @@ class Guessing:
 
     def __init__(self, has_tools: bool = False) -> None:
         self.has_tools, self.sessions, self.lies = has_tools, 0, False
+        self.again = ""
+        """A type of messages that are answered twice."""
+        self.late: list[dict[str, Any]] = []
+        """Answers that go before the next one."""
         self.tools: Any = [{"name": "guess", "description": "Say a number.", "inputSchema": GUESS}]
 
     def app(self) -> web.Application:
@@ -76,7 +81,9 @@ class Guessing:
                     "error": {"code": -32601, "message": "no tools"}}}
             else:
                 answer = self.step(number, data)
-            await socket.send_json(answer)
+            for one in (*self.late, answer, *([answer] if kind == self.again else ())):
+                await socket.send_json(one)
+            self.late = []
         return socket
 
     def step(self, number: int, data: dict[str, Any]) -> dict[str, Any]:
@@ -144,6 +151,31 @@ def test_a_world_that_does_not_repeat_itself_gives_no_reward(serve: Serve) -> No
     third.reset({})
     with pytest.raises(InfrastructureFault, match="does not repeat itself"):
         third.restore(first.snapshot())
+
+
+@pytest.mark.parametrize(("again", "told"), [
+    ("reset", "answered twice|answers mcp by 'observation'"), ("mcp", "twice"), ("step", "twice")])
+def test_answers_that_nobody_asked_for_are_told(serve: Serve, again: str, told: str) -> None:
+    world = Guessing()
+    world.again = again
+    made, _ = make(order("openenv", {"url": serve(world.app())}))
+    with pytest.raises((InfrastructureFault, UserError), match=told):
+        made.reset({})
+        made.call("step", {"guess": 1})
+        time.sleep(0.05)
+        made.call("step", {"guess": 2})
+
+
+def test_no_episode_whose_answers_have_moved_is_paid(serve: Serve) -> None:
+    world = Guessing()
+    made, _ = make(order("openenv", {"url": serve(world.app())}))
+    made.reset({})
+    made.call("step", {"guess": 1})
+    # a second answer comes while the next step is under way, and is taken for its own
+    world.late = [observed({"hint": "higher"}, 0.0)]
+    assert made.call("step", {"guess": 7}) == '{"hint": "higher"}'
+    with pytest.raises(InfrastructureFault, match=r"answers mcp by 'observation'|answered twice"):
+        made.score("7")
 
 
 @pytest.mark.parametrize(("tools", "told"), [

@@ -15,7 +15,8 @@ from megatron_sov.omni.codecs.decoder_settings import DiTSettings, UnitBigVGANSe
 from megatron_sov.omni.codecs.dit import DiT
 from megatron_sov.omni.codecs.folder import WEIGHTS, open_codec
 from megatron_sov.omni.codecs.training.decoders import (
-    Drawn, ImageDecoderTask, ImageDecoderTraining, Spoken, VocoderLearning, VocoderTask, VocoderTraining)
+    DrawnPictures, ImageDecoderTask, ImageDecoderTraining, Spoken, VocoderLearning, VocoderTask,
+    VocoderTraining)
 from megatron_sov.omni.codecs.training.loop import CodecSchedule, CodecTask, CodecTrainingPlan, train
 
 STEPS = 6
@@ -29,7 +30,7 @@ def _painter(steps: int = STEPS) -> CodecTask:
                               vae=None, patch=2, width=24, num_heads=2, num_layers=1, mlp_ratio=2.0,
                               rope_axes=(4, 4, 4)))
     decoder.token_embeddings.copy_(torch.eye(8))
-    drawn = Drawn(PICTURES, NUMBERS)
+    drawn = DrawnPictures(PICTURES, NUMBERS)
     return ImageDecoderTask(decoder, CodecSchedule(steps, batch_size=8, learning_rate=1e-2, warmup_steps=1),
                             drawn, drawn)
 
