@@ -92,9 +92,11 @@ def claim_folder(output: Path, claim: Registered) -> Path:
 
 
 def setup_folder(output: Path, claim: Registered, name: str) -> Path:
-    """Return the folder of a setup, named by all that it is made by."""
+    """Return the folder of a setup, named by all that it is made by, so that claims share it."""
     upto = dict(list(claim.setup.items())[:list(claim.setup).index(name) + 1])
-    sha256 = hashlib.sha256(to_json([upto, claim.declared["read"]]).encode()).hexdigest()
+    read = {file: digest for file, digest in claim.declared["read"].items()
+            if f"{{claims}}/{file}" in to_json(upto)}
+    sha256 = hashlib.sha256(to_json([upto, read]).encode()).hexdigest()
     return output / "setup" / f"{name}-{sha256[:ADDRESS_CHARS]}"
 
 

@@ -19,6 +19,8 @@ from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.bench.reproduce import running
 from megatron_sov.bench.reproduce.claims import SHIPPED, PaperClaim, find_file, read_claims, register
 from megatron_sov.bench.reproduce.running import run_steps
+from megatron_sov.bench.reproduce.seeds.asked import PictureChat
+from megatron_sov.bench.reproduce.seeds.noise import LABELLED_SHARE, JunkLabels, WithJunk, junk
 from megatron_sov.bench.reproduce.seeds.pictures import SIDE_PIXELS, Pictures
 from megatron_sov.bench.reproduce.seeds.tasks import Chats, Exact, TaskQuestions
 from megatron_sov.bench.reproduce.verdict import (
@@ -163,6 +165,16 @@ def test_a_claim_that_was_changed_after_its_runs_is_refused_until_it_says_so(
     assert reproduce(file, output) == ExitCode.USER_ERROR
 
 
+def test_claims_share_a_setup_whatever_else_they_read(tmp_path: Path) -> None:
+    file = write_claims(tmp_path / "claims", {"base": ["megatron-sov recipes > {shared}/again.txt"]})
+    folders = []
+    for text in (STEP, STEP + "# other\n"):
+        (file.parent / "step.py").write_text(text)
+        claim = register(read_claims(file), "better", file)
+        folders.append((claim.address, running.setup_folder(tmp_path, claim, "shared")))
+    assert folders[0][0] != folders[1][0] and folders[0][1] == folders[1][1]
+
+
 def test_shares_of_an_array_leave_what_one_command_leaves(tmp_path: Path, commands: Commands) -> None:
     file = write_claims(tmp_path / "claims")
     reproduce(file, tmp_path / "one")
@@ -263,3 +275,23 @@ def test_pictures_are_what_their_sentences_say(tmp_path: Path) -> None:
                 "blue": blue > max(red, green) + 50, "white": min(red, green, blue) > 200}[colour]
         y, x = np.argwhere(brightest).mean(axis=0) - (SIDE_PIXELS - 1) / 2
         assert {"left": x < -3, "right": x > 3, "top": y < -3, "bottom": y > 3}[place]
+
+
+def test_questions_about_pictures_have_their_sentence_as_the_answer(tmp_path: Path) -> None:
+    row = Pictures(str(tmp_path / "files"), seed=3, count=1).do({})[0]
+    asked, answer = PictureChat().do(row)["messages"]
+    assert asked["content"][0] == row["content"][0]
+    assert answer == {"role": "assistant", "content": row["content"][1]["text"]}
+
+
+def test_junk_is_as_much_as_text_and_labels_are_of_other_documents() -> None:
+    texts = [f"Document {number} of some words, which says nothing.\n" * 20 for number in range(400)]
+    rows = [row for text in texts for row in WithJunk().do({"text": text})]
+    labels = [row for text in texts for row in JunkLabels().do({"text": text})]
+    assert {row["text"] for row in rows}.isdisjoint(row["text"] for row in labels)
+    assert len(rows) + len(labels) == 2 * len(texts)
+    assert abs(len(labels) / (2 * len(texts)) - LABELLED_SHARE) < 0.06
+    assert [row["label"] for row in labels] == [1, 0] * (len(labels) // 2)
+    for text in texts:
+        made = junk(text)
+        assert made == junk(text) and made not in texts and len(text) <= len(made) + 1 < len(text) + 130
