@@ -212,6 +212,8 @@ def test_shipped_claims_are_well_formed_and_one_of_each_is_quick() -> None:
         claims = read_claims(find_file(file.stem))
         assert claims.seed == file.stem
         assert sum(claim.quick for claim in claims.claims.values()) == 1
+        named = re.findall(r"\{claims\}/([\w.]+)", " ".join(claims.commands()))
+        assert [name for name in named if not (file.parent / name).is_file()] == []
         for name, claim in claims.claims.items():
             assert register(claims, name, file).sha256 == register(claims, name, file).sha256
             for test in claim.tests:
