@@ -130,7 +130,7 @@ def vibethinker(road: Road) -> None:
         *(f"extend.stages.{i}.{name}={STAGE_STEPS}" for i in range(3) for name in ("steps", "max_steps")),
         f"extend.gate.every_steps={STAGE_STEPS}", "extend.gate.loss_tolerance_nats=5", "needle.samples=2"))
     tuned = road.trained("sft", "sft", "tiny-vibethinker", "--from", longer, "--data", road.packed("chats"),
-                         settings=(*LEARNED, "train.keep_checkpoints=0",
+                         settings=(*LEARNED, "train.keep_checkpoints=0", "train.keep_every_steps=0",
                                    f"train.checkpoint_every_steps={SFT_STEPS // 4}"))
     probe = [*(f"{domain}={folder / domain}.jsonl" for domain in domains), "--reward", REWARD, "--samples",
              "8", "--k", "4", "--max-new-tokens", "12", "--chat", "--workers", "1"]

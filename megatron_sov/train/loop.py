@@ -207,8 +207,13 @@ def _stopped(trainer: Trainer, reason: str | None) -> bool:
     return False
 
 
-def train(trainer: Trainer, stop: StopFlag) -> bool:
+def train(trainer: Trainer, stop: StopFlag, until: int | None = None) -> bool:
     """Train to the last step, or until the gate has passed.
+
+    Args:
+        trainer: does the steps.
+        stop: tells who was asked to stop.
+        until: step behind which to end as if asked to; None: none.
 
     Returns:
         True when there is no more to train, False when it was asked to stop (everything is saved either way).
@@ -249,7 +254,7 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
             trainer.evaluate()
 
         # one collective a step decides for all: a signal may reach one process alone
-        asked_to_stop = checkpointer.sync(stop)  # also, a checkpoint that all processes have written appears
+        asked_to_stop = checkpointer.sync(stop) or step == until  # also, a checkpoint that all processes have written appears
         if asked_to_stop and not last:
             trainer.save()
             return _stopped(trainer, stop.reason)
