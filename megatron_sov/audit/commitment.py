@@ -174,7 +174,7 @@ def publish(run: Path, log: Path, key: Path | None = None) -> tuple[Leaf, ...]:
     _refuse_others(log, run, before, found)
     new = tuple(leaf for leaf in found if leaf not in known)
     if new:
-        lines = log.read_text(encoding="utf-8").splitlines() if before is not None else []
+        lines = log.read_text(encoding="utf-8").rstrip("\n").split("\n") if before is not None else []
         entry = Entry(len(lines), hashlib.sha256(lines[-1].encode()).hexdigest() if lines else "",
                       run.resolve().name, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), new,
                       merkle_root([leaf.line() for leaf in (*known, *new)]))
@@ -206,10 +206,8 @@ def read_commitment(log: Path) -> Commitment:
         UserError: it cannot be read, or was changed in a line that others follow.
     """
     try:
-        lines = log.read_text(encoding="utf-8").splitlines()
+        lines = log.read_text(encoding="utf-8").rstrip("\n").split("\n")
         entries = tuple(_entry(json.loads(line)) for line in lines)
-        if not entries:
-            raise ValueError("it has no line")
         leaves: list[bytes] = []
         for number, entry in enumerate(entries):
             before = hashlib.sha256(lines[number - 1].encode()).hexdigest() if number else ""

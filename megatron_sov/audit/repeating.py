@@ -1,5 +1,5 @@
 """A stretch of a run again: from the checkpoint before it, by the ordinary command, in a folder of the
-auditor's; and how far what comes of it is from the checkpoint that was published.
+auditor's; how far what comes of it is from the checkpoint that was published; and the page that tells it.
 
 Nothing of the lab is believed or run: settings are read as data, files are held to the hashes of the log, and
 what is started is this program's own command.
@@ -13,15 +13,18 @@ import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 from megatron_sov.audit.commitment import (
-    DATA, SETTINGS, START, Commitment, data_folders)
-from megatron_sov.audit.drawing import Segment
+    CHECKPOINT, CODE, DATA, SETTINGS, START, Commitment, data_folders)
+from megatron_sov.audit.drawing import Draw, Segment
 from megatron_sov.base.artifacts import (
     MANIFEST, atomic_write, damaged_files, manifest_sha256, sha256_file, to_json)
 from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
+from megatron_sov.base.sealed import read_json, write_json
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.config.evaluate import EvaluateConfig
 from megatron_sov.model.config.train import ObsConfig
@@ -44,6 +47,8 @@ CLOCKS = ("wall_s",)
 EXACT = ("step", "tokens", "trained_tokens", "num_updates", "order", "data")
 """Of it what every layout shares."""
 CHUNK_ELEMENTS = 1 << 24
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Of a run, for which the page says how probably a fraud in so much of it would have been found."""
 RESULT, REPEATED, LOG = "repeated.json", "run", "log"
 
 
@@ -58,6 +63,9 @@ class RepeatOutcome(StrEnum):
     """Further than the bound, or other samples were read."""
     UNPROVED = "unproved"
     """The lab did not give what it had published."""
+
+
+PASSED = (RepeatOutcome.EQUAL, RepeatOutcome.NEAR)
 
 
 @dataclass(frozen=True)
@@ -286,3 +294,129 @@ def _blocks(shape: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]
     rows = max(1, CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
     return [((first, *(0 for _ in shape[1:])), (min(rows, shape[0] - first), *shape[1:]))
             for first in range(0, shape[0], rows)]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A draw with what came of its segments."""
+
+    commitment: Commitment
+    draw: Draw
+    repeated: tuple[Repeated, ...]
+    """In the order of the run; those that nobody has repeated yet are not among them."""
+
+    @property
+    def missing(self) -> list[Segment]:
+        """Return the segments that are still to be repeated."""
+        done = {r.segment for r in self.repeated}
+        return [segment for segment in self.draw.segments if segment not in done]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every segment that was drawn is what the run's own settings, data and start give."""
+        return not self.missing and all(r.outcome in PASSED for r in self.repeated)
+
+    def sentence(self) -> str:
+        """Return what was found, in one sentence."""
+        if self.missing:
+            return (f"{len(self.missing)} of {len(self.draw.drawn)} segments are still to be repeated: "
+                    f"{', '.join(s.name for s in self.missing[:8])}")
+        bad = [r for r in self.repeated if r.outcome not in PASSED]
+        if bad:
+            return (f"{len(bad)} of {len(self.repeated)} segments are not what was published: "
+                    + "; ".join(f"steps {r.segment.name}: {r.outcome}, {r.detail}" for r in bad[:4]))
+        equal = sum(r.outcome == RepeatOutcome.EQUAL for r in self.repeated)
+        return (f"all {len(self.repeated)} segments are what was published, {equal} of them to the bit; had "
+                f"a tenth of the run been false, {self.draw.chance_to_find(0.1):.0%} of audits like this one "
+                "would have found it")
+
+
+def keep(work: Path, repeated: Repeated) -> None:
+    """Write what came of a segment into the audit's folder."""
+    folder = work / repeated.segment.name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RESULT, asdict(repeated))
+
+
+def kept(work: Path, segment: Segment) -> Repeated | None:
+    """Return what came of a segment; None: it was not repeated yet.
+
+    Raises:
+        UserError: the file was changed since.
+    """
+    file = work / segment.name / RESULT
+    if not file.is_file():
+        return None
+    raw: dict[str, Any] = read_json(file)
+    return Repeated(Segment(**raw["segment"]), RepeatOutcome(raw["outcome"]), raw["distance"], raw["detail"],
+                    raw["seconds"])
+
+
+def judge(commitment: Commitment, drawn: Draw, work: Path) -> Verdict:
+    """Return what an audit's folder holds of a draw.
+
+    Raises:
+        UserError: a result was changed, or nothing of the draw was repeated.
+    """
+    found = tuple(r for r in (kept(work, segment) for segment in drawn.segments) if r is not None)
+    if not found:
+        raise UserError(f"{work}: holds nothing that `megatron-sov audit repeat` left of this draw")
+    return Verdict(commitment, drawn, found)
+
+
+def write_verdict(verdict: Verdict, output: Path) -> None:
+    """Write the page, and the same as values beside it."""
+    atomic_write(output, page(verdict))
+    atomic_write(output.with_suffix(".json"), to_json({
+        "root": verdict.draw.root, "randomness": verdict.draw.randomness, "passed": verdict.passed,
+        "said": verdict.sentence(), "segments": [asdict(r) for r in verdict.repeated],
+        "missing": [s.name for s in verdict.missing], "num_segments": verdict.draw.num_segments,
+        "chance_to_find": {str(share): verdict.draw.chance_to_find(share) for share in SHARES}}) + "\n")
+
+
+def page(verdict: Verdict) -> str:
+    """Return the page."""
+    drawn, log = verdict.draw, verdict.commitment
+    steps = [s.end - s.begin for s in drawn.drawn]
+    last = max(int(leaf.name) for leaf in log.find(CHECKPOINT))
+    seconds = sum(r.seconds for r in verdict.repeated)
+    figures = [("verdict", "passed" if verdict.passed else "open" if verdict.missing else "not passed", ""),
+               ("segments", f"{len(verdict.repeated)} of {len(drawn.drawn)}",
+                f"the run has {drawn.num_segments + 1}"),
+               ("steps", f"{sum(steps):,} of {last:,}", f"repeated in {seconds:,.0f} s")]
+    published = PageTable(["what", "name", "hash"],
+                          [[leaf.kind, leaf.name, leaf.sha256] for leaf in log.leaves], "hashes")
+    chances = PageTable(["false share of the segments", "found by such a draw"],
+                        [[f"{share:.0%}", f"{drawn.chance_to_find(share):.1%}"] for share in SHARES])
+    sections = [
+        PageSection("Segments", "A segment is the steps between two checkpoints. `equal`: every bit of "
+                    "weights, moments and counters; `near`: within the bound, on another machine or layout; "
+                    "`unproved`: the lab did not give what it had published.",
+                    tables=[segments_table(verdict.repeated)]),
+        PageSection("What a fraud would have risked", "A segment is false where anything else was done in it "
+                    "than the published settings, data and start say. The first is repeated in every audit; "
+                    "the others are drawn by lot behind the publication.", tables=[chances]),
+        PageSection("What was not looked at", not_covered(log)),
+        PageSection("The draw", f"Root {drawn.root}, randomness {drawn.randomness}."),
+        PageSection("What was published", tables=[published])]
+    run = log.entries[0].run
+    return render("audit", f"Audit of {run}", verdict.sentence(), [Chapter(run, "", figures, sections)])
+
+
+def not_covered(log: Commitment) -> str:
+    """Return what a passed audit leaves open, in sentences."""
+    said = ["That the data are what they are said to be: their hashes fix them, and who reads them sees what "
+            "they are."]
+    if log.find(START):
+        said.append("The model that the run began from: it has a log of its own, or none.")
+    if len(log.find(CODE)) > 1:
+        said.append("The run changed its code on the way; the auditor's own was used throughout.")
+    return " ".join([*said, "Tokenizer and packing of the data.",
+                     "Changes below the bound, where a segment is near and not equal."])
+
+
+def segments_table(repeated: Sequence[Repeated]) -> PageTable:
+    """Return a row for each segment."""
+    return PageTable(["steps", "outcome", "distance", "seconds", "detail"], [
+        [r.segment.name, r.outcome.value, "" if r.distance < 0 else f"{r.distance:.1e}", f"{r.seconds:,.0f}",
+         r.detail] for r in repeated])

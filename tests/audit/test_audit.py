@@ -27,8 +27,8 @@ from megatron_sov.base.errors import ExitCode, UserError
 
 SMALL = ("train.steps=6", "train.checkpoint_every_steps=2", "train.keep_checkpoints=0",
          "train.keep_every_steps=0", "train.eval_every_steps=0", "train.num_threads=1",
-         "train.global_batch_size=2", "train.micro_batch_size=1", "model.hidden_size=32", "model.num_layers=1",
-         "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16", "model.dense_ffn_dim=64",
+         "train.global_batch_size=2", "train.micro_batch_size=1", "model.hidden_size=32",
+         "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16", "model.dense_ffn_dim=64",
          'data.phases=[{"name": "main", "seq_len": 32}]')
 
 

@@ -146,8 +146,7 @@ def run_repeat(typed: argparse.Namespace) -> int:
         warn("the run was made by another version of this program than the one that repeats it; where bits "
              "differ, repeat with that one")
 
-    from megatron_sov.audit.repeating import gather_evidence, repeat
-    from megatron_sov.audit.verdict import judge, keep, kept
+    from megatron_sov.audit.repeating import gather_evidence, judge, keep, kept, repeat
 
     evidence = gather_evidence(args.run, commitment, args.data, args.start_from, args.settings, args.nproc,
                                args.bound)
@@ -196,7 +195,7 @@ def run_verdict(typed: argparse.Namespace) -> int:
         raise UserError(f"--output {args.output}: is a page; give it the end .html")
     check_output("--output", args.output)
 
-    from megatron_sov.audit.verdict import judge, write_verdict
+    from megatron_sov.audit.repeating import judge, write_verdict
 
     commitment = read_commitment(args.log)
     verdict = judge(commitment, read_draw(args.draw, commitment), args.work)

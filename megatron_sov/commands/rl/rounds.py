@@ -361,8 +361,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
                     before=after, after=after, feed=feed, end_gate=parsed.gate,
                     faults=parsed.stage.faults, until=args.until, dry_run=args.dry_run,
-                    notes=parsed.stage.notes),
-              args.nproc, began_s)
+                    notes=parsed.stage.notes), args.nproc, began_s)
 
 
 TRAIN = command_of(RlTrainOptions, run_train)

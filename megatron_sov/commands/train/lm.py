@@ -52,8 +52,8 @@ def run_extend(typed: argparse.Namespace) -> int:
     """
     args = read_options(TunedOptions, typed)
     if args.until is not None:
-        raise UserError(f"--until {args.until}: each of the stages counts its own steps; leave it out, and stop "
-                        "the command by Ctrl-C or SIGTERM")
+        raise UserError(f"--until {args.until}: each of the stages counts its own steps; leave it out, and "
+                        "stop the command by Ctrl-C or SIGTERM")
     request = stage_request(args, "lm", lengthens=True)
     faults = parse(args.inject, num_ranks(args.nproc))
 
