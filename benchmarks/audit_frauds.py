@@ -38,15 +38,14 @@ from seed_runs import rows_of, run, words
 
 from megatron_sov.audit.commitment import publish, read_commitment
 from megatron_sov.audit.drawing import Segment, segments_of
-from megatron_sov.audit.repeating import (
-    Repeated, RepeatOutcome, compare, gather_evidence, keep, kept, repeat)
+from megatron_sov.audit.repeating import Repeated, RepeatOutcome, compare, gather_evidence, keep, kept, repeat
 from megatron_sov.base.artifacts import MANIFEST, FileRecord
 
 STEPS, EVERY, BOUND = 32, 4, 1e-2
 SETTINGS = ("train.num_threads=1", "train.eval_every_steps=0", "data.max_epochs=0",
-            "train.keep_checkpoints=0", "train.keep_every_steps=0",
-            "train.global_batch_size=8", "train.micro_batch_size=4", "model.hidden_size=64", "model.num_layers=2", "model.vocab_size=512", rows_of(128),
-            f"train.steps={STEPS}", f"train.checkpoint_every_steps={EVERY}")
+            "train.keep_checkpoints=0", "train.keep_every_steps=0", "train.global_batch_size=8",
+            "train.micro_batch_size=4", "model.hidden_size=64", "model.num_layers=2", "model.vocab_size=512",
+            rows_of(128), f"train.steps={STEPS}", f"train.checkpoint_every_steps={EVERY}")
 LAYOUTS: dict[str, tuple[Sequence[str], int]] = {
     "its own layout": ((), 1), "micro-batches of 2": (("train.micro_batch_size=2",), 1),
     "two processes": ((), 2), "tensor parallel 2": (("parallel.tp=2",), 2)}
@@ -190,8 +189,8 @@ def main() -> None:
     data, other = lab.tokens("tokens", "english"), lab.tokens("other", "code")
     honest = lab.train("honest", data)
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
-          f"{platform.python_version()}; {STEPS} steps in segments of {EVERY}, fp32, one process; bound {BOUND:g}",
-          flush=True)
+          f"{platform.python_version()}; {STEPS} steps in segments of {EVERY}, fp32, one process; bound "
+          f"{BOUND:g}", flush=True)
     print("honest repetitions: segments, outcomes", flush=True)
     for name, (settings, nproc) in LAYOUTS.items():
         print(told(name, auditor.audit(name.replace(" ", "-"), honest, data, settings, nproc)), flush=True)

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
-from megatron_sov.audit.commitment import (
-    CHECKPOINT, CODE, DATA, SETTINGS, START, Commitment, data_folders)
+
+from megatron_sov.audit.commitment import CHECKPOINT, CODE, DATA, SETTINGS, START, Commitment, data_folders
 from megatron_sov.audit.drawing import Draw, Segment
 from megatron_sov.base.artifacts import (
     MANIFEST, atomic_write, damaged_files, manifest_sha256, sha256_file, to_json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +25,14 @@ from megatron_sov.audit.drawing import (
 from megatron_sov.audit.repeating import RepeatOutcome, compare, gather_evidence
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import ExitCode, UserError
+from tests.pages_typed import commands_of
 
+PAGE = (Path(__file__).parents[2] / "docs/audit.md").read_text(encoding="utf-8")
 SMALL = ("train.steps=6", "train.checkpoint_every_steps=2", "train.keep_checkpoints=0",
          "train.keep_every_steps=0", "train.eval_every_steps=0", "train.num_threads=1",
          "train.global_batch_size=2", "train.micro_batch_size=1", "model.hidden_size=32",
-         "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16", "model.dense_ffn_dim=64",
+         "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=1",
+         "model.head_dim=16", "model.dense_ffn_dim=64",
          'data.phases=[{"name": "main", "seq_len": 32}]')
 
 
@@ -76,23 +80,25 @@ def test_the_root_is_that_of_rfc_6962() -> None:
     assert merkle_root(leaves) == "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328"
 
 
-def test_a_run_is_published_drawn_and_repeated_to_the_bit(
-        run: Path, tmp_path: Path, as_child: None, capsys: pytest.CaptureFixture[str]) -> None:
-    log, drawn, work, page = (tmp_path / name for name in ("log.jsonl", "draw.json", "work", "audit.html"))
-    given = (drawn, "--log", log, "--run", run, "--work", work)
-    assert audit("commit", run, "--log", log) == ExitCode.OK
-    assert audit("draw", "--log", log, "--randomness", "beacon 7", "--segments", 1, "--output", drawn) == 0
-    assert audit("repeat", *given) == ExitCode.OK
+def test_a_run_is_published_drawn_and_repeated_to_the_bit_by_the_pages_commands(
+        trained: Path, tmp_path: Path, as_child: None, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """All commands of docs/audit.md but the first, which trains."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "runs/audited")
+    training, *commands = commands_of(PAGE)
+    assert training.startswith("megatron-sov pretrain ") and len(commands) == 4
+    for line in commands:
+        assert cli.main(shlex.split(line)[1:]) == ExitCode.OK
     said = capsys.readouterr().out
     assert "1/2 steps 0-2: equal" in said and said.count(": equal") == 2
-    assert audit("verdict", drawn, "--log", log, "--work", work, "--output", page) == ExitCode.OK
-    told = json.loads(page.with_suffix(".json").read_text())
+    told = json.loads(Path("audit.json").read_text())
     assert told["passed"] and told["chance_to_find"]["0.5"] == 0.5
-    assert read_commitment(log).root in page.read_text()
+    assert read_commitment(Path("audited.log.jsonl")).root in Path("audit.html").read_text()
     # done once: nothing is started again
-    shutil.rmtree(work / "0-2" / repeating.REPEATED)
-    assert audit("repeat", *given) == ExitCode.OK
-    assert not (work / "0-2" / repeating.REPEATED).exists()
+    shutil.rmtree(Path("audit/0-2", repeating.REPEATED))
+    assert cli.main(shlex.split(commands[2])[1:]) == ExitCode.OK
+    assert not Path("audit/0-2", repeating.REPEATED).exists()
 
 
 def test_another_layout_is_near_and_a_bound_below_it_is_not_passed(

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from megatron_sov.audit.commitment import (
-    CODE, check_signature, code_sha256, publish, read_commitment, sign)
+from megatron_sov.audit.commitment import CODE, check_signature, code_sha256, publish, read_commitment, sign
 from megatron_sov.audit.drawing import draw, needed, read_draw, segments_of, write_draw
 from megatron_sov.base.errors import ExitCode, UserError, warn
 from megatron_sov.base.outputs import check_output, refuse_nowhere

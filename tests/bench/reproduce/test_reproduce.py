@@ -129,7 +129,8 @@ def test_a_claim_that_holds_ends_with_0_and_one_that_does_not_with_3(tmp_path: P
     ran = len(commands.done)
     assert cli.main(["reproduce", str(tmp_path / "claims/tiny.yaml"), "--output", str(tmp_path / "out"),
                      "--dry-run"]) == ExitCode.OK
-    assert len(commands.done) == ran and re.search(r"new < old in loss .* holds$", capsys.readouterr().out, re.M)
+    assert len(commands.done) == ran
+    assert re.search(r"new < old in loss .* holds$", capsys.readouterr().out, re.MULTILINE)
     test = {**CLAIMS["claims"]["better"]["tests"][0], "lower": "old", "higher": "new"}  # type: ignore[index]
     file = write_claims(tmp_path / "others", {"tests": [test]})
     assert reproduce(file, tmp_path / "reverse") == ExitCode.GATE_FAILED
