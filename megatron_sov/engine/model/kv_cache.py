@@ -29,6 +29,7 @@ from torch.nn.functional import linear, pad, rms_norm
 
 from megatron_sov.engine.model.attention import (
     DocumentAttention, PackedDocuments, attend, attend_whole, attend_with_sinks, with_logits)
+from megatron_sov.engine.model.linear_attention import GatedDeltaNet, KeptState
 from megatron_sov.engine.model.rotary import softmax_scale
 from megatron_sov.engine.model.softcap import FUSED, Kernel, kernel_of
 from megatron_sov.engine.parallel import context
@@ -262,13 +263,14 @@ class CachedAttention(torch.nn.Module):
 
 
 @contextlib.contextmanager
-def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention]]:
-    """Have all attention of a `LanguageModel` keep keys and values; gives each layer's,
+def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention | KeptState]]:
+    """Have all attention of a `LanguageModel` keep keys and values, or its state; gives each layer's,
     and puts back what was there before."""
     config, architecture = model.config, model.architecture
     kinds = architecture.layer_types() + [architecture.mtp_layer_type()] * architecture.num_mtp_layers
     windows = [*architecture.windows(), architecture.mtp_window()]
     found = [m for chunk in model.chunks for m in chunk.modules() if isinstance(m, Attention)]
+    linear = [m for chunk in model.chunks for m in chunk.modules() if isinstance(m, GatedDeltaNet)]
     replaced = [(m, m.core_attention) for m in found]
     # the fused kernel wants positions on the GPU and starts each sequence at 0
     fused, config.apply_rope_fusion = config.apply_rope_fusion, False
@@ -280,8 +282,12 @@ def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention]]:
                                                     windows[module.layer_number - 1],
                                                     kernel_of(architecture.attention_softcap),
                                                     sinks if architecture.attention_sinks else None)
-        yield [m.core_attention for m in found]
+        for layer in linear:
+            layer.kept = KeptState(size, layer)
+        yield [m.core_attention for m in found] + [layer.kept for layer in linear]
     finally:
+        for layer in linear:
+            layer.kept = None
         config.apply_rope_fusion = fused
         for module, attention in replaced:
             module.core_attention = attention

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
@@ -265,16 +266,15 @@ def _moved(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
     return values.gather(1, at) * kept
 
 
-def linear_attention_spec(config: Any, sizes: LinearAttentionConfig) -> ModuleSpec:
-    """Return the spec of a layer's gated delta net; with Transformer Engine the norm before it is in its
-    projection."""
-    from megatron_sov.engine.model.specs import uses_transformer_engine
-
-    if uses_transformer_engine(config.params_dtype):
+def attend_linearly(config: Any, spec: Any, sizes: LinearAttentionConfig, te: bool) -> None:
+    """Have a layer attend by a gated delta net; with Transformer Engine the norm before it is in its
+    projection, and checkpoints name it as if it were always."""
+    layer = spec.submodules
+    projections: tuple[Any, Any] = (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear)
+    if te:
         from megatron.core.extensions.transformer_engine import (
             TELayerNormColumnParallelLinear, TERowParallelLinear)
 
-        projections: tuple[Any, Any] = (TELayerNormColumnParallelLinear, TERowParallelLinear)
-    else:
-        projections = (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear)
-    return ModuleSpec(module=GatedDeltaNet, params={"projections": projections, "sizes": sizes})
+        projections, layer.input_layernorm = (TELayerNormColumnParallelLinear, TERowParallelLinear), IdentityOp
+    layer.self_attention = ModuleSpec(module=GatedDeltaNet, params={"projections": projections, "sizes": sizes})
+    layer.sharded_state_dict_keys_map["input_layernorm."] = "self_attention.in_proj.layer_norm_"

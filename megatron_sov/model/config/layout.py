@@ -94,6 +94,11 @@ class ParallelConfig:
                 refuse("tp", f"must divide model.{name} = {value}", _divisors(value))
         if model.has_dense_layers() and model.dense_ffn_dim % self.tp:
             refuse("tp", f"must divide model.dense_ffn_dim = {model.dense_ffn_dim}")
+        linear = model.linear_attention
+        if linear is not None and linear.num_key_heads % (self.tp * self.cp):
+            heads = linear.num_key_heads
+            refuse("tp", f"x parallel.cp {self.cp} must divide model.linear_attention.num_key_heads = {heads}",
+                   _divisors(heads))
         if self.tp > 1 and not self.sp and (model.latent_attention is not None or model.num_moe_layers()):
             what = "model.latent_attention meets" if model.latent_attention is not None else "experts meet"
             refuse("sp", f"must be true when {what} parallel.tp = {self.tp} > 1")
