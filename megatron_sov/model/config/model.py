@@ -104,6 +104,18 @@ class LinearAttentionConfig:
         """Numbers of a layer's state, of all heads."""
         return self.num_value_heads * self.key_head_dim * self.value_head_dim
 
+    @property
+    def kept_size(self) -> int:
+        """Numbers that generating keeps of a sequence in a layer: the state, and the last inputs of the
+        convolution."""
+        return self.state_size + (self.conv_taps - 1) * self.num_key_heads * self.convolved
+
+    @property
+    def token_products(self) -> int:
+        """Multiplications of a token beside the projections: its key reads the state, which decays, is
+        written, and is read by the query; and the convolution."""
+        return 4 * self.state_size + self.conv_taps * self.num_key_heads * self.convolved
+
 
 MAX_DEPTHS = 64
 """Tokens ahead that one prediction layer may be trained for: each costs its products and a head's."""
