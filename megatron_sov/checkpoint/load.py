@@ -68,8 +68,8 @@ RULES = (
 )
 """Tensor name pattern -> distribution; each tensor must match exactly one.  Matrices that write into the
 residual stream are scaled by 1 / sqrt(2 * num_layers) (GPT-2, Radford et al. 2019).  An adapter's A has the
-spread of PEFT's default, which is uniform between +-1 / sqrt(columns), and for an embedding normal.  Time steps
-of linear attention are those of Gated DeltaNet's authors, as its decays are, which they draw."""
+spread of PEFT's default, which is uniform between +-1 / sqrt(columns), and for an embedding normal.  Time
+steps and decays of linear attention cover the ranges that Gated DeltaNet's authors draw them from."""
 ENCODER_RULES = (
     ("*.embed_positions.weight", SINUSOIDS), ("*.dt_bias", STEPS), ("*.A_log", DECAYS), ("*.D", ONES),
     ("*.query_token", STANDARD), ("*.bias", ZEROS), ("*norm*.weight", ONES), ("*.ln_q.weight", ONES),

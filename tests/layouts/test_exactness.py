@@ -119,10 +119,11 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
     if family == "qwen3_next":
         keys = (2, 4, 6)[seed]
         return {**config, **experts, "num_experts": (8, 4, 12)[seed], "norm_topk_prob": seed != 1,
-                "tie_word_embeddings": False, "head_dim": (8, 16, 24)[seed], "shared_expert_intermediate_size":
-                    experts["moe_intermediate_size"] * (1, 2, 1)[seed], "num_hidden_layers": 4,
-                "layer_types": (["linear_attention", "full_attention"] * 2, ["linear_attention"] * 3
-                                + ["full_attention"], ["linear_attention", "full_attention", *["linear_attention"] * 2])[seed],
+                "tie_word_embeddings": False, "head_dim": (8, 16, 24)[seed],
+                "shared_expert_intermediate_size": experts["moe_intermediate_size"] * (1, 2, 1)[seed],
+                "num_hidden_layers": 4, "layer_types": [
+                    "full_attention" if letter == "G" else "linear_attention"
+                    for letter in ("DGDG", "DDDG", "DGDD")[seed]],
                 "linear_num_key_heads": keys, "linear_num_value_heads": keys * (2, 1, 3)[seed],
                 "linear_key_head_dim": (6, 10, 7)[seed], "linear_value_head_dim": (10, 6, 9)[seed],
                 "linear_conv_kernel_dim": (4, 3, 2)[seed], "mlp_only_layers": [0] if seed == 2 else [],
@@ -152,7 +153,7 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
             centred = config["model_type"].startswith(("gemma", "qwen3_next")) and "linear_attn" not in name
             is_factor = name.endswith("weight") and not centred
             tensor.data = torch.randn_like(tensor) * 0.3 + (1.0 if is_factor else 0.0)
-        if name.endswith(("A_log", "conv1d.weight")):  # states that last, of values that a norm need not magnify
+        if name.endswith(("A_log", "conv1d.weight")):  # states that last, and values of some size
             tensor.data = torch.randn_like(tensor) * 0.6 - (1.5 if name.endswith("A_log") else 0.0)
     if seed == 1:  # in bfloat16, but for what transformers keeps in float32
         for parameter in model.parameters():

@@ -139,12 +139,6 @@ class SharedPrompts:
     padding: torch.Tensor
     """[tokens of the whole row] bool, True where a token is padding."""
 
-    @cached_property
-    def held(self) -> torch.Tensor:
-        """[tokens that are held] int64: places in the whole row."""
-        places = [torch.arange(first, stop) for _, first, stop in self.spans]
-        return to_device(torch.cat(places), self.source.device)
-
 
 @dataclass(frozen=True)
 class Alike:
@@ -218,11 +212,9 @@ class PackedDocuments(PackedSeqParams):
     def chunks(self) -> Chunks:
         """The documents of the whole row as linear attention takes them."""
         if self.shared is not None:
-            documents = [(start, stop) for start, _, stop in self.shared.spans]
-        else:
-            bounds = self.bounds.tolist() if self.host_bounds is None else self.host_bounds
-            documents = [(start, stop) for start, stop in pairwise(bounds) if stop > start]
-        return chunk_documents(documents, self.bounds.device)
+            return chunk_documents(self.shared.spans, self.bounds.device)
+        bounds = self.bounds.tolist() if self.host_bounds is None else self.host_bounds
+        return chunk_documents([(a, a, b) for a, b in pairwise(bounds) if b > a], self.bounds.device)
 
     @cached_property
     def whole(self) -> PackedDocuments:

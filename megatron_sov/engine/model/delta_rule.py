@@ -33,7 +33,7 @@ class Chunks:
     tokens: torch.Tensor
     """[chunks * CHUNK] int64: row index of what stands at each place; the row's length where nothing does."""
     places: torch.Tensor
-    """[tokens] int64: place of each token."""
+    """[outputs] int64: place of each token whose output is asked for."""
     positions: torch.Tensor
     """[tokens] int64, counted from the start of each document."""
     steps: list[int]
@@ -42,11 +42,16 @@ class Chunks:
     """The documents by falling number of chunks; equal ones as they stand."""
 
 
-def chunk_documents(documents: Sequence[tuple[int, int]], device: torch.device) -> Chunks:
-    """Cut documents, first row index and end of each, that follow one another from 0 on."""
-    row_tokens = documents[-1][1]
-    starts = torch.tensor([start for start, _ in documents])
-    lengths = torch.tensor([stop - start for start, stop in documents])
+def chunk_documents(documents: Sequence[tuple[int, int, int]], device: torch.device) -> Chunks:
+    """Cut documents that follow one another from 0 on.
+
+    Args:
+        documents: row indices: start of each, its first token whose output is asked for, its end.
+        device: of the indices.
+    """
+    row_tokens = documents[-1][2]
+    starts = torch.tensor([start for start, _, _ in documents])
+    lengths = torch.tensor([stop - start for start, _, stop in documents])
     counts = (lengths + CHUNK - 1) // CHUNK
     order = torch.argsort(counts, descending=True, stable=True)
     steps = [int((counts > i).sum()) for i in range(int(counts.max()))]
@@ -57,7 +62,8 @@ def chunk_documents(documents: Sequence[tuple[int, int]], device: torch.device) 
     places = torch.empty(row_tokens + 1, dtype=torch.int64)
     places[tokens] = torch.arange(len(tokens))
     positions = torch.arange(row_tokens) - starts.repeat_interleave(lengths)
-    sent = (to_device(t, device) for t in (tokens, places[:-1].contiguous(), positions))
+    asked = torch.cat([places[first:stop] for _, first, stop in documents])
+    sent = (to_device(t, device) for t in (tokens, asked, positions))
     return Chunks(*sent, steps=steps, order=order.tolist())
 
 
@@ -80,7 +86,7 @@ def in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay
         state: [documents, key heads, r, key channels, value channels] in the order of `chunks`; None: zeros.
 
     Returns:
-        Outputs [tokens, key heads, r, value channels], and the states behind the documents.
+        Outputs [outputs, key heads, r, value channels], and the states behind the documents.
     """
     q, k, v = (_placed(t, chunks) for t in (query[:, :, None], key[:, :, None], value))
     g, b = (_placed(t[..., None], chunks) for t in (decay, rate))
@@ -97,7 +103,7 @@ def in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay
     if state is None:
         state = v.new_zeros(chunks.steps[0], *v.shape[1:3], k.shape[-1], v.shape[-1])
     outputs, ended, start = [], [], 0
-    for i, number in enumerate(chunks.steps):
+    for number in chunks.steps:
         if len(state) > number:
             ended.append(state[number:])
             state = state[:number]

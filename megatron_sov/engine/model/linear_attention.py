@@ -130,8 +130,6 @@ class GatedDeltaNet(MegatronModule):
                           packed.chunks)[0]
         if cut:
             found = context.exchange_heads(found.flatten(2)).unflatten(-1, (-1, self.sizes.value_head_dim))
-        elif packed.shared is not None:
-            found = found.index_select(0, packed.shared.held)
         return found
 
     def convolution(self, heads: slice = slice(None)) -> torch.Tensor:
@@ -209,7 +207,7 @@ class KeptState:
               wide: torch.Tensor) -> torch.Tensor:
         """Read a span of each of some sequences: [sequences, tokens, ...]."""
         assert self._state is not None and self._inputs is not None and self._gates is not None
-        slots, taps, length = slice(group.slot, group.slot + len(group.past)), wide.shape[1], group.length
+        slots, length = slice(group.slot, group.slot + len(group.past)), group.length
         self._begin(group)
         stands = torch.tensor([past - self._past[group.slot + i] for i, past in enumerate(group.past)],
                               device=wide.device)
@@ -231,7 +229,8 @@ class KeptState:
             self._state[slots] = states[self._open]
         else:
             count, tokens = mixed.shape[:2]
-            chunks = chunk_documents([(i * tokens, (i + 1) * tokens) for i in range(count)], wide.device)
+            chunks = chunk_documents([(i * tokens, i * tokens, (i + 1) * tokens) for i in range(count)],
+                                     wide.device)
             outputs, self._state[slots] = in_chunks(*(t.flatten(0, 1) for t in row), chunks,
                                                     self._state[slots])
             outputs, entered = outputs.unflatten(0, (count, tokens)), length
@@ -275,6 +274,8 @@ def attend_linearly(config: Any, spec: Any, sizes: LinearAttentionConfig, te: bo
         from megatron.core.extensions.transformer_engine import (
             TELayerNormColumnParallelLinear, TERowParallelLinear)
 
-        projections, layer.input_layernorm = (TELayerNormColumnParallelLinear, TERowParallelLinear), IdentityOp
-    layer.self_attention = ModuleSpec(module=GatedDeltaNet, params={"projections": projections, "sizes": sizes})
+        projections = (TELayerNormColumnParallelLinear, TERowParallelLinear)
+        layer.input_layernorm = IdentityOp
+    layer.self_attention = ModuleSpec(module=GatedDeltaNet,
+                                      params={"projections": projections, "sizes": sizes})
     layer.sharded_state_dict_keys_map["input_layernorm."] = "self_attention.in_proj.layer_norm_"

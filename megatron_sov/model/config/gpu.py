@@ -150,8 +150,9 @@ def _attention_widths(model: ModelConfig, tp: int, cut: str) -> list[tuple[str, 
              f"{sum(linear.projected)}{cut}", linear.num_key_heads * sum(linear.projected) / tp),
             (f"{at}.num_value_heads {linear.num_value_heads} x value_head_dim {linear.value_head_dim}{cut}",
              linear.num_value_heads * linear.value_head_dim / tp)]
-        of_heads = 2 * heads if model.attention_output_gate else heads
-        return [*own, (f"({'2 x ' if model.attention_output_gate else ''}model.num_heads {heads} + 2 x model.num_kv_heads {kv_heads}) x model.head_dim "
+        twice, of_heads = ("2 x ", 2 * heads) if model.attention_output_gate else ("", heads)
+        return [*own,
+                (f"({twice}model.num_heads {heads} + 2 x model.num_kv_heads {kv_heads}) x model.head_dim "
                  f"{head_dim}{cut}", (of_heads + 2 * kv_heads) * head_dim / tp),
                 (f"model.num_heads {heads} x model.head_dim {head_dim}{cut}", heads * head_dim / tp)]
     at = "model.latent_attention"

@@ -97,8 +97,8 @@ class ParallelConfig:
         linear = model.linear_attention
         if linear is not None and linear.num_key_heads % (self.tp * self.cp):
             heads = linear.num_key_heads
-            refuse("tp", f"x parallel.cp {self.cp} must divide model.linear_attention.num_key_heads = {heads}",
-                   _divisors(heads))
+            refuse("tp", f"x parallel.cp = {self.cp} must divide "
+                   f"model.linear_attention.num_key_heads = {heads}", _divisors(heads))
         if self.tp > 1 and not self.sp and (model.latent_attention is not None or model.num_moe_layers()):
             what = "model.latent_attention meets" if model.latent_attention is not None else "experts meet"
             refuse("sp", f"must be true when {what} parallel.tp = {self.tp} > 1")

@@ -80,7 +80,7 @@ class LinearAttentionConfig:
     value_head_dim: Width
     """Width of a head's values."""
     conv_taps: Annotated[int, Ge(1), Le(64)] = 4
-    """Tokens that the causal convolution of each channel of queries, keys and values sees, its own included."""
+    """Tokens that the causal convolution of each channel of queries, keys and values sees, its own too."""
 
     @property
     def values_per_key(self) -> int:
@@ -326,7 +326,7 @@ class ModelConfig:
         return "sliding_attention" if self.mtp_attention == "L" else "full_attention"
 
     def windows(self) -> list[int]:
-        """Return the sliding window of every trunk layer, in tokens; 0: none, as linear attention has none."""
+        """Return the sliding window of every trunk layer, in tokens; 0: none."""
         return [*self.layer_windows] or [
             self.sliding_window_tokens if kind == "sliding_attention" else 0 for kind in self.layer_types()]
 

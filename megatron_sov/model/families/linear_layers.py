@@ -1,4 +1,5 @@
-"""What families with linear attention declare: tensors whose rows stand by heads, and which layers have it."""
+"""What families with linear attention declare: tensors whose rows stand by heads, and which layers have
+it."""
 
 from __future__ import annotations
 

@@ -482,7 +482,8 @@ DEEPSEEK_EXPERTS = (*ROUTED_EXPERTS, *SHARED_EXPERTS, router_bias("mlp.gate.e_sc
 
 
 def trunk(where: Literal["every layer", "dense layers", "moe layers", "layers with norms behind",
-                         "linear layers", "other layers"], *parts: tuple[WeightEntry, ...], when: str = "") -> WeightSection:
+                         "linear layers", "other layers"],
+          *parts: tuple[WeightEntry, ...], when: str = "") -> WeightSection:
     """Return the section of parts that stand in the trunk's layers, under the prefixes that all families
     share; `when` as `WeightSection` has it."""
     return WeightSection(where, "decoder.layers.{l}.", "model.layers.{l}.",

@@ -213,7 +213,8 @@ def _linear_attention(linear: LinearAttentionConfig, precision: str, tokens: Tok
     inside = heads * (3 * CHUNK + 4 * (keys + values)) + linear.state_size // tp // CHUNK
     return {"gathered": 0, "qkv": tokens.local * projected * item,
             "rotated": tokens.local * wide * channels * (linear.conv_taps + 3),
-            "core": tokens.local * wide * inside, "attended": tokens.local * heads * values * (3 * wide + item)}
+            "core": tokens.local * wide * inside,
+            "attended": tokens.local * heads * values * (3 * wide + item)}
 
 
 def _mask_numbers(tokens: int, window: int) -> int:

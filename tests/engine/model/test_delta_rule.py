@@ -22,9 +22,9 @@ def drawn(tokens: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]
     return [t.to(dtype).requires_grad_() for t in (normalised(q) * KEYS ** -0.5, normalised(k), v, g, b)]
 
 
-def bounds(lengths: list[int]) -> list[tuple[int, int]]:
+def bounds(lengths: list[int]) -> list[tuple[int, int, int]]:
     ends = torch.tensor(lengths).cumsum(0).tolist()
-    return list(zip([0, *ends], ends, strict=False))
+    return [(start, start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
 
 
 @pytest.mark.parametrize("of", ["torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"])
@@ -32,7 +32,7 @@ def test_a_document_is_what_transformers_makes_of_it(of: str) -> None:
     from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
     row = drawn(150, torch.float32)
-    found, state = in_chunks(*row, chunk_documents([(0, 150)], CPU))
+    found, state = in_chunks(*row, chunk_documents([(0, 0, 150)], CPU))
     (found * torch.linspace(-1, 1, VALUES)).sum().backward()
     mine = [t.grad for t in row]
     again = drawn(150, torch.float32)
@@ -52,9 +52,9 @@ def test_documents_of_a_row_are_bit_for_bit_what_each_is_alone() -> None:
     found, states = in_chunks(*row, chunks)
     weights = torch.randn_like(found)
     together = torch.autograd.grad((found * weights).sum(), row)
-    for number, (start, stop) in enumerate(bounds(LENGTHS)):
+    for number, (start, _, stop) in enumerate(bounds(LENGTHS)):
         alone = [t.detach()[start:stop].requires_grad_() for t in row]
-        own, state = in_chunks(*alone, chunk_documents([(0, stop - start)], CPU))
+        own, state = in_chunks(*alone, chunk_documents([(0, 0, stop - start)], CPU))
         assert torch.equal(own, found[start:stop])
         assert torch.equal(state[0], states[chunks.order.index(number)])
         for gradient, whole in zip(torch.autograd.grad((own * weights[start:stop]).sum(), alone), together,
@@ -64,14 +64,14 @@ def test_documents_of_a_row_are_bit_for_bit_what_each_is_alone() -> None:
 
 def test_tokens_one_by_one_and_a_state_that_goes_on_are_the_same_as_chunks() -> None:
     row = [t.detach() for t in drawn(2 * CHUNK + 9)]
-    found, last = in_chunks(*row, chunk_documents([(0, len(row[0]))], CPU))
+    found, last = in_chunks(*row, chunk_documents([(0, 0, len(row[0]))], CPU))
     zeros = torch.zeros(1, HEADS, R, KEYS, VALUES, dtype=torch.float64)
     singly, states = by_token(*(t[None] for t in row), zeros)
     torch.testing.assert_close(singly[0], found, atol=1e-13, rtol=1e-12)
     torch.testing.assert_close(states[-1], last, atol=1e-13, rtol=1e-12)
     cut = 37  # where no chunk ends
-    _, middle = in_chunks(*(t[:cut] for t in row), chunk_documents([(0, cut)], CPU))
-    rest = chunk_documents([(0, len(row[0]) - cut)], CPU)
+    _, middle = in_chunks(*(t[:cut] for t in row), chunk_documents([(0, 0, cut)], CPU))
+    rest = chunk_documents([(0, 0, len(row[0]) - cut)], CPU)
     behind, end = in_chunks(*(t[cut:] for t in row), rest, middle)
     torch.testing.assert_close(behind, found[cut:], atol=1e-13, rtol=1e-12)
     torch.testing.assert_close(end, last, atol=1e-13, rtol=1e-12)
@@ -81,7 +81,7 @@ def test_the_convolution_stays_inside_documents() -> None:
     torch.manual_seed(0)
     row, weight = torch.randn(sum(LENGTHS), 10, dtype=torch.float64), torch.randn(10, 4, dtype=torch.float64)
     found = short_convolution(row, weight, chunk_documents(bounds(LENGTHS), CPU).positions)
-    for start, stop in bounds(LENGTHS):
+    for start, _, stop in bounds(LENGTHS):
         alone = row[start:stop]
         expected = torch.conv1d(alone.T[None], weight[:, None], padding=3, groups=10)[0, :, :len(alone)].T
         torch.testing.assert_close(found[start:stop], expected, atol=1e-13, rtol=1e-12)

@@ -130,7 +130,8 @@ def test_spans_and_tokens_one_by_one_are_one_pass(layer: GatedDeltaNet, step_tok
     while max(past.values()) + 2 * step_tokens < TOKENS:
         taken = 1 + past[0] % step_tokens  # as many of a step stand
         if step_tokens > 1:
-            drafted = torch.cat([torch.where((torch.arange(TOKENS) < past[0] + taken)[:, None, None], x, wrong)])
+            stands = torch.arange(TOKENS)[:, None, None] < past[0] + taken
+            drafted = torch.where(stands, x, wrong)
             found = read(layer, drafted, [(0, past[0], past[0] + step_tokens)])[:taken]
             torch.testing.assert_close(found, expected[past[0]:past[0] + taken], **close)
             past[0] += taken
