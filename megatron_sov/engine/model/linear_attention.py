@@ -103,7 +103,9 @@ class GatedDeltaNet(MegatronModule):
         else:
             found = self._of_documents(torch.cat([convolved, gates], -1), packed_seq_params)
         # each process normalises its own heads, so of this weight each finds a part of the gradient
-        weight = tensor_parallel.copy_to_tensor_model_parallel_region(self.out_norm.weight, self._group)
+        weight = self.out_norm.weight
+        if self._group.size() > 1:
+            weight = tensor_parallel.copy_to_tensor_model_parallel_region(weight, self._group)
         found = rms_norm(found, weight.shape, weight.to(found.dtype), self.config.layernorm_epsilon)
         found = found * silu(gate.unflatten(-1, (-1, self.sizes.value_head_dim)).to(found.dtype))
         output: tuple[torch.Tensor, None] = self.out_proj(found.flatten(1).to(hidden_states.dtype)[:, None])

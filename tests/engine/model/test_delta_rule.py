@@ -46,7 +46,7 @@ def test_a_document_is_what_transformers_makes_of_it(of: str) -> None:
         torch.testing.assert_close(one, other.grad, atol=2e-5, rtol=2e-5)
 
 
-def test_documents_of_a_row_are_bit_for_bit_what_each_is_alone() -> None:
+def test_documents_of_a_row_are_what_each_is_alone() -> None:
     row = drawn(sum(LENGTHS))
     chunks = chunk_documents(bounds(LENGTHS), CPU)
     found, states = in_chunks(*row, chunks)
@@ -55,8 +55,9 @@ def test_documents_of_a_row_are_bit_for_bit_what_each_is_alone() -> None:
     for number, (start, _, stop) in enumerate(bounds(LENGTHS)):
         alone = [t.detach()[start:stop].requires_grad_() for t in row]
         own, state = in_chunks(*alone, chunk_documents([(0, 0, stop - start)], CPU))
-        assert torch.equal(own, found[start:stop])
-        assert torch.equal(state[0], states[chunks.order.index(number)])
+        # not to the bit: products of MKL depend on where their numbers lie in memory
+        torch.testing.assert_close(own, found[start:stop], atol=1e-14, rtol=1e-13)
+        torch.testing.assert_close(state[0], states[chunks.order.index(number)], atol=1e-14, rtol=1e-13)
         for gradient, whole in zip(torch.autograd.grad((own * weights[start:stop]).sum(), alone), together,
                                    strict=True):
             torch.testing.assert_close(gradient, whole[start:stop], atol=1e-13, rtol=1e-12)
