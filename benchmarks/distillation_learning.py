@@ -31,20 +31,14 @@ import platform
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from seeds import over_seeds
 
-THINGS = {"fruit": "apple banana cherry grape lemon mango peach plum",
-          "colour": "amber black brown green indigo red violet white",
-          "animal": "badger cat deer eagle fox goat heron lynx",
-          "city": "Busan Cairo Dakar Hanoi Lima Oslo Perth Quito",
-          "tool": "anvil bellows chisel drill file hammer saw wrench",
-          "metal": "brass copper gold iron lead nickel silver tin"}
-NAMES = ("Mina", "Jun", "Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jana", "Kai",
-         "Lea", "Max", "Noa")
+from megatron_sov.bench.reproduce.seeds.choices import NAMES, THINGS
+
 LEARNED = ("Name a {thing} for {name}.", "{name} asks for a {thing}.", "Which {thing} will it be, {name}?",
            "A {thing}, please, says {name}.")
 ASKED = ("{name} wants some {thing}.", "Tell {name} about a {thing}.", "Give {name} a {thing}.",
@@ -212,9 +206,16 @@ def report(folder: Path) -> None:
                   f"({', '.join(f'{v:.4f}' for v in values.values())})")
 
 
-def main() -> None:
-    """Run, or print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def run_seeds(description: str | None, measure_seed: Callable[[Work, int, int, int], object],
+              report_work: Callable[[Path], object]) -> None:
+    """Run what is missing of the seeds that the command line names, and print what there is.
+
+    Args:
+        description: what the benchmark shows.
+        measure_seed: runs all arms of a seed: (folder, seed, steps of an arm, steps of the teacher).
+        report_work: prints what there is in the folder.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=120)
@@ -223,9 +224,9 @@ def main() -> None:
     args = parser.parse_args()
     if not args.print:
         for seed in args.seeds:
-            measure(Work(args.work), seed, args.steps, args.teacher_steps)
-    report(args.work)
+            measure_seed(Work(args.work), seed, args.steps, args.teacher_steps)
+    report_work(args.work)
 
 
 if __name__ == "__main__":
-    main()
+    run_seeds(__doc__, measure, report)

@@ -20,15 +20,15 @@ with 95 % intervals (Student's t), and the differences from `both`, seed by seed
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
+from collections.abc import Collection
 from pathlib import Path
 from statistics import fmean
 
 from distillation_learning import (
-    ASKED, LEARNED, RATE, STUDENT, TEACHER, THINGS, Work, conversations, words_of)
+    ASKED, LEARNED, RATE, STUDENT, TEACHER, THINGS, Work, conversations, run_seeds, words_of)
 from seeds import over_seeds
 
 DOMAINS = {"first": tuple(THINGS)[:3], "second": tuple(THINGS)[3:]}
@@ -36,19 +36,17 @@ SFT_RATES = {"SFT": RATE, "SFT, rate / 4": "optim.lr=5e-4", "SFT, rate / 16": "o
 ARMS = ("both", *DOMAINS, *SFT_RATES)
 
 
-def evenly(seed: int, count: int, even: str, wordings: tuple[str, ...] = LEARNED + ASKED) -> str:
-    """Return conversations of both domains, those of `even` ("" for none) with even answers."""
-    return "".join(conversations(seed + i, count, wordings, even=name in even.split(), things=things)
+def both_domains(seed: int, count: int, even: Collection[str]) -> str:
+    """Return conversations of both domains; the answers of those in `even` are as likely as each other."""
+    return "".join(conversations(seed + i, count, LEARNED + ASKED, even=name in even, things=things)
                    for i, (name, things) in enumerate(DOMAINS.items()))
 
 
-def measure(folder: Path, seed: int, steps: int, teacher_steps: int) -> None:
+def measure(work: Work, seed: int, steps: int, teacher_steps: int) -> None:
     """Run all arms of a seed."""
-    work = Work(folder)
-    even = work.data("even", evenly(5, 2_000, "first second"))
+    even = work.data("even", both_domains(5, 2_000, even=DOMAINS))
     for i, name in enumerate(DOMAINS):
-        other = next(other for other in DOMAINS if other != name)
-        plenty = work.data(f"plenty-{name}", evenly(10 + i, 6_000, other))
+        plenty = work.data(f"plenty-{name}", both_domains(10 + i, 6_000, even=DOMAINS.keys() - {name}))
         work.train(f"teacher-{name}", "pretrain", plenty, *TEACHER, f"train.steps={teacher_steps}",
                    "optim.lr=4e-3")
     own = f"train.seed={seed}"
@@ -58,16 +56,16 @@ def measure(folder: Path, seed: int, steps: int, teacher_steps: int) -> None:
            for name, things in DOMAINS.items()}
     asked = {name: work.data(f"asked-{name}", conversations(200, 800, ASKED, things=things), heldout=0.5)
              for name, things in DOMAINS.items()}
-    runs = {arm: folder / f"arm-{seed}-{number}" for number, arm in enumerate(ARMS)}
-    for arm, run in runs.items():
+    runs = [work.folder / f"arm-{seed}-{number}" for number in range(len(ARMS))]
+    for arm, run in zip(ARMS, runs, strict=True):
         if not (run / "complete.json").exists():
             command = "sft" if arm in SFT_RATES else "distill"
             work.command("megatron_sov", command, "tiny-qwen3", "--from", start, "--run", run, "--resume",
                          *(word for name, data in few.items() for word in ("--data", f"{name}={data}")),
-                         *teachers(folder, arm), *words_of((own, f"train.steps={steps}",
-                                                            SFT_RATES.get(arm, RATE))))
-    for name, run in ({"start": start} | runs).items():
-        out = folder / f"asked-{seed}-{name.replace(' / ', '-').replace(', ', '-')}.json"
+                         *teachers(work.folder, arm),
+                         *words_of((own, f"train.steps={steps}", SFT_RATES.get(arm, RATE))))
+    for run in (start, *runs):
+        out = work.folder / f"asked-{run.name}.json"
         if not out.exists():
             work.command("megatron_sov", "eval", "ppl", run, "--seq-len", "128", "--out", out,
                          *(word for data in asked.values() for word in ("--data", data)))
@@ -82,42 +80,32 @@ def teachers(folder: Path, arm: str) -> list[str]:
     return [word for teacher in given for word in ("--teacher", teacher)] + ["--states-dtype", "float32"]
 
 
+def figures(file: Path) -> dict[str, float]:
+    """Return the bits per byte of each domain."""
+    told = json.loads(file.read_text())
+    return {domain: told[f"asked-{domain}"]["bits_per_byte"] for domain in DOMAINS}
+
+
 def report(folder: Path) -> None:
     """Print what there is."""
-    found: dict[str, dict[int, dict[str, float]]] = {}
-    for file in sorted(folder.glob("asked-*-*.json")):
-        _, seed, name = file.stem.split("-", 2)
-        told = json.loads(file.read_text())
-        found.setdefault(name, {})[int(seed)] = {domain: told[f"asked-{domain}"]["bits_per_byte"]
-                                                         for domain in DOMAINS}
-    if not found:
+    files = {"start": "asked-start-{}.json",
+             **{arm: f"asked-arm-{{}}-{number}.json" for number, arm in enumerate(ARMS)}}
+    seeds = sorted(int(file.stem.rpartition("-")[2]) for file in folder.glob("asked-start-*.json"))
+    found = {name: {seed: figures(told) for seed in seeds if (told := folder / file.format(seed)).exists()}
+             for name, file in files.items()}
+    if not found["both"]:
         raise SystemExit(f"{folder}: no seed is done yet")
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
           f"{platform.python_version()}; bits per byte of answers drawn by the true shares, in wordings that "
-          f"no arm has learned; seeds {', '.join(map(str, sorted(found['both'])))}\n")
-    for name, by_seed in found.items():
+          f"no arm has learned; seeds {', '.join(map(str, seeds))}\n")
+    for name, by_seed in ((name, by_seed) for name, by_seed in found.items() if by_seed):
         each = "   ".join(f"{domain} {over_seeds([v[domain] for v in by_seed.values()], '.4f')}"
                           for domain in DOMAINS)
         means = {seed: fmean(values.values()) for seed, values in by_seed.items()}
         apart = [means[seed] - fmean(found["both"][seed].values()) for seed in means if seed in found["both"]]
-        print(f"  {name:<12} {over_seeds(list(means.values()), '.4f')}   {each}   "
+        print(f"  {name:<14} {over_seeds(list(means.values()), '.4f')}   {each}   "
               f"{over_seeds(apart, '+.4f')} beside both")
 
 
-def main() -> None:
-    """Run, or print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--teacher-steps", type=int, default=600)
-    parser.add_argument("--print", action="store_true", help="only print what there is")
-    args = parser.parse_args()
-    if not args.print:
-        for seed in args.seeds:
-            measure(args.work, seed, args.steps, args.teacher_steps)
-    report(args.work)
-
-
 if __name__ == "__main__":
-    main()
+    run_seeds(__doc__, measure, report)

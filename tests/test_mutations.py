@@ -28,12 +28,13 @@ from tests.breakers import TENSORS, break_a_file, break_an_argument, change_quie
 
 COUNT = int(os.environ.get("SOV_MUTATIONS", "1"))
 TIMEOUT_S = 120.0
-SMALL = ("--set", "train.steps=2", "--set", "train.global_batch_size=2", "--set", "train.micro_batch_size=1",
+SIZES = ("--set", "train.global_batch_size=2", "--set", "train.micro_batch_size=1",
          "--set", 'data.phases=[{"name": "main", "seq_len": 32}]', "--set", "model.hidden_size=32",
          "--set", "model.num_layers=2", "--set", "model.head_dim=8", "--set", "model.expert_ffn_dim=16",
          "--set", "model.vocab_size=368", "--set", "data.heldout_tokens=64", "--set", "train.max_restarts=0",
          "--set", "train.checkpoint_every_steps=1", "--set", "train.num_threads=1",
          "--set", "optim.lr=4e-3")
+SMALL = ("--set", "train.steps=2", *SIZES)
 ROUNDS = ("--set", "rollout.rounds=2", "--set", "rollout.prompts_per_round=2", "--set",
           "rollout.samples_per_prompt=2", "--set", "rollout.steps_per_round=1", "--set",
           "rollout.piece_prompts=1", "--set", "rollout.max_new_tokens=12", "--set",
@@ -104,9 +105,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "rl reward": (M, "rl", "reward", "--store", "@store", "--reward", "length", "--reward-set",
                   "max_length=9", "--reward-set", "buffer=3", "--workers", "1"),
     "rl store verify": (M, "rl", "store", "verify", "@store", "--json"),
-    "rl train": (M, "rl", "train", *TRAIN, *ROUNDS, "--data", "@text", "--from", "@run", "--store", "@store",
-                 "--prompts", "@asked", "--reward", "repetition"),
-    "rl train --resume": (M, "rl", "train", "tiny-solar-open", "--run", "@rounds", "--nproc", "1", *SMALL,
+    "rl train": (M, "rl", "train", "tiny-solar-open", "--run", "@out", "--nproc", "1", *SIZES, *ROUNDS,
+                 "--data", "@text", "--from", "@run", "--store", "@store", "--prompts", "@asked", "--reward",
+                 "repetition"),
+    "rl train --resume": (M, "rl", "train", "tiny-solar-open", "--run", "@rounds", "--nproc", "1", *SIZES,
                           *ROUNDS, "--data", "@text", "--from", "@run", "--store", "@store", "--prompts",
                           "@asked", "--reward", "repetition", "--resume"),
     "distill states": (M, "distill", "states", "@hf", "--data", "@text", "--output", "@out"),
@@ -240,14 +242,15 @@ def world(packed_data: Any, run_command: Any, write_round: Callable[..., None],
         done = run_command(*argv, program=program)
         assert done.returncode == 0, done.stderr
 
-    train = ("tiny-solar-open", "--nproc", "1", *SMALL, "--data", str(packed_data.text), "--run")
+    sized = ("tiny-solar-open", "--nproc", "1", *SIZES, "--data", str(packed_data.text), "--run")
+    train = ("--set", "train.steps=2", *sized)
     call(M, "pretrain", *train, str(run))
     call(M, "convert", "to-hf", str(run), str(hf))
     call(M, "pretrain", *train, str(folder / "adapter"), "--from", str(run), "--set", "lora.rank=2")
     call(T, "export", str(packed_data.tokenizer), "--format", "tiktoken", "--output",
          str(folder / "ranks.tiktoken"))
     write_store(folder, packed_data.tokenizer, write_round)
-    call(M, "rl", "train", *train, str(folder / "rounds"), *ROUNDS, "--from", str(run), "--store",
+    call(M, "rl", "train", *sized, str(folder / "rounds"), *ROUNDS, "--from", str(run), "--store",
          str(folder / "store"), "--prompts", str(folder / "asked.jsonl"), "--reward", "repetition")
     (folder / "rounds/complete.json").unlink()  # as if killed behind the second round's publication
     shutil.rmtree(folder / "rounds/checkpoints/step-2")

@@ -90,7 +90,7 @@ SLAB_ELEMENTS = 1 << 20
 
 
 def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, workers: int = 1,
-            overwrite: bool = False, redo: bool = False) -> None:
+            overwrite: bool = False, redo: bool = False, fewest: int = 2) -> None:
     """Write the weighted mean of checkpoints as a checkpoint (part "model"): sum w x / sum w.
 
     Args:
@@ -100,14 +100,18 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
         workers: files that are written at a time, each with two tensors in memory.
         overwrite: replace a checkpoint that is already there.
         redo: begin anew where work on it was asked for otherwise and is unfinished.
+        fewest: checkpoints that it is given; 1 where a choice may come to one alone.
 
     Raises:
-        UserError: there are fewer than two, a weight is not positive, they are of other architectures,
+        UserError: there are fewer, a weight is not positive, they are of other architectures,
             tokenizers or bases, one is damaged, the disk is full; nothing is left then.
     """
     out = Path(out)
     refuse_existing(out, KIND, overwrite)
     paths = [_find_start(path) for path, _ in checkpoints]
+    if len(paths) < fewest:
+        raise UserError(f"{', '.join(map(str, paths)) or 'no checkpoint'}: a mean needs at least two "
+                        "checkpoints; name another one")
     weights = _checked_weights(paths, [weight for _, weight in checkpoints])
     sources = [checkpoint_weights(path) for path in paths]
     links = {block_name(link.key, link.offset): link for link in sources[0].links}
@@ -175,9 +179,6 @@ def _find_start(path: Path) -> Path:
 
 def _checked_weights(paths: Sequence[Path], weights: Sequence[float]) -> list[float]:
     """Return the weights, after everything that can be checked from headers alone."""
-    if len(paths) < 2:
-        raise UserError(f"{', '.join(map(str, paths)) or 'no checkpoint'}: a mean needs at least two "
-                        "checkpoints; name another one")
     for path, weight in zip(paths, weights, strict=True):
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"{path}: its weight {weight:g} must be a positive number; leave it out, or give "

@@ -9,8 +9,8 @@ from megatron_sov.base.settings.problem import (
     NotNegativeInt, ProblemCode, Relation, SettingsError, SettingsProblem, Share, as_problem, at_most, below,
     find_broken, multiple_of, name_options, not_with, one_of, only_with, other_than)
 from megatron_sov.base.settings.reading import (
-    check, fields_of, find_problems, hint_below, hints_of, place_of, plain, problems_of, read, read_arguments,
-    rules_of)
+    by_name, check, fields_of, find_problems, hint_below, hints_of, place_of, plain, problems_of, read,
+    read_arguments, rules_of)
 from megatron_sov.base.settings.sources import (
     Located, Place, assign_all, change, parse_changes, parse_nested, read_file, read_located, read_text,
     read_yaml)
@@ -19,9 +19,9 @@ __all__ = [
     "NO_FLAG", "ONCE", "RISING", "AboveZero", "Actions", "AtLeastOne", "Bound", "Breach", "Finite", "Flag",
     "Fraction", "Located", "NotBlank", "NotNegative", "NotNegativeInt", "Place", "ProblemCode", "Relation",
     "SettingsError", "SettingsProblem", "Share", "add_actions", "add_options", "as_problem", "assign_all",
-    "at_most", "below", "change", "check", "command_of", "fields_of", "find_broken", "find_problems",
-    "hint_below", "hints_of", "multiple_of", "name_options", "not_with", "num_cores", "one_of", "only_with",
-    "options_of", "other_than", "parse_changes", "parse_nested", "place_of", "plain", "problems_of", "read",
-    "read_arguments", "read_file", "read_located", "read_options", "read_text", "read_yaml", "rules_of",
-    "run_action",
+    "at_most", "below", "by_name", "change", "check", "command_of", "fields_of", "find_broken",
+    "find_problems", "hint_below", "hints_of", "multiple_of", "name_options", "not_with", "num_cores",
+    "one_of", "only_with", "options_of", "other_than", "parse_changes", "parse_nested", "place_of", "plain",
+    "problems_of", "read", "read_arguments", "read_file", "read_located", "read_options", "read_text",
+    "read_yaml", "rules_of", "run_action",
 ]

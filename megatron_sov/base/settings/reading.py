@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -383,6 +383,15 @@ def _in_order(cls: Any, problems: list[SettingsProblem]) -> list[SettingsProblem
         return tuple(at)
 
     return sorted(problems, key=position)
+
+
+def by_name(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield plain settings with their full names, as `--set` has them; an empty mapping is a value."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from by_name(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def plain(settings: Any) -> dict[str, Any]:

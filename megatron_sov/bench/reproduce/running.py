@@ -243,5 +243,6 @@ def _values(value: Any, keys: Sequence[str]) -> Iterator[float]:
     if not keys:
         yield float(value)
     else:
-        for inner in (value.values() if keys[0] == "*" else [value[keys[0]]]):
+        every = value.values() if isinstance(value, dict) else value
+        for inner in every if keys[0] == "*" else [value[keys[0]]]:
             yield from _values(inner, keys[1:])

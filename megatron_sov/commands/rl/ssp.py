@@ -178,21 +178,20 @@ def run_fuse(typed: argparse.Namespace) -> int:
     load_plugins(args.plugins)
     from megatron_sov.post.ssp import TABLE, experts_of
 
-    first = Path(args.checkpoints[0])
+    first, fewest = Path(args.checkpoints[0]), 2
     # a probe says by itself which checkpoints are experts and how often each counts
     if (first / TABLE / MANIFEST).is_file():
         if len(args.checkpoints) > 1:
             raise UserError(f"{first}: is a probe, whose experts are merged by themselves; leave out "
                             f"{args.checkpoints[1]}")
-        found = experts_of(first)
-        if len(found) < 2:
-            raise UserError(f"{first}: {found[0][0] if found else 'no single checkpoint'} is the best in "
-                            "every domain, so there is nothing to merge; use it as it is")
+        # one may be the best in every domain: whatever a probe finds, the next stage has its start
+        found, fewest = experts_of(first), 1
     else:
         found = [(Path(path), weight) for path, weight in (weighted_path(c, c) for c in args.checkpoints)]
     from megatron_sov import convert
 
-    convert.average(found, args.output, workers=args.workers, overwrite=args.overwrite, redo=args.redo)
+    convert.average(found, args.output, workers=args.workers, overwrite=args.overwrite, redo=args.redo,
+                    fewest=fewest)
     total = sum(weight for _, weight in found)
     for path, weight in found:
         print(f"{weight / total:.4g} of {path}")

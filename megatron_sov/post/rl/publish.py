@@ -28,6 +28,7 @@ from megatron_sov.base.documents.groups import is_learned, pair_of
 from megatron_sov.base.documents.shard_files import ROUTES, RouteShape
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import read_json, write_json
+from megatron_sov.base.settings import by_name
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.engine.parallel.world import on_each, on_first
 from megatron_sov.model.config import RunConfig
@@ -183,7 +184,8 @@ class Publisher:
 
     def _compare_asking(self, folder: Path, before: Mapping[str, Any]) -> None:
         # an earlier version noted nothing, and nor did other jobs
-        then, now = dict(_flat(before)), dict(_flat(self.chosen_by if before else {}))
+        then, now = ({name: value for name, value in by_name(asked) if value != {}}
+                     for asked in (before, self.chosen_by if before else {}))
         for name in sorted(then.keys() | now.keys() if now else ()):
             if (was := then.get(name)) == (given := now.get(name)):
                 continue
@@ -509,15 +511,6 @@ class Publisher:
                     } | dict(group.without)
             late_from += [[group.number, key.prompt, key.sample, why] for key, why in told.items()]
         return found, late_from
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield values by name, those of a mapping as `mapping.name`."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, Panel, render as render_page
+from megatron_sov.base.settings import by_name
 from megatron_sov.publish.report.charts import (
     BALANCE, COMPARED_SPEED, PER_TOKEN, STEP, by_tokens, draw_lines, lines_of, loss_in, loss_unit, named,
     step_charts)
@@ -257,17 +258,10 @@ def _verdicts(runs: Sequence[Run]) -> list[PageTable]:
     return [PageTable(["run", "what", "verdict", "measured"], rows)] if rows else []
 
 
-def flat(settings: Any, name: str = "") -> dict[str, str]:
-    """Return settings as name with dots -> value in text."""
-    if isinstance(settings, dict) and settings:
-        return {key: value for part, inner in settings.items()
-                for key, value in flat(inner, f"{name}.{part}" if name else str(part)).items()}
-    return {name: str(settings)}
-
-
 def _settings(runs: Sequence[Run]) -> list[PageTable]:
     """Return the settings whose values are not the same; of lists of phases each counts as one value."""
-    told = [flat({k: v for k, v in run.config.items() if k != "code"}) if run.config else {} for run in runs]
+    configs = [{k: v for k, v in (run.config or {}).items() if k != "code"} for run in runs]
+    told = [{name: str(value) for name, value in by_name(config)} for config in configs]
     labels = list(dict.fromkeys(label for settings in told for label in settings))
     differ = [label for label in labels if len({settings.get(label) for settings in told}) > 1
               and not label.startswith("data.paths")]

@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_sov.base.artifacts import atomic_write
 from megatron_sov.base.errors import UserError, how_to_install, warn
+from megatron_sov.base.settings import by_name
 from megatron_sov.model.config import ObsConfig
 from megatron_sov.runs.obs.validation import COLUMNS, RESPONSES, VALIDATION, curves_of, table_of
 
@@ -138,7 +139,7 @@ class _MLflow:
         self._run_id = self._client.create_run(experiment_id, run_name=run_dir.resolve().name).info.run_id
         atomic_write(id_file, self._run_id)
         params = [entities.Param(name, str(value)[:_MAX_PARAM_CHARS])
-                  for name, value in _flat(run_config_dict)]
+                  for name, value in by_name(run_config_dict) if value != {}]
         for start in range(0, len(params), _MAX_PARAMS):
             self._client.log_batch(self._run_id, params=params[start:start + _MAX_PARAMS])
 
@@ -158,15 +159,6 @@ class _MLflow:
 
 def _text(cell: Any) -> str:
     return "" if cell is None else str(cell)
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return settings under their full names, as `--set` has them."""
-    found: list[tuple[str, Any]] = []
-    for name, value in settings.items():
-        found += (_flat(value, f"{prefix}{name}.") if isinstance(value, dict)
-                  else [(f"{prefix}{name}", value)])
-    return found
 
 
 def _require(module: str, setting: str, package: str, extra: str = "trackers") -> Any:

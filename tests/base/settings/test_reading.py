@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.settings import SettingsError, check, plain, read, read_arguments
+from megatron_sov.base.settings import SettingsError, by_name, check, plain, read, read_arguments
 from tests.base.settings.examples import Block, Recipe
 
 
@@ -19,6 +19,11 @@ def test_settings_read_back_equal() -> None:
                       "ko", True)
     assert read(Recipe, plain(settings), "f") == settings
     assert check(settings) == []
+
+
+def test_settings_by_name_keep_lists_and_empty_parts_as_values() -> None:
+    found = {name: str(value) for name, value in by_name({"a": {"b": [1, {"c": 2}], "d": {}}, "e": None})}
+    assert found == {"a.b": "[1, {'c': 2}]", "a.d": "{}", "e": "None"}
 
 
 @pytest.mark.parametrize(("raw", "codes"), [

@@ -17,11 +17,14 @@ from scipy import stats
 from megatron_sov import cli
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.bench.reproduce import running
-from megatron_sov.bench.reproduce.claims import SHIPPED, PaperClaim, find_file, read_claims, register
-from megatron_sov.bench.reproduce.running import run_steps
+from megatron_sov.bench.reproduce.claims import SHIPPED, Measure, PaperClaim, find_file, read_claims, register
+from megatron_sov.bench.reproduce.running import read_figure, run_steps
 from megatron_sov.bench.reproduce.seeds.asked import PictureChat
+from megatron_sov.bench.reproduce.seeds.choices import THINGS, ChoicePrompts, Choices
+from megatron_sov.bench.reproduce.seeds.facts import PEOPLE, FactChats, FactQuestions, FactTexts
 from megatron_sov.bench.reproduce.seeds.noise import LABELLED_SHARE, JunkLabels, WithJunk, junk
 from megatron_sov.bench.reproduce.seeds.pictures import SIDE_PIXELS, Pictures
+from megatron_sov.bench.reproduce.seeds.right_ones import RightOnes
 from megatron_sov.bench.reproduce.seeds.tasks import Chats, Exact, TaskQuestions
 from megatron_sov.bench.reproduce.verdict import (
     ClaimOutcome, apply_test, outcome_of, paired_interval, power_of)
@@ -209,6 +212,8 @@ def test_shipped_claims_are_well_formed_and_one_of_each_is_quick() -> None:
         claims = read_claims(find_file(file.stem))
         assert claims.seed == file.stem
         assert sum(claim.quick for claim in claims.claims.values()) == 1
+        named = re.findall(r"\{claims\}/([\w.]+)", " ".join(claims.commands()))
+        assert [name for name in named if not (file.parent / name).is_file()] == []
         for name, claim in claims.claims.items():
             assert register(claims, name, file).sha256 == register(claims, name, file).sha256
             for test in claim.tests:
@@ -226,6 +231,17 @@ def test_power_and_interval_agree_with_scipy() -> None:
     wanted = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert paired_interval(values) == pytest.approx((wanted.low, wanted.high))
     assert paired_interval([1.0]) is None
+
+
+def test_a_figure_is_read_where_a_command_left_it(tmp_path: Path) -> None:
+    """Of dicts and of lists, as `eval passk --json` writes."""
+    (tmp_path / "eval.json").write_text(json.dumps(
+        {"pass_at_k": [{"k": 4, "value": 0.25}, {"k": 8, "value": 0.75}],
+         "kinds": {"a": {"n": 1}, "b": {"n": 2}}}))
+    for value, wanted in (("pass_at_k/*/value", 0.5), ("kinds/*/n", 1.5), ("kinds/b/n", 2)):
+        assert read_figure(tmp_path, Measure("eval.json", value, "")) == wanted
+    with pytest.raises(UserError, match="has no 'pass_at_k/4'"):
+        read_figure(tmp_path, Measure("eval.json", "pass_at_k/4", ""))
 
 
 def outcomes(claim: PaperClaim, new: Sequence[float]) -> ClaimOutcome:
@@ -257,6 +273,36 @@ def test_questions_have_their_answers_and_keep_half_of_the_wordings() -> None:
              if re.search(r"plus|Add|Sum|\+", asked["content"])]
     assert 0.3 < sum(right) / len(right) < 0.4
     assert Exact().score({"response": " 7\n", "answer": "7"}) == 1.0
+
+
+def test_choices_have_their_shares_and_keep_half_of_the_wordings() -> None:
+    learned, kept = (Choices(seed=0, count=2000, wordings=half).do({}) for half in ("learned", "held_out"))
+    prompts = [{ChoicePrompts().do(row)["prompt"] for row in rows} for rows in (learned, kept)]
+    assert not prompts[0] & prompts[1]
+    for even, wanted in ((False, 0.5), (True, 1 / 8)):
+        said = [row["messages"][1]["content"].split()[0]
+                for row in Choices(seed=1, count=4000, even=even).do({})]
+        fruits = [word for word in said if word in THINGS["fruit"].split()]
+        most = max(fruits.count(word) for word in set(fruits))
+        assert most / len(fruits) == pytest.approx(wanted, abs=0.05)
+
+
+def test_half_of_the_facts_stand_in_texts_alone() -> None:
+    answers = [{row["answer"] for row in FactQuestions(seed=3, half=half).do({})}
+               for half in ("told", "asked")]
+    text = {row["text"] for row in FactTexts(seed=3).do({})}
+    assert not answers[0] & answers[1] and answers[0] | answers[1] == text and len(text) == len(PEOPLE)
+    chats = [row["messages"][1]["content"] for row in FactChats(seed=1, count=4000).do({})]
+    known = sum(answer in text for answer in chats) / sum(answer[:-1].rsplit(" ", 1)[0] in {
+        fact[:-1].rsplit(" ", 1)[0] for fact in text} for answer in chats)
+    assert known == pytest.approx(1 / 8, abs=0.03)  # by lot, as chance has it
+
+
+def test_only_right_responses_become_conversations() -> None:
+    row = {"prompt": "1 + 1", "response": "2", "reward": 1.0}
+    assert RightOnes().do(row) == {"messages": [{"role": "user", "content": "1 + 1"},
+                                                {"role": "assistant", "content": "2"}]}
+    assert RightOnes().do(row | {"reward": 0.0}) is None
 
 
 def test_pictures_are_what_their_sentences_say(tmp_path: Path) -> None:

@@ -160,10 +160,15 @@ def test_the_experts_of_a_run_are_merged_and_compared_with_what_they_become(
     assert main(["convert", "average", "run", "both"]) == 0
     for name in read_manifest("both").files:
         assert Path("both", name).read_bytes() == Path("merged", name).read_bytes()
-    # there is nothing to merge where one checkpoint is the best everywhere
-    assert main(["ssp", "probe", "first", *ASK[:-1], "alone"]) == 0
-    assert main(["ssp", "fuse", "alone", "--output", "never"]) == 2
-    assert "first is the best in every domain, so there is nothing to merge" in capsys.readouterr().err
+    # one that is the best everywhere is the merge, bit for bit, so that a road goes on whatever was found
+    first = "run/checkpoints/step-100"
+    assert main(["ssp", "probe", first, *ASK[:-1], "alone"]) == 0
+    assert main(["ssp", "fuse", "alone", "--output", "same"]) == 0
+    assert "1 of" in capsys.readouterr().out
+    for name in read_manifest("same").files:
+        assert Path("same", name).read_bytes() == Path(first, name).read_bytes()
+    assert main(["ssp", "fuse", first, "--output", "never"]) == 2
+    assert "a mean needs at least two checkpoints" in capsys.readouterr().err
     assert main(["ssp", "fuse", "merged:1", "merged:x", "--output", "never"]) == 2
     assert "merged:x: does not exist, and 'x' after the colon is not a weight" in capsys.readouterr().err
     assert main(["convert", "average", "run", "never", "--last", "3"]) == 2

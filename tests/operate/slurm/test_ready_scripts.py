@@ -51,12 +51,15 @@ def test_there_are_scripts_for_the_published_recipes_and_their_tiny_ones() -> No
 
 
 @pytest.mark.parametrize(("big", "tiny"), [*zip(BIG, TINY, strict=True)])
-def test_a_tiny_twin_learns_by_the_stages_of_the_big_one(big: str, tiny: str) -> None:
-    """From fine-tuning on, each by the tiny recipe of the big one's."""
-    roads = [[(stage.label, shlex.split(stage.arguments)[0]) for stage in read_chain(name).stages
-              if STAGES[stage.stage].ranks] for name in (big, tiny)]
-    of_big, of_tiny = (road[[label for label, _ in road].index("sft"):] for road in roads)
-    assert [(label, recipes.TINY[recipe]) for label, recipe in of_tiny] == of_big
+def test_a_tiny_twin_learns_by_the_recipes_of_the_big_one(big: str, tiny: str) -> None:
+    of_big, of_tiny = ([shlex.split(stage.arguments)[0] for stage in read_chain(name).stages
+                        if STAGES[stage.stage].ranks] for name in (big, tiny))
+    assert [recipes.TINY[recipe] for recipe in of_tiny] == of_big
+
+
+def test_the_page_names_scripts_that_are_there() -> None:
+    named = re.findall(r"slurm/scripts/[\w/-]+\.sbatch", (ROOT / "slurm/README.md").read_text())
+    assert named and all((ROOT / script).is_file() for script in named), named
 
 
 @pytest.mark.parametrize("name", [*BIG, *TINY])
@@ -203,7 +206,9 @@ def settings(*given: str) -> tuple[str, ...]:
 
 SMALLER = {
     "tokenizer": ("--vocab-size", "1024"), "tokens": ("--heldout", "0.2"), "chats": ("--heldout", "0.2"),
-    "pretrain": settings(*TRAINING, *MODEL), "extend-512": settings(*TRAINING, *NEEDLES),
+    "pretrain": settings(*TRAINING, *MODEL), "mid": settings(*TRAINING),
+    "extend": settings(*TRAINING[1:], *NEEDLES, *(f"extend.stages.{stage}.{steps}=2" for stage in (0, 1)
+                                                  for steps in ("steps", "max_steps"))),
     "group-tokens": ("--heldout", "0.2"), "sft": settings(*TRAINING),
     "rl-run": ("--workers", "1", "--reward", "sum.py:Sum", *settings(
         *TRAINING[1:], "rollout.rounds=1", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",

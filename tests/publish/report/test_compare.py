@@ -13,7 +13,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.publish.report.charts import named
-from megatron_sov.publish.report.comparison import figure_table, flat, render
+from megatron_sov.publish.report.comparison import figure_table, render
 from megatron_sov.publish.report.run_data import Provenance, Run, read_run
 from megatron_sov.publish.report.scores import NOT_TOLD, published_tables, read_table
 from megatron_sov.publish.report.steps import Curve
@@ -75,11 +75,6 @@ def test_runs_of_one_name_are_told_apart_and_hostile_names_stay_text(hostile: st
     page = render([run_of(hostile), run_of("b")], [{"first": hostile, "second": "b", "task": hostile,
                                                    "problem": hostile}], now_s=0)
     assert hostile not in page and "<img" not in page
-
-
-def test_flat_settings_keep_lists_and_empty_parts_as_values() -> None:
-    assert flat({"a": {"b": [1, {"c": 2}], "d": {}}, "e": None}) == {"a.b": "[1, {'c': 2}]", "a.d": "{}",
-                                                                    "e": "None"}
 
 
 def test_a_difference_is_marked_and_one_that_is_not_known_says_why() -> None:
