@@ -63,8 +63,8 @@ def chunk_documents(documents: Sequence[tuple[int, int, int]], device: torch.dev
     places[tokens] = torch.arange(len(tokens))
     positions = torch.arange(row_tokens) - starts.repeat_interleave(lengths)
     asked = torch.cat([places[first:stop] for _, first, stop in documents])
-    sent = (to_device(t, device) for t in (tokens, asked, positions))
-    return Chunks(*sent, steps=steps, order=order.tolist())
+    tokens, asked, positions = (to_device(t, device) for t in (tokens, asked, positions))
+    return Chunks(tokens, asked, positions, steps, order.tolist())
 
 
 def normalised(values: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ def normalised(values: torch.Tensor) -> torch.Tensor:
 
 
 def in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor,
-              rate: torch.Tensor, chunks: Chunks,
+              rate: torch.Tensor, *, chunks: Chunks,
               state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply the rule to all documents of a row, each from a state of its own.
 

@@ -129,7 +129,7 @@ class GatedDeltaNet(MegatronModule):
         wide = self.convolution(mine)
         mixed = short_convolution(convolved.flatten(1).to(wide.dtype), wide, packed.chunks.positions)
         found = in_chunks(*self.parts(mixed.unflatten(-1, convolved.shape[1:]), gates, mine),
-                          packed.chunks)[0]
+                          chunks=packed.chunks)[0]
         if cut:
             found = context.exchange_heads(found.flatten(2)).unflatten(-1, (-1, self.sizes.value_head_dim))
         return found
@@ -233,8 +233,8 @@ class KeptState:
             count, tokens = mixed.shape[:2]
             chunks = chunk_documents([(i * tokens, i * tokens, (i + 1) * tokens) for i in range(count)],
                                      wide.device)
-            outputs, self._state[slots] = in_chunks(*(t.flatten(0, 1) for t in row), chunks,
-                                                    self._state[slots])
+            outputs, self._state[slots] = in_chunks(*(t.flatten(0, 1) for t in row), chunks=chunks,
+                                                    state=self._state[slots])
             outputs, entered = outputs.unflatten(0, (count, tokens)), length
         for kept, new in ((self._inputs, inputs), (self._gates, gates)):
             tail = new[:, self._open + entered:]

@@ -373,6 +373,7 @@ def _finish_spec(config: Any, spec: Any, kind: str, window: int, model: ModelCon
     if kind == "linear_attention":
         from megatron_sov.engine.model.linear_attention import attend_linearly
 
+        assert model.linear_attention is not None, "a rule of the settings: D layers have sizes"
         attend_linearly(config, spec, model.linear_attention, uses_transformer_engine(config.params_dtype))
     else:
         _finish_attention(config, spec, kind, window, model)

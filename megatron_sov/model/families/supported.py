@@ -264,6 +264,7 @@ QWEN3_NEXT = Family(
         SparseSteps(), LinearLayers(), LinearHeads(), SharedWidth(512),
         Renamed("num_experts", "num_experts", 512, aliases=("num_local_experts",)),
         Renamed("norm_topk_prob", "norm_topk_prob", True), HfPredictionLayer(said_without=False),
+        Fixed("use_sliding_window", False, written=False),  # of released configs
         Unused(("router_aux_loss_coef",)),
     ),
     structure={"rope_on_global": True, "qkv_bias": False, "qk_norm": True, "zero_centered_norms": True,

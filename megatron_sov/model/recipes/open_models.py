@@ -251,10 +251,10 @@ def dense_sources(released: str) -> Sources:
     return derive(moe_sources(released), dict.fromkeys((f"model.{name}" for name in without), DEFAULT))
 
 
-QWEN3_NEXT_RELEASED = "Qwen/Qwen3-Next-80B-A3B-Instruct, compared with the defaults of transformers' class"
-QWEN3_NEXT_SOURCES = derive(moe_sources(QWEN3_NEXT_RELEASED), {
-    "model.mtp_experts": ours("what the released folder's tensors mtp.* are remembered to hold"),
-    "model.num_mtp_layers": ours("the same")})
+PREDICTS = ours("config.json is silent; Megatron-Bridge's map of the folder has mtp.layers.0, with experts")
+QWEN3_NEXT_SOURCES = derive(
+    moe_sources("Qwen/Qwen3-Next-80B-A3B-Thinking, the copy in ai-dynamo/aiconfigurator"),
+    {"model.mtp_experts": PREDICTS, "model.num_mtp_layers": PREDICTS})
 
 
 # DeepSeek-V3 and Kimi K2.

@@ -32,7 +32,7 @@ def test_a_document_is_what_transformers_makes_of_it(of: str) -> None:
     from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
     row = drawn(150, torch.float32)
-    found, state = in_chunks(*row, chunk_documents([(0, 0, 150)], CPU))
+    found, state = in_chunks(*row, chunks=chunk_documents([(0, 0, 150)], CPU))
     (found * torch.linspace(-1, 1, VALUES)).sum().backward()
     mine = [t.grad for t in row]
     again = drawn(150, torch.float32)
@@ -49,12 +49,12 @@ def test_a_document_is_what_transformers_makes_of_it(of: str) -> None:
 def test_documents_of_a_row_are_what_each_is_alone() -> None:
     row = drawn(sum(LENGTHS))
     chunks = chunk_documents(bounds(LENGTHS), CPU)
-    found, states = in_chunks(*row, chunks)
+    found, states = in_chunks(*row, chunks=chunks)
     weights = torch.randn_like(found)
     together = torch.autograd.grad((found * weights).sum(), row)
     for number, (start, _, stop) in enumerate(bounds(LENGTHS)):
         alone = [t.detach()[start:stop].requires_grad_() for t in row]
-        own, state = in_chunks(*alone, chunk_documents([(0, 0, stop - start)], CPU))
+        own, state = in_chunks(*alone, chunks=chunk_documents([(0, 0, stop - start)], CPU))
         # not to the bit: products of MKL depend on where their numbers lie in memory
         torch.testing.assert_close(own, found[start:stop], atol=1e-14, rtol=1e-13)
         torch.testing.assert_close(state[0], states[chunks.order.index(number)], atol=1e-14, rtol=1e-13)
@@ -65,15 +65,15 @@ def test_documents_of_a_row_are_what_each_is_alone() -> None:
 
 def test_tokens_one_by_one_and_a_state_that_goes_on_are_the_same_as_chunks() -> None:
     row = [t.detach() for t in drawn(2 * CHUNK + 9)]
-    found, last = in_chunks(*row, chunk_documents([(0, 0, len(row[0]))], CPU))
+    found, last = in_chunks(*row, chunks=chunk_documents([(0, 0, len(row[0]))], CPU))
     zeros = torch.zeros(1, HEADS, R, KEYS, VALUES, dtype=torch.float64)
     singly, states = by_token(*(t[None] for t in row), zeros)
     torch.testing.assert_close(singly[0], found, atol=1e-13, rtol=1e-12)
     torch.testing.assert_close(states[-1], last, atol=1e-13, rtol=1e-12)
     cut = 37  # where no chunk ends
-    _, middle = in_chunks(*(t[:cut] for t in row), chunk_documents([(0, 0, cut)], CPU))
+    _, middle = in_chunks(*(t[:cut] for t in row), chunks=chunk_documents([(0, 0, cut)], CPU))
     rest = chunk_documents([(0, 0, len(row[0]) - cut)], CPU)
-    behind, end = in_chunks(*(t[cut:] for t in row), rest, middle)
+    behind, end = in_chunks(*(t[cut:] for t in row), chunks=rest, state=middle)
     torch.testing.assert_close(behind, found[cut:], atol=1e-13, rtol=1e-12)
     torch.testing.assert_close(end, last, atol=1e-13, rtol=1e-12)
 
