@@ -9,7 +9,7 @@ found back (as Megatron-Core's `mamba_context_parallel.py` does), since a state 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -20,14 +20,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 from torch.nn.functional import rms_norm, silu, softplus
 
+from megatron_sov.engine.model.attention import PackedDocuments
+from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans
 from megatron_sov.engine.model.delta_rule import (
     by_token, chunk_documents, convolved_windows, in_chunks, normalised, short_convolution)
 from megatron_sov.engine.parallel import context
 from megatron_sov.model.config import LinearAttentionConfig
-
-if TYPE_CHECKING:
-    from megatron_sov.engine.model.attention import PackedDocuments
-    from megatron_sov.engine.model.kv_cache import CacheGroup, CacheSize, PackedSpans
 
 SPLIT = {"A_log": 0, "dt_bias": 0, "conv1d.weight": 0}
 """Parameters beside the projections that are cut by heads -> the axis."""

@@ -215,7 +215,8 @@ def qwen3_next_80b() -> RunConfig:
         seq_aux_loss_coeff=1e-3, attention_pattern="DDDG",
         linear_attention=LinearAttentionConfig(16, 32, 128, 128), attention_output_gate=True,
         rope_theta=1e7, rope_share=0.25, qk_norm=True, norm_eps=1e-6, zero_centered_norms=True,
-        num_mtp_layers=1, mtp_experts=True, max_position_tokens=262144), ParallelConfig(ep=16))
+        num_mtp_layers=1, mtp_experts=True, max_position_tokens=262144),
+        ParallelConfig(pp=4, ep=8, zero1=True))
 
 
 TRAINING_SOURCES: Sources = {
@@ -254,7 +255,8 @@ def dense_sources(released: str) -> Sources:
 PREDICTS = ours("config.json is silent; Megatron-Bridge's map of the folder has mtp.layers.0, with experts")
 QWEN3_NEXT_SOURCES = derive(
     moe_sources("Qwen/Qwen3-Next-80B-A3B-Thinking, the copy in ai-dynamo/aiconfigurator"),
-    {"model.mtp_experts": PREDICTS, "model.num_mtp_layers": PREDICTS})
+    {"model.mtp_experts": PREDICTS, "model.num_mtp_layers": PREDICTS,
+     "parallel.*": ours("experts within a node; fits 32 H100-80GB, as plan computes")})
 
 
 # DeepSeek-V3 and Kimi K2.

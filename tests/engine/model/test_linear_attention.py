@@ -14,7 +14,7 @@ from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 prepare_megatron()
 
 from megatron_sov.engine.model.attention import SharedPrompts, pack  # noqa: E402
-from megatron_sov.engine.model.kv_cache import CacheSize, CacheSpan, read_row  # noqa: E402
+from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan, read_row  # noqa: E402
 from megatron_sov.engine.model.linear_attention import GatedDeltaNet, KeptState  # noqa: E402
 from megatron_sov.engine.parallel import context  # noqa: E402
 from megatron_sov.model.config import LinearAttentionConfig  # noqa: E402
