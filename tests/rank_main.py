@@ -54,9 +54,15 @@ def import_everything() -> None:
                 except ImportError as e:  # a library that some module needs may not be installed
                     if (e.name or "").partition(".")[0] in OUR_PACKAGES:
                         raise
+    import pandas  # noqa: F401  (which pyarrow imports where it looks at an array that is one of pandas')
+    from numba.core.registry import cpu_target
+    from pyarrow import acero  # noqa: F401  (a sum over a table needs it)
     from transformers import (  # noqa: F401  (which imports a name's module when it is asked for)
         AutoModelForCausalLM, AutoTokenizer, ExaoneMoeForCausalLM, PreTrainedTokenizerFast,
         SolarOpenForCausalLM)
+
+    for context in (cpu_target.typing_context, cpu_target.target_context):
+        context.refresh()  # a compiled function, kept or not, needs all that numba knows
 
 
 def make_what_is_kept() -> None:
@@ -161,6 +167,9 @@ def wait_for(child: int, timeout_s: float) -> int:
 
 def warm(doubles: list[str]) -> None:
     """Import what forks will need."""
+    gc.disable()  # what is imported stays
+    import pytest  # noqa: F401  (files of jobs import it)
+
     from megatron_sov.engine.parallel import cpu_shims
 
     sys.path[:0] = doubles  # megatron looks for the library while it is imported
@@ -177,6 +186,8 @@ def warm(doubles: list[str]) -> None:
     make_what_is_kept()
     gc.collect()
     gc.freeze()  # forks need neither look at what is here nor copy it
+    gc.set_threshold(10_000, 10, 10)  # a tenth of a small step went into looks at what had just been made
+    gc.enable()
 
 
 def answer(caller: socket.socket) -> None:
