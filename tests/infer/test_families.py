@@ -16,6 +16,9 @@ RECIPES = {"tiny-glm4-moe": ["model.num_experts=4", "model.expert_ffn_dim=16"],
                                 'model.latent_attention={"kv_lora_rank": 12, "q_lora_rank": 20, '
                                 '"qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}',
                                 'model.yarn={"factor": 4.0, "original_max_position_tokens": 16}'],
+           "tiny-qwen3-next": ["model.num_experts=4", "model.expert_ffn_dim=16",
+                               'model.linear_attention={"num_key_heads": 2, "num_value_heads": 4, '
+                               '"key_head_dim": 6, "value_head_dim": 10}'],
            "tiny-k-exaone2": ["model.num_experts=4", "model.expert_ffn_dim=16",
                               "model.sliding_window_tokens=8", "model.layer_windows=[0, 12, 8, 5, 8, 0]",
                               "model.swiglu_limits=[0, 0.3, 0, 0, 0.2, 0.1]"],
@@ -81,5 +84,6 @@ def test_cached_generation_is_what_full_forward_passes_say(ranks: Any, job: Any)
         for recipe, (written, full, graphs, drafted) in zip(recipes, found, strict=True):
             assert [written, full, graphs, drafted] == of_one[recipe], recipe
             assert written == full and not graphs, recipe
-            assert drafted == [written] * (recipe in ("tiny-glm4-moe", "tiny-deepseek-v3", "tiny-k-exaone2"))
+            assert drafted == [written] * (recipe in ("tiny-glm4-moe", "tiny-deepseek-v3", "tiny-k-exaone2",
+                                                      "tiny-qwen3-next"))
             assert len({token for row in written for token in row}) > 3, recipe

@@ -39,6 +39,8 @@ CASES = {
     "qwen3 lm": ("tiny-qwen3", "lm", ["model.tied_embeddings=false"]),
     "qwen3_moe lm": ("tiny-qwen3-moe", "lm", [
         "model.norm_topk_prob=false", "model.num_dense_layers=1", "model.dense_ffn_dim=48"]),
+    "qwen3_next lm": ("tiny-qwen3-next", "lm", [
+        *SPLIT, "model.num_dense_layers=1", "model.init_std=0.12"]),  # theirs in float32 are noisier
     "exaone4 lm": ("tiny-exaone4", "lm", SPLIT),
     "gemma3 lm": ("tiny-gemma3", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381"]),
     "gemma2 lm": ("tiny-gemma2", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381",
