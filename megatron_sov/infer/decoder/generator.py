@@ -29,7 +29,7 @@ from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.convert.live_import import LiveImport
 from megatron_sov.engine.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
 from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
-from megatron_sov.engine.model.kv_cache import CacheSize, CacheSpan
+from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.device import local_device
 from megatron_sov.engine.parallel.values import pack, unpack

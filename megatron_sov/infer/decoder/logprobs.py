@@ -14,7 +14,7 @@ import torch
 
 from megatron_sov.engine.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
 from megatron_sov.engine.decode.forward_only import ForwardModel
-from megatron_sov.engine.model.kv_cache import CacheSize, CacheSpan
+from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
 from megatron_sov.infer.decoder.continuation import Continuation, RowItem
 from megatron_sov.infer.decoder.sampling import probabilities
 from megatron_sov.infer.request import Batching, Sampling, Written

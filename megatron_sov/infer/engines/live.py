@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_sov.engine.decode.cached_decoder import CachedDecoder, over_shares, share_place
 from megatron_sov.engine.decode.forward_only import ForwardModel
-from megatron_sov.engine.model.kv_cache import CacheSize
+from megatron_sov.engine.model.cache_rows import CacheSize
 from megatron_sov.engine.parallel.values import broadcast_object
 from megatron_sov.infer.decoder.continuation import Continuation
 from megatron_sov.infer.decoder.generator import Decoding, pieces_of, table_of

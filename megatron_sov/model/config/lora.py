@@ -76,6 +76,9 @@ class LoraConfig:
             (model.latent_attention is None or not attention, "targets",
              f"adapts {', '.join(attention)}, and adapters of latent attention are not built",
              f"name others of {', '.join((*FEED_FORWARD, EXPERTS, HEAD, EMBEDDING))}"),
+            (not (model.attention_output_gate and "q_proj" in adapted), "targets",
+             "adapts q_proj, whose rows alternate with those of the output's gate "
+             "(model.attention_output_gate), which is not built", "name lora.targets without it"),
             *((False, "targets", f"names {target}, which this model lacks", "leave it out")
               for target in sorted(missing)),
             *((target not in self.targets, "targets", f"names {target}, which is {other} in this model "
