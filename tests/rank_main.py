@@ -13,6 +13,7 @@ dtype; or another version of megatron-core.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import importlib.util
@@ -31,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov import recipes
+from megatron_sov.base.command_line import Parser
+from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.model.config import apply_settings, layout_settings
 from megatron_sov.version import OUR_PACKAGES
@@ -71,6 +74,10 @@ def make_what_is_kept() -> None:
     apply_settings(config, [*layout_settings(config), "data.phases.0.seq_len=32", "model.num_layers=4",
                             "optim.name=adamw", "objective.name=lm", "guards.window_steps=20",
                             'model.yarn={"factor": 4.0, "original_max_position_tokens": 16}'])
+    for module in PROGRAMS.values():
+        with contextlib.suppress(ImportError, UserError):  # a part that is not installed
+            for command in importlib.import_module(module).COMMANDS.values():
+                command.load().add_arguments(Parser())  # the help under each setting is read from its source
 
 
 def _function(file: str, name: str) -> Any:
