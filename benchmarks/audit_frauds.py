@@ -95,9 +95,10 @@ class Lab:
 
 
 def seal(checkpoint: Path) -> None:
-    """Make the manifest of a checkpoint agree with its files."""
+    """Make the manifest of a checkpoint agree with its files and with the settings that are told."""
     file = checkpoint / MANIFEST
     manifest = json.loads(file.read_text())
+    manifest["settings"] = json.loads((checkpoint.parents[1] / "config.json").read_text())
     for name in manifest["files"]:
         record = FileRecord.of(checkpoint / name)
         manifest["files"][name] = {**manifest["files"][name], "digest": record.digest,

@@ -30,7 +30,7 @@ from megatron_sov.model.config.evaluate import EvaluateConfig
 from megatron_sov.model.config.train import ObsConfig
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import refuse_other_kind
-from megatron_sov.runs.folder import CONFIG, RunFolder, read_command
+from megatron_sov.runs.folder import CONFIG, RunFolder, fixed_settings, read_command
 from megatron_sov.work.processes.children import start_command
 
 COMMANDS = {"lm": "pretrain", "sft": "sft", "preference": "prefer"}
@@ -75,8 +75,8 @@ class Repeated:
     segment: Segment
     outcome: RepeatOutcome
     distance: float
-    """|repeated - published| / |published - before| over all weights, or over |published| where nothing was
-    before; -1: was not measured."""
+    """|repeated - published| / |published - before| over all weights; before is the checkpoint before, and in
+    the first segment what the auditor has behind step 1; -1: was not measured."""
     detail: str
     """Where they differ, or what was missing; empty where all is equal."""
     seconds: float = 0.0
@@ -108,6 +108,10 @@ class Evidence:
         for step in (segment.begin, segment.end):
             if step and (problem := self._checkpoint_problem(step)):
                 return problem
+        told, written = (fixed_settings(config) for config in (
+            self._config(), checkpoints.settings_of(RunFolder(self.run).checkpoint(segment.end))))
+        if other := sorted(name for name in told if told[name] != written.get(name)):
+            return f"step-{segment.end} was written with other settings than {CONFIG} has: {', '.join(other)}"
         starts = {leaf.sha256 for leaf in self.commitment.find(START)}
         if bool(starts) != (self.start is not None):
             return ("the run begins from a model; name it by --from" if starts else
@@ -115,6 +119,11 @@ class Evidence:
         if self.start is not None and manifest_sha256(self.start) not in starts:
             return f"{self.start} is not the model that was published as the start"
         return None
+
+    def _config(self) -> RunConfig:
+        config = RunFolder(self.run).config()
+        assert config is not None, f"{self.run} was read before"
+        return config
 
     def _checkpoint_problem(self, step: int) -> str | None:
         path = RunFolder(self.run).checkpoint(step)
@@ -139,7 +148,8 @@ def gather_evidence(run: Path, commitment: Commitment, data: Sequence[Path], sta
             raise UserError(f"--set {setting}: changes what is learned, or nothing here; an auditor may "
                             f"set {', '.join(FREE)}")
     config = RunFolder(run).config()
-    assert config is not None, f"{run} was read before"
+    if config is None:
+        raise UserError(f"{run}: holds no {CONFIG}; ask the lab for it")
     if config.objective.name not in COMMANDS or config.code or config.rollout.rounds:
         what = "code of the lab's own" if config.code else f"the objective {config.objective.name!r}"
         raise UserError(f"{run}: has {what}; {', '.join(COMMANDS.values())} without code of one's own are "
@@ -184,31 +194,29 @@ def repeat(evidence: Evidence, segment: Segment, work: Path) -> Repeated:
     target = RunFolder(folder / REPEATED)
     if not (target.checkpoint(segment.end) / MANIFEST).is_file():
         _prepare(evidence, segment, target)
-        _run(evidence, segment, target.path, folder / LOG)
-    before = RunFolder(evidence.run).checkpoint(segment.begin) if segment.begin else None
+        # behind the first step, too: how far the weights move is then known of the first segment
+        for step in sorted({segment.begin or 1, segment.end} - {segment.begin}):
+            _run(evidence, step, target, folder / LOG)
+    before = RunFolder(evidence.run).checkpoint(segment.begin) if segment.begin else target.checkpoint(1)
     return compare(segment, RunFolder(evidence.run).checkpoint(segment.end), target.checkpoint(segment.end),
-                   before, evidence.bound)
+                   before if segment.end > 1 else None, evidence.bound)
 
 
 def _prepare(evidence: Evidence, segment: Segment, target: RunFolder) -> None:
     """Make a run's folder that stands at the beginning of a segment."""
-    shutil.rmtree(target.path, ignore_errors=True)
-    target.checkpoints.mkdir(parents=True)
-    config = RunFolder(evidence.run).config()
-    assert config is not None, f"{evidence.run} was read before"
+    shutil.rmtree(target.path.parent, ignore_errors=True)
+    target.path.parent.mkdir(parents=True)
+    # those of the checkpoint: a run that went on at another layout has others in its config.json now
+    config = checkpoints.settings_of(RunFolder(evidence.run).checkpoint(segment.end))
     paths = {_named(given, place): config.data.paths[given] for given, place in evidence.data.items()}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, paths=paths), obs=ObsConfig(),
                                  evaluate=EvaluateConfig())
     config = apply_settings(config, [*QUIET, *evidence.settings])
-    config_file = target.path / CONFIG if segment.begin else target.path.parent / CONFIG
-    atomic_write(config_file, to_json(config.to_dict()))
+    atomic_write(target.path.parent / CONFIG, to_json(config.to_dict()))
     if segment.begin:
-        source = RunFolder(evidence.run).checkpoint(segment.begin)
         # a copy: the auditor's run must be able to do to it what runs do to their checkpoints
-        shutil.copytree(source, target.checkpoint(segment.begin))
-    else:
-        target.checkpoints.rmdir()
-        target.path.rmdir()
+        shutil.copytree(RunFolder(evidence.run).checkpoint(segment.begin), target.checkpoint(segment.begin))
+        shutil.copy(target.path.parent / CONFIG, target.path)
 
 
 def _named(given: str, place: Path) -> str:
@@ -216,20 +224,19 @@ def _named(given: str, place: Path) -> str:
     return f"{name}={place.absolute()}" if equals and not Path(given).exists() else str(place.absolute())
 
 
-def _run(evidence: Evidence, segment: Segment, run: Path, log: Path) -> None:
-    """Train from the beginning of a segment to its end."""
-    config = run / CONFIG if segment.begin else run.parent / CONFIG
+def _run(evidence: Evidence, until: int, target: RunFolder, log: Path) -> None:
+    """Train on, from what the auditor's folder holds, to a step."""
+    config = target.path.parent / CONFIG
     objective = json.loads(config.read_text(encoding="utf-8"))["objective"]["name"]
-    words = [COMMANDS[objective], "--config", str(config), "--run", str(run), "--until", str(segment.end),
-             *(("--resume",) if segment.begin else ()),
-             *(("--from", str(evidence.start)) if evidence.start is not None else ()),
+    words = [COMMANDS[objective], "--config", str(config), "--run", str(target.path), "--until", str(until),
+             "--resume", *(("--from", str(evidence.start)) if evidence.start is not None else ()),
              *(("--nproc", str(evidence.nproc)) if evidence.nproc > 1 else ())]
     with open(log, "ab") as out:
         code = start_command([sys.executable, "-W", "ignore", "-m", "megatron_sov", *words], stdout=out,
                              stderr=out, ends_with_this=True).wait()
     if code not in (ExitCode.STOPPED, ExitCode.OK):
         said = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-3:]
-        raise UserError(f"{log}: steps {segment.name} cannot be repeated (exit code {code}): "
+        raise UserError(f"{log}: the steps up to {until} cannot be repeated (exit code {code}): "
                         f"{' '.join(said)}")
 
 
@@ -240,15 +247,14 @@ def compare(segment: Segment, published: Path, repeated: Path, before: Path | No
         segment: which.
         published: checkpoint of the lab.
         repeated: that of the auditor.
-        before: checkpoint from which both went on; None: from the start of the run.
+        before: checkpoint from which both went on, or one between; None: there is none.
         bound: largest distance that passes.
     """
     import torch
 
-    from megatron_sov.checkpoint import load
     from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
-    states = [load.read_state(path) for path in (published, repeated)]
+    states = [_state(path) for path in (published, repeated)]
     other = [name for name in EXACT if states[0].get(name) != states[1].get(name)]
     first, equal = "", True
     sums = {"off": 0.0, "moved": 0.0}
@@ -259,6 +265,7 @@ def compare(segment: Segment, published: Path, repeated: Path, before: Path | No
     for part in parts:
         lab, own = TensorReader(published, part), TensorReader(repeated, part)
         old = TensorReader(before, part) if before is not None else None
+        lab.check_complete()
         keys = lab.keys()
         if [(key, lab.shape(key)) for key in sorted(keys)] != [(key, own.shape(key))
                                                                for key in sorted(own.keys())]:
@@ -281,6 +288,14 @@ def compare(segment: Segment, published: Path, repeated: Path, before: Path | No
     # NaN is within no bound
     near = distance <= bound
     return Repeated(segment, RepeatOutcome.NEAR if near else RepeatOutcome.DIFFERENT, distance, detail)
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    file = checkpoint / checkpoints.STATE
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{file}: is damaged ({str(e)[:200]}); ask the lab for it again") from None
 
 
 def read_parts(checkpoint: Path) -> list[str]:
