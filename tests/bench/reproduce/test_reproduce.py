@@ -26,15 +26,12 @@ from megatron_sov.bench.reproduce.seeds.noise import LABELLED_SHARE, JunkLabels,
 from megatron_sov.bench.reproduce.seeds.pictures import SIDE_PIXELS, Pictures
 from megatron_sov.bench.reproduce.seeds.right_ones import RightOnes
 from megatron_sov.bench.reproduce.seeds.rules import RULES, Drafts, KeptDrafts, RulePrompts
-from megatron_sov.bench.reproduce.seeds.sums import CallTokenizer, SumEpisodes, SumTasks
 from megatron_sov.bench.reproduce.seeds.tasks import Chats, Exact, TaskQuestions
 from megatron_sov.bench.reproduce.seeds.written import Openings, Written
 from megatron_sov.bench.reproduce.verdict import (
     ClaimOutcome, apply_test, outcome_of, paired_interval, power_of)
 from megatron_sov.commands.evaluate.reproduce import ClaimsFinish, ClaimsShare, SharedClaims
 from megatron_sov.judge.rewards.ifeval import IfEval
-from megatron_sov.judge.rewards.reward import Score
-from megatron_sov.judge.tools.registry import make, order
 from megatron_sov.work.progress.journal import begin_journal
 
 STEP = '''
@@ -359,21 +356,6 @@ def test_drafts_keep_their_rule_as_ifeval_has_it_and_pairs_are_held_out() -> Non
     row = Drafts(3, 1, 1).do({})[0]
     assert KeptDrafts().do({**row, "reward": 1.0}) == {"messages": row["messages"]}
     assert KeptDrafts().do({**row, "reward": 0.0}) is None
-
-
-def test_sums_are_called_for_and_what_is_asked_stands_in_no_conversation() -> None:
-    episodes = SumEpisodes(seed=1, count=400).do({})
-    called = [chat for chat in episodes if len(chat["messages"]) == 5]
-    assert 0.3 < len(called) / len(episodes) < 0.5
-    assert called[0]["messages"][-1]["content"] == f"The answer is {called[0]['messages'][3]['content']}"
-    asked = SumTasks(asked=True).do({})
-    assert len(asked) == 75 and not {task["question"] for task in asked} & {
-        chat["messages"][1]["content"] for chat in episodes}
-    world = make(order("calculator", {}))[0]
-    world.reset(asked[0])
-    score = world.score(f"The answer is {asked[0]['answer']}")
-    assert isinstance(score, Score) and score.reward == 1
-    assert CallTokenizer().do({})["chat_template"]
 
 
 def test_lines_open_what_a_model_writes() -> None:
