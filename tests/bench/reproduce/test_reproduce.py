@@ -129,6 +129,11 @@ def test_a_claim_that_holds_ends_with_0_and_one_that_does_not_with_3(tmp_path: P
     assert found["tests"][0]["differences"] == pytest.approx([1.0, 1.0])
     page = (tmp_path / "out/reproduce.html").read_text()
     assert found["sha256"] in page and "A fake." in page and "New is better than old." in page
+    ran = len(commands.done)
+    assert cli.main(["reproduce", str(tmp_path / "claims/tiny.yaml"), "--output", str(tmp_path / "out"),
+                     "--dry-run"]) == ExitCode.OK
+    assert len(commands.done) == ran
+    assert re.search(r"new < old in loss .* holds$", capsys.readouterr().out, re.MULTILINE)
     test = {**CLAIMS["claims"]["better"]["tests"][0], "lower": "old", "higher": "new"}  # type: ignore[index]
     file = write_claims(tmp_path / "others", {"tests": [test]})
     assert reproduce(file, tmp_path / "reverse") == ExitCode.GATE_FAILED
