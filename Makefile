@@ -74,7 +74,7 @@ slurm:  ## install Slurm's daemons for tests/operate/slurm, where root can do it
 browser:  ## install Chromium for the tests that open pages in a browser, where root can do it on Debian
 	@tests/base/pages/install.sh
 
-test: style slurm browser  ## lint, and beside mypy all tests; three at a time on two cores, for many wait
+test: style slurm browser  ## lint, and beside mypy all tests
 	-"$(PY)" tests/newest.py --releases
 	$(MAKE) -j 2 types suite
 
@@ -97,15 +97,18 @@ TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/to
   tests/judge/rewards/test_*.py)))
 # What is freed goes back to the system at once: a tenth of a worker's memory.
 FREED_AT_ONCE := MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=131072 MALLOC_MMAP_THRESHOLD_=131072
-TESTS_AT_ONCE := "$(PY)" -m pytest -n 3 --dist worksteal --durations 25
+# On two cores two tests at a time, and three in the runs whose tests wait for what they have killed, or for a server: each process of
+# pytest imports and collects anew, ten seconds of a core.  A plugin that no test asks for is an import more.
+WAITING := JOBS JUDGES
+PYTEST = "$(PY)" -m pytest -n $(if $(filter $(1),$(WAITING)),3,2) -p no:anyio --dist worksteal --durations 25
 
 # Hundreds of processes import the packages: they are compiled once, not by each where the environment forbids to keep what is compiled.
 suite: setup
 	"$(PY)" -m compileall -q $(PACKAGES:/__init__.py=)
 	"$(PY)" tests/rewrite_asserts.py
 	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py bash -c 'status=0; \
-	$(foreach run,$(RUNS),$(TESTS_AT_ONCE) $($(run)) || status=1;) \
-	$(TESTS_AT_ONCE) tests/operate/slurm tests $(foreach run,$(RUNS),$(addprefix --ignore ,$($(run)))) || status=1; \
+	$(foreach run,$(RUNS),$(call PYTEST,$(run)) $($(run)) || status=1;) \
+	$(call PYTEST,$(firstword $(WAITING))) tests/operate/slurm tests $(foreach run,$(RUNS),$(addprefix --ignore ,$($(run)))) || status=1; \
 	exit $$status'
 
 NEWEST := $(addprefix tests/,te_double engine checkpoint layouts convert train e2e)

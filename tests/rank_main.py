@@ -13,6 +13,7 @@ dtype; or another version of megatron-core.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import importlib.util
@@ -31,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov import recipes
+from megatron_sov.base.command_line import Parser
+from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.model.config import apply_settings, layout_settings
 from megatron_sov.version import OUR_PACKAGES
@@ -54,9 +57,15 @@ def import_everything() -> None:
                 except ImportError as e:  # a library that some module needs may not be installed
                     if (e.name or "").partition(".")[0] in OUR_PACKAGES:
                         raise
+    import pandas  # noqa: F401  (which pyarrow imports where it looks at an array that is one of pandas')
+    from numba.core.registry import cpu_target
+    from pyarrow import acero  # noqa: F401  (a sum over a table needs it)
     from transformers import (  # noqa: F401  (which imports a name's module when it is asked for)
         AutoModelForCausalLM, AutoTokenizer, ExaoneMoeForCausalLM, PreTrainedTokenizerFast,
         SolarOpenForCausalLM)
+
+    for context in (cpu_target.typing_context, cpu_target.target_context):
+        context.refresh()  # a compiled function, kept or not, needs all that numba knows
 
 
 def make_what_is_kept() -> None:
@@ -65,6 +74,10 @@ def make_what_is_kept() -> None:
     apply_settings(config, [*layout_settings(config), "data.phases.0.seq_len=32", "model.num_layers=4",
                             "optim.name=adamw", "objective.name=lm", "guards.window_steps=20",
                             'model.yarn={"factor": 4.0, "original_max_position_tokens": 16}'])
+    for module in PROGRAMS.values():
+        with contextlib.suppress(ImportError, UserError):  # a part that is not installed
+            for command in importlib.import_module(module).COMMANDS.values():
+                command.load().add_arguments(Parser())  # the help under each setting is read from its source
 
 
 def _function(file: str, name: str) -> Any:
@@ -161,6 +174,9 @@ def wait_for(child: int, timeout_s: float) -> int:
 
 def warm(doubles: list[str]) -> None:
     """Import what forks will need."""
+    gc.disable()  # what is imported stays
+    import pytest  # noqa: F401  (files of jobs import it)
+
     from megatron_sov.engine.parallel import cpu_shims
 
     sys.path[:0] = doubles  # megatron looks for the library while it is imported
@@ -177,6 +193,8 @@ def warm(doubles: list[str]) -> None:
     make_what_is_kept()
     gc.collect()
     gc.freeze()  # forks need neither look at what is here nor copy it
+    gc.set_threshold(10_000, 10, 10)  # a tenth of a small step went into looks at what had just been made
+    gc.enable()
 
 
 def answer(caller: socket.socket) -> None:

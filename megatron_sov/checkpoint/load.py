@@ -49,14 +49,18 @@ NORM, ONES, ZEROS, NORMAL, RESIDUAL = "ones, of a norm", "ones", "zeros", "norma
 ADAPTER_INPUT, STANDARD = "normal of an adapter's input", "standard normal"
 FAN_IN = "normal of spread 1 / sqrt(inputs)"
 SINUSOIDS, STEPS, DECAYS = "sines and cosines", "even time steps", "logarithms of 1, 2, ..."
+EVEN_DECAYS = "logarithms of even numbers up to 16"
 RULES = (
-    ("*norm.weight", NORM), ("*.layer_norm_weight", NORM), ("*.router.expert_bias", ZEROS),
+    ("*[!_]norm.weight", NORM), ("*.layer_norm_weight", NORM), ("*.router.expert_bias", ZEROS),
     ("*.linear_*.bias", ZEROS), ("*.router.bias", NORMAL), ("*.softmax_offset", NORMAL),
     ("*.linear_proj.weight", RESIDUAL), ("*.linear_fc2.weight", RESIDUAL),
     ("*.linear_qkv.weight", NORMAL), ("*.linear_fc1.weight", NORMAL), ("*.router.weight", NORMAL),
     ("*.linear_q_proj.weight", NORMAL), ("*.linear_q_down_proj.weight", NORMAL),
     ("*.linear_q_up_proj.weight", NORMAL), ("*.linear_kv_down_proj.weight", NORMAL),
     ("*.linear_kv_up_proj.weight", NORMAL),
+    ("*.in_proj.weight", NORMAL), ("*.out_proj.weight", RESIDUAL), ("*.conv1d.weight", FAN_IN),
+    ("*.out_norm.weight", ONES), ("*.self_attention.dt_bias", STEPS),
+    ("*.self_attention.A_log", EVEN_DECAYS), ("*.shared_experts.gate_weight", NORMAL),
     ("*.eh_proj.weight", NORMAL), ("*.word_embeddings.weight", NORMAL), ("output_layer.weight", NORMAL),
     ("*_proj.lora_A", ADAPTER_INPUT), ("*.lm_head.lora_A", ADAPTER_INPUT),
     ("*.embed_tokens.lora_A", STANDARD),
@@ -64,7 +68,8 @@ RULES = (
 )
 """Tensor name pattern -> distribution; each tensor must match exactly one.  Matrices that write into the
 residual stream are scaled by 1 / sqrt(2 * num_layers) (GPT-2, Radford et al. 2019).  An adapter's A has the
-spread of PEFT's default, which is uniform between +-1 / sqrt(columns), and for an embedding normal."""
+spread of PEFT's default, which is uniform between +-1 / sqrt(columns), and for an embedding normal.  Time
+steps and decays of linear attention cover the ranges that Gated DeltaNet's authors draw them from."""
 ENCODER_RULES = (
     ("*.embed_positions.weight", SINUSOIDS), ("*.dt_bias", STEPS), ("*.A_log", DECAYS), ("*.D", ONES),
     ("*.query_token", STANDARD), ("*.bias", ZEROS), ("*norm*.weight", ONES), ("*.ln_q.weight", ONES),
@@ -157,12 +162,14 @@ def make_fixed(rule: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Return a tensor that no random number enters, float64.
 
     Args:
-        rule: `SINUSOIDS` of [places, width], `STEPS` or `DECAYS` of [heads].
+        rule: `SINUSOIDS` of [places, width], `STEPS`, `DECAYS` or `EVEN_DECAYS` of [heads].
         shape: of the tensor.
     """
     index = torch.arange(shape[0], dtype=torch.float64)
     if rule == DECAYS:
         return (index + 1).log()
+    if rule == EVEN_DECAYS:
+        return (16 * (index + 0.5) / shape[0]).log()
     if rule == STEPS:
         low, high = map(math.log, TIME_STEPS)
         step = (low + (index + 0.5) / shape[0] * (high - low)).exp()
@@ -210,8 +217,9 @@ def initialise(model: LanguageModel, config: ModelConfig, seed: int, *,
             normal.append((block, 1 / math.sqrt(3 * block.global_shape[-1])))
         elif rule == FAN_IN:
             normal.append((block, 1 / math.sqrt(math.prod(block.global_shape[1:]))))
-        elif rule in (SINUSOIDS, STEPS, DECAYS):
-            block.data.copy_(make_fixed(rule, block.global_shape))
+        elif rule in (SINUSOIDS, STEPS, DECAYS, EVEN_DECAYS):
+            own = tuple(slice(start, start + n) for start, n in zip(block.offset, block.shape, strict=True))
+            block.data.copy_(make_fixed(rule, block.global_shape)[own])
         elif rule in stds:
             normal.append((block, stds[rule]))
         else:

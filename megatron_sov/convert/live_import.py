@@ -130,7 +130,7 @@ class LiveImport:
         self._shapes = {name: shape for link in links for name, shape in link.hf_shapes().items()}
         shards: dict[tuple[str, int], list[LocalShard]] = {}
         for shard in local_shards(model):
-            shards.setdefault(_shelf(shard.key, shard.global_shape, shard.offset), []).append(shard)
+            shards.setdefault(_shelf(shard.key, shard.offset), []).append(shard)
         self._extents: dict[str, tuple[int, ...]] = {}
         """Of tensors that are rows of their block."""
         self._regions: dict[str, list[_Region]] = {}
@@ -175,15 +175,15 @@ def import_weights(model: LanguageModel, weights: Iterable[tuple[str, torch.Tens
     LiveImport(model).whole(weights)
 
 
-def _shelf(key: str, shape: tuple[int, ...], offset: tuple[int, ...]) -> tuple[str, int]:
+def _shelf(key: str, offset: tuple[int, ...]) -> tuple[str, int]:
     """Return by what shards are found: the tensor, and of stacked experts, whose shards are one expert's
     each, which one."""
-    return key, offset[0] if len(shape) == 3 else 0
+    return key, offset[0] if ".experts.experts." in key else 0
 
 
 def _shelves(link: Link) -> list[tuple[str, int]]:
     """Return where the shards of a block are found: of stacked experts one place for each."""
-    if len(link.shape) != 3:
+    if ".experts.experts." not in link.key:
         return [(link.key, 0)]
     return [(link.key, link.offset[0] + expert) for expert in range(link.extent[0])]
 

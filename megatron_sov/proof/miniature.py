@@ -147,6 +147,10 @@ def _widths(m: ModelConfig, p: ParallelConfig) -> dict[str, Any]:
                   "model.latent_attention": {
                       "kv_lora_rank": 12, **({} if q_rank is None else {"q_lora_rank": 20}),
                       "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}}
+    if m.linear_attention is not None:
+        given["model.linear_attention"] = {
+            "num_key_heads": p.tp * p.cp, "num_value_heads": p.tp * p.cp * m.linear_attention.values_per_key,
+            "key_head_dim": 8, "value_head_dim": 8, "conv_taps": m.linear_attention.conv_taps}
     if m.num_experts:
         given["model.num_experts"] = _experts(m, p)
     if m.yarn is not None:

@@ -3,12 +3,10 @@ tensor's or the field's name."""
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert, recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine import lanes
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
@@ -185,34 +182,3 @@ def test_other_families_refuse_what_only_some_have() -> None:
         model = apply_settings(run, [f"model.{setting}"]).model
         with pytest.raises(UserError, match=rf"model\.{name} = .*: family 'llama' only knows"):
             models.get("llama").check(model)
-
-
-def test_qwen3_next_is_refused_by_what_the_library_lacks(tmp_path: Path) -> None:
-    from transformers import Qwen3NextConfig
-
-    (hf := tmp_path / "hf").mkdir()
-    (hf / "config.json").write_text(json.dumps(Qwen3NextConfig().to_dict()))
-    save_file({"lm_head.weight": torch.ones(8)}, hf / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"hf: model family 'qwen3_next': is not supported: its gated delta "
-                                        r"net is a layer of Megatron-Core that refuses inference"):
-        convert.from_hf(hf, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_librarys_gated_delta_net_does_not_serve_yet() -> None:
-    """Where this fails, the library can do more than it could: see whether Qwen3-Next can be a family now
-    (docs/families.md, `supported.WITHOUT_LAYER`)."""
-    is_new = lanes.IS_NEW  # the newer version takes packed rows on GPUs, and still does not generate
-    place = "gated_delta_net/gdn.py" if is_new else "gated_delta_net.py"
-    file = Path(str(distribution("megatron-core").locate_file(f"megatron/core/ssm/{place}")))
-    layer = ast.parse(file.read_text(encoding="utf-8"))
-    refused = {ast.unparse(branch.test) for branch in ast.walk(layer) if isinstance(branch, ast.If)
-               for line in branch.body if isinstance(line, ast.Raise) and line.exc is not None
-               and ast.unparse(line.exc).startswith("NotImplementedError(")}
-    assert refused == {"inference_context is not None"} | (
-        set() if is_new else {"packed_seq_params is not None"})
-    if is_new:
-        return
-    assert not (file.parent / "gated_delta_net_context_parallel.py").exists()
-    assert not any(isinstance(node, ast.Attribute) and node.attr in ("cp", "context_parallel_size", "cp_size")
-                   for node in ast.walk(layer))

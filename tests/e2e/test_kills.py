@@ -18,7 +18,7 @@ import pytest
 STEPS = 12
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
             "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
-            "train.global_batch_size=8", "train.micro_batch_size=2", "data.heldout_tokens=128",
+            "train.global_batch_size=8", "train.micro_batch_size=4", "data.heldout_tokens=128",
             f"train.steps={STEPS}", "train.checkpoint_every_steps=2", "train.keep_checkpoints=1",
             "train.keep_every_steps=8", "train.eval_every_steps=6", "train.hidden_dropout=0.1",
             "parallel.ep=2")

@@ -38,6 +38,9 @@ FAMILIES = {
     "tiny-qwen2": ("model.dense_ffn_dim=48",),
     "tiny-qwen3": ("model.dense_ffn_dim=48", "model.tied_embeddings=true"),
     "tiny-qwen3-moe": ("model.num_experts=4", "model.seq_aux_loss_coeff=0.01",),
+    "tiny-qwen3-next": ("model.num_experts=4", "model.dense_ffn_dim=48", "model.head_dim=16",
+                        'model.linear_attention={"num_key_heads": 4, "num_value_heads": 8, '
+                        '"key_head_dim": 6, "value_head_dim": 10}'),
     "tiny-exaone4": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8"),
     "tiny-glm4-moe": ("model.num_experts=4", "model.dense_ffn_dim=48"),
     "tiny-gemma3": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8",

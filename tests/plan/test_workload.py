@@ -34,7 +34,8 @@ def test_a_recipes_shape_multiplies_what_its_weight_map_has(name: str) -> None:
     predicted = model.num_mtp_moe_layers()
     moe, dense = shape.num_moe_layers + predicted, model.num_mtp_layers - predicted
     blocks: dict[Block, int] = {
-        "attention": model.num_layers + model.num_mtp_layers, "prediction": model.num_mtp_layers,
+        "attention": shape.num_attention_layers + model.num_mtp_layers, "prediction": model.num_mtp_layers,
+        **({"linear": shape.num_linear_layers} if shape.num_linear_layers else {}),
         "dense": shape.num_feed_forward_layers - shape.num_moe_layers + dense, "beside experts": moe,
         "expert": moe * model.num_experts}
     for block, number in blocks.items():

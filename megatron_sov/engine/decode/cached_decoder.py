@@ -18,9 +18,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_sov.engine.decode.forward_only import ForwardModel
+from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan, ReadRow, read_row
 from megatron_sov.engine.model.gpu_settings import in_bf16
-from megatron_sov.engine.model.kv_cache import CachedAttention, CacheSize, CacheSpan, ReadRow, keep, read_row
+from megatron_sov.engine.model.kv_cache import CachedAttention, keep
 from megatron_sov.engine.model.language_model import gather_sequence, states_for_head
+from megatron_sov.engine.model.linear_attention import KeptState
 from megatron_sov.engine.model.logprobs import Head, head_of
 from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.parallel.device import local_device
@@ -73,7 +75,7 @@ class CachedDecoder:
         """
         self._policy, self._model, self._size = policy, policy.model, size
         self._with_routes = with_routes
-        self._layers: list[CachedAttention] = []
+        self._layers: list[CachedAttention | KeptState] = []
         self._exit = contextlib.ExitStack()
         self.last_stage = parallel_state.is_pipeline_last_stage()
         """Whether this process sees the outputs."""

@@ -31,6 +31,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from megatron_sov.engine.model.delta_rule import Chunks, chunk_documents
 from megatron_sov.engine.model.softcap import FUSED, Kernel, kernel_of
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import to_device
@@ -204,6 +205,16 @@ class PackedDocuments(PackedSeqParams):
     padding: torch.Tensor | None = None
     """[1, local tokens] bool, True where a token is padding, for experts of a prediction layer; None: nobody
     asks."""
+    host_bounds: Sequence[int] | None = None
+    """`bounds` on the host; None: they are fetched where they are needed."""
+
+    @cached_property
+    def chunks(self) -> Chunks:
+        """The documents of the whole row as linear attention takes them."""
+        if self.shared is not None:
+            return chunk_documents(self.shared.spans, self.bounds.device)
+        bounds = self.bounds.tolist() if self.host_bounds is None else self.host_bounds
+        return chunk_documents([(a, a, b) for a, b in pairwise(bounds) if b > a], self.bounds.device)
 
     @cached_property
     def whole(self) -> PackedDocuments:
@@ -277,14 +288,16 @@ def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own
         number = _power_of_two(len(bounds) - 1) if bucketed else len(bounds) - 1
         filled = pad(bounds, (0, number + 1 - len(bounds)), value=row_tokens)
         return PackedDocuments(qkv_format="thd", cu_seqlens_q=filled, cu_seqlens_kv=filled,
-                               max_seqlen_q=longest, max_seqlen_kv=longest, bounds=bounds)
+                               max_seqlen_q=longest, max_seqlen_kv=longest, bounds=bounds,
+                               host_bounds=host_bounds)
     documents = [(a, b) for a, b in pairwise(bounds.tolist() if host_bounds is None else host_bounds)
                  if b > a]
     spans = [[(a, max(a, first), min(b, end)) for a, b in documents if a < end and first < b]
              for first, end in context.pieces(row_tokens)]
     return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
                            max_seqlen_q=row_tokens, max_seqlen_kv=row_tokens, bounds=bounds, spans=spans,
-                           longest_tokens=max_document_tokens, row_tokens=row_tokens, bucketed=bucketed)
+                           longest_tokens=max_document_tokens, row_tokens=row_tokens, bucketed=bucketed,
+                           host_bounds=host_bounds)
 
 
 def _power_of_two(number: int) -> int:

@@ -29,8 +29,8 @@ from megatron_sov.engine.lanes import LibraryPredictionLayer
 from megatron_sov.engine.model import quantized_weights
 from megatron_sov.engine.model.added_parts import Adapters, MediaEncoders
 from megatron_sov.engine.model.attention import PackedDocuments, SharedPrompts, pack
+from megatron_sov.engine.model.cache_rows import PackedSpans, ReadRow
 from megatron_sov.engine.model.gpu_settings import mend_extra_state
-from megatron_sov.engine.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.engine.model.rotary import rotate_by, rotate_by_token
 from megatron_sov.engine.model.specs import (
     block_norm, bound_gates, layer_specs, mtp_layer_spec, transformer_config, uses_transformer_engine)

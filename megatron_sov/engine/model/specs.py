@@ -9,6 +9,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.nn.functional import dropout, gelu, rms_norm, silu
 
@@ -88,6 +89,14 @@ class ZeroCenteredNorm(torch.nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> [..., hidden]."""
         return rms_norm(states, self.weight.shape, 1 + self.weight, self._eps)
+
+
+class GatedAttention(SelfAttention):
+    """Attention whose heads' outputs are gated, in float64 too, where the library gates in float32."""
+
+    def _apply_output_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (x * torch.sigmoid(gate.to(wide)).reshape(x.shape)).to(x.dtype)
 
 
 class OwnLayer(TransformerLayer):
@@ -173,7 +182,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "layernorm_zero_centered_gamma": te and model.zero_centered_norms,
         "add_bias_linear": model.linear_bias, "add_qkv_bias": model.qkv_bias,
         "softmax_type": "learnable" if model.attention_sinks else "vanilla",
-        "qk_layernorm": model.qk_norm,
+        "qk_layernorm": model.qk_norm, "attention_output_gate": model.attention_output_gate,
         "hidden_dropout": train.hidden_dropout, "attention_dropout": 0.0,  # our attention has none
         "perform_initialization": False, "use_cpu_initialization": not on_gpu(),
         "params_dtype": dtype, "pipeline_dtype": dtype, "bf16": train.precision == "bf16",
@@ -250,6 +259,7 @@ def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
         "num_moe_experts": model.num_experts, "moe_router_topk": model.num_experts_per_token,
         "moe_ffn_hidden_size": model.expert_ffn_dim,
         "moe_shared_expert_intermediate_size": model.expert_ffn_dim * model.num_shared_experts or None,
+        "moe_shared_expert_gate": model.shared_expert_gate,
         "moe_router_score_function": model.router_score,
         "moe_router_topk_scaling_factor": model.routed_scaling_factor,
         "moe_router_enable_expert_bias": model.router_bias,
@@ -359,6 +369,27 @@ def _own_copies(specs: list[Any]) -> list[Any]:
 
 def _finish_spec(config: Any, spec: Any, kind: str, window: int, model: ModelConfig) -> Any:
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
+
+    if kind == "linear_attention":
+        from megatron_sov.engine.model.linear_attention import attend_linearly
+
+        assert model.linear_attention is not None, "a rule of the settings: D layers have sizes"
+        attend_linearly(config, spec, model.linear_attention, uses_transformer_engine(config.params_dtype))
+    else:
+        _finish_attention(config, spec, kind, window, model)
+    _place_norms(config, spec, kind, model)
+    block = lanes.parts(spec.submodules.mlp)
+    if isinstance(block, MoESubmodules):
+        block.router = BalancedRouter
+        if config.cuda_graph_impl != "none":
+            spec.module = graphed(spec.module)
+        # with Transformer Engine this norm keeps its own name in checkpoints; one name for both
+        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    return spec
+
+
+def _finish_attention(config: Any, spec: Any, kind: str, window: int, model: ModelConfig) -> None:
+    """Have a layer attend as it does in this model."""
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from megatron_sov.engine.model.attention import DocumentAttention, SinkAttention
@@ -386,15 +417,8 @@ def _finish_spec(config: Any, spec: Any, kind: str, window: int, model: ModelCon
     # the library computes another one for latent attention
     if latent or config.softmax_scale not in (None, softmax_scale(model, kind)):
         attention.core_attention = _with_scale(attention.core_attention, softmax_scale(model, kind))
-    _place_norms(config, spec, kind, model)
-    block = lanes.parts(spec.submodules.mlp)
-    if isinstance(block, MoESubmodules):
-        block.router = BalancedRouter
-        if config.cuda_graph_impl != "none":
-            spec.module = graphed(spec.module)
-        # with Transformer Engine this norm keeps its own name in checkpoints; one name for both
-        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-    return spec
+    if model.attention_output_gate:
+        spec.submodules.self_attention.module = GatedAttention
 
 
 def exchanged(core_attention: Any) -> Any:
@@ -469,7 +493,7 @@ def _place_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
         attention = layer.self_attention.submodules
         for part, name in ((layer, "input_layernorm"), (layer, "pre_mlp_layernorm"),
                            (attention, "q_layernorm"), (attention, "k_layernorm")):
-            if getattr(part, name) is not IdentityOp:
+            if getattr(part, name, IdentityOp) is not IdentityOp:  # linear attention has no such parts
                 setattr(part, name, ZeroCenteredNorm)
     turns = local_turns(model) if kind == "sliding_attention" else None
     if turns is None and model.block_norms == "pre" and model.residual_multiplier == 1:

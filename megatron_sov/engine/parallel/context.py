@@ -88,6 +88,12 @@ def exchange_heads(row: torch.Tensor) -> torch.Tensor:
     return found
 
 
+def share(count: int) -> slice:
+    """Return which of so many heads this process has a whole row of behind `exchange_tokens`."""
+    own, rank = count, int(parallel_state.get_context_parallel_rank())
+    return slice(rank * own, (rank + 1) * own)
+
+
 def pick(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Return values at some row indices on every process: [n / c, ...], [positions] -> [positions,
     ...] (no gradient)."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megatron_sov.base.documents.shard_files import RouteShape
-from megatron_sov.engine.model.kv_cache import CacheSpan
+from megatron_sov.engine.model.cache_rows import CacheSpan
 from megatron_sov.infer.request import Sampling, StopRule, Tells, Written
 from megatron_sov.model.modality import EncoderInputs, hash_inputs, slice_inputs
 

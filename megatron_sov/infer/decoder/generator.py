@@ -29,7 +29,7 @@ from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.convert.live_import import LiveImport
 from megatron_sov.engine.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
 from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
-from megatron_sov.engine.model.kv_cache import CacheSize, CacheSpan
+from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.device import local_device
 from megatron_sov.engine.parallel.values import pack, unpack
@@ -397,7 +397,8 @@ class MegatronEngine:
                 for i in range(rank, len(prompts), size)]
         # The cache fits this process's own sequences; the others size theirs.
         longest = max((s.prompt_tokens + s.limit for s in mine), default=sampling.max_new_tokens)
-        cache = CacheSize(self._batching.slots(len(mine), longest), longest, 1 + sampling.num_drafts)
+        slots = self._batching.slots(len(mine), longest, self._model.model.architecture.state_tokens())
+        cache = CacheSize(slots, longest, 1 + sampling.num_drafts)
         with CachedDecoder(self._model, cache, with_routes=sampling.with_routes) as decoder:
             run = Decoding(decoder, cache, self._batching.prefill_tokens, mine, sampling.num_drafts)
             # One process's clock decides: if each asked its own, some would leave a row that others wait in.

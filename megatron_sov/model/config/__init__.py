@@ -13,7 +13,8 @@ from megatron_sov.model.config.evaluate import (
 from megatron_sov.model.config.gpu import GpuConfig
 from megatron_sov.model.config.layout import ParallelConfig
 from megatron_sov.model.config.lora import LoraConfig
-from megatron_sov.model.config.model import IdBlock, LatentAttentionConfig, ModelConfig, YarnConfig
+from megatron_sov.model.config.model import (
+    IdBlock, LatentAttentionConfig, LinearAttentionConfig, ModelConfig, YarnConfig)
 from megatron_sov.model.config.post_training import (
     DistillationConfig, PolicyConfig, PreferenceConfig, RolloutConfig)
 from megatron_sov.model.config.run import (
@@ -24,8 +25,8 @@ from megatron_sov.model.config.train import GroupConfig, GuardConfig, ObsConfig,
 __all__ = [
     "AudioEncoderConfig", "BackgroundEvalConfig", "DataConfig", "DistillationConfig", "EvaluateConfig",
     "ExtendConfig", "ExtendStageConfig", "GateConfig", "GpuConfig", "GroupConfig", "GuardConfig",
-    "IdBlock", "Language", "LatentAttentionConfig", "LmEvalConfig", "LoraConfig", "MediaConfig",
-    "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
+    "IdBlock", "Language", "LatentAttentionConfig", "LinearAttentionConfig", "LmEvalConfig", "LoraConfig",
+    "MediaConfig", "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
     "ParallelConfig", "PartConfig", "PhaseConfig", "PolicyConfig", "PreferenceConfig", "RolloutConfig",
     "RunConfig", "TrainConfig", "VisionEncoderConfig", "YarnConfig", "apply_settings", "data_paths",
     "find_settings", "from_dict", "layout_settings", "setting_names", "weighted_path",

@@ -144,8 +144,16 @@ def _attention_widths(model: ModelConfig, tp: int, cut: str) -> list[tuple[str, 
     heads, kv_heads, head_dim, latent = (model.num_heads, model.num_kv_heads, model.head_dim,
                                          model.latent_attention)
     if latent is None:
-        return [(f"(model.num_heads {heads} + 2 x model.num_kv_heads {kv_heads}) x model.head_dim "
-                 f"{head_dim}{cut}", (heads + 2 * kv_heads) * head_dim / tp),
+        linear, at = model.linear_attention, "model.linear_attention"
+        own = [] if linear is None else [
+            (f"{at}.num_key_heads {linear.num_key_heads} x what is projected for each "
+             f"{sum(linear.projected)}{cut}", linear.num_key_heads * sum(linear.projected) / tp),
+            (f"{at}.num_value_heads {linear.num_value_heads} x value_head_dim {linear.value_head_dim}{cut}",
+             linear.num_value_heads * linear.value_head_dim / tp)]
+        twice, of_heads = ("2 x ", 2 * heads) if model.attention_output_gate else ("", heads)
+        return [*own,
+                (f"({twice}model.num_heads {heads} + 2 x model.num_kv_heads {kv_heads}) x model.head_dim "
+                 f"{head_dim}{cut}", (of_heads + 2 * kv_heads) * head_dim / tp),
                 (f"model.num_heads {heads} x model.head_dim {head_dim}{cut}", heads * head_dim / tp)]
     at = "model.latent_attention"
     whole = {"q_lora_rank": latent.q_lora_rank, "kv_lora_rank": latent.kv_lora_rank,

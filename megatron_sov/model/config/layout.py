@@ -124,7 +124,7 @@ class ParallelConfig:
                    f"{_divisors(model.num_layers)}; or give each stage's layers in parallel.pipeline_layout")
         elif not given and layers % self.vpp:
             refuse("vpp", f"must divide the {layers} layers of each pipeline stage", _divisors(layers))
-        p += self._expert_problems(model)
+        p += self._layer_problems(model) + self._expert_problems(model)
         # Dense layers and experts have grids of their own over the same processes; data parallel sizes
         # follow from each.
         for names in (("tp", "pp", "cp"), ("etp", "ep", "pp")):
@@ -135,6 +135,18 @@ class ParallelConfig:
                     ProblemCode.RULE, "parallel", f"{product} = {size} must divide the number of processes, "
                     f"{num_ranks}", way_out=f"start a multiple of {size} (--nproc) or lower one of them"))
         return p
+
+    def _layer_problems(self, model: ModelConfig) -> list[SettingsProblem]:
+        """Tell how linear attention, and a prediction layer beside a tied head, cannot be divided."""
+        heads = 0 if model.linear_attention is None else model.linear_attention.num_key_heads
+        return find_broken(
+            self, "parallel",
+            (heads % (self.tp * self.cp) == 0, "tp", f"x parallel.cp = {self.cp} must divide "
+             f"model.linear_attention.num_key_heads = {heads}", f"of their product, {_divisors(heads)}"),
+            # the last stage then has one matrix for both uses, and the library does not save it
+            (self.pp == 1 or not (model.tied_embeddings and model.num_mtp_layers), "pp",
+             "must be 1 where a prediction layer (model.num_mtp_layers) meets a head that is the embedding "
+             "(model.tied_embeddings)", "set model.tied_embeddings=false or model.num_mtp_layers=0"))
 
     def _expert_problems(self, model: ModelConfig) -> list[SettingsProblem]:
         """Tell how experts cannot be divided."""

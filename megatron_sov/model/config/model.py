@@ -64,6 +64,59 @@ class LatentAttentionConfig:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
+# Linear attention (Gated DeltaNet, arXiv 2412.06464, as Qwen3-Next has it).
+
+@dataclass(frozen=True)
+class LinearAttentionConfig:
+    """Sizes of linear attention: each head of values has a state [key_head_dim, value_head_dim], whatever the
+    length of a document."""
+
+    num_key_heads: Annotated[int, Ge(1), Le(1_000_000)]
+    """Heads of queries and keys."""
+    num_value_heads: Annotated[int, Ge(1), Le(1_000_000)]
+    """Heads of values; as many follow each head of keys."""
+    key_head_dim: Width
+    """Width of a head's queries and keys."""
+    value_head_dim: Width
+    """Width of a head's values."""
+    conv_taps: Annotated[int, Ge(1), Le(64)] = 4
+    """Tokens that the causal convolution of each channel of queries, keys and values sees, its own too."""
+
+    @property
+    def values_per_key(self) -> int:
+        """Value heads that share a head of keys."""
+        return self.num_value_heads // self.num_key_heads
+
+    @property
+    def projected(self) -> tuple[int, ...]:
+        """Widths of what the layer's input becomes for each head of keys: query, key, values, gates of the
+        output, learning rates, decays."""
+        r, values = self.values_per_key, self.values_per_key * self.value_head_dim
+        return (self.key_head_dim, self.key_head_dim, values, values, r, r)
+
+    @property
+    def convolved(self) -> int:
+        """Channels of a head of keys that are convolved: query, key and values."""
+        return sum(self.projected[:3])
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of a layer's state, of all heads."""
+        return self.num_value_heads * self.key_head_dim * self.value_head_dim
+
+    @property
+    def kept_size(self) -> int:
+        """Numbers that generating keeps of a sequence in a layer: the state, and the last inputs of the
+        convolution."""
+        return self.state_size + (self.conv_taps - 1) * self.num_key_heads * self.convolved
+
+    @property
+    def token_products(self) -> int:
+        """Multiplications of a token beside the projections: its key reads the state, which decays, is
+        written, and is read by the query; and the convolution."""
+        return 4 * self.state_size + self.conv_taps * self.num_key_heads * self.convolved
+
+
 MAX_DEPTHS = 64
 """Tokens ahead that one prediction layer may be trained for: each costs its products and a head's."""
 MAX_EXPERTS = 1_000_000
@@ -110,6 +163,11 @@ def shortest_pattern(letters: str) -> str:
     """Return the shortest pattern whose repetition gives all letters."""
     return next((letters[:n] for n in range(1, len(letters) + 1)
                  if (letters[:n] * -(-len(letters) // n))[:len(letters)] == letters), "G")
+
+
+LayerType = Literal["sliding_attention", "full_attention", "linear_attention"]
+LAYER_TYPES: dict[str, LayerType] = {"L": "sliding_attention", "G": "full_attention", "D": "linear_attention"}
+"""Letters of a pattern -> what the layer's attention is, in transformers' words."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +219,7 @@ class ModelConfig:
     seq_aux_loss_coeff: NotNegative = 1e-4
     """Weight of the sequence-level load-balancing loss (DeepSeek-V3, arXiv 2412.19437, eq. 17)."""
     attention_pattern: Annotated[str, MinLen(1)] = "G"
-    """Repeating pattern of layers: L = sliding window, G = global."""
+    """Repeating pattern of layers: L = sliding window, G = global, D = gated delta net (linear attention)."""
     sliding_window_tokens: Annotated[NotNegativeInt, Le(MAX_SEQ_LEN)] = 0
     """Window of L layers, in tokens, the current one included; 0 where the pattern has no L."""
     layer_windows: tuple[NotNegativeInt, ...] = ()
@@ -237,6 +295,13 @@ class ModelConfig:
     """Longest context the model claims, in tokens."""
     latent_attention: LatentAttentionConfig | None = None
     """Sizes of multi-head latent attention; None: attention has queries, keys and values of its own."""
+    linear_attention: LinearAttentionConfig | None = None
+    """Sizes of linear attention, of D layers; None: there are none."""
+    attention_output_gate: bool = False
+    """Whether what each head of other layers attends to is multiplied by the sigmoid of a projection of the
+    layer's input (Qwen3-Next; arXiv 2505.06708)."""
+    shared_expert_gate: bool = False
+    """Whether what shared experts give is multiplied by the sigmoid of one projection of their input."""
     audio_tokens: IdBlock | None = None
     """Ids of discrete sound; None: the vocabulary has none."""
     image_tokens: IdBlock | None = None
@@ -249,12 +314,24 @@ class ModelConfig:
     """Standard deviation of initial weights; matrices that write to the residual get it /
     sqrt(2 * num_layers)."""
 
-    def layer_types(self) -> list[Literal["sliding_attention", "full_attention"]]:
+    def layer_types(self) -> list[LayerType]:
         pattern = self.attention_pattern or "G"
-        return ["sliding_attention" if pattern[i % len(pattern)] == "L" else "full_attention"
-                for i in range(self.num_layers)]
+        return [LAYER_TYPES.get(pattern[i % len(pattern)], "full_attention") for i in range(self.num_layers)]
 
-    def mtp_layer_type(self) -> Literal["sliding_attention", "full_attention"]:
+    def num_linear_layers(self) -> int:
+        """Return how many trunk layers have linear attention."""
+        return self.layer_types().count("linear_attention")
+
+    def state_tokens(self) -> int:
+        """Return how many tokens' keys and values take as much memory, in 2 bytes a number, as the states of
+        linear layers in 4; 0 where there are none, or no layer keeps keys."""
+        linear = self.num_linear_layers()
+        keys = (self.num_layers - linear) * 2 * self.num_kv_heads * self.head_dim
+        if self.linear_attention is None or not keys:
+            return 0
+        return -(-2 * linear * self.linear_attention.kept_size // keys)
+
+    def mtp_layer_type(self) -> LayerType:
         return "sliding_attention" if self.mtp_attention == "L" else "full_attention"
 
     def windows(self) -> list[int]:
@@ -331,7 +408,8 @@ class ModelConfig:
         of_groups = experts % groups == 0 and experts >= 2 * groups
         within = kept * experts // groups
         has_window = self.sliding_window_tokens > 0
-        return self._position_problems() + self._list_problems() + self._media_problems() + find_broken(
+        found = self._position_problems() + self._list_problems() + self._linear_problems()
+        return found + self._media_problems() + find_broken(
             self, "model",
             (self.num_heads % self.num_kv_heads == 0, "num_kv_heads",
              f"must divide model.num_heads = {self.num_heads}"),
@@ -358,14 +436,38 @@ class ModelConfig:
             (not (self.linear_bias and self.num_moe_layers() and self.num_shared_experts), "linear_bias",
              f"needs model.num_shared_experts = 0, it is {self.num_shared_experts}: shared experts have no "
              "biases"),
-            (set(self.attention_pattern) <= {"L", "G"}, "attention_pattern",
-             "may hold only the letters L and G"),
+            (set(self.attention_pattern) <= {*LAYER_TYPES}, "attention_pattern",
+             f"may hold only the letters {', '.join(LAYER_TYPES)}"),
             (("L" in self.attention_pattern) == has_window, "sliding_window_tokens",
              f"must be above 0 exactly when model.attention_pattern = {self.attention_pattern} has an L"),
             (not self.num_mtp_layers or self.mtp_attention != "L" or has_window, "mtp_attention",
              "needs model.sliding_window_tokens > 0"),
             (experts * layers <= MAX_EXPERTS, "num_experts", f"x model.num_layers {layers} must be at most "
              f"{MAX_EXPERTS:,} experts", "count their zeros"))
+
+    def _linear_problems(self) -> list[SettingsProblem]:
+        """Return what is wrong with linear attention and with gates."""
+        linear, has_layers = self.linear_attention, "D" in self.attention_pattern
+        p = find_broken(
+            self, "model",
+            (has_layers == (linear is not None), "linear_attention",
+             f"must be given exactly when model.attention_pattern = {self.attention_pattern} has a D"),
+            (not has_layers or self.latent_attention is None, "latent_attention",
+             "is not built beside linear attention", "set it to null"),
+            (not has_layers or self.block_norms != "post", "block_norms",
+             "must be pre or both beside linear attention, whose layers normalise before"),
+            (not self.attention_output_gate or self.latent_attention is None, "attention_output_gate",
+             "is not built for model.latent_attention", "set it to false"),
+            (not (self.attention_output_gate and self.qkv_bias), "attention_output_gate",
+             "cannot be with model.qkv_bias = true: no family has a bias of the gate", "set it to false"),
+            (not self.shared_expert_gate or bool(self.num_moe_layers() and self.num_shared_experts),
+             "shared_expert_gate", "needs model.num_shared_experts of at least 1", "set it to false"))
+        if linear is None:
+            return p
+        return p + find_broken(
+            linear, "model.linear_attention",
+            (linear.num_value_heads % linear.num_key_heads == 0, "num_value_heads",
+             f"must be a multiple of num_key_heads = {linear.num_key_heads}"))
 
     def _list_problems(self) -> list[SettingsProblem]:
         """Return what is wrong with settings of single layers."""

@@ -85,9 +85,9 @@ def adapter_params(model: ModelConfig, lora: LoraConfig) -> int:
 def _found(model: ModelConfig, lora: LoraConfig) -> Iterator[Adapted]:
     targets = lora.adapted(model)
     for link in models.get(model.family).links(model) if lora.on else ():
-        # Three axes: [experts, rows, columns], so a stack of routed experts. One entry per stack, taken at
-        # its first expert.
-        if len(link.shape) == 3:
+        # [experts, rows, columns], a stack of routed experts (a convolution has three axes, too). One entry
+        # per stack, taken at its first expert.
+        if ".experts.experts." in link.key and len(link.shape) == 3:
             if EXPERTS in targets and not link.offset[0] and link.key.startswith(_TRUNK):
                 yield _stack(link)
         # Trunk, head and embedding alone: this leaves prediction layers and encoders out.

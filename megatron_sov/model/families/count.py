@@ -9,6 +9,7 @@ the forward pass, 4 in the backward pass), and 12 x heads x head size for each k
 experts those that a token is routed to count, of attention the causal half and no more than the window, as
 Megatron-LM counts (a sample is taken for one document, which overstates samples of many).  Looking up an
 embedding, norms and softmax are no matrix products; what is recomputed counts once.
+Linear attention counts as a recurrence (`LinearAttentionConfig.token_products`), however it is computed.
 """
 
 from __future__ import annotations
@@ -120,12 +121,17 @@ def multiplied_weights(model: ModelConfig) -> int:
 def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Return the FLOPs of forward and backward pass of a token, the mean over a row of `seq_len`."""
     # Causal: query i sees i + 1 keys, at most the window; the mean over a row is what a token costs.
-    keys = [mean_keys(seq_len, window) for window in model.windows()]
+    keys = [mean_keys(seq_len, window)
+            for window, kind in zip(model.windows(), model.layer_types(), strict=True)
+            if kind != "linear_attention"]
     keys += [mean_keys(seq_len, model.mtp_window())] * model.num_predictions
     latent = model.latent_attention
     # of a query and a key: their product, and the value's
     widths = model.head_dim + (model.head_dim if latent is None else latent.v_head_dim)
-    return PER_WEIGHT * (multiplied_weights(model) + model.num_heads * widths * sum(keys))
+    linear = model.linear_attention
+    states = 0 if linear is None else linear.token_products
+    return PER_WEIGHT * (multiplied_weights(model) + model.num_heads * widths * sum(keys)
+                         + model.num_linear_layers() * states)
 
 
 def mean_keys(seq_len: int, window: int) -> float:

@@ -153,7 +153,8 @@ PLAIN: dict[str, Any] = {
     "local_rope_theta": None, "zero_centered_norms": False, "activation": "silu", "linear_bias": False,
     "attention_sinks": False, "layer_windows": (), "swiglu_limits": (), "mtp_depths": 1,
     "num_expert_groups": 1, "num_groups_per_token": 1, "mtp_experts": False,
-    "latent_attention": None}
+    "latent_attention": None, "linear_attention": None, "attention_output_gate": False,
+    "shared_expert_gate": False}
 """Fields of `ModelConfig` that few families can vary, with the value that all others have."""
 
 

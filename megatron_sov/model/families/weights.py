@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.model.config import LatentAttentionConfig, ModelConfig
+from megatron_sov.model.config import LatentAttentionConfig, LinearAttentionConfig, ModelConfig
 
 SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "V": lambda m: m.vocab_size,
@@ -32,10 +32,15 @@ SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "C": lambda m: latent_of(m).cached_dim,
     "B": lambda m: m.num_heads * (latent_of(m).qk_nope_head_dim + latent_of(m).v_head_dim),
     "O": lambda m: m.num_heads * latent_of(m).v_head_dim,
+    "T": lambda m: linear_of(m).num_value_heads,
+    "U": lambda m: linear_of(m).value_head_dim,
+    "W": lambda m: linear_of(m).num_value_heads * linear_of(m).value_head_dim,
+    "G": lambda m: 1,
 }
 """Letters of a shape: Vocabulary, Hidden, heaD, Number of query heads, All of them, dense Ffn, Experts,
 expert's Inner, Shared experts' inner; of latent attention the Query vector, the one of Keys and values, what
-is Cached, what keys without positions and values have in all heads (Both), and what heads Output."""
+is Cached, what keys without positions and values have in all heads (Both), and what heads Output; of linear
+attention the value heads (T), the width of one (U) and of all (W); the one Gate of shared experts."""
 _TOKEN = re.compile(r"(\d*)([A-Z])")
 
 
@@ -45,6 +50,14 @@ def latent_of(model: ModelConfig) -> LatentAttentionConfig:
         raise UserError(f"model.latent_attention = null: family '{model.family}' has latent attention; "
                         "give its sizes")
     return model.latent_attention
+
+
+def linear_of(model: ModelConfig) -> LinearAttentionConfig:
+    """Return the sizes of linear attention; `UserError` where a model of a family that has it gives none."""
+    if model.linear_attention is None:
+        raise UserError(f"model.linear_attention = null: family '{model.family}' has linear attention; give "
+                        "its sizes")
+    return model.linear_attention
 
 
 def shape_of(letters: str, model: ModelConfig) -> tuple[int, ...]:
@@ -89,6 +102,14 @@ class Layout:
     @property
     def block(self) -> tuple[int, ...]:
         return self.stored(self.view[self.axis])
+
+    def in_order(self, part: Any, axis: int) -> Any:
+        """Return a part whose heads stand along `axis` as stored, with them as the view has them."""
+        return part
+
+    def as_stored(self, part: Any, axis: int) -> Any:
+        """Return the opposite."""
+        return part
 
     def to_stored(self, part: Any, length: int) -> Any:
         """Return a viewed part of that length as Hugging Face stores it."""
@@ -238,10 +259,11 @@ class WeightSection:
     """Entries under common prefixes, and where they occur."""
 
     where: Literal["once", "untied", "mtp", "mtp layer behind", "every layer", "dense layers", "moe layers",
-                   "layers with norms behind"]
+                   "layers with norms behind", "linear layers", "other layers"]
     """untied: once, in models whose output head is not the embedding matrix; mtp: once, in models with
     multi-token prediction; mtp layer behind: the same, where Hugging Face counts it as one more layer of the
-    trunk; layers with norms behind: every one, in models that normalise blocks' outputs."""
+    trunk; layers with norms behind: every one, in models that normalise blocks' outputs; linear layers, other
+    layers: those with linear attention, and those with another."""
     megatron: str
     """Prefix of the Megatron names; "{l}" is the layer, which a prediction layer behind the trunk lacks."""
     hf: str
@@ -280,11 +302,14 @@ class WeightSection:
             return []
         # Layers with experts are the last ones: leading layers are dense (DeepSeek-V3).
         first_moe = model.num_layers - model.num_moe_layers()
+        linear = [kind == "linear_attention" for kind in model.layer_types()]
         places: dict[str, Sequence[int | None]] = {
             "once": [None], "untied": [] if model.tied_embeddings else [None],
             "mtp": [None] if model.num_mtp_layers else [],
             "mtp layer behind": [model.num_layers] if model.num_mtp_layers else [],
             "every layer": range(model.num_layers),
+            "linear layers": [i for i, is_linear in enumerate(linear) if is_linear],
+            "other layers": [i for i, is_linear in enumerate(linear) if not is_linear],
             "layers with norms behind": range(0 if model.block_norms == "pre" else model.num_layers),
             "dense layers": range(first_moe), "moe layers": range(first_moe, model.num_layers)}
         return places[self.where]
@@ -464,7 +489,8 @@ DEEPSEEK_EXPERTS = (*ROUTED_EXPERTS, *SHARED_EXPERTS, router_bias("mlp.gate.e_sc
 """A mixture-of-experts block as DeepSeek-V3 has it."""
 
 
-def trunk(where: Literal["every layer", "dense layers", "moe layers", "layers with norms behind"],
+def trunk(where: Literal["every layer", "dense layers", "moe layers", "layers with norms behind",
+                         "linear layers", "other layers"],
           *parts: tuple[WeightEntry, ...], when: str = "") -> WeightSection:
     """Return the section of parts that stand in the trunk's layers, under the prefixes that all families
     share; `when` as `WeightSection` has it."""

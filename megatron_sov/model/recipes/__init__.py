@@ -15,7 +15,7 @@ from megatron_sov.base.plugins.registry import Registry, takes
 from megatron_sov.model.config import (
     ExtendConfig, ExtendStageConfig, GpuConfig, NeedleConfig, ParallelConfig, PhaseConfig, RunConfig,
     from_dict)
-from megatron_sov.model.config.model import IdBlock, ModelConfig
+from megatron_sov.model.config.model import IdBlock, LinearAttentionConfig, ModelConfig
 from megatron_sov.model.recipes import k_exaone, open_models, policies, solar_open
 from megatron_sov.model.recipes.sources import UNCOMPARED, Sources, derive, ours, relabelled
 
@@ -65,6 +65,7 @@ RECIPES: dict[str, Recipe] = {
     "qwen3-moe-30b": Recipe(open_models.qwen3_moe_30b, open_models.moe_sources("Qwen/Qwen3-30B-A3B")),
     "qwen3-30b-a3b-2507": Recipe(open_models.qwen3_30b_a3b_2507,
                                  open_models.moe_sources("Qwen/Qwen3-30B-A3B-Instruct-2507")),
+    "qwen3-next-80b": Recipe(open_models.qwen3_next_80b, open_models.QWEN3_NEXT_SOURCES),
     "llama-3.1-8b": Recipe(open_models.llama_3_1_8b, open_models.dense_sources("meta-llama/Llama-3.1-8B")),
     "mixtral-8x7b": Recipe(open_models.mixtral_8x7b, open_models.MIXTRAL_SOURCES),
     "glm-4.5-air": Recipe(open_models.glm_4_5_air, open_models.GLM_SOURCES),
@@ -117,6 +118,7 @@ TINY = {
     "tiny-qwen3": "qwen3-8b",
     "tiny-qwen3-moe": "qwen3-moe-30b",
     "tiny-qwen3-30b-a3b-2507": "qwen3-30b-a3b-2507",
+    "tiny-qwen3-next": "qwen3-next-80b",
     "tiny-llama": "llama-3.1-8b",
     "tiny-mixtral": "mixtral-8x7b",
     "tiny-glm4-moe": "glm-4.5-air",
@@ -175,6 +177,8 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         latent = replace(model.latent_attention, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
                          v_head_dim=24, q_lora_rank=48 if model.has_query_latent else None)
         small = replace(small, num_kv_heads=small.num_heads, latent_attention=latent)
+    if model.linear_attention is not None:
+        small = replace(small, linear_attention=LinearAttentionConfig(2, 4, 16, 24))
     if model.num_experts:
         small = replace(small, num_experts=8, num_experts_per_token=2, expert_ffn_dim=128)
     if model.num_expert_groups > 1:

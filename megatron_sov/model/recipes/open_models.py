@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD
 from megatron_sov.model.config import (
-    DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, LatentAttentionConfig, ModelConfig, NeedleConfig,
-    ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, RunConfig, TrainConfig, YarnConfig)
+    DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, LatentAttentionConfig, LinearAttentionConfig,
+    ModelConfig, NeedleConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig,
+    RunConfig, TrainConfig, YarnConfig)
 from megatron_sov.model.config.encoders import AudioEncoderConfig, MediaConfig, VisionEncoderConfig
 from megatron_sov.model.config.model import IdBlock, Llama3RopeConfig
 from megatron_sov.model.recipes.extension import SET_IN_A_STAGE
@@ -204,6 +205,20 @@ def qwen3_30b_a3b_2507() -> RunConfig:
                    model=replace(run.model, rope_theta=1e7, max_position_tokens=262144))
 
 
+def qwen3_next_80b() -> RunConfig:
+    """Return Qwen3-Next-80B-A3B: three layers of four with a gated delta net, 10 of 512 experts by a softmax
+    router, one shared behind a gate, one MTP layer with experts, 256K."""
+    return continued("qwen3-next-80b", ModelConfig(
+        family="qwen3_next", vocab_size=151936, hidden_size=2048, num_layers=48, num_heads=16, num_kv_heads=2,
+        head_dim=256, dense_ffn_dim=5120, num_experts=512, num_experts_per_token=10, num_shared_experts=1,
+        expert_ffn_dim=512, shared_expert_gate=True, router_score="softmax", router_bias=False,
+        seq_aux_loss_coeff=1e-3, attention_pattern="DDDG",
+        linear_attention=LinearAttentionConfig(16, 32, 128, 128), attention_output_gate=True,
+        rope_theta=1e7, rope_share=0.25, qk_norm=True, norm_eps=1e-6, zero_centered_norms=True,
+        num_mtp_layers=1, mtp_experts=True, max_position_tokens=262144),
+        ParallelConfig(pp=4, ep=8, zero1=True))
+
+
 TRAINING_SOURCES: Sources = {
     "parallel.*": ours("a layout that fits"),
     "data.phases.*.name": ours("one phase"),
@@ -235,6 +250,13 @@ def dense_sources(released: str) -> Sources:
     without = ("num_experts_per_token", "num_shared_experts", "expert_ffn_dim", "router_*", "routed_*",
                "norm_topk_prob", "seq_aux_loss_coeff")
     return derive(moe_sources(released), dict.fromkeys((f"model.{name}" for name in without), DEFAULT))
+
+
+PREDICTS = ours("config.json is silent; Megatron-Bridge's map of the folder has mtp.layers.0, with experts")
+QWEN3_NEXT_SOURCES = derive(
+    moe_sources("Qwen/Qwen3-Next-80B-A3B-Thinking, the copy in ai-dynamo/aiconfigurator"),
+    {"model.mtp_experts": PREDICTS, "model.num_mtp_layers": PREDICTS,
+     "parallel.*": ours("experts within a node; fits 32 H100-80GB, as plan computes")})
 
 
 # DeepSeek-V3 and Kimi K2.

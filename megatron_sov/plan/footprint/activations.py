@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from megatron_sov.model.config import LatentAttentionConfig, ModelConfig, RunConfig
+from megatron_sov.model.config import LatentAttentionConfig, LinearAttentionConfig, ModelConfig, RunConfig
 from megatron_sov.model.config.lora import HEAD
 from megatron_sov.plan.footprint.held import FLOAT32_BYTES, ITEM_BYTES, chunk_layers
 
 INDEX_BYTES = 8
+CHUNK = 64
+"""Tokens of a chunk of linear attention (`engine.model.delta_rule`)."""
 QUERY_BLOCK = 1024
 """Queries of a sliding layer whose mask torch's attention keeps at a time, without a fused kernel
 (`engine.model.attention`)."""
@@ -74,6 +76,8 @@ class LayerKind(NamedTuple):
     rotates: bool
     bounded: bool = False
     """Whether its gate and up projections have a bound, which keeps what it was given."""
+    is_linear: bool = False
+    """Whether its attention is linear."""
 
 
 @lru_cache(maxsize=64)
@@ -89,7 +93,8 @@ def prediction_kind(m: ModelConfig) -> LayerKind:
 
 
 def _kind(m: ModelConfig, with_experts: bool, attention: str, window: int, bounded: bool) -> LayerKind:
-    return LayerKind(with_experts, window, attention == "sliding_attention" or m.rope_on_global, bounded)
+    return LayerKind(with_experts, window, attention == "sliding_attention" or m.rope_on_global, bounded,
+                     attention == "linear_attention")
 
 
 class Tokens(NamedTuple):
@@ -149,6 +154,9 @@ def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp
 def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
                kind: LayerKind) -> dict[str, int]:
     """Return what attention saves, by the names of `SavedActivations`."""
+    if kind.is_linear:
+        assert m.linear_attention is not None
+        return _linear_attention(m.linear_attention, precision, tokens, tp)
     if m.latent_attention is not None:
         return _latent_attention(m, m.latent_attention, precision, tokens, tp, cp)
     item, fused = ITEM_BYTES[precision], precision == "bf16"
@@ -159,6 +167,7 @@ def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
     slides = 0 < kind.window < tokens.row
     # the norm of each head's queries is of a copy, where these do not lie side by side
     copied = queries if m.qk_norm and m.num_kv_heads > tp else 0
+    copied += 2 * queries if m.attention_output_gate else 0  # the gate, and what it multiplies
     found = {"gathered": 0}
     if cp > 1:
         # A process has two pieces of a row, and each reaches one window back.
@@ -190,6 +199,22 @@ def _latent_attention(m: ModelConfig, latent: LatentAttentionConfig, precision: 
             "rotated": per_token * (2 * heads * latent.query_dim + values),
             "core": per_token * values + tokens.local * heads * max(item, FLOAT32_BYTES),
             "attended": per_token * heads * latent.v_head_dim}
+
+
+def _linear_attention(linear: LinearAttentionConfig, precision: str, tokens: Tokens, tp: int
+                      ) -> dict[str, int]:
+    """Return what a gated delta net saves in plain torch: what is projected, in the precision of the state
+    each tap's products, queries, keys and values, between a chunk's tokens three squares of each value head,
+    the solved system, and the states.  Not measured."""
+    item, wide = ITEM_BYTES[precision], max(ITEM_BYTES[precision], FLOAT32_BYTES)
+    channels = linear.num_key_heads * linear.convolved // tp
+    heads, keys, values = linear.num_value_heads // tp, linear.key_head_dim, linear.value_head_dim
+    projected = linear.num_key_heads * sum(linear.projected) // tp
+    inside = heads * (3 * CHUNK + 4 * (keys + values)) + linear.state_size // tp // CHUNK
+    return {"gathered": 0, "qkv": tokens.local * projected * item,
+            "rotated": tokens.local * wide * channels * (linear.conv_taps + 3),
+            "core": tokens.local * wide * inside,
+            "attended": tokens.local * heads * values * (3 * wide + item)}
 
 
 def _mask_numbers(tokens: int, window: int) -> int:

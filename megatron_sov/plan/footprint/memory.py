@@ -297,7 +297,7 @@ def _stages(w: Workload) -> tuple[int, ...]:
 def _num_layers(shape: ModelShape) -> int:
     """Return layers that have attention or a Mamba block, and a feed-forward network; in models whose layers
     are one block each, as many as there are of the more frequent kind."""
-    mixers = shape.num_attention_layers + shape.num_mamba_layers
+    mixers = shape.num_attention_layers + shape.num_linear_layers + shape.num_mamba_layers
     return max(mixers, shape.num_feed_forward_layers) if shape.num_ffn_layers else shape.num_layers
 
 

@@ -98,9 +98,8 @@ class Clock:
         once = traffic.attention_flops(w, window) / peak + p.product_fill_s
         return self.passes("core_attn", traffic.ATTENTION_BACKWARD) * once
 
-    def scan(self) -> float:
-        return (self.passes("mamba") * traffic.mamba_scan_flops(self.w)
-                / (self.w.chip.bf16_flops_per_s * self.p.scan_fraction))
+    def scan(self, flops: float, part: str = "mamba") -> float:
+        return self.passes(part) * flops / (self.w.chip.bf16_flops_per_s * self.p.scan_fraction)
 
     def passed(self, num_bytes: float, part: str) -> float:
         """Return the seconds of kernels that pass so many bytes in a forward pass, all passes."""
@@ -341,6 +340,7 @@ def _trunk(clock: Clock) -> _MicroBatch:
         (lambda: _attention(clock, 0), s.num_attention_layers - s.num_window_layers),
         *((partial(_attention, clock, window), layers) for window, layers in s.windowed),
         (lambda: _block(clock, "mamba", traffic.mamba_bytes, "mamba"), s.num_mamba_layers),
+        (lambda: _block(clock, "linear", traffic.linear_bytes, ""), s.num_linear_layers),
         (lambda: _block(clock, "dense", traffic.dense_bytes, "mlp"),
          s.num_feed_forward_layers - s.num_moe_layers),
         (lambda: _moe(clock), s.num_moe_layers)]
@@ -365,7 +365,9 @@ def _block(clock: Clock, block: Block, passed_bytes: Callable[[Workload], float]
     """Return the seconds of a block's products, and of the kernels around them, which recomputation calls
     `part`."""
     products = traffic.products(clock.w, block)
-    return _MicroBatch(dense=clock.products(products), attention=clock.scan() if block == "mamba" else 0.0,
+    scan = (clock.scan(traffic.mamba_scan_flops(clock.w)) if block == "mamba"
+            else clock.scan(traffic.linear_scan_flops(clock.w), "core_attn") if block == "linear" else 0.0)
+    return _MicroBatch(dense=clock.products(products), attention=scan,
                        memory=clock.passed(passed_bytes(clock.w), part) + clock.around(products))
 
 
@@ -406,7 +408,7 @@ def _launch(clock: Clock) -> tuple[float, float]:
     w, p, s = clock.w, clock.p, clock.w.shape
     if w.cuda_graphs == "full":
         return 0.0, 0.0
-    layers = s.num_attention_layers + s.num_mamba_layers + s.num_predictions
+    layers = s.num_attention_layers + s.num_linear_layers + s.num_mamba_layers + s.num_predictions
     moe = s.num_moe_layers + (s.num_predictions if s.mtp_moe else 0)
     share = {"none": 1.0, "partial": p.graph_launch_share}[w.cuda_graphs]
     # Fitted on forward and backward pass, so two passes count as one.

@@ -93,6 +93,8 @@ PERMUTED = {"alltoall": 8, "allgather": 6, "deepep": 4, "hybridep": 4}
 """Dispatcher -> how often a routed token's numbers are read or written around its expert's products."""
 MAMBA_PASSES = 20
 """Of the inner width: convolution (in, out), scan (in, out, states of chunks in 4 bytes), gate and norm."""
+DELTA_CHUNK = 64
+"""Tokens of a chunk of the delta rule (`engine.model.delta_rule`)."""
 SCAN_CHUNK = 128
 """Tokens of a chunk of the scan (arXiv 2405.21060, section 6)."""
 
@@ -124,6 +126,23 @@ def mamba_scan_flops(w: Workload) -> float:
     inner = s.mamba_num_heads * s.mamba_head_dim
     per_token = 2 * SCAN_CHUNK * (s.mamba_num_groups * s.mamba_state_dim + inner)
     return local_tokens(w) / w.tp * (per_token + 4 * inner * s.mamba_state_dim)
+
+
+def linear_bytes(w: Workload) -> float:
+    """Return the bytes of a block of linear attention: norm, convolution, scan, gate, residual."""
+    assert w.shape.linear is not None
+    values = w.shape.linear.num_value_heads * w.shape.linear.value_head_dim / w.tp
+    return _residual(w) + MAMBA_PASSES * local_tokens(w) * values * NUMBER_BYTES
+
+
+def linear_scan_flops(w: Workload) -> float:
+    """Return the FLOPs of the delta rule in chunks, forward: of a chunk's tokens with one another, with the
+    state, and the triangular system (arXiv 2406.06484, section 3.2).  Not measured."""
+    linear = w.shape.linear
+    assert linear is not None
+    keys, values = linear.key_head_dim, linear.value_head_dim
+    within = 2 * DELTA_CHUNK * (2 * keys + values + (keys + values) / 2)
+    return local_tokens(w) / w.tp * linear.num_value_heads * (within + 6 * keys * values)
 
 
 def dense_bytes(w: Workload) -> float:
@@ -229,7 +248,7 @@ def passes(w: Workload, module: str = "") -> float:
 def tensor(w: Workload) -> TrafficMessage:
     """Return all-gathers and reduce-scatters around attention and dense feed-forward networks."""
     s, tp = w.shape, w.tp
-    blocks = s.num_attention_layers + s.num_mamba_layers
+    blocks = s.num_attention_layers + s.num_linear_layers + s.num_mamba_layers
     blocks += s.num_feed_forward_layers - s.num_moe_layers + (s.num_moe_layers if s.num_shared_experts else 0)
     blocks += 2 * s.num_predictions
     # forward: gather and scatter; backward: the same, and under sp the input is gathered once more for the

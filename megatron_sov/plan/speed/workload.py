@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Literal, NamedTuple
 
-from megatron_sov.model.config import ModelConfig, PhaseConfig, RunConfig
+from megatron_sov.model.config import LinearAttentionConfig, ModelConfig, PhaseConfig, RunConfig
 from megatron_sov.model.families.count import mean_keys
-from megatron_sov.plan.footprint.held import BF16_BYTES
+from megatron_sov.plan.footprint.held import BF16_BYTES, FLOAT32_BYTES
 from megatron_sov.work.clusters.chips import Chip, Links
 
-Block = Literal["attention", "mamba", "dense", "expert", "beside experts", "prediction", "head"]
+Block = Literal["attention", "linear", "mamba", "dense", "expert", "beside experts", "prediction", "head"]
 HEAD = "head"
 """Part that no recomputation computes again: it goes by layers, and the head is behind them."""
 
@@ -84,6 +84,14 @@ class ModelShape:
     """Width of its values; 0: `head_dim`."""
     expert_latent_dim: int = 0
     """Width that routed experts work in, between two projections (LatentMoE); 0: `hidden_size`."""
+    linear: LinearAttentionConfig | None = None
+    """Sizes of linear attention."""
+    num_linear_layers: int = 0
+    """Layers with linear attention in the place of the other."""
+    attention_gate: bool = False
+    """Whether the other's output is gated, by as much as queries are projected to."""
+    shared_gate: bool = False
+    """Whether shared experts have a gate."""
     num_mamba_layers: int = 0
     """Layers with a Mamba-2 block in the place of attention."""
     num_ffn_layers: int = 0
@@ -98,7 +106,8 @@ class ModelShape:
 
     @property
     def num_attention_layers(self) -> int:
-        return self.num_layers - self.num_mamba_layers - self.num_ffn_layers
+        """Layers with attention whose queries see keys."""
+        return self.num_layers - self.num_linear_layers - self.num_mamba_layers - self.num_ffn_layers
 
     @property
     def num_feed_forward_layers(self) -> int:
@@ -147,6 +156,11 @@ class ModelShape:
         h, inner = self.hidden_size, self.mamba_num_heads * self.mamba_head_dim
         if block == "attention":
             return self._attention()
+        if block == "linear":
+            assert self.linear is not None
+            values = self.linear.num_value_heads * self.linear.value_head_dim
+            return [MatrixWork(self.linear.num_key_heads * sum(self.linear.projected), h, "rows"),
+                    MatrixWork(h, values, "columns")]
         if block == "mamba":
             width = 2 * inner + 2 * self.mamba_num_groups * self.mamba_state_dim + self.mamba_num_heads
             return [MatrixWork(width, h, "rows"), MatrixWork(h, inner, "columns")]
@@ -162,6 +176,8 @@ class ModelShape:
         found = [MatrixWork(self.num_experts, h, "tokens", quantized=False)]
         if self.num_shared_experts:
             found += self._feed_forward(self.num_shared_experts * self.expert_ffn_dim, h, "shared_experts")
+        if self.shared_gate:
+            found.append(MatrixWork(1, h, "tokens", quantized=False))
         if self.expert_latent_dim:
             found += [MatrixWork(self.expert_latent_dim, h, "tokens"),
                       MatrixWork(h, self.expert_latent_dim, "tokens")]
@@ -172,7 +188,8 @@ class ModelShape:
         out = MatrixWork(h, heads * self.value_dim, "columns")
         # Megatron computes queries, keys and values in one product.
         if not self.kv_lora_rank:
-            return [MatrixWork((heads + 2 * self.num_kv_heads) * self.head_dim, h, "rows"), out]
+            queries = 2 * heads if self.attention_gate else heads
+            return [MatrixWork((queries + 2 * self.num_kv_heads) * self.head_dim, h, "rows"), out]
         # Latent attention: one narrow vector down, then keys and values of all heads up from it.
         both = heads * (self.head_dim + self.value_dim)
         found = [MatrixWork(self.kv_lora_rank + self.rope_head_dim, h, ""),
@@ -213,6 +230,7 @@ class ModelShape:
         """Return the weights of the trunk's products and the head, with so many experts of each layer."""
         found = self.block_params("head")
         layers: dict[Block, int] = {"attention": self.num_attention_layers, "mamba": self.num_mamba_layers,
+                                    "linear": self.num_linear_layers,
                                     "dense": self.num_feed_forward_layers - self.num_moe_layers}
         found += sum(number * self.block_params(block) for block, number in layers.items() if number)
         if self.num_moe_layers:
@@ -241,7 +259,8 @@ class ModelShape:
         seen = ((self.num_attention_layers - self.num_window_layers) * keys(0)
                 + sum(layers * keys(window) for window, layers in self.windowed))
         return (2 * self._multiplied(self.num_experts_per_token) + self._key_flops() * seen
-                + self.num_mamba_layers * self.mamba_scan_flops())
+                + self.num_mamba_layers * self.mamba_scan_flops()
+                + (0 if self.linear is None else 2 * self.num_linear_layers * self.linear.token_products))
 
     def _key_flops(self) -> int:
         """Return the FLOPs of all heads of a layer for a query and a key: their product, and the value's."""
@@ -264,9 +283,10 @@ def of_model(model: ModelConfig) -> ModelShape:
     windowed = sum(kind == "sliding_attention" for kind in model.layer_types())
     # A shape knows one period only ("every n-th layer is global"); with no global layer the period is
     # beyond the last one.
-    num_global = model.num_layers - windowed
-    every = model.num_layers // num_global if num_global else model.num_layers + 1
-    follows = not model.layer_windows and model.num_layers - model.num_layers // every == windowed
+    attending = model.num_layers - model.num_linear_layers()
+    num_global = attending - windowed
+    every = attending // num_global if num_global else attending + 1
+    follows = not model.layer_windows and attending - attending // every == windowed
     return ModelShape(
         num_layers=model.num_layers, hidden_size=model.hidden_size, num_heads=model.num_heads,
         head_dim=model.head_dim if latent is None else latent.qk_nope_head_dim,
@@ -278,6 +298,8 @@ def of_model(model: ModelConfig) -> ModelShape:
         num_shared_experts=model.num_shared_experts if model.num_experts else 0,
         num_dense_layers=model.num_layers - model.num_moe_layers() if model.num_experts else 0,
         num_mtp_layers=model.num_mtp_layers, mtp_moe=model.mtp_experts, mtp_depths=model.mtp_depths,
+        linear=model.linear_attention, num_linear_layers=model.num_linear_layers(),
+        attention_gate=model.attention_output_gate, shared_gate=model.shared_expert_gate,
         mtp_window=model.mtp_window() if model.num_mtp_layers else 0,
         layer_windows=() if follows or not windowed else tuple(sorted(Counter(
             window for window in model.windows() if window).items())),
@@ -424,7 +446,8 @@ def of_run(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, lin
 
 def kv_bytes(shape: ModelShape, tokens: float, item_bytes: float = BF16_BYTES) -> float:
     """Return what a sequence keeps over all layers: global ones every token, sliding ones their window
-    (`engine.model.kv_cache`), latent attention one vector for all heads.
+    (`engine.model.kv_cache`), latent attention one vector for all heads, linear attention its state in
+    float32, however many tokens there are.
 
     Args:
         shape: of the model.
@@ -435,7 +458,8 @@ def kv_bytes(shape: ModelShape, tokens: float, item_bytes: float = BF16_BYTES) -
              else 2 * shape.num_kv_heads * shape.head_dim)
     kept = ((shape.num_attention_layers - shape.num_window_layers) * tokens
             + sum(layers * min(tokens, window) for window, layers in shape.windowed))
-    return kept * width * item_bytes
+    states = 0 if shape.linear is None else shape.num_linear_layers * shape.linear.kept_size
+    return kept * width * item_bytes + states * FLOAT32_BYTES
 
 
 def kv_cuts(shape: ModelShape, tp: int) -> int:

@@ -81,6 +81,9 @@ def family(base: ModelConfig, sizes: Sequence[int], beyond: int) -> list[ModelCo
     if factors:
         raise UserError(f"{', '.join(factors)}: such a factor is made for one width, and the ladder has no "
                         "rule for other ones; take a recipe without")
+    if base.linear_attention is not None:
+        raise UserError("model.linear_attention: the ladder has no rule for the widths of linear attention; "
+                        "take a base model without it")
     if base.latent_attention is not None:
         raise UserError("model.latent_attention: the ladder has no rule for the widths of latent attention; "
                         "take a recipe without")

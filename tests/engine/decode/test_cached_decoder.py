@@ -20,7 +20,7 @@ def logits(layout: dict[str, Any]) -> dict[str, Any]:
 
     from megatron_sov.engine.decode.cached_decoder import CachedDecoder, over_shares, share_place
     from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.engine.model.kv_cache import CacheSize, CacheSpan
+    from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
     from megatron_sov.engine.model.logprobs import head_of
     from megatron_sov.engine.parallel import world
 

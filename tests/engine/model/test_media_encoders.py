@@ -28,7 +28,7 @@ def states(layout: dict[str, Any]) -> dict[str, Any]:
 
     from megatron_sov.engine.decode.cached_decoder import CachedDecoder
     from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.engine.model.kv_cache import CacheSize, CacheSpan
+    from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
     from megatron_sov.engine.model.language_model import gather_sequence
     from megatron_sov.engine.parallel import collectives, context
     from megatron_sov.model.modality import join_inputs, slice_inputs, take_records

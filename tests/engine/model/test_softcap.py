@@ -81,7 +81,8 @@ def rows_of_documents(cp: int) -> list[list[float]]:
     from megatron.core.transformer import TransformerConfig
 
     from megatron_sov.engine.model import attention
-    from megatron_sov.engine.model.kv_cache import CachedAttention, CacheGroup, CacheSize, PackedSpans
+    from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans
+    from megatron_sov.engine.model.kv_cache import CachedAttention
     from megatron_sov.engine.model.softcap import kernel_of
     from megatron_sov.engine.parallel import context, world
     from megatron_sov.model.config import ParallelConfig

@@ -62,7 +62,7 @@ def test_started_cuda_is_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
 # Randomness is a function of seed and step: a run in two pieces is the run in one piece,
 # and nothing was stored for it.
 
-STEPS, FIRST = 4, 2
+STEPS, FIRST = 2, 1
 
 
 def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,

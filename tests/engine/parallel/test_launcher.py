@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,26 @@ def test_a_rank_is_asked_itself_to_stop() -> None:
         assert (again.reason, flag.reason) == ("SIGUSR1", None)
 
 
-PROGRAM = """
+CASES = """
 import json, os, signal, sys, time
 from pathlib import Path
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import launcher
 
-folder, case = Path(sys.argv[1]), sys.argv[2]
-
+pids = {}
+for case in sys.argv[2:]:
+    pids[case] = os.fork()
+    if not pids[case]:
+        break
+else:
+    print(json.dumps(pids | {"threads": len(os.listdir("/proc/self/task"))}), flush=True)
+    print(json.dumps({case: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for case, pid in pids.items()}))
+    sys.exit()
+folder = Path(sys.argv[1], case)
+os.dup2(os.open(folder / "errors", os.O_WRONLY | os.O_CREAT), 2)
+"""
+"""Begins a program: each case is done by a launcher that is a fork of one process, which has imported all."""
+PROGRAM = CASES + """
 def rank():
     number = os.environ["RANK"]
     if case in ("forward", "orphan"):
@@ -116,11 +129,21 @@ for case in ("3", "9"):
 """
 
 
-def start(folder: Path, case: str) -> subprocess.Popen:
-    folder.mkdir()
+@contextmanager
+def launchers(program: str, folder: Path, *cases: str) -> Iterator[tuple[dict[str, int], Callable[..., Any]]]:
+    """Give each case's launcher, by its number, and what waits for all of them and returns how they end."""
+    for case in cases:
+        (folder / case).mkdir()
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # of the libraries: threads are counted
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder), case],
-                            stderr=subprocess.PIPE, text=True, env=one_thread)
+    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, str(folder), *cases],
+                          stdout=subprocess.PIPE, text=True, env=one_thread) as process:
+        assert process.stdout is not None
+        started = json.loads(process.stdout.readline())
+        assert started.pop("threads") == 1
+        try:
+            yield started, lambda: json.loads(process.communicate(timeout=600)[0])
+        finally:
+            process.kill()  # a test that fails waits for nothing
 
 
 def pids(folder: Path) -> list[int]:
@@ -135,15 +158,15 @@ def pids(folder: Path) -> list[int]:
 @pytest.mark.distributed
 def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path,
                                                               ends: Callable[[int], bool]) -> None:
-    started = {case: start(tmp_path / case, case) for case in ("ends", "forward", "orphan")}
-    pids(tmp_path / "forward")
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        started["forward"].send_signal(number)
-    ranks_of_killed = pids(tmp_path / "orphan")
-    started["orphan"].kill()
-    assert all(ends(pid) for pid in ranks_of_killed)
-    said = started["ends"].communicate(timeout=600)[1]
-    assert started["forward"].wait(timeout=600) == 0
+    with launchers(PROGRAM, tmp_path, "ends", "forward", "orphan") as (started, ended):
+        pids(tmp_path / "forward")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(started["forward"], number)
+        ranks_of_killed = pids(tmp_path / "orphan")
+        os.kill(started["orphan"], signal.SIGKILL)
+        assert all(ends(pid) for pid in ranks_of_killed)
+        assert ended() == {"ends": 0, "forward": 0, "orphan": -signal.SIGKILL}
+    said = (tmp_path / "ends/errors").read_text()
     assert {(tmp_path / "forward" / f"got-{r}").read_text() for r in range(2)} == {"SIGINT SIGTERM SIGUSR1"}
     # progress is made once, in the second round, and two restarts are allowed without:
     # the fourth round is the last
@@ -172,13 +195,9 @@ def test_ranks_share_the_cores_unless_the_environment_names_their_threads(
     assert launcher._threads(count) == threads
 
 
-ON_GPU = """
-import os, signal, sys, time
-from pathlib import Path
+ON_GPU = CASES + """
 import torch
-from megatron_sov.engine.parallel import launcher
 
-folder, case = Path(sys.argv[1]), sys.argv[2]
 asked = poisoned = False
 
 def available():
@@ -223,23 +242,18 @@ code = launcher.launch(rank, 1 if case == "again" else 2, restarts=restarts)
 def test_on_gpus_ranks_are_new_processes_that_end_as_forked_ones_do(tmp_path: Path,
                                                                    ends: Callable[[int], bool]) -> None:
     """A double of CUDA that works in no fork of a process which has asked for it."""
-    started = {}
-    for case in ("again", "signals"):
-        (tmp_path / case).mkdir()
-        started[case] = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", ON_GPU, str(tmp_path / case), case],
-            stderr=subprocess.PIPE, text=True)
-    ranks_of_killed = pids(tmp_path / "signals")
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        started["signals"].send_signal(number)
-    for rank in range(2):
-        deadline = time.monotonic() + 600
-        while not (tmp_path / "signals" / f"got-{rank}").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    started["signals"].kill()
-    started["signals"].communicate()
-    assert all(ends(pid) for pid in ranks_of_killed)
-    said = started["again"].communicate(timeout=600)[1]
+    with launchers(ON_GPU, tmp_path, "again", "signals") as (started, ended):
+        ranks_of_killed = pids(tmp_path / "signals")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(started["signals"], number)
+        for rank in range(2):
+            deadline = time.monotonic() + 600
+            while not (tmp_path / "signals" / f"got-{rank}").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        os.kill(started["signals"], signal.SIGKILL)
+        assert all(ends(pid) for pid in ranks_of_killed)
+        assert ended() == {"again": 0, "signals": -signal.SIGKILL}
+    said = (tmp_path / "again/errors").read_text()
     assert (tmp_path / "again/end").read_text() == "75 ['rank 0 was ended by SIGKILL']", said
     assert [(tmp_path / f"again/round-{i}").read_text() for i in range(2)] == ["0 1", "0 1"]

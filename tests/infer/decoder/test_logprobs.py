@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_sov.engine.model.kv_cache import CacheSpan
+from megatron_sov.engine.model.cache_rows import CacheSpan
 from megatron_sov.infer.decoder.continuation import Continuation, RowItem
 from megatron_sov.infer.decoder.generator import pieces_of, table_of
 from megatron_sov.infer.decoder.logprobs import CHUNK_PLACES, RankingPlace, places_of, ranked

@@ -22,6 +22,7 @@ from megatron_sov.model.recipes import get, names
     ("qwen2-1.5b", 1.54, 1.54, 0.0),
     ("qwen3-8b", 8.19, 8.19, 0.0),
     ("qwen3-moe-30b", 30.53, 3.35, 0.0),
+    ("qwen3-next-80b", 79.67, 3.87, 1.65),
     ("qwen3-4b", 4.02, 4.02, 0.0),
     ("qwen3-4b-2507", 4.02, 4.02, 0.0),
     ("qwen3-30b-a3b-2507", 30.53, 3.35, 0.0),
@@ -55,6 +56,23 @@ def test_latent_attention_is_counted_matrix_by_matrix() -> None:
     found = sum(w.numel for w in layer_weights(v3) if ".self_attention." in w.key and not w.predicts)
     down, up = 7168 * (1536 + 576), 1536 * 128 * 192 + 512 * 128 * 256
     assert found == down + up + 128 * 128 * 7168 + 1536 + 512
+
+
+def test_linear_attention_costs_a_token_the_same_at_any_length() -> None:
+    """Megatron-LM's count of the delta rule: four products of the size of the state (its training.py)."""
+    model = get("qwen3-next-80b").model
+    short, long = (train_flops_per_token(model, length) for length in (4096, 8192))
+    # twelve layers and the prediction layer have 16 heads of 256 that see half as many keys more
+    assert long - short == 6 * 13 * 16 * 2 * 256 * 2048
+    states = 36 * (4 * 32 * 128 * 128 + 4 * 8192)
+    assert short == 6 * (multiplied_weights(model) + 13 * 16 * 2 * 256 * 2048.5 + states)
+
+
+def test_a_state_is_worth_as_many_tokens_as_its_bytes() -> None:
+    """Qwen3-Next-80B: 36 states of 32 x 128 x 128 and 3 x 8,192 inputs in 4 bytes, beside twelve layers with
+    two heads of keys and of values of 256 in 2."""
+    assert get("qwen3-next-80b").model.state_tokens() == -(-36 * (524288 + 24576) * 4 // (12 * 4 * 256 * 2))
+    assert get("qwen3-8b").model.state_tokens() == 0
 
 
 ONE_OF_EACH = {get(name).model: name for name in reversed(names())}

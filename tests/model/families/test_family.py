@@ -250,6 +250,14 @@ def test_released_configs_are_the_recipes_models(name: str, released: str) -> No
     assert models.get(model.family).from_hf_config(text_config(PUBLISHED[released])) == model
 
 
+def test_qwen3_next_has_the_prediction_layer_that_its_folder_has() -> None:
+    """Its config.json says nothing of one."""
+    released, model = PUBLISHED["Qwen/Qwen3-Next-80B-A3B-Thinking"], recipes.get("qwen3-next-80b").model
+    family = models.get("qwen3_next")
+    assert family.from_hf_config(released, ["mtp.fc.weight"]) == model
+    assert family.from_hf_config(released) == replace(model, num_mtp_layers=0)
+
+
 def test_what_gpt_oss_leaves_out_is_what_transformers_assumes() -> None:
     """Its class's defaults are the 120B."""
     from transformers import GptOssConfig

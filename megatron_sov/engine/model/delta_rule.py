@@ -1,0 +1,162 @@
+"""The gated delta rule in plain torch: linear attention whose state forgets by a gate and is corrected by a
+key's error (Gated DeltaNet, arXiv 2412.06464; in chunks by the WY form of arXiv 2406.06484).
+
+With a state S [key channels, value channels] of each head, a token's decay g <= 0 and learning rate b:
+
+    S <- exp(g) S;  S <- S + b k (v - S^T k)^T;  output = S^T q
+
+Inside a chunk of tokens all corrections follow from one triangular system; between chunks the state goes on.
+Chunks begin with their document, so what becomes of one does not depend on where it lies in its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from megatron_sov.engine.parallel.device import to_device
+
+CHUNK = 64
+"""Tokens of a chunk."""
+NORM_EPS = 1e-6
+"""Added to the squared length of queries and keys (transformers' `l2norm`, as in flash-linear-attention)."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The documents of a row in chunks: all first ones, then all second ones, and so on, those of documents
+    with most chunks first."""
+
+    tokens: torch.Tensor
+    """[chunks * CHUNK] int64: row index of what stands at each place; the row's length where nothing does."""
+    places: torch.Tensor
+    """[outputs] int64: place of each token whose output is asked for."""
+    positions: torch.Tensor
+    """[tokens] int64, counted from the start of each document."""
+    steps: list[int]
+    """How many documents have a first chunk, a second one, and so on."""
+    order: list[int]
+    """The documents by falling number of chunks; equal ones as they stand."""
+
+
+def chunk_documents(documents: Sequence[tuple[int, int, int]], device: torch.device) -> Chunks:
+    """Cut documents that follow one another from 0 on.
+
+    Args:
+        documents: row indices: start of each, its first token whose output is asked for, its end.
+        device: of the indices.
+    """
+    row_tokens = documents[-1][2]
+    starts = torch.tensor([start for start, _, _ in documents])
+    lengths = torch.tensor([stop - start for start, _, stop in documents])
+    counts = (lengths + CHUNK - 1) // CHUNK
+    order = torch.argsort(counts, descending=True, stable=True)
+    steps = [int((counts > i).sum()) for i in range(int(counts.max()))]
+    firsts = torch.cat([starts[order[:number]] + i * CHUNK for i, number in enumerate(steps)])
+    ends = torch.cat([(starts + lengths)[order[:number]] for number in steps])
+    tokens = firsts[:, None] + torch.arange(CHUNK)
+    tokens = tokens.masked_fill(tokens >= ends[:, None], row_tokens).flatten()
+    places = torch.empty(row_tokens + 1, dtype=torch.int64)
+    places[tokens] = torch.arange(len(tokens))
+    positions = torch.arange(row_tokens) - starts.repeat_interleave(lengths)
+    asked = torch.cat([places[first:stop] for _, first, stop in documents])
+    tokens, asked, positions = (to_device(t, device) for t in (tokens, asked, positions))
+    return Chunks(tokens, asked, positions, steps, order.tolist())
+
+
+def normalised(values: torch.Tensor) -> torch.Tensor:
+    """Return values of length 1 along the last axis."""
+    return values * torch.rsqrt((values * values).sum(-1, keepdim=True) + NORM_EPS)
+
+
+def in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor,
+              rate: torch.Tensor, *, chunks: Chunks,
+              state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply the rule to all documents of a row, each from a state of its own.
+
+    Args:
+        query, key: [tokens, key heads, key channels], as they meet the state; queries already scaled.
+        value: [tokens, key heads, r, value channels]: r value heads share a key head.
+        decay: [tokens, key heads, r], logarithms, at most 0.
+        rate: [tokens, key heads, r].
+        chunks: where the documents are.
+        state: [documents, key heads, r, key channels, value channels] in the order of `chunks`; None: zeros.
+
+    Returns:
+        Outputs [outputs, key heads, r, value channels], and the states behind the documents.
+    """
+    q, k, v = (_placed(t, chunks) for t in (query[:, :, None], key[:, :, None], value))
+    g, b = (_placed(t[..., None], chunks) for t in (decay, rate))
+    g = g.cumsum(-2)
+    # between two tokens of a chunk the state decays by the quotient of what it has by them
+    between = (g - g.transpose(-1, -2)).masked_fill(_later(CHUNK, g.device), -torch.inf).exp()
+    grown, left = g.exp(), (g[..., -1:, :] - g).exp()
+    solved = torch.linalg.solve_triangular(
+        b * (k @ k.transpose(-1, -2)) * between, b * torch.cat([v, grown * k.expand(*v.shape[:-1], -1)], -1),
+        upper=False, unitriangular=True)
+    new, seen = solved.split([v.shape[-1], k.shape[-1]], -1)
+    within, read, written = (q @ k.transpose(-1, -2)) * between, q * grown, (k * left).transpose(-1, -2)
+    kept = grown[..., -1:, :]
+    if state is None:
+        state = v.new_zeros(chunks.steps[0], *v.shape[1:3], k.shape[-1], v.shape[-1])
+    outputs, ended, start = [], [], 0
+    for number in chunks.steps:
+        if len(state) > number:
+            ended.append(state[number:])
+            state = state[:number]
+        here = slice(start, start + number)
+        correction = new[here] - seen[here] @ state
+        outputs.append(read[here] @ state + within[here] @ correction)
+        state = kept[here] * state + written[here] @ correction
+        start += number
+    ended.append(state)
+    found = torch.cat(outputs).permute(0, 3, 1, 2, 4).flatten(0, 1)
+    return found.index_select(0, chunks.places), torch.cat(ended[::-1])
+
+
+def by_token(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor,
+             rate: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Apply the rule to a few tokens of many sequences, one token after the other: [sequences, tokens, ...]
+    of what `in_chunks` takes -> outputs [sequences, tokens, key heads, r, value channels], and the state
+    behind each token."""
+    outputs, states = [], []
+    for t in range(query.shape[1]):
+        q, k = query[:, t, :, None, :, None], key[:, t, :, None, :, None]
+        state = state * decay[:, t, ..., None, None].exp()
+        error = rate[:, t, ..., None] * (value[:, t] - (state * k).sum(-2))
+        state = state + k * error[..., None, :]
+        outputs.append((state * q).sum(-2))
+        states.append(state)
+    return torch.stack(outputs, 1), states
+
+
+def _placed(values: torch.Tensor, chunks: Chunks) -> torch.Tensor:
+    """[tokens, key heads, r or 1, channels] -> [chunks, key heads, r or 1, CHUNK, channels]; zeros, which
+    leave a state as it is, where no token is."""
+    filled = torch.cat([values, values.new_zeros(1, *values.shape[1:])])
+    return filled.index_select(0, chunks.tokens).unflatten(0, (-1, CHUNK)).permute(0, 2, 3, 1, 4)
+
+
+def _later(size: int, device: torch.device) -> torch.Tensor:
+    """Return [size, size] bool, True where the second token comes after the first."""
+    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
+
+
+def short_convolution(inputs: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return each channel's causal convolution inside documents: [tokens, channels], [channels, taps],
+    positions [tokens] in their documents -> [tokens, channels]."""
+    taps = weight.shape[1]
+    found = inputs * weight[:, -1]
+    for back in range(1, min(taps, len(inputs))):
+        before = pad(inputs[:-back], (0, 0, back, 0)) * (positions >= back)[:, None]
+        found = found + before * weight[:, taps - 1 - back]
+    return found
+
+
+def convolved_windows(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the same behind the first taps - 1 inputs: [sequences, taps - 1 + tokens, channels], [channels,
+    taps] -> [sequences, tokens, channels]."""
+    return (inputs.unfold(1, weight.shape[1], 1) * weight).sum(-1)

@@ -1,0 +1,281 @@
+"""Linear attention as the attention of a layer: the gated delta net of Qwen3-Next (arXiv 2412.06464), for
+rows of packed documents at every layout, and with a state of constant size where sequences are generated.
+
+Heads of keys, each with the value heads that share it, are cut over the tensor-parallel group.  Where a row
+is cut over processes, each gets the whole row of its share of these heads by an all-to-all, and sends what it
+found back (as Megatron-Core's `mamba_context_parallel.py` does), since a state passes through all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
+from torch.nn.functional import rms_norm, silu, softplus
+
+from megatron_sov.engine.model.attention import PackedDocuments
+from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans
+from megatron_sov.engine.model.delta_rule import (
+    by_token, chunk_documents, convolved_windows, in_chunks, normalised, short_convolution)
+from megatron_sov.engine.parallel import context
+from megatron_sov.model.config import LinearAttentionConfig
+
+SPLIT = {"A_log": 0, "dt_bias": 0, "conv1d.weight": 0}
+"""Parameters beside the projections that are cut by heads -> the axis."""
+
+
+class Weight(torch.nn.Module):
+    """A parameter under a name of its own: `conv1d.weight`, `out_norm.weight`."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(*shape, dtype=dtype))
+
+
+class GatedDeltaNet(MegatronModule):
+    """A layer's linear attention, with the names that Megatron-Core's `gated_delta_net.py` has for its parts.
+
+    Rows of `in_proj` stand by heads of keys: query, key, values, gates of the output, learning rates, decays
+    of each (`LinearAttentionConfig.projected`), so that they can be cut between any two.
+    """
+
+    def __init__(self, config: Any, layer_number: int, projections: tuple[Any, Any],
+                 sizes: LinearAttentionConfig, pg_collection: Any, cp_comm_type: str | None = None) -> None:
+        """Make this process's part.
+
+        Args:
+            config: the library's TransformerConfig.
+            layer_number: number of the layer, from 1.
+            projections: classes of the input's and the output's.
+            sizes: of the whole layer.
+            pg_collection: the library's groups.
+            cp_comm_type: of other attention.
+        """
+        super().__init__(config)
+        self.layer_number, self.sizes, self._group = layer_number, sizes, pg_collection.tp
+        self.heads = sizes.num_key_heads // self._group.size()
+        """Key heads of this process."""
+        linear: dict[str, Any] = {"config": config, "bias": False, "is_expert": False,
+                                  "tp_group": self._group}
+        self.in_proj = build_module(
+            projections[0], config.hidden_size, sizes.num_key_heads * sum(sizes.projected),
+            init_method=config.init_method, gather_output=False, skip_bias_add=False,
+            tp_comm_buffer_name="fc1", **linear)
+        dtype, values = config.params_dtype, self.heads * sizes.values_per_key
+        self.conv1d = Weight((self.heads * sizes.convolved, 1, sizes.conv_taps), dtype)
+        self.dt_bias, self.A_log = (torch.nn.Parameter(torch.empty(values, dtype=dtype)) for _ in range(2))
+        self.out_norm = Weight((sizes.value_head_dim,), dtype)
+        self.out_proj = build_module(
+            projections[1], sizes.num_value_heads * sizes.value_head_dim, config.hidden_size,
+            init_method=config.output_layer_init_method, input_is_parallel=True, skip_bias_add=True,
+            tp_comm_buffer_name="fc2", **linear)
+        for parameter in (self.conv1d.weight, self.dt_bias, self.A_log):
+            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+        self.kept: KeptState | None = None
+        """What sequences that are generated have left behind; None: rows of documents are read."""
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: None = None,
+                packed_seq_params: PackedDocuments | PackedSpans | None = None,
+                **_: Any) -> tuple[torch.Tensor, None]:
+        """Attend.
+
+        Args:
+            hidden_states: [tokens / sequence-parallel size, 1, hidden].
+            packed_seq_params: the row's documents, or the spans of sequences that `kept` holds.
+
+        Returns:
+            [tokens / sequence-parallel size, 1, hidden], and no bias.
+        """
+        assert packed_seq_params is not None, "micro-batches are rows of packed documents"
+        projected = self.in_proj(hidden_states)[0].squeeze(1).unflatten(-1, (self.heads, -1))
+        convolved, gate, gates = projected.split(self._split, -1)
+        if self.kept is not None:
+            found = self.kept.read(convolved, gates, packed_seq_params)
+        else:
+            found = self._of_documents(torch.cat([convolved, gates], -1), packed_seq_params)
+        # each process normalises its own heads, so of this weight each finds a part of the gradient
+        weight = self.out_norm.weight
+        if self._group.size() > 1:
+            weight = tensor_parallel.copy_to_tensor_model_parallel_region(weight, self._group)
+        found = rms_norm(found, weight.shape, weight.to(found.dtype), self.config.layernorm_epsilon)
+        found = found * silu(gate.unflatten(-1, (-1, self.sizes.value_head_dim)).to(found.dtype))
+        output: tuple[torch.Tensor, None] = self.out_proj(found.flatten(1).to(hidden_states.dtype)[:, None])
+        return output
+
+    @property
+    def _split(self) -> list[int]:
+        """Return how many channels of a key head are convolved, gate its output, and gate its state."""
+        r = self.sizes.values_per_key
+        return [self.sizes.convolved, r * self.sizes.value_head_dim, 2 * r]
+
+    def _of_documents(self, inputs: torch.Tensor, packed: PackedDocuments) -> torch.Tensor:
+        """[tokens, key heads, channels] -> [tokens, key heads, values per key, value channels]."""
+        cut = context.size() > 1
+        if cut:
+            inputs = context.exchange_tokens(inputs)
+        elif packed.shared is not None:
+            inputs = inputs.index_select(0, packed.shared.source)
+        convolved, gates = inputs.split([self.sizes.convolved, 2 * self.sizes.values_per_key], -1)
+        mine = context.share(inputs.shape[1]) if cut else slice(None)
+        wide = self.convolution(mine)
+        mixed = short_convolution(convolved.flatten(1).to(wide.dtype), wide, packed.chunks.positions)
+        found = in_chunks(*self.parts(mixed.unflatten(-1, convolved.shape[1:]), gates, mine),
+                          chunks=packed.chunks)[0]
+        if cut:
+            found = context.exchange_heads(found.flatten(2)).unflatten(-1, (-1, self.sizes.value_head_dim))
+        return found
+
+    def convolution(self, heads: slice = slice(None)) -> torch.Tensor:
+        """Return the taps [channels, taps] of some key heads, in the precision of the state."""
+        weight = self.conv1d.weight.unflatten(0, (self.heads, -1))[heads]
+        return weight.flatten(0, 1).squeeze(1).to(torch.promote_types(weight.dtype, torch.float32))
+
+    def parts(self, mixed: torch.Tensor, gates: torch.Tensor,
+              heads: slice = slice(None)) -> list[torch.Tensor]:
+        """Return query, key, value, decay and learning rate as the delta rule takes them.
+
+        Args:
+            mixed: [..., key heads, channels] behind the convolution.
+            gates: [..., key heads, 2 x values per key].
+            heads: which of this process's key heads these are.
+        """
+        r, dtype = self.sizes.values_per_key, mixed.dtype
+        width = self.sizes.key_head_dim
+        query, key, value = silu(mixed).split([width, width, r * self.sizes.value_head_dim], -1)
+        rate, step = gates.to(dtype).split(r, -1)
+        log, bias = (p.to(dtype).unflatten(0, (self.heads, -1))[heads] for p in (self.A_log, self.dt_bias))
+        decay = -log.exp() * softplus(step + bias)
+        return [normalised(query) * width ** -0.5, normalised(key),
+                value.unflatten(-1, (r, -1)), decay, rate.sigmoid()]
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (),
+                           metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the parameters, all but the norm cut by heads."""
+        group = (metadata or {}).get("dp_cp_group")
+        own = {"A_log": self.A_log, "dt_bias": self.dt_bias, "conv1d.weight": self.conv1d.weight,
+               "out_norm.weight": self.out_norm.weight}
+        declared: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            own, prefix, SPLIT, sharded_offsets, tp_group=self._group, dp_cp_group=group)
+        for name in ("in_proj", "out_proj"):
+            declared |= sharded_state_dict_default(getattr(self, name), f"{prefix}{name}.", sharded_offsets,
+                                                   metadata, tp_group=self._group)
+        return declared
+
+
+class KeptState:
+    """What a layer keeps of sequences that are generated: the state of each, and the last inputs of its
+    convolution, however long it is.
+
+    Of a step that may be taken back (`CacheSize.step_tokens`) only the first token enters the state at once;
+    the inputs of the others are kept beside it, and enter with the next step as far as they stand.
+    """
+
+    def __init__(self, size: CacheSize, layer: GatedDeltaNet) -> None:
+        self._size, self._layer = size, layer
+        self._open = size.step_tokens - 1  # tokens that may be taken back
+        self._past = [0] * size.slots  # tokens that the state has met
+        self._state: torch.Tensor | None = None
+        self._inputs: torch.Tensor | None = None
+        self._gates: torch.Tensor | None = None
+
+    def read(self, convolved: torch.Tensor, gates: torch.Tensor, spans: PackedSpans) -> torch.Tensor:
+        """Read new tokens: [tokens, key heads, channels] twice -> [tokens, key heads, values per key, value
+        channels], zeros at padding."""
+        sizes, wide = self._layer.sizes, self._layer.convolution()
+        if self._state is None:
+            heads, slots = self._layer.heads, self._size.slots
+            self._state = wide.new_zeros(slots, heads, sizes.values_per_key, sizes.key_head_dim,
+                                         sizes.value_head_dim)
+            self._inputs = wide.new_zeros(slots, wide.shape[1] - 1 + self._open, len(wide))
+            self._gates = gates.new_zeros(slots, self._open, *gates.shape[1:])
+        found = wide.new_zeros(len(convolved), self._layer.heads, sizes.values_per_key, sizes.value_head_dim)
+        for group in spans.groups:
+            here = slice(group.start, group.start + len(group.past) * group.length)
+            shape = (len(group.past), group.length)
+            found[here] = self._read(group, convolved[here].flatten(1).to(wide.dtype).unflatten(0, shape),
+                                     gates[here].unflatten(0, shape), wide).flatten(0, 1)
+        return found
+
+    def _read(self, group: CacheGroup, convolved: torch.Tensor, gates: torch.Tensor,
+              wide: torch.Tensor) -> torch.Tensor:
+        """Read a span of each of some sequences: [sequences, tokens, ...]."""
+        assert self._state is not None and self._inputs is not None and self._gates is not None
+        slots, length = slice(group.slot, group.slot + len(group.past)), group.length
+        self._begin(group)
+        stands = torch.tensor([past - self._past[group.slot + i] for i, past in enumerate(group.past)],
+                              device=wide.device)
+        if ((stands < 0) | (stands > self._open)).any():
+            raise RuntimeError(f"slots from {group.slot} on have met {self._past[slots]} tokens and are read "
+                               f"from {group.past} on: a state takes back at most {self._open}")
+        # what stands of the open tokens moves next to the new ones; the others become tokens that change
+        # nothing, before all
+        inputs = torch.cat([_moved(self._inputs[slots], self._open - stands), convolved], 1)
+        gates = torch.cat([_moved(self._gates[slots], self._open - stands), gates], 1)
+        mixed = convolved_windows(inputs, wide).unflatten(-1, (self._layer.heads, -1))
+        query, key, value, decay, rate = self._layer.parts(mixed, gates)
+        silent = (torch.arange(mixed.shape[1], device=wide.device) < (self._open - stands)[:, None])
+        decay, rate = (t.masked_fill(silent[..., None, None], 0) for t in (decay, rate))
+        row = (query, key, value, decay, rate)
+        if length <= self._size.step_tokens:
+            outputs, states = by_token(*row, self._state[slots])
+            entered = 1
+            self._state[slots] = states[self._open]
+        else:
+            count, tokens = mixed.shape[:2]
+            chunks = chunk_documents([(i * tokens, i * tokens, (i + 1) * tokens) for i in range(count)],
+                                     wide.device)
+            outputs, self._state[slots] = in_chunks(*(t.flatten(0, 1) for t in row), chunks=chunks,
+                                                    state=self._state[slots])
+            outputs, entered = outputs.unflatten(0, (count, tokens)), length
+        for kept, new in ((self._inputs, inputs), (self._gates, gates)):
+            tail = new[:, self._open + entered:]
+            kept[slots, :tail.shape[1]] = tail
+        for i, past in enumerate(group.past):
+            self._past[group.slot + i] = past + entered
+        return outputs[:, self._open:]
+
+    def _begin(self, group: CacheGroup) -> None:
+        """Forget what was in slots whose sequences begin."""
+        assert self._state is not None and self._inputs is not None
+        for slot in (group.slot + i for i, past in enumerate(group.past) if not past):
+            self._state[slot], self._inputs[slot], self._past[slot] = 0, 0, 0
+
+    def copy(self, source: int, targets: Sequence[int]) -> None:
+        """Have slots hold what another one does."""
+        for kept in (self._state, self._inputs, self._gates):
+            if kept is not None:
+                kept[list(targets)] = kept[source].clone()  # they share memory
+        for target in targets:
+            self._past[target] = self._past[source]
+
+
+def _moved(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """Return each sequence's values some places further on, zeros before them: [sequences, places, ...],
+    [sequences]."""
+    source = torch.arange(values.shape[1], device=values.device) - by[:, None]
+    at = source.clamp(min=0).reshape(*source.shape, *[1] * (values.dim() - 2)).expand_as(values)
+    kept = (source >= 0).reshape(*source.shape, *[1] * (values.dim() - 2))
+    return values.gather(1, at) * kept
+
+
+def attend_linearly(config: Any, spec: Any, sizes: LinearAttentionConfig, te: bool) -> None:
+    """Have a layer attend by a gated delta net; with Transformer Engine the norm before it is in its
+    projection, and checkpoints name it as if it were always."""
+    layer = spec.submodules
+    projections: tuple[Any, Any] = (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear)
+    if te:
+        from megatron.core.extensions.transformer_engine import (
+            TELayerNormColumnParallelLinear, TERowParallelLinear)
+
+        projections = (TELayerNormColumnParallelLinear, TERowParallelLinear)
+        layer.input_layernorm = IdentityOp
+    layer.self_attention = ModuleSpec(module=GatedDeltaNet,
+                                      params={"projections": projections, "sizes": sizes})
+    layer.sharded_state_dict_keys_map["input_layernorm."] = "self_attention.in_proj.layer_norm_"

@@ -1,0 +1,213 @@
+"""What families with linear attention declare: tensors whose rows stand by heads, and which layers have
+it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import LinearAttentionConfig, ModelConfig
+from megatron_sov.model.config.bounds import MAX_LAYERS
+from megatron_sov.model.config.model import LAYER_TYPES, shortest_pattern
+from megatron_sov.model.families.weights import QKV, Layout, Same, WeightEntry, linear_of, shape_of
+
+
+@dataclass(frozen=True)
+class RunsLayout(Layout):
+    """Rows by head, of which one Hugging Face tensor holds several runs, each of all heads."""
+
+    runs: tuple[int, ...] = ()
+    """Rows of a head in each run of the tensor that has as many rows of a head as all of them."""
+
+    def to_stored(self, part: Any, length: int) -> Any:
+        if length != sum(self.runs):
+            return super().to_stored(part, length)
+        stored = part.new_empty(self.stored(length))
+        for run, rows in self._runs(stored):
+            rows.copy_(part.narrow(1, *run).reshape(rows.shape))
+        return stored
+
+    def to_view(self, tensor: Any, length: int) -> Any:
+        if length != sum(self.runs):
+            return super().to_view(tensor, length)
+        part = tensor.new_empty(self.part(length))
+        for run, rows in self._runs(tensor):
+            viewed = part.narrow(1, *run)
+            viewed.copy_(rows.reshape(viewed.shape))
+        return part
+
+    def _runs(self, stored: Any) -> list[tuple[tuple[int, int], Any]]:
+        """Return where each run begins in a head and how long it is, and its rows of a stored tensor."""
+        starts = [sum(self.runs[:i]) for i in range(len(self.runs))]
+        return [((start, length), stored.narrow(0, self.view[0] * start, self.view[0] * length))
+                for start, length in zip(starts, self.runs, strict=True)]
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """A tensor with rows for each key head of linear attention, one kind behind the other
+    (`LinearAttentionConfig.projected`)."""
+
+    megatron: str
+    hf: tuple[tuple[str, Callable[[LinearAttentionConfig], tuple[int, ...]]], ...]
+    """Hugging Face tensors, and the rows of a head in each of their runs: one where they stand by heads."""
+    columns: str
+    """Letters of the other axes."""
+    fp32: bool = False
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.hf)
+
+    def layout(self, model: ModelConfig) -> Layout:
+        """Return the parts of [key heads, rows of each, columns]."""
+        linear = linear_of(model)
+        runs = [rows(linear) for _, rows in self.hf]
+        lengths = tuple(sum(rows) for rows in runs)
+        columns = shape_of(self.columns, model)
+        several = next((rows for rows in runs if len(rows) > 1), ())
+        return RunsLayout((linear.num_key_heads, sum(lengths), *columns), 1, lengths, 2, several)
+
+
+@dataclass(frozen=True)
+class TapRows(HeadRows):
+    """The taps of a convolution: [channels, 1, taps]."""
+
+    columns: str = ""
+
+    def layout(self, model: ModelConfig) -> Layout:
+        """Return the parts of [key heads, channels of each, 1, taps]."""
+        linear, whole = linear_of(model), super().layout(model)
+        assert isinstance(whole, RunsLayout)
+        return RunsLayout((*whole.view, 1, linear.conv_taps), 1, whole.lengths, 2, whole.runs)
+
+
+@dataclass(frozen=True)
+class GatedLayout(Layout):
+    """Query heads and their gates: in Megatron all gates of a group behind its query heads, in Hugging Face
+    each head's gate behind it."""
+
+    def in_order(self, part: Any, axis: int) -> Any:
+        return self._turned(part, axis, -1, 2)
+
+    def as_stored(self, part: Any, axis: int) -> Any:
+        return self._turned(part, axis, 2, -1)
+
+    def to_stored(self, part: Any, length: int) -> Any:
+        return super().to_stored(self.as_stored(part, 1), length)
+
+    def to_view(self, tensor: Any, length: int) -> Any:
+        return self.in_order(super().to_view(tensor, length), 1)
+
+    @staticmethod
+    def _turned(part: Any, axis: int, outer: int, inner: int) -> Any:
+        if part.shape[axis] == 1:  # a key or a value
+            return part
+        return part.unflatten(axis, (outer, inner)).transpose(axis, axis + 1).flatten(axis, axis + 1)
+
+
+@dataclass(frozen=True)
+class GatedQKV(QKV):
+    """Query, key and value with a gate of each query head (`ModelConfig.attention_output_gate`)."""
+
+    def layout(self, model: ModelConfig) -> Layout:
+        """Return the parts of [groups, query heads + their gates + key + value, head_dim, columns]."""
+        heads = model.num_heads // model.num_kv_heads
+        view = (model.num_kv_heads, 2 * heads + 2, model.head_dim, *shape_of(self.columns, model))
+        return GatedLayout(view, 1, (2 * heads, 1, 1), 3)
+
+
+GATED_ATTENTION: tuple[WeightEntry, ...] = (
+    Same("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"),
+    GatedQKV("self_attention.linear_qkv.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight",
+             "self_attn.v_proj.weight"),
+    Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H A"))
+
+DELTA_NET: tuple[WeightEntry, ...] = (
+    Same("self_attention.in_proj.layer_norm_weight", "input_layernorm.weight", "H"),
+    HeadRows("self_attention.in_proj.weight", (
+        ("linear_attn.in_proj_qkvz.weight", lambda linear: (sum(linear.projected[:4]),)),
+        ("linear_attn.in_proj_ba.weight", lambda linear: (sum(linear.projected[4:]),))), "H"),
+    TapRows("self_attention.conv1d.weight", (
+        ("linear_attn.conv1d.weight", lambda linear: linear.projected[:3]),)),
+    Same("self_attention.A_log", "linear_attn.A_log", "T"),
+    Same("self_attention.dt_bias", "linear_attn.dt_bias", "T"),
+    Same("self_attention.out_norm.weight", "linear_attn.norm.weight", "U"),
+    Same("self_attention.out_proj.weight", "linear_attn.out_proj.weight", "H W"))
+"""The gated delta net of Qwen3-Next."""
+
+GATED_SHARED_EXPERT: tuple[WeightEntry, ...] = (
+    Same("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight", "G H"),)
+
+
+@dataclass(frozen=True)
+class LinearLayers:
+    """Which layers have linear attention: the explicit list, or every how many-th layer has not."""
+
+    names: tuple[str, ...] = ("layer_types", "full_attention_interval")
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        return {"layer_types": model.layer_types()}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the shortest pattern that gives the list; `UserError` where it is not one known type per
+        layer, or the two names disagree."""
+        count, period = int(config.get("num_hidden_layers", 0)), config.get("full_attention_interval", 4)
+        if count > MAX_LAYERS:
+            raise UserError(f"config.json: num_hidden_layers = {count} must be at most {MAX_LAYERS:,}; count "
+                            "its zeros")
+        if not isinstance(period, int) or period < 1:
+            raise UserError(f"config.json: full_attention_interval = {period!r} must be an integer of 1 or "
+                            "more")
+        follows = ["full_attention" if (i + 1) % period == 0 else "linear_attention" for i in range(count)]
+        types = config.get("layer_types", follows)
+        if "full_attention_interval" in config and types != follows:
+            raise UserError(f"config.json: layer_types = {types} and full_attention_interval = {period} "
+                            "disagree; remove the latter")
+        letter = {kind: letter for letter, kind in LAYER_TYPES.items() if letter in "DG"}
+        letters = "".join(letter.get(kind, "?") for kind in types)
+        if len(letters) != count or "?" in letters:
+            raise UserError(f"config.json: layer_types must name linear_attention or full_attention for each "
+                            f"of {count} layers; it has {types}")
+        return {"attention_pattern": shortest_pattern(letters)}
+
+
+@dataclass(frozen=True)
+class LinearHeads:
+    """Sizes of linear attention; transformers' defaults are those of Qwen3-Next-80B-A3B."""
+
+    names: tuple[str, ...] = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+                              "linear_value_head_dim", "linear_conv_kernel_dim")
+    defaults: tuple[int, ...] = (16, 32, 128, 128, 4)
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        return dict(zip(self.names, asdict(linear_of(model)).values(), strict=True))
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the sizes."""
+        sizes = [int(config.get(name, default))
+                 for name, default in zip(self.names, self.defaults, strict=True)]
+        return {"linear_attention": dict(zip((f.name for f in fields(LinearAttentionConfig)), sizes,
+                                             strict=True))}
+
+
+@dataclass(frozen=True)
+class SharedWidth:
+    """The width of shared experts as one number."""
+
+    default: int
+    """What transformers assumes where it is absent."""
+    names: tuple[str, ...] = ("shared_expert_intermediate_size",)
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        return {self.names[0]: model.num_shared_experts * model.expert_ffn_dim}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the number of shared experts; `UserError` where the width is not a multiple of one's."""
+        width, one = int(config.get(self.names[0], self.default)), int(config["moe_intermediate_size"])
+        if one < 1 or width % one or not width:
+            raise UserError(f"config.json: {self.names[0]} = {width} must be a multiple of "
+                            f"moe_intermediate_size = {one}")
+        return {"num_shared_experts": width // one}

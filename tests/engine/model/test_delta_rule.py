@@ -1,0 +1,90 @@
+"""The gated delta rule against transformers' functions, and documents of one row against each alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_sov.engine.model.delta_rule import (
+    CHUNK, by_token, chunk_documents, convolved_windows, in_chunks, normalised, short_convolution)
+
+CPU = torch.device("cpu")
+LENGTHS = [5, 130, 1, 64, 65, 200, 64]
+HEADS, R, KEYS, VALUES = 2, 3, 8, 6
+
+
+def drawn(tokens: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """Return queries, keys, values, decays and rates of a row, gradients on."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(tokens, HEADS, KEYS) for _ in range(2))
+    v = torch.randn(tokens, HEADS, R, VALUES)
+    g, b = -torch.rand(tokens, HEADS, R) * 0.3, torch.rand(tokens, HEADS, R)
+    return [t.to(dtype).requires_grad_() for t in (normalised(q) * KEYS ** -0.5, normalised(k), v, g, b)]
+
+
+def bounds(lengths: list[int]) -> list[tuple[int, int, int]]:
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return [(start, start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
+
+
+@pytest.mark.parametrize("of", ["torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"])
+def test_a_document_is_what_transformers_makes_of_it(of: str) -> None:
+    from transformers.models.qwen3_next import modeling_qwen3_next as theirs
+
+    row = drawn(150, torch.float32)
+    found, state = in_chunks(*row, chunks=chunk_documents([(0, 0, 150)], CPU))
+    (found * torch.linspace(-1, 1, VALUES)).sum().backward()
+    mine = [t.grad for t in row]
+    again = drawn(150, torch.float32)
+    q, k, v, g, b = (t[None] for t in again)
+    expected, last = getattr(theirs, of)(q * KEYS ** 0.5, k, v.flatten(2, 3), g=g.flatten(2),
+                                         beta=b.flatten(2), output_final_state=True)
+    (expected * torch.linspace(-1, 1, VALUES)).sum().backward()
+    torch.testing.assert_close(found.flatten(1, 2), expected[0], atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(state.flatten(1, 2), last, atol=2e-6, rtol=2e-5)
+    for one, other in zip(mine, again, strict=True):
+        torch.testing.assert_close(one, other.grad, atol=2e-5, rtol=2e-5)
+
+
+def test_documents_of_a_row_are_what_each_is_alone() -> None:
+    row = drawn(sum(LENGTHS))
+    chunks = chunk_documents(bounds(LENGTHS), CPU)
+    found, states = in_chunks(*row, chunks=chunks)
+    weights = torch.randn_like(found)
+    together = torch.autograd.grad((found * weights).sum(), row)
+    for number, (start, _, stop) in enumerate(bounds(LENGTHS)):
+        alone = [t.detach()[start:stop].requires_grad_() for t in row]
+        own, state = in_chunks(*alone, chunks=chunk_documents([(0, 0, stop - start)], CPU))
+        # not to the bit: products of MKL depend on where their numbers lie in memory
+        torch.testing.assert_close(own, found[start:stop], atol=1e-14, rtol=1e-13)
+        torch.testing.assert_close(state[0], states[chunks.order.index(number)], atol=1e-14, rtol=1e-13)
+        for gradient, whole in zip(torch.autograd.grad((own * weights[start:stop]).sum(), alone), together,
+                                   strict=True):
+            torch.testing.assert_close(gradient, whole[start:stop], atol=1e-13, rtol=1e-12)
+
+
+def test_tokens_one_by_one_and_a_state_that_goes_on_are_the_same_as_chunks() -> None:
+    row = [t.detach() for t in drawn(2 * CHUNK + 9)]
+    found, last = in_chunks(*row, chunks=chunk_documents([(0, 0, len(row[0]))], CPU))
+    zeros = torch.zeros(1, HEADS, R, KEYS, VALUES, dtype=torch.float64)
+    singly, states = by_token(*(t[None] for t in row), zeros)
+    torch.testing.assert_close(singly[0], found, atol=1e-13, rtol=1e-12)
+    torch.testing.assert_close(states[-1], last, atol=1e-13, rtol=1e-12)
+    cut = 37  # where no chunk ends
+    _, middle = in_chunks(*(t[:cut] for t in row), chunks=chunk_documents([(0, 0, cut)], CPU))
+    rest = chunk_documents([(0, 0, len(row[0]) - cut)], CPU)
+    behind, end = in_chunks(*(t[cut:] for t in row), chunks=rest, state=middle)
+    torch.testing.assert_close(behind, found[cut:], atol=1e-13, rtol=1e-12)
+    torch.testing.assert_close(end, last, atol=1e-13, rtol=1e-12)
+
+
+def test_the_convolution_stays_inside_documents() -> None:
+    torch.manual_seed(0)
+    row, weight = torch.randn(sum(LENGTHS), 10, dtype=torch.float64), torch.randn(10, 4, dtype=torch.float64)
+    found = short_convolution(row, weight, chunk_documents(bounds(LENGTHS), CPU).positions)
+    for start, _, stop in bounds(LENGTHS):
+        alone = row[start:stop]
+        expected = torch.conv1d(alone.T[None], weight[:, None], padding=3, groups=10)[0, :, :len(alone)].T
+        torch.testing.assert_close(found[start:stop], expected, atol=1e-13, rtol=1e-12)
+        windows = convolved_windows(torch.cat([alone.new_zeros(3, 10), alone])[None], weight)[0]
+        torch.testing.assert_close(windows, expected, atol=1e-13, rtol=1e-12)

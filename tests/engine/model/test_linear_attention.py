@@ -1,0 +1,147 @@
+"""A layer's gated delta net against transformers' module, and sequences that are read span by span against
+one pass."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+
+prepare_megatron()
+
+from megatron_sov.engine.model.attention import SharedPrompts, pack  # noqa: E402
+from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan, read_row  # noqa: E402
+from megatron_sov.engine.model.linear_attention import GatedDeltaNet, KeptState  # noqa: E402
+from megatron_sov.engine.parallel import context  # noqa: E402
+from megatron_sov.model.config import LinearAttentionConfig  # noqa: E402
+
+SIZES = LinearAttentionConfig(2, 6, 8, 10, 4)
+HIDDEN, TOKENS = 24, 150
+
+
+class Plain(torch.nn.Linear):
+    """A projection as one process has it."""
+
+    def __init__(self, inputs: int, outputs: int, **_: Any) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return super().forward(x), None
+
+
+@pytest.fixture
+def layer(monkeypatch: pytest.MonkeyPatch) -> GatedDeltaNet:
+    """A layer in float64 of one process, with random weights."""
+    monkeypatch.setattr(context, "size", lambda: 1)
+    config = SimpleNamespace(hidden_size=HIDDEN, init_method=None, output_layer_init_method=None,
+                             params_dtype=torch.float32, layernorm_epsilon=1e-6, sequence_parallel=False)
+    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    made = GatedDeltaNet(config, 1, (Plain, Plain), SIZES, SimpleNamespace(tp=alone))
+    draw = torch.Generator().manual_seed(0)
+    for name, parameter in made.named_parameters():
+        parameter.data = torch.randn(parameter.shape, generator=draw) * 0.4 - (1.5 if "A_log" in name else 0)
+    return made.double()
+
+
+def states(tokens: int = TOKENS) -> torch.Tensor:
+    """[tokens, 1, hidden]."""
+    return torch.randn(tokens, 1, HIDDEN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def row(bounds: list[int]) -> Any:
+    return pack(torch.tensor(bounds, dtype=torch.int32), max(bounds), bounds[-1], host_bounds=bounds)
+
+
+def test_the_layer_and_its_gradients_are_transformers_module(layer: GatedDeltaNet) -> None:
+    from transformers import Qwen3NextConfig
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+    theirs = Qwen3NextGatedDeltaNet(Qwen3NextConfig(
+        hidden_size=HIDDEN, num_hidden_layers=4, linear_num_key_heads=2, linear_num_value_heads=6,
+        linear_key_head_dim=8, linear_value_head_dim=10, rms_norm_eps=1e-6), 0)
+    ours = layer.float()
+    by_head = ours.in_proj.weight.data.unflatten(0, (2, -1))
+    widths = SIZES.projected
+    taps = ours.conv1d.weight.data.unflatten(0, (2, -1)).split(widths[:3], 1)
+    theirs.load_state_dict({
+        "in_proj_qkvz.weight": by_head[:, :sum(widths[:4])].flatten(0, 1),
+        "in_proj_ba.weight": by_head[:, sum(widths[:4]):].flatten(0, 1),
+        "conv1d.weight": torch.cat([part.flatten(0, 1) for part in taps]), "A_log": ours.A_log.data,
+        "dt_bias": ours.dt_bias.data, "norm.weight": ours.out_norm.weight.data,
+        "out_proj.weight": ours.out_proj.weight.data})
+    x, weights = states().float(), torch.linspace(-1, 1, HIDDEN)
+    found = ours(x, packed_seq_params=row([0, TOKENS]))[0][:, 0]
+    expected = theirs(x.transpose(0, 1))[0]
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for mine, other in ((ours.A_log, theirs.A_log), (ours.dt_bias, theirs.dt_bias),
+                        (ours.out_norm.weight, theirs.norm.weight),
+                        (ours.out_proj.weight, theirs.out_proj.weight)):
+        torch.testing.assert_close(mine.grad, other.grad, atol=1e-4, rtol=2e-4)
+    gradient = ours.in_proj.weight.grad.unflatten(0, (2, -1))[:, :sum(widths[:4])].flatten(0, 1)
+    torch.testing.assert_close(gradient, theirs.in_proj_qkvz.weight.grad, atol=2e-4, rtol=2e-4)
+
+
+def test_packed_documents_are_separate_ones(layer: GatedDeltaNet) -> None:
+    x, bounds = states(), [0, 70, 71, 71, 150]
+    together = layer(x, packed_seq_params=row(bounds))[0]
+    for start, stop in ((0, 70), (70, 71), (71, 150)):
+        alone = layer(x[start:stop], packed_seq_params=row([0, stop - start]))[0]
+        torch.testing.assert_close(together[start:stop], alone, atol=1e-13, rtol=1e-12)
+
+
+def test_answers_that_share_a_prompt_are_whole_documents(layer: GatedDeltaNet) -> None:
+    """A prompt of 70 tokens that is held once, with answers of 3 and 5."""
+    x = states(78)
+    source = torch.cat([torch.arange(73), torch.arange(70), torch.arange(73, 78)])
+    shared = SharedPrompts(source, [(0, 0, 73), (73, 143, 148)], torch.zeros(148, dtype=torch.bool))
+    bounds = torch.tensor([0, 73, 148], dtype=torch.int32)
+    found = layer(x, packed_seq_params=pack(bounds, 75, 148, shared=shared))[0]
+    whole = layer(x[source], packed_seq_params=row([0, 73, 148]))[0]
+    torch.testing.assert_close(found, torch.cat([whole[:73], whole[143:]]), atol=1e-13, rtol=1e-12)
+
+
+def read(layer: GatedDeltaNet, x: torch.Tensor, spans: list[tuple[int, int, int]]) -> torch.Tensor:
+    """Read spans (slot, past, end) of sequences whose states at each place are x's; returns theirs."""
+    tokens = [CacheSpan(slot, past, [0] * (end - past)) for slot, past, end in spans]
+    packed = read_row(tokens, sum(end - past for _, past, end in spans) + 2, torch.device("cpu")).packed
+    inputs = torch.cat([*(x[past:end] for _, past, end in spans), x[:2]])  # padding behind
+    return layer(inputs, packed_seq_params=packed)[0][:-2]
+
+
+@pytest.mark.parametrize("step_tokens", [1, 4])
+@torch.no_grad()
+def test_spans_and_tokens_one_by_one_are_one_pass(layer: GatedDeltaNet, step_tokens: int) -> None:
+    x = states()
+    expected = layer(x, packed_seq_params=row([0, TOKENS]))[0]
+    layer.kept = kept = KeptState(CacheSize(3, TOKENS, step_tokens), layer)
+    wrong = -states()  # drafts that are taken back
+    close = {"atol": 1e-12, "rtol": 1e-10}
+    torch.testing.assert_close(read(layer, x, [(0, 0, 5), (1, 0, 80)]),
+                               torch.cat([expected[:5], expected[:80]]), **close)
+    kept.copy(1, [2])
+    sizes = [t.shape for t in (kept._state, kept._inputs, kept._gates)]
+    past = {0: 5, 1: 80, 2: 80}
+    while max(past.values()) + 2 * step_tokens < TOKENS:
+        taken = 1 + past[0] % step_tokens  # as many of a step stand
+        if step_tokens > 1:
+            stands = torch.arange(TOKENS)[:, None, None] < past[0] + taken
+            drafted = torch.where(stands, x, wrong)
+            found = read(layer, drafted, [(0, past[0], past[0] + step_tokens)])[:taken]
+            torch.testing.assert_close(found, expected[past[0]:past[0] + taken], **close)
+            past[0] += taken
+        spans = [(slot, at, at + step_tokens) for slot, at in past.items()]
+        torch.testing.assert_close(read(layer, x, spans), torch.cat([expected[a:b] for _, a, b in spans]),
+                                   **close)
+        past = {slot: end for slot, _, end in spans}
+    long = [(1, past[1], TOKENS)]  # a long span behind a step
+    torch.testing.assert_close(read(layer, x, long), expected[past[1]:], **close)
+    assert sizes == [t.shape for t in (kept._state, kept._inputs, kept._gates)]
+    torch.testing.assert_close(read(layer, x, [(1, 0, 9)]), expected[:9], **close)  # another sequence begins
+    with pytest.raises(RuntimeError, match=r"have met \[.*\] tokens and are read from \[1\] on"):
+        read(layer, x, [(1, 1, 2)])
