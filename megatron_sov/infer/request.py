@@ -205,10 +205,10 @@ class Batching:
     prefill_tokens: AtLeastOne = 8192
     """Tokens of prompts that are read at a time; longer prompts are read in pieces."""
 
-    def slots(self, num_sequences: int, longest: int) -> int:
-        """Return how many sequences to continue at a time, of which the longest may grow
-        to `longest` tokens."""
-        return max(1, min(num_sequences, self.batch_size, CACHE_TOKENS // longest))
+    def slots(self, num_sequences: int, longest: int, state_tokens: int = 0) -> int:
+        """Return how many sequences to continue at a time, of which the longest may grow to `longest` tokens,
+        and each keeps as much as so many more (`ModelConfig.state_tokens`)."""
+        return max(1, min(num_sequences, self.batch_size, CACHE_TOKENS // (longest + state_tokens)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,6 +71,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "dense": ("tiny-qwen3", ['lora.targets=["all-linear", "lm_head", "embed_tokens"]']),
     "dense, DoRA": ("tiny-qwen2", ["lora.dora=true", 'lora.targets=["q_proj", "o_proj", "up_proj"]']),
     "Solar": ("tiny-solar-open", ["model.num_experts=4", "model.expert_ffn_dim=16"]),
+    "Qwen3-Next": ("tiny-qwen3-next", [
+        "model.attention_pattern=DG", "model.num_experts=4", "model.expert_ffn_dim=16"]),
     "K-EXAONE": ("tiny-k-exaone", ["model.num_experts=4", "model.expert_ffn_dim=16"]),
 }
 

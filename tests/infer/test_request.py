@@ -50,6 +50,7 @@ def test_memory_bounds_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     batching = Batching(8)
     assert [batching.slots(20, longest) for longest in (10, 12, 30, 100, 1000)] == [8, 8, 3, 1, 1]
     assert batching.slots(2, 10) == 2
+    assert batching.slots(20, 10, state_tokens=15) == 4
 
 
 @pytest.mark.parametrize("wrong", [{"seed": -1}, {"rules": OddAlone(), "num_drafts": 1}])

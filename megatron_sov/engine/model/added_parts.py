@@ -34,7 +34,7 @@ from megatron_sov.model.modality import ENCODERS, EncoderInput, EncoderInputs, m
 # is cut, and of the head, where `copy_to_tensor_model_parallel_region` on the factor itself sums it.
 # Elsewhere all compute the same one.
 
-COLUMN = ("linear_qkv", "linear_fc1", "output_layer", "word_embeddings")
+COLUMN = ("linear_qkv", "linear_fc1", "output_layer", "word_embeddings", "self_attention.in_proj")
 """The library's layers that are cut by rows of their weight; all others are cut by columns."""
 
 OUTPUT_HEAD = "output_layer"
@@ -141,6 +141,7 @@ class LinearAdapter(torch.nn.Module):
         self._group = factors[0].group()
         self.factors: Any = torch.nn.ModuleList(factors)
         self._rows, self._axis, self._lengths = self._layout(first)
+        self._stored = first.link.layout
 
     @property
     def _parts(self) -> list[Any]:
@@ -179,9 +180,10 @@ class LinearAdapter(torch.nn.Module):
         whole = missing.expand(*lead, math.prod(self._rows)).unflatten(-1, self._rows)
         pieces, start = [], 0
         for part, length in zip(parts, self._lengths, strict=True):
-            own = [*self._rows[:self._axis], length, *self._rows[self._axis + 1:]]
-            pieces.append(whole.narrow(len(lead) + self._axis, start, length) if part is None
-                          else part.unflatten(-1, own))
+            axis, own = len(lead) + self._axis, [*self._rows[:self._axis], length,
+                                                 *self._rows[self._axis + 1:]]
+            pieces.append(whole.narrow(axis, start, length) if part is None
+                          else self._stored.in_order(part.unflatten(-1, own), axis))
             start += length
         return torch.cat(pieces, len(lead) + self._axis).flatten(len(lead))
 
@@ -237,7 +239,8 @@ class LinearAdapter(torch.nn.Module):
         start = 0
         for factors, length in zip(self._parts, self._lengths, strict=True):
             if factors is not None:
-                factors.magnitude.copy_(whole.narrow(self._axis, start, length).flatten())
+                own = whole.narrow(self._axis, start, length)
+                factors.magnitude.copy_(self._stored.as_stored(own, self._axis).flatten())
             start += length
 
     def applied(self, weight: torch.Tensor, inputs: torch.Tensor, output: torch.Tensor,

@@ -128,7 +128,8 @@ def answer_logprobs(model: ForwardModel, questions: Sequence[Question], batching
     # of what is read the last token of an answer is no part
     longest = max(len(q.prompt) + len(answer) for q in questions for answer in q.answers)
     # one slot holds the prompt, which answers are copied from
-    slots = 1 + bounds.slots(max(len(q.answers) for q in questions), longest)
+    slots = 1 + bounds.slots(max(len(q.answers) for q in questions), longest,
+                             model.model.architecture.state_tokens())
     # Zeros where another process answers: the sum over the shares is the whole table.
     found = torch.zeros(len(questions), max(len(q.answers) for q in questions),
                         max(len(answer) for q in questions for answer in q.answers), dtype=torch.float64)

@@ -93,7 +93,7 @@ class HfEngine:
         refuse_drafts("transformers", sampling)
         refuse_rules("transformers", sampling)
         refuse_routes("transformers", sampling)
-        refuse_latent_attention(self._model.config)
+        refuse_uncached(self._model.config)
         sampling.check()
         stop, version = stop or StopRule(), self._held.version
         if not prompts:
@@ -146,12 +146,15 @@ class HfEngine:
         return found
 
 
-def refuse_latent_attention(config: Any) -> None:
-    """Raise `UserError` for a model with latent attention: pages of transformers (5.x) hold keys and values
-    of one width, `head_dim`, and its keys are wider than its values."""
-    if getattr(config, "kv_lora_rank", None):
-        raise UserError(f"kv_lora_rank = {config.kv_lora_rank}: transformers' continuous batching has no "
-                        "cache for latent attention; take the engine megatron or vllm (--engine)")
+def refuse_uncached(config: Any) -> None:
+    """Raise `UserError` for a model whose past the pages of transformers (5.x) cannot hold: they have keys
+    and values of one width, `head_dim`, and of latent attention keys are wider than values; and no states."""
+    kinds = getattr(config, "layer_types", None) or ()
+    for found, what in ((getattr(config, "kv_lora_rank", None), "kv_lora_rank = {}: latent attention"),
+                        ("linear_attention" in kinds, "layer_types has linear_attention: linear attention")):
+        if found:
+            raise UserError(f"config.json: {what.format(found)} has no cache in transformers' continuous "
+                            "batching; take the engine megatron or vllm (--engine)")
 
 
 def cache_sizes(num_prompts: int, longest: int, batching: Batching) -> tuple[int, int, int]:

@@ -107,11 +107,6 @@ class _EnginePlace:
     """Length of its prompt."""
 
 
-def room(batching: Batching, longest: int) -> int:
-    """Return how many sequences are continued at a time on each process that has sequences of its own."""
-    return batching.slots(batching.batch_size, longest)
-
-
 def continue_live(model: ForwardModel, batching: Batching, longest: int, office: Office | None) -> None:
     """Continue what the first process's office asks for, until it orders the end.
 
@@ -121,7 +116,8 @@ def continue_live(model: ForwardModel, batching: Batching, longest: int, office:
         longest: tokens of the longest sequence, prompt and continuation.
         office: who asks; None on all other processes.
     """
-    cache = CacheSize(room(batching, longest), longest)
+    room = batching.slots(batching.batch_size, longest, model.model.architecture.state_tokens())
+    cache = CacheSize(room, longest)
     with CachedDecoder(model, cache) as decoder:
         live = _Live(Decoding(decoder, cache, batching.prefill_tokens), cache.slots)
         while live.follow(office):

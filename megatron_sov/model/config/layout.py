@@ -142,7 +142,7 @@ class ParallelConfig:
         return find_broken(
             self, "parallel",
             (heads % (self.tp * self.cp) == 0, "tp", f"x parallel.cp = {self.cp} must divide "
-             f"model.linear_attention.num_key_heads = {heads}", _divisors(heads)),
+             f"model.linear_attention.num_key_heads = {heads}", f"of their product, {_divisors(heads)}"),
             # the last stage then has one matrix for both uses, and the library does not save it
             (self.pp == 1 or not (model.tied_embeddings and model.num_mtp_layers), "pp",
              "must be 1 where a prediction layer (model.num_mtp_layers) meets a head that is the embedding "

@@ -16,9 +16,10 @@ from megatron_sov.model.config.train import OptimConfig, TrainConfig
 
 ALL_LINEAR, EXPERTS, HEAD, EMBEDDING = "all-linear", "experts", "lm_head", "embed_tokens"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LINEAR_ATTENTION = ("in_proj_qkvz", "in_proj_ba", "out_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-Target = Literal["all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-                 "experts", "lm_head", "embed_tokens"]
+Target = Literal["all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba",
+                 "out_proj", "gate_proj", "up_proj", "down_proj", "experts", "lm_head", "embed_tokens"]
 TARGETS: tuple[str, ...] = get_args(Target)
 """What `lora.targets` may name: modules as transformers calls them, and groups of them."""
 
@@ -33,7 +34,8 @@ class LoraConfig:
     alpha: AboveZero = 16.0
     """The update is scaled by alpha / rank."""
     targets: Annotated[tuple[Target, ...], MinLen(1)] = ("all-linear",)
-    """What is adapted: q_proj, k_proj, v_proj, o_proj; gate_proj, up_proj, down_proj (of dense layers and
+    """What is adapted: q_proj, k_proj, v_proj, o_proj; in_proj_qkvz, in_proj_ba, out_proj (of linear
+    attention); gate_proj, up_proj, down_proj (of dense layers and
     shared experts); experts (all routed ones, each with matrices of its own); lm_head; embed_tokens;
     all-linear: all of these that the model has, but lm_head and embed_tokens."""
     dora: bool = False
@@ -50,7 +52,8 @@ class LoraConfig:
         if not self.on:
             return frozenset()
         # Heads and embeddings are never among `all-linear`, as in PEFT.
-        every = {*ATTENTION, *(FEED_FORWARD if _has_feed_forward(model) else ()),
+        every = {*ATTENTION, *(LINEAR_ATTENTION if model.num_linear_layers() else ()),
+                 *(FEED_FORWARD if _has_feed_forward(model) else ()),
                  *((EXPERTS,) if model.num_moe_layers() else ())}
         return frozenset(self.targets) - {ALL_LINEAR} | (every if ALL_LINEAR in self.targets else set())
 
@@ -69,6 +72,7 @@ class LoraConfig:
         adapted, with_experts = self.adapted(model), EXPERTS in self.adapted(model)
         attention = [name for name in ATTENTION if name in adapted]
         missing = {*(() if _has_feed_forward(model) else FEED_FORWARD),
+                   *(() if model.num_linear_layers() else LINEAR_ATTENTION),
                    *(() if model.num_moe_layers() else (EXPERTS,))} & {*self.targets}
         one_sided = {HEAD: "the embedding", EMBEDDING: "the head"} if model.tied_embeddings else {}
         return find_broken(
@@ -76,9 +80,6 @@ class LoraConfig:
             (model.latent_attention is None or not attention, "targets",
              f"adapts {', '.join(attention)}, and adapters of latent attention are not built",
              f"name others of {', '.join((*FEED_FORWARD, EXPERTS, HEAD, EMBEDDING))}"),
-            (not (model.attention_output_gate and "q_proj" in adapted), "targets",
-             "adapts q_proj, whose rows alternate with those of the output's gate "
-             "(model.attention_output_gate), which is not built", "name lora.targets without it"),
             *((False, "targets", f"names {target}, which this model lacks", "leave it out")
               for target in sorted(missing)),
             *((target not in self.targets, "targets", f"names {target}, which is {other} in this model "

@@ -322,6 +322,15 @@ class ModelConfig:
         """Return how many trunk layers have linear attention."""
         return self.layer_types().count("linear_attention")
 
+    def state_tokens(self) -> int:
+        """Return how many tokens' keys and values take as much memory, in 2 bytes a number, as the states of
+        linear layers in 4; 0 where there are none, or no layer keeps keys."""
+        linear = self.num_linear_layers()
+        keys = (self.num_layers - linear) * 2 * self.num_kv_heads * self.head_dim
+        if self.linear_attention is None or not keys:
+            return 0
+        return -(-2 * linear * self.linear_attention.kept_size // keys)
+
     def mtp_layer_type(self) -> LayerType:
         return "sliding_attention" if self.mtp_attention == "L" else "full_attention"
 

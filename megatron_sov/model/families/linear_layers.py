@@ -89,19 +89,23 @@ class GatedLayout(Layout):
     """Query heads and their gates: in Megatron all gates of a group behind its query heads, in Hugging Face
     each head's gate behind it."""
 
+    def in_order(self, part: Any, axis: int) -> Any:
+        return self._turned(part, axis, -1, 2)
+
+    def as_stored(self, part: Any, axis: int) -> Any:
+        return self._turned(part, axis, 2, -1)
+
     def to_stored(self, part: Any, length: int) -> Any:
-        return super().to_stored(part if length == 1 else self._turned(part, 2, length // 2), length)
+        return super().to_stored(self.as_stored(part, 1), length)
 
     def to_view(self, tensor: Any, length: int) -> Any:
-        part = super().to_view(tensor, length)
-        return part if length == 1 else self._turned(part, length // 2, 2)
+        return self.in_order(super().to_view(tensor, length), 1)
 
     @staticmethod
-    def _turned(part: Any, outer: int, inner: int) -> Any:
-        groups, _, *rest = part.shape
-        turned = part.reshape(groups, outer, inner, *rest)
-        axes = (0, 2, 1, *range(3, 3 + len(rest)))
-        return turned.permute(axes).reshape(part.shape)
+    def _turned(part: Any, axis: int, outer: int, inner: int) -> Any:
+        if part.shape[axis] == 1:  # a key or a value
+            return part
+        return part.unflatten(axis, (outer, inner)).transpose(axis, axis + 1).flatten(axis, axis + 1)
 
 
 @dataclass(frozen=True)

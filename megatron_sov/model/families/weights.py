@@ -103,6 +103,14 @@ class Layout:
     def block(self) -> tuple[int, ...]:
         return self.stored(self.view[self.axis])
 
+    def in_order(self, part: Any, axis: int) -> Any:
+        """Return a part whose heads stand along `axis` as stored, with them as the view has them."""
+        return part
+
+    def as_stored(self, part: Any, axis: int) -> Any:
+        """Return the opposite."""
+        return part
+
     def to_stored(self, part: Any, length: int) -> Any:
         """Return a viewed part of that length as Hugging Face stores it."""
         return part.reshape(self.stored(length))

@@ -28,9 +28,11 @@ BLOCK = 128
 MX_VALUES, NVFP4_VALUES = 32, 16
 """Values with one scale of a byte."""
 SPLIT_BY_ROWS = ("linear_qkv", "linear_fc1", "linear_q_proj", "_up_proj", "eh_proj", "output_layer",
-                 "word_embeddings")
-"""Linear layers that tensor parallelism cuts by rows of their weight and bias."""
-SPLIT_BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
+                 "word_embeddings", "self_attention.in_proj", "conv1d")
+"""Layers that tensor parallelism cuts by rows of their weight and bias."""
+SPLIT_BY_HEADS = ("softmax_offset", "dt_bias", "A_log")
+"""Parameters with a number for each head."""
+SPLIT_BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight", "self_attention.out_proj.weight")
 """Weights that it cuts by columns."""
 
 
@@ -64,7 +66,9 @@ def held(config: RunConfig, stage: int) -> list[list[Run]]:
     # Transformer Engine's modules make models in bf16 (`engine.model.specs.transformer_engine_serves`)
     fused = config.train.precision == "bf16"
     sizes = m, p.tp, p.ep, p.etp, fused
+    # Layers with experts are the last ones; of layers alike the first one stands for all.
     first_moe = m.num_layers - m.num_moe_layers()
+    alike = [(layer >= first_moe, kind == "linear_attention") for layer, kind in enumerate(m.layer_types())]
     chunks = []
     for turn, layers in enumerate(chunk_layers(p, stage, m.num_layers)):
         # Chunks of one stage are not neighbours in the model: only the first chunk of stage 0 embeds.
@@ -74,10 +78,7 @@ def held(config: RunConfig, stage: int) -> list[list[Run]]:
         # Prediction layers embed the next token on the last stage, so the table is there as well.
         if first or (last and m.num_mtp_layers):
             runs.append((None, (_table(m, p, EMBEDDING),)))
-        # layers with experts are the last ones, and the same by themselves
-        kinds = {kind: _layer(*sizes, m.num_layers - 1 if kind else 0)
-                 for kind in {layer >= first_moe for layer in layers}}
-        runs += [(layer, kinds[layer >= first_moe]) for layer in layers]
+        runs += [(layer, _layer(*sizes, alike.index(alike[layer]))) for layer in layers]
         if last:
             runs.append((None, (Held("decoder.final_layernorm.weight", (m.hidden_size,)),)))
             runs += [(i, _layer(*sizes, None)) for i in range(m.num_mtp_layers)]
@@ -118,10 +119,11 @@ _ORDER = (
     "linear_proj.bias", "linear_qkv.layer_norm_weight", "linear_qkv.weight", "linear_qkv.bias",
     "q_layernorm", "k_layernorm", "linear_q_proj", "linear_q_down_proj", "linear_q_up_proj.layer_norm_weight",
     "linear_q_up_proj.weight", "linear_kv_down_proj", "linear_kv_up_proj.layer_norm_weight",
-    "linear_kv_up_proj.weight", "self_attn_bda", "pre_mlp_layernorm", "mlp.linear_fc1.layer_norm_weight",
+    "linear_kv_up_proj.weight", "dt_bias", "A_log", "in_proj.layer_norm_weight", "in_proj.weight", "conv1d",
+    "out_norm", "out_proj", "self_attn_bda", "pre_mlp_layernorm", "mlp.linear_fc1.layer_norm_weight",
     "router.weight", "router.bias", "experts.experts.linear_fc1.weight", "experts.experts.linear_fc1.bias",
-    "experts.experts.linear_fc2.weight", "experts.experts.linear_fc2.bias", "linear_fc1", "linear_fc2",
-    "mlp_bda", "final_layernorm")
+    "experts.experts.linear_fc2.weight", "experts.experts.linear_fc2.bias", "gate_weight", "linear_fc1",
+    "linear_fc2", "mlp_bda", "final_layernorm")
 """Parts of names, in the order in which Transformer Engine's modules register the parameters of a layer."""
 
 
@@ -129,10 +131,11 @@ def _place(key: str, fused: bool) -> tuple[int, int]:
     """Return where in its layer a parameter is registered."""
     # The first match counts, so a longer name is in the table before a shorter one that it contains.
     at = next((i for i, name in enumerate(_ORDER) if name in key), len(_ORDER))
-    if fused or ".linear_" not in key or not key.endswith(".layer_norm_weight"):
+    if fused or not key.endswith(".layer_norm_weight"):
         return at, 0
     # without Transformer Engine a norm is a module of its own, before attention or behind its projections
-    beside = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
+    beside = {"attention.linear_qkv": "input_layernorm", "attention.in_proj": "input_layernorm",
+              "mlp.linear_fc1": "pre_mlp_layernorm"}
     module = next((other for linear, other in beside.items() if linear in key), "self_attn_bda")
     return _ORDER.index(module), at - len(_ORDER)
 
@@ -176,7 +179,7 @@ def _cut(key: str, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
     # Fused norms have the name of a linear layer that is cut, and are whole themselves.
     if name == "layer_norm_weight":
         return shape
-    if linear.endswith(SPLIT_BY_ROWS) or name == "softmax_offset":
+    if linear.endswith(SPLIT_BY_ROWS) or name in SPLIT_BY_HEADS:
         return (shape[0] // size, *shape[1:])
     return (shape[0], shape[1] // size) if key.endswith(SPLIT_BY_COLUMNS) else shape
 

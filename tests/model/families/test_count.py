@@ -68,6 +68,13 @@ def test_linear_attention_costs_a_token_the_same_at_any_length() -> None:
     assert short == 6 * (multiplied_weights(model) + 13 * 16 * 2 * 256 * 2048.5 + states)
 
 
+def test_a_state_is_worth_as_many_tokens_as_its_bytes() -> None:
+    """Qwen3-Next-80B: 36 states of 32 x 128 x 128 and 3 x 8,192 inputs in 4 bytes, beside twelve layers with
+    two heads of keys and of values of 256 in 2."""
+    assert get("qwen3-next-80b").model.state_tokens() == -(-36 * (524288 + 24576) * 4 // (12 * 4 * 256 * 2))
+    assert get("qwen3-8b").model.state_tokens() == 0
+
+
 ONE_OF_EACH = {get(name).model: name for name in reversed(names())}
 """Architecture -> a recipe that has it: stages of one model share theirs."""
 
