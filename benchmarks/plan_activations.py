@@ -93,7 +93,8 @@ CASES = (
     Case("the same, pp 2", EXAONE, ("parallel.pp=2", "train.global_batch_size=4"), 2),
     Case("the same, small chunks of the head", EXAONE, ("train.head_chunk_tokens=64",)),
     Case("linear attention alone", NEXT, ("model.attention_pattern=D", "model.num_mtp_layers=0")),
-    Case("gated attention, shared expert", NEXT, ("model.attention_pattern=G", "model.linear_attention=null")),
+    Case("gated attention, shared expert", NEXT, (
+        "model.attention_pattern=G", "model.linear_attention=null")),
     Case("linear and gated, prediction layer", NEXT), Case("linear, recomputed", NEXT, (FULL,)),
     Case("linear, other sizes", NEXT, (
         'model.linear_attention={"num_key_heads": 2, "num_value_heads": 8, "key_head_dim": 32, '
