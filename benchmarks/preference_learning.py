@@ -9,6 +9,7 @@ The base has seen both endings behind both tones, so it ranks about half of the 
 
   method    `prefer` on pairs whose better answer has the tone that was asked for
   shuffled  the same with better and worse drawn by lot, measured on the true pairs
+  sft       fine-tuning on the better answers alone, in as many steps: the baseline that could win
   format    `sft` on answers in double brackets, `generate` on prompts of their own, `score` by a pattern
 
 Everything runs through the ordinary commands on one process of one thread.  A run that is complete is not run
@@ -30,6 +31,7 @@ from seed_runs import ALWAYS, MODEL, SeedFolder, parser_of, rows_of, run, words
 from seeds import over_seeds
 
 METHODS = ("dpo", "ipo", "dpo-norm", "simper", "grouper")
+SFT = "sft"
 LABELS = ("true", "shuffled")
 NUM_PAIRS, NUM_ASKED = 480, 40
 LIFT_POINTS, FORMAT_SHARE = 15.0, 0.9
@@ -55,12 +57,13 @@ class Seed(SeedFolder):
         """Write the base's chats, pairs and groups with true and with shuffled labels, and the format's."""
         rng, asked = random.Random(self.seed), list(prompts(self.seed))
         learned, own = asked[:NUM_PAIRS], asked[-NUM_ASKED:]
-        rows: dict[str, list[dict[str, Any]]] = {"base": [], "format": [], "asked": []}
+        rows: dict[str, list[dict[str, Any]]] = {"base": [], "format": [], "asked": [], SFT: []}
         rows |= {f"{kind}-{labels}": [] for kind in ("pairs", "groups") for labels in LABELS}
         for prompt, tone, begin in learned:
             good, bad = (f"{begin} {ENDINGS[name]}" for name in (tone, *(ENDINGS.keys() - {tone})))
             rows["base"] += [chat(prompt, rng.choice((good, bad)))]
             rows["format"] += [chat(prompt, f"[[ {begin} ]]")]
+            rows[SFT] += [chat(prompt, good)]
             for labels in LABELS:
                 better, worse = (good, bad) if labels == "true" or rng.random() < 0.5 else (bad, good)
                 rows[f"pairs-{labels}"].append({"prompt": prompt, "chosen": better, "rejected": worse})
@@ -84,7 +87,8 @@ class Seed(SeedFolder):
         columns = ("--column", "advantage", "--column", "group_share")
         for name, kind, more in (
                 ("base", "chat", ()), *((f"pairs-{labels}", "preference", ()) for labels in LABELS),
-                *((f"groups-{labels}", "chat", columns) for labels in LABELS), ("format", "chat", ())):
+                *((f"groups-{labels}", "chat", columns) for labels in LABELS), (SFT, "chat", ()),
+                ("format", "chat", ())):
             file = (self.folder / name / "groups.jsonl" if more else self.folder / f"{name}.jsonl")
             run(self.log, "data_prep.cli", "pack", "--tokenizer", self.folder / "tokenizer", "--format", kind,
                 *more, "--heldout", "0.2", "--workers", "1", "--input", f"{name}={file}", "--output",
@@ -126,7 +130,10 @@ class Seed(SeedFolder):
         for kind, more in FORMATS.items():
             self.format_share(self.train("sft", f"format-{kind}", "format", f"train.steps={STEPS}",
                                          f"optim.lr={LR[kind]}", *more))
-        for method in methods:
+        if SFT in methods:
+            self.share_right(self.train("sft", f"{SFT}-true", SFT, f"train.steps={STEPS}",
+                                        f"optim.lr={LR['prefer']}"))
+        for method in (name for name in methods if name != SFT):
             for labels in LABELS:
                 data = f"{'groups' if method == 'grouper' else 'pairs'}-{labels}"
                 self.share_right(self.train("prefer", f"{method}-{labels}", data, f"train.steps={STEPS}",
@@ -165,13 +172,13 @@ def report(work: Path) -> None:
         if before is None:
             continue
         print(f"\n{folder.name}: {before:.1f} before")
-        for method in METHODS:
+        for method in (*METHODS, SFT):
             for labels in LABELS:
                 after = right(folder / f"{method}-{labels}")
                 if after is not None:
                     holds = (after - before >= LIFT_POINTS) == (labels == "true")
-                    print(f"  {method:<9} {labels:<9} {after:5.1f}  {after - before:+6.1f}  "
-                          f"{'ok' if holds else 'NOT SO'}")
+                    verdict = "" if method == SFT else "  ok" if holds else "  NOT SO"
+                    print(f"  {method:<9} {labels:<9} {after:5.1f}  {after - before:+6.1f}{verdict}")
         begun = formatted(folder / "base")
         for kind in FORMATS:
             share = formatted(folder / f"format-{kind}")
@@ -188,7 +195,7 @@ def _report_over_seeds(folders: list[Path]) -> None:
     rows: dict[str, list[float]] = {}
     for folder in folders:
         before, begun = right(folder / "base"), formatted(folder / "base")
-        for name in (f"{method}-{labels}" for method in METHODS for labels in LABELS):
+        for name in (f"{method}-{labels}" for method in (*METHODS, SFT) for labels in LABELS):
             after = right(folder / name)
             if before is not None and after is not None:
                 rows.setdefault(f"{name.rpartition('-')[0]:<9} {name.rpartition('-')[2]:<9}", []).append(
@@ -205,7 +212,7 @@ def _report_over_seeds(folders: list[Path]) -> None:
 
 def main() -> None:
     """Run what is missing, or print the table."""
-    args = parser_of(__doc__, "--methods", METHODS).parse_args()
+    args = parser_of(__doc__, "--methods", (*METHODS, SFT)).parse_args()
     if not args.only_print:
         for seed in args.seeds:
             Seed(seed, args.work).all_runs(args.methods)

@@ -25,15 +25,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import rl_knowledge
-from rl_learning import HERE, KINDS, chats, questions
-from seed_runs import run, words, write
+from rl_learning import HERE, KINDS, POLICY, chats, questions
+from seed_runs import rows_of, run, words, write
 
 REWARD = f"{HERE / 'rl_reward.py'}:Exact"
 ONE_THREAD = ("train.num_threads=1", "train.eval_every_steps=0", "data.max_epochs=0")
 SHORT = (*ONE_THREAD, "train.global_batch_size=8")
-BASE_STEPS, SFT_STEPS, STAGE_STEPS = 60, 80, 10
+BASE_STEPS, SFT_STEPS, STAGE_STEPS = 60, 600, 10
+LEARNED = (*ONE_THREAD, "guards.sigma=0", "train.global_batch_size=16", "train.micro_batch_size=8",
+           "optim.lr=4e-3", rows_of(128), f"train.steps={SFT_STEPS}")
+"""Fine-tuning that has seen enough for rounds to have something to choose from."""
 MGPO = ("policy.mgpo_lambda=1", "policy.clip_low=0.2", "policy.clip_high=0.2")
 """What VibeThinker's authors did not publish."""
+STAGES = (("math-16k", 16, 6), ("math-32k", 16, 12), ("code", 8, 12))
+"""Stage -> its rounds, and the tokens of a response."""
 VOCABULARY, LONG_CHATS = "464", 400
 
 
@@ -125,7 +130,7 @@ def vibethinker(road: Road) -> None:
         *(f"extend.stages.{i}.{name}={STAGE_STEPS}" for i in range(3) for name in ("steps", "max_steps")),
         f"extend.gate.every_steps={STAGE_STEPS}", "extend.gate.loss_tolerance_nats=5", "needle.samples=2"))
     tuned = road.trained("sft", "sft", "tiny-vibethinker", "--from", longer, "--data", road.packed("chats"),
-                         settings=(*SHORT, f"train.steps={SFT_STEPS}", "train.keep_checkpoints=0",
+                         settings=(*LEARNED, "train.keep_checkpoints=0", "train.keep_every_steps=0",
                                    f"train.checkpoint_every_steps={SFT_STEPS // 4}"))
     probe = [*(f"{domain}={folder / domain}.jsonl" for domain in domains), "--reward", REWARD, "--samples",
              "8", "--k", "4", "--max-new-tokens", "12", "--chat", "--workers", "1"]
@@ -136,9 +141,11 @@ def vibethinker(road: Road) -> None:
     road.step("probe-merged/table/manifest.json", "megatron_sov", "ssp", "probe", merged, "--problems",
               *probe, "--output", folder / "probe-merged")
     road.right("merged", merged, asked)
-    math = road.rounds("math-16k", "tiny-vibethinker-math-16k", merged, settings=MGPO)
-    longer_math = road.rounds("math-32k", "tiny-vibethinker-math-32k", math, settings=MGPO)
-    road.right("final", road.rounds("code", "tiny-vibethinker-code", longer_math, settings=MGPO), asked)
+    model = merged
+    for name, rounds, tokens in STAGES:
+        model = road.rounds(name, f"tiny-vibethinker-{name}", model, settings=(
+            *POLICY, *MGPO, f"rollout.rounds={rounds}", f"rollout.max_new_tokens={tokens}"))
+        road.right(f"after-{name}", model, asked)
 
 
 def typhoon(road: Road) -> None:
@@ -162,11 +169,11 @@ def typhoon(road: Road) -> None:
     tuned = road.trained("sft-8b", "sft", "tiny-typhoon-s", "--from", base, "--data", some, settings=(
         *SHORT, "train.steps=60"))
     teacher = road.trained("teacher", "sft", "tiny-typhoon-s", "--from", base, "--data", chat, settings=(
-        *SHORT, f"train.steps={SFT_STEPS}"))
+        *SHORT, "train.steps=80"))
     road.trained("opd", "distill", "tiny-typhoon-s", "--from", tuned, "--teacher", teacher, "--data",
                  chat, settings=(*SHORT, "objective.name=distill", "train.steps=30"))
     small = road.trained("start-4b", "pretrain", "tiny-qwen3-4b-2507", "--data", chat, settings=(
-        *SHORT, f"train.steps={SFT_STEPS}"))
+        *LEARNED, f"train.steps={rl_knowledge.START_STEPS}"))
     knowledge = road.step("knowledge/manifest.json", "megatron_sov", "rl", "knowledge", "--input",
                           folder / "facts.jsonl", "--tests", folder / "heldout.jsonl", "--output",
                           folder / "knowledge", "--overwrite")
@@ -174,7 +181,8 @@ def typhoon(road: Road) -> None:
         (knowledge / "knowledge.jsonl").read_bytes()))
     laws = road.packed("laws")
     road.right("before", small, asked)
-    legal = road.rounds("legal", "tiny-typhoon-s-legal", small, "--data", laws)
+    legal = road.rounds("legal", "tiny-typhoon-s-legal", small, "--data", laws, settings=(
+        *rl_knowledge.POLICY, *rl_knowledge.ARMS["ink_grpo"]))
     road.right("after", legal, asked)
 
 

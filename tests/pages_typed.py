@@ -25,6 +25,7 @@ ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov
 
 TYPED = {
     "README.md": "tests/test_readme.py",
+    "docs/audit.md": "tests/audit/test_audit.py",
     "docs/chat.md": "tests/serve/test_chat.py",
     "docs/card.md": "tests/publish/card/test_command.py",
     "docs/codecs.md": "tests/commands/models/test_codec.py",

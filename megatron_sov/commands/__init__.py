@@ -269,6 +269,32 @@ COMMANDS = {
         OPERATE, "watching.md",
         ("logs runs/pretrain",
          "logs runs/pretrain --rank 3 --tail 20")),
+    "audit commit": Command(
+        "megatron_sov.commands.operate.audit:COMMIT",
+        "publish hashes of a run's settings, data and checkpoints, in a log that only grows",
+        PUBLISH, "audit.md",
+        ("audit commit runs/pretrain --log runs/pretrain.log.jsonl",
+         "audit commit runs/pretrain --log runs/pretrain.log.jsonl --key lab.key --follow")),
+    "audit draw": Command(
+        "megatron_sov.commands.operate.audit:DRAW",
+        "draw steps of a published run by lot",
+        PUBLISH, "audit.md",
+        ("audit draw --log runs/pretrain.log.jsonl --randomness 5a31 --output draw.json",
+         "audit draw --log runs/pretrain.log.jsonl --randomness 5a31 --share 0.05 --output draw.json")),
+    "audit repeat": Command(
+        "megatron_sov.commands.operate.audit:REPEAT",
+        "repeat the steps of a draw, and compare with what was published",
+        PUBLISH, "audit.md",
+        ("audit repeat draw.json --log runs/pretrain.log.jsonl --run runs/pretrain --work audit",
+         "audit repeat draw.json --log runs/pretrain.log.jsonl --run runs/pretrain --work audit "
+         "--nproc 2 --set parallel.tp=2")),
+    "audit verdict": Command(
+        "megatron_sov.commands.operate.audit:VERDICT",
+        "write the page of an audit: what was repeated, and what a fraud would have risked",
+        PUBLISH, "audit.md",
+        ("audit verdict draw.json --log runs/pretrain.log.jsonl --work audit --output audit.html",
+         "audit verdict draw.json --log runs/pretrain.log.jsonl --work audit --output audit.html "
+         "--key auditor.key")),
     "bundle": Command(
         "megatron_sov.commands.operate.bundle",
         "gather wheels, code and folders for a cluster without a network",

@@ -207,14 +207,18 @@ def _stopped(trainer: Trainer, reason: str | None) -> bool:
     return False
 
 
-def train(trainer: Trainer, stop: StopFlag) -> bool:
+def train(trainer: Trainer, stop: StopFlag, until: int | None = None) -> bool:
     """Train to the last step, or until the gate has passed.
+
+    Args:
+        trainer: does the steps.
+        stop, until: who was asked to stop, and the step behind which to end as if asked to; None: none.
 
     Returns:
         True when there is no more to train, False when it was asked to stop (everything is saved either way).
     """
-    guards, recorder, checkpointer, every = (trainer.guards, trainer.recorder, trainer.checkpointer,
-                                             trainer.config.train)
+    guards, recorder, checkpointer = trainer.guards, trainer.recorder, trainer.checkpointer
+    every = trainer.config.train
     result: StepResult | None = None
     trainer.announce()
     while not trainer.finished:
@@ -248,11 +252,11 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
                 recorder.expert_load(step, trainer.expert_load.gather())
             trainer.evaluate()
 
-        # one collective a step decides for all: a signal may reach one process alone
-        asked_to_stop = checkpointer.sync(stop)  # also, a checkpoint that all processes have written appears
+        # one collective decides for all whom a signal reached; a checkpoint that all have written appears
+        asked_to_stop = checkpointer.sync(stop) or step == until
         if asked_to_stop and not last:
             trainer.save()
-            return _stopped(trainer, stop.reason)
+            return _stopped(trainer, stop.reason or "--until")
         # after weights were taken back a checkpoint holds the ledger that passes the bad samples over; a kill
         # before the next one would learn them again
         if last or rolled_back or trainer.is_saved_at(step):

@@ -95,11 +95,18 @@ class Recorded:
 EVERY_STEP = ("announce", "observe", "poll", "record", "expert load", "sync")
 
 
-def actions(trainer: Recorded, stop_after: int = 10 ** 9) -> tuple[bool, list[str]]:
+def actions(trainer: Recorded, stop_after: int = 10 ** 9, until: int | None = None
+            ) -> tuple[bool, list[str]]:
     """Return what `train` does, and of the actions those that are not due at every step."""
     trainer.stop_after = stop_after
-    complete = train(trainer, SimpleNamespace(reason="SIGTERM"))  # type: ignore[arg-type]
+    complete = train(trainer, SimpleNamespace(reason="SIGTERM"), until)  # type: ignore[arg-type]
     return complete, [a for a in trainer.actions if not a.startswith(EVERY_STEP)]
+
+
+def test_a_run_ends_behind_the_step_that_is_named() -> None:
+    complete, done = actions(Recorded(7, checkpoint_every_steps=4), until=5)
+    assert not complete and done[:2] == ["save 4", "save 5"]
+    assert actions(Recorded(5), until=5)[0]
 
 
 def test_evaluations_and_checkpoints_come_when_they_are_due_and_at_the_end() -> None:

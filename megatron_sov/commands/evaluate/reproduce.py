@@ -14,7 +14,7 @@ from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, num_cores, read_options
 from megatron_sov.bench.reproduce.claims import ClaimsFile, find_file, read_claims, register
-from megatron_sov.bench.reproduce.running import RESULTS, Order
+from megatron_sov.bench.reproduce.running import RESULTS, Order, claim_folder, seeds_of
 from megatron_sov.bench.reproduce.verdict import PAGE, ClaimOutcome, Judged, judge, page, result, rows
 from megatron_sov.work.progress.jobs import run_job, run_share
 from megatron_sov.work.progress.journal import begin_journal, done_items, slurm_folder
@@ -44,7 +44,7 @@ class ReproduceOptions(ClusterOptions):
     workers: AtLeastOne = field(default_factory=num_cores)
     """Seeds at a time, each on one core; with --cluster: jobs of the array."""
     dry_run: bool = False
-    """Print claims, hashes, budgets and power, and run nothing."""
+    """Print claims, hashes, budgets and power, with what --output has of them, and run nothing."""
 
 
 add_arguments = partial(add_options, cls=ReproduceOptions)
@@ -102,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
     seeds = {c.name: options.seeds or c.claim.seeds for c in registered}
     order = Order(registered, seeds, options.output, file.parent)
     if options.dry_run:
-        _print([Judged(c, {}) for c in registered])
+        _print([judge(options.output, c, {seed: figures for seed, figures
+                                          in seeds_of(claim_folder(options.output, c)).items()
+                                          if seed < seeds[c.name]}) for c in registered])
         return ExitCode.OK
     refuse_nowhere(options.output)
     options.output.mkdir(parents=True, exist_ok=True)

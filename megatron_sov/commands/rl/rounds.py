@@ -360,8 +360,8 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     after = partial(measure_teacher, sources=texts, teacher=teacher)
     run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
                     before=after, after=after, feed=feed, end_gate=parsed.gate,
-                    faults=parsed.stage.faults, dry_run=args.dry_run, notes=parsed.stage.notes),
-              args.nproc, began_s)
+                    faults=parsed.stage.faults, until=args.until, dry_run=args.dry_run,
+                    notes=parsed.stage.notes), args.nproc, began_s)
 
 
 TRAIN = command_of(RlTrainOptions, run_train)

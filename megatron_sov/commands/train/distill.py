@@ -232,7 +232,8 @@ def run(typed: argparse.Namespace) -> int:
     objective = TaughtFactory(made, read)
     run_stage(Stage(config, folder, objective, parsed.start,
                     args.resume, tuple(sources), before=after, after=after, end_gate=gate,
-                    faults=parsed.faults, dry_run=args.dry_run, notes=parsed.notes),
+                    faults=parsed.faults, until=args.until, dry_run=args.dry_run,
+                    notes=parsed.notes),
               args.nproc, typed.began_s)
     return 0
 

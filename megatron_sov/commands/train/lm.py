@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import command_of, read_options
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
@@ -35,7 +36,7 @@ def run_pretrain(typed: argparse.Namespace) -> int:
 
     objective = factory(parsed.config, LanguageModelling)
     stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume,
-                  faults=parsed.faults, dry_run=args.dry_run, notes=parsed.notes)
+                  faults=parsed.faults, until=args.until, dry_run=args.dry_run, notes=parsed.notes)
     run_stage(stage, args.nproc, typed.began_s)
     return 0
 
@@ -50,6 +51,9 @@ def run_extend(typed: argparse.Namespace) -> int:
     the first one starts.
     """
     args = read_options(TunedOptions, typed)
+    if args.until is not None:
+        raise UserError(f"--until {args.until}: each of the stages counts its own steps; leave it out, and "
+                        "stop the command by Ctrl-C or SIGTERM")
     request = stage_request(args, "lm", lengthens=True)
     faults = parse(args.inject, num_ranks(args.nproc))
 
@@ -111,8 +115,8 @@ def run_sft(typed: argparse.Namespace) -> int:
     objective = factory(parsed.config, SupervisedFineTuning)
     sources = open_sources(parsed.config.data.paths, parsed.config.model.vocab_size, formats_of(objective))
     stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume,
-                  tuple(sources), end_gate=gate, faults=parsed.faults, dry_run=args.dry_run,
-                  notes=parsed.notes)
+                  tuple(sources), end_gate=gate, faults=parsed.faults, until=args.until,
+                  dry_run=args.dry_run, notes=parsed.notes)
     run_stage(stage, args.nproc, typed.began_s)
     return 0
 

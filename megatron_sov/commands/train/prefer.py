@@ -151,7 +151,8 @@ def run(typed: argparse.Namespace) -> int:
 
     run_stage(Stage(config, RunFolder(args.run), objective, parsed.start, args.resume,
                     sources if reference is None else reference.sources, before=before, after=after,
-                    end_gate=gate, faults=parsed.faults, dry_run=args.dry_run, notes=parsed.notes),
+                    end_gate=gate, faults=parsed.faults, until=args.until, dry_run=args.dry_run,
+                    notes=parsed.notes),
               args.nproc, typed.began_s)
     return 0
 

@@ -116,14 +116,14 @@ def _in_folder(options: Any, folder: Path, began: TypedCommand) -> Any:
     has one of its own: a run of stages is planned again from what was typed."""
     nproc = None if under_launcher() else options.nproc or (began.processes if began.processes > 1 else None)
     options = dataclasses.replace(options, run=folder, resume=True, nproc=nproc, dry_run=False,
-                                  inject=())
+                                  inject=(), until=None)
     if not (folder / CONFIG).is_file():
         return options
     return dataclasses.replace(options, recipe=None, configs=(folder / CONFIG,), settings=(), data=(),
                                deterministic=False)
 
 
-REPLACED = ("run", "resume", "recipe", "configs", "plugins", "data", "dry_run", "deterministic")
+REPLACED = ("run", "resume", "recipe", "configs", "plugins", "data", "dry_run", "deterministic", "until")
 """Options whose values the folder has."""
 
 

@@ -84,6 +84,8 @@ class Stage:
     """What brings data that are not there yet when the run begins."""
     faults: tuple[Fault, ...] = ()
     """Faults that are to come on purpose."""
+    until: int | None = None
+    """Step behind which it ends as if asked to stop; None: its last one."""
     dry_run: bool = False
     """Whether it is checked and told of, and not run."""
     notes: tuple[str, ...] = ()
@@ -196,7 +198,11 @@ def _defaults(stage: Stage) -> str:
 
 def _check_start(stage: Stage, data: _Data) -> None:
     """Raise `UserError` where a run cannot start from what it is to start from."""
-    if (start := checkpoints.latest(stage.folder.checkpoints) or stage.start_from) is not None:
+    newest = checkpoints.latest(stage.folder.checkpoints)
+    if stage.until is not None and newest is not None and checkpoints.step_of(newest) >= stage.until:
+        raise UserError(f"--until {stage.until}: the run is at step {checkpoints.step_of(newest)} already; "
+                        "name a later step")
+    if (start := newest or stage.start_from) is not None:
         refuse_other_tokens(tokenizer_folder(data.sources), tokenizer_of(start))
     elif stage.config.lora.on:
         raise UserError(f"lora.rank = {stage.config.lora.rank}: adapters are trained beside a model that "
@@ -330,7 +336,7 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
             stage.before(trainer)
         if stage.gate is not None and not resumed:
             stage.gate.begin(trainer)
-        if train(trainer, stop):
+        if train(trainer, stop, stage.until):
             _finish(stage, trainer)
     except Exception as e:
         if trainer is not None:

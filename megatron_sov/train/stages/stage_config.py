@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import Flag
+from megatron_sov.base.settings import AtLeastOne, Flag
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, RunConfig, data_paths
 from megatron_sov.model.pretrained import hub_name, is_hf_folder
@@ -60,6 +60,9 @@ class StageOptions(TrainingOptions):
     inject: Annotated[tuple[str, ...], Flag(value="FAULT@step=N[,rank=R]", help=INJECT)] = ()
     resume: bool = False
     """Continue the run that is in --run."""
+    until: Annotated[AtLeastOne | None, Flag(value="STEP")] = None
+    """End behind this step as if asked to stop: everything is saved, and schedules stay those of the whole
+    run."""
     dry_run: bool = False
     """Check all that can be checked without processes, print what would be read, run and written, and do
     nothing."""

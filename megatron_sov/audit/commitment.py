@@ -1,0 +1,277 @@
+"""What a run has published of itself: a log that only grows, of hashes that stand for settings, code, data
+and checkpoints, and reveal none of them.
+
+A line of the log is an entry.  It names what has come since the one before, the hash of that line, and the
+root of the Merkle tree over all leaves so far (RFC 6962, section 2.1), so that one number stands for
+everything: this is what a timestamp from outside, or a newspaper, takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.base.artifacts import MANIFEST, atomic_write, manifest_sha256, sha256_file
+from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.model.config.data import named_shards
+from megatron_sov.runs import checkpoints
+from megatron_sov.runs.checkpoints import refuse_no_run
+from megatron_sov.runs.folder import CONFIG, RunFolder, read_command
+from megatron_sov.runs.obs.events import EVENTS, read_events
+
+SETTINGS, CODE, DATA, START, CHECKPOINT = "settings", "code", "data", "start", "checkpoint"
+KINDS = (SETTINGS, CODE, DATA, START, CHECKPOINT)
+"""Kinds of leaves."""
+HASH, STEP = re.compile(r"[0-9a-f]{64}"), re.compile(r"[1-9][0-9]{0,11}")
+"""What a log that others wrote may hold."""
+SIGNATURE = ".minisig"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One thing that is published by its hash."""
+
+    kind: str
+    name: str
+    """Of data [NAME=]folder as the settings have it, of a checkpoint its step; else empty."""
+    sha256: str
+
+    def line(self) -> bytes:
+        """Return what is hashed in the tree."""
+        return f"{self.kind} {self.name} {self.sha256}".encode()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the log."""
+
+    number: int
+    previous: str
+    """Hash of the line before; empty in the first."""
+    run: str
+    """Name of the run's folder."""
+    written: str
+    """By the lab's clock, which proves nothing: UTC."""
+    leaves: tuple[Leaf, ...]
+    """What is new."""
+    root: str
+    """Of the Merkle tree over all leaves of the log so far."""
+
+    def line(self) -> str:
+        """Return the text of the line, with no end."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Commitment:
+    """A log that was read, whose lines hang together."""
+
+    file: Path
+    entries: tuple[Entry, ...]
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        return tuple(leaf for entry in self.entries for leaf in entry.leaves)
+
+    @property
+    def root(self) -> str:
+        return self.entries[-1].root
+
+    def find(self, kind: str) -> list[Leaf]:
+        """Return the leaves of a kind, in the order in which they were published."""
+        return [leaf for leaf in self.leaves if leaf.kind == kind]
+
+    def checkpoint(self, step: int) -> str | None:
+        """Return what was published of a checkpoint; None: nothing."""
+        return next((leaf.sha256 for leaf in self.find(CHECKPOINT) if leaf.name == str(step)), None)
+
+
+def merkle_root(leaves: Sequence[bytes]) -> str:
+    """Return the root of the tree of RFC 6962: a leaf's hash begins with 0, a node's with 1, and the left
+    half is the largest power of two below the number of leaves."""
+    return _tree_hash(leaves).hex()
+
+
+def _tree_hash(leaves: Sequence[bytes]) -> bytes:
+    if len(leaves) < 2:
+        return hashlib.sha256(b"\0" + leaves[0] if leaves else b"").digest()
+    half = 1 << (len(leaves) - 1).bit_length() - 1
+    return hashlib.sha256(b"\1" + _tree_hash(leaves[:half]) + _tree_hash(leaves[half:])).digest()
+
+
+@cache
+def code_sha256() -> str:
+    """Return the hash of this program's own sources, as they are installed."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root).as_posix()} {sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def leaves_of(run: Path) -> list[Leaf]:
+    """Return what a run has to publish by now.
+
+    Raises:
+        UserError: it is no run, or its data are not where they were.
+    """
+    folder = RunFolder(run)
+    config = folder.config()
+    if config is None:
+        refuse_no_run(run)
+        raise AssertionError
+    found = [Leaf(SETTINGS, "", sha256_file(run / CONFIG)), Leaf(CODE, "", code_sha256())]
+    found += [Leaf(DATA, given, manifest_sha256(place)) for given, place in data_folders(run).items()]
+    starts = [given["manifest_sha256"] for event in read_events(run / EVENTS) if event["event"] == "run_start"
+              for given in event.get("inputs", ()) if given["kind"] == checkpoints.KIND]
+    found += [Leaf(START, "", sha256) for sha256 in starts[:1]]
+    return found + [Leaf(CHECKPOINT, str(checkpoints.step_of(path)), manifest_sha256(path))
+                    for path in checkpoints.complete(folder.checkpoints)]
+
+
+def data_folders(run: Path) -> dict[str, Path]:
+    """Return the run's data, [NAME=]folder as its settings have it -> where that lies.
+
+    Raises:
+        UserError: it is nowhere.
+    """
+    config = RunFolder(run).config()
+    found = {}
+    for given in config.data.paths if config is not None else ():
+        place = Path(named_shards(given)[1])
+        if not place.is_absolute():
+            place = read_command(run).folder / place
+        if not (place / MANIFEST).is_file():
+            raise UserError(f"{run / CONFIG}: data.paths has {given}, and {place} holds no token shards; put "
+                            "them back, or, in an audit, name where they lie by --data")
+        found[given] = place
+    return found
+
+
+def publish(run: Path, log: Path, key: Path | None = None) -> tuple[Leaf, ...]:
+    """Add to a log what a run has that the log has not, and sign it; returns what is new.
+
+    Args:
+        run: the run's folder.
+        log: the log; it may not be there yet.
+        key: a secret key of minisign without a password; None: nothing is signed.
+
+    Raises:
+        UserError: the log is damaged or of another run, a checkpoint is not what was published of it, or the
+            key cannot be used.
+    """
+    before = read_commitment(log) if log.exists() else None
+    known = before.leaves if before is not None else ()
+    found = leaves_of(run)
+    _refuse_others(log, run, before, found)
+    new = tuple(leaf for leaf in found if leaf not in known)
+    if new:
+        lines = log.read_text(encoding="utf-8").rstrip("\n").split("\n") if before is not None else []
+        entry = Entry(len(lines), hashlib.sha256(lines[-1].encode()).hexdigest() if lines else "",
+                      run.resolve().name, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), new,
+                      merkle_root([leaf.line() for leaf in (*known, *new)]))
+        atomic_write(log, "\n".join([*lines, entry.line()]) + "\n")
+    if key is not None:
+        # also where nothing is new: a kill may have come between the log and its signature
+        sign(log, key)
+    return new
+
+
+def _refuse_others(log: Path, run: Path, before: Commitment | None, found: Sequence[Leaf]) -> None:
+    if before is None:
+        return
+    if before.entries[0].run != run.resolve().name:
+        raise UserError(f"{log}: is of the run {before.entries[0].run!r}, and {run} is another; name a log "
+                        "of its own")
+    published = {leaf.name: leaf.sha256 for leaf in before.find(CHECKPOINT)}
+    for leaf in found:
+        if leaf.kind == CHECKPOINT and published.get(leaf.name, leaf.sha256) != leaf.sha256:
+            raise UserError(f"{run}: step-{leaf.name} has manifest {leaf.sha256[:12]}, and {log} has "
+                            f"published {published[leaf.name][:12]} of it; a checkpoint that was published "
+                            "cannot change: begin a new run")
+
+
+def read_commitment(log: Path) -> Commitment:
+    """Return a log, whose chain of hashes and roots are checked.
+
+    Raises:
+        UserError: it cannot be read, or was changed in a line that others follow.
+    """
+    try:
+        lines = log.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        entries = tuple(_entry(json.loads(line)) for line in lines)
+        leaves: list[bytes] = []
+        for number, entry in enumerate(entries):
+            before = hashlib.sha256(lines[number - 1].encode()).hexdigest() if number else ""
+            leaves += [leaf.line() for leaf in entry.leaves]
+            if (entry.number, entry.previous, entry.root) != (number, before, merkle_root(leaves)):
+                raise ValueError(f"line {number + 1} does not follow from those before it")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+        raise UserError(f"{log}: is no log of `megatron-sov audit commit` ({str(e)[:200]}); take it from "
+                        "where it was published") from None
+    return Commitment(log, entries)
+
+
+def _entry(raw: Mapping[str, Any]) -> Entry:
+    if raw["format"] != FORMAT:
+        raise ValueError(f"format is {raw['format']!r}, must be {FORMAT}")
+    leaves = tuple(Leaf(str(leaf["kind"]), str(leaf["name"]), str(leaf["sha256"])) for leaf in raw["leaves"])
+    for leaf in leaves:
+        if leaf.kind not in KINDS or not HASH.fullmatch(leaf.sha256):
+            raise ValueError(f"it has a leaf of kind {leaf.kind!r} with hash {leaf.sha256!r}")
+        if leaf.kind == CHECKPOINT and not STEP.fullmatch(leaf.name):
+            raise ValueError(f"it has a checkpoint of step {leaf.name!r}")
+    return Entry(int(raw["number"]), str(raw["previous"]), str(raw["run"]), str(raw["written"]), leaves,
+                 str(raw["root"]))
+
+
+def _minisign() -> Any:
+    try:
+        import minisign
+    except ImportError:
+        raise UserError(f"a signature needs py-minisign: {how_to_install('audit')}") from None
+    return minisign
+
+
+def sign(file: Path, key: Path) -> None:
+    """Write the signature of a file, in minisign's format, beside it.
+
+    Raises:
+        UserError: the key cannot be used.
+    """
+    minisign = _minisign()
+    try:
+        secret = minisign.SecretKey.from_file(key)
+        with open(file, "rb") as data:
+            signature = bytes(secret.sign(data, trusted_comment=f"file:{file.name}"))
+    except (OSError, ValueError, minisign.Error) as e:
+        raise UserError(f"--key {key}: cannot sign ({str(e)[:200] or type(e).__name__}); it must be a secret "
+                        "key of minisign without a password (`minisign -G -W`)") from None
+    atomic_write(file.with_name(file.name + SIGNATURE), signature)
+
+
+def check_signature(file: Path, key: Path) -> None:
+    """Check a file against the signature that stands beside it.
+
+    Raises:
+        UserError: there is none, it is another's, or of another content.
+    """
+    minisign = _minisign()
+    signature = file.with_name(file.name + SIGNATURE)
+    try:
+        public = minisign.PublicKey.from_file(key)
+        with open(file, "rb") as data:
+            public.verify(data, minisign.Signature.from_file(signature))
+    except (OSError, ValueError, minisign.Error) as e:
+        raise UserError(f"{signature}: does not sign {file} for --public-key {key} "
+                        f"({str(e)[:200] or type(e).__name__}); take both from where they were "
+                        "published") from None
+

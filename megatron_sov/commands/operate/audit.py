@@ -1,0 +1,209 @@
+"""`megatron-sov audit commit | draw | repeat | verdict`: what a run publishes, and how others check it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from megatron_sov.audit.commitment import CODE, check_signature, code_sha256, publish, read_commitment, sign
+from megatron_sov.audit.drawing import draw, needed, read_draw, segments_of, write_draw
+from megatron_sov.base.errors import ExitCode, UserError, warn
+from megatron_sov.base.outputs import check_output, refuse_nowhere
+from megatron_sov.base.settings import (
+    AboveZero, AtLeastOne, Flag, Fraction, NotBlank, NotNegativeInt, command_of, read_options)
+from megatron_sov.runs.folder import RunFolder
+
+POLL_S = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditCommitOptions:
+    """Publish hashes of a run's settings, code, data and checkpoints, in a log that only grows."""
+
+    run: Annotated[Path, Flag("RUN")]
+    """Folder of the run."""
+    log: Annotated[Path, Flag(value="FILE")]
+    """The log; what is new is added. Put it where others can see it, early and often."""
+    key: Annotated[Path | None, Flag(value="FILE")] = None
+    """Sign the log: a secret key of minisign without a password."""
+    follow: bool = False
+    """Stay until the run is complete, and publish each checkpoint as it appears."""
+
+
+def run_commit(typed: argparse.Namespace) -> int:
+    """Publish what is new.
+
+    Raises:
+        UserError: it is no run, or the log is another's, or was changed.
+    """
+    args = read_options(AuditCommitOptions, typed)
+    check_output("--log", args.log)
+    while True:
+        # looked at before: what the last steps left is published too
+        is_complete = RunFolder(args.run).completion() is not None
+        new = publish(args.run, args.log, args.key)
+        root = read_commitment(args.log).root
+        print(f"{args.log}: {len(new)} new, root {root}", flush=True)
+        if not args.follow or is_complete:
+            return ExitCode.OK
+        time.sleep(POLL_S)
+
+
+COMMIT = command_of(AuditCommitOptions, run_commit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """What was published."""
+
+    log: Annotated[Path, Flag(value="FILE")]
+    """The log, as it was published."""
+    public_key: Annotated[Path | None, Flag(value="FILE")] = None
+    """Check its signature: a public key of minisign."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditDrawOptions(LogOptions):
+    """Draw segments of a run by lot, in a way that anybody can do again."""
+
+    randomness: Annotated[NotBlank, Flag(value="TEXT")]
+    """What nobody could know before the log was published: a later round of a public beacon, dice of both
+    sides."""
+    segments: NotNegativeInt | None = None
+    """How many, beside the first."""
+    share: Fraction = 0.1
+    """Without --segments as many as find a fraud in this share of the segments ..."""
+    confidence: Fraction = 0.9
+    """... with this probability."""
+    output: Annotated[Path, Flag(value="FILE")]
+    """The draw."""
+
+
+def run_draw(typed: argparse.Namespace) -> int:
+    """Draw.
+
+    Raises:
+        UserError: the log was changed or has too little.
+    """
+    args = read_options(AuditDrawOptions, typed)
+    if args.public_key is not None:
+        check_signature(args.log, args.public_key)
+    check_output("--output", args.output)
+    commitment = read_commitment(args.log)
+    others = len(segments_of(commitment)) - 1
+    count = needed(args.share, args.confidence, others) if args.segments is None else args.segments
+    drawn = draw(commitment, args.randomness, count)
+    write_draw(args.output, drawn)
+    print(f"{args.output}: steps {', '.join(s.name for s in drawn.segments)}, of {others + 1} segments; a "
+          f"fraud in {args.share:.0%} of them is found with {drawn.chance_to_find(args.share):.1%}")
+    return ExitCode.OK
+
+
+DRAW = command_of(AuditDrawOptions, run_draw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRepeatOptions(LogOptions):
+    """Repeat the segments of a draw, and compare what comes of them with what was published."""
+
+    draw: Annotated[Path, Flag("DRAW")]
+    """File of `audit draw`."""
+    run: Annotated[Path, Flag(value="DIR")]
+    """What the lab hands over: the run's settings and the checkpoints around each segment."""
+    data: Annotated[tuple[Path, ...], Flag(value="DIR")] = ()
+    """Token shards, where they do not lie where the run read them; each is found by its hash."""
+    start_from: Annotated[Path | None, Flag("--from", "CHECKPOINT|RUN")] = None
+    """Model that the run began from, where it did not begin from its seed."""
+    work: Annotated[Path, Flag(value="DIR")]
+    """Folder of the audit; a killed command goes on where it was."""
+    nproc: AtLeastOne | None = None
+    """Processes (default: as many as the run had)."""
+    settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
+    """Another layout, e.g. --set parallel.tp=2."""
+    bound: AboveZero = 0.01
+    """Largest distance that passes where bits differ: |repeated - published| / |published - before|."""
+
+
+def run_repeat(typed: argparse.Namespace) -> int:
+    """Repeat what is not repeated yet; returns that of a gate where a segment is not what was published.
+
+    Raises:
+        UserError: log, draw or evidence cannot be used, or a segment's command fails.
+    """
+    args = read_options(AuditRepeatOptions, typed)
+    if args.public_key is not None:
+        check_signature(args.log, args.public_key)
+    refuse_nowhere(args.work)
+    commitment = read_commitment(args.log)
+    drawn = read_draw(args.draw, commitment)
+
+    if code_sha256() not in {leaf.sha256 for leaf in commitment.find(CODE)}:
+        warn("the run was made by another version of this program than the one that repeats it; where bits "
+             "differ, repeat with that one")
+
+    from megatron_sov.audit.repeating import gather_evidence, judge, keep, kept, repeat
+
+    evidence = gather_evidence(args.run, commitment, args.data, args.start_from, args.settings, args.nproc,
+                               args.bound)
+    for number, segment in enumerate(drawn.segments, 1):
+        found = kept(args.work, segment)
+        if found is None:
+            began_s = time.monotonic()
+            found = repeat(evidence, segment, args.work)
+            found = dataclasses.replace(found, seconds=time.monotonic() - began_s)
+            keep(args.work, found)
+        distance = f", distance {found.distance:.1e}" if found.distance > 0 else ""
+        print(f"{number}/{len(drawn.segments)} steps {segment.name}: {found.outcome}{distance}"
+              f"{f', {found.detail}' if found.detail else ''} ({found.seconds:.0f} s)", flush=True)
+    verdict = judge(commitment, drawn, args.work)
+    print(verdict.sentence())
+    return ExitCode.OK if verdict.passed else ExitCode.GATE_FAILED
+
+
+REPEAT = command_of(AuditRepeatOptions, run_repeat)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditVerdictOptions(LogOptions):
+    """Say on a page what was repeated, and what that proves."""
+
+    draw: Annotated[Path, Flag("DRAW")]
+    """File of `audit draw`."""
+    work: Annotated[Path, Flag(value="DIR")]
+    """Folder of `audit repeat`."""
+    output: Annotated[Path, Flag(value="FILE")]
+    """The page; the same as values stands beside it."""
+    key: Annotated[Path | None, Flag(value="FILE")] = None
+    """Sign the page: the auditor's secret key of minisign, without a password."""
+
+
+def run_verdict(typed: argparse.Namespace) -> int:
+    """Write the page; returns 0 where all segments passed, else that of a gate.
+
+    Raises:
+        UserError: nothing was repeated, or what was written was changed.
+    """
+    args = read_options(AuditVerdictOptions, typed)
+    if args.public_key is not None:
+        check_signature(args.log, args.public_key)
+    if args.output.suffix != ".html":
+        raise UserError(f"--output {args.output}: is a page; give it the end .html")
+    check_output("--output", args.output)
+
+    from megatron_sov.audit.repeating import judge, write_verdict
+
+    commitment = read_commitment(args.log)
+    verdict = judge(commitment, read_draw(args.draw, commitment), args.work)
+    write_verdict(verdict, args.output)
+    if args.key is not None:
+        sign(args.output, args.key)
+    print(verdict.sentence())
+    print(f"{args.output}: opens in any browser without a network")
+    return ExitCode.OK if verdict.passed else ExitCode.GATE_FAILED
+
+
+VERDICT = command_of(AuditVerdictOptions, run_verdict)

@@ -1,0 +1,262 @@
+"""Audits: what is published, drawn, repeated and told, and which frauds are found."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import minisign
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_sov import cli
+from megatron_sov.audit import repeating
+from megatron_sov.audit.commitment import check_signature, merkle_root, publish, read_commitment, sign
+from megatron_sov.audit.drawing import (
+    Segment, chance_to_find, draw, needed, read_draw, segments_of, write_draw)
+from megatron_sov.audit.repeating import RepeatOutcome, compare, gather_evidence
+from megatron_sov.base.artifacts import MANIFEST
+from megatron_sov.base.errors import ExitCode, UserError
+from tests.pages_typed import commands_of
+
+PAGE = (Path(__file__).parents[2] / "docs/audit.md").read_text(encoding="utf-8")
+SMALL = ("train.steps=6", "train.checkpoint_every_steps=2", "train.keep_checkpoints=0",
+         "train.keep_every_steps=0", "train.eval_every_steps=0", "train.num_threads=1",
+         "train.global_batch_size=2", "train.micro_batch_size=1", "model.hidden_size=32",
+         "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=1",
+         "model.head_dim=16", "model.dense_ffn_dim=64",
+         'data.phases=[{"name": "main", "seq_len": 32}]')
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, token_shards: Path,
+            run_command: Callable[..., Any]) -> Path:
+    """A run of three segments."""
+    run = tmp_path_factory.mktemp("audit") / "audited"
+    done = run_command("pretrain", "tiny-qwen3", "--data", str(token_shards), "--run", str(run),
+                       *(word for setting in SMALL for word in ("--set", setting)))
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to be falsified."""
+    copy = tmp_path / trained.name
+    shutil.copytree(trained, copy)
+    return copy
+
+
+@pytest.fixture
+def as_child(monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any]) -> None:
+    """Commands of an audit run in forks of a process that has megatron already."""
+    def start(command: list[str], **options: Any) -> Any:
+        done = run_command(*command[command.index("megatron_sov") + 1:])
+        options["stdout"].write(done.stderr.encode())
+        return SimpleNamespace(wait=lambda: done.returncode)
+
+    monkeypatch.setattr(repeating, "start_command", start)
+
+
+def audit(*words: object) -> int:
+    return cli.main(["audit", *map(str, words)])
+
+
+def test_the_root_is_that_of_rfc_6962() -> None:
+    """The vectors of Certificate Transparency's own tests (merkle_tree_test.cc)."""
+    leaves = [bytes.fromhex(text) for text in (
+        "", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f")]
+    assert merkle_root([]) == hashlib.sha256(b"").hexdigest()
+    assert merkle_root(leaves[:1]) == "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d"
+    assert merkle_root(leaves[:3]) == "aeb6bcfe274b70a14fb067a5e5578264db0fa9b51af5e0ba159158f329e06e77"
+    assert merkle_root(leaves) == "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328"
+
+
+def test_a_run_is_published_drawn_and_repeated_to_the_bit_by_the_pages_commands(
+        trained: Path, tmp_path: Path, as_child: None, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """All commands of docs/audit.md but the first, which trains."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "runs/audited")
+    training, *commands = commands_of(PAGE)
+    assert training.startswith("megatron-sov pretrain ") and len(commands) == 4
+    for line in commands:
+        assert cli.main(shlex.split(line)[1:]) == ExitCode.OK
+    said = capsys.readouterr().out
+    assert "1/2 steps 0-2: equal" in said and said.count(": equal") == 2
+    told = json.loads(Path("audit.json").read_text())
+    assert told["passed"] and told["chance_to_find"]["0.5"] == 0.5
+    assert read_commitment(Path("audited.log.jsonl")).root in Path("audit.html").read_text()
+    # done once: nothing is started again
+    shutil.rmtree(Path("audit/0-2", repeating.REPEATED))
+    assert cli.main(shlex.split(commands[2])[1:]) == ExitCode.OK
+    assert not Path("audit/0-2", repeating.REPEATED).exists()
+
+
+def test_another_layout_is_near_and_a_bound_below_it_is_not_passed(
+        run: Path, tmp_path: Path, as_child: None, capsys: pytest.CaptureFixture[str]) -> None:
+    log, drawn = tmp_path / "log.jsonl", tmp_path / "draw.json"
+    publish(run, log)
+    write_draw(drawn, draw(read_commitment(log), "x", 0))
+    given = (drawn, "--log", log, "--run", run, "--set", "train.micro_batch_size=2")
+    assert audit("repeat", *given, "--work", tmp_path / "wide") == ExitCode.OK
+    assert "steps 0-2: near, distance" in capsys.readouterr().out
+    assert audit("repeat", *given, "--work", tmp_path / "narrow", "--bound", "1e-12") == ExitCode.GATE_FAILED
+    assert "steps 0-2: different" in capsys.readouterr().out
+
+
+def test_a_changed_weight_sample_or_counter_is_told(run: Path) -> None:
+    """Each against the honest checkpoint, in the place of what an auditor would compute."""
+    checkpoints = run / "checkpoints"
+    honest, before, forged = checkpoints / "step-4", checkpoints / "step-2", run / "forged"
+    segment = Segment(2, 4)
+
+    def outcome(bound: float = 1e-2) -> tuple[str, str]:
+        found = compare(segment, forged, honest, before, bound)
+        return found.outcome.value, found.detail
+
+    shutil.copytree(honest, forged)
+    assert outcome() == ("equal", "")
+    [file] = (forged / "model").rglob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if "linear_fc1" in name)
+    save_file(tensors | {name: tensors[name] + 0.01}, file)
+    assert outcome()[0] == "different" and "linear_fc1" in outcome()[1]
+    # one bit of one weight is seen, though it is near
+    bit = tensors[name].clone()
+    bit.view(torch.int32).view(-1)[0] ^= 1
+    save_file(tensors | {name: bit}, file)
+    assert outcome()[0] == "near" and outcome(1e-12)[0] == "different"
+    save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, file)
+    assert outcome()[0] == "different"
+    save_file(tensors, file)
+    for key in ("order", "tokens"):
+        state = json.loads((honest / "state.json").read_text())
+        (forged / "state.json").write_text(json.dumps(state | {key: 1}))
+        assert outcome() == ("different", f"other {key} in its state")
+    (forged / "state.json").write_text((honest / "state.json").read_text())
+    [moments] = (forged / "optimizer").rglob("*.safetensors")
+    save_file({key: value * 1.5 for key, value in load_file(moments).items()}, moments)
+    assert outcome() == ("near", outcome()[1]) and outcome()[1].startswith("first in optimizer")
+
+
+def test_a_skipped_step_and_other_weights_at_the_start_are_told(run: Path) -> None:
+    checkpoints = run / "checkpoints"
+    before = checkpoints / "step-2"
+    stand_still = compare(Segment(2, 4), before, checkpoints / "step-4", before, 1e-2)
+    assert stand_still.outcome == RepeatOutcome.DIFFERENT
+    forged = run / "forged"
+    shutil.copytree(before, forged)
+    shutil.copytree(checkpoints / "step-6/model", forged / "model", dirs_exist_ok=True)
+    begun = compare(Segment(0, 2), forged, before, None, 1e-2)
+    assert begun.outcome == RepeatOutcome.DIFFERENT and begun.distance > 1e-2
+
+
+@pytest.mark.parametrize(("falsify", "said"), [
+    (lambda run: shutil.rmtree(run / "checkpoints/step-2"), "step-2 is not there"),
+    (lambda run: (run / "config.json").write_text((run / "config.json").read_text() + " "),
+     "config.json is not what was published"),
+    (lambda run: (run / "checkpoints/step-2/state.json").write_text("{}"), "state.json"),
+    (lambda run: (run / "checkpoints/step-2" / MANIFEST).write_text(
+        (run / "checkpoints/step-2" / MANIFEST).read_text() + " "), "step-2 is not what was published")])
+def test_what_is_not_what_was_published_is_unproved(
+        run: Path, tmp_path: Path, falsify: Callable[[Path], object], said: str) -> None:
+    log = tmp_path / "log.jsonl"
+    publish(run, log)
+    evidence = gather_evidence(run, read_commitment(log), (), None, (), None, 1e-2)
+    falsify(run)
+    found = repeating.repeat(evidence, Segment(0, 2), tmp_path / "work")
+    assert found.outcome == RepeatOutcome.UNPROVED and said in found.detail
+
+
+def test_data_are_found_by_their_hash_and_others_are_refused(
+        run: Path, tmp_path: Path, token_shards: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    publish(run, log)
+    elsewhere, other = tmp_path / "elsewhere", tmp_path / "other"
+    for folder in (elsewhere, other):
+        shutil.copytree(token_shards, folder)
+    commitment = read_commitment(log)
+    found = gather_evidence(run, commitment, [elsewhere], None, (), 1, 1e-2)
+    assert found.data == {str(token_shards): elsewhere}
+    manifest = json.loads((other / MANIFEST).read_text()) | {"created_s": 1.0, "sha256": ""}
+    (other / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="--data: none of the folders has the manifest"):
+        gather_evidence(run, commitment, [other], None, (), 1, 1e-2)
+    shards = next(file for file in elsewhere.rglob("*") if file.is_file() and file.name != MANIFEST)
+    shards.write_bytes(shards.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="take the data again"):
+        gather_evidence(run, commitment, [elsewhere], None, (), 1, 1e-2)
+    with pytest.raises(UserError, match=r"--set optim.lr=1: changes what is learned"):
+        gather_evidence(run, commitment, (), None, ("optim.lr=1",), 1, 1e-2)
+
+
+def test_a_log_grows_and_cannot_be_changed(run: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    late = run / "checkpoints/step-6"
+    late.rename(run / "later")
+    first = publish(run, log)
+    (run / "later").rename(late)
+    assert [leaf.name for leaf in publish(run, log)] == ["6"] and publish(run, log) == ()
+    whole = log.read_text()
+    assert len(read_commitment(log).entries) == 2 and len(first) == 5
+    for old, new in (("checkpoint", "data"), ('"number": 0', '"number": 1'), ("0", "1")):
+        log.write_text(whole.replace(old, new, 1))
+        with pytest.raises(UserError, match="is no log"):
+            read_commitment(log)
+    log.write_text(whole)
+    (late / MANIFEST).write_text((late / MANIFEST).read_text() + " ")
+    with pytest.raises(UserError, match="a checkpoint that was published cannot change"):
+        publish(run, log)
+    with pytest.raises(UserError, match="is of the run 'audited'"):
+        publish(run.rename(run.with_name("renamed")), log)
+
+
+def test_a_draw_is_made_again_from_log_and_randomness(run: Path, tmp_path: Path) -> None:
+    log, file = tmp_path / "log.jsonl", tmp_path / "draw.json"
+    publish(run, log)
+    commitment = read_commitment(log)
+    assert [s.name for s in segments_of(commitment)] == ["0-2", "2-4", "4-6"]
+    drawn = draw(commitment, "a", 1)
+    assert {draw(commitment, str(i), 1).drawn[1].name for i in range(20)} == {"2-4", "4-6"}
+    write_draw(file, drawn)
+    assert read_draw(file, commitment) == drawn
+    other = next(s for s in segments_of(commitment)[1:] if s not in drawn.drawn)
+    write_draw(file, dataclasses.replace(drawn, drawn=(drawn.drawn[0], other)))
+    with pytest.raises(UserError, match="is not what root"):
+        read_draw(file, commitment)
+    with pytest.raises(UserError, match="has 2 behind the first"):
+        draw(commitment, "a", 3)
+
+
+def test_the_chance_to_find_a_fraud_is_what_counting_gives() -> None:
+    """Against all draws of 2 of 6, of which 2 are false."""
+    draws = [(i, j) for i in range(6) for j in range(i)]
+    assert chance_to_find(0.3, 2, 6) == pytest.approx(sum(min(d) < 2 for d in draws) / len(draws))
+    assert chance_to_find(0.01, 1000, 1000) == 1 and chance_to_find(0.1, 0, 50) == 0
+    assert chance_to_find(0.05, needed(0.05, 0.95, 1000), 1000) >= 0.95 > chance_to_find(
+        0.05, needed(0.05, 0.95, 1000) - 1, 1000)
+
+
+def test_a_log_is_signed_in_minisigns_format(run: Path, tmp_path: Path) -> None:
+    """Checked by py-minisign on its own."""
+    log, key, public = (tmp_path / name for name in ("log.jsonl", "lab.key", "lab.pub"))
+    pair = minisign.KeyPair.generate()
+    key.write_bytes(bytes(pair.secret_key))
+    public.write_bytes(bytes(pair.public_key))
+    assert audit("commit", run, "--log", log, "--key", key) == ExitCode.OK
+    pair.public_key.verify_file(log, minisign.Signature.from_file(f"{log}.minisig"))
+    check_signature(log, public)
+    log.write_text(log.read_text() + "\n")
+    with pytest.raises(UserError, match="does not sign"):
+        check_signature(log, public)
+    with pytest.raises(UserError, match=r"lab.pub: cannot sign"):
+        sign(log, public)
