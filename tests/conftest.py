@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # thread, and pyarrow's own allocator gigabytes.  Processes of pytest-xdist begin with these variables.
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+
+
+class EagerLibrary:
+    """Finds megatron-core's `jit` and lets its functions be as they are written: what a test file imports
+    before the CPU's door is opened (`cpu_shims`) would be compiled, seconds for each, in all that follows."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Return the module's place, or None for any other module."""
+        spec = PathFinder.find_spec(name, path) if name == "megatron.core.jit" else None
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_eagerly(module: Any) -> None:
+                execute(module)
+                module.jit_fuser = lambda function: function
+
+            spec.loader.exec_module = execute_eagerly  # type: ignore[method-assign]
+        return spec
+
+
+sys.meta_path.insert(0, EagerLibrary)  # type: ignore[arg-type]
 GROWTH_BYTES = 32 << 20
 """After which a process of pytest gives back what it does not use."""
 

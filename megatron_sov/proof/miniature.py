@@ -148,6 +148,8 @@ def _widths(m: ModelConfig, p: ParallelConfig) -> dict[str, Any]:
                       "kv_lora_rank": 12, **({} if q_rank is None else {"q_lora_rank": 20}),
                       "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}}
     if m.linear_attention is not None:
+        # of few layers one of each kind
+        given["model.attention_pattern"] = "DG" if m.num_linear_layers() < m.num_layers else "D"
         given["model.linear_attention"] = {
             "num_key_heads": p.tp * p.cp, "num_value_heads": p.tp * p.cp * m.linear_attention.values_per_key,
             "key_head_dim": 8, "value_head_dim": 8, "conv_taps": m.linear_attention.conv_taps}

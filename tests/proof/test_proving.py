@@ -101,6 +101,12 @@ def test_gradients_that_are_not_summed_over_data_are_found(small: Miniature, who
     assert verdict.places[0] == "step 1: gradient norm"
 
 
+def test_a_miniature_has_both_kinds_of_attention() -> None:
+    config = apply_settings(recipes.get("qwen3-next-80b"), ["parallel.pp=1"])
+    assert miniature(config, 8, Path("documents")).config.model.layer_types() == [
+        "linear_attention", "full_attention"]
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 def test_rows_are_cut_within_documents(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else nobody would miss what other processes find for one's keys."""

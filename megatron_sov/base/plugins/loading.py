@@ -345,14 +345,13 @@ def _beside(path: Path) -> dict[str, str]:
     Our own packages are no part of a user's code, even where that lies in a checkout of them.
     """
     found = {}
-    folder = str(path.parent)
-    # thousands of modules: texts, where paths would take a tenth of a second
-    for name, module in sorted(sys.modules.items()):
-        top = sys.modules.get(name.partition(".")[0])
-        if top is None or top.__name__ in OUR_PACKAGES or not _has_file(top) or not _has_file(module):
-            continue
-        place, last = os.path.split(os.path.normpath(str(top.__file__)))
-        if (os.path.dirname(place) if last == "__init__.py" else place) != folder:
+    modules = dict(sys.modules)
+    # thousands of modules of few packages: texts, where paths would take a tenth of a second
+    tops = {name for name in {name.partition(".")[0] for name in modules}
+            if _lies_in(modules.get(name), str(path.parent))}
+    for name in sorted(name for name in modules if name.partition(".")[0] in tops):
+        module = modules[name]
+        if not _has_file(module):
             continue
         file = Path(str(module.__file__))
         if file != path and file not in _ran:
@@ -363,6 +362,14 @@ def _beside(path: Path) -> dict[str, str]:
 def _read_by(path: Path) -> dict[str, str]:
     return {os.path.relpath(file, path.parent): _sha256(file) for file in sorted(_read.get(path, ()))
             if file.is_file()}
+
+
+def _lies_in(module: Any, folder: str) -> bool:
+    """Return whether a module's file, or its package, is one of a folder's."""
+    if not _has_file(module) or module.__name__ in OUR_PACKAGES:
+        return False
+    place, last = os.path.split(os.path.normpath(module.__file__))
+    return (os.path.dirname(place) if last == "__init__.py" else place) == folder
 
 
 def _has_file(module: Any) -> bool:

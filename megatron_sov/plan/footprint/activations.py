@@ -140,6 +140,7 @@ def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp
                                 **attention, dense=inside)
     shared = m.num_shared_experts * m.expert_ffn_dim // tp
     routed, inner = tokens.share * m.num_experts_per_token, m.expert_ffn_dim // etp
+    gated = hidden if m.shared_expert_gate else 0  # what the gate multiplies
     # a process of an expert that is cut has the tokens of all processes that share it
     arrived = routed * etp
     return SavedActivations(
@@ -148,7 +149,7 @@ def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp
                 + routed * (3 * INDEX_BYTES + 2 * FLOAT32_BYTES)),
         expert_input=arrived * m.hidden_size * item, expert_hidden=arrived * 2 * inner * item * twice,
         expert_activated=arrived * inner * item * (1 if fused else 3),
-        shared=tokens.local * shared * item * ((1 if fused else 2) + 2 * twice))
+        shared=tokens.local * shared * item * ((1 if fused else 2) + 2 * twice) + gated)
 
 
 def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
@@ -167,17 +168,18 @@ def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
     slides = 0 < kind.window < tokens.row
     # the norm of each head's queries is of a copy, where these do not lie side by side
     copied = queries if m.qk_norm and m.num_kv_heads > tp else 0
-    copied += 2 * queries if m.attention_output_gate else 0  # the gate, and what it multiplies
+    # the gate as it is projected, its sigmoid, and what it gives
+    gate = tokens.local * queries * (2 * item + max(item, FLOAT32_BYTES)) if m.attention_output_gate else 0
     found = {"gathered": 0}
     if cp > 1:
         # A process has two pieces of a row, and each reaches one window back.
         reached = min(tokens.row, tokens.local + 2 * kind.window) if slides else tokens.row
         found["gathered"] = 2 * reached * keys * item
     if fused:
-        return found | {"qkv": per_token * (queries + 2 * keys + copied),
+        return found | {"qkv": per_token * (queries + 2 * keys + copied) + gate,
                         "rotated": per_token * (queries + keys), "core": per_token * queries + sums}
     projected = per_token * (queries + 2 * keys)  # values are a part of it
-    qkv = projected + per_token * (copied + (queries + keys if m.qk_norm else 0))
+    qkv = projected + gate + per_token * (copied + (queries + keys if m.qk_norm else 0))
     if cp > 1 and not slides:  # pieces attend to gathered keys, and do it again in the backward pass
         return found | {"qkv": qkv, "rotated": per_token * queries,
                         "attended": per_token * queries}
@@ -203,18 +205,21 @@ def _latent_attention(m: ModelConfig, latent: LatentAttentionConfig, precision: 
 
 def _linear_attention(linear: LinearAttentionConfig, precision: str, tokens: Tokens, tp: int
                       ) -> dict[str, int]:
-    """Return what a gated delta net saves in plain torch: what is projected, in the precision of the state
-    each tap's products, queries, keys and values, between a chunk's tokens three squares of each value head,
-    the solved system, and the states.  Not measured."""
+    """Return what a gated delta net saves in plain torch: what is projected; in the precision of the state
+    each tap's inputs, and these mixed, before and behind their activation; between a chunk's tokens four
+    squares of each value head and two of each key head, both sides of the system, the states; output, norm
+    and gate."""
     item, wide = ITEM_BYTES[precision], max(ITEM_BYTES[precision], FLOAT32_BYTES)
     channels = linear.num_key_heads * linear.convolved // tp
-    heads, keys, values = linear.num_value_heads // tp, linear.key_head_dim, linear.value_head_dim
+    key_heads, heads = linear.num_key_heads // tp, linear.num_value_heads // tp
+    keys, values = linear.key_head_dim, linear.value_head_dim
     projected = linear.num_key_heads * sum(linear.projected) // tp
-    inside = heads * (3 * CHUNK + 4 * (keys + values)) + linear.state_size // tp // CHUNK
+    inside = (key_heads * (2 * CHUNK + 6 * keys + 2) + heads * (4 * CHUNK + 4 * keys + 3 * values + 7)
+              + linear.state_size // tp // CHUNK)
     return {"gathered": 0, "qkv": tokens.local * projected * item,
-            "rotated": tokens.local * wide * channels * (linear.conv_taps + 3),
+            "rotated": tokens.local * wide * channels * (linear.conv_taps + 2),
             "core": tokens.local * wide * inside,
-            "attended": tokens.local * heads * values * (3 * wide + item)}
+            "attended": tokens.local * heads * values * ((4 if item == wide else 5) * wide + item)}
 
 
 def _mask_numbers(tokens: int, window: int) -> int:
@@ -245,7 +250,8 @@ def _recomputed(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> 
     """Return what of a layer `gpu.recompute_modules` computes again."""
     modules, found = config.gpu.recompute_modules, 0
     fused = config.train.precision == "bf16"
-    if "core_attn" in modules and not fused:  # a fused one keeps what its recomputation would need
+    # a fused one keeps what its recomputation would need, and linear attention is not computed again
+    if "core_attn" in modules and not fused and not kind.is_linear:
         found += whole.core
     if "mlp" in modules:
         found += whole.dense
@@ -266,6 +272,8 @@ def _offloaded(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> i
     parts = {"qkv_linear": whole.qkv_input, "core_attn": whole.qkv, "attn_proj": whole.core,
              "mlp_norm": before_ffn, "expert_fc1": whole.expert_input,
              "moe_act": whole.expert_hidden // (2 if kind.bounded else 1)}
+    if kind.is_linear:  # the library's modules of attention alone send their inputs to the host
+        parts |= dict.fromkeys(("qkv_linear", "core_attn", "attn_proj"), 0)
     return sum(parts[module] for module in config.gpu.offload_modules
                if not ("moe" in again and module in ("expert_fc1", "moe_act")))
 

@@ -366,7 +366,7 @@ def _block(clock: Clock, block: Block, passed_bytes: Callable[[Workload], float]
     `part`."""
     products = traffic.products(clock.w, block)
     scan = (clock.scan(traffic.mamba_scan_flops(clock.w)) if block == "mamba"
-            else clock.scan(traffic.linear_scan_flops(clock.w), "core_attn") if block == "linear" else 0.0)
+            else clock.scan(traffic.linear_scan_flops(clock.w), "") if block == "linear" else 0.0)
     return _MicroBatch(dense=clock.products(products), attention=scan,
                        memory=clock.passed(passed_bytes(clock.w), part) + clock.around(products))
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_sov.model.families.count import mean_keys
+from megatron_sov.plan.footprint.held import FLOAT32_BYTES
 from megatron_sov.plan.speed.workload import Block, Workload
 
 ATTENTION_BACKWARD = 2.5
@@ -291,15 +292,16 @@ def expert_exchange(w: Workload) -> TrafficMessage:
 def context(w: Workload) -> TrafficMessage:
     """Return keys and values that go round the ring, and their gradients (arXiv 2310.01889); of layers with
     a window the ends of the two pieces that a process has of each row, which the next ones see.  Where heads
-    are exchanged (arXiv 2309.14509): queries, keys, values and what is attended, in every layer."""
-    s, cp = w.shape, w.cp
+    are exchanged (arXiv 2309.14509): queries, keys, values and what is attended, in every layer; of linear
+    attention always."""
+    s, cp, (exchanged, messages) = w.shape, w.cp, _linear_exchange(w)
     layers = (s.num_attention_layers + s.num_predictions) / w.pp
     if w.exchanges_heads:
         # of keys each process has one head at least
         heads = 2 * s.num_heads / w.tp + 2 * max(s.num_kv_heads / w.tp, cp)
         times = passes(w, "core_attn") * layers * w.num_micro_batches
-        return _ring("cp", w, times * (cp - 1) / cp * local_tokens(w) * heads * s.head_dim * ACTIVATION_BYTES,
-                     4 * times * (cp - 1), cp, w.tp)
+        volume = times * (cp - 1) / cp * local_tokens(w) * heads * s.head_dim * ACTIVATION_BYTES
+        return _ring("cp", w, volume + exchanged, 4 * times * (cp - 1) + messages, cp, w.tp)
     keys = (s.num_heads * (s.query_dim + s.value_dim) if s.kv_lora_rank
             else 2 * s.num_kv_heads * s.head_dim) / w.tp
     # The backward pass sends keys and values round once more, and their gradients with them.
@@ -310,7 +312,20 @@ def context(w: Workload) -> TrafficMessage:
     tokens = sum(number * (min(local_tokens(w), w.micro_batch_size * 2 * (window - 1)) if window
                            else local_tokens(w)) for window, number in windows) / w.pp
     volume = rounds * (cp - 1) * tokens * keys * ACTIVATION_BYTES * w.num_micro_batches
-    return _ring("cp", w, volume, layers * rounds * (cp - 1) * w.num_micro_batches, cp, w.tp)
+    messages += layers * rounds * (cp - 1) * w.num_micro_batches
+    return _ring("cp", w, volume + exchanged, messages, cp, w.tp)
+
+
+def _linear_exchange(w: Workload) -> tuple[float, float]:
+    """Return the bytes and the messages by which linear attention gets whole rows of its heads: what is
+    convolved and gates of the state, and in the precision of the state what is found."""
+    linear, cp = w.shape.linear, w.cp
+    if linear is None:
+        return 0.0, 0.0
+    inputs = linear.num_key_heads * (linear.convolved + 2 * linear.values_per_key) * ACTIVATION_BYTES
+    outputs = linear.num_value_heads * linear.value_head_dim * FLOAT32_BYTES
+    times = passes(w) * w.shape.num_linear_layers / w.pp * w.num_micro_batches * (cp - 1)
+    return times / cp * local_tokens(w) / w.tp * (inputs + outputs), 2 * times
 
 
 def pipeline(w: Workload) -> TrafficMessage:

@@ -25,10 +25,13 @@ from megatron_sov.bench.reproduce.seeds.facts import PEOPLE, FactChats, FactQues
 from megatron_sov.bench.reproduce.seeds.noise import LABELLED_SHARE, JunkLabels, WithJunk, junk
 from megatron_sov.bench.reproduce.seeds.pictures import SIDE_PIXELS, Pictures
 from megatron_sov.bench.reproduce.seeds.right_ones import RightOnes
+from megatron_sov.bench.reproduce.seeds.rules import RULES, Drafts, KeptDrafts, RulePrompts
 from megatron_sov.bench.reproduce.seeds.tasks import Chats, Exact, TaskQuestions
+from megatron_sov.bench.reproduce.seeds.written import Openings, Written
 from megatron_sov.bench.reproduce.verdict import (
     ClaimOutcome, apply_test, outcome_of, paired_interval, power_of)
 from megatron_sov.commands.evaluate.reproduce import ClaimsFinish, ClaimsShare, SharedClaims
+from megatron_sov.judge.rewards.ifeval import IfEval
 from megatron_sov.work.progress.journal import begin_journal
 
 STEP = '''
@@ -346,3 +349,20 @@ def test_junk_is_as_much_as_text_and_labels_are_of_other_documents() -> None:
     for text in texts:
         made = junk(text)
         assert made == junk(text) and made not in texts and len(text) <= len(made) + 1 < len(text) + 130
+
+
+def test_drafts_keep_their_rule_as_ifeval_has_it_and_pairs_are_held_out() -> None:
+    kept, broken = ([IfEval().score(row).reward for row in Drafts(seed=1, count=60, kept=share).do({})]
+                    for share in (1, 0))
+    assert set(kept) == {1.0} and set(broken) == {0.0}
+    asked = RulePrompts().do({})
+    assert len({row["domain"] for row in asked}) == len(RULES)
+    assert not {row["prompt"] for row in asked} & {row["prompt"] for row in Drafts(2, 2000, 0.5).do({})}
+    row = Drafts(3, 1, 1).do({})[0]
+    assert KeptDrafts().do({**row, "reward": 1.0}) == {"messages": row["messages"]}
+    assert KeptDrafts().do({**row, "reward": 0.0}) is None
+
+
+def test_lines_open_what_a_model_writes() -> None:
+    assert Openings().do({"text": f"짧은 줄\n  {'가나' * 20}\n"}) == [{"prompt": "가나" * 4}]
+    assert Written().do({"prompt": "가나", "response": "다"}) == {"text": "가나다"}

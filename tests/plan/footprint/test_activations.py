@@ -82,7 +82,8 @@ def test_layers_differ_in_window_experts_and_positions() -> None:
 # that is trained.
 
 
-ALONE = ("dense, recomputed", "experts and a shared one", "windows, NoPE, prediction layer")
+ALONE = ("dense, recomputed", "experts and a shared one", "windows, NoPE, prediction layer",
+         "linear and gated, prediction layer")
 TOGETHER = ("dense, pp 2 with vpp 2", "experts, tp 2 with sp, etp 2")
 
 
@@ -129,7 +130,7 @@ def trained(name: str) -> list[int]:
 @pytest.mark.distributed
 def test_a_step_saves_what_is_said(ranks: Any, job: Any) -> None:
     cases = [case for case in CASES if case.name in (*ALONE, *TOGETHER)]
-    assert len(cases) == 5
+    assert len(cases) == 6
     found = ranks(*(job(__file__, "trained", case.nproc, {"name": case.name}) for case in cases))
     for case, of_ranks in zip(cases, found, strict=True):
         for stage, num_bytes in of_ranks:
