@@ -39,6 +39,8 @@ MGPO = ("policy.mgpo_lambda=1", "policy.clip_low=0.2", "policy.clip_high=0.2")
 """What VibeThinker's authors did not publish."""
 STAGES = (("math-16k", 16, 6), ("math-32k", 16, 12), ("code", 8, 12))
 """Stage -> its rounds, and the tokens of a response."""
+GENTLE = ("optim.lr=4e-4", "optim.min_lr=1e-4")
+"""At the rate of rl_knowledge.py, whose model is another, responses shrink to their first word."""
 VOCABULARY, LONG_CHATS = "464", 400
 
 
@@ -182,7 +184,7 @@ def typhoon(road: Road) -> None:
     laws = road.packed("laws")
     road.right("before", small, asked)
     legal = road.rounds("legal", "tiny-typhoon-s-legal", small, "--data", laws, settings=(
-        *rl_knowledge.POLICY, *rl_knowledge.ARMS["ink_grpo"]))
+        *rl_knowledge.POLICY, *rl_knowledge.ARMS["ink_grpo"], *GENTLE))
     road.right("after", legal, asked)
 
 
