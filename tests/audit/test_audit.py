@@ -95,6 +95,13 @@ def test_a_run_is_published_drawn_and_repeated_to_the_bit_by_the_pages_commands(
     told = json.loads(Path("audit.json").read_text())
     assert told["passed"] and told["chance_to_find"]["0.5"] == 0.5
     assert read_commitment(Path("audited.log.jsonl")).root in Path("audit.html").read_text()
+    assert "global_batch_size" in Path("audit.html").read_text()  # the settings are on the page
+    # a result belongs to its log and its bound
+    repeat = [*shlex.split(commands[2])[1:]]
+    assert cli.main([*repeat, "--bound", "0.5"]) == ExitCode.USER_ERROR
+    assert "were repeated with --bound 0.01" in capsys.readouterr().err
+    with pytest.raises(UserError, match="name another --work"):
+        repeating.kept(Path("audit"), "f" * 64, Segment(0, 2))
     # done once: nothing is started again
     shutil.rmtree(Path("audit/0-2", repeating.REPEATED))
     assert cli.main(shlex.split(commands[2])[1:]) == ExitCode.OK

@@ -261,7 +261,7 @@ def kept_by_a_decoder(recipe: str, tokens: int) -> int:
     import torch
 
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model import kv_cache
+    from megatron_sov.engine.model import cache_rows, kv_cache
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import TrainConfig
@@ -271,9 +271,9 @@ def kept_by_a_decoder(recipe: str, tokens: int) -> int:
     model = build(config.model, ParallelConfig(), TrainConfig(precision="fp32"))
     load.initialise(model, config.model, 1)
     model.eval()
-    with kv_cache.keep(model, kv_cache.CacheSize(1, tokens - 1)) as layers, torch.no_grad():
-        row = kv_cache.read_row([kv_cache.CacheSpan(0, 0, list(range(tokens - 1)))], tokens - 1,
-                                torch.device("cpu"))
+    with kv_cache.keep(model, cache_rows.CacheSize(1, tokens - 1)) as layers, torch.no_grad():
+        row = cache_rows.read_row([cache_rows.CacheSpan(0, 0, list(range(tokens - 1)))], tokens - 1,
+                                  torch.device("cpu"))
         model.chunks[0].read(row)
     trunk = layers[:config.model.num_layers]
     world.leave()

@@ -63,6 +63,7 @@ def scales(recipe: str) -> dict[str, Any]:
     from megatron.core.transformer.moe import moe_utils
 
     from megatron_sov.engine.model import kv_cache, specs
+    from megatron_sov.engine.model.cache_rows import CacheSize
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
@@ -71,7 +72,7 @@ def scales(recipe: str) -> dict[str, Any]:
     world.join(ParallelConfig())
     model = build(config.model, ParallelConfig(), config.train)
     layers = [m.core_attention for m in model.modules() if hasattr(m, "core_attention")]
-    with kv_cache.keep(model, kv_cache.CacheSize(1, 8)) as keeping:
+    with kv_cache.keep(model, CacheSize(1, 8)) as keeping:
         kept = [layer.softmax_scale for layer in keeping]
     specs.uses_transformer_engine = lambda dtype: True
     # the library looks whether they are there
