@@ -165,9 +165,9 @@ class Auditor:
         evidence = gather_evidence(evidence_run, commitment, (), None, settings, nproc, BOUND)
         found = []
         for segment in segments_of(commitment)[:only]:
-            if (result := kept(folder, segment)) is None:
+            if (result := kept(folder, commitment.root, segment)) is None:
                 result = repeat(evidence, segment, folder)
-                keep(folder, result)
+                keep(folder, commitment.root, result)
             found.append(result)
         return found
 

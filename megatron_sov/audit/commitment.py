@@ -1,5 +1,5 @@
 """What a run has published of itself: a log that only grows, of hashes that stand for settings, code, data
-and checkpoints, and reveal none of them.
+and checkpoints, and reveal nothing of them but the paths of the data.
 
 A line of the log is an entry.  It names what has come since the one before, the hash of that line, and the
 root of the Merkle tree over all leaves so far (RFC 6962, section 2.1), so that one number stands for
@@ -18,8 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import MANIFEST, atomic_write, manifest_sha256, sha256_file
+from megatron_sov.base.artifacts import MANIFEST, atomic_write, manifest_sha256, sha256_file, to_json
 from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import refuse_no_run
@@ -117,6 +118,11 @@ def code_sha256() -> str:
     return digest.hexdigest()
 
 
+def settings_sha256(config: RunConfig) -> str:
+    """Return the hash of settings, however they are written."""
+    return hashlib.sha256(to_json(config.to_dict()).encode()).hexdigest()
+
+
 def leaves_of(run: Path) -> list[Leaf]:
     """Return what a run has to publish by now.
 
@@ -128,7 +134,9 @@ def leaves_of(run: Path) -> list[Leaf]:
     if config is None:
         refuse_no_run(run)
         raise AssertionError
-    found = [Leaf(SETTINGS, "", sha256_file(run / CONFIG)), Leaf(CODE, "", code_sha256())]
+    written = [config, *map(checkpoints.settings_of, checkpoints.complete(folder.checkpoints))]
+    found = [Leaf(SETTINGS, "", sha256) for sha256 in dict.fromkeys(map(settings_sha256, written))]
+    found.append(Leaf(CODE, "", code_sha256()))
     found += [Leaf(DATA, given, manifest_sha256(place)) for given, place in data_folders(run).items()]
     starts = [given["manifest_sha256"] for event in read_events(run / EVENTS) if event["event"] == "run_start"
               for given in event.get("inputs", ()) if given["kind"] == checkpoints.KIND]
@@ -209,12 +217,17 @@ def read_commitment(log: Path) -> Commitment:
         lines = log.read_text(encoding="utf-8").rstrip("\n").split("\n")
         entries = tuple(_entry(json.loads(line)) for line in lines)
         leaves: list[bytes] = []
+        last = 0
         for number, entry in enumerate(entries):
             before = hashlib.sha256(lines[number - 1].encode()).hexdigest() if number else ""
             leaves += [leaf.line() for leaf in entry.leaves]
+            for step in (int(leaf.name) for leaf in entry.leaves if leaf.kind == CHECKPOINT):
+                if step <= last:
+                    raise ValueError(f"line {number + 1} has step {step} behind step {last}")
+                last = step
             if (entry.number, entry.previous, entry.root) != (number, before, merkle_root(leaves)):
                 raise ValueError(f"line {number + 1} does not follow from those before it")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as e:
         raise UserError(f"{log}: is no log of `megatron-sov audit commit` ({str(e)[:200]}); take it from "
                         "where it was published") from None
     return Commitment(log, entries)

@@ -82,6 +82,8 @@ def draw(commitment: Commitment, randomness: str, num_drawn: int) -> Draw:
     Raises:
         UserError: there are not so many.
     """
+    if not randomness.isprintable():
+        raise UserError(f"randomness {randomness!r}: must be printable text, such as hexadecimal digits")
     first, *others = segments_of(commitment)
     if num_drawn > len(others):
         raise UserError(f"--segments {num_drawn}: {commitment.file} has {len(others)} behind the first, "
@@ -106,15 +108,12 @@ def read_draw(file: Path, commitment: Commitment) -> Draw:
         given = Draw(str(raw["root"]), str(raw["randomness"]),
                      tuple(Segment(int(s["begin"]), int(s["end"])) for s in raw["drawn"]),
                      int(raw["num_segments"]))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as e:
         raise UserError(f"{file}: is nothing that `megatron-sov audit draw` wrote ({str(e)[:200]}); draw "
                         "again") from None
-    roots = [entry.root for entry in commitment.entries]
-    if given.root not in roots:
-        raise UserError(f"{file}: was drawn from a log with root {given.root[:12]}, which {commitment.file} "
-                        "never had; draw again from this log")
-    # the log may have grown since
-    then = Commitment(commitment.file, commitment.entries[:roots.index(given.root) + 1])
-    if draw(then, given.randomness, len(given.drawn) - 1) != given:
+    if given.root != commitment.root:
+        raise UserError(f"{file}: was drawn from a log with root {given.root[:12]}, and {commitment.file} "
+                        f"has {commitment.root[:12]}; use the log from which it was drawn, or draw again")
+    if draw(commitment, given.randomness, len(given.drawn) - 1) != given:
         raise UserError(f"{file}: is not what root {given.root[:12]} and its randomness give; draw again")
     return given

@@ -12,26 +12,32 @@ import json
 import math
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_sov.audit.commitment import CHECKPOINT, CODE, DATA, SETTINGS, START, Commitment, data_folders
-from megatron_sov.audit.drawing import Draw, Segment
+from megatron_sov.audit.commitment import (
+    CHECKPOINT, CODE, DATA, SETTINGS, START, Commitment, data_folders, settings_sha256)
+from megatron_sov.audit.drawing import Draw, Segment, segments_of
 from megatron_sov.base.artifacts import (
-    MANIFEST, atomic_write, damaged_files, manifest_sha256, sha256_file, to_json)
-from megatron_sov.base.errors import ExitCode, UserError
+    MANIFEST, atomic_write, damaged_files, manifest_sha256, read_manifest, to_json)
+from megatron_sov.base.errors import ExitCode, UserError, visible
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.base.sealed import read_json, write_json
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.config.evaluate import EvaluateConfig
 from megatron_sov.model.config.train import ObsConfig
 from megatron_sov.runs import checkpoints
-from megatron_sov.runs.checkpoints import refuse_other_kind
+from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import CONFIG, RunFolder, fixed_settings, read_command
 from megatron_sov.work.processes.children import start_command
+
+if TYPE_CHECKING:
+    from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
 COMMANDS = {"lm": "pretrain", "sft": "sft", "preference": "prefer"}
 """Objective -> the command that trains by it alone from token shards."""
@@ -47,6 +53,8 @@ CLOCKS = ("wall_s",)
 EXACT = ("step", "tokens", "trained_tokens", "num_updates", "order", "data")
 """Of it what every layout shares."""
 CHUNK_ELEMENTS = 1 << 24
+ROW_FLOOR = 0.1
+"""Share of what rows move, by which a row that moved less is measured."""
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Of a run, for which the page says how probably a fraud in so much of it would have been found."""
 RESULT, REPEATED, LOG = "repeated.json", "run", "log"
@@ -75,10 +83,15 @@ class Repeated:
     segment: Segment
     outcome: RepeatOutcome
     distance: float
-    """|repeated - published| / |published - before| over all weights; before is the checkpoint before, and in
-    the first segment what the auditor has behind step 1; -1: was not measured."""
+    """|repeated - published| / |published - before|, the largest of all rows of weights and moments
+    (`_distance`); before is the checkpoint before, and in the first segment what the auditor has behind step
+    1; -1: was not measured."""
     detail: str
     """Where they differ, or what was missing; empty where all is equal."""
+    bound: float
+    """Largest distance that passes."""
+    settings: tuple[str, ...] = ()
+    """Layout of the auditor's own."""
     seconds: float = 0.0
 
 
@@ -99,26 +112,26 @@ class Evidence:
 
     def problem(self, segment: Segment) -> str | None:
         """Return what is missing or is not what was published, of all that a segment needs; None: nothing."""
-        if sha256_file(self.run / CONFIG) not in {leaf.sha256 for leaf in self.commitment.find(SETTINGS)}:
-            return f"{CONFIG} is not what was published"
-        published = {(leaf.name, leaf.sha256) for leaf in self.commitment.find(DATA)}
-        for given, place in self.data.items():
-            if (given, manifest_sha256(place)) not in published:
-                return f"data {given} is not what was published"
         for step in (segment.begin, segment.end):
             if step and (problem := self._checkpoint_problem(step)):
                 return problem
-        told, written = (fixed_settings(config) for config in (
-            self._config(), checkpoints.settings_of(RunFolder(self.run).checkpoint(segment.end))))
-        if other := sorted(name for name in told if told[name] != written.get(name)):
+        written = checkpoints.settings_of(RunFolder(self.run).checkpoint(segment.end))
+        published = {leaf.sha256 for leaf in self.commitment.find(SETTINGS)}
+        for name, config in ((CONFIG, self._config()), (f"step-{segment.end}", written)):
+            if settings_sha256(config) not in published:
+                return f"the settings of {name} are not what was published"
+            if problem := cannot_be_repeated(config):
+                return f"{name} has {problem}"
+        told, now = fixed_settings(self._config()), fixed_settings(written)
+        if other := sorted(name for name in told if told[name] != now.get(name)):
             return f"step-{segment.end} was written with other settings than {CONFIG} has: {', '.join(other)}"
-        starts = {leaf.sha256 for leaf in self.commitment.find(START)}
-        if bool(starts) != (self.start is not None):
-            return ("the run begins from a model; name it by --from" if starts else
-                    "--from is given, and the log says that the run begins from its seed")
-        if self.start is not None and manifest_sha256(self.start) not in starts:
-            return f"{self.start} is not the model that was published as the start"
-        return None
+        if set(written.data.paths) != set(self.data):
+            return f"step-{segment.end} reads other data than {CONFIG} has"
+        data = {(leaf.name, leaf.sha256) for leaf in self.commitment.find(DATA)}
+        for given, place in self.data.items():
+            if (given, manifest_sha256(place)) not in data:
+                return f"data {given} is not what was published"
+        return self._start_problem()
 
     def _config(self) -> RunConfig:
         config = RunFolder(self.run).config()
@@ -131,8 +144,43 @@ class Evidence:
             return f"{path.name} is not there"
         if manifest_sha256(path) != self.commitment.checkpoint(step):
             return f"{path.name} is not what was published"
-        damaged = damaged_files(path)
-        return damaged[0] if damaged else None
+        return folder_problem(path)
+
+    def _start_problem(self) -> str | None:
+        starts = {leaf.sha256 for leaf in self.commitment.find(START)}
+        if bool(starts) != (self.start is not None):
+            return ("the run begins from a model; name it by --from" if starts else
+                    "--from is given, and the log says that the run begins from its seed")
+        if self.start is None:
+            return None
+        if manifest_sha256(self.start) not in starts:
+            return f"{self.start} is not the model that was published as the start"
+        return folder_problem(self.start)
+
+
+def folder_problem(folder: Path) -> str | None:
+    """Return in what a folder is not what its manifest says: a file that differs, or one that the manifest
+    does not name, whose content could have been chosen after the publication; None: nothing."""
+    named = {MANIFEST, *read_manifest(folder).files}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_dir() or path.is_file()):
+            return f"{folder}: {name} is a link or no regular file"
+        if path.is_file() and name not in named:
+            return f"{folder}: {name} is not in its manifest"
+    damaged = damaged_files(folder)
+    return damaged[0] if damaged else None
+
+
+def cannot_be_repeated(config: RunConfig) -> str:
+    """Return what of a run nobody else can repeat; empty where all can be."""
+    if config.code:
+        return "code of the lab's own"
+    if config.lora.on:
+        return "adapters"
+    if config.objective.name not in COMMANDS or config.rollout.rounds:
+        return f"the objective {config.objective.name!r}"
+    return ""
 
 
 def gather_evidence(run: Path, commitment: Commitment, data: Sequence[Path], start: Path | None,
@@ -150,14 +198,13 @@ def gather_evidence(run: Path, commitment: Commitment, data: Sequence[Path], sta
     config = RunFolder(run).config()
     if config is None:
         raise UserError(f"{run}: holds no {CONFIG}; ask the lab for it")
-    if config.objective.name not in COMMANDS or config.code or config.rollout.rounds:
-        what = "code of the lab's own" if config.code else f"the objective {config.objective.name!r}"
-        raise UserError(f"{run}: has {what}; {', '.join(COMMANDS.values())} without code of one's own are "
-                        "what can be repeated")
+    if what := cannot_be_repeated(config):
+        raise UserError(f"{run}: has {what}; {', '.join(COMMANDS.values())} of all weights without code of "
+                        "one's own are what can be repeated")
     places = data_folders(run) if not data else _found(commitment, config, data)
     for place in set(places.values()):
-        if damaged := damaged_files(place):
-            raise UserError(f"{damaged[0]}; take the data again from the lab")
+        if problem := folder_problem(place):
+            raise UserError(f"{problem}; take the data again from the lab")
     found = start and checkpoints.find_checkpoint(start)
     return Evidence(run, commitment, places, found, tuple(settings), nproc or read_command(run).processes,
                     bound)
@@ -167,13 +214,17 @@ def _found(commitment: Commitment, config: RunConfig, data: Sequence[Path]) -> d
     """Return the run's data by the hashes that were published of them."""
     by_hash = {}
     for place in data:
-        refuse_other_kind(place, ("tokens",), "token shards")
+        refuse_missing(place, "--data ")
+        read_manifest(place, "tokens")
         by_hash[manifest_sha256(place)] = place
     published = {leaf.name: leaf.sha256 for leaf in commitment.find(DATA)}
     for given in config.data.paths:
-        if published.get(given) not in by_hash:
-            raise UserError(f"--data: none of the folders has the manifest {published.get(given, '')[:12]} "
-                            f"that was published of {given}; ask the lab for it")
+        if given not in published:
+            raise UserError(f"{commitment.file}: nothing was published of data {given}, which {CONFIG} has; "
+                            "take both again from the lab")
+        if published[given] not in by_hash:
+            raise UserError(f"--data: none of the folders has the manifest {published[given][:12]} that was "
+                            f"published of {given}; ask the lab for it")
     return {given: by_hash[published[given]] for given in config.data.paths}
 
 
@@ -190,13 +241,16 @@ def repeat(evidence: Evidence, segment: Segment, work: Path) -> Repeated:
     """
     folder = work / segment.name
     if (problem := evidence.problem(segment)) is not None:
-        return Repeated(segment, RepeatOutcome.UNPROVED, -1.0, problem)
+        return Repeated(segment, RepeatOutcome.UNPROVED, -1.0, problem, evidence.bound)
     target = RunFolder(folder / REPEATED)
     if not (target.checkpoint(segment.end) / MANIFEST).is_file():
         _prepare(evidence, segment, target)
         # behind the first step, too: how far the weights move is then known of the first segment
         for step in sorted({segment.begin or 1, segment.end} - {segment.begin}):
             _run(evidence, step, target, folder / LOG)
+        if not (target.checkpoint(segment.end) / MANIFEST).is_file():
+            raise UserError(f"{folder / LOG}: the repetition ended before step {segment.end}; look at its "
+                            "end")
     before = RunFolder(evidence.run).checkpoint(segment.begin) if segment.begin else target.checkpoint(1)
     return compare(segment, RunFolder(evidence.run).checkpoint(segment.end), target.checkpoint(segment.end),
                    before if segment.end > 1 else None, evidence.bound)
@@ -250,44 +304,76 @@ def compare(segment: Segment, published: Path, repeated: Path, before: Path | No
         before: checkpoint from which both went on, or one between; None: there is none.
         bound: largest distance that passes.
     """
-    import torch
-
     from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
-    states = [_state(path) for path in (published, repeated)]
-    other = [name for name in EXACT if states[0].get(name) != states[1].get(name)]
-    first, equal = "", True
-    sums = {"off": 0.0, "moved": 0.0}
+    lab, own = (_state(path) for path in (published, repeated))
+    if other := [name for name in EXACT if lab.get(name) != own.get(name)]:
+        return Repeated(segment, RepeatOutcome.DIFFERENT, -1.0, f"other {', '.join(other)} in its state",
+                        bound)
+    loose = [{name: value for name, value in state.items() if name not in {*EXACT, *CLOCKS}}
+             for state in (lab, own)]
     parts = read_parts(published)
-    if other or parts != read_parts(repeated):
-        what = f"other {', '.join(other)} in its state" if other else "other parts"
-        return Repeated(segment, RepeatOutcome.DIFFERENT, -1.0, what)
+    if parts != read_parts(repeated):
+        return Repeated(segment, RepeatOutcome.DIFFERENT, -1.0, "other parts", bound)
+    worst, first = 0.0, ""
     for part in parts:
-        lab, own = TensorReader(published, part), TensorReader(repeated, part)
-        old = TensorReader(before, part) if before is not None else None
-        lab.check_complete()
-        keys = lab.keys()
-        if [(key, lab.shape(key)) for key in sorted(keys)] != [(key, own.shape(key))
-                                                               for key in sorted(own.keys())]:
-            return Repeated(segment, RepeatOutcome.DIFFERENT, -1.0, f"other tensors in {part}")
-        for key in keys:
-            for offset, shape in _blocks(lab.shape(key)):
-                theirs, ours = (reader.read(key, offset, shape).contiguous() for reader in (lab, own))
-                if not torch.equal(theirs.view(torch.uint8), ours.view(torch.uint8)):
-                    first, equal = first or f"{part} {key}", False
-                if part != "optimizer":
-                    base = old.read(key, offset, shape).double() if old is not None else 0.0
-                    sums["off"] += float((ours.double() - theirs.double()).square().sum())
-                    sums["moved"] += float((theirs.double() - base).square().sum())
-    rest = [name for name in {*states[0], *states[1]} - {*EXACT, *CLOCKS}
-            if states[0].get(name) != states[1].get(name)]
-    distance = math.sqrt(sums["off"] / sums["moved"]) if sums["moved"] else math.inf if sums["off"] else 0.0
-    if equal and not rest:
-        return Repeated(segment, RepeatOutcome.EQUAL, 0.0, "")
-    detail = f"first in {first}" if first else f"in its state's {', '.join(sorted(rest))}"
-    # NaN is within no bound
-    near = distance <= bound
-    return Repeated(segment, RepeatOutcome.NEAR if near else RepeatOutcome.DIFFERENT, distance, detail)
+        readers = [TensorReader(path, part) for path in (published, repeated, before or published)]
+        keys = [[(key, reader.shape(key), reader.dtype(key)) for key in sorted(reader.keys())]
+                for reader in readers[:2]]
+        if keys[0] != keys[1]:
+            return Repeated(segment, RepeatOutcome.DIFFERENT, -1.0, f"other tensors in {part}", bound)
+        readers[0].check_complete()
+        distance, place = _distance(readers, [key for key, _, _ in keys[0]], has_before=before is not None)
+        first = first or (f"{part} {place}" if place else "")
+        # NaN is larger than all
+        worst = distance if not distance <= worst else worst
+    if not first and loose[0] == loose[1]:
+        return Repeated(segment, RepeatOutcome.EQUAL, 0.0, "", bound)
+    near = worst <= bound and alike(loose[0], loose[1], bound)
+    detail = f"first in {first}" if first else "in what its guards remember"
+    return Repeated(segment, RepeatOutcome.NEAR if near else RepeatOutcome.DIFFERENT, worst, detail, bound)
+
+
+def _distance(readers: Sequence[TensorReader], keys: Sequence[str], *, has_before: bool) -> tuple[float, str]:
+    """Return how far the second reader's tensors are from the first's, at most, and the first that differs.
+
+    Each row, for itself, is measured by how far it moved from the third's, or, where it moved less, by a
+    tenth of what rows of its kind move: weights, or a moment of the optimizer.  Without a third one every
+    difference is infinite.
+    """
+    import torch
+
+    first, rows = "", defaultdict(list)
+    for key in keys:
+        kind = key.partition("/")[0] if "/" in key else ""
+        for offset, shape in _blocks(readers[0].shape(key)):
+            lab, own, old = (reader.read(key, offset, shape).reshape(shape[0] if shape else 1, -1)
+                             for reader in readers)
+            if not torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (lab, own))):
+                first = first or key
+            off, moved = ((a.double() - b.double()).square().mean(1) for a, b in ((own, lab), (lab, old)))
+            rows[kind].append(torch.stack([off, moved]))
+    if not first:
+        return 0.0, ""
+    worst = 0.0
+    for kind in rows:
+        off, moved = torch.cat(rows[kind], 1)
+        floor = moved.mean() * ROW_FLOOR**2
+        found = float((off / torch.maximum(moved, floor)).nan_to_num(nan=0.0 if not off.any() else math.inf)
+                      .max().sqrt())
+        worst = max(worst, found if has_before else math.inf)
+    return worst, first
+
+
+def alike(one: Any, other: Any, bound: float) -> bool:
+    """Return whether two states are the same but for numbers that are as near as the bound."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key], bound) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(partial(alike, bound=bound), one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=bound, abs_tol=bound)
+    return type(one) is type(other) and bool(one == other)
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:
@@ -319,6 +405,8 @@ class Verdict:
     draw: Draw
     repeated: tuple[Repeated, ...]
     """In the order of the run; those that nobody has repeated yet are not among them."""
+    settings: tuple[str, ...]
+    """With which segments were repeated, as text, each once."""
 
     @property
     def missing(self) -> list[Segment]:
@@ -338,33 +426,33 @@ class Verdict:
                     f"{', '.join(s.name for s in self.missing[:8])}")
         bad = [r for r in self.repeated if r.outcome not in PASSED]
         if bad:
-            return (f"{len(bad)} of {len(self.repeated)} segments are not what was published: "
-                    + "; ".join(f"steps {r.segment.name}: {r.outcome}, {r.detail}" for r in bad[:4]))
+            told = "; ".join(f"steps {r.segment.name}: {r.outcome}, {r.detail}" for r in bad[:4])
+            return visible(f"{len(bad)} of {len(self.repeated)} segments are not what was published: {told}")
         equal = sum(r.outcome == RepeatOutcome.EQUAL for r in self.repeated)
         return (f"all {len(self.repeated)} segments are what was published, {equal} of them to the bit; had "
-                f"a tenth of the run been false, {self.draw.chance_to_find(0.1):.0%} of audits like this one "
-                "would have found it")
+                f"a tenth of the segments been false, {self.draw.chance_to_find(0.1):.0%} of audits like "
+                "this one would have found it")
 
 
-def keep(work: Path, repeated: Repeated) -> None:
-    """Write what came of a segment into the audit's folder."""
+def keep(work: Path, root: str, repeated: Repeated) -> None:
+    """Write what came of a segment of a log with that root into the audit's folder."""
     folder = work / repeated.segment.name
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RESULT, asdict(repeated))
+    write_json(folder / RESULT, asdict(repeated), root)
 
 
-def kept(work: Path, segment: Segment) -> Repeated | None:
+def kept(work: Path, root: str, segment: Segment) -> Repeated | None:
     """Return what came of a segment; None: it was not repeated yet.
 
     Raises:
-        UserError: the file was changed since.
+        UserError: the file was changed since, or is of another log.
     """
     file = work / segment.name / RESULT
     if not file.is_file():
         return None
-    raw: dict[str, Any] = read_json(file)
+    raw: dict[str, Any] = read_json(file, "name another --work", root)
     return Repeated(Segment(**raw["segment"]), RepeatOutcome(raw["outcome"]), raw["distance"], raw["detail"],
-                    raw["seconds"])
+                    raw["bound"], tuple(raw["settings"]), raw["seconds"])
 
 
 def judge(commitment: Commitment, drawn: Draw, work: Path) -> Verdict:
@@ -373,10 +461,13 @@ def judge(commitment: Commitment, drawn: Draw, work: Path) -> Verdict:
     Raises:
         UserError: a result was changed, or nothing of the draw was repeated.
     """
-    found = tuple(r for r in (kept(work, segment) for segment in drawn.segments) if r is not None)
+    results = (kept(work, drawn.root, segment) for segment in drawn.segments)
+    found = tuple(r for r in results if r is not None)
     if not found:
         raise UserError(f"{work}: holds nothing that `megatron-sov audit repeat` left of this draw")
-    return Verdict(commitment, drawn, found)
+    configs = [file for r in found if (file := work / r.segment.name / CONFIG).is_file()]
+    texts = dict.fromkeys(file.read_text(encoding="utf-8") for file in configs)
+    return Verdict(commitment, drawn, found, tuple(texts))
 
 
 def write_verdict(verdict: Verdict, output: Path) -> None:
@@ -403,6 +494,7 @@ def page(verdict: Verdict) -> str:
                           [[leaf.kind, leaf.name, leaf.sha256] for leaf in log.leaves], "hashes")
     chances = PageTable(["false share of the segments", "found by such a draw"],
                         [[f"{share:.0%}", f"{drawn.chance_to_find(share):.1%}"] for share in SHARES])
+    longest = max((s.end - s.begin for s in segments_of(log) if s not in drawn.drawn), default=0)
     sections = [
         PageSection("Segments", "A segment is the steps between two checkpoints. `equal`: every bit of "
                     "weights, moments and counters; `near`: within the bound, on another machine or layout; "
@@ -410,8 +502,11 @@ def page(verdict: Verdict) -> str:
                     tables=[segments_table(verdict.repeated)]),
         PageSection("What a fraud would have risked", "A segment is false where anything else was done in it "
                     "than the published settings, data and start say. The first is repeated in every audit; "
-                    "the others are drawn by lot behind the publication.", tables=[chances]),
+                    "the others are drawn by lot behind the publication. It counts segments, not steps: the "
+                    f"longest that was not drawn has {longest:,} steps.", tables=[chances]),
         PageSection("What was not looked at", not_covered(log)),
+        *(PageSection("Settings", "With which segments were repeated: what the lab published, and the "
+                      "auditor's layout.", json=text) for text in verdict.settings),
         PageSection("The draw", f"Root {drawn.root}, randomness {drawn.randomness}."),
         PageSection("What was published", tables=[published])]
     run = log.entries[0].run
@@ -432,6 +527,6 @@ def not_covered(log: Commitment) -> str:
 
 def segments_table(repeated: Sequence[Repeated]) -> PageTable:
     """Return a row for each segment."""
-    return PageTable(["steps", "outcome", "distance", "seconds", "detail"], [
-        [r.segment.name, r.outcome.value, "" if r.distance < 0 else f"{r.distance:.1e}", f"{r.seconds:,.0f}",
-         r.detail] for r in repeated])
+    return PageTable(["steps", "outcome", "distance", "bound", "seconds", "layout", "detail"], [
+        [r.segment.name, r.outcome.value, "" if r.distance < 0 else f"{r.distance:.1e}", f"{r.bound:g}",
+         f"{r.seconds:,.0f}", " ".join(r.settings), r.detail] for r in repeated])

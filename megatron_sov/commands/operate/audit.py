@@ -11,8 +11,8 @@ from typing import Annotated
 
 from megatron_sov.audit.commitment import CODE, check_signature, code_sha256, publish, read_commitment, sign
 from megatron_sov.audit.drawing import draw, needed, read_draw, segments_of, write_draw
-from megatron_sov.base.errors import ExitCode, UserError, warn
-from megatron_sov.base.outputs import check_output, refuse_nowhere
+from megatron_sov.base.errors import ExitCode, UserError, visible, warn
+from megatron_sov.base.outputs import check_output, refuse_input, refuse_nowhere
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Flag, Fraction, NotBlank, NotNegativeInt, command_of, read_options)
 from megatron_sov.runs.folder import RunFolder
@@ -93,6 +93,7 @@ def run_draw(typed: argparse.Namespace) -> int:
     if args.public_key is not None:
         check_signature(args.log, args.public_key)
     check_output("--output", args.output)
+    refuse_input("--output", args.output, args.log)
     commitment = read_commitment(args.log)
     others = len(segments_of(commitment)) - 1
     count = needed(args.share, args.confidence, others) if args.segments is None else args.segments
@@ -145,20 +146,24 @@ def run_repeat(typed: argparse.Namespace) -> int:
         warn("the run was made by another version of this program than the one that repeats it; where bits "
              "differ, repeat with that one")
 
-    from megatron_sov.audit.repeating import gather_evidence, judge, keep, kept, repeat
+    from megatron_sov.audit.repeating import RepeatOutcome, gather_evidence, judge, keep, kept, repeat
 
     evidence = gather_evidence(args.run, commitment, args.data, args.start_from, args.settings, args.nproc,
                                args.bound)
     for number, segment in enumerate(drawn.segments, 1):
-        found = kept(args.work, segment)
-        if found is None:
+        found = kept(args.work, drawn.root, segment)
+        if found is not None and (found.bound, found.settings) != (args.bound, args.settings):
+            raise UserError(f"{args.work}: steps {segment.name} were repeated with --bound {found.bound:g} "
+                            f"{' '.join(f'--set {s}' for s in found.settings)}; name another --work")
+        # what the lab had not given may be there now
+        if found is None or found.outcome == RepeatOutcome.UNPROVED:
             began_s = time.monotonic()
             found = repeat(evidence, segment, args.work)
-            found = dataclasses.replace(found, seconds=time.monotonic() - began_s)
-            keep(args.work, found)
+            found = dataclasses.replace(found, settings=args.settings, seconds=time.monotonic() - began_s)
+            keep(args.work, drawn.root, found)
         distance = f", distance {found.distance:.1e}" if found.distance > 0 else ""
-        print(f"{number}/{len(drawn.segments)} steps {segment.name}: {found.outcome}{distance}"
-              f"{f', {found.detail}' if found.detail else ''} ({found.seconds:.0f} s)", flush=True)
+        print(visible(f"{number}/{len(drawn.segments)} steps {segment.name}: {found.outcome}{distance}"
+                      f"{f', {found.detail}' if found.detail else ''} ({found.seconds:.0f} s)"), flush=True)
     verdict = judge(commitment, drawn, args.work)
     print(verdict.sentence())
     return ExitCode.OK if verdict.passed else ExitCode.GATE_FAILED
@@ -193,6 +198,7 @@ def run_verdict(typed: argparse.Namespace) -> int:
     if args.output.suffix != ".html":
         raise UserError(f"--output {args.output}: is a page; give it the end .html")
     check_output("--output", args.output)
+    refuse_input("--output", args.output.with_suffix(".json"), args.log, args.draw)
 
     from megatron_sov.audit.repeating import judge, write_verdict
 
