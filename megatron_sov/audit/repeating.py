@@ -13,7 +13,7 @@ import math
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
@@ -343,18 +343,21 @@ def _distance(readers: Sequence[TensorReader], keys: Sequence[str], *, has_befor
     """
     import torch
 
-    first, rows = "", defaultdict(list)
-    for key in keys:
-        kind = key.partition("/")[0] if "/" in key else ""
-        for offset, shape in _blocks(readers[0].shape(key)):
-            lab, own, old = (reader.read(key, offset, shape).reshape(shape[0] if shape else 1, -1)
-                             for reader in readers)
-            if not torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (lab, own))):
-                first = first or key
-            off, moved = ((a.double() - b.double()).square().mean(1) for a, b in ((own, lab), (lab, old)))
-            rows[kind].append(torch.stack([off, moved]))
+    def blocks(key: str, of: Sequence[TensorReader]) -> Iterator[list[torch.Tensor]]:
+        for offset, shape in _blocks(of[0].shape(key)):
+            yield [reader.read(key, offset, shape).reshape(shape[0] if shape else 1, -1) for reader in of]
+
+    # bits before distances: where all are equal, as they mostly are, nothing more is read
+    first = next((key for key in keys for pair in blocks(key, readers[:2])
+                  if not torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in pair))), "")
     if not first:
         return 0.0, ""
+    rows = defaultdict(list)
+    for key in keys:
+        kind = key.partition("/")[0] if "/" in key else ""
+        for lab, own, old in blocks(key, readers):
+            off, moved = ((a.double() - b.double()).square().mean(1) for a, b in ((own, lab), (lab, old)))
+            rows[kind].append(torch.stack([off, moved]))
     worst = 0.0
     for kind in rows:
         off, moved = torch.cat(rows[kind], 1)
@@ -398,7 +401,7 @@ def _blocks(shape: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class AuditVerdict:
     """A draw with what came of its segments."""
 
     commitment: Commitment
@@ -455,7 +458,7 @@ def kept(work: Path, root: str, segment: Segment) -> Repeated | None:
                     raw["bound"], tuple(raw["settings"]), raw["seconds"])
 
 
-def judge(commitment: Commitment, drawn: Draw, work: Path) -> Verdict:
+def judge(commitment: Commitment, drawn: Draw, work: Path) -> AuditVerdict:
     """Return what an audit's folder holds of a draw.
 
     Raises:
@@ -467,10 +470,10 @@ def judge(commitment: Commitment, drawn: Draw, work: Path) -> Verdict:
         raise UserError(f"{work}: holds nothing that `megatron-sov audit repeat` left of this draw")
     configs = [file for r in found if (file := work / r.segment.name / CONFIG).is_file()]
     texts = dict.fromkeys(file.read_text(encoding="utf-8") for file in configs)
-    return Verdict(commitment, drawn, found, tuple(texts))
+    return AuditVerdict(commitment, drawn, found, tuple(texts))
 
 
-def write_verdict(verdict: Verdict, output: Path) -> None:
+def write_verdict(verdict: AuditVerdict, output: Path) -> None:
     """Write the page, and the same as values beside it."""
     atomic_write(output, page(verdict))
     atomic_write(output.with_suffix(".json"), to_json({
@@ -480,7 +483,7 @@ def write_verdict(verdict: Verdict, output: Path) -> None:
         "chance_to_find": {str(share): verdict.draw.chance_to_find(share) for share in SHARES}}) + "\n")
 
 
-def page(verdict: Verdict) -> str:
+def page(verdict: AuditVerdict) -> str:
     """Return the page."""
     drawn, log = verdict.draw, verdict.commitment
     steps = [s.end - s.begin for s in drawn.drawn]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from megatron_sov.audit.commitment import CODE, check_signature, code_sha256, publish, read_commitment, sign
+from megatron_sov.audit.commitment import (
+    CODE, Commitment, check_signature, code_sha256, publish, read_commitment, sign)
 from megatron_sov.audit.drawing import draw, needed, read_draw, segments_of, write_draw
 from megatron_sov.base.errors import ExitCode, UserError, visible, warn
 from megatron_sov.base.outputs import check_output, refuse_input, refuse_nowhere
@@ -66,6 +67,13 @@ class LogOptions:
     """Check its signature: a public key of minisign."""
 
 
+def _published(args: LogOptions) -> Commitment:
+    """Return the log, with its signature checked where that is asked for."""
+    if args.public_key is not None:
+        check_signature(args.log, args.public_key)
+    return read_commitment(args.log)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AuditDrawOptions(LogOptions):
     """Draw segments of a run by lot, in a way that anybody can do again."""
@@ -90,11 +98,9 @@ def run_draw(typed: argparse.Namespace) -> int:
         UserError: the log was changed or has too little.
     """
     args = read_options(AuditDrawOptions, typed)
-    if args.public_key is not None:
-        check_signature(args.log, args.public_key)
     check_output("--output", args.output)
     refuse_input("--output", args.output, args.log)
-    commitment = read_commitment(args.log)
+    commitment = _published(args)
     others = len(segments_of(commitment)) - 1
     count = needed(args.share, args.confidence, others) if args.segments is None else args.segments
     drawn = draw(commitment, args.randomness, count)
@@ -136,10 +142,8 @@ def run_repeat(typed: argparse.Namespace) -> int:
         UserError: log, draw or evidence cannot be used, or a segment's command fails.
     """
     args = read_options(AuditRepeatOptions, typed)
-    if args.public_key is not None:
-        check_signature(args.log, args.public_key)
     refuse_nowhere(args.work)
-    commitment = read_commitment(args.log)
+    commitment = _published(args)
     drawn = read_draw(args.draw, commitment)
 
     if code_sha256() not in {leaf.sha256 for leaf in commitment.find(CODE)}:
@@ -193,8 +197,6 @@ def run_verdict(typed: argparse.Namespace) -> int:
         UserError: nothing was repeated, or what was written was changed.
     """
     args = read_options(AuditVerdictOptions, typed)
-    if args.public_key is not None:
-        check_signature(args.log, args.public_key)
     if args.output.suffix != ".html":
         raise UserError(f"--output {args.output}: is a page; give it the end .html")
     check_output("--output", args.output)
@@ -202,7 +204,7 @@ def run_verdict(typed: argparse.Namespace) -> int:
 
     from megatron_sov.audit.repeating import judge, write_verdict
 
-    commitment = read_commitment(args.log)
+    commitment = _published(args)
     verdict = judge(commitment, read_draw(args.draw, commitment), args.work)
     write_verdict(verdict, args.output)
     if args.key is not None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_sov.model.families.count import mean_keys
+from megatron_sov.plan.footprint.activations import CHUNK
 from megatron_sov.plan.footprint.held import FLOAT32_BYTES
 from megatron_sov.plan.speed.workload import Block, Workload
 
@@ -94,8 +95,6 @@ PERMUTED = {"alltoall": 8, "allgather": 6, "deepep": 4, "hybridep": 4}
 """Dispatcher -> how often a routed token's numbers are read or written around its expert's products."""
 MAMBA_PASSES = 20
 """Of the inner width: convolution (in, out), scan (in, out, states of chunks in 4 bytes), gate and norm."""
-DELTA_CHUNK = 64
-"""Tokens of a chunk of the delta rule (`engine.model.delta_rule`)."""
 SCAN_CHUNK = 128
 """Tokens of a chunk of the scan (arXiv 2405.21060, section 6)."""
 
@@ -142,7 +141,7 @@ def linear_scan_flops(w: Workload) -> float:
     linear = w.shape.linear
     assert linear is not None
     keys, values = linear.key_head_dim, linear.value_head_dim
-    within = 2 * DELTA_CHUNK * (2 * keys + values + (keys + values) / 2)
+    within = 2 * CHUNK * (2 * keys + values + (keys + values) / 2)
     return local_tokens(w) / w.tp * linear.num_value_heads * (within + 6 * keys * values)
 
 
