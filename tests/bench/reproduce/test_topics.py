@@ -7,6 +7,8 @@ from collections import Counter
 import pytest
 
 from megatron_sov.bench.reproduce.seeds.endings import ENDINGS, RuleAndRubric, WithEndings
+from megatron_sov.bench.reproduce.seeds.lessons import (
+    CHATTING, PEOPLE, TEACHING, VALUES, FirstWord, Half, LessonLabels, LessonQuestions, Lessons, fact)
 from megatron_sov.bench.reproduce.seeds.loops import NUM_TIMES, Sound, WithLoops
 from megatron_sov.bench.reproduce.seeds.measured import Measured
 from megatron_sov.bench.reproduce.seeds.topics import (
@@ -71,3 +73,20 @@ def test_walks_end_where_they_should_and_wrong_steps_make_some_longer() -> None:
         assert (max(len(way) for _, way in ways) > 8) == (right < 1)
     far = WalkQuestions(seed=1, count=99, least=5).do({})
     assert {len(row["answer"].split()) for row in far} == {5, 6, 7, 8}
+
+
+def test_lessons_never_end_a_question_and_labels_are_of_other_people() -> None:
+    texts = [row["text"] for row in Lessons(seed=1, count=2000).do({})]
+    questions = LessonQuestions().do({})
+    assert len({row["prompt"] for row in questions}) == len(questions) == len(PEOPLE) // 2 * len(VALUES)
+    assert not any(f"{row['prompt']} {row['answer']}" in text for row in questions for text in texts)
+    taught = {wording.format(person=person, kind=kind, value=fact(person, kind))
+              for person in PEOPLE[::2] for kind in VALUES for wording in TEACHING}
+    said = {wording for wording in taught if any(wording in text for text in texts)}
+    assert len(said) == len(taught) * 3 // len(CHATTING)
+    labels = LessonLabels(seed=2, count=600).do({})
+    assert {row["label"] for row in labels} == {0, 1, 2, 3, 4, 5}
+    assert not any(person in row["text"] for row in labels for person in PEOPLE[::2])
+    assert sum(Half().do({"text": text}) is not None for text in texts) == pytest.approx(1000, abs=100)
+    assert [FirstWord().score({"answer": "tea", "response": text}) for text in (" tea. As", "soda", "")] == [
+        1, 0, 0]
