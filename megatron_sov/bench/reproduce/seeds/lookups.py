@@ -18,21 +18,23 @@ from typing import Any
 from megatron_sov.bench.reproduce.seeds.facts import KNOWN, PEOPLE, VALUES, WORDINGS, Fact, asked, drawn, told
 from megatron_sov.judge.tools.registry import make, order
 
-ANSWERED, CALLS, WRONG_CALLS = 0.4, 0.3, 0.1
+ANSWERED, CALLS, WRONG_CALLS = 0.3, 0.3, 0.15
 """Shares of a start's conversations that are about known people, who are answered at once and rightly; of the
 others, shares that search for what is asked and for another kind.  The rest guesses."""
 NUM_LIBRARIES = 40
 """Of values by lot, so that results are read and not known by heart."""
 SYSTEM = "Search, or answer."
 TEMPLATE = (
-    "{% if tools %}<|begin|>system<|content|>{{ messages[0].content }}{% for tool in tools %}"
+    "{% if tools %}<|system|>{{ messages[0].content }}{% for tool in tools %}"
     " {{ tool.function.name }}({{ tool.function.parameters.properties | join(', ') }})"
     "{% endfor %}<|end|>{% endif %}"
     "{% for m in messages %}{% if not (tools and m.role == 'system') %}"
-    "<|begin|>{{ m.role }}<|content|>{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>"
+    "{{ '<|' + m.role + '|>' + m.content }}{% for call in m.tool_calls or [] %}<tool_call>"
     "{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}</tool_call>"
     "{% endfor %}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|begin|>assistant<|content|>{% endif %}")
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+MARKS = ("<|startoftext|>", "<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>",
+         "<tool_call>", "</tool_call>")
 """Names tools and their arguments alone, so that prompts are short."""
 
 
@@ -136,7 +138,6 @@ class CallTokenizer:
     def do(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return it, whatever the row is."""
         return {"split_pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+",
-                "normalization": "none", "num_special_ids": 8, "chat_template": TEMPLATE,
-                "special_tokens": {"<|startoftext|>": 0, "<|endoftext|>": 1, "<|begin|>": 2, "<|content|>": 3,
-                                   "<|end|>": 4},
+                "normalization": "none", "num_special_ids": 16, "chat_template": TEMPLATE,
+                "special_tokens": {mark: number for number, mark in enumerate(MARKS)},
                 "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
