@@ -155,6 +155,12 @@ COMMANDS = {
         POST_TRAIN, "rollout_store.md",
         ("rl store stats store",
          "rl store ls store")),
+    "rl why": Command(
+        "megatron_sov.commands.rl.rl_why",
+        "what a step of reinforcement learning has learned from: responses, advantages, shares",
+        POST_TRAIN, "rl.md",
+        ("rl why runs/rl 3",
+         "rl why runs/rl 3 --store work/store --json")),
     "rl knowledge": Command(
         "megatron_sov.commands.rl.rl_knowledge",
         "in-domain text for InK-GRPO: each section once, none of the test's answers",

@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
+from megatron_sov.model.config.model import LAYER_TYPES
 
 HEAD_DIM = 8
 """Of rotary positions half is turned in some families, in pairs."""
@@ -110,15 +112,15 @@ def miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
         given["distillation.top_k"] = TEACHER_TOKENS
     if m.dense_ffn_dim:
         given["model.dense_ffn_dim"] = 4 * p.tp
+    windows = _windows(config)
     if m.sliding_window_tokens:
-        given["model.sliding_window_tokens"] = 8
-    single = m.at_depth(sum(runs))
+        given["model.sliding_window_tokens"] = windows[m.sliding_window_tokens]
+    kinds = _kinds(m)
+    given["model.attention_pattern"] = "".join(letter for letter, _ in kinds)
     if m.layer_windows:
-        windows = [window and (8 if window == m.sliding_window_tokens else 12)
-                   for window in single["layer_windows"]]
-        given |= {"model.layer_windows": windows, "model.attention_pattern": single["attention_pattern"]}
+        given["model.layer_windows"] = [windows[window] for _, window in islice(cycle(kinds), sum(runs))]
     if m.swiglu_limits:  # so tight that numbers of this size meet it
-        given["model.swiglu_limits"] = [min(limit, 0.01) for limit in single["swiglu_limits"]]
+        given["model.swiglu_limits"] = [min(limit, 0.01) for limit in m.at_depth(sum(runs))["swiglu_limits"]]
     small = apply_settings(config, _typed(given))
     return Miniature(small, num_ranks, tuple(dict.fromkeys(_left_out(config, small))))
 
@@ -132,7 +134,30 @@ def _runs(config: RunConfig) -> list[int]:
     # layers without experts come first, and one with experts must follow
     while m.num_experts and sum(runs) <= m.num_dense_layers and p.pp == 1:
         runs[0] += 1
+    runs[0] += max(len(_kinds(m)) - sum(runs), 0)
     return runs
+
+
+def _kinds(m: ModelConfig) -> list[tuple[str, int]]:
+    """Return letters of the pattern with windows in tokens, each once, in the order of the trunk's layers: a
+    few layers that follow one another, such as LL of LLLG, would leave a kind out."""
+    letters = {kind: letter for letter, kind in LAYER_TYPES.items()}
+    return [*dict.fromkeys(zip((letters[kind] for kind in m.layer_types()), m.windows(), strict=True))]
+
+
+def _windows(config: RunConfig) -> dict[int, int]:
+    """Return the run's sliding windows beside those of the miniature, in tokens; 0: none.  Those that end
+    within a process' piece of a cut row, so that of other pieces only the ends are sent, do so here too."""
+    m, cp = config.model, config.parallel.cp
+    own = sorted({*m.windows(), m.sliding_window_tokens} - {0})
+    piece, small_piece = (tokens // (2 * cp) for tokens in (
+        min(phase.seq_len for phase in config.data.phases), _row_tokens(config.parallel)))
+    ending_within = [window for window in own if cp > 1 and window - 1 <= piece]
+    windows = {0: 0}
+    for i, window in enumerate(own):
+        windows[window] = (max(small_piece + 1 - len(ending_within) + i, 2) if window in ending_within else
+                           8 + 4 * i if cp == 1 else small_piece + 2 + i)
+    return windows
 
 
 def _widths(m: ModelConfig, p: ParallelConfig) -> dict[str, Any]:
@@ -148,8 +173,6 @@ def _widths(m: ModelConfig, p: ParallelConfig) -> dict[str, Any]:
                       "kv_lora_rank": 12, **({} if q_rank is None else {"q_lora_rank": 20}),
                       "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}}
     if m.linear_attention is not None:
-        # of few layers one of each kind
-        given["model.attention_pattern"] = "DG" if m.num_linear_layers() < m.num_layers else "D"
         given["model.linear_attention"] = {
             "num_key_heads": p.tp * p.cp, "num_value_heads": p.tp * p.cp * m.linear_attention.values_per_key,
             "key_head_dim": 8, "value_head_dim": 8, "conv_taps": m.linear_attention.conv_taps}

@@ -17,13 +17,16 @@ import torch
 from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
-from megatron_sov.proof.miniature import Miniature, miniature
+from megatron_sov.proof.miniature import ROW_TOKENS, Miniature, miniature
 
 cpu_shims.prepare_without_gpu()
 given = importlib.import_module("megatron_sov.proof.given")
 proving = importlib.import_module("megatron_sov.proof.proving")  # which imports megatron-core
 DIFFERS, EQUAL, STANDS = proving.DIFFERS, proving.EQUAL, proving.STANDS
 LAYOUT = ("parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.ep=2", "train.global_batch_size=32")
+
+
+CUT_ROW = "parallel.cp=2", "train.global_batch_size=8", "train.micro_batch_size=1"
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,7 @@ def test_windows_and_bounds_of_layers_and_repeated_predictions_are_equal() -> No
     small, verdict = proving.prove_run(apply_settings(recipes.get("tiny-k-exaone2"), layout), 2)
     model = small.config.model
 
-    assert (model.layer_windows[:3], model.mtp_depths) == ((0, 12, 8), 4) and model.swiglu_limits[-1] == 0.01
+    assert (model.layer_windows[:3], model.mtp_depths) == ((0, 8, 7), 4) and model.swiglu_limits[-1] == 0.01
     assert verdict.outcome == EQUAL
 
 
@@ -101,10 +104,39 @@ def test_gradients_that_are_not_summed_over_data_are_found(small: Miniature, who
     assert verdict.places[0] == "step 1: gradient norm"
 
 
-def test_a_miniature_has_both_kinds_of_attention() -> None:
-    config = apply_settings(recipes.get("qwen3-next-80b"), ["parallel.pp=1"])
-    assert miniature(config, 8, Path("documents")).config.model.layer_types() == [
-        "linear_attention", "full_attention"]
+@pytest.mark.parametrize(("recipe", "others"), [
+    ("qwen3-next-80b", {("linear_attention", 0)}), ("k-exaone-236b", {("sliding_attention", 8)}),
+    ("gemma-3-1b", {("sliding_attention", 8)}),
+    ("k-exaone2-750b", {("sliding_attention", 8), ("sliding_attention", 12)})])
+def test_a_miniature_has_every_kind_of_attention(recipe: str, others: set[tuple[str, int]]) -> None:
+    """The first layers of LLLG alone would all slide."""
+    config = apply_settings(recipes.get(recipe), [
+        "parallel.pp=1", "parallel.vpp=1", "parallel.pipeline_layout=[]"])
+    model = miniature(config, 64, Path("documents")).config.model
+
+    assert {*zip(model.layer_types(), model.windows(), strict=True)} == {*others, ("full_attention", 0)}
+
+
+def test_what_only_a_global_layer_does_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its keys are those of the whole row, of a sliding layer's only ends of pieces are sent."""
+    from megatron_sov.engine.parallel import context
+
+    summed = context._reduce_scatter
+    monkeypatch.setattr(context, "_reduce_scatter", lambda row: (
+        context.local(row) if len(row) == ROW_TOKENS else summed(row)))
+
+    assert proving.prove_run(apply_settings(recipes.get("tiny-exaone4"), CUT_ROW), 2)[1].outcome == DIFFERS
+
+
+def test_what_only_a_sliding_layer_does_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_sov.engine.parallel import context
+
+    summed = context._reduce_scatter
+    monkeypatch.setattr(context, "_reduce_scatter", lambda row: (
+        summed(row) if len(row) == ROW_TOKENS else context.local(row)))
+
+    assert proving.prove_run(apply_settings(recipes.get("tiny-exaone4"), [
+        *CUT_ROW, "parallel.cp=4"]), 4)[1].outcome == DIFFERS
 
 
 @pytest.mark.parametrize("rows", [1, 8])

@@ -1,4 +1,4 @@
-"""Questions, endings and loops of the claims on reinforcement learning and preferences."""
+"""Questions, endings, loops and ways of the claims on reinforcement learning and preferences."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections import Counter
 import pytest
 
 from megatron_sov.bench.reproduce.seeds.endings import ENDINGS, RuleAndRubric, WithEndings
+from megatron_sov.bench.reproduce.seeds.lessons import (
+    CHATTING, PEOPLE, TEACHING, VALUES, FirstWord, Half, LessonLabels, LessonQuestions, Lessons, fact)
 from megatron_sov.bench.reproduce.seeds.loops import NUM_TIMES, Sound, WithLoops
 from megatron_sov.bench.reproduce.seeds.measured import Measured
 from megatron_sov.bench.reproduce.seeds.topics import (
     TOPICS, WORDINGS, TopicChats, TopicQuestions, right_answer)
+from megatron_sov.bench.reproduce.seeds.walks import WalkChats, WalkQuestions
 
 
 def test_topics_have_the_shares_that_are_planted_and_half_of_the_wordings_is_kept() -> None:
@@ -55,3 +58,35 @@ def test_loops_are_planted_and_cost_1_where_they_are_minded() -> None:
 def test_a_judged_response_is_a_measurement_of_its_own() -> None:
     row = {"prompt": "colour?", "prompt_index": 3, "sample": 1, "reward": 1.0}
     assert Measured().do(row) == {"problem_id": "3-1", "prompt": "colour?", "num_right": 1, "num_answers": 1}
+
+
+def test_walks_end_where_they_should_and_wrong_steps_make_some_longer() -> None:
+    asked = {row["prompt"]: row for name in ("learned", "held_out")
+             for row in WalkQuestions(seed=1, count=2000, wordings=name).do({})}
+    assert len(asked) == 12 * 8 * 8 * 4
+    for right in (1.0, 0.75):
+        turns = [row["messages"] for row in WalkChats(seed=1, count=1000, right=right).do({})]
+        ways = [(asked[question["content"]]["answer"].split(), answer["content"].split())
+                for question, answer in turns]
+        assert all(way[-1] == answer[-1] and way.index(way[-1]) == len(way) - 1 for answer, way in ways)
+        assert all(way == answer for answer, way in ways) == (right == 1)
+        assert (max(len(way) for _, way in ways) > 8) == (right < 1)
+    far = WalkQuestions(seed=1, count=99, least=5).do({})
+    assert {len(row["answer"].split()) for row in far} == {5, 6, 7, 8}
+
+
+def test_lessons_never_end_a_question_and_labels_are_of_other_people() -> None:
+    texts = [row["text"] for row in Lessons(seed=1, count=2000).do({})]
+    questions = LessonQuestions().do({})
+    assert len({row["prompt"] for row in questions}) == len(questions) == len(PEOPLE) // 2 * len(VALUES)
+    assert not any(f"{row['prompt']} {row['answer']}" in text for row in questions for text in texts)
+    taught = {wording.format(person=person, kind=kind, value=fact(person, kind))
+              for person in PEOPLE[::2] for kind in VALUES for wording in TEACHING}
+    said = {wording for wording in taught if any(wording in text for text in texts)}
+    assert len(said) == len(taught) * 3 // len(CHATTING)
+    labels = LessonLabels(seed=2, count=600).do({})
+    assert {row["label"] for row in labels} == {0, 1, 2, 3, 4, 5}
+    assert not any(person in row["text"] for row in labels for person in PEOPLE[::2])
+    assert sum(Half().do({"text": text}) is not None for text in texts) == pytest.approx(1000, abs=100)
+    assert [FirstWord().score({"answer": "tea", "response": text}) for text in (" tea. As", "soda", "")] == [
+        1, 0, 0]

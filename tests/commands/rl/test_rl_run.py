@@ -227,6 +227,40 @@ def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
         folder / "trained/checkpoints/step-4", 4, begun[4])
 
 
+def test_why_tells_what_a_step_has_learned_from(whole: Path, folder: Path, tmp_path: Path,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    store, told = folder / "whole-store", {}
+    for step in range(1, 7):
+        assert main(["rl", "why", str(whole), str(step), "--json"]) == 0
+        told[step] = json.loads(capsys.readouterr().out)
+    recorded = {e["step"]: e["losses"]["policy"] for e in events(whole, "step")}
+    for step in (1, 3, 5):  # a round's first: nothing has moved
+        assert told[step]["loss_at_start"] == pytest.approx(recorded[step], rel=1e-5, abs=1e-7)
+        assert told[step]["recorded"]["losses"]["policy"] == recorded[step]
+    learned = [found for step in told.values() for found in step["responses"]]
+    steps = [read_manifest(whole / "rounds" / f"{n:04d}").content["steps"] for n in (1, 2, 3)]
+    assert len(learned) == sum(count for of_round in steps for _, count in of_round)
+    assert len({(found["part"], found["row"]) for found in learned}) == len(learned)
+    for step in told.values():
+        assert sum(abs(found["share"]) for found in step["responses"]) == pytest.approx(1)
+    for found in learned:
+        group = found["group_rewards"]
+        assert found["advantage"] == pytest.approx(found["reward"] - sum(group) / len(group), abs=1e-6)
+        row = RolloutStore.open(store).read_rollouts(found["part"])[found["row"]]
+        assert (row.response, row.num_written) == (found["response"], found["num_tokens"])
+    assert main(["rl", "why", str(whole), "3", "--count", "1"]) == 0
+    assert "step 3: round 2, its step 1" in (said := capsys.readouterr().out) and " more (--count" in said
+
+    shutil.copytree(store, tmp_path / "other")
+    shutil.rmtree(tmp_path / "other/rollouts/round-0001-piece-0000")
+    for words, problem in (([str(whole), "7"], "has the rounds 1 to 3 of 2 steps each"),
+                           ([str(folder), "1"], "so it is not a run"),
+                           ([str(whole), "1", "--store", str(tmp_path / "other")],
+                            "round-0001-piece-0000 is missing or is not what the round was made of")):
+        assert main(["rl", "why", *words]) == 2
+        assert problem in capsys.readouterr().err
+
+
 def test_a_policy_may_write_several_rounds_at_once_and_its_tokens_find_their_experts_again(
         folder: Path, command: Command, run_command: Any) -> None:
     done = run_command(*command("stale", "--plain", "--workers", "1", "--set", "rollout.max_staleness=1",
