@@ -21,7 +21,6 @@ from megatron_sov.bench.reproduce.claims import SHIPPED, Measure, PaperClaim, fi
 from megatron_sov.bench.reproduce.running import read_figure, run_steps
 from megatron_sov.bench.reproduce.seeds.asked import PictureChat
 from megatron_sov.bench.reproduce.seeds.choices import THINGS, ChoicePrompts, Choices
-from megatron_sov.bench.reproduce.seeds.facts import PEOPLE, FactChats, FactQuestions, FactTexts
 from megatron_sov.bench.reproduce.seeds.noise import LABELLED_SHARE, JunkLabels, WithJunk, junk
 from megatron_sov.bench.reproduce.seeds.pictures import SIDE_PIXELS, Pictures
 from megatron_sov.bench.reproduce.seeds.right_ones import RightOnes
@@ -293,17 +292,6 @@ def test_choices_have_their_shares_and_keep_half_of_the_wordings() -> None:
         fruits = [word for word in said if word in THINGS["fruit"].split()]
         most = max(fruits.count(word) for word in set(fruits))
         assert most / len(fruits) == pytest.approx(wanted, abs=0.05)
-
-
-def test_half_of_the_facts_stand_in_texts_alone() -> None:
-    answers = [{row["answer"] for row in FactQuestions(seed=3, half=half).do({})}
-               for half in ("told", "asked")]
-    text = {row["text"] for row in FactTexts(seed=3).do({})}
-    assert not answers[0] & answers[1] and answers[0] | answers[1] == text and len(text) == len(PEOPLE)
-    chats = [row["messages"][1]["content"] for row in FactChats(seed=1, count=4000).do({})]
-    known = sum(answer in text for answer in chats) / sum(answer[:-1].rsplit(" ", 1)[0] in {
-        fact[:-1].rsplit(" ", 1)[0] for fact in text} for answer in chats)
-    assert known == pytest.approx(1 / 8, abs=0.03)  # by lot, as chance has it
 
 
 def test_only_right_responses_become_conversations() -> None:
