@@ -119,10 +119,12 @@ def test_nothing_else_moves_in_the_order(trained: Path) -> None:
 
 
 @pytest.mark.parametrize(("without", "problem"), [
-    ("nobody", "there is no source 'nobody'; the run reads "), ("even:5-3", "must be SOURCE, SOURCE:DOCUMENT"),
+    ("nobody", "there is no source 'nobody'; the run reads "),
+    ("even:5-3", "must be SOURCE, SOURCE:DOCUMENT"),
     ("even:1-99999999", "training documents, numbered from 0"), ("a b", "must be SOURCE, SOURCE:DOCUMENT")])
 def test_documents_that_are_not_there_are_refused(
-        trained: Path, tmp_path: Path, without: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+        trained: Path, tmp_path: Path, without: str, problem: str,
+        capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["counterfactual", str(trained), "--without", without,
                      "--output", str(tmp_path / "out")]) == ExitCode.USER_ERROR
     assert problem in capsys.readouterr().err and not (tmp_path / "out").exists()
