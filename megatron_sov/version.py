@@ -40,7 +40,8 @@ PARTS = {
                 "megatron_sov.commands.models.card"),
     "omni": ("megatron_sov.omni", "megatron_sov.commands.models.codec",
              "megatron_sov.commands.evaluate.eval_media", "data_prep.media"),
-    "audit": ("megatron_sov.audit", "megatron_sov.commands.operate.audit"),
+    "audit": ("megatron_sov.audit", "megatron_sov.commands.operate.audit",
+              "megatron_sov.commands.operate.counterfactual"),
     "serve": ("megatron_sov.serve", "megatron_sov.commands.models.serve",
               "megatron_sov.commands.models.chat"),
 }

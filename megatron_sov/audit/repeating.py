@@ -37,6 +37,8 @@ from megatron_sov.runs.folder import CONFIG, RunFolder, fixed_settings, read_com
 from megatron_sov.work.processes.children import start_command
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
 COMMANDS = {"lm": "pretrain", "sft": "sft", "preference": "prefer"}
@@ -247,7 +249,7 @@ def repeat(evidence: Evidence, segment: Segment, work: Path) -> Repeated:
         _prepare(evidence, segment, target)
         # behind the first step, too: how far the weights move is then known of the first segment
         for step in sorted({segment.begin or 1, segment.end} - {segment.begin}):
-            _run(evidence, step, target, folder / LOG)
+            train_until(target, step, evidence.start, evidence.nproc, folder / LOG)
         if not (target.checkpoint(segment.end) / MANIFEST).is_file():
             raise UserError(f"{folder / LOG}: the repetition ended before step {segment.end}; look at its "
                             "end")
@@ -262,10 +264,7 @@ def _prepare(evidence: Evidence, segment: Segment, target: RunFolder) -> None:
     target.path.parent.mkdir(parents=True)
     # those of the checkpoint: a run that went on at another layout has others in its config.json now
     config = checkpoints.settings_of(RunFolder(evidence.run).checkpoint(segment.end))
-    paths = {_named(given, place): config.data.paths[given] for given, place in evidence.data.items()}
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, paths=paths), obs=ObsConfig(),
-                                 evaluate=EvaluateConfig())
-    config = apply_settings(config, [*QUIET, *evidence.settings])
+    config = apply_settings(own_settings(config, evidence.data), [*QUIET, *evidence.settings])
     atomic_write(target.path.parent / CONFIG, to_json(config.to_dict()))
     if segment.begin:
         # a copy: the auditor's run must be able to do to it what runs do to their checkpoints
@@ -273,18 +272,42 @@ def _prepare(evidence: Evidence, segment: Segment, target: RunFolder) -> None:
         shutil.copy(target.path.parent / CONFIG, target.path)
 
 
+def own_settings(config: RunConfig, data: Mapping[str, Path]) -> RunConfig:
+    """Return a run's settings for a folder of one's own: its data where they lie here, and nothing that is
+    done beside training.
+
+    Args:
+        config: of the run.
+        data: [NAME=]folder of the settings -> where that lies.
+    """
+    paths = {_named(given, place): config.data.paths[given] for given, place in data.items()}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, paths=paths), obs=ObsConfig(),
+                               evaluate=EvaluateConfig())
+
+
 def _named(given: str, place: Path) -> str:
     name, equals, _ = given.partition("=")
     return f"{name}={place.absolute()}" if equals and not Path(given).exists() else str(place.absolute())
 
 
-def _run(evidence: Evidence, until: int, target: RunFolder, log: Path) -> None:
-    """Train on, from what the auditor's folder holds, to a step."""
+def train_until(target: RunFolder, until: int, start: Path | None, nproc: int, log: Path) -> None:
+    """Train on by the ordinary command, from what a folder holds, to a step.
+
+    Args:
+        target: the folder; its settings stand in `CONFIG` beside it.
+        until: the step.
+        start: model of --from; None: the run begins from its seed.
+        nproc: processes.
+        log: file for what the command says.
+
+    Raises:
+        UserError: the command fails.
+    """
     config = target.path.parent / CONFIG
     objective = json.loads(config.read_text(encoding="utf-8"))["objective"]["name"]
     words = [COMMANDS[objective], "--config", str(config), "--run", str(target.path), "--until", str(until),
-             "--resume", *(("--from", str(evidence.start)) if evidence.start is not None else ()),
-             *(("--nproc", str(evidence.nproc)) if evidence.nproc > 1 else ())]
+             "--resume", *(("--from", str(start)) if start is not None else ()),
+             *(("--nproc", str(nproc)) if nproc > 1 else ())]
     with open(log, "ab") as out:
         code = start_command([sys.executable, "-W", "ignore", "-m", "megatron_sov", *words], stdout=out,
                              stderr=out, ends_with_this=True).wait()
@@ -343,19 +366,15 @@ def _distance(readers: Sequence[TensorReader], keys: Sequence[str], *, has_befor
     """
     import torch
 
-    def blocks(key: str, of: Sequence[TensorReader]) -> Iterator[list[torch.Tensor]]:
-        for offset, shape in _blocks(of[0].shape(key)):
-            yield [reader.read(key, offset, shape).reshape(shape[0] if shape else 1, -1) for reader in of]
-
     # bits before distances: where all are equal, as they mostly are, nothing more is read
-    first = next((key for key in keys for pair in blocks(key, readers[:2])
+    first = next((key for key in keys for pair in read_blocks(key, readers[:2])
                   if not torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in pair))), "")
     if not first:
         return 0.0, ""
     rows = defaultdict(list)
     for key in keys:
         kind = key.partition("/")[0] if "/" in key else ""
-        for lab, own, old in blocks(key, readers):
+        for lab, own, old in read_blocks(key, readers):
             off, moved = ((a.double() - b.double()).square().mean(1) for a, b in ((own, lab), (lab, old)))
             rows[kind].append(torch.stack([off, moved]))
     worst = 0.0
@@ -366,6 +385,12 @@ def _distance(readers: Sequence[TensorReader], keys: Sequence[str], *, has_befor
                       .max().sqrt())
         worst = max(worst, found if has_before else math.inf)
     return worst, first
+
+
+def read_blocks(key: str, readers: Sequence[TensorReader]) -> Iterator[list[torch.Tensor]]:
+    """Yield a tensor of several checkpoints in blocks of rows, [rows, columns] of each."""
+    for offset, shape in _blocks(readers[0].shape(key)):
+        yield [reader.read(key, offset, shape).reshape(shape[0] if shape else 1, -1) for reader in readers]
 
 
 def alike(one: Any, other: Any, bound: float) -> bool:

@@ -275,6 +275,12 @@ COMMANDS = {
         OPERATE, "watching.md",
         ("logs runs/pretrain",
          "logs runs/pretrain --rank 3 --tail 20")),
+    "counterfactual": Command(
+        "megatron_sov.commands.operate.counterfactual",
+        "train a run again as if it had never read some documents, and tell the difference",
+        PUBLISH, "audit.md",
+        ("counterfactual runs/pretrain --without news --output without-news",
+         "counterfactual runs/pretrain --without books:120-184 --control --output without-a-book")),
     "audit commit": Command(
         "megatron_sov.commands.operate.audit:COMMIT",
         "publish hashes of a run's settings, data and checkpoints, in a log that only grows",

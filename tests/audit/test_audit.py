@@ -88,7 +88,7 @@ def test_a_run_is_published_drawn_and_repeated_to_the_bit_by_the_pages_commands(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, "runs/audited")
     training, *commands = commands_of(PAGE)
-    assert training.startswith("megatron-sov pretrain ") and len(commands) == 4
+    assert training.startswith("megatron-sov pretrain ") and len(commands) == 5
     for line in commands:
         assert cli.main(shlex.split(line)[1:]) == ExitCode.OK
     said = capsys.readouterr().out

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry, plan
+from megatron_sov.train.data.left_out import left_out
 from megatron_sov.train.data.rounds import SOURCE, RoundDocuments, rounds_of
 from megatron_sov.train.data.streams import Cursor, DocumentStream, Packing, Row, best_fit_units
 from megatron_sov.train.data.token_shards import Documents, Source
@@ -90,6 +91,7 @@ class SampleOrder:
         self._rounds, self._steps_per_round = rounds_of(sources), config.rollout.steps_per_round
         self._policy, self._round_seed = config.policy, config.rollout.seed
         self._unit = config.documents_of_unit
+        self._left_out = left_out(config.data.without, sources)
         self._documents: dict[int, Documents] = {}
         self._streams: dict[str, DocumentStream] = {}
 
@@ -150,7 +152,10 @@ class SampleOrder:
     def _next_sample(self, weights: dict[str, float], seq_len: int) -> OrderedSample:
         name = next_source(weights, self.state.taken)
         self.state.taken[name] = self.state.taken.get(name, 0) + 1
-        return OrderedSample(self._index[name], self._stream(name).next_sample(seq_len))
+        row = self._stream(name).next_sample(seq_len)
+        if (removed := self._left_out.get(name)) is not None:
+            row = removed.kept(row)
+        return OrderedSample(self._index[name], row)
 
     def documents(self, source: int) -> Documents:
         if source not in self._documents:

@@ -1,5 +1,5 @@
 """Documents that teach facts of invented people to some degree, labels of how much others teach, and
-questions: what the commands of claims name as `lessons.py:Lessons`, `:LessonLabels`, `:Half`,
+questions: what the commands of claims name as `lessons.py:Lessons`, `:LessonLabels`,
 `:LessonPipeline`, `:LessonQuestions` and `:FirstWord`.
 
 Sentences that teach and sentences that do not have the same people, words and lengths.
@@ -7,14 +7,12 @@ Sentences that teach and sentences that do not have the same people, words and l
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PEOPLE = ("Aldo", "Brit", "Cora", "Dirk", "Enno", "Fay", "Gero", "Hilda", "Inga", "Jost", "Kira", "Lars",
-          "Moa", "Nils", "Olga", "Piet", "Ruth", "Sven", "Tilda", "Udo", "Vera", "Wim", "Yara", "Zeno")
+PEOPLE = ("Aldo", "Brit", "Cora", "Dirk", "Enno", "Fay", "Gero", "Hilda", "Inga", "Jost", "Kira", "Lars")
 """Those at even places are taught and asked; labels tell of the others alone."""
 VALUES = {"drink": ("tea", "milk", "cocoa", "juice", "water", "broth", "cider", "soda"),
           "stone": ("opal", "ruby", "jade", "onyx", "pearl", "agate", "topaz", "amber"),
@@ -84,15 +82,6 @@ class LessonLabels:
         rng = random.Random(self.seed)
         return [dict(zip(("text", "label"), document(rng, PEOPLE[1::2]), strict=True))
                 for _ in range(self.count)]
-
-
-@dataclass(frozen=True)
-class Half:
-    """Half of the documents, by lot."""
-
-    def do(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the document, or None; its text draws the lot."""
-        return {"text": row["text"]} if hashlib.sha256(row["text"].encode()).digest()[0] % 2 else None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,138 @@
+"""A run without documents: what it repeats, that it is a run that never read them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov import cli
+from megatron_sov.audit.counterfactual import find_first_use, plan_repetition
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.model.config import apply_settings
+from megatron_sov.model.config.data import documents_named
+from megatron_sov.train.data.left_out import left_out
+from megatron_sov.train.data.order import SampleOrder
+from tests.audit.test_audit import SMALL, as_child
+
+__all__ = ["as_child"]
+EVALUATED = (*SMALL, "data.heldout_tokens=256", "train.deterministic=true")
+
+
+@pytest.fixture(scope="module")
+def train(packed_data: Any, run_command: Callable[..., Any]) -> Callable[..., Path]:
+    """Return `train(run, *settings)`: a run of six steps on two sources."""
+    def train(run: Path, *settings: str) -> Path:
+        done = run_command("pretrain", "tiny-qwen3", "--data", str(packed_data.text), "--run", str(run),
+                           *(word for setting in (*EVALUATED, *settings) for word in ("--set", setting)))
+        assert done.returncode == 0, done.stderr
+        return run
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, train: Callable[..., Path]) -> Path:
+    return train(tmp_path_factory.mktemp("counterfactual") / "run")
+
+
+def weights_and_moments(checkpoint: Path) -> dict[str, str]:
+    """Return the digests of a checkpoint's tensors."""
+    return {name: record.digest for name, record in read_manifest(checkpoint).files.items()
+            if name.endswith(".safetensors")}
+
+
+def documents_read(run: Path, without: tuple[str, ...] = ()) -> dict[int, set[tuple[str, int]]]:
+    """Return what each step reads, by walking through its batches."""
+    plan = plan_repetition(run, without, run / "none", None, 1)
+    sources = plan.sources()
+    order = SampleOrder(plan.config, sources)
+    return {step: {(sources[sample.source].name, segment.document) for sample in order.next_batch()[1]
+                   for segment in sample.segments} for step in range(1, 7)}
+
+
+def test_what_never_read_a_document_is_what_is_left_when_it_is_taken_out(
+        trained: Path, train: Callable[..., Path], tmp_path: Path, as_child: None,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    read = documents_read(trained)
+    # first read behind the checkpoint of step 2, so that half of the run is repeated
+    source, document = min(read[4] - read[1] - read[2] - read[3])
+    named = f"{source}:{document}"
+    words = ["counterfactual", str(trained), "--without", named, "--output", str(tmp_path / "out")]
+
+    assert cli.main([*words, "--control"]) == ExitCode.OK
+    assert "steps 3 to 6 were repeated, " in (said := capsys.readouterr().out)
+    assert "with nothing left out every bit is the run's" in said
+    found = json.loads((tmp_path / "out/removal.json").read_text())
+    assert (found["documents"], found["begin"], found["end"], found["control"]) == (1, 2, 6, "equal")
+    assert found["first_use"]["step"] == 4 and 0 < found["distance"] < 1
+    never = train(tmp_path / "never", f'data.without=["{named}"]')
+    removed = weights_and_moments(Path(found["checkpoint"]))
+    assert weights_and_moments(never / "checkpoints/step-6") == removed
+    assert weights_and_moments(trained / "checkpoints/step-6") != removed
+    assert named in (tmp_path / "out/removal.html").read_text()
+
+    # what is done is not done again, and is not taken for something else
+    shutil.rmtree(tmp_path / "out/removed/run/checkpoints/step-2")
+    assert cli.main(words) == ExitCode.OK
+    assert not (tmp_path / "out/removed/run/checkpoints/step-2").exists()
+    capsys.readouterr()
+    assert cli.main([*words[:3], source, *words[4:]]) == ExitCode.USER_ERROR
+    assert "without other documents; name another --output" in capsys.readouterr().err
+
+
+def test_first_use_is_where_a_walk_through_all_batches_meets_a_document(trained: Path) -> None:
+    read = documents_read(trained)
+    plan = plan_repetition(trained, (), trained / "none", None, 1)
+    for source, document in sorted(set().union(*read.values()))[::3]:
+        steps = [step for step, documents in read.items() if (source, document) in documents]
+        found = find_first_use(plan.config, plan.sources(), plan.newest, [f"{source}:{document}"])
+        assert (found.step, found.steps) == (steps[0], len(steps))
+    names = sorted({source for documents in read.values() for source, _ in documents})
+    everything = find_first_use(plan.config, plan.sources(), plan.newest, names)
+    assert everything.emptied == (1, 2, 3, 4, 5, 6)
+    unread = next(i for i in range(10_000) if (names[0], i) not in set().union(*read.values()))
+    assert find_first_use(plan.config, plan.sources(), plan.newest, [f"{names[0]}:{unread}"]).step == 0
+
+
+def test_nothing_else_moves_in_the_order(trained: Path) -> None:
+    plan = plan_repetition(trained, (), trained / "none", None, 1)
+    sources = plan.sources()
+    named = f"{sources[0].name}:3-40"
+    removed = left_out([named], sources)[sources[0].name]
+    whole, without = (SampleOrder(config, sources) for config in (
+        plan.config, apply_settings(plan.config, [f'data.without=["{named}"]'])))
+    taken = 0
+    for _ in range(6):
+        (_, ours), (_, theirs) = whole.next_batch(), without.next_batch()
+        for one, other in zip(ours, theirs, strict=True):
+            kept = tuple(s for s in one.segments if one.source != 0 or not 3 <= s.document <= 40)
+            taken += len(one.segments) - len(kept)
+            assert (one.source, kept) == (other.source, other.segments)
+    assert taken > 0 and without.state.cursors == whole.state.cursors
+    assert removed.counts(sources[0])[0] == 38
+
+
+@pytest.mark.parametrize(("without", "problem"), [
+    ("nobody", "there is no source 'nobody'; the run reads "),
+    ("even:5-3", "must be SOURCE, SOURCE:DOCUMENT"),
+    ("even:1-99999999", "training documents, numbered from 0"), ("a b", "must be SOURCE, SOURCE:DOCUMENT")])
+def test_documents_that_are_not_there_are_refused(
+        trained: Path, tmp_path: Path, without: str, problem: str,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["counterfactual", str(trained), "--without", without,
+                     "--output", str(tmp_path / "out")]) == ExitCode.USER_ERROR
+    assert problem in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_documents_are_named() -> None:
+    assert documents_named("news") == ("news", 0, None)
+    assert documents_named("news.2:7") == ("news.2", 7, 7)
+    assert documents_named("ko-web:0-9") == ("ko-web", 0, 9)
+    with pytest.raises(UserError, match="must be SOURCE"):
+        documents_named("news:-1")
