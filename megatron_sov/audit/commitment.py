@@ -138,11 +138,16 @@ def leaves_of(run: Path) -> list[Leaf]:
     found = [Leaf(SETTINGS, "", sha256) for sha256 in dict.fromkeys(map(settings_sha256, written))]
     found.append(Leaf(CODE, "", code_sha256()))
     found += [Leaf(DATA, given, manifest_sha256(place)) for given, place in data_folders(run).items()]
-    starts = [given["manifest_sha256"] for event in read_events(run / EVENTS) if event["event"] == "run_start"
-              for given in event.get("inputs", ()) if given["kind"] == checkpoints.KIND]
-    found += [Leaf(START, "", sha256) for sha256 in starts[:1]]
+    found += [Leaf(START, "", sha256) for sha256 in [start_of(run)] if sha256]
     return found + [Leaf(CHECKPOINT, str(checkpoints.step_of(path)), manifest_sha256(path))
                     for path in checkpoints.complete(folder.checkpoints)]
+
+
+def start_of(run: Path) -> str:
+    """Return the hash of the manifest of the model that a run began from; empty: it began from its seed."""
+    starts = (given["manifest_sha256"] for event in read_events(run / EVENTS) if event["event"] == "run_start"
+              for given in event.get("inputs", ()) if given["kind"] == checkpoints.KIND)
+    return str(next(starts, ""))
 
 
 def data_folders(run: Path) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.audit.commitment import code_sha256, data_folders, settings_sha256
+from megatron_sov.audit.commitment import code_sha256, data_folders, settings_sha256, start_of
 from megatron_sov.audit.drawing import Segment
 from megatron_sov.audit.repeating import (
     LOG, NEVER, REPEATED, RepeatOutcome, cannot_be_repeated, compare, own_settings, read_blocks, train_until)
@@ -24,15 +24,19 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.objectives import FORMATS
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import CONFIG, RunFolder, read_command
+from megatron_sov.runs.lock import living_holder
 from megatron_sov.runs.obs.events import EVENTS, final_steps, read_events
-from megatron_sov.train.data.ledger import LedgerEntry
+from megatron_sov.train.data.ledger import LedgerEntry, plan
 from megatron_sov.train.data.left_out import left_out
 from megatron_sov.train.data.order import SampleOrder
 from megatron_sov.train.data.token_shards import Source, open_sources
+from megatron_sov.train.data.views import with_views
 from megatron_sov.work.progress.progress_bar import work_bar
 
 REMOVED, CONTROL = "removed", "control"
 """Folders of both repetitions."""
+BEGUN = "repetition.json"
+"""File of such a folder: which run, from where to where."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Removal:
     code_sha256: str
     data_sha256: dict[str, str]
     """[NAME=]folder -> manifest."""
+    start_sha256: str
+    """Of the model that the run began from; empty: it began from its seed."""
     distance: float
     """|weights - weights of the run| / |weights of the run|."""
     control: str
@@ -94,7 +100,8 @@ class Repetition:
     """Checkpoint."""
 
     def sources(self) -> list[Source]:
-        return open_sources(self.config.data.paths, self.config.model.vocab_size, FORMATS, warns=False)
+        found = open_sources(self.config.data.paths, self.config.model.vocab_size, FORMATS, warns=False)
+        return with_views(self.config, found)
 
 
 def plan_repetition(run: Path, without: Sequence[str], output: Path, start: Path | None,
@@ -105,10 +112,13 @@ def plan_repetition(run: Path, without: Sequence[str], output: Path, start: Path
         UserError: it is no run, cannot be repeated, or holds no checkpoint; or its data are not there.
     """
     folder = RunFolder(run)
-    if folder.config() is None:
+    if (now := folder.config()) is None:
         checkpoints.refuse_missing(run)
         checkpoints.refuse_no_run(run)
         raise UserError(f"{run}: holds no {CONFIG}; name the --run of a training command")
+    if (holder := living_holder(run)) is not None:
+        raise UserError(f"{run}: is at work (process {holder['pid']} on {holder['host']}); wait for its end, "
+                        "or stop it")
     newest = checkpoints.latest(folder.checkpoints)
     if newest is None:
         raise UserError(f"{run}: holds no checkpoint; let it write one")
@@ -116,8 +126,15 @@ def plan_repetition(run: Path, without: Sequence[str], output: Path, start: Path
     if what := cannot_be_repeated(config):
         raise UserError(f"{run}: has {what}; pretrain, sft and prefer of all weights without code of one's "
                         "own are what can be repeated")
-    return Repetition(run, tuple(without), output, start and checkpoints.find_checkpoint(start),
-                      nproc or read_command(run).processes, own_settings(config, data_folders(run)), newest)
+    if config.data.paths.keys() != now.data.paths.keys():
+        raise UserError(f"{run / CONFIG}: names other data than {newest.name} was written with; resume the "
+                        "run until it has written a checkpoint with these")
+    begun = start and checkpoints.find_checkpoint(start)
+    if (asked := start_of(run)) != (manifest_sha256(begun) if begun else ""):
+        raise UserError(f"{run}: " + (f"began from a model with the manifest {asked[:12]}; name it by --from"
+                                      if asked else "began from its seed; leave --from out"))
+    return Repetition(run, tuple(without), output, begun, nproc or read_command(run).processes,
+                      own_settings(config, data_folders(run)), newest)
 
 
 def find_first_use(config: RunConfig, sources: Sequence[Source], newest: Path, without: Sequence[str]
@@ -134,18 +151,16 @@ def find_first_use(config: RunConfig, sources: Sequence[Source], newest: Path, w
         UserError: there are no such documents, or the checkpoint is damaged.
     """
     removed = left_out(without, sources)
-    try:
-        state = json.loads((newest / checkpoints.STATE).read_text(encoding="utf-8"))["order"]
-        planned, steps = [LedgerEntry(**entry) for entry in state["history"]], int(state["step"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
-        raise UserError(f"{newest / checkpoints.STATE}: is damaged ({str(e)[:200]}); set the checkpoint "
-                        "aside, and the one before it is taken") from None
+    planned = plan(config, list(sources))
+    steps = checkpoints.step_of(newest)
+    _refuse_other_order(planned, sources, newest)
     order = SampleOrder(config, list(sources), planned=planned)
     touched, emptied = [], []
     with work_bar("read the order", steps, "step") as bar:
         for step in range(1, steps + 1):
             entry, samples = order.next_batch()
             bar.update(1)
+            # what a guard refused was read: only what the settings pass over was not
             if entry.skip:
                 continue
             kept = [removed[name].kept(sample.segments) if (name := sources[sample.source].name) in removed
@@ -155,6 +170,37 @@ def find_first_use(config: RunConfig, sources: Sequence[Source], newest: Path, w
                 if not any(kept):
                     emptied.append(step)
     return FirstUse(touched[0] if touched else 0, len(touched), tuple(emptied))
+
+
+def _refuse_other_order(planned: Sequence[LedgerEntry], sources: Sequence[Source], newest: Path) -> None:
+    """Refuse a run whose steps did not follow its settings, since these are what is repeated.
+
+    Raises:
+        UserError: it was resumed with others, its data were packed anew, or the checkpoint is damaged.
+    """
+    file, steps = newest / checkpoints.STATE, checkpoints.step_of(newest)
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        history = [LedgerEntry(**entry) for entry in state["order"]["history"]]
+        data = dict(state["data"])
+        told, done = ([(e.phase, e.seq_len, e.global_batch_size, dict(e.weights))
+                       for e in (next(e for e in reversed(entries) if e.first_step <= step)
+                                 for step in range(steps))] for entries in (planned, history))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration, RuntimeError,
+            RecursionError) as e:
+        raise UserError(f"{file}: is damaged ({type(e).__name__} {str(e)[:200]}); set the checkpoint aside, "
+                        "and the one before it is taken") from None
+    if told != done:
+        step = next(i for i, pair in enumerate(zip(told, done, strict=True), 1) if pair[0] != pair[1])
+        raise UserError(f"{file}: step {step} read {done[step - 1]}, and by {newest.name}'s settings it "
+                        f"would read {told[step - 1]}: the run was resumed with other data, phases or "
+                        "batches, and what is repeated are these settings")
+    for source in sources:
+        if source.artifact is None or source.name not in data:
+            continue
+        if data[source.name] != manifest_sha256(source.artifact):
+            raise UserError(f"{source.artifact}: was packed anew since {newest} was written; put back what "
+                            "the run has read")
 
 
 def remove(repetition: Repetition, *, with_control: bool) -> Removal:
@@ -182,14 +228,19 @@ def remove(repetition: Repetition, *, with_control: bool) -> Removal:
         str(repetition.run), repetition.without, sum(n for n, _ in counts), sum(n for _, n in counts), first,
         begin, end, str(found), manifest_sha256(found), settings_sha256(settings), code_sha256(),
         {given: manifest_sha256(place) for given, place in data_folders(repetition.run).items()},
-        _apart(found, repetition.newest) if first.step else 0.0, control,
+        start_of(repetition.run), _apart(found, repetition.newest) if first.step else 0.0, control,
         _losses(run.path, found.parent.parent))
 
 
 def _without(config: RunConfig, without: Sequence[str], emptied: Sequence[int]) -> RunConfig:
-    skips = (*config.data.skip_steps, *((step, step) for step in emptied))
+    skips = list(config.data.skip_steps)
+    for step in emptied:
+        if skips and skips[-1][1] == step - 1:
+            skips[-1] = skips[-1][0], step
+        else:
+            skips.append((step, step))
     return dataclasses.replace(config, data=dataclasses.replace(
-        config.data, without=(*config.data.without, *without), skip_steps=skips))
+        config.data, without=(*config.data.without, *without), skip_steps=tuple(skips)))
 
 
 def _repeat(repetition: Repetition, settings: RunConfig, before: Path | None, end: int, folder: Path) -> Path:
@@ -197,14 +248,23 @@ def _repeat(repetition: Repetition, settings: RunConfig, before: Path | None, en
     target = RunFolder(folder / REPEATED)
     # one checkpoint, at the end, and the run's own evaluations
     settings = apply_settings(settings, [f"train.checkpoint_every_steps={NEVER}", "train.keep_every_steps=0"])
-    text = to_json(settings.to_dict())
-    asked = folder / CONFIG
-    if asked.is_file() and asked.read_text(encoding="utf-8") != text:
+    text, asked, begun = to_json(settings.to_dict()), folder / CONFIG, folder / BEGUN
+    identity = to_json({"end": manifest_sha256(repetition.newest), "nproc": repetition.nproc,
+                        "begin": manifest_sha256(before) if before else "", "from": start_of(repetition.run)})
+    if folder.is_symlink() or (folder.exists() and not begun.is_file()):
+        raise UserError(f"{folder}: is a link, or holds something else than a repetition; name another "
+                        "--output")
+    if asked.is_file() and (asked.read_text(encoding="utf-8"), begun.read_text(encoding="utf-8")) != (
+            text, identity):
         raise UserError(f"{folder}: holds the repetition of another run, or without other documents; name "
                         "another --output")
     if not asked.is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        target.path.mkdir(parents=True)
+        if before is not None and (problem := checkpoints.damage(before)):
+            raise UserError(problem)
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(begun, identity)  # first: what stands beside it was made here
+        shutil.rmtree(target.path, ignore_errors=True)
+        target.path.mkdir()
         if before is not None:
             # a copy: this run must be able to do to it what runs do to their checkpoints
             shutil.copytree(before, target.checkpoint(checkpoints.step_of(before)))
@@ -276,7 +336,8 @@ def page(removal: Removal) -> str:
         [name, f"{ours:.4f}", f"{theirs:.4f}", f"{theirs - ours:+.4f}"]
         for name, (ours, theirs) in removal.losses.items()])
     hashes: Mapping[str, Any] = {"checkpoint": removal.checkpoint_sha256, "settings": removal.settings_sha256,
-                                 "code": removal.code_sha256, **removal.data_sha256}
+                                 "code": removal.code_sha256, "start": removal.start_sha256 or "(its seed)",
+                                 **removal.data_sha256}
     return render("counterfactual", f"Without {', '.join(removal.without)}", sentence(removal), [
         Chapter(removal.run, "", figures, [
             PageSection("Held-out bits per byte", "At the end of both, by source. A positive difference is "
@@ -288,6 +349,7 @@ def page(removal: Removal) -> str:
                         + (f" Steps of which nothing was left were passed over: "
                            f"{', '.join(map(str, removal.first_use.emptied))}."
                            if removal.first_use.emptied else "")),
-            PageSection("Hashes", "Whoever has the data can train the whole run with data.without as it "
-                        "stands in the settings, and must come to this checkpoint.",
+            PageSection("Hashes", "Whoever has the data can train the whole run with data.without and "
+                        "data.skip_steps as they stand in the repetition's settings, and must come to this "
+                        "checkpoint.",
                         tables=[PageTable(["what", "SHA-256"], [[*each] for each in hashes.items()])])])])

@@ -131,10 +131,9 @@ def _runs(config: RunConfig) -> list[int]:
     m, p = config.model, config.parallel
     given = p.pipeline_layout or (m.num_layers // (p.pp * p.vpp),) * (p.pp * p.vpp)
     runs = [min(count, 2 if len(given) <= FEW_RUNS else 1) for count in given]
-    # layers without experts come first, and one with experts must follow
-    while m.num_experts and sum(runs) <= m.num_dense_layers and p.pp == 1:
-        runs[0] += 1
-    runs[0] += max(len(_kinds(m)) - sum(runs), 0)
+    if len(runs) == 1:  # layers without experts come first, and each kind with experts must follow
+        needed = len(_kinds(m)) + (m.num_dense_layers if m.num_experts else 0)
+        runs[0] = min(max(runs[0], needed), m.num_layers)
     return runs
 
 
@@ -229,3 +228,20 @@ def _left_out(config: RunConfig, small: RunConfig) -> Iterator[str]:
         if getattr(getattr(config, part), key) != getattr(getattr(small, part), key) or (
                 name == "gpu.attention"):
             yield what
+    windows = _windows(config)
+    full, played = (_layers(m, known) for m, known in (
+        (config.model, windows), (small.model, {window: window for window in windows.values()})))
+    if full - played:
+        yield f"{len(full - played)} kinds of layers, of which there are more than layers in miniature"
+    lengths, cp = {phase.seq_len for phase in config.data.phases}, config.parallel.cp
+    if cp > 1 and len(set(windows.values())) < len(windows):
+        yield "some of many windows, which are of one size in miniature"
+    if cp > 1 and any(len({window - 1 <= length // (2 * cp) for length in lengths}) > 1
+                      for window in windows):
+        yield "windows within a piece of a row, where they are so in the longer phases alone"
+
+
+def _layers(m: ModelConfig, windows: dict[int, int]) -> set[tuple[str, int, bool]]:
+    """Return each layer's kind of attention, its window in miniature, and whether it has experts."""
+    return {(kind, windows[window], bool(m.num_experts) and i >= m.num_dense_layers)
+            for i, (kind, window) in enumerate(zip(m.layer_types(), m.windows(), strict=True))}

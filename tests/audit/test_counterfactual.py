@@ -18,6 +18,7 @@ from megatron_sov.model.config import apply_settings
 from megatron_sov.model.config.data import documents_named
 from megatron_sov.train.data.left_out import left_out
 from megatron_sov.train.data.order import SampleOrder
+from megatron_sov.train.data.views import with_views
 from tests.audit.test_audit import SMALL, as_child
 
 __all__ = ["as_child"]
@@ -27,8 +28,9 @@ EVALUATED = (*SMALL, "data.heldout_tokens=256", "train.deterministic=true")
 @pytest.fixture(scope="module")
 def train(packed_data: Any, run_command: Callable[..., Any]) -> Callable[..., Path]:
     """Return `train(run, *settings)`: a run of six steps on two sources."""
-    def train(run: Path, *settings: str) -> Path:
+    def train(run: Path, *settings: str, inject: str = "") -> Path:
         done = run_command("pretrain", "tiny-qwen3", "--data", str(packed_data.text), "--run", str(run),
+                           *(["--inject", inject] if inject else []),
                            *(word for setting in (*EVALUATED, *settings) for word in ("--set", setting)))
         assert done.returncode == 0, done.stderr
         return run
@@ -84,6 +86,52 @@ def test_what_never_read_a_document_is_what_is_left_when_it_is_taken_out(
     capsys.readouterr()
     assert cli.main([*words[:3], source, *words[4:]]) == ExitCode.USER_ERROR
     assert "without other documents; name another --output" in capsys.readouterr().err
+
+
+def test_what_a_guard_refused_was_read(trained: Path, train: Callable[..., Path], tmp_path: Path) -> None:
+    run = train(tmp_path / "refused", "train.keep_checkpoints=1", inject="nan@step=5")
+    read = documents_read(trained)
+    source, document = min(read[5] - set().union(*(read[step] for step in (1, 2, 3, 4, 6))))
+    plan = plan_repetition(run, (), run / "none", None, 1)
+    assert find_first_use(plan.config, plan.sources(), plan.newest, [f"{source}:{document}"]).step == 5
+
+
+def test_runs_that_did_not_follow_their_settings_are_refused(trained: Path, tmp_path: Path, as_child: None,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    source, document = min(documents_read(trained)[1])
+
+    def refused(run: Path, problem: str, *more: str) -> None:
+        assert cli.main(["counterfactual", str(run), "--without", f"{source}:{document}", "--output",
+                         str(tmp_path / "out"), *more]) == ExitCode.USER_ERROR
+        assert problem in capsys.readouterr().err
+
+    refused(trained, "began from its seed; leave --from out", "--from", str(trained))
+    mine = tmp_path / "out/removed/thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    refused(trained, "holds something else than a repetition; name another --output")
+    assert mine.read_text() == "years of work"
+    shutil.copytree(trained, other := tmp_path / "other")
+    state = other / "checkpoints/step-6/state.json"
+    sound = json.loads(state.read_text())
+    for change, problem in (
+            (lambda order: order["history"][0].update(global_batch_size=7), "was resumed with other data"),
+            (lambda order: order.update(history=[]), "is damaged"),
+            (lambda order: order["history"][0].update(weights=3), "is damaged")):
+        broken = json.loads(json.dumps(sound))
+        change(broken["order"])
+        state.write_text(json.dumps(broken))
+        refused(other, problem)
+    state.write_text(json.dumps({**sound, "data": dict.fromkeys(sound["data"], "0" * 64)}))
+    refused(other, "was packed anew")
+
+
+def test_documents_of_views_are_not_told_apart(trained: Path) -> None:
+    plan = plan_repetition(trained, (), trained / "none", None, 1)
+    phases = '[{"name": "main", "seq_len": 32, "blend": {"even/16": 1, "odd": 1}}]'
+    config = apply_settings(plan.config, [f"data.phases={phases}"])
+    with pytest.raises(UserError, match="the blend has even/16, a view of even"):
+        left_out(["even"], with_views(config, plan.sources()))
 
 
 def test_first_use_is_where_a_walk_through_all_batches_meets_a_document(trained: Path) -> None:

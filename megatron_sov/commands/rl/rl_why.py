@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(asdict(found)))
         return ExitCode.OK
     for line in _lines(found, options.count):
-        print(visible(line))
+        print(visible(line).replace("\n", "\\n"))
     return ExitCode.OK
 
 
@@ -72,12 +72,14 @@ def _store_of(run_folder: Path) -> Path:
 def _lines(found: ExplainedStep, count: int) -> Iterator[str]:
     told = ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in found.groups.items())
     yield (f"step {found.step}: round {found.round}, its step {found.step_of_round}; "
-           f"{len(found.responses):,} responses learned; groups of the round: {told}")
+           f"{len(found.responses):,} responses; groups of the round: {told}")
     yield (f"judged by reward version {found.reward_version}; begun by the weights "
            f"{', '.join(digest[:12] for digest in found.policies) or '(none)'}")
-    losses = found.recorded.get("losses", {})
-    if found.loss_at_start is not None and "policy" in losses:
-        yield f"policy loss {losses['policy']:.6g}; where no ratio has moved {found.loss_at_start:.6g}"
+    if not found.recorded:
+        yield "the run has not learned it yet, or has taken it back"
+    elif found.loss_at_start is not None:
+        yield (f"policy loss {found.recorded.get('losses', {}).get('policy')}; where no ratio has moved "
+               f"{found.loss_at_start:.6g}")
     for response in found.responses[:count]:
         yield from _told(response)
     if len(found.responses) > count:

@@ -65,7 +65,7 @@ class ExplainedStep:
     groups: Mapping[str, int]
     """Of the round: "learns", or why its responses are not learned -> groups."""
     recorded: Mapping[str, Any]
-    """The step's event; empty: the run tells nothing of it."""
+    """The step's event; empty: it is not learned, or was taken back."""
     loss_at_start: float | None
     """Policy loss where no ratio has moved, which the first step of a round has, but for what a correction of
     an engine's numbers weighs."""
@@ -98,12 +98,17 @@ def explain(run: Path, step: int, store: Path) -> ExplainedStep:
     documents = RoundDocuments(rounds, config.model.vocab_size)
     opened = documents.read(number, config.data.phases[0].seq_len, config.rollout.steps_per_round)
     content = read_manifest(opened.path, "tokens").content
-    responses, loss = _responses(config, opened, opened.steps[index], _Stored(store, content))
+    try:
+        made = [(str(part["name"]), str(part["rollouts"])) for part in content["store"]]
+        version, policies = str(content["reward_version"]), tuple(map(str, content["policies"]))
+        groups = {str(reason): int(count) for reason, count in content["groups"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{opened.path}: its manifest is damaged ({type(e).__name__} {e}); take the round "
+                        "from a copy of the run") from None
+    responses, loss = _responses(config, opened, opened.steps[index], _Stored(store, version, made))
     events = {event["step"]: event for event in final_steps(list(read_events(run / "events.jsonl")))}
-    return ExplainedStep(
-        step, number, index + 1, content["reward_version"], tuple(content["policies"]), content["groups"],
-        events.get(step, {}), loss,
-        tuple(sorted(responses, key=lambda found: -abs(found.share or 0.0))))
+    return ExplainedStep(step, number, index + 1, version, policies, groups, events.get(step, {}), loss,
+                         tuple(sorted(responses, key=lambda found: -abs(found.share or 0.0))))
 
 
 def shares(advantages: np.ndarray, num_tokens: np.ndarray, logprobs: np.ndarray, config: RunConfig
@@ -132,13 +137,20 @@ def shares(advantages: np.ndarray, num_tokens: np.ndarray, logprobs: np.ndarray,
 class _Stored:
     """The rows that a round was made of, by what they are."""
 
-    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
-        self._store, self._version = RolloutStore.open(path), content["reward_version"]
+    def __init__(self, path: Path, version: str, made: Sequence[tuple[str, str]]) -> None:
+        """Read all of them.
+
+        Args:
+            path: the store.
+            version: of the reward.
+            made: name and hash of each part.
+        """
+        self._store, self._version = RolloutStore.open(path), version
         self._rows: defaultdict[bytes, deque[tuple[str, int, Rollout]]] = defaultdict(deque)
         self._said: dict[Any, RewardRow] = {}
         self._groups: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
-        for made in content["store"]:
-            self._add(made["name"], made["rollouts"])
+        for name, sha256 in made:
+            self._add(name, sha256)
 
     def _add(self, name: str, sha256: str) -> None:
         if not self._store.has(name) or (part := self._store.part(name)).manifest_sha256 != sha256:
@@ -148,11 +160,10 @@ class _Stored:
             if row.finish_reason != UNFINISHED:
                 self._rows[_identity(np.concatenate([row.prompt_tokens, row.tokens]), np.concatenate([
                     np.zeros(len(row.prompt_tokens), np.float32), row.logprobs]))].append((name, i, row))
-        if self._store.part_path(name, self._version).exists():
-            for said in self._store.read_rewards(self._version, name, part):
-                self._said[said.key, said.attempt] = said
-                if said.reward is not None:
-                    self._groups[part.round, said.key.prompt].append(said.reward)
+        for said in self._store.read_rewards(self._version, name, part):
+            self._said[said.key, said.attempt] = said
+            if said.reward is not None:
+                self._groups[part.round, said.key.prompt].append(said.reward)
 
     def find(self, tokens: np.ndarray, logprobs: np.ndarray) -> tuple[str, int, Rollout]:
         """Return part, row and response of a document, whose like are given one after the other.

@@ -12,6 +12,7 @@ from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.model.config.data import documents_named
 from megatron_sov.train.data.streams import Row
 from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.views import LONG, SHORT
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ def left_out(without: Sequence[str], sources: Sequence[Source]) -> Mapping[str, 
         if name not in by_name:
             raise UserError(f"data.without: {named}: there is no source {name!r}; the run reads "
                             f"{', '.join(by_name)}{nearest(name, by_name)}")
+        # a view has numbers of its own, and a long document is read by its source too
+        views = [s.name for s in sources if s.name.startswith((name + LONG, name + SHORT))]
+        if views:
+            raise UserError(f"data.without: {named}: the blend has {views[0]}, a view of {name} with numbers "
+                            "of its own; blend the source itself")
         count, group = len(by_name[name].shard("train").lengths), by_name[name].group
         end = count if last is None else last + 1
         if end > count:

@@ -251,10 +251,16 @@ def test_why_tells_what_a_step_has_learned_from(whole: Path, folder: Path, tmp_p
     assert main(["rl", "why", str(whole), "3", "--count", "1"]) == 0
     assert "step 3: round 2, its step 1" in (said := capsys.readouterr().out) and " more (--count" in said
 
+    shutil.copytree(whole, tmp_path / "broken")
+    manifest = tmp_path / "broken/rounds/0001/manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["content"]["policies"]
+    manifest.write_text(json.dumps(content | {"sha256": ""}))
     shutil.copytree(store, tmp_path / "other")
     shutil.rmtree(tmp_path / "other/rollouts/round-0001-piece-0000")
     for words, problem in (([str(whole), "7"], "has the rounds 1 to 3 of 2 steps each"),
                            ([str(folder), "1"], "so it is not a run"),
+                           ([str(tmp_path / "broken"), "1"], "manifest"),
                            ([str(whole), "1", "--store", str(tmp_path / "other")],
                             "round-0001-piece-0000 is missing or is not what the round was made of")):
         assert main(["rl", "why", *words]) == 2
