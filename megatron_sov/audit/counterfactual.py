@@ -228,7 +228,7 @@ def remove(repetition: Repetition, *, with_control: bool) -> Removal:
         str(repetition.run), repetition.without, sum(n for n, _ in counts), sum(n for _, n in counts), first,
         begin, end, str(found), manifest_sha256(found), settings_sha256(settings), code_sha256(),
         {given: manifest_sha256(place) for given, place in data_folders(repetition.run).items()},
-        start_of(repetition.run), _apart(found, repetition.newest) if first.step else 0.0, control,
+        start_of(repetition.run), weights_apart(found, repetition.newest) if first.step else 0.0, control,
         _losses(run.path, found.parent.parent))
 
 
@@ -277,7 +277,7 @@ def _repeat(repetition: Repetition, settings: RunConfig, before: Path | None, en
     return target.checkpoint(end)
 
 
-def _apart(one: Path, other: Path) -> float:
+def weights_apart(one: Path, other: Path) -> float:
     """Return |one - other| / |other| over all weights of two checkpoints."""
     from megatron_sov.checkpoint.sharded_tensors import TensorReader
 

@@ -155,6 +155,12 @@ COMMANDS = {
         POST_TRAIN, "rollout_store.md",
         ("rl store stats store",
          "rl store ls store")),
+    "rl replay": Command(
+        "megatron_sov.commands.rl.rl_replay",
+        "a run of reinforcement learning again: are tokens, rewards and weights the same?",
+        POST_TRAIN, "rl.md",
+        ("rl replay runs/rl --output replay",
+         "rl replay runs/rl --from 20 --output replay --nproc 2 --set parallel.ep=2")),
     "rl why": Command(
         "megatron_sov.commands.rl.rl_why",
         "what a step of reinforcement learning has learned from: responses, advantages, shares",

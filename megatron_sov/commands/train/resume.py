@@ -43,10 +43,10 @@ def run(typed: argparse.Namespace) -> int:
     """
     folder = typed.run.absolute()
     began = read_command(folder)
-    name, parser = _parser_of(began)
-    options = _options(parser, [*began.words[len(name.split()):], "--resume"])
-    goes_on = _in_folder(options, folder, began)
-    _refuse_unsaid_code(folder, began, words_of(goes_on), typed.arguments)
+    name, parser = parser_of(began)
+    options = options_of_words(parser, [*began.words[len(name.split()):], "--resume"])
+    goes_on = in_folder(options, folder, began)
+    refuse_unsaid_code(folder, began, words_of(goes_on), typed.arguments)
     words = [*words_of(dataclasses.replace(goes_on, plugins=())), *typed.arguments]
     if began.folder != Path.cwd() and began.folder.is_dir():
         os.chdir(began.folder)  # paths of the command were typed there
@@ -54,7 +54,7 @@ def run(typed: argparse.Namespace) -> int:
             print(f"resume: paths are read from {began.folder}, where the run was begun")
     if is_first():
         print(f"resume: megatron-sov {name} {shlex.join(words)}", flush=True)
-        for change in _changes(options, _options(parser, words)):
+        for change in _changes(options, options_of_words(parser, words)):
             print(f"resume: {change}", flush=True)
     note_command([*name.split(), *words])
     arguments = parser.parse_args(words)
@@ -66,8 +66,14 @@ TAKES_CODE = ("RECIPE", "--plugin", "--reward", "--environment")
 """Options of training commands whose value may be FILE.py:NAME or MODULE:NAME."""
 
 
-def _refuse_unsaid_code(folder: Path, began: TypedCommand, words: list[str], arguments: list[str]) -> None:
+def refuse_unsaid_code(folder: Path, began: TypedCommand, words: list[str], arguments: list[str]) -> None:
     """Refuse to run code that only the run's folder names: that is data, and may be another's.
+
+    Args:
+        folder: of the run.
+        began: the command that began it.
+        words: that would go on.
+        arguments: what was typed now.
 
     Raises:
         UserError: naming what is to be typed again.
@@ -94,8 +100,12 @@ def _absolute(word: str, folder: Path) -> str:
     return f"{folder / file}:{name}" if colon and file.endswith(".py") else word
 
 
-def _parser_of(began: TypedCommand) -> tuple[str, Parser]:
-    """Return the command that began a run, and what parses it."""
+def parser_of(began: TypedCommand) -> tuple[str, Parser]:
+    """Return the command that began a run, and what parses it.
+
+    Raises:
+        UserError: it is none that trains.
+    """
     name = next((name for name in (" ".join(began.words[:2]), *began.words[:1]) if name in COMMANDS), "")
     if not name:
         raise UserError(f"command {' '.join(began.words[:2])!r}: began the run and is none of ours; type the "
@@ -107,11 +117,12 @@ def _parser_of(began: TypedCommand) -> tuple[str, Parser]:
     return name, parser
 
 
-def _options(parser: Parser, words: list[str]) -> Any:
+def options_of_words(parser: Parser, words: list[str]) -> Any:
+    """Return the options of a command's words, of the class that its parser was made of."""
     return read_options(parser.get_default("options_class"), parser.parse_args(words))
 
 
-def _in_folder(options: Any, folder: Path, began: TypedCommand) -> Any:
+def in_folder(options: Any, folder: Path, began: TypedCommand) -> Any:
     """Return the options with the run where it lies now, and settings and data from its config.json where it
     has one of its own: a run of stages is planned again from what was typed."""
     nproc = None if under_launcher() else options.nproc or (began.processes if began.processes > 1 else None)

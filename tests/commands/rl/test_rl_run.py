@@ -267,6 +267,45 @@ def test_why_tells_what_a_step_has_learned_from(whole: Path, folder: Path, tmp_p
         assert problem in capsys.readouterr().err
 
 
+@pytest.mark.distributed
+def test_a_replay_comes_to_the_same_tokens_rewards_and_weights(whole: Path, folder: Path, run_command: Any,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
+    """From the beginning, from a round that a checkpoint stands before, and on two processes."""
+    code = ("--reward", f"{REWARD}:Exact")
+
+    def replayed(name: str, *words: str) -> tuple[int, dict[str, Any], str]:
+        done = run_command("rl", "replay", str(whole), "--output", str(folder / name), *code, *words)
+        assert done.returncode in (0, 3), done.stderr
+        return done.returncode, json.loads((folder / name / "replay.json").read_text()), done.stdout
+
+    code_, found, said = replayed("again")
+    assert code_ == 0 and found["weights"] == "equal" and "weights are the same to the bit" in said
+    assert [(one["number"], one["is_equal"], one["tokens"]) for one in found["rounds"]] == [
+        (1, True, 0), (2, True, 0), (3, True, 0)]
+    assert weights(folder / "again/run") == weights(whole)
+    code_, found, _ = replayed("later", "--from", "3")
+    assert (code_, found["begin"], found["weights"]) == (0, 3, "equal")
+    code_, found, _ = replayed("wide", "--from", "3", "--nproc", "2", "--set", "parallel.ep=2")
+    assert code_ == 0 and found["distance"] < 1e-5 and not any(one["tokens"] for one in found["rounds"])
+
+    # a run that says of itself what it did not do
+    shutil.copytree(whole, folder / "edited")
+    told = json.loads((folder / "edited/config.json").read_text())
+    told["rollout"]["seed"] += 1
+    (folder / "edited/config.json").write_text(json.dumps(told))
+    done = run_command("rl", "replay", str(folder / "edited"), "--output", str(folder / "caught"),
+                       "--from", "3", *code)
+    [one] = json.loads((folder / "caught/replay.json").read_text())["rounds"]
+    assert done.returncode == 3 and one["tokens"] > 0, done.stderr
+    for words, problem in (
+            (("--output", str(folder / "other")), "a file that is run is named on the command line"),
+            (("--output", str(folder / "later"), *code), "holds the replay of another run, or from another"),
+            (("--output", str(folder), *code), "holds something else than a replay"),
+            (("--output", str(folder / "other"), *code, "--set", "optim.lr=1"), "is not of the layout")):
+        assert main(["rl", "replay", str(whole), *words]) == 2
+        assert problem in capsys.readouterr().err
+
+
 def test_a_policy_may_write_several_rounds_at_once_and_its_tokens_find_their_experts_again(
         folder: Path, command: Command, run_command: Any) -> None:
     done = run_command(*command("stale", "--plain", "--workers", "1", "--set", "rollout.max_staleness=1",

@@ -1,0 +1,186 @@
+"""A run of reinforcement learning again, from its beginning or from a round on: whether the same tokens were
+written, the same rewards given and the same weights learned."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_sov.audit.counterfactual import weights_apart
+from megatron_sov.audit.drawing import Segment
+from megatron_sov.audit.repeating import RepeatOutcome, compare
+from megatron_sov.base.artifacts import atomic_write, manifest_sha256, read_manifest, to_json
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import RunConfig
+from megatron_sov.post.rl.publish import is_published
+from megatron_sov.rollouts.prompts import SET_ASIDE
+from megatron_sov.rollouts.rows import RewardRow, Rollout
+from megatron_sov.rollouts.store import RolloutStore
+from megatron_sov.runs import checkpoints
+from megatron_sov.runs.folder import CONFIG, ROUNDS, RunFolder
+from megatron_sov.train.data.rounds import folder_of_round
+
+REPLAYED_RUN, REPLAYED_STORE, BEGUN = "run", "store", "begun.json"
+"""Of a replay's folder."""
+
+
+@dataclass(frozen=True)
+class ReplayedRound:
+    """How a round differs from its replay."""
+
+    number: int
+    responses: int
+    """That it has."""
+    tokens: int
+    """Responses of which a token is another one, or which are not there."""
+    rewards: int
+    """Responses of the same tokens that have another reward."""
+    is_equal: bool
+    """Whether what was trained of it has the same bits: tokens, log-probabilities, advantages."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a replay came to."""
+
+    run: str
+    begin: int
+    """First round that was written again."""
+    step: int
+    """Last step of both."""
+    rounds: tuple[ReplayedRound, ...]
+    weights: str
+    """`RepeatOutcome.EQUAL`: every bit of weights, moments and counters; else `DIFFERENT`."""
+    distance: float
+    """|weights - weights of the run| / |weights of the run|."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every token and every reward is the same."""
+        return not any(found.tokens or found.rewards for found in self.rounds)
+
+
+def prepare_replay(run: Path, store: Path, output: Path, config: RunConfig, begin: int) -> int:
+    """Make a folder in which a run's command goes on before a round; returns the round.
+
+    Args:
+        run: the run.
+        store: its rollout store.
+        output: the replay's folder; one that was begun is left as it is.
+        config: settings of the run.
+        begin: the round; of the rounds before, the newest that a checkpoint stands before is taken.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    per_round, folder = config.rollout.steps_per_round, RunFolder(run)
+    steps = [step for path in checkpoints.complete(folder.checkpoints)
+             if (step := checkpoints.step_of(path)) <= (begin - 1) * per_round and step % per_round == 0]
+    first = max(steps, default=0) // per_round + 1
+    if first > 1 and config.rollout.max_staleness:
+        raise UserError("--from: rounds were written by policies of earlier rounds (rollout.max_staleness = "
+                        f"{config.rollout.max_staleness}); replay the run from its beginning")
+    identity = to_json({"run": manifest_sha256(_newest(run)), "begin": first})
+    begun = output / BEGUN
+    if output.exists() and any(output.iterdir()) and not begun.is_file():
+        raise UserError(f"--output {output}: holds something else than a replay; name another folder")
+    if begun.is_file() and begun.read_text(encoding="utf-8") != identity:
+        raise UserError(f"--output {output}: holds the replay of another run, or from another round; name "
+                        "another folder")
+    if not begun.is_file():
+        output.mkdir(parents=True, exist_ok=True)
+        if first > 1:
+            _copy_before(folder, RolloutStore.open(store), output, first, (first - 1) * per_round)
+        atomic_write(begun, identity)  # last: with it the folder is whole
+    return first
+
+
+def _newest(run: Path) -> Path:
+    newest = checkpoints.latest(RunFolder(run).checkpoints)
+    if newest is None:
+        raise UserError(f"{run}: holds no checkpoint; let it write one")
+    return newest
+
+
+def _copy_before(folder: RunFolder, store: RolloutStore, output: Path, first: int, step: int) -> None:
+    """Copy what a run had before a round: its checkpoint, the rounds before and their responses."""
+    target = RunFolder(output / REPLAYED_RUN)
+    shutil.copytree(folder.checkpoint(step), target.checkpoint(step))
+    rounds = folder.path / ROUNDS
+    for path in rounds.iterdir():
+        named = path.name.partition(".")[0]
+        if named.isdecimal() and int(named) >= first:
+            continue
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        target.path.joinpath(ROUNDS).mkdir(exist_ok=True)
+        copy(path, target.path / ROUNDS / path.name)
+    copied = RolloutStore.create(output / REPLAYED_STORE, store.tokenizer_digest, store.vocab_size)
+    if (aside := store.path / SET_ASIDE).is_file():  # which prompts count is read before any is written
+        shutil.copy(aside, copied.path)
+    for number in range(1, first):
+        for part in store.parts(number):
+            shutil.copytree(part.path, copied.part_path(part.name))
+            for version in store.versions():
+                if (path := store.part_path(part.name, version)).exists():
+                    shutil.copytree(path, copied.part_path(part.name, version))
+    shutil.copy(folder.path / CONFIG, target.path)
+
+
+def compare_replay(run: Path, store: Path, output: Path, config: RunConfig, begin: int) -> Replay:
+    """Return what a replay came to.
+
+    Raises:
+        UserError: it has not come to the end of the run, or either store is damaged.
+    """
+    newest = _newest(run)
+    step = checkpoints.step_of(newest)
+    mine = RunFolder(output / REPLAYED_RUN).checkpoint(step)
+    if not mine.is_dir():
+        raise UserError(f"{output}: the replay has no checkpoint of step {step}, the newest of {run}; give "
+                        "the same command again")
+    stores = RolloutStore.open(store), RolloutStore.open(output / REPLAYED_STORE)
+    last = -(-step // config.rollout.steps_per_round)
+    rounds = tuple(_compare_round(number, (run / ROUNDS, output / REPLAYED_RUN / ROUNDS), stores)
+                   for number in range(begin, last + 1) if is_published(run / ROUNDS, number))
+    found = compare(Segment(0, step), newest, mine, None, 1e-300).outcome
+    is_same = found == RepeatOutcome.EQUAL
+    return Replay(str(run), begin, step, rounds, (found if is_same else RepeatOutcome.DIFFERENT).value,
+                  0.0 if is_same else weights_apart(mine, newest))
+
+
+Rows = Mapping[tuple[str, int], tuple[Rollout, float | None]]
+
+
+def _compare_round(number: int, rounds: Sequence[Path], stores: Sequence[RolloutStore]) -> ReplayedRound:
+    theirs, ours = (_rows(store, folder, number) for store, folder in zip(stores, rounds, strict=True))
+    tokens = rewards = 0
+    for key, (row, reward) in theirs.items():
+        again, judged = ours.get(key, (None, None))
+        if again is None or not np.array_equal(row.tokens, again.tokens):
+            tokens += 1
+        elif reward != judged:
+            rewards += 1
+    files = [{name: record.digest for name, record in manifest.files.items()}
+             for manifest in (read_manifest(folder_of_round(folder, number)) for folder in rounds)]
+    return ReplayedRound(number, len(theirs), tokens, rewards, files[0] == files[1])
+
+
+def _rows(store: RolloutStore, rounds: Path, number: int) -> Rows:
+    """Return the last attempt at each response of a round, by prompt and sample, with its reward."""
+    version = str(read_manifest(folder_of_round(rounds, number), "tokens").content["reward_version"])
+    found: dict[tuple[str, int], Rollout] = {}
+    said: dict[tuple[str, int, int], RewardRow] = {}
+    for part in store.parts(number):
+        for row in store.read_all(part.name, ("tokens", "prompt_tokens", "versions", "finish_reason"))[0]:
+            place = row.key.prompt, row.key.sample
+            if place not in found or row.attempt > found[place].attempt:
+                found[place] = row
+        if store.part_path(part.name, version).exists():
+            said |= {(judged.key.prompt, judged.key.sample, judged.attempt): judged
+                     for judged in store.read_rewards(version, part.name, part)}
+    return {place: (row, judged.reward if (judged := said.get((*place, row.attempt))) else None)
+            for place, row in found.items()}
