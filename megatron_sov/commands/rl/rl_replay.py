@@ -85,6 +85,7 @@ def run(typed: argparse.Namespace) -> int:
                  if value is not None for word in (option, value)]
     refuse_unsaid_code(folder, began, words_of(options), confirmed)
 
+    from megatron_sov.audit.repeating import RepeatOutcome
     from megatron_sov.audit.replaying import REPLAYED_RUN, REPLAYED_STORE, compare_replay, prepare_replay
 
     store = began.folder / options.store
@@ -107,6 +108,7 @@ def run(typed: argparse.Namespace) -> int:
         print(f"round {one.number}: {one.responses:,} responses, "
               + ("every bit is the same" if one.is_equal and not one.tokens + one.rewards else
                  f"{one.tokens:,} of other tokens, {one.rewards:,} of other rewards"))
-    print(f"step {found.step}: weights " + ("are the same to the bit" if not found.distance else
-                                            f"are {found.distance:.1e} of their own size apart"))
+    print(f"step {found.step}: " + (
+        "weights and moments are the same to the bit" if found.weights == RepeatOutcome.EQUAL.value else
+        f"bits differ, weights are {found.distance:.1e} of their own size apart"))
     return ExitCode.OK if found.passed else ExitCode.GATE_FAILED
