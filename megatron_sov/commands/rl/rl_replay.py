@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.base.artifacts import atomic_write, to_json
+from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
 from megatron_sov.commands import COMMANDS
+from megatron_sov.commands.rl.rounds import RlRunOptions
 from megatron_sov.commands.shared_options import words_of
 from megatron_sov.commands.train.resume import in_folder, options_of_words, parser_of, refuse_unsaid_code
 from megatron_sov.infer.engine import MEGATRON
+from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.checkpoints import latest, refuse_missing, refuse_no_run, step_of
-from megatron_sov.runs.folder import RunFolder, read_command
+from megatron_sov.runs.folder import RunFolder, TypedCommand, read_command
 from megatron_sov.runs.launch_environment import note_command, under_launcher
 
 COMMAND = "rl run"
@@ -60,27 +63,7 @@ def run(typed: argparse.Namespace) -> int:
     args = read_options(RlReplayOptions, typed)
     refuse_nowhere(args.output)
     folder, output = args.run.absolute(), args.output.absolute()
-    if (config := RunFolder(folder).config()) is None:
-        refuse_missing(args.run)
-        refuse_no_run(args.run)
-    newest = latest(RunFolder(folder).checkpoints)
-    if config is None or newest is None:
-        raise UserError(f"{args.run}: holds no checkpoint; let the run write one")
-    if under_launcher():
-        raise UserError("rl replay: starts its processes itself; give --nproc and leave the launcher out")
-    for setting in args.settings:
-        if not setting.startswith(("parallel.", "gpu.", "train.micro_batch_size", "train.num_threads")):
-            raise UserError(f"--set {setting}: is not of the layout; a replay has the run's own settings")
-    began = read_command(folder)
-    name, parser = parser_of(began)
-    if name != COMMAND:
-        raise UserError(f"{args.run}: was begun by `megatron-sov {name}`; what can be replayed is of "
-                        f"`{COMMAND}`")
-    typed_then = options_of_words(parser, [*began.words[len(name.split()):], "--resume"])
-    options = in_folder(typed_then, folder, began)
-    if options.engine != MEGATRON:
-        raise UserError(f"{args.run}: servers wrote its responses (--engine {options.engine}), which do not "
-                        "write the same twice; what can be replayed are responses of the model that learns")
+    began, options, parser, config = _checked(args, folder)
     confirmed = [word for option, value in (("--reward", args.reward), ("--environment", args.environment))
                  if value is not None for word in (option, value)]
     refuse_unsaid_code(folder, began, words_of(options), confirmed)
@@ -91,15 +74,15 @@ def run(typed: argparse.Namespace) -> int:
     store = began.folder / options.store
     first = prepare_replay(folder, store, output, config, args.begin)
     words = words_of(dataclasses.replace(
-        options, run=output / REPLAYED_RUN, store=output / REPLAYED_STORE, until=step_of(newest),
+        options, run=output / REPLAYED_RUN, store=output / REPLAYED_STORE, until=step_of(_newest(folder)),
         nproc=args.nproc or options.nproc, settings=(*options.settings, *args.settings), plugins=()))
     if began.folder != Path.cwd() and began.folder.is_dir():
         os.chdir(began.folder)  # paths of the command were typed there
-    print(f"replay from round {first}: megatron-sov {name} {shlex.join(words)}", flush=True)
-    note_command([*name.split(), *words])
+    print(f"replay from round {first}: megatron-sov {COMMAND} {shlex.join(words)}", flush=True)
+    note_command([*COMMAND.split(), *words])
     arguments = parser.parse_args(words)
     arguments.began_s = typed.began_s
-    code = int(COMMANDS[name].load().run(arguments))
+    code = int(COMMANDS[COMMAND].load().run(arguments))
     if code not in (ExitCode.OK, ExitCode.STOPPED):
         return code
     found = compare_replay(folder, store, output, config, first)
@@ -112,3 +95,39 @@ def run(typed: argparse.Namespace) -> int:
         "weights and moments are the same to the bit" if found.weights == RepeatOutcome.EQUAL.value else
         f"bits differ, weights are {found.distance:.1e} of their own size apart"))
     return ExitCode.OK if found.passed else ExitCode.GATE_FAILED
+
+
+def _newest(folder: Path) -> Path:
+    newest = latest(RunFolder(folder).checkpoints)
+    if newest is None:
+        raise UserError(f"{folder}: holds no checkpoint; let the run write one")
+    return newest
+
+
+def _checked(args: RlReplayOptions, folder: Path) -> tuple[TypedCommand, RlRunOptions, Parser, RunConfig]:
+    """Return how a run was begun, the options by which it would go on, what parses them, and its settings.
+
+    Raises:
+        UserError: it cannot be replayed.
+    """
+    if (config := RunFolder(folder).config()) is None:
+        refuse_missing(args.run)
+        refuse_no_run(args.run)
+        raise UserError(f"{args.run}: holds no settings; name the --run of `{COMMAND}`")
+    _newest(folder)
+    if under_launcher():
+        raise UserError("rl replay: starts its processes itself; give --nproc and leave the launcher out")
+    for setting in args.settings:
+        if not setting.startswith(("parallel.", "gpu.", "train.micro_batch_size", "train.num_threads")):
+            raise UserError(f"--set {setting}: is not of the layout; a replay has the run's own settings")
+    began = read_command(folder)
+    name, parser = parser_of(began)
+    if name != COMMAND:
+        raise UserError(f"{args.run}: was begun by `megatron-sov {name}`; what can be replayed is of "
+                        f"`{COMMAND}`")
+    typed_then = options_of_words(parser, [*began.words[len(name.split()):], "--resume"])
+    options: RlRunOptions = in_folder(typed_then, folder, began)
+    if options.engine != MEGATRON:
+        raise UserError(f"{args.run}: servers wrote its responses (--engine {options.engine}), which do not "
+                        "write the same twice; what can be replayed are responses of the model that learns")
+    return began, options, parser, config
