@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,8 +14,10 @@ from typing import Any
 
 from megatron_sov.audit.commitment import code_sha256, data_folders, settings_sha256, start_of
 from megatron_sov.audit.drawing import Segment
+from megatron_sov.audit.own_folder import make_once
 from megatron_sov.audit.repeating import (
-    LOG, NEVER, REPEATED, RepeatOutcome, cannot_be_repeated, compare, own_settings, read_blocks, train_until)
+    LOG, NEVER, REPEATED, RepeatOutcome, cannot_be_repeated, compare, own_settings, train_until,
+    weights_apart)
 from megatron_sov.base.artifacts import MANIFEST, atomic_write, manifest_sha256, to_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
@@ -35,8 +36,6 @@ from megatron_sov.work.progress.progress_bar import work_bar
 
 REMOVED, CONTROL = "removed", "control"
 """Folders of both repetitions."""
-BEGUN = "repetition.json"
-"""File of such a folder: which run, from where to where."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Removal:
 
 
 @dataclass(frozen=True)
-class Repetition:
+class RunRepetition:
     """A run that is to be repeated without documents."""
 
     run: Path
@@ -93,6 +92,8 @@ class Repetition:
     output: Path
     start: Path | None
     """Model of --from; None: the run begins from its seed."""
+    start_sha256: str
+    """Of its manifest; empty: there is none."""
     nproc: int
     config: RunConfig
     """Settings of its newest checkpoint, with data where they lie."""
@@ -105,7 +106,7 @@ class Repetition:
 
 
 def plan_repetition(run: Path, without: Sequence[str], output: Path, start: Path | None,
-                    nproc: int | None) -> Repetition:
+                    nproc: int | None) -> RunRepetition:
     """Return what is to be repeated.
 
     Raises:
@@ -119,9 +120,7 @@ def plan_repetition(run: Path, without: Sequence[str], output: Path, start: Path
     if (holder := living_holder(run)) is not None:
         raise UserError(f"{run}: is at work (process {holder['pid']} on {holder['host']}); wait for its end, "
                         "or stop it")
-    newest = checkpoints.latest(folder.checkpoints)
-    if newest is None:
-        raise UserError(f"{run}: holds no checkpoint; let it write one")
+    newest = checkpoints.find_checkpoint(run)
     config = checkpoints.settings_of(newest)
     if what := cannot_be_repeated(config):
         raise UserError(f"{run}: has {what}; pretrain, sft and prefer of all weights without code of one's "
@@ -133,8 +132,8 @@ def plan_repetition(run: Path, without: Sequence[str], output: Path, start: Path
     if (asked := start_of(run)) != (manifest_sha256(begun) if begun else ""):
         raise UserError(f"{run}: " + (f"began from a model with the manifest {asked[:12]}; name it by --from"
                                       if asked else "began from its seed; leave --from out"))
-    return Repetition(run, tuple(without), output, begun, nproc or read_command(run).processes,
-                      own_settings(config, data_folders(run)), newest)
+    return RunRepetition(run, tuple(without), output, begun, asked, nproc or read_command(run).processes,
+                         own_settings(config, data_folders(run)), newest)
 
 
 def find_first_use(config: RunConfig, sources: Sequence[Source], newest: Path, without: Sequence[str]
@@ -183,18 +182,19 @@ def _refuse_other_order(planned: Sequence[LedgerEntry], sources: Sequence[Source
         state = json.loads(file.read_text(encoding="utf-8"))
         history = [LedgerEntry(**entry) for entry in state["order"]["history"]]
         data = dict(state["data"])
+        changes = sorted({0, *(e.first_step for e in (*planned, *history) if e.first_step < steps)})
         told, done = ([(e.phase, e.seq_len, e.global_batch_size, dict(e.weights))
                        for e in (next(e for e in reversed(entries) if e.first_step <= step)
-                                 for step in range(steps))] for entries in (planned, history))
+                                 for step in changes)] for entries in (planned, history))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StopIteration, RuntimeError,
             RecursionError) as e:
         raise UserError(f"{file}: is damaged ({type(e).__name__} {str(e)[:200]}); set the checkpoint aside, "
                         "and the one before it is taken") from None
     if told != done:
-        step = next(i for i, pair in enumerate(zip(told, done, strict=True), 1) if pair[0] != pair[1])
-        raise UserError(f"{file}: step {step} read {done[step - 1]}, and by {newest.name}'s settings it "
-                        f"would read {told[step - 1]}: the run was resumed with other data, phases or "
-                        "batches, and what is repeated are these settings")
+        i = next(i for i, pair in enumerate(zip(told, done, strict=True)) if pair[0] != pair[1])
+        raise UserError(f"{file}: step {changes[i] + 1} read {done[i]}, and by {newest.name}'s settings it "
+                        f"would read {told[i]}: the run was resumed with other data, phases or batches, and "
+                        "what is repeated are these settings")
     for source in sources:
         if source.artifact is None or source.name not in data:
             continue
@@ -203,7 +203,7 @@ def _refuse_other_order(planned: Sequence[LedgerEntry], sources: Sequence[Source
                             "the run has read")
 
 
-def remove(repetition: Repetition, *, with_control: bool) -> Removal:
+def remove(repetition: RunRepetition, *, with_control: bool) -> Removal:
     """Repeat a run without documents, and compare; what is done in its folder is not done again.
 
     Raises:
@@ -228,7 +228,7 @@ def remove(repetition: Repetition, *, with_control: bool) -> Removal:
         str(repetition.run), repetition.without, sum(n for n, _ in counts), sum(n for _, n in counts), first,
         begin, end, str(found), manifest_sha256(found), settings_sha256(settings), code_sha256(),
         {given: manifest_sha256(place) for given, place in data_folders(repetition.run).items()},
-        start_of(repetition.run), weights_apart(found, repetition.newest) if first.step else 0.0, control,
+        repetition.start_sha256, weights_apart(found, repetition.newest) if first.step else 0.0, control,
         _losses(run.path, found.parent.parent))
 
 
@@ -243,51 +243,32 @@ def _without(config: RunConfig, without: Sequence[str], emptied: Sequence[int]) 
         config.data, without=(*config.data.without, *without), skip_steps=tuple(skips)))
 
 
-def _repeat(repetition: Repetition, settings: RunConfig, before: Path | None, end: int, folder: Path) -> Path:
+def _repeat(repetition: RunRepetition, settings: RunConfig, before: Path | None, end: int, folder: Path
+            ) -> Path:
     """Train a run's steps again in a folder; returns the last checkpoint."""
     target = RunFolder(folder / REPEATED)
     # one checkpoint, at the end, and the run's own evaluations
     settings = apply_settings(settings, [f"train.checkpoint_every_steps={NEVER}", "train.keep_every_steps=0"])
-    text, asked, begun = to_json(settings.to_dict()), folder / CONFIG, folder / BEGUN
-    identity = to_json({"end": manifest_sha256(repetition.newest), "nproc": repetition.nproc,
-                        "begin": manifest_sha256(before) if before else "", "from": start_of(repetition.run)})
-    if folder.is_symlink() or (folder.exists() and not begun.is_file()):
-        raise UserError(f"{folder}: is a link, or holds something else than a repetition; name another "
-                        "--output")
-    if asked.is_file() and (asked.read_text(encoding="utf-8"), begun.read_text(encoding="utf-8")) != (
-            text, identity):
-        raise UserError(f"{folder}: holds the repetition of another run, or without other documents; name "
-                        "another --output")
-    if not asked.is_file():
-        if before is not None and (problem := checkpoints.damage(before)):
-            raise UserError(problem)
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(begun, identity)  # first: what stands beside it was made here
-        shutil.rmtree(target.path, ignore_errors=True)
-        target.path.mkdir()
+    text = to_json(settings.to_dict())
+
+    def make() -> None:
         if before is not None:
+            if problem := checkpoints.damage(before):
+                raise UserError(problem)
             # a copy: this run must be able to do to it what runs do to their checkpoints
             shutil.copytree(before, target.checkpoint(checkpoints.step_of(before)))
             atomic_write(target.path / CONFIG, text)
-        atomic_write(asked, text)  # last: with it the folder is whole
+        atomic_write(folder / CONFIG, text)
+
+    make_once(folder, {"settings": settings.to_dict(), "end": manifest_sha256(repetition.newest),
+                       "begin": manifest_sha256(before) if before else "", "from": repetition.start_sha256,
+                       "nproc": repetition.nproc}, (REPEATED,), make, what="repetition",
+              other="the repetition of another run, or without other documents")
     if not (target.checkpoint(end) / MANIFEST).is_file():
         train_until(target, end, repetition.start, repetition.nproc, folder / LOG)
     if not (target.checkpoint(end) / MANIFEST).is_file():
         raise UserError(f"{folder / LOG}: the repetition ended before step {end}; look at its end")
     return target.checkpoint(end)
-
-
-def weights_apart(one: Path, other: Path) -> float:
-    """Return |one - other| / |other| over all weights of two checkpoints."""
-    from megatron_sov.checkpoint.sharded_tensors import TensorReader
-
-    readers = [TensorReader(path, checkpoints.MODEL) for path in (one, other)]
-    off = size = 0.0
-    for key in sorted(readers[1].keys()):
-        for a, b in read_blocks(key, readers):
-            off += float((a.double() - b.double()).square().sum())
-            size += float(b.double().square().sum())
-    return math.sqrt(off / size) if size else 0.0
 
 
 def _losses(run: Path, other: Path) -> dict[str, tuple[float, float]]:

@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 
 COMMANDS = {"lm": "pretrain", "sft": "sft", "preference": "prefer"}
 """Objective -> the command that trains by it alone from token shards."""
-FREE = ("parallel.", "gpu.", "train.micro_batch_size", "train.num_threads", "train.head_chunk_tokens",
-        "train.deterministic")
+LAYOUT = ("parallel.", "gpu.", "train.micro_batch_size", "train.num_threads")
+"""Settings of where and in which parts a step is computed."""
+FREE = (*LAYOUT, "train.head_chunk_tokens", "train.deterministic")
 """Settings that an auditor may choose, since they change nothing that is learned."""
 NEVER = 10**9
 QUIET = ("train.eval_every_steps=0", f"train.checkpoint_every_steps={NEVER}", "train.keep_checkpoints=0",
@@ -391,6 +392,19 @@ def read_blocks(key: str, readers: Sequence[TensorReader]) -> Iterator[list[torc
     """Yield a tensor of several checkpoints in blocks of rows, [rows, columns] of each."""
     for offset, shape in _blocks(readers[0].shape(key)):
         yield [reader.read(key, offset, shape).reshape(shape[0] if shape else 1, -1) for reader in readers]
+
+
+def weights_apart(one: Path, other: Path) -> float:
+    """Return |one - other| / |other| over all weights of two checkpoints."""
+    from megatron_sov.checkpoint.sharded_tensors import TensorReader
+
+    readers = [TensorReader(path, checkpoints.MODEL) for path in (one, other)]
+    off = size = 0.0
+    for key in sorted(readers[1].keys()):
+        for a, b in read_blocks(key, readers):
+            off += float((a.double() - b.double()).square().sum())
+            size += float(b.double().square().sum())
+    return math.sqrt(off / size) if size else 0.0
 
 
 def alike(one: Any, other: Any, bound: float) -> bool:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sov.audit.counterfactual import weights_apart
 from megatron_sov.audit.drawing import Segment
-from megatron_sov.audit.repeating import RepeatOutcome, compare
-from megatron_sov.base.artifacts import atomic_write, manifest_sha256, read_manifest, to_json
+from megatron_sov.audit.own_folder import make_once
+from megatron_sov.audit.repeating import RepeatOutcome, compare, weights_apart
+from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post.rl.publish import is_published
@@ -24,7 +24,7 @@ from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import CONFIG, ROUNDS, RunFolder
 from megatron_sov.train.data.rounds import folder_of_round
 
-REPLAYED_RUN, REPLAYED_STORE, BEGUN = "run", "store", "begun.json"
+REPLAYED_RUN, REPLAYED_STORE = "run", "store"
 """Of a replay's folder."""
 
 
@@ -84,30 +84,16 @@ def prepare_replay(run: Path, store: Path, output: Path, config: RunConfig, begi
     if first > 1 and config.rollout.max_staleness:
         raise UserError("--from: rounds were written by policies of earlier rounds (rollout.max_staleness = "
                         f"{config.rollout.max_staleness}); replay the run from its beginning")
-    identity = to_json({"run": manifest_sha256(_newest(run)), "begin": first})
-    begun = output / BEGUN
-    if output.exists() and any(output.iterdir()) and not begun.is_file():
-        raise UserError(f"--output {output}: holds something else than a replay; name another folder")
-    if begun.is_file() and begun.read_text(encoding="utf-8") != identity:
-        raise UserError(f"--output {output}: holds the replay of another run, or from another round; name "
-                        "another folder")
-    if not begun.is_file():
-        output.mkdir(parents=True, exist_ok=True)
-        if first > 1:
-            _copy_before(folder, RolloutStore.open(store), output, first, (first - 1) * per_round)
-        atomic_write(begun, identity)  # last: with it the folder is whole
+    make_once(output, {"run": manifest_sha256(checkpoints.find_checkpoint(run)), "begin": first},
+              (REPLAYED_RUN, REPLAYED_STORE), lambda: _copy_before(
+                  folder, store, output, first, (first - 1) * per_round) if first > 1 else None,
+              what="replay", other="the replay of another run, or from another round")
     return first
 
 
-def _newest(run: Path) -> Path:
-    newest = checkpoints.latest(RunFolder(run).checkpoints)
-    if newest is None:
-        raise UserError(f"{run}: holds no checkpoint; let it write one")
-    return newest
-
-
-def _copy_before(folder: RunFolder, store: RolloutStore, output: Path, first: int, step: int) -> None:
+def _copy_before(folder: RunFolder, store_path: Path, output: Path, first: int, step: int) -> None:
     """Copy what a run had before a round: its checkpoint, the rounds before and their responses."""
+    store = RolloutStore.open(store_path)
     target = RunFolder(output / REPLAYED_RUN)
     shutil.copytree(folder.checkpoint(step), target.checkpoint(step))
     rounds = folder.path / ROUNDS
@@ -136,7 +122,7 @@ def compare_replay(run: Path, store: Path, output: Path, config: RunConfig, begi
     Raises:
         UserError: it has not come to the end of the run, or either store is damaged.
     """
-    newest = _newest(run)
+    newest = checkpoints.find_checkpoint(run)
     step = checkpoints.step_of(newest)
     mine = RunFolder(output / REPLAYED_RUN).checkpoint(step)
     if not mine.is_dir():

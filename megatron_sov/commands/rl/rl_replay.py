@@ -5,27 +5,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import shlex
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+from megatron_sov.audit.repeating import LAYOUT, RepeatOutcome
 from megatron_sov.base.artifacts import atomic_write, to_json
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
-from megatron_sov.commands import COMMANDS
 from megatron_sov.commands.rl.rounds import RlRunOptions
 from megatron_sov.commands.shared_options import words_of
-from megatron_sov.commands.train.resume import in_folder, options_of_words, parser_of, refuse_unsaid_code
+from megatron_sov.commands.train.resume import (
+    enter_folder, in_folder, refuse_unsaid_code, run_words, typed_options)
 from megatron_sov.infer.engine import MEGATRON
 from megatron_sov.model.config import RunConfig
-from megatron_sov.runs.checkpoints import latest, refuse_missing, refuse_no_run, step_of
+from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing, refuse_no_run, step_of
 from megatron_sov.runs.folder import RunFolder, TypedCommand, read_command
-from megatron_sov.runs.launch_environment import note_command, under_launcher
+from megatron_sov.runs.launch_environment import under_launcher
 
 COMMAND = "rl run"
 
@@ -68,21 +68,17 @@ def run(typed: argparse.Namespace) -> int:
                  if value is not None for word in (option, value)]
     refuse_unsaid_code(folder, began, words_of(options), confirmed)
 
-    from megatron_sov.audit.repeating import RepeatOutcome
     from megatron_sov.audit.replaying import REPLAYED_RUN, REPLAYED_STORE, compare_replay, prepare_replay
 
     store = began.folder / options.store
     first = prepare_replay(folder, store, output, config, args.begin)
     words = words_of(dataclasses.replace(
-        options, run=output / REPLAYED_RUN, store=output / REPLAYED_STORE, until=step_of(_newest(folder)),
-        nproc=args.nproc or options.nproc, settings=(*options.settings, *args.settings), plugins=()))
-    if began.folder != Path.cwd() and began.folder.is_dir():
-        os.chdir(began.folder)  # paths of the command were typed there
+        options, run=output / REPLAYED_RUN, store=output / REPLAYED_STORE,
+        until=step_of(find_checkpoint(folder)), nproc=args.nproc or options.nproc,
+        settings=(*options.settings, *args.settings), plugins=()))
+    enter_folder(began)
     print(f"replay from round {first}: megatron-sov {COMMAND} {shlex.join(words)}", flush=True)
-    note_command([*COMMAND.split(), *words])
-    arguments = parser.parse_args(words)
-    arguments.began_s = typed.began_s
-    code = int(COMMANDS[COMMAND].load().run(arguments))
+    code = run_words(COMMAND, parser, words, typed.began_s)
     if code not in (ExitCode.OK, ExitCode.STOPPED):
         return code
     found = compare_replay(folder, store, output, config, first)
@@ -97,13 +93,6 @@ def run(typed: argparse.Namespace) -> int:
     return ExitCode.OK if found.passed else ExitCode.GATE_FAILED
 
 
-def _newest(folder: Path) -> Path:
-    newest = latest(RunFolder(folder).checkpoints)
-    if newest is None:
-        raise UserError(f"{folder}: holds no checkpoint; let the run write one")
-    return newest
-
-
 def _checked(args: RlReplayOptions, folder: Path) -> tuple[TypedCommand, RlRunOptions, Parser, RunConfig]:
     """Return how a run was begun, the options by which it would go on, what parses them, and its settings.
 
@@ -114,18 +103,17 @@ def _checked(args: RlReplayOptions, folder: Path) -> tuple[TypedCommand, RlRunOp
         refuse_missing(args.run)
         refuse_no_run(args.run)
         raise UserError(f"{args.run}: holds no settings; name the --run of `{COMMAND}`")
-    _newest(folder)
+    find_checkpoint(folder)
     if under_launcher():
         raise UserError("rl replay: starts its processes itself; give --nproc and leave the launcher out")
     for setting in args.settings:
-        if not setting.startswith(("parallel.", "gpu.", "train.micro_batch_size", "train.num_threads")):
+        if not setting.startswith(LAYOUT):
             raise UserError(f"--set {setting}: is not of the layout; a replay has the run's own settings")
     began = read_command(folder)
-    name, parser = parser_of(began)
+    name, parser, typed_then = typed_options(began)
     if name != COMMAND:
         raise UserError(f"{args.run}: was begun by `megatron-sov {name}`; what can be replayed is of "
                         f"`{COMMAND}`")
-    typed_then = options_of_words(parser, [*began.words[len(name.split()):], "--resume"])
     options: RlRunOptions = in_folder(typed_then, folder, began)
     if options.engine != MEGATRON:
         raise UserError(f"{args.run}: servers wrote its responses (--engine {options.engine}), which do not "

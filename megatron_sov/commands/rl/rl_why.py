@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.errors import ExitCode, UserError, visible
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
+from megatron_sov.commands.train.resume import typed_options
 from megatron_sov.runs.folder import read_command
 
 if TYPE_CHECKING:
@@ -61,12 +62,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _store_of(run_folder: Path) -> Path:
     began = read_command(run_folder)
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--store", type=Path)
-    store = parser.parse_known_args(list(began.words))[0].store
+    store = getattr(typed_options(began)[2], "store", None)
     if store is None:
         raise UserError(f"{run_folder}: its command names no --store; name it with --store")
-    return began.folder / store
+    return began.folder / Path(store)
 
 
 def _lines(found: ExplainedStep, count: int) -> Iterator[str]:

@@ -43,22 +43,43 @@ def run(typed: argparse.Namespace) -> int:
     """
     folder = typed.run.absolute()
     began = read_command(folder)
-    name, parser = parser_of(began)
-    options = options_of_words(parser, [*began.words[len(name.split()):], "--resume"])
+    name, parser, options = typed_options(began)
     goes_on = in_folder(options, folder, began)
     refuse_unsaid_code(folder, began, words_of(goes_on), typed.arguments)
     words = [*words_of(dataclasses.replace(goes_on, plugins=())), *typed.arguments]
-    if began.folder != Path.cwd() and began.folder.is_dir():
-        os.chdir(began.folder)  # paths of the command were typed there
-        if is_first():
-            print(f"resume: paths are read from {began.folder}, where the run was begun")
+    if enter_folder(began) and is_first():
+        print(f"resume: paths are read from {began.folder}, where the run was begun")
     if is_first():
         print(f"resume: megatron-sov {name} {shlex.join(words)}", flush=True)
         for change in _changes(options, options_of_words(parser, words)):
             print(f"resume: {change}", flush=True)
+    return run_words(name, parser, words, typed.began_s)
+
+
+def typed_options(began: TypedCommand) -> tuple[str, Parser, Any]:
+    """Return the command that began a run, what parses it, and the options that were typed, with --resume.
+
+    Raises:
+        UserError: it is none that trains.
+    """
+    name, parser = _parser_of(began)
+    return name, parser, options_of_words(parser, [*began.words[len(name.split()):], "--resume"])
+
+
+def enter_folder(began: TypedCommand) -> bool:
+    """Go where a command was typed, since its paths are read from there; returns whether that is another
+    folder."""
+    is_elsewhere = began.folder != Path.cwd() and began.folder.is_dir()
+    if is_elsewhere:
+        os.chdir(began.folder)
+    return is_elsewhere
+
+
+def run_words(name: str, parser: Parser, words: list[str], began_s: float) -> int:
+    """Run a command by its words, as if they had been typed; returns its exit code."""
     note_command([*name.split(), *words])
     arguments = parser.parse_args(words)
-    arguments.began_s = typed.began_s
+    arguments.began_s = began_s
     return int(COMMANDS[name].load().run(arguments))
 
 
@@ -100,12 +121,8 @@ def _absolute(word: str, folder: Path) -> str:
     return f"{folder / file}:{name}" if colon and file.endswith(".py") else word
 
 
-def parser_of(began: TypedCommand) -> tuple[str, Parser]:
-    """Return the command that began a run, and what parses it.
-
-    Raises:
-        UserError: it is none that trains.
-    """
+def _parser_of(began: TypedCommand) -> tuple[str, Parser]:
+    """Return the command that began a run, and what parses it."""
     name = next((name for name in (" ".join(began.words[:2]), *began.words[:1]) if name in COMMANDS), "")
     if not name:
         raise UserError(f"command {' '.join(began.words[:2])!r}: began the run and is none of ours; type the "

@@ -16,7 +16,7 @@ from megatron_sov.train.data.views import LONG, SHORT
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class DocumentsLeftOut:
     """Documents of one source."""
 
     starts: Sequence[int]
@@ -39,7 +39,7 @@ class LeftOut:
         return sum(map(len, documents)), sum(int(np.asarray(lengths[each]).sum()) for each in documents)
 
 
-def left_out(without: Sequence[str], sources: Sequence[Source]) -> Mapping[str, LeftOut]:
+def left_out(without: Sequence[str], sources: Sequence[Source]) -> Mapping[str, DocumentsLeftOut]:
     """Return what is left out of each source that is named; of a pair that has one of them both.
 
     Args:
@@ -70,7 +70,7 @@ def left_out(without: Sequence[str], sources: Sequence[Source]) -> Mapping[str, 
     return {name: _joined(found) for name, found in stretches.items()}
 
 
-def _joined(stretches: list[tuple[int, int]]) -> LeftOut:
+def _joined(stretches: list[tuple[int, int]]) -> DocumentsLeftOut:
     starts: list[int] = []
     ends: list[int] = []
     for start, end in sorted(stretches):
@@ -79,4 +79,4 @@ def _joined(stretches: list[tuple[int, int]]) -> LeftOut:
         else:
             starts.append(start)
             ends.append(end)
-    return LeftOut(tuple(starts), tuple(ends))
+    return DocumentsLeftOut(tuple(starts), tuple(ends))
