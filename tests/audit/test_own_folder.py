@@ -1,4 +1,4 @@
-"""Folders in which a run is done again: what a killed command left is made anew, and what is a user's stays."""
+"""Folders in which a run is done again: what a kill left is made anew, and what is a user's stays."""
 
 from __future__ import annotations
 
