@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup check test core suite lint style types slurm browser newest demo docs scripts contract lock wheel parts clean
+.PHONY: help setup check test deep core suite lint style types slurm browser newest demo docs scripts contract lock wheel parts clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -114,6 +114,10 @@ suite: setup
 NEWEST := $(addprefix tests/,te_double engine checkpoint layouts convert train e2e)
 newest: setup  ## the tests of layers that touch megatron-core, on the version that this Python has not installed: build/newest
 	OMP_NUM_THREADS=1 "$(PY)" tests/newest.py -q -n 2 --dist worksteal $(NEWEST)
+
+deep: setup  ## the rarer cases that `make test` leaves out: every layout, every kill, larger models; half an hour
+	"$(PY)" -m compileall -q $(PACKAGES:/__init__.py=)
+	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py "$(PY)" -m pytest -n 3 -p no:anyio --dist worksteal -m deep
 
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores
 	"$(PY)" demo.py $${CORPUS:+--corpus "$$CORPUS"}

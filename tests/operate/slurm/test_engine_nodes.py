@@ -65,7 +65,6 @@ while not (run / "complete.json").exists():
 """
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_servers_on_nodes_of_their_own_are_started_again_and_end_with_the_job(
         cluster: Any, site: Path, submit: Callable[..., str], small: tuple[str, ...], warm_python: str

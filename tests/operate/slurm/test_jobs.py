@@ -33,7 +33,6 @@ def ends(records: Path) -> list[dict[str, Any]]:
     return [r for r in read_events(records / "attempts.jsonl") if r["event"] == "end"]
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_survives_a_sick_node_the_time_limit_a_crash_and_a_killed_rank(
     cluster: Any, site: Path, submit: Submit, until: Any, small: tuple[str, ...], packed_data: Any,
@@ -130,7 +129,6 @@ stages:
 """
 
 
-@pytest.mark.slow
 def test_a_failing_stage_stops_its_chain_and_continue_picks_it_up(
     cluster: Any, site: Path, small: tuple[str, ...], packed_data: Any, capsys: pytest.CaptureFixture[str],
     warm_python: str,

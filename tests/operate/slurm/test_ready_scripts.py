@@ -240,7 +240,6 @@ def work(site: Path, token_shards: Path, packed_data: Any) -> Path:
     return folder.parent
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", TINY)
 def test_the_scripts_of_a_tiny_recipe_run_to_their_end(name: str, cluster: Any, site: Path, work: Path,
