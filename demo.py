@@ -27,9 +27,9 @@ VOCAB_SIZE = 1024
 NPROC = 2
 GATE_FAILED = 3
 """Exit code of an extension whose gate has not passed within its steps."""
-PRETRAIN_STEPS, EXTEND_STEPS, SFT_STEPS, DPO_STEPS = 480, 80, 80, 24
-RETRIEVAL_RECIPE, RETRIEVAL_STEPS, GATE_STEPS, GATE_MAX_STEPS = "tiny-k-exaone", 500, 80, 240
-NEAR, FAR = 80, 512
+PRETRAIN_STEPS, EXTEND_STEPS, SFT_STEPS, DPO_STEPS = 320, 60, 80, 24
+RETRIEVAL_RECIPE, RETRIEVAL_STEPS, GATE_STEPS, GATE_MAX_STEPS = "tiny-k-exaone", 320, 80, 400
+NEAR, FAR = 80, 256
 """Tokens at which a small K-EXAONE learns to retrieve, and those at which its gate stands."""
 SEQ_LEN, LONG_SEQ_LEN = 256, 512
 TEXTS = ("The standard library ", "def read_file(path):\n")
@@ -159,30 +159,33 @@ def training_stages(root: Path, sources: list[str]) -> list[Stage]:
         str(root / name) for name in ("text", "chat", "pairs", "pretrain", "extend", "sft", "dpo"))
     layout = ("--nproc", str(NPROC), "--resume", *settings(parallel__ep=2))
     batch = settings(train__global_batch_size=8, train__micro_batch_size=4)
-    first = settings(model__vocab_size=VOCAB_SIZE, data__phases=phases(sources), train__steps=PRETRAIN_STEPS,
-                     train__checkpoint_every_steps=100, train__eval_every_steps=240)
+    first = settings(model__vocab_size=VOCAB_SIZE, model__num_layers=2, data__phases=phases(sources),
+                     train__steps=PRETRAIN_STEPS, train__checkpoint_every_steps=100,
+                     train__eval_every_steps=160, optim__name="muon", optim__muon_scale="original",
+                     optim__lr=2e-2, optim__min_lr=1e-3)
     longer = settings(train__steps=EXTEND_STEPS, train__global_batch_size=4, train__micro_batch_size=2,
                       optim__lr=1e-3, optim__min_lr=2e-4,
                       data__phases=json.dumps([{"name": "extend", "seq_len": LONG_SEQ_LEN}]),
                       needle__lengths_tokens=json.dumps([SEQ_LEN, LONG_SEQ_LEN]),
                       # all three would take thrice as long
-                      needle__languages=json.dumps([s for s in sources if s == "english"]))
+                      needle__languages=json.dumps([s for s in sources if s == "english"]),
+                      needle__samples=10)
     chats = settings(train__steps=SFT_STEPS, optim__lr=1e-3, optim__min_lr=2e-4, objective__text_coeff=0.1)
     # held to the better answers, for two words alone decide: at 0.2 answers became half as long, at 1 few
     # pairs were ranked right
     preferred = settings(train__steps=DPO_STEPS, optim__lr=3e-4, optim__min_lr=2e-4, preference__beta=0.5,
                          preference__chosen_coeff=0.5)
     return [
-        Stage("pretrain", 165, ("megatron-sov", "pretrain", RECIPE, "--data", text, "--run", pretrain,
+        Stage("pretrain", 100, ("megatron-sov", "pretrain", RECIPE, "--data", text, "--run", pretrain,
                                 *layout, *batch, *first), root / "pretrain/complete.json"),
         Stage("bigram baseline", 10, ("megatron-sov", "eval", "bigram", "--data", text, "--run", pretrain)),
-        Stage("extend", 42, ("megatron-sov", "extend", RECIPE, "--from", pretrain, "--data", text, "--run",
+        Stage("extend", 30, ("megatron-sov", "extend", RECIPE, "--from", pretrain, "--data", text, "--run",
                              extend, *layout, *longer), root / "extend/complete.json"),
         # what the model says to chats before it has learned from any
         Stage("chats before", 10, ("megatron-sov", "eval", "ppl", extend, "--data", chat, "--run", extend)),
-        Stage("sft", 34, ("megatron-sov", "sft", RECIPE, "--from", extend, "--data", f"{chat}:0.8", "--data",
+        Stage("sft", 30, ("megatron-sov", "sft", RECIPE, "--from", extend, "--data", f"{chat}:0.8", "--data",
                           f"{text}:0.2", "--run", sft, *layout, *batch, *chats), root / "sft/complete.json"),
-        Stage("dpo", 20, ("megatron-sov", "prefer", RECIPE, "--from", sft, "--data", pairs, "--run", dpo,
+        Stage("dpo", 15, ("megatron-sov", "prefer", RECIPE, "--from", sft, "--data", pairs, "--run", dpo,
                           "--method", "dpo", *layout, *batch, *preferred), root / "dpo/complete.json"),
     ]
 
@@ -202,7 +205,8 @@ def retrieval_stages(root: Path, sources: list[str]) -> list[Stage]:
                                                             "retrieval-far"))
     language = main_language(sources)
     layout = ("--data", text, "--nproc", str(NPROC), "--resume")
-    sizes = settings(model__vocab_size=VOCAB_SIZE, model__hidden_size=64, model__dense_ffn_dim=128,
+    sizes = settings(model__vocab_size=VOCAB_SIZE, model__num_layers=2, model__attention_pattern="LG",
+                     model__num_dense_layers=1, model__hidden_size=64, model__dense_ffn_dim=128,
                      model__num_experts=4, model__expert_ffn_dim=64, model__sliding_window_tokens=16,
                      model__init_std=0.1, model__num_mtp_layers=0)
     common = settings(
@@ -226,11 +230,11 @@ def retrieval_stages(root: Path, sources: list[str]) -> list[Stage]:
                      train__steps=20)
     recipe = RETRIEVAL_RECIPE
     return [
-        Stage("retrieval: begin", 15, ("megatron-sov", "pretrain", recipe, "--run", begin, *layout, *sizes,
+        Stage("retrieval: begin", 10, ("megatron-sov", "pretrain", recipe, "--run", begin, *layout, *sizes,
                                        *common, *batch, *texts), root / "retrieval-begin/complete.json"),
-        Stage("retrieval: learn", 75, ("megatron-sov", "extend", recipe, "--from", begin, "--run", near,
+        Stage("retrieval: learn", 40, ("megatron-sov", "extend", recipe, "--from", begin, "--run", near,
                                        *layout, *common, *batch, *needles), root / "retrieval/complete.json"),
-        Stage("gate", 45, ("megatron-sov", "extend", recipe, "--from", near, "--run", far, *layout, *common,
+        Stage("gate", 35, ("megatron-sov", "extend", recipe, "--from", near, "--run", far, *layout, *common,
                            *gate), root / "retrieval-far/complete.json", codes=(0, GATE_FAILED)),
     ]
 
@@ -271,7 +275,7 @@ def report_stages(root: Path, question: str) -> list[Stage]:
     pretrain, extend, sft, dpo, far = (
         str(root / name) for name in ("pretrain", "extend", "sft", "dpo", "retrieval-far"))
     return [
-        Stage("continue text", 10, ("megatron-sov", "generate", extend, *SAMPLING,
+        Stage("continue text", 15, ("megatron-sov", "generate", extend, *SAMPLING,
                                     *repeated("--prompt", (*TEXTS, question)), "--run", extend)),
         Stage("report", 10, ("megatron-sov", "report", pretrain, extend, sft, dpo, far, "--out",
                              str(root / "report.html"))),
