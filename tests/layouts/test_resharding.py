@@ -2,7 +2,7 @@
 optimizer included.
 
 Each layout continues what two others saved, and each two meet; SOV_WRITE_TABLE=1 tries all pairs both ways.
-`make test` has layouts of AdamW on two processes, and tensors and stages cut with Muon; `make deep` all five.
+`make test` has layouts on two processes: of AdamW rows, experts and stages are cut, of Muon tensors.
 """
 
 from __future__ import annotations
@@ -33,11 +33,9 @@ UNEQUAL = {
     "PP2 of 1 and 3 layers": (2, ["parallel.pp=2", "parallel.pipeline_layout=[1, 3]"]),
     "DP2 ZeRO-1 padded": (2, [*ZERO1, "gpu.pad_buckets=on"]),
 }
-OF_MUON = {
-    "one rank": (1, []),
-    "TP2+SP x EP2": (2, [*TP2, "parallel.ep=2"]),
-    "PP2 VPP2 x DP2 ZeRO-1 overlapped": LAYOUTS["PP2 VPP2 x DP2 ZeRO-1 overlapped"],
-}
+OF_MUON = {"one rank": (1, []), "TP2+SP x EP2": (2, [*TP2, "parallel.ep=2"]),
+           "DP2 ZeRO-1 overlapped": (2, OVERLAP)}
+FURTHER_OF_MUON = ("one rank", "TP2+SP x EP2 x ZeRO-1", "PP2 VPP2 x DP2 ZeRO-1 overlapped")
 MUON = ["optim.name=muon", "optim.schedule=wsd",
         'data.phases=[{"name": "a", "seq_len": 32, "share": 3}, '
         '{"name": "b", "seq_len": 32, "share": 17, "rewarm_steps": 2}]']
@@ -58,7 +56,7 @@ TOLERANCES = {"steps": 1e-12, "model": 2e-11, "optimizer": 1e-12}
     pytest.param([], LAYOUTS, id="adamw", marks=pytest.mark.deep),
     pytest.param([], UNEQUAL, id="unequal parts"),
     pytest.param(MUON, OF_MUON, id="muon"),
-    pytest.param(MUON, {**OF_MUON, "TP2+SP x EP2": LAYOUTS["TP2+SP x EP2 x ZeRO-1"]}, id="muon, ZeRO-1",
+    pytest.param(MUON, {name: LAYOUTS[name] for name in FURTHER_OF_MUON}, id="muon, stages",
                  marks=pytest.mark.deep)])
 def test_any_layout_continues_what_any_other_saved(ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                                    chosen: list[str], layouts: dict[str, Any]) -> None:

@@ -142,7 +142,7 @@ def test_what_only_a_sliding_layer_does_wrong_is_found(monkeypatch: pytest.Monke
         *CUT_ROW, "parallel.cp=4"]), 4)[1].outcome == DIFFERS
 
 
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, pytest.param(8, marks=pytest.mark.deep)])
 def test_rows_are_cut_within_documents(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else nobody would miss what other processes find for one's keys."""
     from megatron_sov.engine.parallel import context
@@ -224,7 +224,7 @@ CUT = ("parallel.cp=2", "parallel.ep=2", "parallel.zero1=true", "parallel.overla
     ("tiny-gpt-oss", CUT, 4), ("tiny-deepseek-v3", (*STAGES, "parallel.ep=2"), 4),
     pytest.param("tiny-gpt-oss", (*STAGES, "parallel.ep=2"), 4, marks=pytest.mark.deep),
     pytest.param("tiny-deepseek-v3", CUT, 4, marks=pytest.mark.deep),
-    ("tiny-qwen3-moe", (*STAGES, "parallel.ep=2"), 4)])
+    pytest.param("tiny-qwen3-moe", (*STAGES, "parallel.ep=2"), 4, marks=pytest.mark.deep)])
 def test_every_family_is_equal(recipe: str, settings: tuple[str, ...], num_ranks: int) -> None:
     """Processes of their own, and messages that are really sent, are shown by tests/layouts at others."""
     config = apply_settings(recipes.get(recipe), [*settings, "train.global_batch_size=8",
