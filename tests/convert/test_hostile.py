@@ -11,7 +11,7 @@ import pickle
 import struct
 import subprocess
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -299,13 +299,21 @@ def logits(folder: Path) -> torch.Tensor:
     return found
 
 
+FURTHER = ("a name per layer, PP2", "experts, layers stacked, EP2")
+"""Of the others one has layers stacked, and one all by name."""
+
+
 @pytest.mark.distributed
-def test_what_the_library_wrote_computes_the_same_in_transformers(ranks: Any, job: Any,
-                                                                 tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [
+    [name for name in CASES if name not in FURTHER], pytest.param(FURTHER, marks=pytest.mark.deep)],
+    ids=["stacked and by name", "further"])
+def test_what_the_library_wrote_computes_the_same_in_transformers(
+        ranks: Any, job: Any, tmp_path: Path, names: Collection[str]) -> None:
+    cases = {name: CASES[name] for name in names}
     asked = [job(WRITTEN, "written", 2, {"out": str(tmp_path / case), "name": name, "layout": layout,
                                          "metadata": metadata})
-             for case, (name, layout, metadata) in CASES.items()]
-    for (case, (name, _, _)), result in zip(CASES.items(), ranks(*asked), strict=True):
+             for case, (name, layout, metadata) in cases.items()]
+    for (case, (name, _, _)), result in zip(cases.items(), ranks(*asked), strict=True):
         out = tmp_path / f"{case}-ours"
         assert main(["convert", "from-megatron", str(tmp_path / case), str(out)]) == 0, case
         manifest = read_manifest(out, "checkpoint")

@@ -69,12 +69,16 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
 
 
 @pytest.mark.distributed
-def test_live_export_is_file_export(ranks, job, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chosen", [
+    {"tiny-k-exaone": ("one", "EP2 x PP2 of two chunks", "TP2+SP x EP2 x PP2"), "tiny-qwen2": ("PP2",)},
+    pytest.param({recipe: names for recipe, (_, names) in RECIPES.items()}, marks=pytest.mark.deep)],
+    ids=["all at once", "each"])
+def test_live_export_is_file_export(ranks, job, tmp_path: Path, chosen: dict[str, tuple[str, ...]]) -> None:
     from safetensors.torch import load_file
 
     from megatron_sov import convert
 
-    cases = [(recipe, precision, name) for recipe, (precision, names) in RECIPES.items() for name in names]
+    cases = [(recipe, RECIPES[recipe][0], name) for recipe, names in chosen.items() for name in names]
     results = ranks(*(job(__file__, "exported", LAYOUTS[name][0], {
         "recipe": recipe, "precision": precision, "layout": LAYOUTS[name][1],
         "path": str(tmp_path / f"{recipe}-{name}")})

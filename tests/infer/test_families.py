@@ -31,10 +31,11 @@ RECIPES = {"tiny-glm4-moe": ["model.num_experts=4", "model.expert_ffn_dim=16"],
                             "model.sliding_window_tokens=8"],
            "tiny-exaone4": ["model.sliding_window_tokens=8"], "tiny-exaone4-1.2b": [],
            "tiny-hyperclovax": ["model.residual_multiplier=0.4", "model.logits_multiplier=0.3"]}
-CUT_IN_ITS_OWN_WAY = ("tiny-glm4-moe", "tiny-deepseek-v3", "tiny-k-exaone2", "tiny-gemma2", "tiny-gpt-oss")
-"""Of which two processes hold halves of what no other has: prediction layers, latent attention, windows and
-experts, logits that are bounded before they meet, sinks.  The others are cut as these; test_gradients.py has
-all that cut, against transformers."""
+FURTHER = ("tiny-gemma3", "tiny-exaone4", "tiny-exaone4-1.2b", "tiny-hyperclovax")
+"""Whose cache holds what those of the others hold."""
+CUT_IN_ITS_OWN_WAY = ("tiny-deepseek-v3", "tiny-gpt-oss")
+"""Of which two processes hold halves of what no other has: latent attention, prediction layers, sinks.  The
+others are cut as these; test_gradients.py has all that cut, against transformers."""
 
 
 def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
@@ -72,15 +73,22 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
 
 
 @pytest.mark.distributed
-def test_cached_generation_is_what_full_forward_passes_say(ranks: Any, job: Any) -> None:
-    names = list(RECIPES)
+@pytest.mark.parametrize(("further", "cut"), [
+    ((), CUT_IN_ITS_OWN_WAY),
+    pytest.param(FURTHER, ("tiny-glm4-moe", "tiny-k-exaone2", "tiny-gemma2"), marks=pytest.mark.deep)],
+    ids=["caches of their own", "further"])
+def test_cached_generation_is_what_full_forward_passes_say(ranks: Any, job: Any, further: tuple[str, ...],
+                                                           cut: tuple[str, ...]) -> None:
+    names = [*dict.fromkeys([*further, *cut, "tiny-glm4-moe"])] if further else [
+        name for name in RECIPES if name not in FURTHER]
+    experts_of = ["tiny-glm4-moe"]
     alone, split, experts = ranks(
         job(__file__, "written_twice", 1, {"layout": {}, "names": names}),
-        job(__file__, "written_twice", 2, {"layout": {"tp": 2, "sp": True}, "names": CUT_IN_ITS_OWN_WAY}),
+        job(__file__, "written_twice", 2, {"layout": {"tp": 2, "sp": True}, "names": cut}),
         # the processes have two prompts and one: they reach the prediction layer's experts together
-        job(__file__, "written_twice", 2, {"layout": {"ep": 2}, "names": names[:1]}))
+        job(__file__, "written_twice", 2, {"layout": {"ep": 2}, "names": experts_of}))
     of_one = dict(zip(names, alone[0], strict=True))
-    for recipes, found in ((names, alone[0]), (CUT_IN_ITS_OWN_WAY, split[0]), (names[:1], experts[0])):
+    for recipes, found in ((names, alone[0]), (cut, split[0]), (experts_of, experts[0])):
         for recipe, (written, full, graphs, drafted) in zip(recipes, found, strict=True):
             assert [written, full, graphs, drafted] == of_one[recipe], recipe
             assert written == full and not graphs, recipe

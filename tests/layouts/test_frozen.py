@@ -13,13 +13,13 @@ from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
 RUN = str(Path(__file__).with_name("layout_run.py"))
 FROZEN = ("embedding.*", "decoder.layers.0.*", "decoder.layers.1.*", "*router.weight")
-"""Under PP2 all that the first stage has, and every router."""
+"""Of two stages all that the first stage has, and every router."""
 SETTINGS = ["train.precision=fp64", "model.router_bias_update_rate=0",
             "optim.name=muon", "train.recompute=true",
             "optim.groups=[" + ", ".join(f'{{"pattern": "{pattern}", "frozen": true}}'
                                          for pattern in FROZEN) + "]"]
 ZERO1 = ["parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
-LAYOUTS = {"one rank": (1, []), "PP2": (2, ["parallel.pp=2"]),
+LAYOUTS = {"one rank": (1, []),
            "PP2 x DP2 ZeRO-1 overlapped": (4, ["parallel.pp=2", *ZERO1]),
            "TP2+SP x EP2": (2, ["parallel.tp=2", "parallel.sp=true", "parallel.ep=2"])}
 

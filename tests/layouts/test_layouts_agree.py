@@ -28,6 +28,7 @@ PASSES = ["parallel.ep=2", "parallel.expert_overlap=micro_batches"]
 """A micro-batch is computed while tokens of another one travel."""
 LAYOUTS = {
     "TP2+SP x PP2 x EP2": (4, [*TP2, "parallel.pp=2", "parallel.ep=2"]),
+    "TP2+SP x CP2 x EP2 ZeRO-1 overlapped": (4, [*TP2, "parallel.cp=2", "parallel.ep=2", *OVERLAP]),
     "CP2 x DP2 x EP2 ZeRO-1 overlapped": (4, ["parallel.cp=2", "parallel.ep=2", *OVERLAP]),
     "PP2 VPP2 x DP2 ZeRO-1 overlapped": (4, ["parallel.pp=2", "parallel.vpp=2", *OVERLAP]),
     "EP2 ZeRO-1 overlapped, passes overlapped": (2, [*PASSES, *OVERLAP, "train.micro_batch_size=1"]),
@@ -45,24 +46,33 @@ FP32 = (["train.precision=fp32",
          # layouts cannot hide in that.
          "optim.eps=1e-3"], 5e-6)
 """Settings and largest relative difference."""
+GLM = [*SFT, "model.num_expert_groups=2", "model.num_groups_per_token=1", "model.seq_aux_loss_coeff=0.01"]
+CHUNKS = ['data.phases=[{"name": "main", "seq_len": 160}]', "train.global_batch_size=4"]
+"""Rows of several chunks of linear attention."""
 CASES = {
     "micro batches": ("tiny-k-exaone", "lm", [], FP64, ("micro batch 1", "micro batch 8")),
     "sft": ("tiny-k-exaone", "sft", SFT, FP64, ("PP2 VPP2 x DP2 ZeRO-1 overlapped",)),
     "passes": ("tiny-k-exaone", "sft", SFT, FP64, (
         "EP2 ZeRO-1 overlapped, passes overlapped", "PP2 VPP2 x EP2, passes overlapped")),
     # experts in the prediction layer, chosen within groups
-    "glm4_moe sft": ("tiny-glm4-moe", "sft", [
-        *SFT, "model.num_expert_groups=2", "model.num_groups_per_token=1", "model.seq_aux_loss_coeff=0.01"],
-        FP64, ("TP2+SP x PP2 x EP2", "CP2 x DP2 x EP2 ZeRO-1 overlapped", "micro batch 1")),
-    # rows of several chunks of linear attention
-    "qwen3_next": ("tiny-qwen3-next", "lm", ['data.phases=[{"name": "main", "seq_len": 160}]'], FP64, (
+    "glm4_moe sft": ("tiny-glm4-moe", "sft", GLM, FP64, ("TP2+SP x PP2 x EP2",)),
+    "glm4_moe sft, further": ("tiny-glm4-moe", "sft", GLM, FP64, (
+        "CP2 x DP2 x EP2 ZeRO-1 overlapped", "micro batch 1")),
+    "qwen3_next": ("tiny-qwen3-next", "lm", CHUNKS, FP64, ("TP2+SP x CP2 x EP2 ZeRO-1 overlapped",)),
+    "qwen3_next, further": ("tiny-qwen3-next", "lm", CHUNKS, FP64, (
         "TP2+SP x PP2 x EP2", "CP2 x DP2 x EP2 ZeRO-1 overlapped", "micro batch 1")),
     "fp32": ("tiny-k-exaone", "lm", [], FP32, ("TP2+SP x PP2 x EP2",)),
 }
 
 
+DEEP = ("passes", "glm4_moe sft, further", "qwen3_next, further", "fp32")
+"""Rarer cases; passes that overlap are trained by te_double/test_agreement.py, and fp32 is compared with
+transformers by test_gradients.py."""
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.deep] * (case in DEEP))
+                                  for case in CASES])
 def test_layouts_agree_with_one_rank(ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                      case: str) -> None:
     recipe, objective, extra, (precision, tolerance), names = CASES[case]
@@ -129,7 +139,8 @@ STRETCHING_STEPS, TOLERANCE = 2, 1e-12
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("objective", "settings"),
-                         [("pairs", []), ("sequence ratio", []), ("lm", LARGE_VOCABULARY)])
+                         [("pairs", []), pytest.param("sequence ratio", [], marks=pytest.mark.deep),
+                          pytest.param("lm", LARGE_VOCABULARY, marks=pytest.mark.deep)])
 def test_an_objective_is_the_same_at_every_layout(ranks: Any, job: Any, packed_data: Any, objective: str,
                                                   settings: list[str]) -> None:
     layouts = {"one rank": (1, []), EVERYTHING_AT_ONCE: (8, EVERYTHING)}

@@ -27,8 +27,8 @@ LAYOUT = ["parallel.tp=2", "parallel.sp=true", "parallel.ep=2"]
 
 @pytest.mark.distributed
 def test_nothing_of_a_float64_step_is_rounded_to_float32(ranks: Any, job: Any, packed_data: Any) -> None:
-    cases = [("tiny-solar-open", 1, [YARN]), ("tiny-k-exaone", 1, ["train.recompute=true"]),
-             ("tiny-k-exaone", 2, LAYOUT), ("tiny-solar-open", 2, ["parallel.pp=2"])]
+    cases = [("tiny-k-exaone", 2, [*LAYOUT, "train.recompute=true"]),
+             ("tiny-solar-open", 2, [YARN, "parallel.pp=2"])]
     jobs = [job(RUN, "operations", n, {"recipe": recipe, "settings": ["train.precision=fp64", *settings],
                                        "data": str(packed_data.text)}) for recipe, n, settings in cases]
     for (recipe, _, settings), per_rank in zip(cases, ranks(*jobs), strict=True):

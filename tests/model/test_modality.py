@@ -66,7 +66,9 @@ CORE = ("megatron_sov.convert", "megatron_sov.train.trainer", "megatron_sov.infe
         "megatron_sov.commands.evaluate.eval", "data_prep.shards.pack", "data_prep.shards.verify")
 
 
+@pytest.mark.deep
 def test_the_core_loads_nothing_of_the_part() -> None:
+    """What a module imports as it is loaded is told by test_architecture.py, too."""
     program = PROGRAM.format(modules=", ".join(CORE))
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
                           check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -367,7 +367,8 @@ def tried(stage: RunStage, of: Pricing) -> dict[Any, tuple[float, float]]:
     return found
 
 
-@pytest.mark.parametrize(("cluster", "nodes"), [("h100", 12), ("b200", 4)])
+@pytest.mark.parametrize(("cluster", "nodes"), [
+    ("h100", 12), pytest.param("b200", 4, marks=pytest.mark.deep)])
 def test_the_best_is_the_best_of_every_combination(cluster: str, nodes: int) -> None:
     of = prices_of_sweep(cluster, nodes)
     stage = run_stages(recipes.get("solar-open-102b"), of.num_ranks)[0]
@@ -386,7 +387,7 @@ def test_the_best_is_the_best_of_every_combination(cluster: str, nodes: int) -> 
 
 @pytest.mark.parametrize(("recipe", "cluster", "nodes"), [
     ("tiny-k-exaone-extend", "h100", 1), ("qwen3-8b", "h100", 2), ("tiny-solar-open", "gb200", 2),
-    ("qwen3-moe-30b", "b200", 1)])
+    pytest.param("qwen3-moe-30b", "b200", 1, marks=pytest.mark.deep)])
 def test_training_takes_every_proposed_layout(recipe: str, cluster: str, nodes: int) -> None:
     of, config = prices_of_sweep(cluster, nodes), recipes.get(recipe)
     found = search(config, of)

@@ -142,7 +142,7 @@ def test_what_only_a_sliding_layer_does_wrong_is_found(monkeypatch: pytest.Monke
         *CUT_ROW, "parallel.cp=4"]), 4)[1].outcome == DIFFERS
 
 
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, pytest.param(8, marks=pytest.mark.deep)])
 def test_rows_are_cut_within_documents(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else nobody would miss what other processes find for one's keys."""
     from megatron_sov.engine.parallel import context
@@ -192,11 +192,11 @@ CONTEXT = "parallel.cp=2", "parallel.tp=2", "parallel.sp=true"
 
 
 @pytest.mark.parametrize(("recipe", "settings", "num_ranks", "terms"), [
-    ("tiny-solar-open-dpo", CONTEXT, 4, {"preference"}),
+    pytest.param("tiny-solar-open-dpo", CONTEXT, 4, {"preference"}, marks=pytest.mark.deep),
     ("tiny-solar-open-dpo", (*STAGES, "preference.method=kto", "preference.chosen_coeff=0.5"), 4,
      {"preference", "chosen"}),
     ("tiny-qwen3", (*STAGES, "objective.name=preference", "preference.method=grouper"), 4, {"preference"}),
-    ("tiny-solar-open-rl", CONTEXT, 4, {"policy"}),
+    pytest.param("tiny-solar-open-rl", CONTEXT, 4, {"policy"}, marks=pytest.mark.deep),
     ("tiny-solar-open-rl", ("parallel.pp=2", "policy.kl=k3", "policy.kl_coeff=0.1"), 2, {"policy", "kl"}),
     ("tiny-typhoon-s", (*CONTEXT, DISTILL, "distillation.ce_coeff=0.5"), 4, {"divergence", "cross_entropy"}),
     ("tiny-typhoon-s", (*STAGES, DISTILL, "distillation.top_k=0"), 4, {"divergence"}),
@@ -219,11 +219,12 @@ CUT = ("parallel.cp=2", "parallel.ep=2", "parallel.zero1=true", "parallel.overla
 
 
 @pytest.mark.parametrize(("recipe", "settings", "num_ranks"), [
-    ("tiny-qwen2", ("parallel.tp=2", "model.tied_embeddings=true"), 2),
+    pytest.param("tiny-qwen2", ("parallel.tp=2", "model.tied_embeddings=true"), 2, marks=pytest.mark.deep),
     ("tiny-qwen2", ("parallel.pp=2", "parallel.vpp=2", *CUT[2:], "model.tied_embeddings=true"), 4),
-    ("tiny-gpt-oss", (*STAGES, "parallel.ep=2"), 4), ("tiny-gpt-oss", CUT, 4),
-    ("tiny-deepseek-v3", (*STAGES, "parallel.ep=2"), 4), ("tiny-deepseek-v3", CUT, 4),
-    ("tiny-qwen3-moe", (*STAGES, "parallel.ep=2"), 4)])
+    ("tiny-gpt-oss", CUT, 4), ("tiny-deepseek-v3", (*STAGES, "parallel.ep=2"), 4),
+    pytest.param("tiny-gpt-oss", (*STAGES, "parallel.ep=2"), 4, marks=pytest.mark.deep),
+    pytest.param("tiny-deepseek-v3", CUT, 4, marks=pytest.mark.deep),
+    pytest.param("tiny-qwen3-moe", (*STAGES, "parallel.ep=2"), 4, marks=pytest.mark.deep)])
 def test_every_family_is_equal(recipe: str, settings: tuple[str, ...], num_ranks: int) -> None:
     """Processes of their own, and messages that are really sent, are shown by tests/layouts at others."""
     config = apply_settings(recipes.get(recipe), [*settings, "train.global_batch_size=8",

@@ -19,18 +19,20 @@ LAYOUT_RUN = str(Path(__file__).parents[1] / "layouts" / "layout_run.py")
 TP2 = ["parallel.tp=2", "parallel.sp=true"]
 LAYOUTS = {
     "TP2+SP x EP2": (2, [*TP2, "parallel.ep=2"]),
-    "EP2 x ZeRO-1": (2, ["parallel.ep=2", "parallel.zero1=true"]),
-    "EP2, passes overlapped": (2, [
-        "parallel.ep=2", "parallel.expert_overlap=micro_batches", "parallel.delay_weight_grads=true",
-        "train.micro_batch_size=2", "train.recompute=selective",
+    "EP2 x ZeRO-1, passes overlapped": (2, [
+        "parallel.ep=2", "parallel.zero1=true", "parallel.expert_overlap=micro_batches",
+        "parallel.delay_weight_grads=true", "train.micro_batch_size=2", "train.recompute=selective",
         'gpu.recompute_modules=["layernorm", "moe_act"]']),
-    "ETP2": (2, ["parallel.etp=2"]),
     "PP2 VPP2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
-    "CP2, recomputed": (2, ["parallel.cp=2", "train.recompute=true"]),
     # Transformer Engine's attention over whole rows of half the heads, of which keys have two
-    "CP2, exchanged": (2, ["parallel.cp=2", "gpu.attention=unfused"]),
+    "CP2, exchanged, recomputed": (2, ["parallel.cp=2", "gpu.attention=unfused", "train.recompute=true"]),
+}
+FURTHER = {
+    "ETP2": (2, ["parallel.etp=2"]),
+    "CP2, recomputed": (2, ["parallel.cp=2", "train.recompute=true"]),
     "CP4, exchanged": (4, ["parallel.cp=4", "gpu.attention=unfused"]),
 }
+"""Of which tests/layouts/test_agreement.py has the first two without the double."""
 # sliding layers, one that does not rotate, and multi-token prediction
 EXAONE = ["model.num_layers=4", "model.num_experts=4", "train.micro_batch_size=4"]
 # YaRN
@@ -87,8 +89,10 @@ def test_a_router_multiplies_in_transformer_engine(te_ranks: Any, job: Any, pack
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("layouts", [LAYOUTS, pytest.param(FURTHER, marks=pytest.mark.deep)],
+                         ids=["all settings", "further"])
 def test_every_layout_and_either_checkpoint(ranks: Any, te_ranks: Any, job: Any, packed_data: Any,
-                                            tmp_path: Path) -> None:
+                                            tmp_path: Path, layouts: dict[str, Any]) -> None:
     """Two steps from the same start, and one from the other one's checkpoint: losses, gradient norms,
     weights and moments."""
 
@@ -98,8 +102,8 @@ def test_every_layout_and_either_checkpoint(ranks: Any, te_ranks: Any, job: Any,
             "paths": [str(packed_data.text)], "reference": str(tmp_path / reference)})
 
     (local,), = ranks(compared("local", is_reference=True))
-    others = dict(zip(LAYOUTS, te_ranks(*(compared("local", *settings, nproc=nproc)
-                                          for nproc, settings in LAYOUTS.values())), strict=True))
+    others = dict(zip(layouts, te_ranks(*(compared("local", *settings, nproc=nproc)
+                                          for nproc, settings in layouts.values())), strict=True))
     te_ranks(compared("te", *TP2, nproc=2, is_reference=True))
     others["the other way round"], = ranks(compared("te"))
     assert local["scratch"][0]["loss"] > local["scratch"][-1]["loss"]
@@ -119,10 +123,11 @@ def test_every_layout_and_either_checkpoint(ranks: Any, te_ranks: Any, job: Any,
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("recipe", "settings"), [("tiny-k-exaone", EXAONE), ("tiny-solar-open", SOLAR),
-                                                  ("tiny-gpt-oss", ["model.num_layers=2"]),
-                                                  ("tiny-qwen2", ["model.num_layers=2"]),
-                                                  ("tiny-deepseek-v3", ["model.num_layers=4"])])
+@pytest.mark.parametrize(("recipe", "settings"), [
+    ("tiny-k-exaone", EXAONE), ("tiny-gpt-oss", ["model.num_layers=2"]),
+    ("tiny-deepseek-v3", ["model.num_layers=2", "model.num_dense_layers=1"]),
+    pytest.param("tiny-solar-open", SOLAR, marks=pytest.mark.deep),
+    pytest.param("tiny-qwen2", ["model.num_layers=2"], marks=pytest.mark.deep)])
 def test_every_gradient_and_every_name(ranks: Any, te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                        recipe: str, settings: list[str]) -> None:
     """tiny-qwen2 has biases and no experts; tiny-gpt-oss has biases of all, and sinks."""

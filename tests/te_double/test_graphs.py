@@ -6,6 +6,7 @@ that is read from anywhere else gives other losses, and what waits for the GPU e
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +39,7 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = 
                                           "parallel.ep=2"), {"steps": 2}, [2 * 2 * 4] * 2),
     "hidden sums and gathers": ("tiny-solar-open", 2, (
         "model.num_layers=2", "parallel.ep=2", "parallel.zero1=true", "parallel.overlap_grad_reduce=true",
-        "parallel.overlap_param_gather=true"), {}, [2 * 2 * 2] * 3),
+        "parallel.overlap_param_gather=true"), {"steps": 2}, [2 * 2 * 2] * 2),
     # experts of a prediction layer
     "prediction": ("tiny-deepseek-v3", 1, ("model.num_layers=4",), {"steps": 2}, [2 * 2 * 4] * 2),
     "router alone": ("tiny-gpt-oss", 1, ("model.num_layers=2", "gpu.permute_fusion=off"),
@@ -52,13 +53,21 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = 
 forward and backward, layers, micro-batches."""
 
 
+FURTHER = ("larger batches", "interleaved stages", "prediction")
+"""Batches grow beside stages, too, and all layers route by one code."""
+
+
 @pytest.mark.distributed
-def test_losses_counts_biases_and_weights_have_the_bits_of_a_run_without(te_ranks: Any, job: Any,
-                                                                        packed_data: Any) -> None:
+@pytest.mark.parametrize("names", [
+    [name for name in CASES if name not in FURTHER], pytest.param(FURTHER, marks=pytest.mark.deep)],
+    ids=["every kind", "further"])
+def test_losses_counts_biases_and_weights_have_the_bits_of_a_run_without(
+        te_ranks: Any, job: Any, packed_data: Any, names: Collection[str]) -> None:
+    cases = {name: CASES[name] for name in names}
     found = te_ranks(*(job(RUN, "both", nproc, {
         "recipe": recipe, "settings": ["train.precision=bf16", *settings], "path": str(packed_data.text),
-        **more}) for recipe, nproc, settings, more, _ in CASES.values()))
-    for (name, (*_, replays)), per_rank in zip(CASES.items(), found, strict=True):
+        **more}) for recipe, nproc, settings, more, _ in cases.values()))
+    for (name, (*_, replays)), per_rank in zip(cases.items(), found, strict=True):
         assert [step["replays"] for step in per_rank[0][1]["steps"]] == replays, name
         for plain, with_graphs in per_rank:
             assert plain["padding"] > 0, f"{name}: no row had padding"

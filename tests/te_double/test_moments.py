@@ -18,8 +18,9 @@ def test_moments_in_bf16_are_exact_over_checkpoints(te_ranks: Any, job: Any, pac
     host, and a step rounds the formula's moments once."""
     settings = {"fp32": "gpu.moment_dtype=fp32", "bf16": "gpu.moment_dtype=bf16",
                 "host": "gpu.optimizer_offload=0.5"}
-    runs = {name: {"recipe": "tiny-k-exaone", "path": str(packed_data.text),
-                   "settings": ["parallel.zero1=true", setting]} for name, setting in settings.items()}
+    common = ["parallel.zero1=true", "model.num_layers=2"]
+    runs = {name: {"recipe": "tiny-k-exaone", "path": str(packed_data.text), "settings": [*common, setting]}
+            for name, setting in settings.items()}
     found = te_ranks(*(job(RUN, "continued", 2, {**arguments, "run": str(tmp_path / name)})
                        for name, arguments in runs.items()))
     wide, narrow, host = (ranks[0] for ranks in found)

@@ -76,22 +76,24 @@ def _compared(te_ranks: Any, job: Any, path: Path, cases: list[tuple[str, tuple[
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("recipe", sorted(LAYOUTS))
+@pytest.mark.parametrize(("recipe", "precisions"), [
+    *((recipe, ("none", "mxfp8")) for recipe in sorted(LAYOUTS)),
+    *(pytest.param(recipe, tuple(name for name in RECIPES if name != "mxfp8"), marks=pytest.mark.deep)
+      for recipe in LOW_PRECISION)])
 def test_every_recommended_layout_in_every_precision(te_ranks: Any, job: Any, packed_data: Any,
-                                                     recipe: str) -> None:
-    _compared(te_ranks, job, packed_data.text,
-              [(recipe, (*settings, f"train.fp8={fp8}")) for settings in sorted(LAYOUTS[recipe])
-               for fp8 in (("none", *RECIPES) if recipe in LOW_PRECISION else ("none", "mxfp8"))])
+                                                     recipe: str, precisions: tuple[str, ...]) -> None:
+    _compared(te_ranks, job, packed_data.text, [
+        (recipe, (*settings, f"train.fp8={fp8}")) for settings in sorted(LAYOUTS[recipe])
+        for fp8 in precisions])
 
 
 @pytest.mark.distributed
 def test_selective_recomputation_beside_other_settings(te_ranks: Any, job: Any, packed_data: Any) -> None:
     fp8 = "train.fp8=mxfp8"
     cases = [("tiny-gpt-oss", (*SELECTIVE, f"train.fp8={name}")) for name in ("none", *RECIPES)]
-    cases += [("tiny-solar-open", (*SELECTIVE, *more)) for more in (
-        (fp8, "train.fp8_pad_routed_tokens=true"), (fp8, *OVERLAPPED), (fp8, "gpu.grad_dtype=bf16"),
-        (fp8, "parallel.expert_dispatcher=allgather"), (fp8, "gpu.shared_expert_overlap=on"),
-        (fp8, "gpu.router_fusion=on"))]
+    cases += [("tiny-solar-open", (*SELECTIVE, fp8, *more)) for more in (
+        ("train.fp8_pad_routed_tokens=true", *OVERLAPPED, "gpu.router_fusion=on"),
+        ("gpu.grad_dtype=bf16", "parallel.expert_dispatcher=allgather"), ("gpu.shared_expert_overlap=on",))]
     _compared(te_ranks, job, packed_data.text, cases)
 
 

@@ -19,12 +19,16 @@ OVERLAP = ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=t
 
 
 @pytest.mark.distributed
-def test_losses_are_those_of_bf16_weights(te_ranks: Any, job: Any, packed_data: Any) -> None:
+@pytest.mark.parametrize("cases", [
+    [("tiny-k-exaone", ["train.fp8=blockwise", "parallel.tp=2", "parallel.sp=true", "parallel.ep=2",
+                        "model.num_layers=2"])],
+    pytest.param([("tiny-solar-open", ["train.fp8=blockwise", "parallel.pp=2", "model.num_layers=2",
+                                       "optim.name=muon"]),
+                  ("tiny-solar-open", ["train.fp8=mxfp8", "parallel.ep=2", "gpu.moment_dtype=bf16"])],
+                 marks=pytest.mark.deep)], ids=["tensors and experts", "stages, further moments"])
+def test_losses_are_those_of_bf16_weights(te_ranks: Any, job: Any, packed_data: Any,
+                                          cases: list[tuple[str, list[str]]]) -> None:
     """Cut by tensors, experts, and stages, with gathers at once or beside the forward pass."""
-    cases = [("tiny-k-exaone", ["train.fp8=blockwise", "parallel.tp=2", "parallel.sp=true", "parallel.ep=2"]),
-             ("tiny-solar-open", ["train.fp8=blockwise", "parallel.pp=2", "model.num_layers=2",
-                                  "optim.name=muon"]),
-             ("tiny-solar-open", ["train.fp8=mxfp8", "parallel.ep=2", "gpu.moment_dtype=bf16"])]
     found = te_ranks(*(job(RUN, "losses", 2, {"recipe": recipe, "path": str(packed_data.text), "steps": 2,
                                               "settings": [*settings, "parallel.zero1=true", *more]})
                        for recipe, settings in cases for more in ([], [IN_8_BITS])))
@@ -33,25 +37,25 @@ def test_losses_are_those_of_bf16_weights(te_ranks: Any, job: Any, packed_data: 
 
 
 @pytest.mark.distributed
-def test_what_is_saved_and_exported_is_that_of_bf16_weights(te_ranks: Any, job: Any, packed_data: Any,
-                                                            tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "settings"), [
+    ("tiny-k-exaone", ["train.fp8=mxfp8", *OVERLAP, "model.num_layers=2", "train.fp8_bf16_layers_at_end=1"]),
+    pytest.param("tiny-solar-open", ["train.fp8=tensorwise", *OVERLAP], marks=pytest.mark.deep)])
+def test_what_is_saved_and_exported_is_that_of_bf16_weights(
+        te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path, recipe: str, settings: list[str]) -> None:
     """A checkpoint loads into any layout, with the setting and without, and a resumed run is exact."""
-    cases = [("tiny-solar-open", ["train.fp8=tensorwise", *OVERLAP]),
-             ("tiny-k-exaone", ["train.fp8=mxfp8", *OVERLAP, "train.fp8_bf16_layers_at_end=1"])]
-    found = te_ranks(*(job(RUN, "continued", 2, {
-        "recipe": recipe, "path": str(packed_data.text), "run": str(tmp_path / f"{recipe}-{len(more)}"),
+    bf16, in_8_bits = te_ranks(*(job(RUN, "continued", 2, {
+        "recipe": recipe, "path": str(packed_data.text), "run": str(tmp_path / str(len(more))),
         "settings": [*settings, "parallel.zero1=true", "train.global_batch_size=4", *more]})
-        for recipe, settings in cases for more in ([], [IN_8_BITS])))
-    for (recipe, settings), bf16, in_8_bits in zip(cases, found[::2], found[1::2], strict=True):
-        for before, after in zip(bf16, in_8_bits, strict=True):
-            assert after["straight"] == before["straight"]
-            assert after["resumed"] == after["straight"][2:]
-            assert after["resumed ends"] == after["straight ends"]
-            assert (after["saved"], after["exported"]) == (before["saved"], before["exported"])
-            assert (after["differing"], list(after["products of the evaluation"])) == ([], ["fprop"])
-            config = quantized_run.config_of(recipe, [*settings, "parallel.zero1=true", IN_8_BITS], "")
-            counted = sum(part.count * part.numel for part in held.quantized(config, 0))
-            assert (before["in 8 bits"], after["in 8 bits"]) == (0, counted)
+        for more in ([], [IN_8_BITS])))
+    config = quantized_run.config_of(recipe, [*settings, "parallel.zero1=true", IN_8_BITS], "")
+    counted = sum(part.count * part.numel for part in held.quantized(config, 0))
+    for before, after in zip(bf16, in_8_bits, strict=True):
+        assert after["straight"] == before["straight"]
+        assert after["resumed"] == after["straight"][2:]
+        assert after["resumed ends"] == after["straight ends"]
+        assert (after["saved"], after["exported"]) == (before["saved"], before["exported"])
+        assert (after["differing"], list(after["products of the evaluation"])) == ([], ["fprop"])
+        assert (before["in 8 bits"], after["in 8 bits"]) == (0, counted)
 
 
 @pytest.mark.parametrize(("settings", "said"), [

@@ -15,7 +15,7 @@ import torch
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
 WINDOW, NEW = 8, 8
-PROMPTS = [[5, 9, 2, 70], [30], list(range(20, 60)), [7] * 9, [80, 81, 82, 83, 84],
+PROMPTS = [[5, 9, 2, 70], [30], list(range(20, 44)), [7] * 9, [80, 81, 82, 83, 84],
            [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
 """Shorter and longer than the window."""
 REPEATED = [0, 2, 0, 5, 2, 0, 1, 1, 5, 2]
@@ -122,36 +122,53 @@ LAYOUTS = {
 }
 
 
+WITHOUT_DRAFTS = {"layout": {}, "full": True, "family": "solar-open",
+                  "settings": ["model.sliding_window_tokens=0"]}
+"""A model without sliding layers and prediction layers; what it writes is that of transformers below."""
+
+
 @pytest.mark.distributed
-def test_every_way_and_every_layout_write_the_same(ranks, job) -> None:
-    alone, solar, *others = ranks(
+@pytest.mark.deep
+def test_a_model_without_drafts_writes_the_same_in_every_way(ranks, job) -> None:
+    ((found,),) = ranks(job(__file__, "continuations", 1, WITHOUT_DRAFTS))
+    check_ways(found)
+    assert (found["drafted"]["drafted"], found["drafted samples"]) == (0, found["sampled"])
+
+
+def check_ways(found: dict[str, Any]) -> None:
+    """Hold all that one process wrote against what it wrote greedily."""
+    greedy = found["greedy"]
+    assert greedy == found["full"], "cached differs from a full forward pass"
+    assert found["routes"] == found["drafted routes"] == found["full routes"]
+    assert found["drafted"]["continuations"] == greedy != found["sampled"]
+    assert found["alone"] == {str(i): found["sampled"][i] for i in ALONE}, (
+        "a prompt's samples depend on the others of its batch")
+    assert found["repeated"] == [found["one by one"]] * 4, "a prompt that is read once is another one"
+    assert found["repeated routes"] == [found["routes"][i] for i in REPEATED]
+    once = sum(len(PROMPTS[i]) for i in set(REPEATED))
+    assert found["prompts read"] == once + len(REPEATED) - len(set(REPEATED)), "the last token is read"
+    assert len({tuple(c) for c in greedy}) == len(PROMPTS) and {len(c) for c in greedy} == {NEW}
+    end = found["end"]
+    assert found["stopped"] == [c[:c.index(end) + 1] if end in c else c for c in greedy]
+    assert found["as before"]
+    assert found["limited"] == [c[:most] for c, most in zip(greedy, LIMITS, strict=True)]
+    # the prompts in one row, and a token in each of two more
+    assert found["stopped early"] == [c[:min(most, 3)] for c, most in zip(greedy, LIMITS, strict=True)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("names", [
+    ["PP2 VPP2", "TP2+SP x CP2, EP4"], pytest.param(["EP2, experts by gathering"], marks=pytest.mark.deep)],
+    ids=["all kinds", "gathering"])
+def test_every_way_and_every_layout_write_the_same(ranks, job, names: list[str]) -> None:
+    alone, *others = ranks(
         job(__file__, "continuations", 1, {"layout": {}, "full": True, "pieces": True}),
-        job(__file__, "continuations", 1, {"layout": {}, "full": True, "family": "solar-open",
-                                           "settings": ["model.sliding_window_tokens=0"]}),
-        *(job(__file__, "continuations", n, {"layout": x}) for n, x in LAYOUTS.values()))
-    for (found,) in (alone, solar):
-        greedy = found["greedy"]
-        assert greedy == found["full"], "cached differs from a full forward pass"
-        assert found["routes"] == found["drafted routes"] == found["full routes"]
-        assert found["drafted"]["continuations"] == greedy != found["sampled"]
-        assert found["alone"] == {str(i): found["sampled"][i] for i in ALONE}, (
-            "a prompt's samples depend on the others of its batch")
-        assert found["repeated"] == [found["one by one"]] * 4, "a prompt that is read once is another one"
-        assert found["repeated routes"] == [found["routes"][i] for i in REPEATED]
-        once = sum(len(PROMPTS[i]) for i in set(REPEATED))
-        assert found["prompts read"] == once + len(REPEATED) - len(set(REPEATED)), "the last token is read"
-        assert len({tuple(c) for c in greedy}) == len(PROMPTS) and {len(c) for c in greedy} == {NEW}
-        end = found["end"]
-        assert found["stopped"] == [c[:c.index(end) + 1] if end in c else c for c in greedy]
-        assert found["as before"]
-        assert found["limited"] == [c[:most] for c, most in zip(greedy, LIMITS, strict=True)]
-        # the prompts in one row, and a token in each of two more
-        assert found["stopped early"] == [c[:min(most, 3)] for c, most in zip(greedy, LIMITS, strict=True)]
+        *(job(__file__, "continuations", n, {"layout": x}) for n, x in map(LAYOUTS.get, names)))
+    check_ways(alone[0])
     assert alone[0]["pieces"] == alone[0]["one slot"] == alone[0]["greedy"]
-    assert (solar[0]["drafted"]["drafted"], solar[0]["drafted samples"]) == (0, solar[0]["sampled"])
     drafted = alone[0]["drafted"]
     assert 0 < drafted["accepted"] < drafted["drafted"], "nothing was taken, or nothing taken back"
-    for name, per_rank in zip(LAYOUTS, others, strict=True):
+    for name, per_rank in zip(names, others, strict=True):
         for rank, found in enumerate(per_rank):
             for way in ("greedy", "routes", "sampled", "drafted", "drafted routes", "drafted samples",
                         "limited", "as before"):
@@ -236,11 +253,15 @@ WHERE = [("k-exaone", 1, {}, ["greedy", "T 1", "T 0.7", "drafted", "drafted T 1"
 
 
 @pytest.mark.distributed
-def test_log_probabilities_are_those_of_the_trainer(ranks, job) -> None:
+@pytest.mark.parametrize("further", [[1], pytest.param([2, 3], marks=pytest.mark.deep)],
+                         ids=["tensors", "stages and experts"])
+def test_log_probabilities_are_those_of_the_trainer(ranks, job, further: list[int]) -> None:
+    """At the first of WHERE, and further ones."""
+    chosen = [WHERE[i] for i in (0, *further)]
     alone, *others = ranks(*(
         job(__file__, "logprobs_of", n, {"layout": layout, "family": family, "chosen": ways})
-        for family, n, layout, ways in WHERE))
-    for where, per_rank in zip(WHERE, (alone, *others), strict=True):
+        for family, n, layout, ways in chosen))
+    for where, per_rank in zip(chosen, (alone, *others), strict=True):
         for rank in per_rank:
             assert rank.pop("updated") == [[1, False], [7, True]], where
         for way, found in per_rank[0].items():
