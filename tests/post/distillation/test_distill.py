@@ -30,7 +30,7 @@ FOLDERS = {"whole": ("whole",), "two": ("first", "second"), "translated": ("tran
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64}]',
             "train.global_batch_size=8", "optim.lr=0.01", "data.heldout_tokens=600"]
 FEWER = ["train.global_batch_size=4", "data.heldout_tokens=200"]
-"""For what every layout does once more."""
+"""For what is done at several layouts, or token by token."""
 STEPS = 2
 
 
@@ -128,7 +128,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
 
     results = []
     for kind in KINDS:
-        trainer, _, sources = _begin(kind, [], data, states)
+        trainer, _, sources = _begin(kind, FEWER, data, states)
         asked = trainer.config.distillation
         said = StateFiles(Path(states) / FOLDERS.get(kind, ("top",))[0], sources)
         exact = {index: files for name in (FOLDERS["two"] if kind == "two" else FOLDERS["whole"])
