@@ -161,9 +161,13 @@ UNPUBLISHED: dict[str, dict[str, Any]] = {
     "opd": {"opd_coeff": 0.0}}
 
 
-def first_steps_in_bf16(run: str) -> dict[str, dict[str, float]]:
-    """Have a model write by its own engine in bf16; return the meters of a round's first step by each method,
-    and of GSPO as it would be if its ratios were to the engine."""
+KINDS = ["grpo", "gspo", "cispo", "opd"]
+"""Ratios of tokens and of sequences, weights that are cut, and a teacher's."""
+
+
+def first_steps_in_bf16(methods: list[str], run: str) -> dict[str, dict[str, float]]:
+    """Have a model write by its own engine in bf16; return the meters of a round's first step by each of the
+    methods, and of GSPO as it would be if its ratios were to the engine."""
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Batching, Sampling
@@ -184,7 +188,7 @@ def first_steps_in_bf16(run: str) -> dict[str, dict[str, float]]:
             replace(trainer.config, policy=policy), trainer.batches, trainer.world, Path(run),
             lambda *_: None, lambda: None))  # type: ignore[arg-type, return-value]
 
-    for method in METHODS:
+    for method in methods:
         asked: Any = {"method": method, "correction": "none", **UNPUBLISHED.get(method, {})}
         trainer.objective = learning(PolicyConfig(**asked))
         meters[method] = trainer.update().meters
@@ -239,8 +243,12 @@ def _written_out(model: Any, batch: Any) -> dict[str, float]:
 
 
 @pytest.mark.distributed
-def test_every_layout_and_every_split_learn_what_is_written_out(ranks: Any, job: Any, tmp_path: Path) -> None:
-    runs = {"alone": (1, []), **LAYOUTS, "all masked": (1, ALL_MASKED)}
+@pytest.mark.parametrize("names", [
+    ["CP2 x DP2 x EP2"], pytest.param(["TP2+SP x PP2 VPP2", "micro batch 1"], marks=pytest.mark.deep)])
+def test_every_layout_and_every_split_learn_what_is_written_out(names: list[str], ranks: Any, job: Any,
+                                                                tmp_path: Path) -> None:
+    """In `make test` rl/test_rounds_at_layouts.py has tensors and layers split, and small micro-batches."""
+    runs = {"alone": (1, []), **{name: LAYOUTS[name] for name in names}, "all masked": (1, ALL_MASKED)}
     found = ranks(*(job(__file__, "curve", nproc, {"settings": settings, "run": str(tmp_path / name),
                                                    "write_out": name == "alone"})
                     for name, (nproc, settings) in runs.items()))
@@ -248,16 +256,19 @@ def test_every_layout_and_every_split_learn_what_is_written_out(ranks: Any, job:
     for term, value in expected.items():
         assert alone[0][term] == pytest.approx(value, rel=1e-10, abs=1e-12), term
     assert 0 < alone[0]["clip_share"] < 1 and abs(alone[0]["policy"]) > 1e-3
-    for name, steps in zip(LAYOUTS, others, strict=True):
+    for name, steps in zip(names, others, strict=True):
         for ours, theirs in zip(steps, alone, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-13), name
     assert [(step["loss"], step["grad_norm"], step["masked_share"]) for step in masked] == [(0, 0, 1)] * STEPS
 
 
-def test_a_first_step_in_bf16_clips_nothing_by_any_method(ranks: Any, job: Any, tmp_path: Path) -> None:
-    [[found]] = ranks(job(__file__, "first_steps_in_bf16", 1, {"run": str(tmp_path)}))
+@pytest.mark.parametrize("methods", [
+    KINDS, pytest.param([name for name in METHODS if name not in KINDS], marks=pytest.mark.deep)])
+def test_a_first_step_in_bf16_clips_nothing_by_any_method(methods: list[str], ranks: Any, job: Any,
+                                                          tmp_path: Path) -> None:
+    [[found]] = ranks(job(__file__, "first_steps_in_bf16", 1, {"methods": methods, "run": str(tmp_path)}))
     engine = found.pop("to the engine")
-    assert set(found) == set(METHODS)
+    assert set(found) == set(methods)
     for method, meters in found.items():
         assert (meters["ratio"], meters["clip_share"]) == (1, 0), method
         assert meters["engine_kl"] > 0, "the engine speaks for another model than the trainer's"

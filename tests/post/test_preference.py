@@ -17,6 +17,7 @@ LAYOUTS = {
     "CP2 x DP2 x EP2": (4, ["parallel.cp=2", "parallel.ep=2", "parallel.zero1=true"]),
     "micro batch 1": (1, ["train.micro_batch_size=1"]),
 }
+SPLIT, SHARED, SMALL = ([name] for name in LAYOUTS)
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 128}]',
             "preference.chosen_coeff=0.1", "train.global_batch_size=4", "optim.lr=0.01",
             "model.num_experts=8"]
@@ -60,26 +61,29 @@ def curve(settings: list[str], data: str, run: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.distributed
-def test_every_layout_and_every_split_learn_the_same(ranks: Any, job: Any, pairs: Path,
+@pytest.mark.parametrize("names", [SPLIT, pytest.param(SHARED + SMALL, marks=pytest.mark.deep)])
+def test_every_layout_and_every_split_learn_the_same(names: list[str], ranks: Any, job: Any, pairs: Path,
                                                      tmp_path: Path) -> None:
-    """The first run makes the reference, in float32; the others read it, so that no bit of it differs."""
+    """The first run makes the reference, in float32; the others read it, so that no bit of it differs.
+
+    `make test` has this at one layout, and the loss of single responses below at another."""
     def of(name: str, nproc: int, settings: list[str]) -> Any:
         return job(__file__, "curve", nproc, {"settings": settings, "data": str(pairs),
                                               "run": str(tmp_path / name)})
 
     ((alone,),) = ranks(of("alone", 1, []))
-    for name in LAYOUTS:
+    for name in names:
         shutil.copytree(tmp_path / "alone/reference", tmp_path / name / "reference")
-    found = ranks(*(of(name, *layout) for name, layout in LAYOUTS.items()))
+    found = ranks(*(of(name, *LAYOUTS[name]) for name in names))
     assert alone[0]["preference"] == pytest.approx(math.log(2), abs=1e-6)  # the model is its own reference
     assert alone[2]["preference"] < alone[0]["preference"] and alone[2]["pairs_right"] > 0.5
-    for name, per_rank in zip(LAYOUTS, found, strict=True):
+    for name, per_rank in zip(names, found, strict=True):
         for ours, theirs in zip(per_rank[0], alone, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-13), name
 
 
 def written_out(data: str, run: str) -> list[dict[str, Any]]:
-    """Return, for each method, the loss of a batch after two steps, and the same with each response passed
+    """Return, for each method, the loss of a batch after a step, and the same with each response passed
     through the model alone, in numpy."""
     import torch
 
@@ -106,16 +110,15 @@ def written_out(data: str, run: str) -> list[dict[str, Any]]:
     results = []
     for method in ("dpo", "ipo", "dpo-norm", "simper", "simpo", "orpo"):
         trainer = _trainer([f"preference.method={method}", "preference.chosen_coeff=0.0",
-                            "preference.beta=0.3", "optim.lr=0.002"], data, Path(run) / method)
+                            "preference.beta=0.3", "optim.lr=0.002"], data, Path(run))  # of one reference
         objective = trainer.objective
         held = [*trainer.model.parameters(), *trainer.model.buffers()]  # routers' biases move as well
         initial = [tensor.detach().clone() for tensor in held]
-        for _ in range(2):
-            trainer.update()
-        batch = objective.prepare(objective.collect(trainer.policy, 2))
+        trainer.update()
+        batch = objective.prepare(objective.collect(trainer.policy, 1))
         now = [s for m in batch.micro_batches for s in sums(trainer.policy, m)]
         # which moves the routers' biases
-        loss = trainer.computation.sums(batch, objective, 3).terms["preference"] / batch.targets["preference"]
+        loss = trainer.computation.sums(batch, objective, 2).terms["preference"] / batch.targets["preference"]
         with torch.no_grad():
             for tensor, value in zip(held, initial, strict=True):
                 tensor.copy_(value)
@@ -217,22 +220,23 @@ def judged(packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.distributed
-def test_the_loss_is_the_papers_over_the_whole_batch_at_every_layout(ranks: Any, job: Any, judged: Path,
-                                                                     tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [SHARED, pytest.param(SPLIT + SMALL, marks=pytest.mark.deep)])
+def test_the_loss_is_the_papers_over_the_whole_batch_at_every_layout(
+        names: list[str], ranks: Any, job: Any, judged: Path, tmp_path: Path) -> None:
     def of(name: str, nproc: int, settings: list[str], by_hand: bool = False) -> Any:
         return job(__file__, "kto_curve", nproc, {"settings": settings, "data": str(judged),
                                                   "by_hand": by_hand, "run": str(tmp_path / name)})
 
     ((alone,),) = ranks(of("alone", 1, [], by_hand=True))
-    for name in LAYOUTS:
+    for name in names:
         shutil.copytree(tmp_path / "alone/reference", tmp_path / name / "reference")
-    found = ranks(*(of(name, *layout) for name, layout in LAYOUTS.items()))
+    found = ranks(*(of(name, *LAYOUTS[name]) for name in names))
     expected = [step.pop("by hand") for step in alone]
     # the reference keeps float32: some 40 numbers of 1e-7 each
     for step, (loss, distance) in zip(alone, expected, strict=True):
         assert (step["preference"], step["distance"]) == pytest.approx((loss, distance), rel=1e-5, abs=1e-5)
     assert max(distance for _, distance in expected) > 0.01, "the estimate is told from none"
     assert alone[-1]["desirable_reward"] > alone[-1]["undesirable_reward"]
-    for name, per_rank in zip(LAYOUTS, found, strict=True):
+    for name, per_rank in zip(names, found, strict=True):
         for ours, theirs in zip(per_rank[0], alone, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-13), name

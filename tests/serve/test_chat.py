@@ -214,8 +214,10 @@ def test_a_terminal_gets_no_control_characters_and_an_interrupt_stops_the_answer
 def test_the_pages_commands_talk_to_a_checkpoint_and_to_two_models(talk: Any, tmp_path: Path, one_rank: None,
                                                                    endpoint: ScriptedEndpoint,
                                                                    imported: dict[str, Path],
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+                                                                   monkeypatch: pytest.MonkeyPatch,
+                                                                   warm_python: str) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", warm_python)
     for name in ("my-checkpoint", "runs/sft", "runs/dpo"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).symlink_to(imported["solar_open"])

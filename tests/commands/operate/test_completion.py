@@ -40,11 +40,12 @@ def test_bash_completes(file: Path, words: str, completed: str) -> None:
     assert completed in done.stdout.split(), done
 
 
-def test_bash_completes_every_command_and_every_setting(file: Path) -> None:
+@pytest.mark.parametrize("each", [10, pytest.param(1, marks=pytest.mark.deep)])
+def test_bash_completes_every_command_and_each_of_so_many_settings(each: int, file: Path) -> None:
     firsts = sorted({name.split()[0] for name in cli.COMMANDS})
     pairs = [name for name in cli.COMMANDS if " " in name]
     lines = [*(f"megatron-sov {first}" for first in firsts), *(f"megatron-sov {pair}" for pair in pairs),
-             *(f"megatron-sov pretrain x --set {name}" for name in setting_names())]
+             *(f"megatron-sov pretrain x --set {name}" for name in list(setting_names())[::each])]
     ask = "\n".join([f"source {file}", *(f"COMP_WORDS=({line}); COMP_CWORD={len(line.split()) - 1}; "
                                          '_sov_megatron_sov; echo "${COMPREPLY[@]}"' for line in lines)])
     done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True)

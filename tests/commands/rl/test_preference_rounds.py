@@ -201,15 +201,21 @@ def test_inverse_perplexities_of_pairs_and_groups(method: str, whole: Path, fold
         assert steps(run)[step]["loss"] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
-def test_kills_change_no_bit_and_two_processes_little(whole: Path, folder: Path, command: Command,
-                                                      run_command: Any) -> None:
-    beta = f"preference.beta={BETA}"
-    done = run_command(*command("killed", beta, more=("--inject", "kill@step=2,kill@step=3")))
+def test_kills_change_no_bit(whole: Path, folder: Path, command: Command, run_command: Any) -> None:
+    done = run_command(*command("killed", f"preference.beta={BETA}",
+                                more=("--inject", "kill@step=2,kill@step=3")))
     assert done.returncode == 0, done.stderr
     assert losses(folder / "killed") == losses(whole) and len(losses(whole)) == 4
     assert weights(folder / "killed") == weights(whole) and weights(whole)
-    done = run_command(*command("dp2", beta, more=("--nproc", "2")))
+
+
+@pytest.mark.distributed
+def test_two_processes_that_are_killed_change_little(whole: Path, folder: Path, command: Command,
+                                                     run_command: Any) -> None:
+    done = run_command(*command("dp2", f"preference.beta={BETA}",
+                                more=("--nproc", "2", "--inject", "kill@step=3")))
     assert done.returncode == 0, done.stderr
     assert np.allclose(losses(folder / "dp2"), losses(whole), rtol=1e-3, atol=1e-5)
 

@@ -137,9 +137,9 @@ def test_each_token_is_worth_what_its_teacher_gives_it_more_than_the_student(
     assert abs(told["reverse_kl_domains"]["a"]) > 1e-4, "two checkpoints are two models"
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
-def test_kills_change_no_bit_and_two_processes_little(whole: Path, folder: Path, command: Command,
-                                                      run_command: Any) -> None:
+def test_kills_change_no_bit(whole: Path, folder: Path, command: Command, run_command: Any) -> None:
     def weights(run: str) -> dict[str, str]:
         files = read_manifest(folder / run / "checkpoints/step-4").files
         return {name: record.digest for name, record in files.items() if name.endswith(".safetensors")}
@@ -149,8 +149,14 @@ def test_kills_change_no_bit_and_two_processes_little(whole: Path, folder: Path,
     assert len(events(folder / "killed", "restart")) == 2
     assert losses(folder / "killed") == losses(whole) and len(losses(whole)) == 4
     assert weights("killed") == weights("whole") and weights("whole")
-    done = run_command(*command("ep2", "--nproc", "2", "--set", "parallel.ep=2"))
+
+
+@pytest.mark.distributed
+def test_two_processes_that_are_killed_change_little(whole: Path, folder: Path, command: Command,
+                                                     run_command: Any) -> None:
+    done = run_command(*command("ep2", "--nproc", "2", "--set", "parallel.ep=2", "--inject", "kill@step=3"))
     assert done.returncode == 0, done.stderr
+    assert len(events(folder / "ep2", "restart")) == 1
     assert np.allclose(losses(folder / "ep2"), losses(whole), rtol=1e-3, atol=1e-5)
     assert np.allclose(column(folder / "ep2"), column(whole), atol=1e-4)
     assert not list(folder.glob("*/rounds/*.teacher_logprobs.?.f32")), "what each said is put together"

@@ -70,8 +70,9 @@ def shards_with(media: dict[str, Any]) -> None:
 
 
 @pytest.mark.distributed
-def test_pictures_are_whole_and_the_same_at_other_layouts(site: Path, capsys: pytest.CaptureFixture[str],
-                                                          run_command: Any) -> None:
+@pytest.mark.parametrize("layout", ["tp", pytest.param("pp", marks=pytest.mark.deep)])
+def test_pictures_are_whole_and_the_same_at_other_layouts(
+        layout: str, site: Path, capsys: pytest.CaptureFixture[str], run_command: Any) -> None:
     """What is shown is discrete tokens, and features over placeholders behind them."""
     shards_with({"pictures": {}, "sounds": {}})
     assert cli.main([*shlex.split(ASK.format(site, "bare")), "--no-features"]) == 0
@@ -87,11 +88,10 @@ def test_pictures_are_whole_and_the_same_at_other_layouts(site: Path, capsys: py
     for reply in replies:  # a picture that has begun is whole, or the reply ended in it
         assert reply["broken_pictures"] <= 1 and "<|" not in reply["text"]
     files = {file.name: file.read_bytes() for file in Path("one").iterdir()}
-    for layout in ("tp", "pp"):
-        ran = run_command(*shlex.split(ASK.format(site, layout)), "--nproc", "2", "--set",
-                          f"parallel.{layout}=2")
-        assert ran.returncode == 0, ran.stderr
-        assert {file.name: file.read_bytes() for file in Path(layout).iterdir()} == files
+    ran = run_command(*shlex.split(ASK.format(site, layout)), "--nproc", "2", "--set",
+                      f"parallel.{layout}=2")
+    assert ran.returncode == 0, ran.stderr
+    assert {file.name: file.read_bytes() for file in Path(layout).iterdir()} == files
 
 
 def test_what_it_makes_is_judged(site: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ FOLDERS = {"whole": ("whole",), "two": ("first", "second"), "translated": ("tran
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64}]',
             "train.global_batch_size=8", "optim.lr=0.01", "data.heldout_tokens=600"]
 FEWER = ["train.global_batch_size=4", "data.heldout_tokens=200"]
-"""For what every layout does once more."""
+"""For what is done at several layouts, or token by token."""
 STEPS = 2
 
 
@@ -56,14 +56,15 @@ def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tupl
     return Trainer(config, place, RunFolder(Path("not-written")), sources, objective), teacher, sources
 
 
-def curve(settings: list[str], data: list[str], states: str) -> dict[str, list[dict[str, Any]]]:
-    """Train on two kinds; return each step's losses, meters and gradient norm, and what held-out documents
+def curve(kinds: list[str], settings: list[str], data: list[str], states: str
+          ) -> dict[str, list[dict[str, Any]]]:
+    """Train on some kinds; return each step's losses, meters and gradient norm, and what held-out documents
     say behind them."""
     from megatron_sov.engine.parallel import world
     from megatron_sov.post.distillation.distill import measure_heldout
 
     found = {}
-    for kind in ("two", "top-k", "translated"):
+    for kind in kinds:
         trainer, teacher, sources = _begin(kind, settings, data, states)
         steps = [trainer.update() for _ in range(STEPS)]
         found[kind] = [{"loss": r.loss, "grad_norm": r.grad_norm, **r.losses, **r.meters,
@@ -90,15 +91,28 @@ def kept(kept_by_a_teacher: Any, packed_data: Any, tmp_path_factory: pytest.Temp
     return {"data": [str(d) for d in data], "states": str(states)}
 
 
+SPLIT, SHARED, SMALL = LAYOUTS
+
+
 @pytest.mark.distributed
-def test_every_layout_and_every_split_learn_the_same(ranks: Any, job: Any, kept: dict[str, Any]) -> None:
-    layouts = {"alone": (1, []), **LAYOUTS}
-    (alone, *others) = ranks(*(job(__file__, "curve", nproc, {"settings": [*FEWER, *settings], **kept})
-                               for nproc, settings in layouts.values()))
+@pytest.mark.parametrize("asked", [
+    {SPLIT: ["top-k"], SHARED: ["two"]},
+    pytest.param({SPLIT: ["two", "translated"], SHARED: ["top-k", "translated"],
+                  SMALL: ["two", "top-k", "translated"]}, marks=pytest.mark.deep)])
+def test_every_layout_and_every_split_learn_the_same(asked: dict[str, list[str]], ranks: Any, job: Any,
+                                                     kept: dict[str, Any]) -> None:
+    """`make test` has each kind of loss at one layout, and what is translated, the most probable tokens of
+    fewer positions, in the test below alone."""
+    kinds = sorted({kind for of_layout in asked.values() for kind in of_layout})
+    layouts = {"alone": (1, [], kinds), **{name: (*LAYOUTS[name], asked[name]) for name in asked}}
+    (alone, *others) = ranks(*(
+        job(__file__, "curve", nproc, {"kinds": kinds, "settings": [*FEWER, *settings], **kept})
+        for nproc, settings, kinds in layouts.values()))
     for kind, found in alone[0].items():
         assert len(found) == STEPS + 3 and found[0]["loss"] > 0, kind
-        for name, per_rank in zip(LAYOUTS, others, strict=True):
-            for ours, theirs in zip(per_rank[0][kind], found, strict=True):
+    for name, per_rank in zip(asked, others, strict=True):
+        for kind in asked[name]:
+            for ours, theirs in zip(per_rank[0][kind], alone[0][kind], strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-13), f"{kind}, {name}"
 
 
@@ -114,7 +128,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
 
     results = []
     for kind in KINDS:
-        trainer, _, sources = _begin(kind, [], data, states)
+        trainer, _, sources = _begin(kind, FEWER, data, states)
         asked = trainer.config.distillation
         said = StateFiles(Path(states) / FOLDERS.get(kind, ("top",))[0], sources)
         exact = {index: files for name in (FOLDERS["two"] if kind == "two" else FOLDERS["whole"])

@@ -249,10 +249,12 @@ def words(settings: dict[str, Any]) -> list[str]:
     return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
 
 
+@pytest.mark.deep
 def test_a_stage_ends_when_its_model_has_learned_to_retrieve(token_shards: Path, tmp_path: Path,
                                                              run_command: Any) -> None:
     """From nothing: a plateau of some hundred steps, then the answers; no needle of the
-    test was in training."""
+    test was in training. In `make test` test_stages.py has a gate that opens and one that does not, on models
+    that train."""
     short, run = tmp_path / "short", tmp_path / "long"
     begin = {"data.phases": '[{"name":"text","seq_len":32}]', "train.steps": 1}
     done = run_command("pretrain", "tiny-k-exaone", "--data", str(token_shards), "--run", str(short),

@@ -35,8 +35,8 @@ LAYOUTS: dict[str, Layout] = {
     "PP2 VPP2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
 }
 SPLIT: dict[str, Layout] = {
-    "one rank": (1, []), "TP2+SP x PP2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2"]),
-    "CP2": (2, ["parallel.cp=2"])}
+    "one rank": (1, []), "CP2": (2, ["parallel.cp=2"]),
+    "TP2+SP x PP2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2"])}
 
 
 def publish(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConfig, *, seq_len: int) -> None:
@@ -75,21 +75,28 @@ def curves(ranks: Any, job: Any, folder: Path, layouts: dict[str, Layout], setti
 
 
 @pytest.mark.distributed
-def test_rounds_are_the_same_steps_at_every_layout(ranks: Any, job: Any, packed_data: Any, write_round: Any,
-                                                   tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [
+    ["micro batch 1", "TP2+SP x PP2 x EP2"],
+    pytest.param(["CP2 x DP2", "PP2 VPP2"], marks=pytest.mark.deep)])
+def test_rounds_are_the_same_steps_at_every_layout(names: list[str], ranks: Any, job: Any, packed_data: Any,
+                                                   write_round: Any, tmp_path: Path) -> None:
     publish(tmp_path, packed_data, write_round, PolicyConfig(method="dapo", max_gen_batches=1), seq_len=32)
-    steps = curves(ranks, job, tmp_path, LAYOUTS, CORRECTED)
+    steps = curves(ranks, job, tmp_path, {name: LAYOUTS[name] for name in ("one rank", *names)}, CORRECTED)
     assert len(steps) == 4 and len({step["tokens"] for step in steps}) > 1
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("counts", [(2, 1, 1), pytest.param((3, 3, 3), marks=pytest.mark.deep)])
 def test_rounds_of_preferences_are_the_same_steps_at_every_layout(
-        ranks: Any, job: Any, packed_data: Any, write_round: Any, tmp_path: Path) -> None:
+        counts: tuple[int, ...], ranks: Any, job: Any, packed_data: Any, write_round: Any, tmp_path: Path
+        ) -> None:
+    """Each method at the first so many layouts of SPLIT. In `make test` these losses are split by tensors and
+    layers in test_preference.py."""
     publish(tmp_path, packed_data, write_round, PolicyConfig(method="preference", keep_unfinished=True),
             seq_len=64)
     losses = {}
-    for method in ("dpo-norm", "simpo", "orpo"):
-        steps = curves(ranks, job, tmp_path, SPLIT, [
+    for method, count in zip(("dpo-norm", "simpo", "orpo"), counts, strict=True):
+        steps = curves(ranks, job, tmp_path, dict(list(SPLIT.items())[:count]), [
             "policy.method=preference", "policy.keep_unfinished=true", "data.phases.0.seq_len=64",
             f"preference.method={method}"])
         losses[method] = [step["loss"] for step in steps]

@@ -28,6 +28,7 @@ from megatron_sov.judge.tools.episode import GeneratedTurn
 from megatron_sov.judge.tools.playing import EpisodeTable
 from megatron_sov.judge.tools.registry import make, order
 from megatron_sov.model.config.post_training import RolloutConfig
+from megatron_sov.post.rl import requests
 from megatron_sov.post.rl.episodes import Episodes
 from megatron_sov.post.rl.generate import Missing, PieceQueue, SampleAttempt
 from megatron_sov.post.rl.requests import ResponseQueue, row_requests, write_by_requests
@@ -225,8 +226,8 @@ def test_a_turn_that_a_deadline_cuts_off_goes_on_by_the_next_policy(job: Callabl
     cut = [row for row in one.rows() if row.finish_reason == UNFINISHED]
     assert cut and all(len(row.tokens) and row.tokens[-1] not in ENCODER.end_ids for row in cut)
     # another episode in the same process would end the session that a server has of one that goes on
-    requests: Any = one.requests
-    processes = [host._workers._workers for host in requests._seats._free]
+    asked: Any = one.requests
+    processes = [host._workers._workers for host in asked._seats._free]
     assert processes.count([]) >= len(cut)
     one.step, server.held_at = 1, None
     while queue.advance(1.0, lambda: True):
@@ -239,8 +240,10 @@ def test_a_turn_that_a_deadline_cuts_off_goes_on_by_the_next_policy(job: Callabl
     assert not found
 
 
-def test_a_run_whose_deadline_is_too_short_for_a_token_ends(job: Callable[..., Job]) -> None:
+def test_a_run_whose_deadline_is_too_short_for_a_token_ends(job: Callable[..., Job],
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """The policy that could go on with them would learn from the round that waits for them."""
+    monkeypatch.setattr(requests, "LOOK_S", 0.02)  # the clock that counts is the one below
     clock = itertools.count(0, 20)
     one = job("booking", EXAMPLES.EXAMPLES[:2], [Server(Greedy(fuzzed), held_at=0)],
               replace(ROLLOUT, deadline_s=10.0))
