@@ -401,7 +401,7 @@ BROWSER_FLAGS = (
     "--enable-logging=stderr", "--window-size=1200,900", "--virtual-time-budget=10000", "--dump-dom")
 OpenPage = Callable[[Path], tuple[str, list[str]]]
 LAYOUT_JS = Path(__file__).parent / "base/pages/layout.js"
-SCREENS = (("light", 390, 844), ("light", 820, 1180), ("light", 1440, 900), ("dark", 1440, 900))
+SCREENS = (("dark", 390, 844), ("light", 820, 1180), ("light", 1440, 900))
 """Scheme of colours, and width and height in CSS pixels, of a phone, a tablet and a notebook; the dark scheme
 is colours alone and moves nothing, so that one screen shows it."""
 MeasurePage = Callable[[Path], dict[tuple[str, int], dict[str, Any]]]

@@ -23,6 +23,7 @@ from tests.te_double.contract import TE, TE_VERSION
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 import first_contact
+import part_big_rank
 import part_fp8
 import part_installation
 import part_losses
@@ -33,10 +34,10 @@ from setting import Cost, Failed, Machine, Setting, largest
 ROOT = Path(__file__).parents[2]
 GPU = ROOT / "benchmarks/gpu"
 SYMBOLS = json.loads(CONTRACT.read_text())[TE]["symbols"]
-ALONE = ("installation", "attention", "fp8")
+ALONE = ("attention", "fp8")
 """Parts that need no process of their own."""
-QUICK = (*ALONE, "big_rank")
-"""The other parts start commands of their own."""
+QUICK = (*ALONE, "installation")
+"""The other parts start commands of their own, or train."""
 
 
 def started(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -57,11 +58,28 @@ def test_parts_pass_and_are_kept(te_ranks: Any, job: Any, tmp_path: Path) -> Non
     assert done.returncode == 0 and {r["status"] for r in results.values()} == {"PASS"}, results
     errors = results["attention"]["figures"]
     assert all(max(found) < 1e-5 for case, found in errors.items() if "heads" in case)
-    ladder = results["big_rank"]["figures"]
-    assert {name for name, _ in LADDER} < ladder.keys() and ladder["FP8"]["TFLOP/s"] > 0
-    assert ladder["FP8"]["losses"] != ladder["overlapped messages"]["losses"], "nothing was quantised"
     assert [line.split()[1] for line in done.stdout.splitlines() if line.endswith(" kept")] == [*ALONE]
     assert "not in a dry run: torch varlen" in done.stdout
+
+
+def test_a_big_rank_trains_the_same_with_all_off_overlapped_and_in_fp8(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first to the last of these, each switch of the ladder is turned."""
+    monkeypatch.setattr(part_big_rank, "LADDER", (LADDER[0], LADDER[3], LADDER[5]))
+    _is_a_ladder(dict(part_big_rank.measure(Setting(tmp_path, dry=True))))
+
+
+@pytest.mark.deep
+def test_a_big_rank_trains_at_each_step_of_the_ladder(tmp_path: Path) -> None:
+    assert started(tmp_path, "--parts", "big_rank").returncode == 0
+    result = json.loads((tmp_path / "big_rank.json").read_text())
+    assert result["status"] == "PASS" and {name for name, _ in LADDER} < result["figures"].keys()
+    _is_a_ladder(result["figures"])
+
+
+def _is_a_ladder(found: dict[str, Any]) -> None:
+    assert {name for name, _ in part_big_rank.LADDER} < found.keys() and found["FP8"]["TFLOP/s"] > 0
+    assert found["FP8"]["losses"] != found["overlapped messages"]["losses"], "nothing was quantised"
 
 
 @pytest.mark.distributed

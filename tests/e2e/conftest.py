@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,12 +31,13 @@ def pretrain(packed_data: Any) -> Command:
 
 
 @pytest.fixture
-def start() -> Any:
-    """Return `start(argv) -> Popen` of `megatron-sov ARGV`; what is still running at the end is killed."""
+def start(warm_python: str) -> Any:
+    """Return `start(argv) -> Popen` of what stands for `megatron-sov ARGV` and ends as it does; what is still
+    running at the end is killed."""
     running: list[subprocess.Popen[str]] = []
 
     def run(argv: list[str]) -> subprocess.Popen[str]:
-        running.append(subprocess.Popen([sys.executable, "-W", "ignore", "-m", "megatron_sov", *argv],
+        running.append(subprocess.Popen([warm_python, "-m", "megatron_sov", *argv],
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return running[-1]
 

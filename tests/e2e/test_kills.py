@@ -24,7 +24,7 @@ SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2"
             "parallel.ep=2")
 
 
-def run_and_kill(data: str, folder: str) -> dict[str, Any]:
+def run_and_kill(data: str, folder: str, more: bool) -> dict[str, Any]:
     """Runs in a process that has imported everything: forks runs of two ranks, and kills all but the last."""
     from megatron_sov import recipes
     from megatron_sov.checkpoint.host_snapshot import Snapshot
@@ -99,19 +99,22 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
     assert os.waitpid(started(whole), 0)[1] == 0
     limited = apply_settings(config, ["train.save_timeout_s=1"])
     hung = os.waitstatus_to_exitcode(os.waitpid(started(Path(folder) / "hung", limited, hangs), 0)[1])
-    for reached in (lambda: True, loading(), stepping(1), writing("."), loading(), writing("model"),
-                    stepping(12), writing("indices"), loading(), writing("model.index.json")):
-        killed(reached)
+    again = (loading, lambda: stepping(12), lambda: writing("indices"), loading) if more else ()
+    for state in (lambda: lambda: True, lambda: stepping(1), lambda: writing("."), loading,
+                  lambda: writing("model"), *again, lambda: writing("model.index.json")):
+        killed(state())
     assert os.waitpid(started(broken), 0)[1] == 0
     return {"hung": hung, "left": left, "damaged": found,
             "names": sorted(p.name for p in checkpoints.iterdir())}
 
 
 @pytest.mark.distributed
-def test_kills_at_every_state_change_nothing(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [False, pytest.param(True, marks=pytest.mark.deep)])
+def test_kills_at_every_state_change_nothing(more: bool, ranks: Any, job: Any, packed_data: Any,
+                                             tmp_path: Path) -> None:
     from megatron_sov.base.artifacts import read_manifest
 
-    arguments = {"data": str(packed_data.text), "folder": str(tmp_path)}
+    arguments = {"data": str(packed_data.text), "folder": str(tmp_path), "more": more}
     ((found,),) = ranks(job(__file__, "run_and_kill", 1, arguments))
     assert found["hung"] == 2, "a thread that hangs keeps no process from leaving"
     assert not list((tmp_path / "hung" / "checkpoints").glob("step-*"))

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -56,7 +57,7 @@ def test_stopped_killed_and_continued_equals_uninterrupted(
     second = run_command(*pretrain(broken, *EP2, "--resume", settings=SETTINGS))
     assert second.returncode == 2 and f"held by a living run (process {holder}" in second.stderr, (
         second.stderr)
-    run.send_signal(signal.SIGTERM)
+    os.kill(psutil.Process(holder).ppid(), signal.SIGTERM)
     os.kill(holder, signal.SIGCONT)
     _, errors = run.communicate(timeout=600)
     assert run.returncode == 75 and "everything is saved; continue with --resume" in errors, errors
@@ -67,9 +68,9 @@ def test_stopped_killed_and_continued_equals_uninterrupted(
     run = start(pretrain(broken, *EP2, "--resume", settings=SETTINGS))
     until(lambda: last_step(broken) >= stopped_at + 8, run)
     rank_zero = json.loads((broken / "lock.json").read_text())["pid"]
-    os.kill(run.pid, signal.SIGKILL)
+    os.kill(psutil.Process(rank_zero).ppid(), signal.SIGKILL)  # the launcher
     run.wait(timeout=600)
-    assert (broken / "lock.json").exists() and rank_zero != run.pid
+    assert (broken / "lock.json").exists()
 
     # nothing is typed again: settings, data and the number of processes are in the folder
     done = run_command("resume", str(broken))

@@ -15,6 +15,8 @@ LAYOUTS = {"dp2": (2, {}), "tp2 sp": (2, {"tp": 2, "sp": True}), "pp2": (2, {"pp
            "pp2 uneven": (2, {"pp": 2, "pipeline_layout": [3, 1]}),
            "tp2 sp etp2": (2, {"tp": 2, "sp": True, "etp": 2}),
            "tp2 sp ep2 pp2": (4, {"tp": 2, "sp": True, "ep": 2, "pp": 2})}
+CROSSED = {"pp2 uneven", "tp2 sp ep2 pp2"}
+"""Between them these have all kinds of parallelism but CP and ETP."""
 SELECTIVE = ["train.recompute=selective",
              'gpu.recompute_modules=["core_attn", "mlp", "moe"]']
 
@@ -76,9 +78,11 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
 
 
 @pytest.mark.distributed
-def test_every_layout_gives_one_processs_step(ranks, job) -> None:
+@pytest.mark.parametrize("names", [CROSSED, pytest.param(LAYOUTS.keys() - CROSSED, marks=pytest.mark.deep)],
+                         ids=["crossed", "each alone"])
+def test_every_layout_gives_one_processs_step(names, ranks, job) -> None:
     """And so does recomputing, all or a part; the biases follow the counts, in which padding is not."""
-    cases = [("tiny-k-exaone", *case) for case in [(1, {}), *LAYOUTS.values()]]
+    cases = [("tiny-k-exaone", *case) for case in [(1, {}), *(LAYOUTS[name] for name in sorted(names))]]
     cases += [("tiny-solar-open", *case) for case in [(1, {}), LAYOUTS["tp2 sp"]]]
     recomputed, partly, *results = ranks(
         *(job(__file__, "step", 1, {"recipe": "tiny-k-exaone", "layout": {}, "settings": settings})

@@ -220,11 +220,20 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "layouts", "settings"), [
-    ("tiny-qwen3", [TP2, PP2, {"cp": 2}], ['lora.targets=["all-linear", "embed_tokens"]']),
-    ("tiny-qwen3", [TP2, {"tp": 2}], ["lora.dora=true"]),
-    ("tiny-solar-open", [EP2, ETP2], ['lora.targets=["all-linear", "lm_head"]']),
-    ("tiny-gpt-oss", [TP2, EP2], ['lora.targets=["q_proj", "o_proj"]', "lora.dora=true"]),
-    ("tiny-k-exaone", [EP2, PP2], ['lora.targets=["q_proj", "v_proj", "up_proj", "experts"]']),
+    # of each family and kind of parallelism one, and each target; the others are deep
+    ("tiny-qwen3", [PP2, {"cp": 2}], ['lora.targets=["all-linear", "embed_tokens"]']),
+    pytest.param("tiny-qwen3", [TP2], ['lora.targets=["all-linear", "embed_tokens"]'],
+                 marks=pytest.mark.deep),
+    pytest.param("tiny-qwen3", [TP2, {"tp": 2}], ["lora.dora=true"], marks=pytest.mark.deep),
+    ("tiny-solar-open", [ETP2], ['lora.targets=["all-linear", "lm_head"]']),
+    pytest.param("tiny-solar-open", [EP2], ['lora.targets=["all-linear", "lm_head"]'],
+                 marks=pytest.mark.deep),
+    ("tiny-gpt-oss", [TP2], ['lora.targets=["q_proj", "o_proj"]', "lora.dora=true"]),
+    pytest.param("tiny-gpt-oss", [EP2], ['lora.targets=["q_proj", "o_proj"]', "lora.dora=true"],
+                 marks=pytest.mark.deep),
+    ("tiny-k-exaone", [EP2], ['lora.targets=["q_proj", "v_proj", "up_proj", "experts"]']),
+    pytest.param("tiny-k-exaone", [PP2], ['lora.targets=["q_proj", "v_proj", "up_proj", "experts"]'],
+                 marks=pytest.mark.deep),
 ])
 def test_the_same_adapter_at_every_layout(recipe: str, layouts: list[dict[str, Any]], settings: list[str],
                                           ranks: Any, job: Any) -> None:

@@ -189,6 +189,9 @@ LAYOUTS = {
     "TP2+SP x EP2 x ZeRO-1 overlapped": (4, (*TP2, "parallel.ep=2", *OVERLAP)),
     "PP2 VPP2 x CP2 ZeRO-1 overlapped": (4, ("parallel.pp=2", "parallel.vpp=2", "parallel.cp=2", *OVERLAP)),
 }
+CROSSED = {"EP2, original scale, no Nesterov", "TP2+SP x EP2 x ZeRO-1 overlapped",
+           "PP2 VPP2 x CP2 ZeRO-1 overlapped"}
+"""Between them these have all kinds of parallelism but ETP."""
 
 
 def worst(result: dict[str, Any]) -> tuple[float, str]:
@@ -197,8 +200,12 @@ def worst(result: dict[str, Any]) -> tuple[float, str]:
 
 
 @pytest.mark.distributed
-def test_every_matrix_moves_as_torchs_muon_moves_it_and_all_else_as_its_adamw(ranks: Any, job: Any) -> None:
-    cases = [(name, n, settings, seed) for seed, (name, (n, settings)) in enumerate(LAYOUTS.items(), 1)]
+@pytest.mark.parametrize("names", [CROSSED, pytest.param(LAYOUTS.keys() - CROSSED, marks=pytest.mark.deep)],
+                         ids=["crossed", "each alone"])
+def test_every_matrix_moves_as_torchs_muon_moves_it_and_all_else_as_its_adamw(
+        names: set[str], ranks: Any, job: Any) -> None:
+    cases = [(name, n, settings, seed) for seed, (name, (n, settings)) in enumerate(LAYOUTS.items(), 1)
+             if name in names]
     results = ranks(*(job(__file__, "updates", n, {"settings": [FP64, *settings], "seed": seed})
                       for _, n, settings, seed in cases), timeout_s=600)
     for case, per_rank in zip(cases, results, strict=True):

@@ -39,7 +39,7 @@ def test_every_chart_is_drawn_and_the_layout_holds_on_every_screen(
     page = plan_page(found.config, found.quotes, found.told)
     (file := tmp_path / "plan.html").write_text(page, encoding="utf-8")
     screens = measure_page(file)
-    assert sorted(screens) == [("dark", 1440), ("light", 390), ("light", 820), ("light", 1440)]
+    assert sorted(screens) == [("dark", 390), ("light", 820), ("light", 1440)]
     num_charts = page.count('<div class="plot"')
     assert num_charts >= 7  # memory, a step and the points of each of two kinds, two of the schedule
     for (_, width), screen in screens.items():

@@ -72,7 +72,8 @@ def test_the_same_losses_give_the_same_law() -> None:
 
 @pytest.mark.parametrize("measured", [
     {15_516: 4.2840, 24_244: 4.0978, 32_396: 4.0116, 64_740: 3.7200, 122_472: 3.3991},
-    {15_244: 4.3132, 23_380: 4.1410, 32_620: 4.1017, 65_188: 3.7513, 130_068: 3.4915}])
+    pytest.param({15_244: 4.3132, 23_380: 4.1410, 32_620: 4.1017, 65_188: 3.7513, 130_068: 3.4915},
+                 marks=pytest.mark.deep)])
 def test_losses_that_fall_faster_with_size_get_no_interval(measured: dict[int, float]) -> None:
     """The ladders of benchmarks/results/ladder.txt, whose sixth sizes came out 12 % better than the law."""
     law = PowerLaw(list(measured), list(measured.values()))

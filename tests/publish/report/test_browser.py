@@ -23,7 +23,8 @@ def write(page: str, folder: Path) -> Path:
 
 def test_every_chart_is_drawn_and_nothing_complains(runs: list[Path], tmp_path: Path,
                                                     open_page: OpenPage) -> None:
-    page = render([read_run(path) for path in runs])
+    """Of a run that has every kind of chart; several runs on a page are in the test of the layout."""
+    page = render([read_run(runs[1])])
     dom, console = open_page(write(page, tmp_path))
     assert console == []
     body = re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
@@ -36,11 +37,11 @@ def test_every_chart_is_drawn_and_nothing_complains(runs: list[Path], tmp_path: 
     assert "<img" not in body  # the hostile sample
 
 
-def test_a_script_that_hostile_text_smuggles_in_is_refused(runs: list[Path], tmp_path: Path,
+def test_a_script_that_hostile_text_smuggles_in_is_refused(toy: Path, tmp_path: Path,
                                                            open_page: OpenPage) -> None:
     """Even if escaping failed somewhere: the page's policy stops the script and the load,
     and the console says so."""
-    page = render([read_run(runs[0])])
+    page = render([read_run(toy)])
     broken = page.replace("</footer>", "<script>document.title = 'hacked'</script><img "
                                        "src='https://evil.example/x.png'></footer>")
     dom, console = open_page(write(broken, tmp_path))
@@ -57,7 +58,7 @@ def test_the_layout_holds_on_every_screen_in_light_and_dark(runs: list[Path], to
                     for group, curves in first.curves.items()}
     first.routing, first.expert_load, first.expert_load_by_source = None, None, {}
     screens = measure_page(write(render([first, second, other]), tmp_path))
-    assert sorted(screens) == [("dark", 1440), ("light", 390), ("light", 820), ("light", 1440)]
+    assert sorted(screens) == [("dark", 390), ("light", 820), ("light", 1440)]
     for (scheme, width), screen in screens.items():
         assert screen["dark"] == (scheme == "dark")
         assert screen["paper"] == {"light": "rgb(255, 255, 255)", "dark": "rgb(17, 22, 29)"}[scheme]

@@ -168,7 +168,9 @@ def test_checkpoints_that_cannot_be_linked_do_not_end_the_run(run: Run) -> None:
 
 
 @pytest.mark.distributed
-def test_a_run_exports_while_it_trains(packed_data: Any, tmp_path: Path, run_command: Any) -> None:
+def test_a_run_exports_while_it_trains(packed_data: Any, tmp_path: Path, run_command: Any, warm_python: str,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)
     begun_s = time.time()
     sizes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
              "train.global_batch_size=8", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=4",
