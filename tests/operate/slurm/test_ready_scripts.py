@@ -160,14 +160,14 @@ def log_of(job: str, work: Path) -> str:
     return "".join(file.read_text() for file in files)
 
 
-def test_scripts_start_and_say_what_is_missing(cluster: Any, site: Path, warm_python: str) -> None:
-    """All of a big recipe and all of a tiny one, in a $WORK that has no more than the tiny one's corpus."""
+@pytest.mark.parametrize("name", [pytest.param(BIG[0], marks=pytest.mark.deep), TINY[1]])
+def test_scripts_start_and_say_what_is_missing(name: str, cluster: Any, site: Path, warm_python: str) -> None:
+    """All of a recipe, in a $WORK that has no more than a tiny one's corpus."""
     work, jobs = site / "work", {}
-    (work / TINY[1] / "corpus").mkdir(parents=True)
-    (work / TINY[1] / "corpus/manifest.json").touch()
-    for script in ALL:
-        if script.parent.name not in (BIG[0], TINY[1]):
-            continue
+    if name in TINY:
+        (work / name / "corpus").mkdir(parents=True)
+        (work / name / "corpus/manifest.json").touch()
+    for script in sorted((SCRIPTS / name).glob("*.sbatch")):
         nodes = ("--nodes=1",) if script.parent.name in BIG and "_NUM_NODES in" in script.read_text() else ()
         variables = exported(WORK=work / script.parent.name, PYTHON=warm_python)
         jobs[script] = cluster.sbatch(variables, *nodes, str(script), cwd=site)
@@ -241,7 +241,7 @@ def work(site: Path, token_shards: Path, packed_data: Any) -> Path:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [pytest.param(TINY[0], marks=pytest.mark.deep), TINY[1]])
 def test_the_scripts_of_a_tiny_recipe_run_to_their_end(name: str, cluster: Any, site: Path, work: Path,
                                                        warm_python: str) -> None:
     """Each after the one before: `pretrain` as it stands, with the look at the node and two ranks; the others

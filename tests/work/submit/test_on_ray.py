@@ -54,6 +54,7 @@ def nodes() -> set[str]:
     return {line.split()[1] for line in Path("nodes").read_text().split("\n") if line}
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_two_nodes_do_what_one_process_does(cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"n": n, "seconds": 0.002} for n in range(1000)]
