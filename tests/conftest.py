@@ -93,14 +93,17 @@ def give_memory_back() -> Iterator[None]:
 
 
 MANY_THREADS = 100
+_kept_threads = [0]
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
     """Drop models that are garbage: their groups of processes keep threads, each of which wakes a hundred
-    times a second, and half of a worker's processor time went into these."""
-    if sys.platform == "linux" and len(os.listdir("/proc/self/task")) > MANY_THREADS:
+    times a second, and half of a worker's processor time went into these.  Threads that stay, of libraries,
+    are no reason to look again behind each test."""
+    if sys.platform == "linux" and len(os.listdir("/proc/self/task")) > _kept_threads[0] + MANY_THREADS:
         gc.collect()
+        _kept_threads[0] = len(os.listdir("/proc/self/task"))
 
 
 PEAKS = pytest.StashKey[list[int]]()

@@ -1,5 +1,6 @@
 """On GPUs ranks are new processes that read their work from a file; here, by a double of the question whether
-there is a GPU, they are so on CPUs, and write what forked ones write."""
+there is a GPU, they are so on CPUs, and write what forked ones write.  That such ranks start and end as they
+should, tests/engine/parallel/test_launcher.py shows in less time."""
 
 from __future__ import annotations
 
@@ -62,8 +63,9 @@ def packed_pairs(packed_data: Any, run_command: Any, tmp_path: Path) -> str:
     return str(pairs)
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", ["distill", pytest.param("prefer", marks=pytest.mark.deep)])
+@pytest.mark.parametrize("stage", ["distill", "prefer"])
 def test_ranks_that_are_new_processes_do_what_forked_ones_do(
         stage: str, ranks: Any, job: Any, pretrain: Any, packed_data: Any, run_command: Any,
         tmp_path: Path) -> None:

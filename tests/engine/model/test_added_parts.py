@@ -250,6 +250,7 @@ def test_the_same_adapter_at_every_layout(recipe: str, layouts: list[dict[str, A
         assert difference(first["adapter"], one["adapter"]) < 1e-12, layout
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_the_same_adapter_under_zero1_an_interleaved_pipeline_and_recomputation(ranks: Any, job: Any) -> None:
     def asked(layout: dict[str, Any], *settings: str) -> dict[str, Any]:
