@@ -9,6 +9,7 @@ everything: this is what a timestamp from outside, or a newspaper, takes.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import time
@@ -265,15 +266,26 @@ def sign(file: Path, key: Path) -> None:
     Raises:
         UserError: the key cannot be used.
     """
+    atomic_write(file.with_name(file.name + SIGNATURE), _signature(file.read_bytes(), file.name, key))
+
+
+def try_key(key: Path) -> None:
+    """Sign nothing, before long work whose result a key is to sign.
+
+    Raises:
+        UserError: the key cannot be used.
+    """
+    _signature(b"", "", key)
+
+
+def _signature(content: bytes, name: str, key: Path) -> bytes:
     minisign = _minisign()
     try:
         secret = minisign.SecretKey.from_file(key)
-        with open(file, "rb") as data:
-            signature = bytes(secret.sign(data, trusted_comment=f"file:{file.name}"))
+        return bytes(secret.sign(io.BytesIO(content), trusted_comment=f"file:{name}"))
     except (OSError, ValueError, minisign.Error) as e:
         raise UserError(f"--key {key}: cannot sign ({str(e)[:200] or type(e).__name__}); it must be a secret "
                         "key of minisign without a password (`minisign -G -W`)") from None
-    atomic_write(file.with_name(file.name + SIGNATURE), signature)
 
 
 def check_signature(file: Path, key: Path) -> None:

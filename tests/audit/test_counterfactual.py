@@ -178,6 +178,14 @@ def test_documents_that_are_not_there_are_refused(
     assert problem in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_a_key_that_cannot_sign_is_refused_before_anything_is_repeated(
+        trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "no.key").write_text("nothing\n")
+    assert cli.main(["counterfactual", str(trained), "--without", "even", "--output", str(tmp_path / "out"),
+                     "--key", str(tmp_path / "no.key")]) == ExitCode.USER_ERROR
+    assert "no.key: cannot sign" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_documents_are_named() -> None:
     assert documents_named("news") == ("news", 0, None)
     assert documents_named("news.2:7") == ("news.2", 7, 7)

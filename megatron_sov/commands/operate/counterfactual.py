@@ -52,10 +52,12 @@ def run(typed: argparse.Namespace) -> int:
     for named in args.without:
         documents_named(named)
 
-    from megatron_sov.audit.commitment import sign
+    from megatron_sov.audit.commitment import sign, try_key
     from megatron_sov.audit.counterfactual import plan_repetition, remove, sentence, write_removal
     from megatron_sov.audit.repeating import RepeatOutcome
 
+    if args.key is not None:
+        try_key(args.key)
     removal = remove(plan_repetition(args.run, args.without, args.output, args.start_from, args.nproc),
                      with_control=args.control)
     args.output.mkdir(parents=True, exist_ok=True)
