@@ -92,7 +92,7 @@ compiled: setup
 suite: compiled
 	$(PYTEST) --durations 50 tests/operate/slurm tests
 
-deep: compiled  ## the rarer cases that `make test` leaves out: every layout, every kill, larger models; half an hour
+deep: slurm compiled  ## the rarer cases that `make test` leaves out: every layout, every kill, larger models; half an hour
 	$(PYTEST) -m deep
 
 NEWEST := $(addprefix tests/,te_double engine checkpoint layouts convert train e2e)

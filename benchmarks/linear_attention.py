@@ -78,8 +78,8 @@ def main() -> None:
         measure(sys.argv[1], sys.argv[2])
         return
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python "
-          f"{platform.python_version()}; {KEY_HEADS} heads of keys, {VALUE_HEADS} of values, {CHANNELS} channels, "
-          f"fp32, one thread\n{'row':<34}{'way':<14}{'least':>8}{'median':>8}{'MiB':>8}   "
+          f"{platform.python_version()}; {KEY_HEADS} heads of keys, {VALUE_HEADS} of values, {CHANNELS} "
+          f"channels, fp32, one thread\n{'row':<34}{'way':<14}{'least':>8}{'median':>8}{'MiB':>8}   "
           "norms of output and of gradients of q, k, v, decay, rate", flush=True)
     for row in ROWS:
         for way in WAYS:

@@ -101,7 +101,11 @@ def pytest_runtest_teardown() -> None:
     """Drop models that are garbage: their groups of processes keep threads, each of which wakes a hundred
     times a second, and half of a worker's processor time went into these.  Threads that stay, of libraries,
     are no reason to look again behind each test."""
-    if sys.platform == "linux" and len(os.listdir("/proc/self/task")) > _kept_threads[0] + MANY_THREADS:
+    if sys.platform != "linux":
+        return
+    now = len(os.listdir("/proc/self/task"))
+    _kept_threads[0] = min(_kept_threads[0], now)
+    if now > _kept_threads[0] + MANY_THREADS:
         gc.collect()
         _kept_threads[0] = len(os.listdir("/proc/self/task"))
 

@@ -21,7 +21,7 @@ SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "
          "data.heldout_tokens=128",
          "train.eval_every_steps=0", "train.hidden_dropout=0.1", "train.keep_checkpoints=0")
 STORM = (*SMALL, "train.steps=30", "train.checkpoint_every_steps=4", "train.async_save=false",
-         "guards.window_steps=20", "guards.hang_timeout_s=8", "guards.straggler_every_steps=6",
+         "guards.window_steps=20", "guards.hang_timeout_s=14", "guards.straggler_every_steps=6",
          "guards.straggler_ratio=1.2", "guards.routing_every_steps=3")
 STORM_FAULTS = ("raise@start=0,rank=1", "kill@step=3,rank=1", "raise@load=4", "bitflip@step=11,rank=1",
                 "kill@save=12", "corrupt-checkpoint@save=16", "raise@step=18,rank=1", "hang@step=20,rank=1",

@@ -1,6 +1,5 @@
 """On GPUs ranks are new processes that read their work from a file; here, by a double of the question whether
-there is a GPU, they are so on CPUs, and write what forked ones write.  That such ranks start and end as they
-should, tests/engine/parallel/test_launcher.py shows in less time."""
+there is a GPU, they are so on CPUs, and write what forked ones write."""
 
 from __future__ import annotations
 
@@ -61,6 +60,18 @@ def packed_pairs(packed_data: Any, run_command: Any, tmp_path: Path) -> str:
     run_command("pack", "--tokenizer", str(packed_data.tokenizer), "--workers", "1", "--format", "preference",
                 "--input", f"{pairs}.jsonl", "--output", str(pairs), program="sov-data").check_returncode()
     return str(pairs)
+
+
+@pytest.mark.distributed
+def test_a_run_of_ranks_that_are_new_processes_is_that_of_forked_ones(ranks: Any, job: Any, pretrain: Any,
+                                                                      tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    own = (*SETTINGS, f"objective.name={tmp_path}/own.py:Own", "parallel.ep=2")
+    for way in ("forked", "new"):
+        ((codes,),) = ranks(job(__file__, "run_commands", 1, {
+            "commands": [pretrain(tmp_path / way, "--nproc", "2", settings=own)], "as_on_gpu": way == "new"}))
+        assert codes == [0], way
+    assert files_of(tmp_path / "forked/checkpoints/step-2") == files_of(tmp_path / "new/checkpoints/step-2")
 
 
 @pytest.mark.deep

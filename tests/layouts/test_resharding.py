@@ -53,7 +53,7 @@ TOLERANCES = {"steps": 1e-12, "model": 2e-11, "optimizer": 1e-12}
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("chosen", "layouts"), [
-    pytest.param([], LAYOUTS, id="adamw", marks=pytest.mark.deep),
+    pytest.param([], LAYOUTS, id="adamw", marks=[pytest.mark.deep] * (not WHOLE_TABLE)),
     pytest.param([], UNEQUAL, id="unequal parts"),
     pytest.param(MUON, OF_MUON, id="muon"),
     pytest.param(MUON, {name: LAYOUTS[name] for name in FURTHER_OF_MUON}, id="muon, stages",
@@ -99,10 +99,10 @@ def _distance(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("cases", [
-    [("bf16", 2, [*OVERLAP, "parallel.ep=2"])],
+    [("bf16", 2, [*OVERLAP, "parallel.ep=2"]), ("fp32", 2, PP2)],
     pytest.param([("bf16", 2, ZERO1), ("bf16", 4, [*TP2, *OVERLAP, "optim.name=muon"]),
                   ("fp32", 4, [*PP2, *OVERLAP, "parallel.ep=2"])], marks=pytest.mark.deep)],
-    ids=["experts", "tensors and stages"])
+    ids=["experts, stages", "tensors, more"])
 def test_the_same_layout_continues_bit_for_bit(ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                                cases: list[Any]) -> None:
     jobs = []

@@ -26,13 +26,13 @@ LAYOUTS = {
     "PP2 VPP2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
     # Transformer Engine's attention over whole rows of half the heads, of which keys have two
     "CP2, exchanged, recomputed": (2, ["parallel.cp=2", "gpu.attention=unfused", "train.recompute=true"]),
+    "CP2, recomputed": (2, ["parallel.cp=2", "train.recompute=true"]),
 }
 FURTHER = {
     "ETP2": (2, ["parallel.etp=2"]),
-    "CP2, recomputed": (2, ["parallel.cp=2", "train.recompute=true"]),
     "CP4, exchanged": (4, ["parallel.cp=4", "gpu.attention=unfused"]),
 }
-"""Of which tests/layouts/test_agreement.py has the first two without the double."""
+"""Of which tests/layouts/test_agreement.py has the first without the double."""
 # sliding layers, one that does not rotate, and multi-token prediction
 EXAONE = ["model.num_layers=4", "model.num_experts=4", "train.micro_batch_size=4"]
 # YaRN

@@ -53,7 +53,7 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = 
 forward and backward, layers, micro-batches."""
 
 
-FURTHER = ("larger batches", "interleaved stages", "prediction")
+FURTHER = ("larger batches", "interleaved stages")
 """Batches grow beside stages, too, and all layers route by one code."""
 
 

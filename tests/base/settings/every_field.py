@@ -104,7 +104,7 @@ def find_wrongs(cls: Any, *, from_all: bool = True) -> list[str]:
     """Return one sentence for each case that is not told as it should be, from every source or from one,
     in turns."""
     wrongs = []
-    for number, (name, value, code) in enumerate(cases(cls)):
+    for number, (name, value, code) in enumerate(cases(cls), len(cls.__name__)):
         for source in SOURCES if from_all else (SOURCES[number % len(SOURCES)],):
             case = f"{cls.__name__}.{name} = {str(value)[:40]!r} as {source}"
             try:

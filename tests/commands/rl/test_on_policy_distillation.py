@@ -152,6 +152,7 @@ def test_layouts_and_a_kill_of_two_processes_change_little(
                                 *(w for s in layout for w in ("--set", s))))
     assert done.returncode == 0, done.stderr
     assert np.allclose(losses(folder / name), losses(whole), rtol=1e-3, atol=1e-5), name
+    assert [e["event"] for e in read_events(folder / name / "events.jsonl")].count("restart") == 1
 
 
 @pytest.mark.distributed

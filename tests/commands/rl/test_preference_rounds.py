@@ -218,6 +218,7 @@ def test_two_processes_that_are_killed_change_little(whole: Path, folder: Path, 
                                 more=("--nproc", "2", "--inject", "kill@step=3")))
     assert done.returncode == 0, done.stderr
     assert np.allclose(losses(folder / "dp2"), losses(whole), rtol=1e-3, atol=1e-5)
+    assert [e["event"] for e in read_events(folder / "dp2/events.jsonl")].count("restart") == 1
 
 
 @pytest.mark.parametrize(("settings", "said"), [

@@ -308,6 +308,9 @@ def test_a_replay_comes_to_the_same_tokens_rewards_and_weights(whole: Path, fold
     assert (code_, found["begin"]) == (0, 3)
     assert found["distance"] < 1e-5 and not any(one["tokens"] for one in found["rounds"])
 
+    code_, found, _ = replayed("later", "--from", "3")
+    assert (code_, found["weights"]) == (0, "equal")
+
     # a run that says of itself what it did not do
     shutil.copytree(whole, folder / "edited")
     told = json.loads((folder / "edited/config.json").read_text())

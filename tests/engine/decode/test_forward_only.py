@@ -16,7 +16,7 @@ LAYOUTS = {"dp2": (2, {}), "tp2 sp": (2, {"tp": 2, "sp": True}), "pp2": (2, {"pp
            "tp2 sp etp2": (2, {"tp": 2, "sp": True, "etp": 2}),
            "tp2 sp ep2 pp2": (4, {"tp": 2, "sp": True, "ep": 2, "pp": 2})}
 CROSSED = {"pp2 uneven", "tp2 sp ep2 pp2"}
-"""Between them these have all kinds of parallelism but CP and ETP."""
+"""Between them these have tensors, experts and stages; the others are deep."""
 SELECTIVE = ["train.recompute=selective",
              'gpu.recompute_modules=["core_attn", "mlp", "moe"]']
 

@@ -250,25 +250,34 @@ def test_the_same_adapter_at_every_layout(recipe: str, layouts: list[dict[str, A
         assert difference(first["adapter"], one["adapter"]) < 1e-12, layout
 
 
+def of_all_linears(layout: dict[str, Any], num_layers: int, *settings: str) -> dict[str, Any]:
+    return {"recipe": "tiny-solar-open", "layout": layout, "settings": [
+        f"model.num_layers={num_layers}", 'lora.targets=["all-linear", "lm_head"]', *settings]}
+
+
+ZERO1 = {"zero1": True, "overlap_grad_reduce": True}
+RECOMPUTE = "train.recompute=true"
+
+
+@pytest.mark.distributed
+def test_the_same_adapter_under_zero1_and_recomputation(ranks: Any, job: Any) -> None:
+    (one,), (sharded, _) = ranks(
+        job(__file__, "trained", 1, of_all_linears({}, 2, "train.recompute=false")),
+        job(__file__, "trained", 2, of_all_linears({**ZERO1, **EP2}, 2, RECOMPUTE)))
+    assert not sharded["changed"] and sharded["norms"] == pytest.approx(one["norms"], rel=1e-11)
+    assert difference(sharded["adapter"], one["adapter"]) < 1e-12
+    assert sharded["state"] < 0.7 * one["state"], "dense adapters' state is cut in two, experts' was"
+
+
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_the_same_adapter_under_zero1_an_interleaved_pipeline_and_recomputation(ranks: Any, job: Any) -> None:
-    def asked(layout: dict[str, Any], *settings: str) -> dict[str, Any]:
-        return {"recipe": "tiny-solar-open", "layout": layout, "settings": [
-            "model.num_layers=4", 'lora.targets=["all-linear", "lm_head"]', *settings]}
-
-    zero1 = {"zero1": True, "overlap_grad_reduce": True}
-    recompute, bf16 = "train.recompute=true", "train.precision=bf16"
-    (one,), (sharded, _), (interleaved, _), (rounded, _) = ranks(
-        job(__file__, "trained", 1, asked({}, "train.recompute=false")),
-        job(__file__, "trained", 2, asked({**zero1, **EP2}, recompute)),
-        job(__file__, "trained", 2, asked({**PP2, "vpp": 2, "zero1": True}, recompute)),
-        job(__file__, "trained", 2, asked({**zero1, **EP2}, recompute, bf16)))
-    for name, found in (("zero1", sharded), ("interleaved", interleaved)):
-        assert not found["changed"], name
-        assert found["norms"] == pytest.approx(one["norms"], rel=1e-11), name
-        assert difference(found["adapter"], one["adapter"]) < 1e-12, name
-    assert sharded["state"] < 0.7 * one["state"], "dense adapters' state is cut in two, experts' was"
+def test_the_same_adapter_under_an_interleaved_pipeline_and_in_bf16(ranks: Any, job: Any) -> None:
+    (one,), (interleaved, _), (rounded, _) = ranks(
+        job(__file__, "trained", 1, of_all_linears({}, 4, "train.recompute=false")),
+        job(__file__, "trained", 2, of_all_linears({**PP2, "vpp": 2, "zero1": True}, 4, RECOMPUTE)),
+        job(__file__, "trained", 2, of_all_linears({**ZERO1, **EP2}, 4, RECOMPUTE, "train.precision=bf16")))
+    assert not interleaved["changed"] and interleaved["norms"] == pytest.approx(one["norms"], rel=1e-11)
+    assert difference(interleaved["adapter"], one["adapter"]) < 1e-12
     assert not rounded["changed"] and rounded["norms"] == pytest.approx(one["norms"], rel=0.1)
     ours, exact = (np.array(found["adapter"]["adapter.model.layers.3.self_attn.o_proj.lora_B"]).ravel()
                    for found in (rounded, one))

@@ -145,7 +145,9 @@ def runs_of_big_recipes(every: bool) -> list[tuple[RunConfig, list[tuple[int, in
         stages = sorted({kind_of(run, stage): stage for stage in reversed(range(run.parallel.pp))}.values())
         found.append((run, [(n, stage) for i, n in enumerate(sizes[key])
                             for stage in stages[i::len(sizes[key])] or stages]))
-    return found if every else found[1::4]
+    chosen = found if every else found[1::4]
+    assert chosen
+    return chosen
 
 
 def kind_of(run: RunConfig, stage: int) -> tuple[int, bool, bool]:

@@ -86,12 +86,11 @@ def test_rounds_are_the_same_steps_at_every_layout(names: list[str], ranks: Any,
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("counts", [(2, 1, 1), pytest.param((3, 3, 3), marks=pytest.mark.deep)])
+@pytest.mark.parametrize("counts", [(1, 2, 2), pytest.param((3, 3, 3), marks=pytest.mark.deep)])
 def test_rounds_of_preferences_are_the_same_steps_at_every_layout(
         counts: tuple[int, ...], ranks: Any, job: Any, packed_data: Any, write_round: Any, tmp_path: Path
         ) -> None:
-    """Each method at the first so many layouts of SPLIT. In `make test` these losses are split by tensors and
-    layers in test_preference.py."""
+    """Each method at the first so many layouts of SPLIT; test_preference.py splits losses like dpo-norm's."""
     publish(tmp_path, packed_data, write_round, PolicyConfig(method="preference", keep_unfinished=True),
             seq_len=64)
     losses = {}
