@@ -78,11 +78,29 @@ test: style slurm browser  ## lint, and beside mypy all tests
 	-"$(PY)" tests/newest.py --releases
 	$(MAKE) -j 2 types suite
 
+# Tests in seven runs, so that no worker of pytest holds all libraries at once: whole commands and jobs of training, the layers under
+# them, evaluation, data with torch, what else imports it, text without, and all the rest, which do not either. Each run begins with
+# what takes longest.
+RUNS := JOBS LAYERS JUDGES DATA MODELS TEXT
+DATA := $(addprefix tests/,$(addprefix data_prep/,media curate/scoring synth/generators/autoif/test_entailment.py \
+  shards/test_encode.py shards/test_pack_columns.py shards/test_stats.py curate/test_scorer.py test_datasets_layouts.py) base/documents/test_byte_bpe.py \
+  test_docs_data_pages.py test_docs_data_scoring.py test_docs_omni.py commands/rl/test_rl_knowledge.py)
+JUDGES := $(addprefix tests/,eval bench serve judge/tools)
+MODELS := $(addprefix tests/,test_mutations.py tokenizer/graft tokenizer/formats tokenizer/media tokenizer/test_train.py \
+  judge/rewards/test_classifier.py operate/slurm/test_preflight.py base/settings/test_programs.py model/recipes/test_requested.py \
+  model/test_pretrained.py test_docs.py test_architecture.py test_api.py model/test_objectives.py)
+JOBS := tests/e2e tests/benchmarks $(filter-out $(DATA),$(wildcard tests/commands/test_*.py tests/commands/*/test_*.py)) \
+  $(addprefix tests/,convert infer publish/ladder post train)
+LAYERS := $(addprefix tests/,engine layouts proof te_double omni/codecs operate/doctor model/families runs chat checkpoint \
+  test_schedules.py model/config plan data_prep/shards/test_adopt.py data_prep/shards/test_pack.py)
+TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/tokenizer/*/ tests/tokenizer/test_*.py tests/sandbox/ \
+  tests/judge/rewards/test_*.py)))
 # What is freed goes back to the system at once: a tenth of a worker's memory.
 FREED_AT_ONCE := MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=131072 MALLOC_MMAP_THRESHOLD_=131072
-# Three tests at a time on two cores: many wait for what they have killed, or for a server.  A plugin that no test asks for is an import
-# more.  Jobs of Slurm take longest and begin.
-PYTEST = $(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py "$(PY)" -m pytest -n 3 -p no:anyio --dist worksteal
+# On two cores two tests at a time, and three in the runs whose tests wait for what they have killed, or for a server: each process of
+# pytest imports and collects anew, ten seconds of a core.  A plugin that no test asks for is an import more.
+WAITING := JOBS JUDGES
+PYTEST = "$(PY)" -m pytest -n $(if $(filter $(1),$(WAITING)),3,2) -p no:anyio --dist worksteal --durations 25
 
 # Hundreds of processes import the packages: they are compiled once, not by each where the environment forbids to keep what is compiled.
 compiled: setup
@@ -90,10 +108,13 @@ compiled: setup
 	"$(PY)" tests/rewrite_asserts.py
 
 suite: compiled
-	$(PYTEST) --durations 50 tests/operate/slurm tests
+	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py bash -c 'status=0; \
+	$(foreach run,$(RUNS),$(call PYTEST,$(run)) $($(run)) || status=1;) \
+	$(call PYTEST,$(firstword $(WAITING))) tests/operate/slurm tests $(foreach run,$(RUNS),$(addprefix --ignore ,$($(run)))) || status=1; \
+	exit $$status'
 
 deep: slurm compiled  ## the rarer cases that `make test` leaves out: every layout, every kill, larger models; half an hour
-	$(PYTEST) -m deep
+	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py "$(PY)" -m pytest -n 3 -p no:anyio --dist worksteal -m deep
 
 NEWEST := $(addprefix tests/,te_double engine checkpoint layouts convert train e2e)
 newest: setup  ## the tests of layers that touch megatron-core, on the version that this Python has not installed: build/newest
