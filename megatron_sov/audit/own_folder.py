@@ -33,7 +33,7 @@ def make_once(folder: Path, identity: Mapping[str, Any], content: Sequence[str],
     begun, text = folder / BEGUN, to_json(identity)
     if folder.is_symlink() or (folder.exists() and any(folder.iterdir()) and not begun.is_file()):
         raise UserError(f"{folder}: is a link, or holds something else than a {what}; name another --output")
-    if begun.is_file() and begun.read_text(encoding="utf-8") != text:
+    if begun.is_file() and begun.read_bytes() != text.encode():
         raise UserError(f"{folder}: holds {other}; name another --output")
     if (folder / WHOLE).is_file():
         return

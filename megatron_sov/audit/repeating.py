@@ -404,7 +404,8 @@ def weights_apart(one: Path, other: Path) -> float:
         for a, b in read_blocks(key, readers):
             off += float((a.double() - b.double()).square().sum())
             size += float(b.double().square().sum())
-    return math.sqrt(off / size) if size else 0.0
+    apart = math.sqrt(off / size) if size else math.inf * (off > 0)
+    return math.inf if math.isnan(apart) else apart
 
 
 def alike(one: Any, other: Any, bound: float) -> bool:

@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_sov.audit.drawing import Segment
 from megatron_sov.audit.own_folder import make_once
 from megatron_sov.audit.repeating import RepeatOutcome, compare, weights_apart
-from megatron_sov.base.artifacts import manifest_sha256, read_manifest
+from megatron_sov.base.artifacts import damaged_files, manifest_sha256, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post.rl.publish import is_published
@@ -26,6 +27,8 @@ from megatron_sov.train.data.rounds import folder_of_round
 
 REPLAYED_RUN, REPLAYED_STORE = "run", "store"
 """Of a replay's folder."""
+LAYOUT_BOUND = 1e-4
+"""Of `Replay.distance`, at another layout than the run's; two layouts of the tests' sizes leave 1e-5."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +55,29 @@ class Replay:
     """First round that was written again."""
     step: int
     """Last step of both."""
+    own_layout: bool
+    """Whether the replay had the run's processes and layout, at which every bit has to be the same."""
     rounds: tuple[ReplayedRound, ...]
     weights: str
     """`RepeatOutcome.EQUAL`: every bit of weights, moments and counters; else `DIFFERENT`."""
+    detail: str
+    """What differs first, where bits do."""
     distance: float
     """|weights - weights of the run| / |weights of the run|."""
 
     @property
     def passed(self) -> bool:
-        """Whether every token and every reward is the same."""
-        return not any(found.tokens or found.rewards for found in self.rounds)
+        """Whether every token and every reward is the same, and all bits, or at another layout the weights
+        within `LAYOUT_BOUND`."""
+        if any(found.tokens or found.rewards for found in self.rounds):
+            return False
+        if self.own_layout:
+            return self.weights == RepeatOutcome.EQUAL and all(found.is_equal for found in self.rounds)
+        return self.distance <= LAYOUT_BOUND
 
 
-def prepare_replay(run: Path, store: Path, output: Path, config: RunConfig, begin: int) -> int:
+def prepare_replay(run: Path, store: Path, output: Path, config: RunConfig, begin: int,
+                   layout: Mapping[str, Any]) -> int:
     """Make a folder in which a run's command goes on before a round; returns the round.
 
     Args:
@@ -73,21 +86,26 @@ def prepare_replay(run: Path, store: Path, output: Path, config: RunConfig, begi
         output: the replay's folder; one that was begun is left as it is.
         config: settings of the run.
         begin: the round; of the rounds before, the newest that a checkpoint stands before is taken.
+        layout: processes and settings of the layout that were asked for, as plain JSON values.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds something else, the run has not so many rounds, or its store is gone.
     """
     per_round, folder = config.rollout.steps_per_round, RunFolder(run)
+    newest = checkpoints.find_checkpoint(run)
+    if begin > (last := -(-checkpoints.step_of(newest) // per_round)):
+        raise UserError(f"--from {begin}: the newest checkpoint of {run} is of round {last}")
+    RolloutStore.open(store)
     steps = [step for path in checkpoints.complete(folder.checkpoints)
              if (step := checkpoints.step_of(path)) <= (begin - 1) * per_round and step % per_round == 0]
     first = max(steps, default=0) // per_round + 1
     if first > 1 and config.rollout.max_staleness:
         raise UserError("--from: rounds were written by policies of earlier rounds (rollout.max_staleness = "
                         f"{config.rollout.max_staleness}); replay the run from its beginning")
-    make_once(output, {"run": manifest_sha256(checkpoints.find_checkpoint(run)), "begin": first},
+    make_once(output, {"run": manifest_sha256(newest), "begin": first, **layout},
               (REPLAYED_RUN, REPLAYED_STORE), lambda: _copy_before(
                   folder, store, output, first, (first - 1) * per_round) if first > 1 else None,
-              what="replay", other="the replay of another run, or from another round")
+              what="replay", other="the replay of another run, from another round or at another layout")
     return first
 
 
@@ -116,25 +134,38 @@ def _copy_before(folder: RunFolder, store_path: Path, output: Path, first: int, 
     shutil.copy(folder.path / CONFIG, target.path)
 
 
-def compare_replay(run: Path, store: Path, output: Path, config: RunConfig, begin: int) -> Replay:
+def replayed_checkpoint(run: Path, output: Path) -> Path:
+    """Return where a replay saves what is compared with the newest checkpoint of its run."""
+    step = checkpoints.step_of(checkpoints.find_checkpoint(run))
+    return RunFolder(output / REPLAYED_RUN).checkpoint(step)
+
+
+def compare_replay(run: Path, store: Path, output: Path, config: RunConfig, begin: int, *,
+                   own_layout: bool) -> Replay:
     """Return what a replay came to.
 
     Raises:
-        UserError: it has not come to the end of the run, or either store is damaged.
+        UserError: it has not come to the end of the run, or files of either are damaged or missing.
     """
-    newest = checkpoints.find_checkpoint(run)
+    newest, mine = checkpoints.find_checkpoint(run), replayed_checkpoint(run, output)
     step = checkpoints.step_of(newest)
-    mine = RunFolder(output / REPLAYED_RUN).checkpoint(step)
     if not mine.is_dir():
         raise UserError(f"{output}: the replay has no checkpoint of step {step}, the newest of {run}; give "
                         "the same command again")
     stores = RolloutStore.open(store), RolloutStore.open(output / REPLAYED_STORE)
     last = -(-step // config.rollout.steps_per_round)
-    rounds = tuple(_compare_round(number, (run / ROUNDS, output / REPLAYED_RUN / ROUNDS), stores)
-                   for number in range(begin, last + 1) if is_published(run / ROUNDS, number))
-    found = compare(Segment(0, step), newest, mine, None, 1e-300).outcome
-    is_same = found == RepeatOutcome.EQUAL
-    return Replay(str(run), begin, step, rounds, (found if is_same else RepeatOutcome.DIFFERENT).value,
+    written = [number for number in range(begin, last + 1)
+               if config.policy.is_on_policy(config.rollout.seed, number)]
+    for folder in (folders := (run / ROUNDS, output / REPLAYED_RUN / ROUNDS)):
+        for number in written:
+            if not is_published(folder, number):
+                raise UserError(f"{folder}: has not round {number}, of which the run has learned; give back "
+                                "what was taken out")
+    rounds = tuple(_compare_round(number, folders, stores) for number in written)
+    found = compare(Segment(0, step), newest, mine, None, 1e-300)
+    is_same = found.outcome == RepeatOutcome.EQUAL
+    return Replay(str(run), begin, step, own_layout, rounds,
+                  (found.outcome if is_same else RepeatOutcome.DIFFERENT).value, found.detail,
                   0.0 if is_same else weights_apart(mine, newest))
 
 
@@ -142,8 +173,14 @@ Rows = Mapping[tuple[str, int], tuple[Rollout, float | None]]
 
 
 def _compare_round(number: int, rounds: Sequence[Path], stores: Sequence[RolloutStore]) -> ReplayedRound:
-    theirs, ours = (_rows(store, folder, number) for store, folder in zip(stores, rounds, strict=True))
-    tokens = rewards = 0
+    for folder in (opened := [folder_of_round(rounds_of, number) for rounds_of in rounds]):
+        # what keep_rounds has cleared is gone, but for the hashes in its manifest
+        there = [name for name in read_manifest(folder).files if (folder / name).is_file()]
+        if damaged := damaged_files(folder, there):
+            raise UserError(f"{folder}: {damaged[0]}; give back the file that the run has learned of")
+    theirs, ours = (_rows(store, folder) for store, folder in zip(stores, opened, strict=True))
+    tokens = len(ours.keys() - theirs.keys())
+    rewards = 0
     for key, (row, reward) in theirs.items():
         again, judged = ours.get(key, (None, None))
         if again is None or not np.array_equal(row.tokens, again.tokens):
@@ -151,22 +188,28 @@ def _compare_round(number: int, rounds: Sequence[Path], stores: Sequence[Rollout
         elif reward != judged:
             rewards += 1
     files = [{name: record.digest for name, record in manifest.files.items()}
-             for manifest in (read_manifest(folder_of_round(folder, number)) for folder in rounds)]
+             for manifest in map(read_manifest, opened)]
     return ReplayedRound(number, len(theirs), tokens, rewards, files[0] == files[1])
 
 
-def _rows(store: RolloutStore, rounds: Path, number: int) -> Rows:
-    """Return the last attempt at each response of a round, by prompt and sample, with its reward."""
-    version = str(read_manifest(folder_of_round(rounds, number), "tokens").content["reward_version"])
+def _rows(store: RolloutStore, round_folder: Path) -> Rows:
+    """Return the last attempt at each response that a round was made of, by prompt and sample, with its
+    reward; other runs may have put more into the store."""
+    content = read_manifest(round_folder, "tokens").content
+    version = str(content["reward_version"])
     found: dict[tuple[str, int], Rollout] = {}
     said: dict[tuple[str, int, int], RewardRow] = {}
-    for part in store.parts(number):
-        for row in store.read_all(part.name, ("tokens", "prompt_tokens", "versions", "finish_reason"))[0]:
+    for made in content["store"]:
+        name = str(made["name"])
+        if not store.has(name) or (part := store.part(name)).manifest_sha256 != made["rollouts"]:
+            raise UserError(f"{store.path}: {name} is missing or is not what {round_folder} was made of; "
+                            "give back the store of the run")
+        for row in store.read_all(name, ("tokens", "prompt_tokens", "versions", "finish_reason"))[0]:
             place = row.key.prompt, row.key.sample
             if place not in found or row.attempt > found[place].attempt:
                 found[place] = row
-        if store.part_path(part.name, version).exists():
+        if store.part_path(name, version).exists():
             said |= {(judged.key.prompt, judged.key.sample, judged.attempt): judged
-                     for judged in store.read_rewards(version, part.name, part)}
+                     for judged in store.read_rewards(version, name, part)}
     return {place: (row, judged.reward if (judged := said.get((*place, row.attempt))) else None)
             for place, row in found.items()}

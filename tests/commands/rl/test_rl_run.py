@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_sov.audit.replaying import Replay, compare_replay
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
+from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import RolloutStore
+from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.runs.rounds import Policy, policy_of_round
 
@@ -322,11 +325,39 @@ def test_a_replay_comes_to_the_same_tokens_rewards_and_weights(whole: Path, fold
     assert done.returncode == 3 and one["tokens"] > 0, done.stderr
     for words, problem in (
             (("--output", str(folder / "other")), "a file that is run is named on the command line"),
-            (("--output", str(folder / "wide"), *code), "holds the replay of another run, or from another"),
+            (("--output", str(folder / "wide"), *code), "holds the replay of another run, from another"),
+            (("--output", str(folder / "again"), *code, "--nproc", "2", "--set", "parallel.ep=2"),
+             "or at another layout"),
+            (("--output", str(folder / "other"), *code, "--from", "4"), "is of round 3"),
             (("--output", str(folder), *code), "holds something else than a replay"),
             (("--output", str(folder / "other"), *code, "--set", "optim.lr=1"), "is not of the layout")):
         assert main(["rl", "replay", str(whole), *words]) == 2
         assert problem in capsys.readouterr().err
+
+
+    _damage_is_told(whole, folder)
+
+
+def _damage_is_told(whole: Path, folder: Path) -> None:
+    """Of what is compared: bytes of a round, parts of the store, a round that is gone."""
+    config = RunFolder(whole).config()
+
+    def compared(run: Path, store: Path) -> Replay:
+        return compare_replay(run, store, folder / "again", config, 1, own_layout=True)
+
+    assert compared(whole, folder / "whole-store").passed
+    shutil.copytree(whole, folder / "damaged")
+    trained = folder / "damaged/rounds/0003/rollouts/train-00000.advantage.documents"
+    trained.write_bytes(trained.read_bytes()[:-1] + b"!")
+    with pytest.raises(UserError, match="give back the file that the run has learned of"):
+        compared(folder / "damaged", folder / "whole-store")
+    shutil.rmtree(folder / "damaged/rounds/0003")
+    with pytest.raises(UserError, match="has not round 3"):
+        compared(folder / "damaged", folder / "whole-store")
+    shutil.copytree(folder / "whole-store", folder / "cut-store")
+    shutil.rmtree(folder / "cut-store/rollouts/round-0002-piece-0000")
+    with pytest.raises(UserError, match="round-0002-piece-0000 is missing or is not what"):
+        compared(whole, folder / "cut-store")
 
 
 def test_a_policy_may_write_several_rounds_at_once_and_its_tokens_find_their_experts_again(
