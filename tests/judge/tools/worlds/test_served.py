@@ -81,9 +81,9 @@ class Guessing:
                     "error": {"code": -32601, "message": "no tools"}}}
             else:
                 answer = self.step(number, data)
-            for one in (*self.late, answer, *([answer] if kind == self.again else ())):
+            late, self.late = self.late, []  # before whoever gets the answer can give the next ones
+            for one in (*late, answer, *([answer] if kind == self.again else ())):
                 await socket.send_json(one)
-            self.late = []
         return socket
 
     def step(self, number: int, data: dict[str, Any]) -> dict[str, Any]:
