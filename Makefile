@@ -114,7 +114,7 @@ suite: compiled
 	exit $$status'
 
 deep: slurm compiled  ## the rarer cases that `make test` leaves out: every layout, every kill, larger models; half an hour
-	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py "$(PY)" -m pytest -n 3 -p no:anyio --dist worksteal -m deep
+	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py $(call PYTEST,$(firstword $(WAITING))) -m deep
 
 NEWEST := $(addprefix tests/,te_double engine checkpoint layouts convert train e2e)
 newest: setup  ## the tests of layers that touch megatron-core, on the version that this Python has not installed: build/newest

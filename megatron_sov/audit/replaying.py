@@ -134,12 +134,6 @@ def _copy_before(folder: RunFolder, store_path: Path, output: Path, first: int, 
     shutil.copy(folder.path / CONFIG, target.path)
 
 
-def replayed_checkpoint(run: Path, output: Path) -> Path:
-    """Return where a replay saves what is compared with the newest checkpoint of its run."""
-    step = checkpoints.step_of(checkpoints.find_checkpoint(run))
-    return RunFolder(output / REPLAYED_RUN).checkpoint(step)
-
-
 def compare_replay(run: Path, store: Path, output: Path, config: RunConfig, begin: int, *,
                    own_layout: bool) -> Replay:
     """Return what a replay came to.
@@ -147,8 +141,9 @@ def compare_replay(run: Path, store: Path, output: Path, config: RunConfig, begi
     Raises:
         UserError: it has not come to the end of the run, or files of either are damaged or missing.
     """
-    newest, mine = checkpoints.find_checkpoint(run), replayed_checkpoint(run, output)
+    newest = checkpoints.find_checkpoint(run)
     step = checkpoints.step_of(newest)
+    mine = RunFolder(output / REPLAYED_RUN).checkpoint(step)
     if not mine.is_dir():
         raise UserError(f"{output}: the replay has no checkpoint of step {step}, the newest of {run}; give "
                         "the same command again")
@@ -173,12 +168,14 @@ Rows = Mapping[tuple[str, int], tuple[Rollout, float | None]]
 
 
 def _compare_round(number: int, rounds: Sequence[Path], stores: Sequence[RolloutStore]) -> ReplayedRound:
-    for folder in (opened := [folder_of_round(rounds_of, number) for rounds_of in rounds]):
+    manifests = []
+    for folder in (folder_of_round(rounds_of, number) for rounds_of in rounds):
+        manifests.append(manifest := read_manifest(folder, "tokens"))
         # what keep_rounds has cleared is gone, but for the hashes in its manifest
-        there = [name for name in read_manifest(folder).files if (folder / name).is_file()]
+        there = [name for name in manifest.files if (folder / name).is_file()]
         if damaged := damaged_files(folder, there):
             raise UserError(f"{folder}: {damaged[0]}; give back the file that the run has learned of")
-    theirs, ours = (_rows(store, folder) for store, folder in zip(stores, opened, strict=True))
+    theirs, ours = (_rows(store, made.content) for store, made in zip(stores, manifests, strict=True))
     tokens = len(ours.keys() - theirs.keys())
     rewards = 0
     for key, (row, reward) in theirs.items():
@@ -187,23 +184,19 @@ def _compare_round(number: int, rounds: Sequence[Path], stores: Sequence[Rollout
             tokens += 1
         elif reward != judged:
             rewards += 1
-    files = [{name: record.digest for name, record in manifest.files.items()}
-             for manifest in map(read_manifest, opened)]
+    files = [{name: record.digest for name, record in made.files.items()} for made in manifests]
     return ReplayedRound(number, len(theirs), tokens, rewards, files[0] == files[1])
 
 
-def _rows(store: RolloutStore, round_folder: Path) -> Rows:
+def _rows(store: RolloutStore, content: Mapping[str, Any]) -> Rows:
     """Return the last attempt at each response that a round was made of, by prompt and sample, with its
     reward; other runs may have put more into the store."""
-    content = read_manifest(round_folder, "tokens").content
     version = str(content["reward_version"])
     found: dict[tuple[str, int], Rollout] = {}
     said: dict[tuple[str, int, int], RewardRow] = {}
     for made in content["store"]:
         name = str(made["name"])
-        if not store.has(name) or (part := store.part(name)).manifest_sha256 != made["rollouts"]:
-            raise UserError(f"{store.path}: {name} is missing or is not what {round_folder} was made of; "
-                            "give back the store of the run")
+        part = store.part_of_round(name, str(made["rollouts"]))
         for row in store.read_all(name, ("tokens", "prompt_tokens", "versions", "finish_reason"))[0]:
             place = row.key.prompt, row.key.sample
             if place not in found or row.attempt > found[place].attempt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def cases() -> None:
     print(json.dumps(found))
 
 
-def told_by(function: str) -> dict[str, Any]:
+def told_by(function: str, names: Collection[str]) -> dict[str, Any]:
     """Return what a function of this file prints, in a process of its own; its steps are sound."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c",
@@ -75,7 +76,6 @@ def told_by(function: str) -> dict[str, Any]:
         cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    names = FIRST if function == "first" else CASES
     problems = {name: found[name].get("trace", found[name].get("problem")) for name in names}
     assert problems == dict.fromkeys(names)
     return found
@@ -83,11 +83,11 @@ def told_by(function: str) -> dict[str, Any]:
 
 @pytest.mark.deep
 def test_a_step_of_the_first_stage_is_sound() -> None:
-    told_by("first")
+    told_by("first", FIRST)
 
 
 def test_a_step_is_sound_and_what_a_gpu_does_not_take_is_not() -> None:
-    found = told_by("cases")
+    found = told_by("cases", CASES)
     waits = found["last"]["waits"]
     # the stage's one layer, in two micro-batches
     assert waits.pop("token_dispatcher.py:_maybe_dtoh_and_synchronize") == 2

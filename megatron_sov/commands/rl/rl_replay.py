@@ -68,19 +68,18 @@ def run(typed: argparse.Namespace) -> int:
                  if value is not None for word in (option, value)]
     refuse_unsaid_code(folder, began, words_of(options), confirmed)
 
-    from megatron_sov.audit.replaying import (
-        REPLAYED_RUN, REPLAYED_STORE, compare_replay, prepare_replay, replayed_checkpoint)
+    from megatron_sov.audit.replaying import REPLAYED_RUN, REPLAYED_STORE, compare_replay, prepare_replay
 
     store = began.folder / options.store
     own_layout = not args.settings and args.nproc in (None, options.nproc)
     first = prepare_replay(folder, store, output, config, args.begin, {
         "nproc": None if own_layout else args.nproc, "settings": list(args.settings)})
+    last_step = step_of(find_checkpoint(folder))
     words = words_of(dataclasses.replace(
-        options, run=output / REPLAYED_RUN, store=output / REPLAYED_STORE,
-        until=step_of(find_checkpoint(folder)), nproc=args.nproc or options.nproc,
-        settings=(*options.settings, *args.settings), plugins=()))
+        options, run=output / REPLAYED_RUN, store=output / REPLAYED_STORE, until=last_step,
+        nproc=args.nproc or options.nproc, settings=(*options.settings, *args.settings), plugins=()))
     enter_folder(began)
-    replayed = replayed_checkpoint(folder, output)
+    replayed = RunFolder(output / REPLAYED_RUN).checkpoint(last_step)
     if not replayed.is_dir():
         print(f"replay from round {first}: megatron-sov {COMMAND} {shlex.join(words)}", flush=True)
         try:

@@ -153,9 +153,7 @@ class _Stored:
             self._add(name, sha256)
 
     def _add(self, name: str, sha256: str) -> None:
-        if not self._store.has(name) or (part := self._store.part(name)).manifest_sha256 != sha256:
-            raise UserError(f"{self._store.path}: {name} is missing or is not what the round was made of; "
-                            "pass the --store of the run")
+        part = self._store.part_of_round(name, sha256)
         for i, row in enumerate(self._store.read_all(name, FIELDS)[0]):
             if row.finish_reason != UNFINISHED:
                 self._rows[_identity(np.concatenate([row.prompt_tokens, row.tokens]), np.concatenate([
