@@ -42,7 +42,7 @@ class Measure:
     file: str
     """Below the arm's folder; JSON, or JSON lines where it ends so."""
     value: str
-    """Keys with / between; * is all of them, or of a list.  What several rows or keys give is averaged."""
+    """Keys with / between, of a list a number from 0; * is all of them.  What several give is averaged."""
     unit: str
     """What the figure is, for people."""
     event: str = ""

@@ -234,7 +234,7 @@ def read_figure(folder: Path, measure: Measure) -> float:
         if measure.event:
             rows = [row for row in rows if row.get("event") == measure.event][-1:]
         return fmean(value for row in rows for value in _values(row, measure.value.split("/")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"{file}: has no {measure.value!r} ({type(e).__name__}: {e}); look at the claim's "
                         "measures and at the log beside it") from None
 
@@ -243,6 +243,6 @@ def _values(value: Any, keys: Sequence[str]) -> Iterator[float]:
     if not keys:
         yield float(value)
     else:
-        every = value.values() if isinstance(value, dict) else value
-        for inner in every if keys[0] == "*" else [value[keys[0]]]:
+        first, every = keys[0], value.values() if isinstance(value, dict) else value
+        for inner in every if first == "*" else [value[int(first) if isinstance(value, list) else first]]:
             yield from _values(inner, keys[1:])

@@ -245,7 +245,8 @@ def test_a_figure_is_read_where_a_command_left_it(tmp_path: Path) -> None:
     (tmp_path / "eval.json").write_text(json.dumps(
         {"pass_at_k": [{"k": 4, "value": 0.25}, {"k": 8, "value": 0.75}],
          "kinds": {"a": {"n": 1}, "b": {"n": 2}}}))
-    for value, wanted in (("pass_at_k/*/value", 0.5), ("kinds/*/n", 1.5), ("kinds/b/n", 2)):
+    for value, wanted in (("pass_at_k/*/value", 0.5), ("pass_at_k/1/value", 0.75), ("kinds/*/n", 1.5),
+                          ("kinds/b/n", 2)):
         assert read_figure(tmp_path, Measure("eval.json", value, "")) == wanted
     with pytest.raises(UserError, match="has no 'pass_at_k/4'"):
         read_figure(tmp_path, Measure("eval.json", "pass_at_k/4", ""))
