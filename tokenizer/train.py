@@ -193,6 +193,7 @@ def _write(artifact: ArtifactWriter, trained: Tokenizer, plan: CountPlan, learne
     }
     artifact.settings = {"preset": preset, "vocab_size": plan.vocab_size,
                          "transition_size": plan.transition_size, "only_superwords": plan.only_superwords,
+                         "superword_sample_bytes": plan.superword_sample_bytes,
                          "max_memory_bytes": plan.max_memory_bytes, "groups": learned.facts,
                          "stages": learned.stages}
 

@@ -20,13 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.audit.commitment import (
-    CHECKPOINT, CODE, DATA, SETTINGS, START, Commitment, data_folders, settings_sha256)
-from megatron_sov.audit.drawing import Draw, Segment, segments_of
+from megatron_sov.audit.commitment import DATA, SETTINGS, START, Commitment, data_folders, settings_sha256
+from megatron_sov.audit.drawing import Segment
 from megatron_sov.base.artifacts import (
     MANIFEST, atomic_write, damaged_files, manifest_sha256, read_manifest, to_json)
-from megatron_sov.base.errors import ExitCode, UserError, visible
-from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
+from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.sealed import read_json, write_json
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.config.evaluate import EvaluateConfig
@@ -58,8 +56,6 @@ EXACT = ("step", "tokens", "trained_tokens", "num_updates", "order", "data")
 CHUNK_ELEMENTS = 1 << 24
 ROW_FLOOR = 0.1
 """Share of what rows move, by which a row that moved less is measured."""
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-"""Of a run, for which the page says how probably a fraud in so much of it would have been found."""
 RESULT, REPEATED, LOG = "repeated.json", "run", "log"
 
 
@@ -198,13 +194,10 @@ def gather_evidence(run: Path, commitment: Commitment, data: Sequence[Path], sta
         if not setting.startswith(FREE):
             raise UserError(f"--set {setting}: changes what is learned, or nothing here; an auditor may "
                             f"set {', '.join(FREE)}")
-    config = RunFolder(run).config()
-    if config is None:
-        raise UserError(f"{run}: holds no {CONFIG}; ask the lab for it")
-    if what := cannot_be_repeated(config):
+    if what := cannot_be_repeated(_config(run)):
         raise UserError(f"{run}: has {what}; {', '.join(COMMANDS.values())} of all weights without code of "
                         "one's own are what can be repeated")
-    places = data_folders(run) if not data else _found(commitment, config, data)
+    places = find_data(run, commitment, data) if data else data_folders(run)
     for place in set(places.values()):
         if problem := folder_problem(place):
             raise UserError(f"{problem}; take the data again from the lab")
@@ -213,8 +206,20 @@ def gather_evidence(run: Path, commitment: Commitment, data: Sequence[Path], sta
                     bound)
 
 
-def _found(commitment: Commitment, config: RunConfig, data: Sequence[Path]) -> dict[str, Path]:
-    """Return the run's data by the hashes that were published of them."""
+def _config(run: Path) -> RunConfig:
+    config = RunFolder(run).config()
+    if config is None:
+        raise UserError(f"{run}: holds no {CONFIG}; ask the lab for it")
+    return config
+
+
+def find_data(run: Path, commitment: Commitment, data: Sequence[Path]) -> dict[str, Path]:
+    """Return the run's data, as its settings name them -> the folder that has what was published of them.
+
+    Raises:
+        UserError: the run has no settings, or none of the folders is one of its data.
+    """
+    config = _config(run)
     by_hash = {}
     for place in data:
         refuse_missing(place, "--data ")
@@ -440,43 +445,6 @@ def _blocks(shape: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]
             for first in range(0, shape[0], rows)]
 
 
-@dataclass(frozen=True)
-class AuditVerdict:
-    """A draw with what came of its segments."""
-
-    commitment: Commitment
-    draw: Draw
-    repeated: tuple[Repeated, ...]
-    """In the order of the run; those that nobody has repeated yet are not among them."""
-    settings: tuple[str, ...]
-    """With which segments were repeated, as text, each once."""
-
-    @property
-    def missing(self) -> list[Segment]:
-        """Return the segments that are still to be repeated."""
-        done = {r.segment for r in self.repeated}
-        return [segment for segment in self.draw.segments if segment not in done]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every segment that was drawn is what the run's own settings, data and start give."""
-        return not self.missing and all(r.outcome in PASSED for r in self.repeated)
-
-    def sentence(self) -> str:
-        """Return what was found, in one sentence."""
-        if self.missing:
-            return (f"{len(self.missing)} of {len(self.draw.drawn)} segments are still to be repeated: "
-                    f"{', '.join(s.name for s in self.missing[:8])}")
-        bad = [r for r in self.repeated if r.outcome not in PASSED]
-        if bad:
-            told = "; ".join(f"steps {r.segment.name}: {r.outcome}, {r.detail}" for r in bad[:4])
-            return visible(f"{len(bad)} of {len(self.repeated)} segments are not what was published: {told}")
-        equal = sum(r.outcome == RepeatOutcome.EQUAL for r in self.repeated)
-        return (f"all {len(self.repeated)} segments are what was published, {equal} of them to the bit; had "
-                f"a tenth of the segments been false, {self.draw.chance_to_find(0.1):.0%} of audits like "
-                "this one would have found it")
-
-
 def keep(work: Path, root: str, repeated: Repeated) -> None:
     """Write what came of a segment of a log with that root into the audit's folder."""
     folder = work / repeated.segment.name
@@ -496,80 +464,3 @@ def kept(work: Path, root: str, segment: Segment) -> Repeated | None:
     raw: dict[str, Any] = read_json(file, "name another --work", root)
     return Repeated(Segment(**raw["segment"]), RepeatOutcome(raw["outcome"]), raw["distance"], raw["detail"],
                     raw["bound"], tuple(raw["settings"]), raw["seconds"])
-
-
-def judge(commitment: Commitment, drawn: Draw, work: Path) -> AuditVerdict:
-    """Return what an audit's folder holds of a draw.
-
-    Raises:
-        UserError: a result was changed, or nothing of the draw was repeated.
-    """
-    results = (kept(work, drawn.root, segment) for segment in drawn.segments)
-    found = tuple(r for r in results if r is not None)
-    if not found:
-        raise UserError(f"{work}: holds nothing that `megatron-sov audit repeat` left of this draw")
-    configs = [file for r in found if (file := work / r.segment.name / CONFIG).is_file()]
-    texts = dict.fromkeys(file.read_text(encoding="utf-8") for file in configs)
-    return AuditVerdict(commitment, drawn, found, tuple(texts))
-
-
-def write_verdict(verdict: AuditVerdict, output: Path) -> None:
-    """Write the page, and the same as values beside it."""
-    atomic_write(output, page(verdict))
-    atomic_write(output.with_suffix(".json"), to_json({
-        "root": verdict.draw.root, "randomness": verdict.draw.randomness, "passed": verdict.passed,
-        "said": verdict.sentence(), "segments": [asdict(r) for r in verdict.repeated],
-        "missing": [s.name for s in verdict.missing], "num_segments": verdict.draw.num_segments,
-        "chance_to_find": {str(share): verdict.draw.chance_to_find(share) for share in SHARES}}) + "\n")
-
-
-def page(verdict: AuditVerdict) -> str:
-    """Return the page."""
-    drawn, log = verdict.draw, verdict.commitment
-    steps = [s.end - s.begin for s in drawn.drawn]
-    last = max(int(leaf.name) for leaf in log.find(CHECKPOINT))
-    seconds = sum(r.seconds for r in verdict.repeated)
-    figures = [("verdict", "passed" if verdict.passed else "open" if verdict.missing else "not passed", ""),
-               ("segments", f"{len(verdict.repeated)} of {len(drawn.drawn)}",
-                f"the run has {drawn.num_segments + 1}"),
-               ("steps", f"{sum(steps):,} of {last:,}", f"repeated in {seconds:,.0f} s")]
-    published = PageTable(["what", "name", "hash"],
-                          [[leaf.kind, leaf.name, leaf.sha256] for leaf in log.leaves], "hashes")
-    chances = PageTable(["false share of the segments", "found by such a draw"],
-                        [[f"{share:.0%}", f"{drawn.chance_to_find(share):.1%}"] for share in SHARES])
-    longest = max((s.end - s.begin for s in segments_of(log) if s not in drawn.drawn), default=0)
-    sections = [
-        PageSection("Segments", "A segment is the steps between two checkpoints. `equal`: every bit of "
-                    "weights, moments and counters; `near`: within the bound, on another machine or layout; "
-                    "`unproved`: the lab did not give what it had published.",
-                    tables=[segments_table(verdict.repeated)]),
-        PageSection("What a fraud would have risked", "A segment is false where anything else was done in it "
-                    "than the published settings, data and start say. The first is repeated in every audit; "
-                    "the others are drawn by lot behind the publication. It counts segments, not steps: the "
-                    f"longest that was not drawn has {longest:,} steps.", tables=[chances]),
-        PageSection("What was not looked at", not_covered(log)),
-        *(PageSection("Settings", "With which segments were repeated: what the lab published, and the "
-                      "auditor's layout.", json=text) for text in verdict.settings),
-        PageSection("The draw", f"Root {drawn.root}, randomness {drawn.randomness}."),
-        PageSection("What was published", tables=[published])]
-    run = log.entries[0].run
-    return render("audit", f"Audit of {run}", verdict.sentence(), [Chapter(run, "", figures, sections)])
-
-
-def not_covered(log: Commitment) -> str:
-    """Return what a passed audit leaves open, in sentences."""
-    said = ["That the data are what they are said to be: their hashes fix them, and who reads them sees what "
-            "they are."]
-    if log.find(START):
-        said.append("The model that the run began from: it has a log of its own, or none.")
-    if len(log.find(CODE)) > 1:
-        said.append("The run changed its code on the way; the auditor's own was used throughout.")
-    return " ".join([*said, "Tokenizer and packing of the data.",
-                     "Changes below the bound, where a segment is near and not equal."])
-
-
-def segments_table(repeated: Sequence[Repeated]) -> PageTable:
-    """Return a row for each segment."""
-    return PageTable(["steps", "outcome", "distance", "bound", "seconds", "layout", "detail"], [
-        [r.segment.name, r.outcome.value, "" if r.distance < 0 else f"{r.distance:.1e}", f"{r.bound:g}",
-         f"{r.seconds:,.0f}", " ".join(r.settings), r.detail] for r in repeated])

@@ -306,6 +306,13 @@ COMMANDS = {
         ("audit repeat draw.json --log runs/pretrain.log.jsonl --run runs/pretrain --work audit",
          "audit repeat draw.json --log runs/pretrain.log.jsonl --run runs/pretrain --work audit "
          "--nproc 2 --set parallel.tp=2")),
+    "audit data": Command(
+        "megatron_sov.commands.operate.audit:DATA",
+        "make the tokenizer and token shards of a published run again from their texts",
+        PUBLISH, "audit.md",
+        ("audit data --log runs/pretrain.log.jsonl --run runs/pretrain --work audit",
+         "audit data --log runs/pretrain.log.jsonl --run runs/pretrain --work audit "
+         "--moved /lab/texts=texts")),
     "audit verdict": Command(
         "megatron_sov.commands.operate.audit:VERDICT",
         "write the page of an audit: what was repeated, and what a fraud would have risked",

@@ -10,7 +10,6 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import minisign
@@ -56,17 +55,6 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return copy
 
 
-@pytest.fixture
-def as_child(monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any]) -> None:
-    """Commands of an audit run in forks of a process that has megatron already."""
-    def start(command: list[str], **options: Any) -> Any:
-        done = run_command(*command[command.index("megatron_sov") + 1:])
-        options["stdout"].write(done.stderr.encode())
-        return SimpleNamespace(wait=lambda: done.returncode)
-
-    monkeypatch.setattr(repeating, "start_command", start)
-
-
 def audit(*words: object) -> int:
     return cli.main(["audit", *map(str, words)])
 
@@ -88,13 +76,14 @@ def test_a_run_is_published_drawn_and_repeated_to_the_bit_by_the_pages_commands(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, "runs/audited")
     training, *commands = commands_of(PAGE)
-    assert training.startswith("megatron-sov pretrain ") and len(commands) == 5
+    assert training.startswith("megatron-sov pretrain ") and len(commands) == 6
     for line in commands:
         assert cli.main(shlex.split(line)[1:]) == ExitCode.OK
     said = capsys.readouterr().out
-    assert "1/2 steps 0-2: equal" in said and said.count(": equal") == 2
+    assert "1/2 steps 0-2: equal" in said and said.count(": equal") == 4  # two segments, tokenizer, shards
     told = json.loads(Path("audit.json").read_text())
     assert told["passed"] and told["chance_to_find"]["0.5"] == 0.5
+    assert [p["kind"] for p in told["prepared"]] == ["tokens", "tokenizer"]
     assert read_commitment(Path("audited.log.jsonl")).root in Path("audit.html").read_text()
     assert "global_batch_size" in Path("audit.html").read_text()  # the settings are on the page
     # a result belongs to its log and its bound

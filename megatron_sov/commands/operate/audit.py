@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.audit.commitment import (
-    CODE, Commitment, check_signature, code_sha256, publish, read_commitment, sign)
+    CODE, Commitment, check_signature, code_sha256, data_folders, publish, read_commitment, sign)
 from megatron_sov.audit.drawing import draw, needed, read_draw, segments_of, write_draw
 from megatron_sov.base.errors import ExitCode, UserError, visible, warn
 from megatron_sov.base.outputs import check_output, refuse_input, refuse_nowhere
@@ -150,7 +150,8 @@ def run_repeat(typed: argparse.Namespace) -> int:
         warn("the run was made by another version of this program than the one that repeats it; where bits "
              "differ, repeat with that one")
 
-    from megatron_sov.audit.repeating import RepeatOutcome, gather_evidence, judge, keep, kept, repeat
+    from megatron_sov.audit.repeating import RepeatOutcome, gather_evidence, keep, kept, repeat
+    from megatron_sov.audit.verdict import judge
 
     evidence = gather_evidence(args.run, commitment, args.data, args.start_from, args.settings, args.nproc,
                                args.bound)
@@ -174,6 +175,46 @@ def run_repeat(typed: argparse.Namespace) -> int:
 
 
 REPEAT = command_of(AuditRepeatOptions, run_repeat)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditDataOptions(LogOptions):
+    """Make the tokenizer and the token shards of a run again from their texts, and compare every byte."""
+
+    run: Annotated[Path, Flag(value="DIR")]
+    """What the lab hands over: the run's settings."""
+    data: Annotated[tuple[Path, ...], Flag(value="DIR")] = ()
+    """Token shards, where they do not lie where the run read them; each is found by its hash."""
+    moved: Annotated[tuple[str, ...], Flag(value="OLD=NEW")] = ()
+    """Texts and tokenizers, where they do not lie where manifests say: a path there, or a folder above it,
+    and where that lies here; may be repeated."""
+    work: Annotated[Path, Flag(value="DIR")]
+    """Folder of the audit; what is done is not done again."""
+
+
+def run_data(typed: argparse.Namespace) -> int:
+    """Make again what was not made yet; returns that of a gate where texts give something else.
+
+    Raises:
+        UserError: log, run or data cannot be used.
+    """
+    args = read_options(AuditDataOptions, typed)
+    refuse_nowhere(args.work)
+
+    from megatron_sov.audit.preparing import parse_moved, prepare_again
+    from megatron_sov.audit.repeating import find_data
+
+    moved = parse_moved(args.moved)
+    places = find_data(args.run, _published(args), args.data or [*data_folders(args.run).values()])
+    found = []
+    for place in dict.fromkeys(places.values()):
+        for prepared in prepare_again(place, moved, args.work):
+            print(visible(prepared.sentence()), flush=True)
+            found.append(prepared)
+    return ExitCode.OK if all(p.passed for p in found) else ExitCode.GATE_FAILED
+
+
+DATA = command_of(AuditDataOptions, run_data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +243,7 @@ def run_verdict(typed: argparse.Namespace) -> int:
     check_output("--output", args.output)
     refuse_input("--output", args.output.with_suffix(".json"), args.log, args.draw)
 
-    from megatron_sov.audit.repeating import judge, write_verdict
+    from megatron_sov.audit.verdict import judge, write_verdict
 
     commitment = _published(args)
     verdict = judge(commitment, read_draw(args.draw, commitment), args.work)
