@@ -66,7 +66,7 @@ def report(work: Path) -> None:
         for name in claims.claims:
             claim = register(claims, name, file)
             if claim_folder(folder, claim).is_dir():
-                show(folder.name, claim, spent.get(name), seeds_of(claim_folder(folder, claim)))
+                show(folder.name, claim, spent.get(name), seeds_of(claim_folder(folder, claim), claim.declared))
 
 
 def show(seed: str, claim: Registered, cpu_s: float | None,

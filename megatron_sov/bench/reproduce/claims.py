@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,8 @@ from annotated_types import Gt, MinLen
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError, nearest
-from megatron_sov.base.settings import AboveZero, ProblemCode, SettingsProblem, plain, read_file
+from megatron_sov.base.settings import (
+    AboveZero, Finite, NotBlank, ProblemCode, SettingsProblem, plain, read_file)
 
 SHIPPED = Path(__file__).parent / "seeds"
 """Files that come with the framework, one for each seed, and what their commands read."""
@@ -31,6 +33,16 @@ PLACE = re.compile(r"\{([a-z][a-z0-9_]*)\}")
 GIVEN = ("here", "base", "seed", "claims")
 """Places in a command that every run fills: its own folder, the one that the arms of a seed share, the number
 of the seed, and the folder of the file of claims."""
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+"""Of claims, arms, setups, words and measures: each may become a folder."""
+SETUP = "setup"
+"""Folder beside those of claims."""
+REDIRECT = ">"
+PLACED = re.compile(r"\{claims\}/?([^\s:,=]*)")
+"""A file beside the file of claims, in a word of a command."""
+OUTSIDE = re.compile(r"(?:.*=)?(?:/|~|\.\.?(?:/|$))")
+"""Words that name a place which is none of a command's own."""
+IMPORTED = re.compile(r"^\s*(?:from|import)\s+([\w.]+)", re.MULTILINE)
 ADDRESS_CHARS = 12
 Commands = Annotated[tuple[str, ...], MinLen(1)]
 
@@ -71,7 +83,7 @@ class OrderTest:
     higher: str
     """Arm."""
     power: Power
-    more_than: float = 0.0
+    more_than: Finite = 0.0
     """Bound of the difference; below 0: the higher one may even lie that much below."""
 
 
@@ -79,10 +91,18 @@ class OrderTest:
 class ClaimChange:
     """That a claim was changed after it had run."""
 
-    sha256: Annotated[str, MinLen(ADDRESS_CHARS)]
-    """Of the form before; its folder is named so."""
+    sha256: str
+    """Of the form before, all 64 digits; its folder is named by the first of them."""
     date: str
-    what: str
+    """Year-month-day."""
+    what: NotBlank
+    """What was changed, and why."""
+
+    def problems(self) -> list[SettingsProblem]:
+        forms = {"sha256": ("[0-9a-f]{64}", "must be the 64 hexadecimal digits of a form"),
+                 "date": (r"\d{4}-\d\d-\d\d", "must be a date, as 2026-11-27")}
+        return [SettingsProblem(ProblemCode.FORM, name, rule, getattr(self, name))
+                for name, (form, rule) in forms.items() if not re.fullmatch(form, getattr(self, name))]
 
 
 @dataclass(frozen=True)
@@ -119,10 +139,26 @@ class PaperClaim:
 
     def problems(self) -> list[SettingsProblem]:
         known = {"measure": [*self.measures], "lower": [*self.arms], "higher": [*self.arms]}
-        return [SettingsProblem(ProblemCode.CHOICE, f"tests.{i}.{name}", "is not among the claim's own",
-                                value, nearest(value, found))
-                for i, test in enumerate(self.tests) for name, found in known.items()
-                if (value := getattr(test, name)) not in found]
+        found = [SettingsProblem(ProblemCode.CHOICE, f"tests.{i}.{name}", "is not among the claim's own",
+                                 value, nearest(value, names).removeprefix("; "))
+                 for i, test in enumerate(self.tests) for name, names in known.items()
+                 if (value := getattr(test, name)) not in names]
+        found += name_problems("arms", self.arms) + name_problems("measures", self.measures)
+        for i, test in enumerate(self.tests):
+            if test.lower == test.higher:
+                found.append(SettingsProblem(ProblemCode.RULE, f"tests.{i}.higher",
+                                             "must be another arm than the lower one", test.higher))
+        return found + [
+            SettingsProblem(ProblemCode.FORM, f"measures.{name}.file", "must lie below the arm's folder",
+                            m.file)
+            for name, m in self.measures.items() if OUTSIDE.match(m.file) or ".." in Path(m.file).parts]
+
+
+def name_problems(place: str, names: Iterable[str]) -> list[SettingsProblem]:
+    """Return those of names that could be no folder of their own."""
+    return [SettingsProblem(ProblemCode.FORM, f"{place}.{name}",
+                            "must be a name of small letters, digits and _, which begins with a letter", name)
+            for name in names if not NAME.fullmatch(name)]
 
 
 @dataclass(frozen=True)
@@ -139,20 +175,33 @@ class ClaimsFile:
     earlier ones."""
 
     def problems(self) -> list[SettingsProblem]:
-        found: list[SettingsProblem] = []
+        found = list[SettingsProblem]()
+        named = {"claims": (self.claims, (SETUP,)), "setup": (self.setup, GIVEN),
+                 "words": (self.words, GIVEN)}
+        for place, (names, taken) in named.items():
+            found += name_problems(place, names)
+            found += [SettingsProblem(ProblemCode.CHOICE, f"{place}.{name}", "is a name that is taken", name)
+                      for name in names if name in taken]
         for place, command, known in self._commands():
             written = self.spell(command)
-            try:
-                words = shlex.split(written)
-            except ValueError as e:
-                words = []
-                found.append(SettingsProblem(ProblemCode.FORM, place, f"cannot be read ({e})", command))
-            if words and words[0] not in PROGRAMS:
-                found.append(SettingsProblem(ProblemCode.CHOICE, place, "must begin with one of "
-                                             + ", ".join(PROGRAMS), words[0]))
             found += [SettingsProblem(ProblemCode.UNKNOWN, place, "is no word, no setup before and not among "
-                                      + ", ".join(GIVEN), name)
+                                      + ", ".join(sorted(known & set(GIVEN))), name)
                       for name in PLACE.findall(written) if name not in known]
+            found += [SettingsProblem(code, place, rule, value)
+                      for code, rule, value in _wrong_words(written)]
+        return found + self._unseeded()
+
+    def _unseeded(self) -> list[SettingsProblem]:
+        """Return arms that are the same for every seed."""
+        found = []
+        for name, claim in self.claims.items():
+            base = " ".join(map(self.spell, claim.base))
+            for arm, commands in claim.arms.items():
+                text = " ".join(map(self.spell, commands))
+                if "{seed}" not in (text + base if "{base}" in text else text):
+                    found.append(SettingsProblem(
+                        ProblemCode.RULE, f"claims.{name}.arms.{arm}",
+                        "takes no {seed}, nor does a base that it reads: its seeds would be copies", arm))
         return found
 
     def spell(self, command: str) -> str:
@@ -178,6 +227,22 @@ class ClaimsFile:
                             for i, command in enumerate(commands))
 
 
+def _wrong_words(command: str) -> Iterator[tuple[ProblemCode, str, str]]:
+    """Yield what is wrong with the words of a command: code, rule and value."""
+    try:
+        words = shlex.split(command)
+    except ValueError as e:
+        yield ProblemCode.FORM, f"cannot be read ({e})", command
+        return
+    if not words or words[0] not in PROGRAMS:
+        yield ProblemCode.CHOICE, f"must begin with one of {', '.join(PROGRAMS)}", command
+    if REDIRECT in [*words[:-2], *words[-1:]]:
+        yield ProblemCode.FORM, "may have > only before its last word, a file", command
+    for word in words:
+        if OUTSIDE.match(word) or ".." in PLACED.sub(r"\1", word).split("/"):
+            yield ProblemCode.RULE, "names a place outside of {here}, {base}, {claims} and setups", word
+
+
 @dataclass(frozen=True)
 class Registered:
     """A claim as it stands in its file, and its address."""
@@ -186,16 +251,23 @@ class Registered:
     claim: PaperClaim
     setup: dict[str, tuple[str, ...]]
     """What it needs, words written out, in order."""
+    setup_reads: Mapping[str, Mapping[str, str]]
+    """Name of each -> the files that it and those before it are made of -> digest."""
     declared: Mapping[str, Any]
     """All that its address is a hash of, as JSON has it."""
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(to_json(dict(self.declared)).encode()).hexdigest()
+        return sha256_of(self.declared)
 
     @property
     def address(self) -> str:
         return self.sha256[:ADDRESS_CHARS]
+
+
+def sha256_of(declared: Mapping[str, Any]) -> str:
+    """Return the hash of a form of a claim."""
+    return hashlib.sha256(to_json(dict(declared)).encode()).hexdigest()
 
 
 def find_file(given: str) -> Path:
@@ -229,11 +301,47 @@ def register(claims: ClaimsFile, name: str, file: Path) -> Registered:
                "arms": {arm: [claims.spell(c) for c in commands] for arm, commands in claim.arms.items()}}
     setup = _needed(claims, to_json(spelled))
     told = {key: value for key, value in plain(claim).items() if key not in ("changes", "quick")}
-    read = {path.name: file_digest(path) for path in sorted(file.parent.iterdir())
-            if path.is_file() and f"{{claims}}/{path.name}" in to_json([spelled, setup])}
+    read = files_read(file.parent, _all([*spelled.values(), setup]))
     declared = json.loads(to_json({"seed": claims.seed, "paper": claims.paper, "name": name, **told,
                                    **spelled, "setup": setup, "read": read}))
-    return Registered(name, claim, setup, declared)
+    names = list(setup)
+    reads = {each: files_read(file.parent, _all([setup[n] for n in names[:number]]))
+             for number, each in enumerate(names, 1)}
+    return Registered(name, claim, setup, reads, declared)
+
+
+def _all(part: Any) -> Iterator[str]:
+    """Yield the commands of what is a list of them, or has such lists under names."""
+    if isinstance(part, str):
+        yield part
+    else:
+        for inner in part.values() if isinstance(part, dict) else part:
+            yield from _all(inner)
+
+
+def files_read(beside: Path, commands: Iterable[str]) -> dict[str, str]:
+    """Return the files below the folder of a file of claims that commands name, and the modules there that
+    these import -> digest.
+
+    Args:
+        beside: the folder.
+        commands: with the shared words written out.
+    """
+    named = [match[1] for command in commands for word in shlex.split(command)
+             for match in PLACED.finditer(word)]
+    wanted, found = [os.path.normpath(name) for name in named], dict[str, str]()
+    while wanted:
+        path = beside / (name := wanted.pop())
+        if path.is_dir():
+            wanted += [file.relative_to(beside).as_posix() for file in path.rglob("*")
+                       if file.is_file() and "__pycache__" not in file.parts]
+        elif path.is_file() and name not in found:
+            found[name] = file_digest(path)
+            if path.suffix == ".py":
+                modules = IMPORTED.findall(path.read_text(encoding="utf-8", errors="replace"))
+                wanted += [f"{module.replace('.', '/')}{end}" for module in modules
+                           for end in (".py", "/__init__.py")]
+    return dict(sorted(found.items()))
 
 
 def _needed(claims: ClaimsFile, text: str) -> dict[str, tuple[str, ...]]:

@@ -17,21 +17,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from megatron_sov.base.artifacts import disk_errors, new_file, to_json
+from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import ExitCode, UserError, list_problems
 from megatron_sov.base.sealed import read_json, write_json
-from megatron_sov.bench.reproduce.claims import ADDRESS_CHARS, PLACE, PROGRAMS, Measure, Registered
+from megatron_sov.bench.reproduce.claims import (
+    ADDRESS_CHARS, PLACE, PROGRAMS, REDIRECT, Measure, Registered, sha256_of)
 from megatron_sov.work.processes.children import start_command
 from megatron_sov.work.progress.jobs import Job, in_workers
 from megatron_sov.work.progress.journal import Journal
 from megatron_sov.work.progress.locks import holding
 
 RESULTS, DECLARED, MEASURED, LOG = "results.json", "claim.json", "measured.json", "log"
-REDIRECT = ">"
+AGAIN = "delete the folder that it lies in, and the same command runs that seed again"
 SHOWN_LINES = 3
 
 
@@ -74,17 +77,45 @@ class Order:
         """Declare the claims, and make what all seeds read.
 
         Raises:
-            UserError: a claim was changed after it had run, and does not say so; or a command fails.
+            UserError: a claim was changed after it had run, and does not say so; the folder holds something
+                else; or a command fails.
         """
+        refuse_foreign(self.output)
         for claim in self.claims:
             declare(self.output, claim)
         for claim in self.claims:
+            self.refuse_changed_files(claim)
             places: dict[str, str] = {}
             for name, commands in claim.setup.items():
                 folder = setup_folder(self.output, claim, name)
                 with holding(folder, folder):
                     run_steps(folder, commands, places | {"claims": str(self.beside)})
                 places[name] = str(folder)
+
+
+    def refuse_changed_files(self, claim: Registered) -> None:
+        """Refuse files that a claim's commands read, where they are not as they were declared.
+
+        Raises:
+            UserError: one differs.
+        """
+        for name, digest in claim.declared["read"].items():
+            file = self.beside / name
+            if not file.is_file() or file_digest(file) != digest:
+                raise UserError(f"{file}: was changed while claim {claim.name} ran; take the change back, "
+                                "and the same command goes on")
+
+
+def refuse_foreign(output: Path) -> None:
+    """Refuse a folder whose results are not those of claims.
+
+    Raises:
+        UserError: it has some.
+    """
+    file = output / RESULTS
+    ran = [folder for name in (DECLARED, "seed-*") for folder in output.glob(f"*/*/{name}")]
+    if file.exists() and not ran:
+        raise UserError(f"{file}: is there, and no claim has run in this folder; name another --output")
 
 
 def claim_folder(output: Path, claim: Registered) -> Path:
@@ -94,9 +125,7 @@ def claim_folder(output: Path, claim: Registered) -> Path:
 def setup_folder(output: Path, claim: Registered, name: str) -> Path:
     """Return the folder of a setup, named by all that it is made by, so that claims share it."""
     upto = dict(list(claim.setup.items())[:list(claim.setup).index(name) + 1])
-    read = {file: digest for file, digest in claim.declared["read"].items()
-            if f"{{claims}}/{file}" in to_json(upto)}
-    sha256 = hashlib.sha256(to_json([upto, read]).encode()).hexdigest()
+    sha256 = hashlib.sha256(to_json([upto, dict(claim.setup_reads[name])]).encode()).hexdigest()
     return output / "setup" / f"{name}-{sha256[:ADDRESS_CHARS]}"
 
 
@@ -110,8 +139,9 @@ def earlier_forms(output: Path, claim: Registered) -> dict[str, Mapping[str, Any
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return a line for each value in which two forms of a claim differ, with the whole of both."""
     old, new = (dict(_leaves(form)) for form in (before, now))
-    return [f"{key} was {old.get(key, 'not there')}, and is {new.get(key, 'not there')}"
-            for key in {**old, **new} if old.get(key) != new.get(key)]
+    found = [f"{key} was {old.get(key, 'not there')}, and is {new.get(key, 'not there')}"
+             for key in {**old, **new} if old.get(key) != new.get(key)]
+    return found or ["arms, measures or other keys stood in another order"]
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -122,11 +152,12 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def declare(output: Path, claim: Registered) -> None:
-    """Write what a claim says before anything of it runs.
+def refuse_untold(output: Path, claim: Registered) -> None:
+    """Refuse a claim of which something ran in a folder that it does not tell.
 
     Raises:
-        UserError: another form of it has run here, and its list of changes does not name that.
+        UserError: another form of it, and its list of changes does not name that; or what was declared
+            was changed, or is gone.
     """
     told = {change.sha256[:ADDRESS_CHARS] for change in claim.claim.changes}
     for address, declared in earlier_forms(output, claim).items():
@@ -134,8 +165,24 @@ def declare(output: Path, claim: Registered) -> None:
             raise UserError(list_problems(
                 f"{output / claim.name / address}: has run claim {claim.name} in another form",
                 changed(declared, claim.declared),
-                f"tell it in the claim's `changes` (sha256: {address}), take the change back, or name "
-                "another --output"))
+                f"tell it in the claim's `changes` (sha256: {sha256_of(declared)}), take the change back, or "
+                "name another --output"))
+    for folder in (output / claim.name).glob("*/"):
+        if not (folder / DECLARED).is_file() and any(folder.iterdir()):
+            raise UserError(f"{folder / DECLARED}: is gone, and something ran beside it; take it back, or "
+                            "name another --output")
+    file = claim_folder(output, claim) / DECLARED
+    if file.is_file() and read_json(file) != claim.declared:
+        raise UserError(f"{file}: was changed since it was declared; name another --output")
+
+
+def declare(output: Path, claim: Registered) -> None:
+    """Write what a claim says before anything of it runs.
+
+    Raises:
+        UserError: what ran of it is not told.
+    """
+    refuse_untold(output, claim)
     file = claim_folder(output, claim) / DECLARED
     if not file.is_file():
         with disk_errors(file):
@@ -149,24 +196,47 @@ def _runner(order: Order) -> Callable[[tuple[str, int]], bytes]:
 
 
 def run_seed(order: Order, claim: Registered, seed: int) -> dict[str, dict[str, float]]:
-    """Run what is missing of a seed; returns arm -> measure -> figure."""
+    """Run what is missing of a seed; returns arm -> measure -> figure.
+
+    Raises:
+        UserError: a command fails, a file that commands read was changed meanwhile, or a figure is not what
+            was measured when the seed was done.
+    """
     folder = claim_folder(order.output, claim) / f"seed-{seed}"
     places = {name: str(setup_folder(order.output, claim, name)) for name in claim.setup} | {
         "seed": str(seed), "base": str(folder / "base"), "claims": str(order.beside)}
+    order.refuse_changed_files(claim)
     run_steps(folder / "base", claim.declared["base"], places)
     figures = {}
     for arm, commands in claim.declared["arms"].items():
         own = folder / "arms" / arm
         run_steps(own, commands, places)
         figures[arm] = {name: read_figure(own, measure) for name, measure in claim.claim.measures.items()}
-    write_json(folder / MEASURED, figures)
+    order.refuse_changed_files(claim)
+    file, mark = folder / MEASURED, _mark(claim.declared, seed)
+    if file.is_file() and read_json(file, AGAIN, mark) != figures:
+        raise UserError(f"{file}: its arms' files have other figures now; {AGAIN}")
+    write_json(file, figures, mark)
     return figures
 
 
-def seeds_of(folder: Path) -> dict[int, Any]:
-    """Return seed -> arm -> measure -> figure of the seeds that a form of a claim has run to their end."""
-    return {int(file.parent.name.partition("-")[2]): read_json(file)
-            for file in folder.glob(f"seed-*/{MEASURED}")}
+def seeds_of(folder: Path, declared: Mapping[str, Any]) -> dict[int, Any]:
+    """Return seed -> arm -> measure -> figure of the seeds that a form of a claim has run to their end.
+
+    Args:
+        folder: of the form.
+        declared: the form.
+
+    Raises:
+        UserError: one was changed since, or is of another seed or claim.
+    """
+    files = {seed: folder / f"seed-{seed}" / MEASURED for seed in range(declared["seeds"])}
+    return {seed: read_json(file, AGAIN, _mark(declared, seed))
+            for seed, file in files.items() if file.is_file()}
+
+
+def _mark(declared: Mapping[str, Any], seed: int) -> str:
+    return f"{sha256_of(declared)} {seed}"
 
 
 def run_steps(folder: Path, commands: Sequence[str], places: Mapping[str, str]) -> None:
@@ -196,7 +266,8 @@ def fill(command: str, places: Mapping[str, str]) -> list[str]:
 def run_step(folder: Path, words: Sequence[str]) -> None:
     """Run one command; what it says goes to the folder's log, or, behind >, to a file that appears whole."""
     words, target = (words[:-2], words[-1]) if REDIRECT in words[-2:-1] else (words, "")
-    command = [sys.executable, "-W", "ignore", "-m", PROGRAMS[words[0]], *words[1:]]
+    # -P: no folder of an arm stands for a module; and none of the user's own is found by a relative path
+    command = [sys.executable, "-P", "-W", "ignore", "-m", PROGRAMS[words[0]], *words[1:]]
     # arms are compared at one thread each, side by side
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(folder / LOG, "ab") as log:
@@ -204,11 +275,11 @@ def run_step(folder: Path, words: Sequence[str]) -> None:
         log.flush()
         if target:
             with new_file(Path(target)) as temporary, open(temporary, "wb") as out:
-                code = start_command(command, stdout=out, stderr=log, environment=environment,
+                code = start_command(command, stdout=out, stderr=log, environment=environment, folder=folder,
                                      ends_with_this=True).wait()
                 _refuse_failure(folder, words, code)
         else:
-            code = start_command(command, stdout=log, stderr=log, environment=environment,
+            code = start_command(command, stdout=log, stderr=log, environment=environment, folder=folder,
                                  ends_with_this=True).wait()
             _refuse_failure(folder, words, code)
 
@@ -233,16 +304,22 @@ def read_figure(folder: Path, measure: Measure) -> float:
             json.loads(text)]
         if measure.event:
             rows = [row for row in rows if row.get("event") == measure.event][-1:]
-        return fmean(value for row in rows for value in _values(row, measure.value.split("/")))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        values = [value for row in rows for value in _values(row, measure.value.split("/"))]
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+                   for value in values):
+            raise ValueError(f"is {values[:4]}, must be finite numbers")
+        return fmean(values)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as e:
         raise UserError(f"{file}: has no {measure.value!r} ({type(e).__name__}: {e}); look at the claim's "
                         "measures and at the log beside it") from None
 
 
-def _values(value: Any, keys: Sequence[str]) -> Iterator[float]:
+def _values(value: Any, keys: Sequence[str]) -> Iterator[Any]:
     if not keys:
-        yield float(value)
-    else:
-        first, every = keys[0], value.values() if isinstance(value, dict) else value
-        for inner in every if first == "*" else [value[int(first) if isinstance(value, list) else first]]:
+        yield value
+    elif keys[0] == "*":
+        for inner in value.values() if isinstance(value, dict) else value:
             yield from _values(inner, keys[1:])
+    else:
+        is_place = isinstance(value, list) and keys[0].isdecimal()
+        yield from _values(value[int(keys[0]) if is_place else keys[0]], keys[1:])

@@ -73,12 +73,16 @@ def power_of(difference: float, sd: float, num_seeds: int) -> float:
 
 
 def apply_test(test: OrderTest, claim: PaperClaim, found: Mapping[int, Figures]) -> Tested:
-    """Return what seeds say of a test; fewer of them than the claim asks for decide nothing."""
+    """Return what seeds say of a test.
+
+    Fewer of them than the claim asks for decide nothing, nor do seeds that draw nothing: where all give the
+    same difference, it has no spread to be held against.
+    """
     differences = tuple(figures[test.higher][test.measure] - figures[test.lower][test.measure]
                         for _, figures in sorted(found.items()))
     interval = paired_interval(differences)
     outcome = ClaimOutcome.UNDECIDED
-    if interval is not None and len(differences) >= claim.seeds:
+    if interval is not None and len(differences) >= claim.seeds and len({*differences}) > 1:
         outcome = (ClaimOutcome.HOLDS if interval[0] > test.more_than
                    else ClaimOutcome.FAILS if interval[1] <= test.more_than else ClaimOutcome.UNDECIDED)
     return Tested(test, differences, interval, outcome,
@@ -117,7 +121,7 @@ def judge(output: Path, claim: Registered, found: Mapping[int, Figures]) -> Judg
     """Return a claim with its seeds and with what earlier forms of it gave."""
     earlier = {}
     for address, declared in earlier_forms(output, claim).items():
-        seeds = seeds_of(claim_folder(output, claim).with_name(address))
+        seeds = seeds_of(claim_folder(output, claim).with_name(address), declared)
         gave = "; ".join(f"seed {seed}: {json.dumps(figures)}" for seed, figures in sorted(seeds.items()))
         earlier[address] = ("; ".join(changed(declared, claim.declared))
                             + f". It gave: {gave or 'no complete seed'}")
@@ -159,7 +163,9 @@ def _name(test: OrderTest) -> str:
 def page(claims: ClaimsFile, judged: Sequence[Judged]) -> str:
     """Return the page as HTML."""
     held = sum(j.outcome == ClaimOutcome.HOLDS for j in judged)
-    return render("Reproduction", f"{claims.seed}: {held} of {len(judged)} claims hold", claims.paper,
+    left = len(claims.claims) - len(judged)
+    return render("Reproduction", f"{claims.seed}: {held} of {len(judged)} claims hold"
+                  + (f", {left} more have not run" if left else ""), claims.paper,
                   [_chapter(j) for j in judged], overview=("Claims", rows(judged)), anchor="claim")
 
 

@@ -14,7 +14,7 @@ from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, num_cores, read_options
 from megatron_sov.bench.reproduce.claims import ClaimsFile, find_file, read_claims, register
-from megatron_sov.bench.reproduce.running import RESULTS, Order, claim_folder, seeds_of
+from megatron_sov.bench.reproduce.running import RESULTS, Order, claim_folder, refuse_untold, seeds_of
 from megatron_sov.bench.reproduce.verdict import PAGE, ClaimOutcome, Judged, judge, page, result, rows
 from megatron_sov.work.progress.jobs import run_job, run_share
 from megatron_sov.work.progress.journal import begin_journal, done_items, slurm_folder
@@ -36,7 +36,7 @@ class ReproduceOptions(ClusterOptions):
     claims: Annotated[tuple[str, ...], Flag("--claim", "NAME", many=True)] = ()
     """Only these claims (default: all)."""
     seeds: AtLeastOne | None = None
-    """Seeds of each claim (default: as many as it asks for; fewer decide nothing)."""
+    """Seeds of each claim (default: as many as it asks for; fewer decide nothing, and more are refused)."""
     quick: bool = False
     """Only the claim that is run in minutes."""
     output: Annotated[Path, Flag(value="DIR")]
@@ -58,10 +58,16 @@ class SharedClaims:
     order: Order
 
     def publish(self, found: dict[str, dict[int, dict[str, dict[str, float]]]]) -> None:
-        """Write results and page."""
-        judged = [judge(self.order.output, c, found[c.name]) for c in self.order.claims]
-        atomic_write(self.order.output / RESULTS, to_json(result(judged)))
-        atomic_write(self.order.output / PAGE, page(read_claims(self.file), judged))
+        """Write results and page, of the claims that ran now and of those that ran before."""
+        output = self.order.output
+        claims = read_claims(self.file)
+        judged = []
+        for claim in (register(claims, name, self.file) for name in claims.claims):
+            seeds = found.get(claim.name) or seeds_of(claim_folder(output, claim), claim.declared)
+            if seeds:
+                judged.append(judge(output, claim, seeds))
+        atomic_write(output / RESULTS, to_json(result(judged)))
+        atomic_write(output / PAGE, page(claims, judged))
 
 
 @dataclass(frozen=True)
@@ -100,10 +106,17 @@ def run(args: argparse.Namespace) -> int:
     claims = read_claims(file)
     registered = tuple(register(claims, name, file) for name in _chosen(options, claims))
     seeds = {c.name: options.seeds or c.claim.seeds for c in registered}
+    for c in registered:
+        if seeds[c.name] > c.claim.seeds:
+            raise UserError(f"--seeds {options.seeds}: claim {c.name} asks for {c.claim.seeds}, and seeds "
+                            "that are added until it holds prove nothing; change its `seeds`, and tell it "
+                            "in its `changes`")
     order = Order(registered, seeds, options.output, file.parent)
     if options.dry_run:
+        for c in registered:
+            refuse_untold(options.output, c)
         _print([judge(options.output, c, {seed: figures for seed, figures
-                                          in seeds_of(claim_folder(options.output, c)).items()
+                                          in seeds_of(claim_folder(options.output, c), c.declared).items()
                                           if seed < seeds[c.name]}) for c in registered])
         return ExitCode.OK
     refuse_nowhere(options.output)

@@ -20,6 +20,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
 from megatron_sov.base.errors import ExitCode
@@ -158,7 +159,8 @@ def _waited(process: subprocess.Popen[bytes], within_s: float | None) -> int | N
 
 def start_command(command: Sequence[str], *, stdout: IO[Any] | None = None,
                   stderr: IO[Any] | int | None = None, environment: Mapping[str, str] | None = None,
-                  ends_with_this: bool = False, own_group: bool = False) -> subprocess.Popen[Any]:
+                  folder: Path | None = None, ends_with_this: bool = False,
+                  own_group: bool = False) -> subprocess.Popen[Any]:
     """Start a command that reads nothing.
 
     Args:
@@ -166,6 +168,7 @@ def start_command(command: Sequence[str], *, stdout: IO[Any] | None = None,
         stdout: where it writes; None: where this process does.
         stderr: likewise.
         environment: its own; None: this process's.
+        folder: where it stands; None: where this process does.
         ends_with_this: it is killed when this process ends.
         own_group: Ctrl-C of a terminal is not for it.
 
@@ -173,7 +176,7 @@ def start_command(command: Sequence[str], *, stdout: IO[Any] | None = None,
         OSError: it cannot be started.
     """
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=environment,
-                            start_new_session=own_group,
+                            cwd=folder, start_new_session=own_group,
                             preexec_fn=partial(die_with_parent, os.getpid()) if ends_with_this else None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,8 @@ from scipy import stats
 from megatron_sov import cli
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.bench.reproduce import running
-from megatron_sov.bench.reproduce.claims import SHIPPED, Measure, PaperClaim, find_file, read_claims, register
+from megatron_sov.bench.reproduce.claims import (
+    SHIPPED, Measure, PaperClaim, files_read, find_file, read_claims, register)
 from megatron_sov.bench.reproduce.running import read_figure, run_steps
 from megatron_sov.bench.reproduce.seeds.asked import PictureChat
 from megatron_sov.bench.reproduce.seeds.choices import THINGS, ChoicePrompts, Choices
@@ -108,7 +110,7 @@ def test_ordinary_commands_are_run_and_measured(tmp_path: Path) -> None:
     assert reproduce(file, tmp_path / "out") == ExitCode.OK
     claim = register(read_claims(file), "better", file)
     folder = running.claim_folder(tmp_path / "out", claim)
-    assert running.seeds_of(folder) == {
+    assert running.seeds_of(folder, claim.declared) == {
         seed: {"new": {"loss": 1 + seed / 100}, "old": {"loss": 2 + seed / 100}} for seed in (0, 1)}
     log = (folder / "seed-1/arms/new/log").read_text()
     assert log.startswith("$ megatron-sov map ") and "1 rows in, 1 out" in log
@@ -162,10 +164,11 @@ def test_a_claim_that_was_changed_after_its_runs_is_refused_until_it_says_so(
             "old": CLAIMS["claims"]["better"]["arms"]["old"]}  # type: ignore[index]
     write_claims(tmp_path / "claims", {"arms": arms})
     assert reproduce(file, output) == ExitCode.USER_ERROR
-    assert re.search(rf"has run claim better in another form.*sha256: {before.address}.*\n  arms.new.0 was "
+    assert re.search(rf"has run claim better in another form.*sha256: {before.sha256}.*\n  arms.new.0 was "
                      r"megatron-sov map .*value=1.*, and is megatron-sov map .*value=0",
                      capsys.readouterr().err)
-    changes = [{"sha256": before.address, "date": "2026-11-25", "what": "The new arm was too slow."}]
+    assert reproduce(file, output, "--dry-run") == ExitCode.USER_ERROR
+    changes = [{"sha256": before.sha256, "date": "2026-11-25", "what": "The new arm was too slow."}]
     write_claims(tmp_path / "claims", {"arms": arms, "changes": changes})
     assert reproduce(file, output) == ExitCode.OK
     page = (output / "reproduce.html").read_text()
@@ -173,6 +176,79 @@ def test_a_claim_that_was_changed_after_its_runs_is_refused_until_it_says_so(
     # what a command reads is part of the claim too
     (file.parent / "step.py").write_text(STEP + "# other\n")
     assert reproduce(file, output) == ExitCode.USER_ERROR
+
+
+def test_what_commands_read_is_found_however_it_is_spelled(tmp_path: Path) -> None:
+    """Beside the file, below it, in quotes, by a detour, as a whole folder, and by an import."""
+    file = write_claims(tmp_path / "claims")
+    for name, text in {"sub/deep.py": "from beside import x\n", "beside.py": "x = 1\n", "more/a.txt": "a",
+                       "more/b.txt": "b", "unread.txt": ""}.items():
+        (file.parent / name).parent.mkdir(exist_ok=True)
+        (file.parent / name).write_text(text)
+    read = partial(files_read, file.parent)
+    assert [*read(["x {claims}/'row.json' {claims}/sub/../sub/deep.py:Step --set a={claims}/more"])] == [
+        "beside.py", "more/a.txt", "more/b.txt", "row.json", "sub/deep.py"]
+    before = read(["x {claims}/sub/deep.py"])
+    (file.parent / "beside.py").write_text("x = 2\n")
+    assert read(["x {claims}/sub/deep.py"]) != before
+
+
+def test_results_that_were_changed_or_come_from_elsewhere_are_refused(
+        tmp_path: Path, commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    file, output = write_claims(tmp_path / "claims"), tmp_path / "out"
+    claim = register(read_claims(file), "better", file)
+    folder = running.claim_folder(output, claim)
+
+    def refused(said: str, *more: str) -> None:
+        assert reproduce(file, output, *more) == ExitCode.USER_ERROR
+        assert said in capsys.readouterr().err
+
+    output.mkdir()
+    (output / "results.json").write_text("{}")
+    refused("no claim has run in this folder")
+    (output / "results.json").unlink()
+    assert reproduce(file, output) == ExitCode.OK
+    row = folder / "seed-1/arms/old/out/rows.jsonl"
+    kept = row.read_text()
+    row.write_text('{"loss": 500}\n')
+    refused("have other figures now")
+    row.write_text(kept)
+    shutil.copy(folder / "seed-0/measured.json", folder / "seed-1/measured.json")  # of another seed
+    refused("measured.json")
+    refused("measured.json", "--dry-run")
+    shutil.rmtree(folder / "seed-1")
+    declared = folder / "claim.json"
+    declared.rename(tmp_path / "away")
+    refused("is gone, and something ran beside it")
+    (tmp_path / "away").rename(declared)
+    assert reproduce(file, output) == ExitCode.OK
+    refused("seeds that are added until it holds prove nothing", "--seeds", "3")
+
+
+def test_a_file_that_changes_while_seeds_run_is_refused(
+        tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_claims(tmp_path / "claims")
+
+    def change(folder: Path, words: Sequence[str]) -> None:
+        commands(folder, words)
+        if "--set" in words:
+            (file.parent / "step.py").write_text(STEP + "# other\n")
+
+    monkeypatch.setattr(running, "run_step", change)
+    assert reproduce(file, tmp_path / "out") == ExitCode.USER_ERROR
+    assert "step.py: was changed while claim better ran" in capsys.readouterr().err
+
+
+def test_the_page_has_every_claim_that_ran_in_the_folder(tmp_path: Path, commands: Commands) -> None:
+    file = write_claims(tmp_path / "claims")
+    claims = json.loads(file.read_text())
+    claims["claims"] |= {"again": claims["claims"]["better"], "later": claims["claims"]["better"]}
+    file.write_text(json.dumps(claims))
+    for name in ("better", "again"):
+        assert reproduce(file, tmp_path / "out", "--claim", name) == ExitCode.OK
+    assert [*json.loads((tmp_path / "out/results.json").read_text())["claims"]] == ["better", "again"]
+    assert "2 of 2 claims hold, 1 more have not run" in (tmp_path / "out/reproduce.html").read_text()
 
 
 def test_claims_share_a_setup_whatever_else_they_read(tmp_path: Path) -> None:
@@ -206,7 +282,18 @@ def test_shares_of_an_array_leave_what_one_command_leaves(tmp_path: Path, comman
     ({"arms": {"new": ["rm -rf /"], "old": ["megatron-sov recipes"]}}, "must begin with one of megatron-sov"),
     ({"arms": {"new": ["megatron-sov recipes {nobody}"], "old": ["megatron-sov recipes"]}}, "nobody"),
     ({"arms": {"other": ["megatron-sov recipes"], "old": ["megatron-sov recipes"]}}, "tests.0.lower"),
-    ({"seeds": 1}, "must be above 1")])
+    ({"seeds": 1}, "must be above 1"),
+    ({"arms": {"new": ["{map}"], "old": ["megatron-sov recipes"]}}, "arms.old.*takes no {seed}"),
+    ({"arms": {"new": ["{map}"], "../old": ["{map}"]}}, "must be a name of small letters"),
+    ({"arms": {"new": ["{map}"], "old": ["{map} --output /tmp/x"]}}, "names a place outside"),
+    ({"arms": {"new": ["{map}"], "old": ["{map} {claims}/../x"]}}, "names a place outside"),
+    ({"arms": {"new": ["{map}"], "old": ["{map} >"]}}, "may have > only before its last word"),
+    ({"arms": {"new": ["{map}"], "old": [""]}}, "must begin with one of"),
+    ({"measures": {"loss": {"file": "../x.json", "value": "loss", "unit": ""}}}, "below the arm's folder"),
+    ({"changes": [{"sha256": "abc", "date": "2026-11-25", "what": "x"}]}, "64 hexadecimal digits"),
+    ({"changes": [{"sha256": "a" * 64, "date": "", "what": "x"}]}, "must be a date"),
+    ({"tests": [{"measure": "loss", "lower": "old", "higher": "old",
+                 "power": {"difference": 1, "sd": 0.1, "source": ""}}]}, "must be another arm")])
 def test_a_wrong_file_is_told_with_its_place(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         read_claims(write_claims(tmp_path / "claims", change))
@@ -248,8 +335,13 @@ def test_a_figure_is_read_where_a_command_left_it(tmp_path: Path) -> None:
     for value, wanted in (("pass_at_k/*/value", 0.5), ("pass_at_k/1/value", 0.75), ("kinds/*/n", 1.5),
                           ("kinds/b/n", 2)):
         assert read_figure(tmp_path, Measure("eval.json", value, "")) == wanted
-    with pytest.raises(UserError, match="has no 'pass_at_k/4'"):
-        read_figure(tmp_path, Measure("eval.json", "pass_at_k/4", ""))
+    for value in ("pass_at_k/4", "pass_at_k/-1"):
+        with pytest.raises(UserError, match=f"has no '{value}'"):
+            read_figure(tmp_path, Measure("eval.json", value, ""))
+    for text in ("NaN", "Infinity", "true", '"0.5"', "1" + "0" * 400):
+        (tmp_path / "eval.json").write_text(f'{{"loss": {text}}}')
+        with pytest.raises(UserError, match=r"must be finite numbers|too large"):
+            read_figure(tmp_path, Measure("eval.json", "loss", ""))
 
 
 def outcomes(claim: PaperClaim, new: Sequence[float]) -> ClaimOutcome:
@@ -264,6 +356,7 @@ def test_the_interval_decides_and_too_few_seeds_decide_nothing(tmp_path: Path) -
     assert decide([3.0, 3.1, 3.2]) == ClaimOutcome.FAILS
     assert decide([1.0, 3.1, 2.2]) == ClaimOutcome.UNDECIDED
     assert decide([1.0, 1.1]) == ClaimOutcome.UNDECIDED
+    assert decide([1.0, 1.0, 1.0]) == ClaimOutcome.UNDECIDED  # seeds that draw nothing
 
 
 def test_questions_have_their_answers_and_keep_half_of_the_wordings() -> None:
