@@ -13,6 +13,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +92,34 @@ def give_memory_back() -> Iterator[None]:
     if sys.platform == "linux" and psutil.Process().memory_info().rss > _kept_bytes[0] + GROWTH_BYTES:
         ctypes.CDLL(None).malloc_trim(0)
         _kept_bytes[0] = psutil.Process().memory_info().rss
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
+           signal.SIGALRM, signal.SIGCHLD)
+
+
+@pytest.fixture(autouse=True)
+def leave_the_process_as_it_was(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Take back what a test leaves behind that another would find, whichever ran before it in its process:
+    handlers of signals, variables of Transformer Engine, and modules that were imported from its folder,
+    whose names others use for files of theirs."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    variables = {name: value for name, value in os.environ.items() if name.startswith("NVTE_")}
+    num_modules = len(sys.modules)
+    yield
+    for number, handler in handlers.items():
+        if handler is not None and signal.getsignal(number) != handler:  # None: not of Python
+            signal.signal(number, handler)
+    for name in [name for name in os.environ if name.startswith("NVTE_")]:
+        del os.environ[name]
+    os.environ.update(variables)
+    folder = f"{tmp_path_factory.getbasetemp()}{os.sep}"
+    for name in [*islice(reversed(sys.modules), max(0, len(sys.modules) - num_modules))]:
+        spec = getattr(sys.modules[name], "__spec__", None)
+        # a file that was run as a plugin has none: its name is of its path
+        if spec and (spec.origin or str(next(iter(spec.submodule_search_locations or ()), ""))).startswith(
+                folder):
+            del sys.modules[name]
 
 
 MANY_THREADS = 100
