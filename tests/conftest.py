@@ -438,10 +438,11 @@ BROWSER_FLAGS = (
     "--enable-logging=stderr", "--window-size=1200,900", "--virtual-time-budget=10000", "--dump-dom")
 OpenPage = Callable[[Path], tuple[str, list[str]]]
 LAYOUT_JS = Path(__file__).parent / "base/pages/layout.js"
-SCREENS = (("dark", 390, 844), ("light", 820, 1180), ("light", 1440, 900))
+Screen = tuple[str, int, int]
+SCREENS: tuple[Screen, ...] = (("dark", 390, 844), ("light", 820, 1180), ("light", 1440, 900))
 """Scheme of colours, and width and height in CSS pixels, of a phone, a tablet and a notebook; the dark scheme
 is colours alone and moves nothing, so that one screen shows it."""
-MeasurePage = Callable[[Path], dict[tuple[str, int], dict[str, Any]]]
+MeasurePage = Callable[..., dict[tuple[str, int], dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
@@ -468,12 +469,14 @@ def open_page(browser: str, tmp_path: Path) -> OpenPage:
 
 @pytest.fixture
 def measure_page(open_page: OpenPage, tmp_path: Path) -> MeasurePage:
-    """Return `measure_page(file)`: what layout.js finds, by (light or dark, width of the screen).
+    """Return `measure_page(file, screens=SCREENS)`: what layout.js finds, by (light or dark, width of the
+    screen).
 
     One browser holds all screens as frames; the page's policy lets the measuring script run by its hash.
     """
 
-    def measured(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    def measured(file: Path,
+                 screens: tuple[Screen, ...] = SCREENS) -> dict[tuple[str, int], dict[str, Any]]:
         script = LAYOUT_JS.read_text(encoding="utf-8")
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         page = file.read_text(encoding="utf-8").replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
@@ -481,7 +484,7 @@ def measure_page(open_page: OpenPage, tmp_path: Path) -> MeasurePage:
                                                 encoding="utf-8")
         frames = "".join(f'<iframe name="{scheme}" src="measured.html" style="width:{width}px; '
                          f'height:{height}px; border:0; color-scheme:{scheme}"></iframe>'
-                         for scheme, width, height in SCREENS)
+                         for scheme, width, height in screens)
         (tmp_path / "frames.html").write_text(
             f'{frames}<script>addEventListener("message", (event) => {{ '
             'const found = document.createElement("pre"); found.textContent = JSON.stringify(event.data); '

@@ -40,8 +40,8 @@ def test_a_run_survives_a_sick_node_the_time_limit_a_crash_and_a_killed_rank(
     cluster: Any, site: Path, submit: Submit, until: Any, small: tuple[str, ...], packed_data: Any,
     run_command: Any, killed: bool,
 ) -> None:
-    """The final loss is that of the run that nothing happened to, bit for bit.  That a job goes on behind
-    ranks that die by themselves, the test below shows."""
+    """The final loss is that of the run that nothing happened to, bit for bit.  What becomes of ranks that
+    die by themselves tests of attempts.py tell, and of launchers (e2e)."""
     length = ("--set", f"train.steps={STEPS[killed]}", "--set", "train.checkpoint_every_steps=10")
     undisturbed = run_command("pretrain", *pretrain(packed_data, site / "whole", small, *length),
                               "--nproc", "2")
@@ -108,7 +108,7 @@ def test_failures_without_progress_stop_and_a_second_submission_is_refused(
                       f'exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     profile = re.sub(r"(?m)^python: .*$", f"python: {python}", (site / "site.yaml").read_text())
-    (site / "dies.yaml").write_text(f"{profile}max_failures: 2\n")
+    (site / "dies.yaml").write_text(f"{profile}max_failures: 1\n")
     words = ("pretrain", "--cluster", "dies.yaml",
              *pretrain(packed_data, site / "run", small, "--set", "train.steps=5"))
     records = site / "run/slurm"
@@ -117,7 +117,7 @@ def test_failures_without_progress_stop_and_a_second_submission_is_refused(
     assert f"its job {job} is " in capsys.readouterr().err
     assert cluster.wait(job)["ExitCode"] == "1:0"
     log = (records / f"{job}.log").read_text()
-    assert "stops here: 2 attempts in a row left nothing new, the last by this: rank 0 on" in log
+    assert "stops here: 1 attempts in a row left nothing new, the last by this: rank 0 on" in log
     assert "    no GPU" in log, "the end of the rank's own log is shown"
 
 
