@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
@@ -98,11 +99,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.
            signal.SIGALRM, signal.SIGCHLD)
 
 
-@pytest.fixture(autouse=True)
-def leave_the_process_as_it_was(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Take back what a test leaves behind that another would find, whichever ran before it in its process:
-    handlers of signals, variables of Transformer Engine, and modules that were imported from its folder,
-    whose names others use for files of theirs."""
+@contextmanager
+def left_as_it_was(folder: Path) -> Iterator[None]:
+    """Take back what would be found by others, whichever run before or after in this process: handlers of
+    signals, variables of Transformer Engine, and modules that were imported from below `folder`, whose names
+    others use for files of theirs."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     variables = {name: value for name, value in os.environ.items() if name.startswith("NVTE_")}
     num_modules = len(sys.modules)
@@ -113,13 +114,27 @@ def leave_the_process_as_it_was(tmp_path_factory: pytest.TempPathFactory) -> Ite
     for name in [name for name in os.environ if name.startswith("NVTE_")]:
         del os.environ[name]
     os.environ.update(variables)
-    folder = f"{tmp_path_factory.getbasetemp()}{os.sep}"
+    below = f"{folder}{os.sep}"
     for name in [*islice(reversed(sys.modules), max(0, len(sys.modules) - num_modules))]:
         spec = getattr(sys.modules[name], "__spec__", None)
         # a file that was run as a plugin has none: its name is of its path
         if spec and (spec.origin or str(next(iter(spec.submodule_search_locations or ()), ""))).startswith(
-                folder):
+                below):
             del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def leave_the_process_as_it_was(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """See `left_as_it_was`, of each test."""
+    with left_as_it_was(tmp_path_factory.getbasetemp()):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leave_the_process_as_the_file_found_it(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """See `left_as_it_was`, of what a file's fixtures do: Ray takes SIGTERM for itself."""
+    with left_as_it_was(tmp_path_factory.getbasetemp()):
+        yield
 
 
 MANY_THREADS = 100
