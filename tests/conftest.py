@@ -13,15 +13,18 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +93,48 @@ def give_memory_back() -> Iterator[None]:
     if sys.platform == "linux" and psutil.Process().memory_info().rss > _kept_bytes[0] + GROWTH_BYTES:
         ctypes.CDLL(None).malloc_trim(0)
         _kept_bytes[0] = psutil.Process().memory_info().rss
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
+           signal.SIGALRM, signal.SIGCHLD)
+
+
+@contextmanager
+def left_as_it_was(folder: Path) -> Iterator[None]:
+    """Take back what would be found by others, whichever run before or after in this process: handlers of
+    signals, variables of Transformer Engine, and modules that were imported from below `folder`, whose names
+    others use for files of theirs."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    variables = {name: value for name, value in os.environ.items() if name.startswith("NVTE_")}
+    num_modules = len(sys.modules)
+    yield
+    for number, handler in handlers.items():
+        if handler is not None and signal.getsignal(number) != handler:  # None: not of Python
+            signal.signal(number, handler)
+    for name in [name for name in os.environ if name.startswith("NVTE_")]:
+        del os.environ[name]
+    os.environ.update(variables)
+    below = f"{folder}{os.sep}"
+    for name in [*islice(reversed(sys.modules), max(0, len(sys.modules) - num_modules))]:
+        spec = getattr(sys.modules[name], "__spec__", None)
+        # a file that was run as a plugin has none: its name is of its path
+        if spec and (spec.origin or str(next(iter(spec.submodule_search_locations or ()), ""))).startswith(
+                below):
+            del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def leave_the_process_as_it_was(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """See `left_as_it_was`, of each test."""
+    with left_as_it_was(tmp_path_factory.getbasetemp()):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leave_the_process_as_the_file_found_it(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """See `left_as_it_was`, of what a file's fixtures do: Ray takes SIGTERM for itself."""
+    with left_as_it_was(tmp_path_factory.getbasetemp()):
+        yield
 
 
 MANY_THREADS = 100
@@ -408,10 +453,11 @@ BROWSER_FLAGS = (
     "--enable-logging=stderr", "--window-size=1200,900", "--virtual-time-budget=10000", "--dump-dom")
 OpenPage = Callable[[Path], tuple[str, list[str]]]
 LAYOUT_JS = Path(__file__).parent / "base/pages/layout.js"
-SCREENS = (("dark", 390, 844), ("light", 820, 1180), ("light", 1440, 900))
+Screen = tuple[str, int, int]
+SCREENS: tuple[Screen, ...] = (("dark", 390, 844), ("light", 820, 1180), ("light", 1440, 900))
 """Scheme of colours, and width and height in CSS pixels, of a phone, a tablet and a notebook; the dark scheme
 is colours alone and moves nothing, so that one screen shows it."""
-MeasurePage = Callable[[Path], dict[tuple[str, int], dict[str, Any]]]
+MeasurePage = Callable[..., dict[tuple[str, int], dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
@@ -438,12 +484,14 @@ def open_page(browser: str, tmp_path: Path) -> OpenPage:
 
 @pytest.fixture
 def measure_page(open_page: OpenPage, tmp_path: Path) -> MeasurePage:
-    """Return `measure_page(file)`: what layout.js finds, by (light or dark, width of the screen).
+    """Return `measure_page(file, screens=SCREENS)`: what layout.js finds, by (light or dark, width of the
+    screen).
 
     One browser holds all screens as frames; the page's policy lets the measuring script run by its hash.
     """
 
-    def measured(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    def measured(file: Path,
+                 screens: tuple[Screen, ...] = SCREENS) -> dict[tuple[str, int], dict[str, Any]]:
         script = LAYOUT_JS.read_text(encoding="utf-8")
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         page = file.read_text(encoding="utf-8").replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
@@ -451,7 +499,7 @@ def measure_page(open_page: OpenPage, tmp_path: Path) -> MeasurePage:
                                                 encoding="utf-8")
         frames = "".join(f'<iframe name="{scheme}" src="measured.html" style="width:{width}px; '
                          f'height:{height}px; border:0; color-scheme:{scheme}"></iframe>'
-                         for scheme, width, height in SCREENS)
+                         for scheme, width, height in screens)
         (tmp_path / "frames.html").write_text(
             f'{frames}<script>addEventListener("message", (event) => {{ '
             'const found = document.createElement("pre"); found.textContent = JSON.stringify(event.data); '

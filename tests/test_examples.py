@@ -118,9 +118,10 @@ def test_slurm_sweep(typed: Typed) -> None:
     assert said.count("#!/bin/bash") == 3 and len(set(re.findall(r"optim\.lr=[\d.]+", said))) == 3
 
 
-def test_notebook_cell_by_cell(site: Path, monkeypatch: pytest.MonkeyPatch,
+def test_notebook_cell_by_cell(site: Path, monkeypatch: pytest.MonkeyPatch, warm_python: str,
                                capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(site)
+    monkeypatch.setattr(sys, "executable", warm_python)  # by which the interface starts its commands
     _, *cells = CELL.split((EXAMPLES / "notebook.py").read_text())
     assert len(cells) == 5
     names: dict[str, Any] = {}

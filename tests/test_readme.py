@@ -54,7 +54,8 @@ def gather(folder: Path) -> None:
 
 @pytest.mark.distributed
 def test_the_way_of_a_model_works_as_it_is_typed(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any]) -> None:
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any],
+        warm_python: str) -> None:
     activate, demo_corpus, *lines, serve = block_under("The way of a model")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     monkeypatch.chdir(tmp_path)
@@ -73,17 +74,17 @@ def test_the_way_of_a_model_works_as_it_is_typed(
         assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
     assert trained == 2
     assert Path("work/report.html").is_file() and Path("work/hf/model.safetensors").is_file()
-    ask_server(serve)
+    ask_server(serve, warm_python)
 
 
-def ask_server(line: str) -> None:
+def ask_server(line: str, python: str) -> None:
     """Start the server that a line starts, at a free port in place of its own, and ask it for its models."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program, *words = shlex.split(line)
     assert (program, words[-2:]) == ("megatron-sov", ["--port", "8000"])
-    with subprocess.Popen([sys.executable, "-m", "megatron_sov", *words[:-1], str(port)],
+    with subprocess.Popen([python, "-m", "megatron_sov", *words[:-1], str(port)],
                           env={**os.environ, "PYTHONPATH": str(ROOT)}) as server:
         try:
             while True:

@@ -114,6 +114,7 @@ def test_the_core_works_without_its_parts_and_names_what_is_missing(
                            f"{wheels[0]} and {wheels[1]} from where the core came (make parts)\n")
 
 
+@pytest.mark.deep
 def test_sov_data_marks_the_commands_of_missing_parts(build_wheel: Callable[..., Path],
                                                       install_wheels: Callable[..., Path]) -> None:
     data = install_wheels(build_wheel("core"), build_wheel("data"))

@@ -44,6 +44,7 @@ class HttpDouble:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else a body waits 40 ms for the word that its head has come
 
             def setup(self) -> None:
                 double.num_connections += 1

@@ -146,6 +146,7 @@ class ScriptedEndpoint(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: ScriptedEndpoint
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the word that its head has come
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":

@@ -56,6 +56,6 @@ class _Handler(BaseHTTPRequestHandler):
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedEndpoint]:
     monkeypatch.setattr(answers, "LIMITS", replace(answers.LIMITS, backoff_s=0.001))
     with ScriptedEndpoint() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield server
         server.shutdown()

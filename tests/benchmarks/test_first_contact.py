@@ -34,9 +34,9 @@ from setting import Cost, Failed, Machine, Setting, largest
 ROOT = Path(__file__).parents[2]
 GPU = ROOT / "benchmarks/gpu"
 SYMBOLS = json.loads(CONTRACT.read_text())[TE]["symbols"]
-ALONE = ("attention", "fp8")
+ALONE = ("installation", "attention")
 """Parts that need no process of their own."""
-QUICK = (*ALONE, "installation")
+QUICK = (*ALONE, "fp8")
 """The other parts start commands of their own, or train."""
 
 

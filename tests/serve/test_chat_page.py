@@ -32,6 +32,7 @@ class Scripted(BaseHTTPRequestHandler):
 
     server: Any
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the word that its head has come
 
     def do_GET(self) -> None:
         if self.path == "/":
@@ -83,7 +84,7 @@ def scripted() -> Iterator[Any]:
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
     server.asked, server.released = [], threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}/"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
     server.released.set()
     server.shutdown()

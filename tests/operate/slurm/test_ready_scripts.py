@@ -160,14 +160,19 @@ def log_of(job: str, work: Path) -> str:
     return "".join(file.read_text() for file in files)
 
 
-@pytest.mark.parametrize("name", [pytest.param(BIG[0], marks=pytest.mark.deep), TINY[1]])
-def test_scripts_start_and_say_what_is_missing(name: str, cluster: Any, site: Path, warm_python: str) -> None:
-    """All of a recipe, in a $WORK that has no more than a tiny one's corpus."""
+@pytest.mark.parametrize(("name", "all_of_it"), [
+    *(pytest.param(name, True, marks=pytest.mark.deep) for name in (BIG[0], TINY[1])), (TINY[1], False)])
+def test_scripts_start_and_say_what_is_missing(name: str, all_of_it: bool, cluster: Any, site: Path,
+                                               warm_python: str) -> None:
+    """All of a recipe, or the first of each stage, in a $WORK that has no more than a tiny one's corpus."""
     work, jobs = site / "work", {}
+    stages = [stage.stage for stage in read_chain(name).stages]
     if name in TINY:
         (work / name / "corpus").mkdir(parents=True)
         (work / name / "corpus/manifest.json").touch()
-    for script in sorted((SCRIPTS / name).glob("*.sbatch")):
+    for number, script in enumerate(sorted((SCRIPTS / name).glob("*.sbatch"))):
+        if not all_of_it and stages[number] in stages[:number]:
+            continue
         nodes = ("--nodes=1",) if script.parent.name in BIG and "_NUM_NODES in" in script.read_text() else ()
         variables = exported(WORK=work / script.parent.name, PYTHON=warm_python)
         jobs[script] = cluster.sbatch(variables, *nodes, str(script), cwd=site)
@@ -244,8 +249,8 @@ def work(site: Path, token_shards: Path, packed_data: Any) -> Path:
 @pytest.mark.parametrize("name", [pytest.param(TINY[0], marks=pytest.mark.deep), TINY[1]])
 def test_the_scripts_of_a_tiny_recipe_run_to_their_end(name: str, cluster: Any, site: Path, work: Path,
                                                        warm_python: str) -> None:
-    """Each after the one before: `pretrain` as it stands, with the look at the node and two ranks; the others
-    made for this cluster, with one rank."""
+    """Each after those that its chain names: `pretrain` as it stands, with the look at the node and two
+    ranks; the others made for this cluster, with one rank."""
     assert cli.main(["submit", "chain", name, "--cluster", "site.yaml", "--scripts", "scripts"]) == 0
     shipped = shutil.copy(SCRIPTS / name / "07-pretrain.sbatch", "scripts")
     jobs: dict[str, str] = {}
@@ -255,14 +260,16 @@ def test_the_scripts_of_a_tiny_recipe_run_to_their_end(name: str, cluster: Any, 
         return cluster.sbatch(exported(PYTHON=warm_python), *options, str(script),
                               *SMALLER.get(stage, ()), cwd=site)
 
-    for script in sorted(Path("scripts").iterdir()):
-        after = ((f"--dependency=afterok:{list(jobs.values())[-1]}", "--kill-on-invalid-dep=yes")
-                 if jobs else ())
+    stages = read_chain(name).stages
+    for script, stage in zip(sorted(Path("scripts").iterdir()), stages, strict=True):
+        before = tuple(jobs)[-1:] if stage.after is None else stage.after
+        after = (f"--dependency=afterok:{':'.join(jobs[label] for label in before)}",
+                 "--kill-on-invalid-dep=yes") if before else ()
         jobs[script.stem.partition("-")[2]] = send(script, *after)
-    for stage, job in jobs.items():
+    for label, job in jobs.items():
         found = cluster.wait(job, timeout_s=600)
-        assert (found["JobState"], found["ExitCode"]) == ("COMPLETED", "0:0"), (stage, log_of(job, work))
-    trained = [stage.label for stage in read_chain(name).stages if STAGES[stage.stage].ranks]
+        assert (found["JobState"], found["ExitCode"]) == ("COMPLETED", "0:0"), (label, log_of(job, work))
+    trained = [stage.label for stage in stages if STAGES[stage.stage].ranks]
     assert set(trained) <= set(jobs)
     for run in trained:
         events = list(read_events(work / {"rl-run": "rl"}.get(run, run) / "events.jsonl"))

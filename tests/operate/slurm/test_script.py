@@ -68,13 +68,24 @@ def test_every_stage_has_a_template_and_stands_on_the_page() -> None:
     assert {name for row in rows for name in re.findall("[a-z-]+", row)} == set(STAGES)
 
 
-@pytest.mark.parametrize("name", cluster.names())
-def test_a_real_slurm_takes_every_template(site: Path, name: str) -> None:
+EACH: tuple[tuple[str, dict[str, Any]], ...] = (
+    *((stage, {}) for stage in STAGES), ("data", {"array": 2}), ("rl-generate", {"array": 2}),
+    ("pretrain", {"nodes": 4, "least": 1}))
+"""Stage and what is asked for."""
+WHOLE = ("h100", "local")
+"""Profiles with which every template is tried: with and without GPUs and an account."""
+
+
+@pytest.mark.parametrize(("name", "asked"), [
+    *(pytest.param(name, EACH, id=name, marks=() if name in WHOLE else pytest.mark.deep)
+      for name in cluster.names()),
+    *(pytest.param(name, EACH[-1:], id=f"{name}, training")
+      for name in cluster.names() if name not in WHOLE)])
+def test_a_real_slurm_takes_every_template(site: Path, name: str,
+                                           asked: tuple[tuple[str, dict[str, Any]], ...]) -> None:
     profile = dataclasses.replace(cluster.load(name, account="me"), account="me" if name != "local" else "")
-    texts = [text for stage in STAGES for text in prepared(stage, ARGUMENTS[stage], profile).texts]
-    texts += prepared("data", ARGUMENTS["data"], profile, array=2).texts
-    texts += prepared("rl-generate", ARGUMENTS["rl-generate"], profile, array=2).texts
-    texts += prepared("pretrain", ARGUMENTS["pretrain"], profile, nodes=4, least=1).texts
+    texts = [text for stage, request in asked
+             for text in prepared(stage, ARGUMENTS[stage], profile, **request).texts]
     for text in texts:
         client.check_script(text)
         assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0

@@ -7,11 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron_sov.publish.report.page import render
 from megatron_sov.publish.report.run_data import read_run
 
 OpenPage = Callable[[Path], tuple[str, list[str]]]
-MeasurePage = Callable[[Path], dict[tuple[str, int], dict[str, Any]]]
+Screen = tuple[str, int, int]
+MeasurePage = Callable[[Path, tuple[Screen, ...]], dict[tuple[str, int], dict[str, Any]]]
+PHONE, TABLET, NOTEBOOK = ("dark", 390, 844), ("light", 820, 1180), ("light", 1440, 900)
+"""Scheme of colours, width and height, as the fixture has them."""
 FIRST_SCREEN = ["What it writes", "What each stage gained", "What was trained", "On what data", "Verdicts"]
 BEHIND_IT = ["How it went", "The export's proof"]
 
@@ -49,16 +54,19 @@ def test_a_script_that_hostile_text_smuggles_in_is_refused(toy: Path, tmp_path: 
     assert len([line for line in console if "Content Security Policy" in line]) == 2
 
 
-def test_the_layout_holds_on_every_screen_in_light_and_dark(runs: list[Path], toy: Path, tmp_path: Path,
-                                                            measure_page: MeasurePage) -> None:
+@pytest.mark.parametrize("given", [
+    (PHONE, NOTEBOOK), pytest.param((PHONE, TABLET, NOTEBOOK), marks=pytest.mark.deep)])
+def test_the_layout_holds_on_every_screen_in_light_and_dark(
+        runs: list[Path], toy: Path, tmp_path: Path, measure_page: MeasurePage,
+        given: tuple[Screen, ...]) -> None:
     """Structure alone is judged: pictures differ from one version of a font to the next."""
     first, second, other = (read_run(path) for path in (*runs, toy))
     # The second has every kind of chart; each more is drawn six times.
     first.curves = {group: {name: curve for name, curve in curves.items() if name in ("loss", "tokens")}
                     for group, curves in first.curves.items()}
     first.routing, first.expert_load, first.expert_load_by_source = None, None, {}
-    screens = measure_page(write(render([first, second, other]), tmp_path))
-    assert sorted(screens) == [("dark", 390), ("light", 820), ("light", 1440)]
+    screens = measure_page(write(render([first, second, other]), tmp_path), given)
+    assert sorted(screens) == [(scheme, width) for scheme, width, _ in given]
     for (scheme, width), screen in screens.items():
         assert screen["dark"] == (scheme == "dark")
         assert screen["paper"] == {"light": "rgb(255, 255, 255)", "dark": "rgb(17, 22, 29)"}[scheme]

@@ -43,7 +43,9 @@ def donor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("donor"), "thai", THAI, 430)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+# of untied ones the test of a Solar model tells in `make test`
+@pytest.fixture(scope="module", params=[
+    pytest.param(True, id="tied"), pytest.param(False, id="untied", marks=pytest.mark.deep)])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2 model in bfloat16, in several files, with rows to spare behind its tokens."""
     root = tmp_path_factory.mktemp("model")

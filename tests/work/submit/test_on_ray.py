@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,8 @@ class Step:
         node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         with open(os.path.join(FOLDER, "nodes"), "a") as f:
             f.write(f"{row['n']} {node} {os.getpid()}\\n")
-        time.sleep(row.get("seconds", 0))
+        while "until" in row and not os.path.exists(os.path.join(FOLDER, row["until"])):
+            time.sleep(0.01)
         return {"n": row["n"] * 2 if row["n"] != "bad" else 1 / 0}
 """
 
@@ -55,14 +57,28 @@ def nodes() -> set[str]:
     return {line.split()[1] for line in Path("nodes").read_text().split("\n") if line}
 
 
+def once(has_come: Callable[[], bool], do: Callable[[], None]) -> Thread:
+    """Do something as soon as the step has told, by its file, that something has come."""
+
+    def wait() -> None:
+        while not Path("nodes").exists() or not has_come():
+            time.sleep(0.01)
+        do()
+
+    (thread := Thread(target=wait, daemon=True)).start()
+    return thread
+
+
 @pytest.mark.distributed
 def test_two_nodes_do_what_one_process_does(cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"n": n, "seconds": 0.01} for n in range(200)]
+    rows = [{"n": n, "until": "both"} for n in range(200)]
+    Path("both").touch()
     assert mapped(None, "here", *rows, workers=1) == 0
-    Path("nodes").unlink()
+    for name in ("nodes", "both"):
+        Path(name).unlink()
+    once(lambda: len(nodes()) == 2, Path("both").touch)  # what the first node has begun waits for the second
     assert mapped(cluster, "there", *rows, workers=5) == 0  # more than there are cores: they wait for ever
     assert Path("there/rows.jsonl").read_bytes() == Path("here/rows.jsonl").read_bytes()
-    assert len(nodes()) == 2
     assert mapped(cluster, "bad", *rows[:100], {"n": "bad"}, workers=1) == 2
     error = capsys.readouterr().err
     assert "line 101: " in error and "ZeroDivisionError" in error and "Traceback" not in error
@@ -70,23 +86,19 @@ def test_two_nodes_do_what_one_process_does(cluster: Any, capsys: pytest.Capture
 
 @pytest.mark.distributed
 def test_a_node_that_is_lost_loses_nothing(cluster: Any) -> None:
-    import threading
-
     node = cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
 
     def lose() -> None:
-        while not Path("nodes").exists() or node.node_id not in nodes():
-            time.sleep(0.05)
         cluster.remove_node(node, allow_graceful=False)
+        Path("lost").touch()
 
-    thread = threading.Thread(target=lose, daemon=True)
-    thread.start()
-    rows = [{"n": n, "seconds": 0.02} for n in range(800)]
+    thread = once(lambda: node.node_id in nodes(), lose)
+    rows = [{"n": n, "until": "lost"} for n in range(400)]  # each node waits with what it has begun
     assert mapped(cluster, "out", *rows, workers=3) == 0
     thread.join(0)
     assert not thread.is_alive(), "the node was lost while it worked"
     made = Path("out/rows.jsonl").read_text().split("\n")[:-1]
-    assert [json.loads(line)["n"] for line in made] == [2 * n for n in range(800)]
+    assert [json.loads(line)["n"] for line in made] == [2 * n for n in range(400)]
 
 
 @pytest.mark.distributed
