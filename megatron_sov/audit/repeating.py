@@ -395,17 +395,20 @@ def read_blocks(key: str, readers: Sequence[TensorReader]) -> Iterator[list[torc
 
 
 def weights_apart(one: Path, other: Path) -> float:
-    """Return |one - other| / |other| over all weights of two checkpoints."""
+    """Return |one - other| / |other| over all weights of two checkpoints; of adapters the larger of their
+    factors' (A, B), since B begins at zero and says alone how far they have learned."""
     from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
-    readers = [TensorReader(path, checkpoints.MODEL) for path in (one, other)]
-    off = size = 0.0
+    part = checkpoints.MODEL if checkpoints.adapter_base(other) is None else checkpoints.ADAPTER
+    readers = [TensorReader(path, part) for path in (one, other)]
+    sums = defaultdict[str, list[float]](lambda: [0.0, 0.0])
     for key in sorted(readers[1].keys()):
+        found = sums[key.rpartition(".")[2] if part == checkpoints.ADAPTER else ""]
         for a, b in read_blocks(key, readers):
-            off += float((a.double() - b.double()).square().sum())
-            size += float(b.double().square().sum())
-    apart = math.sqrt(off / size) if size else math.inf * (off > 0)
-    return math.inf if math.isnan(apart) else apart
+            found[0] += float((a.double() - b.double()).square().sum())
+            found[1] += float(b.double().square().sum())
+    apart = [math.sqrt(off / size) if size else math.inf if off else 0.0 for off, size in sums.values()]
+    return math.inf if any(map(math.isnan, apart)) else max(apart, default=0.0)
 
 
 def alike(one: Any, other: Any, bound: float) -> bool:
