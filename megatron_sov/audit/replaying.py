@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_sov.audit.drawing import Segment
 from megatron_sov.audit.own_folder import make_once
-from megatron_sov.audit.repeating import RepeatOutcome, compare, weights_apart
+from megatron_sov.audit.repeating import RepeatOutcome, compare, learned_share, weights_apart
 from megatron_sov.base.artifacts import atomic_write, damaged_files, manifest_sha256, read_manifest, to_json
 from megatron_sov.base.documents.shard_files import ROUTES
 from megatron_sov.base.errors import UserError
@@ -29,7 +29,8 @@ from megatron_sov.rollouts.rows import RewardRow, Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import (
-    CHANGED, CONFIG, ROUNDS, RunFolder, TypedCommand, changed_settings, read_command, with_earlier)
+    CHANGED, CONFIG, ROUNDS, RunFolder, TypedCommand, changed_settings, read_command, tell_changes,
+    with_earlier)
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.data.rounds import BEHAVIOUR, SOURCE, folder_of_round
 
@@ -60,8 +61,7 @@ class RunStretch:
 
     def changes(self, before: RunStretch) -> list[str]:
         """Return what is another setting than in the stretch before, in words."""
-        return [f"{name} was {old}, is {new}"
-                for name, (old, new) in changed_settings(before.config, self.config).items()]
+        return tell_changes(changed_settings(before.config, self.config))
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Replay:
     distance: float
     """|weights - weights of the run| / |weights of the run|; infinite: of other samples, or other tensors."""
     moved: float
-    """|weights of the run - weights before| / |weights of the run|; 1 of adapters, see `weights_apart`; 0
-    where all bits are equal."""
+    """|weights of the run - weights before| / |weights of the run|, of new adapters `learned_share`; 0 where
+    all bits are equal."""
 
     @property
     def passed(self) -> bool:
@@ -201,7 +201,8 @@ def prepare_replay(run: Path, store: Path, output: Path, stretches: Sequence[Run
             atomic_write(config_of(output, stretch), to_json(own_settings(stretch.config).to_dict()))
         if step:
             _copy_before(folder, store, output, step // per_round + 1, step)
-        # of the settings that the run began or went on with: its code is held to them
+        # what it goes on with is held to these settings, and the bytes of its code
+        (output / REPLAYED_RUN).mkdir(exist_ok=True)
         atomic_write(output / REPLAYED_RUN / CONFIG, to_json(own_settings(again[0].config).to_dict()))
 
     make_once(output, identity | dict(layout), (REPLAYED_RUN, REPLAYED_STORE), make, what="replay",
@@ -245,7 +246,7 @@ def _copy_before(folder: RunFolder, store_path: Path, output: Path, first: int, 
 
 
 def compare_replay(run: Path, store: Path, output: Path, config: RunConfig, begin: int, *,
-                   own_layout: bool, start: Path | None = None) -> Replay:
+                   own_layout: bool, start: Path) -> Replay:
     """Return what a replay came to.
 
     Args:
@@ -292,9 +293,11 @@ def compare_replay(run: Path, store: Path, output: Path, config: RunConfig, begi
                   moved)
 
 
-def _moved(newest: Path, before: Path | None) -> float:
-    return 1.0 if before is None or checkpoints.adapter_base(newest) is not None else weights_apart(
-        before, newest)
+def _moved(newest: Path, before: Path) -> float:
+    # adapters that began with the run
+    if checkpoints.adapter_base(newest) is not None and checkpoints.adapter_base(before) is None:
+        return learned_share(newest)
+    return weights_apart(before, newest)
 
 
 Rows = Mapping[tuple[str, int], tuple[Rollout, float | None]]

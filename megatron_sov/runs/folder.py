@@ -65,6 +65,10 @@ MOST_SETTINGS = 8
 """That a message tells to type one by one."""
 
 
+LONGEST_VALUES = 160
+"""Characters of an old and a new value that are told of."""
+
+
 class RunFolder:
     """Paths and states of RUN/."""
 
@@ -205,9 +209,8 @@ class RunFolder:
         if words is not None and file.is_file() and file.read_text(encoding="utf-8") != _command_now(words):
             earlier = json.loads(file.read_text(encoding="utf-8"))
         if was or earlier is not None:
-            told = "; ".join(f"{name} was {old}, is {new}" for name, (old, new) in was.items())
-            RunEvents(self.path).add(CHANGED, step=step, was=was, command=earlier,
-                                     **({"text": told} if told else {}))
+            text = {"text": "; ".join(tell_changes(was))} if was else {}
+            RunEvents(self.path).add(CHANGED, step=step, was=was, command=earlier, **text)
 
     def remove_unstarted(self) -> None:
         """Take back a run that was refused before its first step, so that the mended command finds the folder
@@ -351,6 +354,12 @@ def changed_settings(before: RunConfig, now: RunConfig) -> dict[str, list[Any]]:
             for name, old, new in ([(f"{part}.{key}", old, told[part][key]) for key, old in value.items()]
                                    if isinstance(value, dict) else [(part, value, told[part])])
             if old != new}
+
+
+def tell_changes(was: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Return a sentence for each change of `changed_settings`."""
+    return [f"{name} was {old}, is {new}" if len(f"{old}{new}") <= LONGEST_VALUES else
+            f"{name} is another one" for name, (old, new) in was.items()]
 
 
 def with_earlier(config: RunConfig, was: Mapping[str, Sequence[Any]]) -> RunConfig:

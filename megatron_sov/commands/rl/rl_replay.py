@@ -59,7 +59,7 @@ class RlReplayOptions(PluginOptions):
     """Another layout, e.g. --set parallel.ep=2."""
     reward: str | None = None
     """The run's own, where it is code of yours: what a folder names alone is not run. It may lie elsewhere
-    now, with the same bytes."""
+    now, under the same name and with the same bytes."""
     environment: str | None = None
     """Likewise."""
 
@@ -104,8 +104,7 @@ def run(typed: argparse.Namespace) -> int:
         _refuse_other_code(folder, command, first)
     replayed = RunFolder(output / REPLAYED_RUN)
     for command in commands:
-        if not replayed.checkpoint(command.stretch.end).is_dir() and not any(
-                step_of(path) >= command.stretch.end for path in complete(replayed.checkpoints)):
+        if not any(step_of(path) >= command.stretch.end for path in complete(replayed.checkpoints)):
             _train_again(args, command, output, typed.began_s)
     began_from = find_start(last.stretch.began.folder / last.options.start_from)
     found = compare_replay(folder, store, output, last.stretch.config, first, own_layout=own_layout, start=(

@@ -118,7 +118,7 @@ def _refuse_damaged(path: Path, config: RunConfig) -> None:
     files = read_manifest(path, "tokens").files
     if files and not any((path / name).exists() for name in files):
         raise UserError(f"{path}: has its manifest alone, since rollout.keep_rounds = "
-                        f"{config.rollout.keep_rounds} clears older rounds; `megatron-sov rl replay` writes it "
+                        f"{config.rollout.keep_rounds} clears older ones; `megatron-sov rl replay` makes it "
                         "again")
     if damaged := damaged_files(path):
         raise UserError(f"{damaged[0]}; take the round from a copy of the run")
