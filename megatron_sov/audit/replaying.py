@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.audit.drawing import Segment
-from megatron_sov.audit.own_folder import make_once
+from megatron_sov.audit.own_folder import REPLAYED_RUN, REPLAYED_STORE, make_once
 from megatron_sov.audit.repeating import RepeatOutcome, compare, learned_share, weights_apart
 from megatron_sov.base.artifacts import atomic_write, damaged_files, manifest_sha256, read_manifest, to_json
 from megatron_sov.base.documents.shard_files import ROUTES
@@ -34,8 +34,6 @@ from megatron_sov.runs.folder import (
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.data.rounds import BEHAVIOUR, SOURCE, folder_of_round
 
-REPLAYED_RUN, REPLAYED_STORE = "run", "store"
-"""Of a replay's folder."""
 LAYOUT_BOUND = 1e-4
 """Of `Replay.distance`, at another layout than the run's; two layouts of the tests' sizes leave 1e-5."""
 MOVED_BOUND = 0.1
@@ -142,7 +140,8 @@ def stretches_of(run: Path) -> list[RunStretch]:
 
 
 def refuse_untold(run: Path, stretches: Sequence[RunStretch], begin: int) -> None:
-    """Refuse a run whose checkpoints behind a step were written with other settings than its records tell.
+    """Refuse a run of which steps behind one were made with other settings than its records tell, as far as
+    its checkpoints and starts show that.
 
     Args:
         run: the run.
@@ -158,10 +157,24 @@ def refuse_untold(run: Path, stretches: Sequence[RunStretch], begin: int) -> Non
         if step <= begin or told is None:
             continue
         for name, (was, now) in changed_settings(checkpoints.settings_of(path), told).items():
-            raise UserError(f"{path}: was written with {name} = {was}, and by the records of the run it is "
-                            f"{now} in round {-(-step // told.rollout.steps_per_round)}: an earlier version "
-                            f"resumed it with other settings, or {CONFIG} was changed; replay --from a round "
-                            "behind it, or put back what the run had")
+            raise _untold(path, name, was, now, step, told)
+    end = stretches[-1].end
+    for event in reversed([e for e in read_events(run / EVENTS) if e["event"] == "run_start"]):
+        before = event.get("resumed_from") or 0
+        if before < end and begin < end:  # else its steps were done again, or are not replayed
+            stretch = next(s for s in stretches if s.first <= before + 1 <= s.end)
+            for name, was, now in (("train.steps", event.get("num_steps"), stretch.config.num_steps()),
+                                   ("--nproc", event.get("num_ranks"), stretch.began.processes)):
+                if was is not None and was != now:
+                    raise _untold(run / EVENTS, name, was, now, before + 1, stretch.config)
+        end = min(end, before)
+
+
+def _untold(where: Path, name: str, was: object, now: object, step: int, config: RunConfig) -> UserError:
+    number = -(-step // config.rollout.steps_per_round)
+    return UserError(f"{where}: step {step}, of round {number}, was made with {name} = {was}, and by the "
+                     f"records of the run it is {now}: an earlier version resumed it with other settings, or "
+                     f"{CONFIG} was changed; replay --from a round behind it, or put back what the run had")
 
 
 def prepare_replay(run: Path, store: Path, output: Path, stretches: Sequence[RunStretch], begin: int,

@@ -98,10 +98,14 @@ def test_a_change_that_no_record_tells_of_is_refused_by_name(resumed: tuple[Path
     """As of a run that an earlier version resumed."""
     run, configs = resumed
     untold = [RunStretch(1, 8, configs[1], stretches_of(run)[-1].began)]
-    with pytest.raises(UserError, match=r"step-4: was written with train.micro_batch_size = 3, and by the "
-                                        r"records of the run it is 4 in round 2"):
+    with pytest.raises(UserError, match=r"step-4: step 4, of round 2, was made with train.micro_batch_size = "
+                                        r"3, and by the records of the run it is 4"):
         refuse_untold(run, untold, 0)
     refuse_untold(run, untold, 4)  # --from round 3: what comes behind step 4 was made by these
+    with open(run / EVENTS, "a") as out:
+        out.write(json.dumps({"event": "run_start", "time_s": 0, "resumed_from": 6, "num_ranks": 2}) + "\n")
+    with pytest.raises(UserError, match=r"step 7, of round 4, was made with --nproc = 2, and .* it is 1"):
+        refuse_untold(run, untold, 4)
 
     events = run / EVENTS
     events.write_text(events.read_text().replace('"was": {', '"was": 7, "x": {', 1))

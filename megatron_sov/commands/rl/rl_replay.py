@@ -13,8 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from megatron_sov.audit.commitment import start_of
+from megatron_sov.audit.own_folder import REPLAYED_RUN, REPLAYED_STORE
 from megatron_sov.audit.repeating import LAYOUT, RepeatOutcome
-from megatron_sov.base.artifacts import atomic_write, read_manifest, to_json
+from megatron_sov.base.artifacts import atomic_write, manifest_sha256, read_manifest, to_json
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import ExitCode, StopRequested, UserError
 from megatron_sov.base.outputs import refuse_nowhere
@@ -88,7 +90,7 @@ def run(typed: argparse.Namespace) -> int:
     folder, output = args.run.absolute(), args.output.absolute()
     commands = _checked(args, folder)
 
-    from megatron_sov.audit.replaying import REPLAYED_RUN, compare_replay, prepare_replay
+    from megatron_sov.audit.replaying import compare_replay, prepare_replay
 
     last = commands[-1]
     store = (args.store or last.stretch.began.folder / last.options.store).absolute()
@@ -97,19 +99,21 @@ def run(typed: argparse.Namespace) -> int:
     stretches = [command.stretch for command in commands]
     first = prepare_replay(folder, store, output, stretches, args.begin, {
         "nproc": None if own_layout else args.nproc, "settings": list(args.settings)})
+    start = _start_of(folder, last, output, first)
+    for command in commands:
+        _refuse_other_code(folder, command, first)
+    print(f"replay from round {first}" + (f"; what comes before is taken from {folder}" if first > 1 else ""))
     changes = list(_changes(commands, first))
     for change in changes:
         print(change, flush=True)
-    for command in commands:
-        _refuse_other_code(folder, command, first)
     replayed = RunFolder(output / REPLAYED_RUN)
     for command in commands:
         if not any(step_of(path) >= command.stretch.end for path in complete(replayed.checkpoints)):
             _train_again(args, command, output, typed.began_s)
-    began_from = find_start(last.stretch.began.folder / last.options.start_from)
-    found = compare_replay(folder, store, output, last.stretch.config, first, own_layout=own_layout, start=(
-        converted(replayed.path) if is_hf_folder(began_from) else began_from))
-    atomic_write(output / "replay.json", to_json(asdict(found) | {"changes": changes}) + "\n")
+    found = compare_replay(folder, store, output, last.stretch.config, first, own_layout=own_layout,
+                           start=start)
+    atomic_write(output / "replay.json",
+                 to_json(asdict(found) | {"passed": found.passed, "changes": changes}) + "\n")
     _tell(found)
     return ExitCode.OK if found.passed else ExitCode.GATE_FAILED
 
@@ -170,6 +174,21 @@ def _from_here(word: str, began: Path) -> str:
     return absolute_code(word, Path.cwd() if Path(file).is_file() else began)
 
 
+def _start_of(folder: Path, command: StretchCommand, output: Path, first: int) -> Path:
+    """Return the checkpoint that the replay begins from.
+
+    Raises:
+        UserError: it is another one than the run began from.
+    """
+    given = command.stretch.began.folder / command.options.start_from
+    if is_hf_folder(start := find_start(given)):  # converted again, it has another time in its manifest
+        return converted(output / REPLAYED_RUN)
+    if first == 1 and (now := manifest_sha256(start)) != (then := start_of(folder)):
+        raise UserError(f"--from {given}: {start.name} is {now[:12]} by the hash of its manifest, and the "
+                        f"run began from {then[:12]}; bring that back to where it was")
+    return start
+
+
 def _changes(commands: Sequence[StretchCommand], first: int) -> Iterator[str]:
     """Yield what a resume of the run has changed, from a round on."""
     for before, command in itertools.pairwise(commands):
@@ -211,7 +230,7 @@ def _refuse_other_code(folder: Path, command: StretchCommand, first: int) -> Non
 
 def _train_again(args: RlReplayOptions, command: StretchCommand, output: Path, began_s: float) -> None:
     """Do a stretch again, to its last step."""
-    from megatron_sov.audit.replaying import REPLAYED_RUN, REPLAYED_STORE, config_of
+    from megatron_sov.audit.replaying import config_of
 
     stretch, options = command.stretch, command.options
     words = words_of(dataclasses.replace(
