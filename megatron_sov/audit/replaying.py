@@ -177,27 +177,22 @@ def _untold(where: Path, name: str, was: object, now: object, step: int, config:
                      f"{CONFIG} was changed; replay --from a round behind it, or put back what the run had")
 
 
-def prepare_replay(run: Path, store: Path, output: Path, stretches: Sequence[RunStretch], begin: int,
-                   layout: Mapping[str, Any]) -> int:
-    """Make a folder in which a run's commands go on before a round; returns the round.
+def first_round(run: Path, stretches: Sequence[RunStretch], begin: int) -> int:
+    """Return the first round that can be written again: the one behind the newest checkpoint between rounds.
 
     Args:
         run: the run.
-        store: its rollout store.
-        output: the replay's folder; one that was begun is left as it is.
-        stretches: of the run.
-        begin: the round; of the rounds before, the newest that a checkpoint stands before is taken.
-        layout: processes and settings of the layout that were asked for, as plain JSON values.
+        stretches: of it.
+        begin: the round, from 1.
 
     Raises:
-        UserError: the folder holds something else, the run has not so many rounds, was resumed with settings
-            that nobody knows, or its store is gone.
+        UserError: the run has not so many rounds, was resumed with settings that nobody knows, or its rounds
+            were written by policies of earlier ones.
     """
-    per_round, folder = stretches[-1].config.rollout.steps_per_round, RunFolder(run)
+    per_round = stretches[-1].config.rollout.steps_per_round
     if begin > (last := -(-stretches[-1].end // per_round)):
         raise UserError(f"--from {begin}: the newest checkpoint of {run} is of round {last}")
-    RolloutStore.open(store)
-    steps = [step for path in checkpoints.complete(folder.checkpoints)
+    steps = [step for path in checkpoints.complete(RunFolder(run).checkpoints)
              if (step := checkpoints.step_of(path)) <= (begin - 1) * per_round and step % per_round == 0]
     step = max(steps, default=0)
     stale = max(stretch.config.rollout.max_staleness for stretch in stretches)
@@ -205,22 +200,41 @@ def prepare_replay(run: Path, store: Path, output: Path, stretches: Sequence[Run
         raise UserError("--from: rounds were written by policies of earlier rounds (rollout.max_staleness = "
                         f"{stale}); replay the run from its beginning")
     refuse_untold(run, stretches, step)
+    return step // per_round + 1
+
+
+def prepare_replay(run: Path, store: Path, output: Path, stretches: Sequence[RunStretch], first: int,
+                   layout: Mapping[str, Any]) -> None:
+    """Make a folder in which a run's commands go on before a round.
+
+    Args:
+        run: the run.
+        store: its rollout store.
+        output: the replay's folder; one that was begun is left as it is.
+        stretches: of the run.
+        first: the round, as `first_round` gives it.
+        layout: processes and settings of the layout that were asked for, as plain JSON values.
+
+    Raises:
+        UserError: the folder holds something else, or the run's store is gone.
+    """
+    RolloutStore.open(store)
+    step = (first - 1) * stretches[-1].config.rollout.steps_per_round
     again = [stretch for stretch in stretches if stretch.end > step]
-    identity = {"run": manifest_sha256(checkpoints.find_checkpoint(run)), "begin": step // per_round + 1,
+    identity = {"run": manifest_sha256(checkpoints.find_checkpoint(run)), "begin": first,
                 "stretches": [[stretch.first, stretch.end, stretch.config.to_dict()] for stretch in again]}
 
     def make() -> None:
         for stretch in again:
             atomic_write(config_of(output, stretch), to_json(own_settings(stretch.config).to_dict()))
         if step:
-            _copy_before(folder, store, output, step // per_round + 1, step)
+            _copy_before(RunFolder(run), store, output, first, step)
         # what it goes on with is held to these settings, and the bytes of its code
         (output / REPLAYED_RUN).mkdir(exist_ok=True)
         atomic_write(output / REPLAYED_RUN / CONFIG, to_json(own_settings(again[0].config).to_dict()))
 
     make_once(output, identity | dict(layout), (REPLAYED_RUN, REPLAYED_STORE), make, what="replay",
               other="the replay of another run, from another round or at another layout")
-    return step // per_round + 1
 
 
 def config_of(output: Path, stretch: RunStretch) -> Path:

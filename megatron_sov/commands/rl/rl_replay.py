@@ -28,7 +28,7 @@ from megatron_sov.commands.train.resume import (
     absolute_code, enter_folder, in_folder, option_changes, refuse_unsaid_code, run_words, typed_options)
 from megatron_sov.infer.engine import MEGATRON
 from megatron_sov.model.pretrained import is_hf_folder
-from megatron_sov.model.recipes.requested import PluginOptions
+from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import complete, refuse_missing, refuse_no_run, step_of
 from megatron_sov.runs.folder import ROUNDS, RunFolder
 from megatron_sov.runs.launch_environment import under_launcher
@@ -90,18 +90,20 @@ def run(typed: argparse.Namespace) -> int:
     folder, output = args.run.absolute(), args.output.absolute()
     commands = _checked(args, folder)
 
-    from megatron_sov.audit.replaying import compare_replay, prepare_replay
+    from megatron_sov.audit.replaying import compare_replay, first_round, prepare_replay
 
     last = commands[-1]
     store = (args.store or last.stretch.began.folder / last.options.store).absolute()
     own_layout = not args.settings and all(
         args.nproc in (None, command.options.nproc or 1) for command in commands)
     stretches = [command.stretch for command in commands]
-    first = prepare_replay(folder, store, output, stretches, args.begin, {
-        "nproc": None if own_layout else args.nproc, "settings": list(args.settings)})
+    first = first_round(folder, stretches, args.begin)
     start = _start_of(folder, last, output, first)
+    load_plugins(last.options.plugins)
     for command in commands:
         _refuse_other_code(folder, command, first)
+    prepare_replay(folder, store, output, stretches, first, {
+        "nproc": None if own_layout else args.nproc, "settings": list(args.settings)})
     print(f"replay from round {first}" + (f"; what comes before is taken from {folder}" if first > 1 else ""))
     changes = list(_changes(commands, first))
     for change in changes:

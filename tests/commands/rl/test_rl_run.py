@@ -371,7 +371,7 @@ def _damage_is_told(whole: Path, folder: Path, start: Path, capsys: pytest.Captu
     with pytest.raises(UserError, match="round-0002-piece-0000 is missing or is not what"):
         compared(whole, folder / "cut-store")
     shutil.copytree(whole, folder / "torn")
-    weights_file = next((folder / "torn/checkpoints/step-6/model").glob("*.safetensors"))
+    weights_file = next((folder / "torn/checkpoints/step-6/model").rglob("*.safetensors"))
     weights_file.write_bytes(weights_file.read_bytes()[:-1] + b"!")
     with pytest.raises(UserError, match="its content differs from the hash in the manifest"):
         compared(folder / "torn", folder / "whole-store")
@@ -400,7 +400,7 @@ def test_what_cannot_be_replayed_is_told_before_anything_is_written(
         settings["rollout"]["deadline_s"] = 5.0
 
     def with_code(settings: dict[str, Any]) -> None:
-        settings["code"] = [{"kind": "family", "name": "own", "reference": "/own.py:OWN", "files": {}}]
+        settings["code"] = [{"kind": "model family", "name": "own", "reference": "/own.py:OWN", "files": {}}]
 
     said = refused(changed_copy(whole, tmp_path / "cut", with_deadline))
     assert "rollout.deadline_s = 5 in its steps 1 to 6, and a clock cuts responses elsewhere each" in said
@@ -408,17 +408,18 @@ def test_what_cannot_be_replayed_is_told_before_anything_is_written(
     said = refused(coded)
     assert f"type `megatron-sov rl replay {coded} --output {output} --reward" in said
     assert "--plugin /own.py:OWN`" in said
-    assert "/own.py: does not exist" in refused(coded, "--plugin", "/own.py:OWN"), "it is loaded"
+    assert "/own.py: cannot be read" in refused(coded, "--plugin", "/own.py:OWN"), "it is loaded"
     assert not output.exists()
 
     # a reward is what the person has named from where they are, with the bytes that the run has used
     (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    shutil.copy(REWARD, tmp_path / "here")
-    assert "moved-store: " in refused(str(whole), "--store", "moved-store", reward="rl_reward.py:Exact")
-    (tmp_path / "here/rl_reward.py").write_text(REWARD.read_text().replace("< 85", "< 86"))
-    assert "rl_reward.py:Exact: is version " in (said := refused(str(whole), reward="rl_reward.py:Exact"))
-    assert f"and round 1 of {whole} is of version " in said
+    own = REWARD.read_text()
+    for text, told in ((own, f"{tmp_path}/here/moved-store: "),
+                       (own.replace("< 85", "< 86"), f"and round 1 of {whole} is of version ")):
+        monkeypatch.chdir(tmp_path / "here")  # whose paths the command reads, and leaves it
+        Path("rl_reward.py").write_text(text)
+        assert told in refused(str(whole), "--store", "moved-store", reward="rl_reward.py:Exact")
+    assert not output.exists()
 
 
 @pytest.mark.deep
