@@ -157,12 +157,13 @@ def _command_of(args: RlReplayOptions, folder: Path, stretch: RunStretch) -> Str
         raise UserError(f"{args.run}: rollout.deadline_s = {rollout.deadline_s:g} in its steps "
                         f"{stretch.first} to {stretch.end}, and a clock cuts responses elsewhere each time; "
                         "what can be replayed has rollout.deadline_s = 0")
-    own = {name: _from_here(value, began.folder) for name, value in (
-        ("reward", args.reward), ("environment", args.environment)) if value is not None}
-    plugins = tuple(_from_here(word, began.folder) for word in args.plugins)
+    reward, environment, *plugins = (word and _from_here(word, began.folder) for word in (
+        args.reward, args.environment, *args.plugins))
     # a gate says of a model what it forgot; it teaches nothing
-    options = dataclasses.replace(options, plugins=plugins, gate=None, tolerance=None, gate_with=None, **own)
-    refuse_unsaid_code(folder, began, words_of(options), [*own.values(), *plugins],
+    options = dataclasses.replace(
+        options, reward=reward or options.reward, environment=environment or options.environment,
+        plugins=tuple(map(str, plugins)), gate=None, tolerance=None, gate_with=None)
+    refuse_unsaid_code(folder, began, words_of(options), [reward or "", environment or "", *options.plugins],
                        f"rl replay {shlex.quote(str(args.run))} --output {shlex.quote(str(args.output))}")
     return StretchCommand(stretch, options, parser)
 
