@@ -13,6 +13,8 @@ from megatron_sov.base.errors import UserError
 BEGUN, WHOLE = "begun.json", "whole"
 """Files of such a folder: what is done again in it, written first; and that its content is there, written
 last."""
+REPLAYED_RUN, REPLAYED_STORE = "run", "store"
+"""Of a replay's folder."""
 
 
 def make_once(folder: Path, identity: Mapping[str, Any], content: Sequence[str], make: Callable[[], None], *,

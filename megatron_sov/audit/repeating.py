@@ -29,6 +29,7 @@ from megatron_sov.base.sealed import read_json, write_json
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.config.evaluate import EvaluateConfig
 from megatron_sov.model.config.train import ObsConfig
+from megatron_sov.model.families.adapters import B
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import CONFIG, RunFolder, fixed_settings, read_command
@@ -400,17 +401,32 @@ def read_blocks(key: str, readers: Sequence[TensorReader]) -> Iterator[list[torc
 
 
 def weights_apart(one: Path, other: Path) -> float:
-    """Return |one - other| / |other| over all weights of two checkpoints."""
-    from megatron_sov.checkpoint.sharded_tensors import TensorReader
-
-    readers = [TensorReader(path, checkpoints.MODEL) for path in (one, other)]
+    """Return |one - other| / |other| over all weights of two checkpoints, or of their adapters."""
+    readers = _weights_of(one, other)
     off = size = 0.0
     for key in sorted(readers[1].keys()):
         for a, b in read_blocks(key, readers):
             off += float((a.double() - b.double()).square().sum())
             size += float(b.double().square().sum())
-    apart = math.sqrt(off / size) if size else math.inf * (off > 0)
+    apart = math.sqrt(off / size) if size else math.inf if off else 0.0
     return math.inf if math.isnan(apart) else apart
+
+
+def learned_share(adapter: Path) -> float:
+    """Return |B| / |A, B| over an adapter's factors: B begins at zero, so they have moved so far at least."""
+    [reader], sums = _weights_of(adapter), defaultdict[bool, float](float)
+    for key in sorted(reader.keys()):
+        for [block] in read_blocks(key, [reader]):
+            sums[key.endswith(f".{B}")] += float(block.double().square().sum())
+    size = sum(sums.values())
+    return math.sqrt(sums[True] / size) if size else 0.0
+
+
+def _weights_of(*paths: Path) -> list[TensorReader]:
+    from megatron_sov.checkpoint.sharded_tensors import TensorReader
+
+    part = checkpoints.MODEL if checkpoints.adapter_base(paths[-1]) is None else checkpoints.ADAPTER
+    return [TensorReader(path, part) for path in paths]
 
 
 def alike(one: Any, other: Any, bound: float) -> bool:

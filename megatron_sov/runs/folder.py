@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "ga
                                              "stages", "slurm")
 COMMAND = "command.json"
 """The command line that began or continued the run, for `megatron-sov resume`."""
+CHANGED = "settings"
+"""Event of a start by other settings, or another command, than the start before."""
+WATCHED = ("obs", "evaluate")
+"""Parts of the settings by which a run is watched, and nothing is learned."""
 ATTEMPTS, SUBMISSIONS = "attempts.jsonl", "jobs.jsonl"
 """Of a folder of Slurm jobs: how often each job's script began and how that ended, and what was submitted."""
 HELD = "awaiting_gate.json"
@@ -58,6 +63,10 @@ FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "o
 """What a resumed run must not change: part of the config -> its settings (None: all)."""
 MOST_SETTINGS = 8
 """That a message tells to type one by one."""
+
+
+LONGEST_VALUES = 160
+"""Characters of an old and a new value that are told of."""
 
 
 class RunFolder:
@@ -175,13 +184,33 @@ class RunFolder:
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
-    def declare(self, config: RunConfig) -> None:
-        """Write the resolved config: from now on the folder holds a run."""
+    def declare(self, config: RunConfig, step: int = 0) -> None:
+        """Write the resolved config: from now on the folder holds a run.
+
+        Args:
+            config: its settings.
+            step: optimizer steps done before.
+        """
+        self._tell_change(config, step)
         # config.json comes before checkpoints/: a kill in between leaves a run that a resume can enter.
         atomic_write(self.path / CONFIG, to_json(config.to_dict()))
         record_command(self.path)
         with disk_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
+
+    def _tell_change(self, config: RunConfig, step: int) -> None:
+        """Tell by which settings and command the steps so far were made, where those that follow are made by
+        others: both files are about to be replaced."""
+        before = self.config()
+        if before is None or not (self.path / EVENTS).is_file():
+            return
+        was = changed_settings(before, config)
+        file, words, earlier = self.path / COMMAND, typed_command(), None
+        if words is not None and file.is_file() and file.read_text(encoding="utf-8") != _command_now(words):
+            earlier = json.loads(file.read_text(encoding="utf-8"))
+        if was or earlier is not None:
+            text = {"text": "; ".join(tell_changes(was))} if was else {}
+            RunEvents(self.path).add(CHANGED, step=step, was=was, command=earlier, **text)
 
     def remove_unstarted(self) -> None:
         """Take back a run that was refused before its first step, so that the mended command finds the folder
@@ -208,8 +237,11 @@ def record_command(run: Path) -> None:
     """Write into a run's folder how it was begun, where a command line began it."""
     if (words := typed_command()) is not None:
         # ASCII: a word may hold bytes that are no UTF-8
-        atomic_write(run / COMMAND, json.dumps(
-            {"words": words, "folder": os.getcwd(), "processes": num_ranks(None)}, indent=1) + "\n")
+        atomic_write(run / COMMAND, _command_now(words))
+
+
+def _command_now(words: Sequence[str]) -> str:
+    return json.dumps({"words": words, "folder": os.getcwd(), "processes": num_ranks(None)}, indent=1) + "\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +254,10 @@ class TypedCommand:
     """Where it was typed."""
     processes: int
     """How many the run had."""
+
+    @staticmethod
+    def of(raw: Mapping[str, Any]) -> TypedCommand:
+        return TypedCommand(tuple(map(str, raw["words"])), Path(raw["folder"]), int(raw["processes"]))
 
 
 def read_command(run: Path) -> TypedCommand:
@@ -238,8 +274,7 @@ def read_command(run: Path) -> TypedCommand:
         raise UserError(f"{run}: has no {COMMAND}: no command line of this version began it; type the whole "
                         "command again with --resume")
     try:
-        raw = json.loads(files[-1].read_text(encoding="utf-8"))
-        return TypedCommand(tuple(map(str, raw["words"])), Path(raw["folder"]), int(raw["processes"]))
+        return TypedCommand.of(json.loads(files[-1].read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise UserError(f"{files[-1]}: is damaged ({str(e)[:200]}); type the whole command again with "
                         "--resume") from None
@@ -309,6 +344,38 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any
     return [(f"{part}.{name}", before[part][name], now[part][name])
             for part, names in FIXED.items() for name in (names or before[part])
             if now[part].get(name, before[part][name]) != before[part][name]]
+
+
+def changed_settings(before: RunConfig, now: RunConfig) -> dict[str, list[Any]]:
+    """Return old and new value of every setting that differs, by its name; those of `WATCHED` are left
+    out."""
+    then, told = before.to_dict(), now.to_dict()
+    return {name: [old, new] for part, value in then.items() if part not in WATCHED
+            for name, old, new in ([(f"{part}.{key}", old, told[part][key]) for key, old in value.items()]
+                                   if isinstance(value, dict) else [(part, value, told[part])])
+            if old != new}
+
+
+def tell_changes(was: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Return a sentence for each change of `changed_settings`."""
+    return [f"{name} was {old}, is {new}" if len(f"{old}{new}") <= LONGEST_VALUES else
+            f"{name} is another one" for name, (old, new) in was.items()]
+
+
+def with_earlier(config: RunConfig, was: Mapping[str, Sequence[Any]]) -> RunConfig:
+    """Return the settings before a change that `changed_settings` has told of.
+
+    Raises:
+        UserError: they are none.
+    """
+    raw = config.to_dict()
+    for name, (old, _) in was.items():
+        part, dot, key = name.partition(".")
+        if dot:
+            raw[part][key] = old
+        else:
+            raw[part] = old
+    return from_dict(raw)
 
 
 class RunEvents:

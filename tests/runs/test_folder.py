@@ -12,7 +12,8 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.runs.folder import COMPLETION, CONFIG, RunEvents, RunFolder
+from megatron_sov.runs.folder import COMPLETION, CONFIG, RunEvents, RunFolder, with_earlier
+from megatron_sov.runs.launch_environment import COMMAND_VARIABLE
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 CONFIG_OF_RUN = recipes.get("tiny-solar-open")
@@ -54,6 +55,25 @@ def test_a_run_is_entered_again_only_by_resume(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="already holds a run of tiny-solar-open; pass --resume"):
         folder.enter(CONFIG_OF_RUN, resume=False)
     folder.enter(CONFIG_OF_RUN, resume=True)
+
+
+def test_a_start_tells_by_what_the_steps_before_it_were_made(tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(COMMAND_VARIABLE, json.dumps(["pretrain", "tiny-solar-open"]))
+    folder = started(tmp_path / "run")
+    EventLog(folder.path / EVENTS).close()
+    folder.declare(CONFIG_OF_RUN, 3)
+    assert list(read_events(folder.path / EVENTS)) == [], "nothing has changed"
+
+    longer = apply_settings(CONFIG_OF_RUN, ["train.steps=9", "parallel.tp=2", "obs.wandb=true"])
+    monkeypatch.setenv(COMMAND_VARIABLE, json.dumps(["resume", "run"]))
+    folder.declare(longer, 4)
+    [told] = read_events(folder.path / EVENTS)
+    assert (told["step"], told["was"]) == (4, {
+        "train.steps": [CONFIG_OF_RUN.train.steps, 9], "parallel.tp": [1, 2]}), "how it is watched counts not"
+    assert told["command"]["words"] == ["pretrain", "tiny-solar-open"]
+    assert "parallel.tp was 1, is 2" in told["text"]
+    assert with_earlier(longer, told["was"]) == dataclasses.replace(CONFIG_OF_RUN, obs=longer.obs)
 
 
 @pytest.mark.parametrize("setting", ["model.num_layers=2", "optim.lr=0.1", "train.seed=7",

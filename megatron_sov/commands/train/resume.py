@@ -51,7 +51,7 @@ def run(typed: argparse.Namespace) -> int:
         print(f"resume: paths are read from {began.folder}, where the run was begun")
     if is_first():
         print(f"resume: megatron-sov {name} {shlex.join(words)}", flush=True)
-        for change in _changes(options, options_of_words(parser, words)):
+        for change in option_changes(options, options_of_words(parser, words)):
             print(f"resume: {change}", flush=True)
     return run_words(name, parser, words, typed.began_s)
 
@@ -87,7 +87,8 @@ TAKES_CODE = ("RECIPE", "--plugin", "--reward", "--environment")
 """Options of training commands whose value may be FILE.py:NAME or MODULE:NAME."""
 
 
-def refuse_unsaid_code(folder: Path, began: TypedCommand, words: list[str], arguments: list[str]) -> None:
+def refuse_unsaid_code(folder: Path, began: TypedCommand, words: list[str], arguments: list[str],
+                       again: str = "") -> None:
     """Refuse to run code that only the run's folder names: that is data, and may be another's.
 
     Args:
@@ -95,12 +96,13 @@ def refuse_unsaid_code(folder: Path, began: TypedCommand, words: list[str], argu
         began: the command that began it.
         words: that would go on.
         arguments: what was typed now.
+        again: the command that was typed, for the message; empty: `megatron-sov resume`.
 
     Raises:
         UserError: naming what is to be typed again.
     """
-    said = {_absolute(word, began.folder) for word in arguments}
-    needed = [[option, _absolute(word, began.folder)]
+    said = {absolute_code(word, began.folder) for word in arguments}
+    needed = [[option, absolute_code(word, began.folder)]
               for option, word in itertools.pairwise(["RECIPE", *words])
               if option in TAKES_CODE and is_reference(word)]
     config = RunFolder(folder).config()
@@ -108,14 +110,14 @@ def refuse_unsaid_code(folder: Path, began: TypedCommand, words: list[str], argu
                if code.kind != "recipe" and ["--plugin", code.reference] not in needed]
     needed += [["--gate-with", word] for word in words if "--allow-task-code" in word]
     if unsaid := [words for words in needed if words[1] not in said]:
-        way = (f"`megatron-sov resume {shlex.quote(str(folder))} "
+        way = (f"`megatron-sov {again or f'resume {shlex.quote(str(folder))}'} "
                f"{' '.join(map(shlex.join, needed))}`" if all(option.startswith("-") for option, _ in needed)
                else "the whole command with --resume")
         raise UserError(f"{folder}: the run has code of yours ({unsaid[0][1]}), and a file that is run is "
                         f"named on the command line; type {way}")
 
 
-def _absolute(word: str, folder: Path) -> str:
+def absolute_code(word: str, folder: Path) -> str:
     """Return FILE.py:NAME with the file's whole path, and other words as they are."""
     file, colon, name = word.rpartition(":")
     return f"{folder / file}:{name}" if colon and file.endswith(".py") else word
@@ -155,7 +157,7 @@ REPLACED = ("run", "resume", "recipe", "configs", "plugins", "data", "dry_run", 
 """Options whose values the folder has."""
 
 
-def _changes(before: Any, now: Any) -> list[str]:
+def option_changes(before: Any, now: Any) -> list[str]:
     """Return a line for each option that differs from what the run was begun with."""
     lines = []
     for field in dataclasses.fields(now):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.artifacts import damaged_files, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post.rl.publish import is_published
@@ -20,7 +20,7 @@ from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROUNDS, RunFolder
 from megatron_sov.runs.obs.events import final_steps, read_events
-from megatron_sov.train.data.rounds import ADVANTAGE, BEHAVIOUR, Round, RoundDocuments
+from megatron_sov.train.data.rounds import ADVANTAGE, BEHAVIOUR, Round, RoundDocuments, folder_of_round
 
 FIELDS = ("record", "prompt_tokens", "tokens", "logprobs", "versions", "finish_reason", "response")
 
@@ -82,7 +82,8 @@ def explain(run: Path, step: int, store: Path) -> ExplainedStep:
         store: of its responses.
 
     Raises:
-        UserError: it is no such run or step, or the store has other responses than those that were learned.
+        UserError: it is no such run or step, a file of the round is not what was learned, or the store has
+            other responses or rewards.
     """
     config = RunFolder(run).config()
     if config is None or config.objective.name != "policy":
@@ -95,11 +96,12 @@ def explain(run: Path, step: int, store: Path) -> ExplainedStep:
         last = max((n for n in range(1, config.rollout.rounds + 1) if is_published(rounds, n)), default=0)
         raise UserError(f"STEP {step}: {run} has the rounds 1 to {last} of "
                         f"{config.rollout.steps_per_round} steps each")
+    _refuse_damaged(folder_of_round(rounds, number), config)
     documents = RoundDocuments(rounds, config.model.vocab_size)
     opened = documents.read(number, config.data.phases[0].seq_len, config.rollout.steps_per_round)
     content = read_manifest(opened.path, "tokens").content
     try:
-        made = [(str(part["name"]), str(part["rollouts"])) for part in content["store"]]
+        made = [(str(part["name"]), str(part["rollouts"]), str(part["rewards"])) for part in content["store"]]
         version, policies = str(content["reward_version"]), tuple(map(str, content["policies"]))
         groups = {str(reason): int(count) for reason, count in content["groups"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -109,6 +111,17 @@ def explain(run: Path, step: int, store: Path) -> ExplainedStep:
     events = {event["step"]: event for event in final_steps(list(read_events(run / "events.jsonl")))}
     return ExplainedStep(step, number, index + 1, version, policies, groups, events.get(step, {}), loss,
                          tuple(sorted(responses, key=lambda found: -abs(found.share or 0.0))))
+
+
+def _refuse_damaged(path: Path, config: RunConfig) -> None:
+    """Refuse a round whose files are not what was learned, or are there no more."""
+    files = read_manifest(path, "tokens").files
+    if files and not any((path / name).exists() for name in files):
+        raise UserError(f"{path}: has its manifest alone, since rollout.keep_rounds = "
+                        f"{config.rollout.keep_rounds} clears older ones; `megatron-sov rl replay` makes it "
+                        "again")
+    if damaged := damaged_files(path):
+        raise UserError(f"{damaged[0]}; take the round from a copy of the run")
 
 
 def shares(advantages: np.ndarray, num_tokens: np.ndarray, logprobs: np.ndarray, config: RunConfig
@@ -137,27 +150,30 @@ def shares(advantages: np.ndarray, num_tokens: np.ndarray, logprobs: np.ndarray,
 class _Stored:
     """The rows that a round was made of, by what they are."""
 
-    def __init__(self, path: Path, version: str, made: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, path: Path, version: str, made: Sequence[tuple[str, str, str]]) -> None:
         """Read all of them.
 
         Args:
             path: the store.
             version: of the reward.
-            made: name and hash of each part.
+            made: name of each part, and the hashes of its responses and rewards.
         """
         self._store, self._version = RolloutStore.open(path), version
         self._rows: defaultdict[bytes, deque[tuple[str, int, Rollout]]] = defaultdict(deque)
         self._said: dict[Any, RewardRow] = {}
         self._groups: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
-        for name, sha256 in made:
-            self._add(name, sha256)
+        for part in made:
+            self._add(*part)
 
-    def _add(self, name: str, sha256: str) -> None:
+    def _add(self, name: str, sha256: str, rewards_sha256: str) -> None:
         part = self._store.part_of_round(name, sha256)
         for i, row in enumerate(self._store.read_all(name, FIELDS)[0]):
             if row.finish_reason != UNFINISHED:
                 self._rows[_identity(np.concatenate([row.prompt_tokens, row.tokens]), np.concatenate([
                     np.zeros(len(row.prompt_tokens), np.float32), row.logprobs]))].append((name, i, row))
+        if self._store.part(name, self._version).manifest_sha256 != rewards_sha256:
+            raise UserError(f"{self._store.part_path(name, self._version)}: are other rewards than the round "
+                            "was made of; give the store of the run, as it was then")
         for said in self._store.read_rewards(self._version, name, part):
             self._said[said.key, said.attempt] = said
             if said.reward is not None:

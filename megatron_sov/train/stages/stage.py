@@ -418,7 +418,7 @@ def _tell_changes(stage: Stage, trainer: Trainer) -> None:
 
 
 def _open(stage: Stage, trainer: Trainer | None, begin: _Begin) -> None:
-    stage.folder.declare(stage.config)
+    stage.folder.declare(stage.config, 0 if trainer is None else trainer.step)
     begin.declared[0] = 1
     if trainer is not None:
         trainer.open_records()

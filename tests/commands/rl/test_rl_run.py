@@ -68,7 +68,7 @@ def command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
 @pytest.fixture(scope="module")
 def whole(folder: Path, command: Command, run_command: Any) -> Path:
     """Return a run of three rounds that nothing has disturbed."""
-    done = run_command(*command("whole", "--plain", "--workers", "1"))
+    done = run_command(*command("whole", "--plain", "--workers", "1", "--set", "obs.tensorboard=true"))
     assert done.returncode == 0, done.stderr
     assert "2 of 11 prompts are set aside: 1 longer than rollout.max_prompt_tokens = 8, 1 the same as" in (
         done.stderr)
@@ -292,8 +292,9 @@ def test_why_tells_what_a_step_has_learned_from(whole: Path, folder: Path, tmp_p
 
 
 @pytest.mark.distributed
-def test_a_replay_comes_to_the_same_tokens_rewards_and_weights(whole: Path, folder: Path, run_command: Any,
-                                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_replay_comes_to_the_same_tokens_rewards_and_weights(
+        whole: Path, folder: Path, teacher: Path, run_command: Any, capsys: pytest.CaptureFixture[str]
+        ) -> None:
     """From the beginning, and on two processes from a round that a checkpoint stands before."""
     code = ("--reward", f"{REWARD}:Exact")
 
@@ -307,18 +308,21 @@ def test_a_replay_comes_to_the_same_tokens_rewards_and_weights(whole: Path, fold
     assert [(one["number"], one["is_equal"], one["tokens"]) for one in found["rounds"]] == [
         (1, True, 0), (2, True, 0), (3, True, 0)]
     assert weights(folder / "again/run") == weights(whole)
+    assert (whole / "tensorboard").is_dir() and not (folder / "again/run/tensorboard").exists()
     code_, found, _ = replayed("wide", "--from", "3", "--nproc", "2", "--set", "parallel.ep=2")
     assert (code_, found["begin"]) == (0, 3)
     assert found["distance"] < 1e-5 and not any(one["tokens"] for one in found["rounds"])
 
-    code_, found, _ = replayed("later", "--from", "3")
+    (folder / "whole-store").rename(folder / "elsewhere")
+    code_, found, _ = replayed("later", "--from", "3", "--store", str(folder / "elsewhere"))
+    (folder / "elsewhere").rename(folder / "whole-store")
     assert (code_, found["weights"]) == (0, "equal")
 
-    # a run that says of itself what it did not do
-    shutil.copytree(whole, folder / "edited")
-    told = json.loads((folder / "edited/config.json").read_text())
-    told["rollout"]["seed"] += 1
-    (folder / "edited/config.json").write_text(json.dumps(told))
+    # a run that says of itself what it did not do, in its checkpoints too
+    def with_other_seed(settings: dict[str, Any]) -> None:
+        settings["rollout"]["seed"] += 1
+
+    changed_copy(whole, folder / "edited", with_other_seed)
     done = run_command("rl", "replay", str(folder / "edited"), "--output", str(folder / "caught"),
                        "--from", "3", *code)
     [one] = json.loads((folder / "caught/replay.json").read_text())["rounds"]
@@ -334,16 +338,15 @@ def test_a_replay_comes_to_the_same_tokens_rewards_and_weights(whole: Path, fold
         assert main(["rl", "replay", str(whole), *words]) == 2
         assert problem in capsys.readouterr().err
 
+    _damage_is_told(whole, folder, teacher, capsys)
 
-    _damage_is_told(whole, folder)
 
-
-def _damage_is_told(whole: Path, folder: Path) -> None:
+def _damage_is_told(whole: Path, folder: Path, start: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of what is compared: bytes of a round, parts of the store, a round that is gone."""
     config = RunFolder(whole).config()
 
     def compared(run: Path, store: Path) -> Replay:
-        return compare_replay(run, store, folder / "again", config, 1, own_layout=True)
+        return compare_replay(run, store, folder / "again", config, 1, own_layout=True, start=start)
 
     assert compared(whole, folder / "whole-store").passed
     shutil.copytree(whole, folder / "damaged")
@@ -351,6 +354,15 @@ def _damage_is_told(whole: Path, folder: Path) -> None:
     trained.write_bytes(trained.read_bytes()[:-1] + b"!")
     with pytest.raises(UserError, match="give back the file that the run has learned of"):
         compared(folder / "damaged", folder / "whole-store")
+    assert main(["rl", "why", str(folder / "damaged"), "5"]) == 2
+    assert "advantage.documents: its content differs from the hash" in capsys.readouterr().err
+    trained.unlink()
+    with pytest.raises(UserError, match=r"advantage.documents: is missing"):
+        compared(folder / "damaged", folder / "whole-store")
+    shutil.rmtree(folder / "damaged/rounds/0003/rollouts")
+    assert compared(folder / "damaged", folder / "whole-store").passed, "rollout.keep_rounds clears it so"
+    assert main(["rl", "why", str(folder / "damaged"), "5"]) == 2
+    assert "has its manifest alone, since rollout.keep_rounds = 2" in capsys.readouterr().err
     shutil.rmtree(folder / "damaged/rounds/0003")
     with pytest.raises(UserError, match="has not round 3"):
         compared(folder / "damaged", folder / "whole-store")
@@ -358,6 +370,78 @@ def _damage_is_told(whole: Path, folder: Path) -> None:
     shutil.rmtree(folder / "cut-store/rollouts/round-0002-piece-0000")
     with pytest.raises(UserError, match="round-0002-piece-0000 is missing or is not what"):
         compared(whole, folder / "cut-store")
+    shutil.copytree(whole, folder / "torn")
+    weights_file = next((folder / "torn/checkpoints/step-6/model").rglob("*.safetensors"))
+    weights_file.write_bytes(weights_file.read_bytes()[:-1] + b"!")
+    with pytest.raises(UserError, match="its content differs from the hash in the manifest"):
+        compared(folder / "torn", folder / "whole-store")
+
+
+def changed_copy(run: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> str:
+    """Copy a run, and change the settings that it tells of."""
+    shutil.copytree(run, target)
+    for file in (target / "config.json", *target.glob("checkpoints/*/manifest.json")):
+        told = json.loads(file.read_text())
+        change(told.get("settings", told))
+        file.write_text(json.dumps(told | {"sha256": ""} if "settings" in told else told))
+    return str(target)
+
+
+def test_what_cannot_be_replayed_is_told_before_anything_is_written(
+        whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        ) -> None:
+    output = tmp_path / "replay"
+
+    def refused(run: str, *words: str, reward: str = f"{REWARD}:Exact") -> str:
+        assert main(["rl", "replay", run, "--output", str(output), "--reward", reward, *words]) == 2
+        return str(capsys.readouterr().err)
+
+    def with_deadline(settings: dict[str, Any]) -> None:
+        settings["rollout"]["deadline_s"] = 5.0
+
+    def with_code(settings: dict[str, Any]) -> None:
+        settings["code"] = [{"kind": "model family", "name": "own", "reference": "/own.py:OWN", "files": {}}]
+
+    said = refused(changed_copy(whole, tmp_path / "cut", with_deadline))
+    assert "rollout.deadline_s = 5 in its steps 1 to 6, and a clock cuts responses elsewhere each" in said
+    coded = changed_copy(whole, tmp_path / "coded", with_code)
+    said = refused(coded)
+    assert f"type `megatron-sov rl replay {coded} --output {output} --reward" in said
+    assert "--plugin /own.py:OWN`" in said
+    assert "/own.py: cannot be read" in refused(coded, "--plugin", "/own.py:OWN"), "it is loaded"
+    assert not output.exists()
+
+    # a reward is what the person has named from where they are, with the bytes that the run has used
+    (tmp_path / "here").mkdir()
+    own = REWARD.read_text()
+    for text, told in ((own, f"{tmp_path}/here/moved-store: "),
+                       (own.replace("< 85", "< 86"), f"and round 1 of {whole} is of version ")):
+        monkeypatch.chdir(tmp_path / "here")  # whose paths the command reads, and leaves it
+        Path("rl_reward.py").write_text(text)
+        assert told in refused(str(whole), "--store", "moved-store", reward="rl_reward.py:Exact")
+    assert not output.exists()
+
+
+@pytest.mark.deep
+@pytest.mark.distributed
+def test_a_run_that_was_resumed_with_other_settings_is_replayed_by_those_of_each_step(
+        folder: Path, command: Command, run_command: Any, tmp_path: Path) -> None:
+    """With adapters. In `make test` tests/audit/test_replaying.py shows which settings made which steps."""
+    words = command("resumed", "--plain", "--workers", "1", "--set", "rollout.rounds=2", "--set",
+                    "lora.rank=2", "--set", "rollout.steps_per_round=1")
+    done = run_command(*words, "--until", "1")
+    assert done.returncode == 75, done.stderr
+    code = ("--reward", f"{REWARD}:Exact")
+    done = run_command("resume", str(folder / "resumed"), *code, "--set", "rollout.rounds=3",
+                       "--set", "train.micro_batch_size=1", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    done = run_command("rl", "replay", str(folder / "resumed"), "--output", str(tmp_path / "again"), *code)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "again/replay.json").read_text())
+    assert found["weights"] == "equal" and all(one["is_equal"] for one in found["rounds"])
+    for change in ("rollout.rounds was 2, is 3", "train.micro_batch_size was 2, is 1",
+                   "--workers was 1, is 2"):
+        assert f"from step 2, of round 2: {change}" in found["changes"] and change in done.stdout
 
 
 def test_a_policy_may_write_several_rounds_at_once_and_its_tokens_find_their_experts_again(
