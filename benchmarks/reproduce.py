@@ -65,8 +65,8 @@ def report(work: Path) -> None:
         claims = read_claims(file)
         for name in claims.claims:
             claim = register(claims, name, file)
-            if claim_folder(folder, claim).is_dir():
-                show(folder.name, claim, spent.get(name), seeds_of(claim_folder(folder, claim), claim.declared))
+            if (place := claim_folder(folder, claim)).is_dir():
+                show(folder.name, claim, spent.get(name), seeds_of(place, claim.declared))
 
 
 def show(seed: str, claim: Registered, cpu_s: float | None,
