@@ -18,8 +18,7 @@ import yaml
 from megatron_sov import cli, recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import is_reference
-from megatron_sov.bench.reproduce.claims import PLACE, SHIPPED, read_claims
-from megatron_sov.bench.reproduce.running import REDIRECT
+from megatron_sov.bench.reproduce.claims import PLACE, REDIRECT, SHIPPED, read_claims
 from megatron_sov.model.config import ParallelConfig, apply_settings
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import BuiltIn, training_request
