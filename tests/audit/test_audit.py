@@ -276,6 +276,8 @@ def test_the_chance_to_find_a_fraud_is_what_counting_gives() -> None:
     assert chance_to_find(0.01, 1000, 1000) == 1 and chance_to_find(0.1, 0, 50) == 0
     assert chance_to_find(0.05, needed(0.05, 0.95, 1000), 1000) >= 0.95 > chance_to_find(
         0.05, needed(0.05, 0.95, 1000) - 1, 1000)
+    # what the page says an audit costs
+    assert needed(0.1, 0.9, 1160) + 1 == 23 <= 0.02 * 1161
 
 
 def test_a_log_is_signed_in_minisigns_format(run: Path, tmp_path: Path) -> None:
