@@ -55,6 +55,8 @@ FAMILIES = {
                          'model.yarn={"factor": 4.0, "original_max_position_tokens": 16, "mscale": 0.7}'),
     "tiny-hyperclovax": ("model.dense_ffn_dim=48",),
 }
+FAMILIES["tiny-ax-k1"] = (*FAMILIES["tiny-deepseek-v3"][:-1], 'model.yarn={"factor": 4.0, '
+                          '"original_max_position_tokens": 16, "longer": "rotated"}')
 
 
 def maker() -> str:

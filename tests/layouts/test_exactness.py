@@ -89,6 +89,12 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
                 "num_experts_per_tok": (2, 1, 3)[seed], "sliding_window": 9 + seed, "layer_types": (
                     ["sliding_attention", "full_attention"] * layers)[:layers],
                 **({"rope_parameters": {**yarn, "truncate": seed == 2}} if seed != 1 else {})}
+    if family == "axk1":
+        like = odd_config("deepseek_v3", seed)
+        rope = {**yarn, "mscale": (1.0, None, 0.7)[seed], "mscale_all_dim": (0.0, None, 0.7)[seed]}
+        return {**{name: value for name, value in like.items() if name != "num_nextn_predict_layers"},
+                "model_type": family, "q_lora_rank": (10, 18, 26)[seed], "rope_parameters": rope,
+                "num_key_value_heads": like["num_attention_heads"]}
     if family == "deepseek_v3":
         mscale = (1.0, 0.707, None)[seed]
         config.pop("head_dim")

@@ -29,7 +29,7 @@ from megatron_sov.engine.model.attention import (
     DocumentAttention, PackedDocuments, attend, attend_whole, attend_with_sinks, with_logits)
 from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans
 from megatron_sov.engine.model.linear_attention import GatedDeltaNet, KeptState
-from megatron_sov.engine.model.rotary import softmax_scale
+from megatron_sov.engine.model.rotary import rotated_factor, softmax_scale
 from megatron_sov.engine.model.softcap import FUSED, Kernel, kernel_of
 from megatron_sov.model.config import ModelConfig
 
@@ -210,8 +210,8 @@ def latent_settings(model: ModelConfig) -> dict[str, Any]:
             "qk_pos_emb_head_dim": latent.qk_rope_head_dim, "v_head_dim": latent.v_head_dim,
             # the model's own angles take this width from here
             "kv_channels": latent.qk_rope_head_dim, "qk_layernorm": True,
-            # which has no factor on cosine and sine
-            "rope_type": "rope"}
+            # of "rope" cosine and sine have no factor
+            "rope_type": "rope" if rotated_factor(model) == 1 else "yarn"}
 
 
 class WholeLinear(torch.nn.Module):
@@ -231,17 +231,23 @@ class WholeLinear(torch.nn.Module):
 class TokenAngles(torch.nn.Module):
     """Stands where the library makes angles: gives those of a row's tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, factor: float) -> None:
+        """Wait for angles.
+
+        Args:
+            factor: on cosine and sine.
+        """
         super().__init__()
         self.angles: torch.Tensor | None = None
+        self.factor = factor
 
     def get_rotary_seq_len(self, *args: Any) -> None:
         """Return nothing: each token has its angles."""
 
-    def forward(self, seq_len: None, *, packed_seq: bool) -> torch.Tensor:
-        """Return [tokens, 1, 1, rotated channels]."""
+    def forward(self, seq_len: None, *, packed_seq: bool) -> Any:
+        """Return [tokens, 1, 1, rotated channels]; where cosine and sine have a factor, it too."""
         assert self.angles is not None and packed_seq
-        return self.angles
+        return self.angles if self.factor == 1 else (self.angles, self.factor)
 
 
 class LatentAttention(MLASelfAttention):
@@ -250,7 +256,7 @@ class LatentAttention(MLASelfAttention):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self.rotary_pos_emb = TokenAngles()
+        self.rotary_pos_emb = TokenAngles(config.rotated_factor)
         for name, outputs in (("linear_q_down_proj", config.q_lora_rank),
                               ("linear_kv_down_proj", config.kv_lora_rank + config.qk_pos_emb_head_dim)):
             if isinstance(getattr(self, name, None), ColumnParallelLinear):
@@ -352,7 +358,7 @@ class LatentAttention(MLASelfAttention):
     def _turned(self, channels: torch.Tensor, angles: torch.Tensor, spans: PackedSpans) -> torch.Tensor:
         """Rotate [tokens, heads, rotated channels]."""
         turned: torch.Tensor = apply_rotary_pos_emb(
-            channels, angles, self.config, cu_seqlens=spans.cu_seqlens_q,
+            channels, angles, self.config, cu_seqlens=spans.cu_seqlens_q, mscale=self.rotary_pos_emb.factor,
             cp_group=parallel_state.get_context_parallel_group())
         return turned
 

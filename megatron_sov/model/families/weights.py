@@ -262,8 +262,8 @@ class WeightSection:
                    "layers with norms behind", "linear layers", "other layers"]
     """untied: once, in models whose output head is not the embedding matrix; mtp: once, in models with
     multi-token prediction; mtp layer behind: the same, where Hugging Face counts it as one more layer of the
-    trunk; layers with norms behind: every one, in models that normalise blocks' outputs; linear layers, other
-    layers: those with linear attention, and those with another."""
+    trunk; layers with norms behind: every one, in models that normalise the output of every block; linear
+    layers, other layers: those with linear attention, and those with another."""
     megatron: str
     """Prefix of the Megatron names; "{l}" is the layer, which a prediction layer behind the trunk lacks."""
     hf: str
@@ -310,7 +310,8 @@ class WeightSection:
             "every layer": range(model.num_layers),
             "linear layers": [i for i, is_linear in enumerate(linear) if is_linear],
             "other layers": [i for i, is_linear in enumerate(linear) if not is_linear],
-            "layers with norms behind": range(0 if model.block_norms == "pre" else model.num_layers),
+            "layers with norms behind": range(
+                model.num_layers if model.block_norms in ("post", "both") else 0),
             "dense layers": range(first_moe), "moe layers": range(first_moe, model.num_layers)}
         return places[self.where]
 
