@@ -199,7 +199,7 @@ class HfWeights:
             raise UserError(f"{path}: {e}") from None
         self.links = family.links(self.model)
         self._shapes = {name: shape for link in self.links for name, shape in link.hf_shapes().items()}
-        self._stored = _without_stacks(self._stored, self._shapes)
+        self._stored = _without_stacks(self._respelt(family.respelt), self._shapes)
         self.unread = [name for name in family.unread_in(self.model) if name in self._stored]
         """Tensors that no program reads."""
         for name in self.unread:
@@ -211,6 +211,14 @@ class HfWeights:
         """Tensors of the folder that are others once more -> the equal ones (`hf_import.check_copies`)."""
         copied = {name: self._shapes[other] for name, other in self.copies.items()}
         check_exact(path, shapes, self._shapes | copied, f"compare {CONFIG} with the files, or {DAMAGED_HF}")
+
+    def _respelt(self, parts: Sequence[tuple[str, str]]) -> dict[str, StoredTensor]:
+        """Return the tensors under the map's names, where the folder spells some otherwise."""
+        found = {}
+        for name, tensor in self._stored.items():
+            spellings = (name, *(name.replace(theirs, ours) for theirs, ours in parts))
+            found[next((own for own in spellings if own in self._shapes), name)] = tensor
+        return found
 
     def names(self) -> list[str]:
         return list(self._shapes)

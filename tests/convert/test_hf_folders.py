@@ -135,6 +135,25 @@ def test_from_hf_casts_dtype_and_router_biases_stay_float32(hf_dir: Path, tmp_pa
         assert found[name].equal(tensor if "correction" in name else tensor.to(dtype)), name
 
 
+def test_names_that_transformers_gives_kimi_linears_dense_layers_are_read_too(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "kimi_linear", vocab_size=16, hidden_size=24, intermediate_size=20, moe_intermediate_size=6,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+        num_experts_per_tok=2, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=6,
+        linear_head_dim=6, linear_num_heads=2, layer_types=["linear_attention", "full_attention"],
+        pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
+    written = tensors_of(tmp_path / "hf")
+    assert "model.layers.0.block_sparse_moe.gate_proj.weight" in written
+    convert.from_hf(tmp_path / "hf", tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
+    assert_same_bits(tensors_of(tmp_path / "back"), {
+        name.replace("block_sparse_moe", "mlp") if ".layers.0." in name else name: tensor
+        for name, tensor in written.items()})
+
+
 def small_ax_k1() -> ModelConfig:
     return replace(recipes.get("tiny-ax-k1").model, vocab_size=16, hidden_size=24, num_layers=3, num_heads=2,
                    num_kv_heads=2, head_dim=10, dense_ffn_dim=20, num_experts=4, num_expert_groups=2,

@@ -23,12 +23,12 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from torch.nn.functional import linear, pad, rms_norm
+from torch.nn.functional import pad, rms_norm
 
 from megatron_sov.engine.model.attention import (
     DocumentAttention, PackedDocuments, attend, attend_whole, attend_with_sinks, with_logits)
 from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans
-from megatron_sov.engine.model.linear_attention import GatedDeltaNet, KeptState
+from megatron_sov.engine.model.linear_attention import KeptState, LinearAttention, WholeLinear
 from megatron_sov.engine.model.rotary import rotated_factor, softmax_scale
 from megatron_sov.engine.model.softcap import FUSED, Kernel, kernel_of
 from megatron_sov.model.config import ModelConfig
@@ -164,7 +164,7 @@ def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention | KeptSta
     kinds = architecture.layer_types() + [architecture.mtp_layer_type()] * architecture.num_mtp_layers
     windows = [*architecture.windows(), architecture.mtp_window()]
     found = [m for chunk in model.chunks for m in chunk.modules() if isinstance(m, Attention)]
-    linear = [m for chunk in model.chunks for m in chunk.modules() if isinstance(m, GatedDeltaNet)]
+    linear = [m for chunk in model.chunks for m in chunk.modules() if isinstance(m, LinearAttention)]
     replaced = [(m, m.core_attention) for m in found]
     # the fused kernel wants positions on the GPU and starts each sequence at 0
     fused, config.apply_rope_fusion = config.apply_rope_fusion, False
@@ -212,20 +212,6 @@ def latent_settings(model: ModelConfig) -> dict[str, Any]:
             "kv_channels": latent.qk_rope_head_dim, "qk_layernorm": True,
             # of "rope" cosine and sine have no factor
             "rope_type": "rope" if rotated_factor(model) == 1 else "yarn"}
-
-
-class WholeLinear(torch.nn.Module):
-    """A projection that every tensor-parallel process has whole, and applies to the tokens that it has."""
-
-    def __init__(self, inputs: int, outputs: int, config: Any) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
-        # what each process finds for its own tokens is summed, as of a norm
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Return the product, and no bias."""
-        return linear(hidden, self.weight), None
 
 
 class TokenAngles(torch.nn.Module):
@@ -287,10 +273,17 @@ class LatentAttention(MLASelfAttention):
         if isinstance(self.core_attention, CachedAttention):
             assert isinstance(packed_seq_params, PackedSpans) and rotary_pos_emb is not None
             return self._read(hidden_states, rotary_pos_emb, packed_seq_params)
-        self.rotary_pos_emb.angles = rotary_pos_emb
+        assert rotary_pos_emb is not None
+        self.rotary_pos_emb.angles = rotary_pos_emb if self._rotates else rotary_pos_emb[..., :0]
         output: tuple[torch.Tensor, None] = super().forward(
             hidden_states, attention_mask, packed_seq_params=packed_seq_params, **kwargs)
         return output
+
+    @property
+    def _rotates(self) -> bool:
+        """Return whether the layer has positions; where it has none, what would rotate stays as it is."""
+        plain = self.config.no_rope_freq
+        return not (plain and plain[self.layer_number - 1])
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         # where queries are made without a narrow vector 0.19 would normalise what they are made of, or refuse
@@ -357,6 +350,8 @@ class LatentAttention(MLASelfAttention):
 
     def _turned(self, channels: torch.Tensor, angles: torch.Tensor, spans: PackedSpans) -> torch.Tensor:
         """Rotate [tokens, heads, rotated channels]."""
+        if not self._rotates:
+            return channels
         turned: torch.Tensor = apply_rotary_pos_emb(
             channels, angles, self.config, cu_seqlens=spans.cu_seqlens_q, mscale=self.rotary_pos_emb.factor,
             cp_group=parallel_state.get_context_parallel_group())

@@ -122,6 +122,8 @@ def rotate_by_token() -> None:
 def _rotate(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, rotary_interleaved: bool = False,
             mscale: float = 1.0, cp_group: Any = None, **paired: bool) -> torch.Tensor:
     """[tokens, heads, head_dim] by angles [tokens, 1, 1, channels] -> [tokens, heads, head_dim]."""
+    if not freqs.shape[-1]:
+        return t
     if not rotary_interleaved and not paired.get(lanes.PAIRED):
         rotated: torch.Tensor = _Rotation.apply(t, *_cosine_sine(freqs, t.dtype, mscale))
         return rotated

@@ -64,7 +64,8 @@ class LatentAttentionConfig:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
-# Linear attention (Gated DeltaNet, arXiv 2412.06464, as Qwen3-Next has it).
+# Linear attention (Gated DeltaNet, arXiv 2412.06464, as Qwen3-Next has it; Kimi Delta Attention, arXiv
+# 2510.26692).
 
 @dataclass(frozen=True)
 class LinearAttentionConfig:
@@ -81,6 +82,10 @@ class LinearAttentionConfig:
     """Width of a head's values."""
     conv_taps: Annotated[int, Ge(1), Le(64)] = 4
     """Tokens that the causal convolution of each channel of queries, keys and values sees, its own too."""
+    gate_rank: Width | None = None
+    """Width of each of the two vectors that a decay of each channel of keys, and the output's gates, are made
+    of (Kimi Delta Attention); None: heads have one decay, and it and gates are made of the layer's input
+    (gated delta net)."""
 
     @property
     def values_per_key(self) -> int:
@@ -90,9 +95,16 @@ class LinearAttentionConfig:
     @property
     def projected(self) -> tuple[int, ...]:
         """Widths of what the layer's input becomes for each head of keys: query, key, values, gates of the
-        output, learning rates, decays."""
+        output, learning rates, decays; under `gate_rank` no gates and decays."""
         r, values = self.values_per_key, self.values_per_key * self.value_head_dim
+        if self.gate_rank is not None:
+            return (self.key_head_dim, self.key_head_dim, values, r)
         return (self.key_head_dim, self.key_head_dim, values, values, r, r)
+
+    @property
+    def decays(self) -> int:
+        """Decays of a head of keys."""
+        return self.values_per_key if self.gate_rank is None else self.key_head_dim
 
     @property
     def convolved(self) -> int:
@@ -223,7 +235,7 @@ class ModelConfig:
     seq_aux_loss_coeff: NotNegative = 1e-4
     """Weight of the sequence-level load-balancing loss (DeepSeek-V3, arXiv 2412.19437, eq. 17)."""
     attention_pattern: Annotated[str, MinLen(1)] = "G"
-    """Repeating pattern of layers: L = sliding window, G = global, D = gated delta net (linear attention)."""
+    """Repeating pattern of layers: L = sliding window, G = global, D = linear attention."""
     sliding_window_tokens: Annotated[NotNegativeInt, Le(MAX_SEQ_LEN)] = 0
     """Window of L layers, in tokens, the current one included; 0 where the pattern has no L."""
     layer_windows: tuple[NotNegativeInt, ...] = ()
@@ -331,7 +343,8 @@ class ModelConfig:
         """Return how many tokens' keys and values take as much memory, in 2 bytes a number, as the states of
         linear layers in 4; 0 where there are none, or no layer keeps keys."""
         linear = self.num_linear_layers()
-        keys = (self.num_layers - linear) * 2 * self.num_kv_heads * self.head_dim
+        latent, of_one = self.latent_attention, 2 * self.num_kv_heads * self.head_dim
+        keys = (self.num_layers - linear) * (of_one if latent is None else latent.cached_dim)
         if self.linear_attention is None or not keys:
             return 0
         return -(-2 * linear * self.linear_attention.kept_size // keys)
@@ -467,8 +480,6 @@ class ModelConfig:
             self, "model",
             (has_layers == (linear is not None), "linear_attention",
              f"must be given exactly when model.attention_pattern = {self.attention_pattern} has a D"),
-            (not has_layers or self.latent_attention is None, "latent_attention",
-             "is not built beside linear attention", "set it to null"),
             (not has_layers or self.block_norms != "post", "block_norms",
              "cannot be post beside linear attention, whose layers normalise before"),
             (not self.attention_output_gate or self.latent_attention is None, "attention_output_gate",
@@ -482,7 +493,9 @@ class ModelConfig:
         return p + find_broken(
             linear, "model.linear_attention",
             (linear.num_value_heads % linear.num_key_heads == 0, "num_value_heads",
-             f"must be a multiple of num_key_heads = {linear.num_key_heads}"))
+             f"must be a multiple of num_key_heads = {linear.num_key_heads}"),
+            (linear.gate_rank is None or linear.num_value_heads == linear.num_key_heads, "num_value_heads",
+             f"must be num_key_heads = {linear.num_key_heads} under gate_rank"))
 
     def _list_problems(self) -> list[SettingsProblem]:
         """Return what is wrong with settings of single layers."""
@@ -532,8 +545,7 @@ class ModelConfig:
         if latent is None:
             return p
         plain = {"qkv_bias": False, "qk_norm": False, "rope_share": 1.0, "llama3_rope": None,
-                 "local_rope_theta": None, "rope_on_global": True,
-                 "zero_centered_norms": False, "attention_multiplier": None}
+                 "local_rope_theta": None, "zero_centered_norms": False, "attention_multiplier": None}
         return p + find_broken(
             self, "model",
             (self.head_dim == latent.query_dim, "head_dim",

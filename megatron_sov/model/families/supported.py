@@ -20,7 +20,7 @@ from megatron_sov.model.families.hf_config import (
 from megatron_sov.model.families.hf_layers import (
     ExpertStack, HfPredictionLayer, LeadingDenseLayers, NormsBehind, OneWindow, PredictionBehind,
     RotatingWindows, SlidingLayers, SlidingSwitch, SparseSteps, SwigluLimits)
-from megatron_sov.model.families.latent import AXK1, DEEPSEEK_V3
+from megatron_sov.model.families.latent import AXK1, DEEPSEEK_V3, KIMI_LINEAR
 from megatron_sov.model.families.linear_layers import (
     DELTA_NET, GATED_ATTENTION, GATED_SHARED_EXPERT, LinearHeads, LinearLayers, SharedWidth)
 from megatron_sov.model.families.weights import (
@@ -466,7 +466,7 @@ SOLAR_OPEN = Family(
 
 FAMILIES = {family.name: family for family in (
     SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, LLAMA, MIXTRAL, EXAONE4, HYPERCLOVAX,
-    GLM4_MOE, GEMMA2, GEMMA3, GPT_OSS, DEEPSEEK_V3, AXK1)}
+    GLM4_MOE, GEMMA2, GEMMA3, GPT_OSS, DEEPSEEK_V3, AXK1, KIMI_LINEAR)}
 
 
 def get(name: str, recorded: Sequence[PluginCode] = ()) -> Family:

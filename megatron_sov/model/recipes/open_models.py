@@ -259,7 +259,7 @@ QWEN3_NEXT_SOURCES = derive(
      "parallel.*": ours("experts within a node; fits 32 H100-80GB, as plan computes")})
 
 
-# DeepSeek-V3, Kimi K2 and A.X K1.
+# DeepSeek-V3, Kimi K2, A.X K1 and Kimi Linear.
 
 LATENT = LatentAttentionConfig(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
                                q_lora_rank=1536)
@@ -315,6 +315,24 @@ def ax_k1() -> RunConfig:
         expert_ffn_dim=2048, block_norms="experts", routed_scaling_factor=2.5, rope_theta=10_000.0,
         yarn=YarnConfig(4.0, 32768, longer="rotated"), norm_eps=1e-6, max_position_tokens=131072),
         ParallelConfig(tp=4, sp=True, pp=8, ep=32, pipeline_layout=(7, 8, 8, 8, 8, 8, 8, 6)))
+
+
+KIMI_LINEAR_SOURCES = derive(
+    moe_sources("moonshotai/Kimi-Linear-48B-A3B-Instruct, two public copies of it"),
+    {"model.seq_aux_loss_coeff": DEFAULT})
+
+
+def kimi_linear_48b() -> RunConfig:
+    """Return Kimi Linear 48B-A3B: Kimi Delta Attention in 20 layers of 27, latent attention without positions
+    in the others, 8 of 256 experts by a sigmoid router, one shared, one dense layer, 1M."""
+    return continued("kimi-linear-48b", ModelConfig(
+        family="kimi_linear", vocab_size=163840, hidden_size=2304, num_layers=27, num_heads=32,
+        num_kv_heads=32, head_dim=192, latent_attention=replace(LATENT, q_lora_rank=None),
+        linear_attention=LinearAttentionConfig(32, 32, 128, 128, 4, 128),
+        attention_pattern="DDDG" * 6 + "DDG", rope_on_global=False, rope_theta=10_000.0, num_dense_layers=1,
+        dense_ffn_dim=9216, num_experts=256, num_experts_per_token=8, num_shared_experts=1,
+        expert_ffn_dim=1024, routed_scaling_factor=2.446, norm_eps=1e-5, max_position_tokens=1048576),
+        ParallelConfig(pp=3, ep=8, zero1=True))
 
 
 # Gemma.

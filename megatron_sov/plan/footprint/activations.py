@@ -205,18 +205,21 @@ def _latent_attention(m: ModelConfig, latent: LatentAttentionConfig, precision: 
 
 def _linear_attention(linear: LinearAttentionConfig, precision: str, tokens: Tokens, tp: int
                       ) -> dict[str, int]:
-    """Return what a gated delta net saves in plain torch: what is projected; in the precision of the state
+    """Return what linear attention saves in plain torch: what is projected; in the precision of the state
     each tap's inputs, and these mixed, before and behind their activation; between a chunk's tokens four
-    squares of each value head and two of each key head, both sides of the system, the states; output, norm
-    and gate."""
+    squares of each value head and two of each key head (three with decays of channels, whose products take
+    both sides in halves), both sides of the system, the states; output, norm and gate."""
     item, wide = ITEM_BYTES[precision], max(ITEM_BYTES[precision], FLOAT32_BYTES)
     channels = linear.num_key_heads * linear.convolved // tp
     key_heads, heads = linear.num_key_heads // tp, linear.num_value_heads // tp
     keys, values = linear.key_head_dim, linear.value_head_dim
-    projected = linear.num_key_heads * sum(linear.projected) // tp
-    inside = (key_heads * (2 * CHUNK + 6 * keys + 2) + heads * (4 * CHUNK + 4 * keys + 3 * values + 7)
-              + linear.state_size // tp // CHUNK)
-    return {"gathered": 0, "qkv": tokens.local * projected * item,
+    projected = tokens.local * key_heads * sum(linear.projected)
+    inside = key_heads * (2 * CHUNK + 6 * keys + 2) + heads * (4 * CHUNK + 4 * keys + 3 * values + 7)
+    if linear.gate_rank is not None:
+        projected += tokens.local * heads * (keys + values) + tokens.share * 2 * linear.gate_rank
+        inside = heads * (3 * CHUNK + 23 * keys + 3 * values + 4)
+    inside += linear.state_size // tp // CHUNK
+    return {"gathered": 0, "qkv": projected * item,
             "rotated": tokens.local * wide * channels * (linear.conv_taps + 2),
             "core": tokens.local * wide * inside,
             "attended": tokens.local * heads * values * ((4 if item == wide else 5) * wide + item)}

@@ -158,9 +158,7 @@ class ModelShape:
             return self._attention()
         if block == "linear":
             assert self.linear is not None
-            values = self.linear.num_value_heads * self.linear.value_head_dim
-            return [MatrixWork(self.linear.num_key_heads * sum(self.linear.projected), h, "rows"),
-                    MatrixWork(h, values, "columns")]
+            return self._linear(self.linear)
         if block == "mamba":
             width = 2 * inner + 2 * self.mamba_num_groups * self.mamba_state_dim + self.mamba_num_heads
             return [MatrixWork(width, h, "rows"), MatrixWork(h, inner, "columns")]
@@ -198,6 +196,17 @@ class ModelShape:
             return [*found, MatrixWork(heads * self.query_dim, h, "rows")]
         return [*found, MatrixWork(self.q_lora_rank, h, ""),
                 MatrixWork(heads * self.query_dim, self.q_lora_rank, "rows", "mla_up_proj")]
+
+    def _linear(self, linear: LinearAttentionConfig) -> list[MatrixWork]:
+        h, values = self.hidden_size, linear.num_value_heads * linear.value_head_dim
+        found = [MatrixWork(linear.num_key_heads * sum(linear.projected), h, "rows"),
+                 MatrixWork(h, values, "columns")]
+        if linear.gate_rank is None:
+            return found
+        # two narrow vectors, then a decay of each channel of keys and the output's gates
+        return [*found, MatrixWork(2 * linear.gate_rank, h, ""),
+                MatrixWork(linear.num_key_heads * linear.decays, linear.gate_rank, "rows"),
+                MatrixWork(values, linear.gate_rank, "rows")]
 
     def _feed_forward(self, inner: float, width: int, part: str) -> list[MatrixWork]:
         """Return two matrices of a network, of which the first one has the gate, where there is one."""

@@ -239,6 +239,7 @@ RELEASED = {
     "qwen3-30b-a3b-2507": "Qwen/Qwen3-30B-A3B-Instruct-2507", "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
     "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1", "exaone-4.0-32b": "LGAI-EXAONE/EXAONE-4.0-32B",
     "exaone-4.0-1.2b": "LGAI-EXAONE/EXAONE-4.0-1.2B", "gemma-3-1b": "google/gemma-3-1b-it",
+    "kimi-linear-48b": "moonshotai/Kimi-Linear-48B-A3B-Instruct",
     "deepseek-v3": "deepseek-ai/DeepSeek-V3", "kimi-k2": "moonshotai/Kimi-K2-Instruct",
     "gemma3-27b": "google/gemma-3-27b-it", "gemma2-9b": "google/gemma-2-9b",
     "glm-4.5-air": "zai-org/GLM-4.5-Air", "gpt-oss-20b": "openai/gpt-oss-20b",
