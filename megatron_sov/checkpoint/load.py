@@ -58,6 +58,8 @@ RULES = (
     ("*.linear_q_proj.weight", NORMAL), ("*.linear_q_down_proj.weight", NORMAL),
     ("*.linear_q_up_proj.weight", NORMAL), ("*.linear_kv_down_proj.weight", NORMAL),
     ("*.linear_kv_up_proj.weight", NORMAL),
+    ("*.gates_down_proj.weight", NORMAL), ("*.decay_up_proj.weight", NORMAL),
+    ("*.output_up_proj.weight", NORMAL),
     ("*.in_proj.weight", NORMAL), ("*.out_proj.weight", RESIDUAL), ("*.conv1d.weight", FAN_IN),
     ("*.out_norm.weight", ONES), ("*.self_attention.dt_bias", STEPS),
     ("*.self_attention.A_log", EVEN_DECAYS), ("*.shared_experts.gate_weight", NORMAL),

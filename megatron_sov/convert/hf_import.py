@@ -356,6 +356,9 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     if source.left_out:
         warn(f"{hf_dir}: the {len(source.left_out)} tensors of what sees pictures "
              f"({source.left_out[0]}, ...) are left out: the checkpoint is the model without it")
+    if source.unread:
+        warn(f"{hf_dir}: {len(source.unread)} tensors ({source.unread[0]}, ...) are left out: "
+             f"{source.model.family} has no place for them")
     check_copies(source)
     content = {SOURCE: hub_name(hf_dir)}
     write_imported(out, Imported(source, "from-hf", hf_dir, ids_in(source.config), content), dtype,

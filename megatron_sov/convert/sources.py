@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -51,7 +51,7 @@ class StoredTensor(Protocol):
         """Return the dtype of what is read."""
 
     @property
-    def files(self) -> set[str]:
+    def files(self) -> Set[str]:
         """Return the names of the files that hold a part of it."""
 
     @property
@@ -89,6 +89,51 @@ class FileTensor:
 
     def read(self) -> torch.Tensor:
         return self.file.read(self.name)
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """One expert's matrix in a file's tensor of all experts of a layer, [experts, outputs, inputs]."""
+
+    file: TensorFile
+    name: str
+    """Of the tensor of all."""
+    expert: int
+    rows: slice
+    """Its outputs: half of those of gate and up projection, which stand one behind the other."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows.stop - self.rows.start, self.file.entries[self.name].shape[2])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.file.dtype(self.name)
+
+    @property
+    def files(self) -> set[str]:
+        return {self.file.path.name}
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def read(self) -> torch.Tensor:
+        inputs = slice(0, self.shape[1])
+        return self.file.read(self.name, [slice(self.expert, self.expert + 1), self.rows, inputs])[0]
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """A tensor that no file holds, since all of it is 0."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    files: frozenset[str] = frozenset()
+    parts: tuple[str, ...] = ()
+
+    def read(self) -> torch.Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype)
 
 
 class Weights(Protocol):
@@ -147,17 +192,33 @@ class HfWeights:
             if inside is not None:
                 names, self.left_out = inside.names(self._stored)
                 self._stored = {name: self._stored[other] for name, other in names.items()}
-            shapes = {name: stored.shape for name, stored in self._stored.items()}
             self.model = family.from_hf_config(
-                {name: value for name, value in self.config.items() if reads_field or name != FIELD}, shapes)
+                {name: value for name, value in self.config.items() if reads_field or name != FIELD},
+                self._stored)
         except UserError as e:
             raise UserError(f"{path}: {e}") from None
         self.links = family.links(self.model)
         self._shapes = {name: shape for link in self.links for name, shape in link.hf_shapes().items()}
+        self._stored = _without_stacks(self._respelt(family.respelt), self._shapes)
+        self.unread = [name for name in family.unread_in(self.model) if name in self._stored]
+        """Tensors that no program reads."""
+        for name in self.unread:
+            del self._stored[name]
+        self._stored |= {name: Zeros(shape) for name, shape in self._shapes.items()
+                         if name not in self._stored and name.endswith(family.zeros)}
+        shapes = {name: stored.shape for name, stored in self._stored.items()}
         self.copies = {name: other for name, other in family.copies_in(self.model).items() if name in shapes}
         """Tensors of the folder that are others once more -> the equal ones (`hf_import.check_copies`)."""
         copied = {name: self._shapes[other] for name, other in self.copies.items()}
         check_exact(path, shapes, self._shapes | copied, f"compare {CONFIG} with the files, or {DAMAGED_HF}")
+
+    def _respelt(self, parts: Sequence[tuple[str, str]]) -> dict[str, StoredTensor]:
+        """Return the tensors under the map's names, where the folder spells some otherwise."""
+        found = {}
+        for name, tensor in self._stored.items():
+            spellings = (name, *(name.replace(theirs, ours) for theirs, ours in parts))
+            found[next((own for own in spellings if own in self._shapes), name)] = tensor
+        return found
 
     def names(self) -> list[str]:
         return list(self._shapes)
@@ -175,7 +236,7 @@ class HfWeights:
         return [name for name, shard in self._shards.items() if shard.path == self.path / file]
 
     def files_of(self, name: str) -> set[str]:
-        return self._stored[name].files
+        return {*self._stored[name].files}
 
     def read(self, name: str) -> torch.Tensor:
         return self._stored[name].read()
@@ -186,6 +247,32 @@ def _stored_tensors(shards: dict[str, TensorFile], config: dict[str, Any]) -> di
     made: dict[str, StoredTensor] = {**low_bit_weights(config, shards)}
     parts = {part for tensor in made.values() for part in tensor.parts}
     return {name: FileTensor(file, name) for name, file in shards.items() if name not in parts} | made
+
+
+STACK = re.compile(r"(.+\.experts)\.(gate_up|down)_proj")
+"""Name of a tensor of all experts of a layer, as transformers has them in memory."""
+
+
+def _without_stacks(stored: dict[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
+                    ) -> dict[str, StoredTensor]:
+    """Return the tensors with those of all experts cut into those of each, where the model has these.
+
+    Args:
+        stored: of the folder.
+        shapes: of the model's tensors.
+    """
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        match = STACK.fullmatch(name)
+        if not match or not isinstance(tensor, FileTensor) or len(tensor.shape) != 3 or name in shapes:
+            found[name] = tensor
+            continue
+        parts, (experts, outputs, _) = match[2].split("_"), tensor.shape
+        rows = outputs // len(parts)
+        found |= {f"{match[1]}.{e}.{part}_proj.weight": ExpertPart(
+            tensor.file, name, e, slice(i * rows, (i + 1) * rows))
+            for e in range(experts) for i, part in enumerate(parts)}
+    return found
 
 
 class CheckpointWeights:

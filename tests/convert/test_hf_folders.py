@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from megatron_sov import convert
+from megatron_sov import convert, recipes
 from megatron_sov.base.artifacts import damaged_files, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.model.config import from_dict
+from megatron_sov.model.config import LatentAttentionConfig, ModelConfig, from_dict
+from megatron_sov.model.families import supported as models
+from megatron_sov.model.families.family import TokenIds
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -130,3 +133,60 @@ def test_from_hf_casts_dtype_and_router_biases_stay_float32(hf_dir: Path, tmp_pa
     assert found.keys() == before.keys()
     for name, tensor in before.items():
         assert found[name].equal(tensor if "correction" in name else tensor.to(dtype)), name
+
+
+def test_names_that_transformers_gives_kimi_linears_dense_layers_are_read_too(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "kimi_linear", vocab_size=16, hidden_size=24, intermediate_size=20, moe_intermediate_size=6,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+        num_experts_per_tok=2, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=6,
+        linear_head_dim=6, linear_num_heads=2, layer_types=["linear_attention", "full_attention"],
+        pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
+    written = tensors_of(tmp_path / "hf")
+    assert "model.layers.0.block_sparse_moe.gate_proj.weight" in written
+    convert.from_hf(tmp_path / "hf", tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
+    assert_same_bits(tensors_of(tmp_path / "back"), {
+        name.replace("block_sparse_moe", "mlp") if ".layers.0." in name else name: tensor
+        for name, tensor in written.items()})
+
+
+def small_ax_k1() -> ModelConfig:
+    return replace(recipes.get("tiny-ax-k1").model, vocab_size=16, hidden_size=24, num_layers=3, num_heads=2,
+                   num_kv_heads=2, head_dim=10, dense_ffn_dim=20, num_experts=4, num_expert_groups=2,
+                   num_groups_per_token=1, expert_ffn_dim=6,
+                   latent_attention=LatentAttentionConfig(8, 6, 4, 6, 10))
+
+
+def test_a_folder_with_all_experts_in_one_tensor_is_read_expert_by_expert(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A.X K1 as released: without selection biases, and with a norm in dense layers that no class has."""
+    from transformers import AutoModelForCausalLM
+
+    model = small_ax_k1()
+    family = models.get("axk1")
+    separate = {name: torch.randn(shape) / 8 for link in family.links(model)
+                for name, shape in link.hf_shapes().items() if "correction_bias" not in name}
+    released = {name: tensor for name, tensor in separate.items() if ".experts." not in name}
+    for layer in (1, 2):
+        at = f"model.layers.{layer}.mlp.experts."
+        gate, up, down = (torch.stack([separate[f"{at}{e}.{part}_proj.weight"] for e in range(4)])
+                          for part in ("gate", "up", "down"))
+        released |= {f"{at}gate_up_proj": torch.cat([gate, up], 1), f"{at}down_proj": down}
+    released["model.layers.0.post_mlp_layernorm.weight"] = torch.ones(model.hidden_size)
+    (tmp_path / "hf").mkdir()
+    save_file(released, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "hf/config.json").write_text(json.dumps(family.to_hf_config(model, "float32", TokenIds())))
+
+    convert.from_hf(tmp_path / "hf", tmp_path / "ckpt")
+    assert "1 tensors (model.layers.0.post_mlp_layernorm.weight, ...) are left out" in capsys.readouterr().err
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
+    zeros = {f"model.layers.{layer}.mlp.gate.e_score_correction_bias": torch.zeros(4) for layer in (1, 2)}
+    assert_same_bits(tensors_of(tmp_path / "back"), separate | zeros)
+    tokens = torch.arange(9)[None]
+    theirs, ours = (AutoModelForCausalLM.from_pretrained(
+        tmp_path / name, experts_implementation="eager")(tokens).logits for name in ("hf", "back"))
+    assert torch.equal(theirs, ours)

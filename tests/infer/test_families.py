@@ -31,6 +31,13 @@ RECIPES = {"tiny-glm4-moe": ["model.num_experts=4", "model.expert_ffn_dim=16"],
                             "model.sliding_window_tokens=8"],
            "tiny-exaone4": ["model.sliding_window_tokens=8"], "tiny-exaone4-1.2b": [],
            "tiny-hyperclovax": ["model.residual_multiplier=0.4", "model.logits_multiplier=0.3"]}
+RECIPES["tiny-kimi-linear"] = [
+    "model.num_experts=4", "model.expert_ffn_dim=16", "model.head_dim=20",
+    'model.latent_attention={"kv_lora_rank": 12, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, '
+    '"v_head_dim": 10}', 'model.linear_attention={"num_key_heads": 4, "num_value_heads": 4, '
+    '"key_head_dim": 6, "value_head_dim": 6, "gate_rank": 6}']
+RECIPES["tiny-ax-k1"] = [*RECIPES["tiny-deepseek-v3"][:-1], 'model.yarn={"factor": 4.0, '
+                         '"original_max_position_tokens": 16, "longer": "rotated"}']
 FURTHER = ("tiny-exaone4-1.2b",)
 """Whose cache holds what that of another holds."""
 CUT_IN_ITS_OWN_WAY = ("tiny-deepseek-v3", "tiny-gpt-oss")

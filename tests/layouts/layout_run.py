@@ -55,6 +55,14 @@ FAMILIES = {
                          'model.yarn={"factor": 4.0, "original_max_position_tokens": 16, "mscale": 0.7}'),
     "tiny-hyperclovax": ("model.dense_ffn_dim=48",),
 }
+FAMILIES["tiny-kimi-linear"] = (
+    "model.num_experts=4", "model.dense_ffn_dim=48", "model.num_kv_heads=4", "model.head_dim=20",
+    'model.latent_attention={"kv_lora_rank": 12, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, '
+    '"v_head_dim": 10}',
+    'model.linear_attention={"num_key_heads": 4, "num_value_heads": 4, "key_head_dim": 6, '
+    '"value_head_dim": 6, "gate_rank": 6}')
+FAMILIES["tiny-ax-k1"] = (*FAMILIES["tiny-deepseek-v3"][:-1], 'model.yarn={"factor": 4.0, '
+                          '"original_max_position_tokens": 16, "longer": "rotated"}')
 
 
 def maker() -> str:

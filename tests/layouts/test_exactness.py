@@ -89,6 +89,26 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
                 "num_experts_per_tok": (2, 1, 3)[seed], "sliding_window": 9 + seed, "layer_types": (
                     ["sliding_attention", "full_attention"] * layers)[:layers],
                 **({"rope_parameters": {**yarn, "truncate": seed == 2}} if seed != 1 else {})}
+    if family == "axk1":
+        like = odd_config("deepseek_v3", seed)
+        rope = {**yarn, "mscale": (1.0, None, 0.7)[seed], "mscale_all_dim": (0.0, None, 0.7)[seed]}
+        return {**{name: value for name, value in like.items() if name != "num_nextn_predict_layers"},
+                "model_type": family, "q_lora_rank": (10, 18, 26)[seed], "rope_parameters": rope,
+                "num_key_value_heads": like["num_attention_heads"]}
+    if family == "kimi_linear":
+        like = odd_config("deepseek_v3", seed)
+        same = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads",
+                "intermediate_size", "initializer_range", "rms_norm_eps", "moe_intermediate_size",
+                "topk_group", "q_lora_rank",
+                "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "bos_token_id",
+                "eos_token_id", "pad_token_id", "first_k_dense_replace")
+        return {**{name: like[name] for name in same}, "model_type": family, "num_hidden_layers": 4,
+                "num_experts": like["n_routed_experts"], "num_shared_experts": like["n_shared_experts"],
+                "num_experts_per_token": like["num_experts_per_tok"], "num_expert_group": like["n_group"],
+                "routed_scaling_factor": 2.5, "linear_num_heads": (2, 4, 6)[seed],
+                "linear_head_dim": (6, 10, 7)[seed], "linear_conv_kernel_dim": (4, 3, 2)[seed],
+                "layer_types": ["full_attention" if letter == "G" else "linear_attention"
+                                for letter in ("DGDG", "DDDG", "DGDD")[seed]]}
     if family == "deepseek_v3":
         mscale = (1.0, 0.707, None)[seed]
         config.pop("head_dim")
@@ -162,6 +182,10 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
     model.save_pretrained(folder)
     if config["model_type"] in ("glm4_moe", "deepseek_v3") and config["num_nextn_predict_layers"]:
         add_layer_behind(folder, config["num_hidden_layers"])
+    if config["model_type"] == "kimi_linear":  # as released: transformers writes dense layers otherwise
+        tensors, dense = load_file(folder / "model.safetensors"), f"{config['first_k_dense_replace']}."
+        save_file({name.replace("block_sparse_moe", "mlp") if name.split("layers.")[-1] < dense else name: t
+                   for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     if config["model_type"] in ("exaone_moe", "qwen3_next"):
         tensors = load_file(folder / "model.safetensors")
         like = ".layers.0."  # of Qwen3-Next the first layer with attention and experts
@@ -306,7 +330,7 @@ def test_bits_survive_every_layout_and_logits_are_those_of_transformers(
                 out = folder / layout
                 difference = (load_file(out / "logits.safetensors")["logits"] - expected).abs().max()
                 # transformers computes the rule in float32 whatever the dtype: its own noise is half of that
-                bound = MAX_DIFFERENCE * (2 if name.startswith("qwen3_next") else 1)
+                bound = MAX_DIFFERENCE * (2 if name.startswith(("qwen3_next", "kimi_linear")) else 1)
                 assert difference <= bound * expected.abs().max(), (
                     f"{name} at {layout}: logits differ by {difference:.1e}")
                 convert.to_hf(out / "ckpt", out / "hf", "bfloat16" if name.endswith("1") else "keep")

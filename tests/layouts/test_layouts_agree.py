@@ -61,11 +61,15 @@ CASES = {
     "qwen3_next": ("tiny-qwen3-next", "lm", CHUNKS, FP64, ("TP2+SP x CP2 x EP2 ZeRO-1 overlapped",)),
     "qwen3_next, further": ("tiny-qwen3-next", "lm", CHUNKS, FP64, (
         "TP2+SP x PP2 x EP2", "CP2 x DP2 x EP2 ZeRO-1 overlapped", "micro batch 1")),
+    "kimi_linear": ("tiny-kimi-linear", "lm", CHUNKS, FP64, ("TP2+SP x CP2 x EP2 ZeRO-1 overlapped",)),
+    "kimi_linear, further": ("tiny-kimi-linear", "lm", CHUNKS, FP64, (
+        "TP2+SP x PP2 x EP2", "CP2 x DP2 x EP2 ZeRO-1 overlapped", "micro batch 1")),
     "fp32": ("tiny-k-exaone", "lm", [], FP32, ("TP2+SP x PP2 x EP2",)),
 }
 
 
-DEEP = ("passes, further", "glm4_moe sft, further", "qwen3_next, further", "fp32")
+DEEP = ("passes, further", "glm4_moe sft, further", "qwen3_next, further",
+        "kimi_linear, further", "fp32")
 """Rarer cases; passes that overlap without stages are trained by te_double/test_agreement.py, and fp32 is
 compared with transformers by test_gradients.py."""
 

@@ -1,7 +1,8 @@
 """The gated delta rule in plain torch: linear attention whose state forgets by a gate and is corrected by a
 key's error (Gated DeltaNet, arXiv 2412.06464; in chunks by the WY form of arXiv 2406.06484).
 
-With a state S [key channels, value channels] of each head, a token's decay g <= 0 and learning rate b:
+With a state S [key channels, value channels] of each head, a token's decay g <= 0, of the head or of each
+channel of keys (Kimi Delta Attention, arXiv 2510.26692), and its learning rate b:
 
     S <- exp(g) S;  S <- S + b k (v - S^T k)^T;  output = S^T q
 
@@ -80,7 +81,7 @@ def in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay
     Args:
         query, key: [tokens, key heads, key channels], as they meet the state; queries already scaled.
         value: [tokens, key heads, r, value channels]: r value heads share a key head.
-        decay: [tokens, key heads, r], logarithms, at most 0.
+        decay: [tokens, key heads, r, 1 or key channels], logarithms, at most 0.
         rate: [tokens, key heads, r].
         chunks: where the documents are.
         state: [documents, key heads, r, key channels, value channels] in the order of `chunks`; None: zeros.
@@ -89,17 +90,15 @@ def in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay
         Outputs [outputs, key heads, r, value channels], and the states behind the documents.
     """
     q, k, v = (_placed(t, chunks) for t in (query[:, :, None], key[:, :, None], value))
-    g, b = (_placed(t[..., None], chunks) for t in (decay, rate))
-    g = g.cumsum(-2)
-    # between two tokens of a chunk the state decays by the quotient of what it has by them
-    between = (g - g.transpose(-1, -2)).masked_fill(_later(CHUNK, g.device), -torch.inf).exp()
+    g, b = _placed(decay, chunks).cumsum(-2), _placed(rate[..., None], chunks)
     grown, left = g.exp(), (g[..., -1:, :] - g).exp()
+    of_keys, within = _decayed_products((k, q), k, g)
     solved = torch.linalg.solve_triangular(
-        b * (k @ k.transpose(-1, -2)) * between, b * torch.cat([v, grown * k.expand(*v.shape[:-1], -1)], -1),
+        b * of_keys, b * torch.cat([v, grown * k.expand(*v.shape[:-1], -1)], -1),
         upper=False, unitriangular=True)
     new, seen = solved.split([v.shape[-1], k.shape[-1]], -1)
-    within, read, written = (q @ k.transpose(-1, -2)) * between, q * grown, (k * left).transpose(-1, -2)
-    kept = grown[..., -1:, :]
+    read, written = q * grown, (k * left).transpose(-1, -2)
+    kept = grown[..., -1:, :].transpose(-1, -2)
     if state is None:
         state = v.new_zeros(chunks.steps[0], *v.shape[1:3], k.shape[-1], v.shape[-1])
     outputs, ended, start = [], [], 0
@@ -117,6 +116,50 @@ def in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay
     return found.index_select(0, chunks.places), torch.cat(ended[::-1])
 
 
+def _decayed_products(lefts: Sequence[torch.Tensor], right: torch.Tensor,
+                      decays: torch.Tensor) -> list[torch.Tensor]:
+    """Return the products of each of a chunk's tokens with itself and those before it, whose channels have
+    decayed since.
+
+    Between two tokens a channel decays by the quotient of what it has by them.  One decay of a head is a
+    factor on the products.  Those of channels go to both sides: to the later tokens of each half of the chunk
+    since its middle, and to the earlier ones until then, and so on in halves, so that none is above 1,
+    however fast channels decay.
+
+    Args:
+        lefts: [chunks, key heads, r or 1, CHUNK, channels] each.
+        right: of the same shape.
+        decays: [chunks, key heads, r, CHUNK, 1 or channels], summed up from the chunk's first token on.
+
+    Returns:
+        [chunks, key heads, r, CHUNK, CHUNK] each; zeros where the second token is later.
+    """
+    if decays.shape[-1] == 1:
+        between = (decays - decays.transpose(-1, -2)).masked_fill(_later(CHUNK, decays.device), -torch.inf)
+        between = between.exp()
+        return [(left @ right.transpose(-1, -2)) * between for left in lefts]
+    lefts = [left.expand_as(decays) for left in lefts]
+    found = [(left * right).sum(-1)[..., None, None] for left in lefts]
+    half = 1
+    while half < CHUNK:
+        pairs = [t.unflatten(-2, (-1, 2, half)) for t in (*lefts, right.expand_as(decays), decays)]
+        *late, early, decay = pairs
+        middle = decay[..., 0, -1:, :]
+        until = (early[..., 0, :, :] * (middle - decay[..., 0, :, :]).exp()).transpose(-1, -2)
+        since = (decay[..., 1, :, :] - middle).exp()
+        found = [_joined(blocks, (left[..., 1, :, :] * since) @ until)
+                 for blocks, left in zip(found, late, strict=True)]
+        half *= 2
+    return [blocks.squeeze(-3) for blocks in found]
+
+
+def _joined(blocks: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
+    """Return lower triangular blocks of twice the size: [..., 2 n, size, size] of both halves of a row of
+    tokens, [..., n, size, size] of the later with the earlier ones -> [..., n, 2 size, 2 size]."""
+    first, second = blocks.unflatten(-3, (-1, 2)).unbind(-3)
+    return torch.cat([torch.cat([first, torch.zeros_like(below)], -1), torch.cat([below, second], -1)], -2)
+
+
 def by_token(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor,
              rate: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Apply the rule to a few tokens of many sequences, one token after the other: [sequences, tokens, ...]
@@ -125,7 +168,7 @@ def by_token(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay:
     outputs, states = [], []
     for t in range(query.shape[1]):
         q, k = query[:, t, :, None, :, None], key[:, t, :, None, :, None]
-        state = state * decay[:, t, ..., None, None].exp()
+        state = state * decay[:, t, ..., None].exp()
         error = rate[:, t, ..., None] * (value[:, t] - (state * k).sum(-2))
         state = state + k * error[..., None, :]
         outputs.append((state * q).sum(-2))

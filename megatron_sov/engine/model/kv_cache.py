@@ -23,13 +23,13 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from torch.nn.functional import linear, pad, rms_norm
+from torch.nn.functional import pad, rms_norm
 
 from megatron_sov.engine.model.attention import (
     DocumentAttention, PackedDocuments, attend, attend_whole, attend_with_sinks, with_logits)
 from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans
-from megatron_sov.engine.model.linear_attention import GatedDeltaNet, KeptState
-from megatron_sov.engine.model.rotary import softmax_scale
+from megatron_sov.engine.model.linear_attention import KeptState, LinearAttention, WholeLinear
+from megatron_sov.engine.model.rotary import rotated_factor, softmax_scale
 from megatron_sov.engine.model.softcap import FUSED, Kernel, kernel_of
 from megatron_sov.model.config import ModelConfig
 
@@ -164,7 +164,7 @@ def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention | KeptSta
     kinds = architecture.layer_types() + [architecture.mtp_layer_type()] * architecture.num_mtp_layers
     windows = [*architecture.windows(), architecture.mtp_window()]
     found = [m for chunk in model.chunks for m in chunk.modules() if isinstance(m, Attention)]
-    linear = [m for chunk in model.chunks for m in chunk.modules() if isinstance(m, GatedDeltaNet)]
+    linear = [m for chunk in model.chunks for m in chunk.modules() if isinstance(m, LinearAttention)]
     replaced = [(m, m.core_attention) for m in found]
     # the fused kernel wants positions on the GPU and starts each sequence at 0
     fused, config.apply_rope_fusion = config.apply_rope_fusion, False
@@ -210,38 +210,30 @@ def latent_settings(model: ModelConfig) -> dict[str, Any]:
             "qk_pos_emb_head_dim": latent.qk_rope_head_dim, "v_head_dim": latent.v_head_dim,
             # the model's own angles take this width from here
             "kv_channels": latent.qk_rope_head_dim, "qk_layernorm": True,
-            # which has no factor on cosine and sine
-            "rope_type": "rope"}
-
-
-class WholeLinear(torch.nn.Module):
-    """A projection that every tensor-parallel process has whole, and applies to the tokens that it has."""
-
-    def __init__(self, inputs: int, outputs: int, config: Any) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
-        # what each process finds for its own tokens is summed, as of a norm
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Return the product, and no bias."""
-        return linear(hidden, self.weight), None
+            # of "rope" cosine and sine have no factor
+            "rope_type": "rope" if rotated_factor(model) == 1 else "yarn"}
 
 
 class TokenAngles(torch.nn.Module):
     """Stands where the library makes angles: gives those of a row's tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, factor: float) -> None:
+        """Wait for angles.
+
+        Args:
+            factor: on cosine and sine.
+        """
         super().__init__()
         self.angles: torch.Tensor | None = None
+        self.factor = factor
 
     def get_rotary_seq_len(self, *args: Any) -> None:
         """Return nothing: each token has its angles."""
 
-    def forward(self, seq_len: None, *, packed_seq: bool) -> torch.Tensor:
-        """Return [tokens, 1, 1, rotated channels]."""
+    def forward(self, seq_len: None, *, packed_seq: bool) -> Any:
+        """Return [tokens, 1, 1, rotated channels]; where cosine and sine have a factor, it too."""
         assert self.angles is not None and packed_seq
-        return self.angles
+        return self.angles if self.factor == 1 else (self.angles, self.factor)
 
 
 class LatentAttention(MLASelfAttention):
@@ -250,7 +242,7 @@ class LatentAttention(MLASelfAttention):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self.rotary_pos_emb = TokenAngles()
+        self.rotary_pos_emb = TokenAngles(config.rotated_factor)
         for name, outputs in (("linear_q_down_proj", config.q_lora_rank),
                               ("linear_kv_down_proj", config.kv_lora_rank + config.qk_pos_emb_head_dim)):
             if isinstance(getattr(self, name, None), ColumnParallelLinear):
@@ -281,10 +273,17 @@ class LatentAttention(MLASelfAttention):
         if isinstance(self.core_attention, CachedAttention):
             assert isinstance(packed_seq_params, PackedSpans) and rotary_pos_emb is not None
             return self._read(hidden_states, rotary_pos_emb, packed_seq_params)
-        self.rotary_pos_emb.angles = rotary_pos_emb
+        assert rotary_pos_emb is not None
+        self.rotary_pos_emb.angles = rotary_pos_emb if self._rotates else rotary_pos_emb[..., :0]
         output: tuple[torch.Tensor, None] = super().forward(
             hidden_states, attention_mask, packed_seq_params=packed_seq_params, **kwargs)
         return output
+
+    @property
+    def _rotates(self) -> bool:
+        """Return whether the layer has positions; where it has none, what would rotate stays as it is."""
+        plain = self.config.no_rope_freq
+        return not (plain and plain[self.layer_number - 1])
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         # where queries are made without a narrow vector 0.19 would normalise what they are made of, or refuse
@@ -351,8 +350,10 @@ class LatentAttention(MLASelfAttention):
 
     def _turned(self, channels: torch.Tensor, angles: torch.Tensor, spans: PackedSpans) -> torch.Tensor:
         """Rotate [tokens, heads, rotated channels]."""
+        if not self._rotates:
+            return channels
         turned: torch.Tensor = apply_rotary_pos_emb(
-            channels, angles, self.config, cu_seqlens=spans.cu_seqlens_q,
+            channels, angles, self.config, cu_seqlens=spans.cu_seqlens_q, mscale=self.rotary_pos_emb.factor,
             cp_group=parallel_state.get_context_parallel_group())
         return turned
 

@@ -1,5 +1,6 @@
-"""Linear attention as the attention of a layer: the gated delta net of Qwen3-Next (arXiv 2412.06464), for
-rows of packed documents at every layout, and with a state of constant size where sequences are generated.
+"""Linear attention as the attention of a layer: the gated delta net of Qwen3-Next (arXiv 2412.06464) and Kimi
+Delta Attention (arXiv 2510.26692), for rows of packed documents at every layout, and with a state of constant
+size where sequences are generated.
 
 Heads of keys, each with the value heads that share it, are cut over the tensor-parallel group.  Where a row
 is cut over processes, each gets the whole row of its share of these heads by an all-to-all, and sends what it
@@ -8,7 +9,7 @@ found back (as Megatron-Core's `mamba_context_parallel.py` does), since a state 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
-from torch.nn.functional import rms_norm, silu, softplus
+from torch.nn.functional import linear, rms_norm, silu, softplus
 
 from megatron_sov.engine.model.attention import PackedDocuments
 from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans
@@ -39,21 +40,38 @@ class Weight(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(*shape, dtype=dtype))
 
 
-class GatedDeltaNet(MegatronModule):
-    """A layer's linear attention, with the names that Megatron-Core's `gated_delta_net.py` has for its parts.
+class WholeLinear(torch.nn.Module):
+    """A projection that every tensor-parallel process has whole, and applies to the tokens that it has."""
 
-    Rows of `in_proj` stand by heads of keys: query, key, values, gates of the output, learning rates, decays
-    of each (`LinearAttentionConfig.projected`), so that they can be cut between any two.
+    def __init__(self, inputs: int, outputs: int, config: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
+        # what each process finds for its own tokens is summed, as of a norm
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Return the product, and no bias."""
+        return linear(hidden, self.weight), None
+
+
+class LinearAttention(MegatronModule):
+    """What both kinds have in common.
+
+    Rows of `in_proj` stand by heads of keys: query, key, values, and what follows them
+    (`LinearAttentionConfig.projected`), so that they can be cut between any two.
     """
 
-    def __init__(self, config: Any, layer_number: int, projections: tuple[Any, Any],
+    output_gate: Callable[[torch.Tensor], torch.Tensor]
+    """What a gate of the output passes through."""
+
+    def __init__(self, config: Any, layer_number: int, projections: tuple[Any, Any, Any],
                  sizes: LinearAttentionConfig, pg_collection: Any, cp_comm_type: str | None = None) -> None:
         """Make this process's part.
 
         Args:
             config: the library's TransformerConfig.
             layer_number: number of the layer, from 1.
-            projections: classes of the input's and the output's.
+            projections: classes of the input's, the output's, and those behind a narrow vector.
             sizes: of the whole layer.
             pg_collection: the library's groups.
             cp_comm_type: of other attention.
@@ -62,24 +80,28 @@ class GatedDeltaNet(MegatronModule):
         self.layer_number, self.sizes, self._group = layer_number, sizes, pg_collection.tp
         self.heads = sizes.num_key_heads // self._group.size()
         """Key heads of this process."""
-        linear: dict[str, Any] = {"config": config, "bias": False, "is_expert": False,
-                                  "tp_group": self._group}
-        self.in_proj = build_module(
-            projections[0], config.hidden_size, sizes.num_key_heads * sum(sizes.projected),
-            init_method=config.init_method, gather_output=False, skip_bias_add=False,
-            tp_comm_buffer_name="fc1", **linear)
+        self.in_proj = self._by_heads(projections[0], config.hidden_size,
+                                      sizes.num_key_heads * sum(sizes.projected), "fc1")
         dtype, values = config.params_dtype, self.heads * sizes.values_per_key
         self.conv1d = Weight((self.heads * sizes.convolved, 1, sizes.conv_taps), dtype)
-        self.dt_bias, self.A_log = (torch.nn.Parameter(torch.empty(values, dtype=dtype)) for _ in range(2))
+        self.dt_bias, self.A_log = (torch.nn.Parameter(torch.empty(size, dtype=dtype))
+                                    for size in (self.heads * sizes.decays, values))
         self.out_norm = Weight((sizes.value_head_dim,), dtype)
         self.out_proj = build_module(
             projections[1], sizes.num_value_heads * sizes.value_head_dim, config.hidden_size,
+            config=config, bias=False, is_expert=False, tp_group=self._group,
             init_method=config.output_layer_init_method, input_is_parallel=True, skip_bias_add=True,
-            tp_comm_buffer_name="fc2", **linear)
+            tp_comm_buffer_name="fc2")
         for parameter in (self.conv1d.weight, self.dt_bias, self.A_log):
             set_tensor_model_parallel_attributes(parameter, True, 0, 1)
         self.kept: KeptState | None = None
         """What sequences that are generated have left behind; None: rows of documents are read."""
+
+    def _by_heads(self, kind: Any, inputs: int, outputs: int, buffer: str) -> Any:
+        """Return a projection whose outputs are cut by heads."""
+        return build_module(kind, inputs, outputs, config=self.config, bias=False, is_expert=False,
+                            tp_group=self._group, init_method=self.config.init_method, gather_output=False,
+                            skip_bias_add=False, tp_comm_buffer_name=buffer)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: None = None,
                 packed_seq_params: PackedDocuments | PackedSpans | None = None,
@@ -94,8 +116,7 @@ class GatedDeltaNet(MegatronModule):
             [tokens / sequence-parallel size, 1, hidden], and no bias.
         """
         assert packed_seq_params is not None, "micro-batches are rows of packed documents"
-        projected = self.in_proj(hidden_states)[0].squeeze(1).unflatten(-1, (self.heads, -1))
-        convolved, gate, gates = projected.split(self._split, -1)
+        convolved, gate, gates = self.projected(hidden_states)
         if self.kept is not None:
             found = self.kept.read(convolved, gates, packed_seq_params)
         else:
@@ -105,15 +126,20 @@ class GatedDeltaNet(MegatronModule):
         if self._group.size() > 1:
             weight = tensor_parallel.copy_to_tensor_model_parallel_region(weight, self._group)
         found = rms_norm(found, weight.shape, weight.to(found.dtype), self.config.layernorm_epsilon)
-        found = found * silu(gate.unflatten(-1, (-1, self.sizes.value_head_dim)).to(found.dtype))
+        gate = gate.unflatten(-1, (-1, self.sizes.value_head_dim)).to(found.dtype)
+        found = found * type(self).output_gate(gate)
         output: tuple[torch.Tensor, None] = self.out_proj(found.flatten(1).to(hidden_states.dtype)[:, None])
         return output
 
-    @property
-    def _split(self) -> list[int]:
-        """Return how many channels of a key head are convolved, gate its output, and gate its state."""
-        r = self.sizes.values_per_key
-        return [self.sizes.convolved, r * self.sizes.value_head_dim, 2 * r]
+    def projected(self, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
+        """[tokens / sequence-parallel size, 1, hidden] -> what is convolved, gates of the output, and what
+        says rates and decays, [tokens, key heads, channels] each."""
+        raise NotImplementedError
+
+    def gates(self, gates: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """[..., key heads, channels], in the precision of the state -> decays [..., key heads, values per
+        key, 1 or key channels] and rates [..., key heads, values per key] of these heads."""
+        raise NotImplementedError
 
     def _of_documents(self, inputs: torch.Tensor, packed: PackedDocuments) -> torch.Tensor:
         """[tokens, key heads, channels] -> [tokens, key heads, values per key, value channels]."""
@@ -122,7 +148,8 @@ class GatedDeltaNet(MegatronModule):
             inputs = context.exchange_tokens(inputs)
         elif packed.shared is not None:
             inputs = inputs.index_select(0, packed.shared.source)
-        convolved, gates = inputs.split([self.sizes.convolved, 2 * self.sizes.values_per_key], -1)
+        convolved = inputs[..., :self.sizes.convolved]
+        gates = inputs[..., self.sizes.convolved:]
         mine = context.share(inputs.shape[1]) if cut else slice(None)
         wide = self.convolution(mine)
         mixed = short_convolution(convolved.flatten(1).to(wide.dtype), wide, packed.chunks.positions)
@@ -143,30 +170,79 @@ class GatedDeltaNet(MegatronModule):
 
         Args:
             mixed: [..., key heads, channels] behind the convolution.
-            gates: [..., key heads, 2 x values per key].
+            gates: [..., key heads, channels].
             heads: which of this process's key heads these are.
         """
-        r, dtype = self.sizes.values_per_key, mixed.dtype
-        width = self.sizes.key_head_dim
+        r, width = self.sizes.values_per_key, self.sizes.key_head_dim
         query, key, value = silu(mixed).split([width, width, r * self.sizes.value_head_dim], -1)
-        rate, step = gates.to(dtype).split(r, -1)
-        log, bias = (p.to(dtype).unflatten(0, (self.heads, -1))[heads] for p in (self.A_log, self.dt_bias))
-        decay = -log.exp() * softplus(step + bias)
-        return [normalised(query) * width ** -0.5, normalised(key),
-                value.unflatten(-1, (r, -1)), decay, rate.sigmoid()]
+        decay, rate = self.gates(gates.to(mixed.dtype), heads)
+        return [normalised(query) * width ** -0.5, normalised(key), value.unflatten(-1, (r, -1)), decay, rate]
+
+    def _of_heads(self, parameter: torch.Tensor, heads: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Return the numbers of some key heads, [key heads, of each]."""
+        return parameter.to(dtype).unflatten(0, (self.heads, -1))[heads]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (),
                            metadata: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the parameters, all but the norm cut by heads."""
         group = (metadata or {}).get("dp_cp_group")
-        own = {"A_log": self.A_log, "dt_bias": self.dt_bias, "conv1d.weight": self.conv1d.weight,
-               "out_norm.weight": self.out_norm.weight}
-        declared: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+        declared: dict[str, Any] = {}
+        own: dict[str, torch.Tensor] = {name: getattr(self, name) for name in ("A_log", "dt_bias")}
+        for name, module in self.named_children():
+            if isinstance(module, Weight | WholeLinear):
+                own[f"{name}.weight"] = module.weight
+            else:
+                declared |= sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata,
+                                                       tp_group=self._group)
+        return declared | make_sharded_tensors_for_checkpoint(
             own, prefix, SPLIT, sharded_offsets, tp_group=self._group, dp_cp_group=group)
-        for name in ("in_proj", "out_proj"):
-            declared |= sharded_state_dict_default(getattr(self, name), f"{prefix}{name}.", sharded_offsets,
-                                                   metadata, tp_group=self._group)
-        return declared
+
+
+class GatedDeltaNet(LinearAttention):
+    """With the names that Megatron-Core's `gated_delta_net.py` has for its parts: a state forgets at one rate
+    of each head of values, and gates are made of the layer's input."""
+
+    output_gate = silu
+
+    def projected(self, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
+        sizes = self.sizes
+        found: torch.Tensor = self.in_proj(hidden)[0].squeeze(1).unflatten(-1, (self.heads, -1))
+        return found.split([sizes.convolved, sizes.values_per_key * sizes.value_head_dim,
+                            2 * sizes.values_per_key], -1)
+
+    def gates(self, gates: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        rate, step = gates.split(self.sizes.values_per_key, -1)
+        log, bias = (self._of_heads(p, heads, gates.dtype) for p in (self.A_log, self.dt_bias))
+        return (-log.exp() * softplus(step + bias))[..., None], rate.sigmoid()
+
+
+class KimiDeltaAttention(LinearAttention):
+    """Each channel of a state's keys forgets at a rate of its own; these rates, and the gates of the output,
+    are made of two narrow vectors, which every process makes whole."""
+
+    output_gate = torch.sigmoid
+
+    def __init__(self, config: Any, layer_number: int, projections: tuple[Any, Any, Any],
+                 sizes: LinearAttentionConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, layer_number, projections, sizes, *args, **kwargs)
+        assert sizes.gate_rank is not None
+        self.gates_down_proj = WholeLinear(config.hidden_size, 2 * sizes.gate_rank, config)
+        self.decay_up_proj, self.output_up_proj = (
+            self._by_heads(projections[2], sizes.gate_rank, sizes.num_key_heads * width, "fc1")
+            for width in (sizes.decays, sizes.value_head_dim))
+
+    def projected(self, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
+        narrow = self.gates_down_proj(hidden)[0].chunk(2, -1)
+        decay, gate, found = (module(inputs)[0].squeeze(1).unflatten(-1, (self.heads, -1)) for module, inputs
+                              in ((self.decay_up_proj, narrow[0]), (self.output_up_proj, narrow[1]),
+                                  (self.in_proj, hidden)))
+        convolved, rate = found.split([self.sizes.convolved, 1], -1)
+        return convolved, gate, torch.cat([rate, decay], -1)
+
+    def gates(self, gates: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        rate, step = gates.split([1, self.sizes.decays], -1)
+        log, bias = (self._of_heads(p, heads, gates.dtype) for p in (self.A_log, self.dt_bias))
+        return (-log.exp() * softplus(step + bias))[..., None, :], rate.sigmoid()
 
 
 class KeptState:
@@ -177,7 +253,7 @@ class KeptState:
     the inputs of the others are kept beside it, and enter with the next step as far as they stand.
     """
 
-    def __init__(self, size: CacheSize, layer: GatedDeltaNet) -> None:
+    def __init__(self, size: CacheSize, layer: LinearAttention) -> None:
         self._size, self._layer = size, layer
         self._open = size.step_tokens - 1  # tokens that may be taken back
         self._past = [0] * size.slots  # tokens that the state has met
@@ -221,7 +297,8 @@ class KeptState:
         mixed = convolved_windows(inputs, wide).unflatten(-1, (self._layer.heads, -1))
         query, key, value, decay, rate = self._layer.parts(mixed, gates)
         silent = (torch.arange(mixed.shape[1], device=wide.device) < (self._open - stands)[:, None])
-        decay, rate = (t.masked_fill(silent[..., None, None], 0) for t in (decay, rate))
+        rate = rate.masked_fill(silent[..., None, None], 0)
+        decay = decay.masked_fill(silent[..., None, None, None], 0)
         row = (query, key, value, decay, rate)
         if length <= self._size.step_tokens:
             outputs, states = by_token(*row, self._state[slots])
@@ -266,16 +343,25 @@ def _moved(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
 
 
 def attend_linearly(config: Any, spec: Any, sizes: LinearAttentionConfig, te: bool) -> None:
-    """Have a layer attend by a gated delta net; with Transformer Engine the norm before it is in its
-    projection, and checkpoints name it as if it were always."""
-    layer = spec.submodules
-    projections: tuple[Any, Any] = (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear)
+    """Have a layer attend linearly.  With Transformer Engine the norm before a gated delta net is in its
+    projection, and checkpoints name it as if it were always; that before Kimi's, whose input has two
+    projections, stands by itself."""
+    layer, kind = spec.submodules, GatedDeltaNet if sizes.gate_rank is None else KimiDeltaAttention
+    projections: tuple[Any, Any, Any] = (tensor_parallel.ColumnParallelLinear,
+                                         tensor_parallel.RowParallelLinear,
+                                         tensor_parallel.ColumnParallelLinear)
     if te:
         from megatron.core.extensions.transformer_engine import (
-            TELayerNormColumnParallelLinear, TERowParallelLinear)
+            TEColumnParallelLinear, TELayerNormColumnParallelLinear, TENorm, TERowParallelLinear)
 
-        projections = (TELayerNormColumnParallelLinear, TERowParallelLinear)
-        layer.input_layernorm = IdentityOp
-    layer.self_attention = ModuleSpec(module=GatedDeltaNet,
-                                      params={"projections": projections, "sizes": sizes})
-    layer.sharded_state_dict_keys_map["input_layernorm."] = "self_attention.in_proj.layer_norm_"
+        beside = kind is KimiDeltaAttention
+        projections = (TEColumnParallelLinear if beside else TELayerNormColumnParallelLinear,
+                       TERowParallelLinear, TEColumnParallelLinear)
+        layer.input_layernorm = TENorm if beside else IdentityOp
+    layer.self_attention = ModuleSpec(module=kind, params={"projections": projections, "sizes": sizes})
+    # as layers with other attention name them: the library has none of these under latent attention
+    names = layer.sharded_state_dict_keys_map
+    names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    names.pop("input_layernorm.", None)
+    if kind is GatedDeltaNet:
+        names["input_layernorm."] = "self_attention.in_proj.layer_norm_"

@@ -93,14 +93,21 @@ def softmax_scale(model: ModelConfig, kind: str) -> float:
     linear, so queries and keys come out m times as long and their products m^2 times as large: the same as
     ``m^2 / sqrt(head_dim)`` behind plain rotations, which fused kernels know.  Layers that do not
     rotate have no such factor.  DeepSeek's latent attention, of whose heads a part rotates, has it there for
-    the whole heads, with ``m = 0.1 mscale ln(factor) + 1``.
+    the whole heads, with ``m = 0.1 mscale ln(factor) + 1``, or not at all (`rotated_factor`).
     """
     plain: float = model.head_dim ** -0.5 if model.attention_multiplier is None else (
         model.attention_multiplier)
     rotates = model.rope_on_global or kind == "sliding_attention"
-    if model.yarn is None or not rotates:
+    if model.yarn is None or not rotates or model.yarn.longer == "rotated":
         return plain
     return plain * max(1.0, 0.1 * model.yarn.mscale * math.log(model.yarn.factor) + 1.0) ** 2
+
+
+def rotated_factor(model: ModelConfig) -> float:
+    """Return the factor on cosine and sine (`YarnConfig.longer`)."""
+    if model.yarn is None or model.yarn.longer == "heads":
+        return 1.0
+    return max(1.0, 0.1 * math.log(model.yarn.factor) + 1.0)
 
 
 def rotate_by_token() -> None:
@@ -115,6 +122,8 @@ def rotate_by_token() -> None:
 def _rotate(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, rotary_interleaved: bool = False,
             mscale: float = 1.0, cp_group: Any = None, **paired: bool) -> torch.Tensor:
     """[tokens, heads, head_dim] by angles [tokens, 1, 1, channels] -> [tokens, heads, head_dim]."""
+    if not freqs.shape[-1]:
+        return t
     if not rotary_interleaved and not paired.get(lanes.PAIRED):
         rotated: torch.Tensor = _Rotation.apply(t, *_cosine_sine(freqs, t.dtype, mscale))
         return rotated

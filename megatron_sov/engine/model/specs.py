@@ -19,7 +19,7 @@ from megatron_sov.engine.model.gpu_settings import (
     OVERLAP, Here, exchanges_heads, expert_settings, keep_attention_decisions, keep_ends_in_bf16,
     library_settings, own_attention_serves, transformer_settings)
 from megatron_sov.engine.model.graphs import graphed
-from megatron_sov.engine.model.rotary import local_turns, softmax_scale
+from megatron_sov.engine.model.rotary import local_turns, rotated_factor, softmax_scale
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.router import BalancedRouter, RoutingStep
@@ -222,6 +222,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         config.softmax_scale = softmax_scale(model, "sliding_attention")
     config.own_attention, config.exchanges_heads = (
         own_attention_serves(here, gpu.attention, train.deterministic), exchanges_heads(here, gpu.attention))
+    config.rotated_factor = rotated_factor(model)
     config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
     config.logits_multiplier, config.mtp_depths, config.zero_centered_norms = (
         model.logits_multiplier, model.mtp_depths, model.zero_centered_norms)
@@ -368,8 +369,6 @@ def _own_copies(specs: list[Any]) -> list[Any]:
 
 
 def _finish_spec(config: Any, spec: Any, kind: str, window: int, model: ModelConfig) -> Any:
-    from megatron.core.transformer.moe.moe_layer import MoESubmodules
-
     if kind == "linear_attention":
         from megatron_sov.engine.model.linear_attention import attend_linearly
 
@@ -378,9 +377,8 @@ def _finish_spec(config: Any, spec: Any, kind: str, window: int, model: ModelCon
     else:
         _finish_attention(config, spec, kind, window, model)
     _place_norms(config, spec, kind, model)
-    block = lanes.parts(spec.submodules.mlp)
-    if isinstance(block, MoESubmodules):
-        block.router = BalancedRouter
+    if has_experts(spec):
+        lanes.parts(spec.submodules.mlp).router = BalancedRouter
         if config.cuda_graph_impl != "none":
             spec.module = graphed(spec.module)
         # with Transformer Engine this norm keeps its own name in checkpoints; one name for both
@@ -496,12 +494,21 @@ def _place_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
             if getattr(part, name, IdentityOp) is not IdentityOp:  # linear attention has no such parts
                 setattr(part, name, ZeroCenteredNorm)
     turns = local_turns(model) if kind == "sliding_attention" else None
-    if turns is None and model.block_norms == "pre" and model.residual_multiplier == 1:
+    both = model.block_norms in ("post", "both")
+    behind = both or (model.block_norms == "experts" and has_experts(spec))
+    if turns is None and not behind and model.residual_multiplier == 1:
         return
     spec.module, spec.params = OwnLayer, {"turns": turns}
-    layer.self_attn_bda = layer.mlp_bda = ModuleSpec(module=BlockOutput, params={
+    layer.self_attn_bda, layer.mlp_bda = (ModuleSpec(module=BlockOutput, params={
         "config": config, "multiplier": model.residual_multiplier,
-        "norm": None if model.block_norms == "pre" else block_norm(config)})
+        "norm": block_norm(config) if normed else None}) for normed in (both, behind))
+
+
+def has_experts(spec: Any) -> bool:
+    """Return whether a layer's feed-forward network has experts."""
+    from megatron.core.transformer.moe.moe_layer import MoESubmodules
+
+    return isinstance(lanes.parts(spec.submodules.mlp), MoESubmodules)
 
 
 def _without_norm_inside(layer: Any) -> None:

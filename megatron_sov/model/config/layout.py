@@ -94,8 +94,12 @@ class ParallelConfig:
                 refuse("tp", f"must divide model.{name} = {value}", _divisors(value))
         if model.has_dense_layers() and model.dense_ffn_dim % self.tp:
             refuse("tp", f"must divide model.dense_ffn_dim = {model.dense_ffn_dim}")
-        if self.tp > 1 and not self.sp and (model.latent_attention is not None or model.num_moe_layers()):
-            what = "model.latent_attention meets" if model.latent_attention is not None else "experts meet"
+        linear = model.linear_attention
+        narrow = {"model.latent_attention meets": model.latent_attention is not None,
+                  "model.linear_attention.gate_rank meets": bool(linear and linear.gate_rank),
+                  "experts meet": model.num_moe_layers() > 0}
+        if self.tp > 1 and not self.sp and any(narrow.values()):
+            what = next(what for what, meets in narrow.items() if meets)
             refuse("sp", f"must be true when {what} parallel.tp = {self.tp} > 1")
         if self.sp and self.tp == 1:
             refuse("sp", "needs parallel.tp > 1", "leave it out or raise tp")

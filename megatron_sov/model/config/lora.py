@@ -52,7 +52,7 @@ class LoraConfig:
         if not self.on:
             return frozenset()
         # Heads and embeddings are never among `all-linear`, as in PEFT.
-        every = {*ATTENTION, *(LINEAR_ATTENTION if model.num_linear_layers() else ()),
+        every = {*ATTENTION, *(LINEAR_ATTENTION if _has_delta_net(model) else ()),
                  *(FEED_FORWARD if _has_feed_forward(model) else ()),
                  *((EXPERTS,) if model.num_moe_layers() else ())}
         return frozenset(self.targets) - {ALL_LINEAR} | (every if ALL_LINEAR in self.targets else set())
@@ -72,7 +72,7 @@ class LoraConfig:
         adapted, with_experts = self.adapted(model), EXPERTS in self.adapted(model)
         attention = [name for name in ATTENTION if name in adapted]
         missing = {*(() if _has_feed_forward(model) else FEED_FORWARD),
-                   *(() if model.num_linear_layers() else LINEAR_ATTENTION),
+                   *(() if _has_delta_net(model) else LINEAR_ATTENTION),
                    *(() if model.num_moe_layers() else (EXPERTS,))} & {*self.targets}
         one_sided = {HEAD: "the embedding", EMBEDDING: "the head"} if model.tied_embeddings else {}
         return find_broken(
@@ -113,6 +113,12 @@ class LoraConfig:
             (not (with_experts and "expert_fc1" in gpu.offload_modules), "targets",
              "adapts experts, each of which keeps its own part of the tokens, and gpu.offload_modules = "
              "expert_fc1 frees the memory of all", "leave expert_fc1 out"))
+
+
+def _has_delta_net(model: ModelConfig) -> bool:
+    """Return whether a trunk layer has linear attention whose projections can be adapted: adapters of Kimi
+    Delta Attention are not built."""
+    return model.linear_attention is not None and model.linear_attention.gate_rank is None
 
 
 def _has_feed_forward(model: ModelConfig) -> bool:

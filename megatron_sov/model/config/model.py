@@ -64,7 +64,8 @@ class LatentAttentionConfig:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
-# Linear attention (Gated DeltaNet, arXiv 2412.06464, as Qwen3-Next has it).
+# Linear attention (Gated DeltaNet, arXiv 2412.06464, as Qwen3-Next has it; Kimi Delta Attention, arXiv
+# 2510.26692).
 
 @dataclass(frozen=True)
 class LinearAttentionConfig:
@@ -81,6 +82,10 @@ class LinearAttentionConfig:
     """Width of a head's values."""
     conv_taps: Annotated[int, Ge(1), Le(64)] = 4
     """Tokens that the causal convolution of each channel of queries, keys and values sees, its own too."""
+    gate_rank: Width | None = None
+    """Width of each of the two vectors that a decay of each channel of keys, and the output's gates, are made
+    of (Kimi Delta Attention); None: heads have one decay, and it and gates are made of the layer's input
+    (gated delta net)."""
 
     @property
     def values_per_key(self) -> int:
@@ -90,9 +95,16 @@ class LinearAttentionConfig:
     @property
     def projected(self) -> tuple[int, ...]:
         """Widths of what the layer's input becomes for each head of keys: query, key, values, gates of the
-        output, learning rates, decays."""
+        output, learning rates, decays; under `gate_rank` no gates and decays."""
         r, values = self.values_per_key, self.values_per_key * self.value_head_dim
+        if self.gate_rank is not None:
+            return (self.key_head_dim, self.key_head_dim, values, r)
         return (self.key_head_dim, self.key_head_dim, values, values, r, r)
+
+    @property
+    def decays(self) -> int:
+        """Decays of a head of keys."""
+        return self.values_per_key if self.gate_rank is None else self.key_head_dim
 
     @property
     def convolved(self) -> int:
@@ -143,6 +155,10 @@ class YarnConfig:
     mscale: AboveZero = 1.0
     """Factor on 0.1 ln(factor) in the scale of the softmax (DeepSeek's mscale and mscale_all_dim, which are
     equal); others than 1 in models with latent attention only."""
+    longer: Literal["heads", "rotated"] = "heads"
+    """Which channels of queries and keys are 0.1 ln(factor) + 1 times as long: those of whole heads, by the
+    scale of the softmax, or in models with latent attention the rotated ones alone (A.X K1; mscale_all_dim
+    0)."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +235,7 @@ class ModelConfig:
     seq_aux_loss_coeff: NotNegative = 1e-4
     """Weight of the sequence-level load-balancing loss (DeepSeek-V3, arXiv 2412.19437, eq. 17)."""
     attention_pattern: Annotated[str, MinLen(1)] = "G"
-    """Repeating pattern of layers: L = sliding window, G = global, D = gated delta net (linear attention)."""
+    """Repeating pattern of layers: L = sliding window, G = global, D = linear attention."""
     sliding_window_tokens: Annotated[NotNegativeInt, Le(MAX_SEQ_LEN)] = 0
     """Window of L layers, in tokens, the current one included; 0 where the pattern has no L."""
     layer_windows: tuple[NotNegativeInt, ...] = ()
@@ -262,9 +278,10 @@ class ModelConfig:
     """Bound of every trunk layer's gate and up projections, of experts too, before the activation
     (K-EXAONE 2.0): the gate is at most that, the up projection within both signs of it; 0: none.  Empty: no
     layer has one."""
-    block_norms: Literal["pre", "post", "both"] = "pre"
+    block_norms: Literal["pre", "post", "both", "experts"] = "pre"
     """Where a layer normalises: pre = the input of attention and feed-forward network; post = their output,
-    before it is added to the residual; both = input and output."""
+    before it is added to the residual; both = input and output; experts = the inputs, and the output of
+    feed-forward networks with experts (A.X K1)."""
     embedding_multiplier: AboveZero = 1.0
     """Factor on embeddings, as in maximal update parametrisation (arXiv 2203.03466)."""
     attention_multiplier: AboveZero | None = None
@@ -326,7 +343,8 @@ class ModelConfig:
         """Return how many tokens' keys and values take as much memory, in 2 bytes a number, as the states of
         linear layers in 4; 0 where there are none, or no layer keeps keys."""
         linear = self.num_linear_layers()
-        keys = (self.num_layers - linear) * 2 * self.num_kv_heads * self.head_dim
+        latent, of_one = self.latent_attention, 2 * self.num_kv_heads * self.head_dim
+        keys = (self.num_layers - linear) * (of_one if latent is None else latent.cached_dim)
         if self.linear_attention is None or not keys:
             return 0
         return -(-2 * linear * self.linear_attention.kept_size // keys)
@@ -385,9 +403,17 @@ class ModelConfig:
         parts = (self.vision, self.audio, self.image_tokens, self.audio_tokens)
         return any(part is not None for part in parts)
 
-    def norms_per_layer(self) -> int:
+    def norms_per_layer(self, with_experts: bool) -> int:
         """Return how many RMSNorms a layer has over the residual's width."""
+        if self.block_norms == "experts":
+            return 2 + with_experts
         return 4 if self.block_norms == "both" else 2
+
+    def norms_per_block(self) -> float:
+        """Return the mean over both blocks of the trunk's layers."""
+        moe = self.num_moe_layers()
+        norms = moe * self.norms_per_layer(True) + (self.num_layers - moe) * self.norms_per_layer(False)
+        return norms / (2 * self.num_layers)
 
     def num_moe_layers(self) -> int:
         """Return how many trunk layers have experts: all after the leading dense ones, or none."""
@@ -423,6 +449,8 @@ class ModelConfig:
              "router_bias", f"needs model.router_score = sigmoid, it is {self.router_score}"),
             (not self.num_mtp_moe_layers() or self.num_moe_layers() > 0, "mtp_experts",
              "needs a trunk with experts, and none of its layers has any", "set it to false"),
+            (self.block_norms != "experts" or self.num_moe_layers() > 0, "block_norms",
+             "needs layers with experts, and there are none", "set it to pre"),
             (kept <= groups, "num_groups_per_token", f"must be at most model.num_expert_groups = {groups}"),
             (kept > groups or groups == 1 or of_groups, "num_expert_groups",
              f"must divide model.num_experts = {experts} into groups of at least two"),
@@ -452,10 +480,8 @@ class ModelConfig:
             self, "model",
             (has_layers == (linear is not None), "linear_attention",
              f"must be given exactly when model.attention_pattern = {self.attention_pattern} has a D"),
-            (not has_layers or self.latent_attention is None, "latent_attention",
-             "is not built beside linear attention", "set it to null"),
             (not has_layers or self.block_norms != "post", "block_norms",
-             "must be pre or both beside linear attention, whose layers normalise before"),
+             "cannot be post beside linear attention, whose layers normalise before"),
             (not self.attention_output_gate or self.latent_attention is None, "attention_output_gate",
              "is not built for model.latent_attention", "set it to false"),
             (not (self.attention_output_gate and self.qkv_bias), "attention_output_gate",
@@ -467,7 +493,9 @@ class ModelConfig:
         return p + find_broken(
             linear, "model.linear_attention",
             (linear.num_value_heads % linear.num_key_heads == 0, "num_value_heads",
-             f"must be a multiple of num_key_heads = {linear.num_key_heads}"))
+             f"must be a multiple of num_key_heads = {linear.num_key_heads}"),
+            (linear.gate_rank is None or linear.num_value_heads == linear.num_key_heads, "num_value_heads",
+             f"must be num_key_heads = {linear.num_key_heads} under gate_rank"))
 
     def _list_problems(self) -> list[SettingsProblem]:
         """Return what is wrong with settings of single layers."""
@@ -504,7 +532,9 @@ class ModelConfig:
              "set the others to null"),
             (yarn is None or self.rope_theta > 1, "rope_theta", "must be above 1 with model.yarn"),
             (yarn is None or yarn.mscale == 1 or latent is not None, "yarn.mscale",
-             "needs model.latent_attention", "set it to 1"))
+             "needs model.latent_attention", "set it to 1"),
+            (yarn is None or yarn.longer == "heads" or (latent is not None and yarn.mscale == 1),
+             "yarn.longer", "needs model.latent_attention and model.yarn.mscale = 1", "set it to heads"))
         if llama3 is not None:
             p += find_broken(
                 llama3, "model.llama3_rope",
@@ -515,8 +545,7 @@ class ModelConfig:
         if latent is None:
             return p
         plain = {"qkv_bias": False, "qk_norm": False, "rope_share": 1.0, "llama3_rope": None,
-                 "local_rope_theta": None, "rope_on_global": True, "block_norms": "pre",
-                 "zero_centered_norms": False, "attention_multiplier": None}
+                 "local_rope_theta": None, "zero_centered_norms": False, "attention_multiplier": None}
         return p + find_broken(
             self, "model",
             (self.head_dim == latent.query_dim, "head_dim",
@@ -524,6 +553,8 @@ class ModelConfig:
              f"{latent.qk_rope_head_dim} = {latent.query_dim}"),
             (self.num_kv_heads == self.num_heads, "num_kv_heads", f"must be model.num_heads = "
              f"{self.num_heads} under model.latent_attention, which has keys and values for every head"),
+            (self.block_norms in ("pre", "experts"), "block_norms", "must be pre or experts with "
+             "model.latent_attention, which normalises its input"),
             ("L" not in self.attention_pattern + self.mtp_attention, "attention_pattern",
              "cannot be with model.latent_attention, which has no sliding windows",
              "set model.attention_pattern and model.mtp_attention to G"),

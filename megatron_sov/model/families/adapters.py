@@ -101,7 +101,9 @@ def _found(model: ModelConfig, lora: LoraConfig) -> Iterator[Adapted]:
 
 def _stack(link: Link) -> Adapted:
     """Return the stack of experts whose first one's block is given."""
-    folder, _, _ = link.hf_names[0].partition(".0.gate_proj" if len(link.hf_names) > 1 else ".0.down_proj")
+    block, _, _ = link.hf_names[0].partition(".experts.0.")
+    # as transformers has Mixtral's and Kimi Linear's in memory
+    folder = block.replace(".block_sparse_moe", ".mlp") + ".experts"
     name = "gate_up_proj" if len(link.hf_names) > 1 else "down_proj"
     return Adapted(f"{folder}.{name}", link, 0, link.shape[0], *link.block_shape)
 

@@ -108,10 +108,11 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return config if inside is None else inside.config(config)
 
 
+MAX_POSITIONS = Renamed("max_position_embeddings", "max_position_tokens")
 COMMON_CONFIG: tuple[ConfigItem, ...] = (
     Renamed("vocab_size", "vocab_size"), Renamed("hidden_size", "hidden_size"),
     Renamed("num_hidden_layers", "num_layers"), Renamed("num_attention_heads", "num_heads"),
-    Renamed("max_position_embeddings", "max_position_tokens"), Renamed("initializer_range", "init_std", 0.02),
+    MAX_POSITIONS, Renamed("initializer_range", "init_std", 0.02),
     Fixed("attention_dropout", 0.0),
     Encoders(),
     Unused(("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
@@ -190,6 +191,12 @@ class Family:
     copies: Mapping[str, str] = field(default_factory=dict)
     """Tensors of a prediction layer behind the trunk ("{l}" is its number) that are others once more -> those
     that they equal: written always, not needed where they are read."""
+    respelt: tuple[tuple[str, str], ...] = ()
+    """Parts of tensor names that folders may have in the place of others: theirs, ours."""
+    zeros: tuple[str, ...] = ()
+    """Endings of the names of tensors that a folder may lack, and that are 0 then; written always."""
+    unread: tuple[WeightSection, ...] = ()
+    """Tensors that a folder may have and no program reads, under their Hugging Face names."""
     reader_split: str | None = None
     """The regular expression by which transformers' tokenizer class for this family splits text, whatever
     tokenizer.json says; None where it does what the file says."""
@@ -203,6 +210,10 @@ class Family:
         if not model.num_mtp_layers:
             return {}
         return {name.replace("{l}", str(model.num_layers)): other for name, other in self.copies.items()}
+
+    def unread_in(self, model: ModelConfig) -> list[str]:
+        """Return the tensors that a folder may have and no program reads."""
+        return [name for link in links(self.unread, model) for name in link.hf_names]
 
     def predicts_behind(self) -> bool:
         """Return whether a folder counts the prediction layer as one more layer of the trunk."""

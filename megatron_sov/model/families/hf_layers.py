@@ -426,10 +426,10 @@ class NormsBehind:
         return (self.hf,)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the switch; `UserError` where blocks are not normalised before."""
-        if model.block_norms == "post":
-            raise UserError(f"model.block_norms = 'post': family '{model.family}' normalises before its "
-                            "blocks; use 'pre' or 'both'")
+        """Return the switch; `UserError` where blocks are normalised in another way."""
+        if model.block_norms not in ("pre", "both"):
+            raise UserError(f"model.block_norms = '{model.block_norms}': family '{model.family}' normalises "
+                            "before its blocks, or before and behind them; use 'pre' or 'both'")
         return {self.hf: model.block_norms == "both"}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:

@@ -4,14 +4,15 @@ it."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import LinearAttentionConfig, ModelConfig
 from megatron_sov.model.config.bounds import MAX_LAYERS
 from megatron_sov.model.config.model import LAYER_TYPES, shortest_pattern
-from megatron_sov.model.families.weights import QKV, Layout, Same, WeightEntry, linear_of, shape_of
+from megatron_sov.model.families.weights import (
+    QKV, GateUp, Layout, Reshaped, Same, WeightEntry, linear_of, shape_of)
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,27 @@ DELTA_NET: tuple[WeightEntry, ...] = (
     Same("self_attention.out_proj.weight", "linear_attn.out_proj.weight", "H W"))
 """The gated delta net of Qwen3-Next."""
 
+KIMI_DELTA: tuple[WeightEntry, ...] = (
+    Same("input_layernorm.weight", "input_layernorm.weight", "H"),
+    HeadRows("self_attention.in_proj.weight", (
+        ("self_attn.q_proj.weight", lambda linear: linear.projected[:1]),
+        ("self_attn.k_proj.weight", lambda linear: linear.projected[1:2]),
+        ("self_attn.v_proj.weight", lambda linear: linear.projected[2:3]),
+        ("self_attn.b_proj.weight", lambda linear: linear.projected[3:])), "H"),
+    TapRows("self_attention.conv1d.weight", (
+        ("self_attn.q_conv1d.weight", lambda linear: linear.projected[:1]),
+        ("self_attn.k_conv1d.weight", lambda linear: linear.projected[1:2]),
+        ("self_attn.v_conv1d.weight", lambda linear: linear.projected[2:3]))),
+    GateUp("self_attention.gates_down_proj.weight", "self_attn.f_a_proj.weight", "self_attn.g_a_proj.weight",
+           "R H"),
+    Same("self_attention.decay_up_proj.weight", "self_attn.f_b_proj.weight", "X R"),
+    Same("self_attention.output_up_proj.weight", "self_attn.g_b_proj.weight", "W R"),
+    Reshaped("self_attention.A_log", "self_attn.A_log", "T", hf_shape="G G T G"),
+    Same("self_attention.dt_bias", "self_attn.dt_bias", "X"),
+    Same("self_attention.out_norm.weight", "self_attn.o_norm.weight", "U"),
+    Same("self_attention.out_proj.weight", "self_attn.o_proj.weight", "H W"))
+"""Kimi Delta Attention."""
+
 GATED_SHARED_EXPERT: tuple[WeightEntry, ...] = (
     Same("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight", "G H"),)
 
@@ -183,14 +205,91 @@ class LinearHeads:
     defaults: tuple[int, ...] = (16, 32, 128, 128, 4)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        return dict(zip(self.names, asdict(linear_of(model)).values(), strict=True))
+        """Return the sizes; `UserError` where gates are made of narrow vectors."""
+        linear = linear_of(model)
+        if linear.gate_rank is not None:
+            raise UserError(f"model.linear_attention.gate_rank = {linear.gate_rank}: family '{model.family}' "
+                            "has a gated delta net; set it to null")
+        return dict(zip(self.names, (linear.num_key_heads, linear.num_value_heads, linear.key_head_dim,
+                                     linear.value_head_dim, linear.conv_taps), strict=True))
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the sizes."""
         sizes = [int(config.get(name, default))
                  for name, default in zip(self.names, self.defaults, strict=True)]
-        return {"linear_attention": dict(zip((f.name for f in fields(LinearAttentionConfig)), sizes,
-                                             strict=True))}
+        return {"linear_attention": asdict(LinearAttentionConfig(*sizes))}
+
+
+@dataclass(frozen=True)
+class KimiLayers:
+    """Which layers have Kimi Delta Attention, and its sizes: in a part of config.json, where layers count
+    from 1, or as transformers writes them."""
+
+    sizes: tuple[str, ...] = ("num_heads", "head_dim", "short_conv_kernel_size")
+    """In the part `linear_attn_config`."""
+    beside: tuple[str, ...] = ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
+    """As transformers writes them."""
+    defaults: tuple[int, ...] = (32, 128, 4)
+    lists: tuple[tuple[str, str], ...] = (("full_attn_layers", "full_attention"),
+                                          ("kda_layers", "linear_attention"))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("linear_attn_config", "layer_types", *self.beside)
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return both; `UserError` where heads differ, or gates have another rank."""
+        linear, types = linear_of(model), model.layer_types()
+        width = linear.key_head_dim
+        if linear != LinearAttentionConfig(linear.num_key_heads, linear.num_key_heads, width, width,
+                                           linear.conv_taps, width):
+            raise UserError(f"model.linear_attention = {asdict(linear)}: in family '{model.family}' keys and "
+                            "values have as many heads of one width, which is gate_rank too")
+        lists = {name: [i + 1 for i, found in enumerate(types) if found == kind] for name, kind in self.lists}
+        said = (linear.num_key_heads, width, linear.conv_taps)
+        return {"linear_attn_config": lists | dict(zip(self.sizes, said, strict=True)), "layer_types": types,
+                **dict(zip(self.beside, said, strict=True))}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the shortest pattern that gives the layers, and the sizes; `UserError` where two spellings
+        disagree, or a layer has no kind or two."""
+        part = dict(config.get("linear_attn_config", {}))
+        said = []
+        for name, other, default in zip(self.sizes, self.beside, self.defaults, strict=True):
+            inside = part.pop(name, config.get(other, default))
+            if config.get(other, inside) != inside:
+                raise UserError(f"config.json: linear_attn_config.{name} = {inside} and {other} = "
+                                f"{config[other]} disagree; remove the latter")
+            said.append(int(inside))
+        lists = {kind: part.pop(name) for name, kind in self.lists if name in part}
+        if part:
+            raise UserError(f"config.json: linear_attn_config has {', '.join(part)}, which is not known")
+        heads, width, taps = said
+        return {"attention_pattern": self._pattern(config, lists),
+                "linear_attention": asdict(LinearAttentionConfig(heads, heads, width, width, taps, width))}
+
+    def _pattern(self, config: dict[str, Any], lists: dict[str, list[int]]) -> str:
+        count = int(config.get("num_hidden_layers", 0))
+        if count > MAX_LAYERS:
+            raise UserError(f"config.json: num_hidden_layers = {count} must be at most {MAX_LAYERS:,}; count "
+                            "its zeros")
+        usual = ["full_attention" if i and i % 4 == 0 else "linear_attention" for i in range(count)]
+        types = config.get("layer_types", usual)
+        if len(lists) == 2:
+            of = {i: kind for kind, numbers in lists.items() for i in numbers}
+            listed = [of.get(i, "") for i in range(1, count + 1)]
+            if sorted(i for numbers in lists.values() for i in numbers) != [*range(1, count + 1)] or (
+                    config.get("layer_types", listed) != listed):
+                raise UserError("config.json: full_attn_layers and kda_layers of linear_attn_config must "
+                                f"name each of {count} layers once, counted from 1, as layer_types does "
+                                f"where it stands beside; they are {lists}")
+            types = listed
+        letter = {kind: letter for letter, kind in LAYER_TYPES.items() if letter in "DG"}
+        letters = "".join(letter.get(kind, "?") for kind in types)
+        if len(letters) != count or "?" in letters:
+            raise UserError(f"config.json: layer_types must name linear_attention or full_attention for each "
+                            f"of {count} layers; it has {types}")
+        return shortest_pattern(letters)
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,15 @@ SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "T": lambda m: linear_of(m).num_value_heads,
     "U": lambda m: linear_of(m).value_head_dim,
     "W": lambda m: linear_of(m).num_value_heads * linear_of(m).value_head_dim,
+    "X": lambda m: linear_of(m).num_key_heads * linear_of(m).key_head_dim,
+    "R": lambda m: linear_of(m).gate_rank or 0,
     "G": lambda m: 1,
 }
 """Letters of a shape: Vocabulary, Hidden, heaD, Number of query heads, All of them, dense Ffn, Experts,
 expert's Inner, Shared experts' inner; of latent attention the Query vector, the one of Keys and values, what
 is Cached, what keys without positions and values have in all heads (Both), and what heads Output; of linear
-attention the value heads (T), the width of one (U) and of all (W); the one Gate of shared experts."""
+attention the value heads (T), the width of one (U) and of all (W), that of all keys (X), and the Rank of
+gates; the one Gate of shared experts."""
 _TOKEN = re.compile(r"(\d*)([A-Z])")
 
 
@@ -168,6 +171,32 @@ class Same:
 
 
 @dataclass(frozen=True)
+class ReshapedLayout(Layout):
+    """One Hugging Face tensor with the block's numbers in another shape."""
+
+    hf_shape: tuple[int, ...] = ()
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        return self.view
+
+    def stored(self, length: int) -> tuple[int, ...]:
+        return self.hf_shape
+
+
+@dataclass(frozen=True)
+class Reshaped(Same):
+    """One Hugging Face tensor that is the Megatron tensor in another shape."""
+
+    hf_shape: str = ""
+    """Letters of the Hugging Face tensor's shape."""
+
+    def layout(self, model: ModelConfig) -> Layout:
+        shape = shape_of(self.shape, model)
+        return ReshapedLayout(shape, 0, (shape[0],), 1, shape_of(self.hf_shape, model))
+
+
+@dataclass(frozen=True)
 class GateUp:
     """The gate's rows, then the up projection's, stacked in one Megatron tensor."""
 
@@ -262,8 +291,8 @@ class WeightSection:
                    "layers with norms behind", "linear layers", "other layers"]
     """untied: once, in models whose output head is not the embedding matrix; mtp: once, in models with
     multi-token prediction; mtp layer behind: the same, where Hugging Face counts it as one more layer of the
-    trunk; layers with norms behind: every one, in models that normalise blocks' outputs; linear layers, other
-    layers: those with linear attention, and those with another."""
+    trunk; layers with norms behind: every one, in models that normalise the output of every block; linear
+    layers, other layers: those with linear attention, and those with another."""
     megatron: str
     """Prefix of the Megatron names; "{l}" is the layer, which a prediction layer behind the trunk lacks."""
     hf: str
@@ -310,7 +339,8 @@ class WeightSection:
             "every layer": range(model.num_layers),
             "linear layers": [i for i, is_linear in enumerate(linear) if is_linear],
             "other layers": [i for i, is_linear in enumerate(linear) if not is_linear],
-            "layers with norms behind": range(0 if model.block_norms == "pre" else model.num_layers),
+            "layers with norms behind": range(
+                model.num_layers if model.block_norms in ("post", "both") else 0),
             "dense layers": range(first_moe), "moe layers": range(first_moe, model.num_layers)}
         return places[self.where]
 

@@ -71,6 +71,8 @@ RECIPES: dict[str, Recipe] = {
     "glm-4.5-air": Recipe(open_models.glm_4_5_air, open_models.GLM_SOURCES),
     "deepseek-v3": Recipe(open_models.deepseek_v3, open_models.DEEPSEEK_SOURCES),
     "kimi-k2": Recipe(open_models.kimi_k2, open_models.KIMI_SOURCES),
+    "ax-k1": Recipe(open_models.ax_k1, open_models.AXK1_SOURCES),
+    "kimi-linear-48b": Recipe(open_models.kimi_linear_48b, open_models.KIMI_LINEAR_SOURCES),
     "gemma-3-1b": Recipe(open_models.gemma_3_1b, open_models.dense_sources(
         "google/gemma-3-1b-it, compared with NeMo's Gemma3Config1B")),
     "gemma3-27b": Recipe(open_models.gemma3_27b, open_models.dense_sources(
@@ -124,6 +126,8 @@ TINY = {
     "tiny-glm4-moe": "glm-4.5-air",
     "tiny-deepseek-v3": "deepseek-v3",
     "tiny-kimi-k2": "kimi-k2",
+    "tiny-ax-k1": "ax-k1",
+    "tiny-kimi-linear": "kimi-linear-48b",
     "tiny-gemma3": "gemma-3-1b",
     "tiny-gemma3-27b": "gemma3-27b",
     "tiny-gemma2": "gemma2-9b",
@@ -158,8 +162,11 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
     scale = model.attention_multiplier and model.attention_multiplier * model.head_dim / HEAD_DIM
     if scale and by_width and model.attention_multiplier:  # Gemma's, which goes with 1 / the root of it
         scale = (round(model.attention_multiplier ** -2) * HEAD_DIM / model.head_dim) ** -0.5
-    layers = TINY_LAYERS if model.layer_windows else max(4, len(model.attention_pattern))
-    single = model.at_depth(layers)
+    pattern = model.attention_pattern
+    if len(pattern) == model.num_layers:  # follows no short pattern, and begins with every kind of layer
+        pattern = pattern[:4]
+    layers = TINY_LAYERS if model.layer_windows else max(4, len(pattern))
+    single = {"attention_pattern": pattern} | model.at_depth(layers)
     if model.layer_windows:
         single["layer_windows"] = tuple(window and (32 if window == model.sliding_window_tokens else 64)
                                         for window in single["layer_windows"])
@@ -178,7 +185,10 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
                          v_head_dim=24, q_lora_rank=48 if model.has_query_latent else None)
         small = replace(small, num_kv_heads=small.num_heads, latent_attention=latent)
     if model.linear_attention is not None:
-        small = replace(small, linear_attention=LinearAttentionConfig(2, 4, 16, 24))
+        sizes = LinearAttentionConfig(2, 4, 16, 24)
+        if model.linear_attention.gate_rank is not None:
+            sizes = LinearAttentionConfig(4, 4, 16, 16, gate_rank=16)
+        small = replace(small, linear_attention=sizes)
     if model.num_experts:
         small = replace(small, num_experts=8, num_experts_per_token=2, expert_ffn_dim=128)
     if model.num_expert_groups > 1:

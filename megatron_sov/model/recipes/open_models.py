@@ -259,11 +259,11 @@ QWEN3_NEXT_SOURCES = derive(
      "parallel.*": ours("experts within a node; fits 32 H100-80GB, as plan computes")})
 
 
-# DeepSeek-V3 and Kimi K2.
+# DeepSeek-V3, Kimi K2, A.X K1 and Kimi Linear.
 
 LATENT = LatentAttentionConfig(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
                                q_lora_rank=1536)
-"""Of both models."""
+"""Of all of them."""
 DEEPSEEK_RELEASED = "deepseek-ai/DeepSeek-V3, compared with Megatron-Bridge's test_deepseek_bridges.py"
 REPORT = "arXiv 2412.19437, section 4.2"
 DEEPSEEK_SOURCES = derive(moe_sources(DEEPSEEK_RELEASED), {
@@ -297,6 +297,42 @@ def kimi_k2() -> RunConfig:
         mtp_loss_coeff=0.1, routed_scaling_factor=2.827, rope_theta=50_000.0,
         yarn=YarnConfig(32.0, 4096, 1.0, 1.0), norm_eps=1e-6, max_position_tokens=131072),
         ParallelConfig(tp=4, sp=True, pp=8, ep=32, pipeline_layout=(7, 8, 8, 8, 8, 8, 8, 6)))
+
+
+_OF_CLASSES = published("the defaults of transformers' and vLLM's AXK1Config; as many parameters as the card")
+AXK1_SOURCES = moe_sources("") | {
+    "model.*": _OF_CLASSES, "model.max_position_tokens": published("the card of skt/A.X-K1"),
+    "model.yarn.*": published("a public comparison of Korean models, which read skt/A.X-K1's config.json")}
+
+
+def ax_k1() -> RunConfig:
+    """Return A.X K1: DeepSeek-V3 with half the heads, 8 of 192 experts, a norm behind them, one dense layer;
+    128K by YaRN."""
+    return continued("ax-k1", ModelConfig(
+        family="axk1", vocab_size=163840, hidden_size=7168, num_layers=61, num_heads=64, num_kv_heads=64,
+        head_dim=192, latent_attention=LATENT, num_dense_layers=1, dense_ffn_dim=18432, num_experts=192,
+        num_experts_per_token=8, num_expert_groups=8, num_groups_per_token=4, num_shared_experts=1,
+        expert_ffn_dim=2048, block_norms="experts", routed_scaling_factor=2.5, rope_theta=10_000.0,
+        yarn=YarnConfig(4.0, 32768, longer="rotated"), norm_eps=1e-6, max_position_tokens=131072),
+        ParallelConfig(tp=4, sp=True, pp=8, ep=32, pipeline_layout=(7, 8, 8, 8, 8, 8, 8, 6)))
+
+
+KIMI_LINEAR_SOURCES = derive(
+    moe_sources("moonshotai/Kimi-Linear-48B-A3B-Instruct, two public copies of it"),
+    {"model.seq_aux_loss_coeff": DEFAULT})
+
+
+def kimi_linear_48b() -> RunConfig:
+    """Return Kimi Linear 48B-A3B: Kimi Delta Attention in 20 layers of 27, latent attention without positions
+    in the others, 8 of 256 experts by a sigmoid router, one shared, one dense layer, 1M."""
+    return continued("kimi-linear-48b", ModelConfig(
+        family="kimi_linear", vocab_size=163840, hidden_size=2304, num_layers=27, num_heads=32,
+        num_kv_heads=32, head_dim=192, latent_attention=replace(LATENT, q_lora_rank=None),
+        linear_attention=LinearAttentionConfig(32, 32, 128, 128, 4, 128),
+        attention_pattern="DDDG" * 6 + "DDG", rope_on_global=False, rope_theta=10_000.0, num_dense_layers=1,
+        dense_ffn_dim=9216, num_experts=256, num_experts_per_token=8, num_shared_experts=1,
+        expert_ffn_dim=1024, routed_scaling_factor=2.446, norm_eps=1e-5, max_position_tokens=1048576),
+        ParallelConfig(pp=3, ep=8, zero1=True))
 
 
 # Gemma.

@@ -120,7 +120,8 @@ _ORDER = (
     "q_layernorm", "k_layernorm", "linear_q_proj", "linear_q_down_proj", "linear_q_up_proj.layer_norm_weight",
     "linear_q_up_proj.weight", "linear_kv_down_proj", "linear_kv_up_proj.layer_norm_weight",
     "linear_kv_up_proj.weight", "dt_bias", "A_log", "in_proj.layer_norm_weight", "in_proj.weight", "conv1d",
-    "out_norm", "out_proj", "self_attn_bda", "pre_mlp_layernorm", "mlp.linear_fc1.layer_norm_weight",
+    "out_norm", "out_proj", "gates_down_proj", "decay_up_proj", "output_up_proj", "self_attn_bda",
+    "pre_mlp_layernorm", "mlp.linear_fc1.layer_norm_weight",
     "router.weight", "router.bias", "experts.experts.linear_fc1.weight", "experts.experts.linear_fc1.bias",
     "experts.experts.linear_fc2.weight", "experts.experts.linear_fc2.bias", "gate_weight", "linear_fc1",
     "linear_fc2", "mlp_bda", "final_layernorm")

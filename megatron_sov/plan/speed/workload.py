@@ -46,7 +46,7 @@ class ModelShape:
     """Inner width of dense feed-forward layers."""
     gated: bool = True
     """Whether feed-forward networks have a gate (three matrices, SwiGLU) or not (two)."""
-    norms_per_block: int = 1
+    norms_per_block: float = 1
     """Norms of an attention block or feed-forward network over the residual's width: before it, or behind it
     too."""
     tied: bool = False
@@ -158,9 +158,7 @@ class ModelShape:
             return self._attention()
         if block == "linear":
             assert self.linear is not None
-            values = self.linear.num_value_heads * self.linear.value_head_dim
-            return [MatrixWork(self.linear.num_key_heads * sum(self.linear.projected), h, "rows"),
-                    MatrixWork(h, values, "columns")]
+            return self._linear(self.linear)
         if block == "mamba":
             width = 2 * inner + 2 * self.mamba_num_groups * self.mamba_state_dim + self.mamba_num_heads
             return [MatrixWork(width, h, "rows"), MatrixWork(h, inner, "columns")]
@@ -198,6 +196,17 @@ class ModelShape:
             return [*found, MatrixWork(heads * self.query_dim, h, "rows")]
         return [*found, MatrixWork(self.q_lora_rank, h, ""),
                 MatrixWork(heads * self.query_dim, self.q_lora_rank, "rows", "mla_up_proj")]
+
+    def _linear(self, linear: LinearAttentionConfig) -> list[MatrixWork]:
+        h, values = self.hidden_size, linear.num_value_heads * linear.value_head_dim
+        found = [MatrixWork(linear.num_key_heads * sum(linear.projected), h, "rows"),
+                 MatrixWork(h, values, "columns")]
+        if linear.gate_rank is None:
+            return found
+        # two narrow vectors, then a decay of each channel of keys and the output's gates
+        return [*found, MatrixWork(2 * linear.gate_rank, h, ""),
+                MatrixWork(linear.num_key_heads * linear.decays, linear.gate_rank, "rows"),
+                MatrixWork(values, linear.gate_rank, "rows")]
 
     def _feed_forward(self, inner: float, width: int, part: str) -> list[MatrixWork]:
         """Return two matrices of a network, of which the first one has the gate, where there is one."""
@@ -291,7 +300,7 @@ def of_model(model: ModelConfig) -> ModelShape:
         num_layers=model.num_layers, hidden_size=model.hidden_size, num_heads=model.num_heads,
         head_dim=model.head_dim if latent is None else latent.qk_nope_head_dim,
         num_kv_heads=model.num_kv_heads, vocab_size=model.vocab_size,
-        dense_ffn_dim=model.dense_ffn_dim, norms_per_block=model.norms_per_layer() // 2,
+        dense_ffn_dim=model.dense_ffn_dim, norms_per_block=model.norms_per_block(),
         tied=model.tied_embeddings, num_experts=model.num_experts,
         num_experts_per_token=model.num_experts_per_token if model.num_experts else 0,
         expert_ffn_dim=model.expert_ffn_dim if model.num_experts else 0,

@@ -1,4 +1,5 @@
-"""The gated delta rule against transformers' functions, and documents of one row against each alone."""
+"""The gated delta rule, with decays of heads and of channels, against transformers' functions, and documents
+of one row against each alone."""
 
 from __future__ import annotations
 
@@ -13,12 +14,13 @@ LENGTHS = [5, 130, 1, 64, 65, 200, 64]
 HEADS, R, KEYS, VALUES = 2, 3, 8, 6
 
 
-def drawn(tokens: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    """Return queries, keys, values, decays and rates of a row, gradients on."""
+def drawn(tokens: int, dtype: torch.dtype = torch.float64, *, decays: int = 1, r: int = R,
+          fastest: float = 0.3) -> list[torch.Tensor]:
+    """Return queries, keys, values, decays (one, or of each channel) and rates of a row, gradients on."""
     torch.manual_seed(0)
     q, k = (torch.randn(tokens, HEADS, KEYS) for _ in range(2))
-    v = torch.randn(tokens, HEADS, R, VALUES)
-    g, b = -torch.rand(tokens, HEADS, R) * 0.3, torch.rand(tokens, HEADS, R)
+    v = torch.randn(tokens, HEADS, r, VALUES)
+    g, b = -torch.rand(tokens, HEADS, r, decays) * fastest, torch.rand(tokens, HEADS, r)
     return [t.to(dtype).requires_grad_() for t in (normalised(q) * KEYS ** -0.5, normalised(k), v, g, b)]
 
 
@@ -46,8 +48,37 @@ def test_a_document_is_what_transformers_makes_of_it(of: str) -> None:
         torch.testing.assert_close(one, other.grad, atol=2e-5, rtol=2e-5)
 
 
-def test_documents_of_a_row_are_what_each_is_alone() -> None:
-    row = drawn(sum(LENGTHS))
+@pytest.mark.parametrize("fastest", [0.3, 40.0])
+def test_with_decays_of_channels_a_document_is_what_transformers_makes_of_it(fastest: float) -> None:
+    """As Kimi Delta Attention has them; a chunk of fast ones is e^-2,000 and less."""
+    from transformers.models.kimi_linear import modeling_kimi_linear as theirs
+
+    row, again = (drawn(150, torch.float32, decays=KEYS, r=1, fastest=fastest) for _ in range(2))
+    found, state = in_chunks(*row, chunks=chunk_documents([(0, 0, 150)], CPU))
+    (found * torch.linspace(-1, 1, VALUES)).sum().backward()
+    q, k, v, g, b = (t[None] for t in again)
+    expected, last = theirs.chunk_kimi_delta_attention(
+        q * KEYS ** 0.5, k, v[:, :, :, 0], g[:, :, :, 0], b[..., 0], initial_state=None,
+        output_final_state=True)
+    (expected * torch.linspace(-1, 1, VALUES)).sum().backward()
+    torch.testing.assert_close(found[:, :, 0], expected[0], atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(state[:, :, 0], last, atol=2e-6, rtol=2e-5)
+    for one, other in zip(row, again, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=2e-5, rtol=2e-5)
+
+
+def test_decays_of_channels_that_are_alike_are_one_of_the_head() -> None:
+    row = [t.detach() for t in drawn(2 * CHUNK + 9)]
+    chunks = chunk_documents([(0, 0, len(row[0]))], CPU)
+    of_channels = [*row[:3], row[3].expand(*row[3].shape[:-1], KEYS), row[4]]
+    for one, other in zip(in_chunks(*row, chunks=chunks), in_chunks(*of_channels, chunks=chunks),
+                          strict=True):
+        torch.testing.assert_close(one, other, atol=1e-13, rtol=1e-12)
+
+
+@pytest.mark.parametrize("decays", [1, KEYS])
+def test_documents_of_a_row_are_what_each_is_alone(decays: int) -> None:
+    row = drawn(sum(LENGTHS), decays=decays)
     chunks = chunk_documents(bounds(LENGTHS), CPU)
     found, states = in_chunks(*row, chunks=chunks)
     weights = torch.randn_like(found)
@@ -63,8 +94,10 @@ def test_documents_of_a_row_are_what_each_is_alone() -> None:
             torch.testing.assert_close(gradient, whole[start:stop], atol=1e-13, rtol=1e-12)
 
 
-def test_tokens_one_by_one_and_a_state_that_goes_on_are_the_same_as_chunks() -> None:
-    row = [t.detach() for t in drawn(2 * CHUNK + 9)]
+@pytest.mark.parametrize(("decays", "fastest"), [(1, 0.3), (KEYS, 0.3), (KEYS, 40.0)])
+def test_tokens_one_by_one_and_a_state_that_goes_on_are_the_same_as_chunks(decays: int,
+                                                                           fastest: float) -> None:
+    row = [t.detach() for t in drawn(2 * CHUNK + 9, decays=decays, fastest=fastest)]
     found, last = in_chunks(*row, chunks=chunk_documents([(0, 0, len(row[0]))], CPU))
     zeros = torch.zeros(1, HEADS, R, KEYS, VALUES, dtype=torch.float64)
     singly, states = by_token(*(t[None] for t in row), zeros)

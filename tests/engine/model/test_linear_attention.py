@@ -1,4 +1,4 @@
-"""A layer's gated delta net against transformers' module, and sequences that are read span by span against
+"""A layer's linear attention against transformers' modules, and sequences that are read span by span against
 one pass."""
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ prepare_megatron()
 
 from megatron_sov.engine.model.attention import SharedPrompts, pack  # noqa: E402
 from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan, read_row  # noqa: E402
-from megatron_sov.engine.model.linear_attention import GatedDeltaNet, KeptState  # noqa: E402
+from megatron_sov.engine.model.linear_attention import (  # noqa: E402
+    GatedDeltaNet, KeptState, KimiDeltaAttention, LinearAttention)
 from megatron_sov.engine.parallel import context  # noqa: E402
 from megatron_sov.model.config import LinearAttentionConfig  # noqa: E402
+from megatron_sov.plan.footprint.activations import Tokens, _linear_attention  # noqa: E402
 
 SIZES = LinearAttentionConfig(2, 6, 8, 10, 4)
+OF_KIMI = LinearAttentionConfig(3, 3, 8, 8, 4, 8)
 HIDDEN, TOKENS = 24, 150
 
 
@@ -33,18 +36,23 @@ class Plain(torch.nn.Linear):
         return super().forward(x), None
 
 
-@pytest.fixture
-def layer(monkeypatch: pytest.MonkeyPatch) -> GatedDeltaNet:
+@pytest.fixture(params=[GatedDeltaNet, KimiDeltaAttention])
+def layer(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> LinearAttention:
     """A layer in float64 of one process, with random weights."""
     monkeypatch.setattr(context, "size", lambda: 1)
+    return made(request.param)
+
+
+def made(kind: type[LinearAttention]) -> LinearAttention:
     config = SimpleNamespace(hidden_size=HIDDEN, init_method=None, output_layer_init_method=None,
                              params_dtype=torch.float32, layernorm_epsilon=1e-6, sequence_parallel=False)
     alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    made = GatedDeltaNet(config, 1, (Plain, Plain), SIZES, SimpleNamespace(tp=alone))
+    sizes = SIZES if kind is GatedDeltaNet else OF_KIMI
+    found = kind(config, 1, (Plain, Plain, Plain), sizes, SimpleNamespace(tp=alone))
     draw = torch.Generator().manual_seed(0)
-    for name, parameter in made.named_parameters():
+    for name, parameter in found.named_parameters():
         parameter.data = torch.randn(parameter.shape, generator=draw) * 0.4 - (1.5 if "A_log" in name else 0)
-    return made.double()
+    return found.double()
 
 
 def states(tokens: int = TOKENS) -> torch.Tensor:
@@ -56,14 +64,56 @@ def row(bounds: list[int]) -> Any:
     return pack(torch.tensor(bounds, dtype=torch.int32), max(bounds), bounds[-1], host_bounds=bounds)
 
 
-def test_the_layer_and_its_gradients_are_transformers_module(layer: GatedDeltaNet) -> None:
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "size", lambda: 1)
+
+
+def test_kimis_layer_and_its_gradients_are_transformers_module(one_process: None) -> None:
+    from transformers import KimiLinearConfig
+    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
+
+    theirs = KimiLinearDeltaAttention(KimiLinearConfig(
+        hidden_size=HIDDEN, num_hidden_layers=4, linear_num_heads=3, linear_head_dim=8, rms_norm_eps=1e-6), 0)
+    ours = made(KimiDeltaAttention).float()
+    q, k, v, b = (t.flatten(0, 1) for t in ours.in_proj.weight.data.unflatten(0, (3, -1)).split(
+        OF_KIMI.projected, 1))
+    taps = ours.conv1d.weight.data.unflatten(0, (3, -1)).split(OF_KIMI.projected[:3], 1)
+    decay_down, gate_down = ours.gates_down_proj.weight.data.chunk(2)
+    theirs.load_state_dict({
+        "q_proj.weight": q, "k_proj.weight": k, "v_proj.weight": v, "b_proj.weight": b,
+        "conv1d.weight": torch.cat([part.flatten(0, 1) for part in taps]),
+        "forget_gate.A_log": ours.A_log.data[None, None, :, None], "forget_gate.dt_bias": ours.dt_bias.data,
+        "forget_gate.f_a_proj.weight": decay_down, "g_a_proj.weight": gate_down,
+        "forget_gate.f_b_proj.weight": ours.decay_up_proj.weight.data,
+        "g_b_proj.weight": ours.output_up_proj.weight.data, "o_norm.weight": ours.out_norm.weight.data,
+        "o_proj.weight": ours.out_proj.weight.data})
+    x, weights = states().float(), torch.linspace(-1, 1, HIDDEN)
+    found = ours(x, packed_seq_params=row([0, TOKENS]))[0][:, 0]
+    expected = theirs(x.transpose(0, 1))[0]
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    gate = theirs.forget_gate
+    for mine, other in ((ours.A_log, gate.A_log.flatten()), (ours.dt_bias, gate.dt_bias),
+                        (ours.decay_up_proj.weight, gate.f_b_proj.weight),
+                        (ours.output_up_proj.weight, theirs.g_b_proj.weight),
+                        (ours.out_norm.weight, theirs.o_norm.weight),
+                        (ours.out_proj.weight, theirs.o_proj.weight)):
+        of_theirs = gate.A_log.grad.flatten() if other.shape == ours.A_log.shape else other.grad
+        torch.testing.assert_close(mine.grad, of_theirs, atol=1e-4, rtol=2e-4)
+    torch.testing.assert_close(ours.gates_down_proj.weight.grad, torch.cat(
+        [gate.f_a_proj.weight.grad, theirs.g_a_proj.weight.grad]), atol=2e-4, rtol=2e-4)
+
+
+def test_the_layer_and_its_gradients_are_transformers_module(one_process: None) -> None:
     from transformers import Qwen3NextConfig
     from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
     theirs = Qwen3NextGatedDeltaNet(Qwen3NextConfig(
         hidden_size=HIDDEN, num_hidden_layers=4, linear_num_key_heads=2, linear_num_value_heads=6,
         linear_key_head_dim=8, linear_value_head_dim=10, rms_norm_eps=1e-6), 0)
-    ours = layer.float()
+    ours = made(GatedDeltaNet).float()
     by_head = ours.in_proj.weight.data.unflatten(0, (2, -1))
     widths = SIZES.projected
     taps = ours.conv1d.weight.data.unflatten(0, (2, -1)).split(widths[:3], 1)
@@ -87,7 +137,7 @@ def test_the_layer_and_its_gradients_are_transformers_module(layer: GatedDeltaNe
     torch.testing.assert_close(gradient, theirs.in_proj_qkvz.weight.grad, atol=2e-4, rtol=2e-4)
 
 
-def test_packed_documents_are_separate_ones(layer: GatedDeltaNet) -> None:
+def test_packed_documents_are_separate_ones(layer: LinearAttention) -> None:
     x, bounds = states(), [0, 70, 71, 71, 150]
     together = layer(x, packed_seq_params=row(bounds))[0]
     for start, stop in ((0, 70), (70, 71), (71, 150)):
@@ -95,7 +145,23 @@ def test_packed_documents_are_separate_ones(layer: GatedDeltaNet) -> None:
         torch.testing.assert_close(together[start:stop], alone, atol=1e-13, rtol=1e-12)
 
 
-def test_answers_that_share_a_prompt_are_whole_documents(layer: GatedDeltaNet) -> None:
+def test_what_is_kept_for_the_backward_pass_is_what_plan_counts(layer: LinearAttention) -> None:
+    tokens, weights = 512, {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(states(tokens), packed_seq_params=row([0, tokens]))
+    found = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+    counted = _linear_attention(layer.sizes, "fp64", Tokens(tokens, tokens, tokens), tp=1)
+    # the layer's input is its norm's; places and masks, of some numbers a token, are left out
+    assert 0 <= found - sum(counted.values()) - tokens * HIDDEN * 8 <= tokens * 6 * 8
+
+
+def test_answers_that_share_a_prompt_are_whole_documents(layer: LinearAttention) -> None:
     """A prompt of 70 tokens that is held once, with answers of 3 and 5."""
     x = states(78)
     source = torch.cat([torch.arange(73), torch.arange(70), torch.arange(73, 78)])
@@ -106,7 +172,7 @@ def test_answers_that_share_a_prompt_are_whole_documents(layer: GatedDeltaNet) -
     torch.testing.assert_close(found, torch.cat([whole[:73], whole[143:]]), atol=1e-13, rtol=1e-12)
 
 
-def read(layer: GatedDeltaNet, x: torch.Tensor, spans: list[tuple[int, int, int]]) -> torch.Tensor:
+def read(layer: LinearAttention, x: torch.Tensor, spans: list[tuple[int, int, int]]) -> torch.Tensor:
     """Read spans (slot, past, end) of sequences whose states at each place are x's; returns theirs."""
     tokens = [CacheSpan(slot, past, [0] * (end - past)) for slot, past, end in spans]
     packed = read_row(tokens, sum(end - past for _, past, end in spans) + 2, torch.device("cpu")).packed
@@ -116,7 +182,7 @@ def read(layer: GatedDeltaNet, x: torch.Tensor, spans: list[tuple[int, int, int]
 
 @pytest.mark.parametrize("step_tokens", [1, 4])
 @torch.no_grad()
-def test_spans_and_tokens_one_by_one_are_one_pass(layer: GatedDeltaNet, step_tokens: int) -> None:
+def test_spans_and_tokens_one_by_one_are_one_pass(layer: LinearAttention, step_tokens: int) -> None:
     x = states()
     expected = layer(x, packed_seq_params=row([0, TOKENS]))[0]
     layer.kept = kept = KeptState(CacheSize(3, TOKENS, step_tokens), layer)

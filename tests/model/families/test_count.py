@@ -39,6 +39,8 @@ from megatron_sov.model.recipes import get, names
     ("glm-4.5-air", 106.85, 13.42, 2.38),
     ("deepseek-v3", 671.03, 37.55, 11.61),
     ("kimi-k2", 1026.41, 32.86, 0.0),
+    ("ax-k1", 518.98, 32.78, 0.0),
+    ("kimi-linear-48b", 49.12, 3.48, 0.0),
 ])
 def test_published_figures(recipe: str, total_b: float, active_b: float, mtp_b: float) -> None:
     count = num_params(get(recipe).model)

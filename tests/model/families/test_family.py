@@ -24,7 +24,7 @@ from megatron_sov.model.families.hf_config import Renamed, Rope
 BIG = ("solar-open-102b", "k-exaone-236b", "qwen2-1.5b", "qwen3-4b", "qwen3-8b", "qwen3-moe-30b",
        "llama-3.1-8b", "mixtral-8x7b", "exaone-4.0-32b", "exaone-4.0-1.2b", "hyperclovax-14b",
        "glm-4.5-air", "gemma-3-1b", "gemma3-27b", "gemma2-9b", "gpt-oss-20b",
-       "gpt-oss-120b", "deepseek-v3", "kimi-k2")
+       "gpt-oss-120b", "deepseek-v3", "kimi-k2", "ax-k1")
 
 
 def hf_config(model: ModelConfig) -> dict:
@@ -62,6 +62,8 @@ def transformers_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...],
         elif name.endswith("experts.down_proj"):
             found |= {name.replace("down_proj", f"{e}.down_proj.weight"): (shape[1:], dtype)
                       for e in range(shape[0])}
+        elif name.endswith("mlp.post_mlp_layernorm.weight"):  # A.X K1's stands in the layer on disk
+            found[name.replace("mlp.post_mlp", "post_mlp")] = (shape, dtype)
         elif name.endswith("e_score_correction_bias"):
             on_disk = name.replace("mlp.gate.", "mlp.") if model.family == "exaone_moe" else name
             # kept in float32 by the model class (_keep_in_fp32_modules_strict)
@@ -123,7 +125,7 @@ def test_a_prediction_layer_behind_the_trunk_is_one_more_of_its_layers() -> None
     ("glm-4.5-air", 106.852e9, 2.3751e9),
     ("gemma-3-1b", 0.999886e9, 0), ("gemma3-27b", 27.009346e9, 0), ("gemma2-9b", 9.241706e9, 0),
     ("gpt-oss-20b", 20.914757e9, 0), ("gpt-oss-120b", 116.829157e9, 0),
-    ("deepseek-v3", 671.0264e9, 11.610e9), ("kimi-k2", 1026.408e9, 0)])
+    ("deepseek-v3", 671.0264e9, 11.610e9), ("kimi-k2", 1026.408e9, 0), ("ax-k1", 518.983e9, 0)])
 def test_parameter_totals_are_the_published_ones(name: str, trunk: float, mtp: float) -> None:
     model = recipes.get(name).model
     sizes = {key: torch.Size(shape).numel() for key, (shape, _) in our_tensors(model).items()
@@ -237,6 +239,7 @@ RELEASED = {
     "qwen3-30b-a3b-2507": "Qwen/Qwen3-30B-A3B-Instruct-2507", "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
     "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1", "exaone-4.0-32b": "LGAI-EXAONE/EXAONE-4.0-32B",
     "exaone-4.0-1.2b": "LGAI-EXAONE/EXAONE-4.0-1.2B", "gemma-3-1b": "google/gemma-3-1b-it",
+    "kimi-linear-48b": "moonshotai/Kimi-Linear-48B-A3B-Instruct",
     "deepseek-v3": "deepseek-ai/DeepSeek-V3", "kimi-k2": "moonshotai/Kimi-K2-Instruct",
     "gemma3-27b": "google/gemma-3-27b-it", "gemma2-9b": "google/gemma-2-9b",
     "glm-4.5-air": "zai-org/GLM-4.5-Air", "gpt-oss-20b": "openai/gpt-oss-20b",
@@ -256,6 +259,14 @@ def test_qwen3_next_has_the_prediction_layer_that_its_folder_has() -> None:
     family = models.get("qwen3_next")
     assert family.from_hf_config(released, ["mtp.fc.weight"]) == model
     assert family.from_hf_config(released) == replace(model, num_mtp_layers=0)
+
+
+def test_a_x_k1_is_what_transformers_class_assumes() -> None:
+    """But for YaRN, which its defaults, of the time before the extension, do not have."""
+    from transformers import AXK1Config
+
+    theirs, model = json.loads(AXK1Config().to_json_string()), recipes.get("ax-k1").model
+    assert models.get("axk1").from_hf_config(theirs) == replace(model, yarn=None, max_position_tokens=32768)
 
 
 def test_what_gpt_oss_leaves_out_is_what_transformers_assumes() -> None:

@@ -1,0 +1,261 @@
+"""Families with multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), and what they
+declare: its tensors, its sizes, and YaRN as DeepSeek states it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import LatentAttentionConfig, ModelConfig
+from megatron_sov.model.families.family import (
+    DECODER_CONFIG, DEEPSEEK_ROUTER, EXPERT_GROUPS, EXPERTS_CONFIG, MAX_POSITIONS, Family)
+from megatron_sov.model.families.hf_config import ConfigItem, Fixed, Renamed, Rope, Unused
+from megatron_sov.model.families.hf_layers import LeadingDenseLayers, PredictionBehind
+from megatron_sov.model.families.linear_layers import KIMI_DELTA, KimiLayers
+from megatron_sov.model.families.weights import (
+    COPIES_BEHIND, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_BEHIND, Experts, GateUp, Same,
+    WeightEntry, inside_prediction, latent_of, router_bias, trunk)
+
+_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+@dataclass(frozen=True)
+class LatentHeads:
+    """Heads of latent attention.  Sizes are required: transformers has defaults for them, other programs do
+    not."""
+
+    names: tuple[str, ...] = (*_SIZES, "q_lora_rank", "num_key_value_heads", "head_dim", "qk_head_dim")
+    null_tells: tuple[str, ...] = ("q_lora_rank",)
+    """Null: there is none; where it is absent transformers takes 1536."""
+    narrow: bool = False
+    """Whether queries are always made of a narrow vector."""
+    heads_tell: bool = True
+    """Whether `head_dim` is what follows; False: nothing uses it."""
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the sizes, and as many key/value heads as heads; `UserError` where there are none."""
+        latent = latent_of(model)
+        if self.narrow and latent.q_lora_rank is None:
+            raise UserError("model.latent_attention.q_lora_rank = null: queries of family "
+                            f"'{model.family}' are made of a narrow vector; give its width")
+        return {**{name: getattr(latent, name) for name in _SIZES}, "q_lora_rank": latent.q_lora_rank,
+                "num_key_value_heads": model.num_kv_heads}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the sizes; `UserError` where one is missing, or a width is not what follows from them."""
+        missing = [name for name in (*_SIZES, "q_lora_rank") if name not in config]
+        if missing:
+            raise UserError(f"config.json: lacks {', '.join(missing)}; add them (null for a q_lora_rank that "
+                            "there is not)")
+        sizes = {name: int(config[name]) for name in _SIZES}
+        rank = config["q_lora_rank"]
+        latent = LatentAttentionConfig(q_lora_rank=None if rank is None else int(rank), **sizes)
+        heads = int(config.get("num_attention_heads", 0))
+        # transformers calls what rotates a head's width
+        for name, follows in (("num_key_value_heads", heads), ("head_dim", latent.qk_rope_head_dim),
+                              ("qk_head_dim", latent.query_dim)):
+            if config.get(name, follows) != follows and (name != "head_dim" or self.heads_tell):
+                raise UserError(f"config.json: {name} = {config[name]}, but only {follows} is supported: it "
+                                "follows from num_attention_heads, qk_nope_head_dim and qk_rope_head_dim")
+        return {"latent_attention": latent, "num_kv_heads": heads, "head_dim": latent.query_dim}
+
+
+@dataclass(frozen=True)
+class LatentRope(Rope):
+    """Rotary frequencies whose YaRN has its factor as `mscale` and `mscale_all_dim`: with both equal, cosine
+    and sine have none, and the scale of the softmax has all of it; with 1 and 0, which are assumed where
+    nothing is said, it is the other way round."""
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        written = super().write(model)
+        if model.yarn is not None:
+            of_heads = model.yarn.mscale if model.yarn.longer == "heads" else 0.0
+            written["rope_parameters"] |= {"mscale": model.yarn.mscale, "mscale_all_dim": of_heads}
+        return written
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return theta and YaRN; `UserError` where the two factors are others, or stand beside other
+        scalings, which transformers multiplies by them, too."""
+        config = dict(config)
+        factors: set[tuple[Any, Any]] = set()
+        for name in ("rope_parameters", "rope_scaling"):
+            if config.get(name):
+                rope = config[name] = dict(config[name])
+                if rope.get("rope_type", rope.get("type")) != "yarn":
+                    continue
+                # A set: equal factors of both spellings leave one element, a missing one leaves its default.
+                said = [rope.pop(factor, None) for factor in ("mscale", "mscale_all_dim")]
+                factors.add((1.0 if said[0] is None else said[0], 0.0 if said[1] is None else said[1]))
+                if rope.pop("attention_factor", None) not in (None, 1.0):
+                    raise UserError("config.json: attention_factor: beside mscale and mscale_all_dim only "
+                                    "1.0 is supported; leave it out")
+        found = super().read(config)
+        if not factors:
+            return found
+        mscale, of_heads = factors.pop()
+        rotated = (mscale, of_heads) == (1, 0)
+        if factors or not (rotated or mscale == of_heads) or not mscale:
+            raise UserError("config.json: rope_type 'yarn' needs mscale and mscale_all_dim that are equal "
+                            "and not 0, or 1 and 0: others are not built for latent attention")
+        return found | {"yarn": replace(found["yarn"], mscale=float(mscale),
+                                        longer="rotated" if rotated else "heads")}
+
+
+LATENT_ATTENTION: tuple[WeightEntry, ...] = (
+    Same("input_layernorm.weight", "input_layernorm.weight", "H"),
+    Same("self_attention.linear_kv_down_proj.weight", "self_attn.kv_a_proj_with_mqa.weight", "C H"),
+    Same("self_attention.linear_kv_up_proj.layer_norm_weight", "self_attn.kv_a_layernorm.weight", "K"),
+    Same("self_attention.linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight", "B K"),
+    Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H O"),
+)
+"""All of it but the queries."""
+QUERIES_OF_A_LATENT: tuple[WeightEntry, ...] = (
+    Same("self_attention.linear_q_down_proj.weight", "self_attn.q_a_proj.weight", "Q H"),
+    Same("self_attention.linear_q_up_proj.layer_norm_weight", "self_attn.q_a_layernorm.weight", "Q"),
+    Same("self_attention.linear_q_up_proj.weight", "self_attn.q_b_proj.weight", "A Q"),
+)
+WHOLE_QUERIES: tuple[WeightEntry, ...] = (
+    Same("self_attention.linear_q_proj.weight", "self_attn.q_proj.weight", "A H"),
+)
+
+
+_CONFIG: tuple[ConfigItem, ...] = (
+    *DECODER_CONFIG, *EXPERTS_CONFIG, Fixed("norm_topk_prob", True),
+    Fixed("scoring_func", "sigmoid", written=False), Fixed("moe_layer_freq", 1, written=False),
+    Fixed("tie_word_embeddings", False), Fixed("rope_interleave", True),
+    # transformers' classes take these where a config is silent
+    Renamed("n_group", "num_expert_groups", 8), Renamed("topk_group", "num_groups_per_token", 4),
+    Renamed("rms_norm_eps", "norm_eps", 1e-6), Renamed("intermediate_size", "dense_ffn_dim", 18432),
+    Renamed("n_shared_experts", "num_shared_experts", 1),
+    Renamed("routed_scaling_factor", "routed_scaling_factor", 2.5), LatentRope(default_theta=10_000.0),
+    # of balancing losses, and of how released programs were started
+    Unused(("aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp")),
+)
+_STRUCTURE_BESIDE: dict[str, Any] = {
+    **DEEPSEEK_ROUTER, "sliding_window_tokens": 0, "tied_embeddings": False, "qkv_bias": False,
+    "qk_norm": False}
+_STRUCTURE: dict[str, Any] = {**_STRUCTURE_BESIDE, "attention_pattern": "G", "rope_on_global": True}
+
+
+# DeepSeek-V3 and R1, Kimi K2 (`deepseek_v3`): leading dense layers, DeepSeek-V3's router and a shared
+# expert.
+#
+# Its prediction layer, which has experts of its own, stands in a folder as one more layer of the trunk, with
+# copies of embedding and head.  transformers' model drops it on loading; its `MtpModel` and vLLM read it.
+
+DEEPSEEK_V3 = Family(
+    name="deepseek_v3",
+    hf_classes=("DeepseekV3ForCausalLM",),
+    weights=(
+        *EMBEDDINGS_AND_HEAD,
+        trunk("every layer", LATENT_ATTENTION),
+        trunk("every layer", QUERIES_OF_A_LATENT, when="has_query_latent"),
+        trunk("every layer", WHOLE_QUERIES, when="has_whole_queries"),
+        trunk("dense layers", DENSE_FFN),
+        trunk("moe layers", DEEPSEEK_EXPERTS),
+        PREDICTION_BEHIND, inside_prediction(LATENT_ATTENTION, DEEPSEEK_EXPERTS),
+        inside_prediction(QUERIES_OF_A_LATENT, when="has_query_latent"),
+        inside_prediction(WHOLE_QUERIES, when="has_whole_queries"),
+    ),
+    config=(
+        *_CONFIG, LatentHeads(), Renamed("n_routed_experts", "num_experts", 256),
+        Fixed("topk_method", "noaux_tc", written=False), LeadingDenseLayers(default=3), PredictionBehind(),
+    ),
+    structure=_STRUCTURE,
+    varies=("latent_attention", "mtp_experts", *EXPERT_GROUPS),
+    training={"router_bias_update_rate": 1e-3, "mtp_loss_coeff": 0.1},
+    needs_shared_expert=True,
+    copies=COPIES_BEHIND,
+)
+
+
+# A.X K1 (`axk1`): DeepSeek-V3 with a norm of what experts give, and no prediction layer.
+#
+# The released folder has all experts of a layer in one tensor, no selection biases, which are then 0 as in
+# transformers' class, and the norm in dense layers, too, where neither that class nor vLLM's has a place for
+# it.  That class routes in one way, whatever `topk_method` says.
+
+_NORM_BEHIND: tuple[WeightEntry, ...] = (Same("mlp_bda.norm.weight", "post_mlp_layernorm.weight", "H"),)
+
+AXK1 = Family(
+    name="axk1",
+    hf_classes=("AXK1ForCausalLM",),
+    weights=(
+        *EMBEDDINGS_AND_HEAD,
+        trunk("every layer", LATENT_ATTENTION, QUERIES_OF_A_LATENT),
+        trunk("dense layers", DENSE_FFN),
+        trunk("moe layers", DEEPSEEK_EXPERTS, _NORM_BEHIND),
+    ),
+    config=(
+        *_CONFIG, LatentHeads(narrow=True),
+        Renamed("n_routed_experts", "num_experts", 192, aliases=("num_local_experts",)),
+        LeadingDenseLayers(default=1),
+        # a prediction layer would be among the tensors
+        Unused(("topk_method", "num_nextn_predict_layers")),
+    ),
+    structure={**_STRUCTURE, "block_norms": "experts", "num_mtp_layers": 0},
+    varies=("latent_attention", *EXPERT_GROUPS),
+    training={"router_bias_update_rate": 1e-3},
+    needs_shared_expert=True,
+    zeros=("mlp.gate.e_score_correction_bias",),
+    unread=(trunk("dense layers", _NORM_BEHIND),),
+)
+
+
+# Kimi Linear (`kimi_linear`): three layers of four have Kimi Delta Attention (arXiv 2510.26692), the fourth
+# and the last latent attention without positions; leading dense layers, DeepSeek-V3's router and a shared
+# expert.
+#
+# transformers writes dense layers, too, under the name of experts' blocks, and reads both.
+
+_BLOCK = "block_sparse_moe"
+_KIMI_EXPERTS: tuple[WeightEntry, ...] = (
+    Same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
+    Same("mlp.router.weight", f"{_BLOCK}.gate.weight", "E H"),
+    router_bias(f"{_BLOCK}.gate.e_score_correction_bias"),
+    Experts(GateUp("mlp.experts.experts.linear_fc1.weight", f"{_BLOCK}.experts.{{e}}.w1.weight",
+                   f"{_BLOCK}.experts.{{e}}.w3.weight", "I H")),
+    Experts(Same("mlp.experts.experts.linear_fc2.weight", f"{_BLOCK}.experts.{{e}}.w2.weight", "H I")),
+    GateUp("mlp.shared_experts.linear_fc1.weight", f"{_BLOCK}.shared_experts.gate_proj.weight",
+           f"{_BLOCK}.shared_experts.up_proj.weight", "S H"),
+    Same("mlp.shared_experts.linear_fc2.weight", f"{_BLOCK}.shared_experts.down_proj.weight", "H S"),
+)
+
+KIMI_LINEAR = Family(
+    name="kimi_linear",
+    hf_classes=("KimiLinearForCausalLM",),
+    weights=(
+        *EMBEDDINGS_AND_HEAD, trunk("linear layers", KIMI_DELTA),
+        trunk("other layers", LATENT_ATTENTION),
+        trunk("other layers", QUERIES_OF_A_LATENT, when="has_query_latent"),
+        trunk("other layers", WHOLE_QUERIES, when="has_whole_queries"),
+        trunk("dense layers", DENSE_FFN), trunk("moe layers", _KIMI_EXPERTS),
+    ),
+    config=(
+        *(item for item in DECODER_CONFIG if item is not MAX_POSITIONS),
+        Renamed("model_max_length", "max_position_tokens", 1048576, aliases=("max_position_embeddings",)),
+        Renamed("num_experts", "num_experts", 256, aliases=("num_local_experts",)),
+        Renamed("num_experts_per_token", "num_experts_per_token", 8, aliases=("num_experts_per_tok",)),
+        Renamed("num_shared_experts", "num_shared_experts", 1, aliases=("n_shared_experts",)),
+        Renamed("num_expert_group", "num_expert_groups", 1, aliases=("n_group",)),
+        Renamed("topk_group", "num_groups_per_token", 1),
+        Renamed("moe_intermediate_size", "expert_ffn_dim", 1024),
+        Renamed("intermediate_size", "dense_ffn_dim", 9216), Renamed("rms_norm_eps", "norm_eps", 1e-5),
+        Renamed("routed_scaling_factor", "routed_scaling_factor", 2.446),
+        Fixed("tie_word_embeddings", False), Fixed("attention_bias", False, written=False),
+        Fixed("moe_renormalize", True), Fixed("norm_topk_prob", True, written=False),
+        Fixed("moe_router_activation_func", "sigmoid"), Fixed("mla_use_nope", True),
+        Fixed("moe_layer_freq", 1, written=False), Fixed("num_nextn_predict_layers", 0, written=False),
+        LatentHeads(heads_tell=False), KimiLayers(), LeadingDenseLayers(default=1),
+        # nothing rotates, and groups are chosen from where there are several
+        Unused(("rope_theta", "rope_scaling", "rope_parameters", "use_grouped_topk", "topk_method",
+                "pretraining_tp")),
+    ),
+    structure={**_STRUCTURE_BESIDE, "rope_on_global": False, "rope_theta": 10_000.0, "yarn": None,
+               "llama3_rope": None, "linear_rope_factor": None, "num_mtp_layers": 0},
+    varies=("latent_attention", "linear_attention", *EXPERT_GROUPS),
+    training={"router_bias_update_rate": 1e-3},
+    needs_shared_expert=True,
+    respelt=((f".{_BLOCK}.", ".mlp."),),
+)
