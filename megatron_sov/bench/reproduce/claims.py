@@ -176,8 +176,8 @@ class ClaimsFile:
 
     def problems(self) -> list[SettingsProblem]:
         found = list[SettingsProblem]()
-        named = {"claims": (self.claims, (SETUP,)), "setup": (self.setup, GIVEN),
-                 "words": (self.words, GIVEN)}
+        named: dict[str, tuple[Mapping[str, object], tuple[str, ...]]] = {
+            "claims": (self.claims, (SETUP,)), "setup": (self.setup, GIVEN), "words": (self.words, GIVEN)}
         for place, (names, taken) in named.items():
             found += name_problems(place, names)
             found += [SettingsProblem(ProblemCode.CHOICE, f"{place}.{name}", "is a name that is taken", name)
