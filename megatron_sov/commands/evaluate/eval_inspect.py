@@ -179,8 +179,8 @@ def _keep_identity(args: EvalInspectOptions, model: EvaluatedModel) -> None:
     file = args.log_folder / IDENTITY
     if not file.exists():
         if any(args.log_folder.glob("*.eval")):
-            raise UserError(f"--log {args.log_folder}: has logs of other evaluations; name another folder, or "
-                            "read one of them with --from-log")
+            raise UserError(f"--log {args.log_folder}: has logs of other evaluations; name another folder, "
+                            "or read one of them with --from-log")
         file.write_text(to_json(made), encoding="utf-8")
         return
     try:
@@ -189,8 +189,8 @@ def _keep_identity(args: EvalInspectOptions, model: EvaluatedModel) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file}: is damaged; name another folder by --log") from None
     if changed:
-        raise UserError(f"--log {args.log_folder}: has logs of another evaluation ({', '.join(changed)} differ); "
-                        "name another folder, or give the same command to go on")
+        raise UserError(f"--log {args.log_folder}: has logs of another evaluation ({', '.join(changed)} "
+                        "differ); name another folder, or give the same command to go on")
 
 
 @contextlib.contextmanager
@@ -243,8 +243,8 @@ def _run_library(args: EvalInspectOptions, endpoint: _Endpoint, flag: StopFlag) 
     finally:
         end_commands([child], END_S)
     if child.returncode:
-        raise UserError(f"inspect-ai ended with {child.returncode}; its own words are above. The logs so far are "
-                        f"in {args.log_folder}. If it is not installed: {_how_to_install()}")
+        raise UserError(f"inspect-ai ended with {child.returncode}; its own words are above. The logs so far "
+                        f"are in {args.log_folder}. If it is not installed: {_how_to_install()}")
 
 
 def _how_to_install() -> str:
