@@ -55,6 +55,8 @@ EXTRAS = {
     "synth": ["openai>=2", "httpx>=0.27", "networkx>=3", "sacrebleu>=2.5", "py3langid>=0.4"],
     # `eval lm`: the harness; it is pinned, for its tasks and prompts are part of what a score means.
     "eval": ["lm-eval==0.4.13"],
+    # `eval inspect`: the library, in a Python of its own: it wants an older fsspec than constraints.txt has
+    "inspect": ["inspect-ai==0.3.285"],
     # `serve`, and `chat`, which asks it
     "serve": ["aiohttp>=3.11", "openai>=2", "httpx>=0.27"],
     "telemetry": ["opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40",
@@ -125,7 +127,7 @@ class BuildPart(build_py):
 
 # the libraries alone: pip would ask an index for our parts by name, which has none of ours
 EXTRAS["all"] = sorted({line for name, lines in EXTRAS.items()
-                        if name not in ("test", "dev", "gpu", "docs") for line in lines})
+                        if name not in ("test", "dev", "gpu", "docs", "inspect") for line in lines})
 NEEDS = (INSTALL_REQUIRES if PART in ("", "core") else
          [f"megatron-sov=={VERSION}", *(f"megatron-sov-{part}=={VERSION}"
                                         for part in DISTRIBUTED["PARTS_NEEDED"].get(PART, ())),

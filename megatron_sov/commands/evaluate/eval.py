@@ -1,4 +1,5 @@
-"""`megatron-sov eval ppl | needle | pairs | passk | media | lm | play | suites | logits | bigram`."""
+"""`megatron-sov eval ppl | needle | pairs | passk | media | lm | inspect | play | suites | logits |
+bigram`."""
 
 from __future__ import annotations
 
@@ -241,6 +242,8 @@ ACTIONS: Actions = {
                      "From text, pictures and speech to one another, judged by what is recognised"),
     "lm": Command("megatron_sov.commands.evaluate.benchmarks:LM",
                   "Score a model on tasks of lm-eval's form, by its own prompts and metrics, offline"),
+    "inspect": Command("megatron_sov.commands.evaluate.eval_inspect:INSPECT",
+                       "Score a model on tasks of inspect-ai, run by the library, or read its logs"),
     "logits": (LogitsOptions, _logits), "bigram": (BigramOptions, _bigram),
     "play": Command("megatron_sov.commands.evaluate.eval_play:PLAY",
                     "Have a model play a benchmark's tasks with tools, and score its episodes"),
