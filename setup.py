@@ -67,6 +67,8 @@ EXTRAS = {
     "trackers": ["tensorboard", "wandb"],
     # `obs.mlflow`
     "mlflow": ["mlflow-skinny>=3.1"],
+    # `convert to-gguf`
+    "gguf": ["gguf>=0.19"],
     # `audit --key`, `--public-key`: signatures in minisign's format
     "audit": ["py-minisign>=0.21"],
     "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
@@ -89,7 +91,7 @@ EXTRAS = {
         "pillow", "soundfile", "scipy", "vector-quantize-pytorch>=1.32", "diffusers>=0.42", "jiwer>=4",
         # measures and judges of media in benchmarks/omni
         "scikit-image", "pystoi", "pocketsphinx", "espeakng-loader",
-        "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0", "py-minisign>=0.21",
+        "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0", "py-minisign>=0.21", "gguf>=0.19",
     ],
 }
 

@@ -74,7 +74,16 @@ def chat_form(folder: Path) -> dict[str, Any]:
     """
     config = _config(folder)
     return {**{f"{CONFIG_JSON}: {name}": _text(config.get(name)) for name in ("bos_token", "eos_token")},
-            f"{TEMPLATE} (or chat_template in {CONFIG_JSON})": _template(folder, config) or ""}
+            f"{TEMPLATE} (or chat_template in {CONFIG_JSON})": chat_template(folder)}
+
+
+def chat_template(folder: Path) -> str:
+    """Return the default chat template of a folder; "": it has none.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    return _template(folder, _config(folder)) or ""
 
 
 def chat_files(folder: Path) -> list[Path]:

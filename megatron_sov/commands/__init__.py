@@ -228,7 +228,7 @@ COMMANDS = {
     "convert": Command(
         "megatron_sov.commands.models.convert",
         "from-hf, to-hf, from-megatron, settings, verify, inspect, average, upcycle, deepen, "
-        "to-peft, from-peft: checkpoints, Hugging Face folders, adapters",
+        "to-peft, from-peft, to-gguf: checkpoints, Hugging Face folders, adapters",
         PUBLISH, "convert.md",
         ("convert to-hf runs/sft hf",
          "convert from-hf hf checkpoint")),

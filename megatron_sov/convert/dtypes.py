@@ -35,8 +35,9 @@ def exported_dtype(dtype: str, fp32: bool, own: torch.dtype) -> torch.dtype:
     return planned_dtype(dtype, fp32, torch.float32 if own == torch.float64 else own)
 
 
-def convert_tensor(tensor: torch.Tensor, dtype: torch.dtype, path: Path, name: str) -> torch.Tensor:
-    """Return the tensor in `dtype`.
+def convert_tensor(tensor: torch.Tensor, dtype: torch.dtype, path: Path, name: str,
+                   instead: str = "use --dtype bfloat16 or keep") -> torch.Tensor:
+    """Return the tensor in `dtype`; `instead` is what to do where it does not fit.
 
     Raises:
         UserError: it holds NaN or infinity, or a value becomes infinite (float16 ends at 65504).
@@ -49,7 +50,7 @@ def convert_tensor(tensor: torch.Tensor, dtype: torch.dtype, path: Path, name: s
     if result is not tensor and not _finite(result):
         largest, kind = tensor.abs().max().item(), str(dtype).removeprefix("torch.")
         raise UserError(f"{name}: its largest value {largest:g} does not fit {kind} "
-                        f"({torch.finfo(dtype).max:g}); use --dtype bfloat16 or keep")
+                        f"({torch.finfo(dtype).max:g}); {instead}")
     return result
 
 

@@ -1,5 +1,5 @@
-"""`megatron-sov convert from-hf | to-hf | from-megatron | settings | from-peft | to-peft | average | upcycle
-| deepen | verify | inspect`.
+"""`megatron-sov convert from-hf | to-hf | to-gguf | from-megatron | settings | from-peft | to-peft | average
+| upcycle | deepen | verify | inspect`.
 
 The command stands here and not in `convert`, since `verify` runs both models, which rooms above that one do.
 """
@@ -42,6 +42,7 @@ from megatron_sov.runs.launch_environment import is_first
 # What the actions of `megatron-sov convert` take.
 
 FormatName = Literal["none", "fp8-block", "fp8-tensor", "mxfp4", "nvfp4"]
+GgufTypeName = Literal["keep", "f32", "f16", "bf16", "q8_0"]
 DtypeName = Literal["keep", "float32", "bfloat16", "float16", "float64"]
 
 
@@ -88,6 +89,19 @@ class ToHfOptions(ConversionOptions):
     Hugging Face folder as well."""
     max_shard_bytes: AtLeastOne = MAX_SHARD_BYTES
     """Largest safetensors file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToGgufOptions(OverwriteOptions):
+    """Write a Hugging Face folder as a GGUF file, which llama.cpp runs."""
+
+    hf_dir: Annotated[Path, Flag("HF_DIR")]
+    """Folder of a dense model (llama, qwen2, qwen3) with its tokenizer."""
+    out: Annotated[Path, Flag("OUT.gguf")]
+    """File to write."""
+    type: Annotated[GgufTypeName, Flag(value="TYPE")] = "keep"
+    """What matrices are written in: f32, f16, bf16, q8_0 (8 bits, a scale for 32), or keep: what they are
+    in. Norms and biases are float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,6 +375,16 @@ def _to_hf(args: ToHfOptions) -> int:
     return ExitCode.OK
 
 
+def _to_gguf(args: ToGgufOptions) -> int:
+    refuse_missing(args.hf_dir)
+    refuse_other_kind(args.hf_dir, (HF_MODEL,), "a Hugging Face folder")
+    from megatron_sov.convert.gguf_export import to_gguf
+
+    to_gguf(args.hf_dir, args.out, args.type, overwrite=args.overwrite)
+    print(f"wrote GGUF file {args.out}")
+    return ExitCode.OK
+
+
 def _to_peft(args: ToPeftOptions) -> int:
     _begin(args, args.checkpoint)
     from megatron_sov.convert.peft import to_peft
@@ -498,6 +522,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 ACTIONS: Actions = {
     "from-hf": (FromHfOptions, _from_hf), "to-hf": (ToHfOptions, _to_hf),
+    "to-gguf": (ToGgufOptions, _to_gguf),
     "from-megatron": (FromMegatronOptions, _from_megatron), "settings": (TranslateOptions, _settings),
     "to-peft": (ToPeftOptions, _to_peft), "from-peft": (FromPeftOptions, _from_peft),
     "average": (AverageOptions, _average), "upcycle": (UpcycleOptions, _upcycle),
