@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,6 @@ from transformers import (
     AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM,
     Qwen3Config, Qwen3ForCausalLM)
 
-import gguf
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.convert.gguf_export import SPLITS, rope_divisors, to_gguf
