@@ -9,7 +9,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.bench.lm.results import read_items, read_results
@@ -99,6 +101,7 @@ def test_a_folder_is_served_while_the_library_runs(folder: Path, monkeypatch: py
                         partial(serving, program=[sys.executable, str(folder / "serve.py")]))
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text("{}")
+    save_file({"weight": np.zeros(1, np.float32)}, folder / "model" / "model.safetensors")
     assert evaluate("--set", "train.precision=fp32", "--max-length", "64", target="model") == 0
     ((words, url, key),) = calls()
     assert words[2] == "openai-api/sov/model" and url == "http://127.0.0.1:7/v1" and len(key) > 30
