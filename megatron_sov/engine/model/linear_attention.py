@@ -9,7 +9,7 @@ found back (as Megatron-Core's `mamba_context_parallel.py` does), since a state 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,9 +60,6 @@ class LinearAttention(MegatronModule):
     Rows of `in_proj` stand by heads of keys: query, key, values, and what follows them
     (`LinearAttentionConfig.projected`), so that they can be cut between any two.
     """
-
-    output_gate: Callable[[torch.Tensor], torch.Tensor]
-    """What a gate of the output passes through."""
 
     def __init__(self, config: Any, layer_number: int, projections: tuple[Any, Any, Any],
                  sizes: LinearAttentionConfig, pg_collection: Any, cp_comm_type: str | None = None) -> None:
@@ -127,9 +124,13 @@ class LinearAttention(MegatronModule):
             weight = tensor_parallel.copy_to_tensor_model_parallel_region(weight, self._group)
         found = rms_norm(found, weight.shape, weight.to(found.dtype), self.config.layernorm_epsilon)
         gate = gate.unflatten(-1, (-1, self.sizes.value_head_dim)).to(found.dtype)
-        found = found * type(self).output_gate(gate)
+        found = found * self.gate_of_output(gate)
         output: tuple[torch.Tensor, None] = self.out_proj(found.flatten(1).to(hidden_states.dtype)[:, None])
         return output
+
+    def gate_of_output(self, gate: torch.Tensor) -> torch.Tensor:
+        """Return what the output is multiplied by."""
+        raise NotImplementedError
 
     def projected(self, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
         """[tokens / sequence-parallel size, 1, hidden] -> what is convolved, gates of the output, and what
@@ -202,7 +203,8 @@ class GatedDeltaNet(LinearAttention):
     """With the names that Megatron-Core's `gated_delta_net.py` has for its parts: a state forgets at one rate
     of each head of values, and gates are made of the layer's input."""
 
-    output_gate = silu
+    def gate_of_output(self, gate: torch.Tensor) -> torch.Tensor:
+        return silu(gate)
 
     def projected(self, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
         sizes = self.sizes
@@ -220,8 +222,6 @@ class KimiDeltaAttention(LinearAttention):
     """Each channel of a state's keys forgets at a rate of its own; these rates, and the gates of the output,
     are made of two narrow vectors, which every process makes whole."""
 
-    output_gate = torch.sigmoid
-
     def __init__(self, config: Any, layer_number: int, projections: tuple[Any, Any, Any],
                  sizes: LinearAttentionConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, layer_number, projections, sizes, *args, **kwargs)
@@ -230,6 +230,9 @@ class KimiDeltaAttention(LinearAttention):
         self.decay_up_proj, self.output_up_proj = (
             self._by_heads(projections[2], sizes.gate_rank, sizes.num_key_heads * width, "fc1")
             for width in (sizes.decays, sizes.value_head_dim))
+
+    def gate_of_output(self, gate: torch.Tensor) -> torch.Tensor:
+        return gate.sigmoid()
 
     def projected(self, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
         narrow = self.gates_down_proj(hidden)[0].chunk(2, -1)
