@@ -335,8 +335,8 @@ def test_a_replay_comes_to_the_same_tokens_rewards_and_weights(
             (("--output", str(folder / "other"), *code, "--from", "4"), "is of round 3"),
             (("--output", str(folder), *code), "holds something else than a replay"),
             (("--output", str(folder / "other"), *code, "--set", "optim.lr=1"), "is not of the layout")):
-        assert main(["rl", "replay", str(whole), *words]) == 2
-        assert problem in capsys.readouterr().err
+        done = run_command("rl", "replay", str(whole), *words)
+        assert done.returncode == 2 and problem in done.stderr
 
     _damage_is_told(whole, folder, teacher, capsys)
 
@@ -388,13 +388,14 @@ def changed_copy(run: Path, target: Path, change: Callable[[dict[str, Any]], Non
 
 
 def test_what_cannot_be_replayed_is_told_before_anything_is_written(
-        whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-        ) -> None:
+        whole: Path, tmp_path: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in a process of its own, as code of one name is loaded from several places."""
     output = tmp_path / "replay"
 
     def refused(run: str, *words: str, reward: str = f"{REWARD}:Exact") -> str:
-        assert main(["rl", "replay", run, "--output", str(output), "--reward", reward, *words]) == 2
-        return str(capsys.readouterr().err)
+        done = run_command("rl", "replay", run, "--output", str(output), "--reward", reward, *words)
+        assert done.returncode == 2, done.stderr
+        return str(done.stderr)
 
     def with_deadline(settings: dict[str, Any]) -> None:
         settings["rollout"]["deadline_s"] = 5.0
@@ -416,8 +417,8 @@ def test_what_cannot_be_replayed_is_told_before_anything_is_written(
     own = REWARD.read_text()
     for text, told in ((own, f"{tmp_path}/here/moved-store: "),
                        (own.replace("< 85", "< 86"), f"and round 1 of {whole} is of version ")):
-        monkeypatch.chdir(tmp_path / "here")  # whose paths the command reads, and leaves it
-        Path("rl_reward.py").write_text(text)
+        (tmp_path / "here/rl_reward.py").write_text(text)
+        monkeypatch.chdir(tmp_path / "here")
         assert told in refused(str(whole), "--store", "moved-store", reward="rl_reward.py:Exact")
     assert not output.exists()
 
