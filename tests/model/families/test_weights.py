@@ -103,7 +103,7 @@ def test_every_link_of_every_recipe_inverts_on_meta_and_covers_its_tensor() -> N
 
 
 @pytest.mark.parametrize(("declare", "message"), [
-    (lambda: Same("a", "b", "V X"), "'X' in the shape"),
+    (lambda: Same("a", "b", "V Z"), "'Z' in the shape"),
     (lambda: Same("a", "b", ""), "in the shape ''"),
     (lambda: Experts(Same("a", "b", "H")), "lacks the placeholder {e}"),
     (lambda: Experts(Same("a.{e}", "b.{e}", "H")), "holds all experts"),
