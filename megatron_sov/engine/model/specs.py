@@ -175,8 +175,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     settings: dict[str, Any] = {
         "num_layers": model.num_layers, "hidden_size": model.hidden_size,
         "num_attention_heads": model.num_heads, "num_query_groups": model.num_kv_heads,
-        "kv_channels": model.head_dim,
-        "ffn_hidden_size": model.dense_ffn_dim or model.expert_ffn_dim,
+        "kv_channels": model.head_dim, "ffn_hidden_size": model.dense_ffn_dim or model.expert_ffn_dim,
         "normalization": "RMSNorm", "layernorm_epsilon": model.norm_eps, "gated_linear_unit": True,
         **_activation(model, te),
         "layernorm_zero_centered_gamma": te and model.zero_centered_norms,

@@ -180,15 +180,7 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         sliding_window_tokens=32 if model.sliding_window_tokens else 0,
         yarn=None, llama3_rope=rope, max_position_tokens=4096, init_std=0.04,
     )
-    if model.latent_attention is not None:
-        latent = replace(model.latent_attention, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
-                         v_head_dim=24, q_lora_rank=48 if model.has_query_latent else None)
-        small = replace(small, num_kv_heads=small.num_heads, latent_attention=latent)
-    if model.linear_attention is not None:
-        sizes = LinearAttentionConfig(2, 4, 16, 24)
-        if model.linear_attention.gate_rank is not None:
-            sizes = LinearAttentionConfig(4, 4, 16, 16, gate_rank=16)
-        small = replace(small, linear_attention=sizes)
+    small = _small_attention(small)
     if model.num_experts:
         small = replace(small, num_experts=8, num_experts_per_token=2, expert_ffn_dim=128)
     if model.num_expert_groups > 1:
@@ -214,6 +206,20 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         extend=extend,
     )
     return _small_rounds(tiny) if run.objective.name == "policy" else tiny
+
+
+def _small_attention(model: ModelConfig) -> ModelConfig:
+    """Return a model whose attention, where it is latent or linear, is narrow."""
+    if model.latent_attention is not None:
+        latent = replace(model.latent_attention, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
+                         v_head_dim=24, q_lora_rank=48 if model.has_query_latent else None)
+        model = replace(model, num_kv_heads=model.num_heads, latent_attention=latent)
+    if model.linear_attention is not None:
+        sizes = LinearAttentionConfig(2, 4, 16, 24)
+        if model.linear_attention.gate_rank is not None:
+            sizes = LinearAttentionConfig(4, 4, 16, 16, gate_rank=16)
+        model = replace(model, linear_attention=sizes)
+    return model
 
 
 def _small_media(model: ModelConfig) -> ModelConfig:
