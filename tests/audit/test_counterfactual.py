@@ -19,9 +19,8 @@ from megatron_sov.model.config.data import documents_named
 from megatron_sov.train.data.left_out import left_out
 from megatron_sov.train.data.order import SampleOrder
 from megatron_sov.train.data.views import with_views
-from tests.audit.test_audit import SMALL, as_child
+from tests.audit.test_audit import SMALL
 
-__all__ = ["as_child"]
 EVALUATED = (*SMALL, "data.heldout_tokens=256", "train.deterministic=true")
 
 

@@ -33,7 +33,6 @@ from megatron_sov.runs.checkpoints import complete, refuse_missing, refuse_no_ru
 from megatron_sov.runs.folder import ROUNDS, RunFolder
 from megatron_sov.runs.launch_environment import under_launcher
 from megatron_sov.runs.lock import living_holder
-from megatron_sov.train.data.rounds import folder_of_round
 from megatron_sov.train.stages.stage_config import converted, find_start
 
 if TYPE_CHECKING:
@@ -210,6 +209,7 @@ def _refuse_other_code(folder: Path, command: StretchCommand, first: int) -> Non
     """
     from megatron_sov.post.rl.publish import CHOSEN_BY, is_published
     from megatron_sov.post.rl.reward import reward_version
+    from megatron_sov.train.data.rounds import folder_of_round
 
     options, config = command.options, command.stretch.config
     enter_folder(command.stretch.began)
