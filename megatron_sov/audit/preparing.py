@@ -8,18 +8,16 @@ manifest and theirs, so that nothing that was left out passes.
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.audit.repeating import LOG, RepeatOutcome, folder_problem
+from megatron_sov.audit.repeating import LOG, RepeatOutcome, folder_problem, run_logged
 from megatron_sov.base.artifacts import (
     MANIFEST, Manifest, atomic_write, manifest_sha256, read_manifest, to_json)
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.sealed import read_json, write_json
-from megatron_sov.work.processes.children import start_command
 
 TOKENS, TOKENIZER = "tokens", "tokenizer"
 AGAIN, RULES = "again", "rules.json"
@@ -30,7 +28,7 @@ TOLD = {TOKENS: (), TOKENIZER: ("bytes_per_token", "checked")}
 
 
 @dataclass(frozen=True)
-class Prepared:
+class RemadeArtifact:
     """What came of one artifact that was made again."""
 
     kind: str
@@ -87,7 +85,7 @@ def parse_moved(arguments: Sequence[str]) -> Moved:
     return Moved(places)
 
 
-def prepare_again(shards: Path, moved: Moved, work: Path) -> list[Prepared]:
+def prepare_again(shards: Path, moved: Moved, work: Path) -> list[RemadeArtifact]:
     """Make token shards and their tokenizer again, and compare each with what was published.
 
     Args:
@@ -101,7 +99,7 @@ def prepare_again(shards: Path, moved: Moved, work: Path) -> list[Prepared]:
     try:
         place = _tokenizer_of(read_manifest(shards, TOKENS), moved)
     except _Unproved as e:
-        return [_keep(work, Prepared(TOKENS, manifest_sha256(shards), RepeatOutcome.UNPROVED, str(e)))]
+        return [_keep(work, RemadeArtifact(TOKENS, manifest_sha256(shards), RepeatOutcome.UNPROVED, str(e)))]
     learned = _again(place, TOKENIZER, work, lambda found, folder: _learning(found, moved, folder / RULES))
     packed = _again(shards, TOKENS, work, lambda found, folder: _packing(found, place, moved),
                     manifest_sha256(place))
@@ -120,7 +118,7 @@ def _tokenizer_of(manifest: Manifest, moved: Moved) -> Path:
 
 
 def _again(published: Path, kind: str, work: Path, spell: Callable[[Manifest, Path], list[str]],
-           tokenizer: str = "") -> Prepared:
+           tokenizer: str = "") -> RemadeArtifact:
     """Make one artifact again, unless that was done, and compare.
 
     Args:
@@ -139,13 +137,16 @@ def _again(published: Path, kind: str, work: Path, spell: Callable[[Manifest, Pa
             raise _Unproved(problem)
         manifest = read_manifest(published, kind)
         folder.mkdir(parents=True, exist_ok=True)
-        _run([*spell(manifest, folder), f"--output={folder / AGAIN}", "--overwrite"], folder / LOG)
+        words = [*spell(manifest, folder), f"--output={folder / AGAIN}", "--overwrite"]
+        code, said = run_logged(words, folder / LOG)
+        if code != ExitCode.OK:
+            raise _Unproved(f"`{words[0].partition('.')[0]} {words[1]}` ends with exit code {code}: {said}")
         outcome, detail = _compare(manifest, read_manifest(folder / AGAIN, kind))
         shutil.rmtree(folder / AGAIN)
     except (_Unproved, KeyError, TypeError, AttributeError) as e:
         outcome = RepeatOutcome.UNPROVED
         detail = str(e) if isinstance(e, _Unproved) else f"its manifest has not a command's settings ({e!r})"
-    return _keep(work, Prepared(kind, sha256, outcome, detail, tokenizer))
+    return _keep(work, RemadeArtifact(kind, sha256, outcome, detail, tokenizer))
 
 
 def _packing(manifest: Manifest, tokenizer: Path, moved: Moved) -> list[str]:
@@ -197,27 +198,12 @@ def _text(given: str, moved: Moved) -> Path:
     return place
 
 
-def _run(words: Sequence[str], log: Path) -> None:
-    """Run one of this program's commands.
-
-    Raises:
-        _Unproved: it fails.
-    """
-    with open(log, "ab") as out:
-        code = start_command([sys.executable, "-W", "ignore", "-m", *words], stdout=out, stderr=out,
-                             ends_with_this=True).wait()
-    if code != ExitCode.OK:
-        said = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-2:]
-        raise _Unproved(f"`{words[0].partition('.')[0]} {words[1]}` ends with exit code {code}: "
-                        f"{' '.join(said)}")
-
-
 def _compare(published: Manifest, again: Manifest) -> tuple[RepeatOutcome, str]:
     """Return whether both are the same in all but names of places."""
     kind = published.kind
     if settings := _differing(*(_without(m.settings, FACTS[kind]) for m in (published, again))):
         return RepeatOutcome.UNPROVED, f"a command cannot be told its settings {', '.join(settings)}"
-    files = _differing(*(_without(m.files, ()) for m in (published, again)))
+    files = _differing(published.files, again.files)
     content = _differing(*(_without(m.content, TOLD[kind]) for m in (published, again)))
     learned = [_learned(m) for m in (published, again)] if kind == TOKENIZER else []
     if others := [*files, *content, *(_differing(*learned) if learned else [])]:
@@ -239,13 +225,13 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [key for key in {**one, **other} if one.get(key) != other.get(key)]
 
 
-def _keep(work: Path, prepared: Prepared) -> Prepared:
+def _keep(work: Path, prepared: RemadeArtifact) -> RemadeArtifact:
     work.mkdir(parents=True, exist_ok=True)
     write_json(_file(work, prepared.kind, prepared.sha256), asdict(prepared), prepared.sha256)
     return prepared
 
 
-def kept(work: Path, kind: str, sha256: str) -> Prepared | None:
+def kept(work: Path, kind: str, sha256: str) -> RemadeArtifact | None:
     """Return what came of an artifact; None: it was not made again yet.
 
     Raises:
@@ -255,7 +241,7 @@ def kept(work: Path, kind: str, sha256: str) -> Prepared | None:
     if not file.is_file():
         return None
     raw: dict[str, Any] = read_json(file, "name another --work", sha256)
-    return Prepared(**{**raw, "outcome": RepeatOutcome(raw["outcome"])})
+    return RemadeArtifact(**{**raw, "outcome": RepeatOutcome(raw["outcome"])})
 
 
 def _file(work: Path, kind: str, sha256: str) -> Path:

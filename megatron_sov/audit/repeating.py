@@ -315,13 +315,22 @@ def train_until(target: RunFolder, until: int, start: Path | None, nproc: int, l
     words = [COMMANDS[objective], "--config", str(config), "--run", str(target.path), "--until", str(until),
              "--resume", *(("--from", str(start)) if start is not None else ()),
              *(("--nproc", str(nproc)) if nproc > 1 else ())]
-    with open(log, "ab") as out:
-        code = start_command([sys.executable, "-W", "ignore", "-m", "megatron_sov", *words], stdout=out,
-                             stderr=out, ends_with_this=True).wait()
+    code, said = run_logged(["megatron_sov", *words], log)
     if code not in (ExitCode.STOPPED, ExitCode.OK):
-        said = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-3:]
-        raise UserError(f"{log}: the steps up to {until} cannot be repeated (exit code {code}): "
-                        f"{' '.join(said)}")
+        raise UserError(f"{log}: the steps up to {until} cannot be repeated (exit code {code}): {said}")
+
+
+def run_logged(words: Sequence[str], log: Path) -> tuple[int, str]:
+    """Run one of this program's commands; returns its exit code and the end of what it said.
+
+    Args:
+        words: module of the program, command and arguments.
+        log: file for what it says.
+    """
+    with open(log, "ab") as out:
+        code = start_command([sys.executable, "-W", "ignore", "-m", *words], stdout=out, stderr=out,
+                             ends_with_this=True).wait()
+    return code, " ".join(log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-3:])
 
 
 def compare(segment: Segment, published: Path, repeated: Path, before: Path | None, bound: float) -> Repeated:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_sov.audit.commitment import CHECKPOINT, CODE, DATA, START, Commitment
 from megatron_sov.audit.drawing import Draw, Segment, segments_of
-from megatron_sov.audit.preparing import TOKENIZER, TOKENS, Prepared, kept as kept_prepared
+from megatron_sov.audit.preparing import TOKENIZER, TOKENS, RemadeArtifact, kept as kept_prepared
 from megatron_sov.audit.repeating import PASSED, Repeated, RepeatOutcome, kept
 from megatron_sov.base.artifacts import atomic_write, to_json
 from megatron_sov.base.errors import UserError, visible
@@ -29,7 +29,7 @@ class AuditVerdict:
     """In the order of the run; those that nobody has repeated yet are not among them."""
     settings: tuple[str, ...]
     """With which segments were repeated, as text, each once."""
-    prepared: tuple[Prepared, ...]
+    prepared: tuple[RemadeArtifact, ...]
     """Tokenizers and token shards that were made again; none where nobody did."""
 
     @property
@@ -45,7 +45,7 @@ class AuditVerdict:
         return not self.missing and all(r.outcome in PASSED for r in self.repeated) and not self.others
 
     @property
-    def others(self) -> list[Prepared]:
+    def others(self) -> list[RemadeArtifact]:
         """Return what texts do not give."""
         return [p for p in self.prepared if not p.passed]
 
@@ -81,7 +81,7 @@ def judge(commitment: Commitment, drawn: Draw, work: Path) -> AuditVerdict:
     return AuditVerdict(commitment, drawn, found, tuple(texts), tuple(read_prepared(commitment, work)))
 
 
-def read_prepared(commitment: Commitment, work: Path) -> Iterator[Prepared]:
+def read_prepared(commitment: Commitment, work: Path) -> Iterator[RemadeArtifact]:
     """Yield what an audit's folder holds of the run's data and of their tokenizers, each once.
 
     Raises:
@@ -159,7 +159,7 @@ def not_covered(verdict: AuditVerdict) -> str:
     return " ".join([*said, "Changes below the bound, where a segment is near and not equal."])
 
 
-def prepared_table(prepared: Sequence[Prepared]) -> PageTable:
+def prepared_table(prepared: Sequence[RemadeArtifact]) -> PageTable:
     """Return a row for each artifact."""
     return PageTable(["what", "manifest", "outcome", "detail"],
                      [[p.kind, p.sha256[:12], p.outcome.value, p.detail] for p in prepared])

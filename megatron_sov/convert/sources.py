@@ -92,12 +92,9 @@ class FileTensor:
 
 
 @dataclass(frozen=True)
-class ExpertPart:
+class ExpertPart(FileTensor):
     """One expert's matrix in a file's tensor of all experts of a layer, [experts, outputs, inputs]."""
 
-    file: TensorFile
-    name: str
-    """Of the tensor of all."""
     expert: int
     rows: slice
     """Its outputs: half of those of gate and up projection, which stand one behind the other."""
@@ -105,18 +102,6 @@ class ExpertPart:
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.rows.stop - self.rows.start, self.file.entries[self.name].shape[2])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.file.dtype(self.name)
-
-    @property
-    def files(self) -> set[str]:
-        return {self.file.path.name}
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return (self.name,)
 
     def read(self) -> torch.Tensor:
         inputs = slice(0, self.shape[1])

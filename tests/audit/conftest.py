@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.audit import preparing, repeating
+from megatron_sov.audit import repeating
 
 PROGRAMS = {"megatron_sov": "megatron-sov", "data_prep.cli": "sov-data", "tokenizer.cli": "sov-tokenizer"}
 
@@ -22,5 +22,4 @@ def as_child(monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any]) -
         options["stdout"].write(done.stderr.encode())
         return SimpleNamespace(wait=lambda: done.returncode)
 
-    for user in (repeating, preparing):
-        monkeypatch.setattr(user, "start_command", start)
+    monkeypatch.setattr(repeating, "start_command", start)

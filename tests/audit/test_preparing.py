@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.audit.preparing import Moved, Prepared, kept, parse_moved, prepare_again
+from megatron_sov.audit.preparing import Moved, RemadeArtifact, kept, parse_moved, prepare_again
 from megatron_sov.audit.repeating import RepeatOutcome
 from megatron_sov.base.artifacts import new_artifact, read_manifest
 from megatron_sov.base.errors import UserError
@@ -28,7 +28,7 @@ def moved_to(lab: Path) -> Moved:
     return parse_moved([f"{old}={lab}"])
 
 
-def told(found: list[Prepared]) -> dict[str, tuple[RepeatOutcome, str]]:
+def told(found: list[RemadeArtifact]) -> dict[str, tuple[RepeatOutcome, str]]:
     return {prepared.kind: (prepared.outcome, prepared.detail) for prepared in found}
 
 

@@ -57,8 +57,8 @@ class SharedClaims:
     file: Path
     order: Order
 
-    def publish(self, found: dict[str, dict[int, dict[str, dict[str, float]]]]) -> None:
-        """Write results and page, of the claims that ran now and of those that ran before."""
+    def publish(self, found: dict[str, dict[int, dict[str, dict[str, float]]]]) -> list[Judged]:
+        """Write results and page, of the claims that ran now and of those that ran before; returns them."""
         output = self.order.output
         claims = read_claims(self.file)
         judged = []
@@ -68,6 +68,7 @@ class SharedClaims:
                 judged.append(judge(output, claim, seeds))
         atomic_write(output / RESULTS, to_json(result(judged)))
         atomic_write(output / PAGE, page(claims, judged))
+        return judged
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,7 @@ def run(args: argparse.Namespace) -> int:
     with work_bar("reproduce", len(order.items()), "seed") as bar:
         # what is done stands in the seeds' own folders, so that one may ask for other claims next
         run_job(order.job(options.workers, found.update, lambda item: bar.update(1)), redo=True)
-    shared.publish(found)
-    judged = [judge(options.output, c, found[c.name]) for c in registered]
+    judged = [j for j in shared.publish(found) if j.registered.name in found]
     _print(judged)
     print(f"{options.output / PAGE}: opens in any browser without a network")
     return ExitCode.OK if all(j.outcome == ClaimOutcome.HOLDS for j in judged) else ExitCode.GATE_FAILED

@@ -363,7 +363,7 @@ def test_a_run_that_is_killed_goes_on_and_pays_nothing_twice(tmp_path: Path, end
     process.kill()
     process.wait()
     kept = EndpointCache(run.output / "answers.sqlite")
-    known = {key for key in endpoint.answered if kept.get(key) is not None}
+    known = kept.keys()  # its own: the endpoint may still be at an answer that nobody waits for
     asked = {key: endpoint.asked[key] for key in known}
     assert len(known) >= 4
     assert run(endpoint) == 0
