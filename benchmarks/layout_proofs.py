@@ -1,12 +1,15 @@
 """Recommended layouts against one process, and faults on purpose in what is sent.
 
 Usage: python benchmarks/layout_proofs.py layouts [RECIPE GPU RANKS ...]
+       python benchmarks/layout_proofs.py recommended
        python benchmarks/layout_proofs.py faults [LAYOUT ...] > FAULTS.jsonl
        python benchmarks/layout_proofs.py again FAULTS.jsonl ... > AGAIN.jsonl
        python benchmarks/layout_proofs.py tally FAULTS.jsonl ... AGAIN.jsonl
 
 `layouts` plays recommended layouts of large recipes (`CASES`, or those that are named) by all of their
-processes, as `megatron-sov plan --prove` does, each in a process of its own.  `faults` plays layouts of
+processes, as `megatron-sov plan --prove` does, each in a process of its own.  `recommended` plays every
+layout that is recommended for any recipe, each on the fewest processes that can have it and of which two
+hold the same weights and two the same experts.  `faults` plays layouts of
 four processes once for each fault of `planted_faults`: each place that sends something done wrongly in each
 way, and functions with another text.  `again` plants those that were not found, after something was
 mended, and `tally` tells how many are found in the end, and of how many the place is named.
@@ -15,6 +18,7 @@ mended, and `tally` tells how many are found in the end, and of how many the pla
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import statistics
@@ -22,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +37,50 @@ CASES = (("solar-open-102b", "b200", 480), ("solar-open-102b", "h100", 512),
          ("k-exaone-236b", "h100", 512), ("k-exaone-236b", "b200", 512))
 
 
-def layout(recipe: str, gpu: str, num_ranks: int) -> dict[str, Any]:
-    """Prove a recommended layout in this process; returns what was found."""
+def layout(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str] | None = None) -> dict[str, Any]:
+    """Prove a layout in this process; returns what was found.
+
+    Args:
+        recipe: name of the recipe.
+        gpu: kind of GPU whose recommended layout it is; "any" with settings.
+        num_ranks: processes.
+        settings: the layout; None: what is recommended for so many.
+    """
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
     from megatron_sov.plan.search.recommended import settings_for
     from megatron_sov.proof.proving import as_json, prove_run
 
     config = recipes.get(recipe)
-    settings = settings_for(config, num_ranks, gpu)
+    if settings is None:
+        settings = settings_for(config, num_ranks, gpu)
     found = as_json(*prove_run(apply_settings(config, settings), num_ranks))
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return found | {"settings": settings, "cpu_s": usage.ru_utime + usage.ru_stime,
                     "peak_bytes": usage.ru_maxrss * 1024}
 
 
-def layouts(cases: Sequence[tuple[str, str, int]]) -> bool:
+def every_recommended() -> Iterator[tuple[str, str, int, tuple[str, ...]]]:
+    """Yield each recommended layout of each recipe once, with the fewest processes that show all of it."""
+    from megatron_sov.model import recipes
+    from megatron_sov.model.config import apply_settings
+    from megatron_sov.plan.search.recommended import RECOMMENDED
+
+    for recipe, of_gpus in RECOMMENDED.items():
+        for settings in dict.fromkeys(found for of_gpu in of_gpus.values() for found in of_gpu):
+            config = apply_settings(recipes.get(recipe), [*settings])
+            p = config.parallel
+            together = p.pp * math.lcm(p.tp * p.cp, p.etp * p.ep)
+            num_ranks = next(n for n in range(2 * together, 2048 + 1, together) if not config.problems(n))
+            yield recipe, "any", num_ranks, settings
+
+
+def layouts(cases: Iterable[tuple[str, str, int, Sequence[str] | None]]) -> bool:
     """Prove layouts one after the other; returns whether all are equal to one process."""
     equal = True
-    for recipe, gpu, num_ranks in cases:
-        done = subprocess.run([sys.executable, __file__, "one", recipe, gpu, str(num_ranks)], text=True,
+    for recipe, gpu, num_ranks, settings in cases:
+        done = subprocess.run([sys.executable, __file__, "one", recipe, gpu, str(num_ranks),
+                               *([] if settings is None else ["--", *settings])], text=True,
                               stdout=subprocess.PIPE, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         equal &= found["outcome"] == "equal"
@@ -156,7 +184,7 @@ def main(argv: Sequence[str]) -> int:
 
     cpu_shims.prepare_without_gpu()
     if argv[0] == "one":
-        print(json.dumps(layout(argv[1], argv[2], int(argv[3]))))
+        print(json.dumps(layout(argv[1], argv[2], int(argv[3]), argv[5:] if "--" in argv else None)))
         return 0
     if argv[0] == "faults":
         faults(argv[1:] or [*LAYOUTS])
@@ -168,8 +196,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if argv[0] == "tally":
         return int(not tally(argv[1:]))
-    given = [(argv[i], argv[i + 1], int(argv[i + 2])) for i in range(1, len(argv), 3)]
-    return int(not layouts(given or CASES))
+    if argv[0] == "recommended":
+        return int(not layouts(every_recommended()))
+    given = [(argv[i], argv[i + 1], int(argv[i + 2]), None) for i in range(1, len(argv), 3)]
+    return int(not layouts(given or ((*case, None) for case in CASES)))
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ def folder_of(arguments: list[str]) -> Path:
 def ask(model: Path, work: Path, log: Path) -> None:
     """Ask a model, and read held-out text with it."""
     answers, judged = model / "asked.jsonl", model / "asked.judged.jsonl"
-    run(log, "megatron_sov", "generate", model, "--prompts", work / ASKED, "--chat", "--samples", str(SAMPLES),
-        "--temperature", "1", "--max-new-tokens", "64", "--output", answers)
+    run(log, "megatron_sov", "generate", model, "--prompts", work / ASKED, "--chat", "--max-new-tokens", "64",
+        "--samples", str(SAMPLES), "--temperature", "1", "--output", answers)
     run(log, "megatron_sov", "score", "--reward", "repetition", "--input", answers, "--output", judged,
         "--workers", "1")
     run(log, "megatron_sov", "eval", "ppl", model, "--data", work / "tokens", "--out", model / "ppl.json")
