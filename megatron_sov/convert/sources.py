@@ -255,7 +255,7 @@ def _without_stacks(stored: dict[str, StoredTensor], shapes: Mapping[str, tuple[
         parts, (experts, outputs, _) = match[2].split("_"), tensor.shape
         rows = outputs // len(parts)
         found |= {f"{match[1]}.{e}.{part}_proj.weight": ExpertPart(
-            tensor.file, name, e, slice(i * rows, (i + 1) * rows))
+            tensor.file, tensor.name, e, slice(i * rows, (i + 1) * rows))
             for e in range(experts) for i, part in enumerate(parts)}
     return found
 

@@ -296,3 +296,49 @@ def test_a_tensor_that_is_there_twice_or_unknown_is_refused(seeing: Path, tmp_pa
         save_file(tensors | {name: norm.clone()}, source / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(UserError, match=expected):
             convert.from_hf(source, tmp_path / "out")
+
+
+def test_qwen3_5s_text_model_is_read_out_of_its_released_folder(tmp_path: Path) -> None:
+    """Experts of a layer stand in one tensor there, those of the prediction layer too."""
+    from transformers import AutoModelForCausalLM, Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12, "initializer_range": 0.3,
+            "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 10,
+            "mtp_num_hidden_layers": 1, "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
+                "mrope_section": [1, 1, 0], "mrope_interleaved": True}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+              "num_position_embeddings": 16}
+    model = Qwen3_5MoeForConditionalGeneration(
+        Qwen3_5MoeConfig(text_config=text, vision_config=vision)).eval()
+    model.config.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf/config.json").write_text(json.dumps(
+        json.loads((tmp_path / "hf/config.json").read_text()) | {"architectures": [type(model).__name__]}))
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    last = "model.language_model.layers.1."
+    predicting = {name.replace(last, "mtp.layers.0."): torch.randn_like(tensor)
+                  for name, tensor in tensors.items() if name.startswith(last)}
+    predicting |= {f"mtp.{name}.weight": torch.randn(32)
+                   for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
+    predicting["mtp.fc.weight"] = torch.randn(32, 64)
+    save_file(tensors | predicting, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+
+    convert.from_hf(tmp_path / "hf", tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
+    back = load_file(tmp_path / "back/model.safetensors")
+    for layer in ("mtp.layers.0.", "model.layers.1."):
+        stacked = (tensors | predicting)[f"{layer.replace('model.', 'model.language_model.')}"
+                                         "mlp.experts.gate_up_proj"]
+        for e in range(4):
+            ours = [back[f"{layer}mlp.experts.{e}.{part}_proj.weight"] for part in ("gate", "up")]
+            assert torch.equal(torch.cat(ours), stacked[e])
+    assert torch.equal(back["mtp.fc.weight"], predicting["mtp.fc.weight"])
+    tokens = torch.arange(20)[None] * 7 % 90
+    with torch.no_grad():
+        inside = model(input_ids=tokens).logits
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()(input_ids=tokens).logits
+    torch.testing.assert_close(alone, inside, rtol=1e-5, atol=1e-5)

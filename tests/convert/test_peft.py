@@ -73,6 +73,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "Solar": ("tiny-solar-open", ["model.num_experts=4", "model.expert_ffn_dim=16"]),
     "Qwen3-Next": ("tiny-qwen3-next", [
         "model.attention_pattern=DG", "model.num_experts=4", "model.expert_ffn_dim=16"]),
+    "Qwen3.5": ("tiny-qwen3.5-moe", [
+        "model.attention_pattern=DG", "model.num_experts=4", "model.expert_ffn_dim=16"]),
     "K-EXAONE": ("tiny-k-exaone", ["model.num_experts=4", "model.expert_ffn_dim=16"]),
 }
 

@@ -31,6 +31,7 @@ RECIPES = {"tiny-glm4-moe": ["model.num_experts=4", "model.expert_ffn_dim=16"],
                             "model.sliding_window_tokens=8"],
            "tiny-exaone4": ["model.sliding_window_tokens=8"], "tiny-exaone4-1.2b": [],
            "tiny-hyperclovax": ["model.residual_multiplier=0.4", "model.logits_multiplier=0.3"]}
+RECIPES["tiny-qwen3.5-moe"] = RECIPES["tiny-qwen3-next"]
 RECIPES["tiny-kimi-linear"] = [
     "model.num_experts=4", "model.expert_ffn_dim=16", "model.head_dim=20",
     'model.latent_attention={"kv_lora_rank": 12, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, '
@@ -38,7 +39,7 @@ RECIPES["tiny-kimi-linear"] = [
     '"key_head_dim": 6, "value_head_dim": 6, "gate_rank": 6}']
 RECIPES["tiny-ax-k1"] = [*RECIPES["tiny-deepseek-v3"][:-1], 'model.yarn={"factor": 4.0, '
                          '"original_max_position_tokens": 16, "longer": "rotated"}']
-FURTHER = ("tiny-exaone4-1.2b",)
+FURTHER = ("tiny-exaone4-1.2b", "tiny-qwen3.5-moe")
 """Whose cache holds what that of another holds."""
 CUT_IN_ITS_OWN_WAY = ("tiny-deepseek-v3", "tiny-gpt-oss")
 """Of which two processes hold halves of what no other has: latent attention, prediction layers, sinks.  The
@@ -100,5 +101,5 @@ def test_cached_generation_is_what_full_forward_passes_say(ranks: Any, job: Any,
             assert [written, full, graphs, drafted] == of_one[recipe], recipe
             assert written == full and not graphs, recipe
             assert drafted == [written] * (recipe in ("tiny-glm4-moe", "tiny-deepseek-v3", "tiny-k-exaone2",
-                                                      "tiny-qwen3-next"))
+                                                      "tiny-qwen3-next", "tiny-qwen3.5-moe"))
             assert len({token for row in written for token in row}) > 3, recipe

@@ -55,6 +55,7 @@ FAMILIES = {
                          'model.yarn={"factor": 4.0, "original_max_position_tokens": 16, "mscale": 0.7}'),
     "tiny-hyperclovax": ("model.dense_ffn_dim=48",),
 }
+FAMILIES["tiny-qwen3.5-moe"] = FAMILIES["tiny-qwen3-next"]
 FAMILIES["tiny-kimi-linear"] = (
     "model.num_experts=4", "model.dense_ffn_dim=48", "model.num_kv_heads=4", "model.head_dim=20",
     'model.latent_attention={"kv_lora_rank": 12, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, '

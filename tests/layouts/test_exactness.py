@@ -19,6 +19,7 @@ SEEDS = range(3)
 """One of each family, in turns, in `make test`; all in `make deep`."""
 SECOND = "k_exaone_2"
 """K-EXAONE 2.0, of family exaone_moe: layers have windows and bounds of their own, and one predicts often."""
+HYBRID_QWEN = ("qwen3_next", "qwen3_5_moe_text")
 LAYOUTS = {
     "one": (1, {}),
     "TP2+SP": (2, {"tp": 2, "sp": True}),
@@ -149,6 +150,12 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
                 "linear_key_head_dim": (6, 10, 7)[seed], "linear_value_head_dim": (10, 6, 9)[seed],
                 "linear_conv_kernel_dim": (4, 3, 2)[seed], "mlp_only_layers": [0] if seed == 2 else [],
                 "rope_parameters": {**config["rope_parameters"], "partial_rotary_factor": 0.25}}
+    if family == "qwen3_5_moe_text":
+        like = odd_config("qwen3_next", seed)
+        other = ("norm_topk_prob", "mlp_only_layers", "intermediate_size")
+        return {**{name: value for name, value in like.items() if name not in other}, "model_type": family,
+                "mtp_num_hidden_layers": 1, "rope_parameters": {
+                    **like["rope_parameters"], "mrope_section": [2, 1, 1], "mrope_interleaved": True}}
     if family == "mixtral":
         return {**config, "num_experts_per_tok": experts["num_experts_per_tok"],
                 "num_local_experts": (8, 4, 16)[seed], "sliding_window": 11 if seed == 2 else None}
@@ -171,7 +178,7 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
         if name.endswith(("bias", "sinks", "norm.weight", "layernorm.weight", "norm1.weight",
                           "norm2.weight")):
             # Gemma adds the 1 itself
-            centred = config["model_type"].startswith(("gemma", "qwen3_next")) and "linear_attn" not in name
+            centred = config["model_type"].startswith(("gemma", *HYBRID_QWEN)) and "linear_attn" not in name
             is_factor = name.endswith("weight") and not centred
             tensor.data = torch.randn_like(tensor) * 0.3 + (1.0 if is_factor else 0.0)
         if name.endswith(("A_log", "conv1d.weight")):  # states that last, and values of some size
@@ -186,10 +193,10 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
         tensors, dense = load_file(folder / "model.safetensors"), f"{config['first_k_dense_replace']}."
         save_file({name.replace("block_sparse_moe", "mlp") if name.split("layers.")[-1] < dense else name: t
                    for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-    if config["model_type"] in ("exaone_moe", "qwen3_next"):
+    if config["model_type"] in ("exaone_moe", *HYBRID_QWEN):
         tensors = load_file(folder / "model.safetensors")
-        like = ".layers.0."  # of Qwen3-Next the first layer with attention and experts
-        if config["model_type"] == "qwen3_next":
+        like = ".layers.0."  # of Qwen3-Next and Qwen3.5 the first layer with attention and experts
+        if config["model_type"] in HYBRID_QWEN:
             like = f".layers.{(1, 3, 1)[seed]}."
         like_layer_0 = {n.replace("model.", "mtp.").replace(like, ".layers.0."): torch.randn_like(t)
                         for n, t in tensors.items() if like in n}
@@ -330,7 +337,7 @@ def test_bits_survive_every_layout_and_logits_are_those_of_transformers(
                 out = folder / layout
                 difference = (load_file(out / "logits.safetensors")["logits"] - expected).abs().max()
                 # transformers computes the rule in float32 whatever the dtype: its own noise is half of that
-                bound = MAX_DIFFERENCE * (2 if name.startswith(("qwen3_next", "kimi_linear")) else 1)
+                bound = MAX_DIFFERENCE * (2 if name.startswith((*HYBRID_QWEN, "kimi_linear")) else 1)
                 assert difference <= bound * expected.abs().max(), (
                     f"{name} at {layout}: logits differ by {difference:.1e}")
                 convert.to_hf(out / "ckpt", out / "hf", "bfloat16" if name.endswith("1") else "keep")

@@ -41,6 +41,7 @@ CASES = {
         "model.norm_topk_prob=false", "model.num_dense_layers=1", "model.dense_ffn_dim=48"]),
     "qwen3_next lm": ("tiny-qwen3-next", "lm", [
         *SPLIT, "model.num_dense_layers=1", "model.init_std=0.12"]),  # theirs in float32 are noisier
+    "qwen3_5_moe lm": ("tiny-qwen3.5-moe", "lm", [*SPLIT, "model.init_std=0.12"]),  # as of qwen3_next
     "exaone4 lm": ("tiny-exaone4", "lm", SPLIT),
     "gemma3 lm": ("tiny-gemma3", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381"]),
     "gemma2 lm": ("tiny-gemma2", "lm", [*SPLIT, "model.embedding_multiplier=5.656854249492381",

@@ -97,6 +97,11 @@ TEXT_INSIDE = {
         ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
         {"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
          "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}),
+    "qwen3_5_moe": TextInside(
+        "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text", (("model.language_model.", "model."),),
+        ("model.visual.",),
+        {"vocab_size": 248320, "hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 16,
+         "num_key_value_heads": 2, "max_position_embeddings": 32768, "moe_intermediate_size": 512}),
 }
 """model_type of a folder -> the text model in it."""
 

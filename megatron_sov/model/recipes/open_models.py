@@ -219,6 +219,15 @@ def qwen3_next_80b() -> RunConfig:
         ParallelConfig(pp=4, ep=8, zero1=True))
 
 
+def qwen3_5_35b() -> RunConfig:
+    """Return Qwen3.5-35B-A3B's text model: three layers of four with a gated delta net, 8 of 256 experts by a
+    softmax router, one shared behind a gate, one MTP layer with experts, 256K."""
+    run = qwen3_next_80b()
+    return replace(run, recipe="qwen3.5-35b-a3b", parallel=ParallelConfig(ep=8, zero1=True),
+                   model=replace(run.model, family="qwen3_5_moe_text", vocab_size=248320, num_layers=40,
+                                 dense_ffn_dim=0, num_experts=256, num_experts_per_token=8))
+
+
 TRAINING_SOURCES: Sources = {
     "parallel.*": ours("a layout that fits"),
     "data.phases.*.name": ours("one phase"),
@@ -257,6 +266,13 @@ QWEN3_NEXT_SOURCES = derive(
     moe_sources("Qwen/Qwen3-Next-80B-A3B-Thinking, the copy in ai-dynamo/aiconfigurator"),
     {"model.mtp_experts": PREDICTS, "model.num_mtp_layers": PREDICTS,
      "parallel.*": ours("experts within a node; fits 32 H100-80GB, as plan computes")})
+
+_OF_READERS = published("Megatron-Lite's Qwen35Config, which reads Qwen/Qwen3.5-35B-A3B")
+QWEN3_5_SOURCES = moe_sources("") | {
+    "model.*": published("the defaults of transformers' Qwen3_5MoeTextConfig, which are the 35B-A3B's"),
+    "model.rope_theta": _OF_READERS, "model.max_position_tokens": _OF_READERS,
+    "model.num_mtp_layers": _OF_READERS, "model.mtp_experts": _OF_READERS,
+    "parallel.*": ours("experts within a node; fits 16 H100-80GB, as plan computes")}
 
 
 # DeepSeek-V3, Kimi K2, A.X K1 and Kimi Linear.

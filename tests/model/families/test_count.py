@@ -40,6 +40,7 @@ from megatron_sov.model.recipes import get, names
     ("deepseek-v3", 671.03, 37.55, 11.61),
     ("kimi-k2", 1026.41, 32.86, 0.0),
     ("ax-k1", 518.98, 32.78, 0.0),
+    ("qwen3.5-35b-a3b", 34.66, 3.45, 0.84),
     ("kimi-linear-48b", 49.12, 3.48, 0.0),
 ])
 def test_published_figures(recipe: str, total_b: float, active_b: float, mtp_b: float) -> None:
