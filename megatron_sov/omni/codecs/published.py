@@ -183,10 +183,13 @@ _OLD_KEYS = ("cls", "params")
 """Hydra 0's: NeMo makes `_target_` of the first and lays the second over its parent, after our check."""
 UNUSED = ("train_ds", "validation_ds", "test_ds", "optim", "log_config", "exp_manager", "trainer")
 """Fields of a configuration that belong to its training; a model that is made with them opens files."""
-NEUTRAL = {"discriminator": None, "use_scl_loss": False}
-"""Others that belong to it, which NeMo reads always: a loss of speakers downloads a pickled network."""
-UNHEARD = ("discriminator.", "speaker_encoder.")
+NEUTRAL = {"discriminator": None, "use_scl_loss": False, "use_slm_loss": False}
+"""Others that belong to it, which NeMo reads always: losses of speakers and of language models download
+pickled networks."""
+UNHEARD = ("discriminator.", "speaker_encoder.", "slm_encoder.", "slm_predictor.")
 """Weights of them."""
+_OTHERS = ("semantic_codec", "semantic_codec_path")
+"""A second codec, which NeMo 3 opens and unpickles wherever the path leads."""
 _MAX_DEPTH, _MAX_ITEMS, _MAX_SHOWN_CHARS = 20, 100_000, 200
 _MAX_NUMBER = 1_000_000
 """Sizes and rates: tables of filters are made outside of torch, and a layer of each count."""
@@ -285,6 +288,8 @@ def config_problems(config: object) -> Iterator[str]:
         for name in NEUTRAL:
             if config.get(name):
                 yield f"config.{name}: belongs to training, which may download other networks; leave it out"
+        yield from (f"config.{name}: names a second codec, which NeMo would open; use a codec that needs none"
+                    for name in _OTHERS if config.get(name))
     # without recursion: the file decides how deep it is nested
     stack: list[tuple[str, object, int]] = [("config", config, 0)]
     num_items = 0

@@ -253,7 +253,8 @@ class AudioCodecModel(nn.Module):
     def __init__(self, cfg: dict[str, Any]) -> None:
         super().__init__()
         assert "train_ds" not in cfg
-        assert cfg["discriminator"] is None and cfg["use_scl_loss"] is False  # each would download networks
+        # each would download networks
+        assert cfg["discriminator"] is None and not cfg["use_scl_loss"] and not cfg["use_slm_loss"]
         self.sample_rate, self.samples_per_frame = cfg["sample_rate"], cfg["samples_per_frame"]
         self.audio_encoder = nn.Linear(640, cfg.get("width", 1))
         self.vector_quantizer = nn.Module()
@@ -285,9 +286,9 @@ def nemo_file(path: Path, config: Any, weights: Any, folder: str = "./") -> Path
 
 def test_nemos_codec_is_heard_by_nemos_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    network = AudioCodecModel({**NEMO, "discriminator": None, "use_scl_loss": False})
+    network = AudioCodecModel({**NEMO, "discriminator": None, "use_scl_loss": False, "use_slm_loss": False})
     trained = {"train_ds": {"_target_": "os.system"}, "discriminator": {"_target_": "a.Discriminator"},
-               "use_scl_loss": True}
+               "use_scl_loss": True, "use_slm_loss": True}
     file = nemo_file(tmp_path / "codec.nemo", {**NEMO, **trained},
                      {**network.state_dict(), "discriminator.first.weight": torch.ones(1)}, "../../")
     with pytest.raises(UserError, match=r"needs NeMo .*`pip install nemo-toolkit\[tts\]`"):
@@ -318,6 +319,8 @@ def test_nemos_codec_is_heard_by_nemos_network(tmp_path: Path, monkeypatch: pyte
     ({"a": {"_target_": f"{NEMO_MODULE}.SLMDiscriminator"}}, "config.a._target_"),
     ({"audio_encoder": {"cls": "subprocess.Popen", "params": {"args": "id"}}}, "config.audio_encoder.cls"),
     ({"params": {"use_scl_loss": True}}, "config.params"),
+    ({"semantic_codec_path": "beside.nemo"}, "config.semantic_codec_path: names a second codec"),
+    ({"semantic_codec": {"sample_rate": 16_000}}, "config.semantic_codec: names a second codec"),
     ({"a": {"_target_": ["os", "system"]}}, "config.a._target_"),
     ({"b": "oc.env", "a": "${${b}:HOME}"}, "config.a = '${${b}:HOME}': would be looked up"),
     ({"a": {"_target_": [[[["x"] * 9] * 9] * 9]}}, "config.a._target_ = a list"),
