@@ -29,8 +29,12 @@ from megatron_sov.runs.folder import CONFIG, RunFolder, read_command
 from megatron_sov.runs.obs.events import EVENTS, read_events
 
 SETTINGS, CODE, DATA, START, CHECKPOINT = "settings", "code", "data", "start", "checkpoint"
-KINDS = (SETTINGS, CODE, DATA, START, CHECKPOINT)
-"""Kinds of leaves."""
+TEACHER, REFERENCE = "teacher", "reference"
+KINDS = (SETTINGS, CODE, DATA, START, TEACHER, REFERENCE, CHECKPOINT)
+"""Kinds of leaves; `TEACHER` is what a teacher said of the data, `REFERENCE` another model that preferences
+were compared with than the one of the start."""
+STATES_KIND = "teacher_states"
+"""What artifacts of `TEACHER` are, as records and manifests call them."""
 HASH, STEP = re.compile(r"[0-9a-f]{64}"), re.compile(r"[1-9][0-9]{0,11}")
 """What a log that others wrote may hold."""
 SIGNATURE = ".minisig"
@@ -140,15 +144,25 @@ def leaves_of(run: Path) -> list[Leaf]:
     found.append(Leaf(CODE, "", code_sha256()))
     found += [Leaf(DATA, given, manifest_sha256(place)) for given, place in data_folders(run).items()]
     found += [Leaf(START, "", sha256) for sha256 in [start_of(run)] if sha256]
+    found += [Leaf(kind, "", sha256) for kind, called in ((TEACHER, STATES_KIND), (REFERENCE, REFERENCE))
+              for sha256 in inputs_of(run, called)]
     return found + [Leaf(CHECKPOINT, str(checkpoints.step_of(path)), manifest_sha256(path))
                     for path in checkpoints.complete(folder.checkpoints)]
 
 
 def start_of(run: Path) -> str:
     """Return the hash of the manifest of the model that a run began from; empty: it began from its seed."""
-    starts = (given["manifest_sha256"] for event in read_events(run / EVENTS) if event["event"] == "run_start"
-              for given in event.get("inputs", ()) if given["kind"] == checkpoints.KIND)
-    return str(next(starts, ""))
+    return next(iter(inputs_of(run, checkpoints.KIND)), "")
+
+
+def inputs_of(run: Path, kind: str) -> dict[str, Path]:
+    """Return what a run's records say that it learned from: hash of the manifest -> where it lay."""
+    found: dict[str, Path] = {}
+    for event in read_events(run / EVENTS):
+        for given in event.get("inputs", ()) if event["event"] == "run_start" else ():
+            if given["kind"] == kind:
+                found.setdefault(str(given["manifest_sha256"]), Path(given["path"]))
+    return found
 
 
 def data_folders(run: Path) -> dict[str, Path]:

@@ -122,7 +122,9 @@ def plan_repetition(run: Path, without: Sequence[str], output: Path, start: Path
                         "or stop it")
     newest = checkpoints.find_checkpoint(run)
     config = checkpoints.settings_of(newest)
-    if what := cannot_be_repeated(config):
+    # what a teacher said, or an adapter's base, may come from the documents too
+    others = "adapters" if config.lora.on else "a teacher" if config.objective.name == "distill" else ""
+    if what := cannot_be_repeated(config) or others:
         raise UserError(f"{run}: has {what}; pretrain, sft and prefer of all weights without code of one's "
                         "own are what can be repeated")
     if config.data.paths.keys() != now.data.paths.keys():

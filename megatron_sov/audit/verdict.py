@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_sov.audit.commitment import CHECKPOINT, CODE, DATA, START, Commitment
+from megatron_sov.audit.commitment import (
+    CHECKPOINT, CODE, DATA, REFERENCE, START, TEACHER, Commitment)
 from megatron_sov.audit.drawing import Draw, Segment, segments_of
 from megatron_sov.audit.preparing import TOKENIZER, TOKENS, RemadeArtifact, kept as kept_prepared
 from megatron_sov.audit.repeating import PASSED, Repeated, RepeatOutcome, kept
@@ -152,6 +153,12 @@ def not_covered(verdict: AuditVerdict) -> str:
             "are."]
     if log.find(START):
         said.append("The model that the run began from: it has a log of its own, or none.")
+    if log.find(REFERENCE):
+        said.append("The model that preferences were compared with: it has a log of its own, or none.")
+    if log.find(TEACHER):
+        said.append("The teacher, and that it says what is kept of it: the manifest of that has the hash of "
+                    "the teacher's weights, and whoever has these can ask it again (`megatron-sov distill "
+                    "states`).")
     if len(log.find(CODE)) > 1:
         said.append("The run changed its code on the way; the auditor's own was used throughout.")
     if unmade:

@@ -125,6 +125,10 @@ class AuditRepeatOptions(LogOptions):
     """Token shards, where they do not lie where the run read them; each is found by its hash."""
     start_from: Annotated[Path | None, Flag("--from", "CHECKPOINT|RUN")] = None
     """Model that the run began from, where it did not begin from its seed."""
+    states: Annotated[tuple[Path, ...], Flag(value="DIR")] = ()
+    """Of a distillation, where it does not lie where the run read it: what the teacher said of the data."""
+    reference: Annotated[Path | None, Flag(value="CHECKPOINT|RUN")] = None
+    """Model of --reference, of a run of `prefer` that was given one."""
     work: Annotated[Path, Flag(value="DIR")]
     """Folder of the audit; a killed command goes on where it was."""
     nproc: AtLeastOne | None = None
@@ -154,7 +158,7 @@ def run_repeat(typed: argparse.Namespace) -> int:
     from megatron_sov.audit.verdict import judge
 
     evidence = gather_evidence(args.run, commitment, args.data, args.start_from, args.settings, args.nproc,
-                               args.bound)
+                               args.bound, states=args.states, reference=args.reference)
     for number, segment in enumerate(drawn.segments, 1):
         found = kept(args.work, drawn.root, segment)
         if found is not None and (found.bound, found.settings) != (args.bound, args.settings):
