@@ -35,8 +35,7 @@ from megatron_sov.model.config.train import ObsConfig
 from megatron_sov.model.families.adapters import B
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.runs.folder import (
-    CONFIG, REFERENCE as LOGPROBS, RunFolder, fixed_settings, read_command)
+from megatron_sov.runs.folder import CONFIG, REFERENCE as LOGPROBS, RunFolder, fixed_settings, read_command
 from megatron_sov.work.processes.children import start_command
 
 if TYPE_CHECKING:

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_sov.audit.commitment import (
-    CHECKPOINT, CODE, DATA, REFERENCE, START, TEACHER, Commitment)
+from megatron_sov.audit.commitment import CHECKPOINT, CODE, DATA, REFERENCE, START, TEACHER, Commitment
 from megatron_sov.audit.drawing import Draw, Segment, segments_of
 from megatron_sov.audit.preparing import TOKENIZER, TOKENS, RemadeArtifact, kept as kept_prepared
 from megatron_sov.audit.repeating import PASSED, Repeated, RepeatOutcome, kept

@@ -1,4 +1,5 @@
-"""`megatron-sov audit commit | draw | repeat | verdict`: what a run publishes, and how others check it."""
+"""`megatron-sov audit commit | draw | repeat | data | verdict | prove | check`: what a run publishes, and how
+others check it."""
 
 from __future__ import annotations
 
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.audit.commitment import (
-    CODE, Commitment, check_signature, code_sha256, data_folders, publish, read_commitment, sign)
+    CODE, Commitment, InclusionProof, check_signature, code_sha256, data_folders, prove_inclusion, publish,
+    read_commitment, read_proof, sign, write_proof)
 from megatron_sov.audit.drawing import draw, needed, read_draw, segments_of, write_draw
+from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import ExitCode, UserError, visible, warn
 from megatron_sov.base.outputs import check_output, refuse_input, refuse_nowhere
 from megatron_sov.base.settings import (
@@ -260,3 +263,81 @@ def run_verdict(typed: argparse.Namespace) -> int:
 
 
 VERDICT = command_of(AuditVerdictOptions, run_verdict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditProveOptions(LogOptions):
+    """Take one line out of a log, with what shows that it stood in it."""
+
+    what: Annotated[NotBlank, Flag("WHAT")]
+    """A folder that was published (token shards, a checkpoint), a file of it, or the hash of a line."""
+    output: Annotated[Path, Flag(value="FILE")]
+    """The proof; it has no other line of the log."""
+
+
+def run_prove(typed: argparse.Namespace) -> int:
+    """Write the proof.
+
+    Raises:
+        UserError: it was not published.
+    """
+    args = read_options(AuditProveOptions, typed)
+    check_output("--output", args.output)
+    refuse_input("--output", args.output, args.log)
+    commitment = _published(args)
+    proof = prove_inclusion(commitment, args.what)
+    write_proof(args.output, proof)
+    print(visible(f"{args.output}: {proof.leaf.kind} {proof.leaf.name} {proof.leaf.sha256} is line "
+                  f"{proof.index + 1} of {proof.size}, root {commitment.root}"))
+    return ExitCode.OK
+
+
+PROVE = command_of(AuditProveOptions, run_prove)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditCheckOptions:
+    """Check a line of a log by its proof, without the log."""
+
+    proof: Annotated[Path, Flag("PROOF")]
+    """File of `audit prove`."""
+    root: Annotated[NotBlank, Flag(value="HASH")]
+    """Root of the log, from where it was published or stamped: not from whoever gave the proof."""
+    of: Annotated[Path | None, Flag(value="PATH")] = None
+    """Whether this is what was published: a folder, or a file of one."""
+
+
+def run_check(typed: argparse.Namespace) -> int:
+    """Say whether it was published; returns that of a gate where it was not.
+
+    Raises:
+        UserError: it is no proof.
+    """
+    args = read_options(AuditCheckOptions, typed)
+    proof = read_proof(args.proof)
+    if proof.root() != args.root.lower():
+        print(f"{args.proof}: leads to root {proof.root()}, and that of the log is {args.root}")
+        return ExitCode.GATE_FAILED
+    if args.of is not None and (problem := _other_than(proof, args.of)):
+        print(visible(problem))
+        return ExitCode.GATE_FAILED
+    print(visible(f"{proof.leaf.kind} {proof.leaf.name} {proof.leaf.sha256}"
+                  f"{f' and {args.of}' if args.of else ''}: published, line {proof.index + 1} of "
+                  f"{proof.size}"))
+    return ExitCode.OK
+
+
+def _other_than(proof: InclusionProof, place: Path) -> str | None:
+    """Return in what a folder or a file is not what was published; None: in nothing."""
+    from megatron_sov.audit.repeating import folder_problem
+
+    if not place.exists():
+        raise UserError(f"--of {place}: does not exist; name the folder or the file that you were given")
+    if place.is_dir() and (problem := folder_problem(place)):
+        return problem
+    if proof.proves(place / MANIFEST if place.is_dir() else place):
+        return None
+    return f"{place}: is not what was published as {proof.leaf.kind} {proof.leaf.sha256[:12]}"
+
+
+CHECK = command_of(AuditCheckOptions, run_check)
