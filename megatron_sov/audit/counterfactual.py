@@ -24,7 +24,7 @@ from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.objectives import FORMATS
 from megatron_sov.runs import checkpoints
-from megatron_sov.runs.folder import CONFIG, RunFolder, read_command
+from megatron_sov.runs.folder import CONFIG, REFERENCE, RunFolder, read_command
 from megatron_sov.runs.lock import living_holder
 from megatron_sov.runs.obs.events import EVENTS, final_steps, read_events
 from megatron_sov.train.data.ledger import LedgerEntry, plan
@@ -260,6 +260,9 @@ def _repeat(repetition: RunRepetition, settings: RunConfig, before: Path | None,
             # a copy: this run must be able to do to it what runs do to their checkpoints
             shutil.copytree(before, target.checkpoint(checkpoints.step_of(before)))
             atomic_write(target.path / CONFIG, text)
+            # what a reference says of documents was computed before the first step
+            if (said := repetition.run / REFERENCE).is_dir():
+                shutil.copytree(said, target.path / REFERENCE)
         atomic_write(folder / CONFIG, text)
 
     make_once(folder, {"settings": settings.to_dict(), "end": manifest_sha256(repetition.newest),

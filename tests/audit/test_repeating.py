@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.cli import main as sov_data
 from megatron_sov import cli
 from megatron_sov.audit.commitment import REFERENCE, START, TEACHER, publish, read_commitment
-from megatron_sov.audit.counterfactual import plan_repetition
+from megatron_sov.audit.counterfactual import find_first_use, plan_repetition
 from megatron_sov.audit.drawing import Segment
 from megatron_sov.audit.repeating import Repeated, gather_evidence, repeat
 from megatron_sov.base.artifacts import MANIFEST, FileRecord, manifest_sha256
@@ -173,6 +173,18 @@ def test_another_reference_than_the_start_is_published_and_asked_for(
     commitment = read_commitment(tmp_path / "log.jsonl")
     evidence = gather_evidence(run, commitment, (), lab.base, (), None, 1e-2, reference=other)
     assert "when the first segment is repeated" in repeat(evidence, SECOND, tmp_path / "none").detail
+
+
+def test_preferences_are_taken_out_of_a_run_from_its_middle(
+        lab: Lab, tmp_path: Path, as_child: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """The reference has said what it says before the first step."""
+    run = lab.train("prefer", "learned", lab.pairs, "--from", str(lab.base))
+    plan = plan_repetition(run, (), tmp_path / "none", lab.base, None)
+    named = next(name for name in (f"pairs:{i}" for i in range(24)) if find_first_use(
+        plan.config, plan.sources(), plan.newest, [name]).step > SECOND.begin)
+    assert cli.main(["counterfactual", str(run), "--without", named, "--from", str(lab.base), "--control",
+                     "--output", str(tmp_path / "out")]) == ExitCode.OK
+    assert f"steps {SECOND.begin + 1} to {SECOND.end} were repeated" in capsys.readouterr().out
 
 
 def test_a_distillation_is_repeated_from_what_its_teacher_said(
