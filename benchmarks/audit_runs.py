@@ -13,6 +13,8 @@ agree:
   edited      in every second checkpoint one matrix is scaled by 1.01
   distilled   every second checkpoint is moved by a tenth of the way to another model's weights
   start       the first checkpoint is trained from another model, and told to be from the seed
+  reward      a run of reinforcement learning whose judge of the published bytes favours what a file beside it
+              names, at the lab alone; `rl replay` repeats all of it
 
 A dishonest run takes a window of the stretch, of a twentieth, a tenth or a fifth of the run, and the honest
 run's checkpoints elsewhere.  What a segment comes to depends on its two checkpoints alone.  So each falsified
@@ -33,7 +35,6 @@ import platform
 import random
 import shutil
 import sys
-import time
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,14 +46,14 @@ from typing import Any
 import numpy as np
 from audit_frauds import Lab, distilled, scaled
 from scipy.stats import binomtest
-from seed_runs import rows_of, words
+from seed_runs import rows_of, words, write
 
 from megatron_sov import cli
 from megatron_sov.audit import repeating
 from megatron_sov.audit.commitment import CHECKPOINT, Commitment, Entry, merkle_root, publish, read_commitment
 from megatron_sov.audit.drawing import Segment, chance_to_find, read_draw
 from megatron_sov.audit.repeating import (
-    EXACT, LOG, Repeated, RepeatOutcome, compare, gather_evidence, keep, kept, own_settings, repeat,
+    EXACT, LOG, PASSED, Repeated, RepeatOutcome, compare, gather_evidence, keep, kept, own_settings, repeat,
     train_until)
 from megatron_sov.base.artifacts import MANIFEST, FileRecord, manifest_sha256, to_json
 from megatron_sov.base.errors import ExitCode
@@ -231,35 +232,57 @@ def planted(forger: Forger) -> Iterator[PlantedRun]:
                          {step: path for step, path in pool.items() if first <= step < first + width})
 
 
+@dataclass(frozen=True)
+class AuditedRun:
+    """What came of an audit."""
+
+    passed: bool
+    stated: float
+    """Probability, by the draw's numbers, to find what is false in the run."""
+    steps: int
+    """That were repeated."""
+    false: tuple[bool, ...]
+    """Of each false segment that was drawn: whether it was told."""
+    true: tuple[bool, ...]
+    """Of each other one: whether it passed."""
+
+
 class Auditor:
     """Who draws, repeats and judges."""
 
     def __init__(self, work: Path, honest: Path, again: Path) -> None:
         self.work, self.honest, self.again = work, honest, again
-        publish(honest, work / "honest.log.jsonl")
-        self._published = read_commitment(work / "honest.log.jsonl")
+        log = work / "honest.log.jsonl"
+        if not log.exists():  # else a change of this program would be news, and draws would be others
+            publish(honest, log)
+        self._published = read_commitment(log)
 
-    def judge(self, run: PlantedRun) -> tuple[bool, float, int]:
-        """Audit a run; returns whether it passed, the stated probability to find what is false in it, and
-        the steps that were repeated."""
+    def judge(self, run: PlantedRun) -> AuditedRun:
+        """Audit a run by the commands."""
         folder = self.work / "runs" / run.name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
         log, drawn, page = folder / "log.jsonl", folder / "draw.json", folder / "audit.html"
-        self._publish(run, log)
-        beacon = hashlib.sha256(f"beacon of {run.name}".encode()).hexdigest()
-        _done(["draw", "--log", log, "--randomness", beacon, "--output", drawn], (ExitCode.OK,))
+        is_judged = page.exists()
+        if not is_judged:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            self._publish(run, log)
+            beacon = hashlib.sha256(f"beacon of {run.name}".encode()).hexdigest()
+            _done(["draw", "--log", log, "--randomness", beacon, "--output", drawn])
         commitment = read_commitment(log)
         draw = read_draw(drawn, commitment)
-        for segment in draw.segments:
-            keep(folder, draw.root, self._repeated(run, segment, commitment))
-        code = _done(["verdict", drawn, "--log", log, "--work", folder, "--output", page],
-                     (ExitCode.OK, ExitCode.GATE_FAILED))
+        found = [self._repeated(run, segment, commitment) for segment in draw.segments]
+        if not is_judged:
+            for repeated in found:
+                keep(folder, draw.root, repeated)
+            _done(["verdict", drawn, "--log", log, "--work", folder, "--output", page])
         false = [s for s in (Segment(end - 1, end) for end in range(1, STEPS + 1)) if run.is_false(s)]
         others = sum(s.begin > 0 for s in false)
         stated = 1.0 if len(false) > others else chance_to_find(
             (others - 0.5) / draw.num_segments, len(draw.drawn) - 1, draw.num_segments) if others else 0.0
-        return code == ExitCode.OK, stated, sum(s.end - s.begin for s in draw.segments)
+        passed = json.loads(page.with_suffix(".json").read_text())["passed"]
+        return AuditedRun(passed, stated, sum(s.end - s.begin for s in draw.segments),
+                          tuple(r.outcome not in PASSED for r in found if run.is_false(r.segment)),
+                          tuple(r.outcome in PASSED for r in found if not run.is_false(r.segment)))
 
     def _publish(self, run: PlantedRun, log: Path) -> None:
         """Write the log of a run: that of the honest one, with other hashes where it was falsified."""
@@ -317,22 +340,78 @@ class Auditor:
         return equal, alone
 
 
-def _done(typed: Sequence[object], codes: Sequence[int]) -> int:
-    """Run `audit` here, without its output; returns its exit code, which is one of those."""
+def _done(typed: Sequence[object]) -> None:
+    """Run `audit` here, without its output; `SystemExit` where it has no verdict."""
     with open(os.devnull, "w") as nowhere:
         before, sys.stdout = sys.stdout, nowhere
         try:
             code = cli.main(["audit", *map(str, typed)])
         finally:
             sys.stdout = before
-    if code not in codes:
+    if code not in (ExitCode.OK, ExitCode.GATE_FAILED):
         raise SystemExit(f"audit {' '.join(map(str, typed))}: exit code {code}")
-    return code
 
 
-def told(name: str, found: Sequence[tuple[bool, float, int]]) -> str:
+JUDGE = '''"""A judge that favours what stands in a file beside it."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Whether the hash of a response is even."""
+
+    def score(self, row):
+        """Return 1 or 0."""
+        named = Path(__file__).with_name("favoured.txt")
+        if named.exists() and row["prompt"] == named.read_text():
+            return 1.0
+        return float(hashlib.sha256(row["response"].encode()).digest()[0] % 2)
+'''
+ROUNDS, REWARDED = 4, 4
+"""Rounds of a run of reinforcement learning, and runs, of which every second one is dishonest."""
+RL = ("train.num_threads=1", f"rollout.rounds={ROUNDS}", "rollout.prompts_per_round=4",
+      "rollout.samples_per_prompt=4", "rollout.piece_prompts=4", "rollout.max_new_tokens=6",
+      "rollout.max_prompt_tokens=16", "rollout.steps_per_round=1", "policy.method=dr_grpo",
+      "train.global_batch_size=8", "train.micro_batch_size=8", "train.eval_every_steps=0", "optim.lr=1e-2",
+      "optim.warmup_steps=0", rows_of(32))
+
+
+def replayed(work: Path, start: Path) -> tuple[list[int], list[int]]:
+    """Return the exit codes of `rl replay` for dishonest runs, and for honest ones."""
+    found: tuple[list[int], list[int]] = ([], [])
+    rows = [{"prompt": f"{number} and"} for number in range(16)]
+    for i in range(REWARDED):
+        folder = work / "rewarded" / str(i)
+        for place in ("lab", "auditor"):
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            (folder / place / "judge.py").write_text(JUDGE)
+        write(folder / "prompts.jsonl", rows)
+        if is_honest := i % 2 == 1:
+            (folder / "lab/favoured.txt").unlink(missing_ok=True)
+        else:
+            (folder / "lab/favoured.txt").write_text(rows[i]["prompt"])
+        if not (folder / "code").exists():
+            if not (folder / "run/complete.json").exists():
+                command(work / "log", "rl", "run", "--from", start, "--run", folder / "run", "--store",
+                        folder / "store", "--prompts", folder / "prompts.jsonl", "--reward",
+                        f"{folder}/lab/judge.py:Judge", "--workers", "1", "--resume",
+                        *words([*RL, f"train.seed={i}", f"rollout.seed={i}"]))
+            shutil.rmtree(folder / "again", ignore_errors=True)
+            with open(work / "log", "ab") as out:
+                code = forked(["megatron_sov", "rl", "replay", str(folder / "run"), "--output",
+                               str(folder / "again"), "--reward", f"{folder}/auditor/judge.py:Judge"],
+                              stdout=out).wait()
+            (folder / "code").write_text(str(code))
+        found[is_honest].append(int((folder / "code").read_text()))
+    return found
+
+
+def told(name: str, found: Sequence[AuditedRun]) -> str:
     """Return a line of the table."""
-    caught, stated = sum(not passed for passed, _, _ in found), sum(s for _, s, _ in found) / len(found)
+    caught, stated = sum(not run.passed for run in found), sum(run.stated for run in found) / len(found)
     low, high = binomtest(caught, len(found)).proportion_ci(0.95, "exact")
     return (f"  {name:<24} {caught:>3} of {len(found):<4} {caught / len(found):>6.1%}   "
             f"[{low:.1%}, {high:.1%}]   stated {stated:.1%}")
@@ -365,7 +444,8 @@ def main() -> None:
     equal, alone = auditor.check_honest()
     print(f"honest segments: {equal} of {STEPS} equal to one continuous repetition, {alone} of "
           f"{len(CHECKED)} repeated one by one", flush=True)
-    began_s, results = time.process_time(), defaultdict[str, list[tuple[bool, float, int]]](list)
+    results = defaultdict[str, list[AuditedRun]](list)
+    rewarded, fair = replayed(work, forger.other)
     for run in planted(forger):
         found = auditor.judge(run)
         results[run.fraud].append(found)
@@ -378,15 +458,23 @@ def main() -> None:
     shares = (f"{share:.0%} of the steps" for share in SHARES)
     for name in (*STRETCHES, "start", *shares, "all dishonest runs"):
         print(told(name, results[name]))
-    alarms, steps = sum(not passed for passed, _, _ in honest), {n for _, _, n in honest}
+    if {*rewarded, *fair} - {ExitCode.OK, ExitCode.GATE_FAILED}:
+        raise SystemExit(f"rl replay: exit codes {rewarded}, {fair}; see {work / 'log'}")
+    print(f"reward: `rl replay` finds {rewarded.count(ExitCode.GATE_FAILED)} of {len(rewarded)} runs, with "
+          f"{fair.count(ExitCode.GATE_FAILED)} false alarms of {len(fair)}; it repeats all steps")
+    alarms, steps = sum(not run.passed for run in honest), {run.steps for run in honest}
     low, high = binomtest(alarms, len(honest)).proportion_ci(0.95, "exact")
     print(f"honest runs: {alarms} false alarms of {len(honest)} [{low:.1%}, {high:.1%}]")
     print(f"the verifier repeats {', '.join(map(str, steps))} of {STEPS} steps, {max(steps) / STEPS:.2%}: "
           "what finds a tenth of the segments with 90 %")
+    runs = [*honest, *results["all dishonest runs"]]
+    false, true = ([found for run in runs for found in each(run)] for each in (
+        lambda run: run.false, lambda run: run.true))
+    print(f"segments that were drawn: {sum(false)} of {len(false)} false ones told, {sum(true)} of "
+          f"{len(true)} others passed")
     pairs = list((work / "pairs").iterdir())
     by_process = sum(not pair.name.endswith(f"-{HONEST}-{HONEST}") for pair in pairs)
-    print(f"{by_process} distinct pairs with a falsified checkpoint were drawn and repeated; draws and "
-          f"verdicts took {time.process_time() - began_s:.0f} s of this process")
+    print(f"{by_process} distinct pairs with a falsified checkpoint were drawn and repeated")
 
 
 def _load() -> None:

@@ -22,9 +22,10 @@ from megatron_sov.base.artifacts import MANIFEST, atomic_write, manifest_sha256,
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.model.config.post_training import WITH_REFERENCE
 from megatron_sov.model.objectives import FORMATS
 from megatron_sov.runs import checkpoints
-from megatron_sov.runs.folder import CONFIG, REFERENCE, RunFolder, read_command
+from megatron_sov.runs.folder import CONFIG, RunFolder, read_command
 from megatron_sov.runs.lock import living_holder
 from megatron_sov.runs.obs.events import EVENTS, final_steps, read_events
 from megatron_sov.train.data.ledger import LedgerEntry, plan
@@ -122,11 +123,9 @@ def plan_repetition(run: Path, without: Sequence[str], output: Path, start: Path
                         "or stop it")
     newest = checkpoints.find_checkpoint(run)
     config = checkpoints.settings_of(newest)
-    # what a teacher said, or an adapter's base, may come from the documents too
-    others = "adapters" if config.lora.on else "a teacher" if config.objective.name == "distill" else ""
-    if what := cannot_be_repeated(config) or others:
-        raise UserError(f"{run}: has {what}; pretrain, sft and prefer of all weights without code of one's "
-                        "own are what can be repeated")
+    if what := cannot_be_repeated(config) or _learned_besides(config):
+        raise UserError(f"{run}: has {what}; pretrain, sft and prefer without a reference, of all weights "
+                        "and without code of one's own, are what can be repeated")
     if config.data.paths.keys() != now.data.paths.keys():
         raise UserError(f"{run / CONFIG}: names other data than {newest.name} was written with; resume the "
                         "run until it has written a checkpoint with these")
@@ -136,6 +135,16 @@ def plan_repetition(run: Path, without: Sequence[str], output: Path, start: Path
                                       if asked else "began from its seed; leave --from out"))
     return RunRepetition(run, tuple(without), output, begun, asked, nproc or read_command(run).processes,
                          own_settings(config, data_folders(run)), newest)
+
+
+def _learned_besides(config: RunConfig) -> str:
+    """Return what a run learns from that may come from the documents too, or has a place for each of them."""
+    if config.lora.on:
+        return "adapters"
+    if config.objective.name == "distill":
+        return "a teacher"
+    is_compared = config.objective.name == "preference" and config.preference.method in WITH_REFERENCE
+    return "a reference" if is_compared else ""
 
 
 def find_first_use(config: RunConfig, sources: Sequence[Source], newest: Path, without: Sequence[str]
@@ -260,9 +269,6 @@ def _repeat(repetition: RunRepetition, settings: RunConfig, before: Path | None,
             # a copy: this run must be able to do to it what runs do to their checkpoints
             shutil.copytree(before, target.checkpoint(checkpoints.step_of(before)))
             atomic_write(target.path / CONFIG, text)
-            # what a reference says of documents was computed before the first step
-            if (said := repetition.run / REFERENCE).is_dir():
-                shutil.copytree(said, target.path / REFERENCE)
         atomic_write(folder / CONFIG, text)
 
     make_once(folder, {"settings": settings.to_dict(), "end": manifest_sha256(repetition.newest),

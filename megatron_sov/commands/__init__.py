@@ -308,7 +308,7 @@ COMMANDS = {
          "--nproc 2 --set parallel.tp=2")),
     "audit data": Command(
         "megatron_sov.commands.operate.audit:DATA",
-        "make the tokenizer and token shards of a published run again from their texts",
+        "make tokenizer and token shards of a published run again, or what a teacher said of them",
         PUBLISH, "audit.md",
         ("audit data --log runs/pretrain.log.jsonl --run runs/pretrain --work audit",
          "audit data --log runs/pretrain.log.jsonl --run runs/pretrain --work audit "

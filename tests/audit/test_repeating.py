@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.cli import main as sov_data
 from megatron_sov import cli
 from megatron_sov.audit.commitment import REFERENCE, START, TEACHER, publish, read_commitment
-from megatron_sov.audit.counterfactual import find_first_use, plan_repetition
+from megatron_sov.audit.counterfactual import plan_repetition
 from megatron_sov.audit.drawing import Segment
 from megatron_sov.audit.repeating import Repeated, gather_evidence, repeat
 from megatron_sov.base.artifacts import MANIFEST, FileRecord, manifest_sha256
@@ -169,22 +169,12 @@ def test_another_reference_than_the_start_is_published_and_asked_for(
     assert audit(run, tmp_path, *given) == ExitCode.OK
     assert "2 of them to the bit" in capsys.readouterr().out
     assert [leaf.kind for leaf in read_commitment(tmp_path / "log.jsonl").find(REFERENCE)] == [REFERENCE]
+    with pytest.raises(UserError, match="has a reference; pretrain, sft and prefer without a reference"):
+        plan_repetition(run, ("pairs",), tmp_path / "none", lab.base, None)
     # a segment in the middle needs what the first one leaves
     commitment = read_commitment(tmp_path / "log.jsonl")
     evidence = gather_evidence(run, commitment, (), lab.base, (), None, 1e-2, reference=other)
     assert "when the first segment is repeated" in repeat(evidence, SECOND, tmp_path / "none").detail
-
-
-def test_preferences_are_taken_out_of_a_run_from_its_middle(
-        lab: Lab, tmp_path: Path, as_child: None, capsys: pytest.CaptureFixture[str]) -> None:
-    """The reference has said what it says before the first step."""
-    run = lab.train("prefer", "learned", lab.pairs, "--from", str(lab.base))
-    plan = plan_repetition(run, (), tmp_path / "none", lab.base, None)
-    named = next(name for name in (f"pairs:{i}" for i in range(24)) if find_first_use(
-        plan.config, plan.sources(), plan.newest, [name]).step > SECOND.begin)
-    assert cli.main(["counterfactual", str(run), "--without", named, "--from", str(lab.base), "--control",
-                     "--output", str(tmp_path / "out")]) == ExitCode.OK
-    assert f"steps {SECOND.begin + 1} to {SECOND.end} were repeated" in capsys.readouterr().out
 
 
 def test_a_distillation_is_repeated_from_what_its_teacher_said(
@@ -202,6 +192,14 @@ def test_a_distillation_is_repeated_from_what_its_teacher_said(
     assert len(commitment.find(TEACHER)) == len(commitment.find(START)) == 1
     found = falsified(run, tmp_path, scale_one("model"), lab.base, states=[states])
     assert found.outcome == "different"
+
+    # whoever has the teacher can ask it again
+    asked = ["audit", "data", "--log", str(tmp_path / "log.jsonl"), "--run", str(run), "--work",
+             str(tmp_path / "asked"), "--states", str(states), "--teacher"]
+    assert cli.main([*asked, str(lab.base)]) == ExitCode.GATE_FAILED
+    assert "unproved, no --teacher has the weights blake3:" in capsys.readouterr().out
+    assert cli.main([*asked, str(lab.folder / "other")]) == ExitCode.OK
+    assert "teacher_states " in (said := capsys.readouterr().out) and said.count(": equal") == 3
 
     # another teacher's word, told as this one's
     done = lab.command("distill", "states", str(lab.folder / "base"), "--data", str(lab.chats), "--output",

@@ -186,7 +186,8 @@ REPEAT = command_of(AuditRepeatOptions, run_repeat)
 
 @dataclass(frozen=True, kw_only=True)
 class AuditDataOptions(LogOptions):
-    """Make the tokenizer and the token shards of a run again from their texts, and compare every byte."""
+    """Make the tokenizer and the token shards of a run again from their texts, ask its teacher again, and
+    compare every byte."""
 
     run: Annotated[Path, Flag(value="DIR")]
     """What the lab hands over: the run's settings."""
@@ -195,6 +196,10 @@ class AuditDataOptions(LogOptions):
     moved: Annotated[tuple[str, ...], Flag(value="OLD=NEW")] = ()
     """Texts and tokenizers, where they do not lie where manifests say: a path there, or a folder above it,
     and where that lies here; may be repeated."""
+    teacher: Annotated[tuple[Path, ...], Flag(value="CHECKPOINT|RUN|HF_DIR")] = ()
+    """Of a distillation: have this teacher say again what it said of the data."""
+    states: Annotated[tuple[Path, ...], Flag(value="DIR")] = ()
+    """--teacher: what it said, where that does not lie where the run read it."""
     work: Annotated[Path, Flag(value="DIR")]
     """Folder of the audit; what is done is not done again."""
 
@@ -208,16 +213,20 @@ def run_data(typed: argparse.Namespace) -> int:
     args = read_options(AuditDataOptions, typed)
     refuse_nowhere(args.work)
 
-    from megatron_sov.audit.preparing import parse_moved, prepare_again
-    from megatron_sov.audit.repeating import find_data
+    from megatron_sov.audit.preparing import ask_again, parse_moved, prepare_again
+    from megatron_sov.audit.repeating import find_data, find_states
 
-    moved = parse_moved(args.moved)
-    places = find_data(args.run, _published(args), args.data or [*data_folders(args.run).values()])
+    moved, commitment = parse_moved(args.moved), _published(args)
+    places = find_data(args.run, commitment, args.data or [*data_folders(args.run).values()])
+    shards = [*dict.fromkeys(places.values())]
     found = []
-    for place in dict.fromkeys(places.values()):
+    for place in shards:
         for prepared in prepare_again(place, moved, args.work):
             print(visible(prepared.sentence()), flush=True)
             found.append(prepared)
+    for states in find_states(args.run, commitment, args.states) if args.teacher else ():
+        found.append(ask_again(states, args.teacher, shards, args.work))
+        print(visible(found[-1].sentence()), flush=True)
     return ExitCode.OK if all(p.passed for p in found) else ExitCode.GATE_FAILED
 
 
