@@ -19,7 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import MANIFEST, atomic_write, manifest_sha256, sha256_file, to_json
+from megatron_sov.base.artifacts import (
+    MANIFEST, FileRecord, atomic_write, file_damage, manifest_sha256, sha256_file, to_json)
 from megatron_sov.base.errors import UserError, how_to_install
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.data import named_shards
@@ -29,8 +30,12 @@ from megatron_sov.runs.folder import CONFIG, RunFolder, read_command
 from megatron_sov.runs.obs.events import EVENTS, read_events
 
 SETTINGS, CODE, DATA, START, CHECKPOINT = "settings", "code", "data", "start", "checkpoint"
-KINDS = (SETTINGS, CODE, DATA, START, CHECKPOINT)
-"""Kinds of leaves."""
+TEACHER, REFERENCE = "teacher", "reference"
+KINDS = (SETTINGS, CODE, DATA, START, TEACHER, REFERENCE, CHECKPOINT)
+"""Kinds of leaves; `TEACHER` is what a teacher said of the data, `REFERENCE` another model that preferences
+were compared with than the one of the start."""
+STATES_KIND = "teacher_states"
+"""What artifacts of `TEACHER` are, as records and manifests call them."""
 HASH, STEP = re.compile(r"[0-9a-f]{64}"), re.compile(r"[1-9][0-9]{0,11}")
 """What a log that others wrote may hold."""
 SIGNATURE = ".minisig"
@@ -109,6 +114,132 @@ def _tree_hash(leaves: Sequence[bytes]) -> bytes:
     return hashlib.sha256(b"\1" + _tree_hash(leaves[:half]) + _tree_hash(leaves[half:])).digest()
 
 
+def inclusion_path(leaves: Sequence[bytes], index: int) -> list[str]:
+    """Return the hashes by which a leaf leads to the root, the leaf's neighbour first (RFC 6962, section
+    2.1.1)."""
+    if len(leaves) < 2:
+        return []
+    half = 1 << (len(leaves) - 1).bit_length() - 1
+    if index < half:
+        return [*inclusion_path(leaves[:half], index), merkle_root(leaves[half:])]
+    return [*inclusion_path(leaves[half:], index - half), merkle_root(leaves[:half])]
+
+
+def root_by_path(leaf: bytes, index: int, size: int, path: Sequence[str]) -> str:
+    """Return the root of a tree of so many leaves, by one of them and its path (RFC 9162, section 2.1.3.2).
+
+    Raises:
+        ValueError: the path is of another leaf or another tree.
+    """
+    if not 0 <= index < size:
+        raise ValueError(f"leaf {index} is none of {size}")
+    found, place, last = hashlib.sha256(b"\0" + leaf).digest(), index, size - 1
+    for text in path:
+        if last == 0:
+            raise ValueError("its path is too long")
+        other = bytes.fromhex(text)
+        is_right = bool(place & 1) or place == last
+        found = hashlib.sha256(b"\1" + (other + found if is_right else found + other)).digest()
+        while is_right and not place & 1 and place:
+            # a node without a sibling at the right edge rises as it is
+            place, last = place >> 1, last >> 1
+        place, last = place >> 1, last >> 1
+    if last:
+        raise ValueError("its path is too short")
+    return found.hex()
+
+
+@dataclass(frozen=True)
+class InclusionProof:
+    """That one leaf was published: it leads to the root, without the others."""
+
+    leaf: Leaf
+    index: int
+    """Place of the leaf, from 0."""
+    size: int
+    """Leaves of the log."""
+    path: tuple[str, ...]
+    """As `inclusion_path` returns it."""
+    manifest: str
+    """Text of the manifest whose hash the leaf is, where a file of the artifact is asked for; else empty."""
+
+    def root(self) -> str:
+        """Return the root to which it leads; `ValueError` where it leads nowhere."""
+        return root_by_path(self.leaf.line(), self.index, self.size, self.path)
+
+    def records(self) -> list[FileRecord]:
+        """Return what the manifest has of files.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: it is no manifest, or not the leaf's.
+        """
+        if not self.manifest:
+            return []
+        if hashlib.sha256(self.manifest.encode()).hexdigest() != self.leaf.sha256:
+            raise ValueError("its manifest is not the one that was published")
+        return [FileRecord.read(record) for record in json.loads(self.manifest)["files"].values()]
+
+    def proves(self, file: Path) -> bool:
+        """Return whether a file is the manifest that was published, or one of those that it names, by its
+        content, whatever it is called now."""
+        return sha256_file(file) == self.leaf.sha256 or any(
+            file_damage(file, record) is None for record in self.records())
+
+
+def prove_inclusion(commitment: Commitment, what: str) -> InclusionProof:
+    """Return the proof that something was published.
+
+    Args:
+        commitment: the log.
+        what: the hash of a leaf, a folder whose manifest has it, or a file of such a folder.
+
+    Raises:
+        UserError: it is none of these, or was not published.
+    """
+    place, text, sha256 = Path(what), "", what
+    if not HASH.fullmatch(what):
+        folder = next((p for p in (place, *place.absolute().parents) if (p / MANIFEST).is_file()), None)
+        if folder is None or not place.exists():
+            raise UserError(f"{what}: is neither a hash of 64 digits, nor a folder with a {MANIFEST}, nor a "
+                            "file of one")
+        sha256 = manifest_sha256(folder)
+        text = (folder / MANIFEST).read_text(encoding="utf-8") if place.is_file() else ""
+    index = next((i for i, leaf in enumerate(commitment.leaves) if leaf.sha256 == sha256), None)
+    if index is None:
+        raise UserError(f"{commitment.file}: has no line with {sha256}, so that nothing was published of "
+                        f"{what}")
+    lines = [leaf.line() for leaf in commitment.leaves]
+    path = tuple(inclusion_path(lines, index))
+    found = InclusionProof(commitment.leaves[index], index, len(lines), path, text)
+    if place.is_file() and not found.proves(place):
+        raise UserError(f"{what}: is not the file that its {MANIFEST} names; restore it")
+    return found
+
+
+def write_proof(file: Path, proof: InclusionProof) -> None:
+    atomic_write(file, to_json({"format": FORMAT, **asdict(proof)}) + "\n")
+
+
+def read_proof(file: Path) -> InclusionProof:
+    """Return a proof that was written, which leads to some root.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if raw["format"] != FORMAT:
+            raise ValueError(f"format is {raw['format']!r}, must be {FORMAT}")
+        proof = InclusionProof(_leaf(raw["leaf"]), int(raw["index"]), int(raw["size"]),
+                               tuple(map(str, raw["path"])), str(raw["manifest"]))
+        proof.root()
+        proof.records()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
+        raise UserError(f"{file}: is no proof of `megatron-sov audit prove` ({str(e)[:200]}); ask for it "
+                        "again") from None
+    return proof
+
+
 @cache
 def code_sha256() -> str:
     """Return the hash of this program's own sources, as they are installed."""
@@ -140,15 +271,25 @@ def leaves_of(run: Path) -> list[Leaf]:
     found.append(Leaf(CODE, "", code_sha256()))
     found += [Leaf(DATA, given, manifest_sha256(place)) for given, place in data_folders(run).items()]
     found += [Leaf(START, "", sha256) for sha256 in [start_of(run)] if sha256]
+    found += [Leaf(kind, "", sha256) for kind, called in ((TEACHER, STATES_KIND), (REFERENCE, REFERENCE))
+              for sha256 in inputs_of(run, called)]
     return found + [Leaf(CHECKPOINT, str(checkpoints.step_of(path)), manifest_sha256(path))
                     for path in checkpoints.complete(folder.checkpoints)]
 
 
 def start_of(run: Path) -> str:
     """Return the hash of the manifest of the model that a run began from; empty: it began from its seed."""
-    starts = (given["manifest_sha256"] for event in read_events(run / EVENTS) if event["event"] == "run_start"
-              for given in event.get("inputs", ()) if given["kind"] == checkpoints.KIND)
-    return str(next(starts, ""))
+    return next(iter(inputs_of(run, checkpoints.KIND)), "")
+
+
+def inputs_of(run: Path, kind: str) -> dict[str, Path]:
+    """Return what a run's records say that it learned from: hash of the manifest -> where it lay."""
+    found: dict[str, Path] = {}
+    for event in read_events(run / EVENTS):
+        for given in event.get("inputs", ()) if event["event"] == "run_start" else ():
+            if given["kind"] == kind:
+                found.setdefault(str(given["manifest_sha256"]), Path(given["path"]))
+    return found
 
 
 def data_folders(run: Path) -> dict[str, Path]:
@@ -242,14 +383,17 @@ def read_commitment(log: Path) -> Commitment:
 def _entry(raw: Mapping[str, Any]) -> Entry:
     if raw["format"] != FORMAT:
         raise ValueError(f"format is {raw['format']!r}, must be {FORMAT}")
-    leaves = tuple(Leaf(str(leaf["kind"]), str(leaf["name"]), str(leaf["sha256"])) for leaf in raw["leaves"])
-    for leaf in leaves:
-        if leaf.kind not in KINDS or not HASH.fullmatch(leaf.sha256):
-            raise ValueError(f"it has a leaf of kind {leaf.kind!r} with hash {leaf.sha256!r}")
-        if leaf.kind == CHECKPOINT and not STEP.fullmatch(leaf.name):
-            raise ValueError(f"it has a checkpoint of step {leaf.name!r}")
-    return Entry(int(raw["number"]), str(raw["previous"]), str(raw["run"]), str(raw["written"]), leaves,
-                 str(raw["root"]))
+    return Entry(int(raw["number"]), str(raw["previous"]), str(raw["run"]), str(raw["written"]),
+                 tuple(map(_leaf, raw["leaves"])), str(raw["root"]))
+
+
+def _leaf(raw: Mapping[str, Any]) -> Leaf:
+    leaf = Leaf(str(raw["kind"]), str(raw["name"]), str(raw["sha256"]))
+    if leaf.kind not in KINDS or not HASH.fullmatch(leaf.sha256):
+        raise ValueError(f"it has a leaf of kind {leaf.kind!r} with hash {leaf.sha256!r}")
+    if leaf.kind == CHECKPOINT and not STEP.fullmatch(leaf.name):
+        raise ValueError(f"it has a checkpoint of step {leaf.name!r}")
+    return leaf
 
 
 def _minisign() -> Any:

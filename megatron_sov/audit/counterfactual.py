@@ -22,6 +22,7 @@ from megatron_sov.base.artifacts import MANIFEST, atomic_write, manifest_sha256,
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.model.config.post_training import WITH_REFERENCE
 from megatron_sov.model.objectives import FORMATS
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import CONFIG, RunFolder, read_command
@@ -122,9 +123,9 @@ def plan_repetition(run: Path, without: Sequence[str], output: Path, start: Path
                         "or stop it")
     newest = checkpoints.find_checkpoint(run)
     config = checkpoints.settings_of(newest)
-    if what := cannot_be_repeated(config):
-        raise UserError(f"{run}: has {what}; pretrain, sft and prefer of all weights without code of one's "
-                        "own are what can be repeated")
+    if what := cannot_be_repeated(config) or _learned_besides(config):
+        raise UserError(f"{run}: has {what}; pretrain, sft and prefer without a reference, of all weights "
+                        "and without code of one's own, are what can be repeated")
     if config.data.paths.keys() != now.data.paths.keys():
         raise UserError(f"{run / CONFIG}: names other data than {newest.name} was written with; resume the "
                         "run until it has written a checkpoint with these")
@@ -134,6 +135,16 @@ def plan_repetition(run: Path, without: Sequence[str], output: Path, start: Path
                                       if asked else "began from its seed; leave --from out"))
     return RunRepetition(run, tuple(without), output, begun, asked, nproc or read_command(run).processes,
                          own_settings(config, data_folders(run)), newest)
+
+
+def _learned_besides(config: RunConfig) -> str:
+    """Return what a run learns from that may come from the documents too, or has a place for each of them."""
+    if config.lora.on:
+        return "adapters"
+    if config.objective.name == "distill":
+        return "a teacher"
+    is_compared = config.objective.name == "preference" and config.preference.method in WITH_REFERENCE
+    return "a reference" if is_compared else ""
 
 
 def find_first_use(config: RunConfig, sources: Sequence[Source], newest: Path, without: Sequence[str]

@@ -1,5 +1,6 @@
-"""What came before a run's first step, again: the tokenizer is learned from its texts, and the token shards
-are packed from theirs, by the ordinary commands with the settings that their manifests have.
+"""What came before a run's first step, again: the tokenizer is learned from its texts, the token shards are
+packed from theirs, and a teacher is asked of them, by the ordinary commands with the settings that their
+manifests have.
 
 Manifests are the lab's.  What of their settings a command cannot be told shows as a difference between its
 manifest and theirs, so that nothing that was left out passes.
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sov.audit.commitment import STATES_KIND
 from megatron_sov.audit.repeating import LOG, RepeatOutcome, folder_problem, run_logged
 from megatron_sov.base.artifacts import (
     MANIFEST, Manifest, atomic_write, manifest_sha256, read_manifest, to_json)
@@ -21,9 +23,9 @@ from megatron_sov.base.sealed import read_json, write_json
 
 TOKENS, TOKENIZER = "tokens", "tokenizer"
 AGAIN, RULES = "again", "rules.json"
-FACTS = {TOKENS: ("inputs", "encoder"), TOKENIZER: ("groups", "stages")}
+FACTS = {TOKENS: ("inputs", "encoder"), TOKENIZER: ("groups", "stages"), STATES_KIND: ("teacher_path",)}
 """What a manifest has among its settings, and was found while they were followed."""
-TOLD = {TOKENS: (), TOKENIZER: ("bytes_per_token", "checked")}
+TOLD = {TOKENS: (), TOKENIZER: ("bytes_per_token", "checked"), STATES_KIND: ()}
 """Of its content what names the places of texts."""
 
 
@@ -32,7 +34,7 @@ class RemadeArtifact:
     """What came of one artifact that was made again."""
 
     kind: str
-    """tokens or tokenizer."""
+    """tokens, tokenizer or teacher_states."""
     sha256: str
     """Of its published manifest."""
     outcome: RepeatOutcome
@@ -104,6 +106,42 @@ def prepare_again(shards: Path, moved: Moved, work: Path) -> list[RemadeArtifact
     packed = _again(shards, TOKENS, work, lambda found, folder: _packing(found, place, moved),
                     manifest_sha256(place))
     return [learned, packed]
+
+
+def ask_again(states: Path, teachers: Sequence[Path], data: Sequence[Path], work: Path) -> RemadeArtifact:
+    """Have a teacher say again what it said of a run's data, and compare.
+
+    Args:
+        states: what it said, which the caller has held to the log.
+        teachers: checkpoints or Hugging Face folders; the one whose weights the states name is asked.
+        data: token shards, which the caller has held to the log.
+        work: folder of the audit; what is done there is not done again.
+
+    Raises:
+        UserError: the audit's folder cannot be written, or holds what was changed; a teacher is no model.
+    """
+    return _again(states, STATES_KIND, work, lambda found, folder: _asking(found, teachers, data))
+
+
+def _asking(manifest: Manifest, teachers: Sequence[Path], data: Sequence[Path]) -> list[str]:
+    """Return the command that asks the same teacher in the same way."""
+    from megatron_sov.infer.engines.target import find_target
+    from megatron_sov.post.distillation.teacher import weights_digest
+
+    settings, kept = manifest.settings, manifest.content
+    targets = {weights_digest(target): target for target in map(find_target, teachers)}
+    if (target := targets.get(settings["teacher"])) is None:
+        raise _Unproved(f"no --teacher has the weights {settings['teacher']}; ask the lab for that one")
+    if not target.is_hf and (problem := folder_problem(target.path)):
+        raise _Unproved(problem)
+    places = {manifest_sha256(place): place for place in data}
+    read = [places[given["manifest_sha256"]] for given in manifest.inputs if given["kind"] == TOKENS]
+    flags = [*(f"--data={place.absolute()}" for place in read), f"--dtype={kept['dtype']}",
+             f"--top-k={kept['top_k']}", f"--temperature={kept['temperature']}",
+             *(f"--set={setting}" for setting in settings["settings"])]
+    return ["megatron_sov", "distill", "states", str(target.path.absolute()), *flags,
+            *(["--other-tokenizer"] if kept["translated"] else []),
+            *([f"--nproc={settings['processes']}"] if settings["processes"] > 1 else [])]
 
 
 def _tokenizer_of(manifest: Manifest, moved: Moved) -> Path:

@@ -20,19 +20,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.audit.commitment import DATA, SETTINGS, START, Commitment, data_folders, settings_sha256
-from megatron_sov.audit.drawing import Segment
+from megatron_sov.audit.commitment import (
+    DATA, REFERENCE, SETTINGS, START, STATES_KIND, TEACHER, Commitment, data_folders, inputs_of,
+    settings_sha256)
+from megatron_sov.audit.drawing import Segment, segments_of
 from megatron_sov.base.artifacts import (
     MANIFEST, atomic_write, damaged_files, manifest_sha256, read_manifest, to_json)
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.sealed import read_json, write_json
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.config.evaluate import EvaluateConfig
+from megatron_sov.model.config.post_training import WITH_REFERENCE
 from megatron_sov.model.config.train import ObsConfig
 from megatron_sov.model.families.adapters import B
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.runs.folder import CONFIG, RunFolder, fixed_settings, read_command
+from megatron_sov.runs.folder import CONFIG, REFERENCE as LOGPROBS, RunFolder, fixed_settings, read_command
 from megatron_sov.work.processes.children import start_command
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 
     from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
-COMMANDS = {"lm": "pretrain", "sft": "sft", "preference": "prefer"}
+COMMANDS = {"lm": "pretrain", "sft": "sft", "preference": "prefer", "distill": "distill"}
 """Objective -> the command that trains by it alone from token shards."""
 LAYOUT = ("parallel.", "gpu.", "train.micro_batch_size", "train.num_threads")
 """Settings of where and in which parts a step is computed."""
@@ -109,11 +112,17 @@ class Evidence:
     """Layout of the auditor's own, as --set has it."""
     nproc: int
     bound: float
+    states: tuple[Path, ...] = ()
+    """Of a distillation: what its teacher said of the data."""
+    reference: Path | None = None
+    """Model of --reference, of a run that learned preferences by one of its own."""
 
     def problem(self, segment: Segment) -> str | None:
         """Return what is missing or is not what was published, of all that a segment needs; None: nothing."""
+        if problem := self._models_problem():
+            return problem
         for step in (segment.begin, segment.end):
-            if step and (problem := self._checkpoint_problem(step)):
+            if step and (problem := self._checkpoint_problem(step) or self._base_problem(step)):
                 return problem
         written = checkpoints.settings_of(RunFolder(self.run).checkpoint(segment.end))
         published = {leaf.sha256 for leaf in self.commitment.find(SETTINGS)}
@@ -131,7 +140,25 @@ class Evidence:
         for given, place in self.data.items():
             if (given, manifest_sha256(place)) not in data:
                 return f"data {given} is not what was published"
-        return self._start_problem()
+        said = [manifest_sha256(folder) for folder in self.states]
+        if sorted(said) != sorted(leaf.sha256 for leaf in self.commitment.find(TEACHER)):
+            return "what the teacher said is not what was published"
+        return None
+
+    def words(self) -> list[str]:
+        """Return what the command is told besides data and start."""
+        given = [("--states", folder) for folder in self.states]
+        given += [("--reference", self.reference)] if self.reference is not None else []
+        return [word for option, place in given for word in (option, str(place.absolute()))]
+
+    def own_reference(self, segment: Segment, work: Path) -> Path | None:
+        """Return where the auditor has what a reference says of the data: it is found before the first step
+        of a run, and so with its first segment; None: this segment needs none."""
+        config = self._config()
+        if not segment.begin or config.objective.name != "preference" or (
+                config.preference.method not in WITH_REFERENCE):
+            return None
+        return work / segments_of(self.commitment)[0].name / REPEATED / LOGPROBS
 
     def _config(self) -> RunConfig:
         config = RunFolder(self.run).config()
@@ -146,22 +173,52 @@ class Evidence:
             return f"{path.name} is not what was published"
         return folder_problem(path)
 
-    def _start_problem(self) -> str | None:
-        starts = {leaf.sha256 for leaf in self.commitment.find(START)}
-        if bool(starts) != (self.start is not None):
-            return ("the run begins from a model; name it by --from" if starts else
-                    "--from is given, and the log says that the run begins from its seed")
-        if self.start is None:
+    def _models_problem(self) -> str | None:
+        for kind, option, model, does in ((START, "--from", self.start, "begins from"),
+                                          (REFERENCE, "--reference", self.reference, "compares with")):
+            published = {leaf.sha256 for leaf in self.commitment.find(kind)}
+            if bool(published) != (model is not None):
+                return (f"the run {does} a model; name it by {option}" if published else
+                        f"{option} is given, and the log says that the run {does} no other model")
+            if model is None:
+                continue
+            if manifest_sha256(model) not in published:
+                return f"{model} is not the model that was published as the {kind}"
+            if problem := folder_problem(model):
+                return problem
+        if not self._config().lora.on:
             return None
-        if manifest_sha256(self.start) not in starts:
-            return f"{self.start} is not the model that was published as the start"
-        return folder_problem(self.start)
+        if self.start is None:
+            return "it has adapters, and no model was published that they stand on"
+        try:
+            base = self.frozen()
+        except UserError as e:
+            return str(e)
+        return None if base == self.start else folder_problem(base)
+
+    def frozen(self) -> Path:
+        """Return the checkpoint that a run's adapters stand on: its start, or the base of that.
+
+        Raises:
+            UserError: that base is not where the start says, or is another one by now.
+        """
+        assert self.start is not None, "adapters have a start"
+        base = checkpoints.adapter_base(self.start)
+        return self.start if base is None else checkpoints.found_base(self.start, base)
+
+    def _base_problem(self, step: int) -> str | None:
+        """Return in what a checkpoint stands on another base than all adapters of the run; the weights
+        themselves are compared later."""
+        base = checkpoints.adapter_base(RunFolder(self.run).checkpoint(step))
+        own = manifest_sha256(self.frozen()) if self._config().lora.on else None
+        return None if (base and base.sha256) == own else f"step-{step} stands on another model than the run"
 
 
 def folder_problem(folder: Path) -> str | None:
     """Return in what a folder is not what its manifest says: a file that differs, or one that the manifest
     does not name, whose content could have been chosen after the publication; None: nothing."""
-    named = {MANIFEST, *read_manifest(folder).files}
+    # a run writes the last one into a checkpoint that adapters stand on
+    named = {MANIFEST, *read_manifest(folder).files, checkpoints.KEPT}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
@@ -176,16 +233,16 @@ def cannot_be_repeated(config: RunConfig) -> str:
     """Return what of a run nobody else can repeat; empty where all can be."""
     if config.code:
         return "code of the lab's own"
-    if config.lora.on:
-        return "adapters"
     if config.objective.name not in COMMANDS or config.rollout.rounds:
         return f"the objective {config.objective.name!r}"
     return ""
 
 
 def gather_evidence(run: Path, commitment: Commitment, data: Sequence[Path], start: Path | None,
-                    settings: Sequence[str], nproc: int | None, bound: float) -> Evidence:
-    """Return what is to be repeated, with the data that lie elsewhere found by their hashes.
+                    settings: Sequence[str], nproc: int | None, bound: float, *,
+                    states: Sequence[Path] = (), reference: Path | None = None) -> Evidence:
+    """Return what is to be repeated, with the data that lie elsewhere, and what a teacher said of them, found
+    by their hashes.
 
     Raises:
         UserError: a setting that changes what is learned, a stage that cannot be repeated, or data that are
@@ -196,15 +253,43 @@ def gather_evidence(run: Path, commitment: Commitment, data: Sequence[Path], sta
             raise UserError(f"--set {setting}: changes what is learned, or nothing here; an auditor may "
                             f"set {', '.join(FREE)}")
     if what := cannot_be_repeated(_config(run)):
-        raise UserError(f"{run}: has {what}; {', '.join(COMMANDS.values())} of all weights without code of "
-                        "one's own are what can be repeated")
+        raise UserError(f"{run}: has {what}; {', '.join(COMMANDS.values())} without code of one's own are "
+                        "what can be repeated")
     places = find_data(run, commitment, data) if data else data_folders(run)
-    for place in set(places.values()):
+    said = find_states(run, commitment, states)
+    for place in {*places.values(), *said}:
         if problem := folder_problem(place):
             raise UserError(f"{problem}; take the data again from the lab")
-    found = start and checkpoints.find_checkpoint(start)
-    return Evidence(run, commitment, places, found, tuple(settings), nproc or read_command(run).processes,
-                    bound)
+    models = [given and checkpoints.find_checkpoint(given) for given in (start, reference)]
+    return Evidence(run, commitment, places, models[0], tuple(settings),
+                    nproc or read_command(run).processes, bound, said, models[1])
+
+
+def find_states(run: Path, commitment: Commitment, given: Sequence[Path]) -> tuple[Path, ...]:
+    """Return the folders of what was published that a run's teacher said.
+
+    Args:
+        run: of the lab.
+        commitment: its log.
+        given: folders to look at; empty: where the run read them.
+
+    Raises:
+        UserError: one is not among them, or nothing was published of a distillation's teacher.
+    """
+    published = [leaf.sha256 for leaf in commitment.find(TEACHER)]
+    if not published and _config(run).objective.name == "distill":
+        raise UserError(f"{commitment.file}: nothing was published of what the teacher said, and the run is "
+                        "a distillation; a run of this version has it in its log")
+    command = read_command(run).folder if published else run
+    places = list(given) or [command / place for place in inputs_of(run, STATES_KIND).values()]
+    for place in places:
+        refuse_missing(place, "--states ")
+        read_manifest(place, STATES_KIND)
+    by_hash = {manifest_sha256(place): place for place in places}
+    if missing := [sha256 for sha256 in published if sha256 not in by_hash]:
+        raise UserError(f"--states: none of the folders has the manifest {missing[0][:12]} that was "
+                        "published of what the teacher said; ask the lab for it")
+    return tuple(by_hash[sha256] for sha256 in published)
 
 
 def _config(run: Path) -> RunConfig:
@@ -251,12 +336,15 @@ def repeat(evidence: Evidence, segment: Segment, work: Path) -> Repeated:
     folder = work / segment.name
     if (problem := evidence.problem(segment)) is not None:
         return Repeated(segment, RepeatOutcome.UNPROVED, -1.0, problem, evidence.bound)
-    target = RunFolder(folder / REPEATED)
+    target, said = RunFolder(folder / REPEATED), evidence.own_reference(segment, work)
+    if said is not None and not said.is_dir():
+        return Repeated(segment, RepeatOutcome.UNPROVED, -1.0, f"{said} is not there: what the reference "
+                        "says of the data is found when the first segment is repeated", evidence.bound)
     if not (target.checkpoint(segment.end) / MANIFEST).is_file():
-        _prepare(evidence, segment, target)
+        _prepare(evidence, segment, target, said)
         # behind the first step, too: how far the weights move is then known of the first segment
         for step in sorted({segment.begin or 1, segment.end} - {segment.begin}):
-            train_until(target, step, evidence.start, evidence.nproc, folder / LOG)
+            train_until(target, step, evidence.start, evidence.nproc, folder / LOG, evidence.words())
         if not (target.checkpoint(segment.end) / MANIFEST).is_file():
             raise UserError(f"{folder / LOG}: the repetition ended before step {segment.end}; look at its "
                             "end")
@@ -265,8 +353,8 @@ def repeat(evidence: Evidence, segment: Segment, work: Path) -> Repeated:
                    before if segment.end > 1 else None, evidence.bound)
 
 
-def _prepare(evidence: Evidence, segment: Segment, target: RunFolder) -> None:
-    """Make a run's folder that stands at the beginning of a segment."""
+def _prepare(evidence: Evidence, segment: Segment, target: RunFolder, said: Path | None) -> None:
+    """Make a run's folder that stands at the beginning of a segment, with what a reference said."""
     shutil.rmtree(target.path.parent, ignore_errors=True)
     target.path.parent.mkdir(parents=True)
     # those of the checkpoint: a run that went on at another layout has others in its config.json now
@@ -277,6 +365,17 @@ def _prepare(evidence: Evidence, segment: Segment, target: RunFolder) -> None:
         # a copy: the auditor's run must be able to do to it what runs do to their checkpoints
         shutil.copytree(RunFolder(evidence.run).checkpoint(segment.begin), target.checkpoint(segment.begin))
         shutil.copy(target.path.parent / CONFIG, target.path)
+        if config.lora.on:
+            _stand_on(target.checkpoint(segment.begin), evidence.frozen())
+        if said is not None:
+            shutil.copytree(said, target.path / said.name)
+
+
+def _stand_on(adapter: Path, base: Path) -> None:
+    """Have a copy of an adapter's checkpoint name its base where the auditor has it."""
+    raw = json.loads((adapter / MANIFEST).read_text(encoding="utf-8"))
+    raw["content"][checkpoints.BASE]["path"] = str(base.absolute())
+    atomic_write(adapter / MANIFEST, to_json(raw | {"sha256": ""}))
 
 
 def own_settings(config: RunConfig, data: Mapping[str, Path]) -> RunConfig:
@@ -297,7 +396,8 @@ def _named(given: str, place: Path) -> str:
     return f"{name}={place.absolute()}" if equals and not Path(given).exists() else str(place.absolute())
 
 
-def train_until(target: RunFolder, until: int, start: Path | None, nproc: int, log: Path) -> None:
+def train_until(target: RunFolder, until: int, start: Path | None, nproc: int, log: Path,
+                more: Sequence[str] = ()) -> None:
     """Train on by the ordinary command, from what a folder holds, to a step.
 
     Args:
@@ -306,6 +406,7 @@ def train_until(target: RunFolder, until: int, start: Path | None, nproc: int, l
         start: model of --from; None: the run begins from its seed.
         nproc: processes.
         log: file for what the command says.
+        more: words of the command besides.
 
     Raises:
         UserError: the command fails.
@@ -314,7 +415,7 @@ def train_until(target: RunFolder, until: int, start: Path | None, nproc: int, l
     objective = json.loads(config.read_text(encoding="utf-8"))["objective"]["name"]
     words = [COMMANDS[objective], "--config", str(config), "--run", str(target.path), "--until", str(until),
              "--resume", *(("--from", str(start)) if start is not None else ()),
-             *(("--nproc", str(nproc)) if nproc > 1 else ())]
+             *(("--nproc", str(nproc)) if nproc > 1 else ()), *more]
     code, said = run_logged(["megatron_sov", *words], log)
     if code not in (ExitCode.STOPPED, ExitCode.OK):
         raise UserError(f"{log}: the steps up to {until} cannot be repeated (exit code {code}): {said}")

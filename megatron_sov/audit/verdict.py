@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_sov.audit.commitment import CHECKPOINT, CODE, DATA, START, Commitment
+from megatron_sov.audit.commitment import (
+    CHECKPOINT, CODE, DATA, REFERENCE, START, STATES_KIND, TEACHER, Commitment)
 from megatron_sov.audit.drawing import Draw, Segment, segments_of
 from megatron_sov.audit.preparing import TOKENIZER, TOKENS, RemadeArtifact, kept as kept_prepared
 from megatron_sov.audit.repeating import PASSED, Repeated, RepeatOutcome, kept
@@ -95,6 +96,9 @@ def read_prepared(commitment: Commitment, work: Path) -> Iterator[RemadeArtifact
     for sha256 in tokenizers:
         if sha256 and (found := kept_prepared(work, TOKENIZER, sha256)) is not None:
             yield found
+    for leaf in commitment.find(TEACHER):
+        if (found := kept_prepared(work, STATES_KIND, leaf.sha256)) is not None:
+            yield found
 
 
 def write_verdict(verdict: AuditVerdict, output: Path) -> None:
@@ -152,6 +156,12 @@ def not_covered(verdict: AuditVerdict) -> str:
             "are."]
     if log.find(START):
         said.append("The model that the run began from: it has a log of its own, or none.")
+    if log.find(REFERENCE):
+        said.append("The model that preferences were compared with: it has a log of its own, or none.")
+    if any(leaf.sha256 not in made for leaf in log.find(TEACHER)):
+        said.append("That the teacher says what is kept of it (`megatron-sov audit data --teacher`).")
+    elif log.find(TEACHER):
+        said.append("Where the teacher comes from: it has a log of its own, or none.")
     if len(log.find(CODE)) > 1:
         said.append("The run changed its code on the way; the auditor's own was used throughout.")
     if unmade:

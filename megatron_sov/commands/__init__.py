@@ -308,7 +308,7 @@ COMMANDS = {
          "--nproc 2 --set parallel.tp=2")),
     "audit data": Command(
         "megatron_sov.commands.operate.audit:DATA",
-        "make the tokenizer and token shards of a published run again from their texts",
+        "make tokenizer and token shards of a published run again, or what a teacher said of them",
         PUBLISH, "audit.md",
         ("audit data --log runs/pretrain.log.jsonl --run runs/pretrain --work audit",
          "audit data --log runs/pretrain.log.jsonl --run runs/pretrain --work audit "
@@ -320,6 +320,18 @@ COMMANDS = {
         ("audit verdict draw.json --log runs/pretrain.log.jsonl --work audit --output audit.html",
          "audit verdict draw.json --log runs/pretrain.log.jsonl --work audit --output audit.html "
          "--key auditor.key")),
+    "audit prove": Command(
+        "megatron_sov.commands.operate.audit:PROVE",
+        "take one line out of a log, with what shows that it stood in it",
+        PUBLISH, "audit.md",
+        ("audit prove tokens --log runs/pretrain.log.jsonl --output proof.json",
+         "audit prove runs/pretrain/checkpoints/step-4 --log runs/pretrain.log.jsonl --output proof.json")),
+    "audit check": Command(
+        "megatron_sov.commands.operate.audit:CHECK",
+        "check a line of a log by its proof, without the log",
+        PUBLISH, "audit.md",
+        ("audit check proof.json --root 6b47aaf29ee3",
+         "audit check proof.json --root 6b47aaf29ee3 --of tokens")),
     "bundle": Command(
         "megatron_sov.commands.operate.bundle",
         "gather wheels, code and folders for a cluster without a network",

@@ -12,14 +12,13 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.checkpoint.save import Saved
 from megatron_sov.engine.model import gpu_settings, specs
@@ -41,7 +40,7 @@ from megatron_sov.runs.obs.telemetry import Telemetry
 from megatron_sov.runs.obs.trackers import Trackers
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
-from megatron_sov.train.data.token_shards import Source, provenance
+from megatron_sov.train.data.token_shards import Source, as_input, provenance
 from megatron_sov.train.guards.step_guard import Refusal
 from megatron_sov.train.stages.evaluate import HeldoutLoss
 from megatron_sov.work.clusters.chips import of_device
@@ -220,7 +219,8 @@ class Recorder:
         self.events = EventLog(run / EVENTS, observe)
 
     def begin(self, step: int, continued_from: str | None, sources: list[Source],
-              entries: Sequence[LedgerEntry], plan: int | None = None, start: Path | None = None) -> None:
+              entries: Sequence[LedgerEntry], plan: int | None = None, start: Path | None = None,
+              besides: Sequence[Mapping[str, str]] = ()) -> None:
         """Tell what runs where.
 
         Args:
@@ -230,6 +230,7 @@ class Recorder:
             entries: the ledger.
             plan: number of the plan in RUN/plan.json that holds for what runs; None: it has kept none.
             start: the checkpoint whose weights it starts from; None: none, or it goes on from its own.
+            besides: what else it learns from, each as `provenance` has it.
         """
         config, write = self._config, self.events.write
         if continued_from is not None:
@@ -242,7 +243,7 @@ class Recorder:
               began_s=self._began_s, on_gpu=on_gpu(),
               gpu=gpu_settings.resolve_auto(config, te),
               **headline_fields(self.headline, comparable=self._comparable),
-              inputs=[*provenance(sources), *([] if start is None else [_input(start)])],
+              inputs=[*provenance(sources), *([] if start is None else [as_input(KIND, start)]), *besides],
               **({} if plan is None else {"plan": plan}),
               machine={"host": platform.node(), "device": device_name(), "python": platform.python_version(),
                        "torch": torch.__version__, "threads": torch.get_num_threads(),
@@ -400,6 +401,3 @@ class Recorder:
         self._efficiency.close()
 
 
-def _input(start: Path) -> dict[str, str]:
-    """Return how an event names the checkpoint that a run starts from."""
-    return {"kind": KIND, "path": str(start), "manifest_sha256": manifest_sha256(start)}

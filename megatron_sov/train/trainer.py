@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -116,6 +116,7 @@ class Trainer:
         self._evaluator: HeldoutEvaluator | None = None
         self._continued_from: str | None = None
         self._started_from: Path | None = None
+        self._besides: Sequence[Mapping[str, str]] = ()
         self._entered_s = time.monotonic()
         self._saved_step = 0
         # batches: the last that was learned, and one that was refused, where these are attributed
@@ -179,8 +180,13 @@ class Trainer:
         self.state.tokens = then.tokens
         return then.step
 
-    def open_records(self) -> None:
-        """Open events and trackers, and find the side jobs that were left; called on rank 0 only."""
+    def open_records(self, besides: Sequence[Mapping[str, str]] = ()) -> None:
+        """Open events and trackers, and find the side jobs that were left; called on rank 0 only.
+
+        Args:
+            besides: what the run learns from beside its data and its start, for its records.
+        """
+        self._besides = besides
         self.recorder.open(self.folder.path)
         self.side_jobs = SideJobs(self.folder.path, self.config, self.events.write)
         self.guards.faults.tell(self.events)
@@ -196,7 +202,7 @@ class Trainer:
             print(f"{told}\n", end="", file=sys.stderr, flush=True)
         self.recorder.judge_by(headline_of(self.objective), comparable=is_comparable(self.objective))
         self.recorder.begin(self.step, self._continued_from, self.sources, entries, plan,
-                            self._started_from if self.world.is_main else None)
+                            self._started_from if self.world.is_main else None, self._besides)
 
     # one step
 

@@ -1,4 +1,5 @@
-"""`megatron-sov audit commit | draw | repeat | verdict`: what a run publishes, and how others check it."""
+"""`megatron-sov audit commit | draw | repeat | data | verdict | prove | check`: what a run publishes, and how
+others check it."""
 
 from __future__ import annotations
 
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.audit.commitment import (
-    CODE, Commitment, check_signature, code_sha256, data_folders, publish, read_commitment, sign)
+    CODE, Commitment, InclusionProof, check_signature, code_sha256, data_folders, prove_inclusion, publish,
+    read_commitment, read_proof, sign, write_proof)
 from megatron_sov.audit.drawing import draw, needed, read_draw, segments_of, write_draw
+from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import ExitCode, UserError, visible, warn
 from megatron_sov.base.outputs import check_output, refuse_input, refuse_nowhere
 from megatron_sov.base.settings import (
@@ -125,6 +128,10 @@ class AuditRepeatOptions(LogOptions):
     """Token shards, where they do not lie where the run read them; each is found by its hash."""
     start_from: Annotated[Path | None, Flag("--from", "CHECKPOINT|RUN")] = None
     """Model that the run began from, where it did not begin from its seed."""
+    states: Annotated[tuple[Path, ...], Flag(value="DIR")] = ()
+    """Of a distillation, where it does not lie where the run read it: what the teacher said of the data."""
+    reference: Annotated[Path | None, Flag(value="CHECKPOINT|RUN")] = None
+    """Model of --reference, of a run of `prefer` that was given one."""
     work: Annotated[Path, Flag(value="DIR")]
     """Folder of the audit; a killed command goes on where it was."""
     nproc: AtLeastOne | None = None
@@ -154,7 +161,7 @@ def run_repeat(typed: argparse.Namespace) -> int:
     from megatron_sov.audit.verdict import judge
 
     evidence = gather_evidence(args.run, commitment, args.data, args.start_from, args.settings, args.nproc,
-                               args.bound)
+                               args.bound, states=args.states, reference=args.reference)
     for number, segment in enumerate(drawn.segments, 1):
         found = kept(args.work, drawn.root, segment)
         if found is not None and (found.bound, found.settings) != (args.bound, args.settings):
@@ -179,7 +186,8 @@ REPEAT = command_of(AuditRepeatOptions, run_repeat)
 
 @dataclass(frozen=True, kw_only=True)
 class AuditDataOptions(LogOptions):
-    """Make the tokenizer and the token shards of a run again from their texts, and compare every byte."""
+    """Make the tokenizer and the token shards of a run again from their texts, ask its teacher again, and
+    compare every byte."""
 
     run: Annotated[Path, Flag(value="DIR")]
     """What the lab hands over: the run's settings."""
@@ -188,6 +196,10 @@ class AuditDataOptions(LogOptions):
     moved: Annotated[tuple[str, ...], Flag(value="OLD=NEW")] = ()
     """Texts and tokenizers, where they do not lie where manifests say: a path there, or a folder above it,
     and where that lies here; may be repeated."""
+    teacher: Annotated[tuple[Path, ...], Flag(value="CHECKPOINT|RUN|HF_DIR")] = ()
+    """Of a distillation: have this teacher say again what it said of the data."""
+    states: Annotated[tuple[Path, ...], Flag(value="DIR")] = ()
+    """--teacher: what it said, where that does not lie where the run read it."""
     work: Annotated[Path, Flag(value="DIR")]
     """Folder of the audit; what is done is not done again."""
 
@@ -201,16 +213,20 @@ def run_data(typed: argparse.Namespace) -> int:
     args = read_options(AuditDataOptions, typed)
     refuse_nowhere(args.work)
 
-    from megatron_sov.audit.preparing import parse_moved, prepare_again
-    from megatron_sov.audit.repeating import find_data
+    from megatron_sov.audit.preparing import ask_again, parse_moved, prepare_again
+    from megatron_sov.audit.repeating import find_data, find_states
 
-    moved = parse_moved(args.moved)
-    places = find_data(args.run, _published(args), args.data or [*data_folders(args.run).values()])
+    moved, commitment = parse_moved(args.moved), _published(args)
+    places = find_data(args.run, commitment, args.data or [*data_folders(args.run).values()])
+    shards = [*dict.fromkeys(places.values())]
     found = []
-    for place in dict.fromkeys(places.values()):
+    for place in shards:
         for prepared in prepare_again(place, moved, args.work):
             print(visible(prepared.sentence()), flush=True)
             found.append(prepared)
+    for states in find_states(args.run, commitment, args.states) if args.teacher else ():
+        found.append(ask_again(states, args.teacher, shards, args.work))
+        print(visible(found[-1].sentence()), flush=True)
     return ExitCode.OK if all(p.passed for p in found) else ExitCode.GATE_FAILED
 
 
@@ -256,3 +272,81 @@ def run_verdict(typed: argparse.Namespace) -> int:
 
 
 VERDICT = command_of(AuditVerdictOptions, run_verdict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditProveOptions(LogOptions):
+    """Take one line out of a log, with what shows that it stood in it."""
+
+    what: Annotated[NotBlank, Flag("WHAT")]
+    """A folder that was published (token shards, a checkpoint), a file of it, or the hash of a line."""
+    output: Annotated[Path, Flag(value="FILE")]
+    """The proof; it has no other line of the log."""
+
+
+def run_prove(typed: argparse.Namespace) -> int:
+    """Write the proof.
+
+    Raises:
+        UserError: it was not published.
+    """
+    args = read_options(AuditProveOptions, typed)
+    check_output("--output", args.output)
+    refuse_input("--output", args.output, args.log)
+    commitment = _published(args)
+    proof = prove_inclusion(commitment, args.what)
+    write_proof(args.output, proof)
+    print(visible(f"{args.output}: {proof.leaf.kind} {proof.leaf.name} {proof.leaf.sha256} is line "
+                  f"{proof.index + 1} of {proof.size}, root {commitment.root}"))
+    return ExitCode.OK
+
+
+PROVE = command_of(AuditProveOptions, run_prove)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditCheckOptions:
+    """Check a line of a log by its proof, without the log."""
+
+    proof: Annotated[Path, Flag("PROOF")]
+    """File of `audit prove`."""
+    root: Annotated[NotBlank, Flag(value="HASH")]
+    """Root of the log, from where it was published or stamped: not from whoever gave the proof."""
+    of: Annotated[Path | None, Flag(value="PATH")] = None
+    """Whether this is what was published: a folder, or a file of one."""
+
+
+def run_check(typed: argparse.Namespace) -> int:
+    """Say whether it was published; returns that of a gate where it was not.
+
+    Raises:
+        UserError: it is no proof.
+    """
+    args = read_options(AuditCheckOptions, typed)
+    proof = read_proof(args.proof)
+    if proof.root() != args.root.lower():
+        print(f"{args.proof}: leads to root {proof.root()}, and that of the log is {args.root}")
+        return ExitCode.GATE_FAILED
+    if args.of is not None and (problem := _other_than(proof, args.of)):
+        print(visible(problem))
+        return ExitCode.GATE_FAILED
+    print(visible(f"{proof.leaf.kind} {proof.leaf.name} {proof.leaf.sha256}"
+                  f"{f' and {args.of}' if args.of else ''}: published, line {proof.index + 1} of "
+                  f"{proof.size}"))
+    return ExitCode.OK
+
+
+def _other_than(proof: InclusionProof, place: Path) -> str | None:
+    """Return in what a folder or a file is not what was published; None: in nothing."""
+    from megatron_sov.audit.repeating import folder_problem
+
+    if not place.exists():
+        raise UserError(f"--of {place}: does not exist; name the folder or the file that you were given")
+    if place.is_dir() and (problem := folder_problem(place)):
+        return problem
+    if proof.proves(place / MANIFEST if place.is_dir() else place):
+        return None
+    return f"{place}: is not what was published as {proof.leaf.kind} {proof.leaf.sha256[:12]}"
+
+
+CHECK = command_of(AuditCheckOptions, run_check)

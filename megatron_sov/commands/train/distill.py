@@ -151,9 +151,10 @@ WRITE = command_of(DistillWriteOptions, run_write)
 class TeacherOptions:
     """Whose distributions are learned."""
 
-    teacher: Annotated[tuple[str, ...], Flag(value="[NAME=]CHECKPOINT|RUN|HF_DIR")]
+    teacher: Annotated[tuple[str, ...], Flag(value="[NAME=]CHECKPOINT|RUN|HF_DIR")] = ()
     """Learn the distributions of this model, of the same tokenizer unless distillation.other_tokenizer is
-    set; with NAME of the data that --data NAME=DIR calls so; may be repeated."""
+    set; with NAME of the data that --data NAME=DIR calls so; may be repeated. Not needed where --states
+    has what it said of all data."""
     states_dtype: StatesDtype = "bfloat16"
     """Of the teacher's states, where they are made here."""
     teacher_settings: Annotated[tuple[str, ...], Flag("--teacher-set", "key=value")] = ()
@@ -186,8 +187,7 @@ def run(typed: argparse.Namespace) -> int:
         args = dataclasses.replace(args, settings=settings)
     if is_complete(args, "distill"):
         return 0
-    for given in args.teacher:
-        refuse_missing(Path(named_shards(given)[1]), "--teacher ")
+    _refuse_no_teacher(args)
     parsed = parse_stage(args, "distill")
     refuse_unknown_benchmarks(parsed.config)
     if not args.dry_run:
@@ -198,12 +198,12 @@ def run(typed: argparse.Namespace) -> int:
 
     from megatron_sov.chat.vocabulary import refuse_other_tokens
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-    from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
+    from megatron_sov.train.data.token_shards import as_input, open_sources, tokenizer_folder
 
     prepare_megatron()
     from megatron_sov.post.distillation.distill import (
         Distillation, KeptTeacher, TaughtFactory, measure_teacher)
-    from megatron_sov.post.distillation.state_files import StateFiles
+    from megatron_sov.post.distillation.state_files import KIND, StateFiles
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.objectives.objective import formats_of
     from megatron_sov.train.stages.stage import Stage, run_stage
@@ -218,7 +218,8 @@ def run(typed: argparse.Namespace) -> int:
     # a complete run needs no states any more: they may have been deleted
     if folder.completion() is None:
         for reader in readers:
-            _make_states(args, reader, config, folder, sources)
+            if reader.teacher is not None:
+                _make_states(args, reader, reader.teacher, config, folder, sources)
             states += reader.states
     read: list[KeptTeacher] = []
     if folder.completion() is None and not args.dry_run:
@@ -233,16 +234,29 @@ def run(typed: argparse.Namespace) -> int:
     run_stage(Stage(config, folder, objective, parsed.start,
                     args.resume, tuple(sources), before=after, after=after, end_gate=gate,
                     faults=parsed.faults, until=args.until, dry_run=args.dry_run,
-                    notes=parsed.notes),
+                    notes=parsed.notes, besides=tuple(
+                        as_input(KIND, path) for path in states if (path / MANIFEST).is_file())),
               args.nproc, typed.began_s)
     return 0
+
+
+def _refuse_no_teacher(args: DistillOptions) -> None:
+    """Raise `UserError` where neither a teacher nor what it said is there."""
+    if not args.teacher and not args.states:
+        raise UserError("--teacher: is missing; name whose distributions are learned, or, where it has read "
+                        "the data, what it said (--states)")
+    for given in args.teacher:
+        refuse_missing(Path(named_shards(given)[1]), "--teacher ")
+    for path in () if args.teacher else args.states:
+        refuse_missing(path, "--states ")
 
 
 @dataclass(frozen=True)
 class _DataReader:
     """A teacher, and the data that it reads."""
 
-    teacher: Path
+    teacher: Path | None
+    """None: what it said is there, and it is not."""
     data: dict[str, float]
     """[NAME=]folder -> weight."""
     states: tuple[Path, ...]
@@ -255,6 +269,8 @@ def _readers_of(args: DistillOptions, paths: dict[str, float]) -> list[_DataRead
     Raises:
         UserError: data have no teacher or two, or a teacher no data.
     """
+    if not args.teacher:
+        return [_DataReader(None, paths, args.states)]
     given = [named_shards(text) for text in args.teacher]
     if len(given) == 1 and not given[0][0]:
         usual = args.run.with_name(f"{args.run.name}.states")
@@ -285,8 +301,8 @@ def _readers_of(args: DistillOptions, paths: dict[str, float]) -> list[_DataRead
     return found
 
 
-def _make_states(args: DistillOptions, reader: _DataReader, config: RunConfig, folder: RunFolder,
-                 sources: list[Source]) -> None:
+def _make_states(args: DistillOptions, reader: _DataReader, teacher: Path, config: RunConfig,
+                 folder: RunFolder, sources: list[Source]) -> None:
     """Have a teacher read the data that it has not read, and check that it was this one which has.
 
     Raises:
@@ -296,9 +312,9 @@ def _make_states(args: DistillOptions, reader: _DataReader, config: RunConfig, f
     from megatron_sov.post.distillation.state_files import KIND, Kept, StateFiles
     from megatron_sov.post.distillation.teacher import TeacherReading, read_documents
 
-    target = find_target(reader.teacher)
+    target = find_target(teacher)
     if target.vocab_size != config.model.vocab_size and not config.distillation.other_tokenizer:
-        raise UserError(f"--teacher {reader.teacher}: has {target.vocab_size} token ids, the student "
+        raise UserError(f"--teacher {teacher}: has {target.vocab_size} token ids, the student "
                         f"model.vocab_size = {config.model.vocab_size}; choose a teacher with as many, "
                         "or, of another tokenizer, pass --set distillation.other_tokenizer=true --top-k 64")
     # only the manifest tells that a folder is complete
@@ -308,7 +324,7 @@ def _make_states(args: DistillOptions, reader: _DataReader, config: RunConfig, f
                         "by `megatron-sov distill states`")
     made = [path for path in reader.states if path not in missing]
     if is_first():  # to hash a teacher's files takes a while
-        _refuse_other_teacher(reader.teacher, target, made)
+        _refuse_other_teacher(teacher, target, made)
     data = _not_read(reader.data, made)
     if missing and data:
         # what is wrong is told before hours of reading
@@ -322,7 +338,7 @@ def _make_states(args: DistillOptions, reader: _DataReader, config: RunConfig, f
         # that of the others is this one's: it was compared above
         digest = read_manifest(made[0], KIND).settings["teacher"] if made else ""
         if args.dry_run:
-            print(f"{reader.teacher} would read {', '.join(data)} first, into {missing[0]}")
+            print(f"{teacher} would read {', '.join(data)} first, into {missing[0]}")
             return
         read_documents(TeacherReading(target, data, kept=kept, digest=digest), missing[0],
                        args.teacher_settings, args.nproc, redo=True)

@@ -49,7 +49,7 @@ from megatron_sov.post.distillation.state_files import (
     DTYPES, HEAD, HEAD_WEIGHT, KIND, Kept, StatesPart, content_of, lengths_of, packed, parts_of, unpacked)
 from megatron_sov.post.distillation.translation import TokenTranslation, TranslatedStates
 from megatron_sov.runs.checkpoints import ADAPTER, KIND as CHECKPOINT, MODEL, adapter_base
-from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.launch_environment import is_first, num_ranks
 from megatron_sov.train.data.described import source_record
 from megatron_sov.train.data.token_bytes import token_bytes
 from megatron_sov.train.data.token_shards import (
@@ -136,11 +136,13 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
     # the layout moves the last digits at most, so that a killed job may go on at another
     plan = {"parts": parts, "kept": asdict(reading.kept),
             "settings": [s for s in settings if not s.startswith("parallel.")]}
+    # whoever asks the teacher again, bit for bit, needs it whole
+    layout = {"settings": list(settings), "processes": num_ranks(nproc)}
     if translation is None:
         _refuse_too_long(reading, sources)
 
     def work(loaded: Loaded) -> int:
-        opened = partial(_artifact, reading, sources, plan, out, overwrite, redo)
+        opened = partial(_artifact, reading, sources, plan, layout, out, overwrite, redo)
         with artifact_on_ranks(loaded.world, opened) as artifact:
             missing = [p for p in parts if p.file not in artifact.finished]
             for first in range(0, len(missing), loaded.world.dp_size):
@@ -173,8 +175,8 @@ def weights_digest(target: Target) -> str:
 
 
 @contextlib.contextmanager
-def _artifact(reading: TeacherReading, sources: list[Source], plan: dict[str, Any], out: Path,
-              overwrite: bool, redo: bool) -> Iterator[ResumableArtifact]:
+def _artifact(reading: TeacherReading, sources: list[Source], plan: dict[str, Any], layout: dict[str, Any],
+              out: Path, overwrite: bool, redo: bool) -> Iterator[ResumableArtifact]:
     teacher = reading.digest or weights_digest(reading.target)
     weights = convert.open_weights(reading.target.path)
     model = weights.model
@@ -190,7 +192,7 @@ def _artifact(reading: TeacherReading, sources: list[Source], plan: dict[str, An
         vocab_size = sources[0].vocab_size if reading.kept.translated else model.vocab_size
         artifact.writer.content = content_of(plan["parts"], model.hidden_size, vocab_size, reading.kept,
                                              model.logits_softcap)
-        artifact.writer.settings = {"teacher": teacher, "teacher_path": str(reading.target.path)}
+        artifact.writer.settings = {"teacher": teacher, "teacher_path": str(reading.target.path), **layout}
         artifact.writer.inputs += provenance(sources)
         yield artifact
 

@@ -561,4 +561,9 @@ def tokenizer_folder(sources: list[Source]) -> Path | None:
 def provenance(sources: list[Source]) -> list[dict[str, str]]:
     """Return kind, path and manifest hash of each artifact that the sources come from."""
     folders = dict.fromkeys(s.artifact for s in sources if s.artifact is not None)
-    return [{"kind": "tokens", "path": str(f), "manifest_sha256": manifest_sha256(f)} for f in folders]
+    return [as_input("tokens", folder) for folder in folders]
+
+
+def as_input(kind: str, folder: Path) -> dict[str, str]:
+    """Return how records name an artifact that something is made from."""
+    return {"kind": kind, "path": str(folder), "manifest_sha256": manifest_sha256(folder)}

@@ -72,6 +72,9 @@ class Stage:
     """Those of `config.data.paths`, where they are open already; None: they are opened here."""
     extra_sources: tuple[Source, ...] = ()
     """Sources made on the fly, beside those of `config.data.paths`."""
+    besides: tuple[dict[str, str], ...] = ()
+    """Artifacts that are learned from beside data and start, as `provenance` has them, for the records: what
+    a teacher said, another model's log-probabilities."""
     before: Callable[[GateView], object] | None = None
     """Called on every rank before the first step of a new run; what it returns does not matter."""
     after: Callable[[GateView], dict[str, Any]] | None = None
@@ -421,7 +424,7 @@ def _open(stage: Stage, trainer: Trainer | None, begin: _Begin) -> None:
     stage.folder.declare(stage.config, 0 if trainer is None else trainer.step)
     begin.declared[0] = 1
     if trainer is not None:
-        trainer.open_records()
+        trainer.open_records(stage.besides)
         for restart in begin.restarts:
             trainer.events.write("restart", **restart)
 

@@ -66,7 +66,8 @@ def complete_stage(asked: RecipeRequest, config: RunConfig, stage: Stage | None,
     said = _said(asked)
     if "train.epochs" in said and (other := said & {"train.steps", "train.tokens", "rollout.rounds"}):
         raise UserError(f"train.epochs and {min(other)}: both say how long the run is; set one of them")
-    if "train.epochs" not in said and said & {"train.steps", "train.tokens"}:
+    # a default that counts for nothing must not stand in the run's settings, from which it is resumed
+    if "train.epochs" not in said and said & {"train.steps", "train.tokens", "rollout.rounds"}:
         config = _with_train(config, epochs=0.0)
     if stage == "policy":
         return _complete_rounds(asked, config, nproc, num_prompts, said)

@@ -110,7 +110,8 @@ def test_rounds_follow_from_prompts() -> None:
     with pytest.raises(UserError, match=r"train\.epochs and rollout\.rounds: both say how long the run"):
         completed(request([], "rollout.rounds=9", "train.epochs=3", stage="policy"), "policy", num_prompts=40)
     config, _ = completed(request([], "rollout.rounds=9", stage="policy"), "policy", num_prompts=200)
-    assert (config.rollout.prompts_per_round, config.rollout.rounds) == (64, 9)
+    # no default of so many passes stays in the settings, by which a resumed run would count its rounds
+    assert (config.rollout.prompts_per_round, config.rollout.rounds, config.train.epochs) == (64, 9, 0)
 
 
 def refused(asked: RecipeRequest, stage: Stage = "sft", *, dry_run: bool = False) -> str:
