@@ -57,8 +57,8 @@ ARMS: dict[str, tuple[str, ...]] = {
 """Arm -> its settings, with numbers of ours where the authors published none; gspo_bf16: the engine rounds
 otherwise than the trainer, as on a GPU; shuffled: rewards drawn by lot; cached: half of the responses,
 several steps over each; stale: responses of a policy that is up to two rounds old."""
-BEST, RATES, ROWS = "best_of_n", ("5e-4", "1e-3", "2e-3"), 40
-"""ROWS: of a step of fine-tuning, which has about as many documents as that of a round."""
+BEST, RATES, ROWS = "best_of_n", ("5e-4", "1e-3", "2e-3"), 72
+"""ROWS: of a step of fine-tuning, which has as many documents as a round, so that there are as many steps."""
 LIFT_POINTS, SHUFFLED_POINTS, NEAR_POINTS = 30.0, 3.0, 2.0
 """Asked for: of gspo, also in bf16, agapo and mgpo more than before; of shuffled no more than this; of cached
 and stale no further below gspo than this."""
