@@ -183,18 +183,29 @@ def facts_data(folder: Path) -> None:
 
 def typhoon(road: Road) -> None:
     """Fine-tune and be taught; then fine-tune and learn text beside rounds."""
-    folder = road.folder
-    road.made("some.jsonl", lambda: facts_data(folder))
+    road.made("some.jsonl", lambda: facts_data(road.folder))
     road.tokenizer()
-    chat, some, reading = (road.packed(name) for name in ("chats", "some", "reading"))
+    chat = road.packed("chats")
+    taught(road, chat)
+    reinforced(road, chat)
+
+
+def taught(road: Road, chat: Path) -> None:
+    """Go the road of the 8B."""
     base = road.trained("base-8b", "pretrain", "tiny-qwen3-8b", "--data", chat, settings=(
         *SHORT, "train.steps=40"))
+    some = road.packed("some")
     tuned = road.trained("sft-8b", "sft", "tiny-typhoon-s", "--from", base, "--data", some, settings=(
         *SHORT, "train.steps=60"))
     teacher = road.trained("teacher", "sft", "tiny-typhoon-s", "--from", base, "--data", chat, settings=(
         *SHORT, "train.steps=80"))
     road.trained("opd", "distill", "tiny-typhoon-s", "--from", tuned, "--teacher", teacher, "--data",
                  chat, settings=(*SHORT, "objective.name=distill", "train.steps=30"))
+
+
+def reinforced(road: Road, chat: Path) -> None:
+    """Go the road of the 4B, and tell what it knows before and after."""
+    folder, reading = road.folder, road.packed("reading")
     small = road.trained("start-4b", "pretrain", "tiny-qwen3-4b-2507", "--data", f"{chat}:0.6", "--data",
                          f"{reading}:0.4", settings=(*LEARNED, *READER))
     knowledge = road.step("knowledge/manifest.json", "megatron_sov", "rl", "knowledge", "--input",
