@@ -25,7 +25,7 @@ import os
 import platform
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,8 @@ class Seed(SeedFolder):
     """Data and runs of one seed."""
 
     recipe, sizes = "tiny-solar-open", MODEL
+    rates: Sequence[str] = RATES
+    """Of fine-tuning."""
 
     def start(self) -> Path:
         """Return the fine-tuned model that all arms go on from."""
@@ -182,7 +184,7 @@ class Seed(SeedFolder):
     def arm(self, name: str) -> None:
         """Run an arm, unless it is complete, and ask what it has learned."""
         if name == BEST:
-            for rate in RATES:
+            for rate in self.rates:
                 self.fine_tune(BEST, rate, ROWS, *OPTIM)
             return
         by_lot = ["--reward-set", f"by_lot={self.seed + 1}"] if name == "shuffled" else []
@@ -318,12 +320,15 @@ def main() -> None:
     """Run what is missing, or print the table."""
     parser = parser_of(__doc__, "--arms", [*ARMS, BEST])
     parser.add_argument("--start-only", action="store_true", help="only what the arms go on from")
+    parser.add_argument("--rates", nargs="+", choices=RATES, default=RATES, help="of fine-tuning")
     args = parser.parse_args()
     if not args.only_print:
         for seed in args.seeds:
-            Seed(seed, args.work).start()
+            made = Seed(seed, args.work)
+            made.rates = args.rates
+            made.start()
             for arm in [] if args.start_only else args.arms:
-                Seed(seed, args.work).arm(arm)
+                made.arm(arm)
     report(args.work)
 
 
