@@ -8,12 +8,8 @@ and 400 steps of the teacher and the start in the place of 600.  `megatron-sov s
 which is larger than the student.  The student answers eight of 200 questions in each round, four times each,
 and takes one step on them; no reward is asked.
 
-The baseline that could win is fine-tuning on as many answers, which the teacher has written, to the same
-questions, in as many steps over about as many documents, at each of three rates.
-
 Printed are, over the seeds with 95 % intervals (Student's t): KL(teacher || student) in nats per token of the
-answers to questions in wordings that it has not been asked, before and after each arm, and how far on-policy
-distillation is below fine-tuning, seed by seed; and KL(student || teacher) a
+answers to questions in wordings that it has not been asked, before and after; and KL(student || teacher) a
 token as the rounds' own responses tell it, over the first and last ten rounds.  Complete runs stay.
 """
 
@@ -36,12 +32,8 @@ from distillation_learning import ASKED, LEARNED, RATE, STUDENT, TEACHER, Work, 
 from seeds import over_seeds
 
 PORT, STEPS, ENDS = 18731, 400, 10
-PROMPTS, SAMPLES = 8, 4
-OPD = ("policy.method=opd", "optim.warmup_steps=0", f"rollout.prompts_per_round={PROMPTS}",
-       f"rollout.samples_per_prompt={SAMPLES}", "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=64")
-
-SFT_RATES = ("2e-3", "5e-4", "1.25e-4")
-SFT = ("train.global_batch_size=4", "train.micro_batch_size=4", "optim.warmup_steps=0", "optim.min_lr=1e-5")
+OPD = ("policy.method=opd", "optim.warmup_steps=0", "rollout.prompts_per_round=8",
+       "rollout.samples_per_prompt=4", "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=64")
 
 
 @contextmanager
@@ -86,28 +78,9 @@ def measure(work: Work, seeds: list[int], rounds: int) -> None:
                              "--prompts", prompts, "--reward", "none", "--teacher-url", url, "--store",
                              work.folder / f"store-{seed}", "--run", work.folder / run, "--resume",
                              *words_of((own, RATE, *OPD, f"rollout.rounds={rounds}")))
-            fine_tune(work, seed, rounds, prompts)
-            for name in (start, run, *(f"sft-{rate}-{seed}" for rate in SFT_RATES)):
+            for name in (start, run):
                 work.train(f"asked-{name}", "distill", asked, own, RATE, "train.steps=1", start=name,
                            states="states-asked")
-
-
-def fine_tune(work: Work, seed: int, rounds: int, prompts: Path) -> None:
-    """Fine-tune the start on answers of the teacher."""
-    answers = work.folder / f"teacher-{seed}.jsonl"
-    if not answers.exists():
-        count = len(prompts.read_text().splitlines())
-        work.command("megatron_sov", "generate", work.folder / "teacher", "--prompts", prompts, "--chat",
-                     "--max-new-tokens", "12", "--temperature", "1", "--seed", str(seed), "--samples",
-                     str(round(rounds * PROMPTS * SAMPLES / count)), "--output", answers)
-    rows = map(json.loads, answers.read_text().splitlines())
-    said = work.data(f"said-{seed}", "".join(
-        json.dumps({"messages": [{"role": "user", "content": row["prompt"]},
-                                 {"role": "assistant", "content": row["response"]}]}) + "\n"
-        for row in rows))
-    for rate in SFT_RATES:
-        work.train(f"sft-{rate}-{seed}", "sft", said, f"train.seed={seed}", f"train.steps={rounds}",
-                   f"optim.lr={rate}", *SFT, start=f"start-{seed}")
 
 
 def apart(run: Path) -> list[float]:
@@ -126,13 +99,8 @@ def report(folder: Path) -> None:
           f"{os.getloadavg()[0]:.0f}, Python {platform.python_version()}; seeds "
           f"{', '.join(map(str, seeds))}; rounds of one step: "
           f"{', '.join(str(len(rounds)) for rounds in told.values())}\n")
-    opd = [kl(folder / f"asked-opd-{s}") for s in seeds]
-    tuned = {rate: [kl(folder / f"asked-sft-{rate}-{s}") for s in seeds] for rate in SFT_RATES}
     rows = {"KL(teacher || student), held out, start": [kl(folder / f"asked-start-{s}") for s in seeds],
-            "the same, after on-policy distillation": opd,
-            **{f"after SFT on teacher's answers, {rate}": values for rate, values in tuned.items()},
-            **{f"on-policy less SFT at {rate}": [own - other for own, other in zip(opd, values, strict=True)]
-               for rate, values in tuned.items()},
+            "the same, after on-policy distillation": [kl(folder / f"asked-opd-{s}") for s in seeds],
             f"KL(student || teacher), first {ENDS} rounds": [fmean(told[s][:ENDS]) for s in seeds],
             f"the same, last {ENDS} rounds": [fmean(told[s][-ENDS:]) for s in seeds]}
     for name, values in rows.items():
