@@ -51,6 +51,9 @@ INK = ("policy.method=ink_grpo", "policy.knowledge_batch_size=8", "policy.knowle
 """Rate and weight of the text are those of the claim `knowledge`, and so are sizes and steps of its start."""
 READER = ("model.vocab_size=512", "model.hidden_size=64", "model.num_layers=2", "optim.weight_decay=0",
           "train.steps=300")
+ALONE = ("train.global_batch_size=8", "train.micro_batch_size=8", "train.steps=58", "guards.sigma=0",
+         "optim.lr=1e-3", "optim.min_lr=2e-4", "optim.weight_decay=0", "optim.warmup_steps=0", rows_of(128))
+"""As much of the text as rounds learn (60 % of their 96 steps), and no rewards: the baseline that could win."""
 NUM_READ = 6000
 VOCABULARY, LONG_CHATS = "464", 400
 
@@ -218,8 +221,11 @@ def reinforced(road: Road, chat: Path) -> None:
     for half, asked_file in halves.items():
         road.right(f"before-{half}", small, asked_file)
     legal = road.rounds("legal", "tiny-typhoon-s-legal", small, "--data", laws, settings=INK)
+    alone = road.trained("text-alone", "pretrain", "tiny-qwen3-4b-2507", "--from", small, "--data", laws,
+                         settings=(*ONE_THREAD, *ALONE))
     for half, asked_file in halves.items():
         road.right(f"after-{half}", legal, asked_file)
+        road.right(f"text-alone-{half}", alone, asked_file)
 
 
 ROADS = {"vibethinker": vibethinker, "typhoon": typhoon}
