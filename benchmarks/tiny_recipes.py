@@ -53,7 +53,7 @@ READER = ("model.vocab_size=512", "model.hidden_size=64", "model.num_layers=2", 
           "train.steps=300")
 ALONE = ("train.global_batch_size=8", "train.micro_batch_size=8", "train.steps=58", "guards.sigma=0",
          "optim.lr=1e-3", "optim.min_lr=2e-4", "optim.weight_decay=0", "optim.warmup_steps=0", rows_of(128))
-"""As much of the text as rounds learn (60 % of their 96 steps), and no rewards: the baseline that could win."""
+"""As much text as rounds learn (60 % of their 96 steps), and no rewards: the baseline that could win."""
 NUM_READ = 6000
 VOCABULARY, LONG_CHATS = "464", 400
 
