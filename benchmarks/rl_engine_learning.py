@@ -24,14 +24,11 @@ from __future__ import annotations
 import json
 import os
 import platform
-import random
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from rl_learning import NUM_ASKED, ROUNDS, SETTINGS, Seed, accuracy
-from seed_runs import run, run_arms, words, write
+from rl_learning import NUM_ASKED, PROMPTS, RATES, ROUNDS, SAMPLES, Seed, accuracy
+from seed_runs import run_arms
 from seeds import half_width
 
 BF16 = "train.precision=bf16"
@@ -40,8 +37,6 @@ VLLM = ("--engine", "vllm", "--engine-set", 'more=["--enforce-eager"]', "--engin
         "--engine-set", "dtype=bfloat16")
 QUIET = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
          "TORCH_COMPILE_DISABLE": "1"}
-PROMPTS, SAMPLES = 32, 8
-RATES = ("5e-4", "1e-3", "2e-3")
 ARMS = ("vllm", "own", "shuffled", "best")
 LIFT_POINTS = 25.0
 """Asked of vllm."""
@@ -58,48 +53,12 @@ class DenseSeed(Seed):
         """Run an arm, unless it is complete, and ask what it has learned."""
         if name == "best":
             for rate in RATES:
-                self.fine_tune(rate)
+                self.fine_tune(name, rate, 16, BF16)
         elif name == "own":
             self.reinforce(name, GSPO)
         else:
             by_lot = ["--reward-set", f"by_lot={self.seed + 1}"] if name == "shuffled" else []
             self.reinforce(name, GSPO, *VLLM, *by_lot)
-
-    def fine_tune(self, rate: str) -> None:
-        """Fine-tune the start on right answers of its own, at one rate."""
-        start, run_folder, shards = self.start(), self.folder / f"best-{rate}", self.folder / "best-shards"
-        if not (shards / "manifest.json").exists():
-            asked, answers = self.folder / "best-asked.jsonl", self.folder / "best-answers.jsonl"
-            lines = (self.folder / "prompts.jsonl").read_text().splitlines()[:ROUNDS * PROMPTS]
-            asked.write_text("\n".join(lines) + "\n")
-            run(self.log, "megatron_sov", "generate", start, "--prompts", asked, "--chat", "--max-new-tokens",
-                "12", "--temperature", "1", "--samples", str(SAMPLES), "--seed", str(self.seed), "--output",
-                answers)
-            write(self.folder / "best-chats.jsonl", self.right_answers(answers))
-            run(self.log, "data_prep.cli", "pack", "--tokenizer", self.folder / "tokenizer", "--format",
-                "chat", "--workers", "1", "--input", f"chats={self.folder / 'best-chats.jsonl'}",
-                "--output", shards, "--overwrite")
-        if not (run_folder / "complete.json").exists():
-            [source] = json.loads((shards / "manifest.json").read_text())["content"]["sources"]
-            train = source["splits"]["train"]
-            tokens = ROUNDS * PROMPTS * SAMPLES * train["num_tokens"] / train["num_documents"]
-            run(self.log, "megatron_sov", "sft", self.recipe, "--from", start, "--data", shards, "--run",
-                run_folder, "--resume", *words((
-                    *SETTINGS, BF16, f"train.seed={self.seed}", f"optim.lr={rate}",
-                    f"train.steps={round(tokens / (16 * 128))}")))
-        self.ask(run_folder)
-
-    def right_answers(self, answers: Path) -> Iterator[dict[str, Any]]:
-        """Yield a right answer to each prompt that has one."""
-        found: dict[str, list[str]] = {}
-        for line in answers.read_text().splitlines():
-            row = json.loads(line)
-            if row["response"].strip() == row["answer"]:
-                found.setdefault(row["prompt"], []).append(row["response"].strip())
-        rng = random.Random(self.seed)
-        for prompt, right in found.items():
-            yield {"messages": [{"role": "user", "content": prompt},
-                                {"role": "assistant", "content": rng.choice(right)}]}
 
 
 def run_one(seed: int, work: Path, arm: str) -> None:

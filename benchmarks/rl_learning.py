@@ -1,13 +1,18 @@
 """What reinforcement learning teaches a small model: GSPO, AGAPO and MGPO on questions that it mostly answers
-wrong, asked in wordings that no round has seen, beside rewards drawn by lot.
+wrong, asked in wordings that no round has seen, beside rewards drawn by lot and beside fine-tuning on right
+responses of the start.
 
-Usage: python benchmarks/rl_learning.py --work FOLDER [--seeds 0 1 2] [--arms gspo agapo mgpo shuffled ...]
+Usage: python benchmarks/rl_learning.py --work FOLDER [--seeds 0 1 2] [--arms gspo best_of_n agapo ...]
        python benchmarks/rl_learning.py --work FOLDER --print
 
 Sums, larger numbers and turned words in eight wordings.  The model comes from our own fine-tuning, on
 answers of which a third are right and half are wrong in one way: so it knows the language, has seen what is
 right, and says something else.  Rounds ask four of the wordings; the other four are asked before and after,
 greedily.
+
+best_of_n, the baseline that could win: the start answers the same prompts, as many responses in all as the
+rounds write.  It is fine-tuned on a right one to each prompt that has one, in as many steps as there are
+rounds and over as many documents, at each of three rates, which are shown beside each other.
 
 Everything runs through the ordinary commands on one process of one thread.  A run that is complete is not run
 again, and `--print` writes a table of what there is, so that seeds can be added.
@@ -16,25 +21,27 @@ again, and `--print` writes a table of what there is, so that seeds can be added
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from seed_runs import ALWAYS, MODEL, SeedFolder, parser_of, rows_of, run, words, write
+from seeds import over_seeds
 
 HERE = Path(__file__).parent
 SETTINGS = (*ALWAYS, "guards.sigma=0", rows_of(128))
 START_STEPS, START_LR = 700, 4e-3
 ROUNDS, LR = 40, 1e-3
-POLICY = (f"rollout.rounds={ROUNDS}", "rollout.prompts_per_round=32", "rollout.samples_per_prompt=8",
-          "rollout.piece_prompts=32", "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=64",
-          f"optim.lr={LR}", "optim.min_lr=2e-4", "optim.weight_decay=0", "optim.warmup_steps=0",
+PROMPTS, SAMPLES = 32, 8
+OPTIM = ("optim.min_lr=2e-4", "optim.weight_decay=0", "optim.warmup_steps=0")
+POLICY = (f"rollout.rounds={ROUNDS}", f"rollout.prompts_per_round={PROMPTS}",
+          f"rollout.samples_per_prompt={SAMPLES}", "rollout.piece_prompts=32", "rollout.max_new_tokens=12",
+          "rollout.max_prompt_tokens=64", f"optim.lr={LR}", *OPTIM,
           "train.num_threads=1",
           "train.global_batch_size=8", "train.micro_batch_size=8", "train.eval_every_steps=0",
           rows_of(128))
@@ -50,6 +57,8 @@ ARMS: dict[str, tuple[str, ...]] = {
 """Arm -> its settings, with numbers of ours where the authors published none; gspo_bf16: the engine rounds
 otherwise than the trainer, as on a GPU; shuffled: rewards drawn by lot; cached: half of the responses,
 several steps over each; stale: responses of a policy that is up to two rounds old."""
+BEST, RATES, ROWS = "best_of_n", ("5e-4", "1e-3", "2e-3"), 72
+"""ROWS: of a step of fine-tuning, which has as many documents as a round, so that there are as many steps."""
 LIFT_POINTS, SHUFFLED_POINTS, NEAR_POINTS = 30.0, 3.0, 2.0
 """Asked for: of gspo, also in bf16, agapo and mgpo more than before; of shuffled no more than this; of cached
 and stale no further below gspo than this."""
@@ -139,6 +148,8 @@ class Seed(SeedFolder):
     """Data and runs of one seed."""
 
     recipe, sizes = "tiny-solar-open", MODEL
+    rates: Sequence[str] = RATES
+    """Of fine-tuning."""
 
     def start(self) -> Path:
         """Return the fine-tuned model that all arms go on from."""
@@ -172,6 +183,10 @@ class Seed(SeedFolder):
 
     def arm(self, name: str) -> None:
         """Run an arm, unless it is complete, and ask what it has learned."""
+        if name == BEST:
+            for rate in self.rates:
+                self.fine_tune(BEST, rate, ROWS, *OPTIM)
+            return
         by_lot = ["--reward-set", f"by_lot={self.seed + 1}"] if name == "shuffled" else []
         self.reinforce(name, ARMS[name], *by_lot)
 
@@ -191,6 +206,50 @@ class Seed(SeedFolder):
                 "--resume",
                 *words((*POLICY, *settings, f"train.seed={self.seed}", f"rollout.seed={self.seed}")))
         self.ask(run_folder)
+
+    def fine_tune(self, name: str, rate: str, rows: int, *settings: str) -> None:
+        """Fine-tune the start on right answers of its own, over as many documents as the rounds learn.
+
+        Args:
+            name: what the names of its folders begin with.
+            rate: the learning rate, behind `name` in the run's.
+            rows: of 128 tokens in a step.
+            settings: beside those of all.
+        """
+        start, run_folder = self.start(), self.folder / f"{name}-{rate}"
+        shards = self.folder / f"{name}-shards"
+        if not (shards / "manifest.json").exists():
+            asked, answers = self.folder / f"{name}-asked.jsonl", self.folder / f"{name}-answers.jsonl"
+            lines = (self.folder / "prompts.jsonl").read_text().splitlines()[:ROUNDS * PROMPTS]
+            asked.write_text("\n".join(lines) + "\n")
+            run(self.log, "megatron_sov", "generate", start, "--prompts", asked, "--chat", "--max-new-tokens",
+                "12", "--temperature", "1", "--samples", str(round(ROUNDS * PROMPTS * SAMPLES / len(lines))),
+                "--seed", str(self.seed), "--output", answers)
+            write(self.folder / f"{name}-chats.jsonl", self.right_answers(answers))
+            run(self.log, "data_prep.cli", "pack", "--tokenizer", self.folder / "tokenizer", "--format",
+                "chat", "--workers", "1", "--input", f"chats={self.folder / f'{name}-chats.jsonl'}",
+                "--output", shards, "--overwrite")
+        if not (run_folder / "complete.json").exists():
+            [source] = json.loads((shards / "manifest.json").read_text())["content"]["sources"]
+            train = source["splits"]["train"]
+            tokens = ROUNDS * PROMPTS * SAMPLES * train["num_tokens"] / train["num_documents"]
+            run(self.log, "megatron_sov", "sft", self.recipe, "--from", start, "--data", shards, "--run",
+                run_folder, "--resume", *words((
+                    *SETTINGS, *settings, f"train.seed={self.seed}", f"optim.lr={rate}",
+                    f"train.global_batch_size={rows}", f"train.steps={round(tokens / (rows * 128))}")))
+        self.ask(run_folder)
+
+    def right_answers(self, answers: Path) -> Iterator[dict[str, Any]]:
+        """Yield a right answer to each prompt that has one."""
+        found: dict[str, list[str]] = {}
+        for line in answers.read_text().splitlines():
+            row = json.loads(line)
+            if row["response"].strip() == row["answer"]:
+                found.setdefault(row["prompt"], []).append(row["response"].strip())
+        rng = random.Random(self.seed)
+        for prompt, right in found.items():
+            yield {"messages": [{"role": "user", "content": prompt},
+                                {"role": "assistant", "content": rng.choice(right)}]}
 
 
 def accuracy(run_folder: Path) -> float | None:
@@ -219,35 +278,57 @@ def report(work: Path) -> None:
           f"{platform.python_version()}; one process of one thread; right answers to {NUM_ASKED} questions "
           f"in wordings that no round has asked, greedy, %")
     seeds = [folder for folder in sorted(work.glob("seed-*")) if accuracy(folder / "start") is not None]
-    means: dict[str, float] = {}
-    for arm in ARMS:
-        both = [(accuracy(f / "start"), accuracy(f / arm)) for f in seeds]
-        lifts = [after - before for before, after in both if before is not None and after is not None]
-        if not lifts:
+    lifts: dict[str, dict[str, float]] = {}
+    for arm in (*ARMS, *(f"{BEST}-{rate}" for rate in RATES)):
+        both = {f.name: (before, after) for f in seeds if (before := accuracy(f / "start")) is not None
+                and (after := accuracy(f / arm)) is not None}
+        if not both:
             continue
-        wide = 4.303 * statistics.stdev(lifts) / math.sqrt(3) if len(lifts) == 3 else math.nan
-        told = ", ".join(f"{b:.1f} -> {a:.1f}" for b, a in both if b is not None and a is not None)
-        means[arm] = mean = statistics.mean(lifts)
+        lifts[arm] = {seed: after - before for seed, (before, after) in both.items()}
+        mean = statistics.mean(lifts[arm].values())
         if arm == "shuffled":
             holds = mean <= SHUFFLED_POINTS
-        elif arm in ("cached", "stale") and "gspo" in means:
-            holds = mean >= means["gspo"] - NEAR_POINTS
+        elif arm in ("cached", "stale") and "gspo" in lifts:
+            holds = mean >= statistics.mean(lifts["gspo"].values()) - NEAR_POINTS
         else:
             holds = mean >= LIFT_POINTS
-        print(f"  {arm:<9} {mean:+6.1f} points  (95 %: +- {wide:.1f})   {'ok' if holds else 'NOT SO'}   "
-              f"{told}{''.join(map(first_steps, (f / arm for f in seeds)))}")
+        verdict = "" if arm.startswith(BEST) else "ok" if holds else "NOT SO"
+        print(f"  {arm:<14} {over_seeds([*lifts[arm].values()], '+6.1f'):<14} points   {verdict:<6}   "
+              f"{', '.join(f'{b:.1f} -> {a:.1f}' for b, a in both.values())}"
+              f"{''.join(map(first_steps, (f / arm for f in seeds)))}")
+    report_beside(lifts)
+
+
+def report_beside(lifts: dict[str, dict[str, float]]) -> None:
+    """Print how far each arm is from each rate of fine-tuning, seed by seed.
+
+    Args:
+        lifts: arm -> seed -> points more than before.
+    """
+    print("\nless fine-tuning on right responses of the start (above 0: the arm is better), points, "
+          "95 % interval of Student's t around the difference of each seed")
+    for arm in (name for name in lifts if not name.startswith(BEST)):
+        for rate in RATES:
+            best = lifts.get(f"{BEST}-{rate}", {})
+            apart = [lift - best[seed] for seed, lift in lifts[arm].items() if seed in best]
+            if apart:
+                print(f"  {arm:<10} less {rate}   {over_seeds(apart, '+6.1f'):<14}   "
+                      f"{', '.join(f'{value:+.1f}' for value in apart)}")
 
 
 def main() -> None:
     """Run what is missing, or print the table."""
-    parser = parser_of(__doc__, "--arms", list(ARMS))
+    parser = parser_of(__doc__, "--arms", [*ARMS, BEST])
     parser.add_argument("--start-only", action="store_true", help="only what the arms go on from")
+    parser.add_argument("--rates", nargs="+", choices=RATES, default=RATES, help="of fine-tuning")
     args = parser.parse_args()
     if not args.only_print:
         for seed in args.seeds:
-            Seed(seed, args.work).start()
+            made = Seed(seed, args.work)
+            made.rates = args.rates
+            made.start()
             for arm in [] if args.start_only else args.arms:
-                Seed(seed, args.work).arm(arm)
+                made.arm(arm)
     report(args.work)
 
 

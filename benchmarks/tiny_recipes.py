@@ -10,9 +10,10 @@ Usage: python benchmarks/tiny_recipes.py vibethinker --work FOLDER
                the 4B: trained on chats, text of the documents made, and learned beside rounds by InK-GRPO
                (arXiv 2601.18129)
 
-Structure and order are those of the recipes, sizes are tiny, questions those of rl_learning.py and
-rl_knowledge.py.  Each line of output is a step with its seconds; the same command goes on where it was
-killed, inside of a step too, and passes over what is done.
+Structure and order are those of the recipes, sizes are tiny, questions those of rl_learning.py and of the
+claim `knowledge` of `megatron-sov reproduce typhoon-s`: a start that has read and answered facts of known
+people, and facts of 48 others, half of which no round asks after.  Each line of output is a step with its
+seconds; the same command goes on where it was killed, inside of a step too, and passes over what is done.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import rl_knowledge
 from rl_learning import HERE, KINDS, POLICY, chats, questions
 from seed_runs import rows_of, run, words, write
+
+from megatron_sov.bench.reproduce.seeds.facts import (
+    PEOPLE, STRANGERS, WORDINGS, FactChats, FactReading, asked, drawn, told)
 
 REWARD = f"{HERE / 'rl_reward.py'}:Exact"
 ONE_THREAD = ("train.num_threads=1", "train.eval_every_steps=0", "data.max_epochs=0")
@@ -39,8 +43,18 @@ MGPO = ("policy.mgpo_lambda=1", "policy.clip_low=0.2", "policy.clip_high=0.2")
 """What VibeThinker's authors did not publish."""
 STAGES = (("math-16k", 16, 6), ("math-32k", 16, 12), ("code", 8, 12))
 """Stage -> its rounds, and the tokens of a response."""
-GENTLE = ("optim.lr=4e-4", "optim.min_lr=1e-4")
-"""At the rate of rl_knowledge.py, whose model is another, responses shrink to their first word."""
+INK = ("policy.method=ink_grpo", "policy.knowledge_batch_size=8", "policy.knowledge_coeff=1",
+       "rollout.rounds=24", "rollout.steps_per_round=4", "rollout.prompts_per_round=16",
+       "rollout.samples_per_prompt=8", "rollout.piece_prompts=16", "rollout.max_new_tokens=16",
+       "rollout.max_prompt_tokens=64", "train.global_batch_size=8", "train.micro_batch_size=8",
+       "optim.lr=1e-3", "optim.min_lr=2e-4", "optim.weight_decay=0", "optim.warmup_steps=0", rows_of(128))
+"""Rate and weight of the text are those of the claim `knowledge`, and so are sizes and steps of its start."""
+READER = ("model.vocab_size=512", "model.hidden_size=64", "model.num_layers=2", "optim.weight_decay=0",
+          "train.steps=300")
+ALONE = ("train.global_batch_size=8", "train.micro_batch_size=8", "train.steps=58", "guards.sigma=0",
+         "optim.lr=1e-3", "optim.min_lr=2e-4", "optim.weight_decay=0", "optim.warmup_steps=0", rows_of(128))
+"""As much text as rounds learn (60 % of their 96 steps), and no rewards: the baseline that could win."""
+NUM_READ = 6000
 VOCABULARY, LONG_CHATS = "464", 400
 
 
@@ -71,10 +85,10 @@ class Road:
                          "--vocab-size", VOCABULARY, "--input", self.folder / "chats.jsonl", "--output",
                          self.folder / "tokenizer", "--overwrite")
 
-    def packed(self, name: str, form: str = "chat") -> Path:
+    def packed(self, name: str, form: str = "chat", heldout: str = "0.02") -> Path:
         """Return token shards of a file."""
         return self.step(f"{name}.shards/manifest.json", "data_prep.cli", "pack", "--tokenizer",
-                         self.folder / "tokenizer", "--format", form, "--heldout", "0.02", "--workers", "1",
+                         self.folder / "tokenizer", "--format", form, "--heldout", heldout, "--workers", "1",
                          "--input", f"{name}={self.folder / name}.jsonl", "--output",
                          self.folder / f"{name}.shards", "--overwrite")
 
@@ -103,7 +117,7 @@ class Road:
 
         self.made(judged.name, ask)
         rewards = [json.loads(line)["reward"] for line in judged.read_text().splitlines()]
-        print(f"      right answers: {statistics.mean(rewards):.1%} of {len(rewards)}", flush=True)
+        print(f"      right answers, {name}: {statistics.mean(rewards):.1%} of {len(rewards)}", flush=True)
 
 
 def vibethinker(road: Road) -> None:
@@ -150,42 +164,68 @@ def vibethinker(road: Road) -> None:
         road.right(f"after-{name}", model, asked)
 
 
+def facts_data(folder: Path) -> None:
+    """Write chats and sentences about known people, facts of others, and questions after these."""
+    facts, chats_made = drawn(0, PEOPLE + STRANGERS), FactChats(904, NUM_READ).do({})
+    middle = len(facts) // 2
+
+    def questions_of(some: list[tuple[str, str, str]]) -> list[dict[str, Any]]:
+        return [{"prompt": asked(fact, wording), "answer": told(fact), "domain": fact[1]}
+                for fact in some for wording in WORDINGS]
+
+    write(folder / "chats.jsonl", chats_made)
+    # a sentence alone is an assistant's turn, as `rl knowledge` writes it
+    write(folder / "reading.jsonl", ({"messages": [{"role": "assistant", "content": row["text"]}]}
+                                     for row in FactReading(905, NUM_READ).do({})))
+    write(folder / "facts.jsonl", [{"text": told(fact), "document": fact[0], "section": fact[1]}
+                                   for fact in facts])
+    write(folder / "prompts.jsonl", questions_of(facts[:middle]))
+    write(folder / "heldout.jsonl", questions_of(facts[middle:]))
+    write(folder / "some.jsonl", chats_made[:len(chats_made) // 4])
+
+
 def typhoon(road: Road) -> None:
     """Fine-tune and be taught; then fine-tune and learn text beside rounds."""
-    folder = road.folder
-
-    def data() -> None:
-        # it writes facts, chats and questions to a folder of its own name
-        made = rl_knowledge.Seed(0, folder)
-        made.data()
-        for file in made.folder.glob("*.jsonl"):
-            file.replace(folder / file.name)
-        lines = (folder / "chats.jsonl").read_text().splitlines(keepends=True)
-        (folder / "some.jsonl").write_text("".join(lines[:len(lines) // 4]))
-
-    road.made("some.jsonl", data)
+    road.made("some.jsonl", lambda: facts_data(road.folder))
     road.tokenizer()
-    chat, some, asked = road.packed("chats"), road.packed("some"), folder / "asked.jsonl"
+    chat = road.packed("chats")
+    taught(road, chat)
+    reinforced(road, chat)
+
+
+def taught(road: Road, chat: Path) -> None:
+    """Go the road of the 8B."""
     base = road.trained("base-8b", "pretrain", "tiny-qwen3-8b", "--data", chat, settings=(
         *SHORT, "train.steps=40"))
+    some = road.packed("some")
     tuned = road.trained("sft-8b", "sft", "tiny-typhoon-s", "--from", base, "--data", some, settings=(
         *SHORT, "train.steps=60"))
     teacher = road.trained("teacher", "sft", "tiny-typhoon-s", "--from", base, "--data", chat, settings=(
         *SHORT, "train.steps=80"))
     road.trained("opd", "distill", "tiny-typhoon-s", "--from", tuned, "--teacher", teacher, "--data",
                  chat, settings=(*SHORT, "objective.name=distill", "train.steps=30"))
-    small = road.trained("start-4b", "pretrain", "tiny-qwen3-4b-2507", "--data", chat, settings=(
-        *LEARNED, f"train.steps={rl_knowledge.START_STEPS}"))
+
+
+def reinforced(road: Road, chat: Path) -> None:
+    """Go the road of the 4B, and tell what it knows before and after."""
+    folder, reading = road.folder, road.packed("reading")
+    small = road.trained("start-4b", "pretrain", "tiny-qwen3-4b-2507", "--data", f"{chat}:0.6", "--data",
+                         f"{reading}:0.4", settings=(*LEARNED, *READER))
     knowledge = road.step("knowledge/manifest.json", "megatron_sov", "rl", "knowledge", "--input",
                           folder / "facts.jsonl", "--tests", folder / "heldout.jsonl", "--output",
                           folder / "knowledge", "--overwrite")
     road.made("laws.jsonl", lambda: (folder / "laws.jsonl").write_bytes(
         (knowledge / "knowledge.jsonl").read_bytes()))
-    laws = road.packed("laws")
-    road.right("before", small, asked)
-    legal = road.rounds("legal", "tiny-typhoon-s-legal", small, "--data", laws, settings=(
-        *rl_knowledge.POLICY, *rl_knowledge.ARMS["ink_grpo"], *GENTLE))
-    road.right("after", legal, asked)
+    laws = road.packed("laws", heldout="0")
+    halves = {"asked": folder / "prompts.jsonl", "told": folder / "heldout.jsonl"}
+    for half, asked_file in halves.items():
+        road.right(f"before-{half}", small, asked_file)
+    legal = road.rounds("legal", "tiny-typhoon-s-legal", small, "--data", laws, settings=INK)
+    alone = road.trained("text-alone", "pretrain", "tiny-qwen3-4b-2507", "--from", small, "--data", laws,
+                         settings=(*ONE_THREAD, *ALONE))
+    for half, asked_file in halves.items():
+        road.right(f"after-{half}", legal, asked_file)
+        road.right(f"text-alone-{half}", alone, asked_file)
 
 
 ROADS = {"vibethinker": vibethinker, "typhoon": typhoon}

@@ -11,7 +11,7 @@ from megatron_sov.base.artifacts import atomic_write
 
 PAGE = Path(__file__).parent / "results.md"
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
-VERDICTS = ("holds", "in part", "too few seeds", "fails", "never run on a GPU")
+VERDICTS = ("holds", "in part", "too few seeds", "fails", "old", "never run on a GPU")
 HEAD = """# Results
 
 <!-- Written by docs/generate_results.py from benchmarks/results/verdicts.yaml; change it there. -->
@@ -28,6 +28,7 @@ MEANINGS = {
     "in part": "some of it was found, or it was found with an exception that the row names",
     "too few seeds": "one seed or one run: a hint",
     "fails": "the opposite was found, or nothing",
+    "old": "a newer run, which the row names, shows otherwise",
     "never run on a GPU": "a rehearsal with doubles: the claim is about GPUs and is open",
 }
 

@@ -94,7 +94,8 @@ def run_of(name: str) -> str:
 
 def report_shares(work: Path, title: str, what: str, arms: Iterable[str],
                   share_of: Callable[[Path, str], float | None]) -> None:
-    """Print a percentage for each seed and arm that there is, and its mean over seeds.
+    """Print a percentage for each seed and arm that there is, its mean over seeds, and how far the first arm
+    that was taught is from the others, seed by seed.
 
     Args:
         work: a folder for each seed.
@@ -106,7 +107,7 @@ def report_shares(work: Path, title: str, what: str, arms: Iterable[str],
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
           f"{platform.python_version()}; one process of one thread each")
     print(title)
-    found: dict[str, list[float]] = {name: [] for name in arms}
+    found: dict[str, dict[str, float]] = {name: {} for name in arms}
     for folder in sorted(work.glob("seed-*")):
         if not (folder / "made/summary.json").exists():
             continue
@@ -115,7 +116,12 @@ def report_shares(work: Path, title: str, what: str, arms: Iterable[str],
         print(f"{folder.name}: {summary['num_kept']} {what} kept of {summary['num_samples']}; "
               + ", ".join(f"{name} {share:.0f}" for name, share in shares.items()))
         for name, share in shares.items():
-            found[name].append(share)
+            found[name][folder.name] = share
     for name, shares_of in found.items():
         if shares_of:
-            print(f"  {name:<10} {over_seeds(shares_of, '5.1f')}  ({len(shares_of)} seeds)")
+            print(f"  {name:<10} {over_seeds([*shares_of.values()], '5.1f')}  ({len(shares_of)} seeds)")
+    _, kept, *others = found
+    for name in others:
+        apart = [found[kept][seed] - share for seed, share in found[name].items() if seed in found[kept]]
+        if apart:
+            print(f"  {kept} less {name}, seed by seed: {over_seeds(apart, '+.1f')}")
