@@ -98,6 +98,8 @@ def _document(random: np.random.Generator, num_tokens: int, vocab_size: int, is_
                for name in OF_TOKENS}
     # an engine is near the trainer, or corrections would mask all
     numbers[policy.BEHAVIOUR] = numbers[policy.OLD] + random.normal(0, 0.02, num_tokens).astype(np.float32)
+    # a reference that expects less than the policy: KTO's distance would be 0 for all, however it is summed
+    numbers[reference.COLUMN] -= 1
     return {"bin": random.integers(0, vocab_size, num_tokens), "loss": learned.astype(np.float32),
             "type": types, **numbers,
             **{name: np.full(num_tokens, random.uniform(-1 if name == policy.ADVANTAGE else 0, 1), np.float32)

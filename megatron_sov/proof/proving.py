@@ -24,7 +24,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.model.observing import Observed, locate, observe
 from megatron_sov.engine.optimizer.state_shards import any_float
-from megatron_sov.engine.parallel.simulated_world import CallSite, Meddle, SimulatedRanks, Standstill
+from megatron_sov.engine.parallel.simulated_world import (
+    CallSite, Meddle, SimulatedRanks, Standstill, sends)
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.proof import kept
@@ -44,6 +45,8 @@ SHOWN = 8
 ASSUMED = ("kernels compute what their plain versions do, and messages arrive as sent: what runs here are "
            "megatron-core's modules without Transformer Engine",
            "widths do not matter: heads, channels, experts and vocabulary are as few as the layout divides")
+FIRST_MOMENTS = ("exp_avg", "momentum")
+"""After the first step they are the gradient that was clipped, times one number for all."""
 _LOSS = "loss of "
 EQUAL, DIFFERS, STANDS, FAILS = "equal", "differs", "stands still", "fails"
 
@@ -174,7 +177,10 @@ def _play(config: RunConfig, place: ParallelWorld, comparing: _Comparing, seen: 
     try:
         for step in range(STEPS):
             own.begin(step + 1)
-            comparing.add(step, trainer, place.rank, _step(trainer))
+            if (numbers := _step(trainer)) is None:
+                comparing.numbers[f"step {step + 1}: a guard refuses it"] = float("inf")
+            else:
+                comparing.add(step, trainer, place.rank, numbers)
             torch.distributed.barrier()
             if comparing.differs:
                 return  # what is wrong in a step spoils everything in the next one
@@ -209,7 +215,8 @@ def _judged(small: Miniature, comparing: _Comparing, seen: Sequence[Observed]) -
 
 
 def _told_failure(error: Exception) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    last = next((frame for frame in reversed(frames) if sends(frame.filename)), frames[-1])
     return f"{type(error).__name__}: {error} at {Path(last.filename).name}:{last.lineno} ({last.name})"
 
 
@@ -222,6 +229,8 @@ class _Comparing:
         """Step and name -> largest difference."""
         self.apart: dict[tuple[int, str], float] = {}
         """Step, tensor -> largest difference."""
+        self.gradients: dict[str, float] = {}
+        """Parameter -> largest difference of the gradient that the optimizer got in the first step."""
         self.kept: dict[str, float] = {}
         """Tensor of a checkpoint that is written or read -> largest difference."""
         self.replicas: dict[str, set[str]] = defaultdict(set)
@@ -247,6 +256,10 @@ class _Comparing:
                 _raise_to(self.numbers, f"step {step + 1}: {name}", difference)
             elif not name.startswith("router bias"):
                 self.numbers[f"step {step + 1}: {name} of rank {rank}"] = float("inf")
+        # a wrong norm clips all alike: without that, gradients are wrong where they are
+        limit = trainer.config.optim.clip_grad
+        scale = (_clipped_to(self.whole.numbers[step]["gradient norm"], limit)
+                 / _clipped_to(numbers["gradient norm"], limit))
         for key, block in _held(trainer):
             expected = self.whole.tensors[step].get(key)
             if expected is None:
@@ -258,7 +271,11 @@ class _Comparing:
                 self._covered[step, key][_place_of(block)] += 1
             else:
                 self.replicas[key.partition("/")[0]].add(key)
-            _raise_to(self.apart, (step, key), _apart(expected[_place_of(block)], block.data, expected))
+            whole = expected[_place_of(block)]
+            _raise_to(self.apart, (step, key), _apart(whole, block.data, expected))
+            part, _, name = key.partition("/")
+            if step == 0 and part in FIRST_MOMENTS:
+                _raise_to(self.gradients, name, _apart(whole, block.data * scale, expected))
         self.done()
 
     def add_read(self, trainer: Trainer) -> None:
@@ -284,10 +301,11 @@ class _Comparing:
         keys = {key for _, key in self.apart}
         begin = {"losses": _LOSS, "gradient norms": "gradient norm", "loads of experts": "load of expert",
                  "biases of routers": "router bias"}
-        kinds = {"gradients": ("exp_avg", "momentum"), "second moments": ("exp_avg_sq",),
+        kinds = {"first moments": FIRST_MOMENTS, "second moments": ("exp_avg_sq",),
                  "weights": ("weights",)}
         return {
             **{kind: sum(name.startswith(start) for name in names) for kind, start in begin.items()},
+            "gradients": len(self.gradients),
             **{kind: sum(key.partition("/")[0] in parts for key in keys) for kind, parts in kinds.items()},
             "replicas of weights": len(self.replicas["weights"]),
             "modules": len(self.whole.observed.forward) // STEPS,
@@ -299,7 +317,11 @@ class _Comparing:
         order = {"momentum": 0, "exp_avg": 0, "exp_avg_sq": 1, "master": 2, "weights": 3}
         wrong = sorted((step, order.get(key.partition("/")[0], 2), key)
                        for (step, key), value in self.apart.items() if not value <= TOLERANCE)
-        found = [name for name, value in sorted(self.numbers.items()) if not value <= TOLERANCE]
+        found = [f"step 1: gradient of {name}" for name, value in sorted(self.gradients.items())
+                 if not value <= TOLERANCE]
+        # what a guard remembers is another number of the step
+        found += [name for name, value in sorted(self.numbers.items(), key=lambda one: (
+            ": guard's" in one[0], one)) if not value <= TOLERANCE]
         found += [f"step {step + 1}: {key}" for step, _, key in wrong]
         for (step, key), count in self._covered.items():
             if step == 0 and not bool((count == 1).all()):
@@ -309,6 +331,11 @@ class _Comparing:
             if (0, key) not in self.apart:
                 found.append(f"step 1: {key}: is held by nobody")
         return found + [name for name, value in sorted(self.kept.items()) if not value <= TOLERANCE]
+
+
+def _clipped_to(norm: float, limit: float) -> float:
+    """Return what gradients are multiplied by, as the library does it."""
+    return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
 
 
 def _place_of(block: LocalShard) -> tuple[slice, ...]:
@@ -334,7 +361,9 @@ def _play_whole(config: RunConfig, place: ParallelWorld, checkpoint: Path) -> Wh
     numbers, tensors = [], []
     for step in range(STEPS):
         observed.begin(step + 1)
-        numbers.append(_step(trainer))
+        found = _step(trainer)
+        assert found is not None, "no guard refuses what one process does"
+        numbers.append(found)
         whole: dict[str, torch.Tensor] = {}
         for key, block in _held(trainer):
             if key not in whole:
@@ -364,10 +393,11 @@ def _trainer(config: RunConfig, place: ParallelWorld) -> Trainer:
     return trainer
 
 
-def _step(trainer: Trainer) -> dict[str, float]:
-    """Do a step; returns its numbers by name."""
+def _step(trainer: Trainer) -> dict[str, float] | None:
+    """Do a step; returns its numbers by name, or None: a guard refuses it."""
     result = trainer.update()
-    assert result is not None, "no guard refuses a step here"
+    if result is None:
+        return None
     usual = trainer.guards.step_guard.state()
     load: Mapping[str, float] = {}
     if trainer.config.model.num_experts:

@@ -45,7 +45,8 @@ class Observed:
     forward: dict[Place, Sums] = field(default_factory=dict)
     """Step and module -> of its outputs, in the order of first calls."""
     backward: dict[Place, Sums] = field(default_factory=dict)
-    """Step and module -> of the gradients of its outputs, in the order in which they came."""
+    """Step and module -> of the gradients of its outputs, in the order in which their last parts came: what is
+    called twice, such as an embedding that prediction layers ask too, has them whole only then."""
     sent: dict[Place, dict[CallSite, None]] = field(default_factory=dict)
     """Step and part of it, as `forward of MODULE`, in the order in which they began -> what was sent in it
     from where."""
@@ -184,7 +185,9 @@ class _Leave:
 
     def _came(self, gradient: torch.Tensor) -> None:
         self._found.enter(CAME + self._name)
-        _add(self._found.backward, (self._found.step, self._name), gradient)
+        sums, place = self._found.backward, (self._found.step, self._name)
+        sums[place] = sums.pop(place, (0.0, 0.0))  # it is the last now
+        _add(sums, place, gradient)
 
 
 def _add(sums: dict[Place, Sums], place: Place, tensor: torch.Tensor) -> None:
