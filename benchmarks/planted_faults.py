@@ -31,7 +31,8 @@ LAYOUTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "preferences of one; pipeline": ("tiny-solar-open-dpo", ("preference.method=kto", "parallel.pp=2")),
     "policies; pipeline": ("tiny-solar-open-rl", ("policy.kl=k3", "policy.kl_coeff=0.1", "parallel.pp=2")),
     "a teacher; context, tensor": ("tiny-typhoon-s", (
-        "objective.name=distill", "distillation.top_k=16", "parallel.cp=2", "parallel.tp=2", "parallel.sp=true")),
+        "objective.name=distill", "distillation.top_k=16", "parallel.cp=2", "parallel.tp=2",
+        "parallel.sp=true")),
     "a teacher; tensor": ("tiny-typhoon-s", (
         "objective.name=distill", "distillation.top_k=0", "parallel.tp=2"))}
 """Name -> recipe and settings of a layout of four processes."""
@@ -286,7 +287,8 @@ SOURCE_FAULTS = tuple(SourceFault(*fault) for fault in (
 PLACES = {
     "pack": "self_attention|attention.py", "_own_pieces": "self_attention", "_in_row_order": "self_attention",
     "_by_rank": "self_attention", "_GatherKeys.backward": "self_attention",
-    "row_index": "pre_mlp_layernorm|router", "BalancedRouter._with_balancing_loss": "pre_mlp_layernorm|router",
+    "row_index": "pre_mlp_layernorm|router",
+    "BalancedRouter._with_balancing_loss": "pre_mlp_layernorm|router",
     "BalancedRouter.routing": "pre_mlp_layernorm|router", "get_updated_expert_bias": "router bias",
     "BaseMoELayer.__init__": "experts|dispatcher|mappings.py", "_GatherAlike.backward": "final_layernorm",
     "with_denominators": "final_layernorm|step 1: tokens", "_distance": "final_layernorm|distance",
@@ -297,11 +299,13 @@ PLACES = {
     "_normalised": "final_layernorm", "_compare": "final_layernorm|step 1: loss",
     "KeptTeacher._head": "final_layernorm",
     "_allreduce_non_tensor_model_parallel_grads": "gradient of [^ ]*norm",
-    "DistributedDataParallel.__init__": "gradient of", "param_is_not_tensor_parallel_duplicate": "gradient norm",
+    "DistributedDataParallel.__init__": "gradient of",
+    "param_is_not_tensor_parallel_duplicate": "gradient norm",
     "ColumnParallelLinear.__init__": "gradient of [^ ]*experts",
     "mark_parameters": "gradient of [^ ]*experts", "BatchStream._mine": "embedding",
-    "Computation.sums": "step 1: loss", "Optimizer._clip": "gradient of", "Optimizer._grad_norm": "gradient norm",
-    "pieces": "gradient of|written by", "get_transformer_layer_offset": "layer 1"}
+    "Computation.sums": "step 1: loss", "Optimizer._clip": "gradient of",
+    "Optimizer._grad_norm": "gradient norm",
+    "pieces": "gradient of|(written|owned) by", "get_transformer_layer_offset": "layer 1"}
 """Function -> what the first line of a verdict says where a fault of it is named by its place: the module in
 which it runs or whose gradient it makes, or the number that it sums."""
 

@@ -45,7 +45,8 @@ def write(trainer: Trainer, place: ParallelWorld, folder: Path) -> None:
 
 
 def read(trainer: Trainer, folder: Path, num_updates: int) -> None:
-    """Give a model and its optimizer what `write` wrote, by whatever layout; called by all processes together.
+    """Give a model and its optimizer what `write` wrote, by whatever layout; called by all processes
+    together.
 
     Args:
         trainer: whose.
@@ -65,5 +66,5 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     for part, before in ((MODEL, "weights/"), (OPTIMIZER, "")):
         reader = TensorReader(folder, part)
         found |= {before + key: reader.read(key, (0,) * len(reader.shape(key)), reader.shape(key))
-                  for key in reader.keys()}
+                  for key in sorted(reader.keys())}
     return found

@@ -24,8 +24,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.model.observing import Observed, locate, observe
 from megatron_sov.engine.optimizer.state_shards import any_float
-from megatron_sov.engine.parallel.simulated_world import (
-    CallSite, Meddle, SimulatedRanks, Standstill, sends)
+from megatron_sov.engine.parallel.simulated_world import CallSite, Meddle, SimulatedRanks, Standstill, sends
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.proof import kept
@@ -327,7 +326,7 @@ class _Comparing:
             if step == 0 and not bool((count == 1).all()):
                 found.append(f"step 1: {key}: {int((count == 0).sum())} of {count.numel()} elements are "
                              f"written by nobody, {int((count > 1).sum())} by several")
-        for key in self.whole.tensors[0]:
+        for key in self.whole.tensors[0] if self.apart else ():
             if (0, key) not in self.apart:
                 found.append(f"step 1: {key}: is held by nobody")
         return found + [name for name, value in sorted(self.kept.items()) if not value <= TOLERANCE]

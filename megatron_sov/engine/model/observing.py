@@ -45,8 +45,8 @@ class Observed:
     forward: dict[Place, Sums] = field(default_factory=dict)
     """Step and module -> of its outputs, in the order of first calls."""
     backward: dict[Place, Sums] = field(default_factory=dict)
-    """Step and module -> of the gradients of its outputs, in the order in which their last parts came: what is
-    called twice, such as an embedding that prediction layers ask too, has them whole only then."""
+    """Step and module -> of the gradients of its outputs, in the order in which their last parts came: what
+    is called twice, such as an embedding that prediction layers ask too, has them whole only then."""
     sent: dict[Place, dict[CallSite, None]] = field(default_factory=dict)
     """Step and part of it, as `forward of MODULE`, in the order in which they began -> what was sent in it
     from where."""
