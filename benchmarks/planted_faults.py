@@ -341,17 +341,16 @@ def mutated(fault: SourceFault) -> Iterator[None]:
 _ANY_NUMBER = "what all subtract before they take exponents may be any number"
 _SIGN = "the sign alone of what an expert lacks moves its bias"
 _OVERWRITTEN = "the weights that it makes alike are overwritten by those of the seed"
+_ALIKE = "one process does it wrongly too: no fault of a layout"
 NO_FAULTS: dict[tuple[str, str], str] = {
     ("doubled", "chunked_head.py:213"): _ANY_NUMBER, ("halved", "chunked_head.py:213"): _ANY_NUMBER,
     ("doubled", "get_updated_expert_bias"): _SIGN, ("halved", "get_updated_expert_bias"): _SIGN,
     ("wrong denominator", "'dict(counts)'"): "one process alone reads data here, and sums with nobody",
     ("rows of another rank", "BatchStream._mine"): "one process alone reads data here",
     ("losses not summed", "Computation.sums"): "one process alone reads data here, and sums with nobody",
-    ("over another group", "setup_embeddings_and_output_layer"):
-        _OVERWRITTEN,
-    ("left out", "setup_embeddings_and_output_layer"): _OVERWRITTEN,
-    ("doubled", "setup_embeddings_and_output_layer"): _OVERWRITTEN,
-    ("halved", "setup_embeddings_and_output_layer"): _OVERWRITTEN,
+    ("a message", "setup_embeddings_and_output_layer"): _OVERWRITTEN,
+    ("tokens of another place", "'ahead'"): _ALIKE, ("padding counted", "BalancedRouter"): _ALIKE,
+    ("padding counted", "with_denominators"): _ALIKE, ("wrong denominator", "'2 * local"): _ALIKE,
     ("scaled by a wrong size", f"{INTERLEAVED}: DistributedDataParallel"): "the size is 1 in this layout",
     ("counted twice over a cut row", f"{CONTEXT}: _GatherAlike"):
         "the loss of pretraining gathers nothing that has a gradient; that of preferences does",

@@ -40,7 +40,7 @@ TOLERANCE = 1e-9
 """Of a tensor's largest number.  Sums in another order are some 1e-15 apart in float64, and a fault of the
 layout, of which every number is a part, is not below 1e-6."""
 SHOWN = 8
-"""Differences that a text names; JSON has all."""
+"""Differences that a text names, and half the places of messages; JSON has all."""
 ASSUMED = ("kernels compute what their plain versions do, and messages arrive as sent: what runs here are "
            "megatron-core's modules without Transformer Engine",
            "widths do not matter: heads, channels, experts and vocabulary are as few as the layout divides")
@@ -462,7 +462,7 @@ def as_text(small: Miniature, verdict: Verdict) -> str:
         lines += [f"  {place}" for place in verdict.places[:SHOWN]]
         if len(verdict.places) > SHOWN:
             lines.append(f"  and {len(verdict.places) - SHOWN} more")
-        lines += [f"  sent there: {site}" for site in verdict.sites[:SHOWN]]
+        lines += [f"  sent there: {site}" for site in verdict.sites[:2 * SHOWN]]
     lines.append(f"{verdict.messages:,} messages, {verdict.seconds:.0f} s")
     lines += [line for what in (*ASSUMED, *(f"not covered: {what}" for what in small.left_out))
               for line in textwrap.wrap(f"- {what}", 110, subsequent_indent="  ")]

@@ -114,10 +114,15 @@ def _sent_before(one: Observed, step: int, first: str) -> Iterator[CallSite]:
     end = names.index(first) if first else len(names)
     begin = max((i for i, name in enumerate(names[:end]) if name.startswith((LEFT, CAME) if first else CAME)),
                 default=0)
-    for _, sites in parts[begin:end]:
-        yield from sites
+    if first.startswith(CAME) and not names[begin].startswith(CAME):
+        yield from dict(parts).get(BEFORE, {})  # the loss may be divided by something wrong
     if not first:
         yield from (site for _, sites in parts[:begin] for site in sites if REDUCED in site.group)
+    # what is not summed up looks like something cut, until it is used: the last that was sent is named
+    while begin > 0 and not any(sites for _, sites in parts[begin:end]):
+        begin -= 1
+    for _, sites in parts[begin:end]:
+        yield from sites
 
 
 def _of_step(sums: Mapping[Place, Sums], step: int) -> dict[str, Sums]:
