@@ -20,15 +20,19 @@ from typing import Any
 
 import torch
 
+from megatron_sov.base.artifacts import ArtifactWriter
 from megatron_sov.base.errors import UserError
+from megatron_sov.checkpoint.host_snapshot import Snapshot, WrittenSnapshot
+from megatron_sov.checkpoint.load import load_model, load_optimizer
+from megatron_sov.checkpoint.sharded_tensors import TensorReader, write_index
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.model.observing import Observed, locate, observe
 from megatron_sov.engine.optimizer.state_shards import any_float
 from megatron_sov.engine.parallel.simulated_world import CallSite, Meddle, SimulatedRanks, Standstill, sends
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import ParallelConfig, RunConfig
-from megatron_sov.proof import kept
 from megatron_sov.proof.miniature import Miniature, miniature
+from megatron_sov.runs.checkpoints import KIND, MODEL
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import open_sources
 from megatron_sov.train.trainer import Trainer
@@ -46,7 +50,7 @@ ASSUMED = ("kernels compute what their plain versions do, and messages arrive as
            "widths do not matter: heads, channels, experts and vocabulary are as few as the layout divides")
 FIRST_MOMENTS = ("exp_avg", "momentum")
 """After the first step they are the gradient that was clipped, times one number for all."""
-_LOSS = "loss of "
+_LOSS, _OPTIMIZER = "loss of ", "optimizer"
 EQUAL, DIFFERS, STANDS, FAILS = "equal", "differs", "stands still", "fails"
 
 
@@ -155,7 +159,7 @@ def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
             ranks.run(small.config.parallel, lambda place: _play(
                 small.config, place, comparing, seen, Path(folder)))
             if not comparing.differs:
-                comparing.add_written(kept.tensors(Path(folder)))
+                comparing.add_written(_tensors_in(Path(folder)))
         except Standstill as e:
             return Verdict(STANDS, small.num_ranks, float("inf"), [str(e)])
         except UserError:
@@ -184,8 +188,8 @@ def _play(config: RunConfig, place: ParallelWorld, comparing: _Comparing, seen: 
             if comparing.differs:
                 return  # what is wrong in a step spoils everything in the next one
         own.begin(STEPS + 1)
-        kept.write(trainer, place, folder)
-        kept.read(trainer, comparing.whole.checkpoint, num_updates=1)
+        _write(trainer, place, folder)
+        _read(trainer, comparing.whole.checkpoint, num_updates=1)
         comparing.add_read(trainer)
     except UserError as e:
         raise _StepFailed(str(e)) from e
@@ -370,7 +374,7 @@ def _play_whole(config: RunConfig, place: ParallelWorld, checkpoint: Path) -> Wh
             whole[key][_place_of(block)] = block.data.detach().reshape(block.shape)
         tensors.append(whole)
         if step == 0:
-            kept.write(trainer, place, checkpoint)
+            _write(trainer, place, checkpoint)
     return Whole(numbers, tensors, observed, checkpoint)
 
 
@@ -414,6 +418,58 @@ def _step(trainer: Trainer) -> dict[str, float] | None:
             "guard's loss": usual["losses"][-1], "guard's gradient norm": usual["grad_norms"][-1],
             "loss": result.loss, "tokens": float(result.num_tokens), **load,
             "gradient norm": result.grad_norm, **biases}
+
+
+# A checkpoint of a layout beside one of one process: each holds every tensor once, with the same numbers, and
+# the layout reads what one process wrote.  What stands in files belongs to no layout, so that what one layout
+# wrote, any other that is proved reads.
+
+def _write(trainer: Trainer, place: ParallelWorld, folder: Path) -> None:
+    """Write the tensors of a checkpoint; called by all processes together.
+
+    Raises:
+        ValueError: an element of a tensor is written by nobody, or by several.
+    """
+    snapshot = Snapshot()
+    snapshot.take({MODEL: local_shards(trainer.model, rounded=True),
+                   _OPTIMIZER: trainer.optimizer.state_shards()}, changes=False)
+    snapshot.write(folder, place.rank)
+    torch.distributed.barrier()
+    if place.is_main:
+        written = [WrittenSnapshot.read(folder, rank) for rank in range(place.size)]
+        for part in (MODEL, _OPTIMIZER):
+            write_index(folder, part, [index for one in written for index in one.indices[part]])
+        artifact = ArtifactWriter(folder, KIND)
+        artifact.known_files = {name: record for one in written for name, record in one.files.items()}
+        artifact.content = {"step": trainer.optimizer.num_updates, "parts": [MODEL, _OPTIMIZER]}
+        artifact.complete()
+    torch.distributed.barrier()
+
+
+def _read(trainer: Trainer, folder: Path, num_updates: int) -> None:
+    """Give a model and its optimizer what `_write` wrote, by whatever layout; called by all processes
+    together.
+
+    Args:
+        trainer: whose.
+        folder: with the tensors.
+        num_updates: that the optimizer had made.
+
+    Raises:
+        UserError: it has other tensors, or of other shapes.
+    """
+    load_model(folder, trainer.model)
+    load_optimizer(folder, trainer.optimizer, num_updates)
+
+
+def _tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors that `_write` wrote, whole, by the names that `_held` gives them."""
+    found = {}
+    for part, before in ((MODEL, "weights/"), (_OPTIMIZER, "")):
+        reader = TensorReader(folder, part)
+        found |= {before + key: reader.read(key, (0,) * len(reader.shape(key)), reader.shape(key))
+                  for key in sorted(reader.keys())}
+    return found
 
 
 @contextlib.contextmanager
