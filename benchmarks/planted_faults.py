@@ -344,13 +344,15 @@ _OVERWRITTEN = "the weights that it makes alike are overwritten by those of the 
 _ALIKE = "one process does it wrongly too: no fault of a layout"
 NO_FAULTS: dict[tuple[str, str], str] = {
     ("doubled", "chunked_head.py:213"): _ANY_NUMBER, ("halved", "chunked_head.py:213"): _ANY_NUMBER,
+    ("doubled", "divergence.py:214"): _ANY_NUMBER, ("halved", "divergence.py:214"): _ANY_NUMBER,
     ("doubled", "get_updated_expert_bias"): _SIGN, ("halved", "get_updated_expert_bias"): _SIGN,
     ("wrong denominator", "'dict(counts)'"): "one process alone reads data here, and sums with nobody",
     ("rows of another rank", "BatchStream._mine"): "one process alone reads data here",
     ("losses not summed", "Computation.sums"): "one process alone reads data here, and sums with nobody",
     ("a message", "setup_embeddings_and_output_layer"): _OVERWRITTEN,
     ("tokens of another place", "'ahead'"): _ALIKE, ("padding counted", "BalancedRouter"): _ALIKE,
-    ("padding counted", "with_denominators"): _ALIKE, ("wrong denominator", "'2 * local"): _ALIKE,
+    ("padding counted", "with_denominators"): _ALIKE, ("clipped in part", ""): _ALIKE,
+    ("norm of a part", ""): _ALIKE, ("wrong denominator", "'2 * local"): _ALIKE,
     ("scaled by a wrong size", f"{INTERLEAVED}: DistributedDataParallel"): "the size is 1 in this layout",
     ("counted twice over a cut row", f"{CONTEXT}: _GatherAlike"):
         "the loss of pretraining gathers nothing that has a gradient; that of preferences does",

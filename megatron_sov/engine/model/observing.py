@@ -54,8 +54,11 @@ class Observed:
 
     def enter(self, part: str) -> None:
         """Have a part of the step begin."""
-        self.part = part
-        self.sent.setdefault((self.step, part), {})
+        self.part, place = part, (self.step, part)
+        if part.startswith(CAME):
+            self.sent[place] = self.sent.pop(place, {})  # as gradients are ordered: by their last parts
+        else:
+            self.sent.setdefault(place, {})
 
     def begin(self, step: int) -> None:
         """Have a step begin."""
@@ -114,6 +117,10 @@ def _sent_before(one: Observed, step: int, first: str) -> Iterator[CallSite]:
     end = names.index(first) if first else len(names)
     begin = max((i for i, name in enumerate(names[:end]) if name.startswith((LEFT, CAME) if first else CAME)),
                 default=0)
+    if first.startswith(CAME) and (left := LEFT + first.removeprefix(CAME)) in names:
+        used = names.index(left)  # what is sent where it is used may be wrong in its gradient alone
+        stop = next((i for i, name in enumerate(names) if i > used and name.startswith(LEFT)), used + 1)
+        yield from (site for _, sites in parts[used:stop] for site in sites)
     if first.startswith(CAME) and not names[begin].startswith(CAME):
         yield from dict(parts).get(BEFORE, {})  # the loss may be divided by something wrong
     if not first:
