@@ -172,7 +172,7 @@ def main(argv: list[str]) -> int:
         for row in rows[1:]:
             if row["proof"].startswith("equal") or not row["caught"]:
                 print(f"  {row['kind']}: {row['fault']}: {row['proof']}; tests: "
-                      f"{row['caught'] or 'pass (' + ', '.join(row['tests']) + ')'}")
+                      f"{row['caught'].partition(chr(10))[0] or 'pass (' + ', '.join(row['tests']) + ')'}")
         return 0
     with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile() as out:
         environment = os.environ | {"SOV_PLANTED_OUT": out.name, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}

@@ -464,7 +464,7 @@ def _read(trainer: Trainer, folder: Path, num_updates: int) -> None:
 
 def _tensors_in(folder: Path) -> dict[str, torch.Tensor]:
     """Return the tensors that `_write` wrote, whole, by the names that `_held` gives them."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for part, before in ((MODEL, "weights/"), (_OPTIMIZER, "")):
         reader = TensorReader(folder, part)
         found |= {before + key: reader.read(key, (0,) * len(reader.shape(key)), reader.shape(key))
