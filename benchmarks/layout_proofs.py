@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -31,7 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from planted_faults import (
-    LAYOUTS, NO_FAULTS, OTHER_GROUP, SOURCE_FAULTS, FaultsThatMatter, mutated, over_another_group)
+    LAYOUTS, NO_FAULTS, OBJECTIVES, OTHER_GROUP, PLACES, SOURCE_FAULTS, FaultsThatMatter, mutated,
+    over_another_group)
 
 CASES = (("solar-open-102b", "b200", 480), ("solar-open-102b", "h100", 512),
          ("k-exaone-236b", "h100", 512), ("k-exaone-236b", "b200", 512))
@@ -104,8 +106,9 @@ def faults(names: Sequence[str], only: Collection[tuple[str, str, str]] = ()) ->
     from megatron_sov.model.config import apply_settings
     from megatron_sov.proof.given import write_documents
     from megatron_sov.proof.miniature import miniature
-    from megatron_sov.proof.proving import EQUAL, play_alone, prove
+    from megatron_sov.proof.proving import EQUAL, FAILS, Verdict, play_alone, prove
 
+    known = set[Any]()
     for name in names:
         recipe, settings = LAYOUTS[name]
         with tempfile.TemporaryDirectory() as folder:
@@ -117,29 +120,42 @@ def faults(names: Sequence[str], only: Collection[tuple[str, str, str]] = ()) ->
             for planted in (fault for fault in SOURCE_FAULTS if fault.layout == name):
                 if only and (planted.kind, name, str(planted)) not in only:
                     continue
+                # in one process too, as it is in code that somebody has written
                 with mutated(planted):
-                    verdict = prove(small, None, whole)
-                _told(planted.kind, name, str(planted), verdict, planted.function.rpartition(":")[2])
-            for site in dict.fromkeys(fault.site for fault in matter.found):
+                    try:
+                        verdict = prove(small)
+                    except Exception as e:  # what one process alone cannot do is found too
+                        verdict = Verdict(FAILS, 4, places=[f"one process alone: {e}"])
+                place = PLACES[planted.function.rpartition(":")[2]]
+                _told(planted.kind, name, str(planted), verdict,
+                      re.search(place, " ".join(verdict.places[:1])) is not None)
+            sent = [fault for fault in matter.found if name not in OBJECTIVES or fault.site not in known]
+            known |= {fault.site for fault in matter.found}
+            for site in dict.fromkeys(fault.site for fault in sent):
                 if only and (f"a message {OTHER_GROUP}", name, str(site)) not in only:
                     continue
                 with over_another_group(site) as moved:
                     verdict = prove(small, None, whole) if "object" not in site.where else None
                 if moved and verdict is not None:
-                    _told(f"a message {OTHER_GROUP}", name, str(site), verdict, site.where)
-            for fault in matter.found:
+                    _told(f"a message {OTHER_GROUP}", name, str(site), verdict, _names(verdict, site))
+            for fault in sent:
                 if only and (f"a message {fault.way}", name, str(fault.site)) not in only:
                     continue
-                _told(f"a message {fault.way}", name, str(fault.site), prove(small, fault, whole),
-                      fault.site.where)
+                verdict = prove(small, fault, whole)
+                _told(f"a message {fault.way}", name, str(fault.site), verdict, _names(verdict, fault.site))
 
 
-def _told(kind: str, layout: str, fault: str, verdict: Any, place: str) -> None:
-    """Print what became of a fault; `place` is what a good verdict names."""
+def _names(verdict: Any, site: Any) -> bool:
+    """Return whether a verdict says where the message is sent from."""
+    return any(site.where in told for told in (*verdict.sites, *verdict.places))
+
+
+def _told(kind: str, layout: str, fault: str, verdict: Any, is_named: bool) -> None:
+    """Print what became of a fault, and whether its place is named."""
     print(json.dumps({
         "kind": kind, "layout": layout, "fault": fault, "outcome": verdict.outcome,
-        "first": next(iter(verdict.places), ""), "seconds": verdict.seconds,
-        "is_named": any(place in told for told in (*verdict.sites, *verdict.places))}), flush=True)
+        "first": verdict.places[:3], "num_sites": len(verdict.sites), "seconds": verdict.seconds,
+        "is_named": is_named}), flush=True)
 
 
 def _rows(files: Sequence[str]) -> list[dict[str, Any]]:

@@ -24,9 +24,22 @@ LAYOUTS: dict[str, tuple[str, tuple[str, ...]]] = {
         "parallel.cp=2", "parallel.tp=2", "parallel.sp=true", "parallel.ep=2", "parallel.etp=2")),
     "interleaved pipeline, tensor": ("tiny-qwen3", (
         "parallel.pp=2", "parallel.vpp=2", "parallel.tp=2", "model.num_layers=4",
-        "model.tied_embeddings=true"))}
+        "model.tied_embeddings=true")),
+    "instructions, predictions; context": ("tiny-k-exaone", (
+        "objective.name=sft", "parallel.cp=2", "parallel.ep=2")),
+    "preferences of pairs; context": ("tiny-solar-open-dpo", ("parallel.cp=2",)),
+    "preferences of one; pipeline": ("tiny-solar-open-dpo", ("preference.method=kto", "parallel.pp=2")),
+    "policies; pipeline": ("tiny-solar-open-rl", ("policy.kl=k3", "policy.kl_coeff=0.1", "parallel.pp=2")),
+    "a teacher; context, tensor": ("tiny-typhoon-s", (
+        "objective.name=distill", "distillation.top_k=16", "parallel.cp=2", "parallel.tp=2",
+        "parallel.sp=true")),
+    "a teacher; tensor": ("tiny-typhoon-s", (
+        "objective.name=distill", "distillation.top_k=0", "parallel.tp=2"))}
 """Name -> recipe and settings of a layout of four processes."""
-ZERO, STAGES, CONTEXT, INTERLEAVED = LAYOUTS
+ZERO, STAGES, CONTEXT, INTERLEAVED, SFT, PAIRS, UNPAIRED, POLICY, TAUGHT, TAUGHT_ALL = LAYOUTS
+OBJECTIVES = (SFT, PAIRS, UNPAIRED, POLICY, TAUGHT, TAUGHT_ALL)
+"""Layouts of losses beside that of pretraining.  Of their messages those are planted that the others have
+not."""
 
 
 def _dropped(kind: str, parts: Sequence[Any]) -> None:
@@ -166,6 +179,7 @@ class SourceFault:
 _HERE, _CORE = "megatron_sov.engine", "megatron.core"
 _CUT, _FINALIZE = f"{_HERE}.parallel.context", f"{_CORE}.distributed.finalize_model_grads"
 _HEAD, _ROUTER = f"{_HERE}.model.chunked_head:_chunk", f"{_HERE}.router:BalancedRouter._with_balancing_loss"
+_TEACHER, _PREDICTION = f"{_HERE}.model.divergence", f"{_HERE}.model.language_model:PredictionLayer"
 _LAYERS, _DDP = f"{_CORE}.tensor_parallel.layers", f"{_CORE}.distributed.distributed_data_parallel"
 _ONE, _BY_SIZE = "gradient_scaling_factor = 1.0", "gradient_scaling_factor = 1.0 / self.dp_cp_group.size()"
 _ONES = f"{_ONE}\n        expert_{_ONE}"
@@ -179,12 +193,30 @@ SOURCE_FAULTS = tuple(SourceFault(*fault) for fault in (
      "get_context_parallel_rank()]"),
     ("mask of another rank", CONTEXT, f"{_HERE}.model.attention:pack",
      "context.pieces(row_tokens)]", "context.pieces(row_tokens)[::-1]]"),
-    ("counted twice over a cut row", CONTEXT, f"{_CUT}:_GatherAlike.backward", "local(grads[0])",
-     "_reduce_scatter(grads[0])"),
+    *(("counted twice over a cut row", layout, f"{_CUT}:_GatherAlike.backward", "local(grads[0])",
+       "_reduce_scatter(grads[0])") for layout in (CONTEXT, PAIRS)),
+    *(("labels of another rank", layout, f"{_HERE}.model.logprobs:Head.logprobs", "context.local(labels)",
+       "labels[:len(context.local(labels))]") for layout in (PAIRS,)),
+    ("labels of another rank", TAUGHT, f"{_TEACHER}:DivergenceSums.forward", "context.local(w)",
+     "w[:len(context.local(w))]"),
+    ("labels of another rank", TAUGHT, "megatron_sov.post.distillation.distill:_shared",
+     "at + begin - first, at + stop - first", "begin - first, stop - first"),
+    ("padding counted", SFT, "megatron_sov.train.objectives.objective:with_denominators",
+     "(~m.host.inputs.padding)", "(m.host.inputs.padding | True)"),
+    ("tokens of another place", SFT, f"{_PREDICTION}._get_embeddings", "context.local(ahead)",
+     "ahead[:len(context.local(ahead))]"),
+    *(("tokens of another place", layout, f"{_PREDICTION}._get_embeddings",
+       "next_tokens(ahead, packed_seq_params.bounds)", "ahead") for layout in (ZERO, STAGES, SFT)),
+    ("wrong denominator", ZERO, "megatron_sov.train.objectives.data_objective:DataObjective._mtp_targets",
+     "for m in micro_batches", "for m in [*micro_batches][:1]"),
     ("not summed over a cut row", CONTEXT, f"{_CUT}:_GatherKeys.backward", "_reduce_scatter(grads[0])",
      "local(grads[0])"),
     *(("wrong denominator", layout, "megatron_sov.train.objectives.objective:with_denominators",
-       "sum_dict(counts, collectives.all_reduce_dp)", "dict(counts)") for layout in LAYOUTS),
+       "sum_dict(counts, collectives.all_reduce_dp)", "dict(counts)") for layout in LAYOUTS
+      if layout != TAUGHT),
+    ("wrong denominator", UNPAIRED, "megatron_sov.post.preference:_distance",
+     'sum_dict({"total": total, "count": count}, collectives.all_reduce_dp)',
+     '{"total": total, "count": count}'),
     ("wrong denominator", CONTEXT, "megatron_sov.train.objectives.objective:with_denominators",
      "local_targets[name]", "2 * local_targets[name]"),
     ("padding counted", CONTEXT, "megatron_sov.train.objectives.objective:with_denominators",
@@ -195,6 +227,16 @@ SOURCE_FAULTS = tuple(SourceFault(*fault) for fault in (
       for layout in (ZERO, CONTEXT, INTERLEAVED)),
     *(("vocabulary of another rank", layout, f"{_LAYERS}:VocabParallelEmbedding.forward",
        "output_parallel[input_mask, :] = 0.0", "pass") for layout in (ZERO, CONTEXT, INTERLEAVED)),
+    ("vocabulary of another rank", TAUGHT, f"{_TEACHER}:TeacherTopK.compare",
+     "parallel_state.get_tensor_model_parallel_rank() * student.shape[1]", "0"),
+    ("vocabulary of another rank", TAUGHT, f"{_TEACHER}:TeacherTopK.compare",
+     "_sum_over_group((student * probabilities).sum(-1))", "(student * probabilities).sum(-1)"),
+    *(("vocabulary of another rank", layout, f"{_TEACHER}:_normalised", "group.size() > 1", "False")
+      for layout in (TAUGHT, TAUGHT_ALL)),
+    ("vocabulary of another rank", TAUGHT_ALL, f"{_TEACHER}:_compare",
+     "_sum_over_group(found) if over_group else found", "found"),
+    ("vocabulary of another rank", TAUGHT_ALL, "megatron_sov.post.distillation.distill:KeptTeacher._head",
+     "held.start:held.stop", ":len(held)"),
     ("router's counts of one part", CONTEXT, _ROUTER, "counts, tokens = both[:, :-1], both[:, -1]",
      "counts = both[:, :-1]"),
     ("router's counts of one part", CONTEXT, _ROUTER, "counts, tokens = both[:, :-1], both[:, -1]",
@@ -226,9 +268,9 @@ SOURCE_FAULTS = tuple(SourceFault(*fault) for fault in (
        "parameter.allreduce, parameter.sequence_parallel = True, False")
       for layout in (ZERO, STAGES, CONTEXT)),
     *(("rows of another rank", layout, "megatron_sov.train.data.rows:BatchStream._mine",
-       "self._dp_rank * size", "0") for layout in (ZERO, STAGES)),
+       "self._dp_rank * size", "0") for layout in (ZERO, STAGES, SFT, PAIRS, UNPAIRED, POLICY, TAUGHT_ALL)),
     *(("losses not summed", layout, "megatron_sov.train.computation:Computation.sums",
-       "collectives.all_reduce_dp(local)", "local") for layout in (ZERO, STAGES)),
+       "collectives.all_reduce_dp(local)", "local") for layout in (ZERO, STAGES, POLICY)),
     ("clipped in part", CONTEXT, f"{_HERE}.optimizer.optimizer:Optimizer._clip",
      "in self.library.chained_optimizers:", "in self.library.chained_optimizers[:1]:"),
     ("norm of a part", CONTEXT, f"{_HERE}.optimizer.optimizer:Optimizer._grad_norm",
@@ -240,6 +282,32 @@ SOURCE_FAULTS = tuple(SourceFault(*fault) for fault in (
        f"{_CORE}.transformer.transformer_layer:get_transformer_layer_offset",
        "pp_rank = parallel_state.get_pipeline_model_parallel_rank()", "pp_rank = 0")
       for layout in (STAGES, INTERLEAVED))))
+
+
+PLACES = {
+    "pack": "self_attention|attention.py", "_own_pieces": "self_attention", "_in_row_order": "self_attention",
+    "_by_rank": "self_attention", "_GatherKeys.backward": "self_attention",
+    "row_index": "pre_mlp_layernorm|router",
+    "BalancedRouter._with_balancing_loss": "pre_mlp_layernorm|router",
+    "BalancedRouter.routing": "pre_mlp_layernorm|router", "get_updated_expert_bias": "router bias",
+    "BaseMoELayer.__init__": "experts|dispatcher|mappings.py", "_GatherAlike.backward": "final_layernorm",
+    "with_denominators": "final_layernorm|step 1: tokens", "_distance": "final_layernorm|distance",
+    "DataObjective._mtp_targets": "mtp.layers", "PredictionLayer._get_embeddings": "embedding|mtp.layers",
+    "_chunk": "final_layernorm|step 1: loss", "VocabParallelEmbedding.forward": "word_embeddings",
+    "Head.logprobs": "final_layernorm", "DivergenceSums.forward": "final_layernorm",
+    "_shared": "final_layernorm", "TeacherTopK.compare": "final_layernorm|mean of entropy",
+    "_normalised": "final_layernorm", "_compare": "final_layernorm|step 1: loss",
+    "KeptTeacher._head": "final_layernorm",
+    "_allreduce_non_tensor_model_parallel_grads": "gradient of [^ ]*norm",
+    "DistributedDataParallel.__init__": "gradient of",
+    "param_is_not_tensor_parallel_duplicate": "gradient norm",
+    "ColumnParallelLinear.__init__": "gradient of [^ ]*experts",
+    "mark_parameters": "gradient of [^ ]*experts", "BatchStream._mine": "embedding",
+    "Computation.sums": "step 1: loss", "Optimizer._clip": "gradient of",
+    "Optimizer._grad_norm": "gradient norm",
+    "pieces": "gradient of|(written|owned) by", "get_transformer_layer_offset": "layer 1"}
+"""Function -> what the first line of a verdict says where a fault of it is named by its place: the module in
+which it runs or whose gradient it makes, or the number that it sums."""
 
 
 @contextlib.contextmanager
@@ -273,19 +341,20 @@ def mutated(fault: SourceFault) -> Iterator[None]:
 _ANY_NUMBER = "what all subtract before they take exponents may be any number"
 _SIGN = "the sign alone of what an expert lacks moves its bias"
 _OVERWRITTEN = "the weights that it makes alike are overwritten by those of the seed"
+_ALIKE = "one process does it wrongly too: no fault of a layout"
 NO_FAULTS: dict[tuple[str, str], str] = {
     ("doubled", "chunked_head.py:213"): _ANY_NUMBER, ("halved", "chunked_head.py:213"): _ANY_NUMBER,
+    ("doubled", "divergence.py:214"): _ANY_NUMBER, ("halved", "divergence.py:214"): _ANY_NUMBER,
     ("doubled", "get_updated_expert_bias"): _SIGN, ("halved", "get_updated_expert_bias"): _SIGN,
     ("wrong denominator", "'dict(counts)'"): "one process alone reads data here, and sums with nobody",
     ("rows of another rank", "BatchStream._mine"): "one process alone reads data here",
     ("losses not summed", "Computation.sums"): "one process alone reads data here, and sums with nobody",
-    ("over another group", "setup_embeddings_and_output_layer"):
-        _OVERWRITTEN,
-    ("left out", "setup_embeddings_and_output_layer"): _OVERWRITTEN,
-    ("doubled", "setup_embeddings_and_output_layer"): _OVERWRITTEN,
-    ("halved", "setup_embeddings_and_output_layer"): _OVERWRITTEN,
+    ("a message", "setup_embeddings_and_output_layer"): _OVERWRITTEN,
+    ("tokens of another place", "'ahead'"): _ALIKE, ("padding counted", "BalancedRouter"): _ALIKE,
+    ("padding counted", "with_denominators"): _ALIKE, ("clipped in part", ""): _ALIKE,
+    ("norm of a part", ""): _ALIKE, ("wrong denominator", "'2 * local"): _ALIKE,
     ("scaled by a wrong size", f"{INTERLEAVED}: DistributedDataParallel"): "the size is 1 in this layout",
-    ("counted twice over a cut row", "_GatherAlike"):
+    ("counted twice over a cut row", f"{CONTEXT}: _GatherAlike"):
         "the loss of pretraining gathers nothing that has a gradient; that of preferences does",
     ("experts reduced as the trunk", "ColumnParallelLinear"):
         "the engine marks experts' weights again behind the library (mark_parameters)",

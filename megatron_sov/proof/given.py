@@ -91,13 +91,15 @@ def _document(random: np.random.Generator, num_tokens: int, vocab_size: int, is_
         learned = np.arange(num_tokens) >= max(1, num_tokens // 3)
     else:
         learned = random.random(num_tokens) < 2 / 3
-    types = np.where(learned, TYPE_RESPONSE, TYPE_PROMPT)
-    if not is_judged and random.random() < 0.25:
-        types = np.where(learned, TYPE_TEXT, TYPE_PROMPT)
+    # both in each, or a step of few rows might have nothing that is learned
+    is_text = random.random(num_tokens) < (0 if is_judged else 0.25)
+    types = np.where(learned, np.where(is_text, TYPE_TEXT, TYPE_RESPONSE), TYPE_PROMPT)
     numbers = {name: random.normal(-np.log(vocab_size), SPREAD, num_tokens).astype(np.float32)
                for name in OF_TOKENS}
     # an engine is near the trainer, or corrections would mask all
     numbers[policy.BEHAVIOUR] = numbers[policy.OLD] + random.normal(0, 0.02, num_tokens).astype(np.float32)
+    # a reference that expects less than the policy: KTO's distance would be 0 for all, however it is summed
+    numbers[reference.COLUMN] -= 1
     return {"bin": random.integers(0, vocab_size, num_tokens), "loss": learned.astype(np.float32),
             "type": types, **numbers,
             **{name: np.full(num_tokens, random.uniform(-1 if name == policy.ADVANTAGE else 0, 1), np.float32)

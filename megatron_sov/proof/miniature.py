@@ -70,6 +70,12 @@ class Miniature:
     left_out: tuple[str, ...]
     """What the run itself has, and this one not."""
 
+    @property
+    def folder(self) -> Path:
+        """Where its documents lie, and what is written for a while."""
+        [documents] = self.config.data.paths
+        return Path(documents).parent
+
     def alone(self) -> RunConfig:
         """Return the same run on one process, in as few micro-batches as fit: into how many a step is cut is
         a part of the layout, and what is called for many rows at once costs the least."""

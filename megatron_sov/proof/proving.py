@@ -13,21 +13,26 @@ import threading
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_sov.base.artifacts import ArtifactWriter
 from megatron_sov.base.errors import UserError
+from megatron_sov.checkpoint.host_snapshot import Snapshot, WrittenSnapshot
+from megatron_sov.checkpoint.load import load_model, load_optimizer
+from megatron_sov.checkpoint.sharded_tensors import TensorReader, write_index
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.model.observing import Observed, locate, observe
 from megatron_sov.engine.optimizer.state_shards import any_float
-from megatron_sov.engine.parallel.simulated_world import CallSite, Meddle, SimulatedRanks, Standstill
+from megatron_sov.engine.parallel.simulated_world import CallSite, Meddle, SimulatedRanks, Standstill, sends
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.proof.miniature import Miniature, miniature
+from megatron_sov.runs.checkpoints import KIND, MODEL
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import open_sources
 from megatron_sov.train.trainer import Trainer
@@ -39,11 +44,13 @@ TOLERANCE = 1e-9
 """Of a tensor's largest number.  Sums in another order are some 1e-15 apart in float64, and a fault of the
 layout, of which every number is a part, is not below 1e-6."""
 SHOWN = 8
-"""Differences that a text names; JSON has all."""
+"""Differences that a text names, and half the places of messages; JSON has all."""
 ASSUMED = ("kernels compute what their plain versions do, and messages arrive as sent: what runs here are "
            "megatron-core's modules without Transformer Engine",
            "widths do not matter: heads, channels, experts and vocabulary are as few as the layout divides")
-_LOSS = "loss of "
+FIRST_MOMENTS = ("exp_avg", "momentum")
+"""After the first step they are the gradient that was clipped, times one number for all."""
+_LOSS, _OPTIMIZER = "loss of ", "optimizer"
 EQUAL, DIFFERS, STANDS, FAILS = "equal", "differs", "stands still", "fails"
 
 
@@ -60,6 +67,8 @@ class Whole:
     tensors: list[dict[str, torch.Tensor]]
     """Of each step: weights and states of the optimizer, whole."""
     observed: Observed
+    checkpoint: Path
+    """Folder with the tensors after the first step, beside the documents."""
 
 
 @dataclass
@@ -126,39 +135,31 @@ def prove(small: Miniature, meddle: Meddle | None = None, whole: Whole | None = 
 
 
 def play_alone(small: Miniature) -> Whole:
-    """Return what one process has after the steps of a run."""
-    [whole] = SimulatedRanks(1).run(ParallelConfig(), lambda place: _play_whole(small.alone(), place))
+    """Return what one process has after the steps of a run; its checkpoint is left beside the documents."""
+    checkpoint = Path(tempfile.mkdtemp(prefix="alone-", dir=small.folder))
+    [whole] = SimulatedRanks(1).run(ParallelConfig(), lambda place: _play_whole(
+        small.alone(), place, checkpoint))
     return whole
 
 
 def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
     ranks = SimulatedRanks(small.num_ranks, meddle)
     comparing = _Comparing(whole)
-    observed: list[Observed | None] = [None] * small.num_ranks
+    seen: dict[int, Observed] = {}
 
     def noted(rank: int, site: CallSite) -> None:
-        if (own := observed[rank]) is not None:
-            own.sites[own.part][site] = None
-
-    def play(place: ParallelWorld) -> None:
-        trainer = _trainer(small.config, place)
-        own = observed[place.rank] = observe(trainer.model)
-        for step in range(STEPS):
-            own.step = step + 1
-            try:
-                numbers = _step(trainer)
-            except UserError as e:
-                raise _StepFailed(str(e)) from e
-            comparing.add(step, trainer, place.rank, numbers)
-            torch.distributed.barrier()
-            if comparing.differs:
-                return  # what is wrong in a step spoils everything in the next one
+        if rank in seen:
+            seen[rank].note(site)
 
     ranks.watch = noted
-    with work_bar("prove", small.num_ranks * STEPS, "step of a process") as bar:
+    with (work_bar("prove", small.num_ranks * (STEPS + 1), "step of a process") as bar,
+          tempfile.TemporaryDirectory(prefix="layout-", dir=small.folder) as folder):
         comparing.done = bar.update
         try:
-            ranks.run(small.config.parallel, play)
+            ranks.run(small.config.parallel, lambda place: _play(
+                small.config, place, comparing, seen, Path(folder)))
+            if not comparing.differs:
+                comparing.add_written(_tensors_in(Path(folder)))
         except Standstill as e:
             return Verdict(STANDS, small.num_ranks, float("inf"), [str(e)])
         except UserError:
@@ -166,26 +167,59 @@ def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
         except Exception as e:
             # a layout that does not even run is refuted too, and what it fell over is told
             return Verdict(FAILS, small.num_ranks, float("inf"), [_told_failure(e)])
-    verdict = Verdict(EQUAL, small.num_ranks, comparing.largest)
+    verdict = _judged(small, comparing, [seen[rank] for rank in sorted(seen)])
+    verdict.messages = sum(ranks.sites.values())
+    return verdict
+
+
+def _play(config: RunConfig, place: ParallelWorld, comparing: _Comparing, seen: dict[int, Observed],
+          folder: Path) -> None:
+    """Do a process's steps, and then leave and take a checkpoint."""
+    trainer = _trainer(config, place)
+    own = seen[place.rank] = observe(trainer.model)
+    try:
+        for step in range(STEPS):
+            own.begin(step + 1)
+            if (numbers := _step(trainer)) is None:
+                comparing.numbers[f"step {step + 1}: a guard refuses it"] = float("inf")
+            else:
+                comparing.add(step, trainer, place.rank, numbers)
+            torch.distributed.barrier()
+            if comparing.differs:
+                return  # what is wrong in a step spoils everything in the next one
+        own.begin(STEPS + 1)
+        _write(trainer, place, folder)
+        _read(trainer, comparing.whole.checkpoint, num_updates=1)
+        comparing.add_read(trainer)
+    except UserError as e:
+        raise _StepFailed(str(e)) from e
+
+
+def _judged(small: Miniature, comparing: _Comparing, seen: Sequence[Observed]) -> Verdict:
+    """Return what a comparison has found, the first step that differs first, and in it what passes through
+    modules."""
+    whole, differing = comparing.whole, comparing.differing()
+    verdict = Verdict(EQUAL, small.num_ranks, comparing.largest, compared=comparing.compared(small.config))
     verdict.losses = {name.removeprefix(_LOSS): value for name, value in whole.numbers[0].items()
                       if name.startswith(_LOSS)}
-    verdict.places += comparing.differing()
+    for step in range(1, STEPS + 1):
+        of_step = f"step {step}: "
+        modules, sites = locate(whole.observed, seen, step, TOLERANCE)
+        if modules or any(place.startswith(of_step) for place in differing):
+            verdict.places += [of_step + module for module in modules]
+            verdict.sites = verdict.sites or sites
+        verdict.places += [place for place in differing if place.startswith(of_step)]
+        if verdict.places:
+            break
+    verdict.places += [place for place in differing if place not in verdict.places]
     if verdict.places:
         verdict.outcome = DIFFERS
-        seen = [one for one in observed if one is not None]
-        first = next(step for step in range(1, STEPS + 1)
-                     if any(place.startswith(f"step {step}: ") for place in verdict.places))
-        places, verdict.sites = locate(whole.observed, seen, first, TOLERANCE)
-        verdict.places[:0] = [f"step {first}: {place}" for place in places]
-        verdict.places.sort(key=lambda place: place.partition(":")[0])
-    verdict.messages = sum(ranks.sites.values())
-    verdict.compared |= {"modules": len(whole.observed.forward) // STEPS,
-                         "numbers": len(comparing.numbers), "tensors": len(comparing.apart)}
     return verdict
 
 
 def _told_failure(error: Exception) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    last = next((frame for frame in reversed(frames) if sends(frame.filename)), frames[-1])
     return f"{type(error).__name__}: {error} at {Path(last.filename).name}:{last.lineno} ({last.name})"
 
 
@@ -193,18 +227,24 @@ class _Comparing:
     """What all processes hold, beside what one holds."""
 
     def __init__(self, whole: Whole) -> None:
-        self._whole = whole
+        self.whole = whole
         self.numbers: dict[str, float] = {}
         """Step and name -> largest difference."""
         self.apart: dict[tuple[int, str], float] = {}
         """Step, tensor -> largest difference."""
+        self.gradients: dict[str, float] = {}
+        """Parameter -> largest difference of the gradient that the optimizer got in the first step."""
+        self.kept: dict[str, float] = {}
+        """Tensor of a checkpoint that is written or read -> largest difference."""
+        self.replicas: dict[str, set[str]] = defaultdict(set)
+        """Kind -> tensors of which processes hold blocks that others write."""
         self._covered: dict[tuple[int, str], torch.Tensor] = {}
         self.done: Callable[[], Any] = lambda: None
         """Called when a process has done a step."""
 
     @property
     def largest(self) -> float:
-        return max((*self.numbers.values(), *self.apart.values()), default=0.0)
+        return max((*self.numbers.values(), *self.apart.values(), *self.kept.values()), default=0.0)
 
     @property
     def differs(self) -> bool:
@@ -212,46 +252,105 @@ class _Comparing:
 
     def add(self, step: int, trainer: Trainer, rank: int, numbers: Mapping[str, float]) -> None:
         """Compare what a process holds after a step (from 0), and the step's numbers."""
-        for name, value in self._whole.numbers[step].items():
+        for name, value in self.whole.numbers[step].items():
             # processes that hold no part of a router do not tell its biases
             if name in numbers:
                 difference = abs(numbers[name] - value) / max(abs(value), 1e-6)
                 _raise_to(self.numbers, f"step {step + 1}: {name}", difference)
             elif not name.startswith("router bias"):
                 self.numbers[f"step {step + 1}: {name} of rank {rank}"] = float("inf")
+        # a wrong norm clips all alike: without that, gradients are wrong where they are
+        limit = trainer.config.optim.clip_grad
+        scale = (_clipped_to(self.whole.numbers[step]["gradient norm"], limit)
+                 / _clipped_to(numbers["gradient norm"], limit))
         for key, block in _held(trainer):
-            expected = self._whole.tensors[step].get(key)
+            expected = self.whole.tensors[step].get(key)
             if expected is None:
                 self.apart[step, key] = float("inf")
                 continue
-            at = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
             if (step, key) not in self._covered:
                 self._covered[step, key] = torch.zeros(block.global_shape, dtype=torch.int32)
             if block.owned:
-                self._covered[step, key][at] += 1
-            largest = max(float(expected.abs().max()), 1e-12)
-            own = block.data.detach()
-            apart = 0.0
-            if own.numel():
-                apart = float((expected[at].reshape(own.shape) - own).abs().max()) / largest
-            _raise_to(self.apart, (step, key), apart)
+                self._covered[step, key][_place_of(block)] += 1
+            else:
+                self.replicas[key.partition("/")[0]].add(key)
+            whole = expected[_place_of(block)]
+            _raise_to(self.apart, (step, key), _apart(whole, block.data, expected))
+            part, _, name = key.partition("/")
+            if step == 0 and part in FIRST_MOMENTS:
+                _raise_to(self.gradients, name, _apart(whole, block.data * scale, expected))
         self.done()
+
+    def add_read(self, trainer: Trainer) -> None:
+        """Compare what a process holds after it has read what one process had after the first step."""
+        for key, block in _held(trainer):
+            expected = self.whole.tensors[0][key]
+            _raise_to(self.kept, f"read from one process' checkpoint: {key}",
+                      _apart(expected[_place_of(block)], block.data, expected))
+        self.done()
+
+    def add_written(self, written: Mapping[str, torch.Tensor]) -> None:
+        """Compare the tensors that the layout has written, whole, with those of one process."""
+        expected = self.whole.tensors[-1]
+        for key in expected.keys() | written.keys():
+            name = f"written into a checkpoint: {key}"
+            self.kept[name] = float("inf")
+            if key in expected and key in written and expected[key].shape == written[key].shape:
+                self.kept[name] = _apart(expected[key], written[key], expected[key])
+
+    def compared(self, config: RunConfig) -> dict[str, int]:
+        """Return how many of each kind have been compared; of a kind that a run has not, none."""
+        names = {name.partition(": ")[2] for name in self.numbers}
+        keys = {key for _, key in self.apart}
+        begin = {"losses": _LOSS, "gradient norms": "gradient norm", "loads of experts": "load of expert",
+                 "biases of routers": "router bias"}
+        kinds = {"first moments": FIRST_MOMENTS, "second moments": ("exp_avg_sq",),
+                 "weights": ("weights",)}
+        return {
+            **{kind: sum(name.startswith(start) for name in names) for kind, start in begin.items()},
+            "gradients": len(self.gradients),
+            **{kind: sum(key.partition("/")[0] in parts for key in keys) for kind, parts in kinds.items()},
+            "replicas of weights": len(self.replicas["weights"]),
+            "modules": len(self.whole.observed.forward) // STEPS,
+            "tensors of its checkpoint": sum(name.startswith("written") for name in self.kept),
+            "tensors read from one process' checkpoint": sum(name.startswith("read") for name in self.kept)}
 
     def differing(self) -> list[str]:
         """Return what differs, gradients' moments before weights, and what is not written exactly once."""
         order = {"momentum": 0, "exp_avg": 0, "exp_avg_sq": 1, "master": 2, "weights": 3}
         wrong = sorted((step, order.get(key.partition("/")[0], 2), key)
                        for (step, key), value in self.apart.items() if not value <= TOLERANCE)
-        found = [name for name, value in sorted(self.numbers.items()) if not value <= TOLERANCE]
+        found = [f"step 1: gradient of {name}" for name, value in sorted(self.gradients.items())
+                 if not value <= TOLERANCE]
+        # what a guard remembers is another number of the step
+        found += [name for name, value in sorted(self.numbers.items(), key=lambda one: (
+            ": guard's" in one[0], one)) if not value <= TOLERANCE]
         found += [f"step {step + 1}: {key}" for step, _, key in wrong]
         for (step, key), count in self._covered.items():
             if step == 0 and not bool((count == 1).all()):
                 found.append(f"step 1: {key}: {int((count == 0).sum())} of {count.numel()} elements are "
                              f"written by nobody, {int((count > 1).sum())} by several")
-        for key in self._whole.tensors[0]:
+        for key in self.whole.tensors[0] if self.apart else ():
             if (0, key) not in self.apart:
                 found.append(f"step 1: {key}: is held by nobody")
-        return found
+        return found + [name for name, value in sorted(self.kept.items()) if not value <= TOLERANCE]
+
+
+def _clipped_to(norm: float, limit: float) -> float:
+    """Return what gradients are multiplied by, as the library does it."""
+    return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
+
+
+def _place_of(block: LocalShard) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
+
+
+def _apart(expected: torch.Tensor, own: torch.Tensor, tensor: torch.Tensor) -> float:
+    """Return the largest difference, by the largest number of the tensor that this is a part of."""
+    if not own.numel():
+        return 0.0
+    found = (expected.reshape(own.shape) - own.detach()).abs().max() / tensor.abs().max().clamp(min=1e-12)
+    return float(found)
 
 
 def _raise_to(largest: dict[Any, float], key: Any, value: float) -> None:
@@ -259,21 +358,24 @@ def _raise_to(largest: dict[Any, float], key: Any, value: float) -> None:
     largest[key] = max(largest.get(key, 0.0), value if value == value else float("inf"))
 
 
-def _play_whole(config: RunConfig, place: ParallelWorld) -> Whole:
+def _play_whole(config: RunConfig, place: ParallelWorld, checkpoint: Path) -> Whole:
     trainer = _trainer(config, place)
     observed = observe(trainer.model)
     numbers, tensors = [], []
     for step in range(STEPS):
-        observed.step = step + 1
-        numbers.append(_step(trainer))
+        observed.begin(step + 1)
+        found = _step(trainer)
+        assert found is not None, "no guard refuses what one process does"
+        numbers.append(found)
         whole: dict[str, torch.Tensor] = {}
         for key, block in _held(trainer):
             if key not in whole:
                 whole[key] = torch.zeros(block.global_shape, dtype=block.data.dtype)
-            at = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
-            whole[key][at] = block.data.detach().reshape(block.shape)
+            whole[key][_place_of(block)] = block.data.detach().reshape(block.shape)
         tensors.append(whole)
-    return Whole(numbers, tensors, observed)
+        if step == 0:
+            _write(trainer, place, checkpoint)
+    return Whole(numbers, tensors, observed, checkpoint)
 
 
 def _held(trainer: Trainer) -> Iterator[tuple[str, LocalShard]]:
@@ -294,10 +396,11 @@ def _trainer(config: RunConfig, place: ParallelWorld) -> Trainer:
     return trainer
 
 
-def _step(trainer: Trainer) -> dict[str, float]:
-    """Do a step; returns its numbers by name."""
+def _step(trainer: Trainer) -> dict[str, float] | None:
+    """Do a step; returns its numbers by name, or None: a guard refuses it."""
     result = trainer.update()
-    assert result is not None, "no guard refuses a step here"
+    if result is None:
+        return None
     usual = trainer.guards.step_guard.state()
     load: Mapping[str, float] = {}
     if trainer.config.model.num_experts:
@@ -315,6 +418,58 @@ def _step(trainer: Trainer) -> dict[str, float]:
             "guard's loss": usual["losses"][-1], "guard's gradient norm": usual["grad_norms"][-1],
             "loss": result.loss, "tokens": float(result.num_tokens), **load,
             "gradient norm": result.grad_norm, **biases}
+
+
+# A checkpoint of a layout beside one of one process: each holds every tensor once, with the same numbers, and
+# the layout reads what one process wrote.  What stands in files belongs to no layout, so that what one layout
+# wrote, any other that is proved reads.
+
+def _write(trainer: Trainer, place: ParallelWorld, folder: Path) -> None:
+    """Write the tensors of a checkpoint; called by all processes together.
+
+    Raises:
+        ValueError: an element of a tensor is written by nobody, or by several.
+    """
+    snapshot = Snapshot()
+    snapshot.take({MODEL: local_shards(trainer.model, rounded=True),
+                   _OPTIMIZER: trainer.optimizer.state_shards()}, changes=False)
+    snapshot.write(folder, place.rank)
+    torch.distributed.barrier()
+    if place.is_main:
+        written = [WrittenSnapshot.read(folder, rank) for rank in range(place.size)]
+        for part in (MODEL, _OPTIMIZER):
+            write_index(folder, part, [index for one in written for index in one.indices[part]])
+        artifact = ArtifactWriter(folder, KIND)
+        artifact.known_files = {name: record for one in written for name, record in one.files.items()}
+        artifact.content = {"step": trainer.optimizer.num_updates, "parts": [MODEL, _OPTIMIZER]}
+        artifact.complete()
+    torch.distributed.barrier()
+
+
+def _read(trainer: Trainer, folder: Path, num_updates: int) -> None:
+    """Give a model and its optimizer what `_write` wrote, by whatever layout; called by all processes
+    together.
+
+    Args:
+        trainer: whose.
+        folder: with the tensors.
+        num_updates: that the optimizer had made.
+
+    Raises:
+        UserError: it has other tensors, or of other shapes.
+    """
+    load_model(folder, trainer.model)
+    load_optimizer(folder, trainer.optimizer, num_updates)
+
+
+def _tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors that `_write` wrote, whole, by the names that `_held` gives them."""
+    found: dict[str, torch.Tensor] = {}
+    for part, before in ((MODEL, "weights/"), (_OPTIMIZER, "")):
+        reader = TensorReader(folder, part)
+        found |= {before + key: reader.read(key, (0,) * len(reader.shape(key)), reader.shape(key))
+                  for key in sorted(reader.keys())}
+    return found
 
 
 @contextlib.contextmanager
@@ -353,10 +508,9 @@ def as_text(small: Miniature, verdict: Verdict) -> str:
              f"rows of {c.data.phases[0].seq_len} tokens a step"]
     if verdict.outcome == EQUAL:
         counts = verdict.compared
-        lines.append(
-            f"equal to one process: {counts['numbers']} numbers (losses, gradient norm, loads, biases) and "
-            f"{counts['tensors']} tensors (moments, weights) of two steps are {verdict.largest:.1e} apart at "
-            f"most (allowed {TOLERANCE:g}), each element is written once")
+        lines.append(f"equal to one process in two steps, {verdict.largest:.1e} apart at most (allowed "
+                     f"{TOLERANCE:g}); each element has one owner, and each other process its number")
+        lines.append(", ".join(f"{kind}: {count}" for kind, count in counts.items() if count))
     else:
         lines.append("NOT equal to one process: " + (
             f"numbers are {verdict.largest:.2g} apart (allowed {TOLERANCE:g})" if verdict.outcome == DIFFERS
@@ -364,7 +518,7 @@ def as_text(small: Miniature, verdict: Verdict) -> str:
         lines += [f"  {place}" for place in verdict.places[:SHOWN]]
         if len(verdict.places) > SHOWN:
             lines.append(f"  and {len(verdict.places) - SHOWN} more")
-        lines += [f"  sent there: {site}" for site in verdict.sites[:SHOWN]]
+        lines += [f"  sent there: {site}" for site in verdict.sites[:2 * SHOWN]]
     lines.append(f"{verdict.messages:,} messages, {verdict.seconds:.0f} s")
     lines += [line for what in (*ASSUMED, *(f"not covered: {what}" for what in small.left_out))
               for line in textwrap.wrap(f"- {what}", 110, subsequent_indent="  ")]

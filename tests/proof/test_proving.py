@@ -9,11 +9,13 @@ import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_sov import cli
 from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
@@ -22,6 +24,7 @@ from megatron_sov.proof.miniature import ROW_TOKENS, Miniature, miniature
 cpu_shims.prepare_without_gpu()
 given = importlib.import_module("megatron_sov.proof.given")
 proving = importlib.import_module("megatron_sov.proof.proving")  # which imports megatron-core
+context = importlib.import_module("megatron_sov.engine.parallel.context")
 DIFFERS, EQUAL, STANDS = proving.DIFFERS, proving.EQUAL, proving.STANDS
 LAYOUT = ("parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.ep=2", "train.global_batch_size=32")
 
@@ -66,7 +69,7 @@ def test_right_layouts_are_equal(small: Miniature, whole: Any) -> None:
 
     assert (verdict.outcome, verdict.places) == (EQUAL, [])
     assert verdict.largest < 1e-12
-    assert verdict.compared["tensors"] > 200 and verdict.messages > 500
+    assert all(verdict.compared.values()) and verdict.compared["weights"] > 40 and verdict.messages > 500
 
 
 def test_zero_1_and_a_cut_row_are_equal() -> None:
@@ -100,8 +103,55 @@ def test_gradients_that_are_not_summed_over_data_are_found(small: Miniature, who
     verdict = faulty(small, whole, "allreduce", "DATA_PARALLEL", "start_grad_sync", halve)
 
     assert verdict.outcome == DIFFERS
-    # nothing on the way is wrong, so that what differs first is a number of the whole step
-    assert verdict.places[0] == "step 1: gradient norm"
+    # nothing that passes through modules is wrong
+    assert verdict.places[0] == "step 1: gradient of decoder.final_layernorm.weight"
+    assert any("start_grad_sync" in site for site in verdict.sites)
+
+
+def test_a_wrong_gradient_is_told_from_those_that_a_wrong_norm_clips(small: Miniature, whole: Any) -> None:
+    verdict = faulty(small, whole, "allreduce", "TENSOR", "_allreduce_non_tensor_model_parallel_grads", halve)
+
+    gradients = [place for place in verdict.places if "gradient of" in place]
+    assert gradients and all("norm" in name or "router" in name for name in gradients)
+    # all moments differ, since the norm does
+    assert len([place for place in verdict.places if ": exp_avg/" in place]) > 2 * len(gradients)
+    assert any("_allreduce_non_tensor_model_parallel_grads" in site for site in verdict.sites)
+
+
+def test_what_a_guard_refuses_in_the_layout_alone_differs(small: Miniature, whole: Any,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proving, "_step", lambda trainer: None)
+
+    assert proving.prove(small, whole=whole).places == ["step 1: a guard refuses it"]
+
+
+def test_a_checkpoint_that_is_read_at_another_place_is_found(small: Miniature, whole: Any,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_sov.checkpoint.sharded_tensors import TensorReader
+
+    read = TensorReader.read
+    monkeypatch.setattr(TensorReader, "read", lambda self, key, offset, shape: read(
+        self, key, (0,) * len(offset), shape))
+
+    verdict = proving.prove(small, whole=whole)
+
+    assert verdict.outcome == DIFFERS
+    assert {place.partition(":")[0] for place in verdict.places} == {"read from one process' checkpoint"}
+
+
+def test_a_checkpoint_with_other_numbers_is_found(small: Miniature, whole: Any,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_sov.checkpoint import host_snapshot
+
+    add = host_snapshot.TensorWriter.add
+    monkeypatch.setattr(host_snapshot.TensorWriter, "add", lambda self, key, block, *place: add(
+        self, key, block.flip(0) if "linear_qkv.weight" in key else block, *place))
+
+    verdict = proving.prove(small, whole=whole)
+
+    assert verdict.outcome == DIFFERS and len(verdict.places) > 2
+    assert all(place.startswith("written into a checkpoint: ") and "linear_qkv" in place
+               for place in verdict.places)
 
 
 @pytest.mark.parametrize(("recipe", "others"), [
@@ -123,8 +173,6 @@ def test_a_miniature_has_every_kind_of_attention(recipe: str, others: set[tuple[
 
 def test_what_only_a_global_layer_does_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its keys are those of the whole row, of a sliding layer's only ends of pieces are sent."""
-    from megatron_sov.engine.parallel import context
-
     summed = context._reduce_scatter
     monkeypatch.setattr(context, "_reduce_scatter", lambda row: (
         context.local(row) if len(row) == ROW_TOKENS else summed(row)))
@@ -133,8 +181,6 @@ def test_what_only_a_global_layer_does_wrong_is_found(monkeypatch: pytest.Monkey
 
 
 def test_what_only_a_sliding_layer_does_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.engine.parallel import context
-
     summed = context._reduce_scatter
     monkeypatch.setattr(context, "_reduce_scatter", lambda row: (
         summed(row) if len(row) == ROW_TOKENS else context.local(row)))
@@ -146,8 +192,6 @@ def test_what_only_a_sliding_layer_does_wrong_is_found(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("rows", [1, pytest.param(8, marks=pytest.mark.deep)])
 def test_rows_are_cut_within_documents(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else nobody would miss what other processes find for one's keys."""
-    from megatron_sov.engine.parallel import context
-
     config = apply_settings(recipes.get("tiny-qwen3"), [
         "parallel.cp=2", "train.global_batch_size=8", f"train.micro_batch_size={rows}"])
     monkeypatch.setattr(context, "_reduce_scatter", context.local)
@@ -215,6 +259,38 @@ def test_every_built_in_loss_is_played(recipe: str, settings: tuple[str, ...], n
     assert terms <= {name for name, value in verdict.losses.items() if value}
 
 
+def own_values(values: dict[str, float], over: Any) -> dict[str, float]:
+    return values
+
+
+@pytest.mark.parametrize(("recipe", "settings", "module", "name", "wrong", "place"), [
+    ("tiny-solar-open", ("parallel.pp=2",), "train.objectives.objective", "sum_dict", own_values,
+     "final_layernorm"),
+    ("tiny-k-exaone", ("objective.name=sft", *CONTEXT[:1]), "train.objectives.objective", "sum_dict",
+     own_values, "mtp.layers.0.final_layernorm"),
+    ("tiny-solar-open-rl", ("parallel.pp=2",), "train.objectives.objective", "sum_dict", own_values,
+     "final_layernorm"),
+    ("tiny-solar-open-dpo", CONTEXT[:1], "engine.model.logprobs", "context",
+     SimpleNamespace(**vars(context) | {"local": lambda row: row[:len(row) // context.size()]}),
+     "final_layernorm"),
+    ("tiny-solar-open-dpo", ("preference.method=kto",), "post.preference", "sum_dict", own_values,
+     "final_layernorm"),
+    ("tiny-typhoon-s", ("parallel.tp=2", DISTILL, "distillation.top_k=4"), "engine.model.divergence",
+     "_sum_over_group", lambda values: values, "final_layernorm")])
+def test_a_fault_of_every_built_in_loss_is_found(
+    recipe: str, settings: tuple[str, ...], module: str, name: str, wrong: Any, place: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It begins in the gradient of what the last layer gives to the loss."""
+    config = apply_settings(recipes.get(recipe), [*settings, "train.global_batch_size=8",
+                                                  "train.micro_batch_size=1"])
+    monkeypatch.setattr(importlib.import_module(f"megatron_sov.{module}"), name, wrong)
+
+    verdict = proving.prove_run(config, 2 * config.parallel.ranks_per_replica)[1]
+
+    assert verdict.outcome == DIFFERS and place in verdict.places[0]
+
+
 CUT = ("parallel.cp=2", "parallel.ep=2", "parallel.zero1=true", "parallel.overlap_grad_reduce=true",
        "parallel.overlap_param_gather=true")
 
@@ -269,6 +345,17 @@ def test_the_command_tells_and_ends_with_0(run_command: Any) -> None:
     assert done.returncode == 0, done.stderr
     assert found["outcome"] == EQUAL and found["num_ranks"] == 4 and found["layout"]["pp"] == 2
     assert any("Transformer Engine" in line for line in found["assumed"])
+
+
+def test_the_command_names_what_differs_and_ends_with_3(capsys: pytest.CaptureFixture[str],
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("megatron_sov.train.objectives.objective"), "sum_dict",
+                        own_values)
+
+    assert cli.main(["plan", "tiny-qwen3", "--set", "parallel.pp=2", "--nproc", "4", "--prove"]) == 3
+
+    said = capsys.readouterr().out
+    assert "NOT equal to one process" in said and "  step 1: backward of decoder.final_layernorm" in said
 
 
 def test_options_of_another_plan_are_refused(run_command: Any) -> None:

@@ -18,6 +18,11 @@ from megatron_sov.engine.parallel.simulated_world import CallSite
 
 Sums = tuple[float, float]
 Place = tuple[int, str]
+BEFORE = "before the first module"
+LEFT, CAME = "forward behind ", "backward of "
+"""Parts of a step that begin when a module has given something, or a gradient has come to what it gave."""
+REDUCED = "DATA_PARALLEL"
+"""In the names of groups over which gradients are summed up, where this goes on beside the backward pass."""
 _EXPERT = re.compile(r"\.local_experts\.\d+")
 _PARTIAL = re.compile(r"\.mlp\.experts(\.local_experts\.\d+(\.linear_fc2)?)?$")
 """What experts give, where several processes hold parts of one."""
@@ -40,10 +45,29 @@ class Observed:
     forward: dict[Place, Sums] = field(default_factory=dict)
     """Step and module -> of its outputs, in the order of first calls."""
     backward: dict[Place, Sums] = field(default_factory=dict)
-    """Step and module -> of the gradients of its outputs, in the order in which they came."""
-    sites: dict[str, dict[CallSite, None]] = field(default_factory=lambda: defaultdict(dict))
-    """Part of a step, as `forward of MODULE` -> what was sent in it."""
-    part: str = "before the first module"
+    """Step and module -> of the gradients of its outputs, in the order in which their last parts came: what
+    is called twice, such as an embedding that prediction layers ask too, has them whole only then."""
+    sent: dict[Place, dict[CallSite, None]] = field(default_factory=dict)
+    """Step and part of it, as `forward of MODULE`, in the order in which they began -> what was sent in it
+    from where."""
+    part: str = "building"
+
+    def enter(self, part: str) -> None:
+        """Have a part of the step begin."""
+        self.part, place = part, (self.step, part)
+        if part.startswith(CAME):
+            self.sent[place] = self.sent.pop(place, {})  # as gradients are ordered: by their last parts
+        else:
+            self.sent.setdefault(place, {})
+
+    def begin(self, step: int) -> None:
+        """Have a step begin."""
+        self.step = step
+        self.enter(BEFORE)
+
+    def note(self, site: CallSite) -> None:
+        """Keep where something is sent from."""
+        self.sent.setdefault((self.step, self.part), {})[site] = None
 
 
 def observe(model: LanguageModel) -> Observed:
@@ -58,7 +82,8 @@ def observe(model: LanguageModel) -> Observed:
 
 def locate(expected: Observed, seen: Sequence[Observed], step: int,
            tolerance: float) -> tuple[list[str], list[str]]:
-    """Return the modules at which a difference begins, forward and backward, and what is sent in the first.
+    """Return the modules at which a difference begins, forward and backward, and what is sent between the
+    last thing that is right and the first that is not.
 
     Args:
         expected: of one process.
@@ -70,11 +95,41 @@ def locate(expected: Observed, seen: Sequence[Observed], step: int,
                                      _joined([_of_step(getattr(one, kind), step) for one in seen], seen),
                                      tolerance)
              for kind in ("forward", "backward")}
-    modules = [module for module in found.values() if module is not None]
-    ends = tuple(f" {word} {module}" for word in ("of", "behind") for module in modules[:1])
-    sites = {str(site) for one in seen for part, sites in one.sites.items() if part.endswith(ends)
-             for site in sites} if ends else set()
+    first = next(((LEFT if kind == "forward" else CAME) + module for kind, module in found.items()
+                  if module is not None), "")
+    sites = {str(site) for one in seen for site in _sent_before(one, step, first)}
     return [f"{kind} of {module}" for kind, module in found.items() if module is not None], sorted(sites)
+
+
+def _sent_before(one: Observed, step: int, first: str) -> Iterator[CallSite]:
+    """Yield what a process sends between what comes right before a part of a step and that part.
+
+    Args:
+        one: the process.
+        step: which.
+        first: the part that begins with something wrong; "": nothing that passes through modules is wrong,
+            so that it is what is done with losses and gradients.
+    """
+    parts = [(part, sites) for (number, part), sites in one.sent.items() if number == step]
+    names = [part for part, _ in parts]
+    if first and first not in names:
+        return  # this process has another stage
+    end = names.index(first) if first else len(names)
+    begin = max((i for i, name in enumerate(names[:end]) if name.startswith((LEFT, CAME) if first else CAME)),
+                default=0)
+    if first.startswith(CAME) and (left := LEFT + first.removeprefix(CAME)) in names:
+        used = names.index(left)  # what is sent where it is used may be wrong in its gradient alone
+        stop = next((i for i, name in enumerate(names) if i > used and name.startswith(LEFT)), used + 1)
+        yield from (site for _, sites in parts[used:stop] for site in sites)
+    if first.startswith(CAME) and not names[begin].startswith(CAME):
+        yield from dict(parts).get(BEFORE, {})  # the loss may be divided by something wrong
+    if not first:
+        yield from (site for _, sites in parts[:begin] for site in sites if REDUCED in site.group)
+    # what is not summed up looks like something cut, until it is used: the last that was sent is named
+    while begin > 0 and not any(sites for _, sites in parts[begin:end]):
+        begin -= 1
+    for _, sites in parts[begin:end]:
+        yield from sites
 
 
 def _of_step(sums: Mapping[Place, Sums], step: int) -> dict[str, Sums]:
@@ -122,7 +177,7 @@ class _Enter:
         self._found, self._name = found, name
 
     def __call__(self, module: Any, args: Any) -> None:
-        self._found.part = f"forward of {self._name}"
+        self._found.enter(f"forward of {self._name}")
 
 
 class _Leave:
@@ -130,7 +185,7 @@ class _Leave:
         self._found, self._name = found, name
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:
-        self._found.part = f"forward behind {self._name}"
+        self._found.enter(LEFT + self._name)
         if not torch.is_grad_enabled():
             return  # it is computed again, with gradients, when they are needed
         # what stands beside it is a bias that is added later, whole on each process
@@ -141,8 +196,10 @@ class _Leave:
                 tensor.register_hook(self._came)
 
     def _came(self, gradient: torch.Tensor) -> None:
-        self._found.part = f"backward of {self._name}"
-        _add(self._found.backward, (self._found.step, self._name), gradient)
+        self._found.enter(CAME + self._name)
+        sums, place = self._found.backward, (self._found.step, self._name)
+        sums[place] = sums.pop(place, (0.0, 0.0))  # it is the last now
+        _add(sums, place, gradient)
 
 
 def _add(sums: dict[Place, Sums], place: Place, tensor: torch.Tensor) -> None:

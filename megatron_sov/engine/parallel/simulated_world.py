@@ -582,14 +582,15 @@ def _site(kind: str, group: str) -> CallSite:
     """Return the innermost place of the library or the project that sends the message."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if _sends(frame.f_code.co_filename):
+        if sends(frame.f_code.co_filename):
             return _site_at(kind, group, frame.f_code, frame.f_lineno)
         frame = frame.f_back
     return CallSite(kind, group, "outside of the library")
 
 
 @functools.cache
-def _sends(file: str) -> bool:
+def sends(file: str) -> bool:
+    """Return whether a file is of the library or the project, and no other one stands for it."""
     return "/megatron" in file and file != __file__ and not file.endswith("/parallel/collectives.py")
 
 
