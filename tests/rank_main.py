@@ -21,6 +21,7 @@ import json
 import os
 import pkgutil
 import resource
+import runpy
 import select
 import signal
 import socket
@@ -108,9 +109,13 @@ def run_jobs(jobs_file: Path) -> int:
 
 
 def run_command(program: str, argv: list[str]) -> int:
-    """Run `PROGRAM ARGV` as its own process would."""
+    """Run `PROGRAM ARGV` as its own process would, and `python FILE ARGV`, too."""
     sys.argv = [program, *argv]
     try:
+        if program == "python":
+            sys.argv, sys.path[:0] = argv, [str(Path(argv[0]).parent)]
+            runpy.run_path(argv[0], run_name="__main__")
+            return 0
         return int(importlib.import_module(PROGRAMS[program]).main())
     except SystemExit as e:
         if isinstance(e.code, str):
