@@ -99,6 +99,8 @@ TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/to
 FREED_AT_ONCE := MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=131072 MALLOC_MMAP_THRESHOLD_=131072
 TRAINING = $(JOBS) $(LAYERS)
 READING = $(JUDGES) $(DATA) $(MODELS) $(TEXT)
+# One worker builds the wheel, and has the cluster.
+FIRST := $(addprefix tests/,test_readme.py test_own_code.py test_wheel.py operate/slurm)
 # On two cores three tests at a time, since many wait for what they have killed, or for a server: each process of pytest imports and
 # collects anew, ten seconds of a core.  A plugin that no test asks for is an import more.
 PYTEST = "$(PY)" -m pytest -n 3 -p no:anyio --dist worksteal --durations 25
@@ -111,7 +113,7 @@ compiled: setup
 suite: compiled
 	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py bash -c 'status=0; \
 	$(foreach run,$(RUNS),$(PYTEST) $($(run)) || status=1;) \
-	$(PYTEST) tests/operate/slurm tests $(foreach run,$(RUNS),$(addprefix --ignore ,$($(run)))) || status=1; \
+	$(PYTEST) $(FIRST) tests $(foreach run,$(RUNS),$(addprefix --ignore ,$($(run)))) || status=1; \
 	exit $$status'
 
 deep: slurm compiled  ## the rarer cases that `make test` leaves out: every layout, every kill, larger models; half an hour
