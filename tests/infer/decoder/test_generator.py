@@ -293,7 +293,8 @@ def qwen_folder(family: str, folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
-@pytest.fixture(params=["solar_open", "exaone_moe", *QWEN])
+@pytest.fixture(params=["solar_open", "exaone_moe", "qwen3", *(
+    pytest.param(name, marks=pytest.mark.deep) for name in QWEN if name != "qwen3")])
 def folders(request, imported: dict[str, Path], hf_models: dict[str, Path], token_shards: Path,
             tmp_path: Path) -> tuple[Path, Path]:
     """A Hugging Face folder and the same model as a checkpoint."""
