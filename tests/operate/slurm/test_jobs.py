@@ -34,6 +34,14 @@ def ends(records: Path) -> list[dict[str, Any]]:
     return [r for r in read_events(records / "attempts.jsonl") if r["event"] == "end"]
 
 
+def submit_twice(submit: Submit, capsys: pytest.CaptureFixture[str], records: Path, *words: str) -> str:
+    """Return the number of a job that keeps a second one of its run out."""
+    job = submit(records, *words)
+    assert cli.main(["submit", *words]) == 2
+    assert f"its job {job} is " in capsys.readouterr().err
+    return job
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.deep)])
 def test_a_run_survives_a_sick_node_the_time_limit_a_crash_and_a_killed_rank(
@@ -54,11 +62,8 @@ def test_a_run_survives_a_sick_node_the_time_limit_a_crash_and_a_killed_rank(
     (site / "looks.yaml").write_text(profile + f"scratch: {site / 'scratch'}\n")
     run, records = site / "run", site / "run/slurm"
     cluster.wait_idle(["n1", "n2", "n3", "n4"])  # else the job would begin on others than the sick one
-    words = ("pretrain", "--cluster", "looks.yaml", "--nodes", "2",
-             *pretrain(packed_data, run, small, *length))
-    job = submit(records, *words)
-    assert cli.main(["submit", *words]) == 2
-    assert f"its job {job} is " in capsys.readouterr().err
+    job = submit_twice(submit, capsys, records, "pretrain", "--cluster", "looks.yaml", "--nodes", "2",
+                       *pretrain(packed_data, run, small, *length))
 
     def reaches(step: int, restarts: int) -> None:
         def there() -> bool:
