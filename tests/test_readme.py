@@ -62,6 +62,7 @@ def test_the_way_of_a_model_works_as_it_is_typed(
     activate, demo_corpus, *lines, serve = block_under("The way of a model")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)  # by which `chat` starts a server
     programs = {shlex.split(line)[0] for line in (demo_corpus, *lines)}
     found = subprocess.run(["bash", "-ec", f"{activate}\ncommand -v {' '.join(programs)}"],
                            capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
