@@ -78,10 +78,10 @@ test: style slurm browser  ## lint, and beside mypy all tests
 	-"$(PY)" tests/newest.py --releases
 	$(MAKE) -j 2 types suite
 
-# Tests in seven runs, so that no worker of pytest holds all libraries at once: whole commands and jobs of training, the layers under
-# them, evaluation, data with torch, what else imports it, text without, and all the rest, which do not either. Each run begins with
-# what takes longest.
-RUNS := JOBS LAYERS JUDGES DATA MODELS TEXT
+# Tests in three runs, so that no worker of pytest holds all libraries at once: training, whole commands and the layers under them;
+# evaluation, and what imports torch for data, models and text; and all the rest, which do not. Each run begins with what takes longest,
+# and ends with what takes shortest: then no worker waits long for the others.
+RUNS := TRAINING READING
 DATA := $(addprefix tests/,$(addprefix data_prep/,media curate/scoring synth/generators/autoif/test_entailment.py \
   shards/test_encode.py shards/test_pack_columns.py shards/test_stats.py curate/test_scorer.py test_datasets_layouts.py) base/documents/test_byte_bpe.py \
   test_docs_data_pages.py test_docs_data_scoring.py test_docs_omni.py commands/rl/test_rl_knowledge.py)
@@ -97,10 +97,13 @@ TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/to
   tests/judge/rewards/test_*.py)))
 # What is freed goes back to the system at once: a tenth of a worker's memory.
 FREED_AT_ONCE := MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=131072 MALLOC_MMAP_THRESHOLD_=131072
-# On two cores two tests at a time, and three in the runs whose tests wait for what they have killed, or for a server: each process of
-# pytest imports and collects anew, ten seconds of a core.  A plugin that no test asks for is an import more.
-WAITING := JOBS JUDGES
-PYTEST = "$(PY)" -m pytest -n $(if $(filter $(1),$(WAITING)),3,2) -p no:anyio --dist worksteal --durations 25
+TRAINING = $(JOBS) $(LAYERS)
+READING = $(JUDGES) $(DATA) $(MODELS) $(TEXT)
+# One worker builds the wheel, and has the cluster.
+FIRST := $(addprefix tests/,test_readme.py test_own_code.py test_wheel.py operate/slurm)
+# On two cores three tests at a time, since many wait for what they have killed, or for a server: each process of pytest imports and
+# collects anew, ten seconds of a core.  A plugin that no test asks for is an import more.
+PYTEST = "$(PY)" -m pytest -n 3 -p no:anyio --dist worksteal --durations 25
 
 # Hundreds of processes import the packages: they are compiled once, not by each where the environment forbids to keep what is compiled.
 compiled: setup
@@ -109,12 +112,12 @@ compiled: setup
 
 suite: compiled
 	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py bash -c 'status=0; \
-	$(foreach run,$(RUNS),$(call PYTEST,$(run)) $($(run)) || status=1;) \
-	$(call PYTEST,$(firstword $(WAITING))) tests/operate/slurm tests $(foreach run,$(RUNS),$(addprefix --ignore ,$($(run)))) || status=1; \
+	$(foreach run,$(RUNS),$(PYTEST) $($(run)) || status=1;) \
+	$(PYTEST) $(FIRST) tests $(foreach run,$(RUNS),$(addprefix --ignore ,$($(run)))) || status=1; \
 	exit $$status'
 
 deep: slurm compiled  ## the rarer cases that `make test` leaves out: every layout, every kill, larger models; half an hour
-	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py $(call PYTEST,$(firstword $(WAITING))) -m deep
+	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py $(PYTEST) -m deep
 
 NEWEST := $(addprefix tests/,te_double engine checkpoint layouts convert train e2e)
 newest: setup  ## the tests of layers that touch megatron-core, on the version that this Python has not installed: build/newest

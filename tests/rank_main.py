@@ -21,6 +21,7 @@ import json
 import os
 import pkgutil
 import resource
+import runpy
 import select
 import signal
 import socket
@@ -108,9 +109,13 @@ def run_jobs(jobs_file: Path) -> int:
 
 
 def run_command(program: str, argv: list[str]) -> int:
-    """Run `PROGRAM ARGV` as its own process would."""
+    """Run `PROGRAM ARGV` as its own process would, and `python FILE ARGV`, too."""
     sys.argv = [program, *argv]
     try:
+        if program == "python":
+            sys.argv, sys.path[:0] = argv, [str(Path(argv[0]).parent)]
+            runpy.run_path(argv[0], run_name="__main__")
+            return 0
         return int(importlib.import_module(PROGRAMS[program]).main())
     except SystemExit as e:
         if isinstance(e.code, str):
@@ -127,6 +132,8 @@ def be_fresh(asked: dict[str, Any], parent: int) -> None:
     for target, fd in enumerate((os.open(os.devnull, os.O_RDONLY), *said)):
         os.dup2(fd, target)
     os.chdir(asked["folder"])
+    # else each process of a command's Workers would import this file, and torch with it: 2.4 s of a core
+    vars(sys.modules["__main__"]).pop("__file__", None)
     os.environ.clear()
     os.environ.update(asked["environment"])
     sys.executable = os.environ.get("SOV_TESTS_PYTHON", sys.executable)  # that commands start others by

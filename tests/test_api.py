@@ -51,36 +51,24 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         megatron_sov.pretrian  # noqa: B018
 
 
-def test_the_example_of_the_page_runs(packed_data: Any, tmp_path: Path, warm_python: str) -> None:
-    shutil.copytree(packed_data.text, tmp_path / "tokens")
-    example = re.search(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    assert example is not None
-    started_by = f"import sys\nsys.executable = {warm_python!r}\n"
-    done = python(started_by + example[1], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    steps = [line.split() for line in done.stdout.splitlines()[-4:-1]]
-    assert [step for step, _ in steps] == ["1", "2", "3"]
-    assert float(steps[2][1]) < float(steps[0][1])
-    assert re.fullmatch(r"\d+ tokens", done.stdout.splitlines()[-1])
-
-
-def test_the_stages_of_the_page_run(packed_data: Any, tmp_path: Path, warm_python: str) -> None:
-    """After what the first example leaves: a model that has seen text."""
+def test_the_examples_of_the_page_run(packed_data: Any, tmp_path: Path, warm_python: str) -> None:
+    """The stages after what the first example leaves: a model that has seen text."""
     shutil.copytree(packed_data.text, tmp_path / "tokens")
     shutil.copytree(packed_data.tokenizer, tmp_path / "tokenizer")
     shutil.copy(packed_data.tokenizer.parent / "chat.jsonl", tmp_path / "chats.jsonl")
     (tmp_path / "pairs.jsonl").write_text("".join(
         json.dumps({"prompt": f"{i}?", "chosen": f"{i}.", "rejected": "No."}) + "\n" for i in range(40)))
     first, stages = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    first = first.partition("convert.to_hf")[0]
     started_by = f"import sys\nsys.executable = {warm_python!r}\n"
-    program = started_by + first + stages + "print(api_rows())\n".replace(
-        "api_rows()", "[row['step'] for row in read_meters('runs/dpo')]")
+    program = f"{started_by}{first}{stages}print([row['step'] for row in read_meters('runs/dpo')])\n"
     done = python(program, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[1, 2]"
-    assert re.match(r"\{'pairs': \{'pairs': \d+, 'right': [\d.]+\}\} -?[\d.e-]+$",
-                    done.stdout.splitlines()[-2])
+    *steps, tokens, preferences, rows = done.stdout.splitlines()[-6:]
+    assert [step.split()[0] for step in steps] == ["1", "2", "3"]
+    assert float(steps[2].split()[1]) < float(steps[0].split()[1])
+    assert re.fullmatch(r"\d+ tokens", tokens)
+    assert rows == "[1, 2]"
+    assert re.match(r"\{'pairs': \{'pairs': \d+, 'right': [\d.]+\}\} -?[\d.e-]+$", preferences)
     assert "defaults: learning rate 2e-05 (default of sft), 1 epoch = " in done.stderr
     assert json.loads((tmp_path / "runs/dpo/complete.json").read_text())["step"] == 2
 

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,19 +50,16 @@ Typed = Callable[[str], str]
 
 
 @pytest.fixture
-def typed(site: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch) -> Typed:
+def typed(site: Path, run_command: Any, warm_python: str, monkeypatch: pytest.MonkeyPatch) -> Typed:
     """Return what types the command of an example's header, and returns what it prints."""
     monkeypatch.chdir(site)
+    monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)  # by which an example starts commands
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent), prepend=os.pathsep)
 
     def run(name: str) -> str:
         program, *words = command_of(name)
-        if program == "python":
-            path = os.pathsep.join([str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-            done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, env={
-                **os.environ, "PYTHONPATH": path,
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})
-        else:
-            done = run_command(*words, program=program)
+        done = run_command(*words, program=program)
         assert done.returncode == 0, (name, done.stderr)
         return f"{done.stdout}{done.stderr}"
 

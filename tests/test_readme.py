@@ -1,7 +1,7 @@
 """The README's way of a model, typed line by line into an empty folder that has the `.venv` of `make demo`.
 
-What is gathered is a few small documents instead of the machine's own, and two steps are trained: the rest is
-what stands there.
+What is gathered is a few small documents instead of the machine's own, and two steps of few samples are
+trained: the rest is what stands there.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ pytestmark = pytest.mark.checkout
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+
+
+FEWER = "train.steps=2 --set train.global_batch_size=4 --set train.micro_batch_size=2"
 
 
 def block_under(heading: str) -> list[str]:
@@ -59,6 +62,7 @@ def test_the_way_of_a_model_works_as_it_is_typed(
     activate, demo_corpus, *lines, serve = block_under("The way of a model")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)  # by which `chat` starts a server
     programs = {shlex.split(line)[0] for line in (demo_corpus, *lines)}
     found = subprocess.run(["bash", "-ec", f"{activate}\ncommand -v {' '.join(programs)}"],
                            capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
@@ -67,7 +71,7 @@ def test_the_way_of_a_model_works_as_it_is_typed(
     gather(Path("work/corpus"))
     trained = 0
     for line in lines:
-        short, count = re.subn(r"train\.steps=\d+", "train.steps=2", line)
+        short, count = re.subn(r"train\.steps=\d+", FEWER, line)
         trained += count
         program, *argv = shlex.split(short)
         done = run_command(*argv, program=program)

@@ -149,12 +149,12 @@ def test_what_makes_the_site_needs_neither_torch_nor_our_programs_running() -> N
 def test_the_house_shows_every_hall_in_its_order_and_nothing_that_points_down() -> None:
     house = hook("generate_house", "docs")
     table, picture = house.rules(), house.PICTURE.read_text()  # that it is fresh, test_docs.py shows
-    found = house.arrows(table)
+    found = re.findall(r"<title>(\w+) imports (\w+)</title>", picture)
+    assert len(found) == len(set(found)) > 100
     order = [hall for hall in table.HALLS if hall in house.SAYS]
     assert [hall for hall in house.SAYS if hall in order] == order
     folders = {p.name for p in (ROOT / "megatron_sov").iterdir() if (p / "__init__.py").exists()}
     assert folders <= set(order)
     assert all((ROOT / f"megatron_sov/{hall}.py").is_file() for hall in set(order) - folders)
     for hall, other in found:
-        assert f"<title>{hall} imports {other}</title>" in picture
         assert hall in table.PROGRAMS or order.index(other) < order.index(hall)

@@ -34,10 +34,8 @@ from setting import Cost, Failed, Machine, Setting, largest
 ROOT = Path(__file__).parents[2]
 GPU = ROOT / "benchmarks/gpu"
 SYMBOLS = json.loads(CONTRACT.read_text())[TE]["symbols"]
-ALONE = ("installation", "attention")
-"""Parts that need no process of their own."""
-QUICK = (*ALONE, "fp8")
-"""The other parts start commands of their own, or train."""
+QUICK = ("installation", "attention", "fp8")
+"""Parts that need no process of their own: the others start commands, or train."""
 
 
 def started(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -45,27 +43,27 @@ def started(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
                           capture_output=True, text=True, check=False)
 
 
-def alone(out: str) -> None:
+def quick(out: str) -> None:
     """Runs in a process that has imported everything: does parts as processes of their own would."""
-    for part in ALONE:
+    for part in QUICK:
         first_contact.run_here(part, Setting(Path(out), dry=True))
 
 
 def test_parts_pass_and_are_kept(te_ranks: Any, job: Any, tmp_path: Path) -> None:
-    te_ranks(job(__file__, "alone", 1, {"out": str(tmp_path)}))
+    te_ranks(job(__file__, "quick", 1, {"out": str(tmp_path)}))
     done = started(tmp_path, "--parts", ",".join(QUICK))
     results = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in QUICK}
     assert done.returncode == 0 and {r["status"] for r in results.values()} == {"PASS"}, results
     errors = results["attention"]["figures"]
     assert all(max(found) < 1e-5 for case, found in errors.items() if "heads" in case)
-    assert [line.split()[1] for line in done.stdout.splitlines() if line.endswith(" kept")] == [*ALONE]
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.endswith(" kept")] == [*QUICK]
     assert "not in a dry run: torch varlen" in done.stdout
 
 
 def test_a_big_rank_trains_the_same_with_all_off_overlapped_and_in_fp8(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the first to the last of these, each switch of the ladder is turned."""
-    monkeypatch.setattr(part_big_rank, "LADDER", (LADDER[0], LADDER[3], LADDER[5]))
+    """In all of them each switch of the ladder is turned; its first step is deep."""
+    monkeypatch.setattr(part_big_rank, "LADDER", (LADDER[3], LADDER[5]))
     _is_a_ladder(dict(part_big_rank.measure(Setting(tmp_path, dry=True))))
 
 

@@ -49,7 +49,8 @@ def spans(config: RunConfig) -> list[tuple[str, range]]:
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("recipe", list(OF_RECIPE))
+@pytest.mark.parametrize("recipe", [
+    pytest.param(name, marks=[pytest.mark.deep] * (name != "tiny-k-exaone")) for name in OF_RECIPE])
 def test_every_phase_of_a_recipe_is_trained_as_planned(recipe: str, packed_data: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     pretrain(recipe, run, "--data", str(packed_data.text))

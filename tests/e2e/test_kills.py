@@ -99,9 +99,10 @@ def run_and_kill(data: str, folder: str, more: bool) -> dict[str, Any]:
     assert os.waitpid(started(whole), 0)[1] == 0
     limited = apply_settings(config, ["train.save_timeout_s=1"])
     hung = os.waitstatus_to_exitcode(os.waitpid(started(Path(folder) / "hung", limited, hangs), 0)[1])
-    again = (loading, lambda: stepping(12), lambda: writing("indices"), loading) if more else ()
-    for state in (lambda: lambda: True, lambda: stepping(1), lambda: writing("."), loading,
-                  lambda: writing("model"), *again, lambda: writing("model.index.json")):
+    often = (lambda: lambda: True, lambda: writing("."), loading, lambda: writing("indices"),
+             lambda: stepping(12)) if more else ()
+    for state in (*often, lambda: stepping(1), lambda: writing("model"), loading,
+                  lambda: writing("model.index.json")):
         killed(state())
     assert os.waitpid(started(broken), 0)[1] == 0
     return {"hung": hung, "left": left, "damaged": found,

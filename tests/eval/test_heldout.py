@@ -78,7 +78,7 @@ def ask(capsys: pytest.CaptureFixture, *arguments: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
+@pytest.mark.parametrize("family", ["solar_open", pytest.param("exaone_moe", marks=pytest.mark.deep)])
 def test_checkpoint_and_hugging_face_folder_have_one_loss(
         family: str, one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
         token_shards: Path, capsys) -> None:

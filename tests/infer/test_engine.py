@@ -17,7 +17,7 @@ from megatron_sov.infer.request import Batching, Sampling, StopRule  # noqa: E40
 PROMPTS = [[5, 9, 2, 70], [300], [8, 8, 8, 8]]
 
 
-@pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
+@pytest.mark.parametrize("family", ["exaone_moe", pytest.param("solar_open", marks=pytest.mark.deep)])
 def test_engines_answer_the_same_work_alike(family: str, hf_models: dict[str, Path],
                                             imported: dict[str, Path], one_rank: None) -> None:
     def work(engine: Engine) -> Any:

@@ -39,8 +39,9 @@ RECIPES["tiny-kimi-linear"] = [
     '"key_head_dim": 6, "value_head_dim": 6, "gate_rank": 6}']
 RECIPES["tiny-ax-k1"] = [*RECIPES["tiny-deepseek-v3"][:-1], 'model.yarn={"factor": 4.0, '
                          '"original_max_position_tokens": 16, "longer": "rotated"}']
-FURTHER = ("tiny-exaone4-1.2b", "tiny-qwen3.5-moe")
-"""Whose cache holds what that of another holds."""
+FURTHER = ("tiny-exaone4-1.2b", "tiny-exaone4", "tiny-hyperclovax", "tiny-gemma3", "tiny-ax-k1",
+           "tiny-qwen3.5-moe")
+"""Whose caches hold what those of others hold."""
 CUT_IN_ITS_OWN_WAY = ("tiny-deepseek-v3", "tiny-gpt-oss")
 """Of which two processes hold halves of what no other has: latent attention, prediction layers, sinks.  The
 others are cut as these; test_gradients.py has all that cut, against transformers."""

@@ -56,7 +56,8 @@ CASES = {
     "solar sft": ("tiny-solar-open", "sft",
                   ["objective.text_coeff=0.3", 'data.phases=[{"name": "main", "seq_len": 64}]']),
 }
-FURTHER = ("solar lm", "exaone lm", "exaone lm and prediction", "exaone2 recomputed", "qwen3 lm")
+FURTHER = ("solar lm", "exaone lm", "exaone lm and prediction", "exaone lm and sliding prediction",
+           "exaone2 recomputed", "exaone4 lm", "qwen3 lm")
 """Whose parts the others have as well, and logits in test_exactness.py; of the others each has what is its
 own way back: windows and bounds, biases, chunks of linear attention, soft caps, sinks, groups, latents."""
 

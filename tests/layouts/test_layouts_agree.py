@@ -68,10 +68,10 @@ CASES = {
 }
 
 
-DEEP = ("passes, further", "glm4_moe sft, further", "qwen3_next, further",
+DEEP = ("passes, further", "glm4_moe sft", "glm4_moe sft, further", "qwen3_next", "qwen3_next, further",
         "kimi_linear, further", "fp32")
-"""Rarer cases; passes that overlap without stages are trained by te_double/test_agreement.py, and fp32 is
-compared with transformers by test_gradients.py."""
+"""Rarer cases; passes that overlap without stages are trained by te_double/test_agreement.py, and fp32,
+chosen groups and the other linear attention are compared with transformers by test_gradients.py."""
 
 
 @pytest.mark.distributed

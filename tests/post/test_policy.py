@@ -161,8 +161,8 @@ UNPUBLISHED: dict[str, dict[str, Any]] = {
     "opd": {"opd_coeff": 0.0}}
 
 
-KINDS = ["grpo", "gspo", "cispo", "opd"]
-"""Ratios of tokens and of sequences, weights that are cut, and a teacher's."""
+KINDS = ["grpo", "gspo"]
+"""Ratios of tokens and of sequences."""
 
 
 def first_steps_in_bf16(methods: list[str], run: str) -> dict[str, dict[str, float]]:

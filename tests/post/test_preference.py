@@ -61,12 +61,13 @@ def curve(settings: list[str], data: str, run: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("names", [SPLIT, pytest.param(SHARED + SMALL, marks=pytest.mark.deep)])
+@pytest.mark.deep
+@pytest.mark.parametrize("names", [SPLIT, SHARED + SMALL])
 def test_every_layout_and_every_split_learn_the_same(names: list[str], ranks: Any, job: Any, pairs: Path,
                                                      tmp_path: Path) -> None:
     """The first run makes the reference, in float32; the others read it, so that no bit of it differs.
 
-    `make test` has this at one layout, and the loss of single responses below at another."""
+    `make test` has the loss of single responses below at one layout."""
     def of(name: str, nproc: int, settings: list[str]) -> Any:
         return job(__file__, "curve", nproc, {"settings": settings, "data": str(pairs),
                                               "run": str(tmp_path / name)})

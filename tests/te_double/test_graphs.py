@@ -53,8 +53,8 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = 
 forward and backward, layers, micro-batches."""
 
 
-FURTHER = ("larger batches", "interleaved stages")
-"""Batches grow beside stages, too, and all layers route by one code."""
+FURTHER = ("larger batches", "interleaved stages", "hidden sums and gathers", "prediction")
+"""Batches grow beside stages, too, experts are cut beside tensors, and all layers route by one code."""
 
 
 @pytest.mark.distributed

@@ -82,6 +82,7 @@ def test_a_resumed_run_has_the_same_bits(te_ranks: Any, job: Any, packed_data: A
     assert list(found["products of the evaluation"]) == ["fprop"]
 
 
+@pytest.mark.deep  # test_a_resumed_run_has_the_same_bits computes twice in nvfp4
 @pytest.mark.distributed
 def test_computing_a_micro_batch_twice_changes_nothing(te_ranks: Any, job: Any, packed_data: Any) -> None:
     """The probe for hardware that lies would end the run if both times gave other gradients."""
@@ -106,12 +107,14 @@ def test_weights_are_quantised_anew_in_each_step(te_ranks: Any, job: Any, packed
 
 
 @pytest.mark.distributed
-def test_what_a_gpu_computes_with_was_sent_to_it(te_ranks: Any, job: Any, packed_data: Any,
-                                                 tmp_path: Path) -> None:
+@pytest.mark.parametrize("cases", [
+    [("tiny-solar-open", ["train.fp8=mxfp8"]),
+     ("tiny-k-exaone", ["parallel.zero1=true", "gpu.optimizer_offload=0.5", "gpu.router_fusion=on"])],
+    pytest.param([("tiny-gpt-oss", ["parallel.expert_dispatcher=allgather"])], marks=pytest.mark.deep)],
+    ids=["8 bits, offloaded", "gathered experts"])
+def test_what_a_gpu_computes_with_was_sent_to_it(te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
+                                                 cases: list[tuple[str, list[str]]]) -> None:
     """Tensors without a device, or read from numpy, are refused beside a GPU's, in kernels and by torch."""
-    cases = [("tiny-solar-open", ["train.fp8=mxfp8"]),
-             ("tiny-k-exaone", ["parallel.zero1=true", "gpu.optimizer_offload=0.5", "gpu.router_fusion=on"]),
-             ("tiny-gpt-oss", ["parallel.expert_dispatcher=allgather"])]
     quick = ["model.num_layers=2", "train.global_batch_size=1", "data.heldout_tokens=128"]
     arguments = {"cases": [(recipe, [*quick, *more]) for recipe, more in cases],
                  "path": str(packed_data.text), "run": str(tmp_path / "run")}
@@ -121,6 +124,7 @@ def test_what_a_gpu_computes_with_was_sent_to_it(te_ranks: Any, job: Any, packed
     assert "Expected all tensors to be on the same device" in kept[0]
 
 
+@pytest.mark.deep  # test_recommended.py pads, test_weights.py cuts
 @pytest.mark.distributed
 def test_cut_over_processes_and_with_padded_routing(te_ranks: Any, job: Any, packed_data: Any) -> None:
     layout = ["parallel.tp=2", "parallel.sp=true", "parallel.ep=2", "train.fp8_pad_routed_tokens=true"]

@@ -92,27 +92,27 @@ def test_chat_template(trained: Path) -> None:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some 1 MB in three files, which two workers share: lines drawn from a few hundred."""
+    """Some 500 KB in three files, which two workers share: lines drawn from a few hundred."""
     folder, drawn = tmp_path_factory.mktemp("large"), random.Random(5)
     words = ["".join(drawn.choices("abcdefghijklmnop가나다라마", k=drawn.randint(2, 9))) for _ in range(3000)]
     lines = [json.dumps({"text": " ".join(drawn.choices(words, k=90))}) for _ in range(300)]
     for i in range(3):
-        (folder / f"{i}.jsonl").write_text("\n".join(drawn.choices(lines, k=1000 - 250 * i)))
+        (folder / f"{i}.jsonl").write_text("\n".join(drawn.choices(lines, k=500 - 125 * i)))
     return folder
 
 
 def train_large(folder: Path, output: Path, *more: str) -> list[str]:
     inputs = [f"a={folder / '0.jsonl'}:2", f"b={folder / '1.jsonl'}:1", f"b={folder / '2.jsonl'}"]
     return ["train", "--preset", "k-exaone", "--vocab-size", "1000",
-            *(word for i in inputs for word in ("--input", i)), "--superword-sample-mb", "1", "--output",
+            *(word for i in inputs for word in ("--input", i)), "--superword-sample-mb", "0.5", "--output",
             str(output), *more]
 
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units and workers as for much more text."""
-    monkeypatch.setattr(count_pipeline, "UNIT_BYTES", 75_000)
-    monkeypatch.setattr(count_pipeline, "WORKER_BYTES", 75_000)
+    monkeypatch.setattr(count_pipeline, "UNIT_BYTES", 37_500)
+    monkeypatch.setattr(count_pipeline, "WORKER_BYTES", 37_500)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_workers_file_names_order_and_memory_do_not_matter(large: Path, large_sh
 
 @pytest.mark.usefixtures("small_units")
 def test_a_killed_command_goes_on_to_the_same_file(large: Path, large_sha256: str, tmp_path: Path) -> None:
-    small = ("import sys, tokenizer.bpe.count_pipeline as p; p.UNIT_BYTES = 75_000; "
+    small = ("import sys, tokenizer.bpe.count_pipeline as p; p.UNIT_BYTES = 37_500; "
              "from tokenizer.cli import main; main(sys.argv[1:])")
     work, command = tmp_path / ".t.work", [sys.executable, "-c", small,
                                            *train_large(large, tmp_path / "t", "--workers", "1")]

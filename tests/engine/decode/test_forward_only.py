@@ -78,12 +78,14 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("names", [CROSSED, pytest.param(LAYOUTS.keys() - CROSSED, marks=pytest.mark.deep)],
-                         ids=["crossed", "each alone"])
+@pytest.mark.parametrize("names", [
+    set(), *(pytest.param(names, marks=pytest.mark.deep) for names in (CROSSED, LAYOUTS.keys() - CROSSED))],
+    ids=["one process", "crossed", "each alone"])
 def test_every_layout_gives_one_processs_step(names, ranks, job) -> None:
-    """And so does recomputing, all or a part; the biases follow the counts, in which padding is not."""
+    """And so does recomputing, all or a part; the biases follow the counts, in which padding is not.
+    `make test` has steps at layouts in tests/layouts/test_agreement.py, by the same passes."""
     cases = [("tiny-k-exaone", *case) for case in [(1, {}), *(LAYOUTS[name] for name in sorted(names))]]
-    cases += [("tiny-solar-open", *case) for case in [(1, {}), LAYOUTS["tp2 sp"]]]
+    cases += [("tiny-solar-open", *case) for case in [(1, {}), *([LAYOUTS["tp2 sp"]] if names else [])]]
     recomputed, partly, *results = ranks(
         *(job(__file__, "step", 1, {"recipe": "tiny-k-exaone", "layout": {}, "settings": settings})
           for settings in (["train.recompute=true"], SELECTIVE)),

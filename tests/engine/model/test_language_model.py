@@ -202,9 +202,10 @@ def hidden(recipe: str, layout: dict[str, Any], documents: list[list[int]]) -> l
 
 
 @pytest.mark.distributed
-def test_a_document_is_the_same_alone_and_behind_others(ranks, job) -> None:
-    cases = [(recipe, *case) for recipe in ("tiny-k-exaone", "tiny-solar-open")
-             for case in [(1, {}, [DOCUMENT]), (1, {}, [*BEFORE, DOCUMENT]),
+@pytest.mark.parametrize("recipe", [
+    "tiny-k-exaone", pytest.param("tiny-solar-open", marks=pytest.mark.deep)])
+def test_a_document_is_the_same_alone_and_behind_others(ranks, job, recipe: str) -> None:
+    cases = [(recipe, *case) for case in [(1, {}, [DOCUMENT]), (1, {}, [*BEFORE, DOCUMENT]),
                           (2, {"tp": 2, "sp": True}, [*BEFORE, DOCUMENT]),
                           (2, {"pp": 2}, [*BEFORE, DOCUMENT]), (2, {"pp": 2, "vpp": 2}, [*BEFORE, DOCUMENT]),
                           (2, {"cp": 2}, [*BEFORE, DOCUMENT])]]

@@ -119,10 +119,14 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
 
 
 @pytest.mark.distributed
-def test_dropout_resumes_to_the_bit(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layouts", [
+    {"sequence and experts": (2, {"tp": 2, "sp": True, "ep": 2})},
+    pytest.param({"experts": (2, {"ep": 2}), "sequence": (2, {"tp": 2, "sp": True}),
+                  "stages": (2, {"pp": 2})}, marks=pytest.mark.deep)], ids=["at once", "each"])
+def test_dropout_resumes_to_the_bit(ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
+                                    layouts: dict[str, tuple[int, dict[str, Any]]]) -> None:
     runs = {"alone": (1, {}, 0.1), "recomputed": (1, {}, 0.1, True), "without": (1, {}, 0.0),
-            "experts": (2, {"ep": 2}, 0.1), "sequence": (2, {"tp": 2, "sp": True}, 0.1),
-            "stages": (2, {"pp": 2}, 0.1)}
+            **{name: (*layout, 0.1) for name, layout in layouts.items()}}
     found = dict(zip(runs, ranks(*(
         job(__file__, "pieces", nproc, {"data": str(packed_data.text), "run": str(tmp_path / name),
                                         "layout": layout, "dropout": dropout, "recompute": bool(more)})

@@ -239,6 +239,7 @@ code = launcher.launch(rank, 1 if case == "again" else 2, restarts=restarts)
 """
 
 
+@pytest.mark.deep  # e2e/test_new_ranks.py has a whole run of such ranks
 @pytest.mark.distributed
 def test_on_gpus_ranks_are_new_processes_that_end_as_forked_ones_do(tmp_path: Path,
                                                                    ends: Callable[[int], bool]) -> None:

@@ -331,7 +331,7 @@ def plain_verdict(example: Example, said: list[int], by: Way) -> bool:
 
 
 @pytest.mark.parametrize("by", ["generation", "likelihood"])
-@pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
+@pytest.mark.parametrize("family", ["solar_open", pytest.param("exaone_moe", marks=pytest.mark.deep)])
 def test_every_answer_is_that_of_plain_transformers(family: str, by: Way, imported: dict[str, Path],
                                                     hf_models: dict[str, Path],
                                                     haystacks: dict[str, Haystack], one_rank: None) -> None:

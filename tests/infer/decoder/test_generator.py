@@ -158,7 +158,7 @@ def check_ways(found: dict[str, Any]) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("names", [
-    ["PP2 VPP2", "TP2+SP x CP2, EP4"], pytest.param(["EP2, experts by gathering"], marks=pytest.mark.deep)],
+    ["TP2+SP x CP2, EP4"], pytest.param(["PP2 VPP2", "EP2, experts by gathering"], marks=pytest.mark.deep)],
     ids=["all kinds", "gathering"])
 def test_every_way_and_every_layout_write_the_same(ranks, job, names: list[str]) -> None:
     alone, *others = ranks(
@@ -293,7 +293,8 @@ def qwen_folder(family: str, folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
-@pytest.fixture(params=["solar_open", "exaone_moe", *QWEN])
+@pytest.fixture(params=["solar_open", "exaone_moe", "qwen3", *(
+    pytest.param(name, marks=pytest.mark.deep) for name in QWEN if name != "qwen3")])
 def folders(request, imported: dict[str, Path], hf_models: dict[str, Path], token_shards: Path,
             tmp_path: Path) -> tuple[Path, Path]:
     """A Hugging Face folder and the same model as a checkpoint."""

@@ -16,6 +16,7 @@ from megatron_sov.model.config import apply_settings
 from megatron_sov.train.side_jobs.evaluations import Evaluations
 
 
+@pytest.mark.deep  # side_jobs/test_evaluations.py has it without Slurm
 @pytest.mark.distributed
 def test_a_job_brings_the_figures_of_an_export(site: Path, cluster: Any, until: Callable[..., None],
                                                hf_models: dict[str, Path], token_shards: Path) -> None:

@@ -34,11 +34,19 @@ def ends(records: Path) -> list[dict[str, Any]]:
     return [r for r in read_events(records / "attempts.jsonl") if r["event"] == "end"]
 
 
+def submit_twice(submit: Submit, capsys: pytest.CaptureFixture[str], records: Path, *words: str) -> str:
+    """Return the number of a job that keeps a second one of its run out."""
+    job = submit(records, *words)
+    assert cli.main(["submit", *words]) == 2
+    assert f"its job {job} is " in capsys.readouterr().err
+    return job
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.deep)])
 def test_a_run_survives_a_sick_node_the_time_limit_a_crash_and_a_killed_rank(
     cluster: Any, site: Path, submit: Submit, until: Any, small: tuple[str, ...], packed_data: Any,
-    run_command: Any, killed: bool,
+    run_command: Any, killed: bool, capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The final loss is that of the run that nothing happened to, bit for bit.  What becomes of ranks that
     die by themselves tests of attempts.py tell, and of launchers (e2e)."""
@@ -54,8 +62,8 @@ def test_a_run_survives_a_sick_node_the_time_limit_a_crash_and_a_killed_rank(
     (site / "looks.yaml").write_text(profile + f"scratch: {site / 'scratch'}\n")
     run, records = site / "run", site / "run/slurm"
     cluster.wait_idle(["n1", "n2", "n3", "n4"])  # else the job would begin on others than the sick one
-    job = submit(records, "pretrain", "--cluster", "looks.yaml", "--nodes", "2",
-                 *pretrain(packed_data, run, small, *length))
+    job = submit_twice(submit, capsys, records, "pretrain", "--cluster", "looks.yaml", "--nodes", "2",
+                       *pretrain(packed_data, run, small, *length))
 
     def reaches(step: int, restarts: int) -> None:
         def there() -> bool:
@@ -98,9 +106,9 @@ def test_a_run_survives_a_sick_node_the_time_limit_a_crash_and_a_killed_rank(
     assert cluster.wait(again)["JobState"] == "COMPLETED", "a complete run has nothing left to do"
 
 
-def test_failures_without_progress_stop_and_a_second_submission_is_refused(
+@pytest.mark.deep  # test_attempts.py shows what stops
+def test_failures_without_progress_stop(
     cluster: Any, site: Path, submit: Submit, small: tuple[str, ...], packed_data: Any,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     python = site / "python"  # its training always dies
     python.write_text("#!/bin/bash\n"
@@ -113,8 +121,6 @@ def test_failures_without_progress_stop_and_a_second_submission_is_refused(
              *pretrain(packed_data, site / "run", small, "--set", "train.steps=5"))
     records = site / "run/slurm"
     job = submit(records, *words)
-    assert cli.main(["submit", *words]) == 2
-    assert f"its job {job} is " in capsys.readouterr().err
     assert cluster.wait(job)["ExitCode"] == "1:0"
     log = (records / f"{job}.log").read_text()
     assert "stops here: 1 attempts in a row left nothing new, the last by this: rank 0 on" in log

@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,14 +128,14 @@ def test_an_all_reduce_that_fails_without_a_culprit_is_laid_to_none(tmp_path: Pa
     assert set(sick_nodes(tmp_path / "none", ["n1"], LIMITS)) == {"all nodes"}
 
 
-def test_two_ranks_look_at_this_machine(tmp_path: Path) -> None:
+def test_two_ranks_look_at_this_machine(tmp_path: Path, warm_python: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     read_only = Path("/proc/scratch")  # nothing can be written there, not even by root
     processes = [subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "megatron_sov.operate.slurm.preflight", str(tmp_path),
-         "--scratch", str(scratch), "--timeout-s", "600"],
+        [warm_python, "-m", "megatron_sov.operate.slurm.preflight", str(tmp_path), "--scratch", str(scratch),
+         "--timeout-s", "600"],
         env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT":
              port, "SLURMD_NODENAME": f"n{rank + 1}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
         for rank, scratch in enumerate((tmp_path / "new", read_only))]

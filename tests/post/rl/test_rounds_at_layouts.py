@@ -86,7 +86,8 @@ def test_rounds_are_the_same_steps_at_every_layout(names: list[str], ranks: Any,
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("counts", [(1, 2, 2), pytest.param((3, 3, 3), marks=pytest.mark.deep)])
+@pytest.mark.deep  # the rounds above, and pairs of files in test_preference.py, are in `make test`
+@pytest.mark.parametrize("counts", [(1, 2, 2), (3, 3, 3)])
 def test_rounds_of_preferences_are_the_same_steps_at_every_layout(
         counts: tuple[int, ...], ranks: Any, job: Any, packed_data: Any, write_round: Any, tmp_path: Path
         ) -> None:

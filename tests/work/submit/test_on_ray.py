@@ -69,6 +69,7 @@ def once(has_come: Callable[[], bool], do: Callable[[], None]) -> Thread:
     return thread
 
 
+@pytest.mark.deep  # the test below has nodes, too
 @pytest.mark.distributed
 def test_two_nodes_do_what_one_process_does(cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"n": n, "until": "both"} for n in range(200)]

@@ -87,7 +87,8 @@ def test_a_worker_that_is_killed_is_told(own: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("workers", "how"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGINT)])
+@pytest.mark.parametrize(("workers", "how"), [
+    pytest.param(1, signal.SIGKILL, marks=pytest.mark.deep), (2, signal.SIGKILL), (2, signal.SIGINT)])
 def test_a_killed_command_leaves_neither_processes_nor_its_lock(
         own: Path, tmp_path: Path, request: pytest.FixtureRequest, workers: int, how: signal.Signals) -> None:
     (own / "own.py").write_text("import pathlib, time\n\ndef judge(document):\n"
