@@ -84,9 +84,8 @@ class Trainer:
         self.config, self.world, self.folder, self.sources, self.gate = config, world, folder, sources, gate
         self._memory_before_bytes = int(peak_memory()["peak_memory_bytes"])  # before the model counts in it
         self._feed = feed
-        self.schedule = Schedule(config)
+        self.schedule, self.state = Schedule(config), TrainState()
         self.num_steps = self.schedule.num_steps
-        self.state = TrainState()
         self.model = build_configured(config)
         _begin(self.model, config, initial_weights)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
