@@ -22,6 +22,7 @@ from megatron_sov.base.artifacts import MANIFEST, atomic_write, manifest_sha256,
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.model.config.data import documents_named
 from megatron_sov.model.objectives import FORMATS
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import CONFIG, RunFolder, read_command
@@ -125,6 +126,10 @@ def plan_repetition(run: Path, without: Sequence[str], output: Path, start: Path
     if what := cannot_be_repeated(config):
         raise UserError(f"{run}: has {what}; pretrain, sft and prefer of all weights without code of one's "
                         "own are what can be repeated")
+    if config.objective.name == "preference" and config.preference.method == "kto" and (
+            some := next((named for named in without if documents_named(named)[2] is not None), "")):
+        raise UserError(f"--without {some}: by preference.method = kto each response also stands in another "
+                        "document, beside another prompt; name the whole source")
     if config.data.paths.keys() != now.data.paths.keys():
         raise UserError(f"{run / CONFIG}: names other data than {newest.name} was written with; resume the "
                         "run until it has written a checkpoint with these")
