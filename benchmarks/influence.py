@@ -30,6 +30,7 @@ import inspect
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -93,7 +94,8 @@ class InfluenceSeed(SeedFolder):
         Raises:
             SystemExit: it failed.
         """
-        if code := os.waitstatus_to_exitcode(os.waitpid(fork_command([*map(str, argv)], self.log), 0)[1]):
+        pid = fork_command([*map(str, argv)], self.log, self.folder / "imported")
+        if code := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
             raise SystemExit(f"{argv[0]} ended with exit code {code}; see {self.log}")
 
     def train(self, shards: Path) -> None:
@@ -101,7 +103,7 @@ class InfluenceSeed(SeedFolder):
         if not (self.run / "complete.json").exists():
             self.do("pretrain", "tiny-qwen3", "--data", shards, "--run", self.run, "--resume",
                     *words((*SETTINGS, f"train.seed={self.seed}")))
-            warm_by(self.log)
+            warm_by(self.folder / "imported")
         for number, module in enumerate(MODULES):
             if not (self.folder / module / "removal.json").exists():
                 self.do("counterfactual", self.run, "--without", module, "--output", self.folder / module,
@@ -168,7 +170,7 @@ def hf_model(checkpoint: Path, moments: str = "") -> Any:
     with tempfile.TemporaryDirectory() as folder:
         if moments:
             checkpoint = _with_moments(checkpoint, moments, Path(folder) / "moments")
-        to_hf(checkpoint, Path(folder) / "hf", "float32")
+        to_hf(checkpoint, Path(folder) / "hf", "float32", workers=1)
         return AutoModelForCausalLM.from_pretrained(Path(folder) / "hf", dtype=torch.float32).eval()
 
 
@@ -180,7 +182,7 @@ def _with_moments(checkpoint: Path, kind: str, target: Path) -> Path:
             writer.add(key, moments.read(f"{kind}/{key}"))
         write_index(artifact.path, MODEL, [writer.finish()])
         artifact.settings, artifact.content = manifest.settings, manifest.content
-        (artifact.path / "tokenizer").symlink_to(checkpoint / "tokenizer")
+        shutil.copytree(checkpoint / "tokenizer", artifact.path / "tokenizer")
     return target
 
 

@@ -26,10 +26,11 @@ import json
 import os
 import platform
 import random
+import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,12 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "pp2": ("parallel.pp=2",)}
 """Layout -> its settings; all but the first have two processes."""
 SETTINGS = ("rollout.rounds=6", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=3",
-            "rollout.piece_prompts=1", "rollout.max_new_tokens=72", "rollout.max_prompt_tokens=128",
+            "rollout.piece_prompts=1", "rollout.max_new_tokens=80", "rollout.max_prompt_tokens=128",
             "rollout.max_staleness=2", "policy.method=gspo", "policy.router_replay=true", "optim.lr=5e-4",
             "optim.warmup_steps=0", "train.num_threads=1", "train.global_batch_size=2",
             "train.micro_batch_size=2", "train.eval_every_steps=0", "train.keep_checkpoints=0",
             "train.checkpoint_every_steps=2", rows_of(208))
-ENVIRONMENT = f"{Path(__file__).with_name('lot_world.py')}:ByLot"
+WORLD = Path(__file__).with_name("lot_world.py")
 START = "train.steps=100"
 NUM_EPISODES = 800
 POLL_S, LIMIT_S = 0.05, 1800
@@ -66,6 +67,8 @@ class ToolRun:
     folder: Path
     start: Path
     tasks: Path
+    environment: str
+    """FILE.py:NAME."""
     layout: str
 
     @property
@@ -87,23 +90,29 @@ class ToolRun:
         """Return the command, which begins the run or goes on with it."""
         chosen = LAYOUTS[self.layout]
         return ["rl", "run", "tiny-solar-open", "--from", str(self.start), "--run", str(self.run), "--store",
-                str(self.store), "--prompts", str(self.tasks), "--environment", ENVIRONMENT, "--reward",
+                str(self.store), "--prompts", str(self.tasks), "--environment", self.environment, "--reward",
                 "environment", "--workers", "1", "--resume", "--limit", "max_turns=2", "--limit",
-                "max_turn_tokens=36", "--nproc", "2" if chosen else "1", *words((*SETTINGS, *chosen))]
+                "max_turn_tokens=46", "--nproc", "2" if chosen else "1", *words((*SETTINGS, *chosen))]
 
     def replay_argv(self) -> list[str]:
         """Return the command that does it again."""
-        return ["rl", "replay", str(self.run), "--output", str(self.replayed), "--environment", ENVIRONMENT]
+        return ["rl", "replay", str(self.run), "--output", str(self.replayed), "--environment",
+                self.environment]
 
     @property
     def log(self) -> Path:
         """Return what its commands have said."""
         return self.folder / "log"
 
+    @property
+    def imported(self) -> Path:
+        """Return what tells which modules they have needed."""
+        return self.folder / "imported"
+
     def begin(self, argv: list[str]) -> int:
         """Start a command; returns its process."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return fork_command(argv, self.log)
+        return fork_command(argv, self.log, self.imported)
 
     def progress(self) -> int:
         """Return how much is done: parts that are written, parts that are judged, steps."""
@@ -192,13 +201,13 @@ def describe(whole: ToolRun, length_s: float) -> str:
             f"{min(shares):.0%} to {max(shares):.0%} of a step's tokens")
 
 
-def survives(layout: str, work: Path, start: Path, tasks: Path, kills: int, seed: int) -> bool:
+def survives(whole: ToolRun, kills: int, seed: int) -> bool:
     """Do a run alone, under kills and again; prints what came of it, and returns whether all was equal."""
-    drawn = random.Random(f"{layout}-{seed}")
-    whole, killed = (ToolRun(work / f"{layout}-{name}", start, tasks, layout) for name in ("whole", "killed"))
+    drawn = random.Random(f"{whole.layout}-{seed}")
+    killed = replace(whole, folder=whole.folder.with_name(f"{whole.layout}-killed"))
     length_s, total, expected = whole.to_its_end(whole.argv()), whole.progress(), content(whole)
     print(describe(whole, length_s), flush=True)
-    warm_by(whole.log)
+    warm_by(whole.imported)
     moments = Counter[str]()
     for point in sorted(drawn.uniform(0, total) for _ in range(kills)):
         if not (at := killed.kill(point, drawn.uniform(0, 2 * length_s / total))):
@@ -238,8 +247,12 @@ def main() -> int:
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work (load "
           f"{os.getloadavg()[0]:.1f} at the start), Python {platform.python_version()}; {args.kills} kills "
           f"at each layout, seed {args.seed}", flush=True)
-    tasks = maker.folder / "calculator.tasks.jsonl"
-    sound = [survives(layout, args.work, start, tasks, args.kills, args.seed) for layout in args.layouts]
+    # alone in a folder: what else of a file's folder is loaded counts as its code
+    (world := args.work.absolute() / "world").mkdir(exist_ok=True)
+    shutil.copy(WORLD, world)
+    tasks, environment = maker.folder / "calculator.tasks.jsonl", f"{world / WORLD.name}:ByLot"
+    sound = [survives(ToolRun(args.work / f"{layout}-whole", start, tasks, environment, layout), args.kills,
+                      args.seed) for layout in args.layouts]
     print("nothing was lost or changed by a kill, and every replay is equal" if all(sound) else "NOT SO")
     return 0 if all(sound) else 1
 

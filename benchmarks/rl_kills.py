@@ -187,12 +187,13 @@ class Doing(Place):
                 ] if (self.store / "store.json").exists() else []
 
 
-def fork_command(argv: Sequence[str], log: Path) -> int:
+def fork_command(argv: Sequence[str], log: Path, imported: Path | None = None) -> int:
     """Start a command in a fork of this process, in a group of processes of its own; returns its process.
 
     Args:
         argv: what stands behind `megatron-sov`.
         log: file for what it says.
+        imported: file for the names of the modules that it has imported, if it ends well.
     """
     sys.stdout.flush()
     pid = os.fork()
@@ -212,18 +213,14 @@ def fork_command(argv: Sequence[str], log: Path) -> int:
             traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    if not code:
-        log.with_suffix(".imported").write_text(" ".join(sys.modules))
+    if imported is not None and not code:
+        imported.write_text(" ".join(sys.modules))
     os._exit(code)
 
 
-def warm_by(log: Path) -> None:
-    """Import what a command has imported that `fork_command` started, so that the next ones need not.
-
-    Args:
-        log: of that command, which has ended well.
-    """
-    for name in log.with_suffix(".imported").read_text().split():
+def warm_by(imported: Path) -> None:
+    """Import what a command has imported, so that the next ones need not; `imported`: see `fork_command`."""
+    for name in imported.read_text().split():
         if name.partition(".")[0] in WARM and name not in sys.modules:
             importlib.import_module(name)
     gc.collect()

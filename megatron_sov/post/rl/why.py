@@ -15,6 +15,7 @@ from megatron_sov.base.artifacts import damaged_files, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post.rl.publish import is_published
+from megatron_sov.post.rl.reward import NO_REWARD
 from megatron_sov.rollouts.rows import UNFINISHED, RewardRow, Rollout, domain_of
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.checkpoints import refuse_missing
@@ -198,6 +199,8 @@ class _Stored:
         if self._store.part(name, self._version).manifest_sha256 != rewards_sha256:
             raise UserError(f"{self._store.part_path(name, self._version)}: are other rewards than the round "
                             "was made of; give the store of the run, as it was then")
+        if self._version == NO_REWARD:  # the zeros of its rows mean nothing
+            return
         for said in self._store.read_rewards(self._version, name, part):
             self._said[said.key, said.attempt] = said
             if said.reward is not None:
