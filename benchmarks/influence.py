@@ -57,8 +57,8 @@ from megatron_sov.train.data.token_shards import open_sources
 
 MODULES = ("argparse", "subprocess", "threading", "tarfile", "random", "platform", "inspect", "tempfile",
            "json.decoder", "zipfile", "datetime", "heapq")
-LEARNED, ASKED, CHARS = 10, 6, 360
-"""Paragraphs of a module that are learned, and others that are asked about; their longest length."""
+PARAGRAPHS, CHARS = 15, 360
+"""Of a module, a third of which are asked about and the others learned; their longest length."""
 STEPS, EVERY, VOCAB_SIZE = 40, 10, 368
 SETTINGS = (f"model.vocab_size={VOCAB_SIZE}", "model.hidden_size=64", "model.num_layers=2",
             "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=16",
@@ -130,18 +130,15 @@ def make_data(folder: Path) -> tuple[Path, Path]:
     for module in MODULES:
         source = inspect.getsource(importlib.import_module(module))
         paragraphs = [p[:CHARS] for p in source.split("\n\n") if len(p.strip()) > CHARS // 2]
-        # evenly over the whole file, every second one for either, as far as they go
-        taken = paragraphs[::max(1, len(paragraphs) // (LEARNED + ASKED))]
-        parts = {"learned": taken[:LEARNED + ASKED:2] + taken[1:LEARNED + ASKED:2]}
-        parts = {"learned": parts["learned"][:LEARNED], "asked": parts["learned"][LEARNED:]}
-        for name, texts in parts.items():
-            (folder / name).mkdir(exist_ok=True)
-            write(folder / f"text-{name}-{module}.jsonl", [{"text": text} for text in texts])
-            inputs[name].append(f"{module}={folder / f'text-{name}-{module}.jsonl'}")
+        # evenly over the whole file; every third is asked about
+        taken = paragraphs[::max(1, len(paragraphs) // PARAGRAPHS)][:PARAGRAPHS]
+        learns = [text for i, text in enumerate(taken) if i % 3 != 2]
+        for name, texts in (("asked", taken[2::3]), ("learned", learns)):
+            write(file := folder / f"{name}-{module}.jsonl", [{"text": text} for text in texts])
+            inputs[name].append(f"{module}={file}")
     _command("tokenizer", "train", "--preset", "solar-open", "--vocab-size", str(VOCAB_SIZE), "--output",
              str(folder / "tokenizer"), "--input", *(text.partition("=")[2] for text in inputs["learned"]))
     for name, target in (("learned", learned), ("asked", asked)):
-        target.rmdir()
         _command("data_prep", "pack", "--tokenizer", str(folder / "tokenizer"), "--heldout", "0", "--workers",
                  "1", "--output", str(target), "--input", *inputs[name])
     return learned, asked
@@ -338,8 +335,8 @@ def main() -> None:
     texts = Texts(documents(learned), documents(asked))
     tokens = sum(ids.shape[1] for of in texts.learned.values() for ids in of)
     print(f"{platform.machine()}, Python {platform.python_version()}; {len(MODULES)} removals of "
-          f"{LEARNED} paragraphs, {tokens:,} tokens in all; {STEPS} steps of 512 tokens; Spearman's "
-          "correlation (without the asked module itself)", flush=True)
+          f"{PARAGRAPHS * 2 // 3} paragraphs, {tokens:,} tokens in all; {STEPS} steps of 512 tokens; "
+          "Spearman's correlation (without the asked module itself)", flush=True)
     seeds = [InfluenceSeed(number, args.work.absolute()) for number in args.seeds]
     for seed in seeds:
         seed.folder.mkdir(parents=True, exist_ok=True)
