@@ -25,6 +25,7 @@ all, and without the removal of the asked module itself, which is easy to guess.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import json
@@ -145,7 +146,9 @@ def make_data(folder: Path) -> tuple[Path, Path]:
 
 
 def _command(program: str, *argv: str) -> None:
-    if code := importlib.import_module(f"{program}.cli").main(list(argv)):
+    with contextlib.redirect_stdout(sys.stderr):
+        code = importlib.import_module(f"{program}.cli").main(list(argv))
+    if code:
         raise SystemExit(f"{program} {' '.join(argv)}: ended with exit code {code}")
 
 

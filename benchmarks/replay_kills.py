@@ -7,7 +7,7 @@ A tiny mixture of experts, fine-tuned on scripted episodes (rl_tools.py), plays 
 rounds of `rl run`, whose rewards are drawn by lot (lot_world.py).  At each layout it is left alone first.
 Then the same run is done under SIGKILL of all its processes, at points of its work that are drawn over the
 whole of it, each start a little behind its point (a start that finds its point behind it is killed while it
-starts), until it has been killed so often; then to its end.  Held together are
+starts), until it has been killed so often, or has come to its end before its last points.  Held together are
 
   store    `rl store verify`; each response once, with tokens, policies, routes and reward of the run that was
            left alone
@@ -45,8 +45,8 @@ from megatron_sov.runs.obs.events import read_events
 from megatron_sov.work.progress.locks import holders
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
-    "one": (), "tp2": ("parallel.tp=2", "parallel.sp=true"), "ep2": ("parallel.ep=2",),
-    "pp2": ("parallel.pp=2",)}
+    "one": (), "tp2": ("parallel.tp=2", "parallel.sp=true"),
+    "ep2": ("parallel.ep=2", "train.micro_batch_size=1"), "pp2": ("parallel.pp=2",)}
 """Layout -> its settings; all but the first have two processes."""
 SETTINGS = ("rollout.rounds=6", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=3",
             "rollout.piece_prompts=1", "rollout.max_new_tokens=80", "rollout.max_prompt_tokens=128",
@@ -236,7 +236,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="the model to start from is kept there")
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=["one", "tp2", "ep2"])
-    parser.add_argument("--kills", type=int, default=50, help="at each layout (default %(default)s)")
+    parser.add_argument("--kills", type=int, default=50, help="at each layout, at most (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
     args = parser.parse_args()
     rl_tools.NUM_EPISODES = NUM_EPISODES

@@ -222,7 +222,8 @@ def warm_by(imported: Path) -> None:
     """Import what a command has imported, so that the next ones need not; `imported`: see `fork_command`."""
     for name in imported.read_text().split():
         if name.partition(".")[0] in WARM and name not in sys.modules:
-            importlib.import_module(name)
+            with contextlib.suppress(ImportError):  # a stand-in that a command has made
+                importlib.import_module(name)
     gc.collect()
     gc.freeze()  # forks need not copy it
 

@@ -208,7 +208,7 @@ def preferred(trained: Path, packed_data: Any, run_command: Callable[..., Any]) 
 
     def prefer(name: str, *settings: str) -> Path:
         told = (*SMALL[:-1], 'data.phases=[{"name": "main", "seq_len": 64}]', "data.over_long=drop",
-                "train.deterministic=true", "optim.lr=1e-3", *settings)
+                "train.deterministic=true", "optim.lr=1e-3", "train.global_batch_size=4", *settings)
         done = run_command("prefer", "tiny-qwen3", "--from", str(trained), "--data", str(folder / "pairs"),
                            "--run", str(folder / name),
                            *(word for setting in told for word in ("--set", setting)))
