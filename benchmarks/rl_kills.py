@@ -22,6 +22,8 @@ Jobs are forks of one process that has imported everything, so that kills meet t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import importlib
 import os
 import platform
@@ -30,6 +32,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -58,6 +61,8 @@ REWARD = f"{Path(__file__).with_name('rl_reward.py')}:Exact"
 HEAVY = ("infer.decoder.generator", "infer.engines.target", "post.policy", "post.rl.feed", "post.rl.generate",
          "post.rl.publish", "post.rl.responses", "train.stages.stage", "commands.rl.rounds")
 """What jobs import when they need it."""
+WARM = ("megatron_sov", "megatron", "torch", "pyarrow", "numpy", "transformers", "tokenizers", "jinja2")
+"""Packages whose modules `warm_by` imports."""
 PATIENCE_S, LIMIT_S, POLL_S = 300, 1200, 0.05
 AT_WORK_S = 0.5
 """Longest time from a claim to a kill that waits for one."""
@@ -117,22 +122,7 @@ class Doing(Place):
 
     def begin(self, job: str) -> int:
         """Start a job; returns its process."""
-        sys.stdout.flush()
-        pid = os.fork()
-        if not pid:
-            os.setsid()
-            log = os.open(self.folder / f"{job}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            try:
-                code = cli.main(self.argv(job))
-            except SystemExit as e:
-                code = e.code if isinstance(e.code, int) else 1
-            except BaseException:
-                code = 1
-            sys.stdout.flush()
-            os._exit(code)
-        return pid
+        return fork_command(self.argv(job), self.folder / f"{job}.log")
 
     def go(self, kills: dict[str, int], drawn: random.Random, within_s: float) -> None:
         """Let the jobs work until the run is complete, killing each as often as is asked.
@@ -170,7 +160,7 @@ class Doing(Place):
             if time.monotonic() - began_s > LIMIT_S:
                 raise SystemExit(f"{self.folder}: not at its end after {LIMIT_S} s: {running}")
         for pid, _ in running.values():
-            _kill_all(pid)
+            kill_all(pid)
 
     def _ended(self, job: str, ended: set[str]) -> None:
         """Note that a job has come to its end by itself; rewards end whenever all is judged."""
@@ -185,28 +175,69 @@ class Doing(Place):
     def _kill(self, job: str, pid: int) -> None:
         """Kill a job, and note what it was at."""
         held = self._held(pid)
-        _kill_all(pid)
+        kill_all(pid)
         self.killed[job] += 1
         self.working[job] += bool(held) or (job == "train" and (self.run / "events.jsonl").exists())
         self.interrupted |= {name for name in held if name.startswith("round-")}
 
     def _held(self, pid: int) -> list[str]:
         """Return what a job has claimed at this moment."""
-        family = {pid, *(process.pid for process in _family(pid))}
+        family = {pid, *(process.pid for process in family_of(pid))}
         return [h.name for h in holders(self.store / "claims") if h.pid in family and not h.is_released
                 ] if (self.store / "store.json").exists() else []
 
 
-def _family(pid: int) -> list[psutil.Process]:
+def fork_command(argv: Sequence[str], log: Path, imported: Path | None = None) -> int:
+    """Start a command in a fork of this process, in a group of processes of its own; returns its process.
+
+    Args:
+        argv: what stands behind `megatron-sov`.
+        log: file for what it says.
+        imported: file for the names of the modules that it has imported, if it ends well.
+    """
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    with contextlib.suppress(BaseException):
+        os.setsid()
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        try:
+            code = cli.main(argv)
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if imported is not None and not code:
+        imported.write_text(" ".join(sys.modules))
+    os._exit(code)
+
+
+def warm_by(imported: Path) -> None:
+    """Import what a command has imported, so that the next ones need not; `imported`: see `fork_command`."""
+    for name in imported.read_text().split():
+        if name.partition(".")[0] in WARM and name not in sys.modules:
+            with contextlib.suppress(ImportError):  # a stand-in that a command has made
+                importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # forks need not copy it
+
+
+def family_of(pid: int) -> list[psutil.Process]:
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
 
 
-def _kill_all(pid: int) -> None:
+def kill_all(pid: int) -> None:
     """Kill a process with all that it has started."""
-    family = _family(pid)
+    family = family_of(pid)
     for process in family:
         process.kill()
     os.kill(pid, signal.SIGKILL)
@@ -214,9 +245,9 @@ def _kill_all(pid: int) -> None:
     psutil.wait_procs(family, timeout=30)
 
 
-def responses(store: RolloutStore) -> dict[tuple[int, str, int], Rollout]:
+def responses(store: RolloutStore, columns: Sequence[str] = ("tokens", "finish_reason", "response")
+              ) -> dict[tuple[int, str, int], Rollout]:
     """Return the last attempts by round, prompt and sample."""
-    columns = ("tokens", "finish_reason", "response")
     rows = later([row for part in store.parts() for row in store.read_rollouts(part.name, columns)])
     found = {(row.round, row.key.prompt, row.key.sample): row for row in rows}
     assert len(found) == len(rows), "a response is there twice, by two policies"

@@ -172,8 +172,9 @@ class Seed(SeedFolder):
             library, goals = rng.choice(libraries)
             yield scripted(library, rng.choice(goals), rng)
 
-    def start(self) -> Path:
-        """Return the fine-tuned model that both worlds go on from."""
+    def start(self, *settings: str) -> Path:
+        """Return the fine-tuned model that both worlds go on from, trained by other settings where some are
+        given."""
         run_folder, shards = self.folder / "start", self.folder / "shards"
         if not (shards / "manifest.json").exists():
             self.data()
@@ -187,7 +188,8 @@ class Seed(SeedFolder):
         if not (run_folder / "complete.json").exists():
             run(self.log, "megatron_sov", "pretrain", "tiny-solar-open", "--data", shards, "--run",
                 run_folder, "--resume",
-                *words((*(f"model.{size}" for size in MODEL), *START, f"train.seed={self.seed}")))
+                *words((*(f"model.{size}" for size in MODEL), *START, f"train.seed={self.seed}",
+                        *settings)))
         return run_folder
 
     def play(self, world: str, run_folder: Path) -> None:

@@ -22,7 +22,7 @@ from megatron_sov.base.artifacts import MANIFEST, atomic_write, manifest_sha256,
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.model.config.post_training import WITH_REFERENCE
+from megatron_sov.model.config.data import documents_named
 from megatron_sov.model.objectives import FORMATS
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import CONFIG, RunFolder, read_command
@@ -124,8 +124,12 @@ def plan_repetition(run: Path, without: Sequence[str], output: Path, start: Path
     newest = checkpoints.find_checkpoint(run)
     config = checkpoints.settings_of(newest)
     if what := cannot_be_repeated(config) or _learned_besides(config):
-        raise UserError(f"{run}: has {what}; pretrain, sft and prefer without a reference, of all weights "
-                        "and without code of one's own, are what can be repeated")
+        raise UserError(f"{run}: has {what}; pretrain, sft and prefer of all weights without code of one's "
+                        "own are what can be repeated")
+    if config.objective.name == "preference" and config.preference.method == "kto" and (
+            some := next((named for named in without if documents_named(named)[2] is not None), "")):
+        raise UserError(f"--without {some}: by preference.method = kto each response also stands in another "
+                        "document, beside another prompt; name the whole source")
     if config.data.paths.keys() != now.data.paths.keys():
         raise UserError(f"{run / CONFIG}: names other data than {newest.name} was written with; resume the "
                         "run until it has written a checkpoint with these")
@@ -138,13 +142,10 @@ def plan_repetition(run: Path, without: Sequence[str], output: Path, start: Path
 
 
 def _learned_besides(config: RunConfig) -> str:
-    """Return what a run learns from that may come from the documents too, or has a place for each of them."""
+    """Return what a run learns beside its weights and documents; empty: nothing."""
     if config.lora.on:
         return "adapters"
-    if config.objective.name == "distill":
-        return "a teacher"
-    is_compared = config.objective.name == "preference" and config.preference.method in WITH_REFERENCE
-    return "a reference" if is_compared else ""
+    return "a teacher" if config.objective.name == "distill" else ""
 
 
 def find_first_use(config: RunConfig, sources: Sequence[Source], newest: Path, without: Sequence[str]

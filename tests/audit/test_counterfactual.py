@@ -191,3 +191,64 @@ def test_documents_are_named() -> None:
     assert documents_named("ko-web:0-9") == ("ko-web", 0, 9)
     with pytest.raises(UserError, match="must be SOURCE"):
         documents_named("news:-1")
+
+
+@pytest.fixture(scope="module")
+def preferred(trained: Path, packed_data: Any, run_command: Callable[..., Any]) -> Callable[..., Path]:
+    """Return `prefer(name, *settings)`: a run of six steps on pairs that it goes through more than twice, a
+    third of which are longer than a row and dropped."""
+    folder = trained.parent
+    (folder / "pairs.jsonl").write_text("".join(json.dumps({
+        "prompt": f"{i}?", "chosen": f"{i}." * (60 if i % 3 == 1 else 1), "rejected": "No."}) + "\n"
+        for i in range(12)))
+    done = run_command("pack", "--tokenizer", str(packed_data.tokenizer), "--format", "preference",
+                       "--heldout", "0", "--workers", "1", "--input", str(folder / "pairs.jsonl"), "--output",
+                       str(folder / "pairs"), program="sov-data")
+    assert done.returncode == 0, done.stderr
+
+    def prefer(name: str, *settings: str) -> Path:
+        told = (*SMALL[:-1], 'data.phases=[{"name": "main", "seq_len": 64}]', "data.over_long=drop",
+                "train.deterministic=true", "optim.lr=1e-3", "train.global_batch_size=4", *settings)
+        done = run_command("prefer", "tiny-qwen3", "--from", str(trained), "--data", str(folder / "pairs"),
+                           "--run", str(folder / name),
+                           *(word for setting in told for word in ("--set", setting)))
+        assert done.returncode == 0, done.stderr
+        return folder / name
+
+    return prefer
+
+
+def test_pairs_that_are_read_in_several_epochs_are_taken_out_of_all(
+        trained: Path, preferred: Callable[..., Path], tmp_path: Path, as_child: None,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    run = preferred("preferred")
+    plan = plan_repetition(run, (), run / "none", trained, 1)
+    sources = plan.sources()
+    used = [find_first_use(plan.config, sources, plan.newest, [f"pairs:{document}"])
+            for document in range(0, len(sources[0].shard("train").lengths), 2)]
+    dropped = [2 * i for i, found in enumerate(used) if found.step == 0]
+    assert len(used) == 12 and len(dropped) == 4
+    assert all(found.steps >= 2 for found in used if found.step), "each epoch reads all others"
+    latest = 2 * max(range(12), key=lambda i: used[i].step)
+
+    def removed(named: str) -> dict[str, Any]:
+        assert cli.main(["counterfactual", str(run), "--without", named, "--from", str(trained), "--output",
+                         str(tmp_path / named), "--control"]) == ExitCode.OK, capsys.readouterr().err
+        return dict(json.loads((tmp_path / named / "removal.json").read_text()))
+
+    found = removed(f"pairs:{dropped[0]}")
+    assert found["checkpoint"] == str(run / "checkpoints/step-6")
+    assert "no step up to 6 has read" in capsys.readouterr().out
+    found = removed(f"pairs:{latest + 1}")
+    assert (found["documents"], found["control"]) == (2, "equal"), "of a pair both"
+    never = preferred("never", f'data.without=["pairs:{latest + 1}"]')
+    removed_weights = weights_and_moments(Path(found["checkpoint"]))
+    assert removed_weights == weights_and_moments(never / "checkpoints/step-6")
+    assert removed_weights != weights_and_moments(run / "checkpoints/step-6")
+
+    manifest = shutil.copytree(run, tmp_path / "kto") / "checkpoints/step-6/manifest.json"
+    told = json.loads(manifest.read_text())
+    told["settings"]["preference"]["method"] = "kto"
+    manifest.write_text(json.dumps(told | {"sha256": ""}))
+    with pytest.raises(UserError, match=r"pairs:0: by preference\.method = kto each response also stands in"):
+        plan_repetition(tmp_path / "kto", ["pairs:0"], tmp_path / "none", trained, 1)

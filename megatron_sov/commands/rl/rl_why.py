@@ -79,6 +79,8 @@ def _lines(found: ExplainedStep, count: int) -> Iterator[str]:
     elif found.loss_at_start is not None:
         yield (f"policy loss {found.recorded.get('losses', {}).get('policy')}; where no ratio has moved "
                f"{found.loss_at_start:.6g}")
+    if found.no_shares:
+        yield f"no shares: {found.no_shares}"
     for response in found.responses[:count]:
         yield from _told(response)
     if len(found.responses) > count:
@@ -87,11 +89,11 @@ def _lines(found: ExplainedStep, count: int) -> Iterator[str]:
 
 def _told(found: LearnedResponse) -> Iterator[str]:
     share = "" if found.share is None else f"{found.share:+.2%} of the step, "
-    reward = "none" if found.reward is None else f"{found.reward:.4g}"
+    advantage = "" if found.advantage is None else f"advantage {found.advantage:+.4g}, "
     group = ", ".join(f"{value:.4g}" for value in found.group_rewards)
+    reward = "no reward" if found.reward is None else f"reward {found.reward:.4g} of a group of {group}"
     writers = " to ".join(map(str, sorted(set(found.versions))))
-    yield (f"{share}advantage {found.advantage:+.4g}, reward {reward} of a group of {group}; "
-           f"{found.num_tokens:,} tokens by the weights of step {writers}")
+    yield f"{share}{advantage}{reward}; {found.num_tokens:,} tokens by the weights of step {writers}"
     components = "".join(f", {name} {value:.4g}" for name, value in found.components.items())
     yield (f"  {found.part} {found.row}{f', {found.domain}' if found.domain else ''}{components}: "
            f"{json.dumps(found.response[:LONGEST_TEXT], ensure_ascii=False)}")

@@ -15,6 +15,7 @@ from megatron_sov.base.artifacts import damaged_files, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post.rl.publish import is_published
+from megatron_sov.post.rl.reward import NO_REWARD
 from megatron_sov.rollouts.rows import UNFINISHED, RewardRow, Rollout, domain_of
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.checkpoints import refuse_missing
@@ -45,9 +46,10 @@ class LearnedResponse:
     components: Mapping[str, float]
     group_rewards: tuple[float, ...]
     """Of all judged responses to the prompt."""
-    advantage: float
+    advantage: float | None
+    """None: the run learns from no reward."""
     share: float | None
-    """Of the step, with the advantage's sign (`shares`); None: pairs, or what teachers say, are learned."""
+    """Of the step, with the advantage's sign (`shares`); None: see `ExplainedStep.no_shares`."""
     response: str
 
 
@@ -69,6 +71,8 @@ class ExplainedStep:
     loss_at_start: float | None
     """Policy loss where no ratio has moved, which the first step of a round has, but for what a correction of
     an engine's numbers weighs."""
+    no_shares: str
+    """Why responses have no share, and the step no such loss; empty: they have."""
     responses: tuple[LearnedResponse, ...]
     """Those of the largest part first."""
 
@@ -86,12 +90,16 @@ def explain(run: Path, step: int, store: Path) -> ExplainedStep:
             other responses or rewards.
     """
     config = RunFolder(run).config()
-    if config is None or config.objective.name != "policy":
+    if config is None or not config.rollout.rounds:
         refuse_missing(run)
         raise UserError(f"{run}: is no run of reinforcement learning; name the --run of `rl run` or "
                         "`rl train`")
     number, index = divmod(step - 1, config.rollout.steps_per_round)
     number, rounds = number + 1, run / ROUNDS
+    if number <= config.rollout.rounds and not config.policy.is_on_policy(config.rollout.seed, number):
+        raise UserError(f"STEP {step}: is of round {number}, which policy.on_policy_share = "
+                        f"{config.policy.on_policy_share:g} had learn from --data and not from responses; "
+                        "name a step of another round")
     if step < 1 or not is_published(rounds, number):
         last = max((n for n in range(1, config.rollout.rounds + 1) if is_published(rounds, n)), default=0)
         raise UserError(f"STEP {step}: {run} has the rounds 1 to {last} of "
@@ -109,8 +117,9 @@ def explain(run: Path, step: int, store: Path) -> ExplainedStep:
                         "from a copy of the run") from None
     responses, loss = _responses(config, opened, opened.steps[index], _Stored(store, version, made))
     events = {event["step"]: event for event in final_steps(list(read_events(run / "events.jsonl")))}
+    responses.sort(key=lambda found: -abs(found.share or 0.0))
     return ExplainedStep(step, number, index + 1, version, policies, groups, events.get(step, {}), loss,
-                         tuple(sorted(responses, key=lambda found: -abs(found.share or 0.0))))
+                         no_shares(config), tuple(responses))
 
 
 def _refuse_damaged(path: Path, config: RunConfig) -> None:
@@ -122,6 +131,22 @@ def _refuse_damaged(path: Path, config: RunConfig) -> None:
                         "again")
     if damaged := damaged_files(path):
         raise UserError(f"{damaged[0]}; take the round from a copy of the run")
+
+
+def no_shares(config: RunConfig) -> str:
+    """Return why what responses count in a step of a run is not known here, in a sentence; empty: it is."""
+    policy = config.policy
+    if config.objective.name != "policy":
+        return f"objective.name = {config.objective.name} has a loss of its own, which nobody here can divide"
+    if policy.learns_distributions:
+        return f"policy.method = {policy.method} learns a teacher's distributions, and no rewards"
+    if policy.learns_preferences:
+        return (f"policy.method = {policy.method} learns pairs or groups by the loss of `preference`, which "
+                "is no sum over responses; of a pair the better has advantage 1, the worse -1")
+    if policy.parts.opd_coeff:
+        return (f"policy.opd_coeff = {policy.parts.opd_coeff:g} adds to each token what a teacher says of "
+                "it, which stands in no round")
+    return ""
 
 
 def shares(advantages: np.ndarray, num_tokens: np.ndarray, logprobs: np.ndarray, config: RunConfig
@@ -174,6 +199,8 @@ class _Stored:
         if self._store.part(name, self._version).manifest_sha256 != rewards_sha256:
             raise UserError(f"{self._store.part_path(name, self._version)}: are other rewards than the round "
                             "was made of; give the store of the run, as it was then")
+        if self._version == NO_REWARD:  # the zeros of its rows mean nothing
+            return
         for said in self._store.read_rewards(self._version, name, part):
             self._said[said.key, said.attempt] = said
             if said.reward is not None:
@@ -223,17 +250,16 @@ def _responses(config: RunConfig, opened: Round, of_step: range, stored: _Stored
             counts.append(int(labels.sum()))
             sums.append(float(logprobs[labels].sum(dtype=np.float64)))
     parts, loss = shares(np.array(advantages), np.array(counts), np.array(sums), config)
-    policy = config.policy
-    # what a teacher adds to each token's advantage stands in no round
-    has_shares = not (policy.learns_preferences or policy.learns_distributions or policy.parts.opd_coeff)
-    return [_learned(row, said, advantage, float(part) if has_shares else None, stored)
+    has_shares, has_advantages = not no_shares(config), config.policy.parts.advantage != "none"
+    return [_learned(row, said, advantage if has_advantages else None, float(part) if has_shares else None,
+                     stored)
             for row, said, advantage, part in zip(
                 rows, [stored.judged(row) for _, _, row in rows], advantages, parts, strict=True)
             ], loss if has_shares else None
 
 
-def _learned(place: tuple[str, int, Rollout], said: RewardRow | None, advantage: float, share: float | None,
-             stored: _Stored) -> LearnedResponse:
+def _learned(place: tuple[str, int, Rollout], said: RewardRow | None, advantage: float | None,
+             share: float | None, stored: _Stored) -> LearnedResponse:
     part, index, row = place
     versions: Sequence[int] = row.written_versions.tolist() or (0,)
     return LearnedResponse(

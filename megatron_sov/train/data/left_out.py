@@ -49,7 +49,8 @@ def left_out(without: Sequence[str], sources: Sequence[Source]) -> Mapping[str, 
     Raises:
         UserError: there is no such source or document.
     """
-    by_name = {source.name: source for source in sources if source.made is None}
+    # what a reference says stands beside the documents of an artifact, under their numbers
+    by_name = {source.name: source for source in sources if source.artifact is not None}
     stretches: dict[str, list[tuple[int, int]]] = {}
     for named in without:
         name, first, last = documents_named(named)
