@@ -85,7 +85,8 @@ def served(folder: Path, file: Path, log: Path) -> tuple[list[str], int]:
         server = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "megatron_sov", "serve", folder, "--port", "0", "--name",
              "mine", "--max-length", "2048", "--max-batch", "1", "--address-file", file, "--parent-pid",
-             str(os.getpid())], stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+             str(os.getpid())], stdout=out, stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         while not file.exists():
             if server.poll() is not None:

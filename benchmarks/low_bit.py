@@ -2,8 +2,8 @@
 
 Usage: python benchmarks/low_bit.py --work FOLDER [--reader PYTHON] [--vllm PYTHON] [--steps 150]
 
-Two tiny models, one dense and one with experts, learn text that any machine has (`growing.Work`), and leave by
-`convert to-hf` in bfloat16 and in each format of `--quantize`.  Of each folder are printed
+Two tiny models, one dense and one with experts, learn text that any machine has (`growing.Work`), and leave
+by `convert to-hf` in bfloat16 and in each format of `--quantize`.  Of each folder are printed
 
   size       bytes of its weights, beside those of bfloat16
   bits       bits per byte of held-out text (`eval ppl`), by our reader
@@ -179,9 +179,10 @@ def main() -> None:
         texts = work.folder / "corpus/english.jsonl"
         read = child(args.reader, "transformers", list(made.values()), texts)
         engine = child(args.vllm, "vllm", list(made.values()), texts) if args.vllm else ["not asked"] * 5
-        print(f"\n{name:<12}{'bytes':>10}{'of 16 bits':>12}{'bits/byte':>11}{'logits':>9}   transformers, vLLM")
+        print(f"\n{name:<12}{'bytes':>10}{'of 16 bits':>12}{'bits/byte':>11}{'logits':>9}   transformers, "
+              "vLLM")
         for form, theirs, of_engine in zip(FORMATS, read, engine, strict=True):
-            few, plain = made[form]
+            few = made[form][0]
             lost, own = theirs if isinstance(theirs, list) else ("", theirs)
             print(f"{form:<12}{size(few):>10,}{size(few) / size(made[FORMATS[0]][0]):>12.3f}"
                   f"{bits(work, few):>11.4f}{lost if isinstance(lost, str) else format(lost, '.4f'):>9}   "

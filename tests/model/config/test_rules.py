@@ -284,7 +284,7 @@ def test_a_rule_between_settings_is_told_by_its_key(settings: str, num_ranks: in
     ("tiny-kimi-linear", 'lora.targets=["q_a_proj"]', "lora.targets"),
     ("tiny-k-exaone", 'lora.targets=["embed_tokens"] parallel.pp=2', "lora.targets"),
     ("tiny-gpt-oss", "", "lora.targets"),
-    ("tiny-deepseek-v3", "", "lora.targets"),
+    ("tiny-deepseek-v3", 'lora.targets=["k_proj"]', "lora.targets"),
     ("tiny-qwen3", "optim.name=muon", "lora.rank"),
     ("tiny-qwen3", "parallel.zero1=true parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true",
      "lora.rank"),
