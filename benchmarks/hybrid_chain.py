@@ -124,9 +124,9 @@ def generated(target: Path, out: Path, log: Path) -> list[str]:
     """Return what `generate` writes to the questions."""
     if not out.exists():
         asked = [part for question in QUESTIONS for part in ("--prompt", question)]
-        run(log, "megatron_sov", "generate", target, *asked, "--chat", "--max-new-tokens", "32", "--set",
-            "train.precision=bf16", "--output", out)
-    return [json.loads(line)["continuation"] for line in out.read_text().splitlines()]
+        run(log, "megatron_sov", "generate", target, *asked, "--chat", "--max-new-tokens", "32", "--engine",
+            "megatron", "--output", out)
+    return [json.loads(line)["response"] for line in out.read_text().splitlines()]
 
 
 def bits(file: Path) -> str:
@@ -144,7 +144,8 @@ def report(work: Path) -> None:
     card = json.loads((work / "verify.json").read_text())
     print("convert verify of the run with its adapter beside the folder, by transformers:")
     for check in card["checks"]:
-        print(f"  {check}")
+        name = check["name"].rpartition(": ")[2]
+        print(f"  {name}: {check['value']:.2g}, limit {check['limit']:.2g}")
     found = json.loads((work / "served.json").read_text())
     print(f"served answers that are those of generate on the folder: {found['same']} of {len(QUESTIONS)}")
     print(f"memory behind an answer of 1,500 tokens: {found['more_kb'] / 1024:+.1f} MiB on that behind one "

@@ -56,8 +56,8 @@ def extended(model: ModelConfig, trained_tokens: int, new_tokens: int, rope_thet
     nothing_rotates = "L" not in model.attention_pattern and not model.rope_on_global
     if nothing_rotates and (rope_theta or yarn_factor or yarn_original_tokens):
         raise UserError(f"rope_theta = {rope_theta:g}, yarn_factor = {yarn_factor:g}, yarn_original_tokens = "
-                        f"{yarn_original_tokens}: no layer of the model rotates (model.rope_on_global); leave "
-                        "them out")
+                        f"{yarn_original_tokens}: no layer of the model rotates (model.rope_on_global); "
+                        "leave them out")
     if "L" in model.attention_pattern and (rope_theta or yarn_factor or yarn_original_tokens):
         raise UserError(f"rope_theta = {rope_theta:g}, yarn_factor = {yarn_factor:g}, yarn_original_tokens = "
                         f"{yarn_original_tokens}: the model has sliding layers, whose rotations reach as far "
