@@ -1,14 +1,15 @@
 """What is lost and saved where a trained model leaves in 8 and 4 bits, and who reads the folders.
 
 Usage: python benchmarks/low_bit.py --work FOLDER [--reader PYTHON] [--vllm PYTHON] [--steps 150]
+           [--models dense experts]
 
-Two tiny models, one dense and one with experts, learn text that any machine has (`growing.Work`), and leave
+Tiny models, one dense and one with experts, learn text that any machine has (`growing.Work`), and leave
 by `convert to-hf` in bfloat16 and in each format of `--quantize`.  Of each folder are printed
 
   size       bytes of its weights, beside those of bfloat16
-  bits       bits per byte of held-out text (`eval ppl`), by our reader
-  logits     the largest difference of a logit from bfloat16's, of the largest of those, over 2,048 tokens of
-             text: the numbers that our reader makes of the folder, written in 16 bits and run by transformers
+  bits       bits per byte of 2,048 tokens of the text: the numbers that our reader makes of the folder,
+             written in 16 bits and run by transformers in float32
+  logits     the largest difference of a logit from bfloat16's there, of the largest of those
   readers    the largest difference of transformers' own reading from that, with PYTHON's packages
              (compressed-tensors), and of vLLM's prompt log-probabilities, or what it says instead
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -27,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from growing import Work
+
+from megatron_sov import convert
 
 FORMATS = ("bfloat16", "fp8-block", "fp8-tensor", "mxfp4", "nvfp4")
 WIDE = ("model.hidden_size=128", "model.head_dim=32", "train.global_batch_size=8", "train.micro_batch_size=8",
@@ -43,13 +47,14 @@ def folders(work: Work, name: str, steps: int) -> dict[str, tuple[Path, Path]]:
     trained = work.train(name, recipe, None, *WIDE, *settings, f"train.steps={steps}")
     found = {}
     for form in FORMATS:
-        how = ("--dtype", form) if form == FORMATS[0] else ("--quantize", form)
-        few = work.made(f"{name}-{form}", "megatron_sov", "convert", "to-hf", trained, "OUT", *how)
-        plain = few
-        if form != FORMATS[0]:
-            read = work.made(f"{name}-{form}-read", "megatron_sov", "convert", "from-hf", few, "OUT")
-            plain = work.made(f"{name}-{form}-plain", "megatron_sov", "convert", "to-hf", read, "OUT",
-                              "--dtype", "bfloat16")
+        few, read, plain = (work.folder / f"{name}-{form}{what}" for what in ("", "-read", "-plain"))
+        if form == FORMATS[0]:
+            plain = few
+            convert.to_hf(trained, few, dtype=form, overwrite=True, workers=1)
+        else:
+            convert.to_hf(trained, few, quantize=form, overwrite=True, workers=1)
+            convert.from_hf(few, read, overwrite=True, workers=1)
+            convert.to_hf(read, plain, dtype=FORMATS[0], overwrite=True, workers=1)
         found[form] = few, plain
     return found
 
@@ -57,18 +62,6 @@ def folders(work: Work, name: str, steps: int) -> dict[str, tuple[Path, Path]]:
 def size(folder: Path) -> int:
     """Return the bytes of a folder's weights."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def bits(work: Work, folder: Path) -> float:
-    """Return bits per byte of all held-out text."""
-    out = work.folder / f"{folder.name}.ppl.json"
-    if not out.exists():
-        work.command("megatron_sov", "eval", "ppl", folder, "--data", work.data(), "--out", out,
-                     "--max-tokens", "20000", "--seq-len", "128")
-    figures = [(found["bits_per_byte"], found["loss"] * found["tokens"])
-               for found in json.loads(out.read_text()).values()]
-    # bits of a source, divided by its bits per byte, are its bytes
-    return sum(nats for _, nats in figures) / sum(nats / per_byte for per_byte, nats in figures)
 
 
 def child(python: str, what: str, listed: list[tuple[Path, Path]], texts: Path) -> list[Any]:
@@ -97,14 +90,17 @@ def tokens_of(folder: str, texts: str) -> list[list[int]]:
 
 
 def by_transformers(listed: list[list[str]], texts: str) -> list[Any]:
-    """Return for each (folder, what our reader made of it): the largest difference of the latter's logits
-    from the first folder's, of the largest one, and of transformers' own reading from the latter's."""
+    """Return for each (folder, what our reader made of it): bits per byte of the latter, the largest
+    difference of its logits from the first folder's, of the largest one, and of transformers' own reading
+    from them."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from megatron_sov.model.pretrained import low_bit_options
 
     rows = torch.tensor(tokens_of(listed[0][0], texts))
+    decode = AutoTokenizer.from_pretrained(listed[0][0]).decode
+    bytes_read = sum(len(decode(row[1:]).encode()) for row in rows)
 
     def logits(folder: str) -> Any:
         options = {"dtype": "bfloat16", **low_bit_options(Path(folder))}
@@ -117,10 +113,13 @@ def by_transformers(listed: list[list[str]], texts: str) -> list[Any]:
     for folder, plain in listed:
         ours = logits(plain)
         lost = float((ours - first).abs().max() / first.abs().max())
+        nats = torch.nn.functional.cross_entropy(ours[:, :-1].flatten(0, 1), rows[:, 1:].flatten(),
+                                                 reduction="sum")
+        bits = float(nats) / math.log(2) / bytes_read
         try:
-            found.append([lost, float((logits(folder) - ours).abs().max())])
+            found.append([bits, lost, float((logits(folder) - ours).abs().max())])
         except Exception as e:  # what a library says is the result
-            found.append([lost, f"{type(e).__name__}: {str(e)[:150]}"])
+            found.append([bits, lost, f"{type(e).__name__}: {str(e)[:150]}"])
     return found
 
 
@@ -164,6 +163,7 @@ def main() -> None:
     parser.add_argument("--reader", default=sys.executable)
     parser.add_argument("--vllm")
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--child", nargs=2)
     args = parser.parse_args()
     if args.child:
@@ -174,7 +174,7 @@ def main() -> None:
     work = Work(args.work.absolute())
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
           f"{platform.python_version()}; {args.steps} steps")
-    for name in MODELS:
+    for name in args.models:
         made = folders(work, name, args.steps)
         texts = work.folder / "corpus/english.jsonl"
         read = child(args.reader, "transformers", list(made.values()), texts)
@@ -183,10 +183,9 @@ def main() -> None:
               "vLLM")
         for form, theirs, of_engine in zip(FORMATS, read, engine, strict=True):
             few = made[form][0]
-            lost, own = theirs if isinstance(theirs, list) else ("", theirs)
-            print(f"{form:<12}{size(few):>10,}{size(few) / size(made[FORMATS[0]][0]):>12.3f}"
-                  f"{bits(work, few):>11.4f}{lost if isinstance(lost, str) else format(lost, '.4f'):>9}   "
-                  f"{told(own)}, {told(of_engine)}")
+            bits, lost, own = theirs if isinstance(theirs, list) else (math.nan, math.nan, theirs)
+            print(f"{form:<12}{size(few):>10,}{size(few) / size(made[FORMATS[0]][0]):>12.3f}{bits:>11.4f}"
+                  f"{lost:>9.4f}   {told(own)}, {told(of_engine)}", flush=True)
 
 
 if __name__ == "__main__":
