@@ -153,7 +153,7 @@ def by_vllm(listed: list[list[str]], texts: str) -> list[Any]:
 
 def told(value: Any) -> str:
     """Return a figure, or words."""
-    return value if isinstance(value, str) else f"{value:.1e}"
+    return " ".join(value.split()) if isinstance(value, str) else f"{value:.1e}"
 
 
 def main() -> None:
