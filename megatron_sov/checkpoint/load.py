@@ -64,7 +64,7 @@ RULES = (
     ("*.out_norm.weight", ONES), ("*.self_attention.dt_bias", STEPS),
     ("*.self_attention.A_log", EVEN_DECAYS), ("*.shared_experts.gate_weight", NORMAL),
     ("*.eh_proj.weight", NORMAL), ("*.word_embeddings.weight", NORMAL), ("output_layer.weight", NORMAL),
-    ("*_proj.lora_A", ADAPTER_INPUT), ("*.lm_head.lora_A", ADAPTER_INPUT),
+    ("*_proj*.lora_A", ADAPTER_INPUT), ("*.lm_head.lora_A", ADAPTER_INPUT),
     ("*.embed_tokens.lora_A", STANDARD),
     ("*.lora_B", ZEROS), ("*.magnitude", ONES),
 )

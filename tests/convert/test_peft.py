@@ -67,6 +67,8 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     return {}
 
 
+LATENT = ["model.head_dim=20", 'model.latent_attention={"kv_lora_rank": 12, "qk_nope_head_dim": 12, '
+          '"qk_rope_head_dim": 8, "v_head_dim": 10}']
 CASES: dict[str, tuple[str, list[str]]] = {
     "dense": ("tiny-qwen3", ['lora.targets=["all-linear", "lm_head", "embed_tokens"]']),
     "dense, DoRA": ("tiny-qwen2", ["lora.dora=true", 'lora.targets=["q_proj", "o_proj", "up_proj"]']),
@@ -75,11 +77,18 @@ CASES: dict[str, tuple[str, list[str]]] = {
         "model.attention_pattern=DG", "model.num_experts=4", "model.expert_ffn_dim=16"]),
     "Qwen3.5": ("tiny-qwen3.5-moe", [
         "model.attention_pattern=DG", "model.num_experts=4", "model.expert_ffn_dim=16"]),
+    "Kimi Linear": ("tiny-kimi-linear", [
+        "model.attention_pattern=DG", "model.num_experts=4", "model.expert_ffn_dim=16", *LATENT]),
+    "DeepSeek-V3": ("tiny-deepseek-v3", [
+        "model.num_experts=4", "model.expert_ffn_dim=16", LATENT[0],
+        LATENT[1].replace("{", '{"q_lora_rank": 20, '), "model.num_dense_layers=1",
+        "model.num_expert_groups=2", "model.num_groups_per_token=1"]),
     "K-EXAONE": ("tiny-k-exaone", ["model.num_experts=4", "model.expert_ffn_dim=16"]),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.deep] * (case == "DeepSeek-V3"))
+                                  for case in CASES])
 def test_peft_loads_ours_and_ours_peft(case: str, ranks: Any, job: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from safetensors.torch import load_file, save_file

@@ -33,6 +33,7 @@ RECIPES = {"tiny-glm4-moe": ["model.num_experts=4", "model.expert_ffn_dim=16"],
            "tiny-hyperclovax": ["model.residual_multiplier=0.4", "model.logits_multiplier=0.3"]}
 RECIPES["tiny-qwen3.5-moe"] = RECIPES["tiny-qwen3-next"]
 RECIPES["tiny-kimi-linear"] = [
+    "lora.rank=3",  # a cache of narrow vectors takes the adapter of what is made of them
     "model.num_experts=4", "model.expert_ffn_dim=16", "model.head_dim=20",
     'model.latent_attention={"kv_lora_rank": 12, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, '
     '"v_head_dim": 10}', 'model.linear_attention={"num_key_heads": 4, "num_value_heads": 4, '
@@ -55,6 +56,7 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
     from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+    from megatron_sov.engine.model.added_parts import Factors
     from megatron_sov.engine.model.language_model import build
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
@@ -65,8 +67,11 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     world.join(parallel)
     for recipe in names:
         config = apply_settings(recipes.get(recipe), [*SETTINGS, *RECIPES[recipe]])
-        model = build(config.model, parallel, config.train)
+        model = build(config.model, parallel, config.train, lora=config.lora)
         load.initialise(model, config.model, 1)
+        with torch.no_grad():
+            for factors in (m for m in model.modules() if isinstance(m, Factors)):
+                factors.B.normal_(generator=torch.Generator().manual_seed(1))
         policy = ForwardModel(model, 50)
         engine = MegatronEngine(policy, Batching(2, 5))
         written = engine.generate(PROMPTS, Sampling(NEW)).continuations

@@ -26,16 +26,19 @@ from megatron_sov.model.modality import ENCODERS, EncoderInput, EncoderInputs, m
 # arXiv 2106.09685), or that with rows of trained length (DoRA, arXiv 2402.09353).
 #
 # A column-parallel layer (query, key and value; gate and up) has its B cut by rows and all of A on every
-# process, a row-parallel one A cut by columns and all of B.  What travels between processes is [tokens,
-# rank].
+# process, a row-parallel one A cut by columns and all of B, and a layer that every process has whole (which
+# makes narrow vectors) all of both.  What travels between processes is [tokens, rank].
 #
 # Of a factor that every process has, each computes a part of the gradient: that of its own tokens under
 # sequence parallelism, which the library sums as it does a norm's; that of its own rows inside an expert that
 # is cut, and of the head, where `copy_to_tensor_model_parallel_region` on the factor itself sums it.
 # Elsewhere all compute the same one.
 
-COLUMN = ("linear_qkv", "linear_fc1", "output_layer", "word_embeddings", "self_attention.in_proj")
-"""The library's layers that are cut by rows of their weight; all others are cut by columns."""
+COLUMN = ("linear_qkv", "linear_q_proj", "_up_proj", "linear_fc1", "output_layer", "word_embeddings",
+          "self_attention.in_proj")
+"""Layers that are cut by rows of their weight."""
+WHOLE = "_down_proj"
+"""Those that are not cut: of narrow vectors. All others are cut by columns."""
 
 OUTPUT_HEAD = "output_layer"
 
@@ -47,9 +50,9 @@ class Factors(torch.nn.Module):
                  rows: int | None) -> None:
         super().__init__()
         self.of, self.expert, self.column = of, expert, is_column(of)
-        size = self.group().size()
+        row, size = is_row(of), self.group().size()
         self._rows = rows or of.out_features // (size if self.column else 1)
-        columns = of.in_features // (1 if self.column else size)
+        columns = of.in_features // (size if row else 1)
         dtype = config.params_dtype
         # zeros: until it is initialised or loaded, 0 B A must be 0, which it is not where memory holds NaN
         self.A = torch.nn.Parameter(torch.zeros(lora.rank, columns, dtype=dtype))
@@ -58,7 +61,7 @@ class Factors(torch.nn.Module):
         self.magnitude = torch.nn.Parameter(torch.ones(self._rows, dtype=dtype)) if lora.dora else None
         # the factors of a cut expert, and of a head, sum their gradients themselves
         self.sums_itself = expert is not None or of.linear == OUTPUT_HEAD
-        for parameter, split in ((self.A, not self.column), (self.B, self.column),
+        for parameter, split in ((self.A, row), (self.B, self.column),
                                  (self.magnitude, self.column)):
             if parameter is not None:
                 self._mark(parameter, split, int(parameter is self.A), config.sequence_parallel)
@@ -95,7 +98,7 @@ class Factors(torch.nn.Module):
         place among the processes that hold the same (as `local_shards.LocalShard`)."""
         of, place = self.of, self.group().rank()
         halves = (of.halves,) if of.halves > 1 else ()
-        views = {A: (self.A, -1, not self.column),
+        views = {A: (self.A, -1, is_row(of)),
                  B: (self.B.view(*halves, self._rows // of.halves, -1), -2, self.column)}
         if self.magnitude is not None:
             views[MAGNITUDE] = (self.magnitude, -1, self.column)
@@ -136,6 +139,7 @@ class LinearAdapter(torch.nn.Module):
         super().__init__()
         first = modules[0]
         self.scale, self._dora, self._column = lora.alpha / lora.rank, lora.dora, is_column(first)
+        self._row = is_row(first)
         self._scattered = config.sequence_parallel and expert is None
         factors = [Factors(of, lora, config, expert, rows) for of in modules]
         self._group = factors[0].group()
@@ -200,7 +204,7 @@ class LinearAdapter(torch.nn.Module):
     def _shared(self, low: torch.Tensor) -> torch.Tensor:
         """Return A x [tokens, rank] as this process needs it: of all tokens before a B that is cut by rows,
         and summed over the columns of an A that is cut."""
-        if self.factors[0].sums_itself or self._group.size() == 1:
+        if self.factors[0].sums_itself or self._group.size() == 1 or not (self._column or self._row):
             return low  # an expert's tokens and sums are exchanged where they are sent
         if self._column:
             return (tensor_parallel.gather_from_sequence_parallel_region(low, group=self._group)
@@ -225,7 +229,7 @@ class LinearAdapter(torch.nn.Module):
         least, and rounded to the weight's dtype, in which it is trained."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         lengths = torch.linalg.vector_norm(weight + self._update(), dim=1, dtype=wide)
-        if not self._column and self._group.size() > 1:
+        if self._row and self._group.size() > 1:
             squares = lengths.square()
             torch.distributed.all_reduce(squares, group=self._group)
             lengths = squares.sqrt()
@@ -255,12 +259,21 @@ class LinearAdapter(torch.nn.Module):
         """
         if not self._dora:
             return output + self(inputs)
+        plain = output if bias is None else output - bias
+        scaled = (plain + self(inputs)) * self._stretch(weight)
+        return scaled if bias is None else scaled + bias
+
+    def _stretch(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return how much longer each row has become (DoRA)."""
         # the length of a row is a number, not differentiated (DoRA, section 4.3; so does PEFT)
         lengths = self.row_lengths(weight)
-        trained = self._joined([None if f is None else f.magnitude for f in self._parts], lengths)
-        plain = output if bias is None else output - bias
-        scaled = (plain + self(inputs)) * (trained / lengths)
-        return scaled if bias is None else scaled + bias
+        return self._joined([None if f is None else f.magnitude for f in self._parts], lengths) / lengths
+
+    @torch.no_grad()
+    def inside(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight that the adapted layer has."""
+        adapted = weight + self._update()
+        return adapted * self._stretch(weight)[:, None] if self._dora else adapted
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W + alpha / rank B A of a layer that is cut by rows, differentiable by A and B on every
@@ -271,8 +284,22 @@ class LinearAdapter(torch.nn.Module):
 
 
 def is_column(of: Adapted) -> bool:
-    """Return whether the layer is cut by rows of its weight; else it is cut by columns."""
+    """Return whether the layer is cut by rows of its weight."""
     return of.linear.endswith(COLUMN)
+
+
+def is_row(of: Adapted) -> bool:
+    """Return whether the layer is cut by columns of its weight."""
+    return not of.linear.endswith((*COLUMN, WHOLE))
+
+
+def adapted_weight(linear: Any) -> torch.Tensor:
+    """Return a linear layer's weight, of an adapted one with the adapter inside; not differentiable."""
+    weight: torch.Tensor = linear.weight
+    for hook in linear._forward_hooks.values():
+        if isinstance(adapter := getattr(hook, "adapter", None), LinearAdapter):
+            weight = adapter.inside(weight)
+    return weight
 
 
 _EMBEDDING = "embedding.word_embeddings"

@@ -25,6 +25,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch.nn.functional import pad, rms_norm
 
+from megatron_sov.engine.model.added_parts import adapted_weight
 from megatron_sov.engine.model.attention import (
     DocumentAttention, PackedDocuments, attend, attend_whole, attend_with_sinks, with_logits)
 from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans
@@ -330,7 +331,7 @@ class LatentAttention(MLASelfAttention):
         plain, turned = queries.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
         # q (W c) = (W^T q) c: the query meets the narrow vector, so the cache holds kv_lora_rank + rotated
         # channels for each token and not a key and a value for each head
-        to_keys, to_values = self.linear_kv_up_proj.weight.unflatten(
+        to_keys, to_values = adapted_weight(self.linear_kv_up_proj).unflatten(
             0, (heads, -1)).split([config.qk_head_dim, config.v_head_dim], dim=1)
         query = torch.cat([torch.einsum("thd,hdk->thk", plain, to_keys),
                            self._turned(turned, angles, spans)], dim=-1)

@@ -16,10 +16,15 @@ from megatron_sov.model.config.train import OptimConfig, TrainConfig
 
 ALL_LINEAR, EXPERTS, HEAD, EMBEDDING = "all-linear", "experts", "lm_head", "embed_tokens"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-LINEAR_ATTENTION = ("in_proj_qkvz", "in_proj_ba", "out_proj")
+DELTA_NET = ("in_proj_qkvz", "in_proj_ba", "out_proj")
+KIMI_DELTA = (*ATTENTION, "b_proj", "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj")
+LATENT = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+QUERIES_OF_A_LATENT = ("q_a_proj", "q_b_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 Target = Literal["all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba",
-                 "out_proj", "gate_proj", "up_proj", "down_proj", "experts", "lm_head", "embed_tokens"]
+                 "out_proj", "b_proj", "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj", "q_a_proj", "q_b_proj",
+                 "kv_a_proj_with_mqa", "kv_b_proj", "gate_proj", "up_proj", "down_proj", "experts",
+                 "lm_head", "embed_tokens"]
 TARGETS: tuple[str, ...] = get_args(Target)
 """What `lora.targets` may name: modules as transformers calls them, and groups of them."""
 
@@ -34,8 +39,9 @@ class LoraConfig:
     alpha: AboveZero = 16.0
     """The update is scaled by alpha / rank."""
     targets: Annotated[tuple[Target, ...], MinLen(1)] = ("all-linear",)
-    """What is adapted: q_proj, k_proj, v_proj, o_proj; in_proj_qkvz, in_proj_ba, out_proj (of linear
-    attention); gate_proj, up_proj, down_proj (of dense layers and
+    """What is adapted: q_proj, k_proj, v_proj, o_proj; in_proj_qkvz, in_proj_ba, out_proj (of a gated delta
+    net); b_proj, f_a_proj, f_b_proj, g_a_proj, g_b_proj (of Kimi Delta Attention); q_a_proj, q_b_proj,
+    kv_a_proj_with_mqa, kv_b_proj (of latent attention); gate_proj, up_proj, down_proj (of dense layers and
     shared experts); experts (all routed ones, each with matrices of its own); lm_head; embed_tokens;
     all-linear: all of these that the model has, but lm_head and embed_tokens."""
     dora: bool = False
@@ -52,8 +58,7 @@ class LoraConfig:
         if not self.on:
             return frozenset()
         # Heads and embeddings are never among `all-linear`, as in PEFT.
-        every = {*ATTENTION, *(LINEAR_ATTENTION if _has_delta_net(model) else ()),
-                 *(FEED_FORWARD if _has_feed_forward(model) else ()),
+        every = {*_of_attention(model), *(FEED_FORWARD if _has_feed_forward(model) else ()),
                  *((EXPERTS,) if model.num_moe_layers() else ())}
         return frozenset(self.targets) - {ALL_LINEAR} | (every if ALL_LINEAR in self.targets else set())
 
@@ -70,16 +75,12 @@ class LoraConfig:
         if not self.on:
             return []
         adapted, with_experts = self.adapted(model), EXPERTS in self.adapted(model)
-        attention = [name for name in ATTENTION if name in adapted]
         missing = {*(() if _has_feed_forward(model) else FEED_FORWARD),
-                   *(() if _has_delta_net(model) else LINEAR_ATTENTION),
+                   *(_OF_ATTENTION - _of_attention(model)),
                    *(() if model.num_moe_layers() else (EXPERTS,))} & {*self.targets}
         one_sided = {HEAD: "the embedding", EMBEDDING: "the head"} if model.tied_embeddings else {}
         return find_broken(
             self, "lora",
-            (model.latent_attention is None or not attention, "targets",
-             f"adapts {', '.join(attention)}, and adapters of latent attention are not built",
-             f"name others of {', '.join((*FEED_FORWARD, EXPERTS, HEAD, EMBEDDING))}"),
             *((False, "targets", f"names {target}, which this model lacks", "leave it out")
               for target in sorted(missing)),
             *((target not in self.targets, "targets", f"names {target}, which is {other} in this model "
@@ -115,10 +116,17 @@ class LoraConfig:
              "expert_fc1 frees the memory of all", "leave expert_fc1 out"))
 
 
-def _has_delta_net(model: ModelConfig) -> bool:
-    """Return whether a trunk layer has linear attention whose projections can be adapted: adapters of Kimi
-    Delta Attention are not built."""
-    return model.linear_attention is not None and model.linear_attention.gate_rank is None
+_OF_ATTENTION = frozenset((*DELTA_NET, *KIMI_DELTA, *LATENT, *QUERIES_OF_A_LATENT))
+
+
+def _of_attention(model: ModelConfig) -> frozenset[str]:
+    """Return the linear layers of a model's attention, of every kind that it has."""
+    linear, found = model.linear_attention, {*ATTENTION}
+    if model.latent_attention is not None:
+        found = {*LATENT, *(QUERIES_OF_A_LATENT if model.has_query_latent else ("q_proj",))}
+    if linear is not None:
+        found |= {*(DELTA_NET if linear.gate_rank is None else KIMI_DELTA)}
+    return frozenset(found)
 
 
 def _has_feed_forward(model: ModelConfig) -> bool:

@@ -22,6 +22,8 @@ PREFIX = "adapter."
 """What the names of all tensors of an adapter begin with."""
 A, B, MAGNITUDE = "lora_A", "lora_B", "magnitude"
 _TRUNK = "decoder.layers."
+IN_MEMORY = ((".block_sparse_moe", ".mlp"), (".self_attn.f_", ".self_attn.forget_gate.f_"))
+"""Where transformers has modules of Mixtral and Kimi Linear, whose folders have them elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,19 @@ def _found(model: ModelConfig, lora: LoraConfig) -> Iterator[Adapted]:
                 module = name.removesuffix(".weight")
                 # Two axes: norms and biases cannot be factored.
                 if len(shape) == 2 and module.rpartition(".")[2] in targets:
-                    yield Adapted(module, link, part, 0, *shape)
+                    yield Adapted(in_memory(module), link, part, 0, *shape)
+
+
+def in_memory(name: str) -> str:
+    """Return transformers' name of a module that a folder has under `name`."""
+    for folder, memory in IN_MEMORY:
+        name = name.replace(folder, memory)
+    return name
 
 
 def _stack(link: Link) -> Adapted:
     """Return the stack of experts whose first one's block is given."""
-    block, _, _ = link.hf_names[0].partition(".experts.0.")
-    # as transformers has Mixtral's and Kimi Linear's in memory
-    folder = block.replace(".block_sparse_moe", ".mlp") + ".experts"
+    folder = in_memory(link.hf_names[0].partition(".experts.0.")[0]) + ".experts"
     name = "gate_up_proj" if len(link.hf_names) > 1 else "down_proj"
     return Adapted(f"{folder}.{name}", link, 0, link.shape[0], *link.block_shape)
 
@@ -137,7 +144,7 @@ def places(model: ModelConfig, lora: LoraConfig) -> dict[str, AdapterPlace]:
     # The map names each expert's tensors; an adapter names the stack, so the way back goes over the
     # Megatron key.
     stacks = {of.link.key: of for of in adapted_modules(model, lora) if of.num_experts}
-    found |= {f"{of.name}.weight": AdapterPlace(of, 0, 0)
+    found |= {of.link.hf_names[of.part]: AdapterPlace(of, 0, 0)
               for of in adapted_modules(model, lora) if not of.num_experts}
     for link in models.get(model.family).links(model) if stacks else ():
         if link.key in stacks:

@@ -51,8 +51,13 @@ def extended(model: ModelConfig, trained_tokens: int, new_tokens: int, rope_thet
         yarn_original_tokens: length that YaRN stretches; 0: the one before any earlier extension.
 
     Raises:
-        UserError: rotations are to be changed where sliding layers keep theirs.
+        UserError: rotations are to be changed where sliding layers keep theirs, or no layer has any.
     """
+    nothing_rotates = "L" not in model.attention_pattern and not model.rope_on_global
+    if nothing_rotates and (rope_theta or yarn_factor or yarn_original_tokens):
+        raise UserError(f"rope_theta = {rope_theta:g}, yarn_factor = {yarn_factor:g}, yarn_original_tokens = "
+                        f"{yarn_original_tokens}: no layer of the model rotates (model.rope_on_global); "
+                        "leave them out")
     if "L" in model.attention_pattern and (rope_theta or yarn_factor or yarn_original_tokens):
         raise UserError(f"rope_theta = {rope_theta:g}, yarn_factor = {yarn_factor:g}, yarn_original_tokens = "
                         f"{yarn_original_tokens}: the model has sliding layers, whose rotations reach as far "
@@ -65,7 +70,7 @@ def extended(model: ModelConfig, trained_tokens: int, new_tokens: int, rope_thet
         model = replace(model, rope_theta=rope_theta)
     if yarn_factor == 1 or (rope_theta and not yarn_factor):
         return replace(model, yarn=None, max_position_tokens=longest)
-    if not yarn_factor and ("L" in model.attention_pattern or new_tokens <= reached):
+    if not yarn_factor and ("L" in model.attention_pattern or nothing_rotates or new_tokens <= reached):
         return replace(model, max_position_tokens=longest)
     factor = yarn_factor or new_tokens / original
     yarn = replace(model.yarn or YarnConfig(), factor=factor, original_max_position_tokens=original)

@@ -214,11 +214,11 @@ def _adapted(m: ModelConfig, lora: LoraConfig) -> dict[str, list[Adapted]]:
 def _factors(of: Adapted, lora: LoraConfig, p: ParallelConfig, rows: int = 0) -> tuple[Held, ...]:
     """Return A, B and, under DoRA, the rows' lengths of one adapted module or expert
     (`engine.model.lora.Factors`)."""
-    # Of A and B only one is cut: B where the layer is cut by rows, A where it is cut by columns.
+    # Of A and B at most one is cut: B where the layer is cut by rows, A where it is cut by columns.
     size = p.etp if of.num_experts else p.tp
     by_rows = of.linear.endswith(SPLIT_BY_ROWS)
     height = rows or of.out_features // (size if by_rows else 1)
-    width = of.in_features // (1 if by_rows else size)
+    width = of.in_features // (size if f"{of.linear}.weight".endswith(SPLIT_BY_COLUMNS) else 1)
     shapes = {"lora_A": (lora.rank, width), "lora_B": (height, lora.rank)} | (
         {"magnitude": (height,)} if lora.dora else {})
     return tuple(Held(of.key(name), shape, routed=bool(of.num_experts)) for name, shape in shapes.items())

@@ -14,6 +14,11 @@ SMALL = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8", "mod
 EXPERTS = ["model.expert_ffn_dim=16", "model.num_experts=4"]
 TP2, EP2, PP2 = {"tp": 2, "sp": True}, {"ep": 2}, {"pp": 2}
 ETP2 = {"tp": 2, "sp": True, "etp": 2}
+KIMI = ["model.attention_pattern=DG", "model.head_dim=20",
+        'model.latent_attention={"kv_lora_rank": 12, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, '
+        '"v_head_dim": 10}',
+        'model.linear_attention={"num_key_heads": 4, "num_value_heads": 4, "key_head_dim": 6, '
+        '"value_head_dim": 6, "gate_rank": 6}']
 ROW_TOKENS, ROWS = 24, 4
 
 
@@ -230,6 +235,17 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
                  marks=pytest.mark.deep),
     ("tiny-gpt-oss", [TP2], ['lora.targets=["q_proj", "o_proj"]', "lora.dora=true"]),
     pytest.param("tiny-gpt-oss", [EP2], ['lora.targets=["q_proj", "o_proj"]', "lora.dora=true"],
+                 marks=pytest.mark.deep),
+    # narrow vectors, which every process makes whole
+    ("tiny-kimi-linear", [TP2], KIMI),
+    pytest.param("tiny-kimi-linear", [{**TP2, "ep": 2}, {"cp": 2}, PP2], KIMI, marks=pytest.mark.deep),
+    pytest.param("tiny-kimi-linear", [TP2], [
+        *KIMI, "lora.dora=true", 'lora.targets=["q_proj", "b_proj", "f_a_proj", "g_b_proj", "o_proj", '
+        '"kv_a_proj_with_mqa", "kv_b_proj"]'], marks=pytest.mark.deep),
+    pytest.param("tiny-deepseek-v3", [TP2], [
+        "model.num_dense_layers=1", "model.num_expert_groups=2", "model.num_groups_per_token=1", KIMI[1],
+        KIMI[2].replace("{", '{"q_lora_rank": 20, ')], marks=pytest.mark.deep),
+    pytest.param("tiny-qwen3-next", [TP2, {"cp": 2}], ["model.attention_pattern=DG"],
                  marks=pytest.mark.deep),
     ("tiny-k-exaone", [EP2], ['lora.targets=["q_proj", "v_proj", "up_proj", "experts"]']),
     pytest.param("tiny-k-exaone", [PP2], ['lora.targets=["q_proj", "v_proj", "up_proj", "experts"]'],
