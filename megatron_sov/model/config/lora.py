@@ -17,14 +17,17 @@ from megatron_sov.model.config.train import OptimConfig, TrainConfig
 ALL_LINEAR, EXPERTS, HEAD, EMBEDDING = "all-linear", "experts", "lm_head", "embed_tokens"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 DELTA_NET = ("in_proj_qkvz", "in_proj_ba", "out_proj")
+SPLIT_DELTA_NET = ("in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
+"""Of a family whose folders have four matrices in the place of two (Qwen3.5).  The fourth, `in_proj_qkv`, has
+three runs of all heads, which a tensor-parallel process could not cut: it stays frozen."""
 KIMI_DELTA = (*ATTENTION, "b_proj", "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj")
 LATENT = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 QUERIES_OF_A_LATENT = ("q_a_proj", "q_b_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 Target = Literal["all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba",
-                 "out_proj", "b_proj", "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj", "q_a_proj", "q_b_proj",
-                 "kv_a_proj_with_mqa", "kv_b_proj", "gate_proj", "up_proj", "down_proj", "experts",
-                 "lm_head", "embed_tokens"]
+                 "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "b_proj", "f_a_proj", "f_b_proj",
+                 "g_a_proj", "g_b_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
+                 "gate_proj", "up_proj", "down_proj", "experts", "lm_head", "embed_tokens"]
 TARGETS: tuple[str, ...] = get_args(Target)
 """What `lora.targets` may name: modules as transformers calls them, and groups of them."""
 
@@ -40,10 +43,11 @@ class LoraConfig:
     """The update is scaled by alpha / rank."""
     targets: Annotated[tuple[Target, ...], MinLen(1)] = ("all-linear",)
     """What is adapted: q_proj, k_proj, v_proj, o_proj; in_proj_qkvz, in_proj_ba, out_proj (of a gated delta
-    net); b_proj, f_a_proj, f_b_proj, g_a_proj, g_b_proj (of Kimi Delta Attention); q_a_proj, q_b_proj,
-    kv_a_proj_with_mqa, kv_b_proj (of latent attention); gate_proj, up_proj, down_proj (of dense layers and
-    shared experts); experts (all routed ones, each with matrices of its own); lm_head; embed_tokens;
-    all-linear: all of these that the model has, but lm_head and embed_tokens."""
+    net); in_proj_z, in_proj_b, in_proj_a, out_proj (of Qwen3.5's); b_proj, f_a_proj, f_b_proj, g_a_proj,
+    g_b_proj (of Kimi Delta Attention); q_a_proj, q_b_proj, kv_a_proj_with_mqa, kv_b_proj (of latent
+    attention); gate_proj, up_proj, down_proj (of dense layers and shared experts); experts (all routed ones,
+    each with matrices of its own); lm_head; embed_tokens; all-linear: all of these that the model has, but
+    lm_head and embed_tokens."""
     dora: bool = False
     """Also train the length of each row of the adapted matrices (DoRA), of routed experts, lm_head and
     embed_tokens excepted."""
@@ -116,7 +120,7 @@ class LoraConfig:
              "expert_fc1 frees the memory of all", "leave expert_fc1 out"))
 
 
-_OF_ATTENTION = frozenset((*DELTA_NET, *KIMI_DELTA, *LATENT, *QUERIES_OF_A_LATENT))
+_OF_ATTENTION = frozenset((*DELTA_NET, *SPLIT_DELTA_NET, *KIMI_DELTA, *LATENT, *QUERIES_OF_A_LATENT))
 
 
 def _of_attention(model: ModelConfig) -> frozenset[str]:
@@ -125,7 +129,8 @@ def _of_attention(model: ModelConfig) -> frozenset[str]:
     if model.latent_attention is not None:
         found = {*LATENT, *(QUERIES_OF_A_LATENT if model.has_query_latent else ("q_proj",))}
     if linear is not None:
-        found |= {*(DELTA_NET if linear.gate_rank is None else KIMI_DELTA)}
+        delta_net = SPLIT_DELTA_NET if model.family == "qwen3_5_moe_text" else DELTA_NET
+        found |= {*(delta_net if linear.gate_rank is None else KIMI_DELTA)}
     return frozenset(found)
 
 
