@@ -28,7 +28,8 @@ from megatron_sov.checkpoint.sharded_tensors import TensorReader, write_index
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.model.observing import Observed, locate, observe
 from megatron_sov.engine.optimizer.state_shards import any_float
-from megatron_sov.engine.parallel.simulated_world import CallSite, Meddle, SimulatedRanks, Standstill, sends
+from megatron_sov.engine.parallel.simulated_messages import CallSite, Meddle, Standstill, sends
+from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.proof.miniature import Miniature, miniature
