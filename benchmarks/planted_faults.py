@@ -145,12 +145,12 @@ def over_another_group(at: Any) -> Iterator[list[int]]:
     """Have a place call another group of as many processes; yields the ranks that did."""
     from torch.distributed import distributed_c10d
 
-    from megatron_sov.engine.parallel import simulated_world
+    from megatron_sov.engine.parallel import simulated_messages, simulated_world
 
     real, moved = simulated_world.SimulatedGroup._call, list[int]()
 
     def call(group: Any, kind: str, part: Any, work: Any) -> Any:
-        if simulated_world._site(kind, group._description) == at:
+        if simulated_messages.site_of(kind, group._description) == at:
             for other in distributed_c10d._world.pg_map:
                 if other.size() == group.size() and other._members != group._members:
                     moved.append(group._rank)

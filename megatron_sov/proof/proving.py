@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import tempfile
@@ -28,7 +29,8 @@ from megatron_sov.checkpoint.sharded_tensors import TensorReader, write_index
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.model.observing import Observed, locate, observe
 from megatron_sov.engine.optimizer.state_shards import any_float
-from megatron_sov.engine.parallel.simulated_world import CallSite, Meddle, SimulatedRanks, Standstill, sends
+from megatron_sov.engine.parallel.simulated_messages import CallSite, Meddle, Standstill, sends
+from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.proof.miniature import Miniature, miniature
@@ -45,8 +47,9 @@ TOLERANCE = 1e-9
 layout, of which every number is a part, is not below 1e-6."""
 SHOWN = 8
 """Differences that a text names, and half the places of messages; JSON has all."""
-ASSUMED = ("kernels compute what their plain versions do, and messages arrive as sent: what runs here are "
-           "megatron-core's modules without Transformer Engine",
+ASSUMED = ("kernels compute what their plain versions do, messages arrive as sent, and sends never wait",
+           "Transformer Engine's layers, and what they send under TP and SP, do what megatron-core's own "
+           "layers do, which run here",
            "widths do not matter: heads, channels, experts and vocabulary are as few as the layout divides")
 FIRST_MOMENTS = ("exp_avg", "momentum")
 """After the first step they are the gradient that was clipped, times one number for all."""
@@ -135,10 +138,19 @@ def prove(small: Miniature, meddle: Meddle | None = None, whole: Whole | None = 
 
 
 def play_alone(small: Miniature) -> Whole:
-    """Return what one process has after the steps of a run; its checkpoint is left beside the documents."""
+    """Return what one process has after the steps of a run; its checkpoint is left beside the documents.
+
+    Raises:
+        UserError: one process cannot do them either, so that there is nothing to compare a layout with.
+    """
     checkpoint = Path(tempfile.mkdtemp(prefix="alone-", dir=small.folder))
-    [whole] = SimulatedRanks(1).run(ParallelConfig(), lambda place: _play_whole(
-        small.alone(), place, checkpoint))
+    try:
+        [whole] = SimulatedRanks(1).run(ParallelConfig(), lambda place: _play_whole(
+            small.alone(), place, checkpoint))
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"one process cannot do this step: {_told_failure(e)}; no layout is proved") from e
     return whole
 
 
@@ -239,6 +251,7 @@ class _Comparing:
         self.replicas: dict[str, set[str]] = defaultdict(set)
         """Kind -> tensors of which processes hold blocks that others write."""
         self._covered: dict[tuple[int, str], torch.Tensor] = {}
+        self._steps: set[int] = set()
         self.done: Callable[[], Any] = lambda: None
         """Called when a process has done a step."""
 
@@ -252,6 +265,9 @@ class _Comparing:
 
     def add(self, step: int, trainer: Trainer, rank: int, numbers: Mapping[str, float]) -> None:
         """Compare what a process holds after a step (from 0), and the step's numbers."""
+        self._steps.add(step)
+        for name in numbers.keys() - self.whole.numbers[step].keys():
+            self.numbers[f"step {step + 1}: {name}: one process has none"] = float("inf")
         for name, value in self.whole.numbers[step].items():
             # processes that hold no part of a router do not tell its biases
             if name in numbers:
@@ -325,6 +341,8 @@ class _Comparing:
         # what a guard remembers is another number of the step
         found += [name for name, value in sorted(self.numbers.items(), key=lambda one: (
             ": guard's" in one[0], one)) if not value <= TOLERANCE]
+        found += [f"step {step + 1}: {name}: no process has it" for step in sorted(self._steps)
+                  for name in self.whole.numbers[step] if f"step {step + 1}: {name}" not in self.numbers]
         found += [f"step {step + 1}: {key}" for step, _, key in wrong]
         for (step, key), count in self._covered.items():
             if step == 0 and not bool((count == 1).all()):
@@ -512,9 +530,7 @@ def as_text(small: Miniature, verdict: Verdict) -> str:
                      f"{TOLERANCE:g}); each element has one owner, and each other process its number")
         lines.append(", ".join(f"{kind}: {count}" for kind, count in counts.items() if count))
     else:
-        lines.append("NOT equal to one process: " + (
-            f"numbers are {verdict.largest:.2g} apart (allowed {TOLERANCE:g})" if verdict.outcome == DIFFERS
-            else f"it {verdict.outcome}"))
+        lines.append(f"NOT equal to one process: {_told_outcome(verdict)}")
         lines += [f"  {place}" for place in verdict.places[:SHOWN]]
         if len(verdict.places) > SHOWN:
             lines.append(f"  and {len(verdict.places) - SHOWN} more")
@@ -528,8 +544,18 @@ def as_text(small: Miniature, verdict: Verdict) -> str:
 def as_json(small: Miniature, verdict: Verdict) -> dict[str, Any]:
     """Return the same for programs."""
     found = json.loads(json.dumps(dataclasses.asdict(verdict)))
-    return {**found, "layout": dataclasses.asdict(small.config.parallel), "tolerance": TOLERANCE,
-            "assumed": list(ASSUMED), "not_covered": list(small.left_out)}
+    # JSON has no infinity
+    largest = verdict.largest if math.isfinite(verdict.largest) else None
+    return {**found, "largest": largest, "layout": dataclasses.asdict(small.config.parallel),
+            "tolerance": TOLERANCE, "assumed": list(ASSUMED), "not_covered": list(small.left_out)}
+
+
+def _told_outcome(verdict: Verdict) -> str:
+    if verdict.outcome != DIFFERS:
+        return f"it {verdict.outcome}"
+    if verdict.largest <= TOLERANCE:
+        return "not each element is held once, though numbers agree"
+    return f"numbers are {verdict.largest:.2g} apart (allowed {TOLERANCE:g})"
 
 
 def _layout(small: Miniature) -> str:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from megatron_sov import cli
+from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
@@ -229,6 +230,46 @@ def test_a_loss_that_is_not_a_number_is_a_difference(small: Miniature, whole: An
     assert verdict.outcome == DIFFERS and "step 1: loss" in verdict.places
     # the second step of a refuted one is not played
     assert not any(place.startswith("step 2") for place in verdict.places)
+
+
+def test_a_router_bias_that_no_process_has_is_a_difference(small: Miniature, whole: Any,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    real = proving._step
+    [lost, *_] = [name for name in whole.numbers[0] if name.startswith("router bias")]
+
+    def without(trainer: Any) -> dict[str, float]:
+        return {name: value for name, value in real(trainer).items() if name != lost} | {"more": 1.0}
+
+    monkeypatch.setattr(proving, "_step", without)
+
+    verdict = proving.prove(small, whole=whole)
+
+    assert verdict.outcome == DIFFERS
+    assert verdict.places == ["step 1: more: one process has none", f"step 1: {lost}: no process has it"]
+
+
+def test_what_one_process_cannot_do_is_no_fault_of_a_layout(small: Miniature,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(trainer: Any) -> None:
+        raise ValueError("no rows")
+
+    monkeypatch.setattr(proving, "_step", fails)
+
+    with pytest.raises(UserError, match="one process cannot do this step: ValueError: no rows at proving"):
+        proving.play_alone(small)
+
+
+def test_an_element_that_two_hold_is_told_apart_from_numbers(small: Miniature) -> None:
+    held_twice = proving.Verdict(DIFFERS, 4, 1e-15, ["step 1: weights/a: 0 of 8 elements are written by "
+                                                     "nobody, 1 by several"])
+
+    assert "NOT equal to one process: not each element is held once" in proving.as_text(small, held_twice)
+
+
+def test_json_has_no_infinity(small: Miniature) -> None:
+    found = proving.as_json(small, proving.Verdict(STANDS, 4, float("inf"), ["rank 0 waits"]))
+
+    assert json.loads(json.dumps(found, allow_nan=False))["largest"] is None
 
 
 DISTILL = "objective.name=distill"

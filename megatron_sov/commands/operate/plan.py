@@ -100,6 +100,8 @@ def run(typed: argparse.Namespace) -> int:
         check_output("--html", args.html)
     if args.engine_gpus is not None and args.calibrate_engine is None:
         raise UserError(f"--engine-gpus {args.engine_gpus}: is of the server that --calibrate-engine names")
+    if args.cluster is not None and args.nproc is not None and args.calibrate_engine is None:
+        raise UserError(f"--nproc {args.nproc}: --cluster {args.cluster} and --nodes decide; leave it out")
     request = requested(args)
     if args.prove:
         return _prove(args, request)
@@ -110,6 +112,11 @@ def run(typed: argparse.Namespace) -> int:
 
 def _prove(args: PlanOptions, request: RecipeRequest) -> int:
     """Compare the layout with one process; returns 3 where they differ."""
+    if other := [name for name in ("sweep", "html", "data", "parameters", "calibrate_engine")
+                 if getattr(args, name)]:
+        name = other[0].replace("_", "-")
+        raise UserError(f"--prove: plays a layout, and --{name} belongs to another plan; leave one of them "
+                        "out")
     from megatron_sov.engine.parallel import cpu_shims
 
     # before megatron-core is imported, whatever the machine has
@@ -119,11 +126,6 @@ def _prove(args: PlanOptions, request: RecipeRequest) -> int:
     from megatron_sov.plan.pricing import machines
     from megatron_sov.proof.proving import EQUAL, as_json, as_text, prove_run
 
-    if other := [name for name in ("sweep", "html", "data", "parameters", "calibrate_engine")
-                if getattr(args, name)]:
-        name = other[0].replace("_", "-")
-        raise UserError(f"--prove: plays a layout, and --{name} belongs to another plan; leave one of them "
-                        "out")
     if args.cluster is not None:
         where = machines(args.cluster, args.nodes)
         config, num_ranks = placed(request, where).config, where.num_ranks
@@ -190,8 +192,6 @@ def _on_cluster(args: PlanOptions, request: RecipeRequest) -> int:
     from megatron_sov.plan.pages import telling
     from megatron_sov.plan.pricing import machines
 
-    if args.nproc is not None:
-        raise UserError(f"--nproc {args.nproc}: --cluster {args.cluster} and --nodes decide; leave it out")
     assert args.cluster is not None
     where = machines(args.cluster, args.nodes)
     learned = _learned(args.parameters)

@@ -438,12 +438,15 @@ def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
                                        time_limit=options.time_limit, cluster=_cluster_name(options),
                                        engine_nodes=options.engine_nodes)
     prepared = submission.prepare(request, COMMANDS)
+    if options.prove and prepared.work.config is None:
+        raise UserError(f"--prove: plays the layout of a training stage, and {stage} has none; leave it out")
+    if not options.dry_run:
+        check_inputs(prepared.work, set())
     if options.prove and not _is_proved(prepared):
         return ExitCode.GATE_FAILED
     if options.dry_run:
         submission.show(prepared)
         return 0
-    check_inputs(prepared.work, set())
     # Slurm is asked last: it is the slowest, and everything else is known without it
     submission.check(prepared)
     numbers = submission.submit(prepared, [])
@@ -457,9 +460,7 @@ def _is_proved(prepared: submission.Prepared) -> bool:
     from megatron_sov.engine.parallel import cpu_shims
 
     config = prepared.work.config
-    if config is None:
-        raise UserError(f"--prove: plays the layout of a training stage, and {prepared.work.stage} has none; "
-                        "leave it out")
+    assert config is not None
     # before megatron-core is imported, whatever the machine has
     cpu_shims.prepare_without_gpu()
     from megatron_sov.proof.proving import EQUAL, as_text, prove_run
@@ -468,7 +469,7 @@ def _is_proved(prepared: submission.Prepared) -> bool:
     for nodes, settings in job.layouts.items():
         small, verdict = prove_run(apply_settings(config, list(settings)),
                                    nodes * job.profile.tasks_per_node)
-        print(as_text(small, verdict))
+        print(as_text(small, verdict), file=sys.stderr)  # a script on stdout is for a file
         if verdict.outcome != EQUAL:
             return False
     return True

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.parallel.simulated_world import CallSite
+from megatron_sov.engine.parallel.simulated_messages import CallSite
 
 Sums = tuple[float, float]
 Place = tuple[int, str]

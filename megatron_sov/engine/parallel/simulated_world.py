@@ -14,13 +14,11 @@ import copy
 import functools
 import os
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -29,6 +27,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megatron_sov.engine.parallel import cpu_shims
+from megatron_sov.engine.parallel.simulated_messages import (
+    CallSite, Meddle, Part, Standstill, deliver, plain, reduce_kind, reduced, site_of)
 from megatron_sov.engine.parallel.world import ParallelWorld, make_groups, own_place, pass_over_warnings
 from megatron_sov.model.config import ParallelConfig
 
@@ -40,49 +40,11 @@ TOLD_WAITING = 6
 """Processes that a message about a standstill names."""
 
 
-class Standstill(Exception):
-    """All processes wait, or two call different things at the same time."""
-
-
-@dataclass(frozen=True)
-class CallSite:
-    """Where a message is sent from."""
-
-    kind: str
-    """What is called, as `allreduce`."""
-    group: str
-    """Description of the group that megatron-core gives it, as `TENSOR_MODEL_PARALLEL_GROUP`."""
-    where: str
-    """File, line and function of the library or the project."""
-
-    def __str__(self) -> str:
-        return f"{self.kind} over {self.group} at {self.where}"
-
-
-Meddle = Callable[[CallSite, Sequence["Part"], Callable[[list["Part"]], None]], bool]
-"""(where, what each member gives, the call's work) -> whether it has done the work in another way: how tests
-plant faults."""
-
-
-@dataclass
-class Part:
-    """What one member gives to a call, and where it wants the result."""
-
-    inputs: list[torch.Tensor]
-    outputs: list[torch.Tensor]
-    input_sizes: list[int] = field(default_factory=list)
-    output_sizes: list[int] = field(default_factory=list)
-    value: Any = None
-    """What is no tensor."""
-    values: list[Any] = field(default_factory=list)
-    """Where the values of all members are wanted."""
-
-
 @dataclass
 class _Call:
     """A call that not all members have come to."""
 
-    kind: str
+    asked: str
     parts: dict[int, Part] = field(default_factory=dict)
     is_done: bool = False
 
@@ -103,7 +65,7 @@ class SimulatedRanks:
         self.watch: Callable[[int, CallSite], None] | None = None
         """Told of each call of a process."""
         self.calls: dict[tuple[str, int], _Call] = {}
-        self.mail: dict[tuple[str, int, int, int], deque[list[torch.Tensor]]] = {}
+        self.mail: dict[tuple[str, int, int, int], deque[tuple[CallSite, list[torch.Tensor]]]] = {}
         self.rank_groups: dict[Any, list[list[int]]] = {}
         """What the library finds for sizes alone, and each process would find once more."""
         self._turns = [_taken() for _ in range(size)]
@@ -122,7 +84,7 @@ class SimulatedRanks:
             body: called once in each process.
 
         Raises:
-            Standstill: they would wait for ever.
+            Standstill: they would wait for ever, or nobody has taken what some have sent.
         """
         pass_over_warnings()
         found: list[Any] = [None] * self.size
@@ -159,7 +121,16 @@ class SimulatedRanks:
             _take_on(before)
         if self._failure is not None:
             raise self._failure
+        self._check_all_taken()
         return found
+
+    def _check_all_taken(self) -> None:
+        left = [f"rank {sender} of {group} sends to rank {to} from {box[0][0].where}"
+                for (group, sender, to, _), box in self.mail.items() if box]
+        left += [f"{call.asked} over {group}, which only {len(call.parts)} call"
+                 for (group, _), call in self.calls.items()]
+        if left:
+            raise Standstill(f"nobody takes {len(left)} of the messages: " + "; ".join(left[:TOLD_WAITING]))
 
     @contextlib.contextmanager
     def _signals_wait(self) -> Iterator[None]:
@@ -223,6 +194,15 @@ class SimulatedRanks:
         self._turns[self._ready.popleft()].release()
 
 
+@contextlib.contextmanager
+def _told_at(site: CallSite) -> Iterator[None]:
+    """Have what is said of a message say where it was sent."""
+    try:
+        yield
+    except Standstill as e:
+        raise Standstill(f"{site}: {e}") from e
+
+
 class _Done(dist.Work):
     """A message under way."""
 
@@ -278,14 +258,15 @@ class SimulatedGroup(_ProcessGroup):
         site = self._site(kind)
         key = self._key, self._num_calls
         self._num_calls += 1
-        call = self._ranks.calls.setdefault(key, _Call(kind))
-        if call.kind != kind:
-            raise Standstill(f"rank {self._rank} calls {site}, and others of {self._key} call {call.kind} "
-                             "at the same time")
+        asked = f"{kind} {part.how}".rstrip()
+        call = self._ranks.calls.setdefault(key, _Call(asked))
+        if call.asked != asked:
+            raise Standstill(f"rank {self._rank} calls {asked} over {self._key} at {site.where}, and others "
+                             f"call {call.asked} at the same time")
         call.parts[self._index] = part
         if len(call.parts) == len(self._members):
             parts = [call.parts[index] for index in range(len(self._members))]
-            with torch.no_grad():
+            with torch.no_grad(), _told_at(site):
                 if self._ranks.meddle is None or not self._ranks.meddle(site, parts, work):
                     work(parts)
             call.is_done = True
@@ -295,23 +276,22 @@ class SimulatedGroup(_ProcessGroup):
                      f"{kind} over {self._key} at {site.where}")
 
     def _site(self, kind: str) -> CallSite:
-        site = _site(kind, self._description)
+        site = site_of(kind, self._description)
         self._ranks.sites[site] = self._ranks.sites.get(site, 0) + 1
         if self._ranks.watch is not None:
             self._ranks.watch(self._rank, site)
         return site
 
     def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> dist.Work:
-        reduce = _reduction(opts)
-        own = _plain(tensors)
+        how, own = reduce_kind(opts), plain(tensors)
 
         def work(parts: list[Part]) -> None:
-            for i in range(len(own)):
-                total = reduce(torch.stack([part.inputs[i] for part in parts]))
-                for part in parts:
-                    part.outputs[i].copy_(total)
+            for given in zip(*(part.inputs for part in parts), strict=True):
+                total = reduced(how, given)
+                for tensor in given:
+                    tensor.copy_(total)
 
-        return self._call("allreduce", Part(own, own), work)
+        return self._call("allreduce", Part(own, own, how=how), work)
 
     allreduce_coalesced = allreduce
 
@@ -319,23 +299,23 @@ class SimulatedGroup(_ProcessGroup):
         return self._call("barrier", Part([], []), lambda parts: None)
 
     def broadcast(self, tensors: list[torch.Tensor], opts: Any) -> dist.Work:
-        own, root = _plain(tensors), int(opts.rootRank)
+        own, root = plain(tensors), int(opts.rootRank)
 
         def work(parts: list[Part]) -> None:
             for part in (part for index, part in enumerate(parts) if index != root):
                 for mine, sent in zip(part.outputs, parts[root].inputs, strict=True):
-                    mine.copy_(sent)
+                    deliver(mine, sent)
 
-        return self._call("broadcast", Part(own, own), work)
+        return self._call("broadcast", Part(own, own, how=f"from {self._members[root]}"), work)
 
     def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor],
                   opts: Any = None) -> dist.Work:
         def work(parts: list[Part]) -> None:
             for part in parts:
                 for mine, sender in zip(part.outputs, parts, strict=True):
-                    mine.copy_(sender.inputs[0])
+                    deliver(mine, sender.inputs[0])
 
-        return self._call("allgather", Part(_plain(inputs), _plain(outputs[0])), work)
+        return self._call("allgather", Part(plain(inputs), plain(outputs[0])), work)
 
     def gather_objects(self, values: list[Any], value: Any) -> dist.Work:
         """Give a value that is no tensor, which is copied once for all, since nobody changes it: of 512
@@ -345,7 +325,8 @@ class SimulatedGroup(_ProcessGroup):
             for part in parts:
                 part.values[:] = sent
 
-        return self._call("allgather", Part([], [], value=value, values=values), work)
+        return self._call("allgather", Part([], [], how="objects", value=value, values=values),
+                          work)
 
     def all_gather_single(self, output: torch.Tensor, sent: torch.Tensor, opts: Any = None) -> dist.Work:
         return self.allgather([list(output.chunk(self.size()))], [sent], opts)
@@ -357,16 +338,15 @@ class SimulatedGroup(_ProcessGroup):
 
     def reduce_scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]],
                        opts: Any = None) -> dist.Work:
-        reduce = _reduction(opts)
+        how = reduce_kind(opts)
 
         def work(parts: list[Part]) -> None:
             # all sums first: a result may lie in the memory of what is summed
-            totals = [reduce(torch.stack([part.inputs[index] for part in parts]))
-                      for index in range(len(parts))]
+            totals = [reduced(how, [part.inputs[index] for part in parts]) for index in range(len(parts))]
             for part, total in zip(parts, totals, strict=True):
-                part.outputs[0].copy_(total)
+                deliver(part.outputs[0], total)
 
-        return self._call("reduce_scatter", Part(_plain(inputs[0]), _plain(outputs)), work)
+        return self._call("reduce_scatter", Part(plain(inputs[0]), plain(outputs), how=how), work)
 
     def reduce_scatter_single(self, output: torch.Tensor, summed: torch.Tensor,
                               opts: Any = None) -> dist.Work:
@@ -379,14 +359,14 @@ class SimulatedGroup(_ProcessGroup):
 
     def all_to_all_single(self, output: torch.Tensor, sent: torch.Tensor, output_sizes: list[int] | None,
                           input_sizes: list[int] | None, opts: Any = None) -> dist.Work:
-        part = Part(_plain([sent]), _plain([output]), self._sizes(input_sizes, sent),
+        part = Part(plain([sent]), plain([output]), self._sizes(input_sizes, sent),
                     self._sizes(output_sizes, output))
 
         def work(parts: list[Part]) -> None:
             sent = [part.inputs[0].split(part.input_sizes) for part in parts]
             for index, part in enumerate(parts):
                 for sender, mine in enumerate(part.outputs[0].split(part.output_sizes)):
-                    mine.copy_(sent[sender][index])
+                    deliver(mine, sent[sender][index])
 
         return self._call("alltoall", part, work)
 
@@ -400,9 +380,9 @@ class SimulatedGroup(_ProcessGroup):
         def work(parts: list[Part]) -> None:
             for index, part in enumerate(parts):
                 for mine, sender in zip(part.outputs, parts, strict=True):
-                    mine.copy_(sender.inputs[index])
+                    deliver(mine, sender.inputs[index])
 
-        return self._call("alltoall", Part(_plain(inputs), _plain(outputs)), work)
+        return self._call("alltoall", Part(plain(inputs), plain(outputs)), work)
 
     # torch before 2.13 asks for these by other names
     _allgather_base = all_gather_single
@@ -416,37 +396,40 @@ class SimulatedGroup(_ProcessGroup):
 
         def work(parts: list[Part]) -> None:
             for mine, sender in zip(parts[root].outputs, parts, strict=True):
-                mine.copy_(sender.inputs[0])
+                deliver(mine, sender.inputs[0])
 
-        return self._call("gather", Part(_plain(inputs), _plain(outputs[0]) if outputs else []), work)
+        return self._call("gather", Part(
+            plain(inputs), plain(outputs[0]) if outputs else [], how=f"to {self._members[root]}"), work)
 
     def scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any) -> dist.Work:
         root = int(opts.rootRank)
 
         def work(parts: list[Part]) -> None:
             for part, sent in zip(parts, parts[root].inputs, strict=True):
-                part.outputs[0].copy_(sent)
+                deliver(part.outputs[0], sent)
 
-        return self._call("scatter", Part(_plain(inputs[0]) if inputs else [], _plain(outputs)), work)
+        return self._call("scatter", Part(
+            plain(inputs[0]) if inputs else [], plain(outputs), how=f"from {self._members[root]}"), work)
 
     def send(self, tensors: list[torch.Tensor], to: int, tag: int = 0) -> dist.Work:
-        self._site("send")
+        site = self._site("send")
         box = self._ranks.mail.setdefault((self._key, self._index, to, tag), deque())
-        box.append([tensor.detach().clone() for tensor in tensors])
+        box.append((site, [tensor.clone() for tensor in plain(tensors)]))
         self._ranks.wake([self._members[to]])
         return _Done(self._ranks, self._rank, lambda: True, "send")
 
     def recv(self, tensors: list[torch.Tensor], sender: int, tag: int = 0) -> dist.Work:
         site = self._site("recv")
         box = self._ranks.mail.setdefault((self._key, sender, self._index, tag), deque())
-        mine = _plain(tensors)
+        mine = plain(tensors)
         taken: list[torch.Tensor] = []
 
         def holds() -> bool:
             if not taken and box:
-                taken.extend(box.popleft())
-                for tensor, sent in zip(mine, taken, strict=True):
-                    tensor.copy_(sent)
+                taken.extend(box.popleft()[1])
+                with _told_at(site):
+                    for tensor, sent in zip(mine, taken, strict=True):
+                        deliver(tensor, sent)
                 if self._ranks.meddle is not None:
                     self._ranks.meddle(site, [Part(mine, mine)], lambda parts: None)
             return bool(taken)
@@ -560,40 +543,3 @@ def _taken() -> Any:
     lock = threading.Lock()
     lock.acquire()
     return lock
-
-
-def _plain(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the tensors without their graphs: a message is none of autograd's."""
-    return [tensor.detach() for tensor in tensors]
-
-
-def _reduction(opts: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return how what the members give, stacked by rank, becomes one."""
-    asked = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
-    kind = str(getattr(asked, "op", asked)).rpartition(".")[2]
-    known: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "SUM": lambda parts: parts.sum(0, dtype=parts.dtype), "AVG": lambda parts: parts.mean(0),
-        "MAX": lambda parts: parts.amax(0), "MIN": lambda parts: parts.amin(0),
-        "PRODUCT": lambda parts: parts.prod(0)}
-    return known[kind]
-
-
-def _site(kind: str, group: str) -> CallSite:
-    """Return the innermost place of the library or the project that sends the message."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if sends(frame.f_code.co_filename):
-            return _site_at(kind, group, frame.f_code, frame.f_lineno)
-        frame = frame.f_back
-    return CallSite(kind, group, "outside of the library")
-
-
-@functools.cache
-def sends(file: str) -> bool:
-    """Return whether a file is of the library or the project, and no other one stands for it."""
-    return "/megatron" in file and file != __file__ and not file.endswith("/parallel/collectives.py")
-
-
-@functools.cache
-def _site_at(kind: str, group: str, code: CodeType, line: int) -> CallSite:
-    return CallSite(kind, group, f"{Path(code.co_filename).name}:{line} ({code.co_name})")

@@ -50,6 +50,8 @@ def test_a_plan_without_a_cluster_has_size_memory_and_passes_over_the_data(
     (["tiny-solar-open", "--nodes", "2"], "--nodes 2: looks at the nodes of a cluster; name it by --cluster"),
     (["tiny-solar-open", "--cluster", "local", "--nproc", "2"],
      "--nproc 2: --cluster local and --nodes decide"),
+    (["tiny-solar-open", "--cluster", "local", "--nproc", "2", "--prove"],
+     "--nproc 2: --cluster local and --nodes decide"),
     (["tiny-solar-open", "--cluster", "h10"], "did you mean 'h100'?"),
     (["tiny-solar-open", "--sweep"], "--sweep: looks at the nodes of a cluster"),
     (["tiny-solar-open", "--cluster", "local", "--sweep"],

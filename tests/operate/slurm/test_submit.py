@@ -113,9 +113,20 @@ def test_every_layout_that_a_job_may_have_is_proved_first(
     assert cli.main(["submit", "pretrain", *HERE, "--prove", "--dry-run", "--nodes", "4", "--min-nodes", "2",
                      "--nodes-set", "2:parallel.ep=2", *RUN]) == code
 
-    said = capsys.readouterr().out
+    script, said = capsys.readouterr()
     assert asked == [(4, 1), (2, 2)]
-    assert ("2: differs" in said) == (code == 3) and ("#SBATCH" in said) == (code == 0)
+    assert "4: equal" in said and ("2: differs" in said) == (code == 3)
+    assert ("#SBATCH" in script) == (code == 0) and "equal" not in script
+
+
+def test_what_is_missing_is_told_before_hours_of_proofs(
+    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "megatron_sov.proof.proving", None)  # whoever imports it fails
+
+    assert cli.main(["submit", "pretrain", *HERE, "--prove", *RUN]) == 2
+
+    assert "/tokens does not exist; make it before" in capsys.readouterr().err
 
 
 def test_options_may_stand_anywhere(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
