@@ -202,9 +202,11 @@ def _row_tokens(p: ParallelConfig) -> int:
 
 
 def _batch_size(config: RunConfig, num_ranks: int) -> int:
-    """Return the rows of a step: two micro-batches of each process, more where the pipeline wants them."""
+    """Return the rows of a step: more micro-batches than the first stage warms up with, or it would never
+    do a forward and a backward pass in turns.  Those are pp - 1 of them, and in an interleaved pipeline,
+    whose m micro-batches make m * vpp passes of runs, 2 (pp - 1) + (vpp - 1) pp passes."""
     p, replicas = config.parallel, num_ranks // config.parallel.ranks_per_replica
-    return replicas * _micro_batch(config) * (p.pp if p.vpp > 1 else 2)
+    return replicas * _micro_batch(config) * (2 * p.pp if p.vpp > 1 else p.pp + 1)
 
 
 def _micro_batch(config: RunConfig) -> int:

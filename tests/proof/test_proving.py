@@ -337,6 +337,38 @@ def test_sigterm_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (2, 4), (4, 2), (8, 3)])
+def test_the_first_stage_of_a_miniature_does_forward_and_backward_passes_in_turns(pp: int, vpp: int) -> None:
+    config = apply_settings(recipes.get("tiny-qwen3"), [
+        f"model.num_layers={pp * vpp}", f"parallel.pp={pp}", f"parallel.vpp={vpp}", "train.micro_batch_size=1",
+        "train.global_batch_size=64"])
+    train = miniature(config, 2 * pp, Path("documents")).config.train
+
+    micro_batches = train.global_batch_size // 2
+    warm_up = pp - 1 if vpp == 1 else 2 * (pp - 1) + (vpp - 1) * pp
+    assert micro_batches > 1 and micro_batches * vpp > warm_up
+    assert vpp == 1 or micro_batches % pp == 0
+
+
+def test_what_only_a_steady_pipeline_does_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three stages the first warms up with two micro-batches."""
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    real = P2PCommunicator.send_forward_recv_backward
+
+    def halving(self: Any, *given: Any, **named: Any) -> Any:
+        [gradient] = real(self, *given, **named)
+        return [gradient * 0.5 if torch.distributed.get_rank() == 0 else gradient]
+
+    monkeypatch.setattr(P2PCommunicator, "send_forward_recv_backward", halving)
+    config = apply_settings(recipes.get("tiny-qwen3"), [
+        "model.num_layers=3", "parallel.pp=3", "train.micro_batch_size=1", "train.global_batch_size=8"])
+
+    verdict = proving.prove_run(config, 3)[1]
+
+    assert (verdict.outcome, verdict.places[0][:16]) == (DIFFERS, "step 1: backward")
+
+
 def test_the_command_tells_and_ends_with_0(run_command: Any) -> None:
     done = run_command("plan", "tiny-qwen3", "--set", "parallel.tp=2", "--set", "parallel.pp=2", "--nproc",
                        "4", "--prove", "--json")
