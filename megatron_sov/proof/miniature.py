@@ -133,9 +133,13 @@ def miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
 
 def _runs(config: RunConfig) -> list[int]:
     """Return the layers of each run of each stage: two, where there are more, of few runs, and one of many:
-    kinds of layers alternate over them too."""
+    kinds of layers alternate over them too.  Runs of other lengths keep their order, from one layer to three:
+    at which layer a stage begins follows from them."""
     m, p = config.model, config.parallel
     given = p.pipeline_layout or (m.num_layers // (p.pp * p.vpp),) * (p.pp * p.vpp)
+    if len(lengths := sorted({*given})) > 1:
+        return [1 if count == lengths[0] else 2 if count < lengths[-1] or len(lengths) == 2 else 3
+                for count in given]
     runs = [min(count, 2 if len(given) <= FEW_RUNS else 1) for count in given]
     if len(runs) == 1:  # layers without experts come first, and each kind with experts must follow
         needed = len(_kinds(m)) + (m.num_dense_layers if m.num_experts else 0)
@@ -243,6 +247,8 @@ def _left_out(config: RunConfig, small: RunConfig) -> Iterator[str]:
     if full - played:
         yield f"{len(full - played)} kinds of layers, of which there are more than layers in miniature"
     lengths, cp = {phase.seq_len for phase in config.data.phases}, config.parallel.cp
+    if len({*config.parallel.pipeline_layout}) > 3:
+        yield "some of many numbers of layers that a stage has, of which three are played"
     if cp > 1 and len(set(windows.values())) < len(windows):
         yield "some of many windows, which are of one size in miniature"
     if cp > 1 and any(len({window - 1 <= length // (2 * cp) for length in lengths}) > 1

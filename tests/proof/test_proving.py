@@ -369,6 +369,19 @@ def test_what_only_a_steady_pipeline_does_wrong_is_found(monkeypatch: pytest.Mon
     assert (verdict.outcome, verdict.places[0][:16]) == (DIFFERS, "step 1: backward")
 
 
+@pytest.mark.parametrize(("layers", "played"), [
+    ([12, 13, 13, 10], (2, 3, 3, 1)), ([2, 4], (1, 2)), ([1, 5], (1, 2)), ([6, *[5] * 6, 2], (3, *[2] * 6, 1)),
+    ([7, 5, 4, 2], (3, 2, 2, 1)), ([3, 3], (2, 2))])
+def test_uneven_stages_of_a_miniature_are_uneven(layers: list[int], played: tuple[int, ...]) -> None:
+    """Else a layer's place in the model would be right that only knows of equal stages."""
+    config = apply_settings(recipes.get("tiny-qwen3"), [
+        f"model.num_layers={sum(layers)}", f"parallel.pp={len(layers)}", f"parallel.pipeline_layout={layers}"])
+    small = miniature(config, len(layers), Path("documents"))
+
+    assert small.config.parallel.pipeline_layout == played
+    assert any("three are played" in what for what in small.left_out) == (len({*layers}) > 3)
+
+
 def test_the_command_tells_and_ends_with_0(run_command: Any) -> None:
     done = run_command("plan", "tiny-qwen3", "--set", "parallel.tp=2", "--set", "parallel.pp=2", "--nproc",
                        "4", "--prove", "--json")
