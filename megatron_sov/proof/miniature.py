@@ -82,7 +82,8 @@ class Miniature:
         lone, rows = ParallelConfig(), self.config.train.global_batch_size
         given = {f"parallel.{name}": getattr(lone, name)
                  for name in ("tp", "sp", "pp", "vpp", "ep", "etp", "cp", "pipeline_layout", "zero1",
-                              "overlap_grad_reduce", "overlap_param_gather", "expert_dispatcher")}
+                              "overlap_grad_reduce", "overlap_param_gather", "bucket_params",
+                              "expert_dispatcher")}
         given["train.micro_batch_size"] = next(n for n in range(min(rows, MOST_ROWS), 0, -1) if rows % n == 0)
         return apply_settings(self.config, _typed(given))
 
@@ -112,6 +113,8 @@ def miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
         **_widths(m, p)}
     if p.expert_dispatcher in ("deepep", "hybridep"):
         given["parallel.expert_dispatcher"] = "alltoall"
+    if p.overlap_grad_reduce:  # a layer of the first stage fills two buckets, and one of its experts too
+        given["parallel.bucket_params"] = 8 * given["model.hidden_size"]
     if config.objective.name not in PLAYED:
         given |= {"objective.name": "sft", "objective.options": {}}
     if config.distillation.top_k > TEACHER_TOKENS:
@@ -138,13 +141,15 @@ def _runs(config: RunConfig) -> list[int]:
     m, p = config.model, config.parallel
     given = p.pipeline_layout or (m.num_layers // (p.pp * p.vpp),) * (p.pp * p.vpp)
     if len(lengths := sorted({*given})) > 1:
-        return [1 if count == lengths[0] else 2 if count < lengths[-1] or len(lengths) == 2 else 3
+        runs = [1 if count == lengths[0] else 2 if count < lengths[-1] or len(lengths) == 2 else 3
                 for count in given]
-    runs = [min(count, 2 if len(given) <= FEW_RUNS else 1) for count in given]
-    if len(runs) == 1:  # layers without experts come first, and each kind with experts must follow
-        needed = len(_kinds(m)) + (m.num_dense_layers if m.num_experts else 0)
-        runs[0] = min(max(runs[0], needed), m.num_layers)
-    return runs
+    else:
+        runs = [min(count, 2 if len(given) <= FEW_RUNS else 1) for count in given]
+    # layers without experts come first, and each kind with experts must follow
+    needed = len(_kinds(m)) + (m.num_dense_layers if m.num_experts else 0)
+    missing = max(-(-(needed - sum(runs)) // len(runs)), 0)
+    more = min(missing, *(count - run for count, run in zip(given, runs, strict=True)))
+    return [run + more for run in runs]
 
 
 def _kinds(m: ModelConfig) -> list[tuple[str, int]]:

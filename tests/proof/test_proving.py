@@ -382,6 +382,38 @@ def test_uneven_stages_of_a_miniature_are_uneven(layers: list[int], played: tupl
     assert any("three are played" in what for what in small.left_out) == (len({*layers}) > 3)
 
 
+def test_uneven_stages_have_each_kind_of_layers() -> None:
+    """Of DeepSeek-V3's layers the first three have no experts."""
+    config = apply_settings(recipes.get("deepseek-v3"), [
+        "parallel.pp=2", "parallel.tp=2", "parallel.ep=2", "parallel.pipeline_layout=[31, 30]"])
+    small = miniature(config, 4, Path("documents")).config
+
+    assert small.parallel.pipeline_layout == (3, 2) and small.problems(4) == []
+
+
+def test_gradients_that_are_only_summed_in_a_buffer_s_first_bucket_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Under overlap the first stage sends its gradients, and those of its experts, in several buckets."""
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
+
+    for name in ("start_grad_sync", "finish_grad_sync"):
+        def first_alone(group: Any, *given: Any, real: Any = getattr(Group, name), **named: Any) -> None:
+            if not any(bucket.bucket_id for bucket in group.buckets):
+                real(group, *given, **named)
+
+        monkeypatch.setattr(Group, name, first_alone)
+    config = apply_settings(recipes.get("tiny-qwen3-moe"), [
+        "parallel.overlap_grad_reduce=true", "train.micro_batch_size=1", "train.global_batch_size=8"])
+
+    verdict = proving.prove_run(config, 2)[1]
+
+    assert verdict.outcome == DIFFERS
+    assert {f"step 1: gradient of {name}" for name in (
+        "embedding.word_embeddings.weight", "decoder.layers.0.mlp.experts.experts.linear_fc1.weight")
+    } <= {*verdict.places}
+
+
 def test_the_command_tells_and_ends_with_0(run_command: Any) -> None:
     done = run_command("plan", "tiny-qwen3", "--set", "parallel.tp=2", "--set", "parallel.pp=2", "--nproc",
                        "4", "--prove", "--json")
