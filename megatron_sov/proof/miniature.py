@@ -9,14 +9,18 @@ of it, so that widths are the smallest which the layout divides.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import SettingsError
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.config.model import LAYER_TYPES
 
@@ -29,19 +33,32 @@ FEW_RUNS = 4
 MOST_ROWS = 128
 """Of a micro-batch of one process: with 64 heads and 128 experts each takes some 15 MB."""
 OFF: dict[str, Any] = {
-    "train.precision": "fp64", "train.fp8": "none", "train.fp8_weights": False, "train.tokens": 0,
+    "train.precision": "fp64", "train.fp8": "none", "train.fp8_weights": False, "train.fp8_format": "auto",
+    "train.fp8_bf16_layers_at_start": 0, "train.fp8_bf16_layers_at_end": 0,
+    "train.fp8_pad_routed_tokens": False, "train.tokens": 0,
     "train.epochs": 0, "train.steps": 8, "train.ramp_from_batch_size": 0, "train.hidden_dropout": 0,
     "train.head_chunk_tokens": 24, "data.heldout_tokens": 64, "data.max_epochs": 1e9, "data.skip_steps": [],
+    "data.without": [],
     # a key's bias has no gradient, and Adam makes steps of the rounding errors that are left of it
-    "optim.eps": 1e-4, "optim.warmup_steps": 0, "model.init_std": 0.3, "gpu.cuda_graphs": [],
-    "gpu.optimizer_offload": 0,
+    "optim.eps": 1e-4, "optim.warmup_steps": 0, "optim.rewarm": [], "model.init_std": 0.3,
+    "gpu.cuda_graphs": [], "gpu.optimizer_offload": 0,
     "gpu.grad_dtype": "fp32", "gpu.moment_dtype": "fp32", "gpu.attention": "auto", "gpu.exchange_sms": 0,
     "gpu.nccl_user_buffers": "off", "gpu.recompute_modules": [], "gpu.offload_modules": [],
     "parallel.expert_overlap": "none", "parallel.delay_weight_grads": False, "lora.rank": 0,
     "policy.router_replay": False}
 """What a step in float64 on a host cannot have, or would only make longer; `left_out` tells what of it a run
 has."""
-TOLD = {"train.fp8": "fp8 products", "parallel.expert_overlap": "overlap of the experts' messages",
+FP8 = ("fp8", "fp8_weights", "fp8_format", "fp8_bf16_layers_at_start", "fp8_bf16_layers_at_end",
+       "fp8_pad_routed_tokens")
+TOLD = {**{f"train.{name}": "fp8 products" for name in FP8},
+        "train.precision": "the run's own precision, and weights in it beside those of the optimizer",
+        "train.hidden_dropout": "dropout of hidden states", "train.ramp_from_batch_size": "batches that grow",
+        "gpu.grad_dtype": "sums of gradients in bf16", "gpu.moment_dtype": "moments in bf16",
+        "gpu.offload_modules": "activations in host memory",
+        "gpu.nccl_user_buffers": "buffers that NCCL registers",
+        "optim.groups": "rules of optim.groups for layers that are not played",
+        "parallel.expert_overlap": "overlap of the experts' messages",
+        "parallel.delay_weight_grads": "overlap of the experts' messages",
         "gpu.cuda_graphs": "CUDA graphs", "gpu.optimizer_offload": "offloaded optimizer states",
         "parallel.expert_dispatcher": "the kernels of DeepEP and HybridEP",
         "gpu.attention": "kernels of attention, and what Transformer Engine sends for them",
@@ -82,7 +99,8 @@ class Miniature:
         lone, rows = ParallelConfig(), self.config.train.global_batch_size
         given = {f"parallel.{name}": getattr(lone, name)
                  for name in ("tp", "sp", "pp", "vpp", "ep", "etp", "cp", "pipeline_layout", "zero1",
-                              "overlap_grad_reduce", "overlap_param_gather", "expert_dispatcher")}
+                              "overlap_grad_reduce", "overlap_param_gather", "bucket_params",
+                              "expert_dispatcher")}
         given["train.micro_batch_size"] = next(n for n in range(min(rows, MOST_ROWS), 0, -1) if rows % n == 0)
         return apply_settings(self.config, _typed(given))
 
@@ -96,7 +114,7 @@ def miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
         data: folder that `given.write_documents` has made, or will make.
 
     Raises:
-        UserError: the run's own settings break a rule.
+        UserError: the run's own settings break a rule, or those of the miniature do.
     """
     config.check(num_ranks)
     m, p = config.model, config.parallel
@@ -112,6 +130,8 @@ def miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
         **_widths(m, p)}
     if p.expert_dispatcher in ("deepep", "hybridep"):
         given["parallel.expert_dispatcher"] = "alltoall"
+    if p.overlap_grad_reduce:  # a layer of the first stage fills two buckets, and one of its experts too
+        given["parallel.bucket_params"] = 8 * given["model.hidden_size"]
     if config.objective.name not in PLAYED:
         given |= {"objective.name": "sft", "objective.options": {}}
     if config.distillation.top_k > TEACHER_TOKENS:
@@ -127,20 +147,45 @@ def miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
         given["model.layer_windows"] = [windows[window] for _, window in islice(cycle(kinds), sum(runs))]
     if m.swiglu_limits:  # so tight that numbers of this size meet it
         given["model.swiglu_limits"] = [min(limit, 0.01) for limit in m.at_depth(sum(runs))["swiglu_limits"]]
-    small = apply_settings(config, _typed(given))
-    return Miniature(small, num_ranks, tuple(dict.fromkeys(_left_out(config, small))))
+    kept = [group for group in config.optim.groups if _is_played(group.pattern, sum(runs))]
+    if len(kept) < len(config.optim.groups):
+        given["optim.groups"] = [asdict(group) for group in kept]
+    return _checked(config, num_ranks, given)
+
+
+def _checked(config: RunConfig, num_ranks: int, given: dict[str, Any]) -> Miniature:
+    try:
+        small = apply_settings(config, _typed(given))
+        small.check(num_ranks)
+        found = Miniature(small, num_ranks, tuple(dict.fromkeys(_left_out(config, small))))
+        found.alone().check()
+    except SettingsError as e:  # which would blame the user's settings
+        raise UserError(f"the miniature of this run breaks a rule: {e}; not proved") from e
+    return found
+
+
+def _is_played(pattern: str, num_layers: int) -> bool:
+    """Tell whether a pattern of names of parameters may match one of the trunk's layers, or names none."""
+    named = re.search(r"(?<!mtp\.)layers\.([^.]+)", pattern)
+    return named is None or any(fnmatchcase(str(i), named[1]) for i in range(num_layers))
 
 
 def _runs(config: RunConfig) -> list[int]:
     """Return the layers of each run of each stage: two, where there are more, of few runs, and one of many:
-    kinds of layers alternate over them too."""
+    kinds of layers alternate over them too.  Runs of other lengths keep their order, from one layer to three:
+    at which layer a stage begins follows from them."""
     m, p = config.model, config.parallel
     given = p.pipeline_layout or (m.num_layers // (p.pp * p.vpp),) * (p.pp * p.vpp)
-    runs = [min(count, 2 if len(given) <= FEW_RUNS else 1) for count in given]
-    if len(runs) == 1:  # layers without experts come first, and each kind with experts must follow
-        needed = len(_kinds(m)) + (m.num_dense_layers if m.num_experts else 0)
-        runs[0] = min(max(runs[0], needed), m.num_layers)
-    return runs
+    if len(lengths := sorted({*given})) > 1:
+        runs = [1 if count == lengths[0] else 2 if count < lengths[-1] or len(lengths) == 2 else 3
+                for count in given]
+    else:
+        runs = [min(count, 2 if len(given) <= FEW_RUNS else 1) for count in given]
+    # layers without experts come first, and each kind with experts must follow
+    needed = len(_kinds(m)) + (m.num_dense_layers if m.num_experts else 0)
+    missing = max(-(-(needed - sum(runs)) // len(runs)), 0)
+    more = min(missing, *(count - run for count, run in zip(given, runs, strict=True)))
+    return [run + more for run in runs]
 
 
 def _kinds(m: ModelConfig) -> list[tuple[str, int]]:
@@ -170,7 +215,7 @@ def _widths(m: ModelConfig, p: ParallelConfig) -> dict[str, Any]:
     kv_heads = _smallest(m.num_kv_heads, p.tp)
     heads = max(m.num_heads * kv_heads // m.num_kv_heads, kv_heads)
     given: dict[str, Any] = {"model.num_kv_heads": kv_heads, "model.num_heads": heads,
-                             "model.head_dim": HEAD_DIM, "model.hidden_size": 8 * p.tp}
+                             "model.head_dim": _head_dim(m), "model.hidden_size": 8 * p.tp}
     if m.latent_attention is not None:
         q_rank = m.latent_attention.q_lora_rank
         given |= {"model.num_heads": 2 * p.tp, "model.num_kv_heads": 2 * p.tp, "model.head_dim": 12,
@@ -190,6 +235,12 @@ def _widths(m: ModelConfig, p: ParallelConfig) -> dict[str, Any]:
     return given
 
 
+def _head_dim(m: ModelConfig) -> int:
+    """Return the channels of a head, of which the share with positions is a number of pairs."""
+    return next((size for size in range(HEAD_DIM, m.head_dim, 2) if m.rope_share == 1
+                 or not size * m.rope_share % 2), max(HEAD_DIM, m.head_dim))
+
+
 def _experts(m: ModelConfig, p: ParallelConfig) -> int:
     """Return the experts: two on each process at least, groups of them as they are."""
     count = max(2 * p.ep, 2 * m.num_experts_per_token, 2 * m.num_expert_groups)
@@ -202,9 +253,11 @@ def _row_tokens(p: ParallelConfig) -> int:
 
 
 def _batch_size(config: RunConfig, num_ranks: int) -> int:
-    """Return the rows of a step: two micro-batches of each process, more where the pipeline wants them."""
+    """Return the rows of a step: more micro-batches than the first stage warms up with, or it would never
+    do a forward and a backward pass in turns.  Those are pp - 1 of them, and in an interleaved pipeline,
+    whose m micro-batches make m * vpp passes of runs, 2 (pp - 1) + (vpp - 1) pp passes."""
     p, replicas = config.parallel, num_ranks // config.parallel.ranks_per_replica
-    return replicas * _micro_batch(config) * (p.pp if p.vpp > 1 else 2)
+    return replicas * _micro_batch(config) * (2 * p.pp if p.vpp > 1 else p.pp + 1)
 
 
 def _micro_batch(config: RunConfig) -> int:
@@ -241,6 +294,15 @@ def _left_out(config: RunConfig, small: RunConfig) -> Iterator[str]:
     if full - played:
         yield f"{len(full - played)} kinds of layers, of which there are more than layers in miniature"
     lengths, cp = {phase.seq_len for phase in config.data.phases}, config.parallel.cp
+    phases = config.data.phases
+    if len({phase.global_batch_size or config.train.global_batch_size for phase in phases}) > 1:
+        yield "phases with other numbers of rows in a step"
+    if any(phase.lr or phase.rewarm_steps for phase in phases):
+        yield "learning rates of phases"
+    if len({phase.seq_len for phase in phases}) > 1:
+        yield "phases with rows of other lengths"
+    if len({*config.parallel.pipeline_layout}) > 3:
+        yield "some of many numbers of layers that a stage has, of which three are played"
     if cp > 1 and len(set(windows.values())) < len(windows):
         yield "some of many windows, which are of one size in miniature"
     if cp > 1 and any(len({window - 1 <= length // (2 * cp) for length in lengths}) > 1

@@ -20,7 +20,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
-from megatron_sov.proof.miniature import ROW_TOKENS, Miniature, miniature
+from megatron_sov.proof.miniature import OFF, ROW_TOKENS, TOLD, Miniature, miniature
 
 cpu_shims.prepare_without_gpu()
 given = importlib.import_module("megatron_sov.proof.given")
@@ -376,6 +376,136 @@ def test_sigterm_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (2, 4), (4, 2), (8, 3)])
+def test_the_first_stage_does_forward_and_backward_passes_in_turns(pp: int, vpp: int) -> None:
+    config = apply_settings(recipes.get("tiny-qwen3"), [
+        f"model.num_layers={pp * vpp}", f"parallel.pp={pp}", f"parallel.vpp={vpp}",
+        "train.micro_batch_size=1", "train.global_batch_size=64"])
+    train = miniature(config, 2 * pp, Path("documents")).config.train
+
+    micro_batches = train.global_batch_size // 2
+    warm_up = pp - 1 if vpp == 1 else 2 * (pp - 1) + (vpp - 1) * pp
+    assert micro_batches > 1 and micro_batches * vpp > warm_up
+    assert vpp == 1 or micro_batches % pp == 0
+
+
+def test_what_only_a_steady_pipeline_does_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three stages the first warms up with two micro-batches."""
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    real = P2PCommunicator.send_forward_recv_backward
+
+    def halving(self: Any, *given: Any, **named: Any) -> Any:
+        [gradient] = real(self, *given, **named)
+        return [gradient * 0.5 if torch.distributed.get_rank() == 0 else gradient]
+
+    monkeypatch.setattr(P2PCommunicator, "send_forward_recv_backward", halving)
+    config = apply_settings(recipes.get("tiny-qwen3"), [
+        "model.num_layers=3", "parallel.pp=3", "train.micro_batch_size=1", "train.global_batch_size=8"])
+
+    verdict = proving.prove_run(config, 3)[1]
+
+    assert (verdict.outcome, verdict.places[0][:16]) == (DIFFERS, "step 1: backward")
+
+
+@pytest.mark.parametrize(("layers", "played"), [
+    ([12, 13, 13, 10], (2, 3, 3, 1)), ([2, 4], (1, 2)), ([1, 5], (1, 2)),
+    ([6, *[5] * 6, 2], (3, *[2] * 6, 1)), ([7, 5, 4, 2], (3, 2, 2, 1)), ([3, 3], (2, 2))])
+def test_uneven_stages_of_a_miniature_are_uneven(layers: list[int], played: tuple[int, ...]) -> None:
+    """Else a layer's place in the model would be right that only knows of equal stages."""
+    config = apply_settings(recipes.get("tiny-qwen3"), [
+        f"model.num_layers={sum(layers)}", f"parallel.pp={len(layers)}",
+        f"parallel.pipeline_layout={layers}"])
+    small = miniature(config, len(layers), Path("documents"))
+
+    assert small.config.parallel.pipeline_layout == played
+    assert any("three are played" in what for what in small.left_out) == (len({*layers}) > 3)
+
+
+def test_uneven_stages_have_each_kind_of_layers() -> None:
+    """Of DeepSeek-V3's layers the first three have no experts."""
+    config = apply_settings(recipes.get("deepseek-v3"), [
+        "parallel.pp=2", "parallel.tp=2", "parallel.ep=2", "parallel.pipeline_layout=[31, 30]"])
+    small = miniature(config, 4, Path("documents")).config
+
+    assert small.parallel.pipeline_layout == (3, 2) and small.problems(4) == []
+
+
+def of_first_bucket(sync: Callable[..., None]) -> Callable[..., None]:
+    def synced(group: Any, *given: Any, **named: Any) -> None:
+        if not any(bucket.bucket_id for bucket in group.buckets):
+            sync(group, *given, **named)
+
+    return synced
+
+
+def test_gradients_that_are_only_summed_in_a_buffer_s_first_bucket_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Under overlap the first stage sends its gradients, and those of its experts, in several buckets."""
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
+
+    for name in ("start_grad_sync", "finish_grad_sync"):
+        monkeypatch.setattr(Group, name, of_first_bucket(getattr(Group, name)))
+    config = apply_settings(recipes.get("tiny-qwen3-moe"), [
+        "parallel.overlap_grad_reduce=true", "train.micro_batch_size=1", "train.global_batch_size=8"])
+
+    verdict = proving.prove_run(config, 2)[1]
+
+    assert verdict.outcome == DIFFERS
+    assert {f"step 1: gradient of {name}" for name in (
+        "embedding.word_embeddings.weight", "decoder.layers.0.mlp.experts.experts.linear_fc1.weight")
+    } <= {*verdict.places}
+
+
+HARMLESS = {
+    # how long the run is and what it reads
+    "train.tokens", "train.epochs", "train.steps", "data.heldout_tokens", "data.max_epochs",
+    "data.skip_steps", "data.without",
+    # by how much a step changes weights, and where they begin; a product in more pieces; a kernel's cores
+    "optim.eps", "optim.warmup_steps", "optim.rewarm", "model.init_std", "train.head_chunk_tokens",
+    "gpu.exchange_sms"}
+
+
+def test_what_every_miniature_is_without_is_told_or_harmless() -> None:
+    assert OFF.keys() - TOLD.keys() == HARMLESS
+
+
+@pytest.mark.parametrize(("settings", "told"), [
+    (("train.hidden_dropout=0.1",), "dropout"), ((), "precision"),
+    (("train.ramp_from_batch_size=4", "train.ramp_increment=4", "train.ramp_steps=10"), "batches that grow"),
+    (("gpu.grad_dtype=bf16",), "sums of gradients in bf16"),
+    (('data.phases=[{"name": "a"}, {"name": "b", "seq_len": 1024}]',), "rows of other lengths"),
+    (('data.phases=[{"name": "a"}, {"name": "b", "global_batch_size": 16}]',), "other numbers of rows"),
+    (('data.phases=[{"name": "a", "lr": 1e-5}]',), "learning rates of phases"),
+    (("train.fp8=tensorwise", "train.fp8_format=e4m3", "train.fp8_bf16_layers_at_start=1"), "fp8"),
+    (('optim.groups=[{"pattern": "decoder.layers.3.*", "frozen": true}]',), "optim.groups")])
+def test_a_setting_that_is_not_played_is_told(settings: tuple[str, ...], told: str) -> None:
+    config = apply_settings(recipes.get("tiny-qwen3"), [
+        "train.precision=bf16", "train.global_batch_size=8", "train.micro_batch_size=1", *settings])
+    small = miniature(config, 1, Path("documents"))
+
+    assert any(told in what for what in small.left_out)
+
+
+def test_sound_runs_have_a_miniature() -> None:
+    config = apply_settings(recipes.get("tiny-qwen3"), [
+        'data.without=["web:1"]', "optim.rewarm=[[4, 2]]", "model.head_dim=16", "model.rope_share=0.625",
+        'optim.groups=[{"pattern": "decoder.layers.[1-3].*", "lr_scale": 2}, {"pattern": "*layers.3.*"}]'])
+    small = miniature(config, 1, Path("documents")).config
+
+    assert (small.data.without, small.optim.rewarm, small.model.head_dim) == ((), (), 16)
+    # the miniature has layers 0 and 1
+    assert [group.pattern for group in small.optim.groups] == ["decoder.layers.[1-3].*"]
+
+
+def test_a_rule_that_the_miniature_alone_breaks_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OFF, "train.fp8_pad_routed_tokens", True)
+
+    with pytest.raises(UserError, match=r"the miniature of this run breaks a rule: .*pad.*; not proved"):
+        miniature(recipes.get("tiny-qwen3"), 1, Path("documents"))
 
 
 def test_the_command_tells_and_ends_with_0(run_command: Any) -> None:
