@@ -170,7 +170,8 @@ def test_what_nobody_takes_is_told() -> None:
         if place.rank == 0:
             dist.all_reduce(torch.ones(1), async_op=True)
 
-    with pytest.raises(Standstill, match=r"nobody takes 1 of the messages: rank 0 of WORLD .* sends to rank 1"):
+    with pytest.raises(Standstill,
+                       match=r"nobody takes 1 of the messages: rank 0 of WORLD .* sends to rank 1"):
         SimulatedRanks(2).run(ParallelConfig(), send_only)
     with pytest.raises(Standstill, match=r"allreduce SUM over WORLD .*, which only 1 call"):
         SimulatedRanks(2).run(ParallelConfig(), call_without_waiting)
