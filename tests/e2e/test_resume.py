@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.runs.lock import living_holder
 from megatron_sov.runs.obs.events import final_steps, read_events
 
 STEPS, MIDDLE = 30, 20
@@ -72,6 +74,8 @@ def test_stopped_killed_and_continued_equals_uninterrupted(
     os.kill(psutil.Process(rank_zero).ppid(), signal.SIGKILL)
     run.wait(timeout=600)
     assert (broken / "lock.json").exists()
+    while living_holder(broken) is not None:  # a rank that waits for a processor has not heard of it yet
+        time.sleep(0.05)
 
     # nothing is typed again: settings, data and the number of processes are in the folder
     done = run_command("resume", str(broken))
