@@ -399,5 +399,3 @@ class Recorder:
         if self._telemetry is not None:
             self._telemetry.close()
         self._efficiency.close()
-
-
