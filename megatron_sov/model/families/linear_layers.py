@@ -126,30 +126,36 @@ GATED_ATTENTION: tuple[WeightEntry, ...] = (
              "self_attn.v_proj.weight"),
     Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H A"))
 
-_AFTER_PROJECTION: tuple[WeightEntry, ...] = (
-    TapRows("self_attention.conv1d.weight", (
-        ("linear_attn.conv1d.weight", lambda linear: linear.projected[:3]),)),
-    Same("self_attention.A_log", "linear_attn.A_log", "T"),
-    Same("self_attention.dt_bias", "linear_attn.dt_bias", "T"),
-    Same("self_attention.out_norm.weight", "linear_attn.norm.weight", "U"),
-    Same("self_attention.out_proj.weight", "linear_attn.out_proj.weight", "H W"))
 
-DELTA_NET: tuple[WeightEntry, ...] = (
-    Same("self_attention.in_proj.layer_norm_weight", "input_layernorm.weight", "H"),
-    HeadRows("self_attention.in_proj.weight", (
-        ("linear_attn.in_proj_qkvz.weight", lambda linear: (sum(linear.projected[:4]),)),
-        ("linear_attn.in_proj_ba.weight", lambda linear: (sum(linear.projected[4:]),))), "H"),
-    *_AFTER_PROJECTION)
+
+def _delta_net(*projections: tuple[str, Callable[[LinearAttentionConfig], tuple[int, ...]]]
+               ) -> tuple[WeightEntry, ...]:
+    """Return the tensors of a gated delta net.
+
+    Args:
+        projections: Hugging Face tensors of what it reads, as `HeadRows` has them.
+    """
+    return (
+        Same("self_attention.in_proj.layer_norm_weight", "input_layernorm.weight", "H"),
+        HeadRows("self_attention.in_proj.weight", projections, "H"),
+        TapRows("self_attention.conv1d.weight", (
+            ("linear_attn.conv1d.weight", lambda linear: linear.projected[:3]),)),
+        Same("self_attention.A_log", "linear_attn.A_log", "T"),
+        Same("self_attention.dt_bias", "linear_attn.dt_bias", "T"),
+        Same("self_attention.out_norm.weight", "linear_attn.norm.weight", "U"),
+        Same("self_attention.out_proj.weight", "linear_attn.out_proj.weight", "H W"))
+
+
+DELTA_NET = _delta_net(
+    ("linear_attn.in_proj_qkvz.weight", lambda linear: (sum(linear.projected[:4]),)),
+    ("linear_attn.in_proj_ba.weight", lambda linear: (sum(linear.projected[4:]),)))
 """The gated delta net of Qwen3-Next."""
 
-SPLIT_DELTA_NET: tuple[WeightEntry, ...] = (
-    Same("self_attention.in_proj.layer_norm_weight", "input_layernorm.weight", "H"),
-    HeadRows("self_attention.in_proj.weight", (
-        ("linear_attn.in_proj_qkv.weight", lambda linear: linear.projected[:3]),
-        ("linear_attn.in_proj_z.weight", lambda linear: linear.projected[3:4]),
-        ("linear_attn.in_proj_b.weight", lambda linear: linear.projected[4:5]),
-        ("linear_attn.in_proj_a.weight", lambda linear: linear.projected[5:])), "H"),
-    *_AFTER_PROJECTION)
+SPLIT_DELTA_NET = _delta_net(
+    ("linear_attn.in_proj_qkv.weight", lambda linear: linear.projected[:3]),
+    ("linear_attn.in_proj_z.weight", lambda linear: linear.projected[3:4]),
+    ("linear_attn.in_proj_b.weight", lambda linear: linear.projected[4:5]),
+    ("linear_attn.in_proj_a.weight", lambda linear: linear.projected[5:]))
 """The same, as Qwen3.5 has it."""
 
 KIMI_DELTA: tuple[WeightEntry, ...] = (
