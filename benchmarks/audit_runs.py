@@ -35,7 +35,6 @@ import platform
 import random
 import shutil
 import sys
-import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ from typing import Any
 
 import numpy as np
 from audit_frauds import Lab, distilled, scaled
+from rl_kills import fork_command
 from scipy.stats import binomtest
 from seed_runs import rows_of, words, write
 
@@ -80,20 +80,7 @@ HONEST = "honest"
 def forked(command: Sequence[str], **options: Any) -> SimpleNamespace:
     """Run a command of ours in a fork of this process, as `start_command` does in a process of its own."""
     typed = [*command[command.index("megatron_sov") + 1:]]
-    if (pid := os.fork()) == 0:
-        code = 1
-        try:
-            for stream in (1, 2):
-                os.dup2(options["stdout"].fileno(), stream)
-            code = cli.main(typed)
-        except SystemExit as e:
-            code = e.code if isinstance(e.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+    pid = fork_command(typed, Path(options["stdout"].name))
     return SimpleNamespace(wait=lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
