@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.audit.commitment import code_sha256, data_folders, settings_sha256, start_of
+from megatron_sov.audit.commitment import code_sha256, data_folders, inputs_of, settings_sha256, start_of
 from megatron_sov.audit.drawing import Segment
 from megatron_sov.audit.own_folder import make_once
 from megatron_sov.audit.repeating import (
@@ -25,7 +25,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.config.data import documents_named
 from megatron_sov.model.objectives import FORMATS
 from megatron_sov.runs import checkpoints
-from megatron_sov.runs.folder import CONFIG, RunFolder, read_command
+from megatron_sov.runs.folder import CONFIG, REFERENCE, RunFolder, read_command
 from megatron_sov.runs.lock import living_holder
 from megatron_sov.runs.obs.events import EVENTS, final_steps, read_events
 from megatron_sov.train.data.ledger import LedgerEntry, plan
@@ -95,6 +95,8 @@ class RunRepetition:
     """Model of --from; None: the run begins from its seed."""
     start_sha256: str
     """Of its manifest; empty: there is none."""
+    reference: Path | None
+    """Model of --reference; None: a run that compares with a model compares with its start."""
     nproc: int
     config: RunConfig
     """Settings of its newest checkpoint, with data where they lie."""
@@ -107,7 +109,7 @@ class RunRepetition:
 
 
 def plan_repetition(run: Path, without: Sequence[str], output: Path, start: Path | None,
-                    nproc: int | None) -> RunRepetition:
+                    nproc: int | None, *, reference: Path | None = None) -> RunRepetition:
     """Return what is to be repeated.
 
     Raises:
@@ -133,12 +135,22 @@ def plan_repetition(run: Path, without: Sequence[str], output: Path, start: Path
     if config.data.paths.keys() != now.data.paths.keys():
         raise UserError(f"{run / CONFIG}: names other data than {newest.name} was written with; resume the "
                         "run until it has written a checkpoint with these")
-    begun = start and checkpoints.find_checkpoint(start)
-    if (asked := start_of(run)) != (manifest_sha256(begun) if begun else ""):
-        raise UserError(f"{run}: " + (f"began from a model with the manifest {asked[:12]}; name it by --from"
-                                      if asked else "began from its seed; leave --from out"))
-    return RunRepetition(run, tuple(without), output, begun, asked, nproc or read_command(run).processes,
+    begun, asked = _model(run, "--from", start, start_of(run), "began from its seed")
+    compared, _ = _model(run, "--reference", reference, next(iter(inputs_of(run, REFERENCE)), ""),
+                         "compares with no model besides its start")
+    return RunRepetition(run, tuple(without), output, begun, asked, compared,
+                         nproc or read_command(run).processes,
                          own_settings(config, data_folders(run)), newest)
+
+
+def _model(run: Path, option: str, given: Path | None, asked: str, none: str) -> tuple[Path | None, str]:
+    """Return the checkpoint that an option names, and the hash of its manifest, which the run's records must
+    have: `asked`; empty: the run has no such model."""
+    found = given and checkpoints.find_checkpoint(given)
+    if asked != (manifest_sha256(found) if found else ""):
+        raise UserError(f"{run}: " + (f"has learned from a model with the manifest {asked[:12]}; name it by "
+                                      f"{option}" if asked else f"{none}; leave {option} out"))
+    return found, asked
 
 
 def _learned_besides(config: RunConfig) -> str:
@@ -270,6 +282,9 @@ def _repeat(repetition: RunRepetition, settings: RunConfig, before: Path | None,
             # a copy: this run must be able to do to it what runs do to their checkpoints
             shutil.copytree(before, target.checkpoint(checkpoints.step_of(before)))
             atomic_write(target.path / CONFIG, text)
+            # what the model said that preferences are compared with was found before the first step
+            if (said := repetition.run / REFERENCE).is_dir():
+                shutil.copytree(said, target.path / REFERENCE)
         atomic_write(folder / CONFIG, text)
 
     make_once(folder, {"settings": settings.to_dict(), "end": manifest_sha256(repetition.newest),
@@ -277,7 +292,8 @@ def _repeat(repetition: RunRepetition, settings: RunConfig, before: Path | None,
                        "nproc": repetition.nproc}, (REPEATED,), make, what="repetition",
               other="the repetition of another run, or without other documents")
     if not (target.checkpoint(end) / MANIFEST).is_file():
-        train_until(target, end, repetition.start, repetition.nproc, folder / LOG)
+        compared = ("--reference", str(repetition.reference)) if repetition.reference is not None else ()
+        train_until(target, end, repetition.start, repetition.nproc, folder / LOG, compared)
     if not (target.checkpoint(end) / MANIFEST).is_file():
         raise UserError(f"{folder / LOG}: the repetition ended before step {end}; look at its end")
     return target.checkpoint(end)

@@ -195,8 +195,8 @@ def test_documents_are_named() -> None:
 
 @pytest.fixture(scope="module")
 def preferred(trained: Path, packed_data: Any, run_command: Callable[..., Any]) -> Callable[..., Path]:
-    """Return `prefer(name, *settings)`: a run of six steps on pairs that it goes through more than twice, a
-    third of which are longer than a row and dropped."""
+    """Return `prefer(name, *settings)`: a run of eight steps on pairs that it goes through twice, a third of
+    which are longer than a row and dropped; it compares with another model than it begins from."""
     folder = trained.parent
     (folder / "pairs.jsonl").write_text("".join(json.dumps({
         "prompt": f"{i}?", "chosen": f"{i}." * (60 if i % 3 == 1 else 1), "rejected": "No."}) + "\n"
@@ -208,9 +208,9 @@ def preferred(trained: Path, packed_data: Any, run_command: Callable[..., Any]) 
 
     def prefer(name: str, *settings: str) -> Path:
         told = (*SMALL[:-1], 'data.phases=[{"name": "main", "seq_len": 64}]', "data.over_long=drop",
-                "train.deterministic=true", "optim.lr=1e-3", "train.global_batch_size=4", *settings)
+                "train.deterministic=true", "optim.lr=1e-3", "train.steps=8", *settings)
         done = run_command("prefer", "tiny-qwen3", "--from", str(trained), "--data", str(folder / "pairs"),
-                           "--run", str(folder / name),
+                           "--run", str(folder / name), "--reference", str(trained / "checkpoints/step-2"),
                            *(word for setting in told for word in ("--set", setting)))
         assert done.returncode == 0, done.stderr
         return folder / name
@@ -222,7 +222,8 @@ def test_pairs_that_are_read_in_several_epochs_are_taken_out_of_all(
         trained: Path, preferred: Callable[..., Path], tmp_path: Path, as_child: None,
         capsys: pytest.CaptureFixture[str]) -> None:
     run = preferred("preferred")
-    plan = plan_repetition(run, (), run / "none", trained, 1)
+    compared = trained / "checkpoints/step-2"
+    plan = plan_repetition(run, (), run / "none", trained, 1, reference=compared)
     sources = plan.sources()
     used = [find_first_use(plan.config, sources, plan.newest, [f"pairs:{document}"])
             for document in range(0, len(sources[0].shard("train").lengths), 2)]
@@ -232,21 +233,23 @@ def test_pairs_that_are_read_in_several_epochs_are_taken_out_of_all(
     latest = 2 * max(range(12), key=lambda i: used[i].step)
 
     def removed(named: str) -> dict[str, Any]:
-        assert cli.main(["counterfactual", str(run), "--without", named, "--from", str(trained), "--output",
-                         str(tmp_path / named), "--control"]) == ExitCode.OK, capsys.readouterr().err
+        code = cli.main(["counterfactual", str(run), "--without", named, "--from", str(trained), "--control",
+                         "--reference", str(compared), "--output", str(tmp_path / named)])
+        assert code == ExitCode.OK, capsys.readouterr().err
         return dict(json.loads((tmp_path / named / "removal.json").read_text()))
 
     found = removed(f"pairs:{dropped[0]}")
-    assert found["checkpoint"] == str(run / "checkpoints/step-6")
-    assert "no step up to 6 has read" in capsys.readouterr().out
+    assert found["checkpoint"] == str(run / "checkpoints/step-8")
+    assert "no step up to 8 has read" in capsys.readouterr().out
     found = removed(f"pairs:{latest + 1}")
     assert (found["documents"], found["control"]) == (2, "equal"), "of a pair both"
+    assert found["begin"] >= 2, "it goes on from the middle, with what was compared before the first step"
     never = preferred("never", f'data.without=["pairs:{latest + 1}"]')
     removed_weights = weights_and_moments(Path(found["checkpoint"]))
-    assert removed_weights == weights_and_moments(never / "checkpoints/step-6")
-    assert removed_weights != weights_and_moments(run / "checkpoints/step-6")
+    assert removed_weights == weights_and_moments(never / "checkpoints/step-8")
+    assert removed_weights != weights_and_moments(run / "checkpoints/step-8")
 
-    manifest = shutil.copytree(run, tmp_path / "kto") / "checkpoints/step-6/manifest.json"
+    manifest = shutil.copytree(run, tmp_path / "kto") / "checkpoints/step-8/manifest.json"
     told = json.loads(manifest.read_text())
     told["settings"]["preference"]["method"] = "kto"
     manifest.write_text(json.dumps(told | {"sha256": ""}))

@@ -30,6 +30,8 @@ class CounterfactualOptions:
     """Repeat it with nothing left out too: every bit must be the run's; exit code 3 where one is not."""
     start_from: Annotated[Path | None, Flag("--from", "CHECKPOINT|RUN")] = None
     """Model that the run began from, where it did not begin from its seed."""
+    reference: Annotated[Path | None, Flag(value="CHECKPOINT|RUN")] = None
+    """Model of `prefer --reference`, where the run had one."""
     nproc: AtLeastOne | None = None
     """Processes (default: as many as the run had)."""
     key: Annotated[Path | None, Flag(value="FILE")] = None
@@ -58,8 +60,9 @@ def run(typed: argparse.Namespace) -> int:
 
     if args.key is not None:
         try_key(args.key)
-    removal = remove(plan_repetition(args.run, args.without, args.output, args.start_from, args.nproc),
-                     with_control=args.control)
+    repetition = plan_repetition(args.run, args.without, args.output, args.start_from, args.nproc,
+                                 reference=args.reference)
+    removal = remove(repetition, with_control=args.control)
     args.output.mkdir(parents=True, exist_ok=True)
     file = write_removal(removal, args.output)
     if args.key is not None:
