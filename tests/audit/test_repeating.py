@@ -169,7 +169,7 @@ def test_another_reference_than_the_start_is_published_and_asked_for(
     assert audit(run, tmp_path, *given) == ExitCode.OK
     assert "2 of them to the bit" in capsys.readouterr().out
     assert [leaf.kind for leaf in read_commitment(tmp_path / "log.jsonl").find(REFERENCE)] == [REFERENCE]
-    with pytest.raises(UserError, match="a model with the manifest [0-9a-f]{12}; name it by --reference"):
+    with pytest.raises(UserError, match=r"a model with the manifest [0-9a-f]{12}; name it by --reference"):
         plan_repetition(run, ("pairs",), tmp_path / "none", lab.base, None)
     # a segment in the middle needs what the first one leaves
     commitment = read_commitment(tmp_path / "log.jsonl")
