@@ -147,8 +147,8 @@ def play_alone(small: Miniature) -> Whole:
     try:
         [whole] = SimulatedRanks(1).run(ParallelConfig(), lambda place: _play_whole(
             small.alone(), place, checkpoint))
-    except UserError:
-        raise
+    except UserError as e:  # which would blame the user's settings, that name a tensor of the run alone
+        raise UserError(f"the miniature of this run breaks a rule: {e}; not proved") from e
     except Exception as e:
         raise UserError(f"one process cannot do this step: {_told_failure(e)}; no layout is proved") from e
     return whole

@@ -508,6 +508,13 @@ def test_a_rule_that_the_miniature_alone_breaks_is_told_as_such(monkeypatch: pyt
         miniature(recipes.get("tiny-qwen3"), 1, Path("documents"))
 
 
+def test_a_pattern_of_a_tensor_that_the_miniature_lacks_is_told_as_such() -> None:
+    config = apply_settings(recipes.get("tiny-k-exaone"), ['optim.groups=[{"pattern": "*.experts.15.*"}]'])
+
+    with pytest.raises(UserError, match=r"the miniature of .* rule: .*experts\.15.*matches no parameter"):
+        proving.prove_run(config, 1)
+
+
 def test_the_command_tells_and_ends_with_0(run_command: Any) -> None:
     done = run_command("plan", "tiny-qwen3", "--set", "parallel.tp=2", "--set", "parallel.pp=2", "--nproc",
                        "4", "--prove", "--json")
