@@ -173,12 +173,11 @@ def _is_played(pattern: str, num_layers: int) -> bool:
 def _runs(config: RunConfig) -> list[int]:
     """Return the layers of each run of each stage: two, where there are more, of few runs, and one of many:
     kinds of layers alternate over them too.  Runs of other lengths keep their order, from one layer to three:
-    at which layer a stage begins follows from them."""
+    at which layer a stage begins follows from them, and of one and two it would be where even ones begin."""
     m, p = config.model, config.parallel
     given = p.pipeline_layout or (m.num_layers // (p.pp * p.vpp),) * (p.pp * p.vpp)
     if len(lengths := sorted({*given})) > 1:
-        runs = [1 if count == lengths[0] else 2 if count < lengths[-1] or len(lengths) == 2 else 3
-                for count in given]
+        runs = [1 if count == lengths[0] else 2 if count < lengths[-1] else min(count, 3) for count in given]
     else:
         runs = [min(count, 2 if len(given) <= FEW_RUNS else 1) for count in given]
     # layers without experts come first, and each kind with experts must follow

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ cpu_shims.prepare_without_gpu()
 given = importlib.import_module("megatron_sov.proof.given")
 proving = importlib.import_module("megatron_sov.proof.proving")  # which imports megatron-core
 context = importlib.import_module("megatron_sov.engine.parallel.context")
+parallel_state = importlib.import_module("megatron.core.parallel_state")
 DIFFERS, EQUAL, STANDS = proving.DIFFERS, proving.EQUAL, proving.STANDS
 LAYOUT = ("parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.ep=2", "train.global_batch_size=32")
 
@@ -411,7 +413,7 @@ def test_what_only_a_steady_pipeline_does_wrong_is_found(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(("layers", "played"), [
-    ([12, 13, 13, 10], (2, 3, 3, 1)), ([2, 4], (1, 2)), ([1, 5], (1, 2)),
+    ([12, 13, 13, 10], (2, 3, 3, 1)), ([2, 4], (1, 3)), ([5, 1], (3, 1)),
     ([6, *[5] * 6, 2], (3, *[2] * 6, 1)), ([7, 5, 4, 2], (3, 2, 2, 1)), ([3, 3], (2, 2))])
 def test_uneven_stages_of_a_miniature_are_uneven(layers: list[int], played: tuple[int, ...]) -> None:
     """Else a layer's place in the model would be right that only knows of equal stages."""
@@ -430,7 +432,24 @@ def test_uneven_stages_have_each_kind_of_layers() -> None:
         "parallel.pp=2", "parallel.tp=2", "parallel.ep=2", "parallel.pipeline_layout=[31, 30]"])
     small = miniature(config, 4, Path("documents")).config
 
-    assert small.parallel.pipeline_layout == (3, 2) and small.problems(4) == []
+    assert small.parallel.pipeline_layout == (3, 1) and small.problems(4) == []
+
+
+@pytest.mark.parametrize("layers", [[2, 4], pytest.param([1, 2, 2, 1], marks=pytest.mark.deep)])
+def test_a_place_in_the_model_that_only_knows_of_equal_stages_is_found(
+        layers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = apply_settings(recipes.get("tiny-qwen3"), [
+        f"model.num_layers={sum(layers)}", f"parallel.pp={len(layers)}",
+        f"parallel.pipeline_layout={layers}"])
+
+    def of_equal(config: Any, *_: Any, **__: Any) -> int:
+        stages = int(config.pipeline_model_parallel_size)
+        return int(config.num_layers) // stages * int(parallel_state.get_pipeline_model_parallel_rank())
+
+    for module in [m for m in sys.modules.values() if hasattr(m, "get_transformer_layer_offset")]:
+        monkeypatch.setattr(module, "get_transformer_layer_offset", of_equal)
+
+    assert proving.prove_run(config, len(layers))[1].outcome == DIFFERS
 
 
 def of_first_bucket(sync: Callable[..., None]) -> Callable[..., None]:
