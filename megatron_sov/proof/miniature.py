@@ -173,11 +173,14 @@ def _is_played(pattern: str, num_layers: int) -> bool:
 def _runs(config: RunConfig) -> list[int]:
     """Return the layers of each run of each stage: two, where there are more, of few runs, and one of many:
     kinds of layers alternate over them too.  Runs of other lengths keep their order, from one layer to three:
-    at which layer a stage begins follows from them, and of one and two it would be where even ones begin."""
+    at which layer a stage begins follows from them, and must not be where even ones begin."""
     m, p = config.model, config.parallel
     given = p.pipeline_layout or (m.num_layers // (p.pp * p.vpp),) * (p.pp * p.vpp)
     if len(lengths := sorted({*given})) > 1:
         runs = [1 if count == lengths[0] else 2 if count < lengths[-1] else min(count, 3) for count in given]
+        fewer = [1 if count < lengths[-1] else 2 for count in given]
+        if len(given) > FEW_RUNS and not _begin_evenly(fewer):
+            runs = fewer
     else:
         runs = [min(count, 2 if len(given) <= FEW_RUNS else 1) for count in given]
     # layers without experts come first, and each kind with experts must follow
@@ -185,6 +188,10 @@ def _runs(config: RunConfig) -> list[int]:
     missing = max(-(-(needed - sum(runs)) // len(runs)), 0)
     more = min(missing, *(count - run for count, run in zip(given, runs, strict=True)))
     return [run + more for run in runs]
+
+
+def _begin_evenly(runs: Sequence[int]) -> bool:
+    return all(sum(runs[:i]) == sum(runs) // len(runs) * i for i in range(len(runs)))
 
 
 def _kinds(m: ModelConfig) -> list[tuple[str, int]]:
@@ -300,8 +307,8 @@ def _left_out(config: RunConfig, small: RunConfig) -> Iterator[str]:
         yield "learning rates of phases"
     if len({phase.seq_len for phase in phases}) > 1:
         yield "phases with rows of other lengths"
-    if len({*config.parallel.pipeline_layout}) > 3:
-        yield "some of many numbers of layers that a stage has, of which three are played"
+    if len({*config.parallel.pipeline_layout}) > (played_lengths := len({*small.parallel.pipeline_layout})):
+        yield f"some of many numbers of layers that a stage has, of which {played_lengths} are played"
     if cp > 1 and len(set(windows.values())) < len(windows):
         yield "some of many windows, which are of one size in miniature"
     if cp > 1 and any(len({window - 1 <= length // (2 * cp) for length in lengths}) > 1

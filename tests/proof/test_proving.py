@@ -414,7 +414,8 @@ def test_what_only_a_steady_pipeline_does_wrong_is_found(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("layers", "played"), [
     ([12, 13, 13, 10], (2, 3, 3, 1)), ([2, 4], (1, 3)), ([5, 1], (3, 1)),
-    ([6, *[5] * 6, 2], (3, *[2] * 6, 1)), ([7, 5, 4, 2], (3, 2, 2, 1)), ([3, 3], (2, 2))])
+    ([6, *[5] * 6, 2], (2, *[1] * 7)), ([2, *[5] * 6, 6], (1, *[2] * 6, 3)),
+    ([7, 5, 4, 2], (3, 2, 2, 1)), ([3, 3], (2, 2))])
 def test_uneven_stages_of_a_miniature_are_uneven(layers: list[int], played: tuple[int, ...]) -> None:
     """Else a layer's place in the model would be right that only knows of equal stages."""
     config = apply_settings(recipes.get("tiny-qwen3"), [
@@ -423,7 +424,7 @@ def test_uneven_stages_of_a_miniature_are_uneven(layers: list[int], played: tupl
     small = miniature(config, len(layers), Path("documents"))
 
     assert small.config.parallel.pipeline_layout == played
-    assert any("three are played" in what for what in small.left_out) == (len({*layers}) > 3)
+    assert any("are played" in what for what in small.left_out) == (len({*layers}) > len({*played}))
 
 
 def test_uneven_stages_have_each_kind_of_layers() -> None:
