@@ -112,6 +112,11 @@ class PaperFinding:
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
+    def problems(self) -> list[SettingsProblem]:
+        return [SettingsProblem(ProblemCode.RULE, f"rows.{i}", f"must have a cell for each of {len(self.head)} "
+                                "in `head`", list(row))
+                for i, row in enumerate(self.rows) if len(row) != len(self.head)]
+
 
 @dataclass(frozen=True)
 class PaperClaim:

@@ -15,12 +15,14 @@ from typing import Any
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.bench.reproduce.claims import ClaimChange, ClaimsFile, OrderTest, PaperClaim, Registered
-from megatron_sov.bench.reproduce.running import changed, claim_folder, earlier_forms, seeds_of
+from megatron_sov.bench.reproduce.running import changed, claim_folder, codes_of, earlier_forms, seeds_of
 from megatron_sov.eval.statistics import CONFIDENCE, student_quantile
 
 Figures = Mapping[str, Mapping[str, float]]
 """Arm -> measure -> what it was."""
 NUM_NODES = 4001
+ROUNDING = 1e-9
+"""Share of a figure within which differences are the same, but for how they are computed."""
 PAGE = "reproduce.html"
 HEAD = ["claim", "test", "bound", "difference over seeds", "planned", "power", "seeds", "verdict"]
 
@@ -78,11 +80,14 @@ def apply_test(test: OrderTest, claim: PaperClaim, found: Mapping[int, Figures])
     Fewer of them than the claim asks for decide nothing, nor do seeds that draw nothing: where all give the
     same difference, it has no spread to be held against.
     """
-    differences = tuple(figures[test.higher][test.measure] - figures[test.lower][test.measure]
-                        for _, figures in sorted(found.items()))
+    pairs = [(figures[test.higher][test.measure], figures[test.lower][test.measure])
+             for _, figures in sorted(found.items())]
+    differences = tuple(higher - lower for higher, lower in pairs)
+    rounding = ROUNDING * max((abs(value) for pair in pairs for value in pair), default=0.0)
     interval = paired_interval(differences)
     outcome = ClaimOutcome.UNDECIDED
-    if interval is not None and len(differences) >= claim.seeds and len({*differences}) > 1:
+    if (interval is not None and len(differences) >= claim.seeds
+            and max(differences) - min(differences) > rounding):
         outcome = (ClaimOutcome.HOLDS if interval[0] > test.more_than
                    else ClaimOutcome.FAILS if interval[1] <= test.more_than else ClaimOutcome.UNDECIDED)
     return Tested(test, differences, interval, outcome,
@@ -106,6 +111,8 @@ class Judged:
     """Seed -> figures."""
     earlier: Mapping[str, str] = field(default_factory=dict)
     """Address of each form that ran before -> how it differs, and what it gave."""
+    codes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Code that commands ran with -> setups and seeds that did."""
 
     @property
     def tested(self) -> list[Tested]:
@@ -125,14 +132,14 @@ def judge(output: Path, claim: Registered, found: Mapping[int, Figures]) -> Judg
         gave = "; ".join(f"seed {seed}: {json.dumps(figures)}" for seed, figures in sorted(seeds.items()))
         earlier[address] = ("; ".join(changed(declared, claim.declared))
                             + f". It gave: {gave or 'no complete seed'}")
-    return Judged(claim, found, earlier)
+    return Judged(claim, found, earlier, codes_of(output, claim))
 
 
 def result(judged: Sequence[Judged]) -> dict[str, Any]:
     """Return results as plain values."""
     return {"claims": {
         j.registered.name: {
-            "sha256": j.registered.sha256, "outcome": j.outcome,
+            "sha256": j.registered.sha256, "outcome": j.outcome, "code": j.codes,
             "seeds": {str(seed): figures for seed, figures in sorted(j.found.items())},
             "tests": [{"test": _name(t.test), "differences": t.differences, "interval": t.interval,
                        "bound": t.test.more_than, "power": round(t.power, 4), "outcome": t.outcome}
@@ -189,6 +196,13 @@ def _chapter(judged: Judged) -> Chapter:
         PageSection("Changes", "Each form that ran before, and what it gave." if judged.earlier or
                     claim.changes else "None: the arms are as they were before the first run.",
                     tables=_changes(claim.changes, judged.earlier)),
+        PageSection("Code", "Hash of the sources that the commands ran with. " + (
+                    "All ran with one." if len(judged.codes) == 1 else "They ran with more than one: where "
+                    "that changed an arm, its seeds are not of one kind. Run all with one in a new folder."
+                    if judged.codes else "Nothing has run."),
+                    tables=[PageTable(["sha256", "ran with it"], [
+                        [code or "not told", ", ".join(parts)] for code, parts in judged.codes.items()])]
+                    if judged.codes else []),
         PageSection("Declared", f"sha256 {registered.sha256}", json=to_json(dict(registered.declared)))])
 
 
