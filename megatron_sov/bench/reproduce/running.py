@@ -283,8 +283,8 @@ def run_steps(folder: Path, commands: Sequence[str], places: Mapping[str, str], 
     try:
         # a copy of another seed's folder has its figures
         if any(told.get("of", of) != of for told in _told(folder)):
-            raise UserError(f"{folder}: its commands ran for another seed, arm or claim, so it is a copy; delete "
-                            "it, and the same command runs it again")
+            raise UserError(f"{folder}: its commands ran for another seed, arm or claim, so it is a copy; "
+                            "delete it, and the same command runs it again")
         for number, command in enumerate(commands):
             if number not in journal.done:
                 # before the command: it is what that loads
@@ -367,8 +367,8 @@ def read_figure(folder: Path, measure: Measure) -> float:
         return fmean(values)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as e:
         raise UserError(f"{file}: has no {measure.value!r} ({type(e).__name__}: {e}); look at the claim's "
-                        "measures and at the log beside it; if it was damaged since, delete that seed's folder, "
-                        "and the same command runs the seed again") from None
+                        "measures and at the log beside it; if it was damaged since, delete that seed's "
+                        "folder, and the same command runs the seed again") from None
 
 
 def _values(value: Any, keys: Sequence[str]) -> Iterator[Any]:

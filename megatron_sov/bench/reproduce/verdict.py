@@ -21,6 +21,8 @@ from megatron_sov.eval.statistics import CONFIDENCE, student_quantile
 Figures = Mapping[str, Mapping[str, float]]
 """Arm -> measure -> what it was."""
 NUM_NODES = 4001
+WHOLE = 1e4
+"""From here on figures are told without a fraction."""
 ROUNDING = 1e-9
 """Share of a figure within which differences are the same, but for how they are computed."""
 PAGE = "reproduce.html"
@@ -149,18 +151,32 @@ def result(judged: Sequence[Judged]) -> dict[str, Any]:
 def rows(judged: Sequence[Judged]) -> PageTable:
     """Return the table of all tests."""
     return PageTable(HEAD, [
-        [j.registered.name, _name(t.test), f"{t.test.more_than:g}", told(t.differences),
+        [j.registered.name, _name(t.test), f"{t.test.more_than:g}", differences_told(t.differences),
          f"{t.test.power.difference:g} (sd {t.test.power.sd:g})", f"{t.power:.0%}",
          f"{len(t.differences)} of {j.registered.claim.seeds}", t.outcome]
         for j in judged for t in j.tested])
 
 
-def told(values: Sequence[float]) -> str:
+def differences_told(values: Sequence[float]) -> str:
+    """Return a mean with its interval, as far as it is known, both with a sign."""
+    return _told(values, "+")
+
+
+def figures_told(values: Sequence[float]) -> str:
     """Return a mean with its interval, as far as it is known."""
+    return _told(values, "")
+
+
+def _told(values: Sequence[float], sign: str) -> str:
     if not values:
         return "has not run"
-    found = paired_interval(values)
-    return f"{fmean(values):+.4g}" + (f" ({found[0]:+.4g} to {found[1]:+.4g})" if found else "")
+    mean, found = _digits(fmean(values), sign), paired_interval(values)
+    return mean + (f" ({_digits(found[0], sign)} to {_digits(found[1], sign)})" if found else "")
+
+
+def _digits(value: float, sign: str = "", digits: int = 4) -> str:
+    # 39,132 and not 3.913e+04
+    return f"{value:{sign},.0f}" if abs(value) >= WHOLE else f"{value:{sign}.{digits}g}"
 
 
 def _name(test: OrderTest) -> str:
@@ -177,11 +193,11 @@ def page(claims: ClaimsFile, judged: Sequence[Judged]) -> str:
 
 
 def _chapter(judged: Judged) -> Chapter:
-    registered, claim = judged.registered, judged.registered.claim
+    registered, claim, found = judged.registered, judged.registered.claim, sorted(judged.found.items())
     arms = PageTable(["arm", *(f"{name}, {m.unit}" for name, m in claim.measures.items()), "seed by seed"], [
-        [arm, *(told([f[arm][name] for _, f in sorted(judged.found.items())]) for name in claim.measures),
-         "; ".join(f"{seed}: " + ", ".join(f"{f[arm][name]:.5g}" for name in claim.measures)
-                   for seed, f in sorted(judged.found.items()))] for arm in claim.arms])
+        [arm, *(figures_told([f[arm][name] for _, f in found]) for name in claim.measures),
+         "; ".join(f"{seed}: " + ", ".join(_digits(f[arm][name], digits=5) for name in claim.measures)
+                   for seed, f in found)] for arm in claim.arms])
     planned = PageTable(["test", "difference to be seen", "sd", "power", "known from"], [
         [_name(t.test), f"{t.test.power.difference:g}", f"{t.test.power.sd:g}", f"{t.power:.0%}",
          t.test.power.source] for t in judged.tested])
@@ -191,7 +207,9 @@ def _chapter(judged: Judged) -> Chapter:
         PageSection("Here", claim.here, tables=[arms, rows([judged])]),
         PageSection("Planned before the runs",
                     f"{claim.seeds} seeds, {claim.minutes:g} minutes of one core. Intervals are Student's t "
-                    "over paired seeds, 95 %; a claim holds where the whole interval lies above the bound.",
+                    "over paired seeds, 95 %; a test holds where the whole interval lies above the bound, "
+                    "does not hold where it lies below, and is undecided otherwise; a claim holds where all "
+                    "its tests do.",
                     tables=[planned]),
         PageSection("Changes", "Each form that ran before, and what it gave." if judged.earlier or
                     claim.changes else "None: the arms are as they were before the first run.",

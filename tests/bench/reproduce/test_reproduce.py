@@ -31,7 +31,7 @@ from megatron_sov.bench.reproduce.seeds.rules import RULES, Drafts, KeptDrafts, 
 from megatron_sov.bench.reproduce.seeds.tasks import Chats, Exact, TaskQuestions
 from megatron_sov.bench.reproduce.seeds.written import Openings, Written
 from megatron_sov.bench.reproduce.verdict import (
-    ClaimOutcome, apply_test, outcome_of, paired_interval, power_of)
+    ClaimOutcome, apply_test, differences_told, figures_told, outcome_of, paired_interval, power_of)
 from megatron_sov.commands.evaluate.reproduce import ClaimsFinish, ClaimsShare, SharedClaims
 from megatron_sov.judge.rewards.ifeval import IfEval
 from megatron_sov.work.progress.journal import begin_journal
@@ -189,6 +189,10 @@ def test_what_commands_read_is_found_however_it_is_spelled(tmp_path: Path) -> No
     read = partial(files_read, file.parent)
     assert [*read(["x {claims}/'row.json' {claims}/sub/../sub/deep.py:Step --set a={claims}/more"])] == [
         "beside.py", "more/a.txt", "more/b.txt", "row.json", "sub/deep.py"]
+    (file.parent / "tool.py").write_text("import json\nfrom claims.beside import row\nfrom sub import (\n"
+                                         "    deep)\nfrom .unread import y\n")
+    (file.parent / "unread.py").write_text("")
+    assert [*read(["x {claims}/tool.py"])] == ["beside.py", "sub/deep.py", "tool.py", "unread.py"]
     before = read(["x {claims}/sub/deep.py"])
     (file.parent / "beside.py").write_text("x = 2\n")
     assert read(["x {claims}/sub/deep.py"]) != before
@@ -235,7 +239,8 @@ def test_a_copied_seed_is_refused_and_a_damaged_declaration_is_taken_back(
     shutil.copytree(folder / "seed-0", folder / "seed-1")
     (folder / "seed-1/measured.json").unlink()
     assert reproduce(file, output) == ExitCode.USER_ERROR
-    assert re.search(r"seed-1/arms/new: its commands ran for another seed.*delete it", capsys.readouterr().err)
+    assert re.search(r"seed-1/arms/new: its commands ran for another seed.*delete it",
+                     capsys.readouterr().err)
     shutil.rmtree(folder / "seed-1")
     assert reproduce(file, output) == ExitCode.OK
     (folder / "claim.json").write_text("{")
@@ -259,9 +264,10 @@ def test_what_ran_is_not_dropped_by_running_something_else(
     assert reproduce(file, output) == ExitCode.GATE_FAILED
     before = register(read_claims(file), "worse", file)
     other = worse | {"minutes": 2}
-    for claims, seed, said in (({"better": better}, "tiny", "which the file of claims has no more"),
-                               ({"better": better}, "other", "has run claim better of seed tiny"),
-                               ({"better": better, "worse": other}, "tiny", "has run claim worse in another form")):
+    for claims, seed, said in (
+            ({"better": better}, "tiny", "which the file of claims has no more"),
+            ({"better": better}, "other", "has run claim better of seed tiny"),
+            ({"better": better, "worse": other}, "tiny", "has run claim worse in another form")):
         for more in ([], ["--dry-run"]):
             assert run(claims, *more, seed=seed) == ExitCode.USER_ERROR
             assert said in capsys.readouterr().err
@@ -285,7 +291,8 @@ def test_the_code_that_commands_ran_with_is_told(
     assert "All ran with one." in (output / "reproduce.html").read_text()
     monkeypatch.setattr(running, "code_sha256", lambda packages: "b" * 64)  # as behind an update
     reproduce(file, output)
-    assert json.loads(results.read_text())["claims"]["better"]["code"] == {code: ["seed 0"], "b" * 64: ["seed 1"]}
+    assert json.loads(results.read_text())["claims"]["better"]["code"] == {
+        code: ["seed 0"], "b" * 64: ["seed 1"]}
     assert "They ran with more than one" in (output / "reproduce.html").read_text()
 
 
@@ -347,7 +354,7 @@ def test_shares_of_an_array_leave_what_one_command_leaves(tmp_path: Path, comman
     ({"arms": {"new": ["megatron-sov recipes {nobody}"], "old": ["megatron-sov recipes"]}}, "nobody"),
     ({"arms": {"other": ["megatron-sov recipes"], "old": ["megatron-sov recipes"]}}, "tests.0.lower"),
     ({"seeds": 1}, "must be above 1"),
-    ({"published": {"head": ["model", "loss"], "rows": [["new"]]}}, "must have a cell for each of 2 in `head`"),
+    ({"published": {"head": ["model", "loss"], "rows": [["new"]]}}, "must have a cell for each of 2"),
     ({"arms": {"new": ["{map}"], "old": ["megatron-sov recipes"]}}, "arms.old.*takes no {seed}"),
     ({"arms": {"new": ["{map}"], "../old": ["{map}"]}}, "must be a name of small letters"),
     ({"arms": {"new": ["{map}"], "old": ["{map} --output /tmp/x"]}}, "names a place outside"),
@@ -392,6 +399,12 @@ def test_power_and_interval_agree_with_scipy() -> None:
     assert paired_interval([1.0]) is None
 
 
+def test_large_figures_are_told_in_full() -> None:
+    assert differences_told([-39132.5, -39132.5]) == "-39,132 (-39,132 to -39,132)"
+    assert differences_told([0.25]) == "+0.25" and differences_told([]) == "has not run"
+    assert figures_told([1532914.0]) == "1,532,914"
+
+
 def test_a_figure_is_read_where_a_command_left_it(tmp_path: Path) -> None:
     """Of dicts and of lists, as `eval passk --json` writes."""
     (tmp_path / "eval.json").write_text(json.dumps(
@@ -422,10 +435,10 @@ def test_the_interval_decides_and_too_few_seeds_decide_nothing(tmp_path: Path) -
     assert decide([1.0, 3.1, 2.2]) == ClaimOutcome.UNDECIDED
     assert decide([1.0, 1.1]) == ClaimOutcome.UNDECIDED
     assert decide([1.0, 1.0, 1.0]) == ClaimOutcome.UNDECIDED  # seeds that draw nothing
-    # nor does rounding: 2 - 1.1 is 0.8999999999999999
-    assert apply_test(claim.tests[0], claim, {
-        seed: {"new": {"loss": 1 + shift}, "old": {"loss": 2 + shift}} for seed, shift in enumerate((0, 0.1, 0.3))
-    }).outcome == ClaimOutcome.UNDECIDED
+    # nor does rounding: 2.3 - 1.3 is 0.9999999999999998
+    alike = {seed: {"new": {"loss": 1 + shift}, "old": {"loss": 2 + shift}}
+             for seed, shift in enumerate((0, 0.1, 0.3))}
+    assert apply_test(claim.tests[0], claim, alike).outcome == ClaimOutcome.UNDECIDED
 
 
 def test_questions_have_their_answers_and_keep_half_of_the_wordings() -> None:
