@@ -15,12 +15,12 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import (
     MANIFEST, FileRecord, atomic_write, file_damage, manifest_sha256, sha256_file, to_json)
+from megatron_sov.base.digests import code_sha256
 from megatron_sov.base.errors import UserError, how_to_install
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.data import named_shards
@@ -238,16 +238,6 @@ def read_proof(file: Path) -> InclusionProof:
         raise UserError(f"{file}: is no proof of `megatron-sov audit prove` ({str(e)[:200]}); ask for it "
                         "again") from None
     return proof
-
-
-@cache
-def code_sha256() -> str:
-    """Return the hash of this program's own sources, as they are installed."""
-    root = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(f"{file.relative_to(root).as_posix()} {sha256_file(file)}\n".encode())
-    return digest.hexdigest()
 
 
 def settings_sha256(config: RunConfig) -> str:

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.audit.commitment import code_sha256, data_folders, inputs_of, settings_sha256, start_of
+from megatron_sov.audit.commitment import data_folders, inputs_of, settings_sha256, start_of
 from megatron_sov.audit.drawing import Segment
 from megatron_sov.audit.own_folder import make_once
 from megatron_sov.audit.repeating import (
     LOG, NEVER, REPEATED, RepeatOutcome, cannot_be_repeated, compare, own_settings, train_until,
     weights_apart)
 from megatron_sov.base.artifacts import MANIFEST, atomic_write, manifest_sha256, to_json
+from megatron_sov.base.digests import code_sha256
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.model.config import RunConfig, apply_settings

@@ -224,7 +224,7 @@ COMMANDS = {
         "run the claims of a published road at a tiny size, over seeds, and say which hold",
         EVALUATE, "reproduce.md",
         ("reproduce k-exaone --quick --output reproduction",
-         "reproduce solar-open --claim phases --seeds 5 --output reproduction")),
+         "reproduce solar-open --claim phases --output solar")),
     "convert": Command(
         "megatron_sov.commands.models.convert",
         "from-hf, to-hf, from-megatron, settings, verify, inspect, average, upcycle, deepen, "

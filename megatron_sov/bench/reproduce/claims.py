@@ -7,6 +7,8 @@ lie under it, so that figures of one form never stand for another.
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -42,7 +44,6 @@ PLACED = re.compile(r"\{claims\}/?([^\s:,=]*)")
 """A file beside the file of claims, in a word of a command."""
 OUTSIDE = re.compile(r"(?:.*=)?(?:/|~|\.\.?(?:/|$))")
 """Words that name a place which is none of a command's own."""
-IMPORTED = re.compile(r"^\s*(?:from|import)\s+([\w.]+)", re.MULTILINE)
 ADDRESS_CHARS = 12
 Commands = Annotated[tuple[str, ...], MinLen(1)]
 
@@ -111,6 +112,11 @@ class PaperFinding:
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    def problems(self) -> list[SettingsProblem]:
+        return [SettingsProblem(ProblemCode.RULE, f"rows.{i}", f"must have a cell for each of "
+                                f"{len(self.head)} in `head`", list(row))
+                for i, row in enumerate(self.rows) if len(row) != len(self.head)]
 
 
 @dataclass(frozen=True)
@@ -338,10 +344,25 @@ def files_read(beside: Path, commands: Iterable[str]) -> dict[str, str]:
         elif path.is_file() and name not in found:
             found[name] = file_digest(path)
             if path.suffix == ".py":
-                modules = IMPORTED.findall(path.read_text(encoding="utf-8", errors="replace"))
-                wanted += [f"{module.replace('.', '/')}{end}" for module in modules
-                           for end in (".py", "/__init__.py")]
+                wanted += _imported(path.read_text(encoding="utf-8", errors="replace"), beside)
     return dict(sorted(found.items()))
+
+
+def _imported(text: str, beside: Path) -> Iterator[str]:
+    """Yield files that the imports of a module may mean, below the folder of a file of claims, which may lie
+    in a package itself."""
+    with contextlib.suppress(SyntaxError, ValueError):
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module or ''}.{name}" for name in names)]
+            for name in names:
+                parts = tuple(filter(None, name.split(".")))
+                for begin in range(len(parts)):
+                    if not begin or parts[:begin] == beside.parts[-begin:]:
+                        yield from (f"{'/'.join(parts[begin:])}{end}" for end in (".py", "/__init__.py"))
 
 
 def _needed(claims: ClaimsFile, text: str) -> dict[str, tuple[str, ...]]:

@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -23,18 +23,21 @@ from statistics import fmean
 from typing import Any
 
 from megatron_sov.base.artifacts import disk_errors, new_file, to_json
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.digests import code_sha256, file_digest
 from megatron_sov.base.errors import ExitCode, UserError, list_problems
 from megatron_sov.base.sealed import read_json, write_json
 from megatron_sov.bench.reproduce.claims import (
     ADDRESS_CHARS, PLACE, PROGRAMS, REDIRECT, Measure, Registered, sha256_of)
 from megatron_sov.work.processes.children import start_command
 from megatron_sov.work.progress.jobs import Job, in_workers
-from megatron_sov.work.progress.journal import Journal
+from megatron_sov.work.progress.journal import Journal, records_by_item
 from megatron_sov.work.progress.locks import holding
 
 RESULTS, DECLARED, MEASURED, LOG = "results.json", "claim.json", "measured.json", "log"
 AGAIN = "delete the folder that it lies in, and the same command runs that seed again"
+BACK = "take it back from a copy, or name another --output"
+PACKAGES = tuple(module.partition(".")[0] for module in PROGRAMS.values())
+"""What runs the commands of claims."""
 SHOWN_LINES = 3
 
 
@@ -89,9 +92,8 @@ class Order:
             for name, commands in claim.setup.items():
                 folder = setup_folder(self.output, claim, name)
                 with holding(folder, folder):
-                    run_steps(folder, commands, places | {"claims": str(self.beside)})
+                    run_steps(folder, commands, places | {"claims": str(self.beside)}, folder.name)
                 places[name] = str(folder)
-
 
     def refuse_changed_files(self, claim: Registered) -> None:
         """Refuse files that a claim's commands read, where they are not as they were declared.
@@ -131,7 +133,7 @@ def setup_folder(output: Path, claim: Registered, name: str) -> Path:
 
 def earlier_forms(output: Path, claim: Registered) -> dict[str, Mapping[str, Any]]:
     """Return address -> what was declared, of the forms of a claim that have run before this one."""
-    return {file.parent.name: read_json(file)
+    return {file.parent.name: read_json(file, BACK)
             for file in sorted((output / claim.name).glob(f"*/{DECLARED}"))
             if file.parent.name != claim.address}
 
@@ -169,11 +171,34 @@ def refuse_untold(output: Path, claim: Registered) -> None:
                 "name another --output"))
     for folder in (output / claim.name).glob("*/"):
         if not (folder / DECLARED).is_file() and any(folder.iterdir()):
-            raise UserError(f"{folder / DECLARED}: is gone, and something ran beside it; take it back, or "
-                            "name another --output")
+            raise UserError(f"{folder / DECLARED}: is gone, and something ran beside it; {BACK}")
     file = claim_folder(output, claim) / DECLARED
-    if file.is_file() and read_json(file) != claim.declared:
+    if file.is_file() and read_json(file, BACK) != claim.declared:
         raise UserError(f"{file}: was changed since it was declared; name another --output")
+
+
+def refuse_dropped(output: Path, seed: str, claims: Iterable[Registered]) -> None:
+    """Refuse a folder in which something ran that a page of these claims would not show.
+
+    Args:
+        output: the folder.
+        seed: of the file of claims.
+        claims: all of the file.
+
+    Raises:
+        UserError: a claim that the file lacks, one of another seed, or a form that a claim does not tell.
+    """
+    known = {claim.name for claim in claims}
+    for file in sorted(output.glob(f"*/*/{DECLARED}")):
+        name = file.parents[1].name
+        if (other := read_json(file, BACK).get("seed")) != seed:
+            raise UserError(f"{output}: has run claim {name} of seed {other}, whose page that of seed {seed} "
+                            "would take the place of; name another --output")
+        if name not in known:
+            raise UserError(f"{file}: has run claim {name}, which the file of claims has no more, so that no "
+                            "page would show it; put it back into the file, or name another --output")
+    for claim in claims:
+        refuse_untold(output, claim)
 
 
 def declare(output: Path, claim: Registered) -> None:
@@ -206,14 +231,15 @@ def run_seed(order: Order, claim: Registered, seed: int) -> dict[str, dict[str, 
     places = {name: str(setup_folder(order.output, claim, name)) for name in claim.setup} | {
         "seed": str(seed), "base": str(folder / "base"), "claims": str(order.beside)}
     order.refuse_changed_files(claim)
-    run_steps(folder / "base", claim.declared["base"], places)
+    mark = _mark(claim.declared, seed)
+    run_steps(folder / "base", claim.declared["base"], places, mark)
     figures = {}
     for arm, commands in claim.declared["arms"].items():
         own = folder / "arms" / arm
-        run_steps(own, commands, places)
+        run_steps(own, commands, places, f"{mark} {arm}")
         figures[arm] = {name: read_figure(own, measure) for name, measure in claim.claim.measures.items()}
     order.refuse_changed_files(claim)
-    file, mark = folder / MEASURED, _mark(claim.declared, seed)
+    file = folder / MEASURED
     if file.is_file() and read_json(file, AGAIN, mark) != figures:
         raise UserError(f"{file}: its arms' files have other figures now; {AGAIN}")
     write_json(file, figures, mark)
@@ -239,23 +265,53 @@ def _mark(declared: Mapping[str, Any], seed: int) -> str:
     return f"{sha256_of(declared)} {seed}"
 
 
-def run_steps(folder: Path, commands: Sequence[str], places: Mapping[str, str]) -> None:
+def run_steps(folder: Path, commands: Sequence[str], places: Mapping[str, str], of: str) -> None:
     """Run the commands of a folder that are not done.
 
+    Args:
+        folder: where they run.
+        commands: with the shared words written out.
+        places: name -> what stands for it in a command.
+        of: what the folder belongs to, which stands in its journal.
+
     Raises:
-        UserError: one ends with another code than 0.
+        UserError: one ends with another code than 0, or the folder is a copy of another's.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     journal = Journal(folder)
     try:
+        # a copy of another seed's folder has its figures
+        if any(told.get("of", of) != of for told in _told(folder)):
+            raise UserError(f"{folder}: its commands ran for another seed, arm or claim, so it is a copy; "
+                            "delete it, and the same command runs it again")
         for number, command in enumerate(commands):
             if number not in journal.done:
-                began_s = time.monotonic()
+                # before the command: it is what that loads
+                began_s, code = time.monotonic(), code_sha256(PACKAGES)
                 run_step(folder, fill(command, {**places, "here": str(folder)}))
-                journal.add([(number, to_json({"seconds": time.monotonic() - began_s}).encode())])
+                told = {"seconds": time.monotonic() - began_s, "of": of, "code": code}
+                journal.add([(number, to_json(told).encode())])
     finally:
         journal.close()
+
+
+def _told(folder: Path) -> list[dict[str, Any]]:
+    """Return what the journal of a folder tells of each command that is done."""
+    return [json.loads(record) for _, record in records_by_item(folder)]
+
+
+def codes_of(output: Path, claim: Registered) -> dict[str, list[str]]:
+    """Return the code that commands of a claim ran with -> setups and seeds that did, as "setup corpus" and
+    "seed 0"; "" where no journal tells."""
+    folder, found = claim_folder(output, claim), dict[str, list[str]]()
+    parts = {f"setup {name}": [setup_folder(output, claim, name)] for name in claim.setup}
+    parts |= {f"seed {seed}": [inside / "base", *sorted(inside.glob("arms/*"))]
+              for seed in range(claim.claim.seeds) if (inside := folder / f"seed-{seed}").is_dir()}
+    for part, folders in parts.items():
+        for code in sorted({told.get("code", "") for inside in folders for told in _told(inside)}):
+            found.setdefault(code, []).append(part)
+    return found
 
 
 def fill(command: str, places: Mapping[str, str]) -> list[str]:
@@ -311,7 +367,8 @@ def read_figure(folder: Path, measure: Measure) -> float:
         return fmean(values)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as e:
         raise UserError(f"{file}: has no {measure.value!r} ({type(e).__name__}: {e}); look at the claim's "
-                        "measures and at the log beside it") from None
+                        "measures and at the log beside it; if it was damaged since, delete that seed's "
+                        "folder, and the same command runs the seed again") from None
 
 
 def _values(value: Any, keys: Sequence[str]) -> Iterator[Any]:

@@ -15,12 +15,16 @@ from typing import Any
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.bench.reproduce.claims import ClaimChange, ClaimsFile, OrderTest, PaperClaim, Registered
-from megatron_sov.bench.reproduce.running import changed, claim_folder, earlier_forms, seeds_of
+from megatron_sov.bench.reproduce.running import changed, claim_folder, codes_of, earlier_forms, seeds_of
 from megatron_sov.eval.statistics import CONFIDENCE, student_quantile
 
 Figures = Mapping[str, Mapping[str, float]]
 """Arm -> measure -> what it was."""
 NUM_NODES = 4001
+WHOLE = 1e4
+"""From here on figures are told without a fraction."""
+ROUNDING = 1e-9
+"""Share of a figure within which differences are the same, but for how they are computed."""
 PAGE = "reproduce.html"
 HEAD = ["claim", "test", "bound", "difference over seeds", "planned", "power", "seeds", "verdict"]
 
@@ -78,11 +82,14 @@ def apply_test(test: OrderTest, claim: PaperClaim, found: Mapping[int, Figures])
     Fewer of them than the claim asks for decide nothing, nor do seeds that draw nothing: where all give the
     same difference, it has no spread to be held against.
     """
-    differences = tuple(figures[test.higher][test.measure] - figures[test.lower][test.measure]
-                        for _, figures in sorted(found.items()))
+    pairs = [(figures[test.higher][test.measure], figures[test.lower][test.measure])
+             for _, figures in sorted(found.items())]
+    differences = tuple(higher - lower for higher, lower in pairs)
+    rounding = ROUNDING * max((abs(value) for pair in pairs for value in pair), default=0.0)
     interval = paired_interval(differences)
     outcome = ClaimOutcome.UNDECIDED
-    if interval is not None and len(differences) >= claim.seeds and len({*differences}) > 1:
+    if (interval is not None and len(differences) >= claim.seeds
+            and max(differences) - min(differences) > rounding):
         outcome = (ClaimOutcome.HOLDS if interval[0] > test.more_than
                    else ClaimOutcome.FAILS if interval[1] <= test.more_than else ClaimOutcome.UNDECIDED)
     return Tested(test, differences, interval, outcome,
@@ -106,6 +113,8 @@ class Judged:
     """Seed -> figures."""
     earlier: Mapping[str, str] = field(default_factory=dict)
     """Address of each form that ran before -> how it differs, and what it gave."""
+    codes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Code that commands ran with -> setups and seeds that did."""
 
     @property
     def tested(self) -> list[Tested]:
@@ -125,14 +134,14 @@ def judge(output: Path, claim: Registered, found: Mapping[int, Figures]) -> Judg
         gave = "; ".join(f"seed {seed}: {json.dumps(figures)}" for seed, figures in sorted(seeds.items()))
         earlier[address] = ("; ".join(changed(declared, claim.declared))
                             + f". It gave: {gave or 'no complete seed'}")
-    return Judged(claim, found, earlier)
+    return Judged(claim, found, earlier, codes_of(output, claim))
 
 
 def result(judged: Sequence[Judged]) -> dict[str, Any]:
     """Return results as plain values."""
     return {"claims": {
         j.registered.name: {
-            "sha256": j.registered.sha256, "outcome": j.outcome,
+            "sha256": j.registered.sha256, "outcome": j.outcome, "code": j.codes,
             "seeds": {str(seed): figures for seed, figures in sorted(j.found.items())},
             "tests": [{"test": _name(t.test), "differences": t.differences, "interval": t.interval,
                        "bound": t.test.more_than, "power": round(t.power, 4), "outcome": t.outcome}
@@ -142,18 +151,32 @@ def result(judged: Sequence[Judged]) -> dict[str, Any]:
 def rows(judged: Sequence[Judged]) -> PageTable:
     """Return the table of all tests."""
     return PageTable(HEAD, [
-        [j.registered.name, _name(t.test), f"{t.test.more_than:g}", told(t.differences),
+        [j.registered.name, _name(t.test), f"{t.test.more_than:g}", differences_told(t.differences),
          f"{t.test.power.difference:g} (sd {t.test.power.sd:g})", f"{t.power:.0%}",
          f"{len(t.differences)} of {j.registered.claim.seeds}", t.outcome]
         for j in judged for t in j.tested])
 
 
-def told(values: Sequence[float]) -> str:
+def differences_told(values: Sequence[float]) -> str:
+    """Return a mean with its interval, as far as it is known, both with a sign."""
+    return _told(values, "+")
+
+
+def figures_told(values: Sequence[float]) -> str:
     """Return a mean with its interval, as far as it is known."""
+    return _told(values, "")
+
+
+def _told(values: Sequence[float], sign: str) -> str:
     if not values:
         return "has not run"
-    found = paired_interval(values)
-    return f"{fmean(values):+.4g}" + (f" ({found[0]:+.4g} to {found[1]:+.4g})" if found else "")
+    mean, found = _digits(fmean(values), sign), paired_interval(values)
+    return mean + (f" ({_digits(found[0], sign)} to {_digits(found[1], sign)})" if found else "")
+
+
+def _digits(value: float, sign: str = "", digits: int = 4) -> str:
+    # 39,132 and not 3.913e+04
+    return f"{value:{sign},.0f}" if abs(value) >= WHOLE else f"{value:{sign}.{digits}g}"
 
 
 def _name(test: OrderTest) -> str:
@@ -170,11 +193,11 @@ def page(claims: ClaimsFile, judged: Sequence[Judged]) -> str:
 
 
 def _chapter(judged: Judged) -> Chapter:
-    registered, claim = judged.registered, judged.registered.claim
+    registered, claim, found = judged.registered, judged.registered.claim, sorted(judged.found.items())
     arms = PageTable(["arm", *(f"{name}, {m.unit}" for name, m in claim.measures.items()), "seed by seed"], [
-        [arm, *(told([f[arm][name] for _, f in sorted(judged.found.items())]) for name in claim.measures),
-         "; ".join(f"{seed}: " + ", ".join(f"{f[arm][name]:.5g}" for name in claim.measures)
-                   for seed, f in sorted(judged.found.items()))] for arm in claim.arms])
+        [arm, *(figures_told([f[arm][name] for _, f in found]) for name in claim.measures),
+         "; ".join(f"{seed}: " + ", ".join(_digits(f[arm][name], digits=5) for name in claim.measures)
+                   for seed, f in found)] for arm in claim.arms])
     planned = PageTable(["test", "difference to be seen", "sd", "power", "known from"], [
         [_name(t.test), f"{t.test.power.difference:g}", f"{t.test.power.sd:g}", f"{t.power:.0%}",
          t.test.power.source] for t in judged.tested])
@@ -184,11 +207,20 @@ def _chapter(judged: Judged) -> Chapter:
         PageSection("Here", claim.here, tables=[arms, rows([judged])]),
         PageSection("Planned before the runs",
                     f"{claim.seeds} seeds, {claim.minutes:g} minutes of one core. Intervals are Student's t "
-                    "over paired seeds, 95 %; a claim holds where the whole interval lies above the bound.",
+                    "over paired seeds, 95 %; a test holds where the whole interval lies above the bound, "
+                    "does not hold where it lies below, and is undecided otherwise; a claim holds where all "
+                    "its tests do.",
                     tables=[planned]),
         PageSection("Changes", "Each form that ran before, and what it gave." if judged.earlier or
                     claim.changes else "None: the arms are as they were before the first run.",
                     tables=_changes(claim.changes, judged.earlier)),
+        PageSection("Code", "Hash of the sources that the commands ran with. " + (
+                    "All ran with one." if len(judged.codes) == 1 else "They ran with more than one: where "
+                    "that changed an arm, its seeds are not of one kind. Run all with one in a new folder."
+                    if judged.codes else "Nothing has run."),
+                    tables=[PageTable(["sha256", "ran with it"], [
+                        [code or "not told", ", ".join(parts)] for code, parts in judged.codes.items()])]
+                    if judged.codes else []),
         PageSection("Declared", f"sha256 {registered.sha256}", json=to_json(dict(registered.declared)))])
 
 

@@ -14,7 +14,7 @@ from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, num_cores, read_options
 from megatron_sov.bench.reproduce.claims import ClaimsFile, find_file, read_claims, register
-from megatron_sov.bench.reproduce.running import RESULTS, Order, claim_folder, refuse_untold, seeds_of
+from megatron_sov.bench.reproduce.running import RESULTS, Order, claim_folder, refuse_dropped, seeds_of
 from megatron_sov.bench.reproduce.verdict import PAGE, ClaimOutcome, Judged, judge, page, result, rows
 from megatron_sov.work.progress.jobs import run_job, run_share
 from megatron_sov.work.progress.journal import begin_journal, done_items, slurm_folder
@@ -63,9 +63,11 @@ class SharedClaims:
         claims = read_claims(self.file)
         judged = []
         for claim in (register(claims, name, self.file) for name in claims.claims):
-            seeds = found.get(claim.name) or seeds_of(claim_folder(output, claim), claim.declared)
-            if seeds:
-                judged.append(judge(output, claim, seeds))
+            seeds = seeds_of(claim_folder(output, claim), claim.declared) | found.get(claim.name, {})
+            told = judge(output, claim, seeds)
+            # a form that ran is never dropped, whether another has run since or not
+            if seeds or told.earlier:
+                judged.append(told)
         atomic_write(output / RESULTS, to_json(result(judged)))
         atomic_write(output / PAGE, page(claims, judged))
         return judged
@@ -113,12 +115,10 @@ def run(args: argparse.Namespace) -> int:
                             "that are added until it holds prove nothing; change its `seeds`, and tell it "
                             "in its `changes`")
     order = Order(registered, seeds, options.output, file.parent)
+    refuse_dropped(options.output, claims.seed, [register(claims, name, file) for name in claims.claims])
     if options.dry_run:
-        for c in registered:
-            refuse_untold(options.output, c)
-        _print([judge(options.output, c, {seed: figures for seed, figures
-                                          in seeds_of(claim_folder(options.output, c), c.declared).items()
-                                          if seed < seeds[c.name]}) for c in registered])
+        _print([judge(options.output, c, seeds_of(claim_folder(options.output, c), c.declared))
+                for c in registered])
         return ExitCode.OK
     refuse_nowhere(options.output)
     options.output.mkdir(parents=True, exist_ok=True)

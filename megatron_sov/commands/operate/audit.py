@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.audit.commitment import (
-    CODE, Commitment, InclusionProof, check_signature, code_sha256, data_folders, prove_inclusion, publish,
+    CODE, Commitment, InclusionProof, check_signature, data_folders, prove_inclusion, publish,
     read_commitment, read_proof, sign, write_proof)
 from megatron_sov.audit.drawing import draw, needed, read_draw, segments_of, write_draw
 from megatron_sov.base.artifacts import MANIFEST
+from megatron_sov.base.digests import code_sha256
 from megatron_sov.base.errors import ExitCode, UserError, visible, warn
 from megatron_sov.base.outputs import check_output, refuse_input, refuse_nowhere
 from megatron_sov.base.settings import (

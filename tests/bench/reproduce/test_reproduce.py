@@ -16,6 +16,7 @@ from PIL import Image
 from scipy import stats
 
 from megatron_sov import cli
+from megatron_sov.base.digests import code_sha256
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.bench.reproduce import running
 from megatron_sov.bench.reproduce.claims import (
@@ -30,7 +31,7 @@ from megatron_sov.bench.reproduce.seeds.rules import RULES, Drafts, KeptDrafts, 
 from megatron_sov.bench.reproduce.seeds.tasks import Chats, Exact, TaskQuestions
 from megatron_sov.bench.reproduce.seeds.written import Openings, Written
 from megatron_sov.bench.reproduce.verdict import (
-    ClaimOutcome, apply_test, outcome_of, paired_interval, power_of)
+    ClaimOutcome, apply_test, differences_told, figures_told, outcome_of, paired_interval, power_of)
 from megatron_sov.commands.evaluate.reproduce import ClaimsFinish, ClaimsShare, SharedClaims
 from megatron_sov.judge.rewards.ifeval import IfEval
 from megatron_sov.work.progress.journal import begin_journal
@@ -40,7 +41,7 @@ class Loss:
     def __init__(self, value: float, seed: int) -> None:
         self.value, self.seed = value, seed
     def do(self, row: dict) -> dict:
-        return {"loss": self.value + self.seed / 100, "noise": self.seed % 2}
+        return {"loss": self.value * (1 + self.seed / 100), "noise": self.seed % 2}
 '''
 MAP = "megatron-sov map {claims}/row.json {claims}/step.py:Loss --overwrite --set seed={seed}"
 CLAIMS = {
@@ -84,7 +85,7 @@ class Commands:
         if "map" in words:
             given = dict(word.split("=") for word in words if "=" in word)
             (folder / "out").mkdir()
-            row = {"loss": float(given["value"]) + int(given["seed"]) / 100}
+            row = {"loss": float(given["value"]) * (1 + int(given["seed"]) / 100)}
             (folder / "out/rows.jsonl").write_text(json.dumps(row) + "\n")
 
 
@@ -111,12 +112,12 @@ def test_ordinary_commands_are_run_and_measured(tmp_path: Path) -> None:
     claim = register(read_claims(file), "better", file)
     folder = running.claim_folder(tmp_path / "out", claim)
     assert running.seeds_of(folder, claim.declared) == {
-        seed: {"new": {"loss": 1 + seed / 100}, "old": {"loss": 2 + seed / 100}} for seed in (0, 1)}
+        seed: {"new": {"loss": 1 + seed / 100}, "old": {"loss": 2 * (1 + seed / 100)}} for seed in (0, 1)}
     log = (folder / "seed-1/arms/new/log").read_text()
     assert log.startswith("$ megatron-sov map ") and "1 rows in, 1 out" in log
     assert claim.sha256 in told(tmp_path / "out/reproduce.html")
     with pytest.raises(UserError, match=r"`megatron-sov recipes` ends with exit code 2: .*nothing-such"):
-        run_steps(tmp_path / "bad", ["megatron-sov recipes nothing-such > {here}/x"], {})
+        run_steps(tmp_path / "bad", ["megatron-sov recipes nothing-such > {here}/x"], {}, "bad")
     assert not (tmp_path / "bad/x").exists()
 
 
@@ -127,7 +128,7 @@ def test_a_claim_that_holds_ends_with_0_and_one_that_does_not_with_3(tmp_path: P
     assert "new < old in loss" in capsys.readouterr().out
     found = json.loads((tmp_path / "out/results.json").read_text())["claims"]["better"]
     assert found["outcome"] == "holds"
-    assert found["tests"][0]["differences"] == pytest.approx([1.0, 1.0])
+    assert found["tests"][0]["differences"] == pytest.approx([1.0, 1.01])
     page = (tmp_path / "out/reproduce.html").read_text()
     assert found["sha256"] in page and "A fake." in page and "New is better than old." in page
     ran = len(commands.done)
@@ -188,6 +189,10 @@ def test_what_commands_read_is_found_however_it_is_spelled(tmp_path: Path) -> No
     read = partial(files_read, file.parent)
     assert [*read(["x {claims}/'row.json' {claims}/sub/../sub/deep.py:Step --set a={claims}/more"])] == [
         "beside.py", "more/a.txt", "more/b.txt", "row.json", "sub/deep.py"]
+    (file.parent / "tool.py").write_text("import json\nfrom claims.beside import row\nfrom sub import (\n"
+                                         "    deep)\nfrom .unread import y\n")
+    (file.parent / "unread.py").write_text("")
+    assert [*read(["x {claims}/tool.py"])] == ["beside.py", "sub/deep.py", "tool.py", "unread.py"]
     before = read(["x {claims}/sub/deep.py"])
     (file.parent / "beside.py").write_text("x = 2\n")
     assert read(["x {claims}/sub/deep.py"]) != before
@@ -223,6 +228,72 @@ def test_results_that_were_changed_or_come_from_elsewhere_are_refused(
     (tmp_path / "away").rename(declared)
     assert reproduce(file, output) == ExitCode.OK
     refused("seeds that are added until it holds prove nothing", "--seeds", "3")
+
+
+def test_a_copied_seed_is_refused_and_a_damaged_declaration_is_taken_back(
+        tmp_path: Path, commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    file, output = write_claims(tmp_path / "claims"), tmp_path / "out"
+    reproduce(file, output)
+    folder = running.claim_folder(output, register(read_claims(file), "better", file))
+    shutil.rmtree(folder / "seed-1")
+    shutil.copytree(folder / "seed-0", folder / "seed-1")
+    (folder / "seed-1/measured.json").unlink()
+    assert reproduce(file, output) == ExitCode.USER_ERROR
+    assert re.search(r"seed-1/arms/new: its commands ran for another seed.*delete it",
+                     capsys.readouterr().err)
+    shutil.rmtree(folder / "seed-1")
+    assert reproduce(file, output) == ExitCode.OK
+    (folder / "claim.json").write_text("{")
+    assert reproduce(file, output) == ExitCode.USER_ERROR
+    assert "take it back from a copy, or name another --output" in capsys.readouterr().err
+
+
+def test_what_ran_is_not_dropped_by_running_something_else(
+        tmp_path: Path, commands: Commands, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a claim that was changed, removed or of another seed, and of seeds that are not asked for again."""
+    file, output = write_claims(tmp_path / "claims"), tmp_path / "out"
+    whole = json.loads(file.read_text())
+    better = whole["claims"]["better"]
+    worse = better | {"tests": [better["tests"][0] | {"lower": "old", "higher": "new"}]}
+
+    def run(claims: Mapping[str, Any], *more: str, seed: str = "tiny") -> int:
+        file.write_text(json.dumps(whole | {"seed": seed, "claims": claims}))
+        return reproduce(file, output, "--claim", "better", *more)
+
+    file.write_text(json.dumps(whole | {"claims": {"better": better, "worse": worse}}))
+    assert reproduce(file, output) == ExitCode.GATE_FAILED
+    before = register(read_claims(file), "worse", file)
+    other = worse | {"minutes": 2}
+    for claims, seed, said in (
+            ({"better": better}, "tiny", "which the file of claims has no more"),
+            ({"better": better}, "other", "has run claim better of seed tiny"),
+            ({"better": better, "worse": other}, "tiny", "has run claim worse in another form")):
+        for more in ([], ["--dry-run"]):
+            assert run(claims, *more, seed=seed) == ExitCode.USER_ERROR
+            assert said in capsys.readouterr().err
+    change = {"sha256": before.sha256, "date": "2026-11-27", "what": "More time."}
+    assert run({"better": better, "worse": other | {"changes": [change]}}, "--seeds", "1") == ExitCode.OK
+    results = json.loads((output / "results.json").read_text())["claims"]
+    assert [*results["better"]["seeds"]] == ["0", "1"] and results["better"]["outcome"] == "holds"
+    assert results["worse"]["outcome"] == "undecided" and not results["worse"]["seeds"]
+    page = (output / "reproduce.html").read_text()
+    assert "More time." in page and "It gave: seed 0: {" in page and "1 of 2 claims hold" in page
+
+
+def test_the_code_that_commands_ran_with_is_told(
+        tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, output = write_claims(tmp_path / "claims"), tmp_path / "out"
+    reproduce(file, output, "--seeds", "1")
+    code = code_sha256(running.PACKAGES)
+    assert running.PACKAGES == ("megatron_sov", "data_prep", "tokenizer")
+    results = output / "results.json"
+    assert json.loads(results.read_text())["claims"]["better"]["code"] == {code: ["seed 0"]}
+    assert "All ran with one." in (output / "reproduce.html").read_text()
+    monkeypatch.setattr(running, "code_sha256", lambda packages: "b" * 64)  # as behind an update
+    reproduce(file, output)
+    assert json.loads(results.read_text())["claims"]["better"]["code"] == {
+        code: ["seed 0"], "b" * 64: ["seed 1"]}
+    assert "They ran with more than one" in (output / "reproduce.html").read_text()
 
 
 def test_a_file_that_changes_while_seeds_run_is_refused(
@@ -283,6 +354,7 @@ def test_shares_of_an_array_leave_what_one_command_leaves(tmp_path: Path, comman
     ({"arms": {"new": ["megatron-sov recipes {nobody}"], "old": ["megatron-sov recipes"]}}, "nobody"),
     ({"arms": {"other": ["megatron-sov recipes"], "old": ["megatron-sov recipes"]}}, "tests.0.lower"),
     ({"seeds": 1}, "must be above 1"),
+    ({"published": {"head": ["model", "loss"], "rows": [["new"]]}}, "must have a cell for each of 2"),
     ({"arms": {"new": ["{map}"], "old": ["megatron-sov recipes"]}}, "arms.old.*takes no {seed}"),
     ({"arms": {"new": ["{map}"], "../old": ["{map}"]}}, "must be a name of small letters"),
     ({"arms": {"new": ["{map}"], "old": ["{map} --output /tmp/x"]}}, "names a place outside"),
@@ -327,6 +399,12 @@ def test_power_and_interval_agree_with_scipy() -> None:
     assert paired_interval([1.0]) is None
 
 
+def test_large_figures_are_told_in_full() -> None:
+    assert differences_told([-39132.5, -39132.5]) == "-39,132 (-39,132 to -39,132)"
+    assert differences_told([0.25]) == "+0.25" and differences_told([]) == "has not run"
+    assert figures_told([1532914.0]) == "1,532,914"
+
+
 def test_a_figure_is_read_where_a_command_left_it(tmp_path: Path) -> None:
     """Of dicts and of lists, as `eval passk --json` writes."""
     (tmp_path / "eval.json").write_text(json.dumps(
@@ -357,6 +435,10 @@ def test_the_interval_decides_and_too_few_seeds_decide_nothing(tmp_path: Path) -
     assert decide([1.0, 3.1, 2.2]) == ClaimOutcome.UNDECIDED
     assert decide([1.0, 1.1]) == ClaimOutcome.UNDECIDED
     assert decide([1.0, 1.0, 1.0]) == ClaimOutcome.UNDECIDED  # seeds that draw nothing
+    # nor does rounding: 2.3 - 1.3 is 0.9999999999999998
+    alike = {seed: {"new": {"loss": 1 + shift}, "old": {"loss": 2 + shift}}
+             for seed, shift in enumerate((0, 0.1, 0.3))}
+    assert apply_test(claim.tests[0], claim, alike).outcome == ClaimOutcome.UNDECIDED
 
 
 def test_questions_have_their_answers_and_keep_half_of_the_wordings() -> None:
