@@ -225,7 +225,7 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
            now_s: float | None = None) -> str:
     """Return the HTML of a page.
 
-    Text is escaped by the template; a content security policy lets only the file's own two scripts run and
+    Text is escaped by the template; a content security policy lets only the file's own scripts run and
     forbids every load, so that hostile text from a model or a corpus stays text even for a reader's browser
     with a defect elsewhere.
 
@@ -243,8 +243,11 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
     """
     from plotly.offline import get_plotlyjs
 
-    plotly_js, draw_js, live_js = get_plotlyjs(), _resource("draw.js"), _resource("live.js")
-    scripts = [plotly_js, draw_js, *([live_js] if live else [])]
+    draws = bool(live) or any(part.charts for part in (
+        *opening, *(section for chapter in chapters for section in chapter.sections)))
+    plotly_js = get_plotlyjs() if draws else ""  # nearly five megabytes
+    draw_js, live_js = _resource("draw.js"), _resource("live.js")
+    scripts = [*([plotly_js] if draws else []), draw_js, *([live_js] if live else [])]
     return _templates().get_template("page.html.j2").render(
         kicker=kicker, title=title, subtitle=subtitle, nothing=nothing,
         chapters=[_anchored(chapter, f"{anchor}-{i}") for i, chapter in enumerate(chapters, 1)],

@@ -32,6 +32,13 @@ def test_text_is_escaped_and_only_the_files_own_scripts_are_allowed() -> None:
     assert policy.startswith("default-src 'none'") and policy.count("sha256-") == 2
 
 
+def test_a_page_without_charts_has_no_library_that_draws_them() -> None:
+    table = PageTable(["x"], [["1"]])
+    page = render("Report", "t", "", [Chapter("a", "", [], [PageSection("One", tables=[table])])])
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1)
+    assert len(page) < 100_000 and "Curves are drawn" not in page and policy.count("sha256-") == 1
+
+
 def test_control_characters_are_shown() -> None:
     text = "\0\x1b[2J\u202e\ud800"
     page = render("Report", text, text, [Chapter(text, text, [(text,) * 3], [
