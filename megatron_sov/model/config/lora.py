@@ -19,8 +19,8 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 Target = Literal["all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba",
                  "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "b_proj", "f_a_proj",
-                 "f_b_proj", "g_a_proj", "g_b_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
-                 "gate_proj", "up_proj", "down_proj", "experts", "lm_head", "embed_tokens"]
+                 "f_b_proj", "g_a_proj", "g_b_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa",
+                 "kv_b_proj", "gate_proj", "up_proj", "down_proj", "experts", "lm_head", "embed_tokens"]
 TARGETS: tuple[str, ...] = get_args(Target)
 """What `lora.targets` may name: modules as transformers calls them, and groups of them."""
 
