@@ -98,7 +98,7 @@ def recogniser_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for name in config.keys() ^ set(_NETWORKS):
         yield f"config.{name}: {'is missing' if name in _NETWORKS else 'is none of the networks that hear'}"
     yield from config_problems(dict(config), _CLASSES)
-    parts = {name: config.get(name) for name in _NETWORKS}
+    parts: dict[str, Any] = {name: config.get(name) for name in _NETWORKS}
     for name, part in parts.items():
         if not isinstance(part, dict) or "_target_" not in part:
             yield f"config.{name}: is no network"
