@@ -57,6 +57,8 @@ EXTRAS = {
     "eval": ["lm-eval==0.4.13"],
     # `eval inspect`: the library, in a Python of its own: it wants an older fsspec than constraints.txt has
     "inspect": ["inspect-ai==0.3.285"],
+    # `codec import nemo-asr`: likewise, it wants an older antlr4-python3-runtime
+    "speech": ["nemo-toolkit[core,common-only,asr-only]==3.0.0"],
     # `serve`, and `chat`, which asks it
     "serve": ["aiohttp>=3.11", "openai>=2", "httpx>=0.27"],
     "telemetry": ["opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40",
@@ -129,7 +131,7 @@ class BuildPart(build_py):
 
 # the libraries alone: pip would ask an index for our parts by name, which has none of ours
 EXTRAS["all"] = sorted({line for name, lines in EXTRAS.items()
-                        if name not in ("test", "dev", "gpu", "docs", "inspect") for line in lines})
+                        if name not in ("test", "dev", "gpu", "docs", "inspect", "speech") for line in lines})
 NEEDS = (INSTALL_REQUIRES if PART in ("", "core") else
          [f"megatron-sov=={VERSION}", *(f"megatron-sov-{part}=={VERSION}"
                                         for part in DISTRIBUTED["PARTS_NEEDED"].get(PART, ())),

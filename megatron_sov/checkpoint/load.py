@@ -34,7 +34,7 @@ from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel.values import gather_objects
 from megatron_sov.model.config import ModelConfig
-from megatron_sov.model.families.adapters import PREFIX
+from megatron_sov.model.families.adapters import PREFIX, identity
 from megatron_sov.model.families.encoders import PREFIXES as ENCODERS, is_encoder
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import ADAPTER, MODEL
@@ -326,8 +326,8 @@ def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) 
 def _refuse_other_adapters(path: Path, model: LanguageModel) -> None:
     """Raise `UserError` where an adapter was trained with other settings: with another alpha, say, it would
     be another adapter."""
-    ours = model.lora.identity(model.architecture)
-    for name, theirs in checkpoints.settings_of(path).lora.identity(model.architecture).items():
+    ours = identity(model.lora, model.architecture)
+    for name, theirs in identity(checkpoints.settings_of(path).lora, model.architecture).items():
         if theirs != ours[name]:
             raise UserError(f"{path}: is an adapter with lora.{name} = {theirs}, not {ours[name]}; "
                             "use the setting that it was made with")

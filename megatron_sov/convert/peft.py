@@ -22,7 +22,7 @@ from megatron_sov.convert.sources import FLOATS, CheckpointWeights, Weights, che
 from megatron_sov.model.config import LoraConfig, ModelConfig
 from megatron_sov.model.config.lora import EMBEDDING, EXPERTS, FEED_FORWARD, HEAD, TARGETS
 from megatron_sov.model.families.adapters import (
-    MAGNITUDE, A, Adapted, AdapterPlace, B, adapted_modules, places)
+    MAGNITUDE, A, Adapted, AdapterPlace, B, adaptable, adapted, adapted_modules, places)
 from megatron_sov.model.pretrained import DAMAGED_HF, read_json
 from megatron_sov.runs.checkpoints import (
     ADAPTER, BASE, CHECKPOINTS_OF_A_RUN, IMPORTED, KIND, PEFT_ADAPTER, RUN, SOURCE, AdapterBase, adapter_base,
@@ -162,7 +162,7 @@ def _targets(names: set[str], model: ModelConfig, dora: bool, where: object) -> 
     """Return what a set of tensors adapts, which must be whole."""
     of_target: dict[str, set[str]] = {}
     tables = (HEAD, EMBEDDING)
-    known: tuple[Any, ...] = TARGETS
+    known: Any = adaptable(model)
     every = LoraConfig(1, 1.0, tuple(
         t for t in known if t not in tables or not (model.tied_embeddings or dora)))
     for of in adapted_modules(model, every):
@@ -290,7 +290,7 @@ def adapter_facts(weights: Any) -> dict[str, Any]:
     count = sum(math.prod(shape) for of in adapted_modules(weights.model, lora)
                 for shape in of.shapes(lora).values())
     return {"adapter": f"{'DoRA' if lora.dora else 'LoRA'}, rank {lora.rank}, alpha {lora.alpha:g}, of "
-                       f"{', '.join(sorted(lora.adapted(weights.model)))}",
+                       f"{', '.join(sorted(adapted(lora, weights.model)))}",
             "adapter_parameters": count, "base": str(weights.base.path)}
 
 

@@ -16,6 +16,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
+from megatron_sov.model.families.adapters import identity
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, refuse_missing, refuse_no_run
 from megatron_sov.runs.launch_environment import is_first, num_ranks, typed_command
 from megatron_sov.runs.lock import LOCK, living_holder
@@ -324,7 +325,7 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
     """Return settings as two runs are compared by them: what adapters adapt counts, however it is spelled,
     and a default that a newer version has changed counts only where the run uses it."""
     # `all-linear` and the list that it stands for are one setting.
-    told = config.to_dict() | {"lora": config.lora.identity(config.model)}
+    told = config.to_dict() | {"lora": identity(config.lora, config.model)}
     told["preference"] |= {"beta": config.preference.strength if config.preference.method in BETAS else None}
     # The default of the correction changed between versions; without rounds nothing reads it.
     if not config.rollout.rounds:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
-from megatron_sov.base.artifacts import to_json, write_output
+from megatron_sov.base.artifacts import MANIFEST, to_json, write_output
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.pages.markdown import address_of
@@ -94,12 +94,6 @@ def read_rows(file: Path) -> list[MediaRow]:
     return found
 
 
-def normalised(text: str) -> str:
-    """Return a text as words are counted: lower case, punctuation as space, one space between words."""
-    kept = "".join(c if c.isalnum() or c.isspace() else " " for c in text.casefold())
-    return " ".join(kept.split())
-
-
 def figures(rows: Sequence[MediaRow], heard: Sequence[str]) -> dict[str, Any]:
     """Return what was recognised against what was asked for.
 
@@ -108,6 +102,8 @@ def figures(rows: Sequence[MediaRow], heard: Sequence[str]) -> dict[str, Any]:
     1; `chance` is the mean of 1 / labels where every row has some.
     """
     import jiwer
+
+    from megatron_sov.omni.media.heard import normalised
 
     wanted, got = [normalised(row.answer) for row in rows], [normalised(text) for text in heard]
     right = [a == b for a, b in zip(wanted, got, strict=True)]
@@ -130,8 +126,9 @@ JUDGE_LIMIT_S = 3600.0
 
 
 def judge_of(said: str) -> Judge:
-    """Return a judge: FILE.py:NAME is a function (files, labels) -> texts; anything else is a command that
-    reads a JSON line {"file", "labels"} for each file and prints a JSON string for each.
+    """Return a judge: FILE.py:NAME is a function (files, labels) -> texts; the folder of a codec of kind
+    nemo-asr hears files; anything else is a command that reads a JSON line {"file", "labels"} for each file
+    and prints a JSON string for each.
 
     Raises:
         UserError: there is no such code, or the command is none.
@@ -143,6 +140,8 @@ def judge_of(said: str) -> Judge:
             raise UserError(f"--judge {said}: is {loaded.value!r}; a judge is a function of files and labels")
         return lambda files, labels: _check_texts(
             said, calling(said, lambda: loaded.value(files, labels)), len(files))
+    if (Path(said) / MANIFEST).is_file():
+        return _hearing(Path(said))
     try:
         words = shlex.split(said)
     except ValueError as e:
@@ -150,6 +149,22 @@ def judge_of(said: str) -> Judge:
     if not words:
         raise UserError("--judge '': name code of your own, FILE.py:NAME, or a command")
     return lambda files, labels: _check_texts(said, _run_judge(words, files, labels), len(files))
+
+
+def _hearing(folder: Path) -> Judge:
+    from megatron_sov.omni.codecs.folder import open_codec
+    from megatron_sov.omni.media.reading.kinds import MediaLimits, read_sound
+
+    ears = open_codec(folder, kind="nemo-asr")
+
+    def heard(files: Sequence[Path], labels: Sequence[Sequence[str]]) -> list[str]:
+        import torch
+
+        # sounds that the model has just made: an empty one says nothing
+        return [ears.hear(torch.from_numpy(read_sound(file, ears.sample_rate_hz, MediaLimits())[0].copy()))
+                for file in files]
+
+    return heard
 
 
 def _run_judge(words: list[str], files: Sequence[Path], labels: Sequence[Sequence[str]]) -> list[object]:
@@ -331,8 +346,8 @@ class EvalMediaOptions(CodecsOptions, RecordOptions, RankOptions):
     """Folder that paths of media begin from; nothing outside of it is read."""
     image_judge: Annotated[str | None, Flag(value="FILE.py:NAME|COMMAND")] = None
     """Recognises what the model draws: a function (files, labels) -> texts, or a program."""
-    audio_judge: Annotated[str | None, Flag(value="FILE.py:NAME|COMMAND")] = None
-    """Recognises what the model says, likewise."""
+    audio_judge: Annotated[str | None, Flag(value="FILE.py:NAME|CODEC|COMMAND")] = None
+    """Recognises what the model says, likewise, or a codec of kind nemo-asr."""
     files: Annotated[Path | None, Flag(value="DIR", writes=True)] = None
     """Folder for what the model draws and says, where a pair asks for that."""
     sampling: ReplySampling = field(default_factory=ReplySampling)

@@ -69,8 +69,8 @@ class CodecTrainOptions(OverwriteOptions):
 class CodecImportOptions(OverwriteOptions):
     """Write a published tokenizer's files as a codec; nothing in them is run."""
 
-    kind: Annotated[Literal["ta-tok", "cosyvoice2", "nemo-audio"], Flag("KIND")]
-    """One of ta-tok, cosyvoice2, nemo-audio."""
+    kind: Annotated[Literal["ta-tok", "cosyvoice2", "nemo-audio", "nemo-asr"], Flag("KIND")]
+    """One of ta-tok, cosyvoice2, nemo-audio, nemo-asr."""
     source: Annotated[Path, Flag("FILE_OR_DIR")]
     """What was downloaded."""
     output: Annotated[Path, Flag("DIR")]

@@ -107,14 +107,22 @@ class Factors(torch.nn.Module):
         for name, (view, axis, split) in views.items():
             shape = shapes[of.key(name)]
             offset = [self.expert or 0, *(0,) * (len(shape) - 1)]
-            if split:
-                start = offset[axis] + place * view.shape[axis]
-                if start >= shape[axis]:
-                    continue  # of a head: behind all tokens
-                view = view.narrow(axis, 0, min(view.shape[axis], shape[axis] - start))
+            for start, part in self._stretches(view, axis, shape[axis], name) if split else [(0, view)]:
                 offset[axis] = start
-            yield (of.key(name), view.detach(), shape, tuple(offset),
-                   (0, 0 if split else place, self._replica()))
+                yield (of.key(name), part.detach(), shape, tuple(offset),
+                       (0, 0 if split else place, self._replica()))
+
+    def _stretches(self, view: torch.Tensor, axis: int, length: int, name: str
+                   ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the stretches of a factor that is cut, each with its place along the axis."""
+        layout, begin, mine = self.of.link.layout, 0, 0
+        by_rows = name != A and not self.of.num_experts
+        for rows in layout.runs_cut(layout.lengths[self.of.part]) if by_rows else (length,):
+            local = view.shape[axis] * rows // length
+            start = begin + self.group().rank() * local
+            if start < length:  # of a head rows may stand behind all tokens
+                yield start, view.narrow(axis, mine, min(local, length - start))
+            begin, mine = begin + rows, mine + local
 
     def _replica(self) -> int:
         return int(parallel_state.get_data_parallel_rank(with_context_parallel=True) if self.expert is None

@@ -59,6 +59,9 @@ class CachedAttention(torch.nn.Module):
         self.stored: tuple[torch.Tensor, ...] | None = None
         """Keys and values [slots, kv_heads, capacity, head_dim], once where they are the same; None before
         the first token."""
+        self.up_weight: torch.Tensor | None = None
+        """Of latent attention, the weight that makes keys and values, with its adapter inside: weights stay
+        while `keep` holds, so it is made once; None before the first token."""
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
                 attn_mask_type: Any = None, attention_bias: None = None,
@@ -315,7 +318,7 @@ class LatentAttention(MLASelfAttention):
               spans: PackedSpans) -> tuple[torch.Tensor, None]:
         """Attend to narrow vectors that the cache keeps: the projections to keys and from values meet the
         query and the output instead (arXiv 2405.04434, section 2.1.2)."""
-        config, heads = self.config, self.num_attention_heads_per_partition
+        config, heads, cached = self.config, self.num_attention_heads_per_partition, self.core_attention
         compressed = hidden
         if config.q_lora_rank is not None:
             compressed = self.linear_q_down_proj(hidden)[0]
@@ -331,13 +334,15 @@ class LatentAttention(MLASelfAttention):
         plain, turned = queries.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
         # q (W c) = (W^T q) c: the query meets the narrow vector, so the cache holds kv_lora_rank + rotated
         # channels for each token and not a key and a value for each head
-        to_keys, to_values = adapted_weight(self.linear_kv_up_proj).unflatten(
-            0, (heads, -1)).split([config.qk_head_dim, config.v_head_dim], dim=1)
+        if cached.up_weight is None:
+            cached.up_weight = adapted_weight(self.linear_kv_up_proj).detach()  # no parameter of the cache's
+        to_keys, to_values = cached.up_weight.unflatten(0, (heads, -1)).split(
+            [config.qk_head_dim, config.v_head_dim], dim=1)
         query = torch.cat([torch.einsum("thd,hdk->thk", plain, to_keys),
                            self._turned(turned, angles, spans)], dim=-1)
         # one key/value head for all query heads; values are its first kv_lora_rank channels
         one = torch.cat([latent[:, None], self._turned(key[:, None], angles, spans)], dim=-1)
-        attended = self.core_attention(query, one, one, None, packed_seq_params=spans)
+        attended = cached(query, one, one, None, packed_seq_params=spans)
         values = attended.unflatten(-1, (heads, -1))[..., :config.kv_lora_rank]
         output: tuple[torch.Tensor, None] = self.linear_proj(
             torch.einsum("thk,hvk->thv", values, to_values).flatten(1)[:, None])

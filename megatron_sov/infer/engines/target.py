@@ -19,6 +19,7 @@ from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
+from megatron_sov.model.families.adapters import identity
 from megatron_sov.model.families.family import text_config
 from megatron_sov.model.pretrained import CONFIG, weight_files
 from megatron_sov.runs.checkpoints import (
@@ -141,7 +142,7 @@ def inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | Non
                                 deterministic=False)
     config = apply_settings(dataclasses.replace(made_with, parallel=ParallelConfig(), train=train), settings,
                             option)
-    if config.lora.identity(made_with.model) != made_with.lora.identity(made_with.model):
+    if identity(config.lora, made_with.model) != identity(made_with.lora, made_with.model):
         # new ones would add nothing, and be taken for something
         asked = next(setting for setting in settings if setting.startswith("lora"))
         raise UserError(f"{option} {asked}: adapters are made by training, and {checkpoint} is run with "

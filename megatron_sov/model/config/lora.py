@@ -3,8 +3,8 @@ arXiv 2402.09353)."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
 from annotated_types import MinLen
 
@@ -16,18 +16,11 @@ from megatron_sov.model.config.train import OptimConfig, TrainConfig
 
 ALL_LINEAR, EXPERTS, HEAD, EMBEDDING = "all-linear", "experts", "lm_head", "embed_tokens"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-DELTA_NET = ("in_proj_qkvz", "in_proj_ba", "out_proj")
-SPLIT_DELTA_NET = ("in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
-"""Of a family whose folders have four matrices in the place of two (Qwen3.5).  The fourth, `in_proj_qkv`, has
-three runs of all heads, which a tensor-parallel process could not cut: it stays frozen."""
-KIMI_DELTA = (*ATTENTION, "b_proj", "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj")
-LATENT = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
-QUERIES_OF_A_LATENT = ("q_a_proj", "q_b_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 Target = Literal["all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba",
-                 "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "b_proj", "f_a_proj", "f_b_proj",
-                 "g_a_proj", "g_b_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
-                 "gate_proj", "up_proj", "down_proj", "experts", "lm_head", "embed_tokens"]
+                 "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "b_proj", "f_a_proj",
+                 "f_b_proj", "g_a_proj", "g_b_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa",
+                 "kv_b_proj", "gate_proj", "up_proj", "down_proj", "experts", "lm_head", "embed_tokens"]
 TARGETS: tuple[str, ...] = get_args(Target)
 """What `lora.targets` may name: modules as transformers calls them, and groups of them."""
 
@@ -43,8 +36,8 @@ class LoraConfig:
     """The update is scaled by alpha / rank."""
     targets: Annotated[tuple[Target, ...], MinLen(1)] = ("all-linear",)
     """What is adapted: q_proj, k_proj, v_proj, o_proj; in_proj_qkvz, in_proj_ba, out_proj (of a gated delta
-    net); in_proj_z, in_proj_b, in_proj_a, out_proj (of Qwen3.5's); b_proj, f_a_proj, f_b_proj, g_a_proj,
-    g_b_proj (of Kimi Delta Attention); q_a_proj, q_b_proj, kv_a_proj_with_mqa, kv_b_proj (of latent
+    net); in_proj_qkv, in_proj_z, in_proj_b, in_proj_a, out_proj (of Qwen3.5's); b_proj, f_a_proj, f_b_proj,
+    g_a_proj, g_b_proj (of Kimi Delta Attention); q_a_proj, q_b_proj, kv_a_proj_with_mqa, kv_b_proj (of latent
     attention); gate_proj, up_proj, down_proj (of dense layers and shared experts); experts (all routed ones,
     each with matrices of its own); lm_head; embed_tokens; all-linear: all of these that the model has, but
     lm_head and embed_tokens."""
@@ -57,36 +50,21 @@ class LoraConfig:
         """Whether the model is frozen and adapters are trained."""
         return self.rank > 0
 
-    def adapted(self, model: ModelConfig) -> frozenset[str]:
-        """Return what is adapted in a model, with `all-linear` spelled out."""
-        if not self.on:
-            return frozenset()
-        # Heads and embeddings are never among `all-linear`, as in PEFT.
-        every = {*_of_attention(model), *(FEED_FORWARD if _has_feed_forward(model) else ()),
-                 *((EXPERTS,) if model.num_moe_layers() else ())}
-        return frozenset(self.targets) - {ALL_LINEAR} | (every if ALL_LINEAR in self.targets else set())
-
-    def identity(self, model: ModelConfig) -> dict[str, Any]:
-        """Return what makes an adapter of a model another one than that of other settings, by the setting's
-        name: what is adapted in the place of how that is spelled; without adapters `rank` alone."""
-        if not self.on:
-            return {"rank": 0}
-        return asdict(self) | {"targets": sorted(self.adapted(model))}
+    def adapts_experts(self, model: ModelConfig) -> bool:
+        """Return whether a model's routed experts have adapters."""
+        return self.on and (EXPERTS in self.targets
+                            or (ALL_LINEAR in self.targets and model.num_moe_layers() > 0))
 
     def problems(self, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, optim: OptimConfig,
                  gpu: GpuConfig) -> list[SettingsProblem]:
         """Return every rule that these settings break."""
         if not self.on:
             return []
-        adapted, with_experts = self.adapted(model), EXPERTS in self.adapted(model)
-        missing = {*(() if _has_feed_forward(model) else FEED_FORWARD),
-                   *(_OF_ATTENTION - _of_attention(model)),
-                   *(() if model.num_moe_layers() else (EXPERTS,))} & {*self.targets}
+        with_experts = self.adapts_experts(model)
+        adapted = {*self.targets, *((EXPERTS,) if with_experts else ())}
         one_sided = {HEAD: "the embedding", EMBEDDING: "the head"} if model.tied_embeddings else {}
         return find_broken(
             self, "lora",
-            *((False, "targets", f"names {target}, which this model lacks", "leave it out")
-              for target in sorted(missing)),
             *((target not in self.targets, "targets", f"names {target}, which is {other} in this model "
                "(model.tied_embeddings), so that no weight could hold what is adapted on one side alone",
                "leave it out") for target, other in one_sided.items()),
@@ -118,22 +96,3 @@ class LoraConfig:
             (not (with_experts and "expert_fc1" in gpu.offload_modules), "targets",
              "adapts experts, each of which keeps its own part of the tokens, and gpu.offload_modules = "
              "expert_fc1 frees the memory of all", "leave expert_fc1 out"))
-
-
-_OF_ATTENTION = frozenset((*DELTA_NET, *SPLIT_DELTA_NET, *KIMI_DELTA, *LATENT, *QUERIES_OF_A_LATENT))
-
-
-def _of_attention(model: ModelConfig) -> frozenset[str]:
-    """Return the linear layers of a model's attention, of every kind that it has."""
-    linear, found = model.linear_attention, {*ATTENTION}
-    if model.latent_attention is not None:
-        found = {*LATENT, *(QUERIES_OF_A_LATENT if model.has_query_latent else ("q_proj",))}
-    if linear is not None:
-        delta_net = SPLIT_DELTA_NET if model.family == "qwen3_5_moe_text" else DELTA_NET
-        found |= {*(delta_net if linear.gate_rank is None else KIMI_DELTA)}
-    return frozenset(found)
-
-
-def _has_feed_forward(model: ModelConfig) -> bool:
-    """Return whether a trunk layer has a dense feed-forward block, or shared experts."""
-    return model.num_moe_layers() < model.num_layers or model.num_shared_experts > 0

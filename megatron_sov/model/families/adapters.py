@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
+from megatron_sov.base.settings import ProblemCode, SettingsError, SettingsProblem
 from megatron_sov.model.config import LoraConfig, ModelConfig
-from megatron_sov.model.config.lora import EMBEDDING, EXPERTS, HEAD
+from megatron_sov.model.config.lora import ALL_LINEAR, EMBEDDING, EXPERTS, HEAD, TARGETS
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.weights import Link
+from megatron_sov.model.families.weights import Experts, Link
 
 PREFIX = "adapter."
 """What the names of all tensors of an adapter begin with."""
 A, B, MAGNITUDE = "lora_A", "lora_B", "magnitude"
 _TRUNK = "decoder.layers."
+_STACK = ".experts.experts."
 IN_MEMORY = ((".block_sparse_moe", ".mlp"), (".self_attn.f_", ".self_attn.forget_gate.f_"))
 """Where transformers has modules of Mixtral and Kimi Linear, whose folders have them elsewhere."""
 
@@ -70,12 +73,50 @@ class Adapted:
         return found | ({self.key(MAGNITUDE): (self.out_features,)} if lora.dora else {})
 
 
-def adapted_modules(model: ModelConfig, lora: LoraConfig) -> list[Adapted]:
-    """Return every module that an adapter adapts, in the order of the weight map.
+@lru_cache(maxsize=256)
+def adaptable(model: ModelConfig) -> frozenset[str]:
+    """Return what of a model may be adapted, as `lora.targets` names it: what its family's weight map has of
+    that outside of prediction layers."""
+    found = set()
+    for section in models.get(model.family).weights:
+        # Prediction layers never: transformers drops them, and nothing could load their adapter.
+        for entry in section.entries if not section.where.startswith("mtp") and section.layers(model) else ():
+            names = [name.removesuffix(".weight").rpartition(".")[2] for name in entry.hf_names]
+            if isinstance(entry, Experts) or _STACK in entry.megatron:
+                names = [EXPERTS]
+            # no shared experts are some of width 0
+            found |= {*names} & {*TARGETS} if math.prod(entry.layout(model).block) else set()
+    return frozenset(found)
 
-    A multi-token prediction layer is never among them: transformers drops it, and nothing could load its
-    adapter.
+
+def adapted(lora: LoraConfig, model: ModelConfig) -> frozenset[str]:
+    """Return what is adapted in a model, with `all-linear` spelled out.
+
+    Raises:
+        SettingsError: the settings name what the model lacks.
     """
+    if not lora.on:
+        return frozenset()
+    named, having = frozenset(lora.targets) - {ALL_LINEAR}, adaptable(model)
+    # Of one table for embedding and head, `LoraConfig.problems` tells more.
+    if missing := sorted(named - having - {HEAD, EMBEDDING}):
+        raise SettingsError("settings", [SettingsProblem(
+            ProblemCode.RULE, "lora.targets", f"names {target}, which this model lacks", lora.targets,
+            "leave it out") for target in missing])
+    # Heads and embeddings are never among `all-linear`, as in PEFT.
+    return named | (having - {HEAD, EMBEDDING} if ALL_LINEAR in lora.targets else frozenset())
+
+
+def identity(lora: LoraConfig, model: ModelConfig) -> dict[str, Any]:
+    """Return what makes an adapter of a model another one than that of other settings, by the setting's name:
+    what is adapted in the place of how that is spelled; without adapters `rank` alone."""
+    if not lora.on:
+        return {"rank": 0}
+    return asdict(lora) | {"targets": sorted(adapted(lora, model))}
+
+
+def adapted_modules(model: ModelConfig, lora: LoraConfig) -> list[Adapted]:
+    """Return every module that an adapter adapts, in the order of the weight map."""
     return list(_found(model, lora))
 
 
@@ -85,11 +126,11 @@ def adapter_params(model: ModelConfig, lora: LoraConfig) -> int:
 
 
 def _found(model: ModelConfig, lora: LoraConfig) -> Iterator[Adapted]:
-    targets = lora.adapted(model)
+    targets = adapted(lora, model)
     for link in models.get(model.family).links(model) if lora.on else ():
         # [experts, rows, columns], a stack of routed experts (a convolution has three axes, too). One entry
         # per stack, taken at its first expert.
-        if ".experts.experts." in link.key and len(link.shape) == 3:
+        if _STACK in link.key and len(link.shape) == 3:
             if EXPERTS in targets and not link.offset[0] and link.key.startswith(_TRUNK):
                 yield _stack(link)
         # Trunk, head and embedding alone: this leaves prediction layers and encoders out.

@@ -22,28 +22,37 @@ class RunsLayout(Layout):
     runs: tuple[int, ...] = ()
     """Rows of a head in each run of the tensor that has as many rows of a head as all of them."""
 
-    def to_stored(self, part: Any, length: int) -> Any:
+    def runs_cut(self, length: int) -> tuple[int, ...]:
         if length != sum(self.runs):
-            return super().to_stored(part, length)
-        stored = part.new_empty(self.stored(length))
-        for run, rows in self._runs(stored):
-            rows.copy_(part.narrow(1, *run).reshape(rows.shape))
-        return stored
+            return super().runs_cut(length)
+        return tuple(self.view[0] * rows for rows in self.runs)
+
+    def in_order(self, part: Any, axis: int) -> Any:
+        return self._copied(part, axis, out_of_runs=True)
+
+    def as_stored(self, part: Any, axis: int) -> Any:
+        return self._copied(part, axis, out_of_runs=False)
+
+    def to_stored(self, part: Any, length: int) -> Any:
+        return super().to_stored(self.as_stored(part, 1), length)
 
     def to_view(self, tensor: Any, length: int) -> Any:
-        if length != sum(self.runs):
-            return super().to_view(tensor, length)
-        part = tensor.new_empty(self.part(length))
-        for run, rows in self._runs(tensor):
-            viewed = part.narrow(1, *run)
-            viewed.copy_(rows.reshape(viewed.shape))
-        return part
+        return self.in_order(super().to_view(tensor, length), 1)
 
-    def _runs(self, stored: Any) -> list[tuple[tuple[int, int], Any]]:
-        """Return where each run begins in a head and how long it is, and its rows of a stored tensor."""
-        starts = [sum(self.runs[:i]) for i in range(len(self.runs))]
-        return [((start, length), stored.narrow(0, self.view[0] * start, self.view[0] * length))
-                for start, length in zip(starts, self.runs, strict=True)]
+    def _copied(self, part: Any, axis: int, *, out_of_runs: bool) -> Any:
+        """Return [..., heads, rows of a head, ...] of one order of rows in the other; heads may be some of
+        all."""
+        if part.shape[axis] != sum(self.runs):
+            return part
+        heads, found = part.shape[axis - 1], part.new_empty(part.shape)
+        flat, by_head = (part, found) if out_of_runs else (found, part)
+        flat, start = flat.view(*flat.shape[:axis - 1], -1, *flat.shape[axis + 1:]), 0
+        for rows in self.runs:
+            run = flat.narrow(axis - 1, heads * start, heads * rows).unflatten(axis - 1, (heads, rows))
+            one = by_head.narrow(axis, start, rows)
+            (one if out_of_runs else run).copy_(run if out_of_runs else one)
+            start += rows
+        return found
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,11 @@ class Layout:
         """Return the opposite."""
         return part
 
+    def runs_cut(self, length: int) -> tuple[int, ...]:
+        """Return the rows of each stretch of a stored tensor of that length that processes share out alone,
+        where heads are shared out: all rows, or each run of all heads."""
+        return (self.stored(length)[0],)
+
     def to_stored(self, part: Any, length: int) -> Any:
         """Return a viewed part of that length as Hugging Face stores it."""
         return part.reshape(self.stored(length))

@@ -69,6 +69,17 @@ class AudioTokenizer(Protocol):
         ...
 
 
+class Recogniser(Protocol):
+    """What is said, as text."""
+
+    sample_rate_hz: int
+    """Of what it hears: one channel, float32 in -1..1."""
+
+    def hear(self, sound: torch.Tensor) -> str:
+        """Return the words of [s] samples, one space between two."""
+        ...
+
+
 class Vocoder(Protocol):
     """Speech from the ids of one audio tokenizer."""
 
@@ -95,6 +106,7 @@ KNOWN = {
     "fsq": "megatron_sov.omni.codecs.quantised:FSQTokenizer",
     "cosyvoice2": "megatron_sov.omni.codecs.published:CosyVoice2Tokenizer",
     "nemo-audio": "megatron_sov.omni.codecs.published:NemoAudioTokenizer",
+    "nemo-asr": "megatron_sov.omni.codecs.recogniser:NemoRecogniser",
     "dit": "megatron_sov.omni.codecs.dit:DiT",
     "unit-bigvgan": "megatron_sov.omni.codecs.bigvgan:UnitBigVGAN",
 }

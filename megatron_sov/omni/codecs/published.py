@@ -143,8 +143,9 @@ MAX_TENSORS = 100_000
 class BoundedUnpickler(TorchDispatchMode):
     """While it is entered, tensors beyond the bounds raise `MemoryError` before they are made."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_elements: int = MAX_ELEMENTS) -> None:
         super().__init__()
+        self._max_elements = max_elements
         self.problem = ""
         """What was asked for, where it was too much: what made the network may have told it otherwise."""
         self._num_elements = self._num_tensors = 0
@@ -160,9 +161,9 @@ class BoundedUnpickler(TorchDispatchMode):
             self._num_tensors += 1
         elif isinstance(asked, (int, float)):
             self._num_elements += int(max(abs(n) for n in args if isinstance(n, (int, float))))
-        if self._num_elements > MAX_ELEMENTS or self._num_tensors > MAX_TENSORS:
+        if self._num_elements > self._max_elements or self._num_tensors > MAX_TENSORS:
             self.problem = (f"asks for {self._num_elements:,} numbers in {self._num_tensors:,} tensors, and "
-                            f"at most {MAX_ELEMENTS:,} in {MAX_TENSORS:,} are reserved")
+                            f"at most {self._max_elements:,} in {MAX_TENSORS:,} are reserved")
             raise MemoryError(self.problem)
         return func(*args, **kwargs or {})
 
@@ -230,6 +231,11 @@ class NemoAudioTokenizer(nn.Module):
         with torch.device("cpu"):
             self.network = nemo_model(settings.config)
 
+    @staticmethod
+    def of_archive(source: Path) -> tuple[NemoAudioSettings, Tensors]:
+        """Return settings and state of a codec's archive; `UserError` where it is none that is read."""
+        return _nemo(source)
+
     def encode(self, sound: torch.Tensor) -> torch.Tensor:
         """Return [t] int64 ids of [s] samples; NeMo fills up the last token's silence."""
         tokens = int(self.max_piece_s * self.sample_rate_hz / self.samples_per_token)
@@ -282,8 +288,13 @@ def nemo_model(config: Mapping[str, Any]) -> Any:
     return model
 
 
-def config_problems(config: object) -> Iterator[str]:
-    """Yield one sentence for each part of a configuration that would have NeMo call or read other things."""
+def config_problems(config: object, classes: frozenset[str] = _CLASSES) -> Iterator[str]:
+    """Yield one sentence for each part of a configuration that would have NeMo call or read other things.
+
+    Args:
+        config: what is to be looked at.
+        classes: what `_target_` may name.
+    """
     if isinstance(config, dict):
         for name in NEUTRAL:
             if config.get(name):
@@ -301,7 +312,7 @@ def config_problems(config: object) -> Iterator[str]:
             return
         if isinstance(node, dict):
             target = node.get("_target_")
-            if target is not None and not (isinstance(target, str) and target in _CLASSES):
+            if target is not None and not (isinstance(target, str) and target in classes):
                 # what is no text may hold itself again and again, and is not written out
                 told = repr(target[:100]) if isinstance(target, str) else f"a {type(target).__name__}"
                 yield f"{where}._target_ = {told}: names no network of NeMo's for speech"
@@ -336,7 +347,7 @@ def import_codec(kind: str, source: Path, output: Path, *, overwrite: bool = Fal
     """Write a codec of what others published.
 
     Args:
-        kind: "ta-tok", "cosyvoice2" or "nemo-audio".
+        kind: "ta-tok", "cosyvoice2", "nemo-audio" or "nemo-asr".
         source: a file (.safetensors, .pth, .pt, .onnx, .nemo), or a folder of safetensors files.
         output: the codec's folder.
         overwrite: replace a codec that is already there.
@@ -345,13 +356,13 @@ def import_codec(kind: str, source: Path, output: Path, *, overwrite: bool = Fal
         UserError: the source cannot be read without running it, or is another network.
     """
     refuse_existing(output, KIND, overwrite)
-    if kind == "nemo-audio":
-        settings, state = _nemo(source)
-    else:
+    cls = codec_class(kind, str(source))
+    if kind in INSIDE:
         settings, state = _CONVERTERS[kind](_tensors(source, INSIDE[kind]), str(source))
+    else:
+        settings, state = cls.of_archive(source)
     if found := problems_of(settings):
         raise SettingsError(f"{source}: its sizes", found)
-    cls = codec_class(kind, str(source))
     with torch.device("meta"):  # sizes that small tensors tell apart may ask for much together
         expected = cls(settings).state_dict()
     _compare(expected, state, source)
@@ -455,7 +466,29 @@ def _onnx(file: Path) -> Tensors:
 
 
 def _nemo(source: Path) -> tuple[NemoAudioSettings, Tensors]:
-    """Return settings and state of a `.nemo` archive; its members are read one by one, and never unpacked."""
+    config, state = read_nemo(source)
+    config = {key: value for key, value in config.items() if key not in UNUSED}
+    # set, not removed: NeMo reads them always
+    config |= NEUTRAL
+    if found := list(config_problems(config)):
+        raise UserError(list_problems(f"{source}: model_config.yaml", found[:20]))
+    model = nemo_model(config)
+    ids = torch.zeros(1, 1, 1, dtype=torch.int64)
+    width = model.dequantize(tokens=ids, tokens_len=torch.tensor([1])).shape[1]
+    settings = NemoAudioSettings(
+        config=config, sample_rate_hz=int(model.sample_rate), samples_per_frame=int(model.samples_per_frame),
+        codebook_size=int(model.vector_quantizer.codebook_size), code_width=int(width))
+    return settings, {f"network.{name}": tensor for name, tensor in state.items()
+                      if not name.startswith(UNHEARD)}
+
+
+def read_nemo(source: Path) -> tuple[dict[str, Any], Tensors]:
+    """Return configuration and weights of a `.nemo` archive, neither of them checked: its members are read
+    one by one and never unpacked, its weights never unpickled.
+
+    Raises:
+        UserError: it is none, or cannot be read without running it.
+    """
     try:
         with _opened(source) as file, \
                 tarfile.TarFile(source, fileobj=cast(Any, _InPieces(file))) as archive, \
@@ -478,19 +511,7 @@ def _nemo(source: Path) -> tuple[NemoAudioSettings, Tensors]:
                         "again") from None
     if not isinstance(config, dict):
         raise UserError(f"{source}: its model_config.yaml is no object of settings; download it again")
-    config = {key: value for key, value in config.items() if key not in UNUSED}
-    # set, not removed: NeMo reads them always
-    config |= NEUTRAL
-    if found := list(config_problems(config)):
-        raise UserError(list_problems(f"{source}: model_config.yaml", found[:20]))
-    model = nemo_model(config)
-    ids = torch.zeros(1, 1, 1, dtype=torch.int64)
-    width = model.dequantize(tokens=ids, tokens_len=torch.tensor([1])).shape[1]
-    settings = NemoAudioSettings(
-        config=config, sample_rate_hz=int(model.sample_rate), samples_per_frame=int(model.samples_per_frame),
-        codebook_size=int(model.vector_quantizer.codebook_size), code_width=int(width))
-    return settings, {f"network.{name}": tensor for name, tensor in state.items()
-                      if not name.startswith(UNHEARD)}
+    return config, state
 
 
 def _opened(source: Path) -> Any:

@@ -396,6 +396,6 @@ def head_keeps(config: RunConfig, row_tokens: int) -> int:
     m, item = config.model, ITEM_BYTES[config.train.precision]
     tokens, wide = tokens_of(config, row_tokens), max(ITEM_BYTES[config.train.precision], FLOAT32_BYTES)
     rows = -(-m.vocab_size // config.parallel.tp)
-    trained = not config.lora.on or HEAD in config.lora.adapted(m)
+    trained = not config.lora.on or HEAD in config.lora.targets
     of_weight = rows * m.hidden_size * wide if trained else 0
     return (1 + m.num_predictions) * (of_weight + tokens.local * (m.hidden_size * item + wide))

@@ -216,7 +216,8 @@ def _head_bytes(config: RunConfig, local_tokens: int, row_tokens: int) -> int:
     if m.logits_softcap is not None:
         logit_bytes += max(item, LOGIT_BYTES)  # the slope of the cap
     chunk = min(config.train.head_chunk_tokens, local_tokens) * logit_bytes
-    copy = m.hidden_size * item if HEAD in config.lora.adapted(m) else 0  # the head with its adapter inside
+    adapts_head = config.lora.on and HEAD in config.lora.targets
+    copy = m.hidden_size * item if adapts_head else 0  # the head with its adapter inside
     return -(-m.vocab_size // config.parallel.tp) * (chunk + copy) + head_keeps(config, row_tokens)
 
 

@@ -40,6 +40,11 @@ _SIXTEEN_RUNS = "parallel.pipeline_layout=[3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3
 """Of models whose last stage has prediction layers."""
 _EIGHT_RUNS = "parallel.pipeline_layout=[6, 6, 6, 6, 6, 6, 7, 5]"
 _TWELVE_RUNS = "parallel.pipeline_layout=[4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 5, 3]"
+_DEEP_RUNS = "parallel.pipeline_layout=[5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 6, 6, 1]"
+"""Of 78 layers before a prediction layer that is applied four times, each time with the head."""
+_DEEP_HALVES: Layout = (*_HALVES, "parallel.pp=16", *_NODE, _DEEP_RUNS)
+_DEEP_STAGES: Layout = ("parallel.tp=1", "parallel.sp=false", "parallel.pp=8", "parallel.vpp=2", *_NODE,
+                        _DEEP_RUNS)
 _TWO_ROWS: Layout = ("train.micro_batch_size=2",)
 _PASSES: Layout = ("parallel.expert_overlap=micro_batches",)
 """Tokens travel to experts behind another micro-batch."""
@@ -114,6 +119,8 @@ RECOMMENDED: dict[str, dict[str, tuple[Layout, ...]]] = {
         "b200": (("parallel.tp=4", "parallel.pp=2", "parallel.vpp=4", *_NODE, "parallel.cp=4",
                   _EIGHT_RUNS, *_TWO_ROWS, *_WHOLE_ROWS),
                  ("parallel.tp=4", "parallel.pp=4", *_NODE, *_WHOLE_ROWS), _WHOLE_ROWS)},
+    "k-exaone2-750b": {"h100": (_DEEP_HALVES,), "h200": (_DEEP_STAGES, _DEEP_HALVES),
+                       "b200": (_DEEP_STAGES, _DEEP_HALVES)},
     **dict.fromkeys(("qwen2-1.5b", "qwen3-4b", "qwen3-4b-2507", "qwen3-8b", "qwen3-moe-30b",
                      "qwen3-30b-a3b-2507", "typhoon-s-8b", "vibethinker-1.5b"),
                     _SMALL),

@@ -9,10 +9,12 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import pytest
+import torch
 
+from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.evaluate.eval_media import (
-    PAIRS, MediaGroup, MediaRow, Rank, figures, grouped, judge_of, normalised, rank_figures, ranks, read_rows)
+    PAIRS, MediaGroup, MediaRow, Rank, figures, grouped, judge_of, rank_figures, ranks, read_rows)
 from megatron_sov.eval.statistics import mean_interval, wilson_interval
 
 WORDS = [{"type": "text", "text": "Say it."}]
@@ -33,7 +35,6 @@ def test_figures_count_what_was_recognised() -> None:
     assert told["wer"] == jiwer.wer(["hello world", "yellow", "서울 시청"], ["hello world", "yell oh", ""])
     assert told["wer"] == (0 + 2 + 2) / 5
     assert told["cer"] == pytest.approx((0 + 2 + 5) / (11 + 6 + 5))
-    assert normalised("  Ｈello, — World! ") == "ｈello world"
     assert "chance" not in figures([MediaRow(WORDS, "a")], ["a"])
 
 
@@ -83,6 +84,27 @@ def test_a_judge_that_is_none_is_refused(tmp_path: Path, code: str, said: str) -
 def test_a_program_that_fails_is_named(command: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         judge_of(command)(FILES, LABELS)
+
+
+def test_a_codec_that_hears_is_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import soundfile
+
+    from megatron_sov.omni.codecs import folder
+
+    class Ears:
+        sample_rate_hz = 4000
+
+        def hear(self, sound: torch.Tensor) -> str:
+            return f"{len(sound)} samples"
+
+    monkeypatch.setattr(folder, "open_codec",
+                        lambda path, *, kind: {("ears", "nemo-asr"): Ears()}[path.name, kind])
+    with new_artifact(tmp_path / "ears", "codec"):
+        pass
+    for name, seconds in (("a", 1), ("b", 2)):
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(8000 * seconds), 8000)
+    assert judge_of(str(tmp_path / "ears"))([tmp_path / "a.wav", tmp_path / "b.wav"], LABELS) == [
+        "4000 samples", "8000 samples"]
 
 
 def test_a_program_may_say_any_character(tmp_path: Path) -> None:

@@ -247,6 +247,10 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
         KIMI[2].replace("{", '{"q_lora_rank": 20, ')], marks=pytest.mark.deep),
     pytest.param("tiny-qwen3-next", [TP2, {"cp": 2}], ["model.attention_pattern=DG"],
                  marks=pytest.mark.deep),
+    # a matrix of three runs of all heads
+    ("tiny-qwen3.5-moe", [TP2, {"cp": 2}], ["model.attention_pattern=DG"]),
+    pytest.param("tiny-qwen3.5-moe", [TP2], ["lora.dora=true", 'lora.targets=["in_proj_qkv", "out_proj"]'],
+                 marks=pytest.mark.deep),
     ("tiny-k-exaone", [EP2], ['lora.targets=["q_proj", "v_proj", "up_proj", "experts"]']),
     pytest.param("tiny-k-exaone", [PP2], ['lora.targets=["q_proj", "v_proj", "up_proj", "experts"]'],
                  marks=pytest.mark.deep),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -40,3 +41,44 @@ def test_values_of_any_width_are_attended_to_inside_documents(
     weights = torch.randn(found.shape, generator=draw, dtype=torch.float64)
     ours, theirs = (torch.autograd.grad((out * weights).sum(), value)[0] for out in (found, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def generated_while_trained() -> list[tuple[list[list[int]], list[list[int]], int]]:
+    """Return what is generated before and after a training step of an adapter of `kv_b_proj`, what full
+    forward passes say, and how often a whole weight was made."""
+    from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+    from megatron_sov.engine.model.added_parts import LinearAdapter
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.infer.decoder.generator import MegatronEngine
+    from megatron_sov.infer.request import Batching, Sampling
+    from tests.engine.model.test_added_parts import KIMI, Learning, config_of
+
+    config = config_of("tiny-kimi-linear", {}, [*KIMI, "model.attention_pattern=G",
+                                                'lora.targets=["kv_b_proj"]', "optim.clip_grad=0"])
+    world.join(config.parallel)
+    learning, made, found = Learning(config), [], []
+    make = LinearAdapter.inside
+    LinearAdapter.inside = lambda *args: made.append(1) or make(*args)  # type: ignore[method-assign]
+    policy = ForwardModel(learning.model, 50)
+    engine, prompts = MegatronEngine(policy, Batching(1, 5)), [[5, 9, 2, 70], list(range(20, 32))]
+    for _ in range(2):
+        written = engine.generate(prompts, Sampling(6)).continuations
+        full = [policy.logits(Inputs([[*p, *c]], torch.device("cpu")),
+                              torch.arange(len(p) - 1, len(p) + 5)).argmax(-1).tolist()
+                for p, c in zip(prompts, written, strict=True)]
+        found.append((written, full, len(made)))
+        made.clear()
+        learning.gradients()
+        learning.optimizer.step(2.0)
+    world.leave()
+    return found
+
+
+@pytest.mark.distributed
+def test_a_weight_with_its_adapter_is_made_once_in_a_generation_and_anew_in_the_next(ranks: Any,
+                                                                                     job: Any) -> None:
+    (before, after), = ranks(job(__file__, "generated_while_trained", 1, {}))[0]
+    layers = 2
+    assert before[2] == after[2] == layers
+    assert before[0] == before[1] and after[0] == after[1]
+    assert before[0] != after[0], "the step changed nothing"

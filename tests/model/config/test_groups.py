@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from megatron_sov import recipes
 from megatron_sov.base.settings import SettingsProblem
 from megatron_sov.model.config import (
     AudioEncoderConfig, DataConfig, ParallelConfig, PhaseConfig, RunConfig, TrainConfig, VisionEncoderConfig,
@@ -40,23 +39,6 @@ def test_quantised_sizes_are_those_of_its_weights(settings: list[str], said: str
     (AudioEncoderConfig(compression=25), 30)])
 def test_features_of_a_record(encoder: Any, slots: int) -> None:
     assert encoder.slots == slots
-
-
-# Settings of low-rank adaptation: what they adapt in which model, and everything that is wrong at once.
-
-
-def config(recipe: str, *settings: str) -> RunConfig:
-    return apply_settings(recipes.get(recipe), ["lora.rank=4", *settings])
-
-
-@pytest.mark.parametrize(("recipe", "extra"), [
-    ("tiny-qwen3", {"gate_proj", "up_proj", "down_proj"}), ("tiny-qwen3-moe", {"experts"}),
-    ("tiny-solar-open", {"gate_proj", "up_proj", "down_proj", "experts"})])
-def test_all_linear_is_what_the_model_has_without_its_head(recipe: str, extra: set[str]) -> None:
-    found = config(recipe)
-    assert found.problems() == []
-    assert found.lora.adapted(found.model) == {"q_proj", "k_proj", "v_proj", "o_proj", *extra}
-    assert not apply_settings(found, ["lora.rank=0"]).lora.adapted(found.model)
 
 
 # Rules of a layout.

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_sov.base.settings import SettingsError
 from megatron_sov.model.config import LoraConfig
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.adapters import adapted_modules, places
+from megatron_sov.model.families.adapters import adaptable, adapted, adapted_modules, places
 from megatron_sov.model.families.count import (
     layer_weights, mean_keys, multiplied_weights, num_params, train_flops_per_token)
 from megatron_sov.model.families.family import TokenIds
@@ -97,6 +98,36 @@ def test_total_equals_the_model_class_of_transformers(recipe: str) -> None:
 
 
 # Which modules of a model an adapter adapts.
+
+
+@pytest.mark.parametrize("recipe", sorted(r for r in ONE_OF_EACH.values() if r.startswith("tiny-")))
+def test_what_may_be_adapted_is_every_linear_layer_and_table_of_transformers_model(recipe: str) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = get(recipe).model
+    config = models.get(model.family).to_hf_config(model, "bfloat16", TokenIds())
+    with torch.device("meta"):
+        reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    named = [(name.rpartition(".")[2], module) for name, module in reference.named_modules()]
+    theirs = {name for name, module in named
+              if name == "experts" or isinstance(module, torch.nn.Linear | torch.nn.Embedding)}
+    # the head of a tied model is its embedding; shared experts' gate is one row
+    theirs -= {"shared_expert_gate", *(("lm_head",) if model.tied_embeddings else ())}
+    assert adaptable(model) == theirs
+    assert adapted(LoraConfig(rank=4), model) == theirs - {"lm_head", "embed_tokens"}
+    assert not adapted(LoraConfig(rank=0), model)
+
+
+@pytest.mark.parametrize(("recipe", "targets"), [
+    ("tiny-qwen3", ["experts"]), ("tiny-qwen3-moe", ["up_proj"]), ("tiny-qwen3", ["in_proj_ba"]),
+    ("tiny-qwen3-next", ["f_a_proj", "in_proj_qkv"]), ("tiny-kimi-linear", ["q_a_proj"]),
+    ("tiny-deepseek-v3", ["k_proj"]), ("tiny-qwen3.5-moe", ["in_proj_qkvz"])])
+def test_targets_that_a_model_lacks_are_told(recipe: str, targets: list[str]) -> None:
+    with pytest.raises(SettingsError) as e:
+        adapted(LoraConfig(4, targets=("o_proj", *targets)), get(recipe).model)
+    assert [(problem.key, problem.rule) for problem in e.value.problems] == [
+        ("lora.targets", f"names {target}, which this model lacks") for target in targets]
 
 
 @pytest.mark.parametrize("recipe", ["tiny-glm4-moe", "tiny-deepseek-v3", "tiny-k-exaone"])

@@ -100,6 +100,19 @@ def test_recommended_layouts_hide_messages_and_reach_their_share_of_the_peak(
     assert reached[0] > share > reached[1]
 
 
+@pytest.mark.parametrize(("gpu", "share", "times"), [("h100", 0.16, 1.5), ("b200", 0.17, 2.5)])
+def test_the_largest_model_gains_by_its_recommended_layout(gpu: str, share: float, times: float) -> None:
+    """By account; its last stage has the head five times: of the trunk and of each depth of prediction."""
+    where, config = machines(gpu, 64), recipes.get("k-exaone2-750b")
+    prices = pricing(where)
+    assert prices is not None
+    settings = settings_for(config, where.num_ranks, gpu)
+    assert "parallel.ep=8" in settings, "experts are exchanged inside a node"
+    own, better = (prices.step(run_stages(run, where.num_ranks, micro_batch_set=True)[0]).mfu
+                   for run in (config, apply_settings(config, list(settings))))
+    assert better > share and better > times * own
+
+
 def test_what_is_said_stays_under_a_recommended_layout() -> None:
     config = recipes.get("solar-open-102b-mid")
     assert "gpu.attention=fused" in settings_for(config, 480, "b200")
