@@ -243,8 +243,8 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
     """
     from plotly.offline import get_plotlyjs
 
-    draws = bool(live) or any(part.charts for part in (
-        *opening, *(section for chapter in chapters for section in chapter.sections)))
+    draws = bool(live) or any(panel.charts for panel in opening) or any(
+        section.charts for chapter in chapters for section in chapter.sections)
     plotly_js = get_plotlyjs() if draws else ""  # nearly five megabytes
     draw_js, live_js = _resource("draw.js"), _resource("live.js")
     scripts = [*([plotly_js] if draws else []), draw_js, *([live_js] if live else [])]
