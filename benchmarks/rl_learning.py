@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seed_runs import ALWAYS, MODEL, SeedFolder, parser_of, rows_of, run, words, write
+from seed_runs import ALWAYS, MODEL, SeedFolder, parser_of, rows_of, run, tokens_a_document, words, write
 from seeds import over_seeds
 
 HERE = Path(__file__).parent
@@ -230,9 +230,7 @@ class Seed(SeedFolder):
                 "chat", "--workers", "1", "--input", f"chats={self.folder / f'{name}-chats.jsonl'}",
                 "--output", shards, "--overwrite")
         if not (run_folder / "complete.json").exists():
-            [source] = json.loads((shards / "manifest.json").read_text())["content"]["sources"]
-            train = source["splits"]["train"]
-            tokens = ROUNDS * PROMPTS * SAMPLES * train["num_tokens"] / train["num_documents"]
+            tokens = ROUNDS * PROMPTS * SAMPLES * tokens_a_document(shards)
             run(self.log, "megatron_sov", "sft", self.recipe, "--from", start, "--data", shards, "--run",
                 run_folder, "--resume", *words((
                     *SETTINGS, *settings, f"train.seed={self.seed}", f"optim.lr={rate}",
