@@ -2,7 +2,8 @@
 search, over two turns, on goals that no round has had.
 
 Usage: python benchmarks/rl_tools.py --work FOLDER [--seeds 0 1 2] [--worlds calculator retrieval]
-                                     [--methods gspo grpo ink_grpo best_of_n]
+                                     [--methods gspo grpo ink_grpo best_of_n] [--rounds 25]
+                                     [--start-steps 500]
        python benchmarks/rl_tools.py --work FOLDER --print
 
 The model comes from our own fine-tuning on scripted episodes, played by the environments themselves.  In most
@@ -57,14 +58,14 @@ TOKENIZER = {
     "num_special_ids": 8, "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
     "pad_token": "<|endoftext|>", "chat_template": TEMPLATE}
 ROW = 256
-START = (*ALWAYS, rows_of(ROW), "train.steps=500", "optim.lr=4e-3")
+START_STEPS, START = 500, (*ALWAYS, rows_of(ROW), "optim.lr=4e-3")
 MAX_PROMPT, MAX_RESPONSE, MAX_TURN, MAX_TURNS = 128, 120, 48, 3
 METHODS = {"gspo": (), "grpo": ("policy.method=grpo", "policy.kl_coeff=0.04", "policy.kl_weighted=false"),
            "ink_grpo": ("policy.method=ink_grpo", "policy.knowledge_batch_size=8")}
 """Method -> its settings."""
 ROUNDS, PROMPTS, SAMPLES, MICRO = 25, 16, 8, 8
 OPTIM = ("optim.min_lr=2e-4", "optim.weight_decay=0", "optim.warmup_steps=0")
-POLICY = ("policy.method=gspo", f"rollout.rounds={ROUNDS}", f"rollout.prompts_per_round={PROMPTS}",
+POLICY = ("policy.method=gspo", f"rollout.prompts_per_round={PROMPTS}",
           f"rollout.samples_per_prompt={SAMPLES}", f"rollout.piece_prompts={PROMPTS}",
           f"rollout.max_new_tokens={MAX_RESPONSE}", f"rollout.max_prompt_tokens={MAX_PROMPT}",
           "optim.lr=5e-4", *OPTIM, "train.num_threads=1", f"train.global_batch_size={MICRO}",
@@ -177,6 +178,9 @@ def played(world: Environment, row: dict[str, Any], turns: list[str]) -> dict[st
 class Seed(SeedFolder):
     """Data and runs of one seed."""
 
+    rounds, start_steps = ROUNDS, START_STEPS
+    """Of all methods, and of what they go on from."""
+
     def settings(self, world: str, corpus: str) -> dict[str, Any]:
         """Return the environment's, of which `retrieval` has documents."""
         return {} if world == "calculator" else {"corpus": str(self.folder / f"{corpus}.jsonl"), "top_k": 1}
@@ -209,9 +213,8 @@ class Seed(SeedFolder):
             library, goals = rng.choice(libraries)
             yield scripted(library, rng.choice(goals), rng)
 
-    def start(self, *settings: str) -> Path:
-        """Return the fine-tuned model that both worlds go on from, trained by other settings where some are
-        given."""
+    def start(self) -> Path:
+        """Return the fine-tuned model that both worlds go on from."""
         run_folder, shards = self.folder / "start", self.folder / "shards"
         if not (shards / "manifest.json").exists():
             self.data()
@@ -226,7 +229,7 @@ class Seed(SeedFolder):
             run(self.log, "megatron_sov", "pretrain", "tiny-solar-open", "--data", shards, "--run",
                 run_folder, "--resume",
                 *words((*(f"model.{size}" for size in MODEL), *START, f"train.seed={self.seed}",
-                        *settings)))
+                        f"train.steps={self.start_steps}")))
         return run_folder
 
     def play(self, world: str, run_folder: Path) -> None:
@@ -277,7 +280,8 @@ class Seed(SeedFolder):
                 "--batch-size", "64", "--workers", "1", "--resume", *text, *self.limits(),
                 *(word for key, value in self.settings(name, "tasks.corpus").items()
                   for word in ("--env-set", f"{key}={value}")),
-                *words((*POLICY, *METHODS[method], f"train.seed={self.seed}", f"rollout.seed={self.seed}")))
+                *words((*POLICY, *METHODS[method], f"rollout.rounds={self.rounds}",
+                        f"train.seed={self.seed}", f"rollout.seed={self.seed}")))
         self.play(name, run_folder)
 
 
@@ -290,7 +294,7 @@ class Seed(SeedFolder):
         self.play(world, start)
         if not (shards / "manifest.json").exists():
             tasks = (self.folder / f"{world}.tasks.jsonl").read_text()
-            times = round(ROUNDS * PROMPTS * SAMPLES / len(tasks.splitlines()))
+            times = round(self.rounds * PROMPTS * SAMPLES / len(tasks.splitlines()))
             (self.folder / f"{world}.tasks.{BEST}.jsonl").write_text(tasks * times)
             episodes = self.folder / f"{world}-{BEST}.episodes"
             self.episodes_of(world, start, f"tasks.{BEST}", episodes, "--temperature", "1", "--seed",
@@ -307,7 +311,7 @@ class Seed(SeedFolder):
                     "--run", run_folder, "--resume", *words((
                         *ALWAYS, rows_of(ROW), *OPTIM, "guards.sigma=0", f"train.seed={self.seed}",
                         f"optim.lr={rate}", f"train.global_batch_size={rows}",
-                        f"train.micro_batch_size={MICRO}", f"train.steps={ROUNDS}")))
+                        f"train.micro_batch_size={MICRO}", f"train.steps={self.rounds}")))
             self.play(world, run_folder)
 
     def right_episodes(self, world: str, episodes: Path) -> Iterator[dict[str, Any]]:
@@ -356,6 +360,8 @@ def main() -> None:
     """Run what is missing, or print the table."""
     parser = parser_of(__doc__, "--worlds", ("calculator", "retrieval"))
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, BEST], default=["gspo"])
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="and steps of best_of_n")
+    parser.add_argument("--start-steps", type=int, default=START_STEPS)
     args = parser.parse_args()
     if args.methods != ["gspo"] and args.worlds != ["retrieval"]:
         parser.error("--methods other than gspo are for --worlds retrieval alone")
@@ -363,6 +369,7 @@ def main() -> None:
         for seed in args.seeds:
             for world, method in [(world, method) for world in args.worlds for method in args.methods]:
                 made = Seed(seed, args.work)
+                made.rounds, made.start_steps = args.rounds, args.start_steps
                 made.best_of_n(world) if method == BEST else made.world(world, method)
     report(args.work, args.worlds)
 
