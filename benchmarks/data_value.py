@@ -2,6 +2,7 @@
 filtered, and filtered and levelled text.
 
     python benchmarks/data_value.py --work FOLDER --docs FOLDER [--seeds 0 1 2] [--steps 400]
+                                    [--variants raw rules ...]
     python benchmarks/data_value.py --work FOLDER --print
 
 raw        pages of English documentation with all their navigation and indices, and as much planted junk
@@ -246,12 +247,13 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="folder of unpacked documentation packages")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--print", dest="only_print", action="store_true")
     args = parser.parse_args()
     if not args.only_print:
         make_data(args.work, args.docs)
         for seed in args.seeds:
-            for variant in VARIANTS:
+            for variant in args.variants:
                 train(args.work, variant, seed, args.steps)
     report(args.work, args.steps)
 
