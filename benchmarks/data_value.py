@@ -1,11 +1,14 @@
-"""What filtering and levels are worth: models of one recipe on raw, filtered, and filtered and levelled text.
+"""What filtering and levels are worth: models of one recipe on raw text, on what rules alone keep, and on
+filtered, and filtered and levelled text.
 
     python benchmarks/data_value.py --work FOLDER --docs FOLDER [--seeds 0 1 2] [--steps 400]
+                                    [--variants raw rules ...]
     python benchmarks/data_value.py --work FOLDER --print
 
 raw        pages of English documentation with all their navigation and indices, and as much planted junk
            again: lines repeated with a running number, server logs, base64 and hex, and Korean, Japanese and
            German pages whose UTF-8 was read as Latin-1, a quarter of the documents each
+rules      what the steps `language` (English) and `rules` keep by default: no label and no trained score
 filtered   what the step `quality` keeps at 0.5
 levelled   of that, what the step `level` calls L2 or L3: the better half by the step `education`
 
@@ -46,7 +49,7 @@ LABELLED = ("git-doc", "debian-policy", "aptitude-doc-en", "nginx-doc", "r-doc-h
 PROSE = ("debian-handbook", "developers-reference", "debian-reference-en", "maint-guide", "debian-faq",
          "debian-edu-doc-en")
 GARBLED = ("gimp-help-ko", "libreoffice-help-ja", "libreoffice-help-de")
-VARIANTS = ("raw", "filtered", "levelled")
+VARIANTS = ("raw", "rules", "filtered", "levelled")
 DOCUMENT_CHARS = 6_000
 RAW_CHARS, PROSE_BYTES, NUM_LABELS = 8_000_000, 400_000, 1_200
 VOCAB_SIZE, SEQ_LEN, BATCH = 2048, 128, 16
@@ -124,7 +127,8 @@ def apply(kind: str, settings: Mapping[str, Any], documents: list[Doc], work: Pa
         for task in range(step_pass.num_tasks or 1):
             step_pass.run(view, task)
     step.start(view)
-    return [Doc(d.id, d.text, d.source, d.shard, d.row, {**d.columns, **o.values})
+    return [Doc(d.id, d.text if o.text is None else o.text, d.source, d.shard, d.row,
+                {**d.columns, **o.values})
             for d, o in zip(documents, step.outcomes(documents), strict=True) if not o.reason]
 
 
@@ -166,6 +170,7 @@ def make_data(work: Path, docs: Path) -> None:
     rng.shuffle(texts)
     documents = [Doc(f"pages:0:{row:016x}", text, "pages", 0, row, {"sort": sort})
                  for row, (sort, text) in enumerate(texts)]
+    by_rules = apply("rules", {}, apply("language", {"keep": ("en",)}, documents, work), work)
     filtered = apply("quality", {"model": work / "quality-model", "min_score": 0.5}, documents, work)
     graded = apply("education", {"model": work / "education-model"}, filtered, work)
     levelled = [d for d in apply("level", {"per": ""}, graded, work) if d.columns["level"] in ("L2", "L3")]
@@ -177,7 +182,7 @@ def make_data(work: Path, docs: Path) -> None:
             if size > PROSE_BYTES:
                 break
     write_texts(work / "prose.jsonl", prose)
-    for name, kept in zip(VARIANTS, (documents, filtered, levelled), strict=True):
+    for name, kept in zip(VARIANTS, (documents, by_rules, filtered, levelled), strict=True):
         write_texts(work / f"{name}.jsonl", [d.text for d in kept])
     run(log, "tokenizer.cli", "train", "--preset", "k-exaone", "--vocab-size", str(VOCAB_SIZE), "--input",
         work / "raw.jsonl", "--output", work / "tokenizer", "--overwrite")
@@ -188,7 +193,7 @@ def make_data(work: Path, docs: Path) -> None:
     (work / "data.json").write_text(json.dumps({
         name: {"documents": len(kept), "characters": sum(len(d.text) for d in kept),
                "sorts": Counter(d.columns["sort"] for d in kept)}
-        for name, kept in zip(VARIANTS, (documents, filtered, levelled), strict=True)}))
+        for name, kept in zip(VARIANTS, (documents, by_rules, filtered, levelled), strict=True)}))
 
 
 def train(work: Path, variant: str, seed: int, steps: int) -> None:
@@ -223,14 +228,16 @@ def report(work: Path, steps: int) -> None:
         for file in sorted(work.glob(f"{name}-{steps}-seed-*.json")):
             (value,) = json.loads(file.read_text()).values()
             figures.setdefault(name, {})[int(file.stem.rpartition("-")[2])] = value["bits_per_byte"]
-    print("bits per byte on held-out prose (less is better); behind it the difference from raw, seed by seed")
+    print("bits per byte on held-out prose (less is better); behind it the differences from raw and from "
+          "rules, seed by seed")
     for name, found in figures.items():
-        raw = figures.get("raw", {})
-        gains = [value - raw[seed] for seed, value in found.items() if seed in raw and name != "raw"]
-        gained = over_seeds(gains, "+.4f") if gains else ""
+        gained = ""
+        for other in VARIANTS[:2]:
+            gains = [value - figures[other][seed] for seed, value in found.items()
+                     if name != other and seed in figures.get(other, {})]
+            gained += f"{over_seeds(gains, '+.4f') if gains else '':18} "
         each = ", ".join(f"{seed}: {value:.4f}" for seed, value in sorted(found.items()))
-        print(f"  {name:9} {over_seeds(list(found.values()), '.4f')}   {gained:18} "
-              f"seeds {each}")
+        print(f"  {name:9} {over_seeds(list(found.values()), '.4f')}   {gained}seeds {each}")
 
 
 def main() -> None:
@@ -240,12 +247,13 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="folder of unpacked documentation packages")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--print", dest="only_print", action="store_true")
     args = parser.parse_args()
     if not args.only_print:
         make_data(args.work, args.docs)
         for seed in args.seeds:
-            for variant in VARIANTS:
+            for variant in args.variants:
                 train(args.work, variant, seed, args.steps)
     report(args.work, args.steps)
 

@@ -8,9 +8,14 @@ and 400 steps of the teacher and the start in the place of 600.  `megatron-sov s
 which is larger than the student.  The student answers eight of 200 questions in each round, four times each,
 and takes one step on them; no reward is asked.
 
+The baseline that could win is fine-tuning of the same start on answers that the teacher itself samples to the
+same 200 questions (`generate`): as many as the student writes in the rounds, in as many steps of as many
+documents, at the rounds' learning rate, half and twice of it.
+
 Printed are, over the seeds with 95 % intervals (Student's t): KL(teacher || student) in nats per token of the
-answers to questions in wordings that it has not been asked, before and after; and KL(student || teacher) a
-token as the rounds' own responses tell it, over the first and last ten rounds.  Complete runs stay.
+answers to questions in wordings that no arm has learned, before and after; the difference of both arms, seed
+by seed; and KL(student || teacher) a token as the rounds' own responses tell it, over the first and last ten
+rounds.  Complete runs stay.
 """
 
 from __future__ import annotations
@@ -29,11 +34,18 @@ from pathlib import Path
 from statistics import fmean
 
 from distillation_learning import ASKED, LEARNED, RATE, STUDENT, TEACHER, Work, conversations, kl, words_of
+from seed_runs import tokens_a_document
 from seeds import over_seeds
 
 PORT, STEPS, ENDS = 18731, 400, 10
-OPD = ("policy.method=opd", "optim.warmup_steps=0", "rollout.prompts_per_round=8",
-       "rollout.samples_per_prompt=4", "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=64")
+ROW = 128
+"""Tokens of a row (MODEL)."""
+PROMPTS, SAMPLES = 8, 4
+NO_WARMUP = "optim.warmup_steps=0"
+OPD = ("policy.method=opd", NO_WARMUP, f"rollout.prompts_per_round={PROMPTS}",
+       f"rollout.samples_per_prompt={SAMPLES}", "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=64")
+SFT_RATES = ("1e-3", "2e-3", "4e-3")
+"""That of the rounds, half and twice of it."""
 
 
 @contextmanager
@@ -78,9 +90,30 @@ def measure(work: Work, seeds: list[int], rounds: int) -> None:
                              "--prompts", prompts, "--reward", "none", "--teacher-url", url, "--store",
                              work.folder / f"store-{seed}", "--run", work.folder / run, "--resume",
                              *words_of((own, RATE, *OPD, f"rollout.rounds={rounds}")))
-            for name in (start, run):
+            fine_tune(work, seed, rounds, prompts)
+            for name in (start, run, *(f"sft-{rate}-{seed}" for rate in SFT_RATES)):
                 work.train(f"asked-{name}", "distill", asked, own, RATE, "train.steps=1", start=name,
                            states="states-asked")
+
+
+def fine_tune(work: Work, seed: int, rounds: int, prompts: Path) -> None:
+    """Fine-tune the start on answers of the teacher, as many in a step as a round has."""
+    answers = work.folder / f"taught-{seed}.answers.jsonl"
+    if not answers.exists():
+        samples = round(rounds * PROMPTS * SAMPLES / len(prompts.read_text().splitlines()))
+        work.command("megatron_sov", "generate", work.folder / "teacher", "--prompts", prompts, "--chat",
+                     "--max-new-tokens", "12", "--temperature", "1", "--samples", str(samples),
+                     "--seed", str(seed), "--output", answers)
+    rows = map(json.loads, answers.read_text().splitlines())
+    taught = work.data(f"taught-{seed}", "".join(
+        json.dumps({"messages": [{"role": "user", "content": row["prompt"]},
+                                 {"role": "assistant", "content": row["response"].strip()}]}) + "\n"
+        for row in rows))
+    batch = round(PROMPTS * SAMPLES * tokens_a_document(taught) / ROW)
+    for rate in SFT_RATES:
+        work.train(f"sft-{rate}-{seed}", "sft", taught, f"train.seed={seed}", f"optim.lr={rate}", NO_WARMUP,
+                   f"train.global_batch_size={batch}", f"train.micro_batch_size={batch}",
+                   f"train.steps={rounds}", start=f"start-{seed}")
 
 
 def apart(run: Path) -> list[float]:
@@ -99,8 +132,13 @@ def report(folder: Path) -> None:
           f"{os.getloadavg()[0]:.0f}, Python {platform.python_version()}; seeds "
           f"{', '.join(map(str, seeds))}; rounds of one step: "
           f"{', '.join(str(len(rounds)) for rounds in told.values())}\n")
+    opd = [kl(folder / f"asked-opd-{s}") for s in seeds]
+    tuned = {rate: [kl(folder / f"asked-sft-{rate}-{s}") for s in seeds] for rate in SFT_RATES}
     rows = {"KL(teacher || student), held out, start": [kl(folder / f"asked-start-{s}") for s in seeds],
-            "the same, after on-policy distillation": [kl(folder / f"asked-opd-{s}") for s in seeds],
+            "the same, after on-policy distillation": opd,
+            **{f"after SFT on the teacher's answers, {r}": values for r, values in tuned.items()},
+            **{f"on-policy less SFT at {r}": [own - other for own, other in zip(opd, values, strict=True)]
+               for r, values in tuned.items()},
             f"KL(student || teacher), first {ENDS} rounds": [fmean(told[s][:ENDS]) for s in seeds],
             f"the same, last {ENDS} rounds": [fmean(told[s][-ENDS:]) for s in seeds]}
     for name, values in rows.items():

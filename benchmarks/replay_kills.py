@@ -55,7 +55,7 @@ SETTINGS = ("rollout.rounds=6", "rollout.prompts_per_round=2", "rollout.samples_
             "train.micro_batch_size=2", "train.eval_every_steps=0", "train.keep_checkpoints=0",
             "train.checkpoint_every_steps=2", rows_of(208))
 WORLD = Path(__file__).with_name("lot_world.py")
-START = "train.steps=100"
+START_STEPS = 100
 NUM_EPISODES = 800
 POLL_S, LIMIT_S = 0.05, 1800
 
@@ -241,7 +241,8 @@ def main() -> int:
     args = parser.parse_args()
     rl_tools.NUM_EPISODES = NUM_EPISODES
     maker = rl_tools.Seed(0, args.work)
-    start = maker.start(START)
+    maker.start_steps = START_STEPS
+    start = maker.start()
     for name in HEAVY:
         importlib.import_module(f"megatron_sov.{name}")
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work (load "

@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seed_runs import ALWAYS, MODEL, SeedFolder, parser_of, rows_of, run, words, write
-from seeds import over_seeds
+from seed_runs import ALWAYS, MODEL, SeedFolder, parser_of, rows_of, run, tokens_a_document, words, write
+from seeds import over_seeds, print_beside
 
 HERE = Path(__file__).parent
 SETTINGS = (*ALWAYS, "guards.sigma=0", rows_of(128))
@@ -230,9 +230,7 @@ class Seed(SeedFolder):
                 "chat", "--workers", "1", "--input", f"chats={self.folder / f'{name}-chats.jsonl'}",
                 "--output", shards, "--overwrite")
         if not (run_folder / "complete.json").exists():
-            [source] = json.loads((shards / "manifest.json").read_text())["content"]["sources"]
-            train = source["splits"]["train"]
-            tokens = ROUNDS * PROMPTS * SAMPLES * train["num_tokens"] / train["num_documents"]
+            tokens = ROUNDS * PROMPTS * SAMPLES * tokens_a_document(shards)
             run(self.log, "megatron_sov", "sft", self.recipe, "--from", start, "--data", shards, "--run",
                 run_folder, "--resume", *words((
                     *SETTINGS, *settings, f"train.seed={self.seed}", f"optim.lr={rate}",
@@ -296,24 +294,7 @@ def report(work: Path) -> None:
         print(f"  {arm:<14} {over_seeds([*lifts[arm].values()], '+6.1f'):<14} points   {verdict:<6}   "
               f"{', '.join(f'{b:.1f} -> {a:.1f}' for b, a in both.values())}"
               f"{''.join(map(first_steps, (f / arm for f in seeds)))}")
-    report_beside(lifts)
-
-
-def report_beside(lifts: dict[str, dict[str, float]]) -> None:
-    """Print how far each arm is from each rate of fine-tuning, seed by seed.
-
-    Args:
-        lifts: arm -> seed -> points more than before.
-    """
-    print("\nless fine-tuning on right responses of the start (above 0: the arm is better), points, "
-          "95 % interval of Student's t around the difference of each seed")
-    for arm in (name for name in lifts if not name.startswith(BEST)):
-        for rate in RATES:
-            best = lifts.get(f"{BEST}-{rate}", {})
-            apart = [lift - best[seed] for seed, lift in lifts[arm].items() if seed in best]
-            if apart:
-                print(f"  {arm:<10} less {rate}   {over_seeds(apart, '+6.1f'):<14}   "
-                      f"{', '.join(f'{value:+.1f}' for value in apart)}")
+    print_beside(lifts, BEST)
 
 
 def main() -> None:

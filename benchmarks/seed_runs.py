@@ -48,6 +48,13 @@ def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def tokens_a_document(shards: Path) -> float:
+    """Return the mean length of the training documents of token shards of one source."""
+    [source] = json.loads((shards / "manifest.json").read_text())["content"]["sources"]
+    train = source["splits"]["train"]
+    return float(train["num_tokens"] / train["num_documents"])
+
+
 class SeedFolder:
     """Where data and runs of one seed lie."""
 
