@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import shlex
@@ -19,8 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov import cli
 from megatron_sov.audit import repeating
-from megatron_sov.audit.commitment import (
-    check_signature, inclusion_path, merkle_root, publish, read_commitment, root_by_path, sign)
+from megatron_sov.audit.commitment import check_signature, publish, read_commitment, sign
 from megatron_sov.audit.drawing import (
     Segment, chance_to_find, draw, needed, read_draw, segments_of, write_draw)
 from megatron_sov.audit.repeating import RepeatOutcome, compare, gather_evidence
@@ -35,12 +33,6 @@ SMALL = ("train.steps=6", "train.checkpoint_every_steps=2", "train.keep_checkpoi
          "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=1",
          "model.head_dim=16", "model.dense_ffn_dim=64",
          'data.phases=[{"name": "main", "seq_len": 32}]')
-
-
-RFC_LEAVES = [bytes.fromhex(text) for text in (
-    "", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f")]
-"""Of Certificate Transparency's own tests."""
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, token_shards: Path,
@@ -63,15 +55,6 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 def audit(*words: object) -> int:
     return cli.main(["audit", *map(str, words)])
-
-
-def test_the_root_is_that_of_rfc_6962() -> None:
-    """The vectors of Certificate Transparency's own tests (merkle_tree_test.cc)."""
-    leaves = RFC_LEAVES
-    assert merkle_root([]) == hashlib.sha256(b"").hexdigest()
-    assert merkle_root(leaves[:1]) == "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d"
-    assert merkle_root(leaves[:3]) == "aeb6bcfe274b70a14fb067a5e5578264db0fa9b51af5e0ba159158f329e06e77"
-    assert merkle_root(leaves) == "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328"
 
 
 def test_a_run_is_published_drawn_and_repeated_to_the_bit_by_the_pages_commands(
@@ -299,40 +282,6 @@ def test_a_log_is_signed_in_minisigns_format(run: Path, tmp_path: Path) -> None:
         check_signature(log, public)
     with pytest.raises(UserError, match=r"lab.pub: cannot sign"):
         sign(log, public)
-
-
-@pytest.mark.parametrize(("index", "size", "path"), [
-    (0, 1, ()),
-    (0, 8, ("96a296d224f285c67bee93c30f8a309157f0daa35dc5b87e410b78630a09cfc7",
-            "5f083f0a1a33ca076a95279832580db3e0ef4584bdff1f54c8a360f50de3031e",
-            "6b47aaf29ee3c2af9af889bc1fb9254dabd31177f16232dd6aab035ca39bf6e4")),
-    (5, 8, ("bc1a0643b12e4d2d7c77918f44e0f4f79a838b6cf9ec5b5c283e1f4d88599e6b",
-            "ca854ea128ed050b41b35ffc1b87b8eb2bde461e9e3b5596ece6b9d5975a0ae0",
-            "d37ee418976dd95753c1c73862b9398fa2a2cf9b4ff0fdfe8b30cd95209614b7")),
-    (2, 3, ("fac54203e7cc696cf0dfcb42c92a1d9dbaf70ad9e621f4bd8d98662f00e3c125",)),
-    (1, 5, ("6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d",
-            "5f083f0a1a33ca076a95279832580db3e0ef4584bdff1f54c8a360f50de3031e",
-            "bc1a0643b12e4d2d7c77918f44e0f4f79a838b6cf9ec5b5c283e1f4d88599e6b"))])
-def test_paths_are_those_of_certificate_transparency(index: int, size: int, path: tuple[str, ...]) -> None:
-    """The vectors of its own tests (merkle_tree_test.cc, kPaths)."""
-    assert inclusion_path(RFC_LEAVES[:size], index) == list(path)
-
-
-def test_a_path_leads_to_the_root_of_its_own_leaf_and_tree_alone() -> None:
-    leaves = [bytes([i]) for i in range(19)]
-    for size in range(1, 20):
-        root = merkle_root(leaves[:size])
-        for index in range(size):
-            path = inclusion_path(leaves[:size], index)
-            assert root_by_path(leaves[index], index, size, path) == root
-            assert size == 1 or root_by_path(b"x", index, size, path) != root
-            with pytest.raises(ValueError, match="too long"):
-                root_by_path(leaves[index], index, size, [*path, "00" * 32])
-            for other in {(index + 1) % size, 0} - {index}:
-                try:
-                    assert root_by_path(leaves[index], other, size, path) != root
-                except ValueError as e:
-                    assert "its path is too" in str(e)
 
 
 def test_one_line_is_proved_without_the_others(
