@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
+import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +29,12 @@ from megatron_sov.audit.drawing import (
 from megatron_sov.audit.repeating import RepeatOutcome, compare, gather_evidence
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import ExitCode, UserError
-from tests.pages_typed import commands_of
+from tests.audit.conftest import start_as_child
+from tests.pages_typed import ENTRIES, commands_of, lines_of, shell_blocks
+from tests.test_readme import gather
 
-PAGE = (Path(__file__).parents[2] / "docs/audit.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, TUTORIAL = ((DOCS / name).read_text(encoding="utf-8") for name in ("audit.md", "tutorials/auditor.md"))
 SMALL = ("train.steps=6", "train.checkpoint_every_steps=2", "train.keep_checkpoints=0",
          "train.keep_every_steps=0", "train.eval_every_steps=0", "train.num_threads=1",
          "train.global_batch_size=2", "train.micro_batch_size=1", "model.hidden_size=32",
@@ -57,21 +65,92 @@ def audit(*words: object) -> int:
     return cli.main(["audit", *map(str, words)])
 
 
+@dataclass(frozen=True)
+class Hour:
+    """The tutorial, typed in a folder: each line, and what it printed."""
+
+    folder: Path
+    printed: dict[str, str]
+
+    def said(self, beginning: str) -> str:
+        """Return what the lines printed that begin so."""
+        return "".join(text for line, text in self.printed.items() if line.startswith(beginning))
+
+
+FAILS = ("megatron-sov audit repeat cheated", "megatron-sov audit verdict cheated")
+"""What ends with the code of a gate there."""
+
+
+@pytest.fixture(scope="module")
+def hour(tmp_path_factory: pytest.TempPathFactory, run_command: Callable[..., Any]) -> Hour:
+    """Everything of docs/tutorials/auditor.md but what is gathered, which is small here, and the keys."""
+    folder, printed = tmp_path_factory.mktemp("hour"), dict[str, str]()
+    for name, content in re.findall(r"`(\w+\.jsonl)`[^\n]*\n\n```json\n(.*?)^```", TUTORIAL, re.M | re.S):
+        (folder / name).write_text(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        start_as_child(patch, run_command)
+        for line in lines_of(shell_blocks(TUTORIAL)):
+            if line == "sov-data demo-corpus --output work/corpus":
+                gather(Path("work/corpus"))
+            elif line.startswith("minisign -G"):
+                pair = minisign.KeyPair.generate()
+                Path("lab.key").write_bytes(bytes(pair.secret_key))
+                Path("lab.pub").write_bytes(bytes(pair.public_key))
+            else:
+                printed[line] = type_line(line, run_command)
+    return Hour(folder, printed)
+
+
+def type_line(line: str, run_command: Callable[..., Any]) -> str:
+    """Type a line; returns what it printed."""
+    if line.startswith("megatron-sov audit "):
+        log = Path("audited.log.jsonl")
+        argv = line.replace(" ROOT ", f" {read_commitment(log).root} ") if " ROOT " in line else line
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            code = cli.main(shlex.split(argv)[1:])
+        assert code == (ExitCode.GATE_FAILED if line.startswith(FAILS) else ExitCode.OK), f"{line}: {code}"
+        return out.getvalue()
+    program, *argv = shlex.split(line)
+    done = (run_command(*argv, program=program) if program in ENTRIES else
+            subprocess.run(["bash", "-c", line], check=False, capture_output=True, text=True))
+    assert done.returncode == 0, f"{line}\n{done.stderr}"
+    return str(done.stdout)
+
+
+def test_an_auditors_hour_passes_the_honest_run(hour: Hour) -> None:
+    assert "steps 0-2, " in hour.said("megatron-sov audit draw --log audited")
+    repeated = hour.said("megatron-sov audit repeat draw.json")
+    assert "1/2 steps 0-2: equal" in repeated and "all 2 segments are what was published" in repeated
+    made = hour.said("megatron-sov audit data")
+    assert made.count(": equal") == 3 and {line.split()[0] for line in made.splitlines()} == {
+        "tokens", "tokenizer", "documents"}
+    assert "document letters:0 of documents" in hour.said("megatron-sov audit check")
+
+
+def test_an_auditors_hour_finds_what_the_lab_has_hidden(hour: Hour) -> None:
+    assert "1/1 steps 0-2: different" in hour.said("megatron-sov audit repeat cheated")
+    assert "1 of 1 segments are not what was published" in hour.said("megatron-sov audit verdict cheated")
+    told = json.loads((hour.folder / "cheated.json").read_text())
+    assert not told["passed"] and "not passed" in (hour.folder / "cheated.html").read_text()
+
+
 def test_a_run_is_published_drawn_and_repeated_to_the_bit_by_the_pages_commands(
-        trained: Path, tmp_path: Path, as_child: None, monkeypatch: pytest.MonkeyPatch,
+        hour: Hour, as_child: None, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
-    """All commands of docs/audit.md but the first, which trains."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(trained, "runs/audited")
+    """All commands of docs/audit.md but the first, which trains, where the tutorial was typed: its log has
+    nothing new, so that what it repeated counts."""
+    monkeypatch.chdir(hour.folder)
     training, *commands = commands_of(PAGE)
     assert training.startswith("megatron-sov pretrain ") and len(commands) == 6
     for line in commands:
         assert cli.main(shlex.split(line)[1:]) == ExitCode.OK
     said = capsys.readouterr().out
-    assert "1/2 steps 0-2: equal" in said and said.count(": equal") == 4  # two segments, tokenizer, shards
+    # two segments, tokenizer, shards, documents
+    assert "0 new" in said and "1/2 steps 0-2: equal" in said and said.count(": equal") == 5
     told = json.loads(Path("audit.json").read_text())
     assert told["passed"] and told["chance_to_find"]["0.5"] == 0.5
-    assert [p["kind"] for p in told["prepared"]] == ["tokens", "tokenizer"]
+    assert [p["kind"] for p in told["prepared"]] == ["tokens", "tokenizer", "documents"]
     assert read_commitment(Path("audited.log.jsonl")).root in Path("audit.html").read_text()
     assert "global_batch_size" in Path("audit.html").read_text()  # the settings are on the page
     # a result belongs to its log and its bound
