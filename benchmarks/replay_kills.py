@@ -215,7 +215,7 @@ def survives(whole: ToolRun, kills: int, seed: int) -> bool:
         killed = replace(whole, folder=whole.folder.with_name(f"{whole.layout}-killed-{number}"))
         moments = Counter[str]()
         for point in sorted(drawn.uniform(0, total) for _ in range(kills - done)):
-            if not (at := killed.kill(point, drawn.uniform(0, 2 * length_s / total))):
+            if not (at := killed.kill(point, drawn.uniform(0, length_s / total))):
                 break
             moments[at] += 1
         if not (killed.run / "complete.json").exists():
