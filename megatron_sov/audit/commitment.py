@@ -193,8 +193,7 @@ def prove_published_document(commitment: Commitment, shards: Path, named: str) -
     Raises:
         UserError: there is none, or nothing was published of the documents.
     """
-    text = (shards / MANIFEST).read_text(encoding="utf-8") if (shards / MANIFEST).is_file() else ""
-    name = hashlib.sha256(text.encode()).hexdigest()
+    name = manifest_sha256(shards) if (shards / MANIFEST).is_file() else ""
     leaf = next((leaf for leaf in commitment.find(DOCUMENTS) if leaf.name == name), None)
     if leaf is None:
         raise UserError(f"{commitment.file}: has no line for the documents of {shards}; name a folder of "
@@ -202,8 +201,8 @@ def prove_published_document(commitment: Commitment, shards: Path, named: str) -
     document = prove_document(shards, named)
     if document.root() != leaf.sha256:
         raise UserError(f"{shards}: its documents are not those that were published; restore them")
-    found = prove_inclusion(commitment, leaf.sha256)
-    return dataclasses.replace(found, manifest=text, document=document)
+    return dataclasses.replace(prove_inclusion(commitment, leaf.sha256), document=document,
+                               manifest=(shards / MANIFEST).read_text(encoding="utf-8"))
 
 
 def write_proof(file: Path, proof: InclusionProof) -> None:

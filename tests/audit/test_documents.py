@@ -16,9 +16,11 @@ import pytest
 from megatron_sov import cli, recipes
 from megatron_sov.audit.commitment import DOCUMENTS, publish, read_commitment
 from megatron_sov.audit.documents import document_line, document_lines, documents_root, tokens_sha256
+from megatron_sov.audit.drawing import Draw
 from megatron_sov.audit.merkle import inclusion_path, merkle_root
 from megatron_sov.audit.preparing import hash_again
 from megatron_sov.audit.repeating import RepeatOutcome
+from megatron_sov.audit.verdict import AuditVerdict, not_covered, read_prepared
 from megatron_sov.base.artifacts import MANIFEST, FileRecord, manifest_sha256
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.model.config import apply_settings
@@ -191,6 +193,28 @@ def test_a_document_that_is_not_there_is_refused(
     proof = tmp_path / "proof.json"
     assert audit("prove", shards, "--document", named, "--log", log, "--output", proof) == ExitCode.USER_ERROR
     assert said in capsys.readouterr().err and not proof.exists()
+
+
+def test_shards_that_were_changed_since_prove_nothing(
+        shards: Path, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = next((shards / "second").glob("train-*.bin"))
+    file.write_bytes(file.read_bytes()[:-2] + b"\0\0")
+    given = ("--document", "first:0", "--log", log, "--output", tmp_path / "proof.json")
+    assert audit("prove", shards, *given) == ExitCode.USER_ERROR
+    assert "its documents are not those that were published; restore them" in capsys.readouterr().err
+    for other in (shards / "tokenizer", tmp_path, "f" * 64):
+        assert audit("prove", other, *given) == ExitCode.USER_ERROR
+        assert "has no line for the documents of" in capsys.readouterr().err
+
+
+def test_the_page_says_whether_the_documents_were_hashed_again(
+        shards: Path, log: Path, tmp_path: Path) -> None:
+    commitment = read_commitment(log)
+    [leaf] = commitment.find(DOCUMENTS)
+    for made, said in (((), True), ((hash_again(shards, leaf, tmp_path / "audit"),), False)):
+        verdict = AuditVerdict(commitment, Draw(commitment.root, "a", (), 0), (), (), made)
+        assert ("the documents that were published one by one" in not_covered(verdict)) == said
+    assert [p.kind for p in read_prepared(commitment, tmp_path / "audit")] == [DOCUMENTS]
 
 
 def test_documents_are_published_once_and_only_where_that_is_asked_for(
