@@ -50,8 +50,9 @@ from seed_runs import rows_of, words, write
 
 from megatron_sov import cli
 from megatron_sov.audit import repeating
-from megatron_sov.audit.commitment import CHECKPOINT, Commitment, Entry, merkle_root, publish, read_commitment
+from megatron_sov.audit.commitment import CHECKPOINT, Commitment, Entry, publish, read_commitment
 from megatron_sov.audit.drawing import Segment, chance_to_find, read_draw
+from megatron_sov.audit.merkle import merkle_root
 from megatron_sov.audit.repeating import (
     EXACT, LOG, PASSED, Repeated, RepeatOutcome, compare, gather_evidence, keep, kept, own_settings, repeat,
     train_until)

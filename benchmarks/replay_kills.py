@@ -7,7 +7,8 @@ A tiny mixture of experts, fine-tuned on scripted episodes (rl_tools.py), plays 
 rounds of `rl run`, whose rewards are drawn by lot (lot_world.py).  At each layout it is left alone first.
 Then the same run is done under SIGKILL of all its processes, at points of its work that are drawn over the
 whole of it, each start a little behind its point (a start that finds its point behind it is killed while it
-starts), until it has been killed so often, or has come to its end before its last points.  Held together are
+starts).  Where it comes to its end before its last points, another one is killed for the rest, until there
+were so many.  Held together are
 
   store    `rl store verify`; each response once, with tokens, policies, routes and reward of the run that was
            left alone
@@ -202,19 +203,30 @@ def describe(whole: ToolRun, length_s: float) -> str:
 
 
 def survives(whole: ToolRun, kills: int, seed: int) -> bool:
-    """Do a run alone, under kills and again; prints what came of it, and returns whether all was equal."""
+    """Do a run alone, and again under kills, as often as it takes to reach their number; prints what came of
+    it, and returns whether all was equal."""
     drawn = random.Random(f"{whole.layout}-{seed}")
-    killed = replace(whole, folder=whole.folder.with_name(f"{whole.layout}-killed"))
     length_s, total, expected = whole.to_its_end(whole.argv()), whole.progress(), content(whole)
     print(describe(whole, length_s), flush=True)
     warm_by(whole.imported)
-    moments = Counter[str]()
-    for point in sorted(drawn.uniform(0, total) for _ in range(kills)):
-        if not (at := killed.kill(point, drawn.uniform(0, 2 * length_s / total))):
-            break
-        moments[at] += 1
-    if not (killed.run / "complete.json").exists():
-        killed.to_its_end(killed.argv())
+    done, sound, number = 0, True, 0
+    while done < kills:
+        number += 1
+        killed = replace(whole, folder=whole.folder.with_name(f"{whole.layout}-killed-{number}"))
+        moments = Counter[str]()
+        for point in sorted(drawn.uniform(0, total) for _ in range(kills - done)):
+            if not (at := killed.kill(point, drawn.uniform(0, length_s / total))):
+                break
+            moments[at] += 1
+        if not (killed.run / "complete.json").exists():
+            killed.to_its_end(killed.argv())
+        done += moments.total()
+        sound &= is_as_left_alone(killed, expected, moments)
+    return sound
+
+
+def is_as_left_alone(killed: ToolRun, expected: dict[str, Any], moments: Counter[str]) -> bool:
+    """Print what came of a run that was killed, and of its replay; returns whether all was equal."""
     found = content(killed)
     other = sorted(str(name) for name in expected.keys() | found.keys()
                    if expected.get(name) != found.get(name))
@@ -222,11 +234,11 @@ def survives(whole: ToolRun, kills: int, seed: int) -> bool:
     print(f"  killed {moments.total()} times: {', '.join(f'{n} {at}' for at, n in moments.most_common())}; "
           + (f"all {len(found)} responses, rewards and files as left alone, to the bit" if sound else
              f"NOT SO: {len(other)} differ, {other[:5]} {found['store']}"), flush=True)
-    killed.to_its_end(killed.replay_argv())
+    length_s = killed.to_its_end(killed.replay_argv())
     told = json.loads((killed.replayed / "replay.json").read_text())
     rounds = told["rounds"]
-    print(f"  rl replay of the killed run: {sum(one['is_equal'] for one in rounds)} of {len(rounds)} rounds "
-          f"equal, {sum(one['tokens'] for one in rounds)} responses of other tokens, "
+    print(f"  rl replay of the killed run, {length_s:.0f} s: {sum(one['is_equal'] for one in rounds)} of "
+          f"{len(rounds)} rounds equal, {sum(one['tokens'] for one in rounds)} responses of other tokens, "
           f"{sum(one['rewards'] for one in rounds)} of other rewards, weights {told['weights']}", flush=True)
     return sound and bool(told["passed"] and told["own_layout"])
 
@@ -236,7 +248,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="the model to start from is kept there")
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=["one", "tp2", "ep2"])
-    parser.add_argument("--kills", type=int, default=50, help="at each layout, at most (default %(default)s)")
+    parser.add_argument("--kills", type=int, default=50, help="at each layout (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
     args = parser.parse_args()
     rl_tools.NUM_EPISODES = NUM_EPISODES

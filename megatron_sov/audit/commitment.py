@@ -8,6 +8,7 @@ everything: this is what a timestamp from outside, or a newspaper, takes.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -18,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sov.audit.documents import DocumentProof, documents_root, prove_document, read_document_proof
+from megatron_sov.audit.merkle import inclusion_path, merkle_root, root_by_path
 from megatron_sov.base.artifacts import (
     MANIFEST, FileRecord, atomic_write, file_damage, manifest_sha256, sha256_file, to_json)
 from megatron_sov.base.digests import code_sha256
@@ -30,10 +33,10 @@ from megatron_sov.runs.folder import CONFIG, RunFolder, read_command
 from megatron_sov.runs.obs.events import EVENTS, read_events
 
 SETTINGS, CODE, DATA, START, CHECKPOINT = "settings", "code", "data", "start", "checkpoint"
-TEACHER, REFERENCE = "teacher", "reference"
-KINDS = (SETTINGS, CODE, DATA, START, TEACHER, REFERENCE, CHECKPOINT)
+TEACHER, REFERENCE, DOCUMENTS = "teacher", "reference", "documents"
+KINDS = (SETTINGS, CODE, DATA, START, TEACHER, REFERENCE, DOCUMENTS, CHECKPOINT)
 """Kinds of leaves; `TEACHER` is what a teacher said of the data, `REFERENCE` another model that preferences
-were compared with than the one of the start."""
+were compared with than the one of the start, `DOCUMENTS` the root of the documents of data (`documents`)."""
 STATES_KIND = "teacher_states"
 """What artifacts of `TEACHER` are, as records and manifests call them."""
 HASH, STEP = re.compile(r"[0-9a-f]{64}"), re.compile(r"[1-9][0-9]{0,11}")
@@ -48,12 +51,16 @@ class Leaf:
 
     kind: str
     name: str
-    """Of data [NAME=]folder as the settings have it, of a checkpoint its step; else empty."""
+    """Of data [NAME=]folder as the settings have it, of a checkpoint its step, of documents the hash of the
+    manifest of their data; else empty."""
     sha256: str
 
     def line(self) -> bytes:
         """Return what is hashed in the tree."""
         return f"{self.kind} {self.name} {self.sha256}".encode()
+
+    def line_sha256(self) -> str:
+        return hashlib.sha256(self.line()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -101,54 +108,6 @@ class Commitment:
         return next((leaf.sha256 for leaf in self.find(CHECKPOINT) if leaf.name == str(step)), None)
 
 
-def merkle_root(leaves: Sequence[bytes]) -> str:
-    """Return the root of the tree of RFC 6962: a leaf's hash begins with 0, a node's with 1, and the left
-    half is the largest power of two below the number of leaves."""
-    return _tree_hash(leaves).hex()
-
-
-def _tree_hash(leaves: Sequence[bytes]) -> bytes:
-    if len(leaves) < 2:
-        return hashlib.sha256(b"\0" + leaves[0] if leaves else b"").digest()
-    half = 1 << (len(leaves) - 1).bit_length() - 1
-    return hashlib.sha256(b"\1" + _tree_hash(leaves[:half]) + _tree_hash(leaves[half:])).digest()
-
-
-def inclusion_path(leaves: Sequence[bytes], index: int) -> list[str]:
-    """Return the hashes by which a leaf leads to the root, the leaf's neighbour first (RFC 6962, section
-    2.1.1)."""
-    if len(leaves) < 2:
-        return []
-    half = 1 << (len(leaves) - 1).bit_length() - 1
-    if index < half:
-        return [*inclusion_path(leaves[:half], index), merkle_root(leaves[half:])]
-    return [*inclusion_path(leaves[half:], index - half), merkle_root(leaves[:half])]
-
-
-def root_by_path(leaf: bytes, index: int, size: int, path: Sequence[str]) -> str:
-    """Return the root of a tree of so many leaves, by one of them and its path (RFC 9162, section 2.1.3.2).
-
-    Raises:
-        ValueError: the path is of another leaf or another tree.
-    """
-    if not 0 <= index < size:
-        raise ValueError(f"leaf {index} is none of {size}")
-    found, place, last = hashlib.sha256(b"\0" + leaf).digest(), index, size - 1
-    for text in path:
-        if last == 0:
-            raise ValueError("its path is too long")
-        other = bytes.fromhex(text)
-        is_right = bool(place & 1) or place == last
-        found = hashlib.sha256(b"\1" + (other + found if is_right else found + other)).digest()
-        while is_right and not place & 1 and place:
-            # a node without a sibling at the right edge rises as it is
-            place, last = place >> 1, last >> 1
-        place, last = place >> 1, last >> 1
-    if last:
-        raise ValueError("its path is too short")
-    return found.hex()
-
-
 @dataclass(frozen=True)
 class InclusionProof:
     """That one leaf was published: it leads to the root, without the others."""
@@ -161,10 +120,16 @@ class InclusionProof:
     path: tuple[str, ...]
     """As `inclusion_path` returns it."""
     manifest: str
-    """Text of the manifest whose hash the leaf is, where a file of the artifact is asked for; else empty."""
+    """Text of the manifest whose hash the leaf is, where a file of the artifact is asked for; of the one that
+    the leaf names, where a document is; else empty."""
+    document: DocumentProof | None = None
+    """That a document leads to the leaf's hash."""
 
     def root(self) -> str:
         """Return the root to which it leads; `ValueError` where it leads nowhere."""
+        if self.document is not None and (
+                self.leaf.kind != DOCUMENTS or self.document.root() != self.leaf.sha256):
+            raise ValueError("its document does not lead to its line")
         return root_by_path(self.leaf.line(), self.index, self.size, self.path)
 
     def records(self) -> list[FileRecord]:
@@ -175,7 +140,8 @@ class InclusionProof:
         """
         if not self.manifest:
             return []
-        if hashlib.sha256(self.manifest.encode()).hexdigest() != self.leaf.sha256:
+        published = self.leaf.sha256 if self.document is None else self.leaf.name
+        if hashlib.sha256(self.manifest.encode()).hexdigest() != published:
             raise ValueError("its manifest is not the one that was published")
         return [FileRecord.read(record) for record in json.loads(self.manifest)["files"].values()]
 
@@ -216,6 +182,29 @@ def prove_inclusion(commitment: Commitment, what: str) -> InclusionProof:
     return found
 
 
+def prove_published_document(commitment: Commitment, shards: Path, named: str) -> InclusionProof:
+    """Return the proof that a document of published data was published.
+
+    Args:
+        commitment: the log.
+        shards: folder of token shards.
+        named: SOURCE:NUMBER, one of its training documents.
+
+    Raises:
+        UserError: there is none, or nothing was published of the documents.
+    """
+    name = manifest_sha256(shards) if (shards / MANIFEST).is_file() else ""
+    leaf = next((leaf for leaf in commitment.find(DOCUMENTS) if leaf.name == name), None)
+    if leaf is None:
+        raise UserError(f"{commitment.file}: has no line for the documents of {shards}; name a folder of "
+                        "token shards of which `audit commit --documents` published them")
+    document = prove_document(shards, named)
+    if document.root() != leaf.sha256:
+        raise UserError(f"{shards}: its documents are not those that were published; restore them")
+    return dataclasses.replace(prove_inclusion(commitment, leaf.sha256), document=document,
+                               manifest=(shards / MANIFEST).read_text(encoding="utf-8"))
+
+
 def write_proof(file: Path, proof: InclusionProof) -> None:
     atomic_write(file, to_json({"format": FORMAT, **asdict(proof)}) + "\n")
 
@@ -230,8 +219,10 @@ def read_proof(file: Path) -> InclusionProof:
         raw = json.loads(file.read_text(encoding="utf-8"))
         if raw["format"] != FORMAT:
             raise ValueError(f"format is {raw['format']!r}, must be {FORMAT}")
+        # proofs of earlier versions know no documents
+        document = raw.get("document") and read_document_proof(raw["document"])
         proof = InclusionProof(_leaf(raw["leaf"]), int(raw["index"]), int(raw["size"]),
-                               tuple(map(str, raw["path"])), str(raw["manifest"]))
+                               tuple(map(str, raw["path"])), str(raw["manifest"]), document)
         proof.root()
         proof.records()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as e:
@@ -301,13 +292,29 @@ def data_folders(run: Path) -> dict[str, Path]:
     return found
 
 
-def publish(run: Path, log: Path, key: Path | None = None) -> tuple[Leaf, ...]:
+def documents_of(run: Path, known: Sequence[Leaf]) -> list[Leaf]:
+    """Return the roots of the documents of a run's data; all tokens of those are read that are not known.
+
+    Args:
+        run: the run's folder.
+        known: what was published before.
+
+    Raises:
+        UserError: its data are not where they were, or are damaged.
+    """
+    done = {leaf.name: leaf for leaf in known if leaf.kind == DOCUMENTS}
+    places = {manifest_sha256(place): place for place in data_folders(run).values()}
+    return [done.get(name) or Leaf(DOCUMENTS, name, documents_root(place)) for name, place in places.items()]
+
+
+def publish(run: Path, log: Path, key: Path | None = None, *, documents: bool = False) -> tuple[Leaf, ...]:
     """Add to a log what a run has that the log has not, and sign it; returns what is new.
 
     Args:
         run: the run's folder.
         log: the log; it may not be there yet.
         key: a secret key of minisign without a password; None: nothing is signed.
+        documents: also the roots by which documents are proved one by one.
 
     Raises:
         UserError: the log is damaged or of another run, a checkpoint is not what was published of it, or the
@@ -317,6 +324,7 @@ def publish(run: Path, log: Path, key: Path | None = None) -> tuple[Leaf, ...]:
     known = before.leaves if before is not None else ()
     found = leaves_of(run)
     _refuse_others(log, run, before, found)
+    found += documents_of(run, known) if documents else []
     new = tuple(leaf for leaf in found if leaf not in known)
     if new:
         lines = log.read_text(encoding="utf-8").rstrip("\n").split("\n") if before is not None else []
@@ -383,6 +391,8 @@ def _leaf(raw: Mapping[str, Any]) -> Leaf:
         raise ValueError(f"it has a leaf of kind {leaf.kind!r} with hash {leaf.sha256!r}")
     if leaf.kind == CHECKPOINT and not STEP.fullmatch(leaf.name):
         raise ValueError(f"it has a checkpoint of step {leaf.name!r}")
+    if leaf.kind == DOCUMENTS and not HASH.fullmatch(leaf.name):
+        raise ValueError(f"it has documents of {leaf.name!r}")
     return leaf
 
 

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.audit.commitment import STATES_KIND
+from megatron_sov.audit.commitment import DOCUMENTS, STATES_KIND, Leaf
+from megatron_sov.audit.documents import documents_root
 from megatron_sov.audit.repeating import LOG, RepeatOutcome, folder_problem, run_logged
 from megatron_sov.base.artifacts import (
     MANIFEST, Manifest, atomic_write, manifest_sha256, read_manifest, to_json)
@@ -34,9 +35,9 @@ class RemadeArtifact:
     """What came of one artifact that was made again."""
 
     kind: str
-    """tokens, tokenizer or teacher_states."""
+    """tokens, tokenizer, documents or teacher_states."""
     sha256: str
-    """Of its published manifest."""
+    """Of its published manifest; of documents that of their line in the log."""
     outcome: RepeatOutcome
     """equal, different or unproved."""
     detail: str
@@ -121,6 +122,28 @@ def ask_again(states: Path, teachers: Sequence[Path], data: Sequence[Path], work
         UserError: the audit's folder cannot be written, or holds what was changed; a teacher is no model.
     """
     return _again(states, STATES_KIND, work, lambda found, folder: _asking(found, teachers, data))
+
+
+def hash_again(shards: Path, leaf: Leaf, work: Path) -> RemadeArtifact:
+    """Hash the documents of token shards again, and compare their root with what was published.
+
+    Args:
+        shards: folder of token shards, which the caller has held to the log.
+        leaf: what was published of their documents.
+        work: folder of the audit; what is done there is not done again.
+
+    Raises:
+        UserError: the audit's folder cannot be written, or holds what was changed.
+    """
+    key = leaf.line_sha256()
+    if (done := kept(work, DOCUMENTS, key)) is not None and done.outcome != RepeatOutcome.UNPROVED:
+        return done
+    if problem := folder_problem(shards):
+        return _keep(work, RemadeArtifact(DOCUMENTS, key, RepeatOutcome.UNPROVED, problem))
+    is_equal = documents_root(shards) == leaf.sha256
+    return _keep(work, RemadeArtifact(
+        DOCUMENTS, key, RepeatOutcome.EQUAL if is_equal else RepeatOutcome.DIFFERENT,
+        "" if is_equal else f"the documents of data {leaf.name[:12]} have another root"))
 
 
 def _asking(manifest: Manifest, teachers: Sequence[Path], data: Sequence[Path]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_sov.audit.commitment import (
-    CHECKPOINT, CODE, DATA, REFERENCE, START, STATES_KIND, TEACHER, Commitment)
+    CHECKPOINT, CODE, DATA, DOCUMENTS, REFERENCE, START, STATES_KIND, TEACHER, Commitment)
 from megatron_sov.audit.drawing import Draw, Segment, segments_of
 from megatron_sov.audit.preparing import TOKENIZER, TOKENS, RemadeArtifact, kept as kept_prepared
 from megatron_sov.audit.repeating import PASSED, Repeated, RepeatOutcome, kept
@@ -96,6 +96,9 @@ def read_prepared(commitment: Commitment, work: Path) -> Iterator[RemadeArtifact
     for sha256 in tokenizers:
         if sha256 and (found := kept_prepared(work, TOKENIZER, sha256)) is not None:
             yield found
+    for leaf in commitment.find(DOCUMENTS):
+        if (found := kept_prepared(work, DOCUMENTS, leaf.line_sha256())) is not None:
+            yield found
     for leaf in commitment.find(TEACHER):
         if (found := kept_prepared(work, STATES_KIND, leaf.sha256)) is not None:
             yield found
@@ -166,6 +169,9 @@ def not_covered(verdict: AuditVerdict) -> str:
         said.append("The run changed its code on the way; the auditor's own was used throughout.")
     if unmade:
         said.append(f"Tokenizer and packing of {', '.join(unmade)} (`megatron-sov audit data`).")
+    if any(leaf.line_sha256() not in made for leaf in log.find(DOCUMENTS)):
+        said.append("That the documents that were published one by one are those of the data (`megatron-sov "
+                    "audit data`).")
     return " ".join([*said, "Changes below the bound, where a segment is near and not equal."])
 
 

@@ -16,10 +16,15 @@ PROGRAMS = {"megatron_sov": "megatron-sov", "data_prep.cli": "sov-data", "tokeni
 @pytest.fixture
 def as_child(monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any]) -> None:
     """Commands of an audit run in forks of a process that has their libraries already."""
+    start_as_child(monkeypatch, run_command)
+
+
+def start_as_child(patch: pytest.MonkeyPatch, run_command: Callable[..., Any]) -> None:
+    """Have commands of an audit run so until the patch is undone."""
     def start(command: list[str], **options: Any) -> Any:
         module, *words = command[command.index("-m") + 1:]
         done = run_command(*words, program=PROGRAMS[module])
         options["stdout"].write(done.stderr.encode())
         return SimpleNamespace(wait=lambda: done.returncode)
 
-    monkeypatch.setattr(repeating, "start_command", start)
+    patch.setattr(repeating, "start_command", start)

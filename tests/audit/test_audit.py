@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
+import io
 import json
 import math
+import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +23,24 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov import cli
 from megatron_sov.audit import repeating
-from megatron_sov.audit.commitment import (
-    check_signature, inclusion_path, merkle_root, publish, read_commitment, root_by_path, sign)
+from megatron_sov.audit.commitment import check_signature, publish, read_commitment, sign
 from megatron_sov.audit.drawing import (
     Segment, chance_to_find, draw, needed, read_draw, segments_of, write_draw)
 from megatron_sov.audit.repeating import RepeatOutcome, compare, gather_evidence
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import ExitCode, UserError
-from tests.pages_typed import commands_of
+from tests.audit.conftest import start_as_child
+from tests.pages_typed import ENTRIES, commands_of, lines_of, shell_blocks
+from tests.test_readme import gather
 
-PAGE = (Path(__file__).parents[2] / "docs/audit.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, TUTORIAL = ((DOCS / name).read_text(encoding="utf-8") for name in ("audit.md", "tutorials/auditor.md"))
 SMALL = ("train.steps=6", "train.checkpoint_every_steps=2", "train.keep_checkpoints=0",
          "train.keep_every_steps=0", "train.eval_every_steps=0", "train.num_threads=1",
          "train.global_batch_size=2", "train.micro_batch_size=1", "model.hidden_size=32",
          "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=1",
          "model.head_dim=16", "model.dense_ffn_dim=64",
          'data.phases=[{"name": "main", "seq_len": 32}]')
-
-
-RFC_LEAVES = [bytes.fromhex(text) for text in (
-    "", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f")]
-"""Of Certificate Transparency's own tests."""
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, token_shards: Path,
@@ -65,30 +65,92 @@ def audit(*words: object) -> int:
     return cli.main(["audit", *map(str, words)])
 
 
-def test_the_root_is_that_of_rfc_6962() -> None:
-    """The vectors of Certificate Transparency's own tests (merkle_tree_test.cc)."""
-    leaves = RFC_LEAVES
-    assert merkle_root([]) == hashlib.sha256(b"").hexdigest()
-    assert merkle_root(leaves[:1]) == "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d"
-    assert merkle_root(leaves[:3]) == "aeb6bcfe274b70a14fb067a5e5578264db0fa9b51af5e0ba159158f329e06e77"
-    assert merkle_root(leaves) == "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328"
+@dataclass(frozen=True)
+class Hour:
+    """The tutorial, typed in a folder: each line, and what it printed."""
+
+    folder: Path
+    printed: dict[str, str]
+
+    def said(self, beginning: str) -> str:
+        """Return what the lines printed that begin so."""
+        return "".join(text for line, text in self.printed.items() if line.startswith(beginning))
+
+
+FAILS = ("megatron-sov audit repeat cheated", "megatron-sov audit verdict cheated")
+"""What ends with the code of a gate there."""
+
+
+@pytest.fixture(scope="module")
+def hour(tmp_path_factory: pytest.TempPathFactory, run_command: Callable[..., Any]) -> Hour:
+    """Everything of docs/tutorials/auditor.md but what is gathered, which is small here, and the keys."""
+    folder, printed = tmp_path_factory.mktemp("hour"), dict[str, str]()
+    for name, content in re.findall(r"`(\w+\.jsonl)`[^\n]*\n\n```json\n(.*?)^```", TUTORIAL, re.M | re.S):
+        (folder / name).write_text(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        start_as_child(patch, run_command)
+        for line in lines_of(shell_blocks(TUTORIAL)):
+            if line == "sov-data demo-corpus --output work/corpus":
+                gather(Path("work/corpus"))
+            elif line.startswith("minisign -G"):
+                pair = minisign.KeyPair.generate()
+                Path("lab.key").write_bytes(bytes(pair.secret_key))
+                Path("lab.pub").write_bytes(bytes(pair.public_key))
+            else:
+                printed[line] = type_line(line, run_command)
+    return Hour(folder, printed)
+
+
+def type_line(line: str, run_command: Callable[..., Any]) -> str:
+    """Type a line; returns what it printed."""
+    if line.startswith("megatron-sov audit "):
+        log = Path("audited.log.jsonl")
+        argv = line.replace(" ROOT ", f" {read_commitment(log).root} ") if " ROOT " in line else line
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            code = cli.main(shlex.split(argv)[1:])
+        assert code == (ExitCode.GATE_FAILED if line.startswith(FAILS) else ExitCode.OK), f"{line}: {code}"
+        return out.getvalue()
+    program, *argv = shlex.split(line)
+    done = (run_command(*argv, program=program) if program in ENTRIES else
+            subprocess.run(["bash", "-c", line], check=False, capture_output=True, text=True))
+    assert done.returncode == 0, f"{line}\n{done.stderr}"
+    return str(done.stdout)
+
+
+def test_an_auditors_hour_passes_the_honest_run(hour: Hour) -> None:
+    assert "steps 0-2, " in hour.said("megatron-sov audit draw --log audited")
+    repeated = hour.said("megatron-sov audit repeat draw.json")
+    assert "1/2 steps 0-2: equal" in repeated and "all 2 segments are what was published" in repeated
+    made = hour.said("megatron-sov audit data")
+    assert made.count(": equal") == 3 and {line.split()[0] for line in made.splitlines()} == {
+        "tokens", "tokenizer", "documents"}
+    assert "document letters:0 of documents" in hour.said("megatron-sov audit check")
+
+
+def test_an_auditors_hour_finds_what_the_lab_has_hidden(hour: Hour) -> None:
+    assert "1/1 steps 0-2: different" in hour.said("megatron-sov audit repeat cheated")
+    assert "1 of 1 segments are not what was published" in hour.said("megatron-sov audit verdict cheated")
+    told = json.loads((hour.folder / "cheated.json").read_text())
+    assert not told["passed"] and "not passed" in (hour.folder / "cheated.html").read_text()
 
 
 def test_a_run_is_published_drawn_and_repeated_to_the_bit_by_the_pages_commands(
-        trained: Path, tmp_path: Path, as_child: None, monkeypatch: pytest.MonkeyPatch,
+        hour: Hour, as_child: None, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
-    """All commands of docs/audit.md but the first, which trains."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(trained, "runs/audited")
+    """All commands of docs/audit.md but the first, which trains, where the tutorial was typed: its log has
+    nothing new, so that what it repeated counts."""
+    monkeypatch.chdir(hour.folder)
     training, *commands = commands_of(PAGE)
     assert training.startswith("megatron-sov pretrain ") and len(commands) == 6
     for line in commands:
         assert cli.main(shlex.split(line)[1:]) == ExitCode.OK
     said = capsys.readouterr().out
-    assert "1/2 steps 0-2: equal" in said and said.count(": equal") == 4  # two segments, tokenizer, shards
+    # two segments, tokenizer, shards, documents
+    assert "0 new" in said and "1/2 steps 0-2: equal" in said and said.count(": equal") == 5
     told = json.loads(Path("audit.json").read_text())
     assert told["passed"] and told["chance_to_find"]["0.5"] == 0.5
-    assert [p["kind"] for p in told["prepared"]] == ["tokens", "tokenizer"]
+    assert [p["kind"] for p in told["prepared"]] == ["tokens", "tokenizer", "documents"]
     assert read_commitment(Path("audited.log.jsonl")).root in Path("audit.html").read_text()
     assert "global_batch_size" in Path("audit.html").read_text()  # the settings are on the page
     # a result belongs to its log and its bound
@@ -299,40 +361,6 @@ def test_a_log_is_signed_in_minisigns_format(run: Path, tmp_path: Path) -> None:
         check_signature(log, public)
     with pytest.raises(UserError, match=r"lab.pub: cannot sign"):
         sign(log, public)
-
-
-@pytest.mark.parametrize(("index", "size", "path"), [
-    (0, 1, ()),
-    (0, 8, ("96a296d224f285c67bee93c30f8a309157f0daa35dc5b87e410b78630a09cfc7",
-            "5f083f0a1a33ca076a95279832580db3e0ef4584bdff1f54c8a360f50de3031e",
-            "6b47aaf29ee3c2af9af889bc1fb9254dabd31177f16232dd6aab035ca39bf6e4")),
-    (5, 8, ("bc1a0643b12e4d2d7c77918f44e0f4f79a838b6cf9ec5b5c283e1f4d88599e6b",
-            "ca854ea128ed050b41b35ffc1b87b8eb2bde461e9e3b5596ece6b9d5975a0ae0",
-            "d37ee418976dd95753c1c73862b9398fa2a2cf9b4ff0fdfe8b30cd95209614b7")),
-    (2, 3, ("fac54203e7cc696cf0dfcb42c92a1d9dbaf70ad9e621f4bd8d98662f00e3c125",)),
-    (1, 5, ("6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d",
-            "5f083f0a1a33ca076a95279832580db3e0ef4584bdff1f54c8a360f50de3031e",
-            "bc1a0643b12e4d2d7c77918f44e0f4f79a838b6cf9ec5b5c283e1f4d88599e6b"))])
-def test_paths_are_those_of_certificate_transparency(index: int, size: int, path: tuple[str, ...]) -> None:
-    """The vectors of its own tests (merkle_tree_test.cc, kPaths)."""
-    assert inclusion_path(RFC_LEAVES[:size], index) == list(path)
-
-
-def test_a_path_leads_to_the_root_of_its_own_leaf_and_tree_alone() -> None:
-    leaves = [bytes([i]) for i in range(19)]
-    for size in range(1, 20):
-        root = merkle_root(leaves[:size])
-        for index in range(size):
-            path = inclusion_path(leaves[:size], index)
-            assert root_by_path(leaves[index], index, size, path) == root
-            assert size == 1 or root_by_path(b"x", index, size, path) != root
-            with pytest.raises(ValueError, match="too long"):
-                root_by_path(leaves[index], index, size, [*path, "00" * 32])
-            for other in {(index + 1) % size, 0} - {index}:
-                try:
-                    assert root_by_path(leaves[index], other, size, path) != root
-                except ValueError as e:
-                    assert "its path is too" in str(e)
 
 
 def test_one_line_is_proved_without_the_others(

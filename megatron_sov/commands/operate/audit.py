@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.audit.commitment import (
-    CODE, Commitment, InclusionProof, check_signature, data_folders, prove_inclusion, publish,
-    read_commitment, read_proof, sign, write_proof)
+    CODE, DOCUMENTS, Commitment, InclusionProof, check_signature, data_folders, prove_inclusion,
+    prove_published_document, publish, read_commitment, read_proof, sign, write_proof)
 from megatron_sov.audit.drawing import draw, needed, read_draw, segments_of, write_draw
-from megatron_sov.base.artifacts import MANIFEST
+from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.base.digests import code_sha256
 from megatron_sov.base.errors import ExitCode, UserError, visible, warn
 from megatron_sov.base.outputs import check_output, refuse_input, refuse_nowhere
@@ -35,6 +35,9 @@ class AuditCommitOptions:
     """The log; what is new is added. Put it where others can see it, early and often."""
     key: Annotated[Path | None, Flag(value="FILE")] = None
     """Sign the log: a secret key of minisign without a password."""
+    documents: bool = False
+    """Also the documents of the data, so that `audit prove --document` can prove each by itself; reads every
+    token once."""
     follow: bool = False
     """Stay until the run is complete, and publish each checkpoint as it appears."""
 
@@ -50,7 +53,7 @@ def run_commit(typed: argparse.Namespace) -> int:
     while True:
         # looked at before: what the last steps left is published too
         is_complete = RunFolder(args.run).completion() is not None
-        new = publish(args.run, args.log, args.key)
+        new = publish(args.run, args.log, args.key, documents=args.documents)
         root = read_commitment(args.log).root
         print(f"{args.log}: {len(new)} new, root {root}", flush=True)
         if not args.follow or is_complete:
@@ -188,7 +191,7 @@ REPEAT = command_of(AuditRepeatOptions, run_repeat)
 @dataclass(frozen=True, kw_only=True)
 class AuditDataOptions(LogOptions):
     """Make the tokenizer and the token shards of a run again from their texts, ask its teacher again, and
-    compare every byte."""
+    compare every byte; hash the documents again where they were published."""
 
     run: Annotated[Path, Flag(value="DIR")]
     """What the lab hands over: the run's settings."""
@@ -214,7 +217,7 @@ def run_data(typed: argparse.Namespace) -> int:
     args = read_options(AuditDataOptions, typed)
     refuse_nowhere(args.work)
 
-    from megatron_sov.audit.preparing import ask_again, parse_moved, prepare_again
+    from megatron_sov.audit.preparing import ask_again, hash_again, parse_moved, prepare_again
     from megatron_sov.audit.repeating import find_data, find_states
 
     moved, commitment = parse_moved(args.moved), _published(args)
@@ -225,6 +228,11 @@ def run_data(typed: argparse.Namespace) -> int:
         for prepared in prepare_again(place, moved, args.work):
             print(visible(prepared.sentence()), flush=True)
             found.append(prepared)
+    for place in shards:
+        for leaf in commitment.find(DOCUMENTS):
+            if leaf.name == manifest_sha256(place):
+                found.append(hash_again(place, leaf, args.work))
+                print(visible(found[-1].sentence()), flush=True)
     for states in find_states(args.run, commitment, args.states) if args.teacher else ():
         found.append(ask_again(states, args.teacher, shards, args.work))
         print(visible(found[-1].sentence()), flush=True)
@@ -281,6 +289,8 @@ class AuditProveOptions(LogOptions):
 
     what: Annotated[NotBlank, Flag("WHAT")]
     """A folder that was published (token shards, a checkpoint), a file of it, or the hash of a line."""
+    document: Annotated[str, Flag(value="SOURCE:NUMBER")] = ""
+    """Of token shards: this training document alone, numbered from 0 (`audit commit --documents`)."""
     output: Annotated[Path, Flag(value="FILE")]
     """The proof; it has no other line of the log."""
 
@@ -295,11 +305,17 @@ def run_prove(typed: argparse.Namespace) -> int:
     check_output("--output", args.output)
     refuse_input("--output", args.output, args.log)
     commitment = _published(args)
-    proof = prove_inclusion(commitment, args.what)
+    proof = (prove_published_document(commitment, Path(args.what), args.document) if args.document
+             else prove_inclusion(commitment, args.what))
     write_proof(args.output, proof)
-    print(visible(f"{args.output}: {proof.leaf.kind} {proof.leaf.name} {proof.leaf.sha256} is line "
-                  f"{proof.index + 1} of {proof.size}, root {commitment.root}"))
+    print(visible(f"{args.output}: {_named(proof)} is line {proof.index + 1} of {proof.size}, root "
+                  f"{commitment.root}"))
     return ExitCode.OK
+
+
+def _named(proof: InclusionProof) -> str:
+    document = f"document {proof.document.name} of " if proof.document is not None else ""
+    return f"{document}{proof.leaf.kind} {proof.leaf.name} {proof.leaf.sha256}"
 
 
 PROVE = command_of(AuditProveOptions, run_prove)
@@ -314,7 +330,10 @@ class AuditCheckOptions:
     root: Annotated[NotBlank, Flag(value="HASH")]
     """Root of the log, from where it was published or stamped: not from whoever gave the proof."""
     of: Annotated[Path | None, Flag(value="PATH")] = None
-    """Whether this is what was published: a folder, or a file of one."""
+    """Whether this is what was published: a folder, or a file of one; of a document its token ids as a JSON
+    list, or its text with --tokenizer."""
+    tokenizer: Annotated[Path | None, Flag(value="DIR")] = None
+    """By which the document was packed: `tokenizer` in the token shards, or the folder that it came from."""
 
 
 def run_check(typed: argparse.Namespace) -> int:
@@ -328,21 +347,27 @@ def run_check(typed: argparse.Namespace) -> int:
     if proof.root() != args.root.lower():
         print(f"{args.proof}: leads to root {proof.root()}, and that of the log is {args.root}")
         return ExitCode.GATE_FAILED
-    if args.of is not None and (problem := _other_than(proof, args.of)):
+    if args.tokenizer is not None and (proof.document is None or args.of is None):
+        raise UserError(f"--tokenizer {args.tokenizer}: is for the text of a document; give a proof of one "
+                        "(`audit prove --document`), and its text by --of")
+    if args.of is not None and (problem := _other_than(proof, args.of, args.tokenizer)):
         print(visible(problem))
         return ExitCode.GATE_FAILED
-    print(visible(f"{proof.leaf.kind} {proof.leaf.name} {proof.leaf.sha256}"
-                  f"{f' and {args.of}' if args.of else ''}: published, line {proof.index + 1} of "
-                  f"{proof.size}"))
+    print(visible(f"{_named(proof)}{f' and {args.of}' if args.of else ''}: published, line "
+                  f"{proof.index + 1} of {proof.size}"))
     return ExitCode.OK
 
 
-def _other_than(proof: InclusionProof, place: Path) -> str | None:
-    """Return in what a folder or a file is not what was published; None: in nothing."""
+def _other_than(proof: InclusionProof, place: Path, tokenizer: Path | None) -> str | None:
+    """Return in what a folder, a file or a document is not what was published; None: in nothing."""
+    from megatron_sov.audit.documents import document_in_hand
     from megatron_sov.audit.repeating import folder_problem
 
     if not place.exists():
         raise UserError(f"--of {place}: does not exist; name the folder or the file that you were given")
+    if proof.document is not None:
+        is_that = document_in_hand(place, tokenizer, proof.manifest) == proof.document.sha256
+        return None if is_that else f"{place}: is not document {proof.document.name}; every character counts"
     if place.is_dir() and (problem := folder_problem(place)):
         return problem
     if proof.proves(place / MANIFEST if place.is_dir() else place):
