@@ -1,6 +1,7 @@
 """Attention over packed rows: Transformer Engine and the fused kernel of torch against a dense reference.
 
-Documents of a row x sliding window x heads that share keys, forward and all three gradients.
+Documents of a row x sliding window x heads that share keys, forward and all three gradients; and linear
+attention by flash-linear-attention's kernels against plain torch, with all five, where they are installed.
 """
 
 from __future__ import annotations
@@ -69,6 +70,26 @@ def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int
     return attention.attend_documents(q, keys, values, piece, q.shape[-1] ** -0.5, window)
 
 
+def linear(setting: Setting, bounds: list[int], of_channels: bool) -> list[float]:
+    """Return the relative errors of flash-linear-attention's output and gradients."""
+    from megatron_sov.engine.model.delta_rule import by_kernels, chunk_documents, in_chunks, normalised
+
+    torch.manual_seed(0)
+    tokens, heads, r, width = bounds[-1], 4, 1 if of_channels else 2, 128
+    q, k = (normalised(torch.randn(tokens, heads, width)) for _ in range(2))
+    decays, rates = torch.rand(tokens, heads, r, width if of_channels else 1), torch.rand(tokens, heads, r)
+    given = [t.to(setting.device) for t in (
+        q * width ** -0.5, k, torch.randn(tokens, heads, r, width), -0.3 * decays, rates)]
+    chunks = chunk_documents([(a, a, b) for a, b in itertools.pairwise(bounds)], torch.device(setting.device))
+    found, exact = ([t.clone().requires_grad_() for t in given] for _ in range(2))
+    ours = by_kernels(*found, chunks=chunks, dtype=torch.bfloat16)
+    theirs, _ = in_chunks(*exact, chunks=chunks)
+    seed = torch.randn_like(theirs)
+    ours.backward(seed)
+    theirs.backward(seed)
+    return [relative(ours, theirs), *(relative(a.grad, b.grad) for a, b in zip(found, exact, strict=True))]
+
+
 WAYS = {"Transformer Engine": by_transformer_engine, "torch varlen": by_torch}
 
 
@@ -115,6 +136,16 @@ def measure(setting: Setting) -> Figures:
         yield case, errors
         if not largest(errors) < LIMIT:
             problems.append(f"{case}: relative error {largest(errors):.2e}")
+    from megatron_sov.engine.parallel.device import lacking_fla
+
     if setting.dry:
-        yield "not in a dry run", ["torch varlen: a kernel for CUDA alone"]
+        yield "not in a dry run", ["torch varlen, linear attention: kernels for CUDA alone"]
+    elif reason := lacking_fla():
+        yield "linear attention", [f"flash-linear-attention does not import: {reason}"]
+    else:
+        for kind, of_channels in itertools.product(DOCUMENTS, (False, True)):
+            case = f"linear attention of {'Kimi' if of_channels else 'Qwen'}, documents: {kind}"
+            yield case, (errors := linear(setting, bounds_of(DOCUMENTS[kind], num_tokens), of_channels))
+            if not largest(errors) < LIMIT:
+                problems.append(f"{case}: relative error {largest(errors):.2e}")
     fail_on(problems)

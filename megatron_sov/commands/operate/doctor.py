@@ -74,8 +74,8 @@ def all_checks() -> list[MachineCheck]:
     """Look at everything, in the order in which it is read: what is needed first,
     then accelerators, cluster, machine."""
     groups = (python_checks, package_checks, shadow_checks, torch_checks, transformer_engine_checks,
-              quantization_checks, deep_ep_checks, apex_checks, optional_checks, sandbox_checks, slurm_checks,
-              compiler_checks, machine_checks)
+              quantization_checks, deep_ep_checks, linear_attention_checks, apex_checks, optional_checks,
+              sandbox_checks, slurm_checks, compiler_checks, machine_checks)
     return [check for group in groups for check in group()]
 
 
@@ -253,6 +253,19 @@ def deep_ep_checks() -> Iterator[MachineCheck]:
     lacks = "; ".join(f"not {dispatcher} ({why})" for dispatcher, why in reasons.items() if why)
     yield MachineCheck("DeepEP", "ok" if there else "warning", "; ".join(filter(None, [there, lacks])),
                        DEEP_EP_REMEDY if lacks else "")
+
+
+def linear_attention_checks() -> Iterator[MachineCheck]:
+    """flash-linear-attention, which `gpu.linear_attention` may name, by importing its kernels."""
+    name, remedy = "flash-linear-attention", "pip install fla-core==0.6.0, for models with linear attention"
+    if not _has_gpu() or importlib.util.find_spec("fla") is None:
+        yield MachineCheck(name, "missing", "is not installed; optional", remedy)
+        return
+    from megatron_sov.engine.parallel.device import lacking_fla
+
+    reason = lacking_fla()
+    yield MachineCheck(name, "warning" if reason else "ok", reason or "its kernels import",
+                       remedy if reason else "")
 
 
 def _has_gpu() -> bool:

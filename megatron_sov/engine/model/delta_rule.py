@@ -12,13 +12,14 @@ Chunks begin with their document, so what becomes of one does not depend on wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import pad
 
-from megatron_sov.engine.parallel.device import to_device
+from megatron_sov.engine.parallel.device import FLA_KERNELS, to_device
 
 CHUNK = 64
 """Tokens of a chunk."""
@@ -41,6 +42,12 @@ class Chunks:
     """How many documents have a first chunk, a second one, and so on."""
     order: list[int]
     """The documents by falling number of chunks; equal ones as they stand."""
+    bounds: torch.Tensor
+    """[documents + 1] int64, row indices: where each document begins, and the end of the last."""
+    host_bounds: torch.Tensor
+    """The same on the host, so that nobody waits for the device to know them."""
+    asked: torch.Tensor
+    """[outputs] int64, row indices of the tokens whose output is asked for."""
 
 
 def chunk_documents(documents: Sequence[tuple[int, int, int]], device: torch.device) -> Chunks:
@@ -63,9 +70,11 @@ def chunk_documents(documents: Sequence[tuple[int, int, int]], device: torch.dev
     places = torch.empty(row_tokens + 1, dtype=torch.int64)
     places[tokens] = torch.arange(len(tokens))
     positions = torch.arange(row_tokens) - starts.repeat_interleave(lengths)
-    asked = torch.cat([places[first:stop] for _, first, stop in documents])
-    tokens, asked, positions = (to_device(t, device) for t in (tokens, asked, positions))
-    return Chunks(tokens, asked, positions, steps, order.tolist())
+    asked = torch.cat([torch.arange(first, stop) for _, first, stop in documents])
+    bounds = torch.cat([starts, torch.tensor([row_tokens])])
+    tokens, places, positions, on_device, asked = (to_device(t, device) for t in (
+        tokens, places[asked], positions, bounds, asked))
+    return Chunks(tokens, places, positions, steps, order.tolist(), on_device, bounds, asked)
 
 
 def normalised(values: torch.Tensor) -> torch.Tensor:
@@ -114,6 +123,41 @@ def in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay
     ended.append(state)
     found = torch.cat(outputs).permute(0, 3, 1, 2, 4).flatten(0, 1)
     return found.index_select(0, chunks.places), torch.cat(ended[::-1])
+
+
+def by_kernels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor,
+               rate: torch.Tensor, *, chunks: Chunks, dtype: torch.dtype) -> torch.Tensor:
+    """Apply the rule to all documents of a row, each from zeros, by the kernels of flash-linear-attention.
+
+    It has not run on a GPU: tests hold its calls against the kernels' signatures, and what it does with them
+    against the plain versions beside those kernels.
+
+    Args:
+        query, key: [tokens, key heads, key channels], as they meet the state; queries already scaled.
+        value: [tokens, key heads, r, value channels]: r value heads share a key head.
+        decay: [tokens, key heads, r, 1 or key channels], logarithms, at most 0.
+        rate: [tokens, key heads, r].
+        chunks: where the documents are.
+        dtype: of what is multiplied, that of the model; decays stay as they are.
+
+    Returns:
+        [outputs, key heads, r, value channels], as wide as `value`.
+    """
+    of_channels = decay.shape[-1] > 1
+    # heads of values follow one another, those of a key head together
+    decay = decay.flatten(1, 2)
+    found, _ = _fla_kernel(of_channels)(
+        query[None].to(dtype), key[None].to(dtype), value.flatten(1, 2)[None].to(dtype),
+        g=(decay if of_channels else decay[..., 0])[None], beta=rate.flatten(1)[None].to(dtype), scale=1.0,
+        cu_seqlens=chunks.bounds, cu_seqlens_cpu=chunks.host_bounds)
+    heads: torch.Tensor = found[0].to(value.dtype).unflatten(1, value.shape[1:3])
+    return heads.index_select(0, chunks.asked)
+
+
+def _fla_kernel(of_channels: bool) -> Callable[..., tuple[torch.Tensor, None]]:
+    module, name = FLA_KERNELS[of_channels]
+    found: Callable[..., tuple[torch.Tensor, None]] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _decayed_products(lefts: Sequence[torch.Tensor], right: torch.Tensor,

@@ -16,7 +16,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, find_broken
 from megatron_sov.engine import lanes, router
 from megatron_sov.engine.parallel.device import (
-    BLACKWELL, DEEP_EP_NAMES, HOPPER, REPEATS_CUDNN, lacking_deep_ep, lacking_fp8, on_gpu)
+    BLACKWELL, DEEP_EP_NAMES, HOPPER, REPEATS_CUDNN, lacking_deep_ep, lacking_fla, lacking_fp8, on_gpu)
 from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sov.model.config.gpu import fp8_format
 
@@ -298,6 +298,7 @@ def resolve_auto(config: RunConfig, te: bool) -> dict[str, Any]:
     here = Here(te, config.model, config.parallel)
     own = own_attention_serves(here, config.gpu.attention, config.train.deterministic)
     return {**{fusion.setting: fusion.value(config.gpu, here) for fusion in FUSIONS},
+            "linear_attention": uses_delta_kernels(here, config.gpu, config.train.deterministic),
             "attention": config.gpu.attention if exchanges_heads(here, config.gpu.attention) or not own
             else "local"}
 
@@ -318,6 +319,20 @@ def own_attention_serves(here: Here, attention: str, deterministic: bool) -> boo
     if not here.te or here.parallel.cp > 1 or attention == "local" or model.attention_softcap is not None:
         return True
     return attention == "auto" and (deterministic or bool(_without_heads(model)))
+
+
+def uses_delta_kernels(here: Here, gpu: GpuConfig, deterministic: bool) -> bool:
+    """Return whether the kernels of flash-linear-attention train the layers with linear attention.
+
+    Triton measures which form of a kernel is fastest in each process anew, so that bits do not repeat.
+
+    Args:
+        here: what the model is, and where it is to run.
+        gpu: the settings.
+        deterministic: `train.deterministic`.
+    """
+    return (here.te and here.model.linear_attention is not None and not deterministic
+            and gpu.linear_attention != "torch" and not lacking_fla())
 
 
 def exchanges_heads(here: Here, attention: str) -> bool:
@@ -376,6 +391,7 @@ def refuse(config: RunConfig, te: bool) -> None:
         (not why_not, "router_fusion", why_not),
         (gpu.shared_expert_overlap == "off" or te, "shared_expert_overlap", NEEDS_TE, "leave it out"),
         *_attention_rules(config, here),
+        *_linear_attention_rules(config, here),
         *((te or module not in gpu.recompute_modules, "recompute_modules",
            f"names {module}, which {NEEDS_TE}", f"name {instead}")
           for module, instead in RECOMPUTED_WITH_TE.items()),
@@ -408,6 +424,21 @@ def refuse(config: RunConfig, te: bool) -> None:
              "containers/install.sh names, or use alltoall"))
     if problems:
         raise SettingsError(f"recipe {config.recipe}", problems)
+
+
+def _linear_attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str, str]]:
+    """Return what must be for the kernels of flash-linear-attention: rules, with whether each is kept."""
+    if config.gpu.linear_attention != "fla":
+        return []
+    linear, reason = here.model.linear_attention is not None, lacking_fla() if here.te else ""
+    return [
+        (linear, "linear_attention", "has nothing to do in this model", "leave it out"),
+        (here.te or not linear, "linear_attention", NEEDS_TE, "set it to torch"),
+        (not config.train.deterministic, "linear_attention",
+         "does not repeat its bits (train.deterministic)", "set it to torch"),
+        (not reason or not linear, "linear_attention",
+         f"cannot be: flash-linear-attention does not import ({reason})",
+         "install fla-core 0.6.0, or set it to torch")]
 
 
 def _overlap_rules(config: RunConfig, te: bool) -> list[tuple[bool, str, str, str]]:

@@ -24,7 +24,7 @@ from torch.nn.functional import linear, rms_norm, silu, softplus
 from megatron_sov.engine.model.attention import PackedDocuments
 from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans
 from megatron_sov.engine.model.delta_rule import (
-    by_token, chunk_documents, convolved_windows, in_chunks, normalised, short_convolution)
+    by_kernels, by_token, chunk_documents, convolved_windows, in_chunks, normalised, short_convolution)
 from megatron_sov.engine.parallel import context
 from megatron_sov.model.config import LinearAttentionConfig
 
@@ -154,8 +154,11 @@ class LinearAttention(MegatronModule):
         mine = context.share(inputs.shape[1]) if cut else slice(None)
         wide = self.convolution(mine)
         mixed = short_convolution(convolved.flatten(1).to(wide.dtype), wide, packed.chunks.positions)
-        found = in_chunks(*self.parts(mixed.unflatten(-1, convolved.shape[1:]), gates, mine),
-                          chunks=packed.chunks)[0]
+        parts = self.parts(mixed.unflatten(-1, convolved.shape[1:]), gates, mine)
+        if self.config.delta_kernels:
+            found = by_kernels(*parts, chunks=packed.chunks, dtype=self.config.params_dtype)
+        else:
+            found = in_chunks(*parts, chunks=packed.chunks)[0]
         if cut:
             found = context.exchange_heads(found.flatten(2)).unflatten(-1, (-1, self.sizes.value_head_dim))
         return found

@@ -17,7 +17,7 @@ from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.engine import lanes
 from megatron_sov.engine.model.gpu_settings import (
     OVERLAP, Here, exchanges_heads, expert_settings, keep_attention_decisions, keep_ends_in_bf16,
-    library_settings, own_attention_serves, transformer_settings)
+    library_settings, own_attention_serves, transformer_settings, uses_delta_kernels)
 from megatron_sov.engine.model.graphs import graphed
 from megatron_sov.engine.model.rotary import local_turns, rotated_factor, softmax_scale
 from megatron_sov.engine.parallel import context
@@ -221,10 +221,11 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         config.softmax_scale = softmax_scale(model, "sliding_attention")
     config.own_attention, config.exchanges_heads = (
         own_attention_serves(here, gpu.attention, train.deterministic), exchanges_heads(here, gpu.attention))
-    config.rotated_factor = rotated_factor(model)
+    config.delta_kernels, config.rotated_factor = (
+        uses_delta_kernels(here, gpu, train.deterministic), rotated_factor(model))
     config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
-    config.logits_multiplier, config.mtp_depths, config.zero_centered_norms = (
-        model.logits_multiplier, model.mtp_depths, model.zero_centered_norms)
+    for name in ("logits_multiplier", "mtp_depths", "zero_centered_norms"):
+        setattr(config, name, getattr(model, name))
     return config
 
 

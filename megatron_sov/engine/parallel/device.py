@@ -328,6 +328,24 @@ def lacking_deep_ep(dispatcher: str) -> str:
     return ""
 
 
+# The kernels of linear attention of flash-linear-attention, whose package is called fla-core.
+
+FLA_KERNELS = {False: ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+               True: ("fla.ops.kda", "chunk_kda")}
+"""Whether each channel of keys decays at a rate of its own -> module and function."""
+
+
+@functools.cache
+def lacking_fla() -> str:
+    """Return why these kernels do not serve here, in their own words; empty: they do."""
+    for module, name in FLA_KERNELS.values():
+        try:
+            getattr(importlib.import_module(module), name)
+        except Exception as e:  # without a driver Triton ends with errors of its own
+            return told_in_a_line(e)
+    return ""
+
+
 def hide_broken_deep_ep() -> None:
     """Have the library import without a DeepEP that does not: it catches ImportError alone."""
     if importlib.util.find_spec("deep_ep") is None:

@@ -193,6 +193,10 @@ class GpuConfig:
     gets whole rows of its share of the heads. Ours serves anyway without Transformer Engine, and where
     products are capped (`model.attention_softcap`); under auto also with `train.deterministic`, and where
     cuDNN trains no heads of that size."""
+    linear_attention: Literal["auto", "torch", "fla"] = "auto"
+    """What trains layers with linear attention: plain torch, or the Triton kernels of flash-linear-attention
+    (fla), which repeat no bits; auto: those where they import, on GPUs in bf16 without `train.deterministic`.
+    Sequences that are generated are read in torch."""
     rope_fusion: Switch = "auto"
     """Rotate queries and keys in one kernel."""
     router_fusion: Switch = "auto"

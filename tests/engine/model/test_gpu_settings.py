@@ -123,7 +123,7 @@ def test_experts_whose_recipe_keeps_no_state_are_saved() -> None:
 
 ROOT = Path(__file__).parents[3]
 OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "profiler", "peak_tflops",
-              "optimizer_offload"}
+              "optimizer_offload", "linear_attention"}
 """Settings that no field of the library stands behind; each has a test of its own."""
 ROUTERS = 'gpu.cuda_graphs=["moe_router"]'
 CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -230,8 +230,26 @@ def test_with_transformer_engine_auto_is_on_where_model_and_layout_can() -> None
     assert not fields(config_with(["parallel.cp=2"]), te=True)["apply_rope_fusion"]
 
 
+def test_kernels_of_linear_attention_serve_where_they_import_and_bits_need_not_repeat(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(*changes: str, te: bool = True) -> bool:
+        config = apply_settings(recipes.get("tiny-qwen3-next"), ["train.precision=bf16", *changes])
+        return bool(gpu_settings.resolve_auto(config, te)["linear_attention"])
+
+    fla = apply_settings(recipes.get("tiny-qwen3-next"), ["train.precision=bf16", "gpu.linear_attention=fla"])
+    assert not serve(), "it is not installed here"
+    with pytest.raises(SettingsError, match=r"attention does not import \(Module.*fla"):
+        gpu_settings.refuse(fla, te=True)
+    monkeypatch.setattr(gpu_settings, "lacking_fla", lambda: "")
+    assert serve() and not serve(te=False)
+    assert not serve("gpu.linear_attention=torch") and not serve("train.deterministic=true")
+    monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
+    gpu_settings.refuse(fla, te=True)
+
+
 def test_a_run_tells_what_auto_came_to() -> None:
-    fused = {fusion.setting: fusion.setting != "router_fusion" for fusion in FUSIONS}
+    fused: dict[str, Any] = {fusion.setting: fusion.setting != "router_fusion" for fusion in FUSIONS}
+    fused["linear_attention"] = False
     assert gpu_settings.resolve_auto(config_with([]), te=True) == fused | {"attention": "auto"}
     assert gpu_settings.resolve_auto(config_with(["parallel.cp=2"]), te=True) == fused | {
         "rope_fusion": False, "attention": "local"}
@@ -266,6 +284,7 @@ def test_a_run_tells_what_auto_came_to() -> None:
     ("gpu.router_fusion=on", True, {}, "gpu.router_fusion"),
     ("gpu.router_fusion=on", False, {}, "gpu.router_fusion"),
     ("parallel.expert_dispatcher=deepep", True, {}, "parallel.expert_dispatcher"),
+    ("gpu.linear_attention=fla", True, {}, "gpu.linear_attention"),
 ])
 def test_what_cannot_be_here_is_refused(changes: str, te: bool, environment: dict[str, str], keys: str,
                                         monkeypatch: pytest.MonkeyPatch) -> None:

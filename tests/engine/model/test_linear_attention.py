@@ -45,7 +45,8 @@ def layer(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Li
 
 def made(kind: type[LinearAttention]) -> LinearAttention:
     config = SimpleNamespace(hidden_size=HIDDEN, init_method=None, output_layer_init_method=None,
-                             params_dtype=torch.float32, layernorm_epsilon=1e-6, sequence_parallel=False)
+                             params_dtype=torch.float32, layernorm_epsilon=1e-6, sequence_parallel=False,
+                             delta_kernels=False)
     alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     sizes = SIZES if kind is GatedDeltaNet else OF_KIMI
     found = kind(config, 1, (Plain, Plain, Plain), sizes, SimpleNamespace(tp=alone))

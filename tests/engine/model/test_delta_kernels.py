@@ -1,0 +1,112 @@
+"""Calls of flash-linear-attention's kernels: by their own signatures, and with the plain versions that stand
+beside them in the kernels' place they give what our torch does."""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import importlib.util
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.engine.model import delta_rule
+from megatron_sov.engine.model.delta_rule import chunk_documents, in_chunks
+from megatron_sov.engine.model.linear_attention import GatedDeltaNet, KimiDeltaAttention
+from megatron_sov.engine.parallel import context
+from megatron_sov.engine.parallel.device import FLA_KERNELS
+from tests import newest
+from tests.engine.model.test_delta_rule import HEADS, KEYS, VALUES, R, drawn
+from tests.engine.model.test_linear_attention import made, row, states
+
+DOCUMENTS = [(0, 0, 70), (70, 100, 171), (171, 171, 172), (172, 172, 200)]
+"""Start, first token whose output is asked for, end."""
+TOKENS = DOCUMENTS[-1][2]
+
+
+@pytest.fixture(scope="module")
+def fla() -> Path:
+    """Folder with the kernels' sources, which import on GPUs alone."""
+    return newest.fetched("fla-core", "0.6.0") / "fla/ops"
+
+
+def arguments(file: Path, function: str) -> Callable[..., dict[str, Any]]:
+    """Return a function with the signature of one in a file, that returns what it is given."""
+    [node] = [n for n in ast.parse(file.read_text()).body
+              if isinstance(n, ast.FunctionDef) and n.name == function]
+    node.body, node.decorator_list = ast.parse("def f():\n  return locals()").body[0].body, []
+    found: dict[str, Any] = {}
+    exec(compile(ast.Module([node], []), str(file), "exec", __future__.annotations.compiler_flag), found)
+    return found[function]
+
+
+def plain(file: Path, function: str) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """Return a plain version that stands beside the kernels."""
+    spec = importlib.util.spec_from_file_location(f"{function}_module", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, function)
+
+
+@pytest.fixture(params=[False, True], ids=["of heads", "of channels"])
+def of_channels(request: pytest.FixtureRequest, fla: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether channels decay by themselves; their kernel is the plain version, document by document."""
+    module, name = FLA_KERNELS[request.param]
+    folder = fla / module.rpartition(".")[2]
+    signature = arguments(folder / "chunk.py", name)
+    rule = plain(folder / "naive.py", f"naive_recurrent_{folder.name}")
+
+    def kernel(*values: Any, **named: Any) -> tuple[torch.Tensor, None]:
+        given = signature(*values, **named)
+        q, k, v, g, beta, bounds = (given[n] for n in ("q", "k", "v", "g", "beta", "cu_seqlens"))
+        assert given["kwargs"] == {} and bounds.dtype == torch.int64 and g.dtype == torch.float32
+        assert (len(q), q.shape, g.shape[:3]) == (1, k.shape, v.shape[:3]) and beta.shape == v.shape[:3]
+        assert torch.equal(bounds, given["cu_seqlens_cpu"])
+        q, k = (t.repeat_interleave(v.shape[2] // t.shape[2], 2) for t in (q, k))
+        return torch.cat([rule(q=q[:, a:b], k=k[:, a:b], v=v[:, a:b], g=g[:, a:b], beta=beta[:, a:b],
+                               scale=given["scale"])[0]
+                          for a, b in itertools.pairwise(bounds)], 1), None
+
+    monkeypatch.setattr(delta_rule, "_fla_kernel", {request.param: kernel}.__getitem__)
+    return request.param
+
+
+def test_what_is_asked_for_and_its_gradients_are_those_of_torch(of_channels: bool) -> None:
+    rows = [drawn(TOKENS, torch.float32, decays=KEYS if of_channels else 1) for _ in range(2)]
+    chunks = chunk_documents(DOCUMENTS, torch.device("cpu"))
+    found = delta_rule.by_kernels(*rows[0], chunks=chunks, dtype=torch.float32)
+    expected, _ = in_chunks(*rows[1], chunks=chunks)
+
+    assert found.shape == (TOKENS - 30, HEADS, R, VALUES)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-5)
+    for outputs in (found, expected):
+        (outputs * torch.linspace(-1, 1, VALUES)).sum().backward()
+    for one, other in zip(*rows, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=2e-5, rtol=2e-5)
+
+
+def test_a_layer_asks_for_them_where_its_model_does(
+        of_channels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "size", lambda: 1)
+    layer = made(KimiDeltaAttention if of_channels else GatedDeltaNet).float()
+    x, packed = states().float(), row([0, 70, 150])
+    expected = layer(x, packed_seq_params=packed)[0]
+    layer.config.delta_kernels = True
+    found = layer(x, packed_seq_params=packed)[0]
+
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    assert not torch.equal(found, expected), "they were not asked"
+
+
+def test_products_are_in_the_models_precision_and_decays_are_not(of_channels: bool) -> None:
+    row = [t.detach() for t in drawn(TOKENS, torch.float32, decays=KEYS if of_channels else 1)]
+    chunks = chunk_documents(DOCUMENTS, torch.device("cpu"))
+    exact, rounded = (delta_rule.by_kernels(*row, chunks=chunks, dtype=dtype)
+                      for dtype in (torch.float32, torch.bfloat16))
+
+    assert rounded.dtype == torch.float32
+    assert 1e-4 < float((rounded - exact).norm() / exact.norm()) < 2e-2
