@@ -221,10 +221,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         config.softmax_scale = softmax_scale(model, "sliding_attention")
     config.own_attention, config.exchanges_heads = (
         own_attention_serves(here, gpu.attention, train.deterministic), exchanges_heads(here, gpu.attention))
-    config.delta_kernels, config.rotated_factor = (
-        uses_delta_kernels(here, gpu, train.deterministic), rotated_factor(model))
-    config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
-    for name in ("logits_multiplier", "mtp_depths", "zero_centered_norms"):
+    config.delta_kernels = uses_delta_kernels(here, gpu, train.deterministic)
+    config.routing_step, config.rotated_factor = RoutingStep(), rotated_factor(model)
+    for name in ("norm_topk_prob", "logits_multiplier", "mtp_depths", "zero_centered_norms"):
         setattr(config, name, getattr(model, name))
     return config
 
