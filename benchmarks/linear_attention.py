@@ -38,7 +38,7 @@ def measure(way: str, row: str) -> None:
     tokens, random = sum(lengths), torch.Generator().manual_seed(0)
     q, k = (normalised(torch.randn(tokens, KEY_HEADS, CHANNELS, generator=random)) for _ in range(2))
     v = torch.randn(tokens, KEY_HEADS, per_key, CHANNELS, generator=random)
-    decay = -0.3 * torch.rand(tokens, KEY_HEADS, per_key, generator=random)
+    decay = -0.3 * torch.rand(tokens, KEY_HEADS, per_key, 1, generator=random)
     rate = torch.rand(tokens, KEY_HEADS, per_key, generator=random)
     inputs = [t.requires_grad_() for t in (q * CHANNELS ** -0.5, k, v, decay, rate)]
     ends = torch.tensor(lengths).cumsum(0).tolist()

@@ -110,16 +110,17 @@ def in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay
     kept = grown[..., -1:, :].transpose(-1, -2)
     if state is None:
         state = v.new_zeros(chunks.steps[0], *v.shape[1:3], k.shape[-1], v.shape[-1])
-    outputs, ended, start = [], [], 0
-    for number in chunks.steps:
+    outputs, ended = [], []
+    # split at once: the backward pass of a slice for each step would fill a whole row of zeros for each
+    steps = (t.split(chunks.steps) for t in (new, seen, read, within, kept, written))
+    for number, *parts in zip(chunks.steps, *steps, strict=True):
+        new, seen, read, within, kept, written = parts
         if len(state) > number:
             ended.append(state[number:])
             state = state[:number]
-        here = slice(start, start + number)
-        correction = new[here] - seen[here] @ state
-        outputs.append(read[here] @ state + within[here] @ correction)
-        state = kept[here] * state + written[here] @ correction
-        start += number
+        correction = new - seen @ state
+        outputs.append(read @ state + within @ correction)
+        state = kept * state + written @ correction
     ended.append(state)
     found = torch.cat(outputs).permute(0, 3, 1, 2, 4).flatten(0, 1)
     return found.index_select(0, chunks.places), torch.cat(ended[::-1])

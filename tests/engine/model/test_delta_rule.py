@@ -3,8 +3,12 @@ of one row against each alone."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_sov.engine.model.delta_rule import (
     CHUNK, by_token, chunk_documents, convolved_windows, in_chunks, normalised, short_convolution)
@@ -65,6 +69,27 @@ def test_with_decays_of_channels_a_document_is_what_transformers_makes_of_it(fas
     torch.testing.assert_close(state[:, :, 0], last, atol=2e-6, rtol=2e-5)
     for one, other in zip(row, again, strict=True):
         torch.testing.assert_close(one.grad, other.grad, atol=2e-5, rtol=2e-5)
+
+
+def test_a_backward_pass_costs_as_much_for_each_token_of_a_long_document() -> None:
+    class Counting(TorchDispatchMode):
+        """Adds up the numbers that operators return."""
+
+        numbers = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            self.numbers += sum(t.numel() for t in tree_leaves(found) if isinstance(t, torch.Tensor))
+            return found
+
+    def backward(num_chunks: int) -> int:
+        row = drawn(num_chunks * CHUNK, torch.float32)
+        found, _ = in_chunks(*row, chunks=chunk_documents([(0, 0, len(row[0]))], CPU))
+        with Counting() as counting:
+            found.sum().backward()
+        return counting.numbers
+
+    assert backward(32) < 4.5 * backward(8), "four times as many tokens"
 
 
 def test_decays_of_channels_that_are_alike_are_one_of_the_head() -> None:
