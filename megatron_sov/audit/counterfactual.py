@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.audit.commitment import data_folders, inputs_of, settings_sha256, start_of
+from megatron_sov.audit.commitment import data_folders, inputs_of, settings_sha256
 from megatron_sov.audit.drawing import Segment
 from megatron_sov.audit.own_folder import make_once
 from megatron_sov.audit.repeating import (
@@ -136,17 +136,17 @@ def plan_repetition(run: Path, without: Sequence[str], output: Path, start: Path
     if config.data.paths.keys() != now.data.paths.keys():
         raise UserError(f"{run / CONFIG}: names other data than {newest.name} was written with; resume the "
                         "run until it has written a checkpoint with these")
-    begun, asked = _model(run, "--from", start, start_of(run), "began from its seed")
-    compared, _ = _model(run, "--reference", reference, next(iter(inputs_of(run, REFERENCE)), ""),
-                         "compares with no model besides its start")
+    begun, asked = _model(run, "--from", start, checkpoints.KIND, "began from its seed")
+    compared, _ = _model(run, "--reference", reference, REFERENCE, "compares with no model besides its start")
     return RunRepetition(run, tuple(without), output, begun, asked, compared,
                          nproc or read_command(run).processes,
                          own_settings(config, data_folders(run)), newest)
 
 
-def _model(run: Path, option: str, given: Path | None, asked: str, none: str) -> tuple[Path | None, str]:
+def _model(run: Path, option: str, given: Path | None, kind: str, none: str) -> tuple[Path | None, str]:
     """Return the checkpoint that an option names, and the hash of its manifest, which the run's records must
-    have: `asked`; empty: the run has no such model."""
+    have as an input of that kind; empty: the run has no such model."""
+    asked = next(iter(inputs_of(run, kind)), "")
     found = given and checkpoints.find_checkpoint(given)
     if asked != (manifest_sha256(found) if found else ""):
         raise UserError(f"{run}: " + (f"has learned from a model with the manifest {asked[:12]}; name it by "
