@@ -66,7 +66,7 @@ types: setup
 check: style  ## two minutes: lint, types of what changed, the rules of the house, the pages, every command's help and examples
 	changed=$$(git diff --name-only --diff-filter=d HEAD -- 'megatron_sov/*.py' 'tokenizer/*.py' 'data_prep/*.py' 2>/dev/null); \
 	[ -z "$$changed" ] || "$(PY)" -m mypy $$changed
-	OMP_NUM_THREADS=1 "$(PY)" -m pytest -q -n 2 tests/test_architecture.py tests/test_docs.py tests/test_help.py
+	OMP_NUM_THREADS=1 "$(PY)" -m pytest -q tests/test_architecture.py tests/test_docs.py tests/test_help.py
 
 slurm:  ## install Slurm's daemons for tests/operate/slurm, where root can do it on Debian or Ubuntu
 	@tests/operate/slurm/install.sh
@@ -78,32 +78,14 @@ test: style slurm browser  ## lint, and beside mypy all tests
 	-"$(PY)" tests/newest.py --releases
 	$(MAKE) -j 2 types suite
 
-# Tests in three runs, so that no worker of pytest holds all libraries at once: training, whole commands and the layers under them;
-# evaluation, and what imports torch for data, models and text; and all the rest, which do not. Each run begins with what takes longest,
-# and ends with what takes shortest: then no worker waits long for the others.
-RUNS := TRAINING READING
-DATA := $(addprefix tests/,$(addprefix data_prep/,media curate/scoring synth/generators/autoif/test_entailment.py \
-  shards/test_encode.py shards/test_pack_columns.py shards/test_stats.py curate/test_scorer.py test_datasets_layouts.py) base/documents/test_byte_bpe.py \
-  test_docs_data_pages.py test_docs_data_scoring.py test_docs_omni.py commands/rl/test_rl_knowledge.py)
-JUDGES := $(addprefix tests/,eval bench serve judge/tools)
-MODELS := $(addprefix tests/,test_mutations.py tokenizer/graft tokenizer/formats tokenizer/media tokenizer/test_train.py \
-  judge/rewards/test_classifier.py operate/slurm/test_preflight.py base/settings/test_programs.py model/recipes/test_requested.py \
-  model/test_pretrained.py test_docs.py test_architecture.py test_api.py model/test_objectives.py)
-JOBS := tests/e2e tests/benchmarks $(filter-out $(DATA),$(wildcard tests/commands/test_*.py tests/commands/*/test_*.py)) \
-  $(addprefix tests/,convert infer publish/ladder post train)
-LAYERS := $(addprefix tests/,engine layouts proof te_double omni/codecs operate/doctor model/families runs chat checkpoint \
-  test_schedules.py model/config plan data_prep/shards/test_adopt.py data_prep/shards/test_pack.py)
-TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/tokenizer/*/ tests/tokenizer/test_*.py tests/sandbox/ \
-  tests/judge/rewards/test_*.py)))
-# What is freed goes back to the system at once: a tenth of a worker's memory.
+# What takes longest comes first, and what takes shortest last: then no fork of pytest waits long for the others.
+LONGEST := $(addprefix tests/,e2e benchmarks layouts te_double commands engine post infer train convert proof eval serve bench publish \
+  model operate checkpoint judge test_readme.py test_own_code.py test_wheel.py test_mutations.py tokenizer data_prep)
+# What is freed goes back to the system at once: a tenth of a process's memory.
 FREED_AT_ONCE := MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=131072 MALLOC_MMAP_THRESHOLD_=131072
-TRAINING = $(JOBS) $(LAYERS)
-READING = $(JUDGES) $(DATA) $(MODELS) $(TEXT)
-# One worker builds the wheel, and has the cluster.
-FIRST := $(addprefix tests/,test_readme.py test_own_code.py test_wheel.py operate/slurm)
-# On two cores three tests at a time, since many wait for what they have killed, or for a server: each process of pytest imports and
-# collects anew, ten seconds of a core.  A plugin that no test asks for is an import more.
-PYTEST = "$(PY)" -m pytest -n 3 -p no:anyio --dist worksteal --durations 25
+# On two cores four tests at a time, since many wait for what they have killed, or for a server.  A plugin that no test asks for is an
+# import more.
+PYTEST = "$(PY)" -m pytest -p tests.forks --forks 4 -p no:anyio --durations 25
 
 # Hundreds of processes import the packages: they are compiled once, not by each where the environment forbids to keep what is compiled.
 compiled: setup
@@ -111,17 +93,14 @@ compiled: setup
 	"$(PY)" tests/rewrite_asserts.py
 
 suite: compiled
-	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py bash -c 'status=0; \
-	$(foreach run,$(RUNS),$(PYTEST) $($(run)) || status=1;) \
-	$(PYTEST) $(FIRST) tests $(foreach run,$(RUNS),$(addprefix --ignore ,$($(run)))) || status=1; \
-	exit $$status'
+	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py $(PYTEST) $(LONGEST) tests
 
 deep: slurm compiled  ## the rarer cases that `make test` leaves out: every layout, every kill, larger models; half an hour
 	$(FREED_AT_ONCE) OMP_NUM_THREADS=1 "$(PY)" tests/made_once.py $(PYTEST) -m deep
 
 NEWEST := $(addprefix tests/,te_double engine checkpoint layouts convert train e2e)
 newest: setup  ## the tests of layers that touch megatron-core, on the version that this Python has not installed: build/newest
-	OMP_NUM_THREADS=1 "$(PY)" tests/newest.py -q -n 2 --dist worksteal $(NEWEST)
+	OMP_NUM_THREADS=1 "$(PY)" tests/newest.py -q -p tests.forks --forks 2 $(NEWEST)
 
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores
 	"$(PY)" demo.py $${CORPUS:+--corpus "$$CORPUS"}
@@ -178,7 +157,7 @@ core: setup  ## the tests that need the core alone, in an environment of its own
 	"$(CORE)" -m pip check
 	PYTHONPATH="$(CURDIR)" "$(PY)" tests/core_alone.py build/core
 	cd build/core/room && SOV_TESTS_DATA="$(CURDIR)/build/core/data" PYTHONPATH="$(CURDIR)/build/core/room" PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 \
-	  "$(CURDIR)/$(CORE)" -P -m pytest -q -n 2 --dist worksteal -p tests.core_alone tests
+	  "$(CURDIR)/$(CORE)" -P -m pytest -q -p tests.forks --forks 2 -p tests.core_alone tests
 
 clean:  ## delete what was built (.venv stays)
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -41,7 +41,7 @@ INSTALL_REQUIRES = [
 
 EXTRAS = {
     # the tests of the core alone: `make core`
-    "test": ["pytest>=8", "pytest-xdist", "hypothesis", "allpairspy", "setuptools>=77"],
+    "test": ["pytest>=8", "hypothesis", "allpairspy", "setuptools>=77"],
     # Needs a CUDA toolchain and --no-build-isolation: docs/install.md.
     "gpu": ["transformer-engine[pytorch,core-cu13]==2.20.2"],
     "rl": ["math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0"],
@@ -78,7 +78,7 @@ EXTRAS = {
     "omni": ["pillow", "soundfile", "scipy", "vector-quantize-pytorch>=1.32", "diffusers>=0.42", "jiwer>=4"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
     "dev": [
-        "pytest>=8", "pytest-xdist", "hypothesis", "allpairspy", "ruff", "isort>=9", "mypy", "setuptools>=77",
+        "pytest>=8", "hypothesis", "allpairspy", "ruff", "isort>=9", "mypy", "setuptools>=77",
         "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
         "peft>=0.21.2",
         "math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "openai>=2",

@@ -11,7 +11,6 @@ import html
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -20,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
@@ -40,7 +39,7 @@ settings.register_profile("house", deadline=None, derandomize=True)
 settings.load_profile("house")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Memory that a test has freed goes back to the system, see `give_memory_back`: glibc keeps a heap for each
-# thread, and pyarrow's own allocator gigabytes.  Processes of pytest-xdist begin with these variables.
+# thread, and pyarrow's own allocator gigabytes.
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
@@ -155,29 +154,6 @@ def pytest_runtest_teardown() -> None:
         _kept_threads[0] = len(os.listdir("/proc/self/task"))
 
 
-PEAKS = pytest.StashKey[list[int]]()
-"""Largest resident memory of each worker that has ended, in MB."""
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Let a worker say how much memory it held."""
-    if hasattr(session.config, "workeroutput"):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        session.config.workeroutput["peak_mb"] = peak // (1 << 20 if sys.platform == "darwin" else 1 << 10)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Take note of what a worker said."""
-    node.config.stash.setdefault(PEAKS, []).append(getattr(node, "workeroutput", {}).get("peak_mb", 0))
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Show what workers said."""
-    if peaks := config.stash.get(PEAKS, []):
-        terminalreporter.write_line(f"largest memory of each worker: {', '.join(map(str, sorted(peaks)))} MB")
-
-
 @dataclass(frozen=True)
 class Job:
     """One function of a test file, run on `nproc` ranks."""
@@ -250,29 +226,21 @@ class Server:
         self._folder.cleanup()
 
 
-SERVERS = pytest.StashKey[dict[str, Server]]()
-"""Those of a process that starts others, which call them."""
-
-
 SHARED = "SOV_TESTS_SERVERS"
-"""Variable that tells, as JSON, where to call the workers that several runs of pytest share: made_once.py."""
+"""Variable that tells, as JSON, where to call the workers that several processes of tests share."""
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_configure_node(node: Any) -> None:
-    """Tell each of several processes of pytest where to call the workers, which are the same for all."""
-    if SHARED in os.environ:
-        return
-    servers = node.config.stash.setdefault(SERVERS, {})
-    if not servers:
-        servers |= {"worker": Server(), "te_worker": Server(TE_DOUBLE)}
-    node.workerinput["servers"] = {name: server.address for name, server in servers.items()}
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the workers."""
-    for server in config.stash.get(SERVERS, {}).values():
-        server.close()
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    """Start the workers before the forks that call them, if nobody has (made_once.py)."""
+    if SHARED in os.environ or getattr(session.config.option, "forks", 0) < 2:
+        return (yield)
+    with closing(Server()) as server, closing(Server(TE_DOUBLE)) as te_server:
+        os.environ[SHARED] = json.dumps({"worker": server.address, "te_worker": te_server.address})
+        try:
+            return (yield)
+        finally:
+            del os.environ[SHARED]
 
 
 class Worker:
@@ -317,10 +285,9 @@ class Worker:
         self._socket.close()
 
 
-def _worker(request: pytest.FixtureRequest, folder: Path, name: str, *doubles: Path) -> Iterator[Worker]:
+def _worker(folder: Path, name: str, *doubles: Path) -> Iterator[Worker]:
     """Call the worker of all processes of pytest, or that of this process, if it is the only one."""
-    shared = json.loads(os.environ.get(SHARED, "{}"))
-    known = getattr(request.config, "workerinput", {}).get("servers", shared)
+    known = json.loads(os.environ.get(SHARED, "{}"))
     own = None if name in known else Server(*doubles)
     found = Worker(folder, own.address if own else known[name])
     yield found
@@ -330,20 +297,19 @@ def _worker(request: pytest.FixtureRequest, folder: Path, name: str, *doubles: P
 
 
 @pytest.fixture(scope="session")
-def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """One worker for all tests."""
-    yield from _worker(request, tmp_path_factory.mktemp("worker"), "worker")
+    yield from _worker(tmp_path_factory.mktemp("worker"), "worker")
 
 
 @pytest.fixture(scope="session")
-def te_worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+def te_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """One worker for all tests whose models are made of Transformer Engine's modules, by its double."""
-    yield from _worker(request, tmp_path_factory.mktemp("te_worker"), "te_worker", TE_DOUBLE)
+    yield from _worker(tmp_path_factory.mktemp("te_worker"), "te_worker", TE_DOUBLE)
 
 
 @pytest.fixture(scope="session")
-def newest_worker(request: pytest.FixtureRequest,
-                  tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+def newest_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """One worker with the newer version of megatron-core, fetched on first use."""
     from tests import newest
 
@@ -351,7 +317,7 @@ def newest_worker(request: pytest.FixtureRequest,
         folder = newest.unpacked()
     except OSError as e:
         pytest.skip(str(e))
-    yield from _worker(request, tmp_path_factory.mktemp("newest_worker"), "newest_worker", folder)
+    yield from _worker(tmp_path_factory.mktemp("newest_worker"), "newest_worker", folder)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Runs a command whose runs of pytest, one after another, share what each would else make anew: the workers
+"""Runs a command whose processes of tests share what each would else make anew: the workers
 behind `ranks` and `run_command`, which import all libraries, and the data of `token_shards` and
 `packed_data`.
 

@@ -1,0 +1,242 @@
+"""Tests in several processes at a time that are forks of one, which has imported and collected everything:
+
+    python -m pytest -p tests.forks --forks 3 ...
+
+pytest-xdist's processes each import and collect anew, half a minute of a core for each where there are
+thousands of tests.  A fork asks for a file of tests when it has done one; the files are given out in the order
+in which they were collected.  A test that ends its fork has failed, and another fork does the rest of its file.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import resource
+import selectors
+import signal
+import socket
+import sys
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import pytest
+
+PEAKS = pytest.StashKey[list[int]]()
+"""Largest resident memory of each fork that has ended, in MB."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Take the number of forks."""
+    parser.addoption("--forks", type=int, default=0, help="processes that do tests at a time")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """Do all tests in forks, where some are asked for."""
+    if session.config.option.forks < 2 or session.config.option.collectonly:
+        return None
+    if session.testsfailed and not session.config.option.continue_on_collection_errors:
+        raise session.Interrupted(f"{session.testsfailed} errors during collection")
+    _Forks(session).run()
+    return True
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Show how much memory the forks held, what they share with the first process included."""
+    if peaks := config.stash.get(PEAKS, []):
+        terminalreporter.write_line(f"largest memory of each fork: {', '.join(map(str, sorted(peaks)))} MB")
+
+
+class _Fork:
+    """One of the processes, as the first one sees it."""
+
+    def __init__(self, pid: int, line: socket.socket) -> None:
+        self.pid, self.line = pid, line
+        self.unread = b""
+        self.left: deque[int] = deque()
+        """Tests that it was given and has not ended."""
+        self.is_done = False
+
+
+class _Forks:
+    """All of them, and what they have not been given yet."""
+
+    def __init__(self, session: pytest.Session) -> None:
+        self.session, self.config = session, session.config
+        self.files = deque(deque(index for index, _ in found) for _, found in groupby(
+            enumerate(session.items), key=lambda one: one[1].path))
+        self.selector = selectors.DefaultSelector()
+        self.num_started = 0
+        self.peaks = self.config.stash.setdefault(PEAKS, [])
+
+    def run(self) -> None:
+        """Return when all tests are done, or no more are to be."""
+        try:
+            for _ in range(min(self.config.option.forks, len(self.files))):
+                self._start()
+            while self.selector.get_map():
+                for key, _ in self.selector.select():
+                    self._read(key.data)
+                if self.session.shouldfail or self.session.shouldstop:
+                    self.files.clear()
+                    raise self.session.Interrupted(self.session.shouldfail or self.session.shouldstop)
+        finally:
+            for key in list(self.selector.get_map().values()):
+                os.kill(key.data.pid, signal.SIGKILL)
+                self._end(key.data)
+
+    def _start(self) -> None:
+        near, far = socket.socketpair()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if not (pid := os.fork()):
+            # its end of others' lines would keep these open when the others have ended
+            for key in self.selector.get_map().values():
+                key.data.line.close()
+            near.close()
+            _work(self.session, far, self.num_started)
+        far.close()
+        self.num_started += 1
+        self.selector.register(near, selectors.EVENT_READ, _Fork(pid, near))
+
+    def _read(self, fork: _Fork) -> None:
+        try:
+            got = fork.line.recv(1 << 20)
+        except ConnectionResetError:
+            got = b""
+        *lines, fork.unread = (fork.unread + got).split(b"\n")
+        for line in lines:
+            self._told(fork, *json.loads(line))
+        if not got:
+            self._end(fork)
+
+    def _told(self, fork: _Fork, what: str, told: Any) -> None:
+        hook = self.config.hook
+        if what == "report":
+            hook.pytest_runtest_logreport(report=hook.pytest_report_from_serializable(
+                config=self.config, data=told))
+        elif what == "warning":
+            text, category, file, line, when, nodeid = told
+            hook.pytest_warning_recorded.call_historic(kwargs={
+                "warning_message": warnings.WarningMessage(text, type(category, (Warning,), {}), file, line),
+                "when": when, "nodeid": nodeid, "location": None})
+        elif what == "ended":
+            item = self.session.items[fork.left.popleft()]
+            hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        elif what == "peak":
+            self.peaks.append(told)
+            fork.is_done = True
+        else:
+            fork.left = self.files.popleft() if self.files else deque()
+            fork.line.sendall(json.dumps(list(fork.left)).encode() + b"\n")
+
+    def _end(self, fork: _Fork) -> None:
+        """Take note of a process that has ended, and start another one for what it has left."""
+        self.selector.unregister(fork.line)
+        fork.line.close()
+        _, status = os.waitpid(fork.pid, 0)
+        if fork.is_done or not fork.left:
+            return
+        item = self.session.items[fork.left.popleft()]
+        self.config.hook.pytest_runtest_logreport(report=pytest.TestReport(
+            item.nodeid, item.location, {}, "failed",
+            f"the process has ended with exit code {os.waitstatus_to_exitcode(status)}", "call"))
+        if fork.left:
+            self.files.appendleft(fork.left)
+        if self.files and not (self.session.shouldfail or self.session.shouldstop):
+            self._start()
+
+
+def _work(session: pytest.Session, line: socket.socket, number: int) -> None:
+    """Do tests as long as there are some, and end this process."""
+    status = 1
+    try:
+        atexit._clear()
+        _begin_anew(session.config, line, number)
+        stream = line.makefile("r")
+        for indices in _given(line, stream):
+            for index, following in zip(indices, [*indices[1:], None], strict=True):
+                item = session.items[index]
+                session.config.hook.pytest_runtest_protocol(item=item, nextitem=_AnyTest(
+                    session) if following is None else session.items[following])
+                _tell(line, "ended", None)
+        with _captured(session.config):
+            session._setupstate.teardown_exact(None)
+            atexit._run_exitfuncs()
+        _tell(line, "peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (
+            20 if sys.platform == "darwin" else 10))
+        status = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _given(line: socket.socket, stream: Any) -> Iterator[list[int]]:
+    """Yield what tests to do next, a file's at a time."""
+    while True:
+        _tell(line, "next", None)
+        if not (indices := json.loads(stream.readline() or "[]")):
+            return
+        yield indices
+
+
+def _tell(line: socket.socket, what: str, told: Any) -> None:
+    line.sendall(json.dumps([what, told], default=str).encode() + b"\n")
+
+
+def _begin_anew(config: pytest.Config, line: socket.socket, number: int) -> None:
+    """Give this process what two must not share: what is captured of its output, its folder for files, and who
+    is told of reports."""
+    manager = config.pluginmanager
+    manager.unregister(name="terminalreporter")
+    capture: Any = manager.getplugin("capturemanager")
+    capture._global_capturing = None
+    capture.start_global_capturing()
+    capture.suspend_global_capture()
+    folders: Any = vars(config)["_tmp_path_factory"]
+    folders._basetemp = folders.getbasetemp() / f"fork-{number}"
+    folders._basetemp.mkdir(mode=0o700)
+    manager.register(_Teller(config, line))
+
+
+@contextmanager
+def _captured(config: pytest.Config) -> Iterator[None]:
+    """Keep what the end of a session says off the terminal."""
+    capture: Any = config.pluginmanager.getplugin("capturemanager")
+    capture.resume_global_capture()
+    try:
+        yield
+    finally:
+        capture.suspend_global_capture()
+
+
+class _AnyTest:
+    """A test of which nothing is known but that it is of this session: what a file has set up is torn down."""
+
+    def __init__(self, session: pytest.Session) -> None:
+        self._session = session
+
+    def listchain(self) -> list[pytest.Session]:
+        return [self._session]
+
+
+class _Teller:
+    """Sends reports and warnings to the first process."""
+
+    def __init__(self, config: pytest.Config, line: socket.socket) -> None:
+        self._config, self._line = config, line
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        _tell(self._line, "report", self._config.hook.pytest_report_to_serializable(
+            config=self._config, report=report))
+
+    def pytest_warning_recorded(self, warning_message: warnings.WarningMessage, when: str, nodeid: str) -> None:
+        w = warning_message
+        _tell(self._line, "warning", (str(w.message), w.category.__name__, w.filename, w.lineno, when, nodeid))
