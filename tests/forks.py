@@ -10,18 +10,16 @@ in which they were collected.  A test that ends its fork has failed, and another
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import resource
-import selectors
 import signal
-import socket
 import sys
 import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
+from multiprocessing import Pipe, connection
 from typing import Any
 
 import pytest
@@ -55,12 +53,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 class _Fork:
     """One of the processes, as the first one sees it."""
 
-    def __init__(self, pid: int, line: socket.socket) -> None:
-        self.pid, self.line = pid, line
-        self.unread = b""
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
         self.left: deque[int] = deque()
         """Tests that it was given and has not ended."""
-        self.is_done = False
 
 
 class _Forks:
@@ -70,77 +66,81 @@ class _Forks:
         self.session, self.config = session, session.config
         self.files = deque(deque(index for index, _ in found) for _, found in groupby(
             enumerate(session.items), key=lambda one: one[1].path))
-        self.selector = selectors.DefaultSelector()
+        self.working: dict[Any, _Fork] = {}
+        """By the line on which each tells of its tests."""
         self.num_started = 0
         self.peaks = self.config.stash.setdefault(PEAKS, [])
 
     def run(self) -> None:
-        """Return when all tests are done, or no more are to be."""
+        """Return when all tests are done, or raise as pytest does when no more are to be."""
         try:
             for _ in range(min(self.config.option.forks, len(self.files))):
                 self._start()
-            while self.selector.get_map():
-                for key, _ in self.selector.select():
-                    self._read(key.data)
-                if self.session.shouldfail or self.session.shouldstop:
-                    self.files.clear()
-                    raise self.session.Interrupted(self.session.shouldfail or self.session.shouldstop)
+            while self.working:
+                # processes that a fork has started may keep its line open behind its end
+                ready = connection.wait(list(self.working), timeout=1)
+                for line in ready or [line for line, fork in self.working.items() if _has_ended(fork.pid)]:
+                    self._read(line)
         finally:
-            for key in list(self.selector.get_map().values()):
-                os.kill(key.data.pid, signal.SIGKILL)
-                self._end(key.data)
+            for line, fork in self.working.items():
+                os.kill(fork.pid, signal.SIGKILL)
+                os.waitpid(fork.pid, 0)
+                line.close()
 
     def _start(self) -> None:
-        near, far = socket.socketpair()
+        near, far = Pipe()
         sys.stdout.flush()
         sys.stderr.flush()
         if not (pid := os.fork()):
             # its end of others' lines would keep these open when the others have ended
-            for key in self.selector.get_map().values():
-                key.data.line.close()
-            near.close()
+            for line in [near, *self.working]:
+                line.close()
             _work(self.session, far, self.num_started)
         far.close()
         self.num_started += 1
-        self.selector.register(near, selectors.EVENT_READ, _Fork(pid, near))
+        self.working[near] = _Fork(pid)
 
-    def _read(self, fork: _Fork) -> None:
+    def _read(self, line: Any) -> None:
+        fork = self.working[line]
         try:
-            got = fork.line.recv(1 << 20)
-        except ConnectionResetError:
-            got = b""
-        *lines, fork.unread = (fork.unread + got).split(b"\n")
-        for line in lines:
-            self._told(fork, *json.loads(line))
-        if not got:
-            self._end(fork)
+            if not line.poll():
+                raise EOFError
+            what, told = line.recv()
+        except (EOFError, ConnectionResetError):
+            del self.working[line]
+            line.close()
+            self._note_end(fork)
+        else:
+            if what == "next":
+                fork.left = self.files.popleft() if self.files else deque()
+                line.send(list(fork.left))
+            else:
+                self._note(fork, what, told)
+        if self.session.shouldfail:
+            raise self.session.Failed(self.session.shouldfail)
+        if self.session.shouldstop:
+            raise self.session.Interrupted(self.session.shouldstop)
 
-    def _told(self, fork: _Fork, what: str, told: Any) -> None:
+    def _note(self, fork: _Fork, what: str, told: Any) -> None:
         hook = self.config.hook
         if what == "report":
             hook.pytest_runtest_logreport(report=hook.pytest_report_from_serializable(
                 config=self.config, data=told))
         elif what == "warning":
-            text, category, file, line, when, nodeid = told
+            text, category, file, number, when, nodeid = told
             hook.pytest_warning_recorded.call_historic(kwargs={
-                "warning_message": warnings.WarningMessage(text, type(category, (Warning,), {}), file, line),
+                "warning_message": warnings.WarningMessage(text, type(category, (Warning,), {}), file, number),
                 "when": when, "nodeid": nodeid, "location": None})
         elif what == "ended":
             item = self.session.items[fork.left.popleft()]
             hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-        elif what == "peak":
-            self.peaks.append(told)
-            fork.is_done = True
         else:
-            fork.left = self.files.popleft() if self.files else deque()
-            fork.line.sendall(json.dumps(list(fork.left)).encode() + b"\n")
+            self.peaks.append(told)
 
-    def _end(self, fork: _Fork) -> None:
+    def _note_end(self, fork: _Fork) -> None:
         """Take note of a process that has ended, and start another one for what it has left."""
-        self.selector.unregister(fork.line)
-        fork.line.close()
         _, status = os.waitpid(fork.pid, 0)
-        if fork.is_done or not fork.left:
+        if not fork.left:
             return
         item = self.session.items[fork.left.popleft()]
         self.config.hook.pytest_runtest_logreport(report=pytest.TestReport(
@@ -148,28 +148,30 @@ class _Forks:
             f"the process has ended with exit code {os.waitstatus_to_exitcode(status)}", "call"))
         if fork.left:
             self.files.appendleft(fork.left)
-        if self.files and not (self.session.shouldfail or self.session.shouldstop):
-            self._start()
+        self._start()
 
 
-def _work(session: pytest.Session, line: socket.socket, number: int) -> None:
+def _has_ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _work(session: pytest.Session, line: Any, number: int) -> None:
     """Do tests as long as there are some, and end this process."""
     status = 1
     try:
         atexit._clear()
         _begin_anew(session.config, line, number)
-        stream = line.makefile("r")
-        for indices in _given(line, stream):
+        for indices in _given(line):
             for index, following in zip(indices, [*indices[1:], None], strict=True):
-                item = session.items[index]
-                session.config.hook.pytest_runtest_protocol(item=item, nextitem=_AnyTest(
-                    session) if following is None else session.items[following])
-                _tell(line, "ended", None)
+                session.config.hook.pytest_runtest_protocol(
+                    item=session.items[index],
+                    nextitem=_AnyTest(session) if following is None else session.items[following])
+                line.send(("ended", None))
         with _captured(session.config):
             session._setupstate.teardown_exact(None)
             atexit._run_exitfuncs()
-        _tell(line, "peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (
-            20 if sys.platform == "darwin" else 10))
+        line.send(("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (
+            20 if sys.platform == "darwin" else 10)))
         status = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -178,20 +180,16 @@ def _work(session: pytest.Session, line: socket.socket, number: int) -> None:
         os._exit(status)
 
 
-def _given(line: socket.socket, stream: Any) -> Iterator[list[int]]:
+def _given(line: Any) -> Iterator[list[int]]:
     """Yield what tests to do next, a file's at a time."""
     while True:
-        _tell(line, "next", None)
-        if not (indices := json.loads(stream.readline() or "[]")):
+        line.send(("next", None))
+        if not (indices := line.recv()):
             return
         yield indices
 
 
-def _tell(line: socket.socket, what: str, told: Any) -> None:
-    line.sendall(json.dumps([what, told], default=str).encode() + b"\n")
-
-
-def _begin_anew(config: pytest.Config, line: socket.socket, number: int) -> None:
+def _begin_anew(config: pytest.Config, line: Any, number: int) -> None:
     """Give this process what two must not share: what is captured of its output, its folder for files, and who
     is told of reports."""
     manager = config.pluginmanager
@@ -230,13 +228,13 @@ class _AnyTest:
 class _Teller:
     """Sends reports and warnings to the first process."""
 
-    def __init__(self, config: pytest.Config, line: socket.socket) -> None:
+    def __init__(self, config: pytest.Config, line: Any) -> None:
         self._config, self._line = config, line
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        _tell(self._line, "report", self._config.hook.pytest_report_to_serializable(
-            config=self._config, report=report))
+        self._line.send(("report", self._config.hook.pytest_report_to_serializable(
+            config=self._config, report=report)))
 
     def pytest_warning_recorded(self, warning_message: warnings.WarningMessage, when: str, nodeid: str) -> None:
         w = warning_message
-        _tell(self._line, "warning", (str(w.message), w.category.__name__, w.filename, w.lineno, when, nodeid))
+        self._line.send(("warning", (str(w.message), w.category.__name__, w.filename, w.lineno, when, nodeid)))
