@@ -3,8 +3,8 @@
     python -m pytest -p tests.forks --forks 3 ...
 
 pytest-xdist's processes each import and collect anew, half a minute of a core for each where there are
-thousands of tests.  A fork asks for a file of tests when it has done one; the files are given out in the order
-in which they were collected.  A test that ends its fork has failed, and another fork does the rest of its file.
+thousands of tests.  A fork asks for a file of tests when it has done one; they are given out in the order in
+which they were collected.  A test that ends its fork has failed, and another fork does the rest of its file.
 """
 
 from __future__ import annotations
@@ -127,10 +127,10 @@ class _Forks:
             hook.pytest_runtest_logreport(report=hook.pytest_report_from_serializable(
                 config=self.config, data=told))
         elif what == "warning":
-            text, category, file, number, when, nodeid = told
+            (text, category, *place), when, nodeid = told
+            message = warnings.WarningMessage(text, type(category, (Warning,), {}), *place)
             hook.pytest_warning_recorded.call_historic(kwargs={
-                "warning_message": warnings.WarningMessage(text, type(category, (Warning,), {}), file, number),
-                "when": when, "nodeid": nodeid, "location": None})
+                "warning_message": message, "when": when, "nodeid": nodeid, "location": None})
         elif what == "ended":
             item = self.session.items[fork.left.popleft()]
             hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
@@ -190,8 +190,8 @@ def _given(line: Any) -> Iterator[list[int]]:
 
 
 def _begin_anew(config: pytest.Config, line: Any, number: int) -> None:
-    """Give this process what two must not share: what is captured of its output, its folder for files, and who
-    is told of reports."""
+    """Give this process what two must not share: what is captured of its output, its folder for files, and
+    who is told of reports."""
     manager = config.pluginmanager
     manager.unregister(name="terminalreporter")
     capture: Any = manager.getplugin("capturemanager")
@@ -216,7 +216,7 @@ def _captured(config: pytest.Config) -> Iterator[None]:
 
 
 class _AnyTest:
-    """A test of which nothing is known but that it is of this session: what a file has set up is torn down."""
+    """A test of which nothing is known but its session: before it, what a file has set up is torn down."""
 
     def __init__(self, session: pytest.Session) -> None:
         self._session = session
@@ -235,6 +235,8 @@ class _Teller:
         self._line.send(("report", self._config.hook.pytest_report_to_serializable(
             config=self._config, report=report)))
 
-    def pytest_warning_recorded(self, warning_message: warnings.WarningMessage, when: str, nodeid: str) -> None:
+    def pytest_warning_recorded(self, warning_message: warnings.WarningMessage, when: str,
+                                nodeid: str) -> None:
         w = warning_message
-        self._line.send(("warning", (str(w.message), w.category.__name__, w.filename, w.lineno, when, nodeid)))
+        said = str(w.message), w.category.__name__, w.filename, w.lineno
+        self._line.send(("warning", (said, when, nodeid)))
