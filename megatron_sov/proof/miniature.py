@@ -45,7 +45,10 @@ OFF: dict[str, Any] = {
     "gpu.grad_dtype": "fp32", "gpu.moment_dtype": "fp32", "gpu.attention": "auto", "gpu.exchange_sms": 0,
     "gpu.nccl_user_buffers": "off", "gpu.recompute_modules": [], "gpu.offload_modules": [],
     "parallel.expert_overlap": "none", "parallel.delay_weight_grads": False, "lora.rank": 0,
-    "policy.router_replay": False}
+    "policy.router_replay": False,
+    # a thread of each process beside its own would wake all the time, end a proof on a slow machine, or make
+    # batches that nobody takes
+    "guards.hang_timeout_s": 0, "data.prefetch_steps": 0}
 """What a step in float64 on a host cannot have, or would only make longer; `left_out` tells what of it a run
 has."""
 FP8 = ("fp8", "fp8_weights", "fp8_format", "fp8_bf16_layers_at_start", "fp8_bf16_layers_at_end",
