@@ -174,12 +174,16 @@ def prove_inclusion(commitment: Commitment, what: str) -> InclusionProof:
     if index is None:
         raise UserError(f"{commitment.file}: has no line with {sha256}, so that nothing was published of "
                         f"{what}")
-    lines = [leaf.line() for leaf in commitment.leaves]
-    path = tuple(inclusion_path(lines, index))
-    found = InclusionProof(commitment.leaves[index], index, len(lines), path, text)
+    found = _proof_of_leaf(commitment, index, text)
     if place.is_file() and not found.proves(place):
         raise UserError(f"{what}: is not the file that its {MANIFEST} names; restore it")
     return found
+
+
+def _proof_of_leaf(commitment: Commitment, index: int, manifest: str) -> InclusionProof:
+    lines = [leaf.line() for leaf in commitment.leaves]
+    return InclusionProof(commitment.leaves[index], index, len(lines), tuple(inclusion_path(lines, index)),
+                          manifest)
 
 
 def prove_published_document(commitment: Commitment, shards: Path, named: str) -> InclusionProof:
@@ -201,8 +205,10 @@ def prove_published_document(commitment: Commitment, shards: Path, named: str) -
     document = prove_document(shards, named)
     if document.root() != leaf.sha256:
         raise UserError(f"{shards}: its documents are not those that were published; restore them")
-    return dataclasses.replace(prove_inclusion(commitment, leaf.sha256), document=document,
-                               manifest=(shards / MANIFEST).read_text(encoding="utf-8"))
+    # of this data: another folder may hold the same documents, and have the same root
+    proof = _proof_of_leaf(commitment, commitment.leaves.index(leaf),
+                           (shards / MANIFEST).read_text(encoding="utf-8"))
+    return dataclasses.replace(proof, document=document)
 
 
 def write_proof(file: Path, proof: InclusionProof) -> None:

@@ -239,6 +239,25 @@ def test_documents_are_published_once_and_only_where_that_is_asked_for(
         read_commitment(log)
 
 
+def test_the_same_documents_are_proved_of_each_folder_that_holds_them(shards: Path, tmp_path: Path) -> None:
+    """Their roots are equal, and the manifests are not: the same texts were packed twice."""
+    again, run, log, proof = (tmp_path / name for name in ("again", "twice", "log.jsonl", "proof.json"))
+    shutil.copytree(shards, again)
+    manifest = json.loads((again / MANIFEST).read_text())
+    (again / MANIFEST).write_text(json.dumps(manifest | {"created_s": 1.0, "sha256": ""}))
+    run.mkdir()
+    paths = json.dumps({str(shards): 1.0, f"more={again}": 1.0})
+    config = apply_settings(recipes.get("tiny-qwen3"), [f"data.paths={paths}"])
+    (run / "config.json").write_text(json.dumps(config.to_dict()))
+    (run / "events.jsonl").write_text("")
+    assert len({leaf.sha256 for leaf in publish(run, log, documents=True) if leaf.kind == DOCUMENTS}) == 1
+    for folder in (shards, again):
+        given = ("--document", "first:0", "--log", log, "--output", proof)
+        assert audit("prove", folder, *given) == ExitCode.OK
+        assert audit("check", proof, "--root", read_commitment(log).root) == ExitCode.OK
+        assert json.loads(proof.read_text())["leaf"]["name"] == manifest_sha256(folder)
+
+
 def test_an_auditor_hashes_the_documents_again(shards: Path, log: Path, tmp_path: Path) -> None:
     [leaf] = read_commitment(log).find(DOCUMENTS)
     assert hash_again(shards, leaf, tmp_path / "audit").outcome == RepeatOutcome.EQUAL
