@@ -152,6 +152,12 @@ class InclusionProof:
             file_damage(file, record) is None for record in self.records())
 
 
+def artifact_around(place: Path) -> Path | None:
+    """Return the folder whose manifest names a file, or the folder itself; None: there is none."""
+    above = (place, *place.absolute().parents) if place.exists() else ()
+    return next((folder for folder in above if (folder / MANIFEST).is_file()), None)
+
+
 def prove_inclusion(commitment: Commitment, what: str) -> InclusionProof:
     """Return the proof that something was published.
 
@@ -164,8 +170,8 @@ def prove_inclusion(commitment: Commitment, what: str) -> InclusionProof:
     """
     place, text, sha256 = Path(what), "", what
     if not HASH.fullmatch(what):
-        folder = next((p for p in (place, *place.absolute().parents) if (p / MANIFEST).is_file()), None)
-        if folder is None or not place.exists():
+        folder = artifact_around(place)
+        if folder is None:
             raise UserError(f"{what}: is neither a hash of 64 digits, nor a folder with a {MANIFEST}, nor a "
                             "file of one")
         sha256 = manifest_sha256(folder)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.audit.commitment import (
-    CODE, DOCUMENTS, Commitment, InclusionProof, check_signature, data_folders, prove_inclusion,
-    prove_published_document, publish, read_commitment, read_proof, sign, write_proof)
+    CODE, DOCUMENTS, Commitment, InclusionProof, artifact_around, check_signature, data_folders,
+    prove_inclusion, prove_published_document, publish, read_commitment, read_proof, sign, write_proof)
 from megatron_sov.audit.drawing import draw, needed, read_draw, segments_of, write_draw
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.base.digests import code_sha256
@@ -304,6 +304,9 @@ def run_prove(typed: argparse.Namespace) -> int:
     args = read_options(AuditProveOptions, typed)
     check_output("--output", args.output)
     refuse_input("--output", args.output, args.log)
+    if (folder := artifact_around(Path(args.what))) and folder.resolve() in args.output.resolve().parents:
+        raise UserError(f"--output {args.output}: lies in {folder}, which is then no longer what was "
+                        "published; choose another place")
     commitment = _published(args)
     proof = (prove_published_document(commitment, Path(args.what), args.document) if args.document
              else prove_inclusion(commitment, args.what))
