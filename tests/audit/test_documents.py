@@ -195,6 +195,25 @@ def test_a_document_that_is_not_there_is_refused(
     assert said in capsys.readouterr().err and not proof.exists()
 
 
+def test_a_proof_is_not_written_over_what_it_proves(
+        shards: Path, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shards)
+    shard = next((shards / "second").glob("train-*.idx"))
+    before = shard.read_bytes()
+    for what, output in ((shard, shard), (".", "manifest.json"), (shards, "second/proof.json")):
+        assert audit("prove", what, "--log", log, "--output", output) == ExitCode.USER_ERROR
+        assert "which is then no longer what was published" in capsys.readouterr().err
+    assert shard.read_bytes() == before and not (shards / "second/proof.json").exists()
+
+
+@pytest.mark.parametrize("root", ["ROOT", "f" * 63, "f" * 64 + " "])
+def test_what_is_no_root_is_told_before_anything_else(
+        root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert audit("check", tmp_path / "proof.json", "--root", root) == ExitCode.USER_ERROR
+    assert "must be the 64 digits 0-9 and a-f that the lab has published" in capsys.readouterr().err
+
+
 def test_shards_that_were_changed_since_prove_nothing(
         shards: Path, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = next((shards / "second").glob("train-*.bin"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.audit.commitment import (
-    CODE, DOCUMENTS, Commitment, InclusionProof, artifact_around, check_signature, data_folders,
+    CODE, DOCUMENTS, HASH, Commitment, InclusionProof, artifact_around, check_signature, data_folders,
     prove_inclusion, prove_published_document, publish, read_commitment, read_proof, sign, write_proof)
 from megatron_sov.audit.drawing import draw, needed, read_draw, segments_of, write_draw
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
@@ -346,6 +346,8 @@ def run_check(typed: argparse.Namespace) -> int:
         UserError: it is no proof.
     """
     args = read_options(AuditCheckOptions, typed)
+    if not HASH.fullmatch(args.root.lower()):
+        raise UserError(f"--root {args.root}: must be the 64 digits 0-9 and a-f that the lab has published")
     proof = read_proof(args.proof)
     if proof.root() != args.root.lower():
         print(f"{args.proof}: leads to root {proof.root()}, and that of the log is {args.root}")
