@@ -183,6 +183,21 @@ def test_a_root_that_leads_to_no_published_line_is_told(shards: Path, log: Path,
     assert audit("check", file, "--root", read_commitment(log).root) == ExitCode.GATE_FAILED
 
 
+def test_no_number_of_a_line_is_told_that_nothing_proves(
+        shards: Path, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A root does not say of how many lines it is: the last of four has the path of the last of six."""
+    file, commitment = tmp_path / "proof.json", read_commitment(log)
+    assert audit("prove", commitment.leaves[3].sha256, "--log", log, "--output", file) == ExitCode.OK
+    proof, said = json.loads(file.read_text()), []
+    assert (proof["index"], proof["size"]) == (3, 4)
+    for bent in ({}, {"index": 5, "size": 6}):
+        file.write_text(json.dumps(proof | bent))
+        capsys.readouterr()
+        assert audit("check", file, "--root", commitment.root) == ExitCode.OK
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "published" in said[0]
+
+
 @pytest.mark.parametrize(("named", "said"), [
     ("third:1", "there is no source 'third'; the shards have first, second"),
     ("second", "must be SOURCE:NUMBER"), ("second:1-2", "must be SOURCE:NUMBER"),
