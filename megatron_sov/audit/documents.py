@@ -176,7 +176,11 @@ def read_document_proof(raw: Any) -> DocumentProof:
     Raises:
         ValueError, KeyError, TypeError: it is none.
     """
-    return DocumentProof(str(raw["source"]), int(raw["number"]), str(raw["sha256"]), int(raw["index"]),
+    sha256 = str(raw["sha256"])
+    # or the end of a source's name could pass for a number, and its number for a part of the hash
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError(f"its document has the hash {sha256!r}")
+    return DocumentProof(str(raw["source"]), int(raw["number"]), sha256, int(raw["index"]),
                          int(raw["size"]), tuple(map(str, raw["path"])))
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from megatron_sov import cli, recipes
 from megatron_sov.audit.commitment import DOCUMENTS, publish, read_commitment
-from megatron_sov.audit.documents import document_line, document_lines, documents_root, tokens_sha256
+from megatron_sov.audit.documents import (
+    document_line, document_lines, documents_root, read_document_proof, tokens_sha256)
 from megatron_sov.audit.drawing import Draw
 from megatron_sov.audit.merkle import inclusion_path, merkle_root
 from megatron_sov.audit.preparing import hash_again
@@ -305,6 +306,16 @@ def test_an_auditor_hashes_the_documents_again(shards: Path, log: Path, tmp_path
     (shards / MANIFEST).write_text(json.dumps(manifest | {"sha256": ""}))
     found = hash_again(shards, leaf, tmp_path / "other")
     assert found.outcome == RepeatOutcome.DIFFERENT and "have another root" in found.detail
+
+
+def test_the_line_of_a_document_is_read_in_one_way() -> None:
+    """Source "a 5 b", document 7, has the same line as source "a", document 5, with a hash that is none."""
+    sha256 = tokens_sha256([1])
+    assert document_line("a 5 b", 7, sha256) == document_line("a", 5, f"b 7 {sha256}")
+    whole = {"source": "a 5 b", "number": 7, "sha256": sha256, "index": 0, "size": 1, "path": []}
+    assert read_document_proof(whole).name == "a 5 b:7"
+    with pytest.raises(ValueError, match="its document has the hash"):
+        read_document_proof(whole | {"source": "a", "number": 5, "sha256": f"b 7 {sha256}"})
 
 
 @pytest.mark.parametrize("ids", [[-1], [1 << 32], [0.5], ["1"], [[1]], [True], 1, [[1], [1, 2]]])
