@@ -374,10 +374,15 @@ def read_commitment(log: Path) -> Commitment:
         lines = log.read_text(encoding="utf-8").rstrip("\n").split("\n")
         entries = tuple(_entry(json.loads(line)) for line in lines)
         leaves: list[bytes] = []
+        data = {leaf.sha256 for entry in entries for leaf in entry.leaves if leaf.kind == DATA}
         last = 0
         for number, entry in enumerate(entries):
             before = hashlib.sha256(lines[number - 1].encode()).hexdigest() if number else ""
             leaves += [leaf.line() for leaf in entry.leaves]
+            # of others an auditor would hash none again, and a proof of one would say that it was learned from
+            for leaf in entry.leaves:
+                if leaf.kind == DOCUMENTS and leaf.name not in data:
+                    raise ValueError(f"line {number + 1} has documents of {leaf.name[:12]}, which are no data")
             for step in (int(leaf.name) for leaf in entry.leaves if leaf.kind == CHECKPOINT):
                 if step <= last:
                     raise ValueError(f"line {number + 1} has step {step} behind step {last}")

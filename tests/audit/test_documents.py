@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_sov import cli, recipes
-from megatron_sov.audit.commitment import DOCUMENTS, publish, read_commitment
+from megatron_sov.audit.commitment import DOCUMENTS, Entry, Leaf, publish, read_commitment
 from megatron_sov.audit.documents import (
     document_line, document_lines, documents_root, read_document_proof, tokens_sha256)
 from megatron_sov.audit.drawing import Draw
@@ -291,6 +291,18 @@ def test_the_same_documents_are_proved_of_each_folder_that_holds_them(shards: Pa
         assert audit("prove", folder, *given) == ExitCode.OK
         assert audit("check", proof, "--root", read_commitment(log).root) == ExitCode.OK
         assert json.loads(proof.read_text())["leaf"]["name"] == manifest_sha256(folder)
+
+
+def test_documents_of_what_is_no_data_of_the_run_are_refused(log: Path) -> None:
+    """A lab that proves documents which its run never read."""
+    before = read_commitment(log)
+    others = Leaf(DOCUMENTS, "a" * 64, "b" * 64)
+    lines = [leaf.line() for leaf in (*before.leaves, others)]
+    last = log.read_text().rstrip("\n")
+    entry = Entry(1, hashlib.sha256(last.encode()).hexdigest(), "run", "", (others,), merkle_root(lines))
+    log.write_text(f"{last}\n{entry.line()}\n")
+    with pytest.raises(UserError, match="line 2 has documents of aaaaaaaaaaaa, which are no data"):
+        read_commitment(log)
 
 
 def test_an_auditor_hashes_the_documents_again(shards: Path, log: Path, tmp_path: Path) -> None:
