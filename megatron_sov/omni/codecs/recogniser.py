@@ -27,6 +27,8 @@ _MAX_SIZES = {"features": 1024, "n_fft": 1 << 16, "n_window_size": 1 << 16, "sam
 _MAX_WORD_PIECES, _MAX_PIECE_CHARS = 1 << 17, 100
 _MAX_ELEMENTS = 1 << 31
 """Of all tensors together; published ones have up to 1.1 billion."""
+_LEAST_PIECE_S = 0.05
+"""Of a piece that is heard.  Of one frame NeMo's spectrogram has no spread, and it refuses that on GPUs."""
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """Begins a word in pieces of SentencePiece."""
 
@@ -86,6 +88,8 @@ class NemoRecogniser(nn.Module):
         return " ".join(" ".join(texts).split())
 
     def _piece(self, sound: torch.Tensor) -> str:
+        if len(sound) < _LEAST_PIECE_S * self.sample_rate_hz:
+            return ""
         length = torch.tensor([len(sound)], device=sound.device)
         scores, frames, _ = self.network(input_signal=sound[None], input_signal_length=length)
         ids = scores[0, :int(frames[0])].argmax(-1).unique_consecutive().tolist()
