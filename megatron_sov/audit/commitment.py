@@ -379,10 +379,10 @@ def read_commitment(log: Path) -> Commitment:
         for number, entry in enumerate(entries):
             before = hashlib.sha256(lines[number - 1].encode()).hexdigest() if number else ""
             leaves += [leaf.line() for leaf in entry.leaves]
-            # of others an auditor would hash none again, and a proof of one would say that it was learned from
+            # nobody would hash those of others again, whose proofs say that the run has read them
             for leaf in entry.leaves:
                 if leaf.kind == DOCUMENTS and leaf.name not in data:
-                    raise ValueError(f"line {number + 1} has documents of {leaf.name[:12]}, which are no data")
+                    raise ValueError(f"line {number + 1} has documents of {leaf.name[:12]}, which is no data")
             for step in (int(leaf.name) for leaf in entry.leaves if leaf.kind == CHECKPOINT):
                 if step <= last:
                     raise ValueError(f"line {number + 1} has step {step} behind step {last}")

@@ -301,7 +301,7 @@ def test_documents_of_what_is_no_data_of_the_run_are_refused(log: Path) -> None:
     last = log.read_text().rstrip("\n")
     entry = Entry(1, hashlib.sha256(last.encode()).hexdigest(), "run", "", (others,), merkle_root(lines))
     log.write_text(f"{last}\n{entry.line()}\n")
-    with pytest.raises(UserError, match="line 2 has documents of aaaaaaaaaaaa, which are no data"):
+    with pytest.raises(UserError, match="line 2 has documents of aaaaaaaaaaaa, which is no data"):
         read_commitment(log)
 
 
