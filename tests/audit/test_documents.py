@@ -16,7 +16,7 @@ import pytest
 from megatron_sov import cli, recipes
 from megatron_sov.audit.commitment import DOCUMENTS, Entry, Leaf, publish, read_commitment
 from megatron_sov.audit.documents import (
-    document_line, document_lines, documents_root, read_document_proof, tokens_sha256)
+    document_in_hand, document_line, document_lines, documents_root, read_document_proof, tokens_sha256)
 from megatron_sov.audit.drawing import Draw
 from megatron_sov.audit.merkle import inclusion_path, merkle_root
 from megatron_sov.audit.preparing import hash_again
@@ -115,6 +115,19 @@ def test_a_document_is_proved_by_its_text_or_its_tokens_alone(
     assert "is not the one by which the shards were packed" in capsys.readouterr().err
     assert audit(*given) == ExitCode.USER_ERROR
     assert "is no JSON list of token ids" in capsys.readouterr().err
+
+
+def test_the_text_of_a_chat_is_asked_for_as_token_ids(shards: Path, tmp_path: Path) -> None:
+    """A template has framed it: its text alone would never be the document."""
+    manifest = json.loads((shards / MANIFEST).read_text())
+    manifest["content"]["sources"][1]["format"] = "chat"
+    mine, tokenizer = tmp_path / "mine", shards / "tokenizer"
+    mine.write_text("Hello")
+    assert document_in_hand(mine, tokenizer, json.dumps(manifest), "first")
+    with pytest.raises(UserError, match=r"second holds documents of format 'chat'.*give the document's"):
+        document_in_hand(mine, tokenizer, json.dumps(manifest), "second")
+    with pytest.raises(UserError, match="the shards' manifest in the proof names none"):
+        document_in_hand(mine, tokenizer, json.dumps(manifest), "third")
 
 
 def swapped(proof: dict[str, Any], shards: Path) -> None:

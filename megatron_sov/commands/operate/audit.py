@@ -372,8 +372,9 @@ def _other_than(proof: InclusionProof, place: Path, tokenizer: Path | None) -> s
     if not place.exists():
         raise UserError(f"--of {place}: does not exist; name the folder or the file that you were given")
     if proof.document is not None:
-        is_that = document_in_hand(place, tokenizer, proof.manifest) == proof.document.sha256
-        return None if is_that else f"{place}: is not document {proof.document.name}; every character counts"
+        document = proof.document
+        is_that = document_in_hand(place, tokenizer, proof.manifest, document.source) == document.sha256
+        return None if is_that else f"{place}: is not document {document.name}; every character counts"
     if place.is_dir() and (problem := folder_problem(place)):
         return problem
     if proof.proves(place / MANIFEST if place.is_dir() else place):
