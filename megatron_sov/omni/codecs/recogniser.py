@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Le
 from torch import nn
 
 from megatron_sov.base.errors import UserError, list_problems
@@ -39,13 +40,18 @@ class NemoRecogniserSettings:
 
     config: dict[str, Any]
     """`preprocessor`, `encoder` and `decoder` of `model_config.yaml`."""
-    sample_rate_hz: int
+    sample_rate_hz: Annotated[int, Ge(1), Le(1 << 18)]
     """Of what it hears."""
-    max_piece_s: float = 30.0
+    max_piece_s: Annotated[float, Ge(0.5), Le(600)] = 30.0
     """A longer sound is cut into pieces of this length."""
 
     def problems(self) -> list[str]:
-        return list(recogniser_problems(self.config))
+        if found := list(recogniser_problems(self.config)):
+            return found
+        own = self.config["preprocessor"].get("sample_rate")
+        return [] if own == self.sample_rate_hz else [
+            f"sample_rate_hz = {self.sample_rate_hz}: its spectrogram has {str(own)[:40]}, and would hear "
+            "sounds faster or slower than they are"]
 
 
 class NemoRecogniser(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,20 @@ def test_a_configuration_that_hears_in_another_way_is_refused(part: str, config:
     with pytest.raises(UserError, match=re.escape(said)):
         import_codec("nemo-asr", nemo_file(tmp_path / "x.nemo", whole, nemo.state_dict()), tmp_path / "ears")
     assert not (tmp_path / "ears").exists()
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"sample_rate_hz": 0}, "sample_rate_hz"), ({"max_piece_s": float("inf")}, "max_piece_s"),
+    ({"max_piece_s": -1.0}, "max_piece_s"), ({"sample_rate_hz": 50}, "its spectrogram has 100")])
+def test_a_folder_with_sizes_that_nothing_is_heard_with_is_refused(
+        change: dict[str, float], said: str, tmp_path: Path, nemo: EncDecCTCModel) -> None:
+    import_codec("nemo-asr", nemo_file(tmp_path / "x.nemo", CONFIG, nemo.state_dict()), tmp_path / "ears")
+    file = tmp_path / "ears/manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["content"]["config"] |= change
+    file.write_text(json.dumps(manifest | {"sha256": ""}))
+    with pytest.raises(UserError, match=said):
+        open_codec(tmp_path / "ears")
 
 
 def test_what_is_not_as_it_says_is_one_sentence(tmp_path: Path, nemo: EncDecCTCModel,
