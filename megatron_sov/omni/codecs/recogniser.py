@@ -78,7 +78,7 @@ class NemoRecogniser(nn.Module):
         if found := list(recogniser_problems(config)):
             raise UserError(list_problems(f"{source}: model_config.yaml", found[:20]))
         rate_hz = config["preprocessor"].get("sample_rate", whole.get("sample_rate", 16_000))
-        if not isinstance(rate_hz, int):
+        if type(rate_hz) is not int:  # a bool is none
             raise UserError(f"{source}: model_config.yaml: sample_rate is {str(rate_hz)[:40]!r}, no whole "
                             "number; download it again")
         config["preprocessor"] = config["preprocessor"] | {"sample_rate": rate_hz}

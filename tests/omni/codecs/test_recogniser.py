@@ -92,6 +92,8 @@ def test_equal_neighbours_are_one_piece_and_blanks_none(tmp_path: Path, nemo: En
      "would be looked up outside of the file"),
     ("preprocessor", {"_target_": MELS, "sample_rate": 16000.5},
      "config.preprocessor.sample_rate = 16000.5"),
+    ("preprocessor", {"_target_": MELS, "sample_rate": True}, "sample_rate is 'True', no whole number"),
+    ("preprocessor", {"_target_": MELS, "window": b"a"}, "config.preprocessor.window: is a bytes, which no"),
     ("encoder", None, "config.encoder: is missing")])
 def test_a_configuration_that_hears_in_another_way_is_refused(part: str, config: Any, said: str,
                                                               tmp_path: Path, nemo: EncDecCTCModel) -> None:
@@ -124,6 +126,7 @@ def test_what_is_not_as_it_says_is_one_sentence(tmp_path: Path, nemo: EncDecCTCM
     state = nemo.state_dict()
     refused({**CONFIG, "decoder": {**CONFIG["decoder"], "num_classes": 9}}, state,
             "its head knows 10 pieces and its vocabulary, with the blank, 5")
+    refused(CONFIG, {"encoder.weight": 3}, r"x\.nemo: model_weights\.ckpt: holds no names with tensors")
     refused(CONFIG, {"encoder.weight": state["encoder.weight"]}, "lacks what is network.encoder.bias here")
     monkeypatch.setattr(recogniser, "_MAX_ELEMENTS", 1000)
     refused({**CONFIG, "encoder": {**CONFIG["encoder"], "width": 2000}}, state,
