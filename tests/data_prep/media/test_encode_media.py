@@ -169,7 +169,7 @@ def test_a_listed_record_stops_a_run_that_does_not_skip(encode: Encode, tmp_path
     (("--threads", "0"), "--threads 0"), (("--media-root", "/proc/nowhere"), "is no folder"),
     (("--input", "gone.jsonl"), 'gone.jsonl": does not exist'), (("--workers", "2"), "only for --cluster"),
     (("--max-duration", "nan"), "--max-duration"), (("--cluster", "no-such"), "no-such"),
-    (("--recogniser", "ears"), "pass --max-wer or --max-cer"), (("--max-wer", "1"), "only for --recogniser"),
+    (("--recogniser", "ears"), "pass --max-wer or --max-cer"), (("--max-wer", "0"), "only for --recogniser"),
     (("--max-pixels", "0"), "--max-pixels 0"), (("--video-frames", "0"), "--video-frames 0")])
 def test_wrong_options_are_one_sentence(encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                         options: tuple[str, ...], words: str) -> None:
