@@ -231,19 +231,19 @@ def _linear_attention(linear: LinearAttentionConfig, precision: str, tokens: Tok
 
 def _linear_by_kernels(linear: LinearAttentionConfig, tokens: Tokens, tp: int) -> dict[str, int]:
     """Return what linear attention saves in bf16 with the kernels of flash-linear-attention (fla-core 0.6.0,
-    `save_for_backward` of its `chunk.py`): queries, keys, values and learning rates in bf16, decays summed up
-    in float32, and one square of each head and chunk; with decays of channels a second one, and the decays as
-    given.  What is around them is as in plain torch."""
+    `save_for_backward` of its `chunk.py`): queries, keys and values in bf16, learning rates and decays
+    summed up in float32, and one square of each head and chunk; with decays of channels a second one, and the
+    decays as given.  What is around them is as in plain torch."""
     item, wide = BF16_BYTES, FLOAT32_BYTES
     channels = linear.num_key_heads * linear.convolved // tp
     key_heads, heads = linear.num_key_heads // tp, linear.num_value_heads // tp
     keys, values = linear.key_head_dim, linear.value_head_dim
     # beside them the lengths of queries and keys, and what rates and decays are made of
     inside = (key_heads * (2 * keys * item + 2 * wide)
-              + heads * ((values + CHUNK + 1) * item + 5 * wide))
+              + heads * ((values + CHUNK) * item + 6 * wide))
     narrow, gates = 0, 5
     if linear.gate_rank is not None:
-        inside = heads * ((2 * keys + values + 2 * CHUNK + 1) * item + (4 * keys + 4) * wide)
+        inside = heads * ((2 * keys + values + 2 * CHUNK) * item + (4 * keys + 5) * wide)
         narrow, gates = tokens.share * 2 * linear.gate_rank * item, 4
     return {"gathered": 0, "qkv": narrow,
             "rotated": tokens.local * wide * channels * (linear.conv_taps + 2),
