@@ -141,7 +141,7 @@ def measure(setting: Setting) -> Figures:
     if setting.dry:
         yield "not in a dry run", ["torch varlen, linear attention: kernels for CUDA alone"]
     elif reason := lacking_fla():
-        yield "linear attention", [f"flash-linear-attention does not import: {reason}"]
+        yield "linear attention", [f"flash-linear-attention does not serve: {reason}"]
     else:
         for kind, of_channels in itertools.product(DOCUMENTS, (False, True)):
             case = f"linear attention of {'Kimi' if of_channels else 'Qwen'}, documents: {kind}"

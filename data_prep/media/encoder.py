@@ -33,7 +33,7 @@ from megatron_sov.omni.media.reading.reader import MediaReader, ReadMedia, place
 from megatron_sov.omni.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ, Spectrograms
 from megatron_sov.work.submit.cluster_options import ClusterOptions
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised when the same input and settings would give another unit."""
 Animated = Literal["refuse", "first"]
 Drawn = Literal["call", "content"]

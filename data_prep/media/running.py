@@ -456,28 +456,31 @@ class _JoinedRecords:
                     raise bad_medium(unit.file, row["line"], row["medium"], row["reason"])
                 self.num_bad[row["code"]] += 1
                 self.bad.write(json.dumps(row, ensure_ascii=False) + "\n")
-        places = self._banks(folder)
         with open(folder / CORPUS_RECORDS, encoding="utf-8") as f:
-            for line in f:
-                record = json.loads(line)
-                for kind, rows in record[FEATURES].items():
-                    # From rows of the unit's banks to rows of the joined ones.
-                    record[FEATURES][kind] = [[places[kind][row], used] for row, used in rows]
-                self.out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            records = list(map(json.loads, f))
+        # media of records that were left out are in the unit's banks alone
+        named = {kind: sorted({row for record in records for row, _ in record[FEATURES].get(kind, ())})
+                 for kind in self.banks}
+        places = self._banks(folder, named)
+        for record in records:
+            for kind, rows in record[FEATURES].items():
+                # From rows of the unit's banks to rows of the joined ones.
+                record[FEATURES][kind] = [[places[kind][row], used] for row, used in rows]
+            self.out.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def _banks(self, folder: Path) -> dict[str, list[int]]:
-        """Append the records that are new; returns the row that each of the unit's records has."""
+    def _banks(self, folder: Path, named: dict[str, list[int]]) -> dict[str, dict[int, int]]:
+        """Append those of the named rows of the unit's banks that are new; returns the row that each has."""
         keys = json.loads((folder / ROWS).read_text(encoding="utf-8"))
-        places: dict[str, list[int]] = {}
+        places: dict[str, dict[int, int]] = {}
         for kind, shape in self.banks.items():
-            records: np.ndarray | None = None
-            known, places[kind] = self.rows[kind], []
-            for number, key in enumerate(keys[kind]):
-                if key not in known:
-                    records = open_bank(folder / f"{kind}.bin", shape) if records is None else records
+            bank: np.ndarray | None = None
+            known, places[kind] = self.rows[kind], {}
+            for number in named[kind]:
+                if (key := keys[kind][number]) not in known:
+                    bank = open_bank(folder / f"{kind}.bin", shape) if bank is None else bank
                     known[key] = len(known)
-                    self.files[kind].write(records[number].tobytes())
-                places[kind].append(known[key])
+                    self.files[kind].write(bank[number].tobytes())
+                places[kind][number] = known[key]
         return places
 
 

@@ -152,6 +152,12 @@ class InclusionProof:
             file_damage(file, record) is None for record in self.records())
 
 
+def artifact_around(place: Path) -> Path | None:
+    """Return the folder whose manifest names a file, or the folder itself; None: there is none."""
+    above = (place, *place.absolute().parents) if place.exists() else ()
+    return next((folder for folder in above if (folder / MANIFEST).is_file()), None)
+
+
 def prove_inclusion(commitment: Commitment, what: str) -> InclusionProof:
     """Return the proof that something was published.
 
@@ -164,8 +170,8 @@ def prove_inclusion(commitment: Commitment, what: str) -> InclusionProof:
     """
     place, text, sha256 = Path(what), "", what
     if not HASH.fullmatch(what):
-        folder = next((p for p in (place, *place.absolute().parents) if (p / MANIFEST).is_file()), None)
-        if folder is None or not place.exists():
+        folder = artifact_around(place)
+        if folder is None:
             raise UserError(f"{what}: is neither a hash of 64 digits, nor a folder with a {MANIFEST}, nor a "
                             "file of one")
         sha256 = manifest_sha256(folder)
@@ -174,12 +180,16 @@ def prove_inclusion(commitment: Commitment, what: str) -> InclusionProof:
     if index is None:
         raise UserError(f"{commitment.file}: has no line with {sha256}, so that nothing was published of "
                         f"{what}")
-    lines = [leaf.line() for leaf in commitment.leaves]
-    path = tuple(inclusion_path(lines, index))
-    found = InclusionProof(commitment.leaves[index], index, len(lines), path, text)
+    found = _proof_of_leaf(commitment, index, text)
     if place.is_file() and not found.proves(place):
         raise UserError(f"{what}: is not the file that its {MANIFEST} names; restore it")
     return found
+
+
+def _proof_of_leaf(commitment: Commitment, index: int, manifest: str) -> InclusionProof:
+    lines = [leaf.line() for leaf in commitment.leaves]
+    return InclusionProof(commitment.leaves[index], index, len(lines), tuple(inclusion_path(lines, index)),
+                          manifest)
 
 
 def prove_published_document(commitment: Commitment, shards: Path, named: str) -> InclusionProof:
@@ -201,8 +211,10 @@ def prove_published_document(commitment: Commitment, shards: Path, named: str) -
     document = prove_document(shards, named)
     if document.root() != leaf.sha256:
         raise UserError(f"{shards}: its documents are not those that were published; restore them")
-    return dataclasses.replace(prove_inclusion(commitment, leaf.sha256), document=document,
-                               manifest=(shards / MANIFEST).read_text(encoding="utf-8"))
+    # of this data: another folder may hold the same documents, and have the same root
+    proof = _proof_of_leaf(commitment, commitment.leaves.index(leaf),
+                           (shards / MANIFEST).read_text(encoding="utf-8"))
+    return dataclasses.replace(proof, document=document)
 
 
 def write_proof(file: Path, proof: InclusionProof) -> None:
@@ -362,10 +374,15 @@ def read_commitment(log: Path) -> Commitment:
         lines = log.read_text(encoding="utf-8").rstrip("\n").split("\n")
         entries = tuple(_entry(json.loads(line)) for line in lines)
         leaves: list[bytes] = []
+        data = {leaf.sha256 for entry in entries for leaf in entry.leaves if leaf.kind == DATA}
         last = 0
         for number, entry in enumerate(entries):
             before = hashlib.sha256(lines[number - 1].encode()).hexdigest() if number else ""
             leaves += [leaf.line() for leaf in entry.leaves]
+            # nobody would hash those of others again, whose proofs say that the run has read them
+            for leaf in entry.leaves:
+                if leaf.kind == DOCUMENTS and leaf.name not in data:
+                    raise ValueError(f"line {number + 1} has documents of {leaf.name[:12]}, which is no data")
             for step in (int(leaf.name) for leaf in entry.leaves if leaf.kind == CHECKPOINT):
                 if step <= last:
                     raise ValueError(f"line {number + 1} has step {step} behind step {last}")

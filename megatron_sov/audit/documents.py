@@ -176,20 +176,25 @@ def read_document_proof(raw: Any) -> DocumentProof:
     Raises:
         ValueError, KeyError, TypeError: it is none.
     """
-    return DocumentProof(str(raw["source"]), int(raw["number"]), str(raw["sha256"]), int(raw["index"]),
+    sha256 = str(raw["sha256"])
+    # or the end of a source's name could pass for a number, and its number for a part of the hash
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError(f"its document has the hash {sha256!r}")
+    return DocumentProof(str(raw["source"]), int(raw["number"]), sha256, int(raw["index"]),
                          int(raw["size"]), tuple(map(str, raw["path"])))
 
 
-def document_in_hand(file: Path, tokenizer: Path | None, manifest: str) -> str:
+def document_in_hand(file: Path, tokenizer: Path | None, manifest: str, source: str) -> str:
     """Return the hash of the document that somebody has.
 
     Args:
         file: its text, or, without a tokenizer, a JSON list of its token ids.
         tokenizer: folder of the tokenizer by which it was packed.
         manifest: text of the shards' manifest, which names the tokenizer and what ends a document.
+        source: of the document.
 
     Raises:
-        UserError: it is neither, or the tokenizer is another one.
+        UserError: it is neither, the tokenizer is another one, or the source holds no texts.
     """
     try:
         text = file.read_bytes().decode()
@@ -205,9 +210,13 @@ def document_in_hand(file: Path, tokenizer: Path | None, manifest: str) -> str:
         # as documents are packed: bos and eos around them
         start = [] if content["bos_id"] is None else [int(content["bos_id"])]
         end = [int(content["eos_id"])] if content["eod"] == "append" else []
+        kind = {str(s["name"]): str(s["format"]) for s in content["sources"]}[source]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"--tokenizer {tokenizer}: the shards' manifest in the proof names none ({e!r}); "
                         "give the document's token ids") from None
+    if kind != "text":
+        raise UserError(f"--tokenizer {tokenizer}: {source} holds documents of format {kind!r}, which a "
+                        "template has framed; give the document's token ids, without --tokenizer")
     if problem := file_damage(tokenizer / TOKENIZER_JSON, record):
         raise UserError(f"--tokenizer {tokenizer}: is not the one by which the shards were packed "
                         f"({problem}); ask the lab for that one")

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from megatron_sov import cli, recipes
-from megatron_sov.audit.commitment import DOCUMENTS, publish, read_commitment
-from megatron_sov.audit.documents import document_line, document_lines, documents_root, tokens_sha256
+from megatron_sov.audit.commitment import DOCUMENTS, Entry, Leaf, publish, read_commitment
+from megatron_sov.audit.documents import (
+    document_in_hand, document_line, document_lines, documents_root, read_document_proof, tokens_sha256)
 from megatron_sov.audit.drawing import Draw
 from megatron_sov.audit.merkle import inclusion_path, merkle_root
 from megatron_sov.audit.preparing import hash_again
@@ -116,6 +117,19 @@ def test_a_document_is_proved_by_its_text_or_its_tokens_alone(
     assert "is no JSON list of token ids" in capsys.readouterr().err
 
 
+def test_the_text_of_a_chat_is_asked_for_as_token_ids(shards: Path, tmp_path: Path) -> None:
+    """A template has framed it: its text alone would never be the document."""
+    manifest = json.loads((shards / MANIFEST).read_text())
+    manifest["content"]["sources"][1]["format"] = "chat"
+    mine, tokenizer = tmp_path / "mine", shards / "tokenizer"
+    mine.write_text("Hello")
+    assert document_in_hand(mine, tokenizer, json.dumps(manifest), "first")
+    with pytest.raises(UserError, match=r"second holds documents of format 'chat'.*give the document's"):
+        document_in_hand(mine, tokenizer, json.dumps(manifest), "second")
+    with pytest.raises(UserError, match="the shards' manifest in the proof names none"):
+        document_in_hand(mine, tokenizer, json.dumps(manifest), "third")
+
+
 def swapped(proof: dict[str, Any], shards: Path) -> None:
     """Another document, with the path of this one."""
     proof["document"]["sha256"] = tokens_sha256(texts_of(shards, "second")[18][1])
@@ -183,6 +197,21 @@ def test_a_root_that_leads_to_no_published_line_is_told(shards: Path, log: Path,
     assert audit("check", file, "--root", read_commitment(log).root) == ExitCode.GATE_FAILED
 
 
+def test_no_number_of_a_line_is_told_that_nothing_proves(
+        shards: Path, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A root does not say of how many lines it is: the last of four has the path of the last of six."""
+    file, commitment = tmp_path / "proof.json", read_commitment(log)
+    assert audit("prove", commitment.leaves[3].sha256, "--log", log, "--output", file) == ExitCode.OK
+    proof, said = json.loads(file.read_text()), []
+    assert (proof["index"], proof["size"]) == (3, 4)
+    for bent in ({}, {"index": 5, "size": 6}):
+        file.write_text(json.dumps(proof | bent))
+        capsys.readouterr()
+        assert audit("check", file, "--root", commitment.root) == ExitCode.OK
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "published" in said[0]
+
+
 @pytest.mark.parametrize(("named", "said"), [
     ("third:1", "there is no source 'third'; the shards have first, second"),
     ("second", "must be SOURCE:NUMBER"), ("second:1-2", "must be SOURCE:NUMBER"),
@@ -193,6 +222,25 @@ def test_a_document_that_is_not_there_is_refused(
     proof = tmp_path / "proof.json"
     assert audit("prove", shards, "--document", named, "--log", log, "--output", proof) == ExitCode.USER_ERROR
     assert said in capsys.readouterr().err and not proof.exists()
+
+
+def test_a_proof_is_not_written_over_what_it_proves(
+        shards: Path, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shards)
+    shard = next((shards / "second").glob("train-*.idx"))
+    before = shard.read_bytes()
+    for what, output in ((shard, shard), (".", "manifest.json"), (shards, "second/proof.json")):
+        assert audit("prove", what, "--log", log, "--output", output) == ExitCode.USER_ERROR
+        assert "which is then no longer what was published" in capsys.readouterr().err
+    assert shard.read_bytes() == before and not (shards / "second/proof.json").exists()
+
+
+@pytest.mark.parametrize("root", ["ROOT", "f" * 63, "f" * 64 + " "])
+def test_what_is_no_root_is_told_before_anything_else(
+        root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert audit("check", tmp_path / "proof.json", "--root", root) == ExitCode.USER_ERROR
+    assert "must be the 64 digits 0-9 and a-f that the lab has published" in capsys.readouterr().err
 
 
 def test_shards_that_were_changed_since_prove_nothing(
@@ -239,6 +287,37 @@ def test_documents_are_published_once_and_only_where_that_is_asked_for(
         read_commitment(log)
 
 
+def test_the_same_documents_are_proved_of_each_folder_that_holds_them(shards: Path, tmp_path: Path) -> None:
+    """Their roots are equal, and the manifests are not: the same texts were packed twice."""
+    again, run, log, proof = (tmp_path / name for name in ("again", "twice", "log.jsonl", "proof.json"))
+    shutil.copytree(shards, again)
+    manifest = json.loads((again / MANIFEST).read_text())
+    (again / MANIFEST).write_text(json.dumps(manifest | {"created_s": 1.0, "sha256": ""}))
+    run.mkdir()
+    paths = json.dumps({str(shards): 1.0, f"more={again}": 1.0})
+    config = apply_settings(recipes.get("tiny-qwen3"), [f"data.paths={paths}"])
+    (run / "config.json").write_text(json.dumps(config.to_dict()))
+    (run / "events.jsonl").write_text("")
+    assert len({leaf.sha256 for leaf in publish(run, log, documents=True) if leaf.kind == DOCUMENTS}) == 1
+    for folder in (shards, again):
+        given = ("--document", "first:0", "--log", log, "--output", proof)
+        assert audit("prove", folder, *given) == ExitCode.OK
+        assert audit("check", proof, "--root", read_commitment(log).root) == ExitCode.OK
+        assert json.loads(proof.read_text())["leaf"]["name"] == manifest_sha256(folder)
+
+
+def test_documents_of_what_is_no_data_of_the_run_are_refused(log: Path) -> None:
+    """A lab that proves documents which its run never read."""
+    before = read_commitment(log)
+    others = Leaf(DOCUMENTS, "a" * 64, "b" * 64)
+    lines = [leaf.line() for leaf in (*before.leaves, others)]
+    last = log.read_text().rstrip("\n")
+    entry = Entry(1, hashlib.sha256(last.encode()).hexdigest(), "run", "", (others,), merkle_root(lines))
+    log.write_text(f"{last}\n{entry.line()}\n")
+    with pytest.raises(UserError, match="line 2 has documents of aaaaaaaaaaaa, which is no data"):
+        read_commitment(log)
+
+
 def test_an_auditor_hashes_the_documents_again(shards: Path, log: Path, tmp_path: Path) -> None:
     [leaf] = read_commitment(log).find(DOCUMENTS)
     assert hash_again(shards, leaf, tmp_path / "audit").outcome == RepeatOutcome.EQUAL
@@ -252,6 +331,16 @@ def test_an_auditor_hashes_the_documents_again(shards: Path, log: Path, tmp_path
     (shards / MANIFEST).write_text(json.dumps(manifest | {"sha256": ""}))
     found = hash_again(shards, leaf, tmp_path / "other")
     assert found.outcome == RepeatOutcome.DIFFERENT and "have another root" in found.detail
+
+
+def test_the_line_of_a_document_is_read_in_one_way() -> None:
+    """Source "a 5 b", document 7, has the same line as source "a", document 5, with a hash that is none."""
+    sha256 = tokens_sha256([1])
+    assert document_line("a 5 b", 7, sha256) == document_line("a", 5, f"b 7 {sha256}")
+    whole = {"source": "a 5 b", "number": 7, "sha256": sha256, "index": 0, "size": 1, "path": []}
+    assert read_document_proof(whole).name == "a 5 b:7"
+    with pytest.raises(ValueError, match="its document has the hash"):
+        read_document_proof(whole | {"source": "a", "number": 5, "sha256": f"b 7 {sha256}"})
 
 
 @pytest.mark.parametrize("ids", [[-1], [1 << 32], [0.5], ["1"], [[1]], [True], 1, [[1], [1, 2]]])

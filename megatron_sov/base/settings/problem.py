@@ -227,10 +227,13 @@ class Relation:
     way_out: str = ""
     shows_value: bool = True
     """Whether the other's value is told too."""
+    holds_default: bool = False
+    """Whether the field's own default, which nobody has set, always goes with the other's value."""
 
     def broken_by(self, settings: Any, name: str) -> SettingsProblem | None:
         value, other = getattr(settings, name), getattr(settings, self.other)
-        if value is None or self.holds(value, other):
+        is_default = value == type(settings).__dataclass_fields__[name].default
+        if value is None or (is_default and self.holds_default) or self.holds(value, other):
             return None
         return SettingsProblem(ProblemCode.RULE, name, self.rule, value, self.way_out, other=self.other,
                                other_value=other if self.shows_value else UNSET)
@@ -259,8 +262,8 @@ def other_than(other: str) -> Relation:
 
 def only_with(other: str) -> Relation:
     """Return the bound of a setting that does nothing where another field is not set."""
-    return Relation(other, lambda value, there: bool(there or not value), "is only for",
-                    "add that, or leave this out", shows_value=False)
+    return Relation(other, lambda value, there: bool(there), "is only for", "add that, or leave this out",
+                    shows_value=False, holds_default=True)
 
 
 def not_with(other: str) -> Relation:

@@ -152,19 +152,26 @@ def judge_of(said: str) -> Judge:
 
 
 def _hearing(folder: Path) -> Judge:
+    from megatron_sov.base.documents import BadRecord
     from megatron_sov.omni.codecs.folder import open_codec
     from megatron_sov.omni.media.reading.kinds import MediaLimits, read_sound
 
     ears = open_codec(folder, kind="nemo-asr")
 
-    def heard(files: Sequence[Path], labels: Sequence[Sequence[str]]) -> list[str]:
+    def hear(file: Path) -> str:
         import torch
 
-        # sounds that the model has just made: an empty one says nothing
-        return [ears.hear(torch.from_numpy(read_sound(file, ears.sample_rate_hz, MediaLimits())[0].copy()))
-                for file in files]
+        try:
+            samples, _ = read_sound(file, ears.sample_rate_hz, MediaLimits())
+        except BadRecord as e:
+            # a sound that the model has just made: an empty one says nothing
+            if e.code == "silence":
+                return ""
+            raise UserError(f"--audio-judge {folder}: {file} {e.reason}") from None
+        found: str = ears.hear(torch.from_numpy(samples.copy()))
+        return found
 
-    return heard
+    return lambda files, labels: [hear(file) for file in files]
 
 
 def _run_judge(words: list[str], files: Sequence[Path], labels: Sequence[Sequence[str]]) -> list[object]:

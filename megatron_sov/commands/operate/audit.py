@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.audit.commitment import (
-    CODE, DOCUMENTS, Commitment, InclusionProof, check_signature, data_folders, prove_inclusion,
-    prove_published_document, publish, read_commitment, read_proof, sign, write_proof)
+    CODE, DOCUMENTS, HASH, Commitment, InclusionProof, artifact_around, check_signature, data_folders,
+    prove_inclusion, prove_published_document, publish, read_commitment, read_proof, sign, write_proof)
 from megatron_sov.audit.drawing import draw, needed, read_draw, segments_of, write_draw
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.base.digests import code_sha256
@@ -304,6 +304,9 @@ def run_prove(typed: argparse.Namespace) -> int:
     args = read_options(AuditProveOptions, typed)
     check_output("--output", args.output)
     refuse_input("--output", args.output, args.log)
+    if (folder := artifact_around(Path(args.what))) and folder.resolve() in args.output.resolve().parents:
+        raise UserError(f"--output {args.output}: lies in {folder}, which is then no longer what was "
+                        "published; choose another place")
     commitment = _published(args)
     proof = (prove_published_document(commitment, Path(args.what), args.document) if args.document
              else prove_inclusion(commitment, args.what))
@@ -343,6 +346,8 @@ def run_check(typed: argparse.Namespace) -> int:
         UserError: it is no proof.
     """
     args = read_options(AuditCheckOptions, typed)
+    if not HASH.fullmatch(args.root.lower()):
+        raise UserError(f"--root {args.root}: must be the 64 digits 0-9 and a-f that the lab has published")
     proof = read_proof(args.proof)
     if proof.root() != args.root.lower():
         print(f"{args.proof}: leads to root {proof.root()}, and that of the log is {args.root}")
@@ -353,8 +358,9 @@ def run_check(typed: argparse.Namespace) -> int:
     if args.of is not None and (problem := _other_than(proof, args.of, args.tokenizer)):
         print(visible(problem))
         return ExitCode.GATE_FAILED
-    print(visible(f"{_named(proof)}{f' and {args.of}' if args.of else ''}: published, line "
-                  f"{proof.index + 1} of {proof.size}"))
+    # of its line only the log itself says the number: another one, in a tree of another size, may have the
+    # same path
+    print(visible(f"{_named(proof)}{f' and {args.of}' if args.of else ''}: published"))
     return ExitCode.OK
 
 
@@ -366,8 +372,9 @@ def _other_than(proof: InclusionProof, place: Path, tokenizer: Path | None) -> s
     if not place.exists():
         raise UserError(f"--of {place}: does not exist; name the folder or the file that you were given")
     if proof.document is not None:
-        is_that = document_in_hand(place, tokenizer, proof.manifest) == proof.document.sha256
-        return None if is_that else f"{place}: is not document {proof.document.name}; every character counts"
+        document = proof.document
+        is_that = document_in_hand(place, tokenizer, proof.manifest, document.source) == document.sha256
+        return None if is_that else f"{place}: is not document {document.name}; every character counts"
     if place.is_dir() and (problem := folder_problem(place)):
         return problem
     if proof.proves(place / MANIFEST if place.is_dir() else place):

@@ -139,7 +139,8 @@ def by_kernels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, deca
         decay: [tokens, key heads, r, 1 or key channels], logarithms, at most 0.
         rate: [tokens, key heads, r].
         chunks: where the documents are.
-        dtype: of what is multiplied, that of the model; decays stay as they are.
+        dtype: of what is multiplied, that of the model; decays and rates stay as they are (fla's own layers
+            hand on rates in float32, too).
 
     Returns:
         [outputs, key heads, r, value channels], as wide as `value`.
@@ -149,7 +150,7 @@ def by_kernels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, deca
     decay = decay.flatten(1, 2)
     found, _ = _fla_kernel(of_channels)(
         query[None].to(dtype), key[None].to(dtype), value.flatten(1, 2)[None].to(dtype),
-        g=(decay if of_channels else decay[..., 0])[None], beta=rate.flatten(1)[None].to(dtype), scale=1.0,
+        g=(decay if of_channels else decay[..., 0])[None], beta=rate.flatten(1)[None], scale=1.0,
         cu_seqlens=chunks.bounds, cu_seqlens_cpu=chunks.host_bounds)
     heads: torch.Tensor = found[0].to(value.dtype).unflatten(1, value.shape[1:3])
     return heads.index_select(0, chunks.asked)

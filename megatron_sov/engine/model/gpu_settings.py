@@ -321,6 +321,10 @@ def own_attention_serves(here: Here, attention: str, deterministic: bool) -> boo
     return attention == "auto" and (deterministic or bool(_without_heads(model)))
 
 
+FLA_KEYS = 256
+"""Channels of a head of keys that those kernels take at most."""
+
+
 def uses_delta_kernels(here: Here, gpu: GpuConfig, deterministic: bool) -> bool:
     """Return whether the kernels of flash-linear-attention train the layers with linear attention.
 
@@ -331,8 +335,9 @@ def uses_delta_kernels(here: Here, gpu: GpuConfig, deterministic: bool) -> bool:
         gpu: the settings.
         deterministic: `train.deterministic`.
     """
-    return (here.te and here.model.linear_attention is not None and not deterministic
-            and gpu.linear_attention != "torch" and not lacking_fla())
+    linear = here.model.linear_attention
+    return (here.te and linear is not None and not deterministic and gpu.linear_attention != "torch"
+            and linear.key_head_dim <= FLA_KEYS and not lacking_fla())
 
 
 def exchanges_heads(here: Here, attention: str) -> bool:
@@ -430,14 +435,17 @@ def _linear_attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, s
     """Return what must be for the kernels of flash-linear-attention: rules, with whether each is kept."""
     if config.gpu.linear_attention != "fla":
         return []
-    linear, reason = here.model.linear_attention is not None, lacking_fla() if here.te else ""
+    sizes, reason = here.model.linear_attention, lacking_fla() if here.te else ""
+    linear = sizes is not None
     return [
         (linear, "linear_attention", "has nothing to do in this model", "leave it out"),
         (here.te or not linear, "linear_attention", NEEDS_TE, "set it to torch"),
         (not config.train.deterministic, "linear_attention",
          "does not repeat its bits (train.deterministic)", "set it to torch"),
+        (sizes is None or sizes.key_head_dim <= FLA_KEYS, "linear_attention",
+         f"takes keys of up to {FLA_KEYS} channels", "set it to torch"),
         (not reason or not linear, "linear_attention",
-         f"cannot be: flash-linear-attention does not import ({reason})",
+         f"cannot be: flash-linear-attention does not serve ({reason})",
          "install fla-core 0.6.0, or set it to torch")]
 
 

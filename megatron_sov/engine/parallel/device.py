@@ -7,6 +7,7 @@ import functools
 import gc
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,9 @@ def lacking_deep_ep(dispatcher: str) -> str:
 FLA_KERNELS = {False: ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
                True: ("fla.ops.kda", "chunk_kda")}
 """Whether each channel of keys decays at a rate of its own -> module and function."""
+FLA_OLDEST = (0, 6)
+"""First version whose calls are held against its source.  Those before 0.5 have no value heads that share a
+head of keys, and read the memory of others in their place without a word."""
 
 
 @functools.cache
@@ -343,6 +347,10 @@ def lacking_fla() -> str:
             getattr(importlib.import_module(module), name)
         except Exception as e:  # without a driver Triton ends with errors of its own
             return told_in_a_line(e)
+    version = str(getattr(sys.modules["fla"], "__version__", "unknown"))
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or (int(found[1]), int(found[2])) < FLA_OLDEST:
+        return f"version {version} is older than {'.'.join(map(str, FLA_OLDEST))}"
     return ""
 
 

@@ -195,8 +195,9 @@ class GpuConfig:
     cuDNN trains no heads of that size."""
     linear_attention: Literal["auto", "torch", "fla"] = "auto"
     """What trains layers with linear attention: plain torch, or the Triton kernels of flash-linear-attention
-    (fla), which repeat no bits; auto: those where they import, on GPUs in bf16 without `train.deterministic`.
-    Sequences that are generated are read in torch."""
+    (fla), version 0.6 or newer, which repeat no bits and take keys of up to 256 channels; auto: those where
+    they import, on GPUs in bf16 without `train.deterministic`. Sequences that are generated are read in
+    torch. `plan` counts what torch keeps, and what the kernels do where they are named."""
     rope_fusion: Switch = "auto"
     """Rotate queries and keys in one kernel."""
     router_fusion: Switch = "auto"

@@ -324,6 +324,8 @@ def config_problems(config: object, classes: frozenset[str] = _CLASSES) -> Itera
             stack += [(f"{where}.{i}"[:_MAX_SHOWN_CHARS], value, depth + 1) for i, value in enumerate(node)]
         elif isinstance(node, (int, float)) and not abs(node) <= _MAX_NUMBER:
             yield f"{where} = {str(node)[:40]}: is no number of a codec; each is at most {_MAX_NUMBER:,}"
+        elif node is not None and not isinstance(node, (str, int, float)):
+            yield f"{where}: is a {type(node).__name__}, which no settings are made of"
         # omegaconf's resolvers, as ${oc.env:KEY}, read the environment; ${a.b} names a place in the file
         elif isinstance(node, str) and ":" in node.partition("${")[2]:
             yield f"{where} = {node[:100]!r}: would be looked up outside of the file"
@@ -504,7 +506,10 @@ def read_nemo(source: Path) -> tuple[dict[str, Any], Tensors]:
                                min(_MAX_WEIGHTS_BYTES, _MAX_GROWTH * source.stat().st_size))
                 while block := read.read(1 << 24):
                     out.write(block)
-            state = _read(weights)
+            try:
+                state = _read(weights)
+            except UserError as e:  # it names our copy, which is gone by then
+                raise UserError(str(e).replace(str(weights), f"{source}: model_weights.ckpt")) from None
     except (OSError, tarfile.TarError, yaml.YAMLError, EOFError, RecursionError, ValueError,
             OverflowError, zlib.error) as e:
         raise UserError(f"{source}: cannot be read as a .nemo file ({told_in_a_line(e)[:200]}); download it "

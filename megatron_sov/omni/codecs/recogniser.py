@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Le
 from torch import nn
 
 from megatron_sov.base.errors import UserError, list_problems
@@ -27,6 +28,8 @@ _MAX_SIZES = {"features": 1024, "n_fft": 1 << 16, "n_window_size": 1 << 16, "sam
 _MAX_WORD_PIECES, _MAX_PIECE_CHARS = 1 << 17, 100
 _MAX_ELEMENTS = 1 << 31
 """Of all tensors together; published ones have up to 1.1 billion."""
+_LEAST_PIECE_S = 0.05
+"""Of a piece that is heard.  Of one frame NeMo's spectrogram has no spread, and it refuses that on GPUs."""
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """Begins a word in pieces of SentencePiece."""
 
@@ -37,13 +40,18 @@ class NemoRecogniserSettings:
 
     config: dict[str, Any]
     """`preprocessor`, `encoder` and `decoder` of `model_config.yaml`."""
-    sample_rate_hz: int
+    sample_rate_hz: Annotated[int, Ge(1), Le(1 << 18)]
     """Of what it hears."""
-    max_piece_s: float = 30.0
+    max_piece_s: Annotated[float, Ge(0.5), Le(600)] = 30.0
     """A longer sound is cut into pieces of this length."""
 
     def problems(self) -> list[str]:
-        return list(recogniser_problems(self.config))
+        if found := list(recogniser_problems(self.config)):
+            return found
+        own = self.config["preprocessor"].get("sample_rate")
+        return [] if own == self.sample_rate_hz else [
+            f"sample_rate_hz = {self.sample_rate_hz}: its spectrogram has {str(own)[:40]}, and would hear "
+            "sounds faster or slower than they are"]
 
 
 class NemoRecogniser(nn.Module):
@@ -70,7 +78,7 @@ class NemoRecogniser(nn.Module):
         if found := list(recogniser_problems(config)):
             raise UserError(list_problems(f"{source}: model_config.yaml", found[:20]))
         rate_hz = config["preprocessor"].get("sample_rate", whole.get("sample_rate", 16_000))
-        if not isinstance(rate_hz, int):
+        if type(rate_hz) is not int:  # a bool is none
             raise UserError(f"{source}: model_config.yaml: sample_rate is {str(rate_hz)[:40]!r}, no whole "
                             "number; download it again")
         config["preprocessor"] = config["preprocessor"] | {"sample_rate": rate_hz}
@@ -86,6 +94,8 @@ class NemoRecogniser(nn.Module):
         return " ".join(" ".join(texts).split())
 
     def _piece(self, sound: torch.Tensor) -> str:
+        if len(sound) < _LEAST_PIECE_S * self.sample_rate_hz:
+            return ""
         length = torch.tensor([len(sound)], device=sound.device)
         scores, frames, _ = self.network(input_signal=sound[None], input_signal_length=length)
         ids = scores[0, :int(frames[0])].argmax(-1).unique_consecutive().tolist()

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import unicodedata
+
+_BREAK = "\N{ZERO WIDTH SPACE}"
+"""Stands between words; what else has no width only joins or parts the shapes of letters."""
+
 
 def normalised(text: str) -> str:
-    """Return a text as words are counted: lower case, punctuation as space, one space between words."""
-    kept = "".join(c if c.isalnum() or c.isspace() else " " for c in text.casefold())
-    return " ".join(kept.split())
+    """Return a text as words are counted: lower case, composed (NFC), punctuation as space, one space between
+    words."""
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
+    return " ".join("".join(map(_kept, folded)).split())
+
+
+def _kept(character: str) -> str:
+    kind = unicodedata.category(character)
+    # vowels of Devanagari, Thai or Arabic are marks, and so is an accent that no letter is composed with
+    if character.isalnum() or kind.startswith("M"):
+        return character
+    return "" if kind == "Cf" and character != _BREAK else " "
 
 
 def error_rates(text: str, heard: str) -> tuple[float, float]:

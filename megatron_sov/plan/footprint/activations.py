@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from megatron_sov.model.config import LatentAttentionConfig, LinearAttentionConfig, ModelConfig, RunConfig
 from megatron_sov.model.config.lora import HEAD
-from megatron_sov.plan.footprint.held import FLOAT32_BYTES, ITEM_BYTES, chunk_layers
+from megatron_sov.plan.footprint.held import BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, chunk_layers
 
 INDEX_BYTES = 8
 CHUNK = 64
@@ -118,19 +118,21 @@ def tokens_of(config: RunConfig, row_tokens: int) -> Tokens:
 def saved(config: RunConfig, row_tokens: int, kind: LayerKind) -> SavedActivations:
     """Return what a layer saves where nothing is recomputed, routing being even."""
     p = config.parallel
+    # under auto nobody knows here whether the kernels will be there: plain torch keeps more
+    by_kernels = config.gpu.linear_attention == "fla" and config.train.precision == "bf16"
     return _saved(config.model, config.train.precision, tokens_of(config, row_tokens), p.tp, p.etp, p.cp,
-                  kind)
+                  kind, by_kernels)
 
 
 @lru_cache(maxsize=1 << 14)
 def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp: int,
-           kind: LayerKind) -> SavedActivations:
+           kind: LayerKind, by_kernels: bool) -> SavedActivations:
     """Return what `saved` says, from what it depends on."""
     item, fused = ITEM_BYTES[precision], precision == "bf16"
     hidden = tokens.share * m.hidden_size * item
     # torch's norm keeps its input, that divided by its length, and 1 / length
     norm = hidden if fused else 2 * hidden + tokens.share * item
-    attention = _attention(m, precision, tokens, tp, cp, kind)
+    attention = _attention(m, precision, tokens, tp, cp, kind, by_kernels)
     # gate and up projection once more, as they were before their bound
     twice = 2 if kind.bounded else 1
     if not kind.with_experts:
@@ -153,10 +155,12 @@ def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp
 
 
 def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
-               kind: LayerKind) -> dict[str, int]:
+               kind: LayerKind, by_kernels: bool) -> dict[str, int]:
     """Return what attention saves, by the names of `SavedActivations`."""
     if kind.is_linear:
         assert m.linear_attention is not None
+        if by_kernels:
+            return _linear_by_kernels(m.linear_attention, tokens, tp)
         return _linear_attention(m.linear_attention, precision, tokens, tp)
     if m.latent_attention is not None:
         return _latent_attention(m, m.latent_attention, precision, tokens, tp, cp)
@@ -223,6 +227,28 @@ def _linear_attention(linear: LinearAttentionConfig, precision: str, tokens: Tok
             "rotated": tokens.local * wide * channels * (linear.conv_taps + 2),
             "core": tokens.local * wide * inside,
             "attended": tokens.local * heads * values * ((4 if item == wide else 5) * wide + item)}
+
+
+def _linear_by_kernels(linear: LinearAttentionConfig, tokens: Tokens, tp: int) -> dict[str, int]:
+    """Return what linear attention saves in bf16 with the kernels of flash-linear-attention (fla-core 0.6.0,
+    `save_for_backward` of its `chunk.py`): queries, keys and values in bf16, learning rates and decays
+    summed up in float32, and one square of each head and chunk; with decays of channels a second one, and the
+    decays as given.  What is around them is as in plain torch."""
+    item, wide = BF16_BYTES, FLOAT32_BYTES
+    channels = linear.num_key_heads * linear.convolved // tp
+    key_heads, heads = linear.num_key_heads // tp, linear.num_value_heads // tp
+    keys, values = linear.key_head_dim, linear.value_head_dim
+    # beside them the lengths of queries and keys, and what rates and decays are made of
+    inside = (key_heads * (2 * keys * item + 2 * wide)
+              + heads * ((values + CHUNK) * item + 6 * wide))
+    narrow, gates = 0, 5
+    if linear.gate_rank is not None:
+        inside = heads * ((2 * keys + values + 2 * CHUNK) * item + (4 * keys + 5) * wide)
+        narrow, gates = tokens.share * 2 * linear.gate_rank * item, 4
+    return {"gathered": 0, "qkv": narrow,
+            "rotated": tokens.local * wide * channels * (linear.conv_taps + 2),
+            "core": tokens.local * inside,
+            "attended": tokens.local * heads * values * (gates * wide + item)}
 
 
 def _mask_numbers(tokens: int, window: int) -> int:

@@ -105,6 +105,12 @@ def test_a_codec_that_hears_is_a_judge(tmp_path: Path, monkeypatch: pytest.Monke
         soundfile.write(tmp_path / f"{name}.wav", np.zeros(8000 * seconds), 8000)
     assert judge_of(str(tmp_path / "ears"))([tmp_path / "a.wav", tmp_path / "b.wav"], LABELS) == [
         "4000 samples", "8000 samples"]
+    # a model may say nothing, and what is no sound is told in a sentence
+    soundfile.write(tmp_path / "a.wav", np.zeros(0), 8000)
+    assert judge_of(str(tmp_path / "ears"))([tmp_path / "a.wav"], LABELS) == [""]
+    (tmp_path / "a.wav").write_bytes(b"no sound")
+    with pytest.raises(UserError, match=r"--audio-judge .*a\.wav is no sound that is read"):
+        judge_of(str(tmp_path / "ears"))([tmp_path / "a.wav"], LABELS)
 
 
 def test_a_program_may_say_any_character(tmp_path: Path) -> None:

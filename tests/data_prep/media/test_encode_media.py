@@ -144,6 +144,10 @@ def test_speech_that_is_heard_otherwise_than_its_text_is_bad(encode: Encode, tmp
     manifest = read_manifest(tmp_path / "corpus")
     assert manifest.content["num_bad"] == {"heard": 2} and manifest.content["num_media"]["audio"] == 3
     assert [Path(i["path"]).name for i in manifest.inputs] == ["images", "sounds", "ears"]
+    assert encode([told[3], told[0]], *hears, "--max-wer", "0.5", "--bad-media", "skip", output="loud") == 0
+    assert encode(told[:1], output="alone") == 0
+    np.testing.assert_array_equal(bank(tmp_path / "loud", SOUNDS), bank(tmp_path / "alone", SOUNDS),
+                                  "what was left out is in no bank")
     # 7 of the 11 characters of "it was loud", where 2 of its 3 words were
     assert encode(told[:2], *hears, "--max-cer", "0.65", output="near") == 0
     assert encode([said("short.wav", " ... ")], output="no") == 2
@@ -165,7 +169,7 @@ def test_a_listed_record_stops_a_run_that_does_not_skip(encode: Encode, tmp_path
     (("--threads", "0"), "--threads 0"), (("--media-root", "/proc/nowhere"), "is no folder"),
     (("--input", "gone.jsonl"), 'gone.jsonl": does not exist'), (("--workers", "2"), "only for --cluster"),
     (("--max-duration", "nan"), "--max-duration"), (("--cluster", "no-such"), "no-such"),
-    (("--recogniser", "ears"), "pass --max-wer or --max-cer"), (("--max-wer", "1"), "only for --recogniser"),
+    (("--recogniser", "ears"), "pass --max-wer or --max-cer"), (("--max-wer", "0"), "only for --recogniser"),
     (("--max-pixels", "0"), "--max-pixels 0"), (("--video-frames", "0"), "--video-frames 0")])
 def test_wrong_options_are_one_sentence(encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                         options: tuple[str, ...], words: str) -> None:

@@ -63,7 +63,8 @@ def of_channels(request: pytest.FixtureRequest, fla: Path, monkeypatch: pytest.M
     def kernel(*values: Any, **named: Any) -> tuple[torch.Tensor, None]:
         given = signature(*values, **named)
         q, k, v, g, beta, bounds = (given[n] for n in ("q", "k", "v", "g", "beta", "cu_seqlens"))
-        assert given["kwargs"] == {} and bounds.dtype == torch.int64 and g.dtype == torch.float32
+        assert given["kwargs"] == {} and bounds.dtype == torch.int64
+        assert g.dtype == beta.dtype == torch.float32
         assert (len(q), q.shape, g.shape[:3]) == (1, k.shape, v.shape[:3]) and beta.shape == v.shape[:3]
         assert torch.equal(bounds, given["cu_seqlens_cpu"])
         q, k = (t.repeat_interleave(v.shape[2] // t.shape[2], 2) for t in (q, k))
@@ -102,7 +103,7 @@ def test_a_layer_asks_for_them_where_its_model_does(
     assert not torch.equal(found, expected), "they were not asked"
 
 
-def test_products_are_in_the_models_precision_and_decays_are_not(of_channels: bool) -> None:
+def test_products_are_in_the_models_precision_and_decays_and_rates_are_not(of_channels: bool) -> None:
     row = [t.detach() for t in drawn(TOKENS, torch.float32, decays=KEYS if of_channels else 1)]
     chunks = chunk_documents(DOCUMENTS, torch.device("cpu"))
     exact, rounded = (delta_rule.by_kernels(*row, chunks=chunks, dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ class EncDecCTCModel(nn.Module):
         self.decoder.num_classes_with_blank = cfg["decoder"]["num_classes"] + 1
 
     def forward(self, *, input_signal: torch.Tensor, input_signal_length: torch.Tensor) -> Any:
+        # as `normalize_batch` of nemo-toolkit 3.0.0 does on GPUs, of a frame of 0.01 s
+        if bool((input_signal_length == 1).any()):
+            raise ValueError("received a tensor of length 1")
         filled = torch.nn.functional.pad(input_signal, (0, -input_signal.shape[1] % 10))
         means = filled.view(1, -1, 10).mean(-1)
         scores = -(self.encoder(means[..., None]) - torch.arange(5.0)).abs()
@@ -71,6 +75,8 @@ def test_equal_neighbours_are_one_piece_and_blanks_none(tmp_path: Path, nemo: En
     assert ears.hear(sound([0, 4, 0])) == ears.hear(sound([])) == ""
     # 31 s: the last second is heard alone, and the space between is one
     assert ears.hear(sound([1] * 299 + [0] + [2] * 10)) == "a b"
+    # what is left of 30.01 s is too short to say anything, and so is a whole sound of 0.01 s
+    assert ears.hear(torch.cat([sound([1] * 300), torch.ones(1)])) == "a" and ears.hear(torch.ones(1)) == ""
 
 
 @pytest.mark.parametrize(("part", "config", "said"), [
@@ -86,6 +92,8 @@ def test_equal_neighbours_are_one_piece_and_blanks_none(tmp_path: Path, nemo: En
      "would be looked up outside of the file"),
     ("preprocessor", {"_target_": MELS, "sample_rate": 16000.5},
      "config.preprocessor.sample_rate = 16000.5"),
+    ("preprocessor", {"_target_": MELS, "sample_rate": True}, "sample_rate is 'True', no whole number"),
+    ("preprocessor", {"_target_": MELS, "window": b"a"}, "config.preprocessor.window: is a bytes, which no"),
     ("encoder", None, "config.encoder: is missing")])
 def test_a_configuration_that_hears_in_another_way_is_refused(part: str, config: Any, said: str,
                                                               tmp_path: Path, nemo: EncDecCTCModel) -> None:
@@ -93,6 +101,20 @@ def test_a_configuration_that_hears_in_another_way_is_refused(part: str, config:
     with pytest.raises(UserError, match=re.escape(said)):
         import_codec("nemo-asr", nemo_file(tmp_path / "x.nemo", whole, nemo.state_dict()), tmp_path / "ears")
     assert not (tmp_path / "ears").exists()
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"sample_rate_hz": 0}, "sample_rate_hz"), ({"max_piece_s": float("inf")}, "max_piece_s"),
+    ({"max_piece_s": -1.0}, "max_piece_s"), ({"sample_rate_hz": 50}, "its spectrogram has 100")])
+def test_a_folder_with_sizes_that_nothing_is_heard_with_is_refused(
+        change: dict[str, float], said: str, tmp_path: Path, nemo: EncDecCTCModel) -> None:
+    import_codec("nemo-asr", nemo_file(tmp_path / "x.nemo", CONFIG, nemo.state_dict()), tmp_path / "ears")
+    file = tmp_path / "ears/manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["content"]["config"] |= change
+    file.write_text(json.dumps(manifest | {"sha256": ""}))
+    with pytest.raises(UserError, match=said):
+        open_codec(tmp_path / "ears")
 
 
 def test_what_is_not_as_it_says_is_one_sentence(tmp_path: Path, nemo: EncDecCTCModel,
@@ -104,6 +126,7 @@ def test_what_is_not_as_it_says_is_one_sentence(tmp_path: Path, nemo: EncDecCTCM
     state = nemo.state_dict()
     refused({**CONFIG, "decoder": {**CONFIG["decoder"], "num_classes": 9}}, state,
             "its head knows 10 pieces and its vocabulary, with the blank, 5")
+    refused(CONFIG, {"encoder.weight": 3}, r"x\.nemo: model_weights\.ckpt: holds no names with tensors")
     refused(CONFIG, {"encoder.weight": state["encoder.weight"]}, "lacks what is network.encoder.bias here")
     monkeypatch.setattr(recogniser, "_MAX_ELEMENTS", 1000)
     refused({**CONFIG, "encoder": {**CONFIG["encoder"], "width": 2000}}, state,

@@ -5,14 +5,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from megatron_sov import recipes
-from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.plan.footprint.activations import kept, kinds, saved, under_way
+from megatron_sov.engine.model import delta_rule
+from megatron_sov.engine.model.linear_attention import GatedDeltaNet, KimiDeltaAttention
+from megatron_sov.engine.parallel import context
+from megatron_sov.model.config import LinearAttentionConfig, RunConfig, apply_settings
+from megatron_sov.plan.footprint.activations import Tokens, _linear_by_kernels, kept, kinds, saved, under_way
+from tests.engine.model.test_linear_attention import Plain, row
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from plan_activations import CASES, said
@@ -135,3 +141,53 @@ def test_a_step_saves_what_is_said(ranks: Any, job: Any) -> None:
     for case, of_ranks in zip(cases, found, strict=True):
         for stage, num_bytes in of_ranks:
             assert said(case.config, stage, case.nproc) == pytest.approx(num_bytes, rel=0.05), case.name
+
+
+class KernelThatSaves(torch.autograd.Function):
+    """Saves what the kernels of fla-core 0.6.0 do (`save_for_backward` of their `chunk.py`)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor,
+                beta: torch.Tensor, of_channels: bool) -> torch.Tensor:
+        squares = [torch.zeros(*v.shape[:3], 64, dtype=k.dtype) for _ in range(1 + of_channels)]
+        ctx.save_for_backward(q, k, v, g.cumsum(1), beta, *squares, *([g] if of_channels else []))
+        return torch.zeros_like(v)
+
+
+@pytest.mark.parametrize("sizes", [
+    LinearAttentionConfig(2, 4, 32, 32), LinearAttentionConfig(2, 2, 64, 32),
+    LinearAttentionConfig(4, 4, 32, 32, gate_rank=16), LinearAttentionConfig(2, 2, 64, 32, gate_rank=16)])
+def test_kernels_of_linear_attention_keep_what_is_said(
+        sizes: LinearAttentionConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer in bf16 is measured, tensor by tensor that autograd saves."""
+    monkeypatch.setattr(context, "size", lambda: 1)
+    monkeypatch.setattr(delta_rule, "_fla_kernel", lambda of_channels: lambda q, k, v, *, g, beta, **_: (
+        KernelThatSaves.apply(q, k, v, g, beta, of_channels), None))
+    config = SimpleNamespace(hidden_size=8, init_method=None, output_layer_init_method=None,
+                             params_dtype=torch.bfloat16, layernorm_epsilon=1e-6, sequence_parallel=False,
+                             delta_kernels=True)
+    alone = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
+    made = KimiDeltaAttention if sizes.gate_rank else GatedDeltaNet
+    layer = made(config, 1, (Plain, Plain, Plain), sizes, alone).bfloat16()
+    inputs = torch.randn(4096, 1, 8, dtype=torch.bfloat16, requires_grad=True)
+    left_out = {t.untyped_storage().data_ptr() for t in (inputs, *layer.parameters())}
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in left_out:
+            found[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        layer(inputs, packed_seq_params=row([0, 4096]))
+    said = _linear_by_kernels(sizes, Tokens(4096, 4096, 4096), 1)
+    assert sum(s.nbytes() for s in found.values()) == pytest.approx(sum(said.values()), rel=3e-3)
+
+
+def test_plan_counts_the_kernels_of_linear_attention_where_they_are_asked_for() -> None:
+    config = apply_settings(recipes.get("tiny-qwen3-next"), ["train.precision=bf16"])
+    kind = next(kind for kind in kinds(config.model) if kind.is_linear)
+    auto, torchs, fla = (saved(apply_settings(config, [f"gpu.linear_attention={way}"]), 512, kind).total
+                         for way in ("auto", "torch", "fla"))
+    assert auto == torchs > fla
