@@ -41,6 +41,8 @@ INSTEAD = "use --type bf16 or f32"
 _FREQUENCIES = "rope_freqs.weight"
 """Divisors of the rotary frequencies."""
 _READS_DIVISORS = ("llama", "mixtral", "exaone4", "exaone_moe")
+YARN_ENDS = (32, 1)
+"""beta_fast and beta_slow of every YaRN that llama.cpp computes for these families."""
 SLIDING_EXAONE4_LAYERS = 64
 """Layers of EXAONE 4.0 32B, the one model of its kind that slides."""
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.(.+)")
@@ -137,6 +139,7 @@ def _otherwise(model: ModelConfig) -> list[tuple[bool, str]]:
     """Return what llama.cpp's classes (`src/models`) compute otherwise, and whether a model has it."""
     family, slides, yarn = model.family, "L" in model.attention_pattern, model.yarn
     width = model.num_heads * model.head_dim
+    ends = f"beta_fast = {yarn.beta_fast:g}, beta_slow = {yarn.beta_slow:g}" if yarn else ""
     return [
         (slides and family not in ("exaone4", "exaone_moe"),
          "has layers with a sliding window, and llama.cpp attends to all tokens in models of "
@@ -144,6 +147,9 @@ def _otherwise(model: ModelConfig) -> list[tuple[bool, str]]:
         (yarn is not None and not yarn.truncate,
          "YaRN with truncate = false is not what llama.cpp computes; it rounds the ends of the ramp to whole "
          "channels"),
+        (yarn is not None and (yarn.beta_fast, yarn.beta_slow) != YARN_ENDS,
+         f"YaRN with {ends}, and llama.cpp takes {YARN_ENDS[0]} and {YARN_ENDS[1]} for models of {family!r}, "
+         "whatever a file says"),
         (model.llama3_rope is not None and family not in _READS_DIVISORS,
          f"rope_type = llama3, and llama.cpp does not scale so in models of {family!r}"),
         (family in ("qwen2", "exaone4") and width != model.hidden_size,
@@ -416,8 +422,6 @@ def _describe(gguf: Any, writer: Any, weights: HfWeights, file_type: int) -> Non
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(model.yarn.factor)
         writer.add_rope_scaling_orig_ctx_len(model.yarn.original_max_position_tokens)
-        writer.add_rope_scaling_yarn_beta_fast(model.yarn.beta_fast)
-        writer.add_rope_scaling_yarn_beta_slow(model.yarn.beta_slow)
 
 
 def _describe_experts(gguf: Any, writer: Any, model: ModelConfig) -> None:
