@@ -1,11 +1,11 @@
 """GGUF files by `convert to-gguf`, run by llama.cpp itself beside transformers and our tokenizers.
 
-Usage: python benchmarks/gguf_llama_cpp.py --work FOLDER --package FOLDER --library FOLDER [--only CASE ...]
-           > benchmarks/results/gguf_llama_cpp.txt
+Usage: python benchmarks/gguf_llama_cpp.py --work FOLDER --package FOLDER --library FOLDER [--built WORDS]
+           [--only CASE ...] > benchmarks/results/gguf_llama_cpp.txt
 
 `package` is a folder with llama-cpp-python's module `llama_cpp` (its source is enough), `library` one with
-libllama.so and what it loads.  Tiny random models, one for each family that is written and more for what
-varies within one, are made by transformers, and of each are printed
+libllama.so and what it loads; WORDS say what it was built from.  Tiny random models, one for each family that
+is written and more for what varies within one, are made by transformers, and of each are printed
 
   logits     the largest difference of a logit over 96 tokens from transformers', both in float32; and the
              largest logit.  llama.cpp keeps its keys and values in float32 here
@@ -25,6 +25,7 @@ import platform
 import subprocess
 import sys
 import unicodedata
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def model(name: str) -> Any:
 
     kind, settings = CASES[name]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SIZES | {"rope_parameters": PLAIN} | settings)
+    # a copy: transformers writes into what it is given
+    config = AutoConfig.for_model(kind, **deepcopy(SIZES | {"rope_parameters": PLAIN} | settings))
     made = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     for own, tensor in (*made.named_parameters(), *made.named_buffers()):
         if "norm" in own:
@@ -117,7 +119,7 @@ def written(work: Path, name: str, tokenizer: Path, made: Any) -> dict[str, str]
     made.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
-    files = {type_: folder / f"{type_}.gguf" for type_ in BOUNDS}
+    files = {type_: work / f"{folder.name}-{type_}.gguf" for type_ in BOUNDS}
     for type_, file in files.items():
         to_gguf(folder, file, type_, overwrite=True)
     return {type_: str(file) for type_, file in files.items()}
@@ -138,8 +140,8 @@ def child(options: argparse.Namespace, request: dict[str, Any]) -> Any:
 
 
 def answer(request: dict[str, Any]) -> Any:
-    """Return, in a process with llama.cpp, logits [tokens, ids] (as a file's name) and a greedy
-    continuation; or ids of texts and those that end generation."""
+    """Return, in a process with llama.cpp, a greedy continuation, having saved logits [tokens, ids] beside
+    each file; or ids of texts and those that end generation."""
     import llama_cpp
 
     if "texts" in request:
@@ -148,17 +150,17 @@ def answer(request: dict[str, Any]) -> Any:
         ends = [i for i in range(llm.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, i)]
         return {"ends": ends, "ids": [llm.tokenize(text.encode(), add_bos=False, special=True)
                                       for text in request["texts"]]}
-    ids = request["ids"]
-    llm = llama_cpp.Llama(request["file"], n_ctx=256, n_batch=256, n_ubatch=256, n_threads=1, logits_all=True,
-                          type_k=0, type_v=0, flash_attn=False, verbose=bool(os.environ.get("LOUD")))
-    llm.eval(ids)
-    np.save(request["out"], llm.scores[:len(ids)])
-    llm.reset()
-    llm.eval(ids[:PROMPT])
-    new: list[int] = []
-    while len(new) < NEW:
-        new.append(int(llm.scores[llm.n_tokens - 1].argmax()))
-        llm.eval(new[-1:])
+    ids, new = request["ids"], []
+    for type_, file in request["files"].items():
+        llm = llama_cpp.Llama(file, n_ctx=256, n_batch=256, n_ubatch=256, n_threads=1, logits_all=True,
+                              type_k=0, type_v=0, flash_attn=False, verbose=False)
+        llm.eval(ids)
+        np.save(f"{file}.npy", llm.scores[:len(ids)])
+        llm.reset()
+        llm.eval(ids[:PROMPT])
+        while type_ == "f32" and len(new) < NEW:
+            new.append(int(llm.scores[llm.n_tokens - 1].argmax()))
+            llm.eval(new[-1:])
     return {"new": new}
 
 
@@ -176,13 +178,12 @@ def measure(options: argparse.Namespace, name: str, tokenizer: Path) -> bool:
     expected = row[0, PROMPT:].tolist()
     files = written(options.work, name, tokenizer, made)
     largest, told, holds = float(np.abs(ours).max()), [], True
+    found = child(options, {"files": files, "ids": ids[0].tolist()})
+    if isinstance(found, str):
+        print(f"{name:<20}{found}", flush=True)
+        return False
     for type_, file in files.items():
-        out = str(options.work / "logits.npy")
-        found = child(options, {"file": file, "ids": ids[0].tolist(), "out": out})
-        if isinstance(found, str):
-            print(f"{name:<20}{type_}: {found}", flush=True)
-            return False
-        apart = float(np.abs(np.load(out) - ours).max())
+        apart = float(np.abs(np.load(f"{file}.npy") - ours).max())
         holds = holds and apart <= BOUNDS[type_] * largest
         told.append(f"{apart:>10.1e}")
         if type_ == "f32":
@@ -216,16 +217,17 @@ def tokenizers(work: Path) -> dict[str, Path]:
     for name, (ignores, way) in ways.items():
         tokenizer = Tokenizer(models.BPE(ignore_merges=ignores))
         tokenizer.pre_tokenizer, tokenizer.decoder = way, decoders.ByteLevel()
-        tokenizer.train_from_iterator([*lines, *TEXTS], trainers.BpeTrainer(
+        tokenizer.train_from_iterator([*lines, *TEXTS * 3], trainers.BpeTrainer(
             vocab_size=VOCAB, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             special_tokens=["<|pad|>", "<|endoftext|>", "<|begin|>"]))
-        folder = work / f"tokenizer-{name}"
+        found[name] = folder = work / f"tokenizer-{name}"
+        if (folder / "tokenizer_config.json").exists():
+            continue
         folder.mkdir(exist_ok=True)
         tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps({
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>",
             "pad_token": "<|pad|>"}))
-        found[name] = folder
     return found
 
 
@@ -265,6 +267,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--package", type=Path)
     parser.add_argument("--library", type=Path)
+    parser.add_argument("--built", default="not said")
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--child")
     options = parser.parse_args()
@@ -273,9 +276,10 @@ def main() -> int:
         return 0
     options.work = options.work.absolute()
     folders = tokenizers(options.work)
-    print(f"{platform.machine()}, Python {platform.python_version()}; bounds of a difference, of the largest "
-          f"logit: {', '.join(f'{type_} {bound:g}' for type_, bound in BOUNDS.items())}\n\n"
-          f"{'model':<20}{'logits':>10}{'largest':>9}{'greedy':>11}{'f16':>10}{'q8_0':>10}")
+    bounds = ", ".join(f"{type_} {bound:g}" for type_, bound in BOUNDS.items())
+    print(f"llama.cpp: {options.built}\n{platform.machine()}, Python {platform.python_version()}; bounds of "
+          f"a difference, of the largest logit: {bounds}\n\n"
+          f"{'model':<20}{'logits':>10}{'largest':>9}{'greedy':>11}{'f16':>10}{'q8_0':>10}", flush=True)
     holds = [measure(options, name, folders["solar-open"]) for name in options.only]
     print(f"\n{'tokenizer':<20}{'in GGUF':<12}{'texts':>12}   ends of generation")
     holds += [split(options, name, folder) for name, folder in folders.items()]

@@ -76,7 +76,7 @@ OTHERS = {
 def other(family: str, folder: Path, **settings) -> Path:
     """Biases are no zeros, and the experts' bias is not rounded."""
     made, config, own = OTHERS[family]
-    model = made(config(**SIZES | {"rope_parameters": THETA} | own | settings))
+    model = made(config(**SIZES | {"rope_parameters": {**THETA}} | own | settings))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name.endswith("bias"):
             torch.nn.init.normal_(tensor)
