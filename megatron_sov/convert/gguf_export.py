@@ -273,6 +273,9 @@ KEPT_APART = ("Split", "Isolated", False)
 """Type, behavior and invert of a step that cuts text at each match and behind it."""
 END_FIELDS = ("eos", "eot", "eom")
 """Fields for ids at which llama.cpp ends generation."""
+NO_END, BESIDE = "<|end|>", (("<|call|>", "<|calls|>"), ("<|return|>", "<|flush|>"))
+"""A token at which llama.cpp never ends generation, whatever the fields say, where a vocabulary has one of
+each of these (src/llama-vocab.cpp: in gpt-oss and Solar Open it ends a thought)."""
 
 
 @dataclass(frozen=True)
@@ -332,6 +335,11 @@ def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
              else "CONTROL" if added[id_].special else "USER_DEFINED" for id_ in range(vocab_size)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in raw["model"]["merges"]]
     ids = _special_ids(folder)
+    if (NO_END in {found.get(ids.get(field, -1)) for field in END_FIELDS}
+            and all({*some} & {*found.values()} for some in BESIDE)):
+        warn(f"{file}: generation ends at {NO_END}, and llama.cpp goes on behind it in a vocabulary that has "
+             f"{' and '.join(' or '.join(some) for some in BESIDE)}; give its programs {NO_END} as a stop "
+             "string")
     encoded = tokenizer.encode("a").ids
     adds = {"bos": encoded[:1] == [ids.get("bos")], "eos": encoded[-1:] == [ids.get("eos")]}
     return GgufTokenizer(tokens, kinds, merges, split, ids, adds, chat_template(folder))

@@ -20,7 +20,7 @@ from transformers import (
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.convert.gguf_export import SPLITS, rope_divisors, to_gguf
+from megatron_sov.convert.gguf_export import SPLITS, read_tokenizer, rope_divisors, to_gguf
 from megatron_sov.model.config.model import Llama3RopeConfig
 from megatron_sov.model.families.supported import QWEN2_SPLIT
 
@@ -94,7 +94,7 @@ def save(model, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     return folder
 
 
-def write_tokenizer(folder: Path, split: str = QWEN2_SPLIT) -> None:
+def write_tokenizer(folder: Path, split: str = QWEN2_SPLIT, more: tuple[str, ...] = ()) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(split), behavior="isolated"),
@@ -102,7 +102,7 @@ def write_tokenizer(folder: Path, split: str = QWEN2_SPLIT) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator([TEXT * 3], trainers.BpeTrainer(
         vocab_size=NUM_TOKENS, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|pad|>", "<|end|>", "<|start|>", "<|stop|>"]))
+        special_tokens=["<|pad|>", "<|end|>", "<|start|>", "<|stop|>", *more]))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "pad_token": "<|pad|>"}))
@@ -252,6 +252,16 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
     assert field(file, "tokenizer.ggml.add_bos_token") is False
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     assert theirs(TEXT).input_ids == Tokenizer.from_file(str(source / "tokenizer.json")).encode(TEXT).ids
+
+
+def test_an_end_that_llama_cpp_ignores_is_told(llama_dir: Path, tmp_path: Path, capsys) -> None:
+    """As in Solar Open, whose `<|end|>` ends a thought."""
+    source = copy(llama_dir, tmp_path / "llama")
+    read_tokenizer(source, VOCAB)
+    assert "stop string" not in capsys.readouterr().err
+    write_tokenizer(source, more=("<|flush|>", "<|calls|>"))
+    read_tokenizer(source, VOCAB)
+    assert "give its programs <|end|> as a stop string" in capsys.readouterr().err
 
 
 def test_llama_3_scales_its_frequencies(tmp_path: Path) -> None:
