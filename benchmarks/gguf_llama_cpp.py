@@ -110,7 +110,7 @@ def model(name: str) -> Any:
     return made
 
 
-def written(work: Path, name: str, tokenizer: Path, made: Any) -> dict[str, str]:
+def written(work: Path, name: str, tokenizer: Path, made: Any, *types: str) -> dict[str, str]:
     """Return the GGUF files of a case by type."""
     import shutil
 
@@ -120,7 +120,7 @@ def written(work: Path, name: str, tokenizer: Path, made: Any) -> dict[str, str]
     made.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
-    files = {type_: work / f"{folder.name}-{type_}.gguf" for type_ in BOUNDS}
+    files = {type_: work / f"{folder.name}-{type_}.gguf" for type_ in types}
     for type_, file in files.items():
         to_gguf(folder, file, type_, overwrite=True)
     return {type_: str(file) for type_, file in files.items()}
@@ -129,8 +129,8 @@ def written(work: Path, name: str, tokenizer: Path, made: Any) -> dict[str, str]
 def child(options: argparse.Namespace, request: dict[str, Any]) -> Any:
     """Return what a process with llama.cpp answers, or the last words of one that ended."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(request)], capture_output=True,
-        text=True, check=False, env=os.environ | {
+        [sys.executable, "-W", "ignore", __file__, "--child"], capture_output=True,
+        input=json.dumps(request), text=True, check=False, env=os.environ | {
             "PYTHONPATH": f"{options.package}:{os.environ.get('PYTHONPATH', '')}",
             "LLAMA_CPP_LIB_PATH": str(options.library), "LD_LIBRARY_PATH": str(options.library)})
     line = next((line for line in done.stdout.splitlines() if line.startswith("FOUND ")), None)
@@ -177,7 +177,7 @@ def measure(options: argparse.Namespace, name: str, tokenizer: Path) -> bool:
         for _ in range(NEW):
             row = torch.cat([row, made(row, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     expected = row[0, PROMPT:].tolist()
-    files = written(options.work, name, tokenizer, made)
+    files = written(options.work, name, tokenizer, made, *BOUNDS)
     largest, told, holds = float(np.abs(ours).max()), [], True
     found = child(options, {"files": files, "ids": ids[0].tolist()})
     if isinstance(found, str):
@@ -248,7 +248,7 @@ def split(options: argparse.Namespace, name: str, folder: Path) -> bool:
     from megatron_sov.convert.gguf_export import read_tokenizer
 
     made, texts = model("llama"), texts_of(options.work)
-    file = written(options.work, "llama", folder, made)["f32"]
+    file = written(options.work, "llama", folder, made, "f32")["f32"]
     own, told = Tokenizer.from_file(str(folder / "tokenizer.json")), read_tokenizer(folder, VOCAB)
     found = child(options, {"file": file, "texts": texts})
     if isinstance(found, str):
@@ -270,11 +270,11 @@ def main() -> int:
     parser.add_argument("--package", type=Path)
     parser.add_argument("--library", type=Path)
     parser.add_argument("--built", default="not said")
-    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--child")
+    parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--child", action="store_true")
     options = parser.parse_args()
     if options.child:
-        print("FOUND " + json.dumps(answer(json.loads(options.child))))
+        print("FOUND " + json.dumps(answer(json.load(sys.stdin))))
         return 0
     options.work = options.work.absolute()
     folders = tokenizers(options.work)
