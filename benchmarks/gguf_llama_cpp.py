@@ -33,8 +33,9 @@ from typing import Any
 import numpy as np
 
 TOKENS, PROMPT, NEW = 96, 16, 32
-BOUNDS = {"f32": 2e-5, "f16": 5e-3, "q8_0": 0.1}
-"""Difference of a logit, of the largest logit, that passes."""
+BOUNDS = {"f32": 2e-5, "f16": 1e-2, "q8_0": 0.1}
+"""Difference of a logit, of the largest logit, that passes: rounding to 11 and to 8 bits, over some ten
+products one behind the other, and what other experts of earlier tokens add."""
 VOCAB = 2048
 SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
