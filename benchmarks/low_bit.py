@@ -1,17 +1,20 @@
 """What is lost and saved where a trained model leaves in 8 and 4 bits, and who reads the folders.
 
 Usage: python benchmarks/low_bit.py --work FOLDER [--reader PYTHON] [--vllm PYTHON] [--steps 150]
-           [--models dense experts]
+           [--models dense experts] [--seeds 0 1 2]
 
 Tiny models, one dense and one with experts, learn text that any machine has (`growing.Work`), and leave
-by `convert to-hf` in bfloat16 and in each format of `--quantize`.  Of each folder are printed
+by `convert to-hf` in bfloat16 and in each format of `--quantize`.  Of each folder are printed, as means over
+seeds with 95 % intervals (Student's t),
 
   size       bytes of its weights, beside those of bfloat16
   bits       bits per byte of 2,048 tokens of the text: the numbers that our reader makes of the folder,
              written in 16 bits and run by transformers in float32
+  more       how many more than in bfloat16, a difference for each seed
   logits     the largest difference of a logit from bfloat16's there, of the largest of those
   readers    the largest difference of transformers' own reading from that, with PYTHON's packages
-             (compressed-tensors), and of vLLM's prompt log-probabilities, or what it says instead
+             (compressed-tensors), and of vLLM's prompt log-probabilities, of all seeds the worst; or what it
+             says instead
 
 transformers and vLLM are asked in processes of their own, by Pythons that may be others.
 """
@@ -25,10 +28,12 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from growing import Work
+from seeds import over_seeds
 
 from megatron_sov import convert
 
@@ -41,13 +46,14 @@ MODELS = {"dense": ("tiny-llama", ("model.dense_ffn_dim=256", "model.llama3_rope
 TEXTS, TOKENS = 16, 128
 
 
-def folders(work: Work, name: str, steps: int) -> dict[str, tuple[Path, Path]]:
+def folders(work: Work, name: str, seed: int, steps: int) -> dict[str, tuple[Path, Path]]:
     """Return, by format, a model's folder and what our reader makes of it, in bfloat16."""
     recipe, settings = MODELS[name]
-    trained = work.train(name, recipe, None, *WIDE, *settings, f"train.steps={steps}")
+    trained = work.train(f"{name}-{seed}", recipe, None, *WIDE, *settings, f"train.steps={steps}",
+                         f"train.seed={seed}")
     found = {}
     for form in FORMATS:
-        few, read, plain = (work.folder / f"{name}-{form}{what}" for what in ("", "-read", "-plain"))
+        few, read, plain = (work.folder / f"{name}-{seed}-{form}{what}" for what in ("", "-read", "-plain"))
         if form == FORMATS[0]:
             plain = few
             convert.to_hf(trained, few, dtype=form, overwrite=True, workers=1)
@@ -151,9 +157,30 @@ def by_vllm(listed: list[list[str]], texts: str) -> list[Any]:
     return found
 
 
-def told(value: Any) -> str:
-    """Return a figure, or words."""
-    return " ".join(value.split()) if isinstance(value, str) else f"{value:.1e}"
+def told(values: Sequence[Any]) -> str:
+    """Return the largest of some figures, or the first words among them."""
+    words = next((value for value in values if isinstance(value, str)), None)
+    return " ".join(words.split()) if words is not None else f"{max(values):.1e}"
+
+
+def report(name: str, sizes: Sequence[int], read: Sequence[Any], engine: Sequence[Any]) -> None:
+    """Print a model's table.
+
+    Args:
+        name: the model's.
+        sizes: bytes of each format's weights.
+        read: by seed and format, what `by_transformers` found.
+        engine: by seed and format, what `by_vllm` found.
+    """
+    print(f"\n{name:<12}{'bytes':>10}{'of 16 bits':>12}{'bits/byte':>18}{'more':>21}{'logits':>18}   "
+          "transformers, vLLM")
+    for i, form in enumerate(FORMATS):
+        of_form = [seed[i] if isinstance(seed[i], list) else [math.nan, math.nan, seed[i]] for seed in read]
+        bits, lost, own = zip(*of_form, strict=True)
+        more = [here - seed[0][0] for here, seed in zip(bits, read, strict=True)] if i else []
+        print(f"{form:<12}{sizes[i]:>10,}{sizes[i] / sizes[0]:>12.3f}{over_seeds(bits, '.4f'):>18}"
+              f"{over_seeds(more, '+.5f') if more else '':>21}{over_seeds(lost, '.4f'):>18}   {told(own)}, "
+              f"{told([seed[i] for seed in engine])}", flush=True)
 
 
 def main() -> None:
@@ -163,6 +190,7 @@ def main() -> None:
     parser.add_argument("--reader", default=sys.executable)
     parser.add_argument("--vllm")
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--child", nargs=2)
     args = parser.parse_args()
@@ -173,19 +201,14 @@ def main() -> None:
         return
     work = Work(args.work.absolute())
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
-          f"{platform.python_version()}; {args.steps} steps")
+          f"{platform.python_version()}; seeds {', '.join(map(str, args.seeds))}; {args.steps} steps")
     for name in args.models:
-        made = folders(work, name, args.steps)
+        made = [list(folders(work, name, seed, args.steps).values()) for seed in args.seeds]
         texts = work.folder / "corpus/english.jsonl"
-        read = child(args.reader, "transformers", list(made.values()), texts)
-        engine = child(args.vllm, "vllm", list(made.values()), texts) if args.vllm else ["not asked"] * 5
-        print(f"\n{name:<12}{'bytes':>10}{'of 16 bits':>12}{'bits/byte':>11}{'logits':>9}   transformers, "
-              "vLLM")
-        for form, theirs, of_engine in zip(FORMATS, read, engine, strict=True):
-            few = made[form][0]
-            bits, lost, own = theirs if isinstance(theirs, list) else (math.nan, math.nan, theirs)
-            print(f"{form:<12}{size(few):>10,}{size(few) / size(made[FORMATS[0]][0]):>12.3f}{bits:>11.4f}"
-                  f"{lost:>9.4f}   {told(own)}, {told(of_engine)}", flush=True)
+        read = [child(args.reader, "transformers", seed, texts) for seed in made]
+        engine = [child(args.vllm, "vllm", seed, texts) if args.vllm else ["not asked"] * len(FORMATS)
+                  for seed in made]
+        report(name, [size(few) for few, _ in made[0]], read, engine)
 
 
 if __name__ == "__main__":

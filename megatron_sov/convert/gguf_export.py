@@ -1,14 +1,16 @@
 """A Hugging Face folder becomes one GGUF file, which llama.cpp and what is built on it run; memory holds one
-tensor.
+tensor of the folder.
 
 Names of tensors and fields are those of the library `gguf`, llama.cpp's own.  What its converter
-(`conversion/llama.py`, `qwen.py`, `base.py`) changes of a weight is changed here.
+(`conversion/llama.py`, `qwen.py`, `exaone.py`, `glm.py`, `base.py`) changes of a weight is changed here.
+`benchmarks/gguf_llama_cpp.py` asks llama.cpp itself for each family.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,9 @@ from megatron_sov.model.config.model import Llama3RopeConfig, ModelConfig
 from megatron_sov.model.families.supported import QWEN2_SPLIT
 from megatron_sov.model.pretrained import CONFIG, hub_name, read_json
 
-ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
+ARCHITECTURES = {"llama": "LLAMA", "mixtral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3",
+                 "qwen3_moe": "QWEN3MOE", "exaone4": "EXAONE4", "exaone_moe": "EXAONE_MOE",
+                 "solar_open": "GLM4_MOE", "glm4_moe": "GLM4_MOE"}
 """Family -> its `gguf.MODEL_ARCH`."""
 MAGIC = b"GGUF"
 BLOCK = 32
@@ -36,6 +40,13 @@ BLOCK = 32
 INSTEAD = "use --type bf16 or f32"
 _FREQUENCIES = "rope_freqs.weight"
 """Divisors of the rotary frequencies."""
+_READS_DIVISORS = ("llama", "mixtral", "exaone4", "exaone_moe")
+YARN_ENDS = (32, 1)
+"""beta_fast and beta_slow of every YaRN that llama.cpp computes for these families."""
+SLIDING_EXAONE4_LAYERS = 64
+"""Layers of EXAONE 4.0 32B, the one model of its kind that slides."""
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(.+)")
+"""Name of one expert's tensor."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +59,20 @@ class WrittenTensor:
     """As in the folder: GGUF lists it backwards."""
     kind: str
     """Name of its `gguf.GGMLQuantizationType`."""
-    read: Callable[[], torch.Tensor]
-    """Returns its numbers in float32, bfloat16 or float16, finite ones."""
+    read: Callable[[], Iterator[torch.Tensor]]
+    """Yields its numbers in order, in float32, bfloat16 or float16, finite ones: at once, or those of one
+    expert at a time."""
 
 
 def to_gguf(folder: str | Path, out: str | Path, type_: str = KEEP, *, overwrite: bool = False) -> None:
     """Write a Hugging Face folder as a GGUF file.
 
     Args:
-        folder: a dense model of a family in `ARCHITECTURES`, with a byte-level BPE in tokenizer.json.
+        folder: a model of a family in `ARCHITECTURES`, with a byte-level BPE in tokenizer.json.
         out: the file to write; it appears only when complete.
         type_: "f32", "f16", "bf16" or "q8_0" for matrices, or "keep" for the dtype that each has in the
-            folder (float32 for float64). Norms and biases are float32 always, as llama.cpp wants them.
+            folder (float32 for float64). Norms, biases and routers are float32 always, as llama.cpp wants
+            them.
         overwrite: replace a GGUF file that is already there.
 
     Raises:
@@ -117,12 +130,46 @@ def _check_model(weights: HfWeights) -> None:
     if model.family not in ARCHITECTURES:
         raise UserError(f"{where}: model_type = {model.family!r} is not written as GGUF; only "
                         f"{', '.join(ARCHITECTURES)} are. Use llama.cpp's own convert_hf_to_gguf.py")
-    if set(model.attention_pattern) != {"G"}:
-        raise UserError(f"{where}: has layers with a sliding window, and llama.cpp attends to all tokens in "
-                        f"models of {model.family!r}; its logits would differ")
-    if model.yarn is not None and not model.yarn.truncate:
-        raise UserError(f"{where}: YaRN with truncate = false is not what llama.cpp computes; it rounds the "
-                        "ends of the ramp to whole channels")
+    for broken, what in _otherwise(model):
+        if broken:
+            raise UserError(f"{where}: {what}")
+
+
+def _otherwise(model: ModelConfig) -> list[tuple[bool, str]]:
+    """Return what llama.cpp's classes (`src/models`) compute otherwise, and whether a model has it."""
+    family, slides, yarn = model.family, "L" in model.attention_pattern, model.yarn
+    width = model.num_heads * model.head_dim
+    ends = f"beta_fast = {yarn.beta_fast:g}, beta_slow = {yarn.beta_slow:g}" if yarn else ""
+    return [
+        (slides and family not in ("exaone4", "exaone_moe"),
+         "has layers with a sliding window, and llama.cpp attends to all tokens in models of "
+         f"{family!r}; its logits would differ"),
+        (yarn is not None and not yarn.truncate,
+         "YaRN with truncate = false is not what llama.cpp computes; it rounds the ends of the ramp to whole "
+         "channels"),
+        (yarn is not None and (yarn.beta_fast, yarn.beta_slow) != YARN_ENDS,
+         f"YaRN with {ends}, and llama.cpp takes {YARN_ENDS[0]} and {YARN_ENDS[1]} for models of {family!r}, "
+         "whatever a file says"),
+        (model.llama3_rope is not None and family not in _READS_DIVISORS,
+         f"rope_type = llama3, and llama.cpp does not scale so in models of {family!r}"),
+        (family in ("qwen2", "exaone4") and width != model.hidden_size,
+         f"num_attention_heads x head_dim = {width} is not hidden_size = {model.hidden_size}, and llama.cpp "
+         f"reads no other models of {family!r}"),
+        (family == "qwen3_moe" and not model.norm_topk_prob,
+         "norm_topk_prob = false, and llama.cpp divides the weights of the chosen experts by their sum"),
+        (family == "qwen3_moe" and model.num_dense_layers > 0,
+         "has layers without experts, and llama.cpp reads no such models of 'qwen3_moe'"),
+        (family == "exaone4" and slides != (model.num_layers == SLIDING_EXAONE4_LAYERS),
+         f"has {model.num_layers} layers, {'some' if slides else 'none'} with a sliding window; llama.cpp "
+         f"knows by the number of layers, {SLIDING_EXAONE4_LAYERS}, which models slide"),
+        (family == "exaone4" and slides == model.rope_on_global,
+         f"{'rotates' if model.rope_on_global else 'does not rotate'} global layers, and llama.cpp does so "
+         "exactly where no layer slides"),
+        (family == "exaone_moe" and not slides,
+         "has no layer with a sliding window, and llama.cpp reads no such models of 'exaone_moe'"),
+        (bool(model.layer_windows), "has windows of several sizes, and llama.cpp knows one"),
+        (any(model.swiglu_limits), "has swiglu_limits, which llama.cpp does not compute for it"),
+    ]
 
 
 # Tensors.
@@ -136,13 +183,15 @@ def _planned(gguf: Any, weights: HfWeights, type_: str) -> Iterator[WrittenTenso
     left_out = []
     if model.llama3_rope is not None:
         factors = rope_divisors(model.llama3_rope, model.rope_theta, model.head_dim)
-        yield WrittenTensor(_FREQUENCIES, tuple(factors.shape), "F32", lambda: factors)
-    for name, shape in shapes.items():
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        yield WrittenTensor(_FREQUENCIES, tuple(factors.shape), "F32", lambda: iter([factors]))
+    for name, parts in gathered(list(shapes)).items():
+        theirs = names.get_name(name.replace("_correction_bias", "_correction.bias"),
+                                try_suffixes=(".weight", ".bias"))
+        shape = shapes[parts[0]]
         if theirs is None:
-            left_out.append(name)
+            left_out += parts
         else:
-            yield _tensor(weights, name, theirs, shape, type_)
+            yield _tensor(weights, parts, theirs, shape if parts == [name] else (len(parts), *shape), type_)
     if left_out and not model.num_mtp_layers:
         raise UserError(f"{weights.path}: GGUF has no name for {left_out[0]} in models of {model.family!r}")
     if left_out:
@@ -150,26 +199,38 @@ def _planned(gguf: Any, weights: HfWeights, type_: str) -> Iterator[WrittenTenso
              f"has no place in models of {model.family!r}")
 
 
-def _tensor(weights: HfWeights, name: str, theirs: str, shape: tuple[int, ...], type_: str) -> WrittenTensor:
-    own = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(weights.dtype(name), "F32")
-    kind = "F32" if len(shape) == 1 else own if type_ == KEEP else type_.upper()
+def gathered(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the folder's tensors that GGUF has as one, by a name without the expert's number, in order."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        expert = _EXPERT.fullmatch(name)
+        found.setdefault(f"{expert[1]}.{expert[2]}" if expert else name, []).append(name)
+    return found
+
+
+def _tensor(weights: HfWeights, parts: list[str], theirs: str, shape: tuple[int, ...],
+            type_: str) -> WrittenTensor:
+    own = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(weights.dtype(parts[0]), "F32")
+    is_matrix = len(shape) > 1 and not theirs.endswith("ffn_gate_inp.weight")
+    kind = "F32" if not is_matrix else own if type_ == KEEP else type_.upper()
     if kind == "Q8_0" and shape[-1] % BLOCK:
-        raise UserError(f"--type q8_0: {name} has rows of {shape[-1]} numbers, which {BLOCK} does not "
+        raise UserError(f"--type q8_0: {parts[0]} has rows of {shape[-1]} numbers, which {BLOCK} does not "
                         f"divide; {INSTEAD}")
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kind, torch.float32)
-    heads = _rotated_heads(weights.model, name)
+    heads = _rotated_heads(weights.model, parts[0])
 
-    def read() -> torch.Tensor:
-        tensor = convert_tensor(weights.read(name), dtype, weights.path, name, INSTEAD)
-        return interleaved(tensor, heads) if heads else tensor
+    def read() -> Iterator[torch.Tensor]:
+        for name in parts:
+            tensor = convert_tensor(weights.read(name), dtype, weights.path, name, INSTEAD)
+            yield interleaved(tensor, heads) if heads else tensor
 
     return WrittenTensor(theirs, shape, kind, read)
 
 
 def _rotated_heads(model: ModelConfig, name: str) -> int:
-    """Return the heads of a weight whose rows llama.cpp wants in pairs: of query and key in `llama`; else
+    """Return the heads of a weight whose rows llama.cpp wants in pairs: of query and key in its `llama`; else
     0."""
-    if model.family != "llama":
+    if ARCHITECTURES[model.family] != "LLAMA":
         return 0
     if name.endswith("q_proj.weight"):
         return model.num_heads
@@ -212,6 +273,9 @@ KEPT_APART = ("Split", "Isolated", False)
 """Type, behavior and invert of a step that cuts text at each match and behind it."""
 END_FIELDS = ("eos", "eot", "eom")
 """Fields for ids at which llama.cpp ends generation."""
+NO_END, BESIDE = "<|end|>", (("<|call|>", "<|calls|>"), ("<|return|>", "<|flush|>"))
+"""A token at which llama.cpp never ends generation, whatever the fields say, where a vocabulary has one of
+each of these (src/llama-vocab.cpp: in gpt-oss and Solar Open it ends a thought)."""
 
 
 @dataclass(frozen=True)
@@ -271,6 +335,11 @@ def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
              else "CONTROL" if added[id_].special else "USER_DEFINED" for id_ in range(vocab_size)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in raw["model"]["merges"]]
     ids = _special_ids(folder)
+    if (NO_END in {found.get(ids.get(field, -1)) for field in END_FIELDS}
+            and all({*some} & {*found.values()} for some in BESIDE)):
+        warn(f"{file}: generation ends at {NO_END}, and llama.cpp goes on behind it in a vocabulary that has "
+             f"{' and '.join(' or '.join(some) for some in BESIDE)}; give its programs {NO_END} as a stop "
+             "string")
     encoded = tokenizer.encode("a").ids
     adds = {"bos": encoded[:1] == [ids.get("bos")], "eos": encoded[-1:] == [ids.get("eos")]}
     return GgufTokenizer(tokens, kinds, merges, split, ids, adds, chat_template(folder))
@@ -341,14 +410,19 @@ def _describe(gguf: Any, writer: Any, weights: HfWeights, file_type: int) -> Non
     writer.add_block_count(model.num_layers)
     writer.add_context_length(model.max_position_tokens)
     writer.add_embedding_length(model.hidden_size)
-    writer.add_feed_forward_length(model.dense_ffn_dim)
+    writer.add_feed_forward_length(model.dense_ffn_dim or model.expert_ffn_dim)
     writer.add_head_count(model.num_heads)
     writer.add_head_count_kv(model.num_kv_heads)
     writer.add_key_length(model.head_dim)
     writer.add_value_length(model.head_dim)
     writer.add_layer_norm_rms_eps(model.norm_eps)
     writer.add_rope_freq_base(model.rope_theta)
-    writer.add_rope_dimension_count(model.head_dim)
+    writer.add_rope_dimension_count(model.rotated_channels())
+    if model.sliding_window_tokens:
+        writer.add_sliding_window(model.sliding_window_tokens)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in model.layer_types()])
+    if model.num_moe_layers():
+        _describe_experts(gguf, writer, model)
     if model.linear_rope_factor is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(model.linear_rope_factor)
@@ -356,8 +430,35 @@ def _describe(gguf: Any, writer: Any, weights: HfWeights, file_type: int) -> Non
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(model.yarn.factor)
         writer.add_rope_scaling_orig_ctx_len(model.yarn.original_max_position_tokens)
-        writer.add_rope_scaling_yarn_beta_fast(model.yarn.beta_fast)
-        writer.add_rope_scaling_yarn_beta_slow(model.yarn.beta_slow)
+
+
+def _describe_experts(gguf: Any, writer: Any, model: ModelConfig) -> None:
+    shared = model.num_shared_experts
+    writer.add_leading_dense_block_count(model.num_dense_layers)
+    writer.add_expert_count(model.num_experts)
+    writer.add_expert_used_count(model.num_experts_per_token)
+    writer.add_expert_feed_forward_length(model.expert_ffn_dim)
+    if shared:
+        writer.add_expert_shared_count(shared)
+        writer.add_expert_shared_feed_forward_length(shared * model.expert_ffn_dim)
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType[model.router_score.upper()])
+    writer.add_expert_weights_norm(model.norm_topk_prob)
+    writer.add_expert_weights_scale(model.routed_scaling_factor)
+    if model.num_expert_groups > 1:
+        writer.add_expert_group_count(model.num_expert_groups)
+        writer.add_expert_group_used_count(model.num_groups_per_token)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """A tensor as `gguf.GGUFWriter.write_tensor_data` takes it, of which memory holds a part at a time."""
+
+    nbytes: int
+    parts: Iterator[np.ndarray]
+
+    def tofile(self, file: Any) -> None:
+        for part in self.parts:
+            part.tofile(file)
 
 
 def _write(gguf: Any, writer: Any, tensors: list[WrittenTensor], path: Path) -> None:
@@ -366,17 +467,18 @@ def _write(gguf: Any, writer: Any, tensors: list[WrittenTensor], path: Path) -> 
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in tqdm(tensors, desc="to-gguf", unit="tensor", disable=None):
-            writer.write_tensor_data(_stored(gguf, tensor))
+            parts = (_stored(gguf, tensor.kind, part) for part in tensor.read())
+            writer.write_tensor_data(_Stream(_size_bytes(gguf, tensor), parts))
         writer.flush()
     finally:
         writer.close()
 
 
-def _stored(gguf: Any, tensor: WrittenTensor) -> np.ndarray:
-    numbers = tensor.read().contiguous()
-    if tensor.kind == "BF16":  # numpy has no such dtype
+def _stored(gguf: Any, kind: str, part: torch.Tensor) -> np.ndarray:
+    numbers = part.contiguous()
+    if kind == "BF16":  # numpy has no such dtype
         return numbers.view(torch.uint8).numpy()
-    if tensor.kind == "Q8_0":
+    if kind == "Q8_0":
         stored: np.ndarray = gguf.quants.quantize(numbers.numpy(), gguf.GGMLQuantizationType.Q8_0)
         return stored
     return numbers.numpy()

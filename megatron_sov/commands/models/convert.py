@@ -96,12 +96,13 @@ class ToGgufOptions(OverwriteOptions):
     """Write a Hugging Face folder as a GGUF file, which llama.cpp runs."""
 
     hf_dir: Annotated[Path, Flag("HF_DIR")]
-    """Folder of a dense model (llama, qwen2, qwen3) with its tokenizer."""
+    """Folder of a model (llama, mixtral, qwen2, qwen3, qwen3_moe, exaone4, exaone_moe, solar_open, glm4_moe)
+    with its tokenizer."""
     out: Annotated[Path, Flag("OUT.gguf")]
     """File to write."""
     type: Annotated[GgufTypeName, Flag(value="TYPE")] = "keep"
     """What matrices are written in: f32, f16, bf16, q8_0 (8 bits, a scale for 32), or keep: what they are
-    in. Norms and biases are float32."""
+    in. Norms, biases and routers are float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
