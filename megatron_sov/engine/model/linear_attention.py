@@ -180,6 +180,8 @@ class LinearAttention(MegatronModule):
         r, width = self.sizes.values_per_key, self.sizes.key_head_dim
         query, key, value = silu(mixed).split([width, width, r * self.sizes.value_head_dim], -1)
         decay, rate = self.gates(gates.to(mixed.dtype), heads)
+        if self.sizes.negative_eigenvalues:
+            rate = 2 * rate
         return [normalised(query) * width ** -0.5, normalised(key), value.unflatten(-1, (r, -1)), decay, rate]
 
     def _of_heads(self, parameter: torch.Tensor, heads: slice, dtype: torch.dtype) -> torch.Tensor:
