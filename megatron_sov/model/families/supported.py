@@ -345,6 +345,7 @@ MIXTRAL = Family(
                "qk_norm": False, "num_shared_experts": 0, "router_score": "softmax", "router_bias": False,
                "norm_topk_prob": True, "routed_scaling_factor": 1.0},
     training={"seq_aux_loss_coeff": 2e-2},
+    in_memory=((".block_sparse_moe", ".mlp"),),
 )
 
 
@@ -537,8 +538,8 @@ SOLAR_OPEN2 = Family(
 
 
 FAMILIES = {family.name: family for family in (
-    SOLAR_OPEN, SOLAR_OPEN2, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, QWEN3_5_MOE, LLAMA, MIXTRAL,
-    EXAONE4, HYPERCLOVAX, GLM4_MOE, GEMMA2, GEMMA3, GPT_OSS, DEEPSEEK_V3, AXK1, KIMI_LINEAR)}
+    SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, QWEN3_5_MOE, LLAMA, MIXTRAL, EXAONE4,
+    HYPERCLOVAX, GLM4_MOE, GEMMA2, GEMMA3, GPT_OSS, DEEPSEEK_V3, AXK1, KIMI_LINEAR, SOLAR_OPEN2)}
 
 
 def get(name: str, recorded: Sequence[PluginCode] = ()) -> Family:

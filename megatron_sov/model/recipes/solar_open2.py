@@ -87,8 +87,8 @@ def solar_open2_250b_extend() -> RunConfig:
 _NOT_READ = "its report was not at hand"
 _AS_SOLAR = f"as Solar Open; {_NOT_READ}"
 SOURCES: Sources = {
-    "model.*": config_json("upstage/Solar-Open2-250B, as transformers' class and vLLM's test have it; as many "
-                           "parameters as the card, to the last one"),
+    "model.*": config_json("upstage/Solar-Open2-250B, as transformers' class and vLLM's test have it; as "
+                           "many parameters as the card, to the last one"),
     "model.router_bias_update_rate": ours(_AS_SOLAR),
     "model.seq_aux_loss_coeff": ours(_AS_SOLAR),
     "parallel.*": ours("a layout that fits; none is published"),
