@@ -6,6 +6,7 @@ Names of fields and tensors are those of `solar_open2` in transformers' main bra
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -143,3 +144,10 @@ def known_to_transformers() -> None:
         AutoModelForCausalLM.register(SolarOpen2Config, SolarOpen2ForCausalLM)
         mapping = get_checkpoint_conversion_mapping("solar_open")
         register_checkpoint_conversion_mapping(FAMILY, mapping)
+
+
+if __name__ == "__main__":  # a command whose transformers knows it
+    from megatron_sov.cli import main
+
+    known_to_transformers()
+    sys.exit(main(sys.argv[1:]))
