@@ -163,8 +163,8 @@ def main() -> None:
 
     known_to_transformers()
     world.join(ParallelConfig())
-    print(f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, transformers "
-          f"{transformers.__version__}")
+    print(f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
+          f"transformers {transformers.__version__}")
     print(f"parameters of solar-open2-250b: {num_params(recipes.get('solar-open2-250b').model).total:,}")
     for seed in range(3):
         with tempfile.TemporaryDirectory() as scratch:

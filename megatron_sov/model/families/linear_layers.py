@@ -225,7 +225,7 @@ def _num_layers(config: dict[str, Any]) -> int:
     return count
 
 
-def _pattern(types: list[str], count: int) -> dict[str, Any]:
+def _pattern(types: list[Any], count: int) -> dict[str, Any]:
     """Return the shortest pattern that gives the list; `UserError` where it is not one known type per
     layer."""
     letter = {kind: letter for letter, kind in LAYER_TYPES.items() if letter in "DG"}
@@ -293,9 +293,9 @@ class LinearHeads:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the sizes."""
-        sizes = [int(config.get(name, default))
-                 for name, default in zip(self.names, self.defaults, strict=True)]
-        return {"linear_attention": asdict(LinearAttentionConfig(*sizes))}
+        keys, values, key_width, value_width, taps = (
+            int(config.get(name, default)) for name, default in zip(self.names, self.defaults, strict=True))
+        return {"linear_attention": asdict(LinearAttentionConfig(keys, values, key_width, value_width, taps))}
 
 
 @dataclass(frozen=True)
