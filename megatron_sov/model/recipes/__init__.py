@@ -16,7 +16,7 @@ from megatron_sov.model.config import (
     ExtendConfig, ExtendStageConfig, GpuConfig, NeedleConfig, ParallelConfig, PhaseConfig, RunConfig,
     from_dict)
 from megatron_sov.model.config.model import IdBlock, LinearAttentionConfig, ModelConfig
-from megatron_sov.model.recipes import k_exaone, open_models, policies, solar_open, solar_open2
+from megatron_sov.model.recipes import k_exaone, open_models, policies, solar_open
 from megatron_sov.model.recipes.sources import UNCOMPARED, Sources, derive, ours, relabelled
 
 
@@ -38,8 +38,8 @@ RECIPES: dict[str, Recipe] = {
     "solar-open-102b-dpo": Recipe(solar_open.solar_open_102b_dpo, solar_open.DPO_SOURCES),
     "solar-open-102b-dpo-rounds": Recipe(policies.solar_open_102b_dpo_rounds, policies.DPO_ROUNDS_SOURCES),
     "solar-open-102b-rl": Recipe(policies.solar_open_102b_rl, policies.SNAPPO_SOURCES),
-    "solar-open2-250b": Recipe(solar_open2.solar_open2_250b, solar_open2.SOURCES),
-    "solar-open2-250b-extend": Recipe(solar_open2.solar_open2_250b_extend, solar_open2.EXTEND_SOURCES),
+    "solar-open2-250b": Recipe(solar_open.solar_open2_250b, solar_open.SOURCES_2),
+    "solar-open2-250b-extend": Recipe(solar_open.solar_open2_250b_extend, solar_open.EXTEND_SOURCES_2),
     "k-exaone-236b": Recipe(k_exaone.k_exaone_236b, k_exaone.SOURCES),
     "k-exaone-236b-extend": Recipe(k_exaone.k_exaone_236b_extend, k_exaone.EXTEND_SOURCES),
     "k-exaone-236b-sft": Recipe(k_exaone.k_exaone_236b_sft, k_exaone.SFT_SOURCES),
