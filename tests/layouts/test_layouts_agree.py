@@ -72,7 +72,7 @@ CASES = {
 
 
 DEEP = ("passes, further", "glm4_moe sft", "glm4_moe sft, further", "qwen3_next", "qwen3_next, further",
-        "kimi_linear, further", "solar_open2, further", "fp32")
+        "kimi_linear, further", "solar_open2", "solar_open2, further", "fp32")
 """Rarer cases; passes that overlap without stages are trained by te_double/test_agreement.py, and fp32,
 chosen groups and the other linear attention are compared with transformers by test_gradients.py."""
 

@@ -159,7 +159,7 @@ def test_a_checkpoint_with_other_numbers_is_found(small: Miniature, whole: Any,
 
 @pytest.mark.parametrize(("recipe", "others"), [
     ("qwen3-next-80b", {("linear_attention", 0)}), ("kimi-linear-48b", {("linear_attention", 0)}),
-    ("k-exaone-236b", {("sliding_attention", 8)}),
+    ("solar-open2-250b", {("linear_attention", 0)}), ("k-exaone-236b", {("sliding_attention", 8)}),
     ("gemma-3-1b", {("sliding_attention", 8)}),
     ("k-exaone2-750b", {("sliding_attention", 8), ("sliding_attention", 12)})])
 def test_a_miniature_has_every_kind_of_attention(recipe: str, others: set[tuple[str, int]]) -> None:
