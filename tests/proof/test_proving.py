@@ -560,3 +560,10 @@ def test_options_of_another_plan_are_refused(run_command: Any) -> None:
     done = run_command("plan", "tiny-qwen3", "--prove", "--sweep", "--cluster", "h100")
 
     assert done.returncode == 2 and "--prove" in done.stderr and "--sweep" in done.stderr
+
+
+def test_taps_that_are_gathered_behind_other_work_are_waited_for() -> None:
+    """No module that computes holds them or the norm of outputs of linear attention alone."""
+    config = apply_settings(recipes.get("solar-open2-250b"), ["parallel.pp=1", "parallel.ep=2"])
+    assert config.parallel.overlap_param_gather
+    assert proving.prove_run(config, 2)[1].outcome == EQUAL
