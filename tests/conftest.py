@@ -84,6 +84,14 @@ def pytest_collection() -> Generator[None, object, object]:
 _kept_bytes = [0]
 
 
+@pytest.fixture(scope="session")
+def solar_open2() -> None:
+    """Have transformers know Solar Open 2, of which it has no class yet."""
+    from tests.solar_open2 import known_to_transformers
+
+    known_to_transformers()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def give_memory_back() -> Iterator[None]:
     """Hand free memory to the system behind a file in which this process has grown: the largest of thousands

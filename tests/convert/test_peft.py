@@ -79,6 +79,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
         "model.attention_pattern=DG", "model.num_experts=4", "model.expert_ffn_dim=16"]),
     "Kimi Linear": ("tiny-kimi-linear", [
         "model.attention_pattern=DG", "model.num_experts=4", "model.expert_ffn_dim=16", *LATENT]),
+    "Solar Open 2": ("tiny-solar-open2", [
+        "model.attention_pattern=GD", "model.num_experts=4", "model.expert_ffn_dim=16"]),
     "DeepSeek-V3": ("tiny-deepseek-v3", [
         "model.num_experts=4", "model.expert_ffn_dim=16", LATENT[0],
         LATENT[1].replace("{", '{"q_lora_rank": 20, '), "model.num_dense_layers=1",
@@ -87,6 +89,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
 }
 
 
+@pytest.mark.usefixtures("solar_open2")
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.deep] * (case == "DeepSeek-V3"))
                                   for case in CASES])
 def test_peft_loads_ours_and_ours_peft(case: str, ranks: Any, job: Any, tmp_path: Path) -> None:

@@ -38,6 +38,10 @@ RECIPES["tiny-kimi-linear"] = [
     'model.latent_attention={"kv_lora_rank": 12, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, '
     '"v_head_dim": 10}', 'model.linear_attention={"num_key_heads": 4, "num_value_heads": 4, '
     '"key_head_dim": 6, "value_head_dim": 6, "gate_rank": 6}']
+RECIPES["tiny-solar-open2"] = ["model.num_experts=4", "model.expert_ffn_dim=16", "model.dense_ffn_dim=24",
+                               'model.linear_attention={"num_key_heads": 4, "num_value_heads": 4, '
+                               '"key_head_dim": 6, "value_head_dim": 6, "gate_rank": 6, '
+                               '"negative_eigenvalues": true}']
 RECIPES["tiny-ax-k1"] = [*RECIPES["tiny-deepseek-v3"][:-1], 'model.yarn={"factor": 4.0, '
                          '"original_max_position_tokens": 16, "longer": "rotated"}']
 FURTHER = ("tiny-exaone4-1.2b", "tiny-exaone4", "tiny-hyperclovax", "tiny-gemma3", "tiny-ax-k1",

@@ -20,6 +20,7 @@ SEEDS = range(3)
 SECOND = "k_exaone_2"
 """K-EXAONE 2.0, of family exaone_moe: layers have windows and bounds of their own, and one predicts often."""
 HYBRID_QWEN = ("qwen3_next", "qwen3_5_moe_text")
+WITH_STATES = (*HYBRID_QWEN, "kimi_linear", "solar_open2")
 LAYOUTS = {
     "one": (1, {}),
     "TP2+SP": (2, {"tp": 2, "sp": True}),
@@ -50,6 +51,14 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
     if family == "solar_open":
         return {**config, **experts, "n_routed_experts": (8, 4, 12)[seed],
                 "n_shared_experts": (1, 2, 1)[seed], "routed_scaling_factor": 1.7, "rope_parameters": yarn}
+    if family == "solar_open2":
+        rates = {"kda_allow_neg_eigval": seed != 1, "use_qk_norm": seed == 2}
+        return {**odd_config("solar_open", seed), **rates, "model_type": family, "num_hidden_layers": 4,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                "first_k_dense_replace": (0, 1, 2)[seed], "linear_attn_config": {
+                    "num_heads": (2, 4, 6)[seed], "head_dim": (6, 10, 7)[seed], "num_kv_heads": None,
+                    "short_conv_kernel_size": (4, 3, 2)[seed]},
+                "gqa_layers": ([0, 2], [0], [1, 2])[seed]}
     if family == SECOND:
         windows = (15, 0, 6 + seed, 6 + seed)
         return {**odd_config("exaone_moe", seed), "num_hidden_layers": 4, "sliding_windows": windows,
@@ -309,6 +318,7 @@ def same_bits(a: Path, b: Path) -> bool:
 
 
 @pytest.mark.distributed
+@pytest.mark.usefixtures("solar_open2")
 @pytest.mark.parametrize("every_seed", [False, pytest.param(True, marks=pytest.mark.deep)])
 def test_bits_survive_every_layout_and_logits_are_those_of_transformers(
         ranks: Any, job: Any, tmp_path: Path, every_seed: bool) -> None:
@@ -339,7 +349,7 @@ def test_bits_survive_every_layout_and_logits_are_those_of_transformers(
                 out = folder / layout
                 difference = (load_file(out / "logits.safetensors")["logits"] - expected).abs().max()
                 # transformers computes the rule in float32 whatever the dtype: its own noise is half of that
-                bound = MAX_DIFFERENCE * (2 if name.startswith((*HYBRID_QWEN, "kimi_linear")) else 1)
+                bound = MAX_DIFFERENCE * (2 if name.startswith(WITH_STATES) else 1)
                 assert difference <= bound * expected.abs().max(), (
                     f"{name} at {layout}: logits differ by {difference:.1e}")
                 convert.to_hf(out / "ckpt", out / "hf", "bfloat16" if name.endswith("1") else "keep")

@@ -51,6 +51,7 @@ CASES = {
         *PREDICTION, "model.qk_norm=true", "model.num_expert_groups=2", "model.num_groups_per_token=1"]),
     "deepseek_v3 lm and prediction": ("tiny-deepseek-v3", "lm", [*PREDICTION, *SPLIT]),
     "kimi_linear lm": ("tiny-kimi-linear", "lm", [*SPLIT, "model.init_std=0.12"]),  # as of qwen3_next
+    "solar_open2 lm": ("tiny-solar-open2", "lm", [*SPLIT, "model.init_std=0.12"]),
     "axk1 lm": ("tiny-ax-k1", "lm", SPLIT),
     "hyperclovax lm": ("tiny-hyperclovax", "lm", [*SPLIT, "model.residual_multiplier=0.4"]),
     "solar sft": ("tiny-solar-open", "sft",
@@ -193,6 +194,7 @@ def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective
     return {name: term.item() for name, term in terms.items()}
 
 
+@pytest.mark.usefixtures("solar_open2")
 @pytest.mark.parametrize("names", [
     [name for name in CASES if name not in FURTHER], pytest.param(FURTHER, marks=pytest.mark.deep)],
     ids=["families", "further"])

@@ -64,12 +64,15 @@ CASES = {
     "kimi_linear": ("tiny-kimi-linear", "lm", CHUNKS, FP64, ("TP2+SP x CP2 x EP2 ZeRO-1 overlapped",)),
     "kimi_linear, further": ("tiny-kimi-linear", "lm", CHUNKS, FP64, (
         "TP2+SP x PP2 x EP2", "CP2 x DP2 x EP2 ZeRO-1 overlapped", "micro batch 1")),
+    "solar_open2": ("tiny-solar-open2", "lm", CHUNKS, FP64, ("TP2+SP x CP2 x EP2 ZeRO-1 overlapped",)),
+    "solar_open2, further": ("tiny-solar-open2", "lm", CHUNKS, FP64, (
+        "TP2+SP x PP2 x EP2", "CP2 x DP2 x EP2 ZeRO-1 overlapped", "micro batch 1")),
     "fp32": ("tiny-k-exaone", "lm", [], FP32, ("TP2+SP x PP2 x EP2",)),
 }
 
 
 DEEP = ("passes, further", "glm4_moe sft", "glm4_moe sft, further", "qwen3_next", "qwen3_next, further",
-        "kimi_linear, further", "fp32")
+        "kimi_linear, further", "solar_open2", "solar_open2, further", "fp32")
 """Rarer cases; passes that overlap without stages are trained by te_double/test_agreement.py, and fp32,
 chosen groups and the other linear attention are compared with transformers by test_gradients.py."""
 

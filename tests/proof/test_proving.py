@@ -159,7 +159,7 @@ def test_a_checkpoint_with_other_numbers_is_found(small: Miniature, whole: Any,
 
 @pytest.mark.parametrize(("recipe", "others"), [
     ("qwen3-next-80b", {("linear_attention", 0)}), ("kimi-linear-48b", {("linear_attention", 0)}),
-    ("k-exaone-236b", {("sliding_attention", 8)}),
+    ("solar-open2-250b", {("linear_attention", 0)}), ("k-exaone-236b", {("sliding_attention", 8)}),
     ("gemma-3-1b", {("sliding_attention", 8)}),
     ("k-exaone2-750b", {("sliding_attention", 8), ("sliding_attention", 12)})])
 def test_a_miniature_has_every_kind_of_attention(recipe: str, others: set[tuple[str, int]]) -> None:
@@ -560,3 +560,10 @@ def test_options_of_another_plan_are_refused(run_command: Any) -> None:
     done = run_command("plan", "tiny-qwen3", "--prove", "--sweep", "--cluster", "h100")
 
     assert done.returncode == 2 and "--prove" in done.stderr and "--sweep" in done.stderr
+
+
+def test_taps_that_are_gathered_behind_other_work_are_waited_for() -> None:
+    """No module that computes holds them or the norm of outputs of linear attention alone."""
+    config = apply_settings(recipes.get("solar-open2-250b"), ["parallel.pp=1", "parallel.ep=2"])
+    assert config.parallel.overlap_param_gather
+    assert proving.prove_run(config, 2)[1].outcome == EQUAL

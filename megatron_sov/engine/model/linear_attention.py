@@ -39,6 +39,11 @@ class Weight(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(*shape, dtype=dtype))
 
+    def forward(self) -> torch.Tensor:
+        """Return it.  Weights that are gathered behind other work are waited for when their module is
+        called, so that it is called for each use."""
+        return self.weight
+
 
 class WholeLinear(torch.nn.Module):
     """A projection that every tensor-parallel process has whole, and applies to the tokens that it has."""
@@ -119,7 +124,7 @@ class LinearAttention(MegatronModule):
         else:
             found = self._of_documents(torch.cat([convolved, gates], -1), packed_seq_params)
         # each process normalises its own heads, so of this weight each finds a part of the gradient
-        weight = self.out_norm.weight
+        weight = self.out_norm()
         if self._group.size() > 1:
             weight = tensor_parallel.copy_to_tensor_model_parallel_region(weight, self._group)
         found = rms_norm(found, weight.shape, weight.to(found.dtype), self.config.layernorm_epsilon)
@@ -165,7 +170,7 @@ class LinearAttention(MegatronModule):
 
     def convolution(self, heads: slice = slice(None)) -> torch.Tensor:
         """Return the taps [channels, taps] of some key heads, in the precision of the state."""
-        weight = self.conv1d.weight.unflatten(0, (self.heads, -1))[heads]
+        weight = self.conv1d().unflatten(0, (self.heads, -1))[heads]
         return weight.flatten(0, 1).squeeze(1).to(torch.promote_types(weight.dtype, torch.float32))
 
     def parts(self, mixed: torch.Tensor, gates: torch.Tensor,
@@ -180,6 +185,8 @@ class LinearAttention(MegatronModule):
         r, width = self.sizes.values_per_key, self.sizes.key_head_dim
         query, key, value = silu(mixed).split([width, width, r * self.sizes.value_head_dim], -1)
         decay, rate = self.gates(gates.to(mixed.dtype), heads)
+        if self.sizes.negative_eigenvalues:
+            rate = 2 * rate
         return [normalised(query) * width ** -0.5, normalised(key), value.unflatten(-1, (r, -1)), decay, rate]
 
     def _of_heads(self, parameter: torch.Tensor, heads: slice, dtype: torch.dtype) -> torch.Tensor:

@@ -190,6 +190,8 @@ class _Leave:
             return  # it is computed again, with gradients, when they are needed
         # what stands beside it is a bias that is added later, whole on each process
         tensor = output[0] if isinstance(output, tuple) else output
+        if isinstance(tensor, torch.nn.Parameter):  # a weight, which is compared as one
+            return
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
             _add(self._found.forward, (self._found.step, self._name), tensor.detach())
             if tensor.requires_grad:

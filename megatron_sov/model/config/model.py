@@ -86,6 +86,9 @@ class LinearAttentionConfig:
     """Width of each of the two vectors that a decay of each channel of keys, and the output's gates, are made
     of (Kimi Delta Attention); None: heads have one decay, and it and gates are made of the layer's input
     (gated delta net)."""
+    negative_eigenvalues: bool = False
+    """Whether learning rates lie below 2 and not below 1, so that a state may turn what it holds along a key
+    into its opposite (arXiv 2411.12537; Solar Open 2)."""
 
     @property
     def values_per_key(self) -> int:

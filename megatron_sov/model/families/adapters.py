@@ -25,8 +25,6 @@ PREFIX = "adapter."
 A, B, MAGNITUDE = "lora_A", "lora_B", "magnitude"
 _TRUNK = "decoder.layers."
 _STACK = ".experts.experts."
-IN_MEMORY = ((".block_sparse_moe", ".mlp"), (".self_attn.f_", ".self_attn.forget_gate.f_"))
-"""Where transformers has modules of Mixtral and Kimi Linear, whose folders have them elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -132,26 +130,26 @@ def _found(model: ModelConfig, lora: LoraConfig) -> Iterator[Adapted]:
         # per stack, taken at its first expert.
         if _STACK in link.key and len(link.shape) == 3:
             if EXPERTS in targets and not link.offset[0] and link.key.startswith(_TRUNK):
-                yield _stack(link)
+                yield _stack(link, model.family)
         # Trunk, head and embedding alone: this leaves prediction layers and encoders out.
         elif link.key.startswith(_TRUNK) or any(name in link.hf_names[0] for name in (HEAD, EMBEDDING)):
             for part, (name, shape) in enumerate(link.hf_shapes().items()):
                 module = name.removesuffix(".weight")
                 # Two axes: norms and biases cannot be factored.
                 if len(shape) == 2 and module.rpartition(".")[2] in targets:
-                    yield Adapted(in_memory(module), link, part, 0, *shape)
+                    yield Adapted(in_memory(module, model.family), link, part, 0, *shape)
 
 
-def in_memory(name: str) -> str:
+def in_memory(name: str, family: str) -> str:
     """Return transformers' name of a module that a folder has under `name`."""
-    for folder, memory in IN_MEMORY:
+    for folder, memory in models.get(family).in_memory:
         name = name.replace(folder, memory)
     return name
 
 
-def _stack(link: Link) -> Adapted:
+def _stack(link: Link, family: str) -> Adapted:
     """Return the stack of experts whose first one's block is given."""
-    folder = in_memory(link.hf_names[0].partition(".experts.0.")[0]) + ".experts"
+    folder = in_memory(link.hf_names[0].partition(".experts.0.")[0], family) + ".experts"
     name = "gate_up_proj" if len(link.hf_names) > 1 else "down_proj"
     return Adapted(f"{folder}.{name}", link, 0, link.shape[0], *link.block_shape)
 

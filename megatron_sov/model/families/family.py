@@ -198,6 +198,8 @@ class Family:
     that they equal: written always, not needed where they are read."""
     respelt: tuple[tuple[str, str], ...] = ()
     """Parts of tensor names that folders may have in the place of others: theirs, ours."""
+    in_memory: tuple[tuple[str, str], ...] = ()
+    """Parts of module names in folders -> what transformers' model has in their place."""
     zeros: tuple[str, ...] = ()
     """Endings of the names of tensors that a folder may lack, and that are 0 then; written always."""
     unread: tuple[WeightSection, ...] = ()

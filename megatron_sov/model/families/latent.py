@@ -258,4 +258,5 @@ KIMI_LINEAR = Family(
     training={"router_bias_update_rate": 1e-3},
     needs_shared_expert=True,
     respelt=((f".{_BLOCK}.", ".mlp."),),
+    in_memory=((f".{_BLOCK}", ".mlp"), (".self_attn.f_", ".self_attn.forget_gate.f_")),
 )

@@ -129,12 +129,36 @@ class GatedQKV(QKV):
         return GatedLayout(view, 1, (2 * heads, 1, 1), 3)
 
 
-GATED_ATTENTION: tuple[WeightEntry, ...] = (
-    Same("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"),
-    GatedQKV("self_attention.linear_qkv.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight",
-             "self_attn.v_proj.weight"),
-    Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H A"))
+@dataclass(frozen=True)
+class GateBesideQKV:
+    """Query, key and value, and the gate of each query head in a tensor of its own, rows by head in all."""
 
+    megatron: str
+    hf_names: tuple[str, str, str, str]
+    """Query, gate, key, value."""
+    fp32: bool = False
+
+    def layout(self, model: ModelConfig) -> Layout:
+        """Return the parts of [groups, query heads + their gates + key + value, head_dim, hidden]: all gates
+        of a group stand behind its query heads."""
+        heads = model.num_heads // model.num_kv_heads
+        view = (model.num_kv_heads, 2 * heads + 2, model.head_dim, model.hidden_size)
+        return Layout(view, 1, (heads, heads, 1, 1), 3)
+
+
+def _gated(*projections: WeightEntry) -> tuple[WeightEntry, ...]:
+    return (Same("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"), *projections,
+            Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H A"))
+
+
+GATED_ATTENTION = _gated(GatedQKV(
+    "self_attention.linear_qkv.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight"))
+"""Attention whose gates stand among the queries."""
+GATE_BESIDE = _gated(GateBesideQKV("self_attention.linear_qkv.weight", (
+    "self_attn.q_proj.weight", "self_attn.g_proj.weight", "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight")))
+"""Attention whose gates have a matrix of their own."""
 
 
 def _delta_net(*projections: tuple[str, Callable[[LinearAttentionConfig], tuple[int, ...]]]
@@ -192,6 +216,39 @@ GATED_SHARED_EXPERT: tuple[WeightEntry, ...] = (
     Same("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight", "G H"),)
 
 
+def _num_layers(config: dict[str, Any]) -> int:
+    """Return how many layers there are; `UserError` where lists with an entry for each would fill memory."""
+    count = int(config.get("num_hidden_layers", 0))
+    if count > MAX_LAYERS:
+        raise UserError(f"config.json: num_hidden_layers = {count} must be at most {MAX_LAYERS:,}; count its "
+                        "zeros")
+    return count
+
+
+def _pattern(types: list[Any], count: int) -> dict[str, Any]:
+    """Return the shortest pattern that gives the list; `UserError` where it is not one known type per
+    layer."""
+    letter = {kind: letter for letter, kind in LAYER_TYPES.items() if letter in "DG"}
+    letters = "".join(letter.get(kind, "?") for kind in types)
+    if len(letters) != count or "?" in letters:
+        raise UserError("config.json: layer_types must name linear_attention or full_attention for each of "
+                        f"{count} layers; it has {types}")
+    return {"attention_pattern": shortest_pattern(letters)}
+
+
+def _kimis_sizes(model: ModelConfig, *, negative: bool) -> tuple[int, int, int]:
+    """Return heads, their width and taps of Kimi Delta Attention; `UserError` where heads differ, gates have
+    another rank, or rates are above 1 and may not be."""
+    linear = linear_of(model)
+    width = linear.key_head_dim
+    if linear != LinearAttentionConfig(linear.num_key_heads, linear.num_key_heads, width, width,
+                                       linear.conv_taps, width, linear.negative_eigenvalues and negative):
+        raise UserError(f"model.linear_attention = {asdict(linear)}: in family '{model.family}' keys and "
+                        "values have as many heads of one width, which is gate_rank too"
+                        + ("" if negative else ", and negative_eigenvalues is false"))
+    return linear.num_key_heads, width, linear.conv_taps
+
+
 @dataclass(frozen=True)
 class LinearLayers:
     """Which layers have linear attention: the explicit list, or every how many-th layer has not."""
@@ -204,10 +261,7 @@ class LinearLayers:
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the shortest pattern that gives the list; `UserError` where it is not one known type per
         layer, or the two names disagree."""
-        count, period = int(config.get("num_hidden_layers", 0)), config.get("full_attention_interval", 4)
-        if count > MAX_LAYERS:
-            raise UserError(f"config.json: num_hidden_layers = {count} must be at most {MAX_LAYERS:,}; count "
-                            "its zeros")
+        count, period = _num_layers(config), config.get("full_attention_interval", 4)
         if not isinstance(period, int) or period < 1:
             raise UserError(f"config.json: full_attention_interval = {period!r} must be an integer of 1 or "
                             "more")
@@ -216,12 +270,7 @@ class LinearLayers:
         if "full_attention_interval" in config and types != follows:
             raise UserError(f"config.json: layer_types = {types} and full_attention_interval = {period} "
                             "disagree; remove the latter")
-        letter = {kind: letter for letter, kind in LAYER_TYPES.items() if letter in "DG"}
-        letters = "".join(letter.get(kind, "?") for kind in types)
-        if len(letters) != count or "?" in letters:
-            raise UserError(f"config.json: layer_types must name linear_attention or full_attention for each "
-                            f"of {count} layers; it has {types}")
-        return {"attention_pattern": shortest_pattern(letters)}
+        return _pattern(types, count)
 
 
 @dataclass(frozen=True)
@@ -235,17 +284,18 @@ class LinearHeads:
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return the sizes; `UserError` where gates are made of narrow vectors."""
         linear = linear_of(model)
-        if linear.gate_rank is not None:
-            raise UserError(f"model.linear_attention.gate_rank = {linear.gate_rank}: family '{model.family}' "
-                            "has a gated delta net; set it to null")
+        if linear.gate_rank is not None or linear.negative_eigenvalues:
+            raise UserError(f"model.linear_attention.gate_rank = {linear.gate_rank}, negative_eigenvalues = "
+                            f"{linear.negative_eigenvalues}: family '{model.family}' has a gated delta net "
+                            "with rates below 1; set them to null and false")
         return dict(zip(self.names, (linear.num_key_heads, linear.num_value_heads, linear.key_head_dim,
                                      linear.value_head_dim, linear.conv_taps), strict=True))
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the sizes."""
-        sizes = [int(config.get(name, default))
-                 for name, default in zip(self.names, self.defaults, strict=True)]
-        return {"linear_attention": asdict(LinearAttentionConfig(*sizes))}
+        keys, values, key_width, value_width, taps = (
+            int(config.get(name, default)) for name, default in zip(self.names, self.defaults, strict=True))
+        return {"linear_attention": asdict(LinearAttentionConfig(keys, values, key_width, value_width, taps))}
 
 
 @dataclass(frozen=True)
@@ -267,14 +317,8 @@ class KimiLayers:
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return both; `UserError` where heads differ, or gates have another rank."""
-        linear, types = linear_of(model), model.layer_types()
-        width = linear.key_head_dim
-        if linear != LinearAttentionConfig(linear.num_key_heads, linear.num_key_heads, width, width,
-                                           linear.conv_taps, width):
-            raise UserError(f"model.linear_attention = {asdict(linear)}: in family '{model.family}' keys and "
-                            "values have as many heads of one width, which is gate_rank too")
+        said, types = _kimis_sizes(model, negative=False), model.layer_types()
         lists = {name: [i + 1 for i, found in enumerate(types) if found == kind] for name, kind in self.lists}
-        said = (linear.num_key_heads, width, linear.conv_taps)
         return {"linear_attn_config": lists | dict(zip(self.sizes, said, strict=True)), "layer_types": types,
                 **dict(zip(self.beside, said, strict=True))}
 
@@ -293,14 +337,11 @@ class KimiLayers:
         if part:
             raise UserError(f"config.json: linear_attn_config has {', '.join(part)}, which is not known")
         heads, width, taps = said
-        return {"attention_pattern": self._pattern(config, lists),
-                "linear_attention": asdict(LinearAttentionConfig(heads, heads, width, width, taps, width))}
+        return {**self._layers(config, lists), "linear_attention": asdict(
+            LinearAttentionConfig(heads, heads, width, width, taps, width))}
 
-    def _pattern(self, config: dict[str, Any], lists: dict[str, list[int]]) -> str:
-        count = int(config.get("num_hidden_layers", 0))
-        if count > MAX_LAYERS:
-            raise UserError(f"config.json: num_hidden_layers = {count} must be at most {MAX_LAYERS:,}; count "
-                            "its zeros")
+    def _layers(self, config: dict[str, Any], lists: dict[str, list[int]]) -> dict[str, Any]:
+        count = _num_layers(config)
         usual = ["full_attention" if i and i % 4 == 0 else "linear_attention" for i in range(count)]
         types = config.get("layer_types", usual)
         if len(lists) == 2:
@@ -312,12 +353,66 @@ class KimiLayers:
                                 f"name each of {count} layers once, counted from 1, as layer_types does "
                                 f"where it stands beside; they are {lists}")
             types = listed
-        letter = {kind: letter for letter, kind in LAYER_TYPES.items() if letter in "DG"}
-        letters = "".join(letter.get(kind, "?") for kind in types)
-        if len(letters) != count or "?" in letters:
-            raise UserError(f"config.json: layer_types must name linear_attention or full_attention for each "
-                            f"of {count} layers; it has {types}")
-        return shortest_pattern(letters)
+        return _pattern(types, count)
+
+
+@dataclass(frozen=True)
+class SolarLayers:
+    """Which layers have softmax attention, counted from 0, and the sizes of Kimi Delta Attention in the
+    others: Solar Open 2.  Programs read one or the other of the lists, so that both are written."""
+
+    sizes: tuple[str, ...] = ("num_heads", "head_dim", "short_conv_kernel_size")
+    """In the part `linear_attn_config`."""
+    names: tuple[str, ...] = ("layer_types", "gqa_layers", "gqa_interval", "linear_attn_config",
+                              "kda_allow_neg_eigval")
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return all but the interval; `UserError` where sizes differ, or no layer has softmax attention."""
+        said, types = _kimis_sizes(model, negative=True), model.layer_types()
+        softmax = [i for i, kind in enumerate(types) if kind == "full_attention"]
+        if not softmax:
+            raise UserError(f"model.attention_pattern = {model.attention_pattern!r}: family '{model.family}' "
+                            "needs a layer with softmax attention; add a G")
+        return {"layer_types": types, "gqa_layers": softmax,
+                "linear_attn_config": {**dict(zip(self.sizes, said, strict=True)), "num_kv_heads": None},
+                "kda_allow_neg_eigval": linear_of(model).negative_eigenvalues}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the shortest pattern that gives the layers, and the sizes; `UserError` where two spellings
+        disagree, or heads of keys and values are fewer."""
+        usual = {"num_heads": config.get("num_attention_heads", 64), "head_dim": config.get("head_dim", 128),
+                 "short_conv_kernel_size": 4}
+        part = dict(config.get("linear_attn_config", usual))
+        of_keys = part.pop("num_kv_heads", None)
+        if sorted(part) != sorted(self.sizes):
+            raise UserError(f"config.json: linear_attn_config has {', '.join(sorted(part))}, and beside "
+                            f"num_kv_heads it needs {', '.join(self.sizes)} alone")
+        heads, width, taps = (int(part[name]) for name in self.sizes)
+        if of_keys and of_keys != heads:
+            raise UserError(f"config.json: linear_attn_config.num_kv_heads = {of_keys}, but only null or "
+                            f"num_heads = {heads} is supported: keys and values have as many heads as "
+                            "queries")
+        negative = bool(config.get("kda_allow_neg_eigval", True))
+        return {**self._layers(config), "linear_attention": asdict(
+            LinearAttentionConfig(heads, heads, width, width, taps, width, negative))}
+
+    @staticmethod
+    def _layers(config: dict[str, Any]) -> dict[str, Any]:
+        count, interval = _num_layers(config), config.get("gqa_interval", 3)
+        if not isinstance(interval, int) or interval < 1:
+            raise UserError(f"config.json: gqa_interval = {interval!r} must be an integer of 1 or more")
+        softmax = config.get("gqa_layers", [*range(0, count, interval + 1)])
+        listed = ["full_attention" if i in softmax else "linear_attention" for i in range(count)]
+        types = config.get("layer_types", listed)
+        # without the list the interval says nothing beside the types; transformers writes its default there
+        if "gqa_layers" in config and (types != listed or len({*softmax}) != len(softmax)
+                                       or listed.count("full_attention") != len(softmax)):
+            raise UserError(f"config.json: gqa_layers = {softmax} must name layers of {count}, counted from "
+                            "0, each once, as layer_types does where it stands beside")
+        if "full_attention" not in types:
+            raise UserError("config.json: no layer has softmax attention, and this family needs one; name "
+                            "it in gqa_layers")
+        return _pattern(types, count)
 
 
 @dataclass(frozen=True)

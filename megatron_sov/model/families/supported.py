@@ -22,7 +22,8 @@ from megatron_sov.model.families.hf_layers import (
     RotatingWindows, SlidingLayers, SlidingSwitch, SparseSteps, SwigluLimits)
 from megatron_sov.model.families.latent import AXK1, DEEPSEEK_V3, KIMI_LINEAR
 from megatron_sov.model.families.linear_layers import (
-    DELTA_NET, GATED_ATTENTION, GATED_SHARED_EXPERT, SPLIT_DELTA_NET, LinearHeads, LinearLayers, SharedWidth)
+    DELTA_NET, GATE_BESIDE, GATED_ATTENTION, GATED_SHARED_EXPERT, KIMI_DELTA, SPLIT_DELTA_NET, LinearHeads,
+    LinearLayers, SharedWidth, SolarLayers)
 from megatron_sov.model.families.weights import (
     ATTENTION, COPIES_BEHIND, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_BEHIND,
     PROJECTIONS, QK_NORM, QKV_BIAS, ROUTED_EXPERTS, SHARED_EXPERTS, SWIGLU, Experts, GateUp, Same,
@@ -344,6 +345,7 @@ MIXTRAL = Family(
                "qk_norm": False, "num_shared_experts": 0, "router_score": "softmax", "router_bias": False,
                "norm_topk_prob": True, "routed_scaling_factor": 1.0},
     training={"seq_aux_loss_coeff": 2e-2},
+    in_memory=((".block_sparse_moe", ".mlp"),),
 )
 
 
@@ -498,9 +500,46 @@ SOLAR_OPEN = Family(
 )
 
 
+# Solar Open 2 (`solar_open2`): three layers of four have Kimi Delta Attention with rates up to 2, the others
+# softmax attention with a gate of a matrix of its own; no positions; Solar Open's experts in every layer.
+#
+# Rotations, hyper-connections, biases and whole gates are switches of its class that no released model has.
+
+SOLAR_OPEN2 = Family(
+    name="solar_open2",
+    hf_classes=("SolarOpen2ForCausalLM",),
+    weights=(
+        *EMBEDDINGS_AND_HEAD, trunk("linear layers", KIMI_DELTA), trunk("other layers", GATE_BESIDE),
+        trunk("other layers", QK_NORM, when="qk_norm"),
+        trunk("dense layers", DENSE_FFN), trunk("moe layers", DEEPSEEK_EXPERTS),
+    ),
+    config=(
+        *DECODER_CONFIG, KV_HEADS, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG,
+        Fixed("tie_word_embeddings", False),
+        Renamed("rms_norm_eps", "norm_eps", 1e-5), Renamed("head_dim", "head_dim", 128),
+        Renamed("n_routed_experts", "num_experts", 320, aliases=("num_local_experts",)),
+        Renamed("n_shared_experts", "num_shared_experts", 1),
+        Renamed("routed_scaling_factor", "routed_scaling_factor", 1.0),
+        Renamed("intermediate_size", "dense_ffn_dim", 10240),
+        Renamed("first_k_dense_replace", "num_dense_layers", 0), Renamed("use_qk_norm", "qk_norm", False),
+        SolarLayers(), Fixed("use_rope", False), Fixed("use_gqa_gate", True),
+        Fixed("use_gqa_gate_bias", False), Fixed("kda_use_full_proj", False),
+        Fixed("hc_rate", 0, written=False), Fixed("num_nextn_predict_layers", 0, written=False),
+        # nothing rotates, and no program bounds decays
+        Unused(("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
+                "kda_gate_lower_bound")),
+    ),
+    structure={**DEEPSEEK_ROUTER, "attention_output_gate": True, "sliding_window_tokens": 0,
+               "rope_on_global": False, "rope_theta": 10_000.0, "yarn": None, "llama3_rope": None,
+               "linear_rope_factor": None, "qkv_bias": False, "tied_embeddings": False, "num_mtp_layers": 0},
+    varies=("linear_attention", *EXPERT_GROUPS),
+    needs_shared_expert=True,
+)
+
+
 FAMILIES = {family.name: family for family in (
     SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, QWEN3_5_MOE, LLAMA, MIXTRAL, EXAONE4,
-    HYPERCLOVAX, GLM4_MOE, GEMMA2, GEMMA3, GPT_OSS, DEEPSEEK_V3, AXK1, KIMI_LINEAR)}
+    HYPERCLOVAX, GLM4_MOE, GEMMA2, GEMMA3, GPT_OSS, DEEPSEEK_V3, AXK1, KIMI_LINEAR, SOLAR_OPEN2)}
 
 
 def get(name: str, recorded: Sequence[PluginCode] = ()) -> Family:

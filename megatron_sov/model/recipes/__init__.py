@@ -38,6 +38,8 @@ RECIPES: dict[str, Recipe] = {
     "solar-open-102b-dpo": Recipe(solar_open.solar_open_102b_dpo, solar_open.DPO_SOURCES),
     "solar-open-102b-dpo-rounds": Recipe(policies.solar_open_102b_dpo_rounds, policies.DPO_ROUNDS_SOURCES),
     "solar-open-102b-rl": Recipe(policies.solar_open_102b_rl, policies.SNAPPO_SOURCES),
+    "solar-open2-250b": Recipe(solar_open.solar_open2_250b, solar_open.SOURCES_2),
+    "solar-open2-250b-extend": Recipe(solar_open.solar_open2_250b_extend, solar_open.EXTEND_SOURCES_2),
     "k-exaone-236b": Recipe(k_exaone.k_exaone_236b, k_exaone.SOURCES),
     "k-exaone-236b-extend": Recipe(k_exaone.k_exaone_236b_extend, k_exaone.EXTEND_SOURCES),
     "k-exaone-236b-sft": Recipe(k_exaone.k_exaone_236b_sft, k_exaone.SFT_SOURCES),
@@ -97,6 +99,8 @@ TINY = {
     "tiny-solar-open-dpo": "solar-open-102b-dpo",
     "tiny-solar-open-dpo-rounds": "solar-open-102b-dpo-rounds",
     "tiny-solar-open-rl": "solar-open-102b-rl",
+    "tiny-solar-open2": "solar-open2-250b",
+    "tiny-solar-open2-extend": "solar-open2-250b-extend",
     "tiny-k-exaone": "k-exaone-236b",
     "tiny-k-exaone-extend": "k-exaone-236b-extend",
     "tiny-k-exaone-sft": "k-exaone-236b-sft",
@@ -220,7 +224,8 @@ def _small_attention(model: ModelConfig) -> ModelConfig:
         sizes = LinearAttentionConfig(2, 4, 16, 24)
         if model.linear_attention.gate_rank is not None:
             sizes = LinearAttentionConfig(4, 4, 16, 16, gate_rank=16)
-        model = replace(model, linear_attention=sizes)
+        turns = model.linear_attention.negative_eigenvalues
+        model = replace(model, linear_attention=replace(sizes, negative_eigenvalues=turns))
     return model
 
 

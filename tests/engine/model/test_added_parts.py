@@ -251,6 +251,12 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     ("tiny-qwen3.5-moe", [TP2, {"cp": 2}], ["model.attention_pattern=DG"]),
     pytest.param("tiny-qwen3.5-moe", [TP2], ["lora.dora=true", 'lora.targets=["in_proj_qkv", "out_proj"]'],
                  marks=pytest.mark.deep),
+    # gates of a matrix of their own among queries, keys and values
+    pytest.param("tiny-solar-open2", [TP2, {"cp": 2}, PP2], ["model.attention_pattern=GD"],
+                 marks=pytest.mark.deep),
+    pytest.param("tiny-solar-open2", [TP2], ["model.attention_pattern=GD", "lora.dora=true",
+                                             'lora.targets=["q_proj", "g_proj", "o_proj"]'],
+                 marks=pytest.mark.deep),
     ("tiny-k-exaone", [EP2], ['lora.targets=["q_proj", "v_proj", "up_proj", "experts"]']),
     pytest.param("tiny-k-exaone", [PP2], ['lora.targets=["q_proj", "v_proj", "up_proj", "experts"]'],
                  marks=pytest.mark.deep),

@@ -3,6 +3,7 @@ one pass."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_sov.plan.footprint.activations import Tokens, _linear_attention  #
 
 SIZES = LinearAttentionConfig(2, 6, 8, 10, 4)
 OF_KIMI = LinearAttentionConfig(3, 3, 8, 8, 4, 8)
+OF_SOLAR = replace(OF_KIMI, negative_eigenvalues=True)
 HIDDEN, TOKENS = 24, 150
 
 
@@ -36,19 +38,19 @@ class Plain(torch.nn.Linear):
         return super().forward(x), None
 
 
-@pytest.fixture(params=[GatedDeltaNet, KimiDeltaAttention])
+@pytest.fixture(params=[SIZES, OF_KIMI, OF_SOLAR], ids=["gated delta net", "Kimi", "Solar Open 2"])
 def layer(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> LinearAttention:
     """A layer in float64 of one process, with random weights."""
     monkeypatch.setattr(context, "size", lambda: 1)
     return made(request.param)
 
 
-def made(kind: type[LinearAttention]) -> LinearAttention:
+def made(sizes: LinearAttentionConfig) -> LinearAttention:
     config = SimpleNamespace(hidden_size=HIDDEN, init_method=None, output_layer_init_method=None,
                              params_dtype=torch.float32, layernorm_epsilon=1e-6, sequence_parallel=False,
                              delta_kernels=False)
     alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    sizes = SIZES if kind is GatedDeltaNet else OF_KIMI
+    kind = GatedDeltaNet if sizes.gate_rank is None else KimiDeltaAttention
     found = kind(config, 1, (Plain, Plain, Plain), sizes, SimpleNamespace(tp=alone))
     draw = torch.Generator().manual_seed(0)
     for name, parameter in found.named_parameters():
@@ -70,20 +72,59 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "size", lambda: 1)
 
 
+def by_kind(rows: torch.Tensor, widths: tuple[int, ...]) -> list[torch.Tensor]:
+    """Return rows that stand by three heads as one tensor of each kind."""
+    return [part.flatten(0, 1) for part in rows.unflatten(0, (3, -1)).split(widths, 1)]
+
+
+def test_rates_of_up_to_2_are_a_loop_over_tokens(one_process: None) -> None:
+    """Solar Open 2's layer, of two documents, and all its gradients, in float64."""
+    from tests.solar_open2 import DeltaAttention
+
+    sizes = {"num_heads": 3, "head_dim": 8, "short_conv_kernel_size": 4}
+    theirs = DeltaAttention(SimpleNamespace(
+        hidden_size=HIDDEN, linear_attn_config=sizes, rms_norm_eps=1e-6, kda_allow_neg_eigval=True)).double()
+    ours = made(OF_SOLAR)
+
+    def named(of: Any) -> dict[str, torch.Tensor]:
+        q, k, v, b = by_kind(of(ours.in_proj.weight), OF_SOLAR.projected)
+        taps = dict(zip("qkv", by_kind(of(ours.conv1d.weight), OF_SOLAR.projected[:3]), strict=True))
+        decay, gate = of(ours.gates_down_proj.weight).chunk(2)
+        return {
+            "q_proj.weight": q, "k_proj.weight": k, "v_proj.weight": v, "b_proj.weight": b,
+            **{f"{name}_conv1d.weight": rows for name, rows in taps.items()},
+            "f_a_proj.weight": decay, "g_a_proj.weight": gate,
+            "f_b_proj.weight": of(ours.decay_up_proj.weight),
+            "g_b_proj.weight": of(ours.output_up_proj.weight), "dt_bias": of(ours.dt_bias),
+            "A_log": of(ours.A_log)[None, None, :, None], "o_norm.weight": of(ours.out_norm.weight),
+            "o_proj.weight": of(ours.out_proj.weight)}
+
+    theirs.load_state_dict(named(lambda parameter: parameter.data))
+    x, weights = states(), torch.linspace(-1, 1, HIDDEN, dtype=torch.float64)
+    found = ours(x, packed_seq_params=row([0, 70, TOKENS]))[0][:, 0]
+    expected = torch.cat([theirs(part.transpose(0, 1))[0][0] for part in (x[:70], x[70:])])
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
+    rates = 2 * torch.sigmoid(x[:, 0] @ theirs.b_proj.weight.detach().T)
+    assert (rates > 1.5).any() and (rates < 0.5).any()
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for name, gradient in named(lambda parameter: parameter.grad).items():
+        torch.testing.assert_close(gradient, theirs.get_parameter(name).grad, atol=1e-11, rtol=1e-9, msg=name)
+
+
 def test_kimis_layer_and_its_gradients_are_transformers_module(one_process: None) -> None:
     from transformers import KimiLinearConfig
     from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 
     theirs = KimiLinearDeltaAttention(KimiLinearConfig(
         hidden_size=HIDDEN, num_hidden_layers=4, linear_num_heads=3, linear_head_dim=8, rms_norm_eps=1e-6), 0)
-    ours = made(KimiDeltaAttention).float()
-    q, k, v, b = (t.flatten(0, 1) for t in ours.in_proj.weight.data.unflatten(0, (3, -1)).split(
-        OF_KIMI.projected, 1))
-    taps = ours.conv1d.weight.data.unflatten(0, (3, -1)).split(OF_KIMI.projected[:3], 1)
+    ours = made(OF_KIMI).float()
+    q, k, v, b = by_kind(ours.in_proj.weight.data, OF_KIMI.projected)
+    taps = by_kind(ours.conv1d.weight.data, OF_KIMI.projected[:3])
     decay_down, gate_down = ours.gates_down_proj.weight.data.chunk(2)
     theirs.load_state_dict({
         "q_proj.weight": q, "k_proj.weight": k, "v_proj.weight": v, "b_proj.weight": b,
-        "conv1d.weight": torch.cat([part.flatten(0, 1) for part in taps]),
+        "conv1d.weight": torch.cat(taps),
         "forget_gate.A_log": ours.A_log.data[None, None, :, None], "forget_gate.dt_bias": ours.dt_bias.data,
         "forget_gate.f_a_proj.weight": decay_down, "g_a_proj.weight": gate_down,
         "forget_gate.f_b_proj.weight": ours.decay_up_proj.weight.data,
@@ -114,7 +155,7 @@ def test_the_layer_and_its_gradients_are_transformers_module(one_process: None) 
     theirs = Qwen3NextGatedDeltaNet(Qwen3NextConfig(
         hidden_size=HIDDEN, num_hidden_layers=4, linear_num_key_heads=2, linear_num_value_heads=6,
         linear_key_head_dim=8, linear_value_head_dim=10, rms_norm_eps=1e-6), 0)
-    ours = made(GatedDeltaNet).float()
+    ours = made(SIZES).float()
     by_head = ours.in_proj.weight.data.unflatten(0, (2, -1))
     widths = SIZES.projected
     taps = ours.conv1d.weight.data.unflatten(0, (2, -1)).split(widths[:3], 1)

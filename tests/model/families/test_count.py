@@ -16,6 +16,8 @@ from megatron_sov.model.families.count import (
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.recipes import get, names
 
+pytestmark = pytest.mark.usefixtures("solar_open2")
+
 
 @pytest.mark.parametrize(("recipe", "total_b", "active_b", "mtp_b"), [
     ("solar-open-102b", 102.65, 12.05, 0.0),
@@ -43,6 +45,7 @@ from megatron_sov.model.recipes import get, names
     ("ax-k1", 518.98, 32.78, 0.0),
     ("qwen3.5-35b-a3b", 34.66, 3.45, 0.84),
     ("kimi-linear-48b", 49.12, 3.48, 0.0),
+    ("solar-open2-250b", 250.29, 14.74, 0.0),
 ])
 def test_published_figures(recipe: str, total_b: float, active_b: float, mtp_b: float) -> None:
     count = num_params(get(recipe).model)
@@ -70,6 +73,13 @@ def test_linear_attention_costs_a_token_the_same_at_any_length() -> None:
     assert long - short == 6 * 13 * 16 * 2 * 256 * 2048
     states = 36 * (4 * 32 * 128 * 128 + 4 * 8192)
     assert short == 6 * (multiplied_weights(model) + 13 * 16 * 2 * 256 * 2048.5 + states)
+
+
+def test_solar_open_2_has_the_parameters_of_its_card_to_the_last_one() -> None:
+    model = get("solar-open2-250b").model
+    assert num_params(model).total == 250_287_794_944
+    # 36 states of 64 x 128 x 128 and 3 x 24,576 inputs in 4 bytes beside twelve layers of keys and values
+    assert model.state_tokens() == -(-36 * (64 * 128 * 128 + 3 * 24576) * 4 // (12 * 2 * 8 * 128 * 2))
 
 
 def test_a_state_is_worth_as_many_tokens_as_its_bytes() -> None:

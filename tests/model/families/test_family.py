@@ -24,7 +24,8 @@ from megatron_sov.model.families.hf_config import Renamed, Rope
 BIG = ("solar-open-102b", "k-exaone-236b", "qwen2-1.5b", "qwen3-4b", "qwen3-8b", "qwen3-moe-30b",
        "llama-3.1-8b", "mixtral-8x7b", "exaone-4.0-32b", "exaone-4.0-1.2b", "hyperclovax-14b",
        "glm-4.5-air", "gemma-3-1b", "gemma3-27b", "gemma2-9b", "gpt-oss-20b",
-       "gpt-oss-120b", "deepseek-v3", "kimi-k2", "ax-k1", "qwen3.5-35b-a3b")
+       "gpt-oss-120b", "deepseek-v3", "kimi-k2", "ax-k1", "qwen3.5-35b-a3b", "solar-open2-250b")
+pytestmark = pytest.mark.usefixtures("solar_open2")
 
 
 def hf_config(model: ModelConfig) -> dict:
@@ -127,7 +128,7 @@ def test_a_prediction_layer_behind_the_trunk_is_one_more_of_its_layers() -> None
     ("gemma-3-1b", 0.999886e9, 0), ("gemma3-27b", 27.009346e9, 0), ("gemma2-9b", 9.241706e9, 0),
     ("gpt-oss-20b", 20.914757e9, 0), ("gpt-oss-120b", 116.829157e9, 0),
     ("deepseek-v3", 671.0264e9, 11.610e9), ("kimi-k2", 1026.408e9, 0), ("ax-k1", 518.983e9, 0),
-    ("qwen3.5-35b-a3b", 34.660e9, 0.8446e9)])
+    ("qwen3.5-35b-a3b", 34.660e9, 0.8446e9), ("solar-open2-250b", 250.287794944e9, 0)])
 def test_parameter_totals_are_the_published_ones(name: str, trunk: float, mtp: float) -> None:
     model = recipes.get(name).model
     sizes = {key: torch.Size(shape).numel() for key, (shape, _) in our_tensors(model).items()
@@ -246,6 +247,7 @@ RELEASED = {
     "gemma3-27b": "google/gemma-3-27b-it", "gemma2-9b": "google/gemma-2-9b",
     "glm-4.5-air": "zai-org/GLM-4.5-Air", "gpt-oss-20b": "openai/gpt-oss-20b",
     "gpt-oss-120b": "openai/gpt-oss-120b",
+    "solar-open2-250b": "upstage/Solar-Open2-250B", "solar-open2-250b-extend": "upstage/Solar-Open2-250B",
     "hyperclovax-14b": "naver-hyperclovax/HyperCLOVAX-SEED-Think-14B"}
 
 

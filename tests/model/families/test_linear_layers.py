@@ -11,7 +11,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model import recipes
 from megatron_sov.model.config import LinearAttentionConfig
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.linear_layers import DELTA_NET, GATED_ATTENTION, LinearLayers, SharedWidth
+from megatron_sov.model.families.family import TokenIds
+from megatron_sov.model.families.linear_layers import (
+    DELTA_NET, GATED_ATTENTION, LinearLayers, SharedWidth, SolarLayers)
 from megatron_sov.model.families.weights import Link
 
 MODEL = replace(recipes.get("tiny-qwen3-next").model, num_heads=4, num_kv_heads=2, head_dim=8, hidden_size=5,
@@ -66,6 +68,89 @@ def test_layers_are_a_list_or_follow_from_an_interval() -> None:
             ({"num_hidden_layers": 10**9}, "count its zeros")):
         with pytest.raises(UserError, match=expected):
             read({"num_hidden_layers": 3, **config})
+
+
+def test_the_gates_of_solar_open_2_are_a_tensor_of_their_own() -> None:
+    """A group has two query heads, their two gates, key and value, of 8 rows each."""
+    solar = replace(recipes.get("tiny-solar-open2").model, num_heads=4, num_kv_heads=2, head_dim=8,
+                    hidden_size=5)
+    one = next(x for x in models.get("solar_open2").links(solar) if x.key.endswith("linear_qkv.weight"))
+    rows = torch.arange(96.)[:, None].expand(96, 5)
+    found = {name.split(".")[-2]: part[::8, 0].tolist() for name, part in one.split(rows).items()}
+    assert found == {"q_proj": [0, 8, 48, 56], "g_proj": [16, 24, 64, 72], "k_proj": [32, 80],
+                     "v_proj": [40, 88]}
+    assert torch.equal(one.join(one.split(rows)), rows)
+
+
+SOLAR = {"num_hidden_layers": 8, "num_attention_heads": 6, "head_dim": 4}
+PART = {"num_heads": 6, "head_dim": 4, "short_conv_kernel_size": 4}
+
+
+def test_solar_open_2_counts_layers_from_0_in_one_of_three_spellings() -> None:
+    read = SolarLayers().read
+    listed = ["linear_attention", "full_attention"] * 4
+    for said, pattern in (({}, "GDDD"), ({"gqa_interval": 1}, "GD"), ({"gqa_layers": [3, 7]}, "DDDG"),
+                          ({"gqa_interval": 1, "gqa_layers": [3, 7]}, "DDDG"),
+                          ({"layer_types": listed}, "DG"),
+                          ({"layer_types": listed, "gqa_layers": [7, 1, 3, 5], "gqa_interval": 3}, "DG")):
+        assert read({**SOLAR, **said})["attention_pattern"] == pattern, said
+
+
+def test_sizes_of_solar_open_2_are_said_in_a_part_or_follow_from_its_heads() -> None:
+    read = SolarLayers().read
+    usual = {"num_key_heads": 6, "num_value_heads": 6, "key_head_dim": 4, "value_head_dim": 4, "conv_taps": 4,
+             "gate_rank": 4, "negative_eigenvalues": True}
+    for said, changed in (({}, {}), ({"linear_attn_config": PART | {"num_kv_heads": None}}, {}),
+                          ({"linear_attn_config": PART | {"num_kv_heads": 6}}, {}),
+                          ({"linear_attn_config": PART | {"short_conv_kernel_size": 3}}, {"conv_taps": 3}),
+                          ({"kda_allow_neg_eigval": False}, {"negative_eigenvalues": False})):
+        assert read({**SOLAR, **said})["linear_attention"] == usual | changed, said
+
+
+@pytest.mark.parametrize(("said", "message"), [
+    ({"gqa_interval": 0}, "gqa_interval = 0 must be an integer of 1 or more"),
+    ({"gqa_layers": [0, 8]}, r"gqa_layers = \[0, 8\] must name layers of 8, counted from 0, each once"),
+    ({"gqa_layers": [0, 0]}, "each once"),
+    ({"gqa_layers": [0], "layer_types": ["full_attention"] * 8}, "as layer_types does where it stands"),
+    ({"layer_types": ["full_attention"]}, "for each of 8 layers"),
+    ({"layer_types": ["linear_attention"] * 8}, "no layer has softmax attention"),
+    ({"linear_attn_config": PART | {"num_kv_heads": 2}}, "num_kv_heads = 2, but only null or num_heads = 6"),
+    ({"linear_attn_config": {"num_heads": 6}}, "it needs num_heads, head_dim, short_conv_kernel_size alone"),
+    ({"linear_attn_config": PART | {"gate": 1}}, "linear_attn_config has gate, head_dim, num_heads"),
+    ({"num_hidden_layers": 10**9}, "count its zeros")])
+def test_layers_of_solar_open_2_that_are_not_understood(said: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SolarLayers().read({**SOLAR, **said})
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("kda_use_full_proj", True), ("use_rope", True), ("hc_rate", 2), ("use_gqa_gate", False),
+    ("use_gqa_gate_bias", True), ("attention_bias", True), ("num_nextn_predict_layers", 1)])
+def test_a_switch_of_solar_open_2_that_no_released_model_has_is_refused(field: str, value: object) -> None:
+    family = models.get("solar_open2")
+    config = family.to_hf_config(recipes.get("tiny-solar-open2").model, "float32", TokenIds())
+    with pytest.raises(UserError, match=f"{field} = {value}, but only .* is supported for this family"):
+        family.from_hf_config(config | {field: value})
+
+
+@pytest.mark.parametrize(("name", "changed", "message"), [
+    ("tiny-solar-open2", {"value_head_dim": 8}, "keys and values have as many heads of one width"),
+    ("tiny-solar-open2", {"gate_rank": 8}, "which is gate_rank too"),
+    ("tiny-kimi-linear", {"negative_eigenvalues": True}, "and negative_eigenvalues is false"),
+    ("tiny-qwen3-next", {"negative_eigenvalues": True}, "a gated delta net with rates below 1")])
+def test_linear_attention_that_a_family_cannot_write_is_refused(name: str, changed: dict, message: str
+                                                                ) -> None:
+    model = recipes.get(name).model
+    assert model.linear_attention is not None
+    model = replace(model, linear_attention=replace(model.linear_attention, **changed))
+    with pytest.raises(UserError, match=message):
+        models.get(model.family).check(model)
+
+
+def test_a_solar_open_2_without_softmax_attention_is_refused() -> None:
+    model = replace(recipes.get("tiny-solar-open2").model, attention_pattern="D")
+    with pytest.raises(UserError, match="needs a layer with softmax attention; add a G"):
+        models.get("solar_open2").check(model)
 
 
 def test_a_shared_width_is_a_number_of_experts() -> None:
