@@ -152,7 +152,8 @@ def test_routers_that_transformers_keeps_in_float32_come_back(solar_dir: Path, t
     assert wide == {*routers, *(name.replace("weight", "e_score_correction_bias") for name in routers)}
     convert.to_hf(tmp_path / "ckpt", tmp_path / "narrow", "bfloat16")
     narrow = tensors_of(tmp_path / "narrow")
-    assert_same_bits({name: narrow[name] for name in routers}, {name: saved[name].bfloat16() for name in routers})
+    assert_same_bits({name: narrow[name] for name in routers},
+                     {name: saved[name].bfloat16() for name in routers})
 
 
 def test_names_that_transformers_gives_kimi_linears_dense_layers_are_read_too(tmp_path: Path) -> None:
