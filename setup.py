@@ -27,7 +27,7 @@ INSTALL_REQUIRES = [
     "tokenizers",
     "tiktoken",
     "pyarrow",
-    "pyyaml",
+    "pyyaml!=6.0.4",  # of a key in two merged mappings (<<: [*a, *b]) it keeps b's value, against YAML
     "regex",
     "zstandard",
     "blake3",

@@ -135,6 +135,27 @@ def test_from_hf_casts_dtype_and_router_biases_stay_float32(hf_dir: Path, tmp_pa
         assert found[name].equal(tensor if "correction" in name else tensor.to(dtype)), name
 
 
+def test_routers_that_transformers_keeps_in_float32_come_back(solar_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    routers = [f"model.layers.{layer}.mlp.gate.weight" for layer in (0, 1)]
+    model = AutoModelForCausalLM.from_pretrained(solar_dir, dtype=torch.bfloat16)
+    for name in routers:
+        router = model.get_parameter(name)
+        router.data = router.data.float() * 1.003  # numbers that bfloat16 does not hold
+    model.save_pretrained(tmp_path / "saved")
+    convert.from_hf(tmp_path / "saved", tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
+    saved, back = tensors_of(tmp_path / "saved"), tensors_of(tmp_path / "hf")
+    assert_same_bits(back, saved)
+    wide = {name for name, tensor in saved.items() if tensor.dtype == torch.float32}
+    assert wide == {*routers, *(name.replace("weight", "e_score_correction_bias") for name in routers)}
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "narrow", "bfloat16")
+    narrow = tensors_of(tmp_path / "narrow")
+    assert_same_bits({name: narrow[name] for name in routers},
+                     {name: saved[name].bfloat16() for name in routers})
+
+
 def test_names_that_transformers_gives_kimi_linears_dense_layers_are_read_too(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 

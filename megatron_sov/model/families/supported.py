@@ -191,7 +191,7 @@ _DENSE: dict[str, Any] = {**_STRUCTURE, "num_experts": 0, "num_dense_layers": 0}
 
 QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-"""PRETOKENIZE_REGEX of transformers 5.23's tokenization_qwen2.py, whose class reads every folder
+"""PRETOKENIZE_REGEX of transformers 5.24's tokenization_qwen2.py, whose class reads every folder
 of model type qwen2."""
 
 QWEN2 = Family(

@@ -92,11 +92,13 @@ def test_merged_mappings_do_not_fill_the_memory(folder: Path) -> None:
     lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 10)]
     with pytest.raises(UserError, match="<< of more than 50,000 values"):  # it would be a thousand million
         load(folder, PLAIN + "\n".join(lines))
-    merged = "base: &base {test_split: test}\nmore: {<<: *base, a: 1}\n"
+    merged = ("base: &base {test_split: test}\nother: &other {test_split: train, b: 2}\n"
+              "more: {<<: *base, a: 1}\nboth: {<<: [*base, *other], a: 1}\n")
     assert task_files.find([TaskFolder(folder, False)]).definitions == {}
     (folder / "plain.yaml").write_text(PLAIN + merged)
     found = task_files.find([TaskFolder(folder, False)]).definitions["plain"]
     assert found.config["more"] == {"test_split": "test", "a": 1}
+    assert found.config["both"] == {"test_split": "test", "a": 1, "b": 2}  # PyYAML 6.0.4 took the last
 
 
 def test_pipes_and_links_to_outside_are_not_read(folder: Path) -> None:

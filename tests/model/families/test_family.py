@@ -69,6 +69,9 @@ def transformers_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...],
             on_disk = name.replace("mlp.gate.", "mlp.") if model.family == "exaone_moe" else name
             # kept in float32 by the model class (_keep_in_fp32_modules_strict)
             found[on_disk] = (shape, torch.float32)
+        elif name.endswith("mlp.gate.weight") and model.router_score == "sigmoid":
+            # 5.24 keeps these in float32 as well, 5.23 did not: it reads ours of bfloat16 without a change
+            found[name] = (shape, torch.bfloat16)
         elif not (model.tied_embeddings and name == "lm_head.weight"):
             found[name] = (shape, dtype)
     if model.family == "mixtral":
