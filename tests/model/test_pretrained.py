@@ -95,8 +95,8 @@ def test_a_model_that_this_transformers_has_no_class_of_is_told_from_a_damaged_o
     folder = shutil.copytree(models["lm"], tmp_path / "new")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "of_next_year"}))
-    with pytest.raises(UserError, match=r"new: transformers [\d.]+ has no class of config.json's model_type = "
-                                        r"'of_next_year'; install a later release .* --no-load") as e:
+    with pytest.raises(UserError, match=r"new: transformers [\d.]+ has no class of config.json's model_type "
+                                        r"= 'of_next_year'; install a later release .* --no-load") as e:
         load_hf(folder)
     assert "restore" not in str(e.value)
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))

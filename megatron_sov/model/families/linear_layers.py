@@ -393,8 +393,8 @@ class SolarLayers:
         part = dict(config.get("linear_attn_config", usual))
         of_keys = part.pop("num_kv_heads", None)
         if sorted(part) != sorted(self.sizes):
-            raise UserError(f"config.json: linear_attn_config has {', '.join(sorted(part)) or 'nothing'}, and "
-                            f"beside num_kv_heads it needs {', '.join(self.sizes)} alone")
+            raise UserError(f"config.json: linear_attn_config has {', '.join(sorted(part)) or 'nothing'}, "
+                            f"and beside num_kv_heads it needs {', '.join(self.sizes)} alone")
         heads, width, taps = (_whole(f"linear_attn_config.{name}", part[name]) for name in self.sizes)
         if of_keys and of_keys != heads:
             raise UserError(f"config.json: linear_attn_config.num_kv_heads = {of_keys}, but only null or "
