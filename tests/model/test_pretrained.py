@@ -100,7 +100,7 @@ def test_a_model_that_this_transformers_has_no_class_of_is_told_from_a_damaged_o
         load_hf(folder)
     assert "restore" not in str(e.value)
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
-    with pytest.raises(UserError, match="cannot load it .*; restore it from its source"):
+    with pytest.raises(UserError, match=r"cannot load it .*; restore it from its source"):
         load_hf(folder)
 
 
