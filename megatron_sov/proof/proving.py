@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -18,13 +19,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from megatron_sov.base.artifacts import ArtifactWriter
 from megatron_sov.base.errors import UserError
+from megatron_sov.checkpoint import load
 from megatron_sov.checkpoint.host_snapshot import Snapshot, WrittenSnapshot
-from megatron_sov.checkpoint.load import load_model, load_optimizer
 from megatron_sov.checkpoint.sharded_tensors import TensorReader, write_index
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.model.observing import Observed, locate, observe
@@ -164,7 +166,9 @@ def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
             seen[rank].note(site)
 
     ranks.watch = noted
+    # of one folder hundreds of processes would each read the index
     with (work_bar("prove", small.num_ranks * (STEPS + 1), "step of a process") as bar,
+          mock.patch.object(load, "TensorReader", functools.cache(TensorReader)),
           tempfile.TemporaryDirectory(prefix="layout-", dir=small.folder) as folder):
         comparing.done = bar.update
         try:
@@ -476,8 +480,8 @@ def _read(trainer: Trainer, folder: Path, num_updates: int) -> None:
     Raises:
         UserError: it has other tensors, or of other shapes.
     """
-    load_model(folder, trainer.model)
-    load_optimizer(folder, trainer.optimizer, num_updates)
+    load.load_model(folder, trainer.model)
+    load.load_optimizer(folder, trainer.optimizer, num_updates)
 
 
 def _tensors_in(folder: Path) -> dict[str, torch.Tensor]:

@@ -486,7 +486,7 @@ HARMLESS = {
     "data.skip_steps", "data.without",
     # by how much a step changes weights, and where they begin; a product in more pieces; a kernel's cores
     "optim.eps", "optim.warmup_steps", "optim.rewarm", "model.init_std", "train.head_chunk_tokens",
-    "gpu.exchange_sms"}
+    "gpu.exchange_sms", "guards.hang_timeout_s", "data.prefetch_steps"}
 
 
 def test_what_every_miniature_is_without_is_told_or_harmless() -> None:

@@ -78,9 +78,10 @@ def check_alike(tensors: Sequence[torch.Tensor]) -> None:
     Raises:
         Standstill: they do not; a real message would wait for the rest, or take numbers for others.
     """
-    told = list(dict.fromkeys(f"{tensor.numel()} of {tensor.dtype}" for tensor in tensors))
-    if len(told) > 1:
-        raise Standstill(f"members of a call mean different numbers: {', '.join(told)}")
+    meant = {(tensor.numel(), tensor.dtype): None for tensor in tensors}
+    if len(meant) > 1:
+        told = ", ".join(f"{count} of {dtype}" for count, dtype in meant)
+        raise Standstill(f"members of a call mean different numbers: {told}")
 
 
 def reduce_kind(opts: Any) -> str:
