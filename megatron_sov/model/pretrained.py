@@ -183,6 +183,8 @@ def load_and_compare(model_class: Any, folder: str | Path, *, left_out: Sequence
                 str(folder), output_loading_info=True, local_files_only=True, use_safetensors=True, **options)
     # a missing package, a field that is not read, a file that is cut off: it fails in many ways
     except Exception as e:
+        if is_transformers:
+            _refuse_unknown_type(folder)
         library = "transformers" if is_transformers else "diffusers"
         raise UserError(f"{folder}: {library} cannot load it ({told_in_a_line(e)}); "
                         "restore it from its source") from None
@@ -191,6 +193,18 @@ def load_and_compare(model_class: Any, folder: str | Path, *, left_out: Sequence
     unexpected = [name for name in map(str, info["unexpected_keys"]) if not name.startswith(tuple(left_out))]
     return model, {"missing": sorted(map(str, info["missing_keys"])), "unexpected": sorted(unexpected),
                    "mismatched": sorted(mismatched)}
+
+
+def _refuse_unknown_type(folder: Path) -> None:
+    """Raise `UserError` where the installed transformers has no class of a folder's model type: nothing is
+    wrong with the folder."""
+    from transformers import CONFIG_MAPPING, __version__
+
+    kind = read_json(folder / CONFIG).get("model_type") if (folder / CONFIG).is_file() else None
+    if isinstance(kind, str) and kind not in CONFIG_MAPPING:
+        raise UserError(f"{folder}: transformers {__version__} has no class of {CONFIG}'s model_type = "
+                        f"{kind!r}; install a later release that has one, or do without transformers "
+                        "(`convert verify --no-load`, `--engine megatron`)")
 
 
 def low_bit_options(folder: Path) -> dict[str, Any]:

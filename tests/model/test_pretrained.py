@@ -90,6 +90,20 @@ def test_another_architectures_config_is_refused(models: dict[str, Path], tmp_pa
         load_hf(folder)
 
 
+def test_a_model_that_this_transformers_has_no_class_of_is_told_from_a_damaged_one(
+        models: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(models["lm"], tmp_path / "new")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "of_next_year"}))
+    with pytest.raises(UserError, match=r"new: transformers [\d.]+ has no class of config.json's model_type "
+                                        r"= 'of_next_year'; install a later release .* --no-load") as e:
+        load_hf(folder)
+    assert "restore" not in str(e.value)
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    with pytest.raises(UserError, match=r"cannot load it .*; restore it from its source"):
+        load_hf(folder)
+
+
 def test_what_a_class_does_without_is_passed_over(tmp_path: Path) -> None:
     """The prediction layer, at a size unknown to transformers; buffers of older files; a tied head."""
     c = DeepseekV3Config(**SIZES, moe_intermediate_size=8, n_routed_experts=2, num_experts_per_tok=1,

@@ -16,8 +16,8 @@ from megatron_sov.model.config.gpu import AUTO, RECIPES
 from megatron_sov.plan.search.recommended import RECOMMENDED
 
 RUN = str(Path(__file__).with_name("quantized_run.py"))
-TINY = {"solar_open": "tiny-solar-open", "exaone_moe": "tiny-k-exaone", "qwen2": "tiny-qwen2",
-        "qwen3": "tiny-qwen3", "qwen3_moe": "tiny-qwen3-moe"}
+TINY = {"solar_open": "tiny-solar-open", "solar_open2": "tiny-solar-open2", "exaone_moe": "tiny-k-exaone",
+        "qwen2": "tiny-qwen2", "qwen3": "tiny-qwen3", "qwen3_moe": "tiny-qwen3-moe"}
 """Family -> recipe that stands for its large ones."""
 LOW_PRECISION = ("tiny-solar-open", "tiny-k-exaone")
 """Whose large recipes are trained in low precision; of the others two precisions are enough."""

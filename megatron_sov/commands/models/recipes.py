@@ -23,6 +23,8 @@ from megatron_sov.plan.search.recommended import table
 
 BUILT_IN = "built in"
 GIVEN = ValueSource("yours", "--config or --set")
+KINDS = {"L": "sliding", "D": "linear", "G": "global"}
+"""Letters of a pattern of layers -> what a summary calls their attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +120,14 @@ def summary(config: RunConfig) -> str:
     model, count = config.model, num_params(config.model)
     experts = (f"{model.num_experts_per_token} of {model.num_experts} experts" if model.num_experts
                else "dense")
-    attention = "sliding + global attention" if "L" in model.attention_pattern else "global attention"
+    attention = " + ".join(kind for letter, kind in KINDS.items() if letter in model.attention_pattern)
     tokens = sum(p.tokens for p in config.data.phases) or config.train.tokens
     if config.train.steps:
         budget = f"{config.train.steps:,} steps"
     else:
         budget = f"{tokens / 1e12:.4g} T tokens" if tokens >= 1e12 else f"{tokens / 1e9:.4g} B tokens"
     return (f"{billions(count.total)} parameters ({billions(count.active)} active), {experts}, "
-            f"{attention}, {budget}")
+            f"{attention} attention, {budget}")
 
 
 def billions(count: int) -> str:

@@ -60,7 +60,17 @@ def _llama3(plain: torch.Tensor, scaling: Llama3RopeConfig) -> torch.Tensor:
 
 def rotate_by(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
     """Have the library's rotary embedding turn by `frequencies`: in float64 for models in float64, whose
-    angles it would round, and in its own float32 for scalings that it does not have with these numbers."""
+    angles it would round, and in its own float32 for scalings that it does not have with these numbers.
+
+    Where no layer rotates its table has a line for each place of a row, but no channels: of 1M places it
+    would have half a GiB."""
+    if not model.rotates():
+        embedding.dim = 0  # of YaRN's
+        for name in ("inv_freq", "inv_freq_extra", "inv_freq_inter"):
+            if hasattr(embedding, name):
+                setattr(embedding, name, getattr(embedding, name)[:0])
+        embedding.forward.cache_clear()
+        return
     if dtype != torch.float64 and model.llama3_rope is None and model.linear_rope_factor is None:
         return
     with CPU:  # a model may be built on meta tensors, and these are numbers

@@ -386,6 +386,11 @@ class ModelConfig:
         """Tokens beyond the next one that training predicts: applications of prediction layers."""
         return self.num_mtp_layers * self.mtp_depths
 
+    def rotates(self) -> bool:
+        """Return whether a layer has positions, by rotation."""
+        letters = self.attention_pattern + self.mtp_attention * bool(self.num_mtp_layers)
+        return "L" in letters or (self.rope_on_global and "G" in letters)
+
     def rotated_channels(self) -> int:
         latent = self.latent_attention
         return latent.qk_rope_head_dim if latent is not None else round(self.head_dim * self.rope_share)

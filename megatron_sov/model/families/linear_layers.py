@@ -225,6 +225,13 @@ def _num_layers(config: dict[str, Any]) -> int:
     return count
 
 
+def _whole(name: str, value: Any) -> int:
+    """Return a size; `UserError` where it is no whole number, which `int` would make of 4.9."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"config.json: {name} = {value!r} must be a whole number; restore it from its source")
+    return value
+
+
 def _pattern(types: list[Any], count: int) -> dict[str, Any]:
     """Return the shortest pattern that gives the list; `UserError` where it is not one known type per
     layer."""
@@ -294,7 +301,8 @@ class LinearHeads:
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the sizes."""
         keys, values, key_width, value_width, taps = (
-            int(config.get(name, default)) for name, default in zip(self.names, self.defaults, strict=True))
+            _whole(name, config.get(name, default))
+            for name, default in zip(self.names, self.defaults, strict=True))
         return {"linear_attention": asdict(LinearAttentionConfig(keys, values, key_width, value_width, taps))}
 
 
@@ -332,7 +340,7 @@ class KimiLayers:
             if config.get(other, inside) != inside:
                 raise UserError(f"config.json: linear_attn_config.{name} = {inside} and {other} = "
                                 f"{config[other]} disagree; remove the latter")
-            said.append(int(inside))
+            said.append(_whole(f"linear_attn_config.{name}", inside))
         lists = {kind: part.pop(name) for name, kind in self.lists if name in part}
         if part:
             raise UserError(f"config.json: linear_attn_config has {', '.join(part)}, which is not known")
@@ -385,25 +393,28 @@ class SolarLayers:
         part = dict(config.get("linear_attn_config", usual))
         of_keys = part.pop("num_kv_heads", None)
         if sorted(part) != sorted(self.sizes):
-            raise UserError(f"config.json: linear_attn_config has {', '.join(sorted(part))}, and beside "
-                            f"num_kv_heads it needs {', '.join(self.sizes)} alone")
-        heads, width, taps = (int(part[name]) for name in self.sizes)
+            raise UserError(f"config.json: linear_attn_config has {', '.join(sorted(part)) or 'nothing'}, "
+                            f"and beside num_kv_heads it needs {', '.join(self.sizes)} alone")
+        heads, width, taps = (_whole(f"linear_attn_config.{name}", part[name]) for name in self.sizes)
         if of_keys and of_keys != heads:
             raise UserError(f"config.json: linear_attn_config.num_kv_heads = {of_keys}, but only null or "
                             f"num_heads = {heads} is supported: keys and values have as many heads as "
                             "queries")
-        negative = bool(config.get("kda_allow_neg_eigval", True))
+        negative = config.get("kda_allow_neg_eigval", True)
+        if not isinstance(negative, bool):
+            raise UserError(f"config.json: kda_allow_neg_eigval = {negative!r} must be true or false")
         return {**self._layers(config), "linear_attention": asdict(
             LinearAttentionConfig(heads, heads, width, width, taps, width, negative))}
 
     @staticmethod
     def _layers(config: dict[str, Any]) -> dict[str, Any]:
         count, interval = _num_layers(config), config.get("gqa_interval", 3)
-        if not isinstance(interval, int) or interval < 1:
+        if _whole("gqa_interval", interval) < 1:
             raise UserError(f"config.json: gqa_interval = {interval!r} must be an integer of 1 or more")
         softmax = config.get("gqa_layers", [*range(0, count, interval + 1)])
         listed = ["full_attention" if i in softmax else "linear_attention" for i in range(count)]
         types = config.get("layer_types", listed)
+        pattern = _pattern(types, count)
         # without the list the interval says nothing beside the types; transformers writes its default there
         if "gqa_layers" in config and (types != listed or len({*softmax}) != len(softmax)
                                        or listed.count("full_attention") != len(softmax)):
@@ -412,7 +423,7 @@ class SolarLayers:
         if "full_attention" not in types:
             raise UserError("config.json: no layer has softmax attention, and this family needs one; name "
                             "it in gqa_layers")
-        return _pattern(types, count)
+        return pattern
 
 
 @dataclass(frozen=True)

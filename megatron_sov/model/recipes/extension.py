@@ -53,8 +53,7 @@ def extended(model: ModelConfig, trained_tokens: int, new_tokens: int, rope_thet
     Raises:
         UserError: rotations are to be changed where sliding layers keep theirs, or no layer has any.
     """
-    nothing_rotates = "L" not in model.attention_pattern and not model.rope_on_global
-    if nothing_rotates and (rope_theta or yarn_factor or yarn_original_tokens):
+    if not model.rotates() and (rope_theta or yarn_factor or yarn_original_tokens):
         raise UserError(f"rope_theta = {rope_theta:g}, yarn_factor = {yarn_factor:g}, yarn_original_tokens = "
                         f"{yarn_original_tokens}: no layer of the model rotates (model.rope_on_global); "
                         "leave them out")
@@ -70,7 +69,7 @@ def extended(model: ModelConfig, trained_tokens: int, new_tokens: int, rope_thet
         model = replace(model, rope_theta=rope_theta)
     if yarn_factor == 1 or (rope_theta and not yarn_factor):
         return replace(model, yarn=None, max_position_tokens=longest)
-    if not yarn_factor and ("L" in model.attention_pattern or nothing_rotates or new_tokens <= reached):
+    if not yarn_factor and ("L" in model.attention_pattern or not model.rotates() or new_tokens <= reached):
         return replace(model, max_position_tokens=longest)
     factor = yarn_factor or new_tokens / original
     yarn = replace(model.yarn or YarnConfig(), factor=factor, original_max_position_tokens=original)

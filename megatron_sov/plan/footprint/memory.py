@@ -193,7 +193,7 @@ def account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
         on_host=states.on_host, counters=states.counters, update=_update_bytes(config, states),
         layer_inputs=waits.waiting, one_layer=one_layer, head=head, imbalance=uneven,
         quantized_weights=quantized_weight_bytes(config, stage),
-        angles=2 * row * config.model.rotated_channels() * FLOAT32_BYTES,
+        angles=2 * row * config.model.rotated_channels() * config.model.rotates() * FLOAT32_BYTES,
         nccl=nccl_bytes(config, num_ranks), fragmentation=int(FRAGMENTATION_SHARE * moving))
 
 

@@ -52,6 +52,7 @@ _HYBRID: Layout = ("parallel.expert_dispatcher=hybridep",)
 """Kernels that have to be installed; a layout behind it is without."""
 _WHOLE_ROWS: Layout = ("gpu.attention=fused",)
 """Of rows that are cut each process attends over the whole row, for its share of the heads, by cuDNN."""
+_HYBRID_STAGES: Layout = ("parallel.pp=4", "parallel.vpp=4", *_NODE)
 _QUARTERS: Layout = ("parallel.tp=4", "parallel.sp=true")
 
 _ZERO1: Layout = ("parallel.zero1=true",)
@@ -121,6 +122,9 @@ RECOMMENDED: dict[str, dict[str, tuple[Layout, ...]]] = {
                  ("parallel.tp=4", "parallel.pp=4", *_NODE, *_WHOLE_ROWS), _WHOLE_ROWS)},
     "k-exaone2-750b": {"h100": (_DEEP_HALVES,), "h200": (_DEEP_STAGES, _DEEP_HALVES),
                        "b200": (_DEEP_STAGES, _DEEP_HALVES)},
+    "solar-open2-250b": {
+        "h100": ((*_HALVES, "parallel.pp=8", "parallel.vpp=2", *_NODE, *_TWO_ROWS),),
+        "h200": (_HYBRID_STAGES,), "b200": ((*_HYBRID_STAGES, *_TWO_ROWS),)},
     **dict.fromkeys(("qwen2-1.5b", "qwen3-4b", "qwen3-4b-2507", "qwen3-8b", "qwen3-moe-30b",
                      "qwen3-30b-a3b-2507", "typhoon-s-8b", "vibethinker-1.5b"),
                     _SMALL),

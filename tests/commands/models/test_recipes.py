@@ -26,6 +26,9 @@ def test_lists_every_recipe_with_its_size(capsys: pytest.CaptureFixture[str]) ->
     solar = next(line for line in lines if line.startswith("solar-open-102b"))
     assert "102.65 B parameters (12.05 B active)" in solar  # as published, arXiv 2601.07022
     assert "20 T tokens" in solar
+    for recipe, attention in (("solar-open-102b", "experts, global"), ("k-exaone-236b", "sliding + global"),
+                              ("solar-open2-250b", "linear + global")):
+        assert f"{attention} attention," in next(line for line in lines if line.startswith(recipe))
 
 
 def test_prints_where_each_value_comes_from(capsys: pytest.CaptureFixture[str]) -> None:

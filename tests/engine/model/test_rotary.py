@@ -42,6 +42,27 @@ def test_float64_models_rotate_by_float64_angles(ranks: Any, job: Any) -> None:
         assert not torch.allclose(torch.tensor(fp32, dtype=torch.float64), expected, rtol=1e-10, atol=0)
 
 
+def shapes(recipe: str) -> list[int]:
+    """Return the shape of a model's table of angles for a row of 4,096 tokens."""
+    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.parallel import world
+    from megatron_sov.model.config import ParallelConfig
+
+    config = apply_settings(recipes.get(recipe), ["train.precision=fp64"])
+    world.join(ParallelConfig())
+    found = build(config.model, ParallelConfig(), config.train).chunks[0].rotary_pos_emb(4096)
+    return list((found[0] if isinstance(found, tuple) else found).shape)
+
+
+@pytest.mark.distributed
+def test_where_no_layer_rotates_a_row_has_no_angles(ranks: Any, job: Any) -> None:
+    """So that an extension to 1M holds none, and `plan` counts none (tests/plan/footprint/test_memory.py)."""
+    expected = {"tiny-solar-open2": 0, "tiny-kimi-linear": 0, "tiny-k-exaone": 32, "tiny-deepseek-v3": 16}
+    found = ranks(*(job(__file__, "shapes", 1, {"recipe": recipe}) for recipe in expected))
+    for (recipe, channels), (shape,) in zip(expected.items(), found, strict=True):
+        assert shape == [4096, 1, 1, channels], recipe
+
+
 @pytest.mark.parametrize("yarn", [None, {"rope_type": "yarn", "factor": 4.0,
                                          "original_max_position_embeddings": 512}])
 def test_the_formula_is_the_one_of_transformers(yarn: dict[str, Any] | None) -> None:

@@ -169,6 +169,14 @@ def test_of_a_layer_and_the_head_the_larger_counts() -> None:
         assert found.total == sum(found.components().values())
 
 
+def test_rows_of_models_that_rotate_nothing_have_no_angles() -> None:
+    """Of 1M tokens they would have a GiB, by cosine and sine of 128 channels in float32."""
+    for recipe, angles in (("solar-open2-250b-extend", 0), ("kimi-linear-48b", 0),
+                           ("k-exaone-236b", 2**20 * 128 * 2 * 4)):
+        config = apply_settings(recipes.get(recipe), ["parallel.pp=1"])
+        assert account(config, 64, 0, 2**20).angles == angles, recipe
+
+
 def test_uneven_routing_is_on_top() -> None:
     config = config_of("solar-open-102b", parallel__ep=8, train__recompute="false")
     even, uneven = (account(config, 64, 0, 4096, imbalance) for imbalance in (1.0, 1.5))
