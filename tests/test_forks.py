@@ -1,0 +1,74 @@
+"""Tests in forks of one process: two at a time, each with what it printed, and one that ends its process
+fails alone."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+ONE = """
+import os, signal, time, warnings
+def test_is_beside_another_file(pytestconfig):
+    while not (pytestconfig.rootpath / "other").exists():
+        time.sleep(0.01)
+def test_says_what_is_wrong():
+    os.write(1, b"said by the first\\n")
+    assert [1, 2] == [1, 3]
+def test_ends_its_process():
+    if not os.fork():
+        os.closerange(0, 3)
+        time.sleep(9)  # what it has started goes on
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+def test_behind_it():
+    warnings.warn("take care")
+"""
+TWO = """
+import os, pytest
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    yield tmp_path_factory.mktemp("made")
+    print("nobody reads this")
+def test_is_beside_another_file(pytestconfig, made):
+    assert made.parent.name.startswith("fork-")
+    (pytestconfig.rootpath / "other").touch()
+@pytest.mark.xfail(reason="known")
+def test_known(): assert False
+def test_lacks(): pytest.skip("there is no disk")
+"""
+
+
+def run(folder: Path, *options: str) -> str:
+    """Return what pytest says of these files, done by two forks."""
+    (folder / "test_one.py").write_text(ONE)
+    (folder / "test_two.py").write_text(TWO)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "tests.forks", "--forks", "2", "-c", "/dev/null", "-ra",
+         "-p", "no:cacheprovider", "--rootdir", str(folder), *options, str(folder)],
+        capture_output=True, text=True, check=False, cwd=TESTS.parent)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert not done.stderr
+    return done.stdout
+
+
+def test_forks_do_all_tests_and_one_that_is_killed_fails_alone(tmp_path: Path) -> None:
+    said = run(tmp_path)
+    assert re.search("= 2 failed, 3 passed, 1 skipped, 1 xfailed, 1 warning in ", said), said
+    assert "the process has ended with exit code -9" in said.partition("_ test_ends_its_process _")[2]
+    failure = said.partition("test_says_what_is_wrong")[2]
+    assert "At index 1 diff: 2 != 3" in failure
+    assert "said by the first" in failure
+    assert "UserWarning: take care" in said
+    assert re.search(r"SKIPPED \[1\] .*test_two.py:12: there is no disk", said)
+    assert "nobody reads this" not in said
+    assert re.search(r"largest memory of each fork: \d+, \d+ MB", said)
+
+
+def test_no_more_is_begun_behind_the_first_failure(tmp_path: Path) -> None:
+    said = run(tmp_path, "-x")
+    assert "stopping after 1 failures" in said
+    assert "1 failed" in said.splitlines()[-1]
+    assert "test_behind_it" not in said
