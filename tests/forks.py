@@ -18,12 +18,13 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
 from multiprocessing import Pipe, connection
 from typing import Any
 
 import pytest
 
+ONCE = frozenset({"cluster"})
+"""Fixtures of which there is one at a time: their tests are given out together, as a file's are."""
 PEAKS = pytest.StashKey[list[int]]()
 """Largest resident memory of each fork that has ended, in MB."""
 
@@ -64,8 +65,11 @@ class _Forks:
 
     def __init__(self, session: pytest.Session) -> None:
         self.session, self.config = session, session.config
-        self.files = deque(deque(index for index, _ in found) for _, found in groupby(
-            enumerate(session.items), key=lambda one: one[1].path))
+        together: dict[Any, deque[int]] = {}
+        for index, item in enumerate(session.items):
+            shared = ONCE.intersection(getattr(item, "fixturenames", ()))
+            together.setdefault(min(shared) if shared else item.path, deque()).append(index)
+        self.files = deque(together.values())
         self.working: dict[Any, _Fork] = {}
         """By the line on which each tells of its tests."""
         self.num_started = 0

@@ -26,6 +26,15 @@ def test_ends_its_process():
 def test_behind_it():
     warnings.warn("take care")
 """
+SETTINGS = """
+import pytest
+@pytest.fixture(scope="session")
+def cluster(pytestconfig):
+    (pytestconfig.rootpath / "cluster").mkdir()  # a second one would fail
+"""
+THREE = """
+def test_needs_the_cluster_too(cluster): pass
+"""
 TWO = """
 import os, pytest
 @pytest.fixture(scope="session")
@@ -38,6 +47,7 @@ def test_is_beside_another_file(pytestconfig, made):
 @pytest.mark.xfail(reason="known")
 def test_known(): assert False
 def test_lacks(): pytest.skip("there is no disk")
+def test_needs_the_cluster(cluster): pass
 """
 
 
@@ -45,6 +55,8 @@ def run(folder: Path, *options: str) -> str:
     """Return what pytest says of these files, done by two forks."""
     (folder / "test_one.py").write_text(ONE)
     (folder / "test_two.py").write_text(TWO)
+    (folder / "test_three.py").write_text(THREE)
+    (folder / "conftest.py").write_text(SETTINGS)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "tests.forks", "--forks", "2", "-c", "/dev/null", "-ra",
          "-p", "no:cacheprovider", "--rootdir", str(folder), *options, str(folder)],
@@ -56,7 +68,7 @@ def run(folder: Path, *options: str) -> str:
 
 def test_forks_do_all_tests_and_one_that_is_killed_fails_alone(tmp_path: Path) -> None:
     said = run(tmp_path)
-    assert re.search("= 2 failed, 3 passed, 1 skipped, 1 xfailed, 1 warning in ", said), said
+    assert re.search("= 2 failed, 5 passed, 1 skipped, 1 xfailed, 1 warning in ", said), said
     assert "the process has ended with exit code -9" in said.partition("_ test_ends_its_process _")[2]
     failure = said.partition("test_says_what_is_wrong")[2]
     assert "At index 1 diff: 2 != 3" in failure

@@ -16,12 +16,11 @@ import torch
 
 from megatron_sov.engine.model import delta_rule
 from megatron_sov.engine.model.delta_rule import chunk_documents, in_chunks
-from megatron_sov.engine.model.linear_attention import GatedDeltaNet, KimiDeltaAttention
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import FLA_KERNELS
 from tests import newest
 from tests.engine.model.test_delta_rule import HEADS, KEYS, VALUES, R, drawn
-from tests.engine.model.test_linear_attention import made, row, states
+from tests.engine.model.test_linear_attention import OF_KIMI, SIZES, made, row, states
 
 DOCUMENTS = [(0, 0, 70), (70, 100, 171), (171, 171, 172), (172, 172, 200)]
 """Start, first token whose output is asked for, end."""
@@ -93,7 +92,7 @@ def test_what_is_asked_for_and_its_gradients_are_those_of_torch(of_channels: boo
 def test_a_layer_asks_for_them_where_its_model_does(
         of_channels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "size", lambda: 1)
-    layer = made(KimiDeltaAttention if of_channels else GatedDeltaNet).float()
+    layer = made(OF_KIMI if of_channels else SIZES).float()
     x, packed = states().float(), row([0, 70, 150])
     expected = layer(x, packed_seq_params=packed)[0]
     layer.config.delta_kernels = True
