@@ -23,8 +23,9 @@ from typing import Any
 
 import pytest
 
-ONCE = frozenset({"cluster"})
-"""Fixtures of which there is one at a time: their tests are given out together, as a file's are."""
+ONCE = ("cluster", "build_wheel")
+"""Fixtures that are made once, by one fork: their tests are given out together, as a file's are.  Two
+clusters on one machine disturb each other, and a wheel is half a minute of a core."""
 PEAKS = pytest.StashKey[list[int]]()
 """Largest resident memory of each fork that has ended, in MB."""
 
@@ -67,8 +68,9 @@ class _Forks:
         self.session, self.config = session, session.config
         together: dict[Any, deque[int]] = {}
         for index, item in enumerate(session.items):
-            shared = ONCE.intersection(getattr(item, "fixturenames", ()))
-            together.setdefault(min(shared) if shared else item.path, deque()).append(index)
+            asked = getattr(item, "fixturenames", ())
+            shared = next((name for name in ONCE if name in asked), item.path)
+            together.setdefault(shared, deque()).append(index)
         self.files = deque(together.values())
         self.working: dict[Any, _Fork] = {}
         """By the line on which each tells of its tests."""
