@@ -79,7 +79,7 @@ test: style slurm browser  ## lint, and beside mypy all tests
 	$(MAKE) -j 2 types suite
 
 # What takes longest comes first, and what takes shortest last: then no fork of pytest waits long for the others.
-LONGEST := $(addprefix tests/,operate/slurm/test_jobs.py operate/slurm e2e benchmarks layouts te_double commands engine post infer train \
+LONGEST := $(addprefix tests/,operate/slurm e2e benchmarks layouts te_double commands engine post infer train \
   convert proof eval serve bench publish model operate checkpoint judge test_readme.py test_own_code.py test_wheel.py test_mutations.py \
   tokenizer data_prep)
 # What is freed goes back to the system at once: a tenth of a process's memory.

@@ -145,16 +145,19 @@ class _Forks:
 
     def _note_end(self, fork: _Fork) -> None:
         """Take note of a process that has ended, and start another one for what it has left."""
-        _, status = os.waitpid(fork.pid, 0)
-        if not fork.left:
+        code = os.waitstatus_to_exitcode(os.waitpid(fork.pid, 0)[1])
+        if not fork.left and not code:
             return
-        item = self.session.items[fork.left.popleft()]
+        was_at_a_test = bool(fork.left)
+        item = self.session.items[fork.left.popleft() if was_at_a_test else -1]
+        # without a test it fell over what the session's fixtures do at their end, or over its own beginning
         self.config.hook.pytest_runtest_logreport(report=pytest.TestReport(
-            item.nodeid, item.location, {}, "failed",
-            f"the process has ended with exit code {os.waitstatus_to_exitcode(status)}", "call"))
+            item.nodeid, item.location, {}, "failed", f"the process has ended with exit code {code}",
+            "call" if was_at_a_test else "teardown"))
         if fork.left:
             self.files.appendleft(fork.left)
-        self._start()
+        if was_at_a_test:
+            self._start()
 
 
 def _has_ended(pid: int) -> bool:

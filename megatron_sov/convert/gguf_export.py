@@ -450,7 +450,7 @@ def _describe_experts(gguf: Any, writer: Any, model: ModelConfig) -> None:
 
 
 @dataclass(frozen=True)
-class _Stream:
+class _PartedTensor:
     """A tensor as `gguf.GGUFWriter.write_tensor_data` takes it, of which memory holds a part at a time."""
 
     nbytes: int
@@ -468,7 +468,7 @@ def _write(gguf: Any, writer: Any, tensors: list[WrittenTensor], path: Path) -> 
         writer.write_ti_data_to_file()
         for tensor in tqdm(tensors, desc="to-gguf", unit="tensor", disable=None):
             parts = (_stored(gguf, tensor.kind, part) for part in tensor.read())
-            writer.write_tensor_data(_Stream(_size_bytes(gguf, tensor), parts))
+            writer.write_tensor_data(_PartedTensor(_size_bytes(gguf, tensor), parts))
         writer.flush()
     finally:
         writer.close()
