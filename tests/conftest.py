@@ -238,13 +238,20 @@ SHARED = "SOV_TESTS_SERVERS"
 """Variable that tells, as JSON, where to call the workers that several processes of tests share."""
 
 
+@contextmanager
+def shared_workers() -> Iterator[dict[str, str]]:
+    """Yield where to call workers that several processes of tests share."""
+    with closing(Server()) as server, closing(Server(TE_DOUBLE)) as te_server:
+        yield {"worker": server.address, "te_worker": te_server.address}
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
     """Start the workers before the forks that call them, if nobody has (made_once.py)."""
     if SHARED in os.environ or getattr(session.config.option, "forks", 0) < 2:
         return (yield)
-    with closing(Server()) as server, closing(Server(TE_DOUBLE)) as te_server:
-        os.environ[SHARED] = json.dumps({"worker": server.address, "te_worker": te_server.address})
+    with shared_workers() as addresses:
+        os.environ[SHARED] = json.dumps(addresses)
         try:
             return (yield)
         finally:

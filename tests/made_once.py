@@ -18,16 +18,14 @@ from pathlib import Path
 
 def main(command: list[str]) -> int:
     """Return the exit code of a command that finds workers and data in its environment."""
-    from tests.conftest import NO_RANK, SHARED, TE_DOUBLE, Server, Worker
+    from tests.conftest import NO_RANK, SHARED, Worker, shared_workers
     from tests.packing import MAKERS
 
-    with (tempfile.TemporaryDirectory() as made, closing(Server()) as server,
-          closing(Server(TE_DOUBLE)) as te_server, tempfile.TemporaryDirectory() as said,
-          closing(Worker(Path(said), server.address)) as worker):
+    with (tempfile.TemporaryDirectory() as made, shared_workers() as shared,
+          tempfile.TemporaryDirectory() as said, closing(Worker(Path(said), shared["worker"])) as worker):
         for name, make in MAKERS.items():
             (folder := Path(made) / name).mkdir()
             make(folder, lambda *argv, program: worker.run(600, None, NO_RANK, program=program, argv=argv))
-        shared = {"worker": server.address, "te_worker": te_server.address}
         return subprocess.run(command, check=False, env={
             **os.environ, SHARED: json.dumps(shared), "SOV_TESTS_DATA": made}).returncode
 

@@ -201,7 +201,8 @@ class SimulatedRanks:
 def _share_one_heap() -> None:
     """Have glibc give what one thread has freed to all of them: with heaps for every few threads 512
     processes took half as much memory again."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's own
+    if sys.platform == "linux" and mallopt is not None:
         mallopt(_M_ARENA_MAX, 1)
 
 
