@@ -47,7 +47,9 @@ LAST = 20
 
 def train(model: str, recipe: str, data: Path, steps: int, seed: int) -> None:
     """Print the losses as JSON; runs in a process of its own, as the only rank."""
-    sys.path.insert(0, str(DOUBLE))  # megatron looks for the library while it is imported
+    sys.path.insert(0, str(DOUBLE))
+    import transformer_engine.pytorch  # noqa: F401  (one that is not imported is hidden on a CPU)
+
     from megatron_sov.engine.parallel import cpu_shims
 
     cpu_shims.prepare_megatron()

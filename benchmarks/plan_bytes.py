@@ -175,6 +175,7 @@ def worker(numbers: list[int], seed: int, double: bool) -> None:
 
     if double:
         sys.path.insert(0, str(DOUBLE))
+        import transformer_engine.pytorch  # noqa: F401  (one that is not imported is hidden on a CPU)
     cpu_shims.prepare_without_gpu()
     from megatron_sov.engine.model import specs
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import socket
 import sys
 import traceback
 from typing import TextIO
@@ -18,7 +19,7 @@ from typing import TextIO
 from setting import DOUBLE, PROGRAMS, ROOT
 
 ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29573"}
+            "MASTER_ADDR": "127.0.0.1"}
 """What a launcher sets: a command that trains is then a rank itself, and starts no process."""
 
 
@@ -26,6 +27,8 @@ def install_double() -> None:
     """Put the double in the place of Transformer Engine, and have models made of it in any dtype and under
     any `train.fp8`, whose products it quantises; call it before megatron-core is imported."""
     sys.path[:0] = [str(DOUBLE), str(ROOT)]
+    import transformer_engine.pytorch as te  # one that is not imported is hidden on a CPU
+
     from megatron_sov.engine.parallel import cpu_shims
 
     cpu_shims.prepare_megatron()
@@ -33,8 +36,6 @@ def install_double() -> None:
 
     specs.on_gpu = lambda: True  # what configurations are made for
     specs.transformer_engine_serves = lambda dtype: True
-    import transformer_engine.pytorch as te
-
     from megatron_sov.engine.parallel.device import FP8_FUNCTIONS
     from tests.te_double.quantized_run import quantise_products
 
@@ -45,7 +46,10 @@ def install_double() -> None:
 
 def run(program: str, words: list[str]) -> int:
     """Run a command as its own process would; returns its exit code."""
-    for name, value in ONE_RANK.items():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # parts may run beside each other
+        port = str(free.getsockname()[1])
+    for name, value in {**ONE_RANK, "MASTER_PORT": port}.items():
         if program == "megatron-sov":
             os.environ[name] = value
         else:

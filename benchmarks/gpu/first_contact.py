@@ -11,6 +11,7 @@ under "not in a dry run" what is left for the GPU.
 
   installation  Transformer Engine imports and has the signatures that are counted on; `doctor` is content
   losses        tiny recipes on the GPU against the CPU; routers move; checkpoints go to the CPU and back
+  post          fine-tuning, preferences, distillation, reinforcement learning and generation, against the CPU
   attention     packed rows x windows x grouped heads against a dense reference, with gradients
   fp8           each recipe's products against their emulation
   fp8_training  each recipe's training against bf16, and resumed
@@ -37,7 +38,7 @@ from typing import Any
 
 from setting import DOUBLE, ROOT, Failed, Machine, Setting
 
-PARTS = ("installation", "losses", "attention", "fp8", "fp8_training", "big_rank", "transfers")
+PARTS = ("installation", "losses", "post", "attention", "fp8", "fp8_training", "big_rank", "transfers")
 MACHINE = "machine"
 """The process that measures how quick the machine is, and its result."""
 MACHINE_BUDGET_S = 900
@@ -48,6 +49,7 @@ RUNNING, ENDED_WITHIN_S = "RUNNING", 30
 def run_here(part: str, setting: Setting) -> None:
     """Run a part in this process, and write its result after each figure."""
     start, problem, figures = time.monotonic(), "", dict[str, Any]()
+    sys.path.append(str(ROOT))
     if setting.dry:
         sys.path.insert(0, str(DOUBLE))
     try:
@@ -206,6 +208,7 @@ def main() -> None:
                         help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends what it has started, too
     args.out.mkdir(parents=True, exist_ok=True)
     setting = Setting(args.out.resolve(), args.dry)
     if args.in_process == MACHINE:

@@ -4,10 +4,13 @@ images: memory against the account, and TFLOP/s step by step of what can be swit
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +22,22 @@ OVERLAP = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=t
 """The recipe's; the first steps of the ladder do without."""
 SELECTIVE = ("train.recompute=selective", 'gpu.recompute_modules=["layernorm", "moe_act"]')
 ALONE = tuple(word.replace("true", "false") for word in OVERLAP)
+GRAPHS = "graphs of routers"
+GATHERED = "weights in 8 bits"
+"""Its losses are its own: mirror images gather quantised weights, of which each has the same part."""
 LADDER = (
-    ("all off", (*ALONE, "gpu.rope_fusion=off", "gpu.permute_fusion=off", "gpu.swiglu_fusion=off",
-                 "gpu.grad_accumulation_fusion=off", "train.recompute=true")),
+    ("all off", (*ALONE, "gpu.rope_fusion=off", "gpu.router_fusion=off", "gpu.permute_fusion=off",
+                 "gpu.swiglu_fusion=off", "gpu.grad_accumulation_fusion=off", "train.recompute=true")),
     ("fused kernels", (*ALONE, "gpu.grad_accumulation_fusion=off", "train.recompute=true")),
     ("fused gradient sums", (*ALONE, "train.recompute=true")),
     ("overlapped messages", (*OVERLAP, "train.recompute=true")),
     ("selective recomputation", (*OVERLAP, *SELECTIVE)),
+    (GRAPHS, (*OVERLAP, *SELECTIVE, 'gpu.cuda_graphs=["moe_router", "moe_preprocess"]')),
     ("FP8", (*OVERLAP, *SELECTIVE, "train.fp8=blockwise", "train.fp8_pad_routed_tokens=true")),
+    (GATHERED, (*OVERLAP, *SELECTIVE, "train.fp8=blockwise", "train.fp8_pad_routed_tokens=true",
+                "train.fp8_weights=true")),
 )
-"""What is switched on, one after another, by settings."""
+"""What is switched on, one after another, by settings; graphs of routers alone are switched off again."""
 MEMORY_LIMIT = 0.1
 """Largest relative difference of the peak from the account."""
 LOSS_LIMIT = 2e-2
@@ -37,6 +46,8 @@ same from the same weights and tokens, and differ by what rounding makes of it. 
 elsewhere: where rounding sends one token to another expert, mirror images send other rows to all that are
 sorted behind it (`mirror`).  Of the dry run's 0.116 % with the fused rotation 0.004 % are left where no
 tokens are exchanged, and nothing in float32."""
+NUM_KERNELS = 25
+"""That are told of a step."""
 STEPS, DRY_STEPS = 6, 3
 """Steps that are timed less two; a dry run's seconds say nothing."""
 DRY = ("tiny-solar-open", 8, 3, (
@@ -63,7 +74,7 @@ def prepare(dry: bool) -> None:
     import one_rank  # noqa: F401
 
 
-def one(words: list[str], dry: bool, trace: str) -> dict[str, Any]:
+def one(words: list[str], dry: bool) -> dict[str, Any]:
     """Build the rank, do some steps and return the figures."""
     import torch
     from one_rank import OneRank
@@ -75,26 +86,37 @@ def one(words: list[str], dry: bool, trace: str) -> dict[str, Any]:
 
     recipe, num_ranks, rank, layout = place(dry)
     config = apply_settings(recipes.get(recipe), [*layout, *words])
+    start_s = time.monotonic()
     runner = OneRank(config, rank, num_ranks)
+    built_s = time.monotonic() - start_s
     losses, times_s = zip(*(runner.step(number) for number in range(1, (DRY_STEPS if dry else STEPS) + 1)),
                           strict=True)
     seconds = min(times_s[2:])
-    if trace:
-        with torch.profiler.profile() as profile:
-            runner.step(STEPS + 1)
-        profile.export_chrome_trace(trace)
     seq_len = config.data.phases[0].seq_len
     flops = train_flops_per_token(config.model, seq_len) * seq_len * config.train.micro_batch_size
     account = memory_of(config, runner.world.size)
     peak = 0 if dry else torch.cuda.max_memory_allocated()
-    return {"step s": seconds, "TFLOP/s": flops / seconds / 1e12, "peak bytes": peak,
-            "account bytes": account.allocated, "losses": losses}
+    return {"build s": built_s, "step s": seconds, "TFLOP/s": flops / seconds / 1e12, "peak bytes": peak,
+            "account bytes": account.allocated, "losses": losses,
+            **({} if dry else {"ms of kernels": kernels(lambda: runner.step(STEPS + 1))})}
 
 
-def tell(words: list[str], dry: bool, trace: str) -> None:
+def kernels(step: Callable[[], object]) -> dict[str, tuple[float, int]]:
+    """Return the milliseconds and the number of launches of the kernels that take longest in a step."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+    found = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in found) / 1e3, sum(e.count for e in found)
+    return {"all": total} | {e.key[:100]: (e.self_device_time_total / 1e3, e.count)
+                             for e in found[:NUM_KERNELS]}
+
+
+def tell(words: list[str], dry: bool) -> None:
     """Print the figures of a step of the ladder, or what went wrong, as a line of JSON."""
     try:
-        found: dict[str, Any] = one(words, dry, trace)
+        found: dict[str, Any] = one(words, dry)
     except Exception as e:  # the other steps are to be tried as well
         found = {"problem": f"{type(e).__name__}: {e}"}
     print(json.dumps(found), flush=True)
@@ -113,6 +135,27 @@ def cost(setting: Setting) -> Cost:
                 flops=train_flops_per_token(config.model, seq_len) * seq_len * steps)
 
 
+def begun(names: list[str], dry: bool) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Yield the process of each step of the ladder, which imports while those before it run, and then waits
+    for its turn; in a dry run all steps are one process'."""
+    process: subprocess.Popen[str] | None = None
+    for name in names:
+        if process is None or not dry:
+            process = subprocess.Popen([sys.executable, "-W", "ignore", __file__, str(int(dry))], text=True,
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        yield name, process
+
+
+def told(process: subprocess.Popen[str], name: str) -> dict[str, Any]:
+    """Return the figures of a step of the ladder, whose turn it is."""
+    assert process.stdin is not None and process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):  # it has ended, and its exit code says so
+        process.stdin.write(json.dumps(dict(LADDER)[name]) + "\n")
+        process.stdin.flush()
+    line = process.stdout.readline()
+    return dict(json.loads(line)) if line else {"problem": f"exit code {process.wait()}"}
+
+
 def measure(setting: Setting) -> Figures:
     """Yield the figures of each step of the ladder: each has a GPU for itself, in a dry run a fork.
 
@@ -121,28 +164,27 @@ def measure(setting: Setting) -> Figures:
     """
     problems: list[str] = []
     first: list[float] = []
-    for numbers in [range(len(LADDER))] if setting.dry else [[n] for n in range(len(LADDER))]:
-        traces = ["" if setting.dry else str(setting.out / f"big_rank-{n}.trace.json") for n in numbers]
-        call = [sys.executable, "-W", "ignore", __file__, str(int(setting.dry)),
-                json.dumps([[LADDER[n][1], trace] for n, trace in zip(numbers, traces, strict=True)])]
-        with subprocess.Popen(call, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            for name in (LADDER[n][0] for n in numbers):
-                line = process.stdout.readline()
-                found = json.loads(line) if line else {"problem": f"exit code {process.wait()}"}
-                yield name, found
-                if "problem" in found:
-                    problems.append(f"{name}: {found['problem']}")
-                    continue
-                apart = found["peak bytes"] / found["account bytes"] - 1
-                if not setting.dry and abs(apart) > MEMORY_LIMIT:
-                    problems.append(f"{name}: the peak is {apart:+.0%} from the account")
-                first = first or found["losses"]
-                worst = largest(abs(a / b - 1) for a, b in zip(found["losses"], first, strict=True))
-                if not worst <= LOSS_LIMIT:
-                    problems.append(f"{name}: losses are {worst:.1%} from those of {LADDER[0][0]}")
+    names = [name for name, _ in LADDER if not (setting.dry and name == GRAPHS)]
+    with contextlib.ExitStack() as open_ones:
+        processes = {name: open_ones.enter_context(process) for name, process in begun(names, setting.dry)}
+        for name in names:
+            found = told(processes[name], name)
+            if not setting.dry:
+                processes[name].communicate()  # its memory is the next one's
+            yield name, found
+            if "problem" in found:
+                problems.append(f"{name}: {found['problem']}")
+                continue
+            apart = found["peak bytes"] / found["account bytes"] - 1
+            if not setting.dry and abs(apart) > MEMORY_LIMIT:
+                problems.append(f"{name}: the peak is {apart:+.0%} from the account")
+            first = first or found["losses"]
+            worst = largest(abs(a / b - 1) for a, b in zip(found["losses"], first, strict=True))
+            if not worst <= LOSS_LIMIT and name != GATHERED:
+                problems.append(f"{name}: losses are {worst:.1%} from those of {LADDER[0][0]}")
     if setting.dry:
-        yield "not in a dry run", ["the peak of memory", "traces of kernels", "the sizes of solar-open-102b"]
+        yield "not in a dry run", ["the peak of memory", "times of kernels", "the sizes of solar-open-102b",
+                                   GRAPHS]
     fail_on(problems)
 
 
@@ -150,11 +192,11 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
     is_dry = sys.argv[1] == "1"
     prepare(is_dry)
-    for arguments in json.loads(sys.argv[2]):
-        if is_dry:
-            child = multiprocessing.get_context("fork").Process(
-                target=tell, args=(arguments[0], is_dry, arguments[1]))
+    for words in map(json.loads, sys.stdin):
+        if is_dry:  # several are this process'
+            child = multiprocessing.get_context("fork").Process(target=tell, args=(words, is_dry))
             child.start()
             child.join()
         else:
-            tell(arguments[0], is_dry, arguments[1])
+            tell(words, is_dry)
+            break  # another step's has the memory next

@@ -241,10 +241,16 @@ def quantization_checks() -> Iterator[MachineCheck]:
     yield MachineCheck("train.fp8", "ok" if there else "missing", "; ".join(filter(None, [there, lacks])))
 
 
+WITHOUT_GPU = "is installed, and serves on GPUs alone; there is none here"
+
+
 def deep_ep_checks() -> Iterator[MachineCheck]:
     """DeepEP, which `parallel.expert_dispatcher` may name, by importing what the library does."""
-    if not _has_gpu() or importlib.util.find_spec("deep_ep") is None:
+    if importlib.util.find_spec("deep_ep") is None:
         yield MachineCheck("DeepEP", "missing", "is not installed; optional", DEEP_EP_REMEDY)
+        return
+    if not _has_gpu():
+        yield MachineCheck("DeepEP", "missing", WITHOUT_GPU)
         return
     from megatron_sov.engine.parallel.device import DEEP_EP_NAMES, lacking_deep_ep
 
@@ -258,14 +264,20 @@ def deep_ep_checks() -> Iterator[MachineCheck]:
 def linear_attention_checks() -> Iterator[MachineCheck]:
     """flash-linear-attention, which `gpu.linear_attention` may name, by importing its kernels."""
     name, remedy = "flash-linear-attention", "pip install fla-core==0.6.0, for models with linear attention"
-    if not _has_gpu() or importlib.util.find_spec("fla") is None:
+    if importlib.util.find_spec("fla") is None:
         yield MachineCheck(name, "missing", "is not installed; optional", remedy)
+        return
+    if not _has_gpu():
+        yield MachineCheck(name, "missing", WITHOUT_GPU)
         return
     from megatron_sov.engine.parallel.device import lacking_fla
 
-    reason = lacking_fla()
-    yield MachineCheck(name, "warning" if reason else "ok", reason or "its kernels import",
-                       remedy if reason else "")
+    reasons = {kind: lacking_fla(of_channels)
+               for kind, of_channels in (("gated delta nets", False), ("Kimi Delta Attention", True))}
+    there = ", ".join(kind for kind, why in reasons.items() if not why)
+    lacks = "; ".join(f"not {kind} ({why})" for kind, why in reasons.items() if why)
+    yield MachineCheck(name, "warning" if lacks else "ok", "; ".join(filter(None, [there, lacks])),
+                       remedy if lacks else "")
 
 
 def _has_gpu() -> bool:

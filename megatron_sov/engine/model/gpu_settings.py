@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, first_line
 from megatron_sov.base.settings import SettingsError, find_broken
 from megatron_sov.engine import lanes, router
 from megatron_sov.engine.parallel.device import (
@@ -306,8 +308,8 @@ def resolve_auto(config: RunConfig, te: bool) -> dict[str, Any]:
 def own_attention_serves(here: Here, attention: str, deterministic: bool) -> bool:
     """Return whether this framework's own attention serves.
 
-    Under `auto` it does where Transformer Engine's fused one cannot: it repeats its bits in short rows alone
-    on Hopper, with sinks nowhere.
+    Under `auto` it does where no kernel of Transformer Engine's can: the fused one repeats its bits in short
+    rows alone on Hopper, with sinks nowhere, and some versions of cuDNN have none for packed rows.
 
     Args:
         here: what the model is, and where it is to run.
@@ -318,7 +320,7 @@ def own_attention_serves(here: Here, attention: str, deterministic: bool) -> boo
     # the library passes no cap on to those kernels of Transformer Engine that have one
     if not here.te or here.parallel.cp > 1 or attention == "local" or model.attention_softcap is not None:
         return True
-    return attention == "auto" and (deterministic or bool(_without_heads(model)))
+    return attention == "auto" and (deterministic or bool(_without_heads(model) or without_kernel(here)))
 
 
 FLA_KEYS = 256
@@ -337,7 +339,7 @@ def uses_delta_kernels(here: Here, gpu: GpuConfig, deterministic: bool) -> bool:
     """
     linear = here.model.linear_attention
     return (here.te and linear is not None and not deterministic and gpu.linear_attention != "torch"
-            and linear.key_head_dim <= FLA_KEYS and not lacking_fla())
+            and linear.key_head_dim <= FLA_KEYS and not lacking_fla(linear.gate_rank is not None))
 
 
 def exchanges_heads(here: Here, attention: str) -> bool:
@@ -360,6 +362,59 @@ def _without_heads(model: ModelConfig) -> str:
         return f"no fused kernel of cuDNN trains heads of {size[0]} on this GPU"
     return "" if found >= needed else (f"no fused kernel of cuDNN {found} trains heads of {size[0]} on this "
                                        f"GPU before {needed}")
+
+
+ASKED_DOCUMENTS, ASKED_TOKENS = 4, 4096
+"""Of the row that Transformer Engine is asked about; its answer for packed rows hangs on neither."""
+
+
+def without_kernel(here: Here) -> str:
+    """Return why no kernel of Transformer Engine attends packed rows of this model on this GPU, in its own
+    words; empty: one does.
+
+    It says so to a log that is off, and goes on with products of whole rows, padded to the longest document:
+    on an H200 with cuDNN 9.19 those took 11 of the 12 s of a step of `solar-open-102b`.
+    """
+    if not on_gpu():
+        return ""
+    model, tp, latent = here.model, here.parallel.tp, here.model.latent_attention
+    groups = model.num_heads if latent else model.num_kv_heads
+    size = ((model.head_dim, model.head_dim) if latent is None
+            else (latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim))
+    windows = {0, model.sliding_window_tokens} if model.sliding_window_tokens else {0}
+    answers = (_asked(model.num_heads // tp, max(1, groups // tp), size, window, model.attention_sinks)
+               for window in sorted(windows))
+    return next(filter(None, answers), "")
+
+
+@functools.cache
+def _asked(heads: int, groups: int, size: tuple[int, int], window: int, sinks: bool) -> str:
+    """Return Transformer Engine's answer; empty: it has a kernel."""
+    from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+    said: list[str] = []
+    handler = logging.Handler(logging.DEBUG)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log, before = logging.getLogger("DotProductAttention"), utils.AttentionLogging._log_level
+    log.addHandler(handler)
+    utils.AttentionLogging._log_level = logging.DEBUG  # it sets the log's own level from that in each call
+    propagates, log.propagate = log.propagate, False
+    try:
+        flash, _, fused, *_ = utils.get_attention_backend(utils.AttentionParams(
+            qkv_layout="thd_thd_thd", batch_size=ASKED_DOCUMENTS, num_heads=heads, num_gqa_groups=groups,
+            max_seqlen_q=ASKED_TOKENS, max_seqlen_kv=ASKED_TOKENS, num_tokens_q=ASKED_TOKENS,
+            num_tokens_kv=ASKED_TOKENS, head_dim_qk=size[0], head_dim_v=size[1],
+            attn_mask_type="padding_causal", window_size=(window - 1, 0) if window else (-1, 0),
+            bottom_right_diagonal=False, core_attention_bias_requires_grad=False,
+            softmax_scale=size[0] ** -0.5, softmax_type="learnable" if sinks else "vanilla"))
+    finally:
+        utils.AttentionLogging._log_level, log.propagate = before, propagates
+        log.removeHandler(handler)
+    if flash or fused:
+        return ""
+    why = next((line for line in said if line.startswith("Disabling FusedAttention")), "no reason told")
+    return (f"Transformer Engine has no kernel for packed rows of {heads} heads of {size[0]} and "
+            f"{groups} of keys on this GPU ({first_line(why)})")
 
 
 def _without_repeats(config: RunConfig) -> str:
@@ -435,8 +490,9 @@ def _linear_attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, s
     """Return what must be for the kernels of flash-linear-attention: rules, with whether each is kept."""
     if config.gpu.linear_attention != "fla":
         return []
-    sizes, reason = here.model.linear_attention, lacking_fla() if here.te else ""
+    sizes = here.model.linear_attention
     linear = sizes is not None
+    reason = lacking_fla(sizes.gate_rank is not None) if here.te and sizes is not None else ""
     return [
         (linear, "linear_attention", "has nothing to do in this model", "leave it out"),
         (here.te or not linear, "linear_attention", NEEDS_TE, "set it to torch"),
@@ -486,7 +542,7 @@ def _attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str
     elif attention not in ("auto", "local") and here.model.attention_softcap is not None:
         rules.append(("cannot be: this framework's own attention alone gets the cap on products of queries "
                       "and keys (model.attention_softcap)", "set it to auto or local"))
-    elif attention == "fused" and (why := _without_heads(here.model)):
+    elif attention == "fused" and (why := _without_heads(here.model) or without_kernel(here)):
         rules.append((f"cannot be: {why}", "install a newer one, or set it to auto or local"))
     elif attention == "fused" and config.train.deterministic and (why := _without_repeats(config)):
         rules.append((f"cannot be with train.deterministic = true: Transformer Engine's fused attention does "

@@ -143,6 +143,7 @@ def prepare_without_gpu() -> None:
     if computes_on_cpu():
         return
     compute_on_cpu()
+    _without_transformer_engine()
     _current_device_is_cpu()
     _cuda_requests_land_on_cpu()
     _tensor_type_names()
@@ -158,6 +159,14 @@ def prepare_without_gpu() -> None:
     _dispatcher_split_sizes()
     _uneven_gathers()
     mend()
+
+
+def _without_transformer_engine() -> None:
+    """megatron takes Transformer Engine's optimizers, products and norms where it imports, as it does on a
+    login node or where CUDA's devices are hidden, and all of them are CUDA's.  One that this process has
+    imported before is meant."""
+    # None in sys.modules makes an import fail as if the package were not installed
+    sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
 
 
 class _Stream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -339,9 +340,19 @@ FLA_OLDEST = (0, 6)
 head of keys, and read the memory of others in their place without a word."""
 
 
+WRONG_TRITON = ((3, 4), (3, 7, 1))
+"""The first version of Triton that computes the gradients of one decay for all channels wrongly on Hopper, and
+the first that does not; without TileLang the kernels end a run in its first backward pass then (fla-core 0.6.0,
+`chunk_bwd_dqkwg`).  Seen on an H200 with 3.6.0."""
+
+
 @functools.cache
-def lacking_fla() -> str:
-    """Return why these kernels do not serve here, in their own words; empty: they do."""
+def lacking_fla(of_channels: bool) -> str:
+    """Return why these kernels do not serve here, in their own words; empty: they do.
+
+    Args:
+        of_channels: which of them (`FLA_KERNELS`).
+    """
     for module, name in FLA_KERNELS.values():
         try:
             getattr(importlib.import_module(module), name)
@@ -351,7 +362,19 @@ def lacking_fla() -> str:
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None or (int(found[1]), int(found[2])) < FLA_OLDEST:
         return f"version {version} is older than {'.'.join(map(str, FLA_OLDEST))}"
-    return ""
+    return "" if of_channels else _wrong_triton()
+
+
+def _wrong_triton() -> str:
+    """Return what is wrong with Triton on this GPU, in words; empty: nothing."""
+    if not on_gpu() or torch.cuda.get_device_capability()[0] != HOPPER or importlib.util.find_spec("tilelang"):
+        return ""
+    version = importlib.metadata.version("triton")
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if not WRONG_TRITON[0] <= numbers < WRONG_TRITON[1]:
+        return ""
+    return (f"Triton {version} computes their gradients wrongly on Hopper; "
+            f"{'.'.join(map(str, WRONG_TRITON[1]))} does not")
 
 
 def hide_broken_deep_ep() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.metadata
+import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,6 +29,13 @@ from megatron_sov.engine.model.gpu_settings import (
     library_settings, mend_extra_state, moment_settings, refuse_without_chip, transformer_settings)
 from megatron_sov.engine.parallel import device
 from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig, apply_settings
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine, which is not here, has a kernel for all that it is asked about."""
+    monkeypatch.setattr(gpu_settings, "_asked", lambda *asked: "")
+
 
 # 8-bit products: the library's settings, what is refused before anything starts, checkpoints of experts.
 
@@ -240,7 +250,7 @@ def test_kernels_of_linear_attention_serve_where_they_import_and_bits_need_not_r
     assert not serve(), "it is not installed here"
     with pytest.raises(SettingsError, match=r"attention does not serve \(Module.*fla"):
         gpu_settings.refuse(fla, te=True)
-    monkeypatch.setattr(gpu_settings, "lacking_fla", lambda: "")
+    monkeypatch.setattr(gpu_settings, "lacking_fla", lambda of_channels: "")
     assert serve() and not serve(te=False)
     assert not serve("gpu.linear_attention=torch") and not serve("train.deterministic=true")
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
@@ -249,7 +259,7 @@ def test_kernels_of_linear_attention_serve_where_they_import_and_bits_need_not_r
 
 def test_keys_that_are_too_wide_for_the_kernels_are_read_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels assert that no head has more than 256 channels of keys."""
-    monkeypatch.setattr(gpu_settings, "lacking_fla", lambda: "")
+    monkeypatch.setattr(gpu_settings, "lacking_fla", lambda of_channels: "")
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     for width, serves in ((256, True), (512, False)):
         config = apply_settings(recipes.get("tiny-qwen3-next"), [
@@ -273,11 +283,74 @@ def test_older_kernels_that_read_the_memory_of_other_heads_do_not_serve(
     monkeypatch.syspath_prepend(str(tmp_path))
     device.lacking_fla.cache_clear()
     try:
-        assert device.lacking_fla().startswith(told) and bool(device.lacking_fla()) == bool(told)
+        assert device.lacking_fla(True).startswith(told) and bool(device.lacking_fla(True)) == bool(told)
     finally:
         device.lacking_fla.cache_clear()
         for name in [name for name in sys.modules if name.partition(".")[0] == "fla"]:
             del sys.modules[name]
+
+
+@pytest.mark.parametrize(("triton", "capability", "wrong"), [
+    ("3.3.1", (9, 0), False), ("3.4.0", (9, 0), True), ("3.7.0", (9, 0), True), ("3.7.1", (9, 0), False),
+    ("3.6.0", (10, 0), False)])
+def test_kernels_that_triton_computes_wrongly_on_hopper_do_not_serve(
+        triton: str, capability: tuple[int, int], wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H200 they raise in the first backward pass: gated delta nets, not Kimi's."""
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(importlib.metadata, "version", {"triton": triton}.get)
+    assert bool(device._wrong_triton()) == wrong
+
+
+@pytest.fixture
+def rejecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[set[int]], None]]:
+    """A Transformer Engine that has no kernel for windows of some lengths, and says so to its log if asked."""
+    utils = ModuleType("utils")
+    utils.__dict__["AttentionLogging"] = SimpleNamespace(_log_level=logging.WARNING)
+    utils.__dict__["AttentionParams"] = SimpleNamespace
+
+    def without(rejected: set[int]) -> None:
+        def decide(params: Any) -> tuple[Any, ...]:
+            log = logging.getLogger("DotProductAttention")
+            log.setLevel(utils.AttentionLogging._log_level)
+            fused = params.window_size[0] + 1 not in rejected
+            if not fused:
+                log.debug("Disabling FusedAttention: %s", "cuDNN Error: no engine")
+            return False, None, fused, None, not fused, []
+
+        utils.__dict__["get_attention_backend"] = decide
+
+    names = "transformer_engine.pytorch.attention.dot_product_attention".split(".")
+    for end in range(1, len(names) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(names[:end]), ModuleType(names[end - 1]))
+    sys.modules[".".join(names)].__dict__["utils"] = utils
+    monkeypatch.setattr(gpu_settings, "_asked", asked := functools.cache(ASKED.__wrapped__))
+    monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    yield without
+    asked.cache_clear()
+
+
+ASKED: Any = gpu_settings._asked
+
+
+@pytest.mark.parametrize(("rejected", "attention"), [(set[int](), "auto"), ({0}, "local"), ({128}, "local")])
+def test_auto_is_our_attention_where_transformer_engine_has_no_kernel_for_packed_rows(
+        rejected: set[int], attention: str, rejecting: Callable[[set[int]], None],
+        caplog: pytest.LogCaptureFixture) -> None:
+    """It would go on with products of whole rows without a word: 11 of the 12 s of a step on an H200."""
+    rejecting(rejected)
+    config = apply_settings(recipes.get("tiny-k-exaone"), [
+        "train.precision=bf16", "model.sliding_window_tokens=128"])
+    assert gpu_settings.resolve_auto(config, te=True)["attention"] == attention
+    fused = apply_settings(config, ["gpu.attention=fused"])
+    if rejected:
+        with pytest.raises(SettingsError, match=r"no kernel for packed rows of 4 heads of 32 and 2 of keys on "
+                           r"this GPU \(Disabling FusedAttention: cuDNN Error: no engine\)"):
+            gpu_settings.refuse(fused, te=True)
+    else:
+        gpu_settings.refuse(fused, te=True)
+    assert not caplog.records, "what it says is for us"
 
 
 def test_a_run_tells_what_auto_came_to() -> None:

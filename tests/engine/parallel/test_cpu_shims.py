@@ -37,6 +37,7 @@ def opened() -> dict:
             "type": torch.ones(1).type(), "cast": str(torch.ones(1).type(torch.int64).dtype),
             "marked": norm.weight.sequence_parallel, "flag": config.sequence_parallel,
             "split": moe_utils.maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True).tolist(),
+            "hidden": sys.modules["transformer_engine"] is None,
             "same_generator": bool(torch.rand(2).equal(first)),
             "compiled": torch.compile.__module__}
 

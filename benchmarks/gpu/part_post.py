@@ -1,0 +1,129 @@
+"""What comes behind pretraining, on the GPU against the CPU: fine-tuning, preferences, distillation, rounds of
+reinforcement learning and generation of a tiny model, each device by commands of its own.
+
+In float32 each loss and each greedy token is compared.  In bf16, where layers are Transformer Engine's, the
+losses are, and the rounds only have to come to their end: other roundings draw other tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from part_losses import COMMON, LIMITS, SMALL, data, training
+from setting import Cost, Figures, Setting, fail_on, largest, losses, training_flops
+
+RECIPE = "tiny-k-exaone"
+"""It has windows, and a layer of multi-token prediction."""
+STEPS, NEW_TOKENS = 4, 24
+STAGES = ("sft", "dpo", "distilled")
+"""Whose losses are compared."""
+NUMBERS = 24
+"""Sums of so many numbers with each other are asked."""
+
+
+def rows(setting: Setting) -> dict[str, Path]:
+    """Return files of chats, pairs and prompts: sums."""
+    chats, pairs, prompts = [], [], []
+    for a in range(NUMBERS):
+        for b in range(NUMBERS // 8):
+            asked, right = f"What is {a} plus {b}?", str(a + b)
+            turns = (("user", asked), ("assistant", right))
+            chats.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+            pairs.append({"prompt": asked, "chosen": right, "rejected": str(a + b + 1)})
+            prompts.append({"prompt": asked, "answer": right})
+    files = {}
+    for name, lines in (("chats", chats), ("pairs", pairs), ("prompts", prompts)):
+        files[name] = setting.work / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return files
+
+
+def packing(setting: Setting) -> list[list[str | Path]]:
+    """Return the commands that make token shards of chats and pairs."""
+    files, tokenizer = rows(setting), setting.work / "tokenizer"
+    return [["sov-data", "pack", "--tokenizer", tokenizer, "--format", kind, "--input", files[name],
+             "--heldout", "0.1", "--output", setting.work / name, "--overwrite"]
+            for kind, name in (("chat", "chats"), ("preference", "pairs"))]
+
+
+def chain(setting: Setting, start: Path, work: Path, precision: str) -> list[list[str | Path]]:
+    """Return the commands of a chain that begins with a run, in a folder of its own."""
+    def stage(*words: str | Path, run: str) -> list[str | Path]:
+        # the same responses from the same numbers, whichever the device: nothing is drawn in training
+        given = (f"train.precision={precision}", "optim.lr=5e-4", "optim.warmup_steps=0")
+        return ["megatron-sov", *words, "--run", work / run, "--nproc", "1",
+                *[word for setting_ in given for word in ("--set", setting_)]]
+
+    short = [word for given in (f"train.steps={STEPS}", "train.global_batch_size=8") for word in ("--set", given)]
+    rounds = ("rollout.rounds=2", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
+              "rollout.max_prompt_tokens=64", f"rollout.max_new_tokens={NEW_TOKENS}",
+              "data.phases.0.seq_len=128")
+    shutil.rmtree(work, ignore_errors=True)  # of a part that failed before
+    prompts = rows(setting)["prompts"]
+    return [
+        [*stage("sft", "--from", start, "--data", setting.work / "chats", run="sft"), *short],
+        [*stage("prefer", "--from", work / "sft", "--data", setting.work / "pairs", run="dpo"), *short],
+        [*stage("distill", "--from", start, "--teacher", work / "sft", "--data", setting.work / "chats",
+                run="distilled"), *short],
+        ["megatron-sov", "generate", work / "sft", "--prompts", prompts, "--chat", "--max-new-tokens",
+         str(NEW_TOKENS), "--output", work / "answers.jsonl", "--set", f"train.precision={precision}"],
+        [*stage("rl", "run", "--from", work / "sft", "--prompts", prompts, "--reward", "repetition",
+                "--store", work / "store", run="rl"),
+         *[word for given in rounds for word in ("--set", given)]]]
+
+
+def answers(work: Path) -> list[str]:
+    """Return the greedy responses."""
+    lines = (work / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["response"] for line in lines]
+
+
+def compare(gpu: Path, cpu: Path, precision: str) -> tuple[dict[str, Any], list[str]]:
+    """Return how far losses are apart and how many responses are the same, and what is wrong with them."""
+    found: dict[str, Any] = {name: largest(abs(a - b) / abs(b) for a, b in zip(
+        losses(gpu / name), losses(cpu / name), strict=True)) for name in STAGES}
+    problems = [f"{precision}, {name}: losses differ by {worst:.2e}" for name, worst in found.items()
+                if not worst <= LIMITS[precision]]
+    here, there = answers(gpu), answers(cpu)
+    found["same responses"] = f"{sum(a == b for a, b in zip(here, there, strict=True))} of {len(there)}"
+    if precision == "fp32" and here != there:
+        problems.append(f"greedy responses: {found['same responses']} are the CPU's")
+    found["losses of rounds"] = losses(gpu / "rl")
+    return found, problems
+
+
+def cost(setting: Setting) -> Cost:
+    """Return what the part does: two chains on either device, the CPU's as if they were steps of training."""
+    steps = 2 * (5 * STEPS + NEW_TOKENS)
+    flops = training_flops(RECIPE, (*COMMON, *SMALL * setting.dry), steps)
+    return Cost(starts=3, steps=2 * steps, flops=flops, cpu_flops=2 * flops)
+
+
+def measure(setting: Setting) -> Figures:
+    """Yield what there is of each chain.
+
+    Raises:
+        Failed: a command fails, or its losses or responses are not the CPU's.
+    """
+    start = setting.work / "post-start"
+    words = training(setting, RECIPE, start, STEPS, *SMALL * setting.dry, "train.precision=fp32")
+    before = [*data(setting)[1], *packing(setting), words]
+    problems = [problem for problem in setting.commands(before, on_gpu=False) if problem]
+    fail_on(problems)  # there is nothing to begin with
+    where = {(precision, on_gpu): setting.work / f"post-{precision}-{'gpu' if on_gpu else 'cpu'}"
+             for precision in ("fp32", "bf16") for on_gpu in (False, True)}
+    for on_gpu in (False, True):
+        commands = [words for (precision, here), work in where.items() if here == on_gpu
+                    for words in chain(setting, start, work, precision)]
+        problems += [problem for problem in setting.commands(commands, on_gpu=on_gpu) if problem]
+    for precision in ("fp32", "bf16"):
+        try:
+            found, wrong = compare(where[precision, True], where[precision, False], precision)
+        except OSError as e:  # of a command that failed
+            found, wrong = {}, [f"{precision}: {e}"]
+        yield precision, found
+        problems += wrong
+    fail_on(problems)
