@@ -208,7 +208,7 @@ def main() -> None:
                         help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends what it has started, too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what it started ends, too
     args.out.mkdir(parents=True, exist_ok=True)
     setting = Setting(args.out.resolve(), args.dry)
     if args.in_process == MACHINE:

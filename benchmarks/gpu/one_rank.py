@@ -74,10 +74,11 @@ class OneRank:
 def _made_there(parts: Iterable[Any], seed: int, num_threads: int) -> Iterator[tuple[Any, torch.Tensor]]:
     """Yield parts and normal values drawn on their device, in place of the numbers of a checkpoint free of
     layout: those of one rank of `solar-open-102b` would take a core of the host for minutes."""
-    generator: torch.Generator | None = None
+    generators: dict[torch.device, torch.Generator] = {}  # 8-bit weights are made of bf16 ones on the host
     for part in parts:
-        generator = generator or torch.Generator(part.target.device).manual_seed(seed)
-        yield part, torch.randn(part.target.shape, device=part.target.device, generator=generator) * part.std
+        device = part.target.device
+        generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
+        yield part, torch.randn(part.target.shape, device=device, generator=generator) * part.std
 
 
 def wait() -> None:

@@ -16,8 +16,8 @@ from megatron_sov.operate import contract
 
 LIBRARY = "transformer_engine"
 OLD = ("transformer_engine.pytorch.cpp_extensions.cast_to_fp8",)
-"""Compiled names of Transformer Engine before 2.0, which megatron-core imports with that alone: no source says
-that they are gone."""
+"""Compiled names of Transformer Engine before 2.0, which megatron-core imports with that alone: no source
+says that they are gone."""
 OF_A_DOUBLE = (" is gone", " says extension")
 """How differences end that a double may have: a name that nothing here needs, or Python in place of C++."""
 

@@ -24,8 +24,9 @@ WAYS = {"bf16": ("train.precision=bf16",),
         "fp64": ("train.precision=fp64",)}
 """Name -> settings; those of `gpu` are left out of the run on the CPU."""
 LIMITS = {"bf16": 2e-2, "bf16 zero1": 2e-2, "bf16 offloaded": 2e-2, "fp32": 1e-4, "fp64": 1e-9}
-"""Largest relative difference of a step's loss: what rounding makes of another order of sums."""
-COMMON = ("model.vocab_size=512", "train.global_batch_size=8", "train.micro_batch_size=4",
+"""Largest relative difference of a step's loss: what rounding makes of another order of sums.  The recipes'
+own rates are too high for that: at 4e-3 losses jump at step 14, and rounding alone moves them by 27 %."""
+COMMON = ("optim.lr=3e-4", "model.vocab_size=512", "train.global_batch_size=8", "train.micro_batch_size=4",
           "train.eval_every_steps=0", "train.keep_checkpoints=0", "data.heldout_tokens=2048",
           "data.max_epochs=0")
 SMALL = ("model.num_layers=2", "model.hidden_size=64", "model.num_experts=4", "train.global_batch_size=2",

@@ -1,5 +1,5 @@
-"""What comes behind pretraining, on the GPU against the CPU: fine-tuning, preferences, distillation, rounds of
-reinforcement learning and generation of a tiny model, each device by commands of its own.
+"""What comes behind pretraining, on the GPU against the CPU: fine-tuning, preferences, distillation, rounds
+of reinforcement learning and generation of a tiny model, each device by commands of its own.
 
 In float32 each loss and each greedy token is compared.  In bf16, where layers are Transformer Engine's, the
 losses are, and the rounds only have to come to their end: other roundings draw other tokens.
@@ -52,12 +52,11 @@ def packing(setting: Setting) -> list[list[str | Path]]:
 def chain(setting: Setting, start: Path, work: Path, precision: str) -> list[list[str | Path]]:
     """Return the commands of a chain that begins with a run, in a folder of its own."""
     def stage(*words: str | Path, run: str) -> list[str | Path]:
-        # the same responses from the same numbers, whichever the device: nothing is drawn in training
         given = (f"train.precision={precision}", "optim.lr=5e-4", "optim.warmup_steps=0")
         return ["megatron-sov", *words, "--run", work / run, "--nproc", "1",
                 *[word for setting_ in given for word in ("--set", setting_)]]
 
-    short = [word for given in (f"train.steps={STEPS}", "train.global_batch_size=8") for word in ("--set", given)]
+    short = ["--set", f"train.steps={STEPS}", "--set", "train.global_batch_size=8"]
     rounds = ("rollout.rounds=2", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
               "rollout.max_prompt_tokens=64", f"rollout.max_new_tokens={NEW_TOKENS}",
               "data.phases.0.seq_len=128")

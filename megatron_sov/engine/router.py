@@ -112,8 +112,8 @@ def replay_routes(config: Any, rows: Sequence[np.ndarray | None]) -> Iterator[li
 # Choosing experts by Transformer Engine's fused kernels (2.7 or newer), where their formula is the
 # router's.
 #
-# Never run on a GPU here. Read for it: the Python side of Transformer Engine 2.20.2, and the simple forward
-# kernels (`common/fused_router/*.cu`) of its development branch at 2.20.0.dev0. They compute in float32, add
+# Read for it: the Python side of Transformer Engine 2.20.2, and the simple forward kernels
+# (`common/fused_router/*.cu`) of its development branch at 2.20.0.dev0. They compute in float32, add
 # the bias to sigmoid scores for the choice alone, and divide sigmoid weights by their sum (plus 1e-20) where
 # more than one expert is chosen. The weight of a chosen expert is its biased score less the bias, so it may
 # differ from the score in the last bits. A group's score is the sum of its best K / (kept groups) experts,
@@ -176,7 +176,8 @@ def choose(config: Any, logits: torch.Tensor,
         group_topk=config.moe_router_group_topk,
         scaling_factor=config.moe_router_topk_scaling_factor,
         score_function=config.moe_router_score_function, expert_bias=bias)
-    return weights, chosen
+    # the kernels keep their map for the backward pass, and the library's dispatcher pads it in place
+    return weights, chosen.clone() if config.moe_router_padding_for_quantization else chosen
 
 
 def balancing_scores(config: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -221,7 +221,24 @@ def transformer_engine_checks() -> Iterator[MachineCheck]:
                            f"{installed_version('transformer-engine') or 'it'} has not the shape of "
                            f"{wanted}, with which this project was read: {difference}", TE_COMMAND)
         return
+    if gpu and (found := _other_cudnn()):
+        yield MachineCheck("Transformer Engine", "warning", found, 'export CUDNN_HOME="$(python -c \'import '
+                           'nvidia.cudnn as n; print(n.__path__[0])\')" for all processes: torch\'s own')
+        return
     yield MachineCheck("Transformer Engine", "ok", installed_version("transformer-engine") or "imports")
+
+
+def _other_cudnn() -> str:
+    """Return what is wrong where Transformer Engine has loaded another cuDNN than torch, as it does where the
+    system has one too; empty: nothing."""
+    import torch
+    import transformer_engine.pytorch as te
+
+    theirs, ours = te.get_cudnn_version(), torch.backends.cudnn.version()
+    if ours is None or _cudnn(ours) == ".".join(map(str, theirs)):
+        return ""
+    return (f"has loaded cuDNN {'.'.join(map(str, theirs))}, and torch {_cudnn(ours)}: parts of the one do "
+            "not load with the other, and Transformer Engine has no fused attention then (gpu.attention)")
 
 
 def quantization_checks() -> Iterator[MachineCheck]:

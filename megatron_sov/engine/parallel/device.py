@@ -341,9 +341,9 @@ head of keys, and read the memory of others in their place without a word."""
 
 
 WRONG_TRITON = ((3, 4), (3, 7, 1))
-"""The first version of Triton that computes the gradients of one decay for all channels wrongly on Hopper, and
-the first that does not; without TileLang the kernels end a run in its first backward pass then (fla-core 0.6.0,
-`chunk_bwd_dqkwg`).  Seen on an H200 with 3.6.0."""
+"""The first version of Triton that computes the gradients of one decay for all channels wrongly on Hopper,
+and the first that does not; without TileLang the kernels end a run in its first backward pass then (fla-core
+0.6.0, `chunk_bwd_dqkwg`).  Seen on an H200 with 3.6.0."""
 
 
 @functools.cache
@@ -367,7 +367,8 @@ def lacking_fla(of_channels: bool) -> str:
 
 def _wrong_triton() -> str:
     """Return what is wrong with Triton on this GPU, in words; empty: nothing."""
-    if not on_gpu() or torch.cuda.get_device_capability()[0] != HOPPER or importlib.util.find_spec("tilelang"):
+    on_hopper = on_gpu() and torch.cuda.get_device_capability()[0] == HOPPER
+    if not on_hopper or importlib.util.find_spec("tilelang"):
         return ""
     version = importlib.metadata.version("triton")
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])

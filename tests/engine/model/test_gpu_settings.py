@@ -304,7 +304,7 @@ def test_kernels_that_triton_computes_wrongly_on_hopper_do_not_serve(
 
 @pytest.fixture
 def rejecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[set[int]], None]]:
-    """A Transformer Engine that has no kernel for windows of some lengths, and says so to its log if asked."""
+    """A Transformer Engine that has no kernel for some windows, and says so to its log, which is off."""
     utils = ModuleType("utils")
     utils.__dict__["AttentionLogging"] = SimpleNamespace(_log_level=logging.WARNING)
     utils.__dict__["AttentionParams"] = SimpleNamespace
@@ -320,10 +320,11 @@ def rejecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[set[int]], 
 
         utils.__dict__["get_attention_backend"] = decide
 
-    names = "transformer_engine.pytorch.attention.dot_product_attention".split(".")
-    for end in range(1, len(names) + 1):
-        monkeypatch.setitem(sys.modules, ".".join(names[:end]), ModuleType(names[end - 1]))
-    sys.modules[".".join(names)].__dict__["utils"] = utils
+    name = ""
+    for part in ("transformer_engine", ".pytorch", ".attention", ".dot_product_attention"):
+        name += part
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules[name].__dict__["utils"] = utils
     monkeypatch.setattr(gpu_settings, "_asked", asked := functools.cache(ASKED.__wrapped__))
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -334,7 +335,8 @@ def rejecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[set[int]], 
 ASKED: Any = gpu_settings._asked
 
 
-@pytest.mark.parametrize(("rejected", "attention"), [(set[int](), "auto"), ({0}, "local"), ({128}, "local")])
+@pytest.mark.parametrize(("rejected", "attention"), [
+    (set[int](), "auto"), ({0}, "local"), ({128}, "local")])
 def test_auto_is_our_attention_where_transformer_engine_has_no_kernel_for_packed_rows(
         rejected: set[int], attention: str, rejecting: Callable[[set[int]], None],
         caplog: pytest.LogCaptureFixture) -> None:
@@ -345,9 +347,9 @@ def test_auto_is_our_attention_where_transformer_engine_has_no_kernel_for_packed
     assert gpu_settings.resolve_auto(config, te=True)["attention"] == attention
     fused = apply_settings(config, ["gpu.attention=fused"])
     if rejected:
-        with pytest.raises(SettingsError, match=r"no kernel for packed rows of 4 heads of 32 and 2 of keys on "
-                           r"this GPU \(Disabling FusedAttention: cuDNN Error: no engine\)"):
-            gpu_settings.refuse(fused, te=True)
+        with pytest.raises(SettingsError, match=r"no kernel for packed rows of 4 heads of 32 and 2 of keys "
+                           r"on this GPU \(Disabling FusedAttention: cuDNN Error: no engine\)"):
+            gpu_settings.refuse(fused, te=True)  # as a run does before it starts
     else:
         gpu_settings.refuse(fused, te=True)
     assert not caplog.records, "what it says is for us"

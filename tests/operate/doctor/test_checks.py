@@ -188,6 +188,22 @@ def test_a_machine_with_gpus_cannot_train_without_transformer_engine(
     assert only(doctor.transformer_engine_checks()).status == "broken"
 
 
+@pytest.mark.parametrize(("loaded", "status"), [((9, 14, 0), "warning"), ((9, 19, 0), "ok")])
+def test_two_versions_of_cudnn_in_one_process_are_told(
+        site: Path, monkeypatch: pytest.MonkeyPatch, loaded: tuple[int, ...], status: str) -> None:
+    """Of an H200 with one in the system and one in torch's environment: `SUBLIBRARY_LOADING_FAILED`."""
+    import torch
+
+    monkeypatch.setattr(doctor, "first_difference", lambda package: ("2.20.2", ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    module(site, "transformer_engine", pytorch=f"def get_cudnn_version(): return {loaded}")
+    check = only(doctor.transformer_engine_checks())
+    assert check.status == status
+    if status == "warning":
+        assert "has loaded cuDNN 9.14.0, and torch 9.19.0" in check.detail and "CUDNN_HOME" in check.remedy
+
+
 def test_without_transformer_engine_its_command_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     (check,) = doctor.transformer_engine_checks()

@@ -45,6 +45,20 @@ def _map(like: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(like, dtype=torch.bool).scatter(-1, chosen, True)
 
 
+class _KeepsChoice(torch.autograd.Function):
+    """Keeps the choice for the backward pass, as the kernels do: nobody may write into it until then."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(chosen)
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        assert ctx.saved_tensors  # torch looks here whether they are as they were
+        return gradient, None
+
+
 def fused_topk_with_score_function(
         logits: torch.Tensor, topk: int, use_pre_softmax: bool, num_groups: int | None,
         group_topk: int | None, scaling_factor: float | None, score_function: str,
@@ -81,7 +95,9 @@ def fused_topk_with_score_function(
     if score_function == "sigmoid" and topk > 1:
         weights = weights / (weights.sum(-1, keepdim=True) + EPSILON)
     weights = weights * (1.0 if scaling_factor is None else scaling_factor)
-    return torch.zeros_like(logits).scatter(-1, chosen, weights.to(logits.dtype)), _map(logits, chosen)
+    choice = _map(logits, chosen)
+    spread = torch.zeros_like(logits).scatter(-1, chosen, weights.to(logits.dtype))
+    return _KeepsChoice.apply(spread, choice), choice
 
 
 def fused_compute_score_for_moe_aux_loss(logits: torch.Tensor, topk: int, score_function: str,

@@ -1,12 +1,86 @@
 """The choice of attention, which the real library's module asks for by this name where a call is not as the
-last one was."""
+last one was, and which a program may ask for itself."""
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
 from ... import placement as machine
-from ..backends import AttentionCall, choose
+from ..backends import FUSED, UNFUSED, AttentionCall, choose, refusals
 
 
-def get_attention_backend(attention_params: AttentionCall) -> str:
-    """Return the backend that serves."""
-    return choose(attention_params, machine.CHIP)
+class AttentionLogging:
+    """What the log of choices tells."""
+
+    _log_level = logging.WARNING
+
+
+@dataclass
+class AttentionParams:
+    """What a choice depends on, by the real library's names and defaults; what no rule here asks for is
+    taken and left."""
+
+    qkv_type: Any = torch.Tensor
+    qkv_dtype: torch.dtype = torch.bfloat16
+    nominal_dtype: Any = None
+    qkv_layout: str = "sbh3d"
+    batch_size: int = 1
+    num_heads: int = 16
+    num_gqa_groups: int = 16
+    max_seqlen_q: int = 128
+    max_seqlen_kv: int = 128
+    num_tokens_q: int = 0
+    num_tokens_kv: int = 0
+    head_dim_qk: int = 64
+    head_dim_v: int = 64
+    attn_mask_type: str = "no_mask"
+    window_size: tuple[int, int] | None = None
+    bottom_right_diagonal: bool = True
+    softcap: float = 0.0
+    alibi_slopes_shape: Any = None
+    core_attention_bias_type: str = "no_bias"
+    core_attention_bias_shape: Any = None
+    core_attention_bias_requires_grad: bool = True
+    pad_between_seqs: bool = False
+    attention_dropout: float = 0.0
+    context_parallel: bool = False
+    cp_comm_type: str = "p2p"
+    cp_size: int = 1
+    cp_size_a2a: int = 1
+    deterministic: bool = False
+    is_training: bool = True
+    fp8: bool = False
+    fp8_meta: Any = None
+    inference_params: Any = None
+    softmax_type: str = "vanilla"
+    return_max_logit: bool = False
+    cuda_graph: bool = False
+    num_splits: int = 1
+    softmax_scale: float = 1.0
+    fp8_output: bool = False
+    checkpoint_core_attention: bool = False
+    has_score_mod: bool = False
+    has_score_mod_bprop: bool = False
+
+
+def get_attention_backend(attention_params: AttentionParams | AttentionCall | None = None
+                          ) -> tuple[bool, None, bool, int | None, bool, list[bool]]:
+    """Return whether FlashAttention serves, which one, the fused kernel, which one, plain torch, all that
+    could; the reasons go to the log."""
+    p = attention_params or AttentionParams()
+    call = p if isinstance(p, AttentionCall) else AttentionCall(
+        p.qkv_dtype, p.num_heads, (p.head_dim_qk, p.head_dim_v), p.batch_size, p.max_seqlen_q,
+        p.qkv_layout.partition("_")[0], p.window_size or (-1, -1), p.softmax_type, p.softcap, p.deterministic,
+        p.is_training)
+    log = logging.getLogger("DotProductAttention")
+    log.setLevel(AttentionLogging._log_level)
+    refused = refusals(call, machine.CHIP)
+    for backend, why in refused.items():
+        log.debug("Disabling %s for %s", backend, why)
+    found = choose(call, machine.CHIP)
+    could = [False, FUSED not in refused, UNFUSED not in refused]
+    return False, None, found == FUSED, 1 if found == FUSED else None, found == UNFUSED, could
