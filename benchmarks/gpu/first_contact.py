@@ -133,6 +133,8 @@ def run_process(part: str, setting: Setting, budget_s: float) -> tuple[int | Non
     words = [sys.executable, "-W", "ignore", __file__, "--out", str(setting.out), "--in-process", part,
              "--started", str(time.time()), *["--dry"] * setting.dry]
     start_s = time.monotonic()
+    # `timeout` and Slurm send it: an exception, so that what has been started ends, too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with subprocess.Popen(words, cwd=ROOT, start_new_session=True) as process:
         try:
             code: int | None = process.wait(budget_s)
@@ -208,7 +210,6 @@ def main() -> None:
                         help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what it started ends, too
     args.out.mkdir(parents=True, exist_ok=True)
     setting = Setting(args.out.resolve(), args.dry)
     if args.in_process == MACHINE:

@@ -18,6 +18,7 @@ from setting import Cost, Figures, Setting, fail_on, largest, losses, training_f
 RECIPE = "tiny-k-exaone"
 """It has windows, and a layer of multi-token prediction."""
 STEPS, NEW_TOKENS = 4, 24
+PRECISIONS = ("fp32", "bf16")
 STAGES = ("sft", "dpo", "distilled")
 """Whose losses are compared."""
 NUMBERS = 24
@@ -113,12 +114,12 @@ def measure(setting: Setting) -> Figures:
     problems = [problem for problem in setting.commands(before, on_gpu=False) if problem]
     fail_on(problems)  # there is nothing to begin with
     where = {(precision, on_gpu): setting.work / f"post-{precision}-{'gpu' if on_gpu else 'cpu'}"
-             for precision in ("fp32", "bf16") for on_gpu in (False, True)}
+             for precision in PRECISIONS for on_gpu in (False, True)}
     for on_gpu in (False, True):
         commands = [words for (precision, here), work in where.items() if here == on_gpu
                     for words in chain(setting, start, work, precision)]
         problems += [problem for problem in setting.commands(commands, on_gpu=on_gpu) if problem]
-    for precision in ("fp32", "bf16"):
+    for precision in PRECISIONS:
         try:
             found, wrong = compare(where[precision, True], where[precision, False], precision)
         except OSError as e:  # of a command that failed

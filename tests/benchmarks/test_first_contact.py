@@ -27,6 +27,7 @@ import part_big_rank
 import part_fp8
 import part_installation
 import part_losses
+import part_post
 import part_transfers
 from part_big_rank import LADDER, LAYOUT, NUM_RANKS, RECIPE
 from setting import Cost, Failed, Machine, Setting, largest
@@ -114,6 +115,13 @@ def test_parts_that_start_commands(run_command: Any, packed_data: Any, tmp_path:
                                            *part_losses.SMALL))
     again = part_losses.losses(setting.work / "staying")
     assert again == losses["tiny-solar-open, fp32"]["gpu"][:1]
+    monkeypatch.setattr(part_post, "PRECISIONS", ("fp32",))
+    monkeypatch.setattr(part_post, "NUMBERS", 16)
+    monkeypatch.setattr(part_post, "data", part_losses.data)
+    (setting.work / "tokenizer").symlink_to(packed_data.tokenizer)
+    [(_, behind)] = part_post.measure(setting)
+    assert behind.pop("same responses") == "32 of 32" and len(behind.pop("losses of rounds")) == 2
+    assert behind == dict.fromkeys(part_post.STAGES, 0.0)
     figures = dict(part_transfers.measure(setting))
     assert all(value > 0 for value in figures.values() if isinstance(value, (int, float)))
     assert len(figures) == 9
@@ -214,11 +222,29 @@ def test_a_part_that_fails_is_told(tmp_path: Path) -> None:
     assert (found["status"], found["problem"], found["figures"]) == ("FAIL", "no", {"found": 1})
 
 
+ENDLESS = ("import subprocess, time\ndef measure(setting):\n"
+           "    yield 'child', subprocess.Popen(['sleep', '1000']).pid\n    time.sleep(1000)\n")
+
+
+def test_a_program_that_is_ended_leaves_no_process(tmp_path: Path, ends: Any) -> None:
+    """As `timeout` and Slurm end one."""
+    write_part(tmp_path, ENDLESS)
+    program = ("import sys; from pathlib import Path\n"
+               f"sys.path.append({str(GPU)!r}); import first_contact as f\n"
+               f"f.__file__ = {str(tmp_path / 'first_contact.py')!r}\n"
+               f"f.run_process('fp8', f.Setting(Path({str(tmp_path)!r}), dry=True), 1000)")
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        while not (tmp_path / "fp8.json").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+    assert ends(json.loads((tmp_path / "fp8.json").read_text())["figures"]["child"])
+
+
 def test_a_part_without_end_leaves_its_figures_and_no_process(tmp_path: Path, ends: Any,
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """What it had started would hold the GPU's memory."""
-    write_part(tmp_path, "import subprocess, time\ndef measure(setting):\n"
-                         "    yield 'child', subprocess.Popen(['sleep', '1000']).pid\n    time.sleep(1000)\n")
+    write_part(tmp_path, ENDLESS)
     monkeypatch.setattr(first_contact, "__file__", str(tmp_path / "first_contact.py"))
     waited_for = first_contact.subprocess.Popen.wait
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_sov.base.errors import UserError, first_line
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, find_broken
 from megatron_sov.engine import lanes, router
 from megatron_sov.engine.parallel.device import (
@@ -414,7 +414,7 @@ def _asked(heads: int, groups: int, size: tuple[int, int], window: int, sinks: b
         return ""
     why = next((line for line in said if line.startswith("Disabling FusedAttention")), "no reason told")
     return (f"Transformer Engine has no kernel for packed rows of {heads} heads of {size[0]} and "
-            f"{groups} of keys on this GPU ({first_line(why)})")
+            f"{groups} of keys on this GPU ({why.splitlines()[0]})")
 
 
 def _without_repeats(config: RunConfig) -> str:
