@@ -55,12 +55,16 @@ def prepare() -> None:
     import megatron.core.transformer.multi_token_prediction  # noqa: F401
 
     torch.compile = compile_
-    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.cuda.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     import transformer_engine.pytorch as te
+    from transformer_engine.pytorch import recording
 
+    fake_gpu.CAPTURE["is under way"] = recording.is_recording
+    from megatron_sov.engine.model import gpu_settings
     from megatron_sov.engine.parallel.device import FP8_FUNCTIONS
 
+    gpu_settings.without_kernel = lambda here: ""  # the double has one for every model
     for name in FP8_FUNCTIONS.values():
         setattr(te, name, lambda return_reason=False: (True, "") if return_reason else True)
     import one_rank
