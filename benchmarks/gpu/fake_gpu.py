@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FakeWork, ProcessGroup
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -273,6 +274,7 @@ def install() -> None:
     for module in (cuda, cuda.random):
         module.get_rng_state = _rng_state
         module.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    _settable(fake_tensor).init_gpu_context = _saying(None)  # a torch with CUDA would ask the driver
     tensor, fake = _settable(torch.Tensor), _settable(FakeTensor)
     fake.is_cuda = property(lambda self: self.device.type == "cuda")
     fake.is_cpu = fake.is_meta = property(lambda self: False)

@@ -90,6 +90,29 @@ class RouterGraphs:
 
 
 @contextlib.contextmanager
+def off_the_default_stream(config: Any) -> Iterator[None]:
+    """Have the library's data parallelism, which is made within, gather gradients on a stream of its own,
+    where graphs are wanted; a context of no effect where they are not.
+
+    It keeps autograd's nodes of the weights, and a node waits, wherever the backward pass runs, on the stream
+    on which it was made.  In a capture that draws the stream into the graph, and the default one cannot be:
+    CUDA says no more than that the capture is invalid.  The library's own loop does likewise.
+    """
+    if config.cuda_graph_impl == "none":
+        yield
+        return
+    # torch tells of it as of an oversight, from 2.10 on
+    warns = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+    if warns is not None:
+        warns(False)
+    here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+    beside.wait_stream(here)
+    with torch.cuda.stream(beside):
+        yield
+    here.wait_stream(beside)
+
+
+@contextlib.contextmanager
 def _without_random_states() -> Iterator[None]:
     """Have modules be computed again without the states of random numbers, which a capture can neither read
     nor set: nothing that graphs hold draws any."""

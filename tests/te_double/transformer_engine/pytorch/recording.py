@@ -112,7 +112,8 @@ def _devices(args: Any, kwargs: Any) -> set[str]:
     """Return kinds of the devices of tensors, and of the one where the result is to be."""
     found = {t.device.type for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
     wanted = kwargs.get("device")
-    return found if wanted is None else found | {torch.device(wanted).type}
+    # autograd is told that fake tensors of a GPU are on `meta`, and asks for gradients there
+    return found if wanted is None or wanted.type == "meta" else found | {wanted.type}
 
 
 def _alias(value: Any) -> Any:
