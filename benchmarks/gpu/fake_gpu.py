@@ -113,10 +113,11 @@ def _remember_stream(expanded: torch.Tensor) -> None:
     """Have autograd's node that gathers a weight's gradients, which the library's data parallelism takes from
     the expanded weight and keeps, end captures that its stream cannot be drawn into: it waits, wherever it
     runs, on the stream on which it was made."""
-    if _current[-1] is DEFAULT and isinstance(expanded.grad_fn, torch.autograd.graph.Node):
-        node = expanded.grad_fn.next_functions[0][0]
-        if node is not None and node.name().endswith("AccumulateGrad"):
-            node.register_prehook(lambda gradients: refuse("the default stream waits for one that is captured"))
+    if _current[-1] is not DEFAULT or expanded.grad_fn is None:
+        return
+    node = expanded.grad_fn.next_functions[0][0]
+    if node is not None and node.name().endswith("AccumulateGrad"):
+        node.register_prehook(lambda _: refuse("the default stream waits for one that is captured"))
 
 
 class _Shapes(FakeTensorMode):

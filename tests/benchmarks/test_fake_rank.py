@@ -53,7 +53,6 @@ def cases() -> None:
     fake_rank.prepare()
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
-
     from transformer_engine.pytorch.recording import CapturedOperators
 
     from megatron_sov.engine.model import graphs

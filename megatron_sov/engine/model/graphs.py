@@ -6,7 +6,8 @@ places: a row's states and its padding are inputs of the graph, copied in at eac
 losses and selection biases are buffers; the number of sequences of a batch is a tensor (`RoutingStep`); the
 length of rows and sequences, and under a pipeline the number of micro-batches, are those of the capture, and
 where they change graphs are captured anew.  Attention stays outside, and with it everything that depends on
-where documents end.  Never run on a GPU here; tests replay on the CPU what a capture recorded.
+where documents end.  Tests replay on the CPU what a capture recorded; on a GPU one was tried, and failed
+(docs/gpu.md).
 """
 
 from __future__ import annotations
