@@ -2,7 +2,8 @@
 
 They are torch's fake tensors; what is on the host is real, and any torch will do, with CUDA or without.  So
 a process does all that it does beside a GPU, at any size.  A tensor of the host among those of the GPU
-raises as it would there, so do shapes that do not fit, and `WAITS` counts who waited for the device.
+raises as it would there, so do shapes that do not fit, and what ends the capture of a CUDA graph; `WAITS`
+counts who waited for the device.
 
 `install` comes before megatron-core is imported: it binds some of the functions while it is imported.
 """
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FakeWork, ProcessGroup
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,13 +33,26 @@ WAITS: Counter[str] = Counter()
 """File and function -> how often it had the host wait for the GPU, or for a copy to it."""
 CAPABILITY = {"capability": (9, 0)}
 """What the chip answers."""
+CAPTURE: dict[str, Callable[[], bool]] = {"is under way": lambda: False}
+"""Whether a CUDA graph is being captured, as who captures it knows."""
 aten = torch.ops.aten
 TYPES = {torch.float32: "Float", torch.bfloat16: "BFloat16", torch.float16: "Half", torch.float64: "Double",
          torch.int64: "Long", torch.int32: "Int", torch.uint8: "Byte", torch.bool: "Bool"}
 
 
+def refuse(what: str) -> None:
+    """End a capture that is under way, as CUDA does.
+
+    Raises:
+        RuntimeError: a graph is being captured.
+    """
+    if CAPTURE["is under way"]():
+        raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
+
+
 def wait() -> None:
     """Count who waits: the innermost function outside torch; a kernel, which the double plays, does not."""
+    refuse("the host waits")
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -60,6 +75,7 @@ class _Moment:
         wait()
 
     def query(self) -> bool:
+        refuse("the host asks how far the device is")
         return True
 
     def __getattr__(self, name: str) -> Any:
@@ -72,6 +88,36 @@ class _Moment:
 
     def __hash__(self) -> int:
         return 0
+
+
+class _Stream(_Moment):
+    """One of the GPU's streams."""
+
+
+DEFAULT = _Stream()
+_current = [DEFAULT]
+"""The stream that work goes to is the last one."""
+
+
+@contextlib.contextmanager
+def _on(stream: _Stream | None) -> Iterator[None]:
+    """Stand for `torch.cuda.stream`."""
+    _current.append(stream or _current[-1])
+    try:
+        yield
+    finally:
+        _current.pop()
+
+
+def _remember_stream(expanded: torch.Tensor) -> None:
+    """Have autograd's node that gathers a weight's gradients, which the library's data parallelism takes from
+    the expanded weight and keeps, end captures that its stream cannot be drawn into: it waits, wherever it
+    runs, on the stream on which it was made."""
+    if _current[-1] is not DEFAULT or expanded.grad_fn is None:
+        return
+    node = expanded.grad_fn.next_functions[0][0]
+    if node is not None and node.name().endswith("AccumulateGrad"):
+        node.register_prehook(lambda _: refuse("the default stream waits for one that is captured"))
 
 
 class _Shapes(FakeTensorMode):
@@ -182,7 +228,10 @@ class _Calls(TorchFunctionMode):
             args = (args[0], *wanted)
         elif name == "to":
             args = (args[0], *(GPU if _is_gpu(a) else a for a in args[1:]))
-        return func(*args, **kwargs)
+        found = func(*args, **kwargs)
+        if name == "expand_as":
+            _remember_stream(found)
+        return found
 
 
 def _is_gpu(device: Any) -> bool:
@@ -214,19 +263,19 @@ def install() -> None:
         "current_device": 0, "set_device": None, "empty_cache": None, "manual_seed": None,
         "manual_seed_all": None, "get_device_properties": properties, "get_device_name": "fake",
         "mem_get_info": (1 << 40, 1 << 40), "memory_allocated": 0, "max_memory_allocated": 0,
-        "memory_reserved": 0, "max_memory_reserved": 0, "current_stream": _Moment(),
-        "default_stream": _Moment()}
+        "memory_reserved": 0, "max_memory_reserved": 0, "default_stream": DEFAULT}
     for name, answer in answers.items():
         setattr(cuda, name, _saying(answer))
     cuda.get_device_capability = lambda device=None: CAPABILITY["capability"]
     cuda.synchronize = lambda device=None: wait()
-    cuda.Stream = cuda.Event = _Moment
-    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.Stream, cuda.Event, cuda.stream = _Stream, _Moment, _on
+    cuda.current_stream = lambda device=None: _current[-1]
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args: 0
     cuda.nccl.version = _saying((2, 28, 9))
     for module in (cuda, cuda.random):
-        module.get_rng_state = lambda device="cuda": torch.get_rng_state()
+        module.get_rng_state = _rng_state
         module.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    _settable(fake_tensor).init_gpu_context = _saying(None)  # a torch with CUDA would ask the driver
     tensor, fake = _settable(torch.Tensor), _settable(FakeTensor)
     fake.is_cuda = property(lambda self: self.device.type == "cuda")
     fake.is_cpu = fake.is_meta = property(lambda self: False)
@@ -241,6 +290,11 @@ def install() -> None:
     _settable(dist).get_backend = lambda group=None: "nccl"
     _settable(dist).all_gather_object = _gather_object
     _settable(dist).broadcast_object_list = _saying(None)
+
+
+def _rng_state(device: Any = "cuda") -> torch.Tensor:
+    refuse("the host reads the generator's state")
+    return torch.get_rng_state()
 
 
 def _settable(thing: Any) -> Any:

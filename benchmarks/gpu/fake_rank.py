@@ -37,6 +37,8 @@ ALLOWED = {
     "collectives.py:broadcast_from_last_stage": "their sum for the other stages",
     "collectives.py:to_comm_device": "the way there of both",
     "optimizer.py:_grad_norm": "the norm of gradients, which the guard is asked about",
+    "cuda_graphs.py:_start_capturing": "all kernels, before graphs are captured",
+    "cuda_graphs.py:_finish_capturing": "all kernels, behind that",
     "token_dispatcher.py:_maybe_dtoh_and_synchronize": "how many tokens go where, in each layer with experts",
 }
 """File and function that may have the host wait -> what for."""
@@ -55,10 +57,12 @@ def prepare() -> None:
     import megatron.core.transformer.multi_token_prediction  # noqa: F401
 
     torch.compile = compile_
-    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.cuda.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     import transformer_engine.pytorch as te
+    from transformer_engine.pytorch import recording
 
+    fake_gpu.CAPTURE["is under way"] = recording.is_recording
     from megatron_sov.engine.parallel.device import FP8_FUNCTIONS
 
     for name in FP8_FUNCTIONS.values():

@@ -10,6 +10,7 @@ import multiprocessing
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,17 @@ def tell(words: list[str], dry: bool) -> None:
     try:
         found: dict[str, Any] = one(words, dry)
     except Exception as e:  # the other steps are to be tried as well
-        found = {"problem": f"{type(e).__name__}: {e}"}
+        found = {"problem": whole(e)}
     print(json.dumps(found), flush=True)
+
+
+def whole(error: BaseException) -> str:
+    """Return what went wrong and where, the first error first: behind what ends a capture of a CUDA graph
+    comes an error that says no more than that the capture is invalid."""
+    before, place = error.__cause__ or error.__context__, traceback.extract_tb(error.__traceback__)[-1]
+    said = str(error).partition("\n")[0]
+    told = f"{type(error).__name__}: {said} ({Path(place.filename).name}:{place.lineno})"
+    return f"{whole(before)}; then {told}" if before else told
 
 
 def cost(setting: Setting) -> Cost:

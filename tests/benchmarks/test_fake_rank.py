@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 GPU = str(ROOT / "benchmarks/gpu")
@@ -19,8 +21,18 @@ SELECTIVE = ("train.recompute=selective", 'gpu.recompute_modules=["layernorm", "
 STAGES = ("model.num_layers=2", "parallel.pp=2", "parallel.tp=2", "parallel.sp=true", *SELECTIVE)
 FURTHER = {"first": ("tiny-solar-open", "h100", 8, (*SMALL, *STAGES), 0),
            "cut rows": ("tiny-k-exaone", "b200", 4, (*SMALL, "model.num_layers=2", "parallel.cp=2"), 0)}
-CASES = {"last": ("tiny-solar-open", "b200", 8, (*SMALL, *STAGES, "train.fp8=mxfp8"), 1)}
 ONE_LAYER = ("tiny-solar-open", "h100", 2, (*SMALL, "model.num_layers=1"), 0)
+GRAPHS = (*ONE_LAYER[:3], (*ONE_LAYER[3], *SELECTIVE, 'gpu.cuda_graphs=["moe_router", "moe_preprocess"]'), 0)
+CASES = {"last": ("tiny-solar-open", "b200", 8, (*SMALL, *STAGES, "train.fp8=mxfp8"), 1), "graphs": GRAPHS}
+CAPTURED: dict[str, Callable[[Any], Any]] = {
+    "the host waits": lambda x: torch.cuda.synchronize(),
+    "the host asks how far the device is": lambda x: torch.cuda.Event().query(),
+    "the host reads the generator's state": lambda x: torch.cuda.get_rng_state(),
+    "torch.ops.aten._local_scalar_dense.default": lambda x: x.sum().item(),
+    "torch.ops.aten._to_copy.default": lambda x: torch.ones(6).to(x.device),
+    "torch.ops.aten.copy_.default": lambda x: torch.ones(6).copy_(x, non_blocking=True),
+    "torch.ops.aten.index.Tensor": lambda x: x[torch.arange(2)]}
+"""Why a capture ends -> what ends it."""
 
 
 def further() -> None:
@@ -39,10 +51,11 @@ def cases() -> None:
     import fake_rank
 
     fake_rank.prepare()
-    import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
+    from transformer_engine.pytorch.recording import CapturedOperators
 
+    from megatron_sov.engine.model import graphs
     from megatron_sov.train.objectives import microbatch
 
     found: dict[str, Any] = {name: fake_rank.tried(*case) for name, case in CASES.items()}
@@ -52,6 +65,9 @@ def cases() -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(microbatch, "to_device", lambda values, device: values.to(device))
         found["rows waited for"] = fake_rank.tried(*ONE_LAYER)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(graphs, "off_the_default_stream", lambda config: contextlib.nullcontext())
+        found["the default stream"] = fake_rank.tried(*GRAPHS)
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     with fake_gpu.used(1):
         x = torch.ones(6, device="cuda")
@@ -65,6 +81,10 @@ def cases() -> None:
             found[name] = str(caught.value)
         assert (x + torch.ones(())).device == x.device and int(x.sum()) == 1
         found["item"] = dict(fake_gpu.WAITS)
+        for name, captured in CAPTURED.items():
+            with pytest.raises(RuntimeError) as refused, CapturedOperators().capture():
+                captured(x)
+            found[name] = str(refused.value)
     print(json.dumps(found))
 
 
@@ -94,6 +114,11 @@ def test_a_step_is_sound_and_what_a_gpu_does_not_take_is_not() -> None:
     assert all(count <= 3 for count in waits.values()), waits
     assert "same device" in found["rows on the host"]["problem"]
     assert found["rows waited for"]["problem"] == "waits for the device in microbatch.py:from_row"
+    refused = "CUDA error: operation not permitted when stream is capturing"
+    why = "the default stream waits for one that is captured"
+    assert found["the default stream"]["problem"] == f"RuntimeError: {refused} ({why})"
+    for name in CAPTURED:
+        assert found[name] == f"{refused} ({name})"
     assert found["gathered"] == "_allgather_base_: (23,) is not 4 times (6,)"
     assert found["exchanged"] == "alltoall_base_: (6,) among 4 processes by [1, 1, 1, 1]"
     assert found["types"].startswith("_allgather_base_: tensors of torch.bfloat16 and torch.float32")

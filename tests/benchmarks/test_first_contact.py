@@ -79,6 +79,19 @@ def test_a_big_rank_trains_at_each_step_of_the_ladder(tmp_path: Path) -> None:
     _is_a_ladder(result["figures"])
 
 
+def test_a_problem_is_told_with_the_one_that_came_first() -> None:
+    try:
+        try:
+            math.sqrt(-1)
+        finally:
+            {}["capture"]
+    except KeyError as e:
+        found = part_big_rank.whole(e)
+    first, _, second = found.partition("; then ")
+    assert first.startswith("ValueError: ")
+    assert second.startswith("KeyError: 'capture' (test_first_contact.py:")
+
+
 def _is_a_ladder(found: dict[str, Any]) -> None:
     assert found["FP8"]["TFLOP/s"] > 0
     assert found["FP8"]["losses"] != found["overlapped messages"]["losses"], "nothing was quantised"

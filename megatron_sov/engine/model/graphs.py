@@ -6,7 +6,8 @@ places: a row's states and its padding are inputs of the graph, copied in at eac
 losses and selection biases are buffers; the number of sequences of a batch is a tensor (`RoutingStep`); the
 length of rows and sequences, and under a pipeline the number of micro-batches, are those of the capture, and
 where they change graphs are captured anew.  Attention stays outside, and with it everything that depends on
-where documents end.  Never run on a GPU here; tests replay on the CPU what a capture recorded.
+where documents end.  Tests replay on the CPU what a capture recorded; on a GPU one was tried, and failed
+(docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -87,6 +88,29 @@ class RouterGraphs:
         for router in (m for m in model.modules() if hasattr(m, "local_tokens_per_expert")):
             router.local_tokens_per_expert.zero_()
         step.forget_losses()
+
+
+@contextlib.contextmanager
+def off_the_default_stream(config: Any) -> Iterator[None]:
+    """Have the library's data parallelism, which is made within, gather gradients on a stream of its own,
+    where graphs are wanted; a context of no effect where they are not.
+
+    It keeps autograd's nodes of the weights, and a node waits, wherever the backward pass runs, on the stream
+    on which it was made.  In a capture that draws the stream into the graph, and the default one cannot be:
+    CUDA says no more than that the capture is invalid.  The library's own loop does likewise.
+    """
+    if config.cuda_graph_impl == "none":
+        yield
+        return
+    # torch tells of it as of an oversight, from 2.10 on
+    warns = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+    if warns is not None:
+        warns(False)
+    here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+    beside.wait_stream(here)
+    with torch.cuda.stream(beside):
+        yield
+    here.wait_stream(beside)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine import lanes
-from megatron_sov.engine.model import quantized_weights
+from megatron_sov.engine.model import graphs, quantized_weights
 from megatron_sov.engine.model.gpu_settings import gradient_settings
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS, LanguageModel
 from megatron_sov.engine.model.local_shards import ParameterLookup, declared_blocks
@@ -45,8 +45,9 @@ def wrap(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = AUTO) 
         fp8_param_gather=model.config.fp8_param,
         reuse_grad_buf_for_mxfp8_param_ag=quantized_weights.shares_gradients(model.config))
     # the first chunk's gradients are the last to be ready, and only they are sent in several buckets
-    wrapped = [DistributedDataParallel(model.config, settings, chunk, disable_bucketing=i > 0)
-               for i, chunk in enumerate(model.chunks)]
+    with graphs.off_the_default_stream(model.config):
+        wrapped = [DistributedDataParallel(model.config, settings, chunk, disable_bucketing=i > 0)
+                   for i, chunk in enumerate(model.chunks)]
     for chunk in wrapped:
         lanes.mend_places(chunk)
     if parallel.overlap_grad_reduce:

@@ -3,7 +3,8 @@ library's interface.
 
 A replay runs the same operators of torch on the storages of the capture, and nothing else: no Python of the
 captured code, no branch, no number that was read of a tensor.  What waits for the GPU, or copies from memory
-of the host that is not pinned, ends a capture with an error, as on a GPU.
+of the host that is not pinned, ends a capture with an error, as on a GPU.  Where tensors have the device of
+a GPU, as fake ones have, so does every copy between it and the host.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ WAITS = {
     _aten.repeat_interleave, _aten.lift_fresh, _aten.lift_fresh_copy}
 """Operators that a stream cannot be captured with: their result's size, or a number, comes to the host, or a
 tensor is made of numbers of the host."""
+_COPIES = {_aten._to_copy, _aten.copy_, _aten.index, _aten.index_put_}
+"""Operators that copy between the host and the GPU, where they are handed tensors of both."""
 _in_kernel = False
 
 
@@ -51,7 +54,8 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         by_mask = func.overloadpacket in (_aten.index, _aten.index_put_) and any(
             t is not None and t.dtype == torch.bool for t in args[1])
-        if (func.overloadpacket in WAITS or by_mask) and not _in_kernel:
+        crosses = func.overloadpacket in _COPIES and len(_devices(args, kwargs)) > 1
+        if (func.overloadpacket in WAITS or by_mask or crosses) and not _in_kernel:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing "
                                f"(torch.ops.{func})")
         found = func(*args, **kwargs)
@@ -102,6 +106,14 @@ class CapturedOperators:
     def reset(self) -> None:
         """Forget all."""
         self._replays.clear()
+
+
+def _devices(args: Any, kwargs: Any) -> set[str]:
+    """Return kinds of the devices of tensors, and of the one where the result is to be."""
+    found = {t.device.type for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+    wanted = kwargs.get("device")
+    # autograd is told that fake tensors of a GPU are on `meta`, and asks for gradients there
+    return found if wanted is None or wanted.type == "meta" else found | {wanted.type}
 
 
 def _alias(value: Any) -> Any:
