@@ -80,6 +80,31 @@ def gate_bf16() -> dict[str, Any]:
             "dtypes": [str(t.dtype) for t in (router.weight, logits, router.expert_bias)]}
 
 
+def left_by_a_pass() -> dict[str, Any]:
+    """Return what all dispatchers have behind a recomputed pass, and how many gradients of a layer's input
+    are in memory."""
+    import gc
+
+    import torch
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    from megatron_sov.engine.model.language_model import ModelInputs
+    from tests.tiny import tiny_model
+
+    _, model = tiny_model("tiny-solar-open", "train.recompute=true")
+    row = torch.arange(48).remainder(96)
+    inputs = ModelInputs(row, torch.arange(48), torch.tensor([0, 48], dtype=torch.int32), 48,
+                         torch.zeros(48, dtype=torch.bool))
+    model.chunks[0](inputs).square().sum().backward()
+    gc.collect()
+    dispatchers = [layer.mlp.token_dispatcher for layer in model.chunks[0].decoder.layers]
+    assert all(isinstance(d, MoEAlltoAllTokenDispatcher) for d in dispatchers)
+    kept = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.is_leaf and t.grad is not None]
+    return {"layers": len(dispatchers), "inputs": len(kept),
+            "routes": [x is None for d in dispatchers
+                       for x in (d.probs, d.routing_map, d.reversed_local_input_permutation_mapping)]}
+
+
 def expected(padding: list[int]) -> dict[str, Any]:
     """Return the same by plain formulas in double precision."""
     import torch
@@ -220,3 +245,8 @@ def test_the_formula_is_the_one_of_transformers() -> None:
     assert torch.allclose(seen, logits)
     dense = torch.zeros(len(logits), EXPERTS).scatter(1, index, weights)
     assert torch.allclose(dense.double(), expected([])["weights"], atol=1e-6)
+
+
+def test_a_pass_leaves_neither_routes_nor_the_inputs_of_recomputed_layers(ranks: Any, job: Any) -> None:
+    ((found,),) = ranks(job(__file__, "left_by_a_pass"))
+    assert found["layers"] == 4 and found["inputs"] == 0 and all(found["routes"])
