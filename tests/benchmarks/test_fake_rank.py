@@ -23,11 +23,10 @@ CASES = {"last": ("tiny-solar-open", "b200", 8, (*SMALL, *STAGES, "train.fp8=mxf
 BIG = ("train.micro_batch_size=1", "train.fp8=none", "train.recompute=true", "gpu.recompute_modules=[]",
        "gpu.attention=local", "parallel.ep=64", "parallel.pp=1", "parallel.vpp=1",
        "parallel.pipeline_layout=[]", "parallel.expert_overlap=none", "parallel.expert_dispatcher=alltoall")
-COUNTED = {
-    "of the head": ("solar-open-102b", "h200", 64, (*BIG, "model.num_layers=2"), 0),
-    "of a layer, unevenly": ("solar-open-102b", "h200", 64,
-                             (*BIG, "model.num_layers=2", "model.vocab_size=8192"), 0, 6.0)}
-"""Ranks at their own sizes whose bytes are counted."""
+COUNTED = ("solar-open-102b", "h200", 64, (*BIG, "model.num_layers=1"), 0)
+"""A rank at its own sizes whose bytes are counted: its head is the peak."""
+UNEVENLY = ("solar-open-102b", "h200", 64, (*BIG, "model.num_layers=2", "model.vocab_size=8192"), 0, 6.0)
+"""The same where a layer is the peak, and experts get six times their share."""
 ONE_LAYER = ("tiny-solar-open", "h100", 2, (*SMALL, "model.num_layers=1"), 0)
 
 
@@ -37,7 +36,7 @@ def further() -> None:
     import fake_rank
 
     fake_rank.prepare()
-    print(json.dumps({name: fake_rank.tried(*case) for name, case in FURTHER.items()}))
+    print(json.dumps({name: fake_rank.tried(*case) for name, case in (FURTHER | {"unevenly": UNEVENLY}).items()}))
 
 
 def cases() -> None:
@@ -53,7 +52,8 @@ def cases() -> None:
 
     from megatron_sov.train.objectives import microbatch
 
-    found: dict[str, Any] = {name: fake_rank.tried(*case) for name, case in (CASES | COUNTED).items()}
+    found: dict[str, Any] = {name: fake_rank.tried(*case) for name, case in CASES.items()}
+    found["counted"] = fake_rank.tried(*COUNTED)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(microbatch, "local_device", lambda: torch.device("cpu"))
         found["rows on the host"] = fake_rank.tried(*ONE_LAYER)
@@ -90,18 +90,17 @@ def told_by(function: str, names: Collection[str]) -> dict[str, Any]:
 
 
 @pytest.mark.deep
-def test_steps_of_the_first_stage_and_of_cut_rows_are_sound() -> None:
-    told_by("further", FURTHER)
+def test_steps_of_the_first_stage_and_of_cut_rows_are_sound_and_uneven_tokens_are_counted() -> None:
+    found = told_by("further", [*FURTHER, "unevenly"])["unevenly"]
+    # the account has gradients of the layer beside all that passes, which are not there together
+    assert found["peak bytes"] < found["account bytes"] < 1.06 * found["peak bytes"]
 
 
 def test_a_step_is_sound_and_what_a_gpu_does_not_take_is_not() -> None:
-    found = told_by("cases", CASES | COUNTED)
-    # the logits, the head's gradients and products to the byte, but for small ones beside them
-    counted, said = (found["of the head"][name] for name in ("peak bytes", "account bytes"))
+    found = told_by("cases", [*CASES, "counted"])
+    # the logits, the head's gradients and products, but for small ones beside them
+    counted, said = (found["counted"][name] for name in ("peak bytes", "account bytes"))
     assert said == pytest.approx(counted, rel=0.005)
-    # the account has gradients of the layer beside all that passes, which are not there together
-    counted, said = (found["of a layer, unevenly"][name] for name in ("peak bytes", "account bytes"))
-    assert counted < said < 1.06 * counted
     waits = found["last"]["waits"]
     # the stage's one layer, in two micro-batches
     assert waits.pop("token_dispatcher.py:_maybe_dtoh_and_synchronize") == 2
