@@ -36,7 +36,8 @@ def further() -> None:
     import fake_rank
 
     fake_rank.prepare()
-    print(json.dumps({name: fake_rank.tried(*case) for name, case in (FURTHER | {"unevenly": UNEVENLY}).items()}))
+    found = {name: fake_rank.tried(*case) for name, case in FURTHER.items()}
+    print(json.dumps(found | {"unevenly": fake_rank.tried(*UNEVENLY)}))
 
 
 def cases() -> None:
