@@ -16,8 +16,8 @@ HEAD = """# Results
 
 <!-- Written by docs/generate_results.py from benchmarks/results/verdicts.yaml; change it there. -->
 
-What the benchmarks showed, good and bad, with a row for each file in `benchmarks/results/`. **All of it ran
-on CPUs, nothing on a GPU.** Models are tiny unless a row says otherwise. Figures of learning show you that a
+What the benchmarks showed, good and bad, with a row for each file in `benchmarks/results/`. **All but what
+names an H200 ran on CPUs.** Models are tiny unless a row says otherwise. Figures of learning show you that a
 method works, not what a large model gains.
 
 | verdict | meaning | rows |

@@ -13,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import CodeType, FrameType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -53,16 +54,59 @@ def refuse(what: str) -> None:
 def wait() -> None:
     """Count who waits: the innermost function outside torch; a kernel, which the double plays, does not."""
     refuse("the host waits")
+    caller = _caller()
+    if caller is not None and not _is_kernel(caller):
+        WAITS[f"{Path(caller.co_filename).name}:{caller.co_name}"] += 1
+
+
+def _caller() -> CodeType | None:
+    """Return the innermost function outside torch and this file that has a name."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        path = Path(code.co_filename)
         if (f"{os.sep}torch{os.sep}" not in code.co_filename and code.co_filename != __file__
                 and not code.co_name.startswith("<")):
-            if "transformer_engine" not in path.parts:
-                WAITS[f"{path.name}:{code.co_name}"] += 1
-            return
+            return code
         frame = frame.f_back
+    return None
+
+
+def _is_kernel(code: CodeType) -> bool:
+    path = Path(code.co_filename)
+    return "transformer_engine" in path.parts or path.name == "fake_rank.py"
+
+
+class Ledger:
+    """Bytes of the GPU's tensors, as torch's allocator has them: each memory once, in whole blocks, for as
+    long as something holds it.  What a kernel of the double has while it runs is in no peak: real ones have
+    registers for it."""
+
+    BLOCK = 512
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def note(self, tensors: Any) -> None:
+        """Take in what an operation gave."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, FakeTensor):
+                self._enter(tensor.untyped_storage())
+        if self.now > self.peak and not ((caller := _caller()) is not None and _is_kernel(caller)):
+            self.peak = self.now
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        place, blocks = storage._cdata, -(-storage.nbytes() // self.BLOCK)
+        if place in self._known and self._known[place]() is not None:
+            return
+
+        def leave(gone: weakref.ref[torch.UntypedStorage]) -> None:
+            if self._known.get(place) is gone:
+                del self._known[place]
+                self.now -= blocks * self.BLOCK
+
+        self._known[place] = weakref.ref(storage, leave)
+        self.now += blocks * self.BLOCK
 
 
 class _Moment:
@@ -129,8 +173,9 @@ class _Shapes(FakeTensorMode):
 class _Operations(TorchDispatchMode):
     """Does what tensors of the host are in on the host, and nothing else."""
 
-    def __init__(self, num_routed: int) -> None:
+    def __init__(self, num_routed: int, ledger: Ledger) -> None:
         super().__init__()
+        self._ledger = ledger
         self._shapes, self._num_routed = _Shapes(allow_non_fake_inputs=True), num_routed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -161,6 +206,7 @@ class _Operations(TorchDispatchMode):
                 return args[0].copy_(self._read(args[1], args[0].dtype))
         with self._shapes:
             found = func(*args, **kwargs)
+        self._ledger.note(found)
         return self._read(found, found.dtype) if device is not None and not to_gpu else found
 
     def _read(self, tensor: FakeTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -249,10 +295,12 @@ def _move(tensor: torch.Tensor, data: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def used(num_routed: int) -> Iterator[None]:
-    """Compute with the GPU; `num_routed` is how often tokens of a micro-batch go to an expert."""
-    with _Calls(), _Operations(num_routed):
-        yield
+def used(num_routed: int) -> Iterator[Ledger]:
+    """Compute with the GPU; `num_routed` is how often tokens of a micro-batch go to an expert.  Yields what
+    lies in its memory."""
+    ledger = Ledger()
+    with _Calls(), _Operations(num_routed, ledger):
+        yield ledger
 
 
 def install() -> None:

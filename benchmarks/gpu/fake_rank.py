@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import fake_gpu
@@ -82,6 +83,7 @@ def _give_kernels_shapes() -> None:
     """Have the double's kernels that read what is on the GPU make something of their results' shapes."""
     from transformer_engine.pytorch import permutation
     from transformer_engine.pytorch.attention import dot_product_attention as attention
+    from transformer_engine.pytorch.module import layernorm_linear, norm
 
     def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float,
                  size: tuple[int, int], sinks: torch.Tensor | None) -> torch.Tensor:
@@ -92,6 +94,20 @@ def _give_kernels_shapes() -> None:
     def zeros(like: torch.Tensor, count: int, times: int) -> tuple[torch.Tensor, ...]:
         return (torch.zeros(count, dtype=torch.long, device=like.device),) * times
 
+    class Norm(torch.autograd.Function):
+        """Saves what the real one saves."""
+
+        @staticmethod
+        def forward(ctx: Any, inp: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(inp, weight, inp.new_empty(inp.numel() // len(weight), dtype=torch.float32))
+            return torch.empty_like(inp)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+            inp, weight, _ = ctx.saved_tensors
+            return torch.empty_like(inp), torch.empty_like(weight)
+
+    norm.normalise = layernorm_linear.normalise = lambda inp, weight, *others: Norm.apply(inp, weight)
     attention.attended_documents = attended
     permutation._rows = lambda inp, routing_map, num_out_tokens, probs=None: zeros(
         inp + routing_map.sum(), num_out_tokens, 2)
@@ -102,11 +118,33 @@ def _give_kernels_shapes() -> None:
         inp * (split_sizes + sorted_index).sum().ne(-1))
 
 
-def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: int) -> dict[str, Any]:
-    """Do a step of the first process of a pipeline stage in this process, which is none afterwards.
+def _send_unevenly(imbalance: float) -> None:
+    """Have experts of this process get so many times their even share of tokens, in every layer."""
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher as Dispatcher
+
+    asked = Dispatcher._maybe_dtoh_and_synchronize
+
+    def ask(dispatcher: Any, point: str, counts: Any = None) -> Any:
+        counts = asked(dispatcher, point, counts)
+        if point == dispatcher.cuda_dtoh_point:
+            dispatcher.output_splits = (dispatcher.output_splits * imbalance).astype(int)
+            counts = (counts * imbalance).long()
+            if not dispatcher.config.moe_permute_fusion:
+                dispatcher.num_global_tokens_per_local_expert = (
+                    dispatcher.num_global_tokens_per_local_expert * imbalance).long()
+        return counts
+
+    Dispatcher._maybe_dtoh_and_synchronize = ask
+
+
+def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: int,
+         imbalance: float = 1.0) -> dict[str, Any]:
+    """Do two steps of the first process of a pipeline stage in this process, which is none afterwards: the
+    first one makes the optimizer's moments.
 
     Returns:
-        The parameters that it holds, processor seconds, and who waited how often.
+        The parameters that it holds, processor seconds, who waited how often in the first step, and the most
+        bytes that were allocated in the second one, beside those of plan's account.
     """
     import torch.distributed as dist
     from one_rank import OneRank
@@ -114,6 +152,7 @@ def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: 
     from transformer_engine.pytorch import placement
 
     from megatron_sov.engine.optimizer import parameter_groups
+    from megatron_sov.plan.footprint.memory import account
 
     config = configured(recipe, gpu, num_ranks, settings)
     p, rank = config.parallel, stage * num_ranks // config.parallel.pp
@@ -125,12 +164,21 @@ def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: 
         ({group.pattern for group in config.optim.groups}, True)]
     tokens = config.data.phases[0].seq_len * config.train.micro_batch_size // p.cp // (p.tp if p.sp else 1)
     begun = time.process_time()
-    with fake_gpu.used(tokens * config.model.num_experts_per_token):
+    if imbalance != 1:
+        _send_unevenly(imbalance)
+    with fake_gpu.used(tokens * config.model.num_experts_per_token) as ledger:
         runner = OneRank(config, rank, num_ranks)
         fake_gpu.WAITS.clear()
         runner.step(1, p.pp)
+        waits = dict(fake_gpu.WAITS)
+        ledger.peak = 0
+        runner.step(2, p.pp)
+    rows = p.pp * config.train.micro_batch_size * num_ranks // p.ranks_per_replica
+    said = account(replace(config, train=replace(config.train, global_batch_size=rows)), num_ranks, stage,
+                   config.data.phases[0].seq_len, imbalance)
     return {"parameters": sum(weight.numel() for weight in runner.model.parameters()),
-            "seconds": time.process_time() - begun, "waits": dict(fake_gpu.WAITS)}
+            "seconds": time.process_time() - begun, "waits": waits, "peak bytes": ledger.peak,
+            "account bytes": said.allocated}
 
 
 def configured(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str]) -> Any:
@@ -188,8 +236,9 @@ def main() -> int:
         for stage in sorted({0, p.pp // 2, p.pp - 1}):
             found = tried(*case, stage)
             failed |= "problem" in found
-            told = (f"{found['parameters'] / 1e9:6.2f} B parameters  {found['seconds']:5.0f} s"
-                    if "parameters" in found else "")
+            told = (f"{found['parameters'] / 1e9:6.2f} B parameters  {found['seconds']:5.0f} s  "
+                    f"at most {found['peak bytes'] / 1e9:6.2f} GB allocated, the account says "
+                    f"{found['account bytes'] / 1e9:6.2f}" if "parameters" in found else "")
             print(f"  stage {stage + 1:>2} of {p.pp:<2} {told}  "
                   f"{found.get('problem', 'sound')}", flush=True)
             for name, count in sorted(found.get("waits", {}).items()):

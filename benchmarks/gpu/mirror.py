@@ -21,6 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+MOST = {"rows": 0}
+"""Rows of the largest exchange so far.  It can be far more than an even share: of all experts this rank has a
+few, and what it sends to itself comes from all others, too."""
+
 
 def install(rank: int, num_ranks: int) -> None:
     """Make this process rank `rank` of `num_ranks`, the others being its mirror images."""
@@ -97,7 +101,11 @@ def _all_to_all(output: torch.Tensor, input: torch.Tensor, output_split_sizes: l
     parts = (input.chunk(size) if input_split_sizes is None
              else input.split([int(n) for n in input_split_sizes]))
     mine = parts[rank]
-    repeats = -(-len(output) // max(len(mine), 1))
-    output.zero_()
-    if len(mine):
-        output.copy_(mine.repeat(repeats, *[1] * (input.dim() - 1))[:len(output)])
+    MOST["rows"] = max(MOST["rows"], len(output))
+    if not len(mine):
+        output.zero_()
+        return
+    # not by `repeat`: NCCL has no second copy of what comes
+    whole = len(output) // len(mine)
+    output[:whole * len(mine)].view(whole, *mine.shape).copy_(mine)
+    output[whole * len(mine):].copy_(mine[:len(output) - whole * len(mine)])

@@ -77,13 +77,14 @@ def prepare(dry: bool) -> None:
 
 def one(words: list[str], dry: bool) -> dict[str, Any]:
     """Build the rank, do some steps and return the figures."""
+    import mirror
     import torch
     from one_rank import OneRank
 
     from megatron_sov import recipes
     from megatron_sov.model.config import apply_settings
     from megatron_sov.model.families.count import train_flops_per_token
-    from megatron_sov.train.stages.announcement import memory_of
+    from megatron_sov.plan.footprint.memory import account
 
     recipe, num_ranks, rank, layout = place(dry)
     config = apply_settings(recipes.get(recipe), [*layout, *words])
@@ -95,10 +96,13 @@ def one(words: list[str], dry: bool) -> dict[str, Any]:
     seconds = min(times_s[2:])
     seq_len = config.data.phases[0].seq_len
     flops = train_flops_per_token(config.model, seq_len) * seq_len * config.train.micro_batch_size
-    account = memory_of(config, runner.world.size)
+    # the account of the tokens that its experts got, which is no property of the layout
+    routed = seq_len * config.train.micro_batch_size * config.model.num_experts_per_token
+    imbalance = mirror.MOST["rows"] / routed
+    said = account(config, num_ranks, 0, seq_len, imbalance)
     peak = 0 if dry else torch.cuda.max_memory_allocated()
     return {"build s": built_s, "step s": seconds, "TFLOP/s": flops / seconds / 1e12, "peak bytes": peak,
-            "account bytes": account.allocated, "losses": losses,
+            "imbalance": imbalance, "account bytes": said.allocated, "losses": losses,
             **({} if dry else {"ms of kernels": kernels(lambda: runner.step(STEPS + 1))})}
 
 

@@ -21,6 +21,13 @@ SELECTIVE = ("train.recompute=selective", 'gpu.recompute_modules=["layernorm", "
 STAGES = ("model.num_layers=2", "parallel.pp=2", "parallel.tp=2", "parallel.sp=true", *SELECTIVE)
 FURTHER = {"first": ("tiny-solar-open", "h100", 8, (*SMALL, *STAGES), 0),
            "cut rows": ("tiny-k-exaone", "b200", 4, (*SMALL, "model.num_layers=2", "parallel.cp=2"), 0)}
+BIG = ("train.micro_batch_size=1", "train.fp8=none", "train.recompute=true", "gpu.recompute_modules=[]",
+       "gpu.attention=local", "parallel.ep=64", "parallel.pp=1", "parallel.vpp=1",
+       "parallel.pipeline_layout=[]", "parallel.expert_overlap=none", "parallel.expert_dispatcher=alltoall")
+COUNTED = ("solar-open-102b", "h200", 64, (*BIG, "model.num_layers=1"), 0)
+"""A rank at its own sizes whose bytes are counted: its head is the peak."""
+UNEVENLY = ("solar-open-102b", "h200", 64, (*BIG, "model.num_layers=2", "model.vocab_size=8192"), 0, 6.0)
+"""The same where a layer is the peak, and experts get six times their share."""
 ONE_LAYER = ("tiny-solar-open", "h100", 2, (*SMALL, "model.num_layers=1"), 0)
 GRAPHS = (*ONE_LAYER[:3], (*ONE_LAYER[3], *SELECTIVE, 'gpu.cuda_graphs=["moe_router", "moe_preprocess"]'), 0)
 CASES = {"last": ("tiny-solar-open", "b200", 8, (*SMALL, *STAGES, "train.fp8=mxfp8"), 1), "graphs": GRAPHS}
@@ -41,7 +48,8 @@ def further() -> None:
     import fake_rank
 
     fake_rank.prepare()
-    print(json.dumps({name: fake_rank.tried(*case) for name, case in FURTHER.items()}))
+    found = {name: fake_rank.tried(*case) for name, case in FURTHER.items()}
+    print(json.dumps(found | {"unevenly": fake_rank.tried(*UNEVENLY)}))
 
 
 def cases() -> None:
@@ -59,6 +67,7 @@ def cases() -> None:
     from megatron_sov.train.objectives import microbatch
 
     found: dict[str, Any] = {name: fake_rank.tried(*case) for name, case in CASES.items()}
+    found["counted"] = fake_rank.tried(*COUNTED)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(microbatch, "local_device", lambda: torch.device("cpu"))
         found["rows on the host"] = fake_rank.tried(*ONE_LAYER)
@@ -102,12 +111,17 @@ def told_by(function: str, names: Collection[str]) -> dict[str, Any]:
 
 
 @pytest.mark.deep
-def test_steps_of_the_first_stage_and_of_cut_rows_are_sound() -> None:
-    told_by("further", FURTHER)
+def test_steps_of_the_first_stage_and_of_cut_rows_are_sound_and_uneven_tokens_are_counted() -> None:
+    found = told_by("further", [*FURTHER, "unevenly"])["unevenly"]
+    # the account has gradients of the layer beside all that passes, which are not there together
+    assert found["peak bytes"] < found["account bytes"] < 1.06 * found["peak bytes"]
 
 
 def test_a_step_is_sound_and_what_a_gpu_does_not_take_is_not() -> None:
-    found = told_by("cases", CASES)
+    found = told_by("cases", [*CASES, "counted"])
+    # the logits, the head's gradients and products, but for small ones beside them
+    counted, said = (found["counted"][name] for name in ("peak bytes", "account bytes"))
+    assert said == pytest.approx(counted, rel=0.005)
     waits = found["last"]["waits"]
     # the stage's one layer, in two micro-batches
     assert waits.pop("token_dispatcher.py:_maybe_dtoh_and_synchronize") == 2

@@ -80,6 +80,25 @@ def gate_bf16() -> dict[str, Any]:
             "dtypes": [str(t.dtype) for t in (router.weight, logits, router.expert_bias)]}
 
 
+def left_by_a_pass() -> list[bool]:
+    """Return of all dispatchers whether they have no routes behind a recomputed pass."""
+    import torch
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    from megatron_sov.engine.model.language_model import ModelInputs
+    from tests.tiny import tiny_model
+
+    _, model = tiny_model("tiny-solar-open", "train.recompute=true")
+    model.config.routing_step.begin(48, 1)
+    inputs = ModelInputs(torch.arange(48), torch.arange(48), torch.tensor([0, 48], dtype=torch.int32), 48,
+                         torch.zeros(48, dtype=torch.bool))
+    model.chunks[0](inputs).square().sum().backward()
+    dispatchers = [layer.mlp.token_dispatcher for layer in model.chunks[0].decoder.layers]
+    assert all(isinstance(d, MoEAlltoAllTokenDispatcher) for d in dispatchers)
+    return [(d.probs, d.routing_map, d.reversed_local_input_permutation_mapping) == (None, None, None)
+            for d in dispatchers]
+
+
 def expected(padding: list[int]) -> dict[str, Any]:
     """Return the same by plain formulas in double precision."""
     import torch
@@ -220,3 +239,8 @@ def test_the_formula_is_the_one_of_transformers() -> None:
     assert torch.allclose(seen, logits)
     dense = torch.zeros(len(logits), EXPERTS).scatter(1, index, weights)
     assert torch.allclose(dense.double(), expected([])["weights"], atol=1e-6)
+
+
+def test_a_pass_leaves_no_routes_and_so_no_inputs_of_recomputed_layers(ranks: Any, job: Any) -> None:
+    ((found,),) = ranks(job(__file__, "left_by_a_pass"))
+    assert len(found) >= 2 and all(found)

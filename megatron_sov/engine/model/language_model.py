@@ -36,7 +36,7 @@ from megatron_sov.engine.model.specs import (
     block_norm, bound_gates, layer_specs, mtp_layer_spec, transformer_config, uses_transformer_engine)
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import local_device, on_gpu
-from megatron_sov.engine.router import BalancedRouter
+from megatron_sov.engine.router import BalancedRouter, let_routes_go
 from megatron_sov.model.config import (
     GpuConfig, LoraConfig, MediaConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig)
 from megatron_sov.model.config.gpu import AUTO
@@ -476,6 +476,7 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
 
         mend_extra_state(TEGroupedLinear)
     rotate_by_token()
+    let_routes_go()
     if not uses_transformer_engine(config.params_dtype):
         gate_without_compiler()
     with without_fusion():

@@ -349,7 +349,9 @@ class Stored:
     largest: int
     """What the largest layer saves where nothing is recomputed."""
     unevenly: int
-    """Of `waiting` and `recomputed`, what routed experts keep: more, where routing is uneven."""
+    """Of `waiting`, what routed experts keep: more, where routing is uneven."""
+    layer_unevenly: int
+    """The same of `recomputed`."""
 
     @property
     def saved(self) -> int:
@@ -388,8 +390,8 @@ def stored(config: RunConfig, stage: int, seq_len: int, num_micro_batches: int) 
     largest = max(here, key=lambda kind: wholes[kind].total)
     return Stored(waiting=waiting, head=head_keeps(config, row) if last else 0,
                   recomputed=max(again.values(), default=0), norms=norms, largest=wholes[largest].total,
-                  unevenly=_of_experts(config, here, wholes) + (
-                      wholes[largest].routed if again.get(largest) else 0))
+                  unevenly=_of_experts(config, here, wholes),
+                  layer_unevenly=wholes[largest].routed if again.get(largest) else 0)
 
 
 def _of_experts(config: RunConfig, here: dict[LayerKind, int],

@@ -87,6 +87,8 @@ def nccl_bytes(config: RunConfig, num_ranks: int) -> int:
     return communicators(config, num_ranks) * CHANNELS * (SIMPLE_BYTES + LL_BYTES + LL128_BYTES)
 
 
+ROWS_OF_PRODUCT = 8192
+"""Rows of the head's gradient that are multiplied at a time (`engine.model.chunked_head`)."""
 LOGIT_BYTES = 4
 """A softmax is computed in float32, or in the model's dtype where that is wider."""
 DISTILL = "distill"
@@ -175,17 +177,20 @@ def account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
         seq_len: tokens of a sample.
         imbalance: tokens of the fullest expert-parallel rank in units of the mean.
     """
-    p, train = config.parallel, config.train
+    p, train, m = config.parallel, config.train, config.model
     states = states_of(config, num_ranks, stage)
     replicas = max(1, num_ranks // p.ranks_per_replica)
     micro_batches = max(1, train.global_batch_size // (replicas * train.micro_batch_size))
     waits = stored(config, stage, seq_len, micro_batches)
     row = seq_len * train.micro_batch_size
-    passing = PASSING_COPIES * max(saved(config, row, kind).expert_input for kind in set(kinds(config.model)))
+    passing = PASSING_COPIES * max(saved(config, row, kind).expert_input for kind in set(kinds(m)))
     # the layer whose gradients are being computed, and what of it is there anew
     one_layer = waits.largest + waits.recomputed + passing
     head = _head_bytes(config, row // p.cp, row) if stage == p.pp - 1 else 0
-    uneven = int((imbalance - 1) * (waits.unevenly + passing)) if p.ep > 1 else 0
+    more = imbalance - 1 if p.ep > 1 else 0.0
+    # where the head is the peak, a layer's tokens may be uneven as long as it stays below
+    uneven = (int(more * waits.unevenly) + max(one_layer + int(more * (waits.layer_unevenly + passing)), head)
+              - max(one_layer, head))
     moving = waits.waiting + max(one_layer, head) + uneven
     return Account(
         weights=states.weights - without_bf16(config, stage, states.elements),
@@ -193,7 +198,7 @@ def account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
         on_host=states.on_host, counters=states.counters, update=_update_bytes(config, states),
         layer_inputs=waits.waiting, one_layer=one_layer, head=head, imbalance=uneven,
         quantized_weights=quantized_weight_bytes(config, stage),
-        angles=2 * row * config.model.rotated_channels() * config.model.rotates() * FLOAT32_BYTES,
+        angles=2 * row * m.rotated_channels() * m.rotates() * FLOAT32_BYTES,
         nccl=nccl_bytes(config, num_ranks), fragmentation=int(FRAGMENTATION_SHARE * moving))
 
 
@@ -218,7 +223,13 @@ def _head_bytes(config: RunConfig, local_tokens: int, row_tokens: int) -> int:
     chunk = min(config.train.head_chunk_tokens, local_tokens) * logit_bytes
     adapts_head = config.lora.on and HEAD in config.lora.targets
     copy = m.hidden_size * item if adapts_head else 0  # the head with its adapter inside
-    return -(-m.vocab_size // config.parallel.tp) * (chunk + copy) + head_keeps(config, row_tokens)
+    rows = -(-m.vocab_size // config.parallel.tp)
+    # beside the logits, states times their weights, and a product before it is added
+    product = 0
+    if config.train.precision == "bf16":
+        product = m.hidden_size * (min(config.train.head_chunk_tokens, local_tokens) * (LOGIT_BYTES + item)
+                                   + min(rows, ROWS_OF_PRODUCT) * FLOAT32_BYTES)
+    return rows * (chunk + copy) + product + head_keeps(config, row_tokens)
 
 
 def _divergence_buffers(distillation: DistillationConfig) -> int:
