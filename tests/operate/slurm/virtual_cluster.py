@@ -223,7 +223,12 @@ class VirtualCluster:
 
     def wait(self, number: str, states: tuple[str, ...] = ENDED, timeout_s: float = 600) -> dict[str, str]:
         """Wait until a job is in one of the states; returns what the controller knows about it."""
-        until(lambda: self.job(number)["JobState"] in states, timeout_s, f"job {number}: {states}")
+        try:
+            until(lambda: self.job(number)["JobState"] in states, timeout_s, f"job {number}: {states}")
+        except TimeoutError as e:
+            nodes = self.run("sinfo", "-h", "-N", "-p", self.partitions[0], "-o", "%N %T %E", check=False)
+            log = (self.folder / "log/slurmctld.log").read_text()[-3000:]
+            raise TimeoutError(f"{e}: {self.job(number)}; {nodes}; {log}") from e
         return self.job(number)
 
     def wait_idle(self, nodes: list[str]) -> None:
