@@ -259,7 +259,9 @@ _combine = MoEAlltoAllTokenDispatcher.combine_postprocess
 
 def _combined(dispatcher: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     found: torch.Tensor = _combine(dispatcher, *args, **kwargs)
-    dispatcher.probs = dispatcher.routing_map = dispatcher.reversed_local_input_permutation_mapping = None
+    # under graphs 0.16 never sets the weights again, and asks those of the capture for their dtype
+    dispatcher.probs = dispatcher.probs.new_empty(0)
+    dispatcher.routing_map = dispatcher.reversed_local_input_permutation_mapping = None
     return found
 
 

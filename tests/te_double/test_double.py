@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from megatron_sov.engine.model.attention import PackedDocuments, pack
-from megatron_sov.engine.model.gpu_settings import Here, keep_attention_decisions, own_attention_serves
+from megatron_sov.engine.model.attention_kernels import keep_attention_decisions
+from megatron_sov.engine.model.gpu_settings import Here, own_attention_serves
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
 from megatron_sov.plan.search.recommended import RECOMMENDED

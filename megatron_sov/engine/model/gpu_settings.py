@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ import torch
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, find_broken
 from megatron_sov.engine import lanes, router
+from megatron_sov.engine.model.attention_kernels import TE_ATTENTION_VARIABLES, head_size, without_kernel
 from megatron_sov.engine.parallel.device import (
     BLACKWELL, DEEP_EP_NAMES, HOPPER, REPEATS_CUDNN, lacking_deep_ep, lacking_fla, lacking_fp8, on_gpu)
 from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
@@ -112,42 +111,6 @@ def mend_extra_state(grouped_linear: Any) -> None:
         return [state] * self.num_gemms if state.numel() == 0 else split(self, state)
 
     grouped_linear._split_extra_state = split_any
-
-
-TE_ATTENTION_VARIABLES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN",
-                          "unfused": "NVTE_UNFUSED_ATTN"}
-"""Kernel of Transformer Engine -> the variable that allows it, which the library sets by `gpu.attention`."""
-
-
-KEPT_DECISIONS = 64
-
-
-def keep_attention_decisions(utils: Any) -> None:
-    """Have Transformer Engine keep its decision about kernels for every kind of call.
-
-    2.20.2 keeps the last one alone (`_attention_backends`), so that layers with a window and without, in
-    turn, have it ask cuDNN at every change.  Where one call has several policies it keeps them as is done
-    here: by equal parameters and variables.
-
-    Args:
-        utils: its module of `get_attention_backend`, which it asks by that name.
-    """
-    decide = utils.get_attention_backend
-    if hasattr(decide, "kept"):
-        return
-    kept: list[tuple[list[str | None], Any, Any]] = []
-
-    def decided(params: Any) -> Any:
-        variables = [os.environ.get(name) for name in TE_ATTENTION_VARIABLES.values()]
-        for then, asked, found in kept:
-            if then == variables and asked == params:
-                return found
-        kept.append((variables, params, decide(params)))
-        del kept[:-KEPT_DECISIONS]
-        return kept[-1][-1]
-
-    decided.kept = kept  # type: ignore[attr-defined]
-    utils.get_attention_backend = decided
 
 
 @dataclass(frozen=True)
@@ -320,7 +283,9 @@ def own_attention_serves(here: Here, attention: str, deterministic: bool) -> boo
     # the library passes no cap on to those kernels of Transformer Engine that have one
     if not here.te or here.parallel.cp > 1 or attention == "local" or model.attention_softcap is not None:
         return True
-    return attention == "auto" and (deterministic or bool(_without_heads(model) or without_kernel(here)))
+    if attention != "auto":
+        return False
+    return deterministic or bool(_without_heads(model) or without_kernel(model, here.parallel.tp, attention))
 
 
 FLA_KEYS = 256
@@ -351,9 +316,7 @@ def exchanges_heads(here: Here, attention: str) -> bool:
 def _without_heads(model: ModelConfig) -> str:
     """Return why no fused kernel of cuDNN trains heads of this size here; empty: one does
     (`nvte_get_fused_attn_backend` of Transformer Engine 2.20.2)."""
-    latent = model.latent_attention
-    size = ((model.head_dim, model.head_dim) if latent is None
-            else (latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim))
+    size = head_size(model)
     if max(size) <= 128 or not on_gpu() or torch.cuda.get_device_capability()[0] < BLACKWELL:
         return ""
     needed = {(192, 128): 91100, (256, 256): HEADS_256_CUDNN}.get(size)
@@ -362,59 +325,6 @@ def _without_heads(model: ModelConfig) -> str:
         return f"no fused kernel of cuDNN trains heads of {size[0]} on this GPU"
     return "" if found >= needed else (f"no fused kernel of cuDNN {found} trains heads of {size[0]} on this "
                                        f"GPU before {needed}")
-
-
-ASKED_DOCUMENTS, ASKED_TOKENS = 4, 4096
-"""Of the row that Transformer Engine is asked about; its answer for packed rows hangs on neither."""
-
-
-def without_kernel(here: Here) -> str:
-    """Return why no kernel of Transformer Engine attends packed rows of this model on this GPU, in its own
-    words; empty: one does.
-
-    It says so to a log that is off, and goes on with products of whole rows, padded to the longest document:
-    on an H200 with cuDNN 9.19 those took 11 of the 12 s of a step of `solar-open-102b`.
-    """
-    if not on_gpu():
-        return ""
-    model, tp, latent = here.model, here.parallel.tp, here.model.latent_attention
-    groups = model.num_heads if latent else model.num_kv_heads
-    size = ((model.head_dim, model.head_dim) if latent is None
-            else (latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim))
-    windows = {0, model.sliding_window_tokens} if model.sliding_window_tokens else {0}
-    answers = (_asked(model.num_heads // tp, max(1, groups // tp), size, window, model.attention_sinks)
-               for window in sorted(windows))
-    return next(filter(None, answers), "")
-
-
-@functools.cache
-def _asked(heads: int, groups: int, size: tuple[int, int], window: int, sinks: bool) -> str:
-    """Return Transformer Engine's answer; empty: it has a kernel."""
-    from transformer_engine.pytorch.attention.dot_product_attention import utils
-
-    said: list[str] = []
-    handler = logging.Handler(logging.DEBUG)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    log, before = logging.getLogger("DotProductAttention"), utils.AttentionLogging._log_level
-    log.addHandler(handler)
-    utils.AttentionLogging._log_level = logging.DEBUG  # it sets the log's own level from that in each call
-    propagates, log.propagate = log.propagate, False
-    try:
-        flash, _, fused, *_ = utils.get_attention_backend(utils.AttentionParams(
-            qkv_layout="thd_thd_thd", batch_size=ASKED_DOCUMENTS, num_heads=heads, num_gqa_groups=groups,
-            max_seqlen_q=ASKED_TOKENS, max_seqlen_kv=ASKED_TOKENS, num_tokens_q=ASKED_TOKENS,
-            num_tokens_kv=ASKED_TOKENS, head_dim_qk=size[0], head_dim_v=size[1],
-            attn_mask_type="padding_causal", window_size=(window - 1, 0) if window else (-1, 0),
-            bottom_right_diagonal=False, core_attention_bias_requires_grad=False,
-            softmax_scale=size[0] ** -0.5, softmax_type="learnable" if sinks else "vanilla"))
-    finally:
-        utils.AttentionLogging._log_level, log.propagate = before, propagates
-        log.removeHandler(handler)
-    if flash or fused:
-        return ""
-    why = next((line for line in said if line.startswith("Disabling FusedAttention")), "no reason told")
-    return (f"Transformer Engine has no kernel for packed rows of {heads} heads of {size[0]} and "
-            f"{groups} of keys on this GPU ({why.splitlines()[0]})")
 
 
 def _without_repeats(config: RunConfig) -> str:
@@ -542,7 +452,8 @@ def _attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str
     elif attention not in ("auto", "local") and here.model.attention_softcap is not None:
         rules.append(("cannot be: this framework's own attention alone gets the cap on products of queries "
                       "and keys (model.attention_softcap)", "set it to auto or local"))
-    elif attention == "fused" and (why := _without_heads(here.model) or without_kernel(here)):
+    elif attention == "fused" and (
+            why := _without_heads(here.model) or without_kernel(here.model, here.parallel.tp, attention)):
         rules.append((f"cannot be: {why}", "install a newer one, or set it to auto or local"))
     elif attention == "fused" and config.train.deterministic and (why := _without_repeats(config)):
         rules.append((f"cannot be with train.deterministic = true: Transformer Engine's fused attention does "

@@ -15,9 +15,10 @@ from torch.nn.functional import dropout, gelu, rms_norm, silu
 
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.engine import lanes
+from megatron_sov.engine.model.attention_kernels import keep_attention_decisions
 from megatron_sov.engine.model.gpu_settings import (
-    OVERLAP, Here, exchanges_heads, expert_settings, keep_attention_decisions, keep_ends_in_bf16,
-    library_settings, own_attention_serves, transformer_settings, uses_delta_kernels)
+    OVERLAP, Here, exchanges_heads, expert_settings, keep_ends_in_bf16, library_settings,
+    own_attention_serves, transformer_settings, uses_delta_kernels)
 from megatron_sov.engine.model.graphs import graphed
 from megatron_sov.engine.model.rotary import local_turns, rotated_factor, softmax_scale
 from megatron_sov.engine.parallel import context

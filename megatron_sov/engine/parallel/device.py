@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import functools
 import gc
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -340,12 +339,6 @@ FLA_OLDEST = (0, 6)
 head of keys, and read the memory of others in their place without a word."""
 
 
-WRONG_TRITON = ((3, 4), (3, 7, 1))
-"""The first version of Triton that computes the gradients of one decay for all channels wrongly on Hopper,
-and the first that does not; without TileLang the kernels end a run in its first backward pass then (fla-core
-0.6.0, `chunk_bwd_dqkwg`).  Seen on an H200 with 3.6.0."""
-
-
 @functools.cache
 def lacking_fla(of_channels: bool) -> str:
     """Return why these kernels do not serve here, in their own words; empty: they do.
@@ -366,16 +359,22 @@ def lacking_fla(of_channels: bool) -> str:
 
 
 def _wrong_triton() -> str:
-    """Return what is wrong with Triton on this GPU, in words; empty: nothing."""
-    on_hopper = on_gpu() and torch.cuda.get_device_capability()[0] == HOPPER
-    if not on_hopper or importlib.util.find_spec("tilelang"):
+    """Return what is wrong with Triton on this GPU, in words; empty: nothing.
+
+    Some versions compute the gradients of one decay for all channels wrongly on Hopper, and without TileLang
+    the kernels end a run in its first backward pass then (fla-core 0.6.0, `chunk_bwd_dqkwg`, whose question
+    this is).  Seen on an H200 with Triton 3.6.0.
+    """
+    try:
+        from fla.ops.common.backends.tilelang import CommonTileLangBackend
+        from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
+    except ImportError:  # another version, which asks something else or nothing
         return ""
-    version = importlib.metadata.version("triton")
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    if not WRONG_TRITON[0] <= numbers < WRONG_TRITON[1]:
+    wrong = IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1
+    if not wrong or CommonTileLangBackend.can_use():
         return ""
-    return (f"Triton {version} computes their gradients wrongly on Hopper; "
-            f"{'.'.join(map(str, WRONG_TRITON[1]))} does not")
+    version = getattr(sys.modules["triton"], "__version__", "of this version")
+    return f"Triton {version} computes their gradients wrongly on Hopper; 3.7.1 does not"
 
 
 def hide_broken_deep_ep() -> None:

@@ -224,11 +224,13 @@ def _head_bytes(config: RunConfig, local_tokens: int, row_tokens: int) -> int:
     adapts_head = config.lora.on and HEAD in config.lora.targets
     copy = m.hidden_size * item if adapts_head else 0  # the head with its adapter inside
     rows = -(-m.vocab_size // config.parallel.tp)
-    # beside the logits, states times their weights, and a product before it is added
+    # beside the logits, where the head learns: states times their weights, and in bf16 a copy of them and a
+    # product before it is added
     product = 0
-    if config.train.precision == "bf16":
-        product = m.hidden_size * (min(config.train.head_chunk_tokens, local_tokens) * (LOGIT_BYTES + item)
-                                   + min(rows, ROWS_OF_PRODUCT) * FLOAT32_BYTES)
+    if adapts_head or not config.lora.on:
+        weighted = max(item, LOGIT_BYTES) + (item if item < LOGIT_BYTES else 0)
+        added = min(rows, ROWS_OF_PRODUCT) * FLOAT32_BYTES if item < FLOAT32_BYTES else 0
+        product = m.hidden_size * (min(config.train.head_chunk_tokens, local_tokens) * weighted + added)
     return rows * (chunk + copy) + product + head_keeps(config, row_tokens)
 
 

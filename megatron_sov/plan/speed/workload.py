@@ -432,7 +432,8 @@ def of_run(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, lin
         recompute = "selective" if t.recompute == "selective" else "full"
     stages = tuple(len(p.layers_of_stage(stage, config.model.num_layers)) for stage in range(p.pp))
     muon = config.optim.name == "muon" or any(group.optimizer == "muon" for group in config.optim.groups)
-    # as `engine.model.gpu_settings.own_attention_serves`; its kernel is that of FlashAttention 2
+    # as `engine.model.gpu_settings.own_attention_serves` where Transformer Engine has kernels for all heads;
+    # its own kernel is that of FlashAttention 2
     own = (g.attention == "local" or config.model.attention_softcap is not None
            or (g.attention == "auto" and (p.cp > 1 or t.deterministic)))
     return Workload(

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.metadata
-import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,7 +20,7 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine import lanes
-from megatron_sov.engine.model import gpu_settings
+from megatron_sov.engine.model import attention_kernels, gpu_settings
 from megatron_sov.engine.model.gpu_settings import (
     FUSIONS, LIBRARY_FIELDS, Here, expert_settings, gradient_settings, in_bf16, keep_ends_in_bf16,
     library_settings, mend_extra_state, moment_settings, refuse_without_chip, transformer_settings)
@@ -34,7 +31,7 @@ from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig, apply_s
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformer Engine, which is not here, has a kernel for all that it is asked about."""
-    monkeypatch.setattr(gpu_settings, "_asked", lambda *asked: "")
+    monkeypatch.setattr(attention_kernels, "_asked", lambda *asked: (False, ""))
 
 
 # 8-bit products: the library's settings, what is refused before anything starts, checkpoints of experts.
@@ -290,69 +287,25 @@ def test_older_kernels_that_read_the_memory_of_other_heads_do_not_serve(
             del sys.modules[name]
 
 
-@pytest.mark.parametrize(("triton", "capability", "wrong"), [
-    ("3.3.1", (9, 0), False), ("3.4.0", (9, 0), True), ("3.7.0", (9, 0), True), ("3.7.1", (9, 0), False),
-    ("3.6.0", (10, 0), False)])
+@pytest.mark.parametrize(("hopper", "triton", "tilelang", "wrong"), [
+    (True, (3, 3, 1), False, False), (True, (3, 4, 0), False, True), (True, (3, 7, 0), False, True),
+    (True, (3, 7, 0), True, False), (True, (3, 7, 1), False, False), (False, (3, 6, 0), False, False)])
 def test_kernels_that_triton_computes_wrongly_on_hopper_do_not_serve(
-        triton: str, capability: tuple[int, int], wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        hopper: bool, triton: tuple[int, ...], tilelang: bool, wrong: bool,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     """On an H200 they raise in the first backward pass: gated delta nets, not Kimi's."""
-    monkeypatch.setattr(device, "on_gpu", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(importlib.metadata, "version", {"triton": triton}.get)
-    assert bool(device._wrong_triton()) == wrong
-
-
-@pytest.fixture
-def rejecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[set[int]], None]]:
-    """A Transformer Engine that has no kernel for some windows, and says so to its log, which is off."""
-    utils = ModuleType("utils")
-    utils.__dict__["AttentionLogging"] = SimpleNamespace(_log_level=logging.WARNING)
-    utils.__dict__["AttentionParams"] = SimpleNamespace
-
-    def without(rejected: set[int]) -> None:
-        def decide(params: Any) -> tuple[Any, ...]:
-            log = logging.getLogger("DotProductAttention")
-            log.setLevel(utils.AttentionLogging._log_level)
-            fused = params.window_size[0] + 1 not in rejected
-            if not fused:
-                log.debug("Disabling FusedAttention: %s", "cuDNN Error: no engine")
-            return False, None, fused, None, not fused, []
-
-        utils.__dict__["get_attention_backend"] = decide
-
-    name = ""
-    for part in ("transformer_engine", ".pytorch", ".attention", ".dot_product_attention"):
-        name += part
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules[name].__dict__["utils"] = utils
-    monkeypatch.setattr(gpu_settings, "_asked", asked := functools.cache(ASKED.__wrapped__))
-    monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    yield without
-    asked.cache_clear()
-
-
-ASKED: Any = gpu_settings._asked
-
-
-@pytest.mark.parametrize(("rejected", "attention"), [
-    (set[int](), "auto"), ({0}, "local"), ({128}, "local")])
-def test_auto_is_our_attention_where_transformer_engine_has_no_kernel_for_packed_rows(
-        rejected: set[int], attention: str, rejecting: Callable[[set[int]], None],
-        caplog: pytest.LogCaptureFixture) -> None:
-    """It would go on with products of whole rows without a word: 11 of the 12 s of a step on an H200."""
-    rejecting(rejected)
-    config = apply_settings(recipes.get("tiny-k-exaone"), [
-        "train.precision=bf16", "model.sliding_window_tokens=128"])
-    assert gpu_settings.resolve_auto(config, te=True)["attention"] == attention
-    fused = apply_settings(config, ["gpu.attention=fused"])
-    if rejected:
-        with pytest.raises(SettingsError, match=r"no kernel for packed rows of 4 heads of 32 and 2 of keys "
-                           r"on this GPU \(Disabling FusedAttention: cuDNN Error: no engine\)"):
-            gpu_settings.refuse(fused, te=True)  # as a run does before it starts
-    else:
-        gpu_settings.refuse(fused, te=True)
-    assert not caplog.records, "what it says is for us"
+    names = ("fla", "fla.utils", "fla.ops", "fla.ops.common", "fla.ops.common.backends",
+             "fla.ops.common.backends.tilelang", "triton")
+    made = {name: ModuleType(name) for name in names}
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    made["fla.utils"].__dict__.update(IS_NVIDIA_HOPPER=hopper, TRITON_ABOVE_3_4_0=triton >= (3, 4, 0),
+                                      TRITON_ABOVE_3_7_1=triton >= (3, 7, 1))
+    made["fla.ops.common.backends.tilelang"].__dict__["CommonTileLangBackend"] = SimpleNamespace(
+        can_use=lambda: tilelang)
+    made["triton"].__dict__["__version__"] = ".".join(map(str, triton))
+    found = device._wrong_triton()
+    assert found.startswith("Triton 3.") == bool(found) == wrong
 
 
 def test_a_run_tells_what_auto_came_to() -> None:

@@ -1,0 +1,73 @@
+"""Transformer Engine is asked what attends packed rows, and believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov import recipes
+from megatron_sov.base.settings import SettingsError
+from megatron_sov.engine.model import attention_kernels, gpu_settings
+from megatron_sov.model.config import apply_settings
+
+ASKED: Any = attention_kernels._asked
+
+
+@pytest.fixture
+def rejecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[set[int], bool], None]]:
+    """A Transformer Engine that has no kernel for some windows, and says so to its log, which is off."""
+    utils = ModuleType("utils")
+    utils.__dict__["AttentionLogging"] = SimpleNamespace(_log_level=logging.WARNING)
+    utils.__dict__["AttentionParams"] = dataclasses.make_dataclass("Asked", ["num_heads", "window_size"])
+
+    def without(rejected: set[int], flash: bool) -> None:
+        def decide(params: Any) -> tuple[Any, ...]:
+            log = logging.getLogger("DotProductAttention")
+            log.setLevel(utils.AttentionLogging._log_level)
+            fused = params.window_size[0] + 1 not in rejected
+            if not fused:
+                log.debug("Disabling FusedAttention: %s", "cuDNN Error: no engine")
+            return flash, None, fused, None, not fused and not flash, []
+
+        utils.__dict__["get_attention_backend"] = decide
+
+    name = ""
+    for part in ("transformer_engine", ".pytorch", ".attention", ".dot_product_attention"):
+        name += part
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules[name].__dict__["utils"] = utils
+    monkeypatch.setattr(attention_kernels, "_asked", asked := functools.cache(ASKED.__wrapped__))
+    for module in (attention_kernels, gpu_settings):
+        monkeypatch.setattr(module, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    yield without
+    asked.cache_clear()
+
+
+@pytest.mark.parametrize(("rejected", "flash", "attention"), [
+    (set[int](), False, "auto"), ({0}, False, "local"), ({128}, False, "local"), ({128}, True, "auto")])
+def test_auto_is_our_attention_where_transformer_engine_has_no_kernel_for_packed_rows(
+        rejected: set[int], flash: bool, attention: str, rejecting: Callable[[set[int], bool], None],
+        caplog: pytest.LogCaptureFixture) -> None:
+    """It would go on with products of whole rows without a word: 11 of the 12 s of a step on an H200.
+    `fused` asks for cuDNN's alone, whatever else is installed."""
+    rejecting(rejected, flash)
+    config = apply_settings(recipes.get("tiny-k-exaone"), [
+        "train.precision=bf16", "model.sliding_window_tokens=128"])
+    assert gpu_settings.resolve_auto(config, te=True)["attention"] == attention
+    fused = apply_settings(config, ["gpu.attention=fused"])
+    if rejected:
+        with pytest.raises(SettingsError, match=r"no kernel for packed rows of 4 heads of 32 and 2 of keys "
+                           r"on this GPU \(Disabling FusedAttention: cuDNN Error: no engine\)"):
+            gpu_settings.refuse(fused, te=True)  # as a run does before it starts
+    else:
+        gpu_settings.refuse(fused, te=True)
+    assert not caplog.records, "what it says is for us"
