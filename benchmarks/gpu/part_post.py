@@ -25,8 +25,8 @@ NUMBERS = 24
 """Sums of so many numbers with each other are asked."""
 
 
-def rows(setting: Setting) -> dict[str, Path]:
-    """Return files of chats, pairs and prompts: sums."""
+def write_rows(setting: Setting) -> None:
+    """Write files of chats, pairs and prompts: sums."""
     chats, pairs, prompts = [], [], []
     for a in range(NUMBERS):
         for b in range(NUMBERS // 8):
@@ -35,18 +35,17 @@ def rows(setting: Setting) -> dict[str, Path]:
             chats.append({"messages": [{"role": role, "content": text} for role, text in turns]})
             pairs.append({"prompt": asked, "chosen": right, "rejected": str(a + b + 1)})
             prompts.append({"prompt": asked, "answer": right})
-    files = {}
     for name, lines in (("chats", chats), ("pairs", pairs), ("prompts", prompts)):
-        files[name] = setting.work / f"{name}.jsonl"
-        files[name].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return files
+        file = setting.work / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def packing(setting: Setting) -> list[list[str | Path]]:
     """Return the commands that make token shards of chats and pairs."""
-    files, tokenizer = rows(setting), setting.work / "tokenizer"
-    return [["sov-data", "pack", "--tokenizer", tokenizer, "--format", kind, "--input", files[name],
-             "--heldout", "0.1", "--output", setting.work / name, "--overwrite"]
+    tokenizer = setting.work / "tokenizer"
+    return [["sov-data", "pack", "--tokenizer", tokenizer, "--format", kind,
+             "--input", setting.work / f"{name}.jsonl", "--heldout", "0.1",
+             "--output", setting.work / name, "--overwrite"]
             for kind, name in (("chat", "chats"), ("preference", "pairs"))]
 
 
@@ -62,7 +61,7 @@ def chain(setting: Setting, start: Path, work: Path, precision: str) -> list[lis
               "rollout.max_prompt_tokens=64", f"rollout.max_new_tokens={NEW_TOKENS}",
               "data.phases.0.seq_len=128")
     shutil.rmtree(work, ignore_errors=True)  # of a part that failed before
-    prompts = rows(setting)["prompts"]
+    prompts = setting.work / "prompts.jsonl"
     return [
         [*stage("sft", "--from", start, "--data", setting.work / "chats", run="sft"), *short],
         [*stage("prefer", "--from", work / "sft", "--data", setting.work / "pairs", run="dpo"), *short],
@@ -108,6 +107,7 @@ def measure(setting: Setting) -> Figures:
     Raises:
         Failed: a command fails, or its losses or responses are not the CPU's.
     """
+    write_rows(setting)
     start = setting.work / "post-start"
     words = training(setting, RECIPE, start, STEPS, *SMALL * setting.dry, "train.precision=fp32")
     before = [*data(setting)[1], *packing(setting), words]

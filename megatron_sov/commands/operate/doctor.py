@@ -234,11 +234,11 @@ def _other_cudnn() -> str:
     import torch
     import transformer_engine.pytorch as te
 
-    theirs, ours = te.get_cudnn_version(), torch.backends.cudnn.version()
-    if ours is None or _cudnn(ours) == ".".join(map(str, theirs)):
+    theirs, ours = ".".join(map(str, te.get_cudnn_version())), torch.backends.cudnn.version()
+    if ours is None or _cudnn(ours) == theirs:
         return ""
-    return (f"has loaded cuDNN {'.'.join(map(str, theirs))}, and torch {_cudnn(ours)}: parts of the one do "
-            "not load with the other, and Transformer Engine has no fused attention then (gpu.attention)")
+    return (f"has loaded cuDNN {theirs}, and torch {_cudnn(ours)}: parts of the one do not load with the "
+            "other, and Transformer Engine has no fused attention then (gpu.attention)")
 
 
 def quantization_checks() -> Iterator[MachineCheck]:
@@ -253,48 +253,49 @@ def quantization_checks() -> Iterator[MachineCheck]:
     except Exception:  # transformer_engine_checks says what is wrong with it, and how to mend that
         yield MachineCheck("train.fp8", "missing", "none of its recipes: Transformer Engine does not work")
         return
-    there = ", ".join(fp8 for fp8, why in reasons.items() if not why)
-    lacks = "; ".join(f"not {fp8} ({why})" for fp8, why in reasons.items() if why)
-    yield MachineCheck("train.fp8", "ok" if there else "missing", "; ".join(filter(None, [there, lacks])))
+    yield MachineCheck("train.fp8", "missing" if all(reasons.values()) else "ok", _there_and_not(reasons))
 
 
-WITHOUT_GPU = "is installed, and serves on GPUs alone; there is none here"
+def _there_and_not(reasons: dict[str, str]) -> str:
+    """Return in words which of several are there, and which are not, and why; empty reasons: it is."""
+    there = ", ".join(name for name, why in reasons.items() if not why)
+    return "; ".join(filter(None, [there, *(f"not {name} ({why})" for name, why in reasons.items() if why)]))
+
+
+def _absent(name: str, module: str, remedy: str) -> MachineCheck | None:
+    """Return what to say of a library for GPUs that is not installed, or that serves nothing here; None: it
+    is to be tried."""
+    if importlib.util.find_spec(module) is None:
+        return MachineCheck(name, "missing", "is not installed; optional", remedy)
+    if not _has_gpu():
+        return MachineCheck(name, "missing", "is installed, and serves on GPUs alone; there is none here")
+    return None
 
 
 def deep_ep_checks() -> Iterator[MachineCheck]:
     """DeepEP, which `parallel.expert_dispatcher` may name, by importing what the library does."""
-    if importlib.util.find_spec("deep_ep") is None:
-        yield MachineCheck("DeepEP", "missing", "is not installed; optional", DEEP_EP_REMEDY)
-        return
-    if not _has_gpu():
-        yield MachineCheck("DeepEP", "missing", WITHOUT_GPU)
+    if absent := _absent("DeepEP", "deep_ep", DEEP_EP_REMEDY):
+        yield absent
         return
     from megatron_sov.engine.parallel.device import DEEP_EP_NAMES, lacking_deep_ep
 
     reasons = {dispatcher: lacking_deep_ep(dispatcher) for dispatcher in DEEP_EP_NAMES}
-    there = ", ".join(dispatcher for dispatcher, why in reasons.items() if not why)
-    lacks = "; ".join(f"not {dispatcher} ({why})" for dispatcher, why in reasons.items() if why)
-    yield MachineCheck("DeepEP", "ok" if there else "warning", "; ".join(filter(None, [there, lacks])),
-                       DEEP_EP_REMEDY if lacks else "")
+    yield MachineCheck("DeepEP", "warning" if all(reasons.values()) else "ok", _there_and_not(reasons),
+                       DEEP_EP_REMEDY if any(reasons.values()) else "")
 
 
 def linear_attention_checks() -> Iterator[MachineCheck]:
     """flash-linear-attention, which `gpu.linear_attention` may name, by importing its kernels."""
     name, remedy = "flash-linear-attention", "pip install fla-core==0.6.0, for models with linear attention"
-    if importlib.util.find_spec("fla") is None:
-        yield MachineCheck(name, "missing", "is not installed; optional", remedy)
-        return
-    if not _has_gpu():
-        yield MachineCheck(name, "missing", WITHOUT_GPU)
+    if absent := _absent(name, "fla", remedy):
+        yield absent
         return
     from megatron_sov.engine.parallel.device import lacking_fla
 
     reasons = {kind: lacking_fla(of_channels)
                for kind, of_channels in (("gated delta nets", False), ("Kimi Delta Attention", True))}
-    there = ", ".join(kind for kind, why in reasons.items() if not why)
-    lacks = "; ".join(f"not {kind} ({why})" for kind, why in reasons.items() if why)
-    yield MachineCheck(name, "warning" if lacks else "ok", "; ".join(filter(None, [there, lacks])),
-                       remedy if lacks else "")
+    lacks = any(reasons.values())
+    yield MachineCheck(name, "warning" if lacks else "ok", _there_and_not(reasons), remedy if lacks else "")
 
 
 def _has_gpu() -> bool:
