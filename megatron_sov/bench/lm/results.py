@@ -129,6 +129,8 @@ class TaskScores:
     contamination: Contamination | None = None
     published_as: str | None = None
     """Name of the benchmark among published figures."""
+    notes: tuple[str, ...] = ()
+    """Figures that could not be computed, and warnings of lm-eval about the task."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from megatron_sov.base.errors import StopRequested, UserError, told_in_a_line, v
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import SettingsError, problems_of
 from megatron_sov.bench.lm.answers import Answer, Answers, Request, distinct, folder_of
+from megatron_sov.bench.lm.examples import exclude_item_from_examples
 from megatron_sov.bench.lm.results import (
     DEFAULT, ResultItem, Results, TaskSampling, TaskScores, write_results)
 from megatron_sov.bench.lm.settings import Settings
@@ -57,6 +58,8 @@ class _EvaluatedTask:
     prompt_hash: str = ""
     dialogues: Dialogues | None = None
     """Of a task with several questions in one conversation."""
+    warnings: list[str] = field(default_factory=list)
+    """Warnings of lm-eval about the task."""
 
 
 def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results | None:
@@ -121,11 +124,11 @@ def _measure(target: str, names: Sequence[str], settings: Settings, flag: StopFl
     from megatron_sov.bench.lm.subject import subject_of
 
     subject = subject_of(target, settings)
-    loaded = load_tasks(names, settings.sources, settings.cache_folder)
+    loaded = load_tasks(names, settings.sources)
     kept = folder_of(settings.cache_folder, subject.identity)
     answers: dict[str, Answer] = {} if subject.running is None else Answers(kept)
     bridge = Bridge(subject.reading, answers)
-    tasks = [_build(name, task, loaded.files[name], bridge, settings) for name, task in loaded.tasks.items()]
+    tasks = [_build(name, task, loaded, bridge, settings) for name, task in loaded.tasks.items()]
     _refuse_unused(tasks, settings)
     asker: AsksEndpoint | None = None
     if subject.running is None:
@@ -149,7 +152,7 @@ def _measure(target: str, names: Sequence[str], settings: Settings, flag: StopFl
     return Results(subject.model, scores, {"lm_eval": lm_eval.__version__}), items, notes
 
 
-def _build(name: str, task: Any, files: dict[str, str], bridge: Any, settings: Settings) -> _EvaluatedTask:
+def _build(name: str, task: Any, loaded: LoadedTasks, bridge: Any, settings: Settings) -> _EvaluatedTask:
     if shown := next((f for f in ("doc_to_image", "doc_to_audio") if task.get_config(f)), None):
         raise UserError(f"task {name}: shows images or sound ({shown}), which is not evaluated; leave it out")
     protocol = _protocol(name, task, settings)
@@ -163,13 +166,15 @@ def _build(name: str, task: Any, files: dict[str, str], bridge: Any, settings: S
         num_fewshot = settings.num_fewshot
     task.set_config("num_fewshot", num_fewshot)
     task.set_fewshot_seed(FEWSHOT_SEED)
+    if num_fewshot:
+        exclude_item_from_examples(name, task)
     # Before each task, so that its shots do not depend on the tasks before it.
     random.seed(PYTHON_SEED)
     np.random.seed(FEWSHOT_SEED)  # what lm-eval's samplers and metrics draw from
     mode = settings.mode or (protocol.mode if protocol else DEFAULT)
     bridge.template_kwargs = {} if mode == DEFAULT else {"enable_thinking": mode == "thinking"}
     try:
-        with quiet():
+        with quiet() as warnings:
             task.build_all_requests(
                 limit=settings.num_items, apply_chat_template=settings.chat_template,
                 fewshot_as_multiturn=settings.chat_template,
@@ -186,8 +191,9 @@ def _build(name: str, task: Any, files: dict[str, str], bridge: Any, settings: S
             instance.arguments = (bridge.apply_chat_template(messages), instance.args[1])
     from megatron_sov.bench.lm.scoring import hash_of_prompts
 
-    built = _EvaluatedTask(name, task, protocol, files, num_fewshot,
-                           prompt_hash=hash_of_prompts(task.instances))
+    built = _EvaluatedTask(name, task, protocol, loaded.files[name], num_fewshot,
+                           prompt_hash=hash_of_prompts(task.instances),
+                           warnings=[*loaded.warnings[name], *warnings])
     if protocol is not None:
         from megatron_sov.bench.lm.scoring import generation_of, requests_of
 
@@ -286,9 +292,11 @@ def _score_task(task: _EvaluatedTask, bridge: Any, settings: Settings, notes: li
         sampling = sampling_of(task.protocol, task.task, bridge)
     else:
         sampling = _sampling(task.requests)
-        with quiet():
+        with quiet() as warnings:
             scored = score_task(task.task, bridge, _sov(task.task).get("cluster_field"))
-    notes += [f"{task.name}: {note}" for note in scored.notes]
+        task.warnings += warnings
+    remarks = list(dict.fromkeys([*scored.notes, *(f"lm-eval warns: {text}" for text in task.warnings)]))
+    notes += [f"{task.name}: {remark}" for remark in remarks]
     failed = [item.failed for item in scored.items if item.failed]
     if failed:
         notes.append(f"{task.name}: {len(failed)} of {len(scored.items)} items have no score; of the first: "
@@ -300,7 +308,8 @@ def _score_task(task: _EvaluatedTask, bridge: Any, settings: Settings, notes: li
         prompt_hash=task.prompt_hash, chat_template=settings.chat_template,
         mode=settings.mode or told.get("mode", DEFAULT), sampling=sampling, judge=judge,
         agent_limits=told.get("agent_limits"), limit=settings.num_items, failed=len(failed),
-        at_limit=scored.at_limit, published_as=None if published is None else str(published)), scored.items
+        at_limit=scored.at_limit, published_as=None if published is None else str(published),
+        notes=tuple(remarks)), scored.items
 
 
 def _sampling(requests: Sequence[Request]) -> TaskSampling:

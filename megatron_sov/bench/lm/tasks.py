@@ -3,7 +3,8 @@ which tasks a folder defines, and whether a foreign one can be read without runn
 
 A task is a YAML file in lm-eval's form.  `!function` in it names Python code, a metric or a data set may be
 code as well; without --allow-task-code nothing of a folder is run, and nothing outside of it is read.
-lm-eval reads data through `datasets`, offline unless asked, with caches in a folder of our own.
+Data files next to a task are read by `task_rows`; data of the Hub by `datasets`, only with --allow-download,
+with caches in a folder of our own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from megatron_sov.base.artifacts import sha256_file
 from megatron_sov.base.documents.bounded_yaml import BoundedLoader
 from megatron_sov.base.errors import UserError, how_to_install, nearest, told_in_a_line
 from megatron_sov.base.settings import Flag
+from megatron_sov.bench.lm.task_rows import TaskData, find_option_problem, group_files
 
 MAX_FILE_BYTES = 4 << 20
 """Largest YAML file that is read."""
@@ -39,9 +41,6 @@ DATA = "${DATA}"
 """Stands for --data-dir in the paths of data files."""
 LOADERS = {"json": (".json", ".jsonl"), "csv": (".csv", ".tsv"), "text": (".txt",), "parquet": (".parquet",)}
 """What may stand as `dataset_path` -> the files that it reads; others are fetched, or are code."""
-DATASET_KWARGS = {"data_files", "field", "delimiter", "sep", "column_names", "columns", "encoding",
-                  "sample_by", "quotechar", "trust_remote_code"}
-"""Arguments of these loaders that a task may give."""
 CODE_KEYS = ("process_docs", "process_results", "custom_dataset", "class", "doc_to_image", "doc_to_audio")
 """What a task can only give as code."""
 
@@ -224,16 +223,20 @@ def prepared(definition: Definition, data_dir: Path | None, *, may_download: boo
             raise UserError(f"{said}: dataset_path {path!r} could run code; use one of {', '.join(LOADERS)}")
         return config, []
     given = dict(config.get("dataset_kwargs") or {})
-    if unknown := sorted(map(str, set(given) - DATASET_KWARGS)):
-        raise UserError(f"{said}: dataset_kwargs has {', '.join(unknown)}, which is none of "
-                        f"{', '.join(sorted(DATASET_KWARGS))}; leave it out")
-    given.pop("trust_remote_code", None)
+    options = {key: value for key, value in given.items() if key not in ("data_files", "trust_remote_code")}
+    if problem := find_option_problem(path, options):
+        raise UserError(f"{said}: {problem}")
     files = []
-    given["data_files"] = _locate(given.get("data_files"), definition, data_dir, said, files)
+    data_files = _locate(given.get("data_files"), definition, data_dir, said, files)
     if wrong := [f for f in files if f.suffix not in LOADERS[path]]:
         raise UserError(f"{said}: {wrong[0]} is no file of {path}, which end in "
                         f"{' or '.join(LOADERS[path])}; name them so")
-    config["dataset_kwargs"] = given
+    is_choice = config.get("output_type") == "multiple_choice"
+    index_fields = {str(config.get(key)) for key in ("doc_to_target", "doc_to_text")} if is_choice else set()
+    if config.get("custom_dataset") is None:  # of our own suites
+        config["custom_dataset"] = TaskData(path, group_files(data_files), options, frozenset(index_fields),
+                                            to_dataset=config.get("process_docs") is not None)
+    config["dataset_kwargs"] = options | {"data_files": data_files}
     return config, files
 
 
@@ -319,6 +322,8 @@ class LoadedTasks:
     """Name -> lm-eval's group of those that were asked for by its name."""
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     """Name of a task -> name of each of its data files -> its SHA-256."""
+    warnings: dict[str, list[str]] = field(default_factory=dict)
+    """Name of a task -> warnings of lm-eval while it was built."""
 
 
 def require_harness() -> None:
@@ -346,13 +351,12 @@ def offline(allow_download: bool, cache: Path) -> Path:
     return private
 
 
-def load_tasks(names: Sequence[str], sources: TaskSources, cache: Path) -> LoadedTasks:
+def load_tasks(names: Sequence[str], sources: TaskSources) -> LoadedTasks:
     """Return tasks by name.
 
     Args:
         names: of tasks and groups.
         sources: where they come from.
-        cache: private folder for what `datasets` makes of the data.
 
     Raises:
         UserError: one does not exist, is incomplete, or would do what it may not.
@@ -369,18 +373,20 @@ def load_tasks(names: Sequence[str], sources: TaskSources, cache: Path) -> Loade
     files: dict[str, list[Path]] = {}
     for name in wanted:
         if name in found.definitions:
-            entry, files[name] = _entry(found.definitions[name], sources, cache)
+            entry, files[name] = _entry(found.definitions[name], sources)
             manager.task_index[name] = entry
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
+    warnings: dict[str, list[str]] = {}
     for name in names:
-        loaded = _load(manager, name)
+        loaded, heard = _load(manager, name)
+        warnings |= dict.fromkeys(loaded["tasks"], heard)
         # A task and its group would be asked and counted twice.
         if twice := sorted(set(loaded["tasks"]) & set(tasks)):
             raise UserError(f"--tasks {','.join(names)}: {twice[0]} is asked for twice; name it once")
         tasks |= loaded["tasks"]
         groups |= loaded.get("groups", {})
-    return LoadedTasks(tasks, groups, {name: _hashes(files.get(name, [])) for name in tasks})
+    return LoadedTasks(tasks, groups, {name: _hashes(files.get(name, [])) for name in tasks}, warnings)
 
 
 def refuse_unknown(names: Sequence[str], sources: TaskSources) -> None:
@@ -400,9 +406,10 @@ def _find_named(names: Sequence[str], sources: TaskSources) -> tuple[FoundTasks,
                                                         else found.tags.get(given, [given]))]
 
 
-def _load(manager: Any, name: str) -> Any:
+def _load(manager: Any, name: str) -> tuple[Any, list[str]]:
+    """Return lm-eval's tasks and groups of a name, and its warnings while they were built."""
     try:
-        with quiet():
+        with quiet() as warnings:
             loaded = manager.load([name])
             unknown = [(task, metric) for task, made in loaded["tasks"].items()
                        for metric, aggregate in dict(made.aggregation()).items() if not callable(aggregate)]
@@ -414,7 +421,7 @@ def _load(manager: Any, name: str) -> Any:
     if unknown:
         raise UserError(f"task {unknown[0][0]!r}: the aggregation of its metric {unknown[0][1]!r} is none "
                         "that lm-eval has; name one, such as mean")
-    return loaded
+    return loaded, warnings
 
 
 def _closure(names: Sequence[str], found: FoundTasks, built_in: Mapping[str, Any]) -> list[str]:
@@ -452,7 +459,7 @@ def _unknown(name: str, found: FoundTasks) -> UserError:
                      f"there with --allow-download{more}")
 
 
-def _entry(definition: Definition, sources: TaskSources, cache: Path) -> tuple[Any, list[Path]]:
+def _entry(definition: Definition, sources: TaskSources) -> tuple[Any, list[Path]]:
     from lm_eval.api.registry import metric_registry
     from lm_eval.tasks._index import Entry, Kind
 
@@ -467,10 +474,6 @@ def _entry(definition: Definition, sources: TaskSources, cache: Path) -> tuple[A
     data_dir = sources.data_dir and sources.data_dir.absolute()  # paths of a file begin at its folder
     config, files = prepared(definition, data_dir, may_download=sources.allow_download,
                                         metrics=metric_registry)
-    if config.get("dataset_path") in LOADERS:
-        # `datasets` knows a file by its path and time, which an archive may set alike for two versions
-        content = hashlib.sha256(json.dumps(_hashes(files)).encode()).hexdigest()[:16]
-        config["dataset_kwargs"]["cache_dir"] = str(cache / "datasets" / content)
     if definition.folder.trusted:
         config = _resolve(config)
     return Entry(name=config["task"], kind=Kind.PY_TASK if "class" in config else Kind.TASK, yaml_path=None,
@@ -516,7 +519,7 @@ def hash_of(task: Any, files: Mapping[str, str]) -> str:
     config.pop("task_alias", None)
     if isinstance(config.get("dataset_kwargs"), dict):
         config["dataset_kwargs"] = {name: value for name, value in config["dataset_kwargs"].items()
-                                    if name not in ("data_files", "cache_dir")}  # paths of this machine
+                                    if name != "data_files"}  # paths of this machine
     if isinstance(config.get("metadata"), dict):
         config["metadata"] = {k: v for k, v in config["metadata"].items() if k != "config_source"}
     told = json.dumps([config, lm_eval.__version__, dict(files)], sort_keys=True, default=_describe)
@@ -532,10 +535,31 @@ def _describe(value: Any) -> str:
     return getattr(value, "__qualname__", None) or type(value).__qualname__
 
 
+class _WarningList(logging.Handler):
+    """Collects the warnings of a library as one-line texts, each once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = " ".join(record.getMessage().split())
+        # lm-eval says this of every `custom_dataset`; it names options of its own command line
+        if text not in self.texts and "Custom kwargs can be passed" not in text:
+            self.texts.append(text)
+
+
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep lm-eval's own bars and remarks off the terminal; what goes wrong is an exception."""
-    for name in ("lm_eval", "datasets", "evaluate"):
+def quiet() -> Iterator[list[str]]:
+    """Keep the output of lm-eval and its libraries off the terminal; yield the list of lm-eval's warnings."""
+    for name in ("datasets", "evaluate"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        yield
+    harness, handler = logging.getLogger("lm_eval"), _WarningList()
+    harness.setLevel(logging.WARNING)
+    harness.addHandler(handler)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield handler.texts
+    finally:
+        harness.removeHandler(handler)
+        harness.setLevel(logging.ERROR)

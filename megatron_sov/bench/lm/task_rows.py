@@ -1,0 +1,208 @@
+"""Read a task's data files into the rows that lm-eval evaluates, without guessing types.
+
+The builders of `datasets` guess: an ISO date in JSON becomes a timestamp, `NA` in CSV a missing value and
+`007` the number 7, so correct answers score 0. Here JSON values stay as written and CSV cells are text.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_sov.base.documents.rows import parse_row, read_lines
+from megatron_sov.base.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+OPTIONS = {"json": ("field",), "text": ("sample_by", "encoding"), "parquet": ("columns",),
+           "csv": ("delimiter", "sep", "quotechar", "column_names", "encoding", "features")}
+"""Loader (`dataset_path`) -> the `dataset_kwargs` that it reads in addition to `data_files`."""
+CELL_TYPES: dict[str, Callable[[str], Any]] = {"string": str, "int64": int, "float64": float,
+                                              "bool": {"true": True, "false": False}.__getitem__}
+"""Type name of `dataset_kwargs.features` -> conversion of a CSV cell."""
+MAX_FILE_BYTES = 4 << 30
+"""Largest data file; a task's rows are held in memory."""
+MAX_CELL_CHARS = 64 << 20
+
+
+class TaskRows(list[dict[str, Any]]):
+    """The rows of a split, with the one attribute of `datasets.Dataset` that lm-eval reads."""
+
+    @property
+    def features(self) -> dict[str, None]:
+        """All field names, in the order of their first appearance."""
+        return dict.fromkeys(name for row in self for name in row)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Reads the data files of a task when lm-eval builds it; the value of the task's `custom_dataset`."""
+
+    loader: str
+    """Key of `OPTIONS`."""
+    files: Mapping[str, Sequence[str]]
+    """Split -> its files."""
+    options: Mapping[str, Any]
+    index_fields: frozenset[str] = frozenset()
+    """CSV columns that hold the index of a choice where all their cells are integers."""
+    to_dataset: bool = False
+    """Whether to return `datasets.Dataset` objects, which the `process_docs` of a task expect."""
+
+    def __call__(self, **_: Any) -> dict[str, TaskRows] | dict[str, Dataset]:
+        """Return split -> rows. lm-eval passes the task's metadata and `dataset_kwargs`, which are not used.
+
+        Raises:
+            UserError: a file cannot be read as the loader's format.
+        """
+        splits = {split: self._read_split(files) for split, files in self.files.items()}
+        if not self.to_dataset:
+            return splits
+        from datasets import Dataset
+
+        return {split: Dataset.from_list(list(rows)) for split, rows in splits.items()}
+
+    def _read_split(self, files: Sequence[str]) -> TaskRows:
+        read_file = {"json": _read_json, "csv": _read_csv, "text": _read_text, "parquet": _read_parquet}
+        rows = TaskRows(row for name in files for row in read_file[self.loader](Path(name), self.options))
+        missing = dict.fromkeys(rows.features)
+        rows[:] = [{**missing, **row} for row in rows]  # a template may test a field that some rows lack
+        for field in self.index_fields.intersection(missing) if self.loader == "csv" else ():
+            if all(isinstance(row[field], str) and _is_index(row[field]) for row in rows):
+                for row in rows:
+                    row[field] = int(row[field])
+        return rows
+
+
+def group_files(data_files: Any) -> dict[str, list[str]]:
+    """Return split -> files from the forms that `datasets` accepts: a path, a list, or either by split."""
+    splits = data_files if isinstance(data_files, dict) else {"train": data_files}
+    return {split: files if isinstance(files, list) else [files] for split, files in splits.items()}
+
+
+def find_option_problem(loader: str, options: Mapping[str, Any]) -> str | None:
+    """Check the `dataset_kwargs` of a loader other than `data_files`; return a problem, or None."""
+    if unknown := sorted(map(str, set(options) - set(OPTIONS[loader]))):
+        return (f"dataset_kwargs has {', '.join(unknown)}, which `dataset_path: {loader}` does not read; "
+                f"leave it out, or use {', '.join(('data_files', *OPTIONS[loader]))}")
+    for name in ("columns", "column_names"):
+        value = options.get(name)
+        if value is not None and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+            return f"dataset_kwargs.{name} is {value!r:.80}; write a list of names"
+    for name in ("field", "encoding", "sample_by"):
+        if not isinstance(options.get(name, ""), str):
+            return f"dataset_kwargs.{name} is {options[name]!r:.80}; write a text"
+    for name in ("delimiter", "sep", "quotechar"):
+        value = options.get(name, ",")
+        if not (isinstance(value, str) and len(value) == 1):
+            return f"dataset_kwargs.{name} is {value!r:.80}; write one character"
+    if options.get("sample_by", "line") not in ("line", "paragraph", "document"):
+        return f"dataset_kwargs.sample_by is {options['sample_by']!r:.80}; write line, paragraph or document"
+    types = options.get("features", {})
+    if not isinstance(types, dict) or any(str(cell_type) not in CELL_TYPES for cell_type in types.values()):
+        return (f"dataset_kwargs.features is {types!r:.80}; write COLUMN: TYPE with a type of "
+                f"{', '.join(CELL_TYPES)}")
+    return None
+
+
+def _read_json(file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the objects of JSON Lines, of a JSON list, or of the list under `field`."""
+    field = options.get("field")
+    if field is None and not _begins_with_bracket(file):
+        for line, raw in read_lines(file, "data file"):
+            row = parse_row(raw, "")
+            if isinstance(row, str):
+                raise UserError(f"{file}: line {line} {row}; write one JSON object per line, or a JSON list")
+            yield dict(row)
+        return
+    try:
+        found = json.loads(_read_whole(file, "utf-8-sig"))
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{file}: is no valid JSON ({str(e)[:200]}); mend it") from None
+    if field is not None:
+        if not isinstance(found, dict) or field not in found:
+            raise UserError(f"{file}: has no {field!r}; set dataset_kwargs.field to a key of the file")
+        found = found[field]
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise UserError(f"{file}: must hold a list of JSON objects, one for each item")
+    yield from found
+
+
+def _read_csv(file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    default = "\t" if file.suffix == ".tsv" else ","
+    delimiter = options.get("delimiter") or options.get("sep") or default
+    types = options.get("features", {})
+    text = _read_whole(file, options.get("encoding", "utf-8-sig"))
+    csv.field_size_limit(MAX_CELL_CHARS)
+    reader = csv.DictReader(io.StringIO(text, newline=""), fieldnames=options.get("column_names"),
+                            delimiter=delimiter, quotechar=options.get("quotechar", '"'), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(f"{file}: line {reader.line_num} has another number of cells than the "
+                                f"{len(reader.fieldnames or ())} columns; mend it, or quote the cell with "
+                                f"{delimiter!r} in it")
+            yield {name: _convert_cell(f"{file}: line {reader.line_num}", name, cell, types)
+                   for name, cell in row.items()}
+    except csv.Error as e:
+        raise UserError(f"{file}: line {reader.line_num} is no valid CSV ({e}); mend it") from None
+
+
+def _convert_cell(place: str, name: str, cell: str, types: Mapping[str, str]) -> Any:
+    if name not in types:
+        return cell
+    try:
+        return CELL_TYPES[types[name]](cell.lower() if types[name] == "bool" else cell)
+    except (ValueError, KeyError):
+        raise UserError(f"{place}: {name} is {cell!r:.80}, which is no {types[name]}; mend it, or change "
+                        "dataset_kwargs.features") from None
+
+
+def _read_text(file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    text = _read_whole(file, options.get("encoding", "utf-8-sig"))
+    sample_by = options.get("sample_by", "line")
+    if sample_by == "document":
+        yield {"text": text}
+    elif sample_by == "paragraph":
+        yield from ({"text": paragraph} for paragraph in text.split("\n\n") if paragraph)
+    else:
+        lines = text.split("\n")
+        yield from ({"text": line} for line in (lines if lines[-1] else lines[:-1]))
+
+
+def _read_parquet(file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(256, columns=options.get("columns")):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as e:
+        raise UserError(f"{file}: is no Parquet file that can be read ({' '.join(str(e).split())[:200]}); "
+                        "write it again") from None
+
+
+def _begins_with_bracket(file: Path) -> bool:
+    with open(file, "rb") as f:
+        return f.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def _read_whole(file: Path, encoding: str) -> str:
+    """Return a file's text with its line ends as `\\n`."""
+    if file.stat().st_size > MAX_FILE_BYTES:
+        raise UserError(f"{file}: is larger than {MAX_FILE_BYTES >> 30} GiB; take fewer items")
+    try:
+        return file.read_text(encoding=encoding)
+    except (UnicodeDecodeError, LookupError) as e:
+        raise UserError(f"{file}: cannot be decoded as {encoding} ({e}); write it in UTF-8, or set "
+                        "dataset_kwargs.encoding") from None
+
+
+def _is_index(cell: str) -> bool:
+    return cell.isascii() and cell.isdigit() and (cell == "0" or not cell.startswith("0"))

@@ -1,0 +1,120 @@
+"""Data files of tasks are read as they are written: no value changes its type, whatever it looks like."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.bench.lm.task_rows import TaskData, TaskRows, find_option_problem
+from megatron_sov.bench.lm.tasks import TaskSources, load_tasks
+
+LOOKS_TYPED = ["1945-08-15", "1446-10-09T00:00:00", "NA", "null", "None", "nan", "007", "1e5", "True", "-",
+               "12:30", "1,5", " 7 ", "", "0x1F", "한글"]
+"""Texts that the builders of `datasets` and pandas turn into other values."""
+
+
+def read(loader: str, file: Path, **options: Any) -> TaskRows:
+    assert find_option_problem(loader, options) is None
+    rows = TaskData(loader, {"test": [str(file)]}, options)()["test"]
+    assert isinstance(rows, TaskRows)
+    return rows
+
+
+@pytest.mark.parametrize("text", LOOKS_TYPED)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
+def test_a_text_stays_the_text_that_was_written(tmp_path: Path, suffix: str, text: str) -> None:
+    file = tmp_path / f"d{suffix}"
+    if suffix in (".csv", ".tsv"):
+        separator = "," if suffix == ".csv" else "\t"
+        quoted = '"' + text + '"'
+        file.write_text(f"q{separator}a\nx{separator}{quoted}\ny{separator}{quoted}\n")
+        rows = read("csv", file)
+    else:
+        found = [{"q": "x", "a": text}, {"q": "y", "a": text}]
+        lines = "".join(json.dumps(row) + "\n" for row in found)
+        file.write_text(lines if suffix == ".jsonl" else json.dumps(found))
+        rows = read("json", file)
+    assert list(rows) == [{"q": "x", "a": text}, {"q": "y", "a": text}]
+    assert list(rows.features) == ["q", "a"]
+
+
+def test_values_of_json_keep_their_types_where_rows_differ(tmp_path: Path) -> None:
+    rows = [{"a": 1}, {"a": 1.5}, {"a": "1"}, {"a": None, "b": {"x": 1}}, {"a": [1], "b": {"y": 2}}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read_rows = read("json", tmp_path / "d.jsonl")
+    assert [row["a"] for row in read_rows] == [1, 1.5, "1", None, [1]]
+    assert [row["b"] for row in read_rows] == [None, None, None, {"x": 1}, {"y": 2}]
+    assert isinstance(read_rows[0]["a"], int)
+
+
+def test_other_formats_are_read_as_datasets_reads_them(tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    (tmp_path / "d.txt").write_text("one\ntwo\n\nthree\n")
+    pq.write_table(pa.table({"q": ["a", "b"], "n": [1, 2], "r": [0.5, None]}), tmp_path / "d.parquet")
+    (tmp_path / "d.csv").write_text("q;n\n'a;b';1\nc;2\n")
+    (tmp_path / "d.json").write_text(json.dumps({"items": [{"q": "a"}, {"q": "b"}]}))
+    cases: list[tuple[str, str, dict[str, Any]]] = [
+        ("text", "d.txt", {}), ("text", "d.txt", {"sample_by": "paragraph"}),
+        ("text", "d.txt", {"sample_by": "document"}), ("parquet", "d.parquet", {}),
+        ("parquet", "d.parquet", {"columns": ["n"]}), ("json", "d.json", {"field": "items"}),
+        ("csv", "d.csv", {"delimiter": ";", "quotechar": "'", "features": {"n": "int64"}})]
+    for loader, name, options in cases:
+        known = {key: value for key, value in options.items() if key != "features"}
+        reference = load_dataset(loader, data_files={"test": str(tmp_path / name)}, split="test",
+                                 cache_dir=str(tmp_path / "cache"), **known)
+        assert list(read(loader, tmp_path / name, **options)) == reference.to_list(), (loader, options)
+
+
+def test_a_column_of_indices_is_one_for_a_task_with_choices(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("country,right\nKorea,0\nThailand,1\n")
+    (tmp_path / "t.yaml").write_text(
+        "task: t\ndataset_path: csv\ndataset_kwargs: {data_files: {test: d.csv}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{country}}'\ndoc_to_choice: [Seoul, Bangkok]\n"
+        "doc_to_target: right\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n")
+    task = load_tasks(["t"], TaskSources((tmp_path,))).tasks["t"]
+    assert [task.doc_to_target(doc) for doc in task.eval_docs] == [0, 1]
+
+
+BAD_FILES = [
+    ("json", "d.jsonl", '{"a": 1}\n[1]\n', "line 2 is no JSON object, but a list; write one"),
+    ("json", "d.jsonl", '{"a": NaN}\n', "line 1 is no JSON"),
+    ("json", "d.json", "[1, 2]", "must hold a list of JSON objects"),
+    ("json", "d.json", "[{", "is no valid JSON"),
+    ("csv", "d.csv", "q,a\nx,1,2\n", "line 2 has another number of cells than the 2 columns"),
+    ("csv", "d.csv", "q,a\nx\n", "line 2 has another number of cells"),
+    ("csv", "d.csv", 'q,a\n"x,1\n', "is no valid CSV"),
+    ("text", "d.txt", b"\xff\xfe\x00", "cannot be decoded as utf-8-sig"),
+    ("parquet", "d.parquet", "no table", "is no Parquet file that can be read"),
+]
+
+
+@pytest.mark.parametrize(("loader", "name", "content", "said"), BAD_FILES,
+                         ids=[said[:40] for *_, said in BAD_FILES])
+def test_a_damaged_file_is_named_with_its_line(tmp_path: Path, loader: str, name: str, content: str | bytes,
+                                               said: str) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as refused:
+        read(loader, tmp_path / name)
+    assert said in str(refused.value) and str(tmp_path / name) in str(refused.value)
+
+
+@pytest.mark.parametrize(("loader", "options", "said"), [
+    ("json", {"delimiter": ";"}, "dataset_kwargs has delimiter"),
+    ("csv", {"delimiter": "ab"}, "write one character"), ("csv", {"features": {"a": "date"}}, "string, int64"),
+    ("csv", {"features": ["a"]}, "write COLUMN: TYPE"), ("text", {"sample_by": "word"}, "line, paragraph"),
+    ("parquet", {"columns": "a"}, "write a list of names"), ("json", {"field": 5}, "write a text")])
+def test_wrong_options_are_named(loader: str, options: dict[str, Any], said: str) -> None:
+    assert said in str(find_option_problem(loader, options))
+
+
+def test_a_cell_that_is_not_of_its_type_is_named(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("q,n\na,1\nb,NA\n")
+    with pytest.raises(UserError, match=r"line 3: n is 'NA', which is no int64"):
+        read("csv", tmp_path / "d.csv", features={"n": "int64"})
