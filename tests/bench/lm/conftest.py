@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-DATA = ("dataset_path: json\ndataset_kwargs: {data_files: {test: data.jsonl, train: data.jsonl}}\n"
+DATA = ("dataset_path: json\ndataset_kwargs: {data_files: {test: data.jsonl, train: train.jsonl}}\n"
         "test_split: test\n")
 MEAN = "- {metric: %s, aggregation: mean, higher_is_better: true}\n"
 TASKS = {
@@ -45,12 +45,13 @@ def task_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     lines = [line.strip() for line in inspect.getsource(textwrap).splitlines() if len(line.split()) > 6]
     rows = []
-    for i in range(NUM_ITEMS):
+    for i in range(2 * NUM_ITEMS):  # the second half: examples
         *text, last = lines[7 * i].split()
         rows.append({"text": " ".join(text), "last": last, "page": f"page {i // 2}", "answer": i % 3,
                      "right": i % 2, "choices": [last, lines[5 * i + 1].split()[0], "three words more"],
                      "whole": "\n".join(lines[3 * i:3 * i + 2 + 9 * i])})
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, part in (("data", rows[:NUM_ITEMS]), ("train", rows[NUM_ITEMS:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     for name, text in TASKS.items():
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{DATA}{text}")
     (folder / "choices.yaml").write_text(GROUP)

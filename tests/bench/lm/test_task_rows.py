@@ -107,8 +107,8 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path: Path, loader: str, name
 
 @pytest.mark.parametrize(("loader", "options", "said"), [
     ("json", {"delimiter": ";"}, "dataset_kwargs has delimiter"),
-    ("csv", {"delimiter": "ab"}, "write one character"), ("csv", {"features": {"a": "date"}}, "string, int64"),
-    ("csv", {"features": ["a"]}, "write COLUMN: TYPE"), ("text", {"sample_by": "word"}, "line, paragraph"),
+    ("csv", {"delimiter": "ab"}, "write one character"), ("csv", {"features": ["a"]}, "write COLUMN: TYPE"),
+    ("csv", {"features": {"a": "date"}}, "string, int64"), ("text", {"sample_by": "word"}, "line, paragraph"),
     ("parquet", {"columns": "a"}, "write a list of names"), ("json", {"field": 5}, "write a text")])
 def test_wrong_options_are_named(loader: str, options: dict[str, Any], said: str) -> None:
     assert said in str(find_option_problem(loader, options))

@@ -50,7 +50,7 @@ EVIL = [
     ("dataset_kwargs: {data_files: {test: 'https://example.com/d.jsonl'}}", "does not exist"),
     ("dataset_kwargs: {data_files: {test: '${DATA}/d.jsonl'}}", "pass --data-dir DIR"),
     ("dataset_kwargs: {data_files: {test: gone.jsonl}}", "gone.jsonl does not exist; put the split's items"),
-    ("dataset_kwargs: {data_files: {test: d.jsonl}, cache_dir: /}", "cache_dir, which `dataset_path: json` does not read"),
+    ("dataset_kwargs: {data_files: {test: d.jsonl}, cache_dir: /}", "cache_dir, which `dataset_path: json`"),
     ("include: ../outside.yaml", "lies outside of"),
     ("include: gone.yaml", "so the task folder is incomplete"),
     ("include: 5", "include is 5; write a text"), ("tag: 5", "tag is 5; write a text"),
