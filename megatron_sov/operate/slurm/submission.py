@@ -164,6 +164,7 @@ def _environment(ready: bool) -> jinja2.Environment:
                                      trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
                                      autoescape=False)
     quoted = _quoted_ready if ready else _quoted
+    environment.globals["this_job"] = client.THIS_JOB
     environment.filters |= {"sh": quoted, "directive": _directive, "lines": lambda argv: _lines(argv, quoted)}
     return environment
 

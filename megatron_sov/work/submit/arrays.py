@@ -405,7 +405,7 @@ def _call(profile: ClusterProfile, logs: Path, cpus: int, tasks_per_job: int) ->
         words += ["apptainer", "exec", *(f"--bind={mount}" for mount in box.mounts), box.image]
     words += [profile.python_program, "-P", "-m", "megatron_sov.work.submit.array_job", str(logs),
               str(tasks_per_job)]
-    yield """trap 'scontrol requeue "$SLURM_JOB_ID"' USR1"""
+    yield f"trap 'scontrol requeue {client.THIS_JOB}' USR1"
     yield f"{shlex.join(words)} &"
     yield "until wait $!; code=$?; ! kill -0 $! 2>/dev/null; do :; done  # a signal ends `wait`, not the step"
     yield "exit $code\n"

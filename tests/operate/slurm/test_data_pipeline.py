@@ -103,12 +103,16 @@ def test_a_job_that_is_asked_to_stop_goes_back_to_the_queue_and_on(
     until(lambda: "finish" in Jobs.read(site / "there").numbers, 600, "a job that submits the steps")
     numbers = Jobs.read(site / "there").numbers
     until(lambda: any((site / "begun").iterdir()), 600, "a task that begins")
-    job = next((site / "begun").iterdir()).name
-    cluster.run("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
-    until(lambda: cluster.job(job)["JobState"] != "RUNNING", 600, "a job that goes back")
+    array = next(number for name, number in numbers.items() if name.endswith("code"))
+    # the last task that begins has the array's own number
+    until(lambda: (site / "begun" / array).exists(), 600, "the task with the number of its array")
+    tasks = {cluster.job(f"{array}_{task}")["JobId"]: f"{array}_{task}" for task in range(3)}
+    cluster.run("scancel", "--batch", "--signal=USR1", tasks[array])  # as Slurm does before the time limit
+    until(lambda: cluster.job(tasks[array])["JobState"] != "RUNNING", 600, "a job that goes back")
     (site / "slow").unlink()
     assert cluster.wait(numbers["finish"])["JobState"] == "COMPLETED"
-    assert cluster.job(job)["Restarts"] == "1"
+    assert {number: cluster.job(task)["Restarts"] for number, task in tasks.items()} == {
+        number: str(int(number == array)) for number in tasks}
     assert text_hashes(site / "there") == text_hashes(site / "here") != {}
 
 

@@ -19,6 +19,7 @@ from megatron_sov.operate.slurm.stages import STAGES
 from megatron_sov.operate.slurm.submission import Prepared, SubmitRequest, prepare
 from megatron_sov.work.clusters import client, cluster
 from megatron_sov.work.clusters.cluster import ClusterProfile, ContainerConfig
+from megatron_sov.work.submit.arrays import _call
 
 PAGE = Path(__file__).parents[3] / "docs/slurm.md"
 TRAIN = ("--data", "tokens", "--run", "runs/a b", "--set", "train.steps=5", "--set",
@@ -227,6 +228,35 @@ def test_settings_change_with_the_number_of_nodes() -> None:
     assert [chosen(n) for n in (4, 3, 2, 1)] == ["4", "2 --set parallel.ep=2", "2 --set parallel.ep=2",
                                                  "1 --set parallel.ep=1"]
     assert chosen(5) == ""
+
+
+IN_AN_ARRAY = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+"""Slurm gives the last task of an array the number of the whole array."""
+
+
+@pytest.mark.parametrize(("variables", "name"), [
+    (IN_AN_ARRAY, "7_2"), ({**IN_AN_ARRAY, "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "8"}, "7_0"),
+    ({"SLURM_JOB_ID": "7"}, "7")])
+def test_a_task_of_an_array_puts_itself_alone_back(tmp_path: Path, variables: dict[str, str], name: str) -> None:
+    calls = tmp_path / "calls"
+    for program in ("scontrol", "squeue"):
+        (tmp_path / program).write_text(f'#!/bin/bash\necho "{program} $*" >> {calls}\necho RUNNING\n')
+        (tmp_path / program).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **variables}
+
+    def run_lines(lines: str) -> list[str]:
+        calls.write_text("")
+        subprocess.run(["bash", "-uc", lines], env=environment, check=False, capture_output=True, timeout=60)
+        return calls.read_text().splitlines()
+
+    (trap,) = [line for line in _call(cluster.load("local"), tmp_path, 1, 1) if line.startswith("trap")]
+    assert run_lines(f"{trap}\nkill -USR1 $$\ntrue") == [f"scontrol requeue {name}"]
+    text = script("data", cluster.load("local"), array=2)
+    answer = text[text.index("answer() {"):text.index("# -- signals")].replace("sleep 300", "true")
+    assert run_lines(f"{answer}\nanswer 'requeue n2,n3'") == [
+        f"scontrol requeue {name}", f"scontrol update JobId={name} ExcNodeList=n2,n3"]
+    stop = text[text.index("asked='' step=''"):text.index("trap 'stop USR1' USR1")]
+    assert run_lines(f"{stop}\nstop TERM") == [f"squeue --noheader --jobs={name} --format=%T"]
 
 
 @pytest.mark.parametrize(("resolves", "address"), [(True, "n7"), (False, "10.0.0.7")])
