@@ -30,10 +30,12 @@ MAX_FAULTS = 3
 
 
 def completion(said: str | Mapping[str, Any], read_tokens: int = 10) -> dict[str, Any]:
-    """Return the chat completion that says a text, or is a message; `finish_reason` may stand in it."""
+    """Return the chat completion of a text or a message; the message may hold its `finish_reason`, and the
+    `model` that the completion states."""
     message = {"role": "assistant", "content": said} if isinstance(said, str) else dict(said)
+    model = {"model": message.pop("model")} if "model" in message else {}
     reason = message.pop("finish_reason", "tool_calls" if message.get("tool_calls") else "stop")
-    return {"choices": [{"index": 0, "message": message, "finish_reason": reason}],
+    return {**model, "choices": [{"index": 0, "message": message, "finish_reason": reason}],
             "usage": {"prompt_tokens": read_tokens, "completion_tokens": tokens_in(message)}}
 
 

@@ -91,6 +91,9 @@ class Candidate:
     """Figures that are not for training."""
     asked: tuple[str, ...] = ()
     """Hashes of what models were asked for it."""
+    writers: tuple[str, ...] = ()
+    """Names of the models that wrote the answers it was made from, as their endpoint states them; empty: made
+    before these names were recorded, or without an answer."""
 
     @property
     def failed(self) -> SampleVerdict | None:
@@ -112,7 +115,7 @@ class MadeSample:
 
 
 def record_of(item: GeneratorItem, samples: Sequence[GeneratedSample], asked: Sequence[str],
-              unusable: str = "") -> bytes:
+              unusable: str = "", writers: Sequence[str] = ()) -> bytes:
     """Return the record of an item that is done.
 
     Args:
@@ -120,10 +123,12 @@ def record_of(item: GeneratorItem, samples: Sequence[GeneratedSample], asked: Se
         samples: what was made of it.
         asked: hashes of what models were asked for it, in order.
         unusable: why models' answers were of no use; empty: they were.
+        writers: names of the models that wrote the answers.
     """
     said: dict[str, Any] = {
         "item": {"id": item.id, "source": item.source, "licence": item.licence, "digest": digest_of(item)},
-        "asked": asked, "samples": [asdict(sample) for sample in samples], "unusable": unusable}
+        "asked": asked, "writers": writers, "samples": [asdict(sample) for sample in samples],
+        "unusable": unusable}
     return json.dumps(said, ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -183,5 +188,5 @@ def read_made(output: Path, run: SynthRunRecord) -> Iterator[MadeSample]:
             Candidate(f"{item['id']}/{i}", item["id"], item["source"], item["licence"],
                       one["kind"] or run.kind, one["record"],
                       tuple(SampleVerdict(**verdict) for verdict in one["verdicts"]), one["group"],
-                      one["notes"], tuple(told["asked"]))
+                      one["notes"], tuple(told["asked"]), tuple(told.get("writers", ())))
             for i, one in enumerate(told["samples"])), told["unusable"], item["digest"])

@@ -222,10 +222,20 @@ class FinishingTally:
     """Licence of what a kept sample was made from -> samples; empty: not stated."""
     sources: Counter[str] = field(default_factory=Counter)
     """Source that a kept sample was made from -> samples."""
+    models: Counter[str] = field(default_factory=Counter)
+    """Name of the model that wrote a sample, kept or rejected -> samples."""
 
-    def count(self, sample: Candidate, reason: str, file: str) -> None:
-        """Take a sample; `reason`: empty where it stays."""
+    def count(self, sample: Candidate, reason: str, file: str, model: str) -> None:
+        """Count a sample of a model.
+
+        Args:
+            sample: the sample.
+            reason: why it is rejected; empty: it is kept.
+            file: of kept records of its kind.
+            model: name of the model that wrote it.
+        """
         self.num_samples += 1
+        self.models[model] += 1
         if reason:
             self.rejected[reason] += 1
             return
@@ -241,7 +251,7 @@ class FinishingTally:
                 "kept": dict(sorted(self.kept.items())),
                 "rejected": dict(sorted(self.rejected.items(), key=lambda one: (-one[1], one[0]))),
                 "licences": dict(sorted(self.licences.items())),
-                "sources": dict(sorted(self.sources.items()))}
+                "sources": dict(sorted(self.sources.items())), "models": dict(sorted(self.models.items()))}
 
 
 def kept_file(run: SynthRunRecord, kind: str) -> str:
@@ -274,7 +284,7 @@ def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: 
                 verdicts = [*sample.verdicts, *([later] if later else [])]
                 failed = sample.failed or later
                 file = kept_file(run, sample.kind)
-                tally.count(sample, failed.check if failed else "", file)
+                tally.count(sample, failed.check if failed else "", file, writers_of(run, sample))
                 shown.take(sample, failed)
                 if comparison is not None:
                     comparison.add(sample.id, _text(sample), verdicts)
@@ -302,10 +312,15 @@ def _rejected_row(run: SynthRunRecord, sample: Candidate, verdicts: Sequence[Sam
             "verdicts": [vars(verdict) for verdict in verdicts], PROVENANCE: _origin(run, sample)}
 
 
+def writers_of(run: SynthRunRecord, sample: Candidate) -> str:
+    """Return the names of the models that wrote a sample, separated by commas."""
+    return ", ".join(sample.writers) or run.model
+
+
 def _origin(run: SynthRunRecord, sample: Candidate) -> dict[str, Any]:
-    return {"sample": sample.id, "generator": run.generator, "version": run.version, "model": run.model,
-            "judge": run.judge, "templates": dict(run.templates), "item": sample.item,
-            "source": sample.source, "licence": sample.licence, "group": sample.group,
+    return {"sample": sample.id, "generator": run.generator, "version": run.version,
+            "model": writers_of(run, sample), "judge": run.judge, "templates": dict(run.templates),
+            "item": sample.item, "source": sample.source, "licence": sample.licence, "group": sample.group,
             "asked": list(sample.asked)}
 
 
@@ -326,7 +341,7 @@ def _write_manifest(output: Path, run: SynthRunRecord, settings: CheckSettings,
         "generator": run.generator, "generator_version": run.version, "kind": run.kind, "model": run.model,
         "judge": run.judge, "num_kept": tally.num_kept, "num_rejected": tally.rejected.total(),
         "kept": dict(sorted(tally.kept.items())), "licences": dict(sorted(tally.licences.items())),
-        "sources": dict(sorted(tally.sources.items()))}
+        "sources": dict(sorted(tally.sources.items())), "models": dict(sorted(tally.models.items()))}
     writer.settings = {"generator": dict(run.settings), "templates": dict(run.templates), "checks": settings}
     for artifact in _artifacts(map(Path, run.inputs)):
         writer.add_input(artifact)

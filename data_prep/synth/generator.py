@@ -24,7 +24,7 @@ from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, as_written, pl
 from megatron_sov.chat.tool_calls import BadCall, parse_turn
 from megatron_sov.judge.rewards.judge import fenced_messages, grade_in, sound
 from megatron_sov.judge.rewards.surface import loop_at_end
-from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, NeverAnswered
+from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, NeverAnswered, answering_model
 
 Temperature = Annotated[float, Ge(0), Le(2)]
 """Of a model that writes."""
@@ -125,6 +125,8 @@ class Reply:
     """Whether it ended at the limit of tokens."""
     key: str = ""
     """Hash of what was asked, for provenance."""
+    model: str = ""
+    """Name of the model that answered, as the endpoint states it; empty: not stated."""
 
 
 class NoReply(Exception):
@@ -183,7 +185,8 @@ def read_reply(answer: Any, key: str = "", tools: Sequence[dict[str, Any]] = ())
         text = turn.content
         calls = [_malformed("", call.reason) if isinstance(call, BadCall)
                  else {"name": call.name, "arguments": call.arguments} for call in turn.calls]
-    return Reply(text, thinking, tuple(calls), choices[0].get("finish_reason") == "length", key)
+    return Reply(text, thinking, tuple(calls), choices[0].get("finish_reason") == "length", key,
+                 answering_model(answer))
 
 
 def fault_of(reply: Reply) -> str:
@@ -271,6 +274,8 @@ class Ask:
         self._item_id, self._prompts, self._doors, self._over = item_id, prompts, doors, over
         self.asked: dict[str, None] = {}
         """Keys of all answers that were used, in the order in which they were."""
+        self.writers: dict[str, None] = {}
+        """Names of the models that wrote the answers in `asked`, judges not included."""
         self.failure: Exception | None = None
         """What kept a question from being answered; its item is not done, whatever is made of it."""
 
@@ -309,7 +314,8 @@ class Ask:
         replies = [one for one in found if isinstance(one, Reply)]
         if not replies and found and isinstance(found[-1], NoUsableReply):
             raise found[-1]
-        self.asked |= dict.fromkeys(reply.key for reply in replies)
+        for reply in replies:
+            self._record_use(reply, role)
         return replies
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = (),
@@ -320,7 +326,7 @@ class Ask:
         if tools:
             request["tools"] = [dict(tool) for tool in tools]
         reply = self._reply(role, request, "", draw, MAX_ATTEMPTS)
-        self.asked[reply.key] = None
+        self._record_use(reply, role)
         return reply
 
     def judge(self, rubric: str, material: Mapping[str, str], *, low: float = 0.0,
@@ -343,11 +349,16 @@ class Ask:
                 score, _ = grade_in(reply.text, low, high)
             except BadAnswer:
                 continue
-            self.asked[reply.key] = None
+            self._record_use(reply, "judge")
             return score
         cut = (f", {num_cut} of them cut off at {self._judge_max_tokens:,} tokens; raise --judge-max-tokens, "
                "or take a judge that does not think first" if num_cut else "")
         raise NoUsableReply(f"the judge gave no score in {MAX_ATTEMPTS} answers{cut}")
+
+    def _record_use(self, reply: Reply, role: Role) -> None:
+        self.asked[reply.key] = None
+        if role == "writer":
+            self.writers[reply.model or self._doors[role].model] = None
 
     def _reply(self, role: Role, request: Mapping[str, Any], template: str, draw: int,
                attempts: int) -> Reply:

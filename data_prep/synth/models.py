@@ -233,7 +233,8 @@ def opened(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCa
                                 told=lambda sentence: print(sentence, flush=True), key=key,
                                 sent=model.sent,
                                 recognition=None if model.is_local else Recognition(
-                                    name, CHAT_PROBES, OTHER_MODEL, options.same_model))
+                                    name, CHAT_PROBES, OTHER_MODEL, options.same_model),
+                                accepted_models=None if model.is_local else options.accept_model)
             doors[model] = EndpointDoor(endpoint, name, slots, stop, patience_s)
         yield {"writer": doors[writer], "judge": doors[judge]}
 

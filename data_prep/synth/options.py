@@ -89,6 +89,9 @@ class SynthModelOptions:
     """What the judge is told the longest answer by (default: that of the model that writes)."""
     judge_max_tokens: AtLeastOne = 1024
     """Longest answer of whoever judges, with its thoughts."""
+    accept_model: Annotated[tuple[str, ...], Flag(value="NAME")] = ()
+    """Use answers of this model too, where an endpoint answers with another model than --model or
+    --judge-model (default: refuse them); may be repeated."""
     same_model: bool = False
     """Endpoints' models are those whose answers are kept, though they answer fixed questions otherwise."""
 

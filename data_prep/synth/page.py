@@ -86,12 +86,22 @@ def render(summary: Mapping[str, Any], now_s: float | None = None) -> str:
 def _opening(summary: Mapping[str, Any]) -> list[Panel]:
     templates = ", ".join(f"{name} {version}" for name, version in summary["templates"].items())
     facts = [("Generator", f"{summary['generator']}, version {summary['version']}"),
-             ("Model", summary["model"] or NOT_STATED), ("Judge", summary["judge"] or "the same"),
+             ("Model", _models(summary)), ("Judge", summary["judge"] or "the same"),
              ("Templates", templates or "none"),
              ("Licences of the source", ", ".join(f"{name or NOT_STATED} ({num:,})"
                                                   for name, num in summary["licences"].items()) or "–")]
     return [Panel("What made it", 5, [(label, visible(value)) for label, value in facts]),
             Panel("Mostly rejected for", 7, tables=[_reasons_table(summary, 6)])]
+
+
+def _models(summary: Mapping[str, Any]) -> str:
+    """Return the requested model, and the models that answered with their numbers of samples if they
+    differ."""
+    requested, answered = summary["model"], summary.get("models", {})
+    if not set(answered) - {requested}:
+        return requested or NOT_STATED
+    counts = ", ".join(f"{name} ({num:,})" for name, num in answered.items())
+    return f"{requested} requested; samples written by {counts}"
 
 
 def _figures(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:

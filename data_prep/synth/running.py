@@ -490,7 +490,7 @@ class ItemMaker:
         if ask.failure is not None:  # which the generator went on without
             raise ask.failure
         num_failed = sum(bool(sample.reason) for sample in samples)
-        return DoneItem(record_of(item, samples, tuple(ask.asked), unusable),
+        return DoneItem(record_of(item, samples, tuple(ask.asked), unusable, tuple(ask.writers)),
                         (len(samples) - num_failed, num_failed, bool(unusable)))
 
     def _over(self, draw: Callable[[int], Drawn], draws: Iterable[int]) -> Iterator[Drawn]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -286,8 +287,9 @@ def _read(source: str, family: str) -> tuple[TranslatedSettings, dict[str, str]]
     if source.endswith(YAML):
         return translate(of_sections(read_sections(Path(source))), family), {}
     text = source
-    # arguments in quotes, or the name of a file that holds them
-    if "--" not in source or Path(source[:4096]).is_file():
+    # arguments in quotes, or the name of a file that holds them; `isfile` is false for a text that is longer
+    # than a path may be, where `Path.is_file` raises an error
+    if "--" not in source or os.path.isfile(source):
         try:
             with open(source, encoding="utf-8") as file:
                 text = file.read(MAX_CHARS)

@@ -13,8 +13,8 @@ TIMEOUT_S = 60
 LIVING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED"}
 OF_A_JOB = ("SLURM_", "SBATCH_")
 THIS_JOB = '"${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"'
-"""Shell word that names the running job, or the one task of its array. One task's own SLURM_JOB_ID is also the
-number of the whole array, and `scontrol` and `squeue` then act on all tasks."""
+"""Shell word that names the running job, or the one task of its array. The SLURM_JOB_ID of one task is also
+the number of the whole array, and `scontrol` and `squeue` then act on all tasks."""
 WHERE_SLURM_IS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SLURM_JWT")
 
 

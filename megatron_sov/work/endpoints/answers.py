@@ -105,6 +105,12 @@ def _describe_answer(answer: Any) -> str:
     return f"{said} of {name[:80]!r}" if isinstance(name, str) else said
 
 
+def answering_model(answer: Any) -> str:
+    """Return the name of the model that an endpoint's answer states; empty if it states none."""
+    name = answer.get("model") if isinstance(answer, dict) else None
+    return name if isinstance(name, str) else ""
+
+
 def is_same(one: Any, other: Any) -> bool:
     """Return whether two answers to one question say the same and name the same model."""
     # two names are two models; one name proves nothing

@@ -6,16 +6,17 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.endpoints.answers import (
-    MAX_WAIT_S, NO_TOOLS, BadAnswer, EndpointUnavailable, NeverAnswered, Recognition, decoded, reason_of,
-    seconds, told_tokens, why_never)
+    MAX_WAIT_S, NO_TOOLS, BadAnswer, EndpointUnavailable, NeverAnswered, Recognition, answering_model,
+    decoded, reason_of, seconds, told_tokens, why_never)
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.endpoints.transport import Transport
 
@@ -98,7 +99,8 @@ class Endpoint:
                  gate: RateGate | None = None, sleep: Callable[[float], object] = time.sleep,
                  told: Callable[[str], object] = lambda sentence: None, key: str = "",
                  sent: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
-                 recognition: Recognition | None = None) -> None:
+                 recognition: Recognition | None = None,
+                 accepted_models: Collection[str] | None = None) -> None:
         self._url, self._key_env, self._limits, self._cache = url, key_env, limits, cache
         self._known_as, self._gate, self._sleep = known_as or url, gate or OpenGate(), sleep
         self._transport = Transport(url, key_env, limits.timeout_s, key)
@@ -110,6 +112,7 @@ class Endpoint:
         """When it last answered, or was made, by the monotonic clock."""
         self._told, self._told_s = told, float("-inf")
         self._recognition, self._number = recognition, -1
+        self._accepted_models = accepted_models
         self._recognising = threading.Lock()
         self._names: set[str] = set()
 
@@ -168,7 +171,7 @@ class Endpoint:
         key = self.key(payload)
         with self._alone(key):
             kept = self._cache.get(key)
-            if kept is not None:
+            if kept is not None and self._other_model(payload, kept) is None:
                 with contextlib.suppress(BadAnswer):  # kept by other code
                     return read(kept)
             return self._ask_until_answered(payload, key, read)
@@ -216,16 +219,33 @@ class Endpoint:
             else:
                 return answer
 
-    def _tell_other_name(self, payload: Mapping[str, Any], found: Any) -> None:
-        """Say once of each model that answers in the place of the one that was asked for."""
-        name, asked = found.get("model") if isinstance(found, dict) else None, payload.get("model")
-        if isinstance(name, str) and name not in (asked, "") and isinstance(asked, str):
-            with self._lock:
-                if name in self._names:
-                    return
-                self._names.add(name)
-            self._told(f"{self._url}: was asked for model {asked!r}, and {name[:200]!r} answers; the answers "
-                       "are kept with that name")
+    def _other_model(self, payload: Mapping[str, Any], answer: Any) -> str | None:
+        """Return the name of the model that answered, if it is neither the requested nor an accepted one."""
+        if self._accepted_models is None:
+            return None
+        name = answering_model(answer)
+        return None if name in ("", payload.get("model"), *self._accepted_models) else name
+
+    def _check_model(self, payload: Mapping[str, Any], answer: Any) -> None:
+        """Report once each model that answers in place of the requested one.
+
+        Raises:
+            UserError: `accepted_models` are given and do not name it.
+        """
+        name, requested = answering_model(answer), payload.get("model")
+        if name in ("", requested) or not isinstance(requested, str):
+            return
+        if self._other_model(payload, answer) is not None:
+            raise UserError(f"{self._url}: was asked for model {requested!r}, and {name[:200]!r} answered; "
+                            "its answer is not used. Run the same command again when the endpoint serves "
+                            f"{requested!r}, or pass --accept-model {shlex.quote(name[:200])} to use the "
+                            "answers of both")
+        with self._lock:
+            if name in self._names:
+                return
+            self._names.add(name)
+        self._told(f"{self._url}: was asked for model {requested!r}, and {name[:200]!r} answers; the answers "
+                   "are recorded with that name")
 
     def _tell(self, why: str) -> None:
         """Say once that the endpoint is waited for, when it has answered nobody for `TOLD_S`."""
@@ -268,7 +288,7 @@ class Endpoint:
             usage = most  # also of an answer that was cut off on its way
             found = decoded(came.body)
             usage = self._billed(found, most)
-            self._tell_other_name(payload, found)
+            self._check_model(payload, found)
             try:
                 made = read(found)
             except BadAnswer:

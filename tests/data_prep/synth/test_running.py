@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +28,7 @@ from synthesis.endpoint import ScriptedEndpoint, serving, with_model_faults
 from data_prep.cli import main
 from data_prep.synth import finishing, models
 from data_prep.synth.candidates import record_of
+from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.generator import Ask, GeneratedSample, GeneratorItem, SampleVerdict, writable
 from data_prep.synth.known import GENERATORS
 from data_prep.synth.running import make_generator
@@ -36,6 +37,7 @@ from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.progress.journal import records_by_item, work_folder
 
 KEY = "sk-very-secret-0123456789"
+FINISH = finishing.finish
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +119,42 @@ def test_a_judge_at_another_address_gets_no_key(run: Run, endpoint: ScriptedEndp
         assert (endpoint.key_header, other.key_header) == (f"Bearer {KEY}", "")
     record = json.loads((run.output / "run.json").read_text())
     assert (record["judge"], record["judge_identity"]) == ("wise", "endpoint:wise")
+
+
+FALLBACK = "cheap-fallback-7b"
+
+
+def reply_with_fallback(request: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Answer as another model to the prompts of line 1, as an endpoint that falls back does."""
+    answer = {"role": "assistant", "content": echoes.reply(request)}
+    is_writing = request["messages"][0]["content"] == "You repeat."
+    model = FALLBACK if is_writing and "line 1" in str(request["messages"]) else request["model"]
+    return {**answer, "model": model}
+
+
+def test_answers_of_another_model_are_refused_or_recorded_with_its_name(
+        run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(ScriptedEndpoint(reply_with_fallback)) as falling_back:
+        assert run(falling_back) == 2
+        assert (f"was asked for model 'scripted', and '{FALLBACK}' answered; its answer is not used"
+                in capsys.readouterr().err)
+        assert run(falling_back, "--accept-model", FALLBACK) == 0
+    assert FINISH(run.output, CheckSettings(), 1, is_complete=True) == ExitCode.OK
+    rows = [json.loads(line) for name in ("kept.jsonl", "rejected.jsonl")
+            for line in (run.output / name).read_text().splitlines()]
+    assert len(rows) == 6
+    models = {row["synthetic"]["item"]: row["synthetic"]["model"] for row in rows}
+    assert models == {"i0": "scripted", "i1": FALLBACK, "i2": "scripted"}
+    summary = json.loads((run.output / "summary.json").read_text())
+    assert set(summary["models"]) == {"scripted", FALLBACK}
+    assert f"samples written by {FALLBACK} ({summary['models'][FALLBACK]})" in (
+        run.output / "report.html").read_text()
+    # cached answers of the other model are not used without the option
+    with serving(ScriptedEndpoint(reply_with_fallback)) as falling_back:
+        assert run(falling_back, "--redo") == 2
+    with serving(ScriptedEndpoint(echoes.reply)) as back:
+        assert run(back, "--redo") == 0
+        assert 0 < len(back.requests) < 8, "only what the other model had answered is asked again"
 
 
 def test_the_same_command_asks_nothing_twice_and_a_longer_input_only_what_is_new(

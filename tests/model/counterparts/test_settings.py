@@ -186,3 +186,13 @@ def test_yarns_ramp_ends_where_megatron_ends_it() -> None:
     for said in ({}, {"yarn_correction_range_round_to_int": False}):
         fields, _ = model_fields(stated | said)
         assert fields["yarn"] == {"factor": 32.0} | ({"truncate": False} if said else {})
+
+
+@pytest.mark.parametrize("length", [200, 300, 5000])
+def test_a_command_line_of_any_length_is_read(length: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """255 bytes are the most that a file name may have, 4,096 the most of a path."""
+    flags = "--num-layers 4 --hidden-size 64 --lr 1e-4"
+    while len(flags) < length:
+        flags += " --log-interval 10"
+    assert main(["convert", "settings", flags]) == 0
+    assert "--set optim.lr=0.0001" in capsys.readouterr().out

@@ -237,7 +237,8 @@ IN_AN_ARRAY = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK
 @pytest.mark.parametrize(("variables", "name"), [
     (IN_AN_ARRAY, "7_2"), ({**IN_AN_ARRAY, "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "8"}, "7_0"),
     ({"SLURM_JOB_ID": "7"}, "7")])
-def test_a_task_of_an_array_puts_itself_alone_back(tmp_path: Path, variables: dict[str, str], name: str) -> None:
+def test_a_task_of_an_array_requeues_itself_alone(tmp_path: Path, variables: dict[str, str], name: str
+                                                  ) -> None:
     calls = tmp_path / "calls"
     for program in ("scontrol", "squeue"):
         (tmp_path / program).write_text(f'#!/bin/bash\necho "{program} $*" >> {calls}\necho RUNNING\n')

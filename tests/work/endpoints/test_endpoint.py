@@ -340,14 +340,20 @@ def test_what_makes_two_answers_the_same(one: Any, other: Any, same: bool) -> No
     assert is_same(one, other) is same is is_same(other, one)
 
 
-def test_the_model_that_really_answers_is_told_once(tmp_path: Path) -> None:
+def test_the_model_that_really_answers_is_reported_once(tmp_path: Path) -> None:
     told: list[str] = []
     endpoint = Endpoint("http://127.0.0.1:9/v1/completions", "", LIMITS, EndpointCache(tmp_path / "a"),
                         told=told.append)
     for name in ("m", "other", "other", None, 3):
-        endpoint._tell_other_name(ASKED, {"model": name})
+        endpoint._check_model(ASKED, {"model": name})
     assert told == ["http://127.0.0.1:9/v1/completions: was asked for model 'm', and 'other' answers; the "
-                    "answers are kept with that name"]
+                    "answers are recorded with that name"]
+    strict = Endpoint("http://127.0.0.1:9/v1/completions", "", LIMITS, EndpointCache(tmp_path / "a"),
+                      told=told.append, accepted_models=("other",))
+    for name in ("m", "", "other", None, 3):
+        strict._check_model(ASKED, {"model": name})
+    with pytest.raises(UserError, match=r"'third' answered; its answer is not used.* --accept-model third"):
+        strict._check_model(ASKED, {"model": "third"})
 
 
 @pytest.mark.parametrize(("text", "low", "high"), [
