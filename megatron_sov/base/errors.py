@@ -134,6 +134,20 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean '{prefix}{close[0]}'?" if close else ""
 
 
+def find_misspelt(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for a known name that is `name` but for case, separators and at most
+    one letter, with the same digits; else an empty string.  A name that is only similar is another thing."""
+    letters = re.sub(r"[\W_]", "", name.lower())
+    for other in known:
+        plain = re.sub(r"[\W_]", "", other.lower())
+        common = sum(block.size for block in difflib.SequenceMatcher(None, letters, plain)
+                     .get_matching_blocks())
+        if max(len(letters), len(plain)) - common <= 1 and (
+                re.sub(r"\D", "", letters) == re.sub(r"\D", "", plain)):
+            return f"; did you mean '{other}'?"
+    return ""
+
+
 def download(path: str | os.PathLike[str]) -> str:
     """Return the end of a message about a path that does not exist and may be a model's name on the Hugging
     Face hub: the command that fetches it; empty where it cannot be one."""

@@ -26,8 +26,8 @@ from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES, NO_FORMAT
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name, check_space, convert_tensor, exported_dtype
 from megatron_sov.convert.growing import open_weights
 from megatron_sov.convert.hf_import import (
-    carry, check_copies, checked_source, copies_of, differing_copies, digest_of, ids_beside, ids_in,
-    move_chat_template, plan_shards, split_conflict, with_turn_ends, write_files)
+    CARRIED_FIELDS, carry, check_copies, checked_source, copies_of, differing_copies, digest_of, ids_beside,
+    ids_in, move_chat_template, plan_shards, split_conflict, with_turn_ends, write_files)
 from megatron_sov.convert.low_bit import FIELD, FORMATS, LowBitModel
 from megatron_sov.convert.peft import add_inputs
 from megatron_sov.convert.sources import HfWeights, Weights, check_dtypes, newest_of_run, tensors_left_out
@@ -279,7 +279,9 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     of = {part.name: spec.name for spec in specs for part in _parts(spec, low_bit)} | copies
     companions, tokens = _companions(source)
     family = models.get(source.model.family)
-    config = family.to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
+    carried = source.carried if isinstance(source, HfWeights) else (
+        read_manifest(checkpoint).content.get(CARRIED_FIELDS, {}))
+    config = carried | family.to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
     if low_bit is not None:
         config[FIELD] = low_bit.field()
     beside = {CONFIG: config, **_processors(source, checkpoint)}

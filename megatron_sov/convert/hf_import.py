@@ -216,6 +216,8 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
 #
 # In a checkpoint these files stand in `tokenizer/`, in a Hugging Face folder beside the weights.
 
+CARRIED_FIELDS = "config_fields"
+"""Key of a checkpoint's manifest: fields of config.json that say nothing of our model."""
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
@@ -359,8 +361,11 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     if source.unread:
         warn(f"{hf_dir}: {len(source.unread)} tensors ({source.unread[0]}, ...) are left out: "
              f"{source.model.family} has no place for them")
+    if source.passed_over:
+        warn(f"{hf_dir / CONFIG}: {', '.join(source.passed_over)} change nothing that is computed; to-hf writes "
+             "them again")
     check_copies(source)
-    content = {SOURCE: hub_name(hf_dir)}
+    content = {SOURCE: hub_name(hf_dir)} | ({CARRIED_FIELDS: source.carried} if source.carried else {})
     write_imported(out, Imported(source, "from-hf", hf_dir, ids_in(source.config), content), dtype,
                    workers=workers, overwrite=overwrite, redo=redo)
 

@@ -177,9 +177,12 @@ class HfWeights:
             if inside is not None:
                 names, self.left_out = inside.names(self._stored)
                 self._stored = {name: self._stored[other] for name, other in names.items()}
-            self.model = family.from_hf_config(
-                {name: value for name, value in self.config.items() if reads_field or name != FIELD},
-                self._stored)
+            read = {name: value for name, value in self.config.items() if reads_field or name != FIELD}
+            self.passed_over = family.find_passed_over(read)
+            """Fields of config.json that change nothing."""
+            self.carried = family.find_carried(read)
+            """Fields of config.json that an export has again."""
+            self.model = family.from_hf_config(read, self._stored)
         except UserError as e:
             raise UserError(f"{path}: {e}") from None
         self.links = family.links(self.model)

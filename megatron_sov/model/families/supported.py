@@ -54,6 +54,24 @@ LLAMA = Family(
 )
 
 
+# Mistral 7B and others of type `mistral`: Llama's decoder with a window in every layer, or in none.
+
+MISTRAL = Family(
+    name="mistral",
+    hf_classes=("MistralForCausalLM",),
+    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, DENSE_FFN)),
+    config=(
+        *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"),
+        Renamed("head_dim", "head_dim", hidden_over_heads),
+        Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-6),
+        Rope(default_theta=10_000.0), OneWindow(default=4096),
+    ),
+    structure={"rope_on_global": True, "num_mtp_layers": 0, "num_experts": 0, "num_dense_layers": 0,
+               "qkv_bias": False, "qk_norm": False},
+    varies=("attention_pattern",),  # a model without windows is Llama's first
+)
+
+
 # EXAONE 4.0 (`exaone4`): blocks are normalised behind, not before; QK-norm.
 #
 # The 32B slides with RoPE in three layers of four and attends globally without positions in the fourth; the
@@ -538,7 +556,7 @@ SOLAR_OPEN2 = Family(
 
 
 FAMILIES = {family.name: family for family in (
-    SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, QWEN3_5_MOE, LLAMA, MIXTRAL, EXAONE4,
+    SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, QWEN3_5_MOE, LLAMA, MISTRAL, MIXTRAL, EXAONE4,
     HYPERCLOVAX, GLM4_MOE, GEMMA2, GEMMA3, GPT_OSS, DEEPSEEK_V3, AXK1, KIMI_LINEAR, SOLAR_OPEN2)}
 
 
