@@ -1,5 +1,5 @@
-"""Write `megatron_sov/model/families/transformers_fields.json`: the config.json fields that transformers declares
-or reads, for each of our families, from transformers' own source.
+"""Write `megatron_sov/model/families/transformers_fields.json`: the config.json fields that transformers
+declares or reads, for each of our families, from transformers' own source.
 
 Run it after an upgrade of transformers, and read the difference: a new field needs an item in the family's
 config map if it changes the computation (`megatron_sov/model/families/family.py`).

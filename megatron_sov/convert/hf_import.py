@@ -31,7 +31,7 @@ from megatron_sov.checkpoint.writer import Reader, TensorSpec, write_file
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name, check_space, convert_tensor, planned_dtype
 from megatron_sov.convert.peft import AdaptedWeights
-from megatron_sov.convert.sources import PART, HfWeights, Weights, check_dtypes
+from megatron_sov.convert.sources import PART, HfWeights, Weights, check_dtypes, has_same_bits
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
@@ -52,8 +52,8 @@ def copies_of(weights: Weights) -> dict[str, str]:
 def differing_copies(folder: HfWeights) -> list[str]:
     """Return those that a folder has and that differ, in one bit or in the dtype, from what they are a copy
     of; two tensors are in memory at a time."""
-    return [name for name, other in folder.copies.items() if not _same_bits(folder.read(name),
-                                                                           folder.read(other))]
+    return [name for name, other in folder.copies.items() if not has_same_bits(folder.read(name),
+                                                                              folder.read(other))]
 
 
 def check_copies(folder: HfWeights) -> None:
@@ -62,11 +62,6 @@ def check_copies(folder: HfWeights) -> None:
         name = differing[0]
         raise UserError(f"{folder.path}: {name} differs from {folder.copies[name]}, and a prediction layer "
                         "has no embedding or head of its own here; save the model with one of each")
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one.contiguous().view(torch.uint8),
-                                                    other.contiguous().view(torch.uint8))
 
 
 # Writes safetensors files, several at a time, so that memory holds two tensors of each and not the
@@ -358,12 +353,8 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     if source.left_out:
         warn(f"{hf_dir}: the {len(source.left_out)} tensors of what sees pictures "
              f"({source.left_out[0]}, ...) are left out: the checkpoint is the model without it")
-    if source.unread:
-        warn(f"{hf_dir}: {len(source.unread)} tensors ({source.unread[0]}, ...) are left out: "
-             f"{source.model.family} has no place for them")
-    if source.passed_over:
-        warn(f"{hf_dir / CONFIG}: {', '.join(source.passed_over)} change nothing that is computed; to-hf writes "
-             "them again")
+    for note in source.notes:
+        warn(f"{hf_dir}: {note}")
     check_copies(source)
     content = {SOURCE: hub_name(hf_dir)} | ({CARRIED_FIELDS: source.carried} if source.carried else {})
     write_imported(out, Imported(source, "from-hf", hf_dir, ids_in(source.config), content), dtype,

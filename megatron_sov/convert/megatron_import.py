@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import math
 import os
 import re
 import threading
@@ -22,10 +21,11 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_link_outside
 from megatron_sov.checkpoint.assembling import Assembled, StoredBlock
 from megatron_sov.checkpoint.writer import fill_from
-from megatron_sov.convert import DEFAULT_WORKERS, inert_pickle
+from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name
 from megatron_sov.convert.hf_import import Imported, write_imported
-from megatron_sov.convert.inert_pickle import InertCall, InertObject, Name, read, read_apart
+from megatron_sov.convert.inert_pickle import read
+from megatron_sov.convert.pickled_files import find_member, find_pickled_tensor, in_tensor, read_apart
 from megatron_sov.convert.sources import check_dtypes, check_exact
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig
@@ -125,8 +125,6 @@ MAX_HEADER_BYTES = 1 << 16
 MAX_MEMBERS = 64
 MAX_READ_BYTES = 1 << 20
 """Of an archive's list of members and its header, at a time."""
-_LOCAL_HEADER_BYTES = 30
-"""Of a member, before its name and what follows it (APPNOTE.TXT of PKWARE, 4.3.7)."""
 
 
 @dataclass(frozen=True)
@@ -182,40 +180,15 @@ def _locate_tensor(path: Path, file: Any, start: int, archive: zipfile.ZipFile,
     order = of_name.get("byteorder")
     if order is not None and order.file_size < MAX_HEADER_BYTES and archive.read(order) != b"little":
         raise ValueError("its bytes are in big-endian order")
-    dtype, key, num_elements, first, shape = _header(archive.read(header))
-    held = of_name.get(f"data/{key}")
-    if held is None or held.file_size != num_elements * dtype.itemsize:
-        raise ValueError(f"its archive does not hold the {num_elements} numbers that the header says")
-    file.seek(start + held.header_offset)
-    local = file.read(_LOCAL_HEADER_BYTES)
-    if local[:4] != b"PK\3\4":
-        raise ValueError("a member of its archive does not begin where it should")
-    begin = (start + held.header_offset + _LOCAL_HEADER_BYTES + int.from_bytes(local[26:28], "little")
-             + int.from_bytes(local[28:30], "little"))
-    if first + math.prod(shape) > num_elements or begin + held.file_size > start + length_bytes:
+    tensor = find_pickled_tensor(read(archive.read(header), in_tensor))
+    held = of_name.get(f"data/{tensor.storage}")
+    if held is None or held.file_size != tensor.num_stored * tensor.itemsize:
+        raise ValueError(f"its archive does not hold the {tensor.num_stored} numbers that the header says")
+    begin = find_member(file, start, held)
+    if tensor.end > tensor.num_stored or begin + held.file_size > start + length_bytes:
         raise ValueError("it reaches beyond its bytes")
-    return DistTensor(path, begin + first * dtype.itemsize, shape, dtype)
-
-
-def _header(raw: bytes) -> tuple[torch.dtype, str, int, int, tuple[int, ...]]:
-    """Return dtype, the storage's name and number of elements, the tensor's first element in it, and its
-    shape."""
-    made = read(raw, inert_pickle.in_tensor)
-    if not (isinstance(made, InertCall) and made.name == inert_pickle.REBUILT and len(made.arguments) >= 4):
-        raise ValueError("its header describes no tensor")
-    held, first, shape, strides = made.arguments[:4]
-    stored = held.key if isinstance(held, InertObject) else ()
-    if not (isinstance(stored, tuple) and len(stored) == 5 and stored[0] == "storage"
-            and isinstance(stored[1], Name) and stored[1] in inert_pickle.STORAGES
-            and isinstance(stored[2], str)):
-        raise ValueError("its header names no storage of numbers")
-    if not (isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
-            and all(type(n) is int and n >= 0 for n in (stored[4], first, *shape, *strides))):
-        raise ValueError("its header has no sizes")
-    expected = [math.prod(shape[axis + 1:]) for axis in range(len(shape))]
-    if any(n > 1 and stride != whole for n, stride, whole in zip(shape, strides, expected, strict=True)):
-        raise ValueError(f"it does not stand row by row (strides {list(strides)[:8]})")
-    return getattr(torch, inert_pickle.STORAGES[stored[1]]), stored[2], stored[4], first, shape
+    return DistTensor(path, begin + tensor.first * tensor.itemsize, tensor.shape,
+                      getattr(torch, tensor.dtype))
 
 
 class _TensorWindow(io.RawIOBase):

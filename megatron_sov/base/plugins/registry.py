@@ -239,7 +239,8 @@ class Registry(Generic[T]):
         listed = LISTED_BY.get(self.kind, f"{plural}: {', '.join(known)}")
         # A family of a similar name computes something else.
         hint = find_misspelt if self.kind in ABSENT else nearest
-        return f"{self.kind} {name!r}: {absent}{hint(name, known)} ({listed}; your own are named FILE.py:NAME)"
+        return (f"{self.kind} {name!r}: {absent}{hint(name, known)} ({listed}; your own are named "
+                "FILE.py:NAME)")
 
 
 BuiltIn = Mapping[str, Sequence[str]]
