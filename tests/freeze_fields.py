@@ -71,14 +71,14 @@ def _of_call(call: ast.Call, holders: tuple[str, ...], is_config: bool) -> Itera
 
 
 def _declared(class_: ast.ClassDef) -> Iterator[str]:
-    """Yield the attributes of a class, and the other names that its `attribute_map` gives fields."""
+    """Yield the attributes of a class, and the names on both sides of its `attribute_map`."""
     for node in class_.body:
         if isinstance(node, ast.AnnAssign):
             yield last_name(node.target)
         elif isinstance(node, ast.Assign):
             yield from map(last_name, node.targets)
             if last_name(node.targets[0]) == "attribute_map" and isinstance(node.value, ast.Dict):
-                yield from _texts(node.value.keys)
+                yield from _texts([*node.value.keys, *node.value.values])
 
 
 def _texts(nodes: Iterable[ast.AST | None]) -> Iterator[str]:

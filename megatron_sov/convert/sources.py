@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, find_misspelt
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.checkpoint.writer import SAFETENSORS_DTYPES, TensorEntry, TensorFile
 from megatron_sov.convert.low_bit import FIELD, LowBitWeight, low_bit_weights
@@ -197,8 +197,9 @@ class HfWeights:
                 self._stored = {name: self._stored[other] for name, other in names.items()}
             read = {name: value for name, value in self.config.items() if reads_field or name != FIELD}
             if passed_over := family.find_passed_over(read):
-                self.notes.append(f"{CONFIG}: {', '.join(passed_over)} change nothing that is computed; "
-                                  "to-hf writes them again")
+                known = [name for item in family.config for name in item.names]
+                names = ", ".join(name + find_misspelt(name, known) for name in passed_over)
+                self.notes.append(f"{CONFIG}: {names} change nothing that is computed; to-hf writes them again")
             self.carried = family.find_carried(read)
             """Fields of config.json that an export has again."""
             self.model = family.from_hf_config(read, self._stored)

@@ -97,8 +97,8 @@ def weight_files(folder: Path, *, pickled: bool = False) -> dict[str, list[str]]
                         f"and everything else reads {read}; take the key out, and call the weights that are "
                         f"wanted {SINGLE_FILE}")
     if not (folder / read).is_file():
-        raise UserError(f"{folder}: has none of {SINGLE_FILE}, {INDEX}, {PICKLED} and {PICKLED_INDEX}; save "
-                        "the model with safetensors")
+        raise UserError(f"{folder}: has neither {SINGLE_FILE} nor {PICKLED}, nor the index of several such "
+                        "files; save the model with safetensors")
     if single == PICKLED and not pickled:
         raise UserError(f"{folder / read}: pickled weights are not read here; write the folder with "
                         "safetensors first (`megatron-sov convert from-hf`, then `convert to-hf`)")
