@@ -17,7 +17,6 @@ import torch
 from megatron_sov import convert
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.family import Unused
 
 prepare_megatron()
 
@@ -29,7 +28,8 @@ PUBLISHED = json.loads((Path(__file__).parents[1] / "model/families/published_co
 NOT_TEXT_ALONE = ("gemma3", "qwen3_5_moe")
 NOT_IN_TRANSFORMERS = ("solar_open2", "kimi_k2")
 CONFIGS = HUB | {name: config for name, config in PUBLISHED.items()
-                 if config["model_type"] not in (*NOT_TEXT_ALONE, *NOT_IN_TRANSFORMERS)}
+                 if config["model_type"] not in (*NOT_TEXT_ALONE, *NOT_IN_TRANSFORMERS)
+                 and "swiglu_limits" not in config}  # of K-EXAONE 2.0: this release of transformers ignores them
 QUICK = {config["model_type"]: name for name, config in reversed(CONFIGS.items())}
 """Family -> its first model, which is compared in `make test`."""
 LAYERS, VOCABULARY, WINDOW = 6, 96, 8
@@ -37,10 +37,11 @@ SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
     "max_position_embeddings": 256, "model_max_length": 256, "n_routed_experts": 8, "num_experts": 8,
-    "num_local_experts": 8, "num_experts_per_tok": 2, "num_experts_per_token": 2, "first_k_dense_replace": 1,
+    "num_local_experts": 8, "num_experts_per_tok": 2, "num_experts_per_token": 2,
+    "experts_per_token": 2, "first_k_dense_replace": 1,
     "kv_lora_rank": 12, "q_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6,
-    "linear_value_head_dim": 10, "sliding_window": WINDOW, "initializer_range": 0.15}
+    "linear_value_head_dim": 10, "sliding_window": WINDOW, "sliding_window_size": WINDOW, "initializer_range": 0.15}
 """Field -> its value in a model of some thousand parameters, where a config has it and it is not null or 0."""
 PROMPTS = random_prompts([1, 3 * WINDOW, 100], VOCABULARY)
 """Longer than a window, and than 64 positions, from which rotations are scaled."""
@@ -56,13 +57,13 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     small["num_key_value_heads"] = {heads: 4, 1: 1}.get(kv_heads, 2)
     if config.get("head_dim"):
-        small["head_dim"] = 8 if config["head_dim"] * heads == config["hidden_size"] else 12
+        small["head_dim"] = 8 if config["head_dim"] * heads == config["hidden_size"] else 16
     for name in ("n_group", "num_expert_group"):
         if config.get(name, 1) > 1:
             small |= {name: 2, "topk_group": 1}
     for name, value in config.items():
         if isinstance(value, list) and len(value) == config["num_hidden_layers"]:
-            small[name] = value[:LAYERS]
+            small[name] = [min(one, WINDOW) if name == "sliding_windows" else one for one in value[:LAYERS]]
         elif name.endswith("_token_id") and value is not None:
             small[name] = [3] if isinstance(value, list) else 3
         elif isinstance(value, dict) and "original_max_position_embeddings" in value:
@@ -79,35 +80,34 @@ def write(config: dict[str, Any], folder: Path) -> Path:
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    for name, tensor in model.named_parameters():
+        if name.endswith("A_log"):  # slow decays: with those of a new model a state is gone after one token
+            tensor.data = torch.randn_like(tensor) * 0.6 - 1.5
     model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def meaning(folder: Path) -> dict[str, Any]:
-    """Return what transformers' config class makes of a folder, without what an export has anew."""
-    from transformers import AutoConfig
-
-    found = AutoConfig.from_pretrained(folder).to_dict()
-    known = {name for item in models.get(found["model_type"]).config if isinstance(item, Unused)
-             for name in item.names}
-    return {name: value for name, value in found.items() if name not in known}
-
-
 def compare(name: str, tmp_path: Path) -> tuple[float, float, list[str]]:
     """Import and export a shrunk model; return the largest difference of a logit, its limit, and the fields
     that were passed over."""
+    from transformers import AutoConfig
+
     config = shrink(CONFIGS[name])
     folder = write(config, tmp_path / "hf")
     convert.from_hf(folder, tmp_path / "ckpt")
     difference, greedy = compare_logits(tmp_path / "ckpt", folder, PROMPTS)
     convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
     back = json.loads((tmp_path / "back/config.json").read_text())
-    passed = models.get(config["model_type"]).find_passed_over(config)
-    assert {field: back[field] for field in passed} == passed
-    assert back["architectures"] == config["architectures"]
-    one, other = meaning(folder), meaning(tmp_path / "back")
-    differing = {field for field in {**one, **other} if one.get(field) != other.get(field)}
+    family = models.get(config["model_type"])
+    carried, passed = family.find_carried(config), family.find_passed_over(config)
+    assert {field: back[field] for field in carried} == carried
+    assert back["architectures"] == [family.hf_classes[0]] and config["architectures"][0] in family.hf_classes
+    # What items read and write may be said in another way.
+    assert family.from_hf_config(back) == family.from_hf_config(config)
+    one, other = (AutoConfig.from_pretrained(path).to_dict() for path in (folder, tmp_path / "back"))
+    answered = {field for item in family.config for field in item.names}
+    differing = {field for field in {**one, **other} if one.get(field) != other.get(field)} - answered
     assert not differing, {field: (one.get(field), other.get(field)) for field in differing}
     assert difference.passed and greedy.passed, (difference, greedy)
     return difference.value, difference.limit, list(passed)
