@@ -199,7 +199,8 @@ class HfWeights:
             if passed_over := family.find_passed_over(read):
                 known = [name for item in family.config for name in item.names]
                 names = ", ".join(name + find_misspelt(name, known) for name in passed_over)
-                self.notes.append(f"{CONFIG}: {names} change nothing that is computed; to-hf writes them again")
+                self.notes.append(f"{CONFIG}: {names} change nothing that is computed; to-hf writes them "
+                                  "again")
             self.carried = family.find_carried(read)
             """Fields of config.json that an export has again."""
             self.model = family.from_hf_config(read, self._stored)
