@@ -137,13 +137,10 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 def find_misspelt(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for a known name that is `name` but for case, separators and at most
     one letter, with the same digits; else an empty string.  A name that is only similar is another thing."""
-    letters = re.sub(r"[\W_]", "", name.lower())
     for other in known:
-        plain = re.sub(r"[\W_]", "", other.lower())
-        common = sum(block.size for block in difflib.SequenceMatcher(None, letters, plain)
-                     .get_matching_blocks())
-        if max(len(letters), len(plain)) - common <= 1 and (
-                re.sub(r"\D", "", letters) == re.sub(r"\D", "", plain)):
+        one, two = (re.sub(r"[\W_]", "", text.lower()) for text in (name, other))
+        common = sum(block.size for block in difflib.SequenceMatcher(None, one, two).get_matching_blocks())
+        if max(len(one), len(two)) - common <= 1 and re.sub(r"\D", "", one) == re.sub(r"\D", "", two):
             return f"; did you mean '{other}'?"
     return ""
 

@@ -30,7 +30,8 @@ from megatron_sov.convert.hf_import import (
     ids_in, move_chat_template, plan_shards, split_conflict, with_turn_ends, write_files)
 from megatron_sov.convert.low_bit import FIELD, FORMATS, LowBitModel
 from megatron_sov.convert.peft import add_inputs
-from megatron_sov.convert.sources import HfWeights, Weights, check_dtypes, newest_of_run, tensors_left_out
+from megatron_sov.convert.sources import (
+    HfWeights, Weights, check_dtypes, has_same_bits, newest_of_run, tensors_left_out)
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.modality import modality
@@ -45,9 +46,6 @@ from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_ar
 # Every check is a number with its limit. Tensors are compared one at a time under their Hugging Face
 # names, and every one leaves its checksums; where dtypes differ, both are rounded to the narrower one
 # first.
-
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-
 
 @dataclass(frozen=True)
 class ParityCheck:
@@ -192,11 +190,11 @@ def _record(one: torch.Tensor, other: torch.Tensor) -> TensorRecord:
     shapes, dtypes = (tuple(one.shape), tuple(other.shape)), tuple(str(t.dtype).removeprefix("torch.")
                                                                    for t in (one, other))
     hashes = [_sha256(one)]
-    if _same_bits(one, other):
+    if has_same_bits(one, other):
         return TensorRecord(shapes, dtypes, (hashes[0], hashes[0]), True)
     hashes.append(_sha256(other))
     one, other = _in_one_dtype(one, other)
-    equal = _same_bits(one, other)
+    equal = has_same_bits(one, other)
     difference = (0.0 if equal or one.shape != other.shape
                   else float((one.double() - other.double()).abs().max()))
     return TensorRecord(shapes, dtypes, tuple(hashes), equal, difference)
@@ -209,13 +207,6 @@ def _sha256(tensor: torch.Tensor) -> str:
 def _in_one_dtype(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     narrower = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
     return one.to(narrower), other.to(narrower)
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Compare bit patterns: NaN equals itself, and 0.0 is not -0.0."""
-    bits = _BITS[one.dtype.itemsize]
-    return one.dtype == other.dtype and torch.equal(one.contiguous().view(bits),
-                                                    other.contiguous().view(bits))
 
 
 def _loading_checks(side: HfWeights) -> list[ParityCheck]:

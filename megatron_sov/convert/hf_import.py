@@ -36,7 +36,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link
-from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, hub_name, listed
+from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, hub_name, listed, read_json
 from megatron_sov.runs.checkpoints import (
     ADAPTER, HF_MODEL, IMPORTED, KIND, SOURCE, instead_of, refuse_missing, refuse_other_kind)
 from megatron_sov.work.progress.resumable import resumable_artifact
@@ -281,11 +281,11 @@ def ids_beside(folder: Path) -> TokenIds:
         UserError: a file is damaged, or names a special token that the tokenizer does not have.
     """
     if (folder / GENERATION_CONFIG).is_file():
-        return ids_in(_read(folder / GENERATION_CONFIG))
+        return ids_in(read_json(folder / GENERATION_CONFIG))
     config_file, tokenizer_file = folder / "tokenizer_config.json", folder / "tokenizer.json"
     if not (config_file.is_file() and tokenizer_file.is_file()):
         return TokenIds()
-    config, tokenizer = _read(config_file), _read(tokenizer_file)
+    config, tokenizer = read_json(config_file), read_json(tokenizer_file)
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     ids |= {text: number for text, number in tokenizer["model"]["vocab"].items() if text not in ids}
 
@@ -306,19 +306,11 @@ def split_conflict(folder: Path, split: str | None) -> str | None:
     tokenizer_file = folder / "tokenizer.json"
     if split is None or not tokenizer_file.is_file():
         return None
-    if json.dumps(split) in json.dumps(_read(tokenizer_file).get("pre_tokenizer")):
+    if json.dumps(split) in json.dumps(read_json(tokenizer_file).get("pre_tokenizer")):
         return None
     return (f"{tokenizer_file} splits text by another regular expression than transformers' AutoTokenizer, "
             "which does not read it for this model family and may give other token ids; "
             "load it with PreTrainedTokenizerFast.from_pretrained")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as e:
-        raise UserError(f"{path}: cannot be read as a JSON object ({e}); "
-                        "restore it from its source") from None
 
 
 def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,
@@ -350,9 +342,6 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
                         "pass the folder that holds the model")
     source = HfWeights(hf_dir)
     check_dtypes(source)
-    if source.left_out:
-        warn(f"{hf_dir}: the {len(source.left_out)} tensors of what sees pictures "
-             f"({source.left_out[0]}, ...) are left out: the checkpoint is the model without it")
     for note in source.notes:
         warn(f"{hf_dir}: {note}")
     check_copies(source)

@@ -1,9 +1,8 @@
-"""Reads the pickles of others' checkpoints in a process of its own, with limits of memory and time: the index
-and the settings of `torch_dist` checkpoints, as Megatron-LM and Megatron-Bridge write them, and weights that
-`torch.save` wrote (`pytorch_model.bin`).
+"""Reads the pickles of others in a process of its own: index and settings of `torch_dist` checkpoints, and
+weights that `torch.save` wrote (`pytorch_model.bin`).
 
-Nothing in the process imports or calls what a pickle names (`inert_pickle`); the process is there for what a
-file could do to the reader: eat memory, or never end.  Its answer is JSON.
+Nothing in it imports or calls what a pickle names (`inert_pickle`); limits of memory and time stop a file that
+would fill the memory or never end.  Its answer is JSON.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ import resource
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -217,30 +215,16 @@ def _file(value: Any) -> str:
 # The settings that a checkpoint of Megatron-LM carries: the `args` in its `common.pt`, or in a part of a file
 # of tensors, which is the same in a list.
 
-MAX_PICKLE_BYTES = 256 << 20
 MAX_VALUES = 200_000
 """Of all settings together, lists counted out."""
 MAX_DEPTH = 6
 
 
 def read_settings(raw: bytes) -> dict[str, Any]:
-    """Return `args` and `iteration` of a common.pt as JSON values; what is none is told as text.
-
-    Raises:
-        ValueError: it is no file of torch.save, or holds names that settings do not have.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(raw)) as file:
-            names = [name for name in file.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
-            if len(names) != 1:
-                raise ValueError("it has no data.pkl, so torch.save did not write it")
-            info = file.getinfo(names[0])
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > MAX_PICKLE_BYTES:
-                raise ValueError(f"its data.pkl is compressed, or larger than {MAX_PICKLE_BYTES} bytes")
-            found = read(file.read(info), in_settings)
-            top = text_keys(found[0] if type(found) is list and len(found) == 1 else found)
-    except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError) as e:
-        raise ValueError(f"it is no file of torch.save ({e})") from None
+    """Return `args` and `iteration` of a common.pt as JSON values, other values as text; ValueError where
+    torch.save did not write it, or it holds names that settings do not have."""
+    found = TorchArchive(io.BytesIO(raw), in_settings).header
+    top = text_keys(found[0] if type(found) is list and len(found) == 1 else found)
     plain = _Plain()
     args = fields(top["args"], NAMESPACE) if "args" in top else {}
     return {"args": {name: plain.value(value, 0) for name, value in args.items()},
@@ -274,98 +258,75 @@ class _Plain:
 
 # Tensors as `torch.save` wrote them: a zip archive with a pickled header, and the bytes of each storage.
 
-MAX_HEADER_BYTES = 16 << 20
-"""Of the header of a file of weights: some 50,000 tensors."""
+MAX_HEADER_BYTES = 256 << 20
 _LOCAL_HEADER_BYTES = 30
 """Of a member, before its name and what follows it (APPNOTE.TXT of PKWARE, 4.3.7)."""
 
 
-@dataclass(frozen=True)
-class PickledTensor:
-    """A tensor as a pickled header describes it."""
+class TorchArchive:
+    """A file that `torch.save` wrote: `header` is its pickle as data."""
 
-    dtype: str
-    itemsize: int
-    storage: str
-    """Name of the member of the archive."""
-    num_stored: int
-    """Numbers in the storage."""
-    first: int
-    """Number in the storage with which the tensor begins."""
-    shape: tuple[int, ...]
+    def __init__(self, file: Any, allowed: Callable[[Name], bool] = in_tensor) -> None:
+        """Read the header; ValueError where the file is no such archive, or a name is not allowed in it."""
+        self._file, self._size_bytes = file, file.seek(0, io.SEEK_END)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                self._members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+                header, order = self._members.get("data.pkl"), self._members.get("byteorder")
+                if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1
+                       for info in self._members.values()):
+                    raise ValueError("its archive is compressed or encrypted")
+                if header is None or header.file_size > MAX_HEADER_BYTES:
+                    raise ValueError(f"its archive has no header, or one above {MAX_HEADER_BYTES} bytes")
+                if order is not None and archive.read(order) != b"little":
+                    raise ValueError("its bytes are in big-endian order")
+                self.header = read(archive.read(header), allowed)
+        except (zipfile.BadZipFile, NotImplementedError, EOFError) as e:
+            raise ValueError(f"it is no archive of torch.save ({e}), as torch writes it from 1.6 "
+                             "on") from None
 
-    @property
-    def end(self) -> int:
-        """Return the number in the storage behind the tensor's last."""
-        return self.first + math.prod(self.shape)
-
-
-def find_pickled_tensor(made: Any) -> PickledTensor:
-    """Return the tensor that a record of a pickle describes; ValueError for anything else, and for a tensor
-    that does not stand row by row."""
-    if isinstance(made, InertCall) and made.name == PARAMETER and made.arguments:
-        made = made.arguments[0]
-    if not (isinstance(made, InertCall) and made.name == REBUILT and len(made.arguments) >= 4):
-        raise ValueError("its header describes no tensor")
-    held, first, shape, strides = made.arguments[:4]
-    stored = held.key if isinstance(held, InertObject) else ()
-    if not (isinstance(stored, tuple) and len(stored) == 5 and stored[0] == "storage"
-            and isinstance(stored[1], Name) and stored[1] in STORAGES and isinstance(stored[2], str)):
-        raise ValueError("its header names no storage of numbers")
-    if not (isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
-            and all(type(n) is int and 0 <= n <= MAX_SIZE for n in (stored[4], first, *shape, *strides))):
-        raise ValueError("its header has no sizes")
-    expected = [math.prod(shape[axis + 1:]) for axis in range(len(shape))]
-    if any(n > 1 and stride != whole for n, stride, whole in zip(shape, strides, expected, strict=True)):
-        raise ValueError(f"it does not stand row by row (strides {list(strides)[:8]})")
-    return PickledTensor(*STORAGES[stored[1]], stored[2], stored[4], first, shape)
-
-
-def find_member(file: Any, start: int, member: zipfile.ZipInfo) -> int:
-    """Return the first byte of a member's content, in a file whose archive begins at byte `start`."""
-    file.seek(start + member.header_offset)
-    local = file.read(_LOCAL_HEADER_BYTES)
-    if local[:4] != b"PK\3\4":
-        raise ValueError("a member of its archive does not begin where it should")
-    return int(start + member.header_offset + _LOCAL_HEADER_BYTES + int.from_bytes(local[26:28], "little")
-               + int.from_bytes(local[28:30], "little"))
+    def find(self, made: Any) -> tuple[str, tuple[int, ...], int, int]:
+        """Return dtype, shape, first byte in the file and bytes of a tensor of the header; ValueError for
+        anything else, and for a tensor that does not stand row by row in its storage."""
+        if isinstance(made, InertCall) and made.name == PARAMETER and made.arguments:
+            made = made.arguments[0]
+        if not (isinstance(made, InertCall) and made.name == REBUILT and len(made.arguments) >= 4):
+            raise ValueError("its header describes no tensor")
+        held, first, shape, strides = made.arguments[:4]
+        stored = held.key if isinstance(held, InertObject) else ()
+        if not (isinstance(stored, tuple) and len(stored) == 5 and stored[0] == "storage"
+                and isinstance(stored[1], Name) and stored[1] in STORAGES and isinstance(stored[2], str)):
+            raise ValueError("its header names no storage of numbers")
+        if not (isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
+                and all(type(n) is int and 0 <= n <= MAX_SIZE for n in (stored[4], first, *shape, *strides))):
+            raise ValueError("its header has no sizes")
+        expected = [math.prod(shape[axis + 1:]) for axis in range(len(shape))]
+        if any(n > 1 and stride != whole for n, stride, whole in zip(shape, strides, expected, strict=True)):
+            raise ValueError(f"it does not stand row by row (strides {list(strides)[:8]})")
+        (dtype, itemsize), member = STORAGES[stored[1]], self._members.get(f"data/{stored[2]}")
+        if member is None or member.file_size != stored[4] * itemsize:
+            raise ValueError(f"its archive does not hold the {stored[4]} numbers that the header says")
+        self._file.seek(member.header_offset)
+        local = self._file.read(_LOCAL_HEADER_BYTES)
+        begin = (member.header_offset + _LOCAL_HEADER_BYTES + int.from_bytes(local[26:28], "little")
+                 + int.from_bytes(local[28:30], "little"))
+        count = math.prod(shape)
+        if local[:4] != b"PK\3\4" or first + count > stored[4] or (
+                begin + member.file_size > self._size_bytes):
+            raise ValueError("it reaches beyond its bytes")
+        return dtype, shape, begin + first * itemsize, count * itemsize
 
 
 def read_weights(file: Any) -> dict[str, Any]:
-    """Return name -> [dtype, shape, first byte, bytes] of each tensor in a file that `torch.save` wrote.
-
-    Raises:
-        ValueError: it is no archive of torch.save, holds anything but a dict from names to tensors, or a
-            tensor that its archive does not hold.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            header, order = members.get("data.pkl"), members.get("byteorder")
-            if header is None or header.file_size > MAX_HEADER_BYTES or any(
-                    info.compress_type != zipfile.ZIP_STORED for info in members.values()):
-                raise ValueError("its archive is compressed, or its header is missing or too large")
-            if order is not None and archive.read(order) != b"little":
-                raise ValueError("its bytes are in big-endian order")
-            made = read(archive.read(header), in_tensor)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as e:
-        raise ValueError(f"it is no archive of torch.save ({e}), as torch writes it from 1.6 on") from None
-    size_bytes, found = file.seek(0, io.SEEK_END), {}
-    items = made.items if isinstance(made, InertCall) and made.name == ORDERED else made
-    for name, value in text_keys(items).items():
+    """Return name -> [dtype, shape, first byte, bytes] of each tensor in a file that `torch.save` wrote;
+    ValueError where it holds anything but a dict from names to tensors."""
+    archive = TorchArchive(file)
+    made, found = archive.header, {}
+    for name, value in text_keys(made.items if isinstance(made, InertCall) else made).items():
         try:
-            tensor = find_pickled_tensor(value)
+            found[name] = archive.find(value)
         except ValueError as e:
             raise ValueError(f"{name[:200]!r} is no tensor of weights: {e}") from None
-        member = members.get(f"data/{tensor.storage}")
-        if member is None or member.file_size != tensor.num_stored * tensor.itemsize or (
-                tensor.end > tensor.num_stored):
-            raise ValueError(f"{name[:200]!r} reaches beyond its bytes, or has none in the archive")
-        start = find_member(file, 0, member)
-        if start + member.file_size > size_bytes:
-            raise ValueError(f"{name[:200]!r} reaches beyond the file")
-        found[name] = [tensor.dtype, tensor.shape, start + tensor.first * tensor.itemsize,
-                       math.prod(tensor.shape) * tensor.itemsize]
     return found
 
 

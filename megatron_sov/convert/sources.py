@@ -34,8 +34,6 @@ from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, find_checkpoint,
 HASHED_AT_A_TIME = 4
 PART = "model"
 """The part of a checkpoint that holds the weights."""
-MAX_PICKLE_BYTES = 16 << 20
-"""Memory and time of the process that reads a pickle are those of one of this size."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that weights may have."""
 
@@ -102,7 +100,7 @@ class PickledFile(TensorFile):
     def __init__(self, path: Path, remedy: str) -> None:
         """Read the pickle as data; `UserError` where it is anything but a dict from names to tensors."""
         self.path, self._remedy = path, remedy
-        found = read_apart("weights", path, length_bytes=MAX_PICKLE_BYTES, remedy=remedy)
+        found = read_apart("weights", path, length_bytes=16 << 20, remedy=remedy)  # of a header
         self.entries = {name: TensorEntry(SAFETENSORS_DTYPES[getattr(torch, dtype)], tuple(shape), *place)
                         for name, (dtype, shape, *place) in found.items()}
 
@@ -182,9 +180,9 @@ class HfWeights:
         config = read_json(path / CONFIG)
         self._shards = open_shards(path)
         self.left_out: list[str] = []
-        """Tensors of what sees pictures, which are not read."""
+        """Tensors of what sees pictures."""
         self.notes: list[str] = []
-        """What of the folder is passed over, or read otherwise than config.json says: a sentence each."""
+        """Sentences about fields and tensors that are passed over, or read otherwise than config.json says."""
         inside = TEXT_INSIDE.get(str(config.get("model_type")))
         try:
             self.config = text_config(config)
@@ -194,13 +192,15 @@ class HfWeights:
             """Name of each tensor -> how it stands in the folder."""
             if inside is not None:
                 names, self.left_out = inside.names(self._stored)
+                if self.left_out:
+                    self.notes.append(f"the {len(self.left_out)} tensors of what sees pictures ("
+                                      f"{self.left_out[0]}, ...) are left out: the checkpoint has none of it")
                 self._stored = {name: self._stored[other] for name, other in names.items()}
             read = {name: value for name, value in self.config.items() if reads_field or name != FIELD}
             if passed_over := family.find_passed_over(read):
                 known = [name for item in family.config for name in item.names]
                 names = ", ".join(name + find_misspelt(name, known) for name in passed_over)
-                self.notes.append(f"{CONFIG}: {names} change nothing that is computed; to-hf writes them "
-                                  "again")
+                self.notes.append(f"{CONFIG}: {names} change no computation; to-hf writes them again")
             self.carried = family.find_carried(read)
             """Fields of config.json that an export has again."""
             self.model = family.from_hf_config(read, self._stored)
@@ -280,6 +280,7 @@ class HfWeights:
 
 
 def has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare bit patterns: NaN equals itself, and 0.0 is not -0.0."""
     return one.dtype == other.dtype and torch.equal(one.contiguous().view(torch.uint8),
                                                     other.contiguous().view(torch.uint8))
 

@@ -74,11 +74,7 @@ def hub_name(folder: Path) -> str:
 
 def weight_files(folder: Path, *, pickled: bool = False) -> dict[str, list[str]]:
     """Return the files of weights in a model's folder -> the tensors that the index says are in each ([]:
-    there is no index).
-
-    Args:
-        folder: of the model.
-        pickled: take `pytorch_model.bin`, and what its index names, if there is no safetensors file.
+    there is no index).  Without safetensors files, `pickled` ones are taken.
 
     Raises:
         UserError: there are none, the index is damaged or names files elsewhere, or two readers would take

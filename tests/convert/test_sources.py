@@ -245,7 +245,7 @@ def test_an_index_may_name_a_tied_head_that_no_file_holds(tied: bool, tmp_path: 
     else:
         assert f"1 missing ({HEAD})" in refused(folder, tmp_path)
     (folder / "model.safetensors.index.json").write_text(json.dumps(
-        {"metadata": {}, "weight_map": dict.fromkeys([*names, "model.gone"], "model-00001-of-00001.safetensors")}))
+        {"weight_map": dict.fromkeys([*names, "model.gone"], "model-00001-of-00001.safetensors")}))
     assert "disagrees with the files about model.gone" in refused(folder, tmp_path)
 
 
@@ -259,7 +259,7 @@ def test_fields_that_are_passed_over_are_said_once_and_written_again(
     error = capsys.readouterr().err
     assert error.count("warning") == 1 and (
         "config.json: unsloth_fixed, transformers.js_config, num_hidden_layer; did you mean "
-        "'num_hidden_layers'? change nothing that is computed; to-hf writes them again") in error
+        "'num_hidden_layers'? change no computation; to-hf writes them again") in error
     said = {name: value for name, value in fields.items() if value is not None}
     recorded = read_manifest(tmp_path / "ckpt").content["config_fields"]
     assert recorded == said | {"pretraining_tp": 2}

@@ -115,11 +115,9 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return config if inside is None else inside.config(config)
 
 
-# Fields of a config.json that no item of a family answers for: passed over where no program can compute with
-# them.
+# Fields of a config.json that no item of a family answers for.
 
 ANY = object()
-"""Every value."""
 HARMLESS: dict[str, Any] = {
     # how a program runs a model, names of files, heads of classifiers, initial weights of a new model
     **dict.fromkeys((
@@ -131,7 +129,7 @@ HARMLESS: dict[str, Any] = {
     "chunk_size_feed_forward": 0, "is_causal": True, "is_encoder_decoder": False, "num_mtp_layers": 0,
     "output_attentions": False, "output_hidden_states": False, "partial_rotary_factor": 1.0,
     "return_dict": True}
-"""Fields that code of transformers for all families reads -> the value that changes no logit."""
+"""Fields that transformers reads for all families -> the value (or `ANY`) that changes no logit."""
 OF_OTHER_PROGRAMS = ("_", "transformers.js_", "unsloth_")
 """Beginnings of the names of fields that programs write for themselves."""
 
@@ -372,27 +370,23 @@ class Family:
     def find_passed_over(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the fields of a config.json that no item answers for and that change nothing: transformers'
         source for this family neither declares nor reads them, or the value is that of `HARMLESS`.
+        `UserError` names each other field.
 
         A family that transformers lacks, or a folder with modelling code of its own, may have fields of any
         effect: there, only fields of `HARMLESS` and `OF_OTHER_PROGRAMS` pass.
-
-        Raises:
-            UserError: a program may compute with a field; the message names each, its value and the reason.
         """
-        table, known = transformers_fields(), self._known_fields()
+        table, known = transformers_fields(), {name for item in self.config for name in item.names}
         auto_map = config.get("auto_map")
         own_code = isinstance(auto_map, dict) and any(name.startswith("AutoModel") for name in auto_map)
         window = "sliding_attention" if config.get("sliding_window") else "full_attention"
-        layer_types = [window] * len(config.get("layer_types") or ())
+        harmless = HARMLESS | {"layer_types": [window] * len(config.get("layer_types") or ())}
         passed, reasons = {}, []
         for name, value in config.items():
             if name in known or value is None:
                 continue
-            read = name in table["shared"] or name in table.get(self.name, ())
-            harmless = layer_types if name == "layer_types" else HARMLESS.get(name)
-            if harmless is not None and (harmless is ANY or harmless == value):
+            if name in harmless and harmless[name] in (ANY, value):
                 passed[name] = value
-            elif read:
+            elif name in table["shared"] | table.get(self.name, frozenset()):
                 reasons.append(f"{name} = {value!r} (transformers reads it, and it is not supported here)")
             elif name.startswith(OF_OTHER_PROGRAMS) or (self.name in table and not own_code):
                 passed[name] = value
@@ -410,9 +404,6 @@ class Family:
                   for name in item.names if name not in PREDICTION_NAMES}
         return {name: value for name, value in config.items() if name in unused and value is not None
                 } | self.find_passed_over(config)
-
-    def _known_fields(self) -> set[str]:
-        return {name for item in self.config for name in item.names}
 
     def unsaid(self) -> list[str]:
         """Return the fields of a model that the family neither fixes nor reads out of a config.json, where
