@@ -1,8 +1,8 @@
 """Reads the pickles of others in a process of its own: index and settings of `torch_dist` checkpoints, and
 weights that `torch.save` wrote (`pytorch_model.bin`).
 
-Nothing in it imports or calls what a pickle names (`inert_pickle`); limits of memory and time stop a file that
-would fill the memory or never end.  Its answer is JSON.
+Nothing in it imports or calls what a pickle names (`inert_pickle`); limits of memory and time stop a file
+that would fill the memory or never end.  Its answer is JSON.
 """
 
 from __future__ import annotations

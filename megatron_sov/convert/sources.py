@@ -182,7 +182,7 @@ class HfWeights:
         self.left_out: list[str] = []
         """Tensors of what sees pictures."""
         self.notes: list[str] = []
-        """Sentences about fields and tensors that are passed over, or read otherwise than config.json says."""
+        """Sentences about fields and tensors that are passed over or not read as config.json says."""
         inside = TEXT_INSIDE.get(str(config.get("model_type")))
         try:
             self.config = text_config(config)

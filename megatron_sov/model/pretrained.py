@@ -25,8 +25,7 @@ PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 RECOMPUTED = re.compile(r"(.*\.)?(rotary_emb\.(original_)?(inv_freq|(cos|sin)_cached)|rope\.freqs"
                         r"|(attn|attention|self_attn)\.(masked_)?bias)")
-"""Names of tensors that programs compute from config.json (rotary frequencies, causal masks), and that older
-programs saved."""
+"""Rotary frequencies and causal masks, which older programs saved and every program computes anew."""
 ADAPTER_CONFIG = "adapter_config.json"
 OTHER_WEIGHTS = "transformers_weights"
 """Key of config.json by which transformers reads another file of weights."""

@@ -237,7 +237,6 @@ class Registry(Generic[T]):
         known = [*self._built_in, *(n for n, _ in self.listing())]
         absent, plural = ABSENT.get(self.kind, ("does not exist", f"{self.kind}s"))
         listed = LISTED_BY.get(self.kind, f"{plural}: {', '.join(known)}")
-        # A family of a similar name computes something else.
         hint = find_misspelt if self.kind in ABSENT else nearest
         return (f"{self.kind} {name!r}: {absent}{hint(name, known)} ({listed}; your own are named "
                 "FILE.py:NAME)")
