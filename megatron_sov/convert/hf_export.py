@@ -270,9 +270,8 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     of = {part.name: spec.name for spec in specs for part in _parts(spec, low_bit)} | copies
     companions, tokens = _companions(source)
     family = models.get(source.model.family)
-    carried = source.carried if isinstance(source, HfWeights) else (
-        read_manifest(checkpoint).content.get(CARRIED_FIELDS, {}))
-    config = carried | family.to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
+    config = _carried_fields(source) | family.to_hf_config(
+        source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
     if low_bit is not None:
         config[FIELD] = low_bit.field()
     beside = {CONFIG: config, **_processors(source, checkpoint)}
@@ -341,6 +340,13 @@ def low_bit_model(source: Weights, quantize: str) -> LowBitModel | None:
                         "would be left out; convert it with from-hf first")
     own = any(FIELD in item.names for item in models.get(source.model.family).config)
     return LowBitModel(source, quantize, own)
+
+
+def _carried_fields(source: Weights) -> dict[str, Any]:
+    """Return the fields of config.json that a source was imported with and that say nothing of our model."""
+    if isinstance(source, HfWeights):
+        return source.carried
+    return dict(read_manifest(source.path).content.get(CARRIED_FIELDS, {}))
 
 
 def _companions(source: Weights) -> tuple[Path, TokenIds]:

@@ -23,7 +23,7 @@ from megatron_sov.checkpoint.writer import read_block
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name
 from megatron_sov.convert.hf_import import Imported, write_imported
-from megatron_sov.convert.pickled_files import TorchArchive, read_apart
+from megatron_sov.convert.inert_pickle import TorchArchive, read_apart
 from megatron_sov.convert.sources import check_dtypes, check_exact
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig

@@ -19,8 +19,8 @@ from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.base.errors import UserError, find_misspelt
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.checkpoint.writer import SAFETENSORS_DTYPES, TensorEntry, TensorFile
+from megatron_sov.convert.inert_pickle import read_apart
 from megatron_sov.convert.low_bit import FIELD, LowBitWeight, low_bit_weights
-from megatron_sov.convert.pickled_files import read_apart
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TEXT_INSIDE, text_config
@@ -199,8 +199,8 @@ class HfWeights:
             read = {name: value for name, value in self.config.items() if reads_field or name != FIELD}
             if passed_over := family.find_passed_over(read):
                 known = [name for item in family.config for name in item.names]
-                names = ", ".join(name + find_misspelt(name, known) for name in passed_over)
-                self.notes.append(f"{CONFIG}: {names} change no computation; to-hf writes them again")
+                told = ", ".join(name + find_misspelt(name, known) for name in passed_over)
+                self.notes.append(f"{CONFIG}: {told} change no computation; to-hf writes them again")
             self.carried = family.find_carried(read)
             """Fields of config.json that an export has again."""
             self.model = family.from_hf_config(read, self._stored)

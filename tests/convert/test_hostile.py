@@ -22,8 +22,8 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
+from megatron_sov.convert.inert_pickle import read_apart, read_index, read_settings
 from megatron_sov.convert.megatron_import import find_tensor
-from megatron_sov.convert.pickled_files import read_apart, read_index, read_settings
 from tests.convert import made_by_hand
 
 CANARY = Path("/tmp/megatron-sov-canary")
@@ -219,7 +219,7 @@ def test_what_takes_too_much_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
     with open(tmp_path / "x", "wb") as file:
         file.truncate(512 << 20)
     for name in ("BASE_MEMORY_BYTES", "MEMORY_PER_BYTE"):
-        monkeypatch.setattr(f"megatron_sov.convert.pickled_files.{name}", 0)
+        monkeypatch.setattr(f"megatron_sov.convert.inert_pickle.{name}", 0)
     with pytest.raises(UserError, match="takes more memory than a file of its size can need"):
         read_apart("index", tmp_path / "x")
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.convert.pickled_files import read_weights
+from megatron_sov.convert.inert_pickle import read_weights
 from megatron_sov.convert.sources import PickledFile
 from megatron_sov.model.pretrained import weight_files
 
@@ -174,7 +174,7 @@ def test_a_file_that_is_not_a_dict_of_tensors_is_refused(name: str) -> None:
 
 
 def test_a_header_above_the_limit_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_sov.convert.pickled_files.MAX_HEADER_BYTES", 100)
+    monkeypatch.setattr("megatron_sov.convert.inert_pickle.MAX_HEADER_BYTES", 100)
     with pytest.raises(ValueError, match="no header, or one above 100 bytes"):
         read_weights(io.BytesIO(saved({"a": torch.ones(2)})))
 
