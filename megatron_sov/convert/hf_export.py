@@ -270,13 +270,13 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     of = {part.name: spec.name for spec in specs for part in _parts(spec, low_bit)} | copies
     companions, tokens = _companions(source)
     family = models.get(source.model.family)
-    config = _carried_fields(source) | family.to_hf_config(
-        source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
+    written_dtype = str(specs[0].dtype).removeprefix("torch.")
+    config = _carried_fields(source) | family.to_hf_config(source.model, written_dtype, tokens)
     if low_bit is not None:
         config[FIELD] = low_bit.field()
     beside = {CONFIG: config, **_processors(source, checkpoint)}
-    settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes} | (
-        {"quantize": quantize} if low_bit is not None else {})
+    form = {"quantize": quantize} if low_bit is not None else {}
+    settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, **form}
     has_manifest = (checkpoint / MANIFEST).is_file()  # all but folders of others
     plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint) if has_manifest else "",
             **settings, "files": digest_of(files)}
@@ -289,8 +289,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": sum(map(len, files.values())),
             "dtype": config["dtype"],
-            "num_parameters": sum(math.prod(spec.shape) for spec in specs if spec.name not in copies)
-            } | ({"quantize": quantize} if low_bit is not None else {})
+            "num_parameters": sum(math.prod(spec.shape) for spec in specs if spec.name not in copies), **form}
         artifact.writer.settings = settings
     _write_readme(out)
     if conflict := split_conflict(out, family.reader_split):

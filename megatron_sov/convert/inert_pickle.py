@@ -77,8 +77,8 @@ class _Mark:
 
 
 def read(raw: bytes, allowed: Callable[[Name], bool]) -> Any:
-    """Return the values of a pickle; ValueError where it is cut off, holds a name that is not allowed, or does
-    what pickles of plain values do not."""
+    """Return the values of a pickle; ValueError where it is cut off, holds a name that is not allowed, or
+    does what pickles of plain values do not."""
     machine = _Machine(allowed)
     for opcode, argument, position in pickletools.genops(raw):
         try:
@@ -199,8 +199,8 @@ class _Machine:
 
 
 def fields(value: Any, *names: Name) -> dict[str, Any]:
-    """Return the attributes that an object would have; ValueError where it is not of one of the named classes,
-    or its attributes are not named once each."""
+    """Return the attributes that an object would have; ValueError where it is not of one of the named
+    classes, or its attributes are not named once each."""
     if not (isinstance(value, InertCall) and value.name in names):
         raise ValueError(f"a {names[0].name} is needed where {_kind(value)} stands")
     return text_keys(value.state if value.state is not None else Items())
