@@ -134,6 +134,17 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean '{prefix}{close[0]}'?" if close else ""
 
 
+def find_misspelt(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for a known name that is `name` but for case, separators and at most
+    one letter, with the same digits; else an empty string.  A name that is only similar is another thing."""
+    for other in known:
+        one, two = (re.sub(r"[\W_]", "", text.lower()) for text in (name, other))
+        common = sum(block.size for block in difflib.SequenceMatcher(None, one, two).get_matching_blocks())
+        if max(len(one), len(two)) - common <= 1 and re.sub(r"\D", "", one) == re.sub(r"\D", "", two):
+            return f"; did you mean '{other}'?"
+    return ""
+
+
 def download(path: str | os.PathLike[str]) -> str:
     """Return the end of a message about a path that does not exist and may be a model's name on the Hugging
     Face hub: the command that fetches it; empty where it cannot be one."""

@@ -101,16 +101,10 @@ class TensorFile:
             raise self._damaged(f"it lacks {name}")
         entry, dtype = self.entries[name], dtype or self.dtype(name)
         cut = list(block) if block is not None else [slice(0, n) for n in entry.shape]
-        out = torch.empty([s.stop - s.start for s in cut], dtype=dtype)
         try:
-            fd = os.open(self.path, os.O_RDONLY)
-            try:
-                fill_from(fd, entry.start, entry.shape, cut, out)
-            finally:
-                os.close(fd)
+            return read_block(self.path, entry.start, entry.shape, cut, dtype)
         except OSError as e:
             raise UserError(f"{self.path}: {name} cannot be read ({e}); {self._remedy}") from None
-        return out
 
 
 def _entries(path: Path) -> dict[str, TensorEntry]:
@@ -163,6 +157,18 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands in "
                          "its header twice")
     return found
+
+
+def read_block(path: Path, start: int, shape: Sequence[int], block: Sequence[slice], dtype: torch.dtype
+               ) -> torch.Tensor:
+    """Return a block of a tensor in a file; arguments and errors as of `fill_from`."""
+    out = torch.empty([s.stop - s.start for s in block], dtype=dtype)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fill_from(fd, start, shape, block, out)
+    finally:
+        os.close(fd)
+    return out
 
 
 def fill_from(fd: int, start: int, shape: Sequence[int], block: Sequence[slice], out: torch.Tensor) -> None:

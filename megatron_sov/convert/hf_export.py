@@ -26,11 +26,12 @@ from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES, NO_FORMAT
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name, check_space, convert_tensor, exported_dtype
 from megatron_sov.convert.growing import open_weights
 from megatron_sov.convert.hf_import import (
-    carry, check_copies, checked_source, copies_of, differing_copies, digest_of, ids_beside, ids_in,
-    move_chat_template, plan_shards, split_conflict, with_turn_ends, write_files)
+    CARRIED_FIELDS, carry, check_copies, checked_source, copies_of, differing_copies, digest_of, ids_beside,
+    ids_in, move_chat_template, plan_shards, split_conflict, with_turn_ends, write_files)
 from megatron_sov.convert.low_bit import FIELD, FORMATS, LowBitModel
 from megatron_sov.convert.peft import add_inputs
-from megatron_sov.convert.sources import HfWeights, Weights, check_dtypes, newest_of_run, tensors_left_out
+from megatron_sov.convert.sources import (
+    HfWeights, Weights, check_dtypes, has_same_bits, newest_of_run, tensors_left_out)
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.modality import modality
@@ -45,9 +46,6 @@ from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_ar
 # Every check is a number with its limit. Tensors are compared one at a time under their Hugging Face
 # names, and every one leaves its checksums; where dtypes differ, both are rounded to the narrower one
 # first.
-
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-
 
 @dataclass(frozen=True)
 class ParityCheck:
@@ -192,11 +190,11 @@ def _record(one: torch.Tensor, other: torch.Tensor) -> TensorRecord:
     shapes, dtypes = (tuple(one.shape), tuple(other.shape)), tuple(str(t.dtype).removeprefix("torch.")
                                                                    for t in (one, other))
     hashes = [_sha256(one)]
-    if _same_bits(one, other):
+    if has_same_bits(one, other):
         return TensorRecord(shapes, dtypes, (hashes[0], hashes[0]), True)
     hashes.append(_sha256(other))
     one, other = _in_one_dtype(one, other)
-    equal = _same_bits(one, other)
+    equal = has_same_bits(one, other)
     difference = (0.0 if equal or one.shape != other.shape
                   else float((one.double() - other.double()).abs().max()))
     return TensorRecord(shapes, dtypes, tuple(hashes), equal, difference)
@@ -209,13 +207,6 @@ def _sha256(tensor: torch.Tensor) -> str:
 def _in_one_dtype(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     narrower = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
     return one.to(narrower), other.to(narrower)
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Compare bit patterns: NaN equals itself, and 0.0 is not -0.0."""
-    bits = _BITS[one.dtype.itemsize]
-    return one.dtype == other.dtype and torch.equal(one.contiguous().view(bits),
-                                                    other.contiguous().view(bits))
 
 
 def _loading_checks(side: HfWeights) -> list[ParityCheck]:
@@ -279,12 +270,13 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     of = {part.name: spec.name for spec in specs for part in _parts(spec, low_bit)} | copies
     companions, tokens = _companions(source)
     family = models.get(source.model.family)
-    config = family.to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
+    written_dtype = str(specs[0].dtype).removeprefix("torch.")
+    config = _carried_fields(source) | family.to_hf_config(source.model, written_dtype, tokens)
     if low_bit is not None:
         config[FIELD] = low_bit.field()
     beside = {CONFIG: config, **_processors(source, checkpoint)}
-    settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes} | (
-        {"quantize": quantize} if low_bit is not None else {})
+    form = {"quantize": quantize} if low_bit is not None else {}
+    settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, **form}
     has_manifest = (checkpoint / MANIFEST).is_file()  # all but folders of others
     plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint) if has_manifest else "",
             **settings, "files": digest_of(files)}
@@ -297,8 +289,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": sum(map(len, files.values())),
             "dtype": config["dtype"],
-            "num_parameters": sum(math.prod(spec.shape) for spec in specs if spec.name not in copies)
-            } | ({"quantize": quantize} if low_bit is not None else {})
+            "num_parameters": sum(math.prod(spec.shape) for spec in specs if spec.name not in copies), **form}
         artifact.writer.settings = settings
     _write_readme(out)
     if conflict := split_conflict(out, family.reader_split):
@@ -348,6 +339,13 @@ def low_bit_model(source: Weights, quantize: str) -> LowBitModel | None:
                         "would be left out; convert it with from-hf first")
     own = any(FIELD in item.names for item in models.get(source.model.family).config)
     return LowBitModel(source, quantize, own)
+
+
+def _carried_fields(source: Weights) -> dict[str, Any]:
+    """Return the fields of config.json that a source was imported with and that say nothing of our model."""
+    if isinstance(source, HfWeights):
+        return source.carried
+    return dict(read_manifest(source.path).content.get(CARRIED_FIELDS, {}))
 
 
 def _companions(source: Weights) -> tuple[Path, TokenIds]:

@@ -31,12 +31,12 @@ from megatron_sov.checkpoint.writer import Reader, TensorSpec, write_file
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name, check_space, convert_tensor, planned_dtype
 from megatron_sov.convert.peft import AdaptedWeights
-from megatron_sov.convert.sources import PART, HfWeights, Weights, check_dtypes
+from megatron_sov.convert.sources import PART, HfWeights, Weights, check_dtypes, has_same_bits
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link
-from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, hub_name, listed
+from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, hub_name, listed, read_json
 from megatron_sov.runs.checkpoints import (
     ADAPTER, HF_MODEL, IMPORTED, KIND, SOURCE, instead_of, refuse_missing, refuse_other_kind)
 from megatron_sov.work.progress.resumable import resumable_artifact
@@ -52,8 +52,8 @@ def copies_of(weights: Weights) -> dict[str, str]:
 def differing_copies(folder: HfWeights) -> list[str]:
     """Return those that a folder has and that differ, in one bit or in the dtype, from what they are a copy
     of; two tensors are in memory at a time."""
-    return [name for name, other in folder.copies.items() if not _same_bits(folder.read(name),
-                                                                           folder.read(other))]
+    return [name for name, other in folder.copies.items() if not has_same_bits(folder.read(name),
+                                                                              folder.read(other))]
 
 
 def check_copies(folder: HfWeights) -> None:
@@ -62,11 +62,6 @@ def check_copies(folder: HfWeights) -> None:
         name = differing[0]
         raise UserError(f"{folder.path}: {name} differs from {folder.copies[name]}, and a prediction layer "
                         "has no embedding or head of its own here; save the model with one of each")
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one.contiguous().view(torch.uint8),
-                                                    other.contiguous().view(torch.uint8))
 
 
 # Writes safetensors files, several at a time, so that memory holds two tensors of each and not the
@@ -216,6 +211,8 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
 #
 # In a checkpoint these files stand in `tokenizer/`, in a Hugging Face folder beside the weights.
 
+CARRIED_FIELDS = "config_fields"
+"""Key of a checkpoint's manifest: fields of config.json that say nothing of our model."""
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
@@ -284,11 +281,11 @@ def ids_beside(folder: Path) -> TokenIds:
         UserError: a file is damaged, or names a special token that the tokenizer does not have.
     """
     if (folder / GENERATION_CONFIG).is_file():
-        return ids_in(_read(folder / GENERATION_CONFIG))
+        return ids_in(read_json(folder / GENERATION_CONFIG))
     config_file, tokenizer_file = folder / "tokenizer_config.json", folder / "tokenizer.json"
     if not (config_file.is_file() and tokenizer_file.is_file()):
         return TokenIds()
-    config, tokenizer = _read(config_file), _read(tokenizer_file)
+    config, tokenizer = read_json(config_file), read_json(tokenizer_file)
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     ids |= {text: number for text, number in tokenizer["model"]["vocab"].items() if text not in ids}
 
@@ -309,19 +306,11 @@ def split_conflict(folder: Path, split: str | None) -> str | None:
     tokenizer_file = folder / "tokenizer.json"
     if split is None or not tokenizer_file.is_file():
         return None
-    if json.dumps(split) in json.dumps(_read(tokenizer_file).get("pre_tokenizer")):
+    if json.dumps(split) in json.dumps(read_json(tokenizer_file).get("pre_tokenizer")):
         return None
     return (f"{tokenizer_file} splits text by another regular expression than transformers' AutoTokenizer, "
             "which does not read it for this model family and may give other token ids; "
             "load it with PreTrainedTokenizerFast.from_pretrained")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as e:
-        raise UserError(f"{path}: cannot be read as a JSON object ({e}); "
-                        "restore it from its source") from None
 
 
 def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,
@@ -353,14 +342,10 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
                         "pass the folder that holds the model")
     source = HfWeights(hf_dir)
     check_dtypes(source)
-    if source.left_out:
-        warn(f"{hf_dir}: the {len(source.left_out)} tensors of what sees pictures "
-             f"({source.left_out[0]}, ...) are left out: the checkpoint is the model without it")
-    if source.unread:
-        warn(f"{hf_dir}: {len(source.unread)} tensors ({source.unread[0]}, ...) are left out: "
-             f"{source.model.family} has no place for them")
+    for note in source.notes:
+        warn(f"{hf_dir}: {note}")
     check_copies(source)
-    content = {SOURCE: hub_name(hf_dir)}
+    content = {SOURCE: hub_name(hf_dir)} | ({CARRIED_FIELDS: source.carried} if source.carried else {})
     write_imported(out, Imported(source, "from-hf", hf_dir, ids_in(source.config), content), dtype,
                    workers=workers, overwrite=overwrite, redo=redo)
 

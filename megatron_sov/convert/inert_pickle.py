@@ -6,8 +6,8 @@ A pickle is a program.  Here it runs on a machine that has no way to import, cal
 Names that are not allowed are refused where they stand, and opcodes that no writer of plain values emits are
 not known at all.
 
-Megatron-LM and Megatron-Bridge pickle the index and the settings of their `torch_dist` checkpoints.  Both are
-read so, in a process of its own with limits of memory and time.
+Index and settings of `torch_dist` checkpoints, and weights that `torch.save` wrote (`pytorch_model.bin`), are
+read so in a process of its own, whose limits stop a file that would fill the memory or never end.
 """
 
 from __future__ import annotations
@@ -77,16 +77,8 @@ class _Mark:
 
 
 def read(raw: bytes, allowed: Callable[[Name], bool]) -> Any:
-    """Return what a pickle says.
-
-    Args:
-        raw: the pickle.
-        allowed: whether a name may stand in it.
-
-    Raises:
-        ValueError: it is cut off, holds a name that is not allowed, or does what pickles of plain values do
-            not.
-    """
+    """Return the values of a pickle; ValueError where it is cut off, holds a name that is not allowed, or
+    does what pickles of plain values do not."""
     machine = _Machine(allowed)
     for opcode, argument, position in pickletools.genops(raw):
         try:
@@ -207,11 +199,8 @@ class _Machine:
 
 
 def fields(value: Any, *names: Name) -> dict[str, Any]:
-    """Return the attributes that an object would have.
-
-    Raises:
-        ValueError: it is not one of the named kinds, or its attributes are not named once each.
-    """
+    """Return the attributes that an object would have; ValueError where it is not of one of the named
+    classes, or its attributes are not named once each."""
     if not (isinstance(value, InertCall) and value.name in names):
         raise ValueError(f"a {names[0].name} is needed where {_kind(value)} stands")
     return text_keys(value.state if value.state is not None else Items())
@@ -230,11 +219,6 @@ def text_keys(value: Any) -> dict[str, Any]:
 def _kind(value: Any) -> str:
     return str(value.name) if isinstance(value, InertCall) else f"a {type(value).__name__}"
 
-
-# Reading the pickles of a checkpoint in a process of its own, with limits of memory and time.
-#
-# Nothing in it imports or calls what a pickle names (`_Machine`); the process is there for what a file
-# could do to the reader: eat memory, or never end. What it answers is JSON.
 
 # The names that may stand in a checkpoint's pickles.  None of them is ever imported.
 
@@ -265,10 +249,11 @@ _INDEX = {
     *(Name("torch", name) for name in DTYPE_NAMES),
 }
 REBUILT, ORDERED = Name("torch._utils", "_rebuild_tensor_v2"), Name("collections", "OrderedDict")
+PARAMETER = Name("torch._utils", "_rebuild_parameter")
 STORAGES = {Name("torch", f"{name}Storage"): dtype for name, dtype in {
-    "Double": "float64", "Float": "float32", "BFloat16": "bfloat16", "Half": "float16", "Long": "int64",
-    "Int": "int32", "Byte": "uint8", "Bool": "bool"}.items()}
-"""What torch calls a storage -> the dtype of a tensor that stands in it."""
+    "Double": ("float64", 8), "Float": ("float32", 4), "BFloat16": ("bfloat16", 2), "Half": ("float16", 2),
+    "Long": ("int64", 8), "Int": ("int32", 4), "Byte": ("uint8", 1), "Bool": ("bool", 1)}.items()}
+"""Name of a storage in torch -> dtype of its tensors, and bytes of a number."""
 NAMESPACE = Name("argparse", "Namespace")
 _OF_SETTINGS = ("megatron", "torch", "transformer_engine", "nvidia_resiliency_ext", "numpy", "datetime",
                 "enum", "types")
@@ -285,7 +270,7 @@ def in_index(name: Name) -> bool:
 
 def in_tensor(name: Name) -> bool:
     """Return whether a name may stand in the header of a stored tensor."""
-    return name in STORAGES or name in (REBUILT, ORDERED)
+    return name in STORAGES or name in (REBUILT, PARAMETER, ORDERED)
 
 
 def in_settings(name: Name) -> bool:
@@ -312,11 +297,8 @@ byte, bytes] of the settings, None where they have a file of their own."""
 
 
 def read_index(raw: bytes) -> Index:
-    """Return what the index says of the model's tensors.
-
-    Raises:
-        ValueError: it holds anything but tensors' metadata, or places that cannot be.
-    """
+    """Return the model's tensors in an index; ValueError where it holds anything but tensors' metadata, or
+    places that cannot be."""
     try:
         metadata = fields(read(raw, in_index), METADATA, MCORE_METADATA)
         entries = text_keys(metadata["state_dict_metadata"])
@@ -426,30 +408,16 @@ def _file(value: Any) -> str:
 # The settings that a checkpoint of Megatron-LM carries: the `args` in its `common.pt`, or in a part of a file
 # of tensors, which is the same in a list.
 
-MAX_PICKLE_BYTES = 256 << 20
 MAX_VALUES = 200_000
 """Of all settings together, lists counted out."""
 MAX_DEPTH = 6
 
 
 def read_settings(raw: bytes) -> dict[str, Any]:
-    """Return `args` and `iteration` of a common.pt as JSON values; what is none is told as text.
-
-    Raises:
-        ValueError: it is no file of torch.save, or holds names that settings do not have.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(raw)) as file:
-            names = [name for name in file.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
-            if len(names) != 1:
-                raise ValueError("it has no data.pkl, so torch.save did not write it")
-            info = file.getinfo(names[0])
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > MAX_PICKLE_BYTES:
-                raise ValueError(f"its data.pkl is compressed, or larger than {MAX_PICKLE_BYTES} bytes")
-            found = read(file.read(info), in_settings)
-            top = text_keys(found[0] if type(found) is list and len(found) == 1 else found)
-    except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError) as e:
-        raise ValueError(f"it is no file of torch.save ({e})") from None
+    """Return `args` and `iteration` of a common.pt as JSON values, other values as text; ValueError where
+    torch.save did not write it, or it holds names that settings do not have."""
+    found = TorchArchive(io.BytesIO(raw), in_settings).header
+    top = text_keys(found[0] if type(found) is list and len(found) == 1 else found)
     plain = _Plain()
     args = fields(top["args"], NAMESPACE) if "args" in top else {}
     return {"args": {name: plain.value(value, 0) for name, value in args.items()},
@@ -481,6 +449,80 @@ class _Plain:
         return f"<{type(value).__name__}>"
 
 
+# Tensors as `torch.save` wrote them: a zip archive with a pickled header, and the bytes of each storage.
+
+MAX_HEADER_BYTES = 256 << 20
+_LOCAL_HEADER_BYTES = 30
+"""Of a member, before its name and what follows it (APPNOTE.TXT of PKWARE, 4.3.7)."""
+
+
+class TorchArchive:
+    """A file that `torch.save` wrote: `header` is its pickle as data."""
+
+    def __init__(self, file: Any, allowed: Callable[[Name], bool] = in_tensor) -> None:
+        """Read the header; ValueError where the file is no such archive, or a name is not allowed in it."""
+        self._file, self._size_bytes = file, file.seek(0, io.SEEK_END)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                self._members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+                header, order = self._members.get("data.pkl"), self._members.get("byteorder")
+                if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1
+                       for info in self._members.values()):
+                    raise ValueError("its archive is compressed or encrypted")
+                if header is None or header.file_size > MAX_HEADER_BYTES:
+                    raise ValueError(f"its archive has no header, or one above {MAX_HEADER_BYTES} bytes")
+                if order is not None and archive.read(order) != b"little":
+                    raise ValueError("its bytes are in big-endian order")
+                self.header = read(archive.read(header), allowed)
+        except (zipfile.BadZipFile, NotImplementedError, EOFError) as e:
+            raise ValueError(f"it is no archive of torch.save ({e}), as torch writes it from 1.6 "
+                             "on") from None
+
+    def find(self, made: Any) -> tuple[str, tuple[int, ...], int, int]:
+        """Return dtype, shape, first byte in the file and bytes of a tensor of the header; ValueError for
+        anything else, and for a tensor that does not stand row by row in its storage."""
+        if isinstance(made, InertCall) and made.name == PARAMETER and made.arguments:
+            made = made.arguments[0]
+        if not (isinstance(made, InertCall) and made.name == REBUILT and len(made.arguments) >= 4):
+            raise ValueError("its header describes no tensor")
+        held, first, shape, strides = made.arguments[:4]
+        stored = held.key if isinstance(held, InertObject) else ()
+        if not (isinstance(stored, tuple) and len(stored) == 5 and stored[0] == "storage"
+                and isinstance(stored[1], Name) and stored[1] in STORAGES and isinstance(stored[2], str)):
+            raise ValueError("its header names no storage of numbers")
+        if not (isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
+                and all(type(n) is int and 0 <= n <= MAX_SIZE for n in (stored[4], first, *shape, *strides))):
+            raise ValueError("its header has no sizes")
+        expected = [math.prod(shape[axis + 1:]) for axis in range(len(shape))]
+        if any(n > 1 and stride != whole for n, stride, whole in zip(shape, strides, expected, strict=True)):
+            raise ValueError(f"it does not stand row by row (strides {list(strides)[:8]})")
+        (dtype, itemsize), member = STORAGES[stored[1]], self._members.get(f"data/{stored[2]}")
+        if member is None or member.file_size != stored[4] * itemsize:
+            raise ValueError(f"its archive does not hold the {stored[4]} numbers that the header says")
+        self._file.seek(member.header_offset)
+        local = self._file.read(_LOCAL_HEADER_BYTES)
+        begin = (member.header_offset + _LOCAL_HEADER_BYTES + int.from_bytes(local[26:28], "little")
+                 + int.from_bytes(local[28:30], "little"))
+        count = math.prod(shape)
+        if local[:4] != b"PK\3\4" or first + count > stored[4] or (
+                begin + member.file_size > self._size_bytes):
+            raise ValueError("it reaches beyond its bytes")
+        return dtype, shape, begin + first * itemsize, count * itemsize
+
+
+def read_weights(file: Any) -> dict[str, Any]:
+    """Return name -> [dtype, shape, first byte, bytes] of each tensor in a file that `torch.save` wrote;
+    ValueError where it holds anything but a dict from names to tensors."""
+    archive = TorchArchive(file)
+    made, found = archive.header, {}
+    for name, value in text_keys(made.items if isinstance(made, InertCall) else made).items():
+        try:
+            found[name] = archive.find(value)
+        except ValueError as e:
+            raise ValueError(f"{name[:200]!r} is no tensor of weights: {e}") from None
+    return found
+
+
 READERS = {"index": read_index, "settings": read_settings}
 MAX_FILE_BYTES = 1 << 30
 BASE_MEMORY_BYTES, MEMORY_PER_BYTE = 1 << 29, 60
@@ -491,17 +533,18 @@ CLOCK_FACTOR = 20
 """Times on the clock for the processor time, against a hang alone: processes share a machine."""
 _CODE = ("import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
          "from megatron_sov.convert.inert_pickle import main; main(sys.argv[1])")
-_REMEDY = "restore the checkpoint from its source"
 
 
-def read_apart(what: str, path: Path, start: int = 0, length_bytes: int | None = None) -> dict[str, Any]:
+def read_apart(what: str, path: Path, start: int = 0, length_bytes: int | None = None,
+               remedy: str = "restore the checkpoint from its source") -> dict[str, Any]:
     """Return what a file of a checkpoint says.
 
     Args:
-        what: name in `READERS`.
+        what: name in `READERS`, or "weights" for `read_weights`.
         path: the file.
         start: the first byte that is read.
         length_bytes: how many are; None: all.
+        remedy: end of a message.
 
     Raises:
         UserError: it holds what it should not, is too large, or the process was ended for what it took.
@@ -509,10 +552,10 @@ def read_apart(what: str, path: Path, start: int = 0, length_bytes: int | None =
     try:
         size_bytes = path.stat().st_size if length_bytes is None else length_bytes
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); {_REMEDY}") from None
+        raise UserError(f"{path}: cannot be read ({e.strerror}); {remedy}") from None
     if not path.is_file() or size_bytes > MAX_FILE_BYTES:
         raise UserError(f"{path}: has {size(size_bytes)}, and at most {size(MAX_FILE_BYTES)} are read; "
-                        f"{_REMEDY}")
+                        f"{remedy}")
     time_s = BASE_TIME_S + size_bytes // BYTES_PER_S
     order = json.dumps({"what": what, "path": str(path.absolute()), "start": start,
                         "size_bytes": size_bytes,
@@ -526,7 +569,7 @@ def read_apart(what: str, path: Path, start: int = 0, length_bytes: int | None =
     except (subprocess.TimeoutExpired, ValueError):
         answer = {"error": "it takes more memory or time than a file of its size can need"}
     if "error" in answer:
-        raise UserError(f"{path}: is not read, for {answer['error']}; {_REMEDY}")
+        raise UserError(f"{path}: is not read, for {answer['error']}; {remedy}")
     return dict(answer["found"])
 
 
@@ -540,9 +583,10 @@ def main(order: str) -> None:
     try:
         with open(asked["path"], "rb") as f:
             f.seek(asked["start"])
-            raw = f.read(asked["size_bytes"])
+            found = (read_weights(f) if asked["what"] == "weights"
+                     else READERS[asked["what"]](f.read(asked["size_bytes"])))
         # as a whole, in this memory: one text that is named again and again would fill that of the reader
-        answer = json.dumps({"found": READERS[asked["what"]](raw)})
+        answer = json.dumps({"found": found})
     except MemoryError:
         answer = json.dumps({"error": "it takes more memory than a file of its size can need"})
     except (ValueError, OSError, RecursionError) as e:

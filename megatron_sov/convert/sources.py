@@ -16,9 +16,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, find_misspelt
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.checkpoint.writer import TensorFile
+from megatron_sov.checkpoint.writer import SAFETENSORS_DTYPES, TensorEntry, TensorFile
+from megatron_sov.convert.inert_pickle import read_apart
 from megatron_sov.convert.low_bit import FIELD, LowBitWeight, low_bit_weights
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.families import supported as models
@@ -26,7 +27,8 @@ from megatron_sov.model.families.family import TEXT_INSIDE, text_config
 from megatron_sov.model.families.hf_layers import MAX_LAYERS, PREDICTION_NAMES
 from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import (
-    CONFIG, DAMAGED_HF, is_hf_folder as is_hf_folder, listed, read_json, tensor_files)
+    CONFIG, DAMAGED_HF, EMBEDDING, HEAD, RECOMPUTED, is_hf_folder as is_hf_folder, listed, read_json,
+    tensor_files)
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, find_checkpoint, settings_of
 
 HASHED_AT_A_TIME = 4
@@ -89,6 +91,18 @@ class FileTensor:
 
     def read(self) -> torch.Tensor:
         return self.file.read(self.name)
+
+
+class PickledFile(TensorFile):
+    """The tensors of a file that `torch.save` wrote: a process that cannot run the pickle finds where their
+    bytes stand."""
+
+    def __init__(self, path: Path, remedy: str) -> None:
+        """Read the pickle as data; `UserError` where it is anything but a dict from names to tensors."""
+        self.path, self._remedy = path, remedy
+        found = read_apart("weights", path, length_bytes=16 << 20, remedy=remedy)  # of a header
+        self.entries = {name: TensorEntry(SAFETENSORS_DTYPES[getattr(torch, dtype)], tuple(shape), *place)
+                        for name, (dtype, shape, *place) in found.items()}
 
 
 @dataclass(frozen=True)
@@ -166,7 +180,9 @@ class HfWeights:
         config = read_json(path / CONFIG)
         self._shards = open_shards(path)
         self.left_out: list[str] = []
-        """Tensors that are not read."""
+        """Tensors of what sees pictures."""
+        self.notes: list[str] = []
+        """Sentences about fields and tensors that are passed over or not read as config.json says."""
         inside = TEXT_INSIDE.get(str(config.get("model_type")))
         try:
             self.config = text_config(config)
@@ -176,26 +192,62 @@ class HfWeights:
             """Name of each tensor -> how it stands in the folder."""
             if inside is not None:
                 names, self.left_out = inside.names(self._stored)
+                if self.left_out:
+                    self.notes.append(f"the {len(self.left_out)} tensors of what sees pictures ("
+                                      f"{self.left_out[0]}, ...) are left out: the checkpoint has none of it")
                 self._stored = {name: self._stored[other] for name, other in names.items()}
-            self.model = family.from_hf_config(
-                {name: value for name, value in self.config.items() if reads_field or name != FIELD},
-                self._stored)
+            read = {name: value for name, value in self.config.items() if reads_field or name != FIELD}
+            if passed_over := family.find_passed_over(read):
+                known = [name for item in family.config for name in item.names]
+                told = ", ".join(name + find_misspelt(name, known) for name in passed_over)
+                self.notes.append(f"{CONFIG}: {told} change no computation; to-hf writes them again")
+            self.carried = family.find_carried(read)
+            """Fields of config.json that an export has again."""
+            self.model = family.from_hf_config(read, self._stored)
+            if self.model.tied_embeddings and not self._tie_head():
+                self.model = family.from_hf_config(read | {"tie_word_embeddings": False}, self._stored)
         except UserError as e:
             raise UserError(f"{path}: {e}") from None
         self.links = family.links(self.model)
         self._shapes = {name: shape for link in self.links for name, shape in link.hf_shapes().items()}
         self._stored = _without_stacks(self._respelt(family.respelt), self._shapes)
-        self.unread = [name for name in family.unread_in(self.model) if name in self._stored]
-        """Tensors that no program reads."""
-        for name in self.unread:
-            del self._stored[name]
+        self._leave_out(family.unread_in(self.model), f"{self.model.family} has no place for them")
+        self._leave_out([name for name in self._stored if name not in self._shapes
+                         and RECOMPUTED.fullmatch(name)], f"programs compute them from {CONFIG}")
         self._stored |= {name: Zeros(shape) for name, shape in self._shapes.items()
                          if name not in self._stored and name.endswith(family.zeros)}
         shapes = {name: stored.shape for name, stored in self._stored.items()}
         self.copies = {name: other for name, other in family.copies_in(self.model).items() if name in shapes}
         """Tensors of the folder that are others once more -> the equal ones (`hf_import.check_copies`)."""
         copied = {name: self._shapes[other] for name, other in self.copies.items()}
-        check_exact(path, shapes, self._shapes | copied, f"compare {CONFIG} with the files, or {DAMAGED_HF}")
+        expected = self._shapes | copied
+        remedy = f"correct the sizes in {CONFIG}"
+        if shapes.keys() - expected:
+            remedy = f"correct {CONFIG}, which has no place for them, or remove them if no program reads them"
+        if expected.keys() - shapes:
+            remedy = f"correct {CONFIG} if the model has none of them, else {DAMAGED_HF}"
+        check_exact(path, shapes, expected, remedy)
+
+    def _leave_out(self, names: Iterable[str], reason: str) -> None:
+        """Take tensors out of those of the folder, and note it."""
+        found = [name for name in names if self._stored.pop(name, None)]
+        if found:
+            self.notes.append(f"{len(found)} tensors ({found[0]}, ...) are left out: {reason}")
+
+    def _tie_head(self) -> bool:
+        """Take the stored head out where config.json ties it to the embedding; return whether the two are one
+        matrix.  As in transformers 5, a head of other values is a head of its own, and one alone is the
+        embedding too."""
+        head, embedding = self._stored.get(HEAD), self._stored.get(EMBEDDING)
+        if head is None:
+            return True
+        if embedding is not None and not has_same_bits(head.read(), embedding.read()):
+            self.notes.append(f"{HEAD} and {EMBEDDING} differ, and {CONFIG} says that they are tied; both "
+                              "are read (set tie_word_embeddings to false there)")
+            return False
+        self._stored.setdefault(EMBEDDING, head)
+        self._leave_out([HEAD], f"{CONFIG} ties it to {EMBEDDING}, which it equals")
+        return True
 
     def _respelt(self, parts: Sequence[tuple[str, str]]) -> dict[str, StoredTensor]:
         """Return the tensors under the map's names, where the folder spells some otherwise."""
@@ -225,6 +277,12 @@ class HfWeights:
 
     def read(self, name: str) -> torch.Tensor:
         return self._stored[name].read()
+
+
+def has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare bit patterns: NaN equals itself, and 0.0 is not -0.0."""
+    return one.dtype == other.dtype and torch.equal(one.contiguous().view(torch.uint8),
+                                                    other.contiguous().view(torch.uint8))
 
 
 def _stored_tensors(shards: dict[str, TensorFile], config: dict[str, Any]) -> dict[str, StoredTensor]:
@@ -336,10 +394,11 @@ def open_shards(path: Path) -> dict[str, TensorFile]:
     opened: dict[str, TensorFile] = {}
 
     def names_in(file: Path, remedy: str) -> Iterable[str]:
-        opened[file.name] = TensorFile(file, remedy)
+        kind = TensorFile if file.suffix == ".safetensors" else PickledFile
+        opened[file.name] = kind(file, remedy)
         return opened[file.name].entries
 
-    return {name: opened[file] for name, file in tensor_files(path, names_in).items()}
+    return {name: opened[file] for name, file in tensor_files(path, names_in, pickled=True).items()}
 
 
 def tensors_left_out(folder: Path) -> tuple[str, ...]:

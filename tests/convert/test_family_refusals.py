@@ -47,8 +47,7 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
      "sliding_window = None, but layer_types names a sliding layer"),
     ("tiny-exaone4", say(layer_types=["full_attention"] * 2),
      "sliding_window = 32, but layer_types names no sliding layer"),
-    ("tiny-exaone4", say(residual_multiplier=0.5),
-     "unknown fields for family 'exaone4': 'residual_multiplier'"),
+    ("tiny-exaone4", say(attention_chunk_size=64), r"attention_chunk_size = 64 \(transformers reads it"),
     ("tiny-gemma3", drop("model.layers.0.pre_feedforward_layernorm.weight"),
      r"1 missing \(model\.layers\.0\.pre_feedforward_layernorm\.weight\)"),
     ("tiny-gemma3", say(attn_logit_softcapping=50.0), r"attn_logit_softcapping = 50\.0, but only None is"),
@@ -82,7 +81,7 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
     ("tiny-hyperclovax", drop(PERI), rf"1 missing \({PERI}\)"),
     ("tiny-hyperclovax", say(use_post_norm=False), r"4 unexpected \(model\.layers\.0\.post_norm1\.weight"),
     ("tiny-hyperclovax", say(use_post_norm=None), "use_post_norm = None must be true or false"),
-    ("tiny-hyperclovax", say(logits_scale=2.0), "unknown fields for family 'hyperclovax': 'logits_scale'"),
+    ("tiny-hyperclovax", say(per_layer_config={"0": {}}), r"per_layer_config = .* \(transformers reads it"),
     ("tiny-hyperclovax", say(logit_scale=2.0), r"logit_scale = 2\.0, but only 1\.0 is supported"),
     ("tiny-hyperclovax", say(attention_multiplier="x"), r"attention_multiplier = 'x' cannot be understood"),
 ])

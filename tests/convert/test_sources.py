@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert
-from megatron_sov.base.artifacts import MANIFEST, FileRecord, file_damage, new_artifact
+from megatron_sov.base.artifacts import MANIFEST, FileRecord, file_damage, new_artifact, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import hf_import
 from megatron_sov.convert.hf_import import checked_source
+from megatron_sov.model.pretrained import load_pretrained
 from megatron_sov.work.progress.resumable import ResumableArtifact
 
 
@@ -55,7 +56,7 @@ def test_prediction_layer_is_found_by_its_tensors_where_the_config_is_silent(exa
 
 @pytest.mark.parametrize(("fields", "expected"), [
     ({"swiglu_limits": [7.0] * 4}, "swiglu_limits = .* for each of num_hidden_layers = 5 layers"),
-    ({"slidin_window": 3}, r"'slidin_window'; did you mean 'sliding_window'\?"),
+    ({"attention_chunk_size": 3}, r"attention_chunk_size = 3 \(transformers reads it, and it is not supp"),
     ({"n_group": 3}, "model.num_expert_groups = 3 must divide model.num_experts = "),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu', but only 'silu'"),
     ({"tie_word_embeddings": True}, "tie_word_embeddings = True"),
@@ -96,7 +97,176 @@ def test_folders_that_are_no_models(solar_dir: Path, tmp_path: Path) -> None:
     assert "is empty, so it is not a Hugging Face folder" in refused(tmp_path / "empty", tmp_path)
     shutil.copytree(solar_dir, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"")
-    assert "save the model with safetensors" in refused(tmp_path / "pickled", tmp_path)
+    assert "it is no archive of torch.save" in refused(tmp_path / "pickled", tmp_path)
+
+
+# Tensors that older programs saved and none computes with, heads that are tied, and what a message advises.
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def tiny_folder(folder: Path, model_type: str = "llama", **config: Any) -> Path:
+    """Write a random model of two layers as transformers does."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "intermediate_size": 24, "head_dim": 8, "max_position_embeddings": 64,
+             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes | config))
+    model.save_pretrained(folder)
+    return folder
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        found: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder)(torch.arange(60)[None]).logits
+    return found
+
+
+def round_trip(folder: Path, tmp_path: Path) -> Path:
+    convert.from_hf(folder, tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
+    return tmp_path / "back"
+
+
+@pytest.mark.parametrize("name", [
+    "model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.1.self_attn.rotary_emb.cos_cached",
+    "model.layers.1.self_attn.rotary_emb.sin_cached", "model.rotary_emb.inv_freq",
+    "model.rotary_emb.original_inv_freq", "rope.freqs", "model.layers.0.attention.masked_bias",
+    "model.layers.0.attn.bias", "model.layers.0.self_attn.masked_bias"])
+def test_tensors_that_programs_compute_themselves_are_left_out(name: str, tmp_path: Path,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_folder(tmp_path / "hf")
+    expected = load_file(folder / "model.safetensors")
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(4)}))
+    back = round_trip(folder, tmp_path)
+    error = capsys.readouterr().err
+    assert error.count("warning") == 1 and f"1 tensors ({name}, ...) are left out: programs compute" in error
+    found = load_file(back / "model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    load_pretrained(AutoModelForCausalLM, folder)  # as commands that run a folder by transformers do
+
+
+@pytest.mark.parametrize("name", [
+    "model.layers.0.self_attn.q_proj.bias", "model.layers.0.mlp.bias", "bias", "model.layers.0.attn.weight",
+    "model.rotary_emb.inv_freq.weight", "model.layers.2.input_layernorm.weight"])
+def test_other_tensors_are_refused_and_removing_them_is_enough(name: str, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "hf")
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(16)}))
+    assert ("correct config.json, which has no place for them, or remove them if no program reads them"
+            in refused(folder, tmp_path))
+    edit_tensors(folder, lambda tensors: tensors.pop(name))
+    convert.from_hf(folder, tmp_path / "out")
+
+
+def test_missing_tensors_and_other_sizes_get_advice_that_works(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "hf", tie_word_embeddings=False)
+    whole = load_file(folder / "model.safetensors")
+    edit_tensors(folder, lambda tensors: tensors.pop(HEAD))
+    message = refused(folder, tmp_path)
+    assert "correct config.json if the model has none of them, else copy or download it again" in message
+    set_config(folder, tie_word_embeddings=True)
+    convert.from_hf(folder, tmp_path / "tied")
+    set_config(folder, tie_word_embeddings=False)
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    convert.from_hf(folder, tmp_path / "again")
+    set_config(folder, intermediate_size=25)
+    message = refused(folder, tmp_path)
+    assert "correct the sizes in config.json" in message and "download" not in message
+
+
+def test_a_saved_copy_of_a_tied_head_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_folder(tmp_path / "hf", tie_word_embeddings=True)
+    expected = load_file(folder / "model.safetensors")
+    edit_tensors(folder, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
+    back = round_trip(folder, tmp_path)
+    assert f"{HEAD}, ...) are left out: config.json ties it to {EMBEDDING}, which" in capsys.readouterr().err
+    assert load_file(back / "model.safetensors").keys() == expected.keys()
+    assert torch.equal(logits_of(back), logits_of(folder))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_tied_head_of_other_values_is_a_head_of_its_own_as_in_transformers(
+        model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_folder(tmp_path / "hf", model_type, tie_word_embeddings=True)
+    tied = logits_of(folder)
+    edit_tensors(folder, lambda tensors: tensors.update({HEAD: torch.randn(64, 16)}))
+    back = round_trip(folder, tmp_path)
+    assert f"{HEAD} and {EMBEDDING} differ, and config.json says that they" in capsys.readouterr().err
+    assert json.loads((back / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(logits_of(back), logits_of(folder)) and not torch.equal(logits_of(folder), tied)
+    # the advice
+    set_config(folder, tie_word_embeddings=False)
+    convert.from_hf(folder, tmp_path / "untied")
+    assert convert.verify(tmp_path / "ckpt", tmp_path / "untied").passed
+    assert "differ" not in capsys.readouterr().err
+
+
+def test_one_different_bit_makes_a_head_of_its_own(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "hf", tie_word_embeddings=True)
+
+    def copy_but_one(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[HEAD] = tensors[EMBEDDING].clone()
+        tensors[HEAD].view(torch.int32)[63, 15] ^= 1
+
+    assert not convert.open_weights(edit_tensors(folder, copy_but_one)).model.tied_embeddings
+
+
+def test_a_tied_head_that_stands_alone_is_the_embedding_too(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "hf", tie_word_embeddings=True)
+    expected = logits_of(folder)
+    edit_tensors(folder, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
+    assert torch.equal(logits_of(folder), expected)
+    assert torch.equal(logits_of(round_trip(folder, tmp_path)), expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_index_may_name_a_tied_head_that_no_file_holds(tied: bool, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "hf", tie_word_embeddings=True)
+    names = [*load_file(folder / "model.safetensors"), HEAD]
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}))
+    set_config(folder, tie_word_embeddings=tied)
+    if tied:
+        assert torch.equal(logits_of(round_trip(folder, tmp_path)), logits_of(folder))
+    else:
+        assert f"1 missing ({HEAD})" in refused(folder, tmp_path)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": dict.fromkeys([*names, "model.gone"], "model-00001-of-00001.safetensors")}))
+    assert "disagrees with the files about model.gone" in refused(folder, tmp_path)
+
+
+def test_fields_that_are_passed_over_are_said_once_and_written_again(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_folder(tmp_path / "hf", pretraining_tp=2)
+    fields = {"unsloth_fixed": True, "transformers.js_config": {"kv": [1]}, "num_hidden_layer": 3,
+              "nothing": None}
+    set_config(folder, **fields)
+    back = round_trip(folder, tmp_path)
+    error = capsys.readouterr().err
+    assert error.count("warning") == 1 and (
+        "config.json: unsloth_fixed, transformers.js_config, num_hidden_layer; did you mean "
+        "'num_hidden_layers'? change no computation; to-hf writes them again") in error
+    said = {name: value for name, value in fields.items() if value is not None}
+    recorded = read_manifest(tmp_path / "ckpt").content["config_fields"]
+    assert recorded == said | {"pretraining_tp": 2}
+    assert recorded.items() <= json.loads((back / "config.json").read_text()).items()
+    # a second time, from what was written
+    convert.from_hf(back, tmp_path / "second")
+    assert read_manifest(tmp_path / "second").content["config_fields"] == recorded
 
 
 # The source's hashes are computed beside the conversion, and what comes of a damaged file never counts.

@@ -132,6 +132,8 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
                 **({"rope_parameters": {**yarn, "mscale": mscale, "mscale_all_dim": mscale}}
                    if mscale else {})}
     config["tie_word_embeddings"] = seed != 1
+    if family == "mistral":
+        return {**config, "sliding_window": (9, None, 11)[seed]}
     llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     if family == "exaone4":

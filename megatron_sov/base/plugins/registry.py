@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
-from megatron_sov.base.errors import UserError, how_to_install, nearest
+from megatron_sov.base.errors import UserError, find_misspelt, how_to_install, nearest
 from megatron_sov.base.plugins.loading import Kind, LoadedPlugin, PluginCode, is_reference, load, telling
 from megatron_sov.base.settings import SettingsError, read_arguments, rules_of
 
@@ -237,7 +237,8 @@ class Registry(Generic[T]):
         known = [*self._built_in, *(n for n, _ in self.listing())]
         absent, plural = ABSENT.get(self.kind, ("does not exist", f"{self.kind}s"))
         listed = LISTED_BY.get(self.kind, f"{plural}: {', '.join(known)}")
-        return (f"{self.kind} {name!r}: {absent}{nearest(name, known)} ({listed}; your own are named "
+        hint = find_misspelt if self.kind in ABSENT else nearest
+        return (f"{self.kind} {name!r}: {absent}{hint(name, known)} ({listed}; your own are named "
                 "FILE.py:NAME)")
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, find_misspelt
 from megatron_sov.base.settings import ProblemCode, SettingsError, SettingsProblem, check, find_broken
 from megatron_sov.base.settings.problem import show
 from megatron_sov.model.config import ModelConfig, from_dict
@@ -113,16 +115,45 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return config if inside is None else inside.config(config)
 
 
+# Fields of a config.json that no item of a family answers for.
+
+ANY = object()
+HARMLESS: dict[str, Any] = {
+    # how a program runs a model, names of files, heads of classifiers, initial weights of a new model
+    **dict.fromkeys((
+        "_attn_implementation", "_attn_implementation_internal", "attn_implementation",
+        "_experts_implementation", "_experts_implementation_internal", "experts_implementation",
+        "gradient_checkpointing", "_commit_hash", "name_or_path", "id2label", "label2id", "num_labels",
+        "problem_type", "classifier_dropout", "hidden_dropout", "token_classification_bias", "sep_token_id",
+        "init_std", "initializer_factor"), ANY),
+    "chunk_size_feed_forward": 0, "is_causal": True, "is_encoder_decoder": False, "num_mtp_layers": 0,
+    "output_attentions": False, "output_hidden_states": False, "partial_rotary_factor": 1.0,
+    "return_dict": True}
+"""Fields that transformers reads for all families -> the value (or `ANY`) that changes no logit."""
+OF_OTHER_PROGRAMS = ("_", "transformers.js_", "unsloth_")
+"""Beginnings of the names of fields that programs write for themselves."""
+
+
+@cache
+def transformers_fields() -> dict[str, frozenset[str]]:
+    """Return family -> the config.json fields that transformers' source for it declares or reads; "shared":
+    those that its source for all families does (`tests/freeze_fields.py` writes the table)."""
+    table = Path(__file__).with_name("transformers_fields.json")
+    return {name: frozenset(names) for name, names in json.loads(table.read_text(encoding="utf-8")).items()}
+
+
 MAX_POSITIONS = Renamed("max_position_embeddings", "max_position_tokens")
+OF_EVERY_FOLDER = Unused((
+    "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
+    "output_router_logits", "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class",
+    "_name_or_path", "auto_map"))
+"""Fields that every export has anew, or that are of one folder alone."""
 COMMON_CONFIG: tuple[ConfigItem, ...] = (
     Renamed("vocab_size", "vocab_size"), Renamed("hidden_size", "hidden_size"),
     Renamed("num_hidden_layers", "num_layers"), Renamed("num_attention_heads", "num_heads"),
     MAX_POSITIONS, Renamed("initializer_range", "init_std", 0.02),
     Fixed("attention_dropout", 0.0),
-    Encoders(),
-    Unused(("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
-            "output_router_logits", "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class",
-            "_name_or_path", "auto_map")),
+    Encoders(), OF_EVERY_FOLDER,
 )
 """What all families here have in common."""
 DECODER_CONFIG: tuple[ConfigItem, ...] = (*COMMON_CONFIG, Fixed("hidden_act", "silu"))
@@ -314,11 +345,7 @@ class Family:
         """Return the fields of a model that a config.json says, see `from_hf_config`."""
         told = {name for item in self.config for name in getattr(item, "null_tells", ())}
         config = {name: value for name, value in config.items() if value is not None or name in told}
-        known = [name for item in self.config for name in item.names]
-        unknown = [f"'{name}'{nearest(name, known)}" for name in config if name not in known]
-        if unknown:
-            raise UserError(f"config.json: unknown fields for family '{self.name}': {', '.join(unknown)}; "
-                            "transformers would ignore them, so remove those that have no effect")
+        self.find_passed_over(config)
         architectures = config.get("architectures", self.hf_classes)
         if not isinstance(architectures, (list, tuple)) or any(
                 name not in self.hf_classes for name in architectures):
@@ -339,6 +366,44 @@ class Family:
                 raise UserError(f"config.json: {wrong} cannot be understood ({type(e).__name__}: {e}); "
                                 "restore it from its source") from None
         return found
+
+    def find_passed_over(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields of a config.json that no item answers for and that change nothing: transformers'
+        source for this family neither declares nor reads them, or the value is that of `HARMLESS`.
+        `UserError` names each other field.
+
+        A family that transformers lacks, or a folder with modelling code of its own, may have fields of any
+        effect: there, only fields of `HARMLESS` and `OF_OTHER_PROGRAMS` pass.
+        """
+        table, known = transformers_fields(), {name for item in self.config for name in item.names}
+        auto_map = config.get("auto_map")
+        own_code = isinstance(auto_map, dict) and any(name.startswith("AutoModel") for name in auto_map)
+        window = "sliding_attention" if config.get("sliding_window") else "full_attention"
+        harmless = HARMLESS | {"layer_types": [window] * len(config.get("layer_types") or ())}
+        passed, reasons = {}, []
+        for name, value in config.items():
+            if name in known or value is None:
+                continue
+            if name in harmless and harmless[name] in (ANY, value):
+                passed[name] = value
+            elif name in table["shared"] | table.get(self.name, frozenset()):
+                reasons.append(f"{name} = {value!r} (transformers reads it, and it is not supported here)")
+            elif name.startswith(OF_OTHER_PROGRAMS) or (self.name in table and not own_code):
+                passed[name] = value
+            else:
+                whose = "the folder's own code" if own_code else f"a program that has family '{self.name}'"
+                reasons.append(f"{name} = {value!r} ({whose} may read it{find_misspelt(name, known)})")
+        if reasons:
+            raise UserError(f"config.json: {'; '.join(reasons)}; remove a field if the model computes the "
+                            "same without it, else the model is not supported")
+        return passed
+
+    def find_carried(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields of a config.json that say nothing of our model and stand in its exports again."""
+        unused = {name for item in self.config if isinstance(item, Unused) and item is not OF_EVERY_FOLDER
+                  for name in item.names if name not in PREDICTION_NAMES}
+        return {name: value for name, value in config.items() if name in unused and value is not None
+                } | self.find_passed_over(config)
 
     def unsaid(self) -> list[str]:
         """Return the fields of a model that the family neither fixes nor reads out of a config.json, where

@@ -211,7 +211,10 @@ class SlidingSwitch:
 class OneWindow:
     """A window of every layer, or of none: `sliding_window` as Mistral's models have it."""
 
+    default: int = 0
+    """What transformers assumes where the field is absent, in tokens; null is no window."""
     names: tuple[str, ...] = ("sliding_window",)
+    null_tells: tuple[str, ...] = ("sliding_window",)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return the window, null for none; `UserError` where layers differ."""
@@ -221,7 +224,7 @@ class OneWindow:
         return {"sliding_window": model.sliding_window_tokens or None}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        window = config.get("sliding_window", 0)
+        window = config.get("sliding_window", self.default) or 0
         return {"attention_pattern": "L" if window else "G", "sliding_window_tokens": window}
 
 

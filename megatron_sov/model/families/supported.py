@@ -29,6 +29,15 @@ from megatron_sov.model.families.weights import (
     PROJECTIONS, QK_NORM, QKV_BIAS, ROUTED_EXPERTS, SHARED_EXPERTS, SWIGLU, Experts, GateUp, Same,
     inside_prediction, norms_behind, prediction_layer, router_bias, trunk)
 
+_DECODER: tuple[ConfigItem, ...] = (
+    *DECODER_CONFIG, Renamed("intermediate_size", "dense_ffn_dim"), Rope(default_theta=10_000.0),
+    Renamed("tie_word_embeddings", "tied_embeddings", False))
+_HEAD_DIM = Renamed("head_dim", "head_dim", hidden_over_heads)
+_STRUCTURE: dict[str, Any] = {"rope_on_global": True, "num_mtp_layers": 0}
+_DENSE: dict[str, Any] = {**_STRUCTURE, "num_experts": 0, "num_dense_layers": 0}
+_PLAIN_DENSE: dict[str, Any] = {**_DENSE, "qkv_bias": False, "qk_norm": False}
+
+
 # Llama 2 and 3 (`llama`), and what has its shape: a pre-norm decoder with RoPE in every layer, no biases.
 #
 # Llama 3.1's scaling of frequencies is `model.llama3_rope`.  A multi-token prediction layer, as HyperCLOVA X
@@ -40,17 +49,27 @@ LLAMA = Family(
     weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, DENSE_FFN),
              *prediction_layer(ATTENTION, DENSE_FFN)),
     config=(
-        *DECODER_CONFIG, Renamed("intermediate_size", "dense_ffn_dim"),
+        *_DECODER, _HEAD_DIM, Renamed("rms_norm_eps", "norm_eps", 1e-6),
         # transformers' default; Llama 1 came before there were others
         Renamed("num_key_value_heads", "num_kv_heads", lambda config: config["num_attention_heads"]),
-        Renamed("head_dim", "head_dim", hidden_over_heads),
-        Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-6),
-        Rope(default_theta=10_000.0), Fixed("attention_bias", False), Fixed("mlp_bias", False),
-        HfPredictionLayer(said_without=False),
+        Fixed("attention_bias", False), Fixed("mlp_bias", False), HfPredictionLayer(said_without=False),
         Unused(("pretraining_tp",)),  # how its authors cut a product in pretraining
     ),
     structure={"rope_on_global": True, "num_experts": 0, "num_dense_layers": 0,
                "qkv_bias": False, "qk_norm": False, "attention_pattern": "G", "sliding_window_tokens": 0},
+)
+
+
+# Mistral 7B and others of type `mistral`: Llama's decoder with a window in every layer, or in none.
+
+MISTRAL = Family(
+    name="mistral",
+    hf_classes=("MistralForCausalLM",),
+    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, DENSE_FFN)),
+    config=(
+        *_DECODER, _HEAD_DIM, KV_HEADS, Renamed("rms_norm_eps", "norm_eps", 1e-6), OneWindow(default=4096)),
+    structure=_PLAIN_DENSE,
+    varies=("attention_pattern",),  # a model without windows is Llama's first
 )
 
 
@@ -66,10 +85,7 @@ EXAONE4 = Family(
         "every layer", PROJECTIONS, QK_NORM, SWIGLU,
         norms_behind("post_attention_layernorm", "post_feedforward_layernorm"))),
     config=(
-        *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"),
-        Renamed("head_dim", "head_dim", hidden_over_heads),
-        Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-5),
-        Rope(default_theta=10_000.0), RotatingWindows(),
+        *_DECODER, _HEAD_DIM, KV_HEADS, Renamed("rms_norm_eps", "norm_eps", 1e-5), RotatingWindows(),
         Fixed("reorder_qk_norm", True, written=False),  # what released configs call norms behind
         Unused(("max_window_layers",)),
     ),
@@ -155,11 +171,9 @@ HYPERCLOVAX = Family(
     weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, DENSE_FFN),
              trunk("layers with norms behind", norms_behind("post_norm1", "post_norm2"))),
     config=(
-        *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"),
-        Renamed("head_dim", "head_dim", hidden_over_heads),
-        Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-6),
-        Rope(default_theta=10_000.0), Fixed("attention_bias", False), Fixed("mlp_bias", False),
-        NormsBehind("use_post_norm"), AttentionScale("attention_multiplier"),
+        *_DECODER, _HEAD_DIM, KV_HEADS, Renamed("rms_norm_eps", "norm_eps", 1e-6),
+        Fixed("attention_bias", False), Fixed("mlp_bias", False), NormsBehind("use_post_norm"),
+        AttentionScale("attention_multiplier"),
         Renamed("embedding_multiplier", "embedding_multiplier", 1.0),
         Renamed("residual_multiplier", "residual_multiplier", 1.0),
         Renamed("logits_scaling", "logits_multiplier", 1.0),
@@ -167,8 +181,7 @@ HYPERCLOVAX = Family(
         Fixed("logit_scale", 1.0, written=False),  # vLLM multiplies by it, transformers does not
         Unused(("pretraining_tp", "end_token_id", "summary_first_dropout")),
     ),
-    structure={"rope_on_global": True, "num_mtp_layers": 0, "num_experts": 0, "num_dense_layers": 0,
-               "qkv_bias": False, "qk_norm": False, "attention_pattern": "G", "sliding_window_tokens": 0},
+    structure={**_PLAIN_DENSE, "attention_pattern": "G", "sliding_window_tokens": 0},
     varies=("block_norms", "embedding_multiplier", "attention_multiplier", "residual_multiplier",
             "logits_multiplier"),
 )
@@ -181,13 +194,7 @@ HYPERCLOVAX = Family(
 # Qwen3-MoE's router takes a softmax over all experts, has no selection bias and no shared expert.
 # transformers computes its logits in the model's dtype, we in fp32; they are the same for fp32 models.
 
-_CONFIG: tuple[ConfigItem, ...] = (
-    *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"),
-    Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-6),
-    Rope(default_theta=10_000.0),
-)
-_STRUCTURE: dict[str, Any] = {"rope_on_global": True, "num_mtp_layers": 0}
-_DENSE: dict[str, Any] = {**_STRUCTURE, "num_experts": 0, "num_dense_layers": 0}
+_CONFIG: tuple[ConfigItem, ...] = (*_DECODER, KV_HEADS, Renamed("rms_norm_eps", "norm_eps", 1e-6))
 
 QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -198,7 +205,7 @@ QWEN2 = Family(
     name="qwen2",
     hf_classes=("Qwen2ForCausalLM",),
     weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, QKV_BIAS, DENSE_FFN)),
-    config=(*_CONFIG, SlidingSwitch(by_layer=True), Renamed("head_dim", "head_dim", hidden_over_heads),
+    config=(*_CONFIG, SlidingSwitch(by_layer=True), _HEAD_DIM,
             Fixed("use_mrope", False, written=False)),  # configs of Qwen2.5 say so
     structure={**_DENSE, "qkv_bias": True, "qk_norm": False},
     reader_split=QWEN2_SPLIT,
@@ -538,8 +545,8 @@ SOLAR_OPEN2 = Family(
 
 
 FAMILIES = {family.name: family for family in (
-    SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, QWEN3_5_MOE, LLAMA, MIXTRAL, EXAONE4,
-    HYPERCLOVAX, GLM4_MOE, GEMMA2, GEMMA3, GPT_OSS, DEEPSEEK_V3, AXK1, KIMI_LINEAR, SOLAR_OPEN2)}
+    SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, QWEN3_5_MOE, LLAMA, MISTRAL, MIXTRAL,
+    EXAONE4, HYPERCLOVAX, GLM4_MOE, GEMMA2, GEMMA3, GPT_OSS, DEEPSEEK_V3, AXK1, KIMI_LINEAR, SOLAR_OPEN2)}
 
 
 def get(name: str, recorded: Sequence[PluginCode] = ()) -> Family:

@@ -231,7 +231,7 @@ def test_mistakes_cost_one_sentence_and_leave_nothing(model: Path, donor: Path, 
         "'Z' is a byte or character": [model, "--replace", "Z=<|x|>"],
         "--vocab-size 390: must be at least 400": [model, *add, "--vocab-size", "390"],
         "its tokenizer has 370 ids, but vocab_size in config.json is 360": [smaller, *add],
-        "no tensor has 500 rows": [other, *add], "pickled weights are not read": [pickled, *add],
+        "no tensor has 500 rows": [other, *add], "has neither model.safetensors nor": [pickled, *add],
         "since it is Unigram and": [model, "--add", unigram],
         "none of the tokens can be added": [model, "--add", model.parent / "base"],
     }

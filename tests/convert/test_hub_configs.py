@@ -1,0 +1,141 @@
+"""Configs of public models, with all their fields: each is read, computes what transformers computes from the
+same file, and stands in the export again.
+
+`hub_configs.json` says of each where it was found, or that it is written down from memory; those of families
+with one or two models are in `tests/model/families/published_configs.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov import convert
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.model.families import supported as models
+
+prepare_megatron()
+
+from megatron_sov.eval.parity import compare_logits, random_prompts  # noqa: E402
+
+HUB: dict[str, dict[str, Any]] = {name: entry["config"] for name, entry in json.loads(
+    Path(__file__).with_name("hub_configs.json").read_text()).items()}
+PUBLISHED = json.loads((Path(__file__).parents[1] / "model/families/published_configs.json").read_text())
+NOT_TEXT_ALONE = ("gemma3", "qwen3_5_moe")
+NOT_IN_TRANSFORMERS = ("solar_open2", "kimi_k2")
+CONFIGS = HUB | {
+    name: config for name, config in PUBLISHED.items()
+    if config["model_type"] not in (*NOT_TEXT_ALONE, *NOT_IN_TRANSFORMERS)
+    and "swiglu_limits" not in config}  # of K-EXAONE 2.0: this release of transformers ignores them
+QUICK = {config["model_type"]: name for name, config in reversed(CONFIGS.items())}
+"""Family -> its first model, which is compared in `make test`."""
+LAYERS, VOCABULARY, WINDOW = 6, 96, 8
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "max_position_embeddings": 256, "model_max_length": 256, "n_routed_experts": 8, "num_experts": 8,
+    "num_local_experts": 8, "num_experts_per_tok": 2, "num_experts_per_token": 2,
+    "experts_per_token": 2, "first_k_dense_replace": 1,
+    "kv_lora_rank": 12, "q_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10, "sliding_window": WINDOW, "sliding_window_size": WINDOW,
+    "initializer_range": 0.15}
+"""Field -> its value in a tiny model, where a config has it and it is not null or 0."""
+PROMPTS = random_prompts([1, 3 * WINDOW, 100], VOCABULARY)
+"""Longer than a window, and than 64 positions, from which rotations are scaled."""
+OF_WEIGHTS = ("quantization_config", "num_nextn_predict_layers", "mtp_layer_types", "mtp_sliding_windows",
+              "mtp_loss_scaling_factor", "mtp_share_layers", "mtp_num_speculative_steps")
+"""Fields of tensors that transformers' model does not write."""
+
+
+def shrink(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with all its fields, and sizes of a tiny model; ratios of heads stay."""
+    small = {name: value for name, value in config.items() if name not in OF_WEIGHTS}
+    small |= {name: size for name, size in SIZES.items() if config.get(name)}
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    small["num_key_value_heads"] = {heads: 4, 1: 1}.get(kv_heads, 2)
+    if config.get("head_dim"):
+        small["head_dim"] = 8 if config["head_dim"] * heads == config["hidden_size"] else 16
+    for name in ("n_group", "num_expert_group"):
+        if config.get(name, 1) > 1:
+            small |= {name: 2, "topk_group": 1}
+    for name, value in config.items():
+        if isinstance(value, list) and len(value) == config["num_hidden_layers"]:
+            small[name] = [min(one, WINDOW) if name == "sliding_windows" else one for one in value[:LAYERS]]
+        elif name.endswith("_token_id") and value is not None:
+            small[name] = [3] if isinstance(value, list) else 3
+        elif isinstance(value, dict) and "original_max_position_embeddings" in value:
+            small[name] = value | {"original_max_position_embeddings": 64}
+    if "linear_attn_config" in config:
+        small["linear_attn_config"] |= {"num_heads": 4, "head_dim": 6, "kda_layers": [1, 2, 3, 5],
+                                        "full_attn_layers": [4, 6]}
+    return small
+
+
+def write(config: dict[str, Any], folder: Path) -> Path:
+    """Write a random model of a shrunk config as transformers does, with the config.json as it is."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    for name, tensor in model.named_parameters():
+        if name.endswith("A_log"):  # slow decays: with those of a new model a state is gone after one token
+            tensor.data = torch.randn_like(tensor) * 0.6 - 1.5
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def compare(name: str, tmp_path: Path) -> tuple[float, float, list[str]]:
+    """Import and export a shrunk model; return the largest difference of a logit, its limit, and the fields
+    that were passed over."""
+    from transformers import AutoConfig
+
+    config = shrink(CONFIGS[name])
+    folder = write(config, tmp_path / "hf")
+    convert.from_hf(folder, tmp_path / "ckpt")
+    difference, greedy = compare_logits(tmp_path / "ckpt", folder, PROMPTS)
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
+    back = json.loads((tmp_path / "back/config.json").read_text())
+    family = models.get(config["model_type"])
+    carried, passed = family.find_carried(config), family.find_passed_over(config)
+    assert {field: back[field] for field in carried} == carried
+    assert back["architectures"] == [family.hf_classes[0]] and config["architectures"][0] in family.hf_classes
+    # What items read and write may be said in another way.
+    assert family.from_hf_config(back) == family.from_hf_config(config)
+    one, other = (AutoConfig.from_pretrained(path).to_dict() for path in (folder, tmp_path / "back"))
+    answered = {field for item in family.config for field in item.names}
+    differing = {field for field in {**one, **other} if one.get(field) != other.get(field)} - answered
+    assert not differing, {field: (one.get(field), other.get(field)) for field in differing}
+    assert difference.passed and greedy.passed, (difference, greedy)
+    return difference.value, difference.limit, list(passed)
+
+
+def test_the_configs_are_those_of_many_models_and_say_where_they_come_from() -> None:
+    entries = json.loads(Path(__file__).with_name("hub_configs.json").read_text())
+    assert len(HUB) >= 40 and len(QUICK) >= 12
+    assert sum(entry["from"] != "from memory" for entry in entries.values()) >= 20
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_config_of_a_public_model_is_read(name: str) -> None:
+    config = CONFIGS[name]
+    family = models.get(config["model_type"])
+    model = family.from_hf_config(config)
+    assert (model.num_layers, model.hidden_size) == (config["num_hidden_layers"], config["hidden_size"])
+    carried = family.find_carried(config)
+    assert family.find_passed_over(config).items() <= carried.items()
+    assert not {"auto_map", "dtype", "architectures"} & {*carried}
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("name", [
+    *QUICK.values(),
+    *(pytest.param(name, marks=pytest.mark.deep) for name in CONFIGS if name not in QUICK.values())])
+def test_a_public_model_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
+    value, _, passed = compare(name, tmp_path)
+    print(f"{name} | imported | {value:.1e} | {', '.join(passed) or '-'}")

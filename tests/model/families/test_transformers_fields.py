@@ -1,0 +1,121 @@
+"""Which fields of a config.json are passed over: those that transformers' own source neither declares nor
+reads, and those of its base class at the value that changes nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.families import supported as models
+from megatron_sov.model.families.family import ANY, HARMLESS, TokenIds, transformers_fields
+from tests.freeze_fields import TABLE, find_fields
+
+READ_BY_FAMILIES = {
+    "_attn_implementation"}
+"""Fields of `HARMLESS` that models of our families read themselves."""
+
+
+def config_of(recipe: str, **fields: Any) -> dict[str, Any]:
+    model = recipes.get(recipe).model
+    return models.get(model.family).to_hf_config(model, "bfloat16", TokenIds(1, 2, 0)) | fields
+
+
+def test_the_table_is_what_transformers_source_reads() -> None:
+    """A release with another field fails here: write the table anew, and look at the difference."""
+    found, table = find_fields(), json.loads(TABLE.read_text())
+    assert found == table, "run python tests/freeze_fields.py"
+    assert {*table} - {"shared"} == {*models.FAMILIES} - {"solar_open2"}, "families that transformers lacks"
+
+
+def test_the_table_knows_every_field_that_an_item_of_a_family_writes() -> None:
+    """An independent look: names that transformers' config objects have are all in the table."""
+    from transformers import AutoConfig
+
+    for name in ("tiny-llama", "tiny-qwen3-moe", "tiny-deepseek-v3", "tiny-gemma3", "tiny-exaone4"):
+        written = config_of(name)
+        config = AutoConfig.for_model(**written)
+        known = transformers_fields()["shared"] | transformers_fields()[written["model_type"]]
+        theirs = {field for field in config.to_dict() if field not in written}
+        assert theirs <= known, theirs - known
+
+
+def test_fields_that_change_nothing_are_fields_of_the_shared_source() -> None:
+    table = transformers_fields()
+    assert {*HARMLESS} <= table["shared"]
+    read = {name for family, names in table.items() if family != "shared" for name in names}
+    assert not {*HARMLESS} & read - READ_BY_FAMILIES
+
+
+PASSED: list[tuple[str, dict[str, Any]]] = [
+    ("tiny-llama", {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {}}),
+    ("tiny-llama", {"unsloth_fixed": True, "unsloth_version": "2025.3.1"}),
+    ("tiny-llama", {"_attn_implementation_autoset": True, "neftune_noise_alpha": 5.0, "_commit_hash": "0a"}),
+    ("tiny-llama", {"unk_token_id": 0, "bos_token": "<s>", "max_sequence_length": 2048, "name_or_path": "a"}),
+    ("tiny-llama", {"output_attentions": False, "return_dict": True, "torchscript": False,
+                    "id2label": {"0": "LABEL_0"}, "is_encoder_decoder": False, "pruned_heads": {}}),
+    ("tiny-llama", {"use_sliding_window": False, "hidden_activation": "silu",
+                    "gradient_checkpointing": True}),
+    ("tiny-llama", {"layer_types": ["full_attention"] * 4, "partial_rotary_factor": 1.0, "is_causal": True}),
+    ("tiny-llama", {"auto_map": {"AutoTokenizer": "x.Y"}, "temperature": 0.7, "foo": [1, {"a": 2}]}),
+    ("tiny-qwen3-moe", {"residual_multiplier": 0.5, "moe_frequency": 1}),
+    ("tiny-solar-open2", {"unsloth_fixed": True, "output_attentions": False, "_whatever": 1}),
+    ("tiny-deepseek-v3", {"auto_map": {"AutoModelForCausalLM": "x.Y"}, "unsloth_fixed": True, "_x": 1}),
+]
+
+
+@pytest.mark.parametrize(("recipe", "fields"), PASSED)
+def test_fields_that_no_program_computes_with_are_passed_over(recipe: str, fields: dict[str, Any]) -> None:
+    config = config_of(recipe)
+    family = models.get(config["model_type"])
+    assert family.find_passed_over(config) == {}
+    passed = family.find_passed_over(config | fields)
+    assert passed == {name: value for name, value in fields.items() if name != "auto_map"}
+    assert family.from_hf_config(config | fields) == family.from_hf_config(config)
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("tiny-llama", {"is_causal": False}, r"is_causal = False \(transformers reads it, and it is not supp"),
+    ("tiny-llama", {"attention_chunk_size": 8192}, r"attention_chunk_size = 8192 \(transformers reads it"),
+    ("tiny-llama", {"sliding_window": 16}, r"sliding_window = 16 \(transformers reads it"),
+    ("tiny-llama", {"layer_types": ["sliding_attention"] * 4}, r"layer_types = \['sliding_attention', .* r"),
+    ("tiny-llama", {"output_attentions": True}, "output_attentions = True"),
+    ("tiny-llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor = 0\.5"),
+    ("tiny-llama", {"per_layer_config": {"0": {}}}, "per_layer_config = "),
+    ("tiny-deepseek-v3", {"num_local_experts": 9}, r"num_local_experts = 9 \(transformers reads it"),
+    ("tiny-solar-open2", {"foo": 1}, r"foo = 1 \(a program that has family 'solar_open2' may read it\)"),
+    ("tiny-solar-open2", {"use_rop": True}, r"use_rop = True \(.* may read it; did you mean 'use_rope'\?\)"),
+    ("tiny-llama", {"auto_map": {"AutoModelForCausalLM": "x.Y"}, "foo": 1, "bar": 2},
+     r"foo = 1 \(the folder's own code may read it\); bar = 2 \(.*; remove a field if the model computes"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "fields", "expected"), REFUSED)
+def test_fields_that_a_program_may_compute_with_are_refused(recipe: str, fields: dict[str, Any],
+                                                            expected: str) -> None:
+    config = config_of(recipe)
+    family = models.get(config["model_type"])
+    with pytest.raises(UserError, match=expected):
+        family.from_hf_config(config | fields)
+    # The advice: without the fields, or with null in their place, the folder is read.
+    nothing = dict.fromkeys(fields)
+    assert family.from_hf_config(config | nothing) == family.from_hf_config(config)
+
+
+@pytest.mark.parametrize(("name", "hint"), [
+    ("solar-open", "solar_open"), ("Qwen3MoE", "qwen3_moe"), ("lama", "llama"), ("mixtrall", "mixtral"),
+    ("exaone_mo", "exaone_moe"), ("hyperclova_x", "hyperclovax"),
+    *((name, None) for name in ("smollm3", "qwen4", "llama4", "gemma", "gemma3n", "ministral", "phi3",
+                                "olmo2", "deepseek_v2", "deepseek_v32", "glm4", "qwen2_moe", "mistral3",
+                                "kimi_k2", "axk2", "exaone"))])
+def test_only_a_misspelt_family_gets_a_hint(name: str, hint: str | None) -> None:
+    with pytest.raises(UserError) as e:
+        models.get(name)
+    assert (f"did you mean '{hint}'?" in str(e.value)) if hint else "did you mean" not in str(e.value)
+
+
+def test_any_is_no_value_of_a_config() -> None:
+    assert ANY not in (None, 0, False, "", [])
