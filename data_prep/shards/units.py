@@ -37,7 +37,7 @@ from megatron_sov.work.progress.resumable import make_part, part_folder
 
 Unit = tuple[FileSpan, ...]
 RECORD = "record.json"
-CODE_VERSION = 4
+CODE_VERSION = 5
 """Raised when the same input and settings would give another unit."""
 BATCH_BYTES = 1_000_000
 """Text that is encoded at a time."""
