@@ -149,7 +149,7 @@ def sharegpt_messages(turns: Any, name: str) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     for i, turn in enumerate(turns):
         # mixed data sets have both spellings in one list
-        if isinstance(turn, dict) and "role" in turn and "from" not in turn:
+        if isinstance(turn, dict) and turn.get("role") is not None and turn.get("from") is None:
             messages.append(turn)
             continue
         speaker = turn.get("from") if isinstance(turn, dict) else turn
@@ -163,14 +163,6 @@ def sharegpt_messages(turns: Any, name: str) -> list[dict[str, Any]]:
             message |= {"content": "", "tool_calls": call if isinstance(call, list) else [call]}
         messages.append(message)
     return messages
-
-
-def without_nulls(value: Any) -> Any:
-    """Return messages or tools as they were written: a table, and what is saved of one, gives each object the
-    fields of all others, as nulls."""
-    if isinstance(value, dict):
-        return {name: without_nulls(part) for name, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def read_tools(tools: Any) -> tuple[dict[str, Any], ...]:
@@ -254,14 +246,15 @@ def _calls(calls: Any, where: str) -> tuple[dict[str, Any], ...]:
         raise BadRecord("tool_call", f"{where} is {str(calls)[:40]!r}, must be a list")
     found = []
     for i, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else None
+        function = (call.get("function") or call) if isinstance(call, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(function, dict) or not isinstance(name, str):
             raise BadRecord("tool_call", f"{where}[{i}] has no function with a name")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
+        arguments = function.get("arguments")
+        if isinstance(arguments, str) and arguments:
             # OpenAI sends arguments as JSON in a string, templates want the object
-            arguments = _json(arguments or "{}", f"{where}[{i}].function.arguments")
+            arguments = _json(arguments, f"{where}[{i}].function.arguments")
+        arguments = {} if arguments in (None, "") else arguments
         if not isinstance(arguments, dict):
             raise BadRecord("tool_call", f"{where}[{i}].function.arguments is {str(arguments)[:40]!r}, must "
                                          "be a JSON object")

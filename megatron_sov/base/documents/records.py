@@ -15,7 +15,7 @@ from megatron_sov.base.documents.layouts import (
     rename_fields)
 from megatron_sov.base.documents.messages import (
     BadRecord, Conversation, Message, Messages, read_messages, read_sharegpt, read_tools, refuse_deep,
-    refuse_other_types, without_nulls)
+    refuse_other_types)
 
 COLUMN_NAME = re.compile(r"[a-z_]+")
 BUCKET_NAME = re.compile(r"\w[\w.-]{0,59}")
@@ -288,9 +288,6 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
         refuse_deep(record)
         if not reading.media:
             refuse_media(record, kind == "prompt")
-        # the reward's own fields keep their nulls
-        record = {name: without_nulls(value) if name in DIALOGUE and isinstance(value, list) else value
-                  for name, value in record.items()}
     if kind == "text":
         fields["text"] = record[reading.text_field]
     elif kind == "chat":

@@ -50,6 +50,21 @@ def test_sharegpt_is_the_same_conversation() -> None:
     assert document.texts()[0] == '[{"name": "add"}]'
 
 
+@pytest.mark.parametrize("call", [
+    {"id": None, "type": None, "function": {"name": "add", "arguments": None}},
+    {"function": None, "name": "add", "arguments": {}}, {"function": {"name": "add"}},
+    {"function": {"name": "add", "arguments": ""}}, {"function": {"name": "add", "arguments": "{}"}}])
+def test_a_field_that_is_null_is_none(call: dict[str, Any]) -> None:
+    """JSON lines keep nulls; serve is sent them too."""
+    nulls = dict.fromkeys(("name", "tool_calls", "tool_call_id", "reasoning_content", "train", "weight"))
+    found = read_messages([{**nulls, **USER}, {**nulls, "role": "assistant", "content": None,
+                                               "tool_calls": [call]}, {**nulls, **RESULT}], "messages")
+    assert found == read_messages([USER, calling({"function": {"name": "add", "arguments": {}}}), RESULT], "m")
+    mixed = [{"from": None, "value": None, **USER}, {"role": None, "content": None, "from": "gpt",
+                                                     "value": "3"}]
+    assert read_sharegpt(mixed, "conversations") == read_messages([USER, ANSWER], "messages")
+
+
 @pytest.mark.parametrize(("messages", "says"), [
     ([USER, RESULT], "result without a call: m\\[1\\]"),
     ([USER, calling(CALL), {**RESULT, "tool_call_id": "c9"}], "result of another call: .* is 'c9'"),
