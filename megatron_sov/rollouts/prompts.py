@@ -229,6 +229,7 @@ def read_prompts(path: Path, renames: Renames = (), option: str = OPTION, *, is_
 def _prompts(path: Path, renames: Renames, option: str, is_asked: bool, problems: list[str]
              ) -> Iterator[RolloutPrompt]:
     """Yield the rows of a file, the same ones too, and note what is wrong with the others."""
+    unread: dict[str, None] = {}
     for place, record in _records(path, option):
         try:
             record = rename_fields(dict(record), renames)
@@ -237,7 +238,7 @@ def _prompts(path: Path, renames: Renames, option: str, is_asked: bool, problems
             prompt = RolloutPrompt(digest, record, place, option)
             if is_asked:
                 # here, where the row is in memory: a second look at a million rows parses them again
-                prompt.conversation()
+                unread |= dict.fromkeys(name for m in prompt.conversation().messages for name in m.unread)
         except UnicodeEncodeError:
             problems.append(f"{place}: holds half of a surrogate pair, which is no text")
         except BadRecord as e:
@@ -246,6 +247,8 @@ def _prompts(path: Path, renames: Renames, option: str, is_asked: bool, problems
             problems.append(f"{place}: holds what JSON does not ({e})")
         else:
             yield prompt
+    if unread:
+        _tell(option, f"{path}: does not read {', '.join([*unread][:8])} (fields of messages)")
 
 
 def _records(path: Path, option: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

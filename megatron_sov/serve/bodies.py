@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from megatron_sov.base.documents import BadRecord, Conversation
-from megatron_sov.base.documents.messages import REASONING, read_messages, read_tools, refuse_deep
+from megatron_sov.base.documents.messages import MESSAGE_FIELDS, read_beside, read_messages, refuse_deep
 from megatron_sov.base.documents.rows import finite, no_constant
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
@@ -59,7 +59,6 @@ MIN_TEMPERATURE = 0.01
 """Of those above 0: logits that are divided by less leave the range of numbers."""
 DEFAULT_COMPLETION_TOKENS = 16
 """Of `/v1/completions` unless told, as OpenAI has it."""
-MESSAGE_FIELDS = {"role", "content", "name", "tool_call_id", "tool_calls", "type", *REASONING}
 CHANGE_NOTHING = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
                   "service_tier", "store", "request_id"}
 """Fields that no answer depends on."""
@@ -213,18 +212,16 @@ def chat_question(raw: bytes, model: str) -> ServedQuestion:
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise RefusedRequest(400, f"max_tokens is {body.max_tokens} and max_completion_tokens is "
                                   f"{body.max_completion_tokens}; send one of them", "max_tokens")
-    for number, message in enumerate(body.messages):
-        # Clients send null for fields that they do not use.
-        message = {key: value for key, value in message.items() if value is not None}
-        if unknown := sorted(set(message) - MESSAGE_FIELDS):
-            raise RefusedRequest(400, f"messages[{number}] has {unknown[0][:200]!r}, which is not known"
-                                      f"{nearest(unknown[0][:200], MESSAGE_FIELDS)}; leave it out",
-                                 "messages")
     try:
         chat = Conversation(read_messages(body.messages, "messages"),
-                            read_tools(body.tools) if shows_tools else (), body.chat_template_kwargs)
+                            **read_beside(body.tools if shows_tools else None, body.chat_template_kwargs))
     except BadRecord as e:
         raise RefusedRequest(400, f"the conversation is refused: {e}", "messages") from None
+    for number, message in enumerate(chat.messages):
+        if message.unread:
+            unknown = message.unread[0][:200]
+            raise RefusedRequest(400, f"messages[{number}] has {unknown!r}, which is not known"
+                                      f"{nearest(unknown, MESSAGE_FIELDS)}; leave it out", "messages")
     if body.top_logprobs and not body.logprobs:
         raise RefusedRequest(400,
                              f"top_logprobs is {body.top_logprobs} without logprobs; send \"logprobs\": true",

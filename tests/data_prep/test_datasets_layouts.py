@@ -366,3 +366,26 @@ def test_rows_whose_types_differ_keep_them(tmp_path: Path) -> None:
     data.save_to_disk(tmp_path / "disk")
     for stored in ("a.parquet", "disk"):
         assert given(tmp_path / stored) == [(chat, [one]) for chat, one in zip(chats, tools, strict=True)]
+
+
+def test_fields_of_messages_that_are_not_read_are_said_and_counted(
+        tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They may first come behind a thousand records."""
+    rows: Rows = [{"messages": qa(f"q{i}", f"a{i}")} for i in range(1, 9)]
+    rows[4]["messages"][1] |= {"refusal": None, "annotations": [{"x": 1}]}
+    for i in (5, 6):
+        rows[i]["messages"][0] |= {"ts": i, "annotations": []}
+    rows[7]["messages"][1] |= {"train": True, "name": "bot"}
+    for name, read in (("chat", rows), ("sharegpt", [{"conversations": [
+            {"from": m["role"], "value": m["content"], **{k: v for k, v in m.items() if k not in (
+                "role", "content")}} for m in row["messages"]]} for row in rows])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read))
+        for _ in range(2):  # the second time from units that are complete
+            pack(folder, [PackSource(name, tmp_path / f"{name}.jsonl")], tmp_path / "out", PackSettings(
+                reading=RecordReading("chat")), overwrite=True)
+            assert (f"{name}: does not read ts (2), annotations (1) (fields of messages, with the number of "
+                    "messages)") in capsys.readouterr().out
+    prompts = [{"prompt": [{"role": "developer", "content": "x"}, {**say("user", "q"), "ts": 1}]}]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(prompts[0]) + "\n")
+    assert len(read_prompts(tmp_path / "prompts.jsonl", is_asked=True)) == 1
+    assert "prompts.jsonl: does not read ts (fields of messages)" in capsys.readouterr().err
