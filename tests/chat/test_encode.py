@@ -258,8 +258,8 @@ def test_thoughts_in_a_content_are_learned_as_thoughts_of_their_own(tokenizer: P
 
 
 @pytest.mark.parametrize("template", [
-    CHATML, BARE, THINKS, CHATML.replace("{{ m.content", "{% if m.reasoning_content %}<think>\n{{ "
-                                                 "m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content")])
+    CHATML, BARE, THINKS, CHATML.replace("{{ m.content", "{% if m.reasoning_content %}<think>\n"
+                                         "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content")])
 @pytest.mark.parametrize("content", THOUGHTS[:4])
 def test_templates_that_show_contents_as_they_are_get_them_so(tokenizer: PreTrainedTokenizerFast,
                                                               template: str, content: str) -> None:

@@ -58,7 +58,8 @@ ANSWER = say("assistant", "    indented", reasoning_content="So: cold.")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     path, imported = tmp_path_factory.mktemp("tokenizer"), tmp_path_factory.mktemp("imported") / "tokenizer"
     PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", chat_template=QWEN3,
@@ -93,8 +94,8 @@ def line(tmp_path: Path) -> Path:
 
 def test_the_templates_text_has_the_nulls(shown: Any) -> None:
     text = shown(SHOWN)
-    for written in ('"unit": null', '"days": [null, 1], "more": {"deep": null}', '"default": null', "서울? 🐻",
-                    '"strict": null', "<think>\nI look\n  it up.\n</think>"):
+    for written in ('"unit": null', '"days": [null, 1], "more": {"deep": null}', '"default": null',
+                    '"strict": null', "서울? 🐻", "<think>\nI look\n  it up.\n</think>"):
         assert written in text
 
 
@@ -104,7 +105,8 @@ def test_pack_shows_what_transformers_shows(folder: Path, shown: Any, tmp_path: 
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": sent, "tools": TOOLS}))
     encoder, [document] = Encoder(folder), read_documents([tmp_path / "a.jsonl"], RecordReading("chat"))
     ids = encoder.encode_batch([document]).ids.tolist()
-    assert encoder.decode(ids) == shown([*SHOWN, ANSWER], asks=False) + "<|im_end|>", "a document ends with eos"
+    assert encoder.decode(ids) == shown([*SHOWN, ANSWER], asks=False) + "<|im_end|>", (
+        "a document ends with eos")
 
 
 def test_serve_shows_what_transformers_shows(target: Any, shown: Any) -> None:

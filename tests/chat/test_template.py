@@ -225,7 +225,8 @@ def test_thoughts_call_nothing() -> None:
 
 @pytest.mark.parametrize(("text", "content"), [
     ("<think>\nplan\n</think>\n\n    return 42\n", "    return 42"), ("    return 42\n", "    return 42"),
-    ("\n\tx = 1", "\tx = 1"), ("plan</think>\n  - a\n    - b", "  - a\n    - b"), ("<think>x</think> a ", " a"),
+    ("\n\tx = 1", "\tx = 1"), ("plan</think>\n  - a\n    - b", "  - a\n    - b"),
+    ("<think>x</think> a ", " a"),
     ("  \n  a\n", "  \n  a"), ("\n \n", ""), ("<|think|>p<|end|><|begin|>assistant<|content|>  a", "  a"),
     (f"  a\n{call('{}')}", "  a")])
 def test_indentation_of_an_answer_stays(text: str, content: str) -> None:

@@ -79,7 +79,8 @@ OPENAI: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
          {"role": "tool", "tool_call_id": "c1", "content": "r"}]),
     "older calls": (
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "function_call": {
-            "name": "get", "arguments": '{"unit": null}'}}, {"role": "function", "name": "get", "content": "r"}],
+            "name": "get", "arguments": '{"unit": null}'}},
+         {"role": "function", "name": "get", "content": "r"}],
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": [
             {"type": "function", "function": {"name": "get", "arguments": {"unit": None}}}]},
          {"role": "tool", "name": "get", "content": "r"}]),
@@ -95,7 +96,8 @@ def test_messages_of_openais_clients_are_read(name: str) -> None:
 
 @pytest.mark.parametrize(("more", "said"), [
     ({"annotations": [{"type": "url_citation"}]}, "has 'annotations', which is not known"),
-    ({"refusal": "no"}, "has 'refusal'"), ({"conten": "x"}, "'conten', which is not known; did you mean 'content'"),
+    ({"refusal": "no"}, "has 'refusal'"),
+    ({"conten": "x"}, "'conten', which is not known; did you mean 'content'"),
     ({"prefix": True}, "has 'prefix'"), ({"from": "human"}, "has 'from'"),
     ({"function_call": {"name": "get"}, "tool_calls": [CALL]}, "'tool_calls' and 'function_call'"),
     ({"function_call": "auto"}, "has no function with a name")])
