@@ -8,6 +8,7 @@ import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
@@ -21,6 +22,7 @@ from megatron_sov.chat.marks import as_written
 from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import Sampling, Tells
+from megatron_sov.train.data.token_bytes import spellings
 
 # What a server says where it does not answer: OpenAI's object of an error, with its HTTP status.
 
@@ -92,7 +94,7 @@ class ServedQuestion:
     """How tokens are chosen; each choice has the stream of its number.  How many there may be, `max_tokens`
     says."""
     max_tokens: int | None
-    """Longest answer; None: as long as there is room."""
+    """Longest answer; None: as long as there is room; 0: the prompt alone is told of."""
     stops: tuple[str, ...]
     """Strings that end an answer."""
     stop_ids: tuple[int, ...]
@@ -157,8 +159,9 @@ class _Body(BaseModel):
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     stream: bool = False
-    stream_options: Annotated[dict[Literal["include_usage"], bool], BeforeValidator(_few)] = {}
-    max_tokens: Count | None = None
+    # obfuscation is padding against listeners; none is sent
+    stream_options: Annotated[dict[Literal["include_usage", "include_obfuscation"], bool],
+                              BeforeValidator(_few)] = {}
 
     def question(self, prompts: tuple[Any, ...], max_tokens: int | None, with_logprobs: bool, num_top: int,
                  echoes: bool = False) -> ServedQuestion:
@@ -185,6 +188,7 @@ class _ChatBody(_Body):
     messages: Objects
     tools: Objects = []
     chat_template_kwargs: dict[str, Any] = {}
+    max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] = 0
@@ -194,6 +198,7 @@ class _CompletionBody(_Body):
     prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     echo: bool = False
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] = DEFAULT_COMPLETION_TOKENS
 
 
 def chat_question(raw: bytes, model: str) -> ServedQuestion:
@@ -241,8 +246,10 @@ def completion_question(raw: bytes, model: str) -> ServedQuestion:
         raise RefusedRequest(400, "prompt is empty; send at least one character or token", "prompt")
     if body.echo and body.stream:
         raise RefusedRequest(400, "echo is true for a stream; ask without one of them", "echo")
-    return body.question(prompts, body.max_tokens or DEFAULT_COMPLETION_TOKENS, body.logprobs is not None,
-                         body.logprobs or 0, body.echo)
+    if not body.max_tokens and not body.echo:
+        raise RefusedRequest(400, "max_tokens is 0 without echo, so there is nothing to send; send at least 1, "
+                                  "or \"echo\": true", "max_tokens")
+    return body.question(prompts, body.max_tokens, body.logprobs is not None, body.logprobs or 0, body.echo)
 
 
 def _fields(raw: bytes) -> dict[str, Any]:
@@ -393,13 +400,24 @@ class BodyReader:
             return self._chat.decode
         return lambda ids: as_written(self._plain.decode(ids))
 
-    def piece(self, token: int) -> str:
-        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        """The bytes of text of each token, special ones as they are spelled."""
+        found = spellings(self._where, self._vocab_size)
+        for text, token in self._special.items():
+            if token < self._vocab_size:
+                found[token] = text.encode()
+        return found
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of text that a token stands for; several tokens may share a character."""
+        return self._bytes[token]
 
     def _limit(self, question: ServedQuestion, prompt_tokens: int, field: str) -> int:
         # Without a limit of the client's, the answer may fill what the prompt leaves.
         left = self._longest - prompt_tokens
-        wanted = question.max_tokens or left
+        # a model writes at least one token
+        wanted = left if question.max_tokens is None else max(question.max_tokens, 1)
         if left < 1 or wanted > left:
             asked = f" and {question.max_tokens} of the answer" if question.max_tokens else ""
             raise RefusedRequest(400, f"the prompt has {prompt_tokens} tokens{asked}, and this server takes "

@@ -20,7 +20,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 MESSAGE_FIELDS = frozenset(("role", "content", "name", "tool_calls", "tool_call_id", "function_call", "train",
                             "weight", "type", *REASONING))
 """Fields of messages that are read, and `type`, which says nothing."""
-EMPTY = (None, "", [], {})
+EMPTY: tuple[Any, ...] = (None, "", [], {})
 """Values of a field that holds nothing."""
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "marks_generation"}
 """What chat templates are given beside a conversation's own variables."""
