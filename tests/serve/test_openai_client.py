@@ -151,7 +151,7 @@ def test_tokens_of_a_completion_are_told_apart(client: Ask, tokenizer: tuple[Pat
     assert b"".join(map(spelled, tokens)) == f"{text}<|im_end|>".encode()
     if text == "안녕하세요":
         assert tokens[:2] == [r"bytes:\xec\x95", r"bytes:\x88"]
-    assert {len(top) for c in choices for top in c.logprobs.top_logprobs} == {6}, "with the one that was drawn"
+    assert {len(top) for c in choices for top in c.logprobs.top_logprobs} == {6}, "and the one that was drawn"
     begun = b""
     for token, place in zip(tokens, offsets, strict=True):
         assert place == len(begun.decode(errors="ignore"))
@@ -190,7 +190,8 @@ def test_a_prompt_alone_is_told_of_without_an_answer(client: Ask, tokenizer: tup
                                                    logprobs=logprobs)
             choice, given = found.choices[0], ids[:1] if prompt == ids[:1] else ids
             assert choice.text == tokenizer[1].decode(given) and choice.finish_reason == "length"
-            assert found.usage and (found.usage.completion_tokens, found.usage.prompt_tokens) == (0, len(given))
+            assert found.usage and found.usage.completion_tokens == 0
+            assert found.usage.prompt_tokens == len(given)
             if logprobs is None:
                 assert choice.logprobs is None
                 continue
