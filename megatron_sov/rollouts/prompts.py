@@ -230,7 +230,7 @@ def _prompts(path: Path, renames: Renames, option: str, is_asked: bool, problems
              ) -> Iterator[RolloutPrompt]:
     """Yield the rows of a file, the same ones too, and note what is wrong with the others."""
     unread: dict[str, None] = {}
-    for place, record in _records(path, option):
+    for place, record in _records(path, renames, option):
         try:
             record = rename_fields(dict(record), renames)
             # the id is that of the content: a file with lines added keeps the ids of the others
@@ -251,11 +251,11 @@ def _prompts(path: Path, renames: Renames, option: str, is_asked: bool, problems
         _tell(option, f"{path}: does not read {', '.join([*unread][:8])} (fields of messages)")
 
 
-def _records(path: Path, option: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _records(path: Path, renames: Renames, option: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield where each row stands, and the row; what a table's row has no value for, it does not have."""
     if path.is_dir() or path.suffix.lower() in {*ARROW_SUFFIXES, PARQUET_SUFFIX, JSON_SUFFIX}:
         try:
-            for place, record in read_records(path, partial(_tell, option)):
+            for place, record in read_records(path, partial(_tell, option), renames):
                 yield place, {name: value for name, value in record.items() if value is not None}
         except UserError as e:
             raise UserError(f"{option} {e}") from None

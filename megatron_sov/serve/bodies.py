@@ -247,7 +247,7 @@ def completion_question(raw: bytes, model: str) -> ServedQuestion:
     if body.echo and body.stream:
         raise RefusedRequest(400, "echo is true for a stream; ask without one of them", "echo")
     if not body.max_tokens and not body.echo:
-        raise RefusedRequest(400, "max_tokens is 0 without echo, so there is nothing to answer; send at least "
+        raise RefusedRequest(400, "max_tokens is 0 without echo, so nothing can be answered; send at least "
                                   "1, or \"echo\": true", "max_tokens")
     return body.question(prompts, body.max_tokens, body.logprobs is not None, body.logprobs or 0, body.echo)
 

@@ -15,7 +15,7 @@ from megatron_sov.base.documents.files import (
     ARROW_SUFFIXES, BYTE_ORDER_MARK, DOCUMENT_BYTES, JSON_SUFFIX, JSONL_SUFFIXES, PARQUET_SUFFIX,
     TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, arrow_batches, cut_at_blank_lines, is_records, list_files,
     open_bytes, open_parquet, spans_of)
-from megatron_sov.base.documents.layouts import FOREIGN, unread_fields
+from megatron_sov.base.documents.layouts import FOREIGN, Renames, unread_fields
 from megatron_sov.base.documents.records import (
     DIALOGUE, BadRecord, Document, Parse, RecordReading, columns_problem, decode, fields_read, parse_line,
     parse_object, parse_record, too_long)
@@ -156,14 +156,15 @@ def read_documents(files: Iterable[Path], reading: RecordReading | None = None) 
             line += counted.num_lines
 
 
-def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: None
-                 ) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: None,
+                 renames: Renames = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield where each record of a file or a dataset's folder stands, for messages, and its fields as they
     are.
 
     Args:
         path: the file or folder.
         tell: as `list_files` has it.
+        renames: which columns of a table hold messages, beside those with a known name.
 
     Raises:
         UserError: it holds no records, or one is malformed.
@@ -176,7 +177,7 @@ def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: No
     for file in files:
         before = 0
         for span in spans_of(file):
-            counted = CountedSpan(span, RecordReading("prompt"), _fields)
+            counted = CountedSpan(span, RecordReading("prompt", renames=renames), _fields)
             for item in counted:
                 if isinstance(item, BadRecord):
                     raise UserError(f"{place(file, item, before)}: {item.reason}")
