@@ -16,7 +16,7 @@ import re
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -329,8 +329,20 @@ def _tell_unread(units: list[tuple[PackSource, Unit]], reading: RecordReading) -
         return
     for name, unit in {source.name: unit for source, unit in reversed(units)}.items():
         if names := first_unread(unit[0], reading):
-            print(f"{name}: does not read {', '.join(names[:8])}{', ...' if len(names) > 8 else ''} "
-                  "(fields of its first record)")
+            print(f"{name}: does not read {_first_of(names)} (fields of its first record)")
+
+
+def _tell_unread_of_messages(encoded: Iterable[EncodedSource]) -> None:
+    """Say which fields of messages are not read, and how many messages of each source have them."""
+    for source in encoded:
+        counts = sum((Counter(record.num_unread) for _, record in source.units), Counter[str]())
+        if counts:
+            told = _first_of([f"{name} ({count:,})" for name, count in counts.most_common()])
+            print(f"{source.name}: does not read {told} (fields of messages, with the number of messages)")
+
+
+def _first_of(names: list[str]) -> str:
+    return f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
 
 
 def _warn_of_unlearned(units: list[Unit], reading: RecordReading) -> None:
@@ -361,6 +373,7 @@ def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], set
                 records.close()
                 raise _refusal(encoded[source.name], work, settings.dtype)
     _tell_unread(units, settings.reading)
+    _tell_unread_of_messages(encoded.values())
     if kept:
         print(f"{kept} of {len(units)} units were complete from before")
     return list(encoded.values())

@@ -37,7 +37,7 @@ from megatron_sov.work.progress.resumable import make_part, part_folder
 
 Unit = tuple[FileSpan, ...]
 RECORD = "record.json"
-CODE_VERSION = 4
+CODE_VERSION = 5
 """Raised when the same input and settings would give another unit."""
 BATCH_BYTES = 1_000_000
 """Text that is encoded at a time."""
@@ -84,6 +84,8 @@ class UnitRecord:
     """Reason -> documents that a data step has left out."""
     tags: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     """Bucket ("": there are none) -> tag -> the values that its documents have, sorted."""
+    num_unread: dict[str, int] = field(default_factory=dict)
+    """Field of messages that is not read -> messages that have it."""
     encoded_now: bool = True
     """False where it was found complete."""
 
@@ -134,6 +136,7 @@ class _UnitWriter:
         self._num_lines: list[int] = []
         self._bad: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()
+        self._unread: Counter[str] = Counter()
         self._tags: dict[str, dict[str, set[str]]] = {}
 
     def __enter__(self) -> _UnitWriter:
@@ -150,7 +153,7 @@ class _UnitWriter:
         return UnitRecord(self._key, self._num_sequences, self._num_tokens, tuple(self._num_lines),
                           dict(self._bad), dict(self._left_out),
                           {bucket: {tag: sorted(values) for tag, values in tags.items()}
-                           for bucket, tags in self._tags.items()})
+                           for bucket, tags in self._tags.items()}, dict(self._unread))
 
     def read(self, unit: Unit) -> None:
         batch: list[tuple[int, Document]] = []
@@ -163,6 +166,7 @@ class _UnitWriter:
                     self._write_bad(number, item)
                 if not isinstance(item, Document):
                     continue
+                self._unread.update(item.unread())
                 batch.append((number, item))
                 # Characters are near enough to bytes to bound memory.
                 size_bytes += sum(map(len, item.texts()))

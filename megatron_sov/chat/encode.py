@@ -151,7 +151,7 @@ class ChatEncoder:
                   if i >= num_prompt and m.role == "assistant" and m.is_learned}
         self._check_beside(chat)
         try:
-            return self._encode_segments(self._segments(chat, wanted, awaits_response), chat, wanted)
+            return self._encode_segments(*self._segments(chat, wanted, awaits_response), wanted)
         except _Joined as joined:
             # with the template's own text before it left to the template, as `odd_opening` tells
             try:
@@ -186,17 +186,21 @@ class ChatEncoder:
             self._check_spaces(segments, chat, ids)
         return EncodedChat(ids, kinds, is_open)
 
-    def _segments(self, chat: Conversation, wanted: set[int], awaits_response: bool) -> Segments:
-        from megatron_sov.chat.template import around_contents, around_turns
+    def _segments(self, chat: Conversation, wanted: set[int], awaits_response: bool
+                  ) -> tuple[Segments, Conversation]:
+        """Return a conversation's segments, and the conversation with thoughts where they were found."""
+        from megatron_sov.chat.template import around_contents, around_turns, separate_thoughts
 
         try:
-            return around_contents(self._template, chat, awaits_response, wanted)
+            return around_contents(self._template, chat, awaits_response, wanted), chat
         except BadRecord as marked:
+            if (separated := separate_thoughts(self._template, chat, awaits_response)) is not chat:
+                return self._segments(separated, wanted, awaits_response)
             # prefixes find turns in the text alone, so a content must not spell what could end a turn there
             means: Collection[int] = self._inline.ids if self._inline else ()
             spelled = self._spelled((text for message in chat.messages for text in message.texts()), means)
             if spelled is None:
-                return around_turns(self._template, chat, wanted, self._ends, awaits_response)
+                return around_turns(self._template, chat, wanted, self._ends, awaits_response), chat
             raise BadRecord("special_token", f"spells the special token {spelled!r}, which would become one: "
                                              f"where the chat template of {self._template.where} shows "
                                              "messages otherwise than they are, or with thoughts and calls, "

@@ -32,6 +32,8 @@ from jinja2.utils import Namespace
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.limits import TemplateTooLong, bounded
+from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS
+from megatron_sov.chat.tool_calls import split_thoughts
 
 CPU_S, MEMORY_BYTES = 2.0, 1 << 30
 """What one rendering may take: a template of a model on the hub takes well below a millisecond."""
@@ -270,6 +272,35 @@ def _asked_with(template: ChatTemplate, roles: tuple[str, ...], beside: str) -> 
     return shown.rpartition(marks[-1])[2] if marks else shown
 
 
+def separate_thoughts(template: ChatTemplate, conversation: Conversation, awaits_response: bool = False
+                      ) -> Conversation:
+    """Move the thoughts that contents of the assistant begin with (`<think>...</think>`) into `reasoning`, if
+    the template does so itself, that is, if it shows both forms as the same text.
+
+    Returns:
+        The conversation itself if its contents begin with no thoughts, or the template shows another text.
+    """
+    messages = tuple(map(_separate_thoughts, conversation.messages))
+    if messages == conversation.messages:
+        return conversation
+    separated = replace(conversation, messages=messages)
+    try:
+        is_same = (template.render(separated, awaits_response)
+                   == template.render(conversation, awaits_response))
+    except BadRecord:
+        return conversation
+    return separated if is_same else conversation
+
+
+def _separate_thoughts(message: Message) -> Message:
+    content = message.content
+    if (message.role != "assistant" or message.reasoning or END_THOUGHTS not in content
+            or not content.lstrip().startswith(BEGIN_THOUGHTS)):
+        return message
+    thoughts, said = split_thoughts(content, False)
+    return replace(message, reasoning=thoughts, content=said)
+
+
 def around_turns(template: ChatTemplate, conversation: Conversation, learned: Collection[int],
                  ends: Sequence[str], awaits_response: bool = False) -> Segments:
     """Return the segments of a conversation by generation blocks or by prefixes, one for each learned turn.
@@ -286,7 +317,7 @@ def around_turns(template: ChatTemplate, conversation: Conversation, learned: Co
     """
     text = template.render(conversation, awaits_response)
     # a prompt that the template drops or changes would be trained on without a word
-    _refuse_hidden(template, conversation, text)
+    _refuse_hidden(template, conversation, text, learned)
     spans = _generated(template, conversation, awaits_response, text, ends)
     if spans is None:
         spans = {i: _by_prefix(template, conversation, i, text, ends) for i in sorted(learned)}
@@ -304,11 +335,15 @@ def around_turns(template: ChatTemplate, conversation: Conversation, learned: Co
     return segments
 
 
-def _refuse_hidden(template: ChatTemplate, conversation: Conversation, text: str) -> None:
-    """Refuse a conversation of which a message's content is not shown, or not in order."""
+def _refuse_hidden(template: ChatTemplate, conversation: Conversation, text: str,
+                   learned: Collection[int]) -> None:
+    """Refuse a conversation of which a message's content is not shown, or not in order.  A turn that is not
+    learned may lose the thoughts in its content."""
     place = 0
     for i, message in enumerate(conversation.messages):
         content = message.content.strip()
+        if message.role == "assistant" and i not in learned:
+            content = content.rpartition(END_THOUGHTS)[2].strip()
         found = text.find(content, place)
         if found < 0:
             raise BadRecord("template", f"has a message that the chat template of {template.where} does not "

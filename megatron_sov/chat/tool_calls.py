@@ -96,7 +96,8 @@ def parse_turn(text: str, *, in_thoughts: bool = False, form: CallForm | None = 
         else:
             place = _behind_thoughts(text, mark.end())
     said.append(text[place:])
-    return WrittenTurn(as_written("".join(said)).strip(), tuple(calls))
+    # indentation stays: an answer may be code
+    return WrittenTurn(as_written("".join(said)).lstrip("\n").rstrip(), tuple(calls))
 
 
 @dataclass(frozen=True)
@@ -150,13 +151,17 @@ def served_turn(thoughts: str, said: str, calls: tuple[ToolCall, ...] = (), more
 
 
 def split_thoughts(text: str, in_thoughts: bool) -> tuple[str, str]:
-    """Return what a turn begins with thinking, and what it says behind that."""
+    """Split the thoughts that a turn begins with from the content after them.
+
+    Line feeds around thoughts are the template's and belong to neither; other white space, such as the
+    indentation of code, stays.
+    """
     begun = text.lstrip()
     if not in_thoughts and not begun.startswith(BEGIN_THOUGHTS):
         return "", text
     # a model may open its thoughts again where the template has done so
     thoughts, _, said = begun.removeprefix(BEGIN_THOUGHTS).partition(END_THOUGHTS)
-    return thoughts.strip(), said.lstrip()
+    return thoughts.strip("\n"), said.lstrip("\n")
 
 
 def _first_place(text: str, in_thoughts: bool) -> int:

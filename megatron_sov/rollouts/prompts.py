@@ -229,7 +229,8 @@ def read_prompts(path: Path, renames: Renames = (), option: str = OPTION, *, is_
 def _prompts(path: Path, renames: Renames, option: str, is_asked: bool, problems: list[str]
              ) -> Iterator[RolloutPrompt]:
     """Yield the rows of a file, the same ones too, and note what is wrong with the others."""
-    for place, record in _records(path, option):
+    unread: dict[str, None] = {}
+    for place, record in _records(path, renames, option):
         try:
             record = rename_fields(dict(record), renames)
             # the id is that of the content: a file with lines added keeps the ids of the others
@@ -237,7 +238,7 @@ def _prompts(path: Path, renames: Renames, option: str, is_asked: bool, problems
             prompt = RolloutPrompt(digest, record, place, option)
             if is_asked:
                 # here, where the row is in memory: a second look at a million rows parses them again
-                prompt.conversation()
+                unread |= dict.fromkeys(name for m in prompt.conversation().messages for name in m.unread)
         except UnicodeEncodeError:
             problems.append(f"{place}: holds half of a surrogate pair, which is no text")
         except BadRecord as e:
@@ -246,13 +247,15 @@ def _prompts(path: Path, renames: Renames, option: str, is_asked: bool, problems
             problems.append(f"{place}: holds what JSON does not ({e})")
         else:
             yield prompt
+    if unread:
+        _tell(option, f"{path}: does not read {', '.join([*unread][:8])} (fields of messages)")
 
 
-def _records(path: Path, option: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _records(path: Path, renames: Renames, option: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield where each row stands, and the row; what a table's row has no value for, it does not have."""
     if path.is_dir() or path.suffix.lower() in {*ARROW_SUFFIXES, PARQUET_SUFFIX, JSON_SUFFIX}:
         try:
-            for place, record in read_records(path, partial(_tell, option)):
+            for place, record in read_records(path, partial(_tell, option), renames):
                 yield place, {name: value for name, value in record.items() if value is not None}
         except UserError as e:
             raise UserError(f"{option} {e}") from None

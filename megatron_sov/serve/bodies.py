@@ -8,12 +8,13 @@ import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from megatron_sov.base.documents import BadRecord, Conversation
-from megatron_sov.base.documents.messages import REASONING, read_messages, read_tools, refuse_deep
+from megatron_sov.base.documents.messages import MESSAGE_FIELDS, read_beside, read_messages, refuse_deep
 from megatron_sov.base.documents.rows import finite, no_constant
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
@@ -21,6 +22,7 @@ from megatron_sov.chat.marks import as_written
 from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import Sampling, Tells
+from megatron_sov.train.data.token_bytes import spellings
 
 # What a server says where it does not answer: OpenAI's object of an error, with its HTTP status.
 
@@ -59,7 +61,6 @@ MIN_TEMPERATURE = 0.01
 """Of those above 0: logits that are divided by less leave the range of numbers."""
 DEFAULT_COMPLETION_TOKENS = 16
 """Of `/v1/completions` unless told, as OpenAI has it."""
-MESSAGE_FIELDS = {"role", "content", "name", "tool_call_id", "tool_calls", "type", *REASONING}
 CHANGE_NOTHING = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
                   "service_tier", "store", "request_id"}
 """Fields that no answer depends on."""
@@ -93,7 +94,7 @@ class ServedQuestion:
     """How tokens are chosen; each choice has the stream of its number.  How many there may be, `max_tokens`
     says."""
     max_tokens: int | None
-    """Longest answer; None: as long as there is room."""
+    """Longest answer; None: as long as there is room; 0: the prompt alone is told of."""
     stops: tuple[str, ...]
     """Strings that end an answer."""
     stop_ids: tuple[int, ...]
@@ -158,8 +159,9 @@ class _Body(BaseModel):
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     stream: bool = False
-    stream_options: Annotated[dict[Literal["include_usage"], bool], BeforeValidator(_few)] = {}
-    max_tokens: Count | None = None
+    # obfuscation is padding against listeners; none is sent
+    stream_options: Annotated[dict[Literal["include_usage", "include_obfuscation"], bool],
+                              BeforeValidator(_few)] = {}
 
     def question(self, prompts: tuple[Any, ...], max_tokens: int | None, with_logprobs: bool, num_top: int,
                  echoes: bool = False) -> ServedQuestion:
@@ -186,6 +188,7 @@ class _ChatBody(_Body):
     messages: Objects
     tools: Objects = []
     chat_template_kwargs: dict[str, Any] = {}
+    max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] = 0
@@ -195,6 +198,7 @@ class _CompletionBody(_Body):
     prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     echo: bool = False
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] = DEFAULT_COMPLETION_TOKENS
 
 
 def chat_question(raw: bytes, model: str) -> ServedQuestion:
@@ -213,18 +217,16 @@ def chat_question(raw: bytes, model: str) -> ServedQuestion:
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise RefusedRequest(400, f"max_tokens is {body.max_tokens} and max_completion_tokens is "
                                   f"{body.max_completion_tokens}; send one of them", "max_tokens")
-    for number, message in enumerate(body.messages):
-        # Clients send null for fields that they do not use.
-        message = {key: value for key, value in message.items() if value is not None}
-        if unknown := sorted(set(message) - MESSAGE_FIELDS):
-            raise RefusedRequest(400, f"messages[{number}] has {unknown[0][:200]!r}, which is not known"
-                                      f"{nearest(unknown[0][:200], MESSAGE_FIELDS)}; leave it out",
-                                 "messages")
     try:
         chat = Conversation(read_messages(body.messages, "messages"),
-                            read_tools(body.tools) if shows_tools else (), body.chat_template_kwargs)
+                            **read_beside(body.tools if shows_tools else None, body.chat_template_kwargs))
     except BadRecord as e:
         raise RefusedRequest(400, f"the conversation is refused: {e}", "messages") from None
+    for number, message in enumerate(chat.messages):
+        if message.unread:
+            unknown = message.unread[0][:200]
+            raise RefusedRequest(400, f"messages[{number}] has {unknown!r}, which is not known"
+                                      f"{nearest(unknown, MESSAGE_FIELDS)}; leave it out", "messages")
     if body.top_logprobs and not body.logprobs:
         raise RefusedRequest(400,
                              f"top_logprobs is {body.top_logprobs} without logprobs; send \"logprobs\": true",
@@ -244,8 +246,10 @@ def completion_question(raw: bytes, model: str) -> ServedQuestion:
         raise RefusedRequest(400, "prompt is empty; send at least one character or token", "prompt")
     if body.echo and body.stream:
         raise RefusedRequest(400, "echo is true for a stream; ask without one of them", "echo")
-    return body.question(prompts, body.max_tokens or DEFAULT_COMPLETION_TOKENS, body.logprobs is not None,
-                         body.logprobs or 0, body.echo)
+    if not body.max_tokens and not body.echo:
+        raise RefusedRequest(400, "max_tokens is 0 without echo, so nothing can be answered; send at least "
+                                  "1, or \"echo\": true", "max_tokens")
+    return body.question(prompts, body.max_tokens, body.logprobs is not None, body.logprobs or 0, body.echo)
 
 
 def _fields(raw: bytes) -> dict[str, Any]:
@@ -396,13 +400,24 @@ class BodyReader:
             return self._chat.decode
         return lambda ids: as_written(self._plain.decode(ids))
 
-    def piece(self, token: int) -> str:
-        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        """The bytes of text of each token, special ones as they are spelled."""
+        found = spellings(self._where, self._vocab_size)
+        for text, token in self._special.items():
+            if token < self._vocab_size:
+                found[token] = text.encode()
+        return found
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of text that a token stands for; several tokens may share a character."""
+        return self._bytes[token]
 
     def _limit(self, question: ServedQuestion, prompt_tokens: int, field: str) -> int:
         # Without a limit of the client's, the answer may fill what the prompt leaves.
         left = self._longest - prompt_tokens
-        wanted = question.max_tokens or left
+        # a model writes at least one token
+        wanted = left if question.max_tokens is None else max(question.max_tokens, 1)
         if left < 1 or wanted > left:
             asked = f" and {question.max_tokens} of the answer" if question.max_tokens else ""
             raise RefusedRequest(400, f"the prompt has {prompt_tokens} tokens{asked}, and this server takes "

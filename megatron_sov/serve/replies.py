@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
 from megatron_sov.chat.marks import (
     BEGIN_CALL, BEGIN_THOUGHTS, END_THOUGHTS, FAMILIES, LLAMA, PYTHON_TAG, CallForm, plain_form)
 from megatron_sov.chat.tool_calls import ServedTurn, ToolCall, served_turn, split_thoughts, whole_turn
-from megatron_sov.infer.request import STOP, StopRule, Written
+from megatron_sov.infer.request import LENGTH, STOP, StopRule, Written
 from megatron_sov.serve.bodies import BodyReader, ServedQuestion
 from megatron_sov.serve.scheduler import Begun
 
@@ -64,15 +65,16 @@ class ReplyWriting:
     """An answer that is being written."""
 
     def __init__(self, decode: Callable[[list[int]], str], stops: tuple[str, ...],
-                 end_ids: tuple[int, ...]) -> None:
+                 end_ids: tuple[int, ...], *, is_empty: bool = False) -> None:
         """Begin with nothing.
 
         Args:
             decode: from ids to text.
             stops: strings that end the answer, and do not belong to it.
             end_ids: tokens that end it.
+            is_empty: leave out the one token that a model writes to a client who asked for none.
         """
-        self._decode, self._ends = decode, end_ids
+        self._decode, self._ends, self._is_empty = decode, end_ids, is_empty
         self._stop = StopRule(end_ids, stops, decode)
         self.tokens: list[int] = []
         """Ids, with the one that ends it."""
@@ -99,9 +101,12 @@ class ReplyWriting:
         # A string ended it here, which the model does not know of; its next tokens may be under way.
         if self.reason is not None:
             return
+        self.prompt += ranked[:-1]
+        if self._is_empty:
+            self.reason = LENGTH
+            return
         self.tokens.append(token)
         if ranked:
-            self.prompt += ranked[:-1]
             self.tops.append(top_of(ranked[-1]))
             logprob = ranked[-1][1][0]  # to the last bit what stands among the most probable ones
         self.logprobs.append(logprob)
@@ -141,6 +146,26 @@ def event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
 
 
+class TextOffsets:
+    """Counts the characters before each token of a text; a token inside of a character begins with it."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_chars = 0
+
+    def add(self, pieces: Iterable[bytes]) -> list[int]:
+        """Return the place of each of the next tokens, in characters.
+
+        Args:
+            pieces: the bytes of text of each.
+        """
+        found = []
+        for piece in pieces:
+            found.append(self._num_chars)
+            self._num_chars += len(self._decoder.decode(piece))
+        return found
+
+
 class ServedReply:
     """What is said to one request.
 
@@ -157,9 +182,12 @@ class ServedReply:
         self._head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
                       "object": "chat.completion" if chat else "text_completion",
                       "created": int(time.time()), "model": model}
-        self.writings = [ReplyWriting(reader.decoder(question), reader.stops(question), begun.end_ids)
+        self._decode = reader.decoder(question)
+        self.writings = [ReplyWriting(self._decode, reader.stops(question), begun.end_ids,
+                                      is_empty=question.max_tokens == 0)
                          for _ in range(question.num_sequences)]
         """The answers, prompt by prompt."""
+        self._offsets = [TextOffsets() for _ in self.writings]
         self._told = [ServedTurn("", "") for _ in self.writings]
         self._num_told = [0] * len(self.writings)
 
@@ -180,7 +208,7 @@ class ServedReply:
         writing = self.writings[index]
         tokens = self._new_tokens(index, writing)
         if not self._question.is_chat:
-            return {"index": index, "text": self._echo(index) + writing.text(), **tokens,
+            return {"index": index, "text": self._text(index), **tokens,
                     "finish_reason": writing.reason}
         turn = self._turn(writing)
         message: dict[str, Any] = {"role": "assistant", "content": turn.content, "refusal": None}
@@ -256,11 +284,11 @@ class ServedReply:
     def _new_tokens(self, index: int, writing: ReplyWriting) -> dict[str, Any]:
         """Return what is told of the tokens that have come since it was asked last."""
         first, self._num_told[index] = self._num_told[index], len(writing.tokens)
-        told: dict[str, Any] = {"logprobs": self._logprobs(writing, first)}
+        told: dict[str, Any] = {"logprobs": self._logprobs(index, first)}
         if self._question.with_ids:
             told["token_ids"] = writing.tokens[first:]
             if not first and not self._question.is_chat:
-                told["prompt_token_ids"] = self._begun.prompts[index // self._question.num_choices]
+                told["prompt_token_ids"] = self._prompt_of(index)
         return told
 
     def _prompt_of_chat(self) -> dict[str, Any]:
@@ -268,7 +296,8 @@ class ServedReply:
         return ({"prompt_token_ids": self._begun.prompts[0]}
                 if self._question.is_chat and self._question.with_ids else {})
 
-    def _logprobs(self, writing: ReplyWriting, first: int) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, first: int) -> dict[str, Any] | None:
+        writing = self.writings[index]
         if not self._question.with_logprobs:
             return None
         places = list(zip(writing.tokens[first:], writing.logprobs[first:],
@@ -279,18 +308,35 @@ class ServedReply:
                 "refusal": None}
         before = [(tokens[0], logprobs[0], top_of((tokens, logprobs))) for tokens, logprobs in writing.prompt]
         found = self._of_completion([*before, *places])
+        ids = [token for token, _, _ in places]
         if self._question.echoes:  # nothing stands before the first
-            prompt = self._begun.prompts[self.writings.index(writing) // self._question.num_choices]
+            prompt = list(self._prompt_of(index))
+            ids = prompt + ids
             found["tokens"].insert(0, self._piece(prompt[0]))
-            for values in (found["token_logprobs"], found["top_logprobs"] or []):
-                values.insert(0, None)
-        return found
+            for name in ("token_logprobs", "top_logprobs"):
+                if found[name] is not None:
+                    found[name].insert(0, None)
+        return found | {"text_offset": self._offsets[index].add(map(self._shown_bytes, ids))}
+
+    def _shown_bytes(self, token: int) -> bytes:
+        """Return a token's bytes of the text; none of a special token that does not show in it."""
+        return self._reader.token_bytes(token) if self._decode([token]) else b""
+
+    def _prompt_of(self, index: int) -> tuple[int, ...]:
+        return self._begun.prompts[index // self._question.num_choices]
 
     def _piece(self, token: int) -> str:
-        return f"token_id:{token}" if self._question.names_ids else self._reader.piece(token)
+        if self._question.names_ids:
+            return f"token_id:{token}"
+        spelled = self._reader.token_bytes(token)
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:  # as OpenAI shows a token that is a part of a character
+            return f"{'' if self._question.is_chat else 'bytes:'}{repr(spelled)[2:-1]}"
 
     def _of_chat(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self._piece(token), "logprob": logprob, "bytes": None}
+        return {"token": self._piece(token), "logprob": logprob,
+                "bytes": list(self._shown_bytes(token))}
 
     def _of_completion(self, places: Sequence[tuple[int, float, Sequence[tuple[int, float]]]]
                        ) -> dict[str, Any]:
@@ -300,17 +346,20 @@ class ServedReply:
         tops = [{piece(one): value for one, value in sorted([(token, logprob), *top], key=itemgetter(1))}
                 for token, logprob, top in places] if self._question.num_top else None
         return {"tokens": [piece(token) for token, _, _ in places],
-                "token_logprobs": [logprob for _, logprob, _ in places], "top_logprobs": tops,
-                "text_offset": None}
+                "token_logprobs": [logprob for _, logprob, _ in places], "top_logprobs": tops}
 
-    def _echo(self, index: int) -> str:
+    def _text(self, index: int) -> str:
+        """Return a completion's text, with its prompt where it is asked for: ids of both are decoded as one,
+        since they may share a character."""
+        writing = self.writings[index]
         if not self._question.echoes:
-            return ""
-        number = index // self._question.num_choices
-        prompt = self._question.prompts[number]
+            return writing.text()
+        prompt = self._question.prompts[index // self._question.num_choices]
         if isinstance(prompt, str):
-            return prompt
-        return self._reader.decoder(self._question)(list(self._begun.prompts[number]))
+            return prompt + writing.text()
+        whole = self._decode([*self._prompt_of(index), *writing.tokens])
+        num_cut = len(self._decode(writing.tokens)) - len(writing.text())  # by a stop string
+        return whole[:len(whole) - num_cut]
 
 
 def _calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:

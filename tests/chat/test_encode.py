@@ -231,6 +231,58 @@ def test_the_header_of_a_turn_is_not_learned_where_a_template_knows_no_asking(
         assert learned(tokenizer, trims, ("user", "hi"), ("assistant", content)) == ("hello[EOS]", False)
 
 
+QWEN3 = (Path(__file__).parent / "qwen3.jinja").read_text()
+"""As Qwen has published it: thoughts are shown of the last turns alone, and read from contents too."""
+THOUGHTS = ["<think>\nb\n</think>\n\nc", "<think>b</think>c", "\n<think>\n  b\n\n</think>\n\n\nc ",
+            "<think>\n\n</think>\n\nc", "<think></think>c", "<think>\nb\n</think>\n\n    return 42",
+            "<think>a\n\nb 안녕</think>\n\nc\n\n```py\nx\n```", "<think>\n<b> 1 < 2\n</think>c <think> d"]
+
+
+def user_and(*answers: Message) -> Conversation:
+    return Conversation(tuple(m for i, answer in enumerate(answers) for m in (
+        Message("user", f"q{i}"), answer)))
+
+
+@pytest.mark.parametrize("content", THOUGHTS)
+def test_thoughts_in_a_content_are_learned_as_thoughts_of_their_own(tokenizer: PreTrainedTokenizerFast,
+                                                                    content: str) -> None:
+    thoughts, said = content.split("<think>", 1)[1].split("</think>", 1)
+    apart = Message("assistant", said.lstrip("\n"), thoughts.strip("\n"))
+    whole, encode = Message("assistant", content), encoder(tokenizer, QWEN3).encode
+    assert learned_of(tokenizer, QWEN3, user_and(whole)).count("<think>") == 1 + content.count("<think> d")
+    for before in ((), (whole,), (whole, Message("assistant", "no thought"))):
+        unlearned = [replace(m, is_learned=False) for m in before]
+        expected = [replace(m, is_learned=False) for m in ((apart,) if before else ())] + unlearned[1:]
+        ours, theirs = encode(user_and(*unlearned, whole)), encode(user_and(*expected, apart))
+        assert (ours.ids, ours.kinds, ours.is_open) == (theirs.ids, theirs.kinds, theirs.is_open)
+
+
+@pytest.mark.parametrize("template", [
+    CHATML, BARE, THINKS, CHATML.replace("{{ m.content", "{% if m.reasoning_content %}<think>\n"
+                                         "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content")])
+@pytest.mark.parametrize("content", THOUGHTS[:4])
+def test_templates_that_show_contents_as_they_are_get_them_so(tokenizer: PreTrainedTokenizerFast,
+                                                              template: str, content: str) -> None:
+    """Other white space than that of the content would be another text than transformers shows."""
+    chat = user_and(Message("assistant", content.strip()))
+    assert content.strip() in learned_of(tokenizer, template, chat)
+
+
+@pytest.mark.parametrize("dropped", ["<think>b</think>c", "b\n</think>\n\nc",
+                                     "<think>b</think><think>x</think>c"])
+def test_a_turn_that_is_not_learned_may_lose_its_thoughts(tokenizer: PreTrainedTokenizerFast,
+                                                          dropped: str) -> None:
+    r1 = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+    cuts = CHATML.replace("m.content", "m.content.split('</think>')[-1] | replace('c', '')")
+    chat = user_and(Message("assistant", dropped, is_learned=False), Message("assistant", "d"))
+    for template in (QWEN3, r1):
+        assert "d" in learned_of(tokenizer, template, chat)
+    with pytest.raises(BadRecord, match="does not show"):
+        encoder(tokenizer, r1).encode(user_and(Message("assistant", dropped)))
+    with pytest.raises(BadRecord, match="does not show as it is: 2"):
+        encoder(tokenizer, cuts).encode(chat)
+
+
 FULL = "{% for m in messages %}[BOS]{{ m.role }}\n" \
        "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}" \
        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}[EOS]\n" \

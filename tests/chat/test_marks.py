@@ -269,7 +269,7 @@ def test_calls_are_those_of_tokens_and_quoted_marks_stay_as_written(family: str)
         assert plain_form(plain_form(text)) == plain_form(text)
         whole = whole_turn(text, in_thoughts=False, tools=SHOWN)
         assert (whole.content.strip(), whole.calls) == (turn.content, turn.calls)
-        assert whole.thoughts == (thought.strip() if begun else "")
+        assert whole.thoughts == (thought.strip("\n") if begun else "")
 
 
 def found_marks(text: str) -> list[str]:

@@ -223,6 +223,16 @@ def test_thoughts_call_nothing() -> None:
     assert parse_turn(f"{thought}</think>{thought}").calls == (ToolCall("f", {}),)
 
 
+@pytest.mark.parametrize(("text", "content"), [
+    ("<think>\nplan\n</think>\n\n    return 42\n", "    return 42"), ("    return 42\n", "    return 42"),
+    ("\n\tx = 1", "\tx = 1"), ("plan</think>\n  - a\n    - b", "  - a\n    - b"),
+    ("<think>x</think> a ", " a"),
+    ("  \n  a\n", "  \n  a"), ("\n \n", ""), ("<|think|>p<|end|><|begin|>assistant<|content|>  a", "  a"),
+    (f"  a\n{call('{}')}", "  a")])
+def test_indentation_of_an_answer_stays(text: str, content: str) -> None:
+    assert parse_turn(text).content == content
+
+
 def test_no_call_is_made_in_thoughts_without_an_end() -> None:
     made, thought = call('{"name": "f", "arguments": {}}'), call('{"name": "g", "arguments": {}}')
     assert parse_turn(thought, in_thoughts=True) == WrittenTurn("", ())

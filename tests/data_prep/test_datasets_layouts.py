@@ -195,11 +195,20 @@ def given(path: Path) -> list[Shown]:
             for d in read_documents(list_files(path), RecordReading("chat"))]
 
 
+def without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
 @pytest.mark.parametrize("name", CHATS)
 def test_chats_are_what_the_template_shows(tmp_path: Path, folder: Path, encoder: Encoder, name: str) -> None:
     rows, conversations = CHATS[name]
     store(rows, tmp_path)
-    assert {stored: given(tmp_path / stored) for stored in STORED} == dict.fromkeys(STORED, conversations)
+    found = {stored: given(tmp_path / stored) for stored in STORED}
+    for stored in ("lines.jsonl", "list.json"):  # `to_json` writes the table's nulls, which JSON keeps
+        found[stored] = [(without_nulls(messages), without_nulls(tools)) for messages, tools in found[stored]]
+    assert found == dict.fromkeys(STORED, conversations)
     if not any(tools for _, tools in conversations):  # which this template does not know
         expected = shown(folder, conversations)
         assert {stored: ids_of(encoder, tmp_path / stored, "chat") for stored in STORED} == dict.fromkeys(
@@ -349,10 +358,34 @@ def test_rows_whose_types_differ_keep_them(tmp_path: Path) -> None:
         "type": "object", "properties": {"x": {"type": kind}}}}} for kind in ("integer", ["string", "null"])]
     chats = [[say("user", "a"), {"role": "assistant", "content": "", "tool_calls": [
         {"type": "function", "function": {"name": "f", "arguments": {"x": value}}}]},
-        {"role": "tool", "content": "r"}, say("assistant", "ok")] for value in (1, "s")]
+        {"role": "tool", "content": "r"}, say("assistant", "ok")] for value in (1, "s", {"y": None}, None)]
+    tools *= 2
     data = datasets.Dataset.from_list([{"messages": chat, "tools": [one]} for chat, one in zip(
         chats, tools, strict=True)], on_mixed_types="use_json")
     data.to_parquet(tmp_path / "a.parquet")
     data.save_to_disk(tmp_path / "disk")
     for stored in ("a.parquet", "disk"):
         assert given(tmp_path / stored) == [(chat, [one]) for chat, one in zip(chats, tools, strict=True)]
+
+
+def test_fields_of_messages_that_are_not_read_are_said_and_counted(
+        tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They may first come behind a thousand records."""
+    rows: Rows = [{"messages": qa(f"q{i}", f"a{i}")} for i in range(1, 9)]
+    rows[4]["messages"][1] |= {"refusal": None, "annotations": [{"x": 1}]}
+    for i in (5, 6):
+        rows[i]["messages"][0] |= {"ts": i, "annotations": []}
+    rows[7]["messages"][1] |= {"train": True, "name": "bot"}
+    for name, read in (("chat", rows), ("sharegpt", [{"conversations": [
+            {"from": m["role"], "value": m["content"], **{k: v for k, v in m.items() if k not in (
+                "role", "content")}} for m in row["messages"]]} for row in rows])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read))
+        for _ in range(2):  # the second time from units that are complete
+            pack(folder, [PackSource(name, tmp_path / f"{name}.jsonl")], tmp_path / "out", PackSettings(
+                reading=RecordReading("chat")), overwrite=True)
+            assert (f"{name}: does not read ts (2), annotations (1) (fields of messages, with the number of "
+                    "messages)") in capsys.readouterr().out
+    prompts = [{"prompt": [{"role": "developer", "content": "x"}, {**say("user", "q"), "ts": 1}]}]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(prompts[0]) + "\n")
+    assert len(read_prompts(tmp_path / "prompts.jsonl", is_asked=True)) == 1
+    assert "prompts.jsonl: does not read ts (fields of messages)" in capsys.readouterr().err

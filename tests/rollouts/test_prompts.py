@@ -211,3 +211,22 @@ def test_budgets_divide_a_group_and_go_before_a_prompts_own() -> None:
 def test_a_target_that_is_no_number_of_tokens_is_named(target: Any) -> None:
     with pytest.raises(UserError, match=r"prompt p has target_tokens = .*; write a whole number from 1"):
         budget_of(RolloutConfig(), "p", {"target_tokens": target}, 0)
+
+
+@pytest.mark.parametrize("name", ["prompt", "messages", "dialog"])
+def test_nulls_with_which_a_table_fills_messages_go(tmp_path: Path, name: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def chat(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [
+            {"function": {"name": "get", "arguments": arguments}}]}, {"role": "tool", "content": "r"}]
+
+    rows = [{name: chat({"city": "Seoul", "day": None}), "tests": {"a": 1, "b": None}},
+            {name: chat({"unit": "C", "day": None}), "tests": {"a": None, "b": 2}}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    renames = parse_renames([f"prompt={name}"], ()) if name == "dialog" else ()
+    found = read_prompts(tmp_path / "a.parquet", renames, is_asked=True)
+    calls = [prompt.conversation().messages[1].tool_calls[0]["function"]["arguments"] for prompt in found]
+    assert calls == [{"city": "Seoul", "day": None}, {"unit": "C", "day": None}]
+    assert [prompt.record["tests"] for prompt in found] == [row["tests"] for row in rows]

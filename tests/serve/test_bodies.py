@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from typing import Any
 
 import pytest
 
+from megatron_sov.base.documents import Conversation
 from megatron_sov.serve.bodies import RefusedRequest, ServedQuestion, chat_question, completion_question
 
 MANY = 20_000
@@ -53,3 +55,53 @@ def test_a_stream_tells_usage_where_it_is_asked_to(options: str, tells: bool) ->
 def test_options_of_a_stream_that_are_none_are_refused(options: str) -> None:
     with pytest.raises(RefusedRequest, match="stream_options is"):
         chat_question(f'{{{HI}, "stream_options": {options}}}'.encode(), "m")
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "get", "arguments": '{"unit": null}'}}
+OPENAI: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "developer": ([{"role": "developer", "content": "Be short."}, {"role": "user", "content": "hi"}],
+                  [{"role": "system", "content": "Be short."}, {"role": "user", "content": "hi"}]),
+    "what its own server returned": (
+        [{"role": "user", "content": "hi", "name": None},
+         {"role": "assistant", "content": "yo", "refusal": None, "annotations": [], "audio": None,
+          "function_call": None, "tool_calls": None}, {"role": "user", "content": "and?", "name": ""}],
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"},
+         {"role": "user", "content": "and?"}]),
+    "parts": ([{"role": "system", "content": [{"type": "text", "text": "a"}]},
+               {"role": "user", "content": [{"type": "text", "text": "b\n"}, {"type": "text", "text": "c"}]}],
+              [{"role": "system", "content": "a"}, {"role": "user", "content": "b\n\nc"}]),
+    "a call without content": (
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [CALL],
+                                            "refusal": None, "annotations": []},
+         {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "r"}]}],
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": [
+            {**CALL, "function": {"name": "get", "arguments": {"unit": None}}}]},
+         {"role": "tool", "tool_call_id": "c1", "content": "r"}]),
+    "older calls": (
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "function_call": {
+            "name": "get", "arguments": '{"unit": null}'}},
+         {"role": "function", "name": "get", "content": "r"}],
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "function": {"name": "get", "arguments": {"unit": None}}}]},
+         {"role": "tool", "name": "get", "content": "r"}]),
+}
+
+
+@pytest.mark.parametrize("name", OPENAI)
+def test_messages_of_openais_clients_are_read(name: str) -> None:
+    sent, shown = OPENAI[name]
+    [chat] = chat_question(json.dumps({"messages": sent}).encode(), "m").prompts
+    assert isinstance(chat, Conversation) and [m.to_dict() for m in chat.messages] == shown
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    ({"annotations": [{"type": "url_citation"}]}, "has 'annotations', which is not known"),
+    ({"refusal": "no"}, "has 'refusal'"),
+    ({"conten": "x"}, "'conten', which is not known; did you mean 'content'"),
+    ({"prefix": True}, "has 'prefix'"), ({"from": "human"}, "has 'from'"),
+    ({"function_call": {"name": "get"}, "tool_calls": [CALL]}, "'tool_calls' and 'function_call'"),
+    ({"function_call": "auto"}, "has no function with a name")])
+def test_fields_of_messages_that_hold_something_are_refused(more: dict[str, Any], said: str) -> None:
+    sent = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo", **more}]
+    with pytest.raises(RefusedRequest, match=said):
+        chat_question(json.dumps({"messages": sent}).encode(), "m")

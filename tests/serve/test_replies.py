@@ -24,6 +24,13 @@ TURNS = {
     "malformed": ("So: <tool_call>{add}</tool_call> ", False,
                   ServedTurn("", "So: <tool_call>{add}</tool_call> ")),
     "one of two is malformed": (f"{ADD}<tool_call>", False, ServedTurn("", f"{ADD}<tool_call>")),
+    "indented code": ("<think>\nplan\n</think>\n\n    return 42\n", False,
+                      ServedTurn("plan", "    return 42\n")),
+    "indented thoughts": ("<think>\n  a\n b \n</think>\tx", False, ServedTurn("  a\n b ", "\tx")),
+    "one line feed": ("plan</think>\n  - a\n  - b", True, ServedTurn("plan", "  - a\n  - b")),
+    "no line feed": ("plan</think> a", True, ServedTurn("plan", " a")),
+    "a line of blanks": ("plan</think>\n  \n  a", True, ServedTurn("plan", "  \n  a")),
+    "carriage return": ("<think>a</think>\r\nb", False, ServedTurn("a", "\r\nb")),
     "white space": ("  \n ", False, ServedTurn("", "  \n ")), "nothing": ("", True, ServedTurn("", "")),
 }
 

@@ -166,6 +166,24 @@ def test_tokens_go_in_and_come_out_with_what_they_were_drawn_with(server: Any) -
         whole["choices"][0]["token_ids"]
 
 
+def test_log_probabilities_have_bytes_and_places(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "mine", "max_tokens": 12, "seed": 1}
+    chat = client.chat.completions.create(**asked, messages=[{"role": "user", "content": "한국어?"}],
+                                          logprobs=True, top_logprobs=3).choices[0]
+    assert chat.logprobs and chat.logprobs.content
+    told = bytes(b for one in chat.logprobs.content for b in one.bytes or [])
+    assert told.decode(errors="replace") == chat.message.content
+    alone, with_answer = (client.completions.create(
+        **asked | {"max_tokens": count}, prompt="한국어 text", echo=True, logprobs=2).choices[0]
+        for count in (0, 1))
+    assert alone.text == "한국어 text" and alone.finish_reason == "length"
+    assert alone.logprobs and with_answer.logprobs and alone.logprobs.text_offset is not None
+    assert alone.logprobs.tokens == (with_answer.logprobs.tokens or [])[:-1]
+    assert (alone.logprobs.token_logprobs or [])[1:] == pytest.approx(
+        (with_answer.logprobs.token_logprobs or [])[1:-1], abs=1e-4)
+    assert [*alone.logprobs.text_offset, 8] == with_answer.logprobs.text_offset
+
+
 def test_a_trainer_asks_it_as_it_asks_vllm(server: Any) -> None:
     engine = VllmServer(server.url)
     AddressKeeper(engine, 0, "vllm").start(lambda: False)
@@ -219,9 +237,10 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": [{"role": "user", "content": "a"}], "echo": True}, 400, "echo is true"),
     ({"messages": []}, 400, "'messages' must be a non-empty list"),
     ({"messages": [{"role": "king", "content": "a"}]}, 400, "role 'king'"),
-    ({"messages": [{"role": "user", "content": "a", "audio": {}}]}, 400, "'audio', which is not known"),
+    ({"messages": [{"role": "user", "content": "a", "audio": {"id": "x"}}]}, 400, "'audio', which"),
     ({"messages": [{"role": "user", "content": "a"}], "tool_choice": "required"}, 400, "tool_choice is"),
-    ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"messages": 1}}, 400, "fail"),
+    ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"messages": 1}}, 400,
+     "given anyway"),
     ({"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}}, 400,
      "response_format is"),
 ]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sov.base.documents.messages import BadRecord, sharegpt_messages
+from megatron_sov.base.documents.messages import EMPTY, BadRecord, sharegpt_messages
 from megatron_sov.base.errors import UserError
 
 KINDS = ("text", "chat", "preference", "prompt")
@@ -268,7 +268,7 @@ def unread_fields(record: dict[str, Any], kind: str, renames: Renames, read: Col
     # what a layout has taken is gone by now; the same field beside another layout says nothing
     foreign = {*ALPACA, *DOLLY, *QUESTIONS, KTO_TAG} - {"system", *COMPLETIONS}
     left = own_fields(rename_fields(record, renames), kind).keys() - ({*read} - foreign)
-    return [name for name, value in record.items() if name in left and value not in (None, "", [], {})]
+    return [name for name, value in record.items() if name in left and value not in EMPTY]
 
 
 _MEANT = {

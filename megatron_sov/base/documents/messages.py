@@ -13,8 +13,17 @@ SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "a
                   "observation": "tool", "function_response": "tool"}
 """ShareGPT's `from` -> role."""
 
+OTHER_NAMES = {"developer": "system", "function": "tool"}
+"""Role of OpenAI's newer and older models -> role."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which records keep thoughts."""
+MESSAGE_FIELDS = frozenset(("role", "content", "name", "tool_calls", "tool_call_id", "function_call", "train",
+                            "weight", "type", *REASONING))
+"""Fields of messages that are read, and `type`, which says nothing."""
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+"""Values of a field that holds nothing."""
+GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "marks_generation"}
+"""What chat templates are given beside a conversation's own variables."""
 MOST_LEVELS = 64
 """Objects and lists within each other in a record: what is deeper ends in Python's limit on recursion."""
 
@@ -45,6 +54,8 @@ class Message:
     """Whether an assistant's turn is learned (`train`, or OpenAI's `weight`)."""
     other: tuple[tuple[str, str], ...] = ()
     """`name` and `tool_call_id`, where a record has them."""
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    """Fields of the record's message that hold something and are not among `MESSAGE_FIELDS`."""
 
     @property
     def is_plain(self) -> bool:
@@ -149,7 +160,7 @@ def sharegpt_messages(turns: Any, name: str) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     for i, turn in enumerate(turns):
         # mixed data sets have both spellings in one list
-        if isinstance(turn, dict) and "role" in turn and "from" not in turn:
+        if isinstance(turn, dict) and turn.get("role") is not None and turn.get("from") is None:
             messages.append(turn)
             continue
         speaker = turn.get("from") if isinstance(turn, dict) else turn
@@ -163,14 +174,6 @@ def sharegpt_messages(turns: Any, name: str) -> list[dict[str, Any]]:
             message |= {"content": "", "tool_calls": call if isinstance(call, list) else [call]}
         messages.append(message)
     return messages
-
-
-def without_nulls(value: Any) -> Any:
-    """Return messages or tools as they were written: a table, and what is saved of one, gives each object the
-    fields of all others, as nulls."""
-    if isinstance(value, dict):
-        return {name: without_nulls(part) for name, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def read_tools(tools: Any) -> tuple[dict[str, Any], ...]:
@@ -187,6 +190,26 @@ def read_tools(tools: Any) -> tuple[dict[str, Any], ...]:
     return tuple(found)
 
 
+def read_beside(tools: Any, template_kwargs: Any) -> dict[str, Any]:
+    """Return the fields of a `Conversation` beside its messages.
+
+    Args:
+        tools: as of `read_tools`; None: there are none.
+        template_kwargs: variables of the chat template; None: there are none.
+
+    Raises:
+        BadRecord: one of them is malformed, or a variable has a name that every template is given.
+    """
+    kwargs = template_kwargs or {}
+    if not isinstance(kwargs, dict):
+        raise BadRecord("fields", f"'chat_template_kwargs' is {str(kwargs)[:40]!r}, must be an object")
+    if own := GIVEN & kwargs.keys():
+        raise BadRecord("fields", f"'chat_template_kwargs' has {min(own)!r}, which the template is given "
+                                  "anyway; remove it")
+    refuse_other_types(kwargs, "'chat_template_kwargs'")
+    return {"tools": read_tools(tools) if tools else (), "template_kwargs": kwargs}
+
+
 def refuse_other_types(value: Any, where: str, allow_nan: bool = True) -> None:
     """Refuse what templates cannot show as JSON, such as the times and bytes that Parquet files hold.
 
@@ -200,10 +223,17 @@ def refuse_other_types(value: Any, where: str, allow_nan: bool = True) -> None:
 
 
 def _message(message: Any, where: str) -> Message:
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        role = message.get("role") if isinstance(message, dict) else message
+    role = message.get("role") if isinstance(message, dict) else message
+    if isinstance(role, str):
+        role = OTHER_NAMES.get(role, role)
+    if not isinstance(message, dict) or role not in ROLES:
         raise BadRecord("fields", f"{where} has role {role!r}, must be one of {', '.join(ROLES)}")
-    role, calls = message["role"], _calls(message.get("tool_calls"), f"{where}.tool_calls")
+    calls = _calls(message.get("tool_calls"), f"{where}.tool_calls")
+    if older := message.get("function_call"):
+        if calls:
+            raise BadRecord("tool_call", f"{where} has 'tool_calls' and 'function_call'; leave out one of "
+                                         "them")
+        calls = _calls([older], f"{where}.function_call")
     content = _content(message.get("content"), where, optional=bool(calls))
     reasoning = next((message[key] for key in REASONING if message.get(key)), "")
     if not isinstance(reasoning, str):
@@ -214,17 +244,20 @@ def _message(message: Any, where: str) -> Message:
     if role in ("user", "assistant") and not (content.strip() or calls):
         raise BadRecord("empty_turn", f"has an empty turn: {where} ({role}) says nothing; remove it")
     other = tuple((key, message[key]) for key in ("name", "tool_call_id")
-                  if isinstance(message.get(key), str))
-    return Message(role, content, reasoning, calls, _is_learned(message, where), other)
+                  if isinstance(message.get(key), str) and message[key])
+    unread = tuple(name for name, value in message.items()
+                   if name not in MESSAGE_FIELDS and value not in EMPTY)
+    return Message(role, content, reasoning, calls, _is_learned(message, where), other, unread)
 
 
 def _content(content: Any, where: str, optional: bool) -> str:
-    """Return a content, which may be a list with one part of text."""
+    """Return a content as one text.  OpenAI's parts of text are joined by line feeds, as vLLM joins them for
+    templates that take strings."""
     if content is None and optional:
         return ""
-    # OpenAI's list of parts; one of text is the text, more cannot be joined without guessing
-    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
-        content = content[0].get("text") if content[0].get("type") == "text" else content
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text"
+                                         and isinstance(part.get("text"), str) for part in content):
+        return "\n".join(part["text"] for part in content)
     if not isinstance(content, str):
         is_media = isinstance(content, list) and any(isinstance(part, dict) and part.get("type") != "text"
                                                      for part in content)
@@ -254,14 +287,15 @@ def _calls(calls: Any, where: str) -> tuple[dict[str, Any], ...]:
         raise BadRecord("tool_call", f"{where} is {str(calls)[:40]!r}, must be a list")
     found = []
     for i, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else None
+        function = (call.get("function") or call) if isinstance(call, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(function, dict) or not isinstance(name, str):
             raise BadRecord("tool_call", f"{where}[{i}] has no function with a name")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
+        arguments = function.get("arguments")
+        if isinstance(arguments, str) and arguments:
             # OpenAI sends arguments as JSON in a string, templates want the object
-            arguments = _json(arguments or "{}", f"{where}[{i}].function.arguments")
+            arguments = _json(arguments, f"{where}[{i}].function.arguments")
+        arguments = {} if arguments in (None, "") else arguments
         if not isinstance(arguments, dict):
             raise BadRecord("tool_call", f"{where}[{i}].function.arguments is {str(arguments)[:40]!r}, must "
                                          "be a JSON object")

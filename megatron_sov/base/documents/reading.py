@@ -15,8 +15,7 @@ from megatron_sov.base.documents.files import (
     ARROW_SUFFIXES, BYTE_ORDER_MARK, DOCUMENT_BYTES, JSON_SUFFIX, JSONL_SUFFIXES, PARQUET_SUFFIX,
     TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, arrow_batches, cut_at_blank_lines, is_records, list_files,
     open_bytes, open_parquet, spans_of)
-from megatron_sov.base.documents.layouts import FOREIGN, unread_fields
-from megatron_sov.base.documents.messages import without_nulls
+from megatron_sov.base.documents.layouts import FOREIGN, Renames, unread_fields
 from megatron_sov.base.documents.records import (
     DIALOGUE, BadRecord, Document, Parse, RecordReading, columns_problem, decode, fields_read, parse_line,
     parse_object, parse_record, too_long)
@@ -157,14 +156,15 @@ def read_documents(files: Iterable[Path], reading: RecordReading | None = None) 
             line += counted.num_lines
 
 
-def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: None
-                 ) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: None,
+                 renames: Renames = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield where each record of a file or a dataset's folder stands, for messages, and its fields as they
     are.
 
     Args:
         path: the file or folder.
         tell: as `list_files` has it.
+        renames: which columns of a table hold messages, beside those with a known name.
 
     Raises:
         UserError: it holds no records, or one is malformed.
@@ -177,7 +177,7 @@ def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: No
     for file in files:
         before = 0
         for span in spans_of(file):
-            counted = CountedSpan(span, RecordReading("prompt"), _fields)
+            counted = CountedSpan(span, RecordReading("prompt", renames=renames), _fields)
             for item in counted:
                 if isinstance(item, BadRecord):
                     raise UserError(f"{place(file, item, before)}: {item.reason}")
@@ -199,8 +199,7 @@ def first_unread(span: FileSpan, reading: RecordReading) -> list[str]:
 
 def _fields(record: dict[str, Any], where: str, number: int, reading: RecordReading) -> tuple[int,
                                                                                               dict[str, Any]]:
-    return number, {name: without_nulls(value) if name in DIALOGUE else value
-                    for name, value in record.items()}
+    return number, record
 
 
 def place(file: Path, item: BadRecord, lines_before: int) -> str:
@@ -348,11 +347,14 @@ class CountedSpan:
                                      "JSON lines, e.g. with to_parquet or to_json of `datasets`")
 
     def _rows(self, batches: Iterator[Any], columns: list[str]) -> Iterator[Document | BadRecord]:
+        # the reward's own columns keep their nulls
+        padded = {*DIALOGUE, *(name for target, sources in self.reading.renames if target in DIALOGUE
+                               for name in sources)}
         for batch in batches:
             for i in range(batch.num_rows):
                 self.num_lines += 1
                 try:
-                    record = {name: _value(batch.column(name)[i]) for name in columns}
+                    record = {name: _value(batch.column(name)[i], name in padded) for name in columns}
                     yield self.parse(record, f"{self.span.file}:{self.num_lines}", self.num_lines,
                                      self.reading)
                 except BadRecord as e:
@@ -447,19 +449,27 @@ def _batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
                                    "fetch it again") from None
 
 
-def _value(scalar: Any) -> Any:
+def _value(scalar: Any, is_padded: bool) -> Any:
     try:
         value = scalar.as_py()
     except UnicodeDecodeError as e:
         raise BadRecord("utf8", f"is not UTF-8 ({e.reason} at byte {e.start} of a column)") from None
     except (LookupError, OverflowError, ValueError) as e:  # a day or a time zone that Python does not know
         raise BadRecord("parquet", f"has a value that cannot be read ({type(e).__name__}: {e})") from None
-    return _decoded(value, scalar.type) if _JSON_TYPE in str(scalar.type) else value
+    return _remove_padding(value, scalar.type) if is_padded or _JSON_TYPE in str(scalar.type) else value
 
 
-def _decoded(value: Any, form: Any) -> Any:
-    """Return a value in which strings of Arrow's JSON type are what they spell: `datasets` stores so what
-    differs from row to row, such as the arguments of calls."""
+def _remove_padding(value: Any, form: Any) -> Any:
+    """Return a column's value without the nulls that a table fills in: an object of a table has the fields of
+    all other objects in its column.  A field that is null in the whole file was written as null, and stays.
+
+    Strings of Arrow's JSON type become the values that they spell, with their nulls: `datasets` stores values
+    of several types so, such as the arguments of calls.
+
+    Args:
+        value: as Python has it.
+        form: its Arrow type.
+    """
     import pyarrow
 
     if value is None:
@@ -471,8 +481,8 @@ def _decoded(value: Any, form: Any) -> Any:
             raise BadRecord("json", f"has {str(value)[:40]!r} in a column of JSON, which is none "
                                     f"({e})") from None
     if pyarrow.types.is_struct(form):
-        return {field.name: _decoded(value[field.name], field.type) for field in form
-                if value[field.name] is not None}
-    if pyarrow.types.is_list(form) or pyarrow.types.is_large_list(form):
-        return [_decoded(part, form.value_type) for part in value]
+        return {field.name: _remove_padding(value[field.name], field.type) for field in form
+                if value[field.name] is not None or pyarrow.types.is_null(field.type)}
+    if isinstance(value, list) and hasattr(form, "value_type"):
+        return [_remove_padding(part, form.value_type) for part in value]
     return value

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +14,7 @@ from megatron_sov.base.documents.layouts import (
     COMPLETIONS, FOREIGN, KTO_TAG, LABEL, Renames, completion_of, own_fields, propose_columns, refuse_media,
     rename_fields)
 from megatron_sov.base.documents.messages import (
-    BadRecord, Conversation, Message, Messages, read_messages, read_sharegpt, read_tools, refuse_deep,
-    refuse_other_types, without_nulls)
+    BadRecord, Conversation, Message, Messages, read_beside, read_messages, read_sharegpt, refuse_deep)
 
 COLUMN_NAME = re.compile(r"[a-z_]+")
 BUCKET_NAME = re.compile(r"\w[\w.-]{0,59}")
@@ -120,8 +119,6 @@ def is_float32(value: Any) -> bool:
 ROLLOUTS = "rollouts"
 """What token shards hold that no record is packed to: responses of a model to prompts, as `rl` publishes
 them."""
-GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "marks_generation"}
-"""What chat templates are given beside a record's own variables."""
 DIALOGUE = ("messages", "conversations", "prompt", "chosen", "rejected", "tools", *COMPLETIONS)
 """Fields of messages and of descriptions of tools."""
 DESIRABLE = "desirable"
@@ -217,6 +214,11 @@ class Document:
         return (*((json.dumps(self.tools, ensure_ascii=False),) if self.tools else ()),
                 *(text for m in (*self.messages, *self.chosen, *self.rejected) for text in m.texts()))
 
+    def unread(self) -> Iterator[str]:
+        """Yield the fields of its messages that are not read."""
+        for message in (*self.messages, *self.chosen, *self.rejected):
+            yield from message.unread
+
     def conversation(self, *more: Message) -> Conversation:
         """Return the chat, or the prompt, with more messages behind it, as chat templates take it."""
         return Conversation((*self.messages, *more), self.tools, self.template_kwargs)
@@ -288,9 +290,6 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
         refuse_deep(record)
         if not reading.media:
             refuse_media(record, kind == "prompt")
-        # the reward's own fields keep their nulls
-        record = {name: without_nulls(value) if name in DIALOGUE and isinstance(value, list) else value
-                  for name, value in record.items()}
     if kind == "text":
         fields["text"] = record[reading.text_field]
     elif kind == "chat":
@@ -309,7 +308,8 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
         fields["awaits_response"] = True
     if kind != "text":
         # the system prompt last: it moves the count of prompt messages by one
-        fields |= _beside(record) | _with_system(record, fields)
+        fields |= read_beside(record.get("tools"), record.get("chat_template_kwargs")) | _with_system(record,
+                                                                                                   fields)
     if reading.bucket_by:
         fields["bucket"] = read_bucket(record, reading.bucket_by)
     fields["tags"] = read_tags(record, reading.tags)
@@ -419,17 +419,6 @@ def _num_prompt(record: dict[str, Any], num_messages: int) -> int:
         raise BadRecord("fields", f"has {str(count)[:40]!r} in {NUM_PROMPT!r}, must say how many of "
                                   f"the {num_messages} messages are the prompt: at least 1, and not all")
     return count
-
-
-def _beside(record: dict[str, Any]) -> dict[str, Any]:
-    kwargs = record.get("chat_template_kwargs") or {}
-    if not isinstance(kwargs, dict):
-        raise BadRecord("fields", f"'chat_template_kwargs' is {str(kwargs)[:40]!r}, must be an object")
-    if own := GIVEN & kwargs.keys():
-        raise BadRecord("fields", f"'chat_template_kwargs' has {min(own)!r}, which the template is given "
-                                  "anyway; remove it")
-    refuse_other_types(kwargs, "'chat_template_kwargs'")
-    return {"tools": read_tools(record["tools"]) if record.get("tools") else (), "template_kwargs": kwargs}
 
 
 def _with_system(record: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def program_in(response: str) -> str:
     said = parse_turn(response).content
     blocks = [text for language, text in _FENCED.findall(said) if language.lower() in _PYTHON]
     # the last block: a response may show a draft before its final program
-    return blocks[-1] if blocks else said
+    return blocks[-1] if blocks else said.strip()
 
 
 def _tests_of(row: Row) -> list[Any]:

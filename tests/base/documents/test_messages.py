@@ -50,6 +50,52 @@ def test_sharegpt_is_the_same_conversation() -> None:
     assert document.texts()[0] == '[{"name": "add"}]'
 
 
+def test_fields_that_are_not_read_are_known_of_each_message() -> None:
+    found = read_messages([{**USER, "id": 7, "refusal": None, "annotations": []},
+                           {**ANSWER, "name": "", "logprobs": {"content": []}, "loss": 0, "audio": {}}], "m")
+    assert [m.unread for m in found] == [("id",), ("logprobs", "loss")] and found[1].other == ()
+    turns = [{"from": "human", "value": "1 + 2?", "weight": 0, "label": "x"}, {"from": "gpt", "value": "3"}]
+    assert [m.unread for m in read_sharegpt(turns, "c")] == [("label",), ()]
+    assert found == read_messages([USER, ANSWER], "m"), "a pair's sides may differ in them"
+
+
+@pytest.mark.parametrize(("content", "text"), [
+    (["a"], "a"), (["a", "b"], "a\nb"), (["a\n", "", " b"], "a\n\n\n b"), (["서울", "🐻"], "서울\n🐻")])
+def test_parts_of_text_are_joined_by_line_feeds(content: list[str], text: str) -> None:
+    parts = [{"type": "text", "text": part} for part in content]
+    for role in ("system", "developer", "user", "assistant"):
+        assert read_messages([{"role": role, "content": parts}], "m")[0].content == text
+    found = read_messages([USER, calling(CALL), {**RESULT, "content": parts}], "m")
+    assert found[2].content == text
+
+
+def test_older_calls_and_roles_are_those_of_today() -> None:
+    older = [{"role": "developer", "content": "Be short."}, USER, {
+        "role": "assistant", "content": "I look.", "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+        {"role": "function", "name": "add", "content": "3"}, ANSWER]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    today = [{"role": "system", "content": "Be short."}, USER,
+             {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+             {"role": "tool", "name": "add", "content": "3"}, ANSWER]
+    assert read_messages(older, "m") == read_messages(today, "m")
+    assert not any(m.unread for m in read_messages(older, "m"))
+
+
+@pytest.mark.parametrize("call", [
+    {"id": None, "type": None, "function": {"name": "add", "arguments": None}},
+    {"function": None, "name": "add", "arguments": {}}, {"function": {"name": "add"}},
+    {"function": {"name": "add", "arguments": ""}}, {"function": {"name": "add", "arguments": "{}"}}])
+def test_a_field_that_is_null_is_none(call: dict[str, Any]) -> None:
+    """JSON lines keep nulls; serve is sent them too."""
+    nulls = dict.fromkeys(("name", "tool_calls", "tool_call_id", "reasoning_content", "train", "weight"))
+    found = read_messages([{**nulls, **USER}, {**nulls, "role": "assistant", "content": None,
+                                               "tool_calls": [call]}, {**nulls, **RESULT}], "messages")
+    assert found == read_messages([USER, calling({"function": {"name": "add"}}), RESULT], "m")
+    mixed = [{"from": None, "value": None, **USER}, {"role": None, "content": None, "from": "gpt",
+                                                     "value": "3"}]
+    assert read_sharegpt(mixed, "conversations") == read_messages([USER, ANSWER], "messages")
+
+
 @pytest.mark.parametrize(("messages", "says"), [
     ([USER, RESULT], "result without a call: m\\[1\\]"),
     ([USER, calling(CALL), {**RESULT, "tool_call_id": "c9"}], "result of another call: .* is 'c9'"),
@@ -65,6 +111,13 @@ def test_sharegpt_is_the_same_conversation() -> None:
     ([{"role": "user", "content": "a", "reasoning_content": "b"}], "which only an assistant's message has"),
     ([USER, {**ANSWER, "train": "yes"}], "m\\[1\\].train is 'yes', must be True or False"),
     ([{"role": "user", "content": [{"type": "image"}]}], "must be a string"),
+    ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}], "encode-media"),
+    ([{"role": "user", "content": [{"type": "text", "text": None}]}], "must be a string"),
+    ([{"role": "user", "content": ["a"]}], "must be a string"),
+    ([{"role": "user", "content": []}], "empty turn"), ([{"role": ["user"], "content": "a"}], "has role"),
+    ([USER, {**calling(CALL), "function_call": {"name": "add"}}], "'tool_calls' and 'function_call'"),
+    ([{**USER, "function_call": {"name": "add"}}], "which only an assistant's message has"),
+    ([USER, {"role": "function", "content": "3"}], "result without a call"),
 ])
 def test_what_does_not_belong_together_is_named(messages: list[Any], says: str) -> None:
     with pytest.raises(BadRecord, match=says):

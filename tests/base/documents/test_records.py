@@ -82,6 +82,64 @@ def test_records_are_the_same_however_they_are_stored(tmp_path: Path, kind: str)
     assert all(one == found["a.jsonl"] and len(one) == 2 for one in found.values())
 
 
+def calling(arguments: Any, tools: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    return {"messages": [*ASK, {"role": "assistant", "content": "", "tool_calls": [
+        {"type": "function", "function": {"name": "get", "arguments": arguments}}], **more},
+        {"role": "tool", "content": "r"}, *SAY], "tools": tools}
+
+
+def parameters(**properties: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "get", "parameters": {"properties": properties}}}
+
+
+UNIT = parameters(unit={"anyOf": [{"type": "string"}, {"type": "null"}], "default": None})
+NULLS: dict[str, dict[str, Any]] = {
+    "argument and default": calling({"unit": None}, [UNIT]),
+    "one argument of two": calling({"city": "Seoul", "unit": None}, [UNIT]),
+    "deep": calling({"a": {"b": [{"c": None}, {"c": None}]}}, [UNIT]),
+    "list": calling({"a": [{"b": None}]}, [UNIT]),
+    "JSON text": calling('{"unit": null, "n": 1}', [UNIT]),
+    "constant": calling({"x": "y"}, [parameters(unit={"const": None, "default": None})]),
+    "strict": calling({"x": "y"}, [{"type": "function", "function": {"name": "get", "strict": None}}]),
+}
+
+
+@pytest.mark.parametrize("name", NULLS)
+def test_nulls_that_were_written_stay(tmp_path: Path, name: str) -> None:
+    row = NULLS[name]
+    function = row["messages"][1]["tool_calls"][0]["function"]
+    arguments = function["arguments"]
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    for stored, write in STORED.items():
+        (tmp_path / stored).write_bytes(write([row, row]))
+        for document in read_documents([tmp_path / stored], RecordReading("chat")):
+            assert document.messages[1].tool_calls[0]["function"]["arguments"] == arguments, stored
+            assert list(document.tools) == row["tools"], stored
+
+
+@pytest.mark.parametrize("renames", [(), (("messages", ("dialog",)), ("tools", ("functions",)))])
+def test_nulls_with_which_a_table_fills_its_rows_go(tmp_path: Path, renames: Any) -> None:
+    """The nulls of JSON lines are no padding, those of JSON in a string neither."""
+    rows = [calling({"city": "Seoul"}, [parameters(city={"type": "string"})], reasoning_content="hm"),
+            calling({"unit": "C", "flat": ["x"]}, [parameters(unit={"type": "string", "default": "K"})])]
+    named = [{"dialog": row["messages"], "functions": row["tools"]} if renames else row for row in rows]
+    for stored, write in STORED.items():
+        (tmp_path / stored).write_bytes(write(named))
+        found = list(read_documents([tmp_path / stored], RecordReading("chat", renames=renames)))
+        assert [list(d.tools) for d in found] == [row["tools"] for row in rows], stored
+        assert [d.messages[1].tool_calls[0]["function"]["arguments"] for d in found] == [
+            {"city": "Seoul"}, {"unit": "C", "flat": ["x"]}], stored
+
+
+def test_a_prompts_other_columns_keep_their_nulls(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": ASK, "tests": [{"a": 1, "b": None}]},
+                                  {"prompt": ASK, "tests": [{"a": None, "b": 2}]}]
+    for stored, write in STORED.items():
+        (tmp_path / stored).write_bytes(write(rows))
+        found = read_documents([tmp_path / stored], RecordReading("prompt"))
+        assert [json.loads(d.extra)["tests"] for d in found] == [row["tests"] for row in rows], stored
+
+
 def test_a_completion_is_learned_and_its_prompt_is_not(tmp_path: Path) -> None:
     earlier = [*ASK, *SAY, {"role": "user", "content": "and 3 + 3?"}]
     rows = [{"prompt": "2 + 2?", "completion": "4"}, {"prompt": "2 + 2?", "response": "4"},

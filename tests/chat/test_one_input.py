@@ -1,0 +1,156 @@
+"""One conversation as pack, serve, generate, chat and reinforcement learning render it, and as transformers'
+`apply_chat_template` does: the same text everywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from data_prep.shards.encode import Encoder
+from megatron_sov.base.documents import Conversation, RecordReading, read_documents
+from megatron_sov.chat.encode import TurnEncoder
+from megatron_sov.chat.folder import read_chat_encoder
+from megatron_sov.infer.asking import Asker
+from megatron_sov.rollouts.prompts import read_prompts
+from megatron_sov.serve.bodies import BodyReader, chat_question
+from megatron_sov.serve.chat_session import ChatModel, ChatSession, ChatTurn
+from tokenizer.cli import main
+
+QWEN3 = (Path(__file__).parent / "qwen3.jinja").read_text()
+UNIT = {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None, "title": "Unit"}
+"""What pydantic writes of an optional argument."""
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "weather", "strict": None, "parameters": {
+        "type": "object", "properties": {"city": {"type": "string"}, "unit": UNIT}}}},
+    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
+ARGUMENTS: dict[str, Any] = {"city": "서울", "unit": None, "days": [None, 1], "more": {"deep": None}}
+
+
+def say(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def calls(arguments: Any) -> list[dict[str, Any]]:
+    return [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}]
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+SENT = [say("developer", "Be short."), say("user", parts("How is it", "in 서울? 🐻"), name=None),
+        say("assistant", None, reasoning_content="I look\n  it up.", tool_calls=calls(json.dumps(ARGUMENTS)),
+            refusal=None, annotations=[]), say("tool", parts("cold"), tool_call_id="c1")]
+"""As a client sends it."""
+SHOWN = [say("system", "Be short."), say("user", "How is it\nin 서울? 🐻"),
+         say("assistant", "", reasoning_content="I look\n  it up.", tool_calls=calls(ARGUMENTS)),
+         say("tool", "cold", tool_call_id="c1")]
+"""As transformers takes it."""
+ANSWER = say("assistant", "    indented", reasoning_content="So: cold.")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    path, imported = tmp_path_factory.mktemp("tokenizer"), tmp_path_factory.mktemp("imported") / "tokenizer"
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", chat_template=QWEN3,
+                            extra_special_tokens=["<|im_start|>", "<|endoftext|>"]).save_pretrained(path)
+    assert main(["import", str(path), "--output", str(imported)]) == 0
+    return imported
+
+
+@pytest.fixture(scope="module")
+def shown(folder: Path) -> Any:
+    """Return `shown(messages)`: the text that transformers gives a model that is asked."""
+    loaded = PreTrainedTokenizerFast.from_pretrained(folder)
+
+    def render(messages: list[dict[str, Any]], asks: bool = True) -> str:
+        return str(loaded.apply_chat_template(messages, tools=TOOLS, add_generation_prompt=asks,
+                                              tokenize=False))
+    return render
+
+
+@pytest.fixture(scope="module")
+def target(folder: Path) -> Any:
+    return SimpleNamespace(tokenizer_folder=folder, vocab_size=1000, is_hf=False, path=folder)
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Path:
+    """Return a file with the conversation as a prompt."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": SENT, "tools": TOOLS}) + "\n")
+    return file
+
+
+def test_the_templates_text_has_the_nulls(shown: Any) -> None:
+    text = shown(SHOWN)
+    for written in ('"unit": null', '"days": [null, 1], "more": {"deep": null}', '"default": null',
+                    '"strict": null', "서울? 🐻", "<think>\nI look\n  it up.\n</think>"):
+        assert written in text
+
+
+@pytest.mark.parametrize("arguments", [ARGUMENTS, json.dumps(ARGUMENTS)], ids=["object", "text"])
+def test_pack_shows_what_transformers_shows(folder: Path, shown: Any, tmp_path: Path, arguments: Any) -> None:
+    sent = [*SENT[:2], {**SENT[2], "tool_calls": calls(arguments)}, *SENT[3:], ANSWER]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": sent, "tools": TOOLS}))
+    encoder, [document] = Encoder(folder), read_documents([tmp_path / "a.jsonl"], RecordReading("chat"))
+    ids = encoder.encode_batch([document]).ids.tolist()
+    assert encoder.decode(ids) == shown([*SHOWN, ANSWER], asks=False) + "<|im_end|>", (
+        "a document ends with eos")
+
+
+def test_serve_shows_what_transformers_shows(target: Any, shown: Any) -> None:
+    question = chat_question(json.dumps({"messages": SENT, "tools": TOOLS}).encode(), "m")
+    reader = BodyReader(target, 10_000)
+    [ids] = reader.read(question).prompts
+    assert Asker(target, chat=True)._tokenizer.decode(ids) == shown(SHOWN)
+
+
+def test_generate_shows_what_transformers_shows(target: Any, shown: Any, line: Path) -> None:
+    [prompt] = read_documents([line], RecordReading("prompt"))
+    asker = Asker(target, chat=True)
+    [ids] = asker.ask([prompt.conversation()])
+    assert asker._tokenizer.decode(ids) == shown(SHOWN)
+    [ids] = asker.ask([text := "서울? \n"])
+    loaded = PreTrainedTokenizerFast.from_pretrained(target.tokenizer_folder)
+    assert asker._tokenizer.decode(ids) == loaded.apply_chat_template(
+        [say("user", text)], add_generation_prompt=True, tokenize=False)
+
+
+def test_reinforcement_learning_shows_what_transformers_shows(folder: Path, shown: Any, line: Path) -> None:
+    encoder = read_chat_encoder(folder)
+    assert encoder is not None
+    chat = read_prompts(line, is_asked=True)[0].conversation()
+    assert encoder.decode(encoder.encode(chat, awaits_response=True).ids) == shown(SHOWN)
+    assert encoder.decode(TurnEncoder(encoder, "tok").opening(chat)) == shown(SHOWN)
+
+
+def test_chat_sends_what_serve_shows_as_transformers_does(target: Any, shown: Any) -> None:
+    bodies: list[dict[str, Any]] = []
+
+    class Silent:
+        def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+            bodies.append(json.loads(json.dumps(body)))
+            yield from ()
+
+    tools = SimpleNamespace(tools=TOOLS, state="", restore=lambda state: None)
+    session = ChatSession(ChatModel("m", cast(Any, Silent()), None, True), {}, cast(Any, tools))
+    session.system = "Be short."
+    session.turns.append(ChatTurn("How is it\nin 서울? 🐻", [*SENT[2:], ANSWER]))
+    session.ask("And now?", cast(Any, None))
+    question = chat_question(json.dumps(bodies[0]).encode(), "m")
+    [chat] = question.prompts
+    assert isinstance(chat, Conversation)
+    reader, asker = BodyReader(target, 10_000), Asker(target, chat=True)
+    assert asker._tokenizer.decode(reader.read(question).prompts[0]) == shown(
+        [*SHOWN, ANSWER, say("user", "And now?")])
