@@ -67,7 +67,7 @@ def raw_files(corpus: Path, manifest: Manifest, sources: list[str]) -> list[RawF
 
 
 def _read(file: Path) -> list[tuple[str, int, str]]:
-    """Return name, size in bytes and hash of each file that `addresses.entries_of` has listed, sorted by name.
+    """Return name, size in bytes and hash of each file that `addresses.entries_of` has listed, by name.
 
     The card is public, so the folders of the files are left out.
     """

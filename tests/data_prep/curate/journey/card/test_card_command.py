@@ -245,7 +245,8 @@ def test_of_several_folders_there_is_one_card_in_which_nothing_counts_twice(
     assert main(["card", str(own_corpus)]) == 2
 
 
-SOURCES = {"web": "html", "books": "text", "seal": "jsonl", "content": "jsonl", "parts": "text", "mixed": "auto"}
+SOURCES = {"web": "html", "books": "text", "seal": "jsonl", "content": "jsonl", "parts": "text",
+           "mixed": "auto"}
 
 
 def _write_raw_file(folder: Path, name: str, format_: str) -> None:
