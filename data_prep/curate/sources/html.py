@@ -10,6 +10,7 @@ import html
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from data_prep.curate.sources.encodings import EncodingLimits, decode_page, read_whole
@@ -40,7 +41,9 @@ _MATH_SCRIPT = re.compile(r"<script\b[^<>]*\"math/tex[^<>]*>([^<]*)</script>", r
 _IMAGE = re.compile(r"<img\b[^<>]*>", re.IGNORECASE)
 _MATH_CLASS = re.compile(r"\bclass=\"[^\"]*math", re.IGNORECASE)
 _ALT = re.compile(r"\balt=\"([^\"]*)\"", re.IGNORECASE)
-_MARKS = re.compile(r"(<pre>.*?</pre>|</?(?:h[1-6]|p|ul|ol|li|br)>)", re.DOTALL)
+_MARKS = re.compile(r"(\0|</?(?:h[1-6]|p|ul|ol|li|br)>)")
+_PRE = re.compile(r"</?pre>")
+_TAG = re.compile(r"<[^<>]*>")
 _CREATIVE_COMMONS = re.compile(r"creativecommons\.org/(?:licenses/([a-z-]+)/(\d\.\d)|publicdomain/zero/1)")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _EMPTY = re.compile(r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr)\b)"
@@ -48,6 +51,9 @@ _EMPTY = re.compile(r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param
 _HAN = r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]"
 _HAN_BREAK = re.compile(rf"(?<={_HAN})[ \t]*\r?\n\s*(?={_HAN})")
 _PREFORMATTED = re.compile(r"(<pre\b(?:[^<]|<(?!/?pre\b))*+</pre>)", re.IGNORECASE)
+_BLOCK_END = re.compile(r"(?:\n|<br\b[^<>]*>)?</(?:div|p|li)\s*>\n?", re.IGNORECASE)
+_BLOCK_BEGIN = re.compile(r"(?<=[^\n>])<(?:div|p|li)\b[^<>]*>", re.IGNORECASE)
+_BLOCK = re.compile(r"</?(?:div|p|li|ul|ol)\b[^<>]*>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,7 @@ def _prepared(source: str) -> str:
     source = _CONTROLS.sub(" ", source)
     if "http://www.w3.org/1999/xhtml" in source[:2000]:
         source = _EMPTY.sub(r"<\1\2></\1>", source)  # `<title/>` would hold the whole page
+    source = _PREFORMATTED.sub(_without_blocks, source)
     if not source.isascii():
         # Line breaks between Han characters are no spaces, except in preformatted text.
         parts = _PREFORMATTED.split(source)
@@ -160,6 +167,12 @@ def _prepared(source: str) -> str:
     body = _BODY.search(source)
     start = body.end() if body else 0
     return source[:start] + "<div><div><div>" + source[start:]
+
+
+def _without_blocks(preformatted: re.Match[str]) -> str:
+    """Return preformatted text with line feeds for blocks, as of code with a <div> or an item for each line;
+    resiliparse's minimal HTML joins or indents them."""
+    return _BLOCK.sub("", _BLOCK_BEGIN.sub("\n", _BLOCK_END.sub("\n", preformatted[0])))
 
 
 def _tex(formula: re.Match[str]) -> str:
@@ -173,18 +186,19 @@ def _tex(formula: re.Match[str]) -> str:
 
 def _markdown(found: str) -> str:
     """Return resiliparse's minimal HTML as text: headings with "#", items with their marks, code between
-    fences, cells of a row between "|"."""
+    fences with its white space, cells of a row between "|"."""
+    found, codes = _cut_out_code(found)
     parts: list[str] = []
     lists: list[int | None] = []  # that are open: the number of the last item, None where it has bullets
     is_heading = False
+    waiting = iter(codes)
     for token in _MARKS.split(found):
         is_end, tag = token.startswith("</"), token.strip("</>") if token.startswith("<") else ""
         indent = "  " * (len(lists) - 1)
-        if token.startswith("<pre>"):
-            code = html.unescape(token[5:-6]).expandtabs().strip("\n").rstrip()
+        if token == "\0":
             # A fence that the code itself has would end it early.
-            fence = "~~~~" if "```" in code else "```"
-            parts.append(f"\n\n{fence}\n{code}\n{fence}\n\n" if code else "")
+            fence = "~~~~" if "```" in next(waiting) else "```"
+            parts.append(f"\n\n{fence}\n\0\n{fence}\n\n")
         elif tag in ("ul", "ol"):
             before = len(lists)
             lists = lists[:-1] if is_end else [*lists, 0 if tag == "ol" else None]
@@ -206,8 +220,30 @@ def _markdown(found: str) -> str:
                      for line in html.unescape(token).rstrip().split("\n")]
             gap = f"\n{indent}  " if lists else "\n"
             parts.append((" " if is_heading else gap).join(lines))
-    text = "".join(parts)
-    if not text.isascii():
-        # Soft hyphens and zero-width spaces are for setting lines, and part words for whoever counts them.
-        text = text.replace("\u00ad", "").replace("\u200b", "").replace("\xa0", " ")
-    return re.sub(r"\n(?:[ \t]*\n)+", "\n\n", text).strip("\n")
+    text = re.sub(r"\n(?:[ \t]*\n)+", "\n\n", "".join(parts)).strip("\n")
+    # Only now the code: its blank lines and blanks are its own.
+    text = "".join(one for pair in zip_longest(text.split("\0"), codes, fillvalue="") for one in pair)
+    if text.isascii():
+        return text
+    # Soft hyphens and zero-width spaces are for setting lines, and part words for whoever counts them.
+    return text.replace("\u00ad", "").replace("\u200b", "").replace("\xa0", " ")
+
+
+def _cut_out_code(found: str) -> tuple[str, list[str]]:
+    """Return minimal HTML with a NUL in the place of each preformatted text, and these texts; a control
+    character cannot be in a page (`_prepared`)."""
+    pieces: list[str] = []
+    codes: list[str] = []
+    depth = begin = 0
+    for tag in _PRE.finditer(found):
+        is_end = tag[0] == "</pre>"
+        # Only the outermost of nested elements is cut out: this tag opens or closes it.
+        if depth == is_end:
+            (codes if is_end else pieces).append(found[begin:tag.start()])
+            begin = tag.end()
+        depth += -1 if is_end else 1
+    pieces.append(found[begin:])
+    codes = [html.unescape(_TAG.sub("", code.replace("<br>", "\n"))).strip("\n").rstrip() for code in codes]
+    between = ["\0" if code else "" for code in codes]
+    return ("".join(one for pair in zip_longest(pieces, between, fillvalue="") for one in pair),
+            [code for code in codes if code])
