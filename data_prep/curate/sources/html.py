@@ -53,6 +53,8 @@ _EMPTY = re.compile(r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param
                     r"([a-zA-Z][\w:-]*+)([^<>]*)/>")
 _HAN = r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]"
 _HAN_BREAK = re.compile(rf"(?<={_HAN})[ \t]*\r?\n\s*(?={_HAN})")
+# After these two letters it is a byte of a letter that was read in a wrong encoding (step `encoding`).
+_SOFT_HYPHEN, _NO_BREAK = re.compile(r"(?<![\xc2\xc3])\xad"), re.compile(r"(?<![\xc2\xc3])\xa0")
 _PREFORMATTED = re.compile(r"(<pre\b(?:[^<]|<(?!/?pre\b))*+</pre>)", re.IGNORECASE)
 _BLOCK_END = re.compile(r"(?:\n|<br\b[^<>]*>)?</(?:div|p|li)\s*>\n?", re.IGNORECASE)
 _BLOCK_BEGIN = re.compile(r"(?<=[^\n>])<(?:div|p|li)\b[^<>]*>", re.IGNORECASE)
@@ -347,7 +349,7 @@ def _markdown(found: str) -> str:
     if text.isascii():
         return text
     # Soft hyphens and zero-width spaces are for setting lines, and part words for whoever counts them.
-    return text.replace("\u00ad", "").replace("\u200b", "").replace("\xa0", " ")
+    return _NO_BREAK.sub(" ", _SOFT_HYPHEN.sub("", text.replace("\u200b", "")))
 
 
 def _cut_out_code(found: str) -> tuple[str, list[str]]:

@@ -37,7 +37,8 @@ def layout_page(seed: int, language: str, depth: int) -> str:
         left = f"<form>{form} <input name=q></form>" + left
     right = f'<a href="/ad"><img src="ad.gif"></a><br>{advert} <a href="/ad">{advert[:12]}</a>'
     begin, end = draw.choice([("<h1>", "</h1>"), ("<b><font size=5>", "</font></b>")])
-    text = f"{begin}{TEXTS[language][0][:20]}{end}" + "".join(f"<p>{' '.join(draw.choices(TEXTS[language], k=6))}</p>" for _ in range(3))
+    paragraphs = "".join(f"<p>{' '.join(draw.choices(TEXTS[language], k=6))}</p>" for _ in range(3))
+    text = f"{begin}{TEXTS[language][0][:20]}{end}{paragraphs}"
     for _ in range(depth - 1):
         text = f"<table width=100%><tr><td>{text}</td></tr></table>"
     cells = [f'<td width=150 class="{draw.choice(["", "menu", "left"])}">{left}</td>', f"<td>{text}</td>",
