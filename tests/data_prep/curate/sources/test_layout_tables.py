@@ -30,9 +30,9 @@ def layout_page(seed: int, language: str, depth: int) -> str:
     begin, end = draw.choice([("", "<br>"), ("<li>", ""), ("<div>", "</div>")])
     left = "".join(f'{begin}<a href="/c/{i}">{category} {i}</a>{end}' for i in range(draw.randint(5, 15)))
     if draw.random() < 0.5:
-        rows = "".join(f'<tr><td><img src=dot.gif></td><td><a href="/c/{i}">{category} {i}</a></td></tr>'
+        items = "".join(f'<tr><td><img src=dot.gif></td><td><a href="/c/{i}">{category} {i}</a></td></tr>'
                        for i in range(draw.randint(5, 15)))
-        left = f"<table>{rows}</table>"
+        left = f"<table>{items}</table>"
     if draw.random() < 0.3:
         left = f"<form>{form} <input name=q></form>" + left
     right = f'<a href="/ad"><img src="ad.gif"></a><br>{advert} <a href="/ad">{advert[:12]}</a>'
