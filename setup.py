@@ -47,9 +47,9 @@ EXTRAS = {
     "rl": ["math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0"],
     "judge": ["openai>=2", "httpx>=0.27"],
     # `sov-data run`: readers of pages, books, offices, PDFs, web archives, licences, encodings;
-    # languages and phone numbers (their data lie in the wheels, nothing is downloaded); scorers.
+    # mojibake, languages and phone numbers (their data lie in the wheels, nothing is downloaded); scorers.
     "data": ["resiliparse>=2", "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6",
-             "ukkonen>=1.0", "charset-normalizer>=3", "py3langid>=0.4", "phonenumbers>=9",
+             "ukkonen>=1.0", "charset-normalizer>=3", "ftfy>=6.3", "py3langid>=0.4", "phonenumbers>=9",
              "scikit-learn>=1.7"],
     # `sov-data synth`: its client; graphs of facts, agreement of translations; `data` for the checks of all.
     "synth": ["openai>=2", "httpx>=0.27", "networkx>=3", "sacrebleu>=2.5", "py3langid>=0.4"],
@@ -84,7 +84,7 @@ EXTRAS = {
         "math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "openai>=2",
         "httpx>=0.27", "langdetect>=1.0.9", "datatrove>=0.10,<0.11",
         "resiliparse>=2", "lxml>=5", "pypdfium2>=5", "warcio>=1.7", "identify>=2.6", "ukkonen>=1.0",
-        "charset-normalizer>=3",
+        "charset-normalizer>=3", "ftfy>=6.3",
         "py3langid>=0.4", "phonenumbers>=9",
         "scikit-learn>=1.7", "networkx>=3", "sacrebleu>=2.5",
         "lm-eval==0.4.13", "accelerate>=1.10", "aiohttp>=3.11",

@@ -98,7 +98,6 @@ MAX_CORE_LINES = 73_500
 """Of what an installation cannot do without; all else is a part of `megatron_sov.version.PARTS`."""
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
-    "data_prep/curate/dedup/minhash_loops.py": "compiled loops, loaded where they are called",
     "data_prep/shards/sample.py": "a command",
     "megatron_sov/bench/reproduce/seeds/facts.py": "named by commands of a claim, which has its hash",
     "megatron_sov/bench/lm/examples.py": "few-shot examples, another subject than running an evaluation",

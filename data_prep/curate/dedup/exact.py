@@ -226,14 +226,15 @@ MOST_ROWS = 50
 
 
 def write_report(view: View, lists: Callable[[int], Records], title: str,
-                 bars: list[dict[str, Any]] | None = None) -> None:
+                 bars: Sequence[dict[str, Any]] = (), tables: Sequence[dict[str, Any]] = ()) -> None:
     """Write `report.json` into a step's work folder.
 
     Args:
         view: the pipeline.
         lists: rank -> records with `doc` and `keeper` of what goes from a shard.
         title: of the table.
-        bars: charts beside it.
+        bars: charts next to it.
+        tables: further tables.
     """
     numbering = Numbering(view)
     between: Counter[tuple[str, str]] = Counter()
@@ -244,7 +245,7 @@ def write_report(view: View, lists: Callable[[int], Records], title: str,
     rows = [[dropped, kept, count] for (dropped, kept), count in
             sorted(between.items(), key=lambda item: (-item[1], item[0]))[:MOST_ROWS]]
     write_page(view, {"tables": [{"title": title, "head": ["dropped from", "kept in", "documents"],
-                                  "rows": rows}], "bars": bars or [], "notes": []})
+                                  "rows": rows}, *tables], "bars": [*bars], "notes": []})
 
 
 def write_page(view: View, page: dict[str, Any]) -> None:

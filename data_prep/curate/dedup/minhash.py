@@ -1,14 +1,14 @@
-"""Step `minhash_dedup`: of documents that nearly agree one stays.
+"""Step `minhash_dedup`: a document goes if a kept one is nearly the same.
 
 signatures (per shard) -> bands in common (per partition) -> shingles and their comparison (per shard, where
-candidates are verified exactly) -> clusters (one task).
+candidates are verified exactly) -> selection (`clusters`, one task).
 """
 
 from __future__ import annotations
 
 import mmap
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,10 +17,11 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
+from data_prep.curate.dedup.clusters import DROPPED, EDGE, Clusters, DocumentOrder, sorted_edges
 from data_prep.curate.dedup.exact import Dropped, Partitions, write_report
 from data_prep.curate.dedup.work_files import (
-    ROW_BITS, BucketWriter, Numbering, Records, Register, Slice, bucket_slice, parts_of, ranks, read_array,
-    registered, rows, save_array, write_buckets)
+    Numbering, Records, Register, Slice, bucket_slice, parts_of, ranks, registered, rows, save_array,
+    write_buckets)
 from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
 from data_prep.shards.shard_damage import place_in_run, way_out
 from megatron_sov.base.artifacts import new_file, new_folder
@@ -32,7 +33,8 @@ from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, ProblemCode, 
 #
 # As for exact keys (`dedup.exact`), a shard's bands are written sorted and cut into partitions, and a
 # partition is worked through in ranges of keys. Of a band that many documents share, each is paired with the
-# first `MOST_FIRST` only: all pairs of a crowd of n would be n^2, and clusters need n - 1.
+# first `MOST_FIRST` only, as all pairs of a crowd of n would be n^2. First are those that come first in the
+# order of keeping (`clusters.DocumentOrder`): they stay, and the crowd has to be compared with what stays.
 
 MOST_FIRST = 12
 RANGE_RECORDS = 1 << 17
@@ -42,9 +44,10 @@ _HALF = np.uint64(32)
 
 
 def band_dtype(sketch_bytes: int) -> np.dtype[Any]:
-    """Return the structure of a band's record: its key, the number of the document, and the document's sketch
-    where that is wanted."""
-    return np.dtype([("key", "<u8"), ("doc", "<u8"), ("sketch", "u1", (sketch_bytes,))])
+    """Return the structure of a band's record: its key, number and characters of the document, and the
+    document's sketch where one is needed."""
+    return np.dtype([("key", "<u8"), ("doc", "<u8"), ("characters", "<u4"),
+                     ("sketch", "u1", (sketch_bytes,))])
 
 
 def write_bands(path: Path, records: Records, num_partitions: int) -> None:
@@ -53,12 +56,13 @@ def write_bands(path: Path, records: Records, num_partitions: int) -> None:
     write_buckets(path, records, partitions, num_partitions)
 
 
-def blocks_of_bands(files: list[Path], dtype: np.dtype[Any], partition: int, num_partitions: int
-                    ) -> Iterator[tuple[Records, NDArray[np.int64], NDArray[np.int64]]]:
+def blocks_of_bands(files: list[Path], order: DocumentOrder, dtype: np.dtype[Any], partition: int,
+                    num_partitions: int) -> Iterator[tuple[Records, NDArray[np.int64], NDArray[np.int64]]]:
     """Yield records of bands with the pairs among them: the places of either side in the records.
 
     Args:
         files: what `write_bands` wrote, by rank.
+        order: of keeping documents.
         dtype: of the records.
         partition: which.
         num_partitions: of how many.
@@ -74,15 +78,16 @@ def blocks_of_bands(files: list[Path], dtype: np.dtype[Any], partition: int, num
         bound = low + (high - low) * number // num_ranges
         stops = [found.num_records if number == num_ranges else _first_from(found, bound, start)
                  for found, start in zip(slices, starts, strict=True)]
-        # The first ones of each band go on into the next block: a band that a block's end cuts is still
-        # paired.
+        parts = [found.part(start, stop) for found, start, stop in zip(slices, starts, stops, strict=True)]
+        # A crowd may fill several blocks: the first documents of its band are found before any is paired.
         firsts = np.empty(0, dtype)
-        for block in _blocks(found.part(start, stop)
-                             for found, start, stop in zip(slices, starts, stops, strict=True)):
-            records, are_new = _in_bands(firsts, block)
-            places = _places_in_band(records["key"])
-            yield (records, *_pairs(places, are_new))
-            firsts = records[places < MOST_FIRST]
+        if sum(part.num_records for part in parts) > RANGE_RECORDS:
+            for block in _blocks(parts):
+                records, _ = _in_bands(firsts, block, order)
+                firsts = records[_places_in_band(records["key"]) < MOST_FIRST]
+        for block in _blocks(parts):
+            records, is_of_block = _in_bands(firsts, block, order)
+            yield (records, *_pairs(_places_in_band(records["key"]), is_of_block))
         starts = stops
 
 
@@ -98,7 +103,7 @@ def _first_from(found: Slice, bound: int, start: int) -> int:
     return start
 
 
-def _blocks(parts: Iterator[Slice]) -> Iterator[Records]:
+def _blocks(parts: Iterable[Slice]) -> Iterator[Records]:
     """Read slices, joined to blocks of about `RANGE_RECORDS`, and cut where one has more."""
     held: list[Records] = []
     count = 0
@@ -113,12 +118,18 @@ def _blocks(parts: Iterator[Slice]) -> Iterator[Records]:
         yield np.concatenate(held)
 
 
-def _in_bands(firsts: Records, block: Records) -> tuple[Records, NDArray[np.bool_]]:
-    """Return the first ones of bands seen before together with a block, by band and document, and which of
-    them are new."""
-    records = np.concatenate([firsts, block])
-    order = np.lexsort((records["doc"], records["key"]))
-    return records[order], order >= len(firsts)
+def _in_bands(firsts: Records, block: Records, order: DocumentOrder
+              ) -> tuple[Records, NDArray[np.bool_]]:
+    """Return the first documents of bands together with a block, each document of a band once, by band and
+    the order of keeping; and which of the records are of the block."""
+    # The block's records come first: of two of one document the stable sort leaves the block's in front.
+    records = np.concatenate([block, firsts])
+    sorting = np.lexsort((records["doc"], order.of(records["doc"], records["characters"]), records["key"]))
+    records = records[sorting]
+    is_repeated = np.zeros(len(records), np.bool_)
+    is_repeated[1:] = (records["key"][1:] == records["key"][:-1]) & (
+        records["doc"][1:] == records["doc"][:-1])
+    return records[~is_repeated], (sorting < len(block))[~is_repeated]
 
 
 def _places_in_band(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
@@ -129,13 +140,13 @@ def _places_in_band(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     return places
 
 
-def _pairs(places: NDArray[np.int64], are_new: NDArray[np.bool_]
+def _pairs(places: NDArray[np.int64], is_of_block: NDArray[np.bool_]
            ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     here = np.arange(len(places))
     ones, others = [], []
     for first in range(min(MOST_FIRST, int(places.max(initial=0)))):
-        # Old records were paired with each other in the block that brought them.
-        later = here[(places > first) & are_new]
+        # A pair belongs to the block of its later document.
+        later = here[(places > first) & is_of_block]
         ones.append(later)
         others.append(later - places[later] + first)
     nothing = np.empty(0, np.int64)
@@ -226,132 +237,11 @@ def estimated(made: NDArray[np.uint8], ones: NDArray[np.int64], others: NDArray[
     return (agree - 1 / 256) / (1 - 1 / 256)
 
 
-DROPPED = np.dtype([("doc", "<u8"), ("keeper", "<u8")])
-"""Numbers of a document that goes, and of the one that stays in its place."""
-EDGE_BLOCK = 1 << 18
-_LENGTH_BITS = 40
-_SIZES = (2, 3, 4, 5, 10, 30, 100, 1000)
 PAIR_BLOCK = 1 << 18
 REASON = "near duplicate"
 MOST_NUMBERS = 1024
-
-
-# Clusters of near duplicates, and who of each stays. Similarity is taken as passed on: two documents that
-# are similar to a third belong together. The parents of the union-find lie in a file with eight bytes for
-# every document of the corpus, of which only those parts take room on the disk, and in memory for as long
-# as there is some, that hold documents with a near duplicate.
-
-
-class Clusters:
-    """The clusters of a corpus."""
-
-    def __init__(self, view: View, register: Register, folder: Path) -> None:
-        """Begin with every document alone.
-
-        Args:
-            view: the pipeline.
-            register: of the documents.
-            folder: temporary; holds a few bytes for each document.
-        """
-        self._numbering, self._register = Numbering(view), register
-        # Earlier steps leave gaps between the rows of a shard, so its last row and not its length says how
-        # much room its documents need.
-        last_rows = (register.read(rank)["row"][-1:] for rank in range(len(view.shards)))
-        counts = [int(last[0]) + 1 if len(last) else 0 for last in last_rows]
-        self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        priorities = {view.priority(shard.source) for shard in view.shards}
-        order = {priority: place for place, priority in enumerate(sorted(priorities, reverse=True))}
-        self._class_of = [order[view.priority(shard.source)] for shard in self._numbering.shards]
-        self._parents = self._new(folder / "parents")
-        self._keepers = self._new(folder / "keepers")
-        self._best = self._new(folder / "best")
-        self._sizes = self._new(folder / "sizes")
-
-    def unite(self, edges: NDArray[np.uint64]) -> None:
-        """Unite the documents of pairs of numbers [n, 2]."""
-        from data_prep.curate.dedup.minhash_loops import unite
-
-        for start in range(0, len(edges), EDGE_BLOCK):
-            block = np.asarray(edges[start:start + EDGE_BLOCK])
-            unite(self._parents, self._places(block[:, 0]), self._places(block[:, 1]))
-
-    def write_dropped(self, path: Path, keep: str) -> None:
-        """Choose who stays of each cluster, and write who goes, with a bucket for each rank.
-
-        Args:
-            path: the file.
-            keep: "longest" or "first", of those of the highest priority.
-        """
-        # Two rounds: who stays of a cluster is known only when the members in all shards have been seen.
-        for rank, places, roots in self._members():
-            self._choose(rank, places, roots, keep)
-        with new_file(path, makes_parents=True) as temporary:
-            writer = BucketWriter(temporary, len(self._numbering.shards))
-            for rank, places, roots in self._members():
-                # Places are written plus one, as zeros are the holes of the file.
-                keepers = self._keepers[roots].astype(np.int64) - 1
-                goes = keepers != places
-                found = np.empty(int(goes.sum()), DROPPED)
-                found["doc"], found["keeper"] = self._numbers(places[goes]), self._numbers(keepers[goes])
-                writer.append(rank, found)
-            writer.close()
-
-    def sizes(self) -> list[tuple[str, int]]:
-        """Return how many clusters there are of each size, behind `write_dropped`."""
-        counts = np.zeros(len(_SIZES), np.int64)
-        for _, places, roots in self._members():
-            found = self._sizes[places[places == roots]].astype(np.int64)
-            counts += np.bincount(np.searchsorted(_SIZES, found, side="right") - 1, minlength=len(_SIZES))
-        ends = [str(end - 1) for end in _SIZES[1:]]
-        names = [str(begin) if str(begin) == end else f"{begin}-{end}"
-                 for begin, end in zip(_SIZES, ends, strict=False)]
-        return list(zip([*names, f"{_SIZES[-1]}+"], counts.tolist(), strict=True))
-
-    def _new(self, path: Path) -> NDArray[np.uint64]:
-        """Return a number for each document, in a file with holes where they are zero."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = np.memmap(path, np.uint64, "w+", shape=(max(1, int(self._first[-1])),))
-        return np.asarray(found)
-
-    def _places(self, numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
-        places: NDArray[np.int64] = self._first[ranks(numbers)] + rows(numbers)
-        return places
-
-    def _numbers(self, places: NDArray[np.int64]) -> NDArray[np.uint64]:
-        # the last of several that begin at one place is the one that is not empty
-        rank = np.searchsorted(self._first, places, side="right") - 1
-        return (rank.astype(np.uint64) << ROW_BITS) | (places - self._first[rank]).astype(np.uint64)
-
-    def _members(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-        from data_prep.curate.dedup.minhash_loops import find_roots
-
-        for rank in range(len(self._numbering.shards)):
-            begin, end = self._first[rank:rank + 2].tolist()
-            # A document without a near duplicate has a parent of zero and is passed over.
-            places = begin + np.flatnonzero(self._parents[begin:end])
-            if len(places):
-                roots = np.empty(len(places), np.int64)
-                find_roots(self._parents, places, roots)
-                yield rank, places, roots
-
-    def _choose(self, rank: int, places: NDArray[np.int64], roots: NDArray[np.int64], keep: str) -> None:
-        """Let the members of a shard stand for their clusters where they are better than those before."""
-        np.add.at(self._sizes, roots, np.uint64(1))
-        # The smaller the better: the priority's class in the upper bits, below it by how much the text falls
-        # short of the longest possible; of equals the first place wins.
-        worth = np.full(len(places), self._class_of[rank] << _LENGTH_BITS, np.uint64)
-        if keep == "longest":
-            longest = (1 << _LENGTH_BITS) - 1
-            characters = self._register.at(rank, places - self._first[rank])["characters"]
-            worth += (longest - np.minimum(characters, longest)).astype(np.uint64)
-        # The best of each cluster in this shard, then compared with the best of the shards before; `<` leaves
-        # equals with the earlier shard.
-        order = np.lexsort((places, worth, roots))
-        best = order[np.concatenate([[True], roots[order][1:] != roots[order][:-1]])]
-        is_better = (self._keepers[roots[best]] == 0) | (worth[best] < self._best[roots[best]])
-        best = best[is_better]
-        self._best[roots[best]] = worth[best]
-        self._keepers[roots[best]] = (places[best] + 1).astype(np.uint64)
+MOST_CLUSTERS = 20
+"""Clusters that the report names."""
 
 
 # Candidates compared shingle by shingle: the exact Jaccard similarity of pairs, in files per shard.
@@ -466,7 +356,7 @@ class MinhashSettings:
     """"exact": candidates are compared by all their shingles; "estimated": by eight bits of each number of
     their signatures, without reading any text again."""
     keep: Literal["longest", "first"] = "longest"
-    """Who stays of a cluster, among those of the highest priority: the "longest", or the "first"."""
+    """Which of two similar documents of one priority stays: the "longest", or the "first"."""
     partitions: Partitions = 64
     """Tasks of the second pass; as many workers can be busy with it."""
 
@@ -479,10 +369,10 @@ class MinhashSettings:
 
 
 class MinhashDedup(Step):
-    """Drops documents that are nearly the same as another one."""
+    """Drops documents that are nearly the same as a kept one."""
 
     kind = "minhash_dedup"
-    version = 2
+    version = 3  # similarity is not passed on
     adds = {"duplicate_of": "string"}
     Settings = MinhashSettings
     settings: MinhashSettings
@@ -510,18 +400,19 @@ class MinhashDedup(Step):
         s, numbering, shard = self.settings, Numbering(view), view.shards[task]
         signer = Signer(s.num_bands, s.rows_per_band, s.ngram, s.seed)
         rank = numbering.rank_of[shard]
-        numbers: list[int] = []
+        documents: list[tuple[int, int]] = []
         found: list[Signature] = []
         for batch in registered(view, shard, Register(view.work / "documents"), rank):
             for document in batch:
                 if (signature := signer.sign(document.text)) is not None:
-                    numbers.append(rank << 32 | document.row)
+                    documents.append((rank << 32 | document.row, len(document.text)))
                     found.append(signature)
         size = s.num_bands * s.rows_per_band
         signatures = np.array(found, np.uint32).reshape(-1, size)
         records = np.empty((len(found), s.num_bands), self._dtype)
         records["key"] = signer.band_keys(signatures)
-        records["doc"] = np.array(numbers, np.uint64)[:, None]
+        for place, name in enumerate(("doc", "characters")):
+            records[name] = np.array(documents, np.uint64).reshape(-1, 2)[:, place:place + 1]
         if s.verify == "estimated":
             records["sketch"] = sketches(signatures)[:, None, :]
         write_bands(view.work / "bands" / f"{rank:06}", records.reshape(-1), s.partitions)
@@ -529,17 +420,18 @@ class MinhashDedup(Step):
     def _pair(self, view: View, task: int) -> None:
         s = self.settings
         files = [view.work / "bands" / f"{rank:06}" for rank in range(len(view.shards))]
+        order = DocumentOrder(view, s.keep)
         with new_folder(view.work / "pairs" / f"{task:05}") as temporary:
             for number, (records, ones, others) in enumerate(
-                    blocks_of_bands(files, self._dtype, task, s.partitions)):
-                if s.verify == "estimated":
-                    agree = estimated(records["sketch"], ones, others) >= s.threshold
-                    ones, others = ones[agree], others[agree]
-                pairs = np.stack([records["doc"][ones], records["doc"][others]], axis=1)
+                    blocks_of_bands(files, order, self._dtype, task, s.partitions)):
                 if s.verify == "exact":
+                    pairs = np.stack([records["doc"][ones], records["doc"][others]], axis=1)
                     write_pairs(temporary / f"{number:06}", pairs, len(files))
-                else:
-                    save_array(temporary / f"{number:06}.npy", distinct(pairs))
+                    continue
+                agree = estimated(records["sketch"], ones, others) >= s.threshold
+                pairs, characters = (np.stack([records[name][ones[agree]], records[name][others[agree]]],
+                                              axis=1) for name in ("doc", "characters"))
+                save_array(temporary / f"{number:06}.npy", sorted_edges(order.edges(pairs, characters)))
 
     def _write_shingles(self, view: View, task: int) -> None:
         rank = Numbering(view).rank_of[view.shards[task]]
@@ -549,24 +441,32 @@ class MinhashDedup(Step):
 
     def _verify(self, view: View, task: int) -> None:
         rank = Numbering(view).rank_of[view.shards[task]]
+        order, register = DocumentOrder(view, self.settings.keep), Register(view.work / "documents")
         pairs = read_pairs(view.work / "pairs", rank)
+        edges = [np.empty(0, EDGE)]
+        for block in similar_pairs(pairs, view.work / "shingles", rank, self.settings.threshold):
+            # All pairs of a block are between the same two shards.
+            lengths = [register.at(int(ranks(side[:1])[0]), rows(side))["characters"]
+                       for side in block.T if len(side)]
+            if lengths:
+                edges.append(order.edges(block, np.stack(lengths, axis=1)))
         with new_folder(view.work / "similar" / f"{rank:06}") as temporary:
-            found = similar_pairs(pairs, view.work / "shingles", rank, self.settings.threshold)
-            edges = np.concatenate([np.empty((0, 2), np.uint64), *found])
-            save_array(temporary / "edges.npy", edges)
+            save_array(temporary / "edges.npy", sorted_edges(np.concatenate(edges)))
 
     def _cluster(self, view: View, task: int) -> None:
         folder = view.work / "similar" if self.settings.verify == "exact" else view.work / "pairs"
         scratch = view.work / ".clusters"
+        shutil.rmtree(scratch, ignore_errors=True)
         clusters = Clusters(view, Register(view.work / "documents"), scratch)
-        for file in parts_of(folder):
-            clusters.unite(read_array(file))
-        clusters.write_dropped(view.work / "dropped", self.settings.keep)
-        sizes = clusters.sizes()
+        clusters.select(parts_of(folder))
+        clusters.write_dropped(view.work / "dropped")
+        sizes = clusters.count_sizes()
+        largest = [[id_, size] for id_, size in clusters.largest(MOST_CLUSTERS)]
         write_report(view, _lists(view.work), "Near duplicates",
                      [{"title": "Clusters by size", "labels": [name for name, _ in sizes],
-                       "counts": [count for _, count in sizes], "note": "documents of a cluster"}])
-        # what is large and has served
+                       "counts": [count for _, count in sizes],
+                       "note": "A cluster is a kept document and those that go for it."}],
+                     [{"title": "Largest clusters", "head": ["kept document", "documents"], "rows": largest}])
         # Last: should this task be killed here and run again, it reads `similar` or `pairs` alone.
         for used in (scratch, view.work / "bands", view.work / "shingles"):
             shutil.rmtree(used, ignore_errors=True)

@@ -68,40 +68,34 @@ def count_common(ones: NDArray[np.uint64], one_begins: NDArray[np.int64], others
 
 
 @compiled
-def unite(parents: NDArray[np.uint64], ones: NDArray[np.int64], others: NDArray[np.int64]) -> None:
-    """Unite the clusters of pairs; the smallest of a cluster is its root.
+def find_ranges(bound_orders: NDArray[np.uint64], bound_firsts: NDArray[np.uint64],
+                orders: NDArray[np.uint64], firsts: NDArray[np.uint64], places: NDArray[np.int64]) -> None:
+    """Write for each (order, first) how many of the ascending bounds are not above it."""
+    for i in range(len(orders)):
+        low, high = 0, len(bound_orders)
+        while low < high:
+            middle = (low + high) // 2
+            if (bound_orders[middle] < orders[i]
+                    or (bound_orders[middle] == orders[i] and bound_firsts[middle] <= firsts[i])):
+                low = middle + 1
+            else:
+                high = middle
+        places[i] = low
+
+
+@compiled
+def drop_similar(keepers: NDArray[np.uint64], dropped_counts: NDArray[np.uint64], firsts: NDArray[np.int64],
+                 seconds: NDArray[np.int64]) -> None:
+    """Drop the second document of each pair if the first one is kept and the second is not dropped yet.
 
     Args:
-        parents: of each document, plus one; 0: it is in no cluster.
-        ones: places in `parents`.
-        others: those that belong to the same cluster.
+        keepers: of each document the place, plus one, of the kept document that it goes for; 0: it is kept.
+        dropped_counts: of each document how many go for it.
+        firsts: places of the first documents, in the order in which documents are considered.
+        seconds: places of the second ones.
     """
-    for i in range(len(ones)):
-        a, b = root(parents, ones[i]), root(parents, others[i])
-        if a < b:
-            # The smaller place becomes the root, so the result does not depend on the order of the pairs.
-            parents[b] = np.uint64(a + 1)
-        else:
-            parents[a] = np.uint64(b + 1)
-
-
-@compiled
-def root(parents: NDArray[np.uint64], place: np.int64) -> np.int64:
-    """Return the root of a document's cluster, which it becomes the root of where it is in none; halves the
-    way there."""
-    if parents[place] == 0:
-        parents[place] = np.uint64(place + 1)
-        return place
-    above = np.int64(parents[place]) - 1
-    while above != place:
-        higher = np.int64(parents[above]) - 1
-        parents[place] = np.uint64(higher + 1)
-        place, above = above, higher
-    return place
-
-
-@compiled
-def find_roots(parents: NDArray[np.uint64], places: NDArray[np.int64], roots: NDArray[np.int64]) -> None:
-    """Write the root of each of some documents that are in a cluster."""
-    for i in range(len(places)):
-        roots[i] = root(parents, places[i])
+    for i in range(len(firsts)):
+        first, second = firsts[i], seconds[i]
+        if keepers[first] == 0 and keepers[second] == 0:
+            keepers[second] = np.uint64(first + 1)
+            dropped_counts[first] += np.uint64(1)

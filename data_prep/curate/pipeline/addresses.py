@@ -23,7 +23,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import try_read_json, write_json
 from megatron_sov.runs.obs.figures import size
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Raised when the same inputs and settings would have other files."""
 REASONS_FILE = "address.json"
 HASH_THREADS = 4

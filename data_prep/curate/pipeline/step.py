@@ -163,6 +163,7 @@ def schema(columns: dict[str, ColumnType], *first: tuple[str, pa.DataType]) -> p
 
 STEPS: dict[str, str] = {
     "code": "data_prep.curate.code_step:CodeStep",
+    "encoding": "data_prep.curate.quality.encoding:RepairEncoding",
     "language": "data_prep.curate.quality.identify:Language",
     "rules": "data_prep.curate.quality.rules.step:Rules",
     "pii": "data_prep.curate.quality.pii.step:Pii",

@@ -7,6 +7,7 @@ row by row; all its files have the same groups of rows, which are in memory one 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ import psutil
 import pyarrow as pa
 
 from data_prep.curate.journey.facts import write_shard_facts
+from data_prep.curate.line_ends import unify_line_ends
 from data_prep.curate.pipeline.addresses import refuse_changed
 from data_prep.curate.pipeline.counts import Counts, noted_seal
 from data_prep.curate.pipeline.pipeline_file import Pipeline, name_of
@@ -143,7 +145,10 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
                 if isinstance(item, Broken):
                     _note_broken(item, pipeline, quarantine, counts, shard)
                     continue
-                counts.count(group.add(item), "", item.text, None)
+                # Here, before any step, for every format: all steps see the same form of lines.
+                is_code = piece.format == "code" or source.settings.kind == "math_code"
+                text = unify_line_ends(item.text, is_code=is_code)
+                counts.count(group.add(dataclasses.replace(item, text=text)), "", text, None)
                 if group.is_full:
                     file.write(group.take())
         file.write(group.take())

@@ -10,6 +10,8 @@ import html
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 from data_prep.curate.sources.encodings import EncodingLimits, decode_page, read_whole
@@ -31,6 +33,8 @@ _AROUND = ["dialog", "[role=navigation]", "[role=banner]", "[role=contentinfo]",
            "[role=menu]", "[role=complementary]", "[role=dialog]", "[role=toolbar]", ".sphinxsidebar",
            ".breadcrumbs", ".toc", "body > div > div > div > footer", "body > div > div > div > * > footer"]
 """Selectors of what stands around the text, which resiliparse's own rules do not look at."""
+_IS_LAYOUT, _IS_AROUND = "data-layout-table", "data-around-text"
+"""Attributes that `mark_cells_around` writes."""
 _BODY = re.compile(r"<body\b[^<>]*>|</head\s*>", re.IGNORECASE)
 _CELL = re.compile(r"(<t[dh]\b[^<>]*>)\s*<p\b[^<>]*>((?:[^<]|<(?!/?(?:p|t[dhr]|table)\b))*+)</p>"
                    r"\s*(?=</t[dh]>)", re.IGNORECASE)
@@ -40,14 +44,21 @@ _MATH_SCRIPT = re.compile(r"<script\b[^<>]*\"math/tex[^<>]*>([^<]*)</script>", r
 _IMAGE = re.compile(r"<img\b[^<>]*>", re.IGNORECASE)
 _MATH_CLASS = re.compile(r"\bclass=\"[^\"]*math", re.IGNORECASE)
 _ALT = re.compile(r"\balt=\"([^\"]*)\"", re.IGNORECASE)
-_MARKS = re.compile(r"(<pre>.*?</pre>|</?(?:h[1-6]|p|ul|ol|li|br)>)", re.DOTALL)
+_MARKS = re.compile(r"(\0|</?(?:h[1-6]|p|ul|ol|li|br)>)")
+_PRE = re.compile(r"</?pre>")
+_TAG = re.compile(r"<[^<>]*>")
 _CREATIVE_COMMONS = re.compile(r"creativecommons\.org/(?:licenses/([a-z-]+)/(\d\.\d)|publicdomain/zero/1)")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _EMPTY = re.compile(r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr)\b)"
                     r"([a-zA-Z][\w:-]*+)([^<>]*)/>")
 _HAN = r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]"
 _HAN_BREAK = re.compile(rf"(?<={_HAN})[ \t]*\r?\n\s*(?={_HAN})")
+# After these two letters it is a byte of a letter that was read in a wrong encoding (step `encoding`).
+_SOFT_HYPHEN, _NO_BREAK = re.compile(r"(?<![\xc2\xc3])\xad"), re.compile(r"(?<![\xc2\xc3])\xa0")
 _PREFORMATTED = re.compile(r"(<pre\b(?:[^<]|<(?!/?pre\b))*+</pre>)", re.IGNORECASE)
+_BLOCK_END = re.compile(r"(?:\n|<br\b[^<>]*>)?</(?:div|p|li)\s*>\n?", re.IGNORECASE)
+_BLOCK_BEGIN = re.compile(r"(?<=[^\n>])<(?:div|p|li)\b[^<>]*>", re.IGNORECASE)
+_BLOCK = re.compile(r"</?(?:div|p|li|ul|ol)\b[^<>]*>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -100,21 +111,28 @@ def page_text(source: str, *, whole: bool = False) -> tuple[str, dict[str, Any]]
     if tree.body.query_selector(_DEEPER):
         words = extract_plain_text(tree, preserve_formatting=False, alt_texts=False, skip_elements=_UNSEEN)
         return words, facts
-    found = extract_plain_text(tree, preserve_formatting="minimal_html", main_content=not whole,
-                               alt_texts=False, skip_elements=_UNSEEN if whole else _UNSEEN + _AROUND)
-    return _markdown(found), facts
+    extract = partial(extract_plain_text, tree, preserve_formatting="minimal_html", alt_texts=False)
+    if whole:
+        return _markdown(extract(skip_elements=_UNSEEN)), facts
+    if mark_cells_around(tree.body):
+        text = _markdown(extract(main_content=True, skip_elements=[*_UNSEEN, *_AROUND, f"[{_IS_AROUND}]"]))
+        # Without a text that they stand around, the links are what the page is for.
+        if len(text.encode()) >= TEXT_BYTES:
+            return text, facts
+    return _markdown(extract(main_content=True, skip_elements=_UNSEEN + _AROUND)), facts
 
 
 def _facts(tree: Any) -> dict[str, Any]:
     """Return columns of a page: title, url, date, licence, language_hint, as far as it tells them."""
     root = tree.document
     metas: dict[str, str] = {}
-    for meta in root.query_selector_all("meta"):
+    # `values`: iterating over resiliparse's lists takes time with the square of their length.
+    for meta in root.query_selector_all("meta").values():
         name = (meta.getattr("property") or meta.getattr("name") or meta.getattr("itemprop") or "").lower()
         # The first of a name counts, and no value is long: a page may repeat them without end.
         metas.setdefault(name, (meta.getattr("content") or "").strip()[:500])
     links: dict[str, str] = {}
-    for link in root.query_selector_all("link[rel], a[rel]"):
+    for link in root.query_selector_all("link[rel], a[rel]").values():
         for relation in (link.getattr("rel") or "").lower().split():
             links.setdefault(relation, (link.getattr("href") or "").strip()[:500])
     # Most reliable first: what a page says to programs, then what it shows to people.
@@ -130,6 +148,117 @@ def _facts(tree: Any) -> dict[str, Any]:
         "date": published or (time.getattr("datetime") if time else ""),
         "licence": licence_of(links.get("license") or metas.get("dc.rights") or ""),
         "language_hint": (language or metas.get("og:locale") or "")[:35]})
+
+
+# Pages that are laid out by tables: resiliparse looks for navigation among elements of blocks, and not among
+# cells.  Lengths are in bytes of UTF-8, as a syllable of Korean says about as much as three letters.
+
+TEXT_BYTES = 300
+"""Bytes next to links from which on a cell holds text."""
+_SHORT_BYTES = 120
+_MAX_LAYOUT_ROWS = 4
+"""A table of more rows, without tables in it, holds data."""
+_NAMED_AROUND = re.compile(
+    r"(?<![a-z])(?:(?:left|right|top|bottom)?(?:nav|menu)|navigation|navbar|sidebar|footer|ads?|adverts?|"
+    r"sponsor(?:ed|s)?|breadcrumbs?|copyright)(?![a-z])", re.IGNORECASE)
+_NOTICE = re.compile(
+    r"©|\(c\) ?\d{4}|copyright|all rights reserved|저작권|무단 ?전재|版权所有|著作権|สงวนลิขสิทธิ์|"
+    r"^(?:advertisements?|sponsored(?: links?)?|ads?|광고|広告|广告|โฆษณา)$", re.IGNORECASE)
+
+
+def mark_cells_around(body: Any) -> bool:
+    """Write an attribute into cells of layout tables, and into tables in them, that hold navigation, adverts,
+    forms or notices of copyright; returns whether there are any.  Tables of data stay whole.
+
+    Args:
+        body: of a page.
+    """
+    around: list[Any] = []
+    for table in body.query_selector_all("table").values():
+        outer = table.parent.closest("table")
+        rows = _rows(table)
+        is_in_data = outer is not None and not outer.hasattr(_IS_LAYOUT)
+        if not rows or is_in_data or _is_marked_as_data(table, rows):
+            continue
+        is_nested = table.query_selector("table") is not None
+        if not _is_layout(table, rows, is_nested):
+            # Menus in columns, as of a picture and a link.
+            around += [table] if outer is not None and _is_menu(table) else []
+            continue
+        table.setattr(_IS_LAYOUT, "")
+        cells = [cell for row in rows for cell in row]
+        if is_nested or any(_text_bytes(cell)[1] >= TEXT_BYTES for cell in cells):
+            around += [cell for cell in cells
+                       if (_is_around if cell.query_selector("table") is None else _is_menu)(cell)]
+        elif _is_around(table):
+            # Links with descriptions are long enough together, so that they stay.
+            around.append(table)
+    for element in around:
+        element.setattr(_IS_AROUND, "")
+    return bool(around)
+
+
+def _rows(table: Any) -> list[list[Any]]:
+    """Return the cells of each row of a table, without those of the tables in it."""
+    sections = [table, *(child for child in _children(table) if child.tag in ("tbody", "thead", "tfoot"))]
+    rows = [row for section in sections for row in _children(section) if row.tag == "tr"]
+    return [cells for row in rows if (cells := [cell for cell in _children(row) if cell.tag in ("td", "th")])]
+
+
+def _children(element: Any) -> Iterator[Any]:
+    child = element.first_element_child
+    while child is not None:
+        yield child
+        child = child.next_element_sibling
+
+
+def _is_marked_as_data(table: Any, rows: list[list[Any]]) -> bool:
+    return (table.getattr("role") in ("table", "grid")
+            or any(child.tag in ("caption", "thead") for child in _children(table))
+            or any(cell.tag == "th" for row in rows for cell in row))
+
+
+def _is_layout(table: Any, rows: list[list[Any]], is_nested: bool) -> bool:
+    """Return whether a table places parts of a page: it has tables in it, or one row or column, or one of a
+    few cells has most of the text."""
+    if table.getattr("role") in ("presentation", "none") or is_nested:
+        return True
+    if len(rows) == 1 or max(map(len, rows)) == 1:
+        return True
+    if len(rows) > _MAX_LAYOUT_ROWS:
+        return False
+    lengths = [_text_bytes(cell)[1] for row in rows for cell in row]
+    return max(lengths) >= TEXT_BYTES and max(lengths) > sum(lengths) / 2
+
+
+def _text_bytes(element: Any) -> tuple[int, int]:
+    """Return the bytes of text in links and next to them, blanks not counted."""
+    linked = sum(_num_bytes(link.inner_text) for link in element.query_selector_all("a[href]").values())
+    return linked, max(_num_bytes(element.inner_text) - linked, 0)
+
+
+def _num_bytes(text: str) -> int:
+    return len("".join(text.split()).encode())
+
+
+def _is_menu(element: Any) -> bool:
+    linked, unlinked = _text_bytes(element)
+    return linked > 0.7 * (linked + unlinked) and unlinked < TEXT_BYTES
+
+
+def _is_around(element: Any) -> bool:
+    """Return whether a cell, or a layout table without a cell of text, holds what stands around a text."""
+    linked, unlinked = _text_bytes(element)
+    link_share = linked / max(linked + unlinked, 1)
+    is_title = element.query_selector("h1, h2") is not None and link_share <= 0.5
+    if linked + unlinked == 0 or unlinked >= TEXT_BYTES or is_title:
+        return False
+    is_short = unlinked < _SHORT_BYTES
+    names = f"{element.getattr('class') or ''} {element.getattr('id') or ''}"
+    text = " ".join(element.inner_text.split())
+    return bool(link_share > 0.5 or (is_short and link_share > 0.2) or _NAMED_AROUND.search(names)
+                or _NOTICE.search(text)
+                or (is_short and element.query_selector("form, input, select") is not None))
 
 
 def licence_of(named: str) -> str:
@@ -150,6 +279,7 @@ def _prepared(source: str) -> str:
     source = _CONTROLS.sub(" ", source)
     if "http://www.w3.org/1999/xhtml" in source[:2000]:
         source = _EMPTY.sub(r"<\1\2></\1>", source)  # `<title/>` would hold the whole page
+    source = _PREFORMATTED.sub(_without_blocks, source)
     if not source.isascii():
         # Line breaks between Han characters are no spaces, except in preformatted text.
         parts = _PREFORMATTED.split(source)
@@ -160,6 +290,12 @@ def _prepared(source: str) -> str:
     body = _BODY.search(source)
     start = body.end() if body else 0
     return source[:start] + "<div><div><div>" + source[start:]
+
+
+def _without_blocks(preformatted: re.Match[str]) -> str:
+    """Return preformatted text with line feeds for blocks, as of code with a <div> or an item for each line;
+    resiliparse's minimal HTML joins or indents them."""
+    return _BLOCK.sub("", _BLOCK_BEGIN.sub("\n", _BLOCK_END.sub("\n", preformatted[0])))
 
 
 def _tex(formula: re.Match[str]) -> str:
@@ -173,18 +309,19 @@ def _tex(formula: re.Match[str]) -> str:
 
 def _markdown(found: str) -> str:
     """Return resiliparse's minimal HTML as text: headings with "#", items with their marks, code between
-    fences, cells of a row between "|"."""
+    fences with its white space, cells of a row between "|"."""
+    found, codes = _cut_out_code(found)
     parts: list[str] = []
     lists: list[int | None] = []  # that are open: the number of the last item, None where it has bullets
     is_heading = False
+    waiting = iter(codes)
     for token in _MARKS.split(found):
         is_end, tag = token.startswith("</"), token.strip("</>") if token.startswith("<") else ""
         indent = "  " * (len(lists) - 1)
-        if token.startswith("<pre>"):
-            code = html.unescape(token[5:-6]).expandtabs().strip("\n").rstrip()
+        if token == "\0":
             # A fence that the code itself has would end it early.
-            fence = "~~~~" if "```" in code else "```"
-            parts.append(f"\n\n{fence}\n{code}\n{fence}\n\n" if code else "")
+            fence = "~~~~" if "```" in next(waiting) else "```"
+            parts.append(f"\n\n{fence}\n\0\n{fence}\n\n")
         elif tag in ("ul", "ol"):
             before = len(lists)
             lists = lists[:-1] if is_end else [*lists, 0 if tag == "ol" else None]
@@ -206,8 +343,30 @@ def _markdown(found: str) -> str:
                      for line in html.unescape(token).rstrip().split("\n")]
             gap = f"\n{indent}  " if lists else "\n"
             parts.append((" " if is_heading else gap).join(lines))
-    text = "".join(parts)
-    if not text.isascii():
-        # Soft hyphens and zero-width spaces are for setting lines, and part words for whoever counts them.
-        text = text.replace("\u00ad", "").replace("\u200b", "").replace("\xa0", " ")
-    return re.sub(r"\n(?:[ \t]*\n)+", "\n\n", text).strip("\n")
+    text = re.sub(r"\n(?:[ \t]*\n)+", "\n\n", "".join(parts)).strip("\n")
+    # Only now the code: its blank lines and blanks are its own.
+    text = "".join(one for pair in zip_longest(text.split("\0"), codes, fillvalue="") for one in pair)
+    if text.isascii():
+        return text
+    # Soft hyphens and zero-width spaces are for setting lines, and part words for whoever counts them.
+    return _NO_BREAK.sub(" ", _SOFT_HYPHEN.sub("", text.replace("\u200b", "")))
+
+
+def _cut_out_code(found: str) -> tuple[str, list[str]]:
+    """Return minimal HTML with a NUL in the place of each preformatted text, and these texts; a control
+    character cannot be in a page (`_prepared`)."""
+    pieces: list[str] = []
+    codes: list[str] = []
+    depth = begin = 0
+    for tag in _PRE.finditer(found):
+        is_end = tag[0] == "</pre>"
+        # Only the outermost of nested elements is cut out: this tag opens or closes it.
+        if depth == is_end:
+            (codes if is_end else pieces).append(found[begin:tag.start()])
+            begin = tag.end()
+        depth += -1 if is_end else 1
+    pieces.append(found[begin:])
+    codes = [html.unescape(_TAG.sub("", code.replace("<br>", "\n"))).strip("\n").rstrip() for code in codes]
+    between = ["\0" if code else "" for code in codes]
+    return ("".join(one for pair in zip_longest(pieces, between, fillvalue="") for one in pair),
+            [code for code in codes if code])

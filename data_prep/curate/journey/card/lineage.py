@@ -17,6 +17,7 @@ from megatron_sov.base.artifacts import (
     MANIFEST, Manifest, damaged_files, find_input, inputs_of, manifest_sha256, read_manifest)
 from megatron_sov.base.digests import BLAKE3
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.sealed import read_json
 
 # The raw files that a corpus was made of, with their hashes, as far as its folder has them.
 
@@ -66,16 +67,19 @@ def raw_files(corpus: Path, manifest: Manifest, sources: list[str]) -> list[RawF
 
 
 def _read(file: Path) -> list[tuple[str, int, str]]:
-    """Return name, size and hash of each file; where it lay is nobody's business."""
+    """Return name, size in bytes and hash of each file that `addresses.entries_of` has listed, by name.
+
+    The card is public, so the folders of the files are left out.
+    """
+    way_out = "delete it and run the pipeline again; without it the card calls the hashes not recorded"
     try:
         if file.stat().st_size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
-        raw = json.loads(file.read_bytes())
-        return sorted((path.rpartition("/")[2], int(entry[0]), f"{BLAKE3}:{entry[3]}")
-                      for path, entry in raw.items())
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as e:
-        raise UserError(f"{file}: is damaged ({e}); run the pipeline again, or delete it: the card then "
-                        "calls the hashes of raw files not recorded") from None
+        # Each entry is [size, times and inode ..., hash]: `addresses.Mark` may grow between its ends.
+        return sorted((path.rpartition("/")[2], int(entry[0]), f"{BLAKE3}:{entry[-1]}")
+                      for path, entry in read_json(file, way_out).items())
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as e:
+        raise UserError(f"{file}: is damaged ({e}); {way_out}") from None
 
 
 def _described(source: str, told_by: str, files: list[tuple[str, int, str]]) -> RawFiles:

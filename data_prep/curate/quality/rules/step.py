@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 import yaml
 from annotated_types import Ge, Le
 
+from data_prep.curate.line_ends import strip_lines
 from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
 from data_prep.curate.quality.identify import Form
 from data_prep.curate.quality.rules.words import RuleWords, Unit
@@ -418,13 +419,16 @@ def judge(text: str, rules: LanguageRules, sets: Sequence[str]) -> tuple[str, st
     words = RuleWords(text, rules.unit, rules.chars_per_word)
     if not text.strip():
         return "empty", text, words
+    # Code and what a step of the user's own has made may have blanks at the ends of lines.
+    judged = strip_lines(text)
     for name in sets:
         if name == "c4":
             reason, changed = c4(text, rules)
             if changed.split() != text.split():  # more than spaces at the ends of lines
                 text, words = changed, RuleWords(changed, rules.unit, rules.chars_per_word)
+                judged = strip_lines(text)
         else:
-            reason = _ON_WORDS[name](text, words, rules)
+            reason = _ON_WORDS[name](judged, words, rules)
         if reason:
             return reason, text, words
     return "", text, words

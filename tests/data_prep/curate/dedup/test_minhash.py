@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import random
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +37,26 @@ def planted(num_texts: int, seed: int = 0) -> list[str]:
 
 
 def by_brute_force(documents: list[Doc], threshold: float, ngram: int, keep: str) -> dict[str, str]:
-    """Return who goes and who stays instead, from all pairs."""
+    """Return who goes and the kept document that is similar, from all pairs."""
     sets = [set(shingles(d.text, ngram).tolist()) for d in documents]
-    cluster = {d.id: {number} for number, d in enumerate(documents)}
-    for one, other in combinations(range(len(documents)), 2):
-        common = len(sets[one] & sets[other])
-        if common and common >= threshold * (len(sets[one]) + len(sets[other]) - common):
-            joined = cluster[documents[one].id] | cluster[documents[other].id]
-            for member in joined:
-                cluster[documents[member].id] = joined
+    kept: list[int] = []
     found = {}
-    for number, document in enumerate(documents):
-        members = cluster[document.id]
-        best = min(members, key=lambda m: (-len(documents[m].text) if keep == "longest" else 0, m))
-        if best != number:
-            found[document.id] = documents[best].id
+    for number in sorted(range(len(documents)),
+                         key=lambda n: (-len(documents[n].text) if keep == "longest" else 0, n)):
+        similar = (other for other in kept if (common := len(sets[number] & sets[other])) and
+                   common >= threshold * (len(sets[number]) + len(sets[other]) - common))
+        keeper = next(similar, None)
+        if keeper is None:
+            kept.append(number)
+        else:
+            found[documents[number].id] = documents[keeper].id
     return found
+
+
+def windows(count: int, step: int = 3, size: int = 60) -> list[str]:
+    """Return windows over one text, neighbours similar and distant ones with nothing in common."""
+    text = [f"w{number}x" for number in range(step * count + size)]
+    return [" ".join(text[step * number:step * number + size]) for number in range(count)]
 
 
 def dropped(view: MemoryView, **settings: Any) -> dict[str, str]:
@@ -68,6 +72,57 @@ def test_it_finds_what_all_pairs_have(tmp_path: Path, keep: str) -> None:
     assert len(expected) > 15
     view = MemoryView.of([documents], tmp_path, batch=40)
     assert dropped(view, threshold=0.7, ngram=3, keep=keep, num_bands=100, rows_per_band=4) == expected
+
+
+CHAINS = {
+    "windows": windows(40),
+    "shuffled": random.Random(3).sample(windows(40), 40),
+    "backwards": windows(40)[::-1],
+    "growing": [" ".join(f"w{i}x" for i in range(60 + 4 * n)) for n in range(40)],
+    "shrinking": [" ".join(f"w{i}x" for i in range(220 - 4 * n)) for n in range(40)],
+    "star": ["x y z " + text for text in [" ".join(f"w{i}x" for i in range(60))] * 9] + windows(1),
+    "two chains": [text for pair in zip(windows(20), [t.upper().replace("W", "V") for t in windows(20)],
+                                        strict=True) for text in pair],
+    "sparse": windows(20, step=5), "dense": windows(40, step=1), "none": windows(12, step=30)}
+
+
+@pytest.mark.parametrize("keep", ["longest", "first"])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_each_text_that_goes_is_similar_to_a_kept_one(tmp_path: Path, chain: str, keep: str) -> None:
+    documents = docs(*CHAINS[chain])
+    shards = [documents[:15], docs(*CHAINS[chain][15:], shard=1)] if len(documents) > 15 else [documents]
+    documents = [document for shard in shards for document in shard]
+    found = dropped(MemoryView.of(shards, tmp_path, batch=50), threshold=0.7, ngram=5, keep=keep,
+                    num_bands=100, rows_per_band=3)
+    assert found == by_brute_force(documents, 0.7, 5, keep)
+    sets = {d.id: set(shingles(d.text, 5).tolist()) for d in documents}
+    for goes, keeper in found.items():
+        assert keeper not in found
+        assert len(sets[goes] & sets[keeper]) >= 0.7 * len(sets[goes] | sets[keeper])
+
+
+@pytest.mark.parametrize("longest_at", [0, 7, 30, 59])
+def test_a_crowd_is_compared_with_its_longest_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   longest_at: int) -> None:
+    monkeypatch.setattr(minhash, "RANGE_RECORDS", 16)  # the crowd's bands fill several blocks
+    monkeypatch.setattr(minhash, "MOST_FIRST", 2)
+    text = " ".join(words(random.Random(5), 80))
+    texts = [text] * 60
+    texts[longest_at] += " longer"
+    shards = [docs(*texts[start:start + 15], shard=number) for number, start in enumerate(range(0, 60, 15))]
+    for verify in ("exact", "estimated"):
+        found = dropped(MemoryView.of(shards, tmp_path / verify, batch=50), verify=verify)
+        assert len(found) == 59
+        assert set(found.values()) == {shards[longest_at // 15][longest_at % 15].id}
+
+
+def test_the_report_names_the_largest_clusters(tmp_path: Path) -> None:
+    draw = random.Random(8)
+    texts = [" ".join(words(draw, 50)) for _ in range(3)]
+    documents = docs(*[texts[0]] * 7, *[texts[1]] * 12, texts[2])
+    dropped(MemoryView.of([documents], tmp_path, batch=50))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["tables"][1]["rows"] == [[documents[7].id, 12], [documents[0].id, 7]]
 
 
 def test_the_cut_into_shards_and_ranges_changes_nothing(tmp_path: Path,
@@ -127,7 +182,7 @@ def test_the_page_has_the_figures_of_the_defaults() -> None:
     s = MinhashSettings()
     shares = [1 - (1 - similarity**s.rows_per_band) ** s.num_bands for similarity in (0.8, 0.5)]
     assert f"{shares[0]:.1%} at 0.8, {shares[1]:.0%} at 0.5".replace("%", " %") in page
-    assert f"paired with the first {minhash.MOST_FIRST} only" in page
+    assert f"paired with the {minhash.MOST_FIRST} that come first in the order of keeping" in page
     exact, estimated = (minhash.band_dtype(size).itemsize * s.num_bands
                         for size in (0, s.num_bands * s.rows_per_band))
     assert f"{exact} bytes for `minhash_dedup` ({estimated / 1000:.1f} KB" in page

@@ -66,7 +66,7 @@ def test_every_step_on_the_page_is_built_and_its_settings_keep_their_rules(
         assert problems_of(settings) == []
         cls(settings)
         kinds.append(kind)
-    assert set(kinds) == {"language", "rules", "pii", "safety"}
+    assert set(kinds) == {"encoding", "language", "rules", "pii", "safety"}
 
 
 def test_the_example_runs() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from resiliparse.extract.html2text import extract_plain_text
+from resiliparse.parse.html import HTMLTree
 
 from data_prep.curate.sources.encodings import decode_page
 from data_prep.curate.sources.html import page_text
@@ -83,6 +85,32 @@ def test_lists_with_links_in_sentences_are_text() -> None:
     ('a <img class="math inline" alt="y^2" src="a.png"> b', "a $y^2$ b"), ("soft\u00adhyphen", "softhyphen")])
 def test_inline_text_is_what_a_browser_shows(source: str, expected: str) -> None:
     assert page_text(f"<body><p>{source}</p></body>")[0] == expected
+
+
+@pytest.mark.parametrize("pre", [
+    "<pre>all: x\n\tcc -o x x.c\n</pre>", "<pre class=go><code>func f() {\n\treturn\n}\n</code></pre>",
+    "<pre>def f():\n    pass\n\n\n\ndef g():\n\tpass</pre>", "<pre>\n\n   indented\n \t\n  x\n\n</pre>",
+    "<pre><span>if</span> x:\n<span>\t</span><b>y</b>  # &lt;b&gt; &amp;amp;\n</pre>",
+    "<pre><div>one</div><div>\ttwo</div><div>    three</div></pre>",
+    "<pre>one<br>\ttwo<br/>  three</pre>", "<pre>if x:\r\n\ty\r\n</pre>", "<PRE>a\n\tb</PRE>",
+    "<blockquote><pre>a  b\n\tc</pre></blockquote>", "<pre>日本\n\t語\n  x</pre>", "<pre>a\t\tb</pre>"])
+def test_code_keeps_its_white_space(pre: str) -> None:
+    around = f"<p>{SENTENCE * 5}</p>"
+    text, _ = page_text(f"<body><main><h1>M</h1>{around}{pre}{around}</main></body>")
+    code = text.partition("```\n")[2].partition("\n```")[0]
+    assert code == extract_plain_text(HTMLTree.parse(f"<body>{pre}</body>")).strip("\n").rstrip()
+    assert text.count("```") == 2 and text.count(SENTENCE.strip()) == 10
+
+
+@pytest.mark.parametrize(("inner", "code"), [
+    ("a\n\t<pre>b\n\t\tc</pre>\n\td", "a\n\tb\n\t\tc\n\td"), ("<div>a</div><div><br></div>b", "a\n\nb"),
+    ("<ol><li>a</li><li>\tb</li></ol>", "a\n\tb"), ("a\n<h2>T</h2>\n\tb", "a\nT\n\tb"),
+    ("<code><div class=line>one\n</div><div class=line>\ttwo\n</div></code>", "one\n\ttwo"),
+    ("if x:\n&nbsp;&nbsp;&nbsp;y", "if x:\n   y"), ("&lt;pre&gt;\n\t&lt;/pre&gt;", "<pre>\n\t</pre>")])
+def test_elements_inside_of_code_leave_its_lines(inner: str, code: str) -> None:
+    around = f"<p>{SENTENCE * 5}</p>", "<ul><li>one</li></ul>"
+    text, _ = page_text(f"<body><main>{around[0]}<pre>{inner}</pre>{around[1]}</main></body>")
+    assert text == f"{(SENTENCE * 5).strip()}\n\n```\n{code}\n```\n\n- one"
 
 
 def test_elements_that_xhtml_closes_in_their_start_hold_nothing() -> None:

@@ -16,6 +16,8 @@ from data_prep.cli import main
 from data_prep.curate.journey.card.card import About
 from data_prep.curate.journey.card.dataset_card import answers, questions
 from megatron_sov.base.artifacts import manifest_sha256, new_artifact, read_manifest
+from megatron_sov.base.digests import BLAKE3, file_digest
+from megatron_sov.base.sealed import write_json
 
 ABOUT = """
 name: Ships
@@ -219,8 +221,8 @@ def test_token_shards_and_mixes_lead_back_to_their_corpus(own_corpus: Path, tmp_
 def test_of_several_folders_there_is_one_card_in_which_nothing_counts_twice(
         own_corpus: Path, tmp_path: Path, token_shards: Path) -> None:
     (own_corpus / "inputs").mkdir()
-    (own_corpus / "inputs/web.json").write_text(json.dumps({"/home/me/b.jsonl": [7, 1, 1, "cd" * 16],
-                                                            "/home/me/a.jsonl": [5, 1, 1, "ab" * 16]}))
+    write_json(own_corpus / "inputs/web.json", {"/home/me/b.jsonl": [7, 1, 1, 3, "cd" * 16],
+                                                "/home/me/a.jsonl": [5, 1, 1, 4, "ab" * 16]})
     for name in ("web", "books"):
         assert main(["pack", "--tokenizer", str(token_shards.parent / "tokenizer"), "--input",
                      str(own_corpus / "text" / name), "--output", str(tmp_path / name), "--heldout", "0",
@@ -239,8 +241,52 @@ def test_of_several_folders_there_is_one_card_in_which_nothing_counts_twice(
     raw, = both["raw_files"]
     assert (raw["source"], raw["files"], raw["bytes"], raw["told_by"]) == ("web", 2, 12, "inputs/web.json")
     assert raw["listed"][0] == {"name": "a.jsonl", "size_bytes": 5, "digest": f"blake3:{'ab' * 16}"}
-    (own_corpus / "inputs/web.json").write_text("[]")
+    write_json(own_corpus / "inputs/web.json", [])
     assert main(["card", str(own_corpus)]) == 2
+
+
+SOURCES = {"web": "html", "books": "text", "seal": "jsonl", "content": "jsonl", "parts": "text",
+           "mixed": "auto"}
+
+
+def _write_raw_file(folder: Path, name: str, format_: str) -> None:
+    folder.mkdir()
+    text = "\n".join(f"Line {i} of the source {name} is some text about ships." for i in range(20))
+    ending, written = {"html": ("html", f"<html><body><main><p>{text}</p></main></body></html>"),
+                       "jsonl": ("jsonl", json.dumps({"text": text}) + "\n")}.get(format_, ("txt", text))
+    (folder / f"one.{ending}").write_text(written)
+
+
+def test_card_reads_the_hashes_that_a_fresh_run_has_written(tmp_path: Path) -> None:
+    for name, format_ in SOURCES.items():
+        _write_raw_file(tmp_path / name, name, format_)
+    sources = [{"name": name, "path": [name], "format": format_} for name, format_ in SOURCES.items()]
+    pipeline = {"name": "p", "sources": sources, "steps": [{"exact_dedup": {}}]}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(pipeline))
+    run = ["run", str(tmp_path / "p.yaml"), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert main(run) == 0
+    for number in range(2):  # also after the run is found complete
+        found = card(tmp_path / "out", tmp_path / f"card-{number}")
+        listed = {raw["source"]: raw["listed"] for raw in found["raw_files"]}
+        for name in SOURCES:
+            file, = (tmp_path / name).iterdir()
+            digest = file_digest(file, BLAKE3)[:len("blake3:") + 32]
+            assert listed[name] == [{"name": file.name, "size_bytes": file.stat().st_size, "digest": digest}]
+        assert main(run) == 0
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data.replace(b"one", b"two"), lambda data: data[:-9], lambda data: b"{}", lambda data: b"",
+    lambda data: b"\x00" * 40, lambda data: data.replace(b'"seal"', b'"leas"')])
+def test_card_refuses_a_changed_list_of_hashes(own_corpus: Path, damage: Callable[[bytes], bytes],
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    file = own_corpus / "inputs/web.json"
+    file.parent.mkdir()
+    write_json(file, {"/home/me/one.jsonl": [7, 1, 1, 3, "cd" * 16]})
+    file.write_bytes(damage(file.read_bytes()))
+    assert main(["card", str(own_corpus)]) == 2
+    error = capsys.readouterr().err
+    assert "inputs/web.json: is damaged" in error and "delete it" in error and "Traceback" not in error
 
 
 def test_token_shards_that_a_pipeline_packed_belong_to_its_corpus(own_corpus: Path, tmp_path: Path,

@@ -1,0 +1,116 @@
+"""Twins of a text that differ in their line ends alone become the same document, whatever their format."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from data_prep.cli import main
+from data_prep.curate.line_ends import unify_line_ends
+from data_prep.curate.quality.rules.step import SETS, judge, language_rules
+
+_VOCABULARY = """the of and to in is was he for it with as his on be at by had not are but from or have an
+they which one you were her all she there would their we him been has when who will river mountain teacher
+window garden letter market engine bridge forest winter"""
+VOCABULARY = _VOCABULARY.split()
+
+
+def plain_text(seed: int) -> str:
+    """Return paragraphs of sentences that all rules keep."""
+    draw = random.Random(seed)
+    lines = [" ".join(draw.choices(VOCABULARY, k=12)).capitalize() + "." for _ in range(36)]
+    return "\n\n".join("\n".join(lines[start:start + 3]) for start in range(0, 36, 3)) + "\n"
+
+
+TWINS = {
+    "lf": lambda text: text, "crlf": lambda text: text.replace("\n", "\r\n"),
+    "cr": lambda text: text.replace("\n", "\r"), "twice": lambda text: text.replace("\n", "\r\r\n"),
+    "spaces": lambda text: text.replace("\n\n", "\n   \n"),
+    "tab": lambda text: text.replace("\n\n", "\n\t\n"),
+    "no-break": lambda text: text.replace("\n\n", "\n\xa0\n"),
+    "wide": lambda text: text.replace("\n\n", "\n\u3000\u2003\n"),
+    "trailing": lambda text: text.replace("\n", "  \n"),
+    "mixed": lambda text: text.replace(".\n\n", ". \r\n\t\r", 3).replace(".\n", ".\xa0\n", 9),
+    "vertical-tab": lambda text: text.replace(".\n", ".\v"),
+    "page": lambda text: text.replace(".\n\n", ".\n\f"),
+    "separators": lambda text: text.replace(".\n", ".\u2028").replace("\u2028\n", "\u2029\n"),
+    "mails": lambda text: text.replace("\n\n", " \r\n \r\n")}
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_twins_become_the_same_text(twin: str) -> None:
+    for seed in range(3):
+        assert unify_line_ends(TWINS[twin](plain_text(seed))) == plain_text(seed)
+
+
+@pytest.mark.parametrize(("text", "unified"), [
+    ("  indented\n\tmore", "  indented\n\tmore"), ("a\n\n\n\nb", "a\n\n\n\nb"), ("a  b\t c", "a  b\t c"),
+    ("\n\na", "\n\na"), ("a \n", "a\n"), (" \n \n", "\n\n"), ("", ""), ("a\u200b \nb", "a\u200b\nb"),
+    ("wait\x85 then", "wait\x85 then"),  # an ellipsis, and no line end
+    ("citt\u00c3\xa0 \ne", "citt\u00c3\xa0\ne"),  # "citt\u00e0", which the step `encoding` restores
+    ("ไทย \r\n한국어\u3000\r\n日本語", "ไทย\n한국어\n日本語")])
+def test_only_line_ends_change(text: str, unified: str) -> None:
+    assert unify_line_ends(text) == unified
+    assert unify_line_ends(unified) == unified
+
+
+def test_code_keeps_all_but_its_line_ends() -> None:
+    code = "def f():\r\n    return 'a  '  \r\n\r\n\f\n \t\nif x:\r\tpass"
+    assert unify_line_ends(code, is_code=True) == ("def f():\n    return 'a  '  \n\n\f\n \t\nif x:\n\tpass")
+
+
+def test_blanks_take_linear_time() -> None:
+    assert unify_line_ends("a" + " " * 2_000_000 + "b" + "\r" * 1_000_000).count("\n") == 1_000_000
+
+
+@pytest.mark.parametrize("preset", SETS)
+@pytest.mark.parametrize("twin", ["spaces", "tab", "no-break", "wide", "trailing"])
+def test_rules_judge_lines_without_their_blanks(twin: str, preset: str) -> None:
+    for seed in range(3):
+        reason, _, words = judge(TWINS[twin](plain_text(seed)), language_rules("en"), SETS[preset])
+        assert (reason, words.num_words) == ("", 432)
+
+
+def test_a_run_keeps_all_twins_of_each_format(tmp_path: Path) -> None:
+    twins = [change(plain_text(0)) for change in TWINS.values()]
+    for number, text in enumerate(twins):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / f"text/{number:02}.txt").write_bytes(text.encode())
+    (tmp_path / "jsonl").mkdir()
+    lines = "".join(json.dumps({"text": text}) + "\r\n" for text in twins)
+    (tmp_path / "jsonl/all.jsonl").write_bytes(lines.encode())
+    pipeline = {"name": "p", "sources": [{"name": name, "path": [name], "format": name}
+                                         for name in ("text", "jsonl")],
+                "steps": [{"language": {"min_score": 0.0}}, {"rules": {"preset": "fineweb"}}, {"pii": {}},
+                          {"exact_dedup": {"compare": "bytes", "partitions": 1}}]}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
+    assert main(["run", str(tmp_path / "p.yaml"), "--output", str(tmp_path / "out"), "--workers", "1"]) == 0
+    kept = {(source["name"], step["kind"]): step["documents_kept"]
+            for source in json.loads((tmp_path / "out/summary.json").read_text())["sources"]
+            for step in source["steps"]}
+    for name in ("text", "jsonl"):
+        assert [kept[name, step] for step in ("parse", "language", "rules", "pii")] == [len(TWINS)] * 4
+    assert (kept["text", "exact_dedup"], kept["jsonl", "exact_dedup"]) == (1, 0)
+    file, = (tmp_path / "out/text").glob("*/*.parquet")
+    assert pq.read_table(file).column("text").to_pylist() == [plain_text(0)]
+
+
+@pytest.mark.parametrize(("format_", "kind"), [("code", ""), ("jsonl", "math_code")])
+def test_a_run_keeps_the_blanks_of_code(tmp_path: Path, format_: str, kind: str) -> None:
+    code = "def greet(name):\r\n    text = 'Good morning, '  \r\n\t\r\n    return text + name\r\n"
+    (tmp_path / "raw").mkdir()
+    if format_ == "code":
+        (tmp_path / "raw/a.py").write_bytes(code.encode())
+    else:
+        (tmp_path / "raw/a.jsonl").write_text(json.dumps({"text": code}))
+    source = {"name": "s", "path": ["raw"], "format": format_, "kind": kind}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({"name": "p", "sources": [source],
+                                                     "steps": [{"exact_dedup": {"partitions": 1}}]}))
+    assert main(["run", str(tmp_path / "p.yaml"), "--output", str(tmp_path / "out"), "--workers", "1"]) == 0
+    file, = (tmp_path / "out/text").glob("*/*.parquet")
+    assert pq.read_table(file).column("text").to_pylist() == [code.replace("\r\n", "\n")]
