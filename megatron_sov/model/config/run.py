@@ -302,18 +302,22 @@ NOT_OFFERED = {
 RENAMED = {"evaluate.beside": "evaluate.background",
            "evaluate.background.judges": "evaluate.background.tasks", "guards.on_corruption": "guards.on_sdc"}
 """Setting of an earlier version -> what it is called now."""
-COMMON = {
+COMMON: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(("learning_rate", "max_lr", "peak_lr"), "optim.lr"),
-    **dict.fromkeys(("warmup", "warmup_iters", "lr_warmup_iters"), "optim.warmup_steps"),
+    **dict.fromkeys(("warmup", "warmup_iters", "lr_warmup_iters", "warmup_ratio"), "optim.warmup_steps"),
     **dict.fromkeys(("max_grad_norm", "grad_clip", "gradient_clipping", "grad_norm"), "optim.clip_grad"),
     **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler"), "optim.schedule"),
-    **dict.fromkeys(("batch_size", "bsz", "train_batch_size"), "train.global_batch_size"),
+    **dict.fromkeys(("batch_size", "bsz", "train_batch_size", "gradient_accumulation_steps",
+                     "gradient_accumulation", "grad_accum_steps"), "train.global_batch_size"),
     **dict.fromkeys(("micro_batch", "per_device_train_batch_size"), "train.micro_batch_size"),
     **dict.fromkeys(("max_steps", "num_steps", "iters", "train_iters", "iterations"), "train.steps"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs"), "train.epochs"),
     **dict.fromkeys(("save_steps", "save_interval", "save_every"), "train.checkpoint_every_steps"),
     **dict.fromkeys(("eval_steps", "eval_interval", "eval_every"), "train.eval_every_steps"),
     **dict.fromkeys(("logging_steps", "log_interval", "log_every"), "train.log_every_steps"),
-    **dict.fromkeys(("dtype", "bf16", "mixed_precision"), "train.precision"),
+    "save_total_limit": "train.keep_checkpoints",
+    "report_to": ("obs.wandb", "obs.tensorboard", "obs.mlflow"),
+    **dict.fromkeys(("dtype", "bf16", "fp16", "mixed_precision"), "train.precision"),
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), "train.recompute"),
     **dict.fromkeys(("seq_length", "max_length", "max_seq_length", "context_length", "block_size"),
                     "data.phases.0.seq_len"),
@@ -333,7 +337,7 @@ COMMON = {
     "max_prompt_length": "rollout.max_prompt_tokens", "kl_coef": "policy.kl_coeff",
     "loss_type": "preference.method",
 }
-"""Last part of a name that other programs have for a setting -> ours."""
+"""Last part of a name that other programs have for a setting -> our setting, or several that share its job."""
 SWITCHES = (("policy.method", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
             ("preference.method", ("preference.beta", "preference.simpo_gamma")))
 """A setting that says which method is used, and the numbers that belong to the method: a recipe's are those
@@ -359,8 +363,10 @@ def _instead(key: str) -> str:
     last = key.rpartition(".")[2]
     if last in NOT_OFFERED:
         return NOT_OFFERED[last]
-    # a name of the same group that is spelled nearly so is likelier than the same name of another group
-    group: Any = hint_below(RunConfig, key.partition(".")[0]) if "." in key else None
+    # A setting of the same group with a similar name is likelier than a setting of that name in another group,
+    # but a name that other programs use is no misspelling.
+    is_misspelled = "." in key and last not in COMMON
+    group: Any = hint_below(RunConfig, key.partition(".")[0]) if is_misspelled else None
     if dataclasses.is_dataclass(group) and nearest(last, fields_of(cast(Any, group))):
         return ""
     found = find_settings(last)
@@ -395,7 +401,8 @@ def find_settings(word: str, groups: Sequence[str] = ()) -> list[str]:
         groups: of these the settings go first, e.g. "preference".
     """
     if word in COMMON:
-        return [COMMON[word]]
+        meant = COMMON[word]
+        return [meant] if isinstance(meant, str) else list(meant)
     found = [name for name in setting_names() if name.rpartition(".")[2] == word]
     return sorted(found, key=lambda name: (name.partition(".")[0] not in groups, name.count(".")))
 
