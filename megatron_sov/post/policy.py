@@ -432,6 +432,17 @@ def _is_text(batch: MicroBatch) -> torch.Tensor:
     return batch.types == TYPE_TEXT
 
 
+def has_other_gradients(config: RunConfig) -> bool:
+    """Return whether a step changes weights although the advantages of its responses are all 0: by a
+    divergence, a teacher, preferences, predictions further ahead, the balance of experts, or a loss of the
+    user's own."""
+    model, parts = config.model, config.policy.parts
+    balances = model.num_moe_layers() and (model.seq_aux_loss_coeff or model.router_bias_update_rate)
+    return (config.objective.name != "policy" or not config.policy.learns_from_rewards
+            or (parts.kl != "none" and parts.kl_coeff > 0) or bool(balances)
+            or (model.num_mtp_layers > 0 and model.mtp_loss_coeff > 0))
+
+
 def can_share(config: RunConfig) -> bool:
     """Return whether a run's rows may hold prompts once: no row is cut over processes, nothing is predicted
     further ahead, left out by lot or rounded in blocks of tokens, no route is replayed (of a prompt each
