@@ -112,6 +112,18 @@ class RunConfig:
         """Documents of a round that share a row: the two of a pair."""
         return 2 if self.policy.learns_preferences and self.preference.method != "grouper" else 1
 
+    @property
+    def may_share_prompts(self) -> bool:
+        """Whether rows of a round may hold a prompt once for all of its responses, where the attention is
+        ours: no row is cut over processes, nothing is predicted further ahead, left out by lot or rounded in
+        blocks of tokens, no route is replayed (each response has routes of its own for the prompt), and rows
+        may have other lengths than those of other processes."""
+        p, train = self.parallel, self.train
+        return (self.policy.share_prompts and p.tp == p.pp == p.cp == 1
+                and (p.ep * p.etp == 1 or p.expert_dispatcher == "alltoall")
+                and not self.model.num_mtp_layers and not train.hidden_dropout and train.fp8 == "none"
+                and not self.policy.router_replay)
+
     def problems(self, num_ranks: int = 1) -> list[SettingsProblem]:
         """Return every rule between settings that this config, whose values lie within their bounds, breaks
         on `num_ranks` processes; empty when it is sound."""
@@ -337,7 +349,8 @@ COMMON: dict[str, str | tuple[str, ...]] = {
     "max_prompt_length": "rollout.max_prompt_tokens", "kl_coef": "policy.kl_coeff",
     "loss_type": "preference.method",
 }
-"""Last part of a name that other programs have for a setting -> our setting, or several that share its job."""
+"""Last part of a name that other programs have for a setting -> our setting, or several that share its
+job."""
 SWITCHES = (("policy.method", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
             ("preference.method", ("preference.beta", "preference.simpo_gamma")))
 """A setting that says which method is used, and the numbers that belong to the method: a recipe's are those
@@ -363,8 +376,8 @@ def _instead(key: str) -> str:
     last = key.rpartition(".")[2]
     if last in NOT_OFFERED:
         return NOT_OFFERED[last]
-    # A setting of the same group with a similar name is likelier than a setting of that name in another group,
-    # but a name that other programs use is no misspelling.
+    # A setting of the same group with a similar name is likelier than a setting of that name in another
+    # group, but a name that other programs use is no misspelling.
     is_misspelled = "." in key and last not in COMMON
     group: Any = hint_below(RunConfig, key.partition(".")[0]) if is_misspelled else None
     if dataclasses.is_dataclass(group) and nearest(last, fields_of(cast(Any, group))):
@@ -511,7 +524,7 @@ def data_paths(data: Sequence[str]) -> dict[str, float]:
 def with_rounds(config: RunConfig) -> RunConfig:
     """Return the settings of a run whose phases are its rounds; of settings that have them already, the same.
 
-    Steps follow from the rounds, a row's length from the (first) phase that was asked for.
+    Steps follow from the rounds, the row length from the first phase.
 
     Raises:
         UserError: no rounds are asked for, or no row, or a row does not hold the longest response; or the
@@ -529,10 +542,13 @@ def with_rounds(config: RunConfig) -> RunConfig:
     longest = pair * (rollout.max_prompt_tokens + rollout.max_new_tokens)
     if longest > seq_len:
         what, count = ("pairs of responses", f"{pair} x (") if pair > 1 else ("responses", "")
+        most = config.model.max_position_tokens
         raise UserError(f"data.phases.0.seq_len = {seq_len}: a row holds whole {what}, the longest has "
                         f"{count}rollout.max_prompt_tokens {rollout.max_prompt_tokens} + "
                         f"rollout.max_new_tokens {rollout.max_new_tokens}{')' if count else ''} = {longest}; "
-                        "make rows longer, or responses shorter")
+                        + (f"the model holds {most} (model.max_position_tokens): lower these two"
+                           if longest > most else
+                           "make rows longer, leave their length out, or lower these two"))
     phases = tuple(PhaseConfig(f"round-{number:04d}", seq_len=seq_len)
                    for number in range(1, rollout.rounds + 1))
     return dataclasses.replace(

@@ -389,7 +389,8 @@ class RoundFeed:
         means = content.get("means") or {}
         if not view.step and PASS_RATE in means:
             print(f"before the first step {means[PASS_RATE]:.1%} of {means['responses']:,} responses reach "
-                  f"policy.right_from = {view.config.policy.right_from:g}\n", end="", file=sys.stderr, flush=True)
+                  f"policy.right_from = {view.config.policy.right_from:g}\n", end="", file=sys.stderr,
+                  flush=True)
         doubt = doubt_of_round(content, is_first=not view.step)
         if doubt and not self._doubts:
             warn(f"round {number}: {doubt}", view.events.write, step=view.step)

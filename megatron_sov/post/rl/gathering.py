@@ -484,7 +484,7 @@ def doubt_of_round(content: Mapping[str, Any], *, is_first: bool) -> str:
         return (f"{told}, and {rate:.1%} of the responses are right: each prompt is solved always or never; "
                 f"take prompts in between ({measured})")
     if rate < HALF:
-        return (f"{told}, and only {rate:.1%} of the responses are right: take easier prompts ({measured}), or "
-                "fine-tune on right answers first (`megatron-sov sft`)")
-    return (f"{told}, and {rate:.1%} of the responses are right already: take harder prompts ({measured}), or "
-            "end the run")
+        return (f"{told}, and only {rate:.1%} of the responses are right: take easier prompts ({measured}), "
+                "or fine-tune on right answers first (`megatron-sov sft`)")
+    return (f"{told}, and {rate:.1%} of the responses are right already: take harder prompts ({measured}), "
+            "or end the run")

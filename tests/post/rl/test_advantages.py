@@ -109,7 +109,7 @@ ASKED = {"mgpo": {"mgpo_lambda": 1.5}, "gspo": {"clip_low": 3e-4, "clip_high": 4
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.7, 1 / 3, -2.3, 1e6 / 7])
 def test_a_group_of_equal_rewards_has_advantages_of_exactly_0(method: str, reward: float) -> None:
     """The mean of n equal numbers is another number for most n: AdamW would turn that into whole steps."""
-    policy = PolicyConfig(method, **{**{"all_right": "keep", "all_wrong": "keep", "all_wrong_reward": 0.0},
+    policy = PolicyConfig(method, **{"all_right": "keep", "all_wrong": "keep", "all_wrong_reward": 0.0,
                                      **ASKED.get(method, {})})
     for count in (3, 6, 7, 10):
         [group] = of([[reward] * count], policy)

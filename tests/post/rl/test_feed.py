@@ -180,7 +180,7 @@ def test_a_step_is_passed_over_where_nothing_has_a_gradient(
 
 def test_the_policy_needs_no_pass_for_steps_that_are_passed_over(view: Any, tmp_path: Path,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Told, "column", lambda self, name, document, start, count: np.zeros(count, np.float32))
+    monkeypatch.setattr(Told, "column", lambda self, name, document, start, count: np.zeros(count))
     feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("old_logprobs",))
     assert feed.bring(view, lambda: False) is None
     assert not (tmp_path / "0001.old_logprobs.f32").exists()
