@@ -245,17 +245,18 @@ def _with_micro_batches(asked: RecipeRequest, config: RunConfig, nproc: int | No
     is_open = asked.of_model and "train.global_batch_size" not in said
     chosen = (_with_train(config, global_batch_size=_batch_size(config, nproc, 0, 0)) if is_open else config)
     is_said = "train.micro_batch_size" in said or asked.from_file or bool(asked.base.code)
-    if is_said or not config.may_share_prompts or config.policy.on_policy_share < 1:
+    has_own_batches = config.policy.on_policy_share < 1 or config.train.ramp_from_batch_size > 0
+    if is_said or has_own_batches or not config.may_share_prompts:
         return chosen
     rollout, seq_len = config.rollout, config.data.phases[0].seq_len
     responses = config.documents_of_unit if config.documents_of_unit > 1 else rollout.samples_per_prompt
     rows = -(-responses * (rollout.max_prompt_tokens + rollout.max_new_tokens) // seq_len)
     for size in range(min(rows, MOST_SEQ_LEN // seq_len), config.train.micro_batch_size, -1):
         larger = _with_train(config, micro_batch_size=size)
+        at_once = _batch_size(larger, nproc, 0, 0)
         if is_open:
-            larger = _with_train(larger, global_batch_size=_batch_size(larger, nproc, 0, 0))
-        problems = larger.problems(num_ranks(nproc))
-        if _fits(larger, seq_len) and not any(p.key == "train.global_batch_size" for p in problems):
+            larger = _with_train(larger, global_batch_size=at_once)
+        if larger.train.global_batch_size % at_once == 0 and _fits(larger, seq_len):
             return larger
     return chosen
 

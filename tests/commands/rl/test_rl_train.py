@@ -221,7 +221,8 @@ def test_a_step_whose_advantages_are_0_is_passed_over_and_resumed_behind(rounds:
     settings = [*tiny, *(word for setting in (
         *SETTINGS[1:8], *SETTINGS[-2:], "rollout.rounds=1", "policy.method=grpo",
         "model.seq_aux_loss_coeff=0", "model.router_bias_update_rate=0", "model.num_mtp_layers=0",
-        "optim.weight_decay=0.1", "train.checkpoint_every_steps=1", "train.keep_checkpoints=0") for word in ("--set", setting))]
+        "optim.weight_decay=0.1", "train.checkpoint_every_steps=1", "train.keep_checkpoints=0")
+        for word in ("--set", setting))]
     done = run_command(*rounds.command(store.path, "solved-run", *settings))
     assert done.returncode == 0, done.stderr
     assert "before the first step 62.5% of 16 responses reach policy.right_from = 1" in done.stderr

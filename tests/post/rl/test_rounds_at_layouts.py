@@ -42,9 +42,9 @@ SPLIT: dict[str, Layout] = {
 
 
 def publish(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConfig, *, seq_len: int,
-            rewards: Sequence[float] = ()) -> None:
-    """Write and publish two rounds into a folder; with `rewards` all responses to the n-th prompt of a round
-    have the n-th of them."""
+            rewards: Sequence[float] = (), **more: bool) -> None:
+    """Write and publish two rounds into a folder; with `rewards` all responses to the n-th prompt of the first
+    round have the n-th of them."""
     file = folder / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(6)))
     prompts, digest = read_prompts(file), file_digest(packed_data.tokenizer / "tokenizer.json", "sha256")
@@ -55,7 +55,7 @@ def publish(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConf
         data=dataclasses.replace(base.data, phases=(PhaseConfig("main", seq_len=seq_len),))))
     publisher = Publisher(config, folder / "rounds", store.path, prompts, VERSION, packed_data.tokenizer)
     for number in (1, 2):
-        write_round(store, prompts, ROLLOUT, number, VERSION, judge=not rewards)
+        write_round(store, prompts, ROLLOUT, number, VERSION, judge=not rewards, **more)
         places = [prompt.id for prompt in round_prompts(prompts, ROLLOUT, number)]
         for part in store.parts(number) if rewards else ():
             store.add_rewards(VERSION, part.name, [
@@ -111,6 +111,23 @@ def test_steps_without_advantages_are_passed_over_at_every_number_of_processes(
     steps = curves(ranks, job, tmp_path, layouts, ["policy.method=grpo", *settings, "rollout.seed=0"])
     assert ["passed over" not in step for step in steps] == computed
     assert all(step["grad_norm"] > 0 for step, is_learned in zip(steps, computed, strict=True) if is_learned)
+
+
+ROWS: dict[str, Layout] = {
+    "one row": (1, ["train.micro_batch_size=1"]), "no sharing": (1, ["policy.share_prompts=false"]),
+    "four rows": (1, ["train.micro_batch_size=4"]), "long rows": (1, ["data.phases.0.seq_len=256"]),
+    "two rows, DP2": (2, ["train.micro_batch_size=2"]), "least rows": (1, ["data.phases.0.seq_len=20"])}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", ["grpo", "dapo"])
+def test_rounds_are_the_same_steps_in_rows_of_any_length(method: str, ranks: Any, job: Any, packed_data: Any,
+                                                         write_round: Any, tmp_path: Path) -> None:
+    """Prompts are shared within micro-batches: of one row, several, or all of a step."""
+    publish(tmp_path, packed_data, write_round, PolicyConfig(method=method, max_gen_batches=1), seq_len=20,
+            one_prompt=True)
+    steps = curves(ranks, job, tmp_path, ROWS, [*NOTHING_ELSE, f"policy.method={method}"])
+    assert len(steps) == 4 and all(step["grad_norm"] > 0 for step in steps)
 
 
 @pytest.mark.distributed

@@ -105,7 +105,8 @@ def test_units_stay_whole_and_in_order(counts: list[tuple[int, ...]], drop: bool
 
 @given(st.lists(st.tuples(*[st.integers(1, SEQ_LEN // 2)] * 2), max_size=30), st.integers(1, 9))
 def test_units_lie_near_those_before_them(counts: list[tuple[int, int]], num_open: int) -> None:
-    units = [tuple(PackedSegment(2 * i + j, 0, n) for j, n in enumerate(unit)) for i, unit in enumerate(counts)]
+    units = [tuple(PackedSegment(2 * i + j, 0, n) for j, n in enumerate(unit))
+             for i, unit in enumerate(counts)]
     rows = best_fit_nearby(units, SEQ_LEN, num_open)
     assert all(0 < sum(s.count for s in row) <= SEQ_LEN for row in rows)
     place = {s.document: i for i, row in enumerate(rows) for s in row}
