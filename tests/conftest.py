@@ -662,7 +662,8 @@ def installed(wheel: Path, install_wheels: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def write_round() -> Callable[..., None]:
     """Return `write(store, prompts, rollout, number, version, attempt=0, unfinished=(), judge=True,
-    one_prompt=False)`: a round of scripted responses as `rl generate` and `rl reward` leave it, a function of its arguments alone.
+    one_prompt=False)`: a round of scripted responses as `rl generate` and `rl reward` leave it, a function of
+    its arguments alone.
 
     Responses are of 4 to 12 tokens; sample s of the round's prompt i has reward 1 where s divides i + 1, else
     0.  Those in `unfinished` (prompt's place, sample) are not finished, and attempt 1 holds them alone.  With

@@ -182,7 +182,8 @@ def test_files_of_settings_go_before_what_is_derived() -> None:
 @pytest.mark.parametrize(("hidden", "layers", "adapter"), [
     (64, 2, []), (576, 30, []), (576, 30, ["lora.rank=8"]), (2048, 24, []), (4096, 36, []),
     (4096, 36, ["lora.rank=8"]), (5120, 64, [])])
-def test_activations_of_a_micro_batch_stay_below_a_bound(hidden: int, layers: int, adapter: list[str]) -> None:
+def test_activations_of_a_micro_batch_stay_below_a_bound(hidden: int, layers: int,
+                                                         adapter: list[str]) -> None:
     model = dataclasses.replace(MODEL, hidden_size=hidden, num_layers=layers, dense_ffn_dim=3 * hidden,
                                 max_position_tokens=32768)
     base = apply_settings(base_of_model("mine", model, "fp32", "policy"), ["objective.name=policy", *adapter])
