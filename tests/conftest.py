@@ -661,31 +661,38 @@ def installed(wheel: Path, install_wheels: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def write_round() -> Callable[..., None]:
-    """Return `write(store, prompts, rollout, number, version, attempt=0, unfinished=(), judge=True)`: a round
-    of scripted responses as `rl generate` and `rl reward` leave it, a function of its arguments alone.
+    """Return `write(store, prompts, rollout, number, version, attempt=0, unfinished=(), judge=True,
+    one_prompt=False)`: a round of scripted responses as `rl generate` and `rl reward` leave it, a function of
+    its arguments alone.
 
     Responses are of 4 to 12 tokens; sample s of the round's prompt i has reward 1 where s divides i + 1, else
-    0.  Those in `unfinished` (prompt's place, sample) are not finished, and attempt 1 holds them alone.
+    0.  Those in `unfinished` (prompt's place, sample) are not finished, and attempt 1 holds them alone.  With
+    `one_prompt` the responses of a group begin with the same tokens, as those of a model do.
     """
     import numpy as np
 
     from megatron_sov.rollouts.prompts import pieces, round_prompts
     from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, RewardRow, Rollout, part_name
 
-    def row(store: Any, rollout: Any, prompt: Any, number: int, sample: int, attempt: int, cut: bool) -> Any:
+    def row(store: Any, rollout: Any, prompt: Any, number: int, sample: int, attempt: int, cut: bool,
+            one_prompt: bool) -> Any:
         random = np.random.default_rng([int(prompt.id, 16), number, sample])
         count = int(random.integers(4, 13))
         tokens, logprobs = random.integers(0, store.vocab_size, 24), -random.random(24).astype(np.float32)
         count = 2 if cut else count
+        asked = tokens[12:12 + 3 + sample % 3]
+        if one_prompt:
+            asked = np.random.default_rng(int(prompt.id, 16)).integers(0, store.vocab_size, 5)
         return Rollout(
             Key(prompt.id, sample, f"{number:064d}", "sampling"), number, attempt, prompt.record,
-            tokens[12:12 + 3 + sample % 3].astype(np.int32), tokens[:count].astype(np.int32),
+            asked.astype(np.int32), tokens[:count].astype(np.int32),
             logprobs[:count], np.full(count, (number - 1) * rollout.steps_per_round, np.int32),
             UNFINISHED if cut else LENGTH if count == 12 else STOP, "text", rollout.temperature, "scripted",
             0.0, 1.0)
 
     def write(store: Any, prompts: Any, rollout: Any, number: int, version: str, attempt: int = 0,
-              unfinished: Collection[tuple[int, int]] = (), *, judge: bool = True) -> None:
+              unfinished: Collection[tuple[int, int]] = (), *, judge: bool = True, one_prompt: bool = False
+              ) -> None:
         asked = round_prompts(prompts, rollout, number)
         place = {prompt.id: i for i, prompt in enumerate(asked)}
         for piece in pieces(asked, number, rollout.piece_prompts):
@@ -696,7 +703,7 @@ def write_round() -> Callable[..., None]:
                 continue
             name = part_name(number, piece.number, attempt)
             rows = [row(store, rollout, p, number, s, attempt,
-                        not attempt and (place[p.id], s) in unfinished) for p, s in wanted]
+                        not attempt and (place[p.id], s) in unfinished, one_prompt) for p, s in wanted]
             store.add_rollouts(name, rows, {})
             if judge:
                 store.add_rewards(version, name, [RewardRow(

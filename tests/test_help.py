@@ -98,6 +98,18 @@ def test_help_behind_a_stage_of_submit_is_help(stage: str, capsys: pytest.Captur
     ("pretrain tiny-qwen3 --data x --run y --dta z", "did you mean '--data'?"),
     ("recipes tiny-qwen3 --set lr=1e-3", "lr: no such setting; did you mean 'optim.lr'?"),
     ("recipes tiny-qwen3 --set train.lr=1e-3", "did you mean 'optim.lr'?"),
+    ("recipes tiny-qwen3 --set max_steps=9", "max_steps: no such setting; did you mean 'train.steps'?"),
+    ("recipes tiny-qwen3 --set train.max_steps=9", "did you mean 'train.steps'?"),
+    ("recipes tiny-qwen3 --set num_train_epochs=2", "did you mean 'train.epochs'?"),
+    ("recipes tiny-qwen3 --set train.num_train_epochs=2", "did you mean 'train.epochs'?"),
+    ("recipes tiny-qwen3 --set gradient_accumulation_steps=4", "did you mean 'train.global_batch_size'?"),
+    ("recipes tiny-qwen3 --set per_device_train_batch_size=1", "did you mean 'train.micro_batch_size'?"),
+    ("recipes tiny-qwen3 --set bf16=true", "did you mean 'train.precision'?"),
+    ("recipes tiny-qwen3 --set report_to=wandb",
+     "did you mean 'obs.wandb' or 'obs.tensorboard' or 'obs.mlflow'?"),
+    ("recipes tiny-qwen3 --set save_total_limit=2", "did you mean 'train.keep_checkpoints'?"),
+    ("pretrain tiny-qwen3 --data x --run y --gradient-accumulation-steps 4",
+     "write --set train.global_batch_size=4 "),
     ("recipes tiny-qwen3 --set train.stesp=1", "did you mean 'train.steps'?"),
     ("recipes tiny-qwen3 --set train.steps=ten", 'train.steps = "ten" must be a whole number'),
 ])
@@ -109,7 +121,7 @@ def test_a_setting_is_found_by_what_people_call_it(words: str, meant: str,
 
 def test_names_of_other_programs_lead_to_settings_that_exist() -> None:
     names = {*setting_names(), "data.phases.0.seq_len"}
-    assert [meant for meant in COMMON.values() if meant not in names] == []
+    assert [meant for word in COMMON for meant in find_settings(word) if meant not in names] == []
     assert find_settings("beta", ("distillation",))[0] == "distillation.beta"
     assert find_settings("nothing_like_this") == []
 

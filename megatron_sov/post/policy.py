@@ -432,19 +432,22 @@ def _is_text(batch: MicroBatch) -> torch.Tensor:
     return batch.types == TYPE_TEXT
 
 
+def has_other_gradients(config: RunConfig) -> bool:
+    """Return whether a step changes weights although the advantages of its responses are all 0: by a
+    divergence, a teacher, preferences, predictions further ahead, the balance of experts, or a loss of the
+    user's own."""
+    model, parts = config.model, config.policy.parts
+    balances = model.num_moe_layers() and (model.seq_aux_loss_coeff or model.router_bias_update_rate)
+    return (config.objective.name != "policy" or not config.policy.learns_from_rewards
+            or (parts.kl != "none" and parts.kl_coeff > 0) or bool(balances)
+            or (model.num_mtp_layers > 0 and model.mtp_loss_coeff > 0))
+
+
 def can_share(config: RunConfig) -> bool:
-    """Return whether a run's rows may hold prompts once: no row is cut over processes, nothing is predicted
-    further ahead, left out by lot or rounded in blocks of tokens, no route is replayed (of a prompt each
-    response has its own), rows may have other lengths than those of other processes, and the attention is
-    ours."""
-    layout, train = config.parallel, config.train
-    te = uses_transformer_engine(PRECISION[train.precision])
-    return (config.policy.share_prompts and layout.tp == layout.pp == layout.cp == 1
-            and (layout.ep * layout.etp == 1 or layout.expert_dispatcher == "alltoall")
-            and not config.model.num_mtp_layers and not train.hidden_dropout and train.fp8 == "none"
-            and not config.policy.router_replay
-            and own_attention_serves(Here(te, config.model, layout), config.gpu.attention,
-                                     train.deterministic))
+    """Return whether a run's rows hold prompts once: its settings allow it, and the attention is ours."""
+    te = uses_transformer_engine(PRECISION[config.train.precision])
+    return config.may_share_prompts and own_attention_serves(
+        Here(te, config.model, config.parallel), config.gpu.attention, config.train.deterministic)
 
 
 def with_shared_prompts(batch: GlobalBatch, config: RunConfig) -> GlobalBatch:

@@ -33,7 +33,7 @@ from megatron_sov.runs.folder import PLAN
 from megatron_sov.runs.gpu_driver import open_meter
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.obs.events import EVENTS, EventLog
-from megatron_sov.runs.obs.history import BY_SETTING
+from megatron_sov.runs.obs.history import BY_SETTING, NO_GRADIENT
 from megatron_sov.runs.obs.meters import LOSS, Meter, headline_fields, told_step
 from megatron_sov.runs.obs.routing import max_violation
 from megatron_sov.runs.obs.telemetry import Telemetry
@@ -289,9 +289,19 @@ class Recorder:
             self._progress.update(done.step, told_step(event, self.headline, comparable=self._comparable),
                                   tokens_per_s)
 
-    def passed_over(self, step: int) -> None:
-        """Tell that a step's batch was passed over, since the settings say so."""
-        self.events.write("skip", step=step, reason=BY_SETTING)
+    def passed_over(self, step: int, meters: Mapping[str, float]) -> None:
+        """Tell that a step's batch was passed over: the settings say so, or it is of a round and would change
+        no weight.
+
+        Args:
+            step: its number, from 1.
+            meters: of its round.
+        """
+        is_asked = any(first <= step <= last for first, last in self._config.data.skip_steps)
+        self.events.write("skip", step=step, reason=BY_SETTING if is_asked else NO_GRADIENT,
+                          **({"meters": dict(meters)} if meters else {}))
+        if self._trackers is not None and meters:
+            self._trackers.log_step(step, {f"meter/{name}": value for name, value in meters.items()})
 
     def refused(self, step: int, refusal: Refusal, ranks: list[int]) -> None:
         """Tell that a step was computed and is not learned, and on which ranks its numbers are not finite."""

@@ -233,7 +233,7 @@ class Trainer:
             # drawn all the same, so that the steps behind it see what they would have seen
             self.batches.skip()
             self.state.step += 1
-            self.recorder.passed_over(self.step)
+            self.recorder.passed_over(self.step, {} if self._feed is None else self._feed.meters)
             return None
 
         # the denominators of the whole global batch come first: losses are then plain sums over

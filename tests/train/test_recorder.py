@@ -19,6 +19,8 @@ from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.families.count import train_flops_per_token
 from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.runs.obs.history import NO_GRADIENT, is_incident
+from megatron_sov.runs.obs.meters import Meter, told_progress
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.guards.step_guard import Refusal
@@ -79,7 +81,8 @@ def tell_all(r: Recorder) -> None:
     r.begin(0, None, [], [LedgerEntry(0, "main", 32, 2, {"web": 1.0})])
     r.epochs(1, {"web": 9.0})
     r.step(TrainState(1, 64), RESULT, LOAD)
-    r.passed_over(2)
+    r.passed_over(2, {})
+    r.passed_over(3, {"reward": 1.0})
     r.refused(3, Refusal("the loss is nan", float("nan"), 1.0, finite=False, weights_suspect=True), [1])
     r.expert_load(4, LOAD)
     r.evaluated(4, {"web": HeldoutLoss(2.0, 1.0, 10)}, {"web": 128}, {"web": 130},
@@ -105,20 +108,24 @@ def test_a_start_names_the_checkpoint_that_it_starts_from(tmp_path: Path) -> Non
 
 
 def test_every_word_is_an_event_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tell_all(recorder(tmp_path, "data.max_epochs=4"))
+    tell_all(recorder(tmp_path, "data.max_epochs=4", "data.skip_steps=[[2,2]]"))
     events = told(tmp_path)
     assert [(e["event"], e.get("step")) for e in events] == [
-        ("run_start", None), ("phase", 0), ("warning", 1), ("step", 1), ("skip", 2), ("skip", 3),
+        ("run_start", None), ("phase", 0), ("warning", 1), ("step", 1), ("skip", 2), ("skip", 3), ("skip", 3),
         ("expert_load", 4), ("eval", 4), ("data_consumed", 4), ("checkpoint", 4), ("hang", 5), ("energy", 5),
         ("gate_failed", 6), ("stop", 6),
         ("run_end", 7)]
-    start, _, warning, step, passed_over, refused, load, *_ = events
+    start, _, warning, step, passed_over, no_gradient, refused, load, *_ = events
     assert ((start["began_s"], start["resumed_from"], start["layout"]["dp"], start["num_ranks"])
             == (1000.5, 0, 2, 2))
     assert ((step["loss"], step["tokens"], step["tokens_per_s"], step["max_violation"])
             == (2.5, 64, 128.0, 0.5))
     assert step["meters"] == {"clipped": 0.125}
-    assert passed_over["reason"] == "data.skip_steps" and refused["ranks"] == [1]
+    assert passed_over == {"event": "skip", "step": 2, "reason": "data.skip_steps"}
+    assert (no_gradient["reason"], no_gradient["meters"]) == (NO_GRADIENT, {"reward": 1.0})
+    assert [is_incident(e) for e in (passed_over, no_gradient, refused)] == [False, False, True]
+    assert told_progress(events, [Meter("reward"), Meter("loss")]) == "reward 1, loss 2.5"
+    assert refused["ranks"] == [1]
     assert (load["layers"], load["load"]) == ([2, 3], [[0.75, 0.25], [0.5, 0.5]])
     assert next(e["path"] for e in events if e["event"] == "checkpoint") == "checkpoints/step-4"
     assert next(e["reason"] for e in events if e["event"] == "stop") == "another process was asked to stop"

@@ -201,6 +201,9 @@ class RunStateReader:
             state.told = told_step(event, self._meters, comparable=self._is_comparable)
             state.headline |= {m.name: m.value(event) for m in self._meters if math.isfinite(m.value(event))}
             state.tokens, state.phase = int(event.get("tokens") or 0), str(event.get("phase") or "")
+        elif event["event"] == "skip" and "meters" in event:  # a round of which no group learns
+            state.step, state.told = int(event["step"]), told_step(event, self._meters, comparable=False)
+            state.headline |= {m.name: m.value(event) for m in self._meters if math.isfinite(m.value(event))}
         elif event["event"] == "needle" and event.get("when") == "before":  # only an extension asks then
             state.stage = "extend"
         state.warnings += event["event"] == "warning"

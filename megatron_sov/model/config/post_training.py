@@ -428,6 +428,12 @@ class PolicyConfig:
         """Whether the loss is that of `preference`."""
         return self.method == "preference"
 
+    @property
+    def learns_from_rewards(self) -> bool:
+        """Whether advantages alone decide what a response teaches: no teacher and no preferences do."""
+        return (self.parts.advantage != "none" and not self.parts.opd_coeff
+                and not self.learns_preferences)
+
     def is_on_policy(self, seed: int, number: int) -> bool:
         """Return whether a round is of the model's own responses: a draw with probability `on_policy_share`.
 

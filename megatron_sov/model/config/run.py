@@ -112,6 +112,18 @@ class RunConfig:
         """Documents of a round that share a row: the two of a pair."""
         return 2 if self.policy.learns_preferences and self.preference.method != "grouper" else 1
 
+    @property
+    def may_share_prompts(self) -> bool:
+        """Whether rows of a round may hold a prompt once for all of its responses, where the attention is
+        ours: no row is cut over processes, nothing is predicted further ahead, left out by lot or rounded in
+        blocks of tokens, no route is replayed (each response has routes of its own for the prompt), and rows
+        may have other lengths than those of other processes."""
+        p, train = self.parallel, self.train
+        return (self.policy.share_prompts and p.tp == p.pp == p.cp == 1
+                and (p.ep * p.etp == 1 or p.expert_dispatcher == "alltoall")
+                and not self.model.num_mtp_layers and not train.hidden_dropout and train.fp8 == "none"
+                and not self.policy.router_replay)
+
     def problems(self, num_ranks: int = 1) -> list[SettingsProblem]:
         """Return every rule between settings that this config, whose values lie within their bounds, breaks
         on `num_ranks` processes; empty when it is sound."""
@@ -302,18 +314,22 @@ NOT_OFFERED = {
 RENAMED = {"evaluate.beside": "evaluate.background",
            "evaluate.background.judges": "evaluate.background.tasks", "guards.on_corruption": "guards.on_sdc"}
 """Setting of an earlier version -> what it is called now."""
-COMMON = {
+COMMON: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(("learning_rate", "max_lr", "peak_lr"), "optim.lr"),
-    **dict.fromkeys(("warmup", "warmup_iters", "lr_warmup_iters"), "optim.warmup_steps"),
+    **dict.fromkeys(("warmup", "warmup_iters", "lr_warmup_iters", "warmup_ratio"), "optim.warmup_steps"),
     **dict.fromkeys(("max_grad_norm", "grad_clip", "gradient_clipping", "grad_norm"), "optim.clip_grad"),
     **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler"), "optim.schedule"),
-    **dict.fromkeys(("batch_size", "bsz", "train_batch_size"), "train.global_batch_size"),
+    **dict.fromkeys(("batch_size", "bsz", "train_batch_size", "gradient_accumulation_steps",
+                     "gradient_accumulation", "grad_accum_steps"), "train.global_batch_size"),
     **dict.fromkeys(("micro_batch", "per_device_train_batch_size"), "train.micro_batch_size"),
     **dict.fromkeys(("max_steps", "num_steps", "iters", "train_iters", "iterations"), "train.steps"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs"), "train.epochs"),
     **dict.fromkeys(("save_steps", "save_interval", "save_every"), "train.checkpoint_every_steps"),
     **dict.fromkeys(("eval_steps", "eval_interval", "eval_every"), "train.eval_every_steps"),
     **dict.fromkeys(("logging_steps", "log_interval", "log_every"), "train.log_every_steps"),
-    **dict.fromkeys(("dtype", "bf16", "mixed_precision"), "train.precision"),
+    "save_total_limit": "train.keep_checkpoints",
+    "report_to": ("obs.wandb", "obs.tensorboard", "obs.mlflow"),
+    **dict.fromkeys(("dtype", "bf16", "fp16", "mixed_precision"), "train.precision"),
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), "train.recompute"),
     **dict.fromkeys(("seq_length", "max_length", "max_seq_length", "context_length", "block_size"),
                     "data.phases.0.seq_len"),
@@ -333,7 +349,8 @@ COMMON = {
     "max_prompt_length": "rollout.max_prompt_tokens", "kl_coef": "policy.kl_coeff",
     "loss_type": "preference.method",
 }
-"""Last part of a name that other programs have for a setting -> ours."""
+"""Last part of a name that other programs have for a setting -> our setting, or several that share its
+job."""
 SWITCHES = (("policy.method", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
             ("preference.method", ("preference.beta", "preference.simpo_gamma")))
 """A setting that says which method is used, and the numbers that belong to the method: a recipe's are those
@@ -359,8 +376,10 @@ def _instead(key: str) -> str:
     last = key.rpartition(".")[2]
     if last in NOT_OFFERED:
         return NOT_OFFERED[last]
-    # a name of the same group that is spelled nearly so is likelier than the same name of another group
-    group: Any = hint_below(RunConfig, key.partition(".")[0]) if "." in key else None
+    # A setting of the same group with a similar name is likelier than a setting of that name in another
+    # group, but a name that other programs use is no misspelling.
+    is_misspelled = "." in key and last not in COMMON
+    group: Any = hint_below(RunConfig, key.partition(".")[0]) if is_misspelled else None
     if dataclasses.is_dataclass(group) and nearest(last, fields_of(cast(Any, group))):
         return ""
     found = find_settings(last)
@@ -395,7 +414,8 @@ def find_settings(word: str, groups: Sequence[str] = ()) -> list[str]:
         groups: of these the settings go first, e.g. "preference".
     """
     if word in COMMON:
-        return [COMMON[word]]
+        meant = COMMON[word]
+        return [meant] if isinstance(meant, str) else list(meant)
     found = [name for name in setting_names() if name.rpartition(".")[2] == word]
     return sorted(found, key=lambda name: (name.partition(".")[0] not in groups, name.count(".")))
 
@@ -504,7 +524,7 @@ def data_paths(data: Sequence[str]) -> dict[str, float]:
 def with_rounds(config: RunConfig) -> RunConfig:
     """Return the settings of a run whose phases are its rounds; of settings that have them already, the same.
 
-    Steps follow from the rounds, a row's length from the (first) phase that was asked for.
+    Steps follow from the rounds, the row length from the first phase.
 
     Raises:
         UserError: no rounds are asked for, or no row, or a row does not hold the longest response; or the
@@ -522,10 +542,13 @@ def with_rounds(config: RunConfig) -> RunConfig:
     longest = pair * (rollout.max_prompt_tokens + rollout.max_new_tokens)
     if longest > seq_len:
         what, count = ("pairs of responses", f"{pair} x (") if pair > 1 else ("responses", "")
+        most = config.model.max_position_tokens
         raise UserError(f"data.phases.0.seq_len = {seq_len}: a row holds whole {what}, the longest has "
                         f"{count}rollout.max_prompt_tokens {rollout.max_prompt_tokens} + "
                         f"rollout.max_new_tokens {rollout.max_new_tokens}{')' if count else ''} = {longest}; "
-                        "make rows longer, or responses shorter")
+                        + (f"the model holds {most} (model.max_position_tokens): lower these two"
+                           if longest > most else
+                           "make rows longer, leave their length out, or lower these two"))
     phases = tuple(PhaseConfig(f"round-{number:04d}", seq_len=seq_len)
                    for number in range(1, rollout.rounds + 1))
     return dataclasses.replace(

@@ -251,7 +251,8 @@ class TrainConfig:
     ramp_steps: Annotated[NotNegativeInt, Le(1_000_000)] = 0
     """Steps over which it grows, in equal stretches."""
     micro_batch_size: Annotated[AtLeastOne, Le(MAX_BATCH_SIZE)] = 1
-    """Samples of one forward pass on one process."""
+    """Samples of one forward pass on one process.  rl: rows at most; unless it is set, as many as hold the
+    responses to one prompt, bounded by memory (docs/rl.md)."""
     seed: int = 1234
     """Seed of initial weights, data order and dropout."""
     precision: Literal["fp32", "bf16", "fp64"] = "bf16"

@@ -16,7 +16,7 @@ from megatron_sov.model.config.post_training import PolicyConfig
 EPSILON = 1e-4
 """Beside standard deviations that are divided by, as in TRL."""
 EQUAL = 1e-8
-"""Rewards no farther apart are the same."""
+"""Rewards no farther apart are the same, and advantages no farther from 0 are 0."""
 LEARNS, TOO_FEW, ALL_RIGHT, ALL_WRONG = "", "too_few", "all_right", "all_wrong"
 """Why a group is left out, and "" of one that is not: fewer responses than its advantages need; the same
 reward of all, which is right; or which is not."""
@@ -53,6 +53,11 @@ def group_advantages(rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray
                        max_new_tokens) if reason == LEARNS else np.zeros(len(group))
              for group, n, asked, reason in zip(rewards, lengths, budgets, reasons, strict=True)]
     return [Group(*pair) for pair in zip(found, reasons, strict=True)]
+
+
+def has_advantage(advantages: np.ndarray) -> bool:
+    """Return whether any of the advantages [n] differs from 0, so that the policy loss has a gradient."""
+    return bool(np.abs(advantages).max(initial=0.0) > EQUAL)
 
 
 def step_advantages(groups: Sequence[Group], policy: PolicyConfig) -> list[Group]:
@@ -125,8 +130,8 @@ def pass_at_k(rewards: np.ndarray, k: int) -> np.ndarray:
 
 
 def in_range(rewards: np.ndarray) -> np.ndarray:
-    """Return GrouPER's advantages (`places_in_group`); 0 where all rewards are the same."""
-    return np.array(places_in_group(rewards.tolist()) if np.ptp(rewards) > EQUAL else [0.0] * len(rewards))
+    """Return GrouPER's advantages (`places_in_group`); the rewards must differ."""
+    return np.array(places_in_group(rewards.tolist()))
 
 
 def mgpo_weight(share_right: float, strength: float) -> float:
@@ -159,8 +164,10 @@ def _of_group(rewards: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, pol
     counted = _with_length(rewards, lengths, budgets, policy, max_new_tokens)
     # The penalty of length joins before the baseline, so it is compared inside of the group too.
     shaped = counted - overlong_penalty(lengths, policy, max_new_tokens)
-    found = {"group": group_relative, "group_no_std": centred, "leave_one_out": leave_one_out,
-             "pass_at_k": lambda r: pass_at_k(r, parts.pkpo_k), "range": in_range}[parts.advantage](shaped)
+    compare = {"group": group_relative, "group_no_std": centred, "leave_one_out": leave_one_out,
+               "pass_at_k": lambda r: pass_at_k(r, parts.pkpo_k), "range": in_range}[parts.advantage]
+    # The mean of equal rewards may differ from them by rounding: AdamW would make whole updates of that.
+    found = compare(shaped) if np.ptp(shaped) > EQUAL else np.zeros(len(shaped))
     if parts.length_reward == "budget":
         found = found + against_budget(counted, budgets, max_new_tokens, parts.length_reward_coeff)
     if np.ptp(rewards) <= EQUAL and rewards[0] < policy.right_from:

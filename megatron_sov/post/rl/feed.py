@@ -37,9 +37,11 @@ from megatron_sov.judge.rewards.opinions import Opinions
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.model.families.adapters import PREFIX
-from megatron_sov.post.policy import GROUPS_LEARNING, OLD, REFERENCE, RESPONSE_TOKENS, REWARD, TEACHER
+from megatron_sov.post.policy import OLD, REFERENCE, TEACHER, has_other_gradients
 from megatron_sov.post.reference import write_logprobs
+from megatron_sov.post.rl.advantages import has_advantage
 from megatron_sov.post.rl.episodes import Episodes
+from megatron_sov.post.rl.gathering import PASS_RATE, doubt_of_round, meters_of_round
 from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rounds
 from megatron_sov.post.rl.publish import further_pieces
 from megatron_sov.post.rl.requests import STEP_S, LiveServers, ResponseQueue, row_requests
@@ -53,9 +55,9 @@ from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import files_sha256
 from megatron_sov.runs.folder import ROUNDS, RunFolder
-from megatron_sov.runs.rounds import LEARNS, Policy, RunPolicies, may_write
+from megatron_sov.runs.rounds import Policy, RunPolicies, may_write
 from megatron_sov.train.data.requirements import replayed_routes
-from megatron_sov.train.data.rounds import Round, RoundDocuments
+from megatron_sov.train.data.rounds import ADVANTAGE, Round, RoundDocuments
 from megatron_sov.train.stages.feed import FeedView
 from megatron_sov.work.progress.locks import Claims
 
@@ -114,8 +116,11 @@ class TrainerColumns:
     def _column(self, view: FeedView, name: str, opened: Round, *, is_first: bool) -> np.ndarray:
         file, count = file_of(opened.path, name), int(opened.starts[-1])
         # documents of which the step itself tells what is needed: what is learned first, at unchanged weights
-        passed = next((step.stop for step in opened.steps if len(step)), 0) if name == OLD else 0
-        if passed == len(opened.starts) - 1:
+        num_documents, passed = len(opened.starts) - 1, 0
+        if name == OLD:
+            passed = next((step.stop for i, step in enumerate(opened.steps) if i not in opened.idle),
+                          num_documents)
+        if passed == num_documents:
             return np.broadcast_to(np.float32(np.nan), count)
         # At the first step the live weights begin the round; later only the file has their numbers.
         is_anew = is_first and name == OLD
@@ -267,6 +272,8 @@ class RoundFeed:
     """See `train.stages.feed.Feed`: of the round that is open."""
     _figures: Mapping[str, float] = field(default_factory=dict)
     _has_told: bool = False
+    _doubts: bool = False
+    """Whether few groups of the last round learn."""
 
     def bring(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
         """As `Feed.bring`: open the round of the next step."""
@@ -358,8 +365,10 @@ class RoundFeed:
         on_each(partial(self.rounds.verify, number))  # what is wrong with it, everyone hears
         on_main(view.world, lambda: read() and None)
         opened = read()
+        # One process decides: all pass over the same steps, or a collective would wait for ever.
+        opened = replace(opened, idle=on_main(view.world, partial(self._idle_steps, view, number, opened)))
         made = self.columns.of_round(view, number, opened, is_first=is_first)
-        self._pass_over_empty(view, number, opened)
+        self._pass_over_idle(view, number, opened)
         # Opened last: a failure before leaves the data order as it was.
         self.rounds.open(number, replace(opened, beside=made))
         self.policies.begin(view.step, on_main(view.world, partial(files_sha256, opened.path)))
@@ -370,18 +379,42 @@ class RoundFeed:
                               documents=opened.steps[-1].stop, **self._figures, **apart,
                               **{name: content.get(name) for name in TOLD})
             self._figures, self.meters = {}, meters_of_round(content)
+            self._tell_rewards(view, number, content)
         if self.store is not None:
             on_main(view.world, partial(self._tell_samples, view, self.store, number, opened.path))
+
+    def _tell_rewards(self, view: FeedView, number: int, content: Mapping[str, Any]) -> None:
+        """Print the pass rate of the start before the first step, and warn of the first of several rounds of
+        which few groups learn."""
+        means = content.get("means") or {}
+        if not view.step and PASS_RATE in means:
+            print(f"before the first step {means[PASS_RATE]:.1%} of {means['responses']:,} responses reach "
+                  f"policy.right_from = {view.config.policy.right_from:g}\n", end="", file=sys.stderr,
+                  flush=True)
+        doubt = doubt_of_round(content, is_first=not view.step)
+        if doubt and not self._doubts:
+            warn(f"round {number}: {doubt}", view.events.write, step=view.step)
+        self._doubts = bool(doubt)
 
     def _tell_samples(self, view: FeedView, store: Path, number: int, published: Path) -> None:
         version = str(read_manifest(published).content["reward_version"])
         self.samples.tell(view, RolloutStore.open(store), number, version)
 
-    def _pass_over_empty(self, view: FeedView, number: int, opened: Round) -> None:
-        """Have the steps passed over of which no group learns: there is nothing to compute."""
+    def _idle_steps(self, view: FeedView, number: int, opened: Round) -> frozenset[int]:
+        """Return the steps of a round (from 0) that would change no weight: steps without text whose
+        advantages are all 0, where nothing else has a gradient, and steps without documents."""
+        policy, first = view.config.policy, (number - 1) * self.rollout.steps_per_round + 1
+        learns_anyway = has_other_gradients(view.config)
+        return frozenset(
+            i for i, documents in enumerate(opened.steps)
+            if not policy.has_text_at(self.rollout.seed, first + i)
+            and not (documents and (learns_anyway or _has_advantage(opened, documents))))
+
+    def _pass_over_idle(self, view: FeedView, number: int, opened: Round) -> None:
+        """Have the ledger pass over the steps of a round that would change no weight."""
         first = (number - 1) * self.rollout.steps_per_round
-        for step, documents in enumerate(opened.steps, first):
-            if len(documents) or step < view.step:
+        for step in sorted(first + i for i in opened.idle):
+            if step < view.step:
                 continue
             # In the ledger, so that a resumed run passes over the same steps.
             view.batches.ledger.pass_over(step, step + 1)
@@ -391,14 +424,12 @@ class RoundFeed:
                      "it is passed over", view.events.write, step=step + 1)
 
 
-def meters_of_round(content: Mapping[str, Any]) -> dict[str, float]:
-    """Return the headline meters of a round, by its manifest."""
-    means, groups = content.get("means") or {}, content.get("groups") or {}
-    found = {REWARD: means.get("reward"), RESPONSE_TOKENS: means.get("response_tokens")}
-    count = sum(groups.values())
-    if count:
-        found[GROUPS_LEARNING] = groups.get(LEARNS, 0) / count
-    return {name: float(value) for name, value in found.items() if value is not None}
+def _has_advantage(opened: Round, documents: range) -> bool:
+    """Return whether any document of a step has an advantage other than 0."""
+    read = opened.documents
+    return read is not None and any(
+        has_advantage(read.column(ADVANTAGE, document, 0, int(read.lengths[document])))
+        for document in documents)
 
 
 @dataclass

@@ -32,7 +32,8 @@ from megatron_sov.base.settings import by_name
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.engine.parallel.world import on_each, on_first
 from megatron_sov.model.config import RunConfig
-from megatron_sov.post.rl.advantages import LEARNS as KEPT, Group, group_advantages, step_advantages
+from megatron_sov.post.rl.advantages import (
+    LEARNS as KEPT, Group, group_advantages, has_advantage, step_advantages)
 from megatron_sov.post.rl.gathering import (
     LATE, LATE_FROM, Gathered, GatheredPiece, JudgedGroup, LateGroup, PublishedResponse, RolloutFacts,
     RoundOfStore, late_groups, late_responses, means_of)
@@ -54,6 +55,8 @@ NO_PAIR = "no_pair"
 """Why a group is left out: no response that ended is better than its worst."""
 SURPLUS = "surplus"
 """In the place of why a group is left out: it would learn, and the round is full."""
+NO_ADVANTAGE = "no_advantage"
+"""Why a group that is trained does not learn: the advantages of its trained responses are all 0."""
 PROMPTS = "prompts"
 """In a round's manifest: digest of the prompts that rounds are made of, in their order."""
 CHOSEN_BY = "chosen_by"
@@ -354,7 +357,8 @@ class Publisher:
                 *(piece.policies for piece in gathered.pieces))),
             "store": [{"name": part.name, "rollouts": part.manifest_sha256, "rewards": manifest_sha256(
                 source.store.part_path(part.name, source.reward_version))} for part in parts],
-            "means": means_of(gathered, self.config.rollout, has_reward=self.reward_version != NO_REWARD),
+            "means": means_of(gathered, self.config.rollout, None if self.reward_version == NO_REWARD
+                              else self.config.policy.right_from),
             **({DOMAINS: self._domains_of(gathered, late, chosen)} if self.config.policy.parts.opd_coeff
                else {})}
 
@@ -425,11 +429,15 @@ class Publisher:
             step = learned[first:end]
             for i, said in zip(step, step_advantages([groups[i] for i in step], self.config.policy),
                                strict=True):
-                reasons[said.reason or LEARNS] += 1
-                if not said.reason:
-                    place = gathered.groups[i]
-                    values[place], is_trained[place] = said.advantages, rows["order"][place] >= 0
-                    num_found += int(is_trained[place].sum())
+                if said.reason:
+                    reasons[said.reason] += 1
+                    continue
+                place = gathered.groups[i]
+                values[place], is_trained[place] = said.advantages, rows["order"][place] >= 0
+                trained = values[place][is_trained[place]]
+                learns = has_advantage(trained) or not self.config.policy.learns_from_rewards
+                reasons[LEARNS if learns else NO_ADVANTAGE] += 1
+                num_found += len(trained)
             before = sum(steps[-1]) if steps else 0
             steps.append([before, num_found - before])
         return _Chosen(found, values, is_trained, steps, dict(reasons), late_from)

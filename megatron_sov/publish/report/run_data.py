@@ -26,7 +26,7 @@ from megatron_sov.runs.lock import living_holder
 from megatron_sov.runs.obs.events import EVENTS, final_steps, read_events
 from megatron_sov.runs.obs.figures import number
 from megatron_sov.runs.obs.history import (
-    BY_SETTING, KINDS, Attempt, Attempts, MeasuredStretch, Stretches, is_incident)
+    KINDS, PASSED_OVER, Attempt, Attempts, MeasuredStretch, Stretches, is_incident)
 from megatron_sov.runs.obs.validation import RESPONSES, VALIDATION
 from megatron_sov.runs.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.runs.rounds import LEARNS
@@ -269,7 +269,7 @@ class RunReader:
         run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
         run.stretches, run.samples, run.responses = self._stretches.all, self._samples, self._responses
         run.skipped_steps = [int(e["step"]) for e in final_steps(kept["skip"], "skip")
-                             if e.get("reason") == BY_SETTING]
+                             if e.get("reason") in PASSED_OVER]
         run.incidents = sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)),
                                key=lambda e: number(e.get("time_s")))
         run.needles, run.scores = _last_of_each_when(kept["needle"]), kept["eval_lm"]

@@ -156,13 +156,14 @@ KINDS = {"skip": "step not learned", "attribution": "why it was not learned",
          "hang": "hang", "sdc": "silent corruption", "alarm": "alarm", "fault": "fault on purpose",
          "damaged_checkpoint": "damaged checkpoint", "failure": "ended by an error"}
 """Event -> what people call it."""
-BY_SETTING = "data.skip_steps"
-"""Reason of a skipped step that the settings name."""
+BY_SETTING, NO_GRADIENT = PASSED_OVER = ("data.skip_steps", "no advantages and no other gradient")
+"""Reasons of skipped steps that are no incidents: the settings name the step; it is of a round of
+reinforcement learning and would change no weight."""
 
 
 def is_incident(event: dict[str, Any]) -> bool:
-    """Return whether an event tells of an incident; a step that the settings leave out is none."""
-    return event["event"] in KINDS and event.get("reason") != BY_SETTING
+    """Return whether an event tells of an incident; a step that is passed over is none."""
+    return event["event"] in KINDS and event.get("reason") not in PASSED_OVER
 
 
 def describe(event: dict[str, Any]) -> str:

@@ -97,7 +97,7 @@ def told_progress(events: Iterable[Mapping[str, Any]], headline: Sequence[Meter]
     for event in events:
         for meter in headline:
             kind, _, field = meter.heldout.partition(".")
-            if event["event"] == "step" and not math.isnan(value := meter.value(event)):
+            if _has_meters(event) and not math.isnan(value := meter.value(event)):
                 by_step.setdefault(meter.name, []).append(value)
             elif meter.heldout and event["event"] == kind:
                 of_source = heldout.setdefault(meter.name, {})
@@ -108,6 +108,11 @@ def told_progress(events: Iterable[Mapping[str, Any]], headline: Sequence[Meter]
         parts += [_change(meter, f"held-out {meter.title}{f' of {name}' if len(sources) > 1 else ''}", values)
                   for name, values in sources.items()]
     return ", ".join(parts)
+
+
+def _has_meters(event: Mapping[str, Any]) -> bool:
+    """Return whether an event is of a step that was learned, or passed over in a round that has meters."""
+    return event["event"] == "step" or (event["event"] == "skip" and "meters" in event)
 
 
 def _change(meter: Meter, title: str, values: Sequence[float]) -> str:

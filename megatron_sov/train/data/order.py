@@ -16,7 +16,8 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry, plan
 from megatron_sov.train.data.left_out import left_out
 from megatron_sov.train.data.rounds import SOURCE, RoundDocuments, rounds_of
-from megatron_sov.train.data.streams import Cursor, DocumentStream, Packing, Row, best_fit_units
+from megatron_sov.train.data.streams import (
+    Cursor, DocumentStream, Packing, Row, best_fit_nearby, best_fit_units)
 from megatron_sov.train.data.token_shards import Documents, Source
 
 
@@ -91,6 +92,7 @@ class SampleOrder:
         self._rounds, self._steps_per_round = rounds_of(sources), config.rollout.steps_per_round
         self._policy, self._round_seed = config.policy, config.rollout.seed
         self._unit = config.documents_of_unit
+        self._shared_rows = config.train.micro_batch_size if config.may_share_prompts else 1
         self._left_out = left_out(config.data.without, sources)
         self._documents: dict[int, Documents] = {}
         self._streams: dict[str, DocumentStream] = {}
@@ -133,7 +135,9 @@ class SampleOrder:
         cursor = self.state.cursors.setdefault(SOURCE, Cursor())
         # the two of a pair share a row
         units = [tuple(segments[i:i + self._unit]) for i in range(0, len(segments), self._unit)]
-        rows = best_fit_units(units, entry.seq_len)
+        # Responses to one prompt follow one another, and share it where they are in one micro-batch.
+        rows = (best_fit_nearby(units, entry.seq_len, self._shared_rows) if self._shared_rows > 1
+                else best_fit_units(units, entry.seq_len))
         cursor.tokens += sum(s.count for s in segments)
         cursor.samples += len(rows)
         return [*(OrderedSample(self._index[SOURCE], row) for row in rows), *self._text_beside(entry)]

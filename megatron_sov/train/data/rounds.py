@@ -59,6 +59,8 @@ class Round:
     """Column -> a number for each token, made after it was published."""
     starts: np.ndarray
     """[documents + 1] int64: where each begins in these columns."""
+    idle: frozenset[int] = frozenset()
+    """Indices of the steps that are passed over, because they would change no weight."""
 
 
 class RoundDocuments:

@@ -97,6 +97,28 @@ def best_fit_units(units: Sequence[Row], seq_len: int) -> list[Row]:
     return found
 
 
+def best_fit_nearby(units: Sequence[Row], seq_len: int, num_open: int) -> list[Row]:
+    """Return rows of whole units, each of at most `seq_len` tokens in all, so that units that follow one
+    another lie in the same row or in rows nearby.
+
+    Best fit of bounded space (Csirik and Johnson, Algorithmica 31, 2001): each unit goes into the row with
+    the least room that holds it, of the last `num_open` rows.
+    """
+    rows: list[list[PackedSegment]] = []
+    room: list[int] = []
+    for unit in units:
+        count = sum(part.count for part in unit)
+        holding = [i for i in range(max(0, len(rows) - num_open), len(rows)) if room[i] >= count]
+        if not holding:
+            holding = [len(rows)]
+            rows.append([])
+            room.append(seq_len)
+        row = min(holding, key=room.__getitem__)
+        rows[row] += unit
+        room[row] -= count
+    return [tuple(row) for row in rows]
+
+
 def best_fit(segments: Iterable[PackedSegment], seq_len: int) -> list[Row]:
     """Return rows of segments, each of at most `seq_len` tokens in all.
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.model import recipes
-from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.count import num_params, train_flops_per_token
 from megatron_sov.model.objectives import FORMATS
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import (
     COMMANDS, MOST_EPOCHS, Stage, defaults_of, rate_settings, refuse_pretraining_rate)
+from megatron_sov.plan.footprint.memory import account
 from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
 from megatron_sov.train.data.ledger import unit_tokens
@@ -35,6 +36,9 @@ LENGTHS = ("train.steps", "train.tokens", "train.epochs")
 """Settings that say how long a run is."""
 CPU_FLOPS_PER_S, GPU_SHARE = 2e10, 0.5
 """What a core, and which share of a GPU's peak a run reaches at best: a bound, not a prediction."""
+LEAST_ACTIVATION_BYTES = 2 << 30
+"""Activations of a micro-batch of responses on any machine; or as many bytes as weights, gradients and
+optimizer take on one process, if those are more."""
 PROMPTS_PER_ROUND = 64
 CHECKPOINT_ROUNDS = 10
 """Rounds between checkpoints, at most."""
@@ -77,8 +81,8 @@ def complete_stage(asked: RecipeRequest, config: RunConfig, stage: Stage | None,
 
 
 def _said(asked: RecipeRequest) -> set[str]:
-    """Return the keys that the command line sets."""
-    keys = {setting.partition("=")[0] for setting in asked.settings}
+    """Return the keys that --set and files of --config set."""
+    keys = {setting.partition("=")[0] for setting in asked.settings} | asked.layered
     return keys | ({"data.phases"} if any(key.startswith("data.phases.") for key in keys) else set())
 
 
@@ -187,8 +191,10 @@ def _complete_rounds(asked: RecipeRequest, config: RunConfig, nproc: int | None,
         notes.append(f"learning rate {config.optim.lr:g}" + _why(said, "optim.lr", "default of rl"))
         config, lengths = _with_lengths(config, said)
         notes += lengths
-        if "train.global_batch_size" not in said:
-            config = _with_train(config, global_batch_size=_batch_size(config, nproc, 0, 0))
+    config = _with_micro_batches(asked, _with_row_length(asked, config, said), nproc, said)
+    if asked.of_model:
+        rows = config.train.micro_batch_size
+        notes.append(f"rows of {config.data.phases[0].seq_len:,} tokens, up to {rows:,} in a micro-batch")
         if "rollout.prompts_per_round" not in said and num_prompts:
             count = max(1, min(PROMPTS_PER_ROUND, num_prompts) // config.rollout.steps_per_round)
             config = apply_settings(
@@ -206,7 +212,7 @@ def _complete_rounds(asked: RecipeRequest, config: RunConfig, nproc: int | None,
 
 
 def _with_lengths(config: RunConfig, said: Collection[str]) -> tuple[RunConfig, list[str]]:
-    """Return the settings with rows that hold a prompt and its response, and what was chosen."""
+    """Return the settings with lengths of prompts and responses that the model holds, and what was chosen."""
     most = config.model.max_position_tokens
     if "data.phases" in said:
         most = min(most, config.data.phases[0].seq_len)
@@ -214,12 +220,53 @@ def _with_lengths(config: RunConfig, said: Collection[str]) -> tuple[RunConfig, 
     chosen = {f"rollout.{name}": min(getattr(config.rollout, name), most // 2 // pair)
               for name in ("max_prompt_tokens", "max_new_tokens")}
     config = apply_settings(config, [f"{key}={value}" for key, value in chosen.items() if key not in said])
-    longest = pair * (config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)
-    if "data.phases" not in said:
-        seq_len = min(max(LEAST_SEQ_LEN, 1 << (longest - 1).bit_length()), config.model.max_position_tokens)
-        config = apply_settings(config, [f"data.phases.0.seq_len={seq_len}"])
     return config, [f"responses of up to {config.rollout.max_new_tokens:,} tokens"
                     + _why(said, "rollout.max_new_tokens", "rollout.max_new_tokens")]
+
+
+def _with_row_length(asked: RecipeRequest, config: RunConfig, said: Collection[str]) -> RunConfig:
+    """Return the settings with rows that hold the longest prompt and response, or both of a pair; rows that
+    were set, and rows of a recipe that are long enough, stay as they are."""
+    longest = config.documents_of_unit * (config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)
+    if "data.phases" in said or (not asked.of_model and config.data.phases[0].seq_len >= longest):
+        return config
+    seq_len = max(LEAST_SEQ_LEN, 1 << (longest - 1).bit_length())
+    if seq_len > MOST_SEQ_LEN:
+        seq_len = -(-longest // LEAST_SEQ_LEN) * LEAST_SEQ_LEN
+    most = config.model.max_position_tokens
+    return apply_settings(config, [
+        f"data.phases.0.seq_len={min(seq_len, most - most % config.parallel.row_multiple)}"])
+
+
+def _with_micro_batches(asked: RecipeRequest, config: RunConfig, nproc: int | None, said: Collection[str]
+                        ) -> RunConfig:
+    """Return the settings with micro-batches that hold the responses to one prompt, which is then computed
+    once, as far as memory and batch size allow."""
+    is_open = asked.of_model and "train.global_batch_size" not in said
+    chosen = (_with_train(config, global_batch_size=_batch_size(config, nproc, 0, 0)) if is_open else config)
+    is_said = "train.micro_batch_size" in said or asked.from_file or bool(asked.base.code)
+    has_own_batches = config.policy.on_policy_share < 1 or config.train.ramp_from_batch_size > 0
+    if is_said or has_own_batches or not config.may_share_prompts:
+        return chosen
+    rollout, seq_len = config.rollout, config.data.phases[0].seq_len
+    responses = config.documents_of_unit if config.documents_of_unit > 1 else rollout.samples_per_prompt
+    rows = -(-responses * (rollout.max_prompt_tokens + rollout.max_new_tokens) // seq_len)
+    for size in range(min(rows, MOST_SEQ_LEN // seq_len), config.train.micro_batch_size, -1):
+        larger = _with_train(config, micro_batch_size=size)
+        at_once = _batch_size(larger, nproc, 0, 0)
+        if is_open:
+            larger = _with_train(larger, global_batch_size=at_once)
+        if larger.train.global_batch_size % at_once == 0 and _fits(larger, seq_len):
+            return larger
+    return chosen
+
+
+def _fits(config: RunConfig, seq_len: int) -> bool:
+    """Return whether the activations of a micro-batch take no more memory than `LEAST_ACTIVATION_BYTES`."""
+    alone = dataclasses.replace(config, parallel=ParallelConfig(), train=dataclasses.replace(
+        config.train, global_batch_size=config.train.micro_batch_size))
+    found = account(alone, 1, 0, seq_len)
+    return found.layer_inputs + max(found.one_layer, found.head) <= max(LEAST_ACTIVATION_BYTES, found.states)
 
 
 # Plans that nobody can have meant.

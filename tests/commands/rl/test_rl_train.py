@@ -207,6 +207,44 @@ def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_c
     assert "no group of step 1 learns (groups of the round: {'all_wrong': 2, 'learns': 2})" in done.stderr
 
 
+def test_a_step_whose_advantages_are_0_is_passed_over_and_resumed_behind(rounds: Rounds, run_command: Any,
+                                                                         tiny: list[str]) -> None:
+    """All groups are kept; those of the first step have equal rewards, and no other term has a gradient."""
+    from megatron_sov.rollouts.rows import RewardRow
+
+    store, version = rounds.new_store("solved"), make(order("repetition", {})).version
+    rounds.write(store, read_prompts(rounds.folder / "prompts.jsonl"), ROLLOUT, 1, version, judge=False)
+    for part in store.parts(1):
+        store.add_rewards(version, part.name, [
+            RewardRow(row.key, 0, version, 1.0 if not part.piece else float(row.key.sample == 0), "scored")
+            for row in store.read_rollouts(part.name)])
+    settings = [*tiny, *(word for setting in (
+        *SETTINGS[1:8], *SETTINGS[-2:], "rollout.rounds=1", "policy.method=grpo",
+        "model.seq_aux_loss_coeff=0", "model.router_bias_update_rate=0", "model.num_mtp_layers=0",
+        "optim.weight_decay=0.1", "train.checkpoint_every_steps=1", "train.keep_checkpoints=0")
+        for word in ("--set", setting))]
+    done = run_command(*rounds.command(store.path, "solved-run", *settings))
+    assert done.returncode == 0, done.stderr
+    assert "before the first step 62.5% of 16 responses reach policy.right_from = 1" in done.stderr
+    stopped = run_command(*rounds.command(store.path, "solved-stopped", *settings, "--until", "1"))
+    assert stopped.returncode == 75, stopped.stderr
+    again = run_command(*rounds.command(store.path, "solved-stopped", *settings, "--resume"))
+    assert again.returncode == 0, again.stderr
+
+    def weights(run: str, step: int) -> dict[str, str]:
+        files = read_manifest(rounds.folder / run / f"checkpoints/step-{step}").files
+        return {name: record.digest for name, record in files.items() if name.endswith(".safetensors")}
+
+    assert weights("solved-run", 1) == weights("solved-stopped", 1) != weights("solved-run", 2)
+    assert weights("solved-run", 2) == weights("solved-stopped", 2)
+    for run in ("solved-run", "solved-stopped"):
+        events = list(read_events(rounds.folder / run / "events.jsonl"))
+        assert [e["step"] for e in events if e["event"] == "step"] == [2]
+        [skipped] = [e for e in events if e["event"] == "skip"]
+        assert skipped["step"] == 1 and skipped["meters"]["groups_learning"] == 0.5
+    assert losses(rounds.folder / "solved-run") == losses(rounds.folder / "solved-stopped")
+
+
 def test_mistakes_are_told_before_anything_begins(rounds: Rounds, tmp_path: Path, capsys: Any,
                                                   tiny: list[str]) -> None:
     def refused(*more: str) -> str:

@@ -52,7 +52,9 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
     while not trainer.finished:
         assert trainer.bring_data(stop) is None
         result = trainer.update()
-        assert result is not None
+        if result is None:
+            taken.append({"passed over": 1.0})
+            continue
         taken.append({"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.num_tokens,
                       **{f"term {name}": value for name, value in result.losses.items()},
                       "load": trainer.expert_load.gather().tolist(),

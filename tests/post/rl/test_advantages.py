@@ -101,6 +101,33 @@ def test_why_a_group_is_left_out() -> None:
     assert of([[0.1 + 0.2, 0.3]], PolicyConfig("dapo"))[0].reason == "all_wrong"  # the same but for rounding
 
 
+KEEPING = ["grpo", "dr_grpo", "gspo", "cispo", "mgpo", "ink_grpo", "pkpo", "lapo_d", "lapo_i"]
+ASKED = {"mgpo": {"mgpo_lambda": 1.5}, "gspo": {"clip_low": 3e-4, "clip_high": 4e-4}, "pkpo": {"pkpo_k": 2}}
+
+
+@pytest.mark.parametrize("method", KEEPING)
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.7, 1 / 3, -2.3, 1e6 / 7])
+def test_a_group_of_equal_rewards_has_advantages_of_exactly_0(method: str, reward: float) -> None:
+    """The mean of n equal numbers is another number for most n: AdamW would turn that into whole steps."""
+    policy = PolicyConfig(method, **{"all_right": "keep", "all_wrong": "keep", "all_wrong_reward": 0.0,
+                                     **ASKED.get(method, {})})
+    for count in (3, 6, 7, 10):
+        [group] = of([[reward] * count], policy)
+        assert group.reason == "" and group.advantages.tolist() == [0.0] * count
+        assert not parts.has_advantage(group.advantages)
+    [nearly] = of([[reward, reward + 1e-9 * abs(reward < 10), reward]], policy)  # the same but for rounding
+    assert nearly.advantages.tolist() == [0.0] * 3
+    [mixed] = of([[reward, reward, reward + 1]], policy)
+    assert parts.has_advantage(mixed.advantages)
+
+
+@pytest.mark.parametrize(("advantages", "learns"), [
+    ([], False), ([0.0], False), ([0.0, -0.0], False), ([1e-8, -1e-8], False), ([0.0, 1.1e-8], True),
+    ([0.0, -1.1e-8], True), ([-1.0, 1.0], True), ([float("inf")], True)])
+def test_a_group_learns_by_any_advantage_beyond_the_tolerance(advantages: list[float], learns: bool) -> None:
+    assert parts.has_advantage(np.array(advantages)) is learns
+
+
 def test_a_group_that_is_all_wrong_is_pushed_away_where_it_is_kept() -> None:
     policy = PolicyConfig("agapo_exaone4", all_wrong_reward=-0.1)
     wrong, mixed, right = of([[0.0] * 4, [0.0, 1.0, 1.0, 1.0], [1.0] * 4], policy)

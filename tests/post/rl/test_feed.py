@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import write_sealed
 from megatron_sov.model.config import PolicyConfig, RolloutConfig
@@ -28,6 +30,9 @@ class Told:
 
     def __init__(self, number: int) -> None:
         self.lengths = [4] * STEPS[number][1].stop
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        return np.array([0, 0, 1, 1], np.float32)[start:start + count]
 
 
 @pytest.fixture
@@ -55,7 +60,8 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
         events=SimpleNamespace(write=lambda name, **fields: events.append((name, fields))),
         batches=SimpleNamespace(ledger=Ledger([ENTRY])),
         checkpointer=SimpleNamespace(finish=lambda: events.append(("saved", {}))),
-        config=SimpleNamespace(policy=PolicyConfig(),
+        config=SimpleNamespace(policy=PolicyConfig(), objective=SimpleNamespace(name="policy"),
+                               model=recipes.get("tiny-qwen3").model,
                                data=SimpleNamespace(phases=[SimpleNamespace(seq_len=16)]),
                                train=SimpleNamespace(micro_batch_size=1)))
 
@@ -135,6 +141,92 @@ def test_steps_of_which_nothing_learns_are_passed_over_and_no_others(view: Any, 
     view.step = 2
     assert feed.bring(view, lambda: False) is None
     assert [view.batches.ledger.at(step).skip for step in range(4)] == [False, True, True, False]
+
+
+DENSE, MOE = "tiny-qwen3", "tiny-solar-open"
+
+
+@pytest.mark.parametrize(("policy", "model", "computed"), [
+    (PolicyConfig("grpo"), {}, [2]), (PolicyConfig("dr_grpo"), {}, [2]),
+    (PolicyConfig("mgpo", mgpo_lambda=1.0), {}, [2]), (PolicyConfig("lapo_d", kl="none"), {}, [2]),
+    (PolicyConfig("grpo", kl="k3", kl_coeff=0.0), {}, [2]),
+    (PolicyConfig("grpo", kl="k3", kl_coeff=0.1), {}, [1, 2]),
+    (PolicyConfig("opd"), {}, [1, 2]), (PolicyConfig("grpo", opd_coeff=0.5), {}, [1, 2]),
+    (PolicyConfig("gkd"), {}, [1, 2]), (PolicyConfig("preference"), {}, [1, 2]),
+    # text is drawn for all steps, so that the third one is computed without a document
+    (PolicyConfig("ink_grpo", knowledge_share=1.0), {}, [1, 2, 3]),
+    (PolicyConfig("ink_grpo", knowledge_share=1e-9), {}, [2]),
+    (PolicyConfig("grpo"), {"recipe": MOE}, [1, 2]),
+    (PolicyConfig("grpo"), {"recipe": MOE, "seq_aux_loss_coeff": 0.0}, [1, 2]),  # its router's bias moves
+    (PolicyConfig("grpo"), {"recipe": MOE, "seq_aux_loss_coeff": 0.0, "router_bias_update_rate": 0.0}, [2]),
+    (PolicyConfig("grpo"), {"num_mtp_layers": 1}, [1, 2]),
+    (PolicyConfig("grpo"), {"num_mtp_layers": 1, "mtp_loss_coeff": 0.0}, [2]),
+    (PolicyConfig("grpo"), {"objective": "mine"}, [1, 2])])
+def test_a_step_is_passed_over_where_nothing_has_a_gradient(
+        policy: PolicyConfig, model: dict[str, Any], computed: list[int], view: Any, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step has advantages of 0, the second one that is not, the third no document."""
+    monkeypatch.setitem(STEPS, 1, (range(2), range(2, 4), range(4, 4)))
+    monkeypatch.setattr(Told, "column", lambda self, name, document, start, count: np.full(
+        count, 0.5 * (document == 3), np.float32))
+    view.config.policy, changes = policy, dict(model)
+    view.config.objective.name = changes.pop("objective", "policy")
+    view.config.model = replace(recipes.get(changes.pop("recipe", DENSE)).model, **changes)
+    feed = feed_of(tmp_path, monkeypatch, lambda number: "")
+    feed.rollout = replace(feed.rollout, steps_per_round=3)
+    assert feed.bring(view, lambda: False) is None
+    assert [step + 1 for step in range(3) if not view.batches.ledger.at(step).skip] == computed
+
+
+def test_the_policy_needs_no_pass_for_steps_that_are_passed_over(view: Any, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Told, "column", lambda self, name, document, start, count: np.zeros(count))
+    feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("old_logprobs",))
+    assert feed.bring(view, lambda: False) is None
+    assert not (tmp_path / "0001.old_logprobs.f32").exists()
+    assert [view.batches.ledger.at(step).skip for step in (0, 1)] == [True, True]
+
+
+RATES = [
+    # groups that learn, all groups, pass rate, first round -> words of the warning
+    (8, 8, 0.4, True, ""), (8, 8, 0.4, False, ""), (8, 8, 0.0, True, ""),  # rewards without right ones
+    (1, 8, 1 / 64, True, "1 of 8 groups learn .* only 1.6% .* easier prompts .*difficulty.* sft"),
+    (1, 8, 1 / 64, False, ""), (0, 8, 0.0, False, "0 of 8 groups learn .* only 0.0% "),
+    (0, 8, 1.0, True, "0 of 8 groups learn .* 100.0% .* right already: take harder prompts"),
+    (0, 8, 1.0, False, "right already"), (3, 8, 0.97, True, "97.0% .* harder"), (3, 8, 0.97, False, ""),
+    (4, 8, 0.03, True, ""), (0, 8, 0.5, True, "50.0% .* solved always or never; take prompts in between"),
+    (1, 20, 0.3, False, "30.0% .* always or never"), (2, 20, 0.3, False, ""),
+    (0, 8, None, False, "0 of 8 groups learn .* equal worth"), (8, 8, None, True, "")]
+
+
+@pytest.mark.parametrize(("learn", "count", "rate", "is_first", "words"), RATES)
+def test_a_round_of_which_few_groups_learn_is_warned_of_with_a_remedy(
+        learn: int, count: int, rate: float | None, is_first: bool, words: str) -> None:
+    from megatron_sov.post.rl.gathering import doubt_of_round
+
+    groups = {"learns": learn, "no_advantage": count - learn}
+    means = {} if rate is None else {"pass_rate": rate}
+    found = doubt_of_round({"groups": groups, "means": means}, is_first=is_first)
+    assert re.search(words, found) if words else found == ""
+
+
+def test_the_pass_rate_of_the_start_is_told_once_before_the_first_step(
+        view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from megatron_sov.post.rl import feed as module
+
+    content = {"groups": {"learns": 1, "no_advantage": 7},
+               "means": {"responses": 64, "reward": 0.1, "pass_rate": 1 / 64}}
+    monkeypatch.setattr(module, "read_manifest", lambda path: SimpleNamespace(content=content))
+    feed = feed_of(tmp_path, monkeypatch, lambda number: "")
+    assert feed.bring(view, lambda: False) is None
+    said = capsys.readouterr().err
+    assert "before the first step 1.6% of 64 responses reach policy.right_from = 1\n" in said
+    assert "warning: round 1: 1 of 8 groups learn " in said and feed.meters["groups_learning"] == 1 / 8
+    content["groups"] = {"learns": 0, "no_advantage": 8}
+    for view.step in (2, 4):
+        assert feed.bring(view, lambda: False) is None
+    said = capsys.readouterr().err
+    assert "before the first step" not in said and "round 3" not in said, "it is warned of a stretch once"
 
 
 def test_what_the_trainer_says_is_of_the_weights_before_the_round(

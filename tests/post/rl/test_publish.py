@@ -339,6 +339,40 @@ def test_groups_that_do_not_learn_are_counted_by_reason_and_a_step_may_have_none
     assert [len(step) for step in rounds.read(1, 32, 2).steps] == [0, 11]
 
 
+LEARNING = [
+    # method and settings -> groups of the rewards below
+    ({"method": "grpo"}, {"no_advantage": 3, "learns": 3}),
+    ({"method": "gspo", "clip_low": 3e-4, "clip_high": 4e-4}, {"no_advantage": 3, "learns": 3}),
+    ({"method": "mgpo", "mgpo_lambda": 1.0}, {"no_advantage": 3, "learns": 3}),
+    ({"method": "ink_grpo"}, {"no_advantage": 3, "learns": 3}),
+    ({"method": "grpo", "all_wrong": "drop"}, {"all_wrong": 2, "no_advantage": 1, "learns": 3}),
+    ({"method": "grpo", "all_wrong_reward": -0.5}, {"no_advantage": 1, "learns": 5}),
+    ({"method": "grpo", "overlong_buffer_tokens": 12}, {"learns": 6}),  # by lengths, whatever the rewards
+    ({"method": "grpo", "normalise_over_batch": True}, {"learns": 3, "no_advantage": 3}),
+    ({"method": "opd"}, {"learns": 6}),
+    ({"method": "grpo", "opd_coeff": 0.5}, {"learns": 6})]
+
+
+@pytest.mark.parametrize(("asked", "groups"), LEARNING)
+def test_groups_that_learn_have_advantages(asked: dict[str, Any], groups: dict[str, int],
+                                           publisher: Publisher, write_round: Any) -> None:
+    """The report said "groups that learn 100 %" of 64 right responses of 64."""
+    publisher.config = config_of(**{"overlong_buffer_tokens": 0, **asked})
+    store = write(publisher, write_round, judge=False)
+    ids = [prompt.id for prompt in round_prompts(publisher.prompts, ROLLOUT, 1)]
+    rewards = [[1, 1, 1, 1], [0.1] * 4, [0, 0, 0, 0], [1, 0, 0, 0], [0.2, 0.1, 0, 0], [1, 1, 1, 0.9]]
+    for name in (part_name(1, 0), part_name(1, 1)):
+        store.add_rewards(VERSION, name, [
+            RewardRow(row.key, 0, VERSION, rewards[ids.index(row.key.prompt)][row.key.sample], "scored")
+            for row in store.read_rollouts(name)])
+    assert publisher.publish(1) == ""
+    content = read_manifest(publisher.rounds / "0001").content
+    assert content["groups"] == groups
+    assert content["means"]["pass_rate"] == pytest.approx(8 / 24)
+    # a group without advantages is kept all the same: means over the step are of all responses
+    assert sum(count for _, count in content["steps"]) == 4 * (6 - groups.get("all_wrong", 0))
+
+
 def write_pieces(publisher: Publisher, rewards: Any, first: int, end: int, number: int = 1) -> None:
     """Write and judge some pieces of a round; `rewards` gives those of the group at a place."""
     store = RolloutStore.open(publisher.store)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from megatron_sov.base.digests import file_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.rl.publish import Publisher
-from megatron_sov.rollouts.prompts import read_prompts
+from megatron_sov.rollouts.prompts import read_prompts, round_prompts
+from megatron_sov.rollouts.rows import RewardRow
 from megatron_sov.rollouts.store import RolloutStore
 
 RUN = str(Path(__file__).with_name("round_run.py"))
@@ -39,8 +41,10 @@ SPLIT: dict[str, Layout] = {
     "TP2+SP x PP2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2"])}
 
 
-def publish(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConfig, *, seq_len: int) -> None:
-    """Write and publish two rounds into a folder."""
+def publish(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConfig, *, seq_len: int,
+            rewards: Sequence[float] = (), **more: bool) -> None:
+    """Write and publish two rounds into a folder; with `rewards` all responses to the n-th prompt of the
+    first round have the n-th of them."""
     file = folder / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(6)))
     prompts, digest = read_prompts(file), file_digest(packed_data.tokenizer / "tokenizer.json", "sha256")
@@ -51,7 +55,12 @@ def publish(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConf
         data=dataclasses.replace(base.data, phases=(PhaseConfig("main", seq_len=seq_len),))))
     publisher = Publisher(config, folder / "rounds", store.path, prompts, VERSION, packed_data.tokenizer)
     for number in (1, 2):
-        write_round(store, prompts, ROLLOUT, number, VERSION)
+        write_round(store, prompts, ROLLOUT, number, VERSION, judge=not rewards, **more)
+        places = [prompt.id for prompt in round_prompts(prompts, ROLLOUT, number)]
+        for part in store.parts(number) if rewards else ():
+            store.add_rewards(VERSION, part.name, [
+                RewardRow(row.key, 0, VERSION, rewards[places.index(row.key.prompt)] * (
+                    row.key.sample > 0 or number == 1), "scored") for row in store.read_rollouts(part.name)])
         assert publisher.publish(number) == ""
 
 
@@ -83,6 +92,42 @@ def test_rounds_are_the_same_steps_at_every_layout(names: list[str], ranks: Any,
     publish(tmp_path, packed_data, write_round, PolicyConfig(method="dapo", max_gen_batches=1), seq_len=32)
     steps = curves(ranks, job, tmp_path, {name: LAYOUTS[name] for name in ("one rank", *names)}, CORRECTED)
     assert len(steps) == 4 and len({step["tokens"] for step in steps}) > 1
+
+
+NOTHING_ELSE = ["model.seq_aux_loss_coeff=0", "model.router_bias_update_rate=0", "model.num_mtp_layers=0"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("settings", "computed"), [
+    (NOTHING_ELSE, [False, False, True, True]),
+    (NOTHING_ELSE[:2], [True] * 4), (NOTHING_ELSE[1:], [True] * 4)])
+def test_steps_without_advantages_are_passed_over_at_every_number_of_processes(
+        settings: list[str], computed: list[bool], ranks: Any, job: Any, packed_data: Any, write_round: Any,
+        tmp_path: Path) -> None:
+    """All rewards of a group of round 1 are equal; in round 2 one differs."""
+    publish(tmp_path, packed_data, write_round, PolicyConfig(method="grpo"), seq_len=32,
+            rewards=[0.1, 1.0, 0.7, 0.3])
+    layouts: dict[str, Layout] = {"one rank": (1, []), "DP2": (2, [])}
+    steps = curves(ranks, job, tmp_path, layouts, ["policy.method=grpo", *settings, "rollout.seed=0"])
+    assert ["passed over" not in step for step in steps] == computed
+    assert all(step["grad_norm"] > 0 for step, is_learned in zip(steps, computed, strict=True) if is_learned)
+
+
+ROWS: dict[str, Layout] = {
+    "one row": (1, ["train.micro_batch_size=1"]), "no sharing": (1, ["policy.share_prompts=false"]),
+    "four rows": (1, ["train.micro_batch_size=4"]), "long rows": (1, ["data.phases.0.seq_len=256"]),
+    "two rows, DP2": (2, ["train.micro_batch_size=2"]), "least rows": (1, ["data.phases.0.seq_len=20"])}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", ["grpo", "dapo"])
+def test_rounds_are_the_same_steps_in_rows_of_any_length(method: str, ranks: Any, job: Any, packed_data: Any,
+                                                         write_round: Any, tmp_path: Path) -> None:
+    """Prompts are shared within micro-batches: of one row, several, or all of a step."""
+    publish(tmp_path, packed_data, write_round, PolicyConfig(method=method, max_gen_batches=1), seq_len=20,
+            one_prompt=True)
+    steps = curves(ranks, job, tmp_path, ROWS, [*NOTHING_ELSE, f"policy.method={method}"])
+    assert len(steps) == 4 and all(step["grad_norm"] > 0 for step in steps)
 
 
 @pytest.mark.distributed

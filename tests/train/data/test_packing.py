@@ -8,11 +8,12 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from megatron_sov.train.data.streams import (
-    PackedSegment, Row, best_fit, best_fit_units, concatenate, cut, fitting)
+    PackedSegment, Row, best_fit, best_fit_nearby, best_fit_units, concatenate, cut, fitting)
 
 SEQ_LEN = 24
 Fewest = Callable[[list[int], int], int]
@@ -100,6 +101,45 @@ def test_units_stay_whole_and_in_order(counts: list[tuple[int, ...]], drop: bool
         else:  # the longest lose their tails, down to one length; no token more than it takes
             most = max(kept)
             assert kept == [min(n, most) for n in whole] and sum(min(n, most + 1) for n in whole) > SEQ_LEN
+
+
+@given(st.lists(st.tuples(*[st.integers(1, SEQ_LEN // 2)] * 2), max_size=30), st.integers(1, 9))
+def test_units_lie_near_those_before_them(counts: list[tuple[int, int]], num_open: int) -> None:
+    units = [tuple(PackedSegment(2 * i + j, 0, n) for j, n in enumerate(unit))
+             for i, unit in enumerate(counts)]
+    rows = best_fit_nearby(units, SEQ_LEN, num_open)
+    assert all(0 < sum(s.count for s in row) <= SEQ_LEN for row in rows)
+    place = {s.document: i for i, row in enumerate(rows) for s in row}
+    assert sorted(place) == list(range(2 * len(units))), "each unit once"
+    row_of_unit = [place[2 * i] for i in range(len(units))]
+    assert row_of_unit == [place[2 * i + 1] for i in range(len(units))], "a unit stays whole"
+    opened = -1
+    for i, row in enumerate(row_of_unit):
+        assert opened - num_open < row <= opened + 1
+        if row == opened + 1:  # a row is opened where none of the last ones has room
+            held = [sum(sum(counts[j]) for j in range(i) if row_of_unit[j] == r)
+                    for r in range(max(0, row - num_open), row)]
+            assert all(SEQ_LEN - tokens_held < sum(counts[i]) for tokens_held in held)
+        opened = max(opened, row)
+
+
+@pytest.mark.parametrize("responses", [4, 8, 16])
+@pytest.mark.parametrize(("prompt", "response"), [(40, 10), (30, 30), (10, 60)])
+def test_nearby_rows_share_more_prompts_in_a_micro_batch(prompt: int, response: int, responses: int) -> None:
+    """Tokens that are computed where each prompt counts once in a micro-batch, padding too."""
+    random, seq_len, rows_of_batch = np.random.default_rng(responses), 128, 4
+    counts = [prompt + int(random.integers(1, response + 1)) for _ in range(32 * responses)]
+    units = [(PackedSegment(i, 0, n),) for i, n in enumerate(counts)]
+
+    def computed(rows: list[Row]) -> int:
+        batches = [rows[i:i + rows_of_batch] for i in range(0, len(rows), rows_of_batch)]
+        shared = sum((len(of_batch) - len({d // responses for d in of_batch})) * prompt for of_batch in (
+            [s.document for row in batch for s in row] for batch in batches))
+        return len(rows) * seq_len - shared
+
+    nearby, scattered = best_fit_nearby(units, seq_len, rows_of_batch), best_fit_units(units, seq_len)
+    assert computed(nearby) < computed(scattered)
+    assert len(nearby) <= 1.15 * len(scattered)
 
 
 @given(documents)

@@ -12,8 +12,10 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import PhaseConfig, RunConfig, apply_settings
+from megatron_sov.model.config.run import with_rounds
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, base_of_model, defaults_of
+from megatron_sov.plan.footprint.memory import account
 from megatron_sov.train.data.order import SampleOrder
 from megatron_sov.train.data.token_shards import open_sources
 from megatron_sov.train.stages import stage_defaults
@@ -112,6 +114,93 @@ def test_rounds_follow_from_prompts() -> None:
     config, _ = completed(request([], "rollout.rounds=9", stage="policy"), "policy", num_prompts=200)
     # no default of so many passes stays in the settings, by which a resumed run would count its rounds
     assert (config.rollout.prompts_per_round, config.rollout.rounds, config.train.epochs) == (64, 9, 0)
+
+
+LENGTHS = ("rollout.max_prompt_tokens=64", "rollout.max_new_tokens=64", "rollout.rounds=2")
+
+
+@pytest.mark.parametrize(("settings", "row", "rows", "batch"), [
+    ((), 256, 4, 4), (("rollout.samples_per_prompt=2",), 256, 1, 1),
+    (("rollout.samples_per_prompt=16",), 256, 8, 8), (("rollout.max_new_tokens=448",), 512, 8, 8),
+    (("rollout.max_new_tokens=300",), 512, 6, 6),
+    (("data.phases.0.seq_len=128",), 128, 8, 8), (("data.phases.0.seq_len=512",), 512, 2, 2),
+    (("train.micro_batch_size=2",), 256, 2, 2), (("train.micro_batch_size=1",), 256, 1, 1),
+    (("train.global_batch_size=6",), 256, 3, 6), (("train.global_batch_size=7",), 256, 1, 7),
+    (("policy.method=preference",), 256, 1, 1),
+    (("policy.method=preference", "rollout.max_new_tokens=192"), 512, 1, 1),
+    (("policy.method=preference", "preference.method=grouper"), 256, 4, 4),
+    (("policy.share_prompts=false",), 256, 1, 1), (("model.num_mtp_layers=1",), 256, 1, 1),
+    (("train.hidden_dropout=0.1",), 256, 1, 1), (("policy.router_replay=true",), 256, 1, 1),
+    (("policy.method=gkd", "policy.on_policy_share=0.5"), 256, 1, 1)])
+def test_rows_of_rounds_follow_from_lengths_and_responses(settings: tuple[str, ...], row: int, rows: int,
+                                                          batch: int) -> None:
+    """A micro-batch holds the responses to one prompt at their longest, which share it then."""
+    config, notes = completed(request([], *LENGTHS, *settings, stage="policy"), "policy", num_prompts=40)
+    assert (config.data.phases[0].seq_len, config.train.micro_batch_size) == (row, rows)
+    assert config.train.global_batch_size == batch
+    assert f"rows of {row} tokens, up to {rows} in a micro-batch" in notes
+    assert not [p for p in with_rounds(config).problems() if p.key.startswith(("train.", "data."))]
+
+
+@pytest.mark.parametrize(("layout", "nproc", "rows", "batch"), [
+    ((), 1, 4, 4), ((), 2, 4, 8), ((), 3, 4, 12), (("parallel.tp=2",), 2, 1, 1),
+    (("parallel.pp=2",), 2, 1, 1), (("parallel.cp=2",), 2, 1, 1), (("parallel.zero1=true",), 2, 4, 8)])
+def test_rows_of_rounds_suit_the_layout(layout: tuple[str, ...], nproc: int, rows: int, batch: int) -> None:
+    asked = request([], *LENGTHS, *layout, stage="policy")
+    config = complete_stage(asked, asked.config(), "policy", nproc, 40).config
+    assert (config.data.phases[0].seq_len, config.train.micro_batch_size) == (256, rows)
+    assert config.train.global_batch_size == batch and not with_rounds(config).problems(nproc)
+
+
+def test_rows_of_a_recipe_stay_where_they_hold_a_response() -> None:
+    def rows(*settings: str, **more: Any) -> tuple[int, int, int]:
+        asked = request([], *LENGTHS, *settings, stage="policy", recipe="tiny-qwen3")
+        base = apply_settings(asked.base, ["data.phases.0.seq_len=192", "train.micro_batch_size=1"])
+        config, _ = completed(dataclasses.replace(asked, base=base, **more), "policy", num_prompts=40)
+        return config.data.phases[0].seq_len, config.train.micro_batch_size, config.train.global_batch_size
+
+    assert recipes.get("tiny-qwen3").train.global_batch_size == 16
+    assert rows() == (192, 4, 16), "8 x 128 tokens are 6 rows, of which 4 divide the batch"
+    assert rows("rollout.max_new_tokens=300") == (512, 4, 16), "the recipe's rows are too short"
+    assert rows("data.phases.0.seq_len=128") == (128, 8, 16)
+    assert rows("data.phases.0.seq_len=128", "train.micro_batch_size=2") == (128, 2, 16)
+    assert rows(layered=frozenset({"data.phases", "train.micro_batch_size"})) == (192, 1, 16)
+    assert rows(from_file=True) == (192, 1, 16), "a run's config.json says everything"
+
+
+def test_files_of_settings_go_before_what_is_derived() -> None:
+    """Keys of --config count as those of --set do."""
+    base = apply_settings(base_of_model("mine", MODEL, "fp32", "policy"), [
+        "objective.name=policy", "optim.lr=3e-4", "data.phases.0.seq_len=384", "train.micro_batch_size=2",
+        *LENGTHS])
+    asked = RecipeRequest(base, (), from_file=False, of_model=True, layered=frozenset(
+        {"optim.lr", "data.phases", "train.micro_batch_size", "rollout.rounds"}))
+    config, _ = completed(asked, "policy", num_prompts=40)
+    assert (config.optim.lr, config.data.phases[0].seq_len, config.train.micro_batch_size) == (3e-4, 384, 2)
+
+
+@pytest.mark.parametrize(("hidden", "layers", "adapter"), [
+    (64, 2, []), (576, 30, []), (576, 30, ["lora.rank=8"]), (2048, 24, []), (4096, 36, []),
+    (4096, 36, ["lora.rank=8"]), (5120, 64, [])])
+def test_activations_of_a_micro_batch_stay_below_a_bound(hidden: int, layers: int,
+                                                         adapter: list[str]) -> None:
+    model = dataclasses.replace(MODEL, hidden_size=hidden, num_layers=layers, dense_ffn_dim=3 * hidden,
+                                max_position_tokens=32768)
+    base = apply_settings(base_of_model("mine", model, "fp32", "policy"), ["objective.name=policy", *adapter])
+    asked = RecipeRequest(base, ("rollout.max_prompt_tokens=100", "rollout.max_new_tokens=156",
+                                 "rollout.samples_per_prompt=64"), from_file=False, of_model=True)
+    config, _ = completed(asked, "policy", num_prompts=9)
+
+    def activations(rows: int) -> tuple[int, int]:
+        found = account(dataclasses.replace(config, train=dataclasses.replace(
+            config.train, micro_batch_size=rows, global_batch_size=rows)), 1, 0, 256)
+        return found.layer_inputs + max(found.one_layer, found.head), max(2 << 30, found.states)
+
+    rows = config.train.micro_batch_size
+    most, bound = activations(rows)
+    assert rows == 1 or most <= bound
+    more, bound = activations(rows + 1)
+    assert rows == stage_defaults.MOST_SEQ_LEN // 256 or more > bound
 
 
 def refused(asked: RecipeRequest, stage: Stage = "sft", *, dry_run: bool = False) -> str:
