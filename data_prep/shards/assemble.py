@@ -43,7 +43,9 @@ class EncodedSource:
     units: list[tuple[tuple[FileSpan, ...], UnitRecord]] = field(default_factory=list)
     """The units in the order of the input, each with its record."""
     dropped: dict[int, NDArray[np.int64]] = field(default_factory=dict)
-    """Unit -> sequences that are left out because their id came before."""
+    """Unit -> sequences that are left out because they repeat an earlier document (`find_repeated`)."""
+    num_shared_ids: int = 0
+    """Documents that are kept although a document of another file has their id, with another text."""
 
     columns: tuple[str, ...] = ()
     banks: SourceBanks | None = None
@@ -62,8 +64,8 @@ class EncodedSource:
 
 
 def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> int:
-    """Find documents whose id came before, and tell the held-out rule the smallest and largest hash
-    of the source, or of each of its buckets.
+    """Find repeated documents, and tell the held-out rule the smallest and largest hash of the source, or of
+    each of its buckets.
 
     Returns:
         How many documents are left.
@@ -72,19 +74,22 @@ def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> 
     # One row of a document: both sides of a preference have the same hash and id.
     sequences = [unit.sequences[::source.group] for unit in units]
     counts = np.array([len(s) for s in sequences])
-    ids = np.concatenate([s["id"] for s in sequences]) if sequences else np.zeros(0, np.uint64)
-    repeated = np.zeros(len(ids), bool)
-    if ids.any():
-        order = np.argsort(ids, kind="stable")  # stable: of equal ids the first of the input stays
-        ordered = ids[order]
-        repeated[order[1:]] = (ordered[1:] == ordered[:-1]) & (ordered[1:] != 0)
+    ids, hashes = (np.concatenate([s[name] for s in sequences]) if sequences else np.zeros(0, np.uint64)
+                   for name in ("id", "hash"))
+    numbers = {file: i for i, file in enumerate(dict.fromkeys(span.file for spans, _ in source.units
+                                                              for span in spans))}
+    files = np.concatenate([np.array([numbers[span.file] for span in spans], np.int64)[s["span"]]
+                            for (spans, _), s in zip(source.units, sequences, strict=True)]
+                           or [np.zeros(0, np.int64)])
+    repeated = find_repeated(ids, files, hashes)
+    with_ids = ids[(ids != 0) & ~repeated]
+    source.num_shared_ids = len(with_ids) - len(np.unique(with_ids))
     unit_of = np.repeat(np.arange(len(counts)), counts)
     starts = np.cumsum(counts) - counts
     for unit in np.unique(unit_of[repeated]).tolist():
         documents = np.flatnonzero(repeated & (unit_of == unit)) - starts[unit]
         source.dropped[unit] = (documents[:, None] * source.group + np.arange(source.group)).reshape(-1)
-    hashes = (np.concatenate([s["hash"] for s in sequences])[~repeated] if sequences
-              else np.zeros(0, np.uint64))
+    hashes = hashes[~repeated]
     if len(hashes):
         # Repeated documents are out before the rule sees the source.
         buckets = np.concatenate([unit.buckets()[::source.group] for unit in units])[~repeated]
@@ -94,6 +99,28 @@ def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> 
             rule.learn_source(int(inside.min()), int(inside.max()))
             source.largest[bucket] = int(inside.max())
     return len(hashes)
+
+
+def find_repeated(ids: NDArray[np.uint64], files: NDArray[np.int64], hashes: NDArray[np.uint64]
+                  ) -> NDArray[np.bool_]:
+    """Return which documents [bool, documents] repeat an earlier one.
+
+    The earlier one has their id, and is of the same file or has the same text. Files that number their
+    documents alike, as the dumps of several wikis do, share ids without sharing documents.
+
+    Args:
+        ids: hash of each document's id in the order of the input; 0: it has none.
+        files: number of its file.
+        hashes: hash of its text.
+    """
+    repeated = np.zeros(len(ids), bool)
+    if not ids.any():
+        return repeated
+    for other in (files, hashes):
+        order = np.lexsort((other, ids))  # stable: the first document of the input comes first among equals
+        same = (ids[order][1:] == ids[order][:-1]) & (other[order][1:] == other[order][:-1])
+        repeated[order[1:]] |= same & (ids[order][1:] != 0)
+    return repeated
 
 
 def write_shards(source: EncodedSource, work: Path, artifact: Path, dtype: str, rule: HeldoutRule,
@@ -186,7 +213,8 @@ def bad_rows(source: EncodedSource, work: Path, dtype: str) -> Iterator[dict[str
         for i in source.dropped.get(number, np.zeros(0, np.int64))[:: source.group].tolist():
             sequence = unit.sequences[i]
             found.append((int(sequence["span"]), int(sequence["line"]), "duplicate_id",
-                          "has an id that came before in this source; give it its own", ""))
+                          "has the id of an earlier record in its file, or id and text of one in another "
+                          "file; give it its own id, or remove it", ""))
         for span_number, line, code, reason, content in sorted(found, key=lambda f: (f[0], f[1] or math.inf)):
             yield {"file": str(spans[span_number].file), "line": firsts[span_number] + line if line else None,
                    "code": code, "reason": reason, "content": content[:SHOWN_BAD_CHARS]}

@@ -393,6 +393,9 @@ def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings,
         left = survey(source, work, settings.dtype, rule)
         if source.dropped and pack_settings.on_bad == "refuse":
             raise _refusal(source, work, settings.dtype)
+        if source.num_shared_ids:
+            print(f"{source.name}: {source.num_shared_ids:,} documents have the id of a document with "
+                  "another text in another file, and are kept")
         if not left and left_out(source):
             raise UserError(f"{source.path}: data steps leave out every document; see to their rules")
         if not left:

@@ -18,9 +18,10 @@ from data_prep.shards.token_artifact import HeldoutRule, document_hash, open_spl
 from data_prep.shards.units import UnitEncoder, UnitSettings
 from megatron_sov.base.documents import Document, RecordReading, files, plan_units
 
-IDS = [0, 1, 2, 1, None, None, 3, 0, 4]
-"""Ids of the records; the second 1 and the second 0 came before."""
-REPEATED = (3, 7)
+IDS = [0, 0, 2, 1, None, None, 3, 0, 3]
+"""Ids of the records, three in a file. The second 0 and the second 3 came before in their file; the third 0
+is the id of another text in another file."""
+REPEATED = (1, 8)
 
 
 @pytest.fixture(params=[1, 10**9], ids=["a unit a file", "one unit"])
@@ -47,6 +48,7 @@ def test_shards_hold_what_plain_reading_gives(source: tuple[EncodedSource, Path]
     encoded, folder = source
     rule = HeldoutRule(0.4)
     assert survey(encoded, folder / "work", "uint16", rule) == 7
+    assert encoded.num_shared_ids == 1
     splits = write_shards(encoded, folder / "work", folder / "out", "uint16", rule, 10**9)[""]
     encoder = Encoder(tokenizers["solar-open"])
     expected: dict[bool, list[list[int]]] = {True: [], False: []}
@@ -62,14 +64,24 @@ def test_shards_hold_what_plain_reading_gives(source: tuple[EncodedSource, Path]
         assert splits[split]["num_bytes"] == len(expected[heldout]) * len("document 0")
 
 
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(1, 3)), max_size=12))
+def test_repeated_documents_are_those_of_a_plain_search(rows: list[tuple[int, int, int]]) -> None:
+    ids, files_, hashes = (np.array([row[i] for row in rows], dtype) for i, dtype in enumerate(
+        (np.uint64, np.int64, np.uint64)))
+    expected = [id_ != 0 and any(id_ == other and (file == other_file or text == other_text)
+                                 for other, other_file, other_text in rows[:i])
+                for i, (id_, file, text) in enumerate(rows)]
+    assert assemble.find_repeated(ids, files_, hashes).tolist() == expected
+
+
 def test_bad_records_and_repeated_ids_stand_in_the_order_of_the_input(
         source: tuple[EncodedSource, Path]) -> None:
     encoded, folder = source
     survey(encoded, folder / "work", "uint16", HeldoutRule(0.0))
     rows = list(bad_rows(encoded, folder / "work", "uint16"))
     assert [(Path(r["file"]).name, r["line"], r["code"]) for r in rows] == [
-        ("0.jsonl", 1, "json"), ("1.jsonl", 1, "json"), ("1.jsonl", 2, "duplicate_id"),
-        ("2.jsonl", 1, "json"), ("2.jsonl", 3, "duplicate_id")]
+        ("0.jsonl", 1, "json"), ("0.jsonl", 3, "duplicate_id"), ("1.jsonl", 1, "json"),
+        ("2.jsonl", 1, "json"), ("2.jsonl", 4, "duplicate_id")]
     with open(folder / "list", "w", encoding="utf-8") as f:
         assert write_quarantine(encoded, folder / "work", "uint16", f) == {"json": 3, "duplicate_id": 2}
     assert [json.loads(line) for line in (folder / "list").read_text().splitlines()] == [

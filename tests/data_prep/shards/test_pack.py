@@ -411,7 +411,7 @@ def test_bad_records_are_listed_with_their_place_and_no_good_one_is_lost(
 
 def test_a_repeated_id_is_refused_by_default(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"id": 7, "text": "one"}\n{"id": 7, "text": "two"}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl:2: has an id that came before in this source"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: has the id of an earlier record in its file"):
         pack(tokenizers["solar-open"], [PackSource("a", tmp_path / "a.jsonl")], tmp_path / "out")
 
 
@@ -515,3 +515,21 @@ def test_each_line_is_a_document_and_one_document_is_warned_of(
     assert main([*command, "--input", str(tmp_path / "a.txt"), "--lines", "--format", "chat", "--output",
                  str(tmp_path / "x")]) == 2
     assert "--lines: is for text, and the format is chat" in capsys.readouterr().err
+
+
+def test_files_that_number_their_texts_alike_are_packed_whole(
+        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The dumps of two wikis, and a copy of one record in a third file."""
+    folder = tmp_path / "wiki"
+    folder.mkdir()
+    for name in ("en", "ko"):
+        (folder / f"{name}.jsonl").write_text("".join(
+            json.dumps({"id": str(i), "text": f"page {i} in {name}"}) + "\n" for i in range(4)))
+    sources, settings = [PackSource("wiki", folder)], PackSettings(0.0)
+    pack(tokenizers["solar-open"], sources, tmp_path / "out", settings)
+    assert "4 documents have the id of a document with another text in" in capsys.readouterr().out
+    splits = read_manifest(tmp_path / "out").content["sources"][0]["splits"]
+    assert splits["train"]["num_documents"] == 8
+    (folder / "copy.jsonl").write_text(json.dumps({"id": "2", "text": "page 2 in ko"}) + "\n")
+    with pytest.raises(UserError, match=r"ko.jsonl:3: has the id of an earlier record in its file, or"):
+        pack(tokenizers["solar-open"], sources, tmp_path / "again", settings)

@@ -6,7 +6,9 @@ asked for, a video its frames: from a folder of pictures, an animated picture, o
 from __future__ import annotations
 
 import math
+import os
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +155,10 @@ PEAK = 16.0
 """Samples of floating point lie in -1..1, and a little above it where a sound is loud: far above it they are
 numbers of another kind."""
 _BLOCK_SAMPLES = 1 << 20
+_MOST_CHUNKS = 1000
+"""Parts of a WAV file before its sound."""
+_UNKNOWN_BYTES = 0xFFFFFFFF
+"""Length in the header of a WAV file whose length stands elsewhere, or was not known when it was written."""
 
 
 def read_sound(file: Path, rate_hz: int, limits: MediaLimits) -> tuple[np.ndarray, dict[str, Any]]:
@@ -164,6 +170,7 @@ def read_sound(file: Path, rate_hz: int, limits: MediaLimits) -> tuple[np.ndarra
     import soundfile
 
     try:
+        check_wav_length(file)
         with soundfile.SoundFile(file) as sound:
             if sound.format not in SOUND_FORMATS:
                 raise BadRecord("no_sound", f"is a sound of format {sound.format}, read are "
@@ -185,6 +192,44 @@ def read_sound(file: Path, rate_hz: int, limits: MediaLimits) -> tuple[np.ndarra
         raise BadRecord("silence", f"is a sound of {duration_s:g} s, which is less than a sample; leave it "
                                    "out")
     return found, {"duration_s": duration_s, "mime_type": mime_type}
+
+
+def check_wav_length(file: Path) -> None:
+    """Check that a WAV file holds all bytes that its header states; other files pass.
+
+    libsndfile takes the length of a cut file for the length of its sound.
+
+    Raises:
+        BadRecord: its data end before the length in the header.
+    """
+    if not file.is_file():
+        return  # libsndfile names the fault
+    with open(file, "rb") as f:
+        head = f.read(12)
+        if head[:4] not in (b"RIFF", b"RIFX", b"RF64") or head[8:] != b"WAVE":
+            return
+        endian = ">" if head[:4] == b"RIFX" else "<"
+        rf64_data_bytes = None
+        for _ in range(_MOST_CHUNKS):
+            if len(chunk := f.read(8)) < 8:
+                return
+            name, (size_bytes,) = chunk[:4], struct.unpack(f"{endian}I", chunk[4:])
+            if name == b"ds64" and len(sizes := f.read(16)) == 16:
+                rf64_data_bytes = struct.unpack("<QQ", sizes)[1]
+                f.seek(size_bytes - 16 + size_bytes % 2, os.SEEK_CUR)
+                continue
+            if name == b"data":
+                break
+            f.seek(size_bytes + size_bytes % 2, os.SEEK_CUR)
+        else:
+            return
+        if size_bytes == _UNKNOWN_BYTES:
+            # programs that write into a pipe know no length
+            size_bytes = 0 if rf64_data_bytes is None else rf64_data_bytes
+        found_bytes = file.stat().st_size - f.tell()
+    if found_bytes < size_bytes:
+        raise BadRecord("truncated", f"is cut off: {found_bytes:,} of {size_bytes:,} bytes of sound are "
+                                     "there; fetch it again, or leave it out")
 
 
 def _mono(sound: Any, limits: MediaLimits) -> np.ndarray:

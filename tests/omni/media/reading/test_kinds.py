@@ -123,6 +123,35 @@ def test_channels_are_averaged(tmp_path: Path, channels: int) -> None:
     np.testing.assert_allclose(found, 0.5 / channels, rtol=1e-6)
 
 
+@pytest.mark.parametrize("file_format", ["WAV", "WAVEX", "RF64"])
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.9999])
+def test_a_cut_sound_is_set_aside_and_a_whole_one_is_read(tmp_path: Path, file_format: str, subtype: str,
+                                                          share: float) -> None:
+    soundfile.write(tmp_path / "a.wav", SECOND, 48_000, format=file_format, subtype=subtype)
+    whole = (tmp_path / "a.wav").read_bytes()
+    assert read_sound(tmp_path / "a.wav", 16_000, SOUND_LIMITS)[1]["duration_s"] == pytest.approx(1)
+    (tmp_path / "a.wav").write_bytes(whole[:int(len(whole) * share)])
+    with pytest.raises(BadRecord, match="is cut off") as refused:
+        read_sound(tmp_path / "a.wav", 16_000, SOUND_LIMITS)
+    assert refused.value.code == "truncated"
+
+
+@pytest.mark.parametrize("extra", ["chunks behind", "chunks before", "written into a pipe"])
+def test_other_forms_of_wav_are_read_whole(tmp_path: Path, extra: str) -> None:
+    soundfile.write(tmp_path / "a.wav", SECOND, 48_000, subtype="PCM_16")
+    whole = bytearray((tmp_path / "a.wav").read_bytes())
+    at = whole.index(b"data")
+    if extra == "chunks behind":
+        whole += b"note" + (3).to_bytes(4, "little") + b"abc\0"
+    elif extra == "chunks before":
+        whole[at:at] = b"bext" + (5).to_bytes(4, "little") + b"abcde\0"
+    else:  # the length of the file and of its data are not known
+        whole[4:8] = whole[at + 4:at + 8] = b"\xff" * 4
+    (tmp_path / "a.wav").write_bytes(whole)
+    assert read_sound(tmp_path / "a.wav", 16_000, SOUND_LIMITS)[1]["duration_s"] == pytest.approx(1)
+
+
 def write_bad(folder: Path) -> None:
     soundfile.write(folder / "silence.wav", np.zeros(0), 16_000)
     soundfile.write(folder / "long.wav", np.zeros(4 * 8_000), 8_000)
