@@ -227,8 +227,8 @@ def test_what_attackers_and_honest_ones_write(answer: str, response: str, reward
     assert Math().score({"answer": answer, "response": response}).reward == reward
 
 
-C
-    LUMN, MATRIX = "\\begin{pmatrix} -2 \\\\ 1 \\end{pmatrix}", "\\begin{bmatrix} 1 & 2 \\\\ 3 & 4 \\end{bmatrix}"
+COLUMN = "\\begin{pmatrix} -2 \\\\ 1 \\end{pmatrix}"
+MATRIX = "\\begin{bmatrix} 1 & 2 \\\\ 3 & 4 \\end{bmatrix}"
 BOXED = [
     # matrices and vectors are no last number of theirs
     (COLUMN, COLUMN, 1), (COLUMN, "1", 0), (COLUMN, "\\begin{bmatrix} -2\\\\1 \\end{bmatrix}", 1),
