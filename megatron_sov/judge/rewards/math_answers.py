@@ -110,7 +110,7 @@ _HANGUL = re.compile("[가-힣]")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _TEXT_ANSWER = re.compile(r"[^\W\d_]+(?:[ ,.'’-]+[^\W\d_]+)*")
 _PLAIN_EXPRESSION = re.compile(
-    rf"=?\s*((?:\\[A-Za-z]+|\d[\d.,]*\d|\d|(?:{_FUNCTIONS}|sqrt)(?![A-Za-z])"
+    rf"=?\s*((?:\\(?:text|mathrm|mbox)\s*\{{[^{{}}]{{0,60}}\}}|\\[A-Za-z]+|\d[\d.,]*\d|\d|(?:{_FUNCTIONS}|sqrt)(?![A-Za-z])"
     r"|[aAI](?![A-Za-z']| [a-z]{2})|[B-HJ-Zb-z](?![A-Za-z'])|[-+*/^_=(){}\[\]|<>,\s])+)")
 """At the beginning of what follows "the answer is": numbers, single letters, functions and operators."""
 

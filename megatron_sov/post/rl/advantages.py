@@ -69,7 +69,7 @@ def left_out(rewards: np.ndarray, policy: PolicyConfig) -> str:
     # One response has nothing to be compared with.
     if len(rewards) < max(2, parts.pkpo_k if parts.advantage == "pass_at_k" else 0):
         return TOO_FEW
-    if not are_equal(rewards):
+    if not are_equal(rewards.tolist()):
         return LEARNS
     # All rewards are the same, so the first one speaks for all.
     kind, kept = ((ALL_RIGHT, parts.all_right) if rewards[0] >= policy.right_from
@@ -124,7 +124,8 @@ def pass_at_k(rewards: np.ndarray, k: int) -> np.ndarray:
 
 def in_range(rewards: np.ndarray) -> np.ndarray:
     """Return GrouPER's advantages (`places_in_group`); 0 where all rewards are the same."""
-    return np.array([0.0] * len(rewards) if are_equal(rewards) else places_in_group(rewards.tolist()))
+    values = rewards.tolist()
+    return np.array([0.0] * len(values) if are_equal(values) else places_in_group(values))
 
 
 def mgpo_weight(share_right: float, strength: float) -> float:
@@ -161,7 +162,7 @@ def _of_group(rewards: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, pol
              "pass_at_k": lambda r: pass_at_k(r, parts.pkpo_k), "range": in_range}[parts.advantage](shaped)
     if parts.length_reward == "budget":
         found = found + against_budget(counted, budgets, max_new_tokens, parts.length_reward_coeff)
-    if are_equal(rewards) and rewards[0] < policy.right_from:
+    if are_equal(rewards.tolist()) and rewards[0] < policy.right_from:
         # Rewards as judged, not as shaped: a length must not make a wrong group look mixed.
         found = found + parts.all_wrong_reward
     share_right = float((rewards >= policy.right_from).mean())
