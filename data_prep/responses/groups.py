@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +23,9 @@ from typing import Annotated, Any
 from data_prep.json_lines import read_objects
 from megatron_sov.base.artifacts import new_artifact, refuse_existing
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.base.documents.groups import is_learned, places_in_group
-from megatron_sov.base.documents.layouts import LABEL, completion_of, own_fields, refuse_media, split_response
+from megatron_sov.base.documents.groups import are_equal, is_learned, places_in_group
+from megatron_sov.base.documents.layouts import (
+    KTO_TAG, LABEL, LABELS, completion_of, own_fields, parse_label, refuse_media, split_response)
 from megatron_sov.base.documents.messages import read_messages
 from megatron_sov.base.documents.records import NUM_PROMPT, is_float32
 from megatron_sov.base.errors import UserError
@@ -111,7 +113,7 @@ def write_groups(files: Sequence[Path], output: Path, file: str,
             # One group is in memory at a time, and never a file.
             for group in chain.from_iterable(map(read_groups, files)):
                 # The advantage divides by the spread of rewards.
-                if len(group.rewards) < 2 or min(group.rewards) == max(group.rewards):
+                if len(group.rewards) < 2 or are_equal(group.rewards):
                     counts["alone" if len(group.rewards) < 2 else "equal_rewards"] += 1
                     continue
                 counts["groups"] += 1
@@ -200,19 +202,30 @@ def _joined(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, 
             yield where, first
             continue
         responses = []
-        for _, record in scored:
-            content = record.get(completion_of(record) or "")
+        for line, record in scored:
+            content, reward = record.get(completion_of(record) or ""), _reward(record, line)
             is_text = isinstance(content, str) and content.strip()
-            if _reward(record) is not None and (is_text or isinstance(content, list)):
-                responses.append({"content" if is_text else "messages": content, "reward": _reward(record),
+            if reward is not None and (is_text or isinstance(content, list)):
+                responses.append({"content" if is_text else "messages": content, "reward": reward,
                                   FINISH: record.get(FINISH)})
         yield where, {**{name: first[name] for name in BESIDE if name in first}, "responses": responses}
 
 
-def _reward(record: dict[str, Any]) -> Any:
-    """Return the reward of a line with one response; a label counts as 1 or 0."""
-    label = record.get(LABEL)
-    return float(label) if "reward" not in record and label in (0, 1) else record.get("reward")
+def _reward(record: dict[str, Any], where: str) -> Any:
+    """Return the reward of a line with one response; without one, its label as 1 or 0.
+
+    Raises:
+        UserError: it has neither, or the label is null or no label; the message names the line.
+    """
+    if "reward" in record:
+        return record["reward"]
+    label = parse_label(record.get(LABEL))
+    if label is None:
+        shown = json.dumps(record[LABEL], ensure_ascii=False)[:40] if LABEL in record else "missing"
+        raise UserError(f"{where}: the label ({LABEL!r} or {KTO_TAG!r}) of the response is {shown}, must be "
+                        f"true or false (or one of {', '.join(LABELS)}); correct it, give a 'reward', or "
+                        "remove the line")
+    return float(label)
 
 
 def _group(record: dict[str, Any], where: str) -> ResponseGroup:
@@ -246,7 +259,7 @@ def _response(value: Any, where: str) -> tuple[list[dict[str, Any]], float]:
     messages = _messages(value["messages"] if "messages" in value else value["content"], "assistant", where)
     if not any(m.get("role") == "assistant" for m in messages):
         raise UserError(f"{where}: holds no message of the assistant")
-    return messages, float(sum(given.values()))
+    return messages, math.fsum(given.values())
 
 
 def _messages(value: Any, role: str, where: str) -> list[dict[str, Any]]:

@@ -227,7 +227,7 @@ def test_what_the_page_shows_runs() -> None:
     assert outputs["format.jsonl"] == [1.0, 0.0, 0.0]
     assert outputs["length.jsonl"] == [-0.625, 0.0, -1.0]
     assert outputs["repetition.jsonl"] == [0.0, 0.0, -1.0]
-    assert outputs["math.jsonl"] == [1.0, 0.0, 0.0]
+    assert outputs["math.jsonl"] == [1.0, 0.0, 1.0]
     assert outputs["stem.jsonl"] == [1.0, 1.0, 1.0]
     assert outputs["composed.jsonl"] == [pytest.approx(x) for x in (1.0, 1.0, 1.0)]
     assert outputs["code.jsonl"] == [1.0, 0.5, 0.0]

@@ -19,6 +19,8 @@ LABEL = "label"
 """Field of a judged response, true or false: whether it is a good one."""
 KTO_TAG = "kto_tag"
 """LLaMA-Factory's name for it."""
+LABELS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+"""Spellings of a label, in lower case."""
 ALPACA = ("instruction", "input", "output", "system", "history")
 """Fields of an Alpaca record: a question in two parts, its answer, and what comes before."""
 DOLLY = {"context": "input", "response": "output"}
@@ -31,6 +33,12 @@ MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 """Fields in which other tools keep pictures, sounds and videos beside a text that names them."""
 FOREIGN = (*ALPACA, *DOLLY, *QUESTIONS, *MEDIA, KTO_TAG, LABEL)
 """Fields that decide how a record is read, beside those of messages."""
+
+
+def parse_label(value: Any) -> bool | None:
+    """Return the label that a boolean, a number or a text of `LABELS` stands for; None: it is none."""
+    is_scalar = isinstance(value, (bool, int, float, str))
+    return LABELS.get(str(value).strip().lower().removesuffix(".0")) if is_scalar else None
 
 
 def split_response(record: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +101,7 @@ def _of_alpaca(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
     if record.get("output") is None or kind == "prompt":  # whose other fields are the reward's
         return {"prompt": prompt, **_without(record, ("instruction", "input", "history"))}
     others = _without(record, ("instruction", "input", "output", "history"))
-    if before and kind == "chat" and not isinstance(record.get(KTO_TAG), bool):  # its answers are learned
+    if before and kind == "chat" and parse_label(record.get(KTO_TAG)) is None:  # its answers are learned
         return {"messages": [*prompt, {"role": "assistant", "content": record["output"]}], **others}
     return {"prompt": prompt, "completion": record["output"], **others}
 
@@ -114,11 +122,13 @@ def _of_questions(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
 
 def _is_tagged(record: Mapping[str, Any], kind: str | None) -> bool:
     # a prompt keeps the tag as it is: its other fields are the reward's
-    return isinstance(record.get(KTO_TAG), bool) and kind != "prompt"
+    is_judged = kind == "preference" and KTO_TAG in record
+    return kind != "prompt" and (is_judged or parse_label(record.get(KTO_TAG)) is not None)
 
 
 def _of_tagged(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
-    return {LABEL: record[KTO_TAG], **_without(record, (KTO_TAG,))}
+    label = parse_label(record[KTO_TAG])
+    return {LABEL: record[KTO_TAG] if label is None else label, **_without(record, (KTO_TAG,))}
 
 
 def _is_shared_pair(record: Mapping[str, Any], kind: str | None) -> bool:

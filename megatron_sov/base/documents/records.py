@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_sov.base.documents.groups import are_equal
 from megatron_sov.base.documents.layouts import (
     COMPLETIONS, FOREIGN, KTO_TAG, LABEL, Renames, completion_of, own_fields, propose_columns, refuse_media,
     rename_fields)
@@ -365,6 +366,8 @@ def _kind(record: dict[str, Any], reading: RecordReading) -> str:
     raise BadRecord("fields", f"has no {wanted} (fields: {', '.join(record) or 'none'}); {remedy}")
 
 
+_SCORE = re.compile("(?=.*chosen).*(?:score|rating|reward)")
+"""Fields with the score of a pair's better side, such as chosen_score, score_chosen and chosen-rating."""
 _VALUES: dict[str, Any] = {LABEL: True, KTO_TAG: True, "completions": [], "history": []}
 """Values that stand for those of a table's columns, others being text."""
 
@@ -472,13 +475,27 @@ def _preference(record: dict[str, Any]) -> dict[str, Messages]:
         raise BadRecord("fields", "has no prompt: give 'prompt', or begin 'chosen' and 'rejected' with "
                                   "the same messages")
     if chosen == rejected and DESIRABLE not in record:
-        raise BadRecord("fields",
+        raise BadRecord("no_preference",
                         "has the same text as 'chosen' and as 'rejected'; there is nothing to prefer")
+    if DESIRABLE not in record and (tied := _tied_scores(record)):
+        raise BadRecord("no_preference", f"has equal scores of both sides ({', '.join(tied)}); there is "
+                                         "nothing to prefer")
     for side, messages in (("chosen", chosen), ("rejected", rejected)):
         if not any(m.role == "assistant" and m.is_learned for m in messages):
             raise BadRecord("fields", f"'{side}' holds no message of the assistant behind the prompt that is "
                                       "learned")
     return {"messages": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _tied_scores(record: dict[str, Any]) -> list[str]:
+    """Return the scores of a pair, as "field = value", if it has scores for both sides and all of them are
+    equal; empty: it has none, or one side is better."""
+    pairs = [(name, other) for name in record if _SCORE.search(name)
+             if (other := name.replace("chosen", "rejected")) in record and other != name]
+    numbers = [(name, record[name], record[other]) for name, other in pairs
+               if all(type(record[field]) in (int, float) for field in (name, other))]
+    is_tied = all(are_equal((first, second)) for _, first, second in numbers)
+    return [f"{name!r} = {first:g}" for name, first, _ in numbers] if is_tied else []
 
 
 def check_texts(texts: tuple[str, ...], reading: RecordReading) -> None:

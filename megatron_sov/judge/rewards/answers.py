@@ -22,6 +22,8 @@ _SAID = re.compile(r"(?:\banswer\b(?:[\s*]{0,6}is\b|(?=[ \t*]{0,6}\n|\W{0,6}(?:[
                    r"(?:option|choice)\b|(?-i:[A-HJ])\b)))|"
                    r"정답(?:은|:)?|답(?:은|:)|คำตอบ(?:คือ)?|答案(?:是)?|答え(?:は)?)"
                    r"[\s:：*]{0,6}", re.IGNORECASE)
+_DISPLAYED = re.compile(r"(?:\$\$|\\\[)((?:(?!\$\$|\\[\[\]]).){1,500}?)(?:\$\$|\\\])", re.DOTALL)
+_LAST_DISPLAYED = re.compile(_DISPLAYED.pattern + r"[\s.]*\Z", re.DOTALL)
 _TAG = re.compile(r"<answer>([^<]{1,500})</answer>")
 Dimension = tuple[float, float, float, float, float, float]
 """Exponents of metre, kilogram, second, ampere, kelvin, mole."""
@@ -76,7 +78,8 @@ def final_answer(response: str) -> str | None:
     """Return what a response says in the end, by its clearest mark; None where nothing is marked.
 
     The marks, of which the last of the first kind that there is counts: \\boxed{...}; <answer>...</answer>;
-    "the answer is ..." (also in Korean, Thai, Chinese, Japanese); a last line of few words.
+    "the answer is ..." (also in Korean, Thai, Chinese, Japanese); a displayed formula at the end, as $...$; a
+    last line of few words.
     """
     text = response[-MAX_CHARS:].strip()
     # the clearest mark wins, and of its kind the last: a response may correct itself
@@ -86,11 +89,16 @@ def final_answer(response: str) -> str | None:
     tagged = _TAG.findall(text)
     if tagged:
         return tagged[-1].strip()
-    # an announcement ends with its line: what follows is talk about it
+    # an announcement ends with its line: what follows is talk about it; a displayed formula is one line
     said = [match.end() for match in _SAID.finditer(text)]
     if said:
-        return text[said[-1]:].partition("\n")[0][:MAX_ANSWER_CHARS].strip().strip("*").strip()
-    # nothing is marked: a short last line is an answer, a long one is prose
+        announced = text[said[-1]:]
+        displayed = _DISPLAYED.match(announced.lstrip())
+        line = f"${displayed[1].strip()}$" if displayed else announced.partition("\n")[0]
+        return line[:MAX_ANSWER_CHARS].strip().strip("*").strip()
+    # nothing is marked: a displayed formula, or a short last line, is an answer; a long one is prose
+    if displayed := _LAST_DISPLAYED.search(text):
+        return f"${displayed[1].strip()}$"
     line = text.rsplit("\n", 1)[-1].strip()
     return line if line and len(line.split()) <= 8 and len(line) <= MAX_ANSWER_CHARS else None
 
@@ -270,8 +278,11 @@ class Stem:
     def score(self, row: Row) -> Score:
         """Return whether the response's final answer is the row's `answer`, or one of several in a list."""
         golds = _golds(row)
-        found = final_answer(content_of(row))
         kind: Kind = self._kind(golds)
+        for gold in golds:
+            if not self._right(kind, gold, gold, row):
+                raise Refused(f"answer = {told_short(gold)} is not equal to itself as a {kind}; correct it")
+        found = final_answer(content_of(row))
         if found is None:
             return Score(0.0, {"kind": kind, "extracted": None})
         right = any(self._right(kind, found, gold, row) for gold in golds)
@@ -282,14 +293,14 @@ class Stem:
             return self.kind
         if all(_LETTER.fullmatch(gold) for gold in golds):
             return "choice"
-        return "number" if all(read_quantity(gold) for gold in golds) else "text"
+        return "number" if all(map(_quantity, golds)) else "text"
 
     def _right(self, kind: Kind, found: str, gold: str, row: Row) -> bool:
         if kind == "choice":
             return _choice(found, row) == _letter(gold)
         if kind == "text":
             return normalized(found) == normalized(gold) != ""
-        expected, given = read_quantity(gold), _quantity(found)
+        expected, given = _quantity(gold), _quantity(found)
         if expected is None:
             raise Refused(f"answer = {told_short(gold)} is no number with a known unit")
         if given is None or (self.unit_required and expected.dimension and not given.dimension):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Self
@@ -117,7 +118,7 @@ class Composed:
         for name, result in results.items():
             if self.stops(self.parts[name], result):
                 return Result(self.gated_reward, "scored", {**components, "gate": name})
-        total = sum(self.parts[name].weight * (r.reward or 0.0) for name, r in results.items())
+        total = math.fsum(self.parts[name].weight * (r.reward or 0.0) for name, r in results.items())
         return Result(total, "scored", components)
 
     def is_sampled(self, row: Row) -> bool:

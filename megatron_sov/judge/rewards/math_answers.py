@@ -15,11 +15,10 @@ from typing import Any
 
 from megatron_sov.base.errors import how_to_install
 from megatron_sov.base.settings import AboveZero, AtLeastOne, SettingsProblem, as_problem
-from megatron_sov.judge.rewards.answers import final_answer, last_box, last_boxed, read_quantity, same
+from megatron_sov.judge.rewards.answers import (
+    final_answer, last_box, last_boxed, normalized, read_quantity, same)
 from megatron_sov.judge.rewards.reward import Refused, Row, Score, content_of, text_of
 
-DELIMITERS = ("$", "\\(", "\\[", "\\boxed", "\\begin")
-"""What says that an answer is LaTeX; without, math-verify takes the 3 of 3\\sqrt{2} for the whole of it."""
 MAX_ANSWER_CHARS = 10_000
 MAX_BOXES = 12
 """That are read as one answer of several values."""
@@ -27,9 +26,20 @@ UNIT_TOLERANCE = 0.01
 """Numbers are compared by math-verify; one with a prefix too many is off by ten at least."""
 _FULL_STOP = re.compile(r"(?<=\d)\.(?=\s*\}(?:[^{}]|\Z))")
 """At the end of a box: 42. is 42."""
-_SPELLED = str.maketrans({"\u2212": "-", "\uff0d": "-", "°": "^{\\circ}",
+_SPELLED = str.maketrans({"\u2212": "-", "\uff0d": "-", "°": "^{\\circ}", "∞": "\\infty ", "≤": "\\le ",
+                          "≥": "\\ge ", "≠": "\\neq ", "²": "^2", "³": "^3", "½": "\\frac{1}{2}",
                           **{chr(0xff10 + digit): str(digit) for digit in range(10)}})
-"""Minus, degrees and digits as East Asian keyboards write them -> as math-verify reads them."""
+"""Unicode signs, and digits as East Asian keyboards write them -> LaTeX that math-verify reads."""
+_BRACKETS = {"langle": "(", "rangle": ")", "lbrace": "\\{", "rbrace": "\\}", "varnothing": "\\emptyset"}
+_BRACKET = re.compile(rf"\\({'|'.join(_BRACKETS)})(?![A-Za-z])\s*")
+"""Commands that math-verify does not read -> those that it reads."""
+_FUNCTIONS = "pi|infty|(?:arc)?(?:sin|cos|tan)|sec|csc|cot|(?:sin|cos|tan)h|ln|log|exp|max|min|gcd|lcm|det"
+_PLAIN_FUNCTION = re.compile(rf"(?<![\\A-Za-z])(?={_FUNCTIONS})(?=(?:{_FUNCTIONS})(?![A-Za-z]))")
+"""The place before a function or constant without its backslash: sin(x) would be s times i times n(x)."""
+_STYLED_NUMBER = re.compile(r"\\(?:math|text)(?:bf|rm|it|sf|tt|normal)?\s*\{([-+\d.,]+)( [^{}]*)?\}")
+_ROOT = re.compile(r"\\?(?<![A-Za-z])sqrt\s*\(([^()]*)\)")
+_GROUPED_DIGITS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/])")
+"""1 000, which LaTeX reads as a product."""
 _DRESS = re.compile(r"\\(?:text)?color\s*\{\w+\}|\\(?:boldsymbol|bm|underline)(?=\s*\{)|(?<=\{)\\[,;:!]")
 """Colour, weight, a line under it and a narrow space at its begin: nothing of an answer's value."""
 _FRAMED = re.compile(r"(?<=\\boxed\{)\s*(?:\\[(\[]|\$)"
@@ -45,8 +55,18 @@ _BETWEEN = re.compile(r"(?:[\s$,;]|\\[()\[\]]|\b(?:and|or)\b)*", re.IGNORECASE)
 _MIXED = re.compile(r"(?<![\d.,/^_}])(\d{1,9}) +(\d{1,4})/(\d{1,4})(?![\d.,]*[\d/^])")
 """3 1/2, which is 7/2, and nothing where the fraction is no part of one."""
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d{1,30}(?:\.\d{1,30})?)[eE]\+?(-?\d{1,3})(?![\w.])", re.ASCII)
-_COUNTED = re.compile(r"(?<=\d)\s*(?:개|명|원|마리|권|번|장|대|살|가지)(?=\s*(?:\}|\Z))")
-"""A Korean counter behind a number that is the whole of an answer."""
+_COUNTED = re.compile(r"(?<=\d)\s*(개|명|원|마리|권|번|장|대|살|가지)(?=\s*(?:\}|\Z))")
+"""A Korean counter after a number that is the whole of an answer."""
+_MEASURED = re.compile(r"(?<=\\boxed\{)([-+]?[\d.,]{1,99}(?:/\d{1,9})?) ?"
+                       r"((?:[A-Za-z]{2}|[A-Za-z](?=/))[A-Za-z/ .]{0,60}(?:\^\{?[23]\}?)?)(?=\})")
+"""All of a box as a number with a unit in plain letters."""
+_DELIMITED = re.compile(r"\s*(?:\$\$?([^$]+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\])\s*\.?\s*", re.DOTALL)
+_UNREADABLE = re.compile(
+    r"\\[lc]?dots(?![A-Za-z])|\.\.\.|…|\\\{\s*[A-Za-z]\w*\s*(?:\\in[^{}]*)?(?:\\mid|\||:)"
+    r"|\\(?:text|mathrm|mbox)\s*\{[^{}]*\b(?:is|are|if|when|where|for|not|unless|all|any|[ap]\.?m)\b"
+    r"|\([A-J]\)\s*\}?\s+[-\d\\$]", re.IGNORECASE)
+"""Parts of a gold answer that math-verify drops or misreads: dots, a set by its property, a condition in
+words, the letter of a choice before its value."""
 _SIGNS = r"[+-]*"
 _INTEGER = r"(?:\d{1,3}(?:(?:,|\{,\}|\\,|\\!|,\\!)\d{3})+|\d{1,5000})"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.\d{{0,5000}})?|\.\d{{1,5000}})"
@@ -64,6 +84,7 @@ _UNDONE = re.compile(r"\\(?:i{0,3}int|oint|sum|prod|lim|det)(?![A-Za-z])|frac\s*
 """Operators that state a question and answer none."""
 _FORMULA = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end|operatorname)\s*\{[^{}]*\}")
 _HEDGE = re.compile(r"n't\b|\b(?:not|never|neither|either|between|among|one of|below|above|unknown|maybe"
                     r"|perhaps|at (?:most|least)|(?:less|greater|more|fewer|other) than)\b|不是|ไม่ใช่",
                     re.IGNORECASE)
@@ -78,14 +99,20 @@ _LISTED = re.compile(r"\d[$)\]]*(?:,\s+|;\s*|\s+)(?!\d{3}(?!\d))[$(\[]*[-+]?\d[\
 _OPEN = re.compile(r"\\(?:neg|neq?|not|[lc]?dots|pm|mp|lor|vee|[lg]t|propto)(?![A-Za-z])"
                    r"|\\(?:text|mathrm|mbox)\s*\{[^{}]*\b(?:or|wrong|false|incorrect|not|at least|at most)\b")
 """In a box: what takes its number back, or leaves it open."""
-_SCALED = re.compile(r"\d[\s$)}]*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?"
-                     r"(?:(?:hundred|thousand|million|billion|trillion|dozen|squared|cubed)\b"
-                     r"|[xyzn](?=[\s$).}]*\Z))", re.IGNORECASE)
-"""Behind a number: what makes it another one, and math-verify takes for a unit."""
+_SCALE = (r"\d[\s$)}]*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?"
+          r"(?:(?:hundred|thousand|million|billion|trillion|dozen|squared|cubed)\b")
+_SCALED = re.compile(_SCALE + r"|[xyzn](?=[\s$).}]*\Z))", re.IGNORECASE)
+_SCALED_GOLD = re.compile(_SCALE + ")", re.IGNORECASE)
+"""Words after a number that multiply it, and that math-verify takes for a unit."""
 _DENIED = re.compile(r"[^\d]{0,8}(?:아(?:니|닙|닌)|않|ではな)")
 """Behind a number, where verbs stand there: that it is not the answer."""
 _HANGUL = re.compile("[가-힣]")
 _WORD = re.compile(r"[^\W\d_]{2,}")
+_TEXT_ANSWER = re.compile(r"[^\W\d_]+(?:[ ,.'’-]+[^\W\d_]+)*")
+_PLAIN_EXPRESSION = re.compile(
+    rf"=?\s*((?:\\(?:text|mathrm|mbox)\s*\{{[^{{}}]{{0,60}}\}}|\\[A-Za-z]+|\d[\d.,]*\d|\d|(?:{_FUNCTIONS}|sqrt)(?![A-Za-z])"
+    r"|[aAI](?![A-Za-z']| [a-z]{2})|[B-HJ-Zb-z](?![A-Za-z'])|[-+*/^_=(){}\[\]|<>,\s])+)")
+"""At the beginning of what follows "the answer is": numbers, single letters, functions and operators."""
 
 
 @dataclass(frozen=True)
@@ -132,22 +159,41 @@ class Math:
             Refused: the row has no answer, or one that is no mathematics.
         """
         # the gold answer first: a row that cannot be judged is refused whatever the response says
-        gold = self._gold(text_of(row, "answer"))
+        answer = text_of(row, "answer")
+        if not 0 < len(answer.strip()) <= MAX_ANSWER_CHARS:
+            raise Refused(f"answer has {len(answer):,} characters; it must have 1 to {MAX_ANSWER_CHARS:,}")
+        answer = _undelimited(answer)
         # a box in the thoughts of a response, or in a call, is no answer of it
-        said = content_of(row)[-self.tail_chars:].translate(_SPELLED).replace("\\fbox{", "\\boxed{")
-        said = _FRAMED.sub(r"\1", _FULL_STOP.sub("", _DRESS.sub("", said).replace("~", " ")))
-        # mixed numbers and powers of ten go in as LaTeX, in which math-verify cannot take them apart
-        said = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _MIXED.sub(_as_fraction, said))
-        # counters go only where the gold answer has none, else they are part of it
-        if not _HANGUL.search(row["answer"]):
-            said = _COUNTED.sub("", said)
+        said = content_of(row)[-self.tail_chars:]
+        if wanted := _as_text(answer):
+            if normalized(final_answer(f"\\boxed{{{answer}}}") or "") != wanted:
+                raise _refused(answer, "is no short text")
+            given = final_answer(said) or ""
+            return Score(float(normalized(given) == wanted), {"extracted": given[:200]})
+        box = answer if "\\boxed" in answer else f"\\boxed{{{answer}}}"
+        gold = self._gold(answer, box)
+        # the proof that the answer was read whole and can be judged: in a box, it equals itself
+        if not self._verdict(box, gold, _without_dollars(box))[0]:
+            raise _refused(answer, "is not equal to itself for math-verify, which reads a part of it")
+        right, shown = self._verdict(box, gold, said)
+        return Score(float(right), {"extracted": shown[:200]})
+
+    def _verdict(self, answer: str, gold: list[Any], said: str) -> tuple[bool, str]:
+        """Return whether a response gives the gold answer, and the answer that it gives, as LaTeX.
+
+        Args:
+            answer: the gold answer in a box.
+            gold: the gold answer as math-verify reads it.
+            said: the response without thoughts and calls.
+        """
+        said = _in_latex(said, counter=_counter_of(answer))
         found = self._found(said, gold)
         # the text, since showing a number such as 10**10**10 would compute it
         shown = next((item for item in reversed(found) if isinstance(item, str)), "")
         right = (self._states(shown, found, gold, last_boxed(said) or "") and self._equal(gold, found)
                  and not (self.strict and _is_of_other_kind(gold, shown))
-                 and _has_its_unit(row["answer"], said) and _has_its_scale(row["answer"], said))
-        return Score(float(right), {"extracted": shown[:200]})
+                 and _has_its_unit(answer, said) and _has_its_scale(answer, said))
+        return right, shown
 
     def _equal(self, gold: list[Any], found: list[Any]) -> bool:
         from math_verify import verify
@@ -162,10 +208,13 @@ class Math:
         is_number = all(isinstance(item, str) or getattr(item, "is_number", False) for item in gold)
         boxed = _from_last_boxes(response, alone=is_number)
         if boxed or not self.marked_only:
-            return _parsed(boxed or response)
+            return _parsed(boxed, latex_only=True) if boxed else _parsed(response)
         said = final_answer(response) or ""
         if _is_hedged(said) or (is_number and _LISTED.search(said)):
             return []
+        # math-verify reads plain expressions in part (14 of 14 - i): they are read in a box, or not at all
+        if expression := _plain_expression(said):
+            return _parsed(f"\\boxed{{{expression}}}", latex_only=True)
         # no box: first where "the answer is" stands, then the last line, unless that is prose
         found = _parsed(response, anchored=True)
         if all(isinstance(item, str) for item in found):
@@ -180,7 +229,11 @@ class Math:
         # an integral written down again equals its value for sympy, and answers nothing
         if _UNDONE.search(shown) and not _UNDONE.search(wanted):
             return False
-        value = literal_value(_SIDES.split(wanted)[-1])
+        *names, last = _SIDES.split(wanted)
+        # an equation is answered by an equation, and has no value: x + y = 5 is not 5
+        if any(_is_side_of_equation(name) for name in names):
+            return len(_SIDES.split(shown)) > 1
+        value = literal_value(last)
         is_one = all(isinstance(item, str) or getattr(item, "is_number", False)
                      or getattr(item, "is_Relational", False) for item in gold)
         if value is None or not is_one:
@@ -206,15 +259,31 @@ class Math:
                 return False
         return True
 
-    def _gold(self, answer: str) -> list[Any]:
-        if not 0 < len(answer.strip()) <= MAX_ANSWER_CHARS:
-            raise Refused(f"answer has {len(answer):,} characters; it must have 1 to {MAX_ANSWER_CHARS:,}")
-        answer = answer.translate(_SPELLED)
-        marked = any(mark in answer for mark in DELIMITERS)
-        # an unmarked answer is put into a box: math-verify then takes all of it and no part
-        gold = (_parsed(answer) if marked else []) or _parsed(f"\\boxed{{{answer}}}")
-        if not gold:
-            raise Refused(f"answer = {answer[:80]!r} is no mathematics that math-verify reads")
+    def _gold(self, answer: str, box: str) -> list[Any]:
+        """Return a gold answer as math-verify reads it: always LaTeX, in a box unless it has formulas.
+
+        Raises:
+            Refused: math-verify does not read it, or reads a part of it.
+        """
+        if found := _UNREADABLE.search(answer) or _SCALED_GOLD.search(answer):
+            raise _refused(answer, f"has {found[0]!r}, which math-verify leaves out; write the value alone")
+        has_formulas = re.search(r"\$[^$]+\$|\\[(\[]", answer) and "\\boxed" not in answer
+        read = _in_latex(answer if has_formulas else box, counter=_counter_of(box))
+        gold = _parsed(read, latex_only=True)
+        if not gold or isinstance(gold[0], str):
+            raise _refused(answer, "is no mathematics that math-verify reads")
+        plain = _COMMAND.sub(" ", _ENVIRONMENT.sub(" ", str(gold[-1])))
+        if word := re.search(r"[A-Za-z]{4,}|\b(?:of|is|to|the|per|out)\b", plain):
+            raise _refused(answer, f"has the word {word[0]!r}, which is no mathematics")
+        value = literal_value(answer)
+        if value is not None and getattr(gold[0], "is_Number", False) and not any(
+                math.isclose(float(gold[0]) * factor, value) for factor in (1, 100, 0.01)):
+            raise _refused(answer, f"is {value:g}, and {float(gold[0]):g} for math-verify")
+        # f(3) = 42 is given by 42 too, as x = 42 is for math-verify
+        name, _, last = str(gold[-1]).rpartition("=")
+        if name and literal_value(last) is not None and not _is_side_of_equation(name):
+            number = _parsed(f"\\boxed{{{last}}}", latex_only=True)
+            gold = gold if self._equal(gold[:1], number[:1]) else [*number[:1], *gold]
         return gold
 
 
@@ -241,6 +310,78 @@ def literal_value(text: str) -> float | None:
         return sign * _number(found["number"] or "1") * 10.0 ** exponent
     except (OverflowError, ZeroDivisionError):
         return None
+
+
+def _refused(answer: str, why: str) -> Refused:
+    return Refused(f"answer = {answer[:80]!r} {why}; a gold answer has to be one value in LaTeX, or words")
+
+
+def _undelimited(answer: str) -> str:
+    """Return an answer without the delimiters of a formula around the whole of it."""
+    found = _DELIMITED.fullmatch(answer)
+    return next(filter(None, found.groups())).strip() if found else answer
+
+
+def _without_dollars(box: str) -> str:
+    return box if box.count("$") < 2 else re.sub(r"(?<!\\)\$", "", box)
+
+
+def _as_text(answer: str) -> str:
+    """Return a gold answer of words as it is compared, by letters; empty: it is mathematics."""
+    text = normalized(answer)
+    if re.fullmatch(r"\\(?:text|mathrm|mbox)(?:bf|it)?\s*\{[^\W\d_][^{}]*\}", answer.strip()):
+        return text if len(text) > 1 else ""
+    is_word = any(len(word) > 3 or not word.isascii() for word in _WORD.findall(text))
+    return text if is_word and _TEXT_ANSWER.fullmatch(text) and text != "infinity" else ""
+
+
+def _with_marked_unit(found: re.Match[str]) -> str:
+    """Return a quantity with its plain unit marked as text: math-verify would multiply by c and m."""
+    is_unit = read_quantity(found[0]) is not None or re.match("[A-Za-z]{3}", found[2])
+    is_function = re.match(f"(?:{_FUNCTIONS}|sqrt|infinity)", found[2])
+    return f"{found[1]} \\text{{ {found[2]}}}" if is_unit and not is_function else found[0]
+
+
+def _counter_of(answer: str) -> str:
+    found = _COUNTED.search(answer)
+    return found[1] if found else ""
+
+
+def _in_latex(text: str, *, counter: str) -> str:
+    """Return a text with its numbers and signs as math-verify reads them.
+
+    Args:
+        text: a response, or a gold answer in a box.
+        counter: Korean counter of the gold answer; another one stays, and makes another answer. Empty: all
+            go.
+    """
+    text = text.translate(_SPELLED).replace("\\fbox{", "\\boxed{")
+    text = _BRACKET.sub(lambda found: _BRACKETS[found[1]], _STYLED_NUMBER.sub(r"\1\2", _DRESS.sub("", text)))
+    text = _FRAMED.sub(r"\1", _FULL_STOP.sub("", text.replace("~", " ")))
+    text = re.sub(r"(?<=\{)\s*=", "", re.sub(r"\\approx(?![A-Za-z])|≈", "=", text))
+    text = _GROUPED_DIGITS.sub(lambda found: found[0].replace(" ", ""), text)
+    # mixed numbers and powers of ten go in as LaTeX, in which math-verify cannot take them apart
+    text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _MIXED.sub(_as_fraction, text))
+    text = _COUNTED.sub(lambda found: "" if counter in ("", found[1]) else found[0], text)
+    return _MEASURED.sub(_with_marked_unit, text)
+
+
+def _is_side_of_equation(side: str) -> bool:
+    """Return whether a side of a gold equation is an expression in variables, and no name of a value."""
+    bare = _bare(side)
+    has_variable = re.search("[A-Za-z]", _COMMAND.sub("", bare))
+    return bool(has_variable and not _NAME.fullmatch(bare)
+                and re.search(r"[-+*/^\d]|\\(?:cdot|times|[dt]?frac|sqrt)", bare))
+
+
+def _plain_expression(said: str) -> str:
+    """Return the expression that an announced answer begins with, if that is more than a number, a name or a
+    quantity with its unit; else an empty text."""
+    found = _PLAIN_EXPRESSION.match(said)
+    expression = re.sub(r"[-+*/^_=(\[<>,\s]+\Z", "", found[1]) if found else ""
+    is_more = re.search(rf"[-+*/^=(\[{{<>]|\\|(?:{_FUNCTIONS})(?![A-Za-z])", expression)
+    is_number = literal_value(expression) is not None or read_quantity(expression) is not None
+    return expression if is_more and not is_number else ""
 
 
 def _is_of_other_kind(gold: list[Any], shown: str) -> bool:
@@ -332,22 +473,25 @@ def _from_last_boxes(response: str, *, alone: bool) -> str:
     return text[start:] if start >= 0 else ""
 
 
-def _parsed(text: str, *, anchored: bool = False, expressions: bool = False) -> list[Any]:
-    """Return what math-verify reads.
+def _parsed(text: str, *, anchored: bool = False, expressions: bool = False, latex_only: bool = False
+            ) -> list[Any]:
+    """Return the expression that math-verify reads, with its text.
 
     Args:
         text: with boxes, formulas, or plain.
         anchored: only where an answer is announced.
         expressions: only numbers and expressions without LaTeX.
+        latex_only: only formulas and boxes, without the fallback to the last number of a text.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     # `not anchored` also tries a match without an announcement before it
     kinds = [ExprExtractionConfig(not anchored)]
     if not expressions:
-        kinds = [LatexExtractionConfig(not anchored), *kinds]
+        kinds = [LatexExtractionConfig(not anchored), *([] if latex_only else kinds)]
     # it joins boxes that stand together by commas, and then reads 20 and 204 as 20,204: twenty thousand
-    text = _THOUSANDS.sub("", text)
+    text = _ROOT.sub(r"\\sqrt{\1}", _THOUSANDS.sub("", text).replace("infinity", "infty"))
+    text = _PLAIN_FUNCTION.sub(r"\\", text)
     first, *more = text.split("\\boxed")
     more[1:] = [_THREE_DIGITS.sub(r"{\\,", box) for box in more[1:]]
     return list(parse("\\boxed".join([first, *more]), kinds, parsing_timeout=None))

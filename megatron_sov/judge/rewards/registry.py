@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +14,7 @@ from megatron_sov.base.plugins import registry
 from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.base.plugins.registry import PluginOrder, Registry, check_methods
 from megatron_sov.judge.rewards.composed import Composed
-from megatron_sov.judge.rewards.reward import Refused, Row, text_of
+from megatron_sov.judge.rewards.reward import REWARDS, Refused, Row, Score, text_of
 from megatron_sov.judge.rewards.version import settings_of, version_of
 
 BUILT_IN: dict[str, tuple[str, str]] = {
@@ -36,48 +38,79 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
 """Name -> fields of which a row needs one, unless a setting of that name stands in its place."""
 
 
+NOT_JUDGED = "the function returned None, which says that it does not judge this row"
+
+
 def _adapted(loaded: LoadedPlugin) -> LoadedPlugin:
-    """Return a reward function of TRL's as a class with `score`."""
-    if not inspect.isfunction(loaded.value):
+    """Return a TRL reward function, or an object that can be called as one, as a class with `score`."""
+    function = loaded.value
+    if inspect.isclass(function) or not callable(function):
         return loaded
-    parameters = inspect.signature(loaded.value).parameters
+    parameters = inspect.signature(function).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    has_form = takes_any or "completions" in parameters
-    if not has_form or inspect.iscoroutinefunction(loaded.value):
+    if not takes_any and not {"completions", "completion_ids"} & parameters.keys():
         raise UserError(f"{loaded.reference}: is a function, and a reward is a class with score(self, row) "
                         "or a function f(completions, **kwargs), as TRL has them")
-    function, names = loaded.value, None if takes_any else frozenset(parameters)
+    named = frozenset(parameters)
 
     class AdaptedFunction:
-        """A function that takes lists, given lists of one row."""
+        """A TRL reward function: it takes lists with an item for each response to one prompt."""
 
         def score(self, row: Row) -> float:
-            return _called(function, names, row)
+            (reward,) = _call_function(function, named, takes_any, [row])
+            if reward is None:
+                raise Refused(NOT_JUDGED)
+            return reward
+
+        def score_group(self, rows: Sequence[Row]) -> Score:
+            """Return the rewards of all responses to a prompt as `components[REWARDS]`."""
+            rewards = _call_function(function, named, takes_any, rows)
+            return Score(math.fsum(reward or 0.0 for reward in rewards), {REWARDS: rewards})
 
     AdaptedFunction.__qualname__ = AdaptedFunction.__name__ = loaded.attribute
     return replace(loaded, value=AdaptedFunction)
 
 
-def _called(function: Callable[..., Any], names: frozenset[str] | None, row: Row) -> float:
-    """Return what a reward function of TRL's gives a row.
+def _call_function(function: Callable[..., Any], named: frozenset[str], takes_any: bool, rows: Sequence[Row]
+                   ) -> list[float | None]:
+    """Call a TRL reward function as GRPOTrainer does and return its reward for each row; None: not judged.
 
     Args:
-        function: takes a list for each field of a row, and one of completions.
-        names: its parameters; None: it takes any.
-        row: a row; where its prompt is a list of messages the completion is one, too, as in TRL.
+        function: takes a list for each field of the rows, with prompts and completions. Returns, or has a
+            coroutine that returns, a list, array or tensor of numbers; None and NaN stand for no reward.
+        named: its parameters.
+        takes_any: whether it takes other keywords too.
+        rows: of one prompt. If that is a list of messages, the completions are messages too.
+
+    Raises:
+        Refused: it takes token ids, and a row has none.
+        TypeError: it returned something else.
     """
-    response = text_of(row, "response")
-    prompt = row.get("prompt")
-    completion = [{"role": "assistant", "content": response}] if isinstance(prompt, list) else response
-    given = {**{name: [value] for name, value in row.items()}, "prompts": [prompt],
-             "completions": [completion]}
-    rewards = function(**{name: value for name, value in given.items() if names is None or name in names})
-    if not isinstance(rewards, list | tuple) or len(rewards) != 1:
-        raise TypeError(f"returned {repr(rewards)[:80]}, must be a list with a number for each "
-                        "completion")
-    if rewards[0] is None:
-        raise Refused("the function returned None, which says that it does not judge this row")
-    return float(rewards[0])
+    texts = [text_of(row, "response") for row in rows]
+    if "completion_ids" in named and any(row.get("completion_ids") is None for row in rows):
+        raise Refused("has no 'completion_ids', which the function takes: token ids are there in `rl`, or in "
+                      "rows that have a field of that name")
+    completions = [[{"role": "assistant", "content": text}] if isinstance(row.get("prompt"), list) else text
+                   for row, text in zip(rows, texts, strict=True)]
+    fields = {name: [row.get(name) for row in rows] for row in rows for name in row}
+    given = {**fields, "prompts": [row.get("prompt") for row in rows], "completions": completions}
+    rewards = function(**{name: value for name, value in given.items() if takes_any or name in named})
+    if inspect.isawaitable(rewards):
+        rewards = asyncio.run(_finish(rewards))
+    # arrays and tensors know how they become a list: numpy and torch are not imported for that
+    rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards
+    values = list(rewards) if isinstance(rewards, Iterable) and not isinstance(rewards, str | Mapping) else []
+    if len(values) != len(rows):
+        raise TypeError(f"returned {repr(rewards)[:80]}, must be a list with a number for each of the "
+                        f"{len(rows)} completions")
+    numbers = [None if value is None else float(value) for value in values]
+    if any(number is not None and math.isinf(number) for number in numbers):
+        raise ValueError(f"returned {repr(rewards)[:80]}, must be finite numbers")
+    return [None if number is None or math.isnan(number) else number for number in numbers]
+
+
+async def _finish(rewards: Awaitable[Any]) -> Any:
+    return await rewards
 
 
 def _check(loaded: LoadedPlugin) -> None:

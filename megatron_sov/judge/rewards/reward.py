@@ -18,6 +18,8 @@ Status = Literal["scored", "timeout", "failed", "refused"]
 OPERATION: Mapping[str, bool] = {"operation": True}
 """Metadata of a setting that says how a reward is run (speed, cost, where a key lies) and not what it gives:
 the version does not depend on it."""
+REWARDS = "rewards"
+"""Component with the rewards of all rows, where a reward judges the responses to a prompt together."""
 MAX_REWARD = 1e30
 """Advantages are of four bytes, which hold no number above 3e38."""
 MAX_REASON_CHARS = 300
@@ -140,11 +142,11 @@ def told_short(value: Any) -> str:
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
-def judged(reward: Reward, row: Row) -> Result:
-    """Return what a reward makes of a row, whatever it does; `UserError` alone passes, for it would meet
-    every row."""
+def judged(reward: Any, row: Row | list[Row]) -> Result:
+    """Return the result of a row, or one result of the rows of a group (`components[REWARDS]`), whatever the
+    reward does; `UserError` alone passes, for it would meet every row."""
     try:
-        return checked(reward.score(row))
+        return checked(reward.score_group(row) if isinstance(row, list) else reward.score(row))
     except Refused as e:
         return Result(None, "refused", {}, short(str(e)))
     # before Exception: `TooLong` is one, and the kind decides who is to blame
@@ -186,7 +188,8 @@ def checked(given: Any) -> Result:
 def agreeing(first: Result, second: Result) -> Result:
     """Return the result of a row that was judged twice: one that changed under one version has failed."""
     # one None may be a passing fault; two different numbers cannot both be the row's
-    if first.reward is not None and second.reward is not None and first.reward != second.reward:
+    one, other = ((given.reward, given.components.get(REWARDS)) for given in (first, second))
+    if None not in (first.reward, second.reward) and one != other:
         return Result(None, "failed", {}, f"gave {first.reward:g}, then {second.reward:g} for the same row "
                                           "under one version: it depends on something else than the row")
     return first

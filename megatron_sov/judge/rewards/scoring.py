@@ -9,19 +9,18 @@ import json
 import math
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents.rows import json_line, read_rows
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.judge.rewards.composed import ComposedRunner, Runner
-from megatron_sov.judge.rewards.registry import BUILT_IN, MadeReward, build
-from megatron_sov.judge.rewards.reward import Result, Reward, Row, agreeing, judged
+from megatron_sov.judge.rewards.registry import BUILT_IN, NOT_JUDGED, MadeReward, build
+from megatron_sov.judge.rewards.reward import REWARDS, Result, Reward, Row, agreeing, checked, judged
 from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, forget_other_variables, limit_memory
 from megatron_sov.work.processes.workers import Answer, Lost, Workers
 from megatron_sov.work.progress.jobs import Job, here, run_job
@@ -51,6 +50,8 @@ def runner(asked: PluginOrder, made: MadeReward, workers: int) -> Runner:
         return ThreadRunner(reward, reward.threads)
     # a file of a user's is no module that can be found by name, and is run by each process
     modules = [type(reward).__module__, *getattr(reward, "PRELOAD", ())] if asked.name in BUILT_IN else []
+    if hasattr(reward, "score_group"):
+        return GroupRunner(ProcessRunner(asked, TIME_LIMIT_S, workers))
     # a reward that holds a model takes one process, however many were asked for
     workers = min(workers, getattr(reward, "MAX_WORKERS", workers))
     return ProcessRunner(asked, getattr(reward, "time_limit_s", TIME_LIMIT_S), workers, modules,
@@ -69,6 +70,41 @@ class ThreadRunner(Runner):
 
     def score(self, rows: Sequence[Row]) -> list[Result]:
         return list(self._pool.map(lambda row: judged(self._reward, row), rows))
+
+
+class GroupRunner(Runner):
+    """Judges the responses to one prompt together, as TRL does: rewards may compare them.
+
+    Args:
+        running: judges a group as if it were a row, in the time of its rows together.
+    """
+
+    def __init__(self, running: ProcessRunner) -> None:
+        self._running = running
+
+    def __exit__(self, *error: object) -> None:
+        self._running.__exit__(*error)
+
+    def score(self, rows: Sequence[Row]) -> list[Result]:
+        groups: dict[str, list[int]] = {}
+        for i, row in enumerate(rows):
+            # a row without a response is refused, and not its group
+            key = prompt_key(row) if isinstance(row.get("response"), str) else ""
+            groups.setdefault(key or str(i), []).append(i)
+        results: dict[int, Result] = {}
+        judgements = self._running.score([[dict(rows[i]) for i in places] for places in groups.values()])
+        for places, result in zip(groups.values(), judgements, strict=True):
+            rewards = result.components.get(REWARDS, [None] * len(places))
+            without = result if result.reward is None else Result(None, "refused", {}, NOT_JUDGED)
+            for i, reward in zip(places, rewards, strict=True):
+                results[i] = without if reward is None else checked(reward)
+        return [results[i] for i in range(len(rows))]
+
+
+def prompt_key(row: Row) -> str:
+    """Return a text that rows of one prompt share; empty: the row has no prompt."""
+    prompt = row.get("prompt", row.get("messages"))
+    return "" if prompt is None else json.dumps([prompt], sort_keys=True, default=repr)
 
 
 class ProcessRunner(Runner):
@@ -96,18 +132,21 @@ class ProcessRunner(Runner):
     def __exit__(self, *error: object) -> None:
         self._workers.end()
 
-    def score(self, rows: Sequence[Row]) -> list[Result]:
+    def score(self, rows: Sequence[Any]) -> list[Result]:
+        """Return the result of each row, or of each group of rows in a list."""
         results: dict[int, Result] = {}
         suspects: dict[int, Result] = {}
         late: set[int] = set()
         # (row, whether it is judged twice)
         # places count over all batches, so that a rerun judges the same rows twice
         places = range(self._num_seen, self._num_seen + len(rows))
-        waiting = deque((i, (dict(row), place < CHECKED_TWICE or place % EVERY == 0))
+        waiting = deque((i, (row if isinstance(row, list) else dict(row),
+                             place < CHECKED_TWICE or place % EVERY == 0))
                         for i, (place, row) in enumerate(zip(places, rows, strict=True)))
         # `waiting` grows while answers come: a row goes back into it at most twice
-        for i, answer in self._workers.answers(waiting, self._time_limit_s):
-            result = self._lost(answer.exit_code) if isinstance(answer, Lost) else Result(**answer)
+        limit_s = self._time_limit_s * max((len(row) for row in rows if isinstance(row, list)), default=1)
+        for i, answer in self._workers.answers(waiting, limit_s):
+            result = self._lost(answer.exit_code, limit_s) if isinstance(answer, Lost) else Result(**answer)
             # the second answer for a suspect is the one to its control response
             if i in suspects:
                 results[i] = _blamed(suspects[i], result)
@@ -125,9 +164,9 @@ class ProcessRunner(Runner):
         self._num_seen += len(rows)
         return [results[i] for i in range(len(rows))]
 
-    def _lost(self, exit_code: int | None) -> Result:
+    def _lost(self, exit_code: int | None, limit_s: float) -> Result:
         if exit_code is None:
-            return Result(None, "timeout", {}, f"took longer than {self._time_limit_s:g} s")
+            return Result(None, "timeout", {}, f"took longer than {limit_s:g} s")
         if exit_code == -signal.SIGPROF:
             return Result(None, "timeout", {}, f"judging took longer than {self._cpu_limit_s:g} s of a "
                                                "processor", spent=True)
@@ -153,7 +192,7 @@ def _judge(asked: PluginOrder, variables: Sequence[str], cpu_limit_s: float) -> 
         reward.prepare()
     limit_memory(getattr(reward, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
 
-    def answer(request: tuple[Row, bool], again: Callable[[], None]) -> dict[str, Any]:
+    def answer(request: tuple[Row | list[Row], bool], again: Callable[[], None]) -> dict[str, Any]:
         row, twice = request
         result = _judged_in(cpu_limit_s, reward, row)
         if twice and result.reward is not None:
@@ -164,7 +203,7 @@ def _judge(asked: PluginOrder, variables: Sequence[str], cpu_limit_s: float) -> 
     return answer
 
 
-def _judged_in(cpu_limit_s: float, reward: Any, row: Row) -> Result:
+def _judged_in(cpu_limit_s: float, reward: Any, row: Row | list[Row]) -> Result:
     """Return what a reward makes of a row; where it takes longer, the kernel ends this process, whatever
     that is doing."""
     if not math.isfinite(cpu_limit_s):
@@ -182,6 +221,7 @@ MAX_TOLD = 10
 """Rows without a reward that are named."""
 BATCH_ROWS = 128
 """Rows that are scored together, and lost at most when the command is killed."""
+T = TypeVar("T")
 Batch = list[tuple[int, Row]]
 """Lines of the file, and their rows."""
 
@@ -246,7 +286,8 @@ def score_file(asked: PluginOrder, made: MadeReward, source: Path, output: Path,
         progress: is called with a number of rows that are done.
         redo: begin anew where rows were scored by another reward, or are of another file.
     """
-    summary = ScoringSummary()
+    summary, by_group = ScoringSummary(), judges_groups(made)
+    batches = whole_batches(read_rows(source), lambda item: prompt_key(item[1]) if by_group else "")
     with runner(asked, made, workers) as running:
 
         # the journal holds the lines of the output themselves: they are joined at the end, nothing is scored
@@ -265,7 +306,7 @@ def score_file(asked: PluginOrder, made: MadeReward, source: Path, output: Path,
                 row: dict[str, Any] = json.loads(raw)
                 summary.tally.add(row["reward"], row["status"], row["reason"], f"line {line}")
 
-        run_job(Job(made_by="megatron-sov score", output=output, items=_batches(source), do=here(score),
+        run_job(Job(made_by="megatron-sov score", output=output, items=batches, do=here(score),
                     identity={"input": file_digest(source), "reward": asked.name,
                               # another reward, input or batch size would mix with what a killed run left, so
                               # it is refused
@@ -281,7 +322,23 @@ def _written(row: Row, result: Result, version: str) -> bytes:
                       "reward_version": version})
 
 
-def _batches(source: Path) -> Iterator[Batch]:
-    rows = read_rows(source)
-    while batch := list(islice(rows, BATCH_ROWS)):
+def judges_groups(made: MadeReward) -> bool:
+    """Return whether a reward, or a part of it, judges the responses to a prompt together."""
+    return hasattr(made.reward, "score_group") or any(judges_groups(part) for _, part in made.parts.values())
+
+
+def whole_batches(items: Iterable[T], key_of: Callable[[T], str]) -> Iterator[list[T]]:
+    """Yield batches of `BATCH_ROWS` items, and more until neighbours of one key are together.
+
+    Args:
+        items: rows.
+        key_of: an item -> the key of its group; empty: it is in none.
+    """
+    batch: list[T] = []
+    for item in items:
+        if len(batch) >= BATCH_ROWS and (not key_of(item) or key_of(item) != key_of(batch[-1])):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
         yield batch

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sov.base.documents.groups import places_in_group
+from megatron_sov.base.documents.groups import REWARD_TOLERANCE, are_equal, places_in_group
 from megatron_sov.model.config.post_training import PolicyConfig
 
 EPSILON = 1e-4
 """Beside standard deviations that are divided by, as in TRL."""
-EQUAL = 1e-8
-"""Rewards no farther apart are the same, and advantages no farther from 0 are 0."""
 LEARNS, TOO_FEW, ALL_RIGHT, ALL_WRONG = "", "too_few", "all_right", "all_wrong"
 """Why a group is left out, and "" of one that is not: fewer responses than its advantages need; the same
 reward of all, which is right; or which is not."""
@@ -57,7 +55,7 @@ def group_advantages(rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray
 
 def has_advantage(advantages: np.ndarray) -> bool:
     """Return whether any of the advantages [n] differs from 0, so that the policy loss has a gradient."""
-    return bool(np.abs(advantages).max(initial=0.0) > EQUAL)
+    return bool(np.abs(advantages).max(initial=0.0) > REWARD_TOLERANCE)
 
 
 def step_advantages(groups: Sequence[Group], policy: PolicyConfig) -> list[Group]:
@@ -76,7 +74,7 @@ def left_out(rewards: np.ndarray, policy: PolicyConfig) -> str:
     # One response has nothing to be compared with.
     if len(rewards) < max(2, parts.pkpo_k if parts.advantage == "pass_at_k" else 0):
         return TOO_FEW
-    if np.ptp(rewards) > EQUAL:
+    if not are_equal(rewards.tolist()):
         return LEARNS
     # All rewards are the same, so the first one speaks for all.
     kind, kept = ((ALL_RIGHT, parts.all_right) if rewards[0] >= policy.right_from
@@ -130,8 +128,9 @@ def pass_at_k(rewards: np.ndarray, k: int) -> np.ndarray:
 
 
 def in_range(rewards: np.ndarray) -> np.ndarray:
-    """Return GrouPER's advantages (`places_in_group`); the rewards must differ."""
-    return np.array(places_in_group(rewards.tolist()))
+    """Return GrouPER's advantages (`places_in_group`); 0 where all rewards are the same."""
+    values = rewards.tolist()
+    return np.array([0.0] * len(values) if are_equal(values) else places_in_group(values))
 
 
 def mgpo_weight(share_right: float, strength: float) -> float:
@@ -167,10 +166,10 @@ def _of_group(rewards: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, pol
     compare = {"group": group_relative, "group_no_std": centred, "leave_one_out": leave_one_out,
                "pass_at_k": lambda r: pass_at_k(r, parts.pkpo_k), "range": in_range}[parts.advantage]
     # The mean of equal rewards may differ from them by rounding: AdamW would make whole updates of that.
-    found = compare(shaped) if np.ptp(shaped) > EQUAL else np.zeros(len(shaped))
+    found = np.zeros(len(shaped)) if are_equal(shaped.tolist()) else compare(shaped)
     if parts.length_reward == "budget":
         found = found + against_budget(counted, budgets, max_new_tokens, parts.length_reward_coeff)
-    if np.ptp(rewards) <= EQUAL and rewards[0] < policy.right_from:
+    if are_equal(rewards.tolist()) and rewards[0] < policy.right_from:
         # Rewards as judged, not as shaped: a length must not make a wrong group look mixed.
         found = found + parts.all_wrong_reward
     share_right = float((rewards >= policy.right_from).mean())

@@ -17,7 +17,7 @@ from megatron_sov.judge.rewards.composed import SECOND
 from megatron_sov.judge.rewards.opinions import Opinions, opinion_of
 from megatron_sov.judge.rewards.registry import lacking, make, order
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ScoringTally, runner
+from megatron_sov.judge.rewards.scoring import ScoringTally, judges_groups, runner, whole_batches
 from megatron_sov.rollouts.prompts import RolloutPrompt
 from megatron_sov.rollouts.rows import (
     JUDGED, LAST_TURN, UNFINISHED, RewardRow, Rollout, RolloutPart, may_grow, not_written)
@@ -106,8 +106,11 @@ def judging(name: str, settings: Sequence[str], workers: int) -> Iterator[JudgeR
         yield lambda rows: [Result(0.0, "scored") for _ in rows]
         return
     asked = order(name, parse_nested(settings, "--reward-set"))
-    with runner(asked, make(asked), workers) as running:
-        yield lambda rows: running.score([row_of(row) for row in rows])
+    made = make(asked)
+    with runner(asked, made, workers) as running:
+        yield lambda rows: running.score([
+            {**row_of(row), **({"completion_ids": row.tokens.tolist()} if judges_groups(made) else {})}
+            for row in rows])
 
 
 def row_of(row: Rollout) -> dict[str, Any]:
@@ -246,8 +249,7 @@ class JudgingJob:
         # Unfinished responses are judged in the attempt that ends them.
         whole = [row for row in rows if row.finish_reason != UNFINISHED]
         judged = []
-        for first in range(0, len(whole), BATCH_ROWS):
-            batch = whole[first:first + BATCH_ROWS]
+        for batch in whole_batches(whole, lambda row: row.key.prompt):
             for row, result in zip(batch, self.judge(batch), strict=True):
                 judged.append(RewardRow(row.key, row.attempt, self.version, result.reward, result.status,
                                         dict(numbers_of(result.components)), result.reason))

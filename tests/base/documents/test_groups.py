@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import pytest
 
-from megatron_sov.base.documents.groups import is_learned, pair_of, places_in_group
+from megatron_sov.base.documents.groups import are_equal, is_learned, pair_of, places_in_group
 
 
 def test_a_pair_is_of_the_best_that_ended_and_the_worst() -> None:
@@ -28,3 +29,31 @@ def test_places_are_k_exaones() -> None:
     # a good response that did not end, alone, is not learned
     assert [is_learned(place, False) for place in (1.0, 0.5, 0.0, -1.0)] == [False, False, True, True]
     assert is_learned(1.0, True)
+
+
+RESIDUES = [(0.1 + 0.2 + 0.3, 0.6), (0.1 + 0.2, 0.3), (0.7 + 0.1, 0.8), (1.1 + 2.2, 3.3), (0.1 * 3, 0.3),
+            (sum([0.1] * 10), 1.0), (1e9 * (0.1 + 0.2), 3e8), (-0.1 - 0.2, -0.3), (1e-17, 0.0), (5.0, 5.0)]
+"""Two rewards that differ by the rounding of floats, if at all."""
+DIFFERENT = [(0.6, 0.60001), (0.0, 1e-6), (1.0, -1.0), (1e9, 1e9 + 1e3), (3, 4), (-1e-3, 1e-3)]
+
+
+@pytest.mark.parametrize(("first", "second", "equal"), [*((*pair, True) for pair in RESIDUES),
+                                                        *((*pair, False) for pair in DIFFERENT)])
+def test_the_rounding_of_floats_is_no_preference(first: float, second: float, equal: bool) -> None:
+    for rewards in ((first, second), (second, first)):
+        assert are_equal(rewards) is equal
+        assert (pair_of(rewards, (True, True), lambda i, j: False)[0] is None) is equal
+    # the first of equal responses is taken, and a truncated one is passed over only for a better reward
+    low = min(first, second) - 10 * abs(first) - 1
+    best = 0 if equal or first > second else 1
+    assert pair_of((first, second, low), (True,) * 3, lambda i, j: False) == ((best, 2), 0)
+    assert pair_of((first, second, low), (False, True, True), lambda i, j: False) == (
+        (1, 2), int(first > second and not equal))
+
+
+def test_a_place_in_the_middle_is_no_good_one_by_rounding() -> None:
+    rewards = [0.0, math.fsum((0.1, 0.2)), 0.1 + 0.2 + 0.3]
+    for order in ((0, 1, 2), (2, 1, 0)):
+        places = places_in_group([rewards[i] for i in order])
+        assert places[1] == pytest.approx(0) and is_learned(places[1], False)
+    assert is_learned(4e-16, False) and not is_learned(1e-3, False)

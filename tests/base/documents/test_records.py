@@ -18,7 +18,7 @@ from megatron_sov.base.documents import (
     BadRecord, Document, RecordReading, list_files, read_documents, read_span)
 from megatron_sov.base.documents.files import passed_over, spans_of
 from megatron_sov.base.documents.messages import Message
-from megatron_sov.base.documents.reading import json_items
+from megatron_sov.base.documents.reading import CountedSpan, json_items
 from megatron_sov.base.errors import UserError
 
 ROWS = [{"text": f"line {i}\u2028 \x85 \x1c 한국어"} for i in range(5)]
@@ -318,3 +318,28 @@ def test_an_item_beyond_the_limit_is_not_held(monkeypatch: pytest.MonkeyPatch) -
     raw = io.BytesIO(json.dumps(["a" * 100_000]).encode())
     [bad] = json_items(raw.read, 1000)
     assert isinstance(bad, BadRecord) and bad.code == "too_long" and raw.tell() < 10_000
+
+
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(("scores", "tied"), [
+    ({"chosen_score": 7, "rejected_score": 7}, "'chosen_score' = 7"),
+    ({"score_chosen": 8.5, "score_rejected": 8.5}, "'score_chosen' = 8.5"),
+    ({"chosen-rating": 4, "rejected-rating": 4.0}, "'chosen-rating' = 4"),
+    ({"chosen_avg_rating": 0.1 + 0.2, "rejected_avg_rating": 0.3}, "'chosen_avg_rating' = 0.3"),
+    ({"chosen_reward": 0, "rejected_reward": 0, "chosen_score": 1, "rejected_score": 1},
+     "'chosen_score' = 1"),
+    ({"chosen_reward": 0, "rejected_reward": 0, "chosen_score": 2, "rejected_score": 1}, ""),
+    ({"chosen_score": 8, "rejected_score": 7}, ""), ({"chosen_score": 7, "rejected_score": 8}, ""),
+    ({"chosen_score": None, "rejected_score": None}, ""), ({"chosen_score": 7}, ""),
+    ({"chosen_score": "7", "rejected_score": "7"}, ""), ({"score": 7, "rejected_score": 7}, ""),
+    ({"chosen_tokens": 7, "rejected_tokens": 7}, ""),
+    ({"chosen_score": 7, "rejected_score": 7, "desirable": [1, 1]}, "")])
+def test_a_pair_with_tied_scores_is_set_aside(tmp_path: Path, scores: dict[str, Any], tied: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(as_lines([PAIR, {**PAIR, **scores}, {**PAIR, "rejected": "a"}]))
+    found = [item for span in spans_of(tmp_path / "a.jsonl")
+             for item in CountedSpan(span, RecordReading("preference"))]
+    bad = [item for item in found if isinstance(item, BadRecord)]
+    assert len(found) == 3 and [item.code for item in bad] == ["no_preference"] * (1 + bool(tied))
+    assert tied in bad[0].reason

@@ -110,6 +110,17 @@ def test_what_is_wrong_is_named_and_nothing_is_written(record: Any, said: str, t
     assert not (tmp_path / "out").exists()
 
 
+def test_rewards_are_added_without_residue(tmp_path: Path) -> None:
+    parts = ({"a": 0.1, "b": 0.2, "c": 0.3}, {"c": 0.3, "b": 0.2, "a": 0.1}, {"a": 0.6})
+    judged = {"prompt": "p", "responses": [{"content": f"answer {i}", "rewards": rewards}
+                                           for i, rewards in enumerate(parts)]}
+    file = write(tmp_path / "in.jsonl", judged, group(0.1 + 0.2, 0.3), group(1, 0))
+    for step in ("pairs", "groups"):
+        assert main([step, "--input", str(file), "--output", str(tmp_path / step)]) == 0
+        counted = read_manifest(tmp_path / step, "corpus").content["groups"]
+        assert (counted["num_groups"], counted["num_equal_rewards"]) == (1, 2)
+
+
 def line(prompt: str, response: str, reward: float | None, **more: Any) -> dict[str, Any]:
     """Return a line as `megatron-sov score` writes it."""
     return {"prompt": prompt, "response": response, "reward": reward, "status": "scored", **more}
@@ -248,6 +259,13 @@ def test_a_good_one_that_did_not_end_is_left_out_unless_asked_for(tmp_path: Path
     ([{"prompt": "a", "response": "x", "label": True}, {"prompt": "b", "response": "y", "label": True}],
      "2 responses are good"),
     ([{"prompt": "a", "response": "x", "label": "yes"}], "are to one prompt, or there are none"),
+    *(([{"prompt": "a", "response": "x", "label": True}, {"prompt": "b", "response": "y", **judged}],
+       f"in.jsonl:2: the label ('label' or 'kto_tag') of the response is {shown}, must be true or false")
+      for judged, shown in [
+          ({"label": None}, "null"), ({"label": "good"}, '"good"'), ({"label": ""}, '""'),
+          ({"label": 2}, "2"), ({"label": 0.5}, "0.5"), ({"label": []}, "[]"),
+          ({"label": {"a": 1}}, '{"a": 1}'), ({"label": "좋음"}, '"좋음"'), ({"kto_tag": None}, "null"),
+          ({"kto_tag": "so"}, '"so"'), ({}, "missing")]),
 ])
 def test_what_nothing_can_be_learned_from_is_refused(lines: list[Any], sentence: str, tmp_path: Path,
                                                      capsys: Any) -> None:
@@ -256,10 +274,12 @@ def test_what_nothing_can_be_learned_from_is_refused(lines: list[Any], sentence:
     assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("good", [True, 1])
-def test_rows_of_kto_are_judged_responses(good: bool | int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+@pytest.mark.parametrize(("good", "bad"), [
+    (True, False), (1, 0), (1.0, 0.0), ("true", "false"), ("True", "FALSE"), ("yes", "no"), ("Yes", " no "),
+    ("1", "0"), ("1.0", 0)])
+def test_rows_of_kto_are_judged_responses(good: Any, bad: Any, name: str, tmp_path: Path) -> None:
     say = [{"role": "assistant", "content": "b1"}]
-    rows = made(tmp_path, [{"prompt": "a", "completion": "a1", "label": good},
-                           {"prompt": [{"role": "user", "content": "b"}], "completion": say,
-                            "label": not good}])
+    rows = made(tmp_path, [{"prompt": "a", "completion": "a1", name: good},
+                           {"prompt": [{"role": "user", "content": "b"}], "completion": say, name: bad}])
     assert sorted(map(said, rows)) == [("a", "a1", "b1", 1.0), ("b", "b1", "a1", 0.0)]

@@ -15,6 +15,26 @@ def right(response: str, answer: object, **more) -> bool:
     return Stem(**settings).score({"response": response, "answer": answer, **more}).reward == 1.0
 
 
+@pytest.mark.parametrize(("response", "found"), [
+    ("So\n\n$$\n73\n$$", "$73$"), ("So\n\\[ x = 7 \\].", "$x = 7$"),
+    ("Answer:\n\n$$\n73\n$$\nas wanted", "$73$"),
+    ("$$1$$ and\n$$2$$", "$2$"), ("$$1$$\n2", "2"), ("$$1$$\n" + "so " * 20, None), ("$$\n1", "1"),
+    ("$$" + "1" * 501 + "$$", None), ("the answer is $$3$$ or so", "$3$"), ("\\[1\n\\boxed{2}\\]", "2")])
+def test_a_displayed_formula_is_an_answer(response: str, found: str | None) -> None:
+    assert final_answer(response) == found or (found is None and len(final_answer(response) or "") > 500)
+
+
+@pytest.mark.parametrize("answer", ["()", "...", "\"'\"", "[ ]", ["B", "?"]])
+def test_a_gold_answer_that_is_not_equal_to_itself_is_refused(answer: object) -> None:
+    with pytest.raises(Refused, match=r"is not equal to itself as a text|answer ="):
+        right("\\boxed{B}", answer)
+
+
+def test_a_gold_quantity_may_have_a_name() -> None:
+    assert right("\\boxed{3 m/s}", "v = 3 m/s") and right("v = 300 cm/s", "v = 3 m/s")
+    assert not right("4 m/s", "v = 3 m/s")
+
+
 @pytest.mark.parametrize("response", [
     "Because water is polar, the answer is B.", "Answer: (B)", "\\boxed{B}", "**Answer: B**",
     "B", "(b)", "A is wrong. C is wrong.\nFinal answer: B) polar", "정답: B", "정답은 B", "คำตอบคือ B",

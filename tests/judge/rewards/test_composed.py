@@ -47,6 +47,13 @@ def test_the_reward_is_the_weighted_sum() -> None:
     assert found[0].components["b"] == {"reward": 0.5, "status": "scored"}
 
 
+def test_the_order_of_parts_changes_no_sum() -> None:
+    weights = {"a": 0.6, "b": 0.3, "c": 0.1}
+    for names in ("abc", "cba", "bca"):
+        composed = Composed({name: RewardPart("x", weights[name]) for name in names})
+        assert results(composed, [dict.fromkeys(names, 1.0)])[0][0].reward == 1.0
+
+
 def test_a_gate_is_asked_first_and_spares_the_rest() -> None:
     composed = Composed({"judge": RewardPart("x"), "form": RewardPart("x", 0.0, gate=1.0)}, gated_reward=-0.5)
     found, asked = results(composed, [{"form": 1.0, "judge": 0.7}, {"form": 0.0, "judge": 1.0}])

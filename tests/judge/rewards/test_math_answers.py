@@ -225,3 +225,90 @@ def test_what_judges_is_part_of_the_version() -> None:
     ("(4,3)", "\\boxed{(x,y)=(4,3)}", 1), ("\\{1,2\\}", "\\boxed{S=\\{2,1\\}}", 1)])
 def test_what_attackers_and_honest_ones_write(answer: str, response: str, reward: float) -> None:
     assert Math().score({"answer": answer, "response": response}).reward == reward
+
+
+COLUMN = "\\begin{pmatrix} -2 \\\\ 1 \\end{pmatrix}"
+MATRIX = "\\begin{bmatrix} 1 & 2 \\\\ 3 & 4 \\end{bmatrix}"
+BOXED = [
+    # matrices and vectors are no last number of theirs
+    (COLUMN, COLUMN, 1), (COLUMN, "1", 0), (COLUMN, "\\begin{bmatrix} -2\\\\1 \\end{bmatrix}", 1),
+    (COLUMN, "\\begin{pmatrix} 1 \\\\ -2 \\end{pmatrix}", 0),
+    (COLUMN, "\\begin{pmatrix} -2 & 1\\end{pmatrix}", 0),
+    (MATRIX, MATRIX, 1), (MATRIX, "4", 0), ("\\begin{pmatrix} 5 & 1 \\\\ 0 & 2 \\end{pmatrix}", "2", 0),
+    ("\\left( \\begin{array}{c} 1 \\\\ 2 \\end{array} \\right)", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", 1),
+    ("\\langle 1, 2, 3 \\rangle", "(1,2,3)", 1), ("\\langle 1, 2, 3 \\rangle", "3", 0),
+    ("\\begin{vmatrix} 1 & 2 \\\\ 3 & 4 \\end{vmatrix}", "-2", 1), ("$" + MATRIX + "$", MATRIX, 1),
+    ("3", "\\begin{cases} x=1 \\\\ y=3 \\end{cases}", 0), ("3", "x \\equiv 3 \\pmod 7", 0),
+    # equations
+    ("2x+4y-3=0", "2x+4y=3", 1), ("2x+4y-3=0", "y=-\\frac12x+\\frac34", 1), ("2x+4y-3=0", "0", 0),
+    ("x^2+y^2=25", "x^2+y^2-25=0", 1), ("x^2+y^2=25", "2x^2+2y^2=50", 1), ("x^2+y^2=25", "x+y=25", 0),
+    ("x^2+y^2=25", "25", 0), ("x^2+y^2=25", "0=0", 0), ("x+y=5", "y=5-x", 1), ("x+y=5", "5", 0),
+    ("y=2x+1", "2x+1", 1), ("y=2x+1", "y=2x+2", 0), ("x = 3", "3", 1), ("x = 3", "y = 3", 0),
+    ("f(3)=42", "42", 1), ("f(3)=42", "f(3)=42", 1), ("|S| = 7", "7", 1), ("x=42", "6\\cdot 7", 0),
+    # intervals and sets
+    ("(0,1)", "[0,1]", 0), ("(-\\infty,3]", "(-\\infty, 3]", 1), ("\\{1,2\\}", "2,1", 1),
+    ("\\{1,2\\}", "1", 0),
+    ("\\emptyset", "\\varnothing", 1), ("\\lbrace 1,2 \\rbrace", "\\{2,1\\}", 1), ("1 and 2", "2, 1", 1),
+    # words
+    ("Monday", "\\text{Monday}", 1), ("\\text{Monday}", "monday", 1), ("\\text{Monday}", "Domany", 0),
+    ("\\text{east}", "seat", 0), ("\\text{no solution}", "\\text{No solution}", 1), ("yes", "\\text{Yes}", 1),
+    ("\\text{June 20}", "June 20", 1), ("\\text{(B)}", "B", 1), ("B", "C", 0), ("서울", "서울", 1),
+    ("서울", "부산", 0), ("\\text{A, B}", "A, B", 1),
+    # units, counters, percentages
+    ("5개", "5", 1), ("5개", "5개", 1), ("5개", "5명", 0), ("5개", "6", 0), ("5 dollars", "\\$5", 1),
+    ("5 dollars", "5 dollars", 1), ("5 cm^2", "5", 1), ("5 cm^2", "5 \\text{ cm}^2", 1),
+    ("5 cm^2", "5 cm", 0),
+    ("9.8 m/s^2", "9.8", 1), ("\\text{12 cm}", "12", 1), ("50%", "50", 1), ("50\\%", "0.5", 1),
+    ("50 percent", "50\\%", 1), ("50%", "5\\%", 0),
+    # spellings
+    ("1 000", "1000", 1), ("1 000", "0", 0), ("1000", "1 000", 1), ("infinity", "\\infty", 1),
+    ("∞", "\\infty", 1),
+    ("sin(x)", "\\sin x", 1), ("2pi", "2\\pi", 1), ("pi/2", "\\frac{\\pi}{2}", 1),
+    ("2 sqrt(3)", "2\\sqrt{3}", 1),
+    ("x²", "x^2", 1), ("1½", "1.5", 1), ("\\mathbf{42}", "42", 1), ("42.", "42", 1),
+    ("\\approx 3.14", "3.14", 1),
+    ("The final answer is \\boxed{42}", "42", 1), ("$3$ and $4$", "4, 3", 1)]
+"""Gold answers, boxed answers of responses, and whether these are right."""
+
+
+@pytest.mark.parametrize(("answer", "given", "reward"), BOXED)
+def test_a_gold_answer_is_read_whole(answer: str, given: str, reward: float) -> None:
+    assert Math().score({"answer": answer, "response": f"So \\boxed{{{given}}}."}).reward == reward
+
+
+@pytest.mark.parametrize("answer", [
+    answer for answer, _, _ in BOXED if "boxed" not in answer and "$" not in answer])
+def test_a_gold_answer_equals_itself(answer: str) -> None:
+    assert Math().score({"answer": answer, "response": f"So \\boxed{{{answer}}}."}).reward == 1.0
+
+
+@pytest.mark.parametrize("answer", [
+    "\\begin{cases} x+1 & x>0 \\\\ 0 & x \\le 0 \\end{cases}", "x \\equiv 3 \\pmod{7}", "A \\cap B",
+    "2k\\pi, k \\in \\mathbb{Z}", "0.333...", "1 + 2 + \\cdots + n", "\\{x \\mid x > 3\\}", "0.\\overline{3}",
+    "11:30 \\text{ a.m.}", "x=3 \\text{ if } y=2", "(A) 5", "5 million", "5 \\text{ million}", "about 3",
+    "2/3 of the cake", "The total is 42 apples", "정답은 42", "5시간", "#### 42", "$x$ is $3$", "-", "?"])
+def test_a_gold_answer_that_is_not_read_whole_is_refused(answer: str) -> None:
+    for response in (f"\\boxed{{{answer}}}", "\\boxed{3}", "\\boxed{42}", ""):
+        with pytest.raises(Refused, match=r"answer = .*a gold answer has to be one value in LaTeX, or words"):
+            Math().score({"answer": answer, "response": response})
+
+
+@pytest.mark.parametrize(("answer", "response", "reward"), [
+    ("73", "Therefore\n\n$$\n73\n$$", 1), ("73", "Therefore\n\n\\[\n73\n\\]", 1), ("74", "So\n$$\n73\n$$", 0),
+    ("73", "The answer is\n$$\n73\n$$", 1), ("73", "The answer is:\n\n\\[ x = 73 \\]\nas was wanted", 1),
+    ("73", "$$73 = 70 + 3$$\nand so on, as far as anybody has the patience to go with it", 0),
+    ("\\dfrac{\\pi}{2}", "The answer is pi/2.", 1), ("2", "The answer is pi/2.", 0),
+    ("14 - i", "The answer is 14 - i.", 1), ("14", "The answer is 14 - i.", 0),
+    ("14", "The answer is 14 - which is even.", 1), ("3", "The answer is 3 + 4i", 0),
+    ("x^2+1", "The answer is x^2 + 1.", 1), ("2\\sqrt{3}", "The answer is 2*sqrt(3).", 1),
+    ("(3,4)", "The answer is (3, 4).", 1), ("[0,1)", "The answer is [0, 1).", 1),
+    ("5", "The answer is x = 5.", 1), ("9.8 m/s^2", "The answer is 9.8 m/s^2.", 1),
+    ("12 cm", "The answer is 12\\text{ cm}.", 1), ("6", "The answer is 6 \\text{ or } 7.", 0),
+    ("x>3", "**Answer:** x > 3", 1), ("x=3", "The answer is 3\\sqrt{2}.", 0),
+    ("a+b", "The answer is b+a.", 1),
+    ("60 km/h", "The answer is 60 km/h.", 1), ("3", "The answer is x > 3.", 0),
+    ("12", "The answer is 5 + 7 = 12.", 1), ("42", "The answer is 42, a number.", 1),
+    ("42", "The answer is 42!", 1), ("42", "The answer is 42 (see above).", 1),
+    ("\\text{Monday}", "The answer is Monday.", 1), ("서울", "정답은 서울", 1)])
+def test_what_is_announced_is_read_whole(answer: str, response: str, reward: float) -> None:
+    assert Math().score({"answer": answer, "response": response}).reward == reward

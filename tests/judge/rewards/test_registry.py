@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import asyncio
+import inspect
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards import version
 from megatron_sov.judge.rewards.registry import lacking, make, order
-from megatron_sov.judge.rewards.reward import OPERATION, judged
+from megatron_sov.judge.rewards.reward import OPERATION, REWARDS, judged
 from megatron_sov.judge.rewards.version import settings_of, version_of
 
 OWN = '''
@@ -99,8 +102,6 @@ def one(completions):
     return 1.0
 def other(rows):
     return [1.0]
-async def later(completions):
-    return [1.0]
 """)
     made = make(order(f"{file}:starts_well", {}))
     row = {"response": "yes, it is", "answer": "yes", "prompt": "p"}
@@ -113,9 +114,99 @@ async def later(completions):
     assert judged(short.reward, {**row, "response": ""}).status == "refused"
     failed = judged(make(order(f"{file}:one", {})).reward, row)
     assert failed.status == "failed" and "must be a list with a number for each" in failed.reason
-    for name in ("other", "later"):
-        with pytest.raises(UserError, match=r"is a class with score\(self, row\) or a function f\(comp"):
-            order(f"{file}:{name}", {})
+    with pytest.raises(UserError, match=r"is a class with score\(self, row\) or a function f\(comp"):
+        order(f"{file}:other", {})
+
+
+FUNCTIONS = '''
+import asyncio, functools
+import numpy as np
+def chars(completions, **kwargs): return [float(len(c)) for c in completions]
+def in_a_tuple(completions): return tuple(len(c) for c in completions)
+def generated(completions): return (len(c) for c in completions)
+def array(completions, **kwargs): return np.array([len(c) for c in completions])
+def array32(completions): return np.float32([len(c) for c in completions])
+def scalars(completions): return [np.float64(len(c)) for c in completions]
+def flags(completions): return np.array([len(c) > 2 for c in completions])
+def gaps(completions): return [None if c == "ab" else float(len(c)) for c in completions]
+def nan(completions): return np.array([np.nan if c == "ab" else len(c) for c in completions])
+def short(completion_ids, **kwargs): return [-float(len(ids)) for ids in completion_ids]
+def longest(completions, **kwargs):
+    n = [len(c) for c in completions]
+    return [float(x == max(n)) for x in n]
+def centred(completions, **kwargs):
+    n = np.array([len(c) for c in completions])
+    return n - n.mean()
+def right(prompts, completions, answer):
+    return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+async def later(completions, **kwargs):
+    await asyncio.sleep(0)
+    return [float(len(c)) for c in completions]
+def awaited(completions): return later(completions)
+class Callable:
+    def __call__(self, completions, **kwargs): return [float(len(c)) for c in completions]
+called = Callable()
+part = functools.partial(lambda completions, factor: [factor * len(c) for c in completions], factor=2.0)
+def tensor(completions):
+    import torch
+    return torch.tensor([len(c) for c in completions], dtype=torch.float32)
+def many(completions): return [1.0] * (len(completions) + 1)
+def matrix(completions): return np.ones((len(completions), 1))
+def number(completions): return np.float64(1.0)
+def text(completions): return "1" * len(completions)
+def infinite(completions): return [float("inf")] * len(completions)
+'''
+RESPONSES = ["a", "ab", "abc", "abcd"]
+
+
+def by_trl(function: Any, rows: list[dict[str, Any]]) -> list[float | None]:
+    """Return rewards as TRL's `GRPOTrainer._calculate_rewards`: one call for a group, by keywords."""
+    import torch
+
+    fields = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "response")}
+    given = {"prompts": [row["prompt"] for row in rows], "completions": [row["response"] for row in rows],
+             **fields}
+    parameters = inspect.signature(function).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        given = {name: value for name, value in given.items() if name in parameters}
+    output = function(**given)
+    output = asyncio.run(output) if inspect.iscoroutine(output) else output
+    values = torch.tensor([math.nan if reward is None else float(reward) for reward in output],
+                          dtype=torch.float32)
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
+@pytest.mark.parametrize("name", [
+    "chars", "in_a_tuple", "generated", "array", "array32", "scalars", "flags", "gaps", "nan", "short",
+    "longest", "centred", "right", "later", "awaited", "called", "part", "tensor"])
+def test_a_trl_function_gives_what_trl_would(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "functions.py"
+    file.write_text(FUNCTIONS)
+    rows = [{"prompt": "p", "response": response, "answer": "abc", "completion_ids": [7] * len(response)}
+            for response in RESPONSES]
+    scope: dict[str, Any] = {}
+    exec(FUNCTIONS, scope)
+    wanted = by_trl(scope[name], rows)
+    asked = order(f"{file}:{name}", {})
+    reward = make(asked).reward
+    result = judged(reward, rows)
+    assert result.status == "scored" and result.components[REWARDS] == wanted
+    single = [judged(reward, row) for row in rows]
+    assert [one.reward for one in single] == [by_trl(scope[name], [row])[0] for row in rows]
+
+
+@pytest.mark.parametrize("name", ["many", "matrix", "number", "text", "infinite"])
+def test_what_is_no_list_of_numbers_has_failed(name: str, tmp_path: Path) -> None:
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+    reward = make(order(f"{tmp_path}/functions.py:{name}", {})).reward
+    result = judged(reward, [{"prompt": "p", "response": text} for text in RESPONSES])
+    assert (result.reward, result.status) == (None, "failed")
+
+
+def test_a_function_of_token_ids_refuses_rows_without(tmp_path: Path) -> None:
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+    result = judged(make(order(f"{tmp_path}/functions.py:short", {})).reward, {"response": "a"})
+    assert result.status == "refused" and "has no 'completion_ids'" in result.reason
 
 
 CODE = '''"""What it is."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import Mock
@@ -17,8 +19,8 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards import scoring as room
-from megatron_sov.judge.rewards.registry import order
-from megatron_sov.judge.rewards.scoring import ProcessRunner
+from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ProcessRunner, score_file, whole_batches
 from megatron_sov.work.processes import workers
 from megatron_sov.work.processes.channel import send
 from megatron_sov.work.processes.children import forget_other_variables
@@ -218,3 +220,57 @@ def test_a_process_whose_command_has_ended_ends_without_a_traceback(
             own.shutdown(socket.SHUT_WR)
         serve(own, room._judge, (order(f"{tmp_path}/does.py:Does", {}), (), 1.0))
     command.close()
+
+
+LONGEST = '''
+def longest(completions, prompts, **kwargs):
+    assert len(set(map(str, prompts))) == 1
+    if "die" in completions:
+        import os
+        os._exit(7)
+    n = [len(c) if isinstance(c, str) else len(c[0]["content"]) for c in completions]
+    return [None if "none" in completions and x == 1 else float(x == max(n)) for x in n]
+'''
+
+
+def test_a_function_is_given_all_responses_to_a_prompt(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(LONGEST)
+    asked = order(f"{tmp_path}/own.py:longest", {})
+    chat = [{"role": "user", "content": "c"}]
+    given = [("a", "x"), ("a", "xyz"), ("b", "xy"), (chat, "x"), (chat, "xy"), ("d", "die"), ("d", "x"),
+             ("a", "xy"), ("e", "x"), ("e", "none"), (None, "x"), (None, "xy"),
+             ("b", None)]
+    with room.runner(asked, make(asked), 2) as running:
+        found = running.score([{"prompt": prompt, "response": text} for prompt, text in given])
+    assert [(result.reward, result.status) for result in found] == [
+        (0.0, "scored"), (1.0, "scored"), (1.0, "scored"), (0.0, "scored"), (1.0, "scored"),
+        (None, "failed"), (None, "failed"), (0.0, "scored"), (None, "refused"), (1.0, "scored"),
+        (1.0, "scored"), (1.0, "scored"), (None, "refused")]
+
+
+def test_a_part_of_a_composition_and_a_file_are_judged_in_whole_groups(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(LONGEST)
+    # 127 rows, then a group that the limit of a batch would cut
+    lines = [{"prompt": f"p{i}", "response": "x"} for i in range(BATCH_ROWS - 1)]
+    lines += [{"prompt": "last", "response": "x" * n} for n in (1, 2, 3)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for asked in (order(f"{tmp_path}/own.py:longest", {}), order("composed", {"parts": {
+            "long": {"reward": f"{tmp_path}/own.py:longest"}}})):
+        score_file(asked, make(asked), tmp_path / "in.jsonl", tmp_path / "out.jsonl", 2, lambda count: None,
+                   redo=True)
+        written = (tmp_path / "out.jsonl").read_text().splitlines()
+        rewards = [json.loads(line)["reward"] for line in written]
+        assert rewards == [1.0] * (BATCH_ROWS - 1) + [0.0, 0.0, 1.0]
+        (tmp_path / "out.jsonl").unlink()
+
+
+@pytest.mark.parametrize("sizes", [[1] * 300, [3] * 100, [128, 1], [127, 2, 5], [129], [400, 1], [64] * 3])
+def test_batches_end_with_groups(sizes: list[int]) -> None:
+    items = [i for i, size in enumerate(sizes) for _ in range(size)]
+    batches = list(whole_batches(items, str))
+    assert [item for batch in batches for item in batch] == items
+    assert all(batch[-1] != other[0] for batch, other in pairwise(batches))
+    assert all(len(batch) >= BATCH_ROWS for batch in batches[:-1])
+    assert all(len(batch) <= BATCH_ROWS + max(sizes) for batch in batches)
+    alone = list(whole_batches(items, lambda item: ""))
+    assert {len(batch) for batch in alone[:-1]} <= {BATCH_ROWS}

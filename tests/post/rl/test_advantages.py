@@ -242,3 +242,11 @@ def test_a_range_goes_from_the_worst_to_the_best() -> None:
 def test_a_group_that_is_all_right_still_learns_lengths() -> None:
     [group] = group_advantages([np.ones(3)], [np.array([10, 500, 510])], PolicyConfig("lapo_d"), LONGEST)
     assert group.reason == "" and np.argmin(group.advantages) == 0
+
+
+@pytest.mark.parametrize("rewards", [[0.1 + 0.2 + 0.3, 0.6, 0.6], [0.1 * 3, 0.3], [3e8, 1e9 * (0.1 + 0.2)]])
+def test_the_rounding_of_floats_is_no_advantage(rewards: list[float]) -> None:
+    policy = PolicyConfig(method="dapo", right_from=rewards[0] - 0.1)
+    assert parts.left_out(np.array(rewards), policy) == parts.ALL_RIGHT
+    assert not parts.in_range(np.array(rewards)).any()
+    assert parts.left_out(np.array([0.6, 0.60001]), policy) == parts.LEARNS

@@ -186,6 +186,27 @@ def test_a_built_in_reward_judges_in_processes(store: RolloutStore) -> None:
     assert rewards == [1.0, 0.0] and version != reward_version("language", ["language=en"])
 
 
+def test_a_trl_function_is_given_a_group_with_its_token_ids(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("""
+def fewest(prompts, completions, completion_ids, **kwargs):
+    assert len(set(prompts)) == 1
+    n = [len(ids) for ids in completion_ids]
+    return [float(x == min(n)) for x in n]
+""")
+    store = RolloutStore.create(tmp_path / "store", "sha256:0", 10)
+    written = [(prompt, sample, n) for prompt in range(45) for sample, n in enumerate((3, 2, 4))]
+    store.add_rollouts("round-0001-piece-0000", [
+        rollout(1, prompt, "a", key=Key(f"{prompt:016x}", sample, "p" * 64, "s" * 16),
+                record={"prompt": f"p{prompt}"}, tokens=np.zeros(n, np.int32),
+                logprobs=np.full(n, -1, np.float32), versions=np.zeros(n, np.int32))
+        for prompt, sample, n in written], {})
+    with judging(f"{tmp_path}/own.py:fewest", [], 2) as judge:
+        assert job(store, judge).run().tally.statuses == {"scored": 135}
+    rewards = {(row.key.prompt, row.key.sample): row.reward
+               for row in store.read_rewards("v1", "round-0001-piece-0000")}
+    assert rewards == {(f"{prompt:016x}", sample): float(n == 2) for prompt, sample, n in written}
+
+
 def test_two_verifiers_that_begin_to_disagree_are_told_once_also_by_the_next_job(tmp_path: Path) -> None:
     second = ["parts.a.reward=language", "parts.a.settings.language=ko", "second.reward=length",
               "second.of=a", "second.settings.max_length=5", "second.settings.buffer=1"]
