@@ -114,7 +114,7 @@ def killed(code: CodeReward, program: str, tests: Sequence[str], most: int) -> t
 def _timed(code: CodeReward, program: str, test: str) -> bool | None:
     """Return whether a program passes a test; None: it takes too long."""
     try:
-        score = code.score({"response": program, "tests": [test]})
+        score = code.score_unproved({"response": program, "tests": [test]})
     except Refused:
         return False
     except (TimeoutError, RuntimeError) as e:
