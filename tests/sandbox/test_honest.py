@@ -59,8 +59,8 @@ HONEST = [
     ("import socket; a, b = socket.socketpair(); a.sendall(b'pair'); print(b.recv(9).decode())", "pair"),
     ("print('end')\nexit()\nprint('no')", "end"), ("print('end'); quit(0)", "end"),
     ("import numpy as np; print((np.arange(4).reshape(2, 2) @ np.eye(2)).sum())", "6.0"),
-    ("import numpy as np; print(np.linalg.solve(np.eye(2) * 2, [2, 4]), np.random.default_rng(0).integers(9))",
-     "[1. 2.] 7"),
+    ("import numpy as np; print(np.linalg.solve(np.eye(2) * 2, [2, 4]), np.random.default_rng(0).integers(9)"
+     ")", "[1. 2.] 7"),
     ("import sys; print(len(str(3 ** 20_000)), int('7' * 5000) % 10)", "9543 7"),
     ("print(sorted({'b', 'a'}), {3, 1, 2}, len({str(i) for i in range(999)}))", "['a', 'b'] {1, 2, 3} 999"),
 ]

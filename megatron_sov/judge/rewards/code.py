@@ -16,7 +16,7 @@ from annotated_types import Ge
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, NotNegative, SettingsProblem, Share, find_broken
 from megatron_sov.judge.rewards import solution_frameworks, solution_peer, solution_tests
-from megatron_sov.judge.rewards.code_tests import CompareBy, RowTests, is_same_output, read_tests
+from megatron_sov.judge.rewards.code_tests import CANDIDATE, CompareBy, RowTests, is_same_output, read_tests
 from megatron_sov.judge.rewards.program_text import find_entry_points, program_in
 from megatron_sov.judge.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
 from megatron_sov.judge.rewards.version import code_of
@@ -36,8 +36,8 @@ class CodeReward:
     all_or_nothing: bool = True
     """Else the reward is the share of tests that are passed."""
     number_tolerance: Share = 0.0
-    """Difference that decimals in outputs and in results of `expected` may have, absolutely or relative to the
-    expected number; integers have to be equal. A row's `number_tolerance` takes its place."""
+    """Difference that decimals in outputs and in results of `expected` may have, absolutely or relative to
+    the expected number; integers have to be equal. A row's `number_tolerance` takes its place."""
     compare_by: CompareBy = "lines"
     """Compare outputs by lines, or by tokens between blanks. A row's `compare_by` takes its place."""
     test_time_s: AboveZero = 10.0
@@ -89,7 +89,7 @@ class CodeReward:
         return self._score(row, tests)
 
     def score_unproved(self, row: Row) -> Score:
-        """Return the score of a row whose tests the caller has looked at: tests that pass for every program are
+        """Return the score of a row whose tests the caller has proved: tests that pass for every program are
         not refused.  Raises as `score` does."""
         return self._score(row, self._read(row))
 
@@ -101,8 +101,10 @@ class CodeReward:
                      timed_out=too_slow and share < 1)
 
     def passed(self, row: Row) -> list[bool]:
-        """Return for each of the row's `tests` whether the program passes it; raises as `score_unproved` does.
-        Tests after one that never ends are not reached, and count as not passed."""
+        """Return whether the program passes each of the row's `tests`; raises as `score_unproved` does.
+
+        Tests after one that never ends are not reached, and count as not passed.
+        """
         tests = self._read(row)
         passed, _, _ = self._judge(row, tests)
         # all tests by place: pass@k compares them one by one
@@ -120,7 +122,8 @@ class CodeReward:
         """
         if not tests.texts:
             return ""
-        digest = hashlib.sha256(json.dumps([tests.texts, tests.entry_point]).encode()).digest()
+        read = json.dumps([tests.texts, tests.entry_point, tests.number_tolerance])
+        digest = hashlib.sha256(read.encode()).digest()
         key = (self.test_time_s, self.memory_bytes, self.enclosure, self.command, digest)
         if key not in _PROVED:
             if len(_PROVED) >= MAX_PROVED:
@@ -132,7 +135,8 @@ class CodeReward:
         # what is left of the row's time, for two programs
         time_s = min(self.test_time_s, (self.time_limit_s / self.patience - self.test_time_s) / 2)
         for value in ("None", "object()"):
-            lines, _ = self._run_texts(tests.stub_program(value), tests, tests.entry_point or "candidate", time_s)
+            lines, _ = self._run_texts(tests.stub_program(value), tests,
+                                       tests.entry_point or CANDIDATE, time_s)
             verdicts = [line for line in lines if "test" in line]
             for line in verdicts:
                 if "fault" in line:
@@ -144,7 +148,8 @@ class CodeReward:
 
     def _judge(self, row: Row, tests: RowTests) -> tuple[list[bool], str, bool]:
         """Return which tests are passed, as far as they ran, why one is not, and whether time ran out."""
-        source = program_in(text_of(row, "response"), tests.names if tests.texts else None)
+        names = frozenset[str]() if tests.needs_entry_point else tests.names
+        source = program_in(text_of(row, "response"), names if tests.texts else None)
         # half of a surrogate pair cannot be sent to the sandbox
         source = source.encode(errors="replace").decode()
         return self._call_functions(source, tests) if tests.texts else self._compare_outputs(source, tests)
@@ -177,8 +182,8 @@ class CodeReward:
         passed, entry_point = [False] * len(tests), tests.entry_point
         if tests.needs_entry_point and (functions := find_entry_points(source)) is not None:
             if len(functions) > 1:
-                raise Refused(f"entry_point is missing, and the program has the functions {', '.join(functions)}: "
-                              "name the one that `check` gets")
+                raise Refused(f"entry_point is missing, and the program has {', '.join(functions)}: name the "
+                              "function that `check` gets")
             if not functions:
                 return passed, "defines no function", False
             entry_point = functions[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import decimal
 import json
 import re
@@ -18,6 +19,8 @@ from megatron_sov.judge.rewards.solution_frameworks import calls_name, is_assert
 from megatron_sov.judge.rewards.solution_tests import SHARED_MODULES
 
 MAX_TESTS = 10_000
+CANDIDATE = "candidate"
+"""Function of a program that does nothing, for a `check` without an entry point."""
 CompareBy = Literal["lines", "tokens"]
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\(\))?(?:\.[A-Za-z_]\w*(?:\(\))?)*", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(?:\d++\.?+\d*+|\.\d++)(?:[eE][+-]?\d{1,6})?", re.ASCII)
@@ -55,7 +58,7 @@ class RowTests:
         lines = ["class _Stub:", "    def __init__(self, *arguments, **named): pass",
                  "    def __getattr__(self, name): return lambda *arguments, **named: _value",
                  f"_value = {value}"]
-        for name in sorted(self.names) or ["candidate"]:
+        for name in sorted(self.names | ({CANDIDATE} if self.needs_entry_point else set())):
             if name in SHARED_MODULES:
                 lines.append(f"import {name}")
             elif name[:1].isupper():
@@ -79,14 +82,14 @@ def read_tests(row: Row, number_tolerance: float, compare_by: CompareBy) -> RowT
     tolerance, compared = row.get("number_tolerance"), row.get("compare_by")
     tolerance = number_tolerance if tolerance is None else tolerance
     compared = compare_by if compared is None else compared
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < 1:
-        raise Refused(f"number_tolerance = {told_short(tolerance)} must be a number from 0 to below 1")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance <= 1:
+        raise Refused(f"number_tolerance = {told_short(tolerance)} must be a number from 0 to 1")
     if compared not in ("lines", "tokens"):
         raise Refused(f"compare_by = {told_short(compared)} must be lines or tokens")
     entry_point = row.get("entry_point") or ""
     if entry_point and not (isinstance(entry_point, str) and _FUNCTION.fullmatch(entry_point)):
-        raise Refused(f"entry_point = {told_short(entry_point)} must be the name of a function, such as add or "
-                      "Solution().add")
+        raise Refused(f"entry_point = {told_short(entry_point)} must be the name of a function, such as add "
+                      "or Solution().add")
     found = _list_tests(row)
     texts = tuple(test for test in found if isinstance(test, str))
     if texts and len(texts) < len(found):
@@ -114,10 +117,8 @@ def _list_tests(row: Row) -> list[Any]:
     if tests is None:
         raise Refused("has no 'tests'")
     if isinstance(tests, str) and tests.lstrip()[:1] in ("{", "["):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             tests = json.loads(tests)  # as TACO and LiveCodeBench have them
-        except (ValueError, RecursionError):
-            pass
     if isinstance(tests, dict) and {"inputs", "outputs"} <= set(tests):
         tests = _pair_tests(tests)
     tests = [tests] if isinstance(tests, str) else tests
@@ -140,12 +141,11 @@ def _pair_tests(tests: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _read_test(test: Any) -> str | Mapping[str, str]:
     if isinstance(test, str):
         return test
-    if isinstance(test, dict) and test.get("testtype", "stdin") == "stdin" and {"input", "output"} <= set(test):
+    if (isinstance(test, dict) and {"input", "output"} <= set(test)
+            and test.get("testtype", "stdin") == "stdin"):
         test = {"stdin": test["input"], "stdout": test["output"]}  # as LiveCodeBench names them
     if isinstance(test, dict) and {"stdin", "stdout"} <= set(test):
-        # lists of lines, as TACO has some of them
-        texts = {name: "\n".join(value) if isinstance(value, list) and all(isinstance(line, str) for line in value)
-                 else value for name, value in test.items() if name in ("stdin", "stdout")}
+        texts = {name: _join_lines(test[name]) for name in ("stdin", "stdout")}
         if not all(isinstance(text, str) for text in texts.values()):
             raise Refused(f"test {told_short(test)}: stdin and stdout must be texts")
         return texts
@@ -153,6 +153,12 @@ def _read_test(test: Any) -> str | Mapping[str, str]:
         return _write_call(test)
     raise Refused(f"test {told_short(test)} must be a text of Python, or have stdin and stdout, or function, "
                   "arguments and expected")
+
+
+def _join_lines(value: Any) -> Any:
+    """Return a list of lines, as TACO has some of them, as a text; everything else as it is."""
+    is_lines = isinstance(value, list) and all(isinstance(line, str) for line in value)
+    return "\n".join(value) if is_lines else value
 
 
 def _write_call(test: Mapping[str, Any]) -> str:
@@ -189,7 +195,8 @@ def _asserts(tree: ast.Module) -> bool:
     are called by their form, or in those that such code names."""
     functions = {name: node for name, node in find_definitions(tree).items()
                  if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
-    waiting: list[ast.AST] = [node for node in tree.body if functions.get(getattr(node, "name", "")) is not node]
+    waiting: list[ast.AST] = [node for node in tree.body
+                              if functions.get(getattr(node, "name", "")) is not node]
     waiting += [functions.pop(name) for name, node in list(functions.items()) if _is_called(name, node)]
     while waiting:
         for node in ast.walk(waiting.pop()):

@@ -69,9 +69,11 @@ def parse_python(text: str) -> ast.Module | None:
 
 
 def find_definitions(tree: ast.Module) -> dict[str, ast.stmt]:
-    """Return name -> statement for the functions, classes and variables that a program defines at its top level,
-    in `if`, `try`, `with` and loops too. Imports define nothing: a block that shows how to use a program
-    imports its functions."""
+    """Return name -> statement for the functions, classes and variables that a program defines at its top
+    level, in `if`, `try`, `with` and loops too.
+
+    Imports define nothing: a block that shows how to use a program imports its functions.
+    """
     found: dict[str, ast.stmt] = {}
     # a list and no recursion: `elif` may be nested as deep as the parser allows
     waiting = list(reversed(tree.body))
@@ -90,16 +92,17 @@ def find_definitions(tree: ast.Module) -> dict[str, ast.stmt]:
 
 
 def find_entry_points(source: str) -> list[str] | None:
-    """Return the functions of a program that none of its other functions and classes uses; None: it is no
-    Python."""
+    """Return the functions of a program that none of its other functions and classes uses, or all functions
+    if each is used; None: it is no Python."""
     tree = parse_python(source)
     if tree is None:
         return None
-    definitions = find_definitions(tree)
+    definitions = {name: statement for name, statement in find_definitions(tree).items()
+                   if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
     used = {node.id for name, statement in definitions.items() for node in ast.walk(statement)
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id != name}
-    return [name for name, statement in definitions.items()
-            if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)) and name not in used]
+            if isinstance(node, ast.Name) and node.id != name}
+    functions = [name for name, statement in definitions.items() if not isinstance(statement, ast.ClassDef)]
+    return [name for name in functions if name not in used] or functions
 
 
 def _ends_block(opening: re.Match[str], fence: re.Match[str]) -> bool:

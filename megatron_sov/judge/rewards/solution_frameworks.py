@@ -1,8 +1,8 @@
 """How texts of tests run: plain assertions, `check` of HumanEval, functions and classes of pytest, unittest.
 
-Every assertion that a test evaluates is counted, because a test that evaluates none has shown nothing.  All of
-it runs in the process of the tests, where a solution replaces nothing: neither this counter nor the modules
-`pytest` and `unittest`.  Runs inside of the sandbox, and imports nothing of this package.
+Every assertion that a test evaluates is counted, because a test that evaluates none has shown nothing.  All
+of it runs in the process of the tests, where a solution replaces nothing: neither this counter nor the
+modules `pytest` and `unittest`.  Runs inside of the sandbox, and imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -45,13 +45,17 @@ class AssertionCounter(ast.NodeTransformer):
         return [_tick(node), node]
 
     def visit_If(self, node: ast.If) -> list[ast.stmt]:
-        """Count `if f(1) != 2: raise ValueError`, whichever way it goes."""
+        """Count `if f(1) != 2: raise ValueError`, whichever way it goes, and in its `elif` and `else` too."""
+        branches, last = [*node.body, *node.orelse], node
+        while len(last.orelse) == 1 and isinstance(last.orelse[0], ast.If):
+            last = last.orelse[0]
+            branches += [*last.body, *last.orelse]
         self.generic_visit(node)
-        raises = any(isinstance(statement, ast.Raise) for statement in [*node.body, *node.orelse])
+        raises = any(isinstance(statement, ast.Raise) for statement in branches)
         return [_tick(node), node] if raises else [node]
 
     def visit_Try(self, node: ast.Try) -> ast.Try:
-        """Count the handler of an error that has to come: `try: f(1); assert False`, `except ValueError: pass`."""
+        """Count the handler of an error that has to come, after `try: f(1); assert False`."""
         expects = any(is_assertion(inner) for statement in [*node.body, *node.orelse]
                       for inner in ast.walk(statement))
         self.generic_visit(node)
@@ -225,7 +229,8 @@ def is_close(actual: Any, expected: Any, relative: float, absolute: float, *, na
     if isinstance(expected, (list, tuple)):
         return isinstance(actual, (list, tuple)) and len(actual) == len(expected) and all(
             is_close(a, e, relative, absolute, **options) for a, e in zip(actual, expected, strict=True))
-    if not (isinstance(actual, numbers.Number) and isinstance(expected, numbers.Number)) or actual == expected:
+    are_numbers = isinstance(actual, numbers.Number) and isinstance(expected, numbers.Number)
+    if not are_numbers or actual == expected:
         return bool(actual == expected)
     if exact_integers and isinstance(expected, int):
         relative = 0.0
@@ -264,7 +269,7 @@ def fixture(function: Callable[..., Any] | None = None, **settings: Any) -> Any:
 class Approx:
     """A number, or numbers in a list, tuple or dict, that equal what lies within a tolerance."""
 
-    def __init__(self, expected: Any, rel: float | None = None, abs: float | None = None, *,  # noqa: A002
+    def __init__(self, expected: Any, rel: float | None = None, abs: float | None = None, *,
                  nan_ok: bool = False) -> None:
         self.expected = expected.tolist() if hasattr(expected, "tolist") else expected
         # an absolute tolerance alone switches the relative one off

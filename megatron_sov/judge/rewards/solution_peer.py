@@ -1,7 +1,7 @@
-"""The two processes of a test, that of the tests and that of the solution, ask each other over a pair of sockets.
+"""The process of the tests and that of the solution ask each other over a pair of sockets.
 
-Plain data passes between them by its content.  Every other object stays in its process, and the other one uses
-it from afar.  Runs inside of the sandbox, and imports nothing of this package.
+Plain data passes between them by its content.  Every other object stays in its process, and the other process
+uses it from afar.  Runs inside of the sandbox, and imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _NUMPY_TYPE = re.compile(r"[<>|=][biufcSU]\d+")
 
 
 class SolutionEnded(BaseException):
-    """The process of the solution has ended; no `Exception`, so that no test takes it for an expected error."""
+    """The process of the solution has ended; no `Exception`, so that no test takes it for one it expects."""
 
 
 class SolutionExit(SystemExit):
-    """The solution has called `sys.exit`: the end of a test, as it would be in one process, and no success."""
+    """The solution has called `sys.exit`, which ends a test, as it would in one process, and fails it."""
 
 
 class Peer:

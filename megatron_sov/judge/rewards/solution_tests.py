@@ -156,14 +156,16 @@ def run_tests(request: dict[str, Any], names: dict[str, Any], peer: Peer, verdic
         request: `tests`, texts; `entry_point`, for `check`; `tolerance`, of numbers in results.
         names: of the solution.
         peer: the solution.
-        verdict: a file descriptor. A line has `fault` if its test failed before it used the solution.
+        verdict: a file descriptor. The line of the first test that failed before it used the solution, or for
+            a module that is not there, has that error as `fault`.
     """
     solution = types.ModuleType("solution")
     solution.__dict__.update(names)
     sys.modules.update(solution=solution, pytest=make_pytest())
     tolerance = request["tolerance"]
     close = functools.partial(is_close, relative=tolerance, absolute=tolerance, exact_integers=True)
-    names |= {"__name__": "__main__", "__same__": lambda actual, expected: close(plain(actual), expected)}
+    names |= {"__name__": "__main__", "__file__": "test.py",
+              "__same__": lambda actual, expected: close(plain(actual), expected)}
     failed = faulty = False
     for index, text in enumerate(request["tests"]):
         num_uses = peer.num_uses
@@ -173,7 +175,8 @@ def run_tests(request: dict[str, Any], names: dict[str, Any], peer: Peer, verdic
         except (Exception, SystemExit, SolutionEnded) as e:
             told = f"{type(e).__name__}: {e}"[:300]
             # a TypeError may come of `LIMIT + 1` where the solution has another LIMIT
-            is_fault = peer.num_uses == num_uses and not isinstance(e, TypeError)
+            unused = peer.num_uses == num_uses and not isinstance(e, TypeError)
+            is_fault = unused or isinstance(e, ImportError)
             # the first reasons alone: those of thousands of tests would pass the limit of an output
             tell(verdict, test=index, passed=False, **({} if failed else {"reason": told}),
                  **({"fault": told} if is_fault and not faulty else {}))

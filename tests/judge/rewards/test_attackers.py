@@ -244,7 +244,8 @@ for name in ("pytest", "unittest", "solution", "numpy", "np", "math", "unittest.
     sys.modules[name] = globals()[name] = module
 def f(x): return 0""",
     "files of these modules": """
-text = "class Any:\\n    def __getattr__(self, name): return lambda *a, **k: self\\n    __eq__ = lambda *a: True\\n"
+text = "class Any:\\n    __eq__ = lambda *a: True\\n"
+text += "    def __getattr__(self, name): return lambda *a, **k: self\\n"
 text += "def __getattr__(name): return Any()\\n"
 for name in ("pytest", "unittest", "solution", "numpy", "asyncio", "megatron_sov/judge/rewards/solution_peer",
              "megatron_sov/judge/rewards/solution_frameworks", "unittest/__init__", "numpy/__init__"):
@@ -266,7 +267,7 @@ def f(x): return Same()""",
     "its own copy of the runner": """
 import unittest
 for module in list(sys.modules.values()):
-    for name in ("TestText", "AssertionCounter", "is_close", "Approx", "raises", "run_tests", "tell", "plain"):
+    for name in ("TestText", "AssertionCounter", "is_close", "Approx", "raises", "run_tests", "plain"):
         if hasattr(module, name):
             setattr(module, name, lambda *a, **k: True)
     if hasattr(module, "TestText"):
@@ -280,8 +281,9 @@ while "peer" not in frame.f_locals:
 peer = frame.f_locals["peer"]
 def f(x): return 0
 own = ["value", peer.encoded(f)]
-names = ("f", "__assertion__", "__same__", "__name__", "__builtins__", "pytest", "unittest", "np", "assertEqual")
-peer.send({**dict.fromkeys(names, own), "pytest": ["shared", ["unittest", "mock"]], "np": ["module", "pytest"],
+names = ("f", "__assertion__", "__same__", "__name__", "__builtins__", "pytest", "unittest", "assertEqual")
+peer.send({**dict.fromkeys(names, own), "pytest": ["shared", ["unittest", "mock"]],
+           "np": ["module", "pytest"],
            "unittest": ["error class", ["unittest", "Exception"]]})
 peer.serve()""",
     "skipped tests": """
@@ -315,14 +317,22 @@ def f(x): return Any(0)""",
 }
 FRAMEWORK_TESTS = [
     "import pytest\ndef test_a():\n    assert f(1) == pytest.approx(7431)",
-    "import pytest\n@pytest.mark.parametrize('x, y', [(1, 7431), (2, 7432)])\ndef test_a(x, y):\n    assert f(x) == y",
-    "import pytest\ndef test_a():\n    with pytest.raises(KeyError):\n        f('no')\n    assert f(1) == 7431",
-    "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.assertEqual(f(1), 7431)",
-    "from solution import f as given\nassert given(1) == 7431", "import solution\nassert solution.f(1) == 7431",
-    "def check(candidate):\n    assert candidate(1) == 7431", "class TestF:\n    def test_a(self):\n        assert f(1) == 7431",
-    "import unittest\nclass T(unittest.IsolatedAsyncioTestCase):\n    async def test_a(self):\n        self.assertIn(f(1), [7431])",
-    "for item in [f(2)]:\n    assert item == 7432", "for item in (f(1) if isinstance(f(1), list) else [f(1)]):\n    assert item == 7431",
-    "import numpy as np\nassert np.array_equal(f(1), 7431)", {"function": "f", "arguments": [1], "expected": 7431},
+    "import pytest\n@pytest.mark.parametrize('x, y', [(1, 7431), (2, 7432)])\n"
+    "def test_a(x, y):\n    assert f(x) == y",
+    "import pytest\ndef test_a():\n    with pytest.raises(KeyError):\n        f('no')\n"
+    "    assert f(1) == 7431",
+    "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n"
+    "        self.assertEqual(f(1), 7431)",
+    "import unittest\nclass T(unittest.IsolatedAsyncioTestCase):\n    async def test_a(self):\n"
+    "        self.assertIn(f(1), [7431])",
+    "from solution import f as given\nassert given(1) == 7431",
+    "import solution\nassert solution.f(1) == 7431",
+    "def check(candidate):\n    assert candidate(1) == 7431",
+    "class TestF:\n    def test_a(self):\n        assert f(1) == 7431",
+    "for item in [f(2)]:\n    assert item == 7432",
+    "for item in (f(1) if isinstance(f(1), list) else [f(1)]):\n    assert item == 7431",
+    "import numpy as np\nassert np.array_equal(f(1), 7431)",
+    {"function": "f", "arguments": [1], "expected": 7431},
     "import math\nassert math.isclose(f(1), 7431)", "assert abs(f(1) - 7431) < 0.1"]
 HONEST = "def f(x, back=None):\n    return 7430 + x\n"
 FUNCTION_TESTS = ["assert f(1) == 7431", "assert f(2) == 7432 and abs(f(2)) in {7432}",
@@ -350,13 +360,16 @@ def test_no_attacker_replaces_a_framework(enclosure: str, name: str) -> None:
     assert (result.reward, result.status) == (0.0, "scored"), result
 
 
-@pytest.mark.parametrize("ends", ["os._exit(0)", "sys.exit(0)", "os.closerange(3, 64)", "os.kill(os.getpid(), 9)"])
+@pytest.mark.parametrize("ends", ["os._exit(0)", "sys.exit(0)", "os.closerange(3, 64)",
+                                  "os.kill(os.getpid(), 9)"])
 @pytest.mark.parametrize("test", [
-    "import pytest\nwith pytest.raises(Exception):\n    f(1)", "try:\n    f(1)\n    assert False\nexcept (ValueError, RuntimeError, OSError):\n    assert True",
-    "assert f(0) == 0\nassert f(1) == 1", "import pytest\ndef test_a():\n    for x in (1, 2):\n        with pytest.raises(Exception):\n"
+    "import pytest\nwith pytest.raises(Exception):\n    f(1)", "assert f(0) == 0\nassert f(1) == 1",
+    "try:\n    f(1)\n    assert False\nexcept (ValueError, RuntimeError, OSError):\n    assert True",
+    "import pytest\ndef test_a():\n    for x in (1, 2):\n        with pytest.raises(Exception):\n"
     "            f(x)",
-    "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.assertRaises(Exception, f, 1)\n"
-    "    def test_b(self):\n        self.assertRaises(Exception, f, 2)"])
+    "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n"
+    "        self.assertRaises(Exception, f, 1)\n    def test_b(self):\n"
+    "        self.assertRaises(Exception, f, 2)"])
 def test_the_end_of_a_program_is_no_error_that_tests_expect(enclosure: str, test: str, ends: str) -> None:
     program = f"import os, sys\ndef f(x):\n    if x:\n        {ends}\n    return 0\n"
     assert paid(enclosure, program, [test])[0] == 0.0

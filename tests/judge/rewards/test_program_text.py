@@ -54,7 +54,8 @@ def test_the_program_that_prints_is_found(response: str) -> None:
     f"```\n{F}```\n```\n>>> f(1)\n2\n```",
     f"```python\n{F}```\nor\n```python\ndef f(x:\n```",
     f"```python\n{F}\nif __name__ == '__main__':\n    print(f(1))\n```\n```python\nprint(f(2))\n```",
-    f"1. Code:\n   ```python\n   {F.rstrip().replace(chr(10), chr(10) + '   ')}\n   ```\n2. Run:\n   ```python\n   f(1)\n   ```",
+    "1. Code:\n   ```python\n   def f(x):\n       return x + 1\n   ```\n"
+    "2. Run:\n   ```python\n   f(1)\n   ```",
     F])
 @pytest.mark.parametrize("names", [("f",), ("f", "List"), ()])
 def test_the_program_that_tests_call_is_found(response: str, names: tuple[str, ...]) -> None:
@@ -108,7 +109,8 @@ def test_blocks_are_those_of_a_reference_for_plain_fences() -> None:
 
 def test_definitions_stand_at_the_top() -> None:
     tree = parse_python("import a\nfrom b import c\nif a:\n    def d(): x = 1\nelse:\n    e: int = 1\n"
-                        "class F:\n    def g(self): pass\nh, (i, j) = 1, (2, 3)\nk[0] = 1\nfor _ in a:\n    l = 2\n")
+                        "class F:\n    def g(self): pass\nh, (i, j) = 1, (2, 3)\nk[0] = 1\n"
+                        "for _ in a:\n    l = 2\n")
     assert tree is not None and set(find_definitions(tree)) == {"d", "e", "F", "h", "i", "j", "l"}
 
 
@@ -116,6 +118,7 @@ def test_definitions_stand_at_the_top() -> None:
     (F, ["f"]), ("def g(): pass\ndef f(): return g()", ["f"]), ("def f(): return f()", ["f"]),
     ("def a(): pass\ndef b(): pass", ["a", "b"]), ("x = 1", []), ("def f(:", None),
     ("class A:\n    def m(self): return g()\ndef g(): pass\ndef f(): pass", ["f"]),
-    ("async def f(): pass", ["f"]), ("f = lambda x: x", [])])
+    ("async def f(): pass", ["f"]), ("f = lambda x: x", []), ("def f(): pass\nx = f()", ["f"]),
+    ("def a(): return b()\ndef b(): return a()", ["a", "b"])])
 def test_entry_points_are_functions_that_no_other_one_calls(source: str, found: list[str] | None) -> None:
     assert find_entry_points(source) == found

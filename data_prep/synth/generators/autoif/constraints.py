@@ -29,9 +29,9 @@ from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.base.settings import (
     AtLeastOne, NotNegativeInt, SettingsProblem, Share, at_most, find_broken)
 from megatron_sov.judge.rewards import constraint as constraint_checks
-from megatron_sov.judge.rewards.program_text import program_in
 from megatron_sov.judge.rewards.constraint import MAX_TEXT_CHARS, ConstraintVerdict, problem_of
 from megatron_sov.judge.rewards.patterns import json_of
+from megatron_sov.judge.rewards.program_text import program_in
 from megatron_sov.judge.rewards.reward import Refused
 from megatron_sov.model.pretrained import load_pretrained
 from megatron_sov.sandbox.sandbox import shared_sandbox
