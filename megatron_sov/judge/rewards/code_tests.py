@@ -285,7 +285,7 @@ def _is_close(token: str, expected: str, tolerance: float) -> bool:
     # decimals and no floats: these do not tell large integers apart
     with decimal.localcontext(decimal.Context(prec=60)):
         right = decimal.Decimal(expected)
-        bound = decimal.Decimal(str(tolerance)) * (1 if is_integer else max(1, abs(right)))
+        bound = decimal.Decimal(str(tolerance)) * (1 if is_integer else max(decimal.Decimal(1), abs(right)))
         return abs(decimal.Decimal(token) - right) <= bound
 
 

@@ -237,10 +237,10 @@ def is_close(actual: Any, expected: Any, relative: float, absolute: float, *, na
         if isinstance(actual, int):
             return False
     try:
-        difference = abs(actual - expected)  # type: ignore[operator]
+        difference = abs(actual - expected)
         if math.isnan(difference) or math.isinf(difference):
             return nan_ok and actual != actual and expected != expected
-        return bool(difference <= max(absolute, relative * float(abs(expected))))  # type: ignore[arg-type]
+        return bool(difference <= max(absolute, relative * float(abs(expected))))
     except (TypeError, OverflowError, ArithmeticError):  # a decimal beside a float, or an integer beyond one
         return False
 

@@ -9,6 +9,7 @@ import pytest
 from megatron_sov.judge.rewards.code import CodeReward
 from megatron_sov.judge.rewards.code_tests import is_same_output, read_tests
 from megatron_sov.judge.rewards.reward import Refused, Result, judged
+from megatron_sov.sandbox.program import Outcome, Program
 
 ADD = "```python\ndef add(a, b):\n    return a + b\n```"
 SUBTRACT = "```python\ndef add(a, b):\n    return a - b\n```"
@@ -262,8 +263,12 @@ def test_a_row_or_a_setting_gives_the_tolerance() -> None:
 def test_the_tests_of_a_row_are_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[str] = []
     run = CodeReward._run
-    monkeypatch.setattr(CodeReward, "_run", lambda self, program, *more: (
-        runs.append(program.stdin), run(self, program, *more))[1])
+
+    def note_run(self: CodeReward, program: Program, *more: Any) -> Outcome:
+        runs.append(program.stdin)
+        return run(self, program, *more)
+
+    monkeypatch.setattr(CodeReward, "_run", note_run)
     row = {"response": ADD, "tests": ["assert add(1, 2) == 3 # proved once"]}
     assert [judged(CodeReward(), row).reward for _ in range(3)] == [1.0] * 3
     assert len(runs) == 4 and sum("_Stub" in stdin for stdin in runs) == 1

@@ -15,9 +15,9 @@ from megatron_sov.judge.rewards.solution_frameworks import (
     TICK, AssertionCounter, calls_name, is_assertion, is_close, make_pytest)
 
 SUBSET: Any = make_pytest()
-VALUES = [0, 1, -1, 1.0, 1.0000001, 0.999999, 1e-13, 1e-7, 1e6, 1e6 + 0.5, math.inf, -math.inf, math.nan,
-          None, "1", 1j, 1 + 1e-9j, Fraction(1, 3), 1 / 3, [0.1], [0.1 + 1e-9], (0.1,), [0.1, 0.2], {"a": 0.1},
-          {"a": 0.1 + 1e-9}, {"b": 0.1}, [], 10 ** 400, "x"]
+VALUES = [0, 1, -1, 1.0, 1.0000001, 0.999999, 1e-13, 1e-7, 1e6, 1e6 + 0.5, math.inf, -math.inf, math.nan, "x",
+          None, "1", 1j, 1 + 1e-9j, Fraction(1, 3), 1 / 3, [0.1], [0.1 + 1e-9], (0.1,), [0.1, 0.2],
+          {"a": 0.1}, {"a": 0.1 + 1e-9}, {"b": 0.1}, [], 10 ** 400]
 
 
 def test_approx_is_that_of_pytest() -> None:
@@ -77,8 +77,13 @@ def test_assertions_are_counted_where_they_are_evaluated(text: str, counted: int
         def __exit__(self, *error: object) -> None: ...
 
     ticks: list[Any] = []
+
+    def tick(function: Any = None) -> Any:
+        ticks.append(function)
+        return function
+
     names = {"x": 1, "lib": Library(), "assert_close": lambda y: None, "insert": int,
-             TICK: lambda function=None: (ticks.append(function), function)[1]}
+             TICK: tick}
     tree = ast.fix_missing_locations(AssertionCounter().visit(ast.parse(text)))
     exec(compile(tree, "test", "exec"), names)
     assert len(ticks) == counted
