@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import queue
 import shutil
@@ -33,6 +34,8 @@ ENCLOSURES = ("namespaces", "landlock")
 """What the kernel may give, the stronger one first."""
 LANGUAGES: Mapping[str, tuple[str, ...]] = {"bash": ("bash", "{file}")}
 """Beside python; those whose command is installed."""
+PACKAGES = ("numpy",)
+"""Packages of this environment that programs may import, beside the standard library."""
 DEFAULT_LIMITS = Limits()
 _WAITING_PER_WORKER = 4
 _ROOT = str(Path(__file__).parents[2])
@@ -87,19 +90,24 @@ class Sandbox:
 
     def _start(self, wanted: str) -> None:
         """Start the first worker, which shows what the machine gives; the others start with their work."""
-        readable = sorted({folder for parts in self._languages.values()
-                           for folder in folders_of(shutil.which(parts[0]) or parts[0])})
+        packages = find_packages()
+        # the folders of these packages alone: all else that is installed beside them stays hidden
+        readable = sorted({*(folder for parts in self._languages.values()
+                             for folder in folders_of(shutil.which(parts[0]) or parts[0])),
+                           *(folder for folder in packages.values()),
+                           *(libraries for folder in packages.values()
+                             if os.path.isdir(libraries := f"{folder}.libs"))})
         reasons = []
         # tried and not asked: whether a kernel allows namespaces depends on its settings and on containers
         for name in ENCLOSURES if wanted == "auto" else (wanted,):
-            first = Worker(name, readable)
+            first = Worker(name, readable, packages)
             try:
                 first.start()
             except EnclosureUnavailable as e:
                 reasons.append(f"{name}: {e}")
                 continue
             self.enclosure = name
-            self._workers = [first, *(Worker(name, readable)
+            self._workers = [first, *(Worker(name, readable, packages)
                                       for _ in range(self._num_workers - 1))]
             for worker in self._workers:
                 self._free.put(worker)
@@ -167,6 +175,12 @@ class Sandbox:
                 f"{', '.join(['python', *self._languages])}")
 
 
+def find_packages() -> dict[str, str]:
+    """Return name -> folder of those of `PACKAGES` that this environment has."""
+    specs = {name: importlib.util.find_spec(name) for name in PACKAGES}
+    return {name: os.path.dirname(spec.origin) for name, spec in specs.items() if spec and spec.origin}
+
+
 def machine_enclosure() -> str:
     """Return which enclosure this machine gives to the user that asks.
 
@@ -211,10 +225,12 @@ class Worker:
     Args:
         enclosure: `namespaces` or `landlock`.
         readable: folders that programs may read beyond the usual ones.
+        packages: name -> folder of packages that programs may import.
     """
 
-    def __init__(self, enclosure: str, readable: list[str]) -> None:
-        self._order: dict[str, Any] = {"enclosure": enclosure, "readable": readable, "folder": ""}
+    def __init__(self, enclosure: str, readable: list[str], packages: Mapping[str, str]) -> None:
+        self._order: dict[str, Any] = {"enclosure": enclosure, "readable": readable, "folder": "",
+                                       "packages": dict(packages)}
         self._child: Child | None = None
 
     def start(self) -> None:
@@ -340,7 +356,8 @@ def _supervised(parts: list[str], folder: str, given: bytes, limits: Limits) -> 
         process = subprocess.Popen(parts, stdin=stdin, stdout=out, stderr=error, cwd=folder,
                                    start_new_session=True, env={
                                        "PATH": os.environ.get("PATH", os.defpath), "HOME": folder,
-                                       "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"})
+                                       "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
+                                       "PYTHONINTMAXSTRDIGITS": "0"})
     except OSError:
         for fd in (feed, out_read, error_read):
             os.close(fd)

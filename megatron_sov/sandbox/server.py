@@ -16,7 +16,7 @@ import builtins
 import contextlib
 import dataclasses
 import gc
-import importlib
+import importlib.util
 import io
 import json
 import math
@@ -29,7 +29,8 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.machinery import ModuleSpec
 from typing import Any, NoReturn, TextIO
 
 from megatron_sov.sandbox import system_calls as sc
@@ -54,7 +55,9 @@ def be_as_programs() -> None:
     # a fixed environment and hash seed: a program gives the same on every machine, and sees no key
     os.environ.clear()
     os.environ.update({"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "USER": "program",
-                       "LOGNAME": "program", "PYTHONHASHSEED": "0"})
+                       "LOGNAME": "program", "PYTHONHASHSEED": "0", "PYTHONINTMAXSTRDIGITS": "0",
+                       # numpy would start a thread per core, more than a program may have
+                       "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"})
     os.umask(0o022)
     for name in ("exit", "quit"):  # of `site`, which the server leaves out, and programs have
         setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
@@ -158,6 +161,8 @@ def _run_python(source: str, path: str, arguments: list[str]) -> NoReturn:
     main = types.ModuleType("__main__")
     main.__dict__.update(__file__=path, __builtins__=builtins)
     sys.modules["__main__"] = main
+    # large results are printed whole: the time of a processor is limited anyway
+    sys.set_int_max_str_digits(0)
     if not os.path.exists("/dev/stdin"):  # it leads through /proc, which namespaces hide
         builtins.open = io.open = _open
     gc.enable()
@@ -222,6 +227,23 @@ _ENDED = struct.Struct("<id")
 """Wait status, seconds of processors."""
 
 
+class PackageFinder:
+    """Finds packages by their folders, without listing the folders around them, which programs may not read.
+
+    Args:
+        folders: name -> folder of a package.
+    """
+
+    def __init__(self, folders: Mapping[str, str]) -> None:
+        self._folders = folders
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Return where a package lies; None: it is no package of these."""
+        folder = self._folders.get(name)
+        return None if folder is None else importlib.util.spec_from_file_location(
+            name, f"{folder}/__init__.py", submodule_search_locations=[folder])
+
+
 def main(channel_fd: int, root: str) -> None:
     """Serve until the other side goes.
 
@@ -239,6 +261,7 @@ def main(channel_fd: int, root: str) -> None:
     be_as_programs()
     with socket.socket(fileno=channel_fd) as channel:
         order = receive(channel)
+        sys.meta_path.append(PackageFinder(order["packages"]))
         try:
             enclosure = _enclosure(order, channel)
         except EnclosureUnavailable as e:

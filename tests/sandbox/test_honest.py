@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from megatron_sov.sandbox.program import Program
 from megatron_sov.sandbox.sandbox import Sandbox
 
@@ -56,6 +58,10 @@ HONEST = [
      ".wasSuccessful())", "True"),
     ("import socket; a, b = socket.socketpair(); a.sendall(b'pair'); print(b.recv(9).decode())", "pair"),
     ("print('end')\nexit()\nprint('no')", "end"), ("print('end'); quit(0)", "end"),
+    ("import numpy as np; print((np.arange(4).reshape(2, 2) @ np.eye(2)).sum())", "6.0"),
+    ("import numpy as np; print(np.linalg.solve(np.eye(2) * 2, [2, 4]), np.random.default_rng(0).integers(9)"
+     ")", "[1. 2.] 7"),
+    ("import sys; print(len(str(3 ** 20_000)), int('7' * 5000) % 10)", "9543 7"),
     ("print(sorted({'b', 'a'}), {3, 1, 2}, len({str(i) for i in range(999)}))", "['a', 'b'] {1, 2, 3} 999"),
 ]
 
@@ -65,3 +71,30 @@ def test_honest_programs_are_not_affected(sandbox: Sandbox) -> None:
     for outcome, (source, expected) in zip(sandbox.run_many(programs), HONEST, strict=True):
         assert (outcome.status, outcome.stdout.strip()) == ("ok", expected), (source, outcome)
         assert outcome.stderr == "" or "unittest" in source
+
+
+@pytest.mark.parametrize("package", ["torch", "pytest", "safetensors", "megatron_sov"])
+def test_numpy_is_all_that_programs_have_of_this_environment(sandbox: Sandbox, package: str) -> None:
+    source = f"""
+import os
+import numpy
+around = os.path.dirname(os.path.dirname(numpy.__file__))
+for path in ("{package}/__init__.py", "{package}"):
+    try:
+        print(open(around + "/" + path).read(1) or "read", os.listdir(around + "/" + path))
+    except OSError:
+        pass
+try:
+    print(set(os.listdir(around)) - {{"numpy", "numpy.libs"}} or "")
+except OSError:
+    print()
+try:
+    open(numpy.__file__, "a")
+    print("written")
+except OSError:
+    pass
+import {package}
+"""
+    outcome = sandbox.run(Program(source))
+    assert (outcome.status, outcome.stdout.strip()) == ("error", ""), outcome
+    assert f"No module named '{package}'" in outcome.stderr

@@ -25,7 +25,8 @@ from data_prep.synth.generators.code_parts import (
 from data_prep.synth.problems import line_files, problem_text, stated_id
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, Share, at_most
-from megatron_sov.judge.rewards.code import CodeReward, program_in
+from megatron_sov.judge.rewards.code import CodeReward
+from megatron_sov.judge.rewards.program_text import program_in
 from megatron_sov.judge.rewards.reward import Refused
 
 MOST_ENDLESS = 2
@@ -113,7 +114,7 @@ def killed(code: CodeReward, program: str, tests: Sequence[str], most: int) -> t
 def _timed(code: CodeReward, program: str, test: str) -> bool | None:
     """Return whether a program passes a test; None: it takes too long."""
     try:
-        score = code.score({"response": program, "tests": [test]})
+        score = code.score_unproved({"response": program, "tests": [test]})
     except Refused:
         return False
     except (TimeoutError, RuntimeError) as e:
@@ -181,7 +182,7 @@ class CodeProgram:
 
     @staticmethod
     def of(reply: Reply, task: CodeTask) -> CodeProgram:
-        source = program_in(reply.text)
+        source = program_in(reply.text, (task.entry_point,))
         why = reaches_out(source) if len(source) <= MAX_CHARS else f"has {len(source):,} characters"
         if reply.is_cut:
             return CodeProgram(reply, source, ("finished", "ended at the limit of tokens"))

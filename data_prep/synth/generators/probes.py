@@ -35,7 +35,7 @@ from megatron_sov.base.documents.overlap import WORDS, find_units
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, NotNegativeInt, SettingsProblem, Share, add_options, at_most, read_options, rules_of)
-from megatron_sov.judge.rewards.code import program_in
+from megatron_sov.judge.rewards.program_text import program_in
 from megatron_sov.sandbox.program import Limits, Program
 from megatron_sov.sandbox.sandbox import Sandbox
 

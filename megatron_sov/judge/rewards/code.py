@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
 import sys
-from collections.abc import Mapping
+import types
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import AboveZero, AtLeastOne, NotNegative, SettingsProblem, find_broken
-from megatron_sov.chat.tool_calls import parse_turn
-from megatron_sov.judge.rewards import solution_tests
+from megatron_sov.base.settings import AboveZero, AtLeastOne, NotNegative, SettingsProblem, Share, find_broken
+from megatron_sov.judge.rewards import solution_frameworks, solution_peer, solution_tests
+from megatron_sov.judge.rewards.code_tests import CANDIDATE, CompareBy, RowTests, is_same_output, read_tests
+from megatron_sov.judge.rewards.program_text import find_entry_points, program_in
 from megatron_sov.judge.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
 from megatron_sov.judge.rewards.version import code_of
 from megatron_sov.sandbox.program import Limits, Outcome, Program
 from megatron_sov.sandbox.sandbox import Sandbox, shared_sandbox
 
-MAX_TESTS = 10_000
-# possessive quantifiers: a response of many backticks must not take quadratic time
-_FENCED = re.compile(r"^[ \t]*+```[ \t]*+(\w*+)[^\n]*+\n(.*?)^[ \t]*+```", re.DOTALL | re.MULTILINE)
-_PYTHON = ("", "python", "py", "python3")
-_FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\(\))?(?:\.[A-Za-z_]\w*(?:\(\))?)*", re.ASCII)
+MAX_PROVED = 10_000
+"""Rows whose tests a process remembers to have proved."""
+_PROVED: dict[tuple[Any, ...], str] = {}
+"""Settings and hash of a row's tests -> what is wrong with them; empty: nothing."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class CodeReward:
 
     all_or_nothing: bool = True
     """Else the reward is the share of tests that are passed."""
+    number_tolerance: Share = 0.0
+    """Difference that decimals in outputs and in results of `expected` may have, absolutely or relative to
+    the expected number; integers have to be equal. A row's `number_tolerance` takes its place."""
+    compare_by: CompareBy = "lines"
+    """Compare outputs by lines, or by tokens between blanks. A row's `compare_by` takes its place."""
     test_time_s: AboveZero = 10.0
     """Of processors, for one run of the program: for each test with an input, for all others together."""
     memory_bytes: AtLeastOne = 512 << 20
@@ -56,9 +62,11 @@ class CodeReward:
             "ended after so many seconds"))
 
     def inputs(self) -> dict[str, Any]:
-        """Return what judges beside this process: the code of the sandbox's server, and its Python."""
+        """Return what judges beside this process: the code of the sandbox's server, its Python, its numpy."""
+        from importlib.metadata import version  # takes as long as all else of a help
+
         return {"server": code_of("megatron_sov.sandbox.server"),
-                "python": list(sys.version_info[:2])}
+                "python": list(sys.version_info[:2]), "numpy": version("numpy")}
 
     def prepare(self) -> None:
         """Start the sandbox.
@@ -69,50 +77,99 @@ class CodeReward:
         self._sandbox()
 
     def score(self, row: Row) -> Score:
-        """Return whether the last program in the response passes the row's `tests`.
+        """Return whether the program in the response passes the row's `tests`.
 
         Raises:
-            Refused: the row has no tests, or such as cannot be read.
-            RuntimeError: the sandbox failed, or the machine was too busy to say what the program is worth.
+            Refused: the row has no tests, or tests that cannot be read, test nothing, or fail by themselves.
+            RuntimeError: the sandbox failed, or the machine was too busy to run the program.
         """
-        tests = _tests_of(row)
-        passed, why, too_slow = self._judged(row, tests)
+        tests = self._read(row)
+        if fault := self._prove(tests):
+            raise Refused(fault)
+        return self._score(row, tests)
+
+    def score_unproved(self, row: Row) -> Score:
+        """Return the score of a row whose tests the caller has proved: tests that pass for every program are
+        not refused.  Raises as `score` does."""
+        return self._score(row, self._read(row))
+
+    def _score(self, row: Row, tests: RowTests) -> Score:
+        passed, why, too_slow = self._judge(row, tests)
         share = sum(passed) / len(tests)
         reward = float(share == 1.0) if self.all_or_nothing else share
         return Score(reward, {"passed": sum(passed), "tests": len(tests), "why": short(why)},
                      timed_out=too_slow and share < 1)
 
     def passed(self, row: Row) -> list[bool]:
-        """Return whether the program passes each of the row's `tests`; raises as `score` does.  Tests behind
-        one that never ends are not reached, and count as not passed."""
-        tests = _tests_of(row)
-        passed, _, _ = self._judged(row, tests)
+        """Return whether the program passes each of the row's `tests`; raises as `score_unproved` does.
+
+        Tests after one that never ends are not reached, and count as not passed.
+        """
+        tests = self._read(row)
+        passed, _, _ = self._judge(row, tests)
         # all tests by place: pass@k compares them one by one
         return passed + [False] * (len(tests) - len(passed))
 
-    def _judged(self, row: Row, tests: list[Any]) -> tuple[list[bool], str, bool]:
-        """Return which tests are passed, as far as they ran, why one is not, and whether time ran out."""
-        # half of a surrogate pair cannot be sent to the sandbox
-        source = program_in(text_of(row, "response")).encode(errors="replace").decode()
-        if isinstance(tests[0], str):
-            return self._tested(source, tests, row)
-        return self._compared(source, tests)
+    def _read(self, row: Row) -> RowTests:
+        return read_tests(row, self.number_tolerance, self.compare_by)
 
-    def _compared(self, source: str, tests: list[Any]) -> tuple[list[bool], str, bool]:
+    def _prove(self, tests: RowTests) -> str:
+        """Return why the tests judge no program; empty: they do.
+
+        Two programs whose functions do nothing run through the tests.  A test that fails before it calls one
+        fails for every program, and tests that pass for both, pass for every program.  A single program would
+        not do: `None` may be the right result.
+        """
+        if not tests.texts:
+            return ""
+        read = json.dumps([tests.texts, tests.entry_point, tests.number_tolerance])
+        digest = hashlib.sha256(read.encode()).digest()
+        key = (self.test_time_s, self.memory_bytes, self.enclosure, self.command, digest)
+        if key not in _PROVED:
+            if len(_PROVED) >= MAX_PROVED:
+                _PROVED.clear()
+            _PROVED[key] = self._find_fault(tests)
+        return _PROVED[key]
+
+    def _find_fault(self, tests: RowTests) -> str:
+        # what is left of the row's time, for two programs
+        time_s = min(self.test_time_s, (self.time_limit_s / self.patience - self.test_time_s) / 2)
+        for value in ("None", "object()"):
+            lines, _ = self._run_texts(tests.stub_program(value), tests,
+                                       tests.entry_point or CANDIDATE, time_s)
+            verdicts = [line for line in lines if "test" in line]
+            for line in verdicts:
+                if "fault" in line:
+                    return (f"test {line['test'] + 1} of {len(tests)} fails before it uses the program: "
+                            f"{line['fault']}")
+            if sum(line["passed"] for line in verdicts) < len(tests):
+                return ""
+        return "tests pass for programs whose functions do nothing"
+
+    def _judge(self, row: Row, tests: RowTests) -> tuple[list[bool], str, bool]:
+        """Return which tests are passed, as far as they ran, why one is not, and whether time ran out."""
+        names = frozenset[str]() if tests.needs_entry_point else tests.names
+        source = program_in(text_of(row, "response"), names if tests.texts else None)
+        # half of a surrogate pair cannot be sent to the sandbox
+        source = source.encode(errors="replace").decode()
+        return self._call_functions(source, tests) if tests.texts else self._compare_outputs(source, tests)
+
+    def _compare_outputs(self, source: str, tests: RowTests) -> tuple[list[bool], str, bool]:
         """Run the program once per test and compare, out here, what it prints."""
         passed: list[bool] = []
         why, too_slow = "", False
         taken_s = 0.0
-        for test in tests:
+        for stdin, expected in tests.runs:
             # of one that is too slow no test is begun that the row's time may not be enough for
             if too_slow and self.time_limit_s - taken_s < self.patience * self.test_time_s:
                 break
-            expected = test["stdout"]
-            outcome = self._run(Program(source, stdin=test["stdin"]), len(expected.encode(errors="replace")))
+            outcome = self._run(Program(source, stdin=stdin), self.test_time_s,
+                                len(expected.encode(errors="replace")))
             # time that it waited for a processor is not the program's
             taken_s += outcome.wall_s - outcome.starved_s
             too_slow = too_slow or outcome.status == "timeout"
-            right = outcome.status == "ok" and _lines(outcome.stdout) == _lines(expected)
+            right = outcome.status == "ok" and is_same_output(outcome.stdout, expected, tests.compare_by,
+                                                              tests.number_tolerance)
             passed.append(right)
             if not right:
                 why = why or outcome.reason or f"printed {told_short(outcome.stdout)}"
@@ -121,116 +178,71 @@ class CodeReward:
                     break
         return passed, why, too_slow
 
-    def _tested(self, source: str, tests: list[Any], row: Row) -> tuple[list[bool], str, bool]:
-        entry_point = row.get("entry_point", "")
-        if not isinstance(entry_point, str):
-            raise Refused(f"entry_point = {told_short(entry_point)} must be the name of a function")
-        request = json.dumps({"tests": tests, "entry_point": entry_point})
-        outcome = self._run(Program(_testing_program(), stdin=_framed(source) + _framed(request)))
-        passed, why, done = [False] * len(tests), "", False
-        # every line is of `solution_tests`: the solution's own output goes nowhere
-        for line in filter(None, outcome.stdout.split("\n")):
-            verdict = json.loads(line)
-            done = done or "done" in verdict or "loaded" in verdict
-            if "test" in verdict:
-                passed[verdict["test"]] = verdict["passed"]
-            why = why or verdict.get("reason", "")
+    def _call_functions(self, source: str, tests: RowTests) -> tuple[list[bool], str, bool]:
+        passed, entry_point = [False] * len(tests), tests.entry_point
+        if tests.needs_entry_point and (functions := find_entry_points(source)) is not None:
+            if len(functions) > 1:
+                raise Refused(f"entry_point is missing, and the program has {', '.join(functions)}: name the "
+                              "function that `check` gets")
+            if not functions:
+                return passed, "defines no function", False
+            entry_point = functions[0]
+        lines, outcome = self._run_texts(source, tests, entry_point, self.test_time_s)
+        why, done = "", False
+        for line in lines:
+            done = done or "done" in line or "loaded" in line
+            if "test" in line:
+                passed[line["test"]] = line["passed"]
+            why = why or line.get("reason", "")
         # without a last line the tests ended early, by a crash or a limit
         why = why if done else why or outcome.reason or "ended before its tests did"
         return passed, why, outcome.status == "timeout" or outcome.cpu_s >= self.test_time_s
 
-    def _run(self, program: Program, expected_bytes: int = 0) -> Outcome:
-        """Return what becomes of a program that has shown by itself what it is worth; it may write as much
-        more than it should as any program may write."""
-        limits = self._limits()
+    def _run_texts(self, source: str, tests: RowTests, entry_point: str, time_s: float
+                   ) -> tuple[list[dict[str, Any]], Outcome]:
+        """Return the lines that `solution_tests` writes for a program, and its outcome."""
+        request = json.dumps({"tests": tests.texts, "entry_point": entry_point,
+                              "tolerance": tests.number_tolerance})
+        program = Program(_read_source(solution_tests), _frame(source) + _frame(request), {
+            **{f"{'/'.join(parts)}/__init__.py": "" for parts in _PACKAGES},
+            **{module.__name__.replace(".", "/") + ".py": _read_source(module)
+               for module in (solution_frameworks, solution_peer)}})
+        outcome = self._run(program, time_s)
+        # every line is of `solution_tests`: the solution's own output goes nowhere
+        return [json.loads(line) for line in filter(None, outcome.stdout.split("\n"))], outcome
+
+    def _run(self, program: Program, time_s: float, expected_bytes: int = 0) -> Outcome:
+        """Return the outcome of a program; it may write as much more than it should as any program may write.
+
+        Raises:
+            RuntimeError: the machine is at fault, which leaves no reward.
+            Refused: the sandbox does not take the program.
+        """
+        limits = Limits(wall_s=self.patience * time_s, cpu_s=time_s, memory_bytes=self.memory_bytes)
         # a right answer may be long: it is never cut by the limit of wrong ones
         limits = replace(limits, output_bytes=limits.output_bytes + expected_bytes)
         outcome = self._sandbox().run(program, limits)
-        # the machine's fault leaves no reward; that of the program is worth 0
         if outcome.status == "infrastructure":
             raise RuntimeError(outcome.reason)
         if outcome.status == "refused":
             raise Refused(f"response and tests together: the program {outcome.reason}")
         return outcome
 
-    def _limits(self) -> Limits:
-        return Limits(wall_s=self.patience * self.test_time_s, cpu_s=self.test_time_s,
-                      memory_bytes=self.memory_bytes)
-
     def _sandbox(self) -> Sandbox:
         return shared_sandbox(self.enclosure, self.command)
 
 
-def program_in(response: str) -> str:
-    """Return a response's program: its last fenced block of Python behind its thoughts, else all of it."""
-    said = parse_turn(response).content
-    blocks = [text for language, text in _FENCED.findall(said) if language.lower() in _PYTHON]
-    # the last block: a response may show a draft before its final program
-    return blocks[-1] if blocks else said.strip()
+_PACKAGES = [__name__.split(".")[:length] for length in (1, 2, 3)]
 
 
-def _tests_of(row: Row) -> list[Any]:
-    """Return tests as texts of Python, or as inputs with what has to be printed.
-
-    Raises:
-        Refused: there are none, they differ in kind, or one is something else.
-    """
-    tests = row.get("tests")
-    if tests is None:
-        raise Refused("has no 'tests'")
-    tests = [tests] if isinstance(tests, str) else tests
-    if not isinstance(tests, list) or not 0 < len(tests) <= MAX_TESTS:
-        raise Refused(f"tests = {told_short(tests)} must be a list of 1 to {MAX_TESTS:,} tests")
-    found = [_test(test) for test in tests]
-    if len({type(test) for test in found}) > 1:
-        raise Refused("tests has inputs to read beside calls or assertions: give them rows of their own")
-    return found
-
-
-def _test(test: Any) -> str | Mapping[str, str]:
-    if isinstance(test, str):
-        try:
-            compile(test, "test", "exec")
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-            raise Refused(f"test {told_short(test)} is no Python: {e}") from None
-        return test
-    if isinstance(test, dict) and {"stdin", "stdout"} <= set(test):
-        if not (isinstance(test["stdin"], str) and isinstance(test["stdout"], str)):
-            raise Refused(f"test {told_short(test)}: stdin and stdout must be texts")
-        return {"stdin": test["stdin"], "stdout": test["stdout"]}
-    if isinstance(test, dict) and {"function", "expected"} <= set(test):
-        return _call(test)
-    raise Refused(f"test {told_short(test)} must be a text of Python, or have stdin and stdout, or function, "
-                  "arguments and expected")
-
-
-def _call(test: Mapping[str, Any]) -> str:
-    """Return the assertion of a call: what the function returns is compared as JSON has it."""
-    function, arguments = test["function"], test.get("arguments", [])
-    if not (isinstance(function, str) and _FUNCTION.fullmatch(function)):
-        raise Refused(f"function = {told_short(function)} must be a name, such as add or Solution().add")
-    if not isinstance(arguments, (list, dict)):
-        raise Refused(f"arguments = {told_short(arguments)} must be a list, or an object by name")
-    # arguments stand in the test as Python literals
-    stars = "**" if isinstance(arguments, dict) else "*"
-    return f"assert __plain__({function}({stars}{arguments!r})) == {test['expected']!r}"
-
-
-def _lines(text: str) -> list[str]:
-    """Return what counts of an output: its lines without blanks at their ends, and no empty ones last.
-
-    Only "\\n" and "\\r\\n" end a line, and only blanks, tabs and "\\r" are blank: all else a program printed.
-    """
-    return "\n".join(line.rstrip(" \t\r") for line in text.split("\n")).rstrip("\n").split("\n")
-
-
-def _framed(text: str) -> str:
+def _frame(text: str) -> str:
     return f"{len(text.encode()):012d}{text}"
 
 
-def _testing_program() -> str:
+@lru_cache
+def _read_source(module: types.ModuleType) -> str:
     try:
-        return Path(solution_tests.__file__).read_text(encoding="utf-8")
+        return Path(str(module.__file__)).read_text(encoding="utf-8")
     except OSError as e:
-        raise UserError(f"{solution_tests.__file__}: cannot be read ({e.strerror}); install the package with "
-                        "its sources") from None
+        raise UserError(f"{module.__file__}: cannot be read ({e.strerror}); install the package with its "
+                        "sources") from None

@@ -235,6 +235,105 @@ for path in ("/dev/stdin", "/proc/self/fd/0", "/dev/fd/0"):
     try: print(open(path).read())
     except OSError: pass""",
 }
+FRAMEWORKS = {
+    "modules of its own name": """
+import types
+for name in ("pytest", "unittest", "solution", "numpy", "np", "math", "unittest.case", "asyncio"):
+    module = types.ModuleType(name)
+    module.__getattr__ = lambda name: lambda *a, **k: True
+    sys.modules[name] = globals()[name] = module
+def f(x): return 0""",
+    "files of these modules": """
+text = "class Any:\\n    __eq__ = lambda *a: True\\n"
+text += "    def __getattr__(self, name): return lambda *a, **k: self\\n"
+text += "def __getattr__(name): return Any()\\n"
+for name in ("pytest", "unittest", "solution", "numpy", "asyncio", "megatron_sov/judge/rewards/solution_peer",
+             "megatron_sov/judge/rewards/solution_frameworks", "unittest/__init__", "numpy/__init__"):
+    os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+    with open(name + ".py", "w") as written:
+        written.write(text)
+def f(x): return 0""",
+    "names of helpers": """
+class Same:
+    __eq__ = __lt__ = __contains__ = __bool__ = lambda *a: True
+    def __getattr__(self, name): return self
+    def __call__(self, *a, **k): return self
+    def __enter__(self): return self
+    def __exit__(self, *a): return True
+    __iter__ = lambda self: iter([self])
+pytest = unittest = np = numpy = approx = raises = mark = check = Test = TestCase = candidate = Same()
+__assertion__ = __same__ = test_a = assertEqual = main = fixture = solution = asyncio = Same()
+def f(x): return Same()""",
+    "its own copy of the runner": """
+import unittest
+for module in list(sys.modules.values()):
+    for name in ("TestText", "AssertionCounter", "is_close", "Approx", "raises", "run_tests", "plain"):
+        if hasattr(module, name):
+            setattr(module, name, lambda *a, **k: True)
+    if hasattr(module, "TestText"):
+        module.TestText.run = lambda self: None
+unittest.TestCase.assertEqual = lambda *a: None
+def f(x): return 0""",
+    "names that it sends itself": """
+frame = sys._getframe()
+while "peer" not in frame.f_locals:
+    frame = frame.f_back
+peer = frame.f_locals["peer"]
+def f(x): return 0
+own = ["value", peer.encoded(f)]
+names = ("f", "__assertion__", "__same__", "__name__", "__builtins__", "pytest", "unittest", "assertEqual")
+peer.send({**dict.fromkeys(names, own), "pytest": ["shared", ["unittest", "mock"]],
+           "np": ["module", "pytest"],
+           "unittest": ["error class", ["unittest", "Exception"]]})
+peer.serve()""",
+    "skipped tests": """
+import unittest
+class Skipped(Exception): pass
+class SkipTest(unittest.SkipTest): pass
+def f(x): raise unittest.SkipTest("no") if x else Skipped("no")""",
+    "a skip by its name alone": """
+class Skipped(BaseException): pass
+Skipped.__name__ = "SkipTest"
+def f(x): raise Skipped("no")""",
+    "an exit without an error": "def f(x): sys.exit(0)",
+    "an end of its process": "def f(x): os._exit(0)",
+    "a closed socket": "def f(x): os.closerange(3, 64)",
+    "nothing to look at": "def f(x): return []",
+    "coroutines without an end": "async def f(x):\n    return 0",
+    "arrays": "import numpy\ndef f(x): return numpy.array([numpy.nan])",
+    "an array of its own kind": """
+import numpy
+class Same(numpy.ndarray):
+    __eq__ = lambda *a: True
+    tolist = lambda self: 0
+    shape = property(lambda self: ())
+def f(x): return numpy.zeros(1).view(Same)""",
+    "numbers without a type": """
+import numpy
+class Any(numpy.float64):
+    item = lambda self: self
+    __eq__ = lambda *a: True
+def f(x): return Any(0)""",
+}
+FRAMEWORK_TESTS = [
+    "import pytest\ndef test_a():\n    assert f(1) == pytest.approx(7431)",
+    "import pytest\n@pytest.mark.parametrize('x, y', [(1, 7431), (2, 7432)])\n"
+    "def test_a(x, y):\n    assert f(x) == y",
+    "import pytest\ndef test_a():\n    with pytest.raises(KeyError):\n        f('no')\n"
+    "    assert f(1) == 7431",
+    "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n"
+    "        self.assertEqual(f(1), 7431)",
+    "import unittest\nclass T(unittest.IsolatedAsyncioTestCase):\n    async def test_a(self):\n"
+    "        self.assertIn(f(1), [7431])",
+    "from solution import f as given\nassert given(1) == 7431",
+    "import solution\nassert solution.f(1) == 7431",
+    "def check(candidate):\n    assert candidate(1) == 7431",
+    "class TestF:\n    def test_a(self):\n        assert f(1) == 7431",
+    "for item in [f(2)]:\n    assert item == 7432",
+    "for item in (f(1) if isinstance(f(1), list) else [f(1)]):\n    assert item == 7431",
+    "import numpy as np\nassert np.array_equal(f(1), 7431)",
+    {"function": "f", "arguments": [1], "expected": 7431},
+    "import math\nassert math.isclose(f(1), 7431)", "assert abs(f(1) - 7431) < 0.1"]
 HONEST = "def f(x, back=None):\n    return 7430 + x\n"
 FUNCTION_TESTS = ["assert f(1) == 7431", "assert f(2) == 7432 and abs(f(2)) in {7432}",
                   "expected = 7433\nassert f(3, lambda: expected) == expected"]
@@ -254,6 +353,33 @@ def test_no_attacker_is_paid(enclosure: str, name: str) -> None:
     assert reward == 0.0, result
 
 
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_no_attacker_replaces_a_framework(enclosure: str, name: str) -> None:
+    result = judged(CodeReward(all_or_nothing=False, enclosure=enclosure, number_tolerance=1e-6),
+                    {"response": FORGE + FRAMEWORKS[name], "tests": FRAMEWORK_TESTS, "entry_point": "f"})
+    assert (result.reward, result.status) == (0.0, "scored"), result
+
+
+@pytest.mark.parametrize("ends", ["os._exit(0)", "sys.exit(0)", "os.closerange(3, 64)",
+                                  "os.kill(os.getpid(), 9)"])
+@pytest.mark.parametrize("test", [
+    "import pytest\nwith pytest.raises(Exception):\n    f(1)", "assert f(0) == 0\nassert f(1) == 1",
+    "try:\n    f(1)\n    assert False\nexcept (ValueError, RuntimeError, OSError):\n    assert True",
+    "import pytest\ndef test_a():\n    for x in (1, 2):\n        with pytest.raises(Exception):\n"
+    "            f(x)",
+    "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n"
+    "        self.assertRaises(Exception, f, 1)\n    def test_b(self):\n"
+    "        self.assertRaises(Exception, f, 2)"])
+def test_the_end_of_a_program_is_no_error_that_tests_expect(enclosure: str, test: str, ends: str) -> None:
+    program = f"import os, sys\ndef f(x):\n    if x:\n        {ends}\n    return 0\n"
+    assert paid(enclosure, program, [test])[0] == 0.0
+    raising = program.replace(ends, "raise ValueError")
+    assert paid(enclosure, raising, [test])[0] == ("f(0)" not in test)
+
+
 def test_honest_ones_are_paid_behind_them(enclosure: str) -> None:
     assert paid(enclosure, HONEST, FUNCTION_TESTS)[0] == 1.0
     assert paid(enclosure, HONEST + "print(f(int(input())))", PROGRAM_TESTS)[0] == 1.0
+    honest = "def f(x, back=None):\n    if x == 'no':\n        raise KeyError(x)\n    return 7430 + x\n"
+    row = {"response": honest, "tests": FRAMEWORK_TESTS, "entry_point": "f"}
+    assert judged(CodeReward(enclosure=enclosure), row).reward == 1.0

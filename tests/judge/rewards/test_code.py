@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.judge.rewards import code
-from megatron_sov.judge.rewards.code import CodeReward, program_in
+from megatron_sov.judge.rewards.code import CodeReward
 from megatron_sov.judge.rewards.reward import Result, judged
 from megatron_sov.judge.rewards.version import code_of
 from megatron_sov.sandbox.program import Outcome, Program
@@ -40,7 +39,7 @@ SOLUTIONS = {
     "errors": ("class Empty(Exception):\n    pass\ndef pop(x):\n    if not x:\n"
                "        raise Empty('no more')\n    return x.pop()\ndef leave():\n    raise SystemExit(0)", [
         "try:\n    pop([])\n    assert False\nexcept Empty as e:\n    assert str(e) == 'no more'",
-        "try:\n    pop(3)\n    assert False\nexcept AttributeError:\n    pass", "pop([])",
+        "try:\n    pop(3)\n    assert False\nexcept AttributeError:\n    pass", "assert pop([]) == 1",
         "assert pop([1]) == 1",
         "leave()\nassert 1 == 2"]),
     "objects": ("class Stack:\n    kind = 'stack'\n"
@@ -190,7 +189,7 @@ def test_no_solution_makes_its_own_verdict(enclosure: str, name: str) -> None:
 
 def test_thousands_of_failures_are_a_verdict(enclosure: str) -> None:
     complains = "def f(x):\n    raise ValueError(chr(0x1F600) * 300)"
-    result = share(enclosure, complains, ["f(1)"] * 400)
+    result = share(enclosure, complains, ["assert f(1)"] * 400)
     assert (result.status, result.reward) == ("scored", 0.0), result
     assert "ValueError" in result.components["why"]
 
@@ -212,14 +211,6 @@ def test_outputs_and_calls_are_compared(enclosure: str) -> None:
     assert share(enclosure, adds, calls).reward == pytest.approx(2 / 3)
     check = "def check(candidate):\n    assert candidate(2) == 4\n"
     assert share(enclosure, "def twice(x):\n    return 2 * x", check, entry_point="twice").reward == 1
-
-
-@pytest.mark.parametrize("printed, expected, equal", [
-    ("8\r\n\n9 \t\n\n", "8\n\n9", True), ("8", "8\n", True), ("", "\n\n", True), ("8\n9", "8 9", False),
-    *((f"8{mark}9", "8\n9", False) for mark in "\x1c\x1d\x1e\x0b\x0c\r\x85\u2028\u2029"),
-    *((f"8{mark}", "8", False) for mark in "\x1c\x85\u2028\xa0"), ("8\x1c9", "8\x1c9", True)])
-def test_lines_end_where_a_program_ends_them(printed: str, expected: str, equal: bool) -> None:
-    assert (code._lines(printed) == code._lines(expected)) is equal
 
 
 def test_all_or_nothing_is_the_default_and_says_why(enclosure: str) -> None:
@@ -256,7 +247,7 @@ def test_what_is_not_the_programs_fault_is_no_zero(outcome: Outcome, status: str
 def test_a_program_that_computes_a_little_and_then_waits_gets_nothing(enclosure: str, waits: str) -> None:
     source = f"import os, time\nwhile time.process_time() < 0.06:\n    pass\n{waits}"
     result = judged(CodeReward(enclosure=enclosure, test_time_s=0.3),
-                    {"response": source, "tests": [{"stdin": "", "stdout": ""}]})
+                    {"response": source, "tests": [{"stdin": "", "stdout": "1"}]})
     assert (result.status, result.reward) == ("timeout", 0.0), result
 
 
@@ -264,7 +255,7 @@ def test_one_that_is_too_slow_is_not_run_beyond_its_rows_time(monkeypatch: pytes
     slow = Outcome("timeout", None, "", "", "took more than 10 s of processors", 10, 10.0)
     runs: list[None] = []
     monkeypatch.setattr(CodeReward, "_run", lambda *_: (runs.append(None), slow)[1])
-    row = {"response": "while 1: pass", "tests": [{"stdin": "", "stdout": ""}] * 100}
+    row = {"response": "while 1: pass", "tests": [{"stdin": "", "stdout": "1"}] * 100}
     result = judged(CodeReward(all_or_nothing=False), row)
     assert (result.status, result.reward) == ("timeout", 0.0) and 20 < len(runs) < 30
     assert keys_of(CodeReward(test_time_s=100)) == ["time_limit_s"]
@@ -289,15 +280,6 @@ def test_each_test_is_told_by_itself_and_one_that_is_not_reached_is_not_passed()
     assert CodeReward().passed(row) == [True, False, True]
     printing = [{"stdin": "", "stdout": said} for said in ("1", "2", "1")]
     assert CodeReward().passed({"response": "print(1)", "tests": printing}) == [True, False, False]
-
-
-def test_the_last_block_of_python_behind_the_thoughts_counts() -> None:
-    response = ("<think>```python\nno\n```</think>One:\n```python\na = 1\n```\nor\n"
-                "  ```py\nb = 2\n  ```\n```sh\nls\n```")
-    assert program_in(response) == "b = 2\n"
-    assert program_in("print(1)") == "print(1)"
-    endless = "```" + " " * 300_000  # takes minutes where each blank is tried as the last one
-    assert program_in(endless) == endless.strip()
 
 
 def test_the_version_tells_the_code_that_runs_programs() -> None:

@@ -29,9 +29,9 @@ from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.base.settings import (
     AtLeastOne, NotNegativeInt, SettingsProblem, Share, at_most, find_broken)
 from megatron_sov.judge.rewards import constraint as constraint_checks
-from megatron_sov.judge.rewards.code import program_in
 from megatron_sov.judge.rewards.constraint import MAX_TEXT_CHARS, ConstraintVerdict, problem_of
 from megatron_sov.judge.rewards.patterns import json_of
+from megatron_sov.judge.rewards.program_text import program_in
 from megatron_sov.judge.rewards.reward import Refused
 from megatron_sov.model.pretrained import load_pretrained
 from megatron_sov.sandbox.sandbox import shared_sandbox
@@ -92,7 +92,7 @@ class Crossed:
 def read_draft(answer: str, modules: Sequence[str] = ()) -> CrossingDraft | str:
     """Return the check and the cases of an answer: a block of Python and a block of JSON; or what is wrong
     with it, as the end of a sentence."""
-    source = program_in(answer).strip()
+    source = program_in(answer, ("evaluate",)).strip()
     if problem := problem_of(source, modules):
         return problem
     blocks = _JSON.findall(answer)

@@ -90,7 +90,7 @@ def test_a_test_behind_one_that_never_ends_is_run_by_itself() -> None:
             place = next((i for i, test in enumerate(row["tests"]) if "endless" in test), len(row["tests"]))
             return ["wrong" not in test and i < place for i, test in enumerate(row["tests"])]
 
-        def score(self, row: Any) -> Score:
+        def score_unproved(self, row: Any) -> Score:
             (test,) = row["tests"]
             return Score(float("right" in test), timed_out="endless" in test)
 

@@ -1,0 +1,391 @@
+"""How texts of tests run: plain assertions, `check` of HumanEval, functions and classes of pytest, unittest.
+
+Every assertion that a test evaluates is counted, because a test that evaluates none has shown nothing.  All
+of it runs in the process of the tests, where a solution replaces nothing: neither this counter nor the
+modules `pytest` and `unittest`.  Runs inside of the sandbox, and imports nothing of this package.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import itertools
+import math
+import numbers
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+TICK = "__assertion__"
+"""Name by which instrumented tests call the counter; a solution hands out no name that begins so."""
+_ASSERTING = re.compile(r"_*assert\w*|raises|warns|fail|fail_\w+")
+_RELATIVE, _ABSOLUTE = 1e-6, 1e-12
+"""Tolerances of `pytest.approx`."""
+
+
+# --- assertions
+
+
+def is_assertion(node: ast.AST) -> bool:
+    """Return whether a node checks something: `assert`, `raise`, or a call such as `self.assertEqual`."""
+    if isinstance(node, ast.Call):
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        return _ASSERTING.fullmatch(name) is not None
+    return isinstance(node, (ast.Assert, ast.Raise))
+
+
+class AssertionCounter(ast.NodeTransformer):
+    """Insert a call of `TICK` where a test evaluates an assertion."""
+
+    def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
+        self.generic_visit(node)
+        return [_tick(node), node]
+
+    def visit_If(self, node: ast.If) -> list[ast.stmt]:
+        """Count `if f(1) != 2: raise ValueError`, whichever way it goes, and in its `elif` and `else` too."""
+        branches, last = [*node.body, *node.orelse], node
+        while len(last.orelse) == 1 and isinstance(last.orelse[0], ast.If):
+            last = last.orelse[0]
+            branches += [*last.body, *last.orelse]
+        self.generic_visit(node)
+        raises = any(isinstance(statement, ast.Raise) for statement in branches)
+        return [_tick(node), node] if raises else [node]
+
+    def visit_Try(self, node: ast.Try) -> ast.Try:
+        """Count the handler of an error that has to come, after `try: f(1); assert False`."""
+        expects = any(is_assertion(inner) for statement in [*node.body, *node.orelse]
+                      for inner in ast.walk(statement))
+        self.generic_visit(node)
+        for handler in node.handlers if expects else ():
+            handler.body.insert(0, _tick(handler))
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        self.generic_visit(node)
+        if is_assertion(node):
+            node.func = ast.Call(ast.Name(TICK, ast.Load()), [node.func], [])
+        return node
+
+
+def _tick(place: ast.AST) -> ast.Expr:
+    return ast.copy_location(ast.Expr(ast.Call(ast.Name(TICK, ast.Load()), [], [])), place)
+
+
+# --- one test
+
+
+class TestText:
+    """A test as its author wrote it.
+
+    Args:
+        source: Python.
+        names: of the solution, to which the test adds its own.
+        entry_point: the function for `check`, such as add or Solution().add.
+    """
+
+    def __init__(self, source: str, names: dict[str, Any], entry_point: str) -> None:
+        self._source, self._tree = source, ast.parse(source)
+        self._names, self._entry_point = names, entry_point
+        self.num_assertions = 0
+        """Evaluated so far."""
+
+    def run(self) -> None:
+        """Run the text, then the functions and classes that it defines to be called.
+
+        Raises:
+            Exception: whatever the test raises; AssertionError if it evaluates no assertion.
+        """
+        calls_check = calls_name(self._tree, "check")
+        self._names[TICK] = self._count
+        before = dict(self._names)
+        if "unittest" in self._source:
+            # the classes are run below, and the function would end this process
+            importlib.import_module("unittest").main = _main  # type: ignore[attr-defined]
+        tree = ast.fix_missing_locations(AssertionCounter().visit(self._tree))
+        try:
+            exec(compile(tree, "test.py", "exec"), self._names)
+        except SystemExit as e:
+            # `sys.exit(pytest.main())` ends a file of tests; the solution's own exit is a failure
+            if type(e) is not SystemExit or e.code:
+                raise
+        for name, value in list(self._names.items()):
+            # names of the solution and of earlier tests are still there
+            if before.get(name) is value or getattr(value, "__module__", "") != "__main__":
+                continue
+            if isinstance(value, types.FunctionType):
+                if name == "check" and not calls_check:
+                    value(eval(self._entry_point, self._names))
+                elif name.startswith("test"):
+                    self._run_function(value)
+            elif isinstance(value, type):
+                self._run_class(name, value)
+        if not self.num_assertions:
+            raise AssertionError("evaluates no assertion")
+
+    def _count(self, function: Any = None) -> Any:
+        self.num_assertions += 1
+        return function
+
+    def _run_class(self, name: str, kind: type) -> None:
+        unittest: Any = sys.modules.get("unittest")
+        if unittest is not None and issubclass(kind, unittest.TestCase):
+            result = unittest.TestResult()
+            unittest.defaultTestLoader.loadTestsFromTestCase(kind).run(result)
+            faults = [text for _, text in result.errors + result.failures]
+            faults += [f"{case} passes unexpectedly" for case in result.unexpectedSuccesses]
+            if faults:
+                raise AssertionError(faults[0].strip().rpartition("\n")[2])
+        elif name.startswith("Test") and not getattr(kind, "__skipped__", False):
+            _call_hook(kind, "setup_class")
+            for method in [getattr(kind(), name) for name in dir(kind) if name.startswith("test")]:
+                _call_hook(method.__self__, "setup_method", method)
+                self._run_function(method, getattr(kind, "__cases__", None))
+                _call_hook(method.__self__, "teardown_method", method)
+            _call_hook(kind, "teardown_class")
+
+    def _run_function(self, function: Callable[..., Any], cases: Sequence[Mapping[str, Any]] | None = None
+                      ) -> None:
+        """Call a test function for each of its parameters, with the fixtures that it asks for."""
+        if getattr(function, "__skipped__", False):
+            return
+        own = getattr(function, "__cases__", [{}])
+        for first, second in itertools.product(cases or [{}], own):
+            ends: list[Iterator[Any]] = []
+            self._call(function, {**first, **second}, ends)
+            for end in reversed(ends):
+                next(end, None)
+
+    def _call(self, function: Callable[..., Any], known: Mapping[str, Any], ends: list[Iterator[Any]]) -> Any:
+        """Return the result of a test function or fixture.
+
+        Args:
+            function: may be a coroutine function.
+            known: values of some of its parameters; fixtures give the others.
+            ends: receives generators of fixtures, which go on after the test.
+
+        Raises:
+            LookupError: a parameter has no value and no fixture.
+        """
+        arguments = {}
+        for name, parameter in inspect.signature(function).parameters.items():
+            fixture = self._names.get(name)
+            if name in known:
+                arguments[name] = known[name]
+            elif isinstance(fixture, Fixture):
+                arguments[name] = self._call(fixture.function, known, ends)
+            elif parameter.default is inspect.Parameter.empty:
+                raise LookupError(f"no fixture {name!r} is there")
+        result = function(**arguments)
+        if inspect.isgenerator(result) and not getattr(function, "__name__", "").startswith("test"):
+            ends.append(result)
+            return next(result)
+        if inspect.iscoroutine(result):
+            return importlib.import_module("asyncio").run(result)
+        return result
+
+
+def _call_hook(owner: Any, name: str, *arguments: Any) -> None:
+    """Call a method of a test class if it is there, with as many arguments as it takes."""
+    hook = getattr(owner, name, None)
+    if hook is not None:
+        hook(*arguments[:len(inspect.signature(hook).parameters)])
+
+
+def calls_name(tree: ast.Module, name: str) -> bool:
+    """Return whether a text calls a function of that name outside of its own functions and classes."""
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
+            return True
+        waiting += ast.iter_child_nodes(node)
+    return False
+
+
+# --- numbers within a tolerance
+
+
+def is_close(actual: Any, expected: Any, relative: float, absolute: float, *, nan_ok: bool = False,
+             exact_integers: bool = False) -> bool:
+    """Return whether data is equal, with numbers anywhere in it within a tolerance.
+
+    Args:
+        actual: lists, tuples and dicts of plain data.
+        expected: likewise.
+        relative: to the expected number.
+        absolute: the larger tolerance of both counts.
+        nan_ok: two NaN are equal.
+        exact_integers: an expected integer has no relative tolerance, and equals no other integer.
+    """
+    options: dict[str, Any] = {"nan_ok": nan_ok, "exact_integers": exact_integers}
+    if isinstance(expected, dict):
+        return isinstance(actual, dict) and actual.keys() == expected.keys() and all(
+            is_close(actual[key], value, relative, absolute, **options) for key, value in expected.items())
+    if isinstance(expected, (list, tuple)):
+        return isinstance(actual, (list, tuple)) and len(actual) == len(expected) and all(
+            is_close(a, e, relative, absolute, **options) for a, e in zip(actual, expected, strict=True))
+    are_numbers = isinstance(actual, numbers.Number) and isinstance(expected, numbers.Number)
+    if not are_numbers or actual == expected:
+        return bool(actual == expected)
+    if exact_integers and isinstance(expected, int):
+        relative = 0.0
+        if isinstance(actual, int):
+            return False
+    try:
+        difference = abs(actual - expected)
+        if math.isnan(difference) or math.isinf(difference):
+            return nan_ok and actual != actual and expected != expected
+        return bool(difference <= max(absolute, relative * float(abs(expected))))
+    except (TypeError, OverflowError, ArithmeticError):  # a decimal beside a float, or an integer beyond one
+        return False
+
+
+# --- the part of pytest that tests of functions use
+
+
+class Fixture:
+    """A function that gives a value to the tests that have a parameter of its name."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+
+def fixture(function: Callable[..., Any] | None = None, **settings: Any) -> Any:
+    """Return a fixture, or with settings what makes one.
+
+    Raises:
+        NotImplementedError: a setting changes which values the tests get.
+    """
+    if unknown := settings.keys() - {"scope"}:
+        raise NotImplementedError(f"fixtures with {', '.join(sorted(unknown))} are not supported")
+    return Fixture if function is None else Fixture(function)
+
+
+class Approx:
+    """A number, or numbers in a list, tuple or dict, that equal what lies within a tolerance."""
+
+    def __init__(self, expected: Any, rel: float | None = None, abs: float | None = None, *,
+                 nan_ok: bool = False) -> None:
+        self.expected = expected.tolist() if hasattr(expected, "tolist") else expected
+        # an absolute tolerance alone switches the relative one off
+        default = _RELATIVE if abs is None else 0.0
+        self.relative = default if rel is None else rel
+        self.absolute = _ABSOLUTE if abs is None else abs
+        self.nan_ok = nan_ok
+
+    def __eq__(self, actual: object) -> bool:
+        data = actual.tolist() if type(actual).__module__ == "numpy" else actual  # type: ignore[attr-defined]
+        return is_close(data, self.expected, self.relative, self.absolute, nan_ok=self.nan_ok)
+
+    __hash__ = None  # type: ignore[assignment]
+    # else numpy compares item by item
+    __array_ufunc__ = None
+
+    def __repr__(self) -> str:
+        return f"approx({self.expected!r})"
+
+
+class ExpectedError:
+    """The context of `raises`, with the error in `value` afterwards."""
+
+    def __init__(self, expected: Any, match: str | None) -> None:
+        self._expected, self._match = expected, match
+        self.value: Any = None
+
+    def __enter__(self) -> ExpectedError:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: Any) -> bool:
+        if kind is None:
+            raise AssertionError(f"did not raise {self._expected}")
+        if not issubclass(kind, self._expected):
+            return False
+        if self._match is not None and not re.search(self._match, str(value)):
+            raise AssertionError(f"{str(value)!r} does not match {self._match!r}")
+        self.value, self.type = value, kind
+        return True
+
+    def match(self, pattern: str) -> bool:
+        """Return True; raises AssertionError if the error does not match a regular expression."""
+        if not re.search(pattern, str(self.value)):
+            raise AssertionError(f"{str(self.value)!r} does not match {pattern!r}")
+        return True
+
+
+def raises(expected: Any, *call: Any, match: str | None = None, **named: Any) -> ExpectedError:
+    """Return a context in which an error has to come, or call a function that has to raise it."""
+    context = ExpectedError(expected, match)
+    if call:
+        function, *arguments = call
+        with context:
+            function(*arguments, **named)
+    return context
+
+
+class ParameterValues(tuple[Any, ...]):
+    """Values of one case of `parametrize`, as `pytest.param` makes them."""
+
+
+def parametrize(names: str | Sequence[str], values: Sequence[Any], **settings: Any) -> Callable[[Any], Any]:
+    """Return a decorator that has a test called with each of the values."""
+    known = [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else names
+    alone = isinstance(names, str) and len(known) == 1
+    cases = [dict(zip(known, (value,) if alone and not isinstance(value, ParameterValues) else value,
+                      strict=True)) for value in values]
+
+    def decorate(test: Any) -> Any:
+        test.__cases__ = [{**a, **b} for a in cases for b in getattr(test, "__cases__", [{}])]
+        return test
+
+    return decorate
+
+
+class Marks:
+    """`pytest.mark`: parameters, tests that are left out, and marks that change nothing, such as timeout."""
+
+    parametrize = staticmethod(parametrize)
+
+    @staticmethod
+    def skipif(condition: Any, **settings: Any) -> Callable[[Any], Any]:
+        return _leave_out if condition else _keep
+
+    @staticmethod
+    def skip(test: Any = None, **settings: Any) -> Any:
+        return _leave_out if test is None or isinstance(test, str) else _leave_out(test)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("xfail", "usefixtures"):
+            raise NotImplementedError(f"pytest.mark.{name} is not supported")
+        return lambda *given, **named: given[0] if len(given) == 1 and callable(given[0]) else _keep
+
+
+def _keep(test: Any) -> Any:
+    return test
+
+
+def _leave_out(test: Any) -> Any:
+    test.__skipped__ = True
+    return test
+
+
+def _fail(reason: str = "", **settings: Any) -> None:
+    raise AssertionError(reason or "pytest.fail")
+
+
+def _main(*arguments: Any, **settings: Any) -> int:
+    """Return success: the tests of this text run after it."""
+    return 0
+
+
+def make_pytest() -> types.ModuleType:
+    """Return a module `pytest` with what tests of functions use."""
+    module = types.ModuleType("pytest")
+    module.__dict__.update(
+        approx=Approx, raises=raises, fixture=fixture, mark=Marks(), fail=_fail, main=_main,
+        param=lambda *values, **settings: ParameterValues(values))
+    return module

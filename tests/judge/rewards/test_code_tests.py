@@ -1,0 +1,274 @@
+"""Tests of a row: empty and faulty ones are refused, and forms of public data sets work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_sov.judge.rewards.code import CodeReward
+from megatron_sov.judge.rewards.code_tests import is_same_output, read_tests
+from megatron_sov.judge.rewards.reward import Refused, Result, judged
+from megatron_sov.sandbox.program import Outcome, Program
+
+ADD = "```python\ndef add(a, b):\n    return a + b\n```"
+SUBTRACT = "```python\ndef add(a, b):\n    return a - b\n```"
+NOTHING = "```python\ndef other(a, b):\n    return a * b\n```"
+BROKEN = "```python\ndef add(a, b)\n    return a + b\n```"
+
+
+def score(response: str, tests: Any, **fields: Any) -> Result:
+    return judged(CodeReward(test_time_s=5), {"response": response, "tests": tests, **fields})
+
+
+NO_TESTS = [
+    "# add(1, 2) == 3", "print(add(1, 2))", "add(1, 2)", "import math", "pass", "'assert add(1, 2) == 3'",
+    "def helper():\n    assert add(1, 2) == 3", "def test_add():\n    print(add(1, 2))",
+    "class Sum:\n    def verify(self):\n        assert add(1, 2) == 3",
+    "class TestAdd:\n    def run(self):\n        assert add(1, 2) == 3",
+    "x = lambda: add(1, 2) == 3", "async def main():\n    assert add(1, 2) == 3"]
+
+
+@pytest.mark.parametrize("test", NO_TESTS)
+def test_a_text_without_an_assertion_that_runs_is_refused(test: str) -> None:
+    for response in (ADD, SUBTRACT):
+        result = score(response, [test])
+        assert (result.reward, result.status) == (None, "refused"), result
+        assert "asserts nothing" in result.reason
+
+
+EMPTY_TESTS = [
+    "assert True", "assert 1 + 1 == 2", "assert add(1, 2) == add(1, 2)",
+    "if False:\n    assert add(1, 2) == 3",
+    "def test_a():\n    yield\n    assert add(1, 2) == 3",
+    "def test_a():\n    return\n    assert add(1, 2) == 3",
+    "for x in []:\n    assert add(x, x) == 0",
+    "try:\n    assert add(1, 2) == 3\nexcept Exception:\n    pass",
+    "import unittest\nclass T(unittest.TestCase):\n    @unittest.skip('no')\n    def test_a(self):\n"
+    "        self.assertEqual(add(1, 2), 3)",
+    "import pytest\n@pytest.mark.skip\ndef test_a():\n    assert add(1, 2) == 3",
+    "assert add(1, 2) != 7", "add(1, 2)\nassert callable(add)",
+    "import unittest\nclass T:\n    def test_a(self):\n        assert add(1, 2) == 3"]
+
+
+@pytest.mark.parametrize("test", EMPTY_TESTS)
+def test_a_row_that_every_program_would_pass_or_fail_is_refused(test: str) -> None:
+    for response in (ADD, SUBTRACT):
+        result = score(response, [test])
+        assert (result.reward, result.status) == (None, "refused"), result
+
+
+@pytest.mark.parametrize("response, tests", [
+    ("def find(x):\n    return None", ["assert find([]) is None"]),
+    ("def find(x):\n    pass", [{"function": "find", "arguments": [3], "expected": None}]),
+    ("def sort(x):\n    x.sort()", ["x = [2, 1]\nassert sort(x) is None\nassert x == [1, 2]"]),
+    ("def flag():\n    return ''", ["assert not flag()"]), ("def one():\n    return 1", ["assert one()"]),
+    ("def f(x):\n    raise ValueError", ["import pytest\nwith pytest.raises(ValueError):\n    f(1)"]),
+    ("def f(x):\n    raise ValueError", ["try:\n    f(1)\n    assert False\nexcept ValueError:\n    pass"]),
+    ("def f(x):\n    return 2", ["if f(1) != 2:\n    raise RuntimeError('wrong')"]),
+    ("LIMIT = 3", ["assert LIMIT == 3"]), ("LIMIT = 3", ["x = LIMIT + 1\nassert x == 4"]),
+    ("class Stack:\n    size = 0\n    def push(self, x):\n        self.size += 1", [
+        "s = Stack()\ns.push(1)\nassert s.size == 1"]),
+    ("from collections import Counter\ndef count(x):\n    return Counter(x)", [
+        "assert count('aab') == Counter('aab')"])])
+def test_a_row_may_expect_none_errors_and_constants(response: str, tests: list[Any]) -> None:
+    assert score(response, tests).reward == 1.0
+    assert score("x = 1", tests).reward == 0.0
+
+
+FAULTY = ["import pandas\nassert add(1, 2) == 3", "from helpers import check_sum\nassert add(1, 2) == 3",
+          "x = add(1, 2)\nimport pandas\nassert x == 3", "open('data.json').read()\nassert add(1, 2) == 3",
+          "def test_a(benchmark):\n    assert add(1, 2) == 3",
+          "import pytest\n@pytest.mark.xfail\ndef test_a():\n    assert add(1, 2) == 3",
+          "assert 1 == 2\nassert add(1, 2) == 3", "def check(candidate):\n    import pandas\n"
+          "    assert candidate(1, 2) == 3",
+          "def test_a(capsys):\n    add(1, 2)\n    assert capsys.readouterr()",
+          "import unittest\nclass T(unittest.TestCase):\n    def setUp(self):\n        self.x = {}['x']\n"
+          "    def test_a(self):\n        self.assertEqual(add(1, 2), 3)",
+          "import pytest\n@pytest.fixture(params=[1, 2])\ndef x(request):\n    return request.param\n"
+          "def test_a(x):\n    assert add(x, 0) == x", "raise ValueError('no data')\nadd(1, 2)"]
+
+
+@pytest.mark.parametrize("test", FAULTY)
+def test_a_test_that_fails_before_it_uses_the_program_is_the_rows_fault(test: str) -> None:
+    for response in (ADD, SUBTRACT, BROKEN, NOTHING, "no program"):
+        result = score(response, ["assert add(1, 2) == 3", test])
+        assert (result.reward, result.status) == (None, "refused"), result
+        assert "test 2 of 2 fails before it uses the program" in result.reason
+
+
+FORMS: dict[str, Any] = {
+    "MBPP": ["assert add(1, 2) == 3", "assert add(0, 2) == 2"],
+    "HumanEval": "METADATA = {'author': 'x'}\n\ndef check(candidate):\n    assert candidate(1, 2) == 3\n",
+    "HumanEval that calls": "def check(candidate):\n    assert candidate(1, 2) == 3\n\ncheck(add)\n",
+    "KodCode": "from solution import add\n\ndef test_add():\n    assert add(1, 2) == 3\n",
+    "a module": "import solution\ndef test_add():\n    assert solution.add(1, 2) == 3",
+    "a module by another name": "import solution as s\nassert s.add(1, 2) == 3",
+    "all names": "from solution import *\nassert add(1, 2) == 3",
+    "approx": "import pytest\ndef test_a():\n    assert add(0.1, 0.2) == pytest.approx(0.3)",
+    "approx of lists": "from pytest import approx\ndef test_a():\n"
+                       "    assert [add(0.1, 0.2), 1] == approx([0.3, 1])",
+    "raises": "import pytest\ndef test_a():\n    with pytest.raises(TypeError, match='unsupp') as e:\n"
+              "        add(1, None)\n    assert 'operand' in str(e.value)\n    assert add(1, 2) == 3",
+    "parametrize": "import pytest\n"
+                   "@pytest.mark.parametrize('a,b,c', [(1, 2, 3), pytest.param(0, 2, 2, id='x')])\n"
+                   "def test_a(a, b, c):\n    assert add(a, b) == c",
+    "parametrize twice": "import pytest\n@pytest.mark.parametrize('a', [1, 2])\n@pytest.mark.timeout(3)\n"
+                         "@pytest.mark.parametrize(['b'], [(1,), (2,)])\n"
+                         "def test_a(a, b):\n    assert add(a, b) == a + b",
+    "a fixture": "import pytest\n@pytest.fixture\ndef one():\n    return 1\n"
+                 "@pytest.fixture()\ndef two(one):\n    yield one + 1\n"
+                 "def test_a(one, two):\n    assert add(one, two) == 3",
+    "a class": "class TestAdd:\n    def setup_method(self):\n        self.x = 1\n    def test_a(self):\n"
+               "        assert add(self.x, 2) == 3\n",
+    "a class with parameters": "import pytest\n@pytest.mark.parametrize('b', [2, 3])\nclass TestAdd:\n"
+                               "    def test_a(self, b):\n        assert add(1, b) == b + 1\n",
+    "pytest.main": "import pytest, sys\ndef test_a():\n    assert add(1, 2) == 3\n"
+                   "if __name__ == '__main__':\n    sys.exit(pytest.main([__file__]))",
+    "unittest": "import unittest\nclass T(unittest.TestCase):\n    def setUp(self):\n        self.x = 1\n"
+                "    def test_a(self):\n        self.assertEqual(add(self.x, 2), 3)\n"
+                "if __name__ == '__main__':\n    unittest.main()",
+    "TestCase": "from unittest import TestCase, main\nclass T(TestCase):\n    def test_a(self):\n"
+                "        with self.subTest(1):\n"
+                "            self.assertAlmostEqual(add(0.1, 0.2), 0.3)\nmain()",
+    "assertRaises": "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n"
+                    "        self.assertRaises(TypeError, add, 1, None)\n"
+                    "        self.assertEqual(add(1, 2), 3)",
+    "async": "import asyncio\nasync def test_a():\n    await asyncio.sleep(0)\n    assert add(1, 2) == 3",
+    "helpers": "def verify(*given):\n    assert add(*given) == sum(given)\nverify(1, 2)",
+    "numpy": "import numpy as np\nassert (add(np.array([1, 2]), 1) == np.array([2, 3])).all()",
+    "numpy's assertions": "import numpy as np\nassert add(np.ones((2, 0, 3)), 1).shape == (2, 0, 3)\n"
+                          "np.testing.assert_allclose(add(np.float64(1), 2), 3)",
+    "a call": [{"function": "add", "arguments": {"a": 1, "b": 2}, "expected": 3}]}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_public_data_sets_tell_right_from_wrong(form: str) -> None:
+    assert score(ADD, FORMS[form]).reward == 1.0, score(ADD, FORMS[form])
+    for wrong in (SUBTRACT, BROKEN, NOTHING, "I cannot."):
+        result = score(wrong, FORMS[form])
+        assert (result.reward, result.status) == (0.0, "scored") and result.components["why"], result
+
+
+def test_an_async_solution_is_awaited() -> None:
+    response = "import asyncio\nasync def add(a, b):\n    await asyncio.sleep(0)\n    return a + b"
+    tests = ["import asyncio\nassert asyncio.run(add(1, 2)) == 3",
+             "async def test_a():\n    assert await add(1, 2) == 3",
+             "import unittest\nclass T(unittest.IsolatedAsyncioTestCase):\n    async def test_a(self):\n"
+             "        self.assertEqual(await add(1, 2), 3)"]
+    assert score(response, tests).reward == 1.0
+    assert score(response.replace("+", "-"), tests).reward == 0.0
+
+
+def test_check_gets_the_one_function_of_the_program() -> None:
+    check = "def check(candidate):\n    assert candidate(1, 2) == 3"
+    helped = "def plus(a, b):\n    return a + b\ndef total(a, b):\n    return plus(a, b)"
+    assert score(helped, check).reward == 1.0
+    assert score(helped.replace("a + b", "a - b"), check).reward == 0.0
+    assert score("x = 1", check).components["why"] == "defines no function"
+    two = "def add(a, b):\n    return a + b\ndef sub(a, b):\n    return a - b"
+    assert "entry_point is missing, and the program has add, sub:" in score(two, check).reason
+    assert score(two, check, entry_point="add").reward == 1.0
+    assert score(two, check, entry_point="sub").reward == 0.0
+    assert score(two, check, entry_point="mul").components["why"] == "NameError: name 'mul' is not defined"
+    method = "class Solution:\n    def add(self, a, b):\n        return a + b"
+    assert score(method, check, entry_point="Solution().add").reward == 1.0
+    assert score(method, check, entry_point="add; import os").status == "refused"
+
+
+@pytest.mark.parametrize("tests", [
+    {"inputs": ["1 2\n", "3 4"], "outputs": ["3\n", "7"]}, '{"inputs": ["1 2"], "outputs": ["3"]}',
+    '[{"input": "1 2", "output": "3", "testtype": "stdin"}]', [{"input": "1 2", "output": "3"}],
+    {"inputs": [["1 2"]], "outputs": [["3"]]}, [{"stdin": "1 2", "stdout": ["3", ""]}]])
+def test_inputs_of_taco_and_livecodebench_are_read(tests: Any) -> None:
+    response = "```python\nprint(sum(map(int, input().split())))\n```\nIt prints\n```\n3\n```"
+    assert score(response, tests).reward == 1.0
+    assert score(response.replace("sum", "max"), tests).reward == 0.0
+
+
+@pytest.mark.parametrize("tests, what", [
+    ({"inputs": ["1"], "outputs": []}, "lists of one length"),
+    ({"inputs": [[1]], "outputs": [1], "fn_name": "f"}, "write each as function"),
+    ([{"input": "[1]", "output": "1", "testtype": "functional"}], "must be a text of Python"),
+    ([{"stdin": "1", "stdout": " \n"}, {"stdin": "2", "stdout": ""}], "expect no output"),
+    ({"inputs": [[1]], "outputs": ["1"]}, "must be texts")])
+def test_rows_that_are_no_tests_are_refused(tests: Any, what: str) -> None:
+    result = score("print(1)", tests)
+    assert result.status == "refused" and what in result.reason, result
+
+
+def test_names_that_tests_take_from_the_program() -> None:
+    def names(*texts: str) -> set[str]:
+        return set(read_tests({"tests": list(texts)}, 0.0, "lines").names)
+
+    assert names("assert f(1) == g.x + abs(2)") == {"f", "g"}
+    assert names("import math\nfrom os import path\nassert f(math.pi, path) == [x for x in y]") == {"f", "y"}
+    assert names("def test_a(f):\n    x = h()\n    assert f(x)") == {"h"}
+    assert names("from solution import a as b, c\nassert b(c)") == {"a", "c"}
+    assert names("import solution as s\nassert s.a(s.b)") == {"a", "b"}
+    assert names("class T:\n    def test_a(self):\n        assert f(lambda z: z + k)") == {"f", "k"}
+    assert names("x = 1\nassert f(x)", "assert g(x)") == {"f", "g"}
+    with pytest.raises(Refused):
+        names("x = 1")
+
+
+@pytest.mark.parametrize("printed, expected, equal", [
+    ("8\r\n\n9 \t\n\n", "8\n\n9", True), ("8", "8\n", True), ("", "\n\n", True), ("8\n9", "8 9", False),
+    *((f"8{mark}9", "8\n9", False) for mark in "\x1c\x1d\x1e\x0b\x0c\r\x85\u2028\u2029"),
+    *((f"8{mark}", "8", False) for mark in "\x1c\x85\u2028\xa0"), ("8\x1c9", "8\x1c9", True)])
+def test_lines_end_where_a_program_ends_them(printed: str, expected: str, equal: bool) -> None:
+    assert is_same_output(printed, expected, "lines", 0.0) is equal
+
+
+@pytest.mark.parametrize("printed, expected, lines, tokens, close", [
+    # printed, expected; equal by lines, by tokens, by lines with a tolerance of 1e-6
+    ("1 2", "1 2", True, True, True), ("1  2", "1 2", False, True, True), ("1\n2", "1 2", False, True, False),
+    (str(1 / 3), "0.333333333333", False, False, True), ("0.33334", "0.333333", False, False, False),
+    ("1000000.5", "1000000.1", False, False, True), ("1000002.5", "1000000.1", False, False, False),
+    ("2.0000000", "2", False, False, True), ("2", "2.0", False, False, True), ("3", "2", False, False, False),
+    ("1000000008", "1000000007", False, False, False), ("1000000008.0", "1000000007", False, False, False),
+    ("9007199254740993.0", "9007199254740992", False, False, False), ("1e-7", "0.0", False, False, True),
+    ("1e9", "1000000000.0", False, False, True), ("inf", "inf", True, True, True),
+    ("-0.0000001", "0.0", False, False, True), *((*pair, False, False, False) for pair in (
+        ("nan", "0.5"), ("1e400", "1e401"), ("a 0.1", "b 0.1"), ("0.5 0.5", "0.5"), ("", "0.0"),
+        ("0.5,", "0.5"), ("1_0.0", "10.0"), ("٣.0", "3.0"), ("9" * 300_000 + "x", "0.5"),
+        ("1e999999", "0.5")))],
+    ids=range(27))
+def test_outputs_by_lines_tokens_and_within_a_tolerance(
+        printed: str, expected: str, lines: bool, tokens: bool, close: bool) -> None:
+    assert is_same_output(printed, expected, "lines", 0.0) is lines
+    assert is_same_output(printed, expected, "tokens", 0.0) is tokens
+    assert is_same_output(printed, expected, "lines", 1e-6) is close
+
+
+def test_a_row_or_a_setting_gives_the_tolerance() -> None:
+    third = [{"stdin": "", "stdout": "0.333333333333"}]
+    calls = [{"function": "f", "arguments": [[0.1, 0.2]], "expected": [0.3, {"n": 3}]}]
+    response, adds = "print(1/3)", "def f(a):\n    return (sum(a), {'n': 3})"
+    assert [score(response, third).reward, score(adds, calls).reward] == [0.0, 0.0]
+    assert [score(response, third, number_tolerance=1e-6).reward,
+            score(adds, calls, number_tolerance=1e-6).reward] == [1.0, 1.0]
+    lenient = CodeReward(number_tolerance=1e-6, compare_by="tokens")
+    for answer, tests, right in ((response, third, 1.0), (adds, calls, 1.0),
+                                 (adds.replace("3", "4"), calls, 0.0),
+                                 ("print(0.3, 1)", [{"stdin": "", "stdout": "0.3\n1"}], 1.0)):
+        assert judged(lenient, {"response": answer, "tests": tests}).reward == right
+    strict = {"response": response, "tests": third, "number_tolerance": 0, "compare_by": "lines"}
+    assert judged(lenient, strict).reward == 0.0
+    for field, value in (("number_tolerance", -1), ("number_tolerance", "x"), ("number_tolerance", True),
+                         ("compare_by", "words")):
+        assert field in score(response, third, **{field: value}).reason
+
+
+def test_the_tests_of_a_row_are_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+    run = CodeReward._run
+
+    def note_run(self: CodeReward, program: Program, *more: Any) -> Outcome:
+        runs.append(program.stdin)
+        return run(self, program, *more)
+
+    monkeypatch.setattr(CodeReward, "_run", note_run)
+    row = {"response": ADD, "tests": ["assert add(1, 2) == 3 # proved once"]}
+    assert [judged(CodeReward(), row).reward for _ in range(3)] == [1.0] * 3
+    assert len(runs) == 4 and sum("_Stub" in stdin for stdin in runs) == 1

@@ -1,0 +1,124 @@
+"""Which text of a response is its program."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from megatron_sov.judge.rewards.program_text import (
+    find_definitions, find_entry_points, iter_blocks, parse_python, program_in)
+
+P = "print(5)\n"
+F = "def f(x):\n    return x + 1\n"
+
+
+def test_the_last_block_of_python_outside_of_the_thoughts_counts() -> None:
+    response = ("<think>```python\nno\n```</think>One:\n```python\na = 1\n```\nor\n"
+                "  ```py\nb = 2\n  ```\n```sh\nls\n```")
+    assert program_in(response) == "b = 2\n"
+    assert program_in("print(1)") == "print(1)"
+
+
+@pytest.mark.parametrize("response", [
+    f"```python\n{P}```\nOutput:\n```\n5\n```",
+    f"```\n{P}```\nOutput:\n```\n5\n```\nand\n```\n[5]\n```",
+    f"```python\n{P}```\n```output\nprint(6)\n```\n```text\nprint(7)\n```",
+    "1. So:\n\n   ```python\n   print(5)\n   ```",
+    "1. ```python\n   print(5)\n   ```",
+    "- So:\n\t```python\n\tprint(5)\n\t```\n",
+    "```python\n    print(5)\n```",
+    f"```python\n{P}",
+    f"So:\n```py\n{P}\n",
+    f"Draft:\n```python\nprint(4)\nNow better:\n```python\n{P}```",
+    f"~~~python\n{P}~~~\n",
+    f"````python\n{P}````\n```\n4\n```",
+    f"```Python3 title=\"a.py\"\n{P}```",
+    f"``` python\r\n{P.strip()}\r\n```\r\n",
+    f"```{{.python}}\n{P}```",
+    f"```python\nprint(\n```\n```\n{P}```",
+    f"````markdown\n```python\nprint(4)\n```\n````\n```python\n{P}```",
+    f"Python:\n```python\n{P}```\nC:\n```c\nint main() {{}}\n```",
+    f"```python\n{P}``` \nand more text `x`",
+    "print(5)"])
+def test_the_program_that_prints_is_found(response: str) -> None:
+    assert program_in(response).strip() == P.strip()
+
+
+@pytest.mark.parametrize("response", [
+    f"```python\n{F}```\nUsage:\n```python\nprint(f(1))\n```",
+    f"```python\n{F}```\nUsage:\n```python\nfrom solution import f\nprint(f(1))\n```",
+    f"Draft:\n```python\ndef f(x): return 0\n```\nFinal:\n```python\n{F}```",
+    f"```python\ndef g(x): return 0\n```\n```python\n{F}```\n```python\nassert f(1) == 2\n```",
+    f"```python\n{F}```\nIt prints\n```\n2\n```",
+    f"```\n{F}```\n```\n>>> f(1)\n2\n```",
+    f"```python\n{F}```\nor\n```python\ndef f(x:\n```",
+    f"```python\n{F}\nif __name__ == '__main__':\n    print(f(1))\n```\n```python\nprint(f(2))\n```",
+    "1. Code:\n   ```python\n   def f(x):\n       return x + 1\n   ```\n"
+    "2. Run:\n   ```python\n   f(1)\n   ```",
+    F])
+@pytest.mark.parametrize("names", [("f",), ("f", "List"), ()])
+def test_the_program_that_tests_call_is_found(response: str, names: tuple[str, ...]) -> None:
+    assert program_in(response, names).startswith(F.rstrip())
+
+
+def test_a_fence_inside_of_a_docstring_ends_nothing() -> None:
+    program = 'def f(x):\n    """Add.\n\n    ```\n    f(1)\n    ```\n    """\n    return x + 1\n'
+    assert program_in(f"```python\n{program}```\n", ("f",)) == program
+
+
+def test_lines_of_a_text_keep_their_blanks() -> None:
+    program = 'x = """a\n   \n  b"""\nprint(x)\n'
+    assert program_in(f"```python\n{program}```") == program
+    assert program_in("1. ```python\n   x = 1\n   y = '''a\nb'''\n   ```") == "x = 1\ny = '''a\nb'''\n"
+
+
+def test_the_text_of_a_response_without_a_block_is_the_program() -> None:
+    assert program_in("I cannot do this.") == "I cannot do this."
+    assert program_in("```\nno program at all\n```") == "```\nno program at all\n```"
+    assert program_in("```python\nbroken(\n```\n```\nno program\n```") == "broken(\n"
+
+
+@pytest.mark.parametrize("response", [
+    "```" + " " * 300_000, "`" * 300_000, "```\n" * 20_000, " " * 300_000 + "```", "~~~" + "`" * 300_000,
+    "1. " * 100_000 + "```", "```python\n" + "-" * 300_000 + "1\n```", "```python\n" + "(" * 300_000,
+    "```\n" + "a" + ".b" * 100_000 + "\n```", "```python\n" + "if x: pass\nel" * 3000 + "if y: pass\n```"],
+    ids=range(10))
+def test_long_lines_take_linear_time(response: str) -> None:
+    assert isinstance(program_in(response, ("f",)), str)
+
+
+def test_blocks_are_those_of_a_reference_for_plain_fences() -> None:
+    """Random blocks of words, written with fences longer than any inside, come back as they were."""
+    drawn = random.Random(1)
+    for _ in range(200):
+        blocks, text = [], ""
+        for _ in range(drawn.randrange(4)):
+            inside = "\n".join(drawn.choice(["x = 1", "    y", "```", "~~~", "``", "", "    ```"])
+                               for _ in range(drawn.randrange(1, 5)))
+            if not inside.strip():
+                continue
+            fence = drawn.choice("`~") * 4
+            language = drawn.choice(["python", "", "c"])
+            text += f"{drawn.choice(['', 'So:'])}\n{fence}{language}\n{inside}\n{fence}\n"
+            blocks.append((language, inside.rstrip()))
+        found = [(language, block.rstrip()) for language, block in iter_blocks(text)]
+        assert [language for language, _ in found] == [language for language, _ in blocks]
+        assert [b.split() for _, b in found] == [b.split() for _, b in blocks]
+
+
+def test_definitions_stand_at_the_top() -> None:
+    tree = parse_python("import a\nfrom b import c\nif a:\n    def d(): x = 1\nelse:\n    e: int = 1\n"
+                        "class F:\n    def g(self): pass\nh, (i, j) = 1, (2, 3)\nk[0] = 1\n"
+                        "for _ in a:\n    l = 2\n")
+    assert tree is not None and set(find_definitions(tree)) == {"d", "e", "F", "h", "i", "j", "l"}
+
+
+@pytest.mark.parametrize("source, found", [
+    (F, ["f"]), ("def g(): pass\ndef f(): return g()", ["f"]), ("def f(): return f()", ["f"]),
+    ("def a(): pass\ndef b(): pass", ["a", "b"]), ("x = 1", []), ("def f(:", None),
+    ("class A:\n    def m(self): return g()\ndef g(): pass\ndef f(): pass", ["f"]),
+    ("async def f(): pass", ["f"]), ("f = lambda x: x", []), ("def f(): pass\nx = f()", ["f"]),
+    ("def a(): return b()\ndef b(): return a()", ["a", "b"])])
+def test_entry_points_are_functions_that_no_other_one_calls(source: str, found: list[str] | None) -> None:
+    assert find_entry_points(source) == found
