@@ -157,10 +157,12 @@ def split_thoughts(text: str, in_thoughts: bool) -> tuple[str, str]:
     indentation of code, stays.
     """
     begun = text.lstrip()
-    if not in_thoughts and not begun.startswith(BEGIN_THOUGHTS):
-        return "", text
     # a model may open its thoughts again where the template has done so
-    thoughts, _, said = begun.removeprefix(BEGIN_THOUGHTS).partition(END_THOUGHTS)
+    if begun.startswith(BEGIN_THOUGHTS):
+        text = begun.removeprefix(BEGIN_THOUGHTS)
+    elif not in_thoughts:
+        return "", text
+    thoughts, _, said = text.partition(END_THOUGHTS)
     return thoughts.strip("\n"), said.lstrip("\n")
 
 

@@ -171,9 +171,9 @@ def test_thoughts_and_calls_are_told_apart_from_what_is_said(opened: Any) -> Non
         assert (plain["content"], plain["ended"], "tool_calls" in plain) == ("2 곰 </b>", "stop", False)
         # the user's special tokens are text: the model here is one that repeats them as text
         found = both("<think> 1+1 </think> 2")
-        assert (found["reasoning_content"], found["content"]) == ("1+1", "2")
-        found = both("1+1 </think> 2", chat_template_kwargs={"thinks": True})
-        assert (found["reasoning_content"], found["content"]) == ("1+1", "2")
+        assert (found["reasoning_content"], found["content"]) == (" 1+1 ", " 2"), "line feeds alone go"
+        found = both(" 1+1 </think> 2", chat_template_kwargs={"thinks": True})
+        assert (found["reasoning_content"], found["content"]) == (" 1+1 ", " 2"), "line feeds alone go"
         found = both(f"I add. {ADD}", tools=TOOLS)
         assert found["tool_calls"] == [{"type": "function",
                                         "function": {"name": "add", "arguments": '{"a": 1}'}}]
