@@ -1,0 +1,59 @@
+"""A fine-tuned Hugging Face folder as the teacher of that folder, and as a user of its rollouts: both have
+one tokenizer, though `sov-tokenizer import` writes its file anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.cli import main as sov_data
+from megatron_sov.base.digests import file_digest
+from megatron_sov.convert import to_hf
+from tokenizer.cli import main as sov_tokenizer
+
+SETTINGS = ("rollout.rounds=1", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
+            "rollout.max_new_tokens=4", "rollout.max_prompt_tokens=24", "train.eval_every_steps=0",
+            'data.phases=[{"name": "main", "seq_len": 32}]')
+
+
+def words(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with `base`, a Hugging Face folder whose tokenizer.json is laid out as transformers
+    does, and chats in its tokens."""
+    folder = tmp_path_factory.mktemp("one-tokenizer")
+    to_hf(teacher / "checkpoints/step-2", folder / "base", "float32")
+    (folder / "base/manifest.json").unlink()
+    file = folder / "base/tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")), indent=2))
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": [
+        {"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}) + "\n" for i in range(8)))
+    (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "{i}?"}}\n' for i in range(4)))
+    assert sov_tokenizer(["import", str(folder / "base"), "--output", str(folder / "tokenizer")]) == 0
+    assert sov_data(["pack", "--tokenizer", str(folder / "tokenizer"), "--format", "chat", "--input",
+                     str(folder / "chats.jsonl"), "--output", str(folder / "chats")]) == 0
+    return folder
+
+
+def test_a_fine_tuned_folder_teaches_that_folder_and_uses_its_store(
+        folder: Path, tiny: list[str], run_command: Any) -> None:
+    base, sft, store = folder / "base", folder / "sft", folder / "store"
+    rounds = ["rl", "run", "tiny-solar-open", *tiny, *words(*SETTINGS), "--prompts",
+              str(folder / "prompts.jsonl"), "--store", str(store), "--plain"]
+    for command in (
+            ["sft", "tiny-solar-open", *tiny, *words("train.steps=1"), "--from", str(base), "--data",
+             str(folder / "chats"), "--run", str(sft)],
+            [*rounds, *words("policy.method=opd"), "--reward", "none", "--from", str(base), "--teacher", str(sft),
+             "--run", str(folder / "opd")],
+            [*rounds, *words("policy.method=grpo", "rollout.seed=7"), "--reward", "repetition", "--from", str(sft),
+             "--run", str(folder / "grpo")]):
+        done = run_command(*command)
+        assert done.returncode == 0, done.stderr
+    own, its = (place / "tokenizer.json" for place in (base, sft / "checkpoints/step-1/tokenizer"))
+    assert file_digest(own) != file_digest(its), "the files differ, the tokenizer does not"
