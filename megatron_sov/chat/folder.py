@@ -77,6 +77,15 @@ def chat_form(folder: Path) -> dict[str, Any]:
             f"{TEMPLATE} (or chat_template in {CONFIG_JSON})": chat_template(folder)}
 
 
+def special_text(folder: Path, name: str) -> str:
+    """Return the text of a special token ("eos_token") by the files beside a tokenizer.json; "": none.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    return _text(_config(folder).get(name))
+
+
 def chat_template(folder: Path) -> str:
     """Return the default chat template of a folder; "": it has none.
 

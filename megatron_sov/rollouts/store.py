@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from megatron_sov.base.digests import SHA256
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.chat.vocabulary import is_digest_of, tokenizer_digest
 from megatron_sov.rollouts.rows import (
@@ -323,6 +324,11 @@ class RolloutStore(Table[RolloutPart]):
     def is_written_in(self, tokenizer: Path) -> bool:
         """Return whether the rollouts are tokens of the tokenizer in a folder."""
         return is_digest_of(self.tokenizer_digest, tokenizer)
+
+    @property
+    def names_bytes(self) -> bool:
+        """Whether an earlier version began the store, which knew a tokenizer by the bytes of its file."""
+        return self.tokenizer_digest.startswith(f"{SHA256}:")
 
     @property
     def tokenizer_digest(self) -> str:

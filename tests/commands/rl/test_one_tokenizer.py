@@ -4,6 +4,7 @@ one tokenizer, though `sov-tokenizer import` writes its file anew."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 
 from data_prep.cli import main as sov_data
 from megatron_sov.base.digests import file_digest
+from megatron_sov.commands.rl.asked import _identify_chats
 from megatron_sov.convert import to_hf
+from megatron_sov.rollouts.store import RolloutStore
 from tokenizer.cli import main as sov_tokenizer
 
-SETTINGS = ("rollout.rounds=1", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
+SETTINGS = ("model.hidden_size=48", "rollout.rounds=1", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
             "rollout.max_new_tokens=4", "rollout.max_prompt_tokens=24", "train.eval_every_steps=0",
             'data.phases=[{"name": "main", "seq_len": 32}]')
 
@@ -46,14 +49,30 @@ def test_a_fine_tuned_folder_teaches_that_folder_and_uses_its_store(
     base, sft, store = folder / "base", folder / "sft", folder / "store"
     rounds = ["rl", "run", "tiny-solar-open", *tiny, *words(*SETTINGS), "--prompts",
               str(folder / "prompts.jsonl"), "--store", str(store), "--plain"]
+    parts = []
     for command in (
-            ["sft", "tiny-solar-open", *tiny, *words("train.steps=1"), "--from", str(base), "--data",
+            ["sft", "tiny-solar-open", *tiny, *words("train.steps=1", "model.hidden_size=48"), "--from", str(base), "--data",
              str(folder / "chats"), "--run", str(sft)],
             [*rounds, *words("policy.method=opd"), "--reward", "none", "--from", str(base), "--teacher", str(sft),
              "--run", str(folder / "opd")],
-            [*rounds, *words("policy.method=grpo", "rollout.seed=7"), "--reward", "repetition", "--from", str(sft),
+            [*rounds, *words("policy.method=grpo"), "--reward", "repetition", "--from", str(sft),
              "--run", str(folder / "grpo")]):
         done = run_command(*command)
         assert done.returncode == 0, done.stderr
+        parts.append([part.name for part in RolloutStore.open(store).parts()] if store.is_dir() else [])
+    assert parts[1] == parts[2] != [], "the responses of the base were there"
     own, its = (place / "tokenizer.json" for place in (base, sft / "checkpoints/step-1/tokenizer"))
     assert file_digest(own) != file_digest(its), "the files differ, the tokenizer does not"
+
+
+def test_keys_of_responses_hold_what_a_template_means(folder: Path, tmp_path: Path) -> None:
+    """A store that an earlier version began goes on with the digests of files that its keys hold."""
+    places = [folder / name for name in ("base", "tokenizer")]
+    base, imported = (_identify_chats(place, tmp_path / "new") for place in places)
+    assert base == imported and set(base) == {"tokenizer", "form"}
+    RolloutStore.create(tmp_path / "earlier", f"sha256:{'0' * 64}", 368)
+    base, imported = (_identify_chats(place, tmp_path / "earlier") for place in places)
+    assert base["tokenizer.json"] == file_digest(places[0] / "tokenizer.json") != imported["tokenizer.json"]
+    shutil.copytree(places[1], tmp_path / "other")
+    (tmp_path / "other/chat_template.jinja").write_text("{{ messages }}")
+    assert _identify_chats(tmp_path / "other", tmp_path / "new") != _identify_chats(places[0], tmp_path / "new")
