@@ -25,6 +25,7 @@ from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.world import on_main
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
+from megatron_sov.model.pretrained import is_hf_folder
 from megatron_sov.plan.calibration.fitting import fullest, refuse_on_this_node, refuse_too_large
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunEvents, RunFolder
@@ -47,7 +48,8 @@ from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.stages.announcement import banner, memory_of, summary
 from megatron_sov.train.stages.feed import Feed
 from megatron_sov.train.stages.gate import EndGate, Gate, GateView, conclude
-from megatron_sov.train.stages.stage_config import converted, tokenizer_of, will_convert
+from megatron_sov.train.stages.shared_copies import find_copy, shared_folder
+from megatron_sov.train.stages.stage_config import tokenizer_of
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import ObjectiveFactory, Trainer
 from megatron_sov.work.clusters.chips import Gpu
@@ -184,14 +186,15 @@ def _tell(stage: Stage, data: _Data, count: int) -> None:
         return
     newest = checkpoints.latest(stage.folder.checkpoints)
     steps = range(checkpoints.step_of(newest) if newest else 0, stage.config.num_steps())
-    start = newest or stage.start_from
     if stage.notes:
         print(_defaults(stage))
     print(banner(stage.config, count, stage.folder.path, steps, data.planned, data.sources,
                  memory_of(stage.config, count)))
-    print(f"  start      {start or f'initial weights, train.seed = {stage.config.train.seed}'}")
-    if stage.start_from is not None and will_convert(stage.start_from, stage.folder.path):
-        print(f"  converts   {stage.start_from} into {converted(stage.folder.path)} first")
+    told = newest or stage.start_from or f"initial weights, train.seed = {stage.config.train.seed}"
+    print(f"  start      {told}")
+    start, run = stage.start_from, stage.folder.path
+    if start is not None and is_hf_folder(start) and find_copy(start, run) is None:
+        print(f"  converts   {start} into {shared_folder(run)} first")
     print("dry run: nothing was written, and nothing ran")
 
 

@@ -61,6 +61,7 @@ def test_a_fine_tuned_folder_teaches_that_folder_and_uses_its_store(
         assert done.returncode == 0, done.stderr
         parts.append([part.name for part in RolloutStore.open(store).parts()] if store.is_dir() else [])
     assert parts[1] == parts[2] != [], "the responses of the base were there"
+    assert len(list((folder / ".from-hf").glob("base-*"))) == 1, "both runs of the folder share its conversion"
     own, its = (place / "tokenizer.json" for place in (base, sft / "checkpoints/step-1/tokenizer"))
     assert file_digest(own) != file_digest(its), "the files differ, the tokenizer does not"
 
