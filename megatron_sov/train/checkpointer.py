@@ -190,7 +190,7 @@ STOP = "asked to stop"
 
 def _read_companions(start: Path, data: Path) -> dict[str, bytes]:
     """Return the files beside tokenizer.json that a run takes over from the model that it starts from, as its
-    generation defaults; with the special tokens and the chat template of the data where those differ.
+    generation defaults; with the special tokens and the chat template of the data where they have others.
 
     Args:
         start: the model's tokenizer folder.
@@ -205,11 +205,13 @@ def _read_companions(start: Path, data: Path) -> dict[str, bytes]:
     config, defaults = (read_json(start / name) if name in files else {} for name in (
         CONFIG_JSON, GENERATION_CONFIG))
     for name in ("bos_token", "eos_token"):
-        if special_text(data, name) != special_text(start, name):
-            config[name] = special_text(data, name) or None
+        text = special_text(data, name)
+        if text and text != special_text(start, name):
+            config[name] = text
             defaults.pop(f"{name}_id", None)
-    if chat_template(data) != chat_template(start):
-        config["chat_template"] = chat_template(data)
+    template = chat_template(data)
+    if template and template != chat_template(start):
+        config["chat_template"] = template
         files.pop(TEMPLATE, None)
     changed = {CONFIG_JSON: config, **({GENERATION_CONFIG: defaults} if defaults else {})}
     return files | {name: to_json(content).encode() for name, content in changed.items()}

@@ -33,6 +33,10 @@ def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one-tokenizer")
     to_hf(teacher / "checkpoints/step-2", folder / "base", "float32")
     (folder / "base/manifest.json").unlink()
+    for name, more in (("generation_config.json", {"temperature": 0.6, "pad_token_id": 3}),
+                       ("tokenizer_config.json", {"unk_token": "<unk>", "model_max_length": 512})):
+        file = folder / "base" / name
+        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | more))
     file = folder / "base/tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")), indent=2))
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": [
@@ -44,26 +48,39 @@ def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def sft(folder: Path, tiny: list[str], run_command: Any) -> Path:
+    """Return a run that fine-tuned the folder `base`."""
+    done = run_command("sft", "tiny-solar-open", *tiny, *words("train.steps=1", "model.hidden_size=48"), "--from",
+                       str(folder / "base"), "--data", str(folder / "chats"), "--run", str(folder / "sft"))
+    assert done.returncode == 0, done.stderr
+    return folder / "sft"
+
+
 def test_a_fine_tuned_folder_teaches_that_folder_and_uses_its_store(
-        folder: Path, tiny: list[str], run_command: Any) -> None:
-    base, sft, store = folder / "base", folder / "sft", folder / "store"
-    rounds = ["rl", "run", "tiny-solar-open", *tiny, *words(*SETTINGS), "--prompts",
-              str(folder / "prompts.jsonl"), "--store", str(store), "--plain"]
-    parts = []
-    for command in (
-            ["sft", "tiny-solar-open", *tiny, *words("train.steps=1", "model.hidden_size=48"), "--from", str(base), "--data",
-             str(folder / "chats"), "--run", str(sft)],
-            [*rounds, *words("policy.method=opd"), "--reward", "none", "--from", str(base), "--teacher", str(sft),
-             "--run", str(folder / "opd")],
-            [*rounds, *words("policy.method=grpo"), "--reward", "repetition", "--from", str(sft),
-             "--run", str(folder / "grpo")]):
-        done = run_command(*command)
+        folder: Path, sft: Path, tiny: list[str], run_command: Any) -> None:
+    store, parts = folder / "store", []
+    for start, run, more in (
+            (folder / "base", "opd", ("policy.method=opd", "none", "--teacher", str(sft))),
+            (sft, "grpo", ("policy.method=grpo", "repetition"))):
+        method, reward, *teacher = more
+        done = run_command("rl", "run", "tiny-solar-open", *tiny, *words(*SETTINGS, method), "--prompts",
+                           str(folder / "prompts.jsonl"), "--reward", reward, "--plain", "--from", str(start),
+                           *teacher, "--run", str(folder / run), "--store", str(store))
         assert done.returncode == 0, done.stderr
-        parts.append([part.name for part in RolloutStore.open(store).parts()] if store.is_dir() else [])
-    assert parts[1] == parts[2] != [], "the responses of the base were there"
+        parts.append([part.name for part in RolloutStore.open(store).parts()])
+    assert parts[0] == parts[1] != [], "the responses of the base were there"
     assert len(list((folder / ".from-hf").glob("base-*"))) == 1, "both runs of the folder share its conversion"
-    own, its = (place / "tokenizer.json" for place in (base, sft / "checkpoints/step-1/tokenizer"))
+    own, its = (place / "tokenizer.json" for place in (folder / "base", sft / "checkpoints/step-1/tokenizer"))
     assert file_digest(own) != file_digest(its), "the files differ, the tokenizer does not"
+
+
+def test_a_fine_tuned_folder_gives_back_the_settings_of_its_base(folder: Path, sft: Path) -> None:
+    """Generation defaults, and all that `sov-tokenizer import` does not carry."""
+    to_hf(sft / "checkpoints/step-1", folder / "export")
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        own, its = (json.loads((folder / place / name).read_text(encoding="utf-8")) for place in ("export", "base"))
+        assert own == its, name
 
 
 def test_keys_of_responses_hold_what_a_template_means(folder: Path, tmp_path: Path) -> None:
