@@ -145,8 +145,8 @@ def _differing_ids(a: Weights, b: Weights) -> list[str]:
     for side in (a, b):
         folder = side.path if isinstance(side, HfWeights) else side.path / "tokenizer"
         sides.append(vars(with_turn_ends(folder, ids_beside(folder))))
-    return [f"{name} ({one} and {other})" for name, one, other in
-            ((name, *(ids_as_list(ids[name]) for ids in sides)) for name in sides[0]) if set(one) != set(other)]
+    pairs = {name: [ids_as_list(ids[name]) for ids in sides] for name in sides[0]}
+    return [f"{name} ({one} and {other})" for name, (one, other) in pairs.items() if set(one) != set(other)]
 
 
 def _tensor_checks(a: Weights, b: Weights, records: dict[str, TensorRecord]) -> list[ParityCheck]:

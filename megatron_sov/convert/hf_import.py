@@ -23,8 +23,7 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import refuse_link_outside
-from megatron_sov.chat.folder import (
-    CONFIG_JSON, TEMPLATE, TOKENIZER_JSON, read_chat_encoder, special_text)
+from megatron_sov.chat.folder import CONFIG_JSON, TEMPLATE, TOKENIZER_JSON, read_chat_encoder, special_text
 from megatron_sov.chat.vocabulary import read_tokenizer
 from megatron_sov.checkpoint.assembling import StoredBlock
 from megatron_sov.checkpoint.sharded_tensors import (
@@ -277,7 +276,8 @@ def ids_in(config: dict[str, Any]) -> TokenIds:
     found: dict[str, Any] = {}
     for name in ("bos", "eos", "pad"):
         value = config.get(f"{name}_token_id")
-        ids = [id_ for id_ in (value if isinstance(value, list) else [value]) if type(id_) is int and id_ >= 0]
+        values = value if isinstance(value, list) else [value]
+        ids = [id_ for id_ in values if type(id_) is int and id_ >= 0]
         found[name] = ids if ids and isinstance(value, list) else next(iter(ids), None)
     return TokenIds(**found)
 
@@ -296,7 +296,8 @@ def ids_beside(folder: Path) -> TokenIds:
     config = _read_if_there(folder / CONFIG)
     inside = config.get("text_config")
     found: dict[str, Any] = {}
-    for named in (_read_if_there(folder / GENERATION_CONFIG), config, inside if isinstance(inside, dict) else {}):
+    defaults = _read_if_there(folder / GENERATION_CONFIG)
+    for named in (defaults, config, inside if isinstance(inside, dict) else {}):
         found |= {name: value for name, value in vars(ids_in(named)).items() if found.get(name) is None}
     missing = [name for name, value in found.items() if value is None]
     return TokenIds(**found | _ids_of_texts(folder, missing))

@@ -213,7 +213,7 @@ def _read_companions(start: Path, data: Path) -> dict[str, bytes]:
     if template and template != chat_template(start):
         config["chat_template"] = template
         files.pop(TEMPLATE, None)
-    changed = {CONFIG_JSON: config, **({GENERATION_CONFIG: defaults} if defaults else {})}
+    changed = {CONFIG_JSON: config, **({GENERATION_CONFIG: defaults} if GENERATION_CONFIG in files else {})}
     return files | {name: to_json(content).encode() for name, content in changed.items()}
 
 

@@ -99,7 +99,8 @@ NAMED: dict[str, tuple[dict[str, dict[str, Any]], TokenIds]] = {
         {GENERATION: {"temperature": 0.6}, CONFIG: {"bos_token_id": 4, "eos_token_id": 5}}, TokenIds(4, 5)),
     "nulls": ({GENERATION: {"eos_token_id": None, "pad_token_id": 3}, CONFIG: {"eos_token_id": 5}},
               TokenIds(None, 5, 3)),
-    "several ends": ({GENERATION: {"eos_token_id": [2, 7]}, CONFIG: {"eos_token_id": 5}}, TokenIds(eos=[2, 7])),
+    "several ends": ({GENERATION: {"eos_token_id": [2, 7]}, CONFIG: {"eos_token_id": 5}},
+                     TokenIds(eos=[2, 7])),
     "several ends in the config": ({GENERATION: {"bos_token_id": 1}, CONFIG: {"eos_token_id": [5, 6]}},
                                    TokenIds(1, [5, 6])),
     "an empty list": ({GENERATION: {"eos_token_id": []}, CONFIG: {"eos_token_id": 5}}, TokenIds(eos=5)),
@@ -107,7 +108,8 @@ NAMED: dict[str, tuple[dict[str, dict[str, Any]], TokenIds]] = {
     "no generation defaults": ({CONFIG: {"bos_token_id": 4, "eos_token_id": [5]}}, TokenIds(4, [5])),
     "a part of the text model": (
         {CONFIG: {"bos_token_id": 4, "text_config": {"bos_token_id": 8, "eos_token_id": 9}}}, TokenIds(4, 9)),
-    "texts": ({GENERATION: {"bos_token_id": 1}, TEXTS: {"bos_token": "<s>", "eos_token": "</s>"}}, TokenIds(1, 1)),
+    "texts": ({GENERATION: {"bos_token_id": 1}, TEXTS: {"bos_token": "<s>", "eos_token": "</s>"}},
+              TokenIds(1, 1)),
     "texts as objects": ({TEXTS: {"eos_token": {"content": "<end>", "lstrip": False}, "pad_token": "a"}},
                          TokenIds(eos=7, pad=2)),
     "texts of an older file": ({MAP: {"eos_token": "</s>"}, TEXTS: {"pad_token": None}}, TokenIds(eos=1)),
@@ -143,7 +145,8 @@ def test_a_special_token_without_an_id_is_refused_where_it_is_needed(tmp_path: P
     assert ids_beside(tmp_path) == TokenIds(eos=0)
 
 
-@pytest.mark.parametrize("defaults", [{"temperature": 0.6}, {"temperature": 0.6, "eos_token_id": None}, {}, None])
+@pytest.mark.parametrize("defaults", [
+    {"temperature": 0.6}, {"temperature": 0.6, "eos_token_id": None}, {}, None])
 def test_ids_that_generation_defaults_lack_come_back(defaults: dict[str, Any] | None, solar_dir: Path,
                                                      tmp_path: Path) -> None:
     source = shutil.copytree(solar_dir, tmp_path / "source", ignore=shutil.ignore_patterns(GENERATION))

@@ -1,5 +1,5 @@
-"""Encoders start from Hugging Face folders: alone or inside a larger model, of exactly their sizes; and what a
-run takes over of the tokenizer of its start."""
+"""Encoders start from Hugging Face folders: alone or inside a larger model, of exactly their sizes; and a run
+takes over the tokenizer settings of its start."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ BASE = {"tokenizer.json": VOCAB, "generation_config.json": {"eos_token_id": 1, "
         "tokenizer_config.json": {"eos_token": "</s>", "unk_token": "<s>", "chat_template": "{{ x }}"},
         "special_tokens_map.json": {"unk_token": "<s>"}}
 IMPORTED = {"tokenizer.json": VOCAB, "tokenizer_config.json": {
-    "eos_token": "</s>", "pad_token": "</s>", "chat_template": "{{ x }}", "tokenizer_class": "PreTrainedTokenizerFast"}}
+    "eos_token": "</s>", "pad_token": "</s>", "chat_template": "{{ x }}",
+    "tokenizer_class": "PreTrainedTokenizerFast"}}
 
 
 def written(folder: Path, files: dict[str, Any], **more: Any) -> Path:
@@ -120,8 +121,8 @@ def test_settings_of_the_base_are_taken_over(tmp_path: Path) -> None:
     ({"bos_token": "<s>"}, {"bos_token": "<s>"}, {"eos_token_id": 1, "top_p": 0.9}),
     ({"eos_token": None}, {}, {"eos_token_id": 1, "top_p": 0.9}),
     ({"chat_template": None}, {}, {"eos_token_id": 1, "top_p": 0.9})])
-def test_the_form_of_chats_is_that_of_the_data(own: dict[str, Any], config: dict[str, Any], defaults: dict[str, Any],
-                                               tmp_path: Path) -> None:
+def test_the_form_of_chats_is_that_of_the_data(
+        own: dict[str, Any], config: dict[str, Any], defaults: dict[str, Any], tmp_path: Path) -> None:
     base = written(tmp_path / "base", BASE)
     data = written(tmp_path / "data", IMPORTED | {
         "tokenizer_config.json": IMPORTED["tokenizer_config.json"] | own})

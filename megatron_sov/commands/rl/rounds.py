@@ -438,8 +438,8 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
     prompts = args.kept(parsed.prompts, aside, args.store)
     round_prompts(prompts, config.rollout, 1)  # which refuses too few of them
     producer = Producer(
-        partial(RolloutStore.create_for, args.store, start.tokenizer_folder, start.vocab_size), prompts, aside,
-        config.rollout, args.run, writer, Batching(args.batch_size), parsed.reward_version,
+        partial(RolloutStore.create_for, args.store, start.tokenizer_folder, start.vocab_size), prompts,
+        aside, config.rollout, args.run, writer, Batching(args.batch_size), parsed.reward_version,
         partial(judging, args.reward, args.reward_set, args.workers),
         {"engine": args.engine, "environment": args.environment, "reward": args.reward},
         config.policy.parts.max_gen_batches,

@@ -2,7 +2,7 @@
 of a folder.
 
     RUNS/.from-hf/NAME-KEY/               the checkpoint; KEY is the digest of the files that it is made of
-    RUNS/.from-hf/seen/NAME-KEY/STAMP     a folder whose files had these places, sizes and times had that content
+    RUNS/.from-hf/seen/NAME-KEY/STAMP     a folder whose files had these sizes and times had that content
 
 Nothing here deletes a copy: a run of adapters needs its base for its whole life.
 """
@@ -77,8 +77,8 @@ def convert_start(start: Path, run: Path) -> Path:
                     raise SystemExit(code)
                 if _stamp(start) != stamp:
                     shutil.rmtree(copy)
-                    raise UserError(f"--from {start}: its files changed while they were converted; begin again "
-                                    "when they are complete")
+                    raise UserError(f"--from {start}: its files changed while they were converted; begin "
+                                    "again when they are complete")
             atomic_write(seen / stamp, "")
     return copy
 

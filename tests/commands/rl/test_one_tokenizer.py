@@ -17,8 +17,8 @@ from megatron_sov.convert import to_hf
 from megatron_sov.rollouts.store import RolloutStore
 from tokenizer.cli import main as sov_tokenizer
 
-SETTINGS = ("model.hidden_size=48", "rollout.rounds=1", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
-            "rollout.max_new_tokens=4", "rollout.max_prompt_tokens=24", "train.eval_every_steps=0",
+SETTINGS = ("model.hidden_size=48", "rollout.rounds=1", "rollout.prompts_per_round=2",
+            "rollout.samples_per_prompt=2", "rollout.max_new_tokens=4", "rollout.max_prompt_tokens=24", "train.eval_every_steps=0",
             'data.phases=[{"name": "main", "seq_len": 32}]')
 
 
@@ -40,7 +40,8 @@ def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = folder / "base/tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")), indent=2))
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": [
-        {"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}) + "\n" for i in range(8)))
+        {"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}) + "\n"
+        for i in range(8)))
     (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "{i}?"}}\n' for i in range(4)))
     assert sov_tokenizer(["import", str(folder / "base"), "--output", str(folder / "tokenizer")]) == 0
     assert sov_data(["pack", "--tokenizer", str(folder / "tokenizer"), "--format", "chat", "--input",
@@ -51,8 +52,9 @@ def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sft(folder: Path, tiny: list[str], run_command: Any) -> Path:
     """Return a run that fine-tuned the folder `base`."""
-    done = run_command("sft", "tiny-solar-open", *tiny, *words("train.steps=1", "model.hidden_size=48"), "--from",
-                       str(folder / "base"), "--data", str(folder / "chats"), "--run", str(folder / "sft"))
+    done = run_command("sft", "tiny-solar-open", *tiny, *words("train.steps=1", "model.hidden_size=48"),
+                       "--from", str(folder / "base"), "--data", str(folder / "chats"), "--run",
+                       str(folder / "sft"))
     assert done.returncode == 0, done.stderr
     return folder / "sft"
 
@@ -70,7 +72,7 @@ def test_a_fine_tuned_folder_teaches_that_folder_and_uses_its_store(
         assert done.returncode == 0, done.stderr
         parts.append([part.name for part in RolloutStore.open(store).parts()])
     assert parts[0] == parts[1] != [], "the responses of the base were there"
-    assert len(list((folder / ".from-hf").glob("base-*"))) == 1, "both runs of the folder share its conversion"
+    assert len(list((folder / ".from-hf").glob("base-*"))) == 1, "both runs share the conversion"
     own, its = (place / "tokenizer.json" for place in (folder / "base", sft / "checkpoints/step-1/tokenizer"))
     assert file_digest(own) != file_digest(its), "the files differ, the tokenizer does not"
 
@@ -79,7 +81,8 @@ def test_a_fine_tuned_folder_gives_back_the_settings_of_its_base(folder: Path, s
     """Generation defaults, and all that `sov-tokenizer import` does not carry."""
     to_hf(sft / "checkpoints/step-1", folder / "export")
     for name in ("generation_config.json", "tokenizer_config.json"):
-        own, its = (json.loads((folder / place / name).read_text(encoding="utf-8")) for place in ("export", "base"))
+        own, its = (json.loads((folder / place / name).read_text(encoding="utf-8"))
+                    for place in ("export", "base"))
         assert own == its, name
 
 
@@ -93,4 +96,5 @@ def test_keys_of_responses_hold_what_a_template_means(folder: Path, tmp_path: Pa
     assert base["tokenizer.json"] == file_digest(places[0] / "tokenizer.json") != imported["tokenizer.json"]
     shutil.copytree(places[1], tmp_path / "other")
     (tmp_path / "other/chat_template.jinja").write_text("{{ messages }}")
-    assert _identify_chats(tmp_path / "other", tmp_path / "new") != _identify_chats(places[0], tmp_path / "new")
+    other = _identify_chats(tmp_path / "other", tmp_path / "new")
+    assert other != _identify_chats(places[0], tmp_path / "new")

@@ -190,7 +190,8 @@ def test_data_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.paths is empty"):
         open_sources({}, 64)
     with pytest.raises(UserError, match=r"1: 'b' here, 'a' there.*; pack all data with the same tokenizer"):
-        open_sources({a: 1, artifact(tmp_path / "other", {"x": 1}, tokenizer="u" * 64, tokens={"b": 1}): 1}, 64)
+        other = artifact(tmp_path / "other", {"x": 1}, tokenizer="u" * 64, tokens={"b": 1})
+        open_sources({a: 1, other: 1}, 64)
     copied = artifact(tmp_path / "copied", {"y": 1}, tokenizer="u" * 64, indent=2)
     assert [s.name for s in open_sources({a: 1, f"z={copied}": 1}, 64)] == ["web", "z"], "written otherwise"
     with pytest.raises(UserError, match=r"source 'web': is in --data .*/a and in .*/same; name one of"):
