@@ -207,9 +207,9 @@ def _decode_of(folder: Path, store: RolloutStore) -> Callable[[list[int]], str]:
     if not file.is_file():
         raise UserError(f"--tokenizer {folder}: has no {TOKENIZER_JSON}; name a tokenizer's folder")
     if not store.is_written_in(folder):
-        raise UserError(f"--tokenizer {folder}: its digest is {tokenizer_digest(folder)}, and {store.path} was "
-                        f"written with {store.tokenizer_digest}; name the tokenizer of the model that wrote "
-                        "it")
+        raise UserError(f"--tokenizer {folder}: its digest is {tokenizer_digest(folder)}, and {store.path} "
+                        f"was written with {store.tokenizer_digest}; name the tokenizer of the model that "
+                        "wrote it")
     tokenizer = open_tokenizer(folder)
     return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
 

@@ -18,8 +18,8 @@ from megatron_sov.rollouts.store import RolloutStore
 from tokenizer.cli import main as sov_tokenizer
 
 SETTINGS = ("model.hidden_size=48", "rollout.rounds=1", "rollout.prompts_per_round=2",
-            "rollout.samples_per_prompt=2", "rollout.max_new_tokens=4", "rollout.max_prompt_tokens=24", "train.eval_every_steps=0",
-            'data.phases=[{"name": "main", "seq_len": 32}]')
+            "rollout.samples_per_prompt=2", "rollout.max_new_tokens=4", "rollout.max_prompt_tokens=24",
+            "train.eval_every_steps=0", 'data.phases=[{"name": "main", "seq_len": 32}]')
 
 
 def words(*settings: str) -> list[str]:
