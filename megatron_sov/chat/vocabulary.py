@@ -1,9 +1,8 @@
 """What token ids mean: the vocabulary of a tokenizer.json, its identity, and whether two of them agree.
 
-The identity covers all that decides which ids a text has and which text ids have: the vocabulary, the added
-tokens with their flags, the model with its merges, the normalizer, the pre-tokenizer and the decoder. It does
-not cover the layout of the file, lengths (`padding`, `truncation`), or the form of prompts: the special
-tokens that a post-processor puts around a text, and the chat template.
+The identity covers all that decides which ids a text has and which text ids have: vocabulary, added tokens
+with their flags, merges and the rest of the model, normalizer, pre-tokenizer, decoder. It does not cover the
+layout of the file, `padding` and `truncation`, or the form of prompts: post-processor and chat template.
 """
 
 from __future__ import annotations
@@ -18,17 +17,16 @@ from typing import Any
 
 from megatron_sov.base.digests import SHA256, file_digest
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.folder import chat_form
+from megatron_sov.chat.folder import TOKENIZER_JSON, chat_form
 
-TOKENIZER_JSON = "tokenizer.json"
 CANONICAL = "tokenizer-v1"
 """Prefix of the digest of a tokenizer's canonical form."""
 IMPLIED = {"ByteLevel": {"use_regex": True}, "Metaspace": {"prepend_scheme": "always", "split": True},
            "Punctuation": {"behavior": "Isolated"}}
-"""Type of a pre-tokenizer or decoder -> fields that older files leave out, with the values that
-`tokenizers` assumes for them."""
+"""Type of a step -> fields that older files leave out, with the values that `tokenizers` assumes."""
 IDLE = {"ByteLevel": {"trim_offsets"}, "Metaspace": {"str_rep", "add_prefix_space"}}
-"""Type -> fields that change no id: they move offsets, or repeat what another field of the step says."""
+"""Type of a step -> fields that change no id: they move offsets, or repeat another field."""
+IDLE_IN_DECODERS = IDLE | {"ByteLevel": {"trim_offsets", "add_prefix_space", "use_regex"}}
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,7 @@ class TokenizerFile:
     parts: list[dict[str, Any]]
     """Pre-tokenizers and decoders as they stand in the file, those inside of a sequence one by one."""
     cutting: dict[str, Any]
-    """Fields that decide into which tokens a text is split: those of the model, the normalizer and the
-    pre-tokenizer."""
+    """Fields of the model, normalizer and pre-tokenizer, which split a text into tokens."""
     decoder: Any
     """Step from tokens to text."""
 
@@ -73,7 +70,7 @@ def read_tokenizer(tokenizer: Path) -> TokenizerFile:
             raise ValueError("an id is no number, or a token is no text")
         return TokenizerFile({token: name for token, name in names.items() if token not in added}, added,
                              [*_steps(raw.get("pre_tokenizer")), *_steps(raw.get("decoder"))],
-                             _cutting(raw), _canonical(_decoder(raw.get("decoder"))))
+                             _cutting(raw), _canonical(raw.get("decoder"), IDLE_IN_DECODERS))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, struct.error,
             RecursionError) as e:
         raise UserError(f"{file}: cannot be read as a tokenizer ({e!r})") from None
@@ -87,8 +84,7 @@ def _steps(part: Any) -> list[dict[str, Any]]:
 
 
 def _cutting(raw: dict[str, Any]) -> dict[str, Any]:
-    model = _canonical({"type": "BPE", **raw["model"], "vocab": None, "dropout": raw["model"].get("dropout")
-                        or None})
+    model = _canonical({"type": "BPE", **raw["model"], "vocab": None})
     vocabulary = raw["model"]["vocab"]
     if isinstance(vocabulary, list):  # unigram
         # in the precision that sentencepiece has: `tokenizers` may write a double with another last digit
@@ -100,25 +96,17 @@ def _cutting(raw: dict[str, Any]) -> dict[str, Any]:
     return model | {name: step for name, step in steps.items() if step}
 
 
-def _decoder(step: Any) -> Any:
-    """Return a decoder without the fields of ByteLevel, which only its pre-tokenizer reads."""
-    if not isinstance(step, dict):
-        return step
-    if step.get("type") == "ByteLevel":
-        return {"type": "ByteLevel"}
-    return {name: list(map(_decoder, part)) if name == "decoders" else part for name, part in step.items()}
-
-
-def _canonical(value: Any) -> Any:
-    """Return a part of a tokenizer.json without fields that are empty or off, which some writers leave out,
-    and with those that older files imply."""
+def _canonical(value: Any, idle: dict[str, set[str]] = IDLE) -> Any:
+    """Return a part of a tokenizer.json without fields that are idle, empty or off, which some writers leave
+    out, and with those that older files imply."""
     if isinstance(value, list):
-        return [_canonical(part) for part in value]
+        return [_canonical(part, idle) for part in value]
     if not isinstance(value, dict):
         return value
     kind = str(value.get("type"))
-    found = {name: _canonical(part) for name, part in (IMPLIED.get(kind, {}) | value).items()
-             if name not in IDLE.get(kind, ())}
+    implied: dict[str, Any] = IMPLIED.get(kind, {})
+    found = {name: _canonical(part, idle) for name, part in (implied | value).items()
+             if name not in idle.get(kind, ())}
     return {name: part for name, part in found.items()
             if not (part is None or part is False or part in ("", [], {}))}
 
@@ -133,54 +121,39 @@ def tokenizer_digest(tokenizer: Path) -> str:
 
 
 def _digest_of_bytes(tokenizer: Path) -> str:
-    try:
-        return file_digest(tokenizer / TOKENIZER_JSON, SHA256)
-    except OSError as e:
-        raise UserError(f"{tokenizer / TOKENIZER_JSON}: cannot be read as a tokenizer ({e!r})") from None
+    if not (tokenizer / TOKENIZER_JSON).is_file():
+        raise UserError(f"{tokenizer / TOKENIZER_JSON}: cannot be read as a tokenizer: it is not there")
+    return file_digest(tokenizer / TOKENIZER_JSON, SHA256)
 
 
 @lru_cache(maxsize=16)
 def _canonical_digest(tokenizer: Path, content: str) -> str:
-    """Return `tokenizer_digest`; `content` is the digest of the file, so that one that changes is read
-    again."""
+    """Return `tokenizer_digest` of a file whose bytes have the digest `content`."""
     read = read_tokenizer(tokenizer)
     form = [sorted(read.ordinary.items()), sorted(read.added.items()), read.cutting, read.decoder]
-    text = json.dumps(form, sort_keys=True, separators=(",", ":"))
-    return f"{CANONICAL}:{hashlib.sha256(text.encode()).hexdigest()}"
+    return f"{CANONICAL}:{hashlib.sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()}"
 
 
 def is_digest_of(digest: str, tokenizer: Path) -> bool:
-    """Return whether a recorded digest is that of a folder's tokenizer. Versions before `CANONICAL` recorded
-    the digest of the bytes of tokenizer.json.
-
-    Raises:
-        UserError: the folder's tokenizer.json cannot be read.
-    """
-    if digest.startswith(f"{SHA256}:"):
-        return _digest_of_bytes(tokenizer) == digest
-    return tokenizer_digest(tokenizer) == digest
+    """Return whether a recorded digest is that of a folder's tokenizer; earlier versions recorded that of
+    the bytes of tokenizer.json. Raises as `tokenizer_digest`."""
+    compute = _digest_of_bytes if digest.startswith(f"{SHA256}:") else tokenizer_digest
+    return compute(tokenizer) == digest
 
 
 def find_difference(folder: Path, other: Path) -> str | None:
-    """Return the first difference between the tokenizers of two folders, as a sentence for an error message;
-    None: they have one identity.
-
-    Raises:
-        UserError: a tokenizer.json cannot be read.
-    """
+    """Return the first difference between the tokenizers of two folders, in words; None: they have one
+    identity. Raises as `tokenizer_digest`."""
     for file in (folder / TOKENIZER_JSON, other / TOKENIZER_JSON):
         if not file.is_file():
             return f"{file} is not there"
     if any(digest(folder) == digest(other) for digest in (_digest_of_bytes, tokenizer_digest)):
         return None
     ours, theirs = read_tokenizer(folder), read_tokenizer(other)
-    differing = sorted({id_ for id_, _ in ours.ordinary.items() ^ theirs.ordinary.items()})
-    if problem := _difference_of_ids(folder, other, differing, ours, theirs) or _difference_of_cuts(
-            folder, other, ours, theirs):
-        return problem
-    name, mine, its = (("added_tokens", ours.added, theirs.added) if ours.added != theirs.added else
-                       ("decoder", ours.decoder, theirs.decoder))
-    return f"{folder}: {TOKENIZER_JSON}: {name} differs from that of {other} ({_first_difference(mine, its)})"
+    differing = list(dict(ours.ordinary.items() ^ theirs.ordinary.items()))
+    beside = [{"added_tokens": file.added, "decoder": file.decoder} for file in (ours, theirs)]
+    return _difference_of_ids(folder, other, differing, ours, theirs) or _difference_of_fields(
+        folder, other, ours.cutting | beside[0], theirs.cutting | beside[1])
 
 
 def read_vocabulary(tokenizer: Path) -> dict[int, str]:
@@ -207,8 +180,8 @@ def refuse_other_tokens(data: Path | None, weights: Path) -> None:
     ours, theirs = read_tokenizer(data), read_tokenizer(weights)
     # an id that one side lacks is no contradiction: it may have a longer vocabulary
     differing = [i for i, name in ours.ordinary.items() if theirs.ordinary.get(i, name) != name]
-    if problem := _difference_of_ids(data, weights, differing, ours, theirs) or _difference_of_cuts(
-            data, weights, ours, theirs):
+    if problem := _difference_of_ids(data, weights, differing, ours, theirs) or _difference_of_fields(
+            data, weights, ours.cutting, theirs.cutting):
         raise UserError(f"{problem}; pack the data with the checkpoint's tokenizer")
 
 
@@ -245,12 +218,13 @@ def _difference_of_ids(folder: Path, other: Path, differing: list[int], ours: To
             f"{ours.ordinary.get(token)!r} here, {theirs.ordinary.get(token)!r} there)")
 
 
-def _difference_of_cuts(folder: Path, other: Path, ours: TokenizerFile, theirs: TokenizerFile) -> str | None:
-    for name in {**ours.cutting, **theirs.cutting}:
-        mine, its = ours.cutting.get(name), theirs.cutting.get(name)
-        if mine != its:
+def _difference_of_fields(folder: Path, other: Path, ours: dict[str, Any], theirs: dict[str, Any]
+                          ) -> str | None:
+    for name in {**ours, **theirs}:
+        if (mine := ours.get(name)) != (its := theirs.get(name)):
+            effect = "ids have another text" if name == "decoder" else "the same text has other ids"
             return (f"{folder / TOKENIZER_JSON}: its {name} differs from that of {other} "
-                    f"({_first_difference(mine, its)}), so the same text has other ids")
+                    f"({_first_difference(mine, its)}), so {effect}")
     return None
 
 

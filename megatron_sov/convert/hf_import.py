@@ -265,9 +265,7 @@ def with_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:
     found = ids_as_list(tokens.eos)
     if chat is not None:
         found += [id_ for id_ in chat.end_ids() if id_ not in found]
-    if len(found) > 1:
-        return replace(tokens, eos=found)
-    return replace(tokens, eos=found[0] if found else None)
+    return replace(tokens, eos=found if len(found) > 1 else next(iter(found), None))
 
 
 def ids_in(config: dict[str, Any]) -> TokenIds:
@@ -291,7 +289,7 @@ def ids_beside(folder: Path) -> TokenIds:
     generation_config.json, config.json, its part of the text model, the tokenizer's special tokens.
 
     Raises:
-        UserError: a file is damaged, or names a special token that the tokenizer does not have.
+        UserError: a file is damaged, or names an end of text that the tokenizer does not have.
     """
     config = _read_if_there(folder / CONFIG)
     inside = config.get("text_config")
@@ -312,11 +310,10 @@ def _ids_of_texts(folder: Path, names: list[str]) -> dict[str, int]:
     tokenizer = read_tokenizer(folder)
     ids = {text: id_ for id_, text in tokenizer.ordinary.items()}
     ids |= {token["content"]: id_ for id_, token in tokenizer.added.items()}
-    for name, text in texts.items():
-        if text not in ids:
-            raise UserError(f"{folder / CONFIG_JSON}: {name}_token = {text!r} is not a token of "
-                            f"{TOKENIZER_JSON}; correct it there")
-    return {name: ids[text] for name, text in texts.items()}
+    if (end := texts.get("eos", "")) and end not in ids:  # text would never end; the others may be unused
+        raise UserError(f"{folder / CONFIG_JSON}: eos_token = {end!r} is not a token of {TOKENIZER_JSON}; "
+                        "correct it there")
+    return {name: ids[text] for name, text in texts.items() if text in ids}
 
 
 def split_conflict(folder: Path, split: str | None) -> str | None:

@@ -97,12 +97,12 @@ CUTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "pre_tokenizer": lambda r: r["pre_tokenizer"].update(add_prefix_space=True),
     "byte_fallback": lambda r: r["model"].update(byte_fallback=True)}
 BESIDE: dict[str, Callable[[Path], Path]] = {
-    "tokenizer.json: added_tokens": lambda d: changed(
+    "/tokenizer.json: its added_tokens": lambda d: changed(
         d, "tokenizer.json", lambda r: r["added_tokens"][0].update(content="<stop>")),
-    "tokenizer.json: decoder": lambda d: changed(d, "tokenizer.json", lambda r: r.update(decoder=None)),
-    "tokenizer_config.json: eos_token": lambda d: changed(
+    "/tokenizer.json: its decoder": lambda d: changed(d, "tokenizer.json", lambda r: r.update(decoder=None)),
+    ": tokenizer_config.json: eos_token": lambda d: changed(
         d, "tokenizer_config.json", lambda r: r.update(eos_token="a")),
-    r"chat_template.jinja \(or chat_template in tokenizer_config.json\)": without_template}
+    r": chat_template.jinja \(or chat_template in tokenizer_config.json\)": without_template}
 
 
 @pytest.mark.parametrize("field", CUTS)
@@ -119,7 +119,7 @@ def test_text_that_is_cut_otherwise_is_refused(field: str, bpe: Path, tmp_path: 
 def test_one_tokenizer_means_the_form_of_chats_as_well(where: str, bpe: Path, tmp_path: Path) -> None:
     other = BESIDE[where](shutil.copytree(bpe, tmp_path / "other"))
     refuse_other_tokens(other, bpe)
-    with pytest.raises(UserError, match=f"other: {where} differs from that of .*; choose"):
+    with pytest.raises(UserError, match=f"other{where} differs from that of .*; choose"):
         refuse_other_tokenizer(bpe, other, "choose")
 
 

@@ -143,6 +143,8 @@ def test_a_special_token_without_an_id_is_refused_where_it_is_needed(tmp_path: P
         ids_beside(tmp_path)
     (tmp_path / GENERATION).write_text('{"eos_token_id": 0}')
     assert ids_beside(tmp_path) == TokenIds(eos=0)
+    (tmp_path / TEXTS).write_text('{"bos_token": "a", "pad_token": "<unused>"}')
+    assert ids_beside(tmp_path) == TokenIds(bos=0, eos=0)
 
 
 @pytest.mark.parametrize("defaults", [

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,29 +24,18 @@ from megatron_sov.work.progress.locks import in_turn
 SHARED, SEEN = ".from-hf", "seen"
 SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
 """Endings of the files that a conversion may read."""
-WORKERS = 4
-KEY_DIGITS, MAX_NAME = 16, 100
-
-
-def shared_folder(run: Path) -> Path:
-    """Return the folder of the copies that a run shares with the runs beside it."""
-    return run.parent / SHARED
+NUM_READERS = 4
 
 
 def find_copy(start: Path, run: Path) -> Path | None:
-    """Return the checkpoint that a Hugging Face folder became; None: it has to be converted, or at least read
-    again. Reads no weights.
-
-    Args:
-        start: the Hugging Face folder.
-        run: folder of the run that starts from it.
-    """
+    """Return the checkpoint that a Hugging Face folder became for `run` or a run beside it, without reading
+    weights; None: there is none, or the folder's files have other times."""
     # an earlier version made a copy for each run, to whose digest its adapters and rollouts are bound
     own = run.with_name(run.name + SHARED)
     if (own / MANIFEST).is_file() and checkpoints.latest(run / checkpoints.CHECKPOINTS_OF_A_RUN) is not None:
         return own
-    shared = shared_folder(run)
-    copies = [shared / note.parent.name for note in (shared / SEEN).glob(f"*/{_stamp(start)}")]
+    notes = (run.parent / SHARED / SEEN).glob(f"*/{_stamp(start)}")
+    copies = [run.parent / SHARED / note.parent.name for note in notes]
     return next((copy for copy in copies if (copy / MANIFEST).is_file()), None)
 
 
@@ -65,15 +53,14 @@ def convert_start(start: Path, run: Path) -> Path:
         return start
     if (found := find_copy(start, run)) is not None:
         return found
-    shared, stamp = shared_folder(run), _stamp(start)
-    copy = shared / f"{hub_name(start).replace('/', '--')[:MAX_NAME]}-{_content_key(start)}"
-    seen = shared / SEEN / copy.name
+    stamp, name = _stamp(start), hub_name(start).replace("/", "--")[:100]
+    copy = run.parent / SHARED / f"{name}-{_content_key(start)}"
+    seen = copy.parent / SEEN / copy.name
     with disk_errors(seen):
         seen.mkdir(parents=True, exist_ok=True)
         with in_turn(seen):  # of two runs that begin at once the second finds the copy of the first
             if not (copy / MANIFEST).is_file():
-                code = launcher.apart(lambda: convert.from_hf(start, copy, redo=True))
-                if code:
+                if code := launcher.apart(lambda: convert.from_hf(start, copy, redo=True)):
                     raise SystemExit(code)
                 if _stamp(start) != stamp:
                     shutil.rmtree(copy)
@@ -83,22 +70,21 @@ def convert_start(start: Path, run: Path) -> Path:
     return copy
 
 
-def _files_of(folder: Path) -> Iterator[Path]:
-    yield from sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
 
 
 def _stamp(folder: Path) -> str:
     """Return a digest that changes with the files of a folder, without reading them: the kernel sets the time
     of change (ctime) at each write, and no program can set it back."""
     stats = [(file.name, file.stat()) for file in _files_of(folder)]
-    facts = [str(folder.resolve()), *([name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-                                      for name, stat in stats)]
-    return hashlib.sha256(to_json(facts).encode()).hexdigest()[:KEY_DIGITS * 2]
+    facts = [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in stats]
+    return hashlib.sha256(to_json([str(folder.resolve()), facts]).encode()).hexdigest()[:32]
 
 
 def _content_key(folder: Path) -> str:
     """Return the digest of the names and contents of a folder's files; reads all of them."""
-    files = list(_files_of(folder))
-    with ThreadPoolExecutor(WORKERS) as pool:
-        digests = dict(zip((file.name for file in files), pool.map(file_digest, files), strict=True))
-    return hashlib.sha256(to_json(digests).encode()).hexdigest()[:KEY_DIGITS]
+    files = _files_of(folder)
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        digests = list(pool.map(file_digest, files))
+    return hashlib.sha256(to_json([[file.name for file in files], digests]).encode()).hexdigest()[:16]

@@ -48,7 +48,7 @@ from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.stages.announcement import banner, memory_of, summary
 from megatron_sov.train.stages.feed import Feed
 from megatron_sov.train.stages.gate import EndGate, Gate, GateView, conclude
-from megatron_sov.train.stages.shared_copies import find_copy, shared_folder
+from megatron_sov.train.stages.shared_copies import SHARED, find_copy
 from megatron_sov.train.stages.stage_config import tokenizer_of
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import ObjectiveFactory, Trainer
@@ -194,7 +194,7 @@ def _tell(stage: Stage, data: _Data, count: int) -> None:
     print(f"  start      {told}")
     start, run = stage.start_from, stage.folder.path
     if start is not None and is_hf_folder(start) and find_copy(start, run) is None:
-        print(f"  converts   {start} into {shared_folder(run)} first")
+        print(f"  converts   {start} into {run.parent / SHARED} first")
     print("dry run: nothing was written, and nothing ran")
 
 
