@@ -83,7 +83,8 @@ def special_text(folder: Path, name: str) -> str:
     Raises:
         UserError: a file cannot be read.
     """
-    return _text(_config(folder).get(name))
+    text = _text(_config(folder).get(name))
+    return text if isinstance(text, str) else ""
 
 
 def chat_template(folder: Path) -> str:

@@ -117,10 +117,11 @@ def tokenizer_digest(tokenizer: Path) -> str:
     Raises:
         UserError: its tokenizer.json cannot be read.
     """
-    return _canonical_digest(tokenizer, _digest_of_bytes(tokenizer))
+    return _canonical_digest(tokenizer, digest_of_bytes(tokenizer))
 
 
-def _digest_of_bytes(tokenizer: Path) -> str:
+def digest_of_bytes(tokenizer: Path) -> str:
+    """Return the digest of a tokenizer.json as it lies on the disk, by which earlier versions knew it."""
     if not (tokenizer / TOKENIZER_JSON).is_file():
         raise UserError(f"{tokenizer / TOKENIZER_JSON}: cannot be read as a tokenizer: it is not there")
     return file_digest(tokenizer / TOKENIZER_JSON, SHA256)
@@ -134,31 +135,19 @@ def _canonical_digest(tokenizer: Path, content: str) -> str:
     return f"{CANONICAL}:{hashlib.sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()}"
 
 
-def is_digest_of(digest: str, tokenizer: Path) -> bool:
-    """Return whether a recorded digest is that of a folder's tokenizer; earlier versions recorded that of
-    the bytes of tokenizer.json. Raises as `tokenizer_digest`."""
-    compute = _digest_of_bytes if digest.startswith(f"{SHA256}:") else tokenizer_digest
-    return compute(tokenizer) == digest
-
-
 def find_difference(folder: Path, other: Path) -> str | None:
     """Return the first difference between the tokenizers of two folders, in words; None: they have one
     identity. Raises as `tokenizer_digest`."""
     for file in (folder / TOKENIZER_JSON, other / TOKENIZER_JSON):
         if not file.is_file():
             return f"{file} is not there"
-    if any(digest(folder) == digest(other) for digest in (_digest_of_bytes, tokenizer_digest)):
+    if any(digest(folder) == digest(other) for digest in (digest_of_bytes, tokenizer_digest)):
         return None
     ours, theirs = read_tokenizer(folder), read_tokenizer(other)
     differing = list(dict(ours.ordinary.items() ^ theirs.ordinary.items()))
     beside = [{"added_tokens": file.added, "decoder": file.decoder} for file in (ours, theirs)]
     return _difference_of_ids(folder, other, differing, ours, theirs) or _difference_of_fields(
         folder, other, ours.cutting | beside[0], theirs.cutting | beside[1])
-
-
-def read_vocabulary(tokenizer: Path) -> dict[int, str]:
-    """Return the `ordinary` tokens of `read_tokenizer`."""
-    return read_tokenizer(tokenizer).ordinary
 
 
 def refuse_other_tokens(data: Path | None, weights: Path) -> None:

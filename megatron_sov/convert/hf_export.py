@@ -139,8 +139,7 @@ def _differing_fields(a: Weights, b: Weights) -> list[str]:
 
 
 def _differing_ids(a: Weights, b: Weights) -> list[str]:
-    """Compare the ids at which both begin, pad and end texts; the tokens that end a turn of the chat template
-    are ends."""
+    """Compare the ids at which both begin, pad and end texts, ends of turns among them."""
     sides = []
     for side in (a, b):
         folder = side.path if isinstance(side, HfWeights) else side.path / "tokenizer"

@@ -37,7 +37,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link
-from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, hub_name, listed
+from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, hub_name, listed, read_json
 from megatron_sov.runs.checkpoints import (
     ADAPTER, HF_MODEL, IMPORTED, KIND, SOURCE, instead_of, refuse_missing, refuse_other_kind)
 from megatron_sov.work.progress.resumable import resumable_artifact
@@ -269,8 +269,7 @@ def with_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:
 
 
 def ids_in(config: dict[str, Any]) -> TokenIds:
-    """Return the token ids of a config.json or generation_config.json; values that are no ids are left
-    out."""
+    """Return the token ids of a config.json or generation_config.json; other values are left out."""
     found: dict[str, Any] = {}
     for name in ("bos", "eos", "pad"):
         value = config.get(f"{name}_token_id")
@@ -302,8 +301,7 @@ def ids_beside(folder: Path) -> TokenIds:
 
 
 def _ids_of_texts(folder: Path, names: list[str]) -> dict[str, int]:
-    """Return the ids of special tokens ("bos", "eos", "pad") that tokenizer_config.json names by their
-    texts."""
+    """Return the ids of "bos", "eos" and "pad" tokens that tokenizer_config.json names by their texts."""
     texts = {name: text for name in names if (text := special_text(folder, f"{name}_token"))}
     if not texts or not (folder / TOKENIZER_JSON).is_file():
         return {}
@@ -322,7 +320,7 @@ def split_conflict(folder: Path, split: str | None) -> str | None:
     tokenizer_file = folder / "tokenizer.json"
     if split is None or not tokenizer_file.is_file():
         return None
-    if json.dumps(split) in json.dumps(_read(tokenizer_file).get("pre_tokenizer")):
+    if json.dumps(split) in json.dumps(read_json(tokenizer_file).get("pre_tokenizer")):
         return None
     return (f"{tokenizer_file} splits text by another regular expression than transformers' AutoTokenizer, "
             "which does not read it for this model family and may give other token ids; "
@@ -330,15 +328,7 @@ def split_conflict(folder: Path, split: str | None) -> str | None:
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
-    return _read(path) if path.is_file() else {}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as e:
-        raise UserError(f"{path}: cannot be read as a JSON object ({e}); "
-                        "restore it from its source") from None
+    return read_json(path) if path.is_file() else {}
 
 
 def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from megatron_sov.base.digests import SHA256
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.chat.vocabulary import is_digest_of, tokenizer_digest
+from megatron_sov.chat.vocabulary import digest_of_bytes, tokenizer_digest
 from megatron_sov.rollouts.rows import (
     JUDGED, NOT_WRITTEN, Key, RewardRow, Rollout, RolloutPart, later, numbers_in, part_name)
 from megatron_sov.work.tables.parquet import MAKE_AGAIN, arrays_of, lists, texts_of
@@ -323,7 +323,8 @@ class RolloutStore(Table[RolloutPart]):
 
     def is_written_in(self, tokenizer: Path) -> bool:
         """Return whether the rollouts are tokens of the tokenizer in a folder."""
-        return is_digest_of(self.tokenizer_digest, tokenizer)
+        compute = digest_of_bytes if self.names_bytes else tokenizer_digest
+        return self.tokenizer_digest == compute(tokenizer)
 
     @property
     def names_bytes(self) -> bool:

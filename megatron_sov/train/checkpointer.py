@@ -189,13 +189,8 @@ STOP = "asked to stop"
 
 
 def _read_companions(start: Path, data: Path) -> dict[str, bytes]:
-    """Return the files beside tokenizer.json that a run takes over from the model that it starts from, as its
-    generation defaults; with the special tokens and the chat template of the data where they have others.
-
-    Args:
-        start: the model's tokenizer folder.
-        data: tokenizer folder of the data. If it holds another tokenizer, nothing is taken over.
-    """
+    """Return the files beside tokenizer.json that a run takes over from the tokenizer folder of its start,
+    with the special tokens and chat template of its data's; none if the data are of another tokenizer."""
     if find_difference(start, data) is not None:
         return {}
     files = {file.name: file.read_bytes() for file in sorted(start.iterdir())

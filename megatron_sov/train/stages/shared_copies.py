@@ -1,10 +1,8 @@
 """Checkpoints made of the Hugging Face folders that runs start from: one for each content, shared by the runs
-of a folder.
+of a folder and deleted by none, since a run of adapters needs its base for its whole life.
 
     RUNS/.from-hf/NAME-KEY/               the checkpoint; KEY is the digest of the files that it is made of
     RUNS/.from-hf/seen/NAME-KEY/STAMP     a folder whose files had these sizes and times had that content
-
-Nothing here deletes a copy: a run of adapters needs its base for its whole life.
 """
 
 from __future__ import annotations
@@ -41,11 +39,7 @@ def find_copy(start: Path, run: Path) -> Path | None:
 
 def convert_start(start: Path, run: Path) -> Path:
     """Return the checkpoint that a run starts from: a Hugging Face folder is converted, unless a run beside
-    this one has done so; any other start is returned as it is.
-
-    Raises:
-        UserError: the folder cannot be converted, or changes in the meantime.
-    """
+    this one has done so. `UserError` if it cannot be converted, or changes in the meantime."""
     from megatron_sov import convert
     from megatron_sov.engine.parallel import launcher
 
@@ -75,9 +69,9 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def _stamp(folder: Path) -> str:
-    """Return a digest that changes with the files of a folder, without reading them: the kernel sets the time
-    of change (ctime) at each write, and no program can set it back."""
+    """Return a digest that changes with the files of a folder, without reading them."""
     stats = [(file.name, file.stat()) for file in _files_of(folder)]
+    # the kernel sets the time of change (ctime) at each write, and no program can set it back
     facts = [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in stats]
     return hashlib.sha256(to_json([str(folder.resolve()), facts]).encode()).hexdigest()[:32]
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError, warn
-from megatron_sov.chat.vocabulary import read_vocabulary, refuse_other_tokens
+from megatron_sov.chat.vocabulary import read_tokenizer, refuse_other_tokens
 from megatron_sov.engine.model import gpu_settings, specs
 from megatron_sov.engine.model.gpu_settings import refuse_without_chip
 from megatron_sov.engine.parallel import device, launcher, world
@@ -237,7 +237,7 @@ def _open_data(stage: Stage) -> _Data:
              "`megatron-sov sft` is made for them")
     tokenizer = tokenizer_folder(list(packed))
     if tokenizer is not None:
-        read_vocabulary(tokenizer)  # what is damaged would else be met at the first evaluation, steps later
+        read_tokenizer(tokenizer)  # what is damaged would else be met at the first evaluation, steps later
     for source in packed:
         if source.num_tokens.get("heldout"):
             source.shard("heldout")
