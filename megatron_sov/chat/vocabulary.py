@@ -36,7 +36,7 @@ class TokenizerFile:
     ordinary: dict[int, str]
     """Id -> token; added tokens, special ones among them, are left out."""
     added: dict[int, dict[str, Any]]
-    """Id -> text and flags of an added token."""
+    """Id -> text ("content") and the flags that are on, of an added token; special ones stand for no text."""
     parts: list[dict[str, Any]]
     """Pre-tokenizers and decoders as they stand in the file, those inside of a sequence one by one."""
     cutting: dict[str, Any]
@@ -44,18 +44,9 @@ class TokenizerFile:
     decoder: Any
     """Step from tokens to text."""
 
-    @property
-    def added_texts(self) -> dict[int, str]:
-        """Id -> text of the added tokens that stand for text: those that are not special."""
-        return {id_: token["content"] for id_, token in self.added.items() if not token.get("special")}
-
 
 def read_tokenizer(tokenizer: Path) -> TokenizerFile:
-    """Read the tokenizer.json of a folder.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Read the tokenizer.json of a folder; `UserError` if it cannot be read."""
     file = tokenizer / TOKENIZER_JSON
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -112,11 +103,8 @@ def _canonical(value: Any, idle: dict[str, set[str]] = IDLE) -> Any:
 
 
 def tokenizer_digest(tokenizer: Path) -> str:
-    """Return the identity of a folder's tokenizer: the digest of its canonical form.
-
-    Raises:
-        UserError: its tokenizer.json cannot be read.
-    """
+    """Return the identity of a folder's tokenizer, the digest of its canonical form; raises as
+    `read_tokenizer`."""
     return _canonical_digest(tokenizer, digest_of_bytes(tokenizer))
 
 
@@ -136,8 +124,7 @@ def _canonical_digest(tokenizer: Path, content: str) -> str:
 
 
 def find_difference(folder: Path, other: Path) -> str | None:
-    """Return the first difference between the tokenizers of two folders, in words; None: they have one
-    identity. Raises as `tokenizer_digest`."""
+    """Return the first difference between two folders' tokenizers, in words; None: they have one identity."""
     for file in (folder / TOKENIZER_JSON, other / TOKENIZER_JSON):
         if not file.is_file():
             return f"{file} is not there"
@@ -151,18 +138,11 @@ def find_difference(folder: Path, other: Path) -> str | None:
 
 
 def refuse_other_tokens(data: Path | None, weights: Path) -> None:
-    """Refuse data whose ids mean other tokens than those that a checkpoint's embeddings were trained on, or
-    whose text was cut into tokens otherwise.
+    """Raise `UserError` where ids of data mean other tokens than those that a checkpoint's embeddings were
+    trained on, or where the text was cut into tokens otherwise.
 
     Ordinary tokens are compared; added ones may be renamed, as a chat template does with reserved ids, and
-    one side may have more.  Where one side carries no tokenizer.json nothing can be compared.
-
-    Args:
-        data: the tokenizer folder that travels with the token shards.
-        weights: the tokenizer folder of the checkpoint.
-
-    Raises:
-        UserError: some id means two things, or a text has two forms.
+    one side may have more. Both are tokenizer folders; without a tokenizer.json nothing can be compared.
     """
     if data is None or not (weights / TOKENIZER_JSON).is_file():
         return
@@ -175,17 +155,8 @@ def refuse_other_tokens(data: Path | None, weights: Path) -> None:
 
 
 def refuse_other_tokenizer(one: Path, other: Path, remedy: str) -> None:
-    """Refuse a folder whose tokenizer, or whose form of chats, is not that of another folder. If one of them
-    has no tokenizer.json, nothing can be compared.
-
-    Args:
-        one: the folder to compare with.
-        other: the folder that is refused.
-        remedy: end of the message.
-
-    Raises:
-        UserError: it differs; the message names the file and the field.
-    """
+    """Raise `UserError` where the tokenizer or the form of chats of `other` is not that of `one`; the message
+    names the field, and ends with `remedy`. Without a tokenizer.json nothing can be compared."""
     if not all((folder / TOKENIZER_JSON).is_file() for folder in (one, other)):
         return
     problem = find_difference(other, one)

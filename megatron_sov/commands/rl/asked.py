@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import Flag, change, not_with, only_with, parse_nested
-from megatron_sov.chat.folder import chat_files, chat_form, read_chat_encoder
+from megatron_sov.chat.folder import chat_form, read_chat_encoder
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.infer.asking import check_length
 from megatron_sov.infer.request import Batching, BatchSize
@@ -166,10 +165,11 @@ def longest_of(rollout: RolloutConfig, environment: AskedEnvironment | None) -> 
 def _identify_chats(folder: Path, store: Path) -> dict[str, str]:
     """Return what the keys of responses hold of the tokenizer and the form of chats in a folder: digests of
     their meaning, or, for a store that an earlier version began, of the bytes of their files."""
+    from megatron_sov.infer.turns import chat_digests
     from megatron_sov.rollouts.store import RolloutStore
 
     if (store / RolloutStore.HEAD).is_file() and RolloutStore.open(store).names_bytes:
-        return {file.name: file_digest(file) for file in chat_files(folder)}
+        return chat_digests(folder)
     return {"tokenizer": tokenizer_digest(folder), "form": sampling_digest(chat_form(folder))}
 
 

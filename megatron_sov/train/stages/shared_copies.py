@@ -22,7 +22,6 @@ from megatron_sov.work.progress.locks import in_turn
 SHARED, SEEN = ".from-hf", "seen"
 SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
 """Endings of the files that a conversion may read."""
-NUM_READERS = 4
 
 
 def find_copy(start: Path, run: Path) -> Path | None:
@@ -79,6 +78,6 @@ def _stamp(folder: Path) -> str:
 def _content_key(folder: Path) -> str:
     """Return the digest of the names and contents of a folder's files; reads all of them."""
     files = _files_of(folder)
-    with ThreadPoolExecutor(NUM_READERS) as pool:
+    with ThreadPoolExecutor() as pool:
         digests = list(pool.map(file_digest, files))
     return hashlib.sha256(to_json([[file.name for file in files], digests]).encode()).hexdigest()[:16]
