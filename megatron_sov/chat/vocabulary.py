@@ -21,8 +21,9 @@ from megatron_sov.chat.folder import TOKENIZER_JSON, chat_form
 
 CANONICAL = "tokenizer-v1"
 """Prefix of the digest of a tokenizer's canonical form."""
-IMPLIED = {"ByteLevel": {"use_regex": True}, "Metaspace": {"prepend_scheme": "always", "split": True},
-           "Punctuation": {"behavior": "Isolated"}}
+IMPLIED: dict[str, dict[str, Any]] = {
+    "ByteLevel": {"use_regex": True}, "Metaspace": {"prepend_scheme": "always", "split": True},
+    "Punctuation": {"behavior": "Isolated"}}
 """Type of a step -> fields that older files leave out, with the values that `tokenizers` assumes."""
 IDLE = {"ByteLevel": {"trim_offsets"}, "Metaspace": {"str_rep", "add_prefix_space"}}
 """Type of a step -> fields that change no id: they move offsets, or repeat another field."""
@@ -95,8 +96,7 @@ def _canonical(value: Any, idle: dict[str, set[str]] = IDLE) -> Any:
     if not isinstance(value, dict):
         return value
     kind = str(value.get("type"))
-    implied: dict[str, Any] = IMPLIED.get(kind, {})
-    found = {name: _canonical(part, idle) for name, part in (implied | value).items()
+    found = {name: _canonical(part, idle) for name, part in (IMPLIED.get(kind, {}) | value).items()
              if name not in idle.get(kind, ())}
     return {name: part for name, part in found.items()
             if not (part is None or part is False or part in ("", [], {}))}
