@@ -27,6 +27,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, NotNegative, ProblemCode, SettingsError, SettingsProblem, add_options, num_cores,
     problems_of, read_options)
+from megatron_sov.chat.vocabulary import find_difference
 
 SHARED_FIELDS = ("tokenizer_sha256", "vocab_size", "eos_id", "eod", "bos_id", "dtype")
 """What must be the same in all parts."""
@@ -242,9 +243,15 @@ def _check_fit(parts: list[MixPart], manifests: list[Manifest]) -> None:
     for part, manifest in zip(parts, manifests, strict=True):
         for name in SHARED_FIELDS:
             found, wanted = manifest.content[name], manifests[0].content[name]
-            if found != wanted:
-                raise UserError(f"{part.path}: {name} is {found}, that of {first} is {wanted}; "
-                                "pack both in the same way")
+            if found == wanted:
+                continue
+            problem: str | None = ""
+            if name == "tokenizer_sha256":  # hash of a file; the same tokenizer may be written otherwise
+                problem = find_difference(part.path / "tokenizer", first / "tokenizer")
+                if problem is None:
+                    continue
+            raise UserError(f"{part.path}: {name} is {found}, that of {first} is {wanted}"
+                            f"{f' ({problem})' if problem else ''}; pack both in the same way")
     names = [s["name"] for m in manifests for s in m.content["sources"]]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise UserError(f"source {twice[0]!r}: occurs in several folders; "

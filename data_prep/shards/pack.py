@@ -244,7 +244,6 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
     _warn_of_unlearned([unit for _, unit in units], settings.reading)
     # Proven on this very input, before any of it is encoded.
     fast, sentence = encoder.prove_fast(sample_texts([unit for _, unit in units], settings.reading))
-    print(sentence)
     unit_settings = UnitSettings(tokenizer, read_manifest(tokenizer).content["tokenizer_sha256"],
                                  sha256_file(tokenizer / CONFIG_JSON), token_dtype(encoder.vocab_size),
                                  settings.reading, replace(encoder.settings, fast=fast), settings.steps)

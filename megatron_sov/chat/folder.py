@@ -77,6 +77,12 @@ def chat_form(folder: Path) -> dict[str, Any]:
             f"{TEMPLATE} (or chat_template in {CONFIG_JSON})": chat_template(folder)}
 
 
+def special_text(folder: Path, name: str) -> str:
+    """Return the text of a special token ("eos_token") by the files beside a tokenizer.json; "": none."""
+    text = _text(_config(folder).get(name))
+    return text if isinstance(text, str) else ""
+
+
 def chat_template(folder: Path) -> str:
     """Return the default chat template of a folder; "": it has none.
 
@@ -84,12 +90,6 @@ def chat_template(folder: Path) -> str:
         UserError: a file cannot be read.
     """
     return _template(folder, _config(folder)) or ""
-
-
-def chat_files(folder: Path) -> list[Path]:
-    """Return the files that say how a folder's chats become ids."""
-    files = [folder / name for name in (TOKENIZER_JSON, CONFIG_JSON, TEMPLATE, SPECIAL_JSON)]
-    return [file for file in files if file.is_file()]
 
 
 def _config(folder: Path) -> dict[str, Any]:

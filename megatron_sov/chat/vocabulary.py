@@ -1,60 +1,70 @@
-"""What token ids mean: the vocabulary of a tokenizer.json, and whether two of them agree."""
+"""What token ids mean: the vocabulary of a tokenizer.json, its identity, and whether two of them agree.
+
+The identity covers all that decides which ids a text has and which text ids have: vocabulary, added tokens
+with their flags, merges and the rest of the model, normalizer, pre-tokenizer, decoder. It does not cover the
+layout of the file, `padding` and `truncation`, or the form of prompts: post-processor and chat template.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.digests import SHA256, file_digest
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.folder import chat_form
+from megatron_sov.chat.folder import TOKENIZER_JSON, chat_form
 
-TOKENIZER_JSON = "tokenizer.json"
+CANONICAL = "tokenizer-v1"
+"""Prefix of the digest of a tokenizer's canonical form."""
+IMPLIED: dict[str, dict[str, Any]] = {
+    "ByteLevel": {"use_regex": True}, "Metaspace": {"prepend_scheme": "always", "split": True},
+    "Punctuation": {"behavior": "Isolated"}}
+"""Type of a step -> fields that older files leave out, with the values that `tokenizers` assumes."""
+IDLE = {"ByteLevel": {"trim_offsets"}, "Metaspace": {"str_rep", "add_prefix_space"}}
+"""Type of a step -> fields that change no id: they move offsets, or repeat another field."""
+IDLE_IN_DECODERS = IDLE | {"ByteLevel": {"trim_offsets", "add_prefix_space", "use_regex"}}
 
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """What a tokenizer.json says of its ids."""
+    """The content of a tokenizer.json, with one spelling for files that mean the same."""
 
     ordinary: dict[int, str]
-    """Id -> token, special and other added tokens left out."""
-    added_texts: dict[int, str]
-    """Id -> text of the added tokens that stand for text: those that are not special."""
+    """Id -> token; added tokens, special ones among them, are left out."""
+    added: dict[int, dict[str, Any]]
+    """Id -> text ("content") and the flags that are on, of an added token; special ones stand for no text."""
     parts: list[dict[str, Any]]
-    """The steps between text and tokens: pre-tokenizers and decoders, those in a sequence one by one."""
+    """Pre-tokenizers and decoders as they stand in the file, those inside of a sequence one by one."""
     cutting: dict[str, Any]
-    """What else decides into which tokens a text is cut, by field; without what is empty or off."""
-    beside: dict[str, Any]
-    """What else it says, but for lengths: added tokens, decoder, post-processor."""
+    """Fields of the model, normalizer and pre-tokenizer, which split a text into tokens."""
+    decoder: Any
+    """Step from tokens to text."""
 
 
 def read_tokenizer(tokenizer: Path) -> TokenizerFile:
-    """Return what the tokenizer.json of a folder says.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Read the tokenizer.json of a folder; `UserError` if it cannot be read."""
     file = tokenizer / TOKENIZER_JSON
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         vocabulary = raw["model"]["vocab"]
-        if isinstance(vocabulary, list):  # unigram: a piece's id is its place
+        if isinstance(vocabulary, list):  # unigram: the id of a piece is its index
             names = dict(enumerate(piece for piece, _ in vocabulary))
         else:
             names = {token: name for name, token in vocabulary.items()}
-        added = {token["id"]: (token["content"], token["special"]) for token in raw.get("added_tokens") or []}
-        texts = [*names.items(), *((token, text) for token, (text, _) in added.items())]
+        added = {token["id"]: _canonical(token) for token in raw.get("added_tokens") or []}
+        texts = [*names.items(), *((id_, token["content"]) for id_, token in added.items())]
         if not all(type(token) is int and isinstance(text, str) for token, text in texts):
             raise ValueError("an id is no number, or a token is no text")
-        return TokenizerFile({token: name for token, name in names.items() if token not in added},
-                             {token: text for token, (text, special) in added.items() if not special},
+        return TokenizerFile({token: name for token, name in names.items() if token not in added}, added,
                              [*_steps(raw.get("pre_tokenizer")), *_steps(raw.get("decoder"))],
-                             _cutting(raw),
-                             {name: _without_defaults(raw.get(name)) for name in ("added_tokens", "decoder",
-                                                                      "post_processor")})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+                             _cutting(raw), _canonical(raw.get("decoder"), IDLE_IN_DECODERS))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, struct.error,
+            RecursionError) as e:
         raise UserError(f"{file}: cannot be read as a tokenizer ({e!r})") from None
 
 
@@ -66,78 +76,93 @@ def _steps(part: Any) -> list[dict[str, Any]]:
 
 
 def _cutting(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return what decides into which tokens a text is cut, besides what the ids mean."""
-    model = _without_defaults({"type": "BPE", **raw["model"]})
-    vocabulary = model.pop("vocab", None)
+    model = _canonical({"type": "BPE", **raw["model"], "vocab": None})
+    vocabulary = raw["model"]["vocab"]
     if isinstance(vocabulary, list):  # unigram
-        model["scores"] = [score for _, score in raw["model"]["vocab"]]
-    if "merges" in model:  # older files have them as texts
+        # in the precision that sentencepiece has: `tokenizers` may write a double with another last digit
+        scores = [float(score) for _, score in vocabulary]
+        model["scores"] = list(struct.unpack(f"{len(scores)}f", struct.pack(f"{len(scores)}f", *scores)))
+    if "merges" in model:  # older files join the two tokens by a space
         model["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    steps = {name: _without_defaults(raw.get(name)) for name in ("normalizer", "pre_tokenizer")}
+    steps = {name: _canonical(raw.get(name)) for name in ("normalizer", "pre_tokenizer")}
     return model | {name: step for name, step in steps.items() if step}
 
 
-def _without_defaults(value: Any) -> Any:
-    """Return a part of a tokenizer.json without fields that are empty or off, which older files leave out,
-    and without what moves offsets alone."""
-    if isinstance(value, dict):
-        found = {name: _without_defaults(part) for name, part in value.items() if name != "trim_offsets"}
-        return {name: part for name, part in found.items() if part not in (None, False, "", [], {})}
-    return [_without_defaults(part) for part in value] if isinstance(value, list) else value
+def _canonical(value: Any, idle: dict[str, set[str]] = IDLE) -> Any:
+    """Return a part of a tokenizer.json without fields that are idle, empty or off, which some writers leave
+    out, and with those that older files imply."""
+    if isinstance(value, list):
+        return [_canonical(part, idle) for part in value]
+    if not isinstance(value, dict):
+        return value
+    kind = str(value.get("type"))
+    found = {name: _canonical(part, idle) for name, part in (IMPLIED.get(kind, {}) | value).items()
+             if name not in idle.get(kind, ())}
+    return {name: part for name, part in found.items()
+            if not (part is None or part is False or part in ("", [], {}))}
 
 
 def tokenizer_digest(tokenizer: Path) -> str:
-    """Return the digest that rollout stores know the tokenizer of a folder by."""
+    """Return the identity of a folder's tokenizer, the digest of its canonical form; raises as
+    `read_tokenizer`."""
+    return _canonical_digest(tokenizer, digest_of_bytes(tokenizer))
+
+
+def digest_of_bytes(tokenizer: Path) -> str:
+    """Return the digest of a tokenizer.json as it lies on the disk, by which earlier versions knew it."""
+    if not (tokenizer / TOKENIZER_JSON).is_file():
+        raise UserError(f"{tokenizer / TOKENIZER_JSON}: cannot be read as a tokenizer: it is not there")
     return file_digest(tokenizer / TOKENIZER_JSON, SHA256)
 
 
-def read_vocabulary(tokenizer: Path) -> dict[int, str]:
-    """Return the `ordinary` tokens of `read_tokenizer`."""
-    return read_tokenizer(tokenizer).ordinary
+@lru_cache(maxsize=16)
+def _canonical_digest(tokenizer: Path, content: str) -> str:
+    """Return `tokenizer_digest` of a file whose bytes have the digest `content`."""
+    read = read_tokenizer(tokenizer)
+    form = [sorted(read.ordinary.items()), sorted(read.added.items()), read.cutting, read.decoder]
+    return f"{CANONICAL}:{hashlib.sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()}"
+
+
+def find_difference(folder: Path, other: Path) -> str | None:
+    """Return the first difference between two folders' tokenizers, in words; None: they have one identity."""
+    for file in (folder / TOKENIZER_JSON, other / TOKENIZER_JSON):
+        if not file.is_file():
+            return f"{file} is not there"
+    if any(digest(folder) == digest(other) for digest in (digest_of_bytes, tokenizer_digest)):
+        return None
+    ours, theirs = read_tokenizer(folder), read_tokenizer(other)
+    differing = list(dict(ours.ordinary.items() ^ theirs.ordinary.items()))
+    beside = [{"added_tokens": file.added, "decoder": file.decoder} for file in (ours, theirs)]
+    return _difference_of_ids(folder, other, differing, ours, theirs) or _difference_of_fields(
+        folder, other, ours.cutting | beside[0], theirs.cutting | beside[1])
 
 
 def refuse_other_tokens(data: Path | None, weights: Path) -> None:
-    """Refuse data whose ids mean other tokens than those that a checkpoint's embeddings were trained on, or
-    whose text was cut into tokens otherwise.
+    """Raise `UserError` where ids of data mean other tokens than those that a checkpoint's embeddings were
+    trained on, or where the text was cut into tokens otherwise.
 
     Ordinary tokens are compared; added ones may be renamed, as a chat template does with reserved ids, and
-    one side may have more.  Where one side carries no tokenizer.json nothing can be compared.
-
-    Args:
-        data: the tokenizer folder that travels with the token shards.
-        weights: the tokenizer folder of the checkpoint.
-
-    Raises:
-        UserError: some id means two things, or a text has two forms.
+    one side may have more. Both are tokenizer folders; without a tokenizer.json nothing can be compared.
     """
     if data is None or not (weights / TOKENIZER_JSON).is_file():
         return
     ours, theirs = read_tokenizer(data), read_tokenizer(weights)
     # an id that one side lacks is no contradiction: it may have a longer vocabulary
     differing = [i for i, name in ours.ordinary.items() if theirs.ordinary.get(i, name) != name]
-    if problem := _difference_of_ids(data, weights, differing, ours, theirs) or _difference_of_cuts(
-            data, weights, ours, theirs):
+    if problem := _difference_of_ids(data, weights, differing, ours, theirs) or _difference_of_fields(
+            data, weights, ours.cutting, theirs.cutting):
         raise UserError(f"{problem}; pack the data with the checkpoint's tokenizer")
 
 
 def refuse_other_tokenizer(one: Path, other: Path, remedy: str) -> None:
-    """Refuse a tokenizer folder that is not the same as another one: ids, added tokens, how text is cut and
-    put together again, and the form of chats.  Where one side carries no tokenizer.json nothing can be
-    compared.
-
-    Raises:
-        UserError: it differs; the sentence names the file and the field, and ends with `remedy`.
-    """
+    """Raise `UserError` where the tokenizer or the form of chats of `other` is not that of `one`; the message
+    names the field, and ends with `remedy`. Without a tokenizer.json nothing can be compared."""
     if not all((folder / TOKENIZER_JSON).is_file() for folder in (one, other)):
         return
-    ours, theirs = read_tokenizer(other), read_tokenizer(one)
-    problem = _difference_of_ids(other, one, sorted(dict(ours.ordinary.items() ^ theirs.ordinary.items())),
-                                 ours, theirs) or _difference_of_cuts(other, one, ours, theirs)
+    problem = find_difference(other, one)
     if problem is None:
-        pairs = (({f"{TOKENIZER_JSON}: {name}": value for name, value in ours.beside.items()},
-                  {f"{TOKENIZER_JSON}: {name}": value for name, value in theirs.beside.items()}),
-                 (chat_form(other), chat_form(one)))
-        differing = [name for mine, its in pairs for name, value in mine.items() if its[name] != value]
+        its = chat_form(one)
+        differing = [name for name, value in chat_form(other).items() if its[name] != value]
         if not differing:
             return
         problem = f"{other}: {differing[0]} differs from that of {one}"
@@ -153,8 +178,21 @@ def _difference_of_ids(folder: Path, other: Path, differing: list[int], ours: To
             f"{ours.ordinary.get(token)!r} here, {theirs.ordinary.get(token)!r} there)")
 
 
-def _difference_of_cuts(folder: Path, other: Path, ours: TokenizerFile, theirs: TokenizerFile) -> str | None:
-    differing = [name for name in {**ours.cutting, **theirs.cutting}
-                 if ours.cutting.get(name) != theirs.cutting.get(name)]
-    return (f"{folder / TOKENIZER_JSON}: its {differing[0]} differs from that of {other}, so the same text "
-            "has other ids" if differing else None)
+def _difference_of_fields(folder: Path, other: Path, ours: dict[str, Any], theirs: dict[str, Any]
+                          ) -> str | None:
+    for name in {**ours, **theirs}:
+        if (mine := ours.get(name)) != (its := theirs.get(name)):
+            effect = "ids have another text" if name == "decoder" else "the same text has other ids"
+            return (f"{folder / TOKENIZER_JSON}: its {name} differs from that of {other} "
+                    f"({_first_difference(mine, its)}), so {effect}")
+    return None
+
+
+def _first_difference(mine: Any, its: Any, place: str = "") -> str:
+    """Return where two JSON values first differ, and the two values there."""
+    if isinstance(mine, list) and isinstance(its, list):
+        mine, its = dict(enumerate(mine)), dict(enumerate(its))
+    if not isinstance(mine, dict) or not isinstance(its, dict):
+        return f"{place}{mine!r:.80} here, {its!r:.80} there"
+    key = next(key for key in {**mine, **its} if mine.get(key) != its.get(key))
+    return _first_difference(mine.get(key), its.get(key), f"{place}{key}: ")

@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ class Companions:
     """The run's config."""
     tokenizer: Path | None
     """Folder whose files are carried along."""
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+    """Name -> content of files that stand with the tokenizer, in place of those of its folder."""
 
 
 class _Writing:
@@ -305,6 +307,8 @@ def _complete(writing: _Writing, parts: list[str], state: str, companions: Compa
     shutil.rmtree(folder / INDICES)
     if companions.tokenizer is not None:
         shutil.copytree(companions.tokenizer, folder / "tokenizer", ignore=shutil.ignore_patterns(MANIFEST))
+        for name, content in companions.beside.items():
+            atomic_write(folder / "tokenizer" / name, content)
     atomic_write(folder / STATE, state)
     artifact = ArtifactWriter(folder, KIND)
     # their digests were taken while they were written; nothing is read again

@@ -26,8 +26,8 @@ from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES, NO_FORMAT
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name, check_space, convert_tensor, exported_dtype
 from megatron_sov.convert.growing import open_weights
 from megatron_sov.convert.hf_import import (
-    CARRIED_FIELDS, carry, check_copies, checked_source, copies_of, differing_copies, digest_of, ids_beside,
-    ids_in, move_chat_template, plan_shards, split_conflict, with_turn_ends, write_files)
+    CARRIED_FIELDS, carry, check_copies, checked_source, copies_of, differing_copies, digest_of, ids_as_list,
+    ids_beside, move_chat_template, plan_shards, split_conflict, with_turn_ends, write_files)
 from megatron_sov.convert.low_bit import FIELD, FORMATS, LowBitModel
 from megatron_sov.convert.peft import add_inputs
 from megatron_sov.convert.sources import (
@@ -115,6 +115,7 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True, workers: int = DE
         _count(f"{side.path}: files that differ from the manifest", damaged_files(side.path, workers=workers))
         for side in sides if (side.path / MANIFEST).is_file()]
     checks.append(_count("config fields that differ", _differing_fields(*sides)))
+    checks.append(_count("special token ids that differ", _differing_ids(*sides)))
     records = _compare(first, second, workers)
     checks += [*_tensor_checks(sides[0], sides[1], records), *first.checks(), *second.checks()]
     checks += [_count(f"{side.path}: copies that differ", differing_copies(side))
@@ -133,6 +134,16 @@ def _differing_fields(a: Weights, b: Weights) -> list[str]:
                   for side in (a, b))
     return [f"{name} ({one.get(name)} and {other.get(name)})"
             for name in {**one, **other} if one.get(name) != other.get(name)]
+
+
+def _differing_ids(a: Weights, b: Weights) -> list[str]:
+    """Compare the ids at which both begin, pad and end texts, ends of turns among them."""
+    sides = []
+    for side in (a, b):
+        folder = side.path if isinstance(side, HfWeights) else side.path / "tokenizer"
+        sides.append(vars(with_turn_ends(folder, ids_beside(folder))))
+    pairs = {name: [ids_as_list(ids[name]) for ids in sides] for name in sides[0]}
+    return [f"{name} ({one} and {other})" for name, (one, other) in pairs.items() if set(one) != set(other)]
 
 
 def _tensor_checks(a: Weights, b: Weights, records: dict[str, TensorRecord]) -> list[ParityCheck]:
@@ -352,7 +363,7 @@ def _companions(source: Weights) -> tuple[Path, TokenIds]:
     """Return where a source's tokenizer is, and the ids of its special tokens."""
     if isinstance(source, HfWeights):
         check_copies(source)
-        return source.path, ids_in(source.config)
+        return source.path, ids_beside(source.path)
     return source.path / "tokenizer", ids_beside(source.path / "tokenizer")
 
 

@@ -23,7 +23,8 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import refuse_link_outside
-from megatron_sov.chat.folder import CONFIG_JSON, TEMPLATE, read_chat_encoder
+from megatron_sov.chat.folder import CONFIG_JSON, TEMPLATE, TOKENIZER_JSON, read_chat_encoder, special_text
+from megatron_sov.chat.vocabulary import read_tokenizer
 from megatron_sov.checkpoint.assembling import StoredBlock
 from megatron_sov.checkpoint.sharded_tensors import (
     MAX_FILE_BYTES, Index, add_block, block_name, file_name, write_index)
@@ -221,17 +222,19 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 def carry(source: Path, target: Path, tokens: TokenIds) -> None:
-    """Copy the companion files of `source` to `target`; generation defaults are made from `tokens`
-    where there are none."""
+    """Copy the companion files of `source` to `target`, and add to the generation defaults the `tokens` that
+    they lack: transformers' generate reads no other file where there is generation_config.json."""
     target.mkdir(exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             refuse_link_outside(source, source / name)
             shutil.copyfile(source / name, target / name)
-    if not (target / GENERATION_CONFIG).exists() and tokens != TokenIds():
-        ids = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
-        atomic_write(target / GENERATION_CONFIG,
-                     to_json({name: value for name, value in ids.items() if value is not None}))
+    defaults = _read_if_there(target / GENERATION_CONFIG)
+    known = ids_in(defaults)
+    missing = {f"{name}_token_id": value for name, value in vars(tokens).items()
+               if not set(ids_as_list(value)) <= set(ids_as_list(getattr(known, name)))}
+    if missing:
+        atomic_write(target / GENERATION_CONFIG, to_json(defaults | missing))
 
 
 def move_chat_template(folder: Path) -> None:
@@ -256,48 +259,56 @@ def with_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:
     except UserError as e:
         warn(f"{e}; generation stops at eos alone")
         chat = None
-    found: list[int] = []
-    if isinstance(tokens.eos, int):
-        found = [tokens.eos]
-    elif tokens.eos is not None:
-        found = list(tokens.eos)
+    found = ids_as_list(tokens.eos)
     if chat is not None:
         found += [id_ for id_ in chat.end_ids() if id_ not in found]
-    if len(found) > 1:
-        return replace(tokens, eos=found)
-    return replace(tokens, eos=found[0] if found else None)
+    return replace(tokens, eos=found if len(found) > 1 else next(iter(found), None))
 
 
 def ids_in(config: dict[str, Any]) -> TokenIds:
-    """Return the token ids of a config.json or generation_config.json."""
-    return TokenIds(config.get("bos_token_id"), config.get("eos_token_id"), config.get("pad_token_id"))
+    """Return the token ids of a config.json or generation_config.json; other values are left out."""
+    found: dict[str, Any] = {}
+    for name in ("bos", "eos", "pad"):
+        value = config.get(f"{name}_token_id")
+        values = value if isinstance(value, list) else [value]
+        ids = [id_ for id_ in values if type(id_) is int and id_ >= 0]
+        found[name] = ids if ids and isinstance(value, list) else next(iter(ids), None)
+    return TokenIds(**found)
+
+
+def ids_as_list(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def ids_beside(folder: Path) -> TokenIds:
-    """Return the token ids that the files in `folder` tell: generation defaults first,
-    else the tokenizer's special tokens.
+    """Return the token ids that the files of `folder` name, each by the first file that has it:
+    generation_config.json, config.json, its part of the text model, the tokenizer's special tokens.
 
     Raises:
-        UserError: a file is damaged, or names a special token that the tokenizer does not have.
+        UserError: a file is damaged, or names an end of text that the tokenizer does not have.
     """
-    if (folder / GENERATION_CONFIG).is_file():
-        return ids_in(read_json(folder / GENERATION_CONFIG))
-    config_file, tokenizer_file = folder / "tokenizer_config.json", folder / "tokenizer.json"
-    if not (config_file.is_file() and tokenizer_file.is_file()):
-        return TokenIds()
-    config, tokenizer = read_json(config_file), read_json(tokenizer_file)
-    ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    ids |= {text: number for text, number in tokenizer["model"]["vocab"].items() if text not in ids}
+    config = _read_if_there(folder / CONFIG)
+    inside = config.get("text_config")
+    found: dict[str, Any] = {}
+    defaults = _read_if_there(folder / GENERATION_CONFIG)
+    for named in (defaults, config, inside if isinstance(inside, dict) else {}):
+        found |= {name: value for name, value in vars(ids_in(named)).items() if found.get(name) is None}
+    missing = [name for name, value in found.items() if value is None]
+    return TokenIds(**found | _ids_of_texts(folder, missing))
 
-    def id_of(field: str) -> int | None:
-        token = config.get(field)
-        text = token.get("content") if isinstance(token, dict) else token
-        if text is not None and text not in ids:
-            raise UserError(f"{config_file}: {field} = {text!r} is not a token of {tokenizer_file.name}; "
-                            "correct it there")
-        return None if text is None else int(ids[text])
 
-    return TokenIds(id_of("bos_token"), id_of("eos_token"), id_of("pad_token"))
+def _ids_of_texts(folder: Path, names: list[str]) -> dict[str, int]:
+    """Return the ids of "bos", "eos" and "pad" tokens that tokenizer_config.json names by their texts."""
+    texts = {name: text for name in names if (text := special_text(folder, f"{name}_token"))}
+    if not texts or not (folder / TOKENIZER_JSON).is_file():
+        return {}
+    tokenizer = read_tokenizer(folder)
+    ids = {text: id_ for id_, text in tokenizer.ordinary.items()}
+    ids |= {token["content"]: id_ for id_, token in tokenizer.added.items()}
+    if (end := texts.get("eos", "")) and end not in ids:  # text would never end; the others may be unused
+        raise UserError(f"{folder / CONFIG_JSON}: eos_token = {end!r} is not a token of {TOKENIZER_JSON}; "
+                        "correct it there")
+    return {name: ids[text] for name, text in texts.items() if text in ids}
 
 
 def split_conflict(folder: Path, split: str | None) -> str | None:
@@ -311,6 +322,10 @@ def split_conflict(folder: Path, split: str | None) -> str | None:
     return (f"{tokenizer_file} splits text by another regular expression than transformers' AutoTokenizer, "
             "which does not read it for this model family and may give other token ids; "
             "load it with PreTrainedTokenizerFast.from_pretrained")
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,
@@ -346,7 +361,7 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
         warn(f"{hf_dir}: {note}")
     check_copies(source)
     content = {SOURCE: hub_name(hf_dir)} | ({CARRIED_FIELDS: source.carried} if source.carried else {})
-    write_imported(out, Imported(source, "from-hf", hf_dir, ids_in(source.config), content), dtype,
+    write_imported(out, Imported(source, "from-hf", hf_dir, ids_beside(hf_dir), content), dtype,
                    workers=workers, overwrite=overwrite, redo=redo)
 
 

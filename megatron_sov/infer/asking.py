@@ -253,19 +253,10 @@ class Asker:
 
 
 def generation_ends(target: Target) -> set[int]:
-    """Return the tokens that end an answer by a Hugging Face folder's own generation settings, or by its
-    config where it has none, as transformers reads them."""
-    for name in ("generation_config.json", "config.json") if target.is_hf else ():
-        try:
-            found = json.loads((target.path / name).read_bytes()).get("eos_token_id")
-        except (OSError, ValueError, AttributeError, RecursionError):
-            continue
-        ends = {token for token in (found if isinstance(found, list) else [found])
-                if isinstance(token, int) and not isinstance(token, bool) and token >= 0}
-        # The first file that names one counts, as in transformers.
-        if ends:
-            return ends
-    return set()
+    """Return the tokens that end an answer by the files beside a model's tokenizer, see `ids_beside`."""
+    from megatron_sov.convert.hf_import import ids_as_list, ids_beside
+
+    return set(ids_as_list(ids_beside(target.tokenizer_folder).eos))
 
 
 def _read_feature_tokens(folder: Path, encoding: MediaEncoding) -> FeatureTokens:

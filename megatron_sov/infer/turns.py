@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TurnEncoder
-from megatron_sov.chat.folder import chat_files, read_chat_encoder
+from megatron_sov.chat.folder import CONFIG_JSON, SPECIAL_JSON, TEMPLATE, TOKENIZER_JSON, read_chat_encoder
 from megatron_sov.engine.parallel.values import broadcast_object
 from megatron_sov.infer.asking import check_engine, check_length
 from megatron_sov.infer.engine import Engine, EngineName, engine_for, run_engine
@@ -100,6 +100,12 @@ def _sample_along(policy: EnginePolicy) -> None:
         raise own
 
 
+def chat_digests(folder: Path) -> dict[str, str]:
+    """Return the digests of the files that say how a folder's chats become ids, by their names."""
+    files = [folder / name for name in (TOKENIZER_JSON, CONFIG_JSON, TEMPLATE, SPECIAL_JSON)]
+    return {file.name: file_digest(file) for file in files if file.is_file()}
+
+
 @dataclass(frozen=True)
 class Runs:
     """How an engine runs the model."""
@@ -146,7 +152,7 @@ class Player:
         eos = load_tokenizer(folder).eos_token_id
         # a turn that eos ends is no whole one
         self._ends = tuple(sorted({*self.encoder.end_ids, *([] if eos is None else [int(eos)])}))
-        self.chat = {file.name: file_digest(file) for file in chat_files(folder)}
+        self.chat = chat_digests(folder)
         """File of the chat template -> its hash."""
 
     def run(self, sampling: Sampling, num_parallel: int, played: Callable[[ToolPolicy], Any]) -> Any:

@@ -11,12 +11,16 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_sov.base.artifacts import manifest_sha256
+from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, to_json
 from megatron_sov.base.errors import UserError, warn
+from megatron_sov.chat.folder import (
+    CONFIG_JSON, TEMPLATE, TOKENIZER_JSON, chat_form, chat_template, special_text)
+from megatron_sov.chat.vocabulary import find_difference
 from megatron_sov.checkpoint import load
 from megatron_sov.checkpoint.load import agreement
 from megatron_sov.checkpoint.save import Companions, Saved, Saver
 from megatron_sov.checkpoint.writer import TensorFile
+from megatron_sov.convert.hf_import import GENERATION_CONFIG
 from megatron_sov.convert.sources import open_shards
 from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.local_shards import local_shards
@@ -184,6 +188,30 @@ def _refuse_other_sizes(folder: Path, setting: str,
 STOP = "asked to stop"
 
 
+def _read_companions(start: Path, data: Path) -> dict[str, bytes]:
+    """Return the files beside tokenizer.json that a run takes over from the tokenizer folder of its start,
+    with the special tokens and chat template of its data's; none if the data are of another tokenizer."""
+    if find_difference(start, data) is not None:
+        return {}
+    files = {file.name: file.read_bytes() for file in sorted(start.iterdir())
+             if file.is_file() and file.name not in (TOKENIZER_JSON, MANIFEST)}
+    if chat_form(data) == chat_form(start):
+        return files
+    config, defaults = (read_json(start / name) if name in files else {} for name in (
+        CONFIG_JSON, GENERATION_CONFIG))
+    for name in ("bos_token", "eos_token"):
+        text = special_text(data, name)
+        if text and text != special_text(start, name):
+            config[name] = text
+            defaults.pop(f"{name}_id", None)
+    template = chat_template(data)
+    if template and template != chat_template(start):
+        config["chat_template"] = template
+        files.pop(TEMPLATE, None)
+    changed = {CONFIG_JSON: config, **({GENERATION_CONFIG: defaults} if GENERATION_CONFIG in files else {})}
+    return files | {name: to_json(content).encode() for name, content in changed.items()}
+
+
 class Stateful(Protocol):
     """Something with a memory that a resumed run must have."""
 
@@ -218,6 +246,7 @@ class Checkpointer:
         self._batches, self._parts = batches, parts
         self._data = {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}
         self._tokenizer = tokenizer_folder(sources)
+        self._beside: dict[str, bytes] = {}
         self._saver = Saver(on_saved, config.train.save_timeout_s)
 
     def save(self, done: TrainState) -> None:
@@ -233,7 +262,7 @@ class Checkpointer:
                  "order": self._batches.state(), "data": self._data,
                  **{name: part.state() for name, part in self._parts.items()}}
         self._saver.begin(self._folder.checkpoint(done.step), self._model, self._optimizer,
-                          Companions(state, self._config.to_dict(), self._tokenizer),
+                          Companions(state, self._config.to_dict(), self._tokenizer, self._beside),
                           # behind the rename: a crash while the new one is written must leave the one before
                           then=lambda: checkpoints.prune(folder, settings.keep_checkpoints,
                                                          settings.keep_every_steps),
@@ -312,6 +341,9 @@ class Checkpointer:
         return TrainState(state["step"], state["tokens"], state["wall_s"], checkpoints.trained_tokens(path))
 
     def _load_model(self, path: Path, *, new_encoders: bool = False) -> None:
+        if self._tokenizer is not None:
+            # read now: a checkpoint that the run goes on from may be pruned before the next one is written
+            self._beside = _read_companions(path / "tokenizer", self._tokenizer)
         load.load_model(path, self._model, new_encoders=new_encoders)
         # else the next update would write the optimizer's older copies over what was loaded
         self._optimizer.sync_master_weights()

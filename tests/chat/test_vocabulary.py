@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import string
 from collections.abc import Callable
@@ -13,8 +14,10 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.vocabulary import read_vocabulary, refuse_other_tokenizer, refuse_other_tokens
+from megatron_sov.chat.vocabulary import (
+    find_difference, read_tokenizer, refuse_other_tokenizer, refuse_other_tokens, tokenizer_digest)
 from megatron_sov.train.data.token_bytes import token_bytes
 from tokenizer.cli import main as sov_tokenizer
 
@@ -28,7 +31,7 @@ def tokenizer(folder: Path, words: list[str], special: str = "<end>") -> Path:
 
 
 def test_ordinary_tokens_by_id(tmp_path: Path) -> None:
-    assert read_vocabulary(tokenizer(tmp_path / "a", ["one", "two"])) == {0: "one", 1: "two"}
+    assert read_tokenizer(tokenizer(tmp_path / "a", ["one", "two"])).ordinary == {0: "one", 1: "two"}
 
 
 def test_equal_longer_and_renamed_special_tokens_pass(tmp_path: Path) -> None:
@@ -59,7 +62,7 @@ def test_without_a_tokenizer_on_one_side_nothing_is_compared(tmp_path: Path) -> 
 def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer.json: cannot be read as a tokenizer"):
-        read_vocabulary(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +96,12 @@ CUTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "pre_tokenizer": lambda r: r["pre_tokenizer"].update(add_prefix_space=True),
     "byte_fallback": lambda r: r["model"].update(byte_fallback=True)}
 BESIDE: dict[str, Callable[[Path], Path]] = {
-    "tokenizer.json: added_tokens": lambda d: changed(
+    "/tokenizer.json: its added_tokens": lambda d: changed(
         d, "tokenizer.json", lambda r: r["added_tokens"][0].update(content="<stop>")),
-    "tokenizer.json: decoder": lambda d: changed(d, "tokenizer.json", lambda r: r.update(decoder=None)),
-    "tokenizer_config.json: eos_token": lambda d: changed(
+    "/tokenizer.json: its decoder": lambda d: changed(d, "tokenizer.json", lambda r: r.update(decoder=None)),
+    ": tokenizer_config.json: eos_token": lambda d: changed(
         d, "tokenizer_config.json", lambda r: r.update(eos_token="a")),
-    r"chat_template.jinja \(or chat_template in tokenizer_config.json\)": without_template}
+    r": chat_template.jinja \(or chat_template in tokenizer_config.json\)": without_template}
 
 
 @pytest.mark.parametrize("field", CUTS)
@@ -115,7 +118,7 @@ def test_text_that_is_cut_otherwise_is_refused(field: str, bpe: Path, tmp_path: 
 def test_one_tokenizer_means_the_form_of_chats_as_well(where: str, bpe: Path, tmp_path: Path) -> None:
     other = BESIDE[where](shutil.copytree(bpe, tmp_path / "other"))
     refuse_other_tokens(other, bpe)
-    with pytest.raises(UserError, match=f"other: {where} differs from that of .*; choose"):
+    with pytest.raises(UserError, match=f"other{where} differs from that of .*; choose"):
         refuse_other_tokenizer(bpe, other, "choose")
 
 
@@ -129,6 +132,177 @@ def test_what_is_only_spelled_otherwise_is_the_same(bpe: Path, tmp_path: Path) -
     (other / "chat_template.jinja").write_text("{{ x }}")
     refuse_other_tokenizer(bpe, other, "choose")
     refuse_other_tokens(other, bpe)
+
+
+# One identity of a tokenizer, against what `tokenizers` encodes and decodes.
+
+
+PROBES = ("the fox <end> jumps", "The\u0301 fox12 34<end>", "<pad> the\n\nfoxes", "a dove over <pad>dog f")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator(["the fox jumps over the dogs"] * 4, trainers.BpeTrainer(
+        vocab_size=280, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<end>", "<pad>"]))
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def rewritten(source: Path, target: Path, change: Callable[[dict[str, Any]], Any], **how: Any) -> Path:
+    raw = json.loads((source / "tokenizer.json").read_text())
+    change(raw)
+    target.mkdir()
+    (target / "tokenizer.json").write_text(json.dumps(raw, **how), encoding="utf-8")
+    return target
+
+
+def behaviour(folder: Path) -> list[Any]:
+    """Return ids and texts of the probes by the library that reads such files."""
+    found = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    found.no_padding()
+    found.no_truncation()
+    ids = [found.encode(text, add_special_tokens=False).ids for text in PROBES]
+    return [ids, *(found.decode(row, skip_special_tokens=skips) for row in ids for skips in (True, False))]
+
+
+def update(*path: str | int, **values: Any) -> Callable[[dict[str, Any]], None]:
+    """Return a change that sets fields of the object at a path."""
+    def change(raw: Any) -> None:
+        for key in path:
+            raw = raw[key]
+        raw.update(values)
+    return change
+
+
+def swap_merges(raw: dict[str, Any]) -> None:
+    merges = raw["model"]["merges"]
+    one, other = merges.index(["d", "o"]), merges.index(["o", "v"])
+    merges[one], merges[other] = merges[other], merges[one]
+
+
+def swap_ids(raw: dict[str, Any]) -> None:
+    vocab = raw["model"]["vocab"]
+    vocab["a"], vocab["f"] = vocab["f"], vocab["a"]
+
+
+SAME: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, Any]]] = {
+    "white space": (lambda r: None, {"indent": 2}),
+    "no white space": (lambda r: None, {"separators": (",", ":")}),
+    "characters": (lambda r: None, {"ensure_ascii": False}),
+    "order of keys": (lambda r: None, {"sort_keys": True}),
+    "merges as text": (lambda r: r["model"].update(merges=[" ".join(m) for m in r["model"]["merges"]]), {}),
+    "lengths": (lambda r: r.update(
+        padding={"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1,
+                 "pad_type_id": 0, "pad_token": "<pad>"},
+        truncation={"max_length": 4, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}), {}),
+    "order of added tokens": (lambda r: r["added_tokens"].reverse(), {}),
+    "order of the vocabulary": (lambda r: r["model"].update(
+        vocab=dict(reversed(r["model"]["vocab"].items()))), {}),
+    "special tokens around a text": (update(post_processor={
+        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<end>", "type_id": 0}},
+                                                 {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<end>": {"id": "<end>", "ids": [0], "tokens": ["<end>"]}}}), {}),
+    "fields that are off": (lambda r: [r["model"].pop(name, None) for name in (
+        "dropout", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges", "end_of_word_suffix")], {}),
+    "a field that is implied": (lambda r: [r["pre_tokenizer"].pop("use_regex")], {}),
+    "fields of offsets": (update("pre_tokenizer", trim_offsets=False), {}),
+    "fields of a decoder that it does not read": (update("decoder", add_prefix_space=False), {})}
+OTHER: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "lstrip": (update("added_tokens", 0, lstrip=True), r"added_tokens .*\(0: lstrip: True here, None there"),
+    "rstrip": (update("added_tokens", 0, rstrip=True), r"added_tokens .*\(0: rstrip"),
+    "single_word": (update("added_tokens", 0, single_word=True), r"added_tokens .*\(0: single_word"),
+    "special": (update("added_tokens", 0, special=False), r"added_tokens .*\(0: special: None here, True"),
+    "no added token": (lambda r: r["added_tokens"].pop(), "ids mean other tokens|added_tokens"),
+    "normalizer": (update(normalizer={"type": "NFC"}), r"normalizer differs from .*None there"),
+    "one merge": (swap_merges, r"merges differs from .* \(\d+: \d: '\w+' here, '\w+' there\)"),
+    "two ids": (swap_ids, r"2 ids mean other tokens than in .*'[af]' here, '[af]' there"),
+    "splitter": (update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"String": "o"}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}),
+        "pre_tokenizer differs"),
+    "regular expression": (update("pre_tokenizer", use_regex=False),
+                           r"pre_tokenizer .*\(use_regex: None here, True"),
+    "space in front": (update("pre_tokenizer", add_prefix_space=True), r"pre_tokenizer .*add_prefix_space"),
+    "decoder": (update(decoder={"type": "Fuse"}), r"decoder differs .*\(type: 'Fuse' here, 'ByteLevel'"),
+    "end of a word": (update("model", end_of_word_suffix="s"), "end_of_word_suffix differs")}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_one_identity_whatever_the_file_looks_like(name: str, trained: Path, tmp_path: Path) -> None:
+    other = rewritten(trained, tmp_path / "other", *SAME[name][:1], **SAME[name][1])
+    assert behaviour(other) == behaviour(trained), "the library agrees"
+    assert file_digest(other / "tokenizer.json") != file_digest(trained / "tokenizer.json")
+    assert tokenizer_digest(other) == tokenizer_digest(trained) and find_difference(other, trained) is None
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_another_identity_is_named_by_its_first_difference(name: str, trained: Path, tmp_path: Path) -> None:
+    change, told = OTHER[name]
+    other = rewritten(trained, tmp_path / "other", change)
+    assert name == "regular expression" or behaviour(other) != behaviour(trained), "the library agrees"
+    assert tokenizer_digest(other) != tokenizer_digest(trained)
+    assert re.search(told, str(find_difference(other, trained))), find_difference(other, trained)
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "unigram": {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0]] + [
+        [f"t{i}", -((i * 0.61803398875) % 1) * 17] for i in range(500)]}, "pre_tokenizer": {
+        "type": "Metaspace", "replacement": "\u2581", "add_prefix_space": True, "str_rep": "\u2581"},
+        "decoder": {"type": "Metaspace", "replacement": "\u2581", "add_prefix_space": True}},
+    "wordpiece": {"model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                            "max_input_chars_per_word": 100, "vocab": {"[UNK]": 0, "a": 1, "##b": 2}},
+                  "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
+                                 "strip_accents": None, "lowercase": True},
+                  "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "BertPreTokenizer"},
+                                                                          {"type": "Punctuation"}]},
+                  "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}},
+    "llama 2": {"model": {"vocab": {"a": 0, "b": 1, "ab": 2, "<0x0A>": 3}, "merges": ["a b"],
+                          "byte_fallback": True, "fuse_unk": True, "unk_token": "a"},
+                "normalizer": {"type": "Sequence", "normalizers": [
+                    {"type": "Prepend", "prepend": "\u2581"},
+                    {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]},
+                "decoder": {"type": "Sequence", "decoders": [
+                    {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                    {"type": "ByteFallback"}, {"type": "Fuse"},
+                    {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}}}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_library_rewrites_a_file_without_another_identity(name: str, tmp_path: Path) -> None:
+    """As `sov-tokenizer import` and `save_pretrained` do, also with the last digit of scores."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(
+        {"version": "1.0", "added_tokens": [], **MODELS[name]}))
+    digest = tokenizer_digest(tmp_path)
+    Tokenizer.from_file(str(tmp_path / "tokenizer.json")).save(str(tmp_path / "tokenizer.json"))
+    assert tokenizer_digest(tmp_path) == digest
+
+
+def test_an_id_of_unknown_text_is_part_of_the_identity(tmp_path: Path) -> None:
+    for name, unknown in (("none", None), ("first", 0), ("second", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {
+            "type": "Unigram", "unk_id": unknown, "vocab": [["a", 0.0], ["b", -1.0]]}}))
+    assert len({tokenizer_digest(tmp_path / name) for name in ("none", "first", "second")}) == 3
+
+
+def test_a_file_that_changes_is_read_again(trained: Path, tmp_path: Path) -> None:
+    folder = rewritten(trained, tmp_path / "other", lambda r: None)
+    before = tokenizer_digest(folder)
+    changed(folder, "tokenizer.json", swap_ids)
+    assert tokenizer_digest(folder) != before
+    for content in ("{", "[]", '{"model": {}}'):
+        (folder / "tokenizer.json").write_text(content)
+        with pytest.raises(UserError, match="cannot be read as a tokenizer"):
+            tokenizer_digest(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="cannot be read as a tokenizer"):
+        tokenizer_digest(folder)
 
 
 # Bytes of tokens, against what the tokenizer itself decodes.

@@ -80,7 +80,7 @@ def test_a_run_is_told_and_not_begun(capsys: Any, start: Start, command: str, ki
     lines = dry(capsys, start.folder, *words_of(command, start), "--from", start.starts[kind], "--run", run)
     found = start.starts[kind]
     if kind == "hf":
-        assert f"  converts   {found} into {run}.from-hf first" in lines
+        assert f"  converts   {found} into {run.parent}/.from-hf first" in lines
     else:
         found = found / "checkpoints/step-2"
     assert f"  start      {found}" in lines

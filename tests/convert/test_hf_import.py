@@ -15,15 +15,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.hf_export import to_hf
+from megatron_sov.convert.hf_import import ids_beside
 from megatron_sov.engine.decode.forward_only import Inputs
 from megatron_sov.engine.parallel import world
 from megatron_sov.infer.engines.load import load_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
+from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.modality import PICTURES, SOUNDS, take_records
 from megatron_sov.model.recipes import get
 from megatron_sov.omni.modality import processor_files
@@ -84,6 +87,100 @@ def test_what_ends_a_turn_ends_generation(solar_dir: Path, tmp_path: Path) -> No
     written = json.loads((tmp_path / "hf/generation_config.json").read_text())
     assert written == {"bos_token_id": 0, "eos_token_id": [1, 3]}
     assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 1
+
+
+GENERATION, CONFIG, TEXTS, MAP = ("generation_config.json", "config.json", "tokenizer_config.json",
+                                  "special_tokens_map.json")
+NAMED: dict[str, tuple[dict[str, dict[str, Any]], TokenIds]] = {
+    "generation defaults before the config": (
+        {GENERATION: {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
+         CONFIG: {"bos_token_id": 4, "eos_token_id": 5, "pad_token_id": 6}}, TokenIds(1, 2, 3)),
+    "generation defaults without eos": (
+        {GENERATION: {"temperature": 0.6}, CONFIG: {"bos_token_id": 4, "eos_token_id": 5}}, TokenIds(4, 5)),
+    "nulls": ({GENERATION: {"eos_token_id": None, "pad_token_id": 3}, CONFIG: {"eos_token_id": 5}},
+              TokenIds(None, 5, 3)),
+    "several ends": ({GENERATION: {"eos_token_id": [2, 7]}, CONFIG: {"eos_token_id": 5}},
+                     TokenIds(eos=[2, 7])),
+    "several ends in the config": ({GENERATION: {"bos_token_id": 1}, CONFIG: {"eos_token_id": [5, 6]}},
+                                   TokenIds(1, [5, 6])),
+    "an empty list": ({GENERATION: {"eos_token_id": []}, CONFIG: {"eos_token_id": 5}}, TokenIds(eos=5)),
+    "id 0": ({GENERATION: {"eos_token_id": 0}, CONFIG: {"eos_token_id": 5}}, TokenIds(eos=0)),
+    "no generation defaults": ({CONFIG: {"bos_token_id": 4, "eos_token_id": [5]}}, TokenIds(4, [5])),
+    "a part of the text model": (
+        {CONFIG: {"bos_token_id": 4, "text_config": {"bos_token_id": 8, "eos_token_id": 9}}}, TokenIds(4, 9)),
+    "texts": ({GENERATION: {"bos_token_id": 1}, TEXTS: {"bos_token": "<s>", "eos_token": "</s>"}},
+              TokenIds(1, 1)),
+    "texts as objects": ({TEXTS: {"eos_token": {"content": "<end>", "lstrip": False}, "pad_token": "a"}},
+                         TokenIds(eos=7, pad=2)),
+    "texts of an older file": ({MAP: {"eos_token": "</s>"}, TEXTS: {"pad_token": None}}, TokenIds(eos=1)),
+    "values that are no ids": ({GENERATION: {"bos_token_id": True, "eos_token_id": ["x", 3, -1]},
+                                CONFIG: {"bos_token_id": 4}}, TokenIds(4, [3])),
+    "nothing": ({}, TokenIds())}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_each_special_id_is_of_the_first_file_that_has_it(name: str, tmp_path: Path) -> None:
+    """Where transformers' generate finds one it is that; where it finds none it would never stop."""
+    files, expected = NAMED[name]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({
+        "added_tokens": [{"id": 7, "content": "<end>"}], "model": {"vocab": {"<s>": 0, "</s>": 1, "a": 2}}}))
+    for file, content in files.items():
+        (tmp_path / file).write_text(json.dumps(content))
+    found = ids_beside(tmp_path)
+    assert found == expected
+    if name != "values that are no ids" and {GENERATION, CONFIG} & set(files):
+        used = (GenerationConfig.from_pretrained(tmp_path) if GENERATION in files
+                else GenerationConfig.from_model_config(files[CONFIG]))
+        for token, value in vars(found).items():
+            theirs = getattr(used, f"{token}_token_id")
+            assert theirs in (None, [], value), token
+
+
+def test_a_special_token_without_an_id_is_refused_where_it_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    (tmp_path / TEXTS).write_text('{"eos_token": "<gone>"}')
+    with pytest.raises(UserError, match=r"eos_token = '<gone>' is not a token of tokenizer.json; correct it"):
+        ids_beside(tmp_path)
+    (tmp_path / GENERATION).write_text('{"eos_token_id": 0}')
+    assert ids_beside(tmp_path) == TokenIds(eos=0)
+    (tmp_path / TEXTS).write_text('{"bos_token": "a", "pad_token": "<unused>"}')
+    assert ids_beside(tmp_path) == TokenIds(bos=0, eos=0)
+
+
+@pytest.mark.parametrize("defaults", [
+    {"temperature": 0.6}, {"temperature": 0.6, "eos_token_id": None}, {}, None])
+def test_ids_that_generation_defaults_lack_come_back(defaults: dict[str, Any] | None, solar_dir: Path,
+                                                     tmp_path: Path) -> None:
+    source = shutil.copytree(solar_dir, tmp_path / "source", ignore=shutil.ignore_patterns(GENERATION))
+    if defaults is not None:
+        (source / GENERATION).write_text(json.dumps(defaults))
+    convert.from_hf(source, tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
+    written, config = (json.loads((tmp_path / "hf" / name).read_text()) for name in (GENERATION, CONFIG))
+    assert written == (defaults or {}) | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
+    assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == 2
+    proof = convert.verify(tmp_path / "ckpt", tmp_path / "hf", load=False)
+    assert proof.passed, proof.checks
+    (tmp_path / "hf" / GENERATION).write_text(json.dumps(written | {"eos_token_id": 1}))
+    failed = [check for check in convert.verify(source, tmp_path / "hf", load=False).checks
+              if check.name == "special token ids that differ" and not check.passed]
+    assert [check.detail for check in failed] == ["eos ([2] and [1])"]
+
+
+def test_what_ends_a_turn_is_added_to_the_defaults_of_a_base(solar_dir: Path, tmp_path: Path) -> None:
+    """As after fine-tuning of a base whose own defaults stop at its end of text alone."""
+    source = shutil.copytree(solar_dir, tmp_path / "source")
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [{"id": 3, "content": "<end>", "single_word": False, "lstrip": False,
+                                  "rstrip": False, "normalized": False, "special": True}]
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<end>{% endfor %}")
+    before = json.loads((source / GENERATION).read_text())
+    convert.from_hf(source, tmp_path / "ckpt")
+    assert json.loads((tmp_path / "ckpt/tokenizer" / GENERATION).read_text()) == before
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / GENERATION).read_text()) == before | {"eos_token_id": [2, 3]}
 
 
 def test_a_tokenizer_that_transformers_would_read_otherwise_is_told(

@@ -93,7 +93,7 @@ def test_a_tokenizer_tells_turns_apart(store: RolloutStore, tmp_path: Path,
     turns = re.findall(r'<p class="label">([^<]*)</p><pre[^>]*>([^<]*)</pre>', page)
     assert turns[1:4] == [("model", "ask"), ("tools and template", "result"), ("model", "reply")]
     capsys.readouterr()
-    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"ask": 5}}}')
     for words, sentence in ((["--tokenizer", str(tmp_path)], "name the tokenizer of the model"),
                             (["--tokenizer", str(store.path)], "has no tokenizer.json"),
                             (["--round", "2"], "--round 2: .* has no parts of it"),

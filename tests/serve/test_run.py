@@ -375,7 +375,8 @@ def test_clients_are_told_no_folders_of_the_server(opened: Any, folder: Path) ->
 @pytest.mark.parametrize(("files", "ends"), [
     ({}, set()), ({"generation_config.json": '{"eos_token_id": [3, 5, 7]}'}, {3, 5, 7}),
     ({"generation_config.json": '{"eos_token_id": 7}', "config.json": '{"eos_token_id": 9}'}, {7}),
-    ({"config.json": '{"eos_token_id": 9}'}, {9}), ({"generation_config.json": "[1"}, set()),
+    ({"config.json": '{"eos_token_id": 9}'}, {9}),
+    ({"generation_config.json": "{}", "config.json": '{"text_config": {"eos_token_id": 9}}'}, {9}),
     ({"generation_config.json": '{"eos_token_id": [true, -1, "x", 8]}'}, {8})])
 def test_completions_end_where_the_folder_says(folder: Path, tmp_path: Path, files: dict[str, str],
                                                ends: set[int]) -> None:

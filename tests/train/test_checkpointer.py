@@ -1,4 +1,5 @@
-"""Encoders start from Hugging Face folders: alone or inside a larger model, of exactly their sizes."""
+"""Encoders start from Hugging Face folders: alone or inside a larger model, of exactly their sizes; and a run
+takes over the tokenizer settings of its start."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, VisionEncoderConfig
 from megatron_sov.model.families.encoders import AUDIO, VISION
-from megatron_sov.train.checkpointer import encoder_in
+from megatron_sov.train.checkpointer import _read_companions, encoder_in
 
 SIGLIP = VisionEncoderConfig(kind="siglip", placeholder_ids=(5,), image_size=8, patch_size=4, hidden_size=16,
                              num_layers=1, num_heads=2, ffn_dim=24)
@@ -82,3 +83,64 @@ def test_two_encoders_and_pickles_are_refused(siglip: Path) -> None:
     with pytest.raises(UserError, match="safetensors"):
         encoder_in(siglip, VISION, model(vision=SIGLIP))
     assert json.loads((siglip / "config.json").read_text())["hidden_size"] == 16
+
+
+# What a run takes over from the tokenizer folder of its start, beside the tokenizer that its data have too.
+
+VOCAB = {"model": {"vocab": {"<s>": 0, "</s>": 1, "<end>": 2}}}
+BASE = {"tokenizer.json": VOCAB, "generation_config.json": {"eos_token_id": 1, "top_p": 0.9},
+        "tokenizer_config.json": {"eos_token": "</s>", "unk_token": "<s>", "chat_template": "{{ x }}"},
+        "special_tokens_map.json": {"unk_token": "<s>"}}
+IMPORTED = {"tokenizer.json": VOCAB, "tokenizer_config.json": {
+    "eos_token": "</s>", "pad_token": "</s>", "chat_template": "{{ x }}",
+    "tokenizer_class": "PreTrainedTokenizerFast"}}
+
+
+def written(folder: Path, files: dict[str, Any], **more: Any) -> Path:
+    folder.mkdir()
+    for name, content in (files | more).items():
+        (folder / name).write_text(json.dumps(content, indent=len(files) % 3))
+    return folder
+
+
+def taken_over(start: Path, data: Path) -> dict[str, Any]:
+    return {name: json.loads(content) for name, content in _read_companions(start, data).items()}
+
+
+def test_settings_of_the_base_are_taken_over(tmp_path: Path) -> None:
+    base = written(tmp_path / "base", BASE)
+    data = written(tmp_path / "data", IMPORTED)
+    beside = {name: content for name, content in BASE.items() if name != "tokenizer.json"}
+    assert taken_over(base, data) == beside
+    assert taken_over(data, data) == {"tokenizer_config.json": IMPORTED["tokenizer_config.json"]}
+
+
+@pytest.mark.parametrize(("own", "config", "defaults"), [
+    ({"chat_template": "{{ y }}"}, {"chat_template": "{{ y }}"}, {"eos_token_id": 1, "top_p": 0.9}),
+    ({"eos_token": "<end>"}, {"eos_token": "<end>"}, {"top_p": 0.9}),
+    ({"bos_token": "<s>"}, {"bos_token": "<s>"}, {"eos_token_id": 1, "top_p": 0.9}),
+    ({"eos_token": None}, {}, {"eos_token_id": 1, "top_p": 0.9}),
+    ({"chat_template": None}, {}, {"eos_token_id": 1, "top_p": 0.9})])
+def test_the_form_of_chats_is_that_of_the_data(
+        own: dict[str, Any], config: dict[str, Any], defaults: dict[str, Any], tmp_path: Path) -> None:
+    base = written(tmp_path / "base", BASE)
+    data = written(tmp_path / "data", IMPORTED | {
+        "tokenizer_config.json": IMPORTED["tokenizer_config.json"] | own})
+    found = taken_over(base, data)
+    assert found["tokenizer_config.json"] == BASE["tokenizer_config.json"] | config
+    assert found["generation_config.json"] == defaults
+
+
+def test_a_template_of_the_data_stands_in_for_the_file_of_the_base(tmp_path: Path) -> None:
+    base = written(tmp_path / "base", BASE)
+    (base / "chat_template.jinja").write_text("{{ z }}")
+    found = taken_over(base, written(tmp_path / "data", IMPORTED))
+    assert found["tokenizer_config.json"]["chat_template"] == "{{ x }}" and "chat_template.jinja" not in found
+
+
+def test_nothing_is_taken_over_from_another_tokenizer(tmp_path: Path) -> None:
+    base = written(tmp_path / "base", BASE)
+    other = {"model": {"vocab": {"<s>": 0, "</s>": 2, "<end>": 1}}}
+    assert taken_over(base, written(tmp_path / "data", IMPORTED | {"tokenizer.json": other})) == {}
+    (tmp_path / "none").mkdir()
+    assert taken_over(tmp_path / "none", base) == {}

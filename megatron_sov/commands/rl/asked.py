@@ -7,19 +7,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import Flag, change, not_with, only_with, parse_nested
-from megatron_sov.chat.folder import chat_files, read_chat_encoder
+from megatron_sov.chat.folder import chat_form, read_chat_encoder
+from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.infer.asking import check_length
 from megatron_sov.infer.request import Batching, BatchSize
 from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import BUILT_IN, make, order
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.rollouts.prompts import SET_ASIDE, PromptList, SetAside, asked_too, read_prompts, set_aside
+from megatron_sov.rollouts.prompts import (
+    SET_ASIDE, PromptList, SetAside, asked_too, read_prompts, sampling_digest, set_aside)
 from megatron_sov.runs.launch_environment import is_first
 
 if TYPE_CHECKING:
@@ -161,9 +162,29 @@ def longest_of(rollout: RolloutConfig, environment: AskedEnvironment | None) -> 
     return rollout.max_prompt_tokens + rollout.max_new_tokens + more
 
 
-def writer_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start: Target,
-              engine_name: str, environment: AskedEnvironment | None) -> tuple[Writer, SetAside]:
-    """Return what makes rows, plain responses or episodes, and which prompts it does not ask.
+def _identify_chats(folder: Path, store: Path) -> dict[str, str]:
+    """Return what the keys of responses hold of the tokenizer and the form of chats in a folder: digests of
+    their meaning, or, for a store that an earlier version began, of the bytes of their files."""
+    from megatron_sov.infer.turns import chat_digests
+    from megatron_sov.rollouts.store import RolloutStore
+
+    if (store / RolloutStore.HEAD).is_file() and RolloutStore.open(store).names_bytes:
+        return chat_digests(folder)
+    return {"tokenizer": tokenizer_digest(folder), "form": sampling_digest(chat_form(folder))}
+
+
+def writer_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start: Target, engine_name: str,
+              environment: AskedEnvironment | None, store: Path) -> tuple[Writer, SetAside]:
+    """Return the writer of rows, plain responses or episodes, and the prompts that it does not ask.
+
+    Args:
+        args: how prompts are asked.
+        config: settings of the run.
+        prompts: the file of prompts.
+        start: the model that is asked first.
+        engine_name: the engine that generates.
+        environment: whose tasks are played; None: plain responses.
+        store: folder of the rows' store.
 
     Raises:
         UserError: a prompt is empty, all are too long, or the model has no chat template.
@@ -181,7 +202,7 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start
                         "first, or continue the prompts as they are with --plain")
     asker = Asker(start, not args.plain)
     chosen_by: dict[str, Any] = {
-        "plain": args.plain, "chat": {file.name: file_digest(file) for file in chat_files(folder)}}
+        "plain": args.plain, "chat": _identify_chats(folder, store)}
     if environment is None:
         responses = ResponseSource(asker, rollout, engine_name, args.plain, chosen_by,
                                    with_routes=config.policy.router_replay)

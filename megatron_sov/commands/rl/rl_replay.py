@@ -33,7 +33,8 @@ from megatron_sov.runs.checkpoints import complete, refuse_missing, refuse_no_ru
 from megatron_sov.runs.folder import ROUNDS, RunFolder
 from megatron_sov.runs.launch_environment import under_launcher
 from megatron_sov.runs.lock import living_holder
-from megatron_sov.train.stages.stage_config import converted, find_start
+from megatron_sov.train.stages.shared_copies import convert_start
+from megatron_sov.train.stages.stage_config import find_start
 
 if TYPE_CHECKING:
     from megatron_sov.audit.replaying import Replay, RunStretch
@@ -97,7 +98,7 @@ def run(typed: argparse.Namespace) -> int:
         args.nproc in (None, command.options.nproc or 1) for command in commands)
     stretches = [command.stretch for command in commands]
     first = first_round(folder, stretches, args.begin)
-    start = _start_of(folder, last, output, first)
+    start = _start_of(folder, last, first)
     load_plugins(last.options.plugins)
     for command in commands:
         _refuse_other_code(folder, command, first)
@@ -112,7 +113,7 @@ def run(typed: argparse.Namespace) -> int:
         if not any(step_of(path) >= command.stretch.end for path in complete(replayed.checkpoints)):
             _train_again(args, command, output, typed.began_s)
     found = compare_replay(folder, store, output, last.stretch.config, first, own_layout=own_layout,
-                           start=start)
+                           start=convert_start(start, replayed.path))
     atomic_write(output / "replay.json",
                  to_json(asdict(found) | {"passed": found.passed, "changes": changes}) + "\n")
     _tell(found)
@@ -176,15 +177,15 @@ def _from_here(word: str, began: Path) -> str:
     return absolute_code(word, Path.cwd() if Path(file).is_file() else began)
 
 
-def _start_of(folder: Path, command: StretchCommand, output: Path, first: int) -> Path:
-    """Return the checkpoint that the replay begins from.
+def _start_of(folder: Path, command: StretchCommand, first: int) -> Path:
+    """Return the checkpoint, or Hugging Face folder, that the replay begins from.
 
     Raises:
         UserError: it is another one than the run began from.
     """
     given = command.stretch.began.folder / command.options.start_from
     if is_hf_folder(start := find_start(given)):  # converted again, it has another time in its manifest
-        return converted(output / REPLAYED_RUN)
+        return start
     if first == 1 and (now := manifest_sha256(start)) != (then := start_of(folder)):
         raise UserError(f"--from {given}: {start.name} is {now[:12]} by the hash of its manifest, and the "
                         f"run began from {then[:12]}; bring that back to where it was")

@@ -15,7 +15,7 @@ from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import ExitCode, UserError, list_problems, warn
 from megatron_sov.base.settings import (
     Flag, NotNegative, ProblemCode, SettingsProblem, command_of, read_options)
-from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
+from megatron_sov.chat.vocabulary import TOKENIZER_JSON
 from megatron_sov.commands.rl.asked import (
     VALIDATION_OPTION, AskedEnvironment, AskingOptions, PromptOptions, environment_of, kept, longest_of,
     read_heldout, refuse_too_long, writer_of)
@@ -176,7 +176,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: P
     from megatron_sov.rollouts.store import RolloutStore
 
     folder, rollout = start.tokenizer_folder, config.rollout
-    writer, aside = writer_of(args, config, prompts, start, engine_name, environment)
+    writer, aside = writer_of(args, config, prompts, start, engine_name, environment, args.store)
     prompts = args.kept(prompts, aside, args.store)
     round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
     policy_of = partial(policy_of_round, args.run, start.path, rollout=rollout)
@@ -189,7 +189,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: P
     held = policy_of_start(start.path)
 
     def work(engine: Engine, take: Take) -> dict[str, Any]:
-        create = partial(RolloutStore.create, args.store, tokenizer_digest(folder), start.vocab_size)
+        create = partial(RolloutStore.create_for, args.store, folder, start.vocab_size)
         on_first(lambda: list_set_aside(create().path, aside))  # made by one, before all open it
         store = create()
         missing = Missing(store, Claims(store.claims, rollout.lease_s), prompts, rollout, rounds, policy_of,
@@ -434,13 +434,12 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
     refuse_no_tokenizer(args.start_from, start.tokenizer_folder)
     environment = environment_of(args, config)
     refuse_too_long(config.rollout, environment, start)
-    digest = tokenizer_digest(start.tokenizer_folder)
-    writer, aside = writer_of(args, config, parsed.prompts, start, args.engine, environment)
+    writer, aside = writer_of(args, config, parsed.prompts, start, args.engine, environment, args.store)
     prompts = args.kept(parsed.prompts, aside, args.store)
     round_prompts(prompts, config.rollout, 1)  # which refuses too few of them
     producer = Producer(
-        partial(RolloutStore.create, args.store, digest, start.vocab_size), prompts, aside, config.rollout,
-        args.run, writer, Batching(args.batch_size), parsed.reward_version,
+        partial(RolloutStore.create_for, args.store, start.tokenizer_folder, start.vocab_size), prompts,
+        aside, config.rollout, args.run, writer, Batching(args.batch_size), parsed.reward_version,
         partial(judging, args.reward, args.reward_set, args.workers),
         {"engine": args.engine, "environment": args.environment, "reward": args.reward},
         config.policy.parts.max_gen_batches,
@@ -473,10 +472,10 @@ def _validation(args: RlRunOptions, parsed: ParsedRounds, training: Producer, st
     rollout = config.rollout.of_validation(len(parsed.heldout))
     # where tokens went is needed by a trainer alone
     asked = replace(config, rollout=rollout, policy=replace(config.policy, router_replay=False))
-    writer, aside = writer_of(args, asked, parsed.heldout, start, args.engine, environment)
+    writer, aside = writer_of(args, asked, parsed.heldout, start, args.engine, environment, folder)
     prompts = kept(f"{VALIDATION_OPTION} {args.validation}", parsed.heldout, aside, folder)
     rollout = config.rollout.of_validation(len(prompts))
-    store = partial(RolloutStore.create, folder, tokenizer_digest(start.tokenizer_folder), start.vocab_size)
+    store = partial(RolloutStore.create_for, folder, start.tokenizer_folder, start.vocab_size)
     asking = Producer(store, prompts, aside, rollout, args.run, writer, training.batching,
                       parsed.reward_version, lambda: nullcontext(training.judge_rows), training.provenance,
                       servers=training.servers)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag
-from megatron_sov.chat.vocabulary import tokenizer_digest
+from megatron_sov.chat.vocabulary import find_difference
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import PolicyConfig
 from megatron_sov.post.rl.reward import NO_REWARD
@@ -158,6 +158,6 @@ def _refuse_other_tokens(given: str, target: Target, tokenizer: Path) -> None:
     if target.is_hf:
         raise UserError(f"--teacher {given}: is a Hugging Face folder; make a checkpoint of it with "
                         f"`megatron-sov convert from-hf`, or {ELSEWHERE}")
-    if tokenizer_digest(target.tokenizer_folder) != tokenizer_digest(tokenizer):
-        raise UserError(f"--teacher {given}: has another tokenizer than the model, whose tokens it is to "
-                        "read; choose a teacher of the same")
+    if problem := find_difference(target.tokenizer_folder, tokenizer):
+        raise UserError(f"--teacher {given}: has another tokenizer than the model, whose tokens it reads "
+                        f"({problem}); choose a teacher with the model's tokenizer")

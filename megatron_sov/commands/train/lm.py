@@ -13,8 +13,9 @@ from megatron_sov.model.objectives import factory
 from megatron_sov.runs.folder import STAGES
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import parse
+from megatron_sov.train.stages.shared_copies import convert_start
 from megatron_sov.train.stages.stage_config import (
-    StageOptions, convert_start, find_start, parse_stage, refuse_many_converters, stage_request)
+    StageOptions, find_start, parse_stage, refuse_many_converters, stage_request)
 
 
 def run_pretrain(typed: argparse.Namespace) -> int:

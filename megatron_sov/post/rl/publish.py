@@ -308,9 +308,10 @@ class Publisher:
             raise UserError(f"{self.store}: its tokenizer has {store.vocab_size} ids, the model only "
                             f"model.vocab_size = {self.config.model.vocab_size}; pass the store that this "
                             "model's policies write to")
-        if store.tokenizer_digest != tokenizer_digest(self.tokenizer):
+        if not store.is_written_in(self.tokenizer):
             raise UserError(f"{self.store}: is written in another tokenizer ({store.tokenizer_digest[:24]}) "
-                            f"than {self.tokenizer / TOKENIZER_JSON}; pass the store that this model's "
+                            f"than {self.tokenizer / TOKENIZER_JSON} "
+                            f"({tokenizer_digest(self.tokenizer)[:24]}); pass the store that this model's "
                             "policies write to")
         return store
 

@@ -40,9 +40,9 @@ def spellings(tokenizer: Path, vocab_size: int) -> list[bytes]:
     for token, name in file.ordinary.items():
         if 0 <= token < vocab_size:
             found[token] = spelled(name)
-    for token, text in file.added_texts.items():
-        if 0 <= token < vocab_size:
-            found[token] = text.encode()
+    for token, added in file.added.items():
+        if 0 <= token < vocab_size and not added.get("special"):
+            found[token] = added["content"].encode()
     return found
 
 

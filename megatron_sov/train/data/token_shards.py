@@ -22,6 +22,7 @@ from megatron_sov.base.documents.shard_files import (
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND
+from megatron_sov.chat.vocabulary import find_difference
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.modality import NO_BANKS, Banks, EncoderInputs, modality, read_banks
 from megatron_sov.runs.launch_environment import is_first
@@ -493,9 +494,10 @@ def open_sources(paths: dict[str, float], vocab_size: int,
     hashes = {path: m.content["tokenizer_sha256"] for path, m in manifests.items()}
     first = next(iter(paths))
     for path, value in hashes.items():
-        if value != hashes[first]:
+        folders = [Path(named_shards(shards)[1]) / "tokenizer" for shards in (path, first)]
+        if value != hashes[first] and (problem := find_difference(*folders)):
             raise UserError(f"{path}: was packed with tokenizer {value[:12]}, {first} with "
-                            f"{hashes[first][:12]}; pack all data with the same tokenizer")
+                            f"{hashes[first][:12]} ({problem}); pack all data with the same tokenizer")
     if warns:
         warn_of_other_splits({path: m.content for path, m in manifests.items()})
     total_weight = sum(paths.values())

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError, warn
-from megatron_sov.chat.vocabulary import read_vocabulary, refuse_other_tokens
+from megatron_sov.chat.vocabulary import read_tokenizer, refuse_other_tokens
 from megatron_sov.engine.model import gpu_settings, specs
 from megatron_sov.engine.model.gpu_settings import refuse_without_chip
 from megatron_sov.engine.parallel import device, launcher, world
@@ -25,6 +25,7 @@ from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.world import on_main
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
+from megatron_sov.model.pretrained import is_hf_folder
 from megatron_sov.plan.calibration.fitting import fullest, refuse_on_this_node, refuse_too_large
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunEvents, RunFolder
@@ -47,7 +48,8 @@ from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.stages.announcement import banner, memory_of, summary
 from megatron_sov.train.stages.feed import Feed
 from megatron_sov.train.stages.gate import EndGate, Gate, GateView, conclude
-from megatron_sov.train.stages.stage_config import converted, tokenizer_of, will_convert
+from megatron_sov.train.stages.shared_copies import SHARED, find_copy
+from megatron_sov.train.stages.stage_config import tokenizer_of
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import ObjectiveFactory, Trainer
 from megatron_sov.work.clusters.chips import Gpu
@@ -184,14 +186,15 @@ def _tell(stage: Stage, data: _Data, count: int) -> None:
         return
     newest = checkpoints.latest(stage.folder.checkpoints)
     steps = range(checkpoints.step_of(newest) if newest else 0, stage.config.num_steps())
-    start = newest or stage.start_from
     if stage.notes:
         print(_defaults(stage))
     print(banner(stage.config, count, stage.folder.path, steps, data.planned, data.sources,
                  memory_of(stage.config, count)))
-    print(f"  start      {start or f'initial weights, train.seed = {stage.config.train.seed}'}")
-    if stage.start_from is not None and will_convert(stage.start_from, stage.folder.path):
-        print(f"  converts   {stage.start_from} into {converted(stage.folder.path)} first")
+    told = newest or stage.start_from or f"initial weights, train.seed = {stage.config.train.seed}"
+    print(f"  start      {told}")
+    start, run = stage.start_from, stage.folder.path
+    if start is not None and is_hf_folder(start) and find_copy(start, run) is None:
+        print(f"  converts   {start} into {run.parent / SHARED} first")
     print("dry run: nothing was written, and nothing ran")
 
 
@@ -234,7 +237,7 @@ def _open_data(stage: Stage) -> _Data:
              "`megatron-sov sft` is made for them")
     tokenizer = tokenizer_folder(list(packed))
     if tokenizer is not None:
-        read_vocabulary(tokenizer)  # what is damaged would else be met at the first evaluation, steps later
+        read_tokenizer(tokenizer)  # what is damaged would else be met at the first evaluation, steps later
     for source in packed:
         if source.num_tokens.get("heldout"):
             source.shard("heldout")

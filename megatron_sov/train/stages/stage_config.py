@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag
 from megatron_sov.model import recipes
@@ -22,6 +21,7 @@ from megatron_sov.runs.checkpoints import IMPORTED, find_checkpoint, refuse_miss
 from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
+from megatron_sov.train.stages.shared_copies import convert_start, find_copy
 
 if TYPE_CHECKING:
     from megatron_sov.train.data.token_shards import Source
@@ -43,7 +43,7 @@ class ParsedStage:
     """Defaults that were taken, and why."""
 
     def with_checkpoint(self, run: Path) -> ParsedStage:
-        """Return it with a checkpoint to start from: a Hugging Face folder is converted into RUN.from-hf."""
+        """Return it with a checkpoint to start from, see `convert_start`."""
         return dataclasses.replace(self, start=self.start and convert_start(self.start, run))
 
 
@@ -229,39 +229,9 @@ def find_start(start_from: Path) -> Path:
     return start_from if is_hf_folder(start_from) else find_checkpoint(start_from)
 
 
-def convert_start(start: Path, run: Path) -> Path:
-    """Return a checkpoint to start from: a Hugging Face folder becomes one in RUN.from-hf."""
-    from megatron_sov import convert
-    from megatron_sov.engine.parallel import launcher
-
-    if not is_hf_folder(start):
-        return start
-    out = converted(run)
-    if will_convert(start, run):
-        code = launcher.apart(lambda: convert.from_hf(start, out, overwrite=True, redo=True))
-        if code:
-            raise SystemExit(code)
-    return out
-
-
-def converted(run: Path) -> Path:
-    """Return where the checkpoint lies that a run's Hugging Face folder becomes."""
-    return run.with_name(run.name + ".from-hf")
-
-
-def will_convert(start: Path, run: Path) -> bool:
-    """Return whether a start is a Hugging Face folder that is to be converted; not so where the run has a
-    checkpoint and needs no weights: what lies there may come from another folder."""
-    from megatron_sov.runs import checkpoints
-
-    is_there = (converted(run) / MANIFEST).is_file()
-    return is_hf_folder(start) and not (
-        is_there and checkpoints.latest(run / checkpoints.CHECKPOINTS_OF_A_RUN) is not None)
-
-
 def refuse_many_converters(start: Path, run: Path) -> None:
     """Raise `UserError` where many processes would convert a Hugging Face folder at once."""
-    if num_ranks(None) > 1 and will_convert(start, run):
+    if num_ranks(None) > 1 and is_hf_folder(start) and find_copy(start, run) is None:
         raise UserError(f"--from {start}: many processes would convert it at once; "
                         "run `megatron-sov convert from-hf` before, and pass its output")
 

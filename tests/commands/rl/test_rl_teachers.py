@@ -4,6 +4,7 @@ transformers; killed, and by two processes."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -187,7 +188,7 @@ def test_prompts_that_nobody_reads_are_refused(command: Command, capsys: pytest.
 
 
 def test_a_teacher_whose_weights_would_not_fit_is_told_by_its_first_field(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 1}}}')
     config = recipes.get("tiny-solar-open")
     own = config.model
 
@@ -200,6 +201,7 @@ def test_a_teacher_whose_weights_would_not_fit_is_told_by_its_first_field(tmp_pa
     assert refused(replace(own, rope_theta=5.0, mtp_loss_coeff=9.0), tmp_path).startswith(
         f"--teacher here: has model.rope_theta = 5.0, the run {own.rope_theta}, and its weights take")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/tokenizer.json").write_text("[]")
-    assert "has another tokenizer" in refused(replace(own, init_std=9.0), tmp_path / "other")
+    (tmp_path / "other/tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "c": 1}}}')
+    assert re.search(r"has another tokenizer .*1: 'c' here, 'b' there.*choose a teacher with the model's",
+                     refused(replace(own, init_std=9.0), tmp_path / "other"))
     assert "convert from-hf`, or serve it (`" in refused(own, tmp_path, is_hf=True)

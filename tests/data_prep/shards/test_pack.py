@@ -33,6 +33,7 @@ from megatron_sov.base.documents import RecordReading, files
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.marks import KIND_ANSWER, KIND_NONE
 from megatron_sov.work.progress.journal import work_folder
+from tokenizer.cli import main as sov_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,21 @@ def test_every_document_is_found_once_as_its_own_text(packed: Path, corpus: Path
     assert sorted(found) == sorted(texts)
     in_train = [tokenizer.decode(d[:-1]) for d in open_split(packed / "web/train-00000").documents()]
     assert in_train == [t for t in texts if t in set(in_train)]  # the order of the file is kept
+
+
+def test_the_manifest_and_not_the_terminal_says_what_encoded(
+        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tokenizer without one of the 256 bytes, as published ones are, has no form for tiktoken."""
+    shutil.copytree(tokenizers["solar-open"], tmp_path / "base")
+    raw = json.loads((tmp_path / "base/tokenizer.json").read_text(encoding="utf-8"))
+    raw["model"]["vocab"]["spare"] = raw["model"]["vocab"].pop("\u00ff")
+    (tmp_path / "base/tokenizer.json").write_text(json.dumps(raw))
+    assert sov_tokenizer(["import", str(tmp_path / "base"), "--output", str(tmp_path / "tokenizer")]) == 0
+    (tmp_path / "x.txt").write_text("one document")
+    capsys.readouterr()
+    pack(tmp_path / "tokenizer", [PackSource("x", tmp_path / "x.txt")], tmp_path / "out", PackSettings(0))
+    assert "encoding" not in "".join(capsys.readouterr())
+    assert "not 256 bytes and one token for each merge" in read_manifest(tmp_path / "out").settings["encoder"]
 
 
 def test_megatron_reads_the_shards_and_the_manifest_counts_them(packed: Path, tokenizers: dict[str, Path],

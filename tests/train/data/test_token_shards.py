@@ -144,7 +144,7 @@ def test_a_document_beyond_the_end_is_refused_when_it_is_read(tmp_path: Path) ->
 
 
 def artifact(path: Path, names: dict[str, int], *, tokenizer: str = "t" * 64, vocab_size: int = 50,
-             format_: str = "text") -> str:
+             format_: str = "text", tokens: dict[str, int] | None = None, indent: int | None = None) -> str:
     """An artifact with a training split of so many documents of two tokens for each source."""
     with new_artifact(path, "tokens") as a:
         described = []
@@ -153,7 +153,8 @@ def artifact(path: Path, names: dict[str, int], *, tokenizer: str = "t" * 64, vo
             train = {"prefix": name, "shards": [{"prefix": name}], "num_tokens": 2 * count}
             described.append({"name": name, "format": format_, "splits": {"train": train}})
         (a.path / "tokenizer").mkdir()
-        (a.path / "tokenizer" / "tokenizer.json").write_text("{}")
+        (a.path / "tokenizer" / "tokenizer.json").write_text(json.dumps(
+            {"model": {"type": "BPE", "vocab": tokens or {"a": 1}, "merges": []}}, indent=indent))
         a.content = {"content_version": 2, "tokenizer_sha256": tokenizer, "vocab_size": vocab_size,
                      "format": format_, "sources": described}
     return str(path)
@@ -188,8 +189,11 @@ def test_data_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     a = artifact(tmp_path / "a", {"web": 3})
     with pytest.raises(UserError, match=r"data\.paths is empty"):
         open_sources({}, 64)
-    with pytest.raises(UserError, match="pack all data with the same tokenizer"):
-        open_sources({a: 1, artifact(tmp_path / "other", {"x": 1}, tokenizer="u" * 64): 1}, 64)
+    with pytest.raises(UserError, match=r"1: 'b' here, 'a' there.*; pack all data with the same tokenizer"):
+        other = artifact(tmp_path / "other", {"x": 1}, tokenizer="u" * 64, tokens={"b": 1})
+        open_sources({a: 1, other: 1}, 64)
+    copied = artifact(tmp_path / "copied", {"y": 1}, tokenizer="u" * 64, indent=2)
+    assert [s.name for s in open_sources({a: 1, f"z={copied}": 1}, 64)] == ["web", "z"], "written otherwise"
     with pytest.raises(UserError, match=r"source 'web': is in --data .*/a and in .*/same; name one of"):
         open_sources({a: 1, artifact(tmp_path / "same", {"web": 1}): 1}, 64)
     with pytest.raises(UserError, match=r"has 50 ids, the model only model\.vocab_size = 32"):

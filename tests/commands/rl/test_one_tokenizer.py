@@ -1,0 +1,100 @@
+"""A fine-tuned Hugging Face folder as the teacher of that folder, and as a user of its rollouts: both have
+one tokenizer, though `sov-tokenizer import` writes its file anew."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.cli import main as sov_data
+from megatron_sov.base.digests import file_digest
+from megatron_sov.commands.rl.asked import _identify_chats
+from megatron_sov.convert import to_hf
+from megatron_sov.rollouts.store import RolloutStore
+from tokenizer.cli import main as sov_tokenizer
+
+SETTINGS = ("model.hidden_size=48", "rollout.rounds=1", "rollout.prompts_per_round=2",
+            "rollout.samples_per_prompt=2", "rollout.max_new_tokens=4", "rollout.max_prompt_tokens=24",
+            "train.eval_every_steps=0", 'data.phases=[{"name": "main", "seq_len": 32}]')
+
+
+def words(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with `base`, a Hugging Face folder whose tokenizer.json is laid out as transformers
+    does, and chats in its tokens."""
+    folder = tmp_path_factory.mktemp("one-tokenizer")
+    to_hf(teacher / "checkpoints/step-2", folder / "base", "float32")
+    (folder / "base/manifest.json").unlink()
+    for name, more in (("generation_config.json", {"temperature": 0.6, "pad_token_id": 3}),
+                       ("tokenizer_config.json", {"unk_token": "<unk>", "model_max_length": 512})):
+        file = folder / "base" / name
+        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | more))
+    file = folder / "base/tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")), indent=2))
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": [
+        {"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}) + "\n"
+        for i in range(8)))
+    (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "{i}?"}}\n' for i in range(4)))
+    assert sov_tokenizer(["import", str(folder / "base"), "--output", str(folder / "tokenizer")]) == 0
+    assert sov_data(["pack", "--tokenizer", str(folder / "tokenizer"), "--format", "chat", "--input",
+                     str(folder / "chats.jsonl"), "--output", str(folder / "chats")]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sft(folder: Path, tiny: list[str], run_command: Any) -> Path:
+    """Return a run that fine-tuned the folder `base`."""
+    done = run_command("sft", "tiny-solar-open", *tiny, *words("train.steps=1", "model.hidden_size=48"),
+                       "--from", str(folder / "base"), "--data", str(folder / "chats"), "--run",
+                       str(folder / "sft"))
+    assert done.returncode == 0, done.stderr
+    return folder / "sft"
+
+
+def test_a_fine_tuned_folder_teaches_that_folder_and_uses_its_store(
+        folder: Path, sft: Path, tiny: list[str], run_command: Any) -> None:
+    store, parts = folder / "store", []
+    for start, run, more in (
+            (folder / "base", "opd", ("policy.method=opd", "none", "--teacher", str(sft))),
+            (sft, "grpo", ("policy.method=grpo", "repetition"))):
+        method, reward, *teacher = more
+        done = run_command("rl", "run", "tiny-solar-open", *tiny, *words(*SETTINGS, method), "--prompts",
+                           str(folder / "prompts.jsonl"), "--reward", reward, "--plain", "--from", str(start),
+                           *teacher, "--run", str(folder / run), "--store", str(store))
+        assert done.returncode == 0, done.stderr
+        parts.append([part.name for part in RolloutStore.open(store).parts()])
+    assert parts[0] == parts[1] != [], "the responses of the base were there"
+    assert len(list((folder / ".from-hf").glob("base-*"))) == 1, "both runs share the conversion"
+    own, its = (place / "tokenizer.json" for place in (folder / "base", sft / "checkpoints/step-1/tokenizer"))
+    assert file_digest(own) != file_digest(its), "the files differ, the tokenizer does not"
+
+
+def test_a_fine_tuned_folder_gives_back_the_settings_of_its_base(folder: Path, sft: Path) -> None:
+    """Generation defaults, and all that `sov-tokenizer import` does not carry."""
+    to_hf(sft / "checkpoints/step-1", folder / "export")
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        own, its = (json.loads((folder / place / name).read_text(encoding="utf-8"))
+                    for place in ("export", "base"))
+        assert own == its, name
+
+
+def test_keys_of_responses_hold_what_a_template_means(folder: Path, tmp_path: Path) -> None:
+    """A store that an earlier version began goes on with the digests of files that its keys hold."""
+    places = [folder / name for name in ("base", "tokenizer")]
+    base, imported = (_identify_chats(place, tmp_path / "new") for place in places)
+    assert base == imported and set(base) == {"tokenizer", "form"}
+    RolloutStore.create(tmp_path / "earlier", f"sha256:{'0' * 64}", 368)
+    base, imported = (_identify_chats(place, tmp_path / "earlier") for place in places)
+    assert base["tokenizer.json"] == file_digest(places[0] / "tokenizer.json") != imported["tokenizer.json"]
+    shutil.copytree(places[1], tmp_path / "other")
+    (tmp_path / "other/chat_template.jinja").write_text("{{ messages }}")
+    other = _identify_chats(tmp_path / "other", tmp_path / "new")
+    assert other != _identify_chats(places[0], tmp_path / "new")

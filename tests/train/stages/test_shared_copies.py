@@ -1,0 +1,162 @@
+"""Runs that start from one Hugging Face folder share its conversion, and never that of other files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_sov import convert
+from megatron_sov.base.artifacts import MANIFEST, new_artifact
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.parallel import launcher
+from megatron_sov.runs.checkpoints import KIND
+from megatron_sov.train.stages.shared_copies import convert_start, find_copy
+from megatron_sov.train.stages.stage_config import refuse_many_converters
+
+FILES = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "{}", "README.md": "a model"}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Convert in this process, by copying; returns the weights of each conversion."""
+    made: list[str] = []
+
+    def from_hf(folder: Path, out: Path, *, redo: bool) -> None:
+        with new_artifact(out, KIND) as artifact:
+            time.sleep(0.05)
+            made.append((folder / "model.safetensors").read_text())
+            (artifact.path / "weights").write_text(made[-1])
+
+    def apart(work: Callable[[], object]) -> int:
+        work()
+        return 0
+
+    monkeypatch.setattr(convert, "from_hf", from_hf)
+    monkeypatch.setattr(launcher, "apart", apart)
+    return made
+
+
+def test_runs_of_one_folder_share_one_copy(start: Path, tmp_path: Path, converted: list[str]) -> None:
+    runs = [tmp_path / "runs" / name for name in "abc"]
+    assert find_copy(start, runs[0]) is None and not (tmp_path / "runs").exists()
+    [copy] = {convert_start(start, run) for run in runs}
+    assert converted == ["weights"] and (copy / "weights").read_text() == "weights"
+    assert copy.parent == tmp_path / "runs/.from-hf" and copy.name.startswith("my-model-")
+    assert find_copy(start, runs[2]) == copy
+    assert convert_start(copy, runs[0]) == copy, "a checkpoint is taken as it is"
+
+
+def touch(folder: Path) -> None:
+    os.utime(folder / "model.safetensors", (1, 1))
+
+
+def write_in_place(folder: Path) -> None:
+    """Other weights of the same size, under the time of the earlier ones."""
+    file = folder / "model.safetensors"
+    before = file.stat()
+    file.write_text("WEIGHTS")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replace_by_rename(folder: Path) -> None:
+    shutil.copy2(folder / "model.safetensors", folder / "other")
+    (folder / "other").write_text("WEIGHTS")
+    os.utime(folder / "other", ns=(0, (folder / "model.safetensors").stat().st_mtime_ns))
+    os.rename(folder / "other", folder / "model.safetensors")
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], int]] = {
+    "nothing": (lambda folder: None, 1), "times": (touch, 1),
+    "a file that no conversion reads": (lambda folder: (folder / "README.md").write_text("changed"), 1),
+    "a copy of the folder": (lambda folder: (
+        shutil.copytree(folder, folder.parent / "x"), shutil.rmtree(folder),
+        (folder.parent / "x").rename(folder)), 1),
+    "weights, under their size and time": (write_in_place, 2), "weights, by a rename": (replace_by_rename, 2),
+    "settings": (lambda folder: (folder / "config.json").write_text('{"a": 1}'), 2),
+    "tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{ }"), 2),
+    "a file more": (lambda folder: (folder / "generation_config.json").write_text("{}"), 2),
+    "a file less": (lambda folder: (folder / "tokenizer.json").unlink(), 2),
+    "a shard of another name": (lambda folder: (folder / "model.safetensors").rename(folder / "m.safetensors")
+                                and (folder / "model.safetensors").write_text("x"), 2)}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_folder_whose_content_changes_gets_another_copy(change: str, start: Path, tmp_path: Path,
+                                                          converted: list[str]) -> None:
+    before = convert_start(start, tmp_path / "runs/a")
+    CHANGES[change][0](start)
+    after = convert_start(start, tmp_path / "runs/b")
+    assert (before == after) == (CHANGES[change][1] == 1) and len(converted) == CHANGES[change][1]
+    assert (before / MANIFEST).is_file(), "a run may stand on it"
+    assert find_copy(start, tmp_path / "runs/b") == after
+
+
+def test_runs_that_begin_at_once_convert_once(start: Path, tmp_path: Path, converted: list[str]) -> None:
+    found: list[Path] = []
+    runs = [threading.Thread(target=lambda i=i: found.append(convert_start(start, tmp_path / f"runs/{i}")))
+            for i in range(4)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert len(found) == 4 and len(set(found)) == 1 and converted == ["weights"]
+
+
+def test_a_conversion_that_fails_leaves_no_copy(start: Path, tmp_path: Path, converted: list[str],
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "runs/a"
+    with monkeypatch.context() as failing:
+        failing.setattr(launcher, "apart", lambda work: 2)
+        with pytest.raises(SystemExit):
+            convert_start(start, run)
+    assert find_copy(start, run) is None and converted == []
+    with monkeypatch.context() as changing:
+        changing.setattr(launcher, "apart", lambda work: (work(), write_in_place(start), 0)[-1])
+        with pytest.raises(UserError, match="my-model: its files changed while they were converted"):
+            convert_start(start, run)
+    assert not list((tmp_path / "runs/.from-hf").glob("my-model-*")) and find_copy(start, run) is None
+    assert convert_start(start, run).is_dir() and converted == ["weights", "WEIGHTS"]
+
+
+def test_a_copy_that_was_deleted_is_made_again(start: Path, tmp_path: Path, converted: list[str]) -> None:
+    copy = convert_start(start, tmp_path / "runs/a")
+    shutil.rmtree(copy)
+    assert find_copy(start, tmp_path / "runs/a") is None
+    assert convert_start(start, tmp_path / "runs/a") == copy and len(converted) == 2
+
+
+def test_a_run_of_an_earlier_version_keeps_its_own_copy(start: Path, tmp_path: Path,
+                                                        converted: list[str]) -> None:
+    run, own = tmp_path / "runs/a", tmp_path / "runs/a.from-hf"
+    with new_artifact(own, KIND):
+        pass
+    assert find_copy(start, run) is None, "nothing stands on it yet"
+    with new_artifact(run / "checkpoints/step-3", KIND) as artifact:
+        artifact.content = {"step": 3}
+    assert convert_start(start, run) == own and converted == []
+
+
+def test_many_processes_may_share_a_copy_that_is_there(start: Path, tmp_path: Path, converted: list[str],
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "runs/a"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="many processes would convert it at once"):
+        refuse_many_converters(start, run)
+    convert_start(start, run)
+    refuse_many_converters(start, run)
