@@ -271,6 +271,17 @@ def with_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:
     return replace(tokens, eos=found[0] if found else None)
 
 
+def generation_ids(folder: Path) -> TokenIds:
+    """Return the token ids in the generation_config.json of `folder`, or those that an export writes there:
+    of the tokenizer, with the ends of turns.
+
+    Raises:
+        UserError: as `ids_beside`.
+    """
+    tokens = ids_beside(folder)
+    return tokens if (folder / GENERATION_CONFIG).is_file() else with_turn_ends(folder, tokens)
+
+
 def ids_in(config: dict[str, Any]) -> TokenIds:
     """Return the token ids of a config.json or generation_config.json."""
     return TokenIds(config.get("bos_token_id"), config.get("eos_token_id"), config.get("pad_token_id"))
@@ -290,7 +301,10 @@ def ids_beside(folder: Path) -> TokenIds:
         return TokenIds()
     config, tokenizer = _read(config_file), _read(tokenizer_file)
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    ids |= {text: number for text, number in tokenizer["model"]["vocab"].items() if text not in ids}
+    vocab = tokenizer["model"]["vocab"]
+    if isinstance(vocab, list):  # of Unigram, pairs of text and score
+        vocab = {entry[0]: number for number, entry in enumerate(vocab)}
+    ids |= {text: number for text, number in vocab.items() if text not in ids}
 
     def id_of(field: str) -> int | None:
         token = config.get(field)

@@ -16,7 +16,8 @@ from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
 from megatron_sov.chat.marks import text_decoder, with_opening
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, SERVED, ChosenEngine
+from megatron_sov.infer.engine import (
+    ENGINE_SET, MEGATRON, PRECISION_KEY, SERVED, TRANSFORMERS, ChosenEngine)
 from megatron_sov.infer.request import Generated
 from megatron_sov.work.endpoints.transport import address_problems
 
@@ -165,24 +166,20 @@ class Asker:
         from megatron_sov.infer.engines.load import load_tokenizer
 
         tokenizer = load_tokenizer(target.tokenizer_folder)
-        ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-        # Before the chat template's ends join: a plain text ends with eos alone.
-        self._eos = tuple(ends)
-        # A folder may name more ends than the tokenizer's eos; without them an answer runs on.
-        ends |= generation_ends(target)
+        eos = tokenizer.eos_token_id
+        # A plain text ends with eos alone.
+        self._eos = () if eos is None else (int(eos),)
         self.feature_tokens = (None if encoding is None
                                else _read_feature_tokens(target.tokenizer_folder, encoding))
         """Tokens of pictures and sounds that prompts may spell; None: they are text."""
         encoder = read_chat_encoder(target.tokenizer_folder, self.feature_tokens) if chat else None
-        if encoder is not None:
-            ends |= set(encoder.end_ids())
-        elif chat:
+        if chat and encoder is None:
             raise UserError(f"--chat: {target.tokenizer_folder} has no chat template; "
                             "leave --chat out, or fine-tune on chats first")
         self._target, self._tokenizer = target, tokenizer
         self.encoder = encoder
         """Of conversations; None: prompts are texts."""
-        self.end_ids = tuple(sorted(ends))
+        self.end_ids = stop_ids(target, eos, encoder)
         """Tokens that end an answer."""
         self._decode = text_decoder(target.tokenizer_folder / TOKENIZER_JSON, self.end_ids,
                                     lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
@@ -252,20 +249,45 @@ class Asker:
         return "" if self.encoder is None else self.encoder.opened_thoughts(asked)
 
 
-def generation_ends(target: Target) -> set[int]:
-    """Return the tokens that end an answer by a Hugging Face folder's own generation settings, or by its
-    config where it has none, as transformers reads them."""
-    for name in ("generation_config.json", "config.json") if target.is_hf else ():
+def stop_ids(target: Target, eos: int | None, encoder: ChatEncoder | None) -> tuple[int, ...]:
+    """Return the tokens that end a response, in order: the same for a checkpoint and for the Hugging Face
+    folder that `convert to-hf` makes of it.
+
+    Args:
+        target: the model.
+        eos: the end token of its tokenizer, if it has one.
+        encoder: of its chat template, if prompts are framed by one.
+    """
+    configured = _configured_ends(target) if target.is_hf else _exported_ends(target.tokenizer_folder)
+    turn_ends = () if encoder is None else encoder.end_ids()
+    return tuple(sorted({*configured, *turn_ends, *(() if eos is None else (int(eos),))}))
+
+
+def _configured_ends(target: Target) -> set[int]:
+    """Return the end tokens in a Hugging Face folder's generation_config.json, or in its config.json if the
+    former names none, as transformers reads them."""
+    for name in ("generation_config.json", "config.json"):
         try:
             found = json.loads((target.path / name).read_bytes()).get("eos_token_id")
         except (OSError, ValueError, AttributeError, RecursionError):
             continue
-        ends = {token for token in (found if isinstance(found, list) else [found])
-                if isinstance(token, int) and not isinstance(token, bool) and token >= 0}
         # The first file that names one counts, as in transformers.
-        if ends:
+        if ends := _token_ids(found):
             return ends
     return set()
+
+
+def _exported_ends(tokenizer: Path) -> set[int]:
+    """Return the end tokens that `convert to-hf` writes into the generation_config.json of a checkpoint with
+    this tokenizer folder."""
+    from megatron_sov.convert.hf_import import generation_ids
+
+    return _token_ids(generation_ids(tokenizer).eos)
+
+
+def _token_ids(found: Any) -> set[int]:
+    return {token for token in (found if isinstance(found, list) else [found])
+            if isinstance(token, int) and not isinstance(token, bool) and token >= 0}
 
 
 def _read_feature_tokens(folder: Path, encoding: MediaEncoding) -> FeatureTokens:
@@ -367,6 +389,8 @@ def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: in
         raise UserError(f"--engine {engine}: {target.path} is a checkpoint; "
                         "convert it first with `megatron-sov convert to-hf`")
     own = settings if engine not in SERVED else ()  # its servers have settings too
+    if engine == TRANSFORMERS:
+        own = [setting for setting in own if setting.partition("=")[0] != PRECISION_KEY]
     given = [*(f"{option} {setting}" for setting in own),
              *([] if nproc is None else [f"--nproc {nproc}"]),
              *([f"--speculative {num_drafts}"] if num_drafts else [])]
