@@ -16,8 +16,7 @@ from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
 from megatron_sov.chat.marks import text_decoder, with_opening
-from megatron_sov.infer.engine import (
-    ENGINE_SET, MEGATRON, PRECISION_KEY, SERVED, TRANSFORMERS, ChosenEngine)
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, PRECISION_KEY, SERVED, TRANSFORMERS, ChosenEngine
 from megatron_sov.infer.request import Generated
 from megatron_sov.work.endpoints.transport import address_problems
 

@@ -269,12 +269,13 @@ def adapted_by_peft(folder: Path, kind: str, settings: dict[str, Any], dtype: to
     import transformers
 
     torch.manual_seed(0)
-    experts = {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2} if "Moe" in kind else {}
+    sizes = {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+    experts = sizes if kind.endswith("Moe") else {}
     tied = {"tie_word_embeddings": kind == "Qwen2"}
     config = getattr(transformers, f"{kind}Config")(**SMALL, **experts, **tied)
     transformers.AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder / "hf")
     base = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
-    model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, **settings))
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, **settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "lora_embedding_A" in name:
@@ -320,7 +321,8 @@ def test_merge_into_bfloat16_base_rounds_once_to_written_dtype(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_verify_accepts_own_export_and_names_rounding_of_the_update(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_verify_accepts_own_export_and_names_rounding_of_the_update(
+        dtype: torch.dtype, tmp_path: Path) -> None:
     adapted_by_peft(tmp_path, "Llama", {"target_modules": ["q_proj", "up_proj"]}, dtype)
     convert.from_hf(tmp_path / "hf", tmp_path / "base")
     from_peft(tmp_path / "peft", tmp_path / "adapter", tmp_path / "base")

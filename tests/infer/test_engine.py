@@ -24,7 +24,7 @@ SMALL = {"vocab_size": 320, "hidden_size": 32, "num_attention_heads": 4, "num_ke
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
 FOLDERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "bf16": ("Llama", {}, "bfloat16"), "fp16": ("Llama", {}, "float16"), "fp32": ("Llama", {}, "float32"),
-    "tied bf16": ("Qwen2", {"tie_word_embeddings": True}, "bfloat16"), "qwen3 bf16": ("Qwen3", {}, "bfloat16"),
+    "tied": ("Qwen2", {"tie_word_embeddings": True}, "bfloat16"), "qwen3": ("Qwen3", {}, "bfloat16"),
     "experts bf16": ("Qwen3Moe", EXPERTS, "bfloat16"), "experts fp16": ("Qwen3Moe", EXPERTS, "float16")}
 
 

@@ -52,7 +52,8 @@ def test_loss_and_bits_per_byte_by_brute_force(ranks: Any, job: Any, packed_data
     tokenizer = AutoTokenizer.from_pretrained(packed_data.tokenizer)
     for source in open_sources({str(packed_data.text): 1.0}, 368):
         shard = source.shard("heldout")
-        nats = targets = size_bytes = 0
+        targets = size_bytes = 0
+        nats = 0.0
         for document, length in enumerate(shard.lengths):
             ids = torch.from_numpy(shard.tokens(document, 0, length))
             text, first = tokenizer.decode(ids[:-1]), tokenizer.decode(ids[:1])
