@@ -118,8 +118,8 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True, workers: int = DE
         for side in sides if (side.path / MANIFEST).is_file()]
     checks.append(_count("config fields that differ", _differing_fields(*sides)))
     records = _compare(first, second, workers)
-    checks += [*_tensor_checks(sides[0], sides[1], records, first.loss or second.loss), *first.checks(),
-               *second.checks()]
+    loss = first.rounding.describe() or second.rounding.describe()
+    checks += [*_tensor_checks(sides[0], sides[1], records, loss), *first.checks(), *second.checks()]
     checks += [_count(f"{side.path}: copies that differ", differing_copies(side))
                for side in sides if isinstance(side, HfWeights) and side.copies]
     if load:
@@ -152,7 +152,7 @@ class RoundedSide:
 
     def __init__(self, side: Weights, other: Weights) -> None:
         self.weights, self._other = side, other
-        self._rounding = UpdateRounding(side)
+        self.rounding = UpdateRounding(side)
         form = None if format_of(side) else format_of(other)
         self._low_bit = low_bit_model(side, form) if form else None
         self._errors: dict[str, float] = {}
@@ -160,17 +160,12 @@ class RoundedSide:
     def read(self, name: str) -> torch.Tensor:
         tensor = self.weights.read(name)
         if self._low_bit is None or name not in self._low_bit.names:
-            self._rounding.add(name, tensor, self._other.dtype(name))
+            self.rounding.add(name, tensor, self._other.dtype(name))
             return tensor
         rounded = self._low_bit.rounded(name)
         norm = float(tensor.double().norm())
         self._errors[name] = float((rounded.double() - tensor.double()).norm()) / norm if norm else 0.0
         return rounded
-
-    @property
-    def loss(self) -> str:
-        """How much of the side's adapter is lost in the other's dtype, in words; "": nothing."""
-        return self._rounding.describe()
 
     def checks(self) -> list[ParityCheck]:
         """Return how far rounding moved weights: the largest share of a weight's norm."""
@@ -261,8 +256,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
             `quantize` also a Hugging Face folder.
         out: the folder to write; it appears only when complete, and a killed command goes on where it was.
         dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the checkpoint's own (float32 for
-            one of float64, which few readers expect, and for an adapter's, see `peft.merged_dtype`); router
-            biases are float32 always.
+            float64, which few readers expect, and for an adapter's); router biases are float32 always.
         quantize: store linear layers in a format of few bits (`convert.low_bit`), or "none"; "keep" is
             bfloat16 then.
         max_shard_bytes: largest size of one safetensors file.

@@ -275,45 +275,34 @@ class AdaptedWeights:
             last = self._of_thread.last = (of, {key: self.reader.read(key) for key in of.shapes(self.lora)})
         return merge_adapter(weight, self._places[name], last[1], self.lora)
 
-    def measure_rounding(self, name: str, merged: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
-        """Return the squared norms of the change of a weight by rounding to `dtype` and by the adapter.
-
-        Args:
-            name: of the weight.
-            merged: as `read` returns it.
-            dtype: that it is written in.
-        """
-        if name not in self._places or dtype.itemsize >= merged.dtype.itemsize:
-            return 0.0, 0.0
-        update = merged - self.base.read(name).to(merged.dtype)
-        error = merged - merged.to(dtype).to(merged.dtype)
-        return float(error.double().square().sum()), float(update.double().square().sum())
+    def update(self, name: str, merged: torch.Tensor) -> torch.Tensor | None:
+        """Return what the adapter added to a weight, which `read` returned as `merged`; None: nothing."""
+        return merged - self.base.read(name).to(merged.dtype) if name in self._places else None
 
 
 class UpdateRounding:
-    """Measures how much of an adapter's update is lost where its merged weights are written in a narrower
-    dtype; threads may add weights at a time."""
+    """How much of an adapter's update is lost where merged weights are written in a narrower dtype; threads
+    may add weights at a time."""
 
     def __init__(self, weights: Weights) -> None:
-        self._weights = weights if isinstance(weights, AdaptedWeights) else None
-        self._squares: dict[str, tuple[float, float]] = {}
-        self._dtype = ""
+        self._weights, self._dtype = weights, ""
+        self._squares: list[tuple[float, float]] = []
+        """Of each rounded weight: the squared norms of rounding error and update."""
 
     def add(self, name: str, merged: torch.Tensor, dtype: torch.dtype) -> None:
-        """Measure one weight, which `Weights.read` returned as `merged`, rounded to `dtype`."""
-        if self._weights is None:
+        """Measure a weight that was read as `merged` and is rounded to `dtype`."""
+        if not isinstance(self._weights, AdaptedWeights) or dtype.itemsize >= merged.dtype.itemsize:
             return
-        squares = self._weights.measure_rounding(name, merged, dtype)
-        if squares[1]:
-            self._squares[name], self._dtype = squares, str(dtype).removeprefix("torch.")
+        if (update := self._weights.update(name, merged)) is not None:
+            error = merged.double() - merged.to(dtype).double()
+            self._squares.append((float(error.square().sum()), float(update.double().square().sum())))
+            self._dtype = str(dtype).removeprefix("torch.")
 
     def describe(self) -> str:
         """Return the loss in words; "" if no adapted weight was rounded."""
-        if not self._squares:
-            return ""
-        errors, updates = (sum(column) for column in zip(*self._squares.values(), strict=True))
+        errors, updates = (sum(of[part] for of in self._squares) for part in (0, 1))
         return (f"rounding to {self._dtype} changes the adapted weights by {math.sqrt(errors / updates):.0%} "
-                "of the adapter's own update")
+                "of the adapter's own update") if updates else ""
 
 
 def checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:

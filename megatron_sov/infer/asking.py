@@ -250,14 +250,12 @@ class Asker:
 
 def stop_ids(target: Target, eos: int | None, encoder: ChatEncoder | None) -> tuple[int, ...]:
     """Return the tokens that end a response, in order: the same for a checkpoint and for the Hugging Face
-    folder that `convert to-hf` makes of it.
+    folder that `convert to-hf` makes of it.  `eos` is the tokenizer's; `encoder` is for prompts that the chat
+    template frames."""
+    from megatron_sov.convert.hf_import import generation_ids
 
-    Args:
-        target: the model.
-        eos: the end token of its tokenizer, if it has one.
-        encoder: of its chat template, if prompts are framed by one.
-    """
-    configured = _configured_ends(target) if target.is_hf else _exported_ends(target.tokenizer_folder)
+    configured = (_configured_ends(target) if target.is_hf
+                  else _token_ids(generation_ids(target.tokenizer_folder).eos))
     turn_ends = () if encoder is None else encoder.end_ids()
     return tuple(sorted({*configured, *turn_ends, *(() if eos is None else (int(eos),))}))
 
@@ -274,14 +272,6 @@ def _configured_ends(target: Target) -> set[int]:
         if ends := _token_ids(found):
             return ends
     return set()
-
-
-def _exported_ends(tokenizer: Path) -> set[int]:
-    """Return the end tokens that `convert to-hf` writes into the generation_config.json of a checkpoint with
-    this tokenizer folder."""
-    from megatron_sov.convert.hf_import import generation_ids
-
-    return _token_ids(generation_ids(tokenizer).eos)
 
 
 def _token_ids(found: Any) -> set[int]:

@@ -22,7 +22,6 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.convert.sources import check_whole_model, refuse_damaged_export, tensors_left_out
 from megatron_sov.engine.parallel.device import PRECISION, inference_precision
 from megatron_sov.infer.decoder.sampling import best_words, rows_of, seed_of
-from megatron_sov.infer.engine import TRANSFORMERS
 from megatron_sov.infer.engines.target import report_precision
 from megatron_sov.infer.request import (
     Batching, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, refuse_drafts, refuse_routes,
@@ -39,32 +38,18 @@ PASS_TOKENS = 1024
 
 
 def load_configured_hf(folder: Path, settings: Sequence[str] = (), option: str = "--set") -> Any:
-    """Return transformers' model as `load_hf`, in the precision of the settings.
-
-    Args:
-        folder: the Hugging Face folder.
-        settings: `train.precision=NAME`, or nothing.
-        option: that gives the settings, for messages.
-
-    Raises:
-        UserError: as `load_hf`, or there is no such precision.
-    """
-    precision: str = inference_precision()
-    for setting in settings:
-        precision = setting.partition("=")[2]
-        if precision not in PRECISION:
-            raise UserError(f"{option} {setting}: must be one of {', '.join(PRECISION)}")
-    report_precision(folder, TRANSFORMERS, precision)
+    """Return transformers' model as `load_hf`, in the precision of `settings` (`train.precision=NAME`, which
+    `option` gives); `UserError` if there is none of that name."""
+    precision = [inference_precision(), *(setting.partition("=")[2] for setting in settings)][-1]
+    if precision not in PRECISION:
+        raise UserError(f"{option} {settings[-1]}: must be one of {', '.join(PRECISION)}")
+    report_precision(folder, "transformers", precision)
     return load_hf(folder, PRECISION[precision])
 
 
 def load_hf(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """Return transformers' model in evaluation mode, on the GPU if there is one;
-    code files in the folder are not run.
-
-    Args:
-        folder: the Hugging Face folder.
-        dtype: of weights and activations; None: of `inference_precision`.
+    """Return transformers' model in evaluation mode, on the GPU if there is one, in `dtype` or else that of
+    `inference_precision`; code files in the folder are not run.
 
     Raises:
         UserError: transformers cannot load the folder, or would make up a part of the weights.

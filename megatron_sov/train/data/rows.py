@@ -155,10 +155,9 @@ def heldout_samples(documents: Documents, source: int, seq_len: int, max_tokens:
     """Return samples over the first documents of a split, up to `max_tokens`; each label counts in one of
     them.
 
-    A document that fits a sample stays whole, so that its loss depends neither on the documents before it
-    nor on `seq_len`.  A longer one is read in windows of `seq_len` tokens that overlap by half (strided
-    perplexity): labels of the first window have all tokens before them as context, later labels at least
-    half a window.
+    A document that fits a sample stays whole, so that its loss depends neither on other documents nor on
+    `seq_len`.  A longer one is read in windows of `seq_len` tokens that overlap by half (strided perplexity),
+    so that labels behind the first window have at least half a window of context.
 
     Args:
         documents: of the split.
@@ -173,14 +172,8 @@ def heldout_samples(documents: Documents, source: int, seq_len: int, max_tokens:
 
 
 def _windows(part: PackedSegment, length: int, seq_len: int) -> Iterator[tuple[PackedSegment, int]]:
-    """Yield windows of at most `seq_len` tokens over the first tokens of a document, and how many labels of
-    each an earlier window has.
-
-    Args:
-        part: the document's first tokens.
-        length: tokens of the document.
-        seq_len: tokens of a window.
-    """
+    """Yield windows of at most `seq_len` tokens over the first tokens (`part`) of a document of `length`
+    tokens, and how many labels of each an earlier window has."""
     if part.count <= seq_len:
         yield part, 0
         return
