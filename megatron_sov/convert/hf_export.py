@@ -26,10 +26,11 @@ from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES, NO_FORMAT
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name, check_space, convert_tensor, exported_dtype
 from megatron_sov.convert.growing import open_weights
 from megatron_sov.convert.hf_import import (
-    CARRIED_FIELDS, carry, check_copies, checked_source, copies_of, differing_copies, digest_of, ids_as_list,
-    ids_beside, move_chat_template, plan_shards, split_conflict, with_turn_ends, write_files)
+    CARRIED_FIELDS, carry, check_copies, checked_source, copies_of, differing_copies, digest_of,
+    generation_ids, ids_as_list, ids_beside, move_chat_template, plan_shards, split_conflict, with_turn_ends,
+    write_files)
 from megatron_sov.convert.low_bit import FIELD, FORMATS, LowBitModel
-from megatron_sov.convert.peft import add_inputs
+from megatron_sov.convert.peft import UpdateRounding, add_inputs
 from megatron_sov.convert.sources import (
     HfWeights, Weights, check_dtypes, has_same_bits, newest_of_run, tensors_left_out)
 from megatron_sov.model.families import supported as models
@@ -117,7 +118,8 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True, workers: int = DE
     checks.append(_count("config fields that differ", _differing_fields(*sides)))
     checks.append(_count("special token ids that differ", _differing_ids(*sides)))
     records = _compare(first, second, workers)
-    checks += [*_tensor_checks(sides[0], sides[1], records), *first.checks(), *second.checks()]
+    loss = first.rounding.describe() or second.rounding.describe()
+    checks += [*_tensor_checks(sides[0], sides[1], records, loss), *first.checks(), *second.checks()]
     checks += [_count(f"{side.path}: copies that differ", differing_copies(side))
                for side in sides if isinstance(side, HfWeights) and side.copies]
     if load:
@@ -141,17 +143,17 @@ def _differing_ids(a: Weights, b: Weights) -> list[str]:
     sides = []
     for side in (a, b):
         folder = side.path if isinstance(side, HfWeights) else side.path / "tokenizer"
-        sides.append(vars(with_turn_ends(folder, ids_beside(folder))))
+        sides.append(vars(generation_ids(folder)))
     pairs = {name: [ids_as_list(ids[name]) for ids in sides] for name in sides[0]}
     return [f"{name} ({one} and {other})" for name, (one, other) in pairs.items() if set(one) != set(other)]
 
 
-def _tensor_checks(a: Weights, b: Weights, records: dict[str, TensorRecord]) -> list[ParityCheck]:
+def _tensor_checks(a: Weights, b: Weights, records: dict[str, TensorRecord], loss: str) -> list[ParityCheck]:
     largest = max((record.difference for record in records.values()), default=0.0)
     return [
         _count("tensors that only one side has", sorted(set(a.names()).symmetric_difference(b.names()))),
         _count("tensors whose values differ", [name for name, record in records.items() if not record.equal]),
-        ParityCheck("largest difference of a weight", largest, 0.0, largest == 0.0),
+        ParityCheck("largest difference of a weight", largest, 0.0, largest == 0.0, loss),
     ]
 
 
@@ -159,7 +161,8 @@ class RoundedSide:
     """One side of a comparison, rounded to the other's few bits where that one has them."""
 
     def __init__(self, side: Weights, other: Weights) -> None:
-        self.weights = side
+        self.weights, self._other = side, other
+        self.rounding = UpdateRounding(side)
         form = None if format_of(side) else format_of(other)
         self._low_bit = low_bit_model(side, form) if form else None
         self._errors: dict[str, float] = {}
@@ -167,6 +170,7 @@ class RoundedSide:
     def read(self, name: str) -> torch.Tensor:
         tensor = self.weights.read(name)
         if self._low_bit is None or name not in self._low_bit.names:
+            self.rounding.add(name, tensor, self._other.dtype(name))
             return tensor
         rounded = self._low_bit.rounded(name)
         norm = float(tensor.double().norm())
@@ -255,7 +259,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
             `quantize` also a Hugging Face folder.
         out: the folder to write; it appears only when complete, and a killed command goes on where it was.
         dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the checkpoint's own (float32 for
-            one of float64, which few readers expect); router biases are float32 always.
+            float64, which few readers expect, and for an adapter's); router biases are float32 always.
         quantize: store linear layers in a format of few bits (`convert.low_bit`), or "none"; "keep" is
             bfloat16 then.
         max_shard_bytes: largest size of one safetensors file.
@@ -313,6 +317,7 @@ def _write_tensors(artifact: ResumableArtifact, source: Weights, low_bit: LowBit
     num_tensors = sum(map(len, files.values()))
     missing = {name: tensors for name, tensors in files.items() if name not in artifact.finished}
     check_space(artifact.path, sum(spec.size_bytes for tensors in missing.values() for spec in tensors))
+    rounding = UpdateRounding(source)
     with tqdm(total=num_tensors, desc="to-hf", unit="tensor", disable=None) as bar:
         bar.update(num_tensors - sum(map(len, missing.values())))
 
@@ -321,7 +326,9 @@ def _write_tensors(artifact: ResumableArtifact, source: Weights, low_bit: LowBit
             if low_bit is not None and name in low_bit.names:
                 tensor = low_bit.stored(name)[spec.name.removeprefix(name)]
             else:
-                tensor = convert_tensor(source.read(name), spec.dtype, source.path, spec.name)
+                whole = source.read(name)
+                tensor = convert_tensor(whole, spec.dtype, source.path, spec.name)
+                rounding.add(name, whole, spec.dtype)
             bar.update()
             return tensor
 
@@ -331,6 +338,8 @@ def _write_tensors(artifact: ResumableArtifact, source: Weights, low_bit: LowBit
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
+    if loss := rounding.describe():
+        warn(f"{source.path}: {loss}; --dtype float32 writes the model that was trained")
 
 
 def low_bit_model(source: Weights, quantize: str) -> LowBitModel | None:

@@ -265,6 +265,16 @@ def with_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:
     return replace(tokens, eos=found if len(found) > 1 else next(iter(found), None))
 
 
+def generation_ids(folder: Path) -> TokenIds:
+    """Return the token ids that an export writes into generation_config.json: those that the files of
+    `folder` name (`ids_beside`), and the ends of turns.
+
+    Raises:
+        UserError: as `ids_beside`.
+    """
+    return with_turn_ends(folder, ids_beside(folder))
+
+
 def ids_in(config: dict[str, Any]) -> TokenIds:
     """Return the token ids of a config.json or generation_config.json; other values are left out."""
     found: dict[str, Any] = {}

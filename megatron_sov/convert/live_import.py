@@ -14,7 +14,7 @@ import torch
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.gather import Gatherer, in_order
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name, exported_dtype
-from megatron_sov.convert.peft import merge_adapter
+from megatron_sov.convert.peft import merge_adapter, merged_dtype
 from megatron_sov.convert.sources import check_exact, check_whole_model
 from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.local_shards import LocalShard, local_shards
@@ -40,7 +40,7 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
     Args:
         model: this process's part.
         dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the model's own (float32 for one of
-            float64); router biases are float32 always.
+            float64 or with an adapter, see `peft.merged_dtype`); router biases are float32 always.
         everywhere: every process receives every tensor, for engines that live on the trainer's own processes;
             else rank 0 does, and the others take part and yield nothing.
 
@@ -77,7 +77,8 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
                 held[key] = whole
                 continue
             for link in by_key[key]:
-                target = exported_dtype(dtype, link.fp32, whole.dtype)
+                own = merged_dtype(whole.dtype) if model.lora.on else whole.dtype
+                target = exported_dtype(dtype, link.fp32, own)
                 for name, tensor in _split(link, whole):
                     yield name, (merge_adapter(tensor, changing[name], held, model.lora)
                                  if name in changing else tensor).to(target)

@@ -145,7 +145,7 @@ class Weights(Protocol):
     def names(self) -> list[str]:
         """Return the Hugging Face names of all tensors, in the order of the weight map."""
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype in which a tensor is stored."""
+        """Return the dtype in which a tensor is read."""
     def held_in(self, file: str) -> list[str]:
         """Return the tensors of which a file of the folder holds a part."""
     def files_of(self, name: str) -> set[str]:

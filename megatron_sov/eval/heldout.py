@@ -54,7 +54,7 @@ class HeldoutData:
     vocab_size: int
     """Token ids of the tokenizer that packed them."""
     seq_len: int
-    """Tokens of a row; documents are cut at its end."""
+    """Tokens of a row; longer documents are read in overlapping windows of as many."""
     max_tokens: int
     """Tokens of each source that are read at most."""
 
@@ -66,8 +66,7 @@ class HeldoutData:
     def _cut_sources(self) -> dict[int, tuple[Documents, list[OrderedSample]]]:
         """The opened documents of each judged source, and what its rows are made of, by its index."""
         opened = {index: source.shard("heldout") for index, source in self.judged()}
-        return {index: (shard, heldout_samples(shard, index, self.seq_len, self.max_tokens,
-                                               whole=self.sources[index].is_chat))
+        return {index: (shard, heldout_samples(shard, index, self.seq_len, self.max_tokens))
                 for index, shard in opened.items()}
 
     @property

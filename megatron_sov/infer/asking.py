@@ -16,7 +16,7 @@ from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
 from megatron_sov.chat.marks import text_decoder, with_opening
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, SERVED, ChosenEngine
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, PRECISION_KEY, SERVED, TRANSFORMERS, ChosenEngine
 from megatron_sov.infer.request import Generated
 from megatron_sov.work.endpoints.transport import address_problems
 
@@ -165,24 +165,20 @@ class Asker:
         from megatron_sov.infer.engines.load import load_tokenizer
 
         tokenizer = load_tokenizer(target.tokenizer_folder)
-        ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-        # Before the chat template's ends join: a plain text ends with eos alone.
-        self._eos = tuple(ends)
-        # A folder may name more ends than the tokenizer's eos; without them an answer runs on.
-        ends |= generation_ends(target)
+        eos = tokenizer.eos_token_id
+        # A plain text ends with eos alone.
+        self._eos = () if eos is None else (int(eos),)
         self.feature_tokens = (None if encoding is None
                                else _read_feature_tokens(target.tokenizer_folder, encoding))
         """Tokens of pictures and sounds that prompts may spell; None: they are text."""
         encoder = read_chat_encoder(target.tokenizer_folder, self.feature_tokens) if chat else None
-        if encoder is not None:
-            ends |= set(encoder.end_ids())
-        elif chat:
+        if chat and encoder is None:
             raise UserError(f"--chat: {target.tokenizer_folder} has no chat template; "
                             "leave --chat out, or fine-tune on chats first")
         self._target, self._tokenizer = target, tokenizer
         self.encoder = encoder
         """Of conversations; None: prompts are texts."""
-        self.end_ids = tuple(sorted(ends))
+        self.end_ids = stop_ids(target, eos, encoder)
         """Tokens that end an answer."""
         self._decode = text_decoder(target.tokenizer_folder / TOKENIZER_JSON, self.end_ids,
                                     lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
@@ -252,11 +248,15 @@ class Asker:
         return "" if self.encoder is None else self.encoder.opened_thoughts(asked)
 
 
-def generation_ends(target: Target) -> set[int]:
-    """Return the tokens that end an answer by the files beside a model's tokenizer, see `ids_beside`."""
-    from megatron_sov.convert.hf_import import ids_as_list, ids_beside
+def stop_ids(target: Target, eos: int | None, encoder: ChatEncoder | None) -> tuple[int, ...]:
+    """Return the tokens that end a response, in order: the same for a checkpoint and for the Hugging Face
+    folder that `convert to-hf` makes of it.  `eos` is the tokenizer's; `encoder` is for prompts that the chat
+    template frames."""
+    from megatron_sov.convert.hf_import import generation_ids, ids_as_list
 
-    return set(ids_as_list(ids_beside(target.tokenizer_folder).eos))
+    configured = ids_as_list(generation_ids(target.tokenizer_folder).eos)
+    turn_ends = () if encoder is None else encoder.end_ids()
+    return tuple(sorted({*configured, *turn_ends, *(() if eos is None else (int(eos),))}))
 
 
 def _read_feature_tokens(folder: Path, encoding: MediaEncoding) -> FeatureTokens:
@@ -358,6 +358,8 @@ def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: in
         raise UserError(f"--engine {engine}: {target.path} is a checkpoint; "
                         "convert it first with `megatron-sov convert to-hf`")
     own = settings if engine not in SERVED else ()  # its servers have settings too
+    if engine == TRANSFORMERS:
+        own = [setting for setting in own if setting.partition("=")[0] != PRECISION_KEY]
     given = [*(f"{option} {setting}" for setting in own),
              *([] if nproc is None else [f"--nproc {nproc}"]),
              *([f"--speculative {num_drafts}"] if num_drafts else [])]

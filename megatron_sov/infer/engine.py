@@ -20,6 +20,8 @@ SERVED = (VLLM, SGLANG)
 """Those that are servers of their own."""
 ChosenEngine = Annotated[EngineName | None, Flag(
     help="What runs the model (default: transformers for a Hugging Face folder)")]
+PRECISION_KEY = "train.precision"
+"""The setting that megatron and transformers share."""
 ENGINE_SET = "--engine-set"
 """Gives layout and precision where --set gives something else."""
 
@@ -95,7 +97,8 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
         work: is given the engine, on every process that it runs on; its result must be plain JSON values.
         longest: tokens of the longest sequence, prompt and continuation.
         batching: what bounds memory.
-        settings: `key=value` changes of layout and precision (megatron), or of servers.
+        settings: `key=value` changes of layout and precision (megatron), of precision (transformers), or of
+            servers.
         nproc: local processes (megatron).
         option: that the settings are given by, for sentences.
         with_routes: whether the work asks for routes, which servers must be started for.
@@ -122,6 +125,6 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
                             server_settings(name, settings, option), places,
                             with_routes=with_routes) as engine:
             return work(engine)
-    from megatron_sov.infer.engines.libraries import HfEngine, load_hf
+    from megatron_sov.infer.engines.libraries import HfEngine, load_configured_hf
 
-    return work(HfEngine(load_hf(target.path), batching))
+    return work(HfEngine(load_configured_hf(target.path, settings, option), batching))

@@ -218,7 +218,7 @@ class RankOptions:
     nproc: AtLeastOne | None = None
     """Local processes (checkpoints)."""
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
-    """Layout and precision, e.g. --set parallel.ep=2 --set train.precision=bf16 (checkpoints)."""
+    """Layout (checkpoints) and precision, e.g. --set parallel.ep=2 --set train.precision=bf16."""
 
 
 NamedTensors = Iterator[tuple[str, "torch.Tensor"]]

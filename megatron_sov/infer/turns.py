@@ -15,7 +15,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.chat.folder import CONFIG_JSON, SPECIAL_JSON, TEMPLATE, TOKENIZER_JSON, read_chat_encoder
 from megatron_sov.engine.parallel.values import broadcast_object
-from megatron_sov.infer.asking import check_engine, check_length
+from megatron_sov.infer.asking import check_engine, check_length, stop_ids
 from megatron_sov.infer.engine import Engine, EngineName, engine_for, run_engine
 from megatron_sov.infer.engines.load import load_tokenizer
 from megatron_sov.infer.engines.target import Target, find_target
@@ -149,9 +149,8 @@ class Player:
         if chat is None:
             raise UserError(f"{folder}: has no chat template; fine-tune on chats first")
         self.encoder = TurnEncoder(chat, str(folder), template or {})
-        eos = load_tokenizer(folder).eos_token_id
         # a turn that eos ends is no whole one
-        self._ends = tuple(sorted({*self.encoder.end_ids, *([] if eos is None else [int(eos)])}))
+        self._ends = stop_ids(self.target, load_tokenizer(folder).eos_token_id, chat)
         self.chat = chat_digests(folder)
         """File of the chat template -> its hash."""
 

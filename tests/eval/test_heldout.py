@@ -91,6 +91,40 @@ def test_checkpoint_and_hugging_face_folder_have_one_loss(
         assert result["bits_per_byte"] == pytest.approx(theirs[name]["bits_per_byte"], abs=2e-6)
 
 
+@pytest.mark.parametrize("seq_len", [512, 400, 60, 33])
+def test_loss_is_that_of_whole_documents_or_of_strided_windows(
+        seq_len: int, one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
+        token_shards: Path, capsys) -> None:
+    """Against transformers, one document or window at a time, in plain Python."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf_models["solar_open"], dtype=torch.float32)
+    found = ask(capsys, "ppl", str(imported["solar_open"]), "--data", str(token_shards), "--seq-len",
+                str(seq_len), "--max-tokens", "1500")
+    for source in open_sources({str(token_shards): 1.0}, 1024):
+        shard, left, nats, labels = source.shard("heldout"), 1500, 0.0, 0
+        for document, length in enumerate(shard.lengths):
+            # the document's first tokens within the budget, and the label of the last one
+            ids = torch.from_numpy(shard.tokens(document, 0, min(int(length), left + 1)).astype(np.int64))
+            left -= min(int(length), left)
+            predicted = 1
+            while predicted < len(ids):
+                new = seq_len if predicted == 1 else seq_len // 2
+                end = min(predicted + new, len(ids))
+                window = ids[max(0, end - 1 - seq_len):end]
+                with torch.no_grad():
+                    logits = model(window[None, :-1]).logits[0]
+                losses = torch.nn.functional.cross_entropy(logits, window[1:], reduction="none")
+                nats += float(losses[-(end - predicted):].double().sum())
+                labels += end - predicted
+                predicted = end
+            if not left:
+                break
+        assert found[source.name]["tokens"] == labels
+        assert found[source.name]["loss"] == pytest.approx(nats / labels, abs=2e-6)
+
+
 def test_the_baseline_is_judged_on_the_same_targets(one_rank: None, imported: dict[str, Path],
                                                     token_shards: Path, capsys) -> None:
     model = ask(capsys, "ppl", str(imported["solar_open"]), "--data", str(token_shards), *CUT)

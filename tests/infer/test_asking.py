@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,3 +61,60 @@ def test_characters_that_end_lines_elsewhere_may_stand_in_a_prompt(tmp_path: Pat
 def test_an_address_that_is_none_is_said_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--engine-url: must be an address"):
         ServerOptions(engine_url=("localhost:8000",)).places(tmp_path)
+
+
+# Tokens that end a response: equal for a checkpoint and its export.
+
+ENDS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], bool]] = {
+    # generation_config.json, changes of config.json, whether there is a chat template
+    "trained here": (None, {}, True),
+    "trained here, no template": (None, {}, False),
+    "eos of config.json": (None, {"eos_token_id": 7}, True),
+    "eos of config.json, no template": (None, {"eos_token_id": 7}, False),
+    "several in config.json": (None, {"eos_token_id": [7, 9]}, True),
+    "one in generation_config.json": ({"eos_token_id": 11}, {"eos_token_id": 7}, True),
+    "several in generation_config.json": ({"eos_token_id": [11, 12]}, {"eos_token_id": 7}, True),
+    "several, no template": ({"eos_token_id": [11, 12]}, {"eos_token_id": 7}, False),
+    "generation_config.json without eos": ({"temperature": 0.6}, {"eos_token_id": 7}, True),
+    "no eos at all": ({"temperature": 0.6}, {}, False),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_checkpoint_and_its_export_stop_at_the_same_tokens(case: str, hf_models: dict[str, Path],
+                                                           tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from megatron_sov import convert
+    from megatron_sov.bench.lm.settings import Settings
+    from megatron_sov.bench.lm.subject import subject_of
+    from megatron_sov.infer.asking import Asker
+    from megatron_sov.infer.engines.target import find_target
+
+    generation, changes, has_template = ENDS[case]
+    source = shutil.copytree(hf_models["solar_open"], tmp_path / "source")
+    (source / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (source / "generation_config.json").write_text(json.dumps(generation))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | changes))
+    if not has_template:
+        file = source / "tokenizer_config.json"
+        settings = json.loads(file.read_text())
+        del settings["chat_template"]
+        file.write_text(json.dumps(settings))
+    convert.from_hf(source, tmp_path / "checkpoint")
+    convert.to_hf(tmp_path / "checkpoint", tmp_path / "export")
+    targets = [find_target(tmp_path / name) for name in ("checkpoint", "export")]
+    for chat in (False, True) if has_template else (False,):
+        ours, exported = (Asker(target, chat).end_ids for target in targets)
+        assert ours == exported
+        if not chat:
+            read = GenerationConfig.from_pretrained(tmp_path / "export").eos_token_id if (
+                tmp_path / "export/generation_config.json").is_file() else None
+            reference = {AutoTokenizer.from_pretrained(tmp_path / "export").eos_token_id,
+                         *(read if isinstance(read, list) else [read])}
+            assert set(ours) == reference - {None}
+        evaluation = Settings(output=tmp_path / "out.json", chat_template=chat)
+        judged = [subject_of(str(target.path), evaluation, whole=False).running for target in targets]
+        assert [running.end_ids for running in judged if running is not None] == [ours, ours]

@@ -105,9 +105,9 @@ def answer_locally(running: LocalEvaluation, requests: Sequence[Request], kept: 
         return bool(run_engine(running.engine, running.target, lambda engine: _answer(
             _Model(engine.generate, lambda groups: {}), running, requests, kept, flag), longest=longest,
             batching=running.batching))
-    from megatron_sov.infer.engines.libraries import HfEngine, load_hf
+    from megatron_sov.infer.engines.libraries import HfEngine, load_configured_hf
 
-    hf = load_hf(running.target.path)
+    hf = load_configured_hf(running.target.path, running.settings)
     model = _Model(HfEngine(hf, running.batching).generate, partial(of_hf_model, hf))
     return _answer(model, running, requests, kept, flag)
 

@@ -30,7 +30,8 @@ from megatron_sov.bench.lm.results import EvaluatedModel
 from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.chat.folder import TOKENIZER_JSON
 from megatron_sov.chat.marks import text_decoder
-from megatron_sov.infer.asking import check_engine, generation_ends
+from megatron_sov.engine.parallel.device import inference_precision
+from megatron_sov.infer.asking import check_engine, stop_ids
 from megatron_sov.infer.engine import MEGATRON, TRANSFORMERS
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.infer.request import Batching
@@ -87,8 +88,8 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
                           lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)))
     running = LocalEvaluation(found, engine, tuple(settings.settings), settings.nproc,
                               Batching(settings.batch_size), ends, special, decode)
-    return Subject(model, {"model": digest, "engine": engine, "settings": how, "ends": list(ends)}, reading,
-                   running)
+    return Subject(model, {"model": digest, "engine": engine, "settings": how, "ends": list(ends),
+                           "precision": inference_precision()}, reading, running)
 
 
 def _tokens(target: Target, chat: bool) -> tuple[Any, tuple[int, ...], dict[str, int]]:
@@ -97,18 +98,13 @@ def _tokens(target: Target, chat: bool) -> tuple[Any, tuple[int, ...], dict[str,
 
     folder = target.tokenizer_folder
     tokenizer = load_tokenizer(folder)
-    ends = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
-    # As for generation: a folder may name more ends than the tokenizer's eos.
-    ends |= generation_ends(target)
-    if chat:
-        encoder = read_chat_encoder(folder)
-        if encoder is None or not tokenizer.chat_template:
-            raise UserError(f"--apply-chat-template: {folder} has no chat template; leave it out, or put the "
-                            "chat template there that the model was trained with")
-        ends |= set(encoder.end_ids())
+    encoder = read_chat_encoder(folder) if chat else None
+    if chat and (encoder is None or not tokenizer.chat_template):
+        raise UserError(f"--apply-chat-template: {folder} has no chat template; leave it out, or put the "
+                        "chat template there that the model was trained with")
     special = {str(token.content): int(number) for number, token in tokenizer.added_tokens_decoder.items()
                if token.special}
-    return tokenizer, tuple(sorted(ends)), special
+    return tokenizer, stop_ids(target, tokenizer.eos_token_id, encoder), special
 
 
 def content_hash(target: Target) -> str:

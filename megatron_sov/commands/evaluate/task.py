@@ -14,6 +14,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AtLeastOne, Flag
 from megatron_sov.commands.shared_options import RecordOptions
+from megatron_sov.infer.engine import PRECISION_KEY
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import RunEvents
@@ -60,14 +61,15 @@ def measure_target(args: RankOptions, target: Target, on_policy: Callable[[Any],
         from megatron_sov.infer.engines.load import run_forward_model
 
         return run_forward_model(target, args.settings, args.nproc, on_policy)
-    given = [*(f"--set {setting}" for setting in args.settings),
+    given = [*(f"--set {setting}" for setting in args.settings
+               if setting.partition("=")[0] != PRECISION_KEY),
              *([] if args.nproc is None else [f"--nproc {args.nproc}"])]
     if given:
         raise UserError(f"{', '.join(given)}: is for checkpoints, and {target.path} is a Hugging Face "
                         "folder; leave it out, or convert it first with `megatron-sov convert from-hf`")
-    from megatron_sov.infer.engines.libraries import load_hf
+    from megatron_sov.infer.engines.libraries import load_configured_hf
 
-    return on_hf(load_hf(target.path))
+    return on_hf(load_configured_hf(target.path, args.settings))
 
 
 def write_figures(out: Path | None, values: Any) -> None:

@@ -65,8 +65,8 @@ class ConversionOptions(WrittenOptions, WorkersOptions, RedoOptions):
     """What conversions of whole models take."""
 
     dtype: Annotated[DtypeName, Flag(value="D")] = "keep"
-    """What weights are written in: float32, bfloat16, float16, float64, or keep: what they are in; to-hf then
-    writes float32 for float64."""
+    """Dtype of the written weights: float32, bfloat16, float16, float64, or keep: that of the source; to-hf
+    then writes float32 for float64 and for an adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)

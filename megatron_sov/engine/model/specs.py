@@ -22,14 +22,13 @@ from megatron_sov.engine.model.gpu_settings import (
 from megatron_sov.engine.model.graphs import graphed
 from megatron_sov.engine.model.rotary import local_turns, rotated_factor, softmax_scale
 from megatron_sov.engine.parallel import context
-from megatron_sov.engine.parallel.device import on_gpu
+from megatron_sov.engine.parallel.device import PRECISION as PRECISION, on_gpu
 from megatron_sov.engine.router import BalancedRouter, RoutingStep
 from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig, YarnConfig
 from megatron_sov.model.config.gpu import AUTO
 
 gelu_tanh = partial(gelu, approximate="tanh")
 """GELU by its tanh approximation (arXiv 1606.08415, section 2)."""
-PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 # Parts of layers that the library has not: what a block adds to the residual, its output normalised and

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -142,6 +142,17 @@ def on_gpu() -> bool:
     # the driver's own answer: torch's usual question starts CUDA, and a fork of this process could not use it
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     return not _on_cpu and torch.cuda.is_available()
+
+
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+"""`train.precision` -> dtype of weights and activations."""
+
+
+def inference_precision() -> Literal["bf16", "fp32"]:
+    """Return the precision in which a model is run unless a setting says otherwise: bf16 on a GPU, fp32 on a
+    CPU, for every engine and whatever dtype the weights are stored in, so that a checkpoint and its Hugging
+    Face folder give the same text."""
+    return "bf16" if on_gpu() else "fp32"
 
 
 def local_device() -> torch.device:

@@ -20,7 +20,9 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.sources import check_whole_model, refuse_damaged_export, tensors_left_out
+from megatron_sov.engine.parallel.device import PRECISION, inference_precision
 from megatron_sov.infer.decoder.sampling import best_words, rows_of, seed_of
+from megatron_sov.infer.engines.target import report_precision
 from megatron_sov.infer.request import (
     Batching, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, refuse_drafts, refuse_routes,
     refuse_rules)
@@ -35,18 +37,29 @@ PASS_TOKENS = 1024
 """Tokens of a pass below which rather fewer sequences are continued at a time."""
 
 
-def load_hf(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
-    """Return transformers' model in evaluation mode, on the GPU if there is one;
-    code files in the folder are not run.
+def load_configured_hf(folder: Path, settings: Sequence[str] = (), option: str = "--set") -> Any:
+    """Return transformers' model as `load_hf`, in the precision of `settings` (`train.precision=NAME`, which
+    `option` gives); `UserError` if there is none of that name."""
+    precision = [inference_precision(), *(setting.partition("=")[2] for setting in settings)][-1]
+    if precision not in PRECISION:
+        raise UserError(f"{option} {settings[-1]}: must be one of {', '.join(PRECISION)}")
+    report_precision(folder, "transformers", precision)
+    return load_hf(folder, PRECISION[precision])
+
+
+def load_hf(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """Return transformers' model in evaluation mode, on the GPU if there is one, in `dtype` or else that of
+    `inference_precision`; code files in the folder are not run.
 
     Raises:
         UserError: transformers cannot load the folder, or would make up a part of the weights.
     """
+    dtype = dtype or PRECISION[inference_precision()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refuse_damaged_export(folder)
     options = {"dtype": dtype, **low_bit_options(folder)}
     model: Any = load_pretrained(AutoModelForCausalLM, folder, left_out=tensors_left_out(folder), **options)
-    if options["dtype"] != dtype and isinstance(dtype, torch.dtype):
+    if options["dtype"] != dtype:
         model = model.to(dtype)
     _refuse_ignored_fields(folder, model)
     # the folder's own defaults would answer for what a caller left open

@@ -18,7 +18,7 @@ from megatron_sov.checkpoint import load
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.language_model import build_configured
 from megatron_sov.engine.parallel import launcher, world
-from megatron_sov.infer.engines.target import Target, as_checkpoint, inference_config
+from megatron_sov.infer.engines.target import Target, as_checkpoint, inference_config, report_precision
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.launch_environment import is_first
 
@@ -72,6 +72,7 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
     with as_checkpoint(target) as path, tempfile.TemporaryDirectory(prefix="sov-result-") as folder:
         result = Path(folder) / "result.json"
         config = inference_config(path, settings, nproc, option)
+        report_precision(target.path, "megatron", config.train.precision)
 
         def rank() -> int:
             place = world.join(config.parallel)

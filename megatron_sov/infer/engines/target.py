@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,14 +18,14 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.parallel import launcher
-from megatron_sov.engine.parallel.device import on_gpu
+from megatron_sov.engine.parallel.device import inference_precision, on_gpu
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.adapters import identity
 from megatron_sov.model.families.family import text_config
 from megatron_sov.model.pretrained import CONFIG, weight_files
 from megatron_sov.runs.checkpoints import (
     CHECKPOINTS_OF_A_RUN, IMPORTED, KIND, find_checkpoint, refuse_missing, refuse_no_model, settings_of)
-from megatron_sov.runs.launch_environment import num_ranks
+from megatron_sov.runs.launch_environment import is_first, num_ranks
 
 HF_SEQ_LEN = 4096
 """Context, in tokens, in which a Hugging Face model is judged unless told:
@@ -129,16 +130,16 @@ def as_checkpoint(target: Target) -> Iterator[Path]:
 
 def inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | None, option: str = "--set"
                      ) -> RunConfig:
-    """Return the settings to run a checkpoint with: its architecture, one process's layout and, on CPU,
-    fp32; then `settings`, which `option` gives.
+    """Return the settings to run a checkpoint with: its architecture, one process's layout and the precision
+    of `inference_precision`; then `settings`, which `option` gives.
 
     Raises:
         UserError: a setting does not exist or asks for other adapters, or the layout does not fit the model
             and the number of processes.
     """
     made_with = settings_of(checkpoint)
-    # One process and its own precision: the layout of the training run does not matter here.
-    train = dataclasses.replace(made_with.train, precision="bf16" if on_gpu() else "fp32", num_threads=0,
+    # One process: the layout of the training run does not matter here.
+    train = dataclasses.replace(made_with.train, precision=inference_precision(), num_threads=0,
                                 deterministic=False)
     config = apply_settings(dataclasses.replace(made_with, parallel=ParallelConfig(), train=train), settings,
                             option)
@@ -151,3 +152,10 @@ def inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | Non
     if problems:
         raise SettingsError(f"{checkpoint}: cannot be run like this", problems)
     return config
+
+
+def report_precision(path: Path, engine: str, precision: str) -> None:
+    """Print on standard error which engine runs a model, in which precision and on which device."""
+    if is_first():
+        print(f"{path}: runs in {engine} with {precision} on {'a GPU' if on_gpu() else 'the CPU'}",
+              file=sys.stderr, flush=True)

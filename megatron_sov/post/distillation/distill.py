@@ -455,7 +455,7 @@ def _sums(view: GateView, index: int, source: Source, teacher: RunTeacher) -> to
     """Return [3] float64, on every process: learned tokens, and sums of divergence and KL over them."""
     config, world, shard = view.config, view.world, source.shard(SPLIT)
     seq_len, size = config.data.max_seq_len(), config.train.micro_batch_size
-    samples = heldout_samples(shard, index, seq_len, config.data.heldout_tokens, whole=source.is_chat)
+    samples = heldout_samples(shard, index, seq_len, config.data.heldout_tokens)
     # Every process passes as many batches, since they may share experts; empty rows weigh nothing.
     samples += [OrderedSample(index, ())] * (-len(samples) % (size * world.dp_size))
     own = [from_row(join_rows([sample_row(s, shard, seq_len) for s in samples[i:i + size]]))

@@ -41,6 +41,7 @@ from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.parallel.device import local_device, release_unused
 from megatron_sov.engine.parallel.world import ParallelWorld, on_main
 from megatron_sov.eval.heldout import ROW_TOKENS, rows_of
+from megatron_sov.infer.asking import stop_ids
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
@@ -397,7 +398,8 @@ def write_answers(asked: StudentWriting, out: Path, settings: Sequence[str], npr
     refuse_other_tokens(tokenizer, asked.student.tokenizer_folder)
     _refuse_long_prompts(asked, sources)
     parts = list(_parts(sources, asked.part_prompts))
-    stop = StopRule(_end_ids(tokenizer, next(iter(asked.prompts))))
+    eos = read_manifest(next(iter(asked.prompts)), WRITTEN_KIND).content.get("eos_id")
+    stop = StopRule(stop_ids(asked.student, eos, read_chat_encoder(tokenizer)))
 
     def work(loaded: Loaded) -> int:
         engine = MegatronEngine(loaded.policy)
@@ -439,11 +441,6 @@ def _prompts(sources: list[Source], part: _WritingPart) -> list[list[int]]:
     shard = sources[part.source].shard("train")
     documents = range(part.first_document, part.first_document + part.num_documents)
     return [shard.tokens(d, 0, int(shard.lengths[d])).tolist() for d in documents]
-
-
-def _end_ids(tokenizer: Path, prompts: str) -> tuple[int, ...]:
-    encoder, eos_id = read_chat_encoder(tokenizer), read_manifest(prompts, WRITTEN_KIND).content.get("eos_id")
-    return tuple(sorted({*(encoder.end_ids() if encoder else ()), *([] if eos_id is None else [eos_id])}))
 
 
 def _refuse_long_prompts(asked: StudentWriting, sources: list[Source]) -> None:

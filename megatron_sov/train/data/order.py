@@ -29,6 +29,9 @@ class OrderedSample:
     """Index of the source."""
     segments: Row
     """Parts of documents, in order."""
+    contexts: tuple[int, ...] = ()
+    """For each segment, how many labels at its beginning do not count, because an earlier sample has them;
+    (): all labels count."""
 
 
 def next_source(weights: dict[str, float], taken: dict[str, int]) -> str:

@@ -17,7 +17,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.modality import EncoderInputs, inputs_of, join_inputs
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.order import OrderedSample, SampleOrder
-from megatron_sov.train.data.streams import PackedSegment, best_fit, concatenate, cut
+from megatron_sov.train.data.streams import PackedSegment, best_fit
 from megatron_sov.train.data.token_shards import Documents
 
 
@@ -105,6 +105,8 @@ def sample_row(sample: OrderedSample, documents: Documents, seq_len: int, pad_id
             went[first:end] = documents.routes(document, start, count)
         found.append((first, inputs_of(documents, document, start, count)))
         bounds.append(end)
+    for first, context in zip(bounds, sample.contexts, strict=False):
+        weights[first:first + context] = 0
     filled = bounds[-1]
     if filled < seq_len:
         positions[filled:] = places[:seq_len - filled]
@@ -149,21 +151,40 @@ def _joined_routes(rows: list[PackedRow]) -> np.ndarray | None:
                            if row.routes is None else row.routes for row in rows])
 
 
-def heldout_samples(documents: Documents, source: int, seq_len: int, max_tokens: int, *,
-                    whole: bool = False) -> list[OrderedSample]:
-    """Return samples over the first documents of a split, up to `max_tokens`; every token is in one of them.
+def heldout_samples(documents: Documents, source: int, seq_len: int, max_tokens: int) -> list[OrderedSample]:
+    """Return samples over the first documents of a split, up to `max_tokens`; each label counts in one of
+    them.
+
+    A document that fits a sample stays whole, so that its loss depends neither on other documents nor on
+    `seq_len`.  A longer one is read in windows of `seq_len` tokens that overlap by half (strided perplexity),
+    so that labels behind the first window have at least half a window of context.
 
     Args:
         documents: of the split.
         source: their source's index.
         seq_len: tokens of a sample.
-        max_tokens: tokens that are read.
-        whole: only a document longer than a sample is cut, as in training on conversations: an answer without
-            its question tells nothing of a model.  Else documents are cut at a sample's end.
+        max_tokens: tokens that are read; the last document may lose its tail.
     """
-    first = _first_documents(documents, max_tokens)
-    rows = best_fit(cut(first, seq_len), seq_len) if whole else concatenate(first, seq_len)
-    return [OrderedSample(source, row) for row in rows]
+    contexts = {window: context for first in _first_documents(documents, max_tokens)
+                for window, context in _windows(first, int(documents.lengths[first.document]), seq_len)}
+    return [OrderedSample(source, row, tuple(contexts[window] for window in row))
+            for row in best_fit(contexts, seq_len)]
+
+
+def _windows(part: PackedSegment, length: int, seq_len: int) -> Iterator[tuple[PackedSegment, int]]:
+    """Yield windows of at most `seq_len` tokens over the first tokens (`part`) of a document of `length`
+    tokens, and how many labels of each an earlier window has."""
+    if part.count <= seq_len:
+        yield part, 0
+        return
+    num_labels = min(part.count, length - 1)
+    yield PackedSegment(part.document, 0, seq_len), 0
+    stride, judged = max(1, seq_len // 2), seq_len
+    while judged < num_labels:
+        # the last window is as long as the others, for the sake of its context
+        end = min(judged + stride, num_labels)
+        yield PackedSegment(part.document, end - seq_len, seq_len), judged - (end - seq_len)
+        judged = end
 
 
 def _first_documents(documents: Documents, max_tokens: int) -> Iterator[PackedSegment]:

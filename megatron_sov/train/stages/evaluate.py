@@ -120,7 +120,7 @@ class HeldoutEvaluator:
         """Return this rank's micro-batches; every rank has the same number,
         the last ones may be padding only."""
         shard = source.shard("heldout")
-        samples = heldout_samples(shard, index, seq_len, max_tokens, whole=source.is_chat)
+        samples = heldout_samples(shard, index, seq_len, max_tokens)
         per_round = self._rows_per_batch * world.dp_size
         # every rank runs as many micro-batches, or the collectives of the forward pass would not meet
         samples += [OrderedSample(index, ())] * (-len(samples) % per_round)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 prepare_megatron()
 
+from megatron_sov import convert  # noqa: E402
 from megatron_sov.bench.lm import local, results  # noqa: E402
 from megatron_sov.infer.engines.libraries import load_hf  # noqa: E402
 from megatron_sov.infer.engines.load import load_tokenizer  # noqa: E402
@@ -40,7 +42,7 @@ def reference(task_dir: Path, hf_models: dict[str, Path]) -> dict[str, Any]:
         for task in loaded["tasks"].values():  # as its command does
             task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
             task.set_fewshot_seed(1234)
-        model, tokenizer = load_hf(hf_models[FAMILY], "float32"), load_tokenizer(hf_models[FAMILY])
+        model, tokenizer = load_hf(hf_models[FAMILY]), load_tokenizer(hf_models[FAMILY])
         model.generation_config.eos_token_id = tokenizer.eos_token_id  # or sequences go on behind their end
         found = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), loaded, bootstrap_iters=0)
     finally:
@@ -114,6 +116,38 @@ def test_a_checkpoint_split_over_processes_is_too(
                        "parallel.pp=2", "--set", "parallel.sp=true", "--batch-size", "2")
     assert done.returncode == 0, done.stderr
     agrees(out, reference)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_answers_of_a_checkpoint_end_where_those_of_its_folder_do(
+        tp: int, task_dir: Path, hf_models: dict[str, Path], tmp_path: Path, as_one_rank: dict[str, str],
+        run_command: Callable[..., subprocess.CompletedProcess[str]],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also at ends that generation_config.json alone names."""
+    folder = shutil.copytree(hf_models[FAMILY], tmp_path / "hf")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, 1024, 4))}))
+    convert.from_hf(folder, tmp_path / "checkpoint")
+
+    def argv(target: Path) -> list[str]:
+        return ["eval", "lm", str(target), "--tasks", "unended", "--task-dir", str(task_dir), "--output",
+                str(tmp_path / f"{target.name}.json")]
+
+    assert main(argv(folder)) == 0
+    if tp == 1:
+        for name, value in as_one_rank.items():
+            monkeypatch.setenv(name, value)
+        assert main(argv(tmp_path / "checkpoint")) == 0
+    else:
+        done = run_command(*argv(tmp_path / "checkpoint"), "--nproc", "2", "--set",
+                           "parallel.tp=2", "--set", "parallel.sp=true")
+        assert done.returncode == 0, done.stderr
+    answers = []
+    for name in ("hf", "checkpoint"):
+        out = tmp_path / f"{name}.json"
+        found = results.read_results(out)
+        assert found.tasks["unended"].at_limit < found.tasks["unended"].items == 6
+        answers.append([[s.response for s in item.samples] for item in results.read_items(out, found)])
+    assert answers[0] == answers[1]
 
 
 def test_a_killed_evaluation_goes_on_behind_what_was_answered(

@@ -30,28 +30,52 @@ def test_a_row_by_hand(numbered: Any) -> None:
         "score": score.tolist(), "unknown": [0] * 10}
 
 
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(2, 16), st.booleans())
-def test_every_token_but_a_documents_first_is_a_label_once(numbered: Any, lengths: list[int], seq_len: int,
-                                                           whole: bool) -> None:
+def first_visible_token(label: int, length: int, seq_len: int) -> int:
+    """Return the first token of a document that the model sees where it predicts token `label`, by the rule
+    of strided perplexity with half a window as its stride."""
+    if length <= seq_len or label <= seq_len:
+        return 0
+    stride = max(1, seq_len // 2)
+    window = (label - seq_len - 1) // stride + 1
+    return min(seq_len + window * stride, length - 1) - seq_len
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 16))
+def test_every_label_counts_once_with_as_much_context_as_fits(numbered: Any, lengths: list[int],
+                                                              seq_len: int) -> None:
     documents = numbered(lengths)
-    labels: list[int] = []
-    for sample in heldout_samples(documents, 0, seq_len, 10**9, whole=whole):
-        assert not whole or all(s.count in (lengths[s.document], seq_len) or (s.start % seq_len == 0
-                                and lengths[s.document] > seq_len) for s in sample.segments)
+    context_of: dict[int, int] = {}
+    for sample in heldout_samples(documents, 0, seq_len, 10**9):
         row = sample_row(sample, documents, seq_len)
         counted = row.weights > 0
-        labels += row.labels[counted].tolist()
         assert (row.labels[counted] == row.tokens[counted] + 1).all()  # the next token of the same document
-        assert (row.labels[~counted] == 0).all()
         assert not (counted & row.padding).any()
-    assert sorted(labels) == [100 * (d + 1) + t for d, n in enumerate(lengths) for t in range(1, n)]
+        for place in np.flatnonzero(counted).tolist():
+            assert int(row.labels[place]) not in context_of
+            context_of[int(row.labels[place])] = int(row.tokens[place - row.positions[place]]) % 100
+    assert context_of == {100 * (d + 1) + label: first_visible_token(label, length, seq_len)
+                          for d, length in enumerate(lengths) for label in range(1, length)}
+
+
+@given(st.permutations([5, 9, 16, 2, 7, 12]), st.integers(16, 64))
+@settings(max_examples=20)
+def test_documents_that_fit_are_whole_in_any_order_and_row(numbered: Any, lengths: list[int],
+                                                           seq_len: int) -> None:
+    samples = heldout_samples(numbered(lengths), 0, seq_len, 10**9)
+    assert sorted(s for sample in samples for s in sample.segments) == [
+        PackedSegment(d, 0, n) for d, n in enumerate(lengths)]
+    assert not any(any(sample.contexts) for sample in samples)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 40))
 @settings(max_examples=50)
 def test_held_out_samples_stop_at_their_budget(numbered: Any, lengths: list[int], max_tokens: int) -> None:
-    samples = heldout_samples(numbered(lengths), 3, 6, max_tokens)
-    assert sum(s.count for sample in samples for s in sample.segments) == min(sum(lengths), max_tokens)
+    documents, budget, expected = numbered(lengths), max_tokens, 0
+    samples = heldout_samples(documents, 3, 6, max_tokens)
+    for length in lengths:
+        expected += min(length - 1, max(0, budget))
+        budget -= length
+    assert sum(int((sample_row(s, documents, 6).weights > 0).sum()) for s in samples) == expected
     assert {s.source for s in samples} == {3}
 
 

@@ -52,22 +52,21 @@ def test_loss_and_bits_per_byte_by_brute_force(ranks: Any, job: Any, packed_data
     tokenizer = AutoTokenizer.from_pretrained(packed_data.tokenizer)
     for source in open_sources({str(packed_data.text): 1.0}, 368):
         shard = source.shard("heldout")
-        nats = targets = size_bytes = place = 0
+        targets = size_bytes = 0
+        nats = 0.0
         for document, length in enumerate(shard.lengths):
             ids = torch.from_numpy(shard.tokens(document, 0, length))
             text, first = tokenizer.decode(ids[:-1]), tokenizer.decode(ids[:1])
             # a document's first token is no target, its eos has no bytes
             size_bytes += len(text.encode()) - len(first.encode())
-            start = 0
-            while start < length:  # documents follow one another, and context ends where a sample ends
-                count = min(48 - place, length - start)
-                labels = ids[start + 1:start + count + 1]
+            end, targets = 1, targets + int(length) - 1
+            while end < length:  # whole, or windows of 48 tokens that overlap by half
+                new = min(48 if end == 1 else 24, length - end)
+                end += new
+                window = ids[max(0, end - 49):end]
                 with torch.no_grad():
-                    logits = model(input_ids=ids[None, start:start + count],
-                                   use_cache=False).logits[0, :len(labels)]
-                nats += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-                targets += len(labels)
-                start, place = start + count, (place + count) % 48
+                    logits = model(input_ids=window[None, :-1], use_cache=False).logits[0, -new:]
+                nats += torch.nn.functional.cross_entropy(logits, window[-new:], reduction="sum").item()
         for found in (alone, *shared, *cut):
             assert found[source.name]["tokens"] == targets
             assert found[source.name]["loss"] == pytest.approx(nats / targets, rel=1e-6)
@@ -194,8 +193,9 @@ def test_turns_of_conversations_and_what_they_say_are_told_apart(ranks: Any, job
         for name, figures in alone["chats"][part].items():
             assert all(found["chats"][part][name] == pytest.approx(figures, rel=1e-6) for found in cut)
     heldout = open_heldout({data: 1.0}, 48, 10**6)
-    begins = [start for row in heldout.rows(0) for _, _, (_, start, _) in row.origins]
-    assert {start % 48 for start in begins} == {0}, "only what is longer than a row is cut"
+    segments = [segment for row in heldout.rows(0) for _, _, segment in row.origins]
+    assert all(count == min(48, shard.lengths[document]) for document, _, count in segments), (
+        "only a document longer than a row is read in windows")
     judged = evaluate_rows(heldout, lambda row: row.labels % 7)["chats"]
     assert {part: vars(of) for part, of in judged.turns.items()} == turns
     assert {part: vars(of) for part, of in judged.kinds.items()} == kinds
