@@ -67,6 +67,7 @@ _UNREADABLE = re.compile(
     r"|\([A-J]\)\s*\}?\s+[-\d\\$]", re.IGNORECASE)
 """Parts of a gold answer that math-verify drops or misreads: dots, a set by its property, a condition in
 words, the letter of a choice before its value."""
+_BASE = re.compile(r"\d_\{?(\d{1,2})(?!\d)")
 _SIGNS = r"[+-]*"
 _INTEGER = r"(?:\d{1,3}(?:(?:,|\{,\}|\\,|\\!|,\\!)\d{3})+|\d{1,5000})"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.\d{{0,5000}})?|\.\d{{1,5000}})"
@@ -192,7 +193,8 @@ class Math:
         shown = next((item for item in reversed(found) if isinstance(item, str)), "")
         right = (self._states(shown, found, gold, last_boxed(said) or "") and self._equal(gold, found)
                  and not (self.strict and _is_of_other_kind(gold, shown))
-                 and _has_its_unit(answer, said) and _has_its_scale(answer, said))
+                 and _has_its_unit(answer, said) and _has_its_scale(answer, said)
+                 and _has_its_base(answer, shown))
         return right, shown
 
     def _equal(self, gold: list[Any], found: list[Any]) -> bool:
@@ -407,6 +409,12 @@ def _has_its_scale(answer: str, response: str) -> bool:
     """Return whether a response says no "million" or "x" behind its number, where the answer is one."""
     said = last_boxed(response) or final_answer(response) or ""
     return literal_value(last_boxed(answer) or answer) is None or not _SCALED.search(said)
+
+
+def _has_its_base(answer: str, shown: str) -> bool:
+    """Return whether a response has no other base than 101_2; math-verify leaves the 2 out."""
+    wanted, given = (_BASE.findall(text) for text in (answer, shown))
+    return not wanted or not given or wanted[-1] == given[-1]
 
 
 def _as_fraction(mixed: re.Match[str]) -> str:
