@@ -18,6 +18,7 @@ import pytest
 from data_prep.cli import main as sov_data
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import manifest_sha256, new_artifact, read_manifest
+from megatron_sov.base.sealed import write_json
 from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EventLog
@@ -53,8 +54,7 @@ def write_corpus(folder: Path, licence: str = "CC-BY-4.0", name: str = "web") ->
         artifact.content = {"name": "ships", "num_documents": 2,
                             "num_bytes": sum(len(t.encode()) for t in text)}
     (folder / "inputs").mkdir()
-    (folder / f"inputs/{name}.json").write_text(json.dumps({
-        "/home/me/raw/pages.jsonl": [9, 1, 1, "ab" * 16]}))
+    write_json(folder / f"inputs/{name}.json", {"/home/me/raw/pages.jsonl": [9, 1, 1, 7, "ab" * 16]})
 
 
 def write_tokens(folder: Path, source: str, tokenizer: Path, *inputs: Path) -> None:
