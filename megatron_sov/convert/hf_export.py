@@ -30,7 +30,7 @@ from megatron_sov.convert.hf_import import (
     generation_ids, ids_as_list, ids_beside, move_chat_template, plan_shards, split_conflict, with_turn_ends,
     write_files)
 from megatron_sov.convert.low_bit import FIELD, FORMATS, LowBitModel
-from megatron_sov.convert.peft import UpdateRounding, add_inputs
+from megatron_sov.convert.peft import AdaptedWeights, UpdateRounding, add_inputs
 from megatron_sov.convert.sources import (
     HfWeights, Weights, check_dtypes, has_same_bits, newest_of_run, tensors_left_out)
 from megatron_sov.model.families import supported as models
@@ -365,6 +365,8 @@ def _carried_fields(source: Weights) -> dict[str, Any]:
     """Return the fields of config.json that a source was imported with and that say nothing of our model."""
     if isinstance(source, HfWeights):
         return source.carried
+    if isinstance(source, AdaptedWeights):
+        return _carried_fields(source.base)
     return dict(read_manifest(source.path).content.get(CARRIED_FIELDS, {}))
 
 

@@ -81,9 +81,13 @@ def write(config: dict[str, Any], folder: Path) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    large = {"initializer_range": SIZES["initializer_range"]}  # else all logits are small, and so are errors
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config | large), dtype=torch.float32)
+    if "logits_scaling" in config:
+        model.lm_head.weight.data *= 10 / config["logits_scaling"]
     for name, tensor in model.named_parameters():
-        if name.endswith("A_log"):  # slow decays: with those of a new model a state is gone after one token
+        # Slow decays: with those of a new model transformers' float32 is 2e-3 from its own float64.
+        if name.endswith("A_log"):
             tensor.data = torch.randn_like(tensor) * 0.6 - 1.5
     model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
@@ -112,6 +116,7 @@ def compare(name: str, tmp_path: Path) -> tuple[float, float, list[str]]:
     differing = {field for field in {**one, **other} if one.get(field) != other.get(field)} - answered
     assert not differing, {field: (one.get(field), other.get(field)) for field in differing}
     assert difference.passed and greedy.passed, (difference, greedy)
+    assert difference.limit > 1.5e-4, "logits too small to tell models apart"
     return difference.value, difference.limit, list(passed)
 
 
