@@ -67,8 +67,8 @@ class PhaseConfig:
     by its --data weight, its sources in proportion to their tokens.  NAME@N means the documents of NAME with
     at least N tokens, NAME/N all of them in pieces of at most N."""
     seq_len: SeqLen = 4096
-    """Tokens of one sample.  rl: of one row; follows from rollout.max_prompt_tokens and rollout.max_new_tokens
-    unless it is set or a recipe's is long enough."""
+    """Tokens of one sample.  rl: of one row; follows from rollout.max_prompt_tokens and
+    rollout.max_new_tokens unless it is set or a recipe's is long enough."""
     global_batch_size: Samples = 0
     """Samples of one optimizer step in this phase; 0: `train.global_batch_size`."""
     rewarm_steps: Steps = 0
