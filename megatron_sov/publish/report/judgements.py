@@ -554,7 +554,8 @@ def round_tables(run: Run) -> list[PageTable]:
 
     return tables(run.rounds[-MAX_ROUNDS:], {
         "round": of_field("round", ",.0f"), "judged responses": mean("responses", ",.0f"),
-        "mean reward": mean("reward", ".4f"), "pass rate": mean("pass_rate", ".1%"), "mean tokens": mean("response_tokens", ",.1f"),
+        "mean reward": mean("reward", ".4f"), "pass rate": mean("pass_rate", ".1%"),
+        "mean tokens": mean("response_tokens", ",.1f"),
         "did not end": mean("truncated", ".1%"),
         "groups that learn": lambda c: f"{number((c.get('groups') or {}).get(LEARNS, 0)):,.0f}",
         "groups that do not": lambda c: counts(c.get("groups"), but=LEARNS),
