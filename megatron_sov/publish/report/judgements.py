@@ -554,10 +554,11 @@ def round_tables(run: Run) -> list[PageTable]:
 
     return tables(run.rounds[-MAX_ROUNDS:], {
         "round": of_field("round", ",.0f"), "judged responses": mean("responses", ",.0f"),
-        "mean reward": mean("reward", ".4f"), "mean tokens": mean("response_tokens", ",.1f"),
+        "mean reward": mean("reward", ".4f"), "pass rate": mean("pass_rate", ".1%"),
+        "mean tokens": mean("response_tokens", ",.1f"),
         "did not end": mean("truncated", ".1%"),
-        "groups trained": lambda c: f"{number((c.get('groups') or {}).get(LEARNS, 0)):,.0f}",
-        "groups not trained": lambda c: counts(c.get("groups"), but=LEARNS),
+        "groups that learn": lambda c: f"{number((c.get('groups') or {}).get(LEARNS, 0)):,.0f}",
+        "groups that do not": lambda c: counts(c.get("groups"), but=LEARNS),
         "without a reward": lambda c: counts(c.get("unjudged")),
         "left out as late": lambda c: f"{len(c.get('late') or []):,}",
         "late ones joined": lambda c: f"{len(c.get('late_from') or []):,}"})

@@ -115,7 +115,8 @@ def test_a_round_is_waited_for_with_everything_saved(view: Any, tmp_path: Path,
 
 def test_what_a_round_asks_further_is_produced_too(view: Any, tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    lacks, produced = iter(["2 pieces", "3 further prompts", "1 further prompt", ""]), []
+    lacks = iter(["2 pieces", "3 further prompts", "1 further prompt", ""])
+    produced: list[int] = []
 
     def produce(view: Any, number: int, policy: Policy, asked_to_stop: Any) -> dict[str, float]:
         assert policy == feed.policies.at(view.step)

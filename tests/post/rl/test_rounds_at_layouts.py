@@ -16,6 +16,7 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.digests import file_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
+from megatron_sov.model.config.post_training import PolicyMethod
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.rl.publish import Publisher
 from megatron_sov.rollouts.prompts import read_prompts, round_prompts
@@ -121,8 +122,9 @@ ROWS: dict[str, Layout] = {
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("method", ["grpo", "dapo"])
-def test_rounds_are_the_same_steps_in_rows_of_any_length(method: str, ranks: Any, job: Any, packed_data: Any,
-                                                         write_round: Any, tmp_path: Path) -> None:
+def test_rounds_are_the_same_steps_in_rows_of_any_length(method: PolicyMethod, ranks: Any, job: Any,
+                                                         packed_data: Any, write_round: Any, tmp_path: Path
+                                                         ) -> None:
     """Prompts are shared within micro-batches: of one row, several, or all of a step."""
     publish(tmp_path, packed_data, write_round, PolicyConfig(method=method, max_gen_batches=1), seq_len=20,
             one_prompt=True)

@@ -182,7 +182,8 @@ def values(chart: Chart) -> dict[str, list[float]]:
 
 
 def test_a_round_is_a_point_of_each_curve_and_a_row(tmp_path: Path) -> None:
-    publish(tmp_path, 2, means=means(0.75), groups={"learns": 6, "all right": 2}, late=[["p", 1]],
+    publish(tmp_path, 2, means={**means(0.75), "pass_rate": 0.625}, groups={"learns": 6, "all right": 2},
+            late=[["p", 1]],
             late_from=[[1, "q", 0, ""], [1, "q", 3, "all_right"]], unjudged={"failed": 3})
     publish(tmp_path, 1, means=means(0.5), groups={"learns": 8}, late=[], unjudged={})
     told: list[dict[str, Any]] = [{"round": 2, "reverse_kl": 0.25, "reverse_kl_domains": {"sums": 0.5}}]
@@ -192,8 +193,8 @@ def test_a_round_is_a_point_of_each_curve_and_a_row(tmp_path: Path) -> None:
                                          "right": [0.5, 0.75]}
     assert values(section.charts[-1]) == {"all right": [0, 2], "learns": [8, 6]}
     assert section.tables[0].rows == [
-        ["1", "64", "0.5000", "12.5", "25.0%", "8", "–", "–", "0", "0"],
-        ["2", "64", "0.7500", "12.5", "25.0%", "6", "all right 2", "failed 3", "1", "2"]]
+        ["1", "64", "0.5000", "–", "12.5", "25.0%", "8", "–", "–", "0", "0"],
+        ["2", "64", "0.7500", "62.5%", "12.5", "25.0%", "6", "all right 2", "failed 3", "1", "2"]]
 
 
 def test_a_round_without_a_judged_response_and_a_damaged_one_break_nothing(tmp_path: Path) -> None:
