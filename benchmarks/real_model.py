@@ -37,11 +37,9 @@ CITIES = {"France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid
           "Korea": "Seoul", "Thailand": "Bangkok"}
 REWARD = '''
 class Listed:
-    """1 for a response that begins with a word of the prompt's list."""
-    def score(self, prompt, response, row):
-        words = row["answer"].split()
-        said = response.strip().split()
-        return float(bool(said) and said[0].strip(".,!\\"'") in words)
+    """1 for a response that holds a word of the prompt's list."""
+    def score(self, row):
+        return float(any(word in row["response"].lower() for word in row["answer"].split()))
 '''
 STEP_SETTINGS = ("optim.schedule=constant", "optim.warmup_steps=0", "optim.weight_decay=0",
                  "optim.beta2=0.999", "train.steps=2", "train.precision=fp32")
@@ -443,9 +441,23 @@ def reinforce(road: Road) -> Outcome:
                   "train.global_batch_size=32", "optim.lr=1e-5", "optim.warmup_steps=0",
                   "train.precision=fp32"))
     events = [event for event in road.events("runs/rl") if event["event"] == "round"]
-    rewards = ", ".join(f"{event['reward']:.3f}" for event in events)
-    gap = max(abs(event.get("engine_gap_nats", event.get("engine_gap", 0.0)) or 0.0) for event in events)
-    return f"reward of rounds {rewards}; engine and trainer {gap:.1e} nats apart", "one policy", gap < 1e-4
+    rewards = ", ".join(f"{event['means']['reward']:.3f}" for event in events)
+    model, _ = road.reference()
+    gaps = []
+    for row in read_rollouts(road.work / "store", "round-0001"):
+        with torch.no_grad():
+            again = answer_log_prob(model, [*row["prompt_tokens"], *row["tokens"]],
+                                    len(row["prompt_tokens"]))
+        gaps.append(float((again - torch.tensor(row["logprobs"])).abs().max()))
+    return (f"reward of rounds {rewards}; log-probabilities of {len(gaps)} responses within "
+            f"{max(gaps):.1e} nats", "transformers, float32", max(gaps) < 1e-3)
+
+
+def read_rollouts(store: Path, name: str) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    files = sorted((store / "rollouts").glob(f"{name}*/**/*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
 def distil(road: Road) -> Outcome:
