@@ -12,7 +12,8 @@ from megatron_sov.base.errors import visible
 
 @dataclass(frozen=True)
 class RecordAccount:
-    """What became of the records of a command; a sum that differs is a defect of the program (RuntimeError)."""
+    """Numbers of the records that a command read, wrote and set aside.  If they do not add up, the program
+    has a defect, and RuntimeError is raised."""
 
     num_read: int
     """Counted where records are read, whatever becomes of them."""
@@ -33,8 +34,21 @@ class RecordAccount:
         counts = Counter(self.set_aside)
         reasons = ", ".join(f"{count:,} {visible(reason)}" for reason, count in sorted(
             counts.items(), key=lambda item: (-item[1], item[0])) if count)
-        return (f"{self.num_read:,} {self.noun} read: {self.num_written:,} {self.verb}, {counts.total():,} set "
-                f"aside{f' ({reasons})' if reasons else ''}")
+        return (f"{self.num_read:,} {self.noun} read: {self.num_written:,} {self.verb}, "
+                f"{counts.total():,} set aside{f' ({reasons})' if reasons else ''}")
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "set_aside": {reason: n for reason, n in sorted(self.set_aside.items()) if n}}
+
+
+@dataclass
+class RecordTally:
+    """Counts of records while a command reads and writes them."""
+
+    num_read: int = 0
+    num_written: int = 0
+    set_aside: Counter[str] = field(default_factory=Counter)
+    """Reason -> records."""
+
+    def account(self, noun: str = "records", verb: str = "written") -> RecordAccount:
+        return RecordAccount(self.num_read, self.num_written, self.set_aside, noun, verb)
