@@ -54,10 +54,11 @@ def test_the_steps_that_the_pages_show_have_these_settings(workplace: Path, page
 def test_the_commands_that_the_page_shows_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line in blocks("decontamination.md", "sh")[0].splitlines():
         assert data_prep.cli.main(shlex.split(line)[1:]) == 0
-    assert "chats.jsonl: 1 of 2 records kept" in capsys.readouterr().out
+    assert ("chats.jsonl: 2 records read: 1 written, 1 set aside (1 text of benchmarks)"
+            in capsys.readouterr().out)
     kept = (workplace / "clean-prompts/prompts.jsonl").read_text()
     assert kept == '{"prompt": "Go!", "answer": 12}\n'
     (hit,) = json.loads((workplace / "clean-prompts/hits.json").read_text())
     assert (hit["item"], hit["before"], hit["found"]) == ("7", "Say: ", QUESTION[:-1])
     records = read_manifest("clean-chats", "corpus").content["records"]
-    assert records == {"chats.jsonl": {"kept": 1, "left_out": 1}}
+    assert records == {"chats.jsonl": {"read": 2, "kept": 1, "left_out": 1}}

@@ -103,7 +103,7 @@ def test_own_tool_world(typed: Typed) -> None:
 
 
 def test_own_data_step(typed: Typed, site: Path) -> None:
-    assert "1 documents left out by data steps (1 too short)" in typed("own_data_step.py")
+    assert "1 set aside (1 too short)" in typed("own_data_step.py")
     assert "Menu" not in "".join(file.read_bytes().decode(errors="ignore")
                                  for file in (site / "cleaned").rglob("quarantine.jsonl"))
 

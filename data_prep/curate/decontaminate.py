@@ -16,6 +16,7 @@ from data_prep.curate.decontamination.step import CONTEXT_CHARS, BenchmarkSearch
 from data_prep.json_lines import read_objects
 from megatron_sov.base.artifacts import ArtifactWriter, new_artifact, refuse_existing, to_json
 from megatron_sov.base.documents import BadRecord, Document, RecordReading
+from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.item_search import ItemSearch
 from megatron_sov.base.documents.records import parse_record
 from megatron_sov.base.errors import UserError, visible
@@ -93,21 +94,25 @@ def decontaminate(files: Sequence[Path], output: Path, wanted: BenchmarkSearchSe
                              "min_words": wanted.min_words, "context_chars": CONTEXT_CHARS,
                              "inputs": files, "reading": reading}
     for name, became in counts.items():
-        print(f"{visible(name)}: {became['kept']} of {became['kept'] + became['left_out']} records kept")
+        account = RecordAccount(became["read"], became["kept"], {"text of benchmarks": became["left_out"]})
+        print(f"{visible(name)}: {account.describe()}")
     print(f"{output / HITS}: {len(hits)} places with text of benchmarks; {len(search.too_short)} of "
           f"{len(search.items)} items are shorter than {wanted.min_words} words and were not looked for")
 
 
 def _write_kept(file: Path, artifact: ArtifactWriter, search: ItemSearch, reading: RecordReading,
                 hits: list[dict[str, Any]]) -> dict[str, int]:
-    counts = {"kept": 0, "left_out": 0}
+    counts = {"read": 0, "kept": 0, "left_out": 0}
     with open(artifact.path / file.name, "w", encoding="utf-8") as kept:
         for where, record in tqdm(read_objects(file), desc=file.name, unit=" records", disable=None):
+            counts["read"] += 1
             found = [hit for text in _texts(record, where, reading)
                      for hit in find_hits(text, search, CONTEXT_CHARS)]
-            counts["left_out" if found else "kept"] += 1
-            if not found:
+            if found:
+                counts["left_out"] += 1
+            else:
                 kept.write(json.dumps(record, ensure_ascii=False) + "\n")
+                counts["kept"] += 1
             # Hits of all files are in memory at once: few records of honest data have any.
             hits += [{"record": where, **asdict(hit)} for hit in found]
     return counts

@@ -15,14 +15,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain, groupby
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
 from data_prep.json_lines import read_objects
 from megatron_sov.base.artifacts import new_artifact, refuse_existing
 from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.documents.accounting import RecordTally
 from megatron_sov.base.documents.groups import are_equal, is_learned, places_in_group
 from megatron_sov.base.documents.layouts import (
     KTO_TAG, LABEL, LABELS, completion_of, own_fields, parse_label, refuse_media, split_response)
@@ -36,6 +37,8 @@ INPUT = ('A line of the input is {"prompt": ..., "responses": [{"content": ..., 
          "score`, or TRL's completion with a label; successive rows of one prompt are a group.")
 KIND = "corpus"
 FILE = "groups.jsonl"
+ALONE, EQUAL_REWARDS, NOT_ENDED = "only response to its prompt", "equal rewards", "did not end"
+"""Reasons for which responses are set aside."""
 FINISH, LENGTH = "finish_reason", "length"
 """Field of a response that `megatron-sov generate` wrote, and its value where the response is as long as was
 allowed."""
@@ -62,6 +65,14 @@ class GroupOptions:
     """Replace a corpus that is already there."""
 
 
+@dataclass
+class GroupTally(RecordTally):
+    """Counts of responses, read, written and set aside, and of groups."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """"groups" with different rewards and their "responses"; groups "alone" and with "equal_rewards"; ..."""
+
+
 @dataclass(frozen=True)
 class ResponseGroup:
     beside: dict[str, Any]
@@ -84,54 +95,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     args = read_options(GroupOptions, typed)
-    write_groups(args.input, args.output, FILE, chats_of, keep_unfinished=args.keep_unfinished,
+    write_groups(args.input, args.output, FILE, chats_of, 1, keep_unfinished=args.keep_unfinished,
                  overwrite=args.overwrite)
     return 0
 
 
 def write_groups(files: Sequence[Path], output: Path, file: str,
-                 records_of: Callable[[ResponseGroup, Counter[str]], Iterable[Any]], *,
+                 records_of: Callable[[ResponseGroup, GroupTally], Iterable[Any]], record_responses: int, *,
                  keep_unfinished: bool = False, overwrite: bool = False) -> None:
-    """Write an artifact of kind "corpus" with what is made of each group.
+    """Write an artifact of kind "corpus" with the records that `records_of` makes of each group.
 
     Args:
         files: of groups.
         output: the artifact.
         file: its file.
-        records_of: a group that says something -> its records; it counts as "passed_over" the responses that
-            are not learned as good ones because they did not end.
+        records_of: a group whose rewards differ -> its records; counts the responses that it sets aside,
+            and as "passed_over" those that would be learned as good ones if they had ended.
+        record_responses: responses in a record.
         keep_unfinished: take every response for one that ended.
         overwrite: replace an artifact that is already there.
 
     Raises:
-        UserError: a record breaks a rule, or no group says anything; nothing is written then.
+        UserError: a record breaks a rule, or no group gives a record; nothing is written then.
     """
     refuse_existing(output, KIND, overwrite)
-    counts: Counter[str] = Counter()
+    tally = GroupTally()
+    counts = tally.counts
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
         with open(artifact.path / file, "w", encoding="utf-8") as out:
             # One group is in memory at a time, and never a file.
-            for group in chain.from_iterable(map(read_groups, files)):
+            for group in (group for path in files for group in read_groups(path, tally)):
                 # The advantage divides by the spread of rewards.
                 if len(group.rewards) < 2 or are_equal(group.rewards):
-                    counts["alone" if len(group.rewards) < 2 else "equal_rewards"] += 1
+                    is_alone = len(group.rewards) < 2
+                    counts["alone" if is_alone else "equal_rewards"] += 1
+                    tally.set_aside[ALONE if is_alone else EQUAL_REWARDS] += len(group.rewards)
                     continue
                 counts["groups"] += 1
                 counts["responses"] += len(group.rewards)
                 counts["unfinished"] += group.ended.count(False)
                 if keep_unfinished:
                     group = replace(group, ended=[True] * len(group.ended))
-                for record in records_of(group, counts):
+                for record in records_of(group, tally):
                     counts["records"] += 1
+                    tally.num_written += record_responses
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
         _refuse_nothing(files, counts)
+        account = tally.account("responses")
         artifact.content = {"groups": {f"num_{name}": counts[name] for name in (
-            "groups", "responses", "equal_rewards", "alone", "unfinished", "passed_over")}}
-    print(f"{counts['groups']:,} groups of {counts['responses'] / counts['groups']:.1f} responses; left out: "
-          f"{_left_out(counts)}")
-    if counts["unfinished"]:
-        print(f"{counts['unfinished']:,} of {counts['responses']:,} responses did not end; "
-              f"{counts['passed_over']:,} of them would have been learned as good ones, and are not")
+            "groups", "responses", "equal_rewards", "alone", "unfinished", "passed_over")},
+            "account": account.to_dict()}
+    print(f"{counts['groups']:,} groups of {counts['responses'] / counts['groups']:.1f} responses, of which "
+          f"{counts['unfinished']:,} did not end")
+    print(account.describe())
 
 
 def _left_out(counts: Counter[str]) -> str:
@@ -152,28 +168,37 @@ def _refuse_nothing(files: Sequence[Path], counts: Counter[str]) -> None:
         raise UserError(f"{named}: no group has two different responses; add responses")
 
 
-def chats_of(group: ResponseGroup, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+def chats_of(group: ResponseGroup, tally: GroupTally) -> Iterator[dict[str, Any]]:
     """Yield a chat for each response, with `NUM_PROMPT` and `COLUMNS`, and an id where the group has one."""
     # what others have said before the responses is no part of them
     prompt = [{**m, "train": False} if m["role"] == "assistant" else m for m in group.prompt]
     id_ = group.beside.get("id")
     for i, (response, place) in enumerate(zip(group.responses, places_in_group(group.rewards), strict=True)):
         if not is_learned(place, group.ended[i]):
-            counts["passed_over"] += 1
+            tally.counts["passed_over"] += 1
+            tally.set_aside[NOT_ENDED] += 1
             continue
         own = {"id": f"{id_}-{i}"} if isinstance(id_, (str, int)) else {}
         yield {**group.beside, **own, "messages": [*prompt, *response],
                NUM_PROMPT: len(prompt), COLUMNS[0]: place, COLUMNS[1]: 1 / len(group.rewards)}
 
 
-def read_groups(file: Path) -> Iterator[ResponseGroup]:
-    """Yield the groups of a file.
+def read_groups(file: Path, tally: RecordTally) -> Iterator[ResponseGroup]:
+    """Yield the groups of a file, and count its responses: each as read, and those without a reward or a text
+    as set aside.
 
     Raises:
         UserError: the file cannot be read, or a line is not as it should be; the message names it.
     """
-    for where, record in _joined((where, _of_layout(record, where)) for where, record in read_objects(file)):
+    for where, record in _joined(_read_lines(file, tally), tally):
         yield _group(record, where)
+
+
+def _read_lines(file: Path, tally: RecordTally) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, record in read_objects(file):
+        responses = record.get("responses")
+        tally.num_read += len(responses) if isinstance(responses, list) else 1
+        yield where, _of_layout(record, where)
 
 
 def _of_layout(record: dict[str, Any], where: str) -> dict[str, Any]:
@@ -184,9 +209,10 @@ def _of_layout(record: dict[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: {e.reason}") from None
 
 
-def _joined(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the record of each group: of scored lines, which have a response each, those of one prompt are
-    put together.  A response without a reward, or without a text, is none."""
+def _joined(lines: Iterable[tuple[str, dict[str, Any]]], tally: RecordTally
+            ) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the record of each group.  Successive scored lines of one prompt, which have a response each,
+    become a group; responses without a reward or a text are counted as set aside."""
     def prompt_of(line: tuple[str, dict[str, Any]]) -> str:
         where, record = line
         # Neighbours only: `score` writes in order, and files may be larger than memory.
@@ -205,7 +231,11 @@ def _joined(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, 
         for line, record in scored:
             content, reward = record.get(completion_of(record) or ""), _reward(record, line)
             is_text = isinstance(content, str) and content.strip()
-            if reward is not None and (is_text or isinstance(content, list)):
+            if reward is None:
+                tally.set_aside["no reward"] += 1
+            elif not is_text and not isinstance(content, list):
+                tally.set_aside["no text"] += 1
+            else:
                 responses.append({"content" if is_text else "messages": content, "reward": reward,
                                   FINISH: record.get(FINISH)})
         yield where, {**{name: first[name] for name in BESIDE if name in first}, "responses": responses}

@@ -11,13 +11,14 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from data_prep.json_lines import read_objects
 from megatron_sov.base.artifacts import new_artifact, refuse_existing
 from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.documents.accounting import RecordAccount, RecordTally
 from megatron_sov.base.documents.messages import read_messages
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
@@ -99,49 +100,58 @@ def write_trajectories(files: Sequence[Path], output: Path, settings: Trajectory
     if problems := problems_of(settings):
         raise SettingsError("trajectories", problems)
     refuse_existing(output, KIND, overwrite)
-    made = short = solutions = 0
+    made = short = 0
+    tally = RecordTally()
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
         with open(artifact.path / FILE, "w", encoding="utf-8") as out:
-            for number, (query, offered) in enumerate(chain.from_iterable(map(read_queries, files)), 1):
+            queries = (query for path in files for query in read_queries(path, tally))
+            for number, (query, offered) in enumerate(queries, 1):
                 chosen = diverse(offered, settings.most, settings.max_similarity)
                 if len(chosen) < settings.least:
                     short += 1
+                    tally.set_aside["query with too few different solutions"] += len(offered)
                     continue
-                made, solutions = made + 1, solutions + len(chosen)
+                made, tally.num_written = made + 1, tally.num_written + len(chosen)
+                is_full = len(chosen) == settings.most
+                tally.set_aside["more than --most" if is_full else "similar"] += len(offered) - len(chosen)
                 out.write(json.dumps({"id": number, "text": document(query, chosen, settings)},
                                      ensure_ascii=False) + "\n")
         if not made:
             raise UserError(f"{', '.join(map(str, files))}: none of {short} queries has {settings.least} "
                             "different solutions; add solutions, or lower --least or raise --max-similarity")
-        artifact.content = {"trajectories": {"num_documents": made, "num_solutions": solutions,
-                                             "num_left_out": short}}
+        account = tally.account("solutions")
+        artifact.content = {"trajectories": {"num_documents": made, "num_solutions": tally.num_written,
+                                             "num_left_out": short}, "account": account.to_dict()}
         artifact.settings = vars(settings)
-    print(f"{made:,} documents with {solutions / made:.1f} solutions each; {short:,} queries with fewer than "
-          f"{settings.least} different ones left out")
+    print(RecordAccount(number, made, {"too few different solutions": short}, "queries").describe())
+    print(account.describe())
 
 
-def read_queries(file: Path) -> Iterator[tuple[str, list[Solution]]]:
-    """Yield each query with its solutions: a line that has both, or chats of one question in a row.
+def read_queries(file: Path, tally: RecordTally) -> Iterator[tuple[str, list[Solution]]]:
+    """Yield each query with its solutions, which are counted as read: a line that has both, or successive
+    chats of one question.
 
     Raises:
         UserError: the file cannot be read, or a line is not as it should be; the message names it.
     """
-    for _, lines in groupby(_read_lines(file), key=lambda line: line[0]):
+    for _, lines in groupby(_read_lines(file, tally), key=lambda line: line[0]):
         (_, query, solutions), *more = lines
         yield query, [*solutions, *(solution for line in more for solution in line[2])]
 
 
-def _read_lines(file: Path) -> Iterator[tuple[str, str, list[Solution]]]:
+def _read_lines(file: Path, tally: RecordTally) -> Iterator[tuple[str, str, list[Solution]]]:
     """Yield for each line what it shares with those of the same query (a chat: its question; another line:
     its place alone), the query and its solutions."""
     for where, record in read_objects(file):
         if "messages" in record:
+            tally.num_read += 1
             question, solution = _chat(record, where)
             yield f"question {question}", question, [solution]
             continue
         query, solutions = record.get("query"), record.get("solutions")
         if not isinstance(query, str) or not query.strip() or not isinstance(solutions, list):
             raise UserError(f"{where}: needs a string 'query' and a list 'solutions'; add them")
+        tally.num_read += len(solutions)
         # The place keeps lines apart that happen to have the same query.
         yield f"line {where}", query, [_solution(value, f"{where}: solutions[{i}]")
                                        for i, value in enumerate(solutions)]

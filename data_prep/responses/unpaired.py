@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_prep.responses.groups import INPUT, KIND, GroupOptions, ResponseGroup, read_groups
+from data_prep.responses.groups import (
+    INPUT, KIND, NOT_ENDED, GroupOptions, GroupTally, ResponseGroup, read_groups)
 from megatron_sov.base.artifacts import new_artifact, refuse_existing
 from megatron_sov.base.documents.records import DESIRABLE
 from megatron_sov.base.errors import UserError
@@ -63,26 +63,31 @@ def write_unpaired(files: Sequence[Path], output: Path, good_from: float, *, kee
         UserError: a record breaks a rule, all have one prompt, or nothing is good; nothing is written then.
     """
     refuse_existing(output, KIND, overwrite)
-    counts: Counter[str] = Counter()
+    tally = GroupTally()
+    counts = tally.counts
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
         with open(artifact.path / FILE, "w", encoding="utf-8") as out:
-            for group, others in _beside_another(chain.from_iterable(map(read_groups, files)), files):
-                for record in records_of(group, others, good_from, keep_unfinished, counts):
+            found = (group for path in files for group in read_groups(path, tally))
+            for group, others in _beside_another(found, files):
+                for record in records_of(group, others, good_from, keep_unfinished, tally):
+                    tally.num_written += 1
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
         # KTO weighs good against bad: with one of them there is nothing to learn.
         if not counts["good"] or not counts["bad"]:
             raise UserError(f"{', '.join(map(str, files))}: {counts['good']:,} responses are good (a reward "
                             f"of at least --good-from {good_from:g}) and {counts['bad']:,} are bad, and both "
                             "are needed; choose another --good-from, or add responses")
+        account = tally.account("responses")
         artifact.content = {"responses": {f"num_{name}": counts[name]
-                                          for name in ("good", "bad", "passed_over")}}
+                                          for name in ("good", "bad", "passed_over")},
+                            "account": account.to_dict()}
         artifact.settings = {"good_from": good_from, "keep_unfinished": keep_unfinished}
-    print(f"{counts['good']:,} good and {counts['bad']:,} bad responses; {counts['passed_over']:,} good ones "
-          "that did not end are left out")
+    print(f"{counts['good']:,} good and {counts['bad']:,} bad responses")
+    print(account.describe())
 
 
 def records_of(group: ResponseGroup, others: list[list[dict[str, Any]]], good_from: float,
-               keep_unfinished: bool, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+               keep_unfinished: bool, tally: GroupTally) -> Iterator[dict[str, Any]]:
     """Yield a record for each response of a group, in the form of a preference.
 
     Args:
@@ -90,16 +95,17 @@ def records_of(group: ResponseGroup, others: list[list[dict[str, Any]]], good_fr
         others: for each of them the messages of one to another prompt.
         good_from: reward of good responses at least.
         keep_unfinished: whether good responses that did not end are learned.
-        counts: of "good", "bad" and "passed_over" responses.
+        tally: of "good", "bad" and "passed_over" responses; the last are set aside.
     """
     id_ = group.beside.get("id")
     for i, (response, reward) in enumerate(zip(group.responses, group.rewards, strict=True)):
         # The response is always "chosen": the column says whether it is good.
         good = reward >= good_from
         if good and not group.ended[i] and not keep_unfinished:
-            counts["passed_over"] += 1
+            tally.counts["passed_over"] += 1
+            tally.set_aside[NOT_ENDED] += 1
             continue
-        counts["good" if good else "bad"] += 1
+        tally.counts["good" if good else "bad"] += 1
         own = {"id": f"{id_}-{i}"} if isinstance(id_, (str, int)) else {}
         yield {**group.beside, **own, "prompt": group.prompt, "chosen": response, "rejected": others[i],
                DESIRABLE: [float(good)] * 2}

@@ -34,6 +34,7 @@ from data_prep.tags import (
 from megatron_sov.base.artifacts import (
     ArtifactWriter, new_artifact, read_manifest, refuse_existing, sha256_file)
 from megatron_sov.base.documents import Document, FileSpan, RecordReading, list_files, plan_units, read_span
+from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.files import CORPUS_RECORDS, JSON_SUFFIX, RECORD_SUFFIXES, media_corpus_of
 from megatron_sov.base.documents.layouts import completion_of, parse_renames
 from megatron_sov.base.documents.reading import first_unread
@@ -254,7 +255,7 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
                 source.banks = corpora.banks(source.name, encoder.feature_tokens)
         with new_artifact(output, KIND, overwrite=overwrite) as artifact:
             rule = HeldoutRule(settings.heldout_share)
-            records = _write(artifact.path, encoded, unit_settings, work, settings, rule)
+            records, accounts = _write(artifact.path, encoded, unit_settings, work, settings, rule)
             artifact.content = {
                 "content_version": CONTENT_VERSION, "tokenizer_sha256": unit_settings.tokenizer_sha256,
                 "vocab_size": encoder.vocab_size, "eos_id": encoder.eos_id, "eod": settings.eod,
@@ -264,7 +265,7 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
             carry_tokenizer(artifact, tokenizer)
             for origin in dict.fromkeys([*origins.values(), *(corpora.folders if corpora else ())]):
                 artifact.add_input(origin)
-    _tell(artifact.content["sources"], output, settings.heldout_share)
+    _tell(artifact.content["sources"], accounts, output, settings.heldout_share)
 
 
 def _media_corpora(sources: Mapping[str, Path], kind: str | None) -> MediaCorpora | None:
@@ -385,7 +386,9 @@ def _refusal(source: EncodedSource, work: Path, dtype: str) -> UserError:
 
 
 def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings, work: Path,
-           pack_settings: PackSettings, rule: HeldoutRule) -> list[dict[str, Any]]:
+           pack_settings: PackSettings, rule: HeldoutRule
+           ) -> tuple[list[dict[str, Any]], dict[str, RecordAccount]]:
+    """Write the shards of all sources; return their records for the manifest, and the account of each."""
     # All sources are surveyed before the first is written: the rule has to know each one's smallest and
     # largest hash.
     for source in encoded:
@@ -395,27 +398,49 @@ def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings,
         if source.num_shared_ids:
             print(f"{source.name}: {source.num_shared_ids:,} documents have the id of a document with "
                   "another text in another file, and are kept")
-        if not left and left_out(source):
+        if not left and count_left_out(source):
             raise UserError(f"{source.path}: data steps leave out every document; see to their rules")
         if not left:
             raise UserError(f"{source.path}: holds no text; pass files with text in them")
     for source in encoded:
         _keep_one_for_training(source, rule)
     _refuse_buckets(encoded, settings.reading.bucket_by)
-    records = []
+    records: list[dict[str, Any]] = []
+    accounts = {}
     with open(artifact / QUARANTINE, "w", encoding="utf-8") as quarantine:
         for source in encoded:
             written = write_shards(source, work, artifact, settings.dtype, rule, pack_settings.shard_tokens)
             num_bad = write_quarantine(source, work, settings.dtype, quarantine)
+            documents = {bucket: sum(split["num_documents"] for split in splits.values()) // source.group
+                         for bucket, splits in written.items()}
+            accounts[source.name] = account = _account_source(source, documents, num_bad)
             for bucket, splits in written.items():
                 tags = source_tags(source.name, [record.tags.get(bucket, {}) for _, record in source.units],
                                    pack_settings.tags)
-                records.append(_record(source, settings, bucket, splits,
-                                       # Bad records belong to no bucket: they are told with the first.
-                                       num_bad if bucket == source.buckets[0] else {}, tags))
+                record = _record(source, settings, bucket, splits, tags)
+                # Records that are set aside belong to no bucket: they are counted with the first.
+                is_first = bucket == source.buckets[0]
+                num_aside = sum(account.set_aside.values()) if is_first else 0
+                record |= {"num_read": documents[bucket] + num_aside, "num_bad": num_bad if is_first else {}}
+                if settings.steps:
+                    record["num_left_out"] = count_left_out(source) if is_first else {}
+                records.append(record)
     if not (artifact / QUARANTINE).stat().st_size:
         (artifact / QUARANTINE).unlink()
-    return records
+    return records, accounts
+
+
+def _account_source(source: EncodedSource, documents: Mapping[str, int],
+                    num_bad: Mapping[str, int]) -> RecordAccount:
+    """Return the account of a source.
+
+    Args:
+        source: its units count the records that their readers yield.
+        documents: bucket -> documents in its shards.
+        num_bad: code -> records in the quarantine.
+    """
+    return RecordAccount(sum(record.num_read for _, record in source.units), sum(documents.values()),
+                         Counter(num_bad) + Counter(count_left_out(source)))
 
 
 def _keep_one_for_training(source: EncodedSource, rule: HeldoutRule) -> None:
@@ -439,18 +464,17 @@ def _refuse_buckets(encoded: list[EncodedSource], field_name: str) -> None:
 
 
 def _record(source: EncodedSource, settings: UnitSettings, bucket: str, splits: dict[str, Any],
-            num_bad: dict[str, int], tags: dict[str, list[str]]) -> dict[str, Any]:
+            tags: dict[str, list[str]]) -> dict[str, Any]:
     return {"name": source.name_of(bucket), "format": source.kind, "group_documents": GROUP[source.kind],
             "sidecars": list(sidecars_of(source.kind, source.columns, source.banks is not None)),
             **({FEATURES: source.banks.record()} if source.banks else {}),
             # Keys of units hash their input and settings, so their hash identifies the source.
             "input_sha256": hashlib.sha256("".join(r.key for _, r in source.units).encode()).hexdigest(),
-            "num_bad": num_bad, **({"num_left_out": left_out(source)} if settings.steps else {}),
             **({"bucket": {"source": source.name, "field": settings.reading.bucket_by, "value": bucket}}
                if bucket else {}), **({"tags": tags} if tags else {}), "splits": splits}
 
 
-def left_out(source: EncodedSource) -> dict[str, int]:
+def count_left_out(source: EncodedSource) -> dict[str, int]:
     """Return reason -> documents of a source that data steps have left out."""
     return dict(sum((Counter(record.num_left_out) for _, record in source.units), Counter()))
 
@@ -463,7 +487,8 @@ def carry_tokenizer(artifact: ArtifactWriter, tokenizer: Path) -> None:
     artifact.add_input(tokenizer)
 
 
-def _tell(records: list[dict[str, Any]], output: Path, heldout_share: float) -> None:
+def _tell(records: list[dict[str, Any]], accounts: Mapping[str, RecordAccount], output: Path,
+          heldout_share: float) -> None:
     for record in records:
         splits = record["splits"]
         if heldout_share and not splits[HELDOUT]["num_tokens"]:
@@ -471,12 +496,8 @@ def _tell(records: list[dict[str, Any]], output: Path, heldout_share: float) -> 
                  "Pass --lines to make each line a document, or several files")
         print(f"{record['name']}: {splits[TRAIN]['num_tokens']:,} tokens to train on, "
               f"{splits[HELDOUT]['num_tokens']:,} held out")
-        if record.get("num_left_out"):
-            counts = ", ".join(f"{n:,} {reason}" for reason, n in sorted(record["num_left_out"].items()))
-            print(f"{record['name']}: {sum(record['num_left_out'].values()):,} documents left out by data "
-                  f"steps ({counts})")
-        if record["num_bad"]:
-            counts = ", ".join(f"{n} {code}" for code, n in sorted(record["num_bad"].items()))
-            print(f"{record['name']}: {sum(record['num_bad'].values()):,} records left out ({counts}): "
-                  f"{output / QUARANTINE}")
+    for name, account in accounts.items():
+        print(f"{name}: {account.describe()}")
+    if (output / QUARANTINE).exists():
+        print(f"bad records: {output / QUARANTINE}")
     print(f"wrote {output}")

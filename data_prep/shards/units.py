@@ -37,7 +37,7 @@ from megatron_sov.work.progress.resumable import make_part, part_folder
 
 Unit = tuple[FileSpan, ...]
 RECORD = "record.json"
-CODE_VERSION = 5
+CODE_VERSION = 6
 """Raised when the same input and settings would give another unit."""
 BATCH_BYTES = 1_000_000
 """Text that is encoded at a time."""
@@ -86,6 +86,8 @@ class UnitRecord:
     """Bucket ("": there are none) -> tag -> the values that its documents have, sorted."""
     num_unread: dict[str, int] = field(default_factory=dict)
     """Field of messages that is not read -> messages that have it."""
+    num_read: int = 0
+    """Records that the readers of its spans have yielded, good and bad."""
     encoded_now: bool = True
     """False where it was found complete."""
 
@@ -132,7 +134,7 @@ class _UnitWriter:
                  *([FEATURES] if settings.encoding.media is not None else [])]
         self._files: dict[str, IO[bytes]] = {
             name: open(folder / name, "wb") for name in names}  # noqa: SIM115  (closed in __exit__)
-        self._num_sequences = self._num_tokens = 0
+        self._num_read = self._num_sequences = self._num_tokens = 0
         self._num_lines: list[int] = []
         self._bad: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()
@@ -153,7 +155,7 @@ class _UnitWriter:
         return UnitRecord(self._key, self._num_sequences, self._num_tokens, tuple(self._num_lines),
                           dict(self._bad), dict(self._left_out),
                           {bucket: {tag: sorted(values) for tag, values in tags.items()}
-                           for bucket, tags in self._tags.items()}, dict(self._unread))
+                           for bucket, tags in self._tags.items()}, dict(self._unread), self._num_read)
 
     def read(self, unit: Unit) -> None:
         batch: list[tuple[int, Document]] = []
@@ -161,6 +163,7 @@ class _UnitWriter:
         for number, span in enumerate(unit):
             counted = CountedSpan(span, self._settings.reading)
             for read in counted:
+                self._num_read += 1
                 item = read if isinstance(read, BadRecord) else self._stepped(read)
                 if isinstance(item, BadRecord):
                     self._write_bad(number, item)

@@ -26,6 +26,7 @@ from data_prep.synth.generator import SampleVerdict
 from data_prep.synth.page import write_page
 from data_prep.tags import SYNTHESIS, artifact_of
 from megatron_sov.base.artifacts import MANIFEST, ArtifactWriter, atomic_write, disk_errors, new_file, to_json
+from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.files import KEPT, REJECTED
 from megatron_sov.base.documents.messages import BadRecord, Message
 from megatron_sov.base.documents.records import RecordReading, parse_record
@@ -353,9 +354,8 @@ def _artifacts(inputs: Iterable[Path]) -> list[Path]:
 
 
 def _summary_lines(output: Path, tally: FinishingTally, settings: CheckSettings, passed: bool) -> str:
-    worst = ", ".join(f"{num:,} {reason}" for reason, num in tally.rejected.most_common(3))
-    lines = [f"{output}: {tally.num_kept:,} of {tally.num_samples:,} samples kept"
-             + (f"; mostly rejected for: {worst}" if worst else ""),
+    samples = RecordAccount(tally.num_samples, tally.num_kept, tally.rejected, "samples")
+    lines = [f"{output}: {samples.describe()}",
              f"  {output / KEPT}, {output / REJECTED}, {output / 'report.html'}"]
     if not passed:
         lines.append(f"  agreement with {settings.labels} is below --min-kappa {settings.min_kappa:g}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.base.artifacts import write_output
+from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.errors import ExitCode, GateFailed, UserError, visible
 from megatron_sov.base.outputs import check_output, refuse_input
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     with work_bar("score", num_rows, "row") as bar:
         summary = score_file(asked, made, options.input, options.output, options.workers, bar.update,
                              redo=options.redo)
-    tell(summary, options.reward, made.version, options.output)
+    tell(summary, num_rows, options.reward, made.version, options.output)
     if options.run is not None:
         events.add("score", step=events.last_step(), reward=asked.name, settings=dict(asked.settings),
                    reward_version=made.version, input=options.input.name, rows=num_rows,
@@ -132,10 +133,14 @@ def _tell_disagreements(output: Path, version: str, page: Path | None) -> None:
         write_output(page, page_of(opinions, output.name, version))
 
 
-def tell(summary: ScoringSummary, name: str, version: str, output: Path) -> None:
-    """Say what became of the rows, and why some have no reward."""
+def tell(summary: ScoringSummary, num_rows: int, name: str, version: str, output: Path) -> None:
+    """Print the account of the input's rows, and why some have no reward."""
     if summary.num_kept:
         print(f"{summary.num_kept:,} rows were scored by an earlier command and are kept")
     for text in summary.tally.told:
         print(visible(text), file=sys.stderr)
-    print(f"{output}: {name} {version}: {summary.tally.line('rows')}")
+    tally = summary.tally
+    others = {status: count for status, count in tally.statuses.items() if status != "scored"}
+    account = RecordAccount(num_rows, tally.statuses["scored"], others, "rows", "scored")
+    mean = "" if tally.mean is None else f"; mean reward {tally.mean:.4f}"
+    print(f"{output}: {name} {version}: {account.describe()}{mean}")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, overload
 from megatron_sov.base.artifacts import disk_errors
 from megatron_sov.base.digests import SHA256, Digest
 from megatron_sov.base.documents import BadRecord, Conversation
+from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.files import ARROW_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX
 from megatron_sov.base.documents.layouts import Renames, rename_fields
 from megatron_sov.base.documents.reading import read_records
@@ -91,6 +92,8 @@ class PromptList(Sequence[RolloutPrompt]):
     """[rows + 1] int64: where each begins in the file."""
     _rows: np.ndarray
     """[prompts] of the file that are among these, in their order."""
+    num_trained: int = 0
+    """Prompts of a file of --validation that were removed because training asks them."""
 
     @classmethod
     def of(cls, prompts: Iterable[RolloutPrompt], option: str = OPTION) -> PromptList:
@@ -140,6 +143,11 @@ class PromptList(Sequence[RolloutPrompt]):
     def __reduce__(self) -> tuple[Any, ...]:
         # pieces go to the other ranks of an engine, which have no part of this file
         return PromptList.of, (list(self), self.option)
+
+    @property
+    def num_rows(self) -> int:
+        """Return the rows of the file, repeats included."""
+        return len(self._numbers)
 
     @property
     def ids(self) -> list[str]:
@@ -281,8 +289,8 @@ class SetAside:
     """Id -> tokens."""
     rows: Sequence[Mapping[str, Any]]
     """What the store's list says of each."""
-    told: str
-    """How many, and why; "": there are none."""
+    account: RecordAccount
+    """Of all rows of the file."""
 
 
 def set_aside(prompts: PromptList, too_long: Mapping[str, int], limit: int) -> SetAside:
@@ -302,11 +310,11 @@ def set_aside(prompts: PromptList, too_long: Mapping[str, int], limit: int) -> S
                                 f"{limit:,}"})
         rows += ({"place": again, "why": f"is the same as {prompt.place}"}
                  for again in prompts.repeats.get(prompt.id, ()))
-    counts = ((len(too_long), f"longer than rollout.max_prompt_tokens = {limit:,}"),
-              (num_repeats := len(rows) - len(too_long), "the same as another one"))
-    return SetAside(too_long, rows, "" if not rows else (
-        f"{len(rows):,} of {len(prompts) + num_repeats:,} prompts are set aside: "
-        + ", ".join(f"{count:,} {why}" for count, why in counts if count)))
+    account = RecordAccount(prompts.num_rows, len(prompts) - len(too_long), {
+        f"longer than rollout.max_prompt_tokens = {limit:,}": len(too_long),
+        "same as another one": sum(map(len, prompts.repeats.values())),
+        "asked in training too": prompts.num_trained}, "prompts", "asked")
+    return SetAside(too_long, rows, account)
 
 
 def list_set_aside(store: Path, aside: SetAside) -> None:

@@ -52,8 +52,8 @@ def test_rows_come_out_in_order_with_what_they_had(capsys: pytest.CaptureFixture
     assert [row["reward"] for row in rows] == [0.0, 0.0, pytest.approx(0.7), pytest.approx(0.95), 1.0]
     assert {row["status"] for row in rows} == {"scored"}
     assert len({row["reward_version"] for row in rows}) == 1
-    assert re.search(r"out.jsonl: language [0-9a-f]{16}: 5 scored rows, mean reward 0.5300\n",
-                     capsys.readouterr().out)
+    assert re.search(r"out.jsonl: language [0-9a-f]{16}: 5 rows read: 5 scored, 0 set aside; "
+                     r"mean reward 0.5300\n", capsys.readouterr().out)
     assert not work_folder(Path("out.jsonl")).exists()
 
 
@@ -191,7 +191,7 @@ def test_a_killed_command_goes_on_where_it_was(capsys: pytest.CaptureFixture[str
     assert main(command) == 0
     said = capsys.readouterr()
     assert 'reward was "Counts", and is "language"' in said.err
-    assert "400 scored rows, mean reward 199.5000" in said.out
+    assert "400 rows read: 400 scored, 0 set aside; mean reward 199.5000" in said.out
     assert "256 rows were scored by an earlier command" in said.out
     assert [row["reward"] for row in read()] == list(range(400))
     again = set(map(int, Path("judged").read_text().split()))

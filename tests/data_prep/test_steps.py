@@ -147,7 +147,8 @@ def test_packing_counts_what_is_left_out_and_records_the_code(
     assert manifest["content"]["sources"][0]["num_left_out"] == {"short": left_out} and left_out > 0
     assert [s["name"] for s in manifest["settings"]["steps"]] == ["long_enough", "shout"]
     assert all(list(s["files"]) == ["steps.py"] for s in manifest["settings"]["steps"])
-    assert f"text: {left_out} documents left out by data steps ({left_out} short)" in capsys.readouterr().out
+    assert (f"text: 60 records read: {60 - left_out} written, {left_out} set aside ({left_out} short)\n"
+            in capsys.readouterr().out)
     assert ("num_left_out"
             not in json.loads((tmp_path / "hand/shards/manifest.json").read_text())["content"]["sources"][0])
 

@@ -122,8 +122,8 @@ def test_what_is_set_aside_is_listed_and_counted_by_all_who_share_a_store(tmp_pa
     prompts = read_prompts(file_with(tmp_path / "p.jsonl", *(f'{{"prompt": "{c}"}}' for c in "abac")))
     long = {prompts[2].id: 1212}
     aside = set_aside(prompts, long, 1024)
-    assert aside.told == ("2 of 4 prompts are set aside: 1 longer than rollout.max_prompt_tokens = 1,024, "
-                          "1 the same as another one")
+    assert aside.account.describe() == ("4 prompts read: 2 asked, 2 set aside (1 longer than "
+                                        "rollout.max_prompt_tokens = 1,024, 1 same as another one)")
     assert [row["why"] for row in aside.rows] == [
         "is the same as line 1", "has 1,212 tokens, more than rollout.max_prompt_tokens = 1,024"]
     assert too_long_in(tmp_path) == set()
@@ -131,10 +131,12 @@ def test_what_is_set_aside_is_listed_and_counted_by_all_who_share_a_store(tmp_pa
         list_set_aside(tmp_path, aside)
     assert too_long_in(tmp_path) == set(long)
     assert json.loads((tmp_path / "set_aside.json").read_text())["prompts"][1]["place"] == "line 4"
-    none = set_aside(prompts[:2], {}, 1024)
+    none = set_aside(PromptList.of(prompts[:2]), {}, 1024)
     with pytest.raises(UserError, match=r"set_aside.json: other prompts were set aside when the store was"):
         list_set_aside(tmp_path, none)
-    assert set_aside(prompts[1:2], {}, 1024).told == ""
+    assert none.account.describe() == "2 prompts read: 2 asked, 0 set aside"
+    with pytest.raises(RuntimeError, match="prompts does not add up: 4 prompts read: 1 asked"):
+        set_aside(prompts[1:2], {}, 1024)
 
 
 def test_prompts_are_read_where_they_are_asked_for_and_go_to_other_processes() -> None:

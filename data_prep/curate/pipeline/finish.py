@@ -21,6 +21,7 @@ from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, FileRecord, atomic_write, disk_errors, file_damage, manifest_sha256, new_folder,
     read_manifest)
 from megatron_sov.base.documents import RecordReading
+from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.sealed import check_seal, open_parquet, read_json, read_lines
 
@@ -54,11 +55,29 @@ def what_stands(summary: dict[str, Any], output: Path, text: Path, quarantine: P
     names = [one["name"] for one in summary["output"]]
     more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
     kept = sum(one["num_documents"] for one in summary["output"])
+    account = account_documents(summary)
     lines = [f"{output}: complete",
-             f"  {kept:,} documents in {text}: {', '.join(names[:MAX_NAMES])}{more}"]
-    if broken := _broken(summary).total():
-        lines.append(f"  {broken:,} broken or left out, listed in {quarantine}")
+             f"  {kept:,} documents in {text}: {', '.join(names[:MAX_NAMES])}{more}",
+             f"  {account.describe()}"]
+    if _broken(summary):
+        lines.append(f"  quarantine: {quarantine}")
     return "\n".join([*lines, f"  what became of each document: {output / REPORT_HTML}"])
+
+
+def account_documents(summary: dict[str, Any]) -> RecordAccount:
+    """Return the account of a run's documents: those that its sources read, against those of its output files
+    and those that its steps and readers set aside."""
+    aside = _broken(summary)
+    reasons: Counter[str] = Counter()
+    for source in summary["sources"]:
+        for step in source["steps"]:
+            reasons.update({f"{step['kind']}: {reason}": number["documents"]
+                            for reason, number in step["dropped"].items()})
+    for (_, code), number in aside.items():
+        reasons[f"quarantine: {code}"] += number
+    num_read = sum(source["steps"][0]["documents_in"] for source in summary["sources"]) + aside.total()
+    return RecordAccount(num_read, sum(one["num_documents"] for one in summary["output"]), reasons,
+                         "documents")
 
 
 def why_empty(summary: dict[str, Any], quarantine: Path) -> str:
@@ -124,6 +143,7 @@ def finish(plan: PipelinePlan, output: Path, workers: int) -> str:
         named = _publish_text(plan, output)
         _write_quarantine(plan, output)
         summary = summary_of(plan, output) | {"output": list(_described(output, named))}
+        summary["account"] = account_documents(summary).to_dict()
         atomic_write(output / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False))
         # A page is written all the same: it shows which step dropped everything.
         if not named:

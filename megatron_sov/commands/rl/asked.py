@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,9 +79,11 @@ class PromptOptions:
 
 
 def kept(given: str, prompts: PromptList, aside: SetAside, store: Path) -> PromptList:
-    """Return the prompts of a file that are asked, and tell of the others; `given`: option and file."""
-    if aside.told and is_first():
-        warn(f"{given}: {aside.told}; {store / SET_ASIDE} lists them")
+    """Return the prompts of a file that are asked, and print the account of the file; `given`: option and
+    file."""
+    if is_first():
+        listed = f"; {store / SET_ASIDE} lists them" if aside.rows else ""
+        print(f"{given}: {aside.account.describe()}{listed}", file=sys.stderr)
     return prompts.without(aside.too_long)
 
 
@@ -106,7 +109,7 @@ def read_heldout(file: Path, renames: Sequence[str], trained: PromptList, *, is_
             raise UserError(f"{told}; give prompts that --prompts does not have")
         if is_first():
             warn(f"{told}; they are left out of the validation")
-    return found.without(prompt.id for prompt in known)
+    return replace(found.without(prompt.id for prompt in known), num_trained=len(known))
 
 
 @dataclass(frozen=True)

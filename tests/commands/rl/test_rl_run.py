@@ -70,8 +70,8 @@ def whole(folder: Path, command: Command, run_command: Any) -> Path:
     """Return a run of three rounds that nothing has disturbed."""
     done = run_command(*command("whole", "--plain", "--workers", "1", "--set", "obs.tensorboard=true"))
     assert done.returncode == 0, done.stderr
-    assert "2 of 11 prompts are set aside: 1 longer than rollout.max_prompt_tokens = 8, 1 the same as" in (
-        done.stderr)
+    assert ("11 prompts read: 9 asked, 2 set aside (1 longer than rollout.max_prompt_tokens = 8, "
+            "1 same as another one)") in done.stderr
     listed = json.loads((folder / "whole-store/set_aside.json").read_text())["prompts"]
     assert [row["place"] for row in listed] == ["line 10", "line 11"]
     return folder / "whole"
@@ -134,7 +134,8 @@ def killed(folder: Path, command: Command, run_command: Any) -> Path:
     assert done.returncode == 0 and pids, done.stderr
     asked = f"--validation {folder / 'heldout.jsonl'}"
     assert f"{asked}: 1 of 7 prompts are asked in training too (line 7); they are left out" in done.stderr
-    assert f"{asked}: 1 of 6 prompts are set aside: 1 longer than rollout.max_prompt_tokens" in done.stderr
+    assert (f"{asked}: 7 prompts read: 5 asked, 2 set aside (1 asked in training too, 1 longer than "
+            "rollout.max_prompt_tokens") in done.stderr
     assert "were begun by policy" not in done.stderr
     return folder / "killed"
 

@@ -44,7 +44,8 @@ def test_each_response_is_a_chat_with_its_place_in_the_group(tmp_path: Path, cap
     assert read_manifest(tmp_path / "out", "corpus").content["groups"] == {
         "num_groups": 1, "num_responses": 3, "num_equal_rewards": 1, "num_alone": 1,
         "num_unfinished": 0, "num_passed_over": 0}
-    assert "1 with equal rewards and 1 of one response" in capsys.readouterr().out
+    assert ("6 responses read: 3 written, 3 set aside (2 equal rewards, 1 only response to its prompt)\n"
+            in capsys.readouterr().out)
 
 
 def test_the_responses_of_one_prompt_are_packed_and_what_came_before_them_is_not_learned(
@@ -138,7 +139,8 @@ def test_the_lines_of_one_prompt_are_a_group_and_its_best_and_worst_a_pair(tmp_p
     assert read_manifest(tmp_path / "out", "corpus").content["groups"] == {
         "num_groups": 1, "num_responses": 3, "num_equal_rewards": 1, "num_alone": 1,
         "num_unfinished": 0, "num_passed_over": 0}
-    assert "1 with equal rewards and 1 of one response" in capsys.readouterr().out
+    assert ("8 responses read: 2 written, 6 set aside (2 equal rewards, 1 neither best nor worst, "
+            "1 no reward, 1 no text, 1 only response to its prompt)\n") in capsys.readouterr().out
     assert main(["groups", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "groups")]) == 0
     chats = [json.loads(row) for row in (tmp_path / "groups/groups.jsonl").read_text().splitlines()]
     assert [chat["advantage"] for chat in chats] == [0.5, 1.0, -1.0]
@@ -172,7 +174,8 @@ def test_an_answer_that_was_cut_off_may_be_the_worse_one_and_never_the_better(tm
     rows, counted = paired("pairs")
     assert texts(rows) == [("whole", "cut"), ("whole", "no")]
     assert (counted["num_groups"], counted["num_unfinished"], counted["num_passed_over"]) == (3, 5, 2)
-    assert "5 of 8 responses did not end; 2 of them would have been learned" in capsys.readouterr().out
+    assert ("3 groups of 2.7 responses, of which 5 did not end\n8 responses read: 4 written, 4 set aside "
+            "(4 did not end)\n") in capsys.readouterr().out
     rows, counted = paired("pairs", "--keep-unfinished")
     assert texts(rows) == [("cut but best", "cut"), ("all cut", "too"), ("as good but cut", "no")]
     assert (counted["num_unfinished"], counted["num_passed_over"]) == (5, 0)

@@ -12,6 +12,7 @@ import pytest
 from data_prep.cli import main
 from data_prep.responses.trajectories import Solution, TrajectorySettings, diverse, document, read_queries
 from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.documents.accounting import RecordTally
 from megatron_sov.base.errors import UserError
 
 SAME = "Let a be two m plus one and b be two n plus one"
@@ -33,7 +34,7 @@ def test_a_query_and_its_solutions_are_one_document(tmp_path: Path, capsys) -> N
                                                  "<think>\n3 + 5 = 8\n</think>\n\nYes, it is."}
     content = read_manifest(tmp_path / "out", "corpus").content["trajectories"]
     assert content == {"num_documents": 1, "num_solutions": 2, "num_left_out": 1}
-    assert "1 queries with fewer than 2 different ones left out" in capsys.readouterr().out
+    assert "2 queries read: 1 written, 1 set aside (1 too few different solutions)" in capsys.readouterr().out
 
 
 def test_solutions_are_chosen_far_apart() -> None:
@@ -81,7 +82,7 @@ def chat(question: str, answer: str, **thought: str) -> dict[str, Any]:
 def test_chats_of_one_question_in_a_row_are_its_solutions(tmp_path: Path) -> None:
     file = write(tmp_path / "kept.jsonl", chat("One and one?", "Two.", reasoning_content="Fingers."),
                  chat("One and one?", "It is two."), chat("Why?", "So."), QUERY, chat("One and one?", "2"))
-    found = list(read_queries(file))
+    found = list(read_queries(file, RecordTally()))
     assert [query for query, _ in found] == ["One and one?", "Why?", QUERY["query"], "One and one?"]
     assert found[0][1] == [Solution("Two.", "Fingers."), Solution("It is two.")]
     assert [len(solutions) for _, solutions in found] == [2, 1, 3, 1]
@@ -93,4 +94,4 @@ def test_chats_of_one_question_in_a_row_are_its_solutions(tmp_path: Path) -> Non
 ])
 def test_a_chat_that_is_no_solution_is_refused(record: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
-        list(read_queries(write(tmp_path / "in.jsonl", record)))
+        list(read_queries(write(tmp_path / "in.jsonl", record), RecordTally()))

@@ -409,7 +409,7 @@ def test_bad_records_are_listed_with_their_place_and_no_good_one_is_lost(
     assert main(base) == 2
     assert f"error: {folder}/a.jsonl:2: is not valid JSON" in capsys.readouterr().err
     assert main([*base, "--on-bad", "quarantine"]) == 0
-    assert "records left out" in capsys.readouterr().out
+    told = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()]
     found = [(Path(r["file"]).name, r["line"], r["code"]) for r in rows]
     assert found == [*(("a.jsonl", line, code) for code, line in BAD_LINES.values()), ("a.jsonl", 11, "utf8"),
@@ -419,7 +419,9 @@ def test_bad_records_are_listed_with_their_place_and_no_good_one_is_lost(
     assert (all(len(r["content"]) <= 300 and r["reason"] for r in rows)
             and rows[0]["content"].startswith('{"id": 1'))
     [source] = read_manifest(tmp_path / "out").content["sources"]
-    assert sum(source["num_bad"].values()) == len(rows)
+    assert sum(source["num_bad"].values()) == len(rows) and source["num_read"] == len(rows) + 4
+    assert f"all: {len(rows) + 4} records read: 4 written, {len(rows)} set aside (" in told
+    assert f"bad records: {tmp_path / 'out/quarantine.jsonl'}\n" in told
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
     texts = [tokenizer.decode(d[:-1]) for d in open_split(tmp_path / "out/all/train-00000").documents()]
     assert texts == ["one", "two", "four", "seven"]

@@ -58,6 +58,8 @@ def test_documents_go_through_the_steps_to_their_names(raw: Path) -> None:
     web = summary["sources"][0]
     assert [(s["kind"], s["documents_in"], s["documents_kept"]) for s in web["steps"]] == [
         ("parse", 6, 6), ("shorten", 6, 6), ("unique", 6, 4), ("shorten", 4, 4)]
+    account = summary["account"]
+    assert account["num_written"] == 8 == account["num_read"] - sum(account["set_aside"].values())
     assert web["steps"][2]["dropped"] == {"seen before": {"documents": 2, "bytes": 800}}
     assert (output / web["steps"][2]["folder"]).is_dir()
     assert "seen before" in (output / "report.html").read_text()

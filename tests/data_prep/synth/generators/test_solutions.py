@@ -17,6 +17,7 @@ from planted_cases import generator, samples_of, wrongly_judged
 from data_prep.responses.trajectories import read_queries
 from data_prep.synth.generator import GeneratorItem, NoUsableReply
 from data_prep.synth.generators.solutions import SolutionsSettings
+from megatron_sov.base.documents.accounting import RecordTally
 
 WAYS = ("Two and three are counted on the fingers of one hand.", "Three, then four, then five: two steps on.",
         "Since 2 + 3 = 3 + 2, it is enough to know what follows three and four.")
@@ -53,7 +54,7 @@ def test_a_kept_solution_is_a_chat_with_its_thoughts_and_trajectories_take_it(tm
     assert samples[0].notes == {"answer": "5", "num_draws": 3, "num_right": 2, "pass_rate": 2 / 3}
     file = tmp_path / "kept.jsonl"
     file.write_text("".join(json.dumps(sample.record) + "\n" for sample in samples if not sample.reason))
-    ((query, solutions),) = read_queries(file)
+    ((query, solutions),) = read_queries(file, RecordTally())
     assert query == "What is 2 + 3?" and [s.thinking for s in solutions] == ["Hm.", ""]
 
 
