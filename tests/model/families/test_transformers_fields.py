@@ -96,7 +96,7 @@ def test_no_item_reads_a_field_that_is_passed_over(recipe: str) -> None:
 def test_null_is_refused_where_transformers_takes_it_for_false(recipe: str, name: str) -> None:
     config = config_of(recipe)
     family = models.get(config["model_type"])
-    with pytest.raises(UserError, match="None|null"):
+    with pytest.raises(UserError, match=r"None|null"):
         family.from_hf_config(config | {name: None})
 
 
