@@ -25,6 +25,8 @@ IMPLIED: dict[str, dict[str, Any]] = {
     "ByteLevel": {"use_regex": True}, "Metaspace": {"prepend_scheme": "always", "split": True},
     "Punctuation": {"behavior": "Isolated"}}
 """Type of a step -> fields that older files leave out, with the values that `tokenizers` assumes."""
+FALSE_IS_NOT_NULL = ("strip_accents",)
+"""Fields whose null has `tokenizers` decide by another field: null strips accents of a text in lower case."""
 IDLE = {"ByteLevel": {"trim_offsets"}, "Metaspace": {"str_rep", "add_prefix_space"}}
 """Type of a step -> fields that change no id: they move offsets, or repeat another field."""
 IDLE_IN_DECODERS = IDLE | {"ByteLevel": {"trim_offsets", "add_prefix_space", "use_regex"}}
@@ -99,7 +101,8 @@ def _canonical(value: Any, idle: dict[str, set[str]] = IDLE) -> Any:
     found = {name: _canonical(part, idle) for name, part in (IMPLIED.get(kind, {}) | value).items()
              if name not in idle.get(kind, ())}
     return {name: part for name, part in found.items()
-            if not (part is None or part is False or part in ("", [], {}))}
+            if not (part is None or part in ("", [], {})
+                    or (part is False and name not in FALSE_IS_NOT_NULL))}
 
 
 def tokenizer_digest(tokenizer: Path) -> str:

@@ -283,6 +283,23 @@ def test_the_library_rewrites_a_file_without_another_identity(name: str, tmp_pat
     assert tokenizer_digest(tmp_path) == digest
 
 
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_accents_that_stay_are_part_of_the_identity(lowercase: bool, tmp_path: Path) -> None:
+    """null strips them of a text in lower case, false never does."""
+    digests: dict[str, set[str]] = {}
+    for strips in (None, False, True):
+        folder = tmp_path / str(strips)
+        folder.mkdir()
+        raw = {**MODELS["wordpiece"], "normalizer": {
+            "type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
+            "strip_accents": strips, "lowercase": lowercase}}
+        (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], **raw}))
+        normalizer = Tokenizer.from_file(str(folder / "tokenizer.json")).normalizer
+        assert normalizer is not None
+        digests.setdefault(tokenizer_digest(folder), set()).add(normalizer.normalize_str("\u00c9t\u00e9"))
+    assert len(digests) >= 2 and all(len(texts) == 1 for texts in digests.values())
+
+
 def test_an_id_of_unknown_text_is_part_of_the_identity(tmp_path: Path) -> None:
     for name, unknown in (("none", None), ("first", 0), ("second", 1)):
         (tmp_path / name).mkdir()

@@ -142,6 +142,10 @@ def _read_csv(file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any]
     reader = csv.DictReader(io.StringIO(text, newline=""), fieldnames=options.get("column_names"),
                             delimiter=delimiter, quotechar=options.get("quotechar", '"'), strict=True)
     try:
+        names = reader.fieldnames or ()
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{file}: has two columns named {twice!r:.80}; rename one of them")
         for row in reader:
             if None in row or None in row.values():
                 raise UserError(f"{file}: line {reader.line_num} has another number of cells than the "
@@ -205,4 +209,4 @@ def _read_whole(file: Path, encoding: str) -> str:
 
 
 def _is_index(cell: str) -> bool:
-    return cell.isascii() and cell.isdigit() and (cell == "0" or not cell.startswith("0"))
+    return cell.isascii() and cell.isdigit() and len(cell) < 10 and (cell == "0" or not cell.startswith("0"))

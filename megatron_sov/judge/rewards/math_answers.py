@@ -110,6 +110,7 @@ _DENIED = re.compile(r"[^\d]{0,8}(?:아(?:니|닙|닌)|않|ではな)")
 _HANGUL = re.compile("[가-힣]")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _TEXT_ANSWER = re.compile(r"[^\W\d_]+(?:[ ,.'’-]+[^\W\d_]+)*")
+_CAPITALS = re.compile(r"[A-Z]{3,}")
 _PLAIN_EXPRESSION = re.compile(
     rf"=?\s*((?:\\(?:text|mathrm|mbox)\s*\{{[^{{}}]{{0,60}}\}}|\\[A-Za-z]+|\d[\d.,]*\d|\d|(?:{_FUNCTIONS}|sqrt)(?![A-Za-z])"
     r"|[aAI](?![A-Za-z']| [a-z]{2})|[B-HJ-Zb-z](?![A-Za-z'])|[-+*/^_=(){}\[\]|<>,\s])+)")
@@ -170,7 +171,10 @@ class Math:
             if normalized(final_answer(f"\\boxed{{{answer}}}") or "") != wanted:
                 raise _refused(answer, "is no short text")
             given = final_answer(said) or ""
-            return Score(float(normalized(given) == wanted), {"extracted": given[:200]})
+            text = normalized(given)
+            if _CAPITALS.fullmatch(answer.strip()):
+                text = re.sub(r"[\s,]", "", text)
+            return Score(float(text == wanted), {"extracted": given[:200]})
         box = answer if "\\boxed" in answer else f"\\boxed{{{answer}}}"
         gold = self._gold(answer, box)
         # the proof that the answer was read whole and can be judged: in a box, it equals itself
@@ -331,6 +335,9 @@ def _without_dollars(box: str) -> str:
 def _as_text(answer: str) -> str:
     """Return a gold answer of words as it is compared, by letters; empty: it is mathematics."""
     text = normalized(answer)
+    # an order, or a choice of several letters: as a product ACB would equal ABC
+    if _CAPITALS.fullmatch(answer.strip()):
+        return text
     if re.fullmatch(r"\\(?:text|mathrm|mbox)(?:bf|it)?\s*\{[^\W\d_][^{}]*\}", answer.strip()):
         return text if len(text) > 1 else ""
     is_word = any(len(word) > 3 or not word.isascii() for word in _WORD.findall(text))

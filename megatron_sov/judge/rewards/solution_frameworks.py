@@ -8,6 +8,7 @@ modules `pytest` and `unittest`.  Runs inside of the sandbox, and imports nothin
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import itertools
@@ -243,6 +244,36 @@ def is_close(actual: Any, expected: Any, relative: float, absolute: float, *, na
         return bool(difference <= max(absolute, relative * float(abs(expected))))
     except (TypeError, OverflowError, ArithmeticError):  # a decimal beside a float, or an integer beyond one
         return False
+
+
+_NUMPY_COMPARISONS = ("allclose", "isclose", "testing.assert_allclose", "testing.assert_almost_equal",
+                      "testing.assert_array_almost_equal", "testing.assert_array_equal")
+
+
+def guard_numpy() -> None:
+    """Let numpy's comparisons fail where one side is empty and the other is not: numpy broadcasts numbers to
+    the empty side, and all of nothing is equal."""
+    numpy = importlib.import_module("numpy")
+    for path in _NUMPY_COMPARISONS:
+        *modules, name = path.split(".")
+        owner = getattr(numpy, modules[0]) if modules else numpy
+        setattr(owner, name, _refuse_empty(getattr(owner, name), numpy.size))
+
+
+def _refuse_empty(compare: Callable[..., Any], count: Callable[[Any], int]) -> Callable[..., Any]:
+    @functools.wraps(compare)
+    def guarded(*arguments: Any, **named: Any) -> Any:
+        sizes = []
+        for side in [*arguments, *named.values()][:2]:
+            try:
+                sizes.append(count(side))
+            except (TypeError, ValueError):  # lists of unequal lengths: numpy says so itself
+                return compare(*arguments, **named)
+        if min(sizes) == 0 < max(sizes):
+            raise AssertionError("an empty array is compared with numbers")
+        return compare(*arguments, **named)
+
+    return guarded
 
 
 # --- the part of pytest that tests of functions use

@@ -21,7 +21,7 @@ import traceback
 import types
 from typing import Any
 
-from megatron_sov.judge.rewards.solution_frameworks import TestText, is_close, make_pytest
+from megatron_sov.judge.rewards.solution_frameworks import TestText, guard_numpy, is_close, make_pytest
 from megatron_sov.judge.rewards.solution_peer import BUILT_IN_ERRORS, Peer, SolutionEnded
 
 SHARED_MODULES = (
@@ -162,6 +162,8 @@ def run_tests(request: dict[str, Any], names: dict[str, Any], peer: Peer, verdic
     solution = types.ModuleType("solution")
     solution.__dict__.update(names)
     sys.modules.update(solution=solution, pytest=make_pytest())
+    if any("numpy" in text for text in request["tests"]) or not {"np", "numpy"}.isdisjoint(names):
+        guard_numpy()
     tolerance = request["tolerance"]
     close = functools.partial(is_close, relative=tolerance, absolute=tolerance, exact_integers=True)
     names |= {"__name__": "__main__", "__file__": "test.py",

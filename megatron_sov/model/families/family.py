@@ -125,10 +125,9 @@ HARMLESS: dict[str, Any] = {
         "_experts_implementation", "_experts_implementation_internal", "experts_implementation",
         "gradient_checkpointing", "_commit_hash", "name_or_path", "id2label", "label2id", "num_labels",
         "problem_type", "classifier_dropout", "hidden_dropout", "token_classification_bias", "sep_token_id",
-        "init_std", "initializer_factor"), ANY),
+        "init_std", "initializer_factor", "return_dict"), ANY),
     "chunk_size_feed_forward": 0, "is_causal": True, "is_encoder_decoder": False, "num_mtp_layers": 0,
-    "output_attentions": False, "output_hidden_states": False, "partial_rotary_factor": 1.0,
-    "return_dict": True}
+    "output_attentions": False, "output_hidden_states": False, "partial_rotary_factor": 1.0}
 """Fields that transformers reads for all families -> the value (or `ANY`) that changes no logit."""
 OF_OTHER_PROGRAMS = ("_", "transformers.js_", "unsloth_")
 """Beginnings of the names of fields that programs write for themselves."""
@@ -344,8 +343,10 @@ class Family:
     def _read(self, config: dict[str, Any], tensor_names: Iterable[str]) -> dict[str, Any]:
         """Return the fields of a model that a config.json says, see `from_hf_config`."""
         told = {name for item in self.config for name in getattr(item, "null_tells", ())}
+        told.add("is_causal")  # transformers takes null for false
         config = {name: value for name, value in config.items() if value is not None or name in told}
-        self.find_passed_over(config)
+        # an item reads no field that is passed over, as `sliding_window_pattern` where transformers has none
+        config = _without(config, tuple(self.find_passed_over(config)))
         architectures = config.get("architectures", self.hf_classes)
         if not isinstance(architectures, (list, tuple)) or any(
                 name not in self.hf_classes for name in architectures):
@@ -382,7 +383,7 @@ class Family:
         harmless = HARMLESS | {"layer_types": [window] * len(config.get("layer_types") or ())}
         passed, reasons = {}, []
         for name, value in config.items():
-            if name in known or value is None:
+            if name in known or (value is None and name != "is_causal"):
                 continue
             if name in harmless and harmless[name] in (ANY, value):
                 passed[name] = value

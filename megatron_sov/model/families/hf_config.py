@@ -51,6 +51,11 @@ class Renamed:
     def names(self) -> tuple[str, ...]:
         return (self.hf, *self.aliases)
 
+    @property
+    def null_tells(self) -> tuple[str, ...]:
+        """Return the field where its absence means true: transformers takes null for false."""
+        return (self.hf,) if self.default is True else ()
+
     def write(self, model: ModelConfig) -> dict[str, Any]:
         return {self.hf: getattr(model, self.model)}
 
@@ -80,6 +85,11 @@ class Fixed:
     @property
     def names(self) -> tuple[str, ...]:
         return (self.hf,)
+
+    @property
+    def null_tells(self) -> tuple[str, ...]:
+        """Return the field where only true is supported: transformers takes null for false."""
+        return (self.hf,) if self.value is True else ()
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         return {self.hf: self.value} if self.written else {}

@@ -86,8 +86,12 @@ class LatentRope(Rope):
                     continue
                 # A set: equal factors of both spellings leave one element, a missing one leaves its default.
                 said = [rope.pop(factor, None) for factor in ("mscale", "mscale_all_dim")]
+                if said[0] is None and said[1]:
+                    raise UserError(f"config.json: mscale_all_dim = {said[1]} without mscale: transformers "
+                                    "and vLLM compute different rotations; add mscale")
                 factors.add((1.0 if said[0] is None else said[0], 0.0 if said[1] is None else said[1]))
-                if rope.pop("attention_factor", None) not in (None, 1.0):
+                # With mscale_all_dim 0 the factor is YaRN's usual one, which `Rope` checks.
+                if said[1] and rope.pop("attention_factor", None) not in (None, 1.0):
                     raise UserError("config.json: attention_factor: beside mscale and mscale_all_dim only "
                                     "1.0 is supported; leave it out")
         found = super().read(config)

@@ -20,7 +20,7 @@ from megatron_sov.runs import checkpoints
 from megatron_sov.work.progress.locks import in_turn
 
 SHARED, SEEN = ".from-hf", "seen"
-SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
+SUFFIXES = (".bin", ".json", ".jinja", ".model", ".safetensors", ".txt")
 """Endings of the files that a conversion may read."""
 
 

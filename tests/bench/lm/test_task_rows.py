@@ -89,6 +89,7 @@ BAD_FILES = [
     ("json", "d.json", "[{", "is no valid JSON"),
     ("csv", "d.csv", "q,a\nx,1,2\n", "line 2 has another number of cells than the 2 columns"),
     ("csv", "d.csv", "q,a\nx\n", "line 2 has another number of cells"),
+    ("csv", "d.csv", "q,a,q\nx,1,y\n", "has two columns named 'q'"),
     ("csv", "d.csv", 'q,a\n"x,1\n', "is no valid CSV"),
     ("text", "d.txt", b"\xff\xfe\x00", "cannot be decoded as utf-8-sig"),
     ("parquet", "d.parquet", "no table", "is no Parquet file that can be read"),

@@ -272,3 +272,21 @@ def test_the_tests_of_a_row_are_proved_once(monkeypatch: pytest.MonkeyPatch) -> 
     row = {"response": ADD, "tests": ["assert add(1, 2) == 3 # proved once"]}
     assert [judged(CodeReward(), row).reward for _ in range(3)] == [1.0] * 3
     assert len(runs) == 4 and sum("_Stub" in stdin for stdin in runs) == 1
+
+
+NUMPY_TESTS = ["assert np.allclose(f(1), {})", "assert np.allclose({}, f(1))",
+               "assert np.isclose(f(1), {}).all()", "np.testing.assert_allclose(f(1), {})",
+               "np.testing.assert_array_equal(f(1), {})",
+               "np.testing.assert_almost_equal(f(1), {})"]
+
+
+@pytest.mark.parametrize("test", NUMPY_TESTS)
+@pytest.mark.parametrize(("result", "expected", "reward"), [
+    ("[]", "3.0", 0.0), ("np.zeros((0, 1))", "[3.0, 4.0]", 0.0), ("np.zeros(0)", "[3.0]", 0.0),
+    ("[[]]", "[[3.0]]", 0.0), ("np.zeros(0)", "[]", 1.0), ("np.zeros((0, 2))", "np.zeros((0, 2))", 1.0),
+    ("[3.0, 4.0]", "[3.0, 4.0]", 1.0), ("3", "3.0", 1.0)])
+def test_an_empty_array_equals_no_numbers(test: str, result: str, expected: str, reward: float) -> None:
+    """numpy broadcasts, and all of nothing is true."""
+    text = "import numpy as np\n" + test.format(expected)
+    program = f"```python\nimport numpy as np\ndef f(x):\n    return {result}\n```"
+    assert score(program, [text]).reward == reward

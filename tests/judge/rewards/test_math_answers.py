@@ -254,6 +254,7 @@ BOXED = [
     ("\\text{east}", "seat", 0), ("\\text{no solution}", "\\text{No solution}", 1), ("yes", "\\text{Yes}", 1),
     ("\\text{June 20}", "June 20", 1), ("\\text{(B)}", "B", 1), ("B", "C", 0), ("서울", "서울", 1),
     ("서울", "부산", 0), ("\\text{A, B}", "A, B", 1),
+    ("ACB", "ABC", 0), ("ACB", "ACB", 1), ("ACB", "\\text{ACB}", 1), ("ABD", "A, B, D", 1), ("ABD", "AB", 0),
     # units, counters, percentages
     ("5개", "5", 1), ("5개", "5개", 1), ("5개", "5명", 0), ("5개", "6", 0), ("5 dollars", "\\$5", 1),
     ("5 dollars", "5 dollars", 1), ("5 cm^2", "5", 1), ("5 cm^2", "5 \\text{ cm}^2", 1),

@@ -201,6 +201,9 @@ def test_without_a_factor_of_whole_heads_cosine_and_sine_have_it() -> None:
     ({"moe_layer_freq": 2}, "moe_layer_freq = 2, but only 1"),
     ({"topk_method": "greedy"}, "topk_method = 'greedy', but only 'noaux_tc'"),
     ({"rope_parameters": YARN | {"mscale_all_dim": 1.0}}, "mscale and mscale_all_dim that are equal"),
+    ({"rope_parameters": {**YARN, "mscale": None, "mscale_all_dim": 1.0}}, "mscale_all_dim = 1.0 without ms"),
+    ({"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.0, "attention_factor": 1.0}},
+     r"attention_factor = 1\.0, but only 0\.1 ln"),
     ({"rope_parameters": YARN | {"mscale": 0.0, "mscale_all_dim": 0.0}}, "that are equal and not 0"),
     # transformers multiplies the softmax's scale by them beside these rotations, too
     ({"rope_parameters": YARN | {"rope_type": "linear"}}, "mscale, mscale_all_dim, .* are unknown for"),

@@ -77,8 +77,32 @@ def test_fields_that_no_program_computes_with_are_passed_over(recipe: str, field
     assert family.from_hf_config(config | fields) == family.from_hf_config(config)
 
 
+@pytest.mark.parametrize("recipe", ["tiny-gemma2", "tiny-gpt-oss"])
+def test_no_item_reads_a_field_that_is_passed_over(recipe: str) -> None:
+    """transformers' classes for these families take every other layer, whatever the pattern says."""
+    config = config_of(recipe)
+    family = models.get(config["model_type"])
+    config.pop("layer_types")
+    expected = family.from_hf_config(config)
+    for pattern in (1, 3, 4, "LLG"):
+        assert family.find_passed_over(config | {"sliding_window_pattern": pattern})
+        assert family.from_hf_config(config | {"sliding_window_pattern": pattern}) == expected
+
+
+@pytest.mark.parametrize(("recipe", "name"), [
+    ("tiny-deepseek-v3", "norm_topk_prob"), ("tiny-deepseek-v3", "rope_interleave"),
+    ("tiny-solar-open", "norm_topk_prob"), ("tiny-gpt-oss", "attention_bias"),
+    ("tiny-qwen3-next", "norm_topk_prob"), ("tiny-gemma2", "tie_word_embeddings")])
+def test_null_is_refused_where_transformers_takes_it_for_false(recipe: str, name: str) -> None:
+    config = config_of(recipe)
+    family = models.get(config["model_type"])
+    with pytest.raises(UserError, match=r"None|null"):
+        family.from_hf_config(config | {name: None})
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("tiny-llama", {"is_causal": False}, r"is_causal = False \(transformers reads it, and it is not supp"),
+    ("tiny-llama", {"is_causal": None}, r"is_causal = None \(transformers reads it, and it is not supp"),
     ("tiny-llama", {"attention_chunk_size": 8192}, r"attention_chunk_size = 8192 \(transformers reads it"),
     ("tiny-llama", {"sliding_window": 16}, r"sliding_window = 16 \(transformers reads it"),
     ("tiny-llama", {"layer_types": ["sliding_attention"] * 4}, r"layer_types = \['sliding_attention', .* r"),
@@ -100,8 +124,8 @@ def test_fields_that_a_program_may_compute_with_are_refused(recipe: str, fields:
     family = models.get(config["model_type"])
     with pytest.raises(UserError, match=expected):
         family.from_hf_config(config | fields)
-    # The advice: without the fields, or with null in their place, the folder is read.
-    nothing = dict.fromkeys(fields)
+    # The advice: without the fields, or with null in place of all but is_causal, the folder is read.
+    nothing = {name: None for name in fields if name != "is_causal"}
     assert family.from_hf_config(config | nothing) == family.from_hf_config(config)
 
 

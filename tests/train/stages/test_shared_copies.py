@@ -90,6 +90,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], int]] = {
     "settings": (lambda folder: (folder / "config.json").write_text('{"a": 1}'), 2),
     "tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{ }"), 2),
     "a file more": (lambda folder: (folder / "generation_config.json").write_text("{}"), 2),
+    "pickled weights": (lambda folder: (folder / "pytorch_model.bin").write_text("x"), 2),
     "a file less": (lambda folder: (folder / "tokenizer.json").unlink(), 2),
     "a shard of another name": (lambda folder: (folder / "model.safetensors").rename(folder / "m.safetensors")
                                 and (folder / "model.safetensors").write_text("x"), 2)}
