@@ -374,6 +374,10 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     if not (hf_dir / CONFIG).is_file():
         raise UserError(f"{hf_dir}: has no {CONFIG}, so it is not a Hugging Face folder; "
                         "pass the folder that holds the model")
+    for name in TOKENIZER_FILES:
+        # now: later programs would blame the checkpoint's copy of a damaged file
+        if name.endswith(".json"):
+            _read_if_there(hf_dir / name)
     source = HfWeights(hf_dir)
     check_dtypes(source)
     for note in source.notes:
