@@ -253,8 +253,7 @@ def _reward(record: dict[str, Any], where: str) -> Any:
     if label is None:
         shown = json.dumps(record[LABEL], ensure_ascii=False)[:40] if LABEL in record else "missing"
         raise UserError(f"{where}: the label ({LABEL!r} or {KTO_TAG!r}) of the response is {shown}, must be "
-                        f"true or false (or one of {', '.join(LABELS)}); correct it, give a 'reward', or "
-                        "remove the line")
+                        f"one of {', '.join(LABELS)}; correct it, give a 'reward', or remove the line")
     return float(label)
 
 

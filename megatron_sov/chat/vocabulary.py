@@ -67,7 +67,8 @@ def read_tokenizer(tokenizer: Path) -> TokenizerFile:
                              _cutting(raw), _canonical(raw.get("decoder"), IDLE_IN_DECODERS))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, struct.error,
             RecursionError) as e:
-        raise UserError(f"{file}: cannot be read as a tokenizer ({e!r})") from None
+        raise UserError(f"{file}: cannot be read as a tokenizer ({e!r}); restore it from its "
+                        "source") from None
 
 
 def _steps(part: Any) -> list[dict[str, Any]]:

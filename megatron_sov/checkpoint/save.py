@@ -78,6 +78,8 @@ class Companions:
     """Folder whose files are carried along."""
     beside: Mapping[str, bytes] = field(default_factory=dict)
     """Name -> content of files that stand with the tokenizer, in place of those of its folder."""
+    content: Mapping[str, Any] = field(default_factory=dict)
+    """Of the manifest, besides what every checkpoint has."""
 
 
 class _Writing:
@@ -314,7 +316,8 @@ def _complete(writing: _Writing, parts: list[str], state: str, companions: Compa
     # their digests were taken while they were written; nothing is read again
     artifact.known_files = {name: record for w in written for name, record in w.files.items()}
     artifact.content = {"step": companions.state["step"], "tokens": companions.state["tokens"],
-                        "parts": parts, **({BASE: base.to_dict()} if base is not None else {})}
+                        "parts": parts, **({BASE: base.to_dict()} if base is not None else {}),
+                        **companions.content}
     artifact.settings = companions.settings
     artifact.complete()
     # the rename is the commit: before it there is no checkpoint under this name, after it a whole one

@@ -21,7 +21,7 @@ from megatron_sov.chat.vocabulary import refuse_other_tokenizer
 from megatron_sov.checkpoint.sharded_tensors import block_name
 from megatron_sov.convert.dtypes import KEEP, convert_tensor
 from megatron_sov.convert.growing import Derived, Opened, write_derived
-from megatron_sov.convert.hf_import import planned_files
+from megatron_sov.convert.hf_import import copy_carried_fields, planned_files
 from megatron_sov.convert.peft import AdaptedWeights, checkpoint_weights
 from megatron_sov.convert.sources import CheckpointWeights
 from megatron_sov.model.config import LoraConfig, ModelConfig
@@ -124,7 +124,7 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
         lambda spec: mean_block(sources, weights, links[spec.name], spec.dtype),
         lambda spec: links[spec.name].hf_names,
         dataclasses.replace(settings_of(paths[0]), recipe=IMPORTED, lora=LoraConfig()),
-        {"step": max(m["step"] for m in merged), MERGED: merged})
+        {"step": max(m["step"] for m in merged), MERGED: merged, **copy_carried_fields(paths[0])})
     write_derived(out, "average", derived, {"merged": merged}, workers=workers, overwrite=overwrite,
                   redo=redo)
 

@@ -26,9 +26,9 @@ from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES, NO_FORMAT
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name, check_space, convert_tensor, exported_dtype
 from megatron_sov.convert.growing import open_weights
 from megatron_sov.convert.hf_import import (
-    CARRIED_FIELDS, carry, check_copies, checked_source, copies_of, differing_copies, digest_of,
-    generation_ids, ids_as_list, ids_beside, move_chat_template, plan_shards, split_conflict, with_turn_ends,
-    write_files)
+    CARRIED_FIELDS, carry, check_copies, checked_source, copies_of, copy_carried_fields, differing_copies,
+    digest_of, generation_ids, ids_as_list, ids_beside, move_chat_template, plan_shards, split_conflict,
+    with_turn_ends, write_files)
 from megatron_sov.convert.low_bit import FIELD, FORMATS, LowBitModel
 from megatron_sov.convert.peft import AdaptedWeights, UpdateRounding, add_inputs
 from megatron_sov.convert.sources import (
@@ -367,7 +367,7 @@ def _carried_fields(source: Weights) -> dict[str, Any]:
         return source.carried
     if isinstance(source, AdaptedWeights):
         return _carried_fields(source.base)
-    return dict(read_manifest(source.path).content.get(CARRIED_FIELDS, {}))
+    return dict(copy_carried_fields(source.path).get(CARRIED_FIELDS, {}))
 
 
 def _companions(source: Weights) -> tuple[Path, TokenIds]:

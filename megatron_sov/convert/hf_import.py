@@ -214,6 +214,15 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
 
 CARRIED_FIELDS = "config_fields"
 """Key of a checkpoint's manifest: fields of config.json that say nothing of our model."""
+
+
+def copy_carried_fields(checkpoint: Path) -> dict[str, Any]:
+    """Return the content for the manifest of a checkpoint that is trained or averaged from `checkpoint`: the
+    fields of config.json that `checkpoint` was imported with, under `CARRIED_FIELDS`; {} if it has none."""
+    fields = read_manifest(checkpoint).content.get(CARRIED_FIELDS)
+    return {CARRIED_FIELDS: fields} if fields else {}
+
+
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
@@ -365,6 +374,10 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     if not (hf_dir / CONFIG).is_file():
         raise UserError(f"{hf_dir}: has no {CONFIG}, so it is not a Hugging Face folder; "
                         "pass the folder that holds the model")
+    for name in TOKENIZER_FILES:
+        # now: later programs would blame the checkpoint's copy of a damaged file
+        if name.endswith(".json"):
+            _read_if_there(hf_dir / name)
     source = HfWeights(hf_dir)
     check_dtypes(source)
     for note in source.notes:

@@ -199,8 +199,11 @@ class HfWeights:
             read = {name: value for name, value in self.config.items() if reads_field or name != FIELD}
             if passed_over := family.find_passed_over(read):
                 known = [name for item in family.config for name in item.names]
-                told = ", ".join(name + find_misspelt(name, known) for name in passed_over)
-                self.notes.append(f"{CONFIG}: {told} change no computation; to-hf writes them again")
+                # a hint that a field is misspelt begins with "; "
+                hints = {name: find_misspelt(name, known)[2:] for name in passed_over}
+                told = ", ".join(f"{name} ({hint})" if hint else name for name, hint in hints.items())
+                self.notes.append(f"{CONFIG}: fields without effect on the computation, which to-hf writes "
+                                  f"again: {told}")
             self.carried = family.find_carried(read)
             """Fields of config.json that an export has again."""
             self.model = family.from_hf_config(read, self._stored)
@@ -232,7 +235,7 @@ class HfWeights:
         """Take tensors out of those of the folder, and note it."""
         found = [name for name in names if self._stored.pop(name, None)]
         if found:
-            self.notes.append(f"{len(found)} tensors ({found[0]}, ...) are left out: {reason}")
+            self.notes.append(f"tensors that are left out: {listed(found)} ({reason})")
 
     def _tie_head(self) -> bool:
         """Take the stored head out where config.json ties it to the embedding; return whether the two are one

@@ -285,9 +285,11 @@ def found_base(path: Path, base: AdapterBase) -> Path:
         if manifest_sha256(place) == base.sha256:
             return place
     if not there:
-        raise UserError(f"{path}: is an adapter of {base.path}, which is not there; bring its base back")
+        raise UserError(f"{path}: is an adapter of {base.path}, which is not there; "
+                        "restore that folder from a copy")
     raise UserError(f"{path}: is an adapter of {base.path}, which has become another checkpoint since "
-                    "(its manifest's hash differs); bring its base back")
+                    "(its manifest's hash differs, as that of every new conversion does); restore it from "
+                    "a copy")
 
 
 def keep_as_base(base: Path) -> None:

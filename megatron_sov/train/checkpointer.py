@@ -20,7 +20,7 @@ from megatron_sov.checkpoint import load
 from megatron_sov.checkpoint.load import agreement
 from megatron_sov.checkpoint.save import Companions, Saved, Saver
 from megatron_sov.checkpoint.writer import TensorFile
-from megatron_sov.convert.hf_import import GENERATION_CONFIG
+from megatron_sov.convert.hf_import import GENERATION_CONFIG, copy_carried_fields
 from megatron_sov.convert.sources import open_shards
 from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.local_shards import local_shards
@@ -247,6 +247,7 @@ class Checkpointer:
         self._data = {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}
         self._tokenizer = tokenizer_folder(sources)
         self._beside: dict[str, bytes] = {}
+        self._carried: dict[str, Any] = {}
         self._saver = Saver(on_saved, config.train.save_timeout_s)
 
     def save(self, done: TrainState) -> None:
@@ -262,7 +263,8 @@ class Checkpointer:
                  "order": self._batches.state(), "data": self._data,
                  **{name: part.state() for name, part in self._parts.items()}}
         self._saver.begin(self._folder.checkpoint(done.step), self._model, self._optimizer,
-                          Companions(state, self._config.to_dict(), self._tokenizer, self._beside),
+                          Companions(state, self._config.to_dict(), self._tokenizer, self._beside,
+                                     self._carried),
                           # behind the rename: a crash while the new one is written must leave the one before
                           then=lambda: checkpoints.prune(folder, settings.keep_checkpoints,
                                                          settings.keep_every_steps),
@@ -341,8 +343,9 @@ class Checkpointer:
         return TrainState(state["step"], state["tokens"], state["wall_s"], checkpoints.trained_tokens(path))
 
     def _load_model(self, path: Path, *, new_encoders: bool = False) -> None:
+        # read now: a checkpoint that the run goes on from may be pruned before the next one is written
+        self._carried = copy_carried_fields(path)
         if self._tokenizer is not None:
-            # read now: a checkpoint that the run goes on from may be pruned before the next one is written
             self._beside = _read_companions(path / "tokenizer", self._tokenizer)
         load.load_model(path, self._model, new_encoders=new_encoders)
         # else the next update would write the optimizer's older copies over what was loaded

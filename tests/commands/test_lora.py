@@ -71,4 +71,4 @@ def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Pa
 
     shutil.move(base, tmp_path / "moved")
     gone = run_command("convert", "to-hf", str(run), str(tmp_path / "no"))
-    assert gone.returncode == 2 and "bring its base back" in gone.stderr
+    assert gone.returncode == 2 and "restore that folder from a copy" in gone.stderr

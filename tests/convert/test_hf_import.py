@@ -48,6 +48,17 @@ def test_companions_travel(solar_dir: Path, tmp_path: Path) -> None:
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
 
 
+@pytest.mark.parametrize("content", ["", "hello", "[1]", '{"a": 1', "version https://git-lfs.github.com/spec/v1"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_damaged_companion_is_refused_by_its_own_name(name: str, content: str, solar_dir: Path,
+                                                        tmp_path: Path) -> None:
+    source = shutil.copytree(solar_dir, tmp_path / "source")
+    (source / name).write_text(content)
+    with pytest.raises(UserError, match=f"source/{name}: .*; restore it from its source"):
+        convert.from_hf(source, tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()
+
+
 def test_a_link_is_not_followed_out_of_a_foreign_folder(solar_dir: Path, tmp_path: Path) -> None:
     source = shutil.copytree(solar_dir, tmp_path / "source")
     (tmp_path / "secret").write_text("secret")

@@ -69,9 +69,10 @@ def _store_of(run_folder: Path) -> Path:
 
 
 def _lines(found: ExplainedStep, count: int) -> Iterator[str]:
-    told = ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in found.groups.items())
+    from megatron_sov.post.rl.gathering import describe_groups
+
     yield (f"step {found.step}: round {found.round}, its step {found.step_of_round}; "
-           f"{len(found.responses):,} responses; groups of the round: {told}")
+           f"{len(found.responses):,} responses; groups of the round: {describe_groups(found.groups)}")
     yield (f"judged by reward version {found.reward_version}; begun by the weights "
            f"{', '.join(digest[:12] for digest in found.policies) or '(none)'}")
     if not found.recorded:

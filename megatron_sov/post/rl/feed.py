@@ -41,7 +41,7 @@ from megatron_sov.post.policy import OLD, REFERENCE, TEACHER, has_other_gradient
 from megatron_sov.post.reference import write_logprobs
 from megatron_sov.post.rl.advantages import has_advantage
 from megatron_sov.post.rl.episodes import Episodes
-from megatron_sov.post.rl.gathering import PASS_RATE, doubt_of_round, meters_of_round
+from megatron_sov.post.rl.gathering import PASS_RATE, describe_groups, doubt_of_round, meters_of_round
 from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rounds
 from megatron_sov.post.rl.publish import further_pieces
 from megatron_sov.post.rl.requests import STEP_S, LiveServers, ResponseQueue, row_requests
@@ -388,9 +388,9 @@ class RoundFeed:
         which few groups learn."""
         means = content.get("means") or {}
         if not view.step and PASS_RATE in means:
-            print(f"before the first step {means[PASS_RATE]:.1%} of {means['responses']:,} responses reach "
-                  f"policy.right_from = {view.config.policy.right_from:g}\n", end="", file=sys.stderr,
-                  flush=True)
+            print(f"pass rate before the first step: {means[PASS_RATE]:.1%} of {means['responses']:,} "
+                  f"responses have a reward of at least policy.right_from = "
+                  f"{view.config.policy.right_from:g}\n", end="", file=sys.stderr, flush=True)
         doubt = doubt_of_round(content, is_first=not view.step)
         if doubt and not self._doubts:
             warn(f"round {number}: {doubt}", view.events.write, step=view.step)
@@ -419,9 +419,9 @@ class RoundFeed:
             # In the ledger, so that a resumed run passes over the same steps.
             view.batches.ledger.pass_over(step, step + 1)
             if view.world.is_main:
-                groups = read_manifest(opened.path).content.get("groups")
-                warn(f"round {number}: no group of step {step + 1} learns (groups of the round: {groups}), "
-                     "it is passed over", view.events.write, step=step + 1)
+                groups = describe_groups(read_manifest(opened.path).content.get("groups") or {})
+                warn(f"round {number}: step {step + 1} is passed over, for no group of it learns (groups of "
+                     f"the round: {groups})", view.events.write, step=step + 1)
 
 
 def _has_advantage(opened: Round, documents: range) -> bool:

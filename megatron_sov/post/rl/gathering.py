@@ -462,6 +462,11 @@ def meters_of_round(content: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
+def describe_groups(groups: Mapping[str, int]) -> str:
+    """Return the groups of a round in words: "3 learns, 2 no advantage"."""
+    return ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in groups.items())
+
+
 def doubt_of_round(content: Mapping[str, Any], *, is_first: bool) -> str:
     """Return a sentence on a round of which few groups learn, with the remedy; "" where enough do.
 
@@ -476,7 +481,7 @@ def doubt_of_round(content: Mapping[str, Any], *, is_first: bool) -> str:
     is_far = rate is not None and not FAR_RATES[0] < rate < FAR_RATES[1]
     if share >= (HALF if is_first and is_far else FEW_LEARN):
         return ""
-    told = f"{groups.get(LEARNS, 0):,} of {count:,} groups learn ({groups})"
+    told = f"{groups.get(LEARNS, 0):,} of {count:,} groups learn ({describe_groups(groups)})"
     if rate is None:
         return f"{told}; the others have responses of equal worth, or too few"
     measured = "`sov-data difficulty` measures pass rates and selects by them"

@@ -263,7 +263,7 @@ def test_a_good_one_that_did_not_end_is_left_out_unless_asked_for(tmp_path: Path
      "2 responses are good"),
     ([{"prompt": "a", "response": "x", "label": "yes"}], "are to one prompt, or there are none"),
     *(([{"prompt": "a", "response": "x", "label": True}, {"prompt": "b", "response": "y", **judged}],
-       f"in.jsonl:2: the label ('label' or 'kto_tag') of the response is {shown}, must be true or false")
+       f"in.jsonl:2: the label ('label' or 'kto_tag') of the response is {shown}, must be one of true, false")
       for judged, shown in [
           ({"label": None}, "null"), ({"label": "good"}, '"good"'), ({"label": ""}, '""'),
           ({"label": 2}, "2"), ({"label": 0.5}, "0.5"), ({"label": []}, "[]"),

@@ -221,8 +221,10 @@ def test_the_pass_rate_of_the_start_is_told_once_before_the_first_step(
     feed = feed_of(tmp_path, monkeypatch, lambda number: "")
     assert feed.bring(view, lambda: False) is None
     said = capsys.readouterr().err
-    assert "before the first step 1.6% of 64 responses reach policy.right_from = 1\n" in said
-    assert "warning: round 1: 1 of 8 groups learn " in said and feed.meters["groups_learning"] == 1 / 8
+    assert ("before the first step: 1.6% of 64 responses have a reward of at least policy.right_from = 1\n"
+            ) in said
+    assert "warning: round 1: 1 of 8 groups learn (1 learns, 7 no advantage), and" in said
+    assert feed.meters["groups_learning"] == 1 / 8
     content["groups"] = {"learns": 0, "no_advantage": 8}
     for view.step in (2, 4):
         assert feed.bring(view, lambda: False) is None
