@@ -109,6 +109,8 @@ _DENIED = re.compile(r"[^\d]{0,8}(?:아(?:니|닙|닌)|않|ではな)")
 """Behind a number, where verbs stand there: that it is not the answer."""
 _HANGUL = re.compile("[가-힣]")
 _WORD = re.compile(r"[^\W\d_]{2,}")
+_SHORT_WORDS = frozenset(("no", "yes", "on", "off", "odd"))
+"""Answers of at most three letters that are words; other letters may be a product, as in xy."""
 _TEXT_ANSWER = re.compile(r"[^\W\d_]+(?:[ ,.'’-]+[^\W\d_]+)*")
 _CAPITALS = re.compile(r"[A-Z]{3,}")
 _PLAIN_EXPRESSION = re.compile(
@@ -340,7 +342,8 @@ def _as_text(answer: str) -> str:
         return text
     if re.fullmatch(r"\\(?:text|mathrm|mbox)(?:bf|it)?\s*\{[^\W\d_][^{}]*\}", answer.strip()):
         return text if len(text) > 1 else ""
-    is_word = any(len(word) > 3 or not word.isascii() for word in _WORD.findall(text))
+    is_word = any(len(word) > 3 or not word.isascii() or word.lower() in _SHORT_WORDS
+                  for word in _WORD.findall(text))
     return text if is_word and _TEXT_ANSWER.fullmatch(text) and text != "infinity" else ""
 
 

@@ -252,6 +252,7 @@ BOXED = [
     # words
     ("Monday", "\\text{Monday}", 1), ("\\text{Monday}", "monday", 1), ("\\text{Monday}", "Domany", 0),
     ("\\text{east}", "seat", 0), ("\\text{no solution}", "\\text{No solution}", 1), ("yes", "\\text{Yes}", 1),
+    ("no", "on", 0), ("no", "No", 1), ("odd", "dod", 0), ("xy", "yx", 1),
     ("\\text{June 20}", "June 20", 1), ("\\text{(B)}", "B", 1), ("B", "C", 0), ("서울", "서울", 1),
     ("서울", "부산", 0), ("\\text{A, B}", "A, B", 1),
     ("ACB", "ABC", 0), ("ACB", "ACB", 1), ("ACB", "\\text{ACB}", 1), ("ABD", "A, B, D", 1), ("ABD", "AB", 0),
