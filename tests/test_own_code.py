@@ -170,12 +170,12 @@ def test_a_model_family(site: Path, from_wheel: Run, typed: Run) -> None:
     config = done(site, lambda command: (typed if " verify " in command else from_wheel)(command),
                   "A model family")
     assert (config["model"]["family"], [code["kind"] for code in config["code"]]) == (
-        "mistral", ["recipe", "model family"])
+        "seed_oss", ["recipe", "model family"])
     assert list(config["code"][0]["files"]) == ["my_family.py", "my_recipe.py"]
-    assert json.loads((site / "hf/config.json").read_text())["architectures"] == ["MistralForCausalLM"]
-    refused = typed("megatron-sov convert to-hf runs/mistral other")
+    assert json.loads((site / "hf/config.json").read_text())["architectures"] == ["SeedOssForCausalLM"]
+    refused = typed("megatron-sov convert to-hf runs/seed-oss other")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert f"add --plugin {site}/my_family.py:MISTRAL" in refused.stderr
+    assert f"add --plugin {site}/my_family.py:SEED_OSS" in refused.stderr
 
 
 def test_a_data_step(site: Path, from_wheel: Run) -> None:

@@ -377,6 +377,7 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     for name in TOKENIZER_FILES:
         # now: later programs would blame the checkpoint's copy of a damaged file
         if name.endswith(".json"):
+            refuse_link_outside(hf_dir, hf_dir / name)
             _read_if_there(hf_dir / name)
     source = HfWeights(hf_dir)
     check_dtypes(source)

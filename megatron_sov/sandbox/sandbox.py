@@ -176,9 +176,11 @@ class Sandbox:
 
 
 def find_packages() -> dict[str, str]:
-    """Return name -> folder of those of `PACKAGES` that this environment has."""
+    """Return name -> folder of those of `PACKAGES` that this environment has, without links on the way: an
+    environment may be reached by one, which programs do not see."""
     specs = {name: importlib.util.find_spec(name) for name in PACKAGES}
-    return {name: os.path.dirname(spec.origin) for name, spec in specs.items() if spec and spec.origin}
+    return {name: os.path.realpath(os.path.dirname(spec.origin))
+            for name, spec in specs.items() if spec and spec.origin}
 
 
 def machine_enclosure() -> str:
