@@ -24,7 +24,7 @@ from megatron_sov.base.errors import UserError, how_to_install, warn
 from megatron_sov.base.outputs import check_output, refuse_input
 from megatron_sov.chat.folder import TOKENIZER_JSON, chat_template, open_tokenizer
 from megatron_sov.convert.dtypes import KEEP, check_space, convert_tensor
-from megatron_sov.convert.hf_import import ids_beside, with_turn_ends
+from megatron_sov.convert.hf_import import generation_ids, ids_as_list
 from megatron_sov.convert.sources import HfWeights, check_dtypes, refuse_damaged_export
 from megatron_sov.model.config.model import Llama3RopeConfig, ModelConfig
 from megatron_sov.model.families.supported import QWEN2_SPLIT
@@ -376,8 +376,8 @@ def _split_name(raw: dict[str, Any], file: Path) -> str:
 
 
 def _special_ids(folder: Path) -> dict[str, int]:
-    tokens = with_turn_ends(folder, ids_beside(folder))
-    ends = tokens.eos if isinstance(tokens.eos, list) else [] if tokens.eos is None else [tokens.eos]
+    tokens = generation_ids(folder)
+    ends = ids_as_list(tokens.eos)
     if more := ends[len(END_FIELDS):]:
         warn(f"{folder}: generation ends at {len(ends)} ids, and GGUF has fields for {len(END_FIELDS)}; "
              f"{', '.join(map(str, more))} are left out")

@@ -19,7 +19,7 @@ from megatron_sov.base.settings import SettingsProblem, as_problem
 
 
 @dataclass(frozen=True)
-class EncodingSettings:
+class EncodingRepairSettings:
     """The step has no settings; its library has to be installed."""
 
     def problems(self) -> list[SettingsProblem]:
@@ -31,7 +31,7 @@ class RepairEncoding(Step):
 
     kind = "encoding"
     adds: ClassVar[dict[str, ColumnType]] = {"lines_repaired": "int64"}
-    Settings = EncodingSettings
+    Settings = EncodingRepairSettings
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return [self._outcome(document) for document in documents]

@@ -41,7 +41,7 @@ class TaskRows(list[dict[str, Any]]):
 
 
 @dataclass(frozen=True)
-class TaskData:
+class TaskFileReader:
     """Reads the data files of a task when lm-eval builds it; the value of the task's `custom_dataset`."""
 
     loader: str

@@ -29,7 +29,7 @@ from megatron_sov.base.artifacts import sha256_file
 from megatron_sov.base.documents.bounded_yaml import BoundedLoader
 from megatron_sov.base.errors import UserError, how_to_install, nearest, told_in_a_line
 from megatron_sov.base.settings import Flag
-from megatron_sov.bench.lm.task_rows import TaskData, find_option_problem, group_files
+from megatron_sov.bench.lm.task_rows import TaskFileReader, find_option_problem, group_files
 
 MAX_FILE_BYTES = 4 << 20
 """Largest YAML file that is read."""
@@ -234,8 +234,9 @@ def prepared(definition: Definition, data_dir: Path | None, *, may_download: boo
     is_choice = config.get("output_type") == "multiple_choice"
     index_fields = {str(config.get(key)) for key in ("doc_to_target", "doc_to_text")} if is_choice else set()
     if config.get("custom_dataset") is None:  # of our own suites
-        config["custom_dataset"] = TaskData(path, group_files(data_files), options, frozenset(index_fields),
-                                            to_dataset=config.get("process_docs") is not None)
+        config["custom_dataset"] = TaskFileReader(path, group_files(data_files), options,
+                                                  frozenset(index_fields),
+                                                  to_dataset=config.get("process_docs") is not None)
     config["dataset_kwargs"] = options | {"data_files": data_files}
     return config, files
 

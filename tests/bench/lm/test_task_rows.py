@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.bench.lm.task_rows import TaskData, TaskRows, find_option_problem
+from megatron_sov.bench.lm.task_rows import TaskFileReader, TaskRows, find_option_problem
 from megatron_sov.bench.lm.tasks import TaskSources, load_tasks
 
 LOOKS_TYPED = ["1945-08-15", "1446-10-09T00:00:00", "NA", "null", "None", "nan", "007", "1e5", "True", "-",
@@ -21,7 +21,7 @@ LOOKS_TYPED = ["1945-08-15", "1446-10-09T00:00:00", "NA", "null", "None", "nan",
 
 def read(loader: str, file: Path, **options: Any) -> TaskRows:
     assert find_option_problem(loader, options) is None
-    rows = TaskData(loader, {"test": [str(file)]}, options)()["test"]
+    rows = TaskFileReader(loader, {"test": [str(file)]}, options)()["test"]
     assert isinstance(rows, TaskRows)
     return rows
 

@@ -13,7 +13,7 @@ import yaml
 from datatrove.pipeline.formatters import FTFYFormatter
 
 from data_prep.cli import main
-from data_prep.curate.quality.encoding import EncodingSettings, RepairEncoding, repair_encoding
+from data_prep.curate.quality.encoding import EncodingRepairSettings, RepairEncoding, repair_encoding
 from data_prep.curate.sources.html import page_text
 from tests.data_prep.curate.pipeline.memory_view import doc
 
@@ -79,7 +79,7 @@ def test_pages_keep_the_bytes_that_are_needed() -> None:
 
 def test_code_is_left_alone() -> None:
     code = "def test():\n    value = fix('donâ€™t')\n    assert value == 1\n    return value\n" * 3
-    step = RepairEncoding(EncodingSettings())
+    step = RepairEncoding(EncodingRepairSettings())
     outcomes = step.outcomes([doc(code), doc("donâ€™t", kind="math_code")])
     assert [outcome.text for outcome in outcomes] == [None, None]
     assert step.outcomes([doc("I donâ€™t know.")])[0].values == {"lines_repaired": 1}
@@ -89,7 +89,7 @@ def test_a_missing_library_is_told_with_its_command(monkeypatch: pytest.MonkeyPa
     find_spec = importlib.util.find_spec
     monkeypatch.setattr("data_prep.libraries.find_spec",
                         lambda name: None if name == "ftfy" else find_spec(name))
-    problem, = EncodingSettings().problems()
+    problem, = EncodingRepairSettings().problems()
     assert "the step encoding needs ftfy, which is not installed" in str(problem)
     assert "pip install" in str(problem)
 
