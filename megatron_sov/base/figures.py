@@ -16,8 +16,8 @@ NO_VALUE = "–"
 
 
 def format_count(count: float) -> str:
-    """Format a number of parameters, tokens or operations with three digits: 8.19 B, 999 M, 1 T, 412."""
-    return _scale(count, COUNT_UNITS, whole_below=1e3)
+    """Format a number of parameters, tokens or operations: 8.19 B, 102.7 B, 1 T, 412."""
+    return _scale(count, COUNT_UNITS, whole_below=1e3, hundreds_digits=4)
 
 
 def format_size(num_bytes: float) -> str:
@@ -87,17 +87,23 @@ def format_value(value: float, digits: int = 4) -> str:
     return f"{value:,.0f}"
 
 
-def _scale(value: float, units: Sequence[tuple[float, str]], whole_below: float = 0.0) -> str:
-    """Divide by the largest unit that leaves at least 1 after rounding to three digits, and append it.
+def _scale(value: float, units: Sequence[tuple[float, str]], whole_below: float = 0.0,
+           hundreds_digits: int = 3) -> str:
+    """Divide by the largest unit that leaves at least 1 after rounding, and append its name.
 
-    Values that are smaller than every unit are written in the smallest one, or without a unit if they are
-    below `whole_below`.
+    Args:
+        value: the figure.
+        units: size and name of each unit, the largest first.
+        whole_below: a smaller value has no unit; other values below every unit are written in the smallest.
+        hundreds_digits: significant digits from 100 of a unit on; smaller figures have three.
     """
+    share = 1 - 0.5 * 10.0 ** -hundreds_digits
     if not math.isfinite(value):
         return NO_VALUE if math.isnan(value) else f"{value:g}"
     for unit, name in units:
-        if abs(value) >= unit * 0.9995:
-            return f"{format_value(value / unit, 3)} {name}"
+        if abs(value) >= unit * share:
+            digits = hundreds_digits if abs(value) >= 99.95 * unit else 3
+            return f"{format_value(value / unit, digits)} {name}"
     if abs(value) < whole_below:
         return format_value(value, 3)
     unit, name = units[-1]
