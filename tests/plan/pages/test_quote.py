@@ -360,7 +360,7 @@ def test_a_script_reads_what_people_read() -> None:
     assert plan["memory_bytes"]["total"] == total == plan["totals"]["peak_memory_bytes"]
     size, days, first, second = found.as_text().splitlines()[:4]
     assert size == (
-        "k-exaone-236b: 236.57 B parameters (23.67 B active), 528.51 M of multi-token prediction")
+        "k-exaone-236b: 236.6 B parameters (23.7 B active), 528.5 M of multi-token prediction")
     middle, low, high = map(float, re.findall(r"[\d.]+", days)[:3])
     assert middle == pytest.approx(plan["totals"]["days"], abs=0.06)
     assert low == pytest.approx(middle / 1.25, abs=0.1) and high == pytest.approx(middle * 1.25, abs=0.1)
