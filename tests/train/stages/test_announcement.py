@@ -106,7 +106,8 @@ def test_an_adapter_says_how_much_learns() -> None:
                 for shape in of.shapes(config.lora).values())
     total = num_params(config.model).total + learn
     told = banner(config, 1, Path("r"), range(4), ENTRIES, [], memory_of(config, 1)).splitlines()
-    assert told[2] == (f"  adapter    of rank 4: {format_count(learn)} of {format_count(total)} parameters learn "
+    learning = f"{format_count(learn)} of {format_count(total)} parameters learn"
+    assert told[2] == (f"  adapter    of rank 4: {learning} "
                        f"({format_share(learn / total)}); `megatron-sov convert to-peft` writes it for PEFT")
 
 
