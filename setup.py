@@ -71,8 +71,6 @@ EXTRAS = {
     "mlflow": ["mlflow-skinny>=3.1"],
     # `convert to-gguf`
     "gguf": ["gguf>=0.19"],
-    # `audit --key`, `--public-key`: signatures in minisign's format
-    "audit": ["py-minisign>=0.21"],
     "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
     # pictures and sounds: their readers, quantisers of tokenizers, blocks of the picture decoder, error rates
     "omni": ["pillow", "soundfile", "scipy", "vector-quantize-pytorch>=1.32", "diffusers>=0.42", "jiwer>=4"],
@@ -93,7 +91,7 @@ EXTRAS = {
         "pillow", "soundfile", "scipy", "vector-quantize-pytorch>=1.32", "diffusers>=0.42", "jiwer>=4",
         # measures and judges of media in benchmarks/omni
         "scikit-image", "pystoi", "pocketsphinx", "espeakng-loader",
-        "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0", "py-minisign>=0.21", "gguf>=0.19",
+        "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0", "gguf>=0.19",
     ],
 }
 

@@ -39,7 +39,6 @@ SAYS = {
     "omni": "pictures and sounds: files, tokens, networks, judging",
     "bench": "the harness's tasks, suites, contamination",
     "proof": "a layout beside one process",
-    "audit": "a run's published hashes, and stretches of it repeated",
     "serve": "an OpenAI-compatible address",
     "operate": "Slurm, Kubernetes, bundles, the doctor",
     "publish": "reports, cards, ladders",

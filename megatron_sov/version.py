@@ -41,15 +41,13 @@ PARTS = {
                 "megatron_sov.commands.models.card"),
     "omni": ("megatron_sov.omni", "megatron_sov.commands.models.codec",
              "megatron_sov.commands.evaluate.eval_media", "data_prep.media"),
-    "audit": ("megatron_sov.audit", "megatron_sov.commands.operate.audit",
-              "megatron_sov.commands.operate.counterfactual", "megatron_sov.commands.rl.rl_replay"),
     "serve": ("megatron_sov.serve", "megatron_sov.commands.models.serve",
               "megatron_sov.commands.models.chat"),
 }
 """Part that an installation can do without -> its packages and modules; all others are the core."""
 
 PARTS_NEEDED = {"curate": ("data",), "synth": ("data", "curate", "post"), "bench": ("post",),
-                "omni": ("data",), "publish": ("plan",), "audit": ("post",)}
+                "omni": ("data",), "publish": ("plan",)}
 """Part -> the other parts that it imports."""
 
 

@@ -28,9 +28,9 @@ DATA_ONLY = {"slurm"}
 
 HALLS = ("version", "base", "chat", "work", "sandbox", "model", "schedules", "runs", "judge", "rollouts",
          "plan", "engine", "checkpoint", "convert", "train", "infer", "eval", "post", "omni", "bench",
-         "proof", "audit", "serve", "operate", "publish", "commands", "api", "cli", "__main__", "__init__")
+         "proof", "serve", "operate", "publish", "commands", "api", "cli", "__main__", "__init__")
 """What stands in `megatron_sov`, in the order of the flow: each imports only what stands before it."""
-LEAVES = {"omni", "bench", "proof", "audit", "serve", "operate", "publish"}
+LEAVES = {"omni", "bench", "proof", "serve", "operate", "publish"}
 """Halls that only commands import: they stand on the core, and not on each other."""
 PROGRAMS = {"tokenizer": "judge", "data_prep": "judge"}
 """Packages beside `megatron_sov` -> the last hall that they may import."""

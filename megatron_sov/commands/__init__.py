@@ -155,18 +155,6 @@ COMMANDS = {
         POST_TRAIN, "rollout_store.md",
         ("rl store stats store",
          "rl store ls store")),
-    "rl replay": Command(
-        "megatron_sov.commands.rl.rl_replay",
-        "a run of reinforcement learning again: are tokens, rewards and weights the same?",
-        POST_TRAIN, "rl.md",
-        ("rl replay runs/rl --output replay",
-         "rl replay runs/rl --from 20 --output replay --nproc 2 --set parallel.ep=2")),
-    "rl why": Command(
-        "megatron_sov.commands.rl.rl_why",
-        "what a step of reinforcement learning has learned from: responses, advantages, shares",
-        POST_TRAIN, "rl.md",
-        ("rl why runs/rl 3",
-         "rl why runs/rl 3 --store work/store --json")),
     "rl knowledge": Command(
         "megatron_sov.commands.rl.rl_knowledge",
         "in-domain text for InK-GRPO: each section once, none of the test's answers",
@@ -281,57 +269,6 @@ COMMANDS = {
         OPERATE, "watching.md",
         ("logs runs/pretrain",
          "logs runs/pretrain --rank 3 --tail 20")),
-    "counterfactual": Command(
-        "megatron_sov.commands.operate.counterfactual",
-        "train a run again as if it had never read some documents, and tell the difference",
-        PUBLISH, "audit.md",
-        ("counterfactual runs/pretrain --without news --output without-news",
-         "counterfactual runs/pretrain --without books:120-184 --control --output without-a-book")),
-    "audit commit": Command(
-        "megatron_sov.commands.operate.audit:COMMIT",
-        "publish hashes of a run's settings, data and checkpoints, in a log that only grows",
-        PUBLISH, "audit.md",
-        ("audit commit runs/pretrain --log runs/pretrain.log.jsonl",
-         "audit commit runs/pretrain --log runs/pretrain.log.jsonl --key lab.key --follow")),
-    "audit draw": Command(
-        "megatron_sov.commands.operate.audit:DRAW",
-        "draw steps of a published run by lot",
-        PUBLISH, "audit.md",
-        ("audit draw --log runs/pretrain.log.jsonl --randomness 5a31 --output draw.json",
-         "audit draw --log runs/pretrain.log.jsonl --randomness 5a31 --share 0.05 --output draw.json")),
-    "audit repeat": Command(
-        "megatron_sov.commands.operate.audit:REPEAT",
-        "repeat the steps of a draw, and compare with what was published",
-        PUBLISH, "audit.md",
-        ("audit repeat draw.json --log runs/pretrain.log.jsonl --run runs/pretrain --work audit",
-         "audit repeat draw.json --log runs/pretrain.log.jsonl --run runs/pretrain --work audit "
-         "--nproc 2 --set parallel.tp=2")),
-    "audit data": Command(
-        "megatron_sov.commands.operate.audit:DATA",
-        "make tokenizer and token shards of a published run again, or what a teacher said of them",
-        PUBLISH, "audit.md",
-        ("audit data --log runs/pretrain.log.jsonl --run runs/pretrain --work audit",
-         "audit data --log runs/pretrain.log.jsonl --run runs/pretrain --work audit "
-         "--moved /lab/texts=texts")),
-    "audit verdict": Command(
-        "megatron_sov.commands.operate.audit:VERDICT",
-        "write the page of an audit: what was repeated, and what a fraud would have risked",
-        PUBLISH, "audit.md",
-        ("audit verdict draw.json --log runs/pretrain.log.jsonl --work audit --output audit.html",
-         "audit verdict draw.json --log runs/pretrain.log.jsonl --work audit --output audit.html "
-         "--key auditor.key")),
-    "audit prove": Command(
-        "megatron_sov.commands.operate.audit:PROVE",
-        "take one line out of a log, with what shows that it stood in it",
-        PUBLISH, "audit.md",
-        ("audit prove tokens --log runs/pretrain.log.jsonl --output proof.json",
-         "audit prove runs/pretrain/checkpoints/step-4 --log runs/pretrain.log.jsonl --output proof.json")),
-    "audit check": Command(
-        "megatron_sov.commands.operate.audit:CHECK",
-        "check a line of a log by its proof, without the log",
-        PUBLISH, "audit.md",
-        ("audit check proof.json --root 6b47aaf29ee3",
-         "audit check proof.json --root 6b47aaf29ee3 --of tokens")),
     "bundle": Command(
         "megatron_sov.commands.operate.bundle",
         "gather wheels, code and folders for a cluster without a network",

@@ -1,0 +1,90 @@
+"""Commands, options, settings and folders of earlier versions that this one has no part for.
+
+Each is refused by its name, with what serves in its place. An entry stays for one release.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.base.errors import UserError
+
+COMMANDS = {
+    "megatron-sov audit": "`megatron-sov inspect RUN --verify` checks the hashes of a run's manifests",
+    "megatron-sov counterfactual": "train a second run on shards that `sov-data pack` makes without the "
+                                   "documents, and compare with `megatron-sov report RUN RUN`",
+    "megatron-sov rl replay": "type the command of `rl run` again with another --run and --store",
+    "megatron-sov rl why": "`megatron-sov rl store show` prints responses and their rewards",
+}
+"""Program and command -> what to use in its place."""
+OPTIONS: dict[str, str] = {}
+"""Program, command and option -> what to use in its place."""
+SETTINGS: dict[str, tuple[Any, str]] = {
+    "data.without": ([], "pack shards without the documents"),
+}
+"""Setting of a run -> its default, and what to use in its place."""
+KINDS: dict[str, str] = {}
+"""Kind of artifact -> what to use in its place."""
+FOLDERS = {
+    "begun.json": ("audit or a replay", "train the run again with another --run to compare it"),
+    "removal.json": ("a counterfactual run", "open its folder `run` as any run"),
+}
+"""File that a folder of a removed command holds -> what made the folder, and what to use in its place."""
+
+
+def check_command(program: str, words: Sequence[str]) -> None:
+    """Refuse a command line of a removed command or option.
+
+    Args:
+        program: e.g. "megatron-sov".
+        words: the words after it, as they were typed.
+
+    Raises:
+        UserError: the command or option was removed; the message says what serves in its place.
+    """
+    for count in (2, 1):
+        typed = " ".join([program, *words[:count]])
+        if instead := COMMANDS.get(typed):
+            raise UserError(f"{typed}: was removed in this version; {instead}")
+        for word in words[count:]:
+            option = word.partition("=")[0]
+            if instead := OPTIONS.get(f"{typed} {option}"):
+                raise UserError(f"{typed} {option}: was removed in this version; {instead}")
+
+
+def without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of saved settings of a run without removed settings that have their default: the run
+    did not use them."""
+    kept = copy.deepcopy(dict(raw))
+    for name, (default, _) in SETTINGS.items():
+        *groups, last = name.split(".")
+        block: Any = kept
+        for group in groups:
+            block = block.get(group) if isinstance(block, dict) else None
+        if isinstance(block, dict) and last in block and block[last] == default:
+            del block[last]
+    return kept
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that a removed command wrote.
+
+    Raises:
+        UserError: it is one; the message says what serves in its place.
+    """
+    for name, (maker, instead) in FOLDERS.items():
+        if (path / name).is_file():
+            raise UserError(f"{path}: holds {name} of {maker}, which was removed in this version; {instead}")
+
+
+def check_kind(path: str | Path, kind: str) -> None:
+    """Refuse an artifact of a kind that only a removed command made.
+
+    Raises:
+        UserError: it is one; the message says what serves in its place.
+    """
+    if instead := KINDS.get(kind):
+        raise UserError(f"{path}: is a '{kind}' artifact, which this version cannot read; {instead}")
