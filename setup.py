@@ -69,8 +69,6 @@ EXTRAS = {
     "trackers": ["tensorboard", "wandb"],
     # `obs.mlflow`
     "mlflow": ["mlflow-skinny>=3.1"],
-    # `convert to-gguf`
-    "gguf": ["gguf>=0.19"],
     "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
     # pictures and sounds: their readers, quantisers of tokenizers, blocks of the picture decoder, error rates
     "omni": ["pillow", "soundfile", "scipy", "vector-quantize-pytorch>=1.32", "diffusers>=0.42", "jiwer>=4"],
@@ -91,7 +89,7 @@ EXTRAS = {
         "pillow", "soundfile", "scipy", "vector-quantize-pytorch>=1.32", "diffusers>=0.42", "jiwer>=4",
         # measures and judges of media in benchmarks/omni
         "scikit-image", "pystoi", "pocketsphinx", "espeakng-loader",
-        "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0", "gguf>=0.19",
+        "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0",
     ],
 }
 

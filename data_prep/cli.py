@@ -85,7 +85,7 @@ COMMANDS = {
         "data_prep.shards.mix", "join token shards of several folders into one, with weights",
         SHARDS, "mixtures.md",
         ("mix tokens:0.8 chats:0.2 --output mixed",
-         "mix tokens --search search.yaml --output found --dry-run")),
+         "mix tokens --blend solar-open --output mixed --dry-run")),
     "inspect": Command(
         "data_prep.curate.journey.inspect_command",
         "show what token shards hold; a document's way through a pipeline, and why it was dropped",

@@ -14,7 +14,7 @@ OUR_PACKAGES = ("megatron_sov", "tokenizer", "data_prep", "slurm")
 PARTS = {
     "tokenizer": ("tokenizer",),
     "data": ("data_prep",),
-    "curate": ("data_prep.curate", "data_prep.mixture.search", "data_prep.mixture.fitting"),
+    "curate": ("data_prep.curate",),
     "synth": ("data_prep.synth",),
     "post": ("megatron_sov.judge", "megatron_sov.rollouts", "megatron_sov.post.distillation",
              "megatron_sov.post.policy", "megatron_sov.post.preference", "megatron_sov.post.reference",

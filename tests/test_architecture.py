@@ -51,7 +51,7 @@ WINGS: dict[str, tuple[set[str], ...]] = {
     # steps know the contract of a pipeline, and a pipeline knows steps by name alone
     "data_prep/curate": ({"sources", "journey", "pipelines"}, {"pipeline"},
                          {"quality", "dedup", "scoring"}, {"decontamination"}),
-    "tokenizer": ({"bpe"}, {"formats"}, {"report", "graft"}, {"compare"}),
+    "tokenizer": ({"bpe"}, {"formats"}, {"report"}, {"compare"}),
 }
 """Folder -> the floors of its wings from the ground up; "" stands for the files that lie in the folder
 itself, and where it does not stand they are free.  A wing imports those on lower floors only."""
@@ -86,7 +86,7 @@ CUT_ANYWHERE = {
     "megatron_sov/model/counterparts/settings.py": "the words of a script",
     "megatron_sov/operate/slurm/attempts.py": _PROGRAM,
     "megatron_sov/work/clusters/client.py": _PROGRAM, "megatron_sov/work/processes/background.py": _PROGRAM,
-    "data_prep/mixture/search.py": _PROGRAM, "megatron_sov/work/endpoints/local_server.py": _PROGRAM,
+    "megatron_sov/work/endpoints/local_server.py": _PROGRAM,
     "data_prep/synth/generators/code.py": _PROGRAM, "data_prep/synth/generators/tools/worlds.py": _PROGRAM,
     "megatron_sov/sandbox/enclosures.py": _SYSTEM, "megatron_sov/train/recorder.py": _SYSTEM,
     "megatron_sov/sandbox/system_calls.py": _SYSTEM,

@@ -16,17 +16,27 @@ COMMANDS = {
     "megatron-sov audit": "`megatron-sov inspect RUN --verify` checks the hashes of a run's manifests",
     "megatron-sov counterfactual": "train a second run on shards that `sov-data pack` makes without the "
                                    "documents, and compare with `megatron-sov report RUN RUN`",
+    "megatron-sov convert deepen": "use mergekit's passthrough method on the folder of `convert to-hf`",
+    "megatron-sov convert to-gguf": "use convert_hf_to_gguf.py of llama.cpp on the folder of `convert to-hf`",
+    "megatron-sov convert upcycle": "use mergekit-moe on the folder of `convert to-hf`",
     "megatron-sov rl replay": "type the command of `rl run` again with another --run and --store",
     "megatron-sov rl why": "`megatron-sov rl store show` prints responses and their rewards",
+    "sov-tokenizer graft": "resize the model with transformers' `resize_token_embeddings`; `sov-tokenizer "
+                           "media` adds tokens of pictures and sounds",
 }
 """Program and command -> what to use in its place."""
-OPTIONS: dict[str, str] = {}
+OPTIONS = {
+    "megatron-sov convert to-hf --quantize": "quantize the folder with llm-compressor",
+    "sov-data mix --search": "set the shares with --blend",
+}
 """Program, command and option -> what to use in its place."""
 SETTINGS: dict[str, tuple[Any, str]] = {
     "data.without": ([], "pack shards without the documents"),
 }
 """Setting of a run -> its default, and what to use in its place."""
-KINDS: dict[str, str] = {}
+KINDS = {
+    "mixture": "its file blend.yaml is a blend for `sov-data mix --blend`",
+}
 """Kind of artifact -> what to use in its place."""
 FOLDERS = {
     "begun.json": ("audit or a replay", "train the run again with another --run to compare it"),

@@ -215,8 +215,8 @@ COMMANDS = {
          "reproduce solar-open --claim phases --output solar")),
     "convert": Command(
         "megatron_sov.commands.models.convert",
-        "from-hf, to-hf, from-megatron, settings, verify, inspect, average, upcycle, deepen, "
-        "to-peft, from-peft, to-gguf: checkpoints, Hugging Face folders, adapters",
+        "from-hf, to-hf, from-megatron, settings, verify, inspect, average, to-peft, from-peft: "
+        "checkpoints, Hugging Face folders, adapters",
         PUBLISH, "convert.md",
         ("convert to-hf runs/sft hf",
          "convert from-hf hf checkpoint")),

@@ -12,23 +12,26 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov.base.artifacts import FileRecord
 from megatron_sov.base.errors import UserError
-from tokenizer.graft.vocabulary import RowPlan, copy_file, find_tables, graft_file, row_bytes
+from tokenizer.embedding_rows import RowPlan, add_rows, copy_file, find_tables, row_bytes
 
-PLAN = RowPlan(old_rows=6, new_rows=9, known_ids=5, made_of={1: [2, 3], 5: [0, 0, 4], 6: [4], 7: []})
+PLANS = [RowPlan(6, 9, 5, range(5, 9)), RowPlan(6, 6, 3, range(3, 5)), RowPlan(6, 6, 6, range(6, 6)),
+         RowPlan(6, 10_000, 6, range(6, 10_000)), RowPlan(6, 7, 6, range(6, 7))]
 OTHERS = {"a.scale": torch.tensor(1.5, dtype=torch.float64), "b.mask": torch.tensor([True, False, True]),
           "c.weight": torch.randn(3, 5).to(torch.float8_e4m3fn), "d.ids": torch.arange(7),
           "e.weight": torch.randn(4, 6)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_rows_are_kept_averaged_and_filled(tmp_path: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("plan", PLANS)
+def test_old_rows_are_copied_and_new_ones_are_the_mean_of_known_ones(tmp_path: Path, plan: RowPlan,
+                                                                     dtype: torch.dtype) -> None:
     table, bias = torch.randn(6, 4).to(dtype), torch.randn(6).to(dtype)
     tensors = {**OTHERS, "model.embed_tokens.weight": table, "lm_head.bias": bias}
     save_file(tensors, tmp_path / "in.safetensors", metadata={"format": "pt"})
     tables = find_tables([tmp_path / "in.safetensors"], 6)
     assert (set(tables) == {"model.embed_tokens.weight", "lm_head.bias"}
             and row_bytes(tables) == 5 * dtype.itemsize)
-    record = graft_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", set(tables), PLAN)
+    record = add_rows(tmp_path / "in.safetensors", tmp_path / "out.safetensors", set(tables), plan)
     raw = (tmp_path / "out.safetensors").read_bytes()
     assert record == FileRecord(f"blake3:{blake3(raw).hexdigest()}", len(raw))
     found = load_file(tmp_path / "out.safetensors")
@@ -36,13 +39,13 @@ def test_rows_are_kept_averaged_and_filled(tmp_path: Path, dtype: torch.dtype) -
     assert all(torch.equal(found[n].view(torch.uint8) if n == "c.weight" else found[n],
                            t.view(torch.uint8) if n == "c.weight" else t) for n, t in OTHERS.items())
     for old, new in ((table, found["model.embed_tokens.weight"]), (bias, found["lm_head.bias"])):
-        wide = old.double()
-        mean = wide[:5].mean(0)
-        expected = [wide[0], (wide[2] + wide[3]) / 2, *wide[2:5], (2 * wide[0] + wide[4]) / 3,
-                    wide[4], mean, mean]
-        torch.testing.assert_close(new, torch.stack(expected).to(dtype),
-                                   rtol=0 if dtype.itemsize == 2 else 1e-6, atol=0)
-        assert torch.equal(new[[0, 2, 3, 4]], old[[0, 2, 3, 4]]) and torch.equal(new[6], old[4])
+        mean = old.double()[:plan.known_ids].mean(0).to(dtype)
+        assert len(new) == plan.new_rows
+        for id_, row in enumerate(new):
+            if id_ in plan.made:
+                torch.testing.assert_close(row, mean, rtol=0 if dtype.itemsize == 2 else 1e-6, atol=0)
+            else:
+                assert torch.equal(row, old[id_])
 
 
 def test_files_without_tables_are_copied(tmp_path: Path) -> None:

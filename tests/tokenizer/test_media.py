@@ -17,7 +17,7 @@ from megatron_sov.chat.media_tokens import (
     AUDIO, AUDIO_PAD, IMAGE, IMAGE_PAD, MARKS, VIDEO_PAD, VocabularyBlock, entry, read_blocks)
 from megatron_sov.model.recipes import get
 from tokenizer.cli import main
-from tokenizer.graft.command import MediaTokens, laid_out
+from tokenizer.media import MediaTokens, laid_out
 
 
 @pytest.fixture

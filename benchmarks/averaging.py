@@ -1,14 +1,11 @@
-"""Models that go on from others: dense -> mixture of experts, and means of a run's checkpoints.
+"""Means of a run's checkpoints beside its last one.
 
-Usage: python benchmarks/growing.py --work FOLDER [--seeds 0 1 2] [--steps 200]
+Usage: python benchmarks/averaging.py --work FOLDER [--seeds 0 1 2]
 
 Text that any machine has (`sov-data demo-corpus`, English and code), 2,048 token ids, 4 layers of width 64,
 everything through the ordinary commands on one process of one thread.
 
   dense     learns for 400 steps
-  upcycled  the dense checkpoint with 8 experts of which 2 are visited (`convert upcycle`): as copies; cut
-            into halves with virtual groups (16 of which 4); and with noise of 5 %.  All go on over the same
-            samples for the same steps at the same rate, which decays, as the dense model itself
   averages  the dense model goes on at a steady rate and keeps a checkpoint every 20 steps: the last one
             beside means of the newest five (`convert average`), and beside a run whose rate decays over those
             100 steps
@@ -36,9 +33,6 @@ MODEL = ("model.vocab_size=2048", "model.hidden_size=64", "model.num_layers=4", 
          "optim.schedule=constant", "optim.warmup_steps=20", "model.rope_theta=10000.0")
 DENSE = ("model.dense_ffn_dim=128", "model.llama3_rope=null")
 RATE = "optim.lr=3e-3"
-UPCYCLED = {"copies": ("--experts", "8", "--top-k", "2"),
-            "halves of copies": ("--experts", "16", "--top-k", "4", "--granularity", "2"),
-            "copies, noise 5 %": ("--experts", "8", "--top-k", "2", "--noise", "0.05")}
 AVERAGES = {"mean of five": (), "linear": ("--weights", "linear"),
             "ema 0.5": ("--weights", "ema", "--decay", "0.5")}
 
@@ -94,26 +88,12 @@ class Work:
         return float(sum(f["loss"] * f["tokens"] for f in figures) / sum(f["tokens"] for f in figures))
 
 
-def measure(work: Work, seed: int, steps: int) -> dict[str, float]:
+def measure(work: Work, seed: int) -> dict[str, float]:
     """Return what is compared -> held-out loss, of one seed."""
     own = f"train.seed={seed}"
     dense = work.train(f"dense-{seed}", "tiny-llama", None, *DENSE, own, RATE, "train.steps=400",
                        "train.checkpoint_every_steps=400")
-    found = {"dense, where all begin": work.loss(dense)}
-    on = (own, RATE, f"train.steps={steps}", "train.checkpoint_every_steps=1000", "optim.schedule=linear",
-          "optim.min_lr=1e-4")
-    found["dense, trained on"] = work.loss(
-        work.train(f"dense-on-{seed}", "tiny-llama", dense, *DENSE, *on))
-    for name, arguments in UPCYCLED.items():
-        folder = name.replace(" ", "-").replace("%", "").replace(",", "")
-        grown = work.made(f"{folder}-{seed}", "megatron_sov", "convert", "upcycle", dense, "OUT", *arguments,
-                          "--seed", str(seed))
-        experts, visited = arguments[1], arguments[3]
-        wide = 128 // (2 if "--granularity" in arguments else 1)
-        found[f"upcycled, {name}, step 0"] = work.loss(grown)
-        found[f"upcycled, {name}"] = work.loss(work.train(
-            f"{folder}-on-{seed}", "tiny-mixtral", grown, f"model.num_experts={experts}",
-            f"model.num_experts_per_token={visited}", f"model.expert_ffn_dim={wide}", *on))
+    found = {}
     steady = work.train(f"steady-{seed}", "tiny-llama", dense, *DENSE, own, RATE, "train.steps=100",
                         "train.checkpoint_every_steps=20")
     found["steady rate, last checkpoint"] = work.loss(steady)
@@ -128,15 +108,14 @@ def measure(work: Work, seed: int, steps: int) -> dict[str, float]:
     return found
 
 
-def report(found: dict[int, dict[str, float]], steps: int) -> None:
+def report(found: dict[int, dict[str, float]]) -> None:
     """Print what there is."""
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work (load "
           f"{os.getloadavg()[0]:.1f}), Python {platform.python_version()}; held-out loss, nats per token; "
-          f"seeds {', '.join(map(str, found))}; {steps} steps behind 400\n")
+          f"seeds {', '.join(map(str, found))}\n")
     for name in next(iter(found.values())):
         values = [seed[name] for seed in found.values()]
-        base = ("steady rate, last checkpoint" if "rate" in name else
-                "dense, where all begin" if name.endswith(("step 0", "begin")) else "dense, trained on")
+        base = "steady rate, last checkpoint"
         changes = [seed[name] - seed[base] for seed in found.values()]
         each = ", ".join(f"{v:.5f}" for v in values)
         print(f"  {name:<38} {over_seeds(values, '.4f'):>17}   {over_seeds(changes, '+.5f'):>21} against "
@@ -148,9 +127,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
-    report({seed: measure(Work(args.work), seed, args.steps) for seed in args.seeds}, args.steps)
+    report({seed: measure(Work(args.work), seed) for seed in args.seeds})
 
 
 if __name__ == "__main__":
