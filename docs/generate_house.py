@@ -40,8 +40,8 @@ SAYS = {
     "bench": "the harness's tasks, suites, contamination",
     "proof": "a layout beside one process",
     "serve": "an OpenAI-compatible address",
-    "operate": "Slurm, Kubernetes, bundles, the doctor",
-    "publish": "reports, cards, ladders",
+    "operate": "Slurm, bundles, the doctor",
+    "publish": "reports, cards",
     "commands": "one file for each command",
     "tokenizer": "sov-tokenizer", "data_prep": "sov-data",
 }

@@ -37,7 +37,6 @@ PARTS = {
     "operate": ("megatron_sov.operate", "megatron_sov.commands.operate.submit",
                 "megatron_sov.commands.operate.bundle", "megatron_sov.commands.operate.doctor"),
     "publish": ("megatron_sov.publish", "megatron_sov.commands.operate.report",
-                "megatron_sov.commands.operate.ladder", "megatron_sov.commands.operate.watch",
                 "megatron_sov.commands.models.card"),
     "omni": ("megatron_sov.omni", "megatron_sov.commands.models.codec",
              "megatron_sov.commands.evaluate.eval_media", "data_prep.media"),

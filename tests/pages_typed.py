@@ -38,7 +38,6 @@ TYPED = {
     "docs/eval.md": "tests/eval/test_eval_pages.py",
     "docs/eval_lm.md": "tests/eval/test_eval_pages.py",
     "docs/eval_suites.md": "tests/eval/test_eval_pages.py",
-    "docs/kubernetes.md": "tests/operate/kubernetes/test_submit.py",
     "docs/generate.md": "tests/eval/test_eval_pages.py",
     "docs/media_decoders.md": "tests/omni/codecs/test_decoders_page.py",
     "docs/media_data.md": "tests/data_prep/media/test_page.py",
@@ -74,7 +73,7 @@ SHELL = {
     ".": "the shell's own", "cd": "the shell's own", "export": "the shell's own", "mkdir": "the shell's own",
     "cp": "the shell's own", "cat": "the shell's own", "git": "not run", "curl": "not run",
     "printf": "tests/serve/test_chat.py",
-    "kubectl": "not run",
+
 }
 """First word of a line that begins none of our programs -> what holds it."""
 

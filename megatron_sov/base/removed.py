@@ -19,19 +19,32 @@ COMMANDS = {
     "megatron-sov convert deepen": "use mergekit's passthrough method on the folder of `convert to-hf`",
     "megatron-sov convert to-gguf": "use convert_hf_to_gguf.py of llama.cpp on the folder of `convert to-hf`",
     "megatron-sov convert upcycle": "use mergekit-moe on the folder of `convert to-hf`",
+    "megatron-sov ladder": "train the sizes with `megatron-sov pretrain` and fit their losses yourself",
     "megatron-sov rl replay": "type the command of `rl run` again with another --run and --store",
     "megatron-sov rl why": "`megatron-sov rl store show` prints responses and their rewards",
+    "megatron-sov watch": "`megatron-sov status RUN --follow` prints each step; --set obs.tensorboard=true "
+                          "draws curves",
     "sov-tokenizer graft": "resize the model with transformers' `resize_token_embeddings`; `sov-tokenizer "
                            "media` adds tokens of pictures and sounds",
 }
 """Program and command -> what to use in its place."""
 OPTIONS = {
     "megatron-sov convert to-hf --quantize": "quantize the folder with llm-compressor",
+    **dict.fromkeys((f"megatron-sov submit --{name}" for name in ("job-name", "manifest", "apply")),
+                    "submit to a Slurm cluster; Kubernetes is not supported"),
     "sov-data mix --search": "set the shares with --blend",
 }
 """Program, command and option -> what to use in its place."""
+_CURVES = "set obs.tensorboard or obs.wandb for curves"
 SETTINGS: dict[str, tuple[Any, str]] = {
     "data.without": ([], "pack shards without the documents"),
+    "obs.mlflow": (False, _CURVES),
+    "obs.mlflow_experiment": ("megatron-sov", _CURVES),
+    "obs.otlp_endpoint": ("", _CURVES),
+    "obs.prometheus_host": ("127.0.0.1", _CURVES),
+    "obs.prometheus_port": (0, _CURVES),
+    "obs.prometheus_textfile": ("", _CURVES),
+    "obs.telemetry_every_s": (15.0, _CURVES),
 }
 """Setting of a run -> its default, and what to use in its place."""
 KINDS = {
@@ -40,6 +53,7 @@ KINDS = {
 """Kind of artifact -> what to use in its place."""
 FOLDERS = {
     "begun.json": ("audit or a replay", "train the run again with another --run to compare it"),
+    "ladder.json": ("a ladder", "open its runs, the folders inside, one by one"),
     "removal.json": ("a counterfactual run", "open its folder `run` as any run"),
 }
 """File that a folder of a removed command holds -> what made the folder, and what to use in its place."""

@@ -66,12 +66,6 @@ COMMANDS = {
         TRAIN, "pretrain.md",
         ("resume runs/pretrain",
          "resume runs/pretrain --nproc 4 --set train.steps=400")),
-    "ladder": Command(
-        "megatron_sov.commands.operate.ladder",
-        "train small models of a recipe's structure, fit a scaling law, predict the next size",
-        TRAIN, "ladder.md",
-        ("ladder tiny-solar-open --sizes 16K,32K,64K --data tokens --run runs/ladder --predict 256K",
-         "ladder solar-open-102b --sizes 50M,100M,200M --run runs/ladder --dry-run")),
     "sft": Command(
         "megatron_sov.commands.train.lm:SFT",
         "fine-tune on chats, with an auxiliary text term",
@@ -246,7 +240,7 @@ COMMANDS = {
          "report runs/sft runs/dpo")),
     "submit": Command(
         "megatron_sov.commands.operate.submit",
-        "submit a stage or a chain of stages to a Slurm cluster, a stage to Kubernetes",
+        "submit a stage or a chain of stages to a Slurm cluster",
         OPERATE, "slurm.md",
         ("submit pretrain --cluster h100 --account mine --nodes 4 solar-open-102b --data tokens "
          "--run runs/big",
@@ -256,13 +250,7 @@ COMMANDS = {
         "show step, speed, time left, restarts and use of time of runs",
         OPERATE, "watching.md",
         ("status runs",
-         "status runs/pretrain --json")),
-    "watch": Command(
-        "megatron_sov.commands.operate.watch",
-        "follow runs and work on rows, in the terminal or on a page that renews itself",
-        OPERATE, "watching.md",
-        ("watch runs/pretrain",
-         "watch runs/pretrain runs/other --http 8000")),
+         "status runs/pretrain --follow")),
     "logs": Command(
         "megatron_sov.commands.operate.logs",
         "show what a run's processes wrote, across ranks and restarts",

@@ -20,8 +20,8 @@ from megatron_sov.model.families.adapters import identity
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, refuse_missing, refuse_no_run
 from megatron_sov.runs.launch_environment import is_first, num_ranks, typed_command
 from megatron_sov.runs.lock import LOCK, living_holder
+from megatron_sov.runs.obs.alerts import alert
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
-from megatron_sov.runs.obs.telemetry import alert
 
 CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "gate_failed.json",
                                              "stages", "slurm")

@@ -10,8 +10,7 @@ from hypothesis import given, strategies as st
 from megatron_sov import convert, recipes
 from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.convert.growing import open_weights
-from megatron_sov.convert.peft import from_peft, to_peft
+from megatron_sov.convert.peft import from_peft, open_weights, to_peft
 from megatron_sov.infer.engines.target import find_target
 from megatron_sov.publish.card.run_record import read_run_record
 from megatron_sov.publish.report.run_data import read_run

@@ -329,7 +329,7 @@ COMMON: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(("eval_steps", "eval_interval", "eval_every"), "train.eval_every_steps"),
     **dict.fromkeys(("logging_steps", "log_interval", "log_every"), "train.log_every_steps"),
     "save_total_limit": "train.keep_checkpoints",
-    "report_to": ("obs.wandb", "obs.tensorboard", "obs.mlflow"),
+    "report_to": ("obs.wandb", "obs.tensorboard"),
     **dict.fromkeys(("dtype", "bf16", "fp16", "mixed_precision"), "train.precision"),
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), "train.recompute"),
     **dict.fromkeys(("seq_length", "max_length", "max_seq_length", "context_length", "block_size"),

@@ -1,19 +1,20 @@
-"""Names by OpenTelemetry's rules, and a board that no run can fill."""
+"""Alerts arrive, are tried again, and hold nothing up, whatever the other side does."""
 
 from __future__ import annotations
 
 import json
-import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_sov.runs.obs import exporters
-from megatron_sov.runs.obs.exporters import (
-    MAX_LABEL_SETS, MAX_WAITING, METRICS, OTHER, PAUSES_S, Board, Webhook, body_of, webhook_of)
-
-# Alerts arrive, are tried again, and hold nothing up, whatever the other side does.
+from megatron_sov.base.settings import problems_of
+from megatron_sov.model.config import ObsConfig
+from megatron_sov.runs.folder import RunEvents
+from megatron_sov.runs.obs import alerts
+from megatron_sov.runs.obs.alerts import MAX_WAITING, PAUSES_S, Alerts, Webhook, body_of, webhook_of
 
 RUN = Path("runs/pretrain")
 
@@ -21,7 +22,7 @@ RUN = Path("runs/pretrain")
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine may answer late."""
-    monkeypatch.setattr(exporters, "TIMEOUT_S", 600.0)
+    monkeypatch.setattr(alerts, "TIMEOUT_S", 600.0)
     monkeypatch.setattr(Webhook.close, "__defaults__", (600.0,))
 
 
@@ -124,55 +125,63 @@ def test_a_variable_without_an_address_is_named_and_not_shown(
     assert "secret" not in said
 
 
-DASHBOARD = Path(exporters.__file__).with_name("grafana.json")
+def test_alerts_follow_events_of_the_run_and_those_added_to_it(
+        receiver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOV_ALERT_URL", receiver.url)
+    config = ObsConfig(alert_webhook="SOV_ALERT_URL")
+    watched = Alerts(config, tmp_path, "tiny")
+    for event in ({"event": "step", "step": 1}, {"event": "rollback", "step": 4, "text": "back to step 2"},
+                  {"event": "gate_failed", "step": 5, "text": "accuracy 0.1 is below 0.9"}):
+        watched.observe(event)
+    watched.close()
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": "tiny", "obs": {
+        "alert_webhook": "SOV_ALERT_URL", "alert_on": ["restart"]}}))
+    (tmp_path / "events.jsonl").write_text("")
+    RunEvents(tmp_path).add("restart", step=3, text="rank 0 was ended by SIGKILL")
+    RunEvents(tmp_path).add("failure", step=3, text="not asked for")
+    texts = [json.loads(r.body)["text"].partition(": ")[2].partition(": ")[2] for r in receiver.requests]
+    assert texts == ["weights taken back at step 4: back to step 2",
+                     "a gate did not pass at step 5: accuracy 0.1 is below 0.9",
+                     "started again at step 3: rank 0 was ended by SIGKILL"]
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("sov.train.step.duration", "sov_train_step_duration_seconds"),
-    ("sov.train.throughput", "sov_train_throughput_per_second"),
-    ("sov.train.tokens", "sov_train_tokens_total"),
-    ("sov.train.mfu", "sov_train_mfu_ratio"),
-    ("sov.train.loss", "sov_train_loss"),
-    ("hw.energy", "hw_energy_joules_total"),
-    ("hw.temperature", "hw_temperature_celsius"),
-])
-def test_prometheus_names_are_those_of_the_specification(name: str, expected: str) -> None:
-    assert METRICS[name].prometheus_name == expected
+def test_a_hang_is_sent_before_the_process_ends_itself(receiver: Any, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOV_ALERT_URL", receiver.url)
+    Alerts(ObsConfig(alert_webhook="SOV_ALERT_URL"), tmp_path, "tiny").observe(
+        {"event": "hang", "step": 5, "places": {"loop.py, train": [0]}})
+    assert len(receiver.requests) == 1, "though nobody has closed anything"
 
 
-def test_names_keep_the_conventions() -> None:
-    for metric in METRICS.values():
-        assert re.fullmatch(r"(sov\.train|hw)(\.[a-z][a-z_]*)+", metric.name), metric.name
-        assert metric.description.endswith(".") and "_total" not in metric.name
-    assert len({m.prometheus_name for m in METRICS.values()}) == len(METRICS)
+def test_what_leaves_a_webhook_is_json(receiver: Any) -> None:
+    hook = Webhook(receiver.url, "X")
+    hook.send({"text": "한국"})
+    hook.close()
+    assert json.loads(receiver.requests[0].body) == {"text": "한국"}
 
 
-def test_a_board_keeps_the_newest_values_and_sums() -> None:
-    board = Board()
-    board.set("sov.train.loss", 3.0)
-    board.set("sov.train.loss", 2.0)
-    for amount in (1.0, 2.0, -5.0, float("nan")):
-        board.add("sov.train.incidents", amount, "hang")
-    assert [(s.metric.name, s.labels, s.value) for s in board.samples()] == [
-        ("sov.train.loss", (), 2.0), ("sov.train.incidents", ("hang",), 3.0)]
+def test_an_event_of_an_odd_form_ends_nothing(receiver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SOV_ALERT_URL", receiver.url)
+    watched = Alerts(ObsConfig(alert_webhook="SOV_ALERT_URL"), tmp_path, "tiny")
+    for _ in range(2):
+        watched.observe({"event": "restart", "text": {1, 2}, "step": object()})
+        watched.observe({"event": "hang", "places": 7})
+    watched.close()
+    assert capsys.readouterr().err.count("warning: ") == 1
 
 
-def test_labels_are_bounded_in_number_and_length() -> None:
-    board = Board()
-    for i in range(3 * MAX_LABEL_SETS):
-        board.set("sov.train.heldout.loss", 1.0, f"{i}-" + "x" * 10_000)
-    names = [s.labels[0] for s in board.samples()]
-    assert len(names) == MAX_LABEL_SETS + 1 and OTHER in names and max(map(len, names)) == 64
+def test_off_imports_and_starts_nothing() -> None:
+    code = ("import sys, threading, pathlib\n"
+            "from megatron_sov.model.config import ObsConfig\n"
+            "from megatron_sov.runs.obs.alerts import Alerts\n"
+            "t = Alerts(ObsConfig(), pathlib.Path('run'), 'tiny')\n"
+            "t.observe({'event': 'stop', 'step': 1}); t.close()\n"
+            "found = [m for m in sys.modules if m.split('.')[0] in ('pynvml', 'requests')]\n"
+            "assert not found and threading.active_count() == 1, found")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
-def test_every_expression_of_the_dashboard_names_a_metric_that_is_told() -> None:
-    dashboard = json.loads(DASHBOARD.read_text())
-    expressions = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
-    expressions += [v["definition"] for v in dashboard["templating"]["list"] if v["type"] == "query"]
-    labels = {"sov_run", *(name.replace(".", "_") for m in METRICS.values() for name in m.labels)}
-    used = {word for text in expressions for word in re.findall(r"\b(?:sov|hw)_[a-z_]+", text)} - labels
-    assert used == {m.prometheus_name for m in METRICS.values()}
-    legends = [t["legendFormat"] for panel in dashboard["panels"] for t in panel["targets"]]
-    assert {word for text in legends for word in re.findall(r"\{\{(\w+)\}\}", text)} <= labels
-    places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in dashboard["panels"]]
-    assert len(set(places)) == len(places) and len({p["id"] for p in dashboard["panels"]}) == len(places)
+def test_an_address_in_place_of_a_variable_is_refused_without_its_secret() -> None:
+    (problem,) = problems_of(ObsConfig(alert_webhook="https://hooks.example/secret"))
+    assert problem.key == "alert_webhook" and "secret" not in str(problem)
