@@ -106,8 +106,7 @@ ALONE = {
     "megatron_sov/commands/train/forgetting_gate.py": "is of the part bench, and its user of the core",
     "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,
-    "megatron_sov/publish/report/validations.py": "held-out prompts of reinforcement learning, another subject "
-                                                  "than the other sections",
+    "megatron_sov/publish/report/validations.py": "held-out prompts of rl, not of the loss",
     "megatron_sov/proof/given.py": "is of the part post, and its user of the part plan",
     "megatron_sov/train/guards/watchdog.py": "runs without megatron"}
 """File that is short, has one user, and is not merged into it -> why."""

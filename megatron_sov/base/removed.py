@@ -47,6 +47,13 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "obs.telemetry_every_s": (15.0, _CURVES),
 }
 """Setting of a run -> its default, and what to use in its place."""
+VALUES = {
+    "mcp": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
+    "nemo_gym": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
+    "openenv": "use an environment of `verifiers`, or one of your own (FILE.py:NAME)",
+    "sglang": "use vllm",
+}
+"""Value of an option or setting, such as an engine or a tool environment -> what to use in its place."""
 KINDS = {
     "mixture": "its file blend.yaml is a blend for `sov-data mix --blend`",
 }
@@ -112,3 +119,8 @@ def check_kind(path: str | Path, kind: str) -> None:
     """
     if instead := KINDS.get(kind):
         raise UserError(f"{path}: is a '{kind}' artifact, which this version cannot read; {instead}")
+
+
+def was_removed(value: str) -> str:
+    """Return the end of a sentence about a value that an earlier version took; "" for others."""
+    return f"; it was removed in this version: {VALUES[value]}" if value in VALUES else ""

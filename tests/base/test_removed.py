@@ -95,3 +95,21 @@ def test_an_artifact_of_a_removed_kind_is_refused(kind: str, tmp_path: Path,
     assert told in capsys.readouterr().err
     with pytest.raises(UserError, match=f"is a '{kind}' artifact where a 'tokens' artifact is needed"):
         read_manifest(tmp_path / "old", "tokens")
+
+
+@pytest.mark.parametrize(("words", "value"), [
+    (["rl", "run", "tiny-qwen3", "--engine", "sglang"], "sglang"),
+    (["generate", "x", "--prompt", "y", "--engine", "sglang"], "sglang"),
+    (["tools", "play", "mcp", "--tasks", "t.jsonl"], "mcp"), (["tools", "play", "openenv"], "openenv"),
+    (["tools", "play", "nemo_gym"], "nemo_gym")])
+def test_a_removed_value_is_refused_with_what_to_use(words: list[str], value: str, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    if words[0] == "tools":
+        Path("t.jsonl").write_text('{"question": "1?", "answer": "1"}\n')
+        words = [*words[:3], "--tasks", "t.jsonl"]
+    if words[0] == "rl":
+        words += ["--from", "x", "--prompts", "p", "--reward", "math", "--store", "s", "--run", "r"]
+    assert main(words) == 2
+    assert f"it was removed in this version: {removed.VALUES[value]}" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Arrays of Slurm jobs that call work of ours: how they are submitted, and what is recorded of those that fail.
+"""Arrays of Slurm jobs that call work of ours: how they are submitted, and the records of those that fail.
 
 Work is an object that is called with the number of a task.  It is pickled beside the logs of its array, and
 read by `array_job` in each of its jobs; nobody else should be able to write into the output folder.
