@@ -103,10 +103,6 @@ COMMANDS = {
         "data_prep.curate.journey.report_command",
         "write the HTML report of what `sov-data run` or `sov-data synth` did",
         LOOK, "data_journey.md", ("report corpus", "report corpus --out report.html")),
-    "card": Command(
-        "data_prep.curate.journey.card.card_command",
-        "write the public summary of data: sources, licences, languages, filters, hashes, counts",
-        LOOK, "data_journey.md", ("card corpus", "card tokens --from corpus --output card")),
 }
 
 

@@ -41,7 +41,7 @@ SAYS = {
     "proof": "a layout beside one process",
     "serve": "an OpenAI-compatible address",
     "operate": "Slurm, bundles, the doctor",
-    "publish": "reports, cards",
+    "publish": "reports",
     "commands": "one file for each command",
     "tokenizer": "sov-tokenizer", "data_prep": "sov-data",
 }

@@ -26,7 +26,6 @@ ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov
 TYPED = {
     "README.md": "tests/test_readme.py",
     "docs/chat.md": "tests/serve/test_chat.py",
-    "docs/card.md": "tests/publish/card/test_command.py",
     "docs/codecs.md": "tests/commands/models/test_codec.py",
     "docs/convert.md": "tests/convert/test_convert_page.py",
     "docs/data.md": "tests/test_docs_data_pages.py",

@@ -16,6 +16,7 @@ COMMANDS = {
     "megatron-sov audit": "`megatron-sov inspect RUN --verify` checks the hashes of a run's manifests",
     "megatron-sov counterfactual": "train a second run on shards that `sov-data pack` makes without the "
                                    "documents, and compare with `megatron-sov report RUN RUN`",
+    "megatron-sov card": "`megatron-sov convert to-hf` writes a README.md with the model's origins",
     "megatron-sov convert deepen": "use mergekit's passthrough method on the folder of `convert to-hf`",
     "megatron-sov convert to-gguf": "use convert_hf_to_gguf.py of llama.cpp on the folder of `convert to-hf`",
     "megatron-sov convert upcycle": "use mergekit-moe on the folder of `convert to-hf`",
@@ -24,6 +25,7 @@ COMMANDS = {
     "megatron-sov rl why": "`megatron-sov rl store show` prints responses and their rewards",
     "megatron-sov watch": "`megatron-sov status RUN --follow` prints each step; --set obs.tensorboard=true "
                           "draws curves",
+    "sov-data card": "manifest.json and summary.json of the output have sources, counts and hashes",
     "sov-tokenizer graft": "resize the model with transformers' `resize_token_embeddings`; `sov-tokenizer "
                            "media` adds tokens of pictures and sounds",
 }

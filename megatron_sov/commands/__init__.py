@@ -226,12 +226,6 @@ COMMANDS = {
         PUBLISH, "serve.md",
         ("serve runs/sft --name mine --port 8000",
          "serve hf --api-key-env SERVE_KEY")),
-    "card": Command(
-        "megatron_sov.commands.models.card",
-        "write the card of a model from manifests and events: data, cost, scores, provenance",
-        PUBLISH, "card.md",
-        ("card runs/sft --output card",
-         "card runs/pretrain runs/sft --output card --hf-folder hf")),
     "report": Command(
         "megatron_sov.commands.operate.report",
         "write the self-contained HTML report of one or more runs",

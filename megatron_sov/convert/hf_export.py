@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, FileRecord, atomic_write, damaged_files, manifest_sha256, read_manifest, refuse_existing,
-    to_json)
+    MANIFEST, FileRecord, atomic_write, damaged_files, manifest_sha256, origins_of, read_manifest,
+    refuse_existing, to_json)
 from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.pages.markdown import CARD_MARK, md, slug
+from megatron_sov.base.pages.markdown import md
 from megatron_sov.checkpoint.writer import TensorSpec
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name, check_space, convert_tensor, exported_dtype
@@ -34,10 +34,12 @@ from megatron_sov.convert.sources import (
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.modality import modality
+from megatron_sov.model.objectives import BUILT_IN
 from megatron_sov.model.pretrained import (
     CONFIG, INDEX, SINGLE_FILE, listed, load_and_compare, low_bit_options)
 from megatron_sov.runs.checkpoints import HF_MODEL, KIND as CHECKPOINT, RUN, refuse_other_kind, settings_of
 from megatron_sov.runs.obs.figures import size
+from megatron_sov.version import __version__
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
 # The proof of a conversion: two folders hold the same model, and transformers loads what we wrote.
@@ -268,7 +270,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
             "dtype": config["dtype"],
             "num_parameters": sum(math.prod(spec.shape) for spec in specs if spec.name not in copies)}
         artifact.writer.settings = settings
-    _write_readme(out)
+    _write_readme(out, checkpoint)
     if conflict := split_conflict(out, family.reader_split):
         warn(conflict)
 
@@ -318,31 +320,53 @@ def _companions(source: Weights) -> tuple[Path, TokenIds]:
     return source.path / "tokenizer", ids_beside(source.path / "tokenizer")
 
 
-def _write_readme(export: Path) -> None:
-    """Write a short model card, which `megatron-sov card` replaces by a whole one; outside of the manifest,
-    since people change it."""
-    # without the folder's name: the same model gives the same bytes
+def _write_readme(export: Path, source: Path) -> None:
+    """Write a model card with the origins that manifests record; it is not in the manifest of the export,
+    since people change it.
+
+    Args:
+        export: the Hugging Face folder.
+        source: the checkpoint that it was made from.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    # without the names of folders: the same model gives the same bytes
     content = read_manifest(export).content
-    atomic_write(export / README, f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- {slug(CARD_MARK)}
----
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["megatron-sov"])
+    title = md(content["family"])
+    lines = [f"{content['num_parameters']:,} parameters in {content['dtype']}, trained with megatron-sov "
+             f"{__version__}.", "", "```python",
+             "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+             'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+             'model = AutoModelForCausalLM.from_pretrained("FOLDER")', "```"]
+    if (source / MANIFEST).is_file():
+        lines += ["", "## Provenance", "", *_provenance(source)]
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title} model\n\n" + "\n".join(lines) + "\n")
+    atomic_write(export / README, str(card).encode())
 
-# {md(content["family"])} model
 
-{content["num_parameters"]:,} parameters in {content["dtype"]}, trained with megatron-sov.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-```
-
-`megatron-sov card` writes a card with data, training and scores.
-""".encode())
+def _provenance(source: Path) -> Iterator[str]:
+    """Yield a list of the recipe, stage and step of a checkpoint, and of the artifacts that it was made from,
+    each with its hash; token shards with the documents and tokens of each source."""
+    manifest = read_manifest(source)
+    settings = manifest.settings
+    objective = settings.get("objective")
+    stage = BUILT_IN.get(objective.get("name", "") if isinstance(objective, dict) else "", "pretrain")
+    yield f"- recipe {md(str(settings.get('recipe', 'unknown')))}, stage {md(stage)}"
+    counts = [f"{name} {manifest.content[name]:,}" for name in ("step", "tokens")
+              if type(manifest.content.get(name)) is int]
+    yield f"- checkpoint {manifest_sha256(source)[:16]}" + (f": {', '.join(counts)}" if counts else "")
+    waiting = [(1, origin) for origin in origins_of(source, manifest)]
+    while waiting:
+        depth, origin = waiting.pop(0)
+        indent = "  " * depth
+        yield f"{indent}- made from {md(origin['kind'])} {origin['manifest_sha256'][:16]}"
+        waiting = [(depth + 1, below) for below in origin["made_from"]] + waiting
+        if origin["kind"] == "tokens" and origin["state"] == "here":
+            for part in read_manifest(origin["path"]).content.get("sources", []):
+                split = part["splits"]["train"]
+                yield (f"{indent}  - source {md(part['name'])}: {split['num_documents']:,} documents, "
+                       f"{split['num_tokens']:,} tokens")
 
 
 def _check_order(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:

@@ -1,1 +1,1 @@
-"""What others read of a run: reports and cards."""
+"""What others read of a run: reports."""

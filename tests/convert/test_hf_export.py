@@ -69,6 +69,8 @@ def test_an_export_is_complete_as_the_hub_expects_it(imported: dict[str, Path], 
                        for folder in (out, imported["solar_open"] / "tokenizer"))
     assert shown == expected
     card = ModelCard.load(out / "README.md")
+    assert card.data.tags == ["megatron-sov"] and "## Provenance" in card.text
+    assert "recipe from-hf" in card.text and manifest_sha256(imported["solar_open"])[:16] in card.text
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
     code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1].replace("FOLDER", str(out))
     names: dict[str, Any] = {}
