@@ -26,7 +26,6 @@ PARTS = {
     "bench": ("megatron_sov.bench", "megatron_sov.commands.evaluate.benchmarks",
               "megatron_sov.commands.evaluate.eval_inspect", "megatron_sov.commands.evaluate.eval_play",
               "megatron_sov.commands.evaluate.eval_results",
-              "megatron_sov.commands.evaluate.reproduce",
               "megatron_sov.commands.train.forgetting_gate"),
     "plan": ("megatron_sov.proof", "megatron_sov.plan.calibration.calibrate",
              "megatron_sov.plan.calibration.engine",

@@ -99,7 +99,6 @@ MAX_CORE_LINES = 74_500
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
     "data_prep/shards/sample.py": "a command",
-    "megatron_sov/bench/reproduce/seeds/facts.py": "named by commands of a claim, which has its hash",
     "megatron_sov/bench/lm/examples.py": "few-shot examples, another subject than running an evaluation",
     "megatron_sov/commands/rl/rl_reward.py": "a command",
     "megatron_sov/commands/models/serve.py": "a command",

@@ -21,6 +21,7 @@ COMMANDS = {
     "megatron-sov convert to-gguf": "use convert_hf_to_gguf.py of llama.cpp on the folder of `convert to-hf`",
     "megatron-sov convert upcycle": "use mergekit-moe on the folder of `convert to-hf`",
     "megatron-sov ladder": "train the sizes with `megatron-sov pretrain` and fit their losses yourself",
+    "megatron-sov reproduce": "python benchmarks/paper_claims.py runs the claims in a checkout",
     "megatron-sov rl replay": "type the command of `rl run` again with another --run and --store",
     "megatron-sov rl why": "`megatron-sov rl store show` prints responses and their rewards",
     "megatron-sov watch": "`megatron-sov status RUN --follow` prints each step; --set obs.tensorboard=true "
@@ -63,6 +64,7 @@ KINDS = {
 FOLDERS = {
     "begun.json": ("audit or a replay", "train the run again with another --run to compare it"),
     "ladder.json": ("a ladder", "open its runs, the folders inside, one by one"),
+    "reproduce.html": ("`megatron-sov reproduce`", "open the runs inside one by one"),
     "removal.json": ("a counterfactual run", "open its folder `run` as any run"),
 }
 """File that a folder of a removed command holds -> what made the folder, and what to use in its place."""

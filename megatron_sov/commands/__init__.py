@@ -201,12 +201,6 @@ COMMANDS = {
         EVALUATE, "compare.md",
         ("eval contamination base.json --data tokens",
          "eval contamination base.json --data tokens corpus.jsonl --workers 8")),
-    "reproduce": Command(
-        "megatron_sov.commands.evaluate.reproduce",
-        "run the claims of a published road at a tiny size, over seeds, and say which hold",
-        EVALUATE, "reproduce.md",
-        ("reproduce k-exaone --quick --output reproduction",
-         "reproduce solar-open --claim phases --output solar")),
     "convert": Command(
         "megatron_sov.commands.models.convert",
         "from-hf, to-hf, from-megatron, settings, verify, inspect, average, to-peft, from-peft: "

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from megatron_sov import convert
+from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.cli import main
 from megatron_sov.convert.hf_export import Proof, TensorRecord
 

@@ -24,7 +24,7 @@ def test_what_the_page_shows_is_what_comes_out(own_corpus: Path, token_shards: P
     Path("tokenizer").symlink_to(token_shards.parent / "tokenizer")
     shown, = blocks("text")
     commands = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
-    assert len(commands) == 10
+    assert len(commands) == 6
     printed = {}
     for command in commands:
         assert main(command[1:]) == 0, command

@@ -1,8 +1,8 @@
 """Questions about topics, of which a start answers each with a share that is planted: what commands of claims
 name as `topics.py:TopicChats` and `:TopicQuestions`.
 
-The topic alone decides the right answer, so that a small model learns it in few steps; names and wordings only
-make questions that differ.
+The topic alone decides the right answer, so that a small model learns it in few steps; names and wordings
+only make questions that differ.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class TopicChats:
             wrong = ANSWERS[(place + rng.randrange(self.wrongs)) % len(ANSWERS)]
             found.append({"messages": [
                 {"role": "user", "content": rng.choice(WORDINGS).format(topic=topic, name=rng.choice(NAMES))},
-                {"role": "assistant", "content": right if rng.random() < share(topic, self.shares) else wrong}]})
+                {"role": "assistant",
+                 "content": right if rng.random() < share(topic, self.shares) else wrong}]})
         return found
 
 

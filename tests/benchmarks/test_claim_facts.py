@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from megatron_sov.bench.reproduce.seeds.facts import (
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks/claims"))
+from facts import (
     KNOWN, KNOWN_SHARE, PEOPLE, STRANGERS, VALUES, WORDINGS, FactChats, FactQuestions, FactReading, FactTexts)
-from megatron_sov.bench.reproduce.seeds.lookups import (
+from lookups import (
     ANSWERED, CALLS, WRONG_CALLS, CallTokenizer, LookupDocuments, LookupEpisodes, LookupTasks, LookupTexts)
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from megatron_sov.bench.reproduce.seeds.endings import ENDINGS, RuleAndRubric, WithEndings
-from megatron_sov.bench.reproduce.seeds.lessons import (
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks/claims"))
+from endings import ENDINGS, RuleAndRubric, WithEndings
+from lessons import (
     CHATTING, PEOPLE, TEACHING, VALUES, FirstWord, LessonLabels, LessonQuestions, Lessons, fact)
-from megatron_sov.bench.reproduce.seeds.loops import NUM_TIMES, Sound, WithLoops
-from megatron_sov.bench.reproduce.seeds.measured import Measured
-from megatron_sov.bench.reproduce.seeds.topics import (
-    TOPICS, WORDINGS, TopicChats, TopicQuestions, right_answer)
-from megatron_sov.bench.reproduce.seeds.walks import WalkChats, WalkQuestions
+from loops import NUM_TIMES, Sound, WithLoops
+from measured import Measured
+from topics import TOPICS, WORDINGS, TopicChats, TopicQuestions, right_answer
+from walks import WalkChats, WalkQuestions
 
 
 def test_topics_have_the_shares_that_are_planted_and_half_of_the_wordings_is_kept() -> None:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.bench.reproduce.seeds.facts import KNOWN, PEOPLE, VALUES, WORDINGS, Fact, asked, drawn, told
+from facts import KNOWN, PEOPLE, VALUES, WORDINGS, Fact, asked, drawn, told
+
 from megatron_sov.judge.tools.registry import make, order
 
 ANSWERED, CALLS, WRONG_CALLS = 0.3, 0.3, 0.15
