@@ -363,22 +363,6 @@ def tell_changes(was: Mapping[str, Sequence[Any]]) -> list[str]:
             f"{name} is another one" for name, (old, new) in was.items()]
 
 
-def with_earlier(config: RunConfig, was: Mapping[str, Sequence[Any]]) -> RunConfig:
-    """Return the settings before a change that `changed_settings` has told of.
-
-    Raises:
-        UserError: they are none.
-    """
-    raw = config.to_dict()
-    for name, (old, _) in was.items():
-        part, dot, key = name.partition(".")
-        if dot:
-            raw[part][key] = old
-        else:
-            raw[part] = old
-    return from_dict(raw)
-
-
 class RunEvents:
     """The events of a run that exists; with None for the folder nothing is recorded."""
 

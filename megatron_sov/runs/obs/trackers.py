@@ -21,9 +21,6 @@ from megatron_sov.runs.obs.validation import COLUMNS, RESPONSES, VALIDATION, cur
 
 WANDB_ID = "wandb-id"
 """File in the run folder with the Weights & Biases run, so that a resumed run goes on in the same one."""
-_MAX_PARAMS, _MAX_PARAM_CHARS = 100, 500
-"""Of one request; older servers refuse longer ones."""
-_NO_NAME = re.compile(r"[^\w./ -]")
 _PASSWORD = re.compile(r"//[^/\s]*@")
 
 

@@ -1,4 +1,4 @@
-"""Validations and samples of responses, in the report and on the live page."""
+"""Validations and samples of responses, in the report."""
 
 from __future__ import annotations
 
