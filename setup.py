@@ -61,18 +61,12 @@ EXTRAS = {
     "speech": ["nemo-toolkit[core,common-only,asr-only]==3.0.0"],
     # `serve`, and `chat`, which asks it
     "serve": ["aiohttp>=3.11", "openai>=2", "httpx>=0.27"],
-    "telemetry": ["opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40",
-                  "prometheus-client>=0.26", "nvidia-ml-py>=13"],
+    # `obs.nvml`: power and energy of GPUs
+    "telemetry": ["nvidia-ml-py>=13"],
     # `megatron-sov map --ray`
     "ray": ["ray>=2.40"],
     # `obs.tensorboard`, `obs.wandb`
     "trackers": ["tensorboard", "wandb"],
-    # `obs.mlflow`
-    "mlflow": ["mlflow-skinny>=3.1"],
-    # `convert to-gguf`
-    "gguf": ["gguf>=0.19"],
-    # `audit --key`, `--public-key`: signatures in minisign's format
-    "audit": ["py-minisign>=0.21"],
     "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
     # pictures and sounds: their readers, quantisers of tokenizers, blocks of the picture decoder, error rates
     "omni": ["pillow", "soundfile", "scipy", "vector-quantize-pytorch>=1.32", "diffusers>=0.42", "jiwer>=4"],
@@ -88,12 +82,11 @@ EXTRAS = {
         "py3langid>=0.4", "phonenumbers>=9",
         "scikit-learn>=1.7", "networkx>=3", "sacrebleu>=2.5",
         "lm-eval==0.4.13", "accelerate>=1.10", "aiohttp>=3.11",
-        "opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40", "prometheus-client>=0.26",
-        "nvidia-ml-py>=13", "mlflow-skinny>=3.1", "ray>=2.40",
+        "nvidia-ml-py>=13", "ray>=2.40",
         "pillow", "soundfile", "scipy", "vector-quantize-pytorch>=1.32", "diffusers>=0.42", "jiwer>=4",
         # measures and judges of media in benchmarks/omni
         "scikit-image", "pystoi", "pocketsphinx", "espeakng-loader",
-        "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0", "py-minisign>=0.21", "gguf>=0.19",
+        "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0",
     ],
 }
 

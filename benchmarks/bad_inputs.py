@@ -58,8 +58,6 @@ import damaged --output x
 import a.jsonl --output x
 export none x
 export tok
-graft
-graft --model none --output x
 trian --preset solar-open
 --verbose train
 media --tokenizer none --output x
@@ -147,7 +145,6 @@ run unknown.yaml --output x
 synth
 synth nothing --output x
 synth none.yaml --output x
-card none --output x
 report none
 difficulty
 scorer train --input none --output x
@@ -243,11 +240,6 @@ chat shards --temperature 0
 chat damaged --temperature -1
 chat damaged --system
 chat http://127.0.0.1:9/v1
-watch
-watch a.jsonl
-watch none --http 99999999
-watch none --http somewhere
-watch none --every 0
 serve damaged damaged
 serve shards
 score --reward math --input a.jsonl --output x --run none
@@ -306,8 +298,6 @@ submit pretrain RECIPE --data shards --run x
 submit pretrain RECIPE --data shards --run x --cluster nowhere
 submit nothing
 inspect none
-card none --output x
-ladder
 doctor --nothing
 completion csh
 bundle

@@ -35,9 +35,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from claims.choices import NAMES, THINGS
 from seeds import over_seeds
-
-from megatron_sov.bench.reproduce.seeds.choices import NAMES, THINGS
 
 LEARNED = ("Name a {thing} for {name}.", "{name} asks for a {thing}.", "Which {thing} will it be, {name}?",
            "A {thing}, please, says {name}.")

@@ -11,7 +11,7 @@ Usage: python benchmarks/tiny_recipes.py vibethinker --work FOLDER
                (arXiv 2601.18129)
 
 Structure and order are those of the recipes, sizes are tiny, questions those of rl_learning.py and of the
-claim `knowledge` of `megatron-sov reproduce typhoon-s`: a start that has read and answered facts of known
+claim `typhoon-s/knowledge` of paper_claims.py: a start that has read and answered facts of known
 people, and facts of 48 others, half of which no round asks after.  Each line of output is a step with its
 seconds; the same command goes on where it was killed, inside of a step too, and passes over what is done.
 """
@@ -26,11 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from claims.facts import PEOPLE, STRANGERS, WORDINGS, FactChats, FactReading, asked, drawn, told
 from rl_learning import HERE, KINDS, POLICY, chats, questions
 from seed_runs import rows_of, run, words, write
-
-from megatron_sov.bench.reproduce.seeds.facts import (
-    PEOPLE, STRANGERS, WORDINGS, FactChats, FactReading, asked, drawn, told)
 
 REWARD = f"{HERE / 'rl_reward.py'}:Exact"
 ONE_THREAD = ("train.num_threads=1", "train.eval_every_steps=0", "data.max_epochs=0")

@@ -85,7 +85,7 @@ COMMANDS = {
         "data_prep.shards.mix", "join token shards of several folders into one, with weights",
         SHARDS, "mixtures.md",
         ("mix tokens:0.8 chats:0.2 --output mixed",
-         "mix tokens --search search.yaml --output found --dry-run")),
+         "mix tokens --blend solar-open --output mixed --dry-run")),
     "inspect": Command(
         "data_prep.curate.journey.inspect_command",
         "show what token shards hold; a document's way through a pipeline, and why it was dropped",
@@ -103,10 +103,6 @@ COMMANDS = {
         "data_prep.curate.journey.report_command",
         "write the HTML report of what `sov-data run` or `sov-data synth` did",
         LOOK, "data_journey.md", ("report corpus", "report corpus --out report.html")),
-    "card": Command(
-        "data_prep.curate.journey.card.card_command",
-        "write the public summary of data: sources, licences, languages, filters, hashes, counts",
-        LOOK, "data_journey.md", ("card corpus", "card tokens --from corpus --output card")),
 }
 
 

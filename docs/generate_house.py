@@ -39,10 +39,9 @@ SAYS = {
     "omni": "pictures and sounds: files, tokens, networks, judging",
     "bench": "the harness's tasks, suites, contamination",
     "proof": "a layout beside one process",
-    "audit": "a run's published hashes, and stretches of it repeated",
     "serve": "an OpenAI-compatible address",
-    "operate": "Slurm, Kubernetes, bundles, the doctor",
-    "publish": "reports, cards, ladders",
+    "operate": "Slurm, bundles, the doctor",
+    "publish": "reports",
     "commands": "one file for each command",
     "tokenizer": "sov-tokenizer", "data_prep": "sov-data",
 }

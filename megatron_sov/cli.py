@@ -17,6 +17,7 @@ from megatron_sov.base.command_line import (
     HelpText, Parser, end_help, exit_code, fill_commands, list_commands, parser_of, version_of)
 from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.plugins.registry import Declared, declared, takes
+from megatron_sov.base.removed import check_command
 from megatron_sov.commands import COMMANDS, WORDS
 from megatron_sov.runs.launch_environment import note_command, process_started_s
 
@@ -79,6 +80,7 @@ def run_command(argv: list[str], began_s: float) -> int:
     if name == "--version":
         print(version_of(PROGRAM))
         return ExitCode.OK
+    check_command(PROGRAM, argv)
     children = children_of(name)
     if children and name not in COMMANDS:
         return _run_group(name, children, rest)

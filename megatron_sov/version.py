@@ -14,7 +14,7 @@ OUR_PACKAGES = ("megatron_sov", "tokenizer", "data_prep", "slurm")
 PARTS = {
     "tokenizer": ("tokenizer",),
     "data": ("data_prep",),
-    "curate": ("data_prep.curate", "data_prep.mixture.search", "data_prep.mixture.fitting"),
+    "curate": ("data_prep.curate",),
     "synth": ("data_prep.synth",),
     "post": ("megatron_sov.judge", "megatron_sov.rollouts", "megatron_sov.post.distillation",
              "megatron_sov.post.policy", "megatron_sov.post.preference", "megatron_sov.post.reference",
@@ -26,7 +26,6 @@ PARTS = {
     "bench": ("megatron_sov.bench", "megatron_sov.commands.evaluate.benchmarks",
               "megatron_sov.commands.evaluate.eval_inspect", "megatron_sov.commands.evaluate.eval_play",
               "megatron_sov.commands.evaluate.eval_results",
-              "megatron_sov.commands.evaluate.reproduce",
               "megatron_sov.commands.train.forgetting_gate"),
     "plan": ("megatron_sov.proof", "megatron_sov.plan.calibration.calibrate",
              "megatron_sov.plan.calibration.engine",
@@ -36,20 +35,16 @@ PARTS = {
              "megatron_sov.commands.operate.plan"),
     "operate": ("megatron_sov.operate", "megatron_sov.commands.operate.submit",
                 "megatron_sov.commands.operate.bundle", "megatron_sov.commands.operate.doctor"),
-    "publish": ("megatron_sov.publish", "megatron_sov.commands.operate.report",
-                "megatron_sov.commands.operate.ladder", "megatron_sov.commands.operate.watch",
-                "megatron_sov.commands.models.card"),
+    "publish": ("megatron_sov.publish", "megatron_sov.commands.operate.report"),
     "omni": ("megatron_sov.omni", "megatron_sov.commands.models.codec",
              "megatron_sov.commands.evaluate.eval_media", "data_prep.media"),
-    "audit": ("megatron_sov.audit", "megatron_sov.commands.operate.audit",
-              "megatron_sov.commands.operate.counterfactual", "megatron_sov.commands.rl.rl_replay"),
     "serve": ("megatron_sov.serve", "megatron_sov.commands.models.serve",
               "megatron_sov.commands.models.chat"),
 }
 """Part that an installation can do without -> its packages and modules; all others are the core."""
 
 PARTS_NEEDED = {"curate": ("data",), "synth": ("data", "curate", "post"), "bench": ("post",),
-                "omni": ("data",), "publish": ("plan",), "audit": ("post",)}
+                "omni": ("data",), "publish": ("plan",)}
 """Part -> the other parts that it imports."""
 
 

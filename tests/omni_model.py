@@ -11,7 +11,7 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.model.config import apply_settings
 from megatron_sov.omni.codecs.folder import save_codec
 from megatron_sov.omni.codecs.quantised import FSQSettings, FSQTokenizer, SimVQSettings, SimVQTokenizer
-from tokenizer.graft.command import MediaTokens, add_media
+from tokenizer.media import MediaTokens, add_media
 
 GRID, NUM_PICTURE_TOKENS, NUM_SOUND_TOKENS = 4, 16, 512
 

@@ -28,9 +28,9 @@ DATA_ONLY = {"slurm"}
 
 HALLS = ("version", "base", "chat", "work", "sandbox", "model", "schedules", "runs", "judge", "rollouts",
          "plan", "engine", "checkpoint", "convert", "train", "infer", "eval", "post", "omni", "bench",
-         "proof", "audit", "serve", "operate", "publish", "commands", "api", "cli", "__main__", "__init__")
+         "proof", "serve", "operate", "publish", "commands", "api", "cli", "__main__", "__init__")
 """What stands in `megatron_sov`, in the order of the flow: each imports only what stands before it."""
-LEAVES = {"omni", "bench", "proof", "audit", "serve", "operate", "publish"}
+LEAVES = {"omni", "bench", "proof", "serve", "operate", "publish"}
 """Halls that only commands import: they stand on the core, and not on each other."""
 PROGRAMS = {"tokenizer": "judge", "data_prep": "judge"}
 """Packages beside `megatron_sov` -> the last hall that they may import."""
@@ -51,7 +51,7 @@ WINGS: dict[str, tuple[set[str], ...]] = {
     # steps know the contract of a pipeline, and a pipeline knows steps by name alone
     "data_prep/curate": ({"sources", "journey", "pipelines"}, {"pipeline"},
                          {"quality", "dedup", "scoring"}, {"decontamination"}),
-    "tokenizer": ({"bpe"}, {"formats"}, {"report", "graft"}, {"compare"}),
+    "tokenizer": ({"bpe"}, {"formats"}, {"report"}, {"compare"}),
 }
 """Folder -> the floors of its wings from the ground up; "" stands for the files that lie in the folder
 itself, and where it does not stand they are free.  A wing imports those on lower floors only."""
@@ -86,7 +86,7 @@ CUT_ANYWHERE = {
     "megatron_sov/model/counterparts/settings.py": "the words of a script",
     "megatron_sov/operate/slurm/attempts.py": _PROGRAM,
     "megatron_sov/work/clusters/client.py": _PROGRAM, "megatron_sov/work/processes/background.py": _PROGRAM,
-    "data_prep/mixture/search.py": _PROGRAM, "megatron_sov/work/endpoints/local_server.py": _PROGRAM,
+    "megatron_sov/work/endpoints/local_server.py": _PROGRAM,
     "data_prep/synth/generators/code.py": _PROGRAM, "data_prep/synth/generators/tools/worlds.py": _PROGRAM,
     "megatron_sov/sandbox/enclosures.py": _SYSTEM, "megatron_sov/train/recorder.py": _SYSTEM,
     "megatron_sov/sandbox/system_calls.py": _SYSTEM,
@@ -94,18 +94,21 @@ CUT_ANYWHERE = {
     "data_prep/curate/quality/rules/step.py": _PUBLISHED}
 """File whose lines may be cut at any sign that ends one -> what they are."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
-MAX_CORE_LINES = 74_500
+MAX_CORE_LINES = 72_400
 """Of what an installation cannot do without; all else is a part of `megatron_sov.version.PARTS`."""
+MAX_SOURCE_LINES = 162_000
+"""Of megatron_sov, data_prep and tokenizer; this number only falls."""
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
     "data_prep/shards/sample.py": "a command",
-    "megatron_sov/bench/reproduce/seeds/facts.py": "named by commands of a claim, which has its hash",
     "megatron_sov/bench/lm/examples.py": "few-shot examples, another subject than running an evaluation",
     "megatron_sov/commands/rl/rl_reward.py": "a command",
     "megatron_sov/commands/models/serve.py": "a command",
     "megatron_sov/commands/train/forgetting_gate.py": "is of the part bench, and its user of the core",
     "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,
+    "megatron_sov/publish/report/validations.py": "held-out prompts of rl, not of the loss",
+    "megatron_sov/sandbox/process_tree.py": "starts processes, and its user is of the part post",
     "megatron_sov/proof/given.py": "is of the part post, and its user of the part plan",
     "megatron_sov/train/guards/watchdog.py": "runs without megatron"}
 """File that is short, has one user, and is not merged into it -> why."""
@@ -488,6 +491,10 @@ def test_the_core_is_small(tmp_path: Path, house: list[Source]) -> None:
     assert lines_of_parts(sources(tmp_path)) == {"": 3, "bench": 2}
 
 
+def test_the_source_only_shrinks(house: list[Source]) -> None:
+    assert 100_000 < sum(lines_of_parts(house).values()) <= MAX_SOURCE_LINES
+
+
 def test_each_part_needs_parts_that_there_are() -> None:
     assert set(PARTS_NEEDED) | {need for needs in PARTS_NEEDED.values() for need in needs} <= set(PARTS)
     # what a part needs names all that this needs in turn: a person installs them all at once
@@ -519,7 +526,7 @@ BAD = [
     ("megatron_sov/engine/model/specs.py", "from megatron.training import get_args",
      "only megatron.core is used"),
     ("megatron_sov/engine/model/specs.py", "import apex", "apex is not used"),
-    ("megatron_sov/publish/ladder/state.py", "from megatron_sov.train import stage",
+    ("megatron_sov/publish/report/state.py", "from megatron_sov.train import stage",
      "hall 'publish' may not import 'train'"),
     ("megatron_sov/publish/report/page.py", "def f():\n    from megatron_sov.engine import lanes",
      "hall 'publish' may not import 'engine'"),

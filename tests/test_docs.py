@@ -9,6 +9,7 @@ import importlib.util
 import math
 import re
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -18,13 +19,15 @@ import yaml
 from megatron_sov import cli, recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import is_reference
-from megatron_sov.bench.reproduce.claims import PLACE, REDIRECT, SHIPPED, read_claims
 from megatron_sov.model.config import ParallelConfig, apply_settings
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import BuiltIn, training_request
 from megatron_sov.model.recipes.stage_defaults import base_of_model, refuse_pretraining_rate
 from tests.pages_typed import (
     ENTRIES, PAGES, ROOT, SKILLS, TYPED, commands_of, lines_of, name_of, parse, shell_blocks, unheld)
+
+sys.path.append(str(ROOT / "benchmarks"))
+from paper_claims import CLAIMS, PLACE, ClaimFile
 
 pytestmark = pytest.mark.checkout
 
@@ -35,9 +38,8 @@ TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "p
                               "distill": "distill", "rl run": "policy", "rl train": "policy"}
 """Command -> what it trains by."""
 
-CLAIMED = [(file.stem, PLACE.sub("0", command).partition(f" {REDIRECT} ")[0])
-           for file in sorted(SHIPPED.glob("*.yaml"))
-           for claims in (read_claims(file),) for command in claims.commands()]
+CLAIMED = [(file.stem, PLACE.sub("0", command).partition(" > ")[0])
+           for file in sorted(CLAIMS.glob("*.yaml")) for command in ClaimFile(file).commands()]
 """Seed and command of each claim, with a 0 in every place."""
 COMMANDS = [*(pytest.param(line, id=f"{name_of(page)}: {line[:60]}") for page in READ
               for line in commands_of(page.read_text())),

@@ -38,7 +38,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[s
     (tmp_path / "corpus").mkdir()
     (tmp_path / "my-texts").mkdir()
     shutil.copytree(hf_models["solar_open"], tmp_path / "my-model")
-    (tmp_path / "words.txt").write_text("한국어\n문장을\n")
     (tmp_path / "heldout").mkdir()
     for name, text in texts.items():
         lines = [{"text": f"{i} {p}"} for i, p in enumerate(re.split(r"\n\n|(?<=\. )", text)) if p.strip()]
@@ -71,7 +70,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[s
 
 def test_what_the_pages_show_runs(workplace: Path) -> None:
     shown = [command for page in ("tokenizer.md", "data.md") for command in commands(page)]
-    assert len(shown) == 22
+    assert len(shown) == 21
     for name, *arguments in shown:
         # megabytes of one letter, all of Unicode and every Hangul syllable take their time
         if arguments[0] == "report":

@@ -106,7 +106,7 @@ def test_help_behind_a_stage_of_submit_is_help(stage: str, capsys: pytest.Captur
     ("recipes tiny-qwen3 --set per_device_train_batch_size=1", "did you mean 'train.micro_batch_size'?"),
     ("recipes tiny-qwen3 --set bf16=true", "did you mean 'train.precision'?"),
     ("recipes tiny-qwen3 --set report_to=wandb",
-     "did you mean 'obs.wandb' or 'obs.tensorboard' or 'obs.mlflow'?"),
+     "did you mean 'obs.wandb' or 'obs.tensorboard'?"),
     ("recipes tiny-qwen3 --set save_total_limit=2", "did you mean 'train.keep_checkpoints'?"),
     ("pretrain tiny-qwen3 --data x --run y --gradient-accumulation-steps 4",
      "write --set train.global_batch_size=4 "),

@@ -91,7 +91,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "import": (T, "import", "@hf", "--output", "@out", "--text", "@documents"),
     "import ranks": (T, "import", "@ranks", "--rules", "@rules", "--output", "@out"),
     "export": (T, "export", "@tokenizer", "--format", "tiktoken", "--output", "@out"),
-    "graft": (T, "graft", "@hf", "--add", "@words", "--output", "@out"),
     "compare": (T, "compare", "@tokenizer", "@hf", "--text", "@documents", "--max-text-mb", "0.01",
                 "--json", "@out"),
     "report of hf": (M, "report", "@hf", "--out", "@out"),

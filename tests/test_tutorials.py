@@ -27,7 +27,7 @@ PAGES = {name: (TUTORIALS / f"{name}.md").read_text(encoding="utf-8")
          for name in ("national_lab", "company", "university", "small_team")}
 QUICK = 6
 """How many commands of a page are typed, from text to the plan: training takes long, and the way from a run
-to the report is typed by tests/test_readme.py, grafting by tests/test_docs_data_pages.py."""
+to the report is typed by tests/test_readme.py."""
 TRAINS = ("megatron-sov pretrain", "megatron-sov convert", "megatron-sov sft")
 
 

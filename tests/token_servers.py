@@ -4,12 +4,10 @@ says from its 0.5.23."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import threading
 import time
-from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -198,91 +196,3 @@ class VllmDouble(HttpDouble):
             "token_ids": tokens, "finish_reason": reason, "weight_versions": spans,
             "logprobs": {"content": [{"token_id": token, "logprob": -token / 100} for token in tokens]}}
             for tokens, spans, reason in written]}
-
-
-class SglangDouble(HttpDouble):
-    """SGLang with --skip-tokenizer-init: names are from its http_server.py, io_struct.py and
-    tokenizer_manager.py."""
-
-    CONTEXT = 4096
-
-    def __init__(self, token_s: float = 0.0) -> None:
-        self.mode = ""
-        self._states: set[str] = set()
-        super().__init__(token_s)
-
-    def _said(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        if self.is_dead:
-            return 503, None
-        if path == "/generate":
-            if isinstance(body["input_ids"][0], int):
-                return self._generate(body)
-            with ThreadPoolExecutor(len(body["rid"])) as pool:
-                found = list(pool.map(lambda rid, ids: self._generate(body | {"rid": rid, "input_ids": ids}),
-                                      body["rid"], body["input_ids"]))
-            return next((one for one in found if one[0] != 200), (200, [answer for _, answer in found]))
-        if path == "/model_info":
-            return 200, {"model_path": "policy", "is_generation": True, "weight_version": self.version}
-        if path in ("/health", "/ping"):
-            # a token is written for /health, after a pause
-            return (503 if path == "/health" and self.is_paused else 200), None
-        self.orders.append(f"{path} {json.dumps(body)}")
-        if path == "/abort_request":
-            # its first process looks for the very id, and its scheduler for all that begin with it
-            if body["rid"] in self._states:
-                self._aborted |= {name for name in self._states if name.startswith(body["rid"])}
-            return 200, None
-        if path == "/pause_generation":
-            self.is_paused, self.mode = True, body.get("mode", "abort")
-            return 200, {"message": "Generation paused successfully.", "status": "ok"}
-        if path == "/continue_generation":
-            self.is_paused = False
-            return 200, {"message": "Generation continued successfully.", "status": "ok"}
-        if path == "/update_weights_from_disk":
-            return self._update(body)
-        return 404, {"detail": "Not Found"}
-
-    def _update(self, body: dict[str, Any]) -> tuple[int, Any]:
-        if "broken" in body["model_path"]:
-            said = "Failed to get weights iterator: no safetensors.", False
-        elif body["flush_cache"] and self._states and self.mode != "retract":
-            said = ("Weights were updated, but the cache was not flushed because requests are still running "
-                    "or queued. Retract or finish them, then call /flush_cache.", False)
-        else:
-            self.weights, self.version = body["model_path"], body["weight_version"]
-            said = f"Succeeded to update model weights. Weight version updated to {self.version}.", True
-        return (200 if said[1] else 400), {"success": said[1], "message": said[0], "num_paused_requests": 0}
-
-    def _generate(self, body: dict[str, Any]) -> tuple[int, Any]:
-        self.asked.append(body)
-        prompt, sampling = body["input_ids"], body["sampling_params"]
-        top_k = sampling.get("top_k", -1)
-        if body.get("return_sampling_mask") and not 1 < top_k <= 4096:
-            return 400, {"error": {"message": f"return_sampling_mask requires top_k=1 for greedy sampling or "
-                                              f"finite 1 < top_k <= 4096; got top_k={top_k}."}}
-        if len(prompt) >= self.CONTEXT:
-            return 400, {"error": {"message": f"The input ({len(prompt)} tokens) is longer than the model's "
-                                              f"context length ({self.CONTEXT} tokens)."}}
-        name = body.get("rid") or "of-its-own"
-        self._states.add(name)
-        tokens, spans, reason = self._write(name, prompt, sampling["max_new_tokens"],
-                                            sampling.get("stop_token_ids", []))
-        self._states.remove(name)
-        if reason == "dead":
-            return 503, None
-        about: dict[str, Any] = {
-            "id": name, "weight_version": self.version, "weight_versions": spans,
-            "finish_reason": {"stop": {"type": "stop", "matched": tokens[-1:]},
-                              "length": {"type": "length", "length": len(tokens)},
-                              "abort": {"type": "abort", "message": "Aborted", "status_code": None}}[reason],
-            "output_token_logprobs": [[-token / 100, token, None] for token in tokens]}
-        if body.get("return_sampling_mask"):
-            about["output_token_sampling_logprobs"] = [-token / 200 for token in tokens]
-        if body.get("logprob_start_len") == 0:
-            about["input_token_logprobs"] = [[None, prompt[0], None],
-                                             *([-token / 100, token, None] for token in prompt[1:])]
-        if body.get("return_routed_experts"):
-            # int32 of [prompt and answer but the last, layers, experts of a token], without a shape
-            count = (len(prompt) + len(tokens) - 1) * 2 * 2
-            about["routed_experts"] = base64.b64encode(array("i", range(count)).tobytes()).decode()
-        return 200, {"output_ids": tokens, "meta_info": about}

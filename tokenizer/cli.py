@@ -13,12 +13,8 @@ COMMANDS = {
         "tokenizer.train", "learn a byte-level BPE or SuperBPE tokenizer from text", TRAIN, "tokenizer.md",
         ("train --preset solar-open --vocab-size 2048 --input corpus --output tokenizer",
          "train --preset solar-open --vocab-size 65536 --input own=texts --output own-tokenizer")),
-    "graft": Command(
-        "tokenizer.graft.command", "add or replace tokens of a Hugging Face model", TRAIN, "tokenizer.md",
-        ("graft my-model --add own-tokenizer --output grafted",
-         "graft my-model --add words.txt --vocab-size 180224 --output grafted")),
     "media": Command(
-        "tokenizer.graft.command:MEDIA_COMMAND",
+        "tokenizer.media:COMMAND",
         "add tokens of pictures and sounds to a tokenizer or a model", TRAIN, "media_data.md",
         ("media tokenizer --image-tokens 65536 --output omni-tokenizer",
          "media tokenizer --audio-tokens 6561 --image-tokens 65536 --output omni-tokenizer")),

@@ -7,22 +7,18 @@ synthetic text, and not of each kind's synthetic text.  A second file says how a
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from annotated_types import Ge, Le, Lt, MaxLen, MinLen
+from annotated_types import Ge, Le, MaxLen, MinLen
 
 from data_prep.shards.token_artifact import TRAIN
 from data_prep.tags import is_chosen, tags_of
 from megatron_sov.base.errors import UserError, list_problems, nearest
-from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Bound, Breach, NotBlank, NotNegative, ProblemCode, SettingsError, SettingsProblem,
-    read, read_file, read_located, read_text)
+from megatron_sov.base.settings import Bound, Breach, NotBlank, ProblemCode, SettingsProblem, read_file
 
 SHIPPED = Path(__file__).parents[1] / "curate/pipelines/blends"
 """Blends that come with the framework, one file each."""
@@ -206,26 +202,6 @@ def _scaled(entries: Sequence[BlendEntry]) -> tuple[BlendEntry, ...]:
     return tuple(BlendEntry(entry.where, entry.share / total) for entry in entries if entry.share > 0)
 
 
-def blend_text(blend: Blend, comment: str) -> str:
-    """Return a blend as the text of a file that `read_blend` reads back to the same shares.
-
-    Args:
-        blend: what it says.
-        comment: one line above it.
-    """
-    phases = []
-    for phase in blend.phases:
-        shares = [{**{key: list(patterns) if len(patterns) > 1 else patterns[0]
-                      for key, patterns in entry.where.items()}, "share": 100 * entry.share}
-                  for entry in phase.entries]
-        phases.append({"name": phase.name, **({"tokens": phase.tokens} if phase.tokens else {}),
-                       "shares": shares})
-    # Through JSON, since YAML's dumper takes no tuples.
-    body = yaml.safe_dump({"name": blend.name, "phases": json.loads(json.dumps(phases))}, sort_keys=False,
-                          allow_unicode=True, width=110)
-    return f"# {comment}\n{body}"
-
-
 # Shares of sources that a blend allots.
 
 
@@ -377,99 +353,3 @@ def refuse_many_epochs(phases: Sequence[PhaseShares], sources: Sequence[dict[str
         raise UserError(list_problems(
             f"--max-epochs {max_epochs:g}", problems,
             "pack more of them, lower their shares or the budget (--tokens), or pass a larger --max-epochs"))
-
-
-FitName = Literal["auto", "log_ridge", "boosting"]
-"""What predicts a loss from shares; auto: the one that predicts mixtures best that it has not seen."""
-OWN_SETTINGS = ("train.steps", "train.seed", "data.phases", "data.paths")
-"""Settings that the search gives to each model."""
-MIN_FIRST_ROUND = 6
-"""Mixtures of the first round: natural, uniform, and enough drawn ones to fit anything to."""
-
-
-def _leaves_to_the_search(setting: str) -> Breach | None:
-    return (ProblemCode.BOUND, f"must leave {', '.join(OWN_SETTINGS)} to the search, which has keys for them",
-            "") if setting.startswith(OWN_SETTINGS) else None
-
-
-def _too_few(rounds: tuple[int, ...]) -> Breach | None:
-    return None if rounds[0] >= MIN_FIRST_ROUND else (
-        ProblemCode.BOUND, f"must begin with at least {MIN_FIRST_ROUND}", "e.g. [24, 12, 6]")
-
-
-@dataclass(frozen=True)
-class MixtureSearchSettings:
-    """How a mixture is searched for."""
-
-    recipe: NotBlank
-    """Recipe of the small models, or FILE.py:NAME."""
-    targets: Annotated[Mapping[str, AboveZero], MinLen(1)]
-    """Source -> weight of its held-out bits per byte in what is lowered.  It is trained on only where it is
-    among `sources` as well."""
-    steps: Annotated[int, Ge(1), Le(10**9)]
-    """Optimizer steps of each model."""
-    seq_len: Annotated[int, Ge(2), Le(10**8)]
-    """Tokens of a sample."""
-    name: NotBlank = "searched"
-    """Name of the mixture, and of its phase."""
-    settings: tuple[Annotated[NotBlank, Bound(_leaves_to_the_search)], ...] = ()
-    """Further settings of the recipe, key=value, as --set takes them."""
-    from_: str = ""
-    """Checkpoint, run or Hugging Face folder that each model starts from; "": from initial weights."""
-    sources: tuple[NotBlank, ...] = ()
-    """Patterns over the names of the sources that are mixed; (): all but the targets."""
-    group_by: str = ""
-    """Tag of which each value is one cluster of sources with one share, such as topic; "": each source is its
-    own."""
-    rounds: Annotated[tuple[AtLeastOne, ...], MinLen(1), Bound(_too_few)] = (24, 12, 6)
-    """Mixtures that are trained in each round; the later ones lie near the best."""
-    judged: Annotated[int, Ge(0), Le(10_000)] = 6
-    """Mixtures that are trained as well and never fitted, by which predictions are judged."""
-    fit: FitName = "auto"
-    """What predicts a loss from shares."""
-    candidates: Annotated[int, Ge(100), Le(1_000_000)] = 20_000
-    """Mixtures whose loss is predicted in each round."""
-    tokens: NotNegative = 0
-    """Tokens of the run that the mixture is for; 0: no share is capped."""
-    max_epochs: AboveZero = 4.0
-    """Passes over a source in that run, which cap its share."""
-    seed: Annotated[int, Ge(0), Lt(1 << 31)] = 0
-    """Seed of the drawn mixtures and of each model."""
-
-    @property
-    def num_proxies(self) -> int:
-        """Return how many models are trained in all: rounds, those judged by, and the predicted best."""
-        return sum(self.rounds) + self.judged + 1
-
-
-def read_search(file: Path) -> MixtureSearchSettings:
-    """Return what a search file says; its key `from`, which is no name in Python, is `from_`.
-
-    Raises:
-        SettingsError: it breaks rules; all mistakes are told, each with its line.
-    """
-    found = read_located(read_text(file))
-    if found.problems:
-        raise SettingsError(str(file), found.problems)
-    raw = found.value
-    if isinstance(raw, dict) and "from" in raw:
-        # Problems are still told with the line of the key as it was written.
-        raw = {"from_" if key == "from" else key: value for key, value in raw.items()}
-        found.lines[("from_",)] = found.line(("from",))
-    return read(MixtureSearchSettings, {} if raw is None else raw, str(file), lines=found.lines)
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Sources that have one share together."""
-
-    name: str
-    """Name of the source, or the value of the tag."""
-    members: dict[str, float] = field(default_factory=dict)
-    """Source -> part of the cluster's share, by tokens."""
-    num_tokens: int = 0
-    """Training tokens of all members."""
-
-    def where(self) -> Where:
-        """Return the conditions of a blend's entry for these sources."""
-        return {"source": tuple(self.members)}

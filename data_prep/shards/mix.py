@@ -11,7 +11,7 @@ import argparse
 import errno
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +25,7 @@ from megatron_sov.base.artifacts import ArtifactWriter, Manifest, new_artifact, 
 from megatron_sov.base.digests import algorithm_of, file_digest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    AtLeastOne, Flag, NotNegative, ProblemCode, SettingsError, SettingsProblem, add_options, num_cores,
-    problems_of, read_options)
+    Flag, NotNegative, ProblemCode, SettingsError, SettingsProblem, add_options, problems_of, read_options)
 from megatron_sov.chat.vocabulary import find_difference
 
 SHARED_FIELDS = ("tokenizer_sha256", "vocab_size", "eos_id", "eod", "bos_id", "dtype")
@@ -69,17 +68,12 @@ class MixOptions(BlendLimits):
     data: Annotated[tuple[str, ...], Flag("DIR[:WEIGHT]")]
     """Folder that `sov-data pack` or `sov-data mix` wrote."""
     output: Annotated[Path | None, Flag(value="DIR")] = None
-    """Folder for the mix, or for what was found."""
+    """Folder for the mix."""
     blend: Annotated[str | None, Flag(value="FILE|NAME")] = None
     """Shares of each phase by kind, level, synthetic or name; a YAML file, or one that is shipped
     (solar-open, k-exaone)."""
-    search: Annotated[Path | None, Flag(value="FILE")] = None
-    """Find shares that lower the loss on held-out text, as this YAML file says."""
-    workers: AtLeastOne = field(default_factory=num_cores)
-    """--search: models that are trained at a time; what is found does not depend on it (default: this
-    machine's cores)."""
     dry_run: bool = False
-    """--blend, --search: print shares and epochs, or the plan, and write nothing."""
+    """--blend: print shares and epochs, and write nothing."""
     overwrite: bool = False
     """Replace what is already there."""
 
@@ -90,18 +84,14 @@ class MixOptions(BlendLimits):
     def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together, or would have no effect."""
         p = []
-        if self.blend and self.search:
-            p.append(SettingsProblem(ProblemCode.RULE, "search",
-                                     "goes without --blend; do one after the other"))
         if self.output is None and not self.dry_run:
             p.append(SettingsProblem(ProblemCode.RULE, "output", "is missing; name a folder to write"))
         for name, value in vars(self.limits).items():
             if value != getattr(BlendLimits, name) and not self.blend:
                 p.append(SettingsProblem(ProblemCode.RULE, name,
                                          "is for --blend; leave it out, or name a blend", value))
-        if self.dry_run and not (self.blend or self.search):
-            p.append(SettingsProblem(ProblemCode.RULE, "dry_run",
-                                     "is for --blend and --search; leave it out"))
+        if self.dry_run and not self.blend:
+            p.append(SettingsProblem(ProblemCode.RULE, "dry_run", "is for --blend; leave it out"))
         return p
 
 
@@ -109,8 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = ("Join token shards of several folders into one. A weight is the folder's share of "
                           "a run relative to the others; without weights the tokens decide. "
                           "Within a folder its own weights, or tokens, decide. --blend shares each phase of "
-                          "a curriculum out by the tags of the sources. --search finds shares by training "
-                          "small models on many mixtures.")
+                          "a curriculum out by the tags of the sources.")
     add_options(parser, MixOptions)
 
 
@@ -118,12 +107,6 @@ def run(typed: argparse.Namespace) -> int:
     args = read_options(MixOptions, typed)
     parts = [parse_part(a) for a in args.data]
     _refuse_idle_options(args, parts)
-    if args.search:
-        from data_prep.mixture.search import run_search
-
-        run_search([part.path for part in parts], args.search, args.output, workers=args.workers,
-                   dry_run=args.dry_run, overwrite=args.overwrite)
-        return 0
     blend = BlendSettings(file=find_blend(args.blend), **vars(args.limits)) if args.blend else None
     if args.dry_run:
         assert blend is not None
@@ -141,9 +124,9 @@ def _refuse_idle_options(args: MixOptions, parts: list[MixPart]) -> None:
         UserError: naming it.
     """
     weighted = [part for part in parts if part.weight is not None]
-    if weighted and (args.blend or args.search):
+    if weighted and args.blend:
         raise UserError(f"{weighted[0].path}:{weighted[0].weight:g}: folders have no weights beside "
-                        "--blend and --search, which say every share; leave the weight out")
+                        "--blend, which says every share; leave the weight out")
 
 
 def parse_part(argument: str) -> MixPart:

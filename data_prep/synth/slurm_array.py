@@ -23,7 +23,6 @@ from data_prep.synth.running import GeneratorOrder, begun_run, finished, make, o
 from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.work.clusters import client
 from megatron_sov.work.clusters.cluster import ClusterProfile
-from megatron_sov.work.clusters.kubernetes import KubernetesProfile
 from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.progress.journal import items_on_record, slurm_folder, work_folder
 from megatron_sov.work.submit.arrays import (
@@ -121,9 +120,6 @@ def submit_order(options: SynthOptions) -> None:
         raise UserError(f"--model {order.writer.name}: must have letters, digits and ._/- alone, to be the "
                         "name of a served model")
     profile = profile_of(options)
-    if options.serve_vllm is not None and isinstance(profile, KubernetesProfile):
-        raise UserError("--serve-vllm: puts a server into Slurm, and --cluster names a profile of kind k8s; "
-                        "start a server there yourself, and pass its address with --engine")
     first = replace(order, options=replace(order.options, redo=options.redo))
     made = ready(first)
 
@@ -135,7 +131,7 @@ def submit_order(options: SynthOptions) -> None:
             return
 
     def serve(arrays: Arrays, array: str) -> None:
-        if isinstance(profile, ClusterProfile) and options.serve_vllm is not None:
+        if options.serve_vllm is not None:
             folder = slurm_folder(order.output)
             (folder / SCRIPT).write_text(server_script(order, profile, array))
             client.check_script((folder / SCRIPT).read_text())

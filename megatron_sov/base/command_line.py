@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from megatron_sov.base.errors import (
     DryRun, ExitCode, GateFailed, StopRequested, UserError, nearest, to_exit_code, visible)
+from megatron_sov.base.removed import check_command
 from megatron_sov.version import PARTS, PARTS_NEEDED, __version__, part_of
 
 MAX_PATH_CHARS = 300
@@ -300,6 +301,7 @@ def parser_of(program: str, description: str, commands: Mapping[str, Command]) -
 
 def run_program(parser: Parser, commands: Mapping[str, Command], argv: Sequence[str] | None) -> int:
     def action() -> int:
+        check_command(parser.prog, sys.argv[1:] if argv is None else argv)
         args = parser.parse_args(argv)
         return int(commands[args.command].load().run(args))
 

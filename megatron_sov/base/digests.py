@@ -52,20 +52,6 @@ def file_digest(path: Path, algorithm: str = BLAKE3) -> str:
     return digest.text()
 
 
-def code_sha256(packages: tuple[str, ...] = ("megatron_sov",)) -> str:
-    """Return the hash of our own sources, as they are installed.
-
-    Args:
-        packages: names at the top of the tree.
-    """
-    digest = hashlib.sha256()
-    for root in (Path(__file__).parents[2] / package for package in packages):
-        for file in sorted(root.rglob("*.py")):
-            sha256 = file_digest(file, SHA256).partition(":")[2]
-            digest.update(f"{file.relative_to(root).as_posix()} {sha256}\n".encode())
-    return digest.hexdigest()
-
-
 def algorithm_of(digest: str) -> str:
     """Return the name of the algorithm that made a digest.
 

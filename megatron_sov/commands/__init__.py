@@ -66,12 +66,6 @@ COMMANDS = {
         TRAIN, "pretrain.md",
         ("resume runs/pretrain",
          "resume runs/pretrain --nproc 4 --set train.steps=400")),
-    "ladder": Command(
-        "megatron_sov.commands.operate.ladder",
-        "train small models of a recipe's structure, fit a scaling law, predict the next size",
-        TRAIN, "ladder.md",
-        ("ladder tiny-solar-open --sizes 16K,32K,64K --data tokens --run runs/ladder --predict 256K",
-         "ladder solar-open-102b --sizes 50M,100M,200M --run runs/ladder --dry-run")),
     "sft": Command(
         "megatron_sov.commands.train.lm:SFT",
         "fine-tune on chats, with an auxiliary text term",
@@ -155,18 +149,6 @@ COMMANDS = {
         POST_TRAIN, "rollout_store.md",
         ("rl store stats store",
          "rl store ls store")),
-    "rl replay": Command(
-        "megatron_sov.commands.rl.rl_replay",
-        "a run of reinforcement learning again: are tokens, rewards and weights the same?",
-        POST_TRAIN, "rl.md",
-        ("rl replay runs/rl --output replay",
-         "rl replay runs/rl --from 20 --output replay --nproc 2 --set parallel.ep=2")),
-    "rl why": Command(
-        "megatron_sov.commands.rl.rl_why",
-        "what a step of reinforcement learning has learned from: responses, advantages, shares",
-        POST_TRAIN, "rl.md",
-        ("rl why runs/rl 3",
-         "rl why runs/rl 3 --store work/store --json")),
     "rl knowledge": Command(
         "megatron_sov.commands.rl.rl_knowledge",
         "in-domain text for InK-GRPO: each section once, none of the test's answers",
@@ -219,16 +201,10 @@ COMMANDS = {
         EVALUATE, "compare.md",
         ("eval contamination base.json --data tokens",
          "eval contamination base.json --data tokens corpus.jsonl --workers 8")),
-    "reproduce": Command(
-        "megatron_sov.commands.evaluate.reproduce",
-        "run the claims of a published road at a tiny size, over seeds, and say which hold",
-        EVALUATE, "reproduce.md",
-        ("reproduce k-exaone --quick --output reproduction",
-         "reproduce solar-open --claim phases --output solar")),
     "convert": Command(
         "megatron_sov.commands.models.convert",
-        "from-hf, to-hf, from-megatron, settings, verify, inspect, average, upcycle, deepen, "
-        "to-peft, from-peft, to-gguf: checkpoints, Hugging Face folders, adapters",
+        "from-hf, to-hf, from-megatron, settings, verify, inspect, average, to-peft, from-peft: "
+        "checkpoints, Hugging Face folders, adapters",
         PUBLISH, "convert.md",
         ("convert to-hf runs/sft hf",
          "convert from-hf hf checkpoint")),
@@ -244,12 +220,6 @@ COMMANDS = {
         PUBLISH, "serve.md",
         ("serve runs/sft --name mine --port 8000",
          "serve hf --api-key-env SERVE_KEY")),
-    "card": Command(
-        "megatron_sov.commands.models.card",
-        "write the card of a model from manifests and events: data, cost, scores, provenance",
-        PUBLISH, "card.md",
-        ("card runs/sft --output card",
-         "card runs/pretrain runs/sft --output card --hf-folder hf")),
     "report": Command(
         "megatron_sov.commands.operate.report",
         "write the self-contained HTML report of one or more runs",
@@ -258,7 +228,7 @@ COMMANDS = {
          "report runs/sft runs/dpo")),
     "submit": Command(
         "megatron_sov.commands.operate.submit",
-        "submit a stage or a chain of stages to a Slurm cluster, a stage to Kubernetes",
+        "submit a stage or a chain of stages to a Slurm cluster",
         OPERATE, "slurm.md",
         ("submit pretrain --cluster h100 --account mine --nodes 4 solar-open-102b --data tokens "
          "--run runs/big",
@@ -268,70 +238,13 @@ COMMANDS = {
         "show step, speed, time left, restarts and use of time of runs",
         OPERATE, "watching.md",
         ("status runs",
-         "status runs/pretrain --json")),
-    "watch": Command(
-        "megatron_sov.commands.operate.watch",
-        "follow runs and work on rows, in the terminal or on a page that renews itself",
-        OPERATE, "watching.md",
-        ("watch runs/pretrain",
-         "watch runs/pretrain runs/other --http 8000")),
+         "status runs/pretrain --follow")),
     "logs": Command(
         "megatron_sov.commands.operate.logs",
         "show what a run's processes wrote, across ranks and restarts",
         OPERATE, "watching.md",
         ("logs runs/pretrain",
          "logs runs/pretrain --rank 3 --tail 20")),
-    "counterfactual": Command(
-        "megatron_sov.commands.operate.counterfactual",
-        "train a run again as if it had never read some documents, and tell the difference",
-        PUBLISH, "audit.md",
-        ("counterfactual runs/pretrain --without news --output without-news",
-         "counterfactual runs/pretrain --without books:120-184 --control --output without-a-book")),
-    "audit commit": Command(
-        "megatron_sov.commands.operate.audit:COMMIT",
-        "publish hashes of a run's settings, data and checkpoints, in a log that only grows",
-        PUBLISH, "audit.md",
-        ("audit commit runs/pretrain --log runs/pretrain.log.jsonl",
-         "audit commit runs/pretrain --log runs/pretrain.log.jsonl --key lab.key --follow")),
-    "audit draw": Command(
-        "megatron_sov.commands.operate.audit:DRAW",
-        "draw steps of a published run by lot",
-        PUBLISH, "audit.md",
-        ("audit draw --log runs/pretrain.log.jsonl --randomness 5a31 --output draw.json",
-         "audit draw --log runs/pretrain.log.jsonl --randomness 5a31 --share 0.05 --output draw.json")),
-    "audit repeat": Command(
-        "megatron_sov.commands.operate.audit:REPEAT",
-        "repeat the steps of a draw, and compare with what was published",
-        PUBLISH, "audit.md",
-        ("audit repeat draw.json --log runs/pretrain.log.jsonl --run runs/pretrain --work audit",
-         "audit repeat draw.json --log runs/pretrain.log.jsonl --run runs/pretrain --work audit "
-         "--nproc 2 --set parallel.tp=2")),
-    "audit data": Command(
-        "megatron_sov.commands.operate.audit:DATA",
-        "make tokenizer and token shards of a published run again, or what a teacher said of them",
-        PUBLISH, "audit.md",
-        ("audit data --log runs/pretrain.log.jsonl --run runs/pretrain --work audit",
-         "audit data --log runs/pretrain.log.jsonl --run runs/pretrain --work audit "
-         "--moved /lab/texts=texts")),
-    "audit verdict": Command(
-        "megatron_sov.commands.operate.audit:VERDICT",
-        "write the page of an audit: what was repeated, and what a fraud would have risked",
-        PUBLISH, "audit.md",
-        ("audit verdict draw.json --log runs/pretrain.log.jsonl --work audit --output audit.html",
-         "audit verdict draw.json --log runs/pretrain.log.jsonl --work audit --output audit.html "
-         "--key auditor.key")),
-    "audit prove": Command(
-        "megatron_sov.commands.operate.audit:PROVE",
-        "take one line out of a log, with what shows that it stood in it",
-        PUBLISH, "audit.md",
-        ("audit prove tokens --log runs/pretrain.log.jsonl --output proof.json",
-         "audit prove runs/pretrain/checkpoints/step-4 --log runs/pretrain.log.jsonl --output proof.json")),
-    "audit check": Command(
-        "megatron_sov.commands.operate.audit:CHECK",
-        "check a line of a log by its proof, without the log",
-        PUBLISH, "audit.md",
-        ("audit check proof.json --root 6b47aaf29ee3",
-         "audit check proof.json --root 6b47aaf29ee3 --of tokens")),
     "bundle": Command(
         "megatron_sov.commands.operate.bundle",
         "gather wheels, code and folders for a cluster without a network",

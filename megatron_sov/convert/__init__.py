@@ -11,21 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_sov.convert.averaging import average
-    from megatron_sov.convert.growing import open_weights
     from megatron_sov.convert.hf_export import ParityCheck, to_hf, verify
     from megatron_sov.convert.hf_import import from_hf
     from megatron_sov.convert.live_import import export_weights, import_weights
+    from megatron_sov.convert.peft import open_weights
     from megatron_sov.convert.sources import is_hf_folder
 
 DEFAULT_WORKERS = max(1, min(4, os.cpu_count() or 1))
 """Files that are read and written at a time unless told; each holds two tensors in memory."""
 MAX_SHARD_BYTES = 5_000_000_000
 """Default of the largest safetensors file that is written."""
-NO_FORMAT = "none"
-"""Of formats in few bits: weights are written in their dtype."""
 _MODULES = {"ParityCheck": "hf_export", "average": "averaging", "export_weights": "live_import",
             "from_hf": "hf_import", "import_weights": "live_import", "is_hf_folder": "sources",
-            "open_weights": "growing", "to_hf": "hf_export", "verify": "hf_export"}
+            "open_weights": "peft", "to_hf": "hf_export", "verify": "hf_export"}
 __all__ = ["DEFAULT_WORKERS", "MAX_SHARD_BYTES", "ParityCheck", "average", "export_weights", "from_hf",
            "import_weights", "is_hf_folder", "open_weights", "to_hf", "verify"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,30 +16,30 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, FileRecord, atomic_write, damaged_files, manifest_sha256, read_manifest, refuse_existing,
-    to_json)
+    MANIFEST, FileRecord, atomic_write, damaged_files, manifest_sha256, origins_of, read_manifest,
+    refuse_existing, to_json)
 from megatron_sov.base.digests import fingerprint
-from megatron_sov.base.errors import UserError, nearest, warn
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.figures import format_size
-from megatron_sov.base.pages.markdown import CARD_MARK, md, slug
+from megatron_sov.base.pages.markdown import md
 from megatron_sov.checkpoint.writer import TensorSpec
-from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES, NO_FORMAT
+from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name, check_space, convert_tensor, exported_dtype
-from megatron_sov.convert.growing import open_weights
 from megatron_sov.convert.hf_import import (
     CARRIED_FIELDS, carry, check_copies, checked_source, copies_of, copy_carried_fields, differing_copies,
     digest_of, generation_ids, ids_as_list, ids_beside, move_chat_template, plan_shards, split_conflict,
     with_turn_ends, write_files)
-from megatron_sov.convert.low_bit import FIELD, FORMATS, LowBitModel
-from megatron_sov.convert.peft import AdaptedWeights, UpdateRounding, add_inputs
+from megatron_sov.convert.peft import AdaptedWeights, UpdateRounding, add_inputs, open_weights
 from megatron_sov.convert.sources import (
     HfWeights, Weights, check_dtypes, has_same_bits, newest_of_run, tensors_left_out)
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.modality import modality
+from megatron_sov.model.objectives import BUILT_IN
 from megatron_sov.model.pretrained import (
     CONFIG, INDEX, SINGLE_FILE, listed, load_and_compare, low_bit_options)
 from megatron_sov.runs.checkpoints import HF_MODEL, KIND as CHECKPOINT, RUN, refuse_other_kind, settings_of
+from megatron_sov.version import __version__
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
 # The proof of a conversion: two folders hold the same model, and transformers loads what we wrote.
@@ -111,15 +111,14 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True, workers: int = DE
         UserError: a folder cannot be opened, or is too large to be loaded here.
     """
     sides = [open_weights(a), open_weights(b)]
-    first, second = (RoundedSide(*sides), RoundedSide(*sides[::-1]))
+    first, second = (UpdateRounding(side) for side in sides)
     checks = [
         _count(f"{side.path}: files that differ from the manifest", damaged_files(side.path, workers=workers))
         for side in sides if (side.path / MANIFEST).is_file()]
     checks.append(_count("config fields that differ", _differing_fields(*sides)))
     checks.append(_count("special token ids that differ", _differing_ids(*sides)))
-    records = _compare(first, second, workers)
-    loss = first.rounding.describe() or second.rounding.describe()
-    checks += [*_tensor_checks(sides[0], sides[1], records, loss), *first.checks(), *second.checks()]
+    records = _compare(sides, (first, second), workers)
+    checks += _tensor_checks(sides[0], sides[1], records, first.describe() or second.describe())
     checks += [_count(f"{side.path}: copies that differ", differing_copies(side))
                for side in sides if isinstance(side, HfWeights) and side.copies]
     if load:
@@ -157,47 +156,21 @@ def _tensor_checks(a: Weights, b: Weights, records: dict[str, TensorRecord], los
     ]
 
 
-class RoundedSide:
-    """One side of a comparison, rounded to the other's few bits where that one has them."""
-
-    def __init__(self, side: Weights, other: Weights) -> None:
-        self.weights, self._other = side, other
-        self.rounding = UpdateRounding(side)
-        form = None if format_of(side) else format_of(other)
-        self._low_bit = low_bit_model(side, form) if form else None
-        self._errors: dict[str, float] = {}
-
-    def read(self, name: str) -> torch.Tensor:
-        tensor = self.weights.read(name)
-        if self._low_bit is None or name not in self._low_bit.names:
-            self.rounding.add(name, tensor, self._other.dtype(name))
-            return tensor
-        rounded = self._low_bit.rounded(name)
-        norm = float(tensor.double().norm())
-        self._errors[name] = float((rounded.double() - tensor.double()).norm()) / norm if norm else 0.0
-        return rounded
-
-    def checks(self) -> list[ParityCheck]:
-        """Return how far rounding moved weights: the largest share of a weight's norm."""
-        if self._low_bit is None or not self._errors:
-            return []
-        name, limit = max(self._errors, key=self._errors.__getitem__), self._low_bit.form.largest_error
-        return [ParityCheck(f"{self.weights.path}: largest change of a weight by {self._low_bit.form.name}",
-                            self._errors[name], limit, self._errors[name] <= limit, name)]
-
-
-def format_of(side: Weights) -> str:
-    """Return the format of weights in few bits; "" where there are none."""
-    return (side.low_bit() or "") if isinstance(side, HfWeights) else ""
-
-
-def _compare(a: RoundedSide, b: RoundedSide, workers: int) -> dict[str, TensorRecord]:
+def _compare(sides: Sequence[Weights], roundings: Sequence[UpdateRounding], workers: int
+             ) -> dict[str, TensorRecord]:
     """Return the record of every tensor that both sides have; `workers` tensors are in memory at a time."""
-    others = set(b.weights.names())
-    common = [name for name in a.weights.names() if name in others]
+    a, b = sides
+    others = set(b.names())
+    common = [name for name in a.names() if name in others]
+
+    def compare(name: str) -> TensorRecord:
+        one, other = a.read(name), b.read(name)
+        roundings[0].add(name, one, b.dtype(name))
+        roundings[1].add(name, other, a.dtype(name))
+        return _record(one, other)
+
     with ThreadPoolExecutor(workers) as pool:
-        found = tqdm(pool.map(lambda name: _record(a.read(name), b.read(name)), common), total=len(common),
-                     desc="verify", unit="tensor", disable=None)
+        found = tqdm(pool.map(compare, common), total=len(common), desc="verify", unit="tensor", disable=None)
         return dict(zip(common, found, strict=True))
 
 
@@ -251,18 +224,15 @@ README = "README.md"
 
 
 def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
-          quantize: str = NO_FORMAT, max_shard_bytes: int = MAX_SHARD_BYTES,
-          workers: int = DEFAULT_WORKERS, overwrite: bool = False, redo: bool = False) -> None:
+          max_shard_bytes: int = MAX_SHARD_BYTES, workers: int = DEFAULT_WORKERS, overwrite: bool = False,
+          redo: bool = False) -> None:
     """Write a checkpoint as a Hugging Face folder (an artifact of kind "hf_model").
 
     Args:
-        checkpoint: a checkpoint folder, written at any layout; of an adapter, whose base gets it inside. With
-            `quantize` also a Hugging Face folder.
+        checkpoint: a checkpoint folder, written at any layout; of an adapter, whose base gets it inside.
         out: the folder to write; it appears only when complete, and a killed command goes on where it was.
         dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the checkpoint's own (float32 for
             float64, which few readers expect, and for an adapter's); router biases are float32 always.
-        quantize: store linear layers in a format of few bits (`convert.low_bit`), or "none"; "keep" is
-            bfloat16 then.
         max_shard_bytes: largest size of one safetensors file.
         workers: files that are written at a time.
         overwrite: replace an "hf_model" artifact that is already there.
@@ -272,48 +242,42 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         UserError: the checkpoint is damaged, its family cannot express its model, a value is not finite or
             overflows `dtype`, the disk is full, or other work on the output is unfinished.
     """
-    _check_order(Path(checkpoint), dtype, max_shard_bytes, quantize)
+    _check_order(Path(checkpoint), dtype, max_shard_bytes)
     checkpoint, out = newest_of_run(Path(checkpoint)), Path(out)
     refuse_existing(out, KIND, overwrite)
     source = open_weights(checkpoint)
     check_dtypes(source)
-    low_bit = low_bit_model(source, quantize)
-    if low_bit is not None and dtype == KEEP:
-        dtype = "bfloat16"  # as readers make of few bits, and transformers' classes want one dtype
     copies = copies_of(source)
     specs = planned_tensors(source, dtype, copies)
-    files = planned_files(specs, low_bit, max_shard_bytes)
-    of = {part.name: spec.name for spec in specs for part in _parts(spec, low_bit)} | copies
+    files = planned_files(specs, max_shard_bytes)
+    of = {spec.name: spec.name for spec in specs} | copies
     companions, tokens = _companions(source)
     family = models.get(source.model.family)
     written_dtype = str(specs[0].dtype).removeprefix("torch.")
     config = _carried_fields(source) | family.to_hf_config(source.model, written_dtype, tokens)
-    if low_bit is not None:
-        config[FIELD] = low_bit.field()
     beside = {CONFIG: config, **_processors(source, checkpoint)}
-    form = {"quantize": quantize} if low_bit is not None else {}
-    settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, **form}
+    settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
     has_manifest = (checkpoint / MANIFEST).is_file()  # all but folders of others
     plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint) if has_manifest else "",
             **settings, "files": digest_of(files)}
     with resumable_artifact(out, KIND, "megatron-sov convert to-hf", plan, overwrite=overwrite,
                             redo=redo) as artifact:
-        _write_tensors(artifact, source, low_bit, files, of, workers)
+        _write_tensors(artifact, source, files, of, workers)
         _write_beside(artifact.path, files, beside, companions, tokens)
         if has_manifest:
             add_inputs(artifact.writer, source, leaves=True)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": sum(map(len, files.values())),
             "dtype": config["dtype"],
-            "num_parameters": sum(math.prod(spec.shape) for spec in specs if spec.name not in copies), **form}
+            "num_parameters": sum(math.prod(spec.shape) for spec in specs if spec.name not in copies)}
         artifact.writer.settings = settings
-    _write_readme(out)
+    _write_readme(out, checkpoint)
     if conflict := split_conflict(out, family.reader_split):
         warn(conflict)
 
 
-def _write_tensors(artifact: ResumableArtifact, source: Weights, low_bit: LowBitModel | None,
-                   files: dict[str, list[TensorSpec]], of: dict[str, str], workers: int) -> None:
+def _write_tensors(artifact: ResumableArtifact, source: Weights, files: dict[str, list[TensorSpec]],
+                   of: dict[str, str], workers: int) -> None:
     """Write the files that are not finished; `of` names the source's tensor of each that is written."""
     num_tensors = sum(map(len, files.values()))
     missing = {name: tensors for name, tensors in files.items() if name not in artifact.finished}
@@ -324,12 +288,9 @@ def _write_tensors(artifact: ResumableArtifact, source: Weights, low_bit: LowBit
 
         def read(spec: TensorSpec) -> torch.Tensor:
             name = of[spec.name]
-            if low_bit is not None and name in low_bit.names:
-                tensor = low_bit.stored(name)[spec.name.removeprefix(name)]
-            else:
-                whole = source.read(name)
-                tensor = convert_tensor(whole, spec.dtype, source.path, spec.name)
-                rounding.add(name, whole, spec.dtype)
+            whole = source.read(name)
+            tensor = convert_tensor(whole, spec.dtype, source.path, spec.name)
+            rounding.add(name, whole, spec.dtype)
             bar.update()
             return tensor
 
@@ -341,25 +302,6 @@ def _write_tensors(artifact: ResumableArtifact, source: Weights, low_bit: LowBit
             write_files(artifact.path, missing, read, workers, finish)
     if loss := rounding.describe():
         warn(f"{source.path}: {loss}; --dtype float32 writes the model that was trained")
-
-
-def low_bit_model(source: Weights, quantize: str) -> LowBitModel | None:
-    """Return a model's weights as `quantize` stores them; None for "none".
-
-    Raises:
-        UserError: the format cannot hold the model, or the source is in few bits itself, or is the text model
-            inside of one that sees.
-    """
-    if quantize == NO_FORMAT:
-        return None
-    if isinstance(source, HfWeights) and (form := source.low_bit()) is not None:
-        raise UserError(f"{source.path}: is in {form} already, and --quantize {quantize} would round its "
-                        "rounded weights; take the model that it was made from")
-    if isinstance(source, HfWeights) and source.left_out:
-        raise UserError(f"{source.path}: has {len(source.left_out)} tensors of what sees pictures, which "
-                        "would be left out; convert it with from-hf first")
-    own = any(FIELD in item.names for item in models.get(source.model.family).config)
-    return LowBitModel(source, quantize, own)
 
 
 def _carried_fields(source: Weights) -> dict[str, Any]:
@@ -379,43 +321,57 @@ def _companions(source: Weights) -> tuple[Path, TokenIds]:
     return source.path / "tokenizer", ids_beside(source.path / "tokenizer")
 
 
-def _write_readme(export: Path) -> None:
-    """Write a short model card, which `megatron-sov card` replaces by a whole one; outside of the manifest,
-    since people change it."""
-    # without the folder's name: the same model gives the same bytes
+def _write_readme(export: Path, source: Path) -> None:
+    """Write a model card with the origins that manifests record; it is not in the manifest of the export,
+    since people change it.
+
+    Args:
+        export: the Hugging Face folder.
+        source: the checkpoint that it was made from.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    # without the names of folders: the same model gives the same bytes
     content = read_manifest(export).content
-    form = content.get("quantize", content["dtype"])
-    atomic_write(export / README, f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- {slug(CARD_MARK)}
----
-
-# {md(content["family"])} model
-
-{content["num_parameters"]:,} parameters in {form}, trained with megatron-sov.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-```
-
-`megatron-sov card` writes a card with data, training and scores.
-""".encode())
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["megatron-sov"])
+    title = md(content["family"])
+    lines = [f"{content['num_parameters']:,} parameters in {content['dtype']}, trained with megatron-sov "
+             f"{__version__}.", "", "```python",
+             "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+             'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+             'model = AutoModelForCausalLM.from_pretrained("FOLDER")', "```"]
+    if (source / MANIFEST).is_file():
+        lines += ["", "## Provenance", "", *_provenance(source)]
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title} model\n\n" + "\n".join(lines) + "\n")
+    atomic_write(export / README, str(card).encode())
 
 
-def _check_order(checkpoint: Path, dtype: str, max_shard_bytes: int, quantize: str) -> None:
-    if quantize == NO_FORMAT:
-        refuse_other_kind(checkpoint, (CHECKPOINT, RUN), "a checkpoint or a run")
-    elif quantize not in FORMATS:
-        raise UserError(f"--quantize {quantize!r}: does not exist{nearest(quantize, FORMATS)} (formats: "
-                        f"{', '.join(FORMATS)}, {NO_FORMAT})")
-    else:
-        refuse_other_kind(checkpoint, (CHECKPOINT, RUN, HF_MODEL),
-                          "a checkpoint, a run or a Hugging Face folder")
+def _provenance(source: Path) -> Iterator[str]:
+    """Yield a list of the recipe, stage and step of a checkpoint, and of the artifacts that it was made from,
+    each with its hash; token shards with the documents and tokens of each source."""
+    manifest = read_manifest(source)
+    settings = manifest.settings
+    objective = settings.get("objective")
+    stage = BUILT_IN.get(objective.get("name", "") if isinstance(objective, dict) else "", "pretrain")
+    yield f"- recipe {md(str(settings.get('recipe', 'unknown')))}, stage {md(stage)}"
+    counts = [f"{name} {manifest.content[name]:,}" for name in ("step", "tokens")
+              if type(manifest.content.get(name)) is int]
+    yield f"- checkpoint {manifest_sha256(source)[:16]}" + (f": {', '.join(counts)}" if counts else "")
+    waiting = [(1, origin) for origin in origins_of(source, manifest)]
+    while waiting:
+        depth, origin = waiting.pop(0)
+        indent = "  " * depth
+        yield f"{indent}- made from {md(origin['kind'])} {origin['manifest_sha256'][:16]}"
+        waiting = [(depth + 1, below) for below in origin["made_from"]] + waiting
+        if origin["kind"] == "tokens" and origin["state"] == "here":
+            for part in read_manifest(origin["path"]).content.get("sources", []):
+                split = part["splits"]["train"]
+                yield (f"{indent}  - source {md(part['name'])}: {split['num_documents']:,} documents, "
+                       f"{split['num_tokens']:,} tokens")
+
+
+def _check_order(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:
+    refuse_other_kind(checkpoint, (CHECKPOINT, RUN), "a checkpoint or a run")
     check_dtype_name(dtype)
     if max_shard_bytes <= 0:
         raise UserError(f"--max-shard-bytes {max_shard_bytes}: must be positive")
@@ -429,14 +385,9 @@ def planned_tensors(source: Weights, dtype: str, copies: Mapping[str, str]) -> l
     return list(specs.values())
 
 
-def _parts(spec: TensorSpec, low_bit: LowBitModel | None) -> list[TensorSpec]:
-    return [spec] if low_bit is None else low_bit.specs(spec)
-
-
-def planned_files(specs: list[TensorSpec], low_bit: LowBitModel | None,
-                  max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
+def planned_files(specs: list[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
     """Return what is written, by the name of its file."""
-    shards = plan_shards([part for spec in specs for part in _parts(spec, low_bit)], max_shard_bytes)
+    shards = plan_shards(specs, max_shard_bytes)
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}

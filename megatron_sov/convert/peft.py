@@ -18,15 +18,17 @@ from megatron_sov.base.errors import UserError, warn
 from megatron_sov.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
 from megatron_sov.checkpoint.writer import TensorFile, TensorSpec, write_file
 from megatron_sov.convert.dtypes import convert_tensor
-from megatron_sov.convert.sources import FLOATS, CheckpointWeights, Weights, check_exact, newest_of_run
+from megatron_sov.convert.sources import (
+    FLOATS, CheckpointWeights, HfWeights, Weights, check_exact, newest_of_run)
 from megatron_sov.model.config import LoraConfig, ModelConfig
 from megatron_sov.model.config.lora import EMBEDDING, EXPERTS, FEED_FORWARD, HEAD, TARGETS
 from megatron_sov.model.families.adapters import (
     MAGNITUDE, A, Adapted, AdapterPlace, B, adaptable, adapted, adapted_modules, places)
-from megatron_sov.model.pretrained import DAMAGED_HF, read_json
+from megatron_sov.model.pretrained import CONFIG as HF_CONFIG, DAMAGED_HF, read_json
 from megatron_sov.runs.checkpoints import (
     ADAPTER, BASE, CHECKPOINTS_OF_A_RUN, IMPORTED, KIND, PEFT_ADAPTER, RUN, SOURCE, AdapterBase, adapter_base,
-    damage, found_base, instead_of, keep_as_base, refuse_missing, refuse_other_kind, settings_of)
+    damage, found_base, instead_of, keep_as_base, refuse_missing, refuse_no_model, refuse_other_kind,
+    settings_of)
 
 # PEFT's names and shapes for the tensors of an adapter, and the settings that it wants beside them.
 #
@@ -468,3 +470,19 @@ def _read(weights: TensorFile, of: Adapted, tensor: str, shape: tuple[int, ...])
         raise UserError(f"{weights.path}: {name} is {theirs.dtype} {list(theirs.shape)}, and the base needs "
                         f"floating-point numbers {list(expected)}; was it trained on another model?")
     return convert_tensor(theirs, theirs.dtype, weights.path, name)
+
+
+def open_weights(path: str | Path) -> Weights:
+    """Open a checkpoint, the newest checkpoint of a run, or a Hugging Face folder.
+
+    An adapter's checkpoint is opened as the model that it makes of its base.
+
+    Raises:
+        UserError: it is none of them, or its tensors are not exactly those of its model.
+    """
+    refuse_missing(Path(path))
+    path = newest_of_run(Path(path))
+    refuse_no_model(path)
+    if (path / HF_CONFIG).is_file():
+        return HfWeights(path)
+    return checkpoint_weights(path)

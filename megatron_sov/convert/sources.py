@@ -20,7 +20,7 @@ from megatron_sov.base.errors import UserError, find_misspelt
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.checkpoint.writer import SAFETENSORS_DTYPES, TensorEntry, TensorFile
 from megatron_sov.convert.inert_pickle import read_apart
-from megatron_sov.convert.low_bit import FIELD, LowBitWeight, low_bit_weights
+from megatron_sov.convert.low_bit import FIELD, low_bit_weights
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TEXT_INSIDE, text_config
@@ -267,10 +267,6 @@ class HfWeights:
         """Return the dtype in which the tensor is read: of its file, or of what is made of what stands
         there."""
         return self._stored[name].dtype
-
-    def low_bit(self) -> str | None:
-        """Return the format of the weights that stand in few bits; None where there are none."""
-        return next((s.form.name for s in self._stored.values() if isinstance(s, LowBitWeight)), None)
 
     def held_in(self, file: str) -> list[str]:
         return [name for name, shard in self._shards.items() if shard.path == self.path / file]

@@ -21,7 +21,7 @@ from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.figures import format_size
 from megatron_sov.convert import ParityCheck
-from megatron_sov.convert.hf_export import Proof, format_of
+from megatron_sov.convert.hf_export import Proof
 from megatron_sov.convert.sources import Weights
 from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
 from megatron_sov.engine.parallel import launcher
@@ -35,16 +35,12 @@ from megatron_sov.version import __version__
 
 MAX_DIFFERENCE = 1e-4
 """Largest difference of a logit, relative to the largest logit (or to 1, if that is smaller)."""
-MAX_CHANGE = {"fp8-block": 0.4, "fp8-tensor": 0.4, "mxfp4": 0.8, "nvfp4": 0.8}
-"""Format in few bits -> limit of the norm of what its rounding changes, in norms of the logits. An expert
-that a router leaves out after rounding changes more than rounding itself."""
 LOGITS_BYTES = 1 << 30
 """Logits that are held at a time on either side."""
 
 
 def compare_logits(checkpoint: Path, hf_dir: Path, prompts: Sequence[Sequence[int]], *,
-                   settings: Sequence[str] = (), nproc: int | None = None,
-                   form: str = "") -> list[ParityCheck]:
+                   settings: Sequence[str] = (), nproc: int | None = None) -> list[ParityCheck]:
     """Compare a checkpoint's logits with those of transformers on a Hugging Face folder, in fp32.
 
     Args:
@@ -53,7 +49,6 @@ def compare_logits(checkpoint: Path, hf_dir: Path, prompts: Sequence[Sequence[in
         prompts: token ids of each document; ours packed into rows, transformers' one by one.
         settings: layout of our side, e.g. ``parallel.ep=2``.
         nproc: processes of our side.
-        form: format in few bits that one side's weights were rounded to, and the other's were not.
 
     Returns:
         The checks, passed or not; none on other processes than the first of a torchrun or Slurm job.
@@ -64,7 +59,7 @@ def compare_logits(checkpoint: Path, hf_dir: Path, prompts: Sequence[Sequence[in
     def work(loaded: Loaded) -> list[dict[str, Any]]:
         # One process has both sides; the others take part in our forward pass alone.
         hf = load_hf(hf_dir, torch.float32) if loaded.world.is_main else None
-        return [asdict(c) for c in _checks(loaded.policy, hf, prompts, form)]
+        return [asdict(c) for c in _checks(loaded.policy, hf, prompts)]
 
     found = run_forward_model(Target(checkpoint, False), ["train.precision=fp32", *settings], nproc, work)
     return [ParityCheck(**c) for c in found or []]
@@ -77,10 +72,8 @@ def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> li
     return [generator.integers(0, vocab_size, n).tolist() for n in lengths]
 
 
-def compare_hf_logits(a: Path, b: Path, prompts: Sequence[Sequence[int]],
-                      form: str = "") -> list[ParityCheck]:
-    """Compare the logits of two Hugging Face folders in fp32, both run by transformers, one after the other;
-    `form` as of `compare_logits`.
+def compare_hf_logits(a: Path, b: Path, prompts: Sequence[Sequence[int]]) -> list[ParityCheck]:
+    """Compare the logits of two Hugging Face folders in fp32, both run by transformers, one after the other.
 
     Raises:
         UserError: a folder cannot be loaded.
@@ -92,7 +85,7 @@ def compare_hf_logits(a: Path, b: Path, prompts: Sequence[Sequence[int]],
     second = load_hf(b, torch.float32)
     for i, (prompt, found) in enumerate(zip(prompts, logits, strict=True)):
         difference.add(i, found, _hf_logits(second, prompt))
-    return difference.checks(form)
+    return difference.checks()
 
 
 class _Difference:
@@ -100,7 +93,6 @@ class _Difference:
 
     def __init__(self) -> None:
         self._largest, self._scale, self._other, self._compared, self._worst = 0.0, 1.0, 0, 0, ""
-        self._squares, self._of_squares = 0.0, 0.0
 
     def add(self, document: int, ours: torch.Tensor, reference: torch.Tensor) -> None:
         """Take in logits [tokens, vocabulary] of one document.
@@ -116,19 +108,11 @@ class _Difference:
         self._scale = max(self._scale, float(reference.abs().max()))
         if difference > self._largest:
             self._largest, self._worst = difference, f"document {document} of {len(reference)} tokens"
-        self._squares += float((ours - reference).double().square().sum())
-        self._of_squares += float(ours.double().square().sum())
         self._other += _clearly_different(ours, reference)
         self._compared += len(reference)
 
-    def checks(self, form: str = "") -> list[ParityCheck]:
-        """Return what was found: of one model twice, or (`form`) of a model and what few bits made of it."""
-        if form:
-            change = math.sqrt(self._squares / self._of_squares) if self._of_squares else math.inf
-            return [ParityCheck(f"change of logits by {form}, in norms of the logits", change,
-                                MAX_CHANGE[form], change <= MAX_CHANGE[form],
-                                f"largest {self._largest:.3g} where the largest logit is {self._scale:.3g}, "
-                                f"in {self._worst}")]
+    def checks(self) -> list[ParityCheck]:
+        """Return the largest difference of a logit, and the number of greedy tokens that differ."""
         # Rounding grows with the logits, so the limit does.
         limit = MAX_DIFFERENCE * self._scale
         return [ParityCheck("largest difference of a logit", self._largest, limit, self._largest <= limit,
@@ -136,7 +120,7 @@ class _Difference:
                                                       self._other == 0, f"of {self._compared}")]
 
 
-def _checks(policy: ForwardModel, hf: Any, prompts: Sequence[Sequence[int]], form: str) -> list[ParityCheck]:
+def _checks(policy: ForwardModel, hf: Any, prompts: Sequence[Sequence[int]]) -> list[ParityCheck]:
     """Return the checks on the process that has transformers' model, nothing of meaning elsewhere."""
     difference = _Difference()
     limit_tokens = max(LOGITS_BYTES // (4 * policy.model.vocab_size), max(map(len, prompts)))
@@ -147,7 +131,7 @@ def _checks(policy: ForwardModel, hf: Any, prompts: Sequence[Sequence[int]], for
             continue
         for i, mine in zip(row, ours.split([len(prompts[i]) for i in row]), strict=True):
             difference.add(i, mine, _hf_logits(hf, prompts[i]))
-    return difference.checks(form)
+    return difference.checks()
 
 
 @torch.no_grad()
@@ -206,10 +190,9 @@ def prove_logits(a: Path, b: Path, lengths: Sequence[int], settings: Sequence[st
     if len(checkpoints) == 2:
         return LogitsProof([], {"not compared": "both sides are checkpoints, run by one program: "
                                                 "equal weights, equal logits"})
-    if len(folders) == 2 and _bits(folders[0]) != _bits(folders[1]) and not any(map(format_of, folders)):
+    if len(folders) == 2 and _bits(folders[0]) != _bits(folders[1]):
         return LogitsProof([], {"not compared": "both sides are run by transformers and differ in dtype: "
                                                 "see the weights"})
-    forms = [format_of(side) for side in sides]
     _check_memory(sides)
     fitting = [n for n in lengths if n <= sides[0].model.max_position_tokens]
     prompts = random_prompts(fitting, min(side.model.vocab_size for side in sides), SEED)
@@ -218,20 +201,15 @@ def prove_logits(a: Path, b: Path, lengths: Sequence[int], settings: Sequence[st
               "run by": {str(side.path): "transformers" if side in folders else "megatron-core"
                          for side in sides}}
     if len(folders) == 2:
-        form = max(forms) if len(set(forms)) > 1 else ""
-        return LogitsProof(compare_hf_logits(folders[0].path, folders[1].path, prompts, form), method)
-    by_rounding: list[ParityCheck] = []
-    if form := format_of(folders[0]):
-        by_rounding = compare_logits(checkpoints[0].path, folders[0].path, prompts, settings=settings,
-                                     nproc=nproc, form=form)
+        return LogitsProof(compare_hf_logits(folders[0].path, folders[1].path, prompts), method)
     with _same_weights(checkpoints[0], folders[0]) as (checkpoint, folder):
         checks = compare_logits(checkpoint, folder, prompts, settings=settings, nproc=nproc)
         if (checkpoint, folder) != (checkpoints[0].path, folders[0].path):
             narrower = min(sides, key=_bits)
             method["weights"] = f"of the narrower side, {narrower.path}"
-            told = f"weights of both in {form or str(_dtype(narrower)).removeprefix('torch.')}"
+            told = f"weights of both in {str(_dtype(narrower)).removeprefix('torch.')}"
             checks = [replace(check, detail=f"{check.detail}, {told}".removeprefix(", ")) for check in checks]
-        return LogitsProof([*checks, *by_rounding], method)
+        return LogitsProof(checks, method)
 
 
 @contextmanager
@@ -251,8 +229,8 @@ def _same_weights(checkpoint: Weights, folder: Weights) -> Iterator[tuple[Path, 
 
 
 def _bits(side: Weights) -> int:
-    """Return how wide a side's weights are; 0 where its linear layers are in few bits."""
-    return 0 if format_of(side) else 8 * _dtype(side).itemsize
+    """Return how wide a side's weights are."""
+    return 8 * _dtype(side).itemsize
 
 
 def _dtype(side: Weights) -> torch.dtype:

@@ -98,14 +98,14 @@ class EngineOptions:
 
     engine: ChosenEngine = None
     engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
-    """Layout and precision, e.g. parallel.ep=2 (engine megatron); or servers, e.g. tp=8 (vllm, sglang)."""
+    """Layout and precision, e.g. parallel.ep=2 (engine megatron); or servers, e.g. tp=8 (vllm)."""
     nproc: AtLeastOne | None = None
     """Local processes (engine megatron)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """Where servers come from, of `--engine vllm` and `--engine sglang`."""
+    """Where servers come from, of `--engine vllm`."""
 
     engine_python: Annotated[Path | None, Flag(value="FILE")] = None
     """The interpreter that has the engine (default: SOV_ENGINE_PYTHON of the environment, or this one)."""

@@ -1,5 +1,5 @@
 """One interface to each program that runs a model: our own generator on Megatron-Core, transformers, servers
-of vLLM and SGLang.  No torch here."""
+of vLLM.  No torch here."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from megatron_sov.infer.engines.server_engine import ServerPlaces
     from megatron_sov.infer.engines.target import Target
 
-EngineName = Literal["megatron", "transformers", "vllm", "sglang"]
-MEGATRON, TRANSFORMERS, VLLM, SGLANG = ENGINES = get_args(EngineName)
+EngineName = Literal["megatron", "transformers", "vllm"]
+MEGATRON, TRANSFORMERS, VLLM = ENGINES = get_args(EngineName)
 """Engines by name: the first runs checkpoints at any layout, the others Hugging Face folders."""
-SERVED = (VLLM, SGLANG)
+SERVED = (VLLM,)
 """Those that are servers of their own."""
 ChosenEngine = Annotated[EngineName | None, Flag(
     help="What runs the model (default: transformers for a Hugging Face folder)")]

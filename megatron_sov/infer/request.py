@@ -67,7 +67,7 @@ class Sampling:
     allow_truncation: Annotated[bool, NO_FLAG] = False
     """Take them all the same; log-probabilities are those of the part."""
     with_routes: Annotated[bool, NO_FLAG] = False
-    """Whether to tell which experts tokens visited (`Generated.routes`; megatron, vllm and sglang)."""
+    """Whether to tell which experts tokens visited (`Generated.routes`; megatron and vllm)."""
     rules: Annotated[TokenRules | None, NO_FLAG] = None
     """Tokens that it does not allow have no probability (engine megatron, without drafts); log-probabilities
     are those of the part."""
@@ -129,7 +129,7 @@ def refuse_routes(engine: str, sampling: Sampling) -> None:
     """Raise `UserError` where routes are asked of an engine that does not tell them."""
     if sampling.with_routes:
         raise UserError(f"--engine {engine}: it does not tell which experts tokens visited, and routes are "
-                        "never guessed; use the engine megatron, vllm or sglang, or set "
+                        "never guessed; use the engine megatron or vllm, or set "
                         "policy.router_replay=false")
 
 

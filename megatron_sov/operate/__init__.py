@@ -1,1 +1,1 @@
-"""Runs on a cluster: jobs, Kubernetes, bundles for no network, what a machine has."""
+"""Runs on a cluster: jobs, bundles for no network, what a machine has."""

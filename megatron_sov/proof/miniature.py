@@ -38,7 +38,6 @@ OFF: dict[str, Any] = {
     "train.fp8_pad_routed_tokens": False, "train.tokens": 0,
     "train.epochs": 0, "train.steps": 8, "train.ramp_from_batch_size": 0, "train.hidden_dropout": 0,
     "train.head_chunk_tokens": 24, "data.heldout_tokens": 64, "data.max_epochs": 1e9, "data.skip_steps": [],
-    "data.without": [],
     # a key's bias has no gradient, and Adam makes steps of the rounding errors that are left of it
     "optim.eps": 1e-4, "optim.warmup_steps": 0, "optim.rewarm": [], "model.init_std": 0.3,
     "gpu.cuda_graphs": [], "gpu.optimizer_offload": 0,

@@ -1,1 +1,1 @@
-"""What others read of a run: reports, cards, ladders of small models."""
+"""What others read of a run: reports."""

@@ -381,17 +381,6 @@ class RolloutStore(Table[RolloutPart]):
         if not self.publish(name, version, table, provenance or {}):
             _refuse_others(path, self.read_rewards(version, name), rows, repr)
 
-    def part_of_round(self, name: str, manifest_sha256: str) -> RolloutPart:
-        """Return a part that a round was made of.
-
-        Raises:
-            UserError: it is not there, or is another one.
-        """
-        if not self.has(name) or (part := self.part(name)).manifest_sha256 != manifest_sha256:
-            raise UserError(f"{self.path}: {name} is missing or is not what the round was made of; give the "
-                            "store of the run, with all that was in it")
-        return part
-
     def read_rollouts(self, name: str, fields: Sequence[str] | None = None) -> list[Rollout]:
         """Return the rows of a part, those with a problem left out, which a warning counts.
 

@@ -22,6 +22,7 @@ from megatron_sov.base.artifacts import (
     read_manifest, to_json)
 from megatron_sov.base.errors import UserError, download, warn
 from megatron_sov.base.outputs import TRYING
+from megatron_sov.base.removed import check_folder
 from megatron_sov.model.config import RunConfig, from_dict
 from megatron_sov.model.pretrained import ADAPTER_CONFIG, CONFIG, is_hf_folder
 from megatron_sov.runs.obs.events import EVENTS
@@ -164,6 +165,8 @@ def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         kind = read_manifest(path).kind if (path / MANIFEST).is_file() else ""
     if kind in TAKEN_BY and kind not in kinds:
         raise UserError(f"{path}: is {TAKEN_BY[kind][0]}, not {wanted}; {TAKEN_BY[kind][1]}")
+    if not kind:
+        check_folder(path)
     if not kind and path.is_dir() and not any((path / name).exists() for name in (
             CONFIG, CHECKPOINTS_OF_A_RUN)) and (known := _nothing_known(path)):
         what, taken_by = known

@@ -20,8 +20,8 @@ from megatron_sov.model.families.adapters import identity
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, refuse_missing, refuse_no_run
 from megatron_sov.runs.launch_environment import is_first, num_ranks, typed_command
 from megatron_sov.runs.lock import LOCK, living_holder
+from megatron_sov.runs.obs.alerts import alert
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
-from megatron_sov.runs.obs.telemetry import alert
 
 CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "gate_failed.json",
                                              "stages", "slurm")
@@ -361,22 +361,6 @@ def tell_changes(was: Mapping[str, Sequence[Any]]) -> list[str]:
     """Return a sentence for each change of `changed_settings`."""
     return [f"{name} was {old}, is {new}" if len(f"{old}{new}") <= LONGEST_VALUES else
             f"{name} is another one" for name, (old, new) in was.items()]
-
-
-def with_earlier(config: RunConfig, was: Mapping[str, Sequence[Any]]) -> RunConfig:
-    """Return the settings before a change that `changed_settings` has told of.
-
-    Raises:
-        UserError: they are none.
-    """
-    raw = config.to_dict()
-    for name, (old, _) in was.items():
-        part, dot, key = name.partition(".")
-        if dot:
-            raw[part][key] = old
-        else:
-            raw[part] = old
-    return from_dict(raw)
 
 
 class RunEvents:

@@ -15,6 +15,7 @@ from megatron_sov.base.artifacts import (
     MANIFEST, damaged_files, disk_errors, origins_of, read_manifest, write_output)
 from megatron_sov.base.errors import GateFailed, UserError, visible
 from megatron_sov.base.outputs import check_output
+from megatron_sov.base.removed import check_folder, check_kind
 from megatron_sov.base.settings import Flag, NotNegativeInt
 from megatron_sov.runs.obs.events import EVENTS
 from megatron_sov.work.progress.journal import delete_work, read_job, work_folder
@@ -114,6 +115,7 @@ def _of_artifact(path: Path) -> dict[str, Any]:
     if not (path / MANIFEST).is_file():
         return {}
     manifest = read_manifest(path)
+    check_kind(path, manifest.kind)
     if not (isinstance(manifest.content, dict) and isinstance(manifest.settings, dict)
             and isinstance(manifest.inputs, list) and isinstance(manifest.created_s, int | float)
             and 0 <= manifest.created_s < MAX_TIME_S):
@@ -140,6 +142,7 @@ def _of_others(path: Path) -> dict[str, Any]:
     """Return the kind of what has no manifest."""
     if (path / MANIFEST).is_file():
         return {}
+    check_folder(path)
     if (path / EVENTS).is_file():
         return {"kind": "run", "more": f"megatron-sov status {path}"}
     if (path / "store.json").is_file():

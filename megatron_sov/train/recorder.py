@@ -32,11 +32,11 @@ from megatron_sov.runs.checkpoints import KIND
 from megatron_sov.runs.folder import PLAN
 from megatron_sov.runs.gpu_driver import open_meter
 from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.obs.alerts import Alerts
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 from megatron_sov.runs.obs.history import BY_SETTING, NO_GRADIENT
 from megatron_sov.runs.obs.meters import LOSS, Meter, headline_fields, told_step
 from megatron_sov.runs.obs.routing import max_violation
-from megatron_sov.runs.obs.telemetry import Telemetry
 from megatron_sov.runs.obs.trackers import Trackers
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
@@ -198,7 +198,7 @@ class Recorder:
         self.events = EventLog(None)
         """The run's events; open on rank 0, dropped elsewhere."""
         self._trackers: Trackers | None = None
-        self._telemetry: Telemetry | None = None
+        self._alerts: Alerts | None = None
         self._progress: ProgressBar | None = None
         self._over_epochs: set[str] = set()
         self._has_doubted = False
@@ -208,12 +208,12 @@ class Recorder:
         self.headline, self._comparable = headline, comparable
 
     def open(self, run: Path) -> None:
-        """Open events, telemetry and trackers; called on rank 0 only."""
-        telemetry = self._telemetry = Telemetry(self._config.obs, run, self._config.recipe)
+        """Open events, alerts and trackers; called on rank 0 only."""
+        alerts = self._alerts = Alerts(self._config.obs, run, self._config.recipe)
         trackers = self._trackers = Trackers(self._config.obs, run, self._config.to_dict())
 
         def observe(event: dict[str, Any]) -> None:
-            telemetry.observe(event)
+            alerts.observe(event)
             trackers.observe(event)
 
         self.events = EventLog(run / EVENTS, observe)
@@ -406,6 +406,6 @@ class Recorder:
             self._trackers.close()
         # before the telemetry, which observes every event
         self.events.close()
-        if self._telemetry is not None:
-            self._telemetry.close()
+        if self._alerts is not None:
+            self._alerts.close()
         self._efficiency.close()

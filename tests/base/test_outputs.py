@@ -70,7 +70,7 @@ COMMANDS = {
     "tokenizer report": (sov_tokenizer, "report {data.tokenizer} --output {out}"),
     "tokenizer compare": (sov_tokenizer,
                           "compare {data.tokenizer} {data.tokenizer} --text a={text} --output {out}"),
-    "graft": (sov_tokenizer, "graft {data.tokenizer} --add {text} --output {out}"),
+    "media": (sov_tokenizer, "media {data.tokenizer} --image-tokens 4 --output {out}"),
     "plan": (megatron_sov, "plan tiny-solar-open --html {out}"),
     "report": (megatron_sov, "report {text} --out {out}"),
     "eval": (megatron_sov, "eval ppl nowhere --data {data.text} --out {out}"),

@@ -19,8 +19,8 @@ def test_what_the_page_shows_runs(exaone_dir: Path, one_rank: None, tmp_path: Pa
     shutil.copytree(exaone_dir, tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```(bash|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    assert [language for language, _ in blocks] == ["bash", "bash", "python", "bash", "bash", "bash",
-                                                    "bash", "python", "python"]
+    assert [language for language, _ in blocks] == ["bash", "bash", "python", "bash", "bash", "python",
+                                                    "python"]
     for language, block in blocks:
         if language == "python":
             exec(compile(block, "convert.md", "exec"), {})

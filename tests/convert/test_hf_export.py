@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from megatron_sov import convert
+from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.cli import main
 from megatron_sov.convert.hf_export import Proof, TensorRecord
 
@@ -69,6 +70,8 @@ def test_an_export_is_complete_as_the_hub_expects_it(imported: dict[str, Path], 
                        for folder in (out, imported["solar_open"] / "tokenizer"))
     assert shown == expected
     card = ModelCard.load(out / "README.md")
+    assert card.data.tags == ["megatron-sov"] and "## Provenance" in card.text
+    assert "recipe from-hf" in card.text and manifest_sha256(imported["solar_open"])[:16] in card.text
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
     code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1].replace("FOLDER", str(out))
     names: dict[str, Any] = {}

@@ -16,9 +16,8 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.convert.growing import open_weights
 from megatron_sov.convert.peft import (
-    CONFIG, WEIGHTS, base_name_of, from_peft, frozen_copies, lora_of, merge_adapter, to_peft)
+    CONFIG, WEIGHTS, base_name_of, from_peft, frozen_copies, lora_of, merge_adapter, open_weights, to_peft)
 from megatron_sov.model.config import LoraConfig, apply_settings
 from megatron_sov.model.families.adapters import MAGNITUDE, A, B, places
 from megatron_sov.model.pretrained import hub_name

@@ -483,7 +483,7 @@ def test_gradients_that_are_only_summed_in_a_buffer_s_first_bucket_are_found(
 HARMLESS = {
     # how long the run is and what it reads
     "train.tokens", "train.epochs", "train.steps", "data.heldout_tokens", "data.max_epochs",
-    "data.skip_steps", "data.without",
+    "data.skip_steps",
     # by how much a step changes weights, and where they begin; a product in more pieces; a kernel's cores
     "optim.eps", "optim.warmup_steps", "optim.rewarm", "model.init_std", "train.head_chunk_tokens",
     "gpu.exchange_sms", "guards.hang_timeout_s", "data.prefetch_steps"}
@@ -512,11 +512,11 @@ def test_a_setting_that_is_not_played_is_told(settings: tuple[str, ...], told: s
 
 def test_sound_runs_have_a_miniature() -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), [
-        'data.without=["web:1"]', "optim.rewarm=[[4, 2]]", "model.head_dim=16", "model.rope_share=0.625",
+        "optim.rewarm=[[4, 2]]", "model.head_dim=16", "model.rope_share=0.625",
         'optim.groups=[{"pattern": "decoder.layers.[1-3].*", "lr_scale": 2}, {"pattern": "*layers.3.*"}]'])
     small = miniature(config, 1, Path("documents")).config
 
-    assert (small.data.without, small.optim.rewarm, small.model.head_dim) == ((), (), 16)
+    assert (small.optim.rewarm, small.model.head_dim) == ((), 16)
     # the miniature has layers 0 and 1
     assert [group.pattern for group in small.optim.groups] == ["decoder.layers.[1-3].*"]
 

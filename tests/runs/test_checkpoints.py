@@ -10,10 +10,8 @@ from hypothesis import given, strategies as st
 from megatron_sov import convert, recipes
 from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.convert.growing import open_weights
-from megatron_sov.convert.peft import from_peft, to_peft
+from megatron_sov.convert.peft import from_peft, open_weights, to_peft
 from megatron_sov.infer.engines.target import find_target
-from megatron_sov.publish.card.run_record import read_run_record
 from megatron_sov.publish.report.run_data import read_run
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import (
@@ -206,7 +204,6 @@ COMMANDS = {"to-hf": (("checkpoint", "run"), lambda path, out: convert.to_hf(pat
             "from-peft": (("peft_adapter",), lambda path, out: from_peft(path, out, path)),
             "--from, average, status": (("checkpoint", "run"), lambda path, out: find_checkpoint(path)),
             "report": (("run",), lambda path, out: read_run(path)),
-            "card": (("run",), lambda path, out: read_run_record(path, "a", lambda *_: 0.0)),
             "generate, eval": (("checkpoint", "run", "hf_model"), lambda path, out: find_target(path)),
             "verify, inspect": (("checkpoint", "run", "hf_model"), lambda path, out: open_weights(path))}
 UNKNOWN = {"empty": ((), "is empty"), "read": (("README.md",), "holds README.md alone, and neither a model"),

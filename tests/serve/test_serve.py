@@ -186,7 +186,7 @@ def test_log_probabilities_have_bytes_and_places(client: openai.OpenAI) -> None:
 
 def test_a_trainer_asks_it_as_it_asks_vllm(server: Any) -> None:
     engine = VllmServer(server.url)
-    AddressKeeper(engine, 0, "vllm").start(lambda: False)
+    AddressKeeper(engine, 0).start(lambda: False)
     request = TokenRequest("one", [5, 9, 300], 12, temperature=0.7, top_k=1)
     [answer] = engine.write(request)
     assert (len(answer.tokens), answer.reason) == (12, "length") and answer.logprobs == [0] * 12

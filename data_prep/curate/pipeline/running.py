@@ -28,7 +28,6 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.sealed import read_json, try_read_json
 from megatron_sov.work.clusters.cluster import ClusterProfile
-from megatron_sov.work.clusters.kubernetes import KubernetesProfile
 from megatron_sov.work.processes.pool import LOST, WorkerLost, WorkerPool
 from megatron_sov.work.progress.locks import holding
 from megatron_sov.work.submit.arrays import (
@@ -279,7 +278,7 @@ def read_share(output: Path, found: Sequence[Batch], task: int) -> None:
     read_batch(found[task], output)
 
 
-def submit_rest(pipeline: Pipeline, output: Path, profile: ClusterProfile | KubernetesProfile,
+def submit_rest(pipeline: Pipeline, output: Path, profile: ClusterProfile,
                 task: int) -> None:
     with holding(output, output):
         # Under the lock: two jobs that come here must not both submit.
@@ -336,23 +335,19 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
         _submit_run(plan, output, profile)
 
 
-def _submit_reading(pipeline: Pipeline, output: Path, profile: ClusterProfile | KubernetesProfile,
+def _submit_reading(pipeline: Pipeline, output: Path, profile: ClusterProfile,
                     unknown: dict[str, dict[Path, int]]) -> None:
     tell_failures(output, READING_STAGES)
     found = tuple(batches(unknown))
     reading, rest = READING_STAGES
     with Arrays(output, READING, profile) as arrays:
         first = arrays.submit(reading, partial(read_share, output, found), len(found))
-        if isinstance(profile, ClusterProfile):
-            second = arrays.submit(rest, partial(submit_rest, pipeline, output, profile))
-            said = (f"2 jobs: {first} reads them, {second} then submits the steps; the same command tells "
-                    "how far they are")
-        else:  # a pod has no right to make Jobs
-            said = f"1 job: {first} reads them; the same command, typed when it has ended, submits the steps"
-    print(f"{output}: the contents of {describe_unknown(unknown)} are not known yet; submitted {said}")
+        second = arrays.submit(rest, partial(submit_rest, pipeline, output, profile))
+    print(f"{output}: the contents of {describe_unknown(unknown)} are not known yet; submitted 2 jobs: "
+          f"{first} reads them, {second} then submits the steps; the same command tells how far they are")
 
 
-def _submit_run(plan: PipelinePlan, output: Path, profile: ClusterProfile | KubernetesProfile) -> None:
+def _submit_run(plan: PipelinePlan, output: Path, profile: ClusterProfile) -> None:
     file = begin(plan, output)
     with Arrays(output, plan.address, profile) as arrays:
         for stage in stages(plan):

@@ -221,7 +221,7 @@ class Chapter:
 
 def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
            opening: Sequence[Panel] = (), overview: tuple[str, PageTable] | None = None,
-           anchor: str = "part", nothing: str = "There is nothing to show.", live: str = "",
+           anchor: str = "part", nothing: str = "There is nothing to show.",
            now_s: float | None = None) -> str:
     """Return the HTML of a page.
 
@@ -238,22 +238,21 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
         overview: a heading and a table before the chapters.
         anchor: how the chapters' addresses begin.
         nothing: said in a chapter without sections.
-        live: address of a stream of events that renews the opening; empty: the page stays as it is.
         now_s: Unix time to print as the time of writing; the current one by default.
     """
     from plotly.offline import get_plotlyjs
 
-    draws = bool(live) or any(panel.charts for panel in opening) or any(
+    draws = any(panel.charts for panel in opening) or any(
         section.charts for chapter in chapters for section in chapter.sections)
     plotly_js = get_plotlyjs() if draws else ""  # nearly five megabytes
-    draw_js, live_js = _resource("draw.js"), _resource("live.js")
-    scripts = [*([plotly_js] if draws else []), draw_js, *([live_js] if live else [])]
+    draw_js = _resource("draw.js")
+    scripts = [*([plotly_js] if draws else []), draw_js]
     return _templates().get_template("page.html.j2").render(
         kicker=kicker, title=title, subtitle=subtitle, nothing=nothing,
         chapters=[_anchored(chapter, f"{anchor}-{i}") for i, chapter in enumerate(chapters, 1)],
         opening=opening, overview=overview, overview_anchor=f"{anchor}s",
         css=_resource("colours.css") + _resource("page.css"),
-        plotly_js=plotly_js, draw_js=draw_js, live_js=live_js, live=live,
+        plotly_js=plotly_js, draw_js=draw_js,
         script_hashes=" ".join(map(_csp_hash, scripts)),
         version=__version__, written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s)),
     )
@@ -269,12 +268,6 @@ def render_chat() -> str:
     return _templates().get_template("chat.html.j2").render(
         css=css, js=js, style_hash=_csp_hash(css), script_hash=_csp_hash(js),
         version=__version__)
-
-
-def render_panel(panel: Panel) -> str:
-    """Return the HTML of a panel alone, for a page that is open already; text is escaped as in a page."""
-    return _templates().from_string('{% from "parts.html.j2" import panel_of %}{{ panel_of(panel) }}').render(
-        panel=panel).strip()
 
 
 @lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from megatron_sov.base.errors import UserError, find_misspelt, how_to_install, nearest
 from megatron_sov.base.plugins.loading import Kind, LoadedPlugin, PluginCode, is_reference, load, telling
+from megatron_sov.base.removed import was_removed
 from megatron_sov.base.settings import SettingsError, read_arguments, rules_of
 
 
@@ -238,8 +239,8 @@ class Registry(Generic[T]):
         absent, plural = ABSENT.get(self.kind, ("does not exist", f"{self.kind}s"))
         listed = LISTED_BY.get(self.kind, f"{plural}: {', '.join(known)}")
         hint = find_misspelt if self.kind in ABSENT else nearest
-        return (f"{self.kind} {name!r}: {absent}{hint(name, known)} ({listed}; your own are named "
-                "FILE.py:NAME)")
+        close = was_removed(name) or hint(name, known)
+        return f"{self.kind} {name!r}: {absent}{close} ({listed}; your own are named FILE.py:NAME)"
 
 
 BuiltIn = Mapping[str, Sequence[str]]

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from megatron_sov.base.errors import nearest
+from megatron_sov.base.removed import was_removed
 from megatron_sov.base.settings.problem import (
     UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, as_problem)
 
@@ -234,9 +235,9 @@ def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
         return _missing(key)
     if kind in ("literal_error", "enum"):
         known = [word for word in _choices(hint) if isinstance(word, str)]
-        close = nearest(value, known).removeprefix("; ") if isinstance(value, str) else ""
+        close = was_removed(value) or nearest(value, known) if isinstance(value, str) else ""
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
-                               value, close)
+                               value, close.removeprefix("; "))
     if kind == "asked":
         return SettingsProblem(ProblemCode(ctx["code"]), key, ctx["rule"],
                                UNSET if ctx["may_be_secret"] else value, ctx["way_out"])

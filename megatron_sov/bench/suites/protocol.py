@@ -214,8 +214,8 @@ def _untrusted(protocol: Protocol) -> list[str]:
         ("reward", protocol.reward), ("environment", protocol.environment)) if is_reference(value)]
     if protocol.reward in ("composed", "classifier"):
         p.append(f"reward = {protocol.reward!r} loads what its settings name")
-    if protocol.environment in ("mcp", "nemo_gym", "openenv", "verifiers"):
-        p.append(f"environment = {protocol.environment!r} starts a program or asks a server")
+    if protocol.environment == "verifiers":
+        p.append(f"environment = {protocol.environment!r} starts a program")
     for settings in (protocol.reward_settings, *protocol.variants.values()):
         p += [f"reward_settings.{name} says how or where the reward runs; give it on the command line"
               for name in settings if name in _of_operation(protocol.reward)]

@@ -1,5 +1,5 @@
-"""`megatron-sov convert from-hf | to-hf | to-gguf | from-megatron | settings | from-peft | to-peft | average
-| upcycle | deepen | verify | inspect`.
+"""`megatron-sov convert from-hf | to-hf | from-megatron | settings | from-peft | to-peft | average
+| verify | inspect`.
 
 The command stands here and not in `convert`, since `verify` runs both models, which rooms above that one do.
 """
@@ -22,8 +22,7 @@ from annotated_types import Gt, Le
 from megatron_sov.base.artifacts import atomic_write, to_json, write_output
 from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.settings import (
-    Actions, AtLeastOne, Flag, NotNegative, add_actions, parse_nested, run_action)
+from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, parse_nested, run_action
 from megatron_sov.commands.shared_options import (
     PARITY_LENGTHS, CheckpointOut, CheckpointPath, OverwriteOptions, RecordOptions, RedoOptions)
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
@@ -42,8 +41,6 @@ from megatron_sov.runs.launch_environment import is_first
 
 # What the actions of `megatron-sov convert` take.
 
-FormatName = Literal["none", "fp8-block", "fp8-tensor", "mxfp4", "nvfp4"]
-GgufTypeName = Literal["keep", "f32", "f16", "bf16", "q8_0"]
 DtypeName = Literal["keep", "float32", "bfloat16", "float16", "float64"]
 
 
@@ -85,25 +82,8 @@ class ToHfOptions(ConversionOptions):
     checkpoint: CheckpointPath
     out: Annotated[Path, Flag("OUT")]
     """Hugging Face folder to write."""
-    quantize: Annotated[FormatName, Flag(value="FORMAT")] = "none"
-    """Write linear layers in few bits: fp8-block, fp8-tensor, mxfp4, nvfp4; none: in --dtype. Takes a
-    Hugging Face folder as well."""
     max_shard_bytes: AtLeastOne = MAX_SHARD_BYTES
     """Largest safetensors file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToGgufOptions(OverwriteOptions):
-    """Write a Hugging Face folder as a GGUF file, which llama.cpp runs."""
-
-    hf_dir: Annotated[Path, Flag("HF_DIR")]
-    """Folder of a model (llama, mixtral, qwen2, qwen3, qwen3_moe, exaone4, exaone_moe, solar_open, glm4_moe)
-    with its tokenizer."""
-    out: Annotated[Path, Flag("OUT.gguf")]
-    """File to write."""
-    type: Annotated[GgufTypeName, Flag(value="TYPE")] = "keep"
-    """What matrices are written in: f32, f16, bf16, q8_0 (8 bits, a scale for 32), or keep: what they are
-    in. Norms, biases and routers are float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,46 +147,6 @@ class AverageOptions(WrittenOptions, WorkersOptions, RedoOptions):
     decay: Annotated[float, Gt(0), Le(1), Flag(value="D")] = 0.5
     """Of --weights ema."""
     workers: AtLeastOne = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class GrowingOptions(WrittenOptions, WorkersOptions, RedoOptions):
-    """What a larger model begins as."""
-
-    checkpoint: CheckpointPath
-    out: CheckpointOut
-    workers: AtLeastOne = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpcycleOptions(GrowingOptions):
-    """Write a dense checkpoint as one with experts that computes the same."""
-
-    experts: Annotated[AtLeastOne, Flag(value="E")]
-    """Experts of each layer."""
-    top_k: Annotated[AtLeastOne, Flag(value="K")]
-    """Experts that a token visits."""
-    granularity: Annotated[AtLeastOne, Flag(value="G")] = 1
-    """Cut each copy of the dense network into G experts."""
-    noise: Annotated[NotNegative, Flag(value="S")] = 0.0
-    """Add noise of S standard deviations of each matrix (default 0: the model computes exactly what the dense
-    one does)."""
-    seed: int = 0
-    """Of the router and the noise."""
-    family: Annotated[str, Flag(value="NAME")] = ""
-    """Family of the model with experts (default: the one that fits)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeepenOptions(GrowingOptions):
-    """Write a checkpoint with more layers, which repeat its own."""
-
-    layers: AtLeastOne
-    """Layers of the deeper model."""
-    how: Literal["stack", "interleave"] = "interleave"
-    """stack: layers 0 1 2 0 1 2; interleave: 0 0 1 1 2 2."""
-    identity: bool = False
-    """Repeated layers write nothing at first, so the model computes what it did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,24 +307,12 @@ def _from_hf(args: FromHfOptions) -> int:
 
 def _to_hf(args: ToHfOptions) -> int:
     _begin(args, args.checkpoint)
-    if args.quantize == "none":
-        refuse_other_kind(args.checkpoint, (KIND, RUN), "a checkpoint or a run")
+    refuse_other_kind(args.checkpoint, (KIND, RUN), "a checkpoint or a run")
     from megatron_sov import convert
 
-    convert.to_hf(args.checkpoint, args.out, args.dtype, quantize=args.quantize,
-                  max_shard_bytes=args.max_shard_bytes,
+    convert.to_hf(args.checkpoint, args.out, args.dtype, max_shard_bytes=args.max_shard_bytes,
                   workers=args.workers, overwrite=args.overwrite, redo=args.redo)
     print(f"wrote Hugging Face folder {args.out}")
-    return ExitCode.OK
-
-
-def _to_gguf(args: ToGgufOptions) -> int:
-    refuse_missing(args.hf_dir)
-    refuse_other_kind(args.hf_dir, (HF_MODEL,), "a Hugging Face folder")
-    from megatron_sov.convert.gguf_export import to_gguf
-
-    to_gguf(args.hf_dir, args.out, args.type, overwrite=args.overwrite)
-    print(f"wrote GGUF file {args.out}")
     return ExitCode.OK
 
 
@@ -415,28 +343,6 @@ def _average(args: AverageOptions) -> int:
                    args.decay)
     convert.average(found, args.out, workers=args.workers, overwrite=args.overwrite, redo=args.redo)
     print(f"wrote checkpoint {args.out}, the mean of {len(found)}")
-    return ExitCode.OK
-
-
-def _upcycle(args: UpcycleOptions) -> int:
-    _begin(args, args.checkpoint)
-    from megatron_sov.convert.growing import Upcycling, upcycle
-
-    upcycle(args.checkpoint, args.out,
-            Upcycling(args.experts, args.top_k, args.granularity, args.noise, args.seed,
-                      args.family),
-            workers=args.workers, overwrite=args.overwrite, redo=args.redo)
-    print(f"wrote checkpoint {args.out}")
-    return ExitCode.OK
-
-
-def _deepen(args: DeepenOptions) -> int:
-    _begin(args, args.checkpoint)
-    from megatron_sov.convert.growing import Deepening, deepen
-
-    deepen(args.checkpoint, args.out, Deepening(args.layers, args.how, args.identity),
-           workers=args.workers, overwrite=args.overwrite, redo=args.redo)
-    print(f"wrote checkpoint {args.out}")
     return ExitCode.OK
 
 
@@ -525,11 +431,9 @@ def _facts(path: Path) -> dict[str, Any]:
 
 ACTIONS: Actions = {
     "from-hf": (FromHfOptions, _from_hf), "to-hf": (ToHfOptions, _to_hf),
-    "to-gguf": (ToGgufOptions, _to_gguf),
     "from-megatron": (FromMegatronOptions, _from_megatron), "settings": (TranslateOptions, _settings),
     "to-peft": (ToPeftOptions, _to_peft), "from-peft": (FromPeftOptions, _from_peft),
-    "average": (AverageOptions, _average), "upcycle": (UpcycleOptions, _upcycle),
-    "deepen": (DeepenOptions, _deepen), "verify": (VerifyOptions, _verify),
+    "average": (AverageOptions, _average), "verify": (VerifyOptions, _verify),
     "inspect": (ConvertInspectOptions, _inspect)}
 add_arguments = partial(add_actions, actions=ACTIONS)
 run = partial(run_action, ACTIONS)

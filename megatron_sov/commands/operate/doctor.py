@@ -42,8 +42,7 @@ REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "sa
                      "plotly", "jinja2", "tqdm", "psutil", "tiktoken", "pyarrow", "zstandard", "blake3",
                      "numba")
 OPTIONAL_PACKAGES = {"tensorboard": "trackers", "wandb": "trackers", "math-verify": "rl",
-                     "httpx": "judge", "aiohttp": "serve", "mlflow-skinny": "mlflow", "ray": "ray",
-                     "gguf": "gguf"}
+                     "httpx": "judge", "aiohttp": "serve", "ray": "ray"}
 TE_COMMAND = how_to_install("gpu", "--no-build-isolation") + " (needs a CUDA toolchain, see docs/install.md)"
 DEEP_EP_REMEDY = ("build the commit that containers/install.sh names: DEEPEP_ARCH=10.0 sh "
                   "containers/install.sh")

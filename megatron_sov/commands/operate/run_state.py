@@ -236,6 +236,10 @@ class RunStateReader:
         _find_checkpoint(state, now_s)
         return state
 
+    def progress(self) -> str:
+        """Return how far the run is and what its last step gave, on one line."""
+        return f"step {_progress(self._so_far)}{_measured(self._so_far)}"
+
     def _add_settings(self, state: RunState) -> None:
         config = RunFolder(self._path).config()
         if config is not None:

@@ -20,10 +20,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json, write_output
+from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.base.command_line import HelpText, Parser
 from megatron_sov.base.errors import ExitCode, UserError, nearest
-from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import (
     AtLeastOne, NotNegativeInt, add_options, read_options, read_text, read_yaml)
 from megatron_sov.commands import COMMANDS as PROGRAMS
@@ -33,7 +32,7 @@ from megatron_sov.operate.slurm.stages import STAGES, Commands, SubmitOptions, c
 from megatron_sov.operate.slurm.submission import READY_ROOT, ReadySubmission
 from megatron_sov.runs.folder import ATTEMPTS, last_words
 from megatron_sov.runs.obs.events import read_events
-from megatron_sov.work.clusters import client, cluster, kubernetes
+from megatron_sov.work.clusters import client, cluster
 
 WORK = re.compile(r"\$WORK\b|\$\{WORK\}")
 
@@ -350,11 +349,6 @@ def write_scripts(chain: str, folder: Path, options: SubmitOptions, commands: Co
     return list(scripts)
 
 
-OF_SLURM = ("min_nodes", "nodes_set", "engine_nodes", "array", "account", "partition", "prove", "scripts",
-            "continue_chain")
-"""Options that mean nothing on Kubernetes."""
-OF_KUBERNETES = ("job_name", "manifest", "apply")
-"""Options that mean nothing on Slurm."""
 
 
 def _declare_eval_lm(parser: argparse.ArgumentParser) -> None:
@@ -397,12 +391,6 @@ def run(typed: argparse.Namespace) -> int:
     # options of `submit` may stand among the stage's own: taken out here, the rest is the stage's
     typed, argv = parser.parse_known_args(typed.arguments, typed)
     options = read_options(SubmitOptions, typed)
-    # which options mean something is known only with the kind of the profile
-    if options.cluster is not None and kubernetes.is_kubernetes(options.cluster):
-        return _kubernetes(typed.stage, argv, options.cluster, options)
-    if given := [name for name in OF_KUBERNETES if getattr(options, name)]:
-        raise UserError(f"{_option(given[0])}: belongs to Kubernetes; leave it out, or pass --cluster with a "
-                        f"profile of kind k8s ({', '.join(kubernetes.names())}, or a file of your own)")
     return _chain(argv, options) if typed.stage == "chain" else _stage(typed.stage, argv, options)
 
 
@@ -473,41 +461,6 @@ def _is_proved(prepared: submission.Prepared) -> bool:
         if verdict.outcome != EQUAL:
             return False
     return True
-
-
-def _kubernetes(stage: str, argv: list[str], cluster_name: str, options: SubmitOptions) -> int:
-    """Make a manifest of a stage; returns 0 when it is where the user wants it."""
-    from megatron_sov.operate.slurm.stages import trainjob_of
-
-    if stage == "chain":
-        raise UserError("submit chain: several jobs that wait for one another, which a TrainJob does not; "
-                        "submit each stage when the one before is complete")
-    if given := [name for name in OF_SLURM if getattr(options, name)]:
-        raise UserError(f"{_option(given[0])}: belongs to Slurm; leave it out where --cluster names a "
-                        "profile of kind k8s")
-    if not (options.dry_run or options.manifest or options.apply):
-        raise UserError("--cluster names a profile of kind k8s: say what becomes of the manifest; --dry-run "
-                        "prints it, --manifest FILE writes it, --apply has `kubectl create` make the job")
-    if options.dry_run and (options.manifest or options.apply):
-        raise UserError("--dry-run: prints the manifest and does nothing else; leave it out beside "
-                        "--manifest and --apply")
-    profile = kubernetes.load(cluster_name)
-    check_output("--manifest", options.manifest)
-    text = trainjob_of(stage, argv, profile, COMMANDS, nodes=options.nodes or 1, name=options.job_name,
-                       time_limit=options.time_limit)
-    if options.dry_run:
-        sys.stdout.write(text)
-    if options.manifest:
-        write_output(options.manifest, text)
-        print(options.manifest)
-    if options.apply:
-        print(kubernetes.kubectl("create", "-f", "-", text=text, way_out="write the manifest with --manifest "
-                                 "FILE and create it elsewhere"))
-    return 0
-
-
-def _option(name: str) -> str:
-    return f"--{name.removesuffix('_chain').replace('_', '-')}"
 
 
 def _chain(argv: list[str], options: SubmitOptions) -> int:

@@ -367,7 +367,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
 TRAIN = command_of(RlTrainOptions, run_train)
 
 
-RunEngine = Literal["megatron", "vllm", "sglang"]
+RunEngine = Literal["megatron", "vllm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,12 +377,12 @@ class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions, ServerOptions):
     engine: Annotated[RunEngine, Flag(help="What writes: the model that learns, or servers, which are given "
                                            "its weights in each round")] = MEGATRON
     engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
-    """Servers, e.g. servers=2 or tp=8 (engines vllm, sglang)."""
+    """Servers, e.g. servers=2 or tp=8 (engine vllm)."""
 
     def problems(self) -> list[SettingsProblem]:
         if self.engine == MEGATRON and (self.engine_set or self.engine_url or self.engine_python):
             return [SettingsProblem(ProblemCode.RULE, "engine", "has no servers, and settings of servers are "
-                                    "given", self.engine, "add --engine vllm or sglang, or leave them out")]
+                                    "given", self.engine, "add --engine vllm, or leave them out")]
         return [] if self.reward != ENVIRONMENT or self.environment is not None else [
             SettingsProblem(ProblemCode.RULE, "reward",
                             "takes what an environment said of its episodes, and there is none",

@@ -36,7 +36,7 @@ class ScoringTeacherOptions:
     """A teacher of the model's own architecture (of any, with policy.method=gkd); with DOMAIN of prompts of
     that `domain` alone; may be repeated."""
     teacher_url: Annotated[tuple[str, ...], Flag(value="[DOMAIN=]URL")] = ()
-    """A server of vLLM, SGLang or `megatron-sov serve` with a teacher of any size and the model's tokenizer;
+    """A server of vLLM or `megatron-sov serve` with a teacher of any size and the model's tokenizer;
     may be repeated, also for one teacher."""
 
     def given(self) -> list[tuple[str, str, str]]:

@@ -21,11 +21,8 @@ from queue import SimpleQueue
 from typing import Protocol
 
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.infer.engines.server_process import PROGRAMS
 from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
-from megatron_sov.work.endpoints.sglang_server import SGLANG, is_sglang
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest, TokenServer
-from megatron_sov.work.endpoints.vllm_server import VLLM
 
 LOOK_S = 1.0
 """Between two looks at a server."""
@@ -60,10 +57,9 @@ class Keeper(Protocol):
 class AddressKeeper:
     """A server that somebody else has started."""
 
-    def __init__(self, server: TokenServer, wait_s: float, engine: str = "") -> None:
-        """Take the server, how long it is waited for, and the engine's name that it is seen to be; none: it
-        is not asked."""
-        self._server, self._wait_s, self._engine = server, wait_s, engine
+    def __init__(self, server: TokenServer, wait_s: float) -> None:
+        """Take the server, and how long it is waited for."""
+        self._server, self._wait_s = server, wait_s
 
     def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
         """Wait until it answers, see `Keeper`."""
@@ -80,10 +76,6 @@ class AddressKeeper:
                 raise UserError(f"--engine-url {self._server.url}: has not answered for {self._wait_s:g} s; "
                                 "see whether the server runs there, and give the same command again")
             time.sleep(LOOK_S)
-        if self._engine and is_sglang(self._server.url) != (self._engine == SGLANG):
-            other = VLLM if self._engine == SGLANG else SGLANG
-            raise UserError(f"--engine {self._engine} --engine-url {self._server.url}: a server of "
-                            f"{PROGRAMS[other].title} answers there; pass --engine {other}")
         return self._server
 
     def is_alive(self) -> bool:

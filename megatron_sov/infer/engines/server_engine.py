@@ -1,4 +1,4 @@
-"""Servers of vLLM or SGLang as an `Engine`, started here or at addresses: one fleet for all that is asked."""
+"""Servers of vLLM as an `Engine`, started here or at addresses: one fleet for all that is asked."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def open_fleet(name: str, folder: Path, vocab_size: int, longest: int, settings:
     if not places.command:
         refuse_no_engine(name, places.urls, places.python)
     keepers: list[Keeper] = [
-        AddressKeeper(PROGRAMS[name].connect(url, settings), settings.start_s, name)
+        AddressKeeper(PROGRAMS[name].connect(url, settings), settings.start_s)
         for url in places.urls]
     if not keepers:
         keepers = [OwnServer(name, number, folder, longest, settings, places.logs, with_routes=with_routes,
@@ -251,7 +251,7 @@ class ServerEngine:
         """Return the routes of the first tokens of a prompt and its answer.
 
         Engines tell [prompt + continuation - 1, layers, top_k], with a layer of zeros for each leading dense
-        one; SGLang its layers and experts in one row.
+        one.
 
         Raises:
             UserError: it tells others than the model can have.

@@ -22,7 +22,6 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, ProblemCode, SettingsProblem
 from megatron_sov.infer import vllm_worker
 from megatron_sov.runs.launch_environment import own_gpu_index
-from megatron_sov.work.endpoints.sglang_server import SGLANG, SglangServer
 from megatron_sov.work.endpoints.token_server import TokenServer
 from megatron_sov.work.endpoints.transport import missing_libraries
 from megatron_sov.work.endpoints.vllm_server import VLLM, SendFiles, VllmServer
@@ -68,15 +67,8 @@ PROGRAMS = {
          "experts_int8", "fp8", "fp8_per_block", "fp8_per_channel", "fp8_per_tensor", "gpt_oss_mxfp4",
          "gptq", "gptq_marlin", "humming", "inc", "int8_per_channel_weight_only", "modelopt",
          "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8", "moe_wna16", "mxfp4", "mxfp8",
-         "nvfp4_per_token", "online", "quark", "torchao")),
-    SGLANG: EngineProgram(
-        "SGLang", "sglang", ("-m", "sglang.launch_server"),
-        lambda url, asked: SglangServer(url, answer_s=asked.answer_s),
-        ("auto-round", "auto-round-int8", "awq", "awq_marlin", "bitsandbytes", "compressed-tensors", "fp8",
-         "gguf", "gptq", "gptq_marlin", "humming", "modelopt", "modelopt_fp4", "modelopt_fp8",
-         "modelopt_mixed", "moe_wna16", "mxfp4", "mxfp8", "mxfp_w4a8", "nvfp4_online", "petit_nvfp4",
-         "quark", "quark_int4fp8_moe", "quark_mxfp4", "unquant", "w4afp8", "w8a8_fp8", "w8a8_int8"))}
-"""By name of the engine; as of vLLM 0.32 and SGLang 0.5.23."""
+         "nvfp4_per_token", "online", "quark", "torchao"))}
+"""By name of the engine; as of vLLM 0.32."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +88,7 @@ class EngineServers:
     quantization: str = ""
     """The engine's name, e.g. fp8; empty: the weights as they are."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights and of what is computed; auto: as the folder has them, or float16 for float32 where the
-    engine decides so (SGLang)."""
+    """Of the weights and of what is computed; auto: as the folder has them."""
     requests: AtLeastOne = 256
     """Responses that each copy of the model writes at a time."""
     devices: tuple[str, ...] = ()
@@ -131,10 +122,6 @@ class EngineServers:
         if self.quantization and self.quantization not in program.quantizations:
             p.append(SettingsProblem(ProblemCode.RULE, "quantization", f"{program.title} has "
                                      f"{', '.join(program.quantizations)}", self.quantization))
-        if engine == SGLANG and self.transfer == "collective":
-            p.append(SettingsProblem(ProblemCode.RULE, "transfer", f"{program.title} takes weights by files "
-                                     "alone; leave it out, and set weights to a folder that its servers see",
-                                     self.transfer))
         return p
 
     @property
@@ -265,27 +252,6 @@ class OwnServer:
 
     def words(self, port: int) -> list[str]:
         """Return the command line."""
-        return self._sglang_words(port) if self._engine == SGLANG else self._vllm_words(port)
-
-    def _sglang_words(self, port: int) -> list[str]:
-        asked = self._settings
-        words = [*self._command, "--model-path", str(self._folder), "--served-model-name", "policy", "--host",
-                 self._host, "--port", str(port), "--skip-tokenizer-init",
-                 # it ends an answer two tokens before its own end
-                 "--context-length", str(self._longest + 2), "--max-running-requests", str(asked.requests),
-                 "--dtype", asked.dtype, "--mem-fraction-static", str(asked.memory_share),
-                 "--tp-size", str(asked.tp), "--dp-size", str(asked.dp),
-                 # servers that draw alike would write one response to a prompt several times
-                 "--random-seed", str(secrets.randbelow(1 << 31))]
-        if asked.ep:
-            words += ["--ep-size", str(asked.tp)]
-        if asked.quantization:
-            words += ["--quantization", asked.quantization]
-        if self._with_routes:
-            words += ["--enable-return-routed-experts"]
-        return words + list(asked.more)
-
-    def _vllm_words(self, port: int) -> list[str]:
         asked = self._settings
         words = [*self._command, str(self._folder), "--served-model-name", "policy", "--host",
                  self._host, "--port", str(port), "--enable-scale-out",
@@ -313,9 +279,6 @@ class OwnServer:
         found = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
         if (devices := self._settings.devices_of(self.number)) is not None:
             found["CUDA_VISIBLE_DEVICES"] = devices
-        if self._engine == SGLANG:
-            # of the two tokens of --context-length
-            return found | {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", "HF_HUB_OFFLINE": "1"}
         path = [str(WORKER_FOLDER), *filter(None, [found.get("PYTHONPATH")])]
         # weights change by routes that only this mode has: others must not reach the server's port
         return found | {"PYTHONPATH": os.pathsep.join(path), "VLLM_SERVER_DEV_MODE": "1",

@@ -32,9 +32,6 @@ BUILT_IN: dict[str, tuple[str, str, str]] = {
                   "functions that a task describes: which calls a model writes"),
     "virtual": ("megatron_sov.judge.tools.worlds.virtual", "Virtual",
                 "tables and tools that a task describes as data"),
-    "mcp": ("megatron_sov.judge.tools.worlds.mcp", "Mcp", "the tools of an MCP server"),
-    "openenv": ("megatron_sov.judge.tools.worlds.openenv", "OpenEnv", "an environment of an OpenEnv server"),
-    "nemo_gym": ("megatron_sov.judge.tools.worlds.nemo_gym", "NemoGym", "a resources server of NeMo Gym"),
     "verifiers": ("megatron_sov.judge.tools.worlds.verifiers", "Verifiers", "an environment of verifiers"),
 }
 """Name -> module, class and line in the list of what is built in."""

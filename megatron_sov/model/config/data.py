@@ -17,7 +17,6 @@ from megatron_sov.model.config.bounds import Samples, SeqLen, Steps, Tokens
 from megatron_sov.model.config.train import Schedule, TrainConfig
 
 _SOURCE = re.compile(r"\w[\w.-]*")
-_DOCUMENTS = re.compile(r"(?P<source>\w[\w.-]*)(:(?P<first>[0-9]{1,12})(-(?P<last>[0-9]{1,12}))?)?", re.ASCII)
 
 
 def named_shards(path: str) -> tuple[str, str]:
@@ -34,21 +33,6 @@ def named_shards(path: str) -> tuple[str, str]:
     if not _SOURCE.fullmatch(name) or not folder:
         raise UserError(f"{path}: must be NAME=DIR, with a name of letters, digits, '.', '_' and '-'")
     return name, folder
-
-
-def documents_named(named: str) -> tuple[str, int, int | None]:
-    """Return the source of an entry of `data.without`, SOURCE or SOURCE:FIRST[-LAST], with its first document
-    and its last one; None: the source's last.
-
-    Raises:
-        UserError: it is neither.
-    """
-    found = _DOCUMENTS.fullmatch(named)
-    if found is None or int(found["last"] or found["first"] or 0) < int(found["first"] or 0):
-        raise UserError(f"data.without: {named!r}: must be SOURCE, SOURCE:DOCUMENT or SOURCE:FIRST-LAST, "
-                        "with documents numbered from 0")
-    first = int(found["first"] or 0)
-    return found["source"], first, None if found["first"] is None else int(found["last"] or first)
 
 
 @dataclass(frozen=True)
@@ -104,10 +88,6 @@ class DataConfig:
     skip_steps: tuple[tuple[AtLeastOne, AtLeastOne], ...] = ()
     """First and last optimizer step (1-based) of stretches whose samples are passed over
     without learning them."""
-    without: tuple[str, ...] = ()
-    """Documents of training splits that are not read, SOURCE, SOURCE:DOCUMENT or SOURCE:FIRST-LAST, numbered
-    from 0; their places in samples stay empty, so that all else is read as if they were there
-    (docs/audit.md)."""
     prefetch_steps: Annotated[NotNegativeInt, Le(10_000)] = 2
     """Batches that are prepared ahead of the step, in a thread; 0: none."""
     heldout_tokens: NotNegativeInt = 65536

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast, get_args
 
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.plugins.loading import PluginCode
+from megatron_sov.base.removed import SETTINGS as REMOVED_SETTINGS, without_removed
 from megatron_sov.base.settings import (
     NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_all, check, fields_of,
     find_broken, hint_below, hints_of, parse_changes, read)
@@ -328,7 +329,7 @@ COMMON: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(("eval_steps", "eval_interval", "eval_every"), "train.eval_every_steps"),
     **dict.fromkeys(("logging_steps", "log_interval", "log_every"), "train.log_every_steps"),
     "save_total_limit": "train.keep_checkpoints",
-    "report_to": ("obs.wandb", "obs.tensorboard", "obs.mlflow"),
+    "report_to": ("obs.wandb", "obs.tensorboard"),
     **dict.fromkeys(("dtype", "bf16", "fp16", "mixed_precision"), "train.precision"),
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), "train.recompute"),
     **dict.fromkeys(("seq_length", "max_length", "max_seq_length", "context_length", "block_size"),
@@ -367,12 +368,15 @@ def from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
     Raises:
         SettingsError: unknown settings (with the nearest known one), values of a wrong type or out of bounds.
     """
-    return read(RunConfig, raw, where, instead=_instead, rules=False)
+    return read(RunConfig, without_removed(raw) if isinstance(raw, dict) else raw, where, instead=_instead,
+                rules=False)
 
 
 def _instead(key: str) -> str:
     if key in RENAMED:
         return f"it is called {RENAMED[key]} now"
+    if key in REMOVED_SETTINGS:
+        return f"it was removed in this version; {REMOVED_SETTINGS[key][1]}"
     last = key.rpartition(".")[2]
     if last in NOT_OFFERED:
         return NOT_OFFERED[last]

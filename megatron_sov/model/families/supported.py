@@ -399,7 +399,7 @@ GLM4_MOE = Family(
 # gpt-oss (`gpt_oss`, 20B and 120B): sinks in attention, windows in every other layer, biases everywhere,
 # experts with a clamped SwiGLU in every layer, chosen by a softmax router with a bias.
 #
-# Published weights of experts are MXFP4, which is read and, with `--quantize`, written (`low_bit.py`).
+# Published weights of experts are MXFP4, which is read (`low_bit.py`).
 # transformers takes a softmax over the chosen logits, which is one over all divided by the sum of the
 # chosen; it computes the router's logits in the model's dtype, we in fp32.
 

@@ -31,8 +31,6 @@ from megatron_sov.train.data.rounds import BEHAVIOUR, DOMAINS, Round
 from megatron_sov.train.data.token_shards import Documents
 from megatron_sov.train.stages.feed import FeedView
 from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
-from megatron_sov.work.endpoints.sglang_server import SglangServer, is_sglang
-from megatron_sov.work.endpoints.token_server import TokenServer
 from megatron_sov.work.endpoints.vllm_server import VllmServer
 
 REQUESTS = 32
@@ -214,16 +212,11 @@ def _ask_servers(view: FeedView, teacher: ScoringTeacher, documents: Documents, 
             asking.close()
 
 
-def connect(url: str) -> TokenServer:
-    """Return the server at an address, whichever of the engines it is."""
-    return SglangServer(url) if is_sglang(url) else VllmServer(url)
-
-
 class _Asking:
     """Documents that are asked about; of the process that asks."""
 
     def __init__(self, teacher: ScoringTeacher, documents: Documents) -> None:
-        self._servers = [connect(url) for url in teacher.urls]
+        self._servers = [VllmServer(url) for url in teacher.urls]
         self._documents = documents
         lengths = np.asarray(documents.lengths[np.arange(len(documents.lengths))], np.int64)
         self._starts = np.concatenate([[0], np.cumsum(lengths)])

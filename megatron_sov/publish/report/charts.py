@@ -46,7 +46,7 @@ Place = Callable[[Curve], npt.NDArray[Any]]
 """Where the points of a curve are on a chart's axis."""
 
 
-# Columns of the step events that have a chart: declared once for the report, comparisons and the live page.
+# Columns of the step events that have a chart: declared once for the report and comparisons.
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@ on held-out prompts, and samples of responses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_sov.base.pages.page import Chart, PageTable, tables
-from megatron_sov.publish.report.charts import DrawnLine, draw_lines, lines_of
+from megatron_sov.publish.report.charts import DrawnLine, draw_lines
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import Curve, sorted_curve
 from megatron_sov.runs.obs.events import final_steps
@@ -52,17 +52,6 @@ def validation_charts(run: Run) -> list[Chart]:
         drawn(named(DOMAIN, f"/{REWARD}"), REWARD, "Mean reward on held-out prompts, by domain."),
         drawn([LENGTH], "tokens", "Mean length of responses to held-out prompts."),
         drawn([TRUNCATED], "share", "Share of these that were as long as allowed and did not end.")]
-    return [one for one in found if one is not None]
-
-
-def live_validation_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Return reward and pass@1 of the runs' validations, a line for each run, for a first screen."""
-    def of(name: str) -> Callable[[Run], Curve | None]:
-        return lambda run: validation_curves(run).get(name)
-
-    found = [draw_lines(lines_of(runs, of(name)), unit, caption, small=True)
-             for name, unit, caption in ((REWARD, REWARD, "Mean reward on held-out prompts."),
-                                         (f"{PASS}1", "share", "pass@1 on held-out prompts."))]
     return [one for one in found if one is not None]
 
 

@@ -1,11 +1,10 @@
-"""Trackers of a run: TensorBoard, Weights & Biases, MLflow.  They watch it and never end it: events.jsonl
+"""Trackers of a run: TensorBoard, Weights & Biases.  They watch it and never end it: events.jsonl
 holds everything anyway.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import secrets
 import time
@@ -17,21 +16,11 @@ import numpy as np
 
 from megatron_sov.base.artifacts import atomic_write
 from megatron_sov.base.errors import UserError, how_to_install, warn
-from megatron_sov.base.settings import by_name
 from megatron_sov.model.config import ObsConfig
 from megatron_sov.runs.obs.validation import COLUMNS, RESPONSES, VALIDATION, curves_of, table_of
 
 WANDB_ID = "wandb-id"
 """File in the run folder with the Weights & Biases run, so that a resumed run goes on in the same one."""
-MLFLOW_ID = "mlflow-id"
-"""The same of MLflow."""
-MLFLOW_URI = "MLFLOW_TRACKING_URI"
-"""Variable with the address of a server of MLflow, which may hold a password."""
-MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-"""What its client is told where nobody tells it: a server that is away must not hold up steps for minutes."""
-_MAX_PARAMS, _MAX_PARAM_CHARS = 100, 500
-"""Of one request; older servers refuse longer ones."""
-_NO_NAME = re.compile(r"[^\w./ -]")
 _PASSWORD = re.compile(r"//[^/\s]*@")
 
 
@@ -114,49 +103,6 @@ class _Wandb:
         self._run.finish()
 
 
-class _MLflow:
-    """A run of MLflow: in the store that MLFLOW_TRACKING_URI names, else in the run's folder."""
-
-    name = "MLflow"
-
-    def __init__(self, run_dir: Path, experiment: str, run_config_dict: dict[str, Any]) -> None:
-        for name, value in MLFLOW_PATIENCE.items():
-            os.environ.setdefault(name, value)
-        if not os.environ.get(MLFLOW_URI):  # the library asks for it, since a store of files has no server
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        entities, tracking = (_require(f"mlflow.{part}", "obs.mlflow", "mlflow-skinny", "mlflow")
-                              for part in ("entities", "tracking"))
-        self._metric = entities.Metric
-        self._client = tracking.MlflowClient(os.environ.get(MLFLOW_URI)
-                                             or (run_dir / "mlflow").resolve().as_uri())
-        found = self._client.get_experiment_by_name(experiment)
-        id_file = run_dir / MLFLOW_ID
-        if id_file.exists():
-            self._run_id = id_file.read_text(encoding="utf-8").strip()
-            self._client.update_run(self._run_id, status="RUNNING")
-            return
-        experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
-        self._run_id = self._client.create_run(experiment_id, run_name=run_dir.resolve().name).info.run_id
-        atomic_write(id_file, self._run_id)
-        params = [entities.Param(name, str(value)[:_MAX_PARAM_CHARS])
-                  for name, value in by_name(run_config_dict) if value != {}]
-        for start in range(0, len(params), _MAX_PARAMS):
-            self._client.log_batch(self._run_id, params=params[start:start + _MAX_PARAMS])
-
-    def log_step(self, step: int, values: dict[str, float]) -> None:
-        now_ms = int(time.time() * 1000)
-        self._client.log_batch(self._run_id, metrics=[self._metric(name, float(value), now_ms, step)
-                                                      for name, value in values.items()])
-
-    def log_table(self, step: int, name: str, rows: Sequence[Sequence[Any]]) -> None:
-        # the form that its own tables have, which it makes by pandas alone
-        self._client.log_dict(self._run_id, {"columns": list(COLUMNS), "data": [list(row) for row in rows]},
-                              f"samples/{name}-{step}.json")
-
-    def close(self) -> None:
-        self._client.set_terminated(self._run_id)
-
-
 def _text(cell: Any) -> str:
     return "" if cell is None else str(cell)
 
@@ -177,7 +123,7 @@ class Trackers:
     Args:
         config: which trackers.
         run_dir: the run folder; TensorBoard files go to its `tensorboard/`,
-            wandb's own files to its `wandb/`, MLflow's to its `mlflow/` where no server is named.
+            wandb's own files to its `wandb/`.
         run_config_dict: the resolved settings, shown beside the curves.
 
     Raises:
@@ -190,8 +136,6 @@ class Trackers:
             self._start(_TensorBoard.name, lambda: _TensorBoard(run_dir))
         if config.wandb:
             self._start(_Wandb.name, lambda: _Wandb(run_dir, config.wandb_project, run_config_dict))
-        if config.mlflow:
-            self._start(_MLflow.name, lambda: _MLflow(run_dir, config.mlflow_experiment, run_config_dict))
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
         """Send the values of one optimizer step, e.g. ``{"loss": 2.1, "learning_rate": 1e-4}``."""
@@ -200,10 +144,8 @@ class Trackers:
     def observe(self, event: dict[str, Any]) -> None:
         """Send what an event of reinforcement learning says: a validation, or samples of responses."""
         if event["event"] == VALIDATION:
-            # MLflow refuses what else a domain or a component may be called
-            values = {_NO_NAME.sub("_", f"{VALIDATION}/{name}"): value
-                      for name, value in curves_of(event).items()}
-            self.log_step(event["step"], values)
+            self.log_step(event["step"], {f"{VALIDATION}/{name}": value
+                                          for name, value in curves_of(event).items()})
         elif event["event"] == RESPONSES:
             self._each(lambda tracker: tracker.log_table(event["step"], event["of"], table_of(event)))
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry, plan
-from megatron_sov.train.data.left_out import left_out
 from megatron_sov.train.data.rounds import SOURCE, RoundDocuments, rounds_of
 from megatron_sov.train.data.streams import (
     Cursor, DocumentStream, Packing, Row, best_fit_nearby, best_fit_units)
@@ -96,7 +95,6 @@ class SampleOrder:
         self._policy, self._round_seed = config.policy, config.rollout.seed
         self._unit = config.documents_of_unit
         self._shared_rows = config.train.micro_batch_size if config.may_share_prompts else 1
-        self._left_out = left_out(config.data.without, sources)
         self._documents: dict[int, Documents] = {}
         self._streams: dict[str, DocumentStream] = {}
 
@@ -159,10 +157,7 @@ class SampleOrder:
     def _next_sample(self, weights: dict[str, float], seq_len: int) -> OrderedSample:
         name = next_source(weights, self.state.taken)
         self.state.taken[name] = self.state.taken.get(name, 0) + 1
-        row = self._stream(name).next_sample(seq_len)
-        if (removed := self._left_out.get(name)) is not None:
-            row = removed.kept(row)
-        return OrderedSample(self._index[name], row)
+        return OrderedSample(self._index[name], self._stream(name).next_sample(seq_len))
 
     def documents(self, source: int) -> Documents:
         if source not in self._documents:

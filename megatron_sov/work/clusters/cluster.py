@@ -257,7 +257,7 @@ def links(profile: ClusterProfile, num_gpus: int) -> Links:
 
 
 def shipped(folder: str) -> dict[str, Traversable]:
-    """Return name -> file of what comes with the package: `clusters`, `kubernetes` or `chains`."""
+    """Return name -> file of what comes with the package: `clusters` or `chains`."""
     files = importlib.resources.files("slurm").joinpath(folder).iterdir()
     return {file.name.removesuffix(".yaml"): file for file in sorted(files, key=lambda file: file.name)
             if file.name.endswith(".yaml")}

@@ -36,7 +36,7 @@ BEGINNINGS_OF_VARIABLES = ("LC_", "PYTHON", "XDG_", "OMP_", "MKL_", "OPENBLAS_",
                            "TORCH_", "TRITON_", "COVERAGE_", "COV_CORE_")
 """Beginnings of names."""
 VARIABLES_OF_FOREIGN = ("HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
-"""What a foreign program is given, as the client of the MCP SDK has it."""
+"""Variables of ours that a foreign program gets."""
 
 
 def variables_for_foreign(more: Iterable[str] = ()) -> dict[str, str]:

@@ -1,17 +1,12 @@
-"""Arrays of a cluster's jobs that call work of ours: what they are, how they are submitted to Slurm or to
-Kubernetes, and what is kept of those that fail.
+"""Arrays of Slurm jobs that call work of ours: how they are submitted, and the records of those that fail.
 
 Work is an object that is called with the number of a task.  It is pickled beside the logs of its array, and
 read by `array_job` in each of its jobs; nobody else should be able to write into the output folder.
-
-Slurm itself has a job wait for the one before.  Kubernetes knows no such thing: there all Jobs are made at
-once, and a pod that finds the array before unfinished gives its place back (exit code 75) until it is not.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import pickle
@@ -22,27 +17,19 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from megatron_sov.base.artifacts import disk_errors
-from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import read_json, try_read_json, write_json
-from megatron_sov.work.clusters import client, cluster, kubernetes
+from megatron_sov.work.clusters import client, cluster
 from megatron_sov.work.clusters.cluster import ClusterProfile
-from megatron_sov.work.clusters.kubernetes import KubernetesProfile, literal, pod_of, variables_of
 from megatron_sov.work.progress.journal import slurm_folder
 from megatron_sov.work.progress.locks import holding
 from megatron_sov.work.submit.cluster_options import ClusterOptions
 
 JOBS = "slurm/jobs.json"
-WORK, FAILED, DONE, SCRIPT, MANIFEST = "work.pickle", "failed", "done", "job.sbatch", "job.json"
-CONTAINER = "task"
-MANAGED = {"app.kubernetes.io/managed-by": "megatron-sov"}
-"""Label of all Jobs."""
-MAX_PODS = 10_000
-"""Of a Job; Kubernetes keeps a record of each in one object."""
-MAX_KILLS = 3
-"""How often a pod that was killed without a word is started again."""
+WORK, FAILED, SCRIPT = "work.pickle", "failed", "job.sbatch"
 FINISH = "finish"
 """The last job of a command."""
 FINISH_CPUS = 16
@@ -54,21 +41,13 @@ _NOT_IN_SCRIPTS = re.compile(r"""[\s%\\"'$`;&|<>()*?\[\]{}!#~]""")
 """What Slurm's names of logs, or the lines of a script for it, take for something else."""
 
 
-def profile_of(options: ClusterOptions) -> ClusterProfile | KubernetesProfile:
+def profile_of(options: ClusterOptions) -> ClusterProfile:
     """Return the profile that a command submits to.
 
     Raises:
-        UserError: it cannot be read or breaks a rule, arrays cannot start its container, or an option beside
-            it is Slurm's and it is not.
+        UserError: it cannot be read or breaks a rule, or arrays cannot start its container.
     """
-    name = options.cluster
-    if kubernetes.is_kubernetes(name):
-        for option, value in (("--account", options.account), ("--partition", options.partition)):
-            if value is not None:
-                raise UserError(f"{option} {value}: belongs to Slurm; leave it out where --cluster names a "
-                                "profile of kind k8s")
-        return kubernetes.load(name)
-    profile = cluster.load(name, account=options.account, partition=options.partition)
+    profile = cluster.load(options.cluster, account=options.account, partition=options.partition)
     if profile.container.kind == "enroot":
         raise UserError("container.kind = enroot: is not known to arrays of jobs; take pyxis, apptainer or "
                         "none")
@@ -82,29 +61,22 @@ class Jobs:
     address: str
     """Address of the plan that they work on."""
     numbers: dict[str, str]
-    """Stage -> number of its array; on Kubernetes its name."""
-    namespace: str = ""
-    """Of Kubernetes; empty: they are Slurm's."""
+    """Stage -> number of its array."""
 
     @staticmethod
     def read(output: Path) -> Jobs:
-        return Jobs(**(try_read_json(output / JOBS) or {"address": "", "numbers": {}}))
+        found = try_read_json(output / JOBS) or {}
+        return Jobs(found.get("address", ""), found.get("numbers", {}))
 
     def write(self, output: Path) -> None:
         (output / JOBS).parent.mkdir(parents=True, exist_ok=True)
         write_json(output / JOBS, asdict(self))
 
     def living(self) -> list[str]:
-        numbers = list(self.numbers.values())
-        return sorted(kubernetes.living_jobs(self.namespace, numbers) if self.namespace
-                      else client.states(numbers))
+        return sorted(client.states(list(self.numbers.values())))
 
     def describe(self, living: Sequence[str]) -> str:
-        return ("Kubernetes' jobs " if self.namespace else "Slurm's jobs ") + ", ".join(living)
-
-    @property
-    def way_to_end(self) -> str:
-        return f"`kubectl delete jobs --namespace {self.namespace}`" if self.namespace else "`scancel`"
+        return "Slurm's jobs " + ", ".join(living)
 
 
 def refuse_living(output: Path) -> None:
@@ -117,7 +89,7 @@ def refuse_living(output: Path) -> None:
         return
     if living:
         raise UserError(f"{output}: {jobs.describe(living)} work in this folder; pass --cluster to see how "
-                        f"far they are, or {jobs.way_to_end} them")
+                        f"far they are, or `scancel` them")
 
 
 Work = Callable[[int], object]
@@ -178,7 +150,7 @@ class Arrays:
     """The jobs of one command, submitted in a `with` block: each array waits for the one before to end well,
     all are on record, and what has been submitted is cancelled where the rest cannot be."""
 
-    def __init__(self, folder: Path, address: str, profile: ClusterProfile | KubernetesProfile) -> None:
+    def __init__(self, folder: Path, address: str, profile: ClusterProfile) -> None:
         """Submit nothing yet.
 
         Args:
@@ -187,31 +159,21 @@ class Arrays:
             profile: of the cluster.
         """
         self._folder, self._profile = folder, profile
-        self.jobs = Jobs(address, {}, profile.namespace if isinstance(profile, KubernetesProfile) else "")
+        self.jobs = Jobs(address, {})
         self._before: _Array | None = None
 
     def __enter__(self) -> Self:
-        """Look whether the cluster would take jobs; Jobs that an earlier command has left behind go.
+        """Look whether the cluster would take jobs.
 
         Raises:
             UserError: it would not.
         """
-        if isinstance(self._profile, KubernetesProfile):
-            self._profile.refuse_elsewhere(self._folder, written=True)
-            self._profile.refuse_elsewhere(Path.cwd())
-            before = Jobs.read(self._folder)
-            if before.namespace:
-                kubernetes.delete_jobs(before.namespace, list(before.numbers.values()))
-        else:
-            client.check_partition(self._profile.partition)
+        client.check_partition(self._profile.partition)
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        numbers = list(self.jobs.numbers.values())
-        if failure is not None and self.jobs.namespace:
-            kubernetes.delete_jobs(self.jobs.namespace, numbers)
-        elif failure is not None:
-            client.cancel(numbers)
+        if failure is not None:
+            client.cancel(list(self.jobs.numbers.values()))
 
     def note(self, name: str, number: str) -> None:
         """Put a job on record that no array waits for."""
@@ -233,19 +195,15 @@ class Arrays:
             UserError: the cluster refuses it.
         """
         profile, logs = self._profile, self._folder / "logs" / name
-        on_slurm = isinstance(profile, ClusterProfile)
         # more tasks than the cluster takes jobs: each job does several, one after the other
-        tasks_per_job = math.ceil(num_tasks / (_max_array_size() if on_slurm else MAX_PODS))
+        tasks_per_job = math.ceil(num_tasks / _max_array_size())
         array = _Array(logs, math.ceil(num_tasks / tasks_per_job), tasks_per_job, cpus, gpus, self._before)
         # failures of an earlier array would stop this one
         shutil.rmtree(logs, ignore_errors=True)
         with disk_errors(logs):
-            (logs / "slurm_logs" if on_slurm else logs).mkdir(parents=True)
+            (logs / "slurm_logs").mkdir(parents=True)
             (logs / WORK).write_bytes(pickle.dumps((work, num_tasks)))
-        if isinstance(profile, ClusterProfile):
-            array.number = array.submit_to_slurm(profile)
-        else:
-            array.number = array.submit_to_kubernetes(profile)
+        array.number = array.submit(profile)
         self.note(name, array.number)
         self._before = array
         return array.number
@@ -267,7 +225,7 @@ class _Array:
     """What it waits for."""
     number: str = ""
 
-    def submit_to_slurm(self, profile: ClusterProfile) -> str:
+    def submit(self, profile: ClusterProfile) -> str:
         # a job's share of a node by its cores, in MiB
         memory = profile.memory_bytes // profile.cpus_per_node >> 20
         options = {
@@ -285,40 +243,6 @@ class _Array:
                 *_call(profile, self.logs, self.cpus, self.tasks_per_job)]))
         client.check_script(script.read_text())
         return client.submit(script, after=[self.before.number] if self.before else [])
-
-    def submit_to_kubernetes(self, profile: KubernetesProfile) -> str:
-        text = json.dumps(self.manifest(profile), indent=1)
-        with disk_errors(self.logs):
-            (self.logs / MANIFEST).write_text(text)
-        made = kubernetes.kubectl("create", "-f", "-", "--output", "name", text=text)
-        return made.rpartition("/")[2]
-
-    def manifest(self, profile: KubernetesProfile) -> dict[str, Any]:
-        """Return an Indexed Job (batch/v1).  What says why it fails is not tried again, as on Slurm; what is
-        killed is, and what wants to go on is without an end."""
-        after = [str(self.before.logs), str(self.before.num_jobs)] if self.before else []
-        words = [profile.python, "-P", "-m", "megatron_sov.work.submit.array_job", str(self.logs),
-                 str(self.tasks_per_job), *after]
-        memory = int(profile.amount("memory") / profile.cpus_per_node * self.cpus)
-        asked = {"cpu": str(self.cpus)} | ({"memory": str(memory)} if memory else {}) | (
-            {profile.gpu_resource: str(self.gpus)} if self.gpus else {})
-        pod = pod_of(profile, {
-            "name": CONTAINER, "image": profile.image, "command": [literal(word) for word in words],
-            "workingDir": str(Path.cwd()), "resources": {"requests": asked, "limits": dict(asked)},
-            "env": variables_of(profile, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")})
-        codes = {"containerName": CONTAINER, "operator": "In"}
-        # in this order: the first rule that matches decides
-        rules = [{"action": "Ignore", "onExitCodes": codes | {"values": [int(ExitCode.STOPPED)]}},
-                 {"action": "FailIndex", "onExitCodes": codes | {"values": [1, 2]}},
-                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
-        name = re.sub(r"[^a-z0-9]+", "-", self.logs.name.lower()).strip("-")[:40]
-        return {"apiVersion": "batch/v1", "kind": "Job",
-                "metadata": {"generateName": f"{name}-", "namespace": profile.namespace,
-                             "labels": MANAGED | profile.labels},
-                "spec": {"completionMode": "Indexed", "completions": self.num_jobs,
-                         "parallelism": self.num_jobs, "backoffLimitPerIndex": MAX_KILLS,
-                         "podFailurePolicy": {"rules": rules},
-                         "template": {"spec": {"restartPolicy": "Never"} | pod}}}
 
 
 @dataclass(frozen=True)
@@ -347,7 +271,7 @@ class SharedWork:
     """Submits and notes jobs that live beside the array of this number."""
 
 
-def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile | KubernetesProfile,
+def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile,
                   most_tasks: int) -> None:
     """Submit what is not done, or tell how far jobs are that work on it.
 

@@ -14,7 +14,7 @@ class ClusterOptions:
     """Where a run is submitted to."""
 
     cluster: Annotated[str, Flag(value="PROFILE")] = ""
-    """Submit the run to Slurm or Kubernetes: a cluster profile that comes with the package, or a YAML file of
+    """Submit the run to Slurm: a cluster profile that comes with the package, or a YAML file of
     your own."""
     account: Annotated[str | None, Flag(value="NAME"), only_with("cluster")] = None
     """Slurm account, where the profile names none."""

@@ -61,9 +61,9 @@ def test_an_output_that_is_there_stays(more: tuple[str, ...], fate: str, tmp_pat
 def test_all_that_is_to_be_read_and_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert tokenizer_cli.main(["graft", "gone", "--add", "gone/b", "--output", "out", "--dry-run"]) == 2
+    assert tokenizer_cli.main(["media", "gone", "--image-tokens", "4", "--output", "out", "--dry-run"]) == 2
     said = capsys.readouterr().err
-    assert 'MODEL_DIR = "gone" does not exist' in said and '--add "gone/b": does not exist' in said
+    assert 'TOKENIZER = "gone" does not exist' in said
 
 
 def test_options_are_checked_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

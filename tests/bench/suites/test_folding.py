@@ -283,7 +283,7 @@ def test_all_problems_are_told_at_once() -> None:
     ({"reward": "evil.py:Reward"}, "names code to run"),
     ({"reward": "", "environment": "evil.py:World"}, "names code to run"),
     ({"reward": "composed"}, "loads what its settings name"),
-    ({"reward": "", "environment": "mcp", "environment_settings": {"command": ["sh"]}},
+    ({"reward": "", "environment": "verifiers", "environment_settings": {"python": "sh"}},
      "starts a program"),
     ({"reward": "code", "reward_settings": {"command": ["sh", "-c", "id"]}}, "reward_settings.command"),
     ({"reward": "judge", "reward_settings": {"endpoint": "http://evil/v1"}}, "reward_settings.endpoint"),

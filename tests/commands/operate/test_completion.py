@@ -69,6 +69,6 @@ def test_the_shells_that_are_here_read_their_script(shell: str, tmp_path: Path,
 def test_other_shells_are_told_as_much(shell: str, program: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["completion", shell, program]) == 0
     printed = capsys.readouterr().out
-    word = {"megatron-sov": "pretrain", "sov-data": "decontaminate", "sov-tokenizer": "graft"}[program]
+    word = {"megatron-sov": "pretrain", "sov-data": "decontaminate", "sov-tokenizer": "compare"}[program]
     assert program in printed and word in printed
     assert ("train.checkpoint_every_steps=" in printed) == (program == "megatron-sov")

@@ -15,6 +15,7 @@ from hypothesis import given, strategies as st
 
 from megatron_sov import cli, recipes
 from megatron_sov.base.errors import UserError
+from megatron_sov.commands.operate import status
 from megatron_sov.commands.operate.run_state import (
     SIGNS, RunState, Start, as_table, bar, find_runs, in_full, read_state)
 from megatron_sov.model.config import apply_settings
@@ -282,3 +283,63 @@ def test_the_bar_has_its_width_and_no_share_is_off_by_a_character(spent_s: list[
     assert list(dict.fromkeys(drawn)) == [sign for sign in SIGNS.values() if sign in drawn], "in one order"
     for name, seconds in time.spent_s.items():
         assert drawn.count(SIGNS[name]) == pytest.approx(width * seconds / time.total_s, abs=1)
+
+
+def at_once(monkeypatch: pytest.MonkeyPatch, run: Path, *later: list[dict[str, Any]]) -> None:
+    """Have `--follow` find more events whenever it sleeps, and Ctrl-C where none are left."""
+    pieces = iter(later)
+
+    def sleep(_: float) -> None:
+        piece = next(pieces, None)
+        if piece is None:
+            raise KeyboardInterrupt
+        with open(run / "events.jsonl", "a") as file:
+            file.write("".join(json.dumps({"time_s": NOW_S, **event}) + "\n" for event in piece))
+
+    monkeypatch.setattr(status, "STATE_EVERY_S", 0.0)
+    monkeypatch.setattr(status.time, "sleep", sleep)
+
+
+def test_a_run_is_followed_event_by_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", begin(100), *steps(1, 3, 98))
+    hold(run)
+    step = {"event": "step", "step": 4, "loss": 2.5, "tokens": 4000, "phase": "main"}
+    at_once(monkeypatch, run, [step, {"event": "memory", "step": 4}],
+            [{"event": "eval", "step": 4, "heldout": {"web": {"loss": 2.25}, "code": {"loss": 1.5}}},
+             {"event": "checkpoint", "step": 4, "path": "checkpoints/step-4"},
+             {"event": "warning", "text": "loss rose"}], [{"event": "run_end", "step": 4}])
+    (run / "complete.json").write_text("{}")
+    assert cli.main(["status", str(run), "--follow"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{run}: pretrain, tiny-solar-open")
+    told = [line.partition("  ")[2] for line in lines if line[2:3] == line[5:6] == ":"]
+    assert told == ["step 4 of 40 (10%), 4 K tokens, loss 2.5000", "held-out loss web 2.2500, code 1.5000",
+                    "saved checkpoints/step-4", "warning: loss rose", "the run is complete"]
+
+
+@pytest.mark.parametrize("later", [
+    {"event": "eval", "heldout": 7}, {"event": "eval"}, {"event": "eval", "heldout": {"web": 3}},
+    {"event": "eval", "heldout": {"web": {"loss": "x"}}}, {"event": "checkpoint"},
+    {"event": "warning", "text": "\x1b[2J"}, {"event": "stop", "time_s": "x"},
+    {"event": "stop", "time_s": 1e300},
+    {"event": "unheard"}])
+def test_odd_events_do_not_end_it_and_ctrl_c_does(later: dict[str, Any], tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", begin(100), *steps(1, 3, 98))
+    hold(run)
+    at_once(monkeypatch, run, [later])
+    assert cli.main(["status", str(run), "--follow"]) == 0
+    told = capsys.readouterr()
+    assert told.err == "" and "\x1b" not in told.out
+
+
+def test_one_run_is_followed_and_not_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, begin(100))
+    assert cli.main(["status", str(tmp_path), "--follow"]) == 2
+    assert "--follow: follows one run, and there are 2" in capsys.readouterr().err
+    assert cli.main(["status", str(tmp_path / "a"), "--follow", "--json"]) == 2
+    assert "--json" in (told := capsys.readouterr().err) and "goes without --follow" in told
+    assert cli.main(["status", str(tmp_path / "none"), "--follow"]) == 2

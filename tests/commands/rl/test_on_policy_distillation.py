@@ -3,7 +3,6 @@ and over data in its place; beside transformers, `distill`, kills and other layo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,23 +117,6 @@ def test_answers_are_learned_by_the_papers_divergence(whole: Path, folder: Path,
     # one schedule over the whole run
     rates = [e["lr"] for e in steps(whole)]
     assert rates == sorted(rates, reverse=True) and len(set(rates)) > 2
-
-
-def test_why_tells_of_responses_without_rewards_and_shares(whole: Path, capsys: pytest.CaptureFixture[str]
-                                                           ) -> None:
-    assert main(["rl", "why", str(whole), "2", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["no_shares"] == "policy.method = gkd learns a teacher's distributions, and no rewards"
-    assert len(told["responses"]) == 4 and told["loss_at_start"] is None
-    assert {(r["advantage"], r["share"], r["reward"]) for r in told["responses"]} == {(None, None, None)}
-    assert main(["rl", "why", str(whole), "2"]) == 0
-    said = capsys.readouterr().out
-    assert "no shares: policy.method = gkd" in said and "\nno reward; " in said and "advantage" not in said
-    assert main(["rl", "why", str(whole), "3"]) == 2
-    assert "STEP 3: is of round 3, which policy.on_policy_share = 0.5 had learn from --data" in (
-        capsys.readouterr().err)
-    assert main(["rl", "why", str(whole), "5"]) == 2
-    assert "STEP 5: " in (said := capsys.readouterr().err) and "has the rounds 1 to 4 of 1 steps each" in said
 
 
 @pytest.mark.distributed

@@ -3,7 +3,6 @@ one optimizer; beside transformers, kills and other layouts."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -125,17 +124,6 @@ def test_a_round_has_the_best_and_the_worst_of_each_group(whole: Path, folder: P
         assert sorted([there[i][0], there[i + 1][0]] for i in range(0, len(there), 2)) == sorted(expected)
         assert [columns["advantage"] for _, _, columns in there] == [1.0, -1.0] * (len(there) // 2)
         assert content["groups"]["learns"] == len(expected) > 1
-
-
-def test_why_tells_of_pairs_without_shares(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["rl", "why", str(whole), "1", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert "learns pairs or groups by the loss of `preference`" in told["no_shares"]
-    of_prompt: dict[str, dict[float, float]] = {}
-    for found in told["responses"]:
-        assert found["share"] is None
-        of_prompt.setdefault(found["prompt"], {})[found["advantage"]] = found["reward"]
-    assert of_prompt and all(pair[1.0] > pair[-1.0] for pair in of_prompt.values())
 
 
 def means_of_transformers(run: Path, step: int, taken: list[Any], start: Path, folder: Path

@@ -17,14 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sov.audit.replaying import Replay, compare_replay
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
-from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import RolloutStore
-from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.runs.rounds import Policy, policy_of_round
 
@@ -207,7 +204,7 @@ def test_each_policy_is_validated_once_under_the_runs_own_reward(killed: Path) -
 @pytest.mark.distributed
 def test_two_processes_write_and_learn_what_one_does(whole: Path, killed: Path, folder: Path,
                                                      command: Command, run_command: Any) -> None:
-    """In `make test` the replay below does it for one round, and test_rl_teachers.py for a run."""
+    """In `make test` test_rl_teachers.py does it for a run."""
     done = run_command(*command("ep2", "--plain", "--workers", "1", "--nproc", "2", "--set", "parallel.ep=2",
                                 *validated(folder)))
     assert done.returncode == 0, done.stderr
@@ -250,200 +247,6 @@ def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
     shutil.rmtree(found.path)
     assert policy_of_round(folder / "trained", folder / "none", 4, rollout) == Policy(
         folder / "trained/checkpoints/step-4", 4, begun[4])
-
-
-def test_why_tells_what_a_step_has_learned_from(whole: Path, folder: Path, tmp_path: Path,
-                                                capsys: pytest.CaptureFixture[str]) -> None:
-    store, told = folder / "whole-store", {}
-    for step in range(1, 7):
-        assert main(["rl", "why", str(whole), str(step), "--json"]) == 0
-        told[step] = json.loads(capsys.readouterr().out)
-    recorded = {e["step"]: e["losses"]["policy"] for e in events(whole, "step")}
-    for step in (1, 3, 5):  # a round's first: nothing has moved
-        assert told[step]["loss_at_start"] == pytest.approx(recorded[step], rel=1e-5, abs=1e-7)
-        assert told[step]["recorded"]["losses"]["policy"] == recorded[step]
-    learned = [found for step in told.values() for found in step["responses"]]
-    steps = [read_manifest(whole / "rounds" / f"{n:04d}").content["steps"] for n in (1, 2, 3)]
-    assert len(learned) == sum(count for of_round in steps for _, count in of_round)
-    assert len({(found["part"], found["row"]) for found in learned}) == len(learned)
-    for step in told.values():
-        assert sum(abs(found["share"]) for found in step["responses"]) == pytest.approx(1)
-    for found in learned:
-        group = found["group_rewards"]
-        assert found["advantage"] == pytest.approx(found["reward"] - sum(group) / len(group), abs=1e-6)
-        row = RolloutStore.open(store).read_rollouts(found["part"])[found["row"]]
-        assert (row.response, row.num_written) == (found["response"], found["num_tokens"])
-    assert main(["rl", "why", str(whole), "3", "--count", "1"]) == 0
-    assert "step 3: round 2, its step 1" in (said := capsys.readouterr().out) and " more (--count" in said
-
-    shutil.copytree(whole, tmp_path / "broken")
-    manifest = tmp_path / "broken/rounds/0001/manifest.json"
-    content = json.loads(manifest.read_text())
-    del content["content"]["policies"]
-    manifest.write_text(json.dumps(content | {"sha256": ""}))
-    shutil.copytree(store, tmp_path / "other")
-    shutil.rmtree(tmp_path / "other/rollouts/round-0001-piece-0000")
-    for words, problem in (([str(whole), "7"], "has the rounds 1 to 3 of 2 steps each"),
-                           ([str(folder), "1"], "so it is not a run"),
-                           ([str(tmp_path / "broken"), "1"], "manifest"),
-                           ([str(whole), "1", "--store", str(tmp_path / "other")],
-                            "round-0001-piece-0000 is missing or is not what the round was made of")):
-        assert main(["rl", "why", *words]) == 2
-        assert problem in capsys.readouterr().err
-
-
-@pytest.mark.distributed
-def test_a_replay_comes_to_the_same_tokens_rewards_and_weights(
-        whole: Path, folder: Path, teacher: Path, run_command: Any, capsys: pytest.CaptureFixture[str]
-        ) -> None:
-    """From the beginning, and on two processes from a round that a checkpoint stands before."""
-    code = ("--reward", f"{REWARD}:Exact")
-
-    def replayed(name: str, *words: str) -> tuple[int, dict[str, Any], str]:
-        done = run_command("rl", "replay", str(whole), "--output", str(folder / name), *code, *words)
-        assert done.returncode in (0, 3), done.stderr
-        return done.returncode, json.loads((folder / name / "replay.json").read_text()), done.stdout
-
-    code_, found, said = replayed("again")
-    assert (code_, found["weights"]) == (0, "equal") and "moments are the same to the bit" in said
-    assert [(one["number"], one["is_equal"], one["tokens"]) for one in found["rounds"]] == [
-        (1, True, 0), (2, True, 0), (3, True, 0)]
-    assert weights(folder / "again/run") == weights(whole)
-    assert (whole / "tensorboard").is_dir() and not (folder / "again/run/tensorboard").exists()
-    code_, found, _ = replayed("wide", "--from", "3", "--nproc", "2", "--set", "parallel.ep=2")
-    assert (code_, found["begin"]) == (0, 3)
-    assert found["distance"] < 1e-5 and not any(one["tokens"] for one in found["rounds"])
-
-    (folder / "whole-store").rename(folder / "elsewhere")
-    code_, found, _ = replayed("later", "--from", "3", "--store", str(folder / "elsewhere"))
-    (folder / "elsewhere").rename(folder / "whole-store")
-    assert (code_, found["weights"]) == (0, "equal")
-
-    # a run that says of itself what it did not do, in its checkpoints too
-    def with_other_seed(settings: dict[str, Any]) -> None:
-        settings["rollout"]["seed"] += 1
-
-    changed_copy(whole, folder / "edited", with_other_seed)
-    done = run_command("rl", "replay", str(folder / "edited"), "--output", str(folder / "caught"),
-                       "--from", "3", *code)
-    [one] = json.loads((folder / "caught/replay.json").read_text())["rounds"]
-    assert done.returncode == 3 and one["tokens"] > 0, done.stderr
-    for words, problem in (
-            (("--output", str(folder / "other")), "a file that is run is named on the command line"),
-            (("--output", str(folder / "wide"), *code), "holds the replay of another run, from another"),
-            (("--output", str(folder / "again"), *code, "--nproc", "2", "--set", "parallel.ep=2"),
-             "or at another layout"),
-            (("--output", str(folder / "other"), *code, "--from", "4"), "is of round 3"),
-            (("--output", str(folder), *code), "holds something else than a replay"),
-            (("--output", str(folder / "other"), *code, "--set", "optim.lr=1"), "is not of the layout")):
-        done = run_command("rl", "replay", str(whole), *words)
-        assert done.returncode == 2 and problem in done.stderr
-
-    _damage_is_told(whole, folder, teacher, capsys)
-
-
-def _damage_is_told(whole: Path, folder: Path, start: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of what is compared: bytes of a round, parts of the store, a round that is gone."""
-    config = RunFolder(whole).config()
-
-    def compared(run: Path, store: Path) -> Replay:
-        return compare_replay(run, store, folder / "again", config, 1, own_layout=True, start=start)
-
-    assert compared(whole, folder / "whole-store").passed
-    shutil.copytree(whole, folder / "damaged")
-    trained = folder / "damaged/rounds/0003/rollouts/train-00000.advantage.documents"
-    trained.write_bytes(trained.read_bytes()[:-1] + b"!")
-    with pytest.raises(UserError, match="give back the file that the run has learned of"):
-        compared(folder / "damaged", folder / "whole-store")
-    assert main(["rl", "why", str(folder / "damaged"), "5"]) == 2
-    assert "advantage.documents: its content differs from the hash" in capsys.readouterr().err
-    trained.unlink()
-    with pytest.raises(UserError, match=r"advantage.documents: is missing"):
-        compared(folder / "damaged", folder / "whole-store")
-    shutil.rmtree(folder / "damaged/rounds/0003/rollouts")
-    assert compared(folder / "damaged", folder / "whole-store").passed, "rollout.keep_rounds clears it so"
-    assert main(["rl", "why", str(folder / "damaged"), "5"]) == 2
-    assert "has its manifest alone, since rollout.keep_rounds = 2" in capsys.readouterr().err
-    shutil.rmtree(folder / "damaged/rounds/0003")
-    with pytest.raises(UserError, match="has not round 3"):
-        compared(folder / "damaged", folder / "whole-store")
-    shutil.copytree(folder / "whole-store", folder / "cut-store")
-    shutil.rmtree(folder / "cut-store/rollouts/round-0002-piece-0000")
-    with pytest.raises(UserError, match="round-0002-piece-0000 is missing or is not what"):
-        compared(whole, folder / "cut-store")
-    shutil.copytree(whole, folder / "torn")
-    weights_file = next((folder / "torn/checkpoints/step-6/model").rglob("*.safetensors"))
-    weights_file.write_bytes(weights_file.read_bytes()[:-1] + b"!")
-    with pytest.raises(UserError, match="its content differs from the hash in the manifest"):
-        compared(folder / "torn", folder / "whole-store")
-
-
-def changed_copy(run: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> str:
-    """Copy a run, and change the settings that it tells of."""
-    shutil.copytree(run, target)
-    for file in (target / "config.json", *target.glob("checkpoints/*/manifest.json")):
-        told = json.loads(file.read_text())
-        change(told.get("settings", told))
-        file.write_text(json.dumps(told | {"sha256": ""} if "settings" in told else told))
-    return str(target)
-
-
-def test_what_cannot_be_replayed_is_told_before_anything_is_written(
-        whole: Path, tmp_path: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each in a process of its own, as code of one name is loaded from several places."""
-    output = tmp_path / "replay"
-
-    def refused(run: str, *words: str, reward: str = f"{REWARD}:Exact") -> str:
-        done = run_command("rl", "replay", run, "--output", str(output), "--reward", reward, *words)
-        assert done.returncode == 2, done.stderr
-        return str(done.stderr)
-
-    def with_deadline(settings: dict[str, Any]) -> None:
-        settings["rollout"]["deadline_s"] = 5.0
-
-    def with_code(settings: dict[str, Any]) -> None:
-        settings["code"] = [{"kind": "model family", "name": "own", "reference": "/own.py:OWN", "files": {}}]
-
-    said = refused(changed_copy(whole, tmp_path / "cut", with_deadline))
-    assert "rollout.deadline_s = 5 in its steps 1 to 6, and a clock cuts responses elsewhere each" in said
-    coded = changed_copy(whole, tmp_path / "coded", with_code)
-    said = refused(coded)
-    assert f"type `megatron-sov rl replay {coded} --output {output} --reward" in said
-    assert "--plugin /own.py:OWN`" in said
-    assert "/own.py: cannot be read" in refused(coded, "--plugin", "/own.py:OWN"), "it is loaded"
-    assert not output.exists()
-
-    # a reward is what the person has named from where they are, with the bytes that the run has used
-    (tmp_path / "here").mkdir()
-    own = REWARD.read_text()
-    for text, told in ((own, f"{tmp_path}/here/moved-store: "),
-                       (own.replace("< 85", "< 86"), f"and round 1 of {whole} is of version ")):
-        (tmp_path / "here/rl_reward.py").write_text(text)
-        monkeypatch.chdir(tmp_path / "here")
-        assert told in refused(str(whole), "--store", "moved-store", reward="rl_reward.py:Exact")
-    assert not output.exists()
-
-
-@pytest.mark.deep
-@pytest.mark.distributed
-def test_a_run_that_was_resumed_with_other_settings_is_replayed_by_those_of_each_step(
-        folder: Path, command: Command, run_command: Any, tmp_path: Path) -> None:
-    """With adapters. In `make test` tests/audit/test_replaying.py shows which settings made which steps."""
-    words = command("resumed", "--plain", "--workers", "1", "--set", "rollout.rounds=2", "--set",
-                    "lora.rank=2", "--set", "rollout.steps_per_round=1")
-    done = run_command(*words, "--until", "1")
-    assert done.returncode == 75, done.stderr
-    code = ("--reward", f"{REWARD}:Exact")
-    done = run_command("resume", str(folder / "resumed"), *code, "--set", "rollout.rounds=3",
-                       "--set", "train.micro_batch_size=1", "--workers", "2")
-    assert done.returncode == 0, done.stderr
-    done = run_command("rl", "replay", str(folder / "resumed"), "--output", str(tmp_path / "again"), *code)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "again/replay.json").read_text())
-    assert found["weights"] == "equal" and all(one["is_equal"] for one in found["rounds"])
-    for change in ("rollout.rounds was 2, is 3", "train.micro_batch_size was 2, is 1",
-                   "--workers was 1, is 2"):
-        assert f"from step 2, of round 2: {change}" in found["changes"] and change in done.stdout
 
 
 def test_a_policy_may_write_several_rounds_at_once_and_its_tokens_find_their_experts_again(

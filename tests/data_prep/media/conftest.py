@@ -19,7 +19,7 @@ from megatron_sov.omni.media.reading.kinds import (
     MediaLimits, PictureRequest, VideoFrames, read_picture, read_sound, read_video)
 from megatron_sov.omni.media.reading.reader import ReadMedia, place_of
 from tests.data_prep.media.chats import Encode
-from tokenizer.graft.command import MediaTokens, add_media
+from tokenizer.media import MediaTokens, add_media
 
 
 class Greys:

@@ -163,16 +163,6 @@ def test_kept_text_is_packed_and_carded(texts: Path, tokenizers: dict[str, Path]
     source, = manifest.content["sources"]
     assert source["splits"]["train"]["num_documents"] == 1 and source["tags"] == {"synthetic": ["true"]}
     assert manifest_sha256(texts) in [one["manifest_sha256"] for one in manifest.inputs]
-    assert main(["card", str(tokens), "--output", str(tmp_path / "card")]) == 0
-    card = json.loads((tmp_path / "card/card.json").read_text())
-    made, = card["synthesis"]
-    assert (made["model"], made["judge"], made["samples_kept"]) == ("writer-7b", "judge-70b", 1)
-    assert made["licences"] == [{"value": "not recorded", "samples": 1}]
-    assert card["synthetic_tokens"]["share"] == 1.0
-    assert "samples 'samples': the licence of what 1 of 1 were made from" in card["not_recorded"]
-    readme = (tmp_path / "card/README.md").read_text()
-    assert "100.0% of the tokens" in readme and "writer-7b" in readme
-    assert "writer-7b" in card["training_content"]["generated_by_others"]
 
 
 def test_kept_chats_are_packed_and_prompts_are_asked(chats: Path, tokenizers: dict[str, Path],

@@ -157,7 +157,6 @@ BAD = {
              "stands in place of --engine"),
     "no cluster": (["--serve-vllm", "x"], "is only for --cluster"),
     "enroot": (["--serve-vllm", "{tmp}", "--cluster", "{tmp}/enroot.yaml"], "enroot: is not known"),
-    "a server": (["--serve-vllm", "{tmp}", "--cluster", "{tmp}/k8s.yaml"], "puts a server into Slurm"),
     "an account": (["--engine", "http://h/v1", "--model", "m", "--account", "a"], "is only for --cluster"),
 }
 
@@ -168,7 +167,6 @@ def test_what_does_not_go_together_is_told(name: str, tmp_path: Path,
     order = order_at(tmp_path, "http://h/v1")
     (tmp_path / "cluster.yaml").write_text(PROFILE)
     (tmp_path / "enroot.yaml").write_text(f"{PROFILE}container: {{kind: enroot, image: x.sqsh}}\n")
-    (tmp_path / "k8s.yaml").write_text("kind: k8s\ndescription: noted, not run\nimage: none\n")
     more, sentence = BAD[name]
     assert main(["synth", echoes.NAME, "--input", str(tmp_path / "lines.jsonl"), "--output",
                  str(order.output), *(word.format(tmp=tmp_path) for word in more)]) == 2

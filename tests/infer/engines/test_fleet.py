@@ -21,7 +21,7 @@ from megatron_sov.infer.engines.server_process import (
 from megatron_sov.infer.request import Bounds, Sampling, StopRule
 from megatron_sov.work.endpoints.token_server import TokenRequest, TokenServer
 from megatron_sov.work.endpoints.vllm_server import VllmServer
-from tests.token_servers import VOCAB, SglangDouble, VllmDouble, token_at
+from tests.token_servers import VOCAB, VllmDouble, token_at
 
 
 class DoubleKeeper:
@@ -330,7 +330,7 @@ def test_waiting_for_an_address_is_told(capsys: pytest.CaptureFixture[str]) -> N
     double.close()
     assert not keeper.is_alive(), "who starts it again does not say so"
     with pytest.raises(UserError, match="has not answered for 0 s"):
-        AddressKeeper(VllmServer(double.url, answer_s=1), 0, "vllm").start(lambda: False)
+        AddressKeeper(VllmServer(double.url, answer_s=1), 0).start(lambda: False)
     assert f"--engine-url {double.url}: does not answer; waiting up to 0 s" in capsys.readouterr().err
 
 
@@ -341,35 +341,4 @@ def test_a_server_that_takes_no_weights_is_told(fleets: Callable[..., Fleet]) ->
         fleet.submit(asked(1)[0]).result(20)
         with pytest.raises(UserError, match=r"no other weights .*/pause.* answered HTTP 404: Not Found"):
             fleet.update(["w"], 1)
-    double.close()
-
-
-@pytest.mark.parametrize("name", ["vllm", "sglang"])
-def test_an_address_of_another_engine_is_told(name: str) -> None:
-    double = SglangDouble() if name == "vllm" else VllmDouble()
-    other, settings = "sglang" if name == "vllm" else "vllm", EngineServers(answer_s=1)
-    with pytest.raises(UserError, match=f"--engine {name} .*answers there; pass --engine {other}"):
-        AddressKeeper(PROGRAMS[name].connect(double.url, settings), 0, name).start(lambda: False)
-    keeper = AddressKeeper(PROGRAMS[other].connect(double.url, settings), 0, other)
-    assert keeper.start(lambda: False) is not None
-    double.close()
-
-
-def test_a_fleet_of_sglang_changes_weights_under_way(tmp_path: Path) -> None:
-    double = SglangDouble(0.005)
-    keeper = AddressKeeper(PROGRAMS["sglang"].connect(double.url, EngineServers(answer_s=20)), 0, "sglang")
-    with Fleet([keeper], VOCAB, 4, look_s=0.02) as fleet:
-        futures = [fleet.submit(request) for request in asked(3, 40)]
-        while len(double.asked) < 3 or double.num_written < 6:
-            time.sleep(0.002)
-        engine = ServerEngine("sglang", fleet, tmp_path, tmp_path / "w", 4)
-        engine.update(iter({"w": torch.arange(3.0)}.items()), 5)
-        for request, future in zip(asked(3, 40), futures, strict=True):
-            [answer] = future.result(20)
-            [before, after] = answer.versions
-            assert (before.version, after.version) == (0, 5)
-            assert answer.tokens[after.start:] == expected(request, 5)[after.start:]
-        assert [torch.equal(load_file(file)["w"], torch.arange(3.0))
-                for file in Path(double.weights).iterdir()] == [True]
-        engine.close()
     double.close()

@@ -98,20 +98,6 @@ def test_settings_that_make_no_servers_are_refused(given: list[str], told: str) 
         server_settings("vllm", given, "--engine-set")
 
 
-def test_sglang_is_started_by_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = server_settings("sglang", ["tp=4", "dp=2", "ep=true", "quantization=w8a8_fp8",
-                                          "dtype=bfloat16", "memory_share=0.7"], "--engine-set")
-    words = OwnServer("sglang", 0, Path("model"), 99, settings, tmp_path, with_routes=True,
-                      python=Path("/its/python")).words(5)
-    assert words[:3] == ["/its/python", "-m", "sglang.launch_server"]
-    told = " ".join(words)
-    # SGLang ends an answer two tokens before the end of its context
-    for part in ("--model-path model", "--host 127.0.0.1 --port 5", "--context-length 101", "--tp-size 4",
-                 "--dp-size 2", "--ep-size 4", "--quantization w8a8_fp8", "--dtype bfloat16",
-                 "--mem-fraction-static 0.7", "--skip-tokenizer-init", "--enable-return-routed-experts"):
-        assert part in told
-
-
 def test_copies_inside_of_a_server_have_one_door(tmp_path: Path) -> None:
     # vLLM opens as many as copies, and a request that came in by one cannot be ended by another
     settings = server_settings("vllm", ["dp=2", "requests=8"], "--engine-set")
@@ -119,9 +105,3 @@ def test_copies_inside_of_a_server_have_one_door(tmp_path: Path) -> None:
     assert "--data-parallel-size 2 --api-server-count 1" in " ".join(words)
     # behind which each has room of its own
     assert "--max-num-seqs 8" in " ".join(words) and settings.room == 16
-
-
-def test_sglang_takes_weights_by_files_alone() -> None:
-    with pytest.raises(UserError, match='transfer = "collective" SGLang takes weights by files alone'):
-        server_settings("sglang", ["transfer=collective"], "--engine-set")
-    assert server_settings("sglang", [], "--engine-set").sending() is None

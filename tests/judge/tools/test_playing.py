@@ -17,7 +17,7 @@ import pytest
 from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.judge.tools.environment import EpisodeLimits
-from megatron_sov.judge.tools.episode import Episode, EpisodeLines, GeneratedTurn, lines_in, row_of
+from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in, row_of
 from megatron_sov.judge.tools.playing import (
     STREAMS, EpisodeTable, MessageTable, NoTurn, Said, ToolPolicy, messages_of, page_of, play,
     play_by_messages, summary_of, transcript_of)
@@ -289,26 +289,3 @@ def test_a_play_that_was_stopped_goes_on_behind_its_turns(tmp_path: Path, stop_a
     assert sorted(asked) == sorted(set(asked))  # no turn was asked for twice
     assert len(asked) == 8
     assert not work_folder(tmp_path / "out").exists()
-
-
-def test_an_episode_that_cannot_be_continued_has_no_reward_and_others_go_on(tmp_path: Path) -> None:
-    server = [sys.executable, "-S", str(Path(__file__).with_name("worlds") / "scripted_mcp_server.py")]
-    tasks = [{"question": "Count.", "answer": "1"}, {"question": "Say 2.", "answer": "2"}]
-    chat = chat_encoder()
-    encoder = TurnEncoder(chat, "the test's tokenizer")
-    table = EpisodeTable(order("mcp", {"command": server}), encoder, EpisodeLimits(), 2)
-    said = {0: '<tool_call>{"name": "count", "arguments": {}}</tool_call>', 1: "The answer is 2"}
-
-    class Scripted:
-        def sample(self, prompts: Any, most: int, streams: Sequence[int]) -> list[GeneratedTurn]:
-            return [GeneratedTurn([*chat.encode_text(said[stream // STREAMS]), min(encoder.end_ids)])
-                    for stream in streams]
-
-    rounds = iter([True, False])
-    kept: list[dict[str, Any]] = []
-    play(tasks, Scripted(), table, EpisodeLines([], kept.extend), should_stop=lambda: next(rounds))
-    first, second = play(tasks, Scripted(), table, EpisodeLines(list(kept), kept.extend))
-    assert first.end == "infrastructure" and first.result is not None and first.result.reward is None
-    assert "count was called, may have acted" in first.result.reason
-    assert second.result is not None and second.result.reward == 1
-    assert row_of(EpisodeLines(kept).episodes(tasks)[0], encoder)["end"] == "infrastructure"

@@ -87,7 +87,7 @@ def test_arrays_leave_what_processes_here_leave(cluster: Any, site: Path, capsys
     assert text_hashes(site / "there") == text_hashes(site / "here") != {}
 
 
-@pytest.mark.deep  # test_jobs.py stops a job, and kubernetes/test_arrays.py reads in jobs
+@pytest.mark.deep  # test_jobs.py stops a job
 @pytest.mark.distributed
 def test_a_job_that_is_asked_to_stop_goes_back_to_the_queue_and_on(
         cluster: Any, site: Path, until: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,9 @@
-"""Validations and samples of responses, in the report and on the live page."""
+"""Validations and samples of responses, in the report."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_sov.publish.live.server import run_panels
-from megatron_sov.publish.live.watched import WatchedRun
 from megatron_sov.publish.report.page import render
 from megatron_sov.publish.report.run_data import read_run
 from megatron_sov.publish.report.sections import sections
@@ -47,20 +45,3 @@ def test_the_report_shows_validations_and_the_newest_samples(tmp_path: Path) -> 
     assert table.head[0] == "prompt (validation at step 10)" and table.rows == [
         ["asked at 10", "<script>x</script>", "0.5", '{"format": 1.0}', "3", "stop"]]
     assert "<script>x</script>" not in render([run])
-
-
-def test_the_live_page_shows_what_the_held_out_prompts_gave(tmp_path: Path) -> None:
-    class States:
-        def add(self, event: object) -> None:
-            pass
-
-        def state(self) -> None:
-            return None
-
-    write(tmp_path)
-    watched = WatchedRun(tmp_path, lambda path: States())
-    watched.look()
-    (panel,) = [panel for panel in run_panels([watched]) if panel.title == "Validation"]
-    assert [chart.caption for chart in panel.charts] == ["Mean reward on held-out prompts.",
-                                                         "pass@1 on held-out prompts."]
-    assert "validation: held-out reward 0.5" in [words for _, _, words in watched.news]

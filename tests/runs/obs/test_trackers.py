@@ -77,18 +77,6 @@ def test_tensorboard_shows_samples_of_responses_and_validations(tmp_path: Path) 
     assert texts.SummaryMetadata("samples/round").plugin_data.plugin_name == "text"
 
 
-def test_mlflow_keeps_samples_as_a_table_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mlflow")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    observe(Trackers(ObsConfig(mlflow=True), tmp_path, {}))
-    (file,) = (tmp_path / "mlflow").rglob("samples/round-2.json")
-    table = json.loads(file.read_text())
-    assert table["columns"][:3] == ["prompt", "response", "reward"] and table["data"][0][2] is None
-    assert table["data"][1] == ["3?", "3", 0.5, '{"math": 1.0}', 1, "length"]
-    (metrics,) = (tmp_path / "mlflow").rglob("metrics/validation")
-    assert {str(f.relative_to(metrics)) for f in metrics.rglob("*") if f.is_file()} == set(CURVES)
-
-
 def wandb_records(file: Path) -> Iterator[bytes]:
     """Yield the records of an offline run: LevelDB's log format after a 7-byte header, blocks of 32 KB.
 
@@ -198,35 +186,3 @@ def test_no_setting_no_files(tmp_path: Path) -> None:
     trackers.log_step(1, {"loss": 1.0})
     trackers.close()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_mlflow_keeps_its_run_and_has_all_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for steps in ((1, 2), (2, 3)):  # the second attempt does a step again
-        trackers = Trackers(ObsConfig(mlflow=True, mlflow_experiment="test"), tmp_path,
-                            {"train": {"steps": 3}, "data": {"blend": ["a"] * 999}})
-        for step in steps:
-            trackers.log_step(step, {"loss": 1.0 / step, "heldout/first source": math.nan})
-        trackers.close()
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient((tmp_path / "mlflow").as_uri())
-    (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
-    assert run.info.run_id == (tmp_path / "mlflow-id").read_text() and run.info.status == "FINISHED"
-    assert run.info.run_name == tmp_path.name and run.data.params["train.steps"] == "3"
-    history = client.get_metric_history(run.info.run_id, "loss")
-    assert sorted((metric.step, metric.value) for metric in history) == [
-        (1, 1.0), (2, 0.5), (2, 0.5), (3, 1 / 3)]
-    heldout = client.get_metric_history(run.info.run_id, "heldout/first source")
-    assert len(heldout) == 4 and all(math.isnan(metric.value) for metric in heldout)
-
-
-def test_a_server_that_is_away_does_not_end_the_run_and_its_password_is_not_told(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:hunt@hunter2@127.0.0.1:9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    Trackers(ObsConfig(mlflow=True), tmp_path, {}).log_step(1, {"loss": 1.0})
-    told = capsys.readouterr().err
-    assert "warning: MLflow failed" in told and "hunter2" not in told
-    assert not (tmp_path / "mlflow-id").exists()

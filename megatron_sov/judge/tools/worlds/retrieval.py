@@ -152,7 +152,7 @@ class Retrieval(AnsweredWorld):
             found.append(document)
             if len(found) > MAX_DOCUMENTS:
                 raise UserError(f"corpus {self.corpus}: has more than {MAX_DOCUMENTS:,} documents, which lie "
-                                "in the memory of each process; take a search server, by the environment mcp")
+                                "in the memory of each process; take a search server of your own")
         if not found:
             raise UserError(f"corpus {self.corpus}: has no documents")
         return found

@@ -29,10 +29,11 @@ from megatron_sov.chat.tool_calls import ServedTurn
 from megatron_sov.judge.rewards.reward import Score, short
 from megatron_sov.judge.rewards.version import code_of
 from megatron_sov.judge.tools.environment import InfrastructureFault, Observation, Task, TurnReply, World
-from megatron_sov.judge.tools.worlds.mcp import MAX_LINE_BYTES, no_program, unset
 from megatron_sov.sandbox.process_tree import ProcessTree
 from megatron_sov.work.processes.children import variables_for_foreign
 
+MAX_LINE_BYTES = 256 << 20
+"""Of a message of the library's process."""
 BRIDGE = __name__ + "_bridge"
 """Module that the library's Python runs."""
 SYSTEMS = ("system", "developer")
@@ -40,6 +41,16 @@ OF_NETWORK = ("SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_
               "https_proxy", "no_proxy", "UV_INDEX_URL", "UV_DEFAULT_INDEX")
 """Variables without which uv, behind a proxy, installs nothing."""
 """Roles of the rules."""
+
+
+def no_program(command: tuple[str, ...]) -> Breach | None:
+    return None if not command or shutil.which(command[0]) else (
+        ProblemCode.FILE, "names no program that is on PATH", 'write it as ["program", "argument"]')
+
+
+def unset(name: str) -> Breach | None:
+    return None if name in os.environ else (
+        ProblemCode.RULE, "is not set in this environment", "set it, or leave it out")
 
 
 def _no_file(text: str) -> Breach | None:

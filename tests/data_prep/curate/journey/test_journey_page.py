@@ -22,17 +22,12 @@ def test_what_the_page_shows_is_what_comes_out(own_corpus: Path, token_shards: P
                                                capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(own_corpus.parent)
     Path("tokenizer").symlink_to(token_shards.parent / "tokenizer")
-    about, = blocks("yaml")
-    Path("about.yaml").write_text(about)
     shown, = blocks("text")
     commands = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
-    assert len(commands) == 10
+    assert len(commands) == 6
     printed = {}
     for command in commands:
         assert main(command[1:]) == 0, command
         printed[" ".join(command)] = capsys.readouterr().out
     assert shown in printed.values()
     assert all("no document found" not in text for text in printed.values())
-    assert sorted(p.name for p in Path("card").iterdir()) == ["README.md", "card.json", "training_content.md"]
-    for said in ("Harbour Office, data@example.org", "storyteller-7b", "public block lists"):
-        assert said in Path("card/training_content.md").read_text()

@@ -1,2 +1,0 @@
-"""Scaling ladders: a family of small models, the law that their losses follow, and what it says of the next
-size."""

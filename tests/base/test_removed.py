@@ -1,0 +1,115 @@
+"""Whatever an earlier version had and this one has not is refused by its name, with what serves instead."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base import removed
+from megatron_sov.base.artifacts import new_artifact, read_manifest
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import SettingsError
+from megatron_sov.cli import main
+from megatron_sov.model.config import apply_settings, from_dict
+from megatron_sov.model.config.run import setting_names
+
+PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli",
+            "sov-tokenizer": "tokenizer.cli"}
+
+
+def run(typed: str) -> int:
+    program, *words = typed.split()
+    main: Callable[[list[str]], int] = importlib.import_module(PROGRAMS[program]).main
+    return main(words)
+
+
+@pytest.mark.parametrize("typed", list(removed.COMMANDS))
+@pytest.mark.parametrize("more", ["", " --help", " commit RUN --log x.jsonl"])
+def test_a_removed_command_is_refused_with_what_to_use(typed: str, more: str,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(typed + more) == 2
+    assert f"{typed}: was removed in this version; {removed.COMMANDS[typed]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed", list(removed.OPTIONS))
+@pytest.mark.parametrize("more", [" x", "=x", ""])
+def test_a_removed_option_is_refused_with_what_to_use(typed: str, more: str,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(typed + more) == 2
+    assert f"{typed}: was removed in this version; {removed.OPTIONS[typed]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["rl", "store", "audit"], ["inspect", "audit"], ["report", "card"]])
+def test_a_removed_word_elsewhere_is_no_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert "was removed" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(removed.SETTINGS))
+def test_a_removed_setting_is_refused_and_its_default_in_an_old_run_is_passed_over(name: str) -> None:
+    config = recipes.get("tiny-qwen3")
+    assert name not in setting_names()
+    with pytest.raises(SettingsError, match="it was removed in this version; ") as refused:
+        apply_settings(config, [f"{name}=1"])
+    assert removed.SETTINGS[name][1] in str(refused.value) and name in str(refused.value)
+
+    saved = config.to_dict()
+    *groups, last = name.split(".")
+    block = saved
+    for group in groups:
+        block = block[group]
+    block[last] = removed.SETTINGS[name][0]
+    assert from_dict(saved) == config and last in block, "what was read is not changed"
+    block[last] = "another"
+    with pytest.raises(SettingsError, match="it was removed in this version"):
+        from_dict(saved)
+
+
+@pytest.mark.parametrize("raw", [{"data": 7}, {"data": None}, {}, {"data": {"phases": 3}}])
+def test_settings_of_another_form_pass_to_the_reader(raw: dict[str, object]) -> None:
+    assert removed.without_removed(raw) == raw
+
+
+@pytest.mark.parametrize("file", list(removed.FOLDERS))
+def test_a_folder_of_a_removed_command_is_refused_by_whatever_opens_it(
+        file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / file).write_text("{}")
+    for words in (["inspect"], ["status"], ["convert", "inspect"], ["report"]):
+        assert main([*words, str(tmp_path)]) == 2
+        told = capsys.readouterr().err
+        assert f"holds {file} of {removed.FOLDERS[file][0]}, which was removed in this version" in told, words
+        assert removed.FOLDERS[file][1] in told
+
+
+@pytest.mark.parametrize("kind", list(removed.KINDS))
+def test_an_artifact_of_a_removed_kind_is_refused(kind: str, tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    with new_artifact(tmp_path / "old", kind) as artifact:
+        (artifact.path / "rows").write_text("1\n")
+    assert main(["inspect", str(tmp_path / "old")]) == 2
+    told = f"is a '{kind}' artifact, which this version cannot read; {removed.KINDS[kind]}"
+    assert told in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"is a '{kind}' artifact where a 'tokens' artifact is needed"):
+        read_manifest(tmp_path / "old", "tokens")
+
+
+@pytest.mark.parametrize(("words", "value"), [
+    (["rl", "run", "tiny-qwen3", "--engine", "sglang"], "sglang"),
+    (["generate", "x", "--prompt", "y", "--engine", "sglang"], "sglang"),
+    (["tools", "play", "mcp", "--tasks", "t.jsonl"], "mcp"), (["tools", "play", "openenv"], "openenv"),
+    (["tools", "play", "nemo_gym"], "nemo_gym")])
+def test_a_removed_value_is_refused_with_what_to_use(words: list[str], value: str, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    if words[0] == "tools":
+        Path("t.jsonl").write_text('{"question": "1?", "answer": "1"}\n')
+        words = [*words[:3], "--tasks", "t.jsonl"]
+    if words[0] == "rl":
+        words += ["--from", "x", "--prompts", "p", "--reward", "math", "--store", "s", "--run", "r"]
+    assert main(words) == 2
+    assert f"it was removed in this version: {removed.VALUES[value]}" in capsys.readouterr().err

@@ -1,0 +1,367 @@
+"""`sov-tokenizer media`: tokens of pictures and sounds after those of a tokenizer or a model, with rows of
+embedding and head for a model."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Le
+
+from megatron_sov.base.artifacts import (
+    MANIFEST, ArtifactWriter, atomic_write, damaged_files, new_artifact, read_manifest, refuse_existing,
+    sha256_file, to_json)
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import (
+    Flag, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, command_of, only_with, read_options)
+from megatron_sov.chat.media_tokens import (
+    AUDIO, DIGITS, IMAGE, MARKS, MEDIA, VocabularyBlock, describe_blocks, entry)
+from megatron_sov.model.pretrained import CONFIG, INDEX, hub_name, read_json, weight_files
+
+MODEL = "hf_model"
+"""Kind of artifact, as `megatron-sov convert to-hf` names its folders."""
+COMPANIONS = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja",
+              "chat_template.json")
+"""Files that stay true; vocab.json and the like would not, and code is not taken along."""
+FILLER = "<|reserved_media_{}|>"
+"""What stands on ids between blocks whose first ids were asked for."""
+TOKENIZER = "tokenizer"
+NOISE = 0.1
+"""Standard deviations of each column (ours: the authors of the published model do not say how they began)."""
+
+
+# Which ids the tokens of media get: marks, then sounds, then pictures, as in HyperCLOVA X 8B Omni.
+
+
+@dataclass(frozen=True)
+class MediaTokens:
+    """Tokens of media."""
+
+    audio_tokens: Annotated[NotNegativeInt, Le(10 ** DIGITS[AUDIO])] = 0
+    """Entries of the codebook of sounds (HyperCLOVA X 8B Omni: 6561; default: none)."""
+    image_tokens: Annotated[NotNegativeInt, Le(10 ** DIGITS[IMAGE])] = 0
+    """Entries of the codebook of pictures (HyperCLOVA X 8B Omni: 65536; default: none)."""
+    audio_first: Annotated[int | None, Flag(value="ID"), only_with("audio_tokens")] = None
+    """Id of the first sound; ids left free before it become reserved tokens (default: the next id)."""
+    image_first: Annotated[int | None, Flag(value="ID"), only_with("image_tokens")] = None
+    """Id of the first picture, likewise."""
+
+    def problems(self) -> list[SettingsProblem]:
+        return [] if self.audio_tokens or self.image_tokens else [
+            SettingsProblem(ProblemCode.RULE, "audio_tokens", "adds nothing, and no --image-tokens do", 0)]
+
+
+def laid_out(asked: MediaTokens, known: Collection[str], num_ids: int) -> tuple[list[str],
+                                                                                list[VocabularyBlock]]:
+    """Return the tokens to add behind `num_ids` ids, in order, and the blocks that they make: marks end where
+    the first block begins.
+
+    Args:
+        asked: sizes and first ids.
+        known: tokens that are there; marks among them stay where they are.
+        num_ids: ids that are taken.
+
+    Raises:
+        UserError: there are codebook entries already, or an id that was asked for is taken.
+    """
+    if taken := next((entry(kind, 0) for kind in (AUDIO, IMAGE) if entry(kind, 0) in known), None):
+        raise UserError(f"{taken} is a token already: this tokenizer has tokens of media; take the one "
+                        "that it was made of")
+    words = [mark for mark in MARKS if mark not in known]
+    blocks: list[VocabularyBlock] = []
+    num_fillers = 0
+    for kind, size, first in ((AUDIO, asked.audio_tokens, asked.audio_first),
+                              (IMAGE, asked.image_tokens, asked.image_first)):
+        free = num_ids + len(words)
+        if not size:
+            continue
+        if first is not None and not free <= first <= free + (1 << 20):
+            raise UserError(f"--{kind}-first {first}: the ids up to {free - 1} are taken, and no more than "
+                            f"{1 << 20} may be left free; take {free} or a little more")
+        gap = (first or free) - free
+        fillers = [FILLER.format(num_fillers + i) for i in range(gap)]
+        # marks stand right before the first block, where recipes look for placeholders
+        words = [*words, *fillers] if blocks else [*fillers, *words]
+        num_fillers += gap
+        blocks.append(VocabularyBlock(kind, num_ids + len(words), size))
+        words += [entry(kind, i) for i in range(size)]
+    return words, blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerMediaOptions:
+    """Add a token for each entry of the codebooks of sounds and pictures, and the marks around them in a
+    text. They follow all other tokens: marks, sounds, pictures. Ids of text stay as they are.
+
+    TOKENIZER is a folder that `sov-tokenizer train` or `import` wrote, or a Hugging Face model's folder.
+    A model's embedding and head then get rows too, the mean of all old rows with a little noise."""
+
+    tokenizer: Annotated[Path, Flag("TOKENIZER")]
+    """Folder of a tokenizer, or of a Hugging Face model."""
+    media: MediaTokens = field(default_factory=MediaTokens)
+    noise: Annotated[Annotated[NotNegative, Le(10)] | None, Flag(value="S")] = None
+    """Of a model's new rows, in standard deviations of each column (default 0.1)."""
+    seed: int = 0
+    """Of the noise."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder for the tokenizer, or the model."""
+    overwrite: bool = False
+    """Replace what is already there."""
+
+
+def run_media(typed: argparse.Namespace) -> int:
+    args = read_options(TokenizerMediaOptions, typed)
+    if (args.tokenizer / CONFIG).is_file():
+        noise = NOISE if args.noise is None else args.noise
+        add_media_to_model(args.tokenizer, args.output, args.media, noise=noise, seed=args.seed,
+                           overwrite=args.overwrite)
+        return 0
+    if args.noise is not None:
+        raise UserError(f"--noise {args.noise}: {args.tokenizer} is no model, and a tokenizer alone "
+                        "has no rows; leave it out")
+    add_media(args.tokenizer, args.output, args.media, overwrite=args.overwrite)
+    return 0
+
+
+@dataclass(frozen=True)
+class _ExtendedTokenizer:
+    """A tokenizer.json with more special tokens than the one that it was made of."""
+
+    raw: dict[str, Any]
+    words: Sequence[str]
+    """The new tokens, in the order of their ids."""
+    first_id: int
+    """Of the first new token."""
+    blocks: Sequence[VocabularyBlock]
+
+    @property
+    def num_ids(self) -> int:
+        return self.first_id + len(self.words)
+
+
+def _extend_tokenizer(source: Any, asked: MediaTokens) -> _ExtendedTokenizer:
+    """Add special tokens after all others; the source is not changed.
+
+    Raises:
+        UserError: see `laid_out`; or the tokenizer's ids have gaps.
+    """
+    from tokenizer.formats.hf_files import special_token
+    from tokenizer.formats.reader import ids_of, opened
+
+    ids = dict(ids_of(source.raw))
+    first = max(ids.values()) + 1
+    words, blocks = laid_out(asked, ids.keys(), first)
+    raw = copy.deepcopy(source.raw)
+    raw["added_tokens"] += [special_token(first + i, word) for i, word in enumerate(words)]
+    ids |= {word: first + i for i, word in enumerate(words)}
+    tokenizer = opened(raw, source.file)
+    moved = [token for token, id_ in ids.items() if tokenizer.token_to_id(token) != id_]
+    if moved and raw["model"]["type"] == "BPE":
+        # `tokenizers` gives added tokens ids of its own unless the vocabulary has them
+        raw["model"]["vocab"] |= {token["content"]: token["id"] for token in raw["added_tokens"]}
+        tokenizer = opened(raw, source.file)
+    if wrong := next((token for token, id_ in ids.items() if tokenizer.token_to_id(token) != id_), None):
+        raise UserError(f"{source.file}: {wrong!r} cannot have id {ids[wrong]} in it, because its ids have "
+                        "gaps")
+    return _ExtendedTokenizer(raw, words, first, blocks)
+
+
+def add_media(tokenizer: Path, output: Path, asked: MediaTokens, *, overwrite: bool = False) -> None:
+    """Write a tokenizer with tokens of media as an artifact of kind "tokenizer".
+
+    Args:
+        tokenizer: artifact of kind "tokenizer".
+        output: the folder to write.
+        asked: which tokens.
+        overwrite: replace a tokenizer that is already there.
+
+    Raises:
+        UserError: there is no such tokenizer, it has tokens of media, or text would get other ids.
+    """
+    from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON
+    from tokenizer.formats.reader import find_file, open_hf, opened
+
+    refuse_existing(output, TOKENIZER, overwrite)
+    manifest = read_manifest(tokenizer, TOKENIZER)
+    if problems := damaged_files(tokenizer):
+        raise UserError(f"{problems[0]}; train the tokenizer again or restore it from a copy")
+    source = open_hf(find_file(tokenizer))
+    extended = _extend_tokenizer(source, asked)
+    config = read_json(tokenizer / CONFIG_JSON)
+    with new_artifact(output, TOKENIZER, overwrite=overwrite) as artifact:
+        text = opened(extended.raw, tokenizer).to_str()
+        (artifact.path / TOKENIZER_JSON).write_text(text, encoding="utf-8")
+        (artifact.path / CONFIG_JSON).write_text(to_json(config), encoding="utf-8")
+        checked = _check_ids(artifact.path, source, extended)
+        artifact.add_input(tokenizer, leaves=True)
+        artifact.content = {**manifest.content,
+                            "tokenizer_sha256": sha256_file(artifact.path / TOKENIZER_JSON),
+                            "vocab_size": extended.num_ids, "checked": checked,
+                            MEDIA: describe_blocks(extended.blocks)}
+        artifact.settings = {"tokenizer": tokenizer.resolve().name, "asked": asked}
+    _tell(extended, checked, output)
+
+
+def add_media_to_model(model: Path, output: Path, asked: MediaTokens, *, noise: float = NOISE, seed: int = 0,
+                       overwrite: bool = False) -> None:
+    """Write a model with tokens of media and rows for them, as an artifact of kind "hf_model".
+
+    Args:
+        model: a Hugging Face folder.
+        output: the folder to write.
+        asked: which tokens.
+        noise: of the new rows, in standard deviations of each column.
+        seed: of the noise.
+        overwrite: replace a model that is already there.
+
+    Raises:
+        UserError: the folder is damaged or of an unknown make, it has tokens of media, text would get other
+            ids, or `output` may not be replaced.
+    """
+    from tokenizer.embedding_rows import RowPlan, find_tables
+    from tokenizer.formats.reader import find_file, open_hf
+
+    refuse_existing(output, MODEL, overwrite)
+    config = read_json(model / CONFIG)
+    old_rows = _vocab_size(config, model)
+    source = open_hf(find_file(model))
+    extended = _extend_tokenizer(source, asked)
+    if extended.first_id > old_rows:
+        raise UserError(f"{model}: its tokenizer has {extended.first_id} ids, but vocab_size in {CONFIG} is "
+                        f"{old_rows}; restore the folder from its source")
+    files = [model / name for name in weight_files(model)]
+    tables = find_tables(files, old_rows)
+    plan = RowPlan(old_rows, max(old_rows, extended.num_ids), extended.first_id,
+                   range(extended.first_id, extended.num_ids), noise, seed)
+    with new_artifact(output, MODEL, overwrite=overwrite) as artifact:
+        _write_tokenizer(artifact.path, model, extended)
+        config.get("text_config", config)["vocab_size"] = plan.new_rows
+        (artifact.path / CONFIG).write_text(to_json(config), encoding="utf-8")
+        checked = _check_model_ids(artifact.path, source, extended)
+        _write_weights(artifact, files, tables, plan)
+        if (model / MANIFEST).is_file():
+            artifact.add_input(model, leaves=True)
+        artifact.content = {"family": config.get("model_type"), "vocab_size": plan.new_rows,
+                            "num_new_tokens": len(extended.words), "checked": checked,
+                            MEDIA: describe_blocks(extended.blocks), "media_noise": noise}
+        artifact.settings = {"model": hub_name(model), "old_vocab_size": old_rows}
+    print(f"{old_rows} rows became {plan.new_rows}")
+    _tell(extended, checked, output)
+
+
+def _vocab_size(config: dict[str, Any], model: Path) -> int:
+    """Return vocab_size of a config.json, which may stand in its text_config."""
+    value = config.get("text_config", config).get("vocab_size")
+    if type(value) is not int or value < 1:
+        raise UserError(f"{model / CONFIG}: vocab_size = {value!r} must be a positive number; "
+                        "restore it from its source")
+    return value
+
+
+def _write_tokenizer(folder: Path, model: Path, extended: _ExtendedTokenizer) -> None:
+    """Write the tokenizer's files."""
+    from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON
+    from tokenizer.formats.reader import opened
+
+    (folder / TOKENIZER_JSON).write_text(opened(extended.raw, model).to_str(), encoding="utf-8")
+    for name in (name for name in COMPANIONS if (model / name).is_file()):
+        shutil.copyfile(model / name, folder / name)
+    config = read_json(model / CONFIG_JSON) if (model / CONFIG_JSON).is_file() else {}
+    config.pop("added_tokens_decoder", None)  # tokenizer.json has them
+    # classes named after models build their own splitting around vocabulary and merges;
+    # this one reads tokenizer.json
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / CONFIG_JSON).write_text(to_json(config), encoding="utf-8")
+
+
+def _check_model_ids(folder: Path, source: Any, extended: _ExtendedTokenizer) -> str:
+    """Check ids as `_check_ids` does, and that transformers reads the same; return a sentence.
+
+    `folder` holds config.json as well: for some model types transformers takes a tokenizer class of its own
+    whatever tokenizer_config.json says.
+
+    Raises:
+        UserError: text has other ids, or a token is not found.
+    """
+    from transformers import AutoTokenizer
+
+    from tokenizer.formats.reader import plain_ids
+    from tokenizer.sample_texts import CHUNK_BYTES, built_in
+
+    checked = _check_ids(folder, source, extended)
+    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    encode = plain_ids(_opened(folder))
+    for text in (text for text in built_in(source.raw) if len(text) <= CHUNK_BYTES):
+        if loaded(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] != encode(text):
+            raise UserError(f"{source.file}: with tokens of media, transformers would read it by its class "
+                            f"{type(loaded).__name__}, which gives other ids than the file says, e.g. for "
+                            f"{text[:60]!r}; the model needs a tokenizer of that class")
+    return checked
+
+
+def _opened(folder: Path) -> Any:
+    from tokenizer.formats.hf_files import TOKENIZER_JSON
+    from tokenizer.formats.reader import opened
+
+    return opened(read_json(folder / TOKENIZER_JSON), folder)
+
+
+def _check_ids(folder: Path, source: Any, extended: _ExtendedTokenizer) -> str:
+    """Compare ids of text before and after, and look for each new token in its own text; return a sentence.
+
+    Raises:
+        UserError: text has other ids, or a token is not found.
+    """
+    from tokenizers import Tokenizer
+
+    from tokenizer.formats.hf_files import TOKENIZER_JSON
+    from tokenizer.formats.reader import plain_ids
+    from tokenizer.sample_texts import built_in, first_difference
+
+    encode = plain_ids(_opened(folder))
+    texts = list(built_in(source.raw))
+    if difference := first_difference(texts, encode, source.encode):
+        raise UserError(f"{source.file}: text would get other ids with tokens of media in its vocabulary, "
+                        f"{difference}; so they cannot be added to this tokenizer")
+    special = Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+    together = special.encode("".join(extended.words), add_special_tokens=False).ids
+    if together != list(range(extended.first_id, extended.num_ids)):
+        raise UserError(f"{source.file}: its new tokens are not found in their own text; it cannot have "
+                        "tokens of media")
+    return f"each token of media is found in its own text, and {len(texts)} texts keep their ids"
+
+
+def _write_weights(artifact: ArtifactWriter, files: list[Path], tables: dict[str, Path], plan: Any) -> None:
+    """Write all safetensors files, and the index with the new total."""
+    from tqdm import tqdm
+
+    from tokenizer.embedding_rows import add_rows, copy_file, row_bytes
+
+    for file in tqdm(files, desc="media", unit="file", disable=None):
+        held, target = {name for name, place in tables.items() if place == file}, artifact.path / file.name
+        artifact.known_files[file.name] = (add_rows(file, target, held, plan) if held
+                                           else copy_file(file, target))
+    index = files[0].with_name(INDEX)
+    if index.is_file():
+        value = read_json(index)
+        metadata = value.setdefault("metadata", {})
+        if "total_size" in metadata:
+            metadata["total_size"] += (plan.new_rows - plan.old_rows) * row_bytes(tables)
+        metadata.pop("total_parameters", None)  # newer files have it; readers count for themselves
+        atomic_write(artifact.path / INDEX, to_json(value))
+
+
+def _tell(extended: _ExtendedTokenizer, checked: str, output: Path) -> None:
+    for block in extended.blocks:
+        print(f"{block.kind}: ids {block.first:,} to {block.end - 1:,}; set model.{block.kind}_tokens.first="
+              f"{block.first} and model.{block.kind}_tokens.size={block.size}")
+    print(f"vocabulary of {extended.num_ids:,}; {checked}")
+    print(f"wrote {output}")
+
+
+COMMAND = command_of(TokenizerMediaOptions, run_media)
