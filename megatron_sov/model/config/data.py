@@ -6,14 +6,16 @@ import re
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le, MinLen
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, find_broken)
+    AboveZero, ActsWhen, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, When, any_of,
+    find_broken, is_set, is_unset)
 from megatron_sov.model.config.bounds import Samples, SeqLen, Steps, Tokens
+from megatron_sov.model.config.learning import NOT_EXTENDING, learns_without_rounds
 from megatron_sov.model.config.train import Schedule, TrainConfig
 
 _SOURCE = re.compile(r"\w[\w.-]*")
@@ -55,6 +57,11 @@ def documents_named(named: str) -> tuple[str, int, int | None]:
 class PhaseConfig:
     """One phase of a curriculum: which sources are mixed, how long the samples are, and for how long."""
 
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "name tokens share blend global_batch_size rewarm_steps lr": learns_without_rounds(),
+        "share": is_unset(".tokens"),
+        "min_lr schedule": is_set(".lr")}
+
     name: str
     """Name of the phase in events and in the report."""
     tokens: Tokens = 0
@@ -85,6 +92,11 @@ class PhaseConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """What is read, and how documents become samples."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "packing": When("--data", lambda formats: "text" in formats, "holds plain text"),
+        "over_long": When("--data", lambda formats: set(formats) - {"text"}, "holds conversations or pairs"),
+        "phases": any_of(NOT_EXTENDING, is_unset("extend.stages"))}
 
     paths: dict[str, NotNegative] = field(default_factory=dict)
     """Token shard artifacts (`sov-data pack`) -> share of the data (normalised); given by
@@ -177,6 +189,12 @@ def phase_steps(data: DataConfig, train: TrainConfig) -> list[int]:
         # In order: where a phase begins decides how much of the ramp it sees.
         steps.append(_steps_for(train, phase, budget, sum(steps)))
     return steps
+
+
+def phase_tokens(data: DataConfig, train: TrainConfig) -> list[int]:
+    """Return the tokens of each phase: its budget, else those of its steps at the full batch size."""
+    return [phase.tokens or steps * (phase.global_batch_size or train.global_batch_size) * phase.seq_len
+            for phase, steps in zip(data.phases, phase_steps(data, train), strict=True)]
 
 
 def _full_steps(train: TrainConfig, phase: PhaseConfig, tokens: float) -> float:

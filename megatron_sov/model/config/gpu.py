@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
-from megatron_sov.base.settings import NotNegative, SettingsProblem, Share, find_broken
+from megatron_sov.base.settings import (
+    ActsWhen, NotNegative, SettingsProblem, Share, find_broken, is_one_of, is_set)
 from megatron_sov.model.config.bounds import Steps
 from megatron_sov.model.config.data import PhaseConfig
 from megatron_sov.model.config.layout import ParallelConfig
@@ -186,6 +187,15 @@ Engine's linear layer behind them."""
 class GpuConfig:
     """How GPUs are used (docs/gpu.md): `auto` is on where the machine, the model and the layout can;
     `on` where they cannot is refused."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "linear_attention": is_set("model.linear_attention"),
+        "router_fusion permute_fusion shared_expert_overlap cuda_graphs": is_set("model.num_experts"),
+        "shared_expert_overlap": is_set("model.num_shared_experts"),
+        "recompute_modules": is_one_of("train.recompute", "selective"),
+        "exchange_sms": is_one_of("parallel.expert_dispatcher", "deepep", "hybridep"),
+        "grad_dtype": is_one_of("train.precision", "bf16"),
+        "profile_last_step profiler": is_set(".profile_first_step")}
 
     attention: Literal["auto", "fused", "flash", "unfused", "local"] = "auto"
     """Attention kernel: Transformer Engine's choice (auto), its cuDNN (fused), FlashAttention or plain torch

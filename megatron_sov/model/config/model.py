@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, find_broken)
+    AboveZero, ActsWhen, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, When,
+    find_broken, is_set)
 from megatron_sov.base.settings.problem import show
 from megatron_sov.model.config.bounds import MAX_LAYERS, MAX_SEQ_LEN
 from megatron_sov.model.config.encoders import AudioEncoderConfig, VisionEncoderConfig
@@ -192,6 +193,17 @@ LAYER_TYPES: dict[str, LayerType] = {"L": "sliding_attention", "G": "full_attent
 @dataclass(frozen=True)
 class ModelConfig:
     """The architecture of a model; `family` says how it maps to Hugging Face (`model/families`)."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "num_dense_layers num_experts_per_token num_expert_groups num_groups_per_token num_shared_experts "
+        "expert_ffn_dim router_score norm_topk_prob router_bias routed_scaling_factor "
+        "router_bias_update_rate seq_aux_loss_coeff shared_expert_gate mtp_experts": is_set(".num_experts"),
+        "router_bias_update_rate": is_set(".router_bias"),
+        "num_groups_per_token": When(".num_expert_groups", lambda count: count > 1, "is above 1"),
+        "shared_expert_gate": is_set(".num_shared_experts"),
+        "local_rope_theta": When(".attention_pattern", lambda letters: "L" in letters, "has an L"),
+        "rope_on_global": When(".attention_pattern", lambda letters: "G" in letters, "has a G"),
+        "mtp_experts mtp_attention mtp_depths mtp_loss_coeff": is_set(".num_mtp_layers")}
 
     family: str
     """Name of the declaration in `megatron_sov/model/families`, equal to transformers' `model_type`."""

@@ -10,21 +10,23 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
-    NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_all, check, fields_of,
-    find_broken, hint_below, hints_of, parse_changes, read)
+    ActsWhen, NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_all, check, fields_of,
+    find_broken, hint_below, hints_of, is_none_of, is_set, parse_changes, read)
 from megatron_sov.model.config.bounds import MAX_STEPS
 from megatron_sov.model.config.data import (
-    DataConfig, PhaseConfig, batch_size_at, named_shards, phase_steps, ramp_changes)
+    DataConfig, PhaseConfig, batch_size_at, named_shards, phase_steps, phase_tokens, ramp_changes)
 from megatron_sov.model.config.encoders import MediaConfig
 from megatron_sov.model.config.evaluate import EvaluateConfig, ExtendConfig, NeedleConfig
 from megatron_sov.model.config.gpu import GpuConfig, quantization_problems, weight_problems
 from megatron_sov.model.config.layout import ParallelConfig
+from megatron_sov.model.config.learning import BUILT_IN, learns
 from megatron_sov.model.config.lora import LoraConfig
 from megatron_sov.model.config.model import ModelConfig
 from megatron_sov.model.config.post_training import (
@@ -35,6 +37,13 @@ from megatron_sov.model.config.train import GuardConfig, ObsConfig, OptimConfig,
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """What is learned, and the weights of its terms."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "text_coeff loss_per": learns("sft"),
+        "audio_weight image_weight": learns("lm", "sft"),
+        "audio_weight": is_set("model.audio_tokens"),
+        "image_weight": is_set("model.image_tokens"),
+        "options": is_none_of(".name", *BUILT_IN)}
 
     name: str = "lm"
     """lm: next-token cross-entropy (with multi-token prediction where the model has it); sft: cross-entropy
@@ -424,9 +433,9 @@ def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--
     """Return the config with `key=value` settings applied, e.g. ``train.steps=100`` or
     ``data.phases.0.seq_len=512``.
 
-    Where a setting changes the method, the numbers of the recipe's method do not stay: those that are not set
-    too are the new method's own (`SWITCHES`).  A changed `optim.lr` takes `optim.min_lr` along, at the ratio
-    that they had.
+    `train.tokens` scales all phases.  If a setting changes the method, the numbers of the recipe's method do
+    not stay: those that are not set too are the new method's own (`SWITCHES`).  A changed `optim.lr` takes
+    `optim.min_lr` along, at the ratio that they had.
 
     Args:
         config: what is changed.
@@ -446,7 +455,26 @@ def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--
             names = [number.partition(".")[2] for number in numbers if number not in given]
             raw[room].update({name: own[name] for name in names})
     _take_min_lr_along(raw, config.optim, given)
+    _spread_tokens(raw, config, given)
     return from_dict(raw, option)
+
+
+def _spread_tokens(raw: dict[str, Any], before: RunConfig, given: Mapping[str, Any]) -> None:
+    """Scale the phases to a `train.tokens` that was set, in proportion to the tokens that they had."""
+    total = given.get("train.tokens")
+    if not isinstance(total, int) or total <= 0:  # 0 leaves the length to others; the rest is no budget
+        return
+    if "train.steps" not in given:
+        raw["train"]["steps"] = 0
+    has_own = any(key.startswith("data.phases") for key in given
+                  if key == "data.phases" or key.endswith(".tokens"))
+    phases = before.data.phases
+    if has_own or not (phases[0].tokens or before.train.steps):
+        return
+    ends = list(accumulate(phase_tokens(before.data, before.train)))
+    budgets = [round(total * end / ends[-1]) for end in ends]
+    for phase, start, end in zip(raw["data"]["phases"], [0, *budgets], budgets, strict=False):
+        phase["tokens"] = max(1, end - start)
 
 
 def _take_min_lr_along(raw: dict[str, Any], before: OptimConfig, given: Mapping[str, Any]) -> None:

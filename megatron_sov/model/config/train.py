@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 from urllib.parse import urlsplit
 
 from annotated_types import Ge, Gt, Le, MinLen
 
 from megatron_sov.base.settings import (
-    ONCE, AboveZero, AtLeastOne, Bound, Breach, Finite, Fraction, NotNegative, NotNegativeInt, ProblemCode,
-    SettingsProblem, Share, find_broken)
+    ONCE, AboveZero, ActsWhen, AtLeastOne, Bound, Breach, Finite, Fraction, NotNegative, NotNegativeInt,
+    ProblemCode, SettingsProblem, Share, all_of, any_of, find_broken, is_none_of, is_one_of, is_set)
 from megatron_sov.model.config.bounds import MAX_BATCH_SIZE, Samples, Steps, Tokens
+from megatron_sov.model.config.learning import learns, learns_without_rounds, stages_leave
 
 Algorithm = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "linear", "inverse_sqrt", "constant"]
@@ -40,6 +41,17 @@ class GroupConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and learning rate schedule."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "lr": stages_leave("lr"),
+        "min_lr": any_of(is_none_of(".schedule", "constant"),
+                         is_none_of("data.phases.*.schedule", None, "constant")),
+        "warmup_steps": is_one_of(".schedule_by", "steps"),
+        "warmup_tokens": is_one_of(".schedule_by", "tokens"),
+        "decay_share decay_form": any_of(is_one_of(".schedule", "wsd"),
+                                         is_one_of("data.phases.*.schedule", "wsd")),
+        "muon_momentum muon_nesterov muon_ns_steps muon_ns_coefficients muon_scale": any_of(
+            is_one_of(".name", "muon"), is_one_of("optim.groups.*.optimizer", "muon"))}
 
     name: Algorithm = "adamw"
     """adamw, for all parameters; muon: matrices by Muon (Q, K and V, gate and up, and every expert on its
@@ -107,6 +119,15 @@ class OptimConfig:
 @dataclass(frozen=True)
 class GuardConfig:
     """Guards: steps that are refused, hangs, silent corruption, slow processes, collapsing experts."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "window_steps sigma rollback_after_skips attribute": is_set(".skip"),
+        "window_steps": is_set(".sigma"),
+        "straggler_ratio": is_set(".straggler_every_steps"),
+        "routing_every_steps": is_set("model.num_experts"),
+        "min_load_entropy dead_after_records max_bias_spread": all_of(
+            is_set("model.num_experts"), is_set(".routing_every_steps")),
+        "max_bias_spread": is_set("model.router_bias")}
 
     skip: bool = True
     """Refuse the update of a step whose loss or gradient norm is not finite or a spike; off: a number that is
@@ -186,6 +207,10 @@ def _not_read(file: str) -> Breach | None:
 class ObsConfig:
     """Where a run is watched, in addition to events.jsonl and the progress bar."""
 
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "wandb_project": is_set(".wandb"),
+        "alert_on": is_set(".alert_webhook")}
+
     tensorboard: bool = False
     """Write TensorBoard files into RUN/tensorboard (extra `dev`)."""
     wandb: bool = False
@@ -232,10 +257,23 @@ AVERAGES = get_args(AverageKind)
 class TrainConfig:
     """The loop: how long, how large, how often."""
 
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "steps tokens": all_of(learns_without_rounds("leave it out, and set rollout.rounds"),
+                               stages_leave("steps"), stages_leave("tokens")),
+        "global_batch_size": stages_leave("global_batch_size"),
+        "max_hours": learns("sft", "preference", "distill"),
+        "ramp_increment ramp_steps": is_set(".ramp_from_batch_size"),
+        "fp8_format fp8_bf16_layers_at_start fp8_bf16_layers_at_end fp8_pad_routed_tokens fp8_weights":
+            is_none_of(".fp8", "none"),
+        "fp8_format": is_none_of(".fp8", "nvfp4"),
+        "fp8_pad_routed_tokens": is_set("model.num_experts"),
+        "average_weights average_decay": is_set(".average_last"),
+        "average_decay": is_one_of(".average_weights", "ema")}
+
     steps: Steps = 0
     """Optimizer steps; 0: as many as the token budgets need."""
     tokens: Tokens = 0
-    """Token budget of the run, for phases without one of their own; used when `steps` is 0."""
+    """Token budget of the run; setting it scales the budgets or steps of all phases in proportion."""
     epochs: Annotated[float, Ge(0), Le(10_000)] = 0.0
     """Passes over all data, from which `steps` follows (`rl`: passes over the prompts, from which
     `rollout.rounds` follows); 0: not used."""
