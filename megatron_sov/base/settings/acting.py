@@ -26,7 +26,7 @@ from megatron_sov.base.settings.reading import fields_of
 Facts = Mapping[str, Any]
 """What is known of a run beside its settings, e.g. "command" and "--data" -> value."""
 NO_FACTS: Facts = {}
-FACTS = ("command", "--data")
+FACTS = ("command", "--data", "--validation")
 """Deciding keys that are no settings; a condition on one that is not known holds."""
 
 

@@ -58,7 +58,7 @@ class PhaseConfig:
     """One phase of a curriculum: which sources are mixed, how long the samples are, and for how long."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "name tokens share blend global_batch_size rewarm_steps lr": learns_without_rounds(),
+        "tokens share blend global_batch_size rewarm_steps lr": learns_without_rounds(),
         "share": is_unset(".tokens"),
         "min_lr schedule": is_set(".lr")}
 
@@ -140,8 +140,6 @@ class DataConfig:
             p += find_broken(
                 phase, f"data.phases.{i}",
                 (phase.min_lr <= phase.lr, "min_lr", f"must be at most the phase's lr = {phase.lr:g}"),
-                (not phase.schedule or bool(phase.lr), "schedule", "needs a rate of the phase's own",
-                 "set its lr"),
                 (not phase.blend or any(phase.blend.values()), "blend", "has only zero weights",
                  "give at least one source a weight"))
         return p + find_broken(self, "data", (

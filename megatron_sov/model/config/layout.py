@@ -8,7 +8,7 @@ from functools import cache
 from typing import ClassVar, Literal
 
 from megatron_sov.base.settings import (
-    AboveZero, ActsWhen, AtLeastOne, NotNegativeInt, ProblemCode, SettingsProblem, When, find_broken, is_set)
+    AboveZero, ActsWhen, AtLeastOne, NotNegativeInt, ProblemCode, SettingsProblem, find_broken, is_set)
 from megatron_sov.model.config.model import ModelConfig
 
 
@@ -18,7 +18,6 @@ class ParallelConfig:
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "bucket_params": is_set(".overlap_grad_reduce"),
-        "pipeline_layout": When(".pp", lambda size: size > 1, "is above 1"),
         "expert_dispatcher": is_set("model.num_experts")}
 
     tp: AtLeastOne = 1

@@ -30,7 +30,7 @@ from megatron_sov.model.config.learning import BUILT_IN, learns
 from megatron_sov.model.config.lora import LoraConfig
 from megatron_sov.model.config.model import ModelConfig
 from megatron_sov.model.config.post_training import (
-    SMOOTHED, WITH_REFERENCE, DistillationConfig, PolicyConfig, PolicyParts, PreferenceConfig, RolloutConfig)
+    WITH_REFERENCE, DistillationConfig, PolicyConfig, PolicyParts, PreferenceConfig, RolloutConfig)
 from megatron_sov.model.config.train import GuardConfig, ObsConfig, OptimConfig, TrainConfig
 
 
@@ -147,10 +147,6 @@ class RunConfig:
         p += self.lora.problems(self.model, self.parallel, self.train, self.optim, self.gpu)
         p += find_broken(
             self, "",
-            (not self.media.vision_from or self.model.vision is not None, "media.vision_from",
-             "is not taken: the model has no model.vision"),
-            (not self.media.audio_from or self.model.audio is not None, "media.audio_from",
-             "is not taken: the model has no model.audio"),
             (not (self.lora.on and self.media.train_encoders), "media.train_encoders",
              "cannot be with lora.rank, which freezes all weights but those of its own adapters",
              "set one of them off"))
@@ -159,35 +155,20 @@ class RunConfig:
 
     def _objective_problems(self) -> list[SettingsProblem]:
         """Check what is learned against the model and the objective's name."""
-        objective, distillation, preference = self.objective, self.distillation, self.preference
-        name, method, vocab_size = objective.name, preference.method, self.model.vocab_size
-        weights = [(f"objective.{medium}_weight", getattr(objective, f"{medium}_weight") == 1,
-                    f"model.{medium}_tokens", getattr(self.model, f"{medium}_tokens"))
-                   for medium in ("audio", "image")]
+        distillation, preference = self.distillation, self.preference
+        name, method, vocab_size = self.objective.name, preference.method, self.model.vocab_size
         return find_broken(
             self, "",
-            (not objective.text_coeff or name == "sft", "objective.text_coeff",
-             f"belongs to objective sft, not {name}"),
-            *((plain or ids is not None, key, f"needs {block}", "set the block, or leave it at 1")
-              for key, plain, block, ids in weights),
-            *((plain or name in ("lm", "sft"), key, f"belongs to objectives lm and sft, not {name}")
-              for key, plain, _, _ in weights),
             (not self.gpu.cuda_graphs or name not in ("policy", "preference"), "gpu.cuda_graphs",
              f"cannot be with objective {name}, whose rows share prompts, replay routes or change their "
              "length", "leave it out"),
-            (objective.loss_per == "token" or name == "sft", "objective.loss_per",
-             f"belongs to objective sft, not {name}"),
             (distillation.top_k < vocab_size, "distillation.top_k",
              f"must be below model.vocab_size = {vocab_size}", "0 is the whole vocabulary"),
-            (distillation.keep_remainder or distillation.top_k > 0, "distillation.keep_remainder",
-             "belongs to distillation.top_k: over the whole vocabulary nothing remains"),
             (not distillation.other_tokenizer or distillation.top_k > 0, "distillation.other_tokenizer",
              "needs distillation.top_k > 0: of a teacher of another tokenizer its most probable tokens are "
              "kept"),
             *(self._rules_of_round_preferences() if name == "policy" and self.policy.learns_preferences
               else ()),
-            (not preference.label_smoothing or method in SMOOTHED, "preference.label_smoothing",
-             f"belongs to {', '.join(SMOOTHED)}, not to preference.method = {method}"),
             (not preference.chosen_coeff or method != "orpo", "preference.chosen_coeff",
              "is not taken: orpo learns chosen responses with a weight of 1 in any case", "leave it out"),
             (not preference.chosen_coeff or method != "grouper", "preference.chosen_coeff",
@@ -222,13 +203,9 @@ class RunConfig:
              "needs evaluate.background.cluster"),
             (not is_asked or bool(lm.tasks), "evaluate.lm.tasks",
              "names none, and evaluate.background.tasks asks for lm"),
-            (is_asked or not lm.tasks, "evaluate.lm.tasks", "are measured by nothing",
-             "add lm to evaluate.background.tasks"),
             (all(name.strip() and "," not in name for name in lm.tasks), "evaluate.lm.tasks",
              "must be names of tasks, each of its own, without commas"),
             (len(set(lm.tasks)) == len(lm.tasks), "evaluate.lm.tasks", "names a task twice"),
-            (lm.mode is None or lm.apply_chat_template, "evaluate.lm.mode", "is a setting of the chat "
-             "template, and evaluate.lm.apply_chat_template = false frames no prompt by it"),
             (all("=" in setting for setting in lm.judge), "evaluate.lm.judge",
              "must have the form key=value"))
 

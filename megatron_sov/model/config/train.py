@@ -14,7 +14,7 @@ from megatron_sov.base.settings import (
     ONCE, AboveZero, ActsWhen, AtLeastOne, Bound, Breach, Finite, Fraction, NotNegative, NotNegativeInt,
     ProblemCode, SettingsProblem, Share, all_of, any_of, find_broken, is_none_of, is_one_of, is_set)
 from megatron_sov.model.config.bounds import MAX_BATCH_SIZE, Samples, Steps, Tokens
-from megatron_sov.model.config.learning import learns, learns_without_rounds, stages_leave
+from megatron_sov.model.config.learning import NOT_EXTENDING, learns, learns_without_rounds, stages_leave
 
 Algorithm = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "linear", "inverse_sqrt", "constant"]
@@ -46,7 +46,6 @@ class OptimConfig:
         "lr": stages_leave("lr"),
         "min_lr": any_of(is_none_of(".schedule", "constant"),
                          is_none_of("data.phases.*.schedule", None, "constant")),
-        "warmup_steps": is_one_of(".schedule_by", "steps"),
         "warmup_tokens": is_one_of(".schedule_by", "tokens"),
         "decay_share decay_form": any_of(is_one_of(".schedule", "wsd"),
                                          is_one_of("data.phases.*.schedule", "wsd")),
@@ -107,8 +106,6 @@ class OptimConfig:
         return find_broken(
             self, "optim",
             (self.min_lr <= self.lr, "min_lr", f"must be at most optim.lr = {self.lr:g}"),
-            (not self.warmup_tokens or self.schedule_by == "tokens", "warmup_tokens",
-             "needs optim.schedule_by = tokens", "set that, or optim.warmup_steps"),
             (self.schedule_by == "steps" or self.warmup_tokens > 0 or not self.warmup_steps, "schedule_by",
              "counts the warm-up in tokens, and optim.warmup_steps = "
              f"{self.warmup_steps} would be none", "set optim.warmup_tokens, or optim.warmup_steps=0"))
@@ -209,7 +206,8 @@ class ObsConfig:
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "wandb_project": is_set(".wandb"),
-        "alert_on": is_set(".alert_webhook")}
+        "alert_on": is_set(".alert_webhook"),
+        "sample_rows": learns("policy")}
 
     tensorboard: bool = False
     """Write TensorBoard files into RUN/tensorboard (extra `dev`)."""
@@ -261,6 +259,7 @@ class TrainConfig:
         "steps tokens": all_of(learns_without_rounds("leave it out, and set rollout.rounds"),
                                stages_leave("steps"), stages_leave("tokens")),
         "global_batch_size": stages_leave("global_batch_size"),
+        "epochs": NOT_EXTENDING,
         "max_hours": learns("sft", "preference", "distill"),
         "ramp_increment ramp_steps": is_set(".ramp_from_batch_size"),
         "fp8_format fp8_bf16_layers_at_start fp8_bf16_layers_at_end fp8_pad_routed_tokens fp8_weights":

@@ -114,21 +114,23 @@ class RecipeRequest:
         """Keys that --set and files of --config name."""
         return self.layered | {setting.partition("=")[0] for setting in self.settings}
 
-    def refuse_inert(self, config: RunConfig, formats: Sequence[str] = ()) -> None:
+    def refuse_inert(self, config: RunConfig, **options: Any) -> None:
         """Refuse settings that were asked for and that no part of the run would read.
 
         Args:
             config: resolved settings.
-            formats: those of the data's sources; empty: not known.
+            options: option that decides over settings -> its value; of `data` the formats of its sources.
 
         Raises:
             SettingsError: naming each with the setting that decides.
         """
-        facts = {"command": self.command, "--data": formats}
+        facts = {f"--{name}": value for name, value in options.items()}
+        if self.command:
+            facts["command"] = self.command
         asked = self.changed | {setting.partition("=")[0] for setting in self.settings}
         if self.resumed is not None:
             asked = {key for key in asked if value_at(config, key) != value_at(self.resumed, key)}
-        if problems := find_inert(config, sorted(asked), {key: fact for key, fact in facts.items() if fact}):
+        if problems := find_inert(config, sorted(asked), facts):
             raise SettingsError("", problems)
 
     def config(self, defaults: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:

@@ -99,7 +99,10 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
     asked = stage_request(args, objective, needs_data=needs_data)
     stage: Stage | None = None if objective == "lm" else objective
     mixed = with_mixed_phases(asked.config(), asked.base)
-    asked.refuse_inert(mixed, _refuse_data(args, mixed))
+    decides = {"validation": args.validation} if hasattr(args, "validation") else {}
+    if formats := _refuse_data(args, mixed):
+        decides["data"] = formats
+    asked.refuse_inert(mixed, **decides)
     found = complete_stage(asked, mixed, stage, args.nproc, num_prompts)
     config = completed(found.config)
     config.check(num_ranks(args.nproc))
