@@ -54,8 +54,9 @@ def weight_problems(train: TrainConfig, parallel: ParallelConfig, optim: OptimCo
         return []
     return find_broken(
         train, "train",
-        (train.fp8 != "nvfp4", "fp8_weights", "is for recipes of 8 bits, and train.fp8 = nvfp4: "
-         "megatron-core 0.16.1 gathers no weights in 4 bits", "choose another recipe, or leave it out"),
+        (train.fp8 not in ("none", "nvfp4"), "fp8_weights", f"is for recipes of 8 bits, and train.fp8 = "
+         f"{train.fp8}: megatron-core 0.16.1 gathers no weights in 4 bits",
+         "choose another recipe, or leave it out"),
         (parallel.zero1, "fp8_weights", "needs parallel.zero1 = true, whose optimizer makes weights of their "
          "masters", "set it, or leave this out"),
         (not any(group.frozen for group in optim.groups), "fp8_weights",
