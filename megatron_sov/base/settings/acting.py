@@ -165,10 +165,15 @@ def _inert(settings: Any, key: str, facts: Facts) -> SettingsProblem | None:
     for owner, condition in conditions_of(settings, key):
         unmet = condition.find_unmet(settings, owner, facts)
         if unmet is not None:
-            deciders = " and ".join(f"{name} = {show(value)}" for name, value in unmet.deciders.items())
+            deciders = " and ".join(f"{name} = {show(value)}" for name, value in unmet.deciders.items()
+                                    if not _holds_settings(value))
             return SettingsProblem(ProblemCode.INERT, key, f"has no effect with {deciders}: it acts when "
                                    f"{unmet.text}", value_at(settings, key), unmet.way_out)
     return None
+
+
+def _holds_settings(value: Any) -> bool:
+    return isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value))
 
 
 def conditions_of(settings: Any, key: str) -> Iterator[tuple[str, Condition]]:
@@ -192,7 +197,7 @@ def leaves_at(settings: Any, key: str) -> Iterator[str]:
         for field in dataclasses.fields(value):
             if field.name in fields_of(type(value)) and getattr(value, field.name) != default_of(field):
                 yield from leaves_at(settings, f"{key}.{field.name}")
-    elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+    elif _holds_settings(value):
         for i in range(len(value)):
             yield from leaves_at(settings, f"{key}.{i}")
     else:

@@ -38,14 +38,12 @@ READ_WITHOUT_EFFECT = {
     "train.ramp_steps": "`batch_size_at` looks at ramp_from_batch_size next",
     "train.steps": "counts the steps of phases that rounds have made",
     "train.fp8_weights": "counts memory; refused without train.fp8",
-    "parallel.pipeline_layout": "empty without a pipeline",
     "parallel.bucket_params": "megatron-core drops the size without overlap_grad_reduce",
     "parallel.expert_dispatcher": "asked whether this machine has its kernels",
     "objective.options": "empty unless the objective is the user's own",
     "objective.*_weight": "given with `model.*_tokens`, without which it is left out",
     **dict.fromkeys(
-        ("model.mtp_*", "model.local_rope_theta", "model.norm_topk_prob", "model.num_dense_layers",
-         "model.num_*group*", "model.router_bias", "model.shared_expert_gate"),
+        ("model.mtp_*", "model.norm_topk_prob", "model.num_*group*", "model.router_bias"),
         "megatron-core's settings and Hugging Face's are written whole"),
     "media.*_from": "folders of encoders, which this model has not",
     **dict.fromkeys(

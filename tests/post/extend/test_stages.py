@@ -248,7 +248,8 @@ def test_the_stages_of_a_recipe_are_its_own(short_run: Path, token_shards: Path,
                      "extend.stages.1.yarn_original_tokens": 48, "train.micro_batch_size": 1})
     args = typed(TunedStageOptions, ["tiny-solar-open-extend", "--from", str(short_run), "--data",
                                      str(token_shards), "--run", str(tmp_path / "long"), *shorter])
-    planned = planned_stages(stage_request(args, "lm", lengthens=True), find_checkpoint(short_run), args.run, 1)
+    request = stage_request(args, "lm", lengthens=True)
+    planned = planned_stages(request, find_checkpoint(short_run), args.run, 1)
     near, far = (stage.config for stage in planned)
     assert near.problems(1) == far.problems(1) == []
     (first,), (second,) = near.data.phases, far.data.phases
