@@ -37,10 +37,9 @@ resolved settings are in `RUN/config.json`.
 | an object | `--set 'data.phases.0.blend={"en": 2, "ko": 1}'` |
 | nothing | `--set model.yarn=null` |
 
-Values are JSON if they parse, else text. If you give a key twice, the last one counts. Refused before
-anything starts: an unknown key, with the nearest known one; and a value that nothing in your run would read
-("acts when" below), with the setting that decides. In a file of `--config` this is asked of values that
-differ from the recipe's, in a resumed run of those that differ from its own. `train.tokens` scales all phases.
+Values are JSON if they parse, else text; of a key given twice the last one counts. A value that nothing in
+your run would read ("acts when" below) is refused with the setting that decides; in a file of `--config` only
+if it differs from the recipe's. An unknown key is refused with the nearest known one.
 """
 
 
@@ -111,7 +110,8 @@ def sections(cls: type, path: str, title: str) -> Iterator[str]:
             meaning = docs[field.name] + acting(cls, field.name, path)
             rows.append(f"| `{key}` | `{in_cell}` | {default} | {meaning} |")
     about = " ".join(inspect.cleandoc((cls.__doc__ or "").partition("\n\n")[0]).split())
-    about += acting(cls, "", path)
+    if condition := acting(cls, "", path):
+        rows.insert(0, f"| `{path}*` | | |{condition} |")
     yield (f"\n## {title}\n\n{about}\n\n| setting | type | default | meaning |\n|---|---|---|---|\n"
            + "\n".join(rows) + "\n")
     yield from tables

@@ -2,8 +2,8 @@
 for JSON, YAML and `key=value`, one table of sentences.  Nothing here imports torch."""
 
 from megatron_sov.base.settings.acting import (
-    FACTS, ActsWhen, AllOf, AnyOf, Condition, When, all_of, any_of, conditions_of, default_of, find_inert,
-    is_none_of, is_one_of, is_set, is_unset, value_at)
+    FACTS, ActsWhen, AllOf, AnyOf, Condition, When, conditions_of, find_inert, is_none_of, is_one_of, is_set,
+    is_unset, value_at)
 from megatron_sov.base.settings.options import (
     NO_FLAG, Actions, Flag, add_actions, add_options, command_of, num_cores, options_of, read_options,
     run_action)
@@ -22,8 +22,8 @@ __all__ = [
     "FACTS", "NO_FLAG", "ONCE", "RISING", "AboveZero", "Actions", "ActsWhen", "AllOf", "AnyOf", "AtLeastOne",
     "Bound", "Breach", "Condition", "Finite", "Flag", "Fraction", "Located", "NotBlank", "NotNegative",
     "NotNegativeInt", "Place", "ProblemCode", "Relation", "SettingsError", "SettingsProblem", "Share", "When",
-    "add_actions", "add_options", "all_of", "any_of", "as_problem", "assign_all", "at_most", "below",
-    "by_name", "change", "check", "command_of", "conditions_of", "default_of", "fields_of", "find_broken",
+    "add_actions", "add_options", "as_problem", "assign_all", "at_most", "below",
+    "by_name", "change", "check", "command_of", "conditions_of", "fields_of", "find_broken",
     "find_inert", "find_problems", "hint_below", "hints_of", "is_none_of", "is_one_of", "is_set", "is_unset",
     "multiple_of", "name_options", "not_with", "num_cores", "one_of", "only_with", "options_of", "other_than",
     "parse_changes", "parse_nested", "place_of", "plain", "problems_of", "read", "read_arguments",

@@ -2,16 +2,6 @@
 were asked for and cannot act.
 
 A class declares `ACTS_WHEN`: names of fields, separated by spaces, -> a condition; "" stands for all fields.
-
->>> from dataclasses import dataclass
->>> @dataclass(frozen=True)
-... class Adapter:
-...     rank: int = 0
-...     alpha: float = 16.0
-...     ACTS_WHEN = {"alpha": is_set(".rank")}
->>> [problem] = find_inert(Adapter(alpha=32.0), ["alpha"])
->>> print(problem)
-alpha = 32.0 has no effect with rank = 0: it acts when rank is set; leave it out, or change rank
 """
 
 from __future__ import annotations
@@ -20,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from megatron_sov.base.settings.problem import UNSET, ProblemCode, SettingsProblem, show
+from megatron_sov.base.settings.problem import ProblemCode, SettingsProblem, show
 from megatron_sov.base.settings.reading import fields_of
 
 Facts = Mapping[str, Any]
@@ -80,11 +70,11 @@ class When:
         return f"{_shown(_absolute(self.key, owner))} {self.words}"
 
 
-@dataclasses.dataclass(frozen=True)
 class AnyOf:
     """Conditions of which one has to hold."""
 
-    parts: tuple[Condition, ...]
+    def __init__(self, *parts: Condition) -> None:
+        self.parts = parts
 
     def find_unmet(self, root: Any, owner: str, facts: Facts) -> Unmet | None:
         """Return how all parts fail; see `When.find_unmet`."""
@@ -100,11 +90,11 @@ class AnyOf:
         return ", or ".join(part.text(owner) for part in self.parts)
 
 
-@dataclasses.dataclass(frozen=True)
 class AllOf:
     """Conditions that all have to hold."""
 
-    parts: tuple[Condition, ...]
+    def __init__(self, *parts: Condition) -> None:
+        self.parts = parts
 
     def find_unmet(self, root: Any, owner: str, facts: Facts) -> Unmet | None:
         """Return how the first part that fails does; see `When.find_unmet`."""
@@ -118,14 +108,6 @@ class AllOf:
 Condition = When | AnyOf | AllOf
 ActsWhen = Mapping[str, Condition]
 """Names of fields, separated by spaces, -> when they act; "": all fields of the class."""
-
-
-def any_of(*parts: Condition) -> AnyOf:
-    return AnyOf(parts)
-
-
-def all_of(*parts: Condition) -> AllOf:
-    return AllOf(parts)
 
 
 def is_set(key: str) -> When:
@@ -157,7 +139,7 @@ def find_inert(settings: Any, asked: Iterable[str], facts: Facts = NO_FACTS
         asked: keys with dots; one may name a whole group, whose changed fields are then looked at.
         facts: of the run, see `FACTS`.
     """
-    leaves = dict.fromkeys(leaf for key in asked for leaf in leaves_at(settings, key))
+    leaves = dict.fromkeys(leaf for key in asked for leaf in _leaves_at(settings, key))
     return list(filter(None, (_inert(settings, leaf, facts) for leaf in leaves)))
 
 
@@ -189,26 +171,21 @@ def conditions_of(settings: Any, key: str) -> Iterator[tuple[str, Condition]]:
         node = _below(node, part)
 
 
-def leaves_at(settings: Any, key: str) -> Iterator[str]:
+def _leaves_at(settings: Any, key: str) -> Iterator[str]:
     """Yield the settings that a key stands for: itself, or, of a group, the fields that do not have their
     default."""
     [value] = _values_at(settings, key.split("."))
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            if field.name in fields_of(type(value)) and getattr(value, field.name) != default_of(field):
-                yield from leaves_at(settings, f"{key}.{field.name}")
+            makes = field.default_factory
+            default = field.default if makes is dataclasses.MISSING else makes()
+            if field.name in fields_of(type(value)) and getattr(value, field.name) != default:
+                yield from _leaves_at(settings, f"{key}.{field.name}")
     elif _holds_settings(value):
         for i in range(len(value)):
-            yield from leaves_at(settings, f"{key}.{i}")
+            yield from _leaves_at(settings, f"{key}.{i}")
     else:
         yield key
-
-
-def default_of(field: dataclasses.Field[Any]) -> Any:
-    """Return a field's default; `UNSET`: it has none."""
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return UNSET if field.default is dataclasses.MISSING else field.default
 
 
 def value_at(settings: Any, key: str) -> Any:

@@ -12,7 +12,7 @@ from annotated_types import Ge, Le, MinLen
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    AboveZero, ActsWhen, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, When, any_of,
+    AboveZero, ActsWhen, AnyOf, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, When,
     find_broken, is_set, is_unset)
 from megatron_sov.model.config.bounds import Samples, SeqLen, Steps, Tokens
 from megatron_sov.model.config.learning import NOT_EXTENDING, learns_without_rounds
@@ -96,7 +96,7 @@ class DataConfig:
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "packing": When("--data", lambda formats: "text" in formats, "holds plain text"),
         "over_long": When("--data", lambda formats: set(formats) - {"text"}, "holds conversations or pairs"),
-        "phases": any_of(NOT_EXTENDING, is_unset("extend.stages"))}
+        "phases": AnyOf(NOT_EXTENDING, is_unset("extend.stages"))}
 
     paths: dict[str, NotNegative] = field(default_factory=dict)
     """Token shard artifacts (`sov-data pack`) -> share of the data (normalised); given by

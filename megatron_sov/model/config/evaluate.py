@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge
 
 from megatron_sov.base.settings import (
-    AboveZero, ActsWhen, AtLeastOne, Fraction, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem,
-    Share, When, any_of, find_broken, is_one_of, is_set, is_unset)
+    AboveZero, ActsWhen, AnyOf, AtLeastOne, Fraction, NotNegative, NotNegativeInt, ProblemCode,
+    SettingsProblem, Share, When, find_broken, is_one_of, is_set, is_unset)
 from megatron_sov.model.config.bounds import Samples, SeqLen, Steps, Tokens
 from megatron_sov.model.config.learning import is_command
 
@@ -24,7 +24,7 @@ class NeedleConfig:
     """The needle-in-a-haystack suite that judges a longer context."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "": any_of(is_command("extend"), When(
+        "": AnyOf(is_command("extend"), When(
             "evaluate.background.tasks", lambda tasks: "needle" in tasks, "names needle")),
         "train_share train_kinds train_needles train_questions answer_weight text_weight":
             is_command("extend"),

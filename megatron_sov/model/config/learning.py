@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_sov.base.settings import AnyOf, When, all_of, any_of, is_one_of, is_unset
+from megatron_sov.base.settings import AllOf, AnyOf, When, is_one_of, is_unset
 
 BUILT_IN = {"lm": "pretrain", "sft": "sft", "preference": "prefer", "distill": "distill",
             "policy": "rl train"}
@@ -23,7 +23,7 @@ def learns_without_rounds(way_out: str = "") -> When:
 
 def learns_by_policy(objective: str, method: str) -> AnyOf:
     """Return the condition that a run learns by an objective, or in rounds by the `policy.method` of it."""
-    return any_of(learns(objective), all_of(learns("policy"), is_one_of("policy.method", method)))
+    return AnyOf(learns(objective), AllOf(learns("policy"), is_one_of("policy.method", method)))
 
 
 def is_command(name: str) -> When:
@@ -34,7 +34,7 @@ def is_command(name: str) -> When:
 
 def stages_leave(field: str) -> AnyOf:
     """Return the condition that a stage of `extend` leaves a field open, which the run's setting fills in."""
-    return any_of(NOT_EXTENDING, is_unset("extend.stages"), is_unset(f"extend.stages.*.{field}"))
+    return AnyOf(NOT_EXTENDING, is_unset("extend.stages"), is_unset(f"extend.stages.*.{field}"))
 
 
 NOT_EXTENDING = When("command", lambda command: command != "extend", "is not extend",

@@ -199,10 +199,7 @@ class ModelConfig:
         "expert_ffn_dim router_score norm_topk_prob router_bias routed_scaling_factor "
         "router_bias_update_rate seq_aux_loss_coeff shared_expert_gate mtp_experts": is_set(".num_experts"),
         "router_bias_update_rate": is_set(".router_bias"),
-        "num_groups_per_token": When(".num_expert_groups", lambda count: count > 1, "is above 1"),
-        "shared_expert_gate": is_set(".num_shared_experts"),
         "local_rope_theta": When(".attention_pattern", lambda letters: "L" in letters, "has an L"),
-        "rope_on_global": When(".attention_pattern", lambda letters: "G" in letters, "has a G"),
         "mtp_experts mtp_attention mtp_depths mtp_loss_coeff": is_set(".num_mtp_layers")}
 
     family: str
@@ -532,9 +529,7 @@ class ModelConfig:
             (not any(self.swiglu_limits) or self.activation != "clamped_swiglu", "swiglu_limits",
              "stand beside model.activation = clamped_swiglu, which has its own", empty),
             (not any(self.swiglu_limits) or not self.linear_bias, "swiglu_limits",
-             "cannot be with model.linear_bias: they bound a product without a bias", empty),
-            (self.mtp_depths == 1 or self.num_mtp_layers == 1, "mtp_depths",
-             "needs a prediction layer to apply: model.num_mtp_layers = 1", "set it to 1"))
+             "cannot be with model.linear_bias: they bound a product without a bias", empty))
 
     def _position_problems(self) -> list[SettingsProblem]:
         """Return what is wrong with rotations, their scaling, and attention that is latent."""

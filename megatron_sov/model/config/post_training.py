@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_sov.base.settings import (
-    AboveZero, ActsWhen, AtLeastOne, Finite, Fraction, NotNegative, NotNegativeInt, ProblemCode,
-    SettingsProblem, Share, any_of, find_broken, is_none_of, is_one_of, is_set)
+    AboveZero, ActsWhen, AnyOf, AtLeastOne, Finite, Fraction, NotNegative, NotNegativeInt, ProblemCode,
+    SettingsProblem, Share, find_broken, is_none_of, is_one_of, is_set)
 from megatron_sov.model.config.learning import learns, learns_by_policy
 
 
@@ -303,7 +303,7 @@ class PolicyConfig:
         "knowledge_share knowledge_batch_size": is_set(".parts.knowledge_coeff"),
         "correction_low correction_high": is_none_of(".correction", "none"),
         "geo_reject_low": is_set(".geo_reject_high"),
-        "overlong_penalty": any_of(is_set(".overlong_buffer_tokens"), is_one_of(".method", *OVERLONG_SHARES)),
+        "overlong_penalty": AnyOf(is_set(".overlong_buffer_tokens"), is_one_of(".method", *OVERLONG_SHARES)),
         "on_policy_share": is_one_of(".method", "gkd"),
         "reference keep_unfinished": is_one_of(".method", "preference"),
         _OF_ADVANTAGES: is_none_of(".method", "preference")}

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 from annotated_types import Ge, Gt, Le, MinLen
 
 from megatron_sov.base.settings import (
-    ONCE, AboveZero, ActsWhen, AtLeastOne, Bound, Breach, Finite, Fraction, NotNegative, NotNegativeInt,
-    ProblemCode, SettingsProblem, Share, all_of, any_of, find_broken, is_none_of, is_one_of, is_set)
+    ONCE, AboveZero, ActsWhen, AllOf, AnyOf, AtLeastOne, Bound, Breach, Finite, Fraction, NotNegative,
+    NotNegativeInt, ProblemCode, SettingsProblem, Share, find_broken, is_none_of, is_one_of, is_set)
 from megatron_sov.model.config.bounds import MAX_BATCH_SIZE, Samples, Steps, Tokens
 from megatron_sov.model.config.learning import NOT_EXTENDING, learns, learns_without_rounds, stages_leave
 
@@ -44,12 +44,12 @@ class OptimConfig:
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "lr": stages_leave("lr"),
-        "min_lr": any_of(is_none_of(".schedule", "constant"),
+        "min_lr": AnyOf(is_none_of(".schedule", "constant"),
                          is_none_of("data.phases.*.schedule", None, "constant")),
         "warmup_tokens": is_one_of(".schedule_by", "tokens"),
-        "decay_share decay_form": any_of(is_one_of(".schedule", "wsd"),
+        "decay_share decay_form": AnyOf(is_one_of(".schedule", "wsd"),
                                          is_one_of("data.phases.*.schedule", "wsd")),
-        "muon_momentum muon_nesterov muon_ns_steps muon_ns_coefficients muon_scale": any_of(
+        "muon_momentum muon_nesterov muon_ns_steps muon_ns_coefficients muon_scale": AnyOf(
             is_one_of(".name", "muon"), is_one_of("optim.groups.*.optimizer", "muon"))}
 
     name: Algorithm = "adamw"
@@ -122,7 +122,7 @@ class GuardConfig:
         "window_steps": is_set(".sigma"),
         "straggler_ratio": is_set(".straggler_every_steps"),
         "routing_every_steps": is_set("model.num_experts"),
-        "min_load_entropy dead_after_records max_bias_spread": all_of(
+        "min_load_entropy dead_after_records max_bias_spread": AllOf(
             is_set("model.num_experts"), is_set(".routing_every_steps")),
         "max_bias_spread": is_set("model.router_bias")}
 
@@ -256,7 +256,7 @@ class TrainConfig:
     """The loop: how long, how large, how often."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "steps tokens": all_of(learns_without_rounds("leave it out, and set rollout.rounds"),
+        "steps tokens": AllOf(learns_without_rounds("leave it out, and set rollout.rounds"),
                                stages_leave("steps"), stages_leave("tokens")),
         "global_batch_size": stages_leave("global_batch_size"),
         "epochs": NOT_EXTENDING,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.settings import (
-    When, all_of, any_of, find_inert, is_none_of, is_one_of, is_set, is_unset, value_at)
+    AllOf, AnyOf, When, find_inert, is_none_of, is_one_of, is_set, is_unset, value_at)
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Part:
     method: str = "dpo"
     beta: float = 0.1
     gamma: float = 0.5
-    ACTS_WHEN = {"": any_of(is_one_of("name", "pairs"),
-                            all_of(is_one_of("name", "rounds"), is_set("rounds"))),
+    ACTS_WHEN = {"": AnyOf(is_one_of("name", "pairs"),
+                            AllOf(is_one_of("name", "rounds"), is_set("rounds"))),
                  "gamma": is_one_of(".method", "simpo", "orpo")}
 
 
@@ -46,7 +46,7 @@ class Settings:
     late: int = 3
     over_long: str = "cut"
     block: Part | None = None
-    ACTS_WHEN = {"decay": any_of(is_none_of("items.*.schedule", None, "constant"), is_unset("late")),
+    ACTS_WHEN = {"decay": AnyOf(is_none_of("items.*.schedule", None, "constant"), is_unset("late")),
                  "over_long": When("--data", lambda formats: "chat" in formats, "holds chats", "pack chats")}
 
 

@@ -81,7 +81,6 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
      "model.layer_windows"),
     ("model.swiglu_limits=[7]", 1, "model.swiglu_limits"),
     ("model.num_layers=1 model.swiglu_limits=[7] model.activation=clamped_swiglu", 1, "model.swiglu_limits"),
-    ("model.mtp_depths=2", 1, "model.mtp_depths"),
     ("model.tied_embeddings=true model.num_mtp_layers=1 model.dense_ffn_dim=64 parallel.pp=2", 2,
      "parallel.pp"),
     ("model.attention_pattern=DG", 1, "model.linear_attention"),
