@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 
 from megatron_sov.base.settings import (
-    AboveZero, ActsWhen, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, When,
-    find_broken, is_set)
+    AboveZero, ActsWhen, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, find_broken,
+    is_set)
 from megatron_sov.base.settings.problem import show
 from megatron_sov.model.config.bounds import MAX_LAYERS, MAX_SEQ_LEN
 from megatron_sov.model.config.encoders import AudioEncoderConfig, VisionEncoderConfig
@@ -199,7 +199,7 @@ class ModelConfig:
         "expert_ffn_dim router_score norm_topk_prob router_bias routed_scaling_factor "
         "router_bias_update_rate seq_aux_loss_coeff shared_expert_gate mtp_experts": is_set(".num_experts"),
         "router_bias_update_rate": is_set(".router_bias"),
-        "local_rope_theta": When(".attention_pattern", lambda letters: "L" in letters, "has an L"),
+        "local_rope_theta": is_set(".sliding_window_tokens"),
         "mtp_experts mtp_attention mtp_depths mtp_loss_coeff": is_set(".num_mtp_layers")}
 
     family: str
@@ -316,8 +316,7 @@ class ModelConfig:
     """Attention of the multi-token prediction layer: G = global (rotated as other global layers are),
     L = sliding window, of sliding_window_tokens."""
     mtp_depths: Annotated[AtLeastOne, Le(MAX_DEPTHS)] = 1
-    """How many times the multi-token prediction layer is applied, each time to its own states and one token
-    further ahead (K-EXAONE 2.0: 4)."""
+    """Applications of the multi-token prediction layer, each one token further ahead (K-EXAONE 2.0: 4)."""
     mtp_loss_coeff: NotNegative = 0.05
     """Weight of the multi-token prediction loss."""
     max_position_tokens: Annotated[AtLeastOne, Le(MAX_SEQ_LEN)] = 131072

@@ -117,7 +117,7 @@ CANNOT_ACT = [
     ("pretrain", 'evaluate.lm.tasks=["x"]', "evaluate.background.tasks = []"),
     ("pretrain", "media.vision_from=a", "model.vision = null"),
     ("pretrain", "parallel.bucket_params=5", "parallel.overlap_grad_reduce = false"),
-    ("experts", "model.local_rope_theta=5000", 'model.attention_pattern = "G"'),
+    ("experts", "model.local_rope_theta=5000", 'model.sliding_window_tokens = 0'),
     ("experts", "model.mtp_loss_coeff=0.1", "model.num_mtp_layers = 0"),
     ("extend", "train.steps=9", "extend.stages.*.steps = "),
     ("extend", "train.epochs=2", 'command = "extend"'),
