@@ -37,9 +37,9 @@ resolved settings are in `RUN/config.json`.
 | an object | `--set 'data.phases.0.blend={"en": 2, "ko": 1}'` |
 | nothing | `--set model.yarn=null` |
 
-Values are JSON if they parse, else text; of a key given twice the last one counts. A value that nothing in
-your run would read ("acts when" below) is refused with the setting that decides; in a file of `--config` only
-if it differs from the recipe's. An unknown key is refused with the nearest known one.
+Values are JSON if they parse, else text; of a key given twice the last one counts. An unknown key is
+refused with the nearest known one, and a value that nothing would read ("acts when" below) with the setting that
+decides; in a file of `--config` if it differs from the recipe's.
 """
 
 
