@@ -38,8 +38,8 @@ resolved settings are in `RUN/config.json`.
 | nothing | `--set model.yarn=null` |
 
 Values are JSON if they parse, else text; of a key given twice the last one counts. An unknown key is
-refused with the nearest known one, and a value that nothing would read ("acts when" below) with the setting that
-decides; in a file of `--config` if it differs from the recipe's.
+refused with the nearest known one, and a value that nothing would read ("acts when" below) with the setting
+that decides; in a file of `--config` if it differs from the recipe's.
 """
 
 

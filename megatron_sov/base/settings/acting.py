@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from megatron_sov.base.settings.problem import ProblemCode, SettingsProblem, show
 from megatron_sov.base.settings.reading import fields_of
@@ -179,7 +179,7 @@ def _leaves_at(settings: Any, key: str) -> Iterator[str]:
         for field in dataclasses.fields(value):
             makes = field.default_factory
             default = field.default if makes is dataclasses.MISSING else makes()
-            if field.name in fields_of(type(value)) and getattr(value, field.name) != default:
+            if field.name in fields_of(cast(Any, type(value))) and getattr(value, field.name) != default:
                 yield from _leaves_at(settings, f"{key}.{field.name}")
     elif _holds_settings(value):
         for i in range(len(value)):

@@ -95,7 +95,7 @@ class DataConfig:
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "packing": When("--data", lambda formats: "text" in formats, "holds plain text"),
-        "over_long": When("--data", lambda formats: set(formats) - {"text"}, "holds conversations or pairs"),
+        "over_long": When("--data", lambda formats: {*formats} != {"text"}, "holds conversations or pairs"),
         "phases": AnyOf(NOT_EXTENDING, is_unset("extend.stages"))}
 
     paths: dict[str, NotNegative] = field(default_factory=dict)

@@ -129,7 +129,7 @@ class RecipeRequest:
             facts["command"] = self.command
         asked = self.changed | {setting.partition("=")[0] for setting in self.settings}
         if self.resumed is not None:
-            asked = {key for key in asked if value_at(config, key) != value_at(self.resumed, key)}
+            asked = frozenset(key for key in asked if value_at(config, key) != value_at(self.resumed, key))
         if problems := find_inert(config, sorted(asked), facts):
             raise SettingsError("", problems)
 

@@ -28,7 +28,7 @@ LOOP = ("train.steps=2", "train.global_batch_size=2", "train.micro_batch_size=2"
         "train.num_threads=1")
 SMALL = (*LOOP, "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "optim.lr=0.0001",
          'data.phases=[{"name": "main", "seq_len": 128}]')
-ROLLOUT = {"rounds": 2, "prompts_per_round": 2, "samples_per_prompt": 4, "piece_prompts": 2,
+ROLLOUT: dict[str, Any] = {"rounds": 2, "prompts_per_round": 2, "samples_per_prompt": 4, "piece_prompts": 2,
            "max_new_tokens": 12, "max_prompt_tokens": 6}
 
 READ_WITHOUT_EFFECT = {
