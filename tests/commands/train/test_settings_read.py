@@ -43,7 +43,7 @@ READ_WITHOUT_EFFECT = {
     "objective.options": "empty unless the objective is the user's own",
     "objective.*_weight": "given with `model.*_tokens`, without which it is left out",
     **dict.fromkeys(
-        ("model.mtp_*", "model.norm_topk_prob", "model.num_*group*", "model.router_bias"),
+        ("model.mtp_*", "model.norm_topk_prob", "model.router_bias"),
         "megatron-core's settings and Hugging Face's are written whole"),
     "media.*_from": "folders of encoders, which this model has not",
     **dict.fromkeys(
