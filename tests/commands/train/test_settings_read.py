@@ -57,11 +57,9 @@ READ_WITHOUT_EFFECT = {
 }
 """Setting that a stage reads where it is declared not to act -> why that changes nothing."""
 NEVER_READ = {
-    "code": "read if the objective or the family is the user's own",
     "guards.*": "alarms need 20 steps, verdicts a fault",
     "needle.*_weight": "read once a needle document is drawn",
     "obs.*": "exporters are off",
-    "policy.*": "read where responses are written (`rl run`) or by other methods",
     "rollout.*": "read where responses are written (`rl run`, `rl generate`)",
     "train.max_hours": "asked on the user's own machine, not under a launcher",
     "train.tokens": "these runs have steps",
