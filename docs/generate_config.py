@@ -37,8 +37,9 @@ resolved settings are in `RUN/config.json`.
 | an object | `--set 'data.phases.0.blend={"en": 2, "ko": 1}'` |
 | nothing | `--set model.yarn=null` |
 
-Values are JSON if they parse, else text. If you give a key twice, the last one counts. An unknown key is
-refused with the nearest known one.
+Values are JSON if they parse, else text; of a key given twice the last one counts. An unknown key is
+refused with the nearest known one, and a value that nothing would read ("acts when" below) with the setting
+that decides; in a file of `--config` if it differs from the recipe's.
 """
 
 
@@ -85,6 +86,13 @@ def default_of(field: dataclasses.Field[Any]) -> str:
     return "the recipe's"
 
 
+def acting(cls: type, name: str, path: str) -> str:
+    """Return a sentence with the conditions under which a field of a class acts, "": under which all do."""
+    texts = [condition.text(path.rstrip(".")) for names, condition in getattr(cls, "ACTS_WHEN", {}).items()
+             if (name in names.split() if name else not names)]
+    return f" Acts when {'; and '.join(texts)}." if texts else ""
+
+
 def sections(cls: type, path: str, title: str) -> Iterator[str]:
     """Yield one table of a class's settings, then the tables of the classes that it holds;
     `path` ends with a dot."""
@@ -99,8 +107,11 @@ def sections(cls: type, path: str, title: str) -> Iterator[str]:
         if inner is None or annotation != inner.__name__:
             default = "the table below" if inner and field.default is not None else default_of(field)
             in_cell = annotation.replace("|", "\\|")
-            rows.append(f"| `{key}` | `{in_cell}` | {default} | {docs[field.name]} |")
+            meaning = docs[field.name] + acting(cls, field.name, path)
+            rows.append(f"| `{key}` | `{in_cell}` | {default} | {meaning} |")
     about = " ".join(inspect.cleandoc((cls.__doc__ or "").partition("\n\n")[0]).split())
+    if condition := acting(cls, "", path):
+        rows.insert(0, f"| `{path}*` | | |{condition} |")
     yield (f"\n## {title}\n\n{about}\n\n| setting | type | default | meaning |\n|---|---|---|---|\n"
            + "\n".join(rows) + "\n")
     yield from tables

@@ -14,12 +14,10 @@ from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.base.plugins.registry import Registry, check_methods, takes
 from megatron_sov.base.settings import read_arguments
 from megatron_sov.model.config import RunConfig
+from megatron_sov.model.config.learning import BUILT_IN
 
 Factory = Callable[[Any], Any]
 """The run's `train.objectives.data_batches.ObjectiveContext` -> a `train.objectives.objective.Objective`."""
-BUILT_IN = {"lm": "pretrain", "sft": "sft", "preference": "prefer", "distill": "distill",
-            "policy": "rl train"}
-"""Built-in objective -> the command that trains by it."""
 METHODS = {"collect": ("policy", "step"), "prepare": ("batch",), "loss": ("hidden", "head", "batch")}
 """What an objective has to have: method -> what it is given (`train/objectives/objective.py`)."""
 FORMATS = (*KINDS, ROLLOUTS)
@@ -64,9 +62,6 @@ def check(config: RunConfig) -> None:
     """
     name, options = config.objective.name, config.objective.options
     if name in BUILT_IN:
-        if options:
-            raise UserError(f"objective.options = {options}: belong to an objective of your own, "
-                            f"not to {name}")
         return
     made = OWN.get(name, config.code)
     read_arguments(made, options, f"objective {name}", prefix="objective.options", num_ours=1)

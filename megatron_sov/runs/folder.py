@@ -411,3 +411,9 @@ def last_words(records: Path, number: str) -> str:
             for file in sorted(records.glob(pattern))]
     said = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs).strip()
     return said.splitlines()[-1].strip().removeprefix("job: ") if said else ""
+
+
+def resumed_settings(run: Path) -> RunConfig | None:
+    """Return the settings of a run that began, or of its first stage; None: there is none."""
+    folders = (run, *sorted((run / STAGES).glob("*")))
+    return next((config for folder in folders if (config := RunFolder(folder).config())), None)

@@ -522,9 +522,9 @@ def test_sound_runs_have_a_miniature() -> None:
 
 
 def test_a_rule_that_the_miniature_alone_breaks_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(OFF, "train.fp8_pad_routed_tokens", True)
+    monkeypatch.setitem(OFF, "train.average_last", 1)
 
-    with pytest.raises(UserError, match=r"the miniature of this run breaks a rule: .*pad.*; not proved"):
+    with pytest.raises(UserError, match=r"miniature of this run breaks a rule: .*average_last.*; not proved"):
         miniature(recipes.get("tiny-qwen3"), 1, Path("documents"))
 
 

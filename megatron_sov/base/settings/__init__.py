@@ -1,6 +1,9 @@
 """Settings, declared once and read in one way: frozen dataclasses whose types carry the bounds, one reader
 for JSON, YAML and `key=value`, one table of sentences.  Nothing here imports torch."""
 
+from megatron_sov.base.settings.acting import (
+    FACTS, ActsWhen, AllOf, AnyOf, Condition, When, conditions_of, find_inert, is_none_of, is_one_of, is_set,
+    is_unset, value_at)
 from megatron_sov.base.settings.options import (
     NO_FLAG, Actions, Flag, add_actions, add_options, command_of, num_cores, options_of, read_options,
     run_action)
@@ -16,12 +19,14 @@ from megatron_sov.base.settings.sources import (
     read_yaml)
 
 __all__ = [
-    "NO_FLAG", "ONCE", "RISING", "AboveZero", "Actions", "AtLeastOne", "Bound", "Breach", "Finite", "Flag",
-    "Fraction", "Located", "NotBlank", "NotNegative", "NotNegativeInt", "Place", "ProblemCode", "Relation",
-    "SettingsError", "SettingsProblem", "Share", "add_actions", "add_options", "as_problem", "assign_all",
-    "at_most", "below", "by_name", "change", "check", "command_of", "fields_of", "find_broken",
-    "find_problems", "hint_below", "hints_of", "multiple_of", "name_options", "not_with", "num_cores",
-    "one_of", "only_with", "options_of", "other_than", "parse_changes", "parse_nested", "place_of", "plain",
-    "problems_of", "read", "read_arguments", "read_file", "read_located", "read_options", "read_text",
-    "read_yaml", "rules_of", "run_action",
+    "FACTS", "NO_FLAG", "ONCE", "RISING", "AboveZero", "Actions", "ActsWhen", "AllOf", "AnyOf", "AtLeastOne",
+    "Bound", "Breach", "Condition", "Finite", "Flag", "Fraction", "Located", "NotBlank", "NotNegative",
+    "NotNegativeInt", "Place", "ProblemCode", "Relation", "SettingsError", "SettingsProblem", "Share", "When",
+    "add_actions", "add_options", "as_problem", "assign_all", "at_most", "below",
+    "by_name", "change", "check", "command_of", "conditions_of", "fields_of", "find_broken",
+    "find_inert", "find_problems", "hint_below", "hints_of", "is_none_of", "is_one_of", "is_set", "is_unset",
+    "multiple_of", "name_options", "not_with", "num_cores", "one_of", "only_with", "options_of", "other_than",
+    "parse_changes", "parse_nested", "place_of", "plain", "problems_of", "read", "read_arguments",
+    "read_file", "read_located", "read_options", "read_text", "read_yaml", "rules_of", "run_action",
+    "value_at",
 ]

@@ -41,6 +41,8 @@ class ProblemCode(StrEnum):
     """A value outside its bounds."""
     RULE = "rule"
     """A value that does not fit another setting, or the model."""
+    INERT = "inert"
+    """A value that another setting leaves without effect."""
     FILE = "file"
     """A file that cannot be read, or is no YAML."""
 

@@ -6,14 +6,16 @@ import re
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le, MinLen
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, find_broken)
+    AboveZero, ActsWhen, AnyOf, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, When,
+    find_broken, is_set, is_unset)
 from megatron_sov.model.config.bounds import Samples, SeqLen, Steps, Tokens
+from megatron_sov.model.config.learning import NOT_EXTENDING, learns_without_rounds
 from megatron_sov.model.config.train import Schedule, TrainConfig
 
 _SOURCE = re.compile(r"\w[\w.-]*")
@@ -38,6 +40,11 @@ def named_shards(path: str) -> tuple[str, str]:
 @dataclass(frozen=True)
 class PhaseConfig:
     """One phase of a curriculum: which sources are mixed, how long the samples are, and for how long."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "tokens share blend global_batch_size rewarm_steps lr": learns_without_rounds(),
+        "share": is_unset(".tokens"),
+        "min_lr schedule": is_set(".lr")}
 
     name: str
     """Name of the phase in events and in the report."""
@@ -69,6 +76,11 @@ class PhaseConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """What is read, and how documents become samples."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "packing": When("--data", lambda formats: "text" in formats, "holds plain text"),
+        "over_long": When("--data", lambda formats: {*formats} != {"text"}, "holds conversations or pairs"),
+        "phases": AnyOf(NOT_EXTENDING, is_unset("extend.stages"))}
 
     paths: dict[str, NotNegative] = field(default_factory=dict)
     """Token shard artifacts (`sov-data pack`) -> share of the data (normalised); given by
@@ -108,8 +120,6 @@ class DataConfig:
             p += find_broken(
                 phase, f"data.phases.{i}",
                 (phase.min_lr <= phase.lr, "min_lr", f"must be at most the phase's lr = {phase.lr:g}"),
-                (not phase.schedule or bool(phase.lr), "schedule", "needs a rate of the phase's own",
-                 "set its lr"),
                 (not phase.blend or any(phase.blend.values()), "blend", "has only zero weights",
                  "give at least one source a weight"))
         return p + find_broken(self, "data", (
@@ -157,6 +167,12 @@ def phase_steps(data: DataConfig, train: TrainConfig) -> list[int]:
         # In order: where a phase begins decides how much of the ramp it sees.
         steps.append(_steps_for(train, phase, budget, sum(steps)))
     return steps
+
+
+def phase_tokens(data: DataConfig, train: TrainConfig) -> list[int]:
+    """Return the tokens of each phase: its budget, else those of its steps at the full batch size."""
+    return [phase.tokens or steps * (phase.global_batch_size or train.global_batch_size) * phase.seq_len
+            for phase, steps in zip(data.phases, phase_steps(data, train), strict=True)]
 
 
 def _full_steps(train: TrainConfig, phase: PhaseConfig, tokens: float) -> float:

@@ -4,11 +4,12 @@ and which of their weights are trained."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
-from megatron_sov.base.settings import AboveZero, Finite, NotNegativeInt, SettingsProblem, find_broken
+from megatron_sov.base.settings import (
+    AboveZero, ActsWhen, AnyOf, Finite, NotNegativeInt, SettingsProblem, find_broken, is_set)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -176,6 +177,11 @@ class AudioEncoderConfig:
 @dataclass(frozen=True)
 class MediaConfig:
     """Which weights of encoders are trained, and where they start."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "train_encoders train_adapters": AnyOf(is_set("model.vision"), is_set("model.audio")),
+        "vision_from": is_set("model.vision"),
+        "audio_from": is_set("model.audio")}
 
     train_encoders: bool = False
     """Whether encoders learn; else they are frozen, have no gradients and no optimizer state."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge
 
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Fraction, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, Share,
-    find_broken)
+    AboveZero, ActsWhen, AnyOf, AtLeastOne, Fraction, NotNegative, NotNegativeInt, ProblemCode,
+    SettingsProblem, Share, When, find_broken, is_one_of, is_set, is_unset)
 from megatron_sov.model.config.bounds import Samples, SeqLen, Steps, Tokens
+from megatron_sov.model.config.learning import is_command
 
 # The needle suite: what is asked, where, and how often.
 
@@ -21,6 +22,13 @@ Language = Literal["english", "korean", "thai", "code"]
 @dataclass(frozen=True)
 class NeedleConfig:
     """The needle-in-a-haystack suite that judges a longer context."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "": AnyOf(is_command("extend"), When(
+            "evaluate.background.tasks", lambda tasks: "needle" in tasks, "names needle")),
+        "train_share train_kinds train_needles train_questions answer_weight text_weight":
+            is_command("extend"),
+        "train_kinds train_needles train_questions answer_weight text_weight": is_set(".train_share")}
 
     kinds: tuple[NeedleKind, ...] = ("multi-key",)
     """What is asked, after RULER (arXiv 2404.06654), in tests and in training."""
@@ -82,6 +90,9 @@ class PartConfig:
 class ExtendStageConfig:
     """One stage of `extend`, which is a run."""
 
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "tokens": is_unset(".steps")}
+
     name: str
     """Name of the stage: its phase in the report and, but for the last stage, its folder
     RUN/stages/<number>-<name>."""
@@ -117,6 +128,9 @@ class ExtendStageConfig:
 class GateConfig:
     """What ends a stage of `extend`: needle retrieval, with the short context as good as it was."""
 
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "min_accuracy loss_tolerance_nats scan_tokens max_overlap": is_set(".every_steps")}
+
     every_steps: NotNegativeInt = 0
     """Optimizer steps between two checks; 0: no gate, a stage ends with its steps."""
     min_accuracy: Share = 0.9
@@ -135,6 +149,9 @@ class GateConfig:
 @dataclass(frozen=True)
 class ExtendConfig:
     """Stages of `extend` and their gate."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "": is_command("extend")}
 
     stages: tuple[ExtendStageConfig, ...] = ()
     """Stages in order; empty: one stage as `data.phases` and `train` say."""
@@ -178,6 +195,10 @@ class LmEvalConfig:
     """What `lm` of `evaluate.background.tasks` measures; each setting is that of an option of
     `megatron-sov eval lm` (docs/eval_lm.md)."""
 
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "": When("evaluate.background.tasks", lambda tasks: "lm" in tasks, "names lm"),
+        "mode": is_set(".apply_chat_template")}
+
     tasks: tuple[str, ...] = ()
     """Names of tasks and groups (`--tasks`)."""
     task_dirs: tuple[str, ...] = ()
@@ -216,6 +237,10 @@ class LmEvalConfig:
 class BackgroundEvalConfig:
     """Jobs that measure a run's exports (`train.export_every_checkpoints`) during training, without
     delaying it."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "where cluster timeout_s max_waiting": is_set(".tasks"),
+        "cluster": is_one_of(".where", "slurm")}
 
     tasks: tuple[EvalTask, ...] = ()
     """What is measured on every export: ppl (loss and bits per byte of each source on held-out documents),

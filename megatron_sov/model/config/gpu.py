@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
-from megatron_sov.base.settings import NotNegative, SettingsProblem, Share, find_broken
+from megatron_sov.base.settings import (
+    ActsWhen, NotNegative, SettingsProblem, Share, find_broken, is_one_of, is_set)
 from megatron_sov.model.config.bounds import Steps
 from megatron_sov.model.config.data import PhaseConfig
 from megatron_sov.model.config.layout import ParallelConfig
@@ -39,8 +40,6 @@ RECIPES = {
     "mxfp8": Fp8Recipe(32, 32, "e4m3"),
     "nvfp4": Fp8Recipe(128, 32, ""),
 }
-OWN_SETTINGS = ("fp8_format", "fp8_bf16_layers_at_start", "fp8_bf16_layers_at_end", "fp8_pad_routed_tokens",
-                "fp8_weights")
 
 
 def fp8_format(train: TrainConfig) -> str:
@@ -55,8 +54,9 @@ def weight_problems(train: TrainConfig, parallel: ParallelConfig, optim: OptimCo
         return []
     return find_broken(
         train, "train",
-        (train.fp8 != "nvfp4", "fp8_weights", "is for recipes of 8 bits, and train.fp8 = nvfp4: "
-         "megatron-core 0.16.1 gathers no weights in 4 bits", "choose another recipe, or leave it out"),
+        (train.fp8 not in ("none", "nvfp4"), "fp8_weights", f"is for recipes of 8 bits, and train.fp8 = "
+         f"{train.fp8}: megatron-core 0.16.1 gathers no weights in 4 bits",
+         "choose another recipe, or leave it out"),
         (parallel.zero1, "fp8_weights", "needs parallel.zero1 = true, whose optimizer makes weights of their "
          "masters", "set it, or leave this out"),
         (not any(group.frozen for group in optim.groups), "fp8_weights",
@@ -72,10 +72,7 @@ def quantization_problems(train: TrainConfig, model: ModelConfig, parallel: Para
                           phases: Sequence[PhaseConfig]) -> list[SettingsProblem]:
     """Return every rule that `train.fp8` breaks with what it meets."""
     if train.fp8 == "none":
-        defaults = TrainConfig()
-        return find_broken(train, "train", *(
-            (getattr(train, name) == getattr(defaults, name), name, "needs train.fp8, which is none",
-             "set it or leave this out") for name in OWN_SETTINGS))
+        return []
     if train.fp8 == "delayed":
         return find_broken(train, "train", (
             False, "fp8", "is not to be had: its scales follow from the largest values of earlier steps, "
@@ -87,13 +84,9 @@ def quantization_problems(train: TrainConfig, model: ModelConfig, parallel: Para
         train, "train",
         (train.precision == "bf16", "fp8", f"needs train.precision = bf16, it is {train.precision}: what is "
          "not quantised stays in bf16"),
-        (train.fp8 != "nvfp4" or train.fp8_format == "auto", "fp8_format", "belongs to the 8-bit recipes, "
-         "and train.fp8 = nvfp4 has a format of its own (e2m1)", "leave it out"),
         (start + end < model.num_layers, "fp8_bf16_layers_at_start",
          f"and train.fp8_bf16_layers_at_end = {end} leave none of the {model.num_layers} layers to train.fp8 "
          f"= {train.fp8}", "lower one or set train.fp8=none"),
-        (not pads or model.num_moe_layers() > 0, "fp8_pad_routed_tokens",
-         "needs experts, and the model has none", "leave it out"),
         (not pads or parallel.expert_dispatcher != "allgather" or not model.num_moe_layers(),
          "fp8_pad_routed_tokens", "does not go with parallel.expert_dispatcher = allgather",
          "use alltoall or leave it out"))
@@ -186,6 +179,14 @@ Engine's linear layer behind them."""
 class GpuConfig:
     """How GPUs are used (docs/gpu.md): `auto` is on where the machine, the model and the layout can;
     `on` where they cannot is refused."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "linear_attention": is_set("model.linear_attention"),
+        "router_fusion permute_fusion shared_expert_overlap cuda_graphs": is_set("model.num_experts"),
+        "shared_expert_overlap": is_set("model.num_shared_experts"),
+        "exchange_sms": is_one_of("parallel.expert_dispatcher", "deepep", "hybridep"),
+        "grad_dtype": is_one_of("train.precision", "bf16"),
+        "profile_last_step profiler": is_set(".profile_first_step")}
 
     attention: Literal["auto", "fused", "flash", "unfused", "local"] = "auto"
     """Attention kernel: Transformer Engine's choice (auto), its cuDNN (fused), FlashAttention or plain torch
@@ -280,15 +281,12 @@ class GpuConfig:
              "names attn_proj without core_attn, whose output is attn_proj's input and stays for its own "
              "backward pass", "name both"),
             (first == last == 0 or 0 < first <= last, "profile_first_step",
-             f"and gpu.profile_last_step = {last} must be steps in order, both from 1 on, or both 0"),
-            (self.profiler == "torch" or first > 0, "profiler", "needs gpu.profile_first_step", "set it"))
+             f"and gpu.profile_last_step = {last} must be steps in order, both from 1 on, or both 0"))
         return p + self._exchange_problems(parallel, train) + self._optimizer_problems(
             parallel, train, optim) + self._graph_problems(model, parallel, train) + find_broken(
             self, "gpu",
             (self.grad_dtype == "fp32" or train.precision == "bf16", "grad_dtype",
              f"needs train.precision = bf16, which is {train.precision}", "leave it out"),
-            (self.permute_fusion != "on" or experts, "permute_fusion",
-             f"sorts tokens by expert, and model.num_experts = {model.num_experts}", "leave it out"),
             (self.rope_fusion != "on" or parallel.cp == 1, "rope_fusion",
              f"knows no rows that are cut as by parallel.cp = {parallel.cp}",
              "set gpu.rope_fusion to auto, or parallel.cp to 1"),
@@ -311,8 +309,6 @@ class GpuConfig:
         is_kernel = dispatcher in ("deepep", "hybridep")
         p = find_broken(
             self, "gpu",
-            (self.exchange_sms == 0 or is_kernel, "exchange_sms",
-             f"is of deepep and hybridep, and parallel.expert_dispatcher = {dispatcher}", "leave it out"),
             (self.exchange_sms % 2 == 0, "exchange_sms", "must be even", "add one"))
         if is_kernel:
             p += find_broken(

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, NotNegativeInt, ProblemCode, SettingsProblem, find_broken)
+    AboveZero, ActsWhen, AtLeastOne, NotNegativeInt, ProblemCode, SettingsProblem, find_broken, is_set)
 from megatron_sov.model.config.model import ModelConfig
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """How the model is laid out over processes; the data parallel size follows from their number."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "bucket_params": is_set(".overlap_grad_reduce"),
+        "expert_dispatcher": is_set("model.num_experts")}
 
     tp: AtLeastOne = 1
     """Tensor parallel size."""

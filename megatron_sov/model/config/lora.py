@@ -4,11 +4,12 @@ arXiv 2402.09353)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from annotated_types import MinLen
 
-from megatron_sov.base.settings import AboveZero, NotNegativeInt, SettingsProblem, find_broken
+from megatron_sov.base.settings import (
+    AboveZero, ActsWhen, NotNegativeInt, SettingsProblem, find_broken, is_set)
 from megatron_sov.model.config.gpu import GpuConfig
 from megatron_sov.model.config.layout import ParallelConfig
 from megatron_sov.model.config.model import ModelConfig
@@ -29,6 +30,9 @@ TARGETS: tuple[str, ...] = get_args(Target)
 class LoraConfig:
     """Low-rank adaptation of a frozen model (docs/lora.md): W x becomes W x + alpha / rank B A x, and A and
     B alone are trained."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "alpha targets dora": is_set(".rank")}
 
     rank: NotNegativeInt = 0
     """Rows of A and columns of B; 0: off, all weights are trained."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, find_broken)
+    AboveZero, ActsWhen, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, find_broken,
+    is_set)
 from megatron_sov.base.settings.problem import show
 from megatron_sov.model.config.bounds import MAX_LAYERS, MAX_SEQ_LEN
 from megatron_sov.model.config.encoders import AudioEncoderConfig, VisionEncoderConfig
@@ -193,6 +194,14 @@ LAYER_TYPES: dict[str, LayerType] = {"L": "sliding_attention", "G": "full_attent
 class ModelConfig:
     """The architecture of a model; `family` says how it maps to Hugging Face (`model/families`)."""
 
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "num_dense_layers num_experts_per_token num_expert_groups num_groups_per_token num_shared_experts "
+        "expert_ffn_dim router_score norm_topk_prob router_bias routed_scaling_factor "
+        "router_bias_update_rate seq_aux_loss_coeff shared_expert_gate mtp_experts": is_set(".num_experts"),
+        "router_bias_update_rate": is_set(".router_bias"),
+        "local_rope_theta": is_set(".sliding_window_tokens"),
+        "mtp_experts mtp_attention mtp_depths mtp_loss_coeff": is_set(".num_mtp_layers")}
+
     family: str
     """Name of the declaration in `megatron_sov/model/families`, equal to transformers' `model_type`."""
     vocab_size: Annotated[AtLeastOne, Le(100_000_000)]
@@ -307,8 +316,7 @@ class ModelConfig:
     """Attention of the multi-token prediction layer: G = global (rotated as other global layers are),
     L = sliding window, of sliding_window_tokens."""
     mtp_depths: Annotated[AtLeastOne, Le(MAX_DEPTHS)] = 1
-    """How many times the multi-token prediction layer is applied, each time to its own states and one token
-    further ahead (K-EXAONE 2.0: 4)."""
+    """Applications of the multi-token prediction layer, each one token further ahead (K-EXAONE 2.0: 4)."""
     mtp_loss_coeff: NotNegative = 0.05
     """Weight of the multi-token prediction loss."""
     max_position_tokens: Annotated[AtLeastOne, Le(MAX_SEQ_LEN)] = 131072
@@ -520,9 +528,7 @@ class ModelConfig:
             (not any(self.swiglu_limits) or self.activation != "clamped_swiglu", "swiglu_limits",
              "stand beside model.activation = clamped_swiglu, which has its own", empty),
             (not any(self.swiglu_limits) or not self.linear_bias, "swiglu_limits",
-             "cannot be with model.linear_bias: they bound a product without a bias", empty),
-            (self.mtp_depths == 1 or self.num_mtp_layers == 1, "mtp_depths",
-             "needs a prediction layer to apply: model.num_mtp_layers = 1", "set it to 1"))
+             "cannot be with model.linear_bias: they bound a product without a bias", empty))
 
     def _position_problems(self) -> list[SettingsProblem]:
         """Return what is wrong with rotations, their scaling, and attention that is latent."""

@@ -7,18 +7,23 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Finite, Fraction, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, Share,
-    find_broken)
+    AboveZero, ActsWhen, AnyOf, AtLeastOne, Finite, Fraction, NotNegative, NotNegativeInt, ProblemCode,
+    SettingsProblem, Share, find_broken, is_none_of, is_one_of, is_set)
+from megatron_sov.model.config.learning import learns, learns_by_policy
 
 
 @dataclass(frozen=True)
 class DistillationConfig:
     """What objective `distill` makes of what a teacher says of the data."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "": learns_by_policy("distill", "gkd"),
+        "keep_remainder": is_set(".top_k")}
 
     beta: Share = 0.0
     """Which generalised Jensen-Shannon divergence (arXiv 2306.13649, equation 1): 0 forward KL, 1 reverse
@@ -50,6 +55,13 @@ SMOOTHED = ("dpo", "dpo-norm", "simpo")
 @dataclass(frozen=True)
 class PreferenceConfig:
     """What objective `preference` makes of responses that were judged."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "": learns_by_policy("preference", "preference"),
+        "beta": is_one_of(".method", *BETAS),
+        "simpo_gamma": is_one_of(".method", "simpo"),
+        "desirable_weight undesirable_weight": is_one_of(".method", "kto"),
+        "label_smoothing": is_one_of(".method", *SMOOTHED)}
 
     method: PreferenceMethod = "dpo"
     """dpo: direct preference optimisation (arXiv 2305.18290); ipo: its squared form (arXiv 2310.12036);
@@ -87,6 +99,10 @@ class PreferenceConfig:
 class RolloutConfig:
     """What `rl` generates and trains in rounds.  It has the settings of responses as well, since a trainer
     computes at the temperature that they were drawn at."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "": learns("policy"),
+        "validation_every_rounds validation_samples validation_temperature": is_set("--validation")}
 
     rounds: NotNegativeInt = 0
     """Rounds of generation, reward and training; 0: no reinforcement learning."""
@@ -258,10 +274,10 @@ SCALES = (("clip_low", ("clip", "ratio")), ("clip_high", ("clip", "ratio")), ("k
           ("length_reward_coeff", ("length_reward",)), ("length_width_tokens", ("length_reward",)))
 """Number, and the parts that it is a number of: that of a method says nothing about another such part."""
 _PARTS = dataclasses.asdict(PolicyParts())
-OF_PREFERENCES = ("reference", "keep_unfinished")
-BESIDE_PREFERENCES = (*OF_PREFERENCES, "method", "max_gen_batches", "right_from", "overlong_buffer_tokens",
-                      "overlong_penalty", "share_prompts", "router_replay")
-"""Settings of a policy that mean something where preferences are learned."""
+_OF_ADVANTAGES = " ".join((
+    *(name for name in _PARTS if name != "max_gen_batches"), "mask_truncated", "correction",
+    "correction_low", "correction_high", "geo_reject_high", "geo_reject_low", "missing_share"))
+"""Settings of a policy whose loss is made of advantages."""
 
 
 def _drawn(what: str, share: float) -> bool:
@@ -273,6 +289,24 @@ def _drawn(what: str, share: float) -> bool:
 class PolicyConfig:
     """What objective `policy` makes of a model's own responses and their rewards.  `method` names a set of
     parts; a part that is set by itself goes before it (docs/policy_methods.md has the table)."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "": learns("policy"),
+        "clip_low": is_one_of(".parts.clip", "two_sided"),
+        "clip_high": is_one_of(".parts.clip", "two_sided", "cispo"),
+        "kl_coeff": is_none_of(".parts.kl", "none"),
+        "kl_weighted": is_one_of(".parts.kl", "k3"),
+        "pkpo_k": is_one_of(".parts.advantage", "pass_at_k"),
+        "length_reward_coeff": is_none_of(".parts.length_reward", "none"),
+        "length_width_tokens": is_one_of(".parts.length_reward", "around_right", "target"),
+        "all_wrong_reward": is_one_of(".parts.all_wrong", "keep"),
+        "knowledge_share knowledge_batch_size": is_set(".parts.knowledge_coeff"),
+        "correction_low correction_high": is_none_of(".correction", "none"),
+        "geo_reject_low": is_set(".geo_reject_high"),
+        "overlong_penalty": AnyOf(is_set(".overlong_buffer_tokens"), is_one_of(".method", *OVERLONG_SHARES)),
+        "on_policy_share": is_one_of(".method", "gkd"),
+        "reference keep_unfinished": is_one_of(".method", "preference"),
+        _OF_ADVANTAGES: is_none_of(".method", "preference")}
 
     method: PolicyMethod = "grpo"
     """grpo (arXiv 2402.03300), dr_grpo (2503.20783), dapo (2503.14476), gspo (2507.18071), cispo
@@ -473,14 +507,6 @@ class PolicyConfig:
                 (not alone or not told["opd_coeff"], "opd_coeff",
                  "must be 0: policy.method = gkd learns the whole distribution")]
 
-    def _rules_of_preferences(self) -> list[tuple[bool, str, str]]:
-        changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        if not self.learns_preferences:
-            return [(name not in changed, name, f"belongs to policy.method = preference, and the method is "
-                     f"{self.method}") for name in OF_PREFERENCES]
-        return [(False, name, "belongs to other losses: policy.method = preference has that of `preference`")
-                for name in changed if name not in BESIDE_PREFERENCES]
-
     def _problems_of_sampling(self, rollout: RolloutConfig) -> list[SettingsProblem]:
         return find_broken(
             rollout, "rollout",
@@ -510,7 +536,7 @@ class PolicyConfig:
              f"must lie between 1 and rollout.samples_per_prompt = {rollout.samples_per_prompt}"),
             (told["advantage"] != "none" or told["opd_coeff"] > 0 or self.learns_distributions, "opd_coeff",
              "must be above 0: policy.advantage = none leaves a teacher alone to learn from"),
-            *self._rules_of_distributions(told), *self._rules_of_preferences(),
+            *self._rules_of_distributions(told),
             ((self.overlong_buffer_tokens or 0) <= rollout.max_new_tokens, "overlong_buffer_tokens",
              f"must be at most rollout.max_new_tokens = {rollout.max_new_tokens}"),
             *((not told["knowledge_coeff"] or told[name] > 0, name,
@@ -538,11 +564,7 @@ class PolicyConfig:
         has_bound = high is not None or self.correction in ("none", "token_truncate")
         return p + find_broken(
             self, "policy",
-            (on or (high is None and low == 0), "correction", "takes no policy.correction_low and "
-             "policy.correction_high", "name one, or leave them out"),
             (has_bound, "correction_high", f"must be a number: policy.correction = {self.correction} needs "
              "it", "set it"),
             (not on or not has_bound or low < bound, "correction_low",
-             f"must be below policy.correction_high = {bound:g}"),
-            (self.geo_reject_low is None or self.geo_reject_high is not None, "geo_reject_low",
-             "needs policy.geo_reject_high", "set it, or leave this one out"))
+             f"must be below policy.correction_high = {bound:g}"))

@@ -10,32 +10,41 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.removed import SETTINGS as REMOVED_SETTINGS, without_removed
 from megatron_sov.base.settings import (
-    NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_all, check, fields_of,
-    find_broken, hint_below, hints_of, parse_changes, read)
+    ActsWhen, NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_all, check, fields_of,
+    find_broken, hint_below, hints_of, is_none_of, is_set, parse_changes, read)
 from megatron_sov.model.config.bounds import MAX_STEPS
 from megatron_sov.model.config.data import (
-    DataConfig, PhaseConfig, batch_size_at, named_shards, phase_steps, ramp_changes)
+    DataConfig, PhaseConfig, batch_size_at, named_shards, phase_steps, phase_tokens, ramp_changes)
 from megatron_sov.model.config.encoders import MediaConfig
 from megatron_sov.model.config.evaluate import EvaluateConfig, ExtendConfig, NeedleConfig
 from megatron_sov.model.config.gpu import GpuConfig, quantization_problems, weight_problems
 from megatron_sov.model.config.layout import ParallelConfig
+from megatron_sov.model.config.learning import BUILT_IN, learns
 from megatron_sov.model.config.lora import LoraConfig
 from megatron_sov.model.config.model import ModelConfig
 from megatron_sov.model.config.post_training import (
-    SMOOTHED, WITH_REFERENCE, DistillationConfig, PolicyConfig, PolicyParts, PreferenceConfig, RolloutConfig)
+    WITH_REFERENCE, DistillationConfig, PolicyConfig, PolicyParts, PreferenceConfig, RolloutConfig)
 from megatron_sov.model.config.train import GuardConfig, ObsConfig, OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """What is learned, and the weights of its terms."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "text_coeff loss_per": learns("sft"),
+        "audio_weight image_weight": learns("lm", "sft"),
+        "audio_weight": is_set("model.audio_tokens"),
+        "image_weight": is_set("model.image_tokens"),
+        "options": is_none_of(".name", *BUILT_IN)}
 
     name: str = "lm"
     """lm: next-token cross-entropy (with multi-token prediction where the model has it); sft: cross-entropy
@@ -139,10 +148,6 @@ class RunConfig:
         p += self.lora.problems(self.model, self.parallel, self.train, self.optim, self.gpu)
         p += find_broken(
             self, "",
-            (not self.media.vision_from or self.model.vision is not None, "media.vision_from",
-             "is not taken: the model has no model.vision"),
-            (not self.media.audio_from or self.model.audio is not None, "media.audio_from",
-             "is not taken: the model has no model.audio"),
             (not (self.lora.on and self.media.train_encoders), "media.train_encoders",
              "cannot be with lora.rank, which freezes all weights but those of its own adapters",
              "set one of them off"))
@@ -151,35 +156,20 @@ class RunConfig:
 
     def _objective_problems(self) -> list[SettingsProblem]:
         """Check what is learned against the model and the objective's name."""
-        objective, distillation, preference = self.objective, self.distillation, self.preference
-        name, method, vocab_size = objective.name, preference.method, self.model.vocab_size
-        weights = [(f"objective.{medium}_weight", getattr(objective, f"{medium}_weight") == 1,
-                    f"model.{medium}_tokens", getattr(self.model, f"{medium}_tokens"))
-                   for medium in ("audio", "image")]
+        distillation, preference = self.distillation, self.preference
+        name, method, vocab_size = self.objective.name, preference.method, self.model.vocab_size
         return find_broken(
             self, "",
-            (not objective.text_coeff or name == "sft", "objective.text_coeff",
-             f"belongs to objective sft, not {name}"),
-            *((plain or ids is not None, key, f"needs {block}", "set the block, or leave it at 1")
-              for key, plain, block, ids in weights),
-            *((plain or name in ("lm", "sft"), key, f"belongs to objectives lm and sft, not {name}")
-              for key, plain, _, _ in weights),
             (not self.gpu.cuda_graphs or name not in ("policy", "preference"), "gpu.cuda_graphs",
              f"cannot be with objective {name}, whose rows share prompts, replay routes or change their "
              "length", "leave it out"),
-            (objective.loss_per == "token" or name == "sft", "objective.loss_per",
-             f"belongs to objective sft, not {name}"),
             (distillation.top_k < vocab_size, "distillation.top_k",
              f"must be below model.vocab_size = {vocab_size}", "0 is the whole vocabulary"),
-            (distillation.keep_remainder or distillation.top_k > 0, "distillation.keep_remainder",
-             "belongs to distillation.top_k: over the whole vocabulary nothing remains"),
             (not distillation.other_tokenizer or distillation.top_k > 0, "distillation.other_tokenizer",
              "needs distillation.top_k > 0: of a teacher of another tokenizer its most probable tokens are "
              "kept"),
             *(self._rules_of_round_preferences() if name == "policy" and self.policy.learns_preferences
               else ()),
-            (not preference.label_smoothing or method in SMOOTHED, "preference.label_smoothing",
-             f"belongs to {', '.join(SMOOTHED)}, not to preference.method = {method}"),
             (not preference.chosen_coeff or method != "orpo", "preference.chosen_coeff",
              "is not taken: orpo learns chosen responses with a weight of 1 in any case", "leave it out"),
             (not preference.chosen_coeff or method != "grouper", "preference.chosen_coeff",
@@ -214,13 +204,9 @@ class RunConfig:
              "needs evaluate.background.cluster"),
             (not is_asked or bool(lm.tasks), "evaluate.lm.tasks",
              "names none, and evaluate.background.tasks asks for lm"),
-            (is_asked or not lm.tasks, "evaluate.lm.tasks", "are measured by nothing",
-             "add lm to evaluate.background.tasks"),
             (all(name.strip() and "," not in name for name in lm.tasks), "evaluate.lm.tasks",
              "must be names of tasks, each of its own, without commas"),
             (len(set(lm.tasks)) == len(lm.tasks), "evaluate.lm.tasks", "names a task twice"),
-            (lm.mode is None or lm.apply_chat_template, "evaluate.lm.mode", "is a setting of the chat "
-             "template, and evaluate.lm.apply_chat_template = false frames no prompt by it"),
             (all("=" in setting for setting in lm.judge), "evaluate.lm.judge",
              "must have the form key=value"))
 
@@ -428,9 +414,9 @@ def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--
     """Return the config with `key=value` settings applied, e.g. ``train.steps=100`` or
     ``data.phases.0.seq_len=512``.
 
-    Where a setting changes the method, the numbers of the recipe's method do not stay: those that are not set
-    too are the new method's own (`SWITCHES`).  A changed `optim.lr` takes `optim.min_lr` along, at the ratio
-    that they had.
+    `train.tokens` scales all phases.  If a setting changes the method, the numbers of the recipe's method do
+    not stay: those that are not set too are the new method's own (`SWITCHES`).  A changed `optim.lr` takes
+    `optim.min_lr` along, at the ratio that they had.
 
     Args:
         config: what is changed.
@@ -450,7 +436,26 @@ def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--
             names = [number.partition(".")[2] for number in numbers if number not in given]
             raw[room].update({name: own[name] for name in names})
     _take_min_lr_along(raw, config.optim, given)
+    _spread_tokens(raw, config, given)
     return from_dict(raw, option)
+
+
+def _spread_tokens(raw: dict[str, Any], before: RunConfig, given: Mapping[str, Any]) -> None:
+    """Scale the phases to a `train.tokens` that was set, in proportion to the tokens that they had."""
+    total = given.get("train.tokens")
+    if not isinstance(total, int) or total <= 0:  # 0 leaves the length to others; the rest is no budget
+        return
+    if "train.steps" not in given:
+        raw["train"]["steps"] = 0
+    has_own = any(key.startswith("data.phases") for key in given
+                  if key == "data.phases" or key.endswith(".tokens"))
+    phases = before.data.phases
+    if has_own or not (phases[0].tokens or before.train.steps):
+        return
+    ends = list(accumulate(phase_tokens(before.data, before.train)))
+    budgets = [round(total * end / ends[-1]) for end in ends]
+    for phase, start, end in zip(raw["data"]["phases"], [0, *budgets], budgets, strict=False):
+        phase["tokens"] = max(1, end - start)
 
 
 def _take_min_lr_along(raw: dict[str, Any], before: OptimConfig, given: Mapping[str, Any]) -> None:

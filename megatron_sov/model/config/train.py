@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from annotated_types import Ge, Gt, Le
 
 from megatron_sov.base.settings import (
-    ONCE, AboveZero, AtLeastOne, Bound, Breach, Finite, Fraction, NotNegative, NotNegativeInt, ProblemCode,
-    SettingsProblem, Share, find_broken)
+    ONCE, AboveZero, ActsWhen, AllOf, AnyOf, AtLeastOne, Bound, Breach, Finite, Fraction, NotNegative,
+    NotNegativeInt, ProblemCode, SettingsProblem, Share, find_broken, is_none_of, is_one_of, is_set)
 from megatron_sov.model.config.bounds import MAX_BATCH_SIZE, Samples, Steps, Tokens
+from megatron_sov.model.config.learning import NOT_EXTENDING, learns, learns_without_rounds, stages_leave
 
 Algorithm = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "linear", "inverse_sqrt", "constant"]
@@ -39,6 +40,16 @@ class GroupConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and learning rate schedule."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "lr": stages_leave("lr"),
+        "min_lr": AnyOf(is_none_of(".schedule", "constant"),
+                         is_none_of("data.phases.*.schedule", None, "constant")),
+        "warmup_tokens": is_one_of(".schedule_by", "tokens"),
+        "decay_share decay_form": AnyOf(is_one_of(".schedule", "wsd"),
+                                         is_one_of("data.phases.*.schedule", "wsd")),
+        "muon_momentum muon_nesterov muon_ns_steps muon_ns_coefficients muon_scale": AnyOf(
+            is_one_of(".name", "muon"), is_one_of("optim.groups.*.optimizer", "muon"))}
 
     name: Algorithm = "adamw"
     """adamw, for all parameters; muon: matrices by Muon (Q, K and V, gate and up, and every expert on its
@@ -94,8 +105,6 @@ class OptimConfig:
         return find_broken(
             self, "optim",
             (self.min_lr <= self.lr, "min_lr", f"must be at most optim.lr = {self.lr:g}"),
-            (not self.warmup_tokens or self.schedule_by == "tokens", "warmup_tokens",
-             "needs optim.schedule_by = tokens", "set that, or optim.warmup_steps"),
             (self.schedule_by == "steps" or self.warmup_tokens > 0 or not self.warmup_steps, "schedule_by",
              "counts the warm-up in tokens, and optim.warmup_steps = "
              f"{self.warmup_steps} would be none", "set optim.warmup_tokens, or optim.warmup_steps=0"))
@@ -106,6 +115,15 @@ class OptimConfig:
 @dataclass(frozen=True)
 class GuardConfig:
     """Guards: steps that are refused, hangs, silent corruption, slow processes, collapsing experts."""
+
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "window_steps sigma rollback_after_skips attribute": is_set(".skip"),
+        "window_steps": is_set(".sigma"),
+        "straggler_ratio": is_set(".straggler_every_steps"),
+        "routing_every_steps": is_set("model.num_experts"),
+        "min_load_entropy dead_after_records max_bias_spread": AllOf(
+            is_set("model.num_experts"), is_set(".routing_every_steps")),
+        "max_bias_spread": is_set("model.router_bias")}
 
     skip: bool = True
     """Refuse the update of a step whose loss or gradient norm is not finite or a spike; off: a number that is
@@ -166,6 +184,11 @@ def _no_variable(name: str) -> Breach | None:
 class ObsConfig:
     """Where a run is watched, in addition to events.jsonl and the progress bar."""
 
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "wandb_project": is_set(".wandb"),
+        "alert_on": is_set(".alert_webhook"),
+        "sample_rows": learns("policy")}
+
     tensorboard: bool = False
     """Write TensorBoard files into RUN/tensorboard (extra `dev`)."""
     wandb: bool = False
@@ -195,10 +218,24 @@ AVERAGES = get_args(AverageKind)
 class TrainConfig:
     """The loop: how long, how large, how often."""
 
+    ACTS_WHEN: ClassVar[ActsWhen] = {
+        "steps tokens": AllOf(learns_without_rounds("leave it out, and set rollout.rounds"),
+                               stages_leave("steps"), stages_leave("tokens")),
+        "global_batch_size": stages_leave("global_batch_size"),
+        "epochs": NOT_EXTENDING,
+        "max_hours": learns("sft", "preference", "distill"),
+        "ramp_increment ramp_steps": is_set(".ramp_from_batch_size"),
+        "fp8_format fp8_bf16_layers_at_start fp8_bf16_layers_at_end fp8_pad_routed_tokens fp8_weights":
+            is_none_of(".fp8", "none"),
+        "fp8_format": is_none_of(".fp8", "nvfp4"),
+        "fp8_pad_routed_tokens": is_set("model.num_experts"),
+        "average_weights average_decay": is_set(".average_last"),
+        "average_decay": is_one_of(".average_weights", "ema")}
+
     steps: Steps = 0
     """Optimizer steps; 0: as many as the token budgets need."""
     tokens: Tokens = 0
-    """Token budget of the run, for phases without one of their own; used when `steps` is 0."""
+    """Token budget of the run; setting it scales the budgets or steps of all phases in proportion."""
     epochs: Annotated[float, Ge(0), Le(10_000)] = 0.0
     """Passes over all data, from which `steps` follows (`rl`: passes over the prompts, from which
     `rollout.rounds` follows); 0: not used."""

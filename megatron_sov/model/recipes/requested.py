@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -18,11 +18,16 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import is_reference, load
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.settings import (
-    Flag, Place, ProblemCode, SettingsError, SettingsProblem, fields_of, hint_below, read_located, read_text)
+    Flag, Place, ProblemCode, SettingsError, SettingsProblem, fields_of, find_inert, hint_below, read_located,
+    read_text, value_at)
+from megatron_sov.base.settings.problem import show
 from megatron_sov.model import objectives, recipes
-from megatron_sov.model.config import ModelConfig, RunConfig, apply_settings, find_settings, from_dict
+from megatron_sov.model.config import (
+    ModelConfig, RunConfig, apply_settings, find_settings, from_dict, setting_names)
+from megatron_sov.model.config.learning import BUILT_IN
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import Family
+from megatron_sov.model.recipes.stage_defaults import base_of_model
 
 BuiltIn = Literal["lm", "sft", "preference", "distill", "policy"]
 """Objectives that come with the framework (`objectives.BUILT_IN`)."""
@@ -96,7 +101,37 @@ class RecipeRequest:
     trains_by: BuiltIn | None = None
     """Objective of a training command; None: any."""
     layered: frozenset[str] = frozenset()
-    """Settings that files of --config change."""
+    """Settings that files of --config name."""
+    changed: frozenset[str] = frozenset()
+    """Settings to which files of --config give another value than the recipe."""
+    command: str = ""
+    """Training command; "": any."""
+    resumed: RunConfig | None = None
+    """Settings of the run that is resumed; its values are no requests."""
+
+    @property
+    def said(self) -> frozenset[str]:
+        """Keys that --set and files of --config name."""
+        return self.layered | {setting.partition("=")[0] for setting in self.settings}
+
+    def refuse_inert(self, config: RunConfig, **options: Any) -> None:
+        """Refuse settings that were asked for and that no part of the run would read.
+
+        Args:
+            config: resolved settings.
+            options: option that decides over settings -> its value; of `data` the formats of its sources.
+
+        Raises:
+            SettingsError: naming each with the setting that decides.
+        """
+        facts = {f"--{name}": value for name, value in options.items()}
+        if self.command:
+            facts["command"] = self.command
+        asked = self.changed | {setting.partition("=")[0] for setting in self.settings}
+        if self.resumed is not None:
+            asked = frozenset(key for key in asked if value_at(config, key) != value_at(self.resumed, key))
+        if problems := find_inert(config, sorted(asked), facts):
+            raise SettingsError("", problems)
 
     def config(self, defaults: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:
         """Return the resolved settings, with the code that they name on record.
@@ -106,8 +141,8 @@ class RecipeRequest:
             own: settings that go before --set.
 
         Raises:
-            UserError: a setting does not exist, a family or objective that nobody has named,
-                or one of another command; or rounds, and how many steps there are.
+            UserError: a setting does not exist or cannot act, a family or objective that nobody has named,
+                or one of another command; or the length of the run is set twice.
         """
         # Later settings win.
         config = apply_settings(self.base, [*defaults, *self.settings, *own])
@@ -115,11 +150,8 @@ class RecipeRequest:
         objectives.check(config)
         if self.trains_by is not None:
             objectives.check_command(config, self.trains_by)
-        said = self.layered | {setting.partition("=")[0] for setting in self.settings}
-        steps = said & {"train.steps", "train.tokens"}
-        if config.objective.name == "policy" and steps:
-            raise UserError(f"{min(steps)}: rounds make the steps of this run, rollout.steps_per_round "
-                            f"({config.rollout.steps_per_round}) each; leave it out, and set rollout.rounds")
+        self.refuse_inert(config)
+        _refuse_two_lengths(config, self.said)
         used = [models.OWN.code(config.model.family), objectives.OWN.code(config.objective.name)]
         code = (*(c for c in config.code if c.kind == "recipe"), *(c for c in used if c is not None))
         return dataclasses.replace(config, code=code)
@@ -160,16 +192,51 @@ def requested(args: RecipeOptions, of_model: Callable[[], RunConfig] | None = No
         if args.recipe is None and is_reference(named[0][1]):  # a file is data: it runs nothing
             raise UserError(f"{named[0][0].where}: recipe = {named[0][1]!r} is code; pass it as RECIPE")
         base = _of_recipe(args.recipe or named[0][1])
+    recipe, from_file = base, args.recipe is None and is_whole
     for file in files:
         base = file.over(base)
     layered = frozenset(".".join(place) for file in files for place, _ in _leaves(RunConfig, file.value, ()))
-    return RecipeRequest(base, settings, args.recipe is None and is_whole, of_model=is_of_model,
-                         layered=layered)
+    changed = {key for key in layered if value_at(base, key) != value_at(recipe, key)}
+    if from_file:
+        changed |= _changed_by_whole(recipe)
+    return RecipeRequest(base, settings, from_file, of_model=is_of_model, layered=layered,
+                         changed=frozenset(changed - {"recipe", "code"}))
+
+
+DERIVED = ("recipe", "code", "data.phases", "train.steps", "train.tokens", "train.epochs")
+"""Settings of a run's config.json that its command derives from others."""
+
+
+def _changed_by_whole(config: RunConfig) -> set[str]:
+    """Return the settings of a run's config.json that neither its recipe nor the defaults have."""
+    of_model = base_of_model(config.recipe, config.model, config.train.precision, "sft")
+    usual = (RunConfig(config.recipe, config.model),
+             recipes.get(config.recipe) if config.recipe in recipes.names() else of_model)
+    return {key for key in setting_names() if key not in DERIVED and not key.startswith("model.")
+            and value_at(config, key) not in [value_at(other, key) for other in usual]}
+
+
+LENGTHS = ("rollout.rounds", "train.epochs", "train.steps", "train.tokens")
+"""Settings that say how long a run is; one goes before those behind it."""
+
+
+def _refuse_two_lengths(config: RunConfig, said: Collection[str]) -> None:
+    """Refuse a length of the run that another setting overrules."""
+    lengths = [key for key in LENGTHS if key in said and value_at(config, key)]
+    budgets = [f"data.phases.{i}.tokens" for i, phase in enumerate(config.data.phases)
+               if phase.tokens and {"data.phases", f"data.phases.{i}.tokens"} & set(said)]
+    if "train.tokens" in lengths:
+        lengths[-1:] = [*budgets[:1], "train.tokens"]
+    if len(lengths) > 1:
+        winner, *others = lengths
+        raise SettingsError("", [SettingsProblem(
+            ProblemCode.INERT, others[0], f"has no effect with {winner} = {show(value_at(config, winner))}: "
+            "both say how long the run is", value_at(config, others[0]), "set one of them")])
 
 
 def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: bool = True,
-                     lengthens: bool = False, of_model: Callable[[], RunConfig] | None = None
-                     ) -> RecipeRequest:
+                     lengthens: bool = False, of_model: Callable[[], RunConfig] | None = None,
+                     resumed: RunConfig | None = None) -> RecipeRequest:
     """Return what a training command was asked for; neither its data nor its checkpoint need be there.
 
     Args:
@@ -179,6 +246,7 @@ def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
         lengthens: whether the command lengthens contexts: a recipe with stages for that says in its objective
             what is trained behind them.
         of_model: as of `requested`.
+        resumed: settings of the run that is resumed.
 
     Raises:
         UserError: as `requested`, or no data is named.
@@ -192,7 +260,9 @@ def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
         learned = dataclasses.replace(learned, name=objective)
     flags = ("train.deterministic=true",) if args.deterministic else ()
     return dataclasses.replace(asked, base=dataclasses.replace(asked.base, objective=learned),
-                               settings=(*asked.settings, *flags), trains_by=objective)
+                               settings=(*asked.settings, *flags), trains_by=objective,
+                               command="extend" if lengthens else BUILT_IN[objective],
+                               resumed=resumed)
 
 
 def _of_recipe(recipe: str) -> RunConfig:

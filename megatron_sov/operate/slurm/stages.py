@@ -25,7 +25,7 @@ from megatron_sov.model.config.run import with_rounds
 from megatron_sov.model.recipes.requested import BuiltIn, training_request
 from megatron_sov.plan.calibration.fitting import refuse_too_large
 from megatron_sov.plan.search.recommended import leaves_layout_open, says_layout, settings_for
-from megatron_sov.runs.folder import COMPLETION, JOBS
+from megatron_sov.runs.folder import COMPLETION, JOBS, resumed_settings
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import CHIPS
 
@@ -238,7 +238,8 @@ def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
                         f"`megatron-sov submit {stage} --dry-run ...` to see the job")
     has_rounds = STAGES[stage].objective == "policy"
     request = training_request(args, STAGES[stage].objective, needs_data=not has_rounds,
-                               lengthens=stage == "extend")
+                               lengthens=stage == "extend",
+                               resumed=resumed_settings(args.run) if args.resume else None)
     config = with_rounds(request.config()) if has_rounds else request.config()
     run = args.run.absolute()
     # a job may start several times; without --resume its second start would refuse its own run

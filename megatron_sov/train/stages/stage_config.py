@@ -18,6 +18,7 @@ from megatron_sov.model.recipes.requested import (
     BuiltIn, RecipeOptions, RecipeRequest, TrainingOptions, requested, training_request)
 from megatron_sov.model.recipes.stage_defaults import Stage, base_of_model
 from megatron_sov.runs.checkpoints import IMPORTED, find_checkpoint, refuse_missing, settings_of
+from megatron_sov.runs.folder import resumed_settings
 from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
@@ -98,7 +99,10 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
     asked = stage_request(args, objective, needs_data=needs_data)
     stage: Stage | None = None if objective == "lm" else objective
     mixed = with_mixed_phases(asked.config(), asked.base)
-    _refuse_data(args, mixed)
+    decides = {"validation": args.validation} if hasattr(args, "validation") else {}
+    if formats := _refuse_data(args, mixed):
+        decides["data"] = formats
+    asked.refuse_inert(mixed, **decides)
     found = complete_stage(asked, mixed, stage, args.nproc, num_prompts)
     config = completed(found.config)
     config.check(num_ranks(args.nproc))
@@ -111,8 +115,9 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
     return ParsedStage(config, start, faults, found.notes)
 
 
-def _refuse_data(args: StageOptions, config: RunConfig) -> None:
-    """Refuse data that the manifests of token shards show to be unfit, before torch, which takes seconds.
+def _refuse_data(args: StageOptions, config: RunConfig) -> list[str]:
+    """Refuse data that the manifests of token shards show to be unfit, before torch, which takes seconds, and
+    return the formats of the sources.
 
     Raises:
         UserError: they do not fit together or the model, or supervised fine-tuning has no conversations.
@@ -120,11 +125,12 @@ def _refuse_data(args: StageOptions, config: RunConfig) -> None:
     from megatron_sov.train.data.token_shards import open_sources
 
     if not config.data.paths:
-        return
+        return []
     sources = open_sources(config.data.paths, config.model.vocab_size, None, warns=False,
                            is_fixed=args.start_from is not None)
     if config.objective.name == "sft":
         check_chats(config, sources)
+    return sorted({source.format for source in sources})
 
 
 def check_chats(config: RunConfig, sources: list[Source]) -> None:
@@ -157,6 +163,7 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
             or another family.
     """
     asked = training_request(args, objective, needs_data=needs_data, lengthens=lengthens,
+                             resumed=resumed_settings(args.run) if args.resume else None,
                              of_model=_settings_of_model(args.start_from, None if lengthens else objective))
     base = asked.base
     paths = data_paths(args.data) or {path: base.data.paths[path]
@@ -170,7 +177,9 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
 
 def request_with_model(args: RecipeOptions, start_from: Path, stage: Stage) -> RecipeRequest:
     """Return what a command beside the training one was asked for, see `requested`."""
-    return requested(args, _settings_of_model(start_from, stage))
+    asked = requested(args, _settings_of_model(start_from, stage))
+    learned = dataclasses.replace(asked.base.objective, name=stage)
+    return dataclasses.replace(asked, base=dataclasses.replace(asked.base, objective=learned))
 
 
 def _settings_of_model(start_from: Path | None, objective: BuiltIn | None) -> Callable[[], RunConfig] | None:

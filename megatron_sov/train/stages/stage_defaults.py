@@ -65,11 +65,9 @@ def complete_stage(asked: RecipeRequest, config: RunConfig, stage: Stage | None,
         num_prompts: prompts of reinforcement learning.
 
     Raises:
-        UserError: the data cannot be read, or the length of the run is said twice.
+        UserError: the data cannot be read.
     """
     said = _said(asked)
-    if "train.epochs" in said and (other := said & {"train.steps", "train.tokens", "rollout.rounds"}):
-        raise UserError(f"train.epochs and {min(other)}: both say how long the run is; set one of them")
     # a default that counts for nothing must not stand in the run's settings, from which it is resumed
     if "train.epochs" not in said and said & {"train.steps", "train.tokens", "rollout.rounds"}:
         config = _with_train(config, epochs=0.0)
@@ -80,10 +78,9 @@ def complete_stage(asked: RecipeRequest, config: RunConfig, stage: Stage | None,
     return _complete_model(config, stage, nproc, said)
 
 
-def _said(asked: RecipeRequest) -> set[str]:
+def _said(asked: RecipeRequest) -> frozenset[str]:
     """Return the keys that --set and files of --config set."""
-    keys = {setting.partition("=")[0] for setting in asked.settings} | asked.layered
-    return keys | ({"data.phases"} if any(key.startswith("data.phases.") for key in keys) else set())
+    return asked.said | {"data.phases" for key in asked.said if key.startswith("data.phases.")}
 
 
 def _with_train(config: RunConfig, **changes: object) -> RunConfig:

@@ -224,8 +224,9 @@ def test_two_processes_that_are_killed_change_little(whole: Path, folder: Path, 
 @pytest.mark.parametrize(("settings", "said"), [
     (("preference.method=kto",), 'preference.method = "kto" learns single responses'),
     (("data.phases.0.seq_len=16",), "a row holds whole pairs of responses, the longest has 2 x ("),
-    (("policy.kl=k3", "policy.kl_coeff=0.1"), "policy.kl = \"k3\" belongs to other losses"),
-    (("policy.method=gspo",), "keep_unfinished = true belongs to policy.method = preference"),
+    (("policy.kl=k3", "policy.kl_coeff=0.1"),
+     'policy.kl = "k3" has no effect with policy.method = "preference"'),
+    (("policy.method=gspo",), 'keep_unfinished = true has no effect with policy.method = "gspo"'),
 ])
 def test_what_cannot_be_learned_is_told_before_anything_begins(
         settings: tuple[str, ...], said: str, folder: Path, command: Command,

@@ -105,7 +105,7 @@ def test_data_of_another_tokenizer_than_the_weights(capsys: Any, packed_data: An
 def test_objective_of_another_command(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
     assert "use `megatron-sov sft`" in refused(capsys, [packed_data.text], tmp_path / "run",
                                                settings=("objective.name=sft",))
-    assert "objective.text_coeff = 0.5 belongs to objective sft" in refused(
+    assert "it acts when objective.name is sft; leave it out, or use `megatron-sov sft`" in refused(
         capsys, [packed_data.text], tmp_path / "run", settings=("objective.text_coeff=0.5",))
 
 

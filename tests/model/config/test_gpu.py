@@ -35,14 +35,11 @@ BROKEN = {
     "delayed": (["train.fp8=delayed"], "in no checkpoint here"),
     "precision": (["train.fp8=tensorwise", "train.precision=fp32"],
                   "needs train.precision = bf16, it is fp32"),
-    "no fp8": (["train.fp8_bf16_layers_at_end=1"], "needs train.fp8, which is none"),
-    "format of nvfp4": (["train.fp8=nvfp4", "train.fp8_format=e4m3"], "a format of its own (e2m1)"),
+    "weights without fp8": (["train.fp8_weights=true", "parallel.zero1=true"], "train.fp8 = none"),
     "no layer left": (["train.fp8=mxfp8", "train.fp8_bf16_layers_at_start=3",
                        "train.fp8_bf16_layers_at_end=1"], "leave none of the 4 layers"),
     "padding": (["train.fp8=mxfp8", "train.fp8_pad_routed_tokens=true",
                  "parallel.expert_dispatcher=allgather"], "use alltoall or leave it out"),
-    "padding without experts": (
-        ["train.fp8=mxfp8", "train.fp8_pad_routed_tokens=true", "model.num_dense_layers=4"], "needs experts"),
     "rows": (["train.fp8=tensorwise", "data.phases.0.seq_len=40"],
              "x train.micro_batch_size 1 = 40 tokens on each process, which train.fp8 = "
              "tensorwise wants to be a multiple of 16"),

@@ -39,7 +39,6 @@ def test_a_method_asks_for_what_was_not_published_and_for_nothing_else(method: A
     ({"method": "pkpo", "pkpo_k": 9}, "pkpo_k"), ({"method": "pkpo", "pkpo_k": 0}, "pkpo_k"),
     ({"correction": "token_mask"}, "correction_high"),
     ({"correction": "token_mask", "correction_low": 3.0, "correction_high": 2.0}, "correction_low"),
-    ({"correction": "none", "correction_high": 2.0}, "correction"),
     ({"knowledge_coeff": 0.1, "knowledge_batch_size": 8}, "knowledge_share"),
     ({"method": "ink_grpo", "knowledge_batch_size": 0}, "knowledge_batch_size"),
     ({"length_reward": "target", "length_reward_coeff": 1.0}, "length_width_tokens"),

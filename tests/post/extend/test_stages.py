@@ -179,8 +179,7 @@ SHORT = {"model.vocab_size": 1024, "model.hidden_size": 32, "model.head_dim": 16
          "train.eval_every_steps": 0, "data.heldout_tokens": 300,
          "data.phases": '[{"name":"main","seq_len":64}]'}
 LONG = {"train.global_batch_size": 4, "train.eval_every_steps": 0, "data.heldout_tokens": 300,
-        "needle.depths": "[0.0,0.9]", "needle.samples": 2, "train.num_threads": 1,
-        "extend.gate.max_overlap": 1}
+        "needle.depths": "[0.0,0.9]", "needle.samples": 2, "train.num_threads": 1}
 
 
 def words(settings: dict[str, Any]) -> list[str]:
@@ -202,8 +201,9 @@ def short_run(run_command: Any, token_shards: Path, tmp_path_factory: pytest.Tem
 
 def command(short_run: Path, token_shards: Path, run: Path, stages: list[dict[str, Any]], *more: str,
             **settings: Any) -> list[str]:
+    gate = {"max_overlap": 1} | settings if settings else {}
     chosen = LONG | {"extend.stages": json.dumps(stages)} | {f"extend.gate.{name}": v
-                                                             for name, v in settings.items()}
+                                                             for name, v in gate.items()}
     return ["extend", "tiny-solar-open", "--from", str(short_run), "--data", str(token_shards), "--run",
             str(run), *words(chosen), *more]
 
@@ -248,7 +248,8 @@ def test_the_stages_of_a_recipe_are_its_own(short_run: Path, token_shards: Path,
                      "extend.stages.1.yarn_original_tokens": 48, "train.micro_batch_size": 1})
     args = typed(TunedStageOptions, ["tiny-solar-open-extend", "--from", str(short_run), "--data",
                                      str(token_shards), "--run", str(tmp_path / "long"), *shorter])
-    planned = planned_stages(stage_request(args, "lm"), find_checkpoint(short_run), args.run, 1)
+    request = stage_request(args, "lm", lengthens=True)
+    planned = planned_stages(request, find_checkpoint(short_run), args.run, 1)
     near, far = (stage.config for stage in planned)
     assert near.problems(1) == far.problems(1) == []
     (first,), (second,) = near.data.phases, far.data.phases

@@ -97,7 +97,7 @@ def test_the_data_of_a_config_must_still_be_there(data: Path) -> None:
      "objective.name = sft: this command trains by 'lm'.*`megatron-sov sft`"),
     ("tiny-solar-open", "objective.name=ml", "objective 'ml': does not exist; did you mean 'lm'"),
     ("tiny-solar-open", "objective.options.gamma=2",
-     "objective.options = {'gamma': 2}: belong to an objective of your own"),
+     "objective.options.gamma = 2 has no effect with objective.name = \"lm\""),
     ("tiny-solar-open", "model.family=solar-open",
      "model family 'solar-open': is not supported; did you mean 'solar_open'"),
 ])

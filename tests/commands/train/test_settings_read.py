@@ -1,0 +1,190 @@
+"""Which settings each kind of stage reads, against the conditions under which they are declared to act."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.cli import main as sov_data
+from megatron_sov.base.digests import file_digest
+from megatron_sov.base.settings import find_inert, hint_below
+from megatron_sov.cli import main
+from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.model.config import RolloutConfig, RunConfig, from_dict, setting_names
+from megatron_sov.rollouts.prompts import read_prompts
+from megatron_sov.rollouts.store import RolloutStore
+
+LOOP = ("train.steps=2", "train.global_batch_size=2", "train.micro_batch_size=2", "data.heldout_tokens=128",
+        "train.num_threads=1")
+SMALL = (*LOOP, "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "optim.lr=0.0001",
+         'data.phases=[{"name": "main", "seq_len": 128}]')
+ROLLOUT: dict[str, Any] = {"rounds": 2, "prompts_per_round": 2, "samples_per_prompt": 4, "piece_prompts": 2,
+           "max_new_tokens": 12, "max_prompt_tokens": 6}
+
+READ_WITHOUT_EFFECT = {
+    "policy.*": "`PolicyConfig.parts` fills in all parts at once, whatever the objective",
+    **dict.fromkeys(("rollout.rounds", "rollout.s[et]e*"), "asked first whether there are rounds"),
+    "preference.*": "read by `strength` and when a run is resumed; used if preferences are learned",
+    "train.ramp_steps": "`batch_size_at` looks at ramp_from_batch_size next",
+    "train.steps": "counts the steps of phases that rounds have made",
+    "train.fp8_weights": "counts memory; refused without train.fp8",
+    "parallel.bucket_params": "megatron-core drops the size without overlap_grad_reduce",
+    "parallel.expert_dispatcher": "asked whether this machine has its kernels",
+    "objective.options": "empty unless the objective is the user's own",
+    "objective.*_weight": "given with `model.*_tokens`, without which it is left out",
+    **dict.fromkeys(
+        ("model.mtp_*", "model.norm_topk_prob", "model.router_bias"),
+        "megatron-core's settings and Hugging Face's are written whole"),
+    "media.*_from": "folders of encoders, which this model has not",
+    **dict.fromkeys(
+        ("gpu.cuda_graphs", "gpu.exchange_sms", "gpu.grad_dtype", "gpu.linear_attention", "gpu.profile*",
+         "gpu.permute_fusion", "gpu.router_fusion", "gpu.shared_expert_overlap"),
+        "megatron-core's settings are written whole, and memory is counted by all"),
+    "guards.routing_every_steps": "asked before the layers with experts, of which there are none",
+    "lora.dora": "passed on with the rank",
+    "data.packing": "passed on to the order, which packs plain text by it",
+    "data.over_long": "passed on to the order, which cuts conversations by it",
+}
+"""Setting that a stage reads where it is declared not to act -> why that changes nothing."""
+NEVER_READ = {
+    "guards.*": "alarms need 20 steps, verdicts a fault",
+    "needle.*_weight": "read once a needle document is drawn",
+    "obs.*": "exporters are off",
+    "rollout.*": "read where responses are written (`rl run`, `rl generate`)",
+    "train.max_hours": "asked on the user's own machine, not under a launcher",
+    "train.tokens": "these runs have steps",
+    "model.*.*": "blocks that these models have not",
+}
+"""Setting that acts and that no stage below reads -> why."""
+
+
+@dataclass(frozen=True)
+class StageReads:
+    """A stage that has run."""
+
+    config: RunConfig
+    facts: dict[str, Any]
+    reads: dict[str, set[str]]
+    """Setting -> the functions that read it."""
+
+    def inert(self) -> set[str]:
+        return {problem.key for problem in find_inert(self.config, setting_names(), self.facts)}
+
+
+def groups_of(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[type, str]]:
+    """Yield each class of settings with what stands before its fields."""
+    yield cls, prefix
+    for field in dataclasses.fields(cls):
+        inner = hint_below(cls, field.name)
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            yield from groups_of(inner, f"{prefix}{field.name}.")
+
+
+@contextmanager
+def recorded_reads() -> Iterator[dict[str, set[str]]]:
+    """Record which functions read which settings, those that check, copy or write settings left out."""
+    reads: dict[str, set[str]] = defaultdict(set)
+
+    def recorder(prefix: str, names: frozenset[str]) -> Any:
+        def read(settings: Any, name: str) -> Any:
+            if name in names:
+                code = sys._getframe(1).f_code
+                _, ours, file = code.co_filename.rpartition("megatron_sov/")
+                checks = file.startswith(("base/", "model/recipes/")) or "problems" in code.co_qualname
+                if ours and not checks and "_rules" not in code.co_qualname:
+                    reads[prefix + name].add(f"{file}:{code.co_qualname}")
+            return object.__getattribute__(settings, name)
+        return read
+
+    with pytest.MonkeyPatch.context() as patch:
+        for cls, prefix in groups_of():
+            names = frozenset(field.name for field in dataclasses.fields(cls))
+            patch.setattr(cls, "__getattribute__", recorder(prefix, names), raising=False)
+        yield reads
+
+
+def words(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+class Stages:
+    """Runs tiny stages in this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.found: dict[str, StageReads] = {}
+
+    def run(self, name: str, command: str, formats: list[str], *argv: str) -> None:
+        run = self.folder / name
+        with recorded_reads() as reads:
+            assert main([*command.split(), *argv, "--run", str(run)]) == 0
+        config = from_dict(json.loads((run / "config.json").read_text()))
+        facts = {"command": command, **({"--data": formats} if formats else {"--validation": None})}
+        self.found[name] = StageReads(config, facts, dict(reads))
+
+    def train(self, name: str, command: str, formats: list[str], data: Path, *more: str) -> None:
+        """Run a stage on data, of the dense model unless `more` names another recipe first."""
+        recipe, *more_words = more if more and not more[0].startswith("-") else ("tiny-qwen3", *more)
+        self.run(name, command, formats, recipe, "--data", str(data), *words(*SMALL), *more_words)
+
+
+@pytest.fixture
+def stages(one_rank: None, packed_data: Any, token_shards: Path, write_round: Any, tmp_path: Path) -> Any:
+    found, start = Stages(tmp_path), ("--from", str(tmp_path / "dense"))
+    found.train("dense", "pretrain", ["text"], packed_data.text)
+    found.train("experts", "pretrain", ["text"], packed_data.text, "tiny-solar-open")
+    found.train("sft", "sft", ["chat"], packed_data.chats, *start)
+    found.train("lora", "sft", ["chat"], packed_data.chats, *start, *words("lora.rank=2"))
+    found.train("distill", "distill", ["chat"], packed_data.chats, *start, "--teacher", start[1])
+    found.train("prefer", "prefer", ["preference"], _pairs(packed_data, tmp_path), *start)
+    found.train("short", "pretrain", ["text"], token_shards, "tiny-solar-open",
+                *words("model.vocab_size=1024", 'data.phases=[{"name": "main", "seq_len": 64}]'))
+    found.run("extend", "extend", ["text"], "tiny-solar-open", "--data", str(token_shards), "--from",
+              str(tmp_path / "short"), *words(*LOOP, "needle.samples=1", "needle.depths=[0.5]"))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(4)))
+    tokenizer = file_digest(packed_data.text / "tokenizer/tokenizer.json", "sha256")
+    store = RolloutStore.create(tmp_path / "store", tokenizer, 368)
+    for number in (1, 2):
+        write_round(store, read_prompts(prompts), RolloutConfig(**ROLLOUT), number,
+                    make(order("repetition", {})).version)
+    found.run("rounds", "rl train", [], "tiny-qwen3", "--store", str(store.path), "--prompts", str(prompts),
+              "--reward", "repetition", *start, *words(*LOOP[1:], "optim.lr=1e-6"),
+              *words(*(f"rollout.{name}={value}" for name, value in ROLLOUT.items())))
+    return found.found
+
+
+def _pairs(packed_data: Any, folder: Path) -> Path:
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(
+        {"prompt": f"{i} plus 1?", "chosen": f"{i + 1}.", "rejected": f"{i}."}) for i in range(40)))
+    assert sov_data(["pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0.2", "--workers", "1",
+                     "--format", "preference", "--input", str(folder / "pairs.jsonl"), "--output",
+                     str(folder / "pairs")]) == 0
+    return folder / "pairs"
+
+
+def unlisted(keys: set[str], reasons: dict[str, str]) -> set[str]:
+    return {key for key in keys if not any(fnmatch.fnmatch(key, pattern) for pattern in reasons)}
+
+
+@pytest.mark.distributed
+def test_stages_read_what_acts_and_nothing_else(stages: dict[str, StageReads]) -> None:
+    read_idly = {key: (name, stage.reads[key]) for name, stage in stages.items()
+                 for key in stage.inert() & stage.reads.keys()}
+    assert unlisted({*read_idly}, READ_WITHOUT_EFFECT) == set(), read_idly
+    acts = {key for stage in stages.values() for key in {*setting_names()} - stage.inert()}
+    unread = {key for key in acts if not any(key in stage.reads for stage in stages.values())}
+    assert unlisted(unread, NEVER_READ) == set()
+    # no reason outlives what it was for
+    assert [pattern for pattern in READ_WITHOUT_EFFECT if not fnmatch.filter(read_idly, pattern)] == []
+    assert [pattern for pattern in NEVER_READ if not fnmatch.filter(unread, pattern)] == []

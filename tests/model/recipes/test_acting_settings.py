@@ -1,0 +1,283 @@
+"""Settings that cannot act are refused in every stage; where they act they are taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_origin
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.settings import SettingsError, SettingsProblem, hint_below, value_at
+from megatron_sov.base.settings.problem import show
+from megatron_sov.model.config import RunConfig, apply_settings, setting_names
+from megatron_sov.model.config.data import phase_steps, phase_tokens
+from megatron_sov.model.recipes.requested import RecipeRequest, TrainingOptions, requested, training_request
+from tests.typed_words import typed
+
+STAGES = {"pretrain": ("tiny-qwen3", "lm", "pretrain"), "experts": ("tiny-solar-open", "lm", "pretrain"),
+          "extend": ("tiny-solar-open-extend", "lm", "extend"), "sft": ("tiny-qwen3", "sft", "sft"),
+          "prefer": ("tiny-qwen3", "preference", "prefer"), "distill": ("tiny-qwen3", "distill", "distill"),
+          "rl": ("tiny-qwen3", "policy", "rl train")}
+"""Stage -> recipe, objective, command."""
+TEXT = {"data": ["text"], "validation": None}
+
+
+def request(stage: str, *settings: str) -> RecipeRequest:
+    recipe, objective, command = STAGES[stage]
+    base = apply_settings(recipes.get(recipe), [f"objective.name={objective}"])
+    return RecipeRequest(base, settings, from_file=False, command=command)
+
+
+def find_refused(asked: RecipeRequest, **options: Any) -> list[SettingsProblem]:
+    """Return the problems of settings that cannot act."""
+    try:
+        asked.refuse_inert(asked.config(), **options)
+    except SettingsError as e:
+        assert {problem.code for problem in e.problems} == {"inert"}, e
+        return list(e.problems)
+    return []
+
+
+def keys_below(cls: Any = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Yield the settings of a class and those that it holds, of the first item of each list of settings."""
+    for field in dataclasses.fields(cls):
+        inner, key = hint_below(cls, field.name), f"{prefix}{field.name}"
+        if get_origin(inner) is tuple:
+            inner, key = (item, f"{key}.0") if dataclasses.is_dataclass(item := hint_below(inner, "0")) else (
+                inner, key)
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            yield from keys_below(inner, f"{key}.")
+        else:
+            yield prefix + field.name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_setting_is_taken_or_refused_by_its_decider(stage: str) -> None:
+    config = request(stage).config()
+    acting = set()
+    for key in {*keys_below()} - {"recipe", "code", "objective.name", "data.phases.0.name"}:
+        if value_at(config, key.rpartition(".")[0]) is None:  # of a block that is off
+            continue
+        given = f"{key}={json.dumps(value_at(config, key), default=dataclasses.asdict)}"
+        problems = find_refused(request(stage, given), **TEXT)
+        if not problems:
+            acting.add(key)
+        for problem in problems:
+            assert problem.key == key and problem.way_out.startswith("leave it out, ")
+            deciders = problem.rule.removeprefix("has no effect with ").partition(": it acts when ")[0]
+            for decider in deciders.split(" and "):
+                name, _, value = decider.partition(" = ")
+                assert "*" in name or value == show(decided_by(config, stage, name))
+    own = {"prefer": {"preference.method"}, "distill": {"distillation.beta"}, "rl": {"rollout.rounds"},
+           "extend": {"extend.gate.min_accuracy", "model.num_experts_per_token"},
+           "experts": {"model.num_experts_per_token"}}
+    assert {"optim.weight_decay", "train.seed", "model.hidden_size", "parallel.tp"} <= acting
+    assert acting & {key for keys in own.values() for key in keys} == own.get(stage, set())
+
+
+def decided_by(config: RunConfig, stage: str, name: str) -> Any:
+    """Return the value of a deciding setting, as its method fills it in, or of an option."""
+    options = {"command": STAGES[stage][2], "--data": ["text"], "--validation": None}
+    if name in options:
+        return options[name]
+    filled_in = value_at(config, name.replace("policy.", "policy.parts."))
+    return value_at(config, name) if filled_in is None else filled_in
+
+
+CANNOT_ACT = [
+    ("sft", "lora.alpha=32", "lora.rank = 0"), ("sft", "lora.dora=true", "lora.rank = 0"),
+    ("sft", "preference.beta=0.5", 'objective.name = "sft"'),
+    ("sft", "rollout.rounds=7", 'objective.name = "sft"'),
+    ("pretrain", "model.router_bias_update_rate=0.1", "model.num_experts = 0"),
+    ("pretrain", "model.num_shared_experts=2", "model.num_experts = 0"),
+    ("pretrain", "needle.train_share=0.5", 'command = "pretrain"'),
+    ("pretrain", "data.over_long=refuse", '--data = ["text"]'),
+    ("pretrain", "extend.gate.every_steps=5", 'command = "pretrain"'),
+    ("pretrain", "objective.text_coeff=0.5", 'objective.name = "lm"'),
+    ("pretrain", "objective.options.gamma=2", 'objective.name = "lm"'),
+    ("pretrain", "objective.audio_weight=0.5", "model.audio_tokens = null"),
+    ("pretrain", "data.phases.0.schedule=wsd", "data.phases.0.lr = 0.0"),
+    ("pretrain", "optim.warmup_tokens=5", 'optim.schedule_by = "steps"'),
+    ("pretrain", "optim.muon_momentum=0.9", 'optim.name = "adamw"'),
+    ("pretrain", "optim.decay_share=0.1", "optim.schedule = "),
+    ("pretrain", "guards.routing_every_steps=5", "model.num_experts = 0"),
+    ("pretrain", "gpu.permute_fusion=on", "model.num_experts = 0"),
+    ("pretrain", "gpu.profiler=nsys", "gpu.profile_first_step = 0"),
+    ("pretrain", "gpu.exchange_sms=8", 'parallel.expert_dispatcher = "alltoall"'),
+    ("pretrain", "train.fp8_bf16_layers_at_end=1", 'train.fp8 = "none"'),
+    ("pretrain", "train.fp8=nvfp4 train.fp8_format=e4m3", 'train.fp8 = "nvfp4"'),
+    ("pretrain", "train.average_decay=0.9", "train.average_last = 0"),
+    ("pretrain", "train.max_hours=3", 'objective.name = "lm"'),
+    ("pretrain", "obs.wandb_project=mine", "obs.wandb = false"),
+    ("pretrain", 'evaluate.lm.tasks=["x"]', "evaluate.background.tasks = []"),
+    ("pretrain", "media.vision_from=a", "model.vision = null"),
+    ("pretrain", "parallel.bucket_params=5", "parallel.overlap_grad_reduce = false"),
+    ("experts", "model.local_rope_theta=5000", 'model.sliding_window_tokens = 0'),
+    ("experts", "model.mtp_loss_coeff=0.1", "model.num_mtp_layers = 0"),
+    ("extend", "train.steps=9", "extend.stages.*.steps = "),
+    ("extend", "train.epochs=2", 'command = "extend"'),
+    ("extend", "data.phases.0.seq_len=64", 'command = "extend"'),
+    ("prefer", "preference.method=ipo preference.label_smoothing=0.1", 'preference.method = "ipo"'),
+    ("prefer", "preference.simpo_gamma=1", 'preference.method = "dpo"'),
+    ("distill", "distillation.keep_remainder=false", "distillation.top_k = 0"),
+    ("rl", "train.steps=9", 'objective.name = "policy"'),
+    ("rl", "train.tokens=1e6", 'objective.name = "policy"'),
+    ("rl", "policy.keep_unfinished=true", 'policy.method = "grpo"'),
+    ("rl", "policy.method=opd policy.clip_low=0.1", 'policy.clip = "none"'),
+    ("rl", "policy.correction=none policy.correction_high=2", 'policy.correction = "none"'),
+    ("rl", "policy.geo_reject_low=0.5", "policy.geo_reject_high = null"),
+    ("rl", "policy.method=preference policy.kl=k3", 'policy.method = "preference"'),
+    ("rl", "rollout.validation_samples=2", "--validation = null"),
+    ("rl", "distillation.top_k=2", 'policy.method = "grpo"'),
+]
+
+
+@pytest.mark.parametrize(("stage", "settings", "decider"), CANNOT_ACT)
+def test_a_setting_that_cannot_act_is_refused(stage: str, settings: str, decider: str) -> None:
+    [problem] = find_refused(request(stage, *settings.split()), **TEXT)
+    assert problem.key == settings.split()[-1].partition("=")[0] and decider in problem.rule
+
+
+ACTS = [
+    ("prefer", "preference.method=dpo preference.beta=0.1 preference.label_smoothing=0.1"),
+    ("prefer", "preference.method=simpo preference.simpo_gamma=1"),
+    ("prefer", "preference.method=kto preference.desirable_weight=1 preference.undesirable_weight=2"),
+    ("sft", "lora.rank=4 lora.alpha=32 lora.dora=true"),
+    ("sft", "objective.text_coeff=0.3 objective.loss_per=turn"),
+    ("sft", 'lora.rank=4 lora.targets=["q_proj"] train.max_hours=3 train.epochs=2 data.over_long=drop'),
+    ("distill", "distillation.top_k=4 distillation.keep_remainder=false distillation.beta=0.5"),
+    ("rl", "policy.clip_low=0.1 policy.clip_high=0.2"),
+    ("rl", "policy.kl=k3 policy.kl_coeff=0.1 policy.kl_weighted=true"),
+    ("rl", "policy.correction_high=3 policy.correction_low=0.1 policy.geo_reject_high=2 "
+           "policy.geo_reject_low=0.1 policy.overlong_buffer_tokens=2 policy.overlong_penalty=0.5"),
+    ("rl", "policy.knowledge_coeff=0.1 policy.knowledge_share=0.5 policy.knowledge_batch_size=2"),
+    ("rl", "rollout.validation_samples=2 rollout.validation_every_rounds=2 obs.sample_rows=2"),
+    ("rl", "policy.all_wrong=keep policy.all_wrong_reward=-0.1 rollout.validation_temperature=0.5"),
+    ("rl", "policy.method=pkpo policy.pkpo_k=2"),
+    ("rl", "policy.method=lapo_d policy.length_reward_coeff=0.5 policy.length_width_tokens=9"),
+    ("rl", "policy.method=gkd policy.on_policy_share=0.5 distillation.beta=0.5"),
+    ("rl", "policy.method=preference policy.reference=run policy.keep_unfinished=true preference.beta=0.2"),
+    ("extend", "extend.gate.min_accuracy=0.5 extend.gate.max_overlap=0.1 extend.gate.scan_tokens=9"),
+    ("extend", "needle.samples=3 needle.train_share=0.1 needle.answer_weight=9 needle.train_questions=2"),
+    ("extend", "extend.stages=[] data.phases.0.seq_len=64 train.steps=2"),
+    ("experts", "model.router_bias_update_rate=0.1 model.num_shared_experts=2 guards.max_bias_spread=2"),
+    ("experts", "guards.min_load_entropy=0.1 parallel.expert_dispatcher=alltoall gpu.router_fusion=off"),
+    ("experts", "model.num_expert_groups=2 model.num_groups_per_token=1 gpu.shared_expert_overlap=off"),
+    ("experts", "model.num_mtp_layers=1 model.mtp_loss_coeff=0.1 model.mtp_depths=2"),
+    ("experts", "parallel.expert_dispatcher=deepep gpu.exchange_sms=8 train.fp8=mxfp8 train.fp8_format=e4m3 "
+                "train.fp8_pad_routed_tokens=true train.precision=bf16 gpu.grad_dtype=bf16"),
+    ("pretrain", "optim.name=muon optim.muon_momentum=0.9"),
+    ("pretrain", "optim.schedule=wsd optim.decay_share=0.1 optim.decay_form=cosine"),
+    ("pretrain", "optim.schedule=constant data.phases.0.lr=1e-3 data.phases.0.schedule=cosine "
+                 "data.phases.0.min_lr=1e-4 optim.min_lr=1e-4"),
+    ("pretrain", 'optim.groups=[{"pattern":"*","optimizer":"muon"}] optim.muon_scale=original'),
+    ("pretrain", "optim.schedule_by=tokens optim.warmup_steps=0 optim.warmup_tokens=5 data.packing=concat"),
+    ("pretrain", "train.ramp_from_batch_size=2 train.ramp_increment=2 train.ramp_steps=3"),
+    ("pretrain", "train.average_last=2 train.average_weights=ema train.average_decay=0.9"),
+    ("pretrain", 'evaluate.background.tasks=["lm","needle"] evaluate.background.timeout_s=9 needle.samples=3 '
+                 'evaluate.lm.tasks=["x"] evaluate.lm.apply_chat_template=true evaluate.lm.mode=thinking'),
+    ("pretrain", "gpu.profile_first_step=1 gpu.profile_last_step=2 gpu.profiler=nsys"),
+    ("pretrain", 'obs.alert_webhook=URL obs.alert_on=["stop"] obs.wandb=true obs.wandb_project=x'),
+    ("pretrain", "parallel.overlap_grad_reduce=true parallel.bucket_params=5"),
+    ("pretrain", 'model.audio_tokens={"first":0,"size":8} objective.audio_weight=0.5'),
+    ("pretrain", "train.steps=3 train.tokens=0 train.epochs=0"),
+]
+
+
+@pytest.mark.parametrize(("stage", "settings"), ACTS)
+def test_a_setting_that_acts_is_taken(stage: str, settings: str) -> None:
+    formats = ["chat", "text"] if stage == "sft" else ["text"]
+    assert find_refused(request(stage, *settings.split()), data=formats, validation="prompts.jsonl") == []
+
+
+def test_own_objectives_may_read_anything(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "class Own:\n    def __init__(self, context, *, gamma=1): ...\n"
+        "    def collect(self, policy, step): ...\n    def prepare(self, batch): ...\n"
+        "    def loss(self, hidden, head, batch): ...\n")
+    given = (f"objective.name={tmp_path}/own.py:Own", "objective.options.gamma=2", "preference.beta=0.5",
+             "rollout.temperature=0.5", "policy.kl=k3", "distillation.beta=1", "objective.text_coeff=0.1")
+    settings = [word for one in given for word in ("--set", one)]
+    asked = training_request(typed(TrainingOptions, ["tiny-qwen3", "--data", "d", *settings]), "lm")
+    assert asked.config().preference.beta == 0.5
+
+
+@pytest.mark.parametrize(("written", "refused"), [
+    ({"lora": {"alpha": 32.0}}, "lora.alpha"), ({"lora": {"alpha": 16.0}}, ""),
+    ({"lora": {"alpha": 32.0, "rank": 2}}, ""), ({"preference": {"beta": 0.5, "method": "ipo"}},
+                                                 "preference.beta preference.method"),
+    ({"needle": {"samples": 3}}, "needle.samples"), ({"optim": {"lr": 1e-3}}, ""),
+    ({"data": {"phases": [{"name": "main", "seq_len": 64, "min_lr": 0.1}]}}, "data.phases.0.min_lr"),
+])
+def test_files_are_held_to_what_they_change(written: dict[str, Any], refused: str, tmp_path: Path) -> None:
+    part, whole = tmp_path / "part.json", tmp_path / "whole.json"
+    part.write_text(json.dumps({"recipe": "tiny-qwen3", **written}))
+    full = json.loads(to_json(recipes.get("tiny-qwen3").to_dict()))
+    for group, values in written.items():
+        full[group] |= values
+    whole.write_text(json.dumps(full))
+    for file in (part, whole):
+        asked = training_request(typed(TrainingOptions, ["--config", str(file), "--data", "d"]), "lm")
+        found = [problem.key for problem in find_refused(asked)]
+        # the phases of a run's own file may be what its command has made of others
+        assert found == ([] if file == whole and "data" in written else refused.split())
+
+
+def test_the_file_of_another_run_is_taken_and_a_resumed_run_is_never_refused(tmp_path: Path) -> None:
+    rounds = apply_settings(recipes.get("tiny-solar-open-rl"), ["rollout.rounds=3"])
+    (tmp_path / "config.json").write_text(to_json(rounds.to_dict()))
+    args = typed(TrainingOptions, ["--config", str(tmp_path / "config.json")])
+    assert find_refused(training_request(args, "policy", needs_data=False)) == []
+    args = typed(TrainingOptions, ["tiny-qwen3", "--data", "d", "--set", "lora.alpha=32"])
+    old = apply_settings(recipes.get("tiny-qwen3"), ["lora.alpha=32"])
+    assert find_refused(training_request(args, "lm", resumed=old)) == []
+    args = dataclasses.replace(args, settings=("lora.alpha=8",))
+    assert [p.key for p in find_refused(training_request(args, "lm", resumed=old))] == ["lora.alpha"]
+
+
+@pytest.mark.parametrize("recipe", [name for name in recipes.names()
+                                    if recipes.get(name).objective.name != "policy"])
+def test_train_tokens_scales_the_phases_of_every_recipe(recipe: str) -> None:
+    before = recipes.get(recipe)
+    after = apply_settings(before, ["train.tokens=200e9"])
+    assert after.train.steps == 0 and after.train.tokens == 200_000_000_000
+    was, now = phase_tokens(before.data, before.train), phase_tokens(after.data, after.train)
+    # a phase lasts whole steps, a recipe's share is of whole steps too
+    one_step = max((p.global_batch_size or after.train.global_batch_size) * p.seq_len
+                   for p in after.data.phases)
+    assert sum(now) == pytest.approx(200e9, rel=1e-3, abs=len(now) * one_step)
+    assert now == pytest.approx([200e9 * tokens / sum(was) for tokens in was], rel=1e-3, abs=2 * one_step)
+    spent = [steps * (p.global_batch_size or after.train.global_batch_size) * p.seq_len
+             for steps, p in zip(phase_steps(after.data, after.train), after.data.phases, strict=True)]
+    assert after.train.ramp_steps or sum(spent) == pytest.approx(200e9, rel=2e-2, abs=len(now) * one_step)
+    assert apply_settings(after, ["train.tokens=200000000000"]) == after
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ("train.tokens=1e6 train.steps=3", "train.tokens = 1000000 has no effect with train.steps = 3: "),
+    ("train.tokens=1e6 data.phases.0.tokens=5", "train.tokens = 1000000 has no effect with data.phases.0."),
+    ('train.tokens=1e6 data.phases=[{"name":"a","tokens":7}]', "with data.phases.0.tokens = 7: both say"),
+    ("train.steps=3 train.epochs=2", "train.steps = 3 has no effect with train.epochs = 2.0: both say how"),
+    ("train.tokens=5 train.epochs=2", "train.tokens = 5 has no effect with train.epochs = 2.0: both"),
+    ("train.tokens=0 train.steps=3", ""), ("train.tokens=5 train.steps=0", ""), ("train.tokens=2e5", ""),
+    ('train.tokens=1e6 data.phases=[{"name":"a"},{"name":"b","share":3}]', ""), ("train.steps=3", ""),
+    ("data.phases.0.tokens=1000000 train.steps=0", ""),
+])
+def test_two_lengths_of_a_run_are_refused_with_the_winner(settings: str, message: str) -> None:
+    asked = request("pretrain", *settings.split())
+    if not message:
+        asked.config()
+        return
+    with pytest.raises(SettingsError, match=r"both say how long the run is") as e:
+        asked.config()
+    assert message in str(e.value) and "set one of them" in str(e.value)
+
+
+def test_a_budget_of_tokens_needs_no_other_setting() -> None:
+    asked = requested(typed(TrainingOptions, ["qwen3-8b", "--data", "d", "--set", "train.tokens=200e9"]))
+    assert asked.config().num_steps() == round(200e9 / (128 * 4096)) and len(setting_names()) > 300
