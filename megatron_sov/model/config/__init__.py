@@ -18,8 +18,8 @@ from megatron_sov.model.config.model import (
 from megatron_sov.model.config.post_training import (
     DistillationConfig, PolicyConfig, PreferenceConfig, RolloutConfig)
 from megatron_sov.model.config.run import (
-    ObjectiveConfig, RunConfig, apply_settings, data_paths, find_settings, from_dict, layout_settings,
-    setting_names, weighted_path)
+    ObjectiveConfig, RunConfig, apply_settings, correct_setting, data_paths, find_settings, from_dict,
+    layout_settings, setting_names, weighted_path)
 from megatron_sov.model.config.train import GroupConfig, GuardConfig, ObsConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -29,5 +29,5 @@ __all__ = [
     "MediaConfig", "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
     "ParallelConfig", "PartConfig", "PhaseConfig", "PolicyConfig", "PreferenceConfig", "RolloutConfig",
     "RunConfig", "TrainConfig", "VisionEncoderConfig", "YarnConfig", "apply_settings", "data_paths",
-    "find_settings", "from_dict", "layout_settings", "setting_names", "weighted_path",
+    "correct_setting", "find_settings", "from_dict", "layout_settings", "setting_names", "weighted_path",
 ]

@@ -20,7 +20,7 @@ from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.settings import (
     Flag, Place, ProblemCode, SettingsError, SettingsProblem, fields_of, hint_below, read_located, read_text)
 from megatron_sov.model import objectives, recipes
-from megatron_sov.model.config import ModelConfig, RunConfig, apply_settings, find_settings, from_dict
+from megatron_sov.model.config import ModelConfig, RunConfig, apply_settings, correct_setting, from_dict
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import Family
 
@@ -55,8 +55,8 @@ class RecipeOptions(PluginOptions):
 
     @classmethod
     def find_setting(cls, word: str) -> str:
-        """Return the setting that an option may mean which does not exist; "" where none is known."""
-        return next(iter(find_settings(word, cls.groups)), "")
+        """Return the setting that an unknown option, or the key of a --set, may mean; "": none is known."""
+        return correct_setting(word, cls.groups)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
