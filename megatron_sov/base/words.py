@@ -127,9 +127,11 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
     options = list(parser._option_string_actions)
     if any(action.nargs == argparse.REMAINDER for action in parser._actions):
         return list(typed)
-    typed = [_renamed(word, options) for word in typed]
+    typed = [_renamed(word, parser.prog, options) for word in typed]
+    # where --run may be left out it is no place for output: `eval` adds its figures to the run's events
+    optional = {name for action in parser._actions if not action.required for name in action.option_strings}
     find: FindSetting | None = getattr(parser.get_default("options_class"), "find_setting", None)
-    made = _Rewrite(options, [str(a.metavar or a.dest) for a in parser._actions if not a.option_strings],
+    made = _Rewrite([o for o in options if o != "--run" or o not in optional], [str(a.metavar or a.dest) for a in parser._actions if not a.option_strings],
                     find if "--set" in options else None, typed)
     i = 0
     while i < len(typed):
@@ -157,15 +159,15 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
     return list(typed)
 
 
-def _renamed(word: str, options: Sequence[str]) -> str:
+def _renamed(word: str, program: str, options: Sequence[str]) -> str:
+    """Return a word with today's name of an option that the release before called otherwise."""
     name, equals, value = word.partition("=")
-    if name.startswith("--") and name not in options:
-        now = next((ours for ours, old in table()["renamed"].items()
-                    if name in old.split() and ours in options), "")
-        if now:
-            warn(f"{name} is called {now} now; the old name goes with the next release")
-            return f"{now}{equals}{value}"
-    return word
+    rows = table()["renamed"] if name.startswith("--") and name not in options else {}
+    now = {**rows.get("*", {}), **rows.get(program, {})}.get(name, "")
+    if now not in options:
+        return word
+    warn(f"{name} is called {now} now; the old name goes with the next release")
+    return f"{now}{equals}{value}"
 
 
 def _add_settings(made: _Rewrite, given: Sequence[str]) -> None:

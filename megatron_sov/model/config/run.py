@@ -357,7 +357,8 @@ def find_settings(word: str, groups: Sequence[str] = ()) -> list[str]:
     """
     found = list(dict.fromkeys(meant.partition("=")[0] for meant in settings_called(word)))
     found = found or [name for name in setting_names() if name.rpartition(".")[2] == word]
-    return sorted(found, key=lambda name: (name.partition(".")[0] not in groups, name.count(".")))
+    order = {group: place for place, group in enumerate(groups)}
+    return sorted(found, key=lambda name: (order.get(name.partition(".")[0], len(order)), name.count(".")))
 
 
 def correct_setting(word: str, groups: Sequence[str] = ()) -> str:

@@ -53,7 +53,7 @@ def test_every_command_of_the_page_runs_in_order(world: Any, monkeypatch: pytest
 
 def test_what_is_passed_on_names_no_folder_of_this_machine(world: Any) -> None:
     report = world.root.parent / "report.html"
-    assert main(["report", str(world.pretrain), str(world.sft), "--out", str(report)]) == 0
+    assert main(["report", str(world.pretrain), str(world.sft), "--output", str(report)]) == 0
     made = world.root.parent / "card"
     assert card(world.sft, "--output", made, "--answers", world.root / "answers.yaml",
                 "--hf-folder", world.hf) == 0
