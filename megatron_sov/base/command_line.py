@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import importlib.util
 import io
@@ -207,6 +208,11 @@ class CommandParser(Parser):
 
 def end_help(parser: argparse.ArgumentParser, command: Command, program: str) -> None:
     """Let the help of a command, and of each action below it, end with its examples and its page."""
+    if isinstance(parser, CommandParser) and parser._module and parser._command is not None:
+        # its arguments come later, and `fill` ends its help then: what it lacks is that of the command above
+        parser._command = dataclasses.replace(parser._command, page=parser._command.page or command.page,
+                                              examples=parser._command.examples or command.examples)
+        return
     words = parser.prog.removeprefix(program).strip()
     own = textwrap.fill(" ".join((parser.epilog or "").split()), 100)
     parser.epilog = "\n\n".join(filter(None, (own, command.ending(program, words)))) or None
