@@ -175,7 +175,8 @@ def generate(road: Road) -> Outcome:
 def chat(road: Road) -> Outcome:
     model, tokenizer = road.reference()
     expected = greedy(model, tokenizer, frame(tokenizer, QUESTIONS[0]), 24).strip()
-    said = road.run("chat", "my-model", "--temperature", "0", "--max-new-tokens", "24", stdin=f"{QUESTIONS[0]}\n")
+    said = road.run("chat", "my-model", "--temperature", "0", "--max-new-tokens", "24",
+                    stdin=f"{QUESTIONS[0]}\n")
     return f"answers {expected!r}: {expected in said}", f"transformers: {expected!r}", expected in said
 
 

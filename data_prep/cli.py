@@ -12,7 +12,8 @@ DOCUMENTS, RESPONSES, SHARDS, LOOK = (
 COMMANDS = {
     "demo-corpus": Command(
         "data_prep.demo_corpus", "gather a small corpus from what this machine has, or from your own files",
-        DOCUMENTS, "data.md", ("demo-corpus --output corpus", "demo-corpus --input my-texts --output corpus")),
+        DOCUMENTS, "data.md",
+        ("demo-corpus --output corpus", "demo-corpus --input my-texts --output corpus")),
     "run": Command(
         "data_prep.curate.run", "run a pipeline from raw documents to the sources of a curriculum",
         DOCUMENTS, "data_pipeline.md",

@@ -16,7 +16,6 @@ import pytest
 from megatron_sov import cli
 from megatron_sov.base import words
 from megatron_sov.base.command_line import Command
-from megatron_sov.commands import COMMANDS
 from megatron_sov.model.config import find_settings, setting_names
 from tests.pages_typed import ENTRIES, parse
 
@@ -86,8 +85,8 @@ def test_no_word_of_the_table_is_a_command() -> None:
 
 def test_an_unknown_command_does_not_repeat_all_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["xyzzy"]) == 2
-    assert capsys.readouterr().err == ("error: megatron-sov xyzzy: does not exist (`megatron-sov --help` lists "
-                                       "what there is)\n")
+    assert capsys.readouterr().err == ("error: megatron-sov xyzzy: does not exist (`megatron-sov --help` "
+                                       "lists what there is)\n")
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "eval-lm", "tokenizer", "chain"])

@@ -1,5 +1,5 @@
-"""Words of Megatron-LM, Hugging Face, TRL, axolotl, lm-eval and nanochat as ours: `words.yaml` is the one table
-for options, settings and commands of all programs, and is asked before any guess by similar letters."""
+"""Words of Megatron-LM, Hugging Face, TRL, axolotl, lm-eval and nanochat as ours: `words.yaml` is the one
+table for options, settings and commands of all programs, and is asked before any guess by similar letters."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,9 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
     # where --run may be left out it is no place for output: `eval` adds its figures to the run's events
     optional = {name for action in parser._actions if not action.required for name in action.option_strings}
     find: FindSetting | None = getattr(parser.get_default("options_class"), "find_setting", None)
-    made = _Rewrite([o for o in options if o != "--run" or o not in optional], [str(a.metavar or a.dest) for a in parser._actions if not a.option_strings],
+    positionals = [str(action.metavar or action.dest) for action in parser._actions
+                   if not action.option_strings]
+    made = _Rewrite([name for name in options if name != "--run" or name not in optional], positionals,
                     find if "--set" in options else None, typed)
     i = 0
     while i < len(typed):
@@ -213,9 +216,8 @@ def _setting(word: str, values: list[str], find: FindSetting, typed: Sequence[st
 def _computed(word: str, given: str, typed: Sequence[str]) -> str:
     """Return the value of a setting that follows from several of theirs; a letter if a number is missing."""
     def number(*names: str) -> float | None:
-        words = [w for text in typed for w in text.partition("=")[::2] if w and w != "--set"]
-        words = [part for w in words for part in ([w] if "=" not in w else w.split("=", 1))]
-        for name, value in zip(words, words[1:], strict=False):
+        words = [word for text in typed for word in text.split("=") if word and word != "--set"]
+        for name, value in pairwise(words):
             if normalize(name).rpartition(".")[2] in names and re.fullmatch(r"[\d.]+(e\d+)?", value):
                 return float(value)
         return None
@@ -233,8 +235,8 @@ def _value_of(word: str, option: str, value: str) -> str:
     if word == "model_args":  # lm-eval: pretrained=FOLDER,dtype=bfloat16
         return next((part.partition("=")[2] for part in value.split(",") if part.startswith("pretrained=")),
                     value)
-    if option == "--nodes" and "gpu" in word or word == "world_size":
-        return str(-(-int(value) // GPUS_OF_A_NODE)) if value.isdigit() and option == "--nodes" else value
+    if option == "--nodes" and ("gpu" in word or word == "world_size") and value.isdigit():
+        return str(-(-int(value) // GPUS_OF_A_NODE))
     return str(table()["values"].get(word, {}).get(value.lower(), value))
 
 

@@ -165,8 +165,8 @@ def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
     if kind in TAKEN_BY and kind not in kinds:
         raise UserError(f"{path}: is {TAKEN_BY[kind][0]}, not {wanted}; {TAKEN_BY[kind][1]}")
     if not kind and RUN in kinds and (runs := runs_below(path)):
-        raise UserError(f"{path}: is not {wanted}; it holds the runs {', '.join(map(str, runs))}: pass one of "
-                        "them")
+        raise UserError(f"{path}: is not {wanted}; it holds the runs {', '.join(map(str, runs))}: pass one "
+                        "of them")
     if not kind and path.is_dir() and not any((path / name).exists() for name in (
             CONFIG, CHECKPOINTS_OF_A_RUN)) and (known := _nothing_known(path)):
         what, taken_by = known

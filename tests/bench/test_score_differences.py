@@ -107,7 +107,8 @@ def test_the_command_prints_a_table_or_json_and_refuses_in_a_sentence(
     for argv, sentence in [
             ([first, str(tmp_path / "no.json")], "no.json: cannot be read"),
             ([first, second, "--tasks", "other"], "has no task other (tasks: quiz)"),
-            ([first, second, "--output", first], "is read"), ([first, second, "--tasks", ","], "names no task"),
+            ([first, second, "--output", first], "is read"),
+            ([first, second, "--tasks", ","], "names no task"),
             ([first], "required: B.json")]:
         assert main(["eval", "difference", *argv]) == 2
         assert sentence in capsys.readouterr().err

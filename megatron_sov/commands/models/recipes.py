@@ -98,7 +98,8 @@ def listing(tiny: bool = False) -> str:
     width = max(map(len, configs))
     lines = list[str]()
     for job, heading in JOBS.items():
-        names = sorted((name for name, config in configs.items() if _job(config) == job), key=lambda n: (counts[n], n))
+        names = sorted((name for name, config in configs.items() if _job(config) == job),
+                       key=lambda name: (counts[name], name))
         lines += [f"{heading}:", *(f"  {name:<{width}}  {summary(configs[name])}" for name in names), ""]
     commands = (f"{name} (megatron-sov {command})" for name, command in objectives.BUILT_IN.items())
     lines += [f"model families: {', '.join(models.FAMILIES)}", f"objectives: {', '.join(commands)}"]
@@ -112,8 +113,8 @@ def listing(tiny: bool = False) -> str:
         widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
         lines += ["", "from packages and files:",
                   *(f"  {name:<{widths[0]}}  {origin:<{widths[1]}}  {text}" for name, origin, text in rows)]
-    more = "without --tiny: the recipes of whole models" if tiny else \
-        f"--tiny: {sum(name.startswith(TINY) for name in recipes.names())} recipes of the same structures for a laptop"
+    more = "without --tiny: the recipes of whole models" if tiny else (
+        f"--tiny: {len(recipes.names()) - len(configs)} recipes of the same structures for a laptop")
     return "\n".join([*lines, "", more])
 
 

@@ -3,8 +3,8 @@
 
 `megatron-sov plan --table ROWS.csv --output PREDICTED.csv`: the speed of runs that stand in a table.
 
-`megatron-sov plan RECIPE --cluster P --calibrate-engine URL [--output FILE]`: what a step of decoding takes on a
-server that runs."""
+`megatron-sov plan RECIPE --cluster P --calibrate-engine URL [--output FILE]`: what a step of decoding takes
+on a server that runs."""
 
 from __future__ import annotations
 
@@ -255,8 +255,8 @@ def _of_files(args: PlanOptions) -> int:
         raise UserError(f"--table {args.table} and --calibrate {args.calibrate[0]}: are two jobs; do one "
                         "after the other")
     if args.table is None and not args.calibrate:
-        raise UserError(f"--output {args.out}: is for --table ROWS.csv or --calibrate RUN; name one of them, or "
-                        "pass --page FILE for a page")
+        raise UserError(f"--output {args.out}: is for --table ROWS.csv or --calibrate RUN; name one of them, "
+                        "or pass --page FILE for a page")
     doing = f"--table {args.table}" if args.table is not None else f"--calibrate {args.calibrate[0]}"
     given = [name for name in OF_A_RUN if getattr(args, name)]
     if given:

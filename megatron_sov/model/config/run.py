@@ -369,8 +369,9 @@ def correct_setting(word: str, groups: Sequence[str] = ()) -> str:
         word: e.g. "learning_rate" or "train.lr".
         groups: see `find_settings`.
     """
-    is_setting = word in setting_names() or re.search(r"\.\d+(\.|$)", word) or any(
-        name.startswith(f"{word}.") or ("." in name and word.startswith(f"{name}.")) for name in setting_names())
+    names = setting_names()
+    is_setting = word in names or re.search(r"\.\d+(\.|$)", word) or any(
+        name.startswith(f"{word}.") or ("." in name and word.startswith(f"{name}.")) for name in names)
     return "" if is_setting else next(iter(find_settings(word.rpartition(".")[2], groups)), "")
 
 

@@ -24,10 +24,10 @@ def test_lists_every_recipe_under_its_job_by_size(capsys: pytest.CaptureFixture[
         assert [line for line in lines if line.endswith(":") and "packages" not in line] == [
             "pretrain:", "extend the context:", "fine-tune:", "distill:", "learn from preferences:",
             "reinforcement learning:"]
-        assert all(line.split()[0].startswith("tiny-") == bool(words) for line in lines if " parameters (" in line)
+        assert {line.split()[0].startswith("tiny-") for line in lines if " parameters (" in line} == {bool(words)}
         assert f"model families: {', '.join(models.FAMILIES)}" in lines
-        assert [name for name in objectives.BUILT_IN if f"{name} (megatron-sov " not in lines[-3]
-                and not any(f"{name} (megatron-sov " in line for line in lines)] == []
+        assert [name for name in objectives.BUILT_IN
+                if not any(f"{name} (megatron-sov " in line for line in lines)] == []
     assert sorted(listed) == sorted(recipes.names())
     assert main(["recipes"]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
