@@ -72,6 +72,9 @@ class Parser(argparse.ArgumentParser):
         """Check a word against those that are taken, except where `read_options` does."""
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             typed = list(self._typed)
+            if typed[0].startswith("-"):
+                raise UserError(f"{self.prog}: an action comes before the options: "
+                                f"{', '.join(action.choices)} (`{self.prog} ACTION --help` shows what it takes)")
             raise unknown_command(self.prog, value, list(action.choices), typed[typed.index(value) + 1:])
         if not getattr(action, "is_setting", False):
             super()._check_value(action, value)

@@ -97,13 +97,23 @@ class _Rewrite:
     def replace(self, option: str, values: list[str]) -> None:
         """Add what is meant by an option that the command does not have."""
         word = normalize(option)
+        ours = f"--{word.replace('_', '-')}"
+        if ours in self.options:  # --num_fewshot
+            self.add(f"{option} is {ours} here", ours, *values)
+            return
+        if self.find is not None and word in _by_word("settings") and (
+                setting := _setting(word, values, self.find, self.typed)):
+            self.set(option, setting)
+            return
         meant = next((one for one in _by_word("options").get(word, ())
                       if one in self.options or one in self.positionals), "")
         if meant and not meant.startswith("-"):
             self.first += [_value_of(word, meant, value) for value in values]
             self.add(f"{option} is {meant} here, without an option")
         elif meant:
-            self.add(f"{option} is {meant} here", meant, *(_value_of(word, meant, value) for value in values))
+            alone = table()["values"].get(word, {}).get("")
+            given = [_value_of(word, meant, value) for value in values] or [alone] * bool(alone)
+            self.add(f"{option} is {meant} here", meant, *given)
         elif self.find is not None and (setting := _setting(word, values, self.find, self.typed)):
             self.set(option, setting)
         elif note := note_on(option):
@@ -130,6 +140,9 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
         return list(typed)
     typed = [_renamed(word, parser.prog, options) for word in typed]
     # where --run may be left out it is no place for output: `eval` adds its figures to the run's events
+    if any(normalize(word.partition("=")[0]) == "model_args" for word in typed) and "--model" in typed:
+        at = typed.index("--model")  # lm-eval's kind of model
+        typed = [*typed[:at], *typed[at + 2:]]
     optional = {name for action in parser._actions if not action.required for name in action.option_strings}
     find: FindSetting | None = getattr(parser.get_default("options_class"), "find_setting", None)
     positionals = [str(action.metavar or action.dest) for action in parser._actions
@@ -149,7 +162,7 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
                 given, i = [f"{given[0]}={typed[i]}"], i + 1
                 made.add("a setting and its value are joined by =")
             _add_settings(made, given)
-        elif any(option.startswith(word) for option in options) or not word.startswith("--"):
+        elif word in options or not _is_unknown(word, made):
             made.words.append(typed[i - 1])
         else:
             values = [value] if equals else []
@@ -160,6 +173,15 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
     if made.said:
         raise UserError(_answer(parser, made))
     return list(typed)
+
+
+def _is_unknown(word: str, made: _Rewrite) -> bool:
+    """Return whether a word is an option of another program; an unambiguous begin of one of ours is not."""
+    name = normalize(word)
+    if not word.startswith("--"):
+        return name in _by_word("options")
+    is_theirs = made.find is not None and name in _by_word("settings")
+    return is_theirs or not any(option.startswith(word) for option in made.options)
 
 
 def _renamed(word: str, program: str, options: Sequence[str]) -> str:

@@ -372,6 +372,8 @@ def correct_setting(word: str, groups: Sequence[str] = ()) -> str:
     names = setting_names()
     is_setting = word in names or re.search(r"\.\d+(\.|$)", word) or any(
         name.startswith(f"{word}.") or ("." in name and word.startswith(f"{name}.")) for name in names)
+    # `optim` is a group here, and the optimizer's name elsewhere
+    is_setting = is_setting and not ("." not in word and settings_called(word))
     return "" if is_setting else next(iter(find_settings(word.rpartition(".")[2], groups)), "")
 
 

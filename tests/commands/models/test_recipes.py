@@ -24,7 +24,8 @@ def test_lists_every_recipe_under_its_job_by_size(capsys: pytest.CaptureFixture[
         assert [line for line in lines if line.endswith(":") and "packages" not in line] == [
             "pretrain:", "extend the context:", "fine-tune:", "distill:", "learn from preferences:",
             "reinforcement learning:"]
-        assert {line.split()[0].startswith("tiny-") for line in lines if " parameters (" in line} == {bool(words)}
+        assert {line.split()[0].startswith("tiny-") for line in lines
+                if " parameters (" in line} == {bool(words)}
         assert f"model families: {', '.join(models.FAMILIES)}" in lines
         assert [name for name in objectives.BUILT_IN
                 if not any(f"{name} (megatron-sov " in line for line in lines)] == []
