@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
             typed = list(self._typed)
             if typed[0].startswith("-"):
                 raise UserError(f"{self.prog}: an action comes before the options: "
-                                f"{', '.join(action.choices)} (`{self.prog} ACTION --help` shows what it takes)")
+                                f"{', '.join(action.choices)} (`{self.prog} ACTION --help` shows more)")
             raise unknown_command(self.prog, value, list(action.choices), typed[typed.index(value) + 1:])
         if not getattr(action, "is_setting", False):
             super()._check_value(action, value)
