@@ -92,7 +92,7 @@ def settings(**values: object) -> list[str]:
 def corpus_stage(root: Path, user: str | None) -> Stage:
     """Return the stage that gathers the text."""
     corpus = root / "corpus"
-    own = ("--user", user) if user else ()
+    own = ("--input", user) if user else ()
     return Stage("corpus", 30, ("sov-data", "demo-corpus", "--output", str(corpus), *own),
                  corpus / "manifest.json")
 
@@ -277,7 +277,7 @@ def report_stages(root: Path, question: str) -> list[Stage]:
     return [
         Stage("continue text", 15, ("megatron-sov", "generate", extend, *SAMPLING,
                                     *repeated("--prompt", (*TEXTS, question)), "--run", extend)),
-        Stage("report", 10, ("megatron-sov", "report", pretrain, extend, sft, dpo, far, "--out",
+        Stage("report", 10, ("megatron-sov", "report", pretrain, extend, sft, dpo, far, "--output",
                              str(root / "report.html"))),
     ]
 

@@ -82,7 +82,7 @@ class Work:
         """Return the held-out loss, nats per token, of all sources together."""
         out = self.folder / f"{target.relative_to(self.folder)}.ppl.json".replace("/", "-")
         if not out.exists():
-            self.command("megatron_sov", "eval", "ppl", target, "--data", self.data(), "--out", out,
+            self.command("megatron_sov", "eval", "ppl", target, "--data", self.data(), "--output", out,
                          "--max-tokens", "30000", "--seq-len", "128")
         figures = json.loads(out.read_text()).values()
         return float(sum(f["loss"] * f["tokens"] for f in figures) / sum(f["tokens"] for f in figures))

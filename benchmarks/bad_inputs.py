@@ -150,7 +150,7 @@ difficulty
 scorer train --input none --output x
 encode-media --input none.jsonl --output x
 demo-corpus
-demo-corpus --user none --output x
+demo-corpus --input none --output x
 pakc --tokenizer tok
 """
 TRAINING = """

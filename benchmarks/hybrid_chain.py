@@ -69,7 +69,7 @@ def commands(work: Path) -> dict[str, list[str | Path]]:
         "verify.json": ["tests.solar_open2", "convert", "verify", work / "lora", work / "hf", "--card",
                         work / "verify.json"],
         **{f"{name}.ppl.json": ["megatron_sov", "eval", "ppl", work / name, *text, "--seq-len", "256",
-                                "--max-tokens", "16384", "--out", work / f"{name}.ppl.json"]
+                                "--max-tokens", "16384", "--output", work / f"{name}.ppl.json"]
            for name in READ}}
 
 

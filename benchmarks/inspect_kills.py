@@ -92,7 +92,7 @@ def evaluate(work: Path, name: str, python: str, url: str) -> subprocess.Popen[b
         return subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "megatron_sov", "eval", "inspect", url, "--model", "m",
              "--tasks", f"{work / 'sums.py'}@sums", "--python", python, "--output", work / f"{name}.json",
-             "--max-connections", "2"], stdout=log, stderr=log, start_new_session=True,
+             "--concurrent", "2"], stdout=log, stderr=log, start_new_session=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 

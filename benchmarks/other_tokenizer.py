@@ -114,7 +114,7 @@ class Work:
         out = run.with_suffix(".ppl.json")
         if not out.exists():
             self.command("megatron_sov", "eval", "ppl", run, *(w for p in parts for w in ("--data", p)),
-                         "--out", out, "--max-tokens", "100000", "--seq-len", str(ROW_TOKENS))
+                         "--output", out, "--max-tokens", "100000", "--seq-len", str(ROW_TOKENS))
         return {part: float(figures["bits_per_byte"]) for part, figures in
                 zip(PARTS, json.loads(out.read_text()).values(), strict=True)}
 

@@ -110,7 +110,7 @@ class Seed(SeedFolder):
         out = run_folder / "pairs.json"
         if not out.exists():
             run(self.log, "megatron_sov", "eval", "pairs", run_folder, "--data",
-                self.folder / "pairs-true-shards", "--out", out)
+                self.folder / "pairs-true-shards", "--output", out)
 
     def format_share(self, run_folder: Path) -> None:
         """Measure the share of answers, to prompts of their own, that have the format."""

@@ -175,7 +175,8 @@ def generate(road: Road) -> Outcome:
 def chat(road: Road) -> Outcome:
     model, tokenizer = road.reference()
     expected = greedy(model, tokenizer, frame(tokenizer, QUESTIONS[0]), 24).strip()
-    said = road.run("chat", "my-model", "--temperature", "0", "--max-tokens", "24", stdin=f"{QUESTIONS[0]}\n")
+    said = road.run("chat", "my-model", "--temperature", "0", "--max-new-tokens", "24",
+                    stdin=f"{QUESTIONS[0]}\n")
     return f"answers {expected!r}: {expected in said}", f"transformers: {expected!r}", expected in said
 
 
@@ -293,7 +294,7 @@ def eval_ppl(road: Road) -> Outcome:
         count += len(ids) - 1
     figures = {}
     for length in (256, 1024):
-        road.run("eval", "ppl", "ck", "--data", "texts", "--seq-len", str(length), "--out", "ppl.json")
+        road.run("eval", "ppl", "ck", "--data", "texts", "--seq-len", str(length), "--output", "ppl.json")
         figures[length] = float(find_number(json.loads((road.work / "ppl.json").read_text()), "loss"))
     gap = max(abs(found - losses / count) for found in figures.values())
     return (f"{figures[256]:.4f} and {figures[1024]:.4f} nats at rows of 256 and 1,024 tokens",

@@ -234,7 +234,7 @@ class Seed(SeedFolder):
 
     def play(self, world: str, run_folder: Path) -> None:
         """Play what is asked before and after, greedily."""
-        self.episodes_of(world, run_folder, "asked", run_folder / f"{world}.episodes", "--parallel", "20")
+        self.episodes_of(world, run_folder, "asked", run_folder / f"{world}.episodes", "--concurrent", "20")
 
     def episodes_of(self, world: str, run_folder: Path, tasks: str, output: Path, *how: str) -> None:
         """Play tasks of a file, over the documents of their kind (`asked`, `tasks`), unless that is done."""
@@ -298,7 +298,7 @@ class Seed(SeedFolder):
             (self.folder / f"{world}.tasks.{BEST}.jsonl").write_text(tasks * times)
             episodes = self.folder / f"{world}-{BEST}.episodes"
             self.episodes_of(world, start, f"tasks.{BEST}", episodes, "--temperature", "1", "--seed",
-                             str(self.seed), "--parallel", "64")
+                             str(self.seed), "--concurrent", "64")
             write(self.folder / f"{world}-{BEST}.jsonl", self.right_episodes(world, episodes))
             run(self.log, "data_prep.cli", "pack", "--tokenizer", self.folder / "tokenizer", "--format",
                 "chat", "--heldout", "0", "--workers", "1", "--input",

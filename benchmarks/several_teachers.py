@@ -67,7 +67,7 @@ def measure(work: Work, seed: int, steps: int, teacher_steps: int) -> None:
     for run in (start, *runs):
         out = work.folder / f"asked-{run.name}.json"
         if not out.exists():
-            work.command("megatron_sov", "eval", "ppl", run, "--seq-len", "128", "--out", out,
+            work.command("megatron_sov", "eval", "ppl", run, "--seq-len", "128", "--output", out,
                          *(word for data in asked.values() for word in ("--data", data)))
 
 

@@ -46,7 +46,7 @@ def ask(model: Path, work: Path, log: Path) -> None:
         "--samples", str(SAMPLES), "--temperature", "1", "--output", answers)
     run(log, "megatron_sov", "score", "--reward", "repetition", "--input", answers, "--output", judged,
         "--workers", "1")
-    run(log, "megatron_sov", "eval", "ppl", model, "--data", work / "tokens", "--out", model / "ppl.json")
+    run(log, "megatron_sov", "eval", "ppl", model, "--data", work / "tokens", "--output", model / "ppl.json")
 
 
 def go(chain: str, work: Path) -> None:

@@ -12,7 +12,8 @@ DOCUMENTS, RESPONSES, SHARDS, LOOK = (
 COMMANDS = {
     "demo-corpus": Command(
         "data_prep.demo_corpus", "gather a small corpus from what this machine has, or from your own files",
-        DOCUMENTS, "data.md", ("demo-corpus --output corpus", "demo-corpus --user my-texts --output corpus")),
+        DOCUMENTS, "data.md",
+        ("demo-corpus --output corpus", "demo-corpus --input my-texts --output corpus")),
     "run": Command(
         "data_prep.curate.run", "run a pipeline from raw documents to the sources of a curriculum",
         DOCUMENTS, "data_pipeline.md",
@@ -102,7 +103,7 @@ COMMANDS = {
     "report": Command(
         "data_prep.curate.journey.report_command",
         "write the HTML report of what `sov-data run` or `sov-data synth` did",
-        LOOK, "data_journey.md", ("report corpus", "report corpus --out report.html")),
+        LOOK, "data_journey.md", ("report corpus", "report corpus --output report.html")),
 }
 
 

@@ -340,7 +340,7 @@ class DemoCorpusOptions:
 
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the corpus."""
-    user: Path | None = None
+    user: Annotated[Path | None, Flag("--input")] = None
     """Your own text: a file, a .jsonl file or a folder; replaces the gathered text (chats are still made
     from docstrings)."""
     overwrite: bool = False
@@ -350,7 +350,7 @@ class DemoCorpusOptions:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = ("Gather english.jsonl, code.jsonl, korean.jsonl, chat.jsonl, judged.jsonl and "
                           "benchmarks from this machine's Python, its packages and Debian documentation "
-                          "packages; or, with --user, user.jsonl, chat.jsonl, judged.jsonl and benchmarks.")
+                          "packages; or, with --input, user.jsonl, chat.jsonl, judged.jsonl and benchmarks.")
     add_options(parser, DemoCorpusOptions)
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 from megatron_sov.base.command_line import (
     HelpText, Parser, end_help, exit_code, fill_commands, list_commands, parser_of, version_of)
-from megatron_sov.base.errors import ExitCode, UserError, nearest
+from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.plugins.registry import Declared, declared, takes
 from megatron_sov.base.removed import check_command
-from megatron_sov.commands import COMMANDS, WORDS
+from megatron_sov.base.words import unknown_command
+from megatron_sov.commands import COMMANDS
 from megatron_sov.runs.launch_environment import note_command, process_started_s
 
 PROGRAM, GROUP = "megatron-sov", "megatron_sov.commands"
@@ -84,7 +85,7 @@ def run_command(argv: list[str], began_s: float) -> int:
     children = children_of(name)
     if children and name not in COMMANDS:
         return _run_group(name, children, rest)
-    module, text = _command(name)
+    module, text = _command(name, rest)
     sub = Parser(prog=f"{PROGRAM} {name}", description=text, formatter_class=HelpText)
     module.add_arguments(sub)
     if name in COMMANDS:
@@ -114,8 +115,7 @@ def children_of(name: str) -> dict[str, str]:
 def _run_group(name: str, children: dict[str, str], rest: list[str]) -> int:
     """Print the help of a word that is a command with a second one only."""
     if rest and rest[0] not in ("-h", "--help"):
-        raise UserError(f"command '{name} {rest[0]}': does not exist{nearest(rest[0], children)} (commands: "
-                        f"{', '.join(f'{name} {child}' for child in children)})")
+        raise unknown_command(f"{PROGRAM} {name}", rest[0], list(children), rest[1:])
     argparse.ArgumentParser(prog=f"{PROGRAM} {name}", usage=f"{PROGRAM} {name} COMMAND ...",
                             formatter_class=argparse.RawDescriptionHelpFormatter,
                             epilog=list_commands(children, dict.fromkeys(
@@ -123,7 +123,7 @@ def _run_group(name: str, children: dict[str, str], rest: list[str]) -> int:
     return ExitCode.OK if rest else ExitCode.USER_ERROR
 
 
-def _command(name: str) -> tuple[Any, str]:
+def _command(name: str, rest: list[str]) -> tuple[Any, str]:
     """Return a command's module and description; a built-in one goes before those of packages."""
     if name in COMMANDS:
         return COMMANDS[name].load(), COMMANDS[name].help
@@ -131,10 +131,7 @@ def _command(name: str) -> tuple[Any, str]:
     entry = next((d for d in installed if d.name == name), None)
     if entry is None:
         known = [*COMMANDS, *(d.name for d in installed if d.name not in COMMANDS)]
-        if name.lower() in WORDS:
-            raise UserError(f"command {name!r}: does not exist; {WORDS[name.lower()]}")
-        raise UserError(f"command {name!r}: does not exist{nearest(name, known)} (`{PROGRAM} --help` lists "
-                        "all)")
+        raise unknown_command(PROGRAM, name, known, rest)
     where = f"command {name!r} of package {entry.package}"
     try:
         module = importlib.import_module(entry.reference)

@@ -92,7 +92,7 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
     assert cli.main(["pretrian", "x"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("error: command 'pretrian': does not exist; did you mean 'pretrain'?")
+    assert printed.err.startswith("error: megatron-sov pretrian: does not exist; did you mean 'pretrain'?")
     assert len(printed.err.splitlines()) == 1
 
 
@@ -108,7 +108,7 @@ def test_the_first_of_two_words_lists_all_that_follow(first: str, capsys: pytest
 def test_a_second_word_that_does_not_exist_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["rl", "genrate"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: command 'rl genrate': does not exist; did you mean 'generate'?")
+    assert said.startswith("error: megatron-sov rl genrate: does not exist; did you mean 'generate'?")
     assert cli.main(["rl"]) == 2
 
 

@@ -50,7 +50,7 @@ def test_a_command_on_the_page_runs(line: str, narrow: None, capsys: pytest.Capt
         typed = shlex.split(submit)[1:]
         assert main([typed[0], "--dry-run", *typed[1:]]) == 0, capsys.readouterr().err
         assert "why:" in said and "looked at" in said and "without --sweep:" in said
-    if "--html" in words:
+    if "--page" in words:
         assert Path("plan.html").stat().st_size > 1e6
 
 

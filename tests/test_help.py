@@ -3,6 +3,7 @@ settings by their last name, and terminals without UTF-8."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -13,10 +14,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import cli
+from megatron_sov.base import words
 from megatron_sov.base.command_line import Command
-from megatron_sov.commands import COMMANDS, WORDS
 from megatron_sov.model.config import find_settings, setting_names
-from megatron_sov.model.config.run import COMMON
 from tests.pages_typed import ENTRIES, parse
 
 ROOT = Path(__file__).parents[1]
@@ -58,24 +58,35 @@ def test_the_other_programs_group_theirs_too(program: str, capsys: pytest.Captur
         assert re.search(rf"^  {name} +{re.escape(command.help)}$", said, re.MULTILINE)
 
 
-@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize(("program", "word", "text"), [
+    pytest.param(program, row.split()[0], text, id=f"{program} {row.split()[0]}")
+    for program, rows in words.table()["commands"].items() for row, text in rows.items()])
 def test_a_word_of_the_trade_leads_to_a_command_that_parses(
-        word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert word not in COMMANDS
-    assert cli.main([word, "--anything"]) == 2
-    said = capsys.readouterr().err
-    assert said == f"error: command '{word}': does not exist; {WORDS[word]}\n"
-    for line in re.findall("`([^`]+)`", said):
+        program: str, word: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *group = program.split()
+    with contextlib.suppress(SystemExit):
+        assert importlib.import_module(ENTRIES[first]).main([*group, word, "--anything"]) == 2
+    assert capsys.readouterr().err == f"error: {program} {word}: does not exist; {text}\n"
+    for line in re.findall("`([^`]+)`", text):
         if len(line.split()) > 3:
             parse(line)
         else:
-            assert cli.named(line.split()[1:])[0] in COMMANDS, line
+            assert line.split()[0] in ENTRIES
+
+
+def test_no_word_of_the_table_is_a_command() -> None:
+    """A row for a command that exists would never be read."""
+    for program, rows in words.table()["commands"].items():
+        first, *group = program.split()
+        known = {name.split()[len(group)] for name in importlib.import_module(ENTRIES[first]).COMMANDS
+                 if name.split()[:len(group)] == group and len(name.split()) > len(group)}
+        assert not known & {word for row in rows for word in row.split()}, program
 
 
 def test_an_unknown_command_does_not_repeat_all_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["xyzzy"]) == 2
-    assert capsys.readouterr().err == ("error: command 'xyzzy': does not exist (`megatron-sov --help` lists "
-                                       "all)\n")
+    assert capsys.readouterr().err == ("error: megatron-sov xyzzy: does not exist (`megatron-sov --help` "
+                                       "lists what there is)\n")
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "eval-lm", "tokenizer", "chain"])
@@ -91,25 +102,22 @@ def test_help_behind_a_stage_of_submit_is_help(stage: str, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(("words", "meant"), [
-    ("pretrain tiny-qwen3 --data x --run y --steps 10", "write --set train.steps=10 "),
-    ("pretrain tiny-qwen3 --data x --run y --learning-rate=1e-3", "write --set optim.lr=1e-3 "),
-    ("prefer tiny-qwen3 --from x --data y --run z --beta 0.1", "write --set preference.beta=0.1 "),
-    ("distill tiny-qwen3 --beta 0.1", "write --set distillation.beta=0.1 "),
+    ("pretrain tiny-qwen3 --data x --run y --steps 10", "--set train.steps=10"),
+    ("pretrain tiny-qwen3 --data x --run y --learning-rate=1e-3", "--set optim.lr=1e-3"),
+    ("prefer tiny-qwen3 --from x --data y --run z --beta 0.1", "--set preference.beta=0.1"),
+    ("distill tiny-qwen3 --beta 0.1", "--set distillation.beta=0.1"),
+    ("rl run tiny-qwen3 --beta 0.1", "--set policy.kl_coeff=0.1"),
     ("pretrain tiny-qwen3 --data x --run y --dta z", "did you mean '--data'?"),
-    ("recipes tiny-qwen3 --set lr=1e-3", "lr: no such setting; did you mean 'optim.lr'?"),
-    ("recipes tiny-qwen3 --set train.lr=1e-3", "did you mean 'optim.lr'?"),
-    ("recipes tiny-qwen3 --set max_steps=9", "max_steps: no such setting; did you mean 'train.steps'?"),
-    ("recipes tiny-qwen3 --set train.max_steps=9", "did you mean 'train.steps'?"),
-    ("recipes tiny-qwen3 --set num_train_epochs=2", "did you mean 'train.epochs'?"),
-    ("recipes tiny-qwen3 --set train.num_train_epochs=2", "did you mean 'train.epochs'?"),
-    ("recipes tiny-qwen3 --set gradient_accumulation_steps=4", "did you mean 'train.global_batch_size'?"),
-    ("recipes tiny-qwen3 --set per_device_train_batch_size=1", "did you mean 'train.micro_batch_size'?"),
-    ("recipes tiny-qwen3 --set bf16=true", "did you mean 'train.precision'?"),
-    ("recipes tiny-qwen3 --set report_to=wandb",
-     "did you mean 'obs.wandb' or 'obs.tensorboard'?"),
-    ("recipes tiny-qwen3 --set save_total_limit=2", "did you mean 'train.keep_checkpoints'?"),
-    ("pretrain tiny-qwen3 --data x --run y --gradient-accumulation-steps 4",
-     "write --set train.global_batch_size=4 "),
+    ("recipes tiny-qwen3 --set lr=1e-3", "--set optim.lr=1e-3"),
+    ("recipes tiny-qwen3 --set train.lr=1e-3", "--set optim.lr=1e-3"),
+    ("recipes tiny-qwen3 --set max_steps=9", "--set train.steps=9"),
+    ("recipes tiny-qwen3 --set train.max_steps=9", "--set train.steps=9"),
+    ("recipes tiny-qwen3 --set num_train_epochs=2", "--set train.epochs=2"),
+    ("recipes tiny-qwen3 --set gradient_accumulation_steps=4", "--set train.global_batch_size=4"),
+    ("recipes tiny-qwen3 --set per_device_train_batch_size=1", "--set train.micro_batch_size=1"),
+    ("recipes tiny-qwen3 --set bf16=true", "--set train.precision=bf16"),
+    ("recipes tiny-qwen3 --set report_to=wandb", "--set obs.wandb=true"),
+    ("recipes tiny-qwen3 --set save_total_limit=2", "--set train.keep_checkpoints=2"),
     ("recipes tiny-qwen3 --set train.stesp=1", "did you mean 'train.steps'?"),
     ("recipes tiny-qwen3 --set train.steps=ten", 'train.steps = "ten" must be a whole number'),
 ])
@@ -121,7 +129,9 @@ def test_a_setting_is_found_by_what_people_call_it(words: str, meant: str,
 
 def test_names_of_other_programs_lead_to_settings_that_exist() -> None:
     names = {*setting_names(), "data.phases.0.seq_len"}
-    assert [meant for word in COMMON for meant in find_settings(word) if meant not in names] == []
+    assert {meant.partition("=")[0] for meant in words.table()["settings"]} <= names
+    assert {str(value).partition("=")[0] for rows in words.table()["values"].values()
+            for value in rows.values() if "." in str(value)} <= names
     assert find_settings("beta", ("distillation",))[0] == "distillation.beta"
     assert find_settings("nothing_like_this") == []
 

@@ -159,6 +159,9 @@ K_EXAONE = Preset(
 
 PRESETS = {p.name: p for p in (SOLAR_OPEN, K_EXAONE)}
 CUSTOM = "custom"
+KINDS = {SOLAR_OPEN.name: "BPE", K_EXAONE.name: "SuperBPE: tokens of several words too",
+         CUSTOM: "the rules in --config FILE"}
+"""Preset -> kind of tokenizer, for help and messages."""
 
 
 def load_preset(name: str, file: Path | None) -> Preset:
@@ -175,9 +178,8 @@ def load_preset(name: str, file: Path | None) -> Preset:
             raise UserError(f"--config {file}: belongs to --preset custom, not to --preset {name}; "
                             "drop one of them")
         if name not in PRESETS:
-            known = [*PRESETS, CUSTOM]
-            raise UserError(f"--preset {name!r}: does not exist{nearest(name, known)} (presets: "
-                            f"{', '.join(known)})")
+            listed = ", ".join(f"{one} ({kind})" for one, kind in KINDS.items())
+            raise UserError(f"--preset {name!r}: does not exist{nearest(name, KINDS)} (presets: {listed})")
         return PRESETS[name]
     if file is None:
         raise UserError(f"--preset {name}: needs --config FILE with the tokenizer's rules, JSON or YAML (see "

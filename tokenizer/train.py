@@ -45,7 +45,8 @@ class TokenizerTrainOptions:
     again."""
 
     preset: Annotated[str, Flag(value="NAME")]
-    """The tokenizer's rules: solar-open, k-exaone, custom."""
+    """The tokenizer's rules. solar-open: BPE; k-exaone: SuperBPE, with tokens of several words too; custom:
+    those of --config."""
     config: Annotated[Path | None, Flag(value="FILE")] = None
     """The rules of --preset custom, JSON or YAML."""
     vocab_size: int

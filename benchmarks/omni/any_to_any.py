@@ -194,7 +194,8 @@ class Seed:
     def _bits_per_byte(self, folder: Path, text: Path) -> float:
         out = self.folder / f"bpb-{folder.name}.json"
         if not out.exists():
-            run(self.folder / "eval.log", "megatron_sov", "eval", "ppl", folder, "--data", text, "--out", out)
+            run(self.folder / "eval.log", "megatron_sov", "eval", "ppl", folder, "--data", text,
+                "--output", out)
         (told,) = json.loads(out.read_text()).values()
         return float(told["bits_per_byte"])
 

@@ -141,7 +141,7 @@ class Seed(Taught):
         output = self.folder / name / "episodes"
         if not (output / "manifest.json").exists():
             run(self.log, "megatron_sov", "tools", "run", "virtual", self.folder / name, "--tasks",
-                self.folder / "asked.jsonl", "--output", output, "--parallel", "20", "--temperature",
+                self.folder / "asked.jsonl", "--output", output, "--concurrent", "20", "--temperature",
                 str(TEMPERATURE), *(part for limit in LIMITS for part in ("--limit", limit)))
 
 

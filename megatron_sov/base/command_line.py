@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import importlib.util
 import io
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sov.base.errors import (
-    DryRun, ExitCode, GateFailed, StopRequested, UserError, nearest, to_exit_code, visible)
+    DryRun, ExitCode, GateFailed, StopRequested, UserError, to_exit_code, visible)
 from megatron_sov.base.removed import check_command
+from megatron_sov.base.words import check_words, unknown_command
 from megatron_sov.version import PARTS, PARTS_NEEDED, __version__, part_of
 
 MAX_PATH_CHARS = 300
@@ -70,56 +72,42 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Check a word against those that are taken, except where `read_options` does."""
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
-            raise UserError(f"{self.prog} {value}: does not exist{nearest(value, action.choices)} "
-                            f"(`{self.prog} --help` lists what there is)")
+            typed = list(self._typed)
+            if typed[0].startswith("-"):
+                raise UserError(f"{self.prog}: an action comes before the options: "
+                                f"{', '.join(action.choices)} (`{self.prog} ACTION --help` shows more)")
+            raise unknown_command(self.prog, value, list(action.choices), typed[typed.index(value) + 1:])
         if not getattr(action, "is_setting", False):
             super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse complains about; an option that is missing may be there, misspelt."""
-        # a misspelt option is unknown to argparse, which then misses the right one
-        if "are required: " in message:
-            options = list(self._option_string_actions)
-            words = [word.partition("=")[0] for word in self._typed if word.startswith("--")]
-            wrong = [w for w in words if not any(option.startswith(w) for option in options)]
-            for word in wrong[:1]:
-                at = next(i for i, typed in enumerate(self._typed) if typed.partition("=")[0] == word)
-                message += f"; {word}: nothing takes this{self._meant(word, options, *self._typed[at:])}"
-            if "--resume" in self._typed:
-                message += "; `megatron-sov resume RUN` goes on without them"
+        if "are required: " in message and "--resume" in self._typed:
+            message += "; `megatron-sov resume RUN` goes on without them"
         raise UserError(f"{self.prog}: {message} (--help lists what it takes)")
 
     def parse_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
                    namespace: Any = None) -> argparse.Namespace:
-        """Return the arguments; what nothing takes is told with what was meant, where that can be known."""
-        found, rest = self.parse_known_args(args, namespace)
+        """Return the arguments.
+
+        Raises:
+            UserError: words that nothing takes, with the command line that is meant (`check_words`).
+        """
+        found, rest = self.parse_known_args(self._checked(sys.argv[1:] if args is None else args), namespace)
         if not rest:
             return found
         # a shell splits `--set a.b=1 c.d=2`; the second word has no option of its own
         settings = [word for word in rest if re.match(r"[a-z]\w*(\.\w+)+=", word)]
-        options = _options_of(self)
-        if settings and "--set" in options:
+        if settings and "--set" in _options_of(self):
             written = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
             raise UserError(f"{settings[0]}: every setting needs a --set of its own; write {written}")
-        option = rest[0].partition("=")[0]
-        near = "; another command does" if option in options else self._meant(option, options, *rest)
-        self.error(f"{shlex.join(rest)}: nothing takes this{near if rest[0].startswith('-') else ''}")
+        self.error(f"{shlex.join(rest)}: nothing takes this")
 
-    def _meant(self, option: str, options: Sequence[str], *typed: str) -> str:
-        """Return what an option that nothing takes may mean: a setting, else the nearest option.
-
-        Args:
-            option: without a value.
-            options: those that there are.
-            typed: it and the words behind it, as they were typed.
-        """
-        find = getattr(self.get_default("options_class"), "find_setting", None)
-        if find is None or not (setting := find(option.lstrip("-").replace("-", "_"))):
-            return nearest(option, options)
-        _, equals, value = typed[0].partition("=") if typed else ("", "", "")
-        if not equals:
-            value = typed[1] if len(typed) > 1 and not typed[1].startswith("--") else "VALUE"
-        return f"; write --set {shlex.quote(f'{setting}={value}')}"
+    def _checked(self, typed: Sequence[str]) -> Sequence[str]:
+        """Return the words under today's names; a program and a command of commands leave them to the command
+        that is typed."""
+        if any(isinstance(action, argparse._SubParsersAction) for action in self._actions):
+            return typed
+        return check_words(self, typed)
 
 
 def _path(text: str) -> Path:
@@ -219,11 +207,16 @@ class CommandParser(Parser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.fill()
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(args if args is None else self._checked(args), namespace)
 
 
 def end_help(parser: argparse.ArgumentParser, command: Command, program: str) -> None:
     """Let the help of a command, and of each action below it, end with its examples and its page."""
+    if isinstance(parser, CommandParser) and parser._module and parser._command is not None:
+        # its arguments come later, and `fill` ends its help then: what it lacks is that of the command above
+        parser._command = dataclasses.replace(parser._command, page=parser._command.page or command.page,
+                                              examples=parser._command.examples or command.examples)
+        return
     words = parser.prog.removeprefix(program).strip()
     own = textwrap.fill(" ".join((parser.epilog or "").split()), 100)
     parser.epilog = "\n\n".join(filter(None, (own, command.ending(program, words)))) or None

@@ -127,11 +127,19 @@ def list_problems(what: str, problems: Sequence[str], way_out: str = "") -> str:
                       *(f"  {problem}" for problem in problems)])
 
 
+MIN_SIMILARITY = 0.65
+"""Of a guess (`difflib.SequenceMatcher.ratio`); below it another word is meant: "days" is no "data"."""
+
+
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return ``"; did you mean 'x'?"`` for the known name closest to `name`, or an empty string;
     `prefix` is what the name to write begins with."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{prefix}{close[0]}'?" if close else ""
+    by_letters = {one.lstrip("-"): one for one in reversed(list(known))}
+    letters = name.lstrip("-")
+    close = difflib.get_close_matches(letters, by_letters, n=1, cutoff=MIN_SIMILARITY)
+    # two letters that changed places are a typing error also in a short word
+    close = close or [one for one in by_letters if one != letters and sorted(one) == sorted(letters)]
+    return f"; did you mean '{prefix}{by_letters[close[0]]}'?" if close else ""
 
 
 def find_misspelt(name: str, known: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     NO_FLAG, AtLeastOne, Flag, NotNegative, NotNegativeInt, ProblemCode, SettingsError, SettingsProblem,
     find_problems)
+from megatron_sov.model.config import correct_setting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -219,6 +220,12 @@ class RankOptions:
     """Local processes (checkpoints)."""
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
     """Layout (checkpoints) and precision, e.g. --set parallel.ep=2 --set train.precision=bf16."""
+
+    @staticmethod
+    def find_setting(word: str) -> str:
+        """Return the setting of layout or precision that an unknown option may mean; "": none is known."""
+        found = correct_setting(word)
+        return found if found.startswith(("parallel.", "train.precision", "train.fp8")) else ""
 
 
 NamedTensors = Iterator[tuple[str, "torch.Tensor"]]

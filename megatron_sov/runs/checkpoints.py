@@ -167,11 +167,19 @@ def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         raise UserError(f"{path}: is {TAKEN_BY[kind][0]}, not {wanted}; {TAKEN_BY[kind][1]}")
     if not kind:
         check_folder(path)
+    if not kind and RUN in kinds and (runs := runs_below(path)):
+        raise UserError(f"{path}: is not {wanted}; it holds the runs {', '.join(map(str, runs))}: pass one "
+                        "of them")
     if not kind and path.is_dir() and not any((path / name).exists() for name in (
             CONFIG, CHECKPOINTS_OF_A_RUN)) and (known := _nothing_known(path)):
         what, taken_by = known
         found = " or ".join(FOUND_AT[kind] for kind in kinds)
         raise UserError(f"{path}: {what}, so it is not {wanted}; {taken_by}pass {found}")
+
+
+def runs_below(path: Path) -> list[Path]:
+    """Return the run folders in a folder and in the folders in it, by name."""
+    return sorted(file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/{EVENTS}"))
 
 
 def refuse_no_model(path: Path) -> None:

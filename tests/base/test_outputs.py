@@ -28,9 +28,9 @@ def test_where_a_file_cannot_lie_is_said_before_the_work(tmp_path: Path) -> None
                            (tmp_path / "file/a/b", "file is a file, so nothing"),
                            (tmp_path / ("a" * 999), "File name too long"),
                            (Path("/dev/null"), "is no regular file"), (Path(NOWHERE), "nothing can be made")):
-        with pytest.raises(UserError, match=rf"--out {path}: .*{sentence}"):
-            check_output("--out", path)
-    check_output("--out", tmp_path / "new/folders/page.html")
+        with pytest.raises(UserError, match=rf"--output {path}: .*{sentence}"):
+            check_output("--output", path)
+    check_output("--output", tmp_path / "new/folders/page.html")
     with pytest.raises(UserError, match="File name too long"):
         refuse_existing(tmp_path / ("a" * 999), "tokens", overwrite=True)
     with pytest.raises(UserError, match=r"udcff': is no UTF-8"):
@@ -71,9 +71,9 @@ COMMANDS = {
     "tokenizer compare": (sov_tokenizer,
                           "compare {data.tokenizer} {data.tokenizer} --text a={text} --output {out}"),
     "media": (sov_tokenizer, "media {data.tokenizer} --image-tokens 4 --output {out}"),
-    "plan": (megatron_sov, "plan tiny-solar-open --html {out}"),
-    "report": (megatron_sov, "report {text} --out {out}"),
-    "eval": (megatron_sov, "eval ppl nowhere --data {data.text} --out {out}"),
+    "plan": (megatron_sov, "plan tiny-solar-open --page {out}"),
+    "report": (megatron_sov, "report {text} --output {out}"),
+    "eval": (megatron_sov, "eval ppl nowhere --data {data.text} --output {out}"),
     "generate": (megatron_sov, "generate {data.tokenizer} --prompt x --output {out}"),
     "bundle": (megatron_sov, "bundle --output {out}"),
 }

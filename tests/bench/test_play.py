@@ -92,7 +92,7 @@ def test_a_wish_to_stop_keeps_the_turns_of_a_model_of_ours(
         return plain(policy, prompts, max_new_tokens, streams)
 
     monkeypatch.setattr(EnginePolicy, "sample", stops)
-    words = [*WORDS, "--limit", "2", "--parallel", "2", "--mode", "no-thinking"]
+    words = [*WORDS, "--limit", "2", "--concurrent", "2", "--mode", "no-thinking"]
     assert main(words) == 75
     assert "of 4 episodes have ended, and all turns are kept" in capsys.readouterr().err
     assert len(rounds) == 1
@@ -110,7 +110,7 @@ def test_a_wish_to_stop_keeps_the_turns_of_a_model_of_ours(
     ({"--data-dir": "no"}, "has no sums.jsonl"),
     ({"--samples": "0"}, "--samples 0"),
     ({"--limit": "0"}, "--limit 0"),
-    ({"--parallel": "0"}, "--parallel 0"),
+    ({"--concurrent": "0"}, "--concurrent 0"),
     ({"--judge": "endpoint"}, "must have the form key=value"),
 ])
 def test_mistakes_are_one_sentence(
@@ -144,7 +144,7 @@ def command(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> lis
     (tmp_path / "data/sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     script.reply = calculated
     return ["eval", "play", script.url, "--model", "m", "--tasks",
-            "sums.yaml", "--data-dir", "data", "--output", "out.json", "--parallel", "2"]
+            "sums.yaml", "--data-dir", "data", "--output", "out.json", "--concurrent", "2"]
 
 
 def test_episodes_are_scored_and_failed_ones_asked_for_again(
@@ -199,7 +199,7 @@ def test_a_wish_to_stop_keeps_what_was_played(
     (["--model", ""], "--model: is missing"),
     (["--nproc", "2"], "--nproc 2: an endpoint runs its model itself"),
     (["--engine", "vllm"], "--engine vllm: an endpoint runs its model itself"),
-    (["--parallel", "0"], "--parallel 0"),
+    (["--concurrent", "0"], "--concurrent 0"),
 ])
 def test_mistakes_with_an_endpoint_are_one_sentence(
     command: list[str], words: list[str], said: str, capsys: pytest.CaptureFixture[str]

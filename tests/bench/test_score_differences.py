@@ -101,13 +101,14 @@ def test_the_command_prints_a_table_or_json_and_refuses_in_a_sentence(
     line = capsys.readouterr().out.splitlines()[1].split()
     assert line[:5] == ["quiz", "acc", "0.2500", "1.0000", "+0.7500"] and line[-1] == "better"
     out = tmp_path / "difference.json"
-    assert main(["eval", "difference", first, second, "--json", "--out", str(out)]) == 0
+    assert main(["eval", "difference", first, second, "--json", "--output", str(out)]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(out.read_text())
     assert json.loads(out.read_text())["differences"][0]["verdict"] == "better"
     for argv, sentence in [
             ([first, str(tmp_path / "no.json")], "no.json: cannot be read"),
             ([first, second, "--tasks", "other"], "has no task other (tasks: quiz)"),
-            ([first, second, "--out", first], "is read"), ([first, second, "--tasks", ","], "names no task"),
+            ([first, second, "--output", first], "is read"),
+            ([first, second, "--tasks", ","], "names no task"),
             ([first], "required: B.json")]:
         assert main(["eval", "difference", *argv]) == 2
         assert sentence in capsys.readouterr().err

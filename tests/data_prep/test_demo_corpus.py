@@ -206,14 +206,14 @@ def test_ones_own_text_replaces_what_is_gathered(tmp_path: Path, capsys: pytest.
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/book.txt").write_text("".join(f"Paragraph {i} of a book.\n\n" for i in range(4000)))
     (tmp_path / "mine/more.jsonl").write_text('{"text": "a line"}\n{"text": "a line"}\n{"text": "another"}\n')
-    assert main(["demo-corpus", "--output", str(tmp_path / "out"), "--user", str(tmp_path / "mine")]) == 0
+    assert main(["demo-corpus", "--output", str(tmp_path / "out"), "--input", str(tmp_path / "mine")]) == 0
     assert sorted(read_manifest(tmp_path / "out").content) == [
         "benchmarks/code-switching/test", "chat", "judged", "user"]
     texts = [d.text for d in read_documents([tmp_path / "out/user.jsonl"])]
     assert ("".join(texts[:-2]) == (tmp_path / "mine/book.txt").read_text()
             and texts[-2:] == ["a line", "another"])
     assert len(texts) > 5
-    assert main(["demo-corpus", "--output", str(tmp_path / "out2"), "--user", str(tmp_path / "none")]) == 2
+    assert main(["demo-corpus", "--output", str(tmp_path / "out2"), "--input", str(tmp_path / "none")]) == 2
     assert "does not exist" in capsys.readouterr().err and not (tmp_path / "out2").exists()
 
 

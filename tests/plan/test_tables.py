@@ -322,7 +322,7 @@ def test_nothing_is_written_where_the_table_is_bad(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown column 'gpus'; did you mean 'gpu'"):
         predict_file(tmp_path / "rows.csv", out)
     assert not out.exists()
-    with pytest.raises(UserError, match="--out"):
+    with pytest.raises(UserError, match="--output"):
         predict_file(ROWS, tmp_path)
 
 

@@ -222,7 +222,7 @@ def test_the_pages_commands_talk_to_a_checkpoint_and_to_two_models(talk: Any, tm
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).symlink_to(imported["solar_open"])
     (piped,) = re.findall(r"^printf '(.*)' \| megatron-sov chat (.*) > answers.txt$", PAGE, re.MULTILINE)
-    short = ("--max-tokens", "6", "--set", "train.num_threads=1")
+    short = ("--max-new-tokens", "6", "--set", "train.num_threads=1")
     lines = piped[0].replace("\\n", "\n")
     alone = talk(lines, *shlex.split(piped[1]), *short).out
     assert main(["generate", "my-checkpoint", "--chat", "--prompt", "1 + 2?", "--max-new-tokens", "6"]) == 0

@@ -19,7 +19,7 @@ class DataReportOptions:
 
     data: Annotated[Path, Flag("DIR")]
     """Folder that `sov-data run` or `sov-data synth` wrote."""
-    out: Annotated[Path | None, Flag(value="FILE")] = None
+    out: Annotated[Path | None, Flag("--output", "FILE")] = None
     """The page (default: DIR-report.html beside DIR, which stays as its manifest has it)."""
 
 
@@ -38,7 +38,7 @@ def run(typed: argparse.Namespace) -> int:
     folder = args.data.resolve()
     # Beside the folder and not in it, where a file that the manifest does not know would be damage.
     file = args.out or folder.parent / f"{folder.name}-report.html"
-    check_output("--out", file)
+    check_output("--output", file)
     print(f"wrote {_writer(args.data)(args.data, file)}")
     return 0
 

@@ -79,7 +79,7 @@ class Settings(JudgedSettings):
     batch_size: BatchSize = Batching.batch_size
     max_length_tokens: Annotated[Annotated[int, Ge(2)] | None, Flag("--max-length")] = None
     """Longest sequence, in tokens (default: the model's)."""
-    max_gen_tokens: AtLeastOne | None = None
+    max_gen_tokens: Annotated[AtLeastOne | None, Flag("--max-new-tokens")] = None
     """Longest answer, where it is to be shorter than the task's own."""
     seed: Annotated[NotNegativeInt, Flag(value="S")] = 0
     """Of samples."""

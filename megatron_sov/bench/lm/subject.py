@@ -336,7 +336,7 @@ class Bridge(TemplateLM):
         room = self.max_length - max_tokens
         if room <= 0:
             raise UserError(f"task {instance.task_name}: asks for answers of {max_tokens} tokens, and the "
-                            f"model ends at {self.max_length}; pass --max-gen-tokens N to cut them shorter")
+                            f"model ends at {self.max_length}; pass --max-new-tokens N to cut them shorter")
         tokens = self._prompt_tokens(prompt)
         return replace(asked, prompt=tuple((tokens or [self.prefix_token_id])[-room:]))
 

@@ -63,7 +63,7 @@ class EvalSuitesOptions:
     """Folder of your copies of the data."""
     tasks: Annotated[str, Flag(value="A,B")] = ""
     """Names or tags (default: all)."""
-    source: Annotated[Path | None, Flag("--from", "FILE")] = None
+    source: Annotated[Path | None, Flag("--input", "FILE")] = None
     """File to bring: .parquet, .csv or .jsonl."""
     name: Annotated[str | None, Flag("--as", "NAME")] = None
     """Which file of the task it is, e.g. mmlu/dev.jsonl (default: the only one)."""
@@ -83,7 +83,7 @@ def run_suites(args: EvalSuitesOptions) -> int:
 
     tasks = chosen([name.strip() for name in args.tasks.split(",") if name.strip()])
     # options of `bring` that would else be silently without effect
-    given = {"--from": args.source, "--as": args.name, "--where": args.where, "--overwrite": args.overwrite}
+    given = {"--input": args.source, "--as": args.name, "--where": args.where, "--overwrite": args.overwrite}
     if args.what != "bring" and (unused := [option for option, value in given.items() if value]):
         raise UserError(f"{', '.join(unused)}: is for `eval suites bring`; add bring, or leave this out")
     if args.what == "list":
@@ -169,7 +169,7 @@ def _bring(tasks: list[TaskFile], args: EvalSuitesOptions, folder: Path) -> int:
     if not args.tasks or len(tasks) != 1:
         raise UserError("eval suites bring needs --tasks with one task, e.g. --tasks aime24")
     if args.source is None:
-        raise UserError("eval suites bring needs --from, the file to bring")
+        raise UserError("eval suites bring needs --input, the file to bring")
     task = tasks[0]
     names = [name for files in task.told_files.values() for name in files]
     name = args.name or (names[0] if len(names) == 1 else "")

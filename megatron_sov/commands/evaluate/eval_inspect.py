@@ -64,9 +64,9 @@ class EvalInspectOptions(RankOptions, RecordOptions):
     """Folder of the library's logs (default: OUT.logs)."""
     limit: AtLeastOne | None = None
     """Only the first N items of each task."""
-    epochs: AtLeastOne | None = None
+    epochs: Annotated[AtLeastOne | None, Flag("--samples")] = None
     """Answers to each item (default: the task's)."""
-    max_connections: AtLeastOne = 10
+    max_connections: Annotated[AtLeastOne, Flag("--concurrent")] = 10
     """Requests under way at a time."""
     task_settings: Annotated[tuple[str, ...], Flag("--task-set", "key=value")] = ()
     """An argument of the tasks; may be repeated."""
@@ -123,7 +123,7 @@ def run_inspect(args: EvalInspectOptions) -> int:
 
 
 def _refuse(args: EvalInspectOptions) -> None:
-    asks = {"TARGET": args.target, "--tasks": args.tasks, "--limit": args.limit, "--epochs": args.epochs,
+    asks = {"TARGET": args.target, "--tasks": args.tasks, "--limit": args.limit, "--samples": args.epochs,
             "--log": args.log, "--task-set": args.task_settings, "--model": args.model,
             "--max-length": args.max_length, "--nproc": args.nproc, "--set": args.settings}
     given = [name for name, value in asks.items() if value]

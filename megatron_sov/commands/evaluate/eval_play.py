@@ -69,7 +69,7 @@ class EvalPlayOptions(JudgedSettings, RecordOptions, RedoOptions):
     """Folder of your copies of the data."""
     output: Annotated[Path, Flag(value="OUT.json")]
     """Scores; episodes beside them in OUT.items.jsonl."""
-    parallel: AtLeastOne = 8
+    parallel: Annotated[AtLeastOne, Flag("--concurrent")] = 8
     """Episodes at a time."""
     cache: Annotated[Path | None, Flag(value="DIR", group=ENDPOINTS, writes=True)] = None
     """Folder of the endpoint's answers (default: OUT.cache)."""

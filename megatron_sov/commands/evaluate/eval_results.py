@@ -107,7 +107,7 @@ class EvalDifferenceOptions:
     """These alone (default: all that both have)."""
     json: bool = False
     """Print the figures as JSON."""
-    out: Annotated[Path | None, Flag(value="FILE")] = None
+    out: Annotated[Path | None, Flag("--output", "FILE")] = None
     """Also write the figures into a JSON file, which appears whole."""
 
 def run_difference(typed: argparse.Namespace) -> int:
@@ -120,8 +120,8 @@ def run_difference(typed: argparse.Namespace) -> int:
     from megatron_sov.bench.score_differences import differences, read_scored, table
 
     if args.out is not None:
-        check_output("--out", args.out)
-        refuse_input("--out", args.out, args.first, args.second)
+        check_output("--output", args.out)
+        refuse_input("--output", args.out, args.first, args.second)
     tasks = named_tasks(args.tasks)
     if args.tasks is not None and not tasks:
         raise UserError(f"--tasks {args.tasks!r}: names no task; name some, separated by commas")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class OutOptions(RecordOptions):
     """What tasks take whose figures a file may keep."""
 
-    out: Annotated[Path | None, Flag(value="FILE")] = None
+    out: Annotated[Path | None, Flag("--output", "FILE")] = None
     """Also write the figures into a JSON file, which appears whole."""
 
 
@@ -44,7 +44,7 @@ class HeldoutOptions(RecordOptions):
 def begin_task(args: RecordOptions, *models: Path, out: Path | None = None) -> RunEvents:
     """Refuse what cannot be read or written, before Megatron is imported; returns the run's events."""
     events = RunEvents(args.run)
-    check_output("--out", out)
+    check_output("--output", out)
     for model in models:
         refuse_missing(model)
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron

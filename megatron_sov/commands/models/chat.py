@@ -46,7 +46,7 @@ class ChatSampling:
 
     temperature: Temperature = 0.7
     top_p: TopP = 1.0
-    max_tokens: AtLeastOne | None = None
+    max_tokens: Annotated[AtLeastOne | None, Flag("--max-new-tokens")] = None
     """Longest answer (default: half of the model's context)."""
     seed: SampleSeed | None = None
     """Of the samples (default: other ones each time)."""
@@ -257,7 +257,7 @@ class Terminal:
                 if not session.turns or session.turns[-1].user != text:
                     self.note("the model has ended its answer without a word")
                 elif not session.turns[-1].is_whole:
-                    self.note("the answer is cut at the longest that it may be (--max-tokens)")
+                    self.note("the answer is cut at the longest that it may be (--max-new-tokens)")
             except KeyboardInterrupt:
                 self._close()
                 self.note("stopped")

@@ -22,7 +22,11 @@ from megatron_sov.model.recipes.requested import RecipeOptions, load_plugins, re
 from megatron_sov.model.recipes.sources import Sources, ValueSource, derive, relabelled, settings
 from megatron_sov.plan.search.recommended import table
 
-BUILT_IN = "built in"
+TINY = "tiny-"
+"""Begin of the names of recipes that train on a laptop."""
+JOBS = {"lm": "pretrain", "extend": "extend the context", "sft": "fine-tune", "distill": "distill",
+        "preference": "learn from preferences", "policy": "reinforcement learning"}
+"""Objective, or extend -> heading of its recipes."""
 GIVEN = ValueSource("yours", "--config or --set")
 KINDS = {"L": "sliding", "D": "linear", "G": "global"}
 """Letters of a pattern of layers -> what a summary calls their attention."""
@@ -36,6 +40,8 @@ class RecipesOptions(RecipeOptions):
     """Print RECIPE's settings as JSON, without sources."""
     yaml: bool = False
     """Print RECIPE's settings as YAML that --config takes: change what you like, and leave out the rest."""
+    tiny: bool = False
+    """List the recipes for a laptop: the same structures with a few million parameters."""
 
 
 add_arguments = partial(add_options, cls=RecipesOptions)
@@ -55,7 +61,7 @@ def run(typed: argparse.Namespace) -> int:
             if used:
                 raise UserError(f"{given}: needs a recipe; name one of {', '.join(recipes.names())}")
         load_plugins(args.plugins)
-        print(listing())
+        print(listing(args.tiny))
         return 0
     asked = requested(args)
     config = asked.config()
@@ -81,21 +87,40 @@ def _sources(name: str, base: RunConfig, config: RunConfig) -> Sources:
     return derive(sources, relabelled(before, config, GIVEN))
 
 
-def listing() -> str:
-    """Return a line for each recipe, then one for each model family and objective,
-    and for what packages add elsewhere."""
-    rows = [(name, BUILT_IN, summary(recipes.get(name))) for name in recipes.names()]
-    rows += [(name, origin, _tried(name)) for name, origin in recipes.OWN.listing()]
-    rows += [(name, BUILT_IN, "model family") for name in models.FAMILIES]
+def listing(tiny: bool = False) -> str:
+    """Return a line for each recipe, under the job that it is for and by size; then the model families, the
+    objectives, and what packages and files add.
+
+    Args:
+        tiny: list the `tiny-` recipes, which train on a laptop, in place of the others.
+    """
+    configs = {name: recipes.get(name) for name in recipes.names() if name.startswith(TINY) == tiny}
+    counts = {name: num_params(config.model).total for name, config in configs.items()}
+    width = max(map(len, configs))
+    lines = list[str]()
+    for job, heading in JOBS.items():
+        names = sorted((name for name, config in configs.items() if _job(config) == job),
+                       key=lambda name: (counts[name], name))
+        lines += [f"{heading}:", *(f"  {name:<{width}}  {summary(configs[name])}" for name in names), ""]
+    commands = (f"{name} (megatron-sov {command})" for name, command in objectives.BUILT_IN.items())
+    lines += [f"model families: {', '.join(models.FAMILIES)}", f"objectives: {', '.join(commands)}"]
+    rows = [(name, origin, _tried(name)) for name, origin in recipes.OWN.listing()]
     rows += [(name, origin, "model family") for name, origin in models.OWN.listing()]
-    rows += [(name, BUILT_IN, f"objective of `megatron-sov {command}`")
-             for name, command in objectives.BUILT_IN.items()]
     rows += [(name, origin, "objective") for name, origin in objectives.OWN.listing()]
     for what, group in (("data step of `sov-data pack`", "megatron_sov.data_steps"),
                         ("command", "megatron_sov.commands")):
         rows += [(d.name, f"package {d.package}", what) for d in declared(group)]
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    return "\n".join(f"{name:<{widths[0]}}  {origin:<{widths[1]}}  {text}" for name, origin, text in rows)
+    if rows:
+        widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+        lines += ["", "from packages and files:",
+                  *(f"  {name:<{widths[0]}}  {origin:<{widths[1]}}  {text}" for name, origin, text in rows)]
+    more = "without --tiny: the recipes of whole models" if tiny else (
+        f"--tiny: {len(recipes.names()) - len(configs)} recipes of the same structures for a laptop")
+    return "\n".join([*lines, "", more])
+
+
+def _job(config: RunConfig) -> str:
+    return "extend" if config.extend.stages else config.objective.name
 
 
 def _tried(name: str) -> str:

@@ -1,10 +1,10 @@
 """`megatron-sov plan RECIPE [--set key=value ...] [--nproc N | --cluster P --nodes N [--sweep]] [--json]
-[--html FILE]`: a run before it runs, step by step, and what it takes on a cluster.
+[--page FILE]`: a run before it runs, step by step, and what it takes on a cluster.
 
-`megatron-sov plan --table ROWS.csv --out PREDICTED.csv`: the speed of runs that stand in a table.
+`megatron-sov plan --table ROWS.csv --output PREDICTED.csv`: the speed of runs that stand in a table.
 
-`megatron-sov plan RECIPE --cluster P --calibrate-engine URL [--out FILE]`: what a step of decoding takes on a
-server that runs."""
+`megatron-sov plan RECIPE --cluster P --calibrate-engine URL [--output FILE]`: what a step of decoding takes
+on a server that runs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class PlanOptions(RecipeOptions):
     gradients, weights and states with one process'; ends with 3 where they differ."""
     json: bool = False
     """Print JSON instead of tables."""
-    html: Annotated[Path | None, Flag(value="FILE", writes=True)] = None
+    html: Annotated[Path | None, Flag("--page", "FILE", writes=True)] = None
     """Write tables and charts into this self-contained page as well."""
     table: Annotated[Path | None, Flag(value="ROWS.csv")] = None
     """In place of RECIPE: predict the speed and memory of every run of this table."""
@@ -66,7 +66,7 @@ class PlanOptions(RecipeOptions):
     --cluster and does nothing else meanwhile: rounds of RL are priced by its steps then."""
     engine_gpus: AtLeastOne | None = None
     """GPUs of the server of --calibrate-engine (default: as few as hold the model)."""
-    out: Annotated[Path | None, Flag(value="FILE")] = None
+    out: Annotated[Path | None, Flag("--output", "FILE")] = None
     """Where --table writes its predictions, --calibrate and --calibrate-engine their parameters."""
     parameters: Annotated[Path | None, Flag(value="FILE")] = None
     """Price by these parameters, which --calibrate or --calibrate-engine wrote."""
@@ -96,8 +96,8 @@ def run(typed: argparse.Namespace) -> int:
         from megatron_sov.base.outputs import check_output, refuse_input
 
         given = [Path(file) for file in (*args.configs, args.cluster, args.parameters) if file]
-        refuse_input("--html", args.html, *given)
-        check_output("--html", args.html)
+        refuse_input("--page", args.html, *given)
+        check_output("--page", args.html)
     if args.engine_gpus is not None and args.calibrate_engine is None:
         raise UserError(f"--engine-gpus {args.engine_gpus}: is of the server that --calibrate-engine names")
     if args.cluster is not None and args.nproc is not None and args.calibrate_engine is None:
@@ -255,8 +255,8 @@ def _of_files(args: PlanOptions) -> int:
         raise UserError(f"--table {args.table} and --calibrate {args.calibrate[0]}: are two jobs; do one "
                         "after the other")
     if args.table is None and not args.calibrate:
-        raise UserError(f"--out {args.out}: is for --table ROWS.csv or --calibrate RUN; name one of them, or "
-                        "pass --html FILE for a page")
+        raise UserError(f"--output {args.out}: is for --table ROWS.csv or --calibrate RUN; name one of them, "
+                        "or pass --page FILE for a page")
     doing = f"--table {args.table}" if args.table is not None else f"--calibrate {args.calibrate[0]}"
     given = [name for name in OF_A_RUN if getattr(args, name)]
     if given:
@@ -274,7 +274,7 @@ def _of_files(args: PlanOptions) -> int:
 
     assert args.table is not None
     if args.out is None:
-        raise UserError(f"{doing}: needs --out PREDICTED.csv, where the predictions go")
+        raise UserError(f"{doing}: needs --output PREDICTED.csv, where the predictions go")
     learned = _learned(args.parameters)
     print(predict_file(args.table, args.out, learned.parameters if learned else None).as_text())
     return 0

@@ -1,4 +1,4 @@
-"""`megatron-sov report RUN [RUN ...] [--compare] [--out FILE]`."""
+"""`megatron-sov report RUN [RUN ...] [--compare] [--output FILE]`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ReportOptions:
     """Run folders in order, e.g. of pretrain, extend and sft."""
     compare: bool = False
     """Put the runs side by side, each against the first, in the place of one model's story."""
-    out: Annotated[Path | None, Flag(value="FILE")] = None
+    out: Annotated[Path | None, Flag("--output", "FILE")] = None
     """The HTML file to write (default: report.html, or compare.html, in the last RUN)."""
 
 
@@ -40,7 +40,7 @@ def run(typed: argparse.Namespace) -> int:
     """Write the report and print where it is.
 
     Raises:
-        UserError: a RUN is no run folder, or --out cannot be written.
+        UserError: a RUN is no run folder, or --output cannot be written.
     """
     args = read_options(ReportOptions, typed)
     if args.compare and not 2 <= len(args.runs) <= MAX_COMPARED:
@@ -53,7 +53,7 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.publish.report.run_data import read_run
 
     out: Path = args.out or args.runs[-1] / ("compare.html" if args.compare else "report.html")
-    check_output("--out", args.out)
+    check_output("--output", args.out)
     runs = [read_run(path) for path in args.runs]
     if args.compare:
         from megatron_sov.publish.report import comparison

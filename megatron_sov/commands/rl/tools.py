@@ -83,7 +83,7 @@ class ToolsRunOptions(EnvironmentOptions, EngineOptions, RedoOptions, OverwriteO
     """Checkpoint, run (its newest one) or Hugging Face folder, with a chat template."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder to write: episodes.jsonl, transcripts.html and a manifest."""
-    parallel: AtLeastOne = 8
+    parallel: Annotated[AtLeastOne, Flag("--concurrent")] = 8
     """Episodes at a time."""
     sampling: TurnSampling = field(default_factory=TurnSampling)
 

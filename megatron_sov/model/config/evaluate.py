@@ -226,7 +226,7 @@ class LmEvalConfig:
     max_length_tokens: Annotated[int, Ge(2)] | None = None
     """Longest sequence (`--max-length`); null: the model's."""
     max_gen_tokens: AtLeastOne | None = None
-    """Longest answer, where it is to be shorter than the task's own (`--max-gen-tokens`)."""
+    """Longest answer, where it is to be shorter than the task's own (`--max-new-tokens`)."""
     seed: NotNegativeInt = 0
     """Of samples (`--seed`)."""
     workers: NotNegativeInt = 1

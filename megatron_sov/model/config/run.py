@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from megatron_sov.base.removed import SETTINGS as REMOVED_SETTINGS, without_remo
 from megatron_sov.base.settings import (
     ActsWhen, NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_all, check, fields_of,
     find_broken, hint_below, hints_of, is_none_of, is_set, parse_changes, read)
+from megatron_sov.base.words import note_on, settings_called
 from megatron_sov.model.config.bounds import MAX_STEPS
 from megatron_sov.model.config.data import (
     DataConfig, PhaseConfig, batch_size_at, named_shards, phase_steps, phase_tokens, ramp_changes)
@@ -277,67 +279,9 @@ class RunConfig:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
-# The library's ways to be faster or smaller that no setting offers, and why: what is told to who asks.
-
-NOT_OFFERED = {
-    "num_distributed_optimizer_instances": (
-        "each copy updates the ranges that ZeRO-1 divides, and checkpoints take a range to be one process's: "
-        "copies would be written several times; its sums overlap on a CUDA stream alone, and it needs groups "
-        "that no process makes here; leave it out"),
-    "overlap_param_gather_with_optimizer_step": (
-        "it makes one optimizer of the first run of layers and one of the others, which settings of groups "
-        "here do not expect; leave it out: parallel.overlap_param_gather hides the same messages"),
-    "fp8_dot_product_attention": (
-        "Transformer Engine 2.20 trains no packed rows by it in mxfp8, blockwise or nvfp4; leave it out"),
-    **dict.fromkeys(("cross_entropy_loss_fusion", "cross_entropy_fusion_impl"),
-                    "losses come from this framework's own head, in chunks of rows; leave it out"),
-    **dict.fromkeys(("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"),
-                    "graphs are Transformer Engine's, and attention, whose packed rows they refuse, stays "
-                    "outside; name what they hold in gpu.cuda_graphs"),
-}
-"""Last part of a setting's name -> why it does not exist, and what to do."""
-
-
 RENAMED = {"evaluate.beside": "evaluate.background",
            "evaluate.background.judges": "evaluate.background.tasks", "guards.on_corruption": "guards.on_sdc"}
 """Setting of an earlier version -> what it is called now."""
-COMMON: dict[str, str | tuple[str, ...]] = {
-    **dict.fromkeys(("learning_rate", "max_lr", "peak_lr"), "optim.lr"),
-    **dict.fromkeys(("warmup", "warmup_iters", "lr_warmup_iters", "warmup_ratio"), "optim.warmup_steps"),
-    **dict.fromkeys(("max_grad_norm", "grad_clip", "gradient_clipping", "grad_norm"), "optim.clip_grad"),
-    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler"), "optim.schedule"),
-    **dict.fromkeys(("batch_size", "bsz", "train_batch_size", "gradient_accumulation_steps",
-                     "gradient_accumulation", "grad_accum_steps"), "train.global_batch_size"),
-    **dict.fromkeys(("micro_batch", "per_device_train_batch_size"), "train.micro_batch_size"),
-    **dict.fromkeys(("max_steps", "num_steps", "iters", "train_iters", "iterations"), "train.steps"),
-    **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs"), "train.epochs"),
-    **dict.fromkeys(("save_steps", "save_interval", "save_every"), "train.checkpoint_every_steps"),
-    **dict.fromkeys(("eval_steps", "eval_interval", "eval_every"), "train.eval_every_steps"),
-    **dict.fromkeys(("logging_steps", "log_interval", "log_every"), "train.log_every_steps"),
-    "save_total_limit": "train.keep_checkpoints",
-    "report_to": ("obs.wandb", "obs.tensorboard"),
-    **dict.fromkeys(("dtype", "bf16", "fp16", "mixed_precision"), "train.precision"),
-    **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), "train.recompute"),
-    **dict.fromkeys(("seq_length", "max_length", "max_seq_length", "context_length", "block_size"),
-                    "data.phases.0.seq_len"),
-    **dict.fromkeys(("tensor_parallel", "tp_size", "tensor_model_parallel_size"), "parallel.tp"),
-    **dict.fromkeys(("pipeline_parallel", "pp_size", "pipeline_model_parallel_size"), "parallel.pp"),
-    **dict.fromkeys(("expert_parallel", "ep_size", "expert_model_parallel_size"), "parallel.ep"),
-    **dict.fromkeys(("context_parallel", "cp_size", "context_parallel_size"), "parallel.cp"),
-    **dict.fromkeys(("lora_rank", "lora_r", "r"), "lora.rank"),
-    **dict.fromkeys(("overlap_moe_expert_parallel_comm", "expert_parallel_overlap", "moe_a2a_overlap",
-                     "overlap_dispatch_backward_with_experts_wgrad"), "parallel.expert_overlap"),
-    **dict.fromkeys(("cuda_graph_scope", "cuda_graph_modules"), "gpu.cuda_graphs"),
-    "delay_wgrad_compute": "parallel.delay_weight_grads",
-    **dict.fromkeys(("fp8_param", "fp8_param_gather", "reuse_grad_buf_for_mxfp8_param_ag"),
-                    "train.fp8_weights"),
-    "lora_alpha": "lora.alpha", "target_modules": "lora.targets", "seed": "train.seed",
-    "num_generations": "rollout.samples_per_prompt", "max_completion_length": "rollout.max_new_tokens",
-    "max_prompt_length": "rollout.max_prompt_tokens", "kl_coef": "policy.kl_coeff",
-    "loss_type": "preference.method",
-}
-"""Last part of a name that other programs have for a setting -> our setting, or several that share its
-job."""
 SWITCHES = (("policy.method", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
             ("preference.method", ("preference.beta", "preference.simpo_gamma")))
 """A setting that says which method is used, and the numbers that belong to the method: a recipe's are those
@@ -364,16 +308,14 @@ def _instead(key: str) -> str:
     if key in REMOVED_SETTINGS:
         return f"it was removed in this version; {REMOVED_SETTINGS[key][1]}"
     last = key.rpartition(".")[2]
-    if last in NOT_OFFERED:
-        return NOT_OFFERED[last]
     # A setting of the same group with a similar name is likelier than a setting of that name in another
     # group, but a name that other programs use is no misspelling.
-    is_misspelled = "." in key and last not in COMMON
+    is_misspelled = "." in key and not settings_called(last) and not note_on(last)
     group: Any = hint_below(RunConfig, key.partition(".")[0]) if is_misspelled else None
     if dataclasses.is_dataclass(group) and nearest(last, fields_of(cast(Any, group))):
         return ""
     found = find_settings(last)
-    return f"did you mean {' or '.join(map(repr, found[:4]))}?" if found else ""
+    return f"did you mean {' or '.join(map(repr, found[:4]))}?" if found else note_on(last)
 
 
 @cache
@@ -403,11 +345,26 @@ def find_settings(word: str, groups: Sequence[str] = ()) -> list[str]:
         word: e.g. "lr".
         groups: of these the settings go first, e.g. "preference".
     """
-    if word in COMMON:
-        meant = COMMON[word]
-        return [meant] if isinstance(meant, str) else list(meant)
-    found = [name for name in setting_names() if name.rpartition(".")[2] == word]
-    return sorted(found, key=lambda name: (name.partition(".")[0] not in groups, name.count(".")))
+    found = list(dict.fromkeys(meant.partition("=")[0] for meant in settings_called(word)))
+    found = found or [name for name in setting_names() if name.rpartition(".")[2] == word]
+    order = {group: place for place, group in enumerate(groups)}
+    return sorted(found, key=lambda name: (order.get(name.partition(".")[0], len(order)), name.count(".")))
+
+
+def correct_setting(word: str, groups: Sequence[str] = ()) -> str:
+    """Return the setting that an option or the key of a --set may mean; "": it is a setting, or nothing is
+    known.
+
+    Args:
+        word: e.g. "learning_rate" or "train.lr".
+        groups: see `find_settings`.
+    """
+    names = setting_names()
+    is_setting = word in names or re.search(r"\.\d+(\.|$)", word) or any(
+        name.startswith(f"{word}.") or ("." in name and word.startswith(f"{name}.")) for name in names)
+    # `optim` is a group here, and the optimizer's name elsewhere
+    is_setting = is_setting and not ("." not in word and settings_called(word))
+    return "" if is_setting else next(iter(find_settings(word.rpartition(".")[2], groups)), "")
 
 
 def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--set") -> RunConfig:

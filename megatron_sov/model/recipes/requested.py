@@ -23,7 +23,7 @@ from megatron_sov.base.settings import (
 from megatron_sov.base.settings.problem import show
 from megatron_sov.model import objectives, recipes
 from megatron_sov.model.config import (
-    ModelConfig, RunConfig, apply_settings, find_settings, from_dict, setting_names)
+    ModelConfig, RunConfig, apply_settings, correct_setting, from_dict, setting_names)
 from megatron_sov.model.config.learning import BUILT_IN
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import Family
@@ -60,8 +60,8 @@ class RecipeOptions(PluginOptions):
 
     @classmethod
     def find_setting(cls, word: str) -> str:
-        """Return the setting that an option may mean which does not exist; "" where none is known."""
-        return next(iter(find_settings(word, cls.groups)), "")
+        """Return the setting that an unknown option, or the key of a --set, may mean; "": none is known."""
+        return correct_setting(word, cls.groups)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

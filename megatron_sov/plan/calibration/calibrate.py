@@ -274,8 +274,8 @@ def calibrate(runs: Sequence[Path], out: Path | None = None, base: LearnedCorrec
         UserError: nothing can be learned from a folder, or the file cannot be written.
     """
     if out is not None:
-        refuse_input("--out", out, *(run / name for run in runs for name in (CONFIG, EVENTS, PLAN)))
-        check_output("--out", out)
+        refuse_input("--output", out, *(run / name for run in runs for name in (CONFIG, EVENTS, PLAN)))
+        check_output("--output", out)
     found = calibration(observations(list(runs)), base or shipped())
     if out is not None:
         write_output(out, to_json(as_json(found.learned, _provenance(found))))

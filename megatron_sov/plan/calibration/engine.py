@@ -221,7 +221,7 @@ def calibrate_engine(config: RunConfig, pricing: Pricing, url: str, num_gpus: in
     if missing := missing_libraries():
         raise UserError(missing[0])
     if out is not None:
-        check_output("--out", out)
+        check_output("--output", out)
     server = ServerCalls(url, KEY_ENV, TIMEOUT_S)
     try:
         model = served_model(server)
@@ -251,5 +251,5 @@ def _text(engines: Engines, measured: Sequence[MeasuredDecoding], costs: EngineC
         fitted, published = (step_s(e, one.running, one.context, parameters) for e in (own, shipped_costs))
         lines.append(f"{one.running:>9,}  {one.step_s * 1e3:>10.2f} {fitted * 1e3:>10.2f} "
                      f"{published * 1e3:>10.2f}")
-    where = f"wrote {out}; pass it as --parameters" if out is not None else "pass --out FILE to keep it"
+    where = f"wrote {out}; pass it as --parameters" if out is not None else "pass --output FILE to keep it"
     return "\n".join([*lines, where])

@@ -130,7 +130,7 @@ def read_learned(path: Path, option: str = "--parameters ") -> LearnedCorrection
     Raises:
         UserError: it cannot be read, or is no file of parameters.
     """
-    way_out = ("pass a file that `megatron-sov plan --calibrate RUN --out FILE` wrote, or the same with "
+    way_out = ("pass a file that `megatron-sov plan --calibrate RUN --output FILE` wrote, or the same with "
                "--calibrate-engine URL")
     try:
         with path.open(encoding="utf-8") as file:
@@ -300,7 +300,7 @@ def _why_no_speed(config: RunConfig, machine: Machine, learned: LearnedCorrectio
         return (f"steps of objective {config.objective.name} wait for what other jobs write; "
                 f"`megatron-sov plan {config.recipe}` prices these")
     if machine.chip is None and machine.device not in learned.machines:
-        learnt = ("" if machine.on_gpu else "; `megatron-sov plan --calibrate RUN --out FILE` learns its "
+        learnt = ("" if machine.on_gpu else "; `megatron-sov plan --calibrate RUN --output FILE` learns its "
                                             f"speed from a run, and {PARAMETERS}=FILE tells the next one")
         return f"no prediction: chip unknown ({machine.device}){learnt}"
     return ""

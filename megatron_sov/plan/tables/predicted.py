@@ -451,8 +451,8 @@ def predict_file(rows: Path, out: Path, parameters: Parameters | None = None) ->
     Raises:
         UserError: the table cannot be read, or `out` cannot be written, or is the table itself.
     """
-    refuse_input("--out", out, rows)
-    check_output("--out", out)
+    refuse_input("--output", out, rows)
+    check_output("--output", out)
     table = read_table(rows)
     predictions = [predict(row, parameters) for row in table.rows]
     columns = [column for column in table.columns if column not in PREDICTED]

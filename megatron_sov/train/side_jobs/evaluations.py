@@ -249,7 +249,7 @@ def eval_command(config: RunConfig, job: EvalJob, export: Path, out: Path) -> li
     if job.task == "lm":
         argv += _lm_arguments(config.evaluate.lm, out)
     else:
-        argv += ["--out", str(out)] + [w for path in config.data.paths for w in ("--data", path)]
+        argv += ["--output", str(out)] + [w for path in config.data.paths for w in ("--data", path)]
     if job.task == "ppl":
         argv += ["--seq-len", str(config.data.max_seq_len())]
         argv += ["--max-tokens", str(config.data.heldout_tokens)] if config.data.heldout_tokens else []
@@ -273,7 +273,7 @@ def _lm_arguments(lm: LmEvalConfig, out: Path) -> list[str]:
         "--tasks": ",".join(lm.tasks), "--output": out, "--cache": _answers_of(out),
         "--data-dir": lm.data_dir or None, "--limit": lm.limit, "--num-fewshot": lm.num_fewshot,
         "--mode": lm.mode, "--samples": lm.samples, "--batch-size": lm.batch_size,
-        "--max-length": lm.max_length_tokens, "--max-gen-tokens": lm.max_gen_tokens, "--seed": lm.seed,
+        "--max-length": lm.max_length_tokens, "--max-new-tokens": lm.max_gen_tokens, "--seed": lm.seed,
         "--workers": lm.workers}
     flags = {"--allow-task-code": lm.allow_task_code, "--allow-download": lm.allow_download,
              "--apply-chat-template": lm.apply_chat_template}

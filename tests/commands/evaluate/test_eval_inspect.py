@@ -69,7 +69,7 @@ def calls() -> list[tuple[list[str], str, str]]:
 def test_the_library_asks_the_endpoint_and_its_log_becomes_results_as_of_eval_lm(
         monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("MY_KEY", "secret")
-    assert evaluate("--model", "m", "--key-env", "MY_KEY", "--epochs", "2", "--task-set", "count=6") == 0
+    assert evaluate("--model", "m", "--key-env", "MY_KEY", "--samples", "2", "--task-set", "count=6") == 0
     ((words, url, key),) = calls()
     assert (words[:3], url, key) == (["sums.py@sums", "--model", "openai-api/sov/m"], URL, "secret")
     assert words[-4:] == ["--epochs", "2", "-T", "count=6"]

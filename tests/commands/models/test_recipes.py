@@ -15,14 +15,26 @@ from megatron_sov.model.config import apply_settings, from_dict
 from megatron_sov.model.families import supported as models
 
 
-def test_lists_every_recipe_with_its_size(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_every_recipe_under_its_job_by_size(capsys: pytest.CaptureFixture[str]) -> None:
+    listed = []
+    for words in ([], ["--tiny"]):
+        assert main(["recipes", *words]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        listed += [line.split()[0] for line in lines if " parameters (" in line]
+        assert [line for line in lines if line.endswith(":") and "packages" not in line] == [
+            "pretrain:", "extend the context:", "fine-tune:", "distill:", "learn from preferences:",
+            "reinforcement learning:"]
+        assert {line.split()[0].startswith("tiny-") for line in lines
+                if " parameters (" in line} == {bool(words)}
+        assert f"model families: {', '.join(models.FAMILIES)}" in lines
+        assert [name for name in objectives.BUILT_IN
+                if not any(f"{name} (megatron-sov " in line for line in lines)] == []
+    assert sorted(listed) == sorted(recipes.names())
     assert main(["recipes"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if " parameters (" in line] == recipes.names()
-    # another test of this process may have loaded code of its own
-    assert {line.split()[0] for line in lines if " built in " in line} == {
-        *recipes.names(), *models.FAMILIES, *objectives.BUILT_IN}
-    assert [line.split()[0] for line in lines if line.endswith("  model family")] == list(models.FAMILIES)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    sizes = [float(line.split()[1]) * (1 if line.split()[2] == "B" else 1e-3)
+             for line in lines[1:lines.index("extend the context:") - 1]]
+    assert sizes == sorted(sizes)
     solar = next(line for line in lines if line.startswith("solar-open-102b"))
     assert "102.7 B parameters (12.1 B active)" in solar  # as published, arXiv 2601.07022
     assert "20 T tokens" in solar

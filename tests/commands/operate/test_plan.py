@@ -62,9 +62,9 @@ def test_a_plan_without_a_cluster_has_size_memory_and_passes_over_the_data(
      "the nearest that works: --set train.fp8=tensorwise"),
     (["k-exaone-236b", "--cluster", "h100", "--nodes", "2"],
      "the fewest nodes that it fits are 8: --nodes 8"),
-    (["--out", "x.csv"], "--out x.csv: is for --table ROWS.csv or --calibrate RUN"),
-    (["--table", "x.csv"], "--table x.csv: needs --out PREDICTED.csv"),
-    (["tiny-solar-open", "--table", "x.csv", "--out", "y.csv"], "recipe belongs to one that is planned"),
+    (["--output", "x.csv"], "--output x.csv: is for --table ROWS.csv or --calibrate RUN"),
+    (["--table", "x.csv"], "--table x.csv: needs --output PREDICTED.csv"),
+    (["tiny-solar-open", "--table", "x.csv", "--output", "y.csv"], "recipe belongs to one that is planned"),
     (["--table", "x.csv", "--calibrate", "run"], "are two jobs"),
     (["tiny-solar-open", "--parameters", "x.json"], "prices a run on a cluster; name it by --cluster"),
     (["tiny-solar-open", "--cluster", "h100", "--parameters", "x.json"], "--parameters x.json: "),
@@ -120,6 +120,6 @@ def test_where_nothing_fits_a_search_tells_what_lacks_and_how_many_nodes_would_d
 def test_a_page_over_what_is_read_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     profile = tmp_path / "own.yaml"
     profile.write_text("description: ours\ngpu: b200\naccount: ''\n")
-    assert main(["plan", "qwen3-8b", "--cluster", str(profile), "--html", str(profile)]) == 2
+    assert main(["plan", "qwen3-8b", "--cluster", str(profile), "--page", str(profile)]) == 2
     assert "which is read; choose another path" in capsys.readouterr().err
     assert profile.read_text().startswith("description")

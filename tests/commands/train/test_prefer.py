@@ -55,7 +55,7 @@ def test_a_model_learns_from_pairs_and_from_groups(packed_data: Any, run_command
     assert done.returncode == 0, done.stderr
     for target in (tuned, tmp_path / "hf"):
         done = run_command("eval", "pairs", str(target), "--data", str(tmp_path / "pairs"), "--seq-len",
-                           "128", "--out", str(tmp_path / "judged.json"))
+                           "128", "--output", str(tmp_path / "judged.json"))
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / "judged.json").read_text()) == ranked
 

@@ -260,13 +260,13 @@ def test_what_models_wrote_is_text_on_the_page(summary: dict[str, object]) -> No
 
 def test_the_report_command_knows_the_folder(summary: dict[str, object], tmp_path: Path,
                                              capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "page.html")]) == 2
+    assert main(["report", str(tmp_path / "out"), "--output", str(tmp_path / "page.html")]) == 2
     assert "run `sov-data synth` to its end first" in capsys.readouterr().err
     (tmp_path / "out/summary.json").write_text(json.dumps(summary))
-    assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "page.html")]) == 0
+    assert main(["report", str(tmp_path / "out"), "--output", str(tmp_path / "page.html")]) == 0
     assert "facts" in (tmp_path / "page.html").read_text()
     (tmp_path / "out/summary.json").write_text('{"format": 2}')
-    assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "page.html")]) == 2
+    assert main(["report", str(tmp_path / "out"), "--output", str(tmp_path / "page.html")]) == 2
 
 
 def test_a_few_of_each_reason_are_shown_whatever_the_order(tmp_path: Path) -> None:

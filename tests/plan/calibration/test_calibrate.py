@@ -124,7 +124,7 @@ def test_folders_that_are_no_runs_and_steps_that_wait_are_refused(write_run: Any
     with pytest.raises(UserError, match=r"wait for what other jobs write"):
         calibrate([waits])
     config, num_ranks, step_s = on_gpus("data-parallel")
-    with pytest.raises(UserError, match=r"--out"):
+    with pytest.raises(UserError, match=r"--output"):
         calibrate([write_run("fine", config, num_ranks, step_s)], tmp_path)
 
 
@@ -182,7 +182,7 @@ def test_other_files_are_refused_with_the_way_out(tmp_path: Path, content: str, 
     file.write_text(content)
     with pytest.raises(UserError, match=r"--parameters .*odd.json") as refusal:
         read_learned(file)
-    assert said in str(refusal.value) and "plan --calibrate RUN --out FILE" in str(refusal.value)
+    assert said in str(refusal.value) and "plan --calibrate RUN --output FILE" in str(refusal.value)
 
 
 def test_files_that_cannot_be_opened_are_refused(tmp_path: Path) -> None:

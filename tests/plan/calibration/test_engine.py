@@ -121,7 +121,7 @@ def test_a_plan_says_whose_engine_it_prices(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(engine, "ServerCalls", lambda *given: server)
     monkeypatch.setattr(measure, "__defaults__", (server.clock, print))
     command = ["plan", MODEL, "--cluster", "h100"]
-    assert main([*command, "--calibrate-engine", "http://localhost:8000/v1", "--out", str(out)]) == 0
+    assert main([*command, "--calibrate-engine", "http://localhost:8000/v1", "--output", str(out)]) == 0
     assert f"wrote {out}; pass it as --parameters" in capsys.readouterr().out
     learned = read_learned(out)
     assert learned.engine["response_s"] == pytest.approx(TRUTH.response_s, rel=0.01)

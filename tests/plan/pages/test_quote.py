@@ -245,7 +245,7 @@ def test_a_ramp_of_many_stretches_does_not_fill_the_page() -> None:
 
 def test_the_command_prints_writes_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "plan.html"
-    assert main(["plan", "k-exaone-236b", "--html", str(page)]) == 0
+    assert main(["plan", "k-exaone-236b", "--page", str(page)]) == 0
     printed = capsys.readouterr().out
     others = "spanish 2.5 %, german 2.5 %, japanese 2.5 %, vietnamese 2.5 %"
     assert f"foundation: web 70 %, korean 10 %, {others}, code 10 %" in printed

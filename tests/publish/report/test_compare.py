@@ -105,7 +105,7 @@ def test_the_command_compares_scores_whose_items_are_there(
     page = (copies[-1] / "compare.html").read_text()
     assert "+0.7500" in page and '<span class="good">better</span>' in page
     (tmp_path / "extend.items.jsonl").unlink()
-    assert main(["report", *map(str, copies), "--compare", "--out", str(tmp_path / "c.html")]) == 0
+    assert main(["report", *map(str, copies), "--compare", "--output", str(tmp_path / "c.html")]) == 0
     assert "not compared" in (tmp_path / "c.html").read_text()
     capsys.readouterr()
     assert main(["report", str(copies[0]), "--compare"]) == 2

@@ -15,7 +15,7 @@ def test_the_command_writes_into_the_last_run(runs: list[Path], tmp_path: Path,
     assert "All stages" in (runs[1] / "report.html").read_text(encoding="utf-8")
     assert str(runs[1] / "report.html") in capsys.readouterr().out
     out = tmp_path / "new" / "one.html"
-    assert main(["report", str(runs[0]), "--out", str(out)]) == 0
+    assert main(["report", str(runs[0]), "--output", str(out)]) == 0
     assert "All stages" not in out.read_text(encoding="utf-8")
     assert [p.name for p in out.parent.iterdir()] == ["one.html"]
 
@@ -24,7 +24,7 @@ def test_mistakes_end_with_one_sentence(runs: list[Path], tmp_path: Path,
                                         capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert "is no run folder" in capsys.readouterr().err
-    assert main(["report", str(runs[0]), "--out", str(tmp_path)]) == 2
+    assert main(["report", str(runs[0]), "--output", str(tmp_path)]) == 2
     assert "is a folder; name the file" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -222,7 +222,7 @@ def test_a_job_is_what_submit_takes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert cli.main([*argv[3:], "--dry-run"]) == 0
     script = capsys.readouterr().out
     assert ("megatron_sov eval needle" in script.replace("\\\n", "")
-            and f"--out {tmp_path / 'out.json'}" in script)
+            and f"--output {tmp_path / 'out.json'}" in script)
     config = apply_settings(config, ['evaluate.lm.tasks=["quiz"]'])
     argv = eval_command(config, EvalJob(10, "lm"), tmp_path / "step-10", tmp_path / "out.json")
     assert cli.main([*argv[3:], "--dry-run"]) == 0

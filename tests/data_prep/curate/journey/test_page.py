@@ -65,7 +65,7 @@ def test_the_command_leaves_the_corpus_as_it_is(own_corpus: Path, tmp_path: Path
     monkeypatch.chdir(own_corpus)
     assert main(["report", "."]) == 0
     assert (tmp_path / "corpus-report.html").is_file() and sorted(own_corpus.rglob("*")) == before
-    assert main(["report", str(own_corpus), "--out", str(tmp_path / "p/page.html")]) == 0
+    assert main(["report", str(own_corpus), "--output", str(tmp_path / "p/page.html")]) == 0
     assert (tmp_path / "p/page.html").is_file()
 
 

@@ -1,0 +1,112 @@
+"""Command lines with words of other programs, and the whole command that the answer has for each."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+import data_prep.cli
+import tokenizer.cli
+from megatron_sov import cli
+from megatron_sov.base import words
+from megatron_sov.base.errors import nearest
+from megatron_sov.model.counterparts.settings import SAME
+
+PROGRAMS = {"megatron-sov": cli.main, "sov-data": data_prep.cli.main, "sov-tokenizer": tokenizer.cli.main}
+SFT = "megatron-sov sft --from M --data D --run R"
+
+
+def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    program, *typed = shlex.split(line)
+    assert PROGRAMS[program](typed) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("typed", "write"), [
+    ("megatron-sov sft --model M --dataset D --output_dir R", SFT),
+    ("megatron-sov sft --model_name_or_path=M --dataset_name=D --output-dir=R", SFT),
+    (f"{SFT} --set optim.lr 2e-5", f"{SFT} --set optim.lr=2e-5"),
+    (f"{SFT} --set learning_rate 2e-5", f"{SFT} --set optim.lr=2e-5"),
+    (f"{SFT} --set optim.lr=2e-5,train.steps=5", f"{SFT} --set optim.lr=2e-5 --set train.steps=5"),
+    (f"{SFT} --num_train_epochs 3", f"{SFT} --set train.epochs=3"),
+    (f"{SFT} --set num_train_epochs=1", f"{SFT} --set train.epochs=1"),
+    (f"{SFT} --gradient_accumulation_steps 4 --per_device_train_batch_size 2 --nproc 8",
+     f"{SFT} --set train.global_batch_size=64 --set train.micro_batch_size=2 --nproc 8"),
+    (f"{SFT} --warmup_ratio 0.03 --max_steps 1000",
+     f"{SFT} --set optim.warmup_steps=30 --set train.steps=1000"),
+    (f"{SFT} --load_in_4bit --bf16 true", f"{SFT} --set train.precision=bf16"),
+    (f"{SFT} --optim adamw_torch --lora_r 8", f"{SFT} --set optim.name=adamw --set lora.rank=8"),
+    (f"{SFT} --target_modules q_proj v_proj", f"{SFT} --set 'lora.targets=[\"q_proj\", \"v_proj\"]'"),
+    ("megatron-sov pretrain qwen3-8b --data d --run r --micro-batch-size 4 --global-batch-size 64 "
+     "--train-iters 100", "megatron-sov pretrain qwen3-8b --data d --run r --set train.micro_batch_size=4 "
+     "--set train.global_batch_size=64 --set train.steps=100"),
+    ("megatron-sov prefer --from M --data D --run R --max_length 512",
+     "megatron-sov prefer --from M --data D --run R --set data.phases.0.seq_len=512"),
+    ("megatron-sov plan qwen3-8b --cluster h100 --gpus 64",
+     "megatron-sov plan qwen3-8b --cluster h100 --nodes 8"),
+    ("megatron-sov eval lm --model hf --model_args pretrained=M,dtype=bfloat16 --tasks t --num_fewshot 5 "
+     "--output_path o", "megatron-sov eval lm M --tasks t --num-fewshot 5 --output o"),
+    ("megatron-sov generate --model M --prompt hi --tp 2",
+     "megatron-sov generate M --prompt hi --set parallel.tp=2"),
+    ("sov-data pack --data X --tokenizer t --output o", "sov-data pack --input X --tokenizer t --output o"),
+    ("sov-data pack --input X --tokenizer-model t --output-prefix o --append-eod",
+     "sov-data pack --input X --tokenizer t --output o --eod append"),
+    ("sov-tokenizer train --input x --model_prefix m --vocab_size 900 --model_type bpe",
+     "sov-tokenizer train --input x --output m --vocab-size 900 --preset solar-open"),
+])
+def test_all_unknown_words_are_answered_as_one_command(typed: str, write: str,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(typed, capsys).splitlines()[-1].strip() == write
+
+
+@pytest.mark.parametrize("line", [
+    f"{SFT} --zzz 14", "megatron-sov plan qwen3-8b --wombats 14", "megatron-sov recipes --zebra",
+    "sov-data zebra", "sov-tokenizer train --preset x --vocab-size 9 --input a --output b --quux"])
+def test_a_word_that_resembles_nothing_is_not_guessed_at(line: str,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean" not in answer(line, capsys)
+
+
+@pytest.mark.parametrize(("word", "known"), [
+    ("--model", ["--help"]), ("--gpus", ["--engine-gpus"]), ("--days", ["--data"]), ("prepare", ["report"]),
+    ("data", ["tag"])])
+def test_a_distant_word_is_no_guess(word: str, known: list[str]) -> None:
+    assert nearest(word, known) == ""
+
+
+@pytest.mark.parametrize(("files", "command", "write"), [
+    ({"events.jsonl": "", "config.json": "{}"}, "convert {} out", ["convert to-hf {} out"]),
+    ({"config.json": "{}", "m.safetensors": ""}, "convert {} out", ["convert from-hf {} out"]),
+    ({"latest_checkpointed_iteration.txt": "1"}, "convert {} out", ["convert from-megatron {} out"]),
+    ({"manifest.json": json.dumps({"kind": "checkpoint"})}, "convert {} out", ["convert to-hf {} out"]),
+    ({"config.json": "{}", "m.safetensors": ""}, "eval {}",
+     ["eval ppl {} --data TOKENS", "eval lm {} --tasks TASKS --output scores.json"]),
+])
+def test_a_path_in_the_place_of_an_action_names_the_action(
+        files: dict[str, str], command: str, write: list[str], tmp_path: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    lines = answer(f"megatron-sov {command.format(tmp_path)}", capsys).splitlines()
+    assert [line.strip() for line in lines[1:]] == [f"megatron-sov {line.format(tmp_path)}" for line in write]
+
+
+@pytest.mark.parametrize("command", ["report", "resume", "chat", "convert to-hf"])
+def test_a_folder_of_runs_lists_the_runs(command: str, tmp_path: Path,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("pretrain", "more/sft"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "events.jsonl").touch()
+    out = " out" if command == "convert to-hf" else ""
+    assert f"it holds the runs {tmp_path / 'more/sft'}, {tmp_path / 'pretrain'}" in answer(
+        f"megatron-sov {command} {tmp_path}{out}", capsys)
+
+
+def test_settings_of_megatron_mean_the_same_everywhere() -> None:
+    """`convert settings` and the answer to a command line agree."""
+    called = {theirs: [one.partition("=")[0] for one in words.settings_called(theirs)] for theirs in SAME}
+    other = {theirs: meant for theirs, meant in called.items() if meant and SAME[theirs] not in meant}
+    assert other == {}
