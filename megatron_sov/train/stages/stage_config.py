@@ -4,15 +4,19 @@ until --from is read."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from megatron_sov.base.documents import KINDS
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, RunConfig, data_paths
+from megatron_sov.model.config.data import named_shards
+from megatron_sov.model.objectives import LEARNS_FROM
 from megatron_sov.model.pretrained import hub_name, is_hf_folder
 from megatron_sov.model.recipes.requested import (
     BuiltIn, RecipeOptions, RecipeRequest, TrainingOptions, requested, training_request)
@@ -21,6 +25,8 @@ from megatron_sov.runs.checkpoints import IMPORTED, find_checkpoint, refuse_miss
 from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
+from megatron_sov.train.stages.packed_files import (
+    DataFile, FilePacking, find_files, warn_of_changed_files)
 from megatron_sov.train.stages.shared_copies import convert_start, find_copy
 
 if TYPE_CHECKING:
@@ -156,16 +162,44 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
         UserError: it cannot be used, data is missing, or --from names nothing to start from,
             or another family.
     """
+    # paths before the model is opened, which takes seconds
+    files = find_files(args.data, args.run)
+    typed = data_paths([text for text in args.data if text not in {named.argument for named in files}])
     asked = training_request(args, objective, needs_data=needs_data, lengthens=lengthens,
                              of_model=_settings_of_model(args.start_from, None if lengthens else objective))
     base = asked.base
-    paths = data_paths(args.data) or {path: base.data.paths[path]
-                                      for path in data_paths(list(base.data.paths))}
+    if files:
+        asked.config()  # mistakes in the settings are named before anything is packed
+        packed = _packing(args, objective, files, list(typed)).pack(files)
+        paths = data_paths([packed.get(text, text) for text in args.data])
+    else:
+        paths = typed or {path: base.data.paths[path] for path in data_paths(list(base.data.paths))}
+        warn_of_changed_files(args.run, () if typed else paths)
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=paths))
     if args.start_from is not None and not asked.of_model:
         asked.config()  # mistakes in the settings are told before torch is imported for the checkpoint
         base = dataclasses.replace(base, model=_model_of(args.start_from, asked))
     return dataclasses.replace(asked, base=base)
+
+
+def _packing(args: StageOptions, objective: BuiltIn, files: Sequence[DataFile], shards: Sequence[str]
+             ) -> FilePacking:
+    """Return how the files of --data are packed: by the tokenizer of --from, or that of packed data.
+
+    Raises:
+        UserError: there is no tokenizer.
+    """
+    if args.start_from is not None:
+        tokenizer = tokenizer_of(find_start(args.start_from))
+    elif shards:
+        tokenizer = Path(named_shards(shards[0])[1]) / "tokenizer"
+    else:
+        file = shlex.quote(str(files[0].file))
+        raise UserError(f"--data {files[0].argument}: is a file, and no --from names a model whose tokenizer "
+                        "could pack it; make a tokenizer by `sov-tokenizer train`, pack by `sov-data pack "
+                        f"--tokenizer DIR --input {file} --output SHARDS`, and pass --data SHARDS")
+    formats = [name for name in LEARNS_FROM[objective] if name in KINDS] or ["text"]
+    return FilePacking(args.run, tokenizer, formats, args.resume, args.dry_run)
 
 
 def request_with_model(args: RecipeOptions, start_from: Path, stage: Stage) -> RecipeRequest:
