@@ -511,7 +511,8 @@ def data_paths(data: Sequence[str]) -> dict[str, float]:
             raise UserError(f"--data {argument!r}: names no folder; pass one made by `sov-data pack`")
         folder = named_shards(path)[1]
         if not Path(folder).exists():
-            raise UserError(f"--data {path}: does not exist; pass a folder made by `sov-data pack`")
+            raise UserError(f"--data {path}: does not exist; check its path (folders of token shards are "
+                            "made by `sov-data pack`)")
         if not Path(folder).is_dir():
             raise UserError(f"--data {path}: is a file, and token shards are read here; pass a folder made by "
                             f"`sov-data pack --tokenizer DIR --input {shlex.quote(folder)} --output FOLDER`")

@@ -22,7 +22,8 @@ from pathlib import Path
 from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_json
 from megatron_sov.base.command_line import check_part
 from megatron_sov.base.digests import file_digest
-from megatron_sov.base.documents import Document, RecordReading, plan_units, read_span
+from megatron_sov.base.documents import BadRecord, RecordReading, plan_units, read_span
+from megatron_sov.base.documents.reading import place
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.model.config import weighted_path
 from megatron_sov.model.config.data import named_shards
@@ -50,6 +51,8 @@ class DataFile:
     """NAME was typed."""
     weight: str
     """As it was typed, with its colon; "": it was not."""
+    format: str = ""
+    """Of its records; "": the file was deleted after it was packed."""
 
     def shards(self, run: Path) -> Path:
         """Return the folder of the packed file."""
@@ -65,18 +68,24 @@ class DataFile:
         return _read_record(shards) if (shards / MANIFEST).is_file() else {}
 
 
-def find_files(data: Sequence[str], run: Path) -> list[DataFile]:
+def find_files(data: Sequence[str], run: Path, formats: Sequence[str]) -> list[DataFile]:
     """Return the arguments of --data that name a file, or a file, deleted since, that `run` has packed.
 
+    Args:
+        data: arguments of --data.
+        run: folder of the run.
+        formats: that the command learns from.
+
     Raises:
-        UserError: two of them have the same name, or a weight is not a number.
+        UserError: two of them have the same name, a weight is not a number, or the first record of a file has
+            none of the formats.
     """
     found: dict[str, DataFile] = {}
     for argument in data:
         path = weighted_path(argument, f"--data {argument}")[0]
-        name, place = named_shards(path)
-        stem = Path(place.removesuffix(".gz").removesuffix(".zst")).stem
-        named = DataFile(argument, name or re.sub(r"[^\w.-]+", "-", stem).lstrip(".-") or "data", Path(place),
+        name, typed = named_shards(path)
+        stem = Path(typed.removesuffix(".gz").removesuffix(".zst")).stem
+        named = DataFile(argument, name or re.sub(r"[^\w.-]+", "-", stem).lstrip(".-") or "data", Path(typed),
                          bool(name), argument.removeprefix(path))
         was_packed = named.recorded(run).get("file") == str(named.file.absolute())
         if not named.file.is_file() and (named.file.exists() or not was_packed):
@@ -84,8 +93,9 @@ def find_files(data: Sequence[str], run: Path) -> list[DataFile]:
         if named.name in found:
             raise UserError(f"--data {argument}: has the name {named.name!r} of --data "
                             f"{found[named.name].argument}; name one of them, e.g. --data "
-                            f"{shlex.quote(f'{named.name}2={place}')}")
-        found[named.name] = named
+                            f"{shlex.quote(f'{named.name}2={typed}')}")
+        found[named.name] = dataclasses.replace(
+            named, format=_format_of(named.file, formats) if named.file.exists() else "")
     return list(found.values())
 
 
@@ -97,10 +107,6 @@ class FilePacking:
     """Folder of the run."""
     tokenizer: Path
     """Folder with the model's tokenizer."""
-    formats: Sequence[str]
-    """Formats of data that the command learns from."""
-    resume: bool
-    """The run may have begun."""
     dry_run: bool
     """Pack into a temporary folder, which is deleted when this process ends."""
 
@@ -111,21 +117,19 @@ class FilePacking:
             Argument of --data -> the argument that names the packed folder.
 
         Raises:
-            UserError: a file has changed since the run began, the run's folder is taken, many processes would
-                pack, or a part of the installation is missing.
+            UserError: a file has changed since the run began, many processes would pack, or a part of the
+                installation is missing.
             SystemExit: a command failed, and printed why; or it was stopped.
         """
-        folder = RunFolder(self.run)
-        folder.refuse_taken(self.resume)
         records = {named: self._record_of(named) for named in files}
         stale = [named for named in files if named.recorded(self.run) != records[named]]
         packed = {named.argument: named.packed_argument(self.run) for named in files}
         if not stale:
             return packed
-        if folder.has_begun():
+        if RunFolder(self.run).has_begun():
             self._refuse_changed(stale, records)
         commands = [self._import_command(self.run)]
-        commands += [self._pack_command(self.run, named, records[named]["format"]) for named in stale]
+        commands += [self._pack_command(self.run, named) for named in stale]
         if num_ranks(None) > 1:
             raise UserError(f"--data {stale[0].argument}: many processes would pack it at once; run before: "
                             f"{'; '.join(map(shlex.join, commands))}; and pass --data "
@@ -139,7 +143,7 @@ class FilePacking:
             (target / DATA).mkdir(parents=True, exist_ok=True)
         if not self.dry_run:  # from here on `megatron-sov resume RUN` continues after a kill
             record_command(self.run)
-        print("\n".join(["--data names files; to pack them by hand:", *map(shlex.join, commands)]), flush=True)
+        print("\n".join(["packing --data; by hand it would be:", *map(shlex.join, commands)]), flush=True)
         with in_turn(target / DATA):
             self._import(target)
             for named in stale:
@@ -152,7 +156,7 @@ class FilePacking:
         if not named.file.exists():
             return named.recorded(self.run)
         return {"file": str(named.file.absolute()), "digest": file_digest(named.file),
-                "format": _format_of(named.file, self.formats), "tokenizer": digest_tokenizer(self.tokenizer)}
+                "format": named.format, "tokenizer": digest_tokenizer(self.tokenizer)}
 
     def _refuse_changed(self, stale: Sequence[DataFile], records: dict[DataFile, dict[str, str]]) -> None:
         """Raise `UserError` if a file, or the tokenizer, has changed since the run packed the file."""
@@ -168,9 +172,9 @@ class FilePacking:
     def _import_command(self, target: Path) -> list[str]:
         return ["sov-tokenizer", "import", str(self.tokenizer), "--output", str(target / TOKENIZER)]
 
-    def _pack_command(self, target: Path, named: DataFile, kind: str) -> list[str]:
-        return ["sov-data", "pack", "--tokenizer", str(target / TOKENIZER), "--format", kind, "--heldout",
-                str(HELDOUT_SHARE), "--input", f"{named.name}={named.file}", "--output",
+    def _pack_command(self, target: Path, named: DataFile) -> list[str]:
+        return ["sov-data", "pack", "--tokenizer", str(target / TOKENIZER), "--format", named.format,
+                "--heldout", str(HELDOUT_SHARE), "--input", f"{named.name}={named.file}", "--output",
                 str(named.shards(target))]
 
     def _import(self, target: Path) -> None:
@@ -183,7 +187,7 @@ class FilePacking:
     def _pack_file(self, target: Path, named: DataFile, record: dict[str, str]) -> None:
         shards = named.shards(target)
         _record_file(shards).unlink(missing_ok=True)  # of other shards
-        _run(self._pack_command(target, named, record["format"]), shards)
+        _run(self._pack_command(target, named), shards)
         atomic_write(_record_file(shards), to_json(record))
 
 
@@ -217,11 +221,19 @@ def _read_record(shards: Path) -> dict[str, str]:
 
 
 def _format_of(file: Path, formats: Sequence[str]) -> str:
-    """Return the first of `formats` by which the first record of a file can be read; if there is none, the
-    first, by which `sov-data pack` refuses the record."""
+    """Return the first of `formats` by which the first record of a file can be read.
+
+    Raises:
+        UserError: there is none.
+    """
     spans = next(iter(plan_units([file])), ())[:1]
+    faults: list[BadRecord] = []
     for kind in formats:
-        if any(isinstance(next(iter(read_span(span, RecordReading(kind))), None), Document)
-               for span in spans):
-            return kind
-    return formats[0]
+        items = (item for span in spans for item in read_span(span, RecordReading(kind)))
+        first = next((item for item in items if getattr(item, "code", "") != "empty"), None)
+        if not isinstance(first, BadRecord):
+            return kind  # of an empty file too, which `sov-data pack` refuses
+        faults.append(first)
+    fault = next((fault for fault in faults if fault.code != "fields"), faults[0])  # not of another format
+    raise UserError(f"--data {place(file, fault, 0)}: {fault.reason}; or pack it by hand (`sov-data pack "
+                    "--help`), and pass the folder")

@@ -22,6 +22,7 @@ from megatron_sov.model.recipes.requested import (
     BuiltIn, RecipeOptions, RecipeRequest, TrainingOptions, requested, training_request)
 from megatron_sov.model.recipes.stage_defaults import Stage, base_of_model
 from megatron_sov.runs.checkpoints import IMPORTED, find_checkpoint, refuse_missing, settings_of
+from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
@@ -163,14 +164,18 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
             or another family.
     """
     # paths before the model is opened, which takes seconds
-    files = find_files(args.data, args.run)
+    formats = [name for name in LEARNS_FROM[objective] if name in KINDS] or ["text"]
+    files = find_files(args.data, args.run, formats)
     typed = data_paths([text for text in args.data if text not in {named.argument for named in files}])
+    tokenizer = _tokenizer_for(args, files, list(typed)) if files else Path()
+    if files:
+        RunFolder(args.run).refuse_taken(args.resume)
     asked = training_request(args, objective, needs_data=needs_data, lengthens=lengthens,
                              of_model=_settings_of_model(args.start_from, None if lengthens else objective))
     base = asked.base
     if files:
         asked.config()  # mistakes in the settings are named before anything is packed
-        packed = _packing(args, objective, files, list(typed)).pack(files)
+        packed = FilePacking(args.run, tokenizer, args.dry_run).pack(files)
         paths = data_paths([packed.get(text, text) for text in args.data])
     else:
         paths = typed or {path: base.data.paths[path] for path in data_paths(list(base.data.paths))}
@@ -182,24 +187,19 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
     return dataclasses.replace(asked, base=base)
 
 
-def _packing(args: StageOptions, objective: BuiltIn, files: Sequence[DataFile], shards: Sequence[str]
-             ) -> FilePacking:
-    """Return how the files of --data are packed: by the tokenizer of --from, or that of packed data.
+def _tokenizer_for(args: StageOptions, files: Sequence[DataFile], shards: Sequence[str]) -> Path:
+    """Return the folder of the tokenizer that packs files: that of --from, or of shards.
 
     Raises:
-        UserError: there is no tokenizer.
+        UserError: there is none.
     """
     if args.start_from is not None:
-        tokenizer = tokenizer_of(find_start(args.start_from))
-    elif shards:
-        tokenizer = Path(named_shards(shards[0])[1]) / "tokenizer"
-    else:
-        file = shlex.quote(str(files[0].file))
-        raise UserError(f"--data {files[0].argument}: is a file, and no --from names a model whose tokenizer "
-                        "could pack it; make a tokenizer by `sov-tokenizer train`, pack by `sov-data pack "
-                        f"--tokenizer DIR --input {file} --output SHARDS`, and pass --data SHARDS")
-    formats = [name for name in LEARNS_FROM[objective] if name in KINDS] or ["text"]
-    return FilePacking(args.run, tokenizer, formats, args.resume, args.dry_run)
+        return tokenizer_of(find_start(args.start_from))
+    if shards:
+        return Path(named_shards(shards[0])[1]) / "tokenizer"
+    raise UserError(f"--data {files[0].argument}: is a file, and no --from names a model whose tokenizer could "
+                    "pack it; make a tokenizer by `sov-tokenizer train`, pack by `sov-data pack --tokenizer DIR "
+                    f"--input {shlex.quote(str(files[0].file))} --output SHARDS`, and pass --data SHARDS")
 
 
 def request_with_model(args: RecipeOptions, start_from: Path, stage: Stage) -> RecipeRequest:
