@@ -114,7 +114,7 @@ def test_files_and_packed_folders_are_mixed(run: Path, commands: list[list[str]]
     (["torn.jsonl"], "--data torn.jsonl:1: is not valid JSON"),
     (["pair.jsonl"], "--data pair.jsonl:1: is a preference, but --format is chat"),
     (["table.csv"], "--data table.csv: is a table"),
-    (["latin.txt"], "--data latin.txt:1: is not UTF-8")])
+    (["latin.txt"], "--data latin.txt: is not UTF-8")])
 def test_a_file_that_no_command_can_pack_is_refused_at_its_first_record(
         run: Path, commands: list[list[str]], data: list[str], message: str) -> None:
     for name, record in {"a.jsonl": CHAT, "deep/a.jsonl": CHAT, "turns.jsonl": {"turns": []},
