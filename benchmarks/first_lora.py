@@ -3,9 +3,9 @@ typed.
 
 Usage: python benchmarks/first_lora.py --work DIR > benchmarks/results/first_lora.txt
 
-The model is the SmolLM2-135M-Instruct folder of `real_model.py`, the data a JSONL of 500 chats. A new environment
-gets this checkout by pip, with pip's own settings and cache. Then one command is typed. The report is printed as
-the command's lines arrive.
+The model is the SmolLM2-135M-Instruct folder of `real_model.py`, the data a JSONL of 500 chats. A new
+environment gets this checkout by pip, with pip's own settings and cache. Then one command is typed, and the
+times of its lines are printed.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def install(environment: Path) -> float:
     """Make a virtual environment with this checkout; return the seconds that pip took."""
     venv.create(environment, with_pip=True)
     began = time.monotonic()
-    subprocess.run([environment / "bin/pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", ROOT],
-                   check=True)
+    subprocess.run([environment / "bin/pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt",
+                    ROOT], check=True)
     return time.monotonic() - began
 
 
@@ -79,8 +79,8 @@ def main() -> int:
     environment = (args.environment or work / "environment").absolute()
     seconds = None if args.environment else install(environment)
     lines = type_command(environment, work)
-    print(f"SmolLM2-135M-Instruct ({parameters}), {PACKAGE}, torch {torch.__version__}, {os.cpu_count()} cores, "
-          f"{time.strftime('%Y-%m-%d')}")
+    print(f"SmolLM2-135M-Instruct ({parameters}), {PACKAGE}, torch {torch.__version__}, {os.cpu_count()} "
+          f"cores, {time.strftime('%Y-%m-%d')}")
     print(f"pip install of the checkout and its dependencies into an empty environment: "
           f"{'not measured' if seconds is None else f'{seconds:.0f} s'}")
     print(f"typed: {COMMAND}")

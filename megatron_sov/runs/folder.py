@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
+from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
@@ -184,8 +184,9 @@ class RunFolder:
         if earlier is None:
             # What may be there before a run's config.json: other commands, or a first start that was
             # killed, put it there.
+            has_packed = any((self.path / name).is_file() for name in (COMMAND, f"{TOKENIZER}/{MANIFEST}"))
             expected = (LOCK, STAGES, ROUNDS, JOBS, FAULTS, REFERENCE, GATE, COMMAND,
-                        *((DATA, TOKENIZER) if (self.path / COMMAND).is_file() else ()))
+                        *((DATA, TOKENIZER) if has_packed else ()))
             if self.path.is_dir() and any(not p.name.startswith(".") and p.name not in expected
                                           for p in self.path.iterdir()):
                 raise UserError(f"{self.path}: is not empty and holds no run; choose another --run")

@@ -514,7 +514,7 @@ def data_paths(data: Sequence[str]) -> dict[str, float]:
             raise UserError(f"--data {path}: does not exist; check its path (folders of token shards are "
                             "made by `sov-data pack`)")
         if not Path(folder).is_dir():
-            raise UserError(f"--data {path}: is a file, and token shards are read here; pass a folder made by "
+            raise UserError(f"--data {path}: is a file, and token shards are read; pass a folder made by "
                             f"`sov-data pack --tokenizer DIR --input {shlex.quote(folder)} --output FOLDER`")
         if folder in (named_shards(other)[1] for other in paths):
             raise UserError(f"--data {path}: is given twice; name it once, with a weight if you like")

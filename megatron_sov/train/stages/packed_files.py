@@ -3,8 +3,8 @@ the commands that a user would type:
 
     RUN/tokenizer/         `sov-tokenizer import` of the tokenizer of --from
     RUN/data/NAME/         `sov-data pack` of a file
-    RUN/data/NAME.json     digests of the file and of the tokenizer, and the format: the shards are reused while
-                           these are the same
+    RUN/data/NAME.json     digests of the file and of the tokenizer, and the format: the shards are reused
+                           while these are the same
 """
 
 from __future__ import annotations
@@ -105,12 +105,18 @@ class FilePacking:
 
     run: Path
     """Folder of the run."""
+    files: Sequence[DataFile]
     tokenizer: Path
     """Folder with the model's tokenizer."""
     dry_run: bool
     """Pack into a temporary folder, which is deleted when this process ends."""
 
-    def pack(self, files: Sequence[DataFile]) -> dict[str, str]:
+    @property
+    def arguments(self) -> set[str]:
+        """Return the arguments of --data that name files."""
+        return {named.argument for named in self.files}
+
+    def pack(self) -> dict[str, str]:
         """Import the tokenizer and pack the files that the run's folder does not hold yet.
 
         Returns:
@@ -121,9 +127,9 @@ class FilePacking:
                 installation is missing.
             SystemExit: a command failed, and printed why; or it was stopped.
         """
-        records = {named: self._record_of(named) for named in files}
-        stale = [named for named in files if named.recorded(self.run) != records[named]]
-        packed = {named.argument: named.packed_argument(self.run) for named in files}
+        records = {named: self._record_of(named) for named in self.files}
+        stale = [named for named in self.files if named.recorded(self.run) != records[named]]
+        packed = {named.argument: named.packed_argument(self.run) for named in self.files}
         if not stale:
             return packed
         if RunFolder(self.run).has_begun():
@@ -132,8 +138,8 @@ class FilePacking:
         commands += [self._pack_command(self.run, named) for named in stale]
         if num_ranks(None) > 1:
             raise UserError(f"--data {stale[0].argument}: many processes would pack it at once; run before: "
-                            f"{'; '.join(map(shlex.join, commands))}; and pass --data "
-                            f"{stale[0].packed_argument(self.run)}")
+                            f"{'; '.join(map(shlex.join, commands))}; and pass "
+                            + " ".join(f"--data {named.packed_argument(self.run)}" for named in stale))
         for module in PROGRAMS.values():
             check_part(module)
         target = Path(tempfile.mkdtemp(prefix="packed-")) if self.dry_run else self.run

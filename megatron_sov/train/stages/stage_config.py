@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +14,7 @@ from megatron_sov.base.documents import KINDS
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag
 from megatron_sov.model import recipes
-from megatron_sov.model.config import ModelConfig, RunConfig, data_paths
+from megatron_sov.model.config import ModelConfig, RunConfig, data_paths, weighted_path
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.objectives import LEARNS_FROM
 from megatron_sov.model.pretrained import hub_name, is_hf_folder
@@ -26,8 +26,7 @@ from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
-from megatron_sov.train.stages.packed_files import (
-    DataFile, FilePacking, find_files, warn_of_changed_files)
+from megatron_sov.train.stages.packed_files import DataFile, FilePacking, find_files, warn_of_changed_files
 from megatron_sov.train.stages.shared_copies import convert_start, find_copy
 
 if TYPE_CHECKING:
@@ -163,23 +162,19 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
         UserError: it cannot be used, data is missing, or --from names nothing to start from,
             or another family.
     """
-    # paths before the model is opened, which takes seconds
-    formats = [name for name in LEARNS_FROM[objective] if name in KINDS] or ["text"]
-    files = find_files(args.data, args.run, formats)
-    typed = data_paths([text for text in args.data if text not in {named.argument for named in files}])
-    tokenizer = _tokenizer_for(args, files, list(typed)) if files else Path()
-    if files:
-        RunFolder(args.run).refuse_taken(args.resume)
+    # paths are checked before the model is opened, which takes seconds
+    packing = _packing_of(args, objective)
+    shards = data_paths([text for text in args.data if text not in packing.arguments])
     asked = training_request(args, objective, needs_data=needs_data, lengthens=lengthens,
                              of_model=_settings_of_model(args.start_from, None if lengthens else objective))
     base = asked.base
-    if files:
+    if packing.files:
         asked.config()  # mistakes in the settings are named before anything is packed
-        packed = FilePacking(args.run, tokenizer, args.dry_run).pack(files)
+        packed = packing.pack()
         paths = data_paths([packed.get(text, text) for text in args.data])
     else:
-        paths = typed or {path: base.data.paths[path] for path in data_paths(list(base.data.paths))}
-        warn_of_changed_files(args.run, () if typed else paths)
+        paths = shards or {path: base.data.paths[path] for path in data_paths(list(base.data.paths))}
+        warn_of_changed_files(args.run, () if shards else paths)
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=paths))
     if args.start_from is not None and not asked.of_model:
         asked.config()  # mistakes in the settings are told before torch is imported for the checkpoint
@@ -187,19 +182,32 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
     return dataclasses.replace(asked, base=base)
 
 
-def _tokenizer_for(args: StageOptions, files: Sequence[DataFile], shards: Sequence[str]) -> Path:
-    """Return the folder of the tokenizer that packs files: that of --from, or of shards.
+def _packing_of(args: StageOptions, objective: BuiltIn) -> FilePacking:
+    """Return how the files of --data are packed: by the tokenizer of --from, or that of packed data.
 
     Raises:
-        UserError: there is none.
+        UserError: a file cannot be packed, there is no tokenizer, or the run's folder is taken.
     """
+    formats = [name for name in LEARNS_FROM[objective] if name in KINDS] or ["text"]
+    files = find_files(args.data, args.run, formats)
+    tokenizer = Path()
+    if files:
+        tokenizer = _tokenizer_for(args, files[0])
+        RunFolder(args.run).refuse_taken(args.resume)
+    return FilePacking(args.run, files, tokenizer, args.dry_run)
+
+
+def _tokenizer_for(args: StageOptions, first: DataFile) -> Path:
+    """Return the folder of the tokenizer that packs files; `UserError` if there is none."""
     if args.start_from is not None:
         return tokenizer_of(find_start(args.start_from))
-    if shards:
-        return Path(named_shards(shards[0])[1]) / "tokenizer"
-    raise UserError(f"--data {files[0].argument}: is a file, and no --from names a model whose tokenizer could "
-                    "pack it; make a tokenizer by `sov-tokenizer train`, pack by `sov-data pack --tokenizer DIR "
-                    f"--input {shlex.quote(str(files[0].file))} --output SHARDS`, and pass --data SHARDS")
+    folders = [Path(named_shards(weighted_path(text, "--data")[0])[1]) for text in args.data]
+    for folder in folders:
+        if folder.is_dir():
+            return folder / "tokenizer"
+    raise UserError(f"--data {first.argument}: is a file, and no --from names a model whose tokenizer could "
+                    "pack it; make a tokenizer by `sov-tokenizer train`, pack by `sov-data pack --tokenizer "
+                    f"DIR --input {shlex.quote(str(first.file))} --output SHARDS`, and pass --data SHARDS")
 
 
 def request_with_model(args: RecipeOptions, start_from: Path, stage: Stage) -> RecipeRequest:

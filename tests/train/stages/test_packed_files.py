@@ -58,7 +58,7 @@ def write(name: str, *records: object) -> str:
 
 def pack(run: Path, *data: str, formats: tuple[str, ...] = SFT, dry_run: bool = False) -> list[str]:
     """Return --data as the trainer reads it."""
-    packed = FilePacking(run, Path("model"), dry_run).pack(find_files(data, run, formats))
+    packed = FilePacking(run, find_files(data, run, formats), Path("model"), dry_run).pack()
     return [packed.get(argument, argument) for argument in data]
 
 
@@ -66,9 +66,9 @@ def test_a_file_is_packed_once_by_the_commands_that_are_printed(
         run: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     write("chats.jsonl", CHAT)
     assert pack(run, "chats.jsonl:0.5") == ["runs/a/data/chats:0.5"]
-    printed = [f"sov-{line}" for line in ("tokenizer import model --output runs/a/tokenizer",
-               "data pack --tokenizer runs/a/tokenizer --format chat --heldout 0.02 --input chats=chats.jsonl "
-               "--output runs/a/data/chats")]
+    printed = ["sov-tokenizer import model --output runs/a/tokenizer",
+               "sov-data pack --tokenizer runs/a/tokenizer --format chat --heldout 0.02 --input "
+               "chats=chats.jsonl --output runs/a/data/chats"]
     assert capsys.readouterr().out.splitlines()[1:] == printed
     assert [words[1:] for words in commands] == [line.split()[1:] for line in printed]
     assert (run / COMMAND).is_file(), "`megatron-sov resume` knows the command after a kill"
@@ -107,8 +107,8 @@ def test_files_and_packed_folders_are_mixed(run: Path, commands: list[list[str]]
 
 
 @pytest.mark.parametrize(("data", "message"), [
-    (["a.jsonl", "deep/a.jsonl"], "--data deep/a.jsonl: has the name 'a' of --data a.jsonl; name one of them, "
-                                  "e.g. --data a2=deep/a.jsonl"),
+    (["a.jsonl", "deep/a.jsonl"], "--data deep/a.jsonl: has the name 'a' of --data a.jsonl; name one of "
+                                  "them, e.g. --data a2=deep/a.jsonl"),
     (["a.jsonl:x"], "'x' after the colon is not a weight"),
     (["turns.jsonl"], "--data turns.jsonl:1: has no 'messages'"),
     (["torn.jsonl"], "--data torn.jsonl:1: is not valid JSON"),
@@ -118,7 +118,8 @@ def test_files_and_packed_folders_are_mixed(run: Path, commands: list[list[str]]
 def test_a_file_that_no_command_can_pack_is_refused_at_its_first_record(
         run: Path, commands: list[list[str]], data: list[str], message: str) -> None:
     for name, record in {"a.jsonl": CHAT, "deep/a.jsonl": CHAT, "turns.jsonl": {"turns": []},
-                         "torn.jsonl": '{"messages": [', "pair.jsonl": PAIR, "table.csv": "prompt,response"}.items():
+                         "torn.jsonl": '{"messages": [', "pair.jsonl": PAIR,
+                         "table.csv": "prompt,response"}.items():
         write(name, record)
     Path("latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(UserError) as refused:
@@ -197,9 +198,10 @@ def test_many_processes_are_told_the_commands(run: Path, commands: list[list[str
     write("a.jsonl", CHAT)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="many processes would pack it at once; run before: sov-tokenizer "
-                                        "import model .*; sov-data pack .*; and pass --data runs/a/data/a"):
-        pack(run, "a.jsonl")
+    with pytest.raises(UserError, match=r"many processes would pack it at once; run before: sov-tokenizer "
+                                        r"import model .*; sov-data pack .*; and pass --data "
+                                        r"runs/a/data/a:2 --data runs/a/data/b$"):
+        pack(run, "a.jsonl:2", write("b.jsonl", CHAT))
     assert not commands and not run.exists()
     monkeypatch.delenv("WORLD_SIZE")
     pack(run, "a.jsonl")
@@ -209,5 +211,10 @@ def test_many_processes_are_told_the_commands(run: Path, commands: list[list[str
 
 def test_a_folder_of_the_users_own_is_not_taken_for_a_run(run: Path) -> None:
     write("project/data/chats.jsonl", CHAT)
+    Path("project/tokenizer").mkdir()
     with pytest.raises(UserError, match="project: is not empty and holds no run"):
         RunFolder(Path("project")).refuse_taken(resume=False)
+    Path("project/tokenizer").rmdir()
+    with new_artifact(Path("project/tokenizer"), "tokenizer"):
+        pass
+    RunFolder(Path("project")).refuse_taken(resume=False)  # as the printed commands leave it
