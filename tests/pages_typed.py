@@ -57,6 +57,7 @@ TYPED = {
     "docs/tools.md": "tests/commands/rl/test_tools.py",
     "docs/torchrun.md": "tests/e2e/test_torchrun.py",
     "docs/tutorials/company.md": "tests/test_tutorials.py",
+    "docs/tutorials/lora.md": "tests/test_tutorials.py",
     "docs/tutorials/national_lab.md": "tests/test_tutorials.py",
     "docs/tutorials/small_team.md": "tests/test_tutorials.py",
     "docs/tutorials/university.md": "tests/test_tutorials.py",

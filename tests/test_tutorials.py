@@ -80,3 +80,33 @@ def test_what_is_sent_to_a_cluster_would_be_taken(line: str, tmp_path: Path, mon
     dry = ["--dry-run"] if words[0] == "submit" and "--dry-run" not in words else []
     assert cli.main([words[0], *dry, *words[1:]]) == 0, capsys.readouterr().err
     assert capsys.readouterr().out
+
+
+@pytest.mark.distributed
+def test_lora_on_a_hugging_face_model_works_as_it_is_typed(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any],
+        hf_models: dict[str, Path], warm_python: str) -> None:
+    """With a tiny model, and few steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)  # by which `sft` packs, and `chat` serves
+    text = (TUTORIALS / "lora.md").read_text(encoding="utf-8")
+    [(file, content)] = re.findall(r"^`([a-z]+\.jsonl)`:\n\n```json\n(.*?)^```", text,
+                                   re.MULTILINE | re.DOTALL)
+    Path(file).write_text(content, encoding="utf-8")
+    Path("SmolLM2-135M-Instruct").symlink_to(hf_models["solar_open"])
+    by_hand: list[str] = []
+    for line in lines_of(shell_blocks(text)):
+        program, *argv = shlex.split(line.replace("train.epochs=20", "train.steps=2"))
+        done = run_command(*argv, program=program)
+        assert done.returncode == 0, f"{line}\n{done.stdout[-500:]}\n{done.stderr[-3000:]}"
+        by_hand += re.findall(r"^sov-.*", done.stdout, re.MULTILINE)
+    assert Path("merged/model.safetensors").is_file() and Path("adapter/adapter_config.json").is_file()
+    shards = Path("runs/lora/data/chats")
+    Path("runs/lora").rename("runs/first")
+    for line in by_hand:
+        program, *argv = shlex.split(line)
+        run_command(*argv, program=program).check_returncode()
+    for name in ("train-00000.bin", "train-00000.idx", "heldout-00000.bin"):
+        assert ((shards / "chats" / name).read_bytes()
+                == (Path("runs/first/data/chats/chats") / name).read_bytes()), "as the printed commands make"
+    assert len(by_hand) == 2

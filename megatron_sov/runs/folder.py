@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
+from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
@@ -37,6 +37,8 @@ HELD = "awaiting_gate.json"
 """The completion manifest of a stage whose last checkpoint is still to be judged."""
 GATE = "gate"
 """Results of a forgetting gate; its first ones come before there is a run."""
+DATA, TOKENIZER = "data", "tokenizer"
+"""Token shards of the files that --data names, and the tokenizer that packed them."""
 PLAN = "plan.json"
 """What the run's settings predict on the machines that it found itself on (`plan/footprint/kept.py`)."""
 ROUNDS = "rounds"
@@ -143,25 +145,9 @@ class RunFolder:
             UserError: the folder holds something else, a run that was not asked for, one with other settings,
                 or a complete one that is shorter.
         """
-        # Nothing is created yet: a refused command leaves no folder behind. So the nearest folder that
-        # exists is the one tried.
-        nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
-        if not nearest.is_dir():
-            raise UserError(f"{nearest}: is a file; --run needs a folder")
-        if is_first():  # thousands need not try it at once
-            refuse_unwritable(nearest, f"--run {self.path}")
-        earlier = self.config()
+        earlier = self.refuse_taken(resume)
         if earlier is None:
-            # What may be there before a run's config.json: other commands, or a first start that was
-            # killed, put it there.
-            expected = (LOCK, STAGES, ROUNDS, JOBS, FAULTS, REFERENCE, GATE, COMMAND)
-            if self.path.is_dir() and any(not p.name.startswith(".") and p.name not in expected
-                                          for p in self.path.iterdir()):
-                raise UserError(f"{self.path}: is not empty and holds no run; choose another --run")
             return
-        if not resume:
-            raise UserError(f"{self.path}: already holds a run of {earlier.recipe}; "
-                            "pass --resume to continue it, or choose another --run")
         # Before settings: a changed file of code explains changed settings, not the other way round.
         refuse_changed_code(self.path, earlier, config)
         # Only what changes the mathematics is fixed; layout, lengths and intervals may differ on a resume.
@@ -180,6 +166,39 @@ class RunFolder:
         if completion is not None and completion["step"] < config.num_steps() and not ended_early:
             raise UserError(f"{self.path}: is complete at step {completion['step']}, and train.steps = "
                             f"{config.num_steps()} asks for more; start a new --run --from it")
+
+    def refuse_taken(self, resume: bool) -> RunConfig | None:
+        """Return the settings of the run in the folder, None if it holds no run yet; leaves it as it was.
+
+        Raises:
+            UserError: the folder holds something else, or a run without `resume`.
+        """
+        # Nothing is created yet: a refused command leaves no folder behind. So the nearest folder that
+        # exists is the one tried.
+        nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        if not nearest.is_dir():
+            raise UserError(f"{nearest}: is a file; --run needs a folder")
+        if is_first():  # thousands need not try it at once
+            refuse_unwritable(nearest, f"--run {self.path}")
+        earlier = self.config()
+        if earlier is None:
+            # What may be there before a run's config.json: other commands, or a first start that was
+            # killed, put it there.
+            has_packed = any((self.path / name).is_file() for name in (COMMAND, f"{TOKENIZER}/{MANIFEST}"))
+            expected = (LOCK, STAGES, ROUNDS, JOBS, FAULTS, REFERENCE, GATE, COMMAND,
+                        *((DATA, TOKENIZER) if has_packed else ()))
+            if self.path.is_dir() and any(not p.name.startswith(".") and p.name not in expected
+                                          for p in self.path.iterdir()):
+                raise UserError(f"{self.path}: is not empty and holds no run; choose another --run")
+            return None
+        if not resume:
+            raise UserError(f"{self.path}: already holds a run of {earlier.recipe}; "
+                            "pass --resume to continue it, or choose another --run")
+        return earlier
+
+    def has_begun(self) -> bool:
+        """Return whether the folder holds a run, or the stages of one."""
+        return any((self.path / name).exists() for name in (CONFIG, STAGES))
 
     def create(self) -> None:
         with disk_errors(self.path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -129,17 +130,18 @@ def _check(folder: Path, source: Any, paths: Sequence[Path]) -> tuple[str, dict[
     loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     own = {str(path): list(users([path])) for path in paths}
     texts = [*built_in(source.raw), *(text for group in own.values() for text in group)]
+    source_ids = cache(source.encode)  # three comparisons below read them
     encoders = {"tokenizers": plain_ids(ours), "transformers": lambda text: loaded(
         text, add_special_tokens=False, split_special_tokens=True)["input_ids"]}
     # transformers encodes by tokenizers, and slowly
     short = [text for text in texts if len(text) <= CHUNK_BYTES]
     for library, encode in encoders.items():
-        if difference := first_difference(texts if library == "tokenizers" else short, encode, source.encode):
+        if difference := first_difference(texts if library == "tokenizers" else short, encode, source_ids):
             raise UserError(f"{source.file}: cannot be represented, since {library} would not give the ids "
                             f"of {source.library} for {difference}")
     unknown = _unknown_id(source.raw)
     for text in texts:
-        ids = source.encode(text)
+        ids = source_ids(text)
         if (unknown not in ids and (found := ours.decode(ids, skip_special_tokens=False))
                 != (expected := source.decode(ids))):
             raise UserError(f"{source.file}: cannot be represented, since ids of {text[:60]!r} would become "
@@ -149,7 +151,7 @@ def _check(folder: Path, source: Any, paths: Sequence[Path]) -> tuple[str, dict[
     if first_difference([DISORDERED_MARKS], encoders["tokenizers"], source.encode):
         sentence += ", but not for combining marks in an order other than Unicode's"
     return (sentence,
-            {name: sum(len(t.encode()) for t in group) / max(1, sum(len(source.encode(t)) for t in group))
+            {name: sum(len(t.encode()) for t in group) / max(1, sum(len(source_ids(t)) for t in group))
              for name, group in own.items()})
 
 

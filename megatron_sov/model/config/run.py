@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -475,10 +476,12 @@ def data_paths(data: Sequence[str]) -> dict[str, float]:
         if not path:
             raise UserError(f"--data {argument!r}: names no folder; pass one made by `sov-data pack`")
         folder = named_shards(path)[1]
+        if not Path(folder).exists():
+            raise UserError(f"--data {path}: does not exist; check its path (folders of token shards are "
+                            "made by `sov-data pack`)")
         if not Path(folder).is_dir():
-            raise UserError(f"--data {path}: "
-                            f"{'is not a folder' if Path(folder).exists() else 'does not exist'}; "
-                            "pass a folder made by `sov-data pack`")
+            raise UserError(f"--data {path}: is a file, and token shards are read; pass a folder made by "
+                            f"`sov-data pack --tokenizer DIR --input {shlex.quote(folder)} --output FOLDER`")
         if folder in (named_shards(other)[1] for other in paths):
             raise UserError(f"--data {path}: is given twice; name it once, with a weight if you like")
         paths[path] = weight

@@ -68,9 +68,10 @@ class RecipeOptions(PluginOptions):
 class TrainingOptions(RecipeOptions):
     """What is trained, on which data."""
 
-    data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR[:weight]")] = ()
-    """Token shards made by `sov-data pack`; several are mixed by weight, and NAME renames their sources
-    (needed, except where --config names them)."""
+    data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR|FILE[:weight]")] = ()
+    """Token shards made by `sov-data pack`, or a file of chats, pairs or text (.jsonl, .json, .parquet,
+    .txt), which is packed into RUN/data with the tokenizer of --from; several are mixed by weight, and NAME
+    renames their sources (needed, unless --config names them)."""
     deterministic: bool = False
     """The same bits in every run (--set train.deterministic=true)."""
 
@@ -253,7 +254,8 @@ def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
     """
     asked = requested(args, of_model)
     if needs_data and not args.data and not asked.base.data.paths:
-        raise UserError("--data: is missing; pass a folder made by `sov-data pack`")
+        raise UserError("--data: is missing; pass a file of chats, pairs or text, or a folder made by "
+                        "`sov-data pack`")
     learned = asked.base.objective
     before = lengthens and asked.base.extend.stages and not asked.from_file
     if learned.name == "lm" or before:  # "lm" is what every recipe says that leaves it open

@@ -351,9 +351,8 @@ def check_inputs(work: StageWork, promised: set[Path]) -> None:
         if path not in made and not path.exists():
             raise UserError(f"{work.stage}: {path} does not exist; make it before, or submit its stage in "
                             "the same chain")
-    # weights are parsed where nothing is promised, since data must be there for that
-    if not made:
-        data_paths(list(work.data))
+    # weights are parsed only if the folder is there
+    data_paths([text for text in work.data if _path_of(text).absolute() not in made])
 
 
 def fitting_nodes(work: StageWork, profile_ranks: int, num_nodes: int, least: int,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from megatron_sov.runs import checkpoints
 from megatron_sov.work.progress.locks import in_turn
 
 SHARED, SEEN = ".from-hf", "seen"
-SUFFIXES = (".bin", ".json", ".jinja", ".model", ".safetensors", ".txt")
+WEIGHTS = (".bin", ".safetensors")
+SUFFIXES = (*WEIGHTS, ".json", ".jinja", ".model", ".txt")
 """Endings of the files that a conversion may read."""
 
 
@@ -47,7 +49,7 @@ def convert_start(start: Path, run: Path) -> Path:
     if (found := find_copy(start, run)) is not None:
         return found
     stamp, name = _stamp(start), hub_name(start).replace("/", "--")[:100]
-    copy = run.parent / SHARED / f"{name}-{_content_key(start)}"
+    copy = run.parent / SHARED / f"{name}-{_digest_of(_files_of(start))}"
     seen = copy.parent / SEEN / copy.name
     with disk_errors(seen):
         seen.mkdir(parents=True, exist_ok=True)
@@ -75,9 +77,13 @@ def _stamp(folder: Path) -> str:
     return hashlib.sha256(to_json([str(folder.resolve()), facts]).encode()).hexdigest()[:32]
 
 
-def _content_key(folder: Path) -> str:
-    """Return the digest of the names and contents of a folder's files; reads all of them."""
-    files = _files_of(folder)
+def digest_tokenizer(folder: Path) -> str:
+    """Return the digest of the names and contents of a folder's files that are not weights."""
+    return _digest_of([file for file in _files_of(folder) if file.suffix not in WEIGHTS])
+
+
+def _digest_of(files: Sequence[Path]) -> str:
+    """Return the digest of the names and contents of files."""
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(file_digest, files))
     return hashlib.sha256(to_json([[file.name for file in files], digests]).encode()).hexdigest()[:16]

@@ -4,24 +4,29 @@ until --from is read."""
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from megatron_sov.base.documents import KINDS
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag
 from megatron_sov.model import recipes
-from megatron_sov.model.config import ModelConfig, RunConfig, data_paths
+from megatron_sov.model.config import ModelConfig, RunConfig, data_paths, weighted_path
+from megatron_sov.model.config.data import named_shards
+from megatron_sov.model.objectives import LEARNS_FROM
 from megatron_sov.model.pretrained import hub_name, is_hf_folder
 from megatron_sov.model.recipes.requested import (
     BuiltIn, RecipeOptions, RecipeRequest, TrainingOptions, requested, training_request)
 from megatron_sov.model.recipes.stage_defaults import Stage, base_of_model
 from megatron_sov.runs.checkpoints import IMPORTED, find_checkpoint, refuse_missing, settings_of
-from megatron_sov.runs.folder import resumed_settings
+from megatron_sov.runs.folder import RunFolder, resumed_settings
 from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
+from megatron_sov.train.stages.packed_files import DataFile, FilePacking, find_files, warn_of_changed_files
 from megatron_sov.train.stages.shared_copies import convert_start, find_copy
 
 if TYPE_CHECKING:
@@ -162,17 +167,53 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
         UserError: it cannot be used, data is missing, or --from names nothing to start from,
             or another family.
     """
+    # paths are checked before the model is opened, which takes seconds
+    packing = _packing_of(args, objective)
+    shards = data_paths([text for text in args.data if text not in packing.arguments])
     asked = training_request(args, objective, needs_data=needs_data, lengthens=lengthens,
                              resumed=resumed_settings(args.run) if args.resume else None,
                              of_model=_settings_of_model(args.start_from, None if lengthens else objective))
     base = asked.base
-    paths = data_paths(args.data) or {path: base.data.paths[path]
-                                      for path in data_paths(list(base.data.paths))}
+    if packing.files:
+        asked.config()  # mistakes in the settings are named before anything is packed
+        packed = packing.pack()
+        paths = data_paths([packed.get(text, text) for text in args.data])
+    else:
+        paths = shards or {path: base.data.paths[path] for path in data_paths(list(base.data.paths))}
+        warn_of_changed_files(args.run, () if shards else paths)
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=paths))
     if args.start_from is not None and not asked.of_model:
         asked.config()  # mistakes in the settings are told before torch is imported for the checkpoint
         base = dataclasses.replace(base, model=_model_of(args.start_from, asked))
     return dataclasses.replace(asked, base=base)
+
+
+def _packing_of(args: StageOptions, objective: BuiltIn) -> FilePacking:
+    """Return how the files of --data are packed: by the tokenizer of --from, or that of packed data.
+
+    Raises:
+        UserError: a file cannot be packed, there is no tokenizer, or the run's folder is taken.
+    """
+    formats = [name for name in LEARNS_FROM[objective] if name in KINDS] or ["text"]
+    files = find_files(args.data, args.run, formats)
+    tokenizer = Path()
+    if files:
+        tokenizer = _tokenizer_for(args, files[0])
+        RunFolder(args.run).refuse_taken(args.resume)
+    return FilePacking(args.run, files, tokenizer, args.dry_run)
+
+
+def _tokenizer_for(args: StageOptions, first: DataFile) -> Path:
+    """Return the folder of the tokenizer that packs files; `UserError` if there is none."""
+    if args.start_from is not None:
+        return tokenizer_of(find_start(args.start_from))
+    folders = [Path(named_shards(weighted_path(text, "--data")[0])[1]) for text in args.data]
+    for folder in folders:
+        if folder.is_dir():
+            return folder / "tokenizer"
+    raise UserError(f"--data {first.argument}: is a file, and no --from names a model whose tokenizer could "
+                    "pack it; make a tokenizer by `sov-tokenizer train`, pack by `sov-data pack --tokenizer "
+                    f"DIR --input {shlex.quote(str(first.file))} --output SHARDS`, and pass --data SHARDS")
 
 
 def request_with_model(args: RecipeOptions, start_from: Path, stage: Stage) -> RecipeRequest:

@@ -113,15 +113,15 @@ def test_weights_stand_after_the_last_colon(data: Path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["none"], r"--data none: does not exist; pass a folder made by `sov-data pack`$"),
+    (["none"], r"--data none: does not exist; check its path"),
     ([""], r"--data '': names no folder"), ([":2"], r"--data ':2': names no folder"),
-    (["web=none:0.5"], r"--data web=none: does not exist; pass a folder made by `sov-data pack`$"),
+    (["web=none:0.5"], r"--data web=none: does not exist; check its path"),
     (["a:x"], r"--data a:x: does not exist, and 'x' after the colon is not a weight"),
     (["a:-1"], "must be a number that is not negative"),
     (["a:nan"], "must be a number that is not negative"),
     (["a:inf"], "must be a number that is not negative"),
     (["a", "a:2"], "--data a: is given twice"),
-    (["file"], "--data file: is not a folder"),
+    (["file"], "--data file: is a file, .* `sov-data pack --tokenizer DIR --input file --output FOLDER`"),
 ])
 def test_bad_data_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
                              message: str) -> None:

@@ -163,6 +163,20 @@ def test_a_second_model_is_an_input_too(tmp_path: Path, monkeypatch: pytest.Monk
     check_inputs(work, {tmp_path / "runs/other"})
 
 
+@pytest.mark.parametrize("promised", [False, True])
+@pytest.mark.parametrize("given", ["chats.jsonl", "chats.jsonl:0.5", "web=chats.jsonl"])
+def test_a_file_is_packed_before_its_job_also_in_a_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         given: str, promised: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("chats.jsonl").touch()
+    Path("runs/base").mkdir(parents=True)
+    work = work_of("sft", ["tiny-solar-open", "--data", given, "--from", "runs/base", "--run", "runs/a"],
+                   COMMANDS)
+    with pytest.raises(UserError, match=r"is a file, and token shards are read; pass a folder made by "
+                                        r"`sov-data pack --tokenizer DIR --input chats.jsonl --output "):
+        check_inputs(work, {tmp_path / "runs/base"} if promised else set())
+
+
 # What Slurm's programs say, in one line, and the jobs that are still in its hands.
 
 

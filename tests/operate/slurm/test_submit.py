@@ -41,7 +41,7 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
     (("pretrain", *HERE, *RUN, "--set", "train.stpes=5"),
      "train.stpes: no such setting; did you mean 'train.steps'?"),
     (("pretrain", *HERE, "tiny-solar-open", "--run", "x"),
-     "--data: is missing; pass a folder made by `sov-data pack`"),
+     "--data: is missing; pass a file of chats, pairs or text, or a folder made by `sov-data pack`"),
     (("pretrain", *HERE, *RUN, "--nodes-set", "two:a=1"),
      "--nodes-set two:a=1: must have the form N:key=value"),
     (("pretrain", *HERE, "--partition", "bacth", *RUN),

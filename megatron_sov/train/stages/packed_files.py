@@ -1,0 +1,245 @@
+"""Token shards of the files that --data names, made in the run's folder before the run's processes start, by
+the commands that a user would type:
+
+    RUN/tokenizer/         `sov-tokenizer import` of the tokenizer of --from
+    RUN/data/NAME/         `sov-data pack` of a file
+    RUN/data/NAME.json     digests of the file and of the tokenizer, and the format: the shards are reused
+                           while these are the same
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import json
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_json
+from megatron_sov.base.command_line import check_part
+from megatron_sov.base.digests import file_digest
+from megatron_sov.base.documents import BadRecord, RecordReading, plan_units, read_span
+from megatron_sov.base.documents.reading import place
+from megatron_sov.base.errors import UserError, warn
+from megatron_sov.model.config import weighted_path
+from megatron_sov.model.config.data import named_shards
+from megatron_sov.runs.folder import DATA, TOKENIZER, RunFolder, record_command
+from megatron_sov.runs.launch_environment import is_first, num_ranks
+from megatron_sov.train.stages.shared_copies import digest_tokenizer
+from megatron_sov.work.processes.children import run_command
+from megatron_sov.work.progress.locks import in_turn
+
+HELDOUT_SHARE = 0.02
+"""Expected share of a file's documents that measure the held-out loss, chosen by the hash of their text."""
+PROGRAMS = {"sov-tokenizer": "tokenizer.cli", "sov-data": "data_prep.cli"}
+"""Program -> its module."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFile:
+    """An argument of --data, [NAME=]FILE[:weight], that names a file."""
+
+    argument: str
+    name: str
+    """Of its source, and of its folder in RUN/data."""
+    file: Path
+    is_renamed: bool
+    """NAME was typed."""
+    weight: str
+    """As it was typed, with its colon; "": it was not."""
+    format: str = ""
+    """Of its records; "": the file was deleted after it was packed."""
+
+    def shards(self, run: Path) -> Path:
+        """Return the folder of the packed file."""
+        return run / DATA / self.name
+
+    def packed_argument(self, run: Path) -> str:
+        """Return the argument of --data that names the packed file."""
+        return f"{self.name}=" * self.is_renamed + f"{self.shards(run)}{self.weight}"
+
+    def recorded(self, run: Path) -> dict[str, str]:
+        """Return what the file was packed from into `run`; empty: it was not packed completely."""
+        shards = self.shards(run)
+        return _read_record(shards) if (shards / MANIFEST).is_file() else {}
+
+
+def find_files(data: Sequence[str], run: Path, formats: Sequence[str]) -> list[DataFile]:
+    """Return the arguments of --data that name a file, or a file, deleted since, that `run` has packed.
+
+    Args:
+        data: arguments of --data.
+        run: folder of the run.
+        formats: that the command learns from.
+
+    Raises:
+        UserError: two of them have the same name, a weight is not a number, or the first record of a file has
+            none of the formats.
+    """
+    found: dict[str, DataFile] = {}
+    for argument in data:
+        path = weighted_path(argument, f"--data {argument}")[0]
+        name, typed = named_shards(path)
+        stem = Path(typed.removesuffix(".gz").removesuffix(".zst")).stem
+        named = DataFile(argument, name or re.sub(r"[^\w.-]+", "-", stem).lstrip(".-") or "data", Path(typed),
+                         bool(name), argument.removeprefix(path))
+        was_packed = named.recorded(run).get("file") == str(named.file.absolute())
+        if not named.file.is_file() and (named.file.exists() or not was_packed):
+            continue
+        if named.name in found:
+            raise UserError(f"--data {argument}: has the name {named.name!r} of --data "
+                            f"{found[named.name].argument}; name one of them, e.g. --data "
+                            f"{shlex.quote(f'{named.name}2={typed}')}")
+        found[named.name] = dataclasses.replace(
+            named, format=_format_of(named.file, formats) if named.file.exists() else "")
+    return list(found.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class FilePacking:
+    """How the files of --data become token shards."""
+
+    run: Path
+    """Folder of the run."""
+    files: Sequence[DataFile]
+    tokenizer: Path
+    """Folder with the model's tokenizer."""
+    dry_run: bool
+    """Pack into a temporary folder, which is deleted when this process ends."""
+
+    @property
+    def arguments(self) -> set[str]:
+        """Return the arguments of --data that name files."""
+        return {named.argument for named in self.files}
+
+    def pack(self) -> dict[str, str]:
+        """Import the tokenizer and pack the files that the run's folder does not hold yet.
+
+        Returns:
+            Argument of --data -> the argument that names the packed folder.
+
+        Raises:
+            UserError: a file has changed since the run began, many processes would pack, or a part of the
+                installation is missing.
+            SystemExit: a command failed, and printed why; or it was stopped.
+        """
+        records = {named: self._record_of(named) for named in self.files}
+        stale = [named for named in self.files if named.recorded(self.run) != records[named]]
+        packed = {named.argument: named.packed_argument(self.run) for named in self.files}
+        if not stale:
+            return packed
+        if RunFolder(self.run).has_begun():
+            self._refuse_changed(stale, records)
+        commands = [self._import_command(self.run)]
+        commands += [self._pack_command(self.run, named) for named in stale]
+        if num_ranks(None) > 1:
+            raise UserError(f"--data {stale[0].argument}: many processes would pack it at once; run before: "
+                            f"{'; '.join(map(shlex.join, commands))}; and pass "
+                            + " ".join(f"--data {named.packed_argument(self.run)}" for named in stale))
+        for module in PROGRAMS.values():
+            check_part(module)
+        target = Path(tempfile.mkdtemp(prefix="packed-")) if self.dry_run else self.run
+        if self.dry_run:
+            atexit.register(shutil.rmtree, target, ignore_errors=True)
+        with disk_errors(self.run):
+            (target / DATA).mkdir(parents=True, exist_ok=True)
+        if not self.dry_run:  # from here on `megatron-sov resume RUN` continues after a kill
+            record_command(self.run)
+        print("\n".join(["packing --data; by hand it would be:", *map(shlex.join, commands)]), flush=True)
+        with in_turn(target / DATA):
+            self._import(target)
+            for named in stale:
+                if named.recorded(target) != records[named]:  # another process was faster
+                    self._pack_file(target, named, records[named])
+        return packed | {named.argument: named.packed_argument(target) for named in stale}
+
+    def _record_of(self, named: DataFile) -> dict[str, str]:
+        """Return all that the shards of a file depend on."""
+        if not named.file.exists():
+            return named.recorded(self.run)
+        return {"file": str(named.file.absolute()), "digest": file_digest(named.file),
+                "format": named.format, "tokenizer": digest_tokenizer(self.tokenizer)}
+
+    def _refuse_changed(self, stale: Sequence[DataFile], records: dict[DataFile, dict[str, str]]) -> None:
+        """Raise `UserError` if a file, or the tokenizer, has changed since the run packed the file."""
+        for named in stale:
+            before = named.recorded(self.run)
+            if before and before["file"] == records[named]["file"]:
+                what = (str(named.file) if before["digest"] != records[named]["digest"] else
+                        f"tokenizer of {self.tokenizer}")
+                raise UserError(f"--data {named.argument}: {what} has changed since {self.run} packed it; "
+                                f"restore it, continue with {named.shards(self.run)} by `megatron-sov resume "
+                                f"{shlex.quote(str(self.run))}`, or start a new --run")
+
+    def _import_command(self, target: Path) -> list[str]:
+        return ["sov-tokenizer", "import", str(self.tokenizer), "--output", str(target / TOKENIZER)]
+
+    def _pack_command(self, target: Path, named: DataFile) -> list[str]:
+        return ["sov-data", "pack", "--tokenizer", str(target / TOKENIZER), "--format", named.format,
+                "--heldout", str(HELDOUT_SHARE), "--input", f"{named.name}={named.file}", "--output",
+                str(named.shards(target))]
+
+    def _import(self, target: Path) -> None:
+        folder, note = target / TOKENIZER, target / DATA / TOKENIZER
+        record = {"tokenizer": digest_tokenizer(self.tokenizer)}
+        if not (folder / MANIFEST).is_file() or _read_record(note) != record:
+            _run(self._import_command(target), folder)
+            atomic_write(_record_file(note), to_json(record))
+
+    def _pack_file(self, target: Path, named: DataFile, record: dict[str, str]) -> None:
+        shards = named.shards(target)
+        _record_file(shards).unlink(missing_ok=True)  # of other shards
+        _run(self._pack_command(target, named), shards)
+        atomic_write(_record_file(shards), to_json(record))
+
+
+def warn_of_changed_files(run: Path, folders: Iterable[str]) -> None:
+    """Warn of files that have changed since `run` packed them; `folders`: [NAME=]DIR that it reads."""
+    for path in folders:
+        shards = Path(named_shards(path)[1])
+        record = _read_record(shards) if shards.absolute().parent == (run / DATA).absolute() else {}
+        file = Path(record.get("file", ""))
+        if file.is_file() and file_digest(file) != record["digest"] and is_first():
+            warn(f"{file}: has changed since {run} packed it; the run continues with {shards}")
+
+
+def _run(command: Sequence[str], output: Path) -> None:
+    """Run a command of `PROGRAMS` that writes `output`, in a process of its own."""
+    program, *words = command
+    again = ["--overwrite"] if output.exists() else []
+    if code := run_command([PROGRAMS[program], *words, *again], "the same command continues"):
+        raise SystemExit(code)
+
+
+def _record_file(shards: Path) -> Path:
+    return shards.with_name(f"{shards.name}.json")
+
+
+def _read_record(shards: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(_record_file(shards).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _format_of(file: Path, formats: Sequence[str]) -> str:
+    """Return the first of `formats` by which the first record of a file can be read.
+
+    Raises:
+        UserError: there is none.
+    """
+    spans = next(iter(plan_units([file])), ())[:1]
+    faults: list[BadRecord] = []
+    for kind in formats:
+        items = (item for span in spans for item in read_span(span, RecordReading(kind)))
+        first = next((item for item in items if getattr(item, "code", "") != "empty"), None)
+        if not isinstance(first, BadRecord):
+            return kind  # of an empty file too, which `sov-data pack` refuses
+        faults.append(first)
+    fault = next((fault for fault in faults if fault.code != "fields"), faults[0])  # not of another format
+    raise UserError(f"--data {place(file, fault, 0)}: {fault.reason}; or pack it by hand (`sov-data pack "
+                    "--help`), and pass the folder")

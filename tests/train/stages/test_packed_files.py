@@ -1,0 +1,220 @@
+"""Files of --data become token shards in the run's folder, once; the two commands are replaced by quick ones
+that write what the real ones write last."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.errors import UserError
+from megatron_sov.runs.folder import COMMAND, CONFIG, RunFolder
+from megatron_sov.runs.launch_environment import COMMAND_VARIABLE
+from megatron_sov.train.stages import packed_files
+from megatron_sov.train.stages.packed_files import FilePacking, find_files, warn_of_changed_files
+
+CHAT = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}
+ALPACA = {"instruction": "Say hello.", "input": "", "output": "Hello."}
+PAIR = {"prompt": "Hi?", "chosen": "Hello.", "rejected": "No."}
+SFT, PREFER, LM = ("chat", "text"), ("preference", "chat"), ("text", "chat")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder of a run that was typed in a folder with a model."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/tokenizer.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(COMMAND_VARIABLE, json.dumps(["sft", "--run", "runs/a"]))
+    return Path("runs/a")
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Run no command: each writes the artifact of its --output; returns the words of each."""
+    made: list[list[str]] = []
+
+    def run_command(words: list[str], go_on_by: str) -> int:
+        made.append(words)
+        kind = "tokenizer" if words[1] == "import" else "tokens"
+        with new_artifact(Path(words[words.index("--output") + 1]), kind, overwrite="--overwrite" in words):
+            pass
+        return 0
+
+    monkeypatch.setattr(packed_files, "run_command", run_command)
+    return made
+
+
+def write(name: str, *records: object) -> str:
+    text = "".join(f"{record if isinstance(record, str) else json.dumps(record)}\n" for record in records)
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    return name
+
+
+def pack(run: Path, *data: str, formats: tuple[str, ...] = SFT, dry_run: bool = False) -> list[str]:
+    """Return --data as the trainer reads it."""
+    packed = FilePacking(run, find_files(data, run, formats), Path("model"), dry_run).pack()
+    return [packed.get(argument, argument) for argument in data]
+
+
+def test_a_file_is_packed_once_by_the_commands_that_are_printed(
+        run: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    write("chats.jsonl", CHAT)
+    assert pack(run, "chats.jsonl:0.5") == ["runs/a/data/chats:0.5"]
+    printed = ["sov-tokenizer import model --output runs/a/tokenizer",
+               "sov-data pack --tokenizer runs/a/tokenizer --format chat --heldout 0.02 --input "
+               "chats=chats.jsonl --output runs/a/data/chats"]
+    assert capsys.readouterr().out.splitlines()[1:] == printed
+    assert [words[1:] for words in commands] == [line.split()[1:] for line in printed]
+    assert (run / COMMAND).is_file(), "`megatron-sov resume` knows the command after a kill"
+    assert pack(run, "chats.jsonl:2") == ["runs/a/data/chats:2"] and len(commands) == 2
+    (run / CONFIG).write_text("{}")
+    Path("chats.jsonl").unlink()
+    assert pack(run, "chats.jsonl") == ["runs/a/data/chats"] and len(commands) == 2, "its shards are enough"
+
+
+@pytest.mark.parametrize(("file", "records", "formats", "expected"), [
+    ("chats.jsonl", [CHAT], SFT, ("chats", "chat")),
+    ("chats.jsonl.gz", [CHAT], SFT, ("chats", "chat")),
+    ("deep/my chats (1).jsonl", [CHAT], SFT, ("my-chats-1-", "chat")),
+    ("v1.2.jsonl", [ALPACA], SFT, ("v1.2", "chat")),
+    ("wiki.txt", ["A plain text."], SFT, ("wiki", "text")),
+    ("대화.jsonl", ["", CHAT], SFT, ("대화", "chat")),
+    ("pairs.json", [json.dumps([PAIR])], PREFER, ("pairs", "preference")),
+    ("web.jsonl", [{"text": "A text."}], LM, ("web", "text")),
+    ("chats.jsonl", [CHAT], LM, ("chats", "chat")),
+    ("empty.jsonl", [], SFT, ("empty", "chat"))])
+def test_name_and_format_follow_from_the_file(run: Path, file: str, records: list[object],
+                                              formats: tuple[str, ...], expected: tuple[str, str]) -> None:
+    [found] = find_files([write(file, *records)], run, formats)
+    assert (found.name, found.format) == expected
+    [named] = find_files([f"own={file}:3"], run, formats)
+    assert named.packed_argument(run) == "own=runs/a/data/own:3"
+
+
+def test_files_and_packed_folders_are_mixed(run: Path, commands: list[list[str]]) -> None:
+    Path("shards").mkdir()
+    data = ["a.jsonl:0.3", "shards:2", "kind=b.txt:0.7", "web=shards"]
+    write("a.jsonl", CHAT)
+    write("b.txt", "A text.")
+    assert pack(run, *data) == ["runs/a/data/a:0.3", "shards:2", "kind=runs/a/data/kind:0.7", "web=shards"]
+    assert [words[1] for words in commands] == ["import", "pack", "pack"]
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    (["a.jsonl", "deep/a.jsonl"], "--data deep/a.jsonl: has the name 'a' of --data a.jsonl; name one of "
+                                  "them, e.g. --data a2=deep/a.jsonl"),
+    (["a.jsonl:x"], "'x' after the colon is not a weight"),
+    (["turns.jsonl"], "--data turns.jsonl:1: has no 'messages'"),
+    (["torn.jsonl"], "--data torn.jsonl:1: is not valid JSON"),
+    (["pair.jsonl"], "--data pair.jsonl:1: is a preference, but --format is chat"),
+    (["table.csv"], "--data table.csv: is a table"),
+    (["latin.txt"], "--data latin.txt: is not UTF-8")])
+def test_a_file_that_no_command_can_pack_is_refused_at_its_first_record(
+        run: Path, commands: list[list[str]], data: list[str], message: str) -> None:
+    for name, record in {"a.jsonl": CHAT, "deep/a.jsonl": CHAT, "turns.jsonl": {"turns": []},
+                         "torn.jsonl": '{"messages": [', "pair.jsonl": PAIR,
+                         "table.csv": "prompt,response"}.items():
+        write(name, record)
+    Path("latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(UserError) as refused:
+        pack(run, *data)
+    assert message in str(refused.value) and not commands and not run.exists()
+
+
+@pytest.mark.parametrize("killed_in", [1, 2, 3])
+def test_a_killed_packing_continues_with_what_is_missing(
+        run: Path, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, killed_in: int) -> None:
+    data = [write("a.jsonl", CHAT), write("b.jsonl", CHAT)]
+    whole = packed_files.run_command
+
+    def killed(words: list[str], go_on_by: str) -> int:
+        if len(commands) + 1 == killed_in:
+            raise KeyboardInterrupt
+        return whole(words, go_on_by)
+
+    monkeypatch.setattr(packed_files, "run_command", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pack(run, *data)
+    assert RunFolder(run).refuse_taken(resume=False) is None, "the same command may enter"
+    monkeypatch.setattr(packed_files, "run_command", whole)
+    assert pack(run, *data) == ["runs/a/data/a", "runs/a/data/b"]
+    assert [words[1] for words in commands] == ["import", "pack", "pack"], "nothing is made twice"
+
+
+def test_a_command_that_fails_ends_this_one_by_its_code(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_files, "run_command", lambda words, go_on_by: 2)
+    with pytest.raises(SystemExit) as ended:
+        pack(run, write("a.jsonl", CHAT))
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(("change", "named"), [
+    (lambda: write("a.jsonl", CHAT, CHAT), "a.jsonl has changed"),
+    (lambda: write("a.jsonl", {"text": "A text."}), "a.jsonl has changed"),
+    (lambda: Path("model/tokenizer.json").write_text("[]"), "tokenizer of model has changed"),
+    (lambda: Path("model/chat_template.jinja").write_text("hi"), "tokenizer of model has changed")])
+def test_a_changed_file_is_packed_again_until_the_run_has_begun(
+        run: Path, commands: list[list[str]], change: Callable[[], object], named: str, begun: bool) -> None:
+    pack(run, write("a.jsonl", CHAT))
+    if begun:
+        (run / CONFIG).write_text("{}")
+    change()
+    if begun:
+        with pytest.raises(UserError, match=f"--data a.jsonl: {named} since runs/a packed it.*resume runs/a"):
+            pack(run, "a.jsonl")
+    else:
+        pack(run, "a.jsonl")
+        assert commands[-1][-1] == "--overwrite" and commands[-1][1] == "pack"
+    assert [words[1] for words in commands].count("pack") == 2 - begun
+
+
+def test_resume_warns_of_a_file_that_has_changed(run: Path, commands: list[list[str]],
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    folders = pack(run, write("a.jsonl", CHAT), write("b.jsonl", CHAT))
+    warn_of_changed_files(run, [*folders, "elsewhere/data/a"])
+    assert not capsys.readouterr().err
+    write("a.jsonl", CHAT, CHAT)
+    Path("b.jsonl").unlink()
+    warn_of_changed_files(run, folders)
+    assert capsys.readouterr().err == ("warning: " + str(Path("a.jsonl").absolute()) + ": has changed since "
+                                       "runs/a packed it; the run continues with runs/a/data/a\n")
+
+
+def test_a_dry_run_writes_nothing_into_the_run(run: Path, commands: list[list[str]]) -> None:
+    write("a.jsonl", CHAT)
+    [argument] = pack(run, "a.jsonl", dry_run=True)
+    assert Path(argument).name == "a" and Path(argument).is_dir() and not run.exists()
+
+
+def test_many_processes_are_told_the_commands(run: Path, commands: list[list[str]],
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    write("a.jsonl", CHAT)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=r"many processes would pack it at once; run before: sov-tokenizer "
+                                        r"import model .*; sov-data pack .*; and pass --data "
+                                        r"runs/a/data/a:2 --data runs/a/data/b$"):
+        pack(run, "a.jsonl:2", write("b.jsonl", CHAT))
+    assert not commands and not run.exists()
+    monkeypatch.delenv("WORLD_SIZE")
+    pack(run, "a.jsonl")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert pack(run, "a.jsonl") == ["runs/a/data/a"], "packed before, all of them read it"
+
+
+def test_a_folder_of_the_users_own_is_not_taken_for_a_run(run: Path) -> None:
+    write("project/data/chats.jsonl", CHAT)
+    Path("project/tokenizer").mkdir()
+    with pytest.raises(UserError, match="project: is not empty and holds no run"):
+        RunFolder(Path("project")).refuse_taken(resume=False)
+    Path("project/tokenizer").rmdir()
+    with new_artifact(Path("project/tokenizer"), "tokenizer"):
+        pass
+    RunFolder(Path("project")).refuse_taken(resume=False)  # as the printed commands leave it
