@@ -44,7 +44,8 @@ def compare(recipe: str, nodes: int) -> tuple[list[str], float]:
     row = [recipe, str(where.num_ranks)]
     if default is None or not roomy:
         same = default is None and not roomy
-        return [*row, "fits nowhere", "fits nowhere" if same else "differs", "", "", "", ""], 0.0 if same else 1.0
+        gap = 0.0 if same else 1.0
+        return [*row, "fits nowhere", "fits nowhere" if same else "differs", "", "", "", ""], gap
     gap = default.seconds / roomy[0].seconds - 1
     return [*row, format_days(default.seconds), format_days(roomy[0].seconds), f"{gap:+.1%}",
             format_share(default.spare_share), format_days(default.own_seconds) if default.own_seconds < 1e18

@@ -8,7 +8,6 @@ layouts, in seconds (`benchmarks/plan_default.py` compares its choices with full
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -155,12 +154,21 @@ class LocalSearch:
 
     def starts(self) -> list[LayoutChoice]:
         """Return the run's own layout, and the cheapest of a grid of sizes, all else at its simplest."""
-        whole = [r for r in self.space.recompute if r[0] is True] or list(self.space.recompute)
-        grid: dict[tuple[int, ...], LayoutChoice] = {}
+        grid: dict[tuple[int, ...], ParallelConfig] = {}
         for p in sorted(self.valid, key=_complexity):
-            grid.setdefault((p.tp, p.pp, p.cp, p.ep),
-                            LayoutChoice(p, self.space.micro_batch_size[0], whole[0]))
-        return [own_choice(self.config), *sorted(grid.values(), key=self.cost)[:NUM_STARTS]]
+            grid.setdefault((p.tp, p.pp, p.cp, p.ep), p)
+        cheapest = sorted((self.best_variant(parallel) for parallel in grid.values()), key=self.cost)
+        return [own_choice(self.config), *cheapest[:NUM_STARTS]]
+
+    def best_variant(self, parallel: ParallelConfig) -> LayoutChoice:
+        """Return the cheapest micro-batch and recomputation for sizes of a layout."""
+        fitting, found = list(self.space.recompute), []
+        for size in sorted(self.space.micro_batch_size):
+            tried = [LayoutChoice(parallel, size, recompute) for recompute in fitting]
+            found += tried
+            # a larger micro-batch needs more memory, never less
+            fitting = [choice.recompute for choice in tried if self.cost(choice)[0] != 1]
+        return min(found, key=self.cost)
 
     def descend(self, choice: LayoutChoice) -> LayoutChoice:
         """Change one group of coordinates at a time to its best values, until no change helps."""
@@ -171,9 +179,7 @@ class LocalSearch:
                 found = [dataclasses.replace(choice, parallel=p)
                          for p in alike[_others(choice.parallel, varied)]]
                 choice = min([choice, *found], key=self.cost)
-            found = [LayoutChoice(choice.parallel, size, recompute) for size, recompute
-                     in itertools.product(self.space.micro_batch_size, self.space.recompute)]
-            choice = min([choice, *found], key=self.cost)
+            choice = self.best_variant(choice.parallel)
             improved = self.cost(choice) < before
         return choice
 
