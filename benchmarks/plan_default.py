@@ -61,7 +61,8 @@ def main(names: Sequence[str]) -> int:
             gaps.append(gap)
             print(*row, sep="  ", file=sys.stderr, flush=True)
     print(text(QuoteTable("Default layout and full sweep", [
-        "recipe", "H100", "default", "sweep", "slower", "memory left", "recipe's own", "search, sweep (CPU)"], rows)))
+        "recipe", "H100", "default", "sweep", "slower", "memory left", "recipe's own",
+        "search, sweep (CPU)"], rows)))
     print(f"\nlargest gap: {max(gaps):+.1%}, at most {LARGEST_GAP:.0%} wanted")
     return int(max(gaps) > LARGEST_GAP)
 
