@@ -19,7 +19,8 @@ from megatron_sov.plan.pages.quote import Quote, as_json, gib, totals
 from megatron_sov.plan.pages.telling import PlanText, name, set_line, size_line, sizes, submit_line
 from megatron_sov.plan.post_training import covers, quotes
 from megatron_sov.plan.pricing import Machines, Pricing, pricing, quote, refuse_precision, run_stages
-from megatron_sov.plan.search.recommended import leaves_layout_open, settings_for
+from megatron_sov.plan.search.default import DefaultLayout, find_layout, leaves_layout_open
+from megatron_sov.plan.search.recommended import settings_for
 from megatron_sov.plan.search.space import own_choice
 from megatron_sov.plan.search.sweep import (
     SweepSearch, fewest_nodes, fits_somehow, num_layouts, search, told_nodes)
@@ -41,7 +42,9 @@ class PlacedPlan:
     quotes: list[Quote]
     """Its stages; none where the profile does not say what GPUs it has."""
     told: PlanText | None = None
-    """The search that chose the layout."""
+    """The sweep that chose the layout."""
+    default: DefaultLayout | None = None
+    """The search that chose the layout if the user set none and asked for no sweep."""
 
     @cached_property
     def _fullest(self) -> tuple[int, Account]:
@@ -57,6 +60,7 @@ class PlacedPlan:
         if self.quotes:
             found |= {"stages": [as_json(q) for q in self.quotes],
                       "totals": quote_tables.totals_json(totals(self.quotes))}
+        found |= {"layout_search": dataclasses.asdict(self.default)} if self.default else {}
         return found | ({"sweep": self.told.as_json()} if self.told else {})
 
     def as_text(self) -> str:
@@ -82,7 +86,7 @@ class PlacedPlan:
         days = totals(self.quotes).days
         low, high = days / (1 + UNSEEN_ERROR), days * (1 + UNSEEN_ERROR)
         return [f"{days:,.1f} days, {low:,.1f} to {high:,.1f} in nine "
-                "of ten cases (docs/plan_speed.md)"]
+                "of ten cases (docs/plan_speed.md)", *([self.default.line()] if self.default else [])]
 
 
 def memory_lines(config: RunConfig, num_ranks: int, chip: Chip | None = None) -> str:
@@ -109,22 +113,23 @@ def _gib(num_bytes: int) -> str:
 
 def placed(request: RecipeRequest, machines: Machines,
            learned: LearnedCorrection | None = None) -> PlacedPlan:
-    """Return a run with its own layout, or with the recommended one where nobody has said any.
+    """Return a run with its own layout, or with the one that a search finds if the user sets none.
 
     Raises:
         UserError: it breaks a rule, does not fit, or its profile does not say what `plan` has to know.
     """
     config, settings = request.config(), list(request.settings)
-    prices = pricing(machines, learned)
+    prices, default = pricing(machines, learned), None
     if leaves_layout_open(request):
-        recommended = _recommended(config, machines, settings)
-        config, settings = apply_settings(config, recommended), settings + recommended
+        default = find_layout(config, machines, settings, learned)
+        chosen = list(default.settings) if default else _recommended(config, machines, settings)
+        config, settings = apply_settings(config, chosen), settings + chosen
     config.check(machines.num_ranks)
     if prices:
         refuse_precision(config, prices.chip)
         _refuse_too_large(config, prices)
     _refuse_on_host(config, machines)
-    return PlacedPlan(config, machines, _quotes(config, prices, settings) if prices else [])
+    return PlacedPlan(config, machines, _quotes(config, prices, settings) if prices else [], default=default)
 
 
 def searched(request: RecipeRequest, machines: Machines, recipe: Sequence[str],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,11 +23,14 @@ from megatron_sov.model.config import RunConfig, apply_settings, data_paths
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.config.run import with_rounds
 from megatron_sov.model.recipes.requested import BuiltIn, training_request
-from megatron_sov.plan.calibration.fitting import refuse_too_large
-from megatron_sov.plan.search.recommended import leaves_layout_open, says_layout, settings_for
+from megatron_sov.plan.calibration.fitting import fits, refuse_too_large
+from megatron_sov.plan.pricing import Machines
+from megatron_sov.plan.search.default import find_layout, leaves_layout_open
+from megatron_sov.plan.search.recommended import says_layout, settings_for
 from megatron_sov.runs.folder import COMPLETION, JOBS, resumed_settings
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import CHIPS
+from megatron_sov.work.clusters.cluster import ClusterProfile
 
 Commands = Mapping[str, Callable[[argparse.ArgumentParser], None]]
 """Stage -> what declares the arguments of its command to a parser;
@@ -355,20 +358,18 @@ def check_inputs(work: StageWork, promised: set[Path]) -> None:
     data_paths([text for text in work.data if _path_of(text).absolute() not in made])
 
 
-def fitting_nodes(work: StageWork, profile_ranks: int, num_nodes: int, least: int,
-                  settings: dict[int, tuple[str, ...]], gpu: str = "") -> dict[int, tuple[str, ...]]:
+def fitting_nodes(work: StageWork, profile: ClusterProfile, num_nodes: int, least: int,
+                  settings: dict[int, tuple[str, ...]]) -> dict[int, tuple[str, ...]]:
     """Return number of nodes -> settings, for every number from `least` to `num_nodes` that the layout fits.
 
-    Where nobody has said anything about the layout it is the recommended one of so many GPUs, if there is
-    one.
+    If the user sets no layout, a search chooses one for the profile's GPUs (`plan.search.default`).
 
     Args:
         work: a training stage.
-        profile_ranks: ranks of a node.
+        profile: the cluster.
         num_nodes: nodes that are asked for; they have to fit.
         least: fewest nodes to go on with.
         settings: number of nodes -> settings that change then.
-        gpu: kind of the nodes' GPUs; empty: nobody looks at their memory.
 
     Raises:
         UserError: the layout does not fit `num_nodes` or `least`, or a number has settings
@@ -376,13 +377,19 @@ def fitting_nodes(work: StageWork, profile_ranks: int, num_nodes: int, least: in
     """
     assert work.config is not None, work.stage
     fitting: dict[int, tuple[str, ...]] = {}
+    profile_ranks, gpu = profile.tasks_per_node, profile.gpu if profile.gpus_per_node else ""
+    layout: tuple[str, ...] = ()
     # a job that lost nodes goes on with fewer, where the layout fits that many
     for count in range(num_nodes, least - 1, -1):
         num_ranks, said = count * profile_ranks, settings.get(count, ())
-        # a layout that the user named is never replaced by a recommended one
-        open_ = work.layout_open and not says_layout(said)
-        chosen = (*(settings_for(work.config, num_ranks, gpu, (*work.settings, *said)) if open_ else ()),
-                  *said)
+        # a layout that the user named is never replaced
+        if not work.layout_open or says_layout(said):
+            chosen = said
+        elif layout and _suits(apply_settings(work.config, [*layout, *said]), num_ranks, gpu):
+            chosen = (*layout, *said)
+        else:
+            layout = _chosen_layout(work, profile, count, said)
+            chosen = (*layout, *said)
         config = apply_settings(work.config, list(chosen)) if chosen else work.config
         problems = config.problems(num_ranks)
         if not problems:
@@ -394,3 +401,20 @@ def fitting_nodes(work: StageWork, profile_ranks: int, num_nodes: int, least: in
             raise UserError(f"--nodes {count} x {profile_ranks} processes do not fit {config.recipe}: "
                             f"{'; '.join(map(str, problems))}")
     return fitting
+
+
+def _suits(config: RunConfig, num_ranks: int, gpu: str) -> bool:
+    """Return whether the layout found for more nodes keeps the rules and fits on fewer."""
+    return not config.problems(num_ranks) and (not gpu or fits(config, num_ranks, CHIPS[gpu]))
+
+
+def _chosen_layout(work: StageWork, profile: ClusterProfile, num_nodes: int, said: Sequence[str]
+                   ) -> tuple[str, ...]:
+    """Return the settings of the layout that a search finds, else those of the recommended one."""
+    assert work.config is not None, work.stage
+    config, settings = apply_settings(work.config, list(said)), (*work.settings, *said)
+    found = find_layout(config, Machines(profile.description, profile, num_nodes), settings)
+    gpu = profile.gpu if profile.gpus_per_node else ""
+    if found is not None:
+        return found.settings
+    return settings_for(config, num_nodes * profile.tasks_per_node, gpu, settings)

@@ -284,8 +284,7 @@ def prepare(request: SubmitRequest, commands: Commands) -> Prepared:
                            if work.kind.ranks else f"{request.stage} works on one node; leave it out"))
     layouts: dict[int, tuple[str, ...]] = {1: ()}
     if work.kind.ranks:
-        layouts = fitting_nodes(work, request.profile.tasks_per_node, request.nodes, least, request.settings,
-                                request.profile.gpu if request.profile.gpus_per_node else "")
+        layouts = fitting_nodes(work, request.profile, request.nodes, least, request.settings)
     # before anything is written
     _check_side_jobs(work)
     if request.engine_nodes:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from megatron_sov.model import recipes
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.calibration.fitting import fits, fullest
 from megatron_sov.work.clusters.chips import CHIPS
 from megatron_sov.work.clusters.units import GIB
@@ -167,14 +165,6 @@ def recommended(config: RunConfig, num_ranks: int, gpu: str, said: Sequence[str]
         if not changed.problems(num_ranks) and fits(changed, num_ranks, CHIPS[gpu]):
             return layout
     return None
-
-
-def leaves_layout_open(request: RecipeRequest) -> bool:
-    """Return whether nobody has said anything about a run's layout, its micro-batch or what it recomputes:
-    neither --set, nor a file, nor a recipe of the user's own under the name of another one."""
-    base = request.base
-    return (not request.from_file and not says_layout(request.settings)
-            and base.recipe in RECOMMENDED and base.parallel == recipes.get(base.recipe).parallel)
 
 
 def says_layout(settings: Sequence[str]) -> bool:

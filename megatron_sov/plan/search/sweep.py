@@ -200,13 +200,13 @@ def search(config: RunConfig, pricing: Pricing, fixed: Collection[str] = (),
         UserError: the chip has no products in the run's precision.
     """
     found, names = [], []
-    for stage, space, same in _spaces(config, pricing, fixed):
+    for stage, space, same in stage_spaces(config, pricing, fixed):
         found.append(sweep(stage, space, pricing, advance))
         names.append(", ".join(s.name for s in same))
     return SweepSearch(config, found, names, common(found))
 
 
-def _spaces(config: RunConfig, pricing: Pricing,
+def stage_spaces(config: RunConfig, pricing: Pricing,
             fixed: Collection[str]) -> list[tuple[RunStage, LayoutSpace, list[RunStage]]]:
     """Return the stages of a run by kind, each with its space: uneven pipelines that suit one of them are
     looked at for all, since one layout is to serve them all.
@@ -223,7 +223,7 @@ def _spaces(config: RunConfig, pricing: Pricing,
 
 def num_layouts(config: RunConfig, pricing: Pricing, fixed: Collection[str] = ()) -> int:
     return sum(space.variants * sum(1 for _ in layouts(stage.config, space))
-               for stage, space, _ in _spaces(config, pricing, fixed))
+               for stage, space, _ in stage_spaces(config, pricing, fixed))
 
 
 def fewest_nodes(config: RunConfig, pricing: Pricing, fixed: Collection[str] = ()) -> int | None:

@@ -13,12 +13,11 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.count import TABLES, num_params
-from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.calibration.fitting import changes, fits, fullest, nearest, refuse_too_large
 from megatron_sov.plan.footprint.held import held as held_by, stage_params
 from megatron_sov.plan.pricing import machines, pricing, run_stages
 from megatron_sov.plan.search.recommended import (
-    RECOMMENDED, leaves_layout_open, recommended, says_layout, settings_for, table)
+    RECOMMENDED, recommended, says_layout, settings_for, table)
 from megatron_sov.work.clusters.chips import CHIPS, Gpu
 from megatron_sov.work.clusters.units import GIB
 
@@ -123,18 +122,6 @@ def test_what_is_said_stays_under_a_recommended_layout() -> None:
     said = ["gpu.attention=local"]
     own = settings_for(apply_settings(config, said), 480, "b200", said)
     assert own and not any(setting.startswith("gpu.attention") for setting in own)
-
-
-@pytest.mark.parametrize(("settings", "from_file", "own", "open_"), [
-    ((), False, {}, True), (("parallel.expert_dispatcher=alltoall",), False, {}, True),
-    (("train.steps=5",), False, {}, True), (("parallel.ep=16",), False, {}, False),
-    (("train.recompute=false",), False, {}, False), (("train.micro_batch_size=2",), False, {}, False),
-    ((), True, {}, False), ((), False, {"ep": 16}, False)])
-def test_a_layout_is_open_where_nobody_has_said_anything(settings: tuple[str, ...], from_file: bool,
-                                                         own: dict[str, int], open_: bool) -> None:
-    base = recipes.get("solar-open-102b")
-    base = dataclasses.replace(base, parallel=dataclasses.replace(base.parallel, **own))
-    assert leaves_layout_open(RecipeRequest(base, settings, from_file)) == open_
 
 
 def test_a_recipe_without_recommendations_keeps_its_layout() -> None:

@@ -1,0 +1,193 @@
+"""The layout that `plan` and `submit` choose if the user sets none: the fastest one that a local search finds
+and that leaves a share of each GPU's memory unused.
+
+A full sweep prices every layout and takes up to minutes.  The local search prices a coarse grid, then changes
+one coordinate of the best layouts at a time until no change helps; it prices some hundreds to thousands of
+layouts, in seconds (`benchmarks/plan_default.py` compares its choices with full sweeps)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.figures import format_days, format_share
+from megatron_sov.model import recipes
+from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
+from megatron_sov.model.recipes.requested import RecipeRequest
+from megatron_sov.plan.calibration.expected import LearnedCorrection
+from megatron_sov.plan.pricing import Machines, Pricing, RunStage, pricing
+from megatron_sov.plan.search.recommended import recommended, says_layout
+from megatron_sov.plan.search.space import LayoutChoice, LayoutSpace, layouts, own_choice
+from megatron_sov.plan.search.sweep import stage_spaces
+
+SPARE_SHARE = 0.1
+"""Share of the memory that a run may take of a GPU which the chosen layout leaves unused, if one can."""
+NUM_STARTS = 6
+"""Layouts of the grid from which the local search starts."""
+Cost = tuple[int, float]
+"""0 and seconds of all steps if a layout fits; 1 and the bytes that it lacks; 2 if it breaks a rule."""
+BROKEN: Cost = (2, 0.0)
+SEARCHED = ("tp", "pp", "vpp", "pipeline_layout", "cp", "ep", "etp", "zero1", "expert_overlap")
+PIPELINE = ("pp", "vpp", "pipeline_layout")
+VARIED = ((*PIPELINE, "expert_overlap"), ("ep", "etp", "expert_overlap"), ("tp", "etp"), ("tp", "cp"),
+          ("zero1",), (*PIPELINE, "ep"), ("pp", "tp"))
+"""Settings that one move of the local search changes together."""
+
+
+@dataclass(frozen=True)
+class DefaultLayout:
+    """The layout that a run gets on a cluster."""
+
+    settings: tuple[str, ...]
+    """What makes it of the run's own settings, as --set takes it."""
+    seconds: float
+    """Predicted time of all steps."""
+    own_seconds: float
+    """Predicted time of all steps with the recipe's own layout; infinite if that does not fit at all."""
+    num_priced: int
+    """Layouts that were priced."""
+    spare_share: float
+    """Share of the usable GPU memory that the layout leaves; below `SPARE_SHARE` if no layout leaves more."""
+
+    def line(self) -> str:
+        """Return the line of a plan on how the layout was chosen."""
+        own = f"takes {format_days(self.own_seconds)}" if self.own_seconds < math.inf else "does not fit"
+        return (f"layout: fastest of {self.num_priced:,} priced, {format_days(self.seconds)} of training, "
+                f"leaves {format_share(self.spare_share)} of the GPU's memory; the recipe's own {own}")
+
+
+def leaves_layout_open(request: RecipeRequest) -> bool:
+    """Return whether neither --set, nor a file, nor a recipe of the user's own sets a run's layout, its
+    micro-batch or what it recomputes."""
+    base = request.base
+    known = recipes.get(base.recipe).parallel if base.recipe in recipes.names() else ParallelConfig()
+    return not request.from_file and not says_layout(request.settings) and base.parallel == known
+
+
+def find_layout(config: RunConfig, machines: Machines, said: Sequence[str] = (),
+                learned: LearnedCorrection | None = None) -> DefaultLayout | None:
+    """Search the layout of a run for a cluster whose GPUs are known.
+
+    Args:
+        config: the run; kernels and precision stay as they are set.
+        machines: the cluster.
+        said: settings as the user passed them to --set, which stay.
+        learned: parameters of speed; None: those of the package.
+
+    Returns:
+        The fastest layout found; None if none fits, the profile does not describe its GPUs and links, or the
+        run consists of rounds of reinforcement learning, for which the recommended layouts hold.
+    """
+    prices = pricing(machines, learned)
+    if prices is None or config.objective.name == "policy":
+        return None
+    try:
+        return LocalSearch(config, prices, said).run()
+    except UserError:
+        return None
+
+
+class LocalSearch:
+    """Coordinate descent over layouts, from the cheapest layouts of a coarse grid."""
+
+    def __init__(self, config: RunConfig, prices: Pricing, said: Sequence[str]) -> None:
+        # kernels and dispatchers that the recipe recommends for these GPUs, which the search does not vary
+        own = recommended(config, prices.num_ranks, prices.machines.profile.gpu, said) or ()
+        self.own_settings, self.config = own, apply_settings(config, list(own))
+        self.prices = prices
+        spaces = stage_spaces(self.config, prices, {setting.partition("=")[0] for setting in said})
+        self.stages: list[RunStage] = [stage for stage, _, _ in spaces]
+        self.space: LayoutSpace = spaces[0][1]
+        self.valid = [parallel for parallel in layouts(self.config, self.space)
+                      if not parallel.problems(config.model, prices.num_ranks)]
+        self.neighbours: list[dict[tuple[object, ...], list[ParallelConfig]]] = []
+        for varied in VARIED:
+            alike = defaultdict(list)
+            for parallel in self.valid:
+                alike[_others(parallel, varied)].append(parallel)
+            self.neighbours.append(alike)
+        self.costs: dict[LayoutChoice, Cost] = {}
+        self.limit_bytes = 0.0
+
+    def run(self) -> DefaultLayout | None:
+        """Return the best layout that leaves `SPARE_SHARE`, else the best that fits at all, else None."""
+        for spare in (SPARE_SHARE, 0.0):
+            self.limit_bytes = (1 - spare) * self.prices.limit_bytes
+            self.costs.clear()
+            best = min((self.descend(start) for start in self.starts()), key=self.cost)
+            if self.cost(best)[0] == 0:
+                return self.describe(best)
+        return None
+
+    def describe(self, best: LayoutChoice) -> DefaultLayout:
+        """Return the settings of a layout, its time, and the time of the recipe's own layout."""
+        seconds, num_priced = self.cost(best)[1], len(self.costs)
+        self.limit_bytes = self.prices.limit_bytes
+        self.costs.clear()
+        own = self.cost(own_choice(self.config))
+        needs = max(self.prices.needs(stage.with_config(best.of(stage.config))) for stage in self.stages)
+        settings = {setting.partition("=")[0]: setting
+                    for setting in (*self.own_settings, *best.settings(self.config))}
+        return DefaultLayout(tuple(settings.values()), seconds, own[1] if own[0] == 0 else math.inf,
+                             num_priced, 1 - needs / self.prices.limit_bytes)
+
+    def cost(self, choice: LayoutChoice) -> Cost:
+        """Price a layout, each layout once."""
+        if choice not in self.costs:
+            self.costs[choice] = self._price(choice)
+        return self.costs[choice]
+
+    def _price(self, choice: LayoutChoice) -> Cost:
+        lacks, seconds = 0.0, 0.0
+        for stage in self.stages:
+            at = stage.with_config(choice.of(stage.config))
+            if at.config.problems(self.prices.num_ranks):
+                return BROKEN
+            lacks = max(lacks, self.prices.needs(at) - self.limit_bytes)
+            if lacks <= 0:
+                seconds += sum(self.prices.seconds(at).values()) * stage.steps
+        return (1, lacks) if lacks > 0 else (0, seconds)
+
+    def starts(self) -> list[LayoutChoice]:
+        """Return the run's own layout, and the cheapest of a grid of sizes, all else at its simplest."""
+        grid: dict[tuple[int, ...], ParallelConfig] = {}
+        for p in sorted(self.valid, key=_complexity):
+            grid.setdefault((p.tp, p.pp, p.cp, p.ep), p)
+        cheapest = sorted((self.best_variant(parallel) for parallel in grid.values()), key=self.cost)
+        return [own_choice(self.config), *cheapest[:NUM_STARTS]]
+
+    def best_variant(self, parallel: ParallelConfig) -> LayoutChoice:
+        """Return the cheapest micro-batch and recomputation for sizes of a layout."""
+        fitting, found = list(self.space.recompute), []
+        for size in sorted(self.space.micro_batch_size):
+            tried = [LayoutChoice(parallel, size, recompute) for recompute in fitting]
+            found += tried
+            # a larger micro-batch needs more memory, never less
+            fitting = [choice.recompute for choice in tried if self.cost(choice)[0] != 1]
+        return min(found, key=self.cost)
+
+    def descend(self, choice: LayoutChoice) -> LayoutChoice:
+        """Change one group of coordinates at a time to its best values, until no change helps."""
+        improved = True
+        while improved:
+            before = self.cost(choice)
+            for varied, alike in zip(VARIED, self.neighbours, strict=True):
+                found = [dataclasses.replace(choice, parallel=p)
+                         for p in alike[_others(choice.parallel, varied)]]
+                choice = min([choice, *found], key=self.cost)
+            choice = self.best_variant(choice.parallel)
+            improved = self.cost(choice) < before
+        return choice
+
+
+def _others(parallel: ParallelConfig, varied: Collection[str]) -> tuple[object, ...]:
+    """Return the values of every searched setting that is not varied."""
+    return tuple(getattr(parallel, name) for name in SEARCHED if name not in varied)
+
+
+def _complexity(p: ParallelConfig) -> tuple[int, ...]:
+    return len(p.pipeline_layout), p.vpp, p.etp, p.expert_overlap != "none", not p.zero1

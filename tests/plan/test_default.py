@@ -1,0 +1,86 @@
+"""The default layout: as fast as a full sweep finds, with memory to spare, and what the user set stays."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.model.config import apply_settings
+from megatron_sov.model.recipes.requested import RecipeRequest
+from megatron_sov.plan.calibration.fitting import fullest
+from megatron_sov.plan.pricing import machines, pricing
+from megatron_sov.plan.search.default import SPARE_SHARE, LocalSearch, find_layout, leaves_layout_open
+from megatron_sov.plan.search.sweep import search
+
+
+@pytest.mark.parametrize(("recipe", "gpu", "said"), [
+    ("qwen3-8b", "h100", ()), ("qwen3-8b", "b200", ("train.fp8=mxfp8",)), ("llama-3.1-8b", "h200", ()),
+    ("qwen3-4b", "h100", ("train.global_batch_size=48",)), ("vibethinker-1.5b", "h100", ()),
+    ("gemma-3-1b", "a100", ()), ("tiny-solar-open", "h100", ()), ("tiny-qwen3-moe", "b200", ())])
+def test_the_default_is_as_fast_as_the_best_of_a_sweep_with_memory_to_spare(
+        recipe: str, gpu: str, said: tuple[str, ...]) -> None:
+    config, where = apply_settings(recipes.get(recipe), list(said)), machines(gpu, 1)
+    prices, found = pricing(where), find_layout(config, where, said)
+    assert prices is not None and found is not None
+    swept = search(LocalSearch(config, prices, said).config, prices)
+    roomy = [one for one in swept.best if one.needs_bytes <= (1 - SPARE_SHARE) * prices.limit_bytes]
+    assert found.seconds <= 1.05 * (roomy or swept.best)[0].seconds
+    assert found.num_priced < swept.num_looked_at
+    chosen = apply_settings(config, list(found.settings))
+    needs = fullest(chosen, where.num_ranks)[1].total
+    assert not chosen.problems(where.num_ranks)
+    assert needs <= (1 - SPARE_SHARE if roomy else 1) * prices.limit_bytes
+    assert len({setting.partition("=")[0] for setting in found.settings}) == len(found.settings)
+    assert find_layout(config, where, said) == found
+
+
+@pytest.mark.parametrize("said", [
+    ("parallel.expert_dispatcher=alltoall",), ("train.fp8=none",), ("gpu.attention=local",)])
+def test_kernels_that_the_user_chose_stay(said: tuple[str, ...]) -> None:
+    config = apply_settings(recipes.get("qwen3-moe-30b"), list(said))
+    found = find_layout(config, machines("h100", 2), said)
+    assert found is not None
+    assert apply_settings(apply_settings(config, list(found.settings)), list(said)) == apply_settings(
+        config, list(found.settings))
+
+
+def test_a_model_that_fills_the_gpus_gets_the_fastest_layout_that_fits() -> None:
+    """102 B parameters on 64 H100 leave less than a tenth if the samples are long."""
+    config = apply_settings(recipes.get("solar-open-102b"), ["parallel.expert_dispatcher=alltoall"])
+    where = machines("h100", 4)
+    found = find_layout(config, where)
+    prices = pricing(where)
+    assert prices is not None
+    if found is None:
+        assert not search(config, prices).best
+    else:
+        chosen = apply_settings(config, list(found.settings))
+        assert fullest(chosen, where.num_ranks)[1].total <= prices.limit_bytes
+
+
+@pytest.mark.parametrize(("recipe", "cluster"), [("qwen3-8b", "local"), ("vibethinker-1.5b-code", "h100")])
+def test_unknown_gpus_and_rounds_have_no_search(recipe: str, cluster: str) -> None:
+    assert find_layout(recipes.get(recipe), machines(cluster, 1)) is None
+
+
+@pytest.mark.parametrize(("recipe", "settings", "from_file", "own", "open_"), [
+    ("solar-open-102b", (), False, {}, True), ("qwen3-8b", (), False, {}, True),
+    ("solar-open-102b", ("parallel.expert_dispatcher=alltoall",), False, {}, True),
+    ("solar-open-102b", ("train.steps=5",), False, {}, True),
+    ("solar-open-102b", ("parallel.ep=16",), False, {}, False),
+    ("solar-open-102b", ("train.recompute=false",), False, {}, False),
+    ("solar-open-102b", ("train.micro_batch_size=2",), False, {}, False),
+    ("deepseek-v3", (), False, {}, True), ("mine", (), False, {}, True),
+    ("mine", (), False, {"tp": 2}, False),
+    ("solar-open-102b", (), True, {}, False), ("solar-open-102b", (), False, {"ep": 16}, False)])
+def test_a_layout_is_open_if_the_user_set_none(recipe: str, settings: tuple[str, ...], from_file: bool,
+                                               own: dict[str, int], open_: bool) -> None:
+    if recipe == "mine":
+        base = dataclasses.replace(recipes.get("qwen3-8b"), recipe="mine")
+        base = dataclasses.replace(base, parallel=type(base.parallel)())
+    else:
+        base = recipes.get(recipe)
+    base = dataclasses.replace(base, parallel=dataclasses.replace(base.parallel, **own))
+    assert leaves_layout_open(RecipeRequest(base, settings, from_file)) == open_
