@@ -192,6 +192,8 @@ def placed(request: RecipeRequest, machines: Machines,
     if leaves_layout_open(request):
         default = find_layout(config, machines, settings, learned)
         chosen = list(default.settings) if default else _recommended(config, machines, settings)
+        if prices and default is None:
+            _refuse_few_nodes(config, apply_settings(config, chosen), prices, settings)
         config, settings = apply_settings(config, chosen), settings + chosen
     config.check(machines.num_ranks)
     if prices:
@@ -228,6 +230,18 @@ def searched(request: RecipeRequest, machines: Machines, recipe: Sequence[str],
     _refuse_on_host(best, machines)
     return PlacedPlan(best, machines, length_source(request),
                       _quotes(best, prices, [*request.settings, *settings]), told)
+
+
+def _refuse_few_nodes(config: RunConfig, placed_config: RunConfig, prices: Pricing,
+                      said: Sequence[str]) -> None:
+    """Refuse a run without a layout for so many GPUs, if there is one for more of them; the rule that the
+    recipe's own layout breaks would mislead."""
+    refuse_precision(config, prices.chip)
+    if not placed_config.problems(prices.num_ranks):
+        return
+    nodes = fewest_nodes(config, prices, {setting.partition("=")[0] for setting in said})
+    if nodes is not None:
+        raise UserError(f"{config.recipe} on {_gpus(prices.machines)}: fits nowhere; {told_nodes(nodes)}")
 
 
 def _refuse_too_large(config: RunConfig, prices: Pricing) -> None:
