@@ -153,6 +153,11 @@ def batch_size_at(train: TrainConfig, phase: PhaseConfig, step: int) -> int:
     return min(full, train.ramp_from_batch_size + step * stretches // train.ramp_steps * train.ramp_increment)
 
 
+def nearest_multiple(number: int, unit: int) -> int:
+    """Return the multiple of `unit` nearest to `number`, at least `unit`; of two as near the larger."""
+    return max(1, (number + unit // 2) // unit) * unit
+
+
 def ramp_changes(train: TrainConfig, phase: PhaseConfig) -> list[int]:
     """Return the steps at which the ramp changes the batch size."""
     sizes = [batch_size_at(train, phase, s) for s in range(train.ramp_steps + 1)]
