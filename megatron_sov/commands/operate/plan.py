@@ -1,6 +1,11 @@
 """`megatron-sov plan RECIPE [--set key=value ...] [--nproc N | --cluster P --nodes N [--sweep]] [--json]
 [--html FILE]`: a run before it runs, step by step, and what it takes on a cluster.
 
+`megatron-sov plan [RECIPE] --cluster P --nodes N [--days D] [--budget USD]`: tokens that recipes reach within
+a budget.
+
+`megatron-sov plan [sft|prefer|distill] --from FOLDER [--data DIR] --cluster P`: fine-tuning of a model.
+
 `megatron-sov plan --table ROWS.csv --out PREDICTED.csv`: the speed of runs that stand in a table.
 
 `megatron-sov plan RECIPE --cluster P --calibrate-engine URL [--out FILE]`: what a step of decoding takes on a
@@ -9,6 +14,7 @@ server that runs."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from dataclasses import dataclass
@@ -17,17 +23,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
+from megatron_sov.base.settings import AboveZero, AtLeastOne, Flag, add_options, read_options
 from megatron_sov.model.config import RunConfig, data_paths
 from megatron_sov.model.recipes.requested import RecipeOptions, RecipeRequest, requested
+from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, base_of_model
 from megatron_sov.work.clusters import cluster
 
 if TYPE_CHECKING:
     from megatron_sov.plan.calibration.expected import LearnedCorrection
 
 OF_A_RUN = ("recipe", "configs", "plugins", "settings", "data", "nproc", "cluster", "nodes", "sweep", "prove",
-            "json", "html")
+            "json", "html", "start_from", "days", "budget")
 """Arguments that a table of runs has no use for."""
+STAGES: dict[str, Stage] = {"sft": "sft", "prefer": "preference", "distill": "distill"}
+"""What --from may be trained by: word in the place of RECIPE -> objective."""
+QUANTIZATION = "quantization_config"
+"""Field of config.json that says how a folder's weights are packed, which decides nothing of a plan."""
 
 
 CLUSTER = ("Price the run on the GPUs of this cluster: take the layout that is recommended for them, where "
@@ -39,6 +50,15 @@ CLUSTER = ("Price the run on the GPUs of this cluster: take the layout that is r
 class PlanOptions(RecipeOptions):
     """Show what a run will do at each step, and what it takes on a cluster."""
 
+    recipe: Annotated[str | None, Flag("RECIPE")] = None
+    """Name of a recipe (`megatron-sov recipes` lists them), or FILE.py:FUNCTION of your own; with --from: sft
+    (default), prefer or distill; without, --days or --budget compares all recipes."""
+    start_from: Annotated[Path | None, Flag("--from", "CHECKPOINT|RUN|HF_DIR")] = None
+    """Plan to fine-tune this model; of a Hugging Face folder only config.json is read."""
+    days: Annotated[AboveZero | None, Flag(value="DAYS")] = None
+    """Say how many tokens RECIPE, or each recipe for pretraining, reaches on --cluster in so many days."""
+    budget: Annotated[AboveZero | None, Flag(value="USD")] = None
+    """The same for so many US dollars; with --days the smaller limit decides."""
     data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR[:weight]")] = ()
     """Token shards made by `sov-data pack`: say how often the run reads them, and whether their vocabulary
     fits."""
@@ -102,12 +122,125 @@ def run(typed: argparse.Namespace) -> int:
         raise UserError(f"--engine-gpus {args.engine_gpus}: is of the server that --calibrate-engine names")
     if args.cluster is not None and args.nproc is not None and args.calibrate_engine is None:
         raise UserError(f"--nproc {args.nproc}: --cluster {args.cluster} and --nodes decide; leave it out")
-    request = requested(args)
+    if (args.days or args.budget) is not None:
+        return _within_budget(args)
+    request = _read_request(args)
     if args.prove:
         return _prove(args, request)
     if args.calibrate_engine is not None:
         return _calibrate_engine(args, request)
     return _on_cluster(args, request) if args.cluster else _schedule(args, request)
+
+
+def _read_request(args: PlanOptions) -> RecipeRequest:
+    """Return what the command was asked for: a recipe, or a stage of post-training of --from.
+
+    Raises:
+        UserError: it cannot be used, or the length of the stage is not known.
+    """
+    if args.start_from is None:
+        if args.recipe in STAGES:
+            raise UserError(f"{args.recipe}: is a stage, which needs a model: add --from FOLDER, or name a "
+                            "recipe (`megatron-sov recipes` lists them)")
+        return requested(args)
+    named = args.recipe is not None and args.recipe not in STAGES
+    if named or args.configs:
+        given = args.recipe if named else f"--config {args.configs[0]}"
+        raise UserError(f"--from {args.start_from} and {given}: both say which model is trained; leave one "
+                        f"out, or name a stage instead of a recipe ({', '.join(STAGES)})")
+    stage = STAGES[args.recipe or "sft"]
+    asked = requested(dataclasses.replace(args, recipe=None), partial(_base_of, args.start_from, stage))
+    learned = dataclasses.replace(asked.base.objective, name=stage)
+    asked = dataclasses.replace(asked, trains_by=stage, base=dataclasses.replace(
+        asked.base, objective=learned,
+        data=dataclasses.replace(asked.base.data, paths=data_paths(args.data))))
+    return _completed(args, asked, stage)
+
+
+def _base_of(start_from: Path, stage: Stage) -> RunConfig:
+    """Return the settings that a stage of post-training begins with; weights are not opened."""
+    from megatron_sov.model.families import supported as families
+    from megatron_sov.model.families.family import text_config
+    from megatron_sov.model.pretrained import CONFIG, hub_name, read_json
+    from megatron_sov.runs.checkpoints import IMPORTED, settings_of
+    from megatron_sov.train.stages.stage_config import find_start
+
+    # the folder of a run has a config.json too, without the type of a Hugging Face model
+    fields = read_json(start_from / CONFIG) if (start_from / CONFIG).is_file() else {}
+    if "model_type" not in fields:
+        settings = settings_of(find_start(start_from))
+        name = hub_name(start_from) if settings.recipe == IMPORTED else settings.recipe
+        return base_of_model(name, settings.model, "bf16", stage, settings.lora)
+    try:
+        fields = text_config(fields)
+        family = families.get(str(fields.get("model_type")))
+        if not any(QUANTIZATION in item.names for item in family.config):
+            fields = {name: value for name, value in fields.items() if name != QUANTIZATION}
+        model = family.from_hf_config(fields)
+    except UserError as e:
+        raise UserError(f"--from {start_from}: {e}") from None
+    return base_of_model(hub_name(start_from), model, "bf16", stage)
+
+
+def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeRequest:
+    """Return a stage of post-training with the settings that follow from its data, or from its length.
+
+    Raises:
+        UserError: the data cannot be read, are of another kind, or nothing says how long the stage is.
+    """
+    from megatron_sov.plan.pricing import machines
+    from megatron_sov.runs.launch_environment import MOST_LOCAL_RANKS
+    from megatron_sov.train.data.token_shards import open_sources
+    from megatron_sov.train.stages.stage_config import check_chats
+    from megatron_sov.train.stages.stage_defaults import complete_stage
+
+    config = asked.config()
+    said = {setting.partition("=")[0] for setting in asked.settings}
+    if config.data.paths:
+        sources = open_sources(config.data.paths, config.model.vocab_size, None, warns=False, is_fixed=True)
+        if stage == "sft":
+            check_chats(config, sources)
+        num_gpus = (machines(args.cluster, args.nodes).num_ranks if args.cluster else args.nproc) or 1
+        config = complete_stage(asked, config, stage, min(num_gpus, MOST_LOCAL_RANKS)).config
+        return dataclasses.replace(asked, base=config)
+    if not said & {"train.steps", "train.tokens"}:
+        raise UserError(f"--from {args.start_from}: nothing says how long the stage is; pass --data DIR made "
+                        "by `sov-data pack`, or --set train.tokens=100000000")
+    size = {} if "train.global_batch_size" in said else {"global_batch_size": DEFAULTS[stage].batch_size}
+    train = dataclasses.replace(config.train, epochs=0.0, **size)
+    phases = tuple(dataclasses.replace(phase, seq_len=min(phase.seq_len, config.model.max_position_tokens))
+                   for phase in config.data.phases)
+    data = dataclasses.replace(config.data, phases=phases)
+    return dataclasses.replace(asked, base=dataclasses.replace(config, train=train, data=data))
+
+
+def _within_budget(args: PlanOptions) -> int:
+    """Print how many tokens recipes reach within --days and --budget."""
+    from megatron_sov.base.artifacts import to_json
+    from megatron_sov.model.recipes.requested import load_plugins
+    from megatron_sov.plan.on_cluster import budget_rows, budget_text, pretraining_requests
+    from megatron_sov.plan.pricing import machines
+
+    option = "--days" if args.days is not None else "--budget"
+    if args.cluster is None:
+        raise UserError(f"{option}: needs the GPUs that are paid for; name them by --cluster")
+    if other := [name for name in ("sweep", "prove", "html", "calibrate_engine") if getattr(args, name)]:
+        raise UserError(f"{option} and --{other[0].replace('_', '-')}: are two plans; leave one of them out")
+    where = machines(args.cluster, args.nodes)
+    if args.recipe or args.configs or args.start_from:
+        request = _read_request(args)
+        requests = {request.base.recipe: request}
+    else:
+        load_plugins(args.plugins)
+        requests = pretraining_requests(args.settings)
+    rows = budget_rows(requests, where, args.days, args.budget, _learned(args.parameters))
+    if args.json:
+        print(to_json({"cluster": args.cluster, "nodes": where.nodes, "gpus": where.num_ranks,
+                       "days": args.days, "budget_usd": args.budget,
+                       "recipes": [row.as_json() for row in rows]}))
+    else:
+        print(budget_text(rows, where))
+    return 0
 
 
 def _prove(args: PlanOptions, request: RecipeRequest) -> int:
@@ -235,7 +368,7 @@ def _data_lines(args: PlanOptions, config: RunConfig) -> list[str]:
     read = schedule.tokens(schedule.num_steps - 1)
     lines = [f"data: {format_count(tokens)} tokens, of which the run reads {format_count(read)} "
              f"({read / max(tokens, 1):.3g} passes)"]
-    if vocab_size < config.model.vocab_size:
+    if vocab_size < config.model.vocab_size and args.start_from is None:
         lines.append(f"data: its tokenizer has {vocab_size:,} ids, model.vocab_size is "
                      f"{config.model.vocab_size:,}; pass --set model.vocab_size={vocab_size} for a model "
                      "without unused ones")

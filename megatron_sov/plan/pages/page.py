@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from megatron_sov.base.figures import format_count, format_energy, format_money, format_seconds, format_share
+from megatron_sov.base.figures import (
+    format_count, format_days, format_energy, format_money, format_seconds, format_share)
 from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, chart, colour, plain, render
 from megatron_sov.model.config import RunConfig
 from megatron_sov.plan.pages import quote as quote_tables
@@ -14,7 +15,7 @@ from megatron_sov.plan.pages.quote import Quote, QuoteTable, alike, gib, totals
 from megatron_sov.plan.pages.telling import PlanText, name, sizes, steps_to_show, timetable_rows
 from megatron_sov.plan.search.sweep import SweepResult
 from megatron_sov.schedules import Schedule
-from megatron_sov.work.clusters.units import GIB
+from megatron_sov.work.clusters.units import GIB, SECONDS_OF_A_DAY
 
 MAX_POINTS = 2000
 """Layouts of a kind of stage that are drawn: the fastest, and some of the others."""
@@ -40,7 +41,8 @@ def _figures(quotes: Sequence[Quote]) -> list[tuple[str, str, str]]:
     low, high = t.cost_range_usd
     fullest = max(quotes, key=lambda q: q.memory.total_bytes).memory
     asked = f"{format_money(low)} to {format_money(high)}" if high > low else ""
-    return [("Days", f"{t.days:,.1f}", f"{format_share(t.effective_share)} of them training"),
+    return [("Time", format_days(t.days * SECONDS_OF_A_DAY),
+             f"{format_share(t.effective_share)} of it training"),
             ("Cost", format_money(t.cost_usd), asked),
             ("Energy", format_energy(t.energy_kwh), f"{format_count(t.gpu_hours)} GPU-hours"),
             ("Speed", f"{min(q.tokens_per_s_per_gpu for q in quotes if q.num_gpus):,.0f}",

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from megatron_sov.base.figures import (
-    format_count, format_duration, format_energy, format_money, format_seconds, format_share, format_size)
-from megatron_sov.work.clusters.units import GIB, HOURS_OF_A_DAY
+    format_count, format_days, format_duration, format_energy, format_money, format_seconds, format_share,
+    format_size)
+from megatron_sov.work.clusters.units import GIB, HOURS_OF_A_DAY, SECONDS_OF_A_DAY
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,15 @@ class QuoteTotals:
     effective_share: float
     peak_memory_bytes: int
 
+    def at_tokens(self, tokens: float) -> QuoteTotals:
+        """Return the totals of a run of `tokens` tokens at the same speed; stages keep their shares."""
+        share = tokens / self.tokens
+        low, high = self.cost_range_usd
+        return dataclasses.replace(
+            self, tokens=round(tokens), days=self.days * share, gpu_hours=self.gpu_hours * share,
+            energy_kwh=self.energy_kwh * share, cost_usd=self.cost_usd * share,
+            cost_range_usd=(low * share, high * share))
+
 
 def totals(quotes: Sequence[Quote]) -> QuoteTotals:
     """Return what stages take one after the other; there is at least one."""
@@ -191,17 +201,17 @@ def tables(quotes: Sequence[Quote]) -> list[QuoteTable]:
 
 def stages(quotes: Sequence[Quote]) -> QuoteTable:
     """Return what each stage takes and what all of them take."""
-    head = ["stage", "context", "batch", "tokens", "step", "tokens/s/GPU", "MFU", "days", "GPU-hours",
+    head = ["stage", "context", "batch", "tokens", "step", "tokens/s/GPU", "MFU", "time", "GPU-hours",
             "energy", "cost"]
     rows = [[q.name, f"{q.seq_len:,}", f"{q.global_batch_size:,}", format_count(q.tokens),
              format_seconds(q.step_s),
              f"{q.tokens_per_s_per_gpu:,.0f}" if q.num_gpus else "-", format_share(q.mfu) if q.mfu else "-",
-             f"{q.days:,.1f}", format_count(q.gpu_hours), format_energy(q.energy_kwh),
+             format_days(q.days * SECONDS_OF_A_DAY), format_count(q.gpu_hours), format_energy(q.energy_kwh),
              format_money(q.cost_usd)] for q in quotes]
     if len(quotes) > 1:
         t = totals(quotes)
-        rows.append(["total", "", "", format_count(t.tokens), "", "", "", f"{t.days:,.1f}",
-                     format_count(t.gpu_hours),
+        rows.append(["total", "", "", format_count(t.tokens), "", "", "",
+                     format_days(t.days * SECONDS_OF_A_DAY), format_count(t.gpu_hours),
                      format_energy(t.energy_kwh), format_money(t.cost_usd)])
     return QuoteTable("What it takes", head, rows)
 
