@@ -237,10 +237,10 @@ def refuse_on_this_machine(config: RunConfig, nproc: int | None) -> None:
     if needs > USABLE_HOST_SHARE * total_bytes:
         plural = "es" if count > 1 else ""
         raise UserError(
-            f"{config.recipe} on {count} process{plural} of this machine, which has no GPU: "
-            f"weights, gradients and optimizer take {format_memory(needs)} of {format_memory(total_bytes)} of "
-            f"memory; `megatron-sov plan {config.recipe} --cluster h100` shows the GPUs that it needs, "
-            "`megatron-sov submit` checks and submits it there, and `megatron-sov recipes` lists tiny forms")
+            f"{config.recipe} on {count} process{plural} of this machine, which has no GPU: weights, "
+            f"gradients and optimizer take {format_memory(needs)}, and the machine has "
+            f"{format_memory(total_bytes)}; take a smaller model (`megatron-sov recipes`), or a cluster: "
+            "`megatron-sov plan --cluster h100` shows what it needs, `megatron-sov submit` checks its job")
 
 
 def _refuse(config: RunConfig, count: int, ranks: Sequence[int], memory_bytes: int, has: str,

@@ -95,10 +95,14 @@ def _refuse_small_vocabulary(config: RunConfig, sources: Sequence[Source]) -> No
                         f"--set model.vocab_size={size} to train from scratch with this one")
 
 
+def count_tokens(config: RunConfig) -> float:
+    """Return the tokens of all steps of a run."""
+    return sum(_tokens_by_length(config).values())
+
+
 def count_epochs(config: RunConfig, sources: Sequence[Source]) -> float:
     """Return how often a run reads its data on average, padding of conversations counted in."""
-    tokens = sum(_tokens_by_length(config).values())
-    return tokens / (epoch_samples(config, sources) * config.data.phases[0].seq_len)
+    return count_tokens(config) / (epoch_samples(config, sources) * config.data.phases[0].seq_len)
 
 
 def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source]) -> None:
