@@ -99,8 +99,8 @@ class DataConfig:
     phases: Annotated[tuple[PhaseConfig, ...], MinLen(1)] = (PhaseConfig("main"),)
     """The curriculum, in order."""
     max_epochs: Annotated[float, Ge(0)] = 4.0
-    """Passes over a source above which the run warns (more than about four help little:
-    arXiv 2305.16264); 0: never."""
+    """Passes over a source above which the run warns (more than about four help little: arXiv 2305.16264);
+    above 20 passes too a run whose length nobody set is refused. 0: no limit."""
     skip_steps: tuple[tuple[AtLeastOne, AtLeastOne], ...] = ()
     """First and last optimizer step (1-based) of stretches whose samples are passed over
     without learning them."""
