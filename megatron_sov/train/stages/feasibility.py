@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_count, format_value
@@ -32,7 +32,7 @@ CPU_FLOPS_PER_S, GPU_SHARE = 2e10, 0.5
 
 
 def refuse_unfit(asked: RecipeRequest, config: RunConfig, stage: Stage | None, nproc: int | None, *,
-                 is_initial: bool, dry_run: bool) -> None:
+                 is_initial: bool, dry_run: bool, num_prompts: int = 0) -> None:
     """Refuse a training command that does not fit its data or this machine.
 
     Args:
@@ -42,6 +42,7 @@ def refuse_unfit(asked: RecipeRequest, config: RunConfig, stage: Stage | None, n
         nproc: local processes.
         is_initial: whether the run starts from initial weights, so that the vocabulary can be set.
         dry_run: whether the time of this machine does not matter.
+        num_prompts: prompts of reinforcement learning.
 
     Raises:
         UserError: the learning rate of a pretraining recipe in post-training, another vocabulary, too many
@@ -51,6 +52,8 @@ def refuse_unfit(asked: RecipeRequest, config: RunConfig, stage: Stage | None, n
     if stage is not None and is_recipe and "optim.lr" not in said_settings(asked) and (
             recipes.get(config.recipe).objective.name == "lm"):
         refuse_pretraining_rate(config, stage, num_params(config.model).total)
+    if config.rollout.rounds and num_prompts and is_recipe:
+        _refuse_many_passes(config, num_prompts, said_settings(asked))
     if config.data.paths:
         refuse_unfit_data(asked, config, open_all_sources(config), is_initial=is_initial)
     refuse_on_this_machine(config, nproc)
@@ -114,6 +117,16 @@ def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source]) -> None:
                     f"data in {epochs:,.0f} epochs, and the limit is {limit:g}; set train.epochs to what you "
                     "want, add data, or allow the epochs by --set "
                     f"data.max_epochs={math.ceil(epochs)}")
+
+
+def _refuse_many_passes(config: RunConfig, num_prompts: int, said: Collection[str]) -> None:
+    """Refuse rounds that a recipe brings if they draw each of few prompts very often."""
+    rollout, limit = config.rollout, max(MOST_EPOCHS, config.data.max_epochs)
+    passes = rollout.rounds * rollout.prompts_per_round / num_prompts
+    if config.data.max_epochs and passes > limit and not {"rollout.rounds", "train.epochs"} & set(said):
+        raise UserError(f"rollout.rounds = {rollout.rounds:,}: draw each of {num_prompts:,} prompts "
+                        f"{passes:,.0f} times, and the limit is {limit:g}; add prompts, or set "
+                        "rollout.rounds or train.epochs to what you want")
 
 
 def _refuse_days(config: RunConfig, count: int) -> None:

@@ -103,7 +103,8 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
     found = complete_stage(asked, mixed, stage, args.nproc, num_prompts)
     config = completed(found.config)
     config.check(num_ranks(args.nproc))
-    refuse_unfit(asked, config, stage, args.nproc, is_initial=args.start_from is None, dry_run=args.dry_run)
+    refuse_unfit(asked, config, stage, args.nproc, is_initial=args.start_from is None, dry_run=args.dry_run,
+                 num_prompts=num_prompts)
     faults = parse(args.inject, num_ranks(args.nproc))
     start = args.start_from and find_start(args.start_from)
     if start is not None:

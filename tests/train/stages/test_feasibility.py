@@ -13,6 +13,7 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings
+from megatron_sov.model.config.run import with_rounds
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import Stage
 from megatron_sov.plan.calibration import fitting
@@ -162,3 +163,22 @@ def test_memory_of_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch, setti
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     fitting.refuse_on_this_machine(config, None)
+
+
+@pytest.mark.parametrize(("settings", "num_prompts", "refused"), [
+    ((), 1, True), ((), 2, True), (("optim.lr=1e-6",), 1, True), ((), 100_000, False),
+    (("data.max_epochs=0",), 1, False), (("rollout.rounds=500",), 1, False), (("train.epochs=9",), 1, False),
+    (("data.max_epochs=1e6",), 1, False)])
+def test_few_prompts_are_not_drawn_very_often_unless_set(settings: tuple[str, ...], num_prompts: int,
+                                                         refused: bool) -> None:
+    base = recipes.get("tiny-solar-open-rl")
+    base = apply_settings(base, ["rollout.rounds=90"])
+    asked = RecipeRequest(base, settings, from_file=False)
+    config = with_rounds(asked.config())
+    try:
+        refuse_unfit(asked, config, "policy", None, is_initial=False, dry_run=True, num_prompts=num_prompts)
+        said = ""
+    except UserError as e:
+        said = str(e)
+    assert bool(said) == refused and (not refused or said.startswith(
+        f"rollout.rounds = 90: draw each of {num_prompts:,} prompts "))
