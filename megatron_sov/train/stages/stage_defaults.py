@@ -13,8 +13,7 @@ from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.objectives import FORMATS
 from megatron_sov.model.recipes.requested import RecipeRequest
-from megatron_sov.model.recipes.stage_defaults import (
-    COMMANDS, Stage, defaults_of, rate_settings)
+from megatron_sov.model.recipes.stage_defaults import COMMANDS, Stage, defaults_of, rate_settings
 from megatron_sov.plan.footprint.memory import account
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.data.ledger import unit_tokens
