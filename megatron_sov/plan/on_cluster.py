@@ -201,7 +201,7 @@ def placed(request: RecipeRequest, machines: Machines,
         _refuse_too_large(config, prices)
     _refuse_on_host(config, machines)
     return PlacedPlan(config, machines, length_source(request),
-                      _quotes(config, prices, settings) if prices else [], default=default)
+                      quote_run(config, prices, settings) if prices else [], default=default)
 
 
 def searched(request: RecipeRequest, machines: Machines, recipe: Sequence[str],
@@ -229,7 +229,7 @@ def searched(request: RecipeRequest, machines: Machines, recipe: Sequence[str],
                     submit_line(config, machines, recipe, [*request.settings, *settings]))
     _refuse_on_host(best, machines)
     return PlacedPlan(best, machines, length_source(request),
-                      _quotes(best, prices, [*request.settings, *settings]), told)
+                      quote_run(best, prices, [*request.settings, *settings]), told)
 
 
 def _refuse_few_nodes(config: RunConfig, placed_config: RunConfig, prices: Pricing,
@@ -262,7 +262,8 @@ def _recommended(config: RunConfig, machines: Machines, said: Sequence[str]) -> 
     return list(settings_for(config, machines.num_ranks, gpu, said))
 
 
-def _quotes(config: RunConfig, prices: Pricing, settings: Sequence[str]) -> list[Quote]:
+def quote_run(config: RunConfig, prices: Pricing, settings: Sequence[str]) -> list[Quote]:
+    """Return the quotes of a run's phases, stages or jobs; `settings` are those that the user passed."""
     if covers(config):
         return quotes(config, prices)
     micro_batch_set = any(s.startswith("train.micro_batch_size=") for s in settings)

@@ -440,6 +440,7 @@ def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
     numbers = submission.submit(prepared, [])
     print(f"submitted {stage} as job {' and '.join(numbers)}\nscript: {prepared.jobs[0].script}\n"
           f"log:    {prepared.work.records}/{numbers[0]}{'_*' if options.array else ''}.log")
+    print("".join(f"{line}\n" for line in prepared.summary), end="")
     return 0
 
 

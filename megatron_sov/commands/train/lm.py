@@ -64,6 +64,7 @@ def run_extend(typed: argparse.Namespace) -> int:
     from megatron_sov.post.extend.stages import planned_stages
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.objectives.objective import formats_of
+    from megatron_sov.train.stages.feasibility import refuse_unfit
 
     # all stages are planned before the first one starts
     stages = planned_stages(request, args.start_from, args.run, args.nproc,
@@ -71,6 +72,7 @@ def run_extend(typed: argparse.Namespace) -> int:
     refuse_unknown_benchmarks(stages[-1].config)
     for stage in stages:
         stage.config.check(num_ranks(args.nproc))
+        refuse_unfit(request, stage.config, None, args.nproc, is_initial=False, dry_run=args.dry_run)
         stage.folder.enter(stage.config, args.resume)
     start = find_start(args.start_from)
     refuse_many_converters(start, args.run)

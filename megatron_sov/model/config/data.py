@@ -95,8 +95,8 @@ class DataConfig:
     phases: Annotated[tuple[PhaseConfig, ...], MinLen(1)] = (PhaseConfig("main"),)
     """The curriculum, in order."""
     max_epochs: Annotated[float, Ge(0)] = 4.0
-    """Passes over a source above which the run warns (more than about four help little:
-    arXiv 2305.16264); 0: never."""
+    """Passes over a source above which the run warns (more than about four help little: arXiv 2305.16264);
+    above 20 passes too a run whose length nobody set is refused. 0: no limit."""
     skip_steps: tuple[tuple[AtLeastOne, AtLeastOne], ...] = ()
     """First and last optimizer step (1-based) of stretches whose samples are passed over
     without learning them."""
@@ -141,6 +141,11 @@ def batch_size_at(train: TrainConfig, phase: PhaseConfig, step: int) -> int:
     # The ramp counts towards the run's batch size, not the phase's, so phases agree about where it is.
     stretches = -(-(train.global_batch_size - train.ramp_from_batch_size) // train.ramp_increment)
     return min(full, train.ramp_from_batch_size + step * stretches // train.ramp_steps * train.ramp_increment)
+
+
+def nearest_multiple(number: int, unit: int) -> int:
+    """Return the multiple of `unit` nearest to `number`, at least `unit`; of two as near the larger."""
+    return max(1, (number + unit // 2) // unit) * unit
 
 
 def ramp_changes(train: TrainConfig, phase: PhaseConfig) -> list[int]:

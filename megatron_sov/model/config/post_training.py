@@ -14,6 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from megatron_sov.base.settings import (
     AboveZero, ActsWhen, AnyOf, AtLeastOne, Finite, Fraction, NotNegative, NotNegativeInt, ProblemCode,
     SettingsProblem, Share, find_broken, is_none_of, is_one_of, is_set)
+from megatron_sov.model.config.data import nearest_multiple
 from megatron_sov.model.config.learning import learns, learns_by_policy
 
 
@@ -154,10 +155,12 @@ class RolloutConfig:
     def problems(self) -> list[SettingsProblem]:
         """Return every rule that these settings break."""
         budgets = self.budgets_tokens
+        num_prompts = nearest_multiple(self.prompts_per_round, self.steps_per_round)
         return find_broken(
             self, "rollout",
             (self.prompts_per_round % self.steps_per_round == 0, "prompts_per_round",
-             f"must be a multiple of rollout.steps_per_round = {self.steps_per_round}"),
+             f"must be a multiple of rollout.steps_per_round = {self.steps_per_round}",
+             f"set rollout.prompts_per_round={num_prompts}"),
             (max(budgets, default=0) <= self.max_new_tokens, "budgets_tokens",
              f"must be at most rollout.max_new_tokens = {self.max_new_tokens}"),
             (self.samples_per_prompt % max(1, len(budgets)) == 0, "samples_per_prompt",

@@ -25,7 +25,8 @@ from megatron_sov.base.settings import (
 from megatron_sov.base.words import note_on, settings_called
 from megatron_sov.model.config.bounds import MAX_STEPS
 from megatron_sov.model.config.data import (
-    DataConfig, PhaseConfig, batch_size_at, named_shards, phase_steps, phase_tokens, ramp_changes)
+    DataConfig, PhaseConfig, batch_size_at, named_shards, nearest_multiple, phase_steps, phase_tokens,
+    ramp_changes)
 from megatron_sov.model.config.encoders import MediaConfig
 from megatron_sov.model.config.evaluate import EvaluateConfig, ExtendConfig, NeedleConfig
 from megatron_sov.model.config.gpu import GpuConfig, quantization_problems, weight_problems
@@ -247,10 +248,9 @@ class RunConfig:
         # Megatron's interleaved schedule takes micro-batches in groups of `pp`.
         unit *= self.parallel.pp if interleaved else 1
         pipeline = f" x parallel.pp {self.parallel.pp}, since parallel.vpp > 1" if interleaved else ""
-        p = [SettingsProblem(Kind.RULE, "train.global_batch_size",
-                             f"(phase {phase.name}) must be a multiple of "
-                             f"train.micro_batch_size {t.micro_batch_size} x data parallel size "
-                             f"{dp}{pipeline} = {unit}", size)
+        multiple = (f"a multiple of train.micro_batch_size {t.micro_batch_size} x data parallel size {dp}"
+                    f"{pipeline} = {unit}")
+        p = [self._uneven_batch(size, phase, unit, multiple)
              for size, phase in sorted(sizes.items(), key=lambda item: item[0]) if size % unit]
         if (steps := self.num_steps()) > MAX_STEPS:
             p.append(SettingsProblem(Kind.RULE, "train.tokens",
@@ -258,6 +258,26 @@ class RunConfig:
                                      f"be at most {MAX_STEPS:,}",
                                      way_out="ask for fewer tokens, or larger batches"))
         return p
+
+    def _uneven_batch(self, size: int, phase: PhaseConfig, unit: int, multiple: str) -> SettingsProblem:
+        """Return the problem of a step of `size` samples, not a multiple of `unit`, with numbers to set."""
+        t = self.train
+        if size not in (phase.global_batch_size, t.global_batch_size):
+            first, increment = t.ramp_from_batch_size, t.ramp_increment
+            return SettingsProblem(
+                Kind.RULE, "train.ramp_from_batch_size",
+                f"with train.ramp_increment = {increment} makes steps of {size} (phase {phase.name}), "
+                f"which must be {multiple}", first,
+                f"set train.ramp_from_batch_size={nearest_multiple(first, unit)} and "
+                f"train.ramp_increment={nearest_multiple(increment, unit)}")
+        key = "train.global_batch_size"
+        if size == phase.global_batch_size:
+            key = f"data.phases.{self.data.phases.index(phase)}.global_batch_size"
+        shares = unit // t.micro_batch_size
+        micro = next((m for m in range(t.micro_batch_size, 0, -1) if size % (m * shares) == 0), 0)
+        smaller = f", or train.micro_batch_size={micro}" if micro else ""
+        return SettingsProblem(Kind.RULE, key, f"(phase {phase.name}) must be {multiple}", size,
+                               f"set {key}={nearest_multiple(size, unit)}{smaller}")
 
     def check(self, num_ranks: int = 1) -> None:
         """Raise `SettingsError` listing every value out of its bounds, or else every rule that is broken."""

@@ -22,8 +22,8 @@ from megatron_sov.base.settings import AtLeastOne, Flag, NotNegativeInt, change,
 from megatron_sov.model.config import RunConfig, apply_settings, data_paths
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.config.run import with_rounds
-from megatron_sov.model.recipes.requested import BuiltIn, training_request
-from megatron_sov.plan.calibration.fitting import fits, refuse_too_large
+from megatron_sov.model.recipes.requested import BuiltIn, RecipeRequest, training_request
+from megatron_sov.plan.calibration.fitting import fits, refuse_on_nodes, refuse_too_large
 from megatron_sov.plan.pricing import Machines
 from megatron_sov.plan.search.default import find_layout, leaves_layout_open
 from megatron_sov.plan.search.recommended import says_layout, settings_for
@@ -189,6 +189,14 @@ class StageWork:
     """Whether nobody has said anything about the layout of a training stage."""
     settings: tuple[str, ...] = ()
     """--set of a training stage."""
+    request: RecipeRequest | None = None
+    """What a training stage was asked for."""
+    start_from: Path | None = None
+    """--from of a training stage; None: initial weights."""
+    data_tokens: int = 0
+    """Training tokens of its data; 0: unknown."""
+    epochs: float = 0.0
+    """Passes over its data; 0: unknown."""
     engines: EngineShares | None = None
     """Servers that write for rl-run; None: its own model does, or servers that somebody else has started."""
 
@@ -248,7 +256,7 @@ def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
     # a job may start several times; without --resume its second start would refuse its own run
     argv = arguments if args.resume else [*arguments, "--resume"]
     # checked before submission: a job should not wait for days to say that a folder is missing
-    inputs = [_path_of(text) for text in args.data or config.data.paths]
+    inputs = [path_of(text) for text in args.data or config.data.paths]
     others = (args.start_from, *args.configs,
               *(getattr(args, name, None) for name in ("reference", "prompts", "validation")),
               *_teachers(args))
@@ -256,6 +264,7 @@ def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
     return StageWork(stage, tuple(argv), run, run / JOBS, run / COMPLETION,
                      inputs=tuple(p.absolute() for p in inputs), data=tuple(args.data), config=config,
                      layout_open=leaves_layout_open(request), settings=tuple(request.settings),
+                     request=request, start_from=args.start_from,
                      engines=_engines(args) if stage == "rl-run" else None)
 
 
@@ -276,11 +285,12 @@ def _artifact(stage: str, arguments: list[str]) -> StageWork:
     if arguments[0] not in ARTIFACTS[stage]:
         raise UserError(f"submit {stage}: {arguments[0]!r} is no command that writes an artifact; "
                         f"begin with one of {', '.join(ARTIFACTS[stage])}, and run others where you are")
-    inputs = [_path_of(text) for text in args.input] + [p for p in (args.tokenizer,) if p]
+    inputs = [path_of(text) for text in args.input] + [p for p in (args.tokenizer,) if p]
     return _making(stage, arguments, args.output, inputs)
 
 
-def _path_of(text: str) -> Path:
+def path_of(text: str) -> Path:
+    """Return the folder of [NAME=]PATH[:WEIGHT]."""
     if Path(text).exists():
         return Path(text)
     # NAME=PATH:WEIGHT, where a path may hold signs of both kinds
@@ -395,6 +405,9 @@ def fitting_nodes(work: StageWork, profile: ClusterProfile, num_nodes: int, leas
         if not problems:
             if gpu:
                 refuse_too_large(config, num_ranks, CHIPS[gpu])
+            if profile.memory_bytes:
+                refuse_on_nodes(config, num_ranks, profile_ranks, profile.memory_bytes,
+                                CHIPS[gpu] if gpu else None)
             fitting[count] = chosen
         # numbers in between may not fit: the job just does not run on them
         elif count in (num_nodes, least) or count in settings:

@@ -13,13 +13,15 @@ from collections.abc import Iterator, Sequence
 import psutil
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.figures import format_memory
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_sov.plan.footprint.activations import kinds
 from megatron_sov.plan.footprint.held import chunk_layers
 from megatron_sov.plan.footprint.memory import Account, account
 from megatron_sov.plan.footprint.states import StageBuffers, StatePlace, states_of
-from megatron_sov.runs.launch_environment import num_ranks
+from megatron_sov.runs.gpu_driver import visible_gpus
+from megatron_sov.runs.launch_environment import num_ranks, under_launcher
 from megatron_sov.work.clusters.chips import Gpu
 from megatron_sov.work.clusters.units import GIB
 
@@ -176,6 +178,10 @@ USABLE_HOST_SHARE = 0.9
 the system.  Our choice; not measured yet."""
 
 
+DRIVER_FILE = "/dev/nvidiactl"
+"""Device of NVIDIA's driver: a machine with it has GPUs, also if `nvidia-smi` is not installed."""
+
+
 def node_bytes(config: RunConfig, count: int, ranks: Sequence[int]) -> int:
     """Return what some processes of a run of `count` pin together."""
     # One account per stage: processes of a stage pin about as much.
@@ -205,6 +211,36 @@ def refuse_on_this_node(config: RunConfig, gpu: Gpu | None) -> None:
         first = int(os.environ.get("RANK", "0")) - own
         _refuse(config, num_ranks(None), range(first, first + here), psutil.virtual_memory().available,
                 "has available", gpu)
+
+
+def refuse_on_this_machine(config: RunConfig, nproc: int | None) -> None:
+    """Refuse a run that the memory of this machine cannot hold: of its visible GPUs, or without GPUs the
+    host's, of which only weights, gradients and optimizer of the local processes are counted.
+
+    Args:
+        config: of the run.
+        nproc: local processes; ranks of a launcher are left to their own checks.
+
+    Raises:
+        UserError: what the run needs, and what there is.
+    """
+    if under_launcher():
+        return
+    count, gpus = num_ranks(nproc), visible_gpus()
+    for gpu in gpus[:count]:
+        refuse_too_large(config, count, Gpu(gpu.name, gpu.memory_bytes))
+    if gpus or os.path.exists(DRIVER_FILE):
+        return
+    pp, total_bytes = config.parallel.pp, psutil.virtual_memory().total
+    longest = max(phase.seq_len for phase in config.data.phases)
+    needs = sum(account(config, count, stage, longest).states for stage in range(pp)) * count // pp
+    if needs > USABLE_HOST_SHARE * total_bytes:
+        plural = "es" if count > 1 else ""
+        raise UserError(
+            f"{config.recipe} on {count} process{plural} of this machine, which has no GPU: weights, "
+            f"gradients and optimizer take {format_memory(needs)}, and the machine has "
+            f"{format_memory(total_bytes)}; take a smaller model (`megatron-sov recipes`), or a cluster: "
+            "`megatron-sov plan --cluster h100` shows what it needs, `megatron-sov submit` checks its job")
 
 
 def _refuse(config: RunConfig, count: int, ranks: Sequence[int], memory_bytes: int, has: str,

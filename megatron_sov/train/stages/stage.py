@@ -26,10 +26,10 @@ from megatron_sov.engine.parallel.world import on_main
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.pretrained import is_hf_folder
-from megatron_sov.plan.calibration.fitting import fullest, refuse_on_this_node, refuse_too_large
+from megatron_sov.plan.calibration.fitting import (
+    fullest, refuse_on_this_machine, refuse_on_this_node, refuse_too_large)
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunEvents, RunFolder
-from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.obs.events import EVENTS
@@ -52,7 +52,6 @@ from megatron_sov.train.stages.shared_copies import SHARED, find_copy
 from megatron_sov.train.stages.stage_config import tokenizer_of
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import ObjectiveFactory, Trainer
-from megatron_sov.work.clusters.chips import Gpu
 
 
 @dataclass(frozen=True)
@@ -126,9 +125,7 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
         gate = None if stage.end_gate is None else stage.end_gate.name
         tell_complete(stage.folder, stage.config, completion, gate, dry_run=stage.dry_run)
         return True
-    if on_gpu() and not under_launcher():
-        for gpu in visible_gpus()[:num_ranks(nproc)]:
-            refuse_too_large(stage.config, num_ranks(nproc), Gpu(gpu.name, gpu.memory_bytes))
+    refuse_on_this_machine(stage.config, nproc)
     data = _open_data(stage)
     _check_start(stage, data)
     if stage.dry_run:

@@ -99,7 +99,8 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
     """
     # numpy, which --help does without
     from megatron_sov.train.data.views import with_mixed_phases
-    from megatron_sov.train.stages.stage_defaults import complete_stage, refuse_unmeant
+    from megatron_sov.train.stages.feasibility import refuse_unfit
+    from megatron_sov.train.stages.stage_defaults import complete_stage
 
     asked = stage_request(args, objective, needs_data=needs_data)
     stage: Stage | None = None if objective == "lm" else objective
@@ -111,8 +112,8 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
     found = complete_stage(asked, mixed, stage, args.nproc, num_prompts)
     config = completed(found.config)
     config.check(num_ranks(args.nproc))
-    if stage is not None:
-        refuse_unmeant(asked, config, stage, args.nproc, dry_run=args.dry_run)
+    refuse_unfit(asked, config, stage, args.nproc, is_initial=args.start_from is None, dry_run=args.dry_run,
+                 num_prompts=num_prompts)
     faults = parse(args.inject, num_ranks(args.nproc))
     start = args.start_from and find_start(args.start_from)
     if start is not None:

@@ -1,30 +1,24 @@
-"""Completes the settings of a stage of post-training from its data, its model and the table of defaults, and
-refuses plans that nobody can have meant.  Numpy, and no torch."""
+"""Completes the settings of a stage of post-training from its data, its model and the table of defaults.
+Numpy, and no torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.model import recipes
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
-from megatron_sov.model.families.count import num_params, train_flops_per_token
+from megatron_sov.model.families.count import num_params
 from megatron_sov.model.objectives import FORMATS
 from megatron_sov.model.recipes.requested import RecipeRequest
-from megatron_sov.model.recipes.stage_defaults import (
-    COMMANDS, MOST_EPOCHS, Stage, defaults_of, rate_settings, refuse_pretraining_rate)
+from megatron_sov.model.recipes.stage_defaults import COMMANDS, Stage, defaults_of, rate_settings
 from megatron_sov.plan.footprint.memory import account
-from megatron_sov.runs.gpu_driver import visible_gpus
-from megatron_sov.runs.launch_environment import num_ranks, under_launcher
+from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.data.ledger import unit_tokens
 from megatron_sov.train.data.streams import Cursor, DocumentStream
 from megatron_sov.train.data.token_shards import Source, open_sources
-from megatron_sov.work.clusters.chips import of_device
-from megatron_sov.work.clusters.units import SECONDS_OF_AN_HOUR
 
 LEAST_SEQ_LEN, MOST_SEQ_LEN, TEXT_SEQ_LEN = 256, 8192, 2048
 """Tokens of a sample that are chosen: at least, at most, and of text, which may be cut anywhere."""
@@ -32,10 +26,6 @@ STEPS_OF_AN_EPOCH = 16
 """Steps that a pass over small data has at least: its batches are made smaller for that."""
 MOST_WINDOWS = 8
 """Windows of documents that are packed to count samples; the rest of a large source is taken to be alike."""
-LENGTHS = ("train.steps", "train.tokens", "train.epochs")
-"""Settings that say how long a run is."""
-CPU_FLOPS_PER_S, GPU_SHARE = 2e10, 0.5
-"""What a core, and which share of a GPU's peak a run reaches at best: a bound, not a prediction."""
 LEAST_ACTIVATION_BYTES = 2 << 30
 """Activations of a micro-batch of responses on any machine; or as many bytes as weights, gradients and
 optimizer take on one process, if those are more."""
@@ -67,7 +57,7 @@ def complete_stage(asked: RecipeRequest, config: RunConfig, stage: Stage | None,
     Raises:
         UserError: the data cannot be read.
     """
-    said = _said(asked)
+    said = said_settings(asked)
     # a default that counts for nothing must not stand in the run's settings, from which it is resumed
     if "train.epochs" not in said and said & {"train.steps", "train.tokens", "rollout.rounds"}:
         config = _with_train(config, epochs=0.0)
@@ -78,7 +68,7 @@ def complete_stage(asked: RecipeRequest, config: RunConfig, stage: Stage | None,
     return _complete_model(config, stage, nproc, said)
 
 
-def _said(asked: RecipeRequest) -> frozenset[str]:
+def said_settings(asked: RecipeRequest) -> frozenset[str]:
     """Return the keys that --set and files of --config set."""
     return asked.said | {"data.phases" for key in asked.said if key.startswith("data.phases.")}
 
@@ -92,7 +82,7 @@ def _complete_model(config: RunConfig, stage: Stage, nproc: int | None, said: Co
     """Complete a stage that has the architecture of --from, and no recipe."""
     total, name = num_params(config.model).total, COMMANDS[stage]
     config = apply_settings(config, list(rate_settings(config, stage, total, said)))
-    sources = _sources(config)
+    sources = open_all_sources(config)
     notes = [f"learning rate {config.optim.lr:g}" + _why(said, "optim.lr", f"default of {name}")]
     if "data.phases" not in said:
         seq_len, why = _seq_len(config, sources)
@@ -126,13 +116,13 @@ def _with_steps(config: RunConfig, said: Collection[str], samples: int | None = 
     epochs = config.train.epochs
     if not epochs:
         return CompletedSettings(config)
-    samples = epoch_samples(config, _sources(config)) if samples is None else samples
+    samples = epoch_samples(config, open_all_sources(config)) if samples is None else samples
     steps = max(1, math.ceil(samples * epochs / config.train.global_batch_size - 1e-9))
     words = f"{epochs:g} epoch{'' if epochs == 1 else 's'} = {steps:,} step{'' if steps == 1 else 's'}"
     return CompletedSettings(_with_train(config, steps=steps), (words,))
 
 
-def _sources(config: RunConfig) -> list[Source]:
+def open_all_sources(config: RunConfig) -> list[Source]:
     # of any format: a command refuses those that it does not learn from in its own words
     return open_sources(config.data.paths, config.model.vocab_size, FORMATS, warns=False)
 
@@ -264,83 +254,3 @@ def _fits(config: RunConfig, seq_len: int) -> bool:
         config.train, global_batch_size=config.train.micro_batch_size))
     found = account(alone, 1, 0, seq_len)
     return found.layer_inputs + max(found.one_layer, found.head) <= max(LEAST_ACTIVATION_BYTES, found.states)
-
-
-# Plans that nobody can have meant.
-
-
-def refuse_unmeant(asked: RecipeRequest, config: RunConfig, stage: Stage, nproc: int | None, *,
-                   dry_run: bool) -> None:
-    """Refuse a stage at a pretraining recipe's rate, of very many epochs, or of days, that nobody asked for.
-
-    Args:
-        asked: what the command was asked for.
-        config: the settings, completed.
-        stage: of post-training.
-        nproc: local processes.
-        dry_run: whether another machine may be meant.
-
-    Raises:
-        UserError: it is one of these; the message names the setting that allows it.
-    """
-    said = _said(asked)
-    # a file of settings says everything, and so does a recipe of one's own
-    is_named = not asked.from_file and not asked.of_model and not asked.base.code
-    if is_named and "optim.lr" not in said and _is_pretraining(config):
-        refuse_pretraining_rate(config, stage, num_params(config.model).total)
-    if stage == "policy":
-        return
-    if (is_named and not said & {*LENGTHS, "data.phases"}) or (asked.of_model and "train.epochs" not in said):
-        _refuse_many_epochs(config)
-    if not under_launcher() and not dry_run:
-        _refuse_days(config, num_ranks(nproc))
-
-
-def _is_pretraining(config: RunConfig) -> bool:
-    """Return whether a recipe is one of pretraining: it leaves open what is learned."""
-    return recipes.get(config.recipe).objective.name == "lm"
-
-
-def _refuse_many_epochs(config: RunConfig) -> None:
-    limit = max(MOST_EPOCHS, config.data.max_epochs)
-    epochs = config.num_steps() * config.train.global_batch_size / epoch_samples(config, _sources(config))
-    if config.data.max_epochs and epochs > limit:
-        raise UserError(f"train.steps = {config.num_steps():,}: are {epochs:,.0f} epochs of the data, and "
-                        f"the limit is {limit:g}; set train.epochs to what you want, or allow them by "
-                        f"--set data.max_epochs={math.ceil(epochs)}")
-
-
-def _refuse_days(config: RunConfig, count: int) -> None:
-    hours = least_hours(config, count)
-    if config.train.max_hours and hours > config.train.max_hours:
-        raise UserError(f"train.steps = {config.num_steps():,}: take at least {hours / 24:,.1f} days on this "
-                        f"machine, and train.max_hours = {config.train.max_hours:g}; make the run shorter, "
-                        f"or allow it by --set train.max_hours={math.ceil(hours)}")
-
-
-def least_hours(config: RunConfig, count: int) -> float:
-    """Return the hours that a run's arithmetic takes at least on `count` processes of this machine."""
-    gpus = visible_gpus()
-    chip = of_device(gpus[0].name) if gpus else None
-    if gpus and chip is None:
-        return 0.0
-    speed = (count * GPU_SHARE * chip.bf16_flops_per_s if chip
-             else len(os.sched_getaffinity(0)) * CPU_FLOPS_PER_S)
-    flops = sum(train_flops_per_token(config.model, seq_len) * tokens
-                for seq_len, tokens in _tokens_by_length(config).items())
-    return flops / speed / SECONDS_OF_AN_HOUR
-
-
-def _tokens_by_length(config: RunConfig) -> Mapping[int, float]:
-    """Return length of samples -> tokens of the run."""
-    found: dict[int, float] = {}
-    for seq_len, tokens in _tokens(config):
-        found[seq_len] = found.get(seq_len, 0.0) + tokens
-    return found
-
-
-def _tokens(config: RunConfig) -> Iterator[tuple[int, int]]:
-    ends = [*config.phase_starts()[1:], config.num_steps()]
-    for phase, start, end in zip(config.data.phases, config.phase_starts(), ends, strict=True):
-        size = phase.global_batch_size or config.train.global_batch_size
-        yield phase.seq_len, (end - start) * size * phase.seq_len

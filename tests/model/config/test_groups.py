@@ -95,4 +95,33 @@ def test_every_batch_size_of_ramp_and_phases_must_split_over_the_ranks(small: Sm
                                 PhaseConfig("b", seq_len=128, global_batch_size=10))))
     assert config.problems(2) == []
     assert [(p.key, p.value) for p in config.problems(4)] == [
-        ("train.global_batch_size", 6), ("train.global_batch_size", 10)]
+        ("train.ramp_from_batch_size", 4), ("data.phases.1.global_batch_size", 10)]
+
+
+@pytest.mark.parametrize(("settings", "num_ranks", "way_out"), [
+    ("train.global_batch_size=510 train.micro_batch_size=8", 2, "set train.global_batch_size=512, or "
+     "train.micro_batch_size=5"),
+    ("train.global_batch_size=12 train.micro_batch_size=8", 1, "set train.global_batch_size=16, or "
+     "train.micro_batch_size=6"),
+    ("train.global_batch_size=16 train.micro_batch_size=8", 3, "set train.global_batch_size=24"),
+    ("train.global_batch_size=7 train.micro_batch_size=4", 1, "set train.global_batch_size=8, or "
+     "train.micro_batch_size=1"),
+    ("train.global_batch_size=3 train.micro_batch_size=2", 64, "set train.global_batch_size=128"),
+    ("train.global_batch_size=100 train.micro_batch_size=1", 64, "set train.global_batch_size=128"),
+    ("train.global_batch_size=90 train.micro_batch_size=1", 64, "set train.global_batch_size=64"),
+    ("train.global_batch_size=6 train.micro_batch_size=1 parallel.pp=2 parallel.vpp=2 model.num_layers=4", 4,
+     "set train.global_batch_size=8"),
+    ("train.global_batch_size=1 train.micro_batch_size=2", 1, "set train.global_batch_size=2, or "
+     "train.micro_batch_size=1"),
+    ("train.global_batch_size=16 train.ramp_from_batch_size=5 train.ramp_increment=3 train.ramp_steps=4 "
+     "train.micro_batch_size=4", 1, "set train.ramp_from_batch_size=4 and train.ramp_increment=4"),
+    ("train.global_batch_size=8 data.phases.0.global_batch_size=6 train.micro_batch_size=2", 2,
+     "set data.phases.0.global_batch_size=8, or train.micro_batch_size=1")])
+def test_a_batch_that_does_not_divide_is_refused_with_numbers_that_do(settings: str, num_ranks: int,
+                                                                      way_out: str) -> None:
+    config = apply_settings(get("tiny-qwen3"), ["train.global_batch_size=8", *settings.split()])
+    problems = config.problems(num_ranks)
+    assert problems and problems[0].way_out == way_out
+    # each of the ways alone leads out
+    for change in way_out.removeprefix("set ").split(", or "):
+        assert apply_settings(config, change.split(" and ")).problems(num_ranks) == []

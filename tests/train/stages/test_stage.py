@@ -100,8 +100,7 @@ def test_what_the_gpus_have_no_room_for_is_refused_before_anything_is_started(
     """By the launcher, from what the driver says; it starts no CUDA."""
     lacks_zero1 = int(fullest(stage().config, 2)[1].total / USABLE_SHARE) - 1
     seen = [SeenGpu(i, f"GPU-{i}", "NVIDIA Tiny", size, 0) for i, size in enumerate((40 << 30, lacks_zero1))]
-    monkeypatch.setattr(stage_module, "on_gpu", lambda: True)
-    monkeypatch.setattr(stage_module, "visible_gpus", lambda: seen)
+    monkeypatch.setattr(fitting, "visible_gpus", lambda: seen)
     with pytest.raises(UserError, match=r"^tiny-solar-open on 2 processes: the layout without ZeRO-1 needs "
                                         r".* of a NVIDIA Tiny with 0\.3 GiB; the nearest layout that fits: "
                                         r"--set parallel\.zero1=true$"):

@@ -1,4 +1,4 @@
-"""What a stage of post-training takes by default, and the plans that are refused until they are said."""
+"""Defaults of the stages of post-training."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from megatron_sov.plan.footprint.memory import account
 from megatron_sov.train.data.order import SampleOrder
 from megatron_sov.train.data.token_shards import open_sources
 from megatron_sov.train.stages import stage_defaults
-from megatron_sov.train.stages.stage_defaults import (
-    complete_stage, epoch_samples, least_hours, refuse_unmeant)
+from megatron_sov.train.stages.stage_defaults import complete_stage, epoch_samples
 
 MODEL = dataclasses.replace(recipes.get("tiny-qwen3").model, vocab_size=368, max_position_tokens=512)
 
@@ -201,47 +200,3 @@ def test_activations_of_a_micro_batch_stay_below_a_bound(hidden: int, layers: in
     assert rows == 1 or most <= bound
     more, bound = activations(rows + 1)
     assert rows == stage_defaults.MOST_SEQ_LEN // 256 or more > bound
-
-
-def refused(asked: RecipeRequest, stage: Stage = "sft", *, dry_run: bool = False) -> str:
-    config, _ = completed(asked, stage)
-    with pytest.raises(UserError) as e:
-        refuse_unmeant(asked, config, stage, None, dry_run=dry_run)
-    return str(e.value)
-
-
-def meant(asked: RecipeRequest, stage: Stage = "sft") -> None:
-    refuse_unmeant(asked, completed(asked, stage)[0], stage, None, dry_run=False)
-
-
-def test_a_pretraining_rate_is_refused_until_it_is_said(packed_data: Any) -> None:
-    data = [packed_data.chats]
-    assert refused(request(data, "train.steps=2", recipe="tiny-qwen3")) == (
-        "optim.lr = 0.004: is the pretraining rate of recipe tiny-qwen3, and sft takes 2e-05; leave RECIPE "
-        "out to train by the defaults of sft, or set the rate that you want, e.g. --set optim.lr=2e-05")
-    meant(request(data, "train.steps=2", "optim.lr=4e-3", recipe="tiny-qwen3"))
-    meant(request(data, "train.steps=2", recipe="tiny-typhoon-s"))  # a recipe of fine-tuning
-
-
-def test_many_epochs_are_refused_until_they_are_said(packed_data: Any) -> None:
-    data = [packed_data.chats]
-    of_recipe = request(data, "optim.lr=1e-3", recipe="tiny-qwen3")
-    assert "epochs of the data, and the limit is 20; set train.epochs to what you want, or allow them by " \
-        "--set data.max_epochs=" in refused(of_recipe)
-    assert "train.steps = 90,000: are " in refused(request(data, "train.steps=90000"))
-    meant(request(data, "train.epochs=30"))
-    meant(request(data, "train.steps=900", "data.max_epochs=0"))
-
-
-def test_days_are_refused_until_they_are_said(packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage_defaults, "CPU_FLOPS_PER_S", 1.0)
-    monkeypatch.setattr(stage_defaults, "visible_gpus", list)
-    asked = request([packed_data.chats])
-    config, _ = completed(asked)
-    hours = least_hours(config, 1)
-    assert refused(asked) == (
-        f"train.steps = {config.num_steps():,}: take at least {hours / 24:,.1f} days on this machine, and "
-        "train.max_hours = 48; make the run shorter, or allow it by "
-        f"--set train.max_hours={math.ceil(hours)}")
-    meant(request([packed_data.chats], f"train.max_hours={math.ceil(hours)}"))
-    refuse_unmeant(asked, config, "sft", None, dry_run=True)  # which may mean another machine

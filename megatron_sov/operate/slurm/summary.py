@@ -1,0 +1,115 @@
+"""What a training job of a cluster reads, takes and costs: checks of its data before it is submitted, and the
+summary that `submit` prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+
+from megatron_sov.base.artifacts import MANIFEST
+from megatron_sov.base.figures import format_count, format_days, format_money, format_value
+from megatron_sov.chat.vocabulary import refuse_other_tokens
+from megatron_sov.model.config import RunConfig, apply_settings, data_paths
+from megatron_sov.model.objectives import FORMATS
+from megatron_sov.operate.slurm.stages import StageWork, path_of
+from megatron_sov.plan.on_cluster import quote_run
+from megatron_sov.plan.pages.quote import QuoteTotals, totals
+from megatron_sov.plan.pricing import Machines, pricing
+from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
+from megatron_sov.train.stages.feasibility import count_epochs, count_tokens, refuse_unfit_data
+from megatron_sov.train.stages.stage_config import find_start, tokenizer_of
+from megatron_sov.train.stages.stage_defaults import complete_stage
+from megatron_sov.work.clusters.cluster import ClusterProfile, time_limit_s
+from megatron_sov.work.clusters.units import SECONDS_OF_A_DAY
+
+
+def check_data(work: StageWork) -> StageWork:
+    """Refuse a training stage whose data do not fit it.
+
+    Data that an earlier job has still to make are not looked at.
+
+    Returns:
+        The stage with the size of its data, their epochs, and the steps that `train.epochs` makes.
+
+    Raises:
+        UserError: vocabulary, tokenizer or epochs do not fit, see `refuse_unfit_data`.
+    """
+    config, asked, given = work.config, work.request, work.data
+    if config is None or asked is None:
+        return work
+    given = given or tuple(config.data.paths)
+    if not given or not all((path_of(text) / MANIFEST).is_file() for text in given):
+        return work
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, paths=data_paths(list(given))))
+    is_initial = work.start_from is None
+    # the vocabulary of a checkpoint is its own, and not the recipe's
+    rows = config.model.vocab_size if is_initial else sys.maxsize
+    sources = open_sources(config.data.paths, rows, FORMATS, warns=False, is_fixed=not is_initial)
+    if not config.rollout.rounds:
+        config = complete_stage(asked, config, None, None).config
+    refuse_unfit_data(asked, config, sources, is_initial=is_initial)
+    if work.start_from is not None and work.start_from.exists():
+        refuse_other_tokens(tokenizer_folder(sources), tokenizer_of(find_start(work.start_from)))
+    has_epochs = not config.rollout.rounds and not config.extend.stages
+    return dataclasses.replace(
+        work, config=dataclasses.replace(work.config, train=config.train),
+        data_tokens=sum(source.num_tokens.get("train", 0) for source in sources),
+        epochs=count_epochs(config, sources) if has_epochs else 0.0)
+
+
+def summarize(work: StageWork, settings: tuple[str, ...], profile: ClusterProfile, cluster: str, nodes: int,
+              time_limit: str) -> list[str]:
+    """Return lines on what a training stage reads, how long it takes and what it costs.
+
+    Args:
+        work: the stage.
+        settings: those that its number of nodes adds, its layout above all.
+        profile: the cluster.
+        cluster: its name, as --cluster takes it.
+        nodes: of the job.
+        time_limit: of one job, as sbatch takes it.
+    """
+    assert work.config is not None, work.stage
+    config = apply_settings(work.config, list(settings)) if settings else work.config
+    prices = pricing(Machines(cluster, profile, nodes))
+    found = quote_run(config, prices, (*work.settings, *settings)) if prices and _has_steps(config) else []
+    unit = f"{profile.gpus_per_node} {prices.chip.name}" if prices else f"{profile.tasks_per_node} processes"
+    lines = [f"summary   {work.stage} {config.recipe} on {nodes} x {unit}"]
+    if not found:
+        return [*lines, _data_line(work, config)]
+    total = totals(found)
+    read = f"tokens    {format_count(total.tokens)}" if config.extend.stages else _data_line(work, config)
+    return [*lines, read, f"time      {format_days(total.days * SECONDS_OF_A_DAY)}, "
+            f"{format_value(total.gpu_hours, 3)} GPU-hours, predicted (docs/plan_speed.md)",
+            f"cost      {_cost(total)}", f"jobs      {_jobs(total, profile, time_limit)}"]
+
+
+def _has_steps(config: RunConfig) -> bool:
+    return bool(config.extend.stages or config.num_steps())
+
+
+def _data_line(work: StageWork, config: RunConfig) -> str:
+    rollout = config.rollout
+    if rollout.rounds:
+        return (f"data      {rollout.rounds:,} rounds of {rollout.prompts_per_round:,} prompts, each with "
+                f"{rollout.samples_per_prompt:,} responses")
+    tokens = count_tokens(config)
+    if not work.data_tokens:
+        return f"tokens    {format_count(tokens) if tokens else 'unknown'}; the data are not packed yet"
+    return (f"tokens    {format_count(tokens)}: {format_value(work.epochs, 3)} epochs of the "
+            f"{format_count(work.data_tokens)} tokens of the data")
+
+
+def _cost(total: QuoteTotals) -> str:
+    low, high = total.cost_range_usd
+    if low == high:
+        return format_money(total.cost_usd)
+    return f"{format_money(total.cost_usd)} ({format_money(low)} to {format_money(high)})"
+
+
+def _jobs(total: QuoteTotals, profile: ClusterProfile, time_limit: str) -> str:
+    """Return how often a job is requeued until the work is done."""
+    work_s = time_limit_s(time_limit) - profile.signal_lead_s
+    requeues = max(0, math.ceil(total.days * SECONDS_OF_A_DAY / work_s) - 1)
+    return f"{requeues:,} requeue{'' if requeues == 1 else 's'} at the time limit {time_limit}"

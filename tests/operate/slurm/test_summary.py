@@ -1,0 +1,75 @@
+"""What `submit` checks of a stage's data, and the summary of tokens, time and cost that it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov import cli
+from megatron_sov.work.clusters.cluster import time_limit_s
+
+H100 = ("--cluster", "h100", "--account", "a", "--dry-run")
+FITS = ("--set", "model.vocab_size=368")
+
+
+def submitted(capsys: Any, *words: str) -> tuple[int, str, str]:
+    code = cli.main(["submit", *words])
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+@pytest.mark.parametrize(("settings", "sentence"), [
+    ((), "its tokenizer has 368 ids, model.vocab_size = 151,936: recipe qwen3-8b is for another tokenizer"),
+    (("model.vocab_size=300",), "its tokenizer has 368 ids, the model only model.vocab_size = 300"),
+    (("model.vocab_size=368",), "epochs, and the limit is 20"),
+    (("model.vocab_size=368", "data.max_epochs=30"), "epochs, and the limit is 30"),
+    (("model.vocab_size=368", "optim.lr=1e-4"), "epochs, and the limit is 20"),
+    (("train.steps=7",), "model.vocab_size = 151,936"),
+    (("train.epochs=2",), "model.vocab_size = 151,936")])
+def test_data_that_do_not_fit_are_refused_before_submission(
+        packed_data: Any, tmp_path: Path, capsys: Any, settings: tuple[str, ...], sentence: str) -> None:
+    more = [word for setting in settings for word in ("--set", setting)]
+    code, out, err = submitted(capsys, "pretrain", *H100, "--nodes", "8", "qwen3-8b", "--data",
+                               str(packed_data.text), "--run", str(tmp_path / "run"), *more)
+    assert code == 2 and sentence in err and err.count("\n") == 1 and out == ""
+
+
+@pytest.mark.parametrize(("settings", "read"), [
+    (("train.steps=100",), "tokens    52.4 M: "), (("train.epochs=2",), "tokens    "),
+    (("data.max_epochs=0",), "tokens    999.8 M: ")])
+def test_a_dry_run_ends_with_tokens_time_and_cost(packed_data: Any, tmp_path: Path, capsys: Any,
+                                                  settings: tuple[str, ...], read: str) -> None:
+    more = [word for setting in settings for word in ("--set", setting)]
+    code, out, err = submitted(capsys, "pretrain", *H100, "--nodes", "2", "qwen3-8b", "--data",
+                               str(packed_data.text), "--run", str(tmp_path / "run"), *FITS, *more)
+    *_, head, tokens, time, cost, jobs = out.splitlines()
+    assert code == 0 and head == "# summary   pretrain qwen3-8b on 2 x 8 H100-80GB"
+    assert tokens.startswith(f"# {read}") and " epochs of the " in tokens
+    assert " GPU-hours" in time and cost.startswith("# cost      $") and " requeues at the time" in jobs
+    assert err.splitlines() == [line.removeprefix("# ") for line in (head, tokens, time, cost, jobs)]
+
+
+@pytest.mark.parametrize("limit", ["2:00:00", "12:00:00", "1-00:00:00", "7-00:00:00", "UNLIMITED"])
+def test_requeues_follow_from_days_and_time_limit(tmp_path: Path, capsys: Any, limit: str) -> None:
+    """Data that are not packed yet are no obstacle: an earlier job may make them."""
+    code, out, _ = submitted(capsys, "pretrain", *H100, "--nodes", "8", "--time", limit, "qwen3-8b", "--data",
+                             str(tmp_path / "tokens"), "--run", str(tmp_path / "run"), "--set",
+                             "train.steps=200000", "--set", "train.global_batch_size=128")
+    *_, tokens, time, _, jobs = out.splitlines()
+    assert code == 0 and tokens.endswith("; the data are not packed yet")
+    amount, unit = time.split()[2:4]
+    days = float(amount) / {"hours,": 24, "days,": 1, "hour,": 24, "day,": 1}[unit]
+    expected = days * 86400 / (time_limit_s(limit) - 600) - 1
+    assert float(jobs.split()[2].replace(",", "")) == pytest.approx(max(0, expected), abs=1.5, rel=0.01)
+
+
+def test_a_profile_without_gpus_shows_tokens_only(packed_data: Any, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "site.yaml").write_text(
+        'description: CPUs\npartition: p\naccount: ""\ntime_limit: "30"\nsignal_lead_s: 60\n'
+        "gpus_per_node: 0\ncpus_per_node: 1\n")
+    code, out, _ = submitted(capsys, "pretrain", "--cluster", str(tmp_path / "site.yaml"), "--dry-run",
+                             "tiny-qwen3", "--data", str(packed_data.text), "--run", str(tmp_path / "run"),
+                             *FITS, "--set", "train.steps=2")
+    assert code == 0 and out.splitlines()[-1].startswith("# tokens    8.19 K: ")

@@ -1,0 +1,184 @@
+"""Runs that do not fit their data, the machine or their hours are refused until the user sets them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import apply_settings
+from megatron_sov.model.config.run import with_rounds
+from megatron_sov.model.recipes.requested import RecipeRequest
+from megatron_sov.model.recipes.stage_defaults import Stage
+from megatron_sov.plan.calibration import fitting
+from megatron_sov.plan.footprint.memory import account
+from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.stages import feasibility
+from megatron_sov.train.stages.feasibility import count_epochs, least_hours, refuse_unfit
+from tests.train.stages.test_stage_defaults import completed, request
+
+
+def refused(asked: RecipeRequest, stage: Stage = "sft", *, dry_run: bool = False) -> str:
+    config, _ = completed(asked, stage)
+    with pytest.raises(UserError) as e:
+        refuse_unfit(asked, config, stage, None, is_initial=False, dry_run=dry_run)
+    return str(e.value)
+
+
+def meant(asked: RecipeRequest, stage: Stage = "sft") -> None:
+    refuse_unfit(asked, completed(asked, stage)[0], stage, None, is_initial=False, dry_run=False)
+
+
+def test_a_pretraining_rate_is_refused_until_it_is_said(packed_data: Any) -> None:
+    data = [packed_data.chats]
+    assert refused(request(data, "train.steps=2", recipe="tiny-qwen3")) == (
+        "optim.lr = 0.004: is the pretraining rate of recipe tiny-qwen3, and sft takes 2e-05; leave RECIPE "
+        "out to train by the defaults of sft, or set the rate that you want, e.g. --set optim.lr=2e-05")
+    meant(request(data, "train.steps=2", "optim.lr=4e-3", recipe="tiny-qwen3"))
+    meant(request(data, "train.steps=2", recipe="tiny-typhoon-s"))  # a recipe of fine-tuning
+
+
+def test_many_epochs_are_refused_until_they_are_said(packed_data: Any) -> None:
+    data = [packed_data.chats]
+    of_recipe = request(data, "optim.lr=1e-3", recipe="tiny-qwen3")
+    assert "epochs, and the limit is 20; set train.epochs to what you want, add data, or allow the epochs " \
+        "by --set data.max_epochs=" in refused(of_recipe)
+    assert "train.steps = 90,000: reads the " in refused(request(data, "train.steps=90000"))
+    meant(request(data, "train.epochs=30"))
+    meant(request(data, "train.steps=900", "data.max_epochs=0"))
+
+
+def test_days_are_refused_until_they_are_said(packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feasibility, "CPU_FLOPS_PER_S", 1.0)
+    monkeypatch.setattr(feasibility, "visible_gpus", list)
+    asked = request([packed_data.chats])
+    config, _ = completed(asked)
+    hours = least_hours(config, 1)
+    assert refused(asked) == (
+        f"train.steps = {config.num_steps():,}: take at least {hours / 24:,.0f} days on this machine, and "
+        "train.max_hours = 48; make the run shorter, or allow it by "
+        f"--set train.max_hours={math.ceil(hours)}")
+    meant(request([packed_data.chats], f"train.max_hours={math.ceil(hours)}"))
+    refuse_unfit(asked, config, "sft", None, is_initial=False, dry_run=True)  # which may mean another machine
+
+
+def pretraining(paths: list[Path], *settings: str, recipe: str = "tiny-qwen3", **changes: Any
+                ) -> RecipeRequest:
+    """Return what `pretrain RECIPE --data ... --set ...` asks for."""
+    base = recipes.get(recipe)
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=dict.fromkeys(
+        map(str, paths), 1.0)))
+    return dataclasses.replace(RecipeRequest(base, settings, from_file=False), **changes)
+
+
+def why_refused(asked: RecipeRequest, *, is_initial: bool = True) -> str:
+    """Return the refusal of a pretraining run; "" if it may run."""
+    config = completed(asked, None)[0]
+    try:
+        refuse_unfit(asked, config, None, None, is_initial=is_initial, dry_run=True)
+    except UserError as e:
+        return str(e)
+    return ""
+
+
+FITS = "model.vocab_size=368"
+"""The vocabulary of the tests' tokenizer."""
+
+
+@pytest.mark.parametrize("settings", [
+    ("train.steps=90000",), ("train.epochs=30",), ("train.tokens=9000000",), ("data.max_epochs=0",),
+    ("data.max_epochs=100000",), ('data.phases=[{"name": "main", "seq_len": 64, "tokens": 9000000}]',),
+    ("data.phases.0.seq_len=64",)])
+def test_a_length_of_the_user_is_consent_to_many_epochs(packed_data: Any, settings: tuple[str, ...]) -> None:
+    assert why_refused(pretraining([packed_data.text], FITS, *settings)) == ""
+
+
+@pytest.mark.parametrize("settings", [
+    (), ("optim.lr=1e-3",), ("train.global_batch_size=64",), ("data.max_epochs=4",), ("data.max_epochs=30",)])
+def test_many_epochs_of_a_recipes_own_budget_are_refused(packed_data: Any, settings: tuple[str, ...]) -> None:
+    asked = pretraining([packed_data.text], FITS, "train.seed=1", *settings)
+    asked = dataclasses.replace(asked, base=apply_settings(asked.base, ["train.steps=90000"]))
+    config = completed(asked, None)[0]
+    epochs = count_epochs(config, open_sources(config.data.paths, 368))
+    said = why_refused(asked)
+    assert said.startswith("train.steps = 90,000: reads the ") and said.endswith(
+        f"or allow the epochs by --set data.max_epochs={math.ceil(epochs)}")
+    assert why_refused(dataclasses.replace(asked, from_file=True)) == ""
+    allowed = (*asked.settings, f"data.max_epochs={math.ceil(epochs)}")
+    assert why_refused(dataclasses.replace(asked, settings=allowed)) == ""
+
+
+def test_epochs_count_the_tokens_of_every_phase(packed_data: Any) -> None:
+    phases = ('data.phases=[{"name": "a", "seq_len": 32, "tokens": 64000}, '
+              '{"name": "b", "seq_len": 64, "tokens": 32000, "global_batch_size": 4}]')
+    config = completed(pretraining([packed_data.text], FITS, phases, "train.steps=0"), None)[0]
+    sources = open_sources(config.data.paths, 368)
+    tokens = sum(source.num_tokens["train"] for source in sources)
+    assert count_epochs(config, sources) == pytest.approx(96_000 / tokens, rel=0.05)
+
+
+@pytest.mark.parametrize(("rows", "allowed"), [
+    (368, True), (369, True), (384, True), (400, True), (490, True), (492, False), (512, False),
+    (2048, False), (151_936, False), (262_144, False)])
+def test_a_recipe_for_another_tokenizer_is_refused(packed_data: Any, rows: int, allowed: bool) -> None:
+    asked = pretraining([packed_data.text], "train.steps=2")
+    asked = dataclasses.replace(asked, base=apply_settings(asked.base, [f"model.vocab_size={rows}"]))
+    said = why_refused(asked)
+    assert said == ("" if allowed else (
+        f"{packed_data.text}: its tokenizer has 368 ids, model.vocab_size = {rows:,}: recipe tiny-qwen3 is "
+        "for another tokenizer; pack the data with that one, or pass --set model.vocab_size=368 to train "
+        "from scratch with this one"))
+    # a checkpoint has the rows that it has; a setting or a whole file is the user's word
+    assert why_refused(asked, is_initial=False) == ""
+    consent = (*asked.settings, f"model.vocab_size={rows}")
+    assert why_refused(dataclasses.replace(asked, settings=consent)) == ""
+    assert why_refused(dataclasses.replace(asked, from_file=True)) == ""
+
+
+@pytest.mark.parametrize(("settings", "count"), [
+    ((), 1), ((), 2), (("train.precision=bf16",), 1), (("parallel.zero1=true",), 2), (("parallel.pp=2",), 2),
+    (("parallel.tp=2",), 2)])
+def test_memory_of_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...],
+                                          count: int) -> None:
+    config = apply_settings(recipes.get("tiny-qwen3"), list(settings))
+    pp = config.parallel.pp
+    needs = sum(account(config, count, stage, 256).states for stage in range(pp)) * count // pp
+    memory = SimpleNamespace(total=int(needs / fitting.USABLE_HOST_SHARE) + 2)
+    monkeypatch.setattr(fitting, "visible_gpus", list)
+    monkeypatch.setattr(fitting, "DRIVER_FILE", "/dev/none")
+    monkeypatch.setattr(fitting.psutil, "virtual_memory", lambda: memory)
+    fitting.refuse_on_this_machine(config, count)
+    memory.total -= 4
+    with pytest.raises(UserError, match=rf"^tiny-qwen3 on {count} process(es)? of this machine, which"):
+        fitting.refuse_on_this_machine(config, count)
+    with monkeypatch.context() as driver:  # GPUs whose memory nobody shows
+        driver.setattr(fitting, "DRIVER_FILE", "/dev/null")
+        fitting.refuse_on_this_machine(config, count)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fitting.refuse_on_this_machine(config, None)
+
+
+@pytest.mark.parametrize(("settings", "num_prompts", "refused"), [
+    ((), 1, True), ((), 2, True), (("optim.lr=1e-6",), 1, True), ((), 100_000, False),
+    (("data.max_epochs=0",), 1, False), (("rollout.rounds=500",), 1, False), (("train.epochs=9",), 1, False),
+    (("data.max_epochs=1e6",), 1, False)])
+def test_few_prompts_are_not_drawn_very_often_unless_set(settings: tuple[str, ...], num_prompts: int,
+                                                         refused: bool) -> None:
+    base = recipes.get("tiny-solar-open-rl")
+    base = apply_settings(base, ["rollout.rounds=90"])
+    asked = RecipeRequest(base, settings, from_file=False)
+    config = with_rounds(asked.config())
+    try:
+        refuse_unfit(asked, config, "policy", None, is_initial=False, dry_run=True, num_prompts=num_prompts)
+        said = ""
+    except UserError as e:
+        said = str(e)
+    assert bool(said) == refused and (not refused or said.startswith(
+        f"rollout.rounds = 90: draw each of {num_prompts:,} prompts "))
