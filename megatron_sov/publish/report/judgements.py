@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 from markupsafe import Markup
 
 from megatron_sov.base.pages.markdown import is_picture, is_sound
-from megatron_sov.base.pages.page import (
-    Chart, Exhibit, PageTable, chart, colour, line_with_intervals, plain, tables)
+from megatron_sov.base.pages.page import Chart, Exhibit, PageTable, tables
+from megatron_sov.base.pages.plots import Axis, LinePlot, Series, colour
 from megatron_sov.plan.footprint.kept import KeptPlan, StretchPlan
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import last_value
@@ -410,19 +409,16 @@ def passk_tables(run: Run) -> list[PageTable]:
 
 
 def _passk_chart(event: Event, name: str) -> Chart:
-    lines = {}
+    series = []
     for name_of_field, label in (("pass_at_k", "pass@k"), ("maj_at_k", "maj@k")):
         rows = [r for r in event.get(name_of_field) or [] if len(r["interval"]) == 2]
         if rows:
-            lines[label] = np.array([[number(r["k"]), number(r["value"]), *map(number, r["interval"])]
-                                     for r in rows]).T
-    drawn = go.Figure()
-    for i, (label, (k, value, low, high)) in enumerate(lines.items()):
-        drawn.add_trace(line_with_intervals(label, i, k.astype(np.int32), value, low, high))
-    drawn.update_layout(xaxis={"title": "k", "type": "log", "dtick": "D1"},
-                        yaxis={"title": "share of prompts", "tickformat": ".0%", "rangemode": "tozero"})
-    return chart(drawn, f"{name}, step {_STEP(event)}: 95 % intervals over "
-                        f"{int(number(event.get('num_prompts'))):,} prompts.")
+            series.append(Series(label, [number(r["k"]) for r in rows], [number(r["value"]) for r in rows],
+                                 colour(len(series)), intervals=[
+                (number(r["interval"][0]), number(r["interval"][1])) for r in rows]))
+    return Chart(LinePlot(series, Axis("k", is_log=True), Axis("share of prompts", low=0.0, is_share=True)),
+                 f"{name}, step {_STEP(event)}: 95 % intervals over "
+                 f"{int(number(event.get('num_prompts'))):,} prompts.")
 
 
 def _newest_media(run: Run, kind: str, count: str) -> list[Event]:
@@ -527,20 +523,15 @@ def _reasons(rounds: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _round_chart(rounds: Sequence[dict[str, Any]], curves: dict[str, np.ndarray], title: str,
-           caption: str) -> Chart | None:
+                 caption: str) -> Chart | None:
     """Draw curves over rounds; None where there is nothing to draw."""
     at = np.array([int(number(content["round"])) for content in rounds], np.int32)
-    figure = go.Figure()
+    series = []
     for i, (name, values) in enumerate(curves.items()):
         known = np.isfinite(values)
         if known.any():
-            figure.add_trace(go.Scatter(
-                x=at[known], y=values[known].astype(np.float32), name=plain(name),
-                mode="lines+markers" if len(at) <= 20 else "lines", line={"color": colour(i), "width": 1.8}))
-    if not figure.data:
-        return None
-    figure.update_layout(xaxis={"title": "round"}, yaxis={"title": title})
-    return chart(figure, caption)
+            series.append(Series(name, at[known].tolist(), values[known].tolist(), colour(i)))
+    return Chart(LinePlot(series, Axis("round"), Axis(title)), caption) if series else None
 
 
 def round_tables(run: Run) -> list[PageTable]:

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_sov.base.pages.page import (
-    Chapter, Chart, Comparison, PageSection, PageTable, Panel, chart, render as render_page)
+    Chapter, Chart, Comparison, PageSection, PageTable, Panel, render as render_page)
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.publish.report.charts import (
-    OVERVIEW_HEIGHT_PX, PER_TOKEN, DrawnLine, Place, by_tokens, draw_lines, loss_unit, needle_map)
+    PER_TOKEN, DrawnLine, Place, by_tokens, draw_lines, loss_unit, needle_map)
 from megatron_sov.publish.report.headline import facts_of, gains, headline_charts
 from megatron_sov.publish.report.judgements import gate, verdict_table
 from megatron_sov.publish.report.run_data import Run
@@ -111,11 +111,8 @@ def _at(x: npt.NDArray[np.float64]) -> Place:
 def _needles(stage: str, needle: dict[str, Any]) -> Chart:
     """Return the map of the test's first kind and language."""
     kind, language = (needle["cells"][0][name] for name in ("kind", "language"))
-    figure = needle_map([c for c in needle["cells"] if (c["kind"], c["language"]) == (kind, language)])
-    figure.update_layout(xaxis={"title": {"text": "context (tokens)", "standoff": 4}},
-                         yaxis={"title": {"text": "depth", "standoff": 10}})
-    return chart(figure, f"Needles found by {stage}: {kind}, {language}.", height_px=OVERVIEW_HEIGHT_PX,
-                 small=True)
+    plot = needle_map([c for c in needle["cells"] if (c["kind"], c["language"]) == (kind, language)])
+    return Chart(plot, f"Needles found by {stage}: {kind}, {language}.")
 
 
 def opening(runs: list[Run], others: list[Run]) -> list[Panel]:

@@ -11,12 +11,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 from markupsafe import Markup
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.pages.page import (
-    Chart, Exhibit, PageSection, PageTable, chart, colour, colour_bar, plain, tables)
+from megatron_sov.base.pages.page import Chart, Exhibit, PageSection, PageTable, tables
+from megatron_sov.base.pages.plots import Axis, BarPlot, BarSeries, HeatMap, colour
 from megatron_sov.model.config import RunConfig, from_dict
 from megatron_sov.plan.pages.page import schedule_charts, schedule_table
 from megatron_sov.publish.report.charts import (
@@ -35,7 +34,7 @@ from megatron_sov.runs.obs.history import KINDS, Attempt, describe
 from megatron_sov.runs.obs.wall_time import CATEGORIES
 from megatron_sov.work.clusters.units import GIB
 
-MAX_COLUMNS = 400
+MAX_COLUMNS = 60
 """Steps of one heat map at most."""
 SHOWN = (("max_violation", "MaxVio", 0.0, "MaxVio of each layer: 0 is perfect balance."),
          ("entropy", "entropy", 1.0,
@@ -79,15 +78,12 @@ def _history_chart(history: RoutingHistory, name: str, title: str, best: float, 
     firsts = np.arange(0, len(history.steps), every)
     values = (np.maximum if worst_is_high else np.minimum).reduceat(history.values[name], firsts, axis=0).T
     steps = history.steps[firsts]
-    figure = go.Figure(go.Heatmap(
-        z=values.astype(np.float32), x=steps.astype(np.int32), y=[f"{layer}" for layer in history.layers],
-        zmin=0 if worst_is_high else None, zmax=None if worst_is_high else 1, reversescale=not worst_is_high,
-        colorscale=[[0, "var(--heat0)"], [1, "var(--heat1)"]], colorbar=colour_bar(title),
-        hovertemplate="step %{x}, layer %{y}<br>%{z:.4g}<extra></extra>"))
-    figure.update_layout(xaxis={"title": "optimizer step"},
-                         yaxis={"title": "layer", "type": "category", "autorange": "reversed"})
     notes = [f"Each column is the worst of {every:,} records."] if every > 1 else []
-    return chart(figure, caption, notes, height_px=min(640, 150 + 26 * len(history.layers)))
+    high = float(np.nanmax(values)) if worst_is_high else 1.0
+    low = 0.0 if worst_is_high else float(np.nanmin(values))
+    plot = HeatMap([str(layer) for layer in history.layers], [f"{step:,}" for step in steps.tolist()],
+                   values.tolist(), low, high, "layer", "optimizer step", title)
+    return Chart(plot, caption, " ".join(notes))
 
 
 def _expert_tables(run: Run) -> list[PageTable]:
@@ -97,7 +93,7 @@ def _expert_tables(run: Run) -> list[PageTable]:
     common = np.mean([load.load for load in loads.values()], axis=0) if loads else 0
     own = {name: np.abs(load.load - common).sum(axis=1) / 2 for name, load in loads.items()}
     return tables(loads, {
-        "source": plain, "MaxVio, worst layer": lambda n: f"{routing.max_violation(loads[n].load).max():.3g}",
+        "source": str, "MaxVio, worst layer": lambda n: f"{routing.max_violation(loads[n].load).max():.3g}",
         "entropy, worst layer": lambda n: f"{routing.load_entropy(loads[n].load).min():.3f}",
         "experts without a token, all layers": lambda n: f"{int(routing.num_dead(loads[n].load).sum()):,}",
         "tokens that other sources would send elsewhere": lambda n: f"{own[n].mean():.1%}",
@@ -194,17 +190,12 @@ def _time_charts(run: Run) -> list[Chart]:
     time = run.wall_time
     if time is None or time.total_s <= 0:
         return []
-    figure = go.Figure()
-    for i, (name, label) in enumerate(CATEGORIES.items()):
-        share = 100 * time.spent_s[name] / time.total_s
-        figure.add_trace(go.Bar(x=[share], y=[""], orientation="h", name=label, marker={"color": colour(i)},
-                                hovertemplate=f"{label}: {share:.1f} %, "
-                                              f"{duration(time.spent_s[name])}<extra></extra>"))
-    figure.update_layout(barmode="stack", xaxis={"title": "% of the wall time", "range": [0, 100]},
-                         yaxis={"showticklabels": False})
+    series = [BarSeries(label, [time.spent_s[name] / time.total_s], colour(i))
+              for i, (name, label) in enumerate(CATEGORIES.items())]
     caption = (f"Of {duration(time.total_s)} since the first start, "
                f"{time.goodput:.1%} moved the model forward.")
-    return [chart(figure, caption, height_px=240)]  # on a phone the legend has three rows
+    return [Chart(BarPlot([""], series, Axis("share of the wall time", high=1.0, is_share=True),
+                          is_stacked=True), caption)]
 
 
 # Held-out loss of conversations: their first learned turns beside all later ones, and what is thought
