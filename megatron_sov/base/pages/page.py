@@ -140,6 +140,8 @@ class Panel:
     tables: list[PageTable] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
+    more: list[Comparison] = field(default_factory=list)
+    """Comparisons that are folded under their number."""
     figures: list[tuple[str, str, str]] = field(default_factory=list)
     """(label, value, detail), as large cards."""
     text: str = ""
@@ -166,7 +168,7 @@ class Chapter:
     """In reading order; none: the chapter says that there is nothing yet."""
 
 
-def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
+def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *, verdict: str = "",
            opening: Sequence[Panel] = (), overview: tuple[str, PageTable] | None = None,
            anchor: str = "part", nothing: str = "There is nothing to show.", live: str = "",
            now_s: float | None = None) -> str:
@@ -181,6 +183,7 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
         title: the heading.
         subtitle: one line below it; may be empty.
         chapters: what the page tells of, in order.
+        verdict: the result in one sentence, before all else; may be empty.
         opening: what stands before all else, to be seen without scrolling on a wide screen.
         overview: a heading and a table before the chapters.
         anchor: how the chapters' addresses begin.
@@ -191,7 +194,7 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
     page_js, live_js = _resource("page.js"), _resource("live.js")
     scripts = [page_js, *([live_js] if live else [])]
     return _templates().get_template("page.html.j2").render(
-        kicker=kicker, title=title, subtitle=subtitle, nothing=nothing,
+        kicker=kicker, title=title, subtitle=subtitle, verdict=verdict, nothing=nothing,
         chapters=[_anchored(chapter, f"{anchor}-{i}") for i, chapter in enumerate(chapters, 1)],
         opening=opening, overview=overview, overview_anchor=f"{anchor}s",
         css=_resource("colours.css") + _resource("page.css"), page_js=page_js, live_js=live_js, live=live,

@@ -22,8 +22,8 @@ NUM_COLOURS = 8
 GRID = 1000
 """Units of a plot's area along each side; points are rounded to them."""
 MAX_TICKS = 5
-MAX_DOTS = 40
-"""A line of at most so many points shows each as a dot with its values."""
+MAX_DOTS, MAX_NOTED_DOTS = 40, 12
+"""A line of at most so many points shows each as a dot; of fewer ones each dot has its values."""
 BAR_PX, ROW_GAP_PX, CELL_PX = 14, 10, 26
 SHADES = 12
 """Shades of a heat map; cells of one shade are drawn as one path."""
@@ -167,11 +167,11 @@ class LinePlot:
         y_ticks = up.ticks()
         widest = max((len(text) for _, text in y_ticks), default=1)
         return Markup(
-            '<p class="axis">{}</p><div class="area" style="height:{}px;margin-left:{:.1f}em">'
+            '<p class="axis{}">{}</p><div class="area" style="height:{}px;margin-left:{:.1f}em">'
             '<svg viewBox="0 0 {grid} {grid}" preserveAspectRatio="none">{}</svg>{}{}{}</div>'
             '<p class="axis below">{}</p>{}').format(
-            visible(self.y.title), self.height_px, 0.58 * widest + 0.6, Markup("").join(parts),
-            _labels("up", "bottom", y_ticks), _labels("across", "left", across.ticks()),
+            Markup(" named") if self.bands else "", visible(self.y.title), self.height_px,
+            0.58 * widest + 0.6, Markup("").join(parts), _labels("up", "bottom", y_ticks), _labels("across", "left", across.ticks()),
             Markup("").join(names), visible(self.x.title),
             draw_legend(legend) if self.has_legend or len(legend) > 1 else "", grid=GRID)
 
@@ -201,9 +201,14 @@ def _draw_series(one: Series, across: Scale, up: Scale) -> list[Markup]:
     if one.kind != "points" and at:
         parts.append(Markup('<path {} d="{}"><title>{}</title></path>').format(
             style, _path(at, is_stairs=one.kind == "stairs"), _summary(one)))
-    if one.kind == "points" or len(at) <= MAX_DOTS:
-        parts += [Markup('<path class="dot" style="--c:{}" d="M{} {}h0"><title>{}</title></path>').format(
-            one.colour, x, y, _note(one, i)) for i, (x, y) in enumerate(at)]
+    if one.kind == "points" or one.notes or len(at) <= MAX_NOTED_DOTS:
+        dots = [Markup('<path d="M{} {}h0"><title>{}</title></path>').format(x, y, _note(one, i))
+                for i, (x, y) in enumerate(at)]
+        parts.append(Markup('<g class="dots" style="--c:{}">{}</g>').format(
+            one.colour, Markup("").join(dots)))
+    elif len(at) <= MAX_DOTS:
+        parts.append(Markup('<path class="dots" style="--c:{}" d="{}"/>').format(
+            one.colour, "".join(f"M{x} {y}h0" for x, y in at)))
     return parts
 
 

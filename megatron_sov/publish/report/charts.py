@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from megatron_sov.base.figures import format_share
 from megatron_sov.base.pages.page import Chart
-from megatron_sov.base.pages.plots import Axis, BarPlot, BarSeries, HeatMap, LinePlot, Series, colour
+from megatron_sov.base.pages.plots import Axis, HeatMap, LinePlot, Series, colour
 from megatron_sov.publish.report.run_data import Phase, ReportedExpertLoad, Run
 from megatron_sov.publish.report.steps import (
     Curve, curves, downsample, moving_mean, needle_curves, pair_curves)
@@ -24,8 +24,8 @@ PER_TOKEN = "nats per token"
 LOSSES = {"lm": PER_TOKEN, "sft": PER_TOKEN, "distill": "distillation loss", "preference": "preference loss",
           "policy": "policy loss"}
 """Built-in objective -> what its training loss is measured in."""
-MAX_POINTS = 400
-"""Points of one drawn curve at most."""
+MAX_POINTS, MAX_POINTS_OF_SEVERAL = 240, 120
+"""Points of a curve that is alone in its chart, and of one of several curves, at most."""
 SMOOTH_FROM_STEPS = 50
 """Shorter curves are drawn as they are; longer ones also as a moving mean over a fiftieth of the steps."""
 MARKS = {"skip": "step not learned", "rollback": "weights taken back", "alarm": "alarm",
@@ -39,8 +39,8 @@ MAX_WINDOW_STEPS = 500
 """Longest moving mean; a wider one would smooth away what happens in a morning."""
 
 
-OVERVIEW_POINTS, OVERVIEW_PART, OVERVIEW_HEIGHT_PX = 200, 20, 150
-"""Of a line of a small chart: points at most, and the part of its steps that a moving mean is over."""
+OVERVIEW_PART, OVERVIEW_HEIGHT_PX = 20, 150
+"""Of a small chart: the part of its steps that a moving mean is over, and its height."""
 PART = 50
 """The part of a line's steps that a moving mean is over in a chart of full size."""
 STEP = "optimizer step"
@@ -70,18 +70,10 @@ LEARNING = (StepLine("lr", "learning rate", "Learning rate.", smooth=False),
 SPEED = (
     StepLine("tokens_per_s", "tokens per second", "Tokens per second, all processes together."),
     StepLine("step_time_s", "seconds", "Time of one optimizer step."),
-    StepLine("tflops_per_process", "TFLOP/s", "Model TFLOP/s of each process; recomputing counts once."),
     StepLine("mfu", "share", "Model FLOPs utilisation: the share of the GPU's peak."),
     StepLine("peak_memory_bytes", "GiB", "Most memory that process 0 has had, on its GPU or the host.",
-             1 / GIB),
-    StepLine("reserved_memory_bytes", "GiB", "Most memory that process 0's allocator has held.", 1 / GIB),
-    StepLine("gpu_power_w", "W", "Power of process 0's GPU."),
-    StepLine("gpu_utilization", "share", "Share of time in which process 0's GPU computed something."),
-    StepLine("gpu_temperature_c", "°C", "Temperature of process 0's GPU."))
-COMPARED_SPEED = tuple(line for line in SPEED
-                       if line.column in ("tokens_per_s", "mfu", "step_time_s", "peak_memory_bytes"))
+             1 / GIB))
 BALANCE = (StepLine("max_violation", "MaxVio", "MaxVio of the worst layer over steps."),)
-PADDING = (StepLine("padding_share", "share", "Part of each batch that is padding."),)
 
 
 @dataclass(frozen=True)
@@ -162,7 +154,7 @@ def _series(curve: Curve, name: str, stroke: str, place: Place, most: int, *, is
 def _line_series(line: DrawnLine, stroke: str, *, alone: bool, smooth: bool, small: bool
                  ) -> tuple[list[Series], list[str]]:
     """Return a line's values, their moving mean, or both where there is no other line; and notes."""
-    finite, most = line.curve.finite(), OVERVIEW_POINTS if small else MAX_POINTS
+    finite, most = line.curve.finite(), MAX_POINTS if alone and not small else MAX_POINTS_OF_SEVERAL
     notes: list[str] = []
     if (missing := len(line.curve.steps) - len(finite.steps)) and not small:
         first = int(line.curve.steps[~np.isfinite(line.curve.values)][0])
@@ -178,13 +170,14 @@ def _line_series(line: DrawnLine, stroke: str, *, alone: bool, smooth: bool, sma
         return [series], [*notes, *([] if small else [f"Each line is a moving mean over {window:,} steps."]),
                           *found]
     raw, found = _series(finite, "each step", stroke, line.place, most, is_faint=True)
-    series, more = _series(mean, f"mean of {window:,} steps", stroke, line.place, most)
-    return [raw, series], [*notes, *found, *more]
+    series, _ = _series(mean, f"mean of {window:,} steps", stroke, line.place, most // 2)
+    return [raw, series], [*notes, *found]
 
 
 def draw_lines(lines: Sequence[DrawnLine], unit: str, caption: str, *, axis: str = STEP,
                smooth: bool = False, run: Run | None = None, incidents: bool = False,
-               small: bool = False, height_px: int = OVERVIEW_HEIGHT_PX) -> Chart | None:
+               small: bool = False, height_px: int = OVERVIEW_HEIGHT_PX,
+               bands: Sequence[tuple[str, float, float]] = ()) -> Chart | None:
     """Return a chart of lines; None where there is nothing to draw.
 
     Args:
@@ -197,6 +190,7 @@ def draw_lines(lines: Sequence[DrawnLine], unit: str, caption: str, *, axis: str
         incidents: mark those of the run on the first line.
         small: for a page's first screen.
         height_px: height of a small chart.
+        bands: name, first and last value of stretches of the axis; those of `run` by default.
     """
     lines = [line for line in lines if len(line.curve.finite().steps)]
     if not lines:
@@ -212,8 +206,7 @@ def draw_lines(lines: Sequence[DrawnLine], unit: str, caption: str, *, axis: str
     has_legend = any(line.hue is not None for line in lines)
     up = _share_axis(unit, series) if unit == "share" else Axis("" if small else unit)
     if small:
-        return Chart(LinePlot(series, Axis(axis), up, height_px, has_legend=has_legend), caption)
-    bands: list[tuple[str, float, float]] = []
+        return Chart(LinePlot(series, Axis(axis), up, height_px, bands, has_legend=has_legend), caption)
     rules: list[tuple[str, float]] = []
     if run is not None:
         bands, rules = _phase_bands(run.phases), _restart_rules(run)
@@ -312,20 +305,17 @@ def beside_charts(run: Run) -> list[Chart]:
     return [c for c in charts if c]
 
 
-def expert_chart(load: ReportedExpertLoad, source: str = "") -> Chart:
-    """Return the heat map layer x expert of the share of tokens, in multiples of the fair
-    share 1 / experts."""
+def expert_chart(load: ReportedExpertLoad) -> Chart:
+    """Return the heat map layer x expert of the tokens, in multiples of the fair share 1 / experts."""
     num_experts = load.load.shape[1]
     relative = load.load * num_experts
-    notes = [[f"layer {layer}, expert {j}: {100 * share:.2f} % of tokens"
-              for j, share in enumerate(row)] for layer, row in zip(load.layers, load.load, strict=True)]
-    fair = f"{100 / num_experts:.3g} % of the tokens"
-    whose = f" by documents of {source}" if source else ""
+    fair = format_share(1 / num_experts)
     # 2 at least, or an even load would show its noise in full colour
     plot = HeatMap([str(layer) for layer in load.layers], [str(j) for j in range(num_experts)],
                    relative.tolist(), 0.0, max(2.0, float(np.nanmax(relative))), "layer", "expert",
-                   "times the fair share", notes=notes, middle=1.0)
-    return Chart(plot, f"Load of each expert{whose} at step {load.step:,}: 1 is the fair share, {fair}.")
+                   "times the fair share", middle=1.0)
+    return Chart(plot, f"Load of each expert at step {load.step:,}: 1 is the fair share, {fair} of the "
+                       "tokens.")
 
 
 def needle_charts(needle: dict[str, Any]) -> list[Chart]:
@@ -359,25 +349,8 @@ def needle_map(cells: list[dict[str, Any]]) -> HeatMap:
         correct, samples = number(cell["correct"]), number(cell["samples"])
         low, high = (number(end) for end in cell["interval"])
         shares[row][column] = correct / samples
-        shown[row][column] = f"{correct / samples:.0%}".replace("%", " %")
-        notes[row][column] = (f"{correct:.0f} of {samples:.0f} right, 95 % interval {low:.0%} to "
-                              f"{high:.0%}; {number(cell['distractors']):,.0f} other needles")
-    return HeatMap([f"{depth:.0%}".replace("%", " %") for depth in depths], [f"{n:,}" for n in lengths],
-                   shares, 0.0, 1.0, "depth of the needle", "context (tokens)", shown=shown, notes=notes)
-
-
-def plan_chart(consumed: dict[str, Any]) -> Chart | None:
-    """Return each source's share of the tokens next to its share in the plan."""
-    tokens, plan = consumed.get("tokens") or {}, consumed.get("plan") or {}
-    names = list(dict.fromkeys([*plan, *tokens]))
-    if not names:
-        return None
-    series = []
-    for label, counts, stroke in (("plan", plan, "var(--muted)"), ("consumed", tokens, colour(0))):
-        total = sum(number(v) for v in counts.values())
-        if total > 0:
-            series.append(BarSeries(label, [number(counts.get(n, 0)) / total for n in names], stroke))
-    if not series:
-        return None
-    return Chart(BarPlot(names, series, Axis("share of all tokens", is_share=True)),
-                 f"Tokens of each source up to step {int(consumed.get('step') or 0):,}, against the plan.")
+        shown[row][column] = format_share(correct / samples)
+        notes[row][column] = (f"{correct:.0f} of {samples:.0f} right, 95 % interval {format_share(low)} to "
+                              f"{format_share(high)}; {number(cell['distractors']):,.0f} other needles")
+    return HeatMap([format_share(depth) for depth in depths], [f"{n:,}" for n in lengths], shares, 0.0, 1.0,
+                   "depth of the needle", "context (tokens)", shown=shown, notes=notes)

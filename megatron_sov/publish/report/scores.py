@@ -13,11 +13,12 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 
+from megatron_sov.base.figures import format_share, format_value
 from megatron_sov.base.pages.page import Chart, PageTable, tables
 from megatron_sov.base.pages.plots import Axis, LinePlot, Series, colour
 from megatron_sov.base.settings import ProblemCode, SettingsProblem, read_file
 from megatron_sov.publish.report.run_data import Run
-from megatron_sov.runs.obs.figures import figure, number
+from megatron_sov.runs.obs.figures import number
 
 NOT_TOLD = "not told"
 MAX_LINES = 8
@@ -114,7 +115,7 @@ class ReportedScore:
         """Return a value in the figure's unit."""
         if not math.isfinite(value):
             return "not known"
-        return f"{value:.1%}" if self.is_share else figure(value)
+        return format_share(value) if self.is_share else format_value(value)
 
 
 def scores_of(events: Iterable[dict[str, Any]]) -> list[ReportedScore]:
