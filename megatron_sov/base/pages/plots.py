@@ -154,15 +154,15 @@ class LinePlot:
                             *([0.0] if any(one.kind == "columns" for one in self.series) else [])], 0.04)
         grid = "".join(f"M0 {GRID - round(GRID * at)}h{GRID}" for at, _ in up.ticks())
         parts = [Markup('<path class="lines" d="{}"/>').format(grid)]
-        parts += [Markup('<rect class="band" x="{}" width="{}" height="{}"/>').format(
-            round(GRID * across.place(low)), round(GRID * (across.place(high) - across.place(low))), GRID)
-            for _, low, high in self.bands[1::2]]
+        parts += [Markup('<rect class="band" x="{}" width="{}" height="{}"><title>{}</title></rect>').format(
+            round(GRID * across.place(low)), round(GRID * (across.place(high) - across.place(low))), GRID,
+            visible(name)) for name, low, high in self.bands[1::2]]
         parts += [Markup('<path class="rule" d="M{} 0v{}"><title>{}</title></path>').format(
             round(GRID * across.place(at)), GRID, visible(text)) for text, at in self.rules]
         parts += [part for one in self.series for part in _draw_series(one, across, up)]
-        names = [Markup('<span class="phase" style="left:{:.1f}%;width:{:.1f}%" title="{name}">{name}</span>'
-                        ).format(100 * across.place(low), 100 * (across.place(high) - across.place(low)),
-                                 name=visible(name)) for name, low, high in self.bands]
+        names = [Markup('<span class="phase" style="left:{:.1f}%;width:{:.1f}%">{}</span>').format(
+            100 * across.place(low), 100 * (across.place(high) - across.place(low)), visible(name))
+            for name, low, high in self.bands]
         legend = [(one.name, one.colour, one.is_faint) for one in self.series]
         y_ticks = up.ticks()
         widest = max((len(text) for _, text in y_ticks), default=1)
@@ -171,8 +171,8 @@ class LinePlot:
             '<svg viewBox="0 0 {grid} {grid}" preserveAspectRatio="none">{}</svg>{}{}{}</div>'
             '<p class="axis below">{}</p>{}').format(
             Markup(" named") if self.bands else "", visible(self.y.title), self.height_px,
-            0.58 * widest + 0.6, Markup("").join(parts), _labels("up", "bottom", y_ticks), _labels("across", "left", across.ticks()),
-            Markup("").join(names), visible(self.x.title),
+            0.58 * widest + 0.6, Markup("").join(parts), _labels("up", "bottom", y_ticks),
+            _labels("across", "left", across.ticks()), Markup("").join(names), visible(self.x.title),
             draw_legend(legend) if self.has_legend or len(legend) > 1 else "", grid=GRID)
 
     def _x_values(self) -> list[float]:

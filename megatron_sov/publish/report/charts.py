@@ -24,7 +24,7 @@ PER_TOKEN = "nats per token"
 LOSSES = {"lm": PER_TOKEN, "sft": PER_TOKEN, "distill": "distillation loss", "preference": "preference loss",
           "policy": "policy loss"}
 """Built-in objective -> what its training loss is measured in."""
-MAX_POINTS, MAX_POINTS_OF_SEVERAL = 240, 120
+MAX_POINTS, MAX_POINTS_OF_SEVERAL = 200, 120
 """Points of a curve that is alone in its chart, and of one of several curves, at most."""
 SMOOTH_FROM_STEPS = 50
 """Shorter curves are drawn as they are; longer ones also as a moving mean over a fiftieth of the steps."""
@@ -69,10 +69,9 @@ LEARNING = (StepLine("lr", "learning rate", "Learning rate.", smooth=False),
             StepLine("grad_norm", "gradient norm", "Global gradient norm, before clipping."))
 SPEED = (
     StepLine("tokens_per_s", "tokens per second", "Tokens per second, all processes together."),
-    StepLine("step_time_s", "seconds", "Time of one optimizer step."),
     StepLine("mfu", "share", "Model FLOPs utilisation: the share of the GPU's peak."),
     StepLine("peak_memory_bytes", "GiB", "Most memory that process 0 has had, on its GPU or the host.",
-             1 / GIB))
+             1 / GIB, smooth=False))
 BALANCE = (StepLine("max_violation", "MaxVio", "MaxVio of the worst layer over steps."),)
 
 
@@ -146,8 +145,8 @@ def _series(curve: Curve, name: str, stroke: str, place: Place, most: int, *, is
     """Return a line of at most `most` points and notes about the points that it leaves out."""
     drawn, notes = downsample(curve, most), []
     if len(drawn.steps) < len(curve.steps):
-        notes.append(f"Of {len(curve.steps):,} points at most {most:,} are drawn; "
-                     "the lowest and highest value of every stretch are kept.")
+        notes.append(f"{len(drawn.steps):,} of {len(curve.steps):,} points: the lowest and highest of each "
+                     "stretch.")
     return Series(name, place(drawn).tolist(), drawn.values.tolist(), stroke, is_faint=is_faint), notes
 
 

@@ -197,7 +197,7 @@ def _seconds(seconds: float) -> str:
 
 
 def _error(planned: float, measured: float) -> str:
-    return f"{planned / measured - 1:+.1%}" if planned and measured and math.isfinite(measured) else "–"
+    return f"{100 * (planned / measured - 1):+.1f} %" if planned and measured and math.isfinite(measured) else "–"
 
 
 MAX_CELLS = 40

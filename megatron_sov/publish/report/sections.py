@@ -35,14 +35,6 @@ from megatron_sov.runs.obs.wall_time import CATEGORIES
 from megatron_sov.work.clusters.units import GIB
 
 MAX_ROWS = 200
-MEANINGS = {
-    "productive": "optimizer steps that are part of the model",
-    "lost": "steps done again after a restart, taken back or refused",
-    "evaluation": "held-out loss, needles, gates",
-    "saving": "training stood still for a checkpoint",
-    "startup": "from the start of the processes to their first step",
-    "waiting": "from the last sign of life of one attempt to the start of the next",
-}
 MAX_SAMPLES = 24
 MAX_SAMPLE_CHARACTERS = 2000
 
@@ -158,10 +150,9 @@ def _time_tables(run: Run) -> list[PageTable]:
     time = run.wall_time
     if time is None or time.total_s <= 0:
         return []
-    rows = [[label, format_duration(time.spent_s[name]), format_share(time.spent_s[name] / time.total_s),
-             MEANINGS[name]]
+    rows = [[label, format_duration(time.spent_s[name]), format_share(time.spent_s[name] / time.total_s)]
             for name, label in CATEGORIES.items()]
-    return [PageTable(["", "time", "share", "what it is"], rows)]
+    return [PageTable(["", "time", "share"], rows)]
 
 
 # Held-out loss of conversations: their first learned turns beside all later ones, and what is thought
@@ -359,7 +350,7 @@ def _data_tables(run: Run) -> list[PageTable]:
     for name in dict.fromkeys([*plan, *tokens]):
         got, wanted = number(tokens.get(name, 0)), number(plan.get(name, 0))
         rows.append([name, f"{got:,.0f}", f"{wanted:,.0f}",
-                     f"{got / wanted - 1:+.2%}" if wanted else "not planned"])
+                     f"{100 * (got / wanted - 1):+.2f} %" if wanted else "not planned"])
     if not rows:
         return []
     tables = [PageTable(["source", "tokens consumed", "tokens planned", "difference"], rows)]
