@@ -72,7 +72,7 @@ SPEED = (
     StepLine("mfu", "share", "Model FLOPs utilisation: the share of the GPU's peak."),
     StepLine("peak_memory_bytes", "GiB", "Most memory that process 0 has had, on its GPU or the host.",
              1 / GIB, smooth=False))
-BALANCE = (StepLine("max_violation", "MaxVio", "MaxVio of the worst layer over steps."),)
+BALANCE = (StepLine("max_violation", "MaxVio", "MaxVio of the worst layer over steps.", smooth=False),)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _series(curve: Curve, name: str, stroke: str, place: Place, most: int, *, is
 def _line_series(line: DrawnLine, stroke: str, *, alone: bool, smooth: bool, small: bool
                  ) -> tuple[list[Series], list[str]]:
     """Return a line's values, their moving mean, or both where there is no other line; and notes."""
-    finite, most = line.curve.finite(), MAX_POINTS if alone and not small else MAX_POINTS_OF_SEVERAL
+    finite, most = line.curve.finite(), MAX_POINTS if alone and smooth and not small else MAX_POINTS_OF_SEVERAL
     notes: list[str] = []
     if (missing := len(line.curve.steps) - len(finite.steps)) and not small:
         first = int(line.curve.steps[~np.isfinite(line.curve.values)][0])
@@ -280,17 +280,15 @@ def meter_charts(run: Run) -> list[Chart]:
 
 
 def heldout_charts(run: Run, *, small: bool = False) -> list[Chart]:
-    """Return held-out loss and bits per byte of each source over the run."""
-    loss = [h.loss for h in run.heldout.values()]
+    """Return the held-out bits per byte of each source, or their loss if bytes are unknown."""
     bits = [h.bits_per_byte for h in run.heldout.values()]
     if len(bits) > 1 and run.overall_bits_per_byte:
         bits.append(run.overall_bits_per_byte)
-    charts = [_curves(loss, "loss (nats per token)",
-                      "Loss on held-out documents, which training never sees.", run, small=small),
-              _curves(bits, "bits per byte",
-                      "Bits per byte on held-out documents; comparable between tokenizers.", run,
-                      small=small)]
-    return [c for c in charts if c]
+    drawn = _curves(bits, "bits per byte", "Bits per byte on held-out documents, which training never sees; "
+                    "comparable between tokenizers.", run, small=small)
+    drawn = drawn or _curves([h.loss for h in run.heldout.values()], "loss (nats per token)",
+                             "Loss on held-out documents, which training never sees.", run, small=small)
+    return [drawn] if drawn else []
 
 
 def beside_charts(run: Run) -> list[Chart]:

@@ -197,7 +197,9 @@ def _seconds(seconds: float) -> str:
 
 
 def _error(planned: float, measured: float) -> str:
-    return f"{100 * (planned / measured - 1):+.1f} %" if planned and measured and math.isfinite(measured) else "–"
+    if not (planned and measured and math.isfinite(measured)):
+        return "–"
+    return f"{100 * (planned / measured - 1):+.1f} %"
 
 
 MAX_CELLS = 40
