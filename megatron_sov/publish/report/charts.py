@@ -72,7 +72,8 @@ SPEED = (
     StepLine("mfu", "share", "Model FLOPs utilisation: the share of the GPU's peak."),
     StepLine("peak_memory_bytes", "GiB", "Most memory that process 0 has had, on its GPU or the host.",
              1 / GIB, smooth=False))
-BALANCE = (StepLine("max_violation", "MaxVio", "MaxVio of the worst layer over steps.", smooth=False),)
+BALANCE = (StepLine("max_violation", "MaxVio", "MaxVio of the worst layer over steps.",
+                    smooth=False),)
 
 
 @dataclass(frozen=True)
