@@ -171,7 +171,7 @@ class LinePlot:
             '<svg viewBox="0 0 {grid} {grid}" preserveAspectRatio="none">{}</svg>{}{}{}</div>'
             '<p class="axis below">{}</p>{}').format(
             Markup(" named") if self.bands else "", visible(self.y.title), self.height_px,
-            0.58 * widest + 0.6, Markup("").join(parts), _labels("up", "bottom", y_ticks),
+            0.64 * widest + 0.8, Markup("").join(parts), _labels("up", "bottom", y_ticks),
             _labels("across", "left", across.ticks()), Markup("").join(names), visible(self.x.title),
             draw_legend(legend) if self.has_legend or len(legend) > 1 else "", grid=GRID)
 
@@ -357,7 +357,7 @@ class HeatMap:
             '<p class="axis">{}</p><div class="area heat" style="height:{}px;margin-left:{:.1f}em">'
             '<svg viewBox="0 0 {} {}" preserveAspectRatio="none">{}</svg>{}{}{}</div>'
             '<p class="axis below">{}</p>{}').format(
-            visible(self.row_title), height_px, 0.58 * widest + 0.6, GRID, len(self.rows),
+            visible(self.row_title), height_px, 0.64 * widest + 0.8, GRID, len(self.rows),
             Markup("").join(parts), self._texts(), _labels("up", "top", rows),
             _labels("across", "left", self._column_labels()), visible(self.column_title), self._legend())
 

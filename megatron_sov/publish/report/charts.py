@@ -154,7 +154,8 @@ def _series(curve: Curve, name: str, stroke: str, place: Place, most: int, *, is
 def _line_series(line: DrawnLine, stroke: str, *, alone: bool, smooth: bool, small: bool
                  ) -> tuple[list[Series], list[str]]:
     """Return a line's values, their moving mean, or both where there is no other line; and notes."""
-    finite, most = line.curve.finite(), MAX_POINTS if alone and smooth and not small else MAX_POINTS_OF_SEVERAL
+    finite = line.curve.finite()
+    most = MAX_POINTS if alone and smooth and not small else MAX_POINTS_OF_SEVERAL
     notes: list[str] = []
     if (missing := len(line.curve.steps) - len(finite.steps)) and not small:
         first = int(line.curve.steps[~np.isfinite(line.curve.values)][0])

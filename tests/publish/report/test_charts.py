@@ -53,7 +53,8 @@ def test_a_diverged_run_is_reported_and_says_so(tmp_path: Path) -> None:
 
 def test_heldout_has_a_line_for_each_source_and_one_for_all(runs: list[Path]) -> None:
     (bits,) = heldout_charts(read_run(runs[0]))
-    assert names(bits) == ["english", "korean", "code", "all sources"] and bits.plot.y.title == "bits per byte"
+    assert names(bits) == ["english", "korean", "code", "all sources"]
+    assert bits.plot.y.title == "bits per byte"
 
 
 def test_expert_load_is_shown_in_multiples_of_the_fair_share() -> None:
@@ -102,7 +103,8 @@ def test_sources_are_compared_with_one_another(tmp_path: Path) -> None:
     elsewhere = np.abs(ko - en).sum() / 2 / 2 / 2  # to the mean of two, over two layers of which one agrees
     assert [row[0] for row in table.rows] == ["ko", "en"]
     assert [row[1] for row in table.rows] == ["0.6", "0.6"] and [row[3] for row in table.rows] == ["0", "1"]
-    assert {row[4] for row in table.rows} == {format_share(elsewhere)} and {row[5] for row in table.rows} == {"2"}
+    assert {row[4] for row in table.rows} == {format_share(elsewhere)}
+    assert {row[5] for row in table.rows} == {"2"}
 
 
 @pytest.mark.parametrize("sources", [0, 1])

@@ -228,7 +228,7 @@ def test_all_sections_stand_in_order_and_in_the_contents(runs: list[Path], docum
     assert sorted(shown, key=EVERYTHING.index) == EVERYTHING
     anchors = {a["href"][1:] for tag, a in document.elements if tag == "a"}
     ids = {a["id"] for _, a in document.elements if "id" in a}
-    assert anchors <= ids and len(anchors) == 3 + sum(len(sections(read_run(path))) for path in runs)
+    assert anchors <= ids and len(anchors) == 2 + sum(len(sections(read_run(path))) for path in runs)
 
 
 def test_a_run_of_another_model_gets_one_sentence(runs: list[Path], toy: Path) -> None:

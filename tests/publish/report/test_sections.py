@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.figures import format_share
 from megatron_sov.base.pages.page import Chart, PageSection
 from megatron_sov.publish.report.page import of_one_model, opening, render
 from megatron_sov.publish.report.run_data import Run, read_rounds, read_run
@@ -56,19 +57,14 @@ def test_phase_table_counts_tokens_and_loss_of_each_phase(runs: list[Path]) -> N
     first, second = section(runs[0], "Training loss").tables[0].rows
     # 250 x 4096
     assert first[:6] == ["1", "1 to 250", "256", "8 to 16", "english 60 %, korean 20 %, code 20 %", "1.02 M"]
-    assert second[:6] == ["2.A", "251 to 400", "256", "16", "english 25%, korean 50%, code 25%", "614.4 K"]
+    assert second[:6] == ["2.A", "251 to 400", "256", "16", "english 25 %, korean 50 %, code 25 %", "614 K"]
     assert second[6:] == [f"{loss[250]:.4g}", f"{loss[393:].mean():.4g}"]  # the last 7 of 150 steps
 
 
 def test_heldout_table_sets_bits_beside_the_bigrams(runs: list[Path]) -> None:
     rows = {row[0]: row for row in section(runs[0], "Held-out loss").tables[0].rows}
     bits = (1.8 + 5 * math.exp(-400 / 70)) / math.log(2) / 3.4
-    assert rows["code"][4:] == [f"{bits:.4g}", "2.9", f"{1 - bits / 2.9:.1%} fewer"]
-
-
-def test_padding_is_drawn_beside_the_data(runs: list[Path]) -> None:
-    assert [c.caption for c in section(runs[0], "Data consumed").charts][1:] == [
-        "Part of each batch that is padding."]
+    assert rows["code"][4:] == [f"{bits:.4g}", "2.9", f"{format_share(1 - bits / 2.9)} fewer"]
 
 
 def test_warnings_and_skipped_stretches_stand_by_step(tmp_path: Path) -> None:
@@ -83,7 +79,7 @@ def test_warnings_and_skipped_stretches_stand_by_step(tmp_path: Path) -> None:
 
 
 def test_data_table_gives_the_difference_to_the_plan(runs: list[Path]) -> None:
-    assert section(runs[0], "Data consumed").tables[0].rows[0] == ["english", "820,000", "819,200", "+0.10%"]
+    assert section(runs[0], "Data consumed").tables[0].rows[0] == ["english", "820,000", "819,200", "+0.10 %"]
 
 
 def test_starts_and_restarts_are_told_with_their_reasons(runs: list[Path]) -> None:
@@ -101,7 +97,7 @@ def test_long_and_many_samples_are_cut_and_the_reader_is_told(tmp_path: Path) ->
         log.write("sample", step=5, prompt="p", text="x" * 4100)
     shown = section(tmp_path, "Samples")
     assert len(shown.samples) == 24 and shown.text.endswith("6 more are in the run's events.")
-    assert shown.samples[0]["text"] == "x" * 4000 + " … (100 more characters)"
+    assert shown.samples[0]["text"] == "x" * 2000 + "\n… (2,100 more characters)"
 
 
 # The distance from a teacher, and held-out pairs: first and last of each source side by side.
@@ -116,8 +112,8 @@ def test_long_and_many_samples_are_cut_and_the_reader_is_told(tmp_path: Path) ->
      [{"step": step, "source": source, "pairs": pairs, "right": right if source == "pairs" else 0.5}
       for step, right in ((0, 0.25), (40, 0.875), (20, 0.5))  # the last one by `eval pairs --run`, later
       for source, pairs in (("pairs", 1200), ("others", 8))],
-     [["pairs", "1,200", "25.0% (step 0)", "87.5% (step 40)"],
-      ["others", "8", "50.0% (step 0)", "50.0% (step 40)"]])])
+     [["pairs", "1,200", "25 % (step 0)", "87.5 % (step 40)"],
+      ["others", "8", "50 % (step 0)", "50 % (step 40)"]])])
 def test_the_first_and_the_last_figures_of_each_source_stand_side_by_side(
         tmp_path: Path, title: str, kind: str, events: list[dict], rows: list[list[str]]) -> None:
     log = EventLog(tmp_path / "events.jsonl")
@@ -180,8 +176,8 @@ def test_a_round_is_a_point_of_each_curve_and_a_row(tmp_path: Path) -> None:
                                          "right": [0.5, 0.75]}
     assert values(section.charts[-1]) == {"all right": [0, 2], "learns": [8, 6]}
     assert section.tables[0].rows == [
-        ["1", "64", "0.5000", "–", "12.5", "25.0%", "8", "–", "–", "0", "0"],
-        ["2", "64", "0.7500", "62.5%", "12.5", "25.0%", "6", "all right 2", "failed 3", "1", "2"]]
+        ["1", "64", "0.5000", "–", "12.5", "25 %", "8", "–", "–", "0", "0"],
+        ["2", "64", "0.7500", "62.5 %", "12.5", "25 %", "6", "all right 2", "failed 3", "1", "2"]]
 
 
 def test_a_round_without_a_judged_response_and_a_damaged_one_break_nothing(tmp_path: Path) -> None:
@@ -249,7 +245,7 @@ def test_a_living_run_keeps_its_steps_after_the_last_checkpoint(tmp_path: Path) 
     ("short", "short"), ("exactly 10", "exactly 10"), ("", ""),
     ("one line\nand another", "one line\n… (12 more characters)"),
     ("0123456789\nnext", "0123456789\n… (5 more characters)"),
-    ("many words of one line", "many\n… (18 more characters)"),
+    ("many words of one line", "many words\n… (12 more characters)"),
     ("0123456789abcdef", "0123456789\n… (6 more characters)"),
     ("가나다 라마바사아자차카", "가나다\n… (9 more characters)"),
     ("a\n\nb\ncdefghij", "a\n\nb\n… (9 more characters)")])
