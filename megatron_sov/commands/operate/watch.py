@@ -123,13 +123,14 @@ def _in_terminal(paths: Sequence[Path], every_s: float) -> int:
 
 def _table(paths: Sequence[Path]) -> tuple[str, bool]:
     """Return how all stand, and whether all is complete."""
-    from megatron_sov.commands.operate.run_state import as_table, in_full, read_state
+    from megatron_sov.commands.operate.run_state import in_full, read_state
+    from megatron_sov.commands.operate.run_table import format_runs
     from megatron_sov.publish.live.watched import WatchedWork, is_work
 
     lines, over = [], []
     states = [read_state(path) for path in paths if path.is_dir() and not is_work(path)]
     if states:
-        lines.append(in_full(states[0]) if len(paths) == 1 else as_table(states))
+        lines.append(in_full(states[0]) if len(paths) == 1 else format_runs(states))
         over += [state.state == "complete" for state in states]
     for path in paths:
         if is_work(path):

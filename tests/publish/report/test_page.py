@@ -72,7 +72,8 @@ def test_five_samples_are_open_and_those_asked_before_come_first(tmp_path: Path)
     (alone,) = panels(write(tmp_path / "c", asked[0]))["What it writes"].comparisons
     assert alone.texts == [("c, step 5", "x0")]
     page = render([read_run(first), read_run(tmp_path / "b")])
-    assert "Show 4 more" in page and page.count("<h3>Samples</h3>") == 1  # those of b stand on the first screen
+    # the samples of b stand on the first screen
+    assert "Show 4 more" in page and page.count("<h3>Samples</h3>") == 1
 
 
 def test_the_proof_gives_each_difference_with_its_limit(tmp_path: Path) -> None:
@@ -236,8 +237,8 @@ def test_a_run_of_another_model_gets_one_sentence(runs: list[Path], toy: Path) -
     assert "<h1>tiny-solar-open: pretrain + extend</h1>" in page
     assert ("A model of 2.89 M parameters, 1.12 M of them active for each token, "
             "trained on 3.28 M tokens") in page
-    assert ("Not in this report, because another model was trained: retrieval (tiny-k-exaone); report such runs "
-            "alone.") in page
+    assert ("Not in this report, because another model was trained: retrieval (tiny-k-exaone); report "
+            "such runs alone.") in page
     # in what is read: a line of a chart may come to that place by chance
     assert not re.search(r">[^<]*\b5\.157\b", page) and page.count("retrieval") == 1
 
@@ -270,7 +271,8 @@ def judged(folder: Path, *texts: str, bits: tuple[float, ...] = (), passed: bool
      "1 of 1 answers are whole sentences; held-out text 3 → 2 bits per byte; no gate set for needles."),
     (("",), {}, "0 of 1 answers are whole sentences."),
     ((), {"bits": (float("nan"), 2.0)}, ""), ((), {}, "")])
-def test_the_first_sentence_sums_up(tmp_path: Path, texts: tuple[str, ...], facts: dict, sentence: str) -> None:
+def test_the_first_sentence_sums_up(tmp_path: Path, texts: tuple[str, ...], facts: dict,
+                                    sentence: str) -> None:
     assert judged(tmp_path, *texts, **facts) == sentence
 
 

@@ -168,7 +168,8 @@ def test_a_curve_for_each_set_of_prompts_and_step_and_the_newest_counts(tmp_path
     assert section.title == "pass@k" and len(section.charts) == 2
     assert section.charts[1].caption == "aime.jsonl, math, step 200: 95 % intervals over 30 prompts."
     assert [row[1:] for row in section.tables[0].rows] == [
-        [step, "30", "240", "5", f"{format_share(share)} (k = 1)", f"{format_share(share)} (k = 8)", f"{share:.4f}",
+        [step, "30", "240", "5", f"{format_share(share)} (k = 1)", f"{format_share(share)} (k = 8)",
+         f"{share:.4f}",
          "temperature 0.8, top-p 0.95, seed 3"] for step, share in (("100", 0.2), ("200", 0.4))]
     assert [c.name for c in section.charts[1].plot.series] == ["pass@k", "maj@k"]
 
@@ -191,8 +192,8 @@ def rows(own: list[Path]) -> list[list[str]]:
 
 
 def test_every_judgement_has_a_row(runs: list[Path], toy: Path) -> None:
-    assert rows([toy])[1] == ["Gate", "passed", "retrieval: needles 85 %, 80 % needed; short-context loss 2.000, "
-                              "limit 2.100; step 10"]
+    assert rows([toy])[1] == ["Gate", "passed", "retrieval: needles 85 %, 80 % needed; short-context loss "
+                              "2.000, limit 2.100; step 10"]
     assert rows(runs) == [
         ["Stages", "2 of 2", "pretrain, extend: complete"],
         ["Forgetting", "FAILED", "pretrain: worse on kmmlu; tolerance 0.03"],
