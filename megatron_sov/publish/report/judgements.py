@@ -260,7 +260,8 @@ def _search(found: Event) -> PageTable:
         ["questions of the test in the training text",
          f"{found.get('questions_found')} of {found.get('questions'):,}"],
         [f"windows of {found.get('window_tokens')} held-out tokens in the training text",
-         f"{found.get('windows_found'):,} of {found.get('windows'):,} ({format_share(number(found.get('overlap')))})"]]
+         f"{found.get('windows_found'):,} of {found.get('windows'):,} "
+         f"({format_share(number(found.get('overlap')))})"]]
     rows += [[f"tokens searched of {name}", f"{count:,} of {held.get(name, 0):,}"]
              for name, count in (found.get("scanned_tokens") or {}).items()]
     return PageTable(["search for the test in the training data", "found"], rows)
